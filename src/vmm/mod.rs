@@ -1,1 +1,29 @@
-//! The vmm room.
+//! The machine: configuration, KVM, vCPUs, guest memory, boot, capture and restore. It composes what the other rooms
+//! offer and knows neither HTTP nor which policy made a plan.
+
+mod arch;
+mod boot;
+mod capture;
+pub mod config;
+pub mod console;
+pub mod control;
+pub mod controller;
+mod error;
+pub mod guest;
+mod host;
+mod lineage;
+pub mod logging;
+pub mod machine;
+mod memory;
+mod metrics;
+mod restore;
+pub mod session;
+mod state;
+pub mod sys;
+pub mod timeline;
+pub mod usage;
+mod vcpu;
+
+pub use error::Error;
+pub use restore::EngineReport;
+pub use vcpu::Ending;

@@ -1,0 +1,56 @@
+//! Model-specific registers: what a vCPU starts with, and which are saved and put back.
+
+use kvm_bindings::kvm_msr_entry;
+
+pub const IA32_TSC: u32 = 0x10;
+const IA32_SYSENTER_CS: u32 = 0x174;
+const IA32_SYSENTER_ESP: u32 = 0x175;
+const IA32_SYSENTER_EIP: u32 = 0x176;
+const IA32_MISC_ENABLE: u32 = 0x1a0;
+const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
+const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+/// MTRRs on, memory is write-back unless one says otherwise.
+const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// What firmware would have set before it hands over to a kernel.
+pub fn boot_entries() -> Vec<kvm_msr_entry> {
+    [
+        (IA32_SYSENTER_CS, 0),
+        (IA32_SYSENTER_ESP, 0),
+        (IA32_SYSENTER_EIP, 0),
+        (IA32_TSC, 0),
+        (IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+        (IA32_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK),
+    ]
+    .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+    .to_vec()
+}
+
+/// Puts saved MSRs into the order in which they must be set: the TSC-deadline timer compares with the TSC, so it is
+/// armed last.
+pub fn order_for_restore(entries: &mut [kvm_msr_entry]) {
+    entries.sort_by_key(|entry| entry.index == IA32_TSC_DEADLINE);
+}
+
+/// Whether a guest can do without an MSR that this host's KVM refuses to set: registers that are read-only facts about
+/// the CPU, or that held nothing when the snapshot was taken.
+pub fn may_be_refused(entry: &kvm_msr_entry) -> bool {
+    entry.index == IA32_ARCH_CAPABILITIES || entry.data == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_deadline_is_armed_after_everything_else() {
+        let entry = |index| kvm_msr_entry { index, ..Default::default() };
+        let mut entries = vec![entry(IA32_TSC_DEADLINE), entry(0xc000_0080), entry(IA32_TSC)];
+        order_for_restore(&mut entries);
+        let order: Vec<u32> = entries.iter().map(|entry| entry.index).collect();
+        assert_eq!(order, [0xc000_0080, IA32_TSC, IA32_TSC_DEADLINE]);
+    }
+}

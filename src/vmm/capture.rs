@@ -1,0 +1,245 @@
+//! Capturing a paused machine.
+//!
+//! What must happen while the guest stands still is kept short: vCPU and device state, the dirty log, and one pass over
+//! the pages that can be anything but zero, written straight from guest memory. Everything slow (checksummed page map,
+//! fsync, reading back, rename) is [`Captured::seal`], which needs no machine and runs after the guest may go on.
+
+use std::time::Instant;
+
+use super::error::Error;
+use super::host;
+use super::machine::{Core, Machine, Paused};
+use super::memory::Backing;
+use super::state::{self, VcpuState, VmState};
+use super::sys::{dirty_log, page_cache, pagemap::Pagemap};
+use crate::snapshot::{
+    Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section, SectionKind,
+    SnapshotKind, SnapshotWriter,
+};
+
+/// A machine's state at one instant, its memory written, not yet sealed.
+pub struct Captured {
+    writer: SnapshotWriter,
+    state: Vec<Section>,
+    host: HostFacts,
+    machine: MachineFacts,
+    /// How long reading state and writing memory took, µs. The guest stood still for this and its stopping.
+    pub capture_us: u64,
+}
+
+impl Captured {
+    /// Makes the snapshot final: everything on disk, verified, under its name.
+    pub fn seal(self) -> Result<Sealed, Error> {
+        let input = SealInput { state: self.state, host: self.host, machine: self.machine, evict: page_cache::evict };
+        Ok(self.writer.seal(input)?)
+    }
+}
+
+impl Machine<Paused> {
+    /// Writes the machine's memory to `target` and reads its state. Afterwards the machine may run on; call
+    /// [`seal_done`](Self::sealed) with the outcome of [`Captured::seal`].
+    pub fn capture(&mut self, target: Location, kind: SnapshotKind) -> Result<Captured, Error> {
+        let start = Instant::now();
+        if self.core.lineage.is_sealing() {
+            return Err(Error::SnapshotInProgress);
+        }
+        let parent = match kind {
+            SnapshotKind::Full => None,
+            SnapshotKind::Diff => Some(self.core.diff_parent()?),
+        };
+        let mut writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent)?;
+        let state = self.save_state()?;
+        let log = self.core.read_dirty_log()?;
+        match kind {
+            SnapshotKind::Full => {
+                self.core.lineage.add_changed(&log.pages);
+                let candidates = self.core.maybe_nonzero()?;
+                write_pages(&self.core, &candidates, &mut writer, false)?;
+            }
+            SnapshotKind::Diff => {
+                let changed = self.core.lineage.add_changed(&log.pages).clone();
+                write_pages(&self.core, &changed, &mut writer, true)?;
+            }
+        }
+        // Only now: had writing failed, KVM's log would still hold the pages.
+        self.core.clear_dirty_log(&log)?;
+        self.core.lineage.begin_seal();
+        let shape = &self.core.shape;
+        Ok(Captured {
+            writer,
+            state,
+            host: host::facts(&self.core.kvm),
+            machine: MachineFacts { vcpu_count: u32::from(shape.vcpu_count), mem_size_mib: shape.mem_size_mib },
+            capture_us: start.elapsed().as_micros() as u64,
+        })
+    }
+
+    fn save_state(&self) -> Result<Vec<Section>, Error> {
+        let core = &self.core;
+        let indices = state::msr_indices(&core.kvm)?;
+        let mut sections = vec![state::section(SectionKind::MACHINE, 0, &core.machine_state())?];
+        for thread in &self.state.threads {
+            let vcpu = thread.vcpu();
+            let saved = VcpuState::save(&vcpu.fd, vcpu.index, &indices)?;
+            sections.push(state::section(SectionKind::VCPU, u32::from(vcpu.index), &saved)?);
+        }
+        // After the vCPUs: reading their events may still move interrupts between LAPIC and controllers.
+        sections.push(state::section(SectionKind::VM, 0, &VmState::save(&core.vm)?)?);
+        sections.push(state::section(SectionKind::SERIAL, 0, &core.devices.serial.save())?);
+        sections.push(state::section(SectionKind::I8042, 0, &core.devices.i8042.save())?);
+        Ok(sections)
+    }
+}
+
+impl<S> Machine<S> {
+    /// Tells the machine how the sealing of its last capture went.
+    pub fn seal_finished(&mut self, sealed: Option<&Sealed>) {
+        match sealed {
+            Some(sealed) => {
+                let parent = Parent { id: sealed.id, location: sealed.location.clone() };
+                self.core.lineage.seal_done(parent);
+            }
+            None => self.core.lineage.seal_failed(),
+        }
+    }
+}
+
+/// One reading of KVM's dirty log: the pages, and the raw bitmaps to clear it with.
+struct DirtyLog {
+    pages: PageSet,
+    bitmaps: Vec<Vec<u64>>,
+}
+
+impl Core {
+    fn diff_parent(&self) -> Result<Parent, Error> {
+        if !self.shape.track_dirty_pages {
+            return Err(Error::Diff(
+                "dirty page tracking is off; set `track_dirty_pages` in machine-config, or when the snapshot is loaded"
+                    .into(),
+            ));
+        }
+        Ok(self.lineage.parent()?.clone())
+    }
+
+    fn read_dirty_log(&self) -> Result<DirtyLog, Error> {
+        let mut log = DirtyLog { pages: PageSet::new(), bitmaps: Vec::new() };
+        if !self.shape.track_dirty_pages {
+            return Ok(log);
+        }
+        for (slot, range) in self.ram.layout().ranges().iter().enumerate() {
+            let bitmap = self
+                .vm
+                .get_dirty_log(slot as u32, range.len as usize)
+                .map_err(Error::kvm("read the dirty log"))?;
+            let first = range.gpa / PAGE_SIZE;
+            for (index, &word) in bitmap.iter().enumerate() {
+                let mut bits = word;
+                while bits != 0 {
+                    let start = bits.trailing_zeros();
+                    let run = (bits >> start).trailing_ones();
+                    let first = Gfn(first + index as u64 * 64 + u64::from(start));
+                    log.pages.insert_run(Extent { first, pages: u64::from(run) });
+                    bits &= !(u64::MAX.checked_shr(64 - run).unwrap_or(u64::MAX) << start);
+                }
+            }
+            log.bitmaps.push(bitmap);
+        }
+        Ok(log)
+    }
+
+    fn clear_dirty_log(&self, log: &DirtyLog) -> Result<(), Error> {
+        for (slot, (bitmap, range)) in log.bitmaps.iter().zip(self.ram.layout().ranges()).enumerate() {
+            dirty_log::clear(&self.vm, slot as u32, range.len / PAGE_SIZE, bitmap)
+                .map_err(Error::os("clear the dirty log"))?;
+        }
+        Ok(())
+    }
+
+    /// Pages that can hold anything but zeros: those this process has populated, and those that a layer holds under a
+    /// piece that is a mapping of its file and may never have been touched.
+    fn maybe_nonzero(&self) -> Result<PageSet, Error> {
+        let pagemap = Pagemap::open().map_err(Error::os("open /proc/self/pagemap"))?;
+        let mut pages = PageSet::new();
+        for (range, host) in self.ram.slots() {
+            let first = range.gpa / PAGE_SIZE;
+            pagemap
+                .populated_runs(host, range.len / PAGE_SIZE, |run, len| {
+                    pages.insert_run(Extent { first: Gfn(first + run), pages: len });
+                })
+                .map_err(Error::os("read /proc/self/pagemap"))?;
+        }
+        if let Some(chain) = self.lineage.origin() {
+            let mut mapped = PageSet::new();
+            for piece in self.ram.pieces().iter().filter(|piece| piece.backing != Backing::Anon) {
+                mapped.insert_run(piece.extent);
+            }
+            for layer in chain.layers() {
+                let mut held = layer.page_map()?.held.clone();
+                held.intersect_with(&mapped);
+                pages.union_with(&held);
+            }
+        }
+        Ok(pages)
+    }
+}
+
+/// Pages written with one call at most: 4 MiB.
+const RUN_PAGES: u64 = 1024;
+
+/// Writes the pages of `candidates` that are not zero. Zero ones are recorded if `mark_zero`: in a diff they hide the
+/// parent's.
+fn write_pages(core: &Core, candidates: &PageSet, writer: &mut SnapshotWriter, mark_zero: bool) -> Result<(), Error> {
+    for run in candidates.runs() {
+        for extent in core.ram.layout().split(run) {
+            // SAFETY: the machine is paused (only `Machine<Paused>` gets here), devices write guest memory only from
+            // vCPU threads, and pieces are not remapped while `core` is borrowed.
+            let bytes = unsafe { core.ram.bytes(extent) }?;
+            write_extent(extent, bytes, writer, mark_zero)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_extent(extent: Extent, bytes: &[u8], writer: &mut SnapshotWriter, mark_zero: bool) -> Result<(), Error> {
+    let page = PAGE_SIZE as usize;
+    let at = |index: u64| Gfn(extent.first.0 + index);
+    let mut index = 0;
+    while index < extent.pages {
+        let zero = is_zero(&bytes[index as usize * page..][..page]);
+        let mut end = index + 1;
+        while end < extent.pages
+            && (zero || end - index < RUN_PAGES)
+            && is_zero(&bytes[end as usize * page..][..page]) == zero
+        {
+            end += 1;
+        }
+        if !zero {
+            writer.write_run(at(index), &bytes[index as usize * page..end as usize * page])?;
+        } else if mark_zero {
+            writer.mark_zero(Extent { first: at(index), pages: end - index })?;
+        }
+        index = end;
+    }
+    Ok(())
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    let (blocks, rest) = page.as_chunks::<64>();
+    blocks.iter().all(|block| block.iter().fold(0, |acc, byte| acc | byte) == 0) && rest.iter().all(|&byte| byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_zero_sees_every_byte() {
+        let mut page = vec![0u8; 4096];
+        assert!(is_zero(&page));
+        for at in [0, 63, 64, 2047, 4095] {
+            page[at] = 1;
+            assert!(!is_zero(&page), "{at}");
+            page[at] = 0;
+        }
+    }
+}

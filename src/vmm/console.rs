@@ -1,0 +1,220 @@
+//! The serial line's other end: standard input and output, or one scripted request.
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::sys::clock;
+use super::sys::terminal::RawTerminal;
+use super::timeline::Moments;
+use crate::devices::{Serial, Sink};
+
+const CTRL_A: u8 = 1;
+/// Bytes read at once; what the guest has not taken waits here, so this bounds it too.
+const READ_MAX: usize = 4096;
+
+/// What a person typed that is not for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Typed {
+    /// Ctrl-A X.
+    Quit,
+    /// Standard input is at its end.
+    End,
+    /// Nothing of that kind.
+    Nothing,
+}
+
+/// Bytes on their way to the guest.
+#[derive(Debug, Default)]
+pub struct Input {
+    pending: VecDeque<u8>,
+    terminal: Option<RawTerminal>,
+    after_ctrl_a: bool,
+}
+
+impl Input {
+    /// Standard input; a terminal is put into raw mode until this is dropped.
+    pub fn stdin() -> io::Result<Self> {
+        Ok(Input { terminal: RawTerminal::enter()?, ..Input::default() })
+    }
+
+    /// Bytes given beforehand.
+    pub fn script(bytes: &[u8]) -> Self {
+        Input { pending: bytes.iter().copied().collect(), ..Input::default() }
+    }
+
+    /// Whether more should be read: the guest has taken all there was.
+    pub fn wants_more(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Reads standard input once. Call when it is readable.
+    pub fn read(&mut self) -> io::Result<Typed> {
+        let mut buffer = [0; READ_MAX];
+        let count = match io::stdin().lock().read(&mut buffer) {
+            Ok(0) => return Ok(Typed::End),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Typed::Nothing),
+            // EIO: the terminal went away.
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(Typed::End),
+            Err(error) => return Err(error),
+        };
+        Ok(self.take(&buffer[..count]))
+    }
+
+    /// Keeps Ctrl-A sequences of a terminal from the guest: X ends tvmm, A or Ctrl-A sends Ctrl-A.
+    fn take(&mut self, bytes: &[u8]) -> Typed {
+        if self.terminal.is_none() {
+            self.pending.extend(bytes);
+            return Typed::Nothing;
+        }
+        for &byte in bytes {
+            match (std::mem::take(&mut self.after_ctrl_a), byte) {
+                (true, b'x' | b'X') => return Typed::Quit,
+                (true, b'a' | b'A' | CTRL_A) => self.pending.push_back(CTRL_A),
+                (true, other) => self.pending.extend([CTRL_A, other]),
+                (false, CTRL_A) => self.after_ctrl_a = true,
+                (false, other) => self.pending.push_back(other),
+            }
+        }
+        Typed::Nothing
+    }
+
+    /// Gives the guest as much as its FIFO takes.
+    pub fn feed(&mut self, serial: &Serial) -> Result<(), crate::devices::Error> {
+        while !self.pending.is_empty() {
+            let taken = serial.receive(self.pending.as_slices().0)?;
+            if taken == 0 {
+                break;
+            }
+            self.pending.drain(..taken);
+        }
+        Ok(())
+    }
+}
+
+/// Notes the first byte of output, then passes on.
+pub struct TimedSink<S> {
+    pub inner: S,
+    pub moments: Arc<Moments>,
+}
+
+impl<S: Sink> Sink for TimedSink<S> {
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.moments.guest_wrote();
+        self.inner.write_now(bytes)
+    }
+}
+
+/// The answer to a scripted request, when it has come.
+#[derive(Debug)]
+pub struct Answer {
+    event: EventFd,
+    got: Mutex<Option<(String, u64)>>,
+}
+
+impl Answer {
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Answer { event: EventFd::new(EFD_NONBLOCK)?, got: Mutex::new(None) }))
+    }
+
+    /// Readable when the answer is there.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// The line, and when its last byte came, in ns of CLOCK_MONOTONIC.
+    pub fn get(&self) -> Option<(String, u64)> {
+        self.got.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, line: String) {
+        let now = clock::monotonic_ns();
+        self.got.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert((line, now));
+        let _ = self.event.write(1);
+    }
+}
+
+/// Longest answer line kept; a guest that writes a longer one has not answered.
+const ANSWER_MAX: usize = 4096;
+
+/// Looks for the answer line of one request among the output, and passes everything on.
+pub struct AnswerSink<S> {
+    inner: S,
+    id: String,
+    line: Vec<u8>,
+    answer: Arc<Answer>,
+}
+
+impl<S: Sink> AnswerSink<S> {
+    /// Waits for `ok <id> …` or `err <id> …`.
+    pub fn new(inner: S, id: &str, answer: Arc<Answer>) -> Self {
+        AnswerSink { inner, id: id.to_string(), line: Vec::new(), answer }
+    }
+
+    fn look(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            if byte != b'\n' {
+                if self.line.len() < ANSWER_MAX {
+                    self.line.push(byte);
+                }
+                continue;
+            }
+            let line = String::from_utf8_lossy(&self.line).trim_end_matches('\r').to_string();
+            self.line.clear();
+            let mut words = line.split(' ');
+            if matches!(words.next(), Some("ok" | "err")) && words.next() == Some(&self.id) {
+                self.answer.set(line);
+            }
+        }
+    }
+}
+
+impl<S: Sink> Sink for AnswerSink<S> {
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write_now(bytes);
+        // A reader that is gone does not make the answer go unseen.
+        let seen = match &written {
+            Ok(count) => *count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(_) => bytes.len(),
+        };
+        self.look(&bytes[..seen]);
+        written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Null;
+
+    impl Sink for Null {
+        fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+    }
+
+    #[test]
+    fn only_the_line_with_the_id_is_the_answer() {
+        let answer = Answer::new().unwrap();
+        let mut sink = AnswerSink::new(Null, "r1", answer.clone());
+        for chunk in ["ready 0.1\nok r", "2 x\nokr1\nok r10 y\n", "ok r1 00ff 12 a=b\r"] {
+            sink.write_now(chunk.as_bytes()).unwrap();
+            assert!(answer.get().is_none(), "{chunk}");
+        }
+        sink.write_now(b"\nerr r1 late\n").unwrap();
+        assert_eq!(answer.get().unwrap().0, "ok r1 00ff 12 a=b");
+        assert!(answer.event().read().is_ok());
+    }
+
+    #[test]
+    fn input_without_a_terminal_is_passed_as_it_is() {
+        let mut input = Input::default();
+        assert_eq!(input.take(b"\x01x"), Typed::Nothing);
+        assert_eq!(input.pending, [1, b'x']);
+    }
+}

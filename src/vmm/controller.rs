@@ -1,0 +1,392 @@
+//! Commands to the machine: which are allowed in which state, and what they do.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::capture::Captured;
+use super::config::VmConfig;
+use super::control::{
+    Command, CreateSnapshot, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind, SnapshotPaths,
+    SnapshotTaken, VmState,
+};
+use super::error::Error;
+use super::logging;
+use super::machine::{Machine, Outside, Paused, Running};
+use super::metrics::MetricsFile;
+use super::restore::EngineReport;
+use super::timeline::{Moments, Timeline};
+use crate::devices::{ConsoleOutput, Serial};
+use crate::snapshot::{self, Chain, Location, PAGE_SIZE, Sealed};
+use crate::tiering::policy::Policy;
+
+type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
+
+/// The machine in whatever state it is.
+enum Phase {
+    NotStarted,
+    Running(Machine<Running>),
+    Paused(Machine<Paused>),
+}
+
+/// What was restored, for the report.
+#[derive(Clone, Debug)]
+pub struct Restored {
+    pub snapshot: String,
+    pub policy: String,
+    pub layers: usize,
+    pub engine: EngineReport,
+}
+
+/// Owns the machine and answers commands.
+pub struct Controller {
+    id: String,
+    config: VmConfig,
+    /// Something about the machine to boot was set, so a snapshot can no longer be loaded (as in Firecracker).
+    configured: bool,
+    phase: Phase,
+    outside: Outside,
+    pub timeline: Timeline,
+    restored: Option<Restored>,
+    metrics: Option<MetricsFile>,
+    seals: (Sender<SealOutcome>, Receiver<SealOutcome>),
+    seal_event: Arc<EventFd>,
+    seal_reply: Option<Respond>,
+}
+
+struct SealOutcome {
+    result: Result<Sealed, Error>,
+    capture_us: u64,
+}
+
+impl Controller {
+    pub fn new(id: String, config: VmConfig, outside: Outside, timeline: Timeline) -> Result<Self, Error> {
+        let seal_event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?);
+        let metrics = config.metrics.as_ref().map(|metrics| MetricsFile::open(&metrics.metrics_path)).transpose()?;
+        Ok(Controller {
+            id,
+            config,
+            configured: false,
+            phase: Phase::NotStarted,
+            outside,
+            timeline,
+            restored: None,
+            metrics,
+            seals: channel(),
+            seal_event,
+            seal_reply: None,
+        })
+    }
+
+    /// Readable when a snapshot has been sealed, or could not be.
+    pub fn seal_event(&self) -> &EventFd {
+        &self.seal_event
+    }
+
+    pub fn restored(&self) -> Option<&Restored> {
+        self.restored.as_ref()
+    }
+
+    pub fn output(&self) -> &Arc<ConsoleOutput> {
+        &self.outside.output
+    }
+
+    pub fn moments(&self) -> &Arc<Moments> {
+        &self.outside.moments
+    }
+
+    /// The serial port, once there is a machine.
+    pub fn serial(&self) -> Option<&Arc<Serial>> {
+        match &self.phase {
+            Phase::NotStarted => None,
+            Phase::Running(machine) => Some(machine.serial()),
+            Phase::Paused(machine) => Some(machine.serial()),
+        }
+    }
+
+    /// Calls `with` with the machine's parts that do not depend on its state.
+    pub fn machine_parts(&self) -> Option<Parts<'_>> {
+        match &self.phase {
+            Phase::NotStarted => None,
+            Phase::Running(machine) => Some(Parts::of(machine)),
+            Phase::Paused(machine) => Some(Parts::of(machine)),
+        }
+    }
+
+    /// Answers one request, now or (for a snapshot) when it is sealed.
+    pub fn handle(&mut self, request: Request) {
+        let Request { command, respond } = request;
+        if let Command::CreateSnapshot(create) = command {
+            match self.begin_snapshot(create) {
+                Ok(()) => self.seal_reply = Some(respond),
+                Err(refused) => respond(Err(refused)),
+            }
+            return;
+        }
+        respond(self.answer(command));
+    }
+
+    fn answer(&mut self, command: Command) -> Result<Reply, Refused> {
+        match command {
+            Command::InstanceInfo => Ok(Reply::InstanceInfo(InstanceInfo::new(&self.id, self.state()))),
+            Command::Version => Ok(Reply::Version(env!("CARGO_PKG_VERSION").to_string())),
+            Command::GetMachineConfig => Ok(Reply::MachineConfig(self.config.machine.clone())),
+            Command::GetVmConfig => Ok(Reply::VmConfig(Box::new(self.config.clone()))),
+            Command::PutBootSource(source) => self.configure(|config| config.boot_source = source),
+            Command::PutMachineConfig(machine) => self.configure(|config| config.machine = machine),
+            Command::PatchMachineConfig(patch) => {
+                let machine = self.config.machine.patched(&patch)?;
+                self.configure(|config| config.machine = machine)
+            }
+            Command::PutLogger(logger) => {
+                self.before_start()?;
+                logging::init(Some(&logger)).map_err(|error| Refused::bad_request_because(&error))?;
+                self.config.logger = Some(logger);
+                Ok(Reply::Empty)
+            }
+            Command::PutMetrics(metrics) => {
+                self.before_start()?;
+                if self.metrics.is_some() {
+                    return Err(Refused::bad_request("Reinitialization of metrics not allowed."));
+                }
+                let file = MetricsFile::open(&metrics.metrics_path).map_err(|e| Refused::bad_request_because(&e))?;
+                self.metrics = Some(file);
+                self.config.metrics = Some(metrics);
+                Ok(Reply::Empty)
+            }
+            Command::InstanceStart => self.instance_start(),
+            Command::SendCtrlAltDel => Err(match self.phase {
+                Phase::NotStarted => Refused::before_start(),
+                _ => Refused::bad_request("Ctrl+Alt+Del cannot be sent: this machine has no keyboard."),
+            }),
+            Command::FlushMetrics => self.flush_metrics(),
+            Command::Pause => self.pause().map(|()| Reply::Empty),
+            Command::Resume => self.resume().map(|()| Reply::Empty),
+            Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
+            // Answered by `handle`, when it is sealed.
+            Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
+        }
+    }
+
+    fn state(&self) -> VmState {
+        match self.phase {
+            Phase::NotStarted => VmState::NotStarted,
+            Phase::Running(_) => VmState::Running,
+            Phase::Paused(_) => VmState::Paused,
+        }
+    }
+
+    fn before_start(&self) -> Result<(), Refused> {
+        if matches!(self.phase, Phase::NotStarted) { Ok(()) } else { Err(Refused::after_start()) }
+    }
+
+    fn configure(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<Reply, Refused> {
+        self.before_start()?;
+        self.configured = true;
+        change(&mut self.config);
+        Ok(Reply::Empty)
+    }
+
+    fn instance_start(&mut self) -> Result<Reply, Refused> {
+        self.before_start()?;
+        self.boot().map_err(|error| Refused::bad_request_because(&error))?;
+        Ok(Reply::Empty)
+    }
+
+    /// Boots the configured machine.
+    pub fn boot(&mut self) -> Result<(), Error> {
+        let machine = Machine::boot(&self.config, self.outside.clone(), &mut self.timeline)?;
+        self.phase = Phase::Running(machine.start()?);
+        Ok(())
+    }
+
+    /// Restores a machine; running or paused.
+    pub fn restore(&mut self, load: &LoadSnapshot, before_run: impl FnOnce(&Serial)) -> Result<(), Error> {
+        let policy: Policy = load.policy.parse()?;
+        let chain = Arc::new(Chain::open(&location(&load.location))?);
+        let plan = policy.plan(&chain)?;
+        let layers = chain.layers().len();
+        let snapshot = chain.tip().manifest().id.to_string();
+        let (machine, engine) =
+            Machine::restore(chain, &plan, load.track_dirty_pages, self.outside.clone(), &mut self.timeline)?;
+        self.config.machine.vcpu_count = machine.shape().vcpu_count;
+        self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
+        self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
+        self.restored = Some(Restored { snapshot, policy: policy.name().to_string(), layers, engine });
+        before_run(machine.serial());
+        self.phase =
+            if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
+        Ok(())
+    }
+
+    fn load(&mut self, load: &LoadSnapshot) -> Result<(), Refused> {
+        self.before_start()?;
+        if self.configured {
+            return Err(Refused::bad_request(
+                "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
+            ));
+        }
+        self.restore(load, |_| {}).map_err(|error| Refused::bad_request_because(&error))
+    }
+
+    fn pause(&mut self) -> Result<(), Refused> {
+        let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
+            Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
+            // As in Firecracker, pausing what is paused is no error.
+            paused @ Phase::Paused(_) => (paused, Ok(())),
+            Phase::Running(machine) => match machine.pause() {
+                Ok(machine) => (Phase::Paused(machine), Ok(())),
+                Err((machine, error)) => (Phase::Running(machine), Err(Refused::internal_because(&error))),
+            },
+        };
+        self.phase = phase;
+        result
+    }
+
+    fn resume(&mut self) -> Result<(), Refused> {
+        let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
+            Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
+            running @ Phase::Running(_) => (running, Ok(())),
+            Phase::Paused(machine) => match machine.resume() {
+                Ok(machine) => (Phase::Running(machine), Ok(())),
+                Err((machine, error)) => (Phase::Paused(machine), Err(Refused::internal_because(&error))),
+            },
+        };
+        self.phase = phase;
+        result
+    }
+
+    /// Captures the paused machine, lets it run on if asked to, and seals the snapshot on a thread of its own.
+    fn begin_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Refused> {
+        let machine = match &mut self.phase {
+            Phase::NotStarted => return Err(Refused::before_start()),
+            Phase::Running(_) => {
+                return Err(Refused::bad_request("Cannot create a snapshot of a running microVM: pause it first."));
+            }
+            Phase::Paused(machine) => machine,
+        };
+        let kind = match create.kind {
+            SnapshotKind::Full => snapshot::SnapshotKind::Full,
+            SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
+        };
+        let captured = machine
+            .capture(location(&create.location), kind)
+            .map_err(|error| Refused::bad_request_because(&error))?;
+        if create.resume
+            && let Err(refused) = self.resume()
+        {
+            // The snapshot is good nonetheless, and the machine is still paused; both are told.
+            tracing::error!(message = %refused.message, "The machine could not be resumed after its capture");
+        }
+        self.spawn_seal(captured)
+    }
+
+    fn spawn_seal(&mut self, captured: Captured) -> Result<(), Refused> {
+        let (sender, event) = (self.seals.0.clone(), self.seal_event.clone());
+        let capture_us = captured.capture_us;
+        let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
+            let result = captured.seal();
+            // The receiver lives as long as the controller; if that is gone, so is whoever asked.
+            let _ = sender.send(SealOutcome { result, capture_us });
+            let _ = event.write(1);
+        });
+        spawned.map(drop).map_err(|error| {
+            self.with_machine(None);
+            Refused::internal(format!("Cannot start the thread that seals the snapshot: {error}"))
+        })
+    }
+
+    /// Takes note of sealed snapshots and answers who asked for them. Call when `seal_event` is readable.
+    pub fn finish_seals(&mut self) {
+        let _ = self.seal_event.read();
+        while let Ok(outcome) = self.seals.1.try_recv() {
+            self.with_machine(outcome.result.as_ref().ok());
+            let Some(respond) = self.seal_reply.take() else { continue };
+            respond(match outcome.result {
+                Ok(sealed) => Ok(Reply::Snapshot(SnapshotTaken {
+                    id: sealed.id.to_string(),
+                    path: anchor(&sealed.location),
+                    memory_bytes: sealed.pages_held * PAGE_SIZE,
+                    capture_us: outcome.capture_us,
+                })),
+                Err(error) => Err(Refused::bad_request_because(&error)),
+            });
+        }
+    }
+
+    /// Whether a snapshot is being sealed; the process should not end before it is.
+    pub fn is_sealing(&self) -> bool {
+        self.seal_reply.is_some()
+    }
+
+    fn with_machine(&mut self, sealed: Option<&Sealed>) {
+        match &mut self.phase {
+            Phase::NotStarted => {}
+            Phase::Running(machine) => machine.seal_finished(sealed),
+            Phase::Paused(machine) => machine.seal_finished(sealed),
+        }
+    }
+
+    fn flush_metrics(&mut self) -> Result<Reply, Refused> {
+        if matches!(self.phase, Phase::NotStarted) {
+            return Err(Refused::before_start());
+        }
+        self.write_metrics().map_err(|error| Refused::internal_because(&error))?;
+        Ok(Reply::Empty)
+    }
+
+    /// Appends a line of metrics to the metrics file, if there is one.
+    pub fn write_metrics(&mut self) -> Result<(), Error> {
+        let (written, dropped) = self.outside.output.counts();
+        let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
+        let vcpu = self.machine_parts().map(|parts| parts.counters_json());
+        match &mut self.metrics {
+            Some(file) => file.write(&serde_json::json!({ "vcpu": vcpu, "uart": uart })),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the machine: vCPU threads first, then VM and memory.
+    pub fn stop(&mut self) {
+        self.phase = Phase::NotStarted;
+    }
+}
+
+/// What a machine has in every state.
+pub struct Parts<'a> {
+    pub ram: &'a super::memory::GuestRam,
+    pub ending: &'a Arc<super::vcpu::EndingSignal>,
+    pub msrs_refused: &'a [u32],
+    counters: &'a super::metrics::ExitCounters,
+}
+
+impl<'a> Parts<'a> {
+    fn of<S>(machine: &'a Machine<S>) -> Self {
+        Parts {
+            ram: machine.ram(),
+            ending: machine.ending(),
+            msrs_refused: machine.msrs_refused(),
+            counters: machine.counters(),
+        }
+    }
+
+    pub fn counters_json(&self) -> serde_json::Value {
+        self.counters.json()
+    }
+}
+
+fn location(paths: &SnapshotPaths) -> Location {
+    match &paths.memory {
+        None => Location::Dir(paths.snapshot.clone()),
+        Some(memory) => Location::Files { snapshot: paths.snapshot.clone(), memory: memory.clone() },
+    }
+}
+
+fn anchor(location: &Location) -> PathBuf {
+    match location {
+        Location::Dir(dir) => dir.clone(),
+        Location::Files { snapshot, .. } => snapshot.clone(),
+    }
+}

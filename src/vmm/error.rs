@@ -1,0 +1,81 @@
+//! What can go wrong while a machine is built, run, captured or restored.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::{devices, snapshot, tiering};
+
+/// The one error of the vmm room. Each says what was being done to what; causes are chained.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("Cannot open /dev/kvm: it does not exist. Load the module for this CPU (`modprobe kvm_intel` or `modprobe kvm_amd`); inside a VM, its host must allow nested virtualisation")]
+    KvmMissing,
+    #[error("Cannot open /dev/kvm: permission denied. Add this user to the group that owns it (`usermod -aG kvm USER`, then log in again), or run as root")]
+    KvmDenied,
+    #[error("Cannot {doing}")]
+    Kvm { doing: &'static str, source: kvm_ioctls::Error },
+    #[error("This host's KVM has API version {0}, tvmm needs 12")]
+    KvmVersion(i32),
+    #[error("Cannot {doing} of vCPU {vcpu}")]
+    Vcpu { doing: &'static str, vcpu: u8, source: kvm_ioctls::Error },
+    #[error("KVM refuses to set MSR {index:#x} of vCPU {vcpu} to {value:#x}")]
+    MsrRefused { vcpu: u8, index: u32, value: u64 },
+    #[error("vCPU {0} did not stop within 10 seconds")]
+    VcpuStuck(u8),
+    #[error("Cannot start the thread of vCPU {vcpu}")]
+    VcpuThread { vcpu: u8, source: io::Error },
+    #[error("Cannot reserve {mib} MiB of address space for guest memory")]
+    Reserve { mib: u64, source: io::Error },
+    #[error("Cannot map {pages} pages of guest memory at {gpa:#x}")]
+    Map { gpa: u64, pages: u64, source: io::Error },
+    #[error("{pages} pages at {gpa:#x} are not guest memory")]
+    OutsideRam { gpa: u64, pages: u64 },
+    #[error("Cannot build the view of guest memory: {0}")]
+    MemoryView(String),
+    #[error("Cannot access guest memory at {gpa:#x} to write the {what}")]
+    GuestAccess { what: &'static str, gpa: u64, source: vm_memory::GuestMemoryError },
+    #[error("Cannot open the kernel image {path}")]
+    KernelOpen { path: PathBuf, source: io::Error },
+    #[error("Cannot load the kernel image {name}: {what}")]
+    KernelLoad { name: String, what: String },
+    #[error("The kernel command line is {len} bytes long, at most {max} fit", max = super::arch::layout::CMDLINE_MAX - 1)]
+    CmdlineTooLong { len: usize },
+    #[error("The kernel command line has a NUL byte or a character outside ASCII")]
+    CmdlineCharacters,
+    #[error("The kernel image {name} cannot be entered by {protocol}: {what}")]
+    BootProtocol { name: String, protocol: &'static str, what: &'static str },
+    #[error("Guest memory of {mib} MiB is too small: boot parameters and kernel need at least 2 MiB")]
+    TooSmall { mib: u64 },
+    #[error("A device failed")]
+    Device(#[from] devices::Error),
+    #[error("Cannot {doing}")]
+    Os { doing: &'static str, source: io::Error },
+    #[error("Cannot {doing} {path}")]
+    File { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+    #[error(transparent)]
+    Policy(#[from] tiering::Error),
+    #[error("Section {section} of the snapshot's state is not valid: {what}")]
+    State { section: String, what: String },
+    #[error("This host cannot run the snapshot: {}", .0.join("; "))]
+    Host(Vec<String>),
+    #[error("Cannot take a diff snapshot: {0}")]
+    Diff(String),
+    #[error("Another snapshot of this VM is still being sealed")]
+    SnapshotInProgress,
+    #[error("The restore engine cannot carry out `{0}` placements")]
+    Placement(&'static str),
+    #[error("The memory of layer {layer} does not match its checksums at {gpa:#x} (+{len} bytes): {path} was damaged after it was sealed")]
+    MemoryChecksum { layer: usize, gpa: u64, len: u64, path: PathBuf },
+}
+
+impl Error {
+    pub(super) fn kvm(doing: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+        move |source| Error::Kvm { doing, source }
+    }
+
+    pub(super) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Os { doing, source }
+    }
+}

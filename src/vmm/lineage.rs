@@ -1,0 +1,94 @@
+//! Which snapshot a running VM's memory is a change of, and which pages changed since.
+//!
+//! A diff holds the pages written since its parent. KVM's log is read and cleared while the VM is paused, but the
+//! snapshot made of it may still fail to be sealed later (a full disk). Then nothing may be lost: the pages go back
+//! and are part of the next diff.
+
+use std::sync::Arc;
+
+use super::error::Error;
+use crate::snapshot::{Chain, PageSet, Parent};
+
+/// Ancestry of one VM's memory.
+#[derive(Debug, Default)]
+pub struct Lineage {
+    /// The last snapshot sealed of, or restored into, this VM.
+    parent: Option<Parent>,
+    /// Pages known to have changed since `parent`, without those KVM's log still holds.
+    changed: PageSet,
+    /// Pages of the snapshot that is being sealed.
+    in_flight: Option<PageSet>,
+    /// The layers this VM was restored from: some of its pieces are still mappings of their files.
+    origin: Option<Arc<Chain>>,
+}
+
+impl Lineage {
+    /// The lineage of a VM that was just restored from `chain`.
+    pub fn restored(chain: Arc<Chain>) -> Self {
+        let tip = chain.tip();
+        let parent = Parent { id: tip.manifest().id, location: tip.location().clone() };
+        Lineage { parent: Some(parent), origin: Some(chain), ..Lineage::default() }
+    }
+
+    pub fn origin(&self) -> Option<&Arc<Chain>> {
+        self.origin.as_ref()
+    }
+
+    /// The snapshot a diff taken now would be a change of.
+    pub fn parent(&self) -> Result<&Parent, Error> {
+        self.parent.as_ref().ok_or_else(|| Error::Diff("this VM has no earlier snapshot; take a full one first".into()))
+    }
+
+    pub fn is_sealing(&self) -> bool {
+        self.in_flight.is_some()
+    }
+
+    /// Adds pages read from KVM's log, and returns all that changed since the parent.
+    pub fn add_changed(&mut self, pages: &PageSet) -> &PageSet {
+        self.changed.union_with(pages);
+        &self.changed
+    }
+
+    /// A snapshot of this instant is being sealed: changes count from now on.
+    pub fn begin_seal(&mut self) {
+        self.in_flight = Some(std::mem::take(&mut self.changed));
+    }
+
+    /// It was sealed: it is the parent of the next diff.
+    pub fn seal_done(&mut self, parent: Parent) {
+        self.in_flight = None;
+        self.parent = Some(parent);
+    }
+
+    /// It was not: its pages are still changes against the old parent.
+    pub fn seal_failed(&mut self) {
+        if let Some(pages) = self.in_flight.take() {
+            self.changed.union_with(&pages);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::{Gfn, Location, SnapshotId};
+
+    fn pages(gfns: &[u64]) -> PageSet {
+        gfns.iter().map(|&gfn| Gfn(gfn)).collect()
+    }
+
+    #[test]
+    fn pages_of_a_failed_snapshot_are_in_the_next_diff() {
+        let mut lineage = Lineage::default();
+        assert!(lineage.parent().is_err());
+        lineage.add_changed(&pages(&[1, 2]));
+        lineage.begin_seal();
+        assert!(lineage.is_sealing());
+        lineage.seal_failed();
+        assert_eq!(lineage.add_changed(&pages(&[5])), &pages(&[1, 2, 5]));
+        lineage.begin_seal();
+        lineage.seal_done(Parent { id: SnapshotId([1; 32]), location: Location::Dir("x".into()) });
+        assert!(lineage.parent().is_ok());
+        assert_eq!(lineage.add_changed(&pages(&[7])), &pages(&[7]));
+    }
+}

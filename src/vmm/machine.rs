@@ -1,0 +1,343 @@
+//! A virtual machine, and the states it can be in.
+//!
+//! ```text
+//!   boot ──┐                 start            pause
+//!          ├─► Machine<Built> ────► Machine<Running> ◄──► Machine<Paused> ──► capture
+//! restore ─┘        └─────────────── start_paused ──────────────►┘    resume
+//! ```
+//!
+//! Boot and restore build the machine by one path, [`Machine::build`]; then one loads a kernel and the other applies
+//! saved state. Only a paused machine can be captured: saving a running one does not compile.
+
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::arch::{cpuid, layout, msr, registers};
+use super::config::VmConfig;
+use super::error::Error;
+use super::lineage::Lineage;
+use super::memory::GuestRam;
+use super::metrics::ExitCounters;
+use super::state::{self, MachineState, VcpuState, VmState};
+use super::sys::dirty_log;
+use super::timeline::{Moments, Slice, Timeline};
+use super::vcpu::{Buses, EndingSignal, Vcpu, VcpuThread};
+use super::boot;
+use crate::devices::{ConsoleOutput, I8042, Serial};
+use crate::snapshot::MemoryLayout;
+
+/// What a machine is built from, whether it boots or is restored.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    pub vcpu_count: u8,
+    pub mem_size_mib: u64,
+    pub track_dirty_pages: bool,
+}
+
+impl Shape {
+    /// The guest RAM ranges of this shape.
+    pub fn layout(&self) -> Result<MemoryLayout, Error> {
+        if self.mem_size_mib < 2 {
+            return Err(Error::TooSmall { mib: self.mem_size_mib });
+        }
+        Ok(MemoryLayout::from_gpa_ranges(&layout::ram_ranges(self.mem_size_mib << 20))?)
+    }
+}
+
+/// What the machine is connected to outside.
+#[derive(Clone)]
+pub struct Outside {
+    /// Where the serial port writes.
+    pub output: Arc<ConsoleOutput>,
+    /// Where moments of the guest are noted.
+    pub moments: Arc<Moments>,
+}
+
+/// The devices every machine has.
+pub struct Devices {
+    pub serial: Arc<Serial>,
+    pub i8042: Arc<I8042>,
+}
+
+/// What outlives the machine's states. Fields drop in this order: the VM before the memory under its slots.
+pub(super) struct Core {
+    pub kvm: Kvm,
+    pub vm: VmFd,
+    pub ram: GuestRam,
+    pub shape: Shape,
+    pub devices: Devices,
+    pub lineage: Lineage,
+    pub counters: Arc<ExitCounters>,
+    pub moments: Arc<Moments>,
+    pub ending: Arc<EndingSignal>,
+    /// MSRs a restore could not set and the guest does without.
+    pub msrs_refused: Vec<u32>,
+}
+
+/// vCPUs exist and no thread runs them.
+pub struct Built {
+    vcpus: Vec<Vcpu>,
+}
+
+/// vCPU threads are in the guest.
+pub struct Running {
+    threads: Vec<VcpuThread>,
+}
+
+/// vCPU threads are parked outside the guest.
+pub struct Paused {
+    pub(super) threads: Vec<VcpuThread>,
+}
+
+/// A machine in state `S`.
+pub struct Machine<S> {
+    // Before `core`: threads must be gone before memory and VM are.
+    pub(super) state: S,
+    pub(super) core: Core,
+}
+
+/// Opens /dev/kvm and checks that it is one tvmm can use.
+pub fn open_kvm() -> Result<Kvm, Error> {
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::KvmMissing,
+        libc::EACCES | libc::EPERM => Error::KvmDenied,
+        _ => Error::Kvm { doing: "open /dev/kvm", source: error },
+    })?;
+    match kvm.get_api_version() {
+        12 => Ok(kvm),
+        other => Err(Error::KvmVersion(other)),
+    }
+}
+
+impl Machine<Built> {
+    /// Builds the machine around its memory: VM, memslots, interrupt controllers, timer, vCPUs, devices. Memslots come
+    /// before the interrupt controller: after it each costs an RCU grace period.
+    pub fn build(
+        kvm: Kvm,
+        ram: GuestRam,
+        shape: Shape,
+        outside: Outside,
+        timeline: &mut Timeline,
+    ) -> Result<Self, Error> {
+        let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
+        if shape.track_dirty_pages {
+            dirty_log::enable_manual_protect(&vm).map_err(Error::kvm("enable the dirty log"))?;
+        }
+        set_memslots(&vm, &ram, shape.track_dirty_pages)?;
+        vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("set the TSS address"))?;
+        vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).map_err(Error::kvm("create the PIT"))?;
+        let ending = Arc::new(EndingSignal::new().map_err(Error::os("make an eventfd"))?);
+        let (devices, buses) = build_devices(&vm, outside.output, &ending)?;
+        let (counters, moments) = (Arc::new(ExitCounters::default()), outside.moments);
+        let mut vcpus = Vec::with_capacity(usize::from(shape.vcpu_count));
+        for index in 0..shape.vcpu_count {
+            let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
+            let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
+            vcpus.push(Vcpu { index, fd, buses, counters, moments });
+        }
+        timeline.lap(Slice::VmCreate);
+        let lineage = Lineage::default();
+        let msrs_refused = Vec::new();
+        let core = Core { kvm, vm, ram, shape, devices, lineage, counters, moments, ending, msrs_refused };
+        Ok(Machine { state: Built { vcpus }, core })
+    }
+
+    /// Builds a machine and loads the kernel of `config` into it.
+    pub fn boot(config: &VmConfig, outside: Outside, timeline: &mut Timeline) -> Result<Self, Error> {
+        let machine_config = &config.machine;
+        let shape = Shape {
+            vcpu_count: machine_config.vcpu_count,
+            mem_size_mib: machine_config.mem_size_mib,
+            track_dirty_pages: machine_config.track_dirty_pages,
+        };
+        let kvm = open_kvm()?;
+        let ram = GuestRam::anonymous(&shape.layout()?)?;
+        timeline.lap(Slice::Map);
+        let machine = Machine::build(kvm, ram, shape, outside, timeline)?;
+        let entry = boot::load(&config.boot_source, config.tvmm.boot_protocol, &machine.core.ram)?;
+        timeline.lap(Slice::KernelLoad);
+        let supported = machine
+            .core
+            .kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("ask for the supported CPUID"))?;
+        for vcpu in &machine.state.vcpus {
+            set_boot_state(vcpu, &supported, machine.core.shape.vcpu_count, entry)?;
+        }
+        timeline.lap(Slice::StateLoad);
+        Ok(machine)
+    }
+
+    /// Applies the saved state of a machine of the same shape.
+    pub(super) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState]) -> Result<(), Error> {
+        for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
+            state.restore_cpuid(&vcpu.fd, vcpu.index)?;
+        }
+        vm.restore(&self.core.vm)?;
+        for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
+            let refused = state.restore(&vcpu.fd, vcpu.index)?;
+            self.core.msrs_refused.extend(refused);
+        }
+        vm.restore_clock(&self.core.vm)?;
+        for vcpu in &self.state.vcpus {
+            state::notify_clock(&vcpu.fd, vcpu.index)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs into the guest.
+    pub fn start(self) -> Result<Machine<Running>, Error> {
+        let threads = self.core.spawn(self.state.vcpus, false)?;
+        Ok(Machine { state: Running { threads }, core: self.core })
+    }
+
+    /// Makes the vCPU threads, parked.
+    pub fn start_paused(self) -> Result<Machine<Paused>, Error> {
+        let threads = self.core.spawn(self.state.vcpus, true)?;
+        let machine = Machine { state: Paused { threads }, core: self.core };
+        machine.state.threads.iter().try_for_each(VcpuThread::wait_parked)?;
+        Ok(machine)
+    }
+}
+
+impl Machine<Running> {
+    /// Stops all vCPUs, with no I/O half done.
+    pub fn pause(self) -> Result<Machine<Paused>, (Machine<Running>, Error)> {
+        let threads = &self.state.threads;
+        threads.iter().for_each(VcpuThread::ask_to_park);
+        if let Err(error) = threads.iter().try_for_each(VcpuThread::wait_parked) {
+            threads.iter().for_each(VcpuThread::resume);
+            return Err((self, error));
+        }
+        Ok(Machine { state: Paused { threads: self.state.threads }, core: self.core })
+    }
+}
+
+impl Machine<Paused> {
+    /// Lets all vCPUs go on, and tells the guest's clock that they were stopped.
+    pub fn resume(self) -> Result<Machine<Running>, (Machine<Paused>, Error)> {
+        for thread in &self.state.threads {
+            let vcpu = thread.vcpu();
+            if let Err(error) = state::notify_clock(&vcpu.fd, vcpu.index) {
+                drop(vcpu);
+                return Err((self, error));
+            }
+        }
+        self.state.threads.iter().for_each(VcpuThread::resume);
+        Ok(Machine { state: Running { threads: self.state.threads }, core: self.core })
+    }
+}
+
+impl<S> Machine<S> {
+    pub fn shape(&self) -> &Shape {
+        &self.core.shape
+    }
+
+    pub fn ram(&self) -> &GuestRam {
+        &self.core.ram
+    }
+
+    pub fn serial(&self) -> &Arc<Serial> {
+        &self.core.devices.serial
+    }
+
+    pub fn counters(&self) -> &Arc<ExitCounters> {
+        &self.core.counters
+    }
+
+    /// Where vCPUs and devices say that the guest is over.
+    pub fn ending(&self) -> &Arc<EndingSignal> {
+        &self.core.ending
+    }
+
+    /// MSRs that KVM refused at restore and the guest does without.
+    pub fn msrs_refused(&self) -> &[u32] {
+        &self.core.msrs_refused
+    }
+}
+
+impl Core {
+    fn spawn(&self, vcpus: Vec<Vcpu>, parked: bool) -> Result<Vec<VcpuThread>, Error> {
+        vcpus.into_iter().map(|vcpu| VcpuThread::spawn(vcpu, parked, &self.ending)).collect()
+    }
+
+    pub fn machine_state(&self) -> MachineState {
+        MachineState { vcpu_count: self.shape.vcpu_count, mem_size_mib: self.shape.mem_size_mib }
+    }
+}
+
+fn set_memslots(vm: &VmFd, ram: &GuestRam, track: bool) -> Result<(), Error> {
+    for (slot, (range, host)) in ram.slots().enumerate() {
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: if track { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: range.gpa,
+            memory_size: range.len,
+            userspace_addr: host as u64,
+        };
+        // SAFETY: `host` is the start of a reservation of exactly `range.len` bytes that `GuestRam` owns; `Core` drops
+        // the VM before it, so KVM never refers to memory that is gone.
+        unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("set a memslot"))?;
+    }
+    Ok(())
+}
+
+fn build_devices(
+    vm: &VmFd,
+    output: Arc<ConsoleOutput>,
+    ending: &EndingSignal,
+) -> Result<(Devices, Arc<Buses>), Error> {
+    let serial = Arc::new(Serial::new(output)?);
+    vm.register_irqfd(serial.interrupt_line().eventfd(), layout::COM1_IRQ)
+        .map_err(Error::kvm("connect the serial interrupt"))?;
+    let reset: EventFd = ending.event().try_clone().map_err(Error::os("copy an eventfd"))?;
+    let i8042 = Arc::new(I8042::new(reset));
+    let mut buses = Buses::default();
+    buses.pio.insert(layout::COM1, layout::COM1_LEN, serial.clone())?;
+    buses.pio.insert(layout::I8042, layout::I8042_LEN, i8042.clone())?;
+    Ok((Devices { serial, i8042 }, Arc::new(buses)))
+}
+
+fn set_boot_state(vcpu: &Vcpu, supported: &kvm_bindings::CpuId, count: u8, entry: registers::Entry) -> Result<(), Error> {
+    let failed = |doing| move |source| vcpu_error(doing, vcpu.index, source);
+    let fd = &vcpu.fd;
+    let table = cpuid::for_vcpu(supported, vcpu.index, count).map_err(|_| Error::State {
+        section: "CPUID".into(),
+        what: "KVM supports more leaves than KVM_SET_CPUID2 takes".into(),
+    })?;
+    fd.set_cpuid2(&table).map_err(failed("set the CPUID"))?;
+    state::set_msrs(fd, vcpu.index, &msr::boot_entries())?;
+    fd.set_fpu(&registers::fpu()).map_err(failed("set the FPU"))?;
+    // KVM_PVM runs guests with the host's idea of XCR0 until it is set; elsewhere the guest's XSETBV does.
+    let mut xcrs = fd.get_xcrs().map_err(failed("read XCR0"))?;
+    xcrs.nr_xcrs = 1;
+    xcrs.xcrs[0] = kvm_bindings::kvm_xcr { xcr: 0, reserved: 0, value: xcr0(&table) };
+    fd.set_xcrs(&xcrs).map_err(failed("set XCR0"))?;
+    if vcpu.index != 0 {
+        // KVM holds application processors until INIT and SIPI.
+        return Ok(());
+    }
+    let mut sregs = fd.get_sregs().map_err(failed("read the special registers"))?;
+    registers::special(entry, &mut sregs);
+    fd.set_sregs(&sregs).map_err(failed("set the special registers"))?;
+    fd.set_regs(&registers::general(entry)).map_err(failed("set the registers"))?;
+    let mut lapic = fd.get_lapic().map_err(failed("read the LAPIC"))?;
+    registers::set_virtual_wire(&mut lapic);
+    fd.set_lapic(&lapic).map_err(failed("set the LAPIC"))
+}
+
+/// x87, SSE, AVX and AVX-512 as far as the guest's CPUID.0xD has them; x87 alone without XSAVE.
+fn xcr0(table: &kvm_bindings::CpuId) -> u64 {
+    const X87_SSE_AVX_AVX512: u32 = 0xe7;
+    let leaf = table.as_slice().iter().find(|entry| entry.function == 0xd && entry.index == 0);
+    u64::from(leaf.map_or(0, |entry| entry.eax & X87_SSE_AVX_AVX512) | 1)
+}
+
+fn vcpu_error(doing: &'static str, vcpu: u8, source: kvm_ioctls::Error) -> Error {
+    Error::Vcpu { doing, vcpu, source }
+}

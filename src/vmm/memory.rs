@@ -1,0 +1,173 @@
+//! Guest memory: address space reserved per guest RAM range, filled with pieces that say what backs them.
+//!
+//! Tiers are VMAs under a memslot, never memslots: changing what backs a page is an `mmap(MAP_FIXED)` in the
+//! reservation, and KVM's MMU notifier drops the old translation.
+
+use std::fs::File;
+
+use serde::Serialize;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use super::error::Error;
+use super::sys::mapping::Reservation;
+use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE};
+
+/// What backs a piece of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backing {
+    /// Anonymous memory of this process.
+    Anon,
+    /// A private mapping of the memory file of one layer (its index in the chain, base first): clean pages are the
+    /// page cache's, written ones this process's.
+    FilePrivate { layer: usize },
+}
+
+/// A run of guest pages with one backing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Piece {
+    pub extent: Extent,
+    pub backing: Backing,
+}
+
+/// The guest's RAM.
+#[derive(Debug)]
+pub struct GuestRam {
+    layout: MemoryLayout,
+    reservations: Vec<Reservation>,
+    pieces: Vec<Piece>,
+    view: GuestMemoryMmap,
+}
+
+impl GuestRam {
+    /// Reserves address space for `layout`; nothing is readable until pieces are mapped.
+    pub fn reserve(layout: &MemoryLayout) -> Result<Self, Error> {
+        let mut reservations = Vec::new();
+        let mut regions = Vec::new();
+        for range in layout.ranges() {
+            let failed = |source| Error::Reserve { mib: range.len >> 20, source };
+            let len = usize::try_from(range.len).map_err(|_| failed(std::io::ErrorKind::OutOfMemory.into()))?;
+            let reservation = Reservation::new(len).map_err(failed)?;
+            regions.push(region_of(&reservation, range.gpa)?);
+            reservations.push(reservation);
+        }
+        let view = GuestMemoryMmap::from_regions(regions).map_err(|error| Error::MemoryView(error.to_string()))?;
+        Ok(GuestRam { layout: layout.clone(), reservations, pieces: Vec::new(), view })
+    }
+
+    /// Reserves `layout` and fills it with anonymous zero memory, for a boot.
+    pub fn anonymous(layout: &MemoryLayout) -> Result<Self, Error> {
+        let mut ram = GuestRam::reserve(layout)?;
+        for extent in layout.extents() {
+            ram.map_anon(extent)?;
+        }
+        Ok(ram)
+    }
+
+    pub fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    /// The pieces in ascending order of guest address.
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// The VMM's window to guest memory, bounds-checked at every access.
+    pub fn view(&self) -> &GuestMemoryMmap {
+        &self.view
+    }
+
+    /// `(gpa, len, host address)` of each range, for memslots.
+    pub fn slots(&self) -> impl Iterator<Item = (GuestRange, *mut u8)> + '_ {
+        self.layout.ranges().iter().zip(&self.reservations).map(|(range, memory)| (*range, memory.base()))
+    }
+
+    /// Backs `extent` with anonymous zero memory.
+    pub fn map_anon(&mut self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.map_anon(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))?;
+        self.note(Piece { extent, backing: Backing::Anon });
+        Ok(())
+    }
+
+    /// Backs `extent` with a private mapping of `file` from `file_offset`.
+    pub fn map_file_private(&mut self, extent: Extent, file: &File, layer: usize, file_offset: u64) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        let len = extent.bytes() as usize;
+        memory.map_file_private(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))?;
+        self.note(Piece { extent, backing: Backing::FilePrivate { layer } });
+        Ok(())
+    }
+
+    /// Asks for huge pages under `extent`.
+    pub fn advise_huge(&self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.advise_huge(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
+    /// The bytes of `extent`.
+    ///
+    /// # Safety
+    /// No vCPU runs and nothing writes guest memory while the slice lives.
+    pub unsafe fn bytes(&self, extent: Extent) -> Result<&[u8], Error> {
+        let (memory, offset) = self.locate(extent)?;
+        // SAFETY: passed on to the caller; every piece is mapped readable.
+        unsafe { memory.bytes(offset, extent.bytes() as usize) }.map_err(|source| map_failed(extent, source))
+    }
+
+    /// The bytes of `extent`, to be filled.
+    ///
+    /// # Safety
+    /// Only while the memory is being built: nothing else refers to it yet.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn bytes_mut(&self, extent: Extent) -> Result<&mut [u8], Error> {
+        let (memory, offset) = self.locate(extent)?;
+        // SAFETY: passed on to the caller; every piece is mapped writable and private.
+        unsafe { memory.bytes_mut(offset, extent.bytes() as usize) }.map_err(|source| map_failed(extent, source))
+    }
+
+    /// The reservation that holds `extent`, and where in it. An extent outside RAM or across two ranges is an error.
+    fn locate(&self, extent: Extent) -> Result<(&Reservation, usize), Error> {
+        let outside = || Error::OutsideRam { gpa: extent.first.0.saturating_mul(PAGE_SIZE), pages: extent.pages };
+        if extent.pages == 0 || !self.layout.contains(extent) {
+            return Err(outside());
+        }
+        let gpa = extent.first.0 * PAGE_SIZE;
+        let mut ranges = self.layout.ranges().iter().zip(&self.reservations);
+        let (range, memory) =
+            ranges.find(|(range, _)| gpa >= range.gpa && gpa - range.gpa < range.len).ok_or_else(outside)?;
+        Ok((memory, (gpa - range.gpa) as usize))
+    }
+
+    fn note(&mut self, piece: Piece) {
+        self.pieces.push(piece);
+    }
+
+    /// The host address of a page, for the kernel's page map.
+    pub fn host_address(&self, gfn: Gfn) -> Result<*const u8, Error> {
+        let (memory, offset) = self.locate(Extent { first: gfn, pages: 1 })?;
+        // `locate` has checked that the offset lies inside the reservation.
+        Ok(memory.base().wrapping_add(offset).cast_const())
+    }
+}
+
+fn map_failed(extent: Extent, source: std::io::Error) -> Error {
+    Error::Map { gpa: extent.first.0 * PAGE_SIZE, pages: extent.pages, source }
+}
+
+fn region_of(reservation: &Reservation, gpa: u64) -> Result<GuestRegionMmap, Error> {
+    let failed = |what: String| Error::MemoryView(what);
+    // SAFETY: the reservation is exactly `len` bytes at `base` and lives in the same object as the view built from
+    // this region; the region does not own the mapping, so it is unmapped once, by the reservation.
+    let builder = unsafe {
+        MmapRegionBuilder::new(reservation.len())
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_raw_mmap_pointer(reservation.base())
+    };
+    let region = builder.build().map_err(|error| failed(error.to_string()))?;
+    GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or_else(|| failed("the range wraps around".into()))
+}
+

@@ -1,0 +1,270 @@
+//! Saved state of KVM's half of the machine, as it is written into the snapshot's sections.
+//!
+//! KVM's structs are kept as the bytes the kernel ABI defines, and every length is checked when they are read back: a
+//! struct of another size is refused, never padded or cut.
+
+use kvm_bindings::{
+    CpuId, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::arch::msr;
+use super::error::Error;
+use crate::snapshot::{Section, SectionKind};
+
+/// Version of the section payloads written here. Readers accept no other.
+const VERSION: u32 = 1;
+/// Entries a CPUID or MSR table can have, by KVM's own limits.
+const TABLE_MAX: usize = 256;
+const IRQCHIPS: usize = 3;
+
+/// What the machine is built from: checked against limits before anything is allocated.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineState {
+    pub vcpu_count: u8,
+    pub mem_size_mib: u64,
+}
+
+/// Interrupt controllers, timer, clock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmState {
+    irqchips: Vec<Vec<u8>>,
+    pit: Vec<u8>,
+    /// kvmclock, ns since the guest booted, when the vCPUs stopped.
+    pub clock_ns: u64,
+    /// Host wall clock at the same moment, ns since the epoch; 0 if KVM could not tell.
+    pub realtime_ns: u64,
+}
+
+/// One vCPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuState {
+    mp_state: Vec<u8>,
+    regs: Vec<u8>,
+    sregs: Vec<u8>,
+    xcrs: Vec<u8>,
+    xsave: Vec<u8>,
+    debug_regs: Vec<u8>,
+    lapic: Vec<u8>,
+    events: Vec<u8>,
+    cpuid: Vec<u8>,
+    msrs: Vec<u8>,
+    tsc_khz: u32,
+}
+
+/// Encodes `state` as a section.
+pub fn section<T: Serialize>(kind: SectionKind, instance: u32, state: &T) -> Result<Section, Error> {
+    let payload = postcard::to_stdvec(state)
+        .map_err(|error| Error::State { section: format!("{kind:?} {instance}"), what: error.to_string() })?;
+    Ok(Section { kind, instance, version: VERSION, payload })
+}
+
+/// Decodes a section; bytes left over are an error.
+pub fn decode<T: DeserializeOwned>(section: &Section) -> Result<T, Error> {
+    let invalid = |what: String| Error::State { section: format!("{:?} {}", section.kind, section.instance), what };
+    if section.version != VERSION {
+        return Err(invalid(format!("it has version {}, this build reads version {VERSION}", section.version)));
+    }
+    let (state, rest) = postcard::take_from_bytes(&section.payload).map_err(|error| invalid(error.to_string()))?;
+    if !rest.is_empty() {
+        return Err(invalid(format!("{} bytes are left over", rest.len())));
+    }
+    Ok(state)
+}
+
+fn raw<T: IntoBytes + Immutable>(value: &T) -> Vec<u8> {
+    value.as_bytes().to_vec()
+}
+
+fn unraw<T: FromBytes>(name: &'static str, bytes: &[u8]) -> Result<T, Error> {
+    T::read_from_bytes(bytes).map_err(|_| Error::State {
+        section: name.to_string(),
+        what: format!("it is {} bytes long, not {}", bytes.len(), size_of::<T>()),
+    })
+}
+
+fn unraw_table<T: FromBytes>(name: &'static str, bytes: &[u8]) -> Result<Vec<T>, Error> {
+    let invalid = |what: String| Error::State { section: name.to_string(), what };
+    if !bytes.len().is_multiple_of(size_of::<T>()) || bytes.len() / size_of::<T>() > TABLE_MAX {
+        return Err(invalid(format!("{} bytes are no table of at most {TABLE_MAX} entries", bytes.len())));
+    }
+    bytes.chunks_exact(size_of::<T>()).map(|entry| unraw(name, entry)).collect()
+}
+
+impl VmState {
+    /// Reads the state of a VM whose vCPUs are all out of the guest.
+    pub fn save(vm: &VmFd) -> Result<Self, Error> {
+        let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
+        let mut irqchips = Vec::with_capacity(IRQCHIPS);
+        for chip_id in 0..IRQCHIPS as u32 {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).map_err(Error::kvm("read an interrupt controller"))?;
+            irqchips.push(raw(&chip));
+        }
+        let pit = raw(&vm.get_pit2().map_err(Error::kvm("read the PIT"))?);
+        Ok(VmState { irqchips, pit, clock_ns: clock.clock, realtime_ns: clock.realtime })
+    }
+
+    /// Sets interrupt controllers and PIT. Before the vCPUs' state.
+    pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
+        if self.irqchips.len() != IRQCHIPS {
+            let what = format!("{} interrupt controllers, not {IRQCHIPS}", self.irqchips.len());
+            return Err(Error::State { section: "Vm".into(), what });
+        }
+        for (index, bytes) in self.irqchips.iter().enumerate() {
+            let chip: kvm_irqchip = unraw("interrupt controller", bytes)?;
+            if chip.chip_id as usize != index {
+                let what = format!("interrupt controller {index} says it is {}", chip.chip_id);
+                return Err(Error::State { section: "Vm".into(), what });
+            }
+            vm.set_irqchip(&chip).map_err(Error::kvm("set an interrupt controller"))?;
+        }
+        let pit: kvm_pit_state2 = unraw("PIT", &self.pit)?;
+        vm.set_pit2(&pit).map_err(Error::kvm("set the PIT"))
+    }
+
+    /// Lets kvmclock go on from where it stopped. After the vCPUs' state.
+    pub fn restore_clock(&self, vm: &VmFd) -> Result<(), Error> {
+        let clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
+        vm.set_clock(&clock).map_err(Error::kvm("set the clock"))
+    }
+}
+
+impl VcpuState {
+    /// Reads the state of vCPU `index`, which is out of the guest with no I/O pending. `msr_indices` is KVM's list of
+    /// MSRs that can be saved.
+    pub fn save(vcpu: &VcpuFd, index: u8, msr_indices: &[u32]) -> Result<Self, Error> {
+        let failed = |doing| move |source| Error::Vcpu { doing, vcpu: index, source };
+        // First: reading the MP state lets KVM accept pending INIT and SIPI, which changes the rest.
+        let mp_state = raw(&vcpu.get_mp_state().map_err(failed("read the MP state"))?);
+        let cpuid = vcpu.get_cpuid2(TABLE_MAX).map_err(failed("read the CPUID"))?;
+        Ok(VcpuState {
+            mp_state,
+            regs: raw(&vcpu.get_regs().map_err(failed("read the registers"))?),
+            sregs: raw(&vcpu.get_sregs().map_err(failed("read the special registers"))?),
+            xcrs: raw(&vcpu.get_xcrs().map_err(failed("read XCR0"))?),
+            // 4 KiB hold every state component a guest can have without arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM),
+            // which tvmm never calls.
+            xsave: raw(&vcpu.get_xsave().map_err(failed("read the XSAVE area"))?),
+            debug_regs: raw(&vcpu.get_debug_regs().map_err(failed("read the debug registers"))?),
+            lapic: raw(&vcpu.get_lapic().map_err(failed("read the LAPIC"))?),
+            cpuid: cpuid.as_slice().iter().flat_map(raw).collect(),
+            msrs: save_msrs(vcpu, msr_indices).map_err(failed("read the MSRs"))?,
+            events: raw(&vcpu.get_vcpu_events().map_err(failed("read the pending events"))?),
+            tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
+        })
+    }
+
+    /// Sets CPUID and TSC frequency: what must come before every other state.
+    pub fn restore_cpuid(&self, vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
+        let failed = |doing| move |source| Error::Vcpu { doing, vcpu: index, source };
+        let entries: Vec<kvm_cpuid_entry2> = unraw_table("CPUID", &self.cpuid)?;
+        let cpuid = CpuId::from_entries(&entries)
+            .map_err(|error| Error::State { section: "CPUID".into(), what: format!("{error:?}") })?;
+        vcpu.set_cpuid2(&cpuid).map_err(failed("set the CPUID"))?;
+        let now = vcpu.get_tsc_khz().unwrap_or(0);
+        // Within 250 ppm the guest's own clock discipline absorbs the difference (Linux' tolerance for a steady TSC).
+        if self.tsc_khz != 0 && now.abs_diff(self.tsc_khz) > self.tsc_khz / 4000 {
+            vcpu.set_tsc_khz(self.tsc_khz).map_err(failed("set the TSC frequency"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets everything else, in the order in which KVM's pieces depend on each other. Returns the MSRs that were
+    /// refused and that the guest can do without.
+    pub fn restore(&self, vcpu: &VcpuFd, index: u8) -> Result<Vec<u32>, Error> {
+        let failed = |doing| move |source| Error::Vcpu { doing, vcpu: index, source };
+        let mp_state: kvm_mp_state = unraw("MP state", &self.mp_state)?;
+        let sregs: kvm_sregs = unraw("special registers", &self.sregs)?;
+        let regs: kvm_regs = unraw("registers", &self.regs)?;
+        let xcrs: kvm_xcrs = unraw("XCR0", &self.xcrs)?;
+        let xsave: kvm_xsave = unraw("XSAVE area", &self.xsave)?;
+        let debug_regs: kvm_debugregs = unraw("debug registers", &self.debug_regs)?;
+        let lapic: kvm_lapic_state = unraw("LAPIC", &self.lapic)?;
+        let events: kvm_vcpu_events = unraw("pending events", &self.events)?;
+        vcpu.set_mp_state(mp_state).map_err(failed("set the MP state"))?;
+        vcpu.set_sregs(&sregs).map_err(failed("set the special registers"))?;
+        vcpu.set_regs(&regs).map_err(failed("set the registers"))?;
+        vcpu.set_xcrs(&xcrs).map_err(failed("set XCR0"))?;
+        // SAFETY: KVM reads at most the 4 KiB of `kvm_xsave` unless the process asked for larger state components with
+        // arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which tvmm never does.
+        unsafe { vcpu.set_xsave(&xsave) }.map_err(failed("set the XSAVE area"))?;
+        vcpu.set_debug_regs(&debug_regs).map_err(failed("set the debug registers"))?;
+        vcpu.set_lapic(&lapic).map_err(failed("set the LAPIC"))?;
+        let refused = restore_msrs(vcpu, index, unraw_table("MSRs", &self.msrs)?)?;
+        vcpu.set_vcpu_events(&events).map_err(failed("set the pending events"))?;
+        Ok(refused)
+    }
+
+    /// The state components the guest has enabled, for the host check.
+    pub fn xcr0(&self) -> Result<u64, Error> {
+        let xcrs: kvm_xcrs = unraw("XCR0", &self.xcrs)?;
+        let used = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize);
+        Ok(used.filter(|entry| entry.xcr == 0).map(|entry| entry.value).fold(0, |all, value| all | value))
+    }
+
+    /// The guest's CPUID table, for the host check.
+    pub fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, Error> {
+        unraw_table("CPUID", &self.cpuid)
+    }
+}
+
+/// Tells the guest that it was stopped, so that its soft-lockup watchdog forgives it (KVM API 4.71). A guest without
+/// kvmclock has nowhere to be told.
+pub fn notify_clock(vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
+    match vcpu.kvmclock_ctrl() {
+        Ok(()) => Ok(()),
+        Err(error) if error.errno() == libc::EINVAL => Ok(()),
+        Err(source) => Err(Error::Vcpu { doing: "announce the pause", vcpu: index, source }),
+    }
+}
+
+/// The MSRs KVM can save on this host.
+pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, Error> {
+    Ok(kvm.get_msr_index_list().map_err(Error::kvm("list the MSRs"))?.as_slice().to_vec())
+}
+
+/// Reads the MSRs in as few calls as KVM allows: it stops at the first that this vCPU does not have, which is skipped.
+fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<u8>, kvm_ioctls::Error> {
+    let mut saved = Vec::with_capacity(indices.len() * size_of::<kvm_msr_entry>());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(TABLE_MAX)];
+        let entries: Vec<kvm_msr_entry> =
+            batch.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let mut msrs = Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?;
+        let count = vcpu.get_msrs(&mut msrs)?;
+        saved.extend(msrs.as_slice()[..count].iter().flat_map(raw));
+        rest = &rest[(count + usize::from(count < batch.len())).min(rest.len())..];
+    }
+    Ok(saved)
+}
+
+fn restore_msrs(vcpu: &VcpuFd, index: u8, mut entries: Vec<kvm_msr_entry>) -> Result<Vec<u32>, Error> {
+    msr::order_for_restore(&mut entries);
+    set_msrs(vcpu, index, &entries)
+}
+
+/// Sets MSRs in as few calls as KVM allows. One that KVM refuses is an error unless the guest can do without it.
+/// Returns the indices that were refused.
+pub fn set_msrs(vcpu: &VcpuFd, index: u8, entries: &[kvm_msr_entry]) -> Result<Vec<u32>, Error> {
+    let failed = |source| Error::Vcpu { doing: "set the MSRs", vcpu: index, source };
+    let mut refused = Vec::new();
+    let mut rest = entries;
+    while !rest.is_empty() {
+        let batch = Msrs::from_entries(rest).map_err(|_| failed(kvm_ioctls::Error::new(libc::E2BIG)))?;
+        let count = vcpu.set_msrs(&batch).map_err(failed)?;
+        let Some(entry) = rest.get(count) else { break };
+        if !msr::may_be_refused(entry) {
+            return Err(Error::MsrRefused { vcpu: index, index: entry.index, value: entry.data });
+        }
+        tracing::debug!(vcpu = index, msr = format_args!("{:#x}", entry.index), "KVM refused an MSR the guest can do without");
+        refused.push(entry.index);
+        rest = &rest[count + 1..];
+    }
+    Ok(refused)
+}

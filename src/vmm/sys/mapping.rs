@@ -1,0 +1,185 @@
+//! Address space for guest memory: one reservation per guest RAM range, filled piece by piece.
+//!
+//! ```text
+//!        reservation (PROT_NONE, 2 MiB aligned)
+//!  ┌───────────────────────────────────────────────────────────┐
+//!  │ anon │ file-private (layer 0)      │ anon │ file-private … │   pieces: mmap(MAP_FIXED) inside it
+//!  └───────────────────────────────────────────────────────────┘
+//!  gpa 0                                                  gpa len      one KVM memslot over all of it
+//! ```
+//!
+//! Host and guest addresses agree modulo 2 MiB, so that KVM can use huge translations wherever the backing allows.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+
+const HUGE_PAGE: usize = 2 << 20;
+
+/// A stretch of address space that belongs to one guest RAM range. Unmapped on drop.
+#[derive(Debug)]
+pub struct Reservation {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the reservation is plain address space; the bytes behind it are guest memory, which every user accesses
+// through volatile or raw operations because the guest changes it at any time.
+unsafe impl Send for Reservation {}
+// SAFETY: as above; `&self` methods never hand out Rust references to bytes while vCPUs may run (see `bytes`).
+unsafe impl Sync for Reservation {}
+
+impl Reservation {
+    /// Reserves `len` bytes (page aligned, not zero) without committing memory to them.
+    pub fn new(len: usize) -> io::Result<Self> {
+        let padded = len.checked_add(HUGE_PAGE).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        // SAFETY: a new private mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                padded,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = start as usize;
+        let base = start.next_multiple_of(HUGE_PAGE);
+        unmap(start, base - start);
+        unmap(base + len, start + padded - (base + len));
+        let base = NonNull::new(base as *mut u8).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok(Reservation { base, len })
+    }
+
+    pub fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Puts anonymous zero memory at `[offset, offset + len)`.
+    pub fn map_anon(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.map_fixed(offset, len, libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0)
+    }
+
+    /// Puts a private (copy-on-write) mapping of `file` at `[offset, offset + len)`. The file has to be at least
+    /// `file_offset + len` bytes long and must not shrink while it is mapped: a touch past its end is a SIGBUS.
+    pub fn map_file_private(&self, offset: usize, len: usize, file: &File, file_offset: u64) -> io::Result<()> {
+        let file_offset =
+            libc::off_t::try_from(file_offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        self.map_fixed(offset, len, libc::MAP_NORESERVE, file.as_raw_fd(), file_offset)
+    }
+
+    fn map_fixed(&self, offset: usize, len: usize, flags: i32, fd: i32, file_offset: libc::off_t) -> io::Result<()> {
+        self.check(offset, len)?;
+        // SAFETY: `[offset, offset + len)` was checked to lie inside this reservation, which this object owns, so
+        // MAP_FIXED replaces only memory of the guest's own range.
+        let address = unsafe {
+            libc::mmap(
+                self.base.as_ptr().add(offset).cast(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | flags,
+                fd,
+                file_offset,
+            )
+        };
+        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Asks for huge pages in `[offset, offset + len)`, where the host has them enabled for those who ask.
+    pub fn advise_huge(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.check(offset, len)?;
+        // SAFETY: the range lies inside this reservation; MADV_HUGEPAGE changes no contents.
+        let result = unsafe { libc::madvise(self.base.as_ptr().add(offset).cast(), len, libc::MADV_HUGEPAGE) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// The bytes of `[offset, offset + len)`.
+    ///
+    /// # Safety
+    /// No vCPU runs and nothing else writes this memory while the slice lives. For mapped files see
+    /// [`map_file_private`](Self::map_file_private).
+    pub unsafe fn bytes(&self, offset: usize, len: usize) -> io::Result<&[u8]> {
+        self.check(offset, len)?;
+        // SAFETY: in bounds and mapped readable (every part of a reservation is filled before it becomes guest
+        // memory); not written for as long as the slice lives, by the caller's promise.
+        Ok(unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset), len) })
+    }
+
+    /// The bytes of `[offset, offset + len)`, to be written.
+    ///
+    /// # Safety
+    /// As [`bytes`](Self::bytes), and nothing else reads them either: only for memory that is being built.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn bytes_mut(&self, offset: usize, len: usize) -> io::Result<&mut [u8]> {
+        self.check(offset, len)?;
+        // SAFETY: in bounds, mapped writable and private; exclusive by the caller's promise.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(offset), len) })
+    }
+
+    fn check(&self, offset: usize, len: usize) -> io::Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        unmap(self.base.as_ptr() as usize, self.len);
+    }
+}
+
+fn unmap(start: usize, len: usize) {
+    if len != 0 {
+        // SAFETY: callers pass only ranges of a mapping that this module made and nobody else refers to any more.
+        unsafe { libc::munmap(start as *mut libc::c_void, len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reservation_is_huge_page_aligned_and_checks_bounds() {
+        let reservation = Reservation::new(3 << 20).unwrap();
+        assert_eq!(reservation.base() as usize % HUGE_PAGE, 0);
+        reservation.map_anon(0, 3 << 20).unwrap();
+        assert!(reservation.map_anon(2 << 20, 2 << 20).is_err());
+        assert!(reservation.map_anon(usize::MAX, 4096).is_err());
+        // SAFETY: no vCPU exists; the reservation is only used here.
+        assert!(unsafe { reservation.bytes(0, 3 << 20) }.unwrap().iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn private_file_mapping_reads_the_file_and_keeps_writes_to_itself() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        std::os::unix::fs::FileExt::write_at(&file, b"page one", 4096).unwrap();
+        let reservation = Reservation::new(8192).unwrap();
+        reservation.map_anon(0, 4096).unwrap();
+        reservation.map_file_private(4096, 4096, &file, 4096).unwrap();
+        // SAFETY: no vCPU exists; the reservation is only used here.
+        unsafe {
+            assert_eq!(&reservation.bytes(4096, 8).unwrap(), b"page one");
+            reservation.bytes_mut(4096, 4).unwrap().copy_from_slice(b"PAGE");
+        }
+        let mut back = [0; 8];
+        std::os::unix::fs::FileExt::read_at(&file, &mut back, 4096).unwrap();
+        assert_eq!(&back, b"page one");
+    }
+}

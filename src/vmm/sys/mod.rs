@@ -1,0 +1,11 @@
+//! Raw system calls, each behind a small safe owner. Nothing outside this folder maps memory, sends signals to
+//! threads, or speaks an ioctl that kvm-ioctls does not have.
+
+pub mod clock;
+pub mod dirty_log;
+pub mod kick;
+pub mod mapping;
+
+pub mod pagemap;
+pub mod signals;
+pub mod terminal;

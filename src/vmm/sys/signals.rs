@@ -1,0 +1,50 @@
+//! Signals that end the process, as a readable descriptor (signalfd(2)).
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+
+/// SIGTERM, SIGINT and SIGHUP, taken off the process and readable here.
+#[derive(Debug)]
+pub struct EndSignals(File);
+
+impl EndSignals {
+    /// Blocks the signals in this thread, and so in every thread it starts from now on. Call before any is.
+    pub fn take() -> io::Result<Self> {
+        // SAFETY: sigset_t is plain data; sigemptyset initialises it before it is used.
+        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `set` is a valid sigset_t for all calls; the signal numbers are valid.
+        unsafe {
+            libc::sigemptyset(&mut set);
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+                libc::sigaddset(&mut set, signal);
+            }
+        }
+        // SAFETY: `set` is initialised; the old mask is not asked for.
+        let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+        if blocked != 0 {
+            return Err(io::Error::from_raw_os_error(blocked));
+        }
+        // SAFETY: `set` is initialised; -1 asks for a new descriptor.
+        let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and nobody else owns it.
+        Ok(EndSignals(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    /// The number of a signal that has come, if one has.
+    pub fn next(&mut self) -> Option<i32> {
+        let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
+        self.0.read_exact(&mut info).ok()?;
+        let number: [u8; 4] = info[..4].try_into().ok()?;
+        Some(i32::from_ne_bytes(number))
+    }
+}
+
+impl AsRawFd for EndSignals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}

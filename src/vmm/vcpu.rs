@@ -1,0 +1,266 @@
+//! One vCPU: its run loop, and the thread that runs it.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::error::Error;
+use super::metrics::ExitCounters;
+use super::sys::kick::{self, ImmediateExit};
+use super::timeline::Moments;
+use crate::devices::Bus;
+
+/// The buses a vCPU's exits lead to.
+#[derive(Default)]
+pub struct Buses {
+    pub pio: Bus,
+    pub mmio: Bus,
+}
+
+/// Why a guest is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest pulled the reset line.
+    Reset,
+    /// A triple fault: how `reboot=t` resets, and how a lost guest dies.
+    TripleFault,
+    /// KVM cannot go on.
+    Failed(String),
+}
+
+/// Where vCPU threads and devices tell the main loop that the guest is over. The first reason stands.
+#[derive(Debug)]
+pub struct EndingSignal {
+    ending: Mutex<Option<Ending>>,
+    event: EventFd,
+}
+
+impl EndingSignal {
+    pub fn new() -> std::io::Result<Self> {
+        Ok(EndingSignal { ending: Mutex::new(None), event: EventFd::new(EFD_NONBLOCK)? })
+    }
+
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// The reason, if the guest is over. An eventfd pulled without a reason is the reset line's.
+    pub fn take(&self) -> Option<Ending> {
+        let pulled = self.event.read().is_ok();
+        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        ending.or(pulled.then_some(Ending::Reset))
+    }
+
+    fn end(&self, ending: Ending) {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ending);
+        // A full counter means that the main loop has been told already.
+        let _ = self.event.write(1);
+    }
+}
+
+/// A vCPU and what its exits need.
+pub struct Vcpu {
+    pub index: u8,
+    pub fd: VcpuFd,
+    pub buses: Arc<Buses>,
+    pub counters: Arc<ExitCounters>,
+    pub moments: Arc<Moments>,
+}
+
+enum Left {
+    Kicked,
+    Ended(Ending),
+}
+
+impl Vcpu {
+    /// Runs the guest until it is kicked or ends. Returns with no I/O half done: KVM completes what is pending before
+    /// it looks at `immediate_exit` (KVM API 5, `immediate_exit`).
+    fn run(&mut self) -> Left {
+        self.moments.guest_entered();
+        loop {
+            let exit = self.fd.run();
+            self.moments.guest_exited();
+            match exit {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    self.counters.io_out.count(self.buses.pio.write(u64::from(port), data));
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    self.counters.io_in.count(self.buses.pio.read(u64::from(port), data));
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    self.counters.mmio_write.count(self.buses.mmio.write(address, data));
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    self.counters.mmio_read.count(self.buses.mmio.read(address, data));
+                }
+                Ok(VcpuExit::Shutdown) => return Left::Ended(Ending::TripleFault),
+                Ok(VcpuExit::Intr) => return Left::Kicked,
+                Ok(other) => {
+                    let what = format!("{other:?}");
+                    return Left::Ended(self.failed(&what));
+                }
+                Err(error) => match error.errno() {
+                    libc::EINTR => return Left::Kicked,
+                    libc::EAGAIN => {}
+                    _ => {
+                        let what = error.to_string();
+                        return Left::Ended(self.failed(&what));
+                    }
+                },
+            }
+        }
+    }
+
+    fn failed(&self, what: &str) -> Ending {
+        let place = self.fd.get_regs().map_or_else(|_| "unknown".to_string(), |regs| format!("{:#x}", regs.rip));
+        Ending::Failed(format!("vCPU {} stopped at RIP {place}: {what}", self.index))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Park,
+    Exit,
+}
+
+/// What the thread should do, and whether it is out of the guest.
+struct Gate {
+    state: Mutex<(Wanted, bool)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, (Wanted, bool)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A vCPU on a thread of its own. While parked, the vCPU can be borrowed with [`vcpu`](Self::vcpu).
+pub struct VcpuThread {
+    index: u8,
+    vcpu: Arc<Mutex<Vcpu>>,
+    gate: Arc<Gate>,
+    // Points into the kvm_run mapping that `vcpu` owns; `vcpu` is in this struct, so it lives as long.
+    immediate_exit: Arc<ImmediateExit>,
+    thread: Option<JoinHandle<()>>,
+}
+
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// A kick is repeated if the thread has not parked by then; one is enough unless it sat in a system call of ours.
+const KICK_AGAIN: Duration = Duration::from_millis(20);
+
+impl VcpuThread {
+    /// Starts the thread, in the guest at once or parked.
+    pub fn spawn(mut vcpu: Vcpu, parked: bool, ending: &Arc<EndingSignal>) -> Result<Self, Error> {
+        let index = vcpu.index;
+        let immediate_exit = Arc::new(ImmediateExit::of(&mut vcpu.fd));
+        let wanted = if parked { Wanted::Park } else { Wanted::Run };
+        let gate = Arc::new(Gate { state: Mutex::new((wanted, false)), changed: Condvar::new() });
+        let vcpu = Arc::new(Mutex::new(vcpu));
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(256 * 1024)
+            .spawn({
+                let (vcpu, gate, flag, ending) = (vcpu.clone(), gate.clone(), immediate_exit.clone(), ending.clone());
+                move || run_thread(&vcpu, &gate, &flag, &ending)
+            })
+            .map_err(|source| Error::VcpuThread { vcpu: index, source })?;
+        Ok(VcpuThread { index, vcpu, gate, immediate_exit, thread: Some(thread) })
+    }
+
+    /// Asks the thread to leave the guest; [`wait_parked`](Self::wait_parked) waits for it.
+    pub fn ask_to_park(&self) {
+        self.ask(Wanted::Park);
+    }
+
+    /// Waits until the thread is out of the guest.
+    pub fn wait_parked(&self) -> Result<(), Error> {
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        let mut state = self.gate.lock();
+        while !state.1 {
+            if Instant::now() > deadline {
+                return Err(Error::VcpuStuck(self.index));
+            }
+            let (guard, wait) =
+                self.gate.changed.wait_timeout(state, KICK_AGAIN).unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+            if wait.timed_out() && !state.1 {
+                self.kick();
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a parked thread enter the guest again.
+    pub fn resume(&self) {
+        let mut state = self.gate.lock();
+        *state = (Wanted::Run, false);
+        self.gate.changed.notify_all();
+    }
+
+    /// The vCPU. Blocks while the guest runs, so park first.
+    pub fn vcpu(&self) -> MutexGuard<'_, Vcpu> {
+        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self, wanted: Wanted) {
+        self.gate.lock().0 = wanted;
+        self.gate.changed.notify_all();
+        self.kick();
+    }
+
+    fn kick(&self) {
+        self.immediate_exit.set(true);
+        if let Some(thread) = &self.thread {
+            kick::signal(thread);
+        }
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.ask(Wanted::Exit);
+        if self.wait_parked().is_ok()
+            && let Some(thread) = self.thread.take()
+        {
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run_thread(vcpu: &Mutex<Vcpu>, gate: &Gate, immediate_exit: &ImmediateExit, ending: &EndingSignal) {
+    loop {
+        let mut state = gate.lock();
+        loop {
+            match state.0 {
+                Wanted::Run => break,
+                Wanted::Park => {}
+                Wanted::Exit => {
+                    state.1 = true;
+                    gate.changed.notify_all();
+                    return;
+                }
+            }
+            state.1 = true;
+            gate.changed.notify_all();
+            state = gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.1 = false;
+        drop(state);
+        let left = vcpu.lock().unwrap_or_else(PoisonError::into_inner).run();
+        immediate_exit.set(false);
+        if let Left::Ended(reason) = left {
+            let mut state = gate.lock();
+            if state.0 == Wanted::Run {
+                state.0 = Wanted::Park;
+            }
+            drop(state);
+            ending.end(reason);
+        }
+    }
+}
