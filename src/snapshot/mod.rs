@@ -1,1 +1,40 @@
-//! The snapshot room.
+//! The snapshot room: what a snapshot *is*. File formats, the nouns that every other room shares, writing, reading,
+//! chains of diffs, merging and verification. `docs/snapshot-format.md` describes every byte.
+//!
+//! The room is a leaf: it imports nothing of the other rooms and knows neither KVM nor tiers. A file it reads is
+//! taken to be hostile: no length, offset or count in it is believed before it was checked against the real file.
+
+mod chain;
+mod container;
+mod error;
+mod files;
+mod ids;
+mod manifest;
+mod memory_check;
+mod merge;
+mod page_map;
+mod page_set;
+mod partial;
+mod plan;
+mod reader;
+mod types;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
+pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container};
+pub use error::{Error, Result};
+pub use ids::{Digest, SnapshotId, TierId};
+pub use manifest::{
+    Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
+};
+pub use memory_check::{BadChunk, VerifyReport};
+pub use merge::{merge, page_digest};
+pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
+pub use page_set::PageSet;
+pub use plan::{PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan};
+pub use reader::Snapshot;
+pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
+pub use writer::{SealInput, Sealed, SnapshotWriter};

@@ -1,0 +1,193 @@
+//! A snapshot with everything it is relative to, and where each page of guest memory comes from.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use super::{Error, Extent, Location, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Result, Snapshot, SnapshotKind};
+
+/// The most layers a chain may have.
+pub const MAX_CHAIN_DEPTH: usize = 64;
+
+/// A tip and its parents down to a full snapshot.
+#[derive(Debug)]
+pub struct Chain {
+    /// Base first; never empty.
+    layers: Vec<Snapshot>,
+}
+
+/// What is in a run of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Zeros.
+    Zero,
+    /// Bytes of a layer's memory file, contiguous for the whole run.
+    Layer(PageSource),
+}
+
+/// A maximal run of pages with contiguous content. Never crosses the end of a range of the layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResolvedRun {
+    /// The pages.
+    pub extent: Extent,
+    /// What is in them.
+    pub content: Content,
+}
+
+impl Chain {
+    /// Opens the snapshot at `tip` and its parents, where the manifests say they are.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::open`]; [`Error::Parent`] around it for a parent; [`Error::WrongParent`],
+    /// [`Error::ParentLoop`], [`Error::ChainTooLong`], [`Error::LayoutMismatch`].
+    pub fn open(tip: &Location) -> Result<Chain> {
+        let mut layers = vec![Snapshot::open(tip)?];
+        let mut seen = HashSet::from([layers[0].id()]);
+        while let Some(child) = layers.last()
+            && let Some(location) = child.parent_location()
+        {
+            if layers.len() == MAX_CHAIN_DEPTH {
+                return Err(Error::ChainTooLong { object: tip.display(), limit: MAX_CHAIN_DEPTH });
+            }
+            let in_child = |source| Error::Parent { child: child.object().to_string(), source: Box::new(source) };
+            let parent = Snapshot::open(&location).map_err(in_child)?;
+            check_pair(child, &parent)?;
+            // The id covers the parent's id, so a loop needs a broken hash or a broken check above.
+            if !seen.insert(parent.id()) {
+                return Err(Error::ParentLoop { object: tip.display() });
+            }
+            layers.push(parent);
+        }
+        layers.reverse();
+        Ok(Chain { layers })
+    }
+
+    /// Opens a chain whose directories are given, base first, whatever their manifests say about locations.
+    ///
+    /// # Errors
+    /// As for [`Chain::open`], and [`Error::NotAChain`] if a directory other than the first is a full snapshot, or
+    /// the first is not.
+    pub fn from_dirs(dirs: &[PathBuf]) -> Result<Chain> {
+        let not_a_chain = |problem: String| Error::NotAChain { problem };
+        if dirs.len() > MAX_CHAIN_DEPTH {
+            return Err(not_a_chain(format!("{} directories are more than {MAX_CHAIN_DEPTH}", dirs.len())));
+        }
+        let mut layers: Vec<Snapshot> = Vec::with_capacity(dirs.len());
+        for dir in dirs {
+            let layer = Snapshot::open(&Location::Dir(dir.clone()))?;
+            let is_full = layer.manifest().kind == SnapshotKind::Full;
+            match layers.last() {
+                None if is_full => {}
+                None => return Err(not_a_chain(format!("{} comes first but is a diff", dir.display()))),
+                Some(_) if is_full => {
+                    return Err(not_a_chain(format!("{} is full but does not come first", dir.display())));
+                }
+                Some(parent) => check_pair(&layer, parent)?,
+            }
+            layers.push(layer);
+        }
+        if layers.is_empty() {
+            return Err(not_a_chain("no directory is given".to_string()));
+        }
+        Ok(Chain { layers })
+    }
+
+    /// The layers, base first. [`PageSource::layer`] is an index into this.
+    pub fn layers(&self) -> &[Snapshot] {
+        &self.layers
+    }
+
+    /// The snapshot the chain was opened for.
+    pub fn tip(&self) -> &Snapshot {
+        // Proven: both constructors refuse to make an empty chain.
+        self.layers.last().expect("a chain has a layer")
+    }
+
+    /// Guest RAM, the same for all layers.
+    pub fn layout(&self) -> &MemoryLayout {
+        self.tip().layout()
+    }
+
+    /// The length of each layer's memory file in bytes, as [`super::RestorePlan::validate`] wants them.
+    pub fn layer_file_lens(&self) -> Vec<u64> {
+        self.layers.iter().map(|layer| layer.layout().file_len()).collect()
+    }
+
+    /// Where every page of guest memory comes from: each page exactly once, ascending, in maximal runs.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::page_map`].
+    pub fn resolve(&self) -> Result<Vec<ResolvedRun>> {
+        let layout = self.layout();
+        let mut rest: PageSet = layout.extents().collect();
+        let mut runs = Vec::new();
+        // From the tip down, each layer decides about the pages that nobody above it has decided.
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            let map = layer.page_map()?;
+            let held = rest.intersection(map.held());
+            push_layer_runs(&mut runs, layout, &held, index);
+            rest.subtract(&held);
+            let zero = rest.intersection(map.zero());
+            push_zero_runs(&mut runs, layout, &zero);
+            rest.subtract(&zero);
+        }
+        push_zero_runs(&mut runs, layout, &rest);
+        runs.sort_unstable_by_key(|run| run.extent.first);
+        Ok(joined(runs, layout))
+    }
+}
+
+/// Whether `parent` is what `child` is relative to.
+fn check_pair(child: &Snapshot, parent: &Snapshot) -> Result<()> {
+    let expected = match &child.manifest().parent {
+        Some(parent) => parent.id,
+        None => return Err(Error::BadParentage { object: child.object().to_string() }),
+    };
+    if parent.id() != expected {
+        let (child, parent_name) = (child.object().to_string(), parent.object().to_string());
+        return Err(Error::WrongParent { child, parent: parent_name, expected, found: parent.id() });
+    }
+    if parent.layout() != child.layout() {
+        return Err(Error::LayoutMismatch { object: child.object().to_string() });
+    }
+    Ok(())
+}
+
+fn push_layer_runs(runs: &mut Vec<ResolvedRun>, layout: &MemoryLayout, held: &PageSet, layer: usize) {
+    for extent in held.runs().flat_map(|run| layout.split(run)) {
+        if let Some(offset) = layout.file_offset(extent.first) {
+            runs.push(ResolvedRun { extent, content: Content::Layer(PageSource { layer, offset }) });
+        }
+    }
+}
+
+fn push_zero_runs(runs: &mut Vec<ResolvedRun>, layout: &MemoryLayout, zero: &PageSet) {
+    let extents = zero.runs().flat_map(|run| layout.split(run));
+    runs.extend(extents.map(|extent| ResolvedRun { extent, content: Content::Zero }));
+}
+
+/// Joins neighbours of one range whose content continues.
+fn joined(runs: Vec<ResolvedRun>, layout: &MemoryLayout) -> Vec<ResolvedRun> {
+    let mut out: Vec<ResolvedRun> = Vec::with_capacity(runs.len());
+    for run in runs {
+        if let Some(last) = out.last_mut()
+            && last.extent.end() == run.extent.first
+            && layout.range_of(last.extent.first) == layout.range_of(run.extent.first)
+            && continues(last, &run)
+        {
+            last.extent.pages += run.extent.pages;
+        } else {
+            out.push(run);
+        }
+    }
+    out
+}
+
+fn continues(a: &ResolvedRun, b: &ResolvedRun) -> bool {
+    match (a.content, b.content) {
+        (Content::Zero, Content::Zero) => true,
+        (Content::Layer(a_from), Content::Layer(b_from)) => {
+            a_from.layer == b_from.layer && a_from.offset + a.extent.pages * PAGE_SIZE == b_from.offset
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,120 @@
+//! What can go wrong with a snapshot, one enum for the room.
+//!
+//! `Display` never contains the source: whoever prints an error walks the chain once.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{Extent, SnapshotId};
+
+/// The result of everything in this room.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, and with which object.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call on a file failed.
+    #[error("Cannot {action} {path}", path = path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    /// A snapshot is immutable: nothing is ever written over one.
+    #[error("{path} already exists; a snapshot directory is never overwritten", path = path.display())]
+    TargetExists { path: PathBuf },
+    /// The target cannot name a snapshot.
+    #[error("{path} cannot be the target of a snapshot: {problem}", path = path.display())]
+    BadTarget { path: PathBuf, problem: &'static str },
+    /// A directory without a manifest: its writer did not finish, or it is something else.
+    #[error("{path} is not sealed: it has no manifest.json, so its writer never finished or it is not a snapshot", path = path.display())]
+    NotSealed { path: PathBuf },
+    /// A name that should be a regular file is something else.
+    #[error("{path} is not a regular file", path = path.display())]
+    NotAFile { path: PathBuf },
+    /// A file is larger than anything a writer of this format produces.
+    #[error("{object} has {len} bytes, more than the limit of {limit}")]
+    TooLarge { object: String, len: u64, limit: u64 },
+    /// A file ends before its format says.
+    #[error("{object} is truncated: it has {have} bytes, {need} are needed")]
+    Truncated { object: String, have: u64, need: u64 },
+    /// The first eight bytes are not a tvmm container's.
+    #[error("{object} is not a tvmm snapshot file (wrong magic)")]
+    BadMagic { object: String },
+    /// A stored checksum does not match the bytes.
+    #[error(
+        "{object} is damaged: the checksum of its {part} is {stored:#010x} in the file but {computed:#010x} over the bytes"
+    )]
+    Checksum { object: String, part: String, stored: u32, computed: u32 },
+    /// A BLAKE3 digest in the manifest does not match the content.
+    #[error("{object} does not belong to its manifest: the digest of its {part} differs")]
+    DigestMismatch { object: String, part: &'static str },
+    /// Written by a later tvmm in a format that this build cannot read.
+    #[error("{object} was written by tvmm {writer} in format {format}, this build reads {reads}")]
+    FutureFormat { object: String, writer: String, format: String, reads: String },
+    /// The bytes contradict the format.
+    #[error("{object} is malformed: {problem}")]
+    Malformed { object: String, problem: String },
+    /// JSON that is not a manifest.
+    #[error("The manifest of {object} cannot be read")]
+    ManifestJson { object: String, source: serde_json::Error },
+    /// A value cannot be written as JSON (in practice: a path that is not UTF-8).
+    #[error("The manifest of {object} cannot be written")]
+    ManifestEncode { object: String, source: serde_json::Error },
+    /// The manifest was edited after it was written.
+    #[error("{object} claims to be snapshot {claimed} but its content makes it {computed}")]
+    IdMismatch { object: String, claimed: SnapshotId, computed: SnapshotId },
+    /// A section that the consumer needs is not there.
+    #[error("{object} has no section {kind} instance {instance}")]
+    MissingSection { object: String, kind: u32, instance: u32 },
+    /// The caller gave sections that cannot be written.
+    #[error("Section {kind} instance {instance} cannot be written: {problem}")]
+    BadSection { kind: u32, instance: u32, problem: &'static str },
+    /// Guest memory ranges that tvmm does not accept.
+    #[error("The guest memory layout is invalid: {problem}")]
+    BadLayout { problem: String },
+    /// Text that is not an identifier.
+    #[error("{text:?} is not a snapshot identifier or digest (64 lower-case hexadecimal digits)")]
+    BadDigestText { text: String },
+    /// A set of pages that is not canonical roaring.
+    #[error("A page set cannot be decoded: {problem}")]
+    PageSet { problem: String },
+    /// The writer was used wrongly, for example with pages out of order.
+    #[error("Pages [{first:#x}, {end:#x}) cannot be written: {problem}", first = extent.first.0, end = extent.end().0)]
+    BadRun { extent: Extent, problem: &'static str },
+    /// Chunks of memory that are not what was written.
+    #[error("{object} has {bad} damaged chunks of memory, the first at guest-physical {gpa:#x}, {bytes} bytes long", gpa = first.gpa(), bytes = first.bytes())]
+    BadMemory { object: String, bad: u64, first: Extent },
+    /// A full snapshot with a parent, or a diff without.
+    #[error("{object}: a full snapshot has no parent and a diff has exactly one")]
+    BadParentage { object: String },
+    /// The directory a diff points to holds another snapshot.
+    #[error("{child} needs parent {expected}, but {parent} is {found}")]
+    WrongParent { child: String, parent: String, expected: SnapshotId, found: SnapshotId },
+    /// The parent of a diff cannot be opened.
+    #[error("The parent of {child} cannot be opened")]
+    Parent { child: String, source: Box<Error> },
+    /// Parents that lead back to a child.
+    #[error("The parents of {object} form a loop")]
+    ParentLoop { object: String },
+    /// More layers than anyone needs.
+    #[error("{object} has more than {limit} layers; merge it")]
+    ChainTooLong { object: String, limit: usize },
+    /// Snapshots given in an order in which they are no chain.
+    #[error("The snapshots given are not a chain: {problem}")]
+    NotAChain { problem: String },
+    /// Parent and child describe different guest memory.
+    #[error("{object} and its parent have different guest memory layouts")]
+    LayoutMismatch { object: String },
+    /// A plan that does not place every page exactly once.
+    #[error("The restore plan of policy {policy} is invalid: {problem}")]
+    BadPlan { policy: String, problem: String },
+}
+
+impl Error {
+    /// Adapts an `io::Error`: `map_err(Error::io("read", path))`.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| Error::Io { action, path, source }
+    }
+
+    pub(crate) fn malformed(object: &str, problem: impl Into<String>) -> Error {
+        Error::Malformed { object: object.to_string(), problem: problem.into() }
+    }
+}

@@ -1,0 +1,92 @@
+//! Small file helpers that put the path into the error and bound what they read.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Advice, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::{Error, Result};
+
+/// Opens a regular file for reading and gives its length in bytes.
+///
+/// Never blocks: a FIFO put where a file is expected is refused, not waited for.
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let flags = OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(Error::io("open", path))?;
+    let metadata = file.metadata().map_err(Error::io("stat", path))?;
+    if !metadata.is_file() {
+        return Err(Error::NotAFile { path: path.to_path_buf() });
+    }
+    Ok((file, metadata.len()))
+}
+
+/// The whole content of a regular file of at most `limit` bytes.
+pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let (file, len) = open_regular(path)?;
+    let too_large = |len| Err(Error::TooLarge { object: path.display().to_string(), len, limit });
+    if len > limit {
+        return too_large(len);
+    }
+    // One byte more than the file has, so that a single read sees the end.
+    let mut bytes = Vec::with_capacity(len as usize + 1);
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    if bytes.len() as u64 > limit {
+        return too_large(bytes.len() as u64);
+    }
+    Ok(bytes)
+}
+
+/// Writes a new file and makes it durable.
+pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = create_new(path)?;
+    file.write_all(bytes).map_err(Error::io("write", path))?;
+    file.sync_all().map_err(Error::io("sync", path))
+}
+
+/// Creates a file that must not exist yet, for reading and writing.
+pub(crate) fn create_new(path: &Path) -> Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(Error::io("create", path))
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io("sync the directory", path))
+}
+
+/// Drops a clean file from the page cache.
+pub(crate) fn evict(file: &File, path: &Path) -> Result<()> {
+    rustix::fs::fadvise(file, 0, None, Advice::DontNeed).map_err(|errno| Error::Io {
+        action: "evict from the page cache",
+        path: path.to_path_buf(),
+        source: errno.into(),
+    })
+}
+
+/// Renames a directory to a name that must be free.
+pub(crate) fn rename_dir_to_free_name(from: &Path, to: &Path) -> Result<()> {
+    let cwd = rustix::fs::CWD;
+    match rustix::fs::renameat_with(cwd, from, cwd, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(Errno::EXIST) => Err(Error::TargetExists { path: to.to_path_buf() }),
+        // A file system without NOREPLACE. Plain rename replaces nothing but an empty directory, and `to` was not
+        // there when the writer was created.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            if to.symlink_metadata().is_ok() {
+                return Err(Error::TargetExists { path: to.to_path_buf() });
+            }
+            std::fs::rename(from, to).map_err(Error::io("rename a finished snapshot to", to))
+        }
+        Err(errno) => Err(Error::io("rename a finished snapshot to", to)(errno.into())),
+    }
+}
+
+/// The directory that holds `path`; `.` for a bare name.
+pub(crate) fn parent_dir(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}

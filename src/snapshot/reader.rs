@@ -1,0 +1,262 @@
+//! Opens a snapshot.
+//!
+//! Restore latency is spent here: `open` reads manifest and state, verifies both, opens the memory file and stops.
+//! The page map is read when it is asked for, the memory is verified when it is asked for.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use super::container::{Section, SectionInfo, SectionKind, container_len_of};
+use super::manifest::{MANIFEST_FILE, PAGES_FILE, STATE_FILE};
+use super::memory_check::{MemoryFile, Progress, VerifyReport};
+use super::{Container, Digest, Error, Location, Manifest, MemoryLayout, PageMap, Result, SnapshotId, files};
+
+/// The largest manifest, in bytes.
+const MANIFEST_LIMIT: u64 = 4 << 20;
+/// The largest state, in bytes.
+pub(crate) const STATE_LIMIT: u64 = 64 << 20;
+/// The largest page map, in bytes: enough for 2 TiB of guest memory in the worst case of fragmentation.
+pub(crate) const PAGES_LIMIT: u64 = 256 << 20;
+/// The largest snapshot file of the two-file form, in bytes.
+pub(crate) const SNAPSHOT_FILE_LIMIT: u64 = MANIFEST_LIMIT + STATE_LIMIT + PAGES_LIMIT;
+
+const PAGE_KINDS: [SectionKind; 3] = [SectionKind::PagesHeld, SectionKind::PagesZero, SectionKind::ChunkChecksums];
+
+/// An open snapshot: manifest and state verified, memory file open and of the right length.
+#[derive(Debug)]
+pub struct Snapshot {
+    location: Location,
+    object: String,
+    manifest: Manifest,
+    container: Container,
+    /// The state sections of the container; in the two-file form it has others too.
+    state: Vec<SectionInfo>,
+    memory: File,
+    memory_path: PathBuf,
+    page_map: OnceLock<PageMap>,
+}
+
+impl Snapshot {
+    /// Opens the snapshot at a location.
+    ///
+    /// # Errors
+    /// [`Error::NotSealed`] for a directory without a manifest; any of the errors of [`Container::parse`],
+    /// [`Error::ManifestJson`], [`Error::IdMismatch`], [`Error::DigestMismatch`], [`Error::Malformed`] for files that
+    /// are not what was written; [`Error::Io`].
+    pub fn open(location: &Location) -> Result<Snapshot> {
+        let object = location.display();
+        let (manifest, container) = match location {
+            Location::Dir(dir) => open_dir(dir, &object)?,
+            Location::Files { snapshot, .. } => open_file(snapshot, &object)?,
+        };
+        let state: Vec<_> = container.sections().iter().filter(|info| !info.kind.is_reserved()).cloned().collect();
+        if state_len(&state) != manifest.sizes.vmstate {
+            return Err(Error::malformed(&object, "its state has another size than its manifest says"));
+        }
+        if digest_of(&container, &state)? != manifest.digests.vmstate {
+            return Err(Error::DigestMismatch { object, part: "state" });
+        }
+        let memory_path = location.memory_path();
+        let (memory, memory_len) = files::open_regular(&memory_path)?;
+        let need = manifest.layout.file_len();
+        if memory_len < need {
+            let object = memory_path.display().to_string();
+            return Err(Error::Truncated { object, have: memory_len, need });
+        }
+        if memory_len > need {
+            let problem = format!("it has {memory_len} bytes, its manifest says {need}");
+            return Err(Error::malformed(&memory_path.display().to_string(), problem));
+        }
+        let location = location.clone();
+        let page_map = OnceLock::new();
+        Ok(Snapshot { location, object, manifest, container, state, memory, memory_path, page_map })
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The snapshot's identity.
+    pub fn id(&self) -> SnapshotId {
+        self.manifest.id
+    }
+
+    /// Guest RAM.
+    pub fn layout(&self) -> &MemoryLayout {
+        &self.manifest.layout
+    }
+
+    /// Where the snapshot was opened.
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// Where the parent of a diff should be: the manifest's location, seen from where this snapshot is now.
+    pub fn parent_location(&self) -> Option<Location> {
+        let parent = self.manifest.parent.as_ref()?;
+        Some(parent.location.resolve(&self.location.base_dir()))
+    }
+
+    /// What the snapshot is called in errors.
+    pub fn object(&self) -> &str {
+        &self.object
+    }
+
+    /// The payload of a state section.
+    ///
+    /// # Errors
+    /// [`Error::MissingSection`], [`Error::Checksum`].
+    pub fn section(&self, kind: SectionKind, instance: u32) -> Result<&[u8]> {
+        self.container.payload(self.section_info(kind, instance)?)
+    }
+
+    /// Kind, instance, version and length of a state section.
+    ///
+    /// # Errors
+    /// [`Error::MissingSection`].
+    pub fn section_info(&self, kind: SectionKind, instance: u32) -> Result<&SectionInfo> {
+        let number = kind.number();
+        let found = self.state.iter().find(|info| info.kind.number() == number && info.instance == instance);
+        found.ok_or_else(|| Error::MissingSection { object: self.object.clone(), kind: number, instance })
+    }
+
+    /// All state sections in file order. The consumer refuses those it does not know.
+    pub fn sections(&self) -> &[SectionInfo] {
+        &self.state
+    }
+
+    /// Copies of all state sections, as another snapshot's writer takes them.
+    ///
+    /// # Errors
+    /// [`Error::Checksum`].
+    pub fn copy_state(&self) -> Result<Vec<Section>> {
+        self.container.copy_sections(|kind| !kind.is_reserved())
+    }
+
+    /// The memory file, open for reading.
+    pub fn memory(&self) -> &File {
+        &self.memory
+    }
+
+    /// The path of the memory file.
+    pub fn memory_path(&self) -> &Path {
+        &self.memory_path
+    }
+
+    /// The page map; read and verified at the first call.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::open`], and [`Error::PageSet`].
+    pub fn page_map(&self) -> Result<&PageMap> {
+        if let Some(map) = self.page_map.get() {
+            return Ok(map);
+        }
+        let map = match &self.location {
+            Location::Dir(dir) => self.read_page_map(&Container::read(&dir.join(PAGES_FILE), PAGES_LIMIT)?)?,
+            Location::Files { .. } => self.read_page_map(&self.container)?,
+        };
+        Ok(self.page_map.get_or_init(|| map))
+    }
+
+    fn read_page_map(&self, container: &Container) -> Result<PageMap> {
+        let manifest = &self.manifest;
+        let object = || container.object().to_string();
+        let of_pages = |info: &&SectionInfo| PAGE_KINDS.contains(&info.kind);
+        let infos: Vec<_> = container.sections().iter().filter(of_pages).cloned().collect();
+        let alone = matches!(self.location, Location::Dir(_));
+        if infos.len() != PAGE_KINDS.len() || (alone && container.sections().len() != infos.len()) {
+            return Err(Error::malformed(container.object(), "it does not have exactly the three page sections"));
+        }
+        if state_len(&infos) != manifest.sizes.pages {
+            return Err(Error::malformed(container.object(), "its page map has another size than its manifest says"));
+        }
+        if digest_of(container, &infos)? != manifest.digests.pages {
+            return Err(Error::DigestMismatch { object: object(), part: "page map" });
+        }
+        let map = PageMap::from_container(container, &manifest.layout, manifest.kind)?;
+        if (map.held().len(), map.zero().len()) != (manifest.pages_held, manifest.pages_zero) {
+            return Err(Error::malformed(container.object(), "it has another number of pages than its manifest says"));
+        }
+        Ok(map)
+    }
+
+    /// Verifies what `open` did not: the page map, and every held page against its checksum. `progress` gets bytes
+    /// done and bytes to do.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::page_map`]. Damaged memory is no error here but part of the report.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        let total = self.page_map()?.held().len() * super::PAGE_SIZE;
+        self.verify_with(&mut Progress { done: 0, total, report: progress })
+    }
+
+    pub(crate) fn verify_with(&self, progress: &mut Progress<'_>) -> Result<VerifyReport> {
+        self.memory_file().verify(self.page_map()?, progress)
+    }
+
+    pub(crate) fn memory_file(&self) -> MemoryFile<'_> {
+        MemoryFile { file: &self.memory, path: &self.memory_path, layout: &self.manifest.layout }
+    }
+}
+
+fn open_dir(dir: &Path, object: &str) -> Result<(Manifest, Container)> {
+    let json = match files::read_limited(&dir.join(MANIFEST_FILE), MANIFEST_LIMIT) {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && dir.is_dir() => {
+            return Err(Error::NotSealed { path: dir.to_path_buf() });
+        }
+        other => other?,
+    };
+    let manifest = Manifest::parse(object, &json)?;
+    let container = Container::read(&dir.join(STATE_FILE), STATE_LIMIT)?;
+    if container.sections().iter().any(|info| info.kind.is_reserved()) {
+        return Err(Error::malformed(container.object(), "it has sections that do not belong into a state"));
+    }
+    Ok((manifest, container))
+}
+
+fn open_file(snapshot: &Path, object: &str) -> Result<(Manifest, Container)> {
+    let container = Container::read(snapshot, SNAPSHOT_FILE_LIMIT)?;
+    let manifest = Manifest::parse(object, container.section(SectionKind::Manifest, 0)?)?;
+    let known = |info: &SectionInfo| {
+        !info.kind.is_reserved()
+            || (info.instance == 0 && (info.kind == SectionKind::Manifest || PAGE_KINDS.contains(&info.kind)))
+    };
+    if !container.sections().iter().all(known) {
+        return Err(Error::malformed(object, "it has a section of a reserved kind that this build does not know"));
+    }
+    Ok((manifest, container))
+}
+
+/// The length of a container with just these sections.
+fn state_len(infos: &[SectionInfo]) -> u64 {
+    container_len_of(infos.iter().map(SectionInfo::len))
+}
+
+/// The digest of sections about to be written, see [`super::Digests`].
+pub(crate) fn section_digest(sections: &[Section]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    for section in sections {
+        hash_section(&mut hasher, [section.kind.number(), section.instance, section.version], &section.payload);
+    }
+    Digest(*hasher.finalize().as_bytes())
+}
+
+/// The digest of sections that a container has.
+fn digest_of(container: &Container, infos: &[SectionInfo]) -> Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    for info in infos {
+        hash_section(&mut hasher, [info.kind.number(), info.instance, info.version], container.payload(info)?);
+    }
+    Ok(Digest(*hasher.finalize().as_bytes()))
+}
+
+fn hash_section(hasher: &mut blake3::Hasher, head: [u32; 3], payload: &[u8]) {
+    head.iter().for_each(|field| {
+        hasher.update(&field.to_le_bytes());
+    });
+    hasher.update(&(payload.len() as u64).to_le_bytes());
+    hasher.update(payload);
+}

@@ -1,0 +1,335 @@
+//! Writes a snapshot beside its final name and moves it into place when it is complete, durable and proven.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::container::{self, Section, SectionKind, write_container};
+use super::manifest::{MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
+use super::memory_check::{MemoryFile, Progress};
+use super::page_map::{ChunkHasher, PageMap};
+use super::partial::Partial;
+use super::reader::{PAGES_LIMIT, SNAPSHOT_FILE_LIMIT, STATE_LIMIT, section_digest};
+use super::{
+    Digests, Error, Extent, FORMAT_MAJOR, FileSizes, Gfn, HostFacts, Location, MachineFacts, Manifest, MemoryLayout,
+    PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, files,
+};
+
+/// How much is written and then checksummed at once: large against the cost of a system call, small against a cache.
+const WRITE_PIECE: usize = 512 << 10;
+
+/// A snapshot being written. Dropping it without [`seal`](SnapshotWriter::seal) leaves nothing behind.
+#[derive(Debug)]
+pub struct SnapshotWriter {
+    target: Location,
+    layout: MemoryLayout,
+    kind: SnapshotKind,
+    parent: Option<Parent>,
+    work: Work,
+    memory: File,
+    /// The first page that may still be written.
+    next: Gfn,
+    held: PageSet,
+    zero: PageSet,
+    hasher: ChunkHasher,
+}
+
+/// The work directories: one for the directory form, one beside each file for the two-file form.
+#[derive(Debug)]
+struct Work {
+    memory_dir: Partial,
+    snapshot_dir: Option<Partial>,
+}
+
+impl Work {
+    fn memory_path(&self) -> PathBuf {
+        self.memory_dir.path().join(MEMORY_FILE)
+    }
+}
+
+/// What a snapshot consists of besides guest memory.
+#[derive(Clone, Debug)]
+pub struct SealInput {
+    /// The sections of the VM's state, in the order in which they are to be stored.
+    pub state: Vec<Section>,
+    /// The host the VM ran on.
+    pub host: HostFacts,
+    /// The size of the machine.
+    pub machine: MachineFacts,
+}
+
+/// A finished snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// Its identity.
+    pub id: SnapshotId,
+    /// Where it is.
+    pub location: Location,
+    /// Pages in the memory file.
+    pub pages_held: u64,
+    /// Pages a diff knows to be zero; 0 for a full snapshot.
+    pub pages_zero: u64,
+    /// Bytes that all its files occupy.
+    pub bytes_on_disk: u64,
+}
+
+impl SnapshotWriter {
+    /// Prepares to write a snapshot to `target`. A directory must not exist yet; the two files of the other form may,
+    /// and are replaced when the snapshot is sealed.
+    ///
+    /// Also removes what writers of the same target that died left behind.
+    ///
+    /// # Errors
+    /// [`Error::TargetExists`], [`Error::BadTarget`], [`Error::BadParentage`] (a diff needs a parent, a full snapshot
+    /// has none), [`Error::Io`].
+    pub fn create(
+        target: Location,
+        layout: MemoryLayout,
+        kind: SnapshotKind,
+        parent: Option<Parent>,
+    ) -> Result<SnapshotWriter> {
+        if parent.is_some() != (kind == SnapshotKind::Diff) {
+            return Err(Error::BadParentage { object: target.display() });
+        }
+        check_target(&target, parent.as_ref())?;
+        let work = match &target {
+            Location::Dir(dir) => Work { memory_dir: Partial::create(dir)?, snapshot_dir: None },
+            Location::Files { snapshot, memory } => {
+                Work { memory_dir: Partial::create(memory)?, snapshot_dir: Some(Partial::create(snapshot)?) }
+            }
+        };
+        let path = work.memory_path();
+        let memory = files::create_new(&path)?;
+        memory.set_len(layout.file_len()).map_err(Error::io("set the length of", &path))?;
+        Ok(SnapshotWriter {
+            target,
+            layout,
+            kind,
+            parent,
+            work,
+            memory,
+            next: Gfn(0),
+            held: PageSet::new(),
+            zero: PageSet::new(),
+            hasher: ChunkHasher::new(),
+        })
+    }
+
+    /// Writes the bytes of the pages from `first` on; the layer then holds these pages. Meant to be called while the
+    /// VM is paused, with runs as long as possible: it costs the copy into the page cache and a checksum, no more.
+    ///
+    /// # Errors
+    /// [`Error::BadRun`] if the bytes are not whole pages, cross the end of a range, come before a page that was
+    /// already written, or were marked zero. [`Error::Io`] from the write, for example when the disk is full.
+    pub fn write_run(&mut self, first: Gfn, bytes: &[u8]) -> Result<()> {
+        let len = bytes.len() as u64;
+        let run = Extent { first, pages: len / PAGE_SIZE };
+        let bad = |problem| Err(Error::BadRun { extent: run, problem });
+        if !len.is_multiple_of(PAGE_SIZE) || !self.layout.contains(run) {
+            return bad("they are not whole pages of one range of guest memory");
+        }
+        if first < self.next {
+            return bad("pages must be written in ascending order, each once");
+        }
+        if self.zero.len_in(run) > 0 {
+            return bad("some of them were marked zero");
+        }
+        // Proven by `contains`: every page of the layout has an offset.
+        let mut offset = self.layout.file_offset(first).unwrap_or_default();
+        let mut at = first;
+        for piece in bytes.chunks(WRITE_PIECE) {
+            if let Err(source) = self.memory.write_all_at(piece, offset) {
+                return Err(Error::Io { action: "write", path: self.work.memory_path(), source });
+            }
+            // Right after the write, while the piece is in the CPU's cache.
+            self.hasher.update(at, piece);
+            let written = Extent { first: at, pages: piece.len() as u64 / PAGE_SIZE };
+            self.held.insert_run(written);
+            at = written.end();
+            self.next = at;
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Says that pages are zero (and not the parent's). For diffs only; a full snapshot's other pages are zero anyway.
+    ///
+    /// # Errors
+    /// [`Error::BadRun`] for a full snapshot, for pages outside guest memory and for pages that were written.
+    pub fn mark_zero(&mut self, extent: Extent) -> Result<()> {
+        let bad = |problem| Err(Error::BadRun { extent, problem });
+        if self.kind == SnapshotKind::Full {
+            return bad("a full snapshot does not list zero pages");
+        }
+        if !self.layout.contains(extent) {
+            return bad("they are not within one range of guest memory");
+        }
+        if self.held.len_in(extent) > 0 {
+            return bad("some of them were written");
+        }
+        self.zero.insert_run(extent);
+        Ok(())
+    }
+
+    /// Completes the snapshot: writes state, page map and manifest, makes everything durable, reads the memory back
+    /// from the disk and compares it (which also leaves it in the page cache in large folios), and moves the snapshot
+    /// to its name. The VM need not be paused for any of it.
+    ///
+    /// # Errors
+    /// [`Error::BadSection`], [`Error::TooLarge`], [`Error::BadMemory`] (the disk did not keep what was written),
+    /// [`Error::TargetExists`], [`Error::Io`]. Nothing is left under the final name then.
+    pub fn seal(self, input: SealInput) -> Result<Sealed> {
+        container::check_sections(&input.state)?;
+        let object = self.target.display();
+        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, hasher, .. } = self;
+        let checksums = hasher.finish().into_iter().map(|(_, crc)| crc).collect();
+        let map = PageMap::new(&layout, held, zero, checksums).map_err(|p| Error::malformed(&object, p))?;
+        let pages = map.to_sections();
+        let sizes = FileSizes {
+            vmstate: container::container_len(&input.state),
+            pages: container::container_len(&pages),
+            memory: layout.file_len(),
+        };
+        check_size(&object, sizes.vmstate, STATE_LIMIT)?;
+        check_size(&object, sizes.pages, PAGES_LIMIT)?;
+        let base = target.base_dir();
+        let parent = parent.map(|p| Parent { id: p.id, location: p.location.relative_to(&base) });
+        let mut manifest = Manifest {
+            format: u32::from(FORMAT_MAJOR),
+            id: SnapshotId::default(),
+            kind,
+            tvmm_version: env!("CARGO_PKG_VERSION").to_string(),
+            created_unix_ms: now_unix_ms(),
+            parent,
+            pages_held: map.held().len(),
+            pages_zero: map.zero().len(),
+            machine: input.machine,
+            host: input.host,
+            digests: Digests { vmstate: section_digest(&input.state), pages: section_digest(&pages) },
+            sizes,
+            layout,
+        };
+        manifest.id = manifest.compute_id(&object)?;
+        let memory = MemoryFile { file: &memory, path: &work.memory_path(), layout: &manifest.layout };
+        let bytes_on_disk = match &target {
+            Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages], (memory, &map))?,
+            Location::Files { .. } => seal_files(&target, work, &manifest, [input.state, pages], (memory, &map))?,
+        };
+        let Manifest { id, pages_held, pages_zero, .. } = manifest;
+        Ok(Sealed { id, location: target, pages_held, pages_zero, bytes_on_disk })
+    }
+}
+
+/// Refuses targets that would overwrite a snapshot, or one half of themselves.
+fn check_target(target: &Location, parent: Option<&Parent>) -> Result<()> {
+    let bad = |path: &Path, problem| Err(Error::BadTarget { path: path.to_path_buf(), problem });
+    match target {
+        Location::Dir(dir) if dir.symlink_metadata().is_ok() => Err(Error::TargetExists { path: dir.clone() }),
+        Location::Dir(_) => Ok(()),
+        Location::Files { snapshot, memory } => {
+            if canonical(snapshot) == canonical(memory) {
+                return bad(snapshot, "it is given for both the snapshot and the memory");
+            }
+            for path in [snapshot, memory] {
+                if path.is_dir() {
+                    return bad(path, "it is a directory");
+                }
+                if parent.is_some_and(|parent| uses_file(&parent.location, path)) {
+                    return bad(path, "it is a file of the snapshot's own parent");
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Whether a snapshot at `location` has `path` as one of its files.
+pub(crate) fn uses_file(location: &Location, path: &Path) -> bool {
+    let path = canonical(path);
+    match location {
+        Location::Dir(dir) => path.parent().is_some_and(|parent| parent == canonical(dir)),
+        Location::Files { snapshot, memory } => path == canonical(snapshot) || path == canonical(memory),
+    }
+}
+
+fn check_size(object: &str, len: u64, limit: u64) -> Result<()> {
+    if len > limit {
+        return Err(Error::TooLarge { object: object.to_string(), len, limit });
+    }
+    Ok(())
+}
+
+fn now_unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// Makes the memory durable, then reads it from the disk and not from the page cache that it was just written to.
+fn prove_memory(memory: MemoryFile<'_>, map: &PageMap) -> Result<()> {
+    memory.file.sync_all().map_err(Error::io("sync", memory.path))?;
+    files::evict(memory.file, memory.path)?;
+    let mut progress = Progress { done: 0, total: 0, report: &mut |_, _| {} };
+    memory.verify(map, &mut progress)?.into_result(&memory.path.display().to_string())?;
+    Ok(())
+}
+
+fn seal_dir(
+    dir: &Path,
+    work: Work,
+    manifest: &Manifest,
+    sections: [&[Section]; 2],
+    (memory, map): (MemoryFile<'_>, &PageMap),
+) -> Result<u64> {
+    let from = work.memory_dir.path().to_path_buf();
+    let [state, pages] = sections;
+    files::write_durably(&from.join(STATE_FILE), &write_container(state))?;
+    files::write_durably(&from.join(PAGES_FILE), &write_container(pages))?;
+    prove_memory(memory, map)?;
+    files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
+    files::sync_dir(&from)?;
+    let names = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
+    let bytes_on_disk = names.iter().map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
+    files::rename_dir_to_free_name(&from, dir)?;
+    work.memory_dir.keep();
+    files::sync_dir(&files::parent_dir(dir))?;
+    Ok(bytes_on_disk)
+}
+
+/// The snapshot file is the commit point. An old one is removed before its memory is replaced: a crash in between
+/// leaves no snapshot, never one with another's memory.
+fn seal_files(
+    target: &Location,
+    work: Work,
+    manifest: &Manifest,
+    sections: [Vec<Section>; 2],
+    (memory, map): (MemoryFile<'_>, &PageMap),
+) -> Result<u64> {
+    let Location::Files { snapshot: snapshot_to, memory: memory_to } = target else { return Ok(0) };
+    let Some(snapshot_dir) = &work.snapshot_dir else { return Ok(0) };
+    let json = manifest.to_json(&snapshot_to.display().to_string())?;
+    let mut all = vec![Section { kind: SectionKind::Manifest, instance: 0, version: 1, payload: json }];
+    all.extend(sections.into_iter().flatten());
+    check_size(&snapshot_to.display().to_string(), container::container_len(&all), SNAPSHOT_FILE_LIMIT)?;
+    let snapshot_from = snapshot_dir.path().join("snapshot");
+    files::write_durably(&snapshot_from, &write_container(&all))?;
+    prove_memory(memory, map)?;
+    let bytes_on_disk = occupied(&snapshot_from)? + occupied(memory.path)?;
+    match fs::remove_file(snapshot_to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", snapshot_to)(error))?,
+        Ok(()) => files::sync_dir(&files::parent_dir(snapshot_to))?,
+        Err(_) => {}
+    }
+    for (from, to) in [(memory.path, memory_to), (snapshot_from.as_path(), snapshot_to)] {
+        fs::rename(from, to).map_err(Error::io("rename a finished file to", to))?;
+        files::sync_dir(&files::parent_dir(to))?;
+    }
+    Ok(bytes_on_disk)
+}
+
+/// Bytes a file occupies, holes not counted.
+fn occupied(path: &Path) -> Result<u64> {
+    let metadata = fs::metadata(path).map_err(Error::io("stat", path))?;
+    // st_blocks counts 512 bytes whatever the file system's block size.
+    Ok(metadata.blocks() * 512)
+}
