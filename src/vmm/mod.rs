@@ -1,1 +1,3 @@
 //! The vmm room.
+
+pub mod config;
