@@ -1,3 +1,4 @@
 //! The vmm room.
 
 pub mod config;
+pub mod control;
