@@ -1,1 +1,5 @@
-fn main(){}
+//! The `tvmm` binary. Everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    tvmm::cli::main()
+}

@@ -1,1 +1,116 @@
-//! The cli room.
+//! The command line: arguments, progress, exit codes, and printing an error's chain once.
+
+mod bench;
+mod guest;
+mod inspect;
+mod merge;
+mod report;
+mod snapshot;
+mod vm;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// A microVM monitor with tiered snapshot restore built in.
+///
+/// Without a command: boots the machine of --config, or waits on --api-sock to be told what to do.
+#[derive(Debug, Parser)]
+#[command(name = "tvmm", version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    boot: BootArgs,
+}
+
+#[derive(Debug, Args)]
+struct BootArgs {
+    /// The machine to boot: JSON in Firecracker's --config-file schema
+    #[arg(long, alias = "config-file", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    session: SessionArgs,
+}
+
+/// What boot and restore have in common.
+#[derive(Debug, Args)]
+struct SessionArgs {
+    /// Serve Firecracker's HTTP API on this Unix socket
+    #[arg(long, value_name = "PATH")]
+    api_sock: Option<PathBuf>,
+    /// The name of this instance, as the API tells it
+    #[arg(long, default_value = "anonymous-instance", value_name = "ID")]
+    id: String,
+    /// Run one function of the guest (`name key=value…`), print its answer, and end
+    #[arg(long, value_name = "FUNCTION")]
+    run: Option<String>,
+    /// How long --run waits for the answer
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    run_timeout: u64,
+    /// Write where the time went, and what the VM cost, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// When the process was spawned, in µs of CLOCK_MONOTONIC; without it, CPU time since the fork stands in
+    #[arg(long, value_name = "US")]
+    start_time_us: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Snapshot a running VM, or merge snapshots
+    Snapshot(snapshot::SnapshotArgs),
+    /// Restore a VM from a snapshot
+    Restore(vm::RestoreArgs),
+    /// Show what a snapshot is, and verify it
+    Inspect(inspect::InspectArgs),
+    /// Write the built-in guest kernel: an ELF that any VMM can boot
+    Guest(guest::GuestArgs),
+    /// Measure
+    Bench(bench::BenchArgs),
+}
+
+/// Any room's error on its way to the user.
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// What the user asked for cannot be had, in one sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refusal(String);
+
+fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
+    Err(Box::new(Refusal(what.into())))
+}
+
+/// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
+        Some(Command::Restore(args)) => vm::restore(&args),
+        Some(Command::Snapshot(args)) => snapshot::run(&args),
+        Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Guest(args)) => guest::run(&args),
+        Some(Command::Bench(args)) => bench::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("tvmm: {}", chain(error.as_ref()));
+        ExitCode::FAILURE
+    })
+}
+
+/// An error and its causes in one line, each said once.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let sentence = error.to_string();
+        if !text.ends_with(&sentence) {
+            text = format!("{}: {sentence}", text.trim_end_matches('.'));
+        }
+        cause = error.source();
+    }
+    text
+}

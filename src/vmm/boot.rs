@@ -116,8 +116,8 @@ fn write_linux64(args: &str, ram: &GuestRam) -> Result<(), Error> {
     params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = args.len() as u32 + 1;
-    for (entry, (addr, size, type_)) in params.e820_table.iter_mut().zip(e820(ram.layout())) {
-        *entry = bootparam::boot_e820_entry { addr, size, type_ };
+    for (entry, (addr, size, r#type)) in params.e820_table.iter_mut().zip(e820(ram.layout())) {
+        *entry = bootparam::boot_e820_entry { addr, size, r#type };
         params.e820_entries += 1;
     }
     let boot_params = BootParams::new(&params, GuestAddress(layout::ZERO_PAGE));

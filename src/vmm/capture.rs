@@ -11,7 +11,7 @@ use super::host;
 use super::machine::{Core, Machine, Paused};
 use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
-use super::sys::{dirty_log, page_cache, pagemap::Pagemap};
+use super::sys::{dirty_log, pagemap::Pagemap};
 use crate::snapshot::{
     Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section, SectionKind,
     SnapshotKind, SnapshotWriter,
@@ -30,14 +30,14 @@ pub struct Captured {
 impl Captured {
     /// Makes the snapshot final: everything on disk, verified, under its name.
     pub fn seal(self) -> Result<Sealed, Error> {
-        let input = SealInput { state: self.state, host: self.host, machine: self.machine, evict: page_cache::evict };
+        let input = SealInput { state: self.state, host: self.host, machine: self.machine };
         Ok(self.writer.seal(input)?)
     }
 }
 
 impl Machine<Paused> {
     /// Writes the machine's memory to `target` and reads its state. Afterwards the machine may run on; call
-    /// [`seal_done`](Self::sealed) with the outcome of [`Captured::seal`].
+    /// [`seal_finished`](Self::seal_finished) with the outcome of [`Captured::seal`].
     pub fn capture(&mut self, target: Location, kind: SnapshotKind) -> Result<Captured, Error> {
         let start = Instant::now();
         if self.core.lineage.is_sealing() {
@@ -77,15 +77,15 @@ impl Machine<Paused> {
     fn save_state(&self) -> Result<Vec<Section>, Error> {
         let core = &self.core;
         let indices = state::msr_indices(&core.kvm)?;
-        let mut sections = vec![state::section(SectionKind::MACHINE, 0, &core.machine_state())?];
+        let mut sections = vec![state::section(SectionKind::Machine, 0, &core.machine_state())?];
         for thread in &self.state.threads {
             let vcpu = thread.vcpu();
             let saved = VcpuState::save(&vcpu.fd, vcpu.index, &indices)?;
-            sections.push(state::section(SectionKind::VCPU, u32::from(vcpu.index), &saved)?);
+            sections.push(state::section(SectionKind::Vcpu, u32::from(vcpu.index), &saved)?);
         }
         // After the vCPUs: reading their events may still move interrupts between LAPIC and controllers.
-        sections.push(state::section(SectionKind::VM, 0, &VmState::save(&core.vm)?)?);
-        sections.push(state::section(SectionKind::SERIAL, 0, &core.devices.serial.save())?);
+        sections.push(state::section(SectionKind::Vm, 0, &VmState::save(&core.vm)?)?);
+        sections.push(state::section(SectionKind::Serial, 0, &core.devices.serial.save())?);
         sections.push(state::section(SectionKind::I8042, 0, &core.devices.i8042.save())?);
         Ok(sections)
     }
@@ -174,7 +174,7 @@ impl Core {
                 mapped.insert_run(piece.extent);
             }
             for layer in chain.layers() {
-                let mut held = layer.page_map()?.held.clone();
+                let mut held = layer.page_map()?.held().clone();
                 held.intersect_with(&mapped);
                 pages.union_with(&held);
             }

@@ -149,6 +149,8 @@ pub struct SnapshotTaken {
     pub path: PathBuf,
     /// The bytes of guest memory it holds itself.
     pub memory_bytes: u64,
+    /// How long the machine stood still for it, µs.
+    pub capture_us: u64,
 }
 
 /// What is answered.

@@ -66,8 +66,6 @@ pub enum Error {
     SnapshotInProgress,
     #[error("The restore engine cannot carry out `{0}` placements")]
     Placement(&'static str),
-    #[error("The memory of layer {layer} does not match its checksums at {gpa:#x} (+{len} bytes): {path} was damaged after it was sealed")]
-    MemoryChecksum { layer: usize, gpa: u64, len: u64, path: PathBuf },
 }
 
 impl Error {

@@ -71,7 +71,6 @@ pub(super) struct Core {
     pub devices: Devices,
     pub lineage: Lineage,
     pub counters: Arc<ExitCounters>,
-    pub moments: Arc<Moments>,
     pub ending: Arc<EndingSignal>,
     /// MSRs a restore could not set and the guest does without.
     pub msrs_refused: Vec<u32>,
@@ -143,7 +142,7 @@ impl Machine<Built> {
         timeline.lap(Slice::VmCreate);
         let lineage = Lineage::default();
         let msrs_refused = Vec::new();
-        let core = Core { kvm, vm, ram, shape, devices, lineage, counters, moments, ending, msrs_refused };
+        let core = Core { kvm, vm, ram, shape, devices, lineage, counters, ending, msrs_refused };
         Ok(Machine { state: Built { vcpus }, core })
     }
 

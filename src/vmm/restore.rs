@@ -12,24 +12,22 @@ use super::timeline::{Slice, Timeline};
 use super::{config, host};
 use crate::devices::{I8042State, SerialState};
 use crate::snapshot::{
-    CHUNK_PAGES, Chain, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Placement, PlannedExtent, RestorePlan, Section,
-    SectionKind, Snapshot, chunk_of,
+    CHUNK_PAGES, Chain, Extent, Gfn, MemoryLayout, PageSet, Placement, PlacementCounts, PlannedExtent, RestorePlan,
+    SectionInfo, SectionKind, Snapshot, chunk_of,
 };
 
 /// What carrying out a plan came to.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct EngineReport {
-    /// Pages by placement, as planned.
-    pub pages_zero: u64,
-    pub pages_preload: u64,
-    pub pages_cow_file: u64,
+    /// Pages by placement.
+    pub planned: PlacementCounts,
     /// `mmap` calls made.
     pub mappings: u64,
     /// Bytes copied into local DRAM before the vCPUs start.
     pub bytes_preloaded: u64,
 }
 
-/// The state of a snapshot, decoded and checked against this host.
+/// The state of a snapshot, decoded.
 struct SavedState {
     machine: MachineState,
     vm: VmState,
@@ -39,36 +37,29 @@ struct SavedState {
 
 impl SavedState {
     fn read(snapshot: &Snapshot) -> Result<Self, Error> {
-        let mut state = SavedState {
-            machine: state::decode(find(snapshot, SectionKind::MACHINE, 0)?)?,
-            vm: state::decode(find(snapshot, SectionKind::VM, 0)?)?,
-            vcpus: Vec::new(),
-            serial: state::decode(find(snapshot, SectionKind::SERIAL, 0)?)?,
-        };
-        let _: I8042State = state::decode(find(snapshot, SectionKind::I8042, 0)?)?;
-        let count = state.machine.vcpu_count;
+        let machine: MachineState = state::decode(snapshot, SectionKind::Machine, 0)?;
+        let count = machine.vcpu_count;
         if !(1..=config::MAX_VCPU_COUNT).contains(&count) {
             return Err(Error::State { section: "Machine".into(), what: format!("it has {count} vCPUs") });
         }
-        for index in 0..u32::from(count) {
-            state.vcpus.push(state::decode(find(snapshot, SectionKind::VCPU, index)?)?);
-        }
-        for section in snapshot.sections() {
-            check_known(section, count)?;
-        }
+        let vcpus = (0..u32::from(count)).map(|index| state::decode(snapshot, SectionKind::Vcpu, index));
+        let state = SavedState {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vm: state::decode(snapshot, SectionKind::Vm, 0)?,
+            serial: state::decode(snapshot, SectionKind::Serial, 0)?,
+            machine,
+        };
+        let I8042State {} = state::decode(snapshot, SectionKind::I8042, 0)?;
+        snapshot.sections().iter().try_for_each(|section| check_known(section, count))?;
         Ok(state)
     }
 }
 
-fn find(snapshot: &Snapshot, kind: SectionKind, instance: u32) -> Result<&Section, Error> {
-    Ok(snapshot.section(kind, instance)?)
-}
-
 /// A section this build does not know may be a device the guest depends on.
-fn check_known(section: &Section, vcpu_count: u8) -> Result<(), Error> {
+fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
-        SectionKind::MACHINE | SectionKind::VM | SectionKind::SERIAL | SectionKind::I8042 => section.instance == 0,
-        SectionKind::VCPU => section.instance < u32::from(vcpu_count),
+        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 => section.instance == 0,
+        SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
         _ => false,
     };
     let what = "this build of tvmm does not know it; restore with the version that wrote it".to_string();
@@ -118,19 +109,15 @@ fn build_memory(
     layout: &MemoryLayout,
     timeline: &mut Timeline,
 ) -> Result<(GuestRam, EngineReport), Error> {
-    let layer_lens: Vec<u64> = chain.layers().iter().map(|layer| layer.manifest().layout.file_len()).collect();
-    plan.validate(layout, &layer_lens)?;
-    let mut report = EngineReport::default();
+    plan.validate(layout, &chain.layer_file_lens())?;
+    let mut report = EngineReport { planned: plan.counts(), ..EngineReport::default() };
     let mut ram = GuestRam::reserve(layout)?;
     // Runs of neighbours that are anonymous at first (zero, or copied into later) take one mapping.
     let mut anonymous: Option<Extent> = None;
     for planned in &plan.extents {
-        match planned.placement {
-            Placement::Zero => report.pages_zero += planned.extent.pages,
-            Placement::Preload => report.pages_preload += planned.extent.pages,
-            Placement::CowFile => report.pages_cow_file += planned.extent.pages,
-        }
         match (planned.placement, &mut anonymous) {
+            (Placement::InPlace, _) => return Err(Error::Placement("in-place")),
+            (Placement::Lazy, _) => return Err(Error::Placement("lazy")),
             (Placement::CowFile, _) => {
                 map_anonymous(&mut ram, anonymous.take(), &mut report)?;
                 map_file(&mut ram, chain, planned, &mut report)?;
@@ -179,11 +166,7 @@ fn preload(ram: &GuestRam, chain: &Chain, plan: &RestorePlan, report: &mut Engin
         advise_whole_huge_pages(ram, planned.extent)?;
         // SAFETY: the machine does not exist yet; nothing else refers to this memory.
         let bytes = unsafe { ram.bytes_mut(planned.extent) }?;
-        layer.memory().read_exact_at(bytes, source.offset).map_err(|source| Error::File {
-            doing: "read guest memory from",
-            path: layer.location().memory_path(),
-            source,
-        })?;
+        read_layer(layer, bytes, source.offset)?;
         report.bytes_preloaded += planned.extent.bytes();
         per_layer[source.layer].insert_run(planned.extent);
     }
@@ -212,40 +195,31 @@ fn advise_whole_huge_pages(ram: &GuestRam, extent: Extent) -> Result<(), Error> 
 fn verify(ram: &GuestRam, chain: &Chain, index: usize, pages: &PageSet) -> Result<(), Error> {
     let layer = &chain.layers()[index];
     let map = layer.page_map()?;
-    let layout = &layer.manifest().layout;
     let mut last_chunk = None;
-    for run in pages.runs() {
-        for part in run.chunks(CHUNK_PAGES) {
-            let chunk = chunk_of(part.first);
-            if last_chunk.replace(chunk) == Some(chunk) {
-                continue;
-            }
-            let chunk_extent = Extent { first: Gfn(chunk * CHUNK_PAGES), pages: CHUNK_PAGES };
-            let mut hasher = map.chunk_hasher(chunk);
-            for held in map.held.runs_in(chunk_extent) {
-                if pages.contains_run(held) {
-                    // SAFETY: the machine does not exist yet; nothing else refers to this memory.
-                    hasher.update(unsafe { ram.bytes(held) }?);
-                } else {
-                    let offset = layout.file_offset(held.first).unwrap_or(u64::MAX);
-                    let mut buffer = vec![0; held.bytes() as usize];
-                    layer.memory().read_exact_at(&mut buffer, offset).map_err(|source| Error::File {
-                        doing: "read guest memory from",
-                        path: layer.location().memory_path(),
-                        source,
-                    })?;
-                    hasher.update(&buffer);
-                }
-            }
-            if !hasher.matches() {
-                return Err(Error::MemoryChecksum {
-                    layer: index,
-                    gpa: chunk_extent.first.0 * PAGE_SIZE,
-                    len: chunk_extent.bytes(),
-                    path: layer.location().memory_path(),
-                });
+    let parts = pages.runs().flat_map(|run| run.chunks(CHUNK_PAGES).collect::<Vec<_>>());
+    for part in parts {
+        let chunk = chunk_of(part.first);
+        if last_chunk.replace(chunk) == Some(chunk) {
+            continue;
+        }
+        let mut bytes = Vec::new();
+        for held in map.chunk_runs(chunk) {
+            if pages.contains_run(held) {
+                // SAFETY: the machine does not exist yet; nothing else refers to this memory.
+                bytes.extend_from_slice(unsafe { ram.bytes(held) }?);
+            } else {
+                let start = bytes.len();
+                bytes.resize(start + held.bytes() as usize, 0);
+                let offset = layer.layout().file_offset(held.first).unwrap_or(u64::MAX);
+                read_layer(layer, &mut bytes[start..], offset)?;
             }
         }
+        map.verify_chunk(layer.object(), chunk, &bytes)?;
     }
     Ok(())
+}
+
+fn read_layer(layer: &Snapshot, bytes: &mut [u8], offset: u64) -> Result<(), Error> {
+    let failed = |source| Error::File { doing: "read guest memory from", path: layer.memory_path().to_owned(), source };
+    layer.memory().read_exact_at(bytes, offset).map_err(failed)
 }

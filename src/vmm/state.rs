@@ -14,7 +14,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::arch::msr;
 use super::error::Error;
-use crate::snapshot::{Section, SectionKind};
+use crate::snapshot::{Section, SectionKind, Snapshot};
 
 /// Version of the section payloads written here. Readers accept no other.
 const VERSION: u32 = 1;
@@ -63,13 +63,15 @@ pub fn section<T: Serialize>(kind: SectionKind, instance: u32, state: &T) -> Res
     Ok(Section { kind, instance, version: VERSION, payload })
 }
 
-/// Decodes a section; bytes left over are an error.
-pub fn decode<T: DeserializeOwned>(section: &Section) -> Result<T, Error> {
-    let invalid = |what: String| Error::State { section: format!("{:?} {}", section.kind, section.instance), what };
-    if section.version != VERSION {
-        return Err(invalid(format!("it has version {}, this build reads version {VERSION}", section.version)));
+/// Decodes a section of `snapshot`'s state; bytes left over are an error.
+pub fn decode<T: DeserializeOwned>(snapshot: &Snapshot, kind: SectionKind, instance: u32) -> Result<T, Error> {
+    let invalid = |what: String| Error::State { section: format!("{kind:?} {instance}"), what };
+    let version = snapshot.section_info(kind, instance)?.version;
+    if version != VERSION {
+        return Err(invalid(format!("it has version {version}, this build reads version {VERSION}")));
     }
-    let (state, rest) = postcard::take_from_bytes(&section.payload).map_err(|error| invalid(error.to_string()))?;
+    let payload = snapshot.section(kind, instance)?;
+    let (state, rest) = postcard::take_from_bytes(payload).map_err(|error| invalid(error.to_string()))?;
     if !rest.is_empty() {
         return Err(invalid(format!("{} bytes are left over", rest.len())));
     }

@@ -1,0 +1,23 @@
+//! Port I/O. CPL3 may do it because the task state segment's I/O bitmap says so (boot.s); IOPL=3
+//! would not do, KVM_PVM loses it.
+
+use core::arch::asm;
+
+/// Writes a byte to one of the ports 0..=0x3ff.
+pub fn write(port: u16, value: u8) {
+    // SAFETY: the instruction touches no memory and no register but its operands. What a device
+    // does is outside Rust's model; no device of this machine is ever programmed to do DMA.
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags));
+    }
+}
+
+/// Reads a byte from one of the ports 0..=0x3ff.
+pub fn read(port: u16) -> u8 {
+    let value;
+    // SAFETY: as in `write`.
+    unsafe {
+        asm!("in al, dx", in("dx") port, out("al") value, options(nostack, preserves_flags));
+    }
+    value
+}

@@ -1,0 +1,175 @@
+//! `fill`, `touch`, `check`: a working set whose contents are known and whose accesses are exact.
+
+use super::{Ctx, Reply};
+use crate::alloc::{Pages, address, frames};
+use tvmm_guest::args::{Args, Message};
+use tvmm_guest::digest::{Digest, PageDigest, mix2, page_key, pattern};
+use tvmm_guest::frames::Run;
+use tvmm_guest::permute::{Order, Shuffle, Stride};
+use tvmm_guest::{PAGE_SIZE, PAGE_WORDS, message};
+
+const REGIONS_MAX: usize = 512;
+
+type Page = [u64; PAGE_WORDS as usize];
+
+/// All filled pages, in the order they were filled: one array of pages for `touch` and `check`.
+#[derive(Clone, Copy)]
+pub struct Filled {
+    runs: [Run; REGIONS_MAX],
+    len: usize,
+}
+
+impl Filled {
+    pub const fn new() -> Self {
+        Self { runs: [Run { first: 0, pages: 0 }; REGIONS_MAX], len: 0 }
+    }
+
+    pub fn pages(&self) -> u64 {
+        self.runs().iter().map(|r| r.pages).sum()
+    }
+
+    /// Gives all pages back to `pages`. After an error the rest is still filled.
+    pub fn free(&mut self, pages: &mut Pages) -> Result<(), tvmm_guest::frames::Error> {
+        while let Some(run) = self.runs().last().copied() {
+            // SAFETY: only this list refers to the pages, and it forgets them.
+            unsafe { pages.free(run)? };
+            self.len -= 1;
+        }
+        Ok(())
+    }
+
+    fn runs(&self) -> &[Run] {
+        &self.runs[..self.len]
+    }
+
+    /// Address of a page by its index; the index must be below [`Self::pages`].
+    #[inline]
+    fn page(&self, mut index: u64) -> u64 {
+        for run in self.runs() {
+            if index < run.pages {
+                return address(*run) + index * PAGE_SIZE;
+            }
+            index -= run.pages;
+        }
+        unreachable!("page index beyond the filled pages");
+    }
+
+    /// Appends `count` pages, contiguous if possible, else the lowest free runs. Returns the index
+    /// of the first new run; on an error nothing has changed.
+    fn grow(&mut self, count: u64, pages: &mut Pages) -> Result<usize, Message> {
+        let begin = self.len;
+        let mut left = count;
+        while left > 0 {
+            let run = match self.len {
+                REGIONS_MAX => Err(message!("more than {REGIONS_MAX} runs are filled")),
+                _ => pages
+                    .alloc(left)
+                    .or_else(|_| pages.alloc_up_to(left))
+                    .map_err(|e| message!("{e}: {} pages are free", pages.free_pages())),
+            };
+            match run {
+                Ok(run) => {
+                    self.runs[self.len] = run;
+                    self.len += 1;
+                    left -= run.pages;
+                }
+                Err(message) => {
+                    self.shrink(begin, pages);
+                    return Err(message);
+                }
+            }
+        }
+        Ok(begin)
+    }
+
+    fn shrink(&mut self, len: usize, pages: &mut Pages) {
+        while self.len > len {
+            self.len -= 1;
+            // Cannot fail: taking the run away left room for it in the list of free runs.
+            let _ = pages.free_untouched(self.runs[self.len]);
+        }
+    }
+}
+
+/// `fill pages=N [seed=S] [cpu=K]`: allocates pages and writes every word of them.
+pub fn fill(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
+    let count = args.number_in("pages", 1..=ctx.pages.free_pages().max(1), 0)?;
+    let seed = args.number("seed")?.unwrap_or(0);
+    check_cpu(args, ctx)?;
+    let begin = ctx.filled.grow(count, &mut ctx.pages)?;
+    let filled = ctx.filled;
+    let runs = &filled.runs()[begin..];
+    ctx.on_cpu(args, &mut |_| {
+        for (index, frame) in runs.iter().flat_map(|r| frames(*r)).enumerate() {
+            let key = page_key(seed, index as u64);
+            // SAFETY: the page is RAM, mapped, and was allocated to this fill only.
+            let page = unsafe { &mut *((frame * PAGE_SIZE) as *mut Page) };
+            for (word, to) in page.iter_mut().enumerate() {
+                *to = pattern(key, word as u64);
+            }
+        }
+    })?;
+    let gpa = address(runs[0]);
+    let digest = mix2(seed, count);
+    Ok(Reply::new(digest, format_args!("pages={count} gpa={gpa:#x} runs={}", runs.len())))
+}
+
+/// `touch pages=N [write=P] [stride=K | seed=S] [cpu=K]`: reads or writes one word of each of N
+/// distinct filled pages.
+pub fn touch(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
+    let total = ctx.filled.pages();
+    if total == 0 {
+        return Err(message!("nothing is filled"));
+    }
+    let count = args.number_in("pages", 1..=total, 0)?;
+    let write = args.number_in("write", 0..=100, 0)?;
+    let seed = args.number("seed")?.unwrap_or(0);
+    let stride = args.number_in("stride", 1..=u64::MAX, 1)?;
+    let order = match (seed, stride) {
+        (0, _) => Order::Stride(Stride::new(total, stride)),
+        (_, 1) => Order::Shuffle(Shuffle::new(total, seed)),
+        _ => return Err(message!("seed and stride exclude each other")),
+    };
+    check_cpu(args, ctx)?;
+    let filled = ctx.filled;
+    let (mut digest, mut written) = (Digest::new(), 0);
+    ctx.on_cpu(args, &mut |_| {
+        for i in 0..count {
+            let page = order.at(i);
+            let hash = mix2(seed, page);
+            let word = (filled.page(page) + (hash >> 32) % PAGE_WORDS * 8) as *mut u64;
+            // SAFETY: a filled page: RAM, mapped, and nobody holds a reference into it. Volatile,
+            // so that there is exactly this one access: a written page is never read first, a read
+            // page never written.
+            unsafe {
+                if hash % 100 < write {
+                    word.write_volatile(hash | 1);
+                    written += 1;
+                } else {
+                    digest.word(word.read_volatile());
+                }
+            }
+        }
+    })?;
+    let read = count - written;
+    Ok(Reply::new(digest.finish(), format_args!("read={read} written={written}")))
+}
+
+/// `check [cpu=K]`: digest of every word of all filled pages.
+pub fn check(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
+    check_cpu(args, ctx)?;
+    let filled = ctx.filled;
+    let mut digest = PageDigest::new();
+    ctx.on_cpu(args, &mut |_| {
+        for frame in filled.runs().iter().flat_map(|r| frames(*r)) {
+            // SAFETY: a filled page: RAM, mapped, and nobody writes it meanwhile.
+            digest.page(unsafe { &*((frame * PAGE_SIZE) as *const Page) });
+        }
+    })?;
+    Ok(Reply::new(digest.finish(), format_args!("pages={}", filled.pages())))
+}
+
+/// Refuses a bad `cpu=` before anything has changed.
+fn check_cpu(args: &Args, ctx: &Ctx) -> Result<(), Message> {
+    args.number_in("cpu", 0..=ctx.cpus.count() as u64 - 1, 0).map(|_| ())
+}

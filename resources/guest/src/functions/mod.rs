@@ -1,0 +1,132 @@
+//! The functions a host can run: one file per family, one table.
+//!
+//! To add one, write `fn(&Args, &mut Ctx) -> Result<Reply, Message>` in a file here and name it in
+//! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
+
+mod memory;
+mod pages;
+mod spin;
+mod system;
+
+use crate::alloc::Pages;
+use crate::boot::{BootInfo, Protocol};
+use crate::smp::Cpus;
+use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicBool, Ordering};
+use tvmm_guest::args::{Args, Key, Message, optional, required};
+use tvmm_guest::cmdline::Config;
+use tvmm_guest::digest::Digest;
+use tvmm_guest::frames;
+use tvmm_guest::text::Text;
+
+/// What a function returns.
+pub struct Reply {
+    pub digest: u64,
+    /// `key=value` pairs with a space between.
+    pub keys: Text<512>,
+}
+
+impl Reply {
+    /// A reply with these keys.
+    pub fn new(digest: u64, keys: core::fmt::Arguments<'_>) -> Self {
+        Self { digest, keys: Text::of(keys) }
+    }
+
+    /// For functions whose result is in their keys: the digest of their name.
+    pub fn named(name: &str, keys: core::fmt::Arguments<'_>) -> Self {
+        let mut digest = Digest::new();
+        digest.bytes(name.as_bytes());
+        Self::new(digest.finish(), keys)
+    }
+}
+
+/// An entry of the table.
+pub struct Function {
+    pub name: &'static str,
+    pub keys: &'static [Key],
+    pub run: fn(&Args, &mut Ctx) -> Result<Reply, Message>,
+}
+
+const fn function(
+    name: &'static str,
+    keys: &'static [Key],
+    run: fn(&Args, &mut Ctx) -> Result<Reply, Message>,
+) -> Function {
+    Function { name, keys, run }
+}
+
+const PAGES: Key = required("pages");
+const SEED: Key = optional("seed");
+const CPU: Key = optional("cpu");
+
+static FUNCTIONS: &[Function] = &[
+    function("hello", &[], system::hello),
+    function("clock", &[], system::clock),
+    function("info", &[], system::info),
+    function("fill", &[PAGES, SEED, CPU], memory::fill),
+    function("touch", &[PAGES, SEED, CPU, optional("write"), optional("stride")], memory::touch),
+    function("check", &[CPU], memory::check),
+    function("alloc", &[PAGES], pages::alloc),
+    function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
+];
+
+pub fn find(name: &str) -> Option<&'static Function> {
+    FUNCTIONS.iter().find(|f| f.name == name)
+}
+
+/// What functions share, and what stays between calls.
+pub struct Ctx {
+    pub pages: Pages,
+    pub cpus: Cpus,
+    pub filled: memory::Filled,
+    pub handles: pages::Handles,
+    pub spin: spin::State,
+    pub config: Config,
+    pub protocol: Protocol,
+    pub mem_mib: u64,
+}
+
+impl Ctx {
+    const fn new() -> Self {
+        Self {
+            pages: Pages::new(),
+            cpus: Cpus::new(),
+            filled: memory::Filled::new(),
+            handles: pages::Handles::new(),
+            spin: spin::State::new(),
+            config: Config::DEFAULT,
+            protocol: Protocol::Linux,
+            mem_mib: 0,
+        }
+    }
+
+    pub fn init(&mut self, boot: &BootInfo) -> Result<(), frames::Error> {
+        self.config = boot.config;
+        self.protocol = boot.protocol;
+        self.mem_mib = boot.map.mib();
+        self.pages.init(&boot.map, boot.config.init_on_free)
+    }
+
+    /// Runs `job` on the CPU that `cpu=` names (default 0) and waits for it; the job is given its
+    /// CPU's slot, for the clock.
+    pub fn on_cpu(&mut self, args: &Args, job: &mut (dyn FnMut(usize) + Send)) -> Result<(), Message> {
+        let last = self.cpus.count() as u64 - 1;
+        let cpu = args.number_in("cpu", 0..=last, 0)?;
+        self.cpus.run_on(cpu as usize, job);
+        Ok(())
+    }
+}
+
+struct Once(UnsafeCell<Ctx>);
+// SAFETY: `context` gives it to one caller only.
+unsafe impl Sync for Once {}
+
+/// The one context, for the boot CPU. It is static because it is too large for a stack.
+pub fn context() -> &'static mut Ctx {
+    static CONTEXT: Once = Once(UnsafeCell::new(Ctx::new()));
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    assert!(!TAKEN.swap(true, Ordering::Relaxed));
+    // SAFETY: taken once, so this is the only reference.
+    unsafe { &mut *CONTEXT.0.get() }
+}

@@ -1,0 +1,45 @@
+//! `tvmm snapshot merge`: flattens a chain of snapshots.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::BoxError;
+use crate::snapshot::{Chain, Location, merge};
+
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// The snapshots: one whose parents are found by themselves, or all of them from the base to the tip
+    #[arg(required = true, value_name = "DIR")]
+    dirs: Vec<PathBuf>,
+    /// The directory to make: it must not exist
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+pub fn run(args: &MergeArgs) -> Result<ExitCode, BoxError> {
+    let chain = match args.dirs.as_slice() {
+        [tip] => Chain::open(&Location::Dir(tip.clone()))?,
+        dirs => Chain::from_dirs(dirs)?,
+    };
+    let bar = bytes_bar("merging");
+    let sealed = merge(&chain, Location::Dir(args.out.clone()), &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    println!("{}", args.out.display());
+    eprintln!("snapshot {}: {} layers merged, {} pages", sealed.id, chain.layers().len(), sealed.pages_held);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A progress bar over bytes on standard error; nothing is drawn where that is no terminal.
+pub fn bytes_bar(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(0).with_message(what);
+    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}") {
+        bar.set_style(style);
+    }
+    bar
+}

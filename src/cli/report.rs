@@ -1,0 +1,56 @@
+//! The JSON report of one boot or restore (`--report`).
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::BoxError;
+use crate::vmm::console::Answer;
+use crate::vmm::controller::Controller;
+use crate::vmm::usage;
+
+/// A report being put together.
+pub struct Report(Value);
+
+/// Everything that needs the machine alive.
+pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>) -> Result<Report, BoxError> {
+    let parts = controller.machine_parts();
+    let memory = parts.as_ref().map(|parts| usage::read(parts.ram)).transpose()?;
+    let restored = controller.restored().map(|restored| {
+        json!({
+            "snapshot": restored.snapshot,
+            "policy": restored.policy,
+            "layers": restored.layers,
+            "engine": restored.engine,
+        })
+    });
+    Ok(Report(json!({
+        "tvmm_version": env!("CARGO_PKG_VERSION"),
+        "operation": operation,
+        "restore": restored,
+        "answer": answer.and_then(Answer::get).map(|(line, _)| line),
+        "memory": memory,
+        "exits": parts.as_ref().map(|parts| parts.counters_json()),
+        "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
+    })))
+}
+
+impl Report {
+    /// Adds the time slices, tear-down included.
+    pub fn finish(mut self, controller: &Controller) -> Self {
+        let (timeline, moments) = (&controller.timeline, controller.moments());
+        let since = |ns: Option<u64>| ns.map(|ns| timeline.since_start_us(ns));
+        self.0["start_source"] = json!(timeline.start_source());
+        self.0["slices"] = json!(timeline.measured());
+        self.0["first_exit_us"] = json!(since(moments.first_exit_ns()));
+        self.0["first_output_us"] = json!(since(moments.first_output_ns()));
+        self
+    }
+
+    /// Writes the report to `path`.
+    pub fn write(&self, path: &Path) -> Result<(), BoxError> {
+        let failed = |error: std::io::Error| format!("Cannot write the report {}: {error}", path.display());
+        let text = format!("{:#}\n", self.0);
+        Ok(std::fs::write(path, text).map_err(failed)?)
+    }
+}

@@ -1,0 +1,82 @@
+//! `tvmm snapshot`: asks a running VM to snapshot itself; `tvmm snapshot merge` flattens a chain.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::merge;
+use super::{BoxError, refuse};
+use crate::api::client::Client;
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    command: Option<SnapshotCommand>,
+    /// The API socket of the VM
+    #[arg(long, required = true, value_name = "PATH")]
+    api_sock: Option<PathBuf>,
+    /// The directory to make: it must not exist
+    #[arg(long, required = true, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Only the pages changed since the VM's last snapshot, or since the one it was restored from
+    #[arg(long)]
+    diff: bool,
+    /// Let the VM run on; without it, the VM stays paused
+    #[arg(long)]
+    resume: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum SnapshotCommand {
+    /// Flatten a full snapshot and its diffs into one full snapshot
+    Merge(merge::MergeArgs),
+}
+
+/// Reading and writing a large guest's memory and syncing it to a slow disk takes its time.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+pub fn run(args: &SnapshotArgs) -> Result<ExitCode, BoxError> {
+    match (&args.command, &args.api_sock, &args.out) {
+        (Some(SnapshotCommand::Merge(merge)), _, _) => merge::run(merge),
+        (None, Some(socket), Some(out)) => take(&Client::new(socket), args, out),
+        _ => refuse("Give --api-sock and --out"),
+    }
+}
+
+fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<ExitCode, BoxError> {
+    // The VMM may have another current directory.
+    let out = std::path::absolute(out)?;
+    let info = client.request("GET", "/", None, REQUEST_TIMEOUT)?.1.unwrap_or_default();
+    let was_running = info["state"] == "Running";
+    if was_running {
+        client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), REQUEST_TIMEOUT)?;
+    }
+    let body = json!({
+        "snapshot_path": out,
+        "snapshot_type": if args.diff { "Diff" } else { "Full" },
+        "tvmm": { "resume": args.resume },
+    });
+    let taken = client.request("PUT", "/snapshot/create", Some(&body), SNAPSHOT_TIMEOUT);
+    let taken = match taken {
+        Ok((_, taken)) => taken.unwrap_or(Value::Null),
+        Err(error) => {
+            // A VM that ran before goes on running, whatever became of its snapshot.
+            if was_running {
+                client.request("PATCH", "/vm", Some(&json!({ "state": "Resumed" })), REQUEST_TIMEOUT)?;
+            }
+            return Err(error.into());
+        }
+    };
+    println!("{}", out.display());
+    if let (Some(id), Some(bytes)) = (taken["id"].as_str(), taken["memory_bytes"].as_u64()) {
+        let stood = taken["capture_us"].as_u64().unwrap_or(0) as f64 / 1000.0;
+        let mib = bytes as f64 / f64::from(1 << 20);
+        eprintln!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
+    }
+    Ok(ExitCode::SUCCESS)
+}

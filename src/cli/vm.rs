@@ -1,0 +1,157 @@
+//! `tvmm --config` and `tvmm restore`: one VM, from start to end.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::report;
+use super::{BoxError, SessionArgs, refuse};
+use crate::api;
+use crate::devices::{ConsoleOutput, FdSink, Sink};
+use crate::vmm::config::VmConfig;
+use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
+use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
+use crate::vmm::controller::Controller;
+use crate::vmm::machine::Outside;
+use crate::vmm::session::{self, Begin, Outcome, Surroundings};
+use crate::vmm::sys::signals::EndSignals;
+use crate::vmm::sys::{clock, kick};
+use crate::vmm::timeline::{Moments, Slice, Timeline};
+use crate::vmm::{Ending, logging};
+
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The snapshot: a directory that `tvmm snapshot` made, or with --mem-file the state file of Firecracker's two
+    #[arg(long, value_name = "DIR")]
+    snapshot: PathBuf,
+    /// The memory file of the two-file form (`mem_file_path`)
+    #[arg(long, value_name = "FILE")]
+    mem_file: Option<PathBuf>,
+    /// How guest memory is restored: eager (read and verify all first) or firecracker (map, fault on demand)
+    #[arg(long, default_value = control::DEFAULT_POLICY, value_name = "NAME")]
+    policy: String,
+    /// Log the pages the guest writes from now on, for diff snapshots
+    #[arg(long)]
+    track_dirty_pages: bool,
+    /// Restore, but leave the VM paused until the API resumes it
+    #[arg(long, requires = "api_sock", conflicts_with = "run")]
+    paused: bool,
+    #[command(flatten)]
+    session: SessionArgs,
+}
+
+/// Boots the machine of `config`, or waits for the API.
+pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxError> {
+    let timeline = Timeline::begin(args.start_time_us);
+    let begin = match (config, &args.api_sock) {
+        (Some(_), _) => Begin::Boot,
+        (None, Some(_)) => Begin::Wait,
+        (None, None) => return refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
+    };
+    let config = config.map(VmConfig::from_file).transpose()?.unwrap_or_default();
+    run(args, config, begin, timeline, "boot")
+}
+
+/// Restores a snapshot.
+pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
+    let timeline = Timeline::begin(args.session.start_time_us);
+    let load = LoadSnapshot {
+        location: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
+        policy: args.policy.clone(),
+        track_dirty_pages: args.track_dirty_pages,
+        resume: !args.paused,
+    };
+    run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, "restore")
+}
+
+const RUN_ID: &str = "run";
+
+fn run(
+    args: &SessionArgs,
+    config: VmConfig,
+    begin: Begin,
+    mut timeline: Timeline,
+    operation: &'static str,
+) -> Result<ExitCode, BoxError> {
+    logging::init(config.logger.as_ref())?;
+    // Before any thread exists, so that none of them takes the signals.
+    let signals = EndSignals::take()?;
+    kick::install_handler()?;
+    let (control, receiver) = control::channel()?;
+    // First thing that can fail for reasons of the caller's, and the first a client may wait for.
+    let server = args.api_sock.as_deref().map(|path| api::serve(path, control, &args.id)).transpose()?;
+    let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
+    let (outside, moments) = outside(answer.as_ref())?;
+    let around = Surroundings {
+        input: input(args.run.as_deref())?,
+        reads_stdin: args.run.is_none(),
+        control: server.is_some().then_some(receiver),
+        signals,
+        answer: answer.clone(),
+        timeout: args.run.is_some().then(|| Duration::from_secs(args.run_timeout)),
+    };
+    timeline.lap(Slice::Setup);
+    let controller = Controller::new(args.id.clone(), config, outside, timeline)?;
+    let (outcome, mut controller, around) = session::run(controller, begin, around)?;
+    drop(around);
+    note_moments(&mut controller.timeline, &moments, answer.as_deref());
+    controller.write_metrics()?;
+    let report = args.report.as_ref().map(|_| report::collect(&controller, operation, answer.as_deref()));
+    let stopping = clock::monotonic_ns();
+    controller.stop();
+    drop(server);
+    controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
+    if let (Some(path), Some(report)) = (&args.report, report) {
+        report?.finish(&controller).write(path)?;
+    }
+    exit_code(&outcome, args, answer.as_deref())
+}
+
+fn outside(answer: Option<&Arc<Answer>>) -> Result<(Outside, Arc<Moments>), BoxError> {
+    let moments = Arc::new(Moments::default());
+    let stdout: OwnedFd = std::io::stdout().as_fd().try_clone_to_owned()?;
+    let timed = TimedSink { inner: FdSink::new(stdout), moments: moments.clone() };
+    let sink: Box<dyn Sink> = match answer {
+        Some(answer) => Box::new(AnswerSink::new(timed, RUN_ID, answer.clone())),
+        None => Box::new(timed),
+    };
+    let output = Arc::new(ConsoleOutput::new(sink)?);
+    Ok((Outside { output, moments: moments.clone() }, moments))
+}
+
+fn input(run: Option<&str>) -> Result<Input, BoxError> {
+    let Some(function) = run else { return Ok(Input::stdin()?) };
+    if function.trim().is_empty() || function.chars().any(char::is_control) {
+        return refuse("--run takes one function of the guest with its arguments, such as `hello` or `fill pages=16`");
+    }
+    Ok(Input::script(format!("run {RUN_ID} {}\n", function.trim()).as_bytes()))
+}
+
+/// Turns the moments seen by vCPU threads into slices.
+fn note_moments(timeline: &mut Timeline, moments: &Moments, answer: Option<&Answer>) {
+    let Some(entered) = moments.first_run_ns() else { return };
+    timeline.add(Slice::Resume, timeline.last_ns(), moments.first_exit_ns().unwrap_or(entered));
+    if let Some(wrote) = moments.first_output_ns() {
+        timeline.add(Slice::FirstResponse, entered, wrote);
+    }
+    if let Some((_, answered)) = answer.and_then(Answer::get) {
+        timeline.add(Slice::Execute, entered, answered);
+    }
+}
+
+fn exit_code(outcome: &Outcome, args: &SessionArgs, answer: Option<&Answer>) -> Result<ExitCode, BoxError> {
+    match outcome {
+        Outcome::Guest(Ending::Failed(what)) => refuse(format!("The guest cannot go on: {what}")),
+        Outcome::TimedOut => refuse(format!("The guest did not answer --run within {} seconds", args.run_timeout)),
+        Outcome::Guest(ending) if args.run.is_some() => refuse(format!("The guest ended before it answered: {ending:?}")),
+        Outcome::Answered => match answer.and_then(Answer::get) {
+            Some((line, _)) if line.starts_with("ok ") => Ok(ExitCode::SUCCESS),
+            _ => Ok(ExitCode::FAILURE),
+        },
+        Outcome::Guest(_) | Outcome::Signal(_) | Outcome::Quit => Ok(ExitCode::SUCCESS),
+    }
+}
