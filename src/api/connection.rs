@@ -1,0 +1,246 @@
+//! Connections: how many are served at once, how long each may take, and how they end.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io::{self, Write};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{HeaderMap, HeaderValue, Request, Response, Version, header};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::Service;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Sleep, sleep, timeout};
+
+/// Connections served at once; more are turned away with 503.
+pub(super) const MAX_CONNECTIONS: u32 = 64;
+/// A client that takes longer to send the head of a request, once it has begun, is cut off.
+pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long answers under way may take when the server stops.
+const GRACE: Duration = Duration::from_millis(500);
+/// How long to wait when the kernel cannot accept (no file descriptors left).
+const ACCEPT_RETRY: Duration = Duration::from_millis(10);
+/// Room for the head of a request and the first part of its body.
+const BUFFER_BYTES: usize = 64 << 10;
+
+const TURNED_AWAY: &str = "HTTP/1.1 503 Service Unavailable\r\nServer: tvmm API\r\nConnection: close\r\n\
+                           Content-Type: application/json\r\nContent-Length: 46\r\n\r\n\
+                           {\"fault_message\":\"Too many open connections.\"}";
+
+/// The listening end and what its connections get.
+pub(super) struct Acceptor {
+    pub(super) listener: UnixListener,
+    pub(super) router: Router,
+    /// Turns true when the server shall stop.
+    pub(super) stopped: watch::Receiver<bool>,
+    pub(super) head_timeout: Duration,
+}
+
+impl Acceptor {
+    /// Accepts and serves connections until told to stop, then lets answers under way finish.
+    pub(super) async fn serve_all(self) {
+        let Self { listener, router, mut stopped, head_timeout } = self;
+        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS as usize));
+        let service = TowerToHyperService::new(router);
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = stop(&mut stopped) => break,
+                accepted = listener.accept() => accepted,
+            };
+            match (accepted, slots.clone().try_acquire_owned()) {
+                (Ok((stream, _)), Ok(slot)) => {
+                    let connection = serve_one(stream, service.clone(), stopped.clone(), head_timeout);
+                    tokio::spawn(async move {
+                        connection.await;
+                        drop(slot);
+                    });
+                }
+                (Ok((stream, _)), Err(_)) => turn_away(stream),
+                (Err(error), _) => {
+                    tracing::warn!(%error, "API connection cannot be accepted.");
+                    sleep(ACCEPT_RETRY).await;
+                }
+            }
+        }
+        drop(listener);
+        if timeout(GRACE, slots.acquire_many(MAX_CONNECTIONS)).await.is_err() {
+            tracing::warn!("API server stopped with connections open.");
+        }
+    }
+}
+
+/// Waits until the server is told to stop, or whoever could tell it is gone.
+async fn stop(stopped: &mut watch::Receiver<bool>) {
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+fn turn_away(stream: UnixStream) {
+    // Best effort: it fits an empty socket buffer, and the stream does not block.
+    let _ = stream.into_std().and_then(|mut stream| stream.write_all(TURNED_AWAY.as_bytes()));
+}
+
+/// Serves one connection, request after request.
+async fn serve_one(
+    stream: UnixStream,
+    service: TowerToHyperService<Router>,
+    mut stopped: watch::Receiver<bool>,
+    head_timeout: Duration,
+) {
+    let phase = Arc::new(Phase::default());
+    let io = TokioIo::new(WatchedStream { stream, phase: phase.clone() });
+    let service = WatchedService { service, phase: phase.clone(), stopped: stopped.clone() };
+    // hyper's own head time-out also ends idle connections, which Firecracker's clients keep open: hence ours.
+    let connection =
+        http1::Builder::new().header_read_timeout(None).max_buf_size(BUFFER_BYTES).serve_connection(io, service);
+    let mut connection = pin!(connection);
+    let mut late = HeadTimer { phase, timeout: head_timeout, sleep: None };
+    let mut stopping = false;
+    loop {
+        tokio::select! {
+            biased;
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "API connection broke off.");
+                }
+                return;
+            }
+            () = late.wait() => {
+                tracing::debug!("API connection was closed: its request head did not arrive in time.");
+                return;
+            }
+            () = stop(&mut stopped), if !stopping => {
+                stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Where a connection is in its request.
+#[derive(Default)]
+struct Phase(AtomicU8);
+
+impl Phase {
+    /// Between requests: may last.
+    const IDLE: u8 = 0;
+    /// The head has begun to arrive: may last [`HEAD_TIMEOUT`].
+    const HEAD: u8 = 1;
+    /// The request is being served.
+    const BUSY: u8 = 2;
+
+    fn set(&self, phase: u8) {
+        self.0.store(phase, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u8 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Ends when a head takes too long. Runs in the connection's own task, so it sees each change of phase.
+struct HeadTimer {
+    phase: Arc<Phase>,
+    timeout: Duration,
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl HeadTimer {
+    async fn wait(&mut self) {
+        poll_fn(|context| {
+            if self.phase.get() != Phase::HEAD {
+                self.sleep = None;
+                return Poll::Pending;
+            }
+            self.sleep.get_or_insert_with(|| Box::pin(sleep(self.timeout))).as_mut().poll(context)
+        })
+        .await
+    }
+}
+
+/// A stream that notes when a request begins to arrive.
+struct WatchedStream {
+    stream: UnixStream,
+    phase: Arc<Phase>,
+}
+
+impl AsyncRead for WatchedStream {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(context, buf))?;
+        if buf.filled().len() > before && self.phase.get() == Phase::IDLE {
+            self.phase.set(Phase::HEAD);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for WatchedStream {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// The API, with the headers every answer has.
+struct WatchedService {
+    service: TowerToHyperService<Router>,
+    phase: Arc<Phase>,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Service<Request<Incoming>> for WatchedService {
+    type Response = Response<axum::body::Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        self.phase.set(Phase::BUSY);
+        let phase = self.phase.clone();
+        let is_last = request.version() < Version::HTTP_11 || asks_to_close(request.headers());
+        let is_last = is_last || *self.stopped.borrow();
+        let response = self.service.call(request);
+        Box::pin(async move {
+            let mut response = response.await?;
+            let connection = if is_last { "close" } else { "keep-alive" };
+            let headers = response.headers_mut();
+            headers.insert(header::SERVER, HeaderValue::from_static("tvmm API"));
+            headers.insert(header::CONNECTION, HeaderValue::from_static(connection));
+            phase.set(Phase::IDLE);
+            Ok(response)
+        })
+    }
+}
+
+fn asks_to_close(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|option| option.trim().eq_ignore_ascii_case("close"))
+}

@@ -1,0 +1,70 @@
+//! The answer to a request that was not carried out: a status and `{"fault_message": "..."}`.
+
+use axum::http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::vmm::config::ConfigError;
+use crate::vmm::control::{Refused, RefusedKind, SendError};
+
+/// A request that was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) status: StatusCode,
+    pub(super) message: String,
+}
+
+impl Fault {
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { status, message: message.into() }
+    }
+
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+}
+
+impl From<Refused> for Fault {
+    fn from(refused: Refused) -> Self {
+        let status = match refused.kind {
+            RefusedKind::BadRequest => StatusCode::BAD_REQUEST,
+            RefusedKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::new(status, refused.message)
+    }
+}
+
+impl From<ConfigError> for Fault {
+    fn from(error: ConfigError) -> Self {
+        Refused::from(error).into()
+    }
+}
+
+impl From<SendError> for Fault {
+    fn from(error: SendError) -> Self {
+        let status = match error {
+            SendError::Gone => StatusCode::INTERNAL_SERVER_ERROR,
+            SendError::Full => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        tracing::warn!(status = self.status.as_u16(), message = self.message, "API request was refused.");
+        json_response(self.status, &serde_json::json!({ "fault_message": self.message }))
+    }
+}
+
+/// A JSON answer.
+pub(super) fn json_response(status: StatusCode, body: &impl Serialize) -> Response {
+    match serde_json::to_vec(body) {
+        Ok(body) => (status, [(CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response(),
+        // Only a path that is not UTF-8 cannot be JSON.
+        Err(error) => {
+            Fault::new(StatusCode::INTERNAL_SERVER_ERROR, format!("Answer cannot be written as JSON: {error}."))
+                .into_response()
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Request bodies and the commands they mean.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::fault::Fault;
+use crate::vmm::config::{BootSource, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig};
+use crate::vmm::control::{Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, SnapshotKind, SnapshotPaths};
+
+/// A body that was understood.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Parsed {
+    pub(super) command: Command,
+    /// Whether the body has a field Firecracker calls deprecated; the answer then says so in a header.
+    pub(super) is_deprecated: bool,
+}
+
+impl From<Command> for Parsed {
+    fn from(command: Command) -> Self {
+        Self { command, is_deprecated: false }
+    }
+}
+
+/// Turns the body of one method and path into a command.
+pub(super) type Parse = fn(&[u8]) -> Result<Parsed, Fault>;
+
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+    serde_json::from_slice(body).map_err(json_fault)
+}
+
+/// Firecracker's sentence: clients match it.
+fn json_fault(error: impl std::fmt::Display) -> Fault {
+    Fault::bad_request(format!("An error occurred when deserializing the json body of a request: {error}."))
+}
+
+pub(super) fn put_boot_source(body: &[u8]) -> Result<Parsed, Fault> {
+    let boot_source: BootSource = json(body)?;
+    boot_source.validate()?;
+    Ok(Command::PutBootSource(boot_source).into())
+}
+
+pub(super) fn put_machine_config(body: &[u8]) -> Result<Parsed, Fault> {
+    let machine: MachineConfig = json(body)?;
+    machine.validate()?;
+    let is_deprecated = machine.cpu_template.is_some();
+    Ok(Parsed { command: Command::PutMachineConfig(machine), is_deprecated })
+}
+
+pub(super) fn patch_machine_config(body: &[u8]) -> Result<Parsed, Fault> {
+    let patch: MachineConfigPatch = json(body)?;
+    if patch.is_empty() {
+        return Err(Fault::bad_request("Empty PATCH request."));
+    }
+    // Refuse here what no machine config could take; the machine checks the outcome again.
+    MachineConfig::default().patched(&patch)?;
+    let is_deprecated = patch.cpu_template.is_some();
+    Ok(Parsed { command: Command::PatchMachineConfig(patch), is_deprecated })
+}
+
+pub(super) fn put_logger(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::PutLogger(json::<LoggerConfig>(body)?).into())
+}
+
+pub(super) fn put_metrics(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::PutMetrics(json::<MetricsConfig>(body)?).into())
+}
+
+#[derive(Deserialize)]
+enum ActionType {
+    InstanceStart,
+    SendCtrlAltDel,
+    FlushMetrics,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Action {
+    action_type: ActionType,
+}
+
+pub(super) fn put_actions(body: &[u8]) -> Result<Parsed, Fault> {
+    let command = match json::<Action>(body)?.action_type {
+        ActionType::InstanceStart => Command::InstanceStart,
+        ActionType::SendCtrlAltDel => Command::SendCtrlAltDel,
+        ActionType::FlushMetrics => Command::FlushMetrics,
+    };
+    Ok(command.into())
+}
+
+#[derive(Deserialize)]
+enum WantedState {
+    Paused,
+    Resumed,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Vm {
+    state: WantedState,
+}
+
+pub(super) fn patch_vm(body: &[u8]) -> Result<Parsed, Fault> {
+    let command = match json::<Vm>(body)?.state {
+        WantedState::Paused => Command::Pause,
+        WantedState::Resumed => Command::Resume,
+    };
+    Ok(command.into())
+}
+
+#[derive(Default, Deserialize)]
+enum SnapshotType {
+    #[default]
+    Full,
+    Diff,
+}
+
+/// What Firecracker's body has no field for.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CreateExtension {
+    /// Let the machine run on afterwards.
+    #[serde(default)]
+    resume: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Create {
+    snapshot_path: PathBuf,
+    /// Required by Firecracker; here its absence means that `snapshot_path` is a snapshot directory.
+    mem_file_path: Option<PathBuf>,
+    #[serde(default)]
+    snapshot_type: SnapshotType,
+    #[serde(default)]
+    tvmm: CreateExtension,
+}
+
+pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
+    let create: Create = json(body)?;
+    let location = snapshot_paths(create.snapshot_path, create.mem_file_path, "mem_file_path")?;
+    let kind = match create.snapshot_type {
+        SnapshotType::Full => SnapshotKind::Full,
+        SnapshotType::Diff => SnapshotKind::Diff,
+    };
+    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume: create.tvmm.resume }).into())
+}
+
+#[derive(Deserialize)]
+enum MemBackendType {
+    File,
+    Uffd,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MemBackend {
+    backend_type: MemBackendType,
+    backend_path: PathBuf,
+}
+
+/// What Firecracker's body has no field for.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LoadExtension {
+    /// The name of the restore policy.
+    policy: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Load {
+    snapshot_path: PathBuf,
+    /// Deprecated: `mem_backend` of type `File`.
+    mem_file_path: Option<PathBuf>,
+    mem_backend: Option<MemBackend>,
+    #[serde(default)]
+    track_dirty_pages: bool,
+    /// Deprecated: `track_dirty_pages`.
+    #[serde(default)]
+    enable_diff_snapshots: bool,
+    #[serde(default)]
+    resume_vm: bool,
+    #[serde(default)]
+    network_overrides: Vec<Value>,
+    vsock_override: Option<Value>,
+    #[serde(default)]
+    clock_realtime: bool,
+    #[serde(default)]
+    tvmm: LoadExtension,
+}
+
+pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
+    let load: Load = json(body)?;
+    let unsupported = [
+        (!load.network_overrides.is_empty(), "Network overrides (network_overrides) are"),
+        (load.vsock_override.is_some(), "A vsock override (vsock_override) is"),
+        (load.clock_realtime, "Moving the guest's clock on to real time (clock_realtime) is"),
+    ];
+    if let Some((_, subject)) = unsupported.into_iter().find(|(is_used, _)| *is_used) {
+        return Err(Fault::bad_request(format!("{subject} not supported yet.")));
+    }
+    let is_deprecated = load.mem_file_path.is_some() || load.enable_diff_snapshots;
+    let (memory, memory_key) = match (load.mem_backend, load.mem_file_path) {
+        (Some(_), Some(_)) => {
+            return Err(json_fault("too many fields: either `mem_backend` or `mem_file_path` exclusively is required"));
+        }
+        (Some(MemBackend { backend_type: MemBackendType::Uffd, .. }), None) => {
+            return Err(Fault::bad_request("Memory backend Uffd is not supported yet."));
+        }
+        (Some(backend), None) => (Some(backend.backend_path), "backend_path"),
+        (None, memory) => (memory, "mem_file_path"),
+    };
+    let command = Command::LoadSnapshot(LoadSnapshot {
+        location: snapshot_paths(load.snapshot_path, memory, memory_key)?,
+        policy: load.tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
+        track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
+        resume: load.resume_vm,
+    });
+    Ok(Parsed { command, is_deprecated })
+}
+
+/// Refuses empty paths, which would otherwise be reported as a missing file without a name.
+fn snapshot_paths(
+    snapshot: PathBuf,
+    memory: Option<PathBuf>,
+    memory_key: &'static str,
+) -> Result<SnapshotPaths, Fault> {
+    for (key, path) in [("snapshot_path", Some(&snapshot)), (memory_key, memory.as_ref())] {
+        if path.is_some_and(|path| path.as_os_str().is_empty()) {
+            return Err(Fault::bad_request(format!("Snapshot's {key} is empty.")));
+        }
+    }
+    Ok(SnapshotPaths { snapshot, memory })
+}
