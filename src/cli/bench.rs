@@ -117,7 +117,8 @@ fn restore(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
     println!("{}", table(args, &policies, &reports));
     if let Some(path) = &args.json {
         let all = json!({ "cache": format!("{:?}", args.cache).to_lowercase(), "run": args.run, "reports": reports });
-        std::fs::write(path, format!("{all:#}\n")).map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
+        std::fs::write(path, format!("{all:#}\n"))
+            .map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -159,8 +160,10 @@ fn value(report: &Value, row: Row) -> Option<f64> {
     match row {
         Row::Since(name) => report[name].as_f64(),
         Row::Slice(name) => {
-            let lengths: Vec<f64> =
-                slices().filter(|slice| slice["slice"] == name).filter_map(|slice| number(slice, "length_us")).collect();
+            let lengths: Vec<f64> = slices()
+                .filter(|slice| slice["slice"] == name)
+                .filter_map(|slice| number(slice, "length_us"))
+                .collect();
             (!lengths.is_empty()).then(|| lengths.iter().sum())
         }
         Row::End(name) => {

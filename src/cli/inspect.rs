@@ -68,9 +68,7 @@ fn to_json(
     chain: Option<&Chain>,
     content: Option<&str>,
 ) -> Value {
-    let section = |info: &crate::snapshot::SectionInfo| {
-        json!({ "kind": format!("{:?}", info.kind), "instance": info.instance, "version": info.version, "bytes": info.len() })
-    };
+    let section = |info: &crate::snapshot::SectionInfo| json!({ "kind": format!("{:?}", info.kind), "instance": info.instance, "version": info.version, "bytes": info.len() });
     let layer = |layer: &Snapshot| json!({ "id": layer.id(), "path": layer.object() });
     let bad = |bad: &crate::snapshot::BadChunk| {
         json!({
@@ -119,7 +117,13 @@ fn print(snapshot: &Snapshot, map: &PageMap, chain: Option<&Chain>, content: Opt
     }
     println!("sections");
     for info in snapshot.sections() {
-        println!("           {:<8} {:>2}  version {}  {:>6} bytes", format!("{:?}", info.kind), info.instance, info.version, info.len());
+        println!(
+            "           {:<8} {:>2}  version {}  {:>6} bytes",
+            format!("{:?}", info.kind),
+            info.instance,
+            info.version,
+            info.len()
+        );
     }
     println!("memory     (each cell {} KiB: blank no page held, ░▒▓█ more)", cell_pages(snapshot) * PAGE_SIZE / 1024);
     for range in manifest.layout.extents() {

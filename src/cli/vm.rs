@@ -147,7 +147,9 @@ fn exit_code(outcome: &Outcome, args: &SessionArgs, answer: Option<&Answer>) -> 
     match outcome {
         Outcome::Guest(Ending::Failed(what)) => refuse(format!("The guest cannot go on: {what}")),
         Outcome::TimedOut => refuse(format!("The guest did not answer --run within {} seconds", args.run_timeout)),
-        Outcome::Guest(ending) if args.run.is_some() => refuse(format!("The guest ended before it answered: {ending:?}")),
+        Outcome::Guest(ending) if args.run.is_some() => {
+            refuse(format!("The guest ended before it answered: {ending:?}"))
+        }
         Outcome::Answered => match answer.and_then(Answer::get) {
             Some((line, _)) if line.starts_with("ok ") => Ok(ExitCode::SUCCESS),
             _ => Ok(ExitCode::FAILURE),

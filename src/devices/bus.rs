@@ -30,7 +30,8 @@ impl Bus {
     /// Puts `device` at `[base, base + len)`. An overlap with another device is an error.
     pub fn insert(&mut self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Error> {
         let at = self.entries.partition_point(|entry| entry.base < base);
-        let clear_before = at.checked_sub(1).is_none_or(|prev| self.entries[prev].base + self.entries[prev].len <= base);
+        let clear_before =
+            at.checked_sub(1).is_none_or(|prev| self.entries[prev].base + self.entries[prev].len <= base);
         let end = base.checked_add(len).ok_or(Error::Overlap { base, len })?;
         let clear_after = self.entries.get(at).is_none_or(|next| end <= next.base);
         if len == 0 || !clear_before || !clear_after {

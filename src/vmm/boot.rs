@@ -8,9 +8,9 @@ use std::path::Path;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info};
 use linux_loader::loader::elf::{Elf, PvhBootCapability, start_info};
 use linux_loader::loader::{KernelLoader, bootparam, load_cmdline};
-use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
 
 use super::arch::layout;
@@ -54,7 +54,11 @@ fn load_file(path: &Path, memory: &GuestMemoryMmap) -> Result<Loaded, Error> {
     load_elf(&path.display().to_string(), &mut file, memory)
 }
 
-fn load_elf<F: Read + ReadVolatile + Seek>(name: &str, image: &mut F, memory: &GuestMemoryMmap) -> Result<Loaded, Error> {
+fn load_elf<F: Read + ReadVolatile + Seek>(
+    name: &str,
+    image: &mut F,
+    memory: &GuestMemoryMmap,
+) -> Result<Loaded, Error> {
     let loaded = Elf::load(memory, None, image, Some(GuestAddress(layout::HIMEM)))
         .map_err(|error| Error::KernelLoad { name: name.to_string(), what: error.to_string() })?;
     let pvh = match loaded.pvh_boot_cap {
@@ -146,9 +150,7 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), Error> {
 }
 
 fn write_u64(ram: &GuestRam, what: &'static str, gpa: u64, value: u64) -> Result<(), Error> {
-    ram.view()
-        .write_obj(value, GuestAddress(gpa))
-        .map_err(|source| Error::GuestAccess { what, gpa, source })
+    ram.view().write_obj(value, GuestAddress(gpa)).map_err(|source| Error::GuestAccess { what, gpa, source })
 }
 
 /// PVH: start info and memory map; the GDT is only a convenience, segments are loaded by KVM.

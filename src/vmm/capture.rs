@@ -13,8 +13,8 @@ use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
 use super::sys::{dirty_log, pagemap::Pagemap};
 use crate::snapshot::{
-    Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section, SectionKind,
-    SnapshotKind, SnapshotWriter,
+    Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section,
+    SectionKind, SnapshotKind, SnapshotWriter,
 };
 
 /// A machine's state at one instant, its memory written, not yet sealed.
@@ -127,10 +127,8 @@ impl Core {
             return Ok(log);
         }
         for (slot, range) in self.ram.layout().ranges().iter().enumerate() {
-            let bitmap = self
-                .vm
-                .get_dirty_log(slot as u32, range.len as usize)
-                .map_err(Error::kvm("read the dirty log"))?;
+            let bitmap =
+                self.vm.get_dirty_log(slot as u32, range.len as usize).map_err(Error::kvm("read the dirty log"))?;
             let first = range.gpa / PAGE_SIZE;
             for (index, &word) in bitmap.iter().enumerate() {
                 let mut bits = word;

@@ -8,9 +8,13 @@ use crate::{devices, snapshot, tiering};
 /// The one error of the vmm room. Each says what was being done to what; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("Cannot open /dev/kvm: it does not exist. Load the module for this CPU (`modprobe kvm_intel` or `modprobe kvm_amd`); inside a VM, its host must allow nested virtualisation")]
+    #[error(
+        "Cannot open /dev/kvm: it does not exist. Load the module for this CPU (`modprobe kvm_intel` or `modprobe kvm_amd`); inside a VM, its host must allow nested virtualisation"
+    )]
     KvmMissing,
-    #[error("Cannot open /dev/kvm: permission denied. Add this user to the group that owns it (`usermod -aG kvm USER`, then log in again), or run as root")]
+    #[error(
+        "Cannot open /dev/kvm: permission denied. Add this user to the group that owns it (`usermod -aG kvm USER`, then log in again), or run as root"
+    )]
     KvmDenied,
     #[error("Cannot {doing}")]
     Kvm { doing: &'static str, source: kvm_ioctls::Error },

@@ -103,18 +103,14 @@ pub fn check(recorded: &HostFacts, guest_cpuid: &[kvm_cpuid_entry2], guest_xcr0:
         differences.push(format!("the CPU is {vendor}, the snapshot was taken on {}", recorded.cpu_vendor));
     }
     for word in &recorded.features {
-        let seen = guest_cpuid
-            .iter()
-            .find(|entry| entry.function == word.leaf && entry.index == word.subleaf)
-            .map_or(0, |entry| {
-                let words = std::arch::x86_64::CpuidResult {
-                    eax: entry.eax,
-                    ebx: entry.ebx,
-                    ecx: entry.ecx,
-                    edx: entry.edx,
-                };
+        let seen = guest_cpuid.iter().find(|entry| entry.function == word.leaf && entry.index == word.subleaf).map_or(
+            0,
+            |entry| {
+                let words =
+                    std::arch::x86_64::CpuidResult { eax: entry.eax, ebx: entry.ebx, ecx: entry.ecx, edx: entry.edx };
                 register(&words, &word.register)
-            });
+            },
+        );
         let osxsave = if (word.leaf, word.register.as_str()) == (1, "ecx") { OSXSAVE } else { 0 };
         let here = register(&cpuid(word.leaf, word.subleaf), &word.register);
         let missing = word.value & seen & !here & !osxsave;

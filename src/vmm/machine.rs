@@ -16,6 +16,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::arch::{cpuid, layout, msr, registers};
+use super::boot;
 use super::config::VmConfig;
 use super::error::Error;
 use super::lineage::Lineage;
@@ -25,7 +26,6 @@ use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::dirty_log;
 use super::timeline::{Moments, Slice, Timeline};
 use super::vcpu::{Buses, EndingSignal, Vcpu, VcpuThread};
-use super::boot;
 use crate::devices::{ConsoleOutput, I8042, Serial};
 use crate::snapshot::MemoryLayout;
 
@@ -286,11 +286,7 @@ fn set_memslots(vm: &VmFd, ram: &GuestRam, track: bool) -> Result<(), Error> {
     Ok(())
 }
 
-fn build_devices(
-    vm: &VmFd,
-    output: Arc<ConsoleOutput>,
-    ending: &EndingSignal,
-) -> Result<(Devices, Arc<Buses>), Error> {
+fn build_devices(vm: &VmFd, output: Arc<ConsoleOutput>, ending: &EndingSignal) -> Result<(Devices, Arc<Buses>), Error> {
     let serial = Arc::new(Serial::new(output)?);
     vm.register_irqfd(serial.interrupt_line().eventfd(), layout::COM1_IRQ)
         .map_err(Error::kvm("connect the serial interrupt"))?;
@@ -302,7 +298,12 @@ fn build_devices(
     Ok((Devices { serial, i8042 }, Arc::new(buses)))
 }
 
-fn set_boot_state(vcpu: &Vcpu, supported: &kvm_bindings::CpuId, count: u8, entry: registers::Entry) -> Result<(), Error> {
+fn set_boot_state(
+    vcpu: &Vcpu,
+    supported: &kvm_bindings::CpuId,
+    count: u8,
+    entry: registers::Entry,
+) -> Result<(), Error> {
     let failed = |doing| move |source| vcpu_error(doing, vcpu.index, source);
     let fd = &vcpu.fd;
     let table = cpuid::for_vcpu(supported, vcpu.index, count).map_err(|_| Error::State {

@@ -93,7 +93,13 @@ impl GuestRam {
     }
 
     /// Backs `extent` with a private mapping of `file` from `file_offset`.
-    pub fn map_file_private(&mut self, extent: Extent, file: &File, layer: usize, file_offset: u64) -> Result<(), Error> {
+    pub fn map_file_private(
+        &mut self,
+        extent: Extent,
+        file: &File,
+        layer: usize,
+        file_offset: u64,
+    ) -> Result<(), Error> {
         let (memory, offset) = self.locate(extent)?;
         let len = extent.bytes() as usize;
         memory.map_file_private(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))?;
@@ -170,4 +176,3 @@ fn region_of(reservation: &Reservation, gpa: u64) -> Result<GuestRegionMmap, Err
     let region = builder.build().map_err(|error| failed(error.to_string()))?;
     GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or_else(|| failed("the range wraps around".into()))
 }
-

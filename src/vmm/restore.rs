@@ -78,11 +78,8 @@ impl Machine<Built> {
     ) -> Result<(Self, EngineReport), Error> {
         let tip = chain.tip();
         let saved = SavedState::read(tip)?;
-        let shape = Shape {
-            vcpu_count: saved.machine.vcpu_count,
-            mem_size_mib: saved.machine.mem_size_mib,
-            track_dirty_pages,
-        };
+        let shape =
+            Shape { vcpu_count: saved.machine.vcpu_count, mem_size_mib: saved.machine.mem_size_mib, track_dirty_pages };
         let layout = &tip.manifest().layout;
         if shape.layout()? != *layout {
             let what = format!("{} MiB of memory do not fit the manifest's layout", shape.mem_size_mib);
@@ -147,7 +144,12 @@ fn map_anonymous(ram: &mut GuestRam, extent: Option<Extent>, report: &mut Engine
     ram.map_anon(extent)
 }
 
-fn map_file(ram: &mut GuestRam, chain: &Chain, planned: &PlannedExtent, report: &mut EngineReport) -> Result<(), Error> {
+fn map_file(
+    ram: &mut GuestRam,
+    chain: &Chain,
+    planned: &PlannedExtent,
+    report: &mut EngineReport,
+) -> Result<(), Error> {
     // `validate` has made sure that every placement but zero has a source inside its layer's file.
     let Some(source) = planned.source else { return Ok(()) };
     report.mappings += 1;

@@ -264,7 +264,11 @@ pub fn set_msrs(vcpu: &VcpuFd, index: u8, entries: &[kvm_msr_entry]) -> Result<V
         if !msr::may_be_refused(entry) {
             return Err(Error::MsrRefused { vcpu: index, index: entry.index, value: entry.data });
         }
-        tracing::debug!(vcpu = index, msr = format_args!("{:#x}", entry.index), "KVM refused an MSR the guest can do without");
+        tracing::debug!(
+            vcpu = index,
+            msr = format_args!("{:#x}", entry.index),
+            "KVM refused an MSR the guest can do without"
+        );
         refused.push(entry.index);
         rest = &rest[count + 1..];
     }

@@ -24,8 +24,7 @@ pub struct Usage {
 
 /// Reads this process's usage.
 pub fn read(ram: &GuestRam) -> Result<Usage, Error> {
-    let guest: Vec<(u64, u64)> =
-        ram.slots().map(|(range, host)| (host as u64, host as u64 + range.len)).collect();
+    let guest: Vec<(u64, u64)> = ram.slots().map(|(range, host)| (host as u64, host as u64 + range.len)).collect();
     let file = std::fs::File::open("/proc/self/smaps").map_err(Error::os("open /proc/self/smaps"))?;
     let mut usage = Usage::default();
     let mut in_guest = false;

@@ -118,7 +118,7 @@ fn put_snapshot_create_firecracker_form_gives_no_body() {
 fn put_snapshot_create_directory_form_tells_the_snapshot() {
     let fixture = Fixture::new();
     let body = json!({"snapshot_path": "s", "tvmm": {"resume": true}});
-    let expected = json!({"id": "abc", "path": "s", "memory_bytes": 4096});
+    let expected = json!({"id": "abc", "path": "s", "memory_bytes": 4096, "capture_us": 7});
     assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (200, Some(expected)));
     let expected = CreateSnapshot { location: directory(), kind: SnapshotKind::Full, resume: true };
     assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);

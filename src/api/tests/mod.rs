@@ -139,6 +139,7 @@ fn good_answer(command: &Command) -> Result<Reply, Refused> {
             id: "abc".to_owned(),
             path: create.location.snapshot.clone(),
             memory_bytes: 4096,
+            capture_us: 7,
         }),
         _ => Reply::Empty,
     })

@@ -55,9 +55,7 @@ pub fn general(entry: Entry) -> kvm_regs {
             rsi: layout::ZERO_PAGE,
             ..Default::default()
         },
-        Entry::Pvh { rip } => {
-            kvm_regs { rflags: reserved, rip, rbx: layout::PVH_START_INFO, ..Default::default() }
-        }
+        Entry::Pvh { rip } => kvm_regs { rflags: reserved, rip, rbx: layout::PVH_START_INFO, ..Default::default() },
     }
 }
 
