@@ -183,12 +183,7 @@ impl ChunkHasher {
         }
     }
 
-    /// The chunks that are complete because a later page came by; they are handed out once.
-    pub fn drain(&mut self) -> Vec<(u64, u32)> {
-        std::mem::take(&mut self.done)
-    }
-
-    /// `(chunk number, CRC32C)` of every chunk not drained before, ascending.
+    /// `(chunk number, CRC32C)` of every chunk with a page, ascending.
     pub fn finish(mut self) -> Vec<(u64, u32)> {
         self.done.extend(self.current.take());
         self.done

@@ -387,7 +387,7 @@ fn directories_that_are_no_chain_are_refused() {
     let [p, c] = ["p", "c"].map(|name| base.path().join(name));
     let refused = |dirs: &[std::path::PathBuf]| Chain::from_dirs(dirs).unwrap_err();
     assert!(matches!(refused(&[]), Error::NotAChain { .. }));
-    assert!(matches!(refused(&[c.clone()]), Error::NotAChain { .. }));
+    assert!(matches!(refused(std::slice::from_ref(&c)), Error::NotAChain { .. }));
     assert!(matches!(refused(&[p.clone(), p.clone()]), Error::NotAChain { .. }));
     assert!(matches!(refused(&[p.clone(), c.clone(), c.clone()]), Error::WrongParent { .. }));
     assert!(matches!(refused(&vec![p.clone(); MAX_CHAIN_DEPTH + 1]), Error::NotAChain { .. }));
