@@ -23,7 +23,10 @@ pub enum Error {
     #[error("{path} cannot be the target of a snapshot: {problem}", path = path.display())]
     BadTarget { path: PathBuf, problem: &'static str },
     /// A directory without a manifest: its writer did not finish, or it is something else.
-    #[error("{path} is not sealed: it has no manifest.json, so its writer never finished or it is not a snapshot", path = path.display())]
+    #[error(
+        "{path} is not sealed: it has no manifest.json, so its writer never finished or it is not a snapshot",
+        path = path.display()
+    )]
     NotSealed { path: PathBuf },
     /// A name that should be a regular file is something else.
     #[error("{path} is not a regular file", path = path.display())]
@@ -38,9 +41,7 @@ pub enum Error {
     #[error("{object} is not a tvmm snapshot file (wrong magic)")]
     BadMagic { object: String },
     /// A stored checksum does not match the bytes.
-    #[error(
-        "{object} is damaged: the checksum of its {part} is {stored:#010x} in the file but {computed:#010x} over the bytes"
-    )]
+    #[error("{object} is damaged: its {part} has checksum {computed:#010x}, the file says {stored:#010x}")]
     Checksum { object: String, part: String, stored: u32, computed: u32 },
     /// A BLAKE3 digest in the manifest does not match the content.
     #[error("{object} does not belong to its manifest: the digest of its {part} differs")]
@@ -79,7 +80,10 @@ pub enum Error {
     #[error("Pages [{first:#x}, {end:#x}) cannot be written: {problem}", first = extent.first.0, end = extent.end().0)]
     BadRun { extent: Extent, problem: &'static str },
     /// Chunks of memory that are not what was written.
-    #[error("{object} has {bad} damaged chunks of memory, the first at guest-physical {gpa:#x}, {bytes} bytes long", gpa = first.gpa(), bytes = first.bytes())]
+    #[error(
+        "{object} has {bad} damaged chunks of memory, the first at guest-physical {gpa:#x}, {bytes} bytes long",
+        gpa = first.gpa(), bytes = first.bytes()
+    )]
     BadMemory { object: String, bad: u64, first: Extent },
     /// A full snapshot with a parent, or a diff without.
     #[error("{object}: a full snapshot has no parent and a diff has exactly one")]

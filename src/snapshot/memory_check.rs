@@ -4,11 +4,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap};
+use super::page_map::{CHUNK_PAGES, PageMap};
 use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, Result};
 
 /// How many damaged chunks a report names; it counts all of them.
 const MAX_REPORTED: usize = 1024;
+
+/// How many bytes are verified between two calls of the progress function.
+const PROGRESS_STEP: u64 = 8 << 20;
 
 /// What a verification found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -84,51 +87,64 @@ impl MemoryFile<'_> {
 
     /// Compares every held page with its checksum.
     ///
-    /// Reads are one chunk (64 KiB) long on purpose: with reads of that size the kernel's readahead puts a cold file
-    /// into the largest folios, which makes later page faults cheap; larger reads give smaller folios.
+    /// Reads one chunk (64 KiB) at a time on purpose, small holes in it included (and all of it if half of it is
+    /// held): with reads of that size and no gaps the kernel's readahead puts a cold file into the largest folios,
+    /// which makes later page faults cheap. Larger reads give smaller folios, and so do reads of single pages.
     pub(crate) fn verify(&self, map: &PageMap, progress: &mut Progress<'_>) -> Result<VerifyReport> {
         let mut report = VerifyReport::default();
         let mut buffer = vec![0; (CHUNK_PAGES * PAGE_SIZE) as usize];
-        let mut hasher = ChunkHasher::new();
         let mut unreported = 0;
-        for run in map.held().runs() {
-            for range_part in self.layout.split(run) {
-                for part in range_part.chunks(CHUNK_PAGES) {
-                    let bytes = &mut buffer[..part.bytes() as usize];
-                    self.read(part.first, bytes)?;
-                    hasher.update(part.first, bytes);
-                    report.pages += part.pages;
-                    unreported += part.bytes();
-                    if unreported >= 8 << 20 {
-                        progress.add(std::mem::take(&mut unreported));
-                        compare(map, hasher.drain(), &mut report);
-                    }
+        for (chunk, stored) in map.checksums() {
+            let (pages, computed) = self.chunk_crc(map, chunk, &mut buffer)?;
+            report.chunks += 1;
+            report.pages += pages;
+            if computed != stored {
+                report.bad_chunks += 1;
+                if report.bad.len() < MAX_REPORTED {
+                    report.bad.push(BadChunk { extent: held_span(map, chunk), stored, computed });
                 }
             }
+            unreported += pages * PAGE_SIZE;
+            if unreported >= PROGRESS_STEP {
+                progress.add(std::mem::take(&mut unreported));
+            }
         }
-        compare(map, hasher.finish(), &mut report);
         progress.add(unreported);
         Ok(report)
     }
+
+    /// How many pages of a chunk are held, and the checksum of what is there. `buffer` has room for a chunk.
+    fn chunk_crc(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
+        let (mut pages, mut crc) = (0, 0);
+        for part in self.layout.split(chunk_extent(chunk)) {
+            let runs: Vec<Extent> = map.held().runs_in(part).collect();
+            let (Some(first), Some(last)) = (runs.first(), runs.last()) else { continue };
+            let held: u64 = runs.iter().map(|run| run.pages).sum();
+            let mut span = Extent { first: first.first, pages: last.end().0 - first.first.0 };
+            if 2 * held >= CHUNK_PAGES {
+                span = part;
+            }
+            let start = span.first;
+            let bytes = &mut buffer[..span.bytes() as usize];
+            self.read(start, bytes)?;
+            for run in &runs {
+                let at = ((run.first.0 - start.0) * PAGE_SIZE) as usize;
+                crc = crc32c::crc32c_append(crc, &bytes[at..at + run.bytes() as usize]);
+            }
+            pages += held;
+        }
+        Ok((pages, crc))
+    }
 }
 
-fn compare(map: &PageMap, computed: Vec<(u64, u32)>, report: &mut VerifyReport) {
-    for (chunk, computed) in computed {
-        report.chunks += 1;
-        // Every chunk with a held page has a checksum: PageMap::new saw to it.
-        let stored = map.checksum(chunk).unwrap_or_default();
-        if stored == computed {
-            continue;
-        }
-        report.bad_chunks += 1;
-        if report.bad.len() < MAX_REPORTED {
-            let mut extent = Extent { first: Gfn(chunk * CHUNK_PAGES), pages: CHUNK_PAGES };
-            let mut runs = map.chunk_runs(chunk);
-            if let Some(first) = runs.next() {
-                let end = runs.last().unwrap_or(first).end();
-                extent = Extent { first: first.first, pages: end.0 - first.first.0 };
-            }
-            report.bad.push(BadChunk { extent, stored, computed });
-        }
-    }
+fn chunk_extent(chunk: u64) -> Extent {
+    Extent { first: Gfn(chunk.saturating_mul(CHUNK_PAGES)), pages: CHUNK_PAGES }
+}
+
+/// From the first held page of a chunk to the last.
+fn held_span(map: &PageMap, chunk: u64) -> Extent {
+    let mut runs = map.chunk_runs(chunk);
+    let Some(first) = runs.next() else { return chunk_extent(chunk) };
+    let end = runs.last().unwrap_or(first).end();
+    Extent { first: first.first, pages: end.0 - first.first.0 }
 }

@@ -43,10 +43,12 @@ impl PageMap {
         if !held.is_disjoint(&zero) {
             return Err("a page is both held and zero".to_string());
         }
-        let chunks = chunks_of(&held);
-        if chunks.len() != checksums.len() {
-            return Err(format!("it has {} checksums for {} chunks", checksums.len(), chunks.len()));
+        // Counted before they are listed: a few bytes of roaring can stand for 2^32 pages.
+        let chunk_count: u64 = chunk_runs_of(&held).map(|(first, last)| last - first + 1).sum();
+        if chunk_count != checksums.len() as u64 {
+            return Err(format!("it has {} checksums for {chunk_count} chunks", checksums.len()));
         }
+        let chunks = chunk_runs_of(&held).flat_map(|(first, last)| first as u32..=last as u32).collect();
         Ok(PageMap { held, zero, chunks, checksums })
     }
 
@@ -139,18 +141,15 @@ impl PageMap {
     }
 }
 
-/// The chunks that have a page of the set, ascending.
-fn chunks_of(held: &PageSet) -> Vec<u32> {
-    let mut chunks: Vec<u32> = Vec::new();
-    for run in held.runs() {
-        let last = chunk_of(Gfn(run.end().0 - 1)) as u32;
-        let mut first = chunk_of(run.first) as u32;
-        if chunks.last() == Some(&first) {
-            first += 1;
-        }
-        chunks.extend(first..=last);
-    }
-    chunks
+/// The chunks that have a page of the set, as inclusive runs of chunk numbers, ascending, each chunk once.
+fn chunk_runs_of(held: &PageSet) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let mut next = 0;
+    held.runs().filter_map(move |run| {
+        let first = chunk_of(run.first).max(next);
+        let last = chunk_of(Gfn(run.end().0 - 1));
+        next = last + 1;
+        (first <= last).then_some((first, last))
+    })
 }
 
 /// Computes chunk checksums from held pages that come by in ascending order.
@@ -184,14 +183,62 @@ impl ChunkHasher {
         }
     }
 
-    /// The chunks that are complete because a later page came by; they are handed out once.
-    pub fn drain(&mut self) -> Vec<(u64, u32)> {
-        std::mem::take(&mut self.done)
-    }
-
-    /// `(chunk number, CRC32C)` of every chunk not drained before, ascending.
+    /// `(chunk number, CRC32C)` of every chunk with a page, ascending.
     pub fn finish(mut self) -> Vec<(u64, u32)> {
         self.done.extend(self.current.take());
         self.done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn layout() -> MemoryLayout {
+        MemoryLayout::from_gpa_ranges(&[(0, 1 << 20)]).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn hasher_and_map_agree_however_the_bytes_come(gfns in prop::collection::btree_set(0_u64..256, 1..200)) {
+            let held: PageSet = gfns.iter().map(|gfn| Gfn(*gfn)).collect();
+            let page = |gfn: u64| vec![gfn as u8 ^ 0x5a; PAGE_SIZE as usize];
+            let (mut by_run, mut by_page) = (ChunkHasher::new(), ChunkHasher::new());
+            for run in held.runs() {
+                let bytes: Vec<u8> = (run.first.0..run.end().0).flat_map(page).collect();
+                by_run.update(run.first, &bytes);
+            }
+            gfns.iter().for_each(|gfn| by_page.update(Gfn(*gfn), &page(*gfn)));
+            let checksums = by_run.finish();
+            prop_assert_eq!(&checksums, &by_page.finish());
+            let words = checksums.iter().map(|(_, crc)| *crc).collect();
+            let map = PageMap::new(&layout(), held.clone(), PageSet::new(), words).unwrap();
+            prop_assert_eq!(map.checksums().collect::<Vec<_>>(), checksums);
+            for (chunk, _) in map.checksums() {
+                let runs: Vec<_> = map.chunk_runs(chunk).collect();
+                let mut bytes: Vec<u8> = runs.iter().flat_map(|run| run.first.0..run.end().0).flat_map(page).collect();
+                prop_assert!(map.verify_chunk("x", chunk, &bytes).is_ok());
+                if let [run] = runs[..] {
+                    prop_assert_eq!(map.verify_run("x", run.first, &bytes).unwrap(), run.pages);
+                }
+                bytes[0] ^= 1;
+                prop_assert!(map.verify_chunk("x", chunk, &bytes).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn map_that_contradicts_itself_is_refused() {
+        let set = |gfn: u64| PageSet::from_iter([Gfn(gfn)]);
+        assert!(PageMap::new(&layout(), set(1), set(2), vec![0]).is_ok());
+        assert!(PageMap::new(&layout(), set(256), PageSet::new(), vec![0]).is_err());
+        assert!(PageMap::new(&layout(), PageSet::new(), set(256), vec![]).is_err());
+        assert!(PageMap::new(&layout(), set(1), set(1), vec![0]).is_err());
+        assert!(PageMap::new(&layout(), set(1), set(2), vec![]).is_err());
+        assert!(PageMap::new(&layout(), set(1), set(2), vec![0, 0]).is_err());
     }
 }

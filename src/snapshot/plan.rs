@@ -179,3 +179,128 @@ fn check_source(item: &PlannedExtent, layer_file_lens: &[u64]) -> Result<(), Str
         _ => Err(format!("{extent} comes from behind the end of layer {}", source.layer)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::snapshot::Gfn;
+
+    const LAYERS: [u64; 2] = [300 * PAGE_SIZE, 300 * PAGE_SIZE];
+
+    /// Two ranges that touch, so that only the layout says where one ends, and one behind a gap.
+    fn layout() -> MemoryLayout {
+        let pages = |first: u64, pages: u64| (first * PAGE_SIZE, pages * PAGE_SIZE);
+        MemoryLayout::from_gpa_ranges(&[pages(0, 100), pages(100, 100), pages(1 << 20, 100)]).unwrap()
+    }
+
+    /// A plan with cuts at random pages and a random placement for each piece.
+    fn any_plan() -> impl Strategy<Value = RestorePlan> {
+        let choice = (any::<prop::sample::Index>(), 0_usize..2, prop::bool::weighted(0.8));
+        prop::collection::vec((0_u64..300, choice), 1..40).prop_map(|cuts| {
+            let layout = layout();
+            let mut plan = RestorePlan { snapshot: SnapshotId::default(), policy: "any".to_string(), extents: vec![] };
+            let mut at = 0;
+            let mut ends: Vec<u64> = cuts.iter().map(|(cut, _)| *cut).chain([100, 200, 300]).collect();
+            ends.sort_unstable();
+            for (end, (_, (placement, layer, in_order))) in ends.into_iter().zip(cuts.iter().cycle()) {
+                if end == at {
+                    continue;
+                }
+                let extent = Extent { first: layout.gfn_at(at * PAGE_SIZE).unwrap(), pages: end - at };
+                let placement = *placement.get(&Placement::ALL);
+                let offset = if *in_order { at * PAGE_SIZE } else { 0 };
+                let source = (placement != Placement::Zero).then_some(PageSource { layer: *layer, offset });
+                plan.extents.push(PlannedExtent { extent, placement, source });
+                at = end;
+            }
+            plan
+        })
+    }
+
+    /// Every page with its placement and source: what a plan means.
+    fn by_page(plan: &RestorePlan) -> Vec<(Gfn, Placement, Option<PageSource>)> {
+        let pages = plan.extents.iter().flat_map(|item| {
+            (0..item.extent.pages).map(move |i| {
+                let source = item.source.map(|s| PageSource { layer: s.layer, offset: s.offset + i * PAGE_SIZE });
+                (Gfn(item.extent.first.0 + i), item.placement, source)
+            })
+        });
+        pages.collect()
+    }
+
+    fn break_plan(plan: &mut RestorePlan, at: usize, how: u8) {
+        let extents = &mut plan.extents;
+        let item = &mut extents[at];
+        match how {
+            0 => drop(extents.remove(at)),
+            1 => extents.insert(at, extents[at]),
+            2 => item.extent.first.0 += 1,
+            3 => item.extent.pages += 1,
+            4 => item.extent.pages -= 1,
+            5 => item.extent.pages = u64::MAX,
+            6 => item.extent.first.0 = u64::MAX,
+            7 if item.source.is_some() => item.source = None,
+            7 => item.source = Some(PageSource { layer: 0, offset: 0 }),
+            8 => extents.push(PlannedExtent {
+                extent: Extent { first: Gfn(5 << 20), pages: 1 },
+                placement: Placement::Zero,
+                source: None,
+            }),
+            _ => {
+                item.placement = Placement::Lazy;
+                let (layer, offset) = match how {
+                    9 => (2, 0),
+                    10 => (0, LAYERS[0]),
+                    11 => (0, 1),
+                    _ => (1, u64::MAX - PAGE_SIZE + 1),
+                };
+                item.source = Some(PageSource { layer, offset });
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        #[test]
+        fn valid_plan_validates_and_coalescing_keeps_its_meaning(plan in any_plan()) {
+            plan.validate(&layout(), &LAYERS).unwrap();
+            prop_assert_eq!(plan.counts().total(), 300);
+            let mut joined = plan.clone();
+            joined.coalesce(&layout());
+            joined.validate(&layout(), &LAYERS).unwrap();
+            prop_assert_eq!(by_page(&joined), by_page(&plan));
+            prop_assert_eq!(joined.counts(), plan.counts());
+            prop_assert!(joined.extents.len() <= plan.extents.len());
+            let once = joined.clone();
+            joined.coalesce(&layout());
+            prop_assert_eq!(&joined, &once);
+            let json = serde_json::to_string(&plan).unwrap();
+            prop_assert_eq!(serde_json::from_str::<RestorePlan>(&json).unwrap(), plan);
+        }
+
+        #[test]
+        fn broken_plan_is_refused(plan in any_plan(), at in any::<prop::sample::Index>(), how in 0_u8..13) {
+            let mut plan = plan;
+            let at = at.index(plan.extents.len());
+            break_plan(&mut plan, at, how);
+            let refused = matches!(plan.validate(&layout(), &LAYERS), Err(Error::BadPlan { .. }));
+            prop_assert!(refused, "accepted after mutation {}", how);
+        }
+    }
+
+    #[test]
+    fn swapped_extents_are_refused() {
+        let zero = |first, pages| PlannedExtent {
+            extent: Extent { first: Gfn(first), pages },
+            placement: Placement::Zero,
+            source: None,
+        };
+        let extents = vec![zero(100, 100), zero(0, 100), zero(1 << 20, 100)];
+        let plan = RestorePlan { snapshot: SnapshotId::default(), policy: "p".to_string(), extents };
+        let message = plan.validate(&layout(), &LAYERS).unwrap_err().to_string();
+        assert!(message.contains("page 0x0 should come next, [0x64, 0xc8) does"), "{message}");
+    }
+}

@@ -1,1 +1,451 @@
+//! Files that nobody's writer wrote: damaged, cut, forged. Every one is an error with a name, none is a panic.
 
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const HEADER: usize = 64;
+const ENTRY: usize = 40;
+
+fn u32_le(value: u32) -> [u8; 4] {
+    value.to_le_bytes()
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+/// Makes the header's and the table's checksums right again: a forger can do that too.
+fn reseal(bytes: &mut [u8]) {
+    let count = u32::from_le_bytes(bytes[16..20].try_into().unwrap()) as usize;
+    if let Some(table) = bytes.get(HEADER..HEADER.saturating_add(count.saturating_mul(ENTRY))) {
+        let crc = crc32c::crc32c(table);
+        put(bytes, 48, &u32_le(crc));
+    }
+    let crc = crc32c::crc32c(&bytes[..60]);
+    put(bytes, 60, &u32_le(crc));
+}
+
+fn forged(change: impl FnOnce(&mut Vec<u8>)) -> Error {
+    let mut bytes = write_container(&sections());
+    change(&mut bytes);
+    reseal(&mut bytes);
+    Container::parse(bytes).unwrap_err()
+}
+
+#[test]
+fn container_round_trips() {
+    let container = Container::parse(write_container(&sections())).unwrap();
+    assert_eq!(container.writer(), env!("CARGO_PKG_VERSION"));
+    assert_eq!(container.copy_sections(|_| true).unwrap(), sections());
+    assert_eq!(container.sections()[4].kind, SectionKind::Other(1000));
+    assert_eq!(Container::parse(write_container(&[])).unwrap().sections(), []);
+}
+
+#[test]
+fn container_has_the_documented_bytes() {
+    let section = Section { kind: SectionKind::Vcpu, instance: 2, version: 9, payload: b"abc".to_vec() };
+    let bytes = write_container(&[section]);
+    assert_eq!(bytes.len(), 107);
+    assert_eq!(bytes[..8], *b"TVMMSNAP");
+    assert_eq!(bytes[8..12], [1, 0, 0, 0]);
+    assert_eq!(bytes[12..16], u32_le(64));
+    assert_eq!(bytes[16..20], u32_le(1));
+    assert_eq!(bytes[20..24], u32_le(40));
+    assert_eq!(bytes[24..32], 107_u64.to_le_bytes());
+    assert_eq!(bytes[32..32 + env!("CARGO_PKG_VERSION").len()], *env!("CARGO_PKG_VERSION").as_bytes());
+    assert_eq!(bytes[48..52], u32_le(crc32c::crc32c(&bytes[64..104])));
+    assert_eq!(bytes[52..60], [0; 8]);
+    assert_eq!(bytes[60..64], u32_le(crc32c::crc32c(&bytes[..60])));
+    assert_eq!(bytes[64..80], [u32_le(3), u32_le(9), u32_le(2), u32_le(0)].concat());
+    assert_eq!(bytes[80..96], [104_u64.to_le_bytes(), 3_u64.to_le_bytes()].concat());
+    // CRC32C("abc") from the polynomial's definition, not from this crate.
+    assert_eq!(bytes[96..104], [u32_le(0x364b_3fb7), u32_le(0)].concat());
+    assert_eq!(bytes[104..], *b"abc");
+}
+
+#[test]
+fn every_flipped_byte_of_header_and_table_is_refused() {
+    let bytes = write_container(&sections());
+    for at in 0..HEADER + ENTRY * sections().len() {
+        for bit in 0..8 {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 1 << bit;
+            assert!(Container::parse(bytes).is_err(), "bit {bit} of byte {at}");
+        }
+    }
+}
+
+#[test]
+fn every_flipped_byte_of_a_payload_is_refused_when_it_is_asked_for() {
+    let bytes = write_container(&sections());
+    let mut at = HEADER + ENTRY * sections().len();
+    for section in sections() {
+        for _ in &section.payload {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 0x10;
+            let container = Container::parse(bytes).unwrap();
+            let got = container.section(section.kind, section.instance);
+            assert!(matches!(got, Err(Error::Checksum { .. })), "byte {at}");
+            at += 1;
+        }
+    }
+    assert_eq!(at, bytes.len());
+}
+
+#[test]
+fn every_truncation_is_refused() {
+    let bytes = write_container(&sections());
+    for len in 0..bytes.len() {
+        let error = Container::parse(bytes[..len].to_vec()).unwrap_err();
+        assert!(matches!(error, Error::Truncated { .. }), "{len}: {error}");
+    }
+    let error = Container::parse([bytes, vec![0]].concat()).unwrap_err();
+    assert!(error.to_string().contains("1 bytes follow its end"), "{error}");
+}
+
+#[test]
+fn forged_lengths_counts_and_offsets_are_refused() {
+    let huge = (100_u64 << 30).to_le_bytes();
+    assert!(matches!(forged(|b| put(b, 24, &huge)), Error::Truncated { need: 0x19_0000_0000, .. }));
+    assert!(matches!(forged(|b| put(b, 16, &u32_le(u32::MAX))), Error::Malformed { .. }));
+    assert!(matches!(forged(|b| put(b, 16, &u32_le(4096))), Error::Truncated { .. }));
+    assert!(matches!(forged(|b| put(b, 16, &u32_le(4))), Error::Malformed { .. }));
+    assert!(matches!(forged(|b| put(b, 12, &u32_le(65))), Error::Malformed { .. }));
+    assert!(matches!(forged(|b| put(b, 20, &u32_le(0))), Error::Malformed { .. }));
+    assert!(matches!(forged(|b| put(b, 52, &u32_le(1))), Error::Malformed { .. }));
+    assert!(matches!(forged(|b| put(b, 56, &u32_le(1))), Error::Malformed { .. }));
+    for entry in 0..sections().len() {
+        let at = HEADER + entry * ENTRY;
+        for length in [huge, u64::MAX.to_le_bytes(), 0x7000_u64.to_le_bytes()] {
+            assert!(matches!(forged(|b| put(b, at + 24, &length)), Error::Malformed { .. }));
+            assert!(matches!(forged(|b| put(b, at + 16, &length)), Error::Malformed { .. }));
+        }
+        assert!(matches!(forged(|b| put(b, at + 12, &u32_le(1))), Error::Malformed { .. }));
+        assert!(matches!(forged(|b| put(b, at + 36, &u32_le(1))), Error::Malformed { .. }));
+    }
+    let twice = forged(|b| put(b, HEADER + 2 * ENTRY + 8, &u32_le(0)));
+    assert!(twice.to_string().contains("section 3 instance 0 twice"), "{twice}");
+}
+
+#[test]
+fn future_format_names_its_writer() {
+    let error = forged(|b| {
+        put(b, 8, &[2, 0]);
+        put(b, 32, b"7.1.0\0\0\0");
+    });
+    let message = error.to_string();
+    assert!(message.contains("was written by tvmm 7.1.0 in format 2.0, this build reads 1.x"), "{message}");
+    // A later minor version is readable.
+    let mut bytes = write_container(&sections());
+    put(&mut bytes, 10, &[9]);
+    reseal(&mut bytes);
+    assert!(Container::parse(bytes).is_ok());
+}
+
+/// A snapshot directory to be damaged, with its manifest as JSON.
+struct Victim {
+    base: tempfile::TempDir,
+    sealed: Sealed,
+}
+
+impl Victim {
+    fn new() -> Victim {
+        let base = tempfile::tempdir().unwrap();
+        let sealed = sample().write_full(dir(base.path(), "v"));
+        Victim { base, sealed }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.base.path().join("v").join(name)
+    }
+
+    fn flip(&self, name: &str, at: u64) {
+        let file = fs::OpenOptions::new().read(true).write(true).open(self.path(name)).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    }
+
+    fn open(&self) -> Result<Snapshot> {
+        Snapshot::open(&self.sealed.location)
+    }
+
+    /// Changes the manifest and gives it the id that it then has.
+    fn forge_manifest(&self, change: impl FnOnce(&mut Manifest)) {
+        let mut manifest = self.open().unwrap().manifest().clone();
+        change(&mut manifest);
+        manifest.id = manifest.compute_id("forged").unwrap();
+        fs::write(self.path("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn unsealed_directory_says_so() {
+    let victim = Victim::new();
+    fs::remove_file(victim.path("manifest.json")).unwrap();
+    let error = victim.open().unwrap_err();
+    assert!(matches!(error, Error::NotSealed { .. }));
+    assert!(error.to_string().contains("/v is not sealed"), "{error}");
+    assert!(matches!(Snapshot::open(&dir(victim.base.path(), "none")), Err(Error::Io { .. })));
+}
+
+#[test]
+fn damaged_memory_is_found_with_its_address() {
+    let victim = Victim::new();
+    let model = sample();
+    // The 121st page of the file is the 21st of the second range, which starts 3 pages above 4 GiB.
+    let index = 121;
+    assert_ne!(model.pages[index], 0);
+    victim.flip("memory", (index * PAGE + 1234) as u64);
+    let snapshot = victim.open().unwrap();
+    let report = snapshot.verify(&mut |_, _| {}).unwrap();
+    assert_eq!((report.bad_chunks, report.bad.len()), (1, 1));
+    assert!(report.bad[0].extent.contains(model.gfn(index)));
+    assert!(report.bad[0].extent.pages <= CHUNK_PAGES);
+    let error = report.into_result(snapshot.object()).unwrap_err();
+    assert!(error.to_string().contains("guest-physical 0x1000"), "{error}");
+
+    // Damage must not get a fresh checksum.
+    let chain = Chain::open(&victim.sealed.location).unwrap();
+    let merged = merge(&chain, dir(victim.base.path(), "m"), &mut |_, _| {});
+    assert!(matches!(merged, Err(Error::BadMemory { bad: 1, .. })));
+    assert_eq!(fs::read_dir(victim.base.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn memory_of_another_length_is_refused() {
+    let victim = Victim::new();
+    let file = fs::OpenOptions::new().write(true).open(victim.path("memory")).unwrap();
+    file.set_len(129 * PAGE_SIZE).unwrap();
+    assert!(matches!(victim.open(), Err(Error::Truncated { .. })));
+    file.set_len(131 * PAGE_SIZE).unwrap();
+    assert!(matches!(victim.open(), Err(Error::Malformed { .. })));
+    // Cut only after it was opened.
+    file.set_len(130 * PAGE_SIZE).unwrap();
+    let chain = Chain::open(&victim.sealed.location).unwrap();
+    file.set_len(0).unwrap();
+    assert!(matches!(chain.tip().verify(&mut |_, _| {}), Err(Error::Io { .. })));
+    assert!(matches!(page_digest(&chain), Err(Error::Io { .. })));
+}
+
+#[test]
+fn files_of_another_snapshot_are_refused() {
+    let victim = Victim::new();
+    let mut other = sample();
+    other.pages[3] = 200;
+    other.write_full(dir(victim.base.path(), "o"));
+    fs::copy(victim.base.path().join("o/pages"), victim.path("pages")).unwrap();
+    assert!(matches!(victim.open().unwrap().page_map(), Err(Error::DigestMismatch { .. } | Error::Malformed { .. })));
+    let mut state = sections();
+    state[0].payload[0] ^= 1;
+    fs::write(victim.path("vmstate"), write_container(&state)).unwrap();
+    assert!(matches!(victim.open(), Err(Error::DigestMismatch { part: "state", .. })));
+    fs::write(victim.path("vmstate"), write_container(&state[1..])).unwrap();
+    assert!(matches!(victim.open(), Err(Error::Malformed { .. })));
+}
+
+#[test]
+fn things_that_are_no_files_are_refused_without_waiting() {
+    let victim = Victim::new();
+    fs::remove_file(victim.path("vmstate")).unwrap();
+    fs::create_dir(victim.path("vmstate")).unwrap();
+    assert!(matches!(victim.open(), Err(Error::NotAFile { .. })));
+    fs::remove_dir(victim.path("vmstate")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", victim.path("vmstate")).unwrap();
+    assert!(matches!(victim.open(), Err(Error::NotAFile { .. })));
+    fs::remove_file(victim.path("vmstate")).unwrap();
+    fs::File::create(victim.path("vmstate")).unwrap().set_len(1 << 40).unwrap();
+    assert!(matches!(victim.open(), Err(Error::TooLarge { .. })));
+}
+
+#[test]
+fn every_flipped_byte_of_the_small_files_is_refused() {
+    let victim = Victim::new();
+    for name in ["vmstate", "pages", "manifest.json"] {
+        let original = fs::read(victim.path(name)).unwrap();
+        for at in 0..original.len() {
+            let mut bytes = original.clone();
+            bytes[at] ^= 1;
+            fs::write(victim.path(name), &bytes).unwrap();
+            let opened = victim.open().and_then(|snapshot| snapshot.page_map().map(|_| ()));
+            // White space of the JSON is the one thing that may change.
+            let blank = name == "manifest.json" && original[at].is_ascii_whitespace();
+            assert!(opened.is_err() || blank, "byte {at} of {name}");
+        }
+        fs::write(victim.path(name), &original).unwrap();
+    }
+    assert!(victim.open().is_ok());
+}
+
+#[test]
+fn edited_manifest_is_refused() {
+    let victim = Victim::new();
+    let json = fs::read_to_string(victim.path("manifest.json")).unwrap();
+    let edit = |from: &str, to: &str| {
+        let edited = json.replacen(from, to, 1);
+        assert_ne!(edited, json);
+        fs::write(victim.path("manifest.json"), edited).unwrap();
+        victim.open().unwrap_err()
+    };
+    assert!(matches!(edit("\"xcr0\": 1", "\"xcr0\": 2"), Error::ManifestJson { .. } | Error::IdMismatch { .. }));
+    assert!(matches!(edit("GenuineTest", "GenuineTesu"), Error::IdMismatch { .. }));
+    assert!(matches!(edit("{", "{\"more\": 1,"), Error::ManifestJson { .. }));
+    let future = edit("\"format\": 1", "\"more\": 1, \"format\": 2");
+    assert!(matches!(future, Error::FutureFormat { .. }), "{future}");
+    let bytes = vec![b'['; 1 << 20];
+    fs::write(victim.path("manifest.json"), bytes).unwrap();
+    assert!(matches!(victim.open(), Err(Error::ManifestJson { .. })));
+}
+
+#[test]
+fn forged_manifest_that_contradicts_the_files_is_refused() {
+    let malformed = |change: fn(&mut Manifest)| {
+        let victim = Victim::new();
+        victim.forge_manifest(change);
+        let opened = victim.open().and_then(|snapshot| snapshot.page_map().cloned());
+        assert!(matches!(opened, Err(Error::Malformed { .. })), "{opened:?}");
+    };
+    malformed(|manifest| manifest.pages_held += 1);
+    malformed(|manifest| manifest.pages_zero = u64::MAX);
+    malformed(|manifest| manifest.sizes.memory = u64::MAX);
+    malformed(|manifest| manifest.sizes.vmstate = 0);
+    malformed(|manifest| manifest.sizes.pages = u64::MAX);
+    // Same length of the memory file, but the pages are elsewhere.
+    malformed(|manifest| manifest.layout = MemoryLayout::from_gpa_ranges(&[(1 << 30, 130 * PAGE_SIZE)]).unwrap());
+    let victim = Victim::new();
+    victim.forge_manifest(|manifest| manifest.kind = SnapshotKind::Diff);
+    assert!(matches!(victim.open(), Err(Error::BadParentage { .. })));
+}
+
+#[test]
+fn page_map_that_claims_all_pages_there_can_be_is_refused_cheaply() {
+    let victim = Victim::new();
+    let all = PageSet::from_iter([Extent::new(Gfn(0), 1 << 32)]).serialize();
+    let section = |kind, payload: &[u8]| Section { kind, instance: 0, version: 1, payload: payload.to_vec() };
+    let pages = [
+        section(SectionKind::PagesHeld, &all),
+        section(SectionKind::PagesZero, &PageSet::new().serialize()),
+        section(SectionKind::ChunkChecksums, &[]),
+    ];
+    let bytes = write_container(&pages);
+    fs::write(victim.path("pages"), &bytes).unwrap();
+    victim.forge_manifest(|manifest| {
+        manifest.sizes.pages = bytes.len() as u64;
+        manifest.digests.pages = reader::section_digest(&pages);
+    });
+    let error = victim.open().unwrap().page_map().unwrap_err();
+    assert!(error.to_string().contains("outside guest memory"), "{error}");
+}
+
+/// A full snapshot, and a diff to it.
+fn pair(base: &Path) -> (Sealed, Sealed) {
+    let (before, mut after) = (sample(), sample());
+    after.pages[9] ^= 3;
+    let parent = before.write_full(dir(base, "p"));
+    let child = after.write_diff(&before, &parent, dir(base, "c"));
+    (parent, child)
+}
+
+#[test]
+fn wrong_parent_is_refused() {
+    let base = tempfile::tempdir().unwrap();
+    let (parent, child) = pair(base.path());
+    fs::rename(base.path().join("p"), base.path().join("q")).unwrap();
+    let missing = Chain::open(&child.location).unwrap_err();
+    assert!(matches!(missing, Error::Parent { .. }));
+    assert!(std::error::Error::source(&missing).is_some());
+    let mut other = sample();
+    other.pages[0] = 99;
+    let other = other.write_full(dir(base.path(), "p"));
+    let error = Chain::open(&child.location).unwrap_err();
+    assert!(
+        matches!(error, Error::WrongParent { expected, found, .. } if expected == parent.id && found == other.id),
+        "{error}"
+    );
+}
+
+#[test]
+fn parent_that_is_its_own_parent_is_refused() {
+    let base = tempfile::tempdir().unwrap();
+    let (_, child) = pair(base.path());
+    // The location is not part of the identity, so anybody may point it back at the child.
+    let path = base.path().join("c/manifest.json");
+    let json = fs::read_to_string(&path).unwrap();
+    fs::write(&path, json.replace("\"../p\"", "\".\"")).unwrap();
+    let error = Chain::open(&child.location).unwrap_err();
+    assert!(matches!(error, Error::WrongParent { .. }), "{error}");
+}
+
+#[test]
+fn directories_that_are_no_chain_are_refused() {
+    let base = tempfile::tempdir().unwrap();
+    pair(base.path());
+    let [p, c] = ["p", "c"].map(|name| base.path().join(name));
+    let refused = |dirs: &[std::path::PathBuf]| Chain::from_dirs(dirs).unwrap_err();
+    assert!(matches!(refused(&[]), Error::NotAChain { .. }));
+    assert!(matches!(refused(std::slice::from_ref(&c)), Error::NotAChain { .. }));
+    assert!(matches!(refused(&[p.clone(), p.clone()]), Error::NotAChain { .. }));
+    assert!(matches!(refused(&[p.clone(), c.clone(), c.clone()]), Error::WrongParent { .. }));
+    assert!(matches!(refused(&vec![p.clone(); MAX_CHAIN_DEPTH + 1]), Error::NotAChain { .. }));
+    assert_eq!(Chain::from_dirs(&[p, c]).unwrap().layers().len(), 2);
+}
+
+#[test]
+fn chain_that_is_too_long_is_refused() {
+    let base = tempfile::tempdir().unwrap();
+    let layout = MemoryLayout::from_gpa_ranges(&[(0, PAGE_SIZE)]).unwrap();
+    let mut parent: Option<Sealed> = None;
+    for index in 0..=MAX_CHAIN_DEPTH {
+        let kind = if index == 0 { SnapshotKind::Full } else { SnapshotKind::Diff };
+        let parent_of = parent.as_ref().map(|p| Parent { id: p.id, location: p.location.clone() });
+        let target = dir(base.path(), &index.to_string());
+        let writer = SnapshotWriter::create(target, layout.clone(), kind, parent_of).unwrap();
+        parent = Some(writer.seal(seal_input()).unwrap());
+    }
+    let tip = parent.unwrap().location;
+    assert!(matches!(Chain::open(&tip), Err(Error::ChainTooLong { limit: MAX_CHAIN_DEPTH, .. })));
+    let below = dir(base.path(), &(MAX_CHAIN_DEPTH - 1).to_string());
+    assert_eq!(Chain::open(&below).unwrap().layers().len(), MAX_CHAIN_DEPTH);
+}
+
+#[test]
+fn parent_of_another_layout_is_refused() {
+    let base = tempfile::tempdir().unwrap();
+    let (parent, _) = pair(base.path());
+    let layout = MemoryLayout::from_gpa_ranges(&[(0, 130 * PAGE_SIZE)]).unwrap();
+    let parent = Parent { id: parent.id, location: parent.location };
+    let writer = SnapshotWriter::create(dir(base.path(), "d"), layout, SnapshotKind::Diff, Some(parent)).unwrap();
+    let child = writer.seal(seal_input()).unwrap();
+    assert!(matches!(Chain::open(&child.location), Err(Error::LayoutMismatch { .. })));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        let _ = Container::parse(bytes.clone());
+        let _ = Manifest::parse("x", &bytes);
+        let mut headed = write_container(&sections());
+        let at = headed.len().min(12 + bytes.len());
+        headed[12..at].copy_from_slice(&bytes[..at - 12]);
+        reseal(&mut headed);
+        if let Ok(container) = Container::parse(headed) {
+            container.sections().iter().for_each(|info| drop(container.payload(info).map(<[u8]>::len)));
+        }
+    }
+
+    #[test]
+    fn forged_fields_never_panic(edits in prop::collection::vec((12_usize..264, any::<u32>()), 1..6)) {
+        let mut bytes = write_container(&sections());
+        edits.iter().for_each(|(at, value)| put(&mut bytes, at & !3, &u32_le(*value)));
+        reseal(&mut bytes);
+        if let Ok(container) = Container::parse(bytes) {
+            container.sections().iter().for_each(|info| drop(container.payload(info).map(<[u8]>::len)));
+        }
+    }
+}
