@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::BoxError;
 use crate::snapshot::{Chain, Location, merge};
+use crate::vmm::sys::page_cache::PageCache;
 
 #[derive(Debug, Args)]
 pub struct MergeArgs {
@@ -25,7 +26,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode, BoxError> {
         dirs => Chain::from_dirs(dirs)?,
     };
     let bar = bytes_bar("merging");
-    let sealed = merge(&chain, Location::Dir(args.out.clone()), &mut |done, total| {
+    let sealed = merge(&chain, Location::Dir(args.out.clone()), &PageCache, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     })?;

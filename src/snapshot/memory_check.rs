@@ -7,6 +7,9 @@ use std::path::Path;
 use super::page_map::{CHUNK_PAGES, PageMap};
 use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, Result};
 
+/// 2 MiB in pages: what one huge folio holds.
+const HUGE_PAGES: u64 = 512;
+
 /// How many damaged chunks a report names; it counts all of them.
 const MAX_REPORTED: usize = 1024;
 
@@ -85,6 +88,25 @@ impl MemoryFile<'_> {
         self.file.read_exact_at(buffer, offset).map_err(Error::io("read", self.path))
     }
 
+    /// The 2 MiB blocks of which at least a quarter is held, joined: worth a huge folio each.
+    pub(crate) fn dense_blocks(&self, map: &PageMap) -> Vec<Extent> {
+        let mut dense: Vec<Extent> = Vec::new();
+        for block in self.layout.extents().flat_map(|range| range.chunks(HUGE_PAGES)) {
+            let whole = block.pages == HUGE_PAGES && block.first.0.is_multiple_of(HUGE_PAGES);
+            let aligned = self.layout.file_offset(block.first).is_some_and(|at| at % (HUGE_PAGES * PAGE_SIZE) == 0);
+            if !whole || !aligned || map.held().len_in(block) < HUGE_PAGES / 4 {
+                continue;
+            }
+            match dense.last_mut() {
+                Some(last) if last.end() == block.first && self.layout.contains(join(*last, block)) => {
+                    last.pages += block.pages;
+                }
+                _ => dense.push(block),
+            }
+        }
+        dense
+    }
+
     /// Compares every held page with its checksum.
     ///
     /// Reads one chunk (64 KiB) at a time on purpose, small holes in it included (and all of it if half of it is
@@ -135,6 +157,10 @@ impl MemoryFile<'_> {
         }
         Ok((pages, crc))
     }
+}
+
+fn join(run: Extent, next: Extent) -> Extent {
+    Extent { first: run.first, pages: run.pages + next.pages }
 }
 
 fn chunk_extent(chunk: u64) -> Extent {

@@ -3,7 +3,7 @@
 use super::memory_check::Progress;
 use super::writer::uses_file;
 use super::{
-    Chain, Content, Digest, Error, Extent, Gfn, Location, PAGE_SIZE, ResolvedRun, Result, SealInput, Sealed,
+    Chain, Content, Digest, Error, Extent, Gfn, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result, SealInput, Sealed,
     SnapshotKind, SnapshotWriter,
 };
 
@@ -19,7 +19,12 @@ const READ_PAGES: u64 = 256;
 /// # Errors
 /// As for [`Chain::resolve`], [`Snapshot::verify`](super::Snapshot::verify) and [`SnapshotWriter`];
 /// [`Error::BadMemory`] for a damaged layer.
-pub fn merge(chain: &Chain, target: Location, progress: &mut dyn FnMut(u64, u64)) -> Result<Sealed> {
+pub fn merge(
+    chain: &Chain,
+    target: Location,
+    cache: &dyn LoadHuge,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Sealed> {
     if let Location::Files { snapshot, memory } = &target {
         for path in [snapshot, memory] {
             if chain.layers().iter().any(|layer| uses_file(layer.location(), path)) {
@@ -43,7 +48,7 @@ pub fn merge(chain: &Chain, target: Location, progress: &mut dyn FnMut(u64, u64)
     }
     for_each_nonzero(chain, &runs, |first, bytes| writer.write_run(first, bytes), &mut |bytes| progress.add(bytes))?;
     let (host, machine) = (tip.manifest().host.clone(), tip.manifest().machine.clone());
-    writer.seal(SealInput { state: tip.copy_state()?, host, machine })
+    writer.seal(SealInput { state: tip.copy_state()?, host, machine, cache })
 }
 
 /// A digest of the whole guest memory that a chain describes, independent of how it is stored: BLAKE3 over the ranges

@@ -37,4 +37,4 @@ pub use page_set::PageSet;
 pub use plan::{PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan};
 pub use reader::Snapshot;
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
-pub use writer::{SealInput, Sealed, SnapshotWriter};
+pub use writer::{LoadHuge, SealInput, Sealed, SnapshotWriter};

@@ -49,15 +49,24 @@ impl Work {
     }
 }
 
+/// Brings a part of a file into the page cache in huge folios. A system call that this room leaves to its caller.
+pub trait LoadHuge {
+    /// Loads `[offset, offset + len)` in bytes, both multiples of 2 MiB. Where the file system or the kernel has no
+    /// huge folios it does nothing.
+    fn load_huge(&self, file: &File, offset: u64, len: u64) -> io::Result<()>;
+}
+
 /// What a snapshot consists of besides guest memory.
-#[derive(Clone, Debug)]
-pub struct SealInput {
+#[derive(Clone)]
+pub struct SealInput<'a> {
     /// The sections of the VM's state, in the order in which they are to be stored.
     pub state: Vec<Section>,
     /// The host the VM ran on.
     pub host: HostFacts,
     /// The size of the machine.
     pub machine: MachineFacts,
+    /// How the finished memory file is brought into the page cache.
+    pub cache: &'a dyn LoadHuge,
 }
 
 /// A finished snapshot.
@@ -180,7 +189,7 @@ impl SnapshotWriter {
     /// # Errors
     /// [`Error::BadSection`], [`Error::TooLarge`], [`Error::BadMemory`] (the disk did not keep what was written),
     /// [`Error::TargetExists`], [`Error::Io`]. Nothing is left under the final name then.
-    pub fn seal(self, input: SealInput) -> Result<Sealed> {
+    pub fn seal(self, input: SealInput<'_>) -> Result<Sealed> {
         container::check_sections(&input.state)?;
         let object = self.target.display();
         let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, hasher, .. } = self;
@@ -214,8 +223,10 @@ impl SnapshotWriter {
         manifest.id = manifest.compute_id(&object)?;
         let memory = MemoryFile { file: &memory, path: &work.memory_path(), layout: &manifest.layout };
         let bytes_on_disk = match &target {
-            Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages], (memory, &map))?,
-            Location::Files { .. } => seal_files(&target, work, &manifest, [input.state, pages], (memory, &map))?,
+            Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages], (memory, &map, input.cache))?,
+            Location::Files { .. } => {
+                seal_files(&target, work, &manifest, [input.state, pages], (memory, &map, input.cache))?
+            }
         };
         let Manifest { id, pages_held, pages_zero, .. } = manifest;
         Ok(Sealed { id, location: target, pages_held, pages_zero, bytes_on_disk })
@@ -266,26 +277,36 @@ fn now_unix_ms() -> u64 {
 }
 
 /// Makes the memory durable, then reads it from the disk and not from the page cache that it was just written to.
-fn prove_memory(memory: MemoryFile<'_>, map: &PageMap) -> Result<()> {
+///
+/// What is read back stays in the cache, in the largest folios there are: a page fault on a restored guest's memory then
+/// maps 2 MiB instead of one page.
+fn prove_memory(memory: MemoryFile<'_>, map: &PageMap, cache: &dyn LoadHuge) -> Result<()> {
     memory.file.sync_all().map_err(Error::io("sync", memory.path))?;
     files::evict(memory.file, memory.path)?;
+    for run in memory.dense_blocks(map) {
+        let offset = memory.layout.file_offset(run.first).unwrap_or_default();
+        cache.load_huge(memory.file, offset, run.bytes()).map_err(Error::io("read back", memory.path))?;
+    }
     let mut progress = Progress { done: 0, total: 0, report: &mut |_, _| {} };
     memory.verify(map, &mut progress)?.into_result(&memory.path.display().to_string())?;
     Ok(())
 }
+
+/// A memory file, its page map, and how to bring it into the page cache.
+type Memory<'a> = (MemoryFile<'a>, &'a PageMap, &'a dyn LoadHuge);
 
 fn seal_dir(
     dir: &Path,
     work: Work,
     manifest: &Manifest,
     sections: [&[Section]; 2],
-    (memory, map): (MemoryFile<'_>, &PageMap),
+    (memory, map, cache): Memory<'_>,
 ) -> Result<u64> {
     let from = work.memory_dir.path().to_path_buf();
     let [state, pages] = sections;
     files::write_durably(&from.join(STATE_FILE), &write_container(state))?;
     files::write_durably(&from.join(PAGES_FILE), &write_container(pages))?;
-    prove_memory(memory, map)?;
+    prove_memory(memory, map, cache)?;
     files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
     files::sync_dir(&from)?;
     let names = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
@@ -303,7 +324,7 @@ fn seal_files(
     work: Work,
     manifest: &Manifest,
     sections: [Vec<Section>; 2],
-    (memory, map): (MemoryFile<'_>, &PageMap),
+    (memory, map, cache): Memory<'_>,
 ) -> Result<u64> {
     let Location::Files { snapshot: snapshot_to, memory: memory_to } = target else { return Ok(0) };
     let Some(snapshot_dir) = &work.snapshot_dir else { return Ok(0) };
@@ -313,7 +334,7 @@ fn seal_files(
     check_size(&snapshot_to.display().to_string(), container::container_len(&all), SNAPSHOT_FILE_LIMIT)?;
     let snapshot_from = snapshot_dir.path().join("snapshot");
     files::write_durably(&snapshot_from, &write_container(&all))?;
-    prove_memory(memory, map)?;
+    prove_memory(memory, map, cache)?;
     let bytes_on_disk = occupied(&snapshot_from)? + occupied(memory.path)?;
     match fs::remove_file(snapshot_to) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", snapshot_to)(error))?,

@@ -11,6 +11,7 @@ use super::host;
 use super::machine::{Core, Machine, Paused};
 use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
+use super::sys::page_cache::PageCache;
 use super::sys::{dirty_log, pagemap::Pagemap};
 use crate::snapshot::{
     Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section,
@@ -30,7 +31,7 @@ pub struct Captured {
 impl Captured {
     /// Makes the snapshot final: everything on disk, verified, under its name.
     pub fn seal(self) -> Result<Sealed, Error> {
-        let input = SealInput { state: self.state, host: self.host, machine: self.machine };
+        let input = SealInput { state: self.state, host: self.host, machine: self.machine, cache: &PageCache };
         Ok(self.writer.seal(input)?)
     }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 
+use super::NoCache;
 use super::*;
 
 const HEADER: usize = 64;
@@ -211,7 +212,7 @@ fn damaged_memory_is_found_with_its_address() {
 
     // Damage must not get a fresh checksum.
     let chain = Chain::open(&victim.sealed.location).unwrap();
-    let merged = merge(&chain, dir(victim.base.path(), "m"), &mut |_, _| {});
+    let merged = merge(&chain, dir(victim.base.path(), "m"), &NoCache, &mut |_, _| {});
     assert!(matches!(merged, Err(Error::BadMemory { bad: 1, .. })));
     assert_eq!(fs::read_dir(victim.base.path()).unwrap().count(), 1);
 }

@@ -107,7 +107,16 @@ pub(crate) fn sections() -> Vec<Section> {
     ]
 }
 
-pub(crate) fn seal_input() -> SealInput {
+/// Leaves the page cache as it is.
+pub(crate) struct NoCache;
+
+impl LoadHuge for NoCache {
+    fn load_huge(&self, _: &std::fs::File, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+pub(crate) fn seal_input() -> SealInput<'static> {
     let features = vec![FeatureWord { leaf: 7, subleaf: 0, register: "ebx".to_string(), value: u32::MAX }];
     let host = HostFacts {
         cpu_vendor: "GenuineTest".to_string(),
@@ -117,7 +126,7 @@ pub(crate) fn seal_input() -> SealInput {
         kernel_release: "6.0".to_string(),
         kvm_capabilities: vec![("KVM_CAP_X".to_string(), i64::MIN)],
     };
-    SealInput { state: sections(), host, machine: MachineFacts { vcpu_count: 2, mem_size_mib: 1 } }
+    SealInput { state: sections(), host, machine: MachineFacts { vcpu_count: 2, mem_size_mib: 1 }, cache: &NoCache }
 }
 
 pub(crate) fn dir(base: &Path, name: &str) -> Location {

@@ -4,6 +4,7 @@ use std::fs;
 
 use proptest::prelude::*;
 
+use super::NoCache;
 use super::*;
 
 fn names_in(path: &Path) -> Vec<String> {
@@ -94,7 +95,7 @@ proptest! {
 
         let direct = last.write_full(dir(base.path(), "direct"));
         let direct = Chain::open(&direct.location).unwrap();
-        let merged = merge(&chain, dir(base.path(), "merged"), &mut |done, total| assert!(done <= total)).unwrap();
+        let merged = merge(&chain, dir(base.path(), "merged"), &NoCache, &mut |done, total| assert!(done <= total)).unwrap();
         let merged = Chain::open(&merged.location).unwrap();
         last.assert_is(&merged);
         prop_assert_eq!(merged.tip().page_map().unwrap(), direct.tip().page_map().unwrap());
@@ -138,7 +139,7 @@ fn held_zero_page_does_not_change_the_digest_and_is_dropped_by_merge() {
     let lean = write("lean", &[1; PAGE]);
     let fat = write("fat", &[[1; PAGE], [0; PAGE]].concat());
     assert_eq!(page_digest(&lean).unwrap(), page_digest(&fat).unwrap());
-    assert_eq!(merge(&fat, two_files(base.path(), "merged"), &mut |_, _| {}).unwrap().pages_held, 1);
+    assert_eq!(merge(&fat, two_files(base.path(), "merged"), &NoCache, &mut |_, _| {}).unwrap().pages_held, 1);
 }
 
 #[test]
@@ -221,7 +222,7 @@ fn two_files_are_replaced_but_never_the_own_parent() {
     let parent = Parent { id: second.id, location: target.clone() };
     let created = SnapshotWriter::create(target.clone(), small_layout(), SnapshotKind::Diff, Some(parent));
     assert!(matches!(created, Err(Error::BadTarget { .. })));
-    let merged = merge(&Chain::open(&target).unwrap(), target.clone(), &mut |_, _| {});
+    let merged = merge(&Chain::open(&target).unwrap(), target.clone(), &NoCache, &mut |_, _| {});
     assert!(matches!(merged, Err(Error::BadTarget { .. })));
     let same = Location::Files { snapshot: base.path().join("x"), memory: base.path().join("./x") };
     let created = SnapshotWriter::create(same, small_layout(), SnapshotKind::Full, None);

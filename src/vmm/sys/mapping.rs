@@ -101,8 +101,19 @@ impl Reservation {
     /// Asks for huge pages in `[offset, offset + len)`, where the host has them enabled for those who ask.
     pub fn advise_huge(&self, offset: usize, len: usize) -> io::Result<()> {
         self.check(offset, len)?;
-        // SAFETY: the range lies inside this reservation; MADV_HUGEPAGE changes no contents.
-        let result = unsafe { libc::madvise(self.base.as_ptr().add(offset).cast(), len, libc::MADV_HUGEPAGE) };
+        self.advise(offset, len, libc::MADV_HUGEPAGE)
+    }
+
+    /// Faults `[offset, offset + len)` in for reading (madvise(2), `MADV_POPULATE_READ`).
+    pub fn populate_read(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.check(offset, len)?;
+        self.advise(offset, len, libc::MADV_POPULATE_READ)
+    }
+
+    fn advise(&self, offset: usize, len: usize, advice: i32) -> io::Result<()> {
+        // SAFETY: callers have checked that the range lies inside this reservation, and pass only advice that changes
+        // no contents.
+        let result = unsafe { libc::madvise(self.base.as_ptr().add(offset).cast(), len, advice) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 

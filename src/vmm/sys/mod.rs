@@ -6,6 +6,7 @@ pub mod dirty_log;
 pub mod kick;
 pub mod mapping;
 
+pub mod page_cache;
 pub mod pagemap;
 pub mod signals;
 pub mod terminal;
