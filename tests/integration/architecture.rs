@@ -1,0 +1,101 @@
+//! The house stays tidy: imports point one way, files and functions stay readable, `unsafe` is argued.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Each room and the rooms it may import (`docs/architecture.md`).
+const ROOMS: [(&str, &[&str]); 6] = [
+    ("snapshot", &[]),
+    ("devices", &["snapshot"]),
+    ("tiering", &["snapshot"]),
+    ("vmm", &["snapshot", "devices", "tiering"]),
+    ("api", &["vmm"]),
+    ("cli", &["snapshot", "devices", "tiering", "vmm", "api"]),
+];
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn imports_point_one_way() {
+    let mut wrong = Vec::new();
+    for (room, allowed) in ROOMS {
+        for path in sources(&root().join("src").join(room)) {
+            let text = fs::read_to_string(&path).unwrap();
+            for (number, line) in text.lines().enumerate() {
+                for part in line.split("crate::").skip(1) {
+                    let target: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                    let is_room = ROOMS.iter().any(|(other, _)| *other == target);
+                    if is_room && target != room && !allowed.contains(&target.as_str()) {
+                        wrong.push(format!("{}:{}: {room} imports {target}", path.display(), number + 1));
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_room_is_listed() {
+    for entry in fs::read_dir(root().join("src")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        assert!(!path.is_dir() || ROOMS.iter().any(|(room, _)| *room == name), "{name} has no place in the map");
+    }
+}
+
+#[test]
+fn files_can_be_read_in_one_sitting() {
+    let long: Vec<String> = sources(&root().join("src"))
+        .into_iter()
+        .filter_map(|path| {
+            let lines = fs::read_to_string(&path).unwrap().lines().count();
+            (lines > 800).then(|| format!("{} has {lines} lines", path.display()))
+        })
+        .collect();
+    assert!(long.is_empty(), "{}", long.join("\n"));
+}
+
+#[test]
+fn unsafe_is_rare_and_argued() {
+    let allowed = [
+        "src/vmm/sys/",
+        "src/vmm/memory.rs",
+        "src/vmm/machine.rs",
+        "src/vmm/state.rs",
+        "src/vmm/capture.rs",
+        "src/vmm/restore.rs",
+    ];
+    let mut wrong = Vec::new();
+    for path in sources(&root().join("src")) {
+        let name = path.strip_prefix(root()).unwrap().display().to_string();
+        let text = fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        for (index, line) in lines.iter().enumerate() {
+            let code = line.split("//").next().unwrap_or("");
+            if !code.contains("unsafe {") && !code.contains("unsafe impl") {
+                continue;
+            }
+            let argued = lines[index.saturating_sub(6)..index].iter().any(|before| before.contains("SAFETY:"));
+            if !allowed.iter().any(|place| name.starts_with(place)) || !argued {
+                wrong.push(format!("{name}:{}: {}", index + 1, line.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -1,0 +1,274 @@
+//! A VM under test: a tvmm process with its console and control socket at hand.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Generous: these are limits against hanging, not measurements.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The binary under test: the one cargo built, or `TVMM_BINARY` (the static release build, a VM of the testbed).
+pub fn tvmm() -> Command {
+    Command::new(std::env::var_os("TVMM_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_tvmm").into()))
+}
+
+/// Runs `tvmm` with `args` to its end.
+pub fn run(args: &[&str]) -> Output {
+    tvmm().args(args).stdin(Stdio::null()).output().expect("tvmm starts")
+}
+
+/// Runs `tvmm`, which must succeed; its standard output.
+pub fn run_ok(args: &[&str]) -> String {
+    let output = run(args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "tvmm {args:?}: {:?}\n{stderr}", output.status);
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Runs `tvmm`, which must fail with exit code 1 and without a panic; its standard error.
+pub fn run_err(args: &[&str]) -> String {
+    let output = run(args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "tvmm {args:?} should fail\n{stderr}");
+    assert!(stderr.starts_with("tvmm: ") && !stderr.contains("panicked"), "{stderr}");
+    stderr
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+/// A config with `vcpus` and `mib`, dirty tracking on.
+pub fn config(vcpus: u32, mib: u64) -> Value {
+    json!({ "machine-config": { "vcpu_count": vcpus, "mem_size_mib": mib, "track_dirty_pages": true } })
+}
+
+/// A directory for one test.
+pub fn scratch() -> TempDir {
+    tempfile::Builder::new().prefix("tvmm-test-").tempdir().expect("a temporary directory")
+}
+
+/// A running tvmm process.
+pub struct Vm {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+    stderr: Option<std::thread::JoinHandle<String>>,
+    socket: PathBuf,
+    next_id: u32,
+    _dir: TempDir,
+}
+
+impl Vm {
+    /// Boots the built-in guest and waits until it is ready.
+    pub fn boot(config: &Value) -> Vm {
+        let dir = scratch();
+        let path = dir.path().join("vm.json");
+        std::fs::write(&path, config.to_string()).unwrap();
+        let mut vm = Vm::spawn(dir, &["--config", text(&path)]);
+        vm.wait_line(|line| line.starts_with("ready "));
+        vm
+    }
+
+    /// Restores a snapshot, and lets it run.
+    pub fn restore(snapshot: &Path, policy: &str) -> Vm {
+        Vm::restore_with(snapshot, policy, &["--track-dirty-pages"])
+    }
+
+    pub fn restore_with(snapshot: &Path, policy: &str, more: &[&str]) -> Vm {
+        let mut args = vec!["restore", "--snapshot", text(snapshot), "--policy", policy];
+        args.extend(more);
+        Vm::spawn(scratch(), &args)
+    }
+
+    /// A process that waits for the API to tell it what to do.
+    pub fn wait_for_api() -> Vm {
+        Vm::spawn(scratch(), &[])
+    }
+
+    /// Starts `tvmm` with `args` and a control socket.
+    pub fn spawn(dir: TempDir, args: &[&str]) -> Vm {
+        let socket = dir.path().join("api.sock");
+        let mut command = tvmm();
+        command.args(args).arg("--api-sock").arg(&socket);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("tvmm starts");
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut stderr = child.stderr.take().unwrap();
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in stdout.split(b'\n').map_while(Result::ok) {
+                if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                    break;
+                }
+            }
+        });
+        let stderr = std::thread::spawn(move || {
+            let mut text = String::new();
+            let _ = stderr.read_to_string(&mut text);
+            text
+        });
+        let stdin = child.stdin.take();
+        Vm { child, stdin, lines, stderr: Some(stderr), socket, next_id: 0, _dir: dir }
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends bytes to the guest's serial line.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stdin.as_mut().unwrap().write_all(bytes).expect("tvmm reads its standard input");
+    }
+
+    /// Waits for a line of guest output for which `wanted` is true; panics with what came instead.
+    pub fn wait_line(&mut self, wanted: impl Fn(&str) -> bool) -> String {
+        let deadline = Instant::now() + TIMEOUT;
+        let mut seen = Vec::new();
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if wanted(&line) => return line,
+                Ok(line) => seen.push(line),
+                Err(RecvTimeoutError::Timeout) => panic!("no such line in {TIMEOUT:?}; seen: {seen:#?}"),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let stderr = self.stderr.take().map(|thread| thread.join().unwrap_or_default());
+                    panic!("tvmm ended; seen: {seen:#?}; standard error: {stderr:?}");
+                }
+            }
+        }
+    }
+
+    /// Runs a function of the guest; its answer, which must be `ok`.
+    pub fn call(&mut self, function: &str) -> Answer {
+        let line = self.call_raw(function);
+        assert!(line.starts_with("ok "), "{function}: {line}");
+        Answer::parse(&line)
+    }
+
+    /// Runs a function of the guest; the whole answer line.
+    pub fn call_raw(&mut self, function: &str) -> String {
+        let id = self.begin(function);
+        self.finish(&id)
+    }
+
+    /// Sends a request without waiting for its answer; its id.
+    pub fn begin(&mut self, function: &str) -> String {
+        self.next_id += 1;
+        let id = format!("t{}", self.next_id);
+        self.send(format!("run {id} {function}\n").as_bytes());
+        id
+    }
+
+    /// Waits for the answer to a request that was begun, here or before a snapshot.
+    pub fn finish(&mut self, id: &str) -> String {
+        self.wait_line(|line| line.split(' ').nth(1) == Some(id))
+    }
+
+    /// `tvmm snapshot`; the VM runs on.
+    pub fn snapshot(&self, out: &Path, more: &[&str]) {
+        let mut args = vec!["snapshot", "--api-sock", text(&self.socket), "--out", text(out), "--resume"];
+        args.extend(more);
+        run_ok(&args);
+    }
+
+    /// One HTTP request; status and body.
+    pub fn api(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        http(&self.socket, method, path, &body.map(|body| body.to_string()).unwrap_or_default())
+    }
+
+    /// Waits until the control socket answers.
+    pub fn wait_for_socket(&self) {
+        let deadline = Instant::now() + TIMEOUT;
+        while UnixStream::connect(&self.socket).is_err() {
+            assert!(Instant::now() < deadline, "the socket {} does not answer", self.socket.display());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends tvmm by SIGTERM; what it wrote to standard error.
+    pub fn terminate(mut self) -> (ExitStatus, String) {
+        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.wait()
+    }
+
+    /// Waits for tvmm to end by itself.
+    pub fn wait(&mut self) -> (ExitStatus, String) {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                let stderr = self.stderr.take().map(|thread| thread.join().unwrap_or_default());
+                return (status, stderr.unwrap_or_default());
+            }
+            assert!(Instant::now() < deadline, "tvmm does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// `ok <id> <digest> <µs> <key=value…>`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub digest: String,
+    pub values: std::collections::BTreeMap<String, String>,
+}
+
+impl Answer {
+    fn parse(line: &str) -> Answer {
+        let words: Vec<&str> = line.trim_end().split(' ').collect();
+        assert!(words.len() >= 4, "{line}");
+        let pair = |word: &&str| word.split_once('=').map(|(key, value)| (key.to_string(), value.to_string()));
+        Answer { digest: words[2].to_string(), values: words[4..].iter().filter_map(pair).collect() }
+    }
+
+    pub fn value(&self, key: &str) -> &str {
+        self.values.get(key).unwrap_or_else(|| panic!("no {key}= in {self:?}"))
+    }
+
+    pub fn number(&self, key: &str) -> u64 {
+        self.value(key).parse().unwrap_or_else(|_| panic!("{key} is no number in {self:?}"))
+    }
+}
+
+/// One HTTP/1.1 exchange on a Unix socket, by hand, so that it can be malformed too.
+pub fn http(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n");
+    let head = if body.is_empty() {
+        format!("{head}\r\n")
+    } else {
+        format!("{head}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n", body.len())
+    };
+    let answer = exchange(socket, format!("{head}{body}").as_bytes());
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    let status = status.unwrap_or_else(|| panic!("no HTTP answer: {answer:?}"));
+    (status, serde_json::from_str(body).unwrap_or(Value::Null))
+}
+
+/// Sends `bytes` and reads until the server closes.
+pub fn exchange(socket: &Path, bytes: &[u8]) -> String {
+    let mut stream = UnixStream::connect(socket).expect("the control socket answers");
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+    // A server that refuses early may close before it has read everything.
+    let _ = stream.write_all(bytes);
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
