@@ -175,7 +175,7 @@ fn value(report: &Value, row: Row) -> Option<f64> {
 
 fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, Vec<Value>>) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
     let cache = if args.cache == Cache::Warm { "warm" } else { "evicted" };
     let title = format!("µs, median (p5–p95) of {}; `{}`; page cache {cache}", args.runs, args.run);
     let mut header = vec![title];

@@ -1,0 +1,37 @@
+# tvmm: `make demo` shows the main job, `make test` runs every test; both install what is missing first.
+
+TARGET  := x86_64-unknown-linux-gnu
+BINARY  := target/$(TARGET)/release/tvmm
+PREFIX  ?= /usr/local
+# A static binary at a fixed address: nothing to link, nothing to relocate at process start, which is part of every
+# restore.
+STATIC  := -C target-feature=+crt-static -C relocation-model=static
+
+.PHONY: build demo test lint setup install bench
+
+build: setup
+	RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
+	@echo "built $(BINARY)"
+
+demo: build
+	@resources/demo.sh $(BINARY)
+
+# The debug build first (with overflow checks), then the same integration tests against the binary that ships.
+test: build
+	cargo test --locked
+	TVMM_BINARY=$(CURDIR)/$(BINARY) cargo test --locked --test integration
+	cargo test --locked --lib --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
+
+lint: setup
+	cargo fmt --check
+	cargo fmt --check --manifest-path resources/guest/Cargo.toml
+	cargo clippy --locked --all-targets -- -D warnings
+
+setup:
+	@resources/setup.sh
+
+install: build
+	install -D -m 0755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/tvmm
+
+bench: build
+	@resources/bench.sh $(BINARY)
