@@ -67,27 +67,27 @@ impl ConsoleOutput {
         &self.backlog_event
     }
 
-    /// Takes one byte from the guest. Never blocks, never fails: lost bytes are counted.
-    pub fn put(&self, byte: u8) {
+    /// Takes bytes from the guest. Never blocks, never fails: lost bytes are counted.
+    pub fn put(&self, mut bytes: &[u8]) {
         let mut state = self.lock();
-        if state.gone {
-            state.dropped += 1;
-        } else if state.backlog.is_empty() {
-            match state.sink.write_now(&[byte]) {
-                Ok(1..) => state.written += 1,
-                Ok(_) => state.lose(1),
+        while !bytes.is_empty() && !state.gone && state.backlog.is_empty() {
+            match state.sink.write_now(bytes) {
+                Ok(count @ 1..) => {
+                    state.written += count as u64;
+                    bytes = &bytes[count..];
+                }
                 Err(error) if would_block(&error) => {
-                    state.backlog.push_back(byte);
                     // The counter cannot overflow: it is read each time the backlog is drained.
                     let _ = self.backlog_event.write(1);
+                    break;
                 }
-                Err(_) => state.lose(1),
+                Ok(_) | Err(_) => state.lose(0),
             }
-        } else if state.backlog.len() < BACKLOG_MAX {
-            state.backlog.push_back(byte);
-        } else {
-            state.dropped += 1;
         }
+        let room = if state.gone { 0 } else { BACKLOG_MAX - state.backlog.len() };
+        let (kept, lost) = bytes.split_at(bytes.len().min(room));
+        state.backlog.extend(kept);
+        state.dropped += lost.len() as u64;
     }
 
     /// Writes what waits, as far as the sink takes it now. Returns true if bytes still wait.
@@ -147,7 +147,7 @@ mod tests {
         let output = ConsoleOutput::new(Box::new(FdSink::new(OwnedFd::from(writer)))).unwrap();
         let total = 300_000u64;
         for index in 0..total {
-            output.put(index as u8);
+            output.put(&[index as u8]);
         }
         assert!(output.backlog_event().read().is_ok());
         let (written, dropped) = output.counts();
@@ -168,8 +168,8 @@ mod tests {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
         let output = ConsoleOutput::new(Box::new(FdSink::new(OwnedFd::from(writer)))).unwrap();
-        output.put(1);
-        output.put(2);
+        output.put(&[1]);
+        output.put(&[2]);
         assert_eq!(output.counts(), (0, 2));
         assert!(!output.drain());
     }

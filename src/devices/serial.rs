@@ -47,11 +47,28 @@ impl SerialEvents for FifoEvents {
     }
 }
 
-struct Out(Arc<ConsoleOutput>);
+/// Gathers the bytes of one access, which the UART model hands over and flushes one by one.
+struct Out {
+    output: Arc<ConsoleOutput>,
+    gathered: Vec<u8>,
+}
+
+impl Out {
+    fn new(output: &Arc<ConsoleOutput>) -> Self {
+        Out { output: output.clone(), gathered: Vec::new() }
+    }
+
+    fn send(&mut self) {
+        if !self.gathered.is_empty() {
+            self.output.put(&self.gathered);
+            self.gathered.clear();
+        }
+    }
+}
 
 impl Write for Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        bytes.iter().for_each(|&byte| self.0.put(byte));
+        self.gathered.extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -75,7 +92,7 @@ impl Serial {
         let event = |doing| move |source| Error::Event { doing, device: "serial port", source };
         let line = Arc::new(InterruptLine::new().map_err(event("make an interrupt line"))?);
         let fifo_empty = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(event("make an eventfd"))?);
-        let uart = Uart::with_events(SharedLine(line.clone()), FifoEvents(fifo_empty.clone()), Out(output.clone()));
+        let uart = Uart::with_events(SharedLine(line.clone()), FifoEvents(fifo_empty.clone()), Out::new(&output));
         Ok(Serial { uart: Mutex::new(uart), line, fifo_empty, output })
     }
 
@@ -140,7 +157,7 @@ impl Serial {
             in_buffer: state.received.clone(),
         };
         let events = FifoEvents(self.fifo_empty.clone());
-        let uart = Uart::from_state(&state, SharedLine(self.line.clone()), events, Out(self.output.clone()))
+        let uart = Uart::from_state(&state, SharedLine(self.line.clone()), events, Out::new(&self.output))
             .map_err(|_| Error::State { device: "serial port", what: "more bytes received than the FIFO holds" })?;
         *self.lock() = uart;
         Ok(())
@@ -164,6 +181,7 @@ impl BusDevice for Serial {
             // The only failure is an eventfd whose counter is full: the interrupt is pending anyway.
             let _ = uart.write(offset as u8, byte);
         }
+        uart.writer_mut().send();
     }
 }
 

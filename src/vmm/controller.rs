@@ -238,7 +238,10 @@ impl Controller {
             paused @ Phase::Paused(_) => (paused, Ok(())),
             Phase::Running(machine) => match machine.pause() {
                 Ok(machine) => (Phase::Paused(machine), Ok(())),
-                Err((machine, error)) => (Phase::Running(machine), Err(Refused::internal_because(&error))),
+                Err(failed) => {
+                    let (machine, error) = *failed;
+                    (Phase::Running(machine), Err(Refused::internal_because(&error)))
+                }
             },
         };
         self.phase = phase;
@@ -251,7 +254,10 @@ impl Controller {
             running @ Phase::Running(_) => (running, Ok(())),
             Phase::Paused(machine) => match machine.resume() {
                 Ok(machine) => (Phase::Running(machine), Ok(())),
-                Err((machine, error)) => (Phase::Paused(machine), Err(Refused::internal_because(&error))),
+                Err(failed) => {
+                    let (machine, error) = *failed;
+                    (Phase::Paused(machine), Err(Refused::internal_because(&error)))
+                }
             },
         };
         self.phase = phase;

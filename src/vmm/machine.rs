@@ -23,6 +23,7 @@ use super::lineage::Lineage;
 use super::memory::GuestRam;
 use super::metrics::ExitCounters;
 use super::state::{self, MachineState, VcpuState, VmState};
+use super::sys::coalesced::CoalescedRing;
 use super::sys::dirty_log;
 use super::timeline::{Moments, Slice, Timeline};
 use super::vcpu::{Buses, EndingSignal, Vcpu, VcpuThread};
@@ -137,8 +138,9 @@ impl Machine<Built> {
         for index in 0..shape.vcpu_count {
             let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
             let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
-            vcpus.push(Vcpu { index, fd, buses, counters, moments });
+            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced: None });
         }
+        coalesce_console(&kvm, &vm, &mut vcpus)?;
         timeline.lap(Slice::VmCreate);
         let lineage = Lineage::default();
         let msrs_refused = Vec::new();
@@ -205,26 +207,26 @@ impl Machine<Built> {
 }
 
 impl Machine<Running> {
-    /// Stops all vCPUs, with no I/O half done.
-    pub fn pause(self) -> Result<Machine<Paused>, (Machine<Running>, Error)> {
+    /// Stops all vCPUs, with no I/O half done. If one does not stop, the machine runs on and comes back with the error.
+    pub fn pause(self) -> Result<Machine<Paused>, Box<(Machine<Running>, Error)>> {
         let threads = &self.state.threads;
         threads.iter().for_each(VcpuThread::ask_to_park);
         if let Err(error) = threads.iter().try_for_each(VcpuThread::wait_parked) {
             threads.iter().for_each(VcpuThread::resume);
-            return Err((self, error));
+            return Err(Box::new((self, error)));
         }
         Ok(Machine { state: Paused { threads: self.state.threads }, core: self.core })
     }
 }
 
 impl Machine<Paused> {
-    /// Lets all vCPUs go on, and tells the guest's clock that they were stopped.
-    pub fn resume(self) -> Result<Machine<Running>, (Machine<Paused>, Error)> {
+    /// Lets all vCPUs go on (or returns the machine with the error), and tells the guest's clock that they were stopped.
+    pub fn resume(self) -> Result<Machine<Running>, Box<(Machine<Paused>, Error)>> {
         for thread in &self.state.threads {
             let vcpu = thread.vcpu();
             if let Err(error) = state::notify_clock(&vcpu.fd, vcpu.index) {
                 drop(vcpu);
-                return Err((self, error));
+                return Err(Box::new((self, error)));
             }
         }
         self.state.threads.iter().for_each(VcpuThread::resume);
@@ -283,6 +285,16 @@ fn set_memslots(vm: &VmFd, ram: &GuestRam, track: bool) -> Result<(), Error> {
         // the VM before it, so KVM never refers to memory that is gone.
         unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("set a memslot"))?;
     }
+    Ok(())
+}
+
+/// Lets KVM collect what the guest writes to the serial port's transmit register: a 16550 driver asks for the line
+/// status (or takes an interrupt, or halts) before it relies on a byte being out, and each of these is an exit.
+fn coalesce_console(kvm: &Kvm, vm: &VmFd, vcpus: &mut [Vcpu]) -> Result<(), Error> {
+    let Some(boot) = vcpus.first() else { return Ok(()) };
+    let ring = CoalescedRing::register(kvm, vm, &boot.fd, layout::COM1).map_err(Error::os("collect console writes"))?;
+    let ring = ring.map(Arc::new);
+    vcpus.iter_mut().for_each(|vcpu| vcpu.coalesced = ring.clone());
     Ok(())
 }
 

@@ -36,6 +36,8 @@ impl ExitCounter {
 pub struct ExitCounters {
     pub io_in: ExitCounter,
     pub io_out: ExitCounter,
+    /// Batches of port writes that KVM collected without an exit of their own.
+    pub io_coalesced: ExitCounter,
     pub mmio_read: ExitCounter,
     pub mmio_write: ExitCounter,
 }
@@ -45,6 +47,7 @@ impl ExitCounters {
         json!({
             "exit_io_in": self.io_in.json(),
             "exit_io_out": self.io_out.json(),
+            "io_coalesced": self.io_coalesced.json(),
             "exit_mmio_read": self.mmio_read.json(),
             "exit_mmio_write": self.mmio_write.json(),
         })

@@ -174,7 +174,7 @@ impl Session {
                 self.watch_machine(ops)
             }
             SIGNALS => {
-                if let Some(number) = self.around.signals.next() {
+                if let Some(number) = self.around.signals.take_one() {
                     self.outcome.get_or_insert(Outcome::Signal(number));
                 }
                 Ok(())

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::Error;
 use super::metrics::ExitCounters;
+use super::sys::coalesced::CoalescedRing;
 use super::sys::kick::{self, ImmediateExit};
 use super::timeline::Moments;
 use crate::devices::Bus;
@@ -68,6 +69,8 @@ pub struct Vcpu {
     pub buses: Arc<Buses>,
     pub counters: Arc<ExitCounters>,
     pub moments: Arc<Moments>,
+    /// Console bytes that KVM collected; taken before every exit is handled, so that order is kept.
+    pub coalesced: Option<Arc<CoalescedRing>>,
 }
 
 enum Left {
@@ -83,6 +86,9 @@ impl Vcpu {
         loop {
             let exit = self.fd.run();
             self.moments.guest_exited();
+            if let Some(ring) = &self.coalesced {
+                ring.drain(|port, data| self.counters.io_coalesced.count(self.buses.pio.write(port, data)));
+            }
             match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.counters.io_out.count(self.buses.pio.write(u64::from(port), data));

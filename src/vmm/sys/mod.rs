@@ -2,6 +2,7 @@
 //! threads, or speaks an ioctl that kvm-ioctls does not have.
 
 pub mod clock;
+pub mod coalesced;
 pub mod dirty_log;
 pub mod kick;
 pub mod mapping;

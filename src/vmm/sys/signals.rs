@@ -35,7 +35,7 @@ impl EndSignals {
     }
 
     /// The number of a signal that has come, if one has.
-    pub fn next(&mut self) -> Option<i32> {
+    pub fn take_one(&mut self) -> Option<i32> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
         self.0.read_exact(&mut info).ok()?;
         let number: [u8; 4] = info[..4].try_into().ok()?;
