@@ -34,7 +34,9 @@ pub use memory_check::{BadChunk, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 pub use page_set::PageSet;
-pub use plan::{PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan};
+pub use plan::{
+    Background, BackgroundAction, Fill, ImageSpec, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan,
+};
 pub use reader::Snapshot;
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
 pub use writer::{LoadHuge, SealInput, Sealed, SnapshotWriter};

@@ -26,14 +26,65 @@ impl Placement {
         [Placement::Zero, Placement::InPlace, Placement::Preload, Placement::CowFile, Placement::Lazy];
 }
 
+/// How a preloaded extent is filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fill {
+    /// Its bytes are read into anonymous memory, huge pages where a whole aligned 2 MiB block is filled.
+    #[default]
+    Copy,
+    /// Its source file is read past the page cache (O_DIRECT) into a buffer in one go, and the pages are installed by
+    /// UFFDIO_COPY without waking anybody. For extents of the userfaultfd range.
+    Install,
+    /// Its source is mapped private and copy-on-write is broken ahead by MADV_POPULATE_WRITE: no mapping of its own.
+    BreakCow,
+}
+
 /// Where the bytes of a page are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PageSource {
-    /// Index in the chain; the base is 0.
+    /// Index in the chain (the base is 0); the indices after the tip are the plan's [`images`](RestorePlan::images).
     pub layer: usize,
-    /// Offset in that layer's memory file, bytes.
+    /// Offset in that layer's memory file, or in the image, bytes.
     pub offset: u64,
+}
+
+/// A file derived from a snapshot: the pages of some extents, packed in this order without gaps (a working-set file).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageSpec {
+    /// The pages in file order. No page twice.
+    pub extents: Vec<Extent>,
+}
+
+impl ImageSpec {
+    /// The length of the image in bytes.
+    pub fn file_len(&self) -> u64 {
+        self.extents.iter().fold(0, |len, extent| len.saturating_add(extent.bytes()))
+    }
+}
+
+/// What a second thread does while the guest already runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackgroundAction {
+    /// Read the extent's source file into the page cache (FaaSnap's concurrent paging).
+    ReadAhead,
+    /// Fetch a lazy extent and install it by UFFDIO_COPY before it is touched.
+    Install,
+    /// Break copy-on-write of a private mapping ahead of the write.
+    BreakCow,
+}
+
+/// One step of the second thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Background {
+    /// What is done.
+    pub action: BackgroundAction,
+    /// To which pages; they lie within one extent of the plan.
+    pub extent: Extent,
 }
 
 /// Pages that are treated alike.
@@ -46,6 +97,26 @@ pub struct PlannedExtent {
     pub placement: Placement,
     /// Where the first of them comes from, the others following it; `None` for zero pages and only for them.
     pub source: Option<PageSource>,
+    /// How they are filled, if they are preloaded.
+    #[serde(default)]
+    pub fill: Fill,
+}
+
+impl PlannedExtent {
+    /// Pages that are zero.
+    pub fn zero(extent: Extent) -> Self {
+        PlannedExtent { extent, placement: Placement::Zero, source: None, fill: Fill::Copy }
+    }
+
+    /// Pages from `source`.
+    pub fn from(extent: Extent, placement: Placement, source: PageSource) -> Self {
+        PlannedExtent { extent, placement, source: Some(source), fill: Fill::Copy }
+    }
+
+    /// Pages from `source`, in local memory before the guest runs.
+    pub fn preload(extent: Extent, source: PageSource, fill: Fill) -> Self {
+        PlannedExtent { extent, placement: Placement::Preload, source: Some(source), fill }
+    }
 }
 
 /// For one restore: every page of guest memory exactly once.
@@ -56,8 +127,21 @@ pub struct RestorePlan {
     pub snapshot: SnapshotId,
     /// The name of the policy that made it.
     pub policy: String,
+    /// Files the plan takes pages from besides the chain's layers. They are made from the snapshot before it is used.
+    #[serde(default)]
+    pub images: Vec<ImageSpec>,
     /// The extents, ascending.
     pub extents: Vec<PlannedExtent>,
+    /// What is done while the guest runs, in this order.
+    #[serde(default)]
+    pub background: Vec<Background>,
+    /// Pages fetched around a fault in a lazy extent: a power of two; the aligned block, as far as the extent reaches.
+    #[serde(default = "one")]
+    pub fault_pages: u64,
+}
+
+fn one() -> u64 {
+    1
 }
 
 /// Pages per placement.
@@ -94,14 +178,27 @@ impl PlacementCounts {
 }
 
 impl RestorePlan {
+    /// A plan of extents alone.
+    pub fn new(snapshot: SnapshotId, policy: &str, extents: Vec<PlannedExtent>) -> Self {
+        let (images, background) = (Vec::new(), Vec::new());
+        RestorePlan { snapshot, policy: policy.to_string(), images, extents, background, fault_pages: 1 }
+    }
+
     /// Checks that the plan can be carried out: extents ascend, do not overlap, do not cross the end of a range, and
     /// together are exactly the layout's pages; each has a source within its layer's file (`layer_file_lens`, bytes,
-    /// base first), page aligned, unless it is zero, and none if it is.
+    /// base first) or the plan's own images, page aligned, unless it is zero, and none if it is. Images hold pages of
+    /// the layout, each once, and what an extent takes from an image are that extent's own pages. Background steps lie
+    /// within one extent that their action fits.
     ///
     /// # Errors
     /// [`Error::BadPlan`] with the first rule that is broken, and where.
     pub fn validate(&self, layout: &MemoryLayout, layer_file_lens: &[u64]) -> Result<()> {
         let bad = |problem: String| Error::BadPlan { policy: self.policy.clone(), problem };
+        if !self.fault_pages.is_power_of_two() || self.fault_pages > MAX_FAULT_PAGES {
+            return Err(bad(format!("a fault cannot fetch {} pages", self.fault_pages)));
+        }
+        let images = self.images.iter().map(|image| Image::check(image, layout)).collect::<Result<Vec<_>, _>>();
+        let images = images.map_err(bad)?;
         let mut planned = self.extents.iter();
         for range in layout.extents() {
             let mut next = range.first;
@@ -116,14 +213,32 @@ impl RestorePlan {
                 if extent.pages == 0 || extent.pages > range.end().0 - next.0 {
                     return Err(bad(format!("{extent} is empty or crosses the end of its range")));
                 }
-                check_source(item, layer_file_lens).map_err(bad)?;
+                check_source(item, layer_file_lens, &images).map_err(bad)?;
                 next = extent.end();
             }
         }
-        match planned.next() {
-            Some(item) => Err(bad(format!("{} is outside guest memory", item.extent))),
-            None => Ok(()),
+        if let Some(item) = planned.next() {
+            return Err(bad(format!("{} is outside guest memory", item.extent)));
         }
+        self.background.iter().try_for_each(|step| self.check_background(step)).map_err(bad)
+    }
+
+    fn check_background(&self, step: &Background) -> Result<(), String> {
+        let Background { action, extent } = *step;
+        let at = self.extents.partition_point(|item| item.extent.end() <= extent.first);
+        let inside = |item: &&PlannedExtent| {
+            extent.pages > 0 && item.extent.contains(extent.first) && extent.end() <= item.extent.end()
+        };
+        let Some(item) = self.extents.get(at).filter(inside) else {
+            return Err(format!("background step {extent} does not lie within one extent"));
+        };
+        let fits = match action {
+            BackgroundAction::ReadAhead | BackgroundAction::BreakCow => {
+                matches!(item.placement, Placement::CowFile | Placement::InPlace)
+            }
+            BackgroundAction::Install => item.placement == Placement::Lazy,
+        };
+        if fits { Ok(()) } else { Err(format!("{extent} is {:?}, which {action:?} does not fit", item.placement)) }
     }
 
     /// Joins neighbours with the same placement whose sources continue, except across the end of a range of the
@@ -131,7 +246,7 @@ impl RestorePlan {
     pub fn coalesce(&mut self, layout: &MemoryLayout) {
         self.extents.dedup_by(|next, last| {
             let joins = last.extent.end() == next.extent.first
-                && last.placement == next.placement
+                && (last.placement, last.fill) == (next.placement, next.fill)
                 && continues(last, next)
                 && layout.range_of(last.extent.first) == layout.range_of(next.extent.first);
             if joins {
@@ -160,7 +275,52 @@ fn continues(last: &PlannedExtent, next: &PlannedExtent) -> bool {
     }
 }
 
-fn check_source(item: &PlannedExtent, layer_file_lens: &[u64]) -> Result<(), String> {
+/// Faults do not fetch more than a huge page.
+const MAX_FAULT_PAGES: u64 = 512;
+
+/// An image of the plan, by page: the extents sorted by guest frame, each with its offset in the image.
+struct Image {
+    by_gfn: Vec<(Extent, u64)>,
+}
+
+impl Image {
+    fn check(spec: &ImageSpec, layout: &MemoryLayout) -> Result<Image, String> {
+        let mut offset = 0_u64;
+        let mut by_gfn = Vec::with_capacity(spec.extents.len());
+        for extent in &spec.extents {
+            if !layout.contains(*extent) {
+                return Err(format!("an image has {extent}, which is not guest memory"));
+            }
+            by_gfn.push((*extent, offset));
+            offset = offset.saturating_add(extent.bytes());
+        }
+        by_gfn.sort_unstable_by_key(|(extent, _)| extent.first);
+        match by_gfn.windows(2).find(|pair| pair[0].0.end() > pair[1].0.first) {
+            Some(pair) => Err(format!("an image has {} twice", pair[1].0.first)),
+            None => Ok(Image { by_gfn }),
+        }
+    }
+
+    /// Whether the image has all pages of `extent`, contiguous from `offset` on.
+    fn has(&self, extent: Extent, offset: u64) -> bool {
+        let (mut next, mut offset) = (extent.first, offset);
+        while next < extent.end() {
+            let at = self.by_gfn.partition_point(|(piece, _)| piece.end() <= next);
+            let Some((piece, start)) = self.by_gfn.get(at).filter(|(piece, _)| piece.contains(next)) else {
+                return false;
+            };
+            if start.checked_add((next.0 - piece.first.0) * PAGE_SIZE) != Some(offset) {
+                return false;
+            }
+            let end = piece.end().min(extent.end());
+            offset += (end.0 - next.0) * PAGE_SIZE;
+            next = end;
+        }
+        true
+    }
+}
+
+fn check_source(item: &PlannedExtent, layer_file_lens: &[u64], images: &[Image]) -> Result<(), String> {
     let extent = item.extent;
     let source = match (item.placement, item.source) {
         (Placement::Zero, None) => return Ok(()),
@@ -168,14 +328,18 @@ fn check_source(item: &PlannedExtent, layer_file_lens: &[u64]) -> Result<(), Str
         (_, None) => return Err(format!("{extent} has no source")),
         (_, Some(source)) => source,
     };
-    let Some(len) = layer_file_lens.get(source.layer) else {
-        return Err(format!("{extent} comes from layer {}, there are {}", source.layer, layer_file_lens.len()));
-    };
     if !source.offset.is_multiple_of(PAGE_SIZE) {
         return Err(format!("{extent} comes from offset {}, which is not page aligned", source.offset));
     }
+    if let Some(image) = source.layer.checked_sub(layer_file_lens.len()) {
+        let Some(known) = images.get(image) else {
+            return Err(format!("{extent} comes from image {image}, there are {}", images.len()));
+        };
+        let has = known.has(extent, source.offset);
+        return if has { Ok(()) } else { Err(format!("image {image} does not have {extent} at {}", source.offset)) };
+    }
     match source.offset.checked_add(extent.bytes()) {
-        Some(end) if end <= *len => Ok(()),
+        Some(end) if end <= layer_file_lens[source.layer] => Ok(()),
         _ => Err(format!("{extent} comes from behind the end of layer {}", source.layer)),
     }
 }
@@ -200,7 +364,7 @@ mod tests {
         let choice = (any::<prop::sample::Index>(), 0_usize..2, prop::bool::weighted(0.8));
         prop::collection::vec((0_u64..300, choice), 1..40).prop_map(|cuts| {
             let layout = layout();
-            let mut plan = RestorePlan { snapshot: SnapshotId::default(), policy: "any".to_string(), extents: vec![] };
+            let mut plan = RestorePlan::new(SnapshotId::default(), "any", vec![]);
             let mut at = 0;
             let mut ends: Vec<u64> = cuts.iter().map(|(cut, _)| *cut).chain([100, 200, 300]).collect();
             ends.sort_unstable();
@@ -212,7 +376,7 @@ mod tests {
                 let placement = *placement.get(&Placement::ALL);
                 let offset = if *in_order { at * PAGE_SIZE } else { 0 };
                 let source = (placement != Placement::Zero).then_some(PageSource { layer: *layer, offset });
-                plan.extents.push(PlannedExtent { extent, placement, source });
+                plan.extents.push(PlannedExtent { extent, placement, source, fill: Fill::Copy });
                 at = end;
             }
             plan
@@ -243,11 +407,7 @@ mod tests {
             6 => item.extent.first.0 = u64::MAX,
             7 if item.source.is_some() => item.source = None,
             7 => item.source = Some(PageSource { layer: 0, offset: 0 }),
-            8 => extents.push(PlannedExtent {
-                extent: Extent { first: Gfn(5 << 20), pages: 1 },
-                placement: Placement::Zero,
-                source: None,
-            }),
+            8 => extents.push(PlannedExtent::zero(Extent { first: Gfn(5 << 20), pages: 1 })),
             _ => {
                 item.placement = Placement::Lazy;
                 let (layer, offset) = match how {
@@ -293,14 +453,40 @@ mod tests {
 
     #[test]
     fn swapped_extents_are_refused() {
-        let zero = |first, pages| PlannedExtent {
-            extent: Extent { first: Gfn(first), pages },
-            placement: Placement::Zero,
-            source: None,
-        };
+        let zero = |first, pages| PlannedExtent::zero(Extent { first: Gfn(first), pages });
         let extents = vec![zero(100, 100), zero(0, 100), zero(1 << 20, 100)];
-        let plan = RestorePlan { snapshot: SnapshotId::default(), policy: "p".to_string(), extents };
+        let plan = RestorePlan::new(SnapshotId::default(), "p", extents);
         let message = plan.validate(&layout(), &LAYERS).unwrap_err().to_string();
         assert!(message.contains("page 0x0 should come next, [0x64, 0xc8) does"), "{message}");
+    }
+
+    #[test]
+    fn an_image_serves_only_the_pages_it_has_and_each_once() {
+        let extent = |first, pages| Extent { first: Gfn(first), pages };
+        let place = |offset: u64| {
+            let mut plan = RestorePlan::new(SnapshotId::default(), "p", vec![]);
+            plan.images = vec![ImageSpec { extents: vec![extent(30, 10), extent(10, 20)] }];
+            let source = PageSource { layer: LAYERS.len(), offset: offset * PAGE_SIZE };
+            plan.extents = vec![
+                PlannedExtent::zero(extent(0, 10)),
+                PlannedExtent::from(extent(10, 20), Placement::CowFile, source),
+                PlannedExtent::zero(extent(30, 70)),
+                PlannedExtent::zero(extent(100, 100)),
+                PlannedExtent::zero(extent(1 << 20, 100)),
+            ];
+            plan
+        };
+        place(10).validate(&layout(), &LAYERS).unwrap();
+        assert!(place(9).validate(&layout(), &LAYERS).is_err());
+        let mut twice = place(10);
+        twice.images[0].extents.push(extent(35, 1));
+        assert!(twice.validate(&layout(), &LAYERS).unwrap_err().to_string().contains("twice"));
+        let mut background = place(10);
+        background.background = vec![Background { action: BackgroundAction::ReadAhead, extent: extent(12, 4) }];
+        background.validate(&layout(), &LAYERS).unwrap();
+        background.background[0].action = BackgroundAction::Install;
+        assert!(background.validate(&layout(), &LAYERS).is_err());
+        background.background[0] = Background { action: BackgroundAction::ReadAhead, extent: extent(8, 4) };
+        assert!(background.validate(&layout(), &LAYERS).is_err());
     }
 }

@@ -6,10 +6,8 @@ use crate::snapshot::{Chain, Content, Error, Placement, PlannedExtent};
 
 pub fn plan(chain: &Chain) -> Result<Vec<PlannedExtent>, Error> {
     let place = |run: crate::snapshot::ResolvedRun| match run.content {
-        Content::Zero => PlannedExtent { extent: run.extent, placement: Placement::Zero, source: None },
-        Content::Layer(source) => {
-            PlannedExtent { extent: run.extent, placement: Placement::Preload, source: Some(source) }
-        }
+        Content::Zero => PlannedExtent::zero(run.extent),
+        Content::Layer(source) => PlannedExtent::from(run.extent, Placement::Preload, source),
     };
     Ok(chain.resolve()?.into_iter().map(place).collect())
 }

@@ -10,18 +10,14 @@ pub fn plan(chain: &Chain) -> Result<Vec<PlannedExtent>, Error> {
     let layout = &chain.tip().manifest().layout;
     if chain.layers().len() == 1 {
         // One mapping per range, zero pages included: holes of the file. The page map need not even be read.
-        let whole = layout.ranges().iter().map(|range| PlannedExtent {
-            extent: range.extent(),
-            placement: Placement::CowFile,
-            source: Some(PageSource { layer: 0, offset: range.file_offset }),
+        let whole = layout.ranges().iter().map(|range| {
+            PlannedExtent::from(range.extent(), Placement::CowFile, PageSource { layer: 0, offset: range.file_offset })
         });
         return Ok(whole.collect());
     }
     let place = |run: crate::snapshot::ResolvedRun| match run.content {
-        Content::Zero => PlannedExtent { extent: run.extent, placement: Placement::Zero, source: None },
-        Content::Layer(source) => {
-            PlannedExtent { extent: run.extent, placement: Placement::CowFile, source: Some(source) }
-        }
+        Content::Zero => PlannedExtent::zero(run.extent),
+        Content::Layer(source) => PlannedExtent::from(run.extent, Placement::CowFile, source),
     };
     Ok(chain.resolve()?.into_iter().map(place).collect())
 }

@@ -34,7 +34,7 @@ impl Policy {
             Policy::Eager => eager::plan(chain)?,
             Policy::Firecracker => firecracker::plan(chain)?,
         };
-        Ok(RestorePlan { snapshot: chain.tip().manifest().id, policy: self.name().to_string(), extents })
+        Ok(RestorePlan::new(chain.tip().manifest().id, self.name(), extents))
     }
 }
 
