@@ -2,5 +2,11 @@
 
 mod architecture;
 mod boot;
+mod cycles;
+mod diff;
+mod guest_elf;
+mod large;
+mod report;
 mod restore;
+mod smp;
 mod support;
