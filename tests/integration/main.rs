@@ -4,6 +4,7 @@ mod architecture;
 mod boot;
 mod cycles;
 mod diff;
+mod golden;
 mod guest_elf;
 mod large;
 mod report;
