@@ -31,8 +31,9 @@ fn two_hundred_restores_leave_nothing_behind() {
     }
 }
 
-/// Memory of a process outside its guest RAM, KiB. Guest RAM is the one mapping of that size.
-fn vmm_pss_kib(pid: u32, guest_kib: u64) -> u64 {
+/// Memory of a process outside its guest RAM that no file backs, KiB: what a leak would add to. (The proportional share
+/// of the binary's pages depends on how many processes run it.) Guest RAM is the one mapping of that size.
+fn vmm_anonymous_kib(pid: u32, guest_kib: u64) -> u64 {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let number = |line: &str| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
     let (mut total, mut in_guest, mut found) = (0, false, 0);
@@ -40,7 +41,7 @@ fn vmm_pss_kib(pid: u32, guest_kib: u64) -> u64 {
         if line.starts_with("Size:") {
             in_guest = number(line) == guest_kib;
             found += u32::from(in_guest);
-        } else if line.starts_with("Pss:") && !in_guest {
+        } else if line.starts_with("Anonymous:") && !in_guest {
             total += number(line);
         }
     }
@@ -84,13 +85,13 @@ fn pauses_and_snapshots_leave_descriptors_threads_and_memory_flat() {
     snapshot_cycles(&mut vm, dir.path(), 6);
     let settle = || std::thread::sleep(Duration::from_millis(200));
     settle();
-    let before = (vm.open_files(), vm.threads(), vmm_pss_kib(vm.pid(), MIB << 10));
+    let before = (vm.open_files(), vm.threads(), vmm_anonymous_kib(vm.pid(), MIB << 10));
     let digest = vm.call("check").digest;
     pause_cycles(&mut vm, 200);
     assert_eq!(vm.call("check").digest, digest);
     snapshot_cycles(&mut vm, dir.path(), 30);
     settle();
-    let after = (vm.open_files(), vm.threads(), vmm_pss_kib(vm.pid(), MIB << 10));
+    let after = (vm.open_files(), vm.threads(), vmm_anonymous_kib(vm.pid(), MIB << 10));
     assert_eq!(after.0, before.0, "open files");
     assert_eq!(after.1, before.1, "threads");
     eprintln!("memory of the VMM before and after: {} KiB, {} KiB", before.2, after.2);

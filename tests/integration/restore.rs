@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::support::artefact::{content, inspect, pages};
-use crate::support::{Vm, config, run_ok, scratch, text};
+use crate::support::{Answer, Vm, config, run_ok, scratch, text};
 
 const POLICIES: [&str; 2] = ["eager", "firecracker"];
 
@@ -196,4 +196,32 @@ fn request_in_the_receive_fifo_is_answered_after_restore() {
     assert!(vm.finish("early").contains(&expected));
     vm.send(b"lo\n");
     assert!(vm.finish("half").contains(&expected));
+}
+
+#[test]
+fn answer_begun_before_the_snapshot_is_finished_after_it_and_no_byte_is_lost_or_doubled() {
+    let (mut split, mut cut) = (0, Vec::new());
+    for round in 0..12 {
+        let dir = scratch();
+        let out = dir.path().join("full");
+        let mut vm = Vm::boot(&config(1, 64));
+        let expected = vm.call("info");
+        let id = vm.begin("info");
+        std::thread::sleep(Duration::from_micros(100 * round));
+        vm.pause();
+        vm.capture(&out, "Full");
+        let begun = vm.kill().concat();
+        let mut restored = Vm::restore(&out, "firecracker");
+        let after = restored.begin("hello");
+        // If the answer was complete, `hello` is the first line; else the rest of it comes first.
+        let first = restored.wait_line(|_| true);
+        let whole = if first.starts_with(&format!("ok {after} ")) { begun.clone() } else { begun.clone() + &first };
+        assert!(whole.starts_with(&format!("ok {id} ")), "{begun:?} and then {first:?}");
+        assert_eq!(Answer::parse(&whole), expected, "{begun:?} and then {first:?}");
+        if !begun.is_empty() && begun != whole {
+            split += 1;
+            cut.push(begun.len());
+        }
+    }
+    eprintln!("{split} answers were split, after {cut:?} bytes");
 }

@@ -39,6 +39,12 @@ impl Vm {
         self.lines.try_iter().collect()
     }
 
+    /// Ends the process as it stands; the rest of the guest's output, an unfinished line included.
+    pub fn kill(mut self) -> Vec<String> {
+        self.child.kill().unwrap();
+        self.lines.iter().collect()
+    }
+
     /// The names of what this process has open.
     pub fn open_files(&self) -> Vec<String> {
         let name = |path: PathBuf| std::fs::read_link(path).map_or(String::new(), |to| to.display().to_string());

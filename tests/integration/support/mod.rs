@@ -233,7 +233,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn parse(line: &str) -> Answer {
+    pub fn parse(line: &str) -> Answer {
         let words: Vec<&str> = line.trim_end().split(' ').collect();
         assert!(words.len() >= 4, "{line}");
         let pair = |word: &&str| word.split_once('=').map(|(key, value)| (key.to_string(), value.to_string()));
