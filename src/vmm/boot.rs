@@ -35,6 +35,7 @@ pub fn load(source: &BootSource, protocol: BootProtocol, ram: &GuestRam) -> Resu
             (name, loaded)
         }
     };
+    check_end(&name, loaded.end, ram.layout())?;
     write_cmdline(source.boot_args_or_default(), ram.view())?;
     let entry = choose_entry(&name, protocol, &loaded)?;
     match entry {
@@ -47,6 +48,14 @@ pub fn load(source: &BootSource, protocol: BootProtocol, ram: &GuestRam) -> Resu
 struct Loaded {
     linux64: u64,
     pvh: Option<u64>,
+    /// The first address behind it, memory that it wants zeroed and the file does not have included.
+    end: u64,
+}
+
+/// The loader has written what is in the file; a kernel runs only if the rest of it is memory too.
+fn check_end(name: &str, end: u64, memory: &MemoryLayout) -> Result<(), Error> {
+    let ram_end = memory.ranges().first().map_or(0, |range| range.gpa + range.len);
+    if end > ram_end { Err(Error::KernelTooLarge { name: name.to_string(), end, ram_end }) } else { Ok(()) }
 }
 
 fn load_file(path: &Path, memory: &GuestMemoryMmap) -> Result<Loaded, Error> {
@@ -65,7 +74,7 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
         _ => None,
     };
-    Ok(Loaded { linux64: loaded.kernel_load.0, pvh })
+    Ok(Loaded { linux64: loaded.kernel_load.0, pvh, end: loaded.kernel_end })
 }
 
 fn choose_entry(name: &str, protocol: BootProtocol, loaded: &Loaded) -> Result<Entry, Error> {

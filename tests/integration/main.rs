@@ -2,5 +2,12 @@
 
 mod architecture;
 mod boot;
+mod cycles;
+mod diff;
+mod golden;
+mod guest_elf;
+mod large;
+mod report;
 mod restore;
+mod smp;
 mod support;

@@ -2,6 +2,8 @@
 
 mod eager;
 mod firecracker;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::str::FromStr;

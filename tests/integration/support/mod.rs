@@ -1,5 +1,7 @@
 //! A VM under test: a tvmm process with its console and control socket at hand.
 
+pub mod artefact;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -231,7 +233,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn parse(line: &str) -> Answer {
+    pub fn parse(line: &str) -> Answer {
         let words: Vec<&str> = line.trim_end().split(' ').collect();
         assert!(words.len() >= 4, "{line}");
         let pair = |word: &&str| word.split_once('=').map(|(key, value)| (key.to_string(), value.to_string()));
