@@ -2,5 +2,6 @@
 
 mod architecture;
 mod boot;
+mod config;
 mod restore;
 mod support;
