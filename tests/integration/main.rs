@@ -3,5 +3,6 @@
 mod architecture;
 mod boot;
 mod config;
+mod hostile_snapshot;
 mod restore;
 mod support;
