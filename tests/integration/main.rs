@@ -1,5 +1,6 @@
 //! Integration tests: each drives the real binary on the real /dev/kvm. One file per capability.
 
+mod api;
 mod architecture;
 mod boot;
 mod config;

@@ -116,7 +116,9 @@ impl Vm {
 
     /// A process that waits for the API to tell it what to do.
     pub fn wait_for_api() -> Vm {
-        Vm::spawn(scratch(), &[])
+        let vm = Vm::spawn(scratch(), &[]);
+        vm.wait_for_socket();
+        vm
     }
 
     /// Starts `tvmm` with `args` and a control socket.
@@ -211,6 +213,33 @@ impl Vm {
     /// One HTTP request; status and body.
     pub fn api(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
         http(&self.socket, method, path, &body.map(|body| body.to_string()).unwrap_or_default())
+    }
+
+    /// A request that must be answered well; its body.
+    pub fn api_ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+        let (status, answer) = self.api(method, path, body);
+        assert!(status == 200 || status == 204, "{method} {path}: {status} {answer}");
+        answer
+    }
+
+    /// A request that must be refused as the asker's fault; what tvmm says.
+    pub fn api_fault(&self, method: &str, path: &str, body: Option<Value>) -> String {
+        let (status, answer) = self.api(method, path, body);
+        assert_eq!(status, 400, "{method} {path}: {answer}");
+        answer["fault_message"].as_str().expect("a fault_message").to_string()
+    }
+
+    /// What `GET /` says the machine does.
+    pub fn state(&self) -> String {
+        self.api_ok("GET", "/", None)["state"].as_str().expect("a state").to_string()
+    }
+
+    pub fn pause(&self) {
+        self.api_ok("PATCH", "/vm", Some(json!({ "state": "Paused" })));
+    }
+
+    pub fn resume(&self) {
+        self.api_ok("PATCH", "/vm", Some(json!({ "state": "Resumed" })));
     }
 
     /// Waits until the control socket answers.
