@@ -234,7 +234,7 @@ fn error_chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text.push(' ');
+        text.push_str(if text.ends_with('.') { " " } else { ": " });
         text.push_str(&error.to_string());
         cause = error.source();
     }
@@ -369,5 +369,8 @@ mod tests {
         let refused = Refused::from(ConfigError::Read { path: "/x".into(), source });
         assert_eq!(refused.kind, RefusedKind::BadRequest);
         assert_eq!(refused.message, "Config file /x cannot be read. entity not found");
+        let inner = std::fmt::Error;
+        let error = crate::vmm::Error::Os { doing: "do it", source: io::Error::other(inner) };
+        assert!(Refused::internal_because(&error).message.starts_with("Cannot do it: "));
     }
 }

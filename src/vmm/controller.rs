@@ -289,7 +289,7 @@ impl Controller {
             && let Err(refused) = self.resume()
         {
             // The snapshot is good nonetheless, and the machine is still paused; both are told.
-            tracing::error!(message = %refused.message, "The machine could not be resumed after its capture");
+            tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
         self.spawn_seal(captured)
     }

@@ -1,11 +1,14 @@
 //! Integration tests: each drives the real binary on the real /dev/kvm. One file per capability.
 
+mod api;
 mod architecture;
 mod boot;
+mod config;
 mod cycles;
 mod diff;
 mod golden;
 mod guest_elf;
+mod hostile_snapshot;
 mod large;
 mod report;
 mod restore;

@@ -9,14 +9,6 @@ use serde_json::{Value, json};
 use super::{TIMEOUT, Vm, run_ok, text};
 
 impl Vm {
-    pub fn pause(&self) {
-        assert_eq!(self.api("PATCH", "/vm", Some(json!({ "state": "Paused" }))), (204, Value::Null));
-    }
-
-    pub fn resume(&self) {
-        assert_eq!(self.api("PATCH", "/vm", Some(json!({ "state": "Resumed" }))), (204, Value::Null));
-    }
-
     /// Snapshots the paused VM, which stays paused. `kind` is `Full` or `Diff`.
     pub fn capture(&self, out: &Path, kind: &str) {
         let body = json!({ "snapshot_path": out, "snapshot_type": kind });
