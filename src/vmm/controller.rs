@@ -205,7 +205,10 @@ impl Controller {
     /// Restores a machine; running or paused.
     pub fn restore(&mut self, load: &LoadSnapshot, before_run: impl FnOnce(&Serial)) -> Result<(), Error> {
         let policy: Policy = load.policy.parse()?;
-        let chain = Arc::new(Chain::open(&location(&load.location))?);
+        let chain = Arc::new(match load.handler {
+            None => Chain::open(&location(&load.location))?,
+            Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
+        });
         let plan = policy.plan(&chain)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();

@@ -14,3 +14,4 @@ mod report;
 mod restore;
 mod smp;
 mod support;
+mod uffd_handler;
