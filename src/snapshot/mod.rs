@@ -26,6 +26,7 @@ mod tests;
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
 pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container};
 pub use error::{Error, Result};
+pub use files::replace_file;
 pub use ids::{Digest, SnapshotId, TierId};
 pub use manifest::{
     Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
