@@ -203,19 +203,20 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         return Err(Fault::bad_request(format!("{subject} not supported yet.")));
     }
     let is_deprecated = load.mem_file_path.is_some() || load.enable_diff_snapshots;
-    let (memory, memory_key) = match (load.mem_backend, load.mem_file_path) {
+    let (memory, memory_key, handler) = match (load.mem_backend, load.mem_file_path) {
         (Some(_), Some(_)) => {
             return Err(json_fault("too many fields: either `mem_backend` or `mem_file_path` exclusively is required"));
         }
-        (Some(MemBackend { backend_type: MemBackendType::Uffd, .. }), None) => {
-            return Err(Fault::bad_request("Memory backend Uffd is not supported yet."));
+        (Some(MemBackend { backend_type: MemBackendType::Uffd, backend_path }), None) => {
+            (None, "backend_path", Some(backend_path))
         }
-        (Some(backend), None) => (Some(backend.backend_path), "backend_path"),
-        (None, memory) => (memory, "mem_file_path"),
+        (Some(backend), None) => (Some(backend.backend_path), "backend_path", None),
+        (None, memory) => (memory, "mem_file_path", None),
     };
     let command = Command::LoadSnapshot(LoadSnapshot {
         location: snapshot_paths(load.snapshot_path, memory, memory_key)?,
         policy: load.tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
+        handler,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
         resume: load.resume_vm,
     });

@@ -30,6 +30,7 @@ pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>
         "restore": restored,
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
+        "faults_served": parts.as_ref().map(|parts| parts.faults),
         "exits": parts.as_ref().map(|parts| parts.counters_json()),
         "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
     })))

@@ -62,6 +62,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let load = LoadSnapshot {
         location: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
         policy: args.policy.clone(),
+        handler: None,
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,
     };

@@ -9,6 +9,7 @@ mod container;
 mod error;
 mod files;
 mod ids;
+mod image;
 mod manifest;
 mod memory_check;
 mod merge;
@@ -28,6 +29,7 @@ pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo,
 pub use error::{Error, Result};
 pub use files::replace_file;
 pub use ids::{Digest, SnapshotId, TierId};
+pub use image::{derived_dir, open_image};
 pub use manifest::{
     Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
 };

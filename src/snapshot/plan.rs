@@ -135,6 +135,9 @@ pub struct RestorePlan {
     /// What is done while the guest runs, in this order.
     #[serde(default)]
     pub background: Vec<Background>,
+    /// Whether what is preloaded by `copy` is checked against the snapshot's checksums before the guest runs.
+    #[serde(default)]
+    pub verify: bool,
     /// Pages fetched around a fault in a lazy extent: a power of two; the aligned block, as far as the extent reaches.
     #[serde(default = "one")]
     pub fault_pages: u64,
@@ -181,7 +184,7 @@ impl RestorePlan {
     /// A plan of extents alone.
     pub fn new(snapshot: SnapshotId, policy: &str, extents: Vec<PlannedExtent>) -> Self {
         let (images, background) = (Vec::new(), Vec::new());
-        RestorePlan { snapshot, policy: policy.to_string(), images, extents, background, fault_pages: 1 }
+        RestorePlan { snapshot, policy: policy.to_string(), images, extents, background, verify: false, fault_pages: 1 }
     }
 
     /// Checks that the plan can be carried out: extents ascend, do not overlap, do not cross the end of a range, and

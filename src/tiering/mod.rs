@@ -6,6 +6,7 @@
 //!
 //! [`RestorePlan`]: crate::snapshot::RestorePlan
 
+pub mod fault;
 pub mod policy;
 pub mod profile;
 

@@ -16,7 +16,7 @@ use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
 use super::metrics::MetricsFile;
-use super::restore::EngineReport;
+use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::timeline::{Moments, Timeline};
 use crate::devices::{ConsoleOutput, Serial};
 use crate::snapshot::{self, Chain, Location, PAGE_SIZE, Sealed};
@@ -209,8 +209,14 @@ impl Controller {
         let plan = policy.plan(&chain)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
-        let (machine, engine) =
-            Machine::restore(chain, &plan, load.track_dirty_pages, self.outside.clone(), &mut self.timeline)?;
+        let spec = RestoreSpec {
+            chain,
+            plan: &plan,
+            track_dirty_pages: load.track_dirty_pages,
+            observer: None,
+            handler: load.handler.as_deref(),
+        };
+        let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
         self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
         self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
@@ -364,6 +370,7 @@ pub struct Parts<'a> {
     pub ram: &'a super::memory::GuestRam,
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
+    pub faults: FaultCounts,
     counters: &'a super::metrics::ExitCounters,
 }
 
@@ -373,6 +380,7 @@ impl<'a> Parts<'a> {
             ram: machine.ram(),
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
+            faults: machine.fault_counts(),
             counters: machine.counters(),
         }
     }

@@ -68,8 +68,10 @@ pub enum Error {
     Diff(String),
     #[error("Another snapshot of this VM is still being sealed")]
     SnapshotInProgress,
-    #[error("The restore engine cannot carry out `{0}` placements")]
-    Placement(&'static str),
+    #[error(
+        "Cannot use userfaultfd. Run as root, or give this user access to /dev/userfaultfd (it is enough that the file can be opened); on kernels without that file set vm.unprivileged_userfaultfd=1"
+    )]
+    Userfaultfd(#[source] io::Error),
 }
 
 impl Error {

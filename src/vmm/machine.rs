@@ -22,6 +22,7 @@ use super::error::Error;
 use super::lineage::Lineage;
 use super::memory::GuestRam;
 use super::metrics::ExitCounters;
+use super::restore::{FaultCounts, MemoryServices};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::coalesced::CoalescedRing;
 use super::sys::dirty_log;
@@ -65,6 +66,8 @@ pub struct Devices {
 
 /// What outlives the machine's states. Fields drop in this order: the VM before the memory under its slots.
 pub(super) struct Core {
+    /// Before memory is gone, so are those who work on it.
+    pub services: MemoryServices,
     pub kvm: Kvm,
     pub vm: VmFd,
     pub ram: GuestRam,
@@ -144,7 +147,8 @@ impl Machine<Built> {
         timeline.lap(Slice::VmCreate);
         let lineage = Lineage::default();
         let msrs_refused = Vec::new();
-        let core = Core { kvm, vm, ram, shape, devices, lineage, counters, ending, msrs_refused };
+        let services = MemoryServices::default();
+        let core = Core { services, kvm, vm, ram, shape, devices, lineage, counters, ending, msrs_refused };
         Ok(Machine { state: Built { vcpus }, core })
     }
 
@@ -254,6 +258,11 @@ impl<S> Machine<S> {
     /// Where vCPUs and devices say that the guest is over.
     pub fn ending(&self) -> &Arc<EndingSignal> {
         &self.core.ending
+    }
+
+    /// Faults that the fault service has answered so far.
+    pub fn fault_counts(&self) -> FaultCounts {
+        self.core.services.fault_counts()
     }
 
     /// MSRs that KVM refused at restore and the guest does without.

@@ -10,7 +10,8 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::error::Error;
-use super::sys::mapping::Reservation;
+use super::sys::mapping::{Populator, Reservation};
+use super::sys::uffd::Uffd;
 use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE};
 
 /// What backs a piece of guest memory.
@@ -22,6 +23,17 @@ pub enum Backing {
     /// A private mapping of the memory file of one layer (its index in the chain, base first): clean pages are the
     /// page cache's, written ones this process's.
     FilePrivate { layer: usize },
+    /// As `FilePrivate`, with faults that want huge pages.
+    InPlace { layer: usize },
+    /// Anonymous memory whose first touches are answered by the fault service, or by a handler outside.
+    Lazy,
+}
+
+impl Backing {
+    /// Whether untouched pages are those of a mapped file.
+    pub fn is_file(self) -> bool {
+        matches!(self, Backing::FilePrivate { .. } | Backing::InPlace { .. })
+    }
 }
 
 /// A run of guest pages with one backing.
@@ -59,9 +71,8 @@ impl GuestRam {
     /// Reserves `layout` and fills it with anonymous zero memory, for a boot.
     pub fn anonymous(layout: &MemoryLayout) -> Result<Self, Error> {
         let mut ram = GuestRam::reserve(layout)?;
-        for extent in layout.extents() {
-            ram.map_anon(extent)?;
-        }
+        layout.extents().try_for_each(|extent| ram.map_anon(extent))?;
+        ram.set_pieces(layout.extents().map(|extent| Piece { extent, backing: Backing::Anon }).collect());
         Ok(ram)
     }
 
@@ -84,27 +95,35 @@ impl GuestRam {
         self.layout.ranges().iter().zip(&self.reservations).map(|(range, memory)| (*range, memory.base()))
     }
 
+    /// Says what backs the memory now, after it was mapped: ascending, each page once.
+    pub fn set_pieces(&mut self, pieces: Vec<Piece>) {
+        self.pieces = pieces;
+    }
+
     /// Backs `extent` with anonymous zero memory.
-    pub fn map_anon(&mut self, extent: Extent) -> Result<(), Error> {
+    pub fn map_anon(&self, extent: Extent) -> Result<(), Error> {
         let (memory, offset) = self.locate(extent)?;
-        memory.map_anon(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))?;
-        self.note(Piece { extent, backing: Backing::Anon });
-        Ok(())
+        memory.map_anon(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
     }
 
     /// Backs `extent` with a private mapping of `file` from `file_offset`.
-    pub fn map_file_private(
-        &mut self,
-        extent: Extent,
-        file: &File,
-        layer: usize,
-        file_offset: u64,
-    ) -> Result<(), Error> {
+    pub fn map_file_private(&self, extent: Extent, file: &File, file_offset: u64) -> Result<(), Error> {
         let (memory, offset) = self.locate(extent)?;
         let len = extent.bytes() as usize;
-        memory.map_file_private(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))?;
-        self.note(Piece { extent, backing: Backing::FilePrivate { layer } });
-        Ok(())
+        memory.map_file_private(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Lets `uffd` answer first touches of `extent`, which is anonymous memory.
+    pub fn register(&self, extent: Extent, uffd: &Uffd, write_protect: bool) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        let len = extent.bytes() as usize;
+        uffd.register(memory, offset, len, write_protect).map_err(|source| map_failed(extent, source))
+    }
+
+    /// A handle to `extent` for another thread: it can populate the pages, not read or write them.
+    pub fn populator(&self, extent: Extent) -> Result<Populator, Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.populator(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
     }
 
     /// Asks for huge pages under `extent`.
@@ -145,10 +164,6 @@ impl GuestRam {
         let (range, memory) =
             ranges.find(|(range, _)| gpa >= range.gpa && gpa - range.gpa < range.len).ok_or_else(outside)?;
         Ok((memory, (gpa - range.gpa) as usize))
-    }
-
-    fn note(&mut self, piece: Piece) {
-        self.pieces.push(piece);
     }
 
     /// The host address of a page, for the kernel's page map.

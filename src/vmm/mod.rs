@@ -25,5 +25,5 @@ pub mod usage;
 mod vcpu;
 
 pub use error::Error;
-pub use restore::EngineReport;
+pub use restore::{EngineReport, FaultCounts};
 pub use vcpu::Ending;

@@ -55,7 +55,8 @@ impl EndingSignal {
         ending.or(pulled.then_some(Ending::Reset))
     }
 
-    fn end(&self, ending: Ending) {
+    /// Ends the guest for this reason, unless another came first.
+    pub fn end(&self, ending: Ending) {
         self.ending.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ending);
         // A full counter means that the main loop has been told already.
         let _ = self.event.write(1);

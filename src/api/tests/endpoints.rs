@@ -130,6 +130,7 @@ fn put_snapshot_load_forms_give_their_command() {
     let load = |location, track_dirty_pages, resume| LoadSnapshot {
         location,
         policy: "firecracker".to_owned(),
+        handler: None,
         track_dirty_pages,
         resume,
     };
@@ -145,6 +146,10 @@ fn put_snapshot_load_forms_give_their_command() {
         (
             json!({"snapshot_path": "s", "network_overrides": [], "vsock_override": null, "clock_realtime": false}),
             load(directory(), false, false),
+        ),
+        (
+            json!({"snapshot_path": "s", "mem_backend": {"backend_type": "Uffd", "backend_path": "u"}}),
+            LoadSnapshot { handler: Some("u".into()), ..load(directory(), false, false) },
         ),
         (
             json!({"snapshot_path": "s", "tvmm": {"policy": "eager"}}),
@@ -191,12 +196,6 @@ fn bad_bodies_are_refused_and_never_reach_the_vmm() {
             "/snapshot/create",
             json!({"snapshot_path": "s", "tvmm": {"resume_vm": true}}),
             format!("{JSON}unknown field `resume_vm`"),
-        ),
-        (
-            "PUT",
-            "/snapshot/load",
-            json!({"snapshot_path": "s", "mem_backend": {"backend_type": "Uffd", "backend_path": "u"}}),
-            "Memory backend Uffd is not supported yet.".into(),
         ),
         (
             "PUT",

@@ -34,7 +34,9 @@ impl Policy {
             Policy::Eager => eager::plan(chain)?,
             Policy::Firecracker => firecracker::plan(chain)?,
         };
-        Ok(RestorePlan::new(chain.tip().manifest().id, self.name(), extents))
+        let mut plan = RestorePlan::new(chain.tip().manifest().id, self.name(), extents);
+        plan.verify = self == Policy::Eager;
+        Ok(plan)
     }
 }
 

@@ -11,3 +11,5 @@ pub mod page_cache;
 pub mod pagemap;
 pub mod signals;
 pub mod terminal;
+pub mod uffd;
+pub mod wait;

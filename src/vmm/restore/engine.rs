@@ -1,0 +1,421 @@
+//! The restore engine: carries out any plan, and knows no policy's name.
+//!
+//! Mappings first, as few as possible (neighbours that can share one do), then what must be in local memory before the
+//! guest runs; the rest is left to page faults, the fault service and the second thread.
+
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::files::Files;
+use super::lazy::LazyExtent;
+use crate::snapshot::{
+    CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement, PlacementCounts,
+    PlannedExtent, RestorePlan, Snapshot, chunk_of,
+};
+use crate::vmm::error::Error;
+use crate::vmm::memory::{Backing, GuestRam, Piece};
+use crate::vmm::sys::mapping::Reservation;
+use crate::vmm::sys::uffd::{Install, Uffd};
+use crate::vmm::timeline::{Slice, Timeline};
+
+/// What carrying out a plan came to.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct EngineReport {
+    /// Pages by placement.
+    pub planned: PlacementCounts,
+    /// Extents of the plan.
+    pub extents: u64,
+    /// System calls made for guest memory, by kind.
+    pub mmap_calls: u64,
+    pub madvise_calls: u64,
+    pub read_calls: u64,
+    pub uffd_calls: u64,
+    /// Bytes put into local DRAM before the vCPUs start.
+    pub bytes_preloaded: u64,
+    /// Whether images were read past the page cache, where the plan asked for it.
+    pub direct_reads: bool,
+}
+
+/// Guest memory as the plan wants it, and what is left to be done while the guest runs.
+pub struct Built {
+    pub ram: GuestRam,
+    pub report: EngineReport,
+    /// The userfaultfd and the pages behind it, if the plan has any.
+    pub lazy: Option<Served>,
+}
+
+/// A userfaultfd and the pages behind it.
+pub type Served = (Arc<Uffd>, Vec<LazyExtent>);
+
+/// Builds guest memory by `plan`. `observed`: every page, whatever its placement, is to be served by the fault service
+/// page by page (for recording).
+pub fn build(
+    files: &Files,
+    plan: &RestorePlan,
+    layout: &MemoryLayout,
+    observed: bool,
+    timeline: &mut Timeline,
+) -> Result<Built, Error> {
+    plan.validate(layout, &files.chain().layer_file_lens())?;
+    let mut ram = GuestRam::reserve(layout)?;
+    let mut engine = Engine { files, plan, layout, report: EngineReport::default() };
+    engine.report.planned = plan.counts();
+    engine.report.extents = plan.extents.len() as u64;
+    let lazy = if observed {
+        engine.map_observed(&ram)?
+    } else {
+        engine.map(&ram)?;
+        engine.register_lazy(&ram)?
+    };
+    ram.set_pieces(pieces(plan, observed));
+    timeline.lap(Slice::Map);
+    if !observed {
+        engine.copy(&ram)?;
+        engine.break_cow(&ram)?;
+        if let Some((uffd, _)) = &lazy {
+            engine.install(&ram, uffd)?;
+        }
+    }
+    timeline.lap(Slice::Preload);
+    Ok(Built { ram, report: engine.report, lazy })
+}
+
+/// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd.
+pub fn build_external(layout: &MemoryLayout, timeline: &mut Timeline) -> Result<Built, Error> {
+    let mut ram = GuestRam::reserve(layout)?;
+    let uffd = Uffd::open(false).map_err(Error::Userfaultfd)?;
+    let mut report = EngineReport::default();
+    for extent in layout.extents() {
+        report.mmap_calls += 1;
+        report.uffd_calls += 1;
+        report.planned.lazy += extent.pages;
+        ram.map_anon(extent)?;
+        ram.register(extent, &uffd, false)?;
+    }
+    ram.set_pieces(layout.extents().map(|extent| Piece { extent, backing: Backing::Lazy }).collect());
+    timeline.lap(Slice::Map);
+    Ok(Built { ram, report, lazy: Some((Arc::new(uffd), Vec::new())) })
+}
+
+/// What one mapping shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum View {
+    Anonymous,
+    /// A file from an offset; `huge` is `None` where either will do.
+    File {
+        index: usize,
+        offset: u64,
+        huge: Option<bool>,
+    },
+}
+
+struct Run {
+    extent: Extent,
+    view: View,
+}
+
+struct Engine<'a> {
+    files: &'a Files,
+    plan: &'a RestorePlan,
+    layout: &'a MemoryLayout,
+    report: EngineReport,
+}
+
+fn view_of(planned: &PlannedExtent) -> View {
+    let file = |huge| match planned.source {
+        Some(source) => View::File { index: source.layer, offset: source.offset, huge },
+        // `validate` has made sure that only zero extents have no source.
+        None => View::Anonymous,
+    };
+    match (planned.placement, planned.fill) {
+        (Placement::CowFile, _) => file(Some(false)),
+        (Placement::InPlace, _) => file(Some(true)),
+        (Placement::Preload, Fill::BreakCow) => file(None),
+        (Placement::Zero | Placement::Lazy | Placement::Preload, _) => View::Anonymous,
+    }
+}
+
+/// The mapping that shows both, if one can.
+fn joined(run: &Run, next: View) -> Option<View> {
+    match (run.view, next) {
+        (View::Anonymous, View::Anonymous) => Some(View::Anonymous),
+        (
+            View::File { index, offset, huge },
+            View::File { index: next_index, offset: next_offset, huge: next_huge },
+        ) => {
+            let continues = index == next_index && offset.checked_add(run.extent.bytes()) == Some(next_offset);
+            let compatible = huge.is_none() || next_huge.is_none() || huge == next_huge;
+            (continues && compatible).then_some(View::File { index, offset, huge: huge.or(next_huge) })
+        }
+        _ => None,
+    }
+}
+
+impl Engine<'_> {
+    /// The fewest mappings that show everything.
+    fn runs(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for planned in &self.plan.extents {
+            let view = view_of(planned);
+            if let Some(last) = runs.last_mut() {
+                let both = Extent { first: last.extent.first, pages: last.extent.pages + planned.extent.pages };
+                if last.extent.end() == planned.extent.first
+                    && self.layout.contains(both)
+                    && let Some(view) = joined(last, view)
+                {
+                    *last = Run { extent: both, view };
+                    continue;
+                }
+            }
+            runs.push(Run { extent: planned.extent, view });
+        }
+        runs
+    }
+
+    fn map(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        for run in self.runs() {
+            self.report.mmap_calls += 1;
+            match run.view {
+                View::Anonymous => ram.map_anon(run.extent)?,
+                View::File { index, offset, huge } => {
+                    ram.map_file_private(run.extent, self.files.require(index)?.0, offset)?;
+                    if huge == Some(true) {
+                        self.advise_huge(ram, run.extent)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn advise_huge(&mut self, ram: &GuestRam, extent: Extent) -> Result<(), Error> {
+        self.report.madvise_calls += 1;
+        match ram.advise_huge(extent) {
+            // EINVAL: a kernel built without transparent huge pages. Small pages hold the same bytes.
+            Err(Error::Map { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Everything anonymous and behind one userfaultfd, writes told apart from reads.
+    fn map_observed(&mut self, ram: &GuestRam) -> Result<Option<Served>, Error> {
+        let uffd = Uffd::open(true).map_err(Error::Userfaultfd)?;
+        for extent in self.layout.extents() {
+            self.report.mmap_calls += 1;
+            self.report.uffd_calls += 1;
+            ram.map_anon(extent)?;
+            ram.register(extent, &uffd, true)?;
+        }
+        let lazy = self.plan.extents.iter().map(|planned| lazy_extent(ram, planned)).collect::<Result<_, _>>()?;
+        Ok(Some((Arc::new(uffd), sorted(lazy))))
+    }
+
+    /// Hands lazy extents, and those installed ahead into the same memory, to a userfaultfd.
+    fn register_lazy(&mut self, ram: &GuestRam) -> Result<Option<Served>, Error> {
+        let served: Vec<&PlannedExtent> = self.plan.extents.iter().filter(|planned| is_served(planned)).collect();
+        if served.is_empty() {
+            return Ok(None);
+        }
+        let uffd = Uffd::open(false).map_err(Error::Userfaultfd)?;
+        let mut runs: Vec<Extent> = Vec::new();
+        for planned in &served {
+            let extent = planned.extent;
+            match runs.last_mut() {
+                Some(last)
+                    if last.end() == extent.first
+                        && self.layout.contains(Extent { first: last.first, pages: last.pages + extent.pages }) =>
+                {
+                    last.pages += extent.pages;
+                }
+                _ => runs.push(extent),
+            }
+        }
+        for run in runs {
+            self.report.uffd_calls += 1;
+            ram.register(run, &uffd, false)?;
+        }
+        let lazy = served.into_iter().map(|planned| lazy_extent(ram, planned)).collect::<Result<_, _>>()?;
+        Ok(Some((Arc::new(uffd), sorted(lazy))))
+    }
+
+    /// Reads `preload` extents into anonymous memory; whole 2 MiB blocks through huge pages, which is several times
+    /// faster and costs no extra memory.
+    fn copy(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        let plan = self.plan;
+        let mut per_layer = vec![PageSet::new(); self.files.chain().layers().len()];
+        for (extent, source) in copy_runs(plan, self.layout) {
+            if let Some(blocks) = whole_huge_pages(extent) {
+                self.advise_huge(ram, blocks)?;
+            }
+            // SAFETY: the machine does not exist yet; nothing else refers to this memory.
+            let bytes = unsafe { ram.bytes_mut(extent) }?;
+            self.report.read_calls += 1;
+            self.files.read(source, bytes)?;
+            self.report.bytes_preloaded += extent.bytes();
+            if let Some(pages) = per_layer.get_mut(source.layer) {
+                pages.insert_run(extent);
+            }
+        }
+        if plan.verify {
+            let layers = self.files.chain().layers().iter().zip(&per_layer);
+            layers.filter(|(_, pages)| !pages.is_empty()).try_for_each(|(layer, pages)| verify(ram, layer, pages))?;
+        }
+        Ok(())
+    }
+
+    fn break_cow(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        let wanted = |planned: &&PlannedExtent| is_preload(planned, Fill::BreakCow);
+        for planned in self.plan.extents.iter().filter(wanted) {
+            self.report.madvise_calls += 1;
+            let failed = |source| Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source };
+            ram.populator(planned.extent)?.populate_write().map_err(failed)?;
+            self.report.bytes_preloaded += planned.extent.bytes();
+        }
+        Ok(())
+    }
+
+    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages.
+    fn install(&mut self, ram: &GuestRam, uffd: &Uffd) -> Result<(), Error> {
+        let plan = self.plan;
+        let layers = self.files.chain().layers().len();
+        for index in layers..layers + plan.images.len() {
+            let from_here = |planned: &&PlannedExtent| {
+                is_preload(planned, Fill::Install) && planned.source.is_some_and(|source| source.layer == index)
+            };
+            let wanted: Vec<&PlannedExtent> = plan.extents.iter().filter(from_here).collect();
+            if wanted.is_empty() {
+                continue;
+            }
+            let len = plan.images[index - layers].file_len() as usize;
+            let buffer = self.read_direct(index, len)?;
+            // SAFETY: the buffer is this function's own.
+            let bytes = unsafe { buffer.bytes(0, len) }.map_err(Error::os("read an image"))?;
+            for planned in wanted {
+                let start = planned.source.map_or(0, |source| source.offset) as usize;
+                let address = ram.populator(planned.extent)?.address();
+                self.report.uffd_calls += 1;
+                let failed = |source| Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source };
+                let bytes = &bytes[start..start + planned.extent.bytes() as usize];
+                uffd.install(address, bytes, Install::default()).map_err(failed)?;
+                self.report.bytes_preloaded += planned.extent.bytes();
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole of a file in one read past the page cache. File systems that cannot do that are read through it, and
+    /// the report says so.
+    fn read_direct(&mut self, index: usize, len: usize) -> Result<Reservation, Error> {
+        let (_, path) = self.files.require(index)?;
+        let buffer = Reservation::new(len).map_err(Error::os("reserve a read buffer"))?;
+        buffer.map_anon(0, len).map_err(Error::os("make a read buffer"))?;
+        // Huge pages only make this faster.
+        let _ = buffer.advise_huge(0, len);
+        // SAFETY: the buffer is this function's own and nobody else refers to it.
+        let bytes = unsafe { buffer.bytes_mut(0, len) }.map_err(Error::os("make a read buffer"))?;
+        self.report.read_calls += 1;
+        let open = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
+        let direct = open.and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, bytes, 0));
+        self.report.direct_reads = match direct {
+            Ok(()) => true,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                self.files.read(PageSource { layer: index, offset: 0 }, bytes)?;
+                false
+            }
+            Err(source) => return Err(Error::File { doing: "read directly", path: path.to_owned(), source }),
+        };
+        Ok(buffer)
+    }
+}
+
+fn is_preload(planned: &PlannedExtent, fill: Fill) -> bool {
+    planned.placement == Placement::Preload && planned.fill == fill
+}
+
+/// Whether the extent lies behind the userfaultfd.
+fn is_served(planned: &PlannedExtent) -> bool {
+    planned.placement == Placement::Lazy || is_preload(planned, Fill::Install)
+}
+
+fn lazy_extent(ram: &GuestRam, planned: &PlannedExtent) -> Result<LazyExtent, Error> {
+    let host = ram.populator(planned.extent)?.address();
+    Ok(LazyExtent { extent: planned.extent, host, source: planned.source })
+}
+
+fn sorted(mut lazy: Vec<LazyExtent>) -> Vec<LazyExtent> {
+    lazy.sort_unstable_by_key(|lazy| lazy.host);
+    lazy
+}
+
+fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
+    let backing = |planned: &PlannedExtent| match (planned.placement, planned.source) {
+        _ if observed || is_served(planned) => Backing::Lazy,
+        (Placement::InPlace, Some(source)) => Backing::InPlace { layer: source.layer },
+        (Placement::CowFile, Some(source)) => Backing::FilePrivate { layer: source.layer },
+        (Placement::Preload, Some(source)) if planned.fill == Fill::BreakCow => {
+            Backing::FilePrivate { layer: source.layer }
+        }
+        _ => Backing::Anon,
+    };
+    plan.extents.iter().map(|planned| Piece { extent: planned.extent, backing: backing(planned) }).collect()
+}
+
+/// The extents to copy, neighbours in guest memory and file joined.
+fn copy_runs(plan: &RestorePlan, layout: &MemoryLayout) -> Vec<(Extent, PageSource)> {
+    let mut runs: Vec<(Extent, PageSource)> = Vec::new();
+    for planned in plan.extents.iter().filter(|planned| is_preload(planned, Fill::Copy)) {
+        let Some(source) = planned.source else { continue };
+        if let Some((last, from)) = runs.last_mut() {
+            let both = Extent { first: last.first, pages: last.pages + planned.extent.pages };
+            let continues = from.layer == source.layer && from.offset + last.bytes() == source.offset;
+            if continues && last.end() == planned.extent.first && layout.contains(both) {
+                *last = both;
+                continue;
+            }
+        }
+        runs.push((planned.extent, source));
+    }
+    runs
+}
+
+/// 2 MiB in pages.
+const HUGE_PAGES: u64 = 512;
+
+fn whole_huge_pages(extent: Extent) -> Option<Extent> {
+    let first = extent.first.0.next_multiple_of(HUGE_PAGES);
+    let end = extent.end().0 / HUGE_PAGES * HUGE_PAGES;
+    (first < end).then(|| Extent { first: Gfn(first), pages: end - first })
+}
+
+/// Checks the pages read from one layer against its checksums. A chunk of which newer layers hide some pages is read
+/// whole for that.
+fn verify(ram: &GuestRam, layer: &Snapshot, pages: &PageSet) -> Result<(), Error> {
+    use std::os::unix::fs::FileExt;
+    let map = layer.page_map()?;
+    let mut last_chunk = None;
+    let mut bytes = Vec::with_capacity((CHUNK_PAGES * PAGE_SIZE) as usize);
+    for part in pages.runs().flat_map(|run| run.chunks(CHUNK_PAGES)) {
+        let chunk = chunk_of(part.first);
+        if last_chunk.replace(chunk) == Some(chunk) {
+            continue;
+        }
+        bytes.clear();
+        for held in map.chunk_runs(chunk) {
+            if pages.contains_run(held) {
+                // SAFETY: the machine does not exist yet; nothing else refers to this memory.
+                bytes.extend_from_slice(unsafe { ram.bytes(held) }?);
+                continue;
+            }
+            let start = bytes.len();
+            bytes.resize(start + held.bytes() as usize, 0);
+            let offset = layer.layout().file_offset(held.first).unwrap_or(u64::MAX);
+            let failed =
+                |source| Error::File { doing: "read guest memory from", path: layer.memory_path().to_owned(), source };
+            layer.memory().read_exact_at(&mut bytes[start..], offset).map_err(failed)?;
+        }
+        map.verify_chunk(layer.object(), chunk, &bytes)?;
+    }
+    Ok(())
+}

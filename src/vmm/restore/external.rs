@@ -1,0 +1,97 @@
+//! A page-fault handler outside the VMM, by Firecracker's protocol (`docs/snapshotting/handling-page-faults-on-snapshot-
+//! resume.md`): tvmm connects to the handler's Unix socket and sends one message, a JSON array that says where guest
+//! memory is mapped, with the userfaultfd as SCM_RIGHTS.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::Serialize;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::vmm::error::Error;
+use crate::vmm::memory::GuestRam;
+use crate::vmm::sys::uffd::Uffd;
+use crate::vmm::vcpu::{Ending, EndingSignal};
+
+/// One range of guest memory, in Firecracker's words.
+#[derive(Debug, Serialize)]
+struct Mapping {
+    base_host_virt_addr: u64,
+    size: usize,
+    /// Of the range in the memory file.
+    offset: u64,
+    page_size: usize,
+    /// Deprecated name of the same; older handlers read it.
+    page_size_kib: usize,
+}
+
+/// A handler that serves this VM's memory. It is watched: should it end, so does the guest, which would otherwise wait
+/// for ever.
+pub struct ExternalHandler {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+    /// Kept open: the handler learns from its end that the VM is gone.
+    _stream: UnixStream,
+}
+
+impl ExternalHandler {
+    pub fn connect(socket: &Path, ram: &GuestRam, uffd: &Uffd, ending: Arc<EndingSignal>) -> Result<Self, Error> {
+        let failed = |doing| move |source| Error::File { doing, path: socket.to_owned(), source };
+        let stream = UnixStream::connect(socket).map_err(failed("connect to the page-fault handler at"))?;
+        let mappings: Vec<Mapping> = ram
+            .slots()
+            .map(|(range, host)| Mapping {
+                base_host_virt_addr: host as u64,
+                size: range.len as usize,
+                offset: range.file_offset,
+                page_size: 4096,
+                page_size_kib: 4096,
+            })
+            .collect();
+        let message = serde_json::to_vec(&mappings)
+            .map_err(|error| failed("describe memory to the page-fault handler at")(io::Error::other(error)))?;
+        let sent = stream.send_with_fd(&message[..], uffd.as_raw_fd());
+        let sent = sent.map_err(io::Error::from).map_err(failed("hand memory to the page-fault handler at"))?;
+        if sent != message.len() {
+            let short = io::Error::from(io::ErrorKind::WriteZero);
+            return Err(failed("hand memory to the page-fault handler at")(short));
+        }
+        let peer = rustix::net::sockopt::socket_peercred(&stream)
+            .map_err(io::Error::from)
+            .map_err(failed("find the process of the page-fault handler at"))?;
+        Self::watch(peer.pid, stream, socket, ending)
+    }
+
+    /// Ends the guest when the handler's process ends.
+    fn watch(pid: Pid, stream: UnixStream, socket: &Path, ending: Arc<EndingSignal>) -> Result<Self, Error> {
+        let failed = |source| Error::File { doing: "watch the page-fault handler at", path: socket.to_owned(), source };
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| failed(errno.into()))?;
+        let stop = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
+        let asked = stop.try_clone().map_err(failed)?;
+        let what = format!("The page-fault handler at {} (process {pid}) has ended", socket.display());
+        let watch = move || {
+            if crate::vmm::sys::wait::either_readable(&pidfd, &asked).is_ok() && asked.read().is_err() {
+                ending.end(Ending::Failed(what));
+            }
+        };
+        let thread = std::thread::Builder::new().name("handler-watch".into()).spawn(watch).map_err(failed)?;
+        Ok(ExternalHandler { stop, thread: Some(thread), _stream: stream })
+    }
+}
+
+impl Drop for ExternalHandler {
+    fn drop(&mut self) {
+        // The counter is written once.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}

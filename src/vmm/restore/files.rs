@@ -1,0 +1,63 @@
+//! The files a plan takes pages from: the chain's layers, then the plan's images.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::snapshot::{Chain, PageSource, RestorePlan, open_image};
+use crate::tiering::fault::PageReader;
+use crate::vmm::error::Error;
+use crate::vmm::sys::page_cache::PageCache;
+
+/// Files by the index that plans use.
+#[derive(Clone)]
+pub struct Files {
+    chain: Arc<Chain>,
+    images: Vec<Arc<(File, PathBuf)>>,
+}
+
+impl Files {
+    /// Opens what `plan` needs; images that were never made are made now.
+    pub fn open(chain: Arc<Chain>, plan: &RestorePlan) -> Result<Self, Error> {
+        let open = |spec| Ok::<_, Error>(Arc::new(open_image(&chain, spec, &PageCache)?));
+        let images = plan.images.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Files { chain, images })
+    }
+
+    pub fn chain(&self) -> &Arc<Chain> {
+        &self.chain
+    }
+
+    /// The file of a source, and its path.
+    pub fn get(&self, index: usize) -> Option<(&File, &Path)> {
+        let layers = self.chain.layers();
+        match layers.get(index) {
+            Some(layer) => Some((layer.memory(), layer.memory_path())),
+            None => self.images.get(index - layers.len()).map(|image| (&image.0, image.1.as_path())),
+        }
+    }
+
+    /// Reads `bytes` from `source` on.
+    pub fn read(&self, source: PageSource, bytes: &mut [u8]) -> Result<(), Error> {
+        let (file, path) = self.require(source.layer)?;
+        let failed = |source| Error::File { doing: "read guest memory from", path: path.to_owned(), source };
+        file.read_exact_at(bytes, source.offset).map_err(failed)
+    }
+
+    /// As [`get`](Self::get); a validated plan names no other files.
+    pub fn require(&self, index: usize) -> Result<(&File, &Path), Error> {
+        self.get(index).ok_or_else(|| Error::Os {
+            doing: "find a file of the restore plan",
+            source: io::Error::from(io::ErrorKind::NotFound),
+        })
+    }
+}
+
+impl PageReader for Files {
+    fn read(&mut self, source: PageSource, bytes: &mut [u8]) -> io::Result<()> {
+        let (file, _) = self.get(source.layer).ok_or(io::ErrorKind::NotFound)?;
+        file.read_exact_at(bytes, source.offset)
+    }
+}

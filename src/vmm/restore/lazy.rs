@@ -1,0 +1,206 @@
+//! The fault service: a thread inside the VMM that fetches pages of lazy extents when the guest touches them.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use serde::Serialize;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource};
+use crate::tiering::fault::{FaultKind, FaultObserver, PageReader};
+use crate::vmm::error::Error;
+use crate::vmm::sys::clock;
+use crate::vmm::sys::uffd::{Fault, Install, Touch, Uffd};
+use crate::vmm::vcpu::{Ending, EndingSignal};
+
+/// A run of lazy pages: where it is mapped, and where its bytes are (`None`: they are zero).
+#[derive(Clone, Copy, Debug)]
+pub struct LazyExtent {
+    pub extent: Extent,
+    pub host: usize,
+    pub source: Option<PageSource>,
+}
+
+/// Fault-ins that the service answered.
+#[derive(Debug, Default)]
+pub struct FaultCounters {
+    read: AtomicU64,
+    write: AtomicU64,
+    write_protect: AtomicU64,
+    installed: AtomicU64,
+    ahead: AtomicU64,
+}
+
+/// [`FaultCounters`] at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FaultCounts {
+    /// Faults on missing pages that were reads.
+    pub read: u64,
+    /// Faults on missing pages that were writes.
+    pub write: u64,
+    /// Writes to pages that had only been read (when recording).
+    pub write_protect: u64,
+    /// Pages installed in answer to faults, neighbours included.
+    pub pages_installed: u64,
+    /// Pages installed by the second thread, before they were touched.
+    pub pages_ahead: u64,
+}
+
+impl FaultCounters {
+    pub fn counts(&self) -> FaultCounts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        FaultCounts {
+            read: get(&self.read),
+            write: get(&self.write),
+            write_protect: get(&self.write_protect),
+            pages_installed: get(&self.installed),
+            pages_ahead: get(&self.ahead),
+        }
+    }
+
+    pub fn add_ahead(&self, pages: u64) {
+        self.ahead.fetch_add(pages, Ordering::Relaxed);
+    }
+}
+
+/// What the service works with.
+pub struct FaultWork {
+    pub uffd: Arc<Uffd>,
+    /// Ascending by host address.
+    pub extents: Vec<LazyExtent>,
+    /// Pages fetched around a fault: a power of two.
+    pub fault_pages: u64,
+    pub reader: Box<dyn PageReader>,
+    pub observer: Option<Box<dyn FaultObserver>>,
+    pub counters: Arc<FaultCounters>,
+}
+
+/// The running service. Stops when dropped.
+pub struct FaultService {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FaultService {
+    /// Starts serving. If a page cannot be had, the guest is ended with the reason: it never runs on wrong bytes, and
+    /// never waits for ever.
+    pub fn start(mut work: FaultWork, ending: Arc<EndingSignal>) -> Result<Self, Error> {
+        let stop = EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?;
+        let asked = stop.try_clone().map_err(Error::os("copy an eventfd"))?;
+        let thread = std::thread::Builder::new()
+            .name("faults".into())
+            .spawn(move || {
+                if let Err(what) = work.serve(&asked) {
+                    ending.end(Ending::Failed(what));
+                }
+            })
+            .map_err(Error::os("start the fault service"))?;
+        Ok(FaultService { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for FaultService {
+    fn drop(&mut self) {
+        // A full counter has been read never: the thread is gone already.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl FaultWork {
+    /// Serves until asked to stop. The error is for people: what could not be done, for which page.
+    fn serve(&mut self, stop: &EventFd) -> Result<(), String> {
+        let failed = |error: io::Error| format!("The fault service cannot wait for faults: {error}");
+        let mut buffer = vec![0; (self.fault_pages * PAGE_SIZE) as usize];
+        loop {
+            self.uffd.wait(stop).map_err(failed)?;
+            if stop.read().is_ok() {
+                return Ok(());
+            }
+            for fault in self.uffd.faults().map_err(failed)? {
+                self.answer(fault, &mut buffer)?;
+            }
+        }
+    }
+
+    fn answer(&mut self, fault: Fault, buffer: &mut [u8]) -> Result<(), String> {
+        let Some((lazy, index)) = find(&self.extents, fault.address) else {
+            return Err(format!("A fault at host address {:#x} is in no lazy extent", fault.address));
+        };
+        let gfn = Gfn(lazy.extent.first.0 + index);
+        let failed = |what: &str, error: io::Error| {
+            format!("Cannot {what} the page at guest-physical {:#x}: {error}", gfn.gpa())
+        };
+        let (counter, kind) = match fault.touch {
+            Touch::Read => (&self.counters.read, FaultKind::Read),
+            Touch::Write => (&self.counters.write, FaultKind::Write),
+            Touch::WriteProtected => (&self.counters.write_protect, FaultKind::WriteProtect),
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        if let Some(observer) = &mut self.observer {
+            observer.fault(gfn, kind, clock::monotonic_ns());
+        }
+        if fault.touch == Touch::WriteProtected {
+            return self.uffd.unprotect(fault.address, PAGE_SIZE as usize).map_err(|error| failed("unprotect", error));
+        }
+        let block = block_around(&lazy, gfn, self.fault_pages);
+        let bytes = &mut buffer[..block.bytes() as usize];
+        fetch(self.reader.as_mut(), &lazy, block, bytes).map_err(|error| failed("fetch", error))?;
+        let write_protect = self.observer.is_some() && fault.touch == Touch::Read;
+        let host = lazy.host + ((block.first.0 - lazy.extent.first.0) * PAGE_SIZE) as usize;
+        let installed = self.uffd.install(host, bytes, Install { wake: true, write_protect });
+        self.counters.installed.fetch_add(installed.map_err(|error| failed("install", error))?, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Reads the bytes of `part` of a lazy extent.
+pub fn fetch(reader: &mut dyn PageReader, lazy: &LazyExtent, part: Extent, bytes: &mut [u8]) -> io::Result<()> {
+    match lazy.source {
+        None => bytes.fill(0),
+        Some(source) => {
+            let offset = source.offset + (part.first.0 - lazy.extent.first.0) * PAGE_SIZE;
+            reader.read(PageSource { offset, ..source }, bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// The lazy extent at a host address, and which of its pages that is.
+fn find(extents: &[LazyExtent], address: usize) -> Option<(LazyExtent, u64)> {
+    let at = extents.partition_point(|lazy| lazy.host <= address).checked_sub(1)?;
+    let lazy = extents[at];
+    let index = ((address - lazy.host) as u64) / PAGE_SIZE;
+    (index < lazy.extent.pages).then_some((lazy, index))
+}
+
+/// The aligned block of `pages` that holds `gfn`, as far as the extent reaches.
+fn block_around(lazy: &LazyExtent, gfn: Gfn, pages: u64) -> Extent {
+    let start = Gfn(gfn.0 / pages * pages);
+    Extent { first: start, pages }.intersection(&lazy.extent).unwrap_or(Extent { first: gfn, pages: 1 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_block_around_a_fault_stays_within_its_extent() {
+        let lazy = LazyExtent { extent: Extent { first: Gfn(10), pages: 20 }, host: 0x10_0000, source: None };
+        let block = |gfn, pages| {
+            let Extent { first, pages } = block_around(&lazy, Gfn(gfn), pages);
+            (first.0, pages)
+        };
+        assert_eq!(block(12, 1), (12, 1));
+        assert_eq!(block(12, 16), (10, 6));
+        assert_eq!(block(17, 16), (16, 14));
+        assert_eq!(find(&[lazy], 0x10_0000 + 20 * 4096).map(|(_, index)| index), None);
+        assert_eq!(find(&[lazy], 0x10_0000 + 19 * 4096 + 5).map(|(_, index)| index), Some(19));
+        assert!(find(&[lazy], 0xf_ffff).is_none());
+    }
+}

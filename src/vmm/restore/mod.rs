@@ -1,0 +1,174 @@
+//! Restoring a machine: its state from the snapshot, its memory by a plan.
+
+mod background;
+mod engine;
+mod external;
+mod files;
+mod lazy;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::error::Error;
+use super::lineage::Lineage;
+use super::machine::{Built, Core, Machine, Outside, Shape, open_kvm};
+use super::state::{self, MachineState, VcpuState, VmState};
+use super::sys::uffd::Uffd;
+use super::timeline::{Slice, Timeline};
+use super::{config, host};
+use crate::devices::{I8042State, SerialState};
+use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::tiering::fault::FaultObserver;
+
+pub use engine::EngineReport;
+pub use lazy::FaultCounts;
+
+use background::BackgroundWork;
+use external::ExternalHandler;
+use files::Files;
+use lazy::{FaultCounters, FaultService, FaultWork, LazyExtent};
+
+/// What is restored, and how.
+pub struct RestoreSpec<'a> {
+    pub chain: Arc<Chain>,
+    pub plan: &'a RestorePlan,
+    /// Log the pages the guest writes from now on.
+    pub track_dirty_pages: bool,
+    /// Is told of every first touch; memory is then served page by page, whatever the plan says.
+    pub observer: Option<Box<dyn FaultObserver>>,
+    /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
+    pub handler: Option<&'a Path>,
+}
+
+/// What works on guest memory while the guest runs. Ends when dropped.
+#[derive(Default)]
+pub(super) struct MemoryServices {
+    background: Option<BackgroundWork>,
+    service: Option<FaultService>,
+    handler: Option<ExternalHandler>,
+    uffd: Option<Arc<Uffd>>,
+    counters: Arc<FaultCounters>,
+}
+
+impl MemoryServices {
+    pub fn fault_counts(&self) -> FaultCounts {
+        self.counters.counts()
+    }
+}
+
+/// The state of a snapshot, decoded.
+struct SavedState {
+    machine: MachineState,
+    vm: VmState,
+    vcpus: Vec<VcpuState>,
+    serial: SerialState,
+}
+
+impl SavedState {
+    fn read(snapshot: &Snapshot) -> Result<Self, Error> {
+        let machine: MachineState = state::decode(snapshot, SectionKind::Machine, 0)?;
+        let count = machine.vcpu_count;
+        if !(1..=config::MAX_VCPU_COUNT).contains(&count) {
+            return Err(Error::State { section: "Machine".into(), what: format!("it has {count} vCPUs") });
+        }
+        let vcpus = (0..u32::from(count)).map(|index| state::decode(snapshot, SectionKind::Vcpu, index));
+        let state = SavedState {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vm: state::decode(snapshot, SectionKind::Vm, 0)?,
+            serial: state::decode(snapshot, SectionKind::Serial, 0)?,
+            machine,
+        };
+        let I8042State {} = state::decode(snapshot, SectionKind::I8042, 0)?;
+        snapshot.sections().iter().try_for_each(|section| check_known(section, count))?;
+        Ok(state)
+    }
+}
+
+/// A section this build does not know may be a device the guest depends on.
+fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
+    let known = match section.kind {
+        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 => section.instance == 0,
+        SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
+        _ => false,
+    };
+    let what = "this build of tvmm does not know it; restore with the version that wrote it".to_string();
+    let name = || format!("{:?} {}", section.kind, section.instance);
+    if known { Ok(()) } else { Err(Error::State { section: name(), what }) }
+}
+
+impl Machine<Built> {
+    /// Builds the machine of the chain's tip with its memory placed as the plan says.
+    pub fn restore(
+        spec: RestoreSpec<'_>,
+        outside: Outside,
+        timeline: &mut Timeline,
+    ) -> Result<(Self, EngineReport), Error> {
+        let tip = spec.chain.tip();
+        let saved = SavedState::read(tip)?;
+        let shape = Shape {
+            vcpu_count: saved.machine.vcpu_count,
+            mem_size_mib: saved.machine.mem_size_mib,
+            track_dirty_pages: spec.track_dirty_pages,
+        };
+        let layout = tip.layout();
+        if shape.layout()? != *layout {
+            let what = format!("{} MiB of memory do not fit the manifest's layout", shape.mem_size_mib);
+            return Err(Error::State { section: "Machine".into(), what });
+        }
+        let kvm = open_kvm()?;
+        let boot = &saved.vcpus[0];
+        host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
+        let files = Files::open(spec.chain.clone(), spec.plan)?;
+        timeline.lap(Slice::StateLoad);
+        let built = match spec.handler {
+            None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
+            Some(_) => engine::build_external(layout, timeline)?,
+        };
+        let mut machine = Machine::build(kvm, built.ram, shape, outside, timeline)?;
+        // Before state is applied: KVM may touch guest memory for it.
+        match (spec.handler, built.lazy) {
+            (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, &uffd)?,
+            (None, Some((uffd, extents))) => machine.core.serve(uffd, extents, &files, spec.plan, spec.observer)?,
+            _ => {}
+        }
+        machine.apply(&saved.vm, &saved.vcpus)?;
+        machine.serial().restore(&saved.serial)?;
+        machine.core.lineage = Lineage::restored(spec.chain);
+        machine.core.start_background(&files, spec.plan)?;
+        timeline.lap(Slice::StateLoad);
+        Ok((machine, built.report))
+    }
+}
+
+impl Core {
+    /// Starts the fault service.
+    fn serve(
+        &mut self,
+        uffd: Arc<Uffd>,
+        extents: Vec<LazyExtent>,
+        files: &Files,
+        plan: &RestorePlan,
+        observer: Option<Box<dyn FaultObserver>>,
+    ) -> Result<(), Error> {
+        let fault_pages = if observer.is_some() { 1 } else { plan.fault_pages };
+        let counters = self.services.counters.clone();
+        let reader = Box::new(files.clone());
+        self.services.uffd = Some(uffd.clone());
+        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters };
+        self.services.service = Some(FaultService::start(work, self.ending.clone())?);
+        Ok(())
+    }
+
+    /// Gives all memory to a handler outside.
+    fn hand_over(&mut self, socket: &Path, uffd: &Uffd) -> Result<(), Error> {
+        self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, self.ending.clone())?);
+        Ok(())
+    }
+
+    fn start_background(&mut self, files: &Files, plan: &RestorePlan) -> Result<(), Error> {
+        let services = &self.services;
+        let lazy = services.uffd.clone().map(|uffd| (uffd, services.counters.clone()));
+        self.services.background = BackgroundWork::start(plan, files, &self.ram, lazy, self.ending.clone())?;
+        Ok(())
+    }
+}
