@@ -9,6 +9,7 @@
 pub mod fault;
 pub mod policy;
 pub mod profile;
+pub mod recorder;
 
 use crate::snapshot::{self, SnapshotId};
 

@@ -16,6 +16,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use buckets::{Buckets, nonzero};
+pub use file::MAX_LAYERS;
 pub use merge::{Agreement, MergeKind, PairAgreement, merge};
 
 use super::Error;
