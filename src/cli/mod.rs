@@ -4,6 +4,7 @@ mod bench;
 mod guest;
 mod inspect;
 mod merge;
+mod profile;
 mod report;
 mod snapshot;
 mod vm;
@@ -66,6 +67,8 @@ enum Command {
     Restore(vm::RestoreArgs),
     /// Show what a snapshot is, and verify it
     Inspect(inspect::InspectArgs),
+    /// Record, show and merge profiles: what a function does to the pages of a snapshot
+    Profile(profile::ProfileArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Measure
@@ -92,6 +95,7 @@ pub fn main() -> ExitCode {
         Some(Command::Restore(args)) => vm::restore(&args),
         Some(Command::Snapshot(args)) => snapshot::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Profile(args)) => profile::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };

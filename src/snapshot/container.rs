@@ -44,11 +44,27 @@ pub enum SectionKind {
     PagesZero,
     /// Checksums of the held pages.
     ChunkChecksums,
+    /// What a profile is of.
+    ProfileHeader,
+    /// The pages of a profile.
+    ProfilePages,
+    /// A class of a profile's pages; the instance is the class.
+    ProfileClass,
+    /// The exact order of a profile.
+    ProfileOrder,
+    /// A layer of a profile; the instance is its index.
+    ProfileLayer,
+    /// Times along a profile's order.
+    ProfileTimes,
+    /// Pages that some runs of a merged profile touched; the instance is how many.
+    ProfileTouchedIn,
+    /// Pages that some runs of a merged profile wrote; the instance is how many.
+    ProfileWrittenIn,
     /// A kind that this build has no name for.
     Other(u32),
 }
 
-const KINDS: [(SectionKind, u32); 9] = [
+const KINDS: [(SectionKind, u32); 17] = [
     (SectionKind::Machine, 1),
     (SectionKind::Vm, 2),
     (SectionKind::Vcpu, 3),
@@ -58,6 +74,14 @@ const KINDS: [(SectionKind, u32); 9] = [
     (SectionKind::PagesHeld, 32),
     (SectionKind::PagesZero, 33),
     (SectionKind::ChunkChecksums, 34),
+    (SectionKind::ProfileHeader, 64),
+    (SectionKind::ProfilePages, 65),
+    (SectionKind::ProfileClass, 66),
+    (SectionKind::ProfileOrder, 67),
+    (SectionKind::ProfileLayer, 68),
+    (SectionKind::ProfileTimes, 69),
+    (SectionKind::ProfileTouchedIn, 70),
+    (SectionKind::ProfileWrittenIn, 71),
 ];
 
 impl SectionKind {

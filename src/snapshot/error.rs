@@ -38,7 +38,7 @@ pub enum Error {
     #[error("{object} is truncated: it has {have} bytes, {need} are needed")]
     Truncated { object: String, have: u64, need: u64 },
     /// The first eight bytes are not a tvmm container's.
-    #[error("{object} is not a tvmm snapshot file (wrong magic)")]
+    #[error("{object} is not a file of tvmm's (wrong magic)")]
     BadMagic { object: String },
     /// A stored checksum does not match the bytes.
     #[error("{object} is damaged: its {part} has checksum {computed:#010x}, the file says {stored:#010x}")]

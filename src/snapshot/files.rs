@@ -46,6 +46,28 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().map_err(Error::io("sync", path))
 }
 
+/// Writes a file beside `path`, makes it durable, and renames it to `path`; an older file of that name is replaced.
+///
+/// # Errors
+/// [`Error::Io`]; then `path` is as it was.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::BadTarget { path: path.to_path_buf(), problem: "it has no file name" });
+    };
+    let mut beside = name.to_os_string();
+    beside.push(format!(".{}.partial", std::process::id()));
+    let dir = parent_dir(path);
+    let partial = dir.join(beside);
+    let written = write_durably(&partial, bytes)
+        .and_then(|()| std::fs::rename(&partial, path).map_err(Error::io("rename a finished file to", path)));
+    if written.is_err() {
+        // Best effort: what matters is that it did not get the name.
+        let _ = std::fs::remove_file(&partial);
+    }
+    written?;
+    sync_dir(&dir)
+}
+
 /// Creates a file that must not exist yet, for reading and writing.
 pub(crate) fn create_new(path: &Path) -> Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(Error::io("create", path))

@@ -16,10 +16,11 @@ use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
 use super::metrics::MetricsFile;
+use super::record::Watch;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::timeline::{Moments, Timeline};
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Chain, Location, PAGE_SIZE, Sealed};
+use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, Sealed};
 use crate::tiering::policy::Policy;
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
@@ -115,6 +116,15 @@ impl Controller {
         }
     }
 
+    /// The pages the guest has written since it was restored with dirty tracking.
+    pub fn dirty_pages(&self) -> Result<PageSet, Error> {
+        match &self.phase {
+            Phase::NotStarted => Ok(PageSet::new()),
+            Phase::Running(machine) => machine.dirty_pages(),
+            Phase::Paused(machine) => machine.dirty_pages(),
+        }
+    }
+
     /// Answers one request, now or (for a snapshot) when it is sealed.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
@@ -203,7 +213,12 @@ impl Controller {
     }
 
     /// Restores a machine; running or paused.
-    pub fn restore(&mut self, load: &LoadSnapshot, before_run: impl FnOnce(&Serial)) -> Result<(), Error> {
+    pub fn restore(
+        &mut self,
+        load: &LoadSnapshot,
+        watch: Watch,
+        before_run: impl FnOnce(&Serial),
+    ) -> Result<(), Error> {
         let policy: Policy = load.policy.parse()?;
         let chain = Arc::new(match load.handler {
             None => Chain::open(&location(&load.location))?,
@@ -216,7 +231,8 @@ impl Controller {
             chain,
             plan: &plan,
             track_dirty_pages: load.track_dirty_pages,
-            observer: None,
+            observer: watch.observer,
+            single_pages: watch.single_pages,
             handler: load.handler.as_deref(),
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
@@ -237,7 +253,7 @@ impl Controller {
                 "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
             ));
         }
-        self.restore(load, |_| {}).map_err(|error| Refused::bad_request_because(&error))
+        self.restore(load, Watch::default(), |_| {}).map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn pause(&mut self) -> Result<(), Refused> {
@@ -374,6 +390,8 @@ pub struct Parts<'a> {
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
+    /// Whether the kernel maps only pages that were touched.
+    pub single_pages: bool,
     counters: &'a super::metrics::ExitCounters,
 }
 
@@ -384,6 +402,7 @@ impl<'a> Parts<'a> {
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
+            single_pages: machine.maps_single_pages(),
             counters: machine.counters(),
         }
     }
@@ -393,7 +412,7 @@ impl<'a> Parts<'a> {
     }
 }
 
-fn location(paths: &SnapshotPaths) -> Location {
+pub(super) fn location(paths: &SnapshotPaths) -> Location {
     match &paths.memory {
         None => Location::Dir(paths.snapshot.clone()),
         Some(memory) => Location::Files { snapshot: paths.snapshot.clone(), memory: memory.clone() },

@@ -68,6 +68,8 @@ pub enum Error {
     Host(Vec<String>),
     #[error("Cannot take a diff snapshot: {0}")]
     Diff(String),
+    #[error("The run cannot be recorded: {0}")]
+    Record(String),
     #[error("Another snapshot of this VM is still being sealed")]
     SnapshotInProgress,
     #[error(

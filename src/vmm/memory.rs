@@ -120,6 +120,17 @@ impl GuestRam {
         uffd.register(memory, offset, len, write_protect).map_err(|source| map_failed(extent, source))
     }
 
+    /// Makes the kernel map only pages that are touched, where it can be made to (Linux 6.7): no fault-around and no
+    /// huge pages as long as the result lives.
+    pub fn map_single_pages(&self) -> Result<Option<Uffd>, Error> {
+        let Some(uffd) = Uffd::open_silent().map_err(Error::Userfaultfd)? else { return Ok(None) };
+        for (extent, memory) in self.layout.extents().zip(&self.reservations) {
+            let done = memory.advise_small(0, memory.len()).and_then(|()| uffd.register_silent(memory));
+            done.map_err(|source| map_failed(extent, source))?;
+        }
+        Ok(Some(uffd))
+    }
+
     /// A handle to `extent` for another thread: it can populate the pages, not read or write them.
     pub fn populator(&self, extent: Extent) -> Result<Populator, Error> {
         let (memory, offset) = self.locate(extent)?;

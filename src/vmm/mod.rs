@@ -16,6 +16,7 @@ pub mod logging;
 pub mod machine;
 mod memory;
 mod metrics;
+pub mod record;
 mod restore;
 pub mod session;
 mod state;

@@ -1,0 +1,263 @@
+//! What a run of a function did to each page of a restored guest: pure data, no system calls.
+//!
+//! A profile says what its recorder saw and nothing more. A recorder that cannot tell reads from writes leaves pages
+//! *unclassified*, one that sees no order says [`Order::Unknown`]: policies ask [`Profile::knows_classes`] and
+//! [`Profile::knows_order`] instead of trusting data that was made up. `docs/profiles.md` has the file byte by byte.
+
+mod bits;
+mod buckets;
+mod file;
+mod merge;
+mod order;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::str::FromStr;
+
+pub use buckets::{Buckets, nonzero};
+pub use file::MAX_LAYERS;
+pub use merge::{Agreement, MergeKind, PairAgreement, merge};
+
+use super::Error;
+use crate::snapshot::{Extent, PageSet, Snapshot, SnapshotId};
+
+/// Pages of the exact order between two times of [`Profile::times_ns`].
+pub const PAGES_PER_TIME: u64 = 64;
+
+/// The most runs one profile can stand for.
+pub const MAX_RUNS: u32 = 1024;
+
+/// Who saw what the profile says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RecorderKind {
+    /// userfaultfd: every first touch and every first write, in order.
+    Uffd,
+    /// Residency of the memory file in the host's page cache, in layers (FaaSnap).
+    Mincore,
+    /// The kernel's page map of this process: pages it copied are pages the guest wrote.
+    Pagemap,
+    /// KVM's dirty log: pages written, nothing about reads.
+    DirtyLog,
+    /// Made of several profiles by [`merge`].
+    Merged,
+}
+
+impl RecorderKind {
+    pub const ALL: [RecorderKind; 5] = [
+        RecorderKind::Uffd,
+        RecorderKind::Mincore,
+        RecorderKind::Pagemap,
+        RecorderKind::DirtyLog,
+        RecorderKind::Merged,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            RecorderKind::Uffd => "uffd",
+            RecorderKind::Mincore => "mincore",
+            RecorderKind::Pagemap => "pagemap",
+            RecorderKind::DirtyLog => "dirty-log",
+            RecorderKind::Merged => "merged",
+        }
+    }
+
+    /// Whether pages that are only read show up at all.
+    pub fn sees_reads(self) -> bool {
+        self != RecorderKind::DirtyLog
+    }
+}
+
+impl fmt::Display for RecorderKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for RecorderKind {
+    type Err = Error;
+
+    /// The name of a recorder that can be started; `merged` is none.
+    fn from_str(name: &str) -> Result<Self, Error> {
+        let mut recorders = RecorderKind::ALL.into_iter().filter(|kind| *kind != RecorderKind::Merged);
+        let known = || RecorderKind::ALL.map(RecorderKind::name)[..4].join(", ");
+        recorders
+            .find(|kind| kind.name() == name)
+            .ok_or_else(|| Error::UnknownRecorder { name: name.to_string(), known: known() })
+    }
+}
+
+/// In which order pages were touched first.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    /// Every page of the working set once, in the order of its first touch.
+    Exact(Vec<Extent>),
+    /// Disjoint layers, together the working set. A page of an earlier layer was touched before one of a later layer;
+    /// within a layer the order is unknown.
+    Layers(Vec<PageSet>),
+    /// The recorder saw no order.
+    Unknown,
+}
+
+/// In how many of a merged profile's runs its pages were touched and written.
+///
+/// Each entry is `(n, pages seen in exactly n runs)` with `0 < n < runs`, ascending in `n`, the sets disjoint. A page
+/// of the profile in none of `touched` was touched in all runs. A page in none of `written` was written in all runs if
+/// it counts as written, in none if it does not.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Frequency {
+    pub touched: Vec<(u32, PageSet)>,
+    pub written: Vec<(u32, PageSet)>,
+}
+
+/// What one run of a function, or several merged, did to the pages of a restored snapshot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Profile {
+    /// The snapshot that was restored. The profile is of no use for any other.
+    pub snapshot: SnapshotId,
+    pub recorder: RecorderKind,
+    /// What was run: `name key=value…`.
+    pub function: String,
+    /// How many runs the profile stands for; at least 1.
+    pub runs: u32,
+    /// Whether pages that were only read would be here. Without that `read` is empty because nobody looked.
+    pub sees_reads: bool,
+    /// Touched and never written.
+    pub read: PageSet,
+    /// Written, whether or not read before.
+    pub written: PageSet,
+    /// Touched, but the recorder cannot tell a read from a write.
+    pub unclassified: PageSet,
+    pub order: Order,
+    /// When every 64th page of an exact order was touched ([`PAGES_PER_TIME`]), in ns since the first. Empty if unknown.
+    pub times_ns: Vec<u64>,
+    /// For merged profiles: how often. Empty if all runs agreed or there was one.
+    pub frequency: Frequency,
+}
+
+impl Profile {
+    /// A profile of one run in which nothing was touched, to be filled by its recorder.
+    pub fn new(snapshot: SnapshotId, recorder: RecorderKind, function: &str) -> Profile {
+        Profile {
+            snapshot,
+            recorder,
+            function: function.to_string(),
+            runs: 1,
+            sees_reads: recorder.sees_reads(),
+            read: PageSet::new(),
+            written: PageSet::new(),
+            unclassified: PageSet::new(),
+            order: Order::Unknown,
+            times_ns: Vec::new(),
+            frequency: Frequency::default(),
+        }
+    }
+
+    /// All pages that were touched.
+    pub fn working_set(&self) -> PageSet {
+        let mut set = self.read.union(&self.written);
+        set.union_with(&self.unclassified);
+        set
+    }
+
+    /// FaaSnap's loading set: touched pages that are not zero in the snapshot. [`nonzero`] makes the argument.
+    pub fn loading_set(&self, nonzero: &PageSet) -> PageSet {
+        self.working_set().intersection(nonzero)
+    }
+
+    /// The working set, each page once, in the order in which it is best brought in: as touched if that is known, layer
+    /// by layer (ascending addresses within) if only that is, else by address.
+    pub fn in_order(&self) -> Vec<Extent> {
+        match &self.order {
+            Order::Exact(extents) => extents.clone(),
+            Order::Layers(layers) => layers.iter().flat_map(PageSet::runs).collect(),
+            Order::Unknown => self.working_set().runs().collect(),
+        }
+    }
+
+    /// Whether `read` and `written` are all there is: every page seen, and each told read from written.
+    pub fn knows_classes(&self) -> bool {
+        self.sees_reads && self.unclassified.is_empty()
+    }
+
+    /// Whether the order of first touches is known page by page.
+    pub fn knows_order(&self) -> bool {
+        matches!(self.order, Order::Exact(_))
+    }
+
+    /// The share of runs that touched `page` (0 to 1).
+    pub fn touch_probability(&self, page: crate::snapshot::Gfn) -> f64 {
+        let is_member = self.read.contains(page) || self.written.contains(page) || self.unclassified.contains(page);
+        self.probability(&self.frequency.touched, page, is_member)
+    }
+
+    /// The share of runs that wrote `page` (0 to 1). Unclassified pages count as not written.
+    pub fn write_probability(&self, page: crate::snapshot::Gfn) -> f64 {
+        self.probability(&self.frequency.written, page, self.written.contains(page))
+    }
+
+    fn probability(&self, counts: &[(u32, PageSet)], page: crate::snapshot::Gfn, otherwise: bool) -> f64 {
+        match counts.iter().find(|(_, pages)| pages.contains(page)) {
+            Some((count, _)) => f64::from(*count) / f64::from(self.runs.max(1)),
+            None => f64::from(u8::from(otherwise)),
+        }
+    }
+
+    /// Refuses a profile that was recorded on another snapshot, or that has pages the snapshot's guest does not.
+    pub fn check_for(&self, snapshot: &Snapshot) -> Result<(), Error> {
+        if self.snapshot != snapshot.id() {
+            return Err(Error::ProfileOfOther { made_for: self.snapshot, given: snapshot.id() });
+        }
+        let pages = self.working_set();
+        let inside: u64 = snapshot.layout().extents().map(|range| pages.len_in(range)).sum();
+        match pages.len() - inside {
+            0 => Ok(()),
+            outside => Err(Error::profile("The profile", format!("{outside} of its pages are outside guest memory"))),
+        }
+    }
+
+    /// What no recorder produces: overlapping classes, an order of other pages, impossible counts.
+    fn check(&self) -> Result<(), String> {
+        let disjoint = self.read.is_disjoint(&self.written)
+            && self.read.is_disjoint(&self.unclassified)
+            && self.written.is_disjoint(&self.unclassified);
+        if !disjoint {
+            return Err("a page has two classes".to_string());
+        }
+        if self.runs == 0 || self.runs > MAX_RUNS {
+            return Err(format!("it stands for {} runs, allowed are 1 to {MAX_RUNS}", self.runs));
+        }
+        if self.function.len() > file::MAX_FUNCTION_BYTES || self.function.chars().any(char::is_control) {
+            return Err("its function is too long or has control characters".to_string());
+        }
+        let pages = self.working_set();
+        order::check(&self.order, &pages)?;
+        let times = if self.knows_order() { pages.len().div_ceil(PAGES_PER_TIME) } else { 0 };
+        if !self.times_ns.is_empty() && self.times_ns.len() as u64 != times {
+            return Err(format!("it has {} times, its order needs {times}", self.times_ns.len()));
+        }
+        if self.times_ns.windows(2).any(|pair| pair[0] > pair[1]) {
+            return Err("its times go backwards".to_string());
+        }
+        self.frequency.check(self.runs, &pages)
+    }
+}
+
+impl Frequency {
+    fn check(&self, runs: u32, pages: &PageSet) -> Result<(), String> {
+        for counts in [&self.touched, &self.written] {
+            let (mut seen, mut last) = (PageSet::new(), 0);
+            for (count, set) in counts {
+                if *count <= last || *count >= runs {
+                    return Err(format!("it counts {count} of {runs} runs"));
+                }
+                if !seen.is_disjoint(set) || set.is_empty() || !set.difference(pages).is_empty() {
+                    return Err("its counts are of no page, of a page twice, or of pages it does not have".to_string());
+                }
+                seen.union_with(set);
+                last = *count;
+            }
+        }
+        Ok(())
+    }
+}
