@@ -63,8 +63,8 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
     memory: &GuestMemoryMmap,
 ) -> Result<Loaded, Error> {
     let failed = |what: String| Error::KernelLoad { name: name.to_string(), what };
-    let loaded =
-        Elf::load(memory, None, image, Some(GuestAddress(layout::HIMEM))).map_err(|error| failed(load_problem(&error)))?;
+    let loaded = Elf::load(memory, None, image, Some(GuestAddress(layout::HIMEM)))
+        .map_err(|error| failed(load_problem(&error)))?;
     // The loader looks only at what it reads from the file; a kernel's zeroed data needs room too.
     if loaded.kernel_end > memory.last_addr().0 + 1 {
         return Err(failed(format!("it ends at {:#x}, outside guest memory", loaded.kernel_end)));

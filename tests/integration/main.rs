@@ -4,6 +4,7 @@ mod api;
 mod architecture;
 mod boot;
 mod config;
+mod console;
 mod hostile_snapshot;
 mod restore;
 mod support;
