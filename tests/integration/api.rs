@@ -234,7 +234,8 @@ fn unknown_fields_paths_and_methods_are_refused() {
     }
     assert!(vm.api_fault("PUT", "/drives/rootfs", Some(json!({}))).contains("not supported yet"));
     assert!(vm.api_fault("PUT", "/snapshot/load", Some(json!({ "snapshot_path": "" }))).contains("is empty"));
-    let said = vm.api_fault("PUT", "/snapshot/load", Some(json!({ "snapshot_path": "/x", "tvmm": { "policy": "no" } })));
+    let said =
+        vm.api_fault("PUT", "/snapshot/load", Some(json!({ "snapshot_path": "/x", "tvmm": { "policy": "no" } })));
     assert!(said.contains("no"), "{said}");
     assert_eq!(vm.state(), "Not started");
 }
@@ -390,7 +391,9 @@ fn metrics_are_written_as_lines_of_json() {
     assert!(lines[0]["utc_timestamp_ms"].as_u64().unwrap() > 1_700_000_000_000);
     assert!(lines[1]["vcpu"]["exit_io_out"]["count"].is_u64() && lines[1]["uart"]["write_count"].is_u64());
     let bad = Vm::wait_for_api();
-    assert!(bad.api_fault("PUT", "/metrics", Some(json!({ "metrics_path": "/nonexistent/m" }))).contains("/nonexistent/m"));
+    assert!(
+        bad.api_fault("PUT", "/metrics", Some(json!({ "metrics_path": "/nonexistent/m" }))).contains("/nonexistent/m")
+    );
 }
 
 #[test]

@@ -255,7 +255,10 @@ fn devices_that_are_not_built_yet_are_refused_by_name() {
         (json!({ "boot-source": { "initrd_path": "/x" } }), "An initrd (initrd_path) is"),
         (json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "smt": true } }), "Hyper-threads"),
         (json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M" } }), "2M pages"),
-        (json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "T2" } }), "CPU template T2"),
+        (
+            json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "T2" } }),
+            "CPU template T2",
+        ),
     ] {
         let said = refused(&config);
         assert!(said.contains(name) && said.contains("not supported yet"), "{said}");

@@ -378,7 +378,8 @@ fn directory_in_progress_is_refused() {
     let mut writer = SnapshotWriter::create(target, layout, SnapshotKind::Full, None).unwrap();
     writer.write_run(Gfn(0), &[1; PAGE_SIZE as usize]).unwrap();
     let names = fs::read_dir(victim.dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
-    let partial = names.map(|name| name.into_string().unwrap()).find(|name| name.starts_with(".next.partial-")).unwrap();
+    let partial =
+        names.map(|name| name.into_string().unwrap()).find(|name| name.starts_with(".next.partial-")).unwrap();
     assert!(victim.refused(&partial).contains("is not sealed"));
     drop(writer);
     assert!(!victim.path(&partial).exists());
@@ -454,7 +455,12 @@ fn machine_with_impossible_vcpus_or_memory_is_refused() {
     let said = victim.forged(|state, _| section(state, SectionKind::Machine).payload[0] = 2);
     assert!(said.contains("has no section 3 instance 1"), "{said}");
     // The last is 32 + 2^44: in bytes it is 32 MiB again when the high bits are lost.
-    for mib in [&[0][..], &[33], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1], &[0xa0, 0x80, 0x80, 0x80, 0x80, 0x80, 4]] {
+    for mib in [
+        &[0][..],
+        &[33],
+        &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1],
+        &[0xa0, 0x80, 0x80, 0x80, 0x80, 0x80, 4],
+    ] {
         let said = victim.forged(|state, _| section(state, SectionKind::Machine).payload = [&[1], mib].concat());
         assert!(said.contains("Section Machine") && said.contains("do not fit the manifest's layout"), "{said}");
     }

@@ -5,6 +5,8 @@ mod architecture;
 mod boot;
 mod config;
 mod console;
+mod crash;
+mod host;
 mod hostile_snapshot;
 mod restore;
 mod support;
