@@ -20,7 +20,8 @@ use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::timeline::{Moments, Timeline};
 use crate::devices::{ConsoleOutput, Serial};
 use crate::snapshot::{self, Chain, Location, PAGE_SIZE, Sealed};
-use crate::tiering::policy::Policy;
+use crate::tiering::costs::Costs;
+use crate::tiering::policy::{Budget, Policy, PolicyInput};
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
@@ -206,7 +207,10 @@ impl Controller {
     pub fn restore(&mut self, load: &LoadSnapshot, before_run: impl FnOnce(&Serial)) -> Result<(), Error> {
         let policy: Policy = load.policy.parse()?;
         let chain = Arc::new(Chain::open(&location(&load.location))?);
-        let plan = policy.plan(&chain)?;
+        let resolved = if policy.needs_pages(&chain) { chain.resolve()? } else { Vec::new() };
+        let (costs, budget) = (Costs::of_this_host()?, Budget::default());
+        let input = PolicyInput { chain: &chain, resolved: &resolved, profile: None, costs: &costs, budget };
+        let plan = policy.plan(&input)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
