@@ -1,9 +1,11 @@
 //! The command line: arguments, progress, exit codes, and printing an error's chain once.
 
 mod bench;
+mod calibrate;
 mod guest;
 mod inspect;
 mod merge;
+mod plan;
 mod report;
 mod snapshot;
 mod vm;
@@ -66,6 +68,10 @@ enum Command {
     Restore(vm::RestoreArgs),
     /// Show what a snapshot is, and verify it
     Inspect(inspect::InspectArgs),
+    /// Measure what memory operations cost on this host
+    Calibrate(calibrate::CalibrateArgs),
+    /// Show what a policy would do with a snapshot, or write it to a file
+    Plan(plan::PlanArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Measure
@@ -92,6 +98,8 @@ pub fn main() -> ExitCode {
         Some(Command::Restore(args)) => vm::restore(&args),
         Some(Command::Snapshot(args)) => snapshot::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Calibrate(args)) => calibrate::run(&args),
+        Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };

@@ -3,6 +3,7 @@
 
 mod arch;
 mod boot;
+pub mod calibrate;
 mod capture;
 pub mod config;
 pub mod console;

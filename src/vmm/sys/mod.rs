@@ -11,5 +11,6 @@ pub mod page_cache;
 pub mod pagemap;
 pub mod signals;
 pub mod terminal;
+pub mod touch;
 pub mod uffd;
 pub mod wait;
