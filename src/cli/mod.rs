@@ -1,10 +1,12 @@
 //! The command line: arguments, progress, exit codes, and printing an error's chain once.
 
 mod bench;
+mod calibrate;
 mod guest;
 mod inspect;
 mod merge;
 mod profile;
+mod plan;
 mod report;
 mod snapshot;
 mod vm;
@@ -69,6 +71,10 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles: what a function does to the pages of a snapshot
     Profile(profile::ProfileArgs),
+    /// Measure what memory operations cost on this host
+    Calibrate(calibrate::CalibrateArgs),
+    /// Show what a policy would do with a snapshot, or write it to a file
+    Plan(plan::PlanArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Measure
@@ -96,6 +102,8 @@ pub fn main() -> ExitCode {
         Some(Command::Snapshot(args)) => snapshot::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
         Some(Command::Profile(args)) => profile::run(&args),
+        Some(Command::Calibrate(args)) => calibrate::run(&args),
+        Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };

@@ -4,6 +4,7 @@
 pub mod accounting;
 mod arch;
 mod boot;
+pub mod calibrate;
 mod capture;
 pub mod config;
 pub mod console;
