@@ -67,7 +67,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
 }
 
 /// Rows of the table: the name, and where the number is in a report.
-const ROWS: [(&str, Row); 12] = [
+const ROWS: [(&str, Row); 18] = [
     ("spawn", Row::Slice("spawn")),
     ("setup", Row::Slice("setup")),
     ("state_load", Row::Slice("state_load")),
@@ -80,6 +80,12 @@ const ROWS: [(&str, Row); 12] = [
     ("→ answer", Row::End("execute")),
     ("stop", Row::Slice("stop")),
     ("process, outside", Row::Since("outside_us")),
+    ("pages in by reads", Row::Count("fault_ins", "by_read")),
+    ("pages in by writes", Row::Count("fault_ins", "by_write")),
+    ("pages preloaded", Row::Count("fault_ins", "preloaded")),
+    ("vCPU page faults", Row::Count("fault_ins", "minor_faults")),
+    ("local DRAM, KiB", Row::Count("memory", "guest_private_kib")),
+    ("mappings (VMAs)", Row::Count("memory", "guest_vmas")),
 ];
 
 #[derive(Clone, Copy)]
@@ -88,6 +94,8 @@ enum Row {
     Slice(&'static str),
     /// Time since process start, by name.
     Since(&'static str),
+    /// A number of a part of the report.
+    Count(&'static str, &'static str),
     /// The end of a slice since process start.
     End(&'static str),
 }
@@ -159,6 +167,7 @@ fn value(report: &Value, row: Row) -> Option<f64> {
     let number = |slice: &Value, key: &str| slice[key].as_f64();
     match row {
         Row::Since(name) => report[name].as_f64(),
+        Row::Count(part, name) => report[part][name].as_f64(),
         Row::Slice(name) => {
             let lengths: Vec<f64> = slices()
                 .filter(|slice| slice["slice"] == name)

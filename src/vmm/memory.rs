@@ -25,15 +25,10 @@ pub enum Backing {
     FilePrivate { layer: usize },
     /// As `FilePrivate`, with faults that want huge pages.
     InPlace { layer: usize },
+    /// Local memory that was filled before the guest ran.
+    Preloaded,
     /// Anonymous memory whose first touches are answered by the fault service, or by a handler outside.
     Lazy,
-}
-
-impl Backing {
-    /// Whether untouched pages are those of a mapped file.
-    pub fn is_file(self) -> bool {
-        matches!(self, Backing::FilePrivate { .. } | Backing::InPlace { .. })
-    }
 }
 
 /// A run of guest pages with one backing.

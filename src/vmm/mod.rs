@@ -1,6 +1,7 @@
 //! The machine: configuration, KVM, vCPUs, guest memory, boot, capture and restore. It composes what the other rooms
 //! offer and knows neither HTTP nor which policy made a plan.
 
+pub mod accounting;
 mod arch;
 mod boot;
 mod capture;

@@ -119,7 +119,8 @@ impl Machine<Built> {
             track_dirty_pages: spec.track_dirty_pages,
         };
         let layout = tip.layout();
-        if shape.layout()? != *layout {
+        let is_possible = shape.mem_size_mib <= config::MAX_MEM_SIZE_MIB;
+        if !is_possible || !shape.layout().is_ok_and(|own| own == *layout) {
             let what = format!("{} MiB of memory do not fit the manifest's layout", shape.mem_size_mib);
             return Err(Error::State { section: "Machine".into(), what });
         }
