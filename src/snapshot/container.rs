@@ -60,11 +60,13 @@ pub enum SectionKind {
     ProfileTouchedIn,
     /// Pages that some runs of a merged profile wrote; the instance is how many.
     ProfileWrittenIn,
+    /// A restore plan.
+    Plan,
     /// A kind that this build has no name for.
     Other(u32),
 }
 
-const KINDS: [(SectionKind, u32); 17] = [
+const KINDS: [(SectionKind, u32); 18] = [
     (SectionKind::Machine, 1),
     (SectionKind::Vm, 2),
     (SectionKind::Vcpu, 3),
@@ -82,6 +84,7 @@ const KINDS: [(SectionKind, u32); 17] = [
     (SectionKind::ProfileTimes, 69),
     (SectionKind::ProfileTouchedIn, 70),
     (SectionKind::ProfileWrittenIn, 71),
+    (SectionKind::Plan, 80),
 ];
 
 impl SectionKind {

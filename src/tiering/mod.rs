@@ -6,10 +6,14 @@
 //!
 //! [`RestorePlan`]: crate::snapshot::RestorePlan
 
+pub mod costs;
 pub mod fault;
+pub mod plan_file;
 pub mod policy;
 pub mod profile;
 pub mod recorder;
+
+use std::path::PathBuf;
 
 use crate::snapshot::{self, SnapshotId};
 
@@ -26,6 +30,23 @@ pub enum Error {
     ProfileOfOther { made_for: SnapshotId, given: SnapshotId },
     #[error("{object} is not a valid profile: {problem}")]
     Profile { object: String, problem: String },
+    #[error(
+        "Policy {policy} needs a profile: record one with `tvmm profile record --snapshot DIR --recorder uffd --run FUNCTION --out FILE`, and give it with --profile FILE"
+    )]
+    NeedsProfile { policy: &'static str },
+    #[error(
+        "A budget of {pages} pages ({mib:.1} MiB) of local memory is too small: the request writes {least} pages, so the least that works is {least_mib} MiB",
+        mib = *pages as f64 / 256.0, least_mib = least.div_ceil(256)
+    )]
+    BudgetTooSmall { pages: u64, least: u64 },
+    #[error("The costs in {path} cannot be used: {problem}", path = path.display())]
+    Costs { path: PathBuf, problem: String },
+    #[error("The plan was made for snapshot {made_for} and is of no use for snapshot {given}")]
+    PlanOfOther { made_for: SnapshotId, given: SnapshotId },
+    #[error("{path} was changed after the plan was made; make the plan again", path = path.display())]
+    SourceChanged { path: PathBuf },
+    #[error("The plan in {path} cannot be used: {problem}", path = path.display())]
+    PlanFile { path: PathBuf, problem: String },
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
 }

@@ -101,6 +101,8 @@ pub struct LoadSnapshot {
     pub location: SnapshotPaths,
     /// The name of the restore policy.
     pub policy: String,
+    /// The profile the policy works from.
+    pub profile: Option<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// Whether KVM logs the pages the guest writes from now on.

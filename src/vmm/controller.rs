@@ -20,8 +20,10 @@ use super::record::Watch;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::timeline::{Moments, Timeline};
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, Sealed};
-use crate::tiering::policy::Policy;
+use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
+use crate::tiering::costs::Costs;
+use crate::tiering::policy::{Budget, Policy, PolicyInput};
+use crate::tiering::profile::Profile;
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
@@ -224,7 +226,7 @@ impl Controller {
             None => Chain::open(&location(&load.location))?,
             Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
         });
-        let plan = policy.plan(&chain)?;
+        let plan = plan(&chain, policy, load)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
@@ -382,6 +384,15 @@ impl Controller {
     pub fn stop(&mut self) {
         self.phase = Phase::NotStarted;
     }
+}
+
+/// Makes the plan that was asked for.
+fn plan(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<RestorePlan, Error> {
+    let profile = load.profile.as_deref().map(Profile::load).transpose()?;
+    let resolved = if policy.needs_pages(chain) { chain.resolve()? } else { Vec::new() };
+    let (costs, budget) = (Costs::of_this_host()?, Budget::default());
+    let input = PolicyInput { chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
+    Ok(policy.plan(&input)?)
 }
 
 /// What a machine has in every state.

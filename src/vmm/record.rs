@@ -123,6 +123,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let load = LoadSnapshot {
         location: spec.snapshot.clone(),
         policy: "firecracker".to_string(),
+        profile: None,
         handler: None,
         track_dirty_pages: dirty,
         resume: true,

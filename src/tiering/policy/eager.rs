@@ -2,12 +2,9 @@
 //! default. No fault costs more than an anonymous page; start-up pays for pages nobody will touch. Zero pages are not
 //! read: they are anonymous memory.
 
-use crate::snapshot::{Chain, Content, Error, Placement, PlannedExtent};
+use super::{Ground, place};
+use crate::snapshot::{Fill, PlannedExtent};
 
-pub fn plan(chain: &Chain) -> Result<Vec<PlannedExtent>, Error> {
-    let place = |run: crate::snapshot::ResolvedRun| match run.content {
-        Content::Zero => PlannedExtent::zero(run.extent),
-        Content::Layer(source) => PlannedExtent::from(run.extent, Placement::Preload, source),
-    };
-    Ok(chain.resolve()?.into_iter().map(place).collect())
+pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
+    place::by_content(ground.resolved, |extent, source| PlannedExtent::preload(extent, source, Fill::Copy))
 }

@@ -1,7 +1,21 @@
-//! The restore policies by name.
+//! The restore policies by name. One file each; `docs/policies.md` says what their papers do and what tvmm does.
 
+mod aquifer;
+mod catalyzer;
 mod eager;
+mod estimate;
+mod faasnap;
 mod firecracker;
+mod firecracker_uffd;
+mod model;
+mod place;
+mod reap;
+mod tiered;
+mod touches;
+mod trenv;
+
+#[cfg(test)]
+mod chain_tests;
 #[cfg(test)]
 mod tests;
 
@@ -9,7 +23,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::Error;
-use crate::snapshot::{Chain, RestorePlan};
+use super::costs::Costs;
+use super::profile::Profile;
+use crate::snapshot::{Chain, Extent, MemoryLayout, ResolvedRun, RestorePlan, SnapshotId};
+
+pub use estimate::Estimate;
 
 /// A restore policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,27 +36,157 @@ pub enum Policy {
     Eager,
     /// One private mapping of the memory file, pages on demand.
     Firecracker,
+    /// Nothing is mapped; each page is installed when it is touched.
+    FirecrackerUffd,
+    /// The image mapped in place, private pages on demand.
+    Catalyzer,
+    /// The recorded working set installed from a compact file, the rest page by page.
+    Reap,
+    /// The loading set mapped from a compact file that is read concurrently.
+    Faasnap,
+    /// The image mapped in place, copied on write.
+    Trenv,
+    /// The hot set copied before the guest runs, cold pages fetched asynchronously.
+    Aquifer,
+    /// tvmm's own.
+    Tiered,
+}
+
+/// How much memory of each kind a plan may use. `None`: as much as it likes. Only `tiered` makes choices that a budget
+/// can change; the other policies do what their papers do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Budget {
+    /// Pages of local memory: what is preloaded, and what the request will write.
+    pub dram_pages: Option<u64>,
+    /// Pages in the CXL tier. No plan of this build places any there.
+    pub cxl_pages: Option<u64>,
+}
+
+/// What a policy looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct PolicyInput<'a> {
+    /// The snapshot to be restored.
+    pub chain: &'a Chain,
+    /// [`Chain::resolve`]; may be empty if the policy does not [need](Policy::needs_pages) it.
+    pub resolved: &'a [ResolvedRun],
+    /// What a recorded run did.
+    pub profile: Option<&'a Profile>,
+    /// What things cost on this host.
+    pub costs: &'a Costs,
+    /// What the plan may use.
+    pub budget: Budget,
+}
+
+impl<'a> PolicyInput<'a> {
+    fn ground(&self) -> Ground<'a> {
+        Ground {
+            snapshot: self.chain.tip().id(),
+            layout: self.chain.layout(),
+            layers: self.chain.layers().len(),
+            resolved: self.resolved,
+            costs: self.costs,
+            page_ns: 0.0,
+        }
+    }
+
+    /// What `plan` is expected to cost. Without a profile nothing is expected to be touched.
+    pub fn estimate(&self, plan: &RestorePlan) -> Estimate {
+        let touches = self.profile.map(|profile| touches::expected(profile, self.resolved)).unwrap_or_default();
+        estimate::estimate(plan, &self.ground(), &touches)
+    }
+}
+
+/// What policies make of a chain: its facts, without its files.
+#[derive(Clone, Copy)]
+struct Ground<'a> {
+    snapshot: SnapshotId,
+    layout: &'a MemoryLayout,
+    /// How many layers; never 0. Images are numbered after them.
+    layers: usize,
+    resolved: &'a [ResolvedRun],
+    costs: &'a Costs,
+    /// What a page of local memory is worth that no profiled write needs.
+    page_ns: f64,
+}
+
+impl<'a> Ground<'a> {
+    fn empty_plan(&self, policy: &str) -> RestorePlan {
+        RestorePlan::new(self.snapshot, policy, Vec::new())
+    }
+
+    /// The plan's list of images: none, if the image would be empty.
+    fn images(&self, packed: place::Packed) -> Vec<crate::snapshot::ImageSpec> {
+        let is_empty = packed.spec.extents.iter().all(Extent::is_empty);
+        if is_empty { Vec::new() } else { vec![packed.spec] }
+    }
+
+    #[cfg(test)]
+    fn bare(layout: &'a MemoryLayout, layers: usize, resolved: &'a [ResolvedRun], costs: &'a Costs) -> Ground<'a> {
+        Ground { snapshot: SnapshotId::default(), layout, layers, resolved, costs, page_ns: 0.0 }
+    }
 }
 
 impl Policy {
-    pub const ALL: [Policy; 2] = [Policy::Eager, Policy::Firecracker];
+    pub const ALL: [Policy; 9] = [
+        Policy::Eager,
+        Policy::Firecracker,
+        Policy::FirecrackerUffd,
+        Policy::Catalyzer,
+        Policy::Reap,
+        Policy::Faasnap,
+        Policy::Trenv,
+        Policy::Aquifer,
+        Policy::Tiered,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Policy::Eager => "eager",
             Policy::Firecracker => "firecracker",
+            Policy::FirecrackerUffd => "firecracker-uffd",
+            Policy::Catalyzer => "catalyzer",
+            Policy::Reap => "reap",
+            Policy::Faasnap => "faasnap",
+            Policy::Trenv => "trenv",
+            Policy::Aquifer => "aquifer",
+            Policy::Tiered => "tiered",
         }
     }
 
-    /// Makes the plan for restoring the tip of `chain`.
-    pub fn plan(self, chain: &Chain) -> Result<RestorePlan, Error> {
-        let extents = match self {
-            Policy::Eager => eager::plan(chain)?,
-            Policy::Firecracker => firecracker::plan(chain)?,
+    /// Whether the policy is nothing without a recorded run.
+    pub fn needs_profile(self) -> bool {
+        matches!(self, Policy::Reap | Policy::Faasnap | Policy::Aquifer | Policy::Tiered)
+    }
+
+    /// Whether the policy looks at which pages are zero, so that the page maps of `chain` have to be read.
+    pub fn needs_pages(self, chain: &Chain) -> bool {
+        !(matches!(self, Policy::Firecracker | Policy::FirecrackerUffd) && chain.layers().len() == 1)
+    }
+
+    /// Makes the plan for restoring the tip of the chain.
+    pub fn plan(self, input: &PolicyInput) -> Result<RestorePlan, Error> {
+        if let Some(profile) = input.profile {
+            profile.check_for(input.chain.tip())?;
+        }
+        self.plan_on(&input.ground(), input.profile, &input.budget)
+    }
+
+    fn plan_on(self, ground: &Ground, profile: Option<&Profile>, budget: &Budget) -> Result<RestorePlan, Error> {
+        let extents = match (self, profile) {
+            (Policy::Eager, _) => eager::plan(ground),
+            (Policy::Firecracker, _) => firecracker::plan(ground),
+            (Policy::FirecrackerUffd, _) => firecracker_uffd::plan(ground),
+            (Policy::Catalyzer, _) => catalyzer::plan(ground),
+            (Policy::Trenv, _) => trenv::plan(ground),
+            (Policy::Reap, Some(profile)) => return Ok(reap::plan(ground, profile)),
+            (Policy::Faasnap, Some(profile)) => return Ok(faasnap::plan(ground, profile)),
+            (Policy::Aquifer, Some(profile)) => return Ok(aquifer::plan(ground, profile)),
+            (Policy::Tiered, Some(profile)) => return tiered::plan(ground, profile, budget),
+            (_, None) => return Err(Error::NeedsProfile { policy: self.name() }),
         };
-        let mut plan = RestorePlan::new(chain.tip().manifest().id, self.name(), extents);
-        plan.verify = self == Policy::Eager;
-        Ok(plan)
+        // The one policy of which everything is in memory before the guest runs: it can be checked on the way.
+        let verify = self == Policy::Eager;
+        Ok(RestorePlan { extents, verify, ..ground.empty_plan(self.name()) })
     }
 }
 

@@ -1,99 +1,444 @@
-//! Every policy, on random chains: plans can be carried out, and what they describe is the snapshot.
-
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+//! All policies over random chains and profiles, and the papers' plans on examples small enough to read.
 
 use proptest::prelude::*;
 
+use super::estimate::estimate;
+use super::touches::expected;
 use super::*;
-use crate::snapshot::tests::{Model, any_pages, dir, two_files};
-use crate::snapshot::{Chain, Gfn, PAGE_SIZE, Placement, PlannedExtent, Sealed};
+use crate::snapshot::{BackgroundAction, Content, Fill, Gfn, PAGE_SIZE, PageSet, PageSource, Placement, PlannedExtent};
+use crate::tiering::costs::SourceCache;
+use crate::tiering::profile::{Order, RecorderKind};
 
-/// A chain of snapshots in both forms, each the memory after one more change.
-fn write_chain(base: &Path, history: &[Model]) -> Sealed {
-    let mut last: Option<Sealed> = None;
-    for (index, model) in history.iter().enumerate() {
-        let name = format!("s{index}");
-        let target = if index % 2 == 0 { dir(base, &name) } else { two_files(base, &name) };
-        last = Some(match last {
-            None => model.write_full(target),
-            Some(parent) => model.write_diff(&history[index - 1], &parent, target),
-        });
-    }
-    last.unwrap()
+const FIRST: u64 = 1900;
+const SECOND: u64 = 700;
+const HIGH: u64 = 1 << 20;
+
+fn extent(first: u64, pages: u64) -> Extent {
+    Extent { first: Gfn(first), pages }
 }
 
-/// The bytes a plan puts into the guest, by page.
-fn contents(chain: &Chain, item: &PlannedExtent) -> Vec<(Gfn, Vec<u8>)> {
-    let mut bytes = vec![0; item.extent.bytes() as usize];
-    if let Some(source) = item.source {
-        chain.layers()[source.layer].memory().read_exact_at(&mut bytes, source.offset).unwrap();
-    }
-    let page = |(index, bytes): (usize, &[u8])| (Gfn(item.extent.first.0 + index as u64), bytes.to_vec());
-    bytes.chunks(PAGE_SIZE as usize).enumerate().map(page).collect()
+/// Three blocks and a bit, and behind the gap one block and a bit that do not start where a block does in the file.
+fn layout() -> MemoryLayout {
+    let pages = |first: u64, pages: u64| (first * PAGE_SIZE, pages * PAGE_SIZE);
+    MemoryLayout::from_gpa_ranges(&[pages(0, FIRST), pages(HIGH, SECOND)]).unwrap()
 }
 
-fn assert_reproduces(policy: Policy, chain: &Chain, expected: &Model) {
-    let plan = policy.plan(chain).unwrap();
-    assert_eq!((plan.snapshot, plan.policy.as_str()), (chain.tip().id(), policy.name()));
-    plan.validate(chain.layout(), &chain.layer_file_lens()).unwrap();
-    assert_eq!(plan.counts().total(), chain.layout().pages());
-    let mut planned: Vec<(Gfn, Vec<u8>)> = plan.extents.iter().flat_map(|item| contents(chain, item)).collect();
-    planned.sort();
-    let wanted: Vec<(Gfn, Vec<u8>)> = (0..expected.pages.len()).map(|i| (expected.gfn(i), expected.page(i))).collect();
-    assert!(planned == wanted, "{policy} does not reproduce the snapshot");
-    // What each policy promises by its name.
-    for item in &plan.extents {
-        let kept = match policy {
-            Policy::Eager => matches!(item.placement, Placement::Zero | Placement::Preload),
-            Policy::Firecracker => matches!(item.placement, Placement::Zero | Placement::CowFile),
+/// What each layer says about each page, by place in the file.
+#[derive(Clone, Debug)]
+struct World {
+    layout: MemoryLayout,
+    base: Vec<bool>,
+    /// `None`: there is one layer. Else held, zero, or the base's business.
+    tip: Option<Vec<Option<bool>>>,
+}
+
+impl World {
+    fn layers(&self) -> usize {
+        1 + usize::from(self.tip.is_some())
+    }
+
+    fn gfn(&self, page: usize) -> Gfn {
+        self.layout.gfn_at(page as u64 * PAGE_SIZE).unwrap()
+    }
+
+    /// What a page of a layer's file stands for; 0 is a hole.
+    fn in_file(&self, layer: usize, page: usize) -> u64 {
+        let held = match (layer, &self.tip) {
+            (0, _) => self.base[page],
+            (_, Some(tip)) => tip[page] == Some(true),
+            _ => false,
         };
-        assert!(kept, "{policy} places {} {:?}", item.extent, item.placement);
+        if held { 1 + page as u64 * 2 + layer as u64 } else { 0 }
     }
-    // No two neighbours that could be one: each extent is a system call at restore.
-    let mut joined = plan.clone();
-    joined.coalesce(chain.layout());
-    assert_eq!(joined, plan);
+
+    fn decided(&self, page: usize) -> Content {
+        let from = |layer| Content::Layer(PageSource { layer, offset: page as u64 * PAGE_SIZE });
+        match self.tip.as_ref().and_then(|tip| tip[page]) {
+            Some(true) => from(1),
+            Some(false) => Content::Zero,
+            None if self.base[page] => from(0),
+            None => Content::Zero,
+        }
+    }
+
+    fn content(&self, page: usize) -> u64 {
+        match self.decided(page) {
+            Content::Zero => 0,
+            Content::Layer(source) => self.in_file(source.layer, page),
+        }
+    }
+
+    fn resolved(&self) -> Vec<ResolvedRun> {
+        let mut runs: Vec<ResolvedRun> = Vec::new();
+        for page in 0..self.base.len() {
+            let (gfn, content) = (self.gfn(page), self.decided(page));
+            if let Some(last) = runs.last_mut()
+                && last.extent.end() == gfn
+                && match (last.content, content) {
+                    (Content::Zero, Content::Zero) => true,
+                    (Content::Layer(a), Content::Layer(b)) => a.layer == b.layer,
+                    _ => false,
+                }
+            {
+                last.extent.pages += 1;
+            } else {
+                runs.push(ResolvedRun { extent: Extent { first: gfn, pages: 1 }, content });
+            }
+        }
+        runs
+    }
+
+    /// Every page of the plan, read from where the plan says.
+    fn check(&self, plan: &RestorePlan) {
+        let lens = vec![self.layout.file_len(); self.layers()];
+        plan.validate(&self.layout, &lens).unwrap();
+        let mut page = 0;
+        for item in &plan.extents {
+            for index in 0..item.extent.pages {
+                let found = item.source.map_or(0, |source| self.read(plan, source, index));
+                assert_eq!(found, self.content(page), "{} page {index} of {item:?}", plan.policy);
+                page += 1;
+            }
+        }
+        assert_eq!(page, self.base.len(), "{}", plan.policy);
+    }
+
+    fn read(&self, plan: &RestorePlan, source: PageSource, index: u64) -> u64 {
+        let mut page = source.offset / PAGE_SIZE + index;
+        let Some(image) = source.layer.checked_sub(self.layers()) else {
+            return self.in_file(source.layer, page as usize);
+        };
+        for extent in &plan.images[image].extents {
+            if page < extent.pages {
+                let offset = self.layout.file_offset(Gfn(extent.first.0 + page)).unwrap();
+                return self.content((offset / PAGE_SIZE) as usize);
+            }
+            page -= extent.pages;
+        }
+        panic!("behind the end of the image");
+    }
+}
+
+/// Runs of pages with one of `kinds` kinds each, up to the end of memory.
+fn any_runs(kinds: u8) -> impl Strategy<Value = Vec<u8>> {
+    let run = (prop_oneof![3 => 1_usize..40, 2 => 200_usize..900], 0..kinds);
+    prop::collection::vec(run, 1..60).prop_map(|runs| {
+        let mut pages: Vec<u8> = Vec::new();
+        for (len, kind) in runs.iter().cycle() {
+            pages.extend(std::iter::repeat_n(*kind, *len));
+            if pages.len() as u64 >= FIRST + SECOND {
+                break;
+            }
+        }
+        pages.truncate((FIRST + SECOND) as usize);
+        pages
+    })
+}
+
+fn any_world() -> impl Strategy<Value = World> {
+    (any_runs(2), prop::option::of(any_runs(4))).prop_map(|(base, tip)| {
+        let tip = tip.map(|tip| tip.into_iter().map(|kind| [Some(true), Some(false), None, None][usize::from(kind)]));
+        World { layout: layout(), base: base.iter().map(|kind| *kind == 1).collect(), tip: tip.map(Iterator::collect) }
+    })
+}
+
+/// Classes 0 and 1 are untouched, 2 and 3 read, 4 written, 5 unclassified, 6 sometimes written, 7 sometimes touched.
+fn any_profile() -> impl Strategy<Value = Profile> {
+    (any_runs(8), 0_u8..3).prop_map(|(classes, order)| {
+        let mut profile = Profile::new(SnapshotId::default(), RecorderKind::Merged, "f");
+        profile.runs = 4;
+        let (mut sometimes, mut seldom) = (PageSet::new(), PageSet::new());
+        for (page, class) in classes.iter().enumerate() {
+            let gfn = layout().gfn_at(page as u64 * PAGE_SIZE).unwrap();
+            match class {
+                2 | 3 => profile.read.insert(gfn),
+                4 => profile.written.insert(gfn),
+                5 => profile.unclassified.insert(gfn),
+                6 => {
+                    profile.written.insert(gfn);
+                    sometimes.insert(gfn);
+                }
+                7 => {
+                    profile.read.insert(gfn);
+                    seldom.insert(gfn);
+                }
+                _ => {}
+            }
+        }
+        profile.frequency.written = vec![(2, sometimes)];
+        profile.frequency.touched = vec![(1, seldom)];
+        let set = profile.working_set();
+        let half: PageSet = set.iter().filter(|gfn| gfn.0 % 3 == 0).collect();
+        profile.order = match order {
+            0 => Order::Unknown,
+            1 => Order::Layers(vec![half.clone(), set.difference(&half)]),
+            _ => Order::Exact(half.runs().chain(set.difference(&half).runs()).collect()),
+        };
+        profile
+    })
+}
+
+fn any_costs() -> impl Strategy<Value = Costs> {
+    (0_usize..3, 1_u64..40).prop_map(|(cache, vma)| {
+        let mut costs = Costs::default().with_cache(SourceCache::ALL[cache]);
+        costs.vma_ns = vma * 1000;
+        costs
+    })
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn every_policy_reproduces_random_chains(history in prop::collection::vec(any_pages(), 1..5)) {
-        let base = tempfile::tempdir().unwrap();
-        let history: Vec<Model> = history.into_iter().map(Model::new).collect();
-        let tip = write_chain(base.path(), &history);
-        let chain = Chain::open(&tip.location).unwrap();
+    fn every_policy_restores_the_snapshot(world in any_world(), profile in any_profile(), costs in any_costs()) {
+        let resolved = world.resolved();
+        let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
+        let touches = expected(&profile, &resolved);
+        let mut total = f64::INFINITY;
         for policy in Policy::ALL {
-            assert_reproduces(policy, &chain, history.last().unwrap());
+            let plan = policy.plan_on(&ground, Some(&profile), &Budget::default()).unwrap();
+            world.check(&plan);
+            prop_assert_eq!(&plan.policy, policy.name());
+            let expects = estimate(&plan, &ground, &touches);
+            prop_assert!(expects.total_ns().is_finite() && expects.vmas > 0);
+            // `tiered` comes last.
+            if policy == Policy::Tiered {
+                prop_assert!(expects.total_ns() <= total * 1.02, "{:?} over {total}", expects);
+            }
+            total = total.min(expects.total_ns());
+        }
+    }
+
+    #[test]
+    fn tiered_keeps_within_its_budget(world in any_world(), profile in any_profile(), costs in any_costs(), spare in 0_u64..1000) {
+        let resolved = world.resolved();
+        let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
+        let touches = expected(&profile, &resolved);
+        let written: u64 = touches.iter().filter(|t| t.written > 0.0).map(|t| t.extent.pages).sum();
+        let budget = Budget { dram_pages: Some(written + spare), cxl_pages: None };
+        let plan = Policy::Tiered.plan_on(&ground, Some(&profile), &budget).unwrap();
+        world.check(&plan);
+        prop_assert!(estimate(&plan, &ground, &touches).pages_preloaded_unwritten <= spare);
+        if written > 0 {
+            let budget = Budget { dram_pages: Some(written - 1), cxl_pages: None };
+            let refused = Policy::Tiered.plan_on(&ground, Some(&profile), &budget);
+            let refused = matches!(refused, Err(Error::BudgetTooSmall { least, .. }) if least == written);
+            prop_assert!(refused);
+        }
+    }
+}
+
+/// 4 MiB of which pages [0, 300) and [310, 700) are held, in one layer.
+struct Small {
+    layout: MemoryLayout,
+    resolved: Vec<ResolvedRun>,
+    costs: Costs,
+    profile: Profile,
+}
+
+fn small(pages: u64, held: &[(u64, u64)]) -> Small {
+    let layout = MemoryLayout::from_gpa_ranges(&[(0, pages * PAGE_SIZE)]).unwrap();
+    let held: PageSet = held.iter().map(|(first, pages)| extent(*first, *pages)).collect();
+    let all: PageSet = layout.extents().collect();
+    let layer = |run: Extent| Content::Layer(PageSource { layer: 0, offset: run.gpa() });
+    let runs = held.runs().map(|run| ResolvedRun { extent: run, content: layer(run) });
+    let zero = all.difference(&held);
+    let mut resolved: Vec<_> =
+        runs.chain(zero.runs().map(|extent| ResolvedRun { extent, content: Content::Zero })).collect();
+    resolved.sort_unstable_by_key(|run| run.extent.first);
+    let profile = Profile::new(SnapshotId::default(), RecorderKind::Uffd, "f");
+    Small { layout, resolved, costs: Costs::default(), profile }
+}
+
+impl Small {
+    fn ground(&self) -> Ground<'_> {
+        Ground::bare(&self.layout, 1, &self.resolved, &self.costs)
+    }
+
+    fn plan(&self, policy: Policy) -> RestorePlan {
+        let plan = policy.plan_on(&self.ground(), Some(&self.profile), &Budget::default()).unwrap();
+        plan.validate(&self.layout, &[self.layout.file_len()]).unwrap();
+        plan
+    }
+}
+
+/// The example of the papers' plans: pages 10 and 12 read, 400 written first of all, and 305, which is zero.
+fn example() -> Small {
+    let mut small = small(1024, &[(0, 300), (310, 390)]);
+    small.profile.read.insert_run(extent(10, 1));
+    small.profile.read.insert_run(extent(12, 1));
+    small.profile.written.insert_run(extent(400, 1));
+    small.profile.written.insert_run(extent(305, 1));
+    small.profile.order = Order::Exact(vec![extent(400, 1), extent(305, 1), extent(12, 1), extent(10, 1)]);
+    small
+}
+
+fn from(first: u64, pages: u64, placement: Placement, layer: usize, page: u64) -> PlannedExtent {
+    PlannedExtent::from(extent(first, pages), placement, PageSource { layer, offset: page * PAGE_SIZE })
+}
+
+fn preload(first: u64, pages: u64, fill: Fill, page: u64) -> PlannedExtent {
+    PlannedExtent::preload(extent(first, pages), PageSource { layer: 1, offset: page * PAGE_SIZE }, fill)
+}
+
+#[test]
+fn reap_installs_every_page_that_faulted_from_one_file_by_address() {
+    let plan = example().plan(Policy::Reap);
+    assert_eq!(plan.images[0].extents, [extent(10, 1), extent(12, 1), extent(305, 1), extent(400, 1)]);
+    let lazy = |first, pages| from(first, pages, Placement::Lazy, 0, first);
+    let expected = [
+        lazy(0, 10),
+        preload(10, 1, Fill::Install, 0),
+        lazy(11, 1),
+        preload(12, 1, Fill::Install, 1),
+        lazy(13, 292),
+        preload(305, 1, Fill::Install, 2),
+        lazy(306, 94),
+        preload(400, 1, Fill::Install, 3),
+        lazy(401, 623),
+    ];
+    assert_eq!(plan.extents, expected);
+    assert_eq!((plan.fault_pages, plan.background.len()), (1, 0));
+}
+
+#[test]
+fn faasnap_maps_its_loading_set_over_its_nonzero_regions() {
+    let mut example = example();
+    let plan = example.plan(Policy::Faasnap);
+    // Ten zero pages lie within one region, and page 11 within one of the loading set.
+    let cow = |first, pages, layer, page| from(first, pages, Placement::CowFile, layer, page);
+    let expected = [
+        cow(0, 10, 0, 0),
+        cow(10, 3, 1, 0),
+        cow(13, 387, 0, 13),
+        cow(400, 1, 1, 3),
+        cow(401, 299, 0, 401),
+        PlannedExtent::zero(extent(700, 324)),
+    ];
+    assert_eq!(plan.extents, expected);
+    assert_eq!(plan.images[0].extents, [extent(10, 3), extent(400, 1)]);
+    let steps: Vec<_> = plan.background.iter().map(|step| (step.action, step.extent)).collect();
+    assert_eq!(steps, [(BackgroundAction::ReadAhead, extent(10, 3)), (BackgroundAction::ReadAhead, extent(400, 1))]);
+    // Groups come before addresses.
+    let early: PageSet = [extent(400, 1), extent(12, 1)].into_iter().collect();
+    let late: PageSet = [extent(10, 1), extent(305, 1)].into_iter().collect();
+    example.profile.order = Order::Layers(vec![early, late]);
+    assert_eq!(example.plan(Policy::Faasnap).images[0].extents, [extent(12, 1), extent(400, 1), extent(10, 1)]);
+}
+
+#[test]
+fn aquifer_copies_hot_pages_and_fetches_cold_ones_in_the_background() {
+    let plan = example().plan(Policy::Aquifer);
+    assert_eq!(plan.images[0].extents, [extent(10, 1), extent(12, 1), extent(400, 1)]);
+    let lazy = |first, pages| from(first, pages, Placement::Lazy, 0, first);
+    let expected = [
+        lazy(0, 10),
+        preload(10, 1, Fill::Copy, 0),
+        lazy(11, 1),
+        preload(12, 1, Fill::Copy, 1),
+        lazy(13, 287),
+        PlannedExtent::zero(extent(300, 10)),
+        lazy(310, 90),
+        preload(400, 1, Fill::Copy, 2),
+        lazy(401, 299),
+        PlannedExtent::zero(extent(700, 324)),
+    ];
+    assert_eq!(plan.extents, expected);
+    assert!(plan.background.iter().all(|step| step.action == BackgroundAction::Install));
+    assert_eq!((plan.background.len(), plan.fault_pages), (5, 16));
+}
+
+#[test]
+fn catalyzer_and_trenv_map_what_is_held_and_copy_nothing() {
+    for policy in [Policy::Catalyzer, Policy::Trenv] {
+        let placed: Vec<_> =
+            example().plan(policy).extents.iter().map(|item| (item.extent.first.0, item.placement)).collect();
+        let expected =
+            [(0, Placement::InPlace), (300, Placement::Zero), (310, Placement::InPlace), (700, Placement::Zero)];
+        assert_eq!(placed, expected);
+    }
+}
+
+#[test]
+fn policy_without_its_profile_says_how_to_record_one() {
+    let example = example();
+    for policy in Policy::ALL {
+        let plan = policy.plan_on(&example.ground(), None, &Budget::default());
+        assert_eq!(plan.is_err(), policy.needs_profile(), "{policy}");
+        if let Err(error) = plan {
+            assert!(error.to_string().contains("tvmm profile record"), "{error}");
         }
     }
 }
 
 #[test]
-fn eager_reads_no_zero_page() {
-    let base = tempfile::tempdir().unwrap();
-    let model = Model::new((0..130).map(|index| u8::from(index % 3 == 0)).collect());
-    let chain = Chain::open(&model.write_full(dir(base.path(), "a")).location).unwrap();
-    let counts = Policy::Eager.plan(&chain).unwrap().counts();
-    let nonzero = model.pages.iter().filter(|&&page| page != 0).count() as u64;
-    assert_eq!((counts.preload, counts.zero), (nonzero, 130 - nonzero));
+fn tiered_maps_a_read_set_in_one_piece() {
+    let mut small = small(16 * 512, &[(600, 4000), (5000, 10), (5030, 1000)]);
+    small.profile.read.insert_run(extent(700, 3000));
+    let plan = small.plan(Policy::Tiered);
+    assert!(plan.extents.len() <= 2, "{:?}", plan.extents);
+    assert!(plan.extents.iter().all(|item| matches!(item.placement, Placement::InPlace | Placement::Zero)));
 }
 
 #[test]
-fn firecracker_maps_a_full_snapshot_with_one_mapping_per_range() {
-    let base = tempfile::tempdir().unwrap();
-    let chain = Chain::open(&crate::snapshot::tests::sample().write_full(dir(base.path(), "a")).location).unwrap();
-    let plan = Policy::Firecracker.plan(&chain).unwrap();
-    assert_eq!(plan.extents.len(), chain.layout().ranges().len());
-}
-
-#[test]
-fn policies_are_found_by_their_names_and_others_are_told_which_there_are() {
-    for policy in Policy::ALL {
-        assert_eq!(policy.to_string().parse::<Policy>().unwrap(), policy);
+fn tiered_breaks_copy_on_write_of_sparse_writes_under_one_mapping() {
+    let mut small = small(8 * 512, &[(0, 8 * 512)]);
+    for page in (3..8 * 512).step_by(100) {
+        small.profile.written.insert_run(extent(page, 1));
     }
-    let message = "fastest".parse::<Policy>().unwrap_err().to_string();
-    assert!(Policy::ALL.iter().all(|policy| message.contains(policy.name())), "{message}");
+    let plan = small.plan(Policy::Tiered);
+    let broken: PageSet =
+        plan.extents.iter().filter(|item| item.fill == Fill::BreakCow).map(|item| item.extent).collect();
+    assert_eq!(broken, small.profile.written);
+    assert_eq!(estimate(&plan, &small.ground(), &[]).vmas, 1);
+}
+
+#[test]
+fn tiered_copies_whole_blocks_where_writes_are_dense() {
+    let mut small = small(8 * 512, &[(0, 8 * 512)]);
+    for page in (512..1536).step_by(2) {
+        small.profile.written.insert_run(extent(page, 1));
+        small.profile.read.insert_run(extent(page + 1, 1));
+    }
+    let plan = small.plan(Policy::Tiered);
+    let expected = [(0, 512, Placement::InPlace), (512, 1024, Placement::Preload), (1536, 2560, Placement::InPlace)];
+    let placed: Vec<_> =
+        plan.extents.iter().map(|item| (item.extent.first.0, item.extent.pages, item.placement)).collect();
+    assert_eq!(placed, expected);
+    assert_eq!(plan.extents[1].fill, Fill::Copy);
+    // With no memory to spare only what is written is preloaded.
+    let budget = Budget { dram_pages: Some(512), cxl_pages: None };
+    let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &budget).unwrap();
+    assert!(plan.counts().preload <= 512, "{:?}", plan.counts());
+}
+
+#[test]
+fn tiered_reads_a_scattered_cold_set_from_an_image() {
+    let mut small = small(64 * 512, &[(0, 64 * 512)]);
+    for page in (0..64 * 512).step_by(64) {
+        small.profile.read.insert_run(extent(page, 1));
+    }
+    small.costs = small.costs.with_cache(SourceCache::Cold);
+    let plan = small.plan(Policy::Tiered);
+    assert_eq!(plan.images.len(), 1);
+    assert_eq!(plan.images[0].file_len(), 512 * PAGE_SIZE);
+}
+
+/// `cargo test --release -- --ignored --nocapture planning_time`: 4 GiB, 64,000 touched runs.
+#[test]
+#[ignore = "a measurement"]
+fn planning_time() {
+    let pages = 1 << 20;
+    let held: Vec<(u64, u64)> = (0..pages / 64).map(|i| (i * 64, 60)).collect();
+    let mut small = small(pages, &held);
+    for page in (0..pages).step_by(32) {
+        small.profile.read.insert_run(extent(page, 3));
+        small.profile.written.insert_run(extent(page + 16, 1));
+    }
+    for cache in SourceCache::ALL {
+        small.costs = small.costs.with_cache(cache);
+        let start = std::time::Instant::now();
+        let plan = small.plan(Policy::Tiered);
+        println!("{cache:?}: {} extents in {:?}", plan.extents.len(), start.elapsed());
+    }
 }

@@ -1,0 +1,253 @@
+//! What memory operations cost on a host: the numbers that [`tiered`](super::policy) weighs placements with.
+//!
+//! `tvmm calibrate` measures them. Until it has, built-in numbers stand in, and whoever shows a plan says so: their
+//! ratios hold on many hosts, their sizes on few.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::Error;
+
+/// The version of the file that this build writes and reads.
+const VERSION: u32 = 1;
+/// The largest file that can be one, in bytes.
+const FILE_LIMIT: u64 = 64 << 10;
+/// No single operation takes longer: 100 ms.
+const LARGEST_NS: u64 = 100_000_000;
+
+/// How a snapshot's files are found in the page cache when they are mapped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourceCache {
+    /// Cached in folios of 2 MiB, as a sealed snapshot is left: one fault shows 512 pages.
+    #[default]
+    Huge,
+    /// Cached in small folios, as files are that were just written: each page is a fault.
+    Small,
+    /// Not cached: bytes come from the device.
+    Cold,
+}
+
+impl SourceCache {
+    pub const ALL: [SourceCache; 3] = [SourceCache::Huge, SourceCache::Small, SourceCache::Cold];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            SourceCache::Huge => "huge",
+            SourceCache::Small => "small",
+            SourceCache::Cold => "cold",
+        }
+    }
+}
+
+macro_rules! costs {
+    ($($(#[$doc:meta])* $name:ident = $built_in:literal,)*) => {
+        /// Costs of one host. All numbers are nanoseconds.
+        #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct Costs {
+            version: u32,
+            /// The fields that were measured on this host. The others are built in.
+            pub measured: Vec<String>,
+            /// How the snapshot's files are cached: not a fact about the host, so it is not in its file.
+            #[serde(skip)]
+            pub cache: SourceCache,
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Default for Costs {
+            /// The built-in numbers.
+            fn default() -> Self {
+                let cache = SourceCache::default();
+                Costs { version: VERSION, measured: Vec::new(), cache, $($name: $built_in,)* }
+            }
+        }
+
+        impl Costs {
+            /// Every number by name, in the order of this file.
+            pub fn fields(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name),)*].into_iter()
+            }
+
+            /// Notes that a number was measured. What cannot be is not taken: zero becomes 1, an hour the most allowed.
+            pub fn set_measured(&mut self, name: &str, ns: u64) {
+                match name {
+                    $(stringify!($name) => self.$name = ns.clamp(1, LARGEST_NS),)*
+                    _ => return,
+                }
+                if !self.is_measured(name) {
+                    self.measured.push(name.to_string());
+                }
+            }
+        }
+    };
+}
+
+costs! {
+    /// First write of the guest to a page of anonymous memory.
+    anon_write_fault_ns = 4_400,
+    /// First read of the guest of a page of anonymous memory.
+    anon_read_fault_ns = 3_600,
+    /// First touch of a block of 2 MiB that one huge page or folio shows.
+    huge_fault_ns = 4_500,
+    /// First touch of a page of a private file mapping in small pages, cached.
+    file_read_fault_ns = 3_100,
+    /// First write to a page of a private file mapping: a fault and a copy.
+    cow_fault_ns = 4_900,
+    /// The first write into a block that a huge folio showed: the copy, and the block shown in small pages from then on.
+    cow_split_fault_ns = 11_000,
+    /// A page of a hole in a file, over a page that is there: the cache makes one.
+    hole_extra_ns = 1_500,
+    /// `MADV_POPULATE_WRITE` over a private file mapping: each call.
+    populate_write_call_ns = 1_100,
+    /// `MADV_POPULATE_WRITE` over a private file mapping: each page.
+    populate_write_page_ns = 1_800,
+    /// First touch of the guest of a small page that is in the host's page tables, writable.
+    populated_touch_ns = 900,
+    /// Reading from the cache into anonymous memory in huge pages, allocation included: each page of 4 KiB.
+    read_huge_page_ns = 430,
+    /// Reading from the cache into anonymous memory in small pages, allocation included: each page.
+    read_small_page_ns = 1_800,
+    /// A system call that reads: what it costs whatever its length.
+    call_ns = 1_000,
+    /// A mapping of its own (`mmap`), and what it costs to have one more.
+    vma_ns = 8_000,
+    /// A page fault that a userfaultfd thread answers.
+    uffd_fault_ns = 40_000,
+    /// A page installed by `UFFDIO_COPY`, many at a time.
+    uffd_copy_ns = 1_200,
+    /// A page from the device, in a long sequential read.
+    device_sequential_page_ns = 4_000,
+    /// A page from the device, alone: over what it costs in a sequential read.
+    device_seek_ns = 30_000,
+}
+
+/// The file's first question: is it for this build?
+#[derive(Deserialize)]
+struct Probe {
+    version: u32,
+}
+
+impl Costs {
+    /// Whether a number was measured on this host.
+    pub fn is_measured(&self, name: &str) -> bool {
+        self.measured.iter().any(|known| known == name)
+    }
+
+    /// `built-in`, `measured`, or how much of each.
+    pub fn source(&self) -> String {
+        let all = self.fields().count();
+        match self.measured.len() {
+            0 => "built-in".to_string(),
+            measured if measured >= all => "measured".to_string(),
+            measured => format!("{measured} of {all} measured, the others built-in"),
+        }
+    }
+
+    /// The same host, with the snapshot's files cached in another way.
+    #[must_use]
+    pub fn with_cache(mut self, cache: SourceCache) -> Costs {
+        self.cache = cache;
+        self
+    }
+
+    /// Reads what [`Costs::save`] wrote.
+    pub fn load(path: &Path) -> Result<Costs, Error> {
+        let bad = |problem: String| Error::Costs { path: path.to_path_buf(), problem };
+        let file = std::fs::File::open(path).map_err(|error| bad(error.to_string()))?;
+        let mut text = String::new();
+        file.take(FILE_LIMIT).read_to_string(&mut text).map_err(|error| bad(error.to_string()))?;
+        let probe: Probe = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+        if probe.version != VERSION {
+            let version = probe.version;
+            return Err(bad(format!(
+                "it has version {version}, this build reads {VERSION}; run `tvmm calibrate` again"
+            )));
+        }
+        let costs: Costs = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+        if let Some((name, ns)) = costs.fields().find(|(_, ns)| !(1..=LARGEST_NS).contains(ns)) {
+            return Err(bad(format!("its {name} is {ns}, allowed is 1 to {LARGEST_NS}")));
+        }
+        match costs.measured.iter().find(|name| !costs.fields().any(|(known, _)| known == name.as_str())) {
+            Some(name) => Err(bad(format!("it says that {name:?} was measured, which is no cost"))),
+            None => Ok(costs),
+        }
+    }
+
+    /// Writes the numbers as JSON, in one step.
+    pub fn save(&self, path: &Path) -> Result<(), Error> {
+        let bad = |problem: String| Error::Costs { path: path.to_path_buf(), problem };
+        let json = serde_json::to_string_pretty(self).map_err(|error| bad(error.to_string()))?;
+        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            std::fs::create_dir_all(parent).map_err(|error| bad(error.to_string()))?;
+        }
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(format!(".{}", std::process::id()));
+        std::fs::write(&beside, format!("{json}\n")).map_err(|error| bad(error.to_string()))?;
+        std::fs::rename(&beside, path).map_err(|error| bad(error.to_string()))
+    }
+
+    /// Where the measurements of this host are kept: `$XDG_CACHE_HOME/tvmm/costs.json`, or below `~/.cache`.
+    pub fn default_path() -> Option<PathBuf> {
+        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
+        Some(cache.join("tvmm").join("costs.json"))
+    }
+
+    /// The measurements of this host if there are any, else the built-in numbers.
+    pub fn of_this_host() -> Result<Costs, Error> {
+        match Costs::default_path().filter(|path| path.exists()) {
+            Some(path) => Costs::load(&path),
+            None => Ok(Costs::default()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_survive_a_file_and_say_what_was_measured() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep").join("costs.json");
+        let mut costs = Costs::default();
+        assert_eq!(costs.source(), "built-in");
+        costs.set_measured("vma_ns", 0);
+        costs.set_measured("cow_fault_ns", u64::MAX);
+        costs.set_measured("no_such_thing", 7);
+        assert_eq!((costs.vma_ns, costs.cow_fault_ns), (1, LARGEST_NS));
+        costs.save(&path).unwrap();
+        let back = Costs::load(&path).unwrap();
+        assert_eq!(back, costs);
+        assert!(back.is_measured("vma_ns") && !back.is_measured("call_ns"));
+        assert!(back.source().starts_with("2 of "), "{}", back.source());
+    }
+
+    #[test]
+    fn costs_that_cannot_be_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("costs.json");
+        let good = serde_json::to_value(Costs::default()).unwrap();
+        let mut cases = vec![(serde_json::json!([]), "invalid")];
+        let mut with = |key: &str, value: serde_json::Value, message| {
+            let mut costs = good.clone();
+            costs[key] = value;
+            cases.push((costs, message));
+        };
+        with("version", 2.into(), "version 2");
+        with("vma_ns", 0.into(), "vma_ns is 0");
+        with("vma_ns", u64::MAX.into(), "vma_ns is");
+        with("vma_ns", (-1).into(), "invalid");
+        with("surplus_ns", 1.into(), "unknown field");
+        with("measured", serde_json::json!(["x"]), "no cost");
+        for (json, message) in cases {
+            std::fs::write(&path, json.to_string()).unwrap();
+            let error = Costs::load(&path).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        assert!(Costs::load(&dir.path().join("none")).is_err());
+    }
+}

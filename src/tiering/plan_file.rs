@@ -1,0 +1,205 @@
+//! A plan in a file: what was decided once is carried out many times.
+//!
+//! The file is a container like all of tvmm's (`docs/snapshot-format.md`): sections with checksums. It names the snapshot
+//! it is for and remembers length and modification time of every memory file, so that a file that changed after the plan
+//! was made is noticed before anything is mapped from it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::Error;
+use super::policy::Estimate;
+use crate::snapshot::{Chain, Container, RestorePlan, Section, SectionKind, Snapshot, replace_file, write_container};
+
+/// The version of the section; another one is not read, the plan is made again.
+const VERSION: u32 = 1;
+/// The largest plan, in bytes.
+const FILE_LIMIT: u64 = 256 << 20;
+
+/// A memory file as it was when the plan was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceFile {
+    /// Bytes.
+    pub len: u64,
+    /// Modification time: seconds and nanoseconds since 1970.
+    pub modified: (i64, i64),
+}
+
+impl SourceFile {
+    fn of(layer: &Snapshot) -> Result<SourceFile, Error> {
+        let path = layer.memory_path();
+        let bad = |error: std::io::Error| Error::PlanFile { path: path.to_path_buf(), problem: error.to_string() };
+        let metadata = layer.memory().metadata().map_err(bad)?;
+        Ok(SourceFile { len: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
+    }
+}
+
+/// A plan and what it was made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlanFile {
+    pub plan: RestorePlan,
+    /// What it was expected to cost.
+    pub expected: Estimate,
+    /// By which numbers: [`Costs::source`](super::costs::Costs::source).
+    pub costs: String,
+    /// The memory file of each layer, base first.
+    pub sources: Vec<SourceFile>,
+}
+
+impl PlanFile {
+    /// A plan just made for the tip of `chain`.
+    pub fn new(plan: RestorePlan, expected: Estimate, costs: String, chain: &Chain) -> Result<PlanFile, Error> {
+        let sources = chain.layers().iter().map(SourceFile::of).collect::<Result<_, _>>()?;
+        Ok(PlanFile { plan, expected, costs, sources })
+    }
+
+    /// Reads what [`PlanFile::save`] wrote. What it says is not yet checked: see [`PlanFile::check_for`].
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] for what is not a container, or damaged; [`Error::PlanFile`] for what is no plan.
+    pub fn load(path: &Path) -> Result<PlanFile, Error> {
+        let bad = |problem: String| Error::PlanFile { path: path.to_path_buf(), problem };
+        let container = Container::read(path, FILE_LIMIT)?;
+        let info = container.info(SectionKind::Plan, 0)?;
+        if info.version != VERSION {
+            return Err(bad(format!("it has version {}, this build reads {VERSION}; make it again", info.version)));
+        }
+        if container.sections().len() != 1 {
+            return Err(bad("it has more sections than a plan has".to_string()));
+        }
+        match postcard::take_from_bytes::<PlanFile>(container.payload(info)?) {
+            Ok((file, [])) => Ok(file),
+            Ok((_, rest)) => Err(bad(format!("{} bytes follow its plan", rest.len()))),
+            Err(error) => Err(bad(error.to_string())),
+        }
+    }
+
+    /// Writes the plan beside its name, makes it durable, and renames it. Returns its size in bytes.
+    pub fn save(&self, path: &Path) -> Result<u64, Error> {
+        let bad = |error: postcard::Error| Error::PlanFile { path: path.to_path_buf(), problem: error.to_string() };
+        let payload = postcard::to_stdvec(self).map_err(bad)?;
+        let bytes = write_container(&[Section { kind: SectionKind::Plan, instance: 0, version: VERSION, payload }]);
+        replace_file(path, &bytes)?;
+        Ok(bytes.len() as u64)
+    }
+
+    /// The plan, if it is for the tip of `chain`, valid, and nothing it takes pages from has changed since. `path` names
+    /// the file in errors.
+    ///
+    /// # Errors
+    /// [`Error::PlanOfOther`], [`Error::SourceChanged`], or the rule of [`RestorePlan::validate`] that is broken.
+    pub fn check_for(&self, chain: &Chain, path: &Path) -> Result<&RestorePlan, Error> {
+        let given = chain.tip().id();
+        if self.plan.snapshot != given {
+            return Err(Error::PlanOfOther { made_for: self.plan.snapshot, given });
+        }
+        if self.sources.len() != chain.layers().len() {
+            let problem = format!("it is for {} layers, the chain has {}", self.sources.len(), chain.layers().len());
+            return Err(Error::PlanFile { path: path.to_path_buf(), problem });
+        }
+        for (layer, then) in chain.layers().iter().zip(&self.sources) {
+            if SourceFile::of(layer)? != *then {
+                return Err(Error::SourceChanged { path: layer.memory_path().to_path_buf() });
+            }
+        }
+        self.plan.validate(chain.layout(), &chain.layer_file_lens())?;
+        Ok(&self.plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::{
+        Gfn, HostFacts, LoadHuge, Location, MachineFacts, MemoryLayout, PAGE_SIZE, SealInput, SnapshotKind,
+        SnapshotWriter,
+    };
+    use crate::tiering::costs::Costs;
+    use crate::tiering::policy::{Budget, Policy, PolicyInput};
+
+    struct NoCache;
+
+    impl LoadHuge for NoCache {
+        fn load_huge(&self, _: &std::fs::File, _: u64, _: u64) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn snapshot(dir: &Path, byte: u8) -> Chain {
+        let layout = MemoryLayout::from_gpa_ranges(&[(0, 64 * PAGE_SIZE)]).unwrap();
+        let location = Location::Dir(dir.to_path_buf());
+        let mut writer = SnapshotWriter::create(location.clone(), layout, SnapshotKind::Full, None).unwrap();
+        writer.write_run(Gfn(3), &vec![byte; 5 * PAGE_SIZE as usize]).unwrap();
+        let machine = MachineFacts { vcpu_count: 1, mem_size_mib: 1 };
+        writer.seal(SealInput { state: Vec::new(), host: HostFacts::default(), machine, cache: &NoCache }).unwrap();
+        Chain::open(&location).unwrap()
+    }
+
+    fn planned(chain: &Chain) -> PlanFile {
+        let (resolved, costs) = (chain.resolve().unwrap(), Costs::default());
+        let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget: Budget::default() };
+        let plan = Policy::Trenv.plan(&input).unwrap();
+        let expected = input.estimate(&plan);
+        PlanFile::new(plan, expected, costs.source(), chain).unwrap()
+    }
+
+    #[test]
+    fn plan_survives_a_file_and_is_for_its_snapshot_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let (chain, other) = (snapshot(&dir.path().join("a"), 1), snapshot(&dir.path().join("b"), 2));
+        let (file, path) = (planned(&chain), dir.path().join("p.plan"));
+        file.save(&path).unwrap();
+        let back = PlanFile::load(&path).unwrap();
+        assert_eq!(back, file);
+        assert_eq!(back.check_for(&chain, &path).unwrap(), &file.plan);
+        assert!(matches!(back.check_for(&other, &path), Err(Error::PlanOfOther { .. })));
+    }
+
+    #[test]
+    fn plan_over_a_changed_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let chain = snapshot(&dir.path().join("a"), 1);
+        let file = planned(&chain);
+        let memory = std::fs::File::options().write(true).open(chain.tip().memory_path()).unwrap();
+        memory.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let error = file.check_for(&chain, Path::new("p")).unwrap_err();
+        assert!(matches!(error, Error::SourceChanged { .. }), "{error}");
+    }
+
+    #[test]
+    fn damaged_cut_and_forged_plans_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let chain = snapshot(&dir.path().join("a"), 1);
+        let (mut file, path) = (planned(&chain), dir.path().join("p.plan"));
+        file.save(&path).unwrap();
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x11;
+            std::fs::write(&path, &bad).unwrap();
+            assert!(PlanFile::load(&path).is_err(), "byte {at}");
+            std::fs::write(&path, &good[..at]).unwrap();
+            assert!(PlanFile::load(&path).is_err(), "cut at {at}");
+        }
+        let forged = |kind, version, payload| {
+            std::fs::write(&path, write_container(&[Section { kind, instance: 0, version, payload }])).unwrap();
+            PlanFile::load(&path).unwrap_err().to_string()
+        };
+        let payload = postcard::to_stdvec(&file).unwrap();
+        assert!(forged(SectionKind::Plan, 2, payload.clone()).contains("version 2"));
+        assert!(forged(SectionKind::Plan, 1, [&payload[..], &[0]].concat()).contains("1 bytes follow"));
+        // Lengths that claim more than there is.
+        for at in 0..payload.len() {
+            let mut bad = payload.clone();
+            bad[at] = 0xff;
+            bad.truncate(at + 1);
+            bad.extend([0xff; 9]);
+            forged(SectionKind::Plan, 1, bad);
+        }
+        assert!(forged(SectionKind::Manifest, 1, payload).contains("no section"));
+        file.plan.extents.pop();
+        assert!(matches!(file.check_for(&chain, &path), Err(Error::Snapshot(_))));
+    }
+}

@@ -1,0 +1,17 @@
+//! `firecracker-uffd`: nothing is mapped, a userfaultfd handler installs each page when it is touched (Firecracker
+//! `docs/snapshotting/handling-page-faults-on-snapshot-resume.md`, `mem_backend` Uffd, with the example handler that
+//! answers one page at a time).
+//!
+//! Where tvmm differs: the handler is a thread of the VMM, not another process. As in Firecracker zero pages of a full
+//! snapshot are faults too (its memory file has them as holes). In a chain they are anonymous memory: which of several
+//! files would have the hole is not for the handler to find out.
+
+use super::{Ground, place};
+use crate::snapshot::{Placement, PlannedExtent};
+
+pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
+    if ground.layers == 1 {
+        return place::whole_file(ground.layout, Placement::Lazy);
+    }
+    place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::Lazy, source))
+}

@@ -1,0 +1,241 @@
+//! What `tiered` can do with a stretch of memory that lies within one block, and what each way costs.
+
+use super::super::Ground;
+use super::super::estimate::tally;
+use super::super::model::{AnonBlock, FileBlock, Tally};
+use super::super::place::{BLOCK_PAGES, advance, hole, pieces};
+use super::super::touches::Touch;
+use crate::snapshot::{Content, Extent, Fill, PAGE_SIZE, PageSource, Placement, PlannedExtent};
+use crate::tiering::costs::{Costs, SourceCache};
+
+/// What a stretch is mapped to. Neighbours with the same backing need no mapping of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    Anonymous,
+    /// A file of which huge folios are wanted.
+    InPlace,
+    /// A file, page by page.
+    CowFile,
+}
+
+pub const BACKINGS: [Backing; 3] = [Backing::Anonymous, Backing::InPlace, Backing::CowFile];
+
+/// What a way costs: time, and pages of local memory that no profiled write needs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Price {
+    pub ns: f64,
+    pub extra_pages: u64,
+}
+
+impl Price {
+    /// Time, with each extra page at `page_ns`.
+    pub fn at(self, page_ns: f64) -> f64 {
+        // Without budget pressure `page_ns` is 0.
+        self.ns + page_ns * self.extra_pages as f64
+    }
+}
+
+/// A stretch within one block of which each page has the same kind of source: one resolved run's part, or a whole block
+/// whose pages one file can show.
+#[derive(Clone, Copy, Debug)]
+pub struct Unit {
+    pub extent: Extent,
+    /// Where the file that can show all of it has the first page; `None` if it is zero and no file has it.
+    pub source: Option<PageSource>,
+    /// Zero in the snapshot, so that it needs no source.
+    pub zero: bool,
+    /// The first touch that may matter.
+    pub touch: usize,
+}
+
+/// The ways of a unit, in the order of [`BACKINGS`].
+pub type Ways = [Option<Price>; 3];
+
+impl Unit {
+    /// The unit of a part of a resolved run.
+    pub fn of(ground: &Ground, content: Content, run: Extent, part: Extent, touch: usize) -> Unit {
+        match content {
+            Content::Zero => {
+                Unit { extent: part, source: hole(ground.layout, ground.layers - 1, part.first), zero: true, touch }
+            }
+            Content::Layer(source) => {
+                let source = advance(source, part.first.0 - run.first.0);
+                Unit { extent: part, source: Some(source), zero: false, touch }
+            }
+        }
+    }
+
+    fn is_block(&self) -> bool {
+        self.extent.pages == BLOCK_PAGES
+    }
+
+    fn is_aligned(&self) -> bool {
+        let block = BLOCK_PAGES * PAGE_SIZE;
+        self.source.is_some_and(|source| source.offset % block == self.extent.gpa() % block)
+    }
+
+    /// What each backing would cost.
+    pub fn ways(&self, ground: &Ground, touches: &[Touch]) -> Ways {
+        let costs = ground.costs;
+        let all = tally(self.extent, touches, &mut self.touch.clone());
+        if self.source.is_none() {
+            return [Some(self.zero_price(&all, costs)), None, None];
+        }
+        let mapped = |backing| {
+            let open = self.file(all, Tally::default(), 0, backing).cost(costs).total();
+            let broken = self.broken_price(ground, touches, backing);
+            match broken {
+                Some(broken) if broken.at(ground.page_ns) < open => broken,
+                _ => Price { ns: open, extra_pages: 0 },
+            }
+        };
+        let small = (costs.cache == SourceCache::Cold).then(|| mapped(Backing::CowFile));
+        [Some(self.anonymous(&all, ground, touches).0), Some(mapped(Backing::InPlace)), small]
+    }
+
+    /// Zero pages left to faults, or everything read ahead; and whether it is the latter.
+    fn anonymous(&self, all: &Tally, ground: &Ground, touches: &[Touch]) -> (Price, bool) {
+        let costs = ground.costs;
+        let zero = self.zero_price(all, costs);
+        // Fewer zero pages than a block are not worth a read.
+        if self.zero && !self.is_block() {
+            return (zero, false);
+        }
+        let block = AnonBlock { copied: *all, calls: 1, whole: self.is_block(), ..AnonBlock::default() };
+        let extra_pages = self.unwritten(self.extent, touches);
+        let copy = Price { ns: block.cost(costs).total(), extra_pages };
+        if self.zero && zero.at(ground.page_ns) <= copy.at(ground.page_ns) { (zero, false) } else { (copy, true) }
+    }
+
+    fn zero_price(&self, all: &Tally, costs: &Costs) -> Price {
+        let ns = AnonBlock { zero: *all, ..AnonBlock::default() }.cost(costs).total();
+        Price { ns, extra_pages: 0 }
+    }
+
+    fn file(&self, open: Tally, broken: Tally, calls: u64, backing: Backing) -> FileBlock {
+        let wants_huge = backing == Backing::InPlace;
+        FileBlock { open, broken, calls, wants_huge, aligned: self.is_aligned(), read_ahead: false }
+    }
+
+    /// The price with copy-on-write broken ahead where that pays; `None` if nowhere.
+    fn broken_price(&self, ground: &Ground, touches: &[Touch], backing: Backing) -> Option<Price> {
+        let runs = self.breaks(ground, touches);
+        if runs.is_empty() {
+            return None;
+        }
+        let (mut open, mut broken) = (Tally::default(), Tally::default());
+        let (mut run, mut extra_pages) = (0, 0);
+        pieces(self.extent, touches, &mut self.touch.clone(), |piece, touch| {
+            pieces(piece, &runs, &mut run, |part, inside| {
+                let tally = if inside.is_some() { &mut broken } else { &mut open };
+                match touch {
+                    Some(touch) => tally.add(part, &touches[touch]),
+                    None => tally.add_rest(part.pages),
+                }
+                let unwritten = touch.is_none_or(|touch| touches[touch].written <= 0.0);
+                extra_pages += if inside.is_some() && unwritten { part.pages } else { 0 };
+            });
+        });
+        let block = self.file(open, broken, runs.len() as u64, backing);
+        Some(Price { ns: block.cost(ground.costs).total(), extra_pages })
+    }
+
+    /// Where copy-on-write is broken ahead, if it is broken anywhere in the block: what is more likely written than it
+    /// costs, with short gaps taken in where a call costs more.
+    fn breaks(&self, ground: &Ground, touches: &[Touch]) -> Vec<Part> {
+        let costs = ground.costs;
+        let mut runs: Vec<Part> = Vec::new();
+        let mut pending = Tally::default();
+        pieces(self.extent, touches, &mut self.touch.clone(), |piece, touch| {
+            let gain = touch.map_or(f64::MIN, |touch| gain(piece, &touches[touch], costs));
+            let joins = runs.last().is_some_and(|last| last.0.end() == piece.first);
+            if gain > 0.0 && (joins || gain > costs.populate_write_call_ns as f64) {
+                match runs.last_mut() {
+                    Some(last) if joins => last.0.pages += piece.pages,
+                    Some(last) if gap_pays(last.0, piece, &pending, ground) => {
+                        last.0.pages = piece.end().0 - last.0.first.0;
+                    }
+                    _ => runs.push(Part(piece)),
+                }
+                pending = Tally::default();
+            } else {
+                match touch {
+                    Some(touch) => pending.add(piece, &touches[touch]),
+                    None => pending.add_rest(piece.pages),
+                }
+            }
+        });
+        runs
+    }
+
+    /// The pages of `extent` that no recorded run wrote.
+    fn unwritten(&self, extent: Extent, touches: &[Touch]) -> u64 {
+        let mut pages = 0;
+        pieces(extent, touches, &mut self.touch.clone(), |piece, touch| {
+            pages += if touch.is_some_and(|touch| touches[touch].written > 0.0) { 0 } else { piece.pages };
+        });
+        pages
+    }
+
+    /// The extents that carry out the unit on `backing`.
+    pub fn emit(&self, ground: &Ground, touches: &[Touch], backing: Backing, out: &mut Vec<PlannedExtent>) {
+        let all = tally(self.extent, touches, &mut self.touch.clone());
+        let Some(source) = self.source else {
+            out.push(PlannedExtent::zero(self.extent));
+            return;
+        };
+        let placement = match backing {
+            Backing::Anonymous => {
+                let copies = self.anonymous(&all, ground, touches).1;
+                let copy = || PlannedExtent::preload(self.extent, source, Fill::Copy);
+                out.push(if copies { copy() } else { PlannedExtent::zero(self.extent) });
+                return;
+            }
+            Backing::InPlace => Placement::InPlace,
+            Backing::CowFile => Placement::CowFile,
+        };
+        let open = self.file(all, Tally::default(), 0, backing).cost(ground.costs).total();
+        let breaks = match self.broken_price(ground, touches, backing) {
+            Some(broken) if broken.at(ground.page_ns) < open => self.breaks(ground, touches),
+            _ => Vec::new(),
+        };
+        pieces(self.extent, &breaks, &mut 0, |part, broken| {
+            let source = advance(source, part.first.0 - self.extent.first.0);
+            out.push(match broken {
+                Some(_) => PlannedExtent::preload(part, source, Fill::BreakCow),
+                None => PlannedExtent::from(part, placement, source),
+            });
+        });
+    }
+}
+
+/// What breaking copy-on-write of some pages ahead saves, the call not counted.
+fn gain(piece: Extent, touch: &Touch, costs: &Costs) -> f64 {
+    if touch.written <= 0.0 {
+        return f64::MIN;
+    }
+    let later =
+        touch.written * costs.cow_fault_ns as f64 + (touch.touched - touch.written) * costs.file_read_fault_ns as f64;
+    let ahead = costs.populate_write_page_ns as f64 + touch.touched * costs.populated_touch_ns as f64;
+    piece.pages as f64 * (later - ahead)
+}
+
+/// Whether two runs are cheaper as one, with the pages between them.
+fn gap_pays(last: Extent, next: Extent, gap: &Tally, ground: &Ground) -> bool {
+    let costs = ground.costs;
+    let pages = (next.first.0 - last.end().0) as f64;
+    let later = gap.reads * costs.file_read_fault_ns as f64 + gap.writes * costs.cow_fault_ns as f64;
+    let ahead = pages * (costs.populate_write_page_ns as f64 + ground.page_ns)
+        + gap.touched() * costs.populated_touch_ns as f64;
+    ahead < later + costs.populate_write_call_ns as f64
+}
+
+/// A run as a label.
+#[derive(Clone, Copy, Debug)]
+pub struct Part(pub Extent);
+
+impl AsRef<Extent> for Part {
+    fn as_ref(&self) -> &Extent {
+        &self.0
+    }
+}

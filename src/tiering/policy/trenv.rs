@@ -1,0 +1,13 @@
+//! `trenv`: the whole image in place on memory that all hosts reach, copied on write, nothing preloaded (Huang et al.,
+//! "TrEnv: Transparently Share Serverless Execution Environments Across Different Functions and Nodes", SOSP 2024; its
+//! `mm-template` maps device DAX read-only in 4 KiB pages, RDMA lazily).
+//!
+//! Where tvmm differs: no kernel patch, the pages that are zero are anonymous memory, and where the image is a file in
+//! the page cache it is mapped in 2 MiB folios. Sandboxes are not reused.
+
+use super::{Ground, place};
+use crate::snapshot::{Placement, PlannedExtent};
+
+pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
+    place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::InPlace, source))
+}
