@@ -18,6 +18,7 @@ pub mod logging;
 pub mod machine;
 mod memory;
 mod metrics;
+mod planning;
 pub mod record;
 mod restore;
 pub mod session;
