@@ -17,6 +17,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::vmm::sys::signals;
+
 /// A microVM monitor with tiered snapshot restore built in.
 ///
 /// Without a command: boots the machine of --config, or waits on --api-sock to be told what to do.
@@ -81,6 +83,17 @@ enum Command {
     Bench(bench::BenchArgs),
 }
 
+impl Command {
+    /// Whether no VM runs in this process.
+    fn only_prints(&self) -> bool {
+        match self {
+            Command::Restore(_) => false,
+            Command::Profile(args) => !args.runs_a_vm(),
+            _ => true,
+        }
+    }
+}
+
 /// Any room's error on its way to the user.
 type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -96,6 +109,9 @@ fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
 /// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.command.as_ref().is_some_and(Command::only_prints) {
+        signals::end_with_reader();
+    }
     let result = match cli.command {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(&args),
