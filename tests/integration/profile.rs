@@ -239,3 +239,38 @@ fn profile_of_another_snapshot_or_no_profile_is_refused() {
     assert!(record("uffd", " ").contains("--run takes one function"));
     assert_eq!(std::fs::read(&bad).unwrap(), b"not a profile");
 }
+
+#[test]
+fn pages_of_all_layers_of_a_chain_are_recorded() {
+    let dir = scratch();
+    let (base, tip) = (dir.path().join("base"), dir.path().join("tip"));
+    let mut vm = Vm::boot(&config(1, 128));
+    let first = vm.call(&format!("fill pages={} seed=3", FILLED / 2));
+    vm.snapshot(&base, &[]);
+    let second = vm.call(&format!("fill pages={} seed=4", FILLED / 2));
+    vm.snapshot(&tip, &["--diff"]);
+    let gfn = |answer: &crate::support::Answer| {
+        assert_eq!(answer.value("runs"), "1");
+        u64::from_str_radix(answer.value("gpa").trim_start_matches("0x"), 16).unwrap() / 4096
+    };
+    let touch = Touch { pages: 2048, write: 30, stride: 4, seed: 0 };
+    let place = |page: u64| if page < FILLED / 2 { gfn(&first) + page } else { gfn(&second) + page - FILLED / 2 };
+    let touched: BTreeSet<u64> = touch.expected().iter().map(|(page, _)| place(*page)).collect();
+    let written: BTreeSet<u64> = touch.expected().iter().filter(|(_, w)| *w).map(|(page, _)| place(*page)).collect();
+    for recorder in ["uffd", "pagemap", "mincore", "dirty-log"] {
+        let shown = record(&tip, recorder, &touch.function(), &dir.path().join(recorder), &[]);
+        let all = set(&shown, &["read", "written", "unclassified"]);
+        match recorder {
+            "mincore" => assert!(all.is_superset(&touched)),
+            "dirty-log" => assert!(set(&shown, &["written"]).is_superset(&written)),
+            _ => {
+                assert!(all.is_superset(&touched) && set(&shown, &["written"]).is_superset(&written), "{recorder}");
+                assert!(all.len() < touched.len() + 200, "{recorder}: {}", all.len());
+                // Of each fill, a quarter is touched; the guest's own pages come on top.
+                let bucket = |name: &str| shown["buckets"][name].as_u64().unwrap();
+                assert!((1024..1200).contains(&bucket("init")), "{recorder}: {}", bucket("init"));
+                assert!((1024..1200).contains(&bucket("runtime")), "{recorder}: {}", bucket("runtime"));
+            }
+        }
+    }
+}
