@@ -11,6 +11,9 @@ need make make
 # Static linking needs the archives of the C library.
 [ -e "$(cc -print-file-name=libc.a 2>/dev/null || echo /nonexistent)" ] || missing="$missing libc6-dev"
 
+# The userfaultfd crate generates its bindings with libclang.
+ls /usr/lib/llvm-*/lib/libclang.so* /usr/lib/*/libclang-[0-9]*.so* 2>/dev/null | grep -q . || missing="$missing libclang-dev"
+
 if [ -n "$missing" ]; then
     if [ "$(id -u)" -ne 0 ]; then
         echo "setup: missing:$missing" >&2

@@ -52,7 +52,7 @@ impl From<SendError> for Fault {
 
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
-        tracing::warn!(status = self.status.as_u16(), message = self.message, "API request was refused.");
+        tracing::warn!(status = self.status.as_u16(), fault = self.message, "API request was refused.");
         json_response(self.status, &serde_json::json!({ "fault_message": self.message }))
     }
 }

@@ -167,6 +167,8 @@ struct MemBackend {
 struct LoadExtension {
     /// The name of the restore policy.
     policy: Option<String>,
+    /// The profile the policy works from.
+    profile: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -216,6 +218,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
     let command = Command::LoadSnapshot(LoadSnapshot {
         location: snapshot_paths(load.snapshot_path, memory, memory_key)?,
         policy: load.tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
+        profile: load.tvmm.profile,
         handler,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
         resume: load.resume_vm,

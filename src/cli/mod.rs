@@ -5,6 +5,7 @@ mod calibrate;
 mod guest;
 mod inspect;
 mod merge;
+mod profile;
 mod plan;
 mod report;
 mod snapshot;
@@ -68,6 +69,8 @@ enum Command {
     Restore(vm::RestoreArgs),
     /// Show what a snapshot is, and verify it
     Inspect(inspect::InspectArgs),
+    /// Record, show and merge profiles: what a function does to the pages of a snapshot
+    Profile(profile::ProfileArgs),
     /// Measure what memory operations cost on this host
     Calibrate(calibrate::CalibrateArgs),
     /// Show what a policy would do with a snapshot, or write it to a file
@@ -98,6 +101,7 @@ pub fn main() -> ExitCode {
         Some(Command::Restore(args)) => vm::restore(&args),
         Some(Command::Snapshot(args)) => snapshot::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Profile(args)) => profile::run(&args),
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::BoxError;
 use crate::vmm::console::Answer;
 use crate::vmm::controller::Controller;
-use crate::vmm::usage;
+use crate::vmm::{accounting, usage};
 
 /// A report being put together.
 pub struct Report(Value);
@@ -16,6 +16,13 @@ pub struct Report(Value);
 pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>) -> Result<Report, BoxError> {
     let parts = controller.machine_parts();
     let memory = parts.as_ref().map(|parts| usage::read(parts.ram)).transpose()?;
+    let fault_ins = parts.as_ref().map(|parts| accounting::count(parts.ram, parts.faults)).transpose()?.flatten();
+    let fault_ins = fault_ins.map(|counts| {
+        let mut json = json!(counts);
+        json["by_read"] = json!(counts.by_read());
+        json["by_write"] = json!(counts.by_write());
+        json
+    });
     let restored = controller.restored().map(|restored| {
         json!({
             "snapshot": restored.snapshot,
@@ -30,7 +37,7 @@ pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>
         "restore": restored,
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
-        "faults_served": parts.as_ref().map(|parts| parts.faults),
+        "fault_ins": fault_ins,
         "exits": parts.as_ref().map(|parts| parts.counters_json()),
         "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
     })))

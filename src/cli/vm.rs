@@ -34,6 +34,9 @@ pub struct RestoreArgs {
     /// How guest memory is restored: eager (read and verify all first) or firecracker (map, fault on demand)
     #[arg(long, default_value = control::DEFAULT_POLICY, value_name = "NAME")]
     policy: String,
+    /// What a recorded run did to each page, for policies that need it (`tvmm profile record`)
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -62,6 +65,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let load = LoadSnapshot {
         location: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
         policy: args.policy.clone(),
+        profile: args.profile.clone(),
         handler: None,
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,

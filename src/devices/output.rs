@@ -1,8 +1,10 @@
 //! Where a console's bytes go: never blocks a vCPU, never grows without bound.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Mutex;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -19,12 +21,20 @@ pub trait Sink: Send {
 /// A file descriptor as sink. It may be shared with other processes, so it is asked before each write instead of
 /// being set non-blocking.
 #[derive(Debug)]
-pub struct FdSink(std::fs::File);
+pub struct FdSink(File);
 
 impl FdSink {
     pub fn new(fd: OwnedFd) -> Self {
-        FdSink(std::fs::File::from(fd))
+        let file = File::from(fd);
+        FdSink(if file.is_terminal() { reopened(&file).unwrap_or(file) } else { file })
     }
+}
+
+/// A terminal polls writable when it takes one byte, and makes a write of more wait for its reader. Opened again, it is
+/// non-blocking for this process alone. A terminal of another user cannot be opened again and is used as it is.
+fn reopened(terminal: &File) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", terminal.as_raw_fd());
+    OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
 /// A pipe polls writable only if this much fits (pipe(7), PIPE_BUF), so a write of no more cannot block.

@@ -1,7 +1,7 @@
 //! A snapshot with everything it is relative to, and where each page of guest memory comes from.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{Error, Extent, Location, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Result, Snapshot, SnapshotKind};
 
@@ -59,6 +59,27 @@ impl Chain {
         }
         layers.reverse();
         Ok(Chain { layers })
+    }
+
+    /// Opens a full snapshot whose memory comes from somewhere else than its own file: the directory, or the state file
+    /// of the two-file form alone.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::open`]; [`Error::NotAChain`] for a diff.
+    pub fn open_without_memory(snapshot: &Path) -> Result<Chain> {
+        let location = if snapshot.is_dir() {
+            Location::Dir(snapshot.to_path_buf())
+        } else {
+            // The state file stands in for the memory file, which is never read.
+            Location::Files { snapshot: snapshot.to_path_buf(), memory: snapshot.to_path_buf() }
+        };
+        let snapshot = Snapshot::open_state(&location)?;
+        if snapshot.manifest().kind == SnapshotKind::Diff {
+            let problem =
+                format!("{} is a diff, and a page-fault handler serves whole memories; merge it", snapshot.object());
+            return Err(Error::NotAChain { problem });
+        }
+        Ok(Chain { layers: vec![snapshot] })
     }
 
     /// Opens a chain whose directories are given, base first, whatever their manifests say about locations.

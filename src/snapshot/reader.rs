@@ -34,6 +34,7 @@ pub struct Snapshot {
     /// The state sections of the container; in the two-file form it has others too.
     state: Vec<SectionInfo>,
     memory: File,
+    memory_len: u64,
     memory_path: PathBuf,
     page_map: OnceLock<PageMap>,
 }
@@ -46,6 +47,23 @@ impl Snapshot {
     /// [`Error::ManifestJson`], [`Error::IdMismatch`], [`Error::DigestMismatch`], [`Error::Malformed`] for files that
     /// are not what was written; [`Error::Io`].
     pub fn open(location: &Location) -> Result<Snapshot> {
+        let snapshot = Snapshot::open_state(location)?;
+        let (have, need) = (snapshot.memory_len, snapshot.manifest.layout.file_len());
+        let object = || snapshot.memory_path.display().to_string();
+        if have < need {
+            return Err(Error::Truncated { object: object(), have, need });
+        }
+        if have > need {
+            return Err(Error::malformed(&object(), format!("it has {have} bytes, its manifest says {need}")));
+        }
+        Ok(snapshot)
+    }
+
+    /// As [`open`](Snapshot::open), but the memory file is not looked at: somebody else serves guest memory.
+    ///
+    /// # Errors
+    /// As for [`open`](Snapshot::open).
+    pub(crate) fn open_state(location: &Location) -> Result<Snapshot> {
         let object = location.display();
         let (manifest, container) = match location {
             Location::Dir(dir) => open_dir(dir, &object)?,
@@ -60,18 +78,9 @@ impl Snapshot {
         }
         let memory_path = location.memory_path();
         let (memory, memory_len) = files::open_regular(&memory_path)?;
-        let need = manifest.layout.file_len();
-        if memory_len < need {
-            let object = memory_path.display().to_string();
-            return Err(Error::Truncated { object, have: memory_len, need });
-        }
-        if memory_len > need {
-            let problem = format!("it has {memory_len} bytes, its manifest says {need}");
-            return Err(Error::malformed(&memory_path.display().to_string(), problem));
-        }
         let location = location.clone();
         let page_map = OnceLock::new();
-        Ok(Snapshot { location, object, manifest, container, state, memory, memory_path, page_map })
+        Ok(Snapshot { location, object, manifest, container, state, memory, memory_len, memory_path, page_map })
     }
 
     /// The manifest.

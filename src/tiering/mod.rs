@@ -11,6 +11,7 @@ pub mod fault;
 pub mod plan_file;
 pub mod policy;
 pub mod profile;
+pub mod recorder;
 
 use std::path::PathBuf;
 

@@ -1,8 +1,9 @@
 //! Loading a kernel into guest memory, and the parameters it is entered with.
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{Cursor, Read, Seek};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -10,7 +11,7 @@ use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info};
 use linux_loader::loader::elf::{Elf, PvhBootCapability, start_info};
-use linux_loader::loader::{KernelLoader, bootparam, load_cmdline};
+use linux_loader::loader::{self, KernelLoader, bootparam, load_cmdline};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
 
 use super::arch::layout;
@@ -35,6 +36,7 @@ pub fn load(source: &BootSource, protocol: BootProtocol, ram: &GuestRam) -> Resu
             (name, loaded)
         }
     };
+    check_end(&name, loaded.end, ram.layout())?;
     write_cmdline(source.boot_args_or_default(), ram.view())?;
     let entry = choose_entry(&name, protocol, &loaded)?;
     match entry {
@@ -47,10 +49,20 @@ pub fn load(source: &BootSource, protocol: BootProtocol, ram: &GuestRam) -> Resu
 struct Loaded {
     linux64: u64,
     pvh: Option<u64>,
+    /// The first address behind it, memory that it wants zeroed and the file does not have included.
+    end: u64,
+}
+
+/// The loader has written what is in the file; a kernel runs only if the rest of it is memory too.
+fn check_end(name: &str, end: u64, memory: &MemoryLayout) -> Result<(), Error> {
+    let ram_end = memory.ranges().first().map_or(0, |range| range.gpa + range.len);
+    if end > ram_end { Err(Error::KernelTooLarge { name: name.to_string(), end, ram_end }) } else { Ok(()) }
 }
 
 fn load_file(path: &Path, memory: &GuestMemoryMmap) -> Result<Loaded, Error> {
-    let mut file = File::open(path).map_err(|source| Error::KernelOpen { path: path.to_owned(), source })?;
+    // A FIFO is refused when it is read, not waited for when it is opened.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let mut file = opened.map_err(|source| Error::KernelOpen { path: path.to_owned(), source })?;
     load_elf(&path.display().to_string(), &mut file, memory)
 }
 
@@ -59,13 +71,23 @@ fn load_elf<F: Read + ReadVolatile + Seek>(
     image: &mut F,
     memory: &GuestMemoryMmap,
 ) -> Result<Loaded, Error> {
+    let failed = |what: String| Error::KernelLoad { name: name.to_string(), what };
     let loaded = Elf::load(memory, None, image, Some(GuestAddress(layout::HIMEM)))
-        .map_err(|error| Error::KernelLoad { name: name.to_string(), what: error.to_string() })?;
+        .map_err(|error| failed(load_problem(&error)))?;
     let pvh = match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
         _ => None,
     };
-    Ok(Loaded { linux64: loaded.kernel_load.0, pvh })
+    Ok(Loaded { linux64: loaded.kernel_load.0, pvh, end: loaded.kernel_end })
+}
+
+fn load_problem(error: &loader::Error) -> String {
+    match error {
+        loader::Error::Elf(loader::elf::Error::ReadKernelImage) => {
+            "it is cut short, or a segment of it lies outside guest memory".to_string()
+        }
+        other => other.to_string(),
+    }
 }
 
 fn choose_entry(name: &str, protocol: BootProtocol, loaded: &Loaded) -> Result<Entry, Error> {

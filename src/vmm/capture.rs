@@ -93,6 +93,11 @@ impl Machine<Paused> {
 }
 
 impl<S> Machine<S> {
+    /// The pages that KVM's log has; it keeps them.
+    pub fn dirty_pages(&self) -> Result<PageSet, Error> {
+        Ok(self.core.read_dirty_log()?.pages)
+    }
+
     /// Tells the machine how the sealing of its last capture went.
     pub fn seal_finished(&mut self, sealed: Option<&Sealed>) {
         match sealed {

@@ -1,9 +1,10 @@
 //! The serial line's other end: standard input and output, or one scripted request.
 
 use std::collections::VecDeque;
-use std::io::{self, Read};
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::sys::clock;
@@ -45,21 +46,24 @@ impl Input {
         Input { pending: bytes.iter().copied().collect(), ..Input::default() }
     }
 
-    /// Whether more should be read: the guest has taken all there was.
+    /// Whether more should be read: the guest has taken all there was. A terminal is read ahead of the guest, so that
+    /// Ctrl-A X ends a machine whose guest takes nothing.
     pub fn wants_more(&self) -> bool {
-        self.pending.is_empty()
+        self.pending.is_empty() || self.terminal.is_some() && self.pending.len() < READ_MAX
     }
 
     /// Reads standard input once. Call when it is readable.
     pub fn read(&mut self) -> io::Result<Typed> {
         let mut buffer = [0; READ_MAX];
-        let count = match io::stdin().lock().read(&mut buffer) {
+        // Not through `Stdin`: what its buffer holds back, nobody is told about.
+        let count = match rustix::io::read(io::stdin(), &mut buffer) {
             Ok(0) => return Ok(Typed::End),
             Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Typed::Nothing),
+            // EAGAIN: another process made it non-blocking, and took what was there.
+            Err(Errno::INTR | Errno::AGAIN) => return Ok(Typed::Nothing),
             // EIO: the terminal went away.
-            Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(Typed::End),
-            Err(error) => return Err(error),
+            Err(Errno::IO) => return Ok(Typed::End),
+            Err(error) => return Err(error.into()),
         };
         Ok(self.take(&buffer[..count]))
     }

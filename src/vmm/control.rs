@@ -101,6 +101,8 @@ pub struct LoadSnapshot {
     pub location: SnapshotPaths,
     /// The name of the restore policy.
     pub policy: String,
+    /// The profile the policy works from.
+    pub profile: Option<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// Whether KVM logs the pages the guest writes from now on.
@@ -234,7 +236,7 @@ fn error_chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text.push(' ');
+        text.push_str(if text.ends_with('.') { " " } else { ": " });
         text.push_str(&error.to_string());
         cause = error.source();
     }
@@ -369,5 +371,8 @@ mod tests {
         let refused = Refused::from(ConfigError::Read { path: "/x".into(), source });
         assert_eq!(refused.kind, RefusedKind::BadRequest);
         assert_eq!(refused.message, "Config file /x cannot be read. entity not found");
+        let inner = std::fmt::Error;
+        let error = crate::vmm::Error::Os { doing: "do it", source: io::Error::other(inner) };
+        assert!(Refused::internal_because(&error).message.starts_with("Cannot do it: "));
     }
 }

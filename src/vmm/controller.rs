@@ -16,12 +16,14 @@ use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
 use super::metrics::MetricsFile;
+use super::record::Watch;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::timeline::{Moments, Timeline};
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Chain, Location, PAGE_SIZE, Sealed};
+use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
 use crate::tiering::costs::Costs;
 use crate::tiering::policy::{Budget, Policy, PolicyInput};
+use crate::tiering::profile::Profile;
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
@@ -116,6 +118,15 @@ impl Controller {
         }
     }
 
+    /// The pages the guest has written since it was restored with dirty tracking.
+    pub fn dirty_pages(&self) -> Result<PageSet, Error> {
+        match &self.phase {
+            Phase::NotStarted => Ok(PageSet::new()),
+            Phase::Running(machine) => machine.dirty_pages(),
+            Phase::Paused(machine) => machine.dirty_pages(),
+        }
+    }
+
     /// Answers one request, now or (for a snapshot) when it is sealed.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
@@ -204,20 +215,26 @@ impl Controller {
     }
 
     /// Restores a machine; running or paused.
-    pub fn restore(&mut self, load: &LoadSnapshot, before_run: impl FnOnce(&Serial)) -> Result<(), Error> {
+    pub fn restore(
+        &mut self,
+        load: &LoadSnapshot,
+        watch: Watch,
+        before_run: impl FnOnce(&Serial),
+    ) -> Result<(), Error> {
         let policy: Policy = load.policy.parse()?;
-        let chain = Arc::new(Chain::open(&location(&load.location))?);
-        let resolved = if policy.needs_pages(&chain) { chain.resolve()? } else { Vec::new() };
-        let (costs, budget) = (Costs::of_this_host()?, Budget::default());
-        let input = PolicyInput { chain: &chain, resolved: &resolved, profile: None, costs: &costs, budget };
-        let plan = policy.plan(&input)?;
+        let chain = Arc::new(match load.handler {
+            None => Chain::open(&location(&load.location))?,
+            Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
+        });
+        let plan = plan(&chain, policy, load)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
             chain,
             plan: &plan,
             track_dirty_pages: load.track_dirty_pages,
-            observer: None,
+            observer: watch.observer,
+            single_pages: watch.single_pages,
             handler: load.handler.as_deref(),
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
@@ -238,7 +255,7 @@ impl Controller {
                 "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
             ));
         }
-        self.restore(load, |_| {}).map_err(|error| Refused::bad_request_because(&error))
+        self.restore(load, Watch::default(), |_| {}).map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn pause(&mut self) -> Result<(), Refused> {
@@ -293,7 +310,7 @@ impl Controller {
             && let Err(refused) = self.resume()
         {
             // The snapshot is good nonetheless, and the machine is still paused; both are told.
-            tracing::error!(message = %refused.message, "The machine could not be resumed after its capture");
+            tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
         self.spawn_seal(captured)
     }
@@ -369,12 +386,23 @@ impl Controller {
     }
 }
 
+/// Makes the plan that was asked for.
+fn plan(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<RestorePlan, Error> {
+    let profile = load.profile.as_deref().map(Profile::load).transpose()?;
+    let resolved = if policy.needs_pages(chain) { chain.resolve()? } else { Vec::new() };
+    let (costs, budget) = (Costs::of_this_host()?, Budget::default());
+    let input = PolicyInput { chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
+    Ok(policy.plan(&input)?)
+}
+
 /// What a machine has in every state.
 pub struct Parts<'a> {
     pub ram: &'a super::memory::GuestRam,
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
+    /// Whether the kernel maps only pages that were touched.
+    pub single_pages: bool,
     counters: &'a super::metrics::ExitCounters,
 }
 
@@ -385,6 +413,7 @@ impl<'a> Parts<'a> {
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
+            single_pages: machine.maps_single_pages(),
             counters: machine.counters(),
         }
     }
@@ -394,7 +423,7 @@ impl<'a> Parts<'a> {
     }
 }
 
-fn location(paths: &SnapshotPaths) -> Location {
+pub(super) fn location(paths: &SnapshotPaths) -> Location {
     match &paths.memory {
         None => Location::Dir(paths.snapshot.clone()),
         Some(memory) => Location::Files { snapshot: paths.snapshot.clone(), memory: memory.clone() },

@@ -42,6 +42,8 @@ pub enum Error {
     KernelOpen { path: PathBuf, source: io::Error },
     #[error("Cannot load the kernel image {name}: {what}")]
     KernelLoad { name: String, what: String },
+    #[error("The kernel {name} does not fit into guest memory: it ends at {end:#x}, memory already at {ram_end:#x}")]
+    KernelTooLarge { name: String, end: u64, ram_end: u64 },
     #[error("The kernel command line is {len} bytes long, at most {max} fit", max = super::arch::layout::CMDLINE_MAX - 1)]
     CmdlineTooLong { len: usize },
     #[error("The kernel command line has a NUL byte or a character outside ASCII")]
@@ -66,6 +68,8 @@ pub enum Error {
     Host(Vec<String>),
     #[error("Cannot take a diff snapshot: {0}")]
     Diff(String),
+    #[error("The run cannot be recorded: {0}")]
+    Record(String),
     #[error("Another snapshot of this VM is still being sealed")]
     SnapshotInProgress,
     #[error(

@@ -260,6 +260,11 @@ impl<S> Machine<S> {
         &self.core.ending
     }
 
+    /// Whether the kernel maps only pages that were touched, not their neighbours.
+    pub fn maps_single_pages(&self) -> bool {
+        self.core.services.maps_single_pages()
+    }
+
     /// Faults that the fault service has answered so far.
     pub fn fault_counts(&self) -> FaultCounts {
         self.core.services.fault_counts()

@@ -25,15 +25,10 @@ pub enum Backing {
     FilePrivate { layer: usize },
     /// As `FilePrivate`, with faults that want huge pages.
     InPlace { layer: usize },
+    /// Local memory that was filled before the guest ran.
+    Preloaded,
     /// Anonymous memory whose first touches are answered by the fault service, or by a handler outside.
     Lazy,
-}
-
-impl Backing {
-    /// Whether untouched pages are those of a mapped file.
-    pub fn is_file(self) -> bool {
-        matches!(self, Backing::FilePrivate { .. } | Backing::InPlace { .. })
-    }
 }
 
 /// A run of guest pages with one backing.
@@ -118,6 +113,17 @@ impl GuestRam {
         let (memory, offset) = self.locate(extent)?;
         let len = extent.bytes() as usize;
         uffd.register(memory, offset, len, write_protect).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Makes the kernel map only pages that are touched, where it can be made to (Linux 6.7): no fault-around and no
+    /// huge pages as long as the result lives.
+    pub fn map_single_pages(&self) -> Result<Option<Uffd>, Error> {
+        let Some(uffd) = Uffd::open_silent().map_err(Error::Userfaultfd)? else { return Ok(None) };
+        for (extent, memory) in self.layout.extents().zip(&self.reservations) {
+            let done = memory.advise_small(0, memory.len()).and_then(|()| uffd.register_silent(memory));
+            done.map_err(|source| map_failed(extent, source))?;
+        }
+        Ok(Some(uffd))
     }
 
     /// A handle to `extent` for another thread: it can populate the pages, not read or write them.

@@ -1,6 +1,7 @@
 //! The machine: configuration, KVM, vCPUs, guest memory, boot, capture and restore. It composes what the other rooms
 //! offer and knows neither HTTP nor which policy made a plan.
 
+pub mod accounting;
 mod arch;
 mod boot;
 pub mod calibrate;
@@ -17,6 +18,7 @@ pub mod logging;
 pub mod machine;
 mod memory;
 mod metrics;
+pub mod record;
 mod restore;
 pub mod session;
 mod state;

@@ -11,6 +11,7 @@ use super::console::{Answer, Input, Typed};
 use super::control::{ControlReceiver, LoadSnapshot};
 use super::controller::Controller;
 use super::error::Error;
+use super::record::Watch;
 use super::sys::signals::EndSignals;
 use super::vcpu::Ending;
 
@@ -37,6 +38,8 @@ pub enum Begin {
     Boot,
     /// Restore a snapshot.
     Restore(LoadSnapshot),
+    /// Restore a snapshot and watch what the guest does to its memory.
+    Record(LoadSnapshot, Watch),
 }
 
 /// What the main loop listens to besides the machine.
@@ -83,13 +86,8 @@ pub fn run(
     match begin {
         Begin::Wait => {}
         Begin::Boot => controller.boot()?,
-        Begin::Restore(load) => {
-            let input = &mut around.input;
-            // A request given beforehand is in the FIFO before the guest runs: one wake-up less.
-            let mut fed = Ok(());
-            controller.restore(&load, |serial| fed = input.feed(serial))?;
-            fed?;
-        }
+        Begin::Restore(load) => restore(&mut controller, &load, Watch::default(), &mut around.input)?,
+        Begin::Record(load, watch) => restore(&mut controller, &load, watch, &mut around.input)?,
     }
     let deadline = around.timeout.map(|timeout| Instant::now() + timeout);
     let stdin_open = around.reads_stdin;
@@ -131,6 +129,13 @@ pub fn run(
     // The loop only breaks with an outcome.
     let outcome = session.outcome.unwrap_or(Outcome::Quit);
     Ok((outcome, session.controller, session.around))
+}
+
+fn restore(controller: &mut Controller, load: &LoadSnapshot, watch: Watch, input: &mut Input) -> Result<(), Error> {
+    // A request given beforehand is in the FIFO before the guest runs: one wake-up less.
+    let mut fed = Ok(());
+    controller.restore(load, watch, |serial| fed = input.feed(serial))?;
+    Ok(fed?)
 }
 
 fn event_error(error: &event_manager::Error) -> Error {

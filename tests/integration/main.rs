@@ -1,6 +1,20 @@
 //! Integration tests: each drives the real binary on the real /dev/kvm. One file per capability.
 
+mod api;
 mod architecture;
 mod boot;
+mod config;
+mod console;
+mod crash;
+mod cycles;
+mod diff;
+mod golden;
+mod guest_elf;
+mod host;
+mod hostile_snapshot;
+mod large;
+mod report;
 mod restore;
+mod smp;
 mod support;
+mod uffd_handler;

@@ -41,6 +41,11 @@ impl Model {
         set.runs().flat_map(|run| self.layout.split(run).collect::<Vec<_>>()).collect()
     }
 
+    /// The bytes of one page.
+    pub(crate) fn page(&self, index: usize) -> Vec<u8> {
+        page_bytes(self.pages[index]).to_vec()
+    }
+
     fn bytes(&self, run: Extent) -> Vec<u8> {
         let index = (self.layout.file_offset(run.first).unwrap() / PAGE_SIZE) as usize;
         self.pages[index..index + run.pages as usize].iter().flat_map(|byte| page_bytes(*byte)).collect()

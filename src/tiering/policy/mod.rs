@@ -15,6 +15,8 @@ mod touches;
 mod trenv;
 
 #[cfg(test)]
+mod chain_tests;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;

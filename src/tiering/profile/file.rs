@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::bits::{BitReader, BitWriter, put_varint, take_varint};
 use super::order::{self, Ranks};
-use super::{Frequency, MAX_RUNS, Order, Profile, RecorderKind};
+use super::{Frequency, MAX_RUNS, Order, Profile, RecorderKind, sets};
 use crate::snapshot::{
     Container, Extent, Gfn, PageSet, Section, SectionInfo, SectionKind, SnapshotId, replace_file, write_container,
 };
@@ -16,7 +16,7 @@ pub const MAX_FUNCTION_BYTES: usize = 4096;
 /// The most layers a profile can have; recorders that see more put the rest into the last.
 pub const MAX_LAYERS: usize = 1024;
 /// The largest profile, in bytes.
-const FILE_LIMIT: u64 = 256 << 20;
+const FILE_LIMIT: u64 = 64 << 20;
 const VERSION: u32 = 1;
 
 /// Bytes of the header section before the function.
@@ -75,7 +75,7 @@ pub(super) fn sections_of(profile: &Profile) -> Vec<Section> {
     let section = |kind, instance, payload| Section { kind, instance, version: VERSION, payload };
     let mut sections = vec![
         section(SectionKind::ProfileHeader, 0, encode_header(profile)),
-        section(SectionKind::ProfilePages, 0, pages.serialize()),
+        section(SectionKind::ProfilePages, 0, sets::encode(&pages)),
         section(SectionKind::ProfileClass, WRITTEN, encode_class(&profile.written, &ranks)),
         section(SectionKind::ProfileClass, UNCLASSIFIED, encode_class(&profile.unclassified, &ranks)),
     ];
@@ -83,8 +83,9 @@ pub(super) fn sections_of(profile: &Profile) -> Vec<Section> {
         Order::Unknown => {}
         Order::Exact(extents) => sections.push(section(SectionKind::ProfileOrder, 0, order::encode(extents, &ranks))),
         Order::Layers(layers) => {
-            let layer =
-                |(index, layer): (usize, &PageSet)| section(SectionKind::ProfileLayer, index as u32, layer.serialize());
+            let layer = |(index, layer): (usize, &PageSet)| {
+                section(SectionKind::ProfileLayer, index as u32, sets::encode(layer))
+            };
             sections.extend(layers.iter().enumerate().map(layer));
         }
     }
@@ -95,7 +96,7 @@ pub(super) fn sections_of(profile: &Profile) -> Vec<Section> {
     for (kind, counts) in
         [(SectionKind::ProfileTouchedIn, &frequency.touched), (SectionKind::ProfileWrittenIn, &frequency.written)]
     {
-        sections.extend(counts.iter().map(|(count, pages)| section(kind, *count, pages.serialize())));
+        sections.extend(counts.iter().map(|(count, pages)| section(kind, *count, sets::encode(pages))));
     }
     sections
 }
@@ -160,7 +161,7 @@ fn decode(container: &Container) -> Result<Profile, Error> {
     container.sections().iter().try_for_each(check_section).map_err(malformed)?;
     let header = container.section(SectionKind::ProfileHeader, 0)?;
     let (mut profile, order) = decode_header(header).map_err(malformed)?;
-    let pages = PageSet::deserialize(container.section(SectionKind::ProfilePages, 0)?)?;
+    let pages = sets::decode(container.section(SectionKind::ProfilePages, 0)?).map_err(malformed)?;
     let ranks = Ranks::of(&pages);
     let class = |which| {
         let bytes = container.section(SectionKind::ProfileClass, which)?;
@@ -284,7 +285,10 @@ fn decode_times(mut bytes: &[u8]) -> Result<Vec<u64>, String> {
 fn decode_sets(container: &Container, kind: SectionKind) -> Result<Vec<(u32, PageSet)>, Error> {
     let of_kind = container.sections().iter().filter(|info| info.kind == kind);
     let mut sets = of_kind
-        .map(|info| Ok((info.instance, PageSet::deserialize(container.payload(info)?)?)))
+        .map(|info| {
+            let set = sets::decode(container.payload(info)?);
+            Ok((info.instance, set.map_err(|problem| Error::profile(container.object(), problem))?))
+        })
         .collect::<Result<Vec<_>, Error>>()?;
     sets.sort_unstable_by_key(|(instance, _)| *instance);
     Ok(sets)

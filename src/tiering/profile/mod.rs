@@ -9,6 +9,7 @@ mod buckets;
 mod file;
 mod merge;
 mod order;
+mod sets;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +17,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use buckets::{Buckets, nonzero};
+pub use file::MAX_LAYERS;
 pub use merge::{Agreement, MergeKind, PairAgreement, merge};
 
 use super::Error;
@@ -230,6 +232,10 @@ impl Profile {
             return Err("its function is too long or has control characters".to_string());
         }
         let pages = self.working_set();
+        let runs = pages.runs().count() as u64;
+        if runs > sets::MAX_SET_RUNS {
+            return Err(format!("its pages are in {runs} runs, at most {} are allowed", sets::MAX_SET_RUNS));
+        }
         order::check(&self.order, &pages)?;
         let times = if self.knows_order() { pages.len().div_ceil(PAGES_PER_TIME) } else { 0 };
         if !self.times_ns.is_empty() && self.times_ns.len() as u64 != times {

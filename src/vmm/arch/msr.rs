@@ -10,6 +10,8 @@ const IA32_MISC_ENABLE: u32 = 0x1a0;
 const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+const KVM_WALL_CLOCK: u32 = 0x11;
+const KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
 
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// MTRRs on, memory is write-back unless one says otherwise.
@@ -30,8 +32,10 @@ pub fn boot_entries() -> Vec<kvm_msr_entry> {
 }
 
 /// Puts saved MSRs into the order in which they must be set: the TSC-deadline timer compares with the TSC, so it is
-/// armed last.
-pub fn order_for_restore(entries: &mut [kvm_msr_entry]) {
+/// armed last. The wall clock's are left out: a write to them is no state but a request to write the time to an address
+/// once (KVM `Documentation/virt/kvm/x86/msr.rst`), which may have become somebody else's memory since.
+pub fn order_for_restore(entries: &mut Vec<kvm_msr_entry>) {
+    entries.retain(|entry| !matches!(entry.index, KVM_WALL_CLOCK | KVM_WALL_CLOCK_NEW));
     entries.sort_by_key(|entry| entry.index == IA32_TSC_DEADLINE);
 }
 
@@ -52,5 +56,13 @@ mod tests {
         order_for_restore(&mut entries);
         let order: Vec<u32> = entries.iter().map(|entry| entry.index).collect();
         assert_eq!(order, [0xc000_0080, IA32_TSC, IA32_TSC_DEADLINE]);
+    }
+
+    #[test]
+    fn the_wall_clock_is_not_written_to_guest_memory_again() {
+        let entry = |index| kvm_msr_entry { index, data: 0x1000, ..Default::default() };
+        let mut entries = vec![entry(KVM_WALL_CLOCK), entry(IA32_TSC), entry(KVM_WALL_CLOCK_NEW)];
+        order_for_restore(&mut entries);
+        assert_eq!(entries.len(), 1);
     }
 }

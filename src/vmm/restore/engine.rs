@@ -354,9 +354,7 @@ fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
         _ if observed || is_served(planned) => Backing::Lazy,
         (Placement::InPlace, Some(source)) => Backing::InPlace { layer: source.layer },
         (Placement::CowFile, Some(source)) => Backing::FilePrivate { layer: source.layer },
-        (Placement::Preload, Some(source)) if planned.fill == Fill::BreakCow => {
-            Backing::FilePrivate { layer: source.layer }
-        }
+        (Placement::Preload, _) => Backing::Preloaded,
         _ => Backing::Anon,
     };
     plan.extents.iter().map(|planned| Piece { extent: planned.extent, backing: backing(planned) }).collect()

@@ -36,6 +36,8 @@ pub struct RestoreSpec<'a> {
     pub track_dirty_pages: bool,
     /// Is told of every first touch; memory is then served page by page, whatever the plan says.
     pub observer: Option<Box<dyn FaultObserver>>,
+    /// The kernel is to map only pages that are touched, not their neighbours, if it can be made to.
+    pub single_pages: bool,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
 }
@@ -48,11 +50,17 @@ pub(super) struct MemoryServices {
     handler: Option<ExternalHandler>,
     uffd: Option<Arc<Uffd>>,
     counters: Arc<FaultCounters>,
+    /// Keeps the kernel from mapping neighbours of touched pages while it lives.
+    single_pages: Option<Uffd>,
 }
 
 impl MemoryServices {
     pub fn fault_counts(&self) -> FaultCounts {
         self.counters.counts()
+    }
+
+    pub fn maps_single_pages(&self) -> bool {
+        self.single_pages.is_some()
     }
 }
 
@@ -111,7 +119,8 @@ impl Machine<Built> {
             track_dirty_pages: spec.track_dirty_pages,
         };
         let layout = tip.layout();
-        if shape.layout()? != *layout {
+        let is_possible = shape.mem_size_mib <= config::MAX_MEM_SIZE_MIB;
+        if !is_possible || !shape.layout().is_ok_and(|own| own == *layout) {
             let what = format!("{} MiB of memory do not fit the manifest's layout", shape.mem_size_mib);
             return Err(Error::State { section: "Machine".into(), what });
         }
@@ -124,7 +133,9 @@ impl Machine<Built> {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
             Some(_) => engine::build_external(layout, timeline)?,
         };
+        let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let mut machine = Machine::build(kvm, built.ram, shape, outside, timeline)?;
+        machine.core.services.single_pages = single_pages;
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, &uffd)?,

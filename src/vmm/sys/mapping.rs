@@ -104,6 +104,16 @@ impl Reservation {
         self.advise(offset, len, libc::MADV_HUGEPAGE)
     }
 
+    /// Forbids huge pages in `[offset, offset + len)`.
+    pub fn advise_small(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.check(offset, len)?;
+        match self.advise(offset, len, libc::MADV_NOHUGEPAGE) {
+            // A kernel built without transparent huge pages.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            result => result,
+        }
+    }
+
     /// Faults `[offset, offset + len)` in for reading (madvise(2), `MADV_POPULATE_READ`).
     pub fn populate_read(&self, offset: usize, len: usize) -> io::Result<()> {
         self.check(offset, len)?;

@@ -9,6 +9,8 @@ pub mod mapping;
 
 pub mod page_cache;
 pub mod pagemap;
+pub mod pagemap_scan;
+pub mod resident;
 pub mod signals;
 pub mod terminal;
 pub mod touch;

@@ -64,6 +64,11 @@ pub struct Uffd {
 
 const EVENTS: usize = 64;
 
+/// Features the crate has no names for (Linux `include/uapi/linux/userfaultfd.h`).
+const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
+
 impl Uffd {
     /// Opens one; `write_protect` if pages will be installed write-protected.
     pub fn open(write_protect: bool) -> io::Result<Self> {
@@ -89,6 +94,27 @@ impl Uffd {
             if write_protect { RegisterMode::MISSING | RegisterMode::WRITE_PROTECT } else { RegisterMode::MISSING };
         let start = memory.base().wrapping_add(offset).cast();
         self.uffd.register_with_mode(start, len, mode).map(drop).map_err(to_io)
+    }
+
+    /// Opens one that reports nothing. Memory registered with it is mapped page by page: the kernel does not fault in
+    /// the neighbours of a touched page where writes are watched (Linux `uffd_disable_fault_around`). `None` if the
+    /// kernel cannot watch writes to any kind of memory (before Linux 6.7).
+    pub fn open_silent() -> io::Result<Option<Self>> {
+        let features = FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
+        let mut builder = UffdBuilder::new();
+        builder.close_on_exec(true).non_blocking(true).user_mode_only(true);
+        builder.require_features(FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(features));
+        match builder.create().map_err(to_io) {
+            Ok(uffd) => Ok(Some(Uffd { uffd, events: Mutex::new(EventBuffer::new(1)) })),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Registers all of `memory` with a silent userfaultfd.
+    pub fn register_silent(&self, memory: &Reservation) -> io::Result<()> {
+        let start = memory.base().cast();
+        self.uffd.register_with_mode(start, memory.len(), RegisterMode::WRITE_PROTECT).map(drop).map_err(to_io)
     }
 
     /// Puts `bytes` (whole pages) at `address`. Pages that are there already stay as they are. Returns how many pages

@@ -1,5 +1,7 @@
 //! A VM under test: a tvmm process with its console and control socket at hand.
 
+pub mod artefact;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -20,7 +22,29 @@ pub fn tvmm() -> Command {
 
 /// Runs `tvmm` with `args` to its end.
 pub fn run(args: &[&str]) -> Output {
-    tvmm().args(args).stdin(Stdio::null()).output().expect("tvmm starts")
+    finish(tvmm().args(args))
+}
+
+/// Runs a command to its end, without input; a command that hangs is killed and fails the test.
+pub fn finish(command: &mut Command) -> Output {
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let child = child.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let pid = child.id();
+    let (sender, ended) = channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    match ended.recv_timeout(TIMEOUT) {
+        Ok(output) => output.expect("its output can be read"),
+        Err(_) => {
+            signal(pid, rustix::process::Signal::KILL);
+            panic!("{command:?} hangs");
+        }
+    }
+}
+
+/// Sends a signal to a process this test started.
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).expect("a process id");
+    rustix::process::kill_process(pid, signal).expect("the process can be signalled");
 }
 
 /// Runs `tvmm`, which must succeed; its standard output.
@@ -31,12 +55,17 @@ pub fn run_ok(args: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// Runs `tvmm`, which must fail with exit code 1 and without a panic; its standard error.
+/// Runs `tvmm`, which must refuse what it is asked for; what it says.
 pub fn run_err(args: &[&str]) -> String {
-    let output = run(args);
+    refusal(&run(args))
+}
+
+/// The one line in which tvmm says what it refuses: exit code 1, no panic, nothing else.
+pub fn refusal(output: &Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "tvmm {args:?} should fail\n{stderr}");
+    assert_eq!(output.status.code(), Some(1), "tvmm should refuse: {:?}\n{stderr}", output.status);
     assert!(stderr.starts_with("tvmm: ") && !stderr.contains("panicked"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
     stderr
 }
 
@@ -89,7 +118,9 @@ impl Vm {
 
     /// A process that waits for the API to tell it what to do.
     pub fn wait_for_api() -> Vm {
-        Vm::spawn(scratch(), &[])
+        let vm = Vm::spawn(scratch(), &[]);
+        vm.wait_for_socket();
+        vm
     }
 
     /// Starts `tvmm` with `args` and a control socket.
@@ -186,6 +217,33 @@ impl Vm {
         http(&self.socket, method, path, &body.map(|body| body.to_string()).unwrap_or_default())
     }
 
+    /// A request that must be answered well; its body.
+    pub fn api_ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+        let (status, answer) = self.api(method, path, body);
+        assert!(status == 200 || status == 204, "{method} {path}: {status} {answer}");
+        answer
+    }
+
+    /// A request that must be refused as the asker's fault; what tvmm says.
+    pub fn api_fault(&self, method: &str, path: &str, body: Option<Value>) -> String {
+        let (status, answer) = self.api(method, path, body);
+        assert_eq!(status, 400, "{method} {path}: {answer}");
+        answer["fault_message"].as_str().expect("a fault_message").to_string()
+    }
+
+    /// What `GET /` says the machine does.
+    pub fn state(&self) -> String {
+        self.api_ok("GET", "/", None)["state"].as_str().expect("a state").to_string()
+    }
+
+    pub fn pause(&self) {
+        self.api_ok("PATCH", "/vm", Some(json!({ "state": "Paused" })));
+    }
+
+    pub fn resume(&self) {
+        self.api_ok("PATCH", "/vm", Some(json!({ "state": "Resumed" })));
+    }
+
     /// Waits until the control socket answers.
     pub fn wait_for_socket(&self) {
         let deadline = Instant::now() + TIMEOUT;
@@ -197,8 +255,7 @@ impl Vm {
 
     /// Ends tvmm by SIGTERM; what it wrote to standard error.
     pub fn terminate(mut self) -> (ExitStatus, String) {
-        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        signal(self.child.id(), rustix::process::Signal::TERM);
         self.wait()
     }
 
@@ -231,7 +288,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn parse(line: &str) -> Answer {
+    pub fn parse(line: &str) -> Answer {
         let words: Vec<&str> = line.trim_end().split(' ').collect();
         assert!(words.len() >= 4, "{line}");
         let pair = |word: &&str| word.split_once('=').map(|(key, value)| (key.to_string(), value.to_string()));

@@ -1,0 +1,156 @@
+//! `tvmm profile`: records what a function does to the pages of a snapshot, shows it, and merges several runs.
+
+mod draw;
+mod html;
+mod show;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::{BoxError, refuse};
+use crate::tiering::profile::{Agreement, MergeKind, Profile, RecorderKind, merge};
+use crate::vmm::control::SnapshotPaths;
+use crate::vmm::logging;
+use crate::vmm::record::{RecordSpec, record};
+use crate::vmm::sys::kick;
+use crate::vmm::sys::signals::EndSignals;
+
+#[derive(Debug, Args)]
+pub struct ProfileArgs {
+    #[command(subcommand)]
+    command: ProfileCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ProfileCommand {
+    /// Restore a snapshot, run one function, and record what it does to each page
+    Record(RecordArgs),
+    /// Show what a profile says
+    Show(show::ShowArgs),
+    /// Make one profile of several, and say how much they agree
+    Merge(MergeArgs),
+}
+
+#[derive(Debug, Args)]
+struct RecordArgs {
+    /// The snapshot: a directory that `tvmm snapshot` made, or with --mem-file the state file of Firecracker's two
+    #[arg(long, value_name = "DIR")]
+    snapshot: PathBuf,
+    /// The memory file of the two-file form
+    #[arg(long, value_name = "FILE")]
+    mem_file: Option<PathBuf>,
+    /// Who looks: uffd (exact, slow), pagemap (cheap, no order), mincore (as FaaSnap), dirty-log (writes only)
+    #[arg(long, default_value = "uffd", value_name = "NAME")]
+    recorder: String,
+    /// The function of the guest to run (`name key=value…`)
+    #[arg(long, value_name = "FUNCTION")]
+    run: String,
+    /// How long one run may take
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    run_timeout: u64,
+    /// How many times to restore and run; several runs are merged
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    repeat: u32,
+    /// How several runs are merged: union, intersection or majority
+    #[arg(long, default_value = "union", value_name = "KIND")]
+    by: String,
+    /// The profile to write; an older one is replaced
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct MergeArgs {
+    /// The profiles, all of one snapshot
+    #[arg(required = true, value_name = "FILE")]
+    profiles: Vec<PathBuf>,
+    /// Which pages stay: those of any run (union), of all (intersection), of more than half (majority)
+    #[arg(long, default_value = "union", value_name = "KIND")]
+    by: String,
+    /// The profile to write; an older one is replaced
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+pub fn run(args: &ProfileArgs) -> Result<ExitCode, BoxError> {
+    match &args.command {
+        ProfileCommand::Record(args) => run_record(args),
+        ProfileCommand::Show(args) => show::run(args),
+        ProfileCommand::Merge(args) => run_merge(args),
+    }
+}
+
+fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
+    let function = args.run.trim();
+    if function.is_empty() || function.chars().any(char::is_control) {
+        return refuse("--run takes one function of the guest with its arguments, such as `hello` or `touch pages=16`");
+    }
+    let by: MergeKind = args.by.parse()?;
+    let spec = RecordSpec {
+        snapshot: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
+        recorder: args.recorder.parse::<RecorderKind>()?,
+        function: function.to_string(),
+        timeout: Duration::from_secs(args.run_timeout),
+    };
+    logging::init(None)?;
+    // Before any thread exists, so that none of them takes the signals.
+    let mut signals = EndSignals::take()?;
+    kick::install_handler()?;
+    let mut runs = Vec::new();
+    for number in 1..=args.repeat {
+        let (recorded, back) = record(&spec, signals)?;
+        signals = back;
+        let (profile, ms) = (&recorded.profile, recorded.execute_ns as f64 / 1e6);
+        eprintln!("run {number}: {}, {ms:.3} ms, {}", recorded.answer.trim_end(), counts(profile));
+        runs.push(recorded.profile);
+    }
+    write(&runs, by, &args.out)
+}
+
+fn run_merge(args: &MergeArgs) -> Result<ExitCode, BoxError> {
+    let by: MergeKind = args.by.parse()?;
+    let profiles = args.profiles.iter().map(|path| Profile::load(path)).collect::<Result<Vec<_>, _>>()?;
+    write(&profiles, by, &args.out)
+}
+
+/// Merges if there is something to merge, saves, and says what came of it.
+fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path) -> Result<ExitCode, BoxError> {
+    let (merged, agreement) = merge(profiles, by)?;
+    if profiles.len() > 1 {
+        print_agreement(&agreement, by);
+    }
+    let bytes = merged.save(out)?;
+    let pages = merged.working_set().len();
+    let per_page = bytes as f64 / pages.max(1) as f64;
+    eprintln!("profile of {} run(s): {}, {bytes} bytes, {per_page:.2} per page", merged.runs, counts(&merged));
+    println!("{}", out.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Profiles of up to this many are compared pair by pair on the screen.
+const PAIRS_SHOWN: usize = 10;
+
+fn print_agreement(agreement: &Agreement, by: MergeKind) {
+    eprintln!("merged by {by}; agreement (Jaccard: common pages / all pages)");
+    for pair in agreement.pairs.iter().take(PAIRS_SHOWN) {
+        eprintln!("  {} and {}: touched {:.4}, written {:.4}", pair.a + 1, pair.b + 1, pair.touched, pair.written);
+    }
+    let (mean, least) = (agreement.mean(), agreement.least());
+    eprintln!("  mean:    touched {:.4}, written {:.4}", mean.0, mean.1);
+    eprintln!("  least:   touched {:.4}, written {:.4}", least.0, least.1);
+}
+
+fn counts(profile: &Profile) -> String {
+    let mut text = match profile.sees_reads {
+        true => format!("{} pages read", profile.read.len()),
+        false => "reads not seen".to_string(),
+    };
+    text += &format!(", {} written", profile.written.len());
+    if !profile.unclassified.is_empty() {
+        text += &format!(", {} read or written", profile.unclassified.len());
+    }
+    text
+}

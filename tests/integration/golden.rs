@@ -1,0 +1,154 @@
+//! Golden artefacts: snapshots that released formats have left behind, see `tests/golden/README.md`.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::support::artefact::inspect;
+use crate::support::{Vm, config, run, run_ok, scratch, text};
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+const BLOCK: usize = 64;
+
+/// `memory` without its zeros: offset (u64 LE), length (u64 LE), bytes; again and again.
+fn pack(memory: &[u8]) -> Vec<u8> {
+    let mut packed = Vec::new();
+    let mut at = 0;
+    while at < memory.len() {
+        let is_zero = |start: usize| memory[start..start + BLOCK].iter().all(|&byte| byte == 0);
+        let end = (at..memory.len()).step_by(BLOCK).find(|&start| is_zero(start)).unwrap_or(memory.len());
+        if end > at {
+            packed.extend((at as u64).to_le_bytes());
+            packed.extend(((end - at) as u64).to_le_bytes());
+            packed.extend(&memory[at..end]);
+        }
+        at = end + BLOCK;
+    }
+    packed
+}
+
+/// Makes the sparse memory file of `len` bytes again.
+fn unpack(mut packed: &[u8], len: u64, target: &Path) {
+    let file = fs::File::create(target).unwrap();
+    file.set_len(len).unwrap();
+    while let Some((head, rest)) = packed.split_at_checked(16) {
+        let [offset, count] = [0, 8].map(|at| u64::from_le_bytes(head[at..at + 8].try_into().unwrap()));
+        let (bytes, rest) = rest.split_at(count as usize);
+        file.write_all_at(bytes, offset).unwrap();
+        packed = rest;
+    }
+    assert!(packed.is_empty());
+}
+
+/// Makes a snapshot directory of a golden one.
+fn expand(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for name in ["manifest.json", "vmstate", "pages"] {
+        fs::copy(from.join(name), to.join(name)).unwrap();
+    }
+    let manifest: Value = serde_json::from_slice(&fs::read(from.join("manifest.json")).unwrap()).unwrap();
+    let len = manifest["sizes"]["memory"].as_u64().unwrap();
+    unpack(&fs::read(from.join("memory.packed")).unwrap(), len, &to.join("memory"));
+}
+
+/// A golden format's snapshots as they were, in `to`; and what was true of them when they were taken.
+fn expand_all(version: &str, to: &Path) -> Value {
+    let from = golden().join(version);
+    for name in ["full", "diff"] {
+        expand(&from.join(name), &to.join(name));
+    }
+    serde_json::from_slice(&fs::read(from.join("expected.json")).unwrap()).unwrap()
+}
+
+/// What a version must be able to tell about a snapshot for good.
+fn facts(snapshot: &Path) -> Value {
+    let told = inspect(snapshot);
+    serde_json::json!({
+        "id": told["manifest"]["id"],
+        "kind": told["manifest"]["kind"],
+        "format": told["manifest"]["format"],
+        "pages_held": told["memory"]["pages_held"],
+        "pages_zero": told["memory"]["pages_zero"],
+        "content_digest": told["memory"]["content_digest"],
+        "layers": told["layers"].as_array().unwrap().len(),
+    })
+}
+
+#[test]
+fn snapshots_of_format_1_are_read_as_they_were_written() {
+    let dir = scratch();
+    let expected = expand_all("v1", dir.path());
+    for name in ["full", "diff"] {
+        assert_eq!(facts(&dir.path().join(name)), expected[name]["facts"], "{name}");
+    }
+    let merged = dir.path().join("merged");
+    run_ok(&["snapshot", "merge", text(&dir.path().join("diff")), "--out", text(&merged)]);
+    assert_eq!(facts(&merged)["content_digest"], expected["diff"]["facts"]["content_digest"]);
+}
+
+#[test]
+fn snapshots_of_format_1_restore_where_the_host_allows() {
+    let dir = scratch();
+    let expected = expand_all("v1", dir.path());
+    for (name, policy) in [("full", "eager"), ("full", "firecracker"), ("diff", "eager"), ("diff", "firecracker")] {
+        let snapshot = dir.path().join(name);
+        let output = run(&["restore", "--snapshot", text(&snapshot), "--policy", policy, "--run", "check"]);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        if stderr.contains("This host cannot run the snapshot") {
+            eprintln!("skipped: {}", stderr.trim());
+            return;
+        }
+        assert!(output.status.success(), "{name} {policy}: {stderr}");
+        let digest = expected[name]["check"].as_str().unwrap();
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        assert!(stdout.contains(&format!("ok run {digest} ")), "{name} {policy}: {stdout}");
+    }
+}
+
+#[test]
+fn golden_artefacts_stay_small() {
+    let bytes = |dir: &Path| -> u64 {
+        let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
+        files.filter(|metadata| metadata.is_file()).map(|metadata| metadata.len()).sum()
+    };
+    let v1 = golden().join("v1");
+    let total: u64 = ["", "full", "diff"].iter().map(|name| bytes(&v1.join(name))).sum();
+    assert!(total < 300 << 10, "{total} bytes");
+}
+
+/// How `v1` was made, and the next format's will be. Refuses to touch what exists.
+#[test]
+#[ignore = "makes a new golden artefact: set TVMM_GOLDEN to its name"]
+fn make_golden_artefact() {
+    let target = golden().join(std::env::var("TVMM_GOLDEN").expect("TVMM_GOLDEN is the name of the new artefact"));
+    fs::create_dir(&target).expect("the artefact is new");
+    let dir = scratch();
+    let mut config = config(1, 5);
+    config["boot-source"] = serde_json::json!({ "boot_args": "init_on_free=1" });
+    let mut vm = Vm::boot(&config);
+    vm.call("fill pages=12 seed=1");
+    let mut expected = serde_json::json!({});
+    for name in ["full", "diff"] {
+        let snapshot = dir.path().join(name);
+        if name == "diff" {
+            vm.call("free filled=1");
+            vm.call("fill pages=4 seed=2");
+            vm.call("touch pages=4 write=50 seed=3");
+        }
+        expected[name] = serde_json::json!({ "check": vm.call("check").digest });
+        vm.snapshot(&snapshot, if name == "diff" { &["--diff"] } else { &[] });
+        expected[name]["facts"] = facts(&snapshot);
+        let to = target.join(name);
+        fs::create_dir(&to).unwrap();
+        for file in ["manifest.json", "vmstate", "pages"] {
+            fs::copy(snapshot.join(file), to.join(file)).unwrap();
+        }
+        fs::write(to.join("memory.packed"), pack(&fs::read(snapshot.join("memory")).unwrap())).unwrap();
+    }
+    fs::write(target.join("expected.json"), format!("{expected:#}\n")).unwrap();
+}

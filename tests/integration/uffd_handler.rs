@@ -1,0 +1,144 @@
+//! Firecracker's page-fault handler protocol (`mem_backend: Uffd`): a handler outside serves the guest's memory.
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use userfaultfd::{Event, Uffd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::{TIMEOUT, Vm, config, scratch, text};
+
+const PAGE: u64 = 4096;
+
+/// Not a test: the handler, as a process of its own. Serves the memory file page by page, ends after some faults.
+#[test]
+#[ignore = "the handler process that the tests below start"]
+fn handler_process() {
+    let variable = |name: &str| std::env::var(name).unwrap();
+    let memory = File::open(variable("HANDLER_MEMORY")).unwrap();
+    let faults_max: u64 = variable("HANDLER_FAULTS").parse().unwrap();
+    let listener = UnixListener::bind(variable("HANDLER_SOCKET")).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let mut message = vec![0; 4096];
+    let (count, fd) = stream.recv_with_fd(&mut message).unwrap();
+    let mappings: Value = serde_json::from_slice(&message[..count]).unwrap();
+    // SAFETY: the descriptor came with the message and nobody else owns it.
+    let uffd = unsafe { Uffd::from_raw_fd(fd.expect("a userfaultfd comes with the message").into_raw_fd()) };
+    for _ in 0..faults_max {
+        let event = loop {
+            match uffd.read_event() {
+                Ok(Some(event)) => break event,
+                _ => std::thread::sleep(Duration::from_micros(50)),
+            }
+        };
+        if let Event::Pagefault { addr, .. } = event {
+            let address = addr as u64 / PAGE * PAGE;
+            let number = |mapping: &Value, key: &str| mapping[key].as_u64().unwrap();
+            let mapping = mappings
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|m| {
+                    (number(m, "base_host_virt_addr")..).contains(&address)
+                        && address < number(m, "base_host_virt_addr") + number(m, "size")
+                })
+                .unwrap();
+            let mut page = [0; PAGE as usize];
+            let offset = number(mapping, "offset") + address - number(mapping, "base_host_virt_addr");
+            memory.read_exact_at(&mut page, offset).unwrap();
+            // SAFETY: the kernel copies from `page` into the VMM's registered range.
+            unsafe { uffd.copy(page.as_ptr().cast(), address as *mut _, PAGE as usize, true) }.unwrap();
+        }
+    }
+    drop(stream);
+    std::process::exit(0);
+}
+
+fn start_handler(socket: &Path, memory: &Path, faults: u64) -> Child {
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "uffd_handler::handler_process", "--ignored"])
+        .env("HANDLER_SOCKET", socket)
+        .env("HANDLER_MEMORY", memory)
+        .env("HANDLER_FAULTS", faults.to_string())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    while !socket.exists() {
+        assert!(Instant::now() < deadline, "the handler does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+fn load(vm: &Vm, snapshot: &Path, socket: &Path) -> (u16, Value) {
+    vm.wait_for_socket();
+    let backend = json!({ "backend_type": "Uffd", "backend_path": socket });
+    let body = json!({ "snapshot_path": snapshot, "mem_backend": backend, "resume_vm": true });
+    vm.api("PUT", "/snapshot/load", Some(body))
+}
+
+#[test]
+fn a_handler_serves_a_snapshot_of_either_form() {
+    let dir = scratch();
+    let mut vm = Vm::boot(&config(1, 128));
+    vm.call("fill pages=500 seed=4");
+    let before = vm.call("check").digest;
+    let (state, memory, full) = (dir.path().join("state"), dir.path().join("memory"), dir.path().join("full"));
+    vm.snapshot(&full, &[]);
+    vm.api("PATCH", "/vm", Some(json!({ "state": "Paused" })));
+    let body = json!({ "snapshot_path": state, "mem_file_path": memory, "snapshot_type": "Full" });
+    assert_eq!(vm.api("PUT", "/snapshot/create", Some(body)).0, 204);
+    for (name, snapshot, memory) in [("a", &state, memory.clone()), ("b", &full, full.join("memory"))] {
+        let socket = dir.path().join(name);
+        let mut handler = start_handler(&socket, &memory, u64::MAX);
+        let mut restored = Vm::wait_for_api();
+        assert_eq!(load(&restored, snapshot, &socket), (204, Value::Null));
+        assert_eq!(restored.call("check").digest, before, "{}", text(snapshot));
+        restored.terminate();
+        handler.kill().unwrap();
+        handler.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_handler_that_ends_ends_the_vm_with_the_reason() {
+    let dir = scratch();
+    let full = dir.path().join("full");
+    let mut vm = Vm::boot(&config(1, 128));
+    vm.call("fill pages=500 seed=4");
+    vm.snapshot(&full, &[]);
+    let socket = dir.path().join("handler");
+    let mut handler = start_handler(&socket, &full.join("memory"), 40);
+    let mut restored = Vm::wait_for_api();
+    // The guest may die of its handler before it has answered the load.
+    let _ = load(&restored, &full, &socket);
+    restored.begin("check");
+    let (status, stderr) = restored.wait();
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains("page-fault handler") && stderr.contains("has ended"), "{stderr}");
+    handler.wait().unwrap();
+}
+
+#[test]
+fn a_handler_that_is_not_there_is_refused() {
+    let dir = scratch();
+    let full = dir.path().join("full");
+    Vm::boot(&config(1, 128)).snapshot(&full, &[]);
+    let waiting = Vm::wait_for_api();
+    let (status, answer) = load(&waiting, &full, &dir.path().join("nobody"));
+    assert_eq!(status, 400);
+    let said = answer["fault_message"].as_str().unwrap();
+    assert!(said.contains("page-fault handler") && said.contains("nobody"), "{said}");
+    // A socket that nobody listens on any more.
+    let dead = dir.path().join("dead");
+    drop(UnixListener::bind(&dead).unwrap());
+    assert_eq!(load(&waiting, &full, &dead).0, 400);
+}
