@@ -21,7 +21,7 @@ pub struct CalibrateArgs {
     /// A directory on the device that snapshots are on; default: that of --out
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Of so many rounds the median is taken
+    /// How often each is measured; the lower quartile counts
     #[arg(long, default_value_t = 7, value_name = "N")]
     rounds: usize,
 }
@@ -91,21 +91,19 @@ fn guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), BoxError> {
     for name in ["manifest.json", "vmstate", "pages", "memory"] {
         std::fs::copy(sealed.join(name), copy.join(name))?;
     }
-    let median = |snapshot: &Path, policy: &str, function: &str| -> Result<f64, BoxError> {
-        let mut all: Vec<f64> =
-            (0..rounds.max(1)).map(|_| touched_us(&exe, snapshot, policy, function)).collect::<Result<_, _>>()?;
-        all.sort_by(f64::total_cmp);
-        Ok(all[all.len() / 2])
+    let measure = |snapshot: &Path, policy: &str, function: &str| -> Result<f64, BoxError> {
+        let all = (0..rounds.max(1)).map(|_| touched_us(&exe, snapshot, policy, function)).collect::<Result<_, _>>()?;
+        Ok(calibrate::typical(all))
     };
     let all = format!("touch pages={PAGES}");
     let blocks = PAGES / BLOCK_PAGES;
-    costs.set_measured("huge_fault_ns", per(median(&sealed, "firecracker", &all)?, blocks));
-    costs.set_measured("file_read_fault_ns", per(median(&copy, "firecracker", &all)?, PAGES));
-    costs.set_measured("cow_fault_ns", per(median(&copy, "firecracker", &format!("{all} write=100"))?, PAGES));
+    costs.set_measured("huge_fault_ns", per(measure(&sealed, "firecracker", &all)?, blocks));
+    costs.set_measured("file_read_fault_ns", per(measure(&copy, "firecracker", &all)?, PAGES));
+    costs.set_measured("cow_fault_ns", per(measure(&copy, "firecracker", &format!("{all} write=100"))?, PAGES));
     let one_each = format!("touch pages={blocks} stride={BLOCK_PAGES} write=100");
-    costs.set_measured("cow_split_fault_ns", per(median(&sealed, "firecracker", &one_each)?, blocks));
+    costs.set_measured("cow_split_fault_ns", per(measure(&sealed, "firecracker", &one_each)?, blocks));
     let some = format!("touch pages={UFFD_PAGES} stride=31");
-    costs.set_measured("uffd_fault_ns", per(median(&sealed, "firecracker-uffd", &some)?, UFFD_PAGES));
+    costs.set_measured("uffd_fault_ns", per(measure(&sealed, "firecracker-uffd", &some)?, UFFD_PAGES));
     Ok(())
 }
 

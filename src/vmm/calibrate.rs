@@ -1,4 +1,4 @@
-//! What memory operations cost on this host, measured on the host's side: medians of a few rounds over real mappings.
+//! What memory operations cost on this host, measured on the host's side over real mappings.
 //! What a guest's own touches cost is measured through a guest, by `tvmm calibrate`.
 
 use std::fs::File;
@@ -88,11 +88,10 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// The median of some rounds, in ns per operation. `run` prepares, times, and says how long `operations` took.
-    fn median(&self, operations: usize, mut run: impl FnMut() -> io::Result<u64>) -> io::Result<f64> {
-        let mut all: Vec<u64> = (0..self.rounds.max(1)).map(|_| run()).collect::<io::Result<_>>()?;
-        all.sort_unstable();
-        Ok(all[all.len() / 2] as f64 / operations as f64)
+    /// Ns per operation, from some rounds. `run` prepares, times, and says how long `operations` took.
+    fn rounds(&self, operations: usize, mut run: impl FnMut() -> io::Result<u64>) -> io::Result<f64> {
+        let all: Vec<u64> = (0..self.rounds.max(1)).map(|_| run()).collect::<io::Result<_>>()?;
+        Ok(typical(all.iter().map(|ns| *ns as f64).collect()) / operations as f64)
     }
 
     fn evict(&self) -> io::Result<()> {
@@ -105,7 +104,7 @@ impl Bench<'_> {
     }
 
     fn sequential(&self) -> io::Result<f64> {
-        self.median(PAGES, || {
+        self.rounds(PAGES, || {
             self.evict()?;
             timed(|| self.read_all())
         })
@@ -113,7 +112,7 @@ impl Bench<'_> {
 
     fn random(&self) -> io::Result<f64> {
         rustix::fs::fadvise(self.file, 0, None, Advice::Random)?;
-        let result = self.median(SEEKS, || {
+        let result = self.rounds(SEEKS, || {
             self.evict()?;
             let mut page = [0; PAGE];
             // A stride that is prime to the number of pages visits no page twice.
@@ -125,11 +124,11 @@ impl Bench<'_> {
 
     fn call(&self) -> io::Result<f64> {
         let mut byte = [0];
-        self.median(PAGES, || timed(|| (0..PAGES).try_for_each(|_| self.file.read_exact_at(&mut byte, 0))))
+        self.rounds(PAGES, || timed(|| (0..PAGES).try_for_each(|_| self.file.read_exact_at(&mut byte, 0))))
     }
 
     fn mapping(&self) -> io::Result<f64> {
-        self.median(VMAS, || {
+        self.rounds(VMAS, || {
             let memory = Reservation::new(LEN)?;
             // Every other page, so that no two become one.
             timed(|| (0..VMAS).try_for_each(|i| memory.map_file_private(2 * i * PAGE, PAGE, self.file, 0)))
@@ -137,7 +136,7 @@ impl Bench<'_> {
     }
 
     fn read_huge(&self) -> io::Result<f64> {
-        self.median(PAGES, || {
+        self.rounds(PAGES, || {
             let mut memory = Reservation::new(LEN)?;
             memory.map_anon(0, LEN)?;
             memory.advise_huge(0, LEN)?;
@@ -147,7 +146,7 @@ impl Bench<'_> {
 
     /// One page in eight, each by its own call.
     fn read_small(&self) -> io::Result<f64> {
-        self.median(PAGES / 8, || {
+        self.rounds(PAGES / 8, || {
             let mut memory = Reservation::new(LEN)?;
             memory.map_anon(0, LEN)?;
             let mut pages = (0..LEN).step_by(8 * PAGE);
@@ -158,7 +157,7 @@ impl Bench<'_> {
     /// Runs of `pages` pages, one in four of such.
     fn populate_write(&self, pages: usize) -> io::Result<f64> {
         let (run, step) = (pages * PAGE, 4 * pages * PAGE);
-        self.median(LEN / step, || {
+        self.rounds(LEN / step, || {
             let mut memory = Reservation::new(LEN)?;
             memory.map_file_private(0, LEN, self.file, 0)?;
             // Page tables are there: they are, or cost little, where a block is populated often.
@@ -169,7 +168,7 @@ impl Bench<'_> {
 
     fn uffd_copy(&self) -> io::Result<f64> {
         let bytes = vec![1u8; LEN];
-        self.median(PAGES, || {
+        self.rounds(PAGES, || {
             let memory = Reservation::new(LEN)?;
             memory.map_anon(0, LEN)?;
             let uffd = Uffd::open(false)?;
@@ -177,6 +176,12 @@ impl Bench<'_> {
             timed(|| uffd.install(memory.base() as usize, &bytes, Install::default()).map(drop))
         })
     }
+}
+
+/// The lower quartile of some rounds: what else runs on the host only ever adds, and to a guest's time most. Of no rounds it is infinite.
+pub fn typical(mut rounds: Vec<f64>) -> f64 {
+    rounds.sort_unstable_by(f64::total_cmp);
+    rounds.get(rounds.len() / 4).copied().unwrap_or(f64::INFINITY)
 }
 
 fn timed(run: impl FnOnce() -> io::Result<()>) -> io::Result<u64> {

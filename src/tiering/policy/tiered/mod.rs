@@ -13,7 +13,7 @@ mod units;
 use super::estimate::{Estimate, estimate};
 use super::place::BLOCK_PAGES;
 use super::touches::{Touch, expected};
-use super::{Budget, Ground, aquifer, eager, faasnap, reap};
+use super::{Budget, Ground, eager, faasnap};
 use crate::snapshot::{Content, Extent, Fill, RestorePlan};
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
@@ -36,12 +36,11 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     let search = Search { touches: &touches, extra_limit };
     let mut best = search.within_budget(ground);
     let floors = Floors::of(ground, &touches);
-    // Each shape with the least it can cost: making and pricing it takes longer than the whole search above.
-    let shapes: [(f64, &dyn Fn() -> RestorePlan); 6] = [
+    // Each shape with the least it can cost: making and pricing one takes as long as the whole search above. What the
+    // search cannot come to are images: REAP's and Aquifer's shapes are those of `packed` without what it leaves out.
+    let shapes: [(f64, &dyn Fn() -> RestorePlan); 4] = [
         (floors.eager, &|| RestorePlan { extents: eager::plan(ground), ..ground.empty_plan(NAME) }),
-        (floors.install, &|| reap::plan(ground, profile)),
         (floors.regions, &|| faasnap::plan(ground, profile)),
-        (floors.copy, &|| aquifer::plan(ground, profile)),
         (floors.install, &|| packed::plan(ground, &touches, Fill::Install)),
         (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy)),
     ];
@@ -94,15 +93,18 @@ impl Floors {
         let calls = times(costs.call_ns, runs.len() as u64);
         // Only a run that has a whole block is read into huge pages.
         let small_page = costs.read_small_page_ns + device;
+        let touched: f64 = loading().map(|touch| touch.extent.pages as f64 * touch.touched).sum();
+        let small_touches = touched * costs.populated_touch_ns as f64;
         let copy = |run: &Extent| match run.pages {
             pages if pages < BLOCK_PAGES => times(costs.call_ns, 1) + times(small_page, pages),
             pages => times(read_page, pages),
         };
+        let file_page = costs.file_read_fault_ns.min(costs.cow_fault_ns);
         Floors {
             eager: times(read_page, held.sum()),
-            install: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, pages) + calls,
+            install: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, pages) + calls + small_touches,
             copy: runs.iter().map(copy).sum(),
-            regions: times(costs.vma_ns, regions),
+            regions: times(costs.vma_ns, regions) + touched * file_page as f64,
         }
     }
 }
