@@ -91,9 +91,14 @@ fn guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), BoxError> {
     for name in ["manifest.json", "vmstate", "pages", "memory"] {
         std::fs::copy(sealed.join(name), copy.join(name))?;
     }
+    // A function that touches one page has the costs of every function: what else it needs faults too.
     let measure = |snapshot: &Path, policy: &str, function: &str| -> Result<f64, BoxError> {
-        let all = (0..rounds.max(1)).map(|_| touched_us(&exe, snapshot, policy, function)).collect::<Result<_, _>>()?;
-        Ok(calibrate::typical(all))
+        let rounds = |function: &str| -> Result<f64, BoxError> {
+            let all =
+                (0..rounds.max(1)).map(|_| touched_us(&exe, snapshot, policy, function)).collect::<Result<_, _>>()?;
+            Ok(calibrate::typical(all))
+        };
+        Ok(rounds(function)? - rounds("touch pages=1")?)
     };
     let all = format!("touch pages={PAGES}");
     let blocks = PAGES / BLOCK_PAGES;

@@ -76,13 +76,13 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
     plan.validate(chain.layout(), &chain.layer_file_lens())?;
     let estimate = input.estimate(&plan);
     let file = PlanFile::new(plan, estimate, costs.source(), &chain)?;
+    if let Some(path) = &args.out {
+        write(&file, path)?;
+    }
     if args.json {
         println!("{:#}", to_json(&file, &costs));
     } else {
         print(&file, &chain, &costs, profile.is_some());
-    }
-    if let Some(path) = &args.out {
-        write(&file, path)?;
     }
     Ok(ExitCode::SUCCESS)
 }
