@@ -1,43 +1,19 @@
 //! `tvmm bench restore`: how long restores take, policy by policy, each in a fresh process.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::path::PathBuf;
+use std::process::ExitCode;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use super::{BoxError, refuse};
-use crate::snapshot::{Location, derived_dir};
+use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
 use crate::tiering::policy::Policy;
-use crate::vmm::sys::clock;
 
 #[derive(Debug, Args)]
-pub struct BenchArgs {
-    #[command(subcommand)]
-    command: BenchCommand,
-}
-
-#[derive(Debug, Subcommand)]
-enum BenchCommand {
-    /// Restore a snapshot again and again, policies interleaved, and show where the time goes
-    Restore(RestoreBenchArgs),
-}
-
-/// What is done to the page cache before each restore.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Cache {
-    /// Nothing: after the first run the snapshot is cached.
-    Warm,
-    /// The snapshot's files are dropped from it.
-    Evicted,
-}
-
-#[derive(Debug, Args)]
-struct RestoreBenchArgs {
+pub struct RestoreBenchArgs {
     /// The snapshot to restore
     #[arg(long, value_name = "DIR")]
     snapshot: PathBuf,
@@ -62,12 +38,6 @@ struct RestoreBenchArgs {
     /// Keep all reports in this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-}
-
-pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
-    match &args.command {
-        BenchCommand::Restore(args) => restore(args),
-    }
 }
 
 /// Rows of the table: the name, and where the number is in a report.
@@ -104,24 +74,25 @@ enum Row {
     End(&'static str),
 }
 
-fn restore(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
-    let policies: Vec<Policy> = match args.policies.as_slice() {
-        [all] if all == "all" => Policy::ALL.to_vec(),
-        names => names.iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
-    };
+pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
+    let policies = policies(&args.policies)?;
     if policies.is_empty() || args.runs == 0 {
         return refuse("Nothing to measure: give at least one policy and one run");
     }
-    let exe = std::env::current_exe()?;
-    let scratch = Scratch::new()?;
+    let scratch = Scratch::new(None)?;
+    let trial = Trial {
+        exe: std::env::current_exe()?,
+        snapshot: args.snapshot.clone(),
+        profile: args.profile.clone(),
+        function: args.run.clone(),
+        with_api: args.with_api,
+        scratch: scratch.path().to_owned(),
+    };
     let mut reports: BTreeMap<&str, Vec<Value>> = BTreeMap::new();
     let bar = ProgressBar::new(u64::from(args.runs + 1) * policies.len() as u64);
     for round in 0..=args.runs {
         for &policy in &policies {
-            if args.cache == Cache::Evicted {
-                evict(&args.snapshot)?;
-            }
-            let report = one(&exe, args, policy, &scratch.0)?;
+            let report = trial.run(policy, args.cache)?;
             if round > 0 {
                 reports.entry(policy.name()).or_default().push(report);
             }
@@ -131,48 +102,11 @@ fn restore(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
     bar.finish_and_clear();
     println!("{}", table(args, &policies, &reports));
     if let Some(path) = &args.json {
-        let all = json!({ "cache": format!("{:?}", args.cache).to_lowercase(), "run": args.run, "reports": reports });
+        let all = json!({ "cache": args.cache.name(), "run": args.run, "reports": reports });
         std::fs::write(path, format!("{all:#}\n"))
             .map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// One restore in a process of its own. Its report, with the time measured from outside added.
-fn one(exe: &Path, args: &RestoreBenchArgs, policy: Policy, scratch: &Path) -> Result<Value, BoxError> {
-    let report_path = scratch.join("report.json");
-    let mut command = Command::new(exe);
-    command.arg("restore").arg("--snapshot").arg(&args.snapshot).args(["--policy", policy.name(), "--run", &args.run]);
-    command.arg("--report").arg(&report_path);
-    if let Some(profile) = args.profile.as_ref().filter(|_| policy.needs_profile()) {
-        command.arg("--profile").arg(profile);
-    }
-    if args.with_api {
-        command.arg("--api-sock").arg(scratch.join("api.sock"));
-    }
-    let start = clock::monotonic_ns();
-    command.arg("--start-time-us").arg((start / 1000).to_string());
-    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output()?;
-    let end = clock::monotonic_ns();
-    if !output.status.success() {
-        return refuse(format!("A restore by {policy} failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
-    }
-    let mut report: Value = serde_json::from_slice(&std::fs::read(&report_path)?)?;
-    report["outside_us"] = json!((end - start) as f64 / 1000.0);
-    Ok(report)
-}
-
-/// Drops the snapshot's clean pages from the page cache.
-fn evict(snapshot: &Path) -> Result<(), BoxError> {
-    let mut paths: Vec<PathBuf> =
-        ["memory", "vmstate", "pages", "manifest.json"].map(|name| snapshot.join(name)).to_vec();
-    let derived = std::fs::read_dir(derived_dir(&Location::Dir(snapshot.to_path_buf())));
-    paths.extend(derived.into_iter().flatten().flatten().map(|entry| entry.path()));
-    for path in paths {
-        let file = File::open(&path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-    }
-    Ok(())
 }
 
 fn value(report: &Value, row: Row) -> Option<f64> {
@@ -188,17 +122,14 @@ fn value(report: &Value, row: Row) -> Option<f64> {
                 .collect();
             (!lengths.is_empty()).then(|| lengths.iter().sum())
         }
-        Row::End(name) => {
-            let slice = slices().find(|slice| slice["slice"] == name)?;
-            Some(number(slice, "start_us")? + number(slice, "length_us")?)
-        }
+        Row::End(name) => end_of(report, name),
     }
 }
 
 fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, Vec<Value>>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
-    let cache = if args.cache == Cache::Warm { "warm" } else { "evicted" };
+    let cache = args.cache.name();
     let what = if policies.len() > WIDE { "median" } else { "median (p5–p95)" };
     let title = format!("µs, {what} of {}; `{}`; page cache {cache}", args.runs, args.run);
     let mut header = vec![title];
@@ -211,7 +142,11 @@ fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, 
             let mut values: Vec<f64> = all.filter_map(|report| value(report, row)).collect();
             values.sort_by(f64::total_cmp);
             // More columns than a terminal is wide: the spread is in the JSON.
-            cells.push(if policies.len() > WIDE { median(&values) } else { spread(&values) });
+            cells.push(if policies.len() > WIDE {
+                median(&values).map_or("–".to_string(), |value| format!("{value:.0}"))
+            } else {
+                spread(&values)
+            });
         }
         table.add_row(cells);
     }
@@ -224,10 +159,6 @@ fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, 
 /// The most policies whose spread is shown.
 const WIDE: usize = 3;
 
-fn median(sorted: &[f64]) -> String {
-    sorted.get((sorted.len().max(1) - 1) / 2).map_or("–".to_string(), |value| format!("{value:.0}"))
-}
-
 /// "median (p5–p95)" of sorted values.
 fn spread(sorted: &[f64]) -> String {
     let at = |quantile: f64| sorted[((sorted.len() - 1) as f64 * quantile).round() as usize];
@@ -235,22 +166,4 @@ fn spread(sorted: &[f64]) -> String {
         return "–".to_string();
     }
     format!("{:.0} ({:.0}–{:.0})", at(0.5), at(0.05), at(0.95))
-}
-
-/// A directory that is removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self, BoxError> {
-        let path = std::env::temp_dir().join(format!("tvmm-bench-{}", std::process::id()));
-        std::fs::create_dir(&path).map_err(|error| format!("Cannot make {}: {error}", path.display()))?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What is left in a temporary directory does no harm.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }

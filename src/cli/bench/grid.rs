@@ -1,0 +1,265 @@
+//! `tvmm bench grid`: policies over working sets of many shapes.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+
+use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
+use crate::api::client::Client;
+use crate::tiering::policy::Policy;
+
+#[derive(Debug, Args)]
+pub struct GridArgs {
+    /// Policies to compare, or `all`
+    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
+    policies: Vec<String>,
+    /// Guest memory, MiB
+    #[arg(long, default_value_t = 512, value_name = "MIB")]
+    mem: u64,
+    /// Working sets, MiB
+    #[arg(long, value_delimiter = ',', default_value = "8,32,128", value_name = "MIB")]
+    sets: Vec<u64>,
+    /// Share of the set's pages that the function writes, percent
+    #[arg(long, value_delimiter = ',', default_value = "0,10,30,50", value_name = "PERCENT")]
+    written: Vec<u64>,
+    /// Page cache states
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "warm,evicted")]
+    caches: Vec<Cache>,
+    /// The guest's own page tables: 2m or 4k
+    #[arg(long, default_value = "2m", value_parser = ["2m", "4k"])]
+    tables: String,
+    /// Restores per policy and case; one more comes first and is not counted
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    runs: u32,
+    /// Where snapshots are made; default: the directory for temporary files
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Keep all numbers in this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Pages per MiB.
+const PER_MIB: u64 = 256;
+/// What the guest keeps for itself, MiB, rounded up generously.
+const GUEST_OWN: u64 = 16;
+/// A scattered set is spread over this many times its size, as far as memory reaches.
+const SPREAD: u64 = 4;
+
+/// One working set.
+struct Case {
+    set: u64,
+    written: u64,
+    scattered: bool,
+}
+
+impl Case {
+    fn name(&self) -> String {
+        let shape = if self.scattered { "scattered" } else { "dense" };
+        format!("{} MiB {shape}, {} % written", self.set, self.written)
+    }
+
+    /// Pages filled before the snapshot.
+    fn filled(&self, mem: u64) -> u64 {
+        let spread = if self.scattered { SPREAD } else { 1 };
+        (self.set * spread).min(mem.saturating_sub(GUEST_OWN)) * PER_MIB
+    }
+
+    fn function(&self) -> String {
+        // With a seed the guest visits pages in random order all over what was filled; without, one after the other.
+        let seed = if self.scattered { " seed=7" } else { "" };
+        format!("touch pages={} write={}{seed}", self.set * PER_MIB, self.written)
+    }
+}
+
+pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
+    let policies = policies(&args.policies)?;
+    if policies.is_empty() || args.runs == 0 {
+        return refuse("Nothing to measure: give at least one policy and one run");
+    }
+    if let Some(set) = args.sets.iter().find(|&&set| set == 0 || set + GUEST_OWN > args.mem) {
+        return refuse(format!("A working set of {set} MiB does not fit a guest of {} MiB", args.mem));
+    }
+    let scratch = Scratch::new(args.dir.as_deref())?;
+    let mut cases = Vec::new();
+    for &set in &args.sets {
+        for &written in &args.written {
+            cases.extend([false, true].map(|scattered| Case { set, written, scattered }));
+        }
+    }
+    let per_case = u64::from(args.runs + 1) * policies.len() as u64 * args.caches.len() as u64;
+    let bar = ProgressBar::new(per_case * cases.len() as u64);
+    let mut results: Vec<(String, Numbers)> = Vec::new();
+    for (index, case) in cases.iter().enumerate() {
+        let dir = scratch.path().join(format!("case{index}"));
+        std::fs::create_dir(&dir)?;
+        let trial = prepare(args, case, &dir)?;
+        for &cache in &args.caches {
+            let numbers = measure(args, &policies, &trial, cache, &bar)?;
+            results.push((format!("{}, {}", case.name(), cache.name()), numbers));
+        }
+        std::fs::remove_dir_all(&dir)?;
+    }
+    bar.finish_and_clear();
+    println!("{}", table(args, &policies, &results));
+    if let Some(path) = &args.json {
+        let all: Vec<Value> =
+            results.iter().map(|(case, numbers)| json!({ "case": case, "policies": numbers })).collect();
+        let all = json!({ "mem_mib": args.mem, "tables": args.tables, "runs": args.runs, "cases": all });
+        std::fs::write(path, format!("{all:#}\n"))
+            .map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Per policy: each run's time to the answer in µs, and fault-ins, of the last run, by reads and by writes.
+type Numbers = BTreeMap<&'static str, Value>;
+
+/// Boots a guest, lets it fill memory, snapshots it, and records what the function does.
+fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> {
+    let exe = std::env::current_exe()?;
+    let config = json!({
+        "boot-source": { "boot_args": format!("pt={}", args.tables) },
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": args.mem },
+    });
+    let (config_path, socket) = (dir.join("vm.json"), dir.join("api.sock"));
+    std::fs::write(&config_path, config.to_string())?;
+    let mut guest = Guest::boot(&exe, &config_path, &socket)?;
+    guest.call(&format!("fill pages={} seed=1", case.filled(args.mem)))?;
+    let snapshot = dir.join("snapshot");
+    let client = Client::new(&socket);
+    client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), TIMEOUT)?;
+    client.request("PUT", "/snapshot/create", Some(&json!({ "snapshot_path": snapshot })), TIMEOUT)?;
+    drop(guest);
+    let (profile, function) = (dir.join("run.profile"), case.function());
+    let mut record = Command::new(&exe);
+    record.args(["profile", "record", "--recorder", "uffd", "--run", &function]);
+    record.arg("--snapshot").arg(&snapshot).arg("--out").arg(&profile);
+    let output = record.stdin(Stdio::null()).output()?;
+    if !output.status.success() {
+        return refuse(format!("Recording failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
+    }
+    Ok(Trial { exe, snapshot, profile: Some(profile), function, with_api: false, scratch: dir.to_owned() })
+}
+
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+fn measure(
+    args: &GridArgs,
+    policies: &[Policy],
+    trial: &Trial,
+    cache: Cache,
+    bar: &ProgressBar,
+) -> Result<Numbers, BoxError> {
+    let mut times: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
+    let mut numbers = Numbers::new();
+    for round in 0..=args.runs {
+        for &policy in policies {
+            let report = trial.run(policy, cache)?;
+            bar.inc(1);
+            if round == 0 {
+                continue;
+            }
+            let Some(answered) = end_of(&report, "execute") else { return refuse("A report has no answer") };
+            times.entry(policy.name()).or_default().push(answered);
+            numbers.insert(policy.name(), json!({ "fault_ins": report["fault_ins"], "memory": report["memory"] }));
+        }
+    }
+    for (policy, mut times) in times {
+        times.sort_by(f64::total_cmp);
+        if let Some(entry) = numbers.get_mut(policy) {
+            entry["answer_us"] = json!(times);
+        }
+    }
+    Ok(numbers)
+}
+
+fn answer_ms(numbers: &Numbers, policy: Policy) -> Option<f64> {
+    let times: Vec<f64> =
+        numbers.get(policy.name())?["answer_us"].as_array()?.iter().filter_map(Value::as_f64).collect();
+    median(&times).map(|us| us / 1000.0)
+}
+
+fn table(args: &GridArgs, policies: &[Policy], results: &[(String, Numbers)]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    let mut header =
+        vec![format!("ms to the answer, median of {}; {} MiB guest, {} tables", args.runs, args.mem, args.tables)];
+    header.extend(policies.iter().map(|policy| policy.name().to_string()));
+    table.set_header(header);
+    let mut logs: BTreeMap<&str, (f64, u32)> = BTreeMap::new();
+    for (case, numbers) in results {
+        let mut cells = vec![case.clone()];
+        for &policy in policies {
+            let ms = answer_ms(numbers, policy);
+            if let Some(ms) = ms {
+                let (sum, count) = logs.entry(policy.name()).or_default();
+                (*sum, *count) = (*sum + ms.ln(), *count + 1);
+            }
+            cells.push(ms.map_or("–".to_string(), |ms| format!("{ms:.1}")));
+        }
+        table.add_row(cells);
+    }
+    let mut cells = vec!["geometric mean".to_string()];
+    cells.extend(policies.iter().map(|policy| {
+        let (sum, count) = logs.get(policy.name()).copied().unwrap_or_default();
+        if count == 0 { "–".to_string() } else { format!("{:.1}", (sum / f64::from(count)).exp()) }
+    }));
+    table.add_row(cells);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// A guest that is told what to do before it is snapshotted.
+struct Guest {
+    child: Child,
+    stdin: ChildStdin,
+    lines: BufReader<std::process::ChildStdout>,
+}
+
+impl Guest {
+    fn boot(exe: &Path, config: &Path, socket: &Path) -> Result<Self, BoxError> {
+        let mut command = Command::new(exe);
+        command.arg("--config").arg(config).arg("--api-sock").arg(socket);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return refuse("The guest's console cannot be reached");
+        };
+        let mut guest = Guest { child, stdin, lines: BufReader::new(stdout) };
+        guest.wait_for("ready ")?;
+        Ok(guest)
+    }
+
+    fn call(&mut self, function: &str) -> Result<(), BoxError> {
+        writeln!(self.stdin, "run 1 {function}")?;
+        self.wait_for("ok 1 ")
+    }
+
+    fn wait_for(&mut self, wanted: &str) -> Result<(), BoxError> {
+        let mut line = String::new();
+        while !line.starts_with(wanted) {
+            line.clear();
+            if self.lines.read_line(&mut line)? == 0 || line.starts_with("err ") {
+                return refuse(format!("The guest did not answer {wanted:?}: {}", line.trim()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,152 @@
+//! `tvmm bench`: how long restores take, each in a fresh process, rivals interleaved.
+
+mod grid;
+mod restore;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Value, json};
+
+use super::{BoxError, refuse};
+use crate::snapshot::{Location, derived_dir};
+use crate::tiering::policy::Policy;
+use crate::vmm::sys::clock;
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// Restore a snapshot again and again, policies interleaved, and show where the time goes
+    Restore(restore::RestoreBenchArgs),
+    /// Compare policies over a grid of working sets: size, share written, dense or scattered, cached or not
+    Grid(grid::GridArgs),
+}
+
+pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
+    match &args.command {
+        BenchCommand::Restore(args) => restore::run(args),
+        BenchCommand::Grid(args) => grid::run(args),
+    }
+}
+
+/// What is done to the page cache before each restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    /// Nothing: after the first run the snapshot is cached.
+    Warm,
+    /// The snapshot's files are dropped from it.
+    Evicted,
+}
+
+impl Cache {
+    fn name(self) -> &'static str {
+        match self {
+            Cache::Warm => "warm",
+            Cache::Evicted => "evicted",
+        }
+    }
+}
+
+/// The policies of these names; `all` is all of them.
+fn policies(names: &[String]) -> Result<Vec<Policy>, BoxError> {
+    match names {
+        [all] if all == "all" => Ok(Policy::ALL.to_vec()),
+        names => Ok(names.iter().map(|name| name.parse()).collect::<Result<_, _>>()?),
+    }
+}
+
+/// One restore to be measured, in a process of its own.
+struct Trial {
+    exe: PathBuf,
+    snapshot: PathBuf,
+    profile: Option<PathBuf>,
+    function: String,
+    with_api: bool,
+    scratch: PathBuf,
+}
+
+impl Trial {
+    /// Restores once. The process's report, with the time measured from outside added.
+    fn run(&self, policy: Policy, cache: Cache) -> Result<Value, BoxError> {
+        if cache == Cache::Evicted {
+            evict(&self.snapshot)?;
+        }
+        let report_path = self.scratch.join("report.json");
+        let mut command = Command::new(&self.exe);
+        command.arg("restore").arg("--snapshot").arg(&self.snapshot);
+        command.args(["--policy", policy.name(), "--run", &self.function]).arg("--report").arg(&report_path);
+        if let Some(profile) = self.profile.as_ref().filter(|_| policy.needs_profile()) {
+            command.arg("--profile").arg(profile);
+        }
+        if self.with_api {
+            command.arg("--api-sock").arg(self.scratch.join("api.sock"));
+        }
+        let start = clock::monotonic_ns();
+        command.arg("--start-time-us").arg((start / 1000).to_string());
+        let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output()?;
+        let end = clock::monotonic_ns();
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            return refuse(format!("A restore by {policy} failed: {}", said.trim()));
+        }
+        let mut report: Value = serde_json::from_slice(&std::fs::read(&report_path)?)?;
+        report["outside_us"] = json!((end - start) as f64 / 1000.0);
+        Ok(report)
+    }
+}
+
+/// When a slice ended, µs since process start.
+fn end_of(report: &Value, name: &str) -> Option<f64> {
+    let slice = report["slices"].as_array()?.iter().find(|slice| slice["slice"] == name)?;
+    Some(slice["start_us"].as_f64()? + slice["length_us"].as_f64()?)
+}
+
+fn median(sorted: &[f64]) -> Option<f64> {
+    sorted.get((sorted.len().max(1) - 1) / 2).copied()
+}
+
+/// Drops the snapshot's clean pages from the page cache.
+fn evict(snapshot: &Path) -> Result<(), BoxError> {
+    let mut paths: Vec<PathBuf> =
+        ["memory", "vmstate", "pages", "manifest.json"].map(|name| snapshot.join(name)).to_vec();
+    let derived = std::fs::read_dir(derived_dir(&Location::Dir(snapshot.to_path_buf())));
+    paths.extend(derived.into_iter().flatten().flatten().map(|entry| entry.path()));
+    for path in paths {
+        let file = File::open(&path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    }
+    Ok(())
+}
+
+/// A directory that is removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Makes one in `parent`, or in the directory for temporary files.
+    fn new(parent: Option<&Path>) -> Result<Self, BoxError> {
+        let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+        let path = parent.join(format!("tvmm-bench-{}", std::process::id()));
+        std::fs::create_dir(&path).map_err(|error| format!("Cannot make {}: {error}", path.display()))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Scratch {
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left in a temporary directory does no harm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
