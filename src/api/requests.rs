@@ -169,6 +169,11 @@ struct LoadExtension {
     policy: Option<String>,
     /// The profile the policy works from.
     profile: Option<PathBuf>,
+    /// A plan made before, instead of a policy's.
+    plan: Option<PathBuf>,
+    /// Budgets, MiB.
+    dram_mib: Option<u64>,
+    cxl_mib: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -219,6 +224,10 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         location: snapshot_paths(load.snapshot_path, memory, memory_key)?,
         policy: load.tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
         profile: load.tvmm.profile,
+        plan: load.tvmm.plan,
+        costs: None,
+        dram_mib: load.tvmm.dram_mib,
+        cxl_mib: load.tvmm.cxl_mib,
         handler,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
         resume: load.resume_vm,

@@ -11,6 +11,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::{BoxError, refuse};
+use crate::snapshot::{Location, derived_dir};
 use crate::tiering::policy::Policy;
 use crate::vmm::sys::clock;
 
@@ -40,9 +41,12 @@ struct RestoreBenchArgs {
     /// The snapshot to restore
     #[arg(long, value_name = "DIR")]
     snapshot: PathBuf,
-    /// Policies to compare
+    /// Policies to compare, or `all`
     #[arg(long, value_delimiter = ',', default_value = "eager,firecracker", value_name = "NAMES")]
     policies: Vec<String>,
+    /// What a recorded run did to each page, for policies that need it
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
     /// The function each restored guest runs
     #[arg(long, default_value = "hello", value_name = "FUNCTION")]
     run: String,
@@ -101,7 +105,10 @@ enum Row {
 }
 
 fn restore(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
-    let policies: Vec<Policy> = args.policies.iter().map(|name| name.parse()).collect::<Result<_, _>>()?;
+    let policies: Vec<Policy> = match args.policies.as_slice() {
+        [all] if all == "all" => Policy::ALL.to_vec(),
+        names => names.iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
+    };
     if policies.is_empty() || args.runs == 0 {
         return refuse("Nothing to measure: give at least one policy and one run");
     }
@@ -137,6 +144,9 @@ fn one(exe: &Path, args: &RestoreBenchArgs, policy: Policy, scratch: &Path) -> R
     let mut command = Command::new(exe);
     command.arg("restore").arg("--snapshot").arg(&args.snapshot).args(["--policy", policy.name(), "--run", &args.run]);
     command.arg("--report").arg(&report_path);
+    if let Some(profile) = args.profile.as_ref().filter(|_| policy.needs_profile()) {
+        command.arg("--profile").arg(profile);
+    }
     if args.with_api {
         command.arg("--api-sock").arg(scratch.join("api.sock"));
     }
@@ -154,8 +164,11 @@ fn one(exe: &Path, args: &RestoreBenchArgs, policy: Policy, scratch: &Path) -> R
 
 /// Drops the snapshot's clean pages from the page cache.
 fn evict(snapshot: &Path) -> Result<(), BoxError> {
-    for name in ["memory", "vmstate", "pages", "manifest.json"] {
-        let path = snapshot.join(name);
+    let mut paths: Vec<PathBuf> =
+        ["memory", "vmstate", "pages", "manifest.json"].map(|name| snapshot.join(name)).to_vec();
+    let derived = std::fs::read_dir(derived_dir(&Location::Dir(snapshot.to_path_buf())));
+    paths.extend(derived.into_iter().flatten().flatten().map(|entry| entry.path()));
+    for path in paths {
         let file = File::open(&path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
     }
@@ -186,7 +199,8 @@ fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, 
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     let cache = if args.cache == Cache::Warm { "warm" } else { "evicted" };
-    let title = format!("µs, median (p5–p95) of {}; `{}`; page cache {cache}", args.runs, args.run);
+    let what = if policies.len() > WIDE { "median" } else { "median (p5–p95)" };
+    let title = format!("µs, {what} of {}; `{}`; page cache {cache}", args.runs, args.run);
     let mut header = vec![title];
     header.extend(policies.iter().map(|policy| policy.name().to_string()));
     table.set_header(header);
@@ -196,7 +210,8 @@ fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, 
             let all = reports.get(policy.name()).into_iter().flatten();
             let mut values: Vec<f64> = all.filter_map(|report| value(report, row)).collect();
             values.sort_by(f64::total_cmp);
-            cells.push(spread(&values));
+            // More columns than a terminal is wide: the spread is in the JSON.
+            cells.push(if policies.len() > WIDE { median(&values) } else { spread(&values) });
         }
         table.add_row(cells);
     }
@@ -204,6 +219,13 @@ fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, 
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+/// The most policies whose spread is shown.
+const WIDE: usize = 3;
+
+fn median(sorted: &[f64]) -> String {
+    sorted.get((sorted.len().max(1) - 1) / 2).map_or("–".to_string(), |value| format!("{value:.0}"))
 }
 
 /// "median (p5–p95)" of sorted values.

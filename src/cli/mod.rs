@@ -1,9 +1,11 @@
 //! The command line: arguments, progress, exit codes, and printing an error's chain once.
 
 mod bench;
+mod calibrate;
 mod guest;
 mod inspect;
 mod merge;
+mod plan;
 mod profile;
 mod report;
 mod snapshot;
@@ -14,6 +16,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::vmm::sys::signals;
 
 /// A microVM monitor with tiered snapshot restore built in.
 ///
@@ -69,10 +73,25 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles: what a function does to the pages of a snapshot
     Profile(profile::ProfileArgs),
+    /// Measure what memory operations cost on this host
+    Calibrate(calibrate::CalibrateArgs),
+    /// Show what a policy would do with a snapshot, or write it to a file
+    Plan(plan::PlanArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Measure
     Bench(bench::BenchArgs),
+}
+
+impl Command {
+    /// Whether no VM runs in this process.
+    fn only_prints(&self) -> bool {
+        match self {
+            Command::Restore(_) => false,
+            Command::Profile(args) => !args.runs_a_vm(),
+            _ => true,
+        }
+    }
 }
 
 /// Any room's error on its way to the user.
@@ -90,12 +109,17 @@ fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
 /// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.command.as_ref().is_some_and(Command::only_prints) {
+        signals::end_with_reader();
+    }
     let result = match cli.command {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(&args),
         Some(Command::Snapshot(args)) => snapshot::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
         Some(Command::Profile(args)) => profile::run(&args),
+        Some(Command::Calibrate(args)) => calibrate::run(&args),
+        Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };

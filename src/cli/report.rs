@@ -27,6 +27,8 @@ pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>
         json!({
             "snapshot": restored.snapshot,
             "policy": restored.policy,
+            "plan": restored.plan,
+            "source_cache": restored.source_cache,
             "layers": restored.layers,
             "engine": restored.engine,
         })

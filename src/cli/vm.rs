@@ -31,12 +31,25 @@ pub struct RestoreArgs {
     /// The memory file of the two-file form (`mem_file_path`)
     #[arg(long, value_name = "FILE")]
     mem_file: Option<PathBuf>,
-    /// How guest memory is restored: eager (read and verify all first) or firecracker (map, fault on demand)
+    /// How guest memory is restored: eager, firecracker, firecracker-uffd, catalyzer, trenv, or with --profile reap,
+    /// faasnap, aquifer, tiered
     #[arg(long, default_value = control::DEFAULT_POLICY, value_name = "NAME")]
     policy: String,
     /// What a recorded run did to each page, for policies that need it (`tvmm profile record`)
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
+    /// A plan made by `tvmm plan --out`, instead of a policy
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "profile", "costs", "dram", "cxl"])]
+    plan: Option<PathBuf>,
+    /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
+    #[arg(long, value_name = "FILE")]
+    costs: Option<PathBuf>,
+    /// Local memory for what is preloaded or will be written, MiB
+    #[arg(long, value_name = "MIB")]
+    dram: Option<u64>,
+    /// Memory in the CXL tier, MiB
+    #[arg(long, value_name = "MIB")]
+    cxl: Option<u64>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -66,6 +79,10 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         location: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
         policy: args.policy.clone(),
         profile: args.profile.clone(),
+        plan: args.plan.clone(),
+        costs: args.costs.clone(),
+        dram_mib: args.dram,
+        cxl_mib: args.cxl,
         handler: None,
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,

@@ -138,6 +138,10 @@ pub struct RestorePlan {
     /// Whether what is preloaded by `copy` is checked against the snapshot's checksums before the guest runs.
     #[serde(default)]
     pub verify: bool,
+    /// Whether what is preloaded by `copy` is read past the page cache (O_DIRECT): faster where nothing of it is cached,
+    /// and leaves nothing there.
+    #[serde(default)]
+    pub direct: bool,
     /// Pages fetched around a fault in a lazy extent: a power of two; the aligned block, as far as the extent reaches.
     #[serde(default = "one")]
     pub fault_pages: u64,
@@ -184,7 +188,16 @@ impl RestorePlan {
     /// A plan of extents alone.
     pub fn new(snapshot: SnapshotId, policy: &str, extents: Vec<PlannedExtent>) -> Self {
         let (images, background) = (Vec::new(), Vec::new());
-        RestorePlan { snapshot, policy: policy.to_string(), images, extents, background, verify: false, fault_pages: 1 }
+        RestorePlan {
+            snapshot,
+            policy: policy.to_string(),
+            images,
+            extents,
+            background,
+            verify: false,
+            direct: false,
+            fault_pages: 1,
+        }
     }
 
     /// Checks that the plan can be carried out: extents ascend, do not overlap, do not cross the end of a range, and

@@ -65,7 +65,7 @@ pub enum Command {
 }
 
 /// Where a snapshot is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SnapshotPaths {
     /// The snapshot directory, or, if `memory` is given, the file of the VM state.
     pub snapshot: PathBuf,
@@ -95,7 +95,7 @@ pub struct CreateSnapshot {
 }
 
 /// How to restore a machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadSnapshot {
     /// Where from.
     pub location: SnapshotPaths,
@@ -103,6 +103,14 @@ pub struct LoadSnapshot {
     pub policy: String,
     /// The profile the policy works from.
     pub profile: Option<PathBuf>,
+    /// A plan made before (`tvmm plan --out`), instead of a policy's.
+    pub plan: Option<PathBuf>,
+    /// What things cost on this host, instead of the last calibration or the built-in numbers.
+    pub costs: Option<PathBuf>,
+    /// The most local memory a plan may use, MiB.
+    pub dram_mib: Option<u64>,
+    /// The most memory of the CXL tier a plan may use, MiB.
+    pub cxl_mib: Option<u64>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// Whether KVM logs the pages the guest writes from now on.

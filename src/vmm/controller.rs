@@ -16,14 +16,12 @@ use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
 use super::metrics::MetricsFile;
+use super::planning::{self, Chosen};
 use super::record::Watch;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::timeline::{Moments, Timeline};
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
-use crate::tiering::costs::Costs;
-use crate::tiering::policy::{Budget, Policy, PolicyInput};
-use crate::tiering::profile::Profile;
+use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, Sealed};
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
@@ -39,6 +37,10 @@ enum Phase {
 pub struct Restored {
     pub snapshot: String,
     pub policy: String,
+    /// Where the plan came from: `file`, `cache` or `made`.
+    pub plan: &'static str,
+    /// The page cache state the plan counts on.
+    pub source_cache: Option<&'static str>,
     pub layers: usize,
     pub engine: EngineReport,
 }
@@ -221,12 +223,11 @@ impl Controller {
         watch: Watch,
         before_run: impl FnOnce(&Serial),
     ) -> Result<(), Error> {
-        let policy: Policy = load.policy.parse()?;
         let chain = Arc::new(match load.handler {
             None => Chain::open(&location(&load.location))?,
             Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
         });
-        let plan = plan(&chain, policy, load)?;
+        let Chosen { plan, origin, source_cache } = planning::choose(&chain, load)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
@@ -241,7 +242,7 @@ impl Controller {
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
         self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
         self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
-        self.restored = Some(Restored { snapshot, policy: policy.name().to_string(), layers, engine });
+        self.restored = Some(Restored { snapshot, policy: plan.policy, plan: origin, source_cache, layers, engine });
         before_run(machine.serial());
         self.phase =
             if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
@@ -384,15 +385,6 @@ impl Controller {
     pub fn stop(&mut self) {
         self.phase = Phase::NotStarted;
     }
-}
-
-/// Makes the plan that was asked for.
-fn plan(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<RestorePlan, Error> {
-    let profile = load.profile.as_deref().map(Profile::load).transpose()?;
-    let resolved = if policy.needs_pages(chain) { chain.resolve()? } else { Vec::new() };
-    let (costs, budget) = (Costs::of_this_host()?, Budget::default());
-    let input = PolicyInput { chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
-    Ok(policy.plan(&input)?)
 }
 
 /// What a machine has in every state.

@@ -4,6 +4,7 @@
 pub mod accounting;
 mod arch;
 mod boot;
+pub mod calibrate;
 mod capture;
 pub mod config;
 pub mod console;
@@ -17,6 +18,7 @@ pub mod logging;
 pub mod machine;
 mod memory;
 mod metrics;
+mod planning;
 pub mod record;
 mod restore;
 pub mod session;

@@ -123,10 +123,9 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let load = LoadSnapshot {
         location: spec.snapshot.clone(),
         policy: "firecracker".to_string(),
-        profile: None,
-        handler: None,
         track_dirty_pages: dirty,
         resume: true,
+        ..LoadSnapshot::default()
     };
     let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
     let around = Surroundings {

@@ -130,10 +130,9 @@ fn put_snapshot_load_forms_give_their_command() {
     let load = |location, track_dirty_pages, resume| LoadSnapshot {
         location,
         policy: "firecracker".to_owned(),
-        profile: None,
-        handler: None,
         track_dirty_pages,
         resume,
+        ..LoadSnapshot::default()
     };
     let file = json!({"backend_type": "File", "backend_path": "m"});
     let cases = [

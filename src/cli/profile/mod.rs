@@ -24,6 +24,13 @@ pub struct ProfileArgs {
     command: ProfileCommand,
 }
 
+impl ProfileArgs {
+    /// Whether a VM runs in this process.
+    pub fn runs_a_vm(&self) -> bool {
+        matches!(self.command, ProfileCommand::Record(_))
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum ProfileCommand {
     /// Restore a snapshot, run one function, and record what it does to each page

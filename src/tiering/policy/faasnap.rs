@@ -18,7 +18,7 @@ use crate::snapshot::{
 use crate::tiering::profile::{Order, Profile, nonzero};
 
 /// FaaSnap's `interval_threshold`.
-const GAP_PAGES: u64 = 32;
+pub const GAP_PAGES: u64 = 32;
 /// FaaSnap's `mincore_size`: pages in a group.
 const GROUP_PAGES: u64 = 1024;
 

@@ -203,7 +203,7 @@ proptest! {
             prop_assert!(expects.total_ns().is_finite() && expects.vmas > 0);
             // `tiered` comes last.
             if policy == Policy::Tiered {
-                prop_assert!(expects.total_ns() <= total * 1.02, "{:?} over {total}", expects);
+                prop_assert!(expects.total_ns() <= total * 1.05, "{:?} over {total}", expects);
             }
             total = total.min(expects.total_ns());
         }
@@ -424,21 +424,29 @@ fn tiered_reads_a_scattered_cold_set_from_an_image() {
     assert_eq!(plan.images[0].file_len(), 512 * PAGE_SIZE);
 }
 
-/// `cargo test --release -- --ignored --nocapture planning_time`: 4 GiB, 64,000 touched runs.
+/// `cargo test --release --lib -- --ignored --nocapture planning_time`: 4 GiB, the fastest of five.
 #[test]
 #[ignore = "a measurement"]
 fn planning_time() {
     let pages = 1 << 20;
-    let held: Vec<(u64, u64)> = (0..pages / 64).map(|i| (i * 64, 60)).collect();
-    let mut small = small(pages, &held);
-    for page in (0..pages).step_by(32) {
-        small.profile.read.insert_run(extent(page, 3));
-        small.profile.written.insert_run(extent(page + 16, 1));
-    }
-    for cache in SourceCache::ALL {
-        small.costs = small.costs.with_cache(cache);
-        let start = std::time::Instant::now();
-        let plan = small.plan(Policy::Tiered);
-        println!("{cache:?}: {} extents in {:?}", plan.extents.len(), start.elapsed());
+    // A working set of 128 MiB in runs of two pages over a memory in 256 runs; then both in tiny pieces.
+    for (what, held_every, touched_every) in [("scattered", 4096, 64), ("confetti", 64, 16)] {
+        let held: Vec<(u64, u64)> =
+            (0..pages / held_every).map(|i| (i * held_every, held_every - held_every / 16)).collect();
+        let mut small = small(pages, &held);
+        for (index, page) in (0..pages).step_by(touched_every).enumerate() {
+            let class = if index % 3 == 0 { &mut small.profile.written } else { &mut small.profile.read };
+            class.insert_run(extent(page, 2));
+        }
+        for cache in SourceCache::ALL {
+            small.costs = small.costs.with_cache(cache);
+            let plan = || {
+                let start = std::time::Instant::now();
+                let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &Budget::default()).unwrap();
+                (start.elapsed(), plan.extents.len())
+            };
+            let (time, extents) = (0..5).map(|_| plan()).min().unwrap();
+            println!("{what}, {cache:?}: {extents} extents in {time:?}");
+        }
     }
 }

@@ -3,7 +3,6 @@
 //! Mappings first, as few as possible (neighbours that can share one do), then what must be in local memory before the
 //! guest runs; the rest is left to page faults, the fault service and the second thread.
 
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -252,7 +251,10 @@ impl Engine<'_> {
             // SAFETY: the machine does not exist yet; nothing else refers to this memory.
             let bytes = unsafe { ram.bytes_mut(extent) }?;
             self.report.read_calls += 1;
-            self.files.read(source, bytes)?;
+            match plan.direct {
+                true => self.report.direct_reads = self.files.read_direct(source, bytes)?,
+                false => self.files.read(source, bytes)?,
+            }
             self.report.bytes_preloaded += extent.bytes();
             if let Some(pages) = per_layer.get_mut(source.layer) {
                 pages.insert_run(extent);
@@ -305,10 +307,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// The whole of a file in one read past the page cache. File systems that cannot do that are read through it, and
-    /// the report says so.
+    /// The whole of a file in one read past the page cache.
     fn read_direct(&mut self, index: usize, len: usize) -> Result<Reservation, Error> {
-        let (_, path) = self.files.require(index)?;
         let buffer = Reservation::new(len).map_err(Error::os("reserve a read buffer"))?;
         buffer.map_anon(0, len).map_err(Error::os("make a read buffer"))?;
         // Huge pages only make this faster.
@@ -316,16 +316,7 @@ impl Engine<'_> {
         // SAFETY: the buffer is this function's own and nobody else refers to it.
         let bytes = unsafe { buffer.bytes_mut(0, len) }.map_err(Error::os("make a read buffer"))?;
         self.report.read_calls += 1;
-        let open = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
-        let direct = open.and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, bytes, 0));
-        self.report.direct_reads = match direct {
-            Ok(()) => true,
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                self.files.read(PageSource { layer: index, offset: 0 }, bytes)?;
-                false
-            }
-            Err(source) => return Err(Error::File { doing: "read directly", path: path.to_owned(), source }),
-        };
+        self.report.direct_reads = self.files.read_direct(PageSource { layer: index, offset: 0 }, bytes)?;
         Ok(buffer)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -44,6 +44,18 @@ impl Files {
         let (file, path) = self.require(source.layer)?;
         let failed = |source| Error::File { doing: "read guest memory from", path: path.to_owned(), source };
         file.read_exact_at(bytes, source.offset).map_err(failed)
+    }
+
+    /// Reads `bytes` (whole pages) from `source` on past the page cache. File systems that cannot do that are read through
+    /// it; returns whether it was past it.
+    pub fn read_direct(&self, source: PageSource, bytes: &mut [u8]) -> Result<bool, Error> {
+        let (_, path) = self.require(source.layer)?;
+        let open = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
+        match open.and_then(|file| file.read_exact_at(bytes, source.offset)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.read(source, bytes).map(|()| false),
+            Err(error) => Err(Error::File { doing: "read directly", path: path.to_owned(), source: error }),
+        }
     }
 
     /// As [`get`](Self::get); a validated plan names no other files.

@@ -13,5 +13,6 @@ pub mod pagemap_scan;
 pub mod resident;
 pub mod signals;
 pub mod terminal;
+pub mod touch;
 pub mod uffd;
 pub mod wait;

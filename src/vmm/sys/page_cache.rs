@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
 use super::mapping::Reservation;
 use crate::snapshot::LoadHuge;
@@ -32,5 +33,41 @@ impl LoadHuge for PageCache {
             done += window as u64;
         }
         Ok(())
+    }
+}
+
+/// `struct cachestat_range` and `struct cachestat` of cachestat(2), Linux 6.5.
+#[repr(C)]
+struct CacheStatRange {
+    offset: u64,
+    len: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct CacheStat {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// How many pages of `file` are in the page cache; `None` if the kernel has no cachestat(2) (before 6.5), or not for this
+/// file system.
+pub fn resident_pages(file: &File) -> io::Result<Option<u64>> {
+    let range = CacheStatRange { offset: 0, len: 0 };
+    let mut stat = CacheStat::default();
+    // SAFETY: the kernel reads `range` and writes `stat`, both valid and of the kernel's layout, for the length of the
+    // call; a length of 0 means up to the end of the file.
+    let result = unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut stat, 0) };
+    if result == 0 {
+        return Ok(Some(stat.cached));
+    }
+    match io::Error::last_os_error() {
+        error if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP)) => Ok(None),
+        error => Err(error),
     }
 }

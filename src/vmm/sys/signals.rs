@@ -8,6 +8,13 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 #[derive(Debug)]
 pub struct EndSignals(File);
 
+/// Lets a reader that goes away (`tvmm inspect DIR | head`) end the process, as it does any other program. For commands
+/// that only print; a VM must outlive its readers.
+pub fn end_with_reader() {
+    // SAFETY: restores the default disposition of a signal; no handler of ours is involved.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 impl EndSignals {
     /// Blocks the signals in this thread, and so in every thread it starts from now on. Call before any is.
     pub fn take() -> io::Result<Self> {

@@ -11,10 +11,12 @@ mod path;
 mod units;
 
 use super::estimate::{Estimate, estimate};
+use super::place::BLOCK_PAGES;
 use super::touches::{Touch, expected};
-use super::{Budget, Ground, aquifer, eager, faasnap, firecracker, reap};
-use crate::snapshot::{Fill, RestorePlan};
+use super::{Budget, Ground, eager, faasnap};
+use crate::snapshot::{Content, Extent, Fill, RestorePlan};
 use crate::tiering::Error;
+use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::Profile;
 
 pub const NAME: &str = "tiered";
@@ -33,16 +35,20 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     };
     let search = Search { touches: &touches, extra_limit };
     let mut best = search.within_budget(ground);
-    let cheap = [firecracker::plan(ground), eager::plan(ground)]
-        .map(|extents| RestorePlan { extents, ..ground.empty_plan(NAME) });
-    let others = [
-        reap::plan(ground, profile),
-        faasnap::plan(ground, profile),
-        aquifer::plan(ground, profile),
-        packed::plan(ground, &touches, Fill::Install),
-        packed::plan(ground, &touches, Fill::Copy),
+    let floors = Floors::of(ground, &touches);
+    // Each shape with the least it can cost: making and pricing one takes as long as the whole search above. What the
+    // search cannot come to are images: REAP's and Aquifer's shapes are those of `packed` without what it leaves out.
+    let shapes: [(f64, &dyn Fn() -> RestorePlan); 4] = [
+        (floors.eager, &|| RestorePlan { extents: eager::plan(ground), ..ground.empty_plan(NAME) }),
+        (floors.regions, &|| faasnap::plan(ground, profile)),
+        (floors.install, &|| packed::plan(ground, &touches, Fill::Install)),
+        (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy)),
     ];
-    for plan in cheap.into_iter().chain(others) {
+    for (floor, make) in shapes {
+        if floor >= best.1.total_ns() {
+            continue;
+        }
+        let plan = make();
         let expected = estimate(&plan, ground, &touches);
         if search.fits(&expected) && expected.total_ns() < best.1.total_ns() {
             best = (plan, expected);
@@ -51,6 +57,56 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     let mut plan = best.0;
     plan.policy = NAME.to_string();
     Ok(plan)
+}
+
+/// What plans of other shapes cost at the very least.
+struct Floors {
+    /// Everything held is copied.
+    eager: f64,
+    /// The loading set is installed from an image, past the page cache.
+    install: f64,
+    /// The loading set is copied from an image.
+    copy: f64,
+    /// The loading set is mapped from an image, each region a mapping.
+    regions: f64,
+}
+
+impl Floors {
+    fn of(ground: &Ground, touches: &[Touch]) -> Floors {
+        let costs = ground.costs;
+        let held = ground.resolved.iter().filter(|run| run.content != Content::Zero).map(|run| run.extent.pages);
+        let loading = || touches.iter().filter(|touch| !touch.zero);
+        let mut regions = 0;
+        let mut runs: Vec<Extent> = Vec::new();
+        for touch in loading() {
+            let gap = runs.last().map_or(u64::MAX, |last| touch.extent.first.0 - last.end().0);
+            regions += u64::from(gap >= faasnap::GAP_PAGES);
+            match runs.last_mut() {
+                Some(last) if gap == 0 => last.pages += touch.extent.pages,
+                _ => runs.push(touch.extent),
+            }
+        }
+        let device = if costs.cache == SourceCache::Cold { costs.device_sequential_page_ns } else { 0 };
+        let times = |ns: u64, count: u64| ns as f64 * count as f64;
+        let read_page = costs.read_huge_page_ns.min(costs.read_small_page_ns) + device;
+        let pages = loading().map(|touch| touch.extent.pages).sum();
+        let calls = times(costs.call_ns, runs.len() as u64);
+        // Only a run that has a whole block is read into huge pages.
+        let small_page = costs.read_small_page_ns + device;
+        let touched: f64 = loading().map(|touch| touch.extent.pages as f64 * touch.touched).sum();
+        let small_touches = touched * costs.populated_touch_ns as f64;
+        let copy = |run: &Extent| match run.pages {
+            pages if pages < BLOCK_PAGES => times(costs.call_ns, 1) + times(small_page, pages),
+            pages => times(read_page, pages),
+        };
+        let file_page = costs.file_read_fault_ns.min(costs.cow_fault_ns);
+        Floors {
+            eager: times(read_page, held.sum()),
+            install: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, pages) + calls + small_touches,
+            copy: runs.iter().map(copy).sum(),
+            regions: times(costs.vma_ns, regions) + touched * file_page as f64,
+        }
+    }
 }
 
 struct Search<'a> {

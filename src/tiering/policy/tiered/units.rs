@@ -119,7 +119,8 @@ impl Unit {
 
     /// The price with copy-on-write broken ahead where that pays; `None` if nowhere.
     fn broken_price(&self, ground: &Ground, touches: &[Touch], backing: Backing) -> Option<Price> {
-        let runs = self.breaks(ground, touches);
+        let first = touches.get(self.touch).filter(|touch| touch.extent.first < self.extent.end());
+        let runs = if first.is_some() { self.breaks(ground, touches) } else { Vec::new() };
         if runs.is_empty() {
             return None;
         }

@@ -1,0 +1,201 @@
+//! `tvmm calibrate`: what memory operations cost on this host. The host's own side is measured in this process; what a
+//! guest's touches cost is read from the built-in guest, restored again and again from a snapshot of its own.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::{BoxError, refuse};
+use crate::tiering::costs::Costs;
+use crate::vmm::calibrate;
+
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Where the numbers go; default: where `tvmm plan` and `tvmm restore` look for them
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// A directory on the device that snapshots are on; default: that of --out
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// How often each is measured; the lower quartile counts
+    #[arg(long, default_value_t = 7, value_name = "N")]
+    rounds: usize,
+}
+
+pub fn run(args: &CalibrateArgs) -> Result<ExitCode, BoxError> {
+    let Some(out) = args.out.clone().or_else(Costs::default_path) else {
+        return refuse("Neither XDG_CACHE_HOME nor HOME is set: say with --out where the numbers go");
+    };
+    let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(|error| format!("Cannot make {}: {error}", parent.display()))?;
+    let dir = args.dir.as_deref().unwrap_or(parent);
+    let mut costs = Costs::default();
+    let mut left = calibrate::host(&mut costs, dir, args.rounds)?;
+    let scratch = Scratch::new(dir)?;
+    if let Err(error) = guest(&mut costs, &scratch.0, args.rounds) {
+        left.push(("what only a guest can tell", error.to_string()));
+    }
+    costs.save(&out)?;
+    println!("{}", table(&costs));
+    left.iter().for_each(|(name, why)| eprintln!("not measured: {name}: {why}"));
+    println!("{}: {}", out.display(), costs.source());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Numbers that come from the guest's own clock.
+const FROM_GUEST: [&str; 6] = [
+    "anon_write_fault_ns",
+    "huge_fault_ns",
+    "file_read_fault_ns",
+    "cow_fault_ns",
+    "cow_split_fault_ns",
+    "uffd_fault_ns",
+];
+
+fn table(costs: &Costs) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header(["cost", "ns", "from"]);
+    for (name, ns) in costs.fields() {
+        let from = match costs.is_measured(name) {
+            false => "built-in",
+            true if FROM_GUEST.contains(&name) => "a guest",
+            true => "the host",
+        };
+        table.add_row([name.to_string(), ns.to_string(), from.to_string()]);
+    }
+    if let Some(column) = table.column_mut(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// Pages the guest fills: 32 MiB, whole blocks.
+const PAGES: u64 = 8192;
+const BLOCK_PAGES: u64 = 512;
+const UFFD_PAGES: u64 = 256;
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+fn guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), BoxError> {
+    let exe = std::env::current_exe()?;
+    let sealed = dir.join("snapshot");
+    let fill_us = snapshot(&exe, dir, &sealed)?;
+    costs.set_measured("anon_write_fault_ns", per(fill_us, PAGES));
+    // A copy is in small folios, as files are that were just written.
+    let copy = dir.join("copy");
+    std::fs::create_dir(&copy)?;
+    for name in ["manifest.json", "vmstate", "pages", "memory"] {
+        std::fs::copy(sealed.join(name), copy.join(name))?;
+    }
+    let measure = |snapshot: &Path, policy: &str, function: &str| -> Result<f64, BoxError> {
+        let all = (0..rounds.max(1)).map(|_| touched_us(&exe, snapshot, policy, function)).collect::<Result<_, _>>()?;
+        Ok(calibrate::typical(all))
+    };
+    let all = format!("touch pages={PAGES}");
+    let blocks = PAGES / BLOCK_PAGES;
+    costs.set_measured("huge_fault_ns", per(measure(&sealed, "firecracker", &all)?, blocks));
+    costs.set_measured("file_read_fault_ns", per(measure(&copy, "firecracker", &all)?, PAGES));
+    costs.set_measured("cow_fault_ns", per(measure(&copy, "firecracker", &format!("{all} write=100"))?, PAGES));
+    let one_each = format!("touch pages={blocks} stride={BLOCK_PAGES} write=100");
+    costs.set_measured("cow_split_fault_ns", per(measure(&sealed, "firecracker", &one_each)?, blocks));
+    let some = format!("touch pages={UFFD_PAGES} stride=31");
+    costs.set_measured("uffd_fault_ns", per(measure(&sealed, "firecracker-uffd", &some)?, UFFD_PAGES));
+    Ok(())
+}
+
+/// µs for `count` operations, as ns for one.
+fn per(us: f64, count: u64) -> u64 {
+    (us * 1000.0 / count as f64).round().max(1.0) as u64
+}
+
+/// Boots a guest, lets it fill its pages, and snapshots it. Returns how long the guest took to fill them, in µs.
+fn snapshot(exe: &Path, dir: &Path, out: &Path) -> Result<f64, BoxError> {
+    let (config, socket) = (dir.join("vm.json"), dir.join("api.sock"));
+    let machine = serde_json::json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 } });
+    std::fs::write(&config, machine.to_string())?;
+    let mut vm = Command::new(exe)
+        .arg("--config")
+        .arg(&config)
+        .arg("--api-sock")
+        .arg(&socket)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let filled = filled(&mut vm).and_then(|us| {
+        let status = Command::new(exe)
+            .arg("snapshot")
+            .arg("--api-sock")
+            .arg(&socket)
+            .arg("--out")
+            .arg(out)
+            .stdout(Stdio::null())
+            .status()?;
+        if status.success() { Ok(us) } else { refuse("The guest could not be snapshotted") }
+    });
+    // It is not needed any more, whatever came of it.
+    let _ = vm.kill();
+    let _ = vm.wait();
+    filled
+}
+
+fn filled(vm: &mut std::process::Child) -> Result<f64, BoxError> {
+    let (Some(mut input), Some(output)) = (vm.stdin.take(), vm.stdout.take()) else {
+        return refuse("The guest has no console");
+    };
+    writeln!(input, "run fill fill pages={PAGES}")?;
+    let deadline = Instant::now() + TIMEOUT;
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        if line.trim_end().starts_with("ok fill ") {
+            // The console stays open until the guest is gone.
+            vm.stdin = Some(input);
+            return guest_us(&line);
+        }
+        if line.starts_with("err ") || Instant::now() > deadline {
+            break;
+        }
+    }
+    refuse("The guest did not fill its memory")
+}
+
+/// Restores a guest, lets it run `function`, and returns how long that took by its own clock, in µs.
+fn touched_us(exe: &Path, snapshot: &Path, policy: &str, function: &str) -> Result<f64, BoxError> {
+    let mut restore = Command::new(exe);
+    restore.arg("restore").arg("--snapshot").arg(snapshot).args(["--policy", policy, "--run", function]);
+    let output = restore.stdin(Stdio::null()).stderr(Stdio::piped()).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().find(|line| line.starts_with("ok ")) {
+        Some(line) => guest_us(line),
+        None => refuse(format!("{function} by {policy}: {}", String::from_utf8_lossy(&output.stderr).trim())),
+    }
+}
+
+/// The guest's µs in `ok <id> <digest> <guest µs> …`.
+fn guest_us(line: &str) -> Result<f64, BoxError> {
+    match line.split_whitespace().nth(3).and_then(|us| us.parse().ok()) {
+        Some(us) => Ok(us),
+        None => refuse(format!("{line:?} is not an answer of the guest")),
+    }
+}
+
+/// A directory that is removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(dir: &Path) -> Result<Self, BoxError> {
+        let path = dir.join(format!("tvmm-calibrate-{}.d", std::process::id()));
+        std::fs::create_dir(&path).map_err(|error| format!("Cannot make {}: {error}", path.display()))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What is left in a scratch directory does no harm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

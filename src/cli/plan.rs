@@ -1,0 +1,230 @@
+//! `tvmm plan`: what a policy would do with a snapshot, in numbers and drawn, or in a file.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::{Value, json};
+
+use super::{BoxError, refuse};
+use crate::snapshot::{Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan};
+use crate::tiering::costs::{Costs, SourceCache};
+use crate::tiering::plan_file::PlanFile;
+use crate::tiering::policy::{Budget, Estimate, Policy, PolicyInput};
+use crate::tiering::profile::Profile;
+
+/// How the snapshot's files are cached when the plan is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    /// In folios of 2 MiB, as tvmm leaves a snapshot
+    Huge,
+    /// In small folios, as files are that were just written
+    Small,
+    /// Not at all
+    Cold,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The snapshot directory
+    #[arg(long, value_name = "DIR")]
+    snapshot: PathBuf,
+    /// What a recorded run did (`tvmm profile record`)
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// The policy that makes the plan
+    #[arg(long, value_name = "NAME")]
+    policy: String,
+    /// Local memory for what is preloaded or will be written, MiB
+    #[arg(long, value_name = "MIB")]
+    dram: Option<u64>,
+    /// Memory in the CXL tier, MiB
+    #[arg(long, value_name = "MIB")]
+    cxl: Option<u64>,
+    /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
+    #[arg(long, value_name = "FILE")]
+    costs: Option<PathBuf>,
+    /// How the snapshot's files will be cached
+    #[arg(long, value_enum, default_value = "huge")]
+    cache: Cache,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    /// Write the plan to this file, for `tvmm restore --plan`
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
+    let policy: Policy = args.policy.parse()?;
+    let profile = args.profile.as_deref().map(Profile::load).transpose()?;
+    let costs = match &args.costs {
+        Some(path) => Costs::load(path)?,
+        None => Costs::of_this_host()?,
+    };
+    let costs = costs.with_cache(match args.cache {
+        Cache::Huge => SourceCache::Huge,
+        Cache::Small => SourceCache::Small,
+        Cache::Cold => SourceCache::Cold,
+    });
+    let chain = Chain::open(&Location::Dir(args.snapshot.clone()))?;
+    let resolved = chain.resolve()?;
+    let budget = Budget { dram_pages: pages_of(args.dram)?, cxl_pages: pages_of(args.cxl)? };
+    let input = PolicyInput { chain: &chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
+    let plan = policy.plan(&input)?;
+    plan.validate(chain.layout(), &chain.layer_file_lens())?;
+    let estimate = input.estimate(&plan);
+    let file = PlanFile::new(plan, estimate, costs.source(), &chain)?;
+    if args.json {
+        println!("{:#}", to_json(&file, &costs));
+    } else {
+        print(&file, &chain, &costs, profile.is_some());
+    }
+    if let Some(path) = &args.out {
+        write(&file, path)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn pages_of(mib: Option<u64>) -> Result<Option<u64>, BoxError> {
+    match mib.map(|mib| mib.checked_mul((1 << 20) / PAGE_SIZE)) {
+        Some(None) => refuse("A budget is given in MiB, and no host has so many"),
+        other => Ok(other.flatten()),
+    }
+}
+
+fn write(file: &PlanFile, path: &Path) -> Result<(), BoxError> {
+    let bytes = file.save(path)?;
+    eprintln!("{}: {bytes} bytes", path.display());
+    Ok(())
+}
+
+/// The groups that are told apart when a plan is shown: a name, what draws it, and which extents belong to it.
+const GROUPS: [(&str, char, Placement, Option<Fill>); 7] = [
+    ("preload, copied", '█', Placement::Preload, Some(Fill::Copy)),
+    ("preload, installed", '▓', Placement::Preload, Some(Fill::Install)),
+    ("preload, copy-on-write broken", '▒', Placement::Preload, Some(Fill::BreakCow)),
+    ("in place", '=', Placement::InPlace, None),
+    ("cow-file", '-', Placement::CowFile, None),
+    ("lazy", '.', Placement::Lazy, None),
+    ("zero", ' ', Placement::Zero, None),
+];
+
+fn group_of(placement: Placement, fill: Fill) -> usize {
+    let fits = |(_, _, p, f): &(&str, char, Placement, Option<Fill>)| *p == placement && f.is_none_or(|f| f == fill);
+    GROUPS.iter().position(fits).unwrap_or(GROUPS.len() - 1)
+}
+
+/// Pages and extents of each group.
+fn grouped(plan: &RestorePlan) -> [(u64, u64); 7] {
+    let mut groups = [(0, 0); 7];
+    for item in &plan.extents {
+        let (pages, extents) = &mut groups[group_of(item.placement, item.fill)];
+        *pages += item.extent.pages;
+        *extents += 1;
+    }
+    groups
+}
+
+fn to_json(file: &PlanFile, costs: &Costs) -> Value {
+    let plan = &file.plan;
+    let group = |(index, (pages, extents)): (usize, &(u64, u64))| json!({ "what": GROUPS[index].0, "pages": pages, "extents": extents });
+    json!({
+        "policy": plan.policy,
+        "snapshot": plan.snapshot,
+        "costs": file.costs,
+        "cache": costs.cache.name(),
+        "groups": grouped(plan).iter().enumerate().map(group).collect::<Vec<_>>(),
+        "expected": file.expected,
+        "images": plan.images.iter().map(|image| json!({ "bytes": image.file_len(), "extents": image.extents.len() })).collect::<Vec<_>>(),
+        "background_steps": plan.background.len(),
+        "fault_pages": plan.fault_pages,
+        "plan": plan,
+    })
+}
+
+fn print(file: &PlanFile, chain: &Chain, costs: &Costs, has_profile: bool) {
+    let plan = &file.plan;
+    println!("policy     {}", plan.policy);
+    println!("snapshot   {}", plan.snapshot);
+    println!("costs      {}; files cached: {}", file.costs, costs.cache.name());
+    println!("{}", table(plan));
+    for (index, image) in plan.images.iter().enumerate() {
+        let mib = image.file_len() as f64 / f64::from(1 << 20);
+        println!("image {index}    {mib:.1} MiB in {} extents", image.extents.len());
+    }
+    if !plan.background.is_empty() {
+        println!("background {} steps", plan.background.len());
+    }
+    if plan.fault_pages > 1 {
+        println!("faults     fetch up to {} pages", plan.fault_pages);
+    }
+    expected(&file.expected, has_profile);
+    draw(plan, chain.layout());
+}
+
+fn expected(expected: &Estimate, has_profile: bool) {
+    let ms = |ns: f64| ns / 1e6;
+    println!("mappings   {}", expected.vmas);
+    println!(
+        "expected   {:.2} ms: mapping {:.2}, preloading {:.2}, faults {}",
+        ms(expected.total_ns()),
+        ms(expected.map_ns),
+        ms(expected.preload_ns),
+        if has_profile { format!("{:.2}", ms(expected.fault_ns)) } else { "unknown without a profile".to_string() },
+    );
+}
+
+fn table(plan: &RestorePlan) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header(["", "placement", "pages", "MiB", "extents"]);
+    for ((name, symbol, ..), (pages, extents)) in GROUPS.iter().zip(grouped(plan)) {
+        if extents > 0 {
+            let mib = format!("{:.1}", (pages * PAGE_SIZE) as f64 / f64::from(1 << 20));
+            table.add_row([symbol.to_string(), (*name).to_string(), pages.to_string(), mib, extents.to_string()]);
+        }
+    }
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+const COLUMNS: u64 = 64;
+const ROWS: u64 = 16;
+
+/// Guest memory by placement: each cell shows what most of its pages are, but any preloaded page shows.
+fn draw(plan: &RestorePlan, layout: &MemoryLayout) {
+    let cell = layout.pages().div_ceil(COLUMNS * ROWS).next_power_of_two();
+    println!(
+        "memory     (each cell {} KiB: what most of its pages are, preloaded ones before all others)",
+        cell * PAGE_SIZE / 1024
+    );
+    let mut at = 0;
+    for range in layout.extents() {
+        for row in range.chunks(COLUMNS * cell) {
+            let cells: String = row.chunks(cell).map(|part| symbol(plan, part, &mut at)).collect();
+            println!("{:#13x} |{cells}|", Gfn(row.first.0).gpa());
+        }
+    }
+}
+
+/// The symbol of one cell. `at` is the first extent that may reach into it.
+fn symbol(plan: &RestorePlan, part: Extent, at: &mut usize) -> char {
+    let mut pages = [0; 7];
+    while let Some(item) = plan.extents.get(*at) {
+        if let Some(shared) = item.extent.intersection(&part) {
+            pages[group_of(item.placement, item.fill)] += shared.pages;
+        }
+        if item.extent.end() > part.end() {
+            break;
+        }
+        *at += 1;
+    }
+    // Preloaded pages are few and what a plan is about.
+    let first_preloaded = pages[..3].iter().position(|pages| *pages > 0);
+    let most = || (0..pages.len()).rev().max_by_key(|group| pages[*group]).unwrap_or(pages.len() - 1);
+    GROUPS[first_preloaded.unwrap_or_else(most)].1
+}

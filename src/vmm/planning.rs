@@ -1,0 +1,121 @@
+//! Which plan a restore is carried out by: one given in a file, or one that a policy makes, kept beside the snapshot so
+//! that the next restore need not make it again.
+
+use std::path::{Path, PathBuf};
+
+use super::control::LoadSnapshot;
+use super::error::Error;
+use super::sys::page_cache;
+use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, derived_dir};
+use crate::tiering::costs::{Costs, SourceCache};
+use crate::tiering::plan_file::PlanFile;
+use crate::tiering::policy::{Budget, Policy, PolicyInput};
+use crate::tiering::profile::Profile;
+
+/// A plan, and where it came from.
+pub struct Chosen {
+    pub plan: RestorePlan,
+    /// `file`, `cache` or `made`.
+    pub origin: &'static str,
+    /// The page cache state the plan counts on, if it matters to its policy.
+    pub source_cache: Option<&'static str>,
+}
+
+/// Makes or finds the plan that `load` asks for.
+pub fn choose(chain: &Chain, load: &LoadSnapshot) -> Result<Chosen, Error> {
+    if let Some(path) = &load.plan {
+        let file = PlanFile::load(path)?;
+        file.check_for(chain, path)?;
+        return Ok(Chosen { plan: file.plan, origin: "file", source_cache: None });
+    }
+    let policy: Policy = load.policy.parse()?;
+    if !policy.needs_profile() {
+        let resolved = if policy.needs_pages(chain) { chain.resolve()? } else { Vec::new() };
+        let (costs, budget) = (Costs::default(), Budget::default());
+        let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget };
+        return Ok(Chosen { plan: policy.plan(&input)?, origin: "made", source_cache: None });
+    }
+    from_profile(chain, policy, load)
+}
+
+fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Chosen, Error> {
+    let read = |path: &Path| {
+        std::fs::read(path).map_err(|source| Error::File { doing: "read the profile", path: path.to_owned(), source })
+    };
+    let bytes = load.profile.as_deref().map(read).transpose()?;
+    let costs = match &load.costs {
+        Some(path) => Costs::load(path)?,
+        None => Costs::of_this_host()?,
+    };
+    // Only tiered's plan depends on it: the others do what their papers do.
+    let cache = if policy == Policy::Tiered && is_cold(chain)? { SourceCache::Cold } else { SourceCache::Huge };
+    let costs = costs.with_cache(cache);
+    let budget = Budget { dram_pages: pages(load.dram_mib), cxl_pages: pages(load.cxl_mib) };
+    let path = cache_path(chain, policy, bytes.as_deref().unwrap_or_default(), &costs, budget);
+    let source_cache = Some(cache.name());
+    if let Some(plan) = cached(chain, &path) {
+        return Ok(Chosen { plan, origin: "cache", source_cache });
+    }
+    let profile = load.profile.as_deref().map(Profile::load).transpose()?;
+    let resolved = chain.resolve()?;
+    let input = PolicyInput { chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
+    let plan = policy.plan(&input)?;
+    let expected = input.estimate(&plan);
+    let file = PlanFile::new(plan, expected, costs.source(), chain)?;
+    keep(&file, &path);
+    Ok(Chosen { plan: file.plan, origin: "made", source_cache })
+}
+
+fn pages(mib: Option<u64>) -> Option<u64> {
+    mib.map(|mib| mib.saturating_mul((1 << 20) / PAGE_SIZE))
+}
+
+/// The name says everything the plan depends on.
+fn cache_path(chain: &Chain, policy: Policy, profile: &[u8], costs: &Costs, budget: Budget) -> PathBuf {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&chain.tip().id().0);
+    hasher.update(profile);
+    hasher.update(format!("{costs:?} {budget:?} {}", env!("CARGO_PKG_VERSION")).as_bytes());
+    let key = &hasher.finalize().to_hex()[..16];
+    derived_dir(chain.tip().location()).join(format!("{policy}-{key}.plan"))
+}
+
+/// A kept plan that is still good. One that is not is made again.
+fn cached(chain: &Chain, path: &Path) -> Option<RestorePlan> {
+    if !path.exists() {
+        return None;
+    }
+    let checked = PlanFile::load(path).and_then(|file| file.check_for(chain, path).map(drop).map(|()| file));
+    checked.map(|file| file.plan).inspect_err(|error| tracing::warn!(%error, "A kept plan is made again")).ok()
+}
+
+fn keep(file: &PlanFile, path: &Path) {
+    let saved = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let saved = saved
+        .map_err(|error| error.to_string())
+        .and_then(|()| file.save(path).map(drop).map_err(|error| error.to_string()));
+    if let Err(error) = saved {
+        // The restore itself does not need it; the next one is slower.
+        tracing::warn!(%error, path = %path.display(), "The plan cannot be kept beside its snapshot");
+    }
+}
+
+/// Whether less than half of what the layers hold is in the page cache. Kernels that cannot tell count as warm.
+fn is_cold(chain: &Chain) -> Result<bool, Error> {
+    let (mut held, mut cached) = (0, 0);
+    for layer in chain.layers() {
+        match page_cache::resident_pages(layer.memory()) {
+            Ok(Some(pages)) => cached += pages,
+            Ok(None) => return Ok(false),
+            Err(source) => {
+                return Err(Error::File {
+                    doing: "ask for the cached part of",
+                    path: layer.memory_path().to_owned(),
+                    source,
+                });
+            }
+        }
+        held += layer.manifest().pages_held;
+    }
+    Ok(cached < held / 2)
+}
