@@ -220,7 +220,8 @@ fn a_touched_page_takes_less_than_a_byte_and_two_if_the_order_is_random() {
     let mut random: Vec<u64> = (0..pages).collect();
     random.sort_by_key(|page| hash(*page));
     let shuffled = |i: u64| random[i as usize];
-    let patterns: [(&str, f64, Box<dyn Fn(u64) -> (u64, u8) + '_>); 5] = [
+    type Pattern<'a> = (&'a str, f64, Box<dyn Fn(u64) -> (u64, u8) + 'a>);
+    let patterns: [Pattern<'_>; 5] = [
         ("dense", 0.2, Box::new(|i| (1000 + i, 0))),
         ("stride 4, 30 % written", 0.6, Box::new(move |i| (i * 4 % pages + i * 4 / pages, u8::from(i % 10 < 3)))),
         ("one page in four, 30 % written", 1.0, Box::new(|i| (i * 4, u8::from(i % 10 < 3)))),
