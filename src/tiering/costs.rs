@@ -119,9 +119,9 @@ costs! {
     /// A page installed by `UFFDIO_COPY`, many at a time.
     uffd_copy_ns = 1_200,
     /// A page from the device, in a long sequential read.
-    device_sequential_page_ns = 4_000,
+    device_sequential_page_ns = 1_000,
     /// A page from the device, alone: over what it costs in a sequential read.
-    device_seek_ns = 30_000,
+    device_seek_ns = 15_000,
 }
 
 /// The file's first question: is it for this build?

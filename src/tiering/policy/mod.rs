@@ -23,7 +23,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::Error;
-use super::costs::{Costs, SourceCache};
+use super::costs::Costs;
 use super::profile::Profile;
 use crate::snapshot::{Chain, Extent, MemoryLayout, ResolvedRun, RestorePlan, SnapshotId};
 
@@ -181,10 +181,7 @@ impl Policy {
             (Policy::Reap, Some(profile)) => return Ok(reap::plan(ground, profile)),
             (Policy::Faasnap, Some(profile)) => return Ok(faasnap::plan(ground, profile)),
             (Policy::Aquifer, Some(profile)) => return Ok(aquifer::plan(ground, profile)),
-            (Policy::Tiered, Some(profile)) => {
-                let plan = tiered::plan(ground, profile, budget)?;
-                return Ok(RestorePlan { direct: ground.costs.cache == SourceCache::Cold, ..plan });
-            }
+            (Policy::Tiered, Some(profile)) => return tiered::plan(ground, profile, budget),
             (_, None) => return Err(Error::NeedsProfile { policy: self.name() }),
         };
         // The one policy of which everything is in memory before the guest runs: it can be checked on the way.

@@ -14,7 +14,7 @@ use super::estimate::{Estimate, estimate};
 use super::place::BLOCK_PAGES;
 use super::touches::{Touch, expected};
 use super::{Budget, Ground, eager, faasnap};
-use crate::snapshot::{Content, Extent, Fill, RestorePlan};
+use crate::snapshot::{Content, Extent, Fill, Placement, RestorePlan};
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::Profile;
@@ -56,7 +56,23 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     }
     let mut plan = best.0;
     plan.policy = NAME.to_string();
+    if ground.costs.cache == SourceCache::Cold {
+        for_cold_files(&mut plan, ground);
+    }
     Ok(plan)
+}
+
+/// Nothing is cached: what is copied is read past the page cache, and every mapping wants huge folios. A mapping that
+/// does not would make the kernel read ahead in small folios, far into the blocks of its neighbours.
+fn for_cold_files(plan: &mut RestorePlan, ground: &Ground) {
+    plan.direct = true;
+    for item in plan.extents.iter_mut().filter(|item| item.placement == Placement::CowFile) {
+        // Images are mapped as they are: their pages do not lie where the guest's huge pages do.
+        if item.source.is_some_and(|source| source.layer < ground.layers) {
+            item.placement = Placement::InPlace;
+        }
+    }
+    plan.coalesce(ground.layout);
 }
 
 /// What plans of other shapes cost at the very least.
