@@ -141,7 +141,8 @@ impl Machine<Built> {
         for index in 0..shape.vcpu_count {
             let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
             let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
-            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced: None });
+            let memory = ram.view().clone();
+            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced: None, memory });
         }
         coalesce_console(&kvm, &vm, &mut vcpus)?;
         timeline.lap(Slice::VmCreate);

@@ -5,6 +5,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::Error;
@@ -72,7 +73,12 @@ pub struct Vcpu {
     pub moments: Arc<Moments>,
     /// Console bytes that KVM collected; taken before every exit is handled, so that order is kept.
     pub coalesced: Option<Arc<CoalescedRing>>,
+    /// To look at the instruction a kicked guest stands behind. Whoever owns the memory outlives the vCPU's thread.
+    pub memory: GuestMemoryMmap,
 }
+
+/// How often a kicked vCPU is sent on because of a trap; after that it is a guest that does nothing else.
+const TRAP_RETRIES: u32 = 20;
 
 enum Left {
     Kicked,
@@ -84,6 +90,7 @@ impl Vcpu {
     /// it looks at `immediate_exit` (KVM API 5, `immediate_exit`).
     fn run(&mut self) -> Left {
         self.moments.guest_entered();
+        let mut retries = 0;
         loop {
             let exit = self.fd.run();
             self.moments.guest_exited();
@@ -104,12 +111,17 @@ impl Vcpu {
                     self.counters.mmio_read.count(self.buses.mmio.read(address, data));
                 }
                 Ok(VcpuExit::Shutdown) => return Left::Ended(Ending::TripleFault),
-                Ok(VcpuExit::Intr) => return Left::Kicked,
+                Ok(VcpuExit::Intr) => {
+                    if !self.goes_on(&mut retries) {
+                        return Left::Kicked;
+                    }
+                }
                 Ok(other) => {
                     let what = format!("{other:?}");
                     return Left::Ended(self.failed(&what));
                 }
                 Err(error) => match error.errno() {
+                    libc::EINTR if self.goes_on(&mut retries) => {}
                     libc::EINTR => return Left::Kicked,
                     libc::EAGAIN => {}
                     _ => {
@@ -119,6 +131,32 @@ impl Vcpu {
                 },
             }
         }
+    }
+
+    /// Lets a kicked guest go on if it must not be stopped here; it is kicked again.
+    fn goes_on(&mut self, retries: &mut u32) -> bool {
+        *retries += 1;
+        let goes_on = *retries <= TRAP_RETRIES && self.trap_may_be_queued();
+        if goes_on {
+            ImmediateExit::of(&mut self.fd).set(false);
+        }
+        goes_on
+    }
+
+    /// Whether the guest stands right behind an `int3` or `int n` that KVM may have queued and not delivered yet.
+    /// `KVM_GET_VCPU_EVENTS` tells of no such software exceptions and interrupts, because RIP still stands at the
+    /// instruction and will raise it again (Linux `kvm_vcpu_ioctl_x86_get_vcpu_events`). KVM_PVM has moved RIP on by
+    /// then: saved here, the trap would be lost.
+    fn trap_may_be_queued(&self) -> bool {
+        const INT3: u8 = 0xcc;
+        const INT_N: u8 = 0xcd;
+        let (Ok(events), Ok(regs)) = (self.fd.get_vcpu_events(), self.fd.get_regs()) else { return false };
+        let before = |distance| {
+            let place = self.fd.translate_gva(regs.rip.wrapping_sub(distance)).ok().filter(|place| place.valid != 0)?;
+            self.memory.read_obj::<u8>(GuestAddress(place.physical_address)).ok()
+        };
+        let queued_int_n = || before(2) == Some(INT_N) && before(1) == Some(events.interrupt.nr);
+        events.exception.nr == 3 && before(1) == Some(INT3) || queued_int_n()
     }
 
     fn failed(&self, what: &str) -> Ending {

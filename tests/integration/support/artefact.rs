@@ -26,11 +26,6 @@ impl Vm {
         }
     }
 
-    /// The guest's output since it was last looked at.
-    pub fn lines_so_far(&self) -> Vec<String> {
-        self.lines.try_iter().collect()
-    }
-
     /// Ends the process as it stands; the rest of the guest's output, an unfinished line included.
     pub fn kill(mut self) -> Vec<String> {
         self.child.kill().unwrap();
