@@ -42,6 +42,11 @@ impl SourceCache {
     }
 }
 
+/// Linux' default, 128 KiB.
+fn default_readahead() -> u64 {
+    32
+}
+
 macro_rules! costs {
     ($($(#[$doc:meta])* $name:ident = $built_in:literal,)*) => {
         /// Costs of one host. All numbers are nanoseconds.
@@ -54,6 +59,10 @@ macro_rules! costs {
             /// How the snapshot's files are cached: not a fact about the host, so it is not in its file.
             #[serde(skip)]
             pub cache: SourceCache,
+            /// Pages the kernel reads around a fault on a file mapping that is not cached: the read-ahead window of the
+            /// device the snapshot is on, so it is not in this file either.
+            #[serde(skip, default = "default_readahead")]
+            pub readahead_pages: u64,
             $($(#[$doc])* pub $name: u64,)*
         }
 
@@ -61,7 +70,8 @@ macro_rules! costs {
             /// The built-in numbers.
             fn default() -> Self {
                 let cache = SourceCache::default();
-                Costs { version: VERSION, measured: Vec::new(), cache, $($name: $built_in,)* }
+                let readahead_pages = default_readahead();
+                Costs { version: VERSION, measured: Vec::new(), cache, readahead_pages, $($name: $built_in,)* }
             }
         }
 
@@ -117,7 +127,9 @@ costs! {
     /// A page fault that a userfaultfd thread answers.
     uffd_fault_ns = 40_000,
     /// A page installed by `UFFDIO_COPY`, many at a time.
-    uffd_copy_ns = 1_200,
+    uffd_copy_ns = 1_700,
+    /// A call of `UFFDIO_COPY`: what it costs whatever its length.
+    uffd_call_ns = 3_500,
     /// A page from the device, in a long sequential read.
     device_sequential_page_ns = 1_000,
     /// A page from the device, alone: over what it costs in a sequential read.

@@ -49,7 +49,12 @@ fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Ch
     };
     // Only tiered's plan depends on it: the others do what their papers do.
     let cache = if policy == Policy::Tiered && is_cold(chain)? { SourceCache::Cold } else { SourceCache::Huge };
-    let costs = costs.with_cache(cache);
+    let mut costs = costs.with_cache(cache);
+    if cache == SourceCache::Cold
+        && let Some(pages) = page_cache::readahead_pages(chain.tip().memory())
+    {
+        costs.readahead_pages = pages;
+    }
     let budget = Budget { dram_pages: pages(load.dram_mib), cxl_pages: pages(load.cxl_mib) };
     let path = cache_path(chain, policy, bytes.as_deref().unwrap_or_default(), &costs, budget);
     let source_cache = Some(cache.name());

@@ -180,8 +180,16 @@ impl FileBlock {
             return;
         }
         cost.before += page(broken.pages as f64) + seek(self.calls as f64);
-        cost.during += page(open.touched() - open.zeros.min(open.touched()));
-        cost.during += if self.read_ahead { 0.0 } else { seek(open.seeks) };
+        let touched = page(open.touched() - open.zeros.min(open.touched()));
+        if self.read_ahead {
+            cost.during += touched;
+            return;
+        }
+        // A fault reads a window around it; what lies in the window of another is there already, so that in the end no
+        // more is read than there is.
+        let around = seek(1.0) + page(costs.readahead_pages as f64);
+        let all = page(open.pages as f64) + seek(1.0);
+        cost.during += (touched + open.seeks * around).min((1.0 - open.idle) * all.max(around));
     }
 }
 
@@ -222,7 +230,7 @@ impl LazyBlock {
         let mut cost = Cost {
             // Past the page cache, whatever is in it.
             before: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, installed.pages as f64)
-                + times(costs.call_ns, self.calls as f64),
+                + times(costs.uffd_call_ns, self.calls as f64),
             during: times(costs.populated_touch_ns, installed.touched()) + times(fault, faults),
         };
         if costs.cache == SourceCache::Cold {

@@ -71,3 +71,13 @@ pub fn resident_pages(file: &File) -> io::Result<Option<u64>> {
         error => Err(error),
     }
 }
+
+/// The read-ahead window of the device that `file` is on, in pages, if the kernel tells (sysfs,
+/// `Documentation/ABI/testing/sysfs-class-bdi`).
+pub fn readahead_pages(file: &File) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let device = file.metadata().ok()?.dev();
+    let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", libc::major(device), libc::minor(device));
+    let kib: u64 = std::fs::read_to_string(path).ok()?.trim().parse().ok()?;
+    Some((kib / 4).clamp(1, 1 << 20))
+}
