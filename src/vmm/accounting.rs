@@ -86,7 +86,12 @@ fn add(counts: &mut FaultIns, ram: &GuestRam, run: Extent, what: Mapped) {
 fn vcpu_faults() -> std::io::Result<(u64, u64)> {
     let (mut minor, mut major) = (0, 0);
     for entry in std::fs::read_dir("/proc/self/task")? {
-        let stat = std::fs::read_to_string(entry?.path().join("stat"))?;
+        let stat = match std::fs::read_to_string(entry?.path().join("stat")) {
+            Ok(stat) => stat,
+            // A thread that ended meanwhile (ESRCH if it was just being read): no vCPU's.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => continue,
+            Err(error) => return Err(error),
+        };
         // The name stands in parentheses and may hold anything.
         let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
         if !stat[open + 1..close].starts_with("vcpu") {
