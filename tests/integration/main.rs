@@ -13,6 +13,7 @@ mod guest_elf;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod plans;
 mod profile;
 mod report;
 mod restore;

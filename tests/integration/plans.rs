@@ -1,0 +1,213 @@
+//! Any valid plan restores the snapshot: random plans through the real engine, and plans that must be refused.
+
+use std::fs;
+use std::path::Path;
+
+use tvmm::snapshot::{
+    Background, BackgroundAction, Chain, Content, Extent, Fill, Gfn, ImageSpec, Location, PageSource, Placement,
+    PlannedExtent, RestorePlan,
+};
+use tvmm::tiering::costs::Costs;
+use tvmm::tiering::plan_file::PlanFile;
+use tvmm::tiering::policy::{Budget, PolicyInput};
+
+use crate::support::{Vm, config, run_err, run_ok, scratch, text};
+
+/// xorshift64*: the same plans in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
+    }
+}
+
+/// A plan with random cuts, placements, fills, an image in random order, and background work.
+fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
+    let mut plan = RestorePlan::new(chain.tip().id(), "random", Vec::new());
+    plan.fault_pages = 1 << random.below(7);
+    plan.verify = random.below(2) == 0;
+    plan.direct = random.below(4) == 0;
+    let image = chain.layers().len();
+    let mut packed: Vec<usize> = Vec::new();
+    for run in chain.resolve().unwrap() {
+        let mut at = run.extent.first.0;
+        while at < run.extent.end().0 {
+            let longest = [3, 40, 700][random.below(3) as usize];
+            let pages = (1 + random.below(longest)).min(run.extent.end().0 - at);
+            let extent = Extent { first: Gfn(at), pages };
+            let Content::Layer(source) = run.content else {
+                plan.extents.push(PlannedExtent::zero(extent));
+                at += pages;
+                continue;
+            };
+            let source = PageSource { offset: source.offset + (at - run.extent.first.0) * 4096, ..source };
+            let item = match random.below(7) {
+                0 => PlannedExtent::from(extent, Placement::CowFile, source),
+                1 => PlannedExtent::from(extent, Placement::InPlace, source),
+                2 => PlannedExtent::from(extent, Placement::Lazy, source),
+                3 => PlannedExtent::preload(extent, source, Fill::Copy),
+                4 => PlannedExtent::preload(extent, source, Fill::BreakCow),
+                other => {
+                    packed.push(plan.extents.len());
+                    // The offset follows when the order of the image is known.
+                    let source = PageSource { layer: image, offset: 0 };
+                    let (install, map) = (Fill::Install, Placement::CowFile);
+                    if other == 5 {
+                        PlannedExtent::preload(extent, source, install)
+                    } else {
+                        PlannedExtent::from(extent, map, source)
+                    }
+                }
+            };
+            plan.extents.push(item);
+            at += pages;
+        }
+    }
+    pack(&mut plan, packed, random);
+    background(&mut plan, random);
+    plan
+}
+
+fn pack(plan: &mut RestorePlan, mut packed: Vec<usize>, random: &mut Random) {
+    let mut spec = ImageSpec::default();
+    while !packed.is_empty() {
+        let index = packed.swap_remove(random.below(packed.len() as u64) as usize);
+        let offset = spec.file_len();
+        spec.extents.push(plan.extents[index].extent);
+        if let Some(source) = &mut plan.extents[index].source {
+            source.offset = offset;
+        }
+    }
+    if !spec.extents.is_empty() {
+        plan.images.push(spec);
+    }
+}
+
+fn background(plan: &mut RestorePlan, random: &mut Random) {
+    for item in &plan.extents {
+        let action = match (item.placement, random.below(3)) {
+            (Placement::Lazy, 0) => BackgroundAction::Install,
+            (Placement::CowFile | Placement::InPlace, 0) => BackgroundAction::BreakCow,
+            (Placement::CowFile | Placement::InPlace, 1) => BackgroundAction::ReadAhead,
+            _ => continue,
+        };
+        let skip = random.below(item.extent.pages);
+        let extent = Extent { first: Gfn(item.extent.first.0 + skip), pages: item.extent.pages - skip };
+        plan.background.push(Background { action, extent });
+    }
+    if random.below(2) == 0 {
+        plan.background.reverse();
+    }
+}
+
+fn save(chain: &Chain, plan: RestorePlan, path: &Path) {
+    let (resolved, costs) = (chain.resolve().unwrap(), Costs::default());
+    let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget: Budget::default() };
+    let expected = input.estimate(&plan);
+    PlanFile::new(plan, expected, "none".to_string(), chain).unwrap().save(path).unwrap();
+}
+
+/// A chain of two: 1,000 filled pages, then some of them changed and some gone. Its digest.
+fn chain_of_two(dir: &Path) -> String {
+    let mut vm = Vm::boot(&config(1, 64));
+    vm.call("fill pages=1000 seed=3");
+    vm.snapshot(&dir.join("base"), &[]);
+    vm.call("touch pages=300 write=50 seed=8");
+    let digest = vm.call("check").digest;
+    vm.snapshot(&dir.join("tip"), &["--diff"]);
+    digest
+}
+
+#[test]
+fn a_thousand_random_plans_restore_the_snapshot() {
+    let dir = scratch();
+    let digest = chain_of_two(dir.path());
+    let tip = dir.path().join("tip");
+    let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
+    let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x9e37_79b9_7f4a_7c15));
+    for round in 0..1000 {
+        save(&chain, random_plan(&chain, &mut random), &plan_path);
+        let answer = run_ok(&["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"]);
+        assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "plan {round}: {answer}");
+        // Images are as random as their plans: none is used twice.
+        fs::remove_dir_all(tip.join("plan")).ok();
+    }
+}
+
+#[test]
+fn a_plan_for_another_snapshot_or_of_a_changed_one_is_refused() {
+    let dir = scratch();
+    chain_of_two(dir.path());
+    let (base, tip, plan) = (dir.path().join("base"), dir.path().join("tip"), dir.path().join("a.plan"));
+    run_ok(&["plan", "--snapshot", text(&base), "--policy", "trenv", "--out", text(&plan)]);
+    let said = run_err(&["restore", "--snapshot", text(&tip), "--plan", text(&plan), "--run", "check"]);
+    assert!(said.contains("plan") && said.contains("snapshot"), "{said}");
+    run_ok(&["restore", "--snapshot", text(&base), "--plan", text(&plan), "--run", "hello"]);
+    // Same bytes, another time: somebody had his hands on the file.
+    let memory = fs::File::options().write(true).open(base.join("memory")).unwrap();
+    memory.set_modified(std::time::SystemTime::now()).unwrap();
+    let said = run_err(&["restore", "--snapshot", text(&base), "--plan", text(&plan), "--run", "hello"]);
+    assert!(said.contains("changed"), "{said}");
+}
+
+#[test]
+fn a_damaged_plan_is_refused_wherever_it_is_damaged() {
+    let dir = scratch();
+    chain_of_two(dir.path());
+    let (tip, plan) = (dir.path().join("tip"), dir.path().join("a.plan"));
+    run_ok(&["plan", "--snapshot", text(&tip), "--policy", "trenv", "--out", text(&plan)]);
+    let good = fs::read(&plan).unwrap();
+    for at in (0..good.len()).step_by(good.len() / 40 + 1) {
+        let mut bad = good.clone();
+        bad[at] ^= 0x10;
+        fs::write(&plan, &bad).unwrap();
+        run_err(&["restore", "--snapshot", text(&tip), "--plan", text(&plan), "--run", "hello"]);
+        fs::write(&plan, &good[..at]).unwrap();
+        run_err(&["restore", "--snapshot", text(&tip), "--plan", text(&plan), "--run", "hello"]);
+    }
+}
+
+#[test]
+fn every_policy_restores_and_a_budget_too_small_is_told_the_least_that_works() {
+    let dir = scratch();
+    let digest = chain_of_two(dir.path());
+    let (tip, profile) = (dir.path().join("tip"), dir.path().join("p.profile"));
+    let record = ["profile", "record", "--recorder", "uffd", "--run", "touch pages=600 write=40 seed=5"];
+    run_ok(&[&record[..], &["--snapshot", text(&tip), "--out", text(&profile)]].concat());
+    for policy in tvmm::tiering::policy::Policy::ALL {
+        // Twice: the plan is made, then found beside the snapshot.
+        for _ in 0..2 {
+            let mut args = vec!["restore", "--snapshot", text(&tip), "--policy", policy.name(), "--run", "check"];
+            if policy.needs_profile() {
+                args.extend(["--profile", text(&profile)]);
+            }
+            let answer = run_ok(&args);
+            assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "{policy}: {answer}");
+        }
+    }
+    let tiered = ["restore", "--snapshot", text(&tip), "--policy", "tiered", "--profile", text(&profile)];
+    let said = run_err(&[&tiered[..], &["--dram", "0", "--run", "check"]].concat());
+    assert!(said.contains("at least") || said.contains("least"), "{said}");
+    run_ok(&[&tiered[..], &["--dram", "4", "--run", "check"]].concat());
+    let said = run_err(&["restore", "--snapshot", text(&tip), "--policy", "reap", "--run", "check"]);
+    assert!(said.contains("profile record"), "{said}");
+}
+
+#[test]
+fn a_source_that_fails_under_a_lazy_guest_ends_it_with_the_page() {
+    let dir = scratch();
+    chain_of_two(dir.path());
+    let base = dir.path().join("base");
+    let mut vm = Vm::restore(&base, "firecracker-uffd");
+    vm.call("hello");
+    // What the guest has not touched yet can no longer be had.
+    fs::File::options().write(true).open(base.join("memory")).unwrap().set_len(4096).unwrap();
+    vm.begin("check");
+    let (status, stderr) = vm.wait();
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains("Cannot fetch the page at guest-physical"), "{stderr}");
+}
