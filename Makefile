@@ -34,4 +34,4 @@ install: build
 	install -D -m 0755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/tvmm
 
 bench: build
-	@resources/bench.sh $(BINARY)
+	$(BINARY) bench grid

@@ -374,9 +374,10 @@ impl Controller {
     pub fn write_metrics(&mut self) -> Result<(), Error> {
         let (written, dropped) = self.outside.output.counts();
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
-        let vcpu = self.machine_parts().map(|parts| parts.counters_json());
+        let parts = self.machine_parts();
+        let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
         match &mut self.metrics {
-            Some(file) => file.write(&serde_json::json!({ "vcpu": vcpu, "uart": uart })),
+            Some(file) => file.write(&serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults })),
             None => Ok(()),
         }
     }
