@@ -103,7 +103,9 @@ common64:
     mov %ecx, %es
     push %rcx
     push %rax
-    pushq $0x2
+    # IOPL=3 beside the I/O bitmap: KVM_PVM loses the one, QEMU's TCG does not look at the other
+    # once the TSS is busy, as it is after a restore under nested KVM.
+    pushq $0x3002
     pushq $UCODE
     mov $guest_main, %eax
     mov $ap_main, %ecx

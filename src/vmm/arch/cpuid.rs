@@ -3,6 +3,8 @@
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use vmm_sys_util::fam;
 
+const LEAF1_ECX_VMX: u32 = 1 << 5;
+const LEAF80000001_ECX_SVM: u32 = 1 << 2;
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
@@ -14,8 +16,8 @@ pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> Result<CpuId, fam::E
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
-        // Leaf 0x1f would repeat 0xb; leaving it out makes guests read 0xb.
-        .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
+        // Leaf 0x1f would repeat 0xb; leaving it out makes guests read 0xb. 0x8000_000a describes SVM.
+        .filter(|entry| !matches!(entry.function, 0xb | 0x1f | 0x8000_000a))
         .copied()
         .collect();
     for entry in &mut entries {
@@ -37,7 +39,8 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
         0x1 => {
             entry.ebx = (entry.ebx & 0xffff) | u32::from(index) << 24 | u32::from(count) << 16;
             // KVM emulates the TSC-deadline timer on its own LAPIC but does not list it on every host.
-            entry.ecx = (entry.ecx | LEAF1_ECX_HYPERVISOR | LEAF1_ECX_TSC_DEADLINE) & !LEAF1_ECX_OSXSAVE;
+            entry.ecx |= LEAF1_ECX_HYPERVISOR | LEAF1_ECX_TSC_DEADLINE;
+            entry.ecx &= !(LEAF1_ECX_OSXSAVE | LEAF1_ECX_VMX);
             entry.edx = if count > 1 { entry.edx | LEAF1_EDX_HTT } else { entry.edx & !LEAF1_EDX_HTT };
         }
         // Intel's cache leaf: ids per package, and caches shared by nobody or by all.
@@ -47,6 +50,8 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
             let cores = (1u32 << core_bits(count)) - 1;
             entry.eax = (entry.eax & 0x3fff) | sharing << 14 | cores << 26;
         }
+        // No nested virtualisation: its state could not be saved.
+        0x8000_0001 => entry.ecx &= !LEAF80000001_ECX_SVM,
         0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | core_bits(count) << 12 | (u32::from(count) - 1),
         0x8000_001e => {
             entry.eax = u32::from(index);
@@ -75,6 +80,17 @@ fn extended_topology(index: u8, count: u8) -> [kvm_cpuid_entry2; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nested_virtualisation_is_hidden() {
+        let leaf = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
+        let cpuid =
+            for_vcpu(&CpuId::from_entries(&[leaf(1), leaf(0x8000_0001), leaf(0x8000_000a)]).unwrap(), 0, 1).unwrap();
+        let ecx = |function| cpuid.as_slice().iter().find(|entry| entry.function == function).map(|entry| entry.ecx);
+        assert_eq!(ecx(1).unwrap() & LEAF1_ECX_VMX, 0);
+        assert_eq!(ecx(0x8000_0001).unwrap() & LEAF80000001_ECX_SVM, 0);
+        assert_eq!(ecx(0x8000_000a), None);
+    }
 
     #[test]
     fn each_vcpu_gets_its_own_apic_id_and_the_same_count() {

@@ -1,5 +1,5 @@
-//! Port I/O. CPL3 may do it because the task state segment's I/O bitmap says so (boot.s); IOPL=3
-//! would not do, KVM_PVM loses it.
+//! Port I/O. CPL3 may do it because of IOPL=3, and where that is lost (KVM_PVM) because the task
+//! state segment's I/O bitmap says so (boot.s).
 
 use core::arch::asm;
 
