@@ -342,7 +342,8 @@ fn sorted(mut lazy: Vec<LazyExtent>) -> Vec<LazyExtent> {
 
 fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
     let backing = |planned: &PlannedExtent| match (planned.placement, planned.source) {
-        _ if observed || is_served(planned) => Backing::Lazy,
+        _ if observed => Backing::Lazy,
+        (Placement::Lazy, _) => Backing::Lazy,
         (Placement::InPlace, Some(source)) => Backing::InPlace { layer: source.layer },
         (Placement::CowFile, Some(source)) => Backing::FilePrivate { layer: source.layer },
         (Placement::Preload, _) => Backing::Preloaded,
