@@ -24,7 +24,7 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
 }
 
 /// The whole content of a regular file of at most `limit` bytes.
-pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
+pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let (file, len) = open_regular(path)?;
     let too_large = |len| Err(Error::TooLarge { object: path.display().to_string(), len, limit });
     if len > limit {

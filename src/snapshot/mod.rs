@@ -27,7 +27,7 @@ pub(crate) mod tests;
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
 pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container};
 pub use error::{Error, Result};
-pub use files::replace_file;
+pub use files::{read_limited, replace_file};
 pub use ids::{Digest, SnapshotId, TierId};
 pub use image::{derived_dir, open_image};
 pub use manifest::{

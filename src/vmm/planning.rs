@@ -39,10 +39,7 @@ pub fn choose(chain: &Chain, load: &LoadSnapshot) -> Result<Chosen, Error> {
 }
 
 fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Chosen, Error> {
-    let read = |path: &Path| {
-        std::fs::read(path).map_err(|source| Error::File { doing: "read the profile", path: path.to_owned(), source })
-    };
-    let bytes = load.profile.as_deref().map(read).transpose()?;
+    let bytes = load.profile.as_deref().map(Profile::read).transpose()?;
     let costs = match &load.costs {
         Some(path) => Costs::load(path)?,
         None => Costs::of_this_host()?,

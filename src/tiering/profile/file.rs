@@ -7,7 +7,8 @@ use super::bits::{BitReader, BitWriter, put_varint, take_varint};
 use super::order::{self, Ranks};
 use super::{Frequency, MAX_RUNS, Order, Profile, RecorderKind, sets};
 use crate::snapshot::{
-    Container, Extent, Gfn, PageSet, Section, SectionInfo, SectionKind, SnapshotId, replace_file, write_container,
+    Container, Extent, Gfn, PageSet, Section, SectionInfo, SectionKind, SnapshotId, read_limited, replace_file,
+    write_container,
 };
 use crate::tiering::Error;
 
@@ -37,6 +38,14 @@ impl Profile {
     /// Whatever the container or its content is wrong with; a file is never trusted.
     pub fn load(path: &Path) -> Result<Profile, Error> {
         decode(&Container::read(path, FILE_LIMIT)?)
+    }
+
+    /// The bytes of a profile's file, unchecked but bounded: what a plan made from it can be told apart by.
+    ///
+    /// # Errors
+    /// [`crate::snapshot::Error::Io`], or that it is no regular file or too large.
+    pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+        Ok(read_limited(path, FILE_LIMIT)?)
     }
 
     /// Reads a profile held in memory.
