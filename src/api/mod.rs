@@ -5,6 +5,7 @@
 
 pub mod client;
 mod connection;
+mod devices;
 mod fault;
 mod requests;
 mod routes;

@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 
+use super::devices::{DriveOverrideBody, MacOverrideBody, NetworkOverrideBody, VsockOverrideBody};
 use super::fault::Fault;
-use crate::vmm::config::{BootSource, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig};
-use crate::vmm::control::{Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, SnapshotKind, SnapshotPaths};
+use crate::vmm::config::{BootSource, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac};
+use crate::vmm::control::{
+    Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind, SnapshotPaths,
+};
 
 /// A body that was understood.
 #[derive(Debug, PartialEq, Eq)]
@@ -27,7 +29,7 @@ impl From<Command> for Parsed {
 /// Turns the body of one method and path into a command.
 pub(super) type Parse = fn(&[u8]) -> Result<Parsed, Fault>;
 
-fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+pub(super) fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     serde_json::from_slice(body).map_err(json_fault)
 }
 
@@ -174,6 +176,12 @@ struct LoadExtension {
     /// Budgets, MiB.
     dram_mib: Option<u64>,
     cxl_mib: Option<u64>,
+    /// Other backing files for drives.
+    #[serde(default)]
+    drive_overrides: Vec<DriveOverrideBody>,
+    /// Other MAC addresses for network interfaces.
+    #[serde(default)]
+    mac_overrides: Vec<MacOverrideBody>,
 }
 
 #[derive(Deserialize)]
@@ -191,8 +199,8 @@ struct Load {
     #[serde(default)]
     resume_vm: bool,
     #[serde(default)]
-    network_overrides: Vec<Value>,
-    vsock_override: Option<Value>,
+    network_overrides: Vec<NetworkOverrideBody>,
+    vsock_override: Option<VsockOverrideBody>,
     #[serde(default)]
     clock_realtime: bool,
     #[serde(default)]
@@ -200,15 +208,12 @@ struct Load {
 }
 
 pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
-    let load: Load = json(body)?;
-    let unsupported = [
-        (!load.network_overrides.is_empty(), "Network overrides (network_overrides) are"),
-        (load.vsock_override.is_some(), "A vsock override (vsock_override) is"),
-        (load.clock_realtime, "Moving the guest's clock on to real time (clock_realtime) is"),
-    ];
+    let mut load: Load = json(body)?;
+    let unsupported = [(load.clock_realtime, "Moving the guest's clock on to real time (clock_realtime) is")];
     if let Some((_, subject)) = unsupported.into_iter().find(|(is_used, _)| *is_used) {
         return Err(Fault::bad_request(format!("{subject} not supported yet.")));
     }
+    let overrides = overrides(load.network_overrides, load.vsock_override, &mut load.tvmm)?;
     let is_deprecated = load.mem_file_path.is_some() || load.enable_diff_snapshots;
     let (memory, memory_key, handler) = match (load.mem_backend, load.mem_file_path) {
         (Some(_), Some(_)) => {
@@ -229,10 +234,36 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
         handler,
+        overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
         resume: load.resume_vm,
     });
     Ok(Parsed { command, is_deprecated })
+}
+
+/// What the clone's devices are to have on the host's side.
+fn overrides(
+    networks: Vec<NetworkOverrideBody>,
+    vsock: Option<VsockOverrideBody>,
+    tvmm: &mut LoadExtension,
+) -> Result<Overrides, Fault> {
+    let tap = |body: NetworkOverrideBody| NetworkOverride {
+        iface_id: body.iface_id,
+        host_dev_name: Some(body.host_dev_name),
+        guest_mac: None,
+    };
+    let mut networks: Vec<NetworkOverride> = networks.into_iter().map(tap).collect();
+    for body in std::mem::take(&mut tvmm.mac_overrides) {
+        let refused = || Fault::bad_request(format!("`{}` is no MAC address.", body.guest_mac));
+        let guest_mac = Some(parse_mac(&body.guest_mac).ok_or_else(refused)?);
+        match networks.iter_mut().find(|network| network.iface_id == body.iface_id) {
+            Some(network) => network.guest_mac = guest_mac,
+            None => networks.push(NetworkOverride { iface_id: body.iface_id, host_dev_name: None, guest_mac }),
+        }
+    }
+    let drives = std::mem::take(&mut tvmm.drive_overrides);
+    let drives = drives.into_iter().map(|body| (body.drive_id, body.path_on_host)).collect();
+    Ok(Overrides { drives, networks, vsock: vsock.map(|body| body.uds_path) })
 }
 
 /// Refuses empty paths, which would otherwise be reported as a missing file without a name.

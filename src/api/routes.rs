@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{FromRequest, Request as HttpRequest, State};
+use axum::extract::{FromRequest, Path, Request as HttpRequest, State};
 use axum::http::{HeaderValue, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, any, get, patch, put};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio::sync::oneshot;
 
+use super::devices::{self, ParseAt};
 use super::fault::{Fault, json_response};
 use super::requests::{self, Parse, Parsed};
 use crate::vmm::config::unbuilt_section_error;
@@ -23,18 +24,10 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Firecracker's paths for devices tvmm cannot build yet, and the section of the config each belongs to.
 const UNBUILT_PATHS: &[(&str, &str)] = &[
-    ("/balloon", "balloon"),
-    ("/balloon/hinting/{operation}", "balloon"),
-    ("/balloon/statistics", "balloon"),
     ("/cpu-config", "cpu-config"),
-    ("/drives/{id}", "drives"),
-    ("/entropy", "entropy"),
     ("/hotplug/memory", "memory-hotplug"),
     ("/mmds", "mmds-config"),
     ("/mmds/config", "mmds-config"),
-    ("/network-interfaces/{id}", "network-interfaces"),
-    ("/pmem/{id}", "pmem"),
-    ("/vsock", "vsock"),
 ];
 
 /// The whole API.
@@ -53,6 +46,12 @@ pub(super) fn router(control: ControlSender) -> Router {
         .route("/logger", puts(requests::put_logger))
         .route("/metrics", puts(requests::put_metrics))
         .route("/actions", puts(requests::put_actions))
+        .route("/drives/{id}", puts_at(devices::put_drive).merge(patches_at(devices::patch_drive)))
+        .route("/network-interfaces/{id}", puts_at(devices::put_network).merge(patches_at(devices::patch_network)))
+        .route("/pmem/{id}", puts_at(devices::put_pmem))
+        .route("/vsock", puts(devices::put_vsock))
+        .route("/entropy", puts(devices::put_entropy))
+        .route("/balloon", puts(devices::put_balloon))
         .route("/vm", patches(requests::patch_vm))
         .route("/snapshot/create", puts(requests::put_snapshot_create))
         .route("/snapshot/load", puts(requests::put_snapshot_load))
@@ -98,11 +97,23 @@ fn patches(parse: Parse) -> MethodRouter<ControlSender> {
     })
 }
 
+fn puts_at(parse: ParseAt) -> MethodRouter<ControlSender> {
+    put(async move |State(control): State<ControlSender>, Path(id): Path<String>, body: Body| {
+        answer(&control, body.parsed_by(|body| parse(&id, body), "PUT")).await
+    })
+}
+
+fn patches_at(parse: ParseAt) -> MethodRouter<ControlSender> {
+    patch(async move |State(control): State<ControlSender>, Path(id): Path<String>, body: Body| {
+        answer(&control, body.parsed_by(|body| parse(&id, body), "PATCH")).await
+    })
+}
+
 /// The body of a request, received whole within the limits of size and time.
 struct Body(Bytes);
 
 impl Body {
-    fn parsed_by(&self, parse: Parse, method: &str) -> Result<Parsed, Fault> {
+    fn parsed_by(&self, parse: impl FnOnce(&[u8]) -> Result<Parsed, Fault>, method: &str) -> Result<Parsed, Fault> {
         if self.0.is_empty() {
             return Err(Fault::bad_request(format!("Empty {method} request.")));
         }

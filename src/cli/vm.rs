@@ -14,7 +14,7 @@ use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
+use crate::vmm::control::{self, LoadSnapshot, Overrides, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::session::{self, Begin, Outcome, Surroundings};
@@ -84,6 +84,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
+        overrides: Overrides::default(),
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,
     };

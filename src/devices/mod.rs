@@ -8,6 +8,7 @@ mod i8042;
 mod interrupt;
 mod output;
 mod serial;
+pub mod virtio;
 
 pub use bus::{Bus, BusDevice};
 pub use i8042::{I8042, I8042State};

@@ -38,6 +38,20 @@ impl PageSet {
         }
     }
 
+    /// Adds the pages whose bits are set, the lowest bit of the first word being `first`'s.
+    pub fn insert_bitmap(&mut self, first: Gfn, words: &[u64]) {
+        for (index, &word) in words.iter().enumerate() {
+            let mut bits = word;
+            while bits != 0 {
+                let start = bits.trailing_zeros();
+                let pages = (bits >> start).trailing_ones();
+                let gfn = Gfn(first.0 + index as u64 * 64 + u64::from(start));
+                self.insert_run(Extent { first: gfn, pages: u64::from(pages) });
+                bits &= !(u64::MAX.checked_shr(64 - pages).unwrap_or(u64::MAX) << start);
+            }
+        }
+    }
+
     /// Removes every page of a run.
     pub fn remove_run(&mut self, run: Extent) {
         if let Some(range) = range_of(run) {

@@ -12,7 +12,7 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info};
 use linux_loader::loader::elf::{Elf, PvhBootCapability, start_info};
 use linux_loader::loader::{self, KernelLoader, bootparam, load_cmdline};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, ReadVolatile};
+use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use super::arch::layout;
 use super::arch::registers::{BOOT_GDT, Entry};
@@ -20,6 +20,7 @@ use super::config::{BootProtocol, BootSource};
 use super::error::Error;
 use super::guest;
 use super::memory::GuestRam;
+use crate::devices::virtio::Memory;
 use crate::snapshot::MemoryLayout;
 
 const E820_RAM: u32 = 1;
@@ -59,18 +60,14 @@ fn check_end(name: &str, end: u64, memory: &MemoryLayout) -> Result<(), Error> {
     if end > ram_end { Err(Error::KernelTooLarge { name: name.to_string(), end, ram_end }) } else { Ok(()) }
 }
 
-fn load_file(path: &Path, memory: &GuestMemoryMmap) -> Result<Loaded, Error> {
+fn load_file(path: &Path, memory: &Memory) -> Result<Loaded, Error> {
     // A FIFO is refused when it is read, not waited for when it is opened.
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let mut file = opened.map_err(|source| Error::KernelOpen { path: path.to_owned(), source })?;
     load_elf(&path.display().to_string(), &mut file, memory)
 }
 
-fn load_elf<F: Read + ReadVolatile + Seek>(
-    name: &str,
-    image: &mut F,
-    memory: &GuestMemoryMmap,
-) -> Result<Loaded, Error> {
+fn load_elf<F: Read + ReadVolatile + Seek>(name: &str, image: &mut F, memory: &Memory) -> Result<Loaded, Error> {
     let failed = |what: String| Error::KernelLoad { name: name.to_string(), what };
     let loaded = Elf::load(memory, None, image, Some(GuestAddress(layout::HIMEM)))
         .map_err(|error| failed(load_problem(&error)))?;
@@ -102,7 +99,7 @@ fn choose_entry(name: &str, protocol: BootProtocol, loaded: &Loaded) -> Result<E
     }
 }
 
-fn write_cmdline(args: &str, memory: &GuestMemoryMmap) -> Result<(), Error> {
+fn write_cmdline(args: &str, memory: &Memory) -> Result<(), Error> {
     if args.len() >= layout::CMDLINE_MAX {
         return Err(Error::CmdlineTooLong { len: args.len() });
     }

@@ -51,6 +51,8 @@ impl Machine<Paused> {
         let mut writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent)?;
         let state = self.save_state()?;
         let log = self.core.read_dirty_log()?;
+        // KVM does not see what devices write. Into the lineage at once: taking the marks clears them.
+        self.core.lineage.add_changed(&self.core.ram.take_written());
         match kind {
             SnapshotKind::Full => {
                 self.core.lineage.add_changed(&log.pages);
@@ -88,6 +90,9 @@ impl Machine<Paused> {
         sections.push(state::section(SectionKind::Vm, 0, &VmState::save(&core.vm)?)?);
         sections.push(state::section(SectionKind::Serial, 0, &core.devices.serial.save())?);
         sections.push(state::section(SectionKind::I8042, 0, &core.devices.i8042.save())?);
+        for (index, saved) in core.devices.virtio.save()?.iter().enumerate() {
+            sections.push(state::section(SectionKind::Virtio, index as u32, saved)?);
+        }
         Ok(sections)
     }
 }
@@ -135,17 +140,7 @@ impl Core {
         for (slot, range) in self.ram.layout().ranges().iter().enumerate() {
             let bitmap =
                 self.vm.get_dirty_log(slot as u32, range.len as usize).map_err(Error::kvm("read the dirty log"))?;
-            let first = range.gpa / PAGE_SIZE;
-            for (index, &word) in bitmap.iter().enumerate() {
-                let mut bits = word;
-                while bits != 0 {
-                    let start = bits.trailing_zeros();
-                    let run = (bits >> start).trailing_ones();
-                    let first = Gfn(first + index as u64 * 64 + u64::from(start));
-                    log.pages.insert_run(Extent { first, pages: u64::from(run) });
-                    bits &= !(u64::MAX.checked_shr(64 - run).unwrap_or(u64::MAX) << start);
-                }
-            }
+            log.pages.insert_bitmap(Gfn(range.gpa / PAGE_SIZE), &bitmap);
             log.bitmaps.push(bitmap);
         }
         Ok(log)
@@ -195,8 +190,7 @@ const RUN_PAGES: u64 = 1024;
 fn write_pages(core: &Core, candidates: &PageSet, writer: &mut SnapshotWriter, mark_zero: bool) -> Result<(), Error> {
     for run in candidates.runs() {
         for extent in core.ram.layout().split(run) {
-            // SAFETY: the machine is paused (only `Machine<Paused>` gets here), devices write guest memory only from
-            // vCPU threads, and pieces are not remapped while `core` is borrowed.
+            // SAFETY: the machine is paused (only `Machine<Paused>` gets here), its devices are quiet, and pieces are not remapped while `core` is borrowed.
             let bytes = unsafe { core.ram.bytes(extent) }?;
             write_extent(extent, bytes, writer, mark_zero)?;
         }

@@ -16,8 +16,9 @@ use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::{
-    BootSource, ConfigError, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, VmConfig,
+    BootSource, ConfigError, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, VmConfig,
 };
+pub use super::devices::{DevicePatch, DrivePatch, NetworkOverride, NetworkPatch, Overrides};
 
 /// What `app_name` says.
 pub const APP_NAME: &str = "tvmm";
@@ -44,6 +45,10 @@ pub enum Command {
     PutMachineConfig(MachineConfig),
     /// Change the shape of the machine: see [`MachineConfig::patched`].
     PatchMachineConfig(MachineConfigPatch),
+    /// Add a device to the machine that will boot, or replace the one with its id. Validated as part of the whole.
+    PutDevice(DeviceConfig),
+    /// Change a device of the machine that runs.
+    PatchDevice(DevicePatch),
     /// Set up logging.
     PutLogger(LoggerConfig),
     /// Set up metrics.
@@ -113,6 +118,8 @@ pub struct LoadSnapshot {
     pub cxl_mib: Option<u64>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
+    /// What this clone's devices are to have on the host's side.
+    pub overrides: Overrides,
     /// Whether KVM logs the pages the guest writes from now on.
     pub track_dirty_pages: bool,
     /// Whether the machine runs afterwards; if not it is paused.

@@ -9,8 +9,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::capture::Captured;
 use super::config::VmConfig;
 use super::control::{
-    Command, CreateSnapshot, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind, SnapshotPaths,
-    SnapshotTaken, VmState,
+    Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
+    SnapshotPaths, SnapshotTaken, VmState,
 };
 use super::error::Error;
 use super::logging;
@@ -154,6 +154,13 @@ impl Controller {
                 let machine = self.config.machine.patched(&patch)?;
                 self.configure(|config| config.machine = machine)
             }
+            Command::PutDevice(device) => {
+                self.before_start()?;
+                self.config.devices.put(device)?;
+                self.configured = true;
+                Ok(Reply::Empty)
+            }
+            Command::PatchDevice(patch) => self.patch_device(patch),
             Command::PutLogger(logger) => {
                 self.before_start()?;
                 logging::init(Some(&logger)).map_err(|error| Refused::bad_request_because(&error))?;
@@ -203,6 +210,17 @@ impl Controller {
         Ok(Reply::Empty)
     }
 
+    fn patch_device(&mut self, patch: DevicePatch) -> Result<Reply, Refused> {
+        let devices = match &mut self.phase {
+            Phase::NotStarted => return Err(Refused::before_start()),
+            Phase::Running(machine) => machine.virtio_mut(),
+            Phase::Paused(machine) => machine.virtio_mut(),
+        };
+        devices.patch(patch)?;
+        self.config.devices = devices.configs().clone();
+        Ok(Reply::Empty)
+    }
+
     fn instance_start(&mut self) -> Result<Reply, Refused> {
         self.before_start()?;
         self.boot().map_err(|error| Refused::bad_request_because(&error))?;
@@ -237,11 +255,13 @@ impl Controller {
             observer: watch.observer,
             single_pages: watch.single_pages,
             handler: load.handler.as_deref(),
+            overrides: &load.overrides,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
         self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
         self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
+        self.config.devices = machine.virtio().configs().clone();
         self.restored = Some(Restored { snapshot, policy: plan.policy, plan: origin, source_cache, layers, engine });
         before_run(machine.serial());
         self.phase =

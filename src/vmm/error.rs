@@ -54,6 +54,12 @@ pub enum Error {
     TooSmall { mib: u64 },
     #[error("A device failed")]
     Device(#[from] devices::Error),
+    #[error(
+        "The snapshot has a device that this build of tvmm does not have (number {index}, virtio device type {device_type}); restore with the version that wrote it"
+    )]
+    DeviceMissing { index: usize, device_type: u32 },
+    #[error("The snapshot has no {kind} `{id}` to override; it has: {has}")]
+    NoSuchDevice { kind: &'static str, id: String, has: String },
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

@@ -17,7 +17,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::arch::{cpuid, layout, msr, registers};
 use super::boot;
-use super::config::VmConfig;
+use super::config::{DeviceConfigs, VmConfig};
+use super::devices::{self, VirtioDevices};
 use super::error::Error;
 use super::lineage::Lineage;
 use super::memory::GuestRam;
@@ -28,6 +29,7 @@ use super::sys::coalesced::CoalescedRing;
 use super::sys::dirty_log;
 use super::timeline::{Moments, Slice, Timeline};
 use super::vcpu::{Buses, EndingSignal, Vcpu, VcpuThread};
+use crate::devices::virtio::VirtioDevice;
 use crate::devices::{ConsoleOutput, I8042, Serial};
 use crate::snapshot::MemoryLayout;
 
@@ -58,21 +60,29 @@ pub struct Outside {
     pub moments: Arc<Moments>,
 }
 
-/// The devices every machine has.
+/// The devices of a machine: those that every one has, and what its config adds.
 pub struct Devices {
     pub serial: Arc<Serial>,
     pub i8042: Arc<I8042>,
+    pub virtio: VirtioDevices,
+}
+
+/// Virtio devices that are to be attached, and the config they were made from.
+#[derive(Default)]
+pub struct VirtioSet {
+    pub devices: Vec<Box<dyn VirtioDevice>>,
+    pub configs: DeviceConfigs,
 }
 
 /// What outlives the machine's states. Fields drop in this order: the VM before the memory under its slots.
 pub(super) struct Core {
-    /// Before memory is gone, so are those who work on it.
+    /// Before memory is gone, so are those who work on it; devices first, for they wait for memory services.
+    pub devices: Devices,
     pub services: MemoryServices,
     pub kvm: Kvm,
     pub vm: VmFd,
     pub ram: GuestRam,
     pub shape: Shape,
-    pub devices: Devices,
     pub lineage: Lineage,
     pub counters: Arc<ExitCounters>,
     pub ending: Arc<EndingSignal>,
@@ -122,6 +132,7 @@ impl Machine<Built> {
         kvm: Kvm,
         ram: GuestRam,
         shape: Shape,
+        virtio: VirtioSet,
         outside: Outside,
         timeline: &mut Timeline,
     ) -> Result<Self, Error> {
@@ -135,7 +146,7 @@ impl Machine<Built> {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(Error::kvm("create the PIT"))?;
         let ending = Arc::new(EndingSignal::new().map_err(Error::os("make an eventfd"))?);
-        let (devices, buses) = build_devices(&vm, outside.output, &ending)?;
+        let (devices, buses) = build_devices(&vm, &ram, virtio, outside.output, &ending)?;
         let (counters, moments) = (Arc::new(ExitCounters::default()), outside.moments);
         let mut vcpus = Vec::with_capacity(usize::from(shape.vcpu_count));
         for index in 0..shape.vcpu_count {
@@ -149,7 +160,7 @@ impl Machine<Built> {
         let lineage = Lineage::default();
         let msrs_refused = Vec::new();
         let services = MemoryServices::default();
-        let core = Core { services, kvm, vm, ram, shape, devices, lineage, counters, ending, msrs_refused };
+        let core = Core { devices, services, kvm, vm, ram, shape, lineage, counters, ending, msrs_refused };
         Ok(Machine { state: Built { vcpus }, core })
     }
 
@@ -164,7 +175,9 @@ impl Machine<Built> {
         let kvm = open_kvm()?;
         let ram = GuestRam::anonymous(&shape.layout()?)?;
         timeline.lap(Slice::Map);
-        let machine = Machine::build(kvm, ram, shape, outside, timeline)?;
+        let configs = config.devices.clone();
+        let virtio = VirtioSet { devices: devices::from_configs(&configs)?, configs };
+        let machine = Machine::build(kvm, ram, shape, virtio, outside, timeline)?;
         let entry = boot::load(&config.boot_source, config.tvmm.boot_protocol, &machine.core.ram)?;
         timeline.lap(Slice::KernelLoad);
         let supported = machine
@@ -197,13 +210,16 @@ impl Machine<Built> {
     }
 
     /// Lets the vCPUs into the guest.
-    pub fn start(self) -> Result<Machine<Running>, Error> {
+    pub fn start(mut self) -> Result<Machine<Running>, Error> {
+        self.core.devices.virtio.start()?;
+        self.core.devices.virtio.go_on();
         let threads = self.core.spawn(self.state.vcpus, false)?;
         Ok(Machine { state: Running { threads }, core: self.core })
     }
 
     /// Makes the vCPU threads, parked.
-    pub fn start_paused(self) -> Result<Machine<Paused>, Error> {
+    pub fn start_paused(mut self) -> Result<Machine<Paused>, Error> {
+        self.core.devices.virtio.start()?;
         let threads = self.core.spawn(self.state.vcpus, true)?;
         let machine = Machine { state: Paused { threads }, core: self.core };
         machine.state.threads.iter().try_for_each(VcpuThread::wait_parked)?;
@@ -220,6 +236,8 @@ impl Machine<Running> {
             threads.iter().for_each(VcpuThread::resume);
             return Err(Box::new((self, error)));
         }
+        // vCPUs first: what they have asked of devices is then finished, and nobody asks for more.
+        self.core.devices.virtio.quiesce();
         Ok(Machine { state: Paused { threads: self.state.threads }, core: self.core })
     }
 }
@@ -234,6 +252,7 @@ impl Machine<Paused> {
                 return Err(Box::new((self, error)));
             }
         }
+        self.core.devices.virtio.go_on();
         self.state.threads.iter().for_each(VcpuThread::resume);
         Ok(Machine { state: Running { threads: self.state.threads }, core: self.core })
     }
@@ -250,6 +269,15 @@ impl<S> Machine<S> {
 
     pub fn serial(&self) -> &Arc<Serial> {
         &self.core.devices.serial
+    }
+
+    /// The virtio devices.
+    pub fn virtio(&self) -> &VirtioDevices {
+        &self.core.devices.virtio
+    }
+
+    pub fn virtio_mut(&mut self) -> &mut VirtioDevices {
+        &mut self.core.devices.virtio
     }
 
     pub fn counters(&self) -> &Arc<ExitCounters> {
@@ -313,7 +341,13 @@ fn coalesce_console(kvm: &Kvm, vm: &VmFd, vcpus: &mut [Vcpu]) -> Result<(), Erro
     Ok(())
 }
 
-fn build_devices(vm: &VmFd, output: Arc<ConsoleOutput>, ending: &EndingSignal) -> Result<(Devices, Arc<Buses>), Error> {
+fn build_devices(
+    vm: &VmFd,
+    ram: &GuestRam,
+    virtio: VirtioSet,
+    output: Arc<ConsoleOutput>,
+    ending: &EndingSignal,
+) -> Result<(Devices, Arc<Buses>), Error> {
     let serial = Arc::new(Serial::new(output)?);
     vm.register_irqfd(serial.interrupt_line().eventfd(), layout::COM1_IRQ)
         .map_err(Error::kvm("connect the serial interrupt"))?;
@@ -322,7 +356,8 @@ fn build_devices(vm: &VmFd, output: Arc<ConsoleOutput>, ending: &EndingSignal) -
     let mut buses = Buses::default();
     buses.pio.insert(layout::COM1, layout::COM1_LEN, serial.clone())?;
     buses.pio.insert(layout::I8042, layout::I8042_LEN, i8042.clone())?;
-    Ok((Devices { serial, i8042 }, Arc::new(buses)))
+    let virtio = VirtioDevices::attach(vm, &mut buses.mmio, ram.view(), virtio.devices, virtio.configs)?;
+    Ok((Devices { serial, i8042, virtio }, Arc::new(buses)))
 }
 
 fn set_boot_state(

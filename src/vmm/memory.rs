@@ -6,13 +6,15 @@
 use std::fs::File;
 
 use serde::Serialize;
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 use super::error::Error;
 use super::sys::mapping::{Populator, Reservation};
 use super::sys::uffd::Uffd;
-use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE};
+use crate::devices::virtio::{Memory, region_bitmap};
+use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE, PageSet};
 
 /// What backs a piece of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -44,7 +46,7 @@ pub struct GuestRam {
     layout: MemoryLayout,
     reservations: Vec<Reservation>,
     pieces: Vec<Piece>,
-    view: GuestMemoryMmap,
+    view: Memory,
 }
 
 impl GuestRam {
@@ -81,8 +83,17 @@ impl GuestRam {
     }
 
     /// The VMM's window to guest memory, bounds-checked at every access.
-    pub fn view(&self) -> &GuestMemoryMmap {
+    pub fn view(&self) -> &Memory {
         &self.view
+    }
+
+    /// Takes the pages that were written through [`view`](Self::view) since they were taken last.
+    pub fn take_written(&self) -> PageSet {
+        let mut pages = PageSet::new();
+        for (range, region) in self.layout.ranges().iter().zip(self.view.iter()) {
+            pages.insert_bitmap(Gfn(range.gpa / PAGE_SIZE), &vm_memory::MmapRegion::bitmap(region).get_and_reset());
+        }
+        pages
     }
 
     /// `(gpa, len, host address)` of each range, for memslots.
@@ -184,12 +195,12 @@ fn map_failed(extent: Extent, source: std::io::Error) -> Error {
     Error::Map { gpa: extent.first.0 * PAGE_SIZE, pages: extent.pages, source }
 }
 
-fn region_of(reservation: &Reservation, gpa: u64) -> Result<GuestRegionMmap, Error> {
+fn region_of(reservation: &Reservation, gpa: u64) -> Result<GuestRegionMmap<AtomicBitmap>, Error> {
     let failed = |what: String| Error::MemoryView(what);
     // SAFETY: the reservation is exactly `len` bytes at `base` and lives in the same object as the view built from
     // this region; the region does not own the mapping, so it is unmapped once, by the reservation.
     let builder = unsafe {
-        MmapRegionBuilder::new(reservation.len())
+        MmapRegionBuilder::new_with_bitmap(reservation.len(), region_bitmap(reservation.len()))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
             .with_raw_mmap_pointer(reservation.base())

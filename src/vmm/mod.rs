@@ -10,6 +10,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod controller;
+mod devices;
 mod error;
 pub mod guest;
 mod host;

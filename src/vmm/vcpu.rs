@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::Error;
@@ -14,6 +14,7 @@ use super::sys::coalesced::CoalescedRing;
 use super::sys::kick::{self, ImmediateExit};
 use super::timeline::Moments;
 use crate::devices::Bus;
+use crate::devices::virtio::Memory;
 
 /// The buses a vCPU's exits lead to.
 #[derive(Default)]
@@ -74,7 +75,7 @@ pub struct Vcpu {
     /// Console bytes that KVM collected; taken before every exit is handled, so that order is kept.
     pub coalesced: Option<Arc<CoalescedRing>>,
     /// To look at the instruction a kicked guest stands behind. Whoever owns the memory outlives the vCPU's thread.
-    pub memory: GuestMemoryMmap,
+    pub memory: Memory,
 }
 
 /// How often a kicked vCPU is sent on because of a trap; after that it is a guest that does nothing else.

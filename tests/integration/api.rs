@@ -232,7 +232,8 @@ fn unknown_fields_paths_and_methods_are_refused() {
         let said = vm.api_fault(method, path, Some(json!({})));
         assert!(said.contains("Invalid request method and/or path"), "{method} {path}: {said}");
     }
-    assert!(vm.api_fault("PUT", "/drives/rootfs", Some(json!({}))).contains("not supported yet"));
+    assert!(vm.api_fault("PUT", "/drives/rootfs", Some(json!({}))).contains("missing field `drive_id`"));
+    assert!(vm.api_fault("PUT", "/mmds/config", Some(json!({}))).contains("not supported yet"));
     assert!(vm.api_fault("PUT", "/snapshot/load", Some(json!({ "snapshot_path": "" }))).contains("is empty"));
     let said =
         vm.api_fault("PUT", "/snapshot/load", Some(json!({ "snapshot_path": "/x", "tvmm": { "policy": "no" } })));

@@ -33,6 +33,12 @@ pub const COM1_IRQ: u32 = 4;
 pub const I8042: u64 = 0x60;
 pub const I8042_LEN: u64 = 5;
 
+/// Registers of the first virtio-mmio device; the next follow.
+pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
+pub const VIRTIO_MMIO_LEN: u64 = 0x1000;
+/// The first virtio device's interrupt line; the next have the next, up to the IOAPIC's last, 23.
+pub const VIRTIO_GSI_FIRST: u32 = 5;
+
 /// The RAM ranges `(gpa, len)` in bytes of a guest with `mem_size` bytes: below the MMIO gap, and above it.
 pub fn ram_ranges(mem_size: u64) -> Vec<(u64, u64)> {
     match mem_size.checked_sub(MMIO_GAP) {

@@ -2,6 +2,7 @@
 //!
 //! Unknown keys are errors everywhere: a misspelt key must not silently give another machine than the one asked for.
 
+mod devices;
 mod place;
 mod sections;
 #[cfg(test)]
@@ -18,6 +19,10 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+pub use devices::{
+    BalloonConfig, CacheType, DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, IoEngine, MAX_DEVICES,
+    NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, parse_mac,
+};
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, HugePages,
     LogLevel, LoggerConfig, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigPatch, MetricsConfig,
@@ -38,15 +43,9 @@ struct UnbuiltSection {
 
 /// Building a device removes its row here and gives it a field in [`VmConfig`].
 const UNBUILT_SECTIONS: &[UnbuiltSection] = &[
-    UnbuiltSection { key: "balloon", subject: "A balloon is", is_list: false },
     UnbuiltSection { key: "cpu-config", subject: "CPU configs are", is_list: false },
-    UnbuiltSection { key: "drives", subject: "Drives are", is_list: true },
-    UnbuiltSection { key: "entropy", subject: "An entropy device is", is_list: false },
     UnbuiltSection { key: "memory-hotplug", subject: "Memory hotplug is", is_list: false },
     UnbuiltSection { key: "mmds-config", subject: "MMDS is", is_list: false },
-    UnbuiltSection { key: "network-interfaces", subject: "Network interfaces are", is_list: true },
-    UnbuiltSection { key: "pmem", subject: "Persistent memory devices are", is_list: true },
-    UnbuiltSection { key: "vsock", subject: "A vsock device is", is_list: false },
 ];
 
 /// Every key a config may have at its top, for the error about one it may not have.
@@ -122,6 +121,22 @@ pub enum ConfigError {
         /// The key.
         key: &'static str,
     },
+    /// More devices than there are interrupt lines.
+    #[error("There are {count} devices, but at most {MAX_DEVICES} can be attached.")]
+    TooManyDevices {
+        /// How many are asked for.
+        count: usize,
+    },
+    /// A device that cannot be.
+    #[error("{kind} `{id}` is refused: {what}.")]
+    Device {
+        /// Its kind.
+        kind: &'static str,
+        /// Its id.
+        id: String,
+        /// Why.
+        what: &'static str,
+    },
     /// A command line that would end early.
     #[error("Boot source's boot_args contain a NUL byte.")]
     NulInBootArgs,
@@ -156,6 +171,8 @@ pub struct VmConfig {
     pub logger: Option<LoggerConfig>,
     /// Where metrics go.
     pub metrics: Option<MetricsConfig>,
+    /// Virtio devices.
+    pub devices: DeviceConfigs,
     /// What Firecracker has no key for.
     pub tvmm: TvmmConfig,
 }
@@ -183,6 +200,7 @@ impl VmConfig {
         let config = parsed.config;
         config.boot_source.validate()?;
         config.machine.validate()?;
+        config.devices.validate()?;
         Ok(config)
     }
 }
@@ -239,6 +257,12 @@ impl<'de> Visitor<'de> for ConfigVisitor {
                 "logger" => config.logger = map.next_value()?,
                 "metrics" => config.metrics = map.next_value()?,
                 "tvmm" => config.tvmm = value_or_default(&mut map)?,
+                "drives" => config.devices.drives = value_or_default(&mut map)?,
+                "network-interfaces" => config.devices.network_interfaces = value_or_default(&mut map)?,
+                "pmem" => config.devices.pmem = value_or_default(&mut map)?,
+                "vsock" => config.devices.vsock = map.next_value()?,
+                "balloon" => config.devices.balloon = map.next_value()?,
+                "entropy" => config.devices.entropy = map.next_value()?,
                 _ => {
                     let value: Value = map.next_value()?;
                     let is_empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
@@ -262,11 +286,18 @@ fn value_or_default<'de, T: Deserialize<'de> + Default, A: MapAccess<'de>>(map: 
 impl Serialize for VmConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let has_extension = self.tvmm != TvmmConfig::default();
-        let mut map = serializer.serialize_map(Some(4 + UNBUILT_SECTIONS.len() + usize::from(has_extension)))?;
+        let mut map = serializer.serialize_map(Some(KEYS.len() - usize::from(!has_extension)))?;
         map.serialize_entry("boot-source", &self.boot_source)?;
         map.serialize_entry("machine-config", &self.machine)?;
         map.serialize_entry("logger", &self.logger)?;
         map.serialize_entry("metrics", &self.metrics)?;
+        let devices = &self.devices;
+        map.serialize_entry("drives", &devices.drives)?;
+        map.serialize_entry("network-interfaces", &devices.network_interfaces)?;
+        map.serialize_entry("pmem", &devices.pmem)?;
+        map.serialize_entry("vsock", &devices.vsock)?;
+        map.serialize_entry("balloon", &devices.balloon)?;
+        map.serialize_entry("entropy", &devices.entropy)?;
         for section in UNBUILT_SECTIONS {
             let value = if section.is_list { Value::Array(Vec::new()) } else { Value::Null };
             map.serialize_entry(section.key, &value)?;

@@ -9,9 +9,10 @@ mod lazy;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
-use super::machine::{Built, Core, Machine, Outside, Shape, open_kvm};
+use super::machine::{Built, Core, Machine, Outside, Shape, VirtioSet, open_kvm};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
@@ -40,6 +41,8 @@ pub struct RestoreSpec<'a> {
     pub single_pages: bool,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
+    /// What this clone's devices are to have on the host's side.
+    pub overrides: &'a Overrides,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -70,6 +73,7 @@ struct SavedState {
     vm: VmState,
     vcpus: Vec<VcpuState>,
     serial: SerialState,
+    virtio: Vec<SavedDevice>,
 }
 
 impl SavedState {
@@ -80,10 +84,13 @@ impl SavedState {
             return Err(Error::State { section: "Machine".into(), what: format!("it has {count} vCPUs") });
         }
         let vcpus = (0..u32::from(count)).map(|index| state::decode(snapshot, SectionKind::Vcpu, index));
+        let devices = snapshot.sections().iter().filter(|section| section.kind == SectionKind::Virtio).count();
+        let virtio = (0..devices as u32).map(|index| state::decode(snapshot, SectionKind::Virtio, index));
         let state = SavedState {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: state::decode(snapshot, SectionKind::Vm, 0)?,
             serial: state::decode(snapshot, SectionKind::Serial, 0)?,
+            virtio: virtio.collect::<Result<_, _>>()?,
             machine,
         };
         let I8042State {} = state::decode(snapshot, SectionKind::I8042, 0)?;
@@ -97,6 +104,7 @@ fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
         SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 => section.instance == 0,
         SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
+        SectionKind::Virtio => section.instance < config::MAX_DEVICES as u32,
         _ => false,
     };
     let what = "this build of tvmm does not know it; restore with the version that wrote it".to_string();
@@ -134,7 +142,9 @@ impl Machine<Built> {
             Some(_) => engine::build_external(layout, timeline)?,
         };
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
-        let mut machine = Machine::build(kvm, built.ram, shape, outside, timeline)?;
+        let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides)?;
+        let virtio = VirtioSet { devices: virtio, configs };
+        let mut machine = Machine::build(kvm, built.ram, shape, virtio, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
@@ -144,6 +154,7 @@ impl Machine<Built> {
         }
         machine.apply(&saved.vm, &saved.vcpus)?;
         machine.serial().restore(&saved.serial)?;
+        machine.virtio().restore(&saved.virtio)?;
         machine.core.lineage = Lineage::restored(spec.chain);
         machine.core.start_background(&files, spec.plan)?;
         timeline.lap(Slice::StateLoad);

@@ -1,0 +1,103 @@
+//! Requests about devices: bodies with an id are checked against the id in the path.
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::fault::Fault;
+use super::requests::{Parsed, json};
+use crate::vmm::config::{
+    DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, NetworkConfig, PmemConfig, VsockConfig,
+};
+use crate::vmm::control::{Command, DevicePatch, DrivePatch, NetworkPatch};
+
+/// Turns the id in a path and a body into a command.
+pub(super) type ParseAt = fn(&str, &[u8]) -> Result<Parsed, Fault>;
+
+/// A command that puts one device; what no machine could have is refused here already.
+fn put(device: DeviceConfig) -> Result<Parsed, Fault> {
+    DeviceConfigs::default().put(device.clone())?;
+    Ok(Command::PutDevice(device).into())
+}
+
+/// Firecracker's sentence.
+fn same_id<'a>(path: &str, body: &'a str, kind: &str) -> Result<&'a str, Fault> {
+    match path == body {
+        true => Ok(body),
+        false => Err(Fault::bad_request(format!(
+            "The {kind} id from the path [{path}] does not match the id from the body [{body}]!"
+        ))),
+    }
+}
+
+fn at<T: DeserializeOwned>(path: &str, body: &[u8], kind: &str, id: fn(&T) -> &str) -> Result<T, Fault> {
+    let value: T = json(body)?;
+    same_id(path, id(&value), kind)?;
+    Ok(value)
+}
+
+pub(super) fn put_drive(path: &str, body: &[u8]) -> Result<Parsed, Fault> {
+    put(DeviceConfig::Drive(at(path, body, "drive", |drive: &DriveConfig| &drive.drive_id)?))
+}
+
+pub(super) fn patch_drive(path: &str, body: &[u8]) -> Result<Parsed, Fault> {
+    let patch = at(path, body, "drive", |patch: &DrivePatch| &patch.drive_id)?;
+    Ok(Command::PatchDevice(DevicePatch::Drive(patch)).into())
+}
+
+pub(super) fn put_network(path: &str, body: &[u8]) -> Result<Parsed, Fault> {
+    put(DeviceConfig::Network(at(path, body, "iface", |network: &NetworkConfig| &network.iface_id)?))
+}
+
+pub(super) fn patch_network(path: &str, body: &[u8]) -> Result<Parsed, Fault> {
+    let patch = at(path, body, "iface", |patch: &NetworkPatch| &patch.iface_id)?;
+    Ok(Command::PatchDevice(DevicePatch::Network(patch)).into())
+}
+
+pub(super) fn put_pmem(path: &str, body: &[u8]) -> Result<Parsed, Fault> {
+    put(DeviceConfig::Pmem(at(path, body, "pmem", |pmem: &PmemConfig| &pmem.id)?))
+}
+
+pub(super) fn put_vsock(body: &[u8]) -> Result<Parsed, Fault> {
+    let vsock: VsockConfig = json(body)?;
+    let is_deprecated = vsock.vsock_id.is_some();
+    Ok(Parsed { is_deprecated, ..put(DeviceConfig::Vsock(vsock))? })
+}
+
+pub(super) fn put_entropy(body: &[u8]) -> Result<Parsed, Fault> {
+    put(DeviceConfig::Entropy(json::<EntropyConfig>(body)?))
+}
+
+pub(super) fn put_balloon(body: &[u8]) -> Result<Parsed, Fault> {
+    put(DeviceConfig::Balloon(json(body)?))
+}
+
+/// One of `network_overrides` of `/snapshot/load`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NetworkOverrideBody {
+    pub iface_id: String,
+    pub host_dev_name: String,
+}
+
+/// `vsock_override` of `/snapshot/load`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct VsockOverrideBody {
+    pub uds_path: std::path::PathBuf,
+}
+
+/// One of `tvmm.drive_overrides` of `/snapshot/load`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DriveOverrideBody {
+    pub drive_id: String,
+    pub path_on_host: std::path::PathBuf,
+}
+
+/// One of `tvmm.mac_overrides` of `/snapshot/load`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MacOverrideBody {
+    pub iface_id: String,
+    pub guest_mac: String,
+}

@@ -1,0 +1,135 @@
+//! A descriptor chain, taken apart and checked once: what the device may read, and what it may write.
+
+use virtio_queue::DescriptorChain;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice};
+use vm_memory::{ByteValued, GuestMemoryBackend, VolatileSlice};
+
+use super::{Broken, Memory};
+
+/// A piece of guest memory that marks its page when it is written.
+pub type Slice<'m> = VolatileSlice<'m, RefSlice<'m, AtomicBitmap>>;
+
+/// No device has a request larger than this; a driver that asks for more is lying (or a loop of descriptors is).
+const MAX_BYTES: usize = 1 << 30;
+
+/// The buffers of one direction, as one run of bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Buffers<'m> {
+    slices: Vec<Slice<'m>>,
+    len: usize,
+}
+
+impl<'m> Buffers<'m> {
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub fn slices(&self) -> &[Slice<'m>] {
+        &self.slices
+    }
+
+    fn add(&mut self, slice: Slice<'m>) -> Result<(), Broken> {
+        self.len = self.len.saturating_add(slice.len());
+        if self.len > MAX_BYTES {
+            return Err(Broken::Chain("it is larger than 1 GiB"));
+        }
+        self.slices.push(slice);
+        Ok(())
+    }
+
+    /// The part `[offset, offset + len)`, or as much of it as there is.
+    pub fn part(&self, offset: usize, len: usize) -> Buffers<'m> {
+        let (mut skip, mut left) = (offset, len);
+        let mut part = Buffers::default();
+        for slice in &self.slices {
+            if skip >= slice.len() {
+                skip -= slice.len();
+                continue;
+            }
+            let take = (slice.len() - skip).min(left);
+            if take == 0 {
+                break;
+            }
+            if let Ok(piece) = slice.subslice(skip, take) {
+                part.len += take;
+                part.slices.push(piece);
+            }
+            (skip, left) = (0, left - take);
+        }
+        part
+    }
+
+    /// Copies bytes from `offset` on into `data`; returns how many there were.
+    pub fn read_at(&self, offset: usize, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in self.part(offset, data.len()).slices {
+            done += slice.copy_to(&mut data[done..]);
+        }
+        done
+    }
+
+    /// Copies `data` to `offset`; returns how many bytes fitted.
+    pub fn write_at(&self, offset: usize, data: &[u8]) -> usize {
+        let mut done = 0;
+        for slice in self.part(offset, data.len()).slices {
+            let len = slice.len();
+            slice.copy_from(&data[done..done + len]);
+            done += len;
+        }
+        done
+    }
+
+    /// An object at `offset`.
+    pub fn read_obj<T: ByteValued + Default>(&self, offset: usize) -> Result<T, Broken> {
+        let mut object = T::default();
+        let wanted = size_of::<T>();
+        match self.read_at(offset, object.as_mut_slice()) {
+            got if got == wanted => Ok(object),
+            _ => Err(Broken::Chain("it is too short for its header")),
+        }
+    }
+
+    /// Marks the first `len` bytes as written: for what the kernel wrote through [`slices`](Self::slices).
+    pub fn mark_written(&self, len: usize) {
+        let mut left = len;
+        for slice in &self.slices {
+            let part = slice.len().min(left);
+            slice.bitmap().mark_dirty(0, part);
+            left -= part;
+        }
+    }
+}
+
+/// A chain: its head, which gives it back, and its buffers.
+#[derive(Debug)]
+pub struct Chain<'m> {
+    pub head: u16,
+    /// What the driver wrote for the device.
+    pub readable: Buffers<'m>,
+    /// What the device is to fill.
+    pub writable: Buffers<'m>,
+}
+
+impl<'m> Chain<'m> {
+    /// Walks a chain. A buffer outside RAM, a writable one before a readable one (VIRTIO 1.2, 2.7.4.2), or more bytes
+    /// than any request has are errors. A loop ends after as many descriptors as the queue has entries.
+    pub(super) fn parse(chain: DescriptorChain<&'m Memory>, memory: &'m Memory) -> Result<Self, Broken> {
+        let mut parsed = Chain { head: chain.head_index(), readable: Buffers::default(), writable: Buffers::default() };
+        for descriptor in chain {
+            let buffers = match descriptor.is_write_only() {
+                true => &mut parsed.writable,
+                false if parsed.writable.is_empty() => &mut parsed.readable,
+                false => return Err(Broken::Chain("a readable buffer follows a writable one")),
+            };
+            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+                buffers.add(slice?)?;
+            }
+        }
+        Ok(parsed)
+    }
+}

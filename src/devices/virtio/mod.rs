@@ -1,0 +1,178 @@
+//! Virtio devices over MMIO (Virtual I/O Device specification 1.2, "VIRTIO").
+//!
+//! [`MmioDevice`] is the transport: registers, queues, interrupt, the device's life. A [`VirtioDevice`] is what lies
+//! behind it. A device never owns a queue or guest memory: it is lent both, as [`Io`], whenever there is something to do.
+//!
+//! ```text
+//!  vCPU exit ──► MmioDevice ──► VirtioDevice::{read_config, activate, reset}
+//!  queue eventfd ─► device thread ─► MmioDevice ─► VirtioDevice::process_queue ─► files, sockets, taps
+//!  device's own descriptors ───────────────────► VirtioDevice::process_event
+//! ```
+
+mod chain;
+mod entropy;
+mod memory;
+mod mmio;
+mod queue;
+
+use std::any::Any;
+use std::os::fd::RawFd;
+
+pub use chain::{Buffers, Chain};
+pub use entropy::{Entropy, EntropyState};
+pub use memory::{Memory, region_bitmap};
+pub use mmio::{MmioDevice, TransportState};
+pub use queue::{QueueState, VirtQueue};
+
+use mmio::Interrupt;
+
+/// Device ids (VIRTIO 1.2, 5).
+pub mod id {
+    pub const NET: u32 = 1;
+    pub const BLOCK: u32 = 2;
+    pub const ENTROPY: u32 = 4;
+    pub const BALLOON: u32 = 5;
+    pub const VSOCK: u32 = 19;
+    pub const PMEM: u32 = 27;
+}
+
+/// A device that cannot go on: what the driver did wrong, or what broke. The transport answers with
+/// `DEVICE_NEEDS_RESET` (VIRTIO 1.2, 2.1.2).
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    #[error("Queue {queue} is not usable: {source}")]
+    Queue { queue: usize, source: virtio_queue::Error },
+    #[error("A descriptor chain is not valid: {0}")]
+    Chain(&'static str),
+    #[error("Guest memory cannot be reached: {0}")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+    #[error("Cannot {doing}: {source}")]
+    Host { doing: &'static str, source: std::io::Error },
+}
+
+/// A descriptor of the device's own that the device thread waits for, edge-triggered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    pub fd: RawFd,
+    /// Given back to [`VirtioDevice::process_event`].
+    pub token: u32,
+}
+
+/// What the transport lends a device whose driver has said `DRIVER_OK`.
+pub struct Io<'a> {
+    pub queues: &'a mut [VirtQueue],
+    pub memory: &'a Memory,
+    /// The features that the driver accepted.
+    pub features: u64,
+    interrupt: &'a Interrupt,
+}
+
+impl<'a> Io<'a> {
+    /// Takes the next chain that the driver has made available in `queue`.
+    pub fn pop(&mut self, queue: usize) -> Result<Option<Chain<'a>>, Broken> {
+        let failed = |source| Broken::Queue { queue, source };
+        match self.queues[queue].pop(self.memory).map_err(failed)? {
+            Some(chain) => Chain::parse(chain, self.memory).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Gives a chain back, `len` bytes of it written.
+    pub fn push(&mut self, queue: usize, head: u16, len: u32) -> Result<(), Broken> {
+        self.queues[queue].push(self.memory, head, len).map_err(|source| Broken::Queue { queue, source })
+    }
+
+    /// Undoes the last [`pop`](Self::pop): the chain will be popped again.
+    pub fn unpop(&mut self, queue: usize) {
+        self.queues[queue].unpop();
+    }
+
+    /// Interrupts the driver if it wants to hear of what was given back (VIRTIO 1.2, 2.7.7 and 2.7.10).
+    pub fn signal(&mut self, queue: usize) -> Result<(), Broken> {
+        let wanted = self.queues[queue].wants_interrupt(self.memory);
+        if wanted.map_err(|source| Broken::Queue { queue, source })? {
+            self.interrupt.used_buffer();
+        }
+        Ok(())
+    }
+
+    /// Tells the driver that the configuration space has changed.
+    pub fn signal_config(&self) {
+        self.interrupt.config_change();
+    }
+
+    /// Whether the driver accepted `feature` (a bit number).
+    pub fn has_feature(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Calls `work` until the queue is empty, with the driver's notifications off in between (VIRTIO 1.2, 2.7.10).
+    pub fn drain(&mut self, queue: usize, mut work: impl FnMut(&mut Self) -> Result<(), Broken>) -> Result<(), Broken> {
+        loop {
+            let failed = |source| Broken::Queue { queue, source };
+            self.queues[queue].disable_notification(self.memory).map_err(failed)?;
+            work(self)?;
+            if !self.queues[queue].enable_notification(self.memory).map_err(failed)? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// A virtio device behind its transport. All calls come with the transport's lock held, so one at a time; from vCPU
+/// threads (`read_config`, `write_config`, `activate`, `reset`), from the device thread (`process_…`) and, while no
+/// vCPU runs, from the main thread (`quiesce`, `save`).
+pub trait VirtioDevice: Any + Send {
+    /// The device id, see [`id`].
+    fn device_type(&self) -> u32;
+
+    /// The name in errors and metrics: the id in the config.
+    fn name(&self) -> &str;
+
+    /// The largest size of each queue: powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Device-specific features offered; the transport adds its own.
+    fn features(&self) -> u64;
+
+    /// Reads the configuration space. What lies outside it reads as zero: `data` comes zeroed.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space. Most devices have nothing writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The driver is ready, for the first time, after a reset, or in the snapshot that was restored. Events of the
+    /// device's own that came before are lost: the device looks at its sources itself.
+    fn activate(&mut self, _io: &mut Io<'_>) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    /// The driver has reset the device: nothing may be done to its buffers any more.
+    fn reset(&mut self);
+
+    /// The driver has made chains available in `queue`, or may have: all of them are to be looked at.
+    fn process_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), Broken>;
+
+    /// Descriptors to wait for. Asked once, when the device thread starts.
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+
+    /// A source is readable, or may be. Only called while the driver is ready.
+    fn process_event(&mut self, _token: u32, _io: &mut Io<'_>) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    /// Ends what is in flight: afterwards nothing writes guest memory until the next call. vCPUs do not run.
+    fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), Broken> {
+        Ok(())
+    }
+
+    /// The device's own state, encoded; queues and registers are the transport's. Called after `quiesce`.
+    fn save(&self) -> Result<Vec<u8>, postcard::Error>;
+
+    /// Counters for the metrics file.
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+}

@@ -1,0 +1,79 @@
+//! Making devices, from a config or from saved state: one path each, so that a device knows one constructor.
+
+use std::path::PathBuf;
+
+use super::SavedDevice;
+use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, id};
+use crate::vmm::config::{DeviceConfigs, EntropyConfig};
+use crate::vmm::error::Error;
+
+/// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// Drive id → backing file.
+    pub drives: Vec<(String, PathBuf)>,
+    /// Interface id → tap, and the MAC address to have from now on.
+    pub networks: Vec<NetworkOverride>,
+    /// The Unix socket of the vsock device.
+    pub vsock: Option<PathBuf>,
+}
+
+/// Another tap, another MAC address, or both.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetworkOverride {
+    pub iface_id: String,
+    pub host_dev_name: Option<String>,
+    pub guest_mac: Option<[u8; 6]>,
+}
+
+/// Makes the devices of a config.
+pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    if configs.entropy.is_some() {
+        devices.push(Box::new(Entropy::new()));
+    }
+    Ok(devices)
+}
+
+/// Makes devices again from their saved state, and the config they now have.
+pub fn from_saved(
+    saved: &[SavedDevice],
+    overrides: &Overrides,
+) -> Result<(Vec<Box<dyn VirtioDevice>>, DeviceConfigs), Error> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    let mut configs = DeviceConfigs::default();
+    for (index, saved) in saved.iter().enumerate() {
+        match saved.device_type {
+            id::ENTROPY => {
+                let EntropyState {} = saved.decode()?;
+                configs.entropy = Some(EntropyConfig::default());
+                devices.push(Box::new(Entropy::new()));
+            }
+            other => return Err(Error::DeviceMissing { index, device_type: other }),
+        }
+    }
+    overrides.check(&configs)?;
+    Ok((devices, configs))
+}
+
+impl Overrides {
+    /// Every override must have a device to override.
+    fn check(&self, configs: &DeviceConfigs) -> Result<(), Error> {
+        let drives: Vec<&str> = configs.drives.iter().map(|drive| drive.drive_id.as_str()).collect();
+        let networks: Vec<&str> = configs.network_interfaces.iter().map(|network| network.iface_id.as_str()).collect();
+        let missing = |kind, id: &str, has: &[&str]| {
+            let has = if has.is_empty() { "none".to_owned() } else { has.join(", ") };
+            Err(Error::NoSuchDevice { kind, id: id.to_owned(), has })
+        };
+        if let Some((id, _)) = self.drives.iter().find(|(id, _)| !drives.contains(&id.as_str())) {
+            return missing("drive", id, &drives);
+        }
+        if let Some(network) = self.networks.iter().find(|network| !networks.contains(&network.iface_id.as_str())) {
+            return missing("network interface", &network.iface_id, &networks);
+        }
+        match (&self.vsock, &configs.vsock) {
+            (Some(path), None) => missing("vsock device", &path.display().to_string(), &[]),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The virtio devices of a machine: where they are, how KVM reaches them, and the thread that works for them.
+
+mod build;
+mod patch;
+mod saved;
+mod thread;
+
+use std::sync::Arc;
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+use super::arch::layout;
+use super::config::{DeviceConfigs, MAX_DEVICES};
+use super::error::Error;
+use crate::devices::Bus;
+use crate::devices::virtio::{Memory, MmioDevice, VirtioDevice};
+
+pub use build::{NetworkOverride, Overrides, from_configs, from_saved};
+pub use patch::{DevicePatch, DrivePatch, NetworkPatch};
+pub use saved::SavedDevice;
+
+use thread::DeviceThread;
+
+/// Where a virtio-mmio device is: its registers and its interrupt line (VIRTIO 1.2, 4.2; ACPI id LNRO0005).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioMmioSlot {
+    pub gpa: u64,
+    pub len: u64,
+    pub gsi: u32,
+}
+
+/// The place of the device that is attached as number `index`, below [`MAX_DEVICES`].
+pub fn slot(index: usize) -> VirtioMmioSlot {
+    let index = index as u32;
+    VirtioMmioSlot {
+        gpa: layout::VIRTIO_MMIO_BASE + u64::from(index) * layout::VIRTIO_MMIO_LEN,
+        len: layout::VIRTIO_MMIO_LEN,
+        gsi: layout::VIRTIO_GSI_FIRST + index,
+    }
+}
+
+/// The virtio devices of a machine. Dropped before VM and memory: its thread works on both.
+#[derive(Default)]
+pub struct VirtioDevices {
+    thread: Option<DeviceThread>,
+    devices: Vec<Arc<MmioDevice>>,
+    /// What the devices were made from, and what it was changed to since.
+    configs: DeviceConfigs,
+}
+
+impl VirtioDevices {
+    /// Attaches devices in their order: registers on the bus, kicks as ioeventfds, interrupts as irqfds.
+    pub fn attach(
+        vm: &VmFd,
+        bus: &mut Bus,
+        memory: &Memory,
+        devices: Vec<Box<dyn VirtioDevice>>,
+        configs: DeviceConfigs,
+    ) -> Result<Self, Error> {
+        if devices.len() > MAX_DEVICES {
+            let what = format!("{} devices, at most {MAX_DEVICES} can be attached", devices.len());
+            return Err(Error::State { section: "Virtio".into(), what });
+        }
+        let mut attached = Vec::with_capacity(devices.len());
+        for (index, device) in devices.into_iter().enumerate() {
+            let slot = slot(index);
+            let device = Arc::new(MmioDevice::new(device, memory.clone())?);
+            bus.insert(slot.gpa, slot.len, device.clone())?;
+            let notify = IoEventAddress::Mmio(slot.gpa + MmioDevice::NOTIFY_OFFSET);
+            let events = device.queue_events().map_err(Error::os("copy an eventfd"))?;
+            for (queue, event) in events.iter().enumerate() {
+                vm.register_ioevent(event, &notify, queue as u32).map_err(Error::kvm("register an ioeventfd"))?;
+            }
+            vm.register_irqfd(device.interrupt_line().eventfd(), slot.gsi)
+                .map_err(Error::kvm("connect a device's interrupt"))?;
+            attached.push(device);
+        }
+        Ok(VirtioDevices { thread: None, devices: attached, configs })
+    }
+
+    /// The places of all devices, for the tables that tell the guest.
+    pub fn slots(&self) -> Vec<VirtioMmioSlot> {
+        (0..self.devices.len()).map(slot).collect()
+    }
+
+    pub fn configs(&self) -> &DeviceConfigs {
+        &self.configs
+    }
+
+    pub fn configs_mut(&mut self) -> &mut DeviceConfigs {
+        &mut self.configs
+    }
+
+    /// Starts the thread that works for the devices, if there are any. They stay quiet until [`go_on`](Self::go_on).
+    pub fn start(&mut self) -> Result<(), Error> {
+        if !self.devices.is_empty() && self.thread.is_none() {
+            self.thread = Some(DeviceThread::start(&self.devices)?);
+        }
+        Ok(())
+    }
+
+    /// Ends what is in flight; afterwards no device touches guest memory. vCPUs must have stopped.
+    pub fn quiesce(&self) {
+        self.devices.iter().for_each(|device| device.quiesce());
+    }
+
+    /// Lets devices work. Before vCPUs go on.
+    pub fn go_on(&self) {
+        self.devices.iter().for_each(|device| device.go_on());
+    }
+
+    /// The state of all devices, after `quiesce`.
+    pub fn save(&self) -> Result<Vec<SavedDevice>, Error> {
+        self.devices.iter().map(|device| SavedDevice::of(device)).collect()
+    }
+
+    /// Gives devices their transports' saved state; they were made from their own.
+    pub fn restore(&self, saved: &[SavedDevice]) -> Result<(), Error> {
+        self.devices.iter().zip(saved).try_for_each(|(device, saved)| Ok(device.restore(&saved.transport)?))
+    }
+
+    /// Lends the device called `name`, if it is a `D`, to `work`, which returns whether its configuration space has
+    /// changed.
+    pub fn with<D: VirtioDevice, R>(&self, name: &str, work: impl FnOnce(&mut D) -> (R, bool)) -> Option<R> {
+        let mut work = Some(work);
+        self.devices.iter().filter(|device| device.name() == name).find_map(|device| {
+            device.with_device(|device: &mut D| match work.take() {
+                Some(work) => {
+                    let (result, changed) = work(device);
+                    (Some(result), changed)
+                }
+                None => (None, false),
+            })?
+        })
+    }
+
+    /// Counters of all devices by name.
+    pub fn metrics(&self) -> serde_json::Value {
+        self.devices.iter().map(|device| (device.name().to_owned(), device.metrics())).collect()
+    }
+}

