@@ -20,3 +20,4 @@ mod restore;
 mod smp;
 mod support;
 mod uffd_handler;
+mod virtio;
