@@ -14,6 +14,7 @@ mod entropy;
 mod memory;
 mod mmio;
 mod queue;
+mod vsock;
 
 use std::any::Any;
 use std::os::fd::RawFd;
@@ -23,6 +24,7 @@ pub use entropy::{Entropy, EntropyState};
 pub use memory::{Memory, region_bitmap};
 pub use mmio::{MmioDevice, TransportState};
 pub use queue::{QueueState, VirtQueue};
+pub use vsock::{Vsock, VsockParams, VsockState};
 
 use mmio::Interrupt;
 

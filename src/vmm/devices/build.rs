@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use super::SavedDevice;
-use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, id};
-use crate::vmm::config::{DeviceConfigs, EntropyConfig};
+use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, Vsock, VsockParams, VsockState, id};
+use crate::vmm::config::{DeviceConfigs, EntropyConfig, VsockConfig};
 use crate::vmm::error::Error;
 
 /// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
@@ -29,6 +29,9 @@ pub struct NetworkOverride {
 /// Makes the devices of a config.
 pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    if let Some(vsock) = &configs.vsock {
+        devices.push(Box::new(Vsock::new(VsockParams::new(vsock.guest_cid, vsock.uds_path.clone()))?));
+    }
     if configs.entropy.is_some() {
         devices.push(Box::new(Entropy::new()));
     }
@@ -48,6 +51,16 @@ pub fn from_saved(
                 let EntropyState {} = saved.decode()?;
                 configs.entropy = Some(EntropyConfig::default());
                 devices.push(Box::new(Entropy::new()));
+            }
+            id::VSOCK => {
+                let state: VsockState = saved.decode()?;
+                let mut params = VsockParams::restored(state)?;
+                if let Some(path) = &overrides.vsock {
+                    params.uds_path = path.clone();
+                }
+                let (guest_cid, uds_path) = (params.guest_cid, params.uds_path.clone());
+                configs.vsock = Some(VsockConfig { guest_cid, uds_path, vsock_id: None });
+                devices.push(Box::new(Vsock::new(params)?));
             }
             other => return Err(Error::DeviceMissing { index, device_type: other }),
         }
