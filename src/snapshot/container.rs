@@ -36,6 +36,8 @@ pub enum SectionKind {
     Serial,
     /// The keyboard controller.
     I8042,
+    /// The VM generation id.
+    VmGenId,
     /// The manifest (JSON), in the single-file form only.
     Manifest,
     /// The pages the layer holds.
@@ -66,12 +68,13 @@ pub enum SectionKind {
     Other(u32),
 }
 
-const KINDS: [(SectionKind, u32); 18] = [
+const KINDS: [(SectionKind, u32); 19] = [
     (SectionKind::Machine, 1),
     (SectionKind::Vm, 2),
     (SectionKind::Vcpu, 3),
     (SectionKind::Serial, 4),
     (SectionKind::I8042, 5),
+    (SectionKind::VmGenId, 6),
     (SectionKind::Manifest, 16),
     (SectionKind::PagesHeld, 32),
     (SectionKind::PagesZero, 33),

@@ -252,7 +252,6 @@ fn devices_that_are_not_built_yet_are_refused_by_name() {
         (json!({ "vsock": { "guest_cid": 3, "uds_path": "/x" } }), "A vsock device is"),
         (json!({ "balloon": { "amount_mib": 1, "deflate_on_oom": true } }), "A balloon is"),
         (json!({ "entropy": {} }), "An entropy device is"),
-        (json!({ "boot-source": { "initrd_path": "/x" } }), "An initrd (initrd_path) is"),
         (json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "smt": true } }), "Hyper-threads"),
         (json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M" } }), "2M pages"),
         (

@@ -9,6 +9,7 @@ mod lazy;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::arch::layout;
 use super::error::Error;
 use super::lineage::Lineage;
 use super::machine::{Built, Core, Machine, Outside, Shape, open_kvm};
@@ -16,8 +17,8 @@ use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
 use super::{config, host};
-use crate::devices::{I8042State, SerialState};
-use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::devices::{I8042State, SerialState, VmGenId, VmGenIdState};
+use crate::snapshot::{Chain, Gfn, PAGE_SIZE, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
 
 pub use engine::EngineReport;
@@ -70,6 +71,8 @@ struct SavedState {
     vm: VmState,
     vcpus: Vec<VcpuState>,
     serial: SerialState,
+    /// Machines without ACPI, and those of tvmm 0.1, have none.
+    vmgenid: Option<VmGenIdState>,
 }
 
 impl SavedState {
@@ -84,6 +87,7 @@ impl SavedState {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: state::decode(snapshot, SectionKind::Vm, 0)?,
             serial: state::decode(snapshot, SectionKind::Serial, 0)?,
+            vmgenid: decode_vmgenid(snapshot)?,
             machine,
         };
         let I8042State {} = state::decode(snapshot, SectionKind::I8042, 0)?;
@@ -92,10 +96,22 @@ impl SavedState {
     }
 }
 
+fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
+    if !snapshot.sections().iter().any(|section| section.kind == SectionKind::VmGenId) {
+        return Ok(None);
+    }
+    let state: VmGenIdState = state::decode(snapshot, SectionKind::VmGenId, 0)?;
+    let known = state.gsi < layout::GSI_COUNT;
+    let what = format!("the interrupt controller has no input {}", state.gsi);
+    if known { Ok(Some(state)) } else { Err(Error::State { section: "VmGenId".into(), what }) }
+}
+
 /// A section this build does not know may be a device the guest depends on.
 fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
-        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 => section.instance == 0,
+        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 | SectionKind::VmGenId => {
+            section.instance == 0
+        }
         SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
         _ => false,
     };
@@ -145,6 +161,9 @@ impl Machine<Built> {
         machine.apply(&saved.vm, &saved.vcpus)?;
         machine.serial().restore(&saved.serial)?;
         machine.core.lineage = Lineage::restored(spec.chain);
+        if let Some(vmgenid) = saved.vmgenid {
+            machine.core.renew_vmgenid(vmgenid)?;
+        }
         machine.core.start_background(&files, spec.plan)?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
@@ -173,6 +192,15 @@ impl Core {
     /// Gives all memory to a handler outside.
     fn hand_over(&mut self, socket: &Path, uffd: &Uffd) -> Result<(), Error> {
         self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, self.ending.clone())?);
+        Ok(())
+    }
+
+    /// The guest gets a VM generation id that no other restore has, and is told.
+    fn renew_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
+        self.attach_vmgenid(state)?;
+        // KVM's log knows only of the guest's own writes; the next diff must have this one too.
+        self.lineage.add_changed(&[Gfn(state.gpa / PAGE_SIZE)].into_iter().collect());
+        self.devices.vmgenid.iter().try_for_each(VmGenId::notify)?;
         Ok(())
     }
 
