@@ -46,6 +46,12 @@ pub enum Error {
     KernelTooLarge { name: String, end: u64, ram_end: u64 },
     #[error("The kernel command line is {len} bytes long, at most {max} fit", max = super::arch::layout::CMDLINE_MAX - 1)]
     CmdlineTooLong { len: usize },
+    #[error("The kernel command line cannot be used: {0}")]
+    Cmdline(String),
+    #[error("Cannot use the initrd {path}: {what}")]
+    Initrd { path: PathBuf, what: String },
+    #[error("The initrd {path} does not fit into guest memory: it has {len} bytes, above the kernel are {room}")]
+    InitrdTooLarge { path: PathBuf, len: u64, room: u64 },
     #[error("The kernel command line has a NUL byte or a character outside ASCII")]
     CmdlineCharacters,
     #[error("The kernel image {name} cannot be entered by {protocol}: {what}")]

@@ -77,6 +77,11 @@ impl GuestRam {
         &self.layout
     }
 
+    /// The end of the RAM that starts at address zero.
+    pub fn low_end(&self) -> u64 {
+        self.layout.ranges().first().map_or(0, |range| range.gpa + range.len)
+    }
+
     /// The pieces in ascending order of guest address.
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces

@@ -28,6 +28,8 @@ pub struct Buses {
 pub enum Ending {
     /// The guest pulled the reset line.
     Reset,
+    /// The guest turned itself off.
+    PowerOff,
     /// A triple fault: how `reboot=t` resets, and how a lost guest dies.
     TripleFault,
     /// KVM cannot go on.

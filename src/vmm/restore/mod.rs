@@ -9,6 +9,7 @@ mod lazy;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::arch::layout;
 use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
@@ -17,8 +18,8 @@ use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
 use super::{config, host};
-use crate::devices::{I8042State, SerialState};
-use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::devices::{I8042State, SerialState, VmGenId, VmGenIdState};
+use crate::snapshot::{Chain, Gfn, PAGE_SIZE, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
 
 pub use engine::EngineReport;
@@ -73,6 +74,8 @@ struct SavedState {
     vm: VmState,
     vcpus: Vec<VcpuState>,
     serial: SerialState,
+    /// Machines without ACPI, and those of tvmm 0.1, have none.
+    vmgenid: Option<VmGenIdState>,
     virtio: Vec<SavedDevice>,
 }
 
@@ -90,6 +93,7 @@ impl SavedState {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: state::decode(snapshot, SectionKind::Vm, 0)?,
             serial: state::decode(snapshot, SectionKind::Serial, 0)?,
+            vmgenid: decode_vmgenid(snapshot)?,
             virtio: virtio.collect::<Result<_, _>>()?,
             machine,
         };
@@ -99,10 +103,22 @@ impl SavedState {
     }
 }
 
+fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
+    if !snapshot.sections().iter().any(|section| section.kind == SectionKind::VmGenId) {
+        return Ok(None);
+    }
+    let state: VmGenIdState = state::decode(snapshot, SectionKind::VmGenId, 0)?;
+    let known = state.gsi < layout::GSI_COUNT;
+    let what = format!("the interrupt controller has no input {}", state.gsi);
+    if known { Ok(Some(state)) } else { Err(Error::State { section: "VmGenId".into(), what }) }
+}
+
 /// A section this build does not know may be a device the guest depends on.
 fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
-        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 => section.instance == 0,
+        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 | SectionKind::VmGenId => {
+            section.instance == 0
+        }
         SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
         SectionKind::Virtio => section.instance < config::MAX_DEVICES as u32,
         _ => false,
@@ -156,6 +172,9 @@ impl Machine<Built> {
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
         machine.core.lineage = Lineage::restored(spec.chain);
+        if let Some(vmgenid) = saved.vmgenid {
+            machine.core.renew_vmgenid(vmgenid)?;
+        }
         machine.core.start_background(&files, spec.plan)?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
@@ -184,6 +203,15 @@ impl Core {
     /// Gives all memory to a handler outside.
     fn hand_over(&mut self, socket: &Path, uffd: &Uffd) -> Result<(), Error> {
         self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, self.ending.clone())?);
+        Ok(())
+    }
+
+    /// The guest gets a VM generation id that no other restore has, and is told.
+    fn renew_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
+        self.attach_vmgenid(state)?;
+        // KVM's log knows only of the guest's own writes; the next diff must have this one too.
+        self.lineage.add_changed(&[Gfn(state.gpa / PAGE_SIZE)].into_iter().collect());
+        self.devices.vmgenid.iter().try_for_each(VmGenId::notify)?;
         Ok(())
     }
 
