@@ -24,8 +24,12 @@ pub enum Error {
     Vcpu { doing: &'static str, vcpu: u8, source: kvm_ioctls::Error },
     #[error("KVM refuses to set MSR {index:#x} of vCPU {vcpu} to {value:#x}")]
     MsrRefused { vcpu: u8, index: u32, value: u64 },
-    #[error("vCPU {0} did not stop within 10 seconds")]
+    #[error(
+        "vCPU {0} did not stop in time: it waits in the kernel, most likely for memory that does not come (a file system that hangs, a page-fault handler that does not answer)"
+    )]
     VcpuStuck(u8),
+    #[error("The {0} did not stop in time: it waits for memory from a file that hangs")]
+    Stuck(&'static str),
     #[error("Cannot start the thread of vCPU {vcpu}")]
     VcpuThread { vcpu: u8, source: io::Error },
     #[error("Cannot reserve {mib} MiB of address space for guest memory")]

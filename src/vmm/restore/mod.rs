@@ -8,10 +8,12 @@ mod lazy;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::error::Error;
 use super::lineage::Lineage;
 use super::machine::{Built, Core, Machine, Outside, Shape, open_kvm};
+use super::stall::Stalls;
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
@@ -24,9 +26,10 @@ pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 
 use background::BackgroundWork;
+use engine::Served;
 use external::ExternalHandler;
 use files::Files;
-use lazy::{FaultCounters, FaultService, FaultWork, LazyExtent};
+use lazy::{FaultCounters, FaultService, FaultWork};
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
@@ -40,6 +43,8 @@ pub struct RestoreSpec<'a> {
     pub single_pages: bool,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
+    /// Who watches for memory that does not come.
+    pub stalls: &'a Stalls,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -61,6 +66,17 @@ impl MemoryServices {
 
     pub fn maps_single_pages(&self) -> bool {
         self.single_pages.is_some()
+    }
+
+    /// Asks everybody to end, and waits until `deadline`. An error names who has not: it waits for memory in the kernel.
+    pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
+        if !self.background.as_ref().is_none_or(|work| work.finish(deadline)) {
+            return Err(Error::Stuck("background thread"));
+        }
+        if !self.service.as_ref().is_none_or(|service| service.finish(deadline)) {
+            return Err(Error::Stuck("fault service"));
+        }
+        Ok(())
     }
 }
 
@@ -128,6 +144,7 @@ impl Machine<Built> {
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
         let files = Files::open(spec.chain.clone(), spec.plan)?;
+        spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
         let built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
@@ -138,14 +155,14 @@ impl Machine<Built> {
         machine.core.services.single_pages = single_pages;
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
-            (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, &uffd)?,
-            (None, Some((uffd, extents))) => machine.core.serve(uffd, extents, &files, spec.plan, spec.observer)?,
+            (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
+            (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
         }
         machine.apply(&saved.vm, &saved.vcpus)?;
         machine.serial().restore(&saved.serial)?;
         machine.core.lineage = Lineage::restored(spec.chain);
-        machine.core.start_background(&files, spec.plan)?;
+        machine.core.start_background(&files, spec.plan, spec.stalls)?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }
@@ -155,31 +172,34 @@ impl Core {
     /// Starts the fault service.
     fn serve(
         &mut self,
-        uffd: Arc<Uffd>,
-        extents: Vec<LazyExtent>,
+        (uffd, extents): Served,
         files: &Files,
         plan: &RestorePlan,
         observer: Option<Box<dyn FaultObserver>>,
+        stalls: &Stalls,
     ) -> Result<(), Error> {
         let fault_pages = if observer.is_some() { 1 } else { plan.fault_pages };
         let counters = self.services.counters.clone();
         let reader = Box::new(files.clone());
         self.services.uffd = Some(uffd.clone());
-        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters };
+        let activity = stalls.activity();
+        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters, activity };
         self.services.service = Some(FaultService::start(work, self.ending.clone())?);
         Ok(())
     }
 
     /// Gives all memory to a handler outside.
-    fn hand_over(&mut self, socket: &Path, uffd: &Uffd) -> Result<(), Error> {
-        self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, self.ending.clone())?);
+    fn hand_over(&mut self, socket: &Path, uffd: Arc<Uffd>, stalls: &Stalls) -> Result<(), Error> {
+        let told = (self.ending.clone(), stalls);
+        self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, told)?);
         Ok(())
     }
 
-    fn start_background(&mut self, files: &Files, plan: &RestorePlan) -> Result<(), Error> {
+    fn start_background(&mut self, files: &Files, plan: &RestorePlan, stalls: &Stalls) -> Result<(), Error> {
         let services = &self.services;
+        let told = (self.ending.clone(), stalls.activity());
         let lazy = services.uffd.clone().map(|uffd| (uffd, services.counters.clone()));
-        self.services.background = BackgroundWork::start(plan, files, &self.ram, lazy, self.ending.clone())?;
+        self.services.background = BackgroundWork::start(plan, files, &self.ram, lazy, told)?;
         Ok(())
     }
 }
