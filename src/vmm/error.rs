@@ -16,6 +16,10 @@ pub enum Error {
         "Cannot open /dev/kvm: permission denied. Add this user to the group that owns it (`usermod -aG kvm USER`, then log in again), or run as root"
     )]
     KvmDenied,
+    #[error(
+        "/dev/kvm is {0}, not KVM's device. Remove it and make the device (`mknod /dev/kvm c 10 232`), or give the container the host's (`--device /dev/kvm`)"
+    )]
+    KvmNoDevice(&'static str),
     #[error("Cannot {doing}")]
     Kvm { doing: &'static str, source: kvm_ioctls::Error },
     #[error("This host's KVM has API version {0}, tvmm needs 12")]

@@ -9,6 +9,7 @@
 //! Boot and restore build the machine by one path, [`Machine::build`]; then one loads a kernel and the other applies
 //! saved state. Only a paused machine can be captured: saving a running one does not compile.
 
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -114,7 +115,18 @@ pub fn open_kvm() -> Result<Kvm, Error> {
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
+        // The ioctl failed: whatever this is, it does not speak KVM.
+        -1 => Err(Error::KvmNoDevice(kind_of_kvm())),
         other => Err(Error::KvmVersion(other)),
+    }
+}
+
+/// What /dev/kvm is, in words.
+fn kind_of_kvm() -> &'static str {
+    match std::fs::metadata("/dev/kvm").map(|metadata| metadata.file_type()) {
+        Ok(kind) if kind.is_file() => "an ordinary file",
+        Ok(kind) if kind.is_char_device() => "another device",
+        _ => "something else",
     }
 }
 
