@@ -9,7 +9,9 @@
 //! Boot and restore build the machine by one path, [`Machine::build`]; then one loads a kernel and the other applies
 //! saved state. Only a paused machine can be captured: saving a running one does not compile.
 
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
@@ -56,6 +58,8 @@ impl Shape {
 pub struct Outside {
     /// Where the serial port writes.
     pub output: Arc<ConsoleOutput>,
+    /// How long a restored guest may wait for a page before it is ended.
+    pub fault_timeout: Duration,
     /// Where moments of the guest are noted.
     pub moments: Arc<Moments>,
 }
@@ -123,7 +127,18 @@ pub fn open_kvm() -> Result<Kvm, Error> {
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
+        // The ioctl failed: whatever this is, it does not speak KVM.
+        -1 => Err(Error::KvmNoDevice(kind_of_kvm())),
         other => Err(Error::KvmVersion(other)),
+    }
+}
+
+/// What /dev/kvm is, in words.
+fn kind_of_kvm() -> &'static str {
+    match std::fs::metadata("/dev/kvm").map(|metadata| metadata.file_type()) {
+        Ok(kind) if kind.is_file() => "an ordinary file",
+        Ok(kind) if kind.is_char_device() => "another device",
+        _ => "something else",
     }
 }
 
@@ -236,6 +251,11 @@ impl Machine<Built> {
 }
 
 impl Machine<Running> {
+    /// As [`Machine::<Paused>::stop`].
+    pub fn stop(self, patience: Duration) -> Result<(), Error> {
+        Machine { state: Paused { threads: self.state.threads }, core: self.core }.stop(patience)
+    }
+
     /// Stops all vCPUs, with no I/O half done. If one does not stop, the machine runs on and comes back with the error.
     pub fn pause(self) -> Result<Machine<Paused>, Box<(Machine<Running>, Error)>> {
         let threads = &self.state.threads;
@@ -251,6 +271,20 @@ impl Machine<Running> {
 }
 
 impl Machine<Paused> {
+    /// Ends vCPU threads and whoever works on guest memory, then gives back VM and memory. If one of the threads does
+    /// not end within `patience` it still uses them: then they stay until the process ends, which should be at once.
+    pub fn stop(self, patience: Duration) -> Result<(), Error> {
+        let deadline = Instant::now() + patience;
+        let threads = &self.state.threads;
+        threads.iter().for_each(VcpuThread::ask_to_exit);
+        let parked = threads.iter().try_for_each(|thread| thread.wait_parked_until(deadline));
+        let stopped = parked.and_then(|()| self.core.services.finish(deadline));
+        if stopped.is_err() {
+            std::mem::forget(self);
+        }
+        stopped
+    }
+
     /// Lets all vCPUs go on (or returns the machine with the error), and tells the guest's clock that they were stopped.
     pub fn resume(self) -> Result<Machine<Running>, Box<(Machine<Paused>, Error)>> {
         for thread in &self.state.threads {

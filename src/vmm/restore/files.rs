@@ -39,6 +39,12 @@ impl Files {
         }
     }
 
+    /// The paths of all files, in the order of their index.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let layers = self.chain.layers().iter().map(|layer| layer.memory_path().to_owned());
+        layers.chain(self.images.iter().map(|image| image.1.clone())).collect()
+    }
+
     /// Reads `bytes` from `source` on.
     pub fn read(&self, source: PageSource, bytes: &mut [u8]) -> Result<(), Error> {
         let (file, path) = self.require(source.layer)?;
