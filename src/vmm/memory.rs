@@ -154,6 +154,12 @@ impl GuestRam {
         memory.advise_huge(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
     }
 
+    /// Forbids huge pages under `extent`.
+    pub fn advise_small(&self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.advise_small(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
     /// The bytes of `extent`.
     ///
     /// # Safety

@@ -5,6 +5,7 @@ mod engine;
 mod external;
 mod files;
 mod lazy;
+mod reads;
 
 use std::path::Path;
 use std::sync::Arc;
