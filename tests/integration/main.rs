@@ -10,6 +10,7 @@ mod cycles;
 mod diff;
 mod golden;
 mod guest_elf;
+mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;

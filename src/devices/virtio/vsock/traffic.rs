@@ -5,7 +5,8 @@ use super::connection::{After, Connection, Next};
 use super::header::{self, HOST_CID, Header, TYPE_STREAM, op};
 use super::{GUEST_TIMEOUT, RX, TX, Vsock, host, table};
 
-/// Packets taken from the guest, or given to it, before other devices have their turn.
+/// Packets taken from the guest, and packets given to it, before other devices have their turn: together less than the
+/// transport allows in one.
 const PACKETS_MAX: usize = 256;
 
 /// While so many resets wait for receive buffers, no more packets are taken that could cause more.
