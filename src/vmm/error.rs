@@ -74,6 +74,8 @@ pub enum Error {
     DeviceMissing { index: usize, device_type: u32 },
     #[error("The snapshot has no {kind} `{id}` to override; it has: {has}")]
     NoSuchDevice { kind: &'static str, id: String, has: String },
+    #[error("The request is to be made over vsock, but the machine has no vsock device")]
+    NoVsock,
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

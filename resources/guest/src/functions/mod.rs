@@ -8,6 +8,7 @@ mod pages;
 mod rng;
 mod spin;
 mod system;
+mod vsock;
 
 use crate::alloc::Pages;
 use crate::boot::{BootInfo, Protocol};
@@ -70,6 +71,16 @@ static FUNCTIONS: &[Function] = &[
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
+    function(
+        "vsock_connect",
+        &[required("port"), optional("bytes"), SEED, optional("window"), optional("irq")],
+        vsock::connect,
+    ),
+    function(
+        "vsock_serve",
+        &[required("port"), optional("lines"), optional("closed"), optional("window"), optional("irq")],
+        vsock::serve,
+    ),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
 
@@ -85,6 +96,7 @@ pub struct Ctx {
     pub handles: pages::Handles,
     pub spin: spin::State,
     pub rng: rng::State,
+    pub vsock: vsock::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -99,6 +111,7 @@ impl Ctx {
             handles: pages::Handles::new(),
             spin: spin::State::new(),
             rng: rng::State::new(),
+            vsock: vsock::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,
