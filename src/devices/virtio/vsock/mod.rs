@@ -21,7 +21,7 @@ mod traffic;
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
@@ -131,11 +131,15 @@ pub struct Vsock {
     /// The driver is asked to tell of new receive buffers.
     rx_notified: bool,
     restored: bool,
+    guest_timeout: Duration,
     quiet_since: Option<Instant>,
     counters: Counters,
 }
 
 impl Vsock {
+    /// The most descriptors that its connections have open.
+    pub const DESCRIPTORS_MAX: u64 = table::CONNECTIONS_MAX as u64;
+
     /// Makes the device; it listens at once.
     pub fn new(params: VsockParams) -> Result<Self, Error> {
         let listener = Listener::bind(&params.uds_path)?;
@@ -153,19 +157,15 @@ impl Vsock {
             hold: None,
             rx_notified: true,
             restored: params.restored,
+            guest_timeout: GUEST_TIMEOUT,
             quiet_since: None,
             counters: Counters::default(),
         })
     }
 
-    /// The Unix socket that programs connect to.
-    pub fn uds_path(&self) -> &Path {
-        &self.uds_path
-    }
-
     /// Takes what has happened on the host's side.
     fn take_host_events(&mut self) -> Result<(), Broken> {
-        let accepts = &mut self.accepts;
+        let (accepts, timeout) = (&mut self.accepts, self.guest_timeout);
         let taken = self.table.take_events(|table, token, events| {
             if token == table::LISTENER {
                 *accepts = true;
@@ -180,7 +180,7 @@ impl Vsock {
             match host::greeting(connection.stream()) {
                 Greeting::Connect(port) => {
                     table.request(token, port);
-                    table.set_deadline(token, Some(GUEST_TIMEOUT));
+                    table.set_deadline(token, Some(timeout));
                     table.note(token);
                 }
                 Greeting::Partial => {}

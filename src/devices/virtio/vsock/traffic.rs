@@ -3,7 +3,7 @@
 use super::super::{Broken, Chain, Io};
 use super::connection::{After, Connection, Next};
 use super::header::{self, HOST_CID, Header, TYPE_STREAM, op};
-use super::{GUEST_TIMEOUT, RX, TX, Vsock, host, table};
+use super::{RX, TX, Vsock, host, table};
 
 /// Packets taken from the guest, and packets given to it, before other devices have their turn: together less than the
 /// transport allows in one.
@@ -177,7 +177,7 @@ impl Vsock {
                 Next::Packet(header) => {
                     let awaits_reset = header.op == op::SHUTDOWN && connection.awaits_reset();
                     if awaits_reset {
-                        self.table.set_deadline(token, Some(GUEST_TIMEOUT));
+                        self.table.set_deadline(token, Some(self.guest_timeout));
                     }
                     self.table.note(token);
                     return Ok(Some(header));
