@@ -22,3 +22,4 @@ mod smp;
 mod support;
 mod uffd_handler;
 mod virtio;
+mod vsock;
