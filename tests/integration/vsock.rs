@@ -62,11 +62,12 @@ fn echo(stream: UnixStream) {
     stream.shutdown(Shutdown::Write).unwrap();
 }
 
-/// Connects to a port of the guest; None: the guest refuses.
+/// Connects to a port of the guest; None: the guest refuses, or there is no machine yet.
 fn try_connect(path: &Path, port: u32) -> Option<UnixStream> {
-    let mut stream = UnixStream::connect(path).unwrap();
+    let mut stream = UnixStream::connect(path).ok()?;
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-    stream.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
+    // Refused at once: there may be nobody left to write to.
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).ok()?;
     let mut line = Vec::new();
     let mut byte = [0];
     while line.last() != Some(&b'\n') {
