@@ -50,6 +50,9 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// Tell this clone something: a key of its metadata, and its value (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    metadata: Vec<(String, String)>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -84,11 +87,19 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides::default(),
+        overrides: Overrides { metadata: args.metadata.iter().cloned().collect(), ..Overrides::default() },
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,
     };
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, "restore")
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("it is not like KEY=VALUE")?;
+    match key.is_empty() {
+        true => Err("the key is empty".to_owned()),
+        false => Ok((key.to_owned(), value.to_owned())),
+    }
 }
 
 const RUN_ID: &str = "run";

@@ -90,6 +90,7 @@ impl Machine<Paused> {
         sections.push(state::section(SectionKind::Vm, 0, &VmState::save(&core.vm)?)?);
         sections.push(state::section(SectionKind::Serial, 0, &core.devices.serial.save())?);
         sections.push(state::section(SectionKind::I8042, 0, &core.devices.i8042.save())?);
+        sections.push(state::section(SectionKind::Metadata, 0, &core.devices.fw_cfg.save())?);
         if let Some(vmgenid) = &core.devices.vmgenid {
             sections.push(state::section(SectionKind::VmGenId, 0, &vmgenid.save())?);
         }

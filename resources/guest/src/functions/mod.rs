@@ -69,6 +69,7 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("metadata", &[], system::metadata),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
