@@ -12,6 +12,7 @@ use super::report;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
+use crate::tiering::profile::Profile;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
 use crate::vmm::control::{self, LoadSnapshot, Overrides, SnapshotPaths};
@@ -59,6 +60,10 @@ pub struct RestoreArgs {
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
+    /// The profile of a run that does the same: --report then counts what the plan brought ahead and this run never
+    /// touched
+    #[arg(long, value_name = "FILE", requires = "report")]
+    against: Option<PathBuf>,
     #[command(flatten)]
     session: SessionArgs,
 }
@@ -72,7 +77,7 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
         (None, None) => return refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
     };
     let config = config.map(VmConfig::from_file).transpose()?.unwrap_or_default();
-    run(args, config, begin, timeline, "boot")
+    run(args, config, begin, timeline, Operation { name: "boot", against: None })
 }
 
 /// Restores a snapshot.
@@ -91,7 +96,15 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,
     };
-    run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, "restore")
+    // Before the guest runs: a profile that is none is refused at once.
+    let against = args.against.as_deref().map(Profile::load).transpose()?;
+    run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })
+}
+
+/// What the report is about.
+struct Operation {
+    name: &'static str,
+    against: Option<Profile>,
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {
@@ -109,7 +122,7 @@ fn run(
     config: VmConfig,
     begin: Begin,
     mut timeline: Timeline,
-    operation: &'static str,
+    operation: Operation,
 ) -> Result<ExitCode, BoxError> {
     logging::init(config.logger.as_ref())?;
     // Before any thread exists, so that none of them takes the signals.
@@ -134,7 +147,10 @@ fn run(
     drop(around);
     note_moments(&mut controller.timeline, &moments, answer.as_deref());
     controller.write_metrics()?;
-    let report = args.report.as_ref().map(|_| report::collect(&controller, operation, answer.as_deref()));
+    let report = args
+        .report
+        .as_ref()
+        .map(|_| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
     let stopping = clock::monotonic_ns();
     let stopped = controller.stop();
     drop(server);
