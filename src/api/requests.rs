@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::fault::Fault;
-use crate::vmm::config::{BootSource, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig};
+use crate::vmm::config::{BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig};
 use crate::vmm::control::{Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, SnapshotKind, SnapshotPaths};
 
 /// A body that was understood.
@@ -58,6 +58,10 @@ pub(super) fn patch_machine_config(body: &[u8]) -> Result<Parsed, Fault> {
     MachineConfig::default().patched(&patch)?;
     let is_deprecated = patch.cpu_template.is_some();
     Ok(Parsed { command: Command::PatchMachineConfig(patch), is_deprecated })
+}
+
+pub(super) fn put_cpu_config(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::PutCpuConfig(json::<CpuConfig>(body)?).into())
 }
 
 pub(super) fn put_logger(body: &[u8]) -> Result<Parsed, Fault> {
@@ -204,7 +208,6 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
     let unsupported = [
         (!load.network_overrides.is_empty(), "Network overrides (network_overrides) are"),
         (load.vsock_override.is_some(), "A vsock override (vsock_override) is"),
-        (load.clock_realtime, "Moving the guest's clock on to real time (clock_realtime) is"),
     ];
     if let Some((_, subject)) = unsupported.into_iter().find(|(is_used, _)| *is_used) {
         return Err(Fault::bad_request(format!("{subject} not supported yet.")));
@@ -230,6 +233,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         cxl_mib: load.tvmm.cxl_mib,
         handler,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
+        clock_realtime: load.clock_realtime,
         resume: load.resume_vm,
     });
     Ok(Parsed { command, is_deprecated })

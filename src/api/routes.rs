@@ -26,7 +26,6 @@ const UNBUILT_PATHS: &[(&str, &str)] = &[
     ("/balloon", "balloon"),
     ("/balloon/hinting/{operation}", "balloon"),
     ("/balloon/statistics", "balloon"),
-    ("/cpu-config", "cpu-config"),
     ("/drives/{id}", "drives"),
     ("/entropy", "entropy"),
     ("/hotplug/memory", "memory-hotplug"),
@@ -50,6 +49,7 @@ pub(super) fn router(control: ControlSender) -> Router {
                 .merge(patches(requests::patch_machine_config)),
         )
         .route("/boot-source", puts(requests::put_boot_source))
+        .route("/cpu-config", puts(requests::put_cpu_config))
         .route("/logger", puts(requests::put_logger))
         .route("/metrics", puts(requests::put_metrics))
         .route("/actions", puts(requests::put_actions))

@@ -53,6 +53,9 @@ pub struct RestoreArgs {
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
+    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    #[arg(long)]
+    clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
@@ -85,6 +88,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         cxl_mib: args.cxl,
         handler: None,
         track_dirty_pages: args.track_dirty_pages,
+        clock_realtime: args.clock_realtime,
         resume: !args.paused,
     };
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, "restore")
@@ -128,7 +132,7 @@ fn run(
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let (Some(path), Some(report)) = (&args.report, report) {
-        report?.finish(&controller).write(path)?;
+        report?.ended(&outcome).finish(&controller).write(path)?;
     }
     exit_code(&outcome, args, answer.as_deref())
 }

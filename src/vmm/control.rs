@@ -16,7 +16,7 @@ use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::{
-    BootSource, ConfigError, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, VmConfig,
+    BootSource, ConfigError, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, VmConfig,
 };
 
 /// What `app_name` says.
@@ -44,6 +44,8 @@ pub enum Command {
     PutMachineConfig(MachineConfig),
     /// Change the shape of the machine: see [`MachineConfig::patched`].
     PatchMachineConfig(MachineConfigPatch),
+    /// Replace the CPU template.
+    PutCpuConfig(CpuConfig),
     /// Set up logging.
     PutLogger(LoggerConfig),
     /// Set up metrics.
@@ -115,6 +117,8 @@ pub struct LoadSnapshot {
     pub handler: Option<PathBuf>,
     /// Whether KVM logs the pages the guest writes from now on.
     pub track_dirty_pages: bool,
+    /// Whether the guest's clock goes on to the present; if not, no time has passed for it.
+    pub clock_realtime: bool,
     /// Whether the machine runs afterwards; if not it is paused.
     pub resume: bool,
 }

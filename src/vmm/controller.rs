@@ -150,6 +150,7 @@ impl Controller {
             Command::GetVmConfig => Ok(Reply::VmConfig(Box::new(self.config.clone()))),
             Command::PutBootSource(source) => self.configure(|config| config.boot_source = source),
             Command::PutMachineConfig(machine) => self.configure(|config| config.machine = machine),
+            Command::PutCpuConfig(cpu) => self.configure(|config| config.cpu = Some(cpu)),
             Command::PatchMachineConfig(patch) => {
                 let machine = self.config.machine.patched(&patch)?;
                 self.configure(|config| config.machine = machine)
@@ -237,6 +238,7 @@ impl Controller {
             observer: watch.observer,
             single_pages: watch.single_pages,
             handler: load.handler.as_deref(),
+            clock_realtime: load.clock_realtime,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;

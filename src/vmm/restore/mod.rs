@@ -41,6 +41,8 @@ pub struct RestoreSpec<'a> {
     pub single_pages: bool,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
+    /// The guest's clock goes on to the present.
+    pub clock_realtime: bool,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -158,7 +160,7 @@ impl Machine<Built> {
             (None, Some((uffd, extents))) => machine.core.serve(uffd, extents, &files, spec.plan, spec.observer)?,
             _ => {}
         }
-        machine.apply(&saved.vm, &saved.vcpus)?;
+        machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
         machine.serial().restore(&saved.serial)?;
         machine.core.lineage = Lineage::restored(spec.chain);
         if let Some(vmgenid) = saved.vmgenid {
