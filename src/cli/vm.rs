@@ -57,6 +57,9 @@ pub struct RestoreArgs {
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
+    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    #[arg(long)]
+    clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
@@ -94,6 +97,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         handler: None,
         overrides: Overrides { metadata: args.metadata.iter().cloned().collect(), ..Overrides::default() },
         track_dirty_pages: args.track_dirty_pages,
+        clock_realtime: args.clock_realtime,
         resume: !args.paused,
     };
     // Before the guest runs: a profile that is none is refused at once.
@@ -156,7 +160,7 @@ fn run(
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let (Some(path), Some(report)) = (&args.report, report) {
-        report?.finish(&controller).write(path)?;
+        report?.ended(&outcome).finish(&controller).write(path)?;
     }
     let code = exit_code(&outcome, args, answer.as_deref())?;
     stopped?;

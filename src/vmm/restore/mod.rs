@@ -52,6 +52,8 @@ pub struct RestoreSpec<'a> {
     pub overrides: &'a Overrides,
     /// Who watches for memory that does not come.
     pub stalls: &'a Stalls,
+    /// The guest's clock goes on to the present.
+    pub clock_realtime: bool,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -198,7 +200,7 @@ impl Machine<Built> {
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
         }
-        machine.apply(&saved.vm, &saved.vcpus)?;
+        machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
         machine.core.lineage = Lineage::restored(spec.chain);
