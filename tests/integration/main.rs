@@ -14,6 +14,7 @@ mod host;
 mod hostile_snapshot;
 mod large;
 mod plans;
+mod prefault;
 mod profile;
 mod report;
 mod restore;

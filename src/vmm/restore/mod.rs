@@ -5,6 +5,7 @@ mod engine;
 mod external;
 mod files;
 mod lazy;
+mod prefault;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -129,10 +130,11 @@ impl Machine<Built> {
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
         let files = Files::open(spec.chain.clone(), spec.plan)?;
         timeline.lap(Slice::StateLoad);
-        let built = match spec.handler {
+        let mut built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
             Some(_) => engine::build_external(layout, timeline)?,
         };
+        let is_ours = spec.handler.is_none() && spec.observer.is_none();
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let mut machine = Machine::build(kvm, built.ram, shape, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
@@ -145,6 +147,11 @@ impl Machine<Built> {
         machine.apply(&saved.vm, &saved.vcpus)?;
         machine.serial().restore(&saved.serial)?;
         machine.core.lineage = Lineage::restored(spec.chain);
+        timeline.lap(Slice::StateLoad);
+        if is_ours {
+            built.report.prefault = machine.prefault(spec.plan)?;
+            timeline.lap(Slice::Preload);
+        }
         machine.core.start_background(&files, spec.plan)?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
