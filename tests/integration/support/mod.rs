@@ -15,6 +15,11 @@ use tempfile::TempDir;
 /// Generous: these are limits against hanging, not measurements, and the testbed emulates every instruction.
 pub const TIMEOUT: Duration = Duration::from_secs(300);
 
+/// Whether this host is the testbed's, which emulates every instruction.
+pub fn is_emulated() -> bool {
+    std::env::var_os("TESTBED").is_some()
+}
+
 /// How often a test does what it usually does `full` times. The testbed asks for one in `TVMM_TEST_SHARE`.
 pub fn rounds(full: usize) -> usize {
     let share = std::env::var("TVMM_TEST_SHARE").map_or(1, |text| text.parse().expect("TVMM_TEST_SHARE is a number"));
