@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::arch::template::Decider;
@@ -244,6 +244,11 @@ impl Machine<Built> {
             state::notify_clock(&vcpu.fd, vcpu.index)?;
         }
         Ok(())
+    }
+
+    /// The vCPU that boots, as long as no thread has it.
+    pub(super) fn boot_vcpu(&self) -> Option<&VcpuFd> {
+        self.state.vcpus.first().map(|vcpu| &vcpu.fd)
     }
 
     /// Lets the vCPUs into the guest.

@@ -18,6 +18,7 @@ mod large;
 mod metadata;
 mod plans;
 mod platform;
+mod prefault;
 mod profile;
 mod report;
 mod restore;

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::files::Files;
 use super::lazy::LazyExtent;
+use super::prefault::PrefaultReport;
 use super::reads::{self, Wanted};
 use crate::snapshot::{
     CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement, PlacementCounts,
@@ -38,6 +39,8 @@ pub struct EngineReport {
     pub bytes_preloaded: u64,
     /// Whether images were read past the page cache, where the plan asked for it.
     pub direct_reads: bool,
+    /// What of it KVM mapped for the guest ahead.
+    pub prefault: PrefaultReport,
 }
 
 /// Guest memory as the plan wants it, and what is left to be done while the guest runs.

@@ -5,6 +5,7 @@ mod engine;
 mod external;
 mod files;
 mod lazy;
+mod prefault;
 mod reads;
 
 use std::path::Path;
@@ -183,10 +184,11 @@ impl Machine<Built> {
         let files = Files::open(spec.chain.clone(), spec.plan)?;
         spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
-        let built = match spec.handler {
+        let mut built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
             Some(_) => engine::build_external(layout, timeline)?,
         };
+        let is_ours = spec.handler.is_none() && spec.observer.is_none();
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides)?;
         let mut fw_cfg = saved.fw_cfg;
@@ -206,6 +208,11 @@ impl Machine<Built> {
         machine.core.lineage = Lineage::restored(spec.chain);
         if let Some(vmgenid) = saved.vmgenid {
             machine.core.renew_vmgenid(vmgenid)?;
+        }
+        timeline.lap(Slice::StateLoad);
+        if is_ours {
+            built.report.prefault = machine.prefault(spec.plan)?;
+            timeline.lap(Slice::Preload);
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
         timeline.lap(Slice::StateLoad);
