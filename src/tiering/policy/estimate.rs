@@ -39,15 +39,9 @@ impl Estimate {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum View {
     /// `served`: behind a userfaultfd, or not; `None` where either will do.
-    Anonymous {
-        served: Option<bool>,
-    },
+    Anonymous { served: Option<bool> },
     /// `huge` is `None` where either will do.
-    File {
-        layer: usize,
-        base: i128,
-        huge: Option<bool>,
-    },
+    File { layer: usize, base: i128, huge: Option<bool> },
 }
 
 impl View {

@@ -99,7 +99,8 @@ fn power(base: f64, exponent: u64) -> f64 {
         1 => base,
         // Most pages are touched in every run, or nobody knows of them.
         _ if base <= 0.0 => 0.0,
-        _ if base >= 1.0 => 1.0,
+        // As good as exact, and most of the rest.
+        _ if (1.0 - base) * (exponent as f64) < 1e-3 => 1.0 - (1.0 - base) * exponent as f64,
         _ => base.powi(exponent.min(i32::MAX as u64) as i32),
     }
 }
@@ -175,8 +176,7 @@ impl Tally {
 
     /// What the guest's first touches cost if the pages are small ones in the host's page tables, writable.
     fn populated_touches(&self, costs: &Costs) -> f64 {
-        times(group_ns(costs), self.groups)
-            + times(costs.populated_alone_ns, (self.touched() - self.grouped).max(0.0))
+        times(group_ns(costs), self.groups) + times(costs.populated_alone_ns, (self.touched() - self.grouped).max(0.0))
     }
 }
 

@@ -35,7 +35,11 @@ fn profile(count: u64, pages: u64) -> Profile {
     let mut order = Vec::new();
     for index in 0..count {
         let run = Extent { first: Gfn(index * (PAGES / count)), pages };
-        if index % 3 == 0 { profile.written.insert_run(run) } else { profile.read.insert_run(run) }
+        if index % 3 == 0 {
+            profile.written.insert_run(run)
+        } else {
+            profile.read.insert_run(run)
+        }
         order.push(run);
     }
     profile.order = Order::Exact(order);

@@ -15,7 +15,7 @@ use super::model::copied_page_ns;
 use super::place::BLOCK_PAGES;
 use super::touches::{Touch, expected};
 use super::{Budget, Ground, eager, faasnap};
-use crate::snapshot::{Content, Extent, Fill, Placement, RestorePlan};
+use crate::snapshot::{Content, Extent, Fill, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::Profile;
@@ -69,13 +69,15 @@ const UNSEEN: f64 = 1.04;
 /// a few such faults made a dense read of 64 MiB three times slower.
 fn for_cold_files(best: &mut (RestorePlan, Estimate), ground: &Ground, touches: &[Touch]) {
     best.0.direct = true;
-    let mut plan = best.0.clone();
-    for item in plan.extents.iter_mut().filter(|item| item.placement == Placement::CowFile) {
-        // Images are mapped as they are: their pages do not lie where the guest's huge pages do.
-        if item.source.is_some_and(|source| source.layer < ground.layers) {
-            item.placement = Placement::InPlace;
-        }
+    // Images are mapped as they are: their pages do not lie where the guest's huge pages do.
+    let is_plain = |item: &PlannedExtent| {
+        item.placement == Placement::CowFile && item.source.is_some_and(|source| source.layer < ground.layers)
+    };
+    if !best.0.extents.iter().any(is_plain) {
+        return;
     }
+    let mut plan = best.0.clone();
+    plan.extents.iter_mut().filter(|item| is_plain(item)).for_each(|item| item.placement = Placement::InPlace);
     plan.coalesce(ground.layout);
     let expected = estimate(&plan, ground, touches);
     if expected.total_ns() <= best.1.total_ns() * UNSEEN {

@@ -23,7 +23,8 @@ pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill) -> RestorePlan {
     loading.flat_map(|extent| ground.layout.split(extent)).for_each(|extent| runs.push(extent));
     let image = Packed::new(with_groups(ground, runs.runs));
     let over = image.placed(ground.layers, |extent, source| PlannedExtent::preload(extent, source, fill));
-    let mut touched_zero = touches.iter().filter(|touch| !is_packed(ground.costs, touch)).map(|touch| touch.extent).peekable();
+    let mut touched_zero =
+        touches.iter().filter(|touch| !is_packed(ground.costs, touch)).map(|touch| touch.extent).peekable();
     let mut is_touched = |run: Extent| {
         while touched_zero.next_if(|zero| zero.end() <= run.first).is_some() {}
         touched_zero.peek().is_some_and(|zero| zero.first < run.end())
@@ -92,9 +93,7 @@ pub fn parts_of_groups(runs: &[Extent]) -> Vec<(u64, u64)> {
 
 /// The runs with groups completed where that pays: the guest's touches of a whole group are one fault.
 fn with_groups(ground: &Ground, runs: Vec<Extent>) -> Vec<Extent> {
-    let pays = |pages: u64| {
-        completing_ns(ground.costs, pages) + (GROUP_PAGES - pages) as f64 * ground.page_ns < 0.0
-    };
+    let pays = |pages: u64| completing_ns(ground.costs, pages) + (GROUP_PAGES - pages) as f64 * ground.page_ns < 0.0;
     let parts = parts_of_groups(&runs);
     let group = |number: u64| Extent { first: Gfn(number * GROUP_PAGES), pages: GROUP_PAGES };
     let paying = parts.into_iter().filter(|(_, pages)| pays(*pages));
