@@ -17,7 +17,7 @@ use crate::snapshot::{
 };
 use crate::vmm::error::Error;
 use crate::vmm::memory::{Backing, GuestRam, Piece};
-use crate::vmm::sys::mapping::Reservation;
+use crate::vmm::sys::mapping::Buffer;
 use crate::vmm::sys::uffd::{Install, Uffd};
 use crate::vmm::timeline::{Slice, Timeline};
 
@@ -304,8 +304,7 @@ impl Engine<'_> {
             }
             let len = plan.images[index - layers].file_len() as usize;
             let buffer = self.read_direct(index, len)?;
-            // SAFETY: the buffer is this function's own.
-            let bytes = unsafe { buffer.bytes(0, len) }.map_err(Error::os("read an image"))?;
+            let bytes = buffer.bytes();
             for planned in wanted {
                 let start = planned.source.map_or(0, |source| source.offset) as usize;
                 let address = ram.populator(planned.extent)?.address();
@@ -320,15 +319,11 @@ impl Engine<'_> {
     }
 
     /// The whole of a file in one read past the page cache.
-    fn read_direct(&mut self, index: usize, len: usize) -> Result<Reservation, Error> {
-        let buffer = Reservation::new(len).map_err(Error::os("reserve a read buffer"))?;
-        buffer.map_anon(0, len).map_err(Error::os("make a read buffer"))?;
-        // Huge pages only make this faster.
-        let _ = buffer.advise_huge(0, len);
-        // SAFETY: the buffer is this function's own and nobody else refers to it.
-        let bytes = unsafe { buffer.bytes_mut(0, len) }.map_err(Error::os("make a read buffer"))?;
+    fn read_direct(&mut self, index: usize, len: usize) -> Result<Buffer, Error> {
+        let mut buffer = Buffer::new(len).map_err(Error::os("make a read buffer"))?;
         self.report.read_calls += 1;
-        self.report.direct_reads = self.files.read_direct(PageSource { layer: index, offset: 0 }, bytes)?;
+        let source = PageSource { layer: index, offset: 0 };
+        self.report.direct_reads = self.files.read_direct(source, buffer.bytes_mut())?;
         Ok(buffer)
     }
 }
