@@ -7,7 +7,7 @@ PREFIX  ?= /usr/local
 # restore.
 STATIC  := -C target-feature=+crt-static -C relocation-model=static
 
-.PHONY: build demo test lint setup install bench
+.PHONY: build demo test lint setup install bench testbed testbed-build
 
 build: setup
 	RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
@@ -35,3 +35,10 @@ install: build
 
 bench: build
 	$(BINARY) bench grid
+
+# The integration tests inside an emulated host with kvm_amd; see tests/testbed/README.md. TESTS="restore:: smp::" picks.
+testbed: build testbed-build
+	tests/testbed/integration.sh $(BINARY) $(TESTS)
+
+testbed-build:
+	@tests/testbed/build.sh

@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
 use crate::vmm::sys::signals;
 
 /// A microVM monitor with tiered snapshot restore built in.
@@ -55,6 +56,11 @@ struct SessionArgs {
     /// How long --run waits for the answer
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
+    /// How long a restored guest may wait for a page (a source that hangs, a page-fault handler that does not answer)
+    /// before it is ended
+    #[arg(long, default_value_t = DEFAULT_FAULT_TIMEOUT.as_secs(), value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    fault_timeout: u64,
     /// Write where the time went, and what the VM cost, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,

@@ -108,7 +108,7 @@ fn run(
     // First thing that can fail for reasons of the caller's, and the first a client may wait for.
     let server = args.api_sock.as_deref().map(|path| api::serve(path, control, &args.id)).transpose()?;
     let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
-    let (outside, moments) = outside(answer.as_ref())?;
+    let (outside, moments) = outside(answer.as_ref(), Duration::from_secs(args.fault_timeout))?;
     let around = Surroundings {
         input: input(args.run.as_deref())?,
         reads_stdin: args.run.is_none(),
@@ -125,16 +125,18 @@ fn run(
     controller.write_metrics()?;
     let report = args.report.as_ref().map(|_| report::collect(&controller, operation, answer.as_deref()));
     let stopping = clock::monotonic_ns();
-    controller.stop();
+    let stopped = controller.stop();
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let (Some(path), Some(report)) = (&args.report, report) {
         report?.finish(&controller).write(path)?;
     }
-    exit_code(&outcome, args, answer.as_deref())
+    let code = exit_code(&outcome, args, answer.as_deref())?;
+    stopped?;
+    Ok(code)
 }
 
-fn outside(answer: Option<&Arc<Answer>>) -> Result<(Outside, Arc<Moments>), BoxError> {
+fn outside(answer: Option<&Arc<Answer>>, fault_timeout: Duration) -> Result<(Outside, Arc<Moments>), BoxError> {
     let moments = Arc::new(Moments::default());
     let stdout: OwnedFd = std::io::stdout().as_fd().try_clone_to_owned()?;
     let timed = TimedSink { inner: FdSink::new(stdout), moments: moments.clone() };
@@ -143,7 +145,7 @@ fn outside(answer: Option<&Arc<Answer>>) -> Result<(Outside, Arc<Moments>), BoxE
         None => Box::new(timed),
     };
     let output = Arc::new(ConsoleOutput::new(sink)?);
-    Ok((Outside { output, moments: moments.clone() }, moments))
+    Ok((Outside { output, fault_timeout, moments: moments.clone() }, moments))
 }
 
 fn input(run: Option<&str>) -> Result<Input, BoxError> {

@@ -7,7 +7,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::BusDevice;
 
 const COMMAND_STATUS: u64 = 4;
-const PULSE_RESET: u8 = 0xfe;
+/// The command that pulses the reset line.
+pub const PULSE_RESET: u8 = 0xfe;
 
 /// The controller has no state that outlives an access.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,13 +8,17 @@ mod i8042;
 mod interrupt;
 mod output;
 mod serial;
+mod sleep;
 pub mod virtio;
+mod vmgenid;
 
 pub use bus::{Bus, BusDevice};
-pub use i8042::{I8042, I8042State};
+pub use i8042::{I8042, I8042State, PULSE_RESET};
 pub use interrupt::InterruptLine;
 pub use output::{ConsoleOutput, FdSink, Sink};
 pub use serial::{Serial, SerialState};
+pub use sleep::{SLEEP_TYPE_OFF, SleepRegisters};
+pub use vmgenid::{VmGenId, VmGenIdState};
 
 use std::io;
 

@@ -36,6 +36,8 @@ pub enum SectionKind {
     Serial,
     /// The keyboard controller.
     I8042,
+    /// The VM generation id.
+    VmGenId,
     /// A virtio device; the instance is its place.
     Virtio,
     /// The manifest (JSON), in the single-file form only.
@@ -68,13 +70,14 @@ pub enum SectionKind {
     Other(u32),
 }
 
-const KINDS: [(SectionKind, u32); 19] = [
+const KINDS: [(SectionKind, u32); 20] = [
     (SectionKind::Machine, 1),
     (SectionKind::Vm, 2),
     (SectionKind::Vcpu, 3),
     (SectionKind::Serial, 4),
     (SectionKind::I8042, 5),
-    (SectionKind::Virtio, 6),
+    (SectionKind::VmGenId, 6),
+    (SectionKind::Virtio, 7),
     (SectionKind::Manifest, 16),
     (SectionKind::PagesHeld, 32),
     (SectionKind::PagesZero, 33),

@@ -90,6 +90,9 @@ impl Machine<Paused> {
         sections.push(state::section(SectionKind::Vm, 0, &VmState::save(&core.vm)?)?);
         sections.push(state::section(SectionKind::Serial, 0, &core.devices.serial.save())?);
         sections.push(state::section(SectionKind::I8042, 0, &core.devices.i8042.save())?);
+        if let Some(vmgenid) = &core.devices.vmgenid {
+            sections.push(state::section(SectionKind::VmGenId, 0, &vmgenid.save())?);
+        }
         for (index, saved) in core.devices.virtio.save()?.iter().enumerate() {
             sections.push(state::section(SectionKind::Virtio, index as u32, saved)?);
         }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -19,7 +20,9 @@ use super::metrics::MetricsFile;
 use super::planning::{self, Chosen};
 use super::record::Watch;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
+use super::stall::StallWatch;
 use super::timeline::{Moments, Timeline};
+use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
 use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, Sealed};
 
@@ -59,6 +62,8 @@ pub struct Controller {
     seals: (Sender<SealOutcome>, Receiver<SealOutcome>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
+    /// Watches a restored machine for memory that does not come. After `phase`: it outlives the machine.
+    stalls: Option<StallWatch>,
 }
 
 struct SealOutcome {
@@ -82,6 +87,7 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
+            stalls: None,
         })
     }
 
@@ -241,6 +247,7 @@ impl Controller {
         watch: Watch,
         before_run: impl FnOnce(&Serial),
     ) -> Result<(), Error> {
+        let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
         let chain = Arc::new(match load.handler {
             None => Chain::open(&location(&load.location))?,
             Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
@@ -256,6 +263,7 @@ impl Controller {
             single_pages: watch.single_pages,
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
+            stalls: &stalls,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
@@ -264,6 +272,7 @@ impl Controller {
         self.config.devices = machine.virtio().configs().clone();
         self.restored = Some(Restored { snapshot, policy: plan.policy, plan: origin, source_cache, layers, engine });
         before_run(machine.serial());
+        stalls.restored(machine.ending().clone());
         self.phase =
             if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
         Ok(())
@@ -402,9 +411,19 @@ impl Controller {
         }
     }
 
-    /// Ends the machine: vCPU threads first, then VM and memory.
-    pub fn stop(&mut self) {
-        self.phase = Phase::NotStarted;
+    /// Ends the machine: vCPU threads first, then VM and memory. An error says who did not stop; the process should end
+    /// then.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        let is_stalled = self.stalls.as_ref().is_some_and(|watch| watch.stalls().is_stalled());
+        // Who waits for memory that does not come will not stop however long one waits.
+        let patience = if is_stalled { Duration::ZERO } else { STOP_TIMEOUT };
+        let stopped = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
+            Phase::NotStarted => Ok(()),
+            Phase::Running(machine) => machine.stop(patience),
+            Phase::Paused(machine) => machine.stop(patience),
+        };
+        self.stalls = None;
+        stopped
     }
 }
 

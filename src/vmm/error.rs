@@ -16,6 +16,10 @@ pub enum Error {
         "Cannot open /dev/kvm: permission denied. Add this user to the group that owns it (`usermod -aG kvm USER`, then log in again), or run as root"
     )]
     KvmDenied,
+    #[error(
+        "/dev/kvm is {0}, not KVM's device. Remove it and make the device (`mknod /dev/kvm c 10 232`), or give the container the host's (`--device /dev/kvm`)"
+    )]
+    KvmNoDevice(&'static str),
     #[error("Cannot {doing}")]
     Kvm { doing: &'static str, source: kvm_ioctls::Error },
     #[error("This host's KVM has API version {0}, tvmm needs 12")]
@@ -24,8 +28,12 @@ pub enum Error {
     Vcpu { doing: &'static str, vcpu: u8, source: kvm_ioctls::Error },
     #[error("KVM refuses to set MSR {index:#x} of vCPU {vcpu} to {value:#x}")]
     MsrRefused { vcpu: u8, index: u32, value: u64 },
-    #[error("vCPU {0} did not stop within 10 seconds")]
+    #[error(
+        "vCPU {0} did not stop in time: it waits in the kernel, most likely for memory that does not come (a file system that hangs, a page-fault handler that does not answer)"
+    )]
     VcpuStuck(u8),
+    #[error("The {0} did not stop in time: it waits for memory from a file that hangs")]
+    Stuck(&'static str),
     #[error("Cannot start the thread of vCPU {vcpu}")]
     VcpuThread { vcpu: u8, source: io::Error },
     #[error("Cannot reserve {mib} MiB of address space for guest memory")]
@@ -46,6 +54,12 @@ pub enum Error {
     KernelTooLarge { name: String, end: u64, ram_end: u64 },
     #[error("The kernel command line is {len} bytes long, at most {max} fit", max = super::arch::layout::CMDLINE_MAX - 1)]
     CmdlineTooLong { len: usize },
+    #[error("The kernel command line cannot be used: {0}")]
+    Cmdline(String),
+    #[error("Cannot use the initrd {path}: {what}")]
+    Initrd { path: PathBuf, what: String },
+    #[error("The initrd {path} does not fit into guest memory: it has {len} bytes, above the kernel are {room}")]
+    InitrdTooLarge { path: PathBuf, len: u64, room: u64 },
     #[error("The kernel command line has a NUL byte or a character outside ASCII")]
     CmdlineCharacters,
     #[error("The kernel image {name} cannot be entered by {protocol}: {what}")]

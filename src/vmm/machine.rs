@@ -9,13 +9,15 @@
 //! Boot and restore build the machine by one path, [`Machine::build`]; then one loads a kernel and the other applies
 //! saved state. Only a paused machine can be captured: saving a running one does not compile.
 
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::arch::{cpuid, layout, msr, registers};
+use super::arch::{Platform, cpuid, layout, msr, registers};
 use super::boot;
 use super::config::{DeviceConfigs, VmConfig};
 use super::devices::{self, VirtioDevices};
@@ -28,9 +30,9 @@ use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::coalesced::CoalescedRing;
 use super::sys::dirty_log;
 use super::timeline::{Moments, Slice, Timeline};
-use super::vcpu::{Buses, EndingSignal, Vcpu, VcpuThread};
+use super::vcpu::{Buses, Ending, EndingSignal, Vcpu, VcpuThread};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::{ConsoleOutput, I8042, Serial};
+use crate::devices::{ConsoleOutput, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
 use crate::snapshot::MemoryLayout;
 
 /// What a machine is built from, whether it boots or is restored.
@@ -56,6 +58,8 @@ impl Shape {
 pub struct Outside {
     /// Where the serial port writes.
     pub output: Arc<ConsoleOutput>,
+    /// How long a restored guest may wait for a page before it is ended.
+    pub fault_timeout: Duration,
     /// Where moments of the guest are noted.
     pub moments: Arc<Moments>,
 }
@@ -64,6 +68,8 @@ pub struct Outside {
 pub struct Devices {
     pub serial: Arc<Serial>,
     pub i8042: Arc<I8042>,
+    /// Machines without ACPI have none: the guest could not find it.
+    pub vmgenid: Option<VmGenId>,
     pub virtio: VirtioDevices,
 }
 
@@ -121,7 +127,18 @@ pub fn open_kvm() -> Result<Kvm, Error> {
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
+        // The ioctl failed: whatever this is, it does not speak KVM.
+        -1 => Err(Error::KvmNoDevice(kind_of_kvm())),
         other => Err(Error::KvmVersion(other)),
+    }
+}
+
+/// What /dev/kvm is, in words.
+fn kind_of_kvm() -> &'static str {
+    match std::fs::metadata("/dev/kvm").map(|metadata| metadata.file_type()) {
+        Ok(kind) if kind.is_file() => "an ordinary file",
+        Ok(kind) if kind.is_char_device() => "another device",
+        _ => "something else",
     }
 }
 
@@ -177,8 +194,14 @@ impl Machine<Built> {
         timeline.lap(Slice::Map);
         let configs = config.devices.clone();
         let virtio = VirtioSet { devices: devices::from_configs(&configs)?, configs };
-        let machine = Machine::build(kvm, ram, shape, virtio, outside, timeline)?;
-        let entry = boot::load(&config.boot_source, config.tvmm.boot_protocol, &machine.core.ram)?;
+        let mut machine = Machine::build(kvm, ram, shape, virtio, outside, timeline)?;
+        let slots = machine.virtio().slots();
+        let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
+        let entry = boot::load(&config.boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
+        if platform.acpi {
+            let state = VmGenIdState { gpa: layout::VMGENID, gsi: layout::VMGENID_GSI };
+            machine.core.attach_vmgenid(state)?;
+        }
         timeline.lap(Slice::KernelLoad);
         let supported = machine
             .core
@@ -186,7 +209,7 @@ impl Machine<Built> {
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("ask for the supported CPUID"))?;
         for vcpu in &machine.state.vcpus {
-            set_boot_state(vcpu, &supported, machine.core.shape.vcpu_count, entry)?;
+            set_boot_state(vcpu, &supported, platform, entry)?;
         }
         timeline.lap(Slice::StateLoad);
         Ok(machine)
@@ -228,6 +251,11 @@ impl Machine<Built> {
 }
 
 impl Machine<Running> {
+    /// As [`Machine::<Paused>::stop`].
+    pub fn stop(self, patience: Duration) -> Result<(), Error> {
+        Machine { state: Paused { threads: self.state.threads }, core: self.core }.stop(patience)
+    }
+
     /// Stops all vCPUs, with no I/O half done. If one does not stop, the machine runs on and comes back with the error.
     pub fn pause(self) -> Result<Machine<Paused>, Box<(Machine<Running>, Error)>> {
         let threads = &self.state.threads;
@@ -243,6 +271,20 @@ impl Machine<Running> {
 }
 
 impl Machine<Paused> {
+    /// Ends vCPU threads and whoever works on guest memory, then gives back VM and memory. If one of the threads does
+    /// not end within `patience` it still uses them: then they stay until the process ends, which should be at once.
+    pub fn stop(self, patience: Duration) -> Result<(), Error> {
+        let deadline = Instant::now() + patience;
+        let threads = &self.state.threads;
+        threads.iter().for_each(VcpuThread::ask_to_exit);
+        let parked = threads.iter().try_for_each(|thread| thread.wait_parked_until(deadline));
+        let stopped = parked.and_then(|()| self.core.services.finish(deadline));
+        if stopped.is_err() {
+            std::mem::forget(self);
+        }
+        stopped
+    }
+
     /// Lets all vCPUs go on (or returns the machine with the error), and tells the guest's clock that they were stopped.
     pub fn resume(self) -> Result<Machine<Running>, Box<(Machine<Paused>, Error)>> {
         for thread in &self.state.threads {
@@ -310,6 +352,17 @@ impl Core {
         vcpus.into_iter().map(|vcpu| VcpuThread::spawn(vcpu, parked, &self.ending)).collect()
     }
 
+    /// Gives the machine a VM generation id at the place of `state`, and a new value.
+    pub fn attach_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
+        let vmgenid = VmGenId::new(state)?;
+        vmgenid.renew(self.ram.view())?;
+        self.vm
+            .register_irqfd(vmgenid.interrupt_line().eventfd(), state.gsi)
+            .map_err(Error::kvm("connect the interrupt of the VM generation id"))?;
+        self.devices.vmgenid = Some(vmgenid);
+        Ok(())
+    }
+
     pub fn machine_state(&self) -> MachineState {
         MachineState { vcpu_count: self.shape.vcpu_count, mem_size_mib: self.shape.mem_size_mib }
     }
@@ -346,29 +399,32 @@ fn build_devices(
     ram: &GuestRam,
     virtio: VirtioSet,
     output: Arc<ConsoleOutput>,
-    ending: &EndingSignal,
+    ending: &Arc<EndingSignal>,
 ) -> Result<(Devices, Arc<Buses>), Error> {
     let serial = Arc::new(Serial::new(output)?);
     vm.register_irqfd(serial.interrupt_line().eventfd(), layout::COM1_IRQ)
         .map_err(Error::kvm("connect the serial interrupt"))?;
     let reset: EventFd = ending.event().try_clone().map_err(Error::os("copy an eventfd"))?;
     let i8042 = Arc::new(I8042::new(reset));
+    let ending = ending.clone();
+    let sleep = SleepRegisters::new(Box::new(move || ending.end(Ending::PowerOff)));
     let mut buses = Buses::default();
     buses.pio.insert(layout::COM1, layout::COM1_LEN, serial.clone())?;
     buses.pio.insert(layout::I8042, layout::I8042_LEN, i8042.clone())?;
+    buses.pio.insert(layout::SLEEP, layout::SLEEP_LEN, Arc::new(sleep))?;
     let virtio = VirtioDevices::attach(vm, &mut buses.mmio, ram.view(), virtio.devices, virtio.configs)?;
-    Ok((Devices { serial, i8042, virtio }, Arc::new(buses)))
+    Ok((Devices { serial, i8042, vmgenid: None, virtio }, Arc::new(buses)))
 }
 
 fn set_boot_state(
     vcpu: &Vcpu,
     supported: &kvm_bindings::CpuId,
-    count: u8,
+    platform: Platform<'_>,
     entry: registers::Entry,
 ) -> Result<(), Error> {
     let failed = |doing| move |source| vcpu_error(doing, vcpu.index, source);
     let fd = &vcpu.fd;
-    let table = cpuid::for_vcpu(supported, vcpu.index, count).map_err(|_| Error::State {
+    let table = cpuid::for_vcpu(supported, vcpu.index, platform.vcpu_count).map_err(|_| Error::State {
         section: "CPUID".into(),
         what: "KVM supports more leaves than KVM_SET_CPUID2 takes".into(),
     })?;
@@ -389,7 +445,7 @@ fn set_boot_state(
     fd.set_sregs(&sregs).map_err(failed("set the special registers"))?;
     fd.set_regs(&registers::general(entry)).map_err(failed("set the registers"))?;
     let mut lapic = fd.get_lapic().map_err(failed("read the LAPIC"))?;
-    registers::set_virtual_wire(&mut lapic);
+    registers::set_local_interrupts(&mut lapic, platform.acpi);
     fd.set_lapic(&lapic).map_err(failed("set the LAPIC"))
 }
 

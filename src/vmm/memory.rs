@@ -77,6 +77,11 @@ impl GuestRam {
         &self.layout
     }
 
+    /// The end of the RAM that starts at address zero.
+    pub fn low_end(&self) -> u64 {
+        self.layout.ranges().first().map_or(0, |range| range.gpa + range.len)
+    }
+
     /// The pieces in ascending order of guest address.
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
@@ -147,6 +152,12 @@ impl GuestRam {
     pub fn advise_huge(&self, extent: Extent) -> Result<(), Error> {
         let (memory, offset) = self.locate(extent)?;
         memory.advise_huge(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Forbids huge pages under `extent`.
+    pub fn advise_small(&self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.advise_small(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
     }
 
     /// The bytes of `extent`.

@@ -23,6 +23,7 @@ mod planning;
 pub mod record;
 mod restore;
 pub mod session;
+pub mod stall;
 mod state;
 pub mod sys;
 pub mod timeline;

@@ -44,6 +44,8 @@ pub struct RecordSpec {
     pub function: String,
     /// How long the function may take.
     pub timeout: Duration,
+    /// How long the guest may wait for a page.
+    pub fault_timeout: Duration,
 }
 
 /// A run that was recorded.
@@ -92,7 +94,7 @@ pub fn record(spec: &RecordSpec, signals: EndSignals) -> Result<(Recorded, EndSi
         RecorderKind::Merged => return Err(Error::Record("a merged profile is made of others".to_string())),
     };
     let Run { mut controller, answer, execute_ns, .. } = run;
-    controller.stop();
+    controller.stop()?;
     let signals = signals.ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
     Ok((Recorded { profile, answer, execute_ns }, signals))
 }
@@ -119,7 +121,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let moments = Arc::new(Moments::default());
     let sink = Box::new(AnswerSink::new(Nowhere, RUN_ID, answer.clone()));
     let output = Arc::new(ConsoleOutput::new(sink).map_err(Error::os("make an eventfd"))?);
-    let outside = Outside { output, moments: moments.clone() };
+    let outside = Outside { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
     let load = LoadSnapshot {
         location: spec.snapshot.clone(),
         policy: "firecracker".to_string(),

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::Error;
 use super::metrics::ExitCounters;
+use super::stall;
 use super::sys::coalesced::CoalescedRing;
 use super::sys::kick::{self, ImmediateExit};
 use super::timeline::Moments;
@@ -28,6 +29,8 @@ pub struct Buses {
 pub enum Ending {
     /// The guest pulled the reset line.
     Reset,
+    /// The guest turned itself off.
+    PowerOff,
     /// A triple fault: how `reboot=t` resets, and how a lost guest dies.
     TripleFault,
     /// KVM cannot go on.
@@ -195,7 +198,7 @@ pub struct VcpuThread {
     thread: Option<JoinHandle<()>>,
 }
 
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// A kick is repeated if the thread has not parked by then; one is enough unless it sat in a system call of ours.
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -223,9 +226,18 @@ impl VcpuThread {
         self.ask(Wanted::Park);
     }
 
+    /// Asks the thread to leave the guest and end; [`wait_parked_until`](Self::wait_parked_until) waits for it.
+    pub fn ask_to_exit(&self) {
+        self.ask(Wanted::Exit);
+    }
+
     /// Waits until the thread is out of the guest.
     pub fn wait_parked(&self) -> Result<(), Error> {
-        let deadline = Instant::now() + STOP_TIMEOUT;
+        self.wait_parked_until(Instant::now() + STOP_TIMEOUT)
+    }
+
+    /// Waits until the thread is out of the guest, or `deadline` is past.
+    pub fn wait_parked_until(&self, deadline: Instant) -> Result<(), Error> {
         let mut state = self.gate.lock();
         while !state.1 {
             if Instant::now() > deadline {
@@ -270,9 +282,11 @@ impl VcpuThread {
 impl Drop for VcpuThread {
     fn drop(&mut self) {
         self.ask(Wanted::Exit);
-        if self.wait_parked().is_ok()
-            && let Some(thread) = self.thread.take()
-        {
+        if let Err(error) = self.wait_parked() {
+            // The memory it runs in is about to be unmapped.
+            stall::give_up(&error.to_string());
+        }
+        if let Some(thread) = self.thread.take() {
             // A panic of the thread has been reported by the panic hook.
             let _ = thread.join();
         }

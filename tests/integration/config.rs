@@ -246,7 +246,6 @@ fn command_line_that_is_too_long_is_refused() {
 #[test]
 fn what_is_not_built_yet_is_refused_by_name() {
     for (config, name) in [
-        (json!({ "boot-source": { "initrd_path": "/x" } }), "An initrd (initrd_path) is"),
         (json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "smt": true } }), "Hyper-threads"),
         (json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M" } }), "2M pages"),
         (

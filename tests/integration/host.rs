@@ -58,9 +58,13 @@ fn kvm_that_is_not_permitted_is_named_with_the_remedy() {
 
 #[test]
 fn kvm_that_is_some_other_file_is_refused() {
-    boot_and_restore_say("mount -t tmpfs none /dev && touch /dev/kvm", None, |said| {
-        assert!(said.contains("KVM"), "{said}")
-    });
+    let cases = [("touch /dev/kvm", "an ordinary file"), ("mknod /dev/kvm c 1 3", "another device")];
+    for (make, kind) in cases {
+        boot_and_restore_say(&format!("mount -t tmpfs none /dev && {make}"), None, |said| {
+            assert!(said.contains(&format!("/dev/kvm is {kind}, not KVM's device")), "{said}");
+            assert!(said.contains("mknod /dev/kvm c 10 232"), "{said}");
+        });
+    }
 }
 
 #[test]
@@ -84,4 +88,43 @@ fn unprivileged_user_who_may_not_read_the_snapshot_is_refused() {
     command.args(["restore", "--snapshot", text(&snapshot)]).uid(65534).gid(65534);
     let said = refusal(&finish(&mut command));
     assert!(said.contains("Permission denied") && said.contains(text(&snapshot)), "{said}");
+}
+
+/// Runs tvmm as a user who may use KVM, and userfaultfd as `device` says; what it refuses with.
+fn without_userfaultfd(device: &str, args: &[&str]) -> Option<String> {
+    let prepare =
+        format!("{device} mount -t tmpfs none /dev && mknod -m 666 /dev/kvm c 10 232 && {{ $make || true; }}");
+    with_other_mounts(&prepare, args, Some(65534)).map(|output| refusal(&output))
+}
+
+#[test]
+fn userfaultfd_that_is_not_permitted_is_refused_with_the_remedy() {
+    let permitted = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    if permitted.is_ok_and(|text| text.trim() == "1") {
+        println!("skipped: vm.unprivileged_userfaultfd=1 permits it to everybody");
+        return;
+    }
+    let dir = scratch();
+    let snapshot = dir.path().join("s");
+    Vm::boot(&config(1, 64)).snapshot(&snapshot, &[]);
+    let open = Command::new("chmod").arg("-R").arg("a+rX").arg(dir.path()).status().unwrap();
+    assert!(open.success());
+    let profile = dir.path().join("p");
+    let restore = ["restore", "--snapshot", text(&snapshot), "--policy", "firecracker-uffd", "--run", "hello"];
+    let record = ["profile", "record", "--snapshot", text(&snapshot), "--run", "hello", "--out", text(&profile)];
+    // There is no such device, or only root may open it.
+    let closed = "make=\"mknod -m 600 /dev/userfaultfd c $(stat -c '%Hr %Lr' /dev/userfaultfd 2>/dev/null)\";";
+    for device in ["make=true;", closed] {
+        for args in [&restore[..], &record] {
+            let Some(said) = without_userfaultfd(device, args) else { return };
+            for part in ["Cannot use userfaultfd", "/dev/userfaultfd", "vm.unprivileged_userfaultfd=1"] {
+                assert!(said.contains(part), "{said}");
+            }
+        }
+    }
+    // A policy that needs none is not held up.
+    let args = ["restore", "--snapshot", text(&snapshot), "--policy", "trenv", "--run", "hello"];
+    let prepare = "mount -t tmpfs none /dev && mknod -m 666 /dev/kvm c 10 232";
+    let Some(output) = with_other_mounts(prepare, &args, Some(65534)) else { return };
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

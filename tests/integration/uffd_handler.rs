@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,12 @@ use serde_json::{Value, json};
 use userfaultfd::{Event, Uffd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::support::{TIMEOUT, Vm, config, scratch, text};
+use crate::support::{TIMEOUT, Vm, config, exchange, finish, scratch, text, tvmm};
 
 const PAGE: u64 = 4096;
 
-/// Not a test: the handler, as a process of its own. Serves the memory file page by page, ends after some faults.
+/// Not a test: the handler, as a process of its own. Serves the memory file page by page; after some faults it ends, or
+/// lives on and does not answer.
 #[test]
 #[ignore = "the handler process that the tests below start"]
 fn handler_process() {
@@ -56,16 +57,27 @@ fn handler_process() {
             unsafe { uffd.copy(page.as_ptr().cast(), address as *mut _, PAGE as usize, true) }.unwrap();
         }
     }
-    drop(stream);
-    std::process::exit(0);
+    match variable("HANDLER_THEN").as_str() {
+        "ends" => {
+            drop(stream);
+            std::process::exit(0)
+        }
+        "sleeps" => {}
+        _ => while !matches!(uffd.read_event(), Ok(Some(_))) {},
+    }
+    loop {
+        std::thread::park();
+    }
 }
 
-fn start_handler(socket: &Path, memory: &Path, faults: u64) -> Child {
+/// A handler that answers `faults` faults and `then` ends, sleeps, or reads one more.
+fn start_handler(socket: &Path, memory: &Path, faults: u64, then: &str) -> Child {
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "uffd_handler::handler_process", "--ignored"])
         .env("HANDLER_SOCKET", socket)
         .env("HANDLER_MEMORY", memory)
         .env("HANDLER_FAULTS", faults.to_string())
+        .env("HANDLER_THEN", then)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -98,7 +110,7 @@ fn a_handler_serves_a_snapshot_of_either_form() {
     assert_eq!(vm.api("PUT", "/snapshot/create", Some(body)).0, 204);
     for (name, snapshot, memory) in [("a", &state, memory.clone()), ("b", &full, full.join("memory"))] {
         let socket = dir.path().join(name);
-        let mut handler = start_handler(&socket, &memory, u64::MAX);
+        let mut handler = start_handler(&socket, &memory, u64::MAX, "ends");
         let mut restored = Vm::wait_for_api();
         assert_eq!(load(&restored, snapshot, &socket), (204, Value::Null));
         assert_eq!(restored.call("check").digest, before, "{}", text(snapshot));
@@ -116,7 +128,7 @@ fn a_handler_that_ends_ends_the_vm_with_the_reason() {
     vm.call("fill pages=500 seed=4");
     vm.snapshot(&full, &[]);
     let socket = dir.path().join("handler");
-    let mut handler = start_handler(&socket, &full.join("memory"), 40);
+    let mut handler = start_handler(&socket, &full.join("memory"), 40, "ends");
     let mut restored = Vm::wait_for_api();
     // The guest may die of its handler before it has answered the load.
     let _ = load(&restored, &full, &socket);
@@ -124,6 +136,113 @@ fn a_handler_that_ends_ends_the_vm_with_the_reason() {
     let (status, stderr) = restored.wait();
     assert_eq!(status.code(), Some(1));
     assert!(stderr.contains("page-fault handler") && stderr.contains("has ended"), "{stderr}");
+    handler.wait().unwrap();
+}
+
+/// A snapshot, and a waiting tvmm with this fault time-out.
+fn waiting(dir: &Path, fault_timeout: &str) -> (PathBuf, Vm) {
+    let full = dir.join("full");
+    let mut vm = Vm::boot(&config(1, 128));
+    vm.call("fill pages=5000 seed=4");
+    vm.snapshot(&full, &[]);
+    let vm = Vm::spawn(scratch(), &["--fault-timeout", fault_timeout]);
+    vm.wait_for_socket();
+    (full, vm)
+}
+
+#[test]
+fn a_handler_that_lives_and_does_not_answer_ends_the_vm_with_the_reason() {
+    for (then, what) in
+        [("sleeps", "has not read the fault on the page at guest-physical 0x"), ("reads", "not answered")]
+    {
+        // Before the guest runs, and while it does.
+        for faults in [0, 200] {
+            let dir = scratch();
+            let (full, mut vm) = waiting(dir.path(), "1");
+            let socket = dir.path().join("handler");
+            let mut handler = start_handler(&socket, &full.join("memory"), faults, then);
+            if try_load(&vm, &full, &socket) {
+                vm.begin("check");
+            }
+            let (status, stderr) = vm.wait();
+            assert_eq!(status.code(), Some(1), "{stderr}");
+            for part in ["page-fault handler", text(&socket), what, "1 s (--fault-timeout)"] {
+                assert!(stderr.contains(part), "{then} after {faults}: {stderr}");
+            }
+            assert!(handler.try_wait().unwrap().is_none(), "it lives");
+            handler.kill().unwrap();
+            handler.wait().unwrap();
+        }
+    }
+}
+
+/// Whether the load was answered: tvmm may end before.
+fn try_load(vm: &Vm, snapshot: &Path, socket: &Path) -> bool {
+    let backend = json!({ "backend_type": "Uffd", "backend_path": socket });
+    let body = json!({ "snapshot_path": snapshot, "mem_backend": backend, "resume_vm": true }).to_string();
+    let request = format!(
+        "PUT /snapshot/load HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    exchange(vm.socket(), request.as_bytes()).starts_with("HTTP/1.1 204")
+}
+
+#[test]
+fn pause_and_signal_do_not_hang_on_a_handler_that_does_not_answer() {
+    let dir = scratch();
+    let (full, mut vm) = waiting(dir.path(), "600");
+    let socket = dir.path().join("handler");
+    let mut handler = start_handler(&socket, &full.join("memory"), 200, "sleeps");
+    assert!(try_load(&vm, &full, &socket));
+    vm.begin("check");
+    std::thread::sleep(Duration::from_millis(500));
+    // Some kernels let go of a vCPU that waits for a handler, others do not.
+    let (status, answer) = vm.api("PATCH", "/vm", Some(json!({ "state": "Paused" })));
+    match status {
+        204 => vm.resume(),
+        _ => assert!(answer["fault_message"].as_str().unwrap().contains("does not answer"), "{answer}"),
+    }
+    assert_eq!(vm.state(), "Running");
+    let (ended, stderr) = vm.terminate();
+    match status {
+        204 => assert_eq!(ended.code(), Some(0), "{stderr}"),
+        _ => assert!(ended.code() == Some(1) && stderr.contains("vCPU 0 did not stop in time"), "{stderr}"),
+    }
+    handler.kill().unwrap();
+    handler.wait().unwrap();
+}
+
+#[test]
+fn snapshot_of_a_vm_whose_handler_does_not_answer_fails() {
+    let dir = scratch();
+    let (full, mut vm) = waiting(dir.path(), "1");
+    let socket = dir.path().join("handler");
+    let mut handler = start_handler(&socket, &full.join("memory"), 200, "reads");
+    assert!(try_load(&vm, &full, &socket));
+    let mut snapshot = tvmm();
+    let out = dir.path().join("second");
+    snapshot.args(["snapshot", "--api-sock", text(vm.socket()), "--out", text(&out)]);
+    assert_eq!(finish(&mut snapshot).status.code(), Some(1));
+    let (status, stderr) = vm.wait();
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("page-fault handler") && stderr.contains("not answered"), "{stderr}");
+    assert!(!out.exists());
+    handler.kill().unwrap();
+    handler.wait().unwrap();
+}
+
+#[test]
+fn a_guest_that_needs_no_page_is_not_ended() {
+    let dir = scratch();
+    let (full, mut vm) = waiting(dir.path(), "1");
+    let socket = dir.path().join("handler");
+    let mut handler = start_handler(&socket, &full.join("memory"), u64::MAX, "ends");
+    assert!(try_load(&vm, &full, &socket));
+    std::thread::sleep(Duration::from_secs(2));
+    vm.call("spin ms=2000");
+    vm.call("check");
+    vm.terminate();
+    handler.kill().unwrap();
     handler.wait().unwrap();
 }
 

@@ -13,6 +13,7 @@ mod paging;
 mod protocol;
 mod serial;
 mod smp;
+mod virtio;
 
 use crate::arch::{apic, exception::die, trap};
 use crate::boot::BootInfo;

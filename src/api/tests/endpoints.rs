@@ -168,7 +168,12 @@ fn bad_bodies_are_refused_and_never_reach_the_vmm() {
     let fixture = Fixture::new();
     let cases = [
         ("PUT", "/boot-source", json!({"kernel": "k"}), format!("{JSON}unknown field `kernel`")),
-        ("PUT", "/boot-source", json!({"initrd_path": "i"}), "An initrd (initrd_path) is not supported yet.".into()),
+        (
+            "PUT",
+            "/boot-source",
+            json!({"initrd_path": "i"}),
+            "Boot source's initrd_path needs a kernel_image_path: the built-in guest takes no initrd.".into(),
+        ),
         ("PUT", "/machine-config", json!({"vcpu_count": 1}), format!("{JSON}missing field `mem_size_mib`")),
         (
             "PUT",

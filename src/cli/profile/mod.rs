@@ -15,6 +15,7 @@ use crate::tiering::profile::{Agreement, MergeKind, Profile, RecorderKind, merge
 use crate::vmm::control::SnapshotPaths;
 use crate::vmm::logging;
 use crate::vmm::record::{RecordSpec, record};
+use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
 use crate::vmm::sys::kick;
 use crate::vmm::sys::signals::EndSignals;
 
@@ -58,6 +59,10 @@ struct RecordArgs {
     /// How long one run may take
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
+    /// How long the guest may wait for a page before it is ended
+    #[arg(long, default_value_t = DEFAULT_FAULT_TIMEOUT.as_secs(), value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    fault_timeout: u64,
     /// How many times to restore and run; several runs are merged
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     repeat: u32,
@@ -101,6 +106,7 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         recorder: args.recorder.parse::<RecorderKind>()?,
         function: function.to_string(),
         timeout: Duration::from_secs(args.run_timeout),
+        fault_timeout: Duration::from_secs(args.fault_timeout),
     };
     logging::init(None)?;
     // Before any thread exists, so that none of them takes the signals.

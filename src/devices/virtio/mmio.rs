@@ -14,7 +14,7 @@ use virtio_queue::QueueT;
 use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Broken, Io, Memory, QueueState, Source, VirtQueue, VirtioDevice};
+use super::{Broken, CHAINS_PER_TURN, Io, Memory, QueueState, Source, VirtQueue, VirtioDevice};
 use crate::devices::{BusDevice, Error, InterruptLine};
 
 /// Registers (VIRTIO 1.2, table 4.1).
@@ -324,8 +324,13 @@ impl Inner {
             return;
         }
         let (memory, interrupt) = (&transport.memory, &transport.interrupt);
-        let mut io = Io { queues: &mut self.queues, memory, features: self.features, interrupt };
-        if let Err(broken) = work(&mut *self.device, &mut io) {
+        let budget = CHAINS_PER_TURN;
+        let mut io = Io { queues: &mut self.queues, memory, features: self.features, interrupt, budget };
+        let result = work(&mut *self.device, &mut io);
+        if io.budget == 0 {
+            let _ = transport.kick.write(1);
+        }
+        if let Err(broken) = result {
             tracing::warn!(device = transport.name, error = %broken, "A device stopped until its driver resets it");
             self.status |= status::NEEDS_RESET;
             interrupt.config_change();

@@ -15,6 +15,8 @@ mod memory;
 mod mmio;
 mod queue;
 mod rate_limiter;
+#[cfg(test)]
+mod transport_tests;
 
 use std::any::Any;
 use std::os::fd::RawFd;
@@ -67,11 +69,20 @@ pub struct Io<'a> {
     /// The features that the driver accepted.
     pub features: u64,
     interrupt: &'a Interrupt,
+    /// Chains that may still be popped before others get their turn.
+    budget: u32,
 }
 
+/// Chains that a device works on before it gives way: a driver that never stops adding some must not keep the device
+/// thread, or whoever wants to pause the machine, waiting for ever.
+const CHAINS_PER_TURN: u32 = 1024;
+
 impl<'a> Io<'a> {
-    /// Takes the next chain that the driver has made available in `queue`.
+    /// Takes the next chain that the driver has made available in `queue`. None when there is none, or when this turn
+    /// is over: then the transport calls again.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain<'a>>, Broken> {
+        let Some(left) = self.budget.checked_sub(1) else { return Ok(None) };
+        self.budget = left;
         let failed = |source| Broken::Queue { queue, source };
         match self.queues[queue].pop(self.memory).map_err(failed)? {
             Some(chain) => Chain::parse(chain, self.memory).map(Some),
@@ -123,7 +134,11 @@ impl<'a> Io<'a> {
         loop {
             let failed = |source| Broken::Queue { queue, source };
             self.queues[queue].disable_notification(self.memory).map_err(failed)?;
-            if !work(self)? || !self.queues[queue].enable_notification(self.memory).map_err(failed)? {
+            if !work(self)? {
+                return Ok(());
+            }
+            let more = self.queues[queue].enable_notification(self.memory).map_err(failed)?;
+            if !more || self.budget == 0 {
                 return Ok(());
             }
         }

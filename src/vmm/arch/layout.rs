@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000  GDT, boot parameters, page tables, command line
-//! 0x0009_fc00  EBDA up to 0xf_ffff: reserved
+//! 0x0009_fc00  EBDA up to 0xf_ffff: reserved. MP table, from 0xe_0000 ACPI tables, at 0xf_f000 the VM generation id
 //! 0x0010_0000  kernel, RAM
 //! 0xc000_0000  MMIO gap: virtio-mmio, IOAPIC 0xfec0_0000, LAPIC 0xfee0_0000, KVM TSS and identity map
 //! 0x1_0000_0000  RAM again
@@ -11,6 +11,7 @@
 pub const BOOT_GDT: u64 = 0x500;
 pub const BOOT_IDT: u64 = 0x520;
 pub const PVH_START_INFO: u64 = 0x6000;
+pub const PVH_MODULES: u64 = 0x6040;
 pub const PVH_MEMMAP: u64 = 0x6800;
 pub const ZERO_PAGE: u64 = 0x7000;
 pub const BOOT_STACK: u64 = 0x8ff0;
@@ -21,9 +22,20 @@ pub const CMDLINE: u64 = 0x2_0000;
 /// With its terminating NUL.
 pub const CMDLINE_MAX: usize = 2048;
 pub const EBDA: u64 = 0x9_fc00;
+/// Floating pointer and configuration table: kernels look in the last KiB below 640 KiB.
+pub const MP_TABLE: u64 = EBDA;
+/// The RSDP, where kernels without a boot parameter for it look first, and behind it the other ACPI tables.
+pub const RSDP: u64 = 0xe_0000;
+/// A page that holds nothing but the VM generation id.
+pub const VMGENID: u64 = 0xf_f000;
 pub const HIMEM: u64 = 0x10_0000;
 pub const MMIO_GAP: u64 = 0xc000_0000;
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
+/// The registers of the first virtio-mmio device; the next ones follow it.
+pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
+pub const VIRTIO_MMIO_LEN: u64 = 0x1000;
+pub const IOAPIC: u64 = 0xfec0_0000;
+pub const LAPIC: u64 = 0xfee0_0000;
 /// Three pages that Intel CPUs without unrestricted guest need (KVM API 4.29).
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
@@ -32,11 +44,17 @@ pub const COM1_LEN: u64 = 8;
 pub const COM1_IRQ: u32 = 4;
 pub const I8042: u64 = 0x60;
 pub const I8042_LEN: u64 = 5;
+/// The command and status register of the i8042, whose command 0xfe pulses the CPU's reset line.
+pub const I8042_COMMAND: u64 = 0x64;
+/// ACPI sleep control, then sleep status: a byte each.
+pub const SLEEP: u64 = 0x600;
+pub const SLEEP_LEN: u64 = 2;
 
-/// Registers of the first virtio-mmio device; the next follow.
-pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
-pub const VIRTIO_MMIO_LEN: u64 = 0x1000;
-/// The first virtio device's interrupt line; the next have the next, up to the IOAPIC's last, 23.
+/// Inputs of the IOAPIC; GSI n is input n.
+pub const GSI_COUNT: u32 = 24;
+/// The event that the VM generation id has changed: the input that a second serial port would have.
+pub const VMGENID_GSI: u32 = 3;
+/// One edge-triggered input for each virtio-mmio device, from here to the last.
 pub const VIRTIO_GSI_FIRST: u32 = 5;
 
 /// The RAM ranges `(gpa, len)` in bytes of a guest with `mem_size` bytes: below the MMIO gap, and above it.

@@ -87,15 +87,18 @@ pub fn fpu() -> kvm_fpu {
     kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }
 }
 
-/// LINT0 takes the 8259's interrupts, LINT1 is NMI (Intel MultiProcessor Specification 1.4, virtual wire mode).
-pub fn set_virtual_wire(lapic: &mut kvm_lapic_state) {
+/// LINT1 is NMI, and LINT0 takes the 8259's interrupts (Intel MultiProcessor Specification 1.4, virtual wire mode). A
+/// machine described by ACPI tables has no 8259: its kernel does not mask the one that KVM has, so LINT0 is masked.
+pub fn set_local_interrupts(lapic: &mut kvm_lapic_state, acpi: bool) {
     const LVT_LINT0: usize = 0x350;
     const LVT_LINT1: usize = 0x360;
-    const MODE_NMI: u32 = 4;
-    const MODE_EXTINT: u32 = 7;
-    for (register, mode) in [(LVT_LINT0, MODE_EXTINT), (LVT_LINT1, MODE_NMI)] {
+    const MODE_NMI: u32 = 4 << 8;
+    const MODE_EXTINT: u32 = 7 << 8;
+    const MASKED: u32 = 1 << 16;
+    let lint0 = if acpi { MODE_EXTINT | MASKED } else { MODE_EXTINT };
+    for (register, wanted) in [(LVT_LINT0, lint0), (LVT_LINT1, MODE_NMI)] {
         let bytes: [u8; 4] = std::array::from_fn(|i| lapic.regs[register + i] as u8);
-        let value = (u32::from_le_bytes(bytes) & !0x700) | mode << 8;
+        let value = (u32::from_le_bytes(bytes) & !0x700) | wanted;
         for (i, byte) in value.to_le_bytes().into_iter().enumerate() {
             lapic.regs[register + i] = byte as _;
         }

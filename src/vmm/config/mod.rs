@@ -116,7 +116,7 @@ pub enum ConfigError {
         mem_size_mib: u64,
     },
     /// A path that is the empty string.
-    #[error("Boot source's {key} is empty; leave it out to boot the built-in guest.")]
+    #[error("Boot source's {key} is empty; leave it out if there is none.")]
     EmptyPath {
         /// The key.
         key: &'static str,
@@ -137,6 +137,9 @@ pub enum ConfigError {
         /// Why.
         what: &'static str,
     },
+    /// The built-in guest has no use for it.
+    #[error("Boot source's initrd_path needs a kernel_image_path: the built-in guest takes no initrd.")]
+    InitrdWithoutKernel,
     /// A command line that would end early.
     #[error("Boot source's boot_args contain a NUL byte.")]
     NulInBootArgs,

@@ -24,7 +24,7 @@ pub const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 pci=off nomodule 8250.nr_u
 pub struct BootSource {
     /// The kernel image; absent means the built-in guest.
     pub kernel_image_path: Option<PathBuf>,
-    /// The initial RAM disk (not supported yet).
+    /// The initial RAM disk.
     pub initrd_path: Option<PathBuf>,
     /// The kernel command line; absent means [`DEFAULT_BOOT_ARGS`].
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -39,11 +39,13 @@ impl BootSource {
 
     /// Refuses what no machine could boot. Whether the paths exist is checked when the machine opens them.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.initrd_path.is_some() {
-            return Err(ConfigError::not_supported("An initrd (initrd_path) is"));
+        for (key, path) in [("kernel_image_path", &self.kernel_image_path), ("initrd_path", &self.initrd_path)] {
+            if path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+                return Err(ConfigError::EmptyPath { key });
+            }
         }
-        if self.kernel_image_path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
-            return Err(ConfigError::EmptyPath { key: "kernel_image_path" });
+        if self.initrd_path.is_some() && self.kernel_image_path.is_none() {
+            return Err(ConfigError::InitrdWithoutKernel);
         }
         if self.boot_args.as_ref().is_some_and(|args| args.contains('\0')) {
             return Err(ConfigError::NulInBootArgs);
@@ -232,10 +234,19 @@ pub enum BootProtocol {
 }
 
 /// `tvmm`: what Firecracker has no key for.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct TvmmConfig {
     /// How the kernel is entered.
-    #[serde(default)]
     pub boot_protocol: BootProtocol,
+    /// Whether ACPI tables describe the machine. Without them the kernel finds processors and interrupts by the MP
+    /// table and virtio devices by `virtio_mmio.device=` on its command line; it has no VM generation id and cannot
+    /// turn the machine off, only reset it.
+    pub acpi: bool,
+}
+
+impl Default for TvmmConfig {
+    fn default() -> Self {
+        Self { boot_protocol: BootProtocol::default(), acpi: true }
+    }
 }

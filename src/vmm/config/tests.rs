@@ -188,11 +188,11 @@ fn from_json_machine_that_cannot_be_built_is_refused() {
 #[test]
 fn from_json_boot_source_that_cannot_be_booted_is_refused() {
     let cases = [
-        (r#""initrd_path": "i""#, "An initrd (initrd_path) is not supported yet."),
         (
-            r#""kernel_image_path": """#,
-            "Boot source's kernel_image_path is empty; leave it out to boot the built-in guest.",
+            r#""initrd_path": "i""#,
+            "Boot source's initrd_path needs a kernel_image_path: the built-in guest takes no initrd.",
         ),
+        (r#""kernel_image_path": """#, "Boot source's kernel_image_path is empty; leave it out if there is none."),
         (r#""boot_args": "a\u0000b""#, "Boot source's boot_args contain a NUL byte."),
     ];
     for (fields, expected) in cases {

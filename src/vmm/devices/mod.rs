@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 
-use super::arch::layout;
+use super::arch::VirtioMmioSlot;
 use super::config::{DeviceConfigs, MAX_DEVICES};
 use super::error::Error;
 use crate::devices::Bus;
@@ -21,24 +21,6 @@ pub use patch::{DevicePatch, DrivePatch, NetworkPatch};
 pub use saved::SavedDevice;
 
 use thread::DeviceThread;
-
-/// Where a virtio-mmio device is: its registers and its interrupt line (VIRTIO 1.2, 4.2; ACPI id LNRO0005).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VirtioMmioSlot {
-    pub gpa: u64,
-    pub len: u64,
-    pub gsi: u32,
-}
-
-/// The place of the device that is attached as number `index`, below [`MAX_DEVICES`].
-pub fn slot(index: usize) -> VirtioMmioSlot {
-    let index = index as u32;
-    VirtioMmioSlot {
-        gpa: layout::VIRTIO_MMIO_BASE + u64::from(index) * layout::VIRTIO_MMIO_LEN,
-        len: layout::VIRTIO_MMIO_LEN,
-        gsi: layout::VIRTIO_GSI_FIRST + index,
-    }
-}
 
 /// The virtio devices of a machine. Dropped before VM and memory: its thread works on both.
 #[derive(Default)]
@@ -58,13 +40,13 @@ impl VirtioDevices {
         devices: Vec<Box<dyn VirtioDevice>>,
         configs: DeviceConfigs,
     ) -> Result<Self, Error> {
-        if devices.len() > MAX_DEVICES {
-            let what = format!("{} devices, at most {MAX_DEVICES} can be attached", devices.len());
-            return Err(Error::State { section: "Virtio".into(), what });
-        }
+        let too_many = || {
+            let what = format!("there are more than {MAX_DEVICES} devices");
+            Error::State { section: "Virtio".into(), what }
+        };
         let mut attached = Vec::with_capacity(devices.len());
         for (index, device) in devices.into_iter().enumerate() {
-            let slot = slot(index);
+            let slot = VirtioMmioSlot::of(index).ok_or_else(too_many)?;
             let device = Arc::new(MmioDevice::new(device, memory.clone())?);
             bus.insert(slot.gpa, slot.len, device.clone())?;
             let notify = IoEventAddress::Mmio(slot.gpa + MmioDevice::NOTIFY_OFFSET);
@@ -81,7 +63,7 @@ impl VirtioDevices {
 
     /// The places of all devices, for the tables that tell the guest.
     pub fn slots(&self) -> Vec<VirtioMmioSlot> {
-        (0..self.devices.len()).map(slot).collect()
+        (0..self.devices.len()).map_while(VirtioMmioSlot::of).collect()
     }
 
     pub fn configs(&self) -> &DeviceConfigs {

@@ -4,23 +4,34 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::files::Files;
-use super::lazy::{FaultCounters, LazyExtent, fetch};
-use crate::snapshot::{BackgroundAction, Extent, PAGE_SIZE, PageSource, RestorePlan};
-use crate::tiering::fault::PageReader;
+use super::lazy::{FaultCounters, LazyExtent, ended, fetch};
+use crate::snapshot::{BackgroundAction, Extent, PAGE_SIZE, RestorePlan};
 use crate::vmm::error::Error;
 use crate::vmm::memory::GuestRam;
+use crate::vmm::stall::Activity;
 use crate::vmm::sys::mapping::Populator;
 use crate::vmm::sys::uffd::{Install, Uffd};
 use crate::vmm::vcpu::{Ending, EndingSignal};
 
 /// One step, with everything it needs.
-enum Step {
-    ReadAhead { source: PageSource, bytes: u64 },
-    BreakCow(Populator),
-    Install { lazy: LazyExtent, part: Extent },
+struct Step {
+    /// Part of `lazy`.
+    part: Extent,
+    lazy: LazyExtent,
+    action: Action,
 }
+
+enum Action {
+    ReadAhead,
+    BreakCow(Populator),
+    Install,
+}
+
+/// The userfaultfd that steps install through, and who counts what they install.
+type Installer = (Arc<Uffd>, Arc<FaultCounters>);
 
 /// Read or fetched at once: large against a system call, small against the guest's patience.
 const PIECE: u64 = 1 << 20;
@@ -37,8 +48,8 @@ impl BackgroundWork {
         plan: &RestorePlan,
         files: &Files,
         ram: &GuestRam,
-        lazy: Option<(Arc<Uffd>, Arc<FaultCounters>)>,
-        ending: Arc<EndingSignal>,
+        lazy: Option<Installer>,
+        (ending, activity): (Arc<EndingSignal>, Activity),
     ) -> Result<Option<Self>, Error> {
         if plan.background.is_empty() {
             return Ok(None);
@@ -51,6 +62,7 @@ impl BackgroundWork {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
+                let _reads = activity.reads(step.part, step.lazy.source_of(step.part));
                 if let Err(error) = carry_out(step, &mut files, lazy.as_ref()) {
                     ending.end(Ending::Failed(format!("Cannot bring in memory in the background: {error}")));
                     return;
@@ -60,6 +72,12 @@ impl BackgroundWork {
         let thread = std::thread::Builder::new().name("background".into()).spawn(work);
         let thread = thread.map_err(Error::os("start the background thread"))?;
         Ok(Some(BackgroundWork { stop, thread: Some(thread) }))
+    }
+
+    /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
+    pub fn finish(&self, deadline: Instant) -> bool {
+        self.stop.store(true, Ordering::Relaxed);
+        ended(self.thread.as_ref(), deadline)
     }
 }
 
@@ -79,23 +97,19 @@ fn steps(plan: &RestorePlan, ram: &GuestRam) -> Result<Vec<Step>, Error> {
     for background in &plan.background {
         let at = plan.extents.partition_point(|planned| planned.extent.end() <= background.extent.first);
         // `validate` has made sure that the step lies within one extent that has a source.
-        let Some((planned, source)) = plan.extents.get(at).and_then(|p| p.source.map(|source| (p, source))) else {
-            continue;
-        };
+        let Some(planned) = plan.extents.get(at).filter(|planned| planned.source.is_some()) else { continue };
         let lazy = LazyExtent {
             extent: planned.extent,
             host: ram.populator(planned.extent)?.address(),
             source: planned.source,
         };
         for part in pieces(background.extent) {
-            steps.push(match background.action {
-                BackgroundAction::BreakCow => Step::BreakCow(ram.populator(part)?),
-                BackgroundAction::Install => Step::Install { lazy, part },
-                BackgroundAction::ReadAhead => {
-                    let offset = source.offset + (part.first.0 - planned.extent.first.0) * PAGE_SIZE;
-                    Step::ReadAhead { source: PageSource { offset, ..source }, bytes: part.bytes() }
-                }
-            });
+            let action = match background.action {
+                BackgroundAction::BreakCow => Action::BreakCow(ram.populator(part)?),
+                BackgroundAction::Install => Action::Install,
+                BackgroundAction::ReadAhead => Action::ReadAhead,
+            };
+            steps.push(Step { part, lazy, action });
         }
     }
     Ok(steps)
@@ -109,18 +123,20 @@ fn pieces(extent: Extent) -> impl Iterator<Item = Extent> {
     })
 }
 
-fn carry_out(step: Step, files: &mut Files, lazy: Option<&(Arc<Uffd>, Arc<FaultCounters>)>) -> io::Result<()> {
-    match step {
-        Step::BreakCow(range) => range.populate_write(),
-        Step::ReadAhead { source, bytes } => PageReader::read(files, source, &mut vec![0; bytes as usize]),
-        Step::Install { lazy: extent, part } => {
-            let Some((uffd, counters)) = lazy else { return Ok(()) };
+fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>) -> io::Result<()> {
+    let Step { part, lazy, action } = step;
+    match (action, installer) {
+        (Action::BreakCow(range), _) => range.populate_write(),
+        (Action::ReadAhead, _) => fetch(files, &lazy, part, &mut vec![0; part.bytes() as usize]),
+        (Action::Install, Some((uffd, counters))) => {
             let mut bytes = vec![0; part.bytes() as usize];
-            fetch(files, &extent, part, &mut bytes)?;
-            let host = extent.host + ((part.first.0 - extent.extent.first.0) * PAGE_SIZE) as usize;
+            fetch(files, &lazy, part, &mut bytes)?;
+            let host = lazy.host + ((part.first.0 - lazy.extent.first.0) * PAGE_SIZE) as usize;
             let installed = uffd.install(host, &bytes, Install { wake: true, write_protect: false })?;
             counters.add_ahead(installed);
             Ok(())
         }
+        // Nothing lies behind a userfaultfd.
+        (Action::Install, None) => Ok(()),
     }
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::files::Files;
 use super::lazy::LazyExtent;
+use super::reads::{self, Wanted};
 use crate::snapshot::{
     CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement, PlacementCounts,
     PlannedExtent, RestorePlan, Snapshot, chunk_of,
@@ -30,6 +31,8 @@ pub struct EngineReport {
     pub mmap_calls: u64,
     pub madvise_calls: u64,
     pub read_calls: u64,
+    /// Threads that filled memory at once.
+    pub read_threads: u64,
     pub uffd_calls: u64,
     /// Bytes put into local DRAM before the vCPUs start.
     pub bytes_preloaded: u64,
@@ -63,20 +66,22 @@ pub fn build(
     engine.report.planned = plan.counts();
     engine.report.extents = plan.extents.len() as u64;
     let lazy = if observed {
-        engine.map_observed(&ram)?
+        let lazy = engine.map_observed(&ram)?;
+        timeline.lap(Slice::Map);
+        lazy
     } else {
         engine.map(&ram)?;
-        engine.register_lazy(&ram)?
-    };
-    ram.set_pieces(pieces(plan, observed));
-    timeline.lap(Slice::Map);
-    if !observed {
+        timeline.lap(Slice::Map);
         engine.copy(&ram)?;
         engine.break_cow(&ram)?;
+        // After the copies: those between lazy pages are taken in, and nobody waits on himself for them.
+        let lazy = engine.register_lazy(&ram)?;
         if let Some((uffd, _)) = &lazy {
             engine.install(&ram, uffd)?;
         }
-    }
+        lazy
+    };
+    ram.set_pieces(pieces(plan, observed));
     timeline.lap(Slice::Preload);
     Ok(Built { ram, report: engine.report, lazy })
 }
@@ -211,31 +216,20 @@ impl Engine<'_> {
         Ok(Some((Arc::new(uffd), sorted(lazy))))
     }
 
-    /// Hands lazy extents, and those installed ahead into the same memory, to a userfaultfd.
+    /// Hands lazy extents, and those installed ahead into the same memory, to a userfaultfd. What was copied between
+    /// them goes along: nothing of it is missing, and it need not be cut out.
     fn register_lazy(&mut self, ram: &GuestRam) -> Result<Option<Served>, Error> {
-        let served: Vec<&PlannedExtent> = self.plan.extents.iter().filter(|planned| is_served(planned)).collect();
+        let served = served_runs(self.plan, self.layout);
         if served.is_empty() {
             return Ok(None);
         }
         let uffd = Uffd::open(false).map_err(Error::Userfaultfd)?;
-        let mut runs: Vec<Extent> = Vec::new();
-        for planned in &served {
-            let extent = planned.extent;
-            match runs.last_mut() {
-                Some(last)
-                    if last.end() == extent.first
-                        && self.layout.contains(Extent { first: last.first, pages: last.pages + extent.pages }) =>
-                {
-                    last.pages += extent.pages;
-                }
-                _ => runs.push(extent),
-            }
-        }
-        for run in runs {
+        for run in &served {
             self.report.uffd_calls += 1;
-            ram.register(run, &uffd, false)?;
+            ram.register(*run, &uffd, false)?;
         }
-        let lazy = served.into_iter().map(|planned| lazy_extent(ram, planned)).collect::<Result<_, _>>()?;
+        let inside = items_in(self.plan, &served);
+        let lazy = inside.map(|planned| lazy_extent(ram, planned)).collect::<Result<_, _>>()?;
         Ok(Some((Arc::new(uffd), sorted(lazy))))
     }
 
@@ -243,28 +237,43 @@ impl Engine<'_> {
     /// faster and costs no extra memory.
     fn copy(&mut self, ram: &GuestRam) -> Result<(), Error> {
         let plan = self.plan;
-        let mut per_layer = vec![PageSet::new(); self.files.chain().layers().len()];
-        for (extent, source) in copy_runs(plan, self.layout) {
+        let runs = copy_runs(plan, self.layout);
+        if runs.is_empty() {
+            return Ok(());
+        }
+        // A huge page that comes with a copied page would bring zeros for the lazy pages around it.
+        for run in served_runs(plan, self.layout) {
+            self.report.madvise_calls += 1;
+            ram.advise_small(run)?;
+        }
+        let mut wanted = Vec::with_capacity(runs.len());
+        for &(extent, source) in &runs {
             if let Some(blocks) = whole_huge_pages(extent) {
                 self.advise_huge(ram, blocks)?;
             }
-            // SAFETY: the machine does not exist yet; nothing else refers to this memory.
-            let bytes = unsafe { ram.bytes_mut(extent) }?;
-            self.report.read_calls += 1;
-            match plan.direct {
-                true => self.report.direct_reads = self.files.read_direct(source, bytes)?,
-                false => self.files.read(source, bytes)?,
-            }
+            // SAFETY: the machine does not exist yet, so nothing else refers to this memory; the runs of a valid plan
+            // share no page.
+            wanted.push(Wanted { source, bytes: unsafe { ram.bytes_mut(extent) }? });
             self.report.bytes_preloaded += extent.bytes();
+        }
+        let filled = reads::fill(self.files, wanted, plan.direct)?;
+        self.report.read_calls += filled.calls;
+        self.report.read_threads = filled.threads;
+        self.report.direct_reads = filled.direct;
+        if plan.verify { self.verify_copied(ram, &runs) } else { Ok(()) }
+    }
+
+    /// Checks what was copied from the chain's layers.
+    fn verify_copied(&self, ram: &GuestRam, runs: &[(Extent, PageSource)]) -> Result<(), Error> {
+        let layers = self.files.chain().layers();
+        let mut per_layer = vec![PageSet::new(); layers.len()];
+        for (extent, source) in runs {
             if let Some(pages) = per_layer.get_mut(source.layer) {
-                pages.insert_run(extent);
+                pages.insert_run(*extent);
             }
         }
-        if plan.verify {
-            let layers = self.files.chain().layers().iter().zip(&per_layer);
-            layers.filter(|(_, pages)| !pages.is_empty()).try_for_each(|(layer, pages)| verify(ram, layer, pages))?;
-        }
-        Ok(())
+        let read = layers.iter().zip(&per_layer).filter(|(_, pages)| !pages.is_empty());
+        read.into_iter().try_for_each(|(layer, pages)| verify(ram, layer, pages))
     }
 
     fn break_cow(&mut self, ram: &GuestRam) -> Result<(), Error> {
@@ -328,6 +337,37 @@ fn is_preload(planned: &PlannedExtent, fill: Fill) -> bool {
 /// Whether the extent lies behind the userfaultfd.
 fn is_served(planned: &PlannedExtent) -> bool {
     planned.placement == Placement::Lazy || is_preload(planned, Fill::Install)
+}
+
+/// The runs that lie behind the userfaultfd, with what is copied between two served extents.
+fn served_runs(plan: &RestorePlan, layout: &MemoryLayout) -> Vec<Extent> {
+    let mut runs: Vec<Extent> = Vec::new();
+    // Up to where nothing but copied extents follows the last run.
+    let mut reach = Gfn(0);
+    for planned in &plan.extents {
+        let extent = planned.extent;
+        if is_served(planned) {
+            match runs.last_mut() {
+                Some(last) if reach == extent.first && layout.range_of(last.first) == layout.range_of(extent.first) => {
+                    last.pages = extent.end().0 - last.first.0;
+                }
+                _ => runs.push(extent),
+            }
+            reach = extent.end();
+        } else if is_preload(planned, Fill::Copy) && reach == extent.first {
+            reach = extent.end();
+        }
+    }
+    runs
+}
+
+/// The extents of the plan within `runs`, which are made of whole extents.
+fn items_in<'p>(plan: &'p RestorePlan, runs: &[Extent]) -> impl Iterator<Item = &'p PlannedExtent> {
+    let mut runs = runs.iter().copied().peekable();
+    plan.extents.iter().filter(move |planned| {
+        while runs.next_if(|run| run.end() <= planned.extent.first).is_some() {}
+        runs.peek().is_some_and(|run| run.first <= planned.extent.first)
+    })
 }
 
 fn lazy_extent(ram: &GuestRam, planned: &PlannedExtent) -> Result<LazyExtent, Error> {

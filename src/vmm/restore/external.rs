@@ -16,6 +16,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::vmm::error::Error;
 use crate::vmm::memory::GuestRam;
+use crate::vmm::stall::{HandlerProbe, Stalls};
 use crate::vmm::sys::uffd::Uffd;
 use crate::vmm::vcpu::{Ending, EndingSignal};
 
@@ -41,7 +42,13 @@ pub struct ExternalHandler {
 }
 
 impl ExternalHandler {
-    pub fn connect(socket: &Path, ram: &GuestRam, uffd: &Uffd, ending: Arc<EndingSignal>) -> Result<Self, Error> {
+    /// Hands `ram` behind `uffd` to the handler that listens at `socket`.
+    pub fn connect(
+        socket: &Path,
+        ram: &GuestRam,
+        uffd: Arc<Uffd>,
+        (ending, stalls): (Arc<EndingSignal>, &Stalls),
+    ) -> Result<Self, Error> {
         let failed = |doing| move |source| Error::File { doing, path: socket.to_owned(), source };
         let stream = UnixStream::connect(socket).map_err(failed("connect to the page-fault handler at"))?;
         let mappings: Vec<Mapping> = ram
@@ -65,6 +72,8 @@ impl ExternalHandler {
         let peer = rustix::net::sockopt::socket_peercred(&stream)
             .map_err(io::Error::from)
             .map_err(failed("find the process of the page-fault handler at"))?;
+        let process = peer.pid.as_raw_nonzero().get();
+        stalls.watch_handler(HandlerProbe::new(uffd, socket.to_owned(), process, ram.slots()));
         Self::watch(peer.pid, stream, socket, ending)
     }
 

@@ -39,6 +39,12 @@ impl Files {
         }
     }
 
+    /// The paths of all files, in the order of their index.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let layers = self.chain.layers().iter().map(|layer| layer.memory_path().to_owned());
+        layers.chain(self.images.iter().map(|image| image.1.clone())).collect()
+    }
+
     /// Reads `bytes` from `source` on.
     pub fn read(&self, source: PageSource, bytes: &mut [u8]) -> Result<(), Error> {
         let (file, path) = self.require(source.layer)?;
@@ -50,12 +56,16 @@ impl Files {
     /// it; returns whether it was past it.
     pub fn read_direct(&self, source: PageSource, bytes: &mut [u8]) -> Result<bool, Error> {
         let (_, path) = self.require(source.layer)?;
-        let open = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
-        match open.and_then(|file| file.read_exact_at(bytes, source.offset)) {
+        match Files::open_direct(path).and_then(|file| file.read_exact_at(bytes, source.offset)) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.read(source, bytes).map(|()| false),
             Err(error) => Err(Error::File { doing: "read directly", path: path.to_owned(), source: error }),
         }
+    }
+
+    /// Opens a file to be read past the page cache; EINVAL where its file system cannot.
+    pub fn open_direct(path: &Path) -> io::Result<File> {
+        std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
     }
 
     /// As [`get`](Self::get); a validated plan names no other files.

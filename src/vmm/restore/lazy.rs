@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -11,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource};
 use crate::tiering::fault::{FaultKind, FaultObserver, PageReader};
 use crate::vmm::error::Error;
+use crate::vmm::stall::Activity;
 use crate::vmm::sys::clock;
 use crate::vmm::sys::uffd::{Fault, Install, Touch, Uffd};
 use crate::vmm::vcpu::{Ending, EndingSignal};
@@ -21,6 +23,14 @@ pub struct LazyExtent {
     pub extent: Extent,
     pub host: usize,
     pub source: Option<PageSource>,
+}
+
+impl LazyExtent {
+    /// Where the bytes of `part` of it are.
+    pub fn source_of(&self, part: Extent) -> Option<PageSource> {
+        let offset = (part.first.0 - self.extent.first.0) * PAGE_SIZE;
+        self.source.map(|source| PageSource { offset: source.offset + offset, ..source })
+    }
 }
 
 /// Fault-ins that the service answered.
@@ -75,6 +85,8 @@ pub struct FaultWork {
     pub reader: Box<dyn PageReader>,
     pub observer: Option<Box<dyn FaultObserver>>,
     pub counters: Arc<FaultCounters>,
+    /// Where what is being read is noted, so that a source that hangs is noticed.
+    pub activity: Activity,
 }
 
 /// The running service. Stops when dropped.
@@ -99,11 +111,29 @@ impl FaultService {
             .map_err(Error::os("start the fault service"))?;
         Ok(FaultService { stop, thread: Some(thread) })
     }
+
+    /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
+    pub fn finish(&self, deadline: Instant) -> bool {
+        // A full counter has been read never: the thread is gone already.
+        let _ = self.stop.write(1);
+        ended(self.thread.as_ref(), deadline)
+    }
+}
+
+/// Waits until a thread has ended, or `deadline` is past. Whether it has.
+pub fn ended(thread: Option<&JoinHandle<()>>, deadline: Instant) -> bool {
+    while thread.is_some_and(|thread| !thread.is_finished()) {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    true
 }
 
 impl Drop for FaultService {
     fn drop(&mut self) {
-        // A full counter has been read never: the thread is gone already.
+        // As above.
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
             // A panic of the thread has been reported by the panic hook.
@@ -150,7 +180,10 @@ impl FaultWork {
         }
         let block = block_around(&lazy, gfn, self.fault_pages);
         let bytes = &mut buffer[..block.bytes() as usize];
-        fetch(self.reader.as_mut(), &lazy, block, bytes).map_err(|error| failed("fetch", error))?;
+        {
+            let _reads = self.activity.reads(block, lazy.source_of(block));
+            fetch(self.reader.as_mut(), &lazy, block, bytes).map_err(|error| failed("fetch", error))?;
+        }
         let write_protect = self.observer.is_some() && fault.touch == Touch::Read;
         let host = lazy.host + ((block.first.0 - lazy.extent.first.0) * PAGE_SIZE) as usize;
         let installed = self.uffd.install(host, bytes, Install { wake: true, write_protect });
@@ -161,12 +194,9 @@ impl FaultWork {
 
 /// Reads the bytes of `part` of a lazy extent.
 pub fn fetch(reader: &mut dyn PageReader, lazy: &LazyExtent, part: Extent, bytes: &mut [u8]) -> io::Result<()> {
-    match lazy.source {
+    match lazy.source_of(part) {
         None => bytes.fill(0),
-        Some(source) => {
-            let offset = source.offset + (part.first.0 - lazy.extent.first.0) * PAGE_SIZE;
-            reader.read(PageSource { offset, ..source }, bytes)?;
-        }
+        Some(source) => reader.read(source, bytes)?,
     }
     Ok(())
 }

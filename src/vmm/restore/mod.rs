@@ -5,19 +5,23 @@ mod engine;
 mod external;
 mod files;
 mod lazy;
+mod reads;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
+use super::arch::layout;
 use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
 use super::machine::{Built, Core, Machine, Outside, Shape, VirtioSet, open_kvm};
+use super::stall::Stalls;
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
 use super::{config, host};
-use crate::devices::{I8042State, SerialState};
+use crate::devices::{I8042State, SerialState, VmGenId, VmGenIdState};
 use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
 
@@ -25,9 +29,10 @@ pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 
 use background::BackgroundWork;
+use engine::Served;
 use external::ExternalHandler;
 use files::Files;
-use lazy::{FaultCounters, FaultService, FaultWork, LazyExtent};
+use lazy::{FaultCounters, FaultService, FaultWork};
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
@@ -43,6 +48,8 @@ pub struct RestoreSpec<'a> {
     pub handler: Option<&'a Path>,
     /// What this clone's devices are to have on the host's side.
     pub overrides: &'a Overrides,
+    /// Who watches for memory that does not come.
+    pub stalls: &'a Stalls,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -65,6 +72,17 @@ impl MemoryServices {
     pub fn maps_single_pages(&self) -> bool {
         self.single_pages.is_some()
     }
+
+    /// Asks everybody to end, and waits until `deadline`. An error names who has not: it waits for memory in the kernel.
+    pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
+        if !self.background.as_ref().is_none_or(|work| work.finish(deadline)) {
+            return Err(Error::Stuck("background thread"));
+        }
+        if !self.service.as_ref().is_none_or(|service| service.finish(deadline)) {
+            return Err(Error::Stuck("fault service"));
+        }
+        Ok(())
+    }
 }
 
 /// The state of a snapshot, decoded.
@@ -73,6 +91,8 @@ struct SavedState {
     vm: VmState,
     vcpus: Vec<VcpuState>,
     serial: SerialState,
+    /// Machines without ACPI, and those of tvmm 0.1, have none.
+    vmgenid: Option<VmGenIdState>,
     virtio: Vec<SavedDevice>,
 }
 
@@ -90,6 +110,7 @@ impl SavedState {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: state::decode(snapshot, SectionKind::Vm, 0)?,
             serial: state::decode(snapshot, SectionKind::Serial, 0)?,
+            vmgenid: decode_vmgenid(snapshot)?,
             virtio: virtio.collect::<Result<_, _>>()?,
             machine,
         };
@@ -99,10 +120,22 @@ impl SavedState {
     }
 }
 
+fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
+    if !snapshot.sections().iter().any(|section| section.kind == SectionKind::VmGenId) {
+        return Ok(None);
+    }
+    let state: VmGenIdState = state::decode(snapshot, SectionKind::VmGenId, 0)?;
+    let known = state.gsi < layout::GSI_COUNT;
+    let what = format!("the interrupt controller has no input {}", state.gsi);
+    if known { Ok(Some(state)) } else { Err(Error::State { section: "VmGenId".into(), what }) }
+}
+
 /// A section this build does not know may be a device the guest depends on.
 fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
-        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 => section.instance == 0,
+        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 | SectionKind::VmGenId => {
+            section.instance == 0
+        }
         SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
         SectionKind::Virtio => section.instance < config::MAX_DEVICES as u32,
         _ => false,
@@ -136,6 +169,7 @@ impl Machine<Built> {
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
         let files = Files::open(spec.chain.clone(), spec.plan)?;
+        spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
         let built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
@@ -148,15 +182,18 @@ impl Machine<Built> {
         machine.core.services.single_pages = single_pages;
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
-            (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, &uffd)?,
-            (None, Some((uffd, extents))) => machine.core.serve(uffd, extents, &files, spec.plan, spec.observer)?,
+            (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
+            (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
         }
         machine.apply(&saved.vm, &saved.vcpus)?;
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
         machine.core.lineage = Lineage::restored(spec.chain);
-        machine.core.start_background(&files, spec.plan)?;
+        if let Some(vmgenid) = saved.vmgenid {
+            machine.core.renew_vmgenid(vmgenid)?;
+        }
+        machine.core.start_background(&files, spec.plan, spec.stalls)?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }
@@ -166,31 +203,41 @@ impl Core {
     /// Starts the fault service.
     fn serve(
         &mut self,
-        uffd: Arc<Uffd>,
-        extents: Vec<LazyExtent>,
+        (uffd, extents): Served,
         files: &Files,
         plan: &RestorePlan,
         observer: Option<Box<dyn FaultObserver>>,
+        stalls: &Stalls,
     ) -> Result<(), Error> {
         let fault_pages = if observer.is_some() { 1 } else { plan.fault_pages };
         let counters = self.services.counters.clone();
         let reader = Box::new(files.clone());
         self.services.uffd = Some(uffd.clone());
-        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters };
+        let activity = stalls.activity();
+        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters, activity };
         self.services.service = Some(FaultService::start(work, self.ending.clone())?);
         Ok(())
     }
 
     /// Gives all memory to a handler outside.
-    fn hand_over(&mut self, socket: &Path, uffd: &Uffd) -> Result<(), Error> {
-        self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, self.ending.clone())?);
+    fn hand_over(&mut self, socket: &Path, uffd: Arc<Uffd>, stalls: &Stalls) -> Result<(), Error> {
+        let told = (self.ending.clone(), stalls);
+        self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, told)?);
         Ok(())
     }
 
-    fn start_background(&mut self, files: &Files, plan: &RestorePlan) -> Result<(), Error> {
+    /// The guest gets a VM generation id that no other restore has, and is told.
+    fn renew_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
+        self.attach_vmgenid(state)?;
+        self.devices.vmgenid.iter().try_for_each(VmGenId::notify)?;
+        Ok(())
+    }
+
+    fn start_background(&mut self, files: &Files, plan: &RestorePlan, stalls: &Stalls) -> Result<(), Error> {
         let services = &self.services;
+        let told = (self.ending.clone(), stalls.activity());
         let lazy = services.uffd.clone().map(|uffd| (uffd, services.counters.clone()));
-        self.services.background = BackgroundWork::start(plan, files, &self.ram, lazy, self.ending.clone())?;
+        self.services.background = BackgroundWork::start(plan, files, &self.ram, lazy, told)?;
         Ok(())
     }
 }

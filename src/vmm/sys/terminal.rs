@@ -2,11 +2,21 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Mutex;
 
 /// Holds the terminal on standard input in raw mode until dropped.
 #[derive(Debug)]
-pub struct RawTerminal {
-    saved: libc::termios,
+pub struct RawTerminal(());
+
+/// The mode to go back to, while a terminal is in raw mode.
+static SAVED: Mutex<Option<libc::termios>> = Mutex::new(None);
+
+/// Takes the terminal out of raw mode, if it is in it: for who ends the process without unwinding.
+pub fn restore() {
+    if let Some(saved) = SAVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
+        // Nothing can be done about a terminal that is gone.
+        let _ = set(&saved);
+    }
 }
 
 impl RawTerminal {
@@ -29,14 +39,14 @@ impl RawTerminal {
         // Keep "\n" → "\r\n" on output: tvmm's own messages and many guests rely on it.
         raw.c_oflag = saved.c_oflag;
         set(&raw)?;
-        Ok(Some(RawTerminal { saved }))
+        *SAVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(saved);
+        Ok(Some(RawTerminal(())))
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
-        // Nothing can be done about a terminal that is gone.
-        let _ = set(&self.saved);
+        restore();
     }
 }
 

@@ -168,6 +168,13 @@ impl Uffd {
         either_readable(&self.uffd, stop)
     }
 
+    /// How many faults wait for their answer, told to somebody or not (Linux `userfaultfd_show_fdinfo`).
+    pub fn waiters(&self) -> io::Result<u64> {
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd()))?;
+        let total = text.lines().find_map(|line| line.strip_prefix("total:")?.trim().parse().ok());
+        total.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+    }
+
     /// The faults that wait now; none if there are none. Memory that was given back needs no answer.
     pub fn faults(&self) -> io::Result<Vec<Fault>> {
         let mut buffer = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -247,6 +254,8 @@ mod tests {
         });
         let mut touches = Vec::new();
         while touches.len() < 2 {
+            let waits = uffd.waiters().unwrap();
+            assert!(waits <= 1, "one thread waits for one page");
             for fault in uffd.faults().unwrap() {
                 assert_eq!(fault.address, base);
                 touches.push(fault.touch);
@@ -260,6 +269,7 @@ mod tests {
         }
         assert_eq!(toucher.join().unwrap(), 42);
         assert_eq!(touches, [Touch::Read, Touch::WriteProtected]);
+        assert_eq!(uffd.waiters().unwrap(), 0);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod memory;
 mod pages;
+mod rng;
 mod spin;
 mod system;
 
@@ -68,6 +69,7 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
 
@@ -82,6 +84,7 @@ pub struct Ctx {
     pub filled: memory::Filled,
     pub handles: pages::Handles,
     pub spin: spin::State,
+    pub rng: rng::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -95,6 +98,7 @@ impl Ctx {
             filled: memory::Filled::new(),
             handles: pages::Handles::new(),
             spin: spin::State::new(),
+            rng: rng::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,

@@ -1,0 +1,63 @@
+//! The VM generation id: 16 random bytes in guest memory that change whenever the guest's past stops being its own, so
+//! that clones of one snapshot do not share random numbers (Microsoft, "Virtual Machine Generation ID", 2012; Linux
+//! `drivers/virt/vmgenid.c`).
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
+use vm_superio::Trigger;
+
+use super::virtio::Memory;
+use super::{Error, InterruptLine};
+
+const DEVICE: &str = "VM generation id";
+/// Its specification wants 8; 16 keep it in one page.
+const ALIGN: u64 = 16;
+
+/// Where the guest was told that the id is. The id itself is new after every restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmGenIdState {
+    pub gpa: u64,
+    pub gsi: u32,
+}
+
+/// The id's place, and the line of the event that it has changed.
+pub struct VmGenId {
+    state: VmGenIdState,
+    line: InterruptLine,
+}
+
+impl VmGenId {
+    pub fn new(state: VmGenIdState) -> Result<Self, Error> {
+        if !state.gpa.is_multiple_of(ALIGN) {
+            return Err(Error::State { device: DEVICE, what: "its address is not aligned" });
+        }
+        let failed = |source| Error::Event { doing: "make an interrupt line", device: DEVICE, source };
+        Ok(VmGenId { state, line: InterruptLine::new().map_err(failed)? })
+    }
+
+    /// The line to connect to `save().gsi`.
+    pub fn interrupt_line(&self) -> &InterruptLine {
+        &self.line
+    }
+
+    pub fn save(&self) -> VmGenIdState {
+        self.state
+    }
+
+    /// Writes a new id. The guest is told by [`notify`](Self::notify).
+    pub fn renew(&self, memory: &Memory) -> Result<(), Error> {
+        let failed = |source| Error::Event { doing: "get random bytes", device: DEVICE, source };
+        let mut id = [0_u8; 16];
+        // 16 bytes are delivered whole (getrandom(2): up to 256 are never cut short).
+        rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| failed(error.into()))?;
+        let outside = |_| Error::State { device: DEVICE, what: "its address is not guest memory" };
+        memory.write_slice(&id, GuestAddress(self.state.gpa)).map_err(outside)
+    }
+
+    /// Tells the guest that the id has changed.
+    pub fn notify(&self) -> Result<(), Error> {
+        let failed = |source| Error::Event { doing: "raise the interrupt", device: DEVICE, source };
+        self.line.trigger().map_err(failed)
+    }
+}

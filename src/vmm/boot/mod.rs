@@ -1,0 +1,70 @@
+//! Loading a kernel into guest memory, and telling it about its machine.
+
+mod image;
+mod initrd;
+mod params;
+
+use std::ffi::CString;
+
+use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::load_cmdline;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::arch::registers::Entry;
+use super::arch::{Platform, acpi, layout, mptable};
+use super::config::{BootProtocol, BootSource};
+use super::error::Error;
+use super::memory::GuestRam;
+use crate::devices::virtio::Memory;
+
+use initrd::Initrd;
+
+/// Loads the kernel and initrd of `source` and writes everything its boot protocol wants, and the tables that describe
+/// `platform`, into `ram`. Returns how the boot vCPU enters it.
+pub fn load(
+    source: &BootSource,
+    protocol: BootProtocol,
+    platform: Platform<'_>,
+    ram: &GuestRam,
+) -> Result<Entry, Error> {
+    let image = image::load(source.kernel_image_path.as_deref(), ram)?;
+    let entry = image.entry(protocol)?;
+    let initrd = source.initrd_path.as_deref().map(|path| Initrd::load(path, &image, ram)).transpose()?;
+    let cmdline_len = write_cmdline(source.boot_args_or_default(), platform, ram.view())?;
+    let machine = params::MachineParams { initrd, acpi: platform.acpi, cmdline_len };
+    match entry {
+        Entry::Linux64 { .. } => params::write_linux64(&image, &machine, ram)?,
+        Entry::Pvh { .. } => params::write_pvh(&machine, ram)?,
+    }
+    write_tables(platform, ram)?;
+    Ok(entry)
+}
+
+/// Writes the command line; returns its length. Without ACPI it is also where the guest learns of virtio devices.
+fn write_cmdline(args: &str, platform: Platform<'_>, memory: &Memory) -> Result<u32, Error> {
+    if args.len() >= layout::CMDLINE_MAX {
+        return Err(Error::CmdlineTooLong { len: args.len() });
+    }
+    if !args.is_ascii() || args.contains('\0') {
+        return Err(Error::CmdlineCharacters);
+    }
+    let failed = |error: &dyn std::fmt::Display| Error::Cmdline(error.to_string());
+    let mut cmdline = Cmdline::try_from(args, layout::CMDLINE_MAX).map_err(|error| failed(&error))?;
+    if !platform.acpi {
+        for slot in platform.virtio {
+            let (base, gsi) = (GuestAddress(slot.gpa), slot.gsi);
+            cmdline.add_virtio_mmio_device(slot.len, base, gsi, None).map_err(|error| failed(&error))?;
+        }
+    }
+    load_cmdline(memory, GuestAddress(layout::CMDLINE), &cmdline).map_err(|error| failed(&error))?;
+    let text: CString = cmdline.as_cstring().map_err(|error| failed(&error))?;
+    Ok(text.as_bytes().len() as u32)
+}
+
+fn write_tables(platform: Platform<'_>, ram: &GuestRam) -> Result<(), Error> {
+    let write = |what, gpa, table: &[u8]| {
+        ram.view().write_slice(table, GuestAddress(gpa)).map_err(|source| Error::GuestAccess { what, gpa, source })
+    };
+    write("MP table", layout::MP_TABLE, &mptable::table(platform.vcpu_count))?;
+    if platform.acpi { write("ACPI tables", layout::RSDP, &acpi::tables(platform)) } else { Ok(()) }
+}

@@ -1,0 +1,214 @@
+//! Filling memory from files in the fewest reads: what follows on in a file is read by one vectored call wherever its
+//! pages go in memory, and large amounts are read by several threads at once.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::num::NonZero;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::files::Files;
+use crate::snapshot::PageSource;
+use crate::vmm::error::Error;
+
+/// Memory to be filled, and from where.
+pub struct Wanted<'m> {
+    pub source: PageSource,
+    pub bytes: &'m mut [u8],
+}
+
+/// What filling came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Filled {
+    /// System calls that read.
+    pub calls: u64,
+    /// Threads that made them.
+    pub threads: u64,
+    /// All of it was read past the page cache.
+    pub direct: bool,
+}
+
+/// Parts of one vectored read (`UIO_MAXIOV`, Linux `include/uapi/linux/uio.h`).
+const PARTS: usize = 1024;
+/// A thread of its own pays from so many bytes on: making one costs about as long as reading half of that.
+const BYTES_PER_THREAD: usize = 2 << 20;
+/// More threads only wait for memory, or for the device.
+const THREADS: usize = 4;
+/// Cached files are read in pieces of this size, so that no thread has to wait long for the last one.
+const CACHED_PIECE: usize = 4 << 20;
+/// The device is kept busiest by the longest calls; what the kernel takes in one is a little under 2 GiB.
+const DIRECT_PIECE: usize = 1 << 30;
+
+/// Bytes that follow one another in a file.
+struct Batch<'m> {
+    source: PageSource,
+    parts: Vec<&'m mut [u8]>,
+    bytes: usize,
+}
+
+/// Fills all of `wanted`; `direct`: past the page cache, where the file system can.
+pub fn fill(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Filled, Error> {
+    let total: usize = wanted.iter().map(|wanted| wanted.bytes.len()).sum();
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = (total / BYTES_PER_THREAD).clamp(1, cpus.min(THREADS));
+    let piece = if direct { total.div_ceil(threads).clamp(BYTES_PER_THREAD, DIRECT_PIECE) } else { CACHED_PIECE };
+    let batches = batches(wanted, piece);
+    let threads = threads.min(batches.len().max(1));
+    let work = Work {
+        files,
+        direct: if direct { open_direct(files, &batches)? } else { Vec::new() },
+        batches: Mutex::new(batches.into_iter()),
+        calls: AtomicU64::new(0),
+        all_direct: AtomicBool::new(direct),
+    };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(|| work.run())).collect();
+        let own = work.run();
+        // A panic of a thread goes on here.
+        others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).fold(own, Result::and)
+    })?;
+    let (calls, direct) = (work.calls.into_inner(), work.all_direct.into_inner());
+    Ok(Filled { calls, threads: threads as u64, direct })
+}
+
+/// Joins what follows on in a file, up to `piece` bytes and [`PARTS`] parts at once.
+fn batches(mut wanted: Vec<Wanted<'_>>, piece: usize) -> Vec<Batch<'_>> {
+    wanted.sort_unstable_by_key(|wanted| (wanted.source.layer, wanted.source.offset));
+    let mut out: Vec<Batch> = Vec::new();
+    for Wanted { mut source, bytes } in wanted {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let open = out.last_mut().filter(|last| {
+                let follows = last.source.offset + last.bytes as u64 == source.offset;
+                last.source.layer == source.layer && follows && last.parts.len() < PARTS && last.bytes < piece
+            });
+            let room = open.as_ref().map_or(piece, |last| piece - last.bytes);
+            let (part, behind) = rest.split_at_mut(rest.len().min(room));
+            rest = behind;
+            let next = PageSource { offset: source.offset + part.len() as u64, ..source };
+            match open {
+                Some(last) => {
+                    last.bytes += part.len();
+                    last.parts.push(part);
+                }
+                None => out.push(Batch { source, bytes: part.len(), parts: vec![part] }),
+            }
+            source = next;
+        }
+    }
+    out
+}
+
+/// The files of the batches, opened to be read past the page cache; `None` where the file system cannot.
+fn open_direct(files: &Files, batches: &[Batch]) -> Result<Vec<Option<File>>, Error> {
+    let mut opened: Vec<Option<File>> = Vec::new();
+    // Ascending by file.
+    for batch in batches {
+        let index = batch.source.layer;
+        if opened.len() > index {
+            continue;
+        }
+        opened.resize_with(index + 1, || None);
+        let (_, path) = files.require(index)?;
+        match Files::open_direct(path) {
+            Ok(file) => opened[index] = Some(file),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(source) => return Err(Error::File { doing: "open directly", path: path.to_owned(), source }),
+        }
+    }
+    Ok(opened)
+}
+
+struct Work<'a, 'm> {
+    files: &'a Files,
+    direct: Vec<Option<File>>,
+    batches: Mutex<std::vec::IntoIter<Batch<'m>>>,
+    calls: AtomicU64,
+    all_direct: AtomicBool,
+}
+
+impl Work<'_, '_> {
+    /// Reads batches until there are none.
+    fn run(&self) -> Result<(), Error> {
+        loop {
+            let next = self.batches.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+            match next {
+                Some(batch) => self.read(batch)?,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn read(&self, mut batch: Batch) -> Result<(), Error> {
+        let (file, path) = self.files.require(batch.source.layer)?;
+        let failed = |doing, path: &Path, source| Error::File { doing, path: path.to_owned(), source };
+        if let Some(direct) = self.direct.get(batch.source.layer).and_then(Option::as_ref) {
+            match self.read_parts(direct, &mut batch) {
+                // The file system opens files so and then cannot read them so.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                result => return result.map_err(|error| failed("read directly", path, error)),
+            }
+        }
+        self.all_direct.store(false, Ordering::Relaxed);
+        self.read_parts(file, &mut batch).map_err(|error| failed("read guest memory from", path, error))
+    }
+
+    /// All parts from one file, in as many calls as it takes.
+    fn read_parts(&self, file: &File, batch: &mut Batch) -> io::Result<()> {
+        let mut slices: Vec<IoSliceMut> = batch.parts.iter_mut().map(|part| IoSliceMut::new(part)).collect();
+        let (mut rest, mut offset) = (&mut slices[..], batch.source.offset);
+        while !rest.is_empty() {
+            self.calls.fetch_add(1, Ordering::Relaxed);
+            match rustix::io::preadv(file, rest, offset) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => {
+                    offset += read as u64;
+                    IoSliceMut::advance_slices(&mut rest, read);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(layer: usize, offset: u64) -> PageSource {
+        PageSource { layer, offset }
+    }
+
+    fn shape(batches: &[Batch]) -> Vec<(PageSource, Vec<usize>)> {
+        batches.iter().map(|batch| (batch.source, batch.parts.iter().map(|part| part.len()).collect())).collect()
+    }
+
+    #[test]
+    fn what_follows_on_in_a_file_is_one_read_wherever_it_goes() {
+        let (mut a, mut b, mut c, mut d) = ([0; 3], [0; 3], [0; 4], [0; 1]);
+        let wanted = vec![
+            Wanted { source: source(1, 5), bytes: &mut c },
+            Wanted { source: source(1, 2), bytes: &mut b },
+            Wanted { source: source(0, 5), bytes: &mut a },
+            Wanted { source: source(1, 10), bytes: &mut d },
+        ];
+        let expected = [(source(0, 5), vec![3]), (source(1, 2), vec![3, 4]), (source(1, 10), vec![1])];
+        assert_eq!(shape(&batches(wanted, 100)), expected);
+    }
+
+    #[test]
+    fn long_reads_are_cut_into_pieces_and_many_parts_into_calls() {
+        let mut long = [0; 25];
+        let wanted = vec![Wanted { source: source(0, 0), bytes: &mut long }];
+        let expected = [(source(0, 0), vec![10]), (source(0, 10), vec![10]), (source(0, 20), vec![5])];
+        assert_eq!(shape(&batches(wanted, 10)), expected);
+        let mut pages = vec![0; 2500];
+        let each = pages.chunks_mut(1).enumerate();
+        let wanted = each.map(|(at, bytes)| Wanted { source: source(0, at as u64), bytes }).collect();
+        let parts: Vec<usize> = batches(wanted, 1 << 20).iter().map(|batch| batch.parts.len()).collect();
+        assert_eq!(parts, [PARTS, PARTS, 2500 - 2 * PARTS]);
+    }
+}

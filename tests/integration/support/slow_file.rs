@@ -1,0 +1,133 @@
+//! A file whose reads can be made to hang: a file system of one file, served by the test through /dev/fuse (Linux
+//! `include/uapi/linux/fuse.h`), mounted over the file it shows.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+const FORGET: u32 = 2;
+const GETATTR: u32 = 3;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const RELEASE: u32 = 18;
+const FLUSH: u32 = 25;
+const INIT: u32 = 26;
+const INTERRUPT: u32 = 36;
+const BATCH_FORGET: u32 = 42;
+/// Reads of the page cache do not hold up each other.
+const ASYNC_READ: u32 = 1;
+/// Opening does not wait for reads of others that hang, which not even SIGKILL could end.
+const KEEP_CACHE: u64 = 1 << 1;
+const HEADER: usize = 40;
+const ENOSYS: i32 = 38;
+
+/// The mounted file. Dropping it unmounts, which ends every read that hangs.
+pub struct SlowFile {
+    path: PathBuf,
+    hangs: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SlowFile {
+    /// Mounts over `path`, which keeps its bytes. `None`, with the reason printed, where this user may not.
+    pub fn over(path: &Path) -> Option<SlowFile> {
+        let below = File::open(path).unwrap();
+        let device = match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
+            Ok(device) => device,
+            Err(error) => {
+                println!("skipped: /dev/fuse cannot be opened: {error}");
+                return None;
+            }
+        };
+        let options = format!("fd={},rootmode=100644,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+        let options = std::ffi::CString::new(options).unwrap();
+        if let Err(error) = mount("tvmm-test", path, "fuse", MountFlags::NOSUID, Some(options.as_c_str())) {
+            println!("skipped: a FUSE file system cannot be mounted: {error}");
+            return None;
+        }
+        let hangs = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::spawn({
+            let hangs = hangs.clone();
+            move || serve(device, &below, &hangs)
+        });
+        Some(SlowFile { path: path.to_owned(), hangs, thread: Some(thread) })
+    }
+
+    /// From now on, what is not in the page cache cannot be read.
+    pub fn hang(&self) {
+        self.hangs.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Drop for SlowFile {
+    fn drop(&mut self) {
+        let _ = unmount(&self.path, UnmountFlags::FORCE | UnmountFlags::DETACH);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Answers requests until the file system is unmounted.
+fn serve(mut device: File, below: &File, hangs: &AtomicBool) {
+    let metadata = below.metadata().unwrap();
+    let mut request = vec![0; 1 << 20];
+    while let Ok(len) = device.read(&mut request) {
+        let number = |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap());
+        let long = |at: usize| u64::from_le_bytes(request[at..at + 8].try_into().unwrap());
+        assert!(len >= HEADER);
+        let (opcode, unique) = (number(4), long(8));
+        let answer = match opcode {
+            FORGET | BATCH_FORGET | INTERRUPT => continue,
+            READ if hangs.load(Ordering::SeqCst) => continue,
+            READ => {
+                let mut bytes = vec![0; number(HEADER + 16) as usize];
+                let read = below.read_at(&mut bytes, long(HEADER + 8)).unwrap();
+                bytes.truncate(read);
+                Ok(bytes)
+            }
+            INIT => Ok(init(number(HEADER + 4), number(HEADER + 12))),
+            GETATTR => Ok(attributes(&metadata)),
+            OPEN => Ok([0, KEEP_CACHE].into_iter().flat_map(u64::to_le_bytes).collect()),
+            RELEASE | FLUSH => Ok(Vec::new()),
+            _ => Err(ENOSYS),
+        };
+        let (error, body) = match answer {
+            Ok(body) => (0, body),
+            Err(errno) => (-errno, Vec::new()),
+        };
+        let mut reply = ((16 + body.len()) as u32).to_le_bytes().to_vec();
+        reply.extend(i32::to_le_bytes(error));
+        reply.extend(unique.to_le_bytes());
+        reply.extend(body);
+        // A request that was given up meanwhile has no reader.
+        let _ = device.write_all(&reply);
+    }
+}
+
+/// `struct fuse_init_out`.
+fn init(minor: u32, offered: u32) -> Vec<u8> {
+    let words = [7, minor.min(31), 128 << 10, offered & ASYNC_READ, 16 << 16 | 12, 128 << 10, 1];
+    let mut body: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    body.resize(64, 0);
+    body
+}
+
+/// `struct fuse_attr_out`, valid for an hour.
+fn attributes(metadata: &Metadata) -> Vec<u8> {
+    let mut body: Vec<u8> = [3600u64, 0].into_iter().flat_map(u64::to_le_bytes).collect();
+    let times = [metadata.atime(), metadata.mtime(), metadata.ctime()].map(|seconds| seconds as u64);
+    let longs = [1, metadata.size(), metadata.blocks(), times[0], times[1], times[2]];
+    body.extend(longs.into_iter().flat_map(u64::to_le_bytes));
+    let parts = [metadata.atime_nsec(), metadata.mtime_nsec(), metadata.ctime_nsec()].map(|part| part as u32);
+    let words = [parts[0], parts[1], parts[2], metadata.mode(), 1, metadata.uid(), metadata.gid(), 0, 4096, 0];
+    body.extend(words.into_iter().flat_map(u32::to_le_bytes));
+    body
+}

@@ -1,0 +1,19 @@
+#!/bin/bash
+# Runs the repository's integration tests inside L1: integration.sh BINARY [FILTER]... (words of cargo's test filter).
+set -euo pipefail
+# shellcheck source=tests/testbed/lib.sh
+. "$(dirname "$(readlink -f "$0")")/lib.sh"
+[ $# -gt 0 ] || fail "usage: tests/testbed/integration.sh BINARY [FILTER]..."
+binary=$(readlink -f "$1")
+shift
+[ -x "$binary" ] || fail "no binary at $binary: make build"
+
+cd "$REPOSITORY"
+echo "testbed: building the integration tests"
+built=$(cargo test --locked --test integration --no-run 2>&1) || fail "the tests do not build: $built"
+tests=$(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' <<<"$built" | tail -n 1)
+[ -n "$tests" ] || fail "cargo did not say where the tests are: $built"
+
+# Everything is 10 to 50 times slower than on a host: tests wait longer before they call something hung.
+exec "$HERE/run" -t "${TESTBED_TIMEOUT:-1800}" -- env TVMM_BINARY="$binary" TVMM_TEST_PATIENCE=10 \
+    "$(readlink -f "$tests")" --test-threads 2 "$@"
