@@ -50,6 +50,12 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// Give a drive another image than it had (repeatable); one named here may have changed since the snapshot
+    #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
+    drive: Vec<(String, PathBuf)>,
+    /// Where to make this VM's own copies of drives, for a snapshot taken with --copy-drives
+    #[arg(long, value_name = "DIR")]
+    drive_dir: Option<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -84,11 +90,18 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides::default(),
+        overrides: Overrides { drives: args.drive.clone(), drive_dir: args.drive_dir.clone(), ..Overrides::default() },
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,
     };
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, "restore")
+}
+
+fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((id, path)) if !id.is_empty() && !path.is_empty() => Ok((id.to_owned(), path.into())),
+        _ => Err("expected ID=PATH".to_owned()),
+    }
 }
 
 const RUN_ID: &str = "run";

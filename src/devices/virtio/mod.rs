@@ -9,12 +9,15 @@
 //!  device's own descriptors ───────────────────► VirtioDevice::process_event
 //! ```
 
+pub mod block;
 mod chain;
 mod entropy;
 mod memory;
 mod mmio;
 mod queue;
 mod rate_limiter;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod transport_tests;
 

@@ -1,6 +1,7 @@
 //! Restoring a machine: its state from the snapshot, its memory by a plan.
 
 mod background;
+mod drives;
 mod engine;
 mod external;
 mod files;
@@ -29,6 +30,7 @@ pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 
 use background::BackgroundWork;
+use drives::PlacedDrives;
 use engine::Served;
 use external::ExternalHandler;
 use files::Files;
@@ -176,7 +178,8 @@ impl Machine<Built> {
             Some(_) => engine::build_external(layout, timeline)?,
         };
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
-        let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides)?;
+        let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
+        let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides)?;
         let virtio = VirtioSet { devices: virtio, configs };
         let mut machine = Machine::build(kvm, built.ram, shape, virtio, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
@@ -194,6 +197,7 @@ impl Machine<Built> {
             machine.core.renew_vmgenid(vmgenid)?;
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
+        placed.keep();
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }
