@@ -96,6 +96,12 @@ impl Backing {
         Ok(())
     }
 
+    /// Puts a device that fails in place of the image, as one that is a block device.
+    #[cfg(test)]
+    pub fn replace_file_for_test(&mut self, file: File) {
+        (self.file, self.is_block_device) = (Arc::new(file), true);
+    }
+
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
