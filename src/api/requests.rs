@@ -1,5 +1,6 @@
 //! Request bodies and the commands they mean.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -185,6 +186,9 @@ struct LoadExtension {
     drive_overrides: Vec<DriveOverrideBody>,
     /// Where this clone's copies of drives go, for a snapshot that has copies.
     drive_dir: Option<PathBuf>,
+    /// Metadata that are new or have other values.
+    #[serde(default)]
+    metadata: BTreeMap<String, String>,
     /// Other MAC addresses for network interfaces.
     #[serde(default)]
     mac_overrides: Vec<MacOverrideBody>,
@@ -269,7 +273,9 @@ fn overrides(
     }
     let drives = std::mem::take(&mut tvmm.drive_overrides);
     let drives = drives.into_iter().map(|body| (body.drive_id, body.path_on_host)).collect();
-    Ok(Overrides { drives, drive_dir: tvmm.drive_dir.take(), networks, vsock: vsock.map(|body| body.uds_path) })
+    let metadata = std::mem::take(&mut tvmm.metadata);
+    let (drive_dir, vsock) = (tvmm.drive_dir.take(), vsock.map(|body| body.uds_path));
+    Ok(Overrides { drives, drive_dir, networks, metadata, vsock })
 }
 
 /// Refuses empty paths, which would otherwise be reported as a missing file without a name.

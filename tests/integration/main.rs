@@ -2,6 +2,7 @@
 
 mod api;
 mod architecture;
+mod block;
 mod boot;
 mod config;
 mod console;
@@ -14,6 +15,7 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod metadata;
 mod plans;
 mod profile;
 mod report;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::{SavedDevice, drives};
+use crate::devices::Metadata;
 use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, id};
 use crate::vmm::config::{DeviceConfigs, EntropyConfig};
 use crate::vmm::error::Error;
@@ -16,6 +17,8 @@ pub struct Overrides {
     pub drive_dir: Option<PathBuf>,
     /// Interface id → tap, and the MAC address to have from now on.
     pub networks: Vec<NetworkOverride>,
+    /// Metadata that are new or have other values; the others stay.
+    pub metadata: Metadata,
     /// The Unix socket of the vsock device.
     pub vsock: Option<PathBuf>,
 }

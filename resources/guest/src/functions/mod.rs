@@ -71,6 +71,7 @@ static FUNCTIONS: &[Function] = &[
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
     function("blk", blk::KEYS, blk::blk),
+    function("metadata", &[], system::metadata),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
