@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::support::artefact::inspect;
+use crate::support::artefact::pages;
 use crate::support::{Answer, Vm, config, finish, refusal, run_err, run_ok, scratch, text, tvmm};
 
 const MIB: u64 = 1 << 20;
@@ -139,7 +139,7 @@ fn diff_has_the_pages_that_only_the_device_wrote() {
     // Every byte of the buffer comes from the disk; the guest only looks.
     let digest = blk(&mut vm, "op=read sectors=4096 chunk=2048 depth=2").digest;
     vm.snapshot(&dir.path().join("diff"), &["--diff"]);
-    let held = inspect(&dir.path().join("diff"))["pages_held"].as_u64().unwrap();
+    let (held, _) = pages(&dir.path().join("diff"));
     assert!(held >= 512, "{held} pages in the diff, the device wrote 512");
     vm.pause();
     kill(vm);
@@ -231,27 +231,32 @@ fn changed_disk_is_refused_at_restore_unless_it_is_named() {
     blk(&mut vm, "op=write sectors=2048 seed=5 chunk=64");
     let out = dir.path().join("s");
     vm.snapshot(&out, &[]);
-    let restore = |more: &[&str]| {
-        let args = ["restore", "--snapshot", text(&out), "--run", "blk op=check sectors=64 seed=5"];
-        [&args, more].concat()
+    let function = "blk op=check sectors=64 seed=5";
+    let command =
+        |more: &[&str]| finish(tvmm().args(["restore", "--snapshot", text(&out), "--run", function]).args(more));
+    let refused = |more: &[&str]| refusal(&command(more));
+    let restored = |more: &[&str]| {
+        let output = command(more);
+        assert!(output.status.success(), "{output:?}");
+        good(&Answer::parse(&String::from_utf8_lossy(&output.stdout)));
     };
-    assert!(run_err(&restore(&[])).contains("another process has locked it"));
+    assert!(refused(&[]).contains("another process has locked it"));
     let copy = dir.path().join("copy");
     std::fs::copy(&path, &copy).unwrap();
-    let answer = Answer::parse(&run_ok(&restore(&["--drive", &format!("disk={}", text(&copy))])));
-    good(&answer);
+    restored(&["--drive", &format!("disk={}", text(&copy))]);
     kill(vm);
-    run_ok(&restore(&[]));
+    restored(&[]);
     OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&[1], MIB - 1).unwrap();
-    let message = run_err(&restore(&[]));
+    let message = refused(&[]);
     assert!(message.contains("was written to after the snapshot was taken"), "{message}");
-    run_ok(&restore(&["--drive", &format!("disk={}", text(&path))]));
+    restored(&["--drive", &format!("disk={}", text(&path))]);
     let larger = image(dir.path(), "larger", 2 * MIB);
-    let message = run_err(&restore(&["--drive", &format!("disk={}", text(&larger))]));
+    let message = refused(&["--drive", &format!("disk={}", text(&larger))]);
     assert!(message.contains("the guest knows a disk of 1048576 bytes, this one has 2097152"), "{message}");
-    let message = run_err(&restore(&["--drive", "other=/x"]));
+    let copy = format!("disk={}", text(&copy));
+    let message = refused(&["--drive", &copy, "--drive", "other=/x"]);
     assert!(message.contains("no drive `other` to override; it has: disk"), "{message}");
-    let message = run_err(&restore(&["--drive-dir", text(dir.path())]));
+    let message = refused(&["--drive-dir", text(dir.path())]);
     assert!(message.contains("no copy of a drive"), "{message}");
 }
 
