@@ -133,6 +133,9 @@ struct CreateExtension {
     /// Let the machine run on afterwards.
     #[serde(default)]
     resume: bool,
+    /// Take copies of the drives that the guest can write.
+    #[serde(default)]
+    copy_drives: bool,
 }
 
 #[derive(Deserialize)]
@@ -154,7 +157,8 @@ pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
         SnapshotType::Full => SnapshotKind::Full,
         SnapshotType::Diff => SnapshotKind::Diff,
     };
-    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume: create.tvmm.resume }).into())
+    let CreateExtension { resume, copy_drives } = create.tvmm;
+    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives }).into())
 }
 
 #[derive(Deserialize)]
@@ -186,6 +190,8 @@ struct LoadExtension {
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
+    /// Where this clone's copies of drives go, for a snapshot that has copies.
+    drive_dir: Option<PathBuf>,
     /// Metadata that are new or have other values.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
@@ -271,7 +277,8 @@ fn overrides(
     let drives = std::mem::take(&mut tvmm.drive_overrides);
     let drives = drives.into_iter().map(|body| (body.drive_id, body.path_on_host)).collect();
     let metadata = std::mem::take(&mut tvmm.metadata);
-    Ok(Overrides { drives, networks, metadata, vsock: vsock.map(|body| body.uds_path) })
+    let (drive_dir, vsock) = (tvmm.drive_dir.take(), vsock.map(|body| body.uds_path));
+    Ok(Overrides { drives, drive_dir, networks, metadata, vsock })
 }
 
 /// Refuses empty paths, which would otherwise be reported as a missing file without a name.

@@ -51,6 +51,12 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// Give a drive another image than it had (repeatable); one named here may have changed since the snapshot
+    #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
+    drive: Vec<(String, PathBuf)>,
+    /// Where to make this VM's own copies of drives, for a snapshot taken with --copy-drives
+    #[arg(long, value_name = "DIR")]
+    drive_dir: Option<PathBuf>,
     /// Tell this clone something: a key of its metadata, and its value (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     metadata: Vec<(String, String)>,
@@ -95,7 +101,12 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides { metadata: args.metadata.iter().cloned().collect(), ..Overrides::default() },
+        overrides: Overrides {
+            drives: args.drive.clone(),
+            drive_dir: args.drive_dir.clone(),
+            metadata: args.metadata.iter().cloned().collect(),
+            ..Overrides::default()
+        },
         track_dirty_pages: args.track_dirty_pages,
         clock_realtime: args.clock_realtime,
         resume: !args.paused,
@@ -116,6 +127,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     match key.is_empty() {
         true => Err("the key is empty".to_owned()),
         false => Ok((key.to_owned(), value.to_owned())),
+    }
+}
+
+fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
+    match key_value(text)? {
+        (_, path) if path.is_empty() => Err("the path is empty".to_owned()),
+        (id, path) => Ok((id, path.into())),
     }
 }
 

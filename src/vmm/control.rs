@@ -100,6 +100,8 @@ pub struct CreateSnapshot {
     pub kind: SnapshotKind,
     /// Whether the machine runs on afterwards; if not it stays paused.
     pub resume: bool,
+    /// Whether the snapshot takes copies of the drives that the guest can write.
+    pub copy_drives: bool,
 }
 
 /// How to restore a machine.

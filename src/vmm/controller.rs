@@ -362,8 +362,8 @@ impl Controller {
             SnapshotKind::Full => snapshot::SnapshotKind::Full,
             SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
         };
-        let captured =
-            machine.capture(location(&create.location), kind).map_err(|error| Refused::bad_request_because(&error))?;
+        let captured = machine.capture(location(&create.location), kind, create.copy_drives);
+        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
         if create.resume
             && let Err(refused) = self.resume()
         {

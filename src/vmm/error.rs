@@ -76,6 +76,12 @@ pub enum Error {
     DeviceMissing { index: usize, device_type: u32 },
     #[error("The snapshot has no {kind} `{id}` to override; it has: {has}")]
     NoSuchDevice { kind: &'static str, id: String, has: String },
+    #[error(
+        "The snapshot has copies of its drives ({ids}): say where this VM's own copies of them are to be made (--drive-dir DIR, tvmm.drive_dir), or name other images (--drive ID=PATH, tvmm.drive_overrides)"
+    )]
+    DriveDirNeeded { ids: String },
+    #[error("The snapshot has no copy of a drive that would go to the drive directory; leave it out")]
+    DriveDirUseless,
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

@@ -202,7 +202,8 @@ impl Machine<Built> {
         let mut machine = Machine::build(kvm, ram, shape, set, outside, timeline)?;
         let slots = machine.virtio().slots();
         let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
-        let entry = boot::load(&config.boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
+        let boot_source = config.boot_source.with_args(&devices::root_args(&config.devices));
+        let entry = boot::load(&boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
         if platform.acpi {
             let state = VmGenIdState { gpa: layout::VMGENID, gsi: layout::VMGENID_GSI };
             machine.core.attach_vmgenid(state)?;

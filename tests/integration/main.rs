@@ -2,6 +2,7 @@
 
 mod api;
 mod architecture;
+mod block;
 mod boot;
 mod config;
 mod console;

@@ -1,6 +1,7 @@
 //! Restoring a machine: its state from the snapshot, its memory by a plan.
 
 mod background;
+mod drives;
 mod engine;
 mod external;
 mod files;
@@ -32,6 +33,7 @@ pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 
 use background::BackgroundWork;
+use drives::PlacedDrives;
 use engine::Served;
 use external::ExternalHandler;
 use files::Files;
@@ -190,7 +192,8 @@ impl Machine<Built> {
         };
         let is_ours = spec.handler.is_none() && spec.observer.is_none();
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
-        let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides)?;
+        let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
+        let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides)?;
         let mut fw_cfg = saved.fw_cfg;
         fw_cfg.metadata.extend(spec.overrides.metadata.clone());
         let set = DeviceSet { virtio, configs, fw_cfg };
@@ -215,6 +218,7 @@ impl Machine<Built> {
             timeline.lap(Slice::Preload);
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
+        placed.keep();
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }
