@@ -70,6 +70,7 @@ impl Report {
             Outcome::Signal(_) => "signal",
             Outcome::Quit => "quit",
             Outcome::Answered => "answered",
+            Outcome::NoAnswer(_) => "no-answer",
             Outcome::TimedOut => "timed-out",
         });
         self

@@ -8,7 +8,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::capture::Captured;
-use super::config::VmConfig;
+use super::config::{DeviceConfigs, VmConfig};
 use super::control::{
     Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
     SnapshotPaths, SnapshotTaken, VmState,
@@ -130,6 +130,11 @@ impl Controller {
 
     pub fn moments(&self) -> &Arc<Moments> {
         &self.outside.moments
+    }
+
+    /// The virtio devices the machine has, or is to have.
+    pub fn devices(&self) -> &DeviceConfigs {
+        &self.config.devices
     }
 
     /// The serial port, once there is a machine.
@@ -270,7 +275,7 @@ impl Controller {
         &mut self,
         load: &LoadSnapshot,
         watch: Watch,
-        before_run: impl FnOnce(&Serial),
+        before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
         let chain = Arc::new(match load.handler {
@@ -299,7 +304,7 @@ impl Controller {
         let policy = plan.policy.clone();
         self.plan = Some(plan);
         self.restored = Some(Restored { snapshot, policy, plan: origin, source_cache, costs, fit, layers, engine });
-        before_run(machine.serial());
+        before_run(machine.serial(), &self.config.devices)?;
         stalls.restored(machine.ending().clone());
         self.phase =
             if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
@@ -313,7 +318,7 @@ impl Controller {
                 "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
             ));
         }
-        self.restore(load, Watch::default(), |_| {}).map_err(|error| Refused::bad_request_because(&error))
+        self.restore(load, Watch::default(), |_, _| Ok(())).map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn pause(&mut self) -> Result<(), Refused> {

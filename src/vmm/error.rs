@@ -82,6 +82,8 @@ pub enum Error {
     DriveDirNeeded { ids: String },
     #[error("The snapshot has no copy of a drive that would go to the drive directory; leave it out")]
     DriveDirUseless,
+    #[error("The request is to be made over vsock, but the machine has no vsock device")]
+    NoVsock,
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

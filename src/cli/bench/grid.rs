@@ -176,7 +176,15 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     if !output.status.success() {
         return refuse(format!("Recording failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
     }
-    Ok(Trial { exe, snapshot, profile: Some(profile), function, with_api: false, scratch: dir.to_owned() })
+    Ok(Trial {
+        exe,
+        snapshot,
+        profile: Some(profile),
+        function,
+        run_port: None,
+        with_api: false,
+        scratch: dir.to_owned(),
+    })
 }
 
 const TIMEOUT: Duration = Duration::from_secs(300);

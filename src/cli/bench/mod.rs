@@ -76,6 +76,8 @@ struct Trial {
     snapshot: PathBuf,
     profile: Option<PathBuf>,
     function: String,
+    /// Where the guest takes requests, if it is not the serial line.
+    run_port: Option<u32>,
     with_api: bool,
     scratch: PathBuf,
 }
@@ -92,6 +94,9 @@ impl Trial {
         command.args(["--policy", policy.name(), "--run", &self.function]).arg("--report").arg(&report_path);
         if let Some(profile) = self.profile.as_ref().filter(|_| policy.needs_profile()) {
             command.arg("--profile").arg(profile);
+        }
+        if let Some(port) = self.run_port {
+            command.args(["--run-port", &port.to_string(), "--vsock"]).arg(self.scratch.join("v.sock"));
         }
         if self.with_api {
             command.arg("--api-sock").arg(self.scratch.join("api.sock"));

@@ -27,6 +27,9 @@ pub struct RestoreBenchArgs {
     /// The function each restored guest runs
     #[arg(long, default_value = "hello", value_name = "FUNCTION")]
     run: String,
+    /// Make the request on this vsock port of the guest, instead of on its serial line
+    #[arg(long, value_name = "PORT")]
+    run_port: Option<u32>,
     /// Restores per policy; one more comes first and is not counted
     #[arg(long, default_value_t = 20, value_name = "N")]
     runs: u32,
@@ -95,6 +98,7 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
         snapshot: args.snapshot.clone(),
         profile: args.profile.clone(),
         function: args.run.clone(),
+        run_port: args.run_port,
         with_api: args.with_api,
         scratch: scratch.path().to_owned(),
     };

@@ -165,7 +165,7 @@ impl Planner {
         let (resolved, budget) = (&self.resolved[..], Budget::default());
         let input = PolicyInput { chain: &self.chain, resolved, profile: None, costs: &costs, budget };
         let expected = input.estimate(&plan);
-        PlanFile::new(plan, expected, "none".to_string(), &self.chain)?.save(path)?;
+        PlanFile::new(plan, expected, &self.chain)?.save(path)?;
         Ok(())
     }
 }

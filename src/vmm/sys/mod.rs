@@ -5,6 +5,7 @@ pub mod clock;
 pub mod coalesced;
 pub mod dirty_log;
 pub mod kick;
+pub mod limits;
 pub mod mapping;
 
 pub mod page_cache;
