@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::overrides::OverrideArgs;
 use super::report;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, Overrides, SnapshotPaths};
+use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::session::{self, Begin, Outcome, Surroundings};
@@ -57,6 +58,8 @@ pub struct RestoreArgs {
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
     #[command(flatten)]
+    overrides: OverrideArgs,
+    #[command(flatten)]
     session: SessionArgs,
 }
 
@@ -84,7 +87,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides::default(),
+        overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,
         resume: !args.paused,
     };

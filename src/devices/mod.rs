@@ -31,6 +31,14 @@ pub enum Error {
     /// Two devices want the same addresses.
     #[error("The address range {base:#x}+{len:#x} is taken already")]
     Overlap { base: u64, len: u64 },
+    /// A tap device that cannot be had; `why` says what to do.
+    #[error("Network interface `{id}` cannot use the tap `{tap}`: {why}")]
+    Tap { id: String, tap: String, why: String, source: io::Error },
+    /// A MAC address for a guest that cannot learn of it.
+    #[error(
+        "Network interface `{id}` cannot have another MAC address: it had no guest_mac, so the guest chose its own; give it one before it boots"
+    )]
+    NoMac { id: String },
     /// Saved state that the device cannot have had.
     #[error("The saved state of the {device} is not valid: {what}")]
     State { device: &'static str, what: &'static str },

@@ -13,6 +13,7 @@ use super::control::{
     Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
     SnapshotPaths, SnapshotTaken, VmState,
 };
+use super::devices::VirtioDevices;
 use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
@@ -405,8 +406,10 @@ impl Controller {
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
+        let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
+        let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "devices": devices });
         match &mut self.metrics {
-            Some(file) => file.write(&serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults })),
+            Some(file) => file.write(&all),
             None => Ok(()),
         }
     }
@@ -435,6 +438,7 @@ pub struct Parts<'a> {
     pub faults: FaultCounts,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
+    virtio: &'a VirtioDevices,
     counters: &'a super::metrics::ExitCounters,
 }
 
@@ -446,6 +450,7 @@ impl<'a> Parts<'a> {
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
             single_pages: machine.maps_single_pages(),
+            virtio: machine.virtio(),
             counters: machine.counters(),
         }
     }

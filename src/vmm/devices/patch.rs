@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::VirtioDevices;
+use super::build::net_config;
+use crate::devices::virtio::Net;
 use crate::vmm::config::RateLimiterConfig;
 use crate::vmm::control::Refused;
 
@@ -39,8 +41,23 @@ impl VirtioDevices {
     pub fn patch(&mut self, patch: DevicePatch) -> Result<(), Refused> {
         match patch {
             DevicePatch::Drive(patch) => Err(no_such("drive", &patch.drive_id)),
-            DevicePatch::Network(patch) => Err(no_such("network interface", &patch.iface_id)),
+            DevicePatch::Network(patch) => self.patch_network(&patch),
         }
+    }
+
+    fn patch_network(&mut self, patch: &NetworkPatch) -> Result<(), Refused> {
+        let rx = patch.rx_rate_limiter.unwrap_or_default().into();
+        let tx = patch.tx_rate_limiter.unwrap_or_default().into();
+        let changed = self.with(&patch.iface_id, |net: &mut Net| {
+            net.set_limits(rx, tx);
+            (net_config(net.params()), false)
+        });
+        let config = changed.ok_or_else(|| no_such("network interface", &patch.iface_id))?;
+        let networks = &mut self.configs_mut().network_interfaces;
+        networks.iter_mut().filter(|network| network.iface_id == config.iface_id).for_each(|network| {
+            *network = config.clone();
+        });
+        Ok(())
     }
 }
 

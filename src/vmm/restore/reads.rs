@@ -66,7 +66,10 @@ pub fn fill(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fill
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(|| work.run())).collect();
         let own = work.run();
         // A panic of a thread goes on here.
-        others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).fold(own, Result::and)
+        others
+            .into_iter()
+            .map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .fold(own, Result::and)
     })?;
     let (calls, direct) = (work.calls.into_inner(), work.all_direct.into_inner());
     Ok(Filled { calls, threads: threads as u64, direct })

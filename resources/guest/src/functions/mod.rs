@@ -4,6 +4,7 @@
 //! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
 
 mod memory;
+mod net;
 mod pages;
 mod rng;
 mod spin;
@@ -69,6 +70,10 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
+    function("net_info", &[], net::info),
+    function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
+    function("net_send", &[required("count"), optional("size"), optional("batch"), SEED], net::send),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
@@ -84,6 +89,7 @@ pub struct Ctx {
     pub filled: memory::Filled,
     pub handles: pages::Handles,
     pub spin: spin::State,
+    pub net: net::State,
     pub rng: rng::State,
     pub config: Config,
     pub protocol: Protocol,
@@ -98,6 +104,7 @@ impl Ctx {
             filled: memory::Filled::new(),
             handles: pages::Handles::new(),
             spin: spin::State::new(),
+            net: net::State::new(),
             rng: rng::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
