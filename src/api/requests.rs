@@ -1,5 +1,6 @@
 //! Request bodies and the commands they mean.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -179,6 +180,9 @@ struct LoadExtension {
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
+    /// Metadata that are new or have other values.
+    #[serde(default)]
+    metadata: BTreeMap<String, String>,
     /// Other MAC addresses for network interfaces.
     #[serde(default)]
     mac_overrides: Vec<MacOverrideBody>,
@@ -263,7 +267,8 @@ fn overrides(
     }
     let drives = std::mem::take(&mut tvmm.drive_overrides);
     let drives = drives.into_iter().map(|body| (body.drive_id, body.path_on_host)).collect();
-    Ok(Overrides { drives, networks, vsock: vsock.map(|body| body.uds_path) })
+    let metadata = std::mem::take(&mut tvmm.metadata);
+    Ok(Overrides { drives, networks, metadata, vsock: vsock.map(|body| body.uds_path) })
 }
 
 /// Refuses empty paths, which would otherwise be reported as a missing file without a name.

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::BoxError;
+use crate::tiering::profile::Profile;
 use crate::vmm::console::Answer;
 use crate::vmm::controller::Controller;
 use crate::vmm::{accounting, usage};
@@ -13,7 +14,14 @@ use crate::vmm::{accounting, usage};
 pub struct Report(Value);
 
 /// Everything that needs the machine alive.
-pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>) -> Result<Report, BoxError> {
+///
+/// `against`: the profile of a run to hold the plan against.
+pub fn collect(
+    controller: &Controller,
+    operation: &str,
+    answer: Option<&Answer>,
+    against: Option<&Profile>,
+) -> Result<Report, BoxError> {
     let parts = controller.machine_parts();
     let memory = parts.as_ref().map(|parts| usage::read(parts.ram)).transpose()?;
     let fault_ins = parts.as_ref().map(|parts| accounting::count(parts.ram, parts.faults)).transpose()?.flatten();
@@ -23,12 +31,16 @@ pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>
         json["by_write"] = json!(counts.by_write());
         json
     });
+    let against = against.map(|profile| controller.fit(profile)).transpose()?.flatten();
     let restored = controller.restored().map(|restored| {
         json!({
             "snapshot": restored.snapshot,
             "policy": restored.policy,
             "plan": restored.plan,
             "source_cache": restored.source_cache,
+            "costs": restored.costs,
+            "fit_expected": restored.fit,
+            "fit_against": against,
             "layers": restored.layers,
             "engine": restored.engine,
         })

@@ -4,6 +4,7 @@
 //! of how it is asked. What it must not lose over a snapshot is a `…State` next to it.
 
 mod bus;
+mod fw_cfg;
 mod i8042;
 mod interrupt;
 mod output;
@@ -13,6 +14,7 @@ pub mod virtio;
 mod vmgenid;
 
 pub use bus::{Bus, BusDevice};
+pub use fw_cfg::{FwCfg, FwCfgState, Metadata};
 pub use i8042::{I8042, I8042State, PULSE_RESET};
 pub use interrupt::InterruptLine;
 pub use output::{ConsoleOutput, FdSink, Sink};

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::container::{self, Section, SectionKind, write_container};
 use super::manifest::{MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
 use super::memory_check::{MemoryFile, Progress};
-use super::page_map::{ChunkHasher, PageMap};
+use super::page_map::PageMap;
 use super::partial::Partial;
 use super::reader::{PAGES_LIMIT, SNAPSHOT_FILE_LIMIT, STATE_LIMIT, section_digest};
 use super::{
@@ -17,7 +17,8 @@ use super::{
     PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, files,
 };
 
-/// How much is written and then checksummed at once: large against the cost of a system call, small against a cache.
+/// Written at once: large against the cost of a system call. File systems make folios as large as a write, and a kernel
+/// that must first make room for one of 2 MiB keeps the guest waiting.
 const WRITE_PIECE: usize = 512 << 10;
 
 /// A snapshot being written. Dropping it without [`seal`](SnapshotWriter::seal) leaves nothing behind.
@@ -33,7 +34,6 @@ pub struct SnapshotWriter {
     next: Gfn,
     held: PageSet,
     zero: PageSet,
-    hasher: ChunkHasher,
 }
 
 /// The work directories: one for the directory form, one beside each file for the two-file form.
@@ -122,12 +122,11 @@ impl SnapshotWriter {
             next: Gfn(0),
             held: PageSet::new(),
             zero: PageSet::new(),
-            hasher: ChunkHasher::new(),
         })
     }
 
     /// Writes the bytes of the pages from `first` on; the layer then holds these pages. Meant to be called while the
-    /// VM is paused, with runs as long as possible: it costs the copy into the page cache and a checksum, no more.
+    /// VM is paused, with runs as long as possible: it costs the copy into the page cache, no more.
     ///
     /// # Errors
     /// [`Error::BadRun`] if the bytes are not whole pages, cross the end of a range, come before a page that was
@@ -147,19 +146,14 @@ impl SnapshotWriter {
         }
         // Proven by `contains`: every page of the layout has an offset.
         let mut offset = self.layout.file_offset(first).unwrap_or_default();
-        let mut at = first;
         for piece in bytes.chunks(WRITE_PIECE) {
             if let Err(source) = self.memory.write_all_at(piece, offset) {
                 return Err(Error::Io { action: "write", path: self.work.memory_path(), source });
             }
-            // Right after the write, while the piece is in the CPU's cache.
-            self.hasher.update(at, piece);
-            let written = Extent { first: at, pages: piece.len() as u64 / PAGE_SIZE };
-            self.held.insert_run(written);
-            at = written.end();
-            self.next = at;
             offset += piece.len() as u64;
         }
+        self.held.insert_run(run);
+        self.next = run.end();
         Ok(())
     }
 
@@ -182,7 +176,8 @@ impl SnapshotWriter {
         Ok(())
     }
 
-    /// Completes the snapshot: writes state, page map and manifest, makes everything durable, reads the memory back
+    /// Completes the snapshot: checksums the memory (from the page cache, before the disk has a part in it: see
+    /// [`MemoryFile::checksums`]), writes state, page map and manifest, makes everything durable, reads the memory back
     /// from the disk and compares it (which also leaves it in the page cache in large folios), and moves the snapshot
     /// to its name. The VM need not be paused for any of it.
     ///
@@ -192,8 +187,8 @@ impl SnapshotWriter {
     pub fn seal(self, input: SealInput<'_>) -> Result<Sealed> {
         container::check_sections(&input.state)?;
         let object = self.target.display();
-        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, hasher, .. } = self;
-        let checksums = hasher.finish().into_iter().map(|(_, crc)| crc).collect();
+        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, .. } = self;
+        let checksums = MemoryFile { file: &memory, path: &work.memory_path(), layout: &layout }.checksums(&held)?;
         let map = PageMap::new(&layout, held, zero, checksums).map_err(|p| Error::malformed(&object, p))?;
         let pages = map.to_sections();
         let sizes = FileSizes {

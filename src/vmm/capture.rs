@@ -12,6 +12,7 @@ use super::machine::{Core, Machine, Paused};
 use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
 use super::sys::page_cache::PageCache;
+use super::sys::pagemap_scan::mapped_runs;
 use super::sys::{dirty_log, pagemap::Pagemap};
 use crate::snapshot::{
     Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section,
@@ -90,6 +91,7 @@ impl Machine<Paused> {
         sections.push(state::section(SectionKind::Vm, 0, &VmState::save(&core.vm)?)?);
         sections.push(state::section(SectionKind::Serial, 0, &core.devices.serial.save())?);
         sections.push(state::section(SectionKind::I8042, 0, &core.devices.i8042.save())?);
+        sections.push(state::section(SectionKind::Metadata, 0, &core.devices.fw_cfg.save())?);
         if let Some(vmgenid) = &core.devices.vmgenid {
             sections.push(state::section(SectionKind::VmGenId, 0, &vmgenid.save())?);
         }
@@ -160,15 +162,19 @@ impl Core {
     /// Pages that can hold anything but zeros: those this process has populated, and those that a layer holds under a
     /// piece that is a mapping of its file and may never have been touched.
     fn maybe_nonzero(&self) -> Result<PageSet, Error> {
-        let pagemap = Pagemap::open().map_err(Error::os("open /proc/self/pagemap"))?;
         let mut pages = PageSet::new();
         for (range, host) in self.ram.slots() {
             let first = range.gpa / PAGE_SIZE;
-            pagemap
-                .populated_runs(host, range.len / PAGE_SIZE, |run, len| {
-                    pages.insert_run(Extent { first: Gfn(first + run), pages: len });
-                })
-                .map_err(Error::os("read /proc/self/pagemap"))?;
+            let mut insert = |run, len| pages.insert_run(Extent { first: Gfn(first + run), pages: len });
+            let scanned = mapped_runs(host, range.len / PAGE_SIZE, |run, len, _| insert(run, len));
+            let populated = match scanned {
+                // Before Linux 6.7 the same is read entry by entry.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {
+                    Pagemap::open().and_then(|map| map.populated_runs(host, range.len / PAGE_SIZE, insert))
+                }
+                scanned => scanned,
+            };
+            populated.map_err(Error::os("scan /proc/self/pagemap"))?;
         }
         if let Some(chain) = self.lineage.origin() {
             let mut mapped = PageSet::new();

@@ -25,7 +25,11 @@ use super::stall::StallWatch;
 use super::timeline::{Moments, Timeline};
 use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, Sealed};
+use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
+use crate::tiering;
+use crate::tiering::fit::Fit;
+use crate::tiering::plan_file::CostsUsed;
+use crate::tiering::profile::Profile;
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
@@ -45,6 +49,10 @@ pub struct Restored {
     pub plan: &'static str,
     /// The page cache state the plan counts on.
     pub source_cache: Option<&'static str>,
+    /// The numbers the plan was made by, if its policy weighs any.
+    pub costs: Option<CostsUsed>,
+    /// How the plan fits the profile it was made from.
+    pub fit: Option<Fit>,
     pub layers: usize,
     pub engine: EngineReport,
 }
@@ -59,6 +67,8 @@ pub struct Controller {
     outside: Outside,
     pub timeline: Timeline,
     restored: Option<Restored>,
+    /// The plan of the restored machine.
+    plan: Option<RestorePlan>,
     metrics: Option<MetricsFile>,
     seals: (Sender<SealOutcome>, Receiver<SealOutcome>),
     seal_event: Arc<EventFd>,
@@ -84,6 +94,7 @@ impl Controller {
             outside,
             timeline,
             restored: None,
+            plan: None,
             metrics,
             seals: channel(),
             seal_event,
@@ -99,6 +110,19 @@ impl Controller {
 
     pub fn restored(&self) -> Option<&Restored> {
         self.restored.as_ref()
+    }
+
+    /// How the plan that was carried out fits the run of `profile`.
+    ///
+    /// # Errors
+    /// [`tiering::Error::ProfileOfOther`] for a profile of another snapshot.
+    pub fn fit(&self, profile: &Profile) -> Result<Option<Fit>, Error> {
+        let Some(plan) = &self.plan else { return Ok(None) };
+        if plan.snapshot != profile.snapshot {
+            let (made_for, given) = (profile.snapshot, plan.snapshot);
+            return Err(tiering::Error::ProfileOfOther { made_for, given }.into());
+        }
+        Ok(Some(Fit::of(plan, profile)))
     }
 
     pub fn output(&self) -> &Arc<ConsoleOutput> {
@@ -253,7 +277,7 @@ impl Controller {
             None => Chain::open(&location(&load.location))?,
             Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
         });
-        let Chosen { plan, origin, source_cache } = planning::choose(&chain, load)?;
+        let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, load)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
@@ -271,7 +295,9 @@ impl Controller {
         self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
         self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
         self.config.devices = machine.virtio().configs().clone();
-        self.restored = Some(Restored { snapshot, policy: plan.policy, plan: origin, source_cache, layers, engine });
+        let policy = plan.policy.clone();
+        self.plan = Some(plan);
+        self.restored = Some(Restored { snapshot, policy, plan: origin, source_cache, costs, fit, layers, engine });
         before_run(machine.serial());
         stalls.restored(machine.ending().clone());
         self.phase =
@@ -407,9 +433,20 @@ impl Controller {
         let parts = self.machine_parts();
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
         let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
-        let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "devices": devices });
         match &mut self.metrics {
-            Some(file) => file.write(&all),
+            Some(file) => {
+                let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
+                let plan = fit.map(|fit| {
+                    let (preloaded, in_place) = (fit.preload, fit.in_place);
+                    serde_json::json!({
+                        "preloaded": preloaded.pages, "preloaded_unexpected": preloaded.untouched,
+                        "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,
+                    })
+                });
+                let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
+                    "devices": devices });
+                file.write(&all)
+            }
             None => Ok(()),
         }
     }

@@ -32,7 +32,7 @@ use super::sys::dirty_log;
 use super::timeline::{Moments, Slice, Timeline};
 use super::vcpu::{Buses, Ending, EndingSignal, Vcpu, VcpuThread};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::{ConsoleOutput, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
+use crate::devices::{ConsoleOutput, FwCfg, FwCfgState, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
 use crate::snapshot::MemoryLayout;
 
 /// What a machine is built from, whether it boots or is restored.
@@ -68,16 +68,19 @@ pub struct Outside {
 pub struct Devices {
     pub serial: Arc<Serial>,
     pub i8042: Arc<I8042>,
+    /// What the host tells the guest.
+    pub fw_cfg: Arc<FwCfg>,
     /// Machines without ACPI have none: the guest could not find it.
     pub vmgenid: Option<VmGenId>,
     pub virtio: VirtioDevices,
 }
 
-/// Virtio devices that are to be attached, and the config they were made from.
+/// Devices that differ from machine to machine, and the config the virtio ones were made from.
 #[derive(Default)]
-pub struct VirtioSet {
-    pub devices: Vec<Box<dyn VirtioDevice>>,
+pub struct DeviceSet {
+    pub virtio: Vec<Box<dyn VirtioDevice>>,
     pub configs: DeviceConfigs,
+    pub fw_cfg: FwCfgState,
 }
 
 /// What outlives the machine's states. Fields drop in this order: the VM before the memory under its slots.
@@ -149,7 +152,7 @@ impl Machine<Built> {
         kvm: Kvm,
         ram: GuestRam,
         shape: Shape,
-        virtio: VirtioSet,
+        set: DeviceSet,
         outside: Outside,
         timeline: &mut Timeline,
     ) -> Result<Self, Error> {
@@ -163,7 +166,7 @@ impl Machine<Built> {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(Error::kvm("create the PIT"))?;
         let ending = Arc::new(EndingSignal::new().map_err(Error::os("make an eventfd"))?);
-        let (devices, buses) = build_devices(&vm, &ram, virtio, outside.output, &ending)?;
+        let (devices, buses) = build_devices(&vm, &ram, set, outside.output, &ending)?;
         let (counters, moments) = (Arc::new(ExitCounters::default()), outside.moments);
         let mut vcpus = Vec::with_capacity(usize::from(shape.vcpu_count));
         for index in 0..shape.vcpu_count {
@@ -193,8 +196,9 @@ impl Machine<Built> {
         let ram = GuestRam::anonymous(&shape.layout()?)?;
         timeline.lap(Slice::Map);
         let configs = config.devices.clone();
-        let virtio = VirtioSet { devices: devices::from_configs(&configs)?, configs };
-        let mut machine = Machine::build(kvm, ram, shape, virtio, outside, timeline)?;
+        let fw_cfg = FwCfgState::new(config.tvmm.metadata.clone());
+        let set = DeviceSet { virtio: devices::from_configs(&configs)?, configs, fw_cfg };
+        let mut machine = Machine::build(kvm, ram, shape, set, outside, timeline)?;
         let slots = machine.virtio().slots();
         let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
         let entry = boot::load(&config.boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
@@ -397,7 +401,7 @@ fn coalesce_console(kvm: &Kvm, vm: &VmFd, vcpus: &mut [Vcpu]) -> Result<(), Erro
 fn build_devices(
     vm: &VmFd,
     ram: &GuestRam,
-    virtio: VirtioSet,
+    set: DeviceSet,
     output: Arc<ConsoleOutput>,
     ending: &Arc<EndingSignal>,
 ) -> Result<(Devices, Arc<Buses>), Error> {
@@ -412,8 +416,10 @@ fn build_devices(
     buses.pio.insert(layout::COM1, layout::COM1_LEN, serial.clone())?;
     buses.pio.insert(layout::I8042, layout::I8042_LEN, i8042.clone())?;
     buses.pio.insert(layout::SLEEP, layout::SLEEP_LEN, Arc::new(sleep))?;
-    let virtio = VirtioDevices::attach(vm, &mut buses.mmio, ram.view(), virtio.devices, virtio.configs)?;
-    Ok((Devices { serial, i8042, vmgenid: None, virtio }, Arc::new(buses)))
+    let fw_cfg = Arc::new(FwCfg::new(set.fw_cfg)?);
+    buses.pio.insert(layout::FW_CFG, layout::FW_CFG_LEN, fw_cfg.clone())?;
+    let virtio = VirtioDevices::attach(vm, &mut buses.mmio, ram.view(), set.virtio, set.configs)?;
+    Ok((Devices { serial, i8042, fw_cfg, vmgenid: None, virtio }, Arc::new(buses)))
 }
 
 fn set_boot_state(

@@ -8,7 +8,8 @@ use super::error::Error;
 use super::sys::page_cache;
 use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, derived_dir};
 use crate::tiering::costs::{Costs, SourceCache};
-use crate::tiering::plan_file::PlanFile;
+use crate::tiering::fit::Fit;
+use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, Policy, PolicyInput};
 use crate::tiering::profile::Profile;
 
@@ -19,6 +20,16 @@ pub struct Chosen {
     pub origin: &'static str,
     /// The page cache state the plan counts on, if it matters to its policy.
     pub source_cache: Option<&'static str>,
+    /// The numbers it was made by, if its policy weighs any.
+    pub costs: Option<CostsUsed>,
+    /// How it fits the profile it was made from.
+    pub fit: Option<Fit>,
+}
+
+impl Chosen {
+    fn from(file: PlanFile, origin: &'static str, source_cache: Option<&'static str>) -> Chosen {
+        Chosen { plan: file.plan, origin, source_cache, costs: file.costs, fit: file.fit }
+    }
 }
 
 /// Makes or finds the plan that `load` asks for.
@@ -26,14 +37,14 @@ pub fn choose(chain: &Chain, load: &LoadSnapshot) -> Result<Chosen, Error> {
     if let Some(path) = &load.plan {
         let file = PlanFile::load(path)?;
         file.check_for(chain, path)?;
-        return Ok(Chosen { plan: file.plan, origin: "file", source_cache: None });
+        return Ok(Chosen::from(file, "file", None));
     }
     let policy: Policy = load.policy.parse()?;
     if !policy.needs_profile() {
         let resolved = if policy.needs_pages(chain) { chain.resolve()? } else { Vec::new() };
         let (costs, budget) = (Costs::default(), Budget::default());
         let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget };
-        return Ok(Chosen { plan: policy.plan(&input)?, origin: "made", source_cache: None });
+        return Ok(Chosen { plan: policy.plan(&input)?, origin: "made", source_cache: None, costs: None, fit: None });
     }
     from_profile(chain, policy, load)
 }
@@ -55,17 +66,18 @@ fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Ch
     let budget = Budget { dram_pages: pages(load.dram_mib), cxl_pages: pages(load.cxl_mib) };
     let path = cache_path(chain, policy, bytes.as_deref().unwrap_or_default(), &costs, budget);
     let source_cache = Some(cache.name());
-    if let Some(plan) = cached(chain, &path) {
-        return Ok(Chosen { plan, origin: "cache", source_cache });
+    if let Some(file) = cached(chain, &path) {
+        return Ok(Chosen::from(file, "cache", source_cache));
     }
     let profile = load.profile.as_deref().map(Profile::load).transpose()?;
     let resolved = chain.resolve()?;
     let input = PolicyInput { chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
     let plan = policy.plan(&input)?;
     let expected = input.estimate(&plan);
-    let file = PlanFile::new(plan, expected, costs.source(), chain)?;
+    let used = CostsUsed::new(&costs, load.costs.as_deref());
+    let file = PlanFile::new(plan, expected, chain)?.made_from(used, profile.as_ref());
     keep(&file, &path);
-    Ok(Chosen { plan: file.plan, origin: "made", source_cache })
+    Ok(Chosen::from(file, "made", source_cache))
 }
 
 fn pages(mib: Option<u64>) -> Option<u64> {
@@ -83,12 +95,12 @@ fn cache_path(chain: &Chain, policy: Policy, profile: &[u8], costs: &Costs, budg
 }
 
 /// A kept plan that is still good. One that is not is made again.
-fn cached(chain: &Chain, path: &Path) -> Option<RestorePlan> {
+fn cached(chain: &Chain, path: &Path) -> Option<PlanFile> {
     if !path.exists() {
         return None;
     }
     let checked = PlanFile::load(path).and_then(|file| file.check_for(chain, path).map(drop).map(|()| file));
-    checked.map(|file| file.plan).inspect_err(|error| tracing::warn!(%error, "A kept plan is made again")).ok()
+    checked.inspect_err(|error| tracing::warn!(%error, "A kept plan is made again")).ok()
 }
 
 fn keep(file: &PlanFile, path: &Path) {

@@ -14,6 +14,7 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod metadata;
 mod plans;
 mod profile;
 mod report;

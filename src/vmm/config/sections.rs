@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use crate::devices::Metadata;
 
 /// The most vCPUs a machine may have (Firecracker's limit).
 pub const MAX_VCPU_COUNT: u8 = 32;
@@ -243,10 +244,12 @@ pub struct TvmmConfig {
     /// table and virtio devices by `virtio_mmio.device=` on its command line; it has no VM generation id and cannot
     /// turn the machine off, only reset it.
     pub acpi: bool,
+    /// What the guest is told: keys and values.
+    pub metadata: Metadata,
 }
 
 impl Default for TvmmConfig {
     fn default() -> Self {
-        Self { boot_protocol: BootProtocol::default(), acpi: true }
+        Self { boot_protocol: BootProtocol::default(), acpi: true, metadata: Metadata::new() }
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::SavedDevice;
 use super::limits::config_of;
+use crate::devices::Metadata;
 use crate::devices::virtio::{Entropy, EntropyState, Net, NetOverride, NetParams, NetState, VirtioDevice, id};
 use crate::vmm::config::{DeviceConfigs, EntropyConfig, NetworkConfig, format_mac, parse_mac};
 use crate::vmm::error::Error;
@@ -15,6 +16,8 @@ pub struct Overrides {
     pub drives: Vec<(String, PathBuf)>,
     /// Interface id → tap, and the MAC address to have from now on.
     pub networks: Vec<NetworkOverride>,
+    /// Metadata that are new or have other values; the others stay.
+    pub metadata: Metadata,
     /// The Unix socket of the vsock device.
     pub vsock: Option<PathBuf>,
 }

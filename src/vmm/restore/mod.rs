@@ -11,17 +11,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::de::DeserializeOwned;
+
 use super::arch::layout;
 use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
-use super::machine::{Built, Core, Machine, Outside, Shape, VirtioSet, open_kvm};
+use super::machine::{Built, Core, DeviceSet, Machine, Outside, Shape, open_kvm};
 use super::stall::Stalls;
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
 use super::{config, host};
-use crate::devices::{I8042State, SerialState, VmGenId, VmGenIdState};
+use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
 use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
 
@@ -94,6 +96,7 @@ struct SavedState {
     /// Machines without ACPI, and those of tvmm 0.1, have none.
     vmgenid: Option<VmGenIdState>,
     virtio: Vec<SavedDevice>,
+    fw_cfg: FwCfgState,
 }
 
 impl SavedState {
@@ -112,6 +115,7 @@ impl SavedState {
             serial: state::decode(snapshot, SectionKind::Serial, 0)?,
             vmgenid: decode_vmgenid(snapshot)?,
             virtio: virtio.collect::<Result<_, _>>()?,
+            fw_cfg: optional(snapshot, SectionKind::Metadata)?.unwrap_or_default(),
             machine,
         };
         let I8042State {} = state::decode(snapshot, SectionKind::I8042, 0)?;
@@ -121,21 +125,27 @@ impl SavedState {
 }
 
 fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
-    if !snapshot.sections().iter().any(|section| section.kind == SectionKind::VmGenId) {
-        return Ok(None);
-    }
-    let state: VmGenIdState = state::decode(snapshot, SectionKind::VmGenId, 0)?;
+    let Some(state) = optional::<VmGenIdState>(snapshot, SectionKind::VmGenId)? else { return Ok(None) };
     let known = state.gsi < layout::GSI_COUNT;
     let what = format!("the interrupt controller has no input {}", state.gsi);
     if known { Ok(Some(state)) } else { Err(Error::State { section: "VmGenId".into(), what }) }
 }
 
+/// The only section of a kind that not every snapshot has.
+fn optional<T: DeserializeOwned>(snapshot: &Snapshot, kind: SectionKind) -> Result<Option<T>, Error> {
+    let there = snapshot.sections().iter().any(|section| section.kind == kind);
+    if there { state::decode(snapshot, kind, 0).map(Some) } else { Ok(None) }
+}
+
 /// A section this build does not know may be a device the guest depends on.
 fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
-        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 | SectionKind::VmGenId => {
-            section.instance == 0
-        }
+        SectionKind::Machine
+        | SectionKind::Vm
+        | SectionKind::Serial
+        | SectionKind::I8042
+        | SectionKind::VmGenId
+        | SectionKind::Metadata => section.instance == 0,
         SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
         SectionKind::Virtio => section.instance < config::MAX_DEVICES as u32,
         _ => false,
@@ -177,8 +187,10 @@ impl Machine<Built> {
         };
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides)?;
-        let virtio = VirtioSet { devices: virtio, configs };
-        let mut machine = Machine::build(kvm, built.ram, shape, virtio, outside, timeline)?;
+        let mut fw_cfg = saved.fw_cfg;
+        fw_cfg.metadata.extend(spec.overrides.metadata.clone());
+        let set = DeviceSet { virtio, configs, fw_cfg };
+        let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {

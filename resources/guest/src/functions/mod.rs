@@ -70,6 +70,7 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("metadata", &[], system::metadata),
     function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
     function("net_info", &[], net::info),
     function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
