@@ -1,6 +1,7 @@
 //! The virtio devices of a machine: where they are, how KVM reaches them, and the thread that works for them.
 
 mod build;
+mod limits;
 mod patch;
 mod saved;
 mod thread;
