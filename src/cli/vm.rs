@@ -51,12 +51,21 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// Give a drive another image than it had (repeatable); one named here may have changed since the snapshot
+    #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
+    drive: Vec<(String, PathBuf)>,
+    /// Where to make this VM's own copies of drives, for a snapshot taken with --copy-drives
+    #[arg(long, value_name = "DIR")]
+    drive_dir: Option<PathBuf>,
     /// Tell this clone something: a key of its metadata, and its value (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     metadata: Vec<(String, String)>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
+    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    #[arg(long)]
+    clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
@@ -92,8 +101,14 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides { metadata: args.metadata.iter().cloned().collect(), ..Overrides::default() },
+        overrides: Overrides {
+            drives: args.drive.clone(),
+            drive_dir: args.drive_dir.clone(),
+            metadata: args.metadata.iter().cloned().collect(),
+            ..Overrides::default()
+        },
         track_dirty_pages: args.track_dirty_pages,
+        clock_realtime: args.clock_realtime,
         resume: !args.paused,
     };
     // Before the guest runs: a profile that is none is refused at once.
@@ -112,6 +127,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     match key.is_empty() {
         true => Err("the key is empty".to_owned()),
         false => Ok((key.to_owned(), value.to_owned())),
+    }
+}
+
+fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
+    match key_value(text)? {
+        (_, path) if path.is_empty() => Err("the path is empty".to_owned()),
+        (id, path) => Ok((id, path.into())),
     }
 }
 
@@ -156,7 +178,7 @@ fn run(
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let (Some(path), Some(report)) = (&args.report, report) {
-        report?.finish(&controller).write(path)?;
+        report?.ended(&outcome).finish(&controller).write(path)?;
     }
     let code = exit_code(&outcome, args, answer.as_deref())?;
     stopped?;

@@ -180,6 +180,7 @@ impl Controller {
             Command::GetVmConfig => Ok(Reply::VmConfig(Box::new(self.config.clone()))),
             Command::PutBootSource(source) => self.configure(|config| config.boot_source = source),
             Command::PutMachineConfig(machine) => self.configure(|config| config.machine = machine),
+            Command::PutCpuConfig(cpu) => self.configure(|config| config.cpu = Some(cpu)),
             Command::PatchMachineConfig(patch) => {
                 let machine = self.config.machine.patched(&patch)?;
                 self.configure(|config| config.machine = machine)
@@ -288,6 +289,7 @@ impl Controller {
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
             stalls: &stalls,
+            clock_realtime: load.clock_realtime,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
@@ -360,8 +362,8 @@ impl Controller {
             SnapshotKind::Full => snapshot::SnapshotKind::Full,
             SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
         };
-        let captured =
-            machine.capture(location(&create.location), kind).map_err(|error| Refused::bad_request_because(&error))?;
+        let captured = machine.capture(location(&create.location), kind, create.copy_drives);
+        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
         if create.resume
             && let Err(refused) = self.resume()
         {

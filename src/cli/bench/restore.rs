@@ -85,6 +85,11 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
         return refuse("Nothing to measure: give at least one policy and one run");
     }
     let scratch = Scratch::new(None)?;
+    if args.cache == Cache::AsWritten {
+        return refuse(
+            "The memory file would be written over itself: `tvmm bench grid` does that to snapshots of its own",
+        );
+    }
     let trial = Trial {
         exe: std::env::current_exe()?,
         snapshot: args.snapshot.clone(),

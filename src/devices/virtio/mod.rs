@@ -9,11 +9,15 @@
 //!  device's own descriptors ───────────────────► VirtioDevice::process_event
 //! ```
 
+pub mod block;
 mod chain;
 mod entropy;
 mod memory;
 mod mmio;
 mod queue;
+mod rate_limiter;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod transport_tests;
 
@@ -25,6 +29,7 @@ pub use entropy::{Entropy, EntropyState};
 pub use memory::{Memory, region_bitmap};
 pub use mmio::{MmioDevice, TransportState};
 pub use queue::{QueueState, VirtQueue};
+pub use rate_limiter::{BucketLimit, RateLimiter, RateLimiterState, RateLimits};
 
 use mmio::Interrupt;
 
@@ -119,10 +124,22 @@ impl<'a> Io<'a> {
 
     /// Calls `work` until the queue is empty, with the driver's notifications off in between (VIRTIO 1.2, 2.7.10).
     pub fn drain(&mut self, queue: usize, mut work: impl FnMut(&mut Self) -> Result<(), Broken>) -> Result<(), Broken> {
+        self.drain_while(queue, |io| work(io).map(|()| true))
+    }
+
+    /// [`drain`](Self::drain) for a device that may have to leave chains in the queue: it stops when `work` returns
+    /// false. The driver's notifications then stay off; the device looks at the queue by itself when it can go on.
+    pub fn drain_while(
+        &mut self,
+        queue: usize,
+        mut work: impl FnMut(&mut Self) -> Result<bool, Broken>,
+    ) -> Result<(), Broken> {
         loop {
             let failed = |source| Broken::Queue { queue, source };
             self.queues[queue].disable_notification(self.memory).map_err(failed)?;
-            work(self)?;
+            if !work(self)? {
+                return Ok(());
+            }
             let more = self.queues[queue].enable_notification(self.memory).map_err(failed)?;
             if !more || self.budget == 0 {
                 return Ok(());

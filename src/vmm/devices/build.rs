@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::SavedDevice;
+use super::{SavedDevice, drives};
 use crate::devices::Metadata;
 use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, id};
 use crate::vmm::config::{DeviceConfigs, EntropyConfig};
@@ -13,6 +13,8 @@ use crate::vmm::error::Error;
 pub struct Overrides {
     /// Drive id → backing file.
     pub drives: Vec<(String, PathBuf)>,
+    /// Where the clone's own copies of drives go, for a snapshot that has copies.
+    pub drive_dir: Option<PathBuf>,
     /// Interface id → tap, and the MAC address to have from now on.
     pub networks: Vec<NetworkOverride>,
     /// Metadata that are new or have other values; the others stay.
@@ -32,6 +34,9 @@ pub struct NetworkOverride {
 /// Makes the devices of a config.
 pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for drive in drives::open(configs)? {
+        devices.push(Box::new(drive));
+    }
     if configs.entropy.is_some() {
         devices.push(Box::new(Entropy::new()));
     }
@@ -47,6 +52,11 @@ pub fn from_saved(
     let mut configs = DeviceConfigs::default();
     for (index, saved) in saved.iter().enumerate() {
         match saved.device_type {
+            id::BLOCK => {
+                let drive = drives::restore(saved.decode()?, overrides)?;
+                configs.drives.push(drives::config_of(&drive));
+                devices.push(Box::new(drive));
+            }
             id::ENTROPY => {
                 let EntropyState {} = saved.decode()?;
                 configs.entropy = Some(EntropyConfig::default());

@@ -3,6 +3,7 @@
 //! To add one, write `fn(&Args, &mut Ctx) -> Result<Reply, Message>` in a file here and name it in
 //! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
 
+mod blk;
 mod memory;
 mod pages;
 mod rng;
@@ -69,6 +70,7 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("blk", blk::KEYS, blk::blk),
     function("metadata", &[], system::metadata),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
@@ -86,6 +88,7 @@ pub struct Ctx {
     pub handles: pages::Handles,
     pub spin: spin::State,
     pub rng: rng::State,
+    pub blk: blk::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -100,6 +103,7 @@ impl Ctx {
             handles: pages::Handles::new(),
             spin: spin::State::new(),
             rng: rng::State::new(),
+            blk: blk::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,
