@@ -9,8 +9,8 @@
 .set TRAMPOLINE, 0x8000           # also in src/smp.rs: SIPI vector 8
 .set STUBS, 0x101000              # fixed by link.ld
 .set TSSES, 0x102000              # fixed by link.ld
-.set TSS_SIZE, 256
-.set IO_BITMAP, 128               # ports 0..0x3ff: PIT, PIC, i8042, COM1
+.set TSS_SIZE, 512
+.set IO_BITMAP, 164               # ports 0..0x51f: PIT, PIC, i8042, COM1, firmware configuration
 .set TSS_LIMIT, 104 + IO_BITMAP
 .set KSTACK_SHIFT, 12
 .set USTACK_SHIFT, 17
@@ -300,7 +300,7 @@ tss_base:
     .long 0
     .quad kstacks + ((i + 1) << KSTACK_SHIFT)
 .org i * TSS_SIZE + 102
-    .word 104                     # I/O bitmap: all zero, so every port up to 0x3ff is open to CPL3
+    .word 104                     # I/O bitmap: all zero, so every port up to 0x51f is open to CPL3
 .org i * TSS_SIZE + TSS_LIMIT
     .byte 0xff
 .set i, i+1

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use super::{BoxError, refuse};
 use crate::snapshot::{Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan};
 use crate::tiering::costs::{Costs, SourceCache};
-use crate::tiering::plan_file::PlanFile;
+use crate::tiering::fit::Fit;
+use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, Estimate, Policy, PolicyInput};
 use crate::tiering::profile::Profile;
 
@@ -48,6 +49,10 @@ pub struct PlanArgs {
     /// How the snapshot's files will be cached
     #[arg(long, value_enum, default_value = "huge")]
     cache: Cache,
+    /// The profile of a run to hold the plan against: which pages it brings ahead that this run does not touch, and which
+    /// it leaves that this run touches
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -75,14 +80,20 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
     let plan = policy.plan(&input)?;
     plan.validate(chain.layout(), &chain.layer_file_lens())?;
     let estimate = input.estimate(&plan);
-    let file = PlanFile::new(plan, estimate, costs.source(), &chain)?;
+    let used = CostsUsed::new(&costs, args.costs.as_deref());
+    let file = PlanFile::new(plan, estimate, &chain)?.made_from(used, profile.as_ref());
+    let against = args.against.as_deref().map(|path| against(path, &file.plan, &chain)).transpose()?;
     if let Some(path) = &args.out {
         write(&file, path)?;
     }
     if args.json {
-        println!("{:#}", to_json(&file, &costs));
+        println!("{:#}", to_json(&file, against.as_ref()));
     } else {
-        print(&file, &chain, &costs, profile.is_some());
+        print(&file);
+        if let Some(fit) = against.as_ref().or(file.fit.as_ref()) {
+            print_fit(fit);
+        }
+        draw(&file.plan, chain.layout());
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -98,6 +109,13 @@ fn write(file: &PlanFile, path: &Path) -> Result<(), BoxError> {
     let bytes = file.save(path)?;
     eprintln!("{}: {bytes} bytes", path.display());
     Ok(())
+}
+
+/// Holds the plan against the run of the profile in `path`.
+fn against(path: &Path, plan: &RestorePlan, chain: &Chain) -> Result<Fit, BoxError> {
+    let profile = Profile::load(path)?;
+    profile.check_for(chain.tip())?;
+    Ok(Fit::of(plan, &profile))
 }
 
 /// The groups that are told apart when a plan is shown: a name, what draws it, and which extents belong to it.
@@ -127,16 +145,17 @@ fn grouped(plan: &RestorePlan) -> [(u64, u64); 7] {
     groups
 }
 
-fn to_json(file: &PlanFile, costs: &Costs) -> Value {
+fn to_json(file: &PlanFile, against: Option<&Fit>) -> Value {
     let plan = &file.plan;
     let group = |(index, (pages, extents)): (usize, &(u64, u64))| json!({ "what": GROUPS[index].0, "pages": pages, "extents": extents });
     json!({
         "policy": plan.policy,
         "snapshot": plan.snapshot,
         "costs": file.costs,
-        "cache": costs.cache.name(),
         "groups": grouped(plan).iter().enumerate().map(group).collect::<Vec<_>>(),
         "expected": file.expected,
+        "fit_expected": file.fit,
+        "fit_against": against,
         "images": plan.images.iter().map(|image| json!({ "bytes": image.file_len(), "extents": image.extents.len() })).collect::<Vec<_>>(),
         "background_steps": plan.background.len(),
         "fault_pages": plan.fault_pages,
@@ -144,11 +163,13 @@ fn to_json(file: &PlanFile, costs: &Costs) -> Value {
     })
 }
 
-fn print(file: &PlanFile, chain: &Chain, costs: &Costs, has_profile: bool) {
+fn print(file: &PlanFile) {
     let plan = &file.plan;
     println!("policy     {}", plan.policy);
     println!("snapshot   {}", plan.snapshot);
-    println!("costs      {}; files cached: {}", file.costs, costs.cache.name());
+    if let Some(costs) = &file.costs {
+        println!("costs      {costs}");
+    }
     println!("{}", table(plan));
     for (index, image) in plan.images.iter().enumerate() {
         let mib = image.file_len() as f64 / f64::from(1 << 20);
@@ -160,8 +181,7 @@ fn print(file: &PlanFile, chain: &Chain, costs: &Costs, has_profile: bool) {
     if plan.fault_pages > 1 {
         println!("faults     fetch up to {} pages", plan.fault_pages);
     }
-    expected(&file.expected, has_profile);
-    draw(plan, chain.layout());
+    expected(&file.expected, file.fit.is_some());
 }
 
 fn expected(expected: &Estimate, has_profile: bool) {
@@ -190,6 +210,24 @@ fn table(plan: &RestorePlan) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+/// What the run of a profile does to the pages of each placement.
+fn print_fit(fit: &Fit) {
+    let runs = if fit.runs == 1 { "one run".to_string() } else { format!("any of {} runs", fit.runs) };
+    println!("against    {runs} of `{}`, recorded by {}:", fit.function, fit.recorder);
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    let untouched = if fit.sees_reads { "untouched" } else { "not written" };
+    table.set_header(["pages", "all", "read", "written", "read or written", untouched]);
+    for (name, row) in fit.rows().into_iter().filter(|(_, row)| row.pages > 0) {
+        let counts = [row.pages, row.read, row.written, row.unclassified, row.untouched];
+        table.add_row([name.to_string()].into_iter().chain(counts.map(|count| count.to_string())));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}");
 }
 
 const COLUMNS: u64 = 64;

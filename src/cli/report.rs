@@ -5,15 +5,25 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::BoxError;
+use crate::tiering::profile::Profile;
+use crate::vmm::Ending;
 use crate::vmm::console::Answer;
 use crate::vmm::controller::Controller;
+use crate::vmm::session::Outcome;
 use crate::vmm::{accounting, usage};
 
 /// A report being put together.
 pub struct Report(Value);
 
 /// Everything that needs the machine alive.
-pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>) -> Result<Report, BoxError> {
+///
+/// `against`: the profile of a run to hold the plan against.
+pub fn collect(
+    controller: &Controller,
+    operation: &str,
+    answer: Option<&Answer>,
+    against: Option<&Profile>,
+) -> Result<Report, BoxError> {
     let parts = controller.machine_parts();
     let memory = parts.as_ref().map(|parts| usage::read(parts.ram)).transpose()?;
     let fault_ins = parts.as_ref().map(|parts| accounting::count(parts.ram, parts.faults)).transpose()?.flatten();
@@ -23,12 +33,16 @@ pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>
         json["by_write"] = json!(counts.by_write());
         json
     });
+    let against = against.map(|profile| controller.fit(profile)).transpose()?.flatten();
     let restored = controller.restored().map(|restored| {
         json!({
             "snapshot": restored.snapshot,
             "policy": restored.policy,
             "plan": restored.plan,
             "source_cache": restored.source_cache,
+            "costs": restored.costs,
+            "fit_expected": restored.fit,
+            "fit_against": against,
             "layers": restored.layers,
             "engine": restored.engine,
         })
@@ -46,6 +60,22 @@ pub fn collect(controller: &Controller, operation: &str, answer: Option<&Answer>
 }
 
 impl Report {
+    /// Adds why it is over.
+    pub fn ended(mut self, outcome: &Outcome) -> Self {
+        self.0["ending"] = json!(match outcome {
+            Outcome::Guest(Ending::Reset) => "reset",
+            Outcome::Guest(Ending::PowerOff) => "power-off",
+            Outcome::Guest(Ending::TripleFault) => "triple-fault",
+            Outcome::Guest(Ending::Failed(_)) => "failed",
+            Outcome::Signal(_) => "signal",
+            Outcome::Quit => "quit",
+            Outcome::Answered => "answered",
+            Outcome::NoAnswer(_) => "no-answer",
+            Outcome::TimedOut => "timed-out",
+        });
+        self
+    }
+
     /// Adds the time slices, tear-down included.
     pub fn finish(mut self, controller: &Controller) -> Self {
         let (timeline, moments) = (&controller.timeline, controller.moments());

@@ -8,13 +8,15 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::overrides::OverrideArgs;
 use super::report;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
+use crate::tiering::profile::Profile;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, Overrides, SnapshotPaths};
+use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::port_request::PortRequest;
@@ -51,15 +53,21 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
-    /// The Unix socket the vsock device is to have from now on
-    #[arg(long, value_name = "PATH")]
-    vsock: Option<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
+    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    #[arg(long)]
+    clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
+    /// The profile of a run that does the same: --report then counts what the plan brought ahead and this run never
+    /// touched
+    #[arg(long, value_name = "FILE", requires = "report")]
+    against: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
     #[command(flatten)]
     session: SessionArgs,
 }
@@ -73,7 +81,7 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
         (None, None) => return refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
     };
     let config = config.map(VmConfig::from_file).transpose()?.unwrap_or_default();
-    run(args, config, begin, timeline, "boot")
+    run(args, config, begin, timeline, Operation { name: "boot", against: None })
 }
 
 /// Restores a snapshot.
@@ -88,11 +96,20 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides { vsock: args.vsock.clone(), ..Overrides::default() },
+        overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,
+        clock_realtime: args.clock_realtime,
         resume: !args.paused,
     };
-    run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, "restore")
+    // Before the guest runs: a profile that is none is refused at once.
+    let against = args.against.as_deref().map(Profile::load).transpose()?;
+    run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })
+}
+
+/// What the report is about.
+struct Operation {
+    name: &'static str,
+    against: Option<Profile>,
 }
 
 const RUN_ID: &str = "run";
@@ -102,7 +119,7 @@ fn run(
     config: VmConfig,
     begin: Begin,
     mut timeline: Timeline,
-    operation: &'static str,
+    operation: Operation,
 ) -> Result<ExitCode, BoxError> {
     logging::init(config.logger.as_ref())?;
     // Before any thread exists, so that none of them takes the signals.
@@ -128,13 +145,16 @@ fn run(
     drop(around);
     note_moments(&mut controller.timeline, &moments, answer.as_deref());
     controller.write_metrics()?;
-    let report = args.report.as_ref().map(|_| report::collect(&controller, operation, answer.as_deref()));
+    let report = args
+        .report
+        .as_ref()
+        .map(|_| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
     let stopping = clock::monotonic_ns();
     let stopped = controller.stop();
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let (Some(path), Some(report)) = (&args.report, report) {
-        report?.finish(&controller).write(path)?;
+        report?.ended(&outcome).finish(&controller).write(path)?;
     }
     let code = exit_code(&outcome, args, answer.as_deref())?;
     stopped?;

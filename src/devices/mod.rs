@@ -4,6 +4,7 @@
 //! of how it is asked. What it must not lose over a snapshot is a `…State` next to it.
 
 mod bus;
+mod fw_cfg;
 mod i8042;
 mod interrupt;
 mod output;
@@ -13,6 +14,7 @@ pub mod virtio;
 mod vmgenid;
 
 pub use bus::{Bus, BusDevice};
+pub use fw_cfg::{FwCfg, FwCfgState, Metadata};
 pub use i8042::{I8042, I8042State, PULSE_RESET};
 pub use interrupt::InterruptLine;
 pub use output::{ConsoleOutput, FdSink, Sink};
@@ -32,6 +34,25 @@ pub enum Error {
     /// Two devices want the same addresses.
     #[error("The address range {base:#x}+{len:#x} is taken already")]
     Overlap { base: u64, len: u64 },
+    /// A drive's file cannot be opened or asked about.
+    #[error("Cannot {doing} {} for drive `{id}`", path.display())]
+    DriveFile { doing: &'static str, id: String, path: PathBuf, source: io::Error },
+    /// A file that cannot be this drive.
+    #[error("{} cannot be drive `{id}`: {what}", path.display())]
+    Drive { id: String, path: PathBuf, what: String },
+    /// The host refuses the asynchronous engine.
+    #[error(
+        "Drive `{id}` cannot have io_engine Async: io_uring cannot be used here (the sysctl kernel.io_uring_disabled, a seccomp filter, or a limit on locked memory forbids it); use io_engine Sync"
+    )]
+    IoUring { id: String, source: io::Error },
+    /// A tap device that cannot be had; `why` says what to do.
+    #[error("Network interface `{id}` cannot use the tap `{tap}`: {why}")]
+    Tap { id: String, tap: String, why: String, source: io::Error },
+    /// A MAC address for a guest that cannot learn of it.
+    #[error(
+        "Network interface `{id}` cannot have another MAC address: it had no guest_mac, so the guest chose its own; give it one before it boots"
+    )]
+    NoMac { id: String },
     /// Saved state that the device cannot have had.
     #[error("The saved state of the {device} is not valid: {what}")]
     State { device: &'static str, what: &'static str },

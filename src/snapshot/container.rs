@@ -40,6 +40,8 @@ pub enum SectionKind {
     VmGenId,
     /// A virtio device; the instance is its place.
     Virtio,
+    /// What the host tells the VM.
+    Metadata,
     /// The manifest (JSON), in the single-file form only.
     Manifest,
     /// The pages the layer holds.
@@ -70,7 +72,7 @@ pub enum SectionKind {
     Other(u32),
 }
 
-const KINDS: [(SectionKind, u32); 20] = [
+const KINDS: [(SectionKind, u32); 21] = [
     (SectionKind::Machine, 1),
     (SectionKind::Vm, 2),
     (SectionKind::Vcpu, 3),
@@ -78,6 +80,7 @@ const KINDS: [(SectionKind, u32); 20] = [
     (SectionKind::I8042, 5),
     (SectionKind::VmGenId, 6),
     (SectionKind::Virtio, 7),
+    (SectionKind::Metadata, 8),
     (SectionKind::Manifest, 16),
     (SectionKind::PagesHeld, 32),
     (SectionKind::PagesZero, 33),

@@ -9,15 +9,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::container::{self, Section, SectionKind, write_container};
 use super::manifest::{MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
 use super::memory_check::{MemoryFile, Progress};
-use super::page_map::{ChunkHasher, PageMap};
+use super::page_map::PageMap;
 use super::partial::Partial;
 use super::reader::{PAGES_LIMIT, SNAPSHOT_FILE_LIMIT, STATE_LIMIT, section_digest};
 use super::{
-    Digests, Error, Extent, FORMAT_MAJOR, FileSizes, Gfn, HostFacts, Location, MachineFacts, Manifest, MemoryLayout,
-    PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, files,
+    Digests, DriveCopy, Error, Extent, FORMAT_MAJOR, FileSizes, Gfn, HostFacts, Location, MachineFacts, Manifest,
+    MemoryLayout, PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, copy_drive, files,
 };
 
-/// How much is written and then checksummed at once: large against the cost of a system call, small against a cache.
+/// Written at once: large against the cost of a system call. File systems make folios as large as a write, and a kernel
+/// that must first make room for one of 2 MiB keeps the guest waiting.
 const WRITE_PIECE: usize = 512 << 10;
 
 /// A snapshot being written. Dropping it without [`seal`](SnapshotWriter::seal) leaves nothing behind.
@@ -33,7 +34,7 @@ pub struct SnapshotWriter {
     next: Gfn,
     held: PageSet,
     zero: PageSet,
-    hasher: ChunkHasher,
+    drives: Vec<(DriveCopy, File)>,
 }
 
 /// The work directories: one for the directory form, one beside each file for the two-file form.
@@ -122,12 +123,31 @@ impl SnapshotWriter {
             next: Gfn(0),
             held: PageSet::new(),
             zero: PageSet::new(),
-            hasher: ChunkHasher::new(),
+            drives: Vec::new(),
         })
     }
 
+    /// Takes a copy of the first `len` bytes of a drive's image, which nobody writes meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::BadTarget`] for the two-file form, which has no place for it, and for an id that is no file name;
+    /// [`Error::Io`].
+    pub fn copy_drive(&mut self, drive_id: &str, image: &File, len: u64) -> Result<()> {
+        let bad = |problem| Err(Error::BadTarget { path: self.target.anchor().to_path_buf(), problem });
+        if matches!(self.target, Location::Files { .. }) {
+            return bad("copies of drives need a snapshot directory, Firecracker's two files have no place for them");
+        }
+        let copy = DriveCopy { drive_id: drive_id.to_owned(), len };
+        if !copy.is_valid() {
+            return bad("a drive's id cannot be part of a file name");
+        }
+        let file = copy_drive(image, len, &self.work.memory_dir.path().join(copy.file_name()))?;
+        self.drives.push((copy, file));
+        Ok(())
+    }
+
     /// Writes the bytes of the pages from `first` on; the layer then holds these pages. Meant to be called while the
-    /// VM is paused, with runs as long as possible: it costs the copy into the page cache and a checksum, no more.
+    /// VM is paused, with runs as long as possible: it costs the copy into the page cache, no more.
     ///
     /// # Errors
     /// [`Error::BadRun`] if the bytes are not whole pages, cross the end of a range, come before a page that was
@@ -147,19 +167,14 @@ impl SnapshotWriter {
         }
         // Proven by `contains`: every page of the layout has an offset.
         let mut offset = self.layout.file_offset(first).unwrap_or_default();
-        let mut at = first;
         for piece in bytes.chunks(WRITE_PIECE) {
             if let Err(source) = self.memory.write_all_at(piece, offset) {
                 return Err(Error::Io { action: "write", path: self.work.memory_path(), source });
             }
-            // Right after the write, while the piece is in the CPU's cache.
-            self.hasher.update(at, piece);
-            let written = Extent { first: at, pages: piece.len() as u64 / PAGE_SIZE };
-            self.held.insert_run(written);
-            at = written.end();
-            self.next = at;
             offset += piece.len() as u64;
         }
+        self.held.insert_run(run);
+        self.next = run.end();
         Ok(())
     }
 
@@ -182,7 +197,8 @@ impl SnapshotWriter {
         Ok(())
     }
 
-    /// Completes the snapshot: writes state, page map and manifest, makes everything durable, reads the memory back
+    /// Completes the snapshot: checksums the memory (from the page cache, before the disk has a part in it: see
+    /// [`MemoryFile::checksums`]), writes state, page map and manifest, makes everything durable, reads the memory back
     /// from the disk and compares it (which also leaves it in the page cache in large folios), and moves the snapshot
     /// to its name. The VM need not be paused for any of it.
     ///
@@ -192,8 +208,8 @@ impl SnapshotWriter {
     pub fn seal(self, input: SealInput<'_>) -> Result<Sealed> {
         container::check_sections(&input.state)?;
         let object = self.target.display();
-        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, hasher, .. } = self;
-        let checksums = hasher.finish().into_iter().map(|(_, crc)| crc).collect();
+        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, drives, next: _ } = self;
+        let checksums = MemoryFile { file: &memory, path: &work.memory_path(), layout: &layout }.checksums(&held)?;
         let map = PageMap::new(&layout, held, zero, checksums).map_err(|p| Error::malformed(&object, p))?;
         let pages = map.to_sections();
         let sizes = FileSizes {
@@ -219,9 +235,14 @@ impl SnapshotWriter {
             digests: Digests { vmstate: section_digest(&input.state), pages: section_digest(&pages) },
             sizes,
             layout,
+            drives: drives.iter().map(|(copy, _)| copy.clone()).collect(),
         };
         manifest.id = manifest.compute_id(&object)?;
         let memory = MemoryFile { file: &memory, path: &work.memory_path(), layout: &manifest.layout };
+        for (copy, file) in &drives {
+            let path = work.memory_dir.path().join(copy.file_name());
+            file.sync_all().map_err(Error::io("sync", &path))?;
+        }
         let bytes_on_disk = match &target {
             Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages], (memory, &map, input.cache))?,
             Location::Files { .. } => {
@@ -310,7 +331,9 @@ fn seal_dir(
     files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
     files::sync_dir(&from)?;
     let names = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
-    let bytes_on_disk = names.iter().map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
+    let drives = manifest.drives.iter().map(DriveCopy::file_name);
+    let names = names.map(str::to_owned).into_iter().chain(drives);
+    let bytes_on_disk = names.map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
     files::rename_dir_to_free_name(&from, dir)?;
     work.memory_dir.keep();
     files::sync_dir(&files::parent_dir(dir))?;

@@ -8,6 +8,7 @@
 
 pub mod costs;
 pub mod fault;
+pub mod fit;
 pub mod plan_file;
 pub mod policy;
 pub mod profile;

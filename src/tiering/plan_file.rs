@@ -4,17 +4,22 @@
 //! it is for and remembers length and modification time of every memory file, so that a file that changed after the plan
 //! was made is noticed before anything is mapped from it.
 
+use std::fmt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::costs::Costs;
+use super::fit::Fit;
 use super::policy::Estimate;
+use super::profile::Profile;
 use crate::snapshot::{Chain, Container, RestorePlan, Section, SectionKind, Snapshot, replace_file, write_container};
 
 /// The version of the section; another one is not read, the plan is made again.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The largest plan, in bytes.
 const FILE_LIMIT: u64 = 256 << 20;
 
@@ -36,23 +41,69 @@ impl SourceFile {
     }
 }
 
+/// The numbers a plan was made by.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CostsUsed {
+    /// `built-in`, `measured`, or how much of each: [`Costs::source`].
+    pub source: String,
+    /// The page cache state of the snapshot's files that they are for: `huge`, `small` or `cold`.
+    pub cache: String,
+    /// The file they were read from; `None` if they are built in.
+    pub file: Option<PathBuf>,
+    /// When that file was last written, in seconds since 1970.
+    pub written: Option<i64>,
+}
+
+impl CostsUsed {
+    /// Of `costs`, read from `file`, or from the host's own if there is any.
+    pub fn new(costs: &Costs, file: Option<&Path>) -> CostsUsed {
+        let file = file.map(Path::to_path_buf).or_else(Costs::default_path).filter(|path| path.exists());
+        let written = file.as_ref().and_then(|path| Some(path.metadata().ok()?.mtime()));
+        CostsUsed { source: costs.source(), cache: costs.cache.name().to_string(), file, written }
+    }
+}
+
+impl fmt::Display for CostsUsed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.source)?;
+        if let Some(file) = &self.file {
+            write!(f, ", from {}", file.display())?;
+        }
+        if let Some(written) = self.written {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
+            write!(f, ", written {} hours ago", (now - written).max(0) / 3600)?;
+        }
+        write!(f, "; files cached: {}", self.cache)
+    }
+}
+
 /// A plan and what it was made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlanFile {
     pub plan: RestorePlan,
     /// What it was expected to cost.
     pub expected: Estimate,
-    /// By which numbers: [`Costs::source`](super::costs::Costs::source).
-    pub costs: String,
+    /// By which numbers; `None` if its policy weighs nothing.
+    pub costs: Option<CostsUsed>,
+    /// How it fits the profile it was made from; `None` if it was made from none.
+    pub fit: Option<Fit>,
     /// The memory file of each layer, base first.
     pub sources: Vec<SourceFile>,
 }
 
 impl PlanFile {
     /// A plan just made for the tip of `chain`.
-    pub fn new(plan: RestorePlan, expected: Estimate, costs: String, chain: &Chain) -> Result<PlanFile, Error> {
+    pub fn new(plan: RestorePlan, expected: Estimate, chain: &Chain) -> Result<PlanFile, Error> {
         let sources = chain.layers().iter().map(SourceFile::of).collect::<Result<_, _>>()?;
-        Ok(PlanFile { plan, expected, costs, sources })
+        Ok(PlanFile { plan, expected, costs: None, fit: None, sources })
+    }
+
+    /// Says what it was made from.
+    #[must_use]
+    pub fn made_from(mut self, costs: CostsUsed, profile: Option<&Profile>) -> PlanFile {
+        self.costs = Some(costs);
+        self.fit = profile.map(|profile| Fit::of(&self.plan, profile));
+        self
     }
 
     /// Reads what [`PlanFile::save`] wrote. What it says is not yet checked: see [`PlanFile::check_for`].
@@ -116,7 +167,6 @@ mod tests {
         Gfn, HostFacts, LoadHuge, Location, MachineFacts, MemoryLayout, PAGE_SIZE, SealInput, SnapshotKind,
         SnapshotWriter,
     };
-    use crate::tiering::costs::Costs;
     use crate::tiering::policy::{Budget, Policy, PolicyInput};
 
     struct NoCache;
@@ -142,7 +192,8 @@ mod tests {
         let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget: Budget::default() };
         let plan = Policy::Trenv.plan(&input).unwrap();
         let expected = input.estimate(&plan);
-        PlanFile::new(plan, expected, costs.source(), chain).unwrap()
+        let used = CostsUsed::new(&costs, None);
+        PlanFile::new(plan, expected, chain).unwrap().made_from(used, None)
     }
 
     #[test]
@@ -188,15 +239,15 @@ mod tests {
             PlanFile::load(&path).unwrap_err().to_string()
         };
         let payload = postcard::to_stdvec(&file).unwrap();
-        assert!(forged(SectionKind::Plan, 2, payload.clone()).contains("version 2"));
-        assert!(forged(SectionKind::Plan, 1, [&payload[..], &[0]].concat()).contains("1 bytes follow"));
+        assert!(forged(SectionKind::Plan, 1, payload.clone()).contains("version 1"));
+        assert!(forged(SectionKind::Plan, VERSION, [&payload[..], &[0]].concat()).contains("1 bytes follow"));
         // Lengths that claim more than there is.
         for at in 0..payload.len() {
             let mut bad = payload.clone();
             bad[at] = 0xff;
             bad.truncate(at + 1);
             bad.extend([0xff; 9]);
-            forged(SectionKind::Plan, 1, bad);
+            forged(SectionKind::Plan, VERSION, bad);
         }
         assert!(forged(SectionKind::Manifest, 1, payload).contains("no section"));
         file.plan.extents.pop();

@@ -6,12 +6,14 @@
 
 use std::time::Instant;
 
+use super::devices::WritableDrive;
 use super::error::Error;
 use super::host;
 use super::machine::{Core, Machine, Paused};
 use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
 use super::sys::page_cache::PageCache;
+use super::sys::pagemap_scan::mapped_runs;
 use super::sys::{dirty_log, pagemap::Pagemap};
 use crate::snapshot::{
     Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section,
@@ -24,6 +26,8 @@ pub struct Captured {
     state: Vec<Section>,
     host: HostFacts,
     machine: MachineFacts,
+    /// Drives that stay where they are: what the guest believes to be on them is made durable with its memory.
+    drives: Vec<WritableDrive>,
     /// How long reading state and writing memory took, µs. The guest stood still for this and its stopping.
     pub capture_us: u64,
 }
@@ -31,6 +35,9 @@ pub struct Captured {
 impl Captured {
     /// Makes the snapshot final: everything on disk, verified, under its name.
     pub fn seal(self) -> Result<Sealed, Error> {
+        for drive in &self.drives {
+            drive.image.sync_data().map_err(Error::os("make a drive durable"))?;
+        }
         let input = SealInput { state: self.state, host: self.host, machine: self.machine, cache: &PageCache };
         Ok(self.writer.seal(input)?)
     }
@@ -39,7 +46,9 @@ impl Captured {
 impl Machine<Paused> {
     /// Writes the machine's memory to `target` and reads its state. Afterwards the machine may run on; call
     /// [`seal_finished`](Self::seal_finished) with the outcome of [`Captured::seal`].
-    pub fn capture(&mut self, target: Location, kind: SnapshotKind) -> Result<Captured, Error> {
+    ///
+    /// With `copy_drives`, the snapshot gets copies of the drives that the guest can write.
+    pub fn capture(&mut self, target: Location, kind: SnapshotKind, copy_drives: bool) -> Result<Captured, Error> {
         let start = Instant::now();
         if self.core.lineage.is_sealing() {
             return Err(Error::SnapshotInProgress);
@@ -50,6 +59,12 @@ impl Machine<Paused> {
         };
         let mut writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent)?;
         let state = self.save_state()?;
+        let mut drives = self.core.devices.virtio.writable_drives();
+        if copy_drives {
+            for drive in drives.drain(..) {
+                writer.copy_drive(&drive.id, &drive.image, drive.bytes)?;
+            }
+        }
         let log = self.core.read_dirty_log()?;
         // KVM does not see what devices write. Into the lineage at once: taking the marks clears them.
         self.core.lineage.add_changed(&self.core.ram.take_written());
@@ -73,6 +88,7 @@ impl Machine<Paused> {
             state,
             host: host::facts(&self.core.kvm),
             machine: MachineFacts { vcpu_count: u32::from(shape.vcpu_count), mem_size_mib: shape.mem_size_mib },
+            drives,
             capture_us: start.elapsed().as_micros() as u64,
         })
     }
@@ -90,6 +106,7 @@ impl Machine<Paused> {
         sections.push(state::section(SectionKind::Vm, 0, &VmState::save(&core.vm)?)?);
         sections.push(state::section(SectionKind::Serial, 0, &core.devices.serial.save())?);
         sections.push(state::section(SectionKind::I8042, 0, &core.devices.i8042.save())?);
+        sections.push(state::section(SectionKind::Metadata, 0, &core.devices.fw_cfg.save())?);
         if let Some(vmgenid) = &core.devices.vmgenid {
             sections.push(state::section(SectionKind::VmGenId, 0, &vmgenid.save())?);
         }
@@ -160,15 +177,19 @@ impl Core {
     /// Pages that can hold anything but zeros: those this process has populated, and those that a layer holds under a
     /// piece that is a mapping of its file and may never have been touched.
     fn maybe_nonzero(&self) -> Result<PageSet, Error> {
-        let pagemap = Pagemap::open().map_err(Error::os("open /proc/self/pagemap"))?;
         let mut pages = PageSet::new();
         for (range, host) in self.ram.slots() {
             let first = range.gpa / PAGE_SIZE;
-            pagemap
-                .populated_runs(host, range.len / PAGE_SIZE, |run, len| {
-                    pages.insert_run(Extent { first: Gfn(first + run), pages: len });
-                })
-                .map_err(Error::os("read /proc/self/pagemap"))?;
+            let mut insert = |run, len| pages.insert_run(Extent { first: Gfn(first + run), pages: len });
+            let scanned = mapped_runs(host, range.len / PAGE_SIZE, |run, len, _| insert(run, len));
+            let populated = match scanned {
+                // Before Linux 6.7 the same is read entry by entry.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {
+                    Pagemap::open().and_then(|map| map.populated_runs(host, range.len / PAGE_SIZE, insert))
+                }
+                scanned => scanned,
+            };
+            populated.map_err(Error::os("scan /proc/self/pagemap"))?;
         }
         if let Some(chain) = self.lineage.origin() {
             let mut mapped = PageSet::new();

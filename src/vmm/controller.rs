@@ -13,6 +13,7 @@ use super::control::{
     Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
     SnapshotPaths, SnapshotTaken, VmState,
 };
+use super::devices::VirtioDevices;
 use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
@@ -24,7 +25,11 @@ use super::stall::StallWatch;
 use super::timeline::{Moments, Timeline};
 use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, Sealed};
+use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
+use crate::tiering;
+use crate::tiering::fit::Fit;
+use crate::tiering::plan_file::CostsUsed;
+use crate::tiering::profile::Profile;
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
@@ -44,6 +49,10 @@ pub struct Restored {
     pub plan: &'static str,
     /// The page cache state the plan counts on.
     pub source_cache: Option<&'static str>,
+    /// The numbers the plan was made by, if its policy weighs any.
+    pub costs: Option<CostsUsed>,
+    /// How the plan fits the profile it was made from.
+    pub fit: Option<Fit>,
     pub layers: usize,
     pub engine: EngineReport,
 }
@@ -58,6 +67,8 @@ pub struct Controller {
     outside: Outside,
     pub timeline: Timeline,
     restored: Option<Restored>,
+    /// The plan of the restored machine.
+    plan: Option<RestorePlan>,
     metrics: Option<MetricsFile>,
     seals: (Sender<SealOutcome>, Receiver<SealOutcome>),
     seal_event: Arc<EventFd>,
@@ -83,6 +94,7 @@ impl Controller {
             outside,
             timeline,
             restored: None,
+            plan: None,
             metrics,
             seals: channel(),
             seal_event,
@@ -98,6 +110,19 @@ impl Controller {
 
     pub fn restored(&self) -> Option<&Restored> {
         self.restored.as_ref()
+    }
+
+    /// How the plan that was carried out fits the run of `profile`.
+    ///
+    /// # Errors
+    /// [`tiering::Error::ProfileOfOther`] for a profile of another snapshot.
+    pub fn fit(&self, profile: &Profile) -> Result<Option<Fit>, Error> {
+        let Some(plan) = &self.plan else { return Ok(None) };
+        if plan.snapshot != profile.snapshot {
+            let (made_for, given) = (profile.snapshot, plan.snapshot);
+            return Err(tiering::Error::ProfileOfOther { made_for, given }.into());
+        }
+        Ok(Some(Fit::of(plan, profile)))
     }
 
     pub fn output(&self) -> &Arc<ConsoleOutput> {
@@ -161,6 +186,7 @@ impl Controller {
             Command::GetVmConfig => Ok(Reply::VmConfig(Box::new(self.config.clone()))),
             Command::PutBootSource(source) => self.configure(|config| config.boot_source = source),
             Command::PutMachineConfig(machine) => self.configure(|config| config.machine = machine),
+            Command::PutCpuConfig(cpu) => self.configure(|config| config.cpu = Some(cpu)),
             Command::PatchMachineConfig(patch) => {
                 let machine = self.config.machine.patched(&patch)?;
                 self.configure(|config| config.machine = machine)
@@ -257,7 +283,7 @@ impl Controller {
             None => Chain::open(&location(&load.location))?,
             Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
         });
-        let Chosen { plan, origin, source_cache } = planning::choose(&chain, load)?;
+        let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, load)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
@@ -269,13 +295,16 @@ impl Controller {
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
             stalls: &stalls,
+            clock_realtime: load.clock_realtime,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
         self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
         self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
         self.config.devices = machine.virtio().configs().clone();
-        self.restored = Some(Restored { snapshot, policy: plan.policy, plan: origin, source_cache, layers, engine });
+        let policy = plan.policy.clone();
+        self.plan = Some(plan);
+        self.restored = Some(Restored { snapshot, policy, plan: origin, source_cache, costs, fit, layers, engine });
         before_run(machine.serial(), &self.config.devices)?;
         stalls.restored(machine.ending().clone());
         self.phase =
@@ -339,8 +368,8 @@ impl Controller {
             SnapshotKind::Full => snapshot::SnapshotKind::Full,
             SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
         };
-        let captured =
-            machine.capture(location(&create.location), kind).map_err(|error| Refused::bad_request_because(&error))?;
+        let captured = machine.capture(location(&create.location), kind, create.copy_drives);
+        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
         if create.resume
             && let Err(refused) = self.resume()
         {
@@ -410,8 +439,21 @@ impl Controller {
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
+        let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         match &mut self.metrics {
-            Some(file) => file.write(&serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults })),
+            Some(file) => {
+                let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
+                let plan = fit.map(|fit| {
+                    let (preloaded, in_place) = (fit.preload, fit.in_place);
+                    serde_json::json!({
+                        "preloaded": preloaded.pages, "preloaded_unexpected": preloaded.untouched,
+                        "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,
+                    })
+                });
+                let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
+                    "devices": devices });
+                file.write(&all)
+            }
             None => Ok(()),
         }
     }
@@ -440,6 +482,7 @@ pub struct Parts<'a> {
     pub faults: FaultCounts,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
+    virtio: &'a VirtioDevices,
     counters: &'a super::metrics::ExitCounters,
 }
 
@@ -451,6 +494,7 @@ impl<'a> Parts<'a> {
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
             single_pages: machine.maps_single_pages(),
+            virtio: machine.virtio(),
             counters: machine.counters(),
         }
     }

@@ -8,7 +8,8 @@ use super::error::Error;
 use super::sys::page_cache;
 use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, derived_dir};
 use crate::tiering::costs::{Costs, SourceCache};
-use crate::tiering::plan_file::PlanFile;
+use crate::tiering::fit::Fit;
+use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, Policy, PolicyInput};
 use crate::tiering::profile::Profile;
 
@@ -19,6 +20,16 @@ pub struct Chosen {
     pub origin: &'static str,
     /// The page cache state the plan counts on, if it matters to its policy.
     pub source_cache: Option<&'static str>,
+    /// The numbers it was made by, if its policy weighs any.
+    pub costs: Option<CostsUsed>,
+    /// How it fits the profile it was made from.
+    pub fit: Option<Fit>,
+}
+
+impl Chosen {
+    fn from(file: PlanFile, origin: &'static str, source_cache: Option<&'static str>) -> Chosen {
+        Chosen { plan: file.plan, origin, source_cache, costs: file.costs, fit: file.fit }
+    }
 }
 
 /// Makes or finds the plan that `load` asks for.
@@ -26,14 +37,14 @@ pub fn choose(chain: &Chain, load: &LoadSnapshot) -> Result<Chosen, Error> {
     if let Some(path) = &load.plan {
         let file = PlanFile::load(path)?;
         file.check_for(chain, path)?;
-        return Ok(Chosen { plan: file.plan, origin: "file", source_cache: None });
+        return Ok(Chosen::from(file, "file", None));
     }
     let policy: Policy = load.policy.parse()?;
     if !policy.needs_profile() {
         let resolved = if policy.needs_pages(chain) { chain.resolve()? } else { Vec::new() };
         let (costs, budget) = (Costs::default(), Budget::default());
         let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget };
-        return Ok(Chosen { plan: policy.plan(&input)?, origin: "made", source_cache: None });
+        return Ok(Chosen { plan: policy.plan(&input)?, origin: "made", source_cache: None, costs: None, fit: None });
     }
     from_profile(chain, policy, load)
 }
@@ -45,7 +56,7 @@ fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Ch
         None => Costs::of_this_host()?,
     };
     // Only tiered's plan depends on it: the others do what their papers do.
-    let cache = if policy == Policy::Tiered && is_cold(chain)? { SourceCache::Cold } else { SourceCache::Huge };
+    let cache = if policy == Policy::Tiered { cache_of(chain)? } else { SourceCache::Huge };
     let mut costs = costs.with_cache(cache);
     if cache == SourceCache::Cold
         && let Some(pages) = page_cache::readahead_pages(chain.tip().memory())
@@ -55,17 +66,18 @@ fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Ch
     let budget = Budget { dram_pages: pages(load.dram_mib), cxl_pages: pages(load.cxl_mib) };
     let path = cache_path(chain, policy, bytes.as_deref().unwrap_or_default(), &costs, budget);
     let source_cache = Some(cache.name());
-    if let Some(plan) = cached(chain, &path) {
-        return Ok(Chosen { plan, origin: "cache", source_cache });
+    if let Some(file) = cached(chain, &path) {
+        return Ok(Chosen::from(file, "cache", source_cache));
     }
     let profile = load.profile.as_deref().map(Profile::load).transpose()?;
     let resolved = chain.resolve()?;
     let input = PolicyInput { chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
     let plan = policy.plan(&input)?;
     let expected = input.estimate(&plan);
-    let file = PlanFile::new(plan, expected, costs.source(), chain)?;
+    let used = CostsUsed::new(&costs, load.costs.as_deref());
+    let file = PlanFile::new(plan, expected, chain)?.made_from(used, profile.as_ref());
     keep(&file, &path);
-    Ok(Chosen { plan: file.plan, origin: "made", source_cache })
+    Ok(Chosen::from(file, "made", source_cache))
 }
 
 fn pages(mib: Option<u64>) -> Option<u64> {
@@ -83,12 +95,12 @@ fn cache_path(chain: &Chain, policy: Policy, profile: &[u8], costs: &Costs, budg
 }
 
 /// A kept plan that is still good. One that is not is made again.
-fn cached(chain: &Chain, path: &Path) -> Option<RestorePlan> {
+fn cached(chain: &Chain, path: &Path) -> Option<PlanFile> {
     if !path.exists() {
         return None;
     }
     let checked = PlanFile::load(path).and_then(|file| file.check_for(chain, path).map(drop).map(|()| file));
-    checked.map(|file| file.plan).inspect_err(|error| tracing::warn!(%error, "A kept plan is made again")).ok()
+    checked.inspect_err(|error| tracing::warn!(%error, "A kept plan is made again")).ok()
 }
 
 fn keep(file: &PlanFile, path: &Path) {
@@ -100,6 +112,22 @@ fn keep(file: &PlanFile, path: &Path) {
         // The restore itself does not need it; the next one is slower.
         tracing::warn!(%error, path = %path.display(), "The plan cannot be kept beside its snapshot");
     }
+}
+
+/// How the chain's memory files are cached.
+fn cache_of(chain: &Chain) -> Result<SourceCache, Error> {
+    if is_cold(chain)? {
+        return Ok(SourceCache::Cold);
+    }
+    // Bases are shared by many snapshots and large; what they are in decides.
+    for layer in chain.layers() {
+        let failed =
+            |source| Error::File { doing: "look at the cached part of", path: layer.memory_path().to_owned(), source };
+        if let Some(huge) = page_cache::is_in_huge_folios(layer.memory()).map_err(failed)? {
+            return Ok(if huge { SourceCache::Huge } else { SourceCache::Small });
+        }
+    }
+    Ok(SourceCache::Huge)
 }
 
 /// Whether less than half of what the layers hold is in the page cache. Kernels that cannot tell count as warm.

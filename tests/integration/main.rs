@@ -2,19 +2,24 @@
 
 mod api;
 mod architecture;
+mod block;
 mod boot;
 mod config;
 mod console;
 mod crash;
 mod cycles;
 mod diff;
+mod generation;
 mod golden;
 mod guest_elf;
 mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod metadata;
 mod plans;
+mod platform;
+mod prefault;
 mod profile;
 mod report;
 mod restore;

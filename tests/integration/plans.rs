@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use serde_json::Value;
 use tvmm::snapshot::{
     Background, BackgroundAction, Chain, Content, Extent, Fill, Gfn, ImageSpec, Location, PageSource, Placement,
     PlannedExtent, RestorePlan,
@@ -10,8 +11,9 @@ use tvmm::snapshot::{
 use tvmm::tiering::costs::Costs;
 use tvmm::tiering::plan_file::PlanFile;
 use tvmm::tiering::policy::{Budget, PolicyInput};
+use tvmm::tiering::profile::Profile;
 
-use crate::support::{Vm, config, run_err, run_ok, scratch, text};
+use crate::support::{Vm, config, finish, rounds, run_err, run_ok, scratch, text, tvmm};
 
 /// xorshift64*: the same plans in every run.
 struct Random(u64);
@@ -108,7 +110,7 @@ fn save(chain: &Chain, plan: RestorePlan, path: &Path) {
     let (resolved, costs) = (chain.resolve().unwrap(), Costs::default());
     let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget: Budget::default() };
     let expected = input.estimate(&plan);
-    PlanFile::new(plan, expected, "none".to_string(), chain).unwrap().save(path).unwrap();
+    PlanFile::new(plan, expected, chain).unwrap().save(path).unwrap();
 }
 
 /// A chain of two: 1,000 filled pages, then some of them changed and some gone. Its digest.
@@ -129,7 +131,7 @@ fn a_thousand_random_plans_restore_the_snapshot() {
     let tip = dir.path().join("tip");
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
     let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x9e37_79b9_7f4a_7c15));
-    for round in 0..1000 {
+    for round in 0..rounds(1000) {
         save(&chain, random_plan(&chain, &mut random), &plan_path);
         let answer = run_ok(&["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"]);
         assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "plan {round}: {answer}");
@@ -210,4 +212,89 @@ fn a_source_that_fails_under_a_lazy_guest_ends_it_with_the_page() {
     let (status, stderr) = vm.wait();
     assert_eq!(status.code(), Some(1));
     assert!(stderr.contains("Cannot fetch the page at guest-physical"), "{stderr}");
+}
+
+/// The pages of a placement in a fit: all, read, written, unclassified, untouched.
+fn row(fit: &Value, placement: &str) -> [u64; 5] {
+    ["pages", "read", "written", "unclassified", "untouched"].map(|key| fit[placement][key].as_u64().unwrap())
+}
+
+#[test]
+fn plan_held_against_another_run_tells_what_it_brought_for_nothing_and_what_it_left() {
+    let dir = scratch();
+    chain_of_two(dir.path());
+    let tip = dir.path().join("tip");
+    let [planned_for, run] = ["touch pages=600 write=40 seed=5", "touch pages=500 write=20 seed=6"];
+    let [p, q] = [("p.profile", planned_for), ("q.profile", run)].map(|(name, function)| {
+        let path = dir.path().join(name);
+        run_ok(&["profile", "record", "--run", function, "--snapshot", text(&tip), "--out", text(&path)]);
+        path
+    });
+    let [expected, actual] = [&p, &q].map(|path| Profile::load(path).unwrap());
+    let of = ["--snapshot", text(&tip), "--policy", "reap", "--profile", text(&p)];
+    let json = run_ok(&[&["plan", "--json", "--against", text(&q)], &of[..]].concat());
+    let plan: Value = serde_json::from_str(&json).unwrap();
+    let own = row(&plan["fit_expected"], "preload");
+    assert_eq!(own, [own[0], own[1], own[2], 0, 0], "reap brings what its profile touches");
+    let fit = &plan["fit_against"];
+    let all: u64 = ["preload", "in_place", "cow_file", "lazy", "zero"].iter().map(|name| row(fit, name)[0]).sum();
+    assert_eq!(all, (64 << 20) / 4096);
+    let wasted = expected.working_set().difference(&actual.working_set()).len();
+    assert!(wasted > 100, "the runs differ");
+    assert_eq!(row(fit, "preload")[4], wasted);
+    assert_eq!(
+        row(fit, "lazy")[1..4].iter().sum::<u64>(),
+        actual.working_set().difference(&expected.working_set()).len()
+    );
+
+    // The same from the restore itself; and the faults it counts are the pages the plan left and this run touched.
+    let report = dir.path().join("report.json");
+    let args = ["--run", run, "--report", text(&report), "--against", text(&q)];
+    run_ok(&[&["restore"], &of[..], &args].concat());
+    let report: Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
+    assert_eq!(report["restore"]["fit_against"], *fit);
+    assert_eq!(report["restore"]["fit_expected"], plan["fit_expected"]);
+    let served = &report["fault_ins"]["served"];
+    let served = served["read"].as_u64().unwrap() + served["write"].as_u64().unwrap();
+    let left: u64 = row(fit, "lazy")[1..4].iter().sum();
+    println!("{served} faults served, {left} pages left; {wasted} brought for nothing");
+    assert!(served.abs_diff(left) <= 8, "{served} faults served, {left} pages left");
+    // In a table too, and only with a profile of this snapshot.
+    let shown = run_ok(&[&["plan", "--against", text(&q)], &of[..]].concat());
+    assert!(shown.contains("untouched") && shown.contains(run), "{shown}");
+    let base = dir.path().join("base");
+    let said = run_err(&["plan", "--snapshot", text(&base), "--policy", "trenv", "--against", text(&q)]);
+    assert!(said.contains("recorded on snapshot"), "{said}");
+}
+
+#[test]
+fn report_and_plan_say_by_which_costs_a_plan_was_made() {
+    let dir = scratch();
+    chain_of_two(dir.path());
+    let (tip, profile) = (dir.path().join("tip"), dir.path().join("p.profile"));
+    let touch = "touch pages=600 write=40 seed=5";
+    run_ok(&["profile", "record", "--run", touch, "--snapshot", text(&tip), "--out", text(&profile)]);
+    let costs = dir.path().join("costs.json");
+    let mut measured = Costs::default();
+    measured.set_measured("vma_ns", 5000);
+    measured.save(&costs).unwrap();
+    let reported = |more: &[&str]| {
+        let path = dir.path().join("report.json");
+        let args = ["restore", "--snapshot", text(&tip), "--run", "hello", "--report", text(&path)];
+        // A home without measurements.
+        let output = finish(tvmm().args(args).args(more).env("XDG_CACHE_HOME", dir.path().join("none")));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap()["restore"].clone()
+    };
+    let tiered = ["--policy", "tiered", "--profile", text(&profile)];
+    for origin in ["made", "cache"] {
+        let restore = reported(&[&tiered[..], &["--costs", text(&costs)]].concat());
+        assert_eq!(restore["plan"], origin);
+        assert_eq!(restore["costs"]["file"], text(&costs));
+        assert!(restore["costs"]["source"].as_str().unwrap().starts_with("1 of "), "{restore:#}");
+        assert!(restore["costs"]["written"].as_i64().unwrap() > 1_700_000_000);
+    }
+    let restore = reported(&tiered);
+    assert_eq!((&restore["costs"]["source"], &restore["costs"]["file"]), (&"built-in".into(), &Value::Null));
+    assert_eq!(reported(&["--policy", "trenv"])["costs"], Value::Null, "a policy that weighs nothing");
 }

@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
+use crate::tiering::plan_file::CostsUsed;
 use crate::tiering::policy::Policy;
 
 #[derive(Debug, Args)]
@@ -44,7 +45,7 @@ pub struct RestoreBenchArgs {
 }
 
 /// Rows of the table: the name, and where the number is in a report.
-const ROWS: [(&str, Row); 18] = [
+const ROWS: [(&str, Row); 20] = [
     ("spawn", Row::Slice("spawn")),
     ("setup", Row::Slice("setup")),
     ("state_load", Row::Slice("state_load")),
@@ -60,6 +61,8 @@ const ROWS: [(&str, Row); 18] = [
     ("pages in by reads", Row::Count("fault_ins", "by_read")),
     ("pages in by writes", Row::Count("fault_ins", "by_write")),
     ("pages preloaded", Row::Count("fault_ins", "preloaded")),
+    ("  not expected to be touched", Row::Fit("preload")),
+    ("in place, not expected to be read", Row::Fit("in_place")),
     ("vCPU page faults", Row::Count("fault_ins", "minor_faults")),
     ("local DRAM, KiB", Row::Count("memory", "guest_private_kib")),
     ("mappings (VMAs)", Row::Count("memory", "guest_vmas")),
@@ -73,6 +76,8 @@ enum Row {
     Since(&'static str),
     /// A number of a part of the report.
     Count(&'static str, &'static str),
+    /// Pages of a placement that the profile did not expect to be touched.
+    Fit(&'static str),
     /// The end of a slice since process start.
     End(&'static str),
 }
@@ -83,6 +88,11 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
         return refuse("Nothing to measure: give at least one policy and one run");
     }
     let scratch = Scratch::new(None)?;
+    if args.cache == Cache::AsWritten {
+        return refuse(
+            "The memory file would be written over itself: `tvmm bench grid` does that to snapshots of its own",
+        );
+    }
     let trial = Trial {
         exe: std::env::current_exe()?,
         snapshot: args.snapshot.clone(),
@@ -105,6 +115,9 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
     }
     bar.finish_and_clear();
     println!("{}", table(args, &policies, &reports));
+    if let Some(costs) = costs(&reports) {
+        println!("costs: {costs}");
+    }
     if let Some(path) = &args.json {
         let all = json!({ "cache": args.cache.name(), "run": args.run, "reports": reports });
         std::fs::write(path, format!("{all:#}\n"))
@@ -113,12 +126,19 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The numbers that plans were made by, if any was made by some.
+fn costs(reports: &BTreeMap<&str, Vec<Value>>) -> Option<CostsUsed> {
+    let used = reports.values().flatten().map(|report| report["restore"]["costs"].clone());
+    used.filter_map(|costs| serde_json::from_value(costs).ok()?).next()
+}
+
 fn value(report: &Value, row: Row) -> Option<f64> {
     let slices = || report["slices"].as_array().into_iter().flatten();
     let number = |slice: &Value, key: &str| slice[key].as_f64();
     match row {
         Row::Since(name) => report[name].as_f64(),
         Row::Count(part, name) => report[part][name].as_f64(),
+        Row::Fit(placement) => report["restore"]["fit_expected"][placement]["untouched"].as_f64(),
         Row::Slice(name) => {
             let lengths: Vec<f64> = slices()
                 .filter(|slice| slice["slice"] == name)

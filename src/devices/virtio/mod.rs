@@ -9,11 +9,16 @@
 //!  device's own descriptors ───────────────────► VirtioDevice::process_event
 //! ```
 
+pub mod block;
 mod chain;
 mod entropy;
 mod memory;
 mod mmio;
+mod net;
 mod queue;
+mod rate_limiter;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod transport_tests;
 mod vsock;
@@ -25,7 +30,9 @@ pub use chain::{Buffers, Chain};
 pub use entropy::{Entropy, EntropyState};
 pub use memory::{Memory, region_bitmap};
 pub use mmio::{MmioDevice, TransportState};
+pub use net::{Net, NetOverride, NetParams, NetState};
 pub use queue::{QueueState, VirtQueue};
+pub use rate_limiter::{BucketLimit, RateLimiter, RateLimiterState, RateLimits};
 pub use vsock::{Vsock, VsockParams, VsockState};
 
 use mmio::Interrupt;
@@ -69,6 +76,7 @@ pub struct Io<'a> {
     /// The features that the driver accepted.
     pub features: u64,
     interrupt: &'a Interrupt,
+    config_generation: &'a mut u32,
     /// Chains that may still be popped before others get their turn.
     budget: u32,
 }
@@ -95,6 +103,11 @@ impl<'a> Io<'a> {
         self.queues[queue].push(self.memory, head, len).map_err(|source| Broken::Queue { queue, source })
     }
 
+    /// Gives chains back, heads and bytes written, so that the driver sees all of them or none.
+    pub fn push_all(&mut self, queue: usize, used: &[(u16, u32)]) -> Result<(), Broken> {
+        self.queues[queue].push_all(self.memory, used).map_err(|source| Broken::Queue { queue, source })
+    }
+
     /// Undoes the last [`pop`](Self::pop): the chain will be popped again.
     pub fn unpop(&mut self, queue: usize) {
         self.queues[queue].unpop();
@@ -110,7 +123,8 @@ impl<'a> Io<'a> {
     }
 
     /// Tells the driver that the configuration space has changed.
-    pub fn signal_config(&self) {
+    pub fn signal_config(&mut self) {
+        *self.config_generation = self.config_generation.wrapping_add(1);
         self.interrupt.config_change();
     }
 
@@ -121,10 +135,22 @@ impl<'a> Io<'a> {
 
     /// Calls `work` until the queue is empty, with the driver's notifications off in between (VIRTIO 1.2, 2.7.10).
     pub fn drain(&mut self, queue: usize, mut work: impl FnMut(&mut Self) -> Result<(), Broken>) -> Result<(), Broken> {
+        self.drain_while(queue, |io| work(io).map(|()| true))
+    }
+
+    /// [`drain`](Self::drain) for a device that may have to leave chains in the queue: it stops when `work` returns
+    /// false. The driver's notifications then stay off; the device looks at the queue by itself when it can go on.
+    pub fn drain_while(
+        &mut self,
+        queue: usize,
+        mut work: impl FnMut(&mut Self) -> Result<bool, Broken>,
+    ) -> Result<(), Broken> {
         loop {
             let failed = |source| Broken::Queue { queue, source };
             self.queues[queue].disable_notification(self.memory).map_err(failed)?;
-            work(self)?;
+            if !work(self)? {
+                return Ok(());
+            }
             let more = self.queues[queue].enable_notification(self.memory).map_err(failed)?;
             if !more || self.budget == 0 {
                 return Ok(());

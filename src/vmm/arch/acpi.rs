@@ -97,6 +97,7 @@ fn dsdt(virtio: &[VirtioMmioSlot]) -> Sdt {
     let mut aml = Vec::new();
     serial(&mut aml);
     vm_generation(&mut aml);
+    metadata(&mut aml);
     for (index, slot) in virtio.iter().enumerate() {
         virtio_mmio(index, slot, &mut aml);
     }
@@ -124,6 +125,22 @@ fn serial(aml: &mut Vec<u8>) {
             &Name::new("_HID".into(), &EISAName::new("PNP0501")),
             &Name::new("_UID".into(), &ONE),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&resources.0, &resources.1])),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// The metadata device (QEMU `docs/specs/fw_cfg.rst`), which Linux' qemu_fw_cfg driver finds as `QEMU0002`.
+fn metadata(aml: &mut Vec<u8>) {
+    /// Present, enabled, working, not to be shown.
+    const STATUS: u8 = 0xb;
+    let ports = IO::new(layout::FW_CFG as u16, layout::FW_CFG as u16, 1, layout::FW_CFG_LEN as u8);
+    Device::new(
+        "FWCF".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0002"),
+            &Name::new("_STA".into(), &STATUS),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
         ],
     )
     .to_aml_bytes(aml);

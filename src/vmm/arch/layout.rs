@@ -50,6 +50,10 @@ pub const I8042_COMMAND: u64 = 0x64;
 pub const SLEEP: u64 = 0x600;
 pub const SLEEP_LEN: u64 = 2;
 
+/// The metadata device's selector, then its data port (QEMU's fw_cfg).
+pub const FW_CFG: u64 = 0x510;
+pub const FW_CFG_LEN: u64 = 2;
+
 /// Inputs of the IOAPIC; GSI n is input n.
 pub const GSI_COUNT: u32 = 24;
 /// The event that the VM generation id has changed: the input that a second serial port would have.

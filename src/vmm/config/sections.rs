@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use crate::devices::Metadata;
 
 /// The most vCPUs a machine may have (Firecracker's limit).
 pub const MAX_VCPU_COUNT: u8 = 32;
@@ -35,6 +36,15 @@ impl BootSource {
     /// The kernel command line to boot with.
     pub fn boot_args_or_default(&self) -> &str {
         self.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
+    }
+
+    /// This source with `args` added at the end of its command line.
+    pub fn with_args(&self, args: &str) -> BootSource {
+        let mut source = self.clone();
+        if !args.is_empty() {
+            source.boot_args = Some(format!("{} {args}", self.boot_args_or_default()).trim_start().to_owned());
+        }
+        source
     }
 
     /// Refuses what no machine could boot. Whether the paths exist is checked when the machine opens them.
@@ -243,10 +253,12 @@ pub struct TvmmConfig {
     /// table and virtio devices by `virtio_mmio.device=` on its command line; it has no VM generation id and cannot
     /// turn the machine off, only reset it.
     pub acpi: bool,
+    /// What the guest is told: keys and values.
+    pub metadata: Metadata,
 }
 
 impl Default for TvmmConfig {
     fn default() -> Self {
-        Self { boot_protocol: BootProtocol::default(), acpi: true }
+        Self { boot_protocol: BootProtocol::default(), acpi: true, metadata: Metadata::new() }
     }
 }

@@ -1,27 +1,31 @@
 //! Restoring a machine: its state from the snapshot, its memory by a plan.
 
 mod background;
+mod drives;
 mod engine;
 mod external;
 mod files;
 mod lazy;
+mod prefault;
 mod reads;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::de::DeserializeOwned;
+
 use super::arch::layout;
 use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
-use super::machine::{Built, Core, Machine, Outside, Shape, VirtioSet, open_kvm};
+use super::machine::{Built, Core, DeviceSet, Machine, Outside, Shape, open_kvm};
 use super::stall::Stalls;
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
 use super::{config, host};
-use crate::devices::{I8042State, SerialState, VmGenId, VmGenIdState};
+use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
 use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
 
@@ -29,6 +33,7 @@ pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 
 use background::BackgroundWork;
+use drives::PlacedDrives;
 use engine::Served;
 use external::ExternalHandler;
 use files::Files;
@@ -50,6 +55,8 @@ pub struct RestoreSpec<'a> {
     pub overrides: &'a Overrides,
     /// Who watches for memory that does not come.
     pub stalls: &'a Stalls,
+    /// The guest's clock goes on to the present.
+    pub clock_realtime: bool,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -94,6 +101,7 @@ struct SavedState {
     /// Machines without ACPI, and those of tvmm 0.1, have none.
     vmgenid: Option<VmGenIdState>,
     virtio: Vec<SavedDevice>,
+    fw_cfg: FwCfgState,
 }
 
 impl SavedState {
@@ -112,6 +120,7 @@ impl SavedState {
             serial: state::decode(snapshot, SectionKind::Serial, 0)?,
             vmgenid: decode_vmgenid(snapshot)?,
             virtio: virtio.collect::<Result<_, _>>()?,
+            fw_cfg: optional(snapshot, SectionKind::Metadata)?.unwrap_or_default(),
             machine,
         };
         let I8042State {} = state::decode(snapshot, SectionKind::I8042, 0)?;
@@ -121,21 +130,27 @@ impl SavedState {
 }
 
 fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
-    if !snapshot.sections().iter().any(|section| section.kind == SectionKind::VmGenId) {
-        return Ok(None);
-    }
-    let state: VmGenIdState = state::decode(snapshot, SectionKind::VmGenId, 0)?;
+    let Some(state) = optional::<VmGenIdState>(snapshot, SectionKind::VmGenId)? else { return Ok(None) };
     let known = state.gsi < layout::GSI_COUNT;
     let what = format!("the interrupt controller has no input {}", state.gsi);
     if known { Ok(Some(state)) } else { Err(Error::State { section: "VmGenId".into(), what }) }
 }
 
+/// The only section of a kind that not every snapshot has.
+fn optional<T: DeserializeOwned>(snapshot: &Snapshot, kind: SectionKind) -> Result<Option<T>, Error> {
+    let there = snapshot.sections().iter().any(|section| section.kind == kind);
+    if there { state::decode(snapshot, kind, 0).map(Some) } else { Ok(None) }
+}
+
 /// A section this build does not know may be a device the guest depends on.
 fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
-        SectionKind::Machine | SectionKind::Vm | SectionKind::Serial | SectionKind::I8042 | SectionKind::VmGenId => {
-            section.instance == 0
-        }
+        SectionKind::Machine
+        | SectionKind::Vm
+        | SectionKind::Serial
+        | SectionKind::I8042
+        | SectionKind::VmGenId
+        | SectionKind::Metadata => section.instance == 0,
         SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
         SectionKind::Virtio => section.instance < config::MAX_DEVICES as u32,
         _ => false,
@@ -171,14 +186,18 @@ impl Machine<Built> {
         let files = Files::open(spec.chain.clone(), spec.plan)?;
         spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
-        let built = match spec.handler {
+        let mut built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
             Some(_) => engine::build_external(layout, timeline)?,
         };
+        let is_ours = spec.handler.is_none() && spec.observer.is_none();
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
-        let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides)?;
-        let virtio = VirtioSet { devices: virtio, configs };
-        let mut machine = Machine::build(kvm, built.ram, shape, virtio, outside, timeline)?;
+        let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
+        let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides)?;
+        let mut fw_cfg = saved.fw_cfg;
+        fw_cfg.metadata.extend(spec.overrides.metadata.clone());
+        let set = DeviceSet { virtio, configs, fw_cfg };
+        let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
@@ -186,14 +205,20 @@ impl Machine<Built> {
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
         }
-        machine.apply(&saved.vm, &saved.vcpus)?;
+        machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
         machine.core.lineage = Lineage::restored(spec.chain);
         if let Some(vmgenid) = saved.vmgenid {
             machine.core.renew_vmgenid(vmgenid)?;
         }
+        timeline.lap(Slice::StateLoad);
+        if is_ours {
+            built.report.prefault = machine.prefault(spec.plan)?;
+            timeline.lap(Slice::Preload);
+        }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
+        placed.keep();
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }

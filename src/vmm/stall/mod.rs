@@ -8,7 +8,7 @@
 //! | the fault service, the background thread | they note what they read, and since when |
 //! | a vCPU, on a handler outside | the userfaultfd has waiters (`/proc/self/fdinfo`), and no page has come |
 //! | a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
-//! | the main thread | its thread has not run: at all while it restores, in a page fault later |
+//! | the main thread | in a page fault, it has not run; while it restores, nobody has run |
 //!
 //! If the main loop does not take the reason (it may be the one that waits), the process is ended from here.
 

@@ -19,43 +19,60 @@ struct Task {
     switches: u64,
 }
 
+/// Who works on a restore: the main thread and whoever reads for it.
+const RESTORE: u32 = 0;
+/// Threads that work for others.
+const BYSTANDERS: [&str; 2] = ["stalls", "api"];
+
 /// Threads that were asleep when they were last looked at, by id.
 #[derive(Debug, Default)]
 pub struct SleepingThreads(HashMap<u32, Seen>);
 
 impl SleepingThreads {
-    /// The first thread found to have slept for `limit` where it must not: a vCPU uninterruptibly (an idle one sleeps
-    /// interruptibly), the main thread at all if it is `restoring`, otherwise in a page fault.
+    /// Who is found to have slept for `limit` where it must not: a vCPU uninterruptibly (an idle one sleeps
+    /// interruptibly), the main thread in a page fault, and, while it is `restoring`, everybody at once.
     pub fn look(&mut self, now: Instant, limit: Duration, restoring: bool) -> Option<String> {
-        let main = std::process::id();
-        let Ok(entries) = std::fs::read_dir("/proc/self/task") else { return None };
-        let ids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-        ids.filter_map(|id| self.look_at(id, main, now, limit, restoring)).next()
+        let tasks = tasks();
+        let mut stuck = None;
+        for (id, task) in &tasks {
+            let who = match *id == std::process::id() {
+                true if !restoring && task.state != 'R' && is_in_a_page_fault(*id) => "The main loop".to_string(),
+                false if task.state == 'D' && task.name.starts_with("vcpu") => task.name.replace("vcpu", "vCPU "),
+                _ => {
+                    self.0.remove(id);
+                    continue;
+                }
+            };
+            if self.has_slept(*id, task.switches, now) >= limit {
+                stuck.get_or_insert(who);
+            }
+        }
+        let workers = || tasks.iter().map(|(_, task)| task).filter(|task| !BYSTANDERS.contains(&task.name.as_str()));
+        if !restoring || workers().any(|task| task.state == 'R') {
+            self.0.remove(&RESTORE);
+        } else if self.has_slept(RESTORE, workers().map(|task| task.switches).sum(), now) >= limit {
+            stuck.get_or_insert("The restore".to_string());
+        }
+        stuck
     }
 
-    fn look_at(&mut self, id: u32, main: u32, now: Instant, limit: Duration, restoring: bool) -> Option<String> {
-        // A thread may end meanwhile.
-        let text = std::fs::read_to_string(format!("/proc/self/task/{id}/status")).ok()?;
-        let task = parse(&text)?;
-        let waits = match id == main {
-            true => task.state != 'R' && (restoring || is_in_a_page_fault(id)),
-            false => task.name.starts_with("vcpu") && task.state == 'D',
-        };
-        if !waits {
-            self.0.remove(&id);
-            return None;
+    /// For how long it is known to have slept; `switches` are its context switches so far.
+    fn has_slept(&mut self, id: u32, switches: u64, now: Instant) -> Duration {
+        let seen = self.0.entry(id).or_insert(Seen { switches, since: now });
+        if seen.switches != switches {
+            *seen = Seen { switches, since: now };
         }
-        let seen = self.0.entry(id).or_insert(Seen { switches: task.switches, since: now });
-        if seen.switches != task.switches {
-            *seen = Seen { switches: task.switches, since: now };
-        }
-        let name = match (id == main, restoring) {
-            (true, true) => "The restore".to_string(),
-            (true, false) => "The main loop".to_string(),
-            (false, _) => task.name.replace("vcpu", "vCPU "),
-        };
-        (now.saturating_duration_since(seen.since) >= limit).then_some(name)
+        now.saturating_duration_since(seen.since)
     }
+}
+
+/// The threads of this process.
+fn tasks() -> Vec<(u32, Task)> {
+    let Ok(entries) = std::fs::read_dir("/proc/self/task") else { return Vec::new() };
+    let ids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    // A thread may end meanwhile.
+    let task = |id| parse(&std::fs::read_to_string(format!("/proc/self/task/{id}/status")).ok()?);
+    ids.filter_map(|id| Some((id, task(id)?))).collect()
 }
 
 /// Whether a thread that sleeps does so outside of any system call (proc(5), `/proc/pid/syscall`).
@@ -87,11 +104,23 @@ mod tests {
     }
 
     #[test]
-    fn main_thread_that_sleeps_is_told_only_while_it_restores() {
-        // The main thread of a test process waits for its tests.
+    fn who_is_switched_to_has_not_slept() {
         let (mut threads, start) = (SleepingThreads::default(), Instant::now());
-        let limit = Duration::from_secs(3600);
-        assert_eq!(threads.look(start, limit, true), None);
-        assert_eq!(threads.look(start + limit, limit, false), None);
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let seen: Vec<u64> = [(5, 0), (5, 10), (6, 20), (6, 25)]
+            .into_iter()
+            .map(|(switches, at)| threads.has_slept(7, switches, after(at)).as_secs())
+            .collect();
+        assert_eq!(seen, [0, 10, 0, 5]);
+    }
+
+    #[test]
+    fn process_that_works_is_not_stuck() {
+        let (mut threads, start) = (SleepingThreads::default(), Instant::now());
+        for _ in 0..3 {
+            // This thread runs while it looks.
+            assert_eq!(threads.look(start, Duration::ZERO, true), None);
+            assert_eq!(threads.look(start, Duration::ZERO, false), None);
+        }
     }
 }

@@ -11,6 +11,7 @@ pub mod mapping;
 pub mod page_cache;
 pub mod pagemap;
 pub mod pagemap_scan;
+pub mod prefault;
 pub mod resident;
 pub mod signals;
 pub mod terminal;

@@ -3,7 +3,7 @@
 
 use core::arch::asm;
 
-/// Writes a byte to one of the ports 0..=0x3ff.
+/// Writes a byte to one of the ports 0..=0x51f.
 pub fn write(port: u16, value: u8) {
     // SAFETY: the instruction touches no memory and no register but its operands. What a device
     // does is outside Rust's model; no device of this machine is ever programmed to do DMA.
@@ -12,7 +12,15 @@ pub fn write(port: u16, value: u8) {
     }
 }
 
-/// Reads a byte from one of the ports 0..=0x3ff.
+/// Writes two bytes to one of the ports 0..=0x51e.
+pub fn write_word(port: u16, value: u16) {
+    // SAFETY: as in `write`.
+    unsafe {
+        asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags));
+    }
+}
+
+/// Reads a byte from one of the ports 0..=0x51f.
 pub fn read(port: u16) -> u8 {
     let value;
     // SAFETY: as in `write`.

@@ -3,7 +3,9 @@
 //! To add one, write `fn(&Args, &mut Ctx) -> Result<Reply, Message>` in a file here and name it in
 //! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
 
+mod blk;
 mod memory;
+mod net;
 mod pages;
 mod rng;
 mod spin;
@@ -70,6 +72,12 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("blk", blk::KEYS, blk::blk),
+    function("metadata", &[], system::metadata),
+    function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
+    function("net_info", &[], net::info),
+    function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
+    function("net_send", &[required("count"), optional("size"), optional("batch"), SEED], net::send),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function(
         "vsock_connect",
@@ -95,7 +103,9 @@ pub struct Ctx {
     pub filled: memory::Filled,
     pub handles: pages::Handles,
     pub spin: spin::State,
+    pub net: net::State,
     pub rng: rng::State,
+    pub blk: blk::State,
     pub vsock: vsock::State,
     pub config: Config,
     pub protocol: Protocol,
@@ -110,7 +120,9 @@ impl Ctx {
             filled: memory::Filled::new(),
             handles: pages::Handles::new(),
             spin: spin::State::new(),
+            net: net::State::new(),
             rng: rng::State::new(),
+            blk: blk::State::new(),
             vsock: vsock::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,

@@ -1,9 +1,11 @@
 //! `hello`, `clock`, `info`.
 
 use super::{Ctx, Reply};
-use crate::arch::cpuid;
+use crate::arch::{cpuid, port};
 use crate::clock as time;
 use tvmm_guest::args::{Args, Message};
+use tvmm_guest::digest::Digest;
+use tvmm_guest::message;
 use tvmm_guest::text::Text;
 
 /// The smallest request: nothing but the protocol.
@@ -15,6 +17,32 @@ pub fn hello(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {
 pub fn clock(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {
     let keys = format_args!("mono_ns={} wall_ns={} source={}", time::now_ns(0), time::wall_ns(0), time::source());
     Ok(Reply::named("clock", keys))
+}
+
+/// The first 256 bytes of `opt/tvmm/metadata`, blanks removed; by the firmware configuration device (QEMU
+/// docs/specs/fw_cfg.rst).
+pub fn metadata(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {
+    const SELECTOR: u16 = 0x510;
+    const DATA: u16 = 0x511;
+    const SIGNATURE: u16 = 0;
+    const FILE: u16 = 0x20;
+    port::write_word(SELECTOR, SIGNATURE);
+    if [0; 4].map(|_: u8| port::read(DATA)) != *b"QEMU" {
+        return Err(message!("no firmware configuration device"));
+    }
+    port::write_word(SELECTOR, FILE);
+    let mut text = [0; 256];
+    let mut len = 0;
+    for _ in 0..text.len() {
+        let byte = port::read(DATA);
+        if byte.is_ascii_graphic() {
+            text[len] = byte;
+            len += 1;
+        }
+    }
+    let mut digest = Digest::new();
+    digest.bytes(&text[..len]);
+    Ok(Reply::new(digest.finish(), format_args!("json={}", core::str::from_utf8(&text[..len]).unwrap_or("?"))))
 }
 
 /// What this kernel is and found.
