@@ -2,9 +2,9 @@
 # Builds a read-only root image with Python for microVMs from Debian packages, without installing any of them. What comes out,
 # in target/linux/ (LINUX_DIR):
 #   rootfs.erofs       or rootfs.squashfs with ROOTFS_FORMAT=squashfs
-# In it: busybox (init, shell), the C library, Python 3 with its standard library, what is in rootfs/, and every file of
-# ROOTFS_EXTRA, a directory of your own laid over all of it. Takes half a minute. It is built again when the scripts, the
-# files or the apt sources change; to ask for newer packages, delete target/linux/rootfs.stamp.
+# In it: busybox (init, shell), the C library, Python 3 with its standard library, tvmm-agent, what is in rootfs/, and every
+# file of ROOTFS_EXTRA, a directory of your own laid over all of it. Takes half a minute. It is built again when the
+# scripts, the files, the agent or the apt sources change; to ask for newer packages, delete target/linux/rootfs.stamp.
 set -euo pipefail
 # shellcheck source=resources/linux/lib.sh
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
@@ -35,7 +35,7 @@ compile_python() {
     ln -s "$PYTHON" "$ROOT/usr/bin/python3"
     PYTHONHOME=$ROOT/usr "$ROOT/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" "$ROOT/usr/bin/$PYTHON" -E \
         -m compileall -q -s "$ROOT" -p / --invalidation-mode unchecked-hash \
-        "$ROOT/usr/lib/$PYTHON" "$ROOT/usr/lib/tvmm" "$ROOT/srv/functions" || fail "the image's Python files do not compile"
+        "$ROOT/usr/lib/$PYTHON" || fail "the image's Python files do not compile"
 }
 
 # Unpacks the downloaded packages into a tree whose /bin, /sbin, /lib and /lib64 are links, which must stay.
@@ -48,6 +48,14 @@ lay_packages() {
     done
 }
 
+# The agent is built as tvmm is: static, at a fixed address.
+install_agent() {
+    local target=x86_64-unknown-linux-gnu out=$REPOSITORY/target/agent
+    RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build --quiet --release --locked \
+        --target "$target" --manifest-path "$REPOSITORY/resources/agent/Cargo.toml" --target-dir "$out"
+    cp "$out/$target/release/tvmm-agent" "$ROOT/usr/bin/tvmm-agent"
+}
+
 fill_root() {
     local place
     mkdir -p "$ROOT"/{usr/bin,usr/sbin,usr/lib,usr/lib64,proc,sys,dev,run,tmp,mnt,var,root}
@@ -57,6 +65,7 @@ fill_root() {
     # shellcheck disable=SC2086 # one word per path
     (cd "$ROOT" && eval rm -rf $LEFT_OUT)
     install_busybox
+    install_agent
     cp -r --no-preserve=ownership "$HERE/rootfs/." "$ROOT/"
     chmod +x "$ROOT"/etc/init.d/*
     [ -z "$EXTRA" ] || cp -r --no-preserve=ownership "$EXTRA/." "$ROOT/"
@@ -99,8 +108,8 @@ build() {
 stamp=$({
     echo "$FORMAT"
     cat "$HERE"/{build-rootfs,lib}.sh "$PACKAGES"
-    [ -z "$EXTRA" ] || find "$EXTRA" -type f -exec sha256sum {} + | sort
-    find "$HERE/rootfs" -type f -exec sha256sum {} + | sort
+    [ -z "$EXTRA" ] || (cd "$EXTRA" && find . -type f -exec sha256sum {} + | sort)
+    (cd "$REPOSITORY/resources" && find linux/rootfs {agent,guest}/{src,Cargo.*} -type f -exec sha256sum {} + | sort)
     sources
 } | sha256sum)
 unless_built rootfs "$stamp"
