@@ -14,6 +14,7 @@ mod guest_elf;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod linux;
 mod plans;
 mod platform;
 mod profile;
