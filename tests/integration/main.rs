@@ -16,6 +16,7 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod linux;
 mod metadata;
 mod plans;
 mod platform;
