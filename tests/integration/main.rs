@@ -16,6 +16,7 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod linux;
 mod linux_guest;
 mod metadata;
 mod plans;
