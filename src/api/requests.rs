@@ -8,7 +8,9 @@ use serde::de::DeserializeOwned;
 
 use super::devices::{DriveOverrideBody, MacOverrideBody, NetworkOverrideBody, VsockOverrideBody};
 use super::fault::Fault;
-use crate::vmm::config::{BootSource, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac};
+use crate::vmm::config::{
+    BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac,
+};
 use crate::vmm::control::{
     Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind, SnapshotPaths,
 };
@@ -61,6 +63,10 @@ pub(super) fn patch_machine_config(body: &[u8]) -> Result<Parsed, Fault> {
     MachineConfig::default().patched(&patch)?;
     let is_deprecated = patch.cpu_template.is_some();
     Ok(Parsed { command: Command::PatchMachineConfig(patch), is_deprecated })
+}
+
+pub(super) fn put_cpu_config(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::PutCpuConfig(json::<CpuConfig>(body)?).into())
 }
 
 pub(super) fn put_logger(body: &[u8]) -> Result<Parsed, Fault> {
@@ -219,10 +225,6 @@ struct Load {
 
 pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
     let mut load: Load = json(body)?;
-    let unsupported = [(load.clock_realtime, "Moving the guest's clock on to real time (clock_realtime) is")];
-    if let Some((_, subject)) = unsupported.into_iter().find(|(is_used, _)| *is_used) {
-        return Err(Fault::bad_request(format!("{subject} not supported yet.")));
-    }
     let overrides = overrides(load.network_overrides, load.vsock_override, &mut load.tvmm)?;
     let is_deprecated = load.mem_file_path.is_some() || load.enable_diff_snapshots;
     let (memory, memory_key, handler) = match (load.mem_backend, load.mem_file_path) {
@@ -246,6 +248,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
+        clock_realtime: load.clock_realtime,
         resume: load.resume_vm,
     });
     Ok(Parsed { command, is_deprecated })

@@ -18,6 +18,7 @@ use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
 use crate::vmm::control::{self, LoadSnapshot, Overrides, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
+use crate::vmm::port_request::PortRequest;
 use crate::vmm::session::{self, Begin, Outcome, Surroundings};
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::{clock, kick};
@@ -60,9 +61,15 @@ pub struct RestoreArgs {
     /// Tell this clone something: a key of its metadata, and its value (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     metadata: Vec<(String, String)>,
+    /// The Unix socket the vsock device is to have from now on
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
+    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    #[arg(long)]
+    clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
@@ -102,9 +109,11 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
             drives: args.drive.clone(),
             drive_dir: args.drive_dir.clone(),
             metadata: args.metadata.iter().cloned().collect(),
+            vsock: args.vsock.clone(),
             ..Overrides::default()
         },
         track_dirty_pages: args.track_dirty_pages,
+        clock_realtime: args.clock_realtime,
         resume: !args.paused,
     };
     // Before the guest runs: a profile that is none is refused at once.
@@ -152,7 +161,8 @@ fn run(
     let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
     let (outside, moments) = outside(answer.as_ref(), Duration::from_secs(args.fault_timeout))?;
     let around = Surroundings {
-        input: input(args.run.as_deref())?,
+        input: input(args)?,
+        request: port_request(args, answer.as_ref()),
         reads_stdin: args.run.is_none(),
         control: server.is_some().then_some(receiver),
         signals,
@@ -174,7 +184,7 @@ fn run(
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let (Some(path), Some(report)) = (&args.report, report) {
-        report?.finish(&controller).write(path)?;
+        report?.ended(&outcome).finish(&controller).write(path)?;
     }
     let code = exit_code(&outcome, args, answer.as_deref())?;
     stopped?;
@@ -193,12 +203,25 @@ fn outside(answer: Option<&Arc<Answer>>, fault_timeout: Duration) -> Result<(Out
     Ok((Outside { output, fault_timeout, moments: moments.clone() }, moments))
 }
 
-fn input(run: Option<&str>) -> Result<Input, BoxError> {
-    let Some(function) = run else { return Ok(Input::stdin()?) };
+fn input(args: &SessionArgs) -> Result<Input, BoxError> {
+    let Some(function) = &args.run else { return Ok(Input::stdin()?) };
     if function.trim().is_empty() || function.chars().any(char::is_control) {
         return refuse("--run takes one function of the guest with its arguments, such as `hello` or `fill pages=16`");
     }
-    Ok(Input::script(format!("run {RUN_ID} {}\n", function.trim()).as_bytes()))
+    Ok(match args.run_port {
+        Some(_) => Input::default(),
+        None => Input::script(format!("{}\n", request_line(function)).as_bytes()),
+    })
+}
+
+fn request_line(function: &str) -> String {
+    format!("run {RUN_ID} {}", function.trim())
+}
+
+/// The request of --run, if --run-port says that it goes over vsock.
+fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
+    let (port, function, answer) = (args.run_port?, args.run.as_ref()?, answer?.clone());
+    Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })
 }
 
 /// Turns the moments seen by vCPU threads into slices.
@@ -220,6 +243,7 @@ fn exit_code(outcome: &Outcome, args: &SessionArgs, answer: Option<&Answer>) -> 
         Outcome::Guest(ending) if args.run.is_some() => {
             refuse(format!("The guest ended before it answered: {ending:?}"))
         }
+        Outcome::NoAnswer(why) => refuse(format!("The guest did not answer --run: {why}")),
         Outcome::Answered => match answer.and_then(Answer::get) {
             Some((line, _)) if line.starts_with("ok ") => Ok(ExitCode::SUCCESS),
             _ => Ok(ExitCode::FAILURE),

@@ -48,4 +48,15 @@ pub enum Error {
     /// Saved state that the device cannot have had.
     #[error("The saved state of the {device} is not valid: {what}")]
     State { device: &'static str, what: &'static str },
+    /// There is something at the path where the vsock device is to listen.
+    #[error(
+        "Cannot listen on the vsock device's socket {path}: the path is taken. Give another `uds_path` (at restore: `--vsock PATH`, `vsock_override`); if a VM that has ended left the file, delete it"
+    )]
+    VsockPathTaken { path: PathBuf },
+    /// With the port of a guest's connection the path would not fit a socket address.
+    #[error("The path of the vsock device's socket is too long, at most {max} bytes leave room for `_<port>`: {path}")]
+    VsockPathLong { path: PathBuf, max: usize },
+    /// The vsock device's socket could not be made.
+    #[error("Cannot {doing} the vsock device's socket {path}")]
+    VsockSocket { doing: &'static str, path: PathBuf, source: io::Error },
 }

@@ -20,6 +20,7 @@ mod rate_limiter;
 mod testing;
 #[cfg(test)]
 mod transport_tests;
+mod vsock;
 
 use std::any::Any;
 use std::os::fd::RawFd;
@@ -30,6 +31,7 @@ pub use memory::{Memory, region_bitmap};
 pub use mmio::{MmioDevice, TransportState};
 pub use queue::{QueueState, VirtQueue};
 pub use rate_limiter::{BucketLimit, RateLimiter, RateLimiterState, RateLimits};
+pub use vsock::{Vsock, VsockParams, VsockState};
 
 use mmio::Interrupt;
 

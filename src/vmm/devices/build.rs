@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use super::{SavedDevice, drives};
 use crate::devices::Metadata;
-use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, id};
-use crate::vmm::config::{DeviceConfigs, EntropyConfig};
+use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, Vsock, VsockParams, VsockState, id};
+use crate::vmm::config::{DeviceConfigs, EntropyConfig, VsockConfig};
 use crate::vmm::error::Error;
+use crate::vmm::sys::limits;
 
 /// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,10 +38,21 @@ pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>
     for drive in drives::open(configs)? {
         devices.push(Box::new(drive));
     }
+    if let Some(vsock) = &configs.vsock {
+        devices.push(Box::new(make_vsock(VsockParams::new(vsock.guest_cid, vsock.uds_path.clone()))?));
+    }
     if configs.entropy.is_some() {
         devices.push(Box::new(Entropy::new()));
     }
     Ok(devices)
+}
+
+/// Descriptors of everything else in the process.
+const DESCRIPTORS_BESIDES: u64 = 256;
+
+fn make_vsock(params: VsockParams) -> Result<Vsock, Error> {
+    limits::raise_open_files(Vsock::DESCRIPTORS_MAX + DESCRIPTORS_BESIDES);
+    Ok(Vsock::new(params)?)
 }
 
 /// Makes devices again from their saved state, and the config they now have.
@@ -61,6 +73,16 @@ pub fn from_saved(
                 let EntropyState {} = saved.decode()?;
                 configs.entropy = Some(EntropyConfig::default());
                 devices.push(Box::new(Entropy::new()));
+            }
+            id::VSOCK => {
+                let state: VsockState = saved.decode()?;
+                let mut params = VsockParams::restored(state)?;
+                if let Some(path) = &overrides.vsock {
+                    params.uds_path = path.clone();
+                }
+                let (guest_cid, uds_path) = (params.guest_cid, params.uds_path.clone());
+                configs.vsock = Some(VsockConfig { guest_cid, uds_path, vsock_id: None });
+                devices.push(Box::new(make_vsock(params)?));
             }
             other => return Err(Error::DeviceMissing { index, device_type: other }),
         }

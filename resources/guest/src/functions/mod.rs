@@ -9,6 +9,7 @@ mod pages;
 mod rng;
 mod spin;
 mod system;
+mod vsock;
 
 use crate::alloc::Pages;
 use crate::boot::{BootInfo, Protocol};
@@ -73,6 +74,16 @@ static FUNCTIONS: &[Function] = &[
     function("blk", blk::KEYS, blk::blk),
     function("metadata", &[], system::metadata),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
+    function(
+        "vsock_connect",
+        &[required("port"), optional("bytes"), SEED, optional("window"), optional("irq")],
+        vsock::connect,
+    ),
+    function(
+        "vsock_serve",
+        &[required("port"), optional("lines"), optional("closed"), optional("window"), optional("irq")],
+        vsock::serve,
+    ),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
 
@@ -89,6 +100,7 @@ pub struct Ctx {
     pub spin: spin::State,
     pub rng: rng::State,
     pub blk: blk::State,
+    pub vsock: vsock::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -104,6 +116,7 @@ impl Ctx {
             spin: spin::State::new(),
             rng: rng::State::new(),
             blk: blk::State::new(),
+            vsock: vsock::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,
