@@ -16,6 +16,7 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod linux_block;
 mod metadata;
 mod plans;
 mod platform;
