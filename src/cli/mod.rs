@@ -5,6 +5,7 @@ mod calibrate;
 mod guest;
 mod inspect;
 mod merge;
+mod overrides;
 mod plan;
 mod profile;
 mod report;

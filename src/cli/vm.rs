@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::overrides::OverrideArgs;
 use super::report;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
@@ -15,7 +16,7 @@ use crate::devices::{ConsoleOutput, FdSink, Sink};
 use crate::tiering::profile::Profile;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, Overrides, SnapshotPaths};
+use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::port_request::PortRequest;
@@ -52,18 +53,6 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
-    /// Give a drive another image than it had (repeatable); one named here may have changed since the snapshot
-    #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
-    drive: Vec<(String, PathBuf)>,
-    /// Where to make this VM's own copies of drives, for a snapshot taken with --copy-drives
-    #[arg(long, value_name = "DIR")]
-    drive_dir: Option<PathBuf>,
-    /// Tell this clone something: a key of its metadata, and its value (repeatable)
-    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
-    metadata: Vec<(String, String)>,
-    /// The Unix socket the vsock device is to have from now on
-    #[arg(long, value_name = "PATH")]
-    vsock: Option<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -77,6 +66,8 @@ pub struct RestoreArgs {
     /// touched
     #[arg(long, value_name = "FILE", requires = "report")]
     against: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
     #[command(flatten)]
     session: SessionArgs,
 }
@@ -105,13 +96,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides {
-            drives: args.drive.clone(),
-            drive_dir: args.drive_dir.clone(),
-            metadata: args.metadata.iter().cloned().collect(),
-            vsock: args.vsock.clone(),
-            ..Overrides::default()
-        },
+        overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,
         clock_realtime: args.clock_realtime,
         resume: !args.paused,
@@ -125,21 +110,6 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
 struct Operation {
     name: &'static str,
     against: Option<Profile>,
-}
-
-fn key_value(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("it is not like KEY=VALUE")?;
-    match key.is_empty() {
-        true => Err("the key is empty".to_owned()),
-        false => Ok((key.to_owned(), value.to_owned())),
-    }
-}
-
-fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
-    match key_value(text)? {
-        (_, path) if path.is_empty() => Err("the path is empty".to_owned()),
-        (id, path) => Ok((id, path.into())),
-    }
 }
 
 const RUN_ID: &str = "run";

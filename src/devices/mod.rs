@@ -45,6 +45,14 @@ pub enum Error {
         "Drive `{id}` cannot have io_engine Async: io_uring cannot be used here (the sysctl kernel.io_uring_disabled, a seccomp filter, or a limit on locked memory forbids it); use io_engine Sync"
     )]
     IoUring { id: String, source: io::Error },
+    /// A tap device that cannot be had; `why` says what to do.
+    #[error("Network interface `{id}` cannot use the tap `{tap}`: {why}")]
+    Tap { id: String, tap: String, why: String, source: io::Error },
+    /// A MAC address for a guest that cannot learn of it.
+    #[error(
+        "Network interface `{id}` cannot have another MAC address: it had no guest_mac, so the guest chose its own; give it one before it boots"
+    )]
+    NoMac { id: String },
     /// Saved state that the device cannot have had.
     #[error("The saved state of the {device} is not valid: {what}")]
     State { device: &'static str, what: &'static str },

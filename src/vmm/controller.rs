@@ -13,6 +13,7 @@ use super::control::{
     Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
     SnapshotPaths, SnapshotTaken, VmState,
 };
+use super::devices::VirtioDevices;
 use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
@@ -438,6 +439,7 @@ impl Controller {
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
+        let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         match &mut self.metrics {
             Some(file) => {
                 let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
@@ -448,7 +450,8 @@ impl Controller {
                         "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,
                     })
                 });
-                let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan });
+                let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
+                    "devices": devices });
                 file.write(&all)
             }
             None => Ok(()),
@@ -479,6 +482,7 @@ pub struct Parts<'a> {
     pub faults: FaultCounts,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
+    virtio: &'a VirtioDevices,
     counters: &'a super::metrics::ExitCounters,
 }
 
@@ -490,6 +494,7 @@ impl<'a> Parts<'a> {
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
             single_pages: machine.maps_single_pages(),
+            virtio: machine.virtio(),
             counters: machine.counters(),
         }
     }

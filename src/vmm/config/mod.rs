@@ -23,7 +23,7 @@ use serde_json::Value;
 pub use cpu::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
 pub use devices::{
     BalloonConfig, CacheType, DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, IoEngine, MAX_DEVICES,
-    NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, parse_mac,
+    NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
 };
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, HugePages,

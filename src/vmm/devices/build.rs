@@ -2,10 +2,13 @@
 
 use std::path::PathBuf;
 
+use super::limits::config_of;
 use super::{SavedDevice, drives};
 use crate::devices::Metadata;
-use crate::devices::virtio::{Entropy, EntropyState, VirtioDevice, Vsock, VsockParams, VsockState, id};
-use crate::vmm::config::{DeviceConfigs, EntropyConfig, VsockConfig};
+use crate::devices::virtio::{
+    Entropy, EntropyState, Net, NetOverride, NetParams, NetState, VirtioDevice, Vsock, VsockParams, VsockState, id,
+};
+use crate::vmm::config::{DeviceConfigs, EntropyConfig, NetworkConfig, VsockConfig, format_mac, parse_mac};
 use crate::vmm::error::Error;
 use crate::vmm::sys::limits;
 
@@ -38,6 +41,9 @@ pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>
     for drive in drives::open(configs)? {
         devices.push(Box::new(drive));
     }
+    for network in &configs.network_interfaces {
+        devices.push(Box::new(Net::new(net_params(network))?));
+    }
     if let Some(vsock) = &configs.vsock {
         devices.push(Box::new(make_vsock(VsockParams::new(vsock.guest_cid, vsock.uds_path.clone()))?));
     }
@@ -69,6 +75,12 @@ pub fn from_saved(
                 configs.drives.push(drives::config_of(&drive));
                 devices.push(Box::new(drive));
             }
+            id::NET => {
+                let state: NetState = saved.decode()?;
+                let net = Net::restore(state, |id| overrides.network(id))?;
+                configs.network_interfaces.push(net_config(net.params()));
+                devices.push(Box::new(net));
+            }
             id::ENTROPY => {
                 let EntropyState {} = saved.decode()?;
                 configs.entropy = Some(EntropyConfig::default());
@@ -91,7 +103,40 @@ pub fn from_saved(
     Ok((devices, configs))
 }
 
+fn net_params(config: &NetworkConfig) -> NetParams {
+    NetParams {
+        id: config.iface_id.clone(),
+        tap: config.host_dev_name.clone(),
+        // Validated with the config.
+        mac: config.guest_mac.as_deref().and_then(parse_mac),
+        mtu: config.mtu,
+        rx_limits: config.rx_rate_limiter.unwrap_or_default().into(),
+        tx_limits: config.tx_rate_limiter.unwrap_or_default().into(),
+    }
+}
+
+/// The config of the interface that is now.
+pub fn net_config(params: &NetParams) -> NetworkConfig {
+    NetworkConfig {
+        iface_id: params.id.clone(),
+        host_dev_name: params.tap.clone(),
+        guest_mac: params.mac.map(format_mac),
+        mtu: params.mtu,
+        rx_rate_limiter: config_of(params.rx_limits),
+        tx_rate_limiter: config_of(params.tx_limits),
+    }
+}
+
 impl Overrides {
+    /// What the network interface `id` is to have.
+    fn network(&self, id: &str) -> NetOverride {
+        let network = self.networks.iter().find(|network| network.iface_id == id);
+        network.map_or_else(NetOverride::default, |network| NetOverride {
+            tap: network.host_dev_name.clone(),
+            mac: network.guest_mac,
+        })
+    }
+
     /// Every override must have a device to override.
     fn check(&self, configs: &DeviceConfigs) -> Result<(), Error> {
         let drives: Vec<&str> = configs.drives.iter().map(|drive| drive.drive_id.as_str()).collect();

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::build::net_config;
 use super::{VirtioDevices, drives};
+use crate::devices::virtio::Net;
 use crate::devices::virtio::block::Block;
 use crate::vmm::config::RateLimiterConfig;
 use crate::vmm::control::Refused;
@@ -40,7 +42,7 @@ impl VirtioDevices {
     pub fn patch(&mut self, patch: DevicePatch) -> Result<(), Refused> {
         match patch {
             DevicePatch::Drive(patch) => self.patch_drive(&patch),
-            DevicePatch::Network(patch) => Err(no_such("network interface", &patch.iface_id)),
+            DevicePatch::Network(patch) => self.patch_network(&patch),
         }
     }
 
@@ -50,6 +52,21 @@ impl VirtioDevices {
         let config = changed.map_err(|error| Refused::bad_request_because(&error))?;
         let known = self.configs.drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id);
         known.into_iter().for_each(|known| *known = config.clone());
+        Ok(())
+    }
+
+    fn patch_network(&mut self, patch: &NetworkPatch) -> Result<(), Refused> {
+        let rx = patch.rx_rate_limiter.unwrap_or_default().into();
+        let tx = patch.tx_rate_limiter.unwrap_or_default().into();
+        let changed = self.with(&patch.iface_id, |net: &mut Net| {
+            net.set_limits(rx, tx);
+            (net_config(net.params()), false)
+        });
+        let config = changed.ok_or_else(|| no_such("network interface", &patch.iface_id))?;
+        let networks = &mut self.configs_mut().network_interfaces;
+        networks.iter_mut().filter(|network| network.iface_id == config.iface_id).for_each(|network| {
+            *network = config.clone();
+        });
         Ok(())
     }
 }

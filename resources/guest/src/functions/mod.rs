@@ -5,6 +5,7 @@
 
 mod blk;
 mod memory;
+mod net;
 mod pages;
 mod rng;
 mod spin;
@@ -73,6 +74,10 @@ static FUNCTIONS: &[Function] = &[
     function("free", &[optional("handle"), optional("filled")], pages::free),
     function("blk", blk::KEYS, blk::blk),
     function("metadata", &[], system::metadata),
+    function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
+    function("net_info", &[], net::info),
+    function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
+    function("net_send", &[required("count"), optional("size"), optional("batch"), SEED], net::send),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function(
         "vsock_connect",
@@ -98,6 +103,7 @@ pub struct Ctx {
     pub filled: memory::Filled,
     pub handles: pages::Handles,
     pub spin: spin::State,
+    pub net: net::State,
     pub rng: rng::State,
     pub blk: blk::State,
     pub vsock: vsock::State,
@@ -114,6 +120,7 @@ impl Ctx {
             filled: memory::Filled::new(),
             handles: pages::Handles::new(),
             spin: spin::State::new(),
+            net: net::State::new(),
             rng: rng::State::new(),
             blk: blk::State::new(),
             vsock: vsock::State::new(),
