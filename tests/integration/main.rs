@@ -17,6 +17,7 @@ mod host;
 mod hostile_snapshot;
 mod large;
 mod linux;
+mod linux_block;
 mod metadata;
 mod plans;
 mod platform;
