@@ -1,5 +1,6 @@
 //! Integration tests: each drives the real binary on the real /dev/kvm. One file per capability.
 
+mod agent;
 mod api;
 mod architecture;
 mod block;
@@ -18,6 +19,7 @@ mod hostile_snapshot;
 mod large;
 mod linux;
 mod linux_block;
+mod linux_vsock;
 mod metadata;
 mod plans;
 mod platform;
@@ -29,3 +31,4 @@ mod smp;
 mod support;
 mod uffd_handler;
 mod virtio;
+mod vsock;
