@@ -11,6 +11,7 @@ set -euo pipefail
 
 FORMAT=${ROOTFS_FORMAT:-erofs}
 EXTRA=${ROOTFS_EXTRA:-}
+AGENT=${TVMM_AGENT:-$REPOSITORY/target/agent/x86_64-unknown-linux-gnu/release/tvmm-agent}
 PYTHON=python3.11 # of Debian 12
 DEBS="busybox-static libc6 libgcc-s1 zlib1g $PYTHON-minimal lib$PYTHON-minimal lib$PYTHON-stdlib
     libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libuuid1"
@@ -48,14 +49,6 @@ lay_packages() {
     done
 }
 
-# The agent is built as tvmm is: static, at a fixed address.
-install_agent() {
-    local target=x86_64-unknown-linux-gnu out=$REPOSITORY/target/agent
-    RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build --quiet --release --locked \
-        --target "$target" --manifest-path "$REPOSITORY/resources/agent/Cargo.toml" --target-dir "$out"
-    cp "$out/$target/release/tvmm-agent" "$ROOT/usr/bin/tvmm-agent"
-}
-
 fill_root() {
     local place
     mkdir -p "$ROOT"/{usr/bin,usr/sbin,usr/lib,usr/lib64,proc,sys,dev,run,tmp,mnt,var,root}
@@ -65,7 +58,7 @@ fill_root() {
     # shellcheck disable=SC2086 # one word per path
     (cd "$ROOT" && eval rm -rf $LEFT_OUT)
     install_busybox
-    install_agent
+    cp "$AGENT" "$ROOT/usr/bin/tvmm-agent"
     cp -r --no-preserve=ownership "$HERE/rootfs/." "$ROOT/"
     chmod +x "$ROOT"/etc/init.d/*
     [ -z "$EXTRA" ] || cp -r --no-preserve=ownership "$EXTRA/." "$ROOT/"
@@ -105,11 +98,13 @@ build() {
     rm -rf "$WORK"
 }
 
+[ -x "$AGENT" ] || fail "no agent at $AGENT: make agent"
 stamp=$({
     echo "$FORMAT"
     cat "$HERE"/{build-rootfs,lib}.sh "$PACKAGES"
     [ -z "$EXTRA" ] || (cd "$EXTRA" && find . -type f -exec sha256sum {} + | sort)
-    (cd "$REPOSITORY/resources" && find linux/rootfs {agent,guest}/{src,Cargo.*} -type f -exec sha256sum {} + | sort)
+    (cd "$HERE/rootfs" && find . -type f -exec sha256sum {} + | sort)
+    sha256sum <"$AGENT"
     sources
 } | sha256sum)
 unless_built rootfs "$stamp"

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::support::shell::Shell;
 use crate::support::{Answer, Vm, run_err, run_ok, scratch, signal, text};
 
 const KERNELS: [&str; 2] = ["vmlinux", "bzImage"];
@@ -45,15 +46,6 @@ fn write(dir: &Path, config: &Value) -> PathBuf {
     path
 }
 
-/// A machine that has come up, with a shell on its console.
-fn up(config: &Value) -> Vm {
-    let dir = scratch();
-    let path = write(dir.path(), config);
-    let mut vm = Vm::spawn(dir, &["--config", text(&path)]);
-    vm.wait_line(|line| line.starts_with("guest: up "));
-    vm
-}
-
 /// The answer among other lines of output.
 fn answer_in(output: &str) -> Answer {
     let line = output.lines().find(|line| line.starts_with("ok run "));
@@ -78,12 +70,9 @@ fn linux_boots_from_either_image_runs_a_script_and_ends() {
 #[test]
 fn a_shell_on_the_console_does_what_is_typed() {
     let Some(built) = built() else { return };
-    let mut vm = up(&machine(&built, "vmlinux", 1, ""));
-    vm.send(b"python3 -c 'print(6 * 7, \"is it\")'\n");
-    vm.wait_line(|line| line.trim_end() == "42 is it");
-    vm.send(b"poweroff\n");
-    let (status, stderr) = vm.wait();
-    assert!(status.success(), "{stderr}");
+    let mut shell = Shell::boot(&machine(&built, "vmlinux", 1, ""));
+    assert_eq!(shell.ask("python3 -c 'print(6 * 7)'"), "42");
+    assert_eq!(shell.end("poweroff"), "power-off");
 }
 
 #[test]
@@ -140,11 +129,9 @@ fn requests_reach_linux_by_vsock_at_boot_and_at_restore() {
     let ask = |more: &[&str]| answer_in(&run_ok(&[more, &port].concat()));
     let booted = ask(&["--config", text(&path), "--run", "compress kib=64"]);
 
-    let mut vm = up(&config);
-    vm.send(b"until [ -n \"$(pidof python3)\" ]; do sleep 0.1; done; sleep 1; echo agent is up\n");
-    vm.wait_line(|line| line.trim_end() == "agent is up");
+    let shell = Shell::boot(&config);
     let out = dir.path().join("snapshot");
-    vm.snapshot(&out, &[]);
+    shell.vm.snapshot(&out, &[]);
     let other = dir.path().join("other.sock");
     let restored = ["restore", "--snapshot", text(&out), "--vsock", text(&other), "--run", "compress kib=64"];
     assert_eq!(ask(&restored), booted);
@@ -163,27 +150,22 @@ fn what_linux_writes_to_a_drive_outlives_snapshot_and_crash() {
         "drive_id": "disk", "path_on_host": disk, "is_root_device": false, "cache_type": "Writeback",
     });
     config["drives"].as_array_mut().unwrap().push(drive);
-    let mut vm = up(&config);
-    let digest = |vm: &mut Vm| {
-        vm.send(b"echo 3 >/proc/sys/vm/drop_caches; echo =$(sha256sum </dev/vdb)\n");
-        vm.wait_line(|line| line.starts_with('='))
-    };
-    let empty = digest(&mut vm);
-    vm.send(b"dd if=/dev/urandom of=/dev/vdb bs=64k conv=fsync 2>/dev/null; sync; echo written\n");
-    vm.wait_line(|line| line.trim_end() == "written");
-    let full = digest(&mut vm);
+    let digest = "echo 3 >/proc/sys/vm/drop_caches; sha256sum </dev/vdb";
+    let mut shell = Shell::boot(&config);
+    let empty = shell.ask(digest);
+    shell.ask("dd if=/dev/urandom of=/dev/vdb bs=64k conv=fsync");
+    let full = shell.ask(digest);
     assert_ne!(full, empty);
     let out = dir.path().join("snapshot");
-    vm.snapshot(&out, &["--copy-drives"]);
-    vm.send(b"dd if=/dev/zero of=/dev/vdb bs=64k conv=fsync 2>/dev/null; echo zeroed\n");
-    vm.wait_line(|line| line.trim_end() == "zeroed");
-    assert_eq!(digest(&mut vm), empty);
-    signal(vm.pid(), Signal::KILL);
-    vm.wait();
+    shell.vm.snapshot(&out, &["--copy-drives"]);
+    shell.ask("dd if=/dev/zero of=/dev/vdb bs=64k conv=fsync");
+    assert_eq!(shell.ask(digest), empty);
+    signal(shell.vm.pid(), Signal::KILL);
+    shell.vm.wait();
     let clones = dir.path().join("clones");
     std::fs::create_dir(&clones).unwrap();
-    let mut clone = Vm::restore_with(&out, "firecracker", &["--drive-dir", text(&clones)]);
-    assert_eq!(digest(&mut clone), full);
+    let mut clone = Shell::restore(&out, &["--drive-dir", text(&clones)]);
+    assert_eq!(clone.ask(digest), full);
 }
 
 /// RFC 4648.

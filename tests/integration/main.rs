@@ -1,5 +1,6 @@
 //! Integration tests: each drives the real binary on the real /dev/kvm. One file per capability.
 
+mod agent;
 mod api;
 mod architecture;
 mod block;
@@ -17,7 +18,9 @@ mod host;
 mod hostile_snapshot;
 mod large;
 mod linux;
+mod linux_block;
 mod linux_guest;
+mod linux_vsock;
 mod metadata;
 mod plans;
 mod platform;

@@ -102,7 +102,7 @@ fn ask(mut stream: &UnixStream, line: &str) -> String {
 }
 
 fn bytes(len: usize, seed: usize) -> Vec<u8> {
-    (0..len).map(|at| (at.wrapping_mul(2_654_435_761) >> 13 ^ seed * 7) as u8).collect()
+    (0..len).map(|at| ((at.wrapping_mul(2_654_435_761) >> 13) ^ (seed * 7)) as u8).collect()
 }
 
 /// Sends from another thread and half-closes; what comes back.

@@ -72,8 +72,8 @@ impl Functions {
         match (self.0.get(name), name) {
             (Some(Function::Program(path)), _) => run_program(path, pairs),
             (Some(Function::Handler(handler)), _) => {
-                let keys = handler.call(pairs)?;
-                Ok(Reply { digest: digest(keys.as_bytes()), keys: fit(keys)? })
+                let (digest, keys) = handler.call(pairs)?;
+                Ok(Reply { digest, keys: fit(keys)? })
             }
             (None, "hello") => Ok(Reply { digest: digest(b"hello, world"), keys: String::new() }),
             (None, "info") => Ok(Reply { digest: digest(b"info"), keys: self.info() }),

@@ -28,7 +28,7 @@ struct Options {
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { port: 52, functions: "/functions".into(), console: false };
+    let mut options = Options { port: 52, functions: "/srv/functions".into(), console: false };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or(format!("{arg} needs a value; {USAGE}"));

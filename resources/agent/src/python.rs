@@ -30,8 +30,8 @@ impl Handler {
         Handler { path, worker: Mutex::new(worker) }
     }
 
-    /// Calls the module's `handler`; the pairs of its answer. One call at a time.
-    pub fn call(&self, pairs: &[&str]) -> Result<String, Failure> {
+    /// Calls the module's `run`; the digest and the pairs of its answer. One call at a time.
+    pub fn call(&self, pairs: &[&str]) -> Result<(u64, String), Failure> {
         let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
         let mut alive = match worker.take() {
             Some(worker) => worker,
@@ -40,7 +40,13 @@ impl Handler {
         let answer = alive.call(pairs)?;
         *worker = Some(alive);
         match answer.split_once(' ').unwrap_or((&answer, "")) {
-            ("ok", keys) => Ok(keys.to_owned()),
+            ("ok", rest) => {
+                let (digest, keys) = rest.split_once(' ').unwrap_or((rest, ""));
+                match u64::from_str_radix(digest, 16) {
+                    Ok(digest) => Ok((digest, keys.to_owned())),
+                    Err(_) => failed("the handler's process answers without a digest"),
+                }
+            }
             ("err", message) => failed(message.to_owned()),
             _ => failed("the handler's process says something else than ok or err"),
         }
