@@ -8,11 +8,7 @@ PREFIX  ?= /usr/local
 STATIC  := -C target-feature=+crt-static -C relocation-model=static
 BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
 
-<<<<<<< HEAD
-.PHONY: build demo test lint setup install bench testbed testbed-build linux-kernel linux-rootfs
-=======
-.PHONY: build agent demo test lint setup install bench testbed testbed-build
->>>>>>> main
+.PHONY: build agent demo test lint setup install bench testbed testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
