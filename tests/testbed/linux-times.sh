@@ -76,7 +76,7 @@ median() {
 
 microvm=(env LD_LIBRARY_PATH="$TESTBED/qemu/usr/lib/x86_64-linux-gnu" "$TESTBED/qemu/usr/bin/qemu-system-x86_64"
     -L "$TESTBED/qemu/usr/share/qemu" -L "$TESTBED/qemu/usr/share/seabios"
-    -M microvm,acpi=on,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off -accel kvm -cpu host -smp 1 -m 256
+    -M microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off -accel kvm -cpu host -smp 1 -m 256
     -nodefaults -no-user-config -no-reboot -display none -serial stdio -kernel "$dir/vmlinux"
     -append "$words root=/dev/vda ro"
     -drive "file=$dir/rootfs.erofs,format=raw,if=none,id=root,read-only=on" -device virtio-blk-device,drive=root)
