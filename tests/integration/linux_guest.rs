@@ -46,9 +46,9 @@ fn write(dir: &Path, config: &Value) -> PathBuf {
     path
 }
 
-/// The answer among other lines of output.
+/// The answer among what the console says, a prompt before it perhaps.
 fn answer_in(output: &str) -> Answer {
-    let line = output.lines().find(|line| line.starts_with("ok run "));
+    let line = output.lines().find_map(|line| line.find("ok run ").map(|start| &line[start..]));
     Answer::parse(line.unwrap_or_else(|| panic!("no answer in {output}")))
 }
 
