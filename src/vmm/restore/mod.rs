@@ -5,7 +5,7 @@ mod engine;
 mod external;
 mod files;
 mod lazy;
-mod served;
+mod rescue;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,13 +14,12 @@ use super::arch::layout;
 use super::error::Error;
 use super::lineage::Lineage;
 use super::machine::{Built, Core, Machine, Outside, Shape, open_kvm};
-use super::memory::{Backing, Piece};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
 use super::{config, host};
 use crate::devices::{I8042State, SerialState, VmGenId, VmGenIdState};
-use crate::snapshot::{Chain, Extent, Gfn, PAGE_SIZE, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::snapshot::{Chain, Gfn, PAGE_SIZE, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
 
 pub use engine::EngineReport;
@@ -30,6 +29,7 @@ use background::BackgroundWork;
 use external::ExternalHandler;
 use files::Files;
 use lazy::{FaultCounters, FaultService, FaultWork, LazyExtent};
+use rescue::Rescue;
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
@@ -156,7 +156,7 @@ impl Machine<Built> {
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let mut machine = Machine::build(kvm, built.ram, shape, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
-        let behind = built.lazy.as_ref().map(|(uffd, _)| uffd.clone());
+        let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, &uffd)?,
@@ -167,9 +167,10 @@ impl Machine<Built> {
         machine.serial().restore(&saved.serial)?;
         machine.core.lineage = Lineage::restored(spec.chain);
         if let Some(vmgenid) = saved.vmgenid {
-            machine.core.renew_vmgenid(vmgenid, behind.as_deref())?;
+            machine.core.renew_vmgenid(vmgenid)?;
         }
         machine.core.start_background(&files, spec.plan)?;
+        rescue.finish()?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }
@@ -200,16 +201,11 @@ impl Core {
         Ok(())
     }
 
-    /// The guest gets a VM generation id that no other restore has, and is told. Its page may lie behind a userfaultfd.
-    fn renew_vmgenid(&mut self, state: VmGenIdState, uffd: Option<&Uffd>) -> Result<(), Error> {
-        let page = Extent { first: Gfn(state.gpa / PAGE_SIZE), pages: 1 };
-        let is_lazy = |piece: &Piece| piece.backing == Backing::Lazy && piece.extent.contains(page.first);
-        if let Some(uffd) = uffd.filter(|_| self.ram.pieces().iter().any(is_lazy)) {
-            served::bring_in(&self.ram, page, uffd, &self.ending)?;
-        }
+    /// The guest gets a VM generation id that no other restore has, and is told.
+    fn renew_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
         self.attach_vmgenid(state)?;
         // KVM's log knows only of the guest's own writes; the next diff must have this one too.
-        self.lineage.add_changed(&[page.first].into_iter().collect());
+        self.lineage.add_changed(&[Gfn(state.gpa / PAGE_SIZE)].into_iter().collect());
         self.devices.vmgenid.iter().try_for_each(VmGenId::notify)?;
         Ok(())
     }
