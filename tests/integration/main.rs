@@ -15,6 +15,7 @@ mod host;
 mod hostile_snapshot;
 mod large;
 mod metadata;
+mod net;
 mod plans;
 mod profile;
 mod report;
