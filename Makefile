@@ -6,11 +6,12 @@ PREFIX  ?= /usr/local
 # A static binary at a fixed address: nothing to link, nothing to relocate at process start, which is part of every
 # restore.
 STATIC  := -C target-feature=+crt-static -C relocation-model=static
+BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
 
 .PHONY: build demo test lint setup install bench testbed testbed-build
 
 build: setup
-	RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
+	$(BUILD)
 	@echo "built $(BINARY)"
 
 demo: build
@@ -37,7 +38,9 @@ bench: build
 	$(BINARY) bench grid
 
 # The integration tests inside an emulated host with kvm_amd; see tests/testbed/README.md. TESTS="restore:: smp::" picks.
-testbed: build testbed-build
+testbed: testbed-build
+	@resources/setup.sh --build-only
+	$(BUILD)
 	tests/testbed/integration.sh $(BINARY) $(TESTS)
 
 testbed-build:

@@ -54,6 +54,9 @@ struct SessionArgs {
     /// Run one function of the guest (`name key=value…`), print its answer, and end
     #[arg(long, value_name = "FUNCTION")]
     run: Option<String>,
+    /// Make the request of --run on this vsock port of the guest, instead of on its serial line
+    #[arg(long, requires = "run", value_name = "PORT")]
+    run_port: Option<u32>,
     /// How long --run waits for the answer
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,

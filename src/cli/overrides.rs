@@ -1,5 +1,7 @@
 //! What a restored VM's devices are to have on this host instead of what they had.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use crate::vmm::config::parse_mac;
@@ -10,11 +12,44 @@ pub struct OverrideArgs {
     /// Connect network interface ID to another tap, give it another MAC address, or both; may be repeated
     #[arg(long, value_name = "ID=TAP[,mac=MAC] | ID=mac=MAC", value_parser = network)]
     net: Vec<NetworkOverride>,
+    /// Give a drive another image than it had (repeatable); one named here may have changed since the snapshot
+    #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
+    drive: Vec<(String, PathBuf)>,
+    /// Where to make this VM's own copies of drives, for a snapshot taken with --copy-drives
+    #[arg(long, value_name = "DIR")]
+    drive_dir: Option<PathBuf>,
+    /// Tell this clone something: a key of its metadata, and its value (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    metadata: Vec<(String, String)>,
+    /// The Unix socket the vsock device is to have from now on
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
 }
 
 impl OverrideArgs {
     pub fn overrides(&self) -> Overrides {
-        Overrides { networks: self.net.clone(), ..Overrides::default() }
+        Overrides {
+            drives: self.drive.clone(),
+            drive_dir: self.drive_dir.clone(),
+            networks: self.net.clone(),
+            metadata: self.metadata.iter().cloned().collect(),
+            vsock: self.vsock.clone(),
+        }
+    }
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("it is not like KEY=VALUE")?;
+    match key.is_empty() {
+        true => Err("the key is empty".to_owned()),
+        false => Ok((key.to_owned(), value.to_owned())),
+    }
+}
+
+fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
+    match key_value(text)? {
+        (_, path) if path.is_empty() => Err("the path is empty".to_owned()),
+        (id, path) => Ok((id, path.into())),
     }
 }
 

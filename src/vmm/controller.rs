@@ -8,7 +8,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::capture::Captured;
-use super::config::VmConfig;
+use super::config::{DeviceConfigs, VmConfig};
 use super::control::{
     Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
     SnapshotPaths, SnapshotTaken, VmState,
@@ -133,6 +133,11 @@ impl Controller {
         &self.outside.moments
     }
 
+    /// The virtio devices the machine has, or is to have.
+    pub fn devices(&self) -> &DeviceConfigs {
+        &self.config.devices
+    }
+
     /// The serial port, once there is a machine.
     pub fn serial(&self) -> Option<&Arc<Serial>> {
         match &self.phase {
@@ -181,6 +186,7 @@ impl Controller {
             Command::GetVmConfig => Ok(Reply::VmConfig(Box::new(self.config.clone()))),
             Command::PutBootSource(source) => self.configure(|config| config.boot_source = source),
             Command::PutMachineConfig(machine) => self.configure(|config| config.machine = machine),
+            Command::PutCpuConfig(cpu) => self.configure(|config| config.cpu = Some(cpu)),
             Command::PatchMachineConfig(patch) => {
                 let machine = self.config.machine.patched(&patch)?;
                 self.configure(|config| config.machine = machine)
@@ -270,7 +276,7 @@ impl Controller {
         &mut self,
         load: &LoadSnapshot,
         watch: Watch,
-        before_run: impl FnOnce(&Serial),
+        before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
         let chain = Arc::new(match load.handler {
@@ -289,6 +295,7 @@ impl Controller {
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
             stalls: &stalls,
+            clock_realtime: load.clock_realtime,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
@@ -298,7 +305,7 @@ impl Controller {
         let policy = plan.policy.clone();
         self.plan = Some(plan);
         self.restored = Some(Restored { snapshot, policy, plan: origin, source_cache, costs, fit, layers, engine });
-        before_run(machine.serial());
+        before_run(machine.serial(), &self.config.devices)?;
         stalls.restored(machine.ending().clone());
         self.phase =
             if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
@@ -312,7 +319,7 @@ impl Controller {
                 "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
             ));
         }
-        self.restore(load, Watch::default(), |_| {}).map_err(|error| Refused::bad_request_because(&error))
+        self.restore(load, Watch::default(), |_, _| Ok(())).map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn pause(&mut self) -> Result<(), Refused> {
@@ -361,8 +368,8 @@ impl Controller {
             SnapshotKind::Full => snapshot::SnapshotKind::Full,
             SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
         };
-        let captured =
-            machine.capture(location(&create.location), kind).map_err(|error| Refused::bad_request_because(&error))?;
+        let captured = machine.capture(location(&create.location), kind, create.copy_drives);
+        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
         if create.resume
             && let Err(refused) = self.resume()
         {

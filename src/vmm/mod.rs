@@ -20,6 +20,7 @@ pub mod machine;
 mod memory;
 mod metrics;
 mod planning;
+pub mod port_request;
 pub mod record;
 mod restore;
 pub mod session;

@@ -2,12 +2,14 @@
 
 mod api;
 mod architecture;
+mod block;
 mod boot;
 mod config;
 mod console;
 mod crash;
 mod cycles;
 mod diff;
+mod generation;
 mod golden;
 mod guest_elf;
 mod hanging;
@@ -17,6 +19,8 @@ mod large;
 mod metadata;
 mod net;
 mod plans;
+mod platform;
+mod prefault;
 mod profile;
 mod report;
 mod restore;

@@ -13,7 +13,7 @@ use tvmm::tiering::plan_file::PlanFile;
 use tvmm::tiering::policy::{Budget, PolicyInput};
 use tvmm::tiering::profile::Profile;
 
-use crate::support::{Vm, config, finish, run_err, run_ok, scratch, text, tvmm};
+use crate::support::{Vm, config, finish, rounds, run_err, run_ok, scratch, text, tvmm};
 
 /// xorshift64*: the same plans in every run.
 struct Random(u64);
@@ -131,7 +131,7 @@ fn a_thousand_random_plans_restore_the_snapshot() {
     let tip = dir.path().join("tip");
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
     let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x9e37_79b9_7f4a_7c15));
-    for round in 0..1000 {
+    for round in 0..rounds(1000) {
         save(&chain, random_plan(&chain, &mut random), &plan_path);
         let answer = run_ok(&["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"]);
         assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "plan {round}: {answer}");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::support::{Vm, config, scratch};
+use crate::support::{Vm, config, is_emulated, scratch};
 
 /// The answer to a `spin` that was interrupted by a snapshot.
 fn assert_undisturbed(line: &str, vcpus: u32, place: &str) {
@@ -51,7 +51,9 @@ fn spin_survives_a_diff_snapshot_and_a_pause() {
     let [full, diff] = ["full", "diff"].map(|name| dir.path().join(name));
     let mut vm = Vm::boot(&config(2, 128));
     vm.snapshot(&full, &[]);
-    let spin = vm.begin("spin cpus=all ms=1500 timer_us=200");
+    // An emulated host needs longer than that for one interrupt: its guest would do nothing else.
+    let timer_us = if is_emulated() { 20_000 } else { 200 };
+    let spin = vm.begin(&format!("spin cpus=all ms=1500 timer_us={timer_us}"));
     for _ in 0..20 {
         vm.pause();
         vm.resume();

@@ -9,6 +9,7 @@
 //!  device's own descriptors ───────────────────► VirtioDevice::process_event
 //! ```
 
+pub mod block;
 mod chain;
 mod entropy;
 mod memory;
@@ -17,7 +18,10 @@ mod net;
 mod queue;
 mod rate_limiter;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod transport_tests;
+mod vsock;
 
 use std::any::Any;
 use std::os::fd::RawFd;
@@ -29,6 +33,7 @@ pub use mmio::{MmioDevice, TransportState};
 pub use net::{Net, NetOverride, NetParams, NetState};
 pub use queue::{QueueState, VirtQueue};
 pub use rate_limiter::{BucketLimit, RateLimiter, RateLimiterState, RateLimits};
+pub use vsock::{Vsock, VsockParams, VsockState};
 
 use mmio::Interrupt;
 

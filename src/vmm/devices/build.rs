@@ -2,18 +2,23 @@
 
 use std::path::PathBuf;
 
-use super::SavedDevice;
 use super::limits::config_of;
+use super::{SavedDevice, drives};
 use crate::devices::Metadata;
-use crate::devices::virtio::{Entropy, EntropyState, Net, NetOverride, NetParams, NetState, VirtioDevice, id};
-use crate::vmm::config::{DeviceConfigs, EntropyConfig, NetworkConfig, format_mac, parse_mac};
+use crate::devices::virtio::{
+    Entropy, EntropyState, Net, NetOverride, NetParams, NetState, VirtioDevice, Vsock, VsockParams, VsockState, id,
+};
+use crate::vmm::config::{DeviceConfigs, EntropyConfig, NetworkConfig, VsockConfig, format_mac, parse_mac};
 use crate::vmm::error::Error;
+use crate::vmm::sys::limits;
 
 /// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Overrides {
     /// Drive id → backing file.
     pub drives: Vec<(String, PathBuf)>,
+    /// Where the clone's own copies of drives go, for a snapshot that has copies.
+    pub drive_dir: Option<PathBuf>,
     /// Interface id → tap, and the MAC address to have from now on.
     pub networks: Vec<NetworkOverride>,
     /// Metadata that are new or have other values; the others stay.
@@ -33,13 +38,27 @@ pub struct NetworkOverride {
 /// Makes the devices of a config.
 pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for drive in drives::open(configs)? {
+        devices.push(Box::new(drive));
+    }
     for network in &configs.network_interfaces {
         devices.push(Box::new(Net::new(net_params(network))?));
+    }
+    if let Some(vsock) = &configs.vsock {
+        devices.push(Box::new(make_vsock(VsockParams::new(vsock.guest_cid, vsock.uds_path.clone()))?));
     }
     if configs.entropy.is_some() {
         devices.push(Box::new(Entropy::new()));
     }
     Ok(devices)
+}
+
+/// Descriptors of everything else in the process.
+const DESCRIPTORS_BESIDES: u64 = 256;
+
+fn make_vsock(params: VsockParams) -> Result<Vsock, Error> {
+    limits::raise_open_files(Vsock::DESCRIPTORS_MAX + DESCRIPTORS_BESIDES);
+    Ok(Vsock::new(params)?)
 }
 
 /// Makes devices again from their saved state, and the config they now have.
@@ -51,6 +70,11 @@ pub fn from_saved(
     let mut configs = DeviceConfigs::default();
     for (index, saved) in saved.iter().enumerate() {
         match saved.device_type {
+            id::BLOCK => {
+                let drive = drives::restore(saved.decode()?, overrides)?;
+                configs.drives.push(drives::config_of(&drive));
+                devices.push(Box::new(drive));
+            }
             id::NET => {
                 let state: NetState = saved.decode()?;
                 let net = Net::restore(state, |id| overrides.network(id))?;
@@ -61,6 +85,16 @@ pub fn from_saved(
                 let EntropyState {} = saved.decode()?;
                 configs.entropy = Some(EntropyConfig::default());
                 devices.push(Box::new(Entropy::new()));
+            }
+            id::VSOCK => {
+                let state: VsockState = saved.decode()?;
+                let mut params = VsockParams::restored(state)?;
+                if let Some(path) = &overrides.vsock {
+                    params.uds_path = path.clone();
+                }
+                let (guest_cid, uds_path) = (params.guest_cid, params.uds_path.clone());
+                configs.vsock = Some(VsockConfig { guest_cid, uds_path, vsock_id: None });
+                devices.push(Box::new(make_vsock(params)?));
             }
             other => return Err(Error::DeviceMissing { index, device_type: other }),
         }

@@ -1,6 +1,7 @@
 //! The virtio devices of a machine: where they are, how KVM reaches them, and the thread that works for them.
 
 mod build;
+mod drives;
 mod limits;
 mod patch;
 mod saved;
@@ -17,6 +18,7 @@ use crate::devices::Bus;
 use crate::devices::virtio::{Memory, MmioDevice, VirtioDevice};
 
 pub use build::{NetworkOverride, Overrides, from_configs, from_saved};
+pub use drives::{WritableDrive, root_args};
 pub use patch::{DevicePatch, DrivePatch, NetworkPatch};
 pub use saved::SavedDevice;
 

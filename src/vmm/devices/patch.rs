@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::VirtioDevices;
 use super::build::net_config;
+use super::{VirtioDevices, drives};
 use crate::devices::virtio::Net;
+use crate::devices::virtio::block::Block;
 use crate::vmm::config::RateLimiterConfig;
 use crate::vmm::control::Refused;
 
@@ -40,9 +41,18 @@ impl VirtioDevices {
     /// Changes a device, and its config.
     pub fn patch(&mut self, patch: DevicePatch) -> Result<(), Refused> {
         match patch {
-            DevicePatch::Drive(patch) => Err(no_such("drive", &patch.drive_id)),
+            DevicePatch::Drive(patch) => self.patch_drive(&patch),
             DevicePatch::Network(patch) => self.patch_network(&patch),
         }
+    }
+
+    fn patch_drive(&mut self, patch: &DrivePatch) -> Result<(), Refused> {
+        let changed = self.with(&patch.drive_id, |block: &mut Block| drives::patch(block, patch));
+        let changed = changed.ok_or_else(|| no_such("drive", &patch.drive_id))?;
+        let config = changed.map_err(|error| Refused::bad_request_because(&error))?;
+        let known = self.configs.drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id);
+        known.into_iter().for_each(|known| *known = config.clone());
+        Ok(())
     }
 
     fn patch_network(&mut self, patch: &NetworkPatch) -> Result<(), Refused> {

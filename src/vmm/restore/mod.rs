@@ -1,10 +1,12 @@
 //! Restoring a machine: its state from the snapshot, its memory by a plan.
 
 mod background;
+mod drives;
 mod engine;
 mod external;
 mod files;
 mod lazy;
+mod prefault;
 mod reads;
 
 use std::path::Path;
@@ -31,6 +33,7 @@ pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 
 use background::BackgroundWork;
+use drives::PlacedDrives;
 use engine::Served;
 use external::ExternalHandler;
 use files::Files;
@@ -52,6 +55,8 @@ pub struct RestoreSpec<'a> {
     pub overrides: &'a Overrides,
     /// Who watches for memory that does not come.
     pub stalls: &'a Stalls,
+    /// The guest's clock goes on to the present.
+    pub clock_realtime: bool,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -181,12 +186,14 @@ impl Machine<Built> {
         let files = Files::open(spec.chain.clone(), spec.plan)?;
         spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
-        let built = match spec.handler {
+        let mut built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
             Some(_) => engine::build_external(layout, timeline)?,
         };
+        let is_ours = spec.handler.is_none() && spec.observer.is_none();
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
-        let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides)?;
+        let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
+        let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides)?;
         let mut fw_cfg = saved.fw_cfg;
         fw_cfg.metadata.extend(spec.overrides.metadata.clone());
         let set = DeviceSet { virtio, configs, fw_cfg };
@@ -198,14 +205,20 @@ impl Machine<Built> {
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
         }
-        machine.apply(&saved.vm, &saved.vcpus)?;
+        machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
         machine.core.lineage = Lineage::restored(spec.chain);
         if let Some(vmgenid) = saved.vmgenid {
             machine.core.renew_vmgenid(vmgenid)?;
         }
+        timeline.lap(Slice::StateLoad);
+        if is_ours {
+            built.report.prefault = machine.prefault(spec.plan)?;
+            timeline.lap(Slice::Preload);
+        }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
+        placed.keep();
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }

@@ -14,8 +14,19 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Generous: these are limits against hanging, not measurements.
-pub const TIMEOUT: Duration = Duration::from_secs(60);
+/// Generous: these are limits against hanging, not measurements, and the testbed emulates every instruction.
+pub const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Whether this host is the testbed's, which emulates every instruction.
+pub fn is_emulated() -> bool {
+    std::env::var_os("TESTBED").is_some()
+}
+
+/// How often a test does what it usually does `full` times. The testbed asks for one in `TVMM_TEST_SHARE`.
+pub fn rounds(full: usize) -> usize {
+    let share = std::env::var("TVMM_TEST_SHARE").map_or(1, |text| text.parse().expect("TVMM_TEST_SHARE is a number"));
+    (full / share).max(1)
+}
 
 /// The binary under test: the one cargo built, or `TVMM_BINARY` (the static release build, a VM of the testbed).
 pub fn tvmm() -> Command {

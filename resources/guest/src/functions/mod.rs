@@ -3,12 +3,14 @@
 //! To add one, write `fn(&Args, &mut Ctx) -> Result<Reply, Message>` in a file here and name it in
 //! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
 
+mod blk;
 mod memory;
 mod net;
 mod pages;
 mod rng;
 mod spin;
 mod system;
+mod vsock;
 
 use crate::alloc::Pages;
 use crate::boot::{BootInfo, Protocol};
@@ -70,12 +72,23 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("blk", blk::KEYS, blk::blk),
     function("metadata", &[], system::metadata),
     function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
     function("net_info", &[], net::info),
     function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
     function("net_send", &[required("count"), optional("size"), optional("batch"), SEED], net::send),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
+    function(
+        "vsock_connect",
+        &[required("port"), optional("bytes"), SEED, optional("window"), optional("irq")],
+        vsock::connect,
+    ),
+    function(
+        "vsock_serve",
+        &[required("port"), optional("lines"), optional("closed"), optional("window"), optional("irq")],
+        vsock::serve,
+    ),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
 
@@ -92,6 +105,8 @@ pub struct Ctx {
     pub spin: spin::State,
     pub net: net::State,
     pub rng: rng::State,
+    pub blk: blk::State,
+    pub vsock: vsock::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -107,6 +122,8 @@ impl Ctx {
             spin: spin::State::new(),
             net: net::State::new(),
             rng: rng::State::new(),
+            blk: blk::State::new(),
+            vsock: vsock::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,

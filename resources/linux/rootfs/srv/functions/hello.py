@@ -1,0 +1,5 @@
+"""Nothing: how long a request takes."""
+
+
+def run(arguments):
+    return b"", {}
