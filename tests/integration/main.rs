@@ -16,6 +16,7 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod linux_net;
 mod metadata;
 mod net;
 mod plans;
