@@ -8,11 +8,16 @@ PREFIX  ?= /usr/local
 STATIC  := -C target-feature=+crt-static -C relocation-model=static
 BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
 
-.PHONY: build demo test lint setup install bench testbed testbed-build
+.PHONY: build agent demo test lint setup install bench testbed testbed-build
 
 build: setup
 	$(BUILD)
 	@echo "built $(BINARY)"
+
+# What answers requests in Linux guests; see resources/agent/README.md.
+agent: setup
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(TARGET) \
+		--manifest-path resources/agent/Cargo.toml --target-dir target/agent
 
 demo: build
 	@resources/demo.sh $(BINARY)
@@ -26,7 +31,9 @@ test: build
 lint: setup
 	cargo fmt --check
 	cargo fmt --check --manifest-path resources/guest/Cargo.toml
+	cargo fmt --check --manifest-path resources/agent/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --manifest-path resources/agent/Cargo.toml --target-dir target/agent -- -D warnings
 
 setup:
 	@resources/setup.sh
@@ -38,7 +45,7 @@ bench: build
 	$(BINARY) bench grid
 
 # The integration tests inside an emulated host with kvm_amd; see tests/testbed/README.md. TESTS="restore:: smp::" picks.
-testbed: testbed-build
+testbed: testbed-build agent
 	@resources/setup.sh --build-only
 	$(BUILD)
 	tests/testbed/integration.sh $(BINARY) $(TESTS)

@@ -78,7 +78,7 @@ enum Command {
     /// Snapshot a running VM, or merge snapshots
     Snapshot(snapshot::SnapshotArgs),
     /// Restore a VM from a snapshot
-    Restore(vm::RestoreArgs),
+    Restore(Box<vm::RestoreArgs>),
     /// Show what a snapshot is, and verify it
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles: what a function does to the pages of a snapshot

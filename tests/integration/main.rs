@@ -1,5 +1,6 @@
 //! Integration tests: each drives the real binary on the real /dev/kvm. One file per capability.
 
+mod agent;
 mod api;
 mod architecture;
 mod block;
@@ -16,7 +17,10 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod linux;
+mod linux_block;
 mod linux_net;
+mod linux_vsock;
 mod metadata;
 mod net;
 mod plans;
@@ -29,3 +33,4 @@ mod smp;
 mod support;
 mod uffd_handler;
 mod virtio;
+mod vsock;

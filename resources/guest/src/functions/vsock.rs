@@ -136,11 +136,15 @@ impl Connection {
         if self.received - self.done + bytes.len() as u64 > self.window() {
             return Err(message!("the host sent more than there is room for"));
         }
-        for &byte in bytes {
-            let at = address(self.ring) + self.received % self.window();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let offset = self.received % self.window();
+            let (now, later) = rest.split_at(rest.len().min((self.window() - offset) as usize));
+            let to = (address(self.ring) + offset) as *mut u8;
             // SAFETY: inside the ring, which only this connection has.
-            unsafe { (at as *mut u8).write(byte) };
-            self.received += 1;
+            unsafe { core::ptr::copy_nonoverlapping(now.as_ptr(), to, now.len()) };
+            self.received += now.len() as u64;
+            rest = later;
         }
         Ok(())
     }
@@ -159,7 +163,16 @@ impl Stream {
     }
 
     fn bytes(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
+        let mut rest = bytes;
+        while self.count.is_multiple_of(8)
+            && let Some((word, more)) = rest.split_first_chunk()
+        {
+            self.word = u64::from_le_bytes(*word);
+            self.digest.word(self.word);
+            self.count += 8;
+            rest = more;
+        }
+        for &byte in rest {
             self.word = self.word >> 8 | u64::from(byte) << 56;
             self.count += 1;
             if self.count.is_multiple_of(8) {

@@ -75,7 +75,7 @@ impl Credit {
 pub struct Connection {
     pub phase: Phase,
     pub ports: Ports,
-    /// When the table gives it up, if nothing happens before.
+    /// When the table gives it up, if nothing happens before; the table's business alone.
     pub deadline: Option<Instant>,
     /// It is in the list of connections that have something for the guest.
     pub queued: bool,
@@ -350,7 +350,6 @@ impl Connection {
         match (self.phase, header.op) {
             (Phase::Requested, op::RESPONSE) if self.opening.is_none() => {
                 self.phase = Phase::Established;
-                self.deadline = None;
                 let line = format!("OK {}\n", self.ports.host);
                 // So few bytes always fit into a stream that nothing was written to.
                 let written = (&self.stream).write(line.as_bytes());
@@ -444,7 +443,6 @@ impl Connection {
     /// The guest's end is gone. What waits stays for the program.
     pub fn linger(&mut self) {
         self.phase = Phase::Lingering;
-        self.deadline = None;
     }
 }
 

@@ -205,6 +205,13 @@ fn guest_that_does_not_answer_is_given_up() {
     assert_eq!(driver.next_op(1 << 30, 52), Some(op::RST));
     assert_eq!(program.read(&mut [0; 8]).unwrap(), 0);
     assert_eq!(driver.count("conns_killed"), 1);
+    let mut answered = UnixStream::connect(driver.dir.path().join("v")).unwrap();
+    answered.write_all(b"CONNECT 52\n").unwrap();
+    assert_eq!(driver.next_op((1 << 30) + 1, 52), Some(op::REQUEST));
+    driver.send(packet((1 << 30) + 1, 52, op::RESPONSE), &[]);
+    std::thread::sleep(Duration::from_millis(80));
+    answered.write_all(b"still there").unwrap();
+    assert_eq!(driver.next_op((1 << 30) + 1, 52), Some(op::RW), "an answer in time ends the waiting");
 }
 
 #[test]
