@@ -286,6 +286,31 @@ mod tests {
     }
 
     #[test]
+    fn implausible_costs_are_put_in_order_and_plausible_ones_left_alone() {
+        let mut costs = Costs::default();
+        // A host twice as slow.
+        for (name, ns) in Costs::default().fields() {
+            costs.set_measured(name, ns * 2);
+        }
+        assert_eq!(costs.make_plausible(), []);
+        let usual = costs.clone();
+        costs.set_measured("populate_write_page_ns", usual.cow_fault_ns + 1);
+        costs.set_measured("vma_ns", usual.vma_ns * 50);
+        costs.set_measured("device_seek_ns", 1);
+        let mut changed = costs.make_plausible();
+        changed.sort_unstable();
+        let expected = [
+            ("device_seek_ns", 1, usual.device_seek_ns / 8),
+            ("populate_write_page_ns", usual.cow_fault_ns + 1, usual.populate_write_page_ns * 8),
+            ("vma_ns", usual.vma_ns * 50, usual.vma_ns * 8),
+        ];
+        assert_eq!(changed, expected);
+        costs.set_measured("populated_alone_ns", usual.file_read_fault_ns + 1000);
+        assert_eq!(costs.make_plausible().len(), 1);
+        assert_eq!(costs.populated_alone_ns, costs.file_read_fault_ns);
+    }
+
+    #[test]
     fn costs_that_cannot_be_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("costs.json");

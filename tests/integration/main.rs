@@ -17,6 +17,8 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod large;
+mod linux;
+mod linux_block;
 mod linux_vsock;
 mod metadata;
 mod plans;

@@ -199,8 +199,11 @@ fn measure(
     super::prepare(&trial.snapshot, cache)?;
     let mut times: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
     let mut numbers = Numbers::new();
+    let mut order = policies.to_vec();
     for round in 0..=args.runs {
-        for &policy in policies {
+        // There and back: what one restore leaves behind (free memory in huge pages or in small ones) is found by the next.
+        order.reverse();
+        for &policy in &order {
             let report = trial.run(policy, cache)?;
             bar.inc(1);
             if round == 0 {

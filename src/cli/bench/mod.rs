@@ -154,12 +154,13 @@ fn load(snapshot: &Path) -> std::io::Result<()> {
 fn rewrite(path: &Path) -> std::io::Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     let modified = file.metadata()?.modified()?;
+    // No reading ahead: it would bring what follows in larger folios.
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)?;
     let mut piece = vec![0; 1 << 20];
     for (start, end) in data(&file)? {
         for at in (start..end).step_by(piece.len()) {
             let bytes = &mut piece[..(end - at).min(1 << 20) as usize];
             file.read_exact_at(bytes, at)?;
-            // What was read came in larger folios than what is written by the page.
             rustix::fs::fadvise(&file, at, NonZero::new(bytes.len() as u64), rustix::fs::Advice::DontNeed)?;
             for (index, page) in bytes.chunks(PAGE_SIZE as usize).enumerate() {
                 file.write_all_at(page, at + index as u64 * PAGE_SIZE)?;

@@ -140,15 +140,15 @@ impl Planner {
         plan
     }
 
-    fn from_file(&self, run: u64, step: u64, fill: Fill) -> RestorePlan {
+    fn out_of_file(&self, run: u64, step: u64, fill: Fill) -> RestorePlan {
         self.plan(run, step, |extent| PlannedExtent::preload(extent, self.in_file(extent), fill))
     }
 
-    /// As [`from_file`](Self::from_file), out of an image; `swapped`: with neighbours in each
+    /// As [`out_of_file`](Self::out_of_file), out of an image; `swapped`: with neighbours in each
     /// other's place.
-    fn from_image(&self, run: u64, step: u64, fill: Fill, swapped: bool) -> RestorePlan {
+    fn out_of_image(&self, run: u64, step: u64, fill: Fill, swapped: bool) -> RestorePlan {
         let place = |extent: Extent| {
-            let index = (extent.first.0 - FILLED.first.0) / step ^ u64::from(swapped);
+            let index = ((extent.first.0 - FILLED.first.0) / step) ^ u64::from(swapped);
             let offset = index * run * crate::snapshot::PAGE_SIZE;
             PlannedExtent::preload(extent, PageSource { layer: 1, offset }, fill)
         };
@@ -201,19 +201,19 @@ impl<'a> Engine<'a> {
         let every_second = format!("touch pages={} stride={STEP}", PAGES / STEP);
         let half = BLOCK_PAGES / 2;
         Ok(Engine {
-            copied_alone: trial("copied-alone", planner.from_image(1, STEP, Fill::Copy, false), every_second)?,
-            copied_from_file: trial("copied-from-file", planner.from_file(1, STEP, Fill::Copy), one())?,
+            copied_alone: trial("copied-alone", planner.out_of_image(1, STEP, Fill::Copy, false), every_second)?,
+            copied_from_file: trial("copied-from-file", planner.out_of_file(1, STEP, Fill::Copy), one())?,
             // Halves of blocks that do not follow on in the image stay small pages.
             copied_groups: trial(
                 "copied-groups",
-                planner.from_image(half, half, Fill::Copy, true),
+                planner.out_of_image(half, half, Fill::Copy, true),
                 format!("touch pages={PAGES}"),
             )?,
-            copied_blocks: trial("copied-blocks", planner.from_file(BLOCK_PAGES, BLOCK_PAGES, Fill::Copy), one())?,
-            broken_alone: trial("broken-alone", planner.from_file(1, STEP, Fill::BreakCow), one())?,
-            broken_runs: trial("broken-runs", planner.from_file(RUN, RUN_STEP, Fill::BreakCow), one())?,
-            installed_alone: trial("installed-alone", planner.from_image(1, STEP, Fill::Install, false), one())?,
-            installed_runs: trial("installed-runs", planner.from_image(RUN, RUN_STEP, Fill::Install, false), one())?,
+            copied_blocks: trial("copied-blocks", planner.out_of_file(BLOCK_PAGES, BLOCK_PAGES, Fill::Copy), one())?,
+            broken_alone: trial("broken-alone", planner.out_of_file(1, STEP, Fill::BreakCow), one())?,
+            broken_runs: trial("broken-runs", planner.out_of_file(RUN, RUN_STEP, Fill::BreakCow), one())?,
+            installed_alone: trial("installed-alone", planner.out_of_image(1, STEP, Fill::Install, false), one())?,
+            installed_runs: trial("installed-runs", planner.out_of_image(RUN, RUN_STEP, Fill::Install, false), one())?,
         })
     }
 

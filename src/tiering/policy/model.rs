@@ -330,3 +330,28 @@ impl LazyBlock {
         cost
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_that_is_whole_costs_one_fault_and_others_one_for_each_touched_page() {
+        let costs = Costs::default();
+        let extent = |first, pages| Extent { first: Gfn(first), pages };
+        let touch = |first, pages, touched| Touch { extent: extent(first, pages), touched, written: 0.0, zero: false };
+        let cost = |touches: &[Touch]| {
+            let mut tally = Tally::default();
+            touches.iter().for_each(|touch| tally.add(touch.extent, touch));
+            tally.populated_touches(&costs).round() as u64
+        };
+        let (group, alone) = (group_ns(&costs), costs.populated_alone_ns);
+        assert_eq!(cost(&[touch(16, 8, 1.0)]), group);
+        assert_eq!(cost(&[touch(16, 3, 1.0), touch(19, 5, 1.0)]), group);
+        assert_eq!(cost(&[touch(16, 7, 1.0)]), 7 * alone);
+        assert_eq!(cost(&[touch(15, 34, 1.0)]), 4 * group + 2 * alone);
+        // One of its pages is enough, and half of the times there is one.
+        assert_eq!(cost(&[touch(16, 1, 0.5), touch(17, 7, 0.0)]), group / 2);
+        assert_eq!(cost(&[touch(7, 1, 1.0), touch(9, 1, 0.5)]), alone + alone / 2);
+    }
+}

@@ -191,6 +191,17 @@ impl Vm {
         }
     }
 
+    /// A line of guest output for which `wanted` is true, if one comes in time.
+    pub fn try_line(&mut self, wanted: impl Fn(&str) -> bool, timeout: Duration) -> Option<String> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()?;
+            if wanted(&line) {
+                return Some(line);
+            }
+        }
+    }
+
     /// Runs a function of the guest; its answer, which must be `ok`.
     pub fn call(&mut self, function: &str) -> Answer {
         let line = self.call_raw(function);

@@ -396,6 +396,69 @@ fn chain_that_cannot_be_answered_breaks_the_device_until_it_is_reset() {
     }
 }
 
+/// A drive whose reads stay in flight until something is written to the pipe that comes with it.
+fn slow_drive(fixture: &Fixture) -> (Driver, File) {
+    let mut block = Block::new(fixture.params(Engine::Async), RateLimits::default()).unwrap();
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    block.backing.replace_file_for_test(reader.into());
+    (Driver::start(block), writer.into())
+}
+
+#[test]
+fn quiesce_waits_for_a_slow_disk() {
+    use std::io::Write;
+    let fixture = Fixture::new();
+    let (mut driver, mut disk) = slow_drive(&fixture);
+    begin(&mut driver, 0, 0, &[(DATA, 512, true)]);
+    driver.device.look_at_all();
+    assert_eq!(driver.used(), None, "the disk has not answered");
+    let answer = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        disk.write_all(&[0x5a; 512]).unwrap();
+        disk
+    });
+    driver.device.quiesce();
+    assert_eq!(driver.used(), Some((0, 513)), "answered, and nothing is in flight");
+    assert_eq!((driver.bytes(DATA, 512), driver.bytes(STATUS, 1)), (vec![0x5a; 512], vec![0]));
+    answer.join().unwrap();
+}
+
+#[test]
+fn reset_waits_for_a_slow_disk_and_forgets_its_requests() {
+    use std::io::Write;
+    let fixture = Fixture::new();
+    let (mut driver, mut disk) = slow_drive(&fixture);
+    begin(&mut driver, 0, 0, &[(DATA, 512, true)]);
+    disk.write_all(&[0x5a; 512]).unwrap();
+    driver.set_up();
+    driver.put(DATA, &[0; 512]);
+    driver.device.look_at_all();
+    assert_eq!((driver.used(), driver.bytes(DATA, 512)), (None, vec![0; 512]));
+}
+
+#[test]
+fn more_requests_than_fit_in_flight_wait_in_the_queue() {
+    use std::io::Write;
+    let fixture = Fixture::new();
+    let (mut driver, mut disk) = slow_drive(&fixture);
+    driver.device.with_device(|block: &mut Block| {
+        // All but two places are taken.
+        let uring = block.uring.as_mut().unwrap();
+        (uring.take_places_for_test(uring::DEPTH - 2), false)
+    });
+    for index in 0..5 {
+        driver.put(HEADER, &[0; 16]);
+        driver.add(&[(HEADER, 16, false), (DATA + index * 512, 512, true), (STATUS + index, 1, true)]);
+    }
+    driver.kick();
+    assert_eq!(driver.device.metrics()["io_engine_throttled_events"], 1);
+    disk.write_all(&[0x5a; 512 * 5]).unwrap();
+    let mut heads: Vec<u16> = (0..5).map(|_| driver.wait_used().0).collect();
+    heads.sort_unstable();
+    assert_eq!(heads, [0, 3, 6, 9, 12]);
+    assert_eq!(driver.bytes(DATA, 512 * 5), [0x5a; 512 * 5]);
+}
+
 /// Descriptors and ring entries as a hostile driver may write them, with likely values where they matter.
 fn hostile() -> impl Strategy<Value = Vec<(u64, Vec<u8>)>> {
     let address = prop_oneof![
