@@ -23,6 +23,7 @@ pub use sleep::{SLEEP_TYPE_OFF, SleepRegisters};
 pub use vmgenid::{VmGenId, VmGenIdState};
 
 use std::io;
+use std::path::PathBuf;
 
 /// What can go wrong with a device.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,15 @@ pub enum Error {
     /// Two devices want the same addresses.
     #[error("The address range {base:#x}+{len:#x} is taken already")]
     Overlap { base: u64, len: u64 },
+    /// A pmem image cannot be opened or asked about.
+    #[error("Cannot {doing} {} for pmem device `{id}`", path.display())]
+    PmemFile { doing: &'static str, id: String, path: PathBuf, source: io::Error },
+    /// A file that cannot be this pmem image.
+    #[error("{} cannot be pmem device `{id}`: {what}", path.display())]
+    Pmem { id: String, path: PathBuf, what: String },
+    /// A balloon that the guest cannot fill.
+    #[error("A balloon of {amount_mib} MiB is larger than the guest, which has {ram_mib} MiB")]
+    BalloonTooLarge { amount_mib: u32, ram_mib: u64 },
     /// Saved state that the device cannot have had.
     #[error("The saved state of the {device} is not valid: {what}")]
     State { device: &'static str, what: &'static str },

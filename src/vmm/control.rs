@@ -18,7 +18,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::config::{
     BootSource, ConfigError, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, VmConfig,
 };
-pub use super::devices::{DevicePatch, DrivePatch, NetworkOverride, NetworkPatch, Overrides};
+pub use super::devices::{
+    AmountPatch, BalloonPatch, BalloonQuestion, DevicePatch, DrivePatch, IntervalPatch, NetworkOverride, NetworkPatch,
+    Overrides, PmemPatch, StartHintingPatch,
+};
 
 /// What `app_name` says.
 pub const APP_NAME: &str = "tvmm";
@@ -49,6 +52,8 @@ pub enum Command {
     PutDevice(DeviceConfig),
     /// Change a device of the machine that runs.
     PatchDevice(DevicePatch),
+    /// → [`Reply::Balloon`]
+    AskBalloon(BalloonQuestion),
     /// Set up logging.
     PutLogger(LoggerConfig),
     /// Set up metrics.
@@ -185,6 +190,8 @@ pub enum Reply {
     MachineConfig(MachineConfig),
     /// To [`Command::GetVmConfig`].
     VmConfig(Box<VmConfig>),
+    /// To [`Command::AskBalloon`]: what the API says.
+    Balloon(serde_json::Value),
     /// To [`Command::CreateSnapshot`].
     Snapshot(SnapshotTaken),
 }

@@ -10,9 +10,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::capture::Captured;
 use super::config::VmConfig;
 use super::control::{
-    Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
+    BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
     SnapshotPaths, SnapshotTaken, VmState,
 };
+use super::devices::no_balloon;
 use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
@@ -191,6 +192,7 @@ impl Controller {
                 Ok(Reply::Empty)
             }
             Command::PatchDevice(patch) => self.patch_device(patch),
+            Command::AskBalloon(question) => self.ask_balloon(question).map(Reply::Balloon),
             Command::PutLogger(logger) => {
                 self.before_start()?;
                 logging::init(Some(&logger)).map_err(|error| Refused::bad_request_because(&error))?;
@@ -243,12 +245,23 @@ impl Controller {
     fn patch_device(&mut self, patch: DevicePatch) -> Result<Reply, Refused> {
         let devices = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
-            Phase::Running(machine) => machine.virtio_mut(),
-            Phase::Paused(machine) => machine.virtio_mut(),
+            Phase::Running(machine) => machine.patch_device(patch),
+            Phase::Paused(machine) => machine.patch_device(patch),
         };
-        devices.patch(patch)?;
-        self.config.devices = devices.configs().clone();
+        self.config.devices = devices?.clone();
         Ok(Reply::Empty)
+    }
+
+    fn ask_balloon(&self, question: BalloonQuestion) -> Result<serde_json::Value, Refused> {
+        match &self.phase {
+            Phase::NotStarted => match (&self.config.devices.balloon, question) {
+                (Some(balloon), BalloonQuestion::Config) => Ok(serde_json::json!(balloon)),
+                (None, BalloonQuestion::Config) => Err(no_balloon()),
+                _ => Err(Refused::before_start()),
+            },
+            Phase::Running(machine) => machine.virtio().ask_balloon(question),
+            Phase::Paused(machine) => machine.virtio().ask_balloon(question),
+        }
     }
 
     fn instance_start(&mut self) -> Result<Reply, Refused> {
@@ -430,6 +443,7 @@ impl Controller {
         let (written, dropped) = self.outside.output.counts();
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
+        let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
         match &mut self.metrics {
             Some(file) => {
@@ -441,7 +455,9 @@ impl Controller {
                         "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,
                     })
                 });
-                let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan });
+                let all = serde_json::json!({
+                    "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan, "devices": devices,
+                });
                 file.write(&all)
             }
             None => Ok(()),
@@ -470,6 +486,7 @@ pub struct Parts<'a> {
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
+    pub virtio: &'a super::devices::VirtioDevices,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
     counters: &'a super::metrics::ExitCounters,
@@ -482,6 +499,7 @@ impl<'a> Parts<'a> {
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
+            virtio: machine.virtio(),
             single_pages: machine.maps_single_pages(),
             counters: machine.counters(),
         }

@@ -2,6 +2,7 @@
 
 mod api;
 mod architecture;
+mod balloon;
 mod boot;
 mod config;
 mod console;
@@ -16,6 +17,7 @@ mod hostile_snapshot;
 mod large;
 mod metadata;
 mod plans;
+mod pmem;
 mod profile;
 mod report;
 mod restore;

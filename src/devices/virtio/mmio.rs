@@ -243,8 +243,9 @@ impl MmioDevice {
             if inner.is_live() {
                 self.interrupt.config_change();
             }
-            let _ = self.kick.write(1);
         }
+        // What was changed may let the device do what it could not before.
+        let _ = self.kick.write(1);
         Some(result)
     }
 

@@ -38,6 +38,15 @@ impl BootSource {
         self.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
     }
 
+    /// This source with `args` added at the end of its command line.
+    pub fn with_args(&self, args: &str) -> BootSource {
+        let mut source = self.clone();
+        if !args.is_empty() {
+            source.boot_args = Some(format!("{} {args}", self.boot_args_or_default()).trim_start().to_owned());
+        }
+        source
+    }
+
     /// Refuses what no machine could boot. Whether the paths exist is checked when the machine opens them.
     pub fn validate(&self) -> Result<(), ConfigError> {
         for (key, path) in [("kernel_image_path", &self.kernel_image_path), ("initrd_path", &self.initrd_path)] {

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::VirtioDevices;
+use super::{BalloonPatch, VirtioDevices};
+use crate::snapshot::MemoryLayout;
 use crate::vmm::config::RateLimiterConfig;
 use crate::vmm::control::Refused;
 
@@ -13,6 +14,8 @@ use crate::vmm::control::Refused;
 pub enum DevicePatch {
     Drive(DrivePatch),
     Network(NetworkPatch),
+    Balloon(BalloonPatch),
+    Pmem(PmemPatch),
 }
 
 /// `PATCH /drives/{id}`; what is absent stays.
@@ -34,16 +37,26 @@ pub struct NetworkPatch {
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
+/// `PATCH /pmem/{id}`; what is absent stays.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemPatch {
+    pub id: String,
+    pub rate_limiter: Option<RateLimiterConfig>,
+}
+
 impl VirtioDevices {
-    /// Changes a device, and its config.
-    pub fn patch(&mut self, patch: DevicePatch) -> Result<(), Refused> {
+    /// Changes a device of a machine with memory of `layout`, and its config.
+    pub fn patch(&mut self, patch: DevicePatch, layout: &MemoryLayout) -> Result<(), Refused> {
         match patch {
             DevicePatch::Drive(patch) => Err(no_such("drive", &patch.drive_id)),
             DevicePatch::Network(patch) => Err(no_such("network interface", &patch.iface_id)),
+            DevicePatch::Balloon(patch) => self.patch_balloon(patch, layout),
+            DevicePatch::Pmem(patch) => self.patch_pmem(&patch),
         }
     }
 }
 
-fn no_such(kind: &str, id: &str) -> Refused {
+pub(super) fn no_such(kind: &str, id: &str) -> Refused {
     Refused::bad_request(format!("There is no {kind} `{id}`."))
 }

@@ -3,8 +3,10 @@
 //! To add one, write `fn(&Args, &mut Ctx) -> Result<Reply, Message>` in a file here and name it in
 //! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
 
+mod balloon;
 mod memory;
 mod pages;
+mod pmem;
 mod rng;
 mod spin;
 mod system;
@@ -70,6 +72,8 @@ static FUNCTIONS: &[Function] = &[
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
     function("metadata", &[], system::metadata),
+    function("balloon", &[required("op"), optional("pages"), optional("filled")], balloon::balloon),
+    function("pmem", &[optional("nth"), optional("first"), optional("pages"), optional("write")], pmem::pmem),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
@@ -86,6 +90,7 @@ pub struct Ctx {
     pub handles: pages::Handles,
     pub spin: spin::State,
     pub rng: rng::State,
+    pub balloon: balloon::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -100,6 +105,7 @@ impl Ctx {
             handles: pages::Handles::new(),
             spin: spin::State::new(),
             rng: rng::State::new(),
+            balloon: balloon::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,
