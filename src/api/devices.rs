@@ -9,7 +9,8 @@ use crate::vmm::config::{
     DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, NetworkConfig, PmemConfig, VsockConfig,
 };
 use crate::vmm::control::{
-    AmountPatch, BalloonPatch, Command, DevicePatch, DrivePatch, IntervalPatch, NetworkPatch, PmemPatch, StartHintingPatch,
+    AmountPatch, BalloonPatch, Command, DevicePatch, DrivePatch, IntervalPatch, NetworkPatch, PmemPatch,
+    StartHintingPatch,
 };
 
 /// Turns the id in a path and a body into a command.

@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::capture::Captured;
 use super::config::VmConfig;
 use super::control::{
-    BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
-    SnapshotPaths, SnapshotTaken, VmState,
+    BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request,
+    SnapshotKind, SnapshotPaths, SnapshotTaken, VmState,
 };
 use super::devices::no_balloon;
 use super::error::Error;

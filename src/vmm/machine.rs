@@ -13,7 +13,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -93,8 +95,8 @@ pub(super) struct Core {
     pub kvm: Kvm,
     pub vm: VmFd,
     pub ram: GuestRam,
-    /// Images under slots of their own.
-    pub pmem: Vec<PmemMemory>,
+    /// Kept for as long as the VM has slots over it.
+    _pmem: Vec<PmemMemory>,
     pub shape: Shape,
     pub lineage: Lineage,
     pub counters: Arc<ExitCounters>,
@@ -185,7 +187,8 @@ impl Machine<Built> {
         let lineage = Lineage::default();
         let msrs_refused = Vec::new();
         let services = MemoryServices::default();
-        let core = Core { devices, services, kvm, vm, ram, pmem, shape, lineage, counters, ending, msrs_refused };
+        let core =
+            Core { devices, services, kvm, vm, ram, _pmem: pmem, shape, lineage, counters, ending, msrs_refused };
         Ok(Machine { state: Built { vcpus }, core })
     }
 

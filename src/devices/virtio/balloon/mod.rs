@@ -303,11 +303,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        let has = [
-            self.params.stats_polling_interval_s > 0,
-            self.params.free_page_hinting,
-            self.params.free_page_reporting,
-        ];
+        let has =
+            [self.params.stats_polling_interval_s > 0, self.params.free_page_hinting, self.params.free_page_reporting];
         &QUEUES[..2 + has.into_iter().filter(|has| *has).count()]
     }
 

@@ -52,8 +52,7 @@ impl Statistics {
     pub fn new(state: StatisticsState) -> Result<Self, Error> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags);
-        let failed =
-            |error| Error::Event { doing: "make a timer", device: "balloon", source: io::Error::from(error) };
+        let failed = |error| Error::Event { doing: "make a timer", device: "balloon", source: io::Error::from(error) };
         Ok(Statistics { state, timer: timer.map_err(failed)?, updates: 0 })
     }
 

@@ -113,8 +113,7 @@ impl Driver {
 
     /// Whether a chain has come back since this was last asked.
     fn came_back(&mut self, queue: usize) -> bool {
-        let index: u16 =
-            self.memory.read_obj(GuestAddress(DESCRIPTORS + queue as u64 * STEP + USED + 2)).unwrap();
+        let index: u16 = self.memory.read_obj(GuestAddress(DESCRIPTORS + queue as u64 * STEP + USED + 2)).unwrap();
         let came = index != self.used[queue];
         self.used[queue] = index;
         came
