@@ -3,6 +3,7 @@
 mod agent;
 mod api;
 mod architecture;
+mod balloon;
 mod block;
 mod boot;
 mod config;
@@ -26,6 +27,7 @@ mod metadata;
 mod net;
 mod plans;
 mod platform;
+mod pmem;
 mod prefault;
 mod profile;
 mod report;
