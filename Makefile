@@ -8,7 +8,7 @@ PREFIX  ?= /usr/local
 STATIC  := -C target-feature=+crt-static -C relocation-model=static
 BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
 
-.PHONY: build agent demo test lint setup install bench testbed testbed-build
+.PHONY: build agent demo test lint setup install bench testbed testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -52,3 +52,11 @@ testbed: testbed-build agent
 
 testbed-build:
 	@tests/testbed/build.sh
+
+# Guests to boot: a small Linux kernel and a root image with Python, in target/linux/; see docs/linux-guests.md. Built from
+# Debian packages when somebody asks for them, never by `make test`; the integration tests use them when they are there.
+linux-kernel:
+	@resources/linux/build-kernel.sh
+
+linux-rootfs: agent
+	@resources/linux/build-rootfs.sh

@@ -2,15 +2,16 @@
 # Builds a read-only root image with Python for microVMs from Debian packages, without installing any of them. What comes out,
 # in target/linux/ (LINUX_DIR):
 #   rootfs.erofs       or rootfs.squashfs with ROOTFS_FORMAT=squashfs
-# In it: busybox (init, shell), the C library, Python 3 with its standard library, what is in rootfs/, and every file of
-# ROOTFS_EXTRA, a directory of your own laid over all of it. Takes half a minute. It is built again when the scripts, the
-# files or the apt sources change; to ask for newer packages, delete target/linux/rootfs.stamp.
+# In it: busybox (init, shell), the C library, Python 3 with its standard library, tvmm-agent, what is in rootfs/, and every
+# file of ROOTFS_EXTRA, a directory of your own laid over all of it. Takes half a minute. It is built again when the
+# scripts, the files, the agent or the apt sources change; to ask for newer packages, delete target/linux/rootfs.stamp.
 set -euo pipefail
 # shellcheck source=resources/linux/lib.sh
 . "$(dirname "$(readlink -f "$0")")/lib.sh"
 
 FORMAT=${ROOTFS_FORMAT:-erofs}
 EXTRA=${ROOTFS_EXTRA:-}
+AGENT=${TVMM_AGENT:-$REPOSITORY/target/agent/x86_64-unknown-linux-gnu/release/tvmm-agent}
 PYTHON=python3.11 # of Debian 12
 DEBS="busybox-static libc6 libgcc-s1 zlib1g $PYTHON-minimal lib$PYTHON-minimal lib$PYTHON-stdlib
     libexpat1 libssl3 libffi8 libbz2-1.0 liblzma5 libuuid1"
@@ -35,7 +36,7 @@ compile_python() {
     ln -s "$PYTHON" "$ROOT/usr/bin/python3"
     PYTHONHOME=$ROOT/usr "$ROOT/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" "$ROOT/usr/bin/$PYTHON" -E \
         -m compileall -q -s "$ROOT" -p / --invalidation-mode unchecked-hash \
-        "$ROOT/usr/lib/$PYTHON" "$ROOT/usr/lib/tvmm" "$ROOT/srv/functions" || fail "the image's Python files do not compile"
+        "$ROOT/usr/lib/$PYTHON" || fail "the image's Python files do not compile"
 }
 
 # Unpacks the downloaded packages into a tree whose /bin, /sbin, /lib and /lib64 are links, which must stay.
@@ -57,6 +58,7 @@ fill_root() {
     # shellcheck disable=SC2086 # one word per path
     (cd "$ROOT" && eval rm -rf $LEFT_OUT)
     install_busybox
+    cp "$AGENT" "$ROOT/usr/bin/tvmm-agent"
     cp -r --no-preserve=ownership "$HERE/rootfs/." "$ROOT/"
     chmod +x "$ROOT"/etc/init.d/*
     [ -z "$EXTRA" ] || cp -r --no-preserve=ownership "$EXTRA/." "$ROOT/"
@@ -96,11 +98,13 @@ build() {
     rm -rf "$WORK"
 }
 
+[ -x "$AGENT" ] || fail "no agent at $AGENT: make agent"
 stamp=$({
     echo "$FORMAT"
     cat "$HERE"/{build-rootfs,lib}.sh "$PACKAGES"
-    [ -z "$EXTRA" ] || find "$EXTRA" -type f -exec sha256sum {} + | sort
-    find "$HERE/rootfs" -type f -exec sha256sum {} + | sort
+    [ -z "$EXTRA" ] || (cd "$EXTRA" && find . -type f -exec sha256sum {} + | sort)
+    (cd "$HERE/rootfs" && find . -type f -exec sha256sum {} + | sort)
+    sha256sum <"$AGENT"
     sources
 } | sha256sum)
 unless_built rootfs "$stamp"

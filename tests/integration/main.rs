@@ -19,6 +19,7 @@ mod hostile_snapshot;
 mod large;
 mod linux;
 mod linux_block;
+mod linux_guest;
 mod linux_net;
 mod linux_vsock;
 mod metadata;

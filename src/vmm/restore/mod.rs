@@ -8,6 +8,7 @@ mod files;
 mod lazy;
 mod prefault;
 mod reads;
+mod rescue;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,6 +39,7 @@ use engine::Served;
 use external::ExternalHandler;
 use files::Files;
 use lazy::{FaultCounters, FaultService, FaultWork};
+use rescue::Rescue;
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
@@ -199,6 +201,7 @@ impl Machine<Built> {
         let set = DeviceSet { virtio, configs, fw_cfg };
         let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
+        let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
@@ -219,6 +222,7 @@ impl Machine<Built> {
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
         placed.keep();
+        rescue.finish()?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }

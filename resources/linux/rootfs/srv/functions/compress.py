@@ -3,11 +3,10 @@
 import zlib
 
 
-def run(arguments):
-    size = int(arguments.get("kib", "256")) * 1024
-    words = " ".join(f"word{i * 7919 % 1000}" for i in range(size // 6)).encode()
-    data = words[:size]
-    packed = zlib.compress(data, int(arguments.get("level", "6")))
-    if zlib.decompress(packed) != data:
+def handler(arguments):
+    size = int(arguments.get("kib", "256")) << 10
+    text = " ".join(f"word{i * i * 7919 % 10007}" for i in range(size // 5)).encode()[:size]
+    packed = zlib.compress(text, int(arguments.get("level", "6")))
+    if zlib.decompress(packed) != text:
         raise ValueError("decompressing gave something else")
-    return data, {"bytes": len(data), "packed": len(packed)}
+    return {"bytes": len(text), "packed": len(packed), "crc": zlib.crc32(text)}

@@ -1,5 +1,0 @@
-"""Nothing: how long a request takes."""
-
-
-def run(arguments):
-    return b"", {}
