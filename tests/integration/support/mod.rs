@@ -1,11 +1,8 @@
 //! A VM under test: a tvmm process with its console and control socket at hand.
 
 pub mod artefact;
-<<<<<<< HEAD
 pub mod network;
-=======
 pub mod shell;
->>>>>>> linux
 pub mod slow_file;
 
 use std::io::{BufRead, BufReader, Read, Write};
