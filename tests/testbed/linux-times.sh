@@ -38,7 +38,7 @@ wait_for() { # wait_for WORD
     while read -r -t 300 line <&"${guest[0]}"; do
         case $line in "$1"*) return 0 ;; esac
     done
-    fail "the guest never said '$1'"
+    fail "the guest never said '$1': $(tail -n 3 "$dir/errors")"
 }
 
 # Starts a monitor and asks its guest: "MS-to-user-space MS-to-answer". The monitor runs on, as process $vm.
@@ -62,12 +62,16 @@ end() {
     vm=
 }
 
-restore() {
+# Asks the guest of a snapshot: "MS-to-answer". Tearing down comes after the answer and does not count.
+restore() { # restore POLICY
     local start
     start=$(now)
-    "$binary" restore --snapshot "$dir/snapshot" --policy "$1" --run hello >"$dir/answer"
+    coproc guest { exec "$binary" restore --snapshot "$dir/snapshot" --policy "$1" --run hello 2>"$dir/errors"; }
+    vm=$guest_PID
+    wait_for "ok run"
     times=$(since "$start")
-    grep -q '^ok ' "$dir/answer" || fail "no answer after a restore: $(cat "$dir/answer")"
+    wait "$vm"
+    vm=
 }
 
 median() {
@@ -76,7 +80,7 @@ median() {
 
 microvm=(env LD_LIBRARY_PATH="$TESTBED/qemu/usr/lib/x86_64-linux-gnu" "$TESTBED/qemu/usr/bin/qemu-system-x86_64"
     -L "$TESTBED/qemu/usr/share/qemu" -L "$TESTBED/qemu/usr/share/seabios"
-    -M microvm,acpi=on,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off -accel kvm -cpu host -smp 1 -m 256
+    -M microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off -accel kvm -cpu host -smp 1 -m 256
     -nodefaults -no-user-config -no-reboot -display none -serial stdio -kernel "$dir/vmlinux"
     -append "$words root=/dev/vda ro"
     -drive "file=$dir/rootfs.erofs,format=raw,if=none,id=root,read-only=on" -device virtio-blk-device,drive=root)
