@@ -6,12 +6,18 @@ PREFIX  ?= /usr/local
 # A static binary at a fixed address: nothing to link, nothing to relocate at process start, which is part of every
 # restore.
 STATIC  := -C target-feature=+crt-static -C relocation-model=static
+BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
 
-.PHONY: build demo test lint setup install bench testbed testbed-build
+.PHONY: build agent demo test lint setup install bench testbed testbed-build linux-kernel linux-rootfs
 
 build: setup
-	RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
+	$(BUILD)
 	@echo "built $(BINARY)"
+
+# What answers requests in Linux guests; see resources/agent/README.md.
+agent: setup
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target $(TARGET) \
+		--manifest-path resources/agent/Cargo.toml --target-dir target/agent
 
 demo: build
 	@resources/demo.sh $(BINARY)
@@ -25,7 +31,9 @@ test: build
 lint: setup
 	cargo fmt --check
 	cargo fmt --check --manifest-path resources/guest/Cargo.toml
+	cargo fmt --check --manifest-path resources/agent/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --manifest-path resources/agent/Cargo.toml --target-dir target/agent -- -D warnings
 
 setup:
 	@resources/setup.sh
@@ -37,8 +45,18 @@ bench: build
 	$(BINARY) bench grid
 
 # The integration tests inside an emulated host with kvm_amd; see tests/testbed/README.md. TESTS="restore:: smp::" picks.
-testbed: build testbed-build
+testbed: testbed-build agent
+	@resources/setup.sh --build-only
+	$(BUILD)
 	tests/testbed/integration.sh $(BINARY) $(TESTS)
 
 testbed-build:
 	@tests/testbed/build.sh
+
+# Guests to boot: a small Linux kernel and a root image with Python, in target/linux/; see docs/linux-guests.md. Built from
+# Debian packages when somebody asks for them, never by `make test`; the integration tests use them when they are there.
+linux-kernel:
+	@resources/linux/build-kernel.sh
+
+linux-rootfs: agent
+	@resources/linux/build-rootfs.sh

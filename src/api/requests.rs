@@ -8,7 +8,9 @@ use serde::de::DeserializeOwned;
 
 use super::devices::{DriveOverrideBody, MacOverrideBody, NetworkOverrideBody, VsockOverrideBody};
 use super::fault::Fault;
-use crate::vmm::config::{BootSource, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac};
+use crate::vmm::config::{
+    BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac,
+};
 use crate::vmm::control::{
     Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind, SnapshotPaths,
 };
@@ -61,6 +63,10 @@ pub(super) fn patch_machine_config(body: &[u8]) -> Result<Parsed, Fault> {
     MachineConfig::default().patched(&patch)?;
     let is_deprecated = patch.cpu_template.is_some();
     Ok(Parsed { command: Command::PatchMachineConfig(patch), is_deprecated })
+}
+
+pub(super) fn put_cpu_config(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::PutCpuConfig(json::<CpuConfig>(body)?).into())
 }
 
 pub(super) fn put_logger(body: &[u8]) -> Result<Parsed, Fault> {
@@ -127,6 +133,9 @@ struct CreateExtension {
     /// Let the machine run on afterwards.
     #[serde(default)]
     resume: bool,
+    /// Take copies of the drives that the guest can write.
+    #[serde(default)]
+    copy_drives: bool,
 }
 
 #[derive(Deserialize)]
@@ -148,7 +157,8 @@ pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
         SnapshotType::Full => SnapshotKind::Full,
         SnapshotType::Diff => SnapshotKind::Diff,
     };
-    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume: create.tvmm.resume }).into())
+    let CreateExtension { resume, copy_drives } = create.tvmm;
+    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives }).into())
 }
 
 #[derive(Deserialize)]
@@ -180,6 +190,8 @@ struct LoadExtension {
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
+    /// Where this clone's copies of drives go, for a snapshot that has copies.
+    drive_dir: Option<PathBuf>,
     /// Metadata that are new or have other values.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
@@ -213,10 +225,6 @@ struct Load {
 
 pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
     let mut load: Load = json(body)?;
-    let unsupported = [(load.clock_realtime, "Moving the guest's clock on to real time (clock_realtime) is")];
-    if let Some((_, subject)) = unsupported.into_iter().find(|(is_used, _)| *is_used) {
-        return Err(Fault::bad_request(format!("{subject} not supported yet.")));
-    }
     let overrides = overrides(load.network_overrides, load.vsock_override, &mut load.tvmm)?;
     let is_deprecated = load.mem_file_path.is_some() || load.enable_diff_snapshots;
     let (memory, memory_key, handler) = match (load.mem_backend, load.mem_file_path) {
@@ -240,6 +248,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
+        clock_realtime: load.clock_realtime,
         resume: load.resume_vm,
     });
     Ok(Parsed { command, is_deprecated })
@@ -268,7 +277,8 @@ fn overrides(
     let drives = std::mem::take(&mut tvmm.drive_overrides);
     let drives = drives.into_iter().map(|body| (body.drive_id, body.path_on_host)).collect();
     let metadata = std::mem::take(&mut tvmm.metadata);
-    Ok(Overrides { drives, networks, metadata, vsock: vsock.map(|body| body.uds_path) })
+    let (drive_dir, vsock) = (tvmm.drive_dir.take(), vsock.map(|body| body.uds_path));
+    Ok(Overrides { drives, drive_dir, networks, metadata, vsock })
 }
 
 /// Refuses empty paths, which would otherwise be reported as a missing file without a name.

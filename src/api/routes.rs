@@ -23,12 +23,8 @@ pub(super) const MAX_BODY_BYTES: usize = 51_200;
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Firecracker's paths for devices tvmm cannot build yet, and the section of the config each belongs to.
-const UNBUILT_PATHS: &[(&str, &str)] = &[
-    ("/cpu-config", "cpu-config"),
-    ("/hotplug/memory", "memory-hotplug"),
-    ("/mmds", "mmds-config"),
-    ("/mmds/config", "mmds-config"),
-];
+const UNBUILT_PATHS: &[(&str, &str)] =
+    &[("/hotplug/memory", "memory-hotplug"), ("/mmds", "mmds-config"), ("/mmds/config", "mmds-config")];
 
 /// The whole API.
 pub(super) fn router(control: ControlSender) -> Router {
@@ -43,6 +39,7 @@ pub(super) fn router(control: ControlSender) -> Router {
                 .merge(patches(requests::patch_machine_config)),
         )
         .route("/boot-source", puts(requests::put_boot_source))
+        .route("/cpu-config", puts(requests::put_cpu_config))
         .route("/logger", puts(requests::put_logger))
         .route("/metrics", puts(requests::put_metrics))
         .route("/actions", puts(requests::put_actions))

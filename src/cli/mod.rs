@@ -5,6 +5,7 @@ mod calibrate;
 mod guest;
 mod inspect;
 mod merge;
+mod overrides;
 mod plan;
 mod profile;
 mod report;
@@ -53,6 +54,9 @@ struct SessionArgs {
     /// Run one function of the guest (`name key=value…`), print its answer, and end
     #[arg(long, value_name = "FUNCTION")]
     run: Option<String>,
+    /// Make the request of --run on this vsock port of the guest, instead of on its serial line
+    #[arg(long, requires = "run", value_name = "PORT")]
+    run_port: Option<u32>,
     /// How long --run waits for the answer
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
@@ -74,7 +78,7 @@ enum Command {
     /// Snapshot a running VM, or merge snapshots
     Snapshot(snapshot::SnapshotArgs),
     /// Restore a VM from a snapshot
-    Restore(vm::RestoreArgs),
+    Restore(Box<vm::RestoreArgs>),
     /// Show what a snapshot is, and verify it
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles: what a function does to the pages of a snapshot

@@ -6,8 +6,10 @@ use serde_json::{Value, json};
 
 use super::BoxError;
 use crate::tiering::profile::Profile;
+use crate::vmm::Ending;
 use crate::vmm::console::Answer;
 use crate::vmm::controller::Controller;
+use crate::vmm::session::Outcome;
 use crate::vmm::{accounting, usage};
 
 /// A report being put together.
@@ -58,6 +60,22 @@ pub fn collect(
 }
 
 impl Report {
+    /// Adds why it is over.
+    pub fn ended(mut self, outcome: &Outcome) -> Self {
+        self.0["ending"] = json!(match outcome {
+            Outcome::Guest(Ending::Reset) => "reset",
+            Outcome::Guest(Ending::PowerOff) => "power-off",
+            Outcome::Guest(Ending::TripleFault) => "triple-fault",
+            Outcome::Guest(Ending::Failed(_)) => "failed",
+            Outcome::Signal(_) => "signal",
+            Outcome::Quit => "quit",
+            Outcome::Answered => "answered",
+            Outcome::NoAnswer(_) => "no-answer",
+            Outcome::TimedOut => "timed-out",
+        });
+        self
+    }
+
     /// Adds the time slices, tear-down included.
     pub fn finish(mut self, controller: &Controller) -> Self {
         let (timeline, moments) = (&controller.timeline, controller.moments());

@@ -28,6 +28,9 @@ pub struct SnapshotArgs {
     /// Let the VM run on; without it, the VM stays paused
     #[arg(long)]
     resume: bool,
+    /// Take copies of the drives that the guest can write (reflinks where the file system has them)
+    #[arg(long)]
+    copy_drives: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -59,7 +62,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
     let body = json!({
         "snapshot_path": out,
         "snapshot_type": if args.diff { "Diff" } else { "Full" },
-        "tvmm": { "resume": args.resume },
+        "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives },
     });
     let taken = client.request("PUT", "/snapshot/create", Some(&body), SNAPSHOT_TIMEOUT);
     let taken = match taken {

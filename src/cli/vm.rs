@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::overrides::OverrideArgs;
 use super::report;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
@@ -15,9 +16,10 @@ use crate::devices::{ConsoleOutput, FdSink, Sink};
 use crate::tiering::profile::Profile;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, Overrides, SnapshotPaths};
+use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
+use crate::vmm::port_request::PortRequest;
 use crate::vmm::session::{self, Begin, Outcome, Surroundings};
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::{clock, kick};
@@ -51,12 +53,12 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
-    /// Tell this clone something: a key of its metadata, and its value (repeatable)
-    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
-    metadata: Vec<(String, String)>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
+    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    #[arg(long)]
+    clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
@@ -64,6 +66,8 @@ pub struct RestoreArgs {
     /// touched
     #[arg(long, value_name = "FILE", requires = "report")]
     against: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
     #[command(flatten)]
     session: SessionArgs,
 }
@@ -92,8 +96,9 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         handler: None,
-        overrides: Overrides { metadata: args.metadata.iter().cloned().collect(), ..Overrides::default() },
+        overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,
+        clock_realtime: args.clock_realtime,
         resume: !args.paused,
     };
     // Before the guest runs: a profile that is none is refused at once.
@@ -105,14 +110,6 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
 struct Operation {
     name: &'static str,
     against: Option<Profile>,
-}
-
-fn key_value(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("it is not like KEY=VALUE")?;
-    match key.is_empty() {
-        true => Err("the key is empty".to_owned()),
-        false => Ok((key.to_owned(), value.to_owned())),
-    }
 }
 
 const RUN_ID: &str = "run";
@@ -134,7 +131,8 @@ fn run(
     let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
     let (outside, moments) = outside(answer.as_ref(), Duration::from_secs(args.fault_timeout))?;
     let around = Surroundings {
-        input: input(args.run.as_deref())?,
+        input: input(args)?,
+        request: port_request(args, answer.as_ref()),
         reads_stdin: args.run.is_none(),
         control: server.is_some().then_some(receiver),
         signals,
@@ -156,7 +154,7 @@ fn run(
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let (Some(path), Some(report)) = (&args.report, report) {
-        report?.finish(&controller).write(path)?;
+        report?.ended(&outcome).finish(&controller).write(path)?;
     }
     let code = exit_code(&outcome, args, answer.as_deref())?;
     stopped?;
@@ -175,12 +173,25 @@ fn outside(answer: Option<&Arc<Answer>>, fault_timeout: Duration) -> Result<(Out
     Ok((Outside { output, fault_timeout, moments: moments.clone() }, moments))
 }
 
-fn input(run: Option<&str>) -> Result<Input, BoxError> {
-    let Some(function) = run else { return Ok(Input::stdin()?) };
+fn input(args: &SessionArgs) -> Result<Input, BoxError> {
+    let Some(function) = &args.run else { return Ok(Input::stdin()?) };
     if function.trim().is_empty() || function.chars().any(char::is_control) {
         return refuse("--run takes one function of the guest with its arguments, such as `hello` or `fill pages=16`");
     }
-    Ok(Input::script(format!("run {RUN_ID} {}\n", function.trim()).as_bytes()))
+    Ok(match args.run_port {
+        Some(_) => Input::default(),
+        None => Input::script(format!("{}\n", request_line(function)).as_bytes()),
+    })
+}
+
+fn request_line(function: &str) -> String {
+    format!("run {RUN_ID} {}", function.trim())
+}
+
+/// The request of --run, if --run-port says that it goes over vsock.
+fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
+    let (port, function, answer) = (args.run_port?, args.run.as_ref()?, answer?.clone());
+    Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })
 }
 
 /// Turns the moments seen by vCPU threads into slices.
@@ -202,6 +213,7 @@ fn exit_code(outcome: &Outcome, args: &SessionArgs, answer: Option<&Answer>) -> 
         Outcome::Guest(ending) if args.run.is_some() => {
             refuse(format!("The guest ended before it answered: {ending:?}"))
         }
+        Outcome::NoAnswer(why) => refuse(format!("The guest did not answer --run: {why}")),
         Outcome::Answered => match answer.and_then(Answer::get) {
             Some((line, _)) if line.starts_with("ok ") => Ok(ExitCode::SUCCESS),
             _ => Ok(ExitCode::FAILURE),

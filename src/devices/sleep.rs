@@ -47,7 +47,9 @@ mod tests {
         let calls = Arc::new(AtomicU32::new(0));
         let device = SleepRegisters::new(Box::new({
             let calls = calls.clone();
-            move || drop(calls.fetch_add(1, Ordering::Relaxed))
+            move || {
+                calls.fetch_add(1, Ordering::Relaxed);
+            }
         }));
         for (offset, data) in [(0, &[5 << 2][..]), (0, &[1 << 5]), (0, &[0x34, 0]), (1, &[0x34]), (0, &[])] {
             device.write(offset, data);

@@ -61,3 +61,31 @@ impl VmGenId {
         self.line.trigger().map_err(failed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn id_changes_each_time_and_the_line_is_raised() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        let device = VmGenId::new(VmGenIdState { gpa: 0x1000, gsi: 3 }).unwrap();
+        let id = || memory.read_obj::<u128>(GuestAddress(0x1000)).unwrap();
+        device.renew(&memory).unwrap();
+        let first = id();
+        device.renew(&memory).unwrap();
+        assert!(first != 0 && first != id());
+        assert!(device.interrupt_line().eventfd().read().is_err());
+        device.notify().unwrap();
+        assert_eq!(device.interrupt_line().eventfd().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn saved_places_that_cannot_be_are_refused() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        assert!(VmGenId::new(VmGenIdState { gpa: 0x1008, gsi: 3 }).is_err());
+        for gpa in [0x2000, 0xd000_0000, u64::MAX - 15] {
+            assert!(VmGenId::new(VmGenIdState { gpa, gsi: 3 }).unwrap().renew(&memory).is_err(), "{gpa:#x}");
+        }
+    }
+}

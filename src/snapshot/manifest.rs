@@ -4,7 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Digest, Error, FORMAT_MAJOR, MemoryLayout, Result, SnapshotId, files};
+use super::{Digest, DriveCopy, Error, FORMAT_MAJOR, MemoryLayout, Result, SnapshotId, files};
 
 /// Everything about a snapshot but its bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,9 @@ pub struct Manifest {
     pub digests: Digests,
     /// File sizes.
     pub sizes: FileSizes,
+    /// Copies of drives in the snapshot's directory.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<DriveCopy>,
 }
 
 /// Whether a snapshot stands alone.
@@ -155,6 +158,9 @@ struct Identity<'a> {
     host: &'a HostFacts,
     digests: &'a Digests,
     sizes: &'a FileSizes,
+    // As in the manifest: without copies, the identity is that of versions that could make none.
+    #[serde(skip_serializing_if = "<[DriveCopy]>::is_empty")]
+    drives: &'a [DriveCopy],
 }
 
 #[derive(Serialize)]
@@ -190,6 +196,7 @@ impl Manifest {
             host,
             digests,
             sizes,
+            drives,
         } = self;
         let identity = Identity {
             format: *format,
@@ -205,6 +212,7 @@ impl Manifest {
             host,
             digests,
             sizes,
+            drives,
         };
         let json = encode(object, serde_json::to_vec(&identity))?;
         Ok(SnapshotId(*blake3::hash(&json).as_bytes()))
@@ -238,6 +246,9 @@ impl Manifest {
         }
         if manifest.sizes.memory != manifest.layout.file_len() {
             return Err(Error::malformed(object, "its memory size is not that of its layout"));
+        }
+        if !manifest.drives.iter().all(DriveCopy::is_valid) {
+            return Err(Error::malformed(object, "it names a copy of a drive that no drive can have"));
         }
         Ok(manifest)
     }

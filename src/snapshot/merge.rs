@@ -47,6 +47,11 @@ pub fn merge(
         layer.verify_with(&mut progress)?.into_result(layer.object())?;
     }
     for_each_nonzero(chain, &runs, |first, bytes| writer.write_run(first, bytes), &mut |bytes| progress.add(bytes))?;
+    for drive in &tip.manifest().drives {
+        if let Some((image, len)) = tip.open_drive_copy(&drive.drive_id)? {
+            writer.copy_drive(&drive.drive_id, &image, len)?;
+        }
+    }
     let (host, machine) = (tip.manifest().host.clone(), tip.manifest().machine.clone());
     writer.seal(SealInput { state: tip.copy_state()?, host, machine, cache })
 }

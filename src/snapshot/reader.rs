@@ -145,6 +145,24 @@ impl Snapshot {
         self.container.copy_sections(|kind| !kind.is_reserved())
     }
 
+    /// The snapshot's copy of a drive, open for reading; none if it has none.
+    ///
+    /// # Errors
+    /// [`Error::Truncated`] for a copy of another length than the manifest says; [`Error::Malformed`] for a copy that
+    /// cannot be there; [`Error::Io`].
+    pub fn open_drive_copy(&self, drive_id: &str) -> Result<Option<(File, u64)>> {
+        let Some(copy) = self.manifest.drives.iter().find(|copy| copy.drive_id == drive_id) else { return Ok(None) };
+        let Location::Dir(dir) = &self.location else {
+            return Err(Error::malformed(&self.object, "two files cannot have copies of drives"));
+        };
+        let path = dir.join(copy.file_name());
+        let (file, have) = files::open_regular(&path)?;
+        if have != copy.len {
+            return Err(Error::Truncated { object: path.display().to_string(), have, need: copy.len });
+        }
+        Ok(Some((file, copy.len)))
+    }
+
     /// The memory file, open for reading.
     pub fn memory(&self) -> &File {
         &self.memory

@@ -13,8 +13,8 @@ use super::page_map::PageMap;
 use super::partial::Partial;
 use super::reader::{PAGES_LIMIT, SNAPSHOT_FILE_LIMIT, STATE_LIMIT, section_digest};
 use super::{
-    Digests, Error, Extent, FORMAT_MAJOR, FileSizes, Gfn, HostFacts, Location, MachineFacts, Manifest, MemoryLayout,
-    PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, files,
+    Digests, DriveCopy, Error, Extent, FORMAT_MAJOR, FileSizes, Gfn, HostFacts, Location, MachineFacts, Manifest,
+    MemoryLayout, PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, copy_drive, files,
 };
 
 /// Written at once: large against the cost of a system call. File systems make folios as large as a write, and a kernel
@@ -34,6 +34,7 @@ pub struct SnapshotWriter {
     next: Gfn,
     held: PageSet,
     zero: PageSet,
+    drives: Vec<(DriveCopy, File)>,
 }
 
 /// The work directories: one for the directory form, one beside each file for the two-file form.
@@ -122,7 +123,27 @@ impl SnapshotWriter {
             next: Gfn(0),
             held: PageSet::new(),
             zero: PageSet::new(),
+            drives: Vec::new(),
         })
+    }
+
+    /// Takes a copy of the first `len` bytes of a drive's image, which nobody writes meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::BadTarget`] for the two-file form, which has no place for it, and for an id that is no file name;
+    /// [`Error::Io`].
+    pub fn copy_drive(&mut self, drive_id: &str, image: &File, len: u64) -> Result<()> {
+        let bad = |problem| Err(Error::BadTarget { path: self.target.anchor().to_path_buf(), problem });
+        if matches!(self.target, Location::Files { .. }) {
+            return bad("copies of drives need a snapshot directory, Firecracker's two files have no place for them");
+        }
+        let copy = DriveCopy { drive_id: drive_id.to_owned(), len };
+        if !copy.is_valid() {
+            return bad("a drive's id cannot be part of a file name");
+        }
+        let file = copy_drive(image, len, &self.work.memory_dir.path().join(copy.file_name()))?;
+        self.drives.push((copy, file));
+        Ok(())
     }
 
     /// Writes the bytes of the pages from `first` on; the layer then holds these pages. Meant to be called while the
@@ -187,7 +208,7 @@ impl SnapshotWriter {
     pub fn seal(self, input: SealInput<'_>) -> Result<Sealed> {
         container::check_sections(&input.state)?;
         let object = self.target.display();
-        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, .. } = self;
+        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, drives, next: _ } = self;
         let checksums = MemoryFile { file: &memory, path: &work.memory_path(), layout: &layout }.checksums(&held)?;
         let map = PageMap::new(&layout, held, zero, checksums).map_err(|p| Error::malformed(&object, p))?;
         let pages = map.to_sections();
@@ -214,9 +235,14 @@ impl SnapshotWriter {
             digests: Digests { vmstate: section_digest(&input.state), pages: section_digest(&pages) },
             sizes,
             layout,
+            drives: drives.iter().map(|(copy, _)| copy.clone()).collect(),
         };
         manifest.id = manifest.compute_id(&object)?;
         let memory = MemoryFile { file: &memory, path: &work.memory_path(), layout: &manifest.layout };
+        for (copy, file) in &drives {
+            let path = work.memory_dir.path().join(copy.file_name());
+            file.sync_all().map_err(Error::io("sync", &path))?;
+        }
         let bytes_on_disk = match &target {
             Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages], (memory, &map, input.cache))?,
             Location::Files { .. } => {
@@ -305,7 +331,9 @@ fn seal_dir(
     files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
     files::sync_dir(&from)?;
     let names = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
-    let bytes_on_disk = names.iter().map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
+    let drives = manifest.drives.iter().map(DriveCopy::file_name);
+    let names = names.map(str::to_owned).into_iter().chain(drives);
+    let bytes_on_disk = names.map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
     files::rename_dir_to_free_name(&from, dir)?;
     work.memory_dir.keep();
     files::sync_dir(&files::parent_dir(dir))?;

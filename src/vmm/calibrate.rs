@@ -1,5 +1,4 @@
-//! What memory operations cost on this host, measured on the host's side over real mappings.
-//! What a guest's own touches cost is measured through a guest, by `tvmm calibrate`.
+//! What the device and userfaultfd cost on this host. Everything else is measured through restores, by `tvmm calibrate`.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +10,6 @@ use rustix::fs::Advice;
 use super::error::Error;
 use super::sys::clock;
 use super::sys::mapping::Reservation;
-use super::sys::touch;
 use super::sys::uffd::{Install, Uffd};
 use crate::tiering::costs::Costs;
 
@@ -19,8 +17,6 @@ const PAGE: usize = 4096;
 /// Bytes of memory in each measurement.
 const LEN: usize = 32 << 20;
 const PAGES: usize = LEN / PAGE;
-/// Mappings made in the measurement of mappings.
-const VMAS: usize = 2048;
 /// Single pages read from the device.
 const SEEKS: usize = 256;
 
@@ -35,26 +31,10 @@ pub fn host(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<Vec<(&'stati
         Ok(ns) => costs.set_measured(name, ns.round().max(1.0) as u64),
         Err(error) => left.push((name, error.to_string())),
     };
-    // The device first: what follows wants the file cached.
     let sequential = bench.sequential();
     let seek = sequential.as_ref().map_or(0.0, |ns| *ns);
     note("device_seek_ns", bench.random().map(|ns| ns - seek));
     note("device_sequential_page_ns", sequential);
-    bench.read_all().map_err(Error::os("read a file back"))?;
-    let call = bench.call();
-    let one_call = call.as_ref().map_or(0.0, |ns| *ns);
-    note("call_ns", call);
-    note("vma_ns", bench.mapping());
-    note("read_huge_page_ns", bench.read_huge());
-    note("read_small_page_ns", bench.read_small().map(|ns| ns - one_call));
-    let (one, many) = (bench.populate_write(1), bench.populate_write(16));
-    if let (Ok(one), Ok(many)) = (&one, &many) {
-        let page = ((many - one) / 15.0).max(1.0);
-        note("populate_write_page_ns", Ok(page));
-        note("populate_write_call_ns", Ok(one - page));
-    } else {
-        note("populate_write_page_ns", many);
-    }
     note("uffd_copy_ns", bench.uffd_copy());
     Ok(left)
 }
@@ -91,7 +71,7 @@ impl Bench<'_> {
     /// Ns per operation, from some rounds. `run` prepares, times, and says how long `operations` took.
     fn rounds(&self, operations: usize, mut run: impl FnMut() -> io::Result<u64>) -> io::Result<f64> {
         let all: Vec<u64> = (0..self.rounds.max(1)).map(|_| run()).collect::<io::Result<_>>()?;
-        Ok(typical(all.iter().map(|ns| *ns as f64).collect()) / operations as f64)
+        Ok(median(all.iter().map(|ns| *ns as f64).collect()) / operations as f64)
     }
 
     fn evict(&self) -> io::Result<()> {
@@ -122,50 +102,6 @@ impl Bench<'_> {
         result
     }
 
-    fn call(&self) -> io::Result<f64> {
-        let mut byte = [0];
-        self.rounds(PAGES, || timed(|| (0..PAGES).try_for_each(|_| self.file.read_exact_at(&mut byte, 0))))
-    }
-
-    fn mapping(&self) -> io::Result<f64> {
-        self.rounds(VMAS, || {
-            let memory = Reservation::new(LEN)?;
-            // Every other page, so that no two become one.
-            timed(|| (0..VMAS).try_for_each(|i| memory.map_file_private(2 * i * PAGE, PAGE, self.file, 0)))
-        })
-    }
-
-    fn read_huge(&self) -> io::Result<f64> {
-        self.rounds(PAGES, || {
-            let mut memory = Reservation::new(LEN)?;
-            memory.map_anon(0, LEN)?;
-            memory.advise_huge(0, LEN)?;
-            timed(|| touch::read_into(&mut memory, 0, LEN, self.file))
-        })
-    }
-
-    /// One page in eight, each by its own call.
-    fn read_small(&self) -> io::Result<f64> {
-        self.rounds(PAGES / 8, || {
-            let mut memory = Reservation::new(LEN)?;
-            memory.map_anon(0, LEN)?;
-            let mut pages = (0..LEN).step_by(8 * PAGE);
-            timed(|| pages.try_for_each(|at| touch::read_into(&mut memory, at, PAGE, self.file)))
-        })
-    }
-
-    /// Runs of `pages` pages, one in four of such.
-    fn populate_write(&self, pages: usize) -> io::Result<f64> {
-        let (run, step) = (pages * PAGE, 4 * pages * PAGE);
-        self.rounds(LEN / step, || {
-            let mut memory = Reservation::new(LEN)?;
-            memory.map_file_private(0, LEN, self.file, 0)?;
-            // Page tables are there: they are, or cost little, where a block is populated often.
-            touch::each(&mut memory, run, LEN - run, 2 << 20, false)?;
-            timed(|| (0..LEN).step_by(step).try_for_each(|at| memory.populator(at, run)?.populate_write()))
-        })
-    }
-
     fn uffd_copy(&self) -> io::Result<f64> {
         let bytes = vec![1u8; LEN];
         self.rounds(PAGES, || {
@@ -178,10 +114,10 @@ impl Bench<'_> {
     }
 }
 
-/// The lower quartile of some rounds: what else runs on the host only ever adds, and to a guest's time most. Of no rounds it is infinite.
-pub fn typical(mut rounds: Vec<f64>) -> f64 {
+/// The median of some rounds, the lower one of two; of no rounds it is infinite.
+pub fn median(mut rounds: Vec<f64>) -> f64 {
     rounds.sort_unstable_by(f64::total_cmp);
-    rounds.get(rounds.len() / 4).copied().unwrap_or(f64::INFINITY)
+    rounds.get(rounds.len().saturating_sub(1) / 2).copied().unwrap_or(f64::INFINITY)
 }
 
 fn timed(run: impl FnOnce() -> io::Result<()>) -> io::Result<u64> {
@@ -199,7 +135,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut costs = Costs::default();
         let left = host(&mut costs, dir.path(), 1).unwrap();
-        assert!(costs.is_measured("vma_ns") && costs.is_measured("read_huge_page_ns"), "{left:?}");
+        assert!(costs.is_measured("uffd_copy_ns") && costs.is_measured("device_sequential_page_ns"), "{left:?}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

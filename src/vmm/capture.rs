@@ -6,6 +6,7 @@
 
 use std::time::Instant;
 
+use super::devices::WritableDrive;
 use super::error::Error;
 use super::host;
 use super::machine::{Core, Machine, Paused};
@@ -25,6 +26,8 @@ pub struct Captured {
     state: Vec<Section>,
     host: HostFacts,
     machine: MachineFacts,
+    /// Drives that stay where they are: what the guest believes to be on them is made durable with its memory.
+    drives: Vec<WritableDrive>,
     /// How long reading state and writing memory took, µs. The guest stood still for this and its stopping.
     pub capture_us: u64,
 }
@@ -32,6 +35,9 @@ pub struct Captured {
 impl Captured {
     /// Makes the snapshot final: everything on disk, verified, under its name.
     pub fn seal(self) -> Result<Sealed, Error> {
+        for drive in &self.drives {
+            drive.image.sync_data().map_err(Error::os("make a drive durable"))?;
+        }
         let input = SealInput { state: self.state, host: self.host, machine: self.machine, cache: &PageCache };
         Ok(self.writer.seal(input)?)
     }
@@ -40,7 +46,9 @@ impl Captured {
 impl Machine<Paused> {
     /// Writes the machine's memory to `target` and reads its state. Afterwards the machine may run on; call
     /// [`seal_finished`](Self::seal_finished) with the outcome of [`Captured::seal`].
-    pub fn capture(&mut self, target: Location, kind: SnapshotKind) -> Result<Captured, Error> {
+    ///
+    /// With `copy_drives`, the snapshot gets copies of the drives that the guest can write.
+    pub fn capture(&mut self, target: Location, kind: SnapshotKind, copy_drives: bool) -> Result<Captured, Error> {
         let start = Instant::now();
         if self.core.lineage.is_sealing() {
             return Err(Error::SnapshotInProgress);
@@ -51,6 +59,12 @@ impl Machine<Paused> {
         };
         let mut writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent)?;
         let state = self.save_state()?;
+        let mut drives = self.core.devices.virtio.writable_drives();
+        if copy_drives {
+            for drive in drives.drain(..) {
+                writer.copy_drive(&drive.id, &drive.image, drive.bytes)?;
+            }
+        }
         let log = self.core.read_dirty_log()?;
         // KVM does not see what devices write. Into the lineage at once: taking the marks clears them.
         self.core.lineage.add_changed(&self.core.ram.take_written());
@@ -82,6 +96,7 @@ impl Machine<Paused> {
             state,
             host: host::facts(&self.core.kvm),
             machine: MachineFacts { vcpu_count: u32::from(shape.vcpu_count), mem_size_mib: shape.mem_size_mib },
+            drives,
             capture_us: start.elapsed().as_micros() as u64,
         })
     }

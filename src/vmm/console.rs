@@ -117,14 +117,15 @@ impl<S: Sink> Sink for TimedSink<S> {
 pub struct Answer {
     event: EventFd,
     got: Mutex<Option<(String, u64)>>,
+    failure: Mutex<Option<String>>,
 }
 
 impl Answer {
     pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Answer { event: EventFd::new(EFD_NONBLOCK)?, got: Mutex::new(None) }))
+        Ok(Arc::new(Answer { event: EventFd::new(EFD_NONBLOCK)?, got: Mutex::new(None), failure: Mutex::new(None) }))
     }
 
-    /// Readable when the answer is there.
+    /// Readable when the answer is there, or will not come.
     pub fn event(&self) -> &EventFd {
         &self.event
     }
@@ -134,7 +135,17 @@ impl Answer {
         self.got.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, line: String) {
+    /// Why no answer will come.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn fail(&self, why: String) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+        let _ = self.event.write(1);
+    }
+
+    pub(super) fn set(&self, line: String) {
         let now = clock::monotonic_ns();
         self.got.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert((line, now));
         let _ = self.event.write(1);

@@ -16,7 +16,8 @@ use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::{
-    BootSource, ConfigError, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, VmConfig,
+    BootSource, ConfigError, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
+    VmConfig,
 };
 pub use super::devices::{
     AmountPatch, BalloonPatch, BalloonQuestion, DevicePatch, DrivePatch, IntervalPatch, NetworkOverride, NetworkPatch,
@@ -52,6 +53,8 @@ pub enum Command {
     PutDevice(DeviceConfig),
     /// Change a device of the machine that runs.
     PatchDevice(DevicePatch),
+    /// Replace the CPU template.
+    PutCpuConfig(CpuConfig),
     /// → [`Reply::Balloon`]
     AskBalloon(BalloonQuestion),
     /// Set up logging.
@@ -102,6 +105,8 @@ pub struct CreateSnapshot {
     pub kind: SnapshotKind,
     /// Whether the machine runs on afterwards; if not it stays paused.
     pub resume: bool,
+    /// Whether the snapshot takes copies of the drives that the guest can write.
+    pub copy_drives: bool,
 }
 
 /// How to restore a machine.
@@ -127,6 +132,8 @@ pub struct LoadSnapshot {
     pub overrides: Overrides,
     /// Whether KVM logs the pages the guest writes from now on.
     pub track_dirty_pages: bool,
+    /// Whether the guest's clock goes on to the present; if not, no time has passed for it.
+    pub clock_realtime: bool,
     /// Whether the machine runs afterwards; if not it is paused.
     pub resume: bool,
 }

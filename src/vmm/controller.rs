@@ -8,12 +8,12 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::capture::Captured;
-use super::config::VmConfig;
+use super::config::{DeviceConfigs, VmConfig};
 use super::control::{
     BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request,
     SnapshotKind, SnapshotPaths, SnapshotTaken, VmState,
 };
-use super::devices::no_balloon;
+use super::devices::{VirtioDevices, no_balloon};
 use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
@@ -133,6 +133,11 @@ impl Controller {
         &self.outside.moments
     }
 
+    /// The virtio devices the machine has, or is to have.
+    pub fn devices(&self) -> &DeviceConfigs {
+        &self.config.devices
+    }
+
     /// The serial port, once there is a machine.
     pub fn serial(&self) -> Option<&Arc<Serial>> {
         match &self.phase {
@@ -181,6 +186,7 @@ impl Controller {
             Command::GetVmConfig => Ok(Reply::VmConfig(Box::new(self.config.clone()))),
             Command::PutBootSource(source) => self.configure(|config| config.boot_source = source),
             Command::PutMachineConfig(machine) => self.configure(|config| config.machine = machine),
+            Command::PutCpuConfig(cpu) => self.configure(|config| config.cpu = Some(cpu)),
             Command::PatchMachineConfig(patch) => {
                 let machine = self.config.machine.patched(&patch)?;
                 self.configure(|config| config.machine = machine)
@@ -282,7 +288,7 @@ impl Controller {
         &mut self,
         load: &LoadSnapshot,
         watch: Watch,
-        before_run: impl FnOnce(&Serial),
+        before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
         let chain = Arc::new(match load.handler {
@@ -301,6 +307,7 @@ impl Controller {
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
             stalls: &stalls,
+            clock_realtime: load.clock_realtime,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
@@ -310,7 +317,7 @@ impl Controller {
         let policy = plan.policy.clone();
         self.plan = Some(plan);
         self.restored = Some(Restored { snapshot, policy, plan: origin, source_cache, costs, fit, layers, engine });
-        before_run(machine.serial());
+        before_run(machine.serial(), &self.config.devices)?;
         stalls.restored(machine.ending().clone());
         self.phase =
             if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
@@ -324,7 +331,7 @@ impl Controller {
                 "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
             ));
         }
-        self.restore(load, Watch::default(), |_| {}).map_err(|error| Refused::bad_request_because(&error))
+        self.restore(load, Watch::default(), |_, _| Ok(())).map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn pause(&mut self) -> Result<(), Refused> {
@@ -373,8 +380,8 @@ impl Controller {
             SnapshotKind::Full => snapshot::SnapshotKind::Full,
             SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
         };
-        let captured =
-            machine.capture(location(&create.location), kind).map_err(|error| Refused::bad_request_because(&error))?;
+        let captured = machine.capture(location(&create.location), kind, create.copy_drives);
+        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
         if create.resume
             && let Err(refused) = self.resume()
         {
@@ -443,8 +450,8 @@ impl Controller {
         let (written, dropped) = self.outside.output.counts();
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
-        let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
+        let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         match &mut self.metrics {
             Some(file) => {
                 let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
@@ -455,9 +462,8 @@ impl Controller {
                         "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,
                     })
                 });
-                let all = serde_json::json!({
-                    "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan, "devices": devices,
-                });
+                let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
+                    "devices": devices });
                 file.write(&all)
             }
             None => Ok(()),
@@ -486,9 +492,9 @@ pub struct Parts<'a> {
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
-    pub virtio: &'a super::devices::VirtioDevices,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
+    virtio: &'a VirtioDevices,
     counters: &'a super::metrics::ExitCounters,
 }
 
@@ -499,8 +505,8 @@ impl<'a> Parts<'a> {
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
-            virtio: machine.virtio(),
             single_pages: machine.maps_single_pages(),
+            virtio: machine.virtio(),
             counters: machine.counters(),
         }
     }

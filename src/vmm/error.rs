@@ -40,6 +40,8 @@ pub enum Error {
     Reserve { mib: u64, source: io::Error },
     #[error("Cannot map {pages} pages of guest memory at {gpa:#x}")]
     Map { gpa: u64, pages: u64, source: io::Error },
+    #[error("Guest memory was no longer served while the machine was restored: {0}")]
+    Unserved(String),
     #[error("{pages} pages at {gpa:#x} are not guest memory")]
     OutsideRam { gpa: u64, pages: u64 },
     #[error("Cannot build the view of guest memory: {0}")]
@@ -66,6 +68,8 @@ pub enum Error {
     BootProtocol { name: String, protocol: &'static str, what: &'static str },
     #[error("Guest memory of {mib} MiB is too small: boot parameters and kernel need at least 2 MiB")]
     TooSmall { mib: u64 },
+    #[error("The CPU template (cpu-config) cannot be used: {0}")]
+    CpuTemplate(String),
     #[error("A device failed")]
     Device(#[from] devices::Error),
     #[error(
@@ -74,6 +78,14 @@ pub enum Error {
     DeviceMissing { index: usize, device_type: u32 },
     #[error("The snapshot has no {kind} `{id}` to override; it has: {has}")]
     NoSuchDevice { kind: &'static str, id: String, has: String },
+    #[error(
+        "The snapshot has copies of its drives ({ids}): say where this VM's own copies of them are to be made (--drive-dir DIR, tvmm.drive_dir), or name other images (--drive ID=PATH, tvmm.drive_overrides)"
+    )]
+    DriveDirNeeded { ids: String },
+    #[error("The snapshot has no copy of a drive that would go to the drive directory; leave it out")]
+    DriveDirUseless,
+    #[error("The request is to be made over vsock, but the machine has no vsock device")]
+    NoVsock,
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]
@@ -86,6 +98,10 @@ pub enum Error {
     State { section: String, what: String },
     #[error("This host cannot run the snapshot: {}", .0.join("; "))]
     Host(Vec<String>),
+    #[error(
+        "Cannot move the guest's clock on to the present: the host of the snapshot could not tell the guest's clock and its own together (KVM_CLOCK_REALTIME)"
+    )]
+    NoRealtime,
     #[error("Cannot take a diff snapshot: {0}")]
     Diff(String),
     #[error("The run cannot be recorded: {0}")]

@@ -9,16 +9,19 @@ use super::error::Error;
 use crate::snapshot::{FeatureWord, HostFacts};
 
 /// CPUID words that hold feature bits: leaf, subleaf, register.
-const FEATURE_WORDS: [(u32, u32, &str); 9] = [
+const FEATURE_WORDS: [(u32, u32, &str); 12] = [
     (0x1, 0, "ecx"),
     (0x1, 0, "edx"),
     (0x7, 0, "ebx"),
     (0x7, 0, "ecx"),
     (0x7, 0, "edx"),
     (0x7, 1, "eax"),
+    (0x7, 1, "edx"),
     (0xd, 1, "eax"),
     (0x8000_0001, 0, "ecx"),
     (0x8000_0001, 0, "edx"),
+    (0x8000_0008, 0, "ebx"),
+    (0x8000_0021, 0, "eax"),
 ];
 /// CPUID.1:ECX bit 27 mirrors CR4.OSXSAVE; it says what runs now, not what the CPU can do.
 const OSXSAVE: u32 = 1 << 27;

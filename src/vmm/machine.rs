@@ -16,10 +16,11 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::arch::{Platform, cpuid, layout, msr, registers};
+use super::arch::template::Decider;
+use super::arch::{Platform, cpuid, layout, msr, registers, template};
 use super::boot;
 use super::config::{DeviceConfigs, VmConfig};
 use super::control::Refused;
@@ -209,40 +210,55 @@ impl Machine<Built> {
         let mut machine = Machine::build(kvm, ram, shape, set, outside, timeline)?;
         let slots = machine.virtio().slots();
         let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
-        let boot_source = config.boot_source.with_args(devices::pmem_root_args(&config.devices));
+        let boot_source = config.boot_source.with_args(&devices::root_args(&config.devices));
+        let boot_source = boot_source.with_args(devices::pmem_root_args(&config.devices));
         let entry = boot::load(&boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
         if platform.acpi {
             let state = VmGenIdState { gpa: layout::VMGENID, gsi: layout::VMGENID_GSI };
             machine.core.attach_vmgenid(state)?;
         }
         timeline.lap(Slice::KernelLoad);
-        let supported = machine
-            .core
-            .kvm
+        let kvm = &machine.core.kvm;
+        let mut supported = kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("ask for the supported CPUID"))?;
+        if let Some(template) = &config.cpu {
+            template::check_host(template, kvm, &state::msr_indices(kvm)?)?;
+            template::apply_cpuid(template, &mut supported)?;
+        }
         for vcpu in &machine.state.vcpus {
-            set_boot_state(vcpu, &supported, platform, entry)?;
+            let table = set_boot_state(vcpu, &supported, platform, entry)?;
+            if let Some(template) = &config.cpu {
+                template::check_cpuid(template, &table, Decider::Machine)?;
+                template::check_cpuid(template, &vcpu_cpuid(vcpu)?, Decider::Kvm)?;
+                template::apply_msrs(template, &vcpu.fd, vcpu.index)?;
+            }
         }
         timeline.lap(Slice::StateLoad);
         Ok(machine)
     }
 
     /// Applies the saved state of a machine of the same shape.
-    pub(super) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState]) -> Result<(), Error> {
+    pub(super) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
+        let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
         for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
             state.restore_cpuid(&vcpu.fd, vcpu.index)?;
         }
         vm.restore(&self.core.vm)?;
         for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
-            let refused = state.restore(&vcpu.fd, vcpu.index)?;
+            let refused = state.restore(&vcpu.fd, vcpu.index, slept)?;
             self.core.msrs_refused.extend(refused);
         }
-        vm.restore_clock(&self.core.vm)?;
+        vm.restore_clock(&self.core.vm, clock_realtime)?;
         for vcpu in &self.state.vcpus {
             state::notify_clock(&vcpu.fd, vcpu.index)?;
         }
         Ok(())
+    }
+
+    /// The vCPU that boots, as long as no thread has it.
+    pub(super) fn boot_vcpu(&self) -> Option<&VcpuFd> {
+        self.state.vcpus.first().map(|vcpu| &vcpu.fd)
     }
 
     /// Lets the vCPUs into the guest.
@@ -445,12 +461,13 @@ fn build_devices(
     Ok((Devices { serial, i8042, fw_cfg, vmgenid: None, virtio }, Arc::new(buses)))
 }
 
+/// Makes a vCPU what its kernel expects at its first instruction; returns the CPUID it was given.
 fn set_boot_state(
     vcpu: &Vcpu,
     supported: &kvm_bindings::CpuId,
     platform: Platform<'_>,
     entry: registers::Entry,
-) -> Result<(), Error> {
+) -> Result<kvm_bindings::CpuId, Error> {
     let failed = |doing| move |source| vcpu_error(doing, vcpu.index, source);
     let fd = &vcpu.fd;
     let table = cpuid::for_vcpu(supported, vcpu.index, platform.vcpu_count).map_err(|_| Error::State {
@@ -467,7 +484,7 @@ fn set_boot_state(
     fd.set_xcrs(&xcrs).map_err(failed("set XCR0"))?;
     if vcpu.index != 0 {
         // KVM holds application processors until INIT and SIPI.
-        return Ok(());
+        return Ok(table);
     }
     let mut sregs = fd.get_sregs().map_err(failed("read the special registers"))?;
     registers::special(entry, &mut sregs);
@@ -475,7 +492,13 @@ fn set_boot_state(
     fd.set_regs(&registers::general(entry)).map_err(failed("set the registers"))?;
     let mut lapic = fd.get_lapic().map_err(failed("read the LAPIC"))?;
     registers::set_local_interrupts(&mut lapic, platform.acpi);
-    fd.set_lapic(&lapic).map_err(failed("set the LAPIC"))
+    fd.set_lapic(&lapic).map_err(failed("set the LAPIC"))?;
+    Ok(table)
+}
+
+fn vcpu_cpuid(vcpu: &Vcpu) -> Result<kvm_bindings::CpuId, Error> {
+    let read = vcpu.fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
+    read.map_err(|source| vcpu_error("read the CPUID", vcpu.index, source))
 }
 
 /// x87, SSE, AVX and AVX-512 as far as the guest's CPUID.0xD has them; x87 alone without XSAVE.

@@ -21,6 +21,7 @@ mod memory;
 mod metrics;
 mod planning;
 mod pmem;
+pub mod port_request;
 pub mod record;
 mod release;
 mod restore;

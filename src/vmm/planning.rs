@@ -56,7 +56,7 @@ fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Ch
         None => Costs::of_this_host()?,
     };
     // Only tiered's plan depends on it: the others do what their papers do.
-    let cache = if policy == Policy::Tiered && is_cold(chain)? { SourceCache::Cold } else { SourceCache::Huge };
+    let cache = if policy == Policy::Tiered { cache_of(chain)? } else { SourceCache::Huge };
     let mut costs = costs.with_cache(cache);
     if cache == SourceCache::Cold
         && let Some(pages) = page_cache::readahead_pages(chain.tip().memory())
@@ -112,6 +112,22 @@ fn keep(file: &PlanFile, path: &Path) {
         // The restore itself does not need it; the next one is slower.
         tracing::warn!(%error, path = %path.display(), "The plan cannot be kept beside its snapshot");
     }
+}
+
+/// How the chain's memory files are cached.
+fn cache_of(chain: &Chain) -> Result<SourceCache, Error> {
+    if is_cold(chain)? {
+        return Ok(SourceCache::Cold);
+    }
+    // Bases are shared by many snapshots and large; what they are in decides.
+    for layer in chain.layers() {
+        let failed =
+            |source| Error::File { doing: "look at the cached part of", path: layer.memory_path().to_owned(), source };
+        if let Some(huge) = page_cache::is_in_huge_folios(layer.memory()).map_err(failed)? {
+            return Ok(if huge { SourceCache::Huge } else { SourceCache::Small });
+        }
+    }
+    Ok(SourceCache::Huge)
 }
 
 /// Whether less than half of what the layers hold is in the page cache. Kernels that cannot tell count as warm.

@@ -14,6 +14,7 @@ use super::control::{LoadSnapshot, SnapshotPaths};
 use super::controller::{self, Controller};
 use super::error::Error;
 use super::machine::Outside;
+use super::port_request::PortRequest;
 use super::session::{self, Begin, Outcome, Surroundings};
 use super::sys::pagemap_scan::{self, Mapped};
 use super::sys::resident::CacheView;
@@ -42,6 +43,8 @@ pub struct RecordSpec {
     pub recorder: RecorderKind,
     /// One function of the guest: `name key=value…`.
     pub function: String,
+    /// The vsock port where the guest takes requests, if it is not the serial line.
+    pub port: Option<u32>,
     /// How long the function may take.
     pub timeout: Duration,
     /// How long the guest may wait for a page.
@@ -130,12 +133,16 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         ..LoadSnapshot::default()
     };
     let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
+    let line = format!("run {RUN_ID} {}", spec.function);
+    let (id, asked) = (RUN_ID.to_string(), answer.clone());
+    let request = spec.port.map(|port| PortRequest { port, line: line.clone(), id, answer: asked });
     let around = Surroundings {
-        input: Input::script(format!("run {RUN_ID} {}\n", spec.function).as_bytes()),
+        input: if request.is_some() { Input::default() } else { Input::script(format!("{line}\n").as_bytes()) },
         reads_stdin: false,
         control: None,
         signals: signals_now,
         answer: Some(answer.clone()),
+        request,
         timeout: Some(spec.timeout),
     };
     let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), outside, Timeline::begin(None))?;
@@ -147,6 +154,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         Outcome::Guest(Ending::Failed(what)) => return failed(what),
         Outcome::Guest(ending) => return failed(format!("the guest ended before it answered: {ending:?}")),
         Outcome::Signal(number) => return failed(format!("signal {number} came first")),
+        Outcome::NoAnswer(why) => return failed(format!("the guest did not answer: {why}")),
         Outcome::Quit => return failed("it was ended".to_string()),
     }
     match (answer.get(), moments.first_run_ns()) {

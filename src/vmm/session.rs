@@ -7,13 +7,16 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::config::DeviceConfigs;
 use super::console::{Answer, Input, Typed};
 use super::control::{ControlReceiver, LoadSnapshot};
 use super::controller::Controller;
 use super::error::Error;
+use super::port_request::{PortRequest, Requesting};
 use super::record::Watch;
 use super::sys::signals::EndSignals;
 use super::vcpu::Ending;
+use crate::devices::ConsoleOutput;
 
 /// How a session ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +29,8 @@ pub enum Outcome {
     Quit,
     /// The scripted request was answered.
     Answered,
+    /// It cannot be.
+    NoAnswer(String),
     /// It was not, in time.
     TimedOut,
 }
@@ -50,6 +55,8 @@ pub struct Surroundings {
     pub control: Option<ControlReceiver>,
     pub signals: EndSignals,
     pub answer: Option<Arc<Answer>>,
+    /// The scripted request, if it is made over vsock and not by `input`.
+    pub request: Option<PortRequest>,
     pub timeout: Option<Duration>,
 }
 
@@ -83,11 +90,15 @@ pub fn run(
     begin: Begin,
     mut around: Surroundings,
 ) -> Result<(Outcome, Controller, Surroundings), Error> {
+    let mut requesting = None;
     match begin {
         Begin::Wait => {}
-        Begin::Boot => controller.boot()?,
-        Begin::Restore(load) => restore(&mut controller, &load, Watch::default(), &mut around.input)?,
-        Begin::Record(load, watch) => restore(&mut controller, &load, watch, &mut around.input)?,
+        Begin::Boot => {
+            controller.boot()?;
+            requesting = begin_request(&around, controller.devices(), controller.output())?;
+        }
+        Begin::Restore(load) => requesting = restore(&mut controller, &load, Watch::default(), &mut around)?,
+        Begin::Record(load, watch) => requesting = restore(&mut controller, &load, watch, &mut around)?,
     }
     let deadline = around.timeout.map(|timeout| Instant::now() + timeout);
     let stdin_open = around.reads_stdin;
@@ -126,16 +137,36 @@ pub fn run(
         }
     }
     let session = manager.remove_subscriber(id).map_err(|error| event_error(&error))?;
+    drop(requesting);
     // The loop only breaks with an outcome.
     let outcome = session.outcome.unwrap_or(Outcome::Quit);
     Ok((outcome, session.controller, session.around))
 }
 
-fn restore(controller: &mut Controller, load: &LoadSnapshot, watch: Watch, input: &mut Input) -> Result<(), Error> {
-    // A request given beforehand is in the FIFO before the guest runs: one wake-up less.
-    let mut fed = Ok(());
-    controller.restore(load, watch, |serial| fed = input.feed(serial))?;
-    Ok(fed?)
+fn restore(
+    controller: &mut Controller,
+    load: &LoadSnapshot,
+    watch: Watch,
+    around: &mut Surroundings,
+) -> Result<Option<Requesting>, Error> {
+    // A request given beforehand is in the FIFO, or waits at the vsock device, before the guest runs: one wake-up less.
+    let mut requesting = None;
+    let output = controller.output().clone();
+    controller.restore(load, watch, |serial, devices| {
+        around.input.feed(serial)?;
+        requesting = begin_request(around, devices, &output)?;
+        Ok(())
+    })?;
+    Ok(requesting)
+}
+
+/// Makes the scripted request, if it goes over vsock.
+fn begin_request(
+    around: &Surroundings,
+    devices: &DeviceConfigs,
+    output: &Arc<ConsoleOutput>,
+) -> Result<Option<Requesting>, Error> {
+    around.request.as_ref().map(|request| request.begin(devices, output.clone())).transpose()
 }
 
 fn event_error(error: &event_manager::Error) -> Error {
@@ -185,7 +216,8 @@ impl Session {
                 Ok(())
             }
             ANSWER => {
-                self.outcome.get_or_insert(Outcome::Answered);
+                let failure = self.around.answer.as_ref().and_then(|answer| answer.failure());
+                self.outcome.get_or_insert(failure.map_or(Outcome::Answered, Outcome::NoAnswer));
                 self.around.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();
                 Ok(())
             }

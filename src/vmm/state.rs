@@ -3,9 +3,11 @@
 //! KVM's structs are kept as the bytes the kernel ABI defines, and every length is checked when they are read back: a
 //! struct of another size is refused, never padded or cut.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use kvm_bindings::{
-    CpuId, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_CLOCK_REALTIME, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::de::DeserializeOwned;
@@ -129,10 +131,25 @@ impl VmState {
         vm.set_pit2(&pit).map_err(Error::kvm("set the PIT"))
     }
 
-    /// Lets kvmclock go on from where it stopped. After the vCPUs' state.
-    pub fn restore_clock(&self, vm: &VmFd) -> Result<(), Error> {
-        let clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
+    /// Lets kvmclock go on from where it stopped, or from where it would be had it not (`KVM_CLOCK_REALTIME`, KVM API
+    /// 4.30: the host adds the wall-clock time since the save). After the vCPUs' state.
+    pub fn restore_clock(&self, vm: &VmFd, to_present: bool) -> Result<(), Error> {
+        let mut clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
+        if to_present {
+            clock.flags = KVM_CLOCK_REALTIME;
+            clock.realtime = self.realtime_ns;
+        }
         vm.set_clock(&clock).map_err(Error::kvm("set the clock"))
+    }
+
+    /// The wall-clock time since the state was saved; none if the host's clock stands before that. An error if the host
+    /// of the snapshot could not tell the time together with the guest's.
+    pub fn time_since_saved(&self) -> Result<Duration, Error> {
+        if self.realtime_ns == 0 {
+            return Err(Error::NoRealtime);
+        }
+        let saved = UNIX_EPOCH + Duration::from_nanos(self.realtime_ns);
+        Ok(SystemTime::now().duration_since(saved).unwrap_or_default())
     }
 }
 
@@ -177,8 +194,8 @@ impl VcpuState {
     }
 
     /// Sets everything else, in the order in which KVM's pieces depend on each other. Returns the MSRs that were
-    /// refused and that the guest can do without.
-    pub fn restore(&self, vcpu: &VcpuFd, index: u8) -> Result<Vec<u32>, Error> {
+    /// refused and that the guest can do without. The TSC has counted on for the time `slept`.
+    pub fn restore(&self, vcpu: &VcpuFd, index: u8, slept: Duration) -> Result<Vec<u32>, Error> {
         let failed = |doing| move |source| Error::Vcpu { doing, vcpu: index, source };
         let mp_state: kvm_mp_state = unraw("MP state", &self.mp_state)?;
         let sregs: kvm_sregs = unraw("special registers", &self.sregs)?;
@@ -197,9 +214,19 @@ impl VcpuState {
         unsafe { vcpu.set_xsave(&xsave) }.map_err(failed("set the XSAVE area"))?;
         vcpu.set_debug_regs(&debug_regs).map_err(failed("set the debug registers"))?;
         vcpu.set_lapic(&lapic).map_err(failed("set the LAPIC"))?;
-        let refused = restore_msrs(vcpu, index, unraw_table("MSRs", &self.msrs)?)?;
+        let refused = restore_msrs(vcpu, index, self.msrs_after(slept)?)?;
         vcpu.set_vcpu_events(&events).map_err(failed("set the pending events"))?;
         Ok(refused)
+    }
+
+    /// The saved MSRs. A guest whose clock is the TSC must see the same time pass as one whose clock is kvmclock.
+    fn msrs_after(&self, slept: Duration) -> Result<Vec<kvm_msr_entry>, Error> {
+        let mut entries: Vec<kvm_msr_entry> = unraw_table("MSRs", &self.msrs)?;
+        let cycles = slept.as_nanos() * u128::from(self.tsc_khz) / 1_000_000;
+        for tsc in entries.iter_mut().filter(|entry| entry.index == msr::IA32_TSC) {
+            tsc.data = tsc.data.wrapping_add(cycles as u64);
+        }
+        Ok(entries)
     }
 
     /// The state components the guest has enabled, for the host check.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::support::artefact::{names_below, pages};
-use crate::support::{Vm, config, scratch, text, tvmm};
+use crate::support::{Vm, config, rounds, scratch, text, tvmm};
 
 #[test]
 fn two_hundred_restores_leave_nothing_behind() {
@@ -17,7 +17,7 @@ fn two_hundred_restores_leave_nothing_behind() {
     vm.snapshot(&out, &[]);
     drop(vm);
     let before = names_below(dir.path());
-    for round in 0..200 {
+    for round in 0..rounds(200) {
         let policy = ["eager", "firecracker"][round % 2];
         let mut command = tvmm();
         command.args(["restore", "--snapshot", text(&out), "--policy", policy, "--run", "check"]);

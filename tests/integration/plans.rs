@@ -13,7 +13,7 @@ use tvmm::tiering::plan_file::PlanFile;
 use tvmm::tiering::policy::{Budget, PolicyInput};
 use tvmm::tiering::profile::Profile;
 
-use crate::support::{Vm, config, finish, run_err, run_ok, scratch, text, tvmm};
+use crate::support::{Vm, config, finish, rounds, run_err, run_ok, scratch, text, tvmm};
 
 /// xorshift64*: the same plans in every run.
 struct Random(u64);
@@ -47,7 +47,7 @@ fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
                 continue;
             };
             let source = PageSource { offset: source.offset + (at - run.extent.first.0) * 4096, ..source };
-            let item = match random.below(7) {
+            let item = match random.below(8) {
                 0 => PlannedExtent::from(extent, Placement::CowFile, source),
                 1 => PlannedExtent::from(extent, Placement::InPlace, source),
                 2 => PlannedExtent::from(extent, Placement::Lazy, source),
@@ -57,11 +57,10 @@ fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
                     packed.push(plan.extents.len());
                     // The offset follows when the order of the image is known.
                     let source = PageSource { layer: image, offset: 0 };
-                    let (install, map) = (Fill::Install, Placement::CowFile);
-                    if other == 5 {
-                        PlannedExtent::preload(extent, source, install)
-                    } else {
-                        PlannedExtent::from(extent, map, source)
+                    match other {
+                        5 => PlannedExtent::preload(extent, source, Fill::Install),
+                        6 => PlannedExtent::preload(extent, source, Fill::Copy),
+                        _ => PlannedExtent::from(extent, Placement::CowFile, source),
                     }
                 }
             };
@@ -135,7 +134,7 @@ fn a_thousand_random_plans_restore_the_snapshot() {
     let tip = dir.path().join("tip");
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
     let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x9e37_79b9_7f4a_7c15));
-    for round in 0..1000 {
+    for round in 0..rounds(1000) {
         save(&chain, random_plan(&chain, &mut random), &plan_path);
         let answer = run_ok(&["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"]);
         assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "plan {round}: {answer}");
@@ -183,13 +182,98 @@ fn pages_given_back_are_zero_under_every_policy_and_random_plans() {
     }
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
     let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x1234_5678_9abc_def1));
-    for round in 0..60 {
+    for round in 0..rounds(60) {
         save(&chain, random_plan(&chain, &mut random), &plan_path);
         let args = ["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--track-dirty-pages"];
         let vm = Vm::spawn(scratch(), &args);
         give_back(vm, ways.next().unwrap(), &zeros, &diff, &format!("plan {round}"));
         fs::remove_dir_all(tip.join("plan")).ok();
     }
+}
+
+/// Every second held page of `chain` copied out of an image, the others lazy.
+fn alternating_plan(chain: &Chain) -> RestorePlan {
+    let mut plan = RestorePlan::new(chain.tip().id(), "alternating", Vec::new());
+    let (image, mut spec) = (chain.layers().len(), ImageSpec::default());
+    for run in chain.resolve().unwrap() {
+        let Content::Layer(source) = run.content else {
+            plan.extents.push(PlannedExtent::zero(run.extent));
+            continue;
+        };
+        for (index, extent) in run.extent.chunks(1).enumerate() {
+            let source = PageSource { offset: source.offset + index as u64 * 4096, ..source };
+            if index % 2 == 0 {
+                let packed = PageSource { layer: image, offset: spec.file_len() };
+                spec.extents.push(extent);
+                plan.extents.push(PlannedExtent::preload(extent, packed, Fill::Copy));
+            } else {
+                plan.extents.push(PlannedExtent::from(extent, Placement::Lazy, source));
+            }
+        }
+    }
+    plan.images.push(spec);
+    plan
+}
+
+#[test]
+fn pages_of_one_image_are_copied_by_one_call_and_need_no_mappings_of_their_own() {
+    let dir = scratch();
+    let digest = chain_of_two(dir.path());
+    let (tip, plan_path, report) =
+        (dir.path().join("tip"), dir.path().join("alternating.plan"), dir.path().join("report.json"));
+    let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
+    let held = chain.resolve().unwrap().iter().filter(|run| run.content != Content::Zero).count() as u64;
+    for direct in [false, true] {
+        let mut plan = alternating_plan(&chain);
+        plan.direct = direct;
+        save(&chain, plan, &plan_path);
+        let restore = ["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"];
+        let answer = run_ok(&[&restore[..], &["--report", text(&report)]].concat());
+        assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "{answer}");
+        let report: serde_json::Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+        let engine = &report["restore"]["engine"];
+        let calls = |name: &str| engine[name].as_u64().unwrap();
+        assert!(calls("extents") > 500 && calls("bytes_preloaded") > 400 * 4096, "{engine}");
+        // At least one more if the file system cannot read past the cache.
+        assert!(calls("read_calls") <= 2 && calls("mmap_calls") <= 2, "{engine}");
+        assert!(calls("uffd_calls") <= held, "{engine}");
+    }
+}
+
+#[test]
+fn tiered_tells_how_the_memory_file_is_cached() {
+    let dir = scratch();
+    let mut vm = Vm::boot(&config(1, 64));
+    vm.call("fill pages=8192 seed=3");
+    let (base, profile, report) = (dir.path().join("base"), dir.path().join("p.profile"), dir.path().join("r.json"));
+    vm.snapshot(&base, &[]);
+    let function = "touch pages=2048";
+    run_ok(&["profile", "record", "--snapshot", text(&base), "--run", function, "--out", text(&profile)]);
+    let cached_as = || {
+        let tiered = ["restore", "--snapshot", text(&base), "--policy", "tiered", "--profile", text(&profile)];
+        run_ok(&[&tiered[..], &["--run", function, "--report", text(&report)]].concat());
+        let report: serde_json::Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+        report["restore"]["source_cache"].as_str().unwrap().to_string()
+    };
+    if cached_as() != "huge" {
+        eprintln!("skipped: this file system or kernel has no folios of 2 MiB, or does not tell");
+        return;
+    }
+    // The same bytes, written page by page.
+    let path = base.join("memory");
+    let bytes = fs::read(&path).unwrap();
+    let modified = fs::metadata(&path).unwrap().modified().unwrap();
+    fs::remove_file(&path).unwrap();
+    let file = fs::File::create_new(&path).unwrap();
+    for (index, page) in bytes.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|byte| *byte != 0)) {
+        std::os::unix::fs::FileExt::write_all_at(&file, page, index as u64 * 4096).unwrap();
+    }
+    file.set_len(bytes.len() as u64).unwrap();
+    file.set_modified(modified).unwrap();
+    assert_eq!(cached_as(), "small");
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    assert_eq!(cached_as(), "cold");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::support::{Vm, config, scratch};
+use crate::support::{Vm, config, is_emulated, scratch};
 
 /// The answer to a `spin` that was interrupted by a snapshot.
 fn assert_undisturbed(line: &str, vcpus: u32, place: &str) {
@@ -15,13 +15,20 @@ fn assert_undisturbed(line: &str, vcpus: u32, place: &str) {
     assert!(!line.contains(" ticks=0 "), "{place}, the timer has stopped: {line}");
 }
 
+/// All vCPUs busy for `ms`, a timer interrupt every `timer_us`. An emulated host may need longer than that for one
+/// interrupt, and its guest would do nothing else.
+fn spinning(ms: u32, timer_us: u32) -> String {
+    let (ms, timer_us) = if is_emulated() { (ms.max(500), 100_000) } else { (ms, timer_us) };
+    format!("spin cpus=all ms={ms} timer_us={timer_us}")
+}
+
 fn spin_survives_a_snapshot_in_the_middle(vcpus: u32) {
     let dir = scratch();
     let out = dir.path().join("full");
     let mut vm = Vm::boot(&config(vcpus, 128));
     vm.call("fill pages=300 seed=1");
     let digest = vm.call("check").digest;
-    let spin = vm.begin("spin cpus=all ms=1500");
+    let spin = vm.begin(&spinning(1500, 1000));
     std::thread::sleep(Duration::from_millis(200));
     vm.snapshot(&out, &[]);
     assert_undisturbed(&vm.finish(&spin), vcpus, "in the old process");
@@ -30,7 +37,7 @@ fn spin_survives_a_snapshot_in_the_middle(vcpus: u32) {
         // Answered only if the snapshot was taken while it ran.
         assert_undisturbed(&restored.finish(&spin), vcpus, policy);
         assert_eq!(restored.call("check").digest, digest);
-        let again = restored.call_raw("spin cpus=all ms=50");
+        let again = restored.call_raw(&spinning(50, 1000));
         assert_undisturbed(&again, vcpus, policy);
     }
 }
@@ -51,7 +58,7 @@ fn spin_survives_a_diff_snapshot_and_a_pause() {
     let [full, diff] = ["full", "diff"].map(|name| dir.path().join(name));
     let mut vm = Vm::boot(&config(2, 128));
     vm.snapshot(&full, &[]);
-    let spin = vm.begin("spin cpus=all ms=1500 timer_us=200");
+    let spin = vm.begin(&spinning(1500, 200));
     for _ in 0..20 {
         vm.pause();
         vm.resume();
@@ -109,7 +116,7 @@ fn guest_that_is_still_booting_boots_on_after_restore() {
             assert!(whole.starts_with("ready ") && whole.ends_with("vcpus=4"), "{begun:?}, in the end {whole:?}");
         }
         said.push(begun.len());
-        assert_undisturbed(&restored.call_raw("spin cpus=all ms=20"), 4, "restored");
+        assert_undisturbed(&restored.call_raw(&spinning(20, 1000)), 4, "restored");
     }
     eprintln!("bytes the guest had said when it was stopped: {said:?}");
 }

@@ -304,6 +304,26 @@ fn a_guest_that_needs_no_page_is_not_ended() {
 }
 
 #[test]
+fn a_handler_that_ends_while_the_snapshot_is_loaded_fails_the_load_not_the_vmm() {
+    let dir = scratch();
+    let full = dir.path().join("full");
+    Vm::boot(&config(1, 128)).snapshot(&full, &[]);
+    let mut restored = Vm::wait_for_api();
+    let (dying, serving) = (dir.path().join("dying"), dir.path().join("serving"));
+    let mut handler = start_handler(&dying, &full.join("memory"), 0, "ends");
+    let (status, answer) = load(&restored, &full, &dying);
+    let said = answer["fault_message"].as_str().unwrap_or_default();
+    assert!(status == 400 && said.contains("has ended"), "{status}: {said}");
+    handler.wait().unwrap();
+    let mut handler = start_handler(&serving, &full.join("memory"), u64::MAX, "ends");
+    assert_eq!(load(&restored, &full, &serving), (204, Value::Null));
+    restored.call("hello");
+    restored.terminate();
+    handler.kill().unwrap();
+    handler.wait().unwrap();
+}
+
+#[test]
 fn a_handler_that_is_not_there_is_refused() {
     let dir = scratch();
     let full = dir.path().join("full");

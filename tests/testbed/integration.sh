@@ -14,6 +14,15 @@ built=$(cargo test --locked --test integration --no-run 2>&1) || fail "the tests
 tests=$(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' <<<"$built" | tail -n 1)
 [ -n "$tests" ] || fail "cargo did not say where the tests are: $built"
 
-# Everything is 10 to 50 times slower than on a host: tests wait longer before they call something hung.
-exec "$HERE/run" -t "${TESTBED_TIMEOUT:-1800}" -- env TVMM_BINARY="$binary" TVMM_TEST_PATIENCE=10 \
-    "$(readlink -f "$tests")" --test-threads 2 "$@"
+agent=${TVMM_AGENT:-$REPOSITORY/target/agent/x86_64-unknown-linux-gnu/release/tvmm-agent}
+[ -x "$agent" ] || fail "no agent at $agent: make agent"
+guests=(TVMM_AGENT="$(readlink -f "$agent")" TVMM_LINUX_GUEST="$TESTBED/guest")
+# Our own Linux guest, if it is built.
+linux=${TVMM_LINUX_DIR:-$REPOSITORY/target/linux}
+if [ -e "$linux/kernel.stamp" ] && [ -e "$linux/rootfs.stamp" ]; then
+    guests+=(TVMM_LINUX_DIR="$(readlink -f "$linux")")
+fi
+
+# Everything is 10 to 50 times slower than on a host: what tests do many times they do here one time in TVMM_TEST_SHARE.
+exec "$HERE/run" -t "${TESTBED_TIMEOUT:-1800}" -- env TVMM_BINARY="$binary" TVMM_TEST_SHARE="${TVMM_TEST_SHARE:-20}" \
+    "${guests[@]}" "$(readlink -f "$tests")" --test-threads 2 "$@"

@@ -14,6 +14,7 @@ mod protocol;
 mod serial;
 mod smp;
 mod virtio;
+mod vsock;
 
 use crate::arch::{apic, exception::die, trap};
 use crate::boot::BootInfo;

@@ -259,6 +259,11 @@ impl Queue {
         }
     }
 
+    /// Whether a chain has been given back.
+    pub fn has_used(&self) -> bool {
+        self.get(self.used + 2) != self.next_used
+    }
+
     /// A chain that the device has given back: its head, and how many bytes were written.
     pub fn pop(&mut self) -> Option<(u16, u32)> {
         if self.get(self.used + 2) == self.next_used {

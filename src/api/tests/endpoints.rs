@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::vmm::config::{BootSource, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
+use crate::vmm::config::{BootSource, CpuConfig, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
 use crate::vmm::control::{CreateSnapshot, LoadSnapshot, SnapshotKind, SnapshotPaths};
 
 #[test]
@@ -46,6 +46,17 @@ fn put_and_patch_paths_give_their_command() {
             }),
         ),
         ("PUT", "/boot-source", json!({}), Command::PutBootSource(BootSource::default())),
+        (
+            "PUT",
+            "/boot-source",
+            json!({"kernel_image_path": "k", "initrd_path": "i"}),
+            Command::PutBootSource(BootSource {
+                kernel_image_path: Some("k".into()),
+                initrd_path: Some("i".into()),
+                boot_args: None,
+            }),
+        ),
+        ("PUT", "/cpu-config", json!({}), Command::PutCpuConfig(CpuConfig::default())),
         (
             "PUT",
             "/machine-config",
@@ -109,7 +120,7 @@ fn put_snapshot_create_firecracker_form_gives_no_body() {
     for (snapshot_type, kind) in [("Full", SnapshotKind::Full), ("Diff", SnapshotKind::Diff)] {
         let body = json!({"snapshot_path": "s", "mem_file_path": "m", "snapshot_type": snapshot_type});
         assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (204, None));
-        let expected = CreateSnapshot { location: two_files(), kind, resume: false };
+        let expected = CreateSnapshot { location: two_files(), kind, resume: false, copy_drives: false };
         assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
     }
 }
@@ -117,10 +128,10 @@ fn put_snapshot_create_firecracker_form_gives_no_body() {
 #[test]
 fn put_snapshot_create_directory_form_tells_the_snapshot() {
     let fixture = Fixture::new();
-    let body = json!({"snapshot_path": "s", "tvmm": {"resume": true}});
+    let body = json!({"snapshot_path": "s", "tvmm": {"resume": true, "copy_drives": true}});
     let expected = json!({"id": "abc", "path": "s", "memory_bytes": 4096, "capture_us": 7});
     assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (200, Some(expected)));
-    let expected = CreateSnapshot { location: directory(), kind: SnapshotKind::Full, resume: true };
+    let expected = CreateSnapshot { location: directory(), kind: SnapshotKind::Full, resume: true, copy_drives: true };
     assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
 }
 
@@ -154,6 +165,10 @@ fn put_snapshot_load_forms_give_their_command() {
         (
             json!({"snapshot_path": "s", "tvmm": {"policy": "eager"}}),
             LoadSnapshot { policy: "eager".to_owned(), ..load(directory(), false, false) },
+        ),
+        (
+            json!({"snapshot_path": "s", "clock_realtime": true}),
+            LoadSnapshot { clock_realtime: true, ..load(directory(), false, false) },
         ),
     ];
     for (body, expected) in cases {
@@ -239,11 +254,12 @@ fn bad_bodies_are_refused_and_never_reach_the_vmm() {
             json!({"guest_cid": 2, "uds_path": "v"}),
             "Vsock `guest_cid` is refused: it must be from 3 to 4294967294.".into(),
         ),
+        ("PUT", "/cpu-config", json!({"reg_modifiers": []}), format!("{JSON}unknown field `reg_modifiers`")),
         (
             "PUT",
-            "/snapshot/load",
-            json!({"snapshot_path": "s", "clock_realtime": true}),
-            "Moving the guest's clock on to real time (clock_realtime) is not supported yet.".into(),
+            "/cpu-config",
+            json!({"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b2"}]}),
+            format!("{JSON}invalid value: string \"0b2\""),
         ),
     ];
     for (method, path, body, expected) in cases {
@@ -295,7 +311,6 @@ fn device_paths_are_refused_by_name() {
     let cases = [
         ("GET", "/mmds", "MMDS is"),
         ("PUT", "/mmds/config", "MMDS is"),
-        ("PUT", "/cpu-config", "CPU configs are"),
         ("PUT", "/serial", "Setting up serial output is"),
         ("PATCH", "/hotplug/memory", "Memory hotplug is"),
     ];

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -23,21 +23,30 @@ pub struct GridArgs {
     /// Guest memory, MiB
     #[arg(long, default_value_t = 512, value_name = "MIB")]
     mem: u64,
-    /// Working sets, MiB
-    #[arg(long, value_delimiter = ',', default_value = "8,32,128", value_name = "MIB")]
+    /// Working sets, MiB; default: 8,64, with --full 8,32,64,128
+    #[arg(long, value_delimiter = ',', value_name = "MIB")]
     sets: Vec<u64>,
-    /// Share of the set's pages that the function writes, percent
-    #[arg(long, value_delimiter = ',', default_value = "0,10,30,50", value_name = "PERCENT")]
+    /// Share of the set's pages that the function writes, percent; default: 0,50, with --full 0,10,30,50
+    #[arg(long, value_delimiter = ',', value_name = "PERCENT")]
     written: Vec<u64>,
-    /// Page cache states
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "warm,evicted")]
+    /// Page cache states; default: warm,evicted, with --full all
+    #[arg(long, value_enum, value_delimiter = ',')]
     caches: Vec<Cache>,
+    /// Scattered sets are spread over so many times their size, as far as memory reaches
+    #[arg(long, default_value_t = 4, value_name = "TIMES", value_parser = clap::value_parser!(u64).range(1..))]
+    spread: u64,
+    /// The whole grid; takes most of an hour with all policies
+    #[arg(long)]
+    full: bool,
     /// The guest's own page tables: 2m or 4k
     #[arg(long, default_value = "2m", value_parser = ["2m", "4k"])]
     tables: String,
     /// Restores per policy and case; one more comes first and is not counted
     #[arg(long, default_value_t = 10, value_name = "N")]
     runs: u32,
+    /// Show the least and the most beside each median
+    #[arg(long)]
+    spans: bool,
     /// Where snapshots are made; default: the directory for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -50,8 +59,6 @@ pub struct GridArgs {
 const PER_MIB: u64 = 256;
 /// What the guest keeps for itself, MiB, rounded up generously.
 const GUEST_OWN: u64 = 16;
-/// A scattered set is spread over this many times its size, as far as memory reaches.
-const SPREAD: u64 = 4;
 
 /// One working set.
 struct Case {
@@ -67,9 +74,9 @@ impl Case {
     }
 
     /// Pages filled before the snapshot.
-    fn filled(&self, mem: u64) -> u64 {
-        let spread = if self.scattered { SPREAD } else { 1 };
-        (self.set * spread).min(mem.saturating_sub(GUEST_OWN)) * PER_MIB
+    fn filled(&self, args: &GridArgs) -> u64 {
+        let spread = if self.scattered { args.spread } else { 1 };
+        self.set.saturating_mul(spread).min(args.mem.saturating_sub(GUEST_OWN)) * PER_MIB
     }
 
     fn function(&self) -> String {
@@ -84,24 +91,25 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
     if policies.is_empty() || args.runs == 0 {
         return refuse("Nothing to measure: give at least one policy and one run");
     }
-    if let Some(set) = args.sets.iter().find(|&&set| set == 0 || set + GUEST_OWN > args.mem) {
+    let Axes { sets, written, caches } = axes(args);
+    if let Some(set) = sets.iter().find(|&&set| set == 0 || set + GUEST_OWN > args.mem) {
         return refuse(format!("A working set of {set} MiB does not fit a guest of {} MiB", args.mem));
     }
     let scratch = Scratch::new(args.dir.as_deref())?;
     let mut cases = Vec::new();
-    for &set in &args.sets {
-        for &written in &args.written {
+    for &set in &sets {
+        for &written in &written {
             cases.extend([false, true].map(|scattered| Case { set, written, scattered }));
         }
     }
-    let per_case = u64::from(args.runs + 1) * policies.len() as u64 * args.caches.len() as u64;
+    let per_case = u64::from(args.runs + 1) * policies.len() as u64 * caches.len() as u64;
     let bar = ProgressBar::new(per_case * cases.len() as u64);
     let mut results: Vec<(String, Numbers)> = Vec::new();
     for (index, case) in cases.iter().enumerate() {
         let dir = scratch.path().join(format!("case{index}"));
         std::fs::create_dir(&dir)?;
         let trial = prepare(args, case, &dir)?;
-        for &cache in &args.caches {
+        for &cache in &caches {
             let numbers = measure(args, &policies, &trial, cache, &bar)?;
             results.push((format!("{}, {}", case.name(), cache.name()), numbers));
         }
@@ -119,6 +127,28 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What the grid is made of.
+struct Axes {
+    sets: Vec<u64>,
+    written: Vec<u64>,
+    caches: Vec<Cache>,
+}
+
+fn axes(args: &GridArgs) -> Axes {
+    fn or<T: Copy>(given: &[T], full: bool, short: &[T], long: &[T]) -> Vec<T> {
+        match (given, full) {
+            ([], true) => long.to_vec(),
+            ([], false) => short.to_vec(),
+            _ => given.to_vec(),
+        }
+    }
+    Axes {
+        sets: or(&args.sets, args.full, &[8, 64], &[8, 32, 64, 128]),
+        written: or(&args.written, args.full, &[0, 50], &[0, 10, 30, 50]),
+        caches: or(&args.caches, args.full, &[Cache::Warm, Cache::Evicted], Cache::value_variants()),
+    }
+}
+
 /// Per policy: each run's time to the answer in µs, and fault-ins, of the last run, by reads and by writes.
 type Numbers = BTreeMap<&'static str, Value>;
 
@@ -132,7 +162,7 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     let (config_path, socket) = (dir.join("vm.json"), dir.join("api.sock"));
     std::fs::write(&config_path, config.to_string())?;
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
-    guest.call(&format!("fill pages={} seed=1", case.filled(args.mem)))?;
+    guest.call(&format!("fill pages={} seed=1", case.filled(args)))?;
     let snapshot = dir.join("snapshot");
     let client = Client::new(&socket);
     client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), TIMEOUT)?;
@@ -146,7 +176,15 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     if !output.status.success() {
         return refuse(format!("Recording failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
     }
-    Ok(Trial { exe, snapshot, profile: Some(profile), function, with_api: false, scratch: dir.to_owned() })
+    Ok(Trial {
+        exe,
+        snapshot,
+        profile: Some(profile),
+        function,
+        run_port: None,
+        with_api: false,
+        scratch: dir.to_owned(),
+    })
 }
 
 const TIMEOUT: Duration = Duration::from_secs(300);
@@ -158,10 +196,14 @@ fn measure(
     cache: Cache,
     bar: &ProgressBar,
 ) -> Result<Numbers, BoxError> {
+    super::prepare(&trial.snapshot, cache)?;
     let mut times: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
     let mut numbers = Numbers::new();
+    let mut order = policies.to_vec();
     for round in 0..=args.runs {
-        for &policy in policies {
+        // There and back: what one restore leaves behind (free memory in huge pages or in small ones) is found by the next.
+        order.reverse();
+        for &policy in &order {
             let report = trial.run(policy, cache)?;
             bar.inc(1);
             if round == 0 {
@@ -181,10 +223,18 @@ fn measure(
     Ok(numbers)
 }
 
+/// A policy's times, ascending.
+fn times_us(numbers: &Numbers, policy: Policy) -> Option<Vec<f64>> {
+    Some(numbers.get(policy.name())?["answer_us"].as_array()?.iter().filter_map(Value::as_f64).collect())
+}
+
 fn answer_ms(numbers: &Numbers, policy: Policy) -> Option<f64> {
-    let times: Vec<f64> =
-        numbers.get(policy.name())?["answer_us"].as_array()?.iter().filter_map(Value::as_f64).collect();
-    median(&times).map(|us| us / 1000.0)
+    median(&times_us(numbers, policy)?).map(|us| us / 1000.0)
+}
+
+fn span_ms(numbers: &Numbers, policy: Policy) -> Option<(f64, f64)> {
+    let times = times_us(numbers, policy)?;
+    Some((times.first()? / 1000.0, times.last()? / 1000.0))
 }
 
 fn table(args: &GridArgs, policies: &[Policy], results: &[(String, Numbers)]) -> Table {
@@ -203,7 +253,9 @@ fn table(args: &GridArgs, policies: &[Policy], results: &[(String, Numbers)]) ->
                 let (sum, count) = logs.entry(policy.name()).or_default();
                 (*sum, *count) = (*sum + ms.ln(), *count + 1);
             }
-            cells.push(ms.map_or("–".to_string(), |ms| format!("{ms:.1}")));
+            let span = if args.spans { span_ms(numbers, policy) } else { None };
+            let span = span.map_or(String::new(), |(least, most)| format!(" ({least:.1}–{most:.1})"));
+            cells.push(ms.map_or("–".to_string(), |ms| format!("{ms:.1}{span}")));
         }
         table.add_row(cells);
     }

@@ -4,16 +4,20 @@ mod grid;
 mod restore;
 
 use std::fs::File;
+use std::num::NonZero;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use clap::{Args, Subcommand, ValueEnum};
+use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
 use super::{BoxError, refuse};
-use crate::snapshot::{Location, derived_dir};
+use crate::snapshot::{LoadHuge, Location, PAGE_SIZE, derived_dir};
 use crate::tiering::policy::Policy;
 use crate::vmm::sys::clock;
+use crate::vmm::sys::page_cache::PageCache;
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {
@@ -43,6 +47,9 @@ enum Cache {
     Warm,
     /// The snapshot's files are dropped from it.
     Evicted,
+    /// The memory file is in it page by page, as if it had just been written in small pieces: it is evicted and written
+    /// again over itself, a page a call, and made durable.
+    AsWritten,
 }
 
 impl Cache {
@@ -50,6 +57,7 @@ impl Cache {
         match self {
             Cache::Warm => "warm",
             Cache::Evicted => "evicted",
+            Cache::AsWritten => "as written",
         }
     }
 }
@@ -68,6 +76,8 @@ struct Trial {
     snapshot: PathBuf,
     profile: Option<PathBuf>,
     function: String,
+    /// Where the guest takes requests, if it is not the serial line.
+    run_port: Option<u32>,
     with_api: bool,
     scratch: PathBuf,
 }
@@ -84,6 +94,9 @@ impl Trial {
         command.args(["--policy", policy.name(), "--run", &self.function]).arg("--report").arg(&report_path);
         if let Some(profile) = self.profile.as_ref().filter(|_| policy.needs_profile()) {
             command.arg("--profile").arg(profile);
+        }
+        if let Some(port) = self.run_port {
+            command.args(["--run-port", &port.to_string(), "--vsock"]).arg(self.scratch.join("v.sock"));
         }
         if self.with_api {
             command.arg("--api-sock").arg(self.scratch.join("api.sock"));
@@ -110,6 +123,66 @@ fn end_of(report: &Value, name: &str) -> Option<f64> {
 
 fn median(sorted: &[f64]) -> Option<f64> {
     sorted.get((sorted.len().max(1) - 1) / 2).copied()
+}
+
+/// Brings the snapshot into a state of the page cache, before the first of some restores.
+fn prepare(snapshot: &Path, cache: Cache) -> Result<(), BoxError> {
+    evict(snapshot)?;
+    let path = snapshot.join("memory");
+    let failed = |error: std::io::Error| format!("Cannot prepare {}: {error}", path.display());
+    match cache {
+        Cache::Evicted => Ok(()),
+        Cache::Warm => load(snapshot).map_err(|error| failed(error).into()),
+        Cache::AsWritten => rewrite(&path).map_err(|error| failed(error).into()),
+    }
+}
+
+/// Reads the memory file in folios of 2 MiB, where that much is there, as sealing leaves it.
+fn load(snapshot: &Path) -> std::io::Result<()> {
+    const HUGE: u64 = 2 << 20;
+    let file = File::open(snapshot.join("memory"))?;
+    for (start, end) in data(&file)? {
+        let (start, end) = (start.next_multiple_of(HUGE), end / HUGE * HUGE);
+        if start < end {
+            PageCache.load_huge(&file, start, end - start)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the file over itself, a page a call. Its modification time stays: plans are bound to it.
+fn rewrite(path: &Path) -> std::io::Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let modified = file.metadata()?.modified()?;
+    // No reading ahead: it would bring what follows in larger folios.
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)?;
+    let mut piece = vec![0; 1 << 20];
+    for (start, end) in data(&file)? {
+        for at in (start..end).step_by(piece.len()) {
+            let bytes = &mut piece[..(end - at).min(1 << 20) as usize];
+            file.read_exact_at(bytes, at)?;
+            rustix::fs::fadvise(&file, at, NonZero::new(bytes.len() as u64), rustix::fs::Advice::DontNeed)?;
+            for (index, page) in bytes.chunks(PAGE_SIZE as usize).enumerate() {
+                file.write_all_at(page, at + index as u64 * PAGE_SIZE)?;
+            }
+        }
+    }
+    file.sync_all()?;
+    file.set_modified(modified)
+}
+
+/// Where the file is not a hole: offsets of start and end.
+fn data(file: &File) -> std::io::Result<Vec<(u64, u64)>> {
+    let (mut found, mut at) = (Vec::new(), 0);
+    loop {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(found),
+            Err(error) => return Err(error.into()),
+        };
+        at = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+        found.push((start, at));
+    }
 }
 
 /// Drops the snapshot's clean pages from the page cache.

@@ -27,6 +27,9 @@ pub struct RestoreBenchArgs {
     /// The function each restored guest runs
     #[arg(long, default_value = "hello", value_name = "FUNCTION")]
     run: String,
+    /// Make the request on this vsock port of the guest, instead of on its serial line
+    #[arg(long, value_name = "PORT")]
+    run_port: Option<u32>,
     /// Restores per policy; one more comes first and is not counted
     #[arg(long, default_value_t = 20, value_name = "N")]
     runs: u32,
@@ -85,11 +88,17 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
         return refuse("Nothing to measure: give at least one policy and one run");
     }
     let scratch = Scratch::new(None)?;
+    if args.cache == Cache::AsWritten {
+        return refuse(
+            "The memory file would be written over itself: `tvmm bench grid` does that to snapshots of its own",
+        );
+    }
     let trial = Trial {
         exe: std::env::current_exe()?,
         snapshot: args.snapshot.clone(),
         profile: args.profile.clone(),
         function: args.run.clone(),
+        run_port: args.run_port,
         with_api: args.with_api,
         scratch: scratch.path().to_owned(),
     };

@@ -56,6 +56,9 @@ struct RecordArgs {
     /// The function of the guest to run (`name key=value…`)
     #[arg(long, value_name = "FUNCTION")]
     run: String,
+    /// Make the request on this vsock port of the guest, instead of on its serial line
+    #[arg(long, value_name = "PORT")]
+    run_port: Option<u32>,
     /// How long one run may take
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
@@ -105,6 +108,7 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         snapshot: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
         recorder: args.recorder.parse::<RecorderKind>()?,
         function: function.to_string(),
+        port: args.run_port,
         timeout: Duration::from_secs(args.run_timeout),
         fault_timeout: Duration::from_secs(args.fault_timeout),
     };

@@ -2,7 +2,7 @@
 
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice};
-use vm_memory::{ByteValued, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Address, ByteValued, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::{Broken, Memory};
 
@@ -113,14 +113,20 @@ pub struct Chain<'m> {
     pub readable: Buffers<'m>,
     /// What the device is to fill.
     pub writable: Buffers<'m>,
+    /// The last byte of `writable`, where some devices report how it went.
+    pub last_writable: Option<GuestAddress>,
 }
 
 impl<'m> Chain<'m> {
     /// Walks a chain. A buffer outside RAM, a writable one before a readable one (VIRTIO 1.2, 2.7.4.2), or more bytes
     /// than any request has are errors. A loop ends after as many descriptors as the queue has entries.
     pub(super) fn parse(chain: DescriptorChain<&'m Memory>, memory: &'m Memory) -> Result<Self, Broken> {
-        let mut parsed = Chain { head: chain.head_index(), readable: Buffers::default(), writable: Buffers::default() };
+        let (readable, writable) = (Buffers::default(), Buffers::default());
+        let mut parsed = Chain { head: chain.head_index(), readable, writable, last_writable: None };
         for descriptor in chain {
+            if descriptor.is_write_only() && descriptor.len() > 0 {
+                parsed.last_writable = descriptor.addr().checked_add(u64::from(descriptor.len()) - 1);
+            }
             let buffers = match descriptor.is_write_only() {
                 true => &mut parsed.writable,
                 false if parsed.writable.is_empty() => &mut parsed.readable,

@@ -326,7 +326,8 @@ impl Inner {
         }
         let (memory, interrupt) = (&transport.memory, &transport.interrupt);
         let budget = CHAINS_PER_TURN;
-        let mut io = Io { queues: &mut self.queues, memory, features: self.features, interrupt, budget };
+        let (queues, config_generation) = (&mut self.queues, &mut self.config_generation);
+        let mut io = Io { queues, memory, features: self.features, interrupt, config_generation, budget };
         let result = work(&mut *self.device, &mut io);
         if io.budget == 0 {
             let _ = transport.kick.write(1);

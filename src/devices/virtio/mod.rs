@@ -10,10 +10,12 @@
 //! ```
 
 mod balloon;
+pub mod block;
 mod chain;
 mod entropy;
 mod memory;
 mod mmio;
+mod net;
 mod pmem;
 mod queue;
 mod rate_limiter;
@@ -21,6 +23,7 @@ mod rate_limiter;
 mod testing;
 #[cfg(test)]
 mod transport_tests;
+mod vsock;
 
 use std::any::Any;
 use std::os::fd::RawFd;
@@ -30,9 +33,11 @@ pub use chain::{Buffers, Chain, Ranges};
 pub use entropy::{Entropy, EntropyState};
 pub use memory::{Memory, region_bitmap};
 pub use mmio::{MmioDevice, TransportState};
+pub use net::{Net, NetOverride, NetParams, NetState};
 pub use pmem::{Pmem, PmemImage, PmemParams, PmemState};
 pub use queue::{QueueState, VirtQueue};
 pub use rate_limiter::{BucketLimit, RateLimiter, RateLimiterState, RateLimits};
+pub use vsock::{Vsock, VsockParams, VsockState};
 
 use mmio::Interrupt;
 
@@ -75,6 +80,7 @@ pub struct Io<'a> {
     /// The features that the driver accepted.
     pub features: u64,
     interrupt: &'a Interrupt,
+    config_generation: &'a mut u32,
     /// Chains that may still be popped before others get their turn.
     budget: u32,
 }
@@ -114,6 +120,11 @@ impl<'a> Io<'a> {
         self.queues[queue].push(self.memory, head, len).map_err(|source| Broken::Queue { queue, source })
     }
 
+    /// Gives chains back, heads and bytes written, so that the driver sees all of them or none.
+    pub fn push_all(&mut self, queue: usize, used: &[(u16, u32)]) -> Result<(), Broken> {
+        self.queues[queue].push_all(self.memory, used).map_err(|source| Broken::Queue { queue, source })
+    }
+
     /// Undoes the last [`pop`](Self::pop): the chain will be popped again.
     pub fn unpop(&mut self, queue: usize) {
         self.queues[queue].unpop();
@@ -129,7 +140,8 @@ impl<'a> Io<'a> {
     }
 
     /// Tells the driver that the configuration space has changed.
-    pub fn signal_config(&self) {
+    pub fn signal_config(&mut self) {
+        *self.config_generation = self.config_generation.wrapping_add(1);
         self.interrupt.config_change();
     }
 

@@ -223,12 +223,36 @@ impl RateLimiter {
         self.admit_at(bytes, Instant::now())
     }
 
+    /// Whether an operation may begin whose size shows only afterwards: [`pay`](Self::pay). If not, the timer fires when
+    /// it may. Bytes that were paid for without being there delay the next one.
+    pub fn may_begin(&mut self) -> bool {
+        self.bandwidth.is_none() && self.ops.is_none() || self.may_at(0, Instant::now())
+    }
+
+    /// Pays for an operation of `bytes` that has been done.
+    pub fn pay(&mut self, bytes: u64) {
+        if let Some(bucket) = &mut self.bandwidth {
+            bucket.take(bytes);
+        }
+        if let Some(bucket) = &mut self.ops {
+            bucket.take(1);
+        }
+    }
+
     /// Requests that had to wait so far.
     pub fn throttled(&self) -> u64 {
         self.throttled
     }
 
     fn admit_at(&mut self, bytes: u64, now: Instant) -> bool {
+        let admitted = self.may_at(bytes, now);
+        if admitted {
+            self.pay(bytes);
+        }
+        admitted
+    }
+
+    fn may_at(&mut self, bytes: u64, now: Instant) -> bool {
         if self.blocked.is_some_and(|until| now < until) {
             return false;
         }
@@ -239,12 +263,6 @@ impl RateLimiter {
             return false;
         }
         self.blocked = None;
-        if let Some(bucket) = &mut self.bandwidth {
-            bucket.take(bytes);
-        }
-        if let Some(bucket) = &mut self.ops {
-            bucket.take(1);
-        }
         true
     }
 
@@ -308,6 +326,17 @@ mod tests {
         assert!(!limiter.admit_at(10, start));
         assert_eq!(limiter.bandwidth.as_ref().unwrap().tokens, 990);
         assert!(limiter.admit_at(10, start + ms(1000)));
+    }
+
+    #[test]
+    fn operation_of_unknown_size_begins_when_nothing_is_owed_and_is_paid_afterwards() {
+        let (mut limiter, start) = limiter(limit(1000, 0, 100), limit(2, 0, 100));
+        assert!(limiter.may_at(0, start));
+        assert!(limiter.may_at(0, start), "asking costs nothing");
+        limiter.pay(1500);
+        assert!(!limiter.may_at(0, start));
+        assert_eq!(limiter.blocked, Some(start + ms(50)), "500 are owed");
+        assert!(limiter.may_at(0, start + ms(50)));
     }
 
     #[test]

@@ -38,14 +38,10 @@ impl Estimate {
 /// What a mapping shows. Neighbours that show the same, continued, are one mapping.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum View {
-    Anonymous,
-    Lazy,
+    /// `served`: behind a userfaultfd, or not; `None` where either will do.
+    Anonymous { served: Option<bool> },
     /// `huge` is `None` where either will do.
-    File {
-        layer: usize,
-        base: i128,
-        huge: Option<bool>,
-    },
+    File { layer: usize, base: i128, huge: Option<bool> },
 }
 
 impl View {
@@ -54,14 +50,15 @@ impl View {
             Some(PageSource { layer, offset }) => {
                 View::File { layer, base: i128::from(offset) - i128::from(item.extent.gpa()), huge }
             }
-            None => View::Anonymous,
+            None => View::Anonymous { served: Some(false) },
         };
         match (item.placement, item.fill) {
             (Placement::CowFile, _) => file(item.source, Some(false)),
             (Placement::InPlace, _) => file(item.source, Some(true)),
             (Placement::Preload, Fill::BreakCow) => file(item.source, None),
-            (Placement::Preload, Fill::Install) | (Placement::Lazy, _) => View::Lazy,
-            (Placement::Preload, Fill::Copy) | (Placement::Zero, _) => View::Anonymous,
+            (Placement::Preload, Fill::Install) | (Placement::Lazy, _) => View::Anonymous { served: Some(true) },
+            (Placement::Preload, Fill::Copy) => View::Anonymous { served: None },
+            (Placement::Zero, _) => View::Anonymous { served: Some(false) },
         }
     }
 
@@ -71,7 +68,11 @@ impl View {
                 let same = layer == l && base == b && (huge.is_none() || h.is_none() || huge == h);
                 same.then_some(View::File { layer, base, huge: huge.or(h) })
             }
-            _ => (self == next).then_some(self),
+            (View::Anonymous { served }, View::Anonymous { served: s }) => {
+                let same = served.is_none() || s.is_none() || served == s;
+                same.then_some(View::Anonymous { served: served.or(s) })
+            }
+            _ => None,
         }
     }
 }
@@ -109,7 +110,7 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
         layers: ground.layers,
         read_ahead: plan.background.iter().any(|step| step.action == BackgroundAction::ReadAhead),
         fault_pages: plan.fault_pages,
-        view: View::Anonymous,
+        view: View::Anonymous { served: None },
         block: Block::default(),
         cost: Cost::default(),
         estimate: Estimate::default(),
@@ -143,8 +144,10 @@ impl Walk<'_> {
     fn flush(&mut self) {
         let block = std::mem::take(&mut self.block);
         match self.view {
-            View::Anonymous => self.cost.add(block.anon.cost(self.costs)),
-            View::Lazy => self.cost.add(block.lazy.cost(self.costs)),
+            View::Anonymous { .. } => {
+                self.cost.add(block.anon.cost(self.costs));
+                self.cost.add(block.lazy.cost(self.costs));
+            }
             View::File { layer, base, huge } => {
                 let file = FileBlock {
                     wants_huge: huge == Some(true),
@@ -176,8 +179,7 @@ impl Walk<'_> {
                 (Placement::Preload, Fill::BreakCow) => (&mut self.block.file.broken, Some(&mut self.block.file.calls)),
                 (Placement::Preload, Fill::Copy) => {
                     self.block.anon.whole = part.pages == BLOCK_PAGES;
-                    self.block.anon.sequential = sequential || index > 0;
-                    (&mut self.block.anon.copied, Some(&mut self.block.anon.calls))
+                    (&mut self.block.anon.copied, (!sequential).then_some(&mut self.block.anon.calls))
                 }
                 (Placement::Preload, Fill::Install) => {
                     (&mut self.block.lazy.installed, Some(&mut self.block.lazy.calls))
@@ -200,7 +202,7 @@ impl Walk<'_> {
                     unwritten += if touches[touch].written > 0.0 { 0 } else { piece.pages };
                 }
                 None => {
-                    tally.add_rest(piece.pages);
+                    tally.add_rest(piece);
                     unwritten += piece.pages;
                 }
             });
@@ -214,7 +216,7 @@ pub fn tally(extent: Extent, touches: &[Touch], at: &mut usize) -> Tally {
     let mut tally = Tally::default();
     pieces(extent, touches, at, |piece, touch| match touch {
         Some(touch) => tally.add(piece, &touches[touch]),
-        None => tally.add_rest(piece.pages),
+        None => tally.add_rest(piece),
     });
     tally
 }

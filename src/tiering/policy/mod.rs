@@ -17,6 +17,8 @@ mod trenv;
 #[cfg(test)]
 mod chain_tests;
 #[cfg(test)]
+mod speed;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;

@@ -40,30 +40,78 @@ pub struct Tally {
     pub writes: f64,
     /// Of both, those that are zero in the snapshot.
     pub zeros: f64,
+    /// Pages that no recorded run wrote.
+    pub unwritten: u64,
     /// The probability that none is written.
     pub clean: f64,
     /// The probability that none is touched.
     pub idle: f64,
     /// Reads that do not follow the one before.
     pub seeks: f64,
+    /// Groups all of whose pages are here, and of which one is touched.
+    groups: f64,
+    /// Pages expected to be touched in such groups.
+    grouped: f64,
+    group: Group,
     last: Gfn,
+}
+
+/// Pages that KVM maps along with a touched one, if all of them can be: an aligned group.
+pub const GROUP_PAGES: u64 = 8;
+
+/// The group whose pages are being added.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    number: u64,
+    pages: u64,
+    touched: f64,
+    idle: f64,
+}
+
+/// What the guest's first touches of a whole group cost, if the pages are small ones in the host's page tables.
+pub fn group_ns(costs: &Costs) -> u64 {
+    costs.populated_touch_ns.saturating_mul(GROUP_PAGES)
 }
 
 impl Default for Tally {
     fn default() -> Self {
         let last = Gfn(u64::MAX);
-        Tally { pages: 0, reads: 0.0, writes: 0.0, zeros: 0.0, clean: 1.0, idle: 1.0, seeks: 0.0, last }
+        Tally {
+            pages: 0,
+            reads: 0.0,
+            writes: 0.0,
+            zeros: 0.0,
+            unwritten: 0,
+            clean: 1.0,
+            idle: 1.0,
+            seeks: 0.0,
+            groups: 0.0,
+            grouped: 0.0,
+            group: Group { number: u64::MAX, pages: 0, touched: 0.0, idle: 1.0 },
+            last,
+        }
     }
 }
 
 fn power(base: f64, exponent: u64) -> f64 {
-    base.powi(exponent.min(i32::MAX as u64) as i32)
+    match exponent {
+        0 => 1.0,
+        1 => base,
+        // Most pages are touched in every run, or nobody knows of them.
+        _ if base <= 0.0 => 0.0,
+        // As good as exact, and most of the rest.
+        _ if (1.0 - base) * (exponent as f64) < 1e-3 => 1.0 - (1.0 - base) * exponent as f64,
+        _ => base.powi(exponent.min(i32::MAX as u64) as i32),
+    }
 }
 
 impl Tally {
     /// Pages of which the profile says nothing.
-    pub fn add_rest(&mut self, pages: u64) {
+    pub fn add_rest(&mut self, part: Extent) {
+        let pages = part.pages;
         let each = SURPRISE * pages as f64;
+        self.add_groups(part, SURPRISE);
+        self.unwritten += pages;
         self.pages += pages;
         self.reads += each / 2.0;
         self.writes += each / 2.0;
@@ -76,6 +124,8 @@ impl Tally {
     pub fn add(&mut self, part: Extent, touch: &Touch) {
         let pages = part.pages as f64;
         self.pages += part.pages;
+        self.add_groups(part, touch.touched);
+        self.unwritten += if touch.written > 0.0 { 0 } else { part.pages };
         self.reads += pages * (touch.touched - touch.written);
         self.writes += pages * touch.written;
         self.zeros += if touch.zero { pages * touch.touched } else { 0.0 };
@@ -87,8 +137,46 @@ impl Tally {
         self.last = part.end();
     }
 
+    /// Counts pages, each touched with probability `touched`, into their groups.
+    fn add_groups(&mut self, part: Extent, touched: f64) {
+        let (first, end) = (part.first.0, part.end().0);
+        let (number, last) = (first / GROUP_PAGES, end / GROUP_PAGES);
+        if number == last {
+            return self.add_to_group(number, part.pages, touched);
+        }
+        let (whole, tail) = (first.div_ceil(GROUP_PAGES), end % GROUP_PAGES);
+        if number < whole {
+            self.add_to_group(number, whole * GROUP_PAGES - first, touched);
+        }
+        let groups = (last - whole) as f64;
+        self.grouped += groups * GROUP_PAGES as f64 * touched;
+        self.groups += groups * (1.0 - power(1.0 - touched, GROUP_PAGES));
+        if tail > 0 {
+            self.add_to_group(last, tail, touched);
+        }
+    }
+
+    fn add_to_group(&mut self, number: u64, pages: u64, touched: f64) {
+        if number != self.group.number {
+            self.group = Group { number, pages: 0, touched: 0.0, idle: 1.0 };
+        }
+        let group = &mut self.group;
+        group.pages += pages;
+        group.touched += pages as f64 * touched;
+        group.idle *= power(1.0 - touched, pages);
+        if group.pages == GROUP_PAGES {
+            self.grouped += group.touched;
+            self.groups += 1.0 - group.idle;
+        }
+    }
+
     pub fn touched(&self) -> f64 {
         self.reads + self.writes
+    }
+
+    /// What the guest's first touches cost if the pages are small ones in the host's page tables, writable.
+    fn populated_touches(&self, costs: &Costs) -> f64 {
+        times(group_ns(costs), self.groups) + times(costs.populated_alone_ns, (self.touched() - self.grouped).max(0.0))
     }
 }
 
@@ -114,12 +202,10 @@ pub struct FileBlock {
 pub struct AnonBlock {
     pub zero: Tally,
     pub copied: Tally,
-    /// Reads that fill it.
+    /// Reads that fill it and do not go on where the one before ended: those that do are one with it.
     pub calls: u64,
     /// One read fills the whole block.
     pub whole: bool,
-    /// The read goes on where the one before ended.
-    pub sequential: bool,
 }
 
 /// The pages of one block behind a userfaultfd.
@@ -149,7 +235,7 @@ impl FileBlock {
         let mut cost = Cost {
             before: times(costs.populate_write_call_ns, self.calls as f64)
                 + times(costs.populate_write_page_ns, broken.pages as f64),
-            during: times(costs.populated_touch_ns, broken.touched()),
+            during: broken.populated_touches(costs),
         };
         cost.during += times(costs.hole_extra_ns, open.zeros);
         if huge {
@@ -194,6 +280,16 @@ impl FileBlock {
     }
 }
 
+/// What copying a page costs. What is not cached is read past the cache: the device writes to memory that the CPU has
+/// made ready meanwhile.
+pub fn copied_page_ns(costs: &Costs, whole_block: bool) -> u64 {
+    let page = if whole_block { costs.read_huge_page_ns } else { costs.read_small_page_ns };
+    match costs.cache {
+        SourceCache::Cold => page.max(costs.device_sequential_page_ns),
+        _ => page,
+    }
+}
+
 impl AnonBlock {
     pub fn cost(&self, costs: &Costs) -> Cost {
         let copied = &self.copied;
@@ -202,17 +298,11 @@ impl AnonBlock {
             during: times(costs.anon_read_fault_ns, self.zero.reads)
                 + times(costs.anon_write_fault_ns, self.zero.writes),
         };
-        if self.whole {
-            cost.before += times(costs.read_huge_page_ns, copied.pages as f64);
-            cost.during += times(costs.huge_fault_ns, 1.0 - copied.idle);
-        } else {
-            cost.before += times(costs.read_small_page_ns, copied.pages as f64);
-            cost.during += times(costs.populated_touch_ns, copied.touched());
-        }
+        cost.before += times(copied_page_ns(costs, self.whole), copied.pages as f64);
+        cost.during +=
+            if self.whole { times(costs.huge_fault_ns, 1.0 - copied.idle) } else { copied.populated_touches(costs) };
         if costs.cache == SourceCache::Cold {
-            let seeks = if self.sequential { 0.0 } else { self.calls as f64 };
-            cost.before += times(costs.device_sequential_page_ns, copied.pages as f64);
-            cost.before += times(costs.device_seek_ns, seeks);
+            cost.before += times(costs.device_seek_ns, self.calls as f64);
         }
         cost
     }
@@ -232,11 +322,36 @@ impl LazyBlock {
             // Past the page cache, whatever is in it.
             before: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, installed.pages as f64)
                 + times(costs.uffd_call_ns, self.calls as f64),
-            during: times(costs.populated_touch_ns, installed.touched()) + times(fault, faults),
+            during: installed.populated_touches(costs) + times(fault, faults),
         };
         if costs.cache == SourceCache::Cold {
             cost.during += times(costs.device_seek_ns + around.saturating_mul(costs.device_sequential_page_ns), faults);
         }
         cost
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_that_is_whole_costs_one_fault_and_others_one_for_each_touched_page() {
+        let costs = Costs::default();
+        let extent = |first, pages| Extent { first: Gfn(first), pages };
+        let touch = |first, pages, touched| Touch { extent: extent(first, pages), touched, written: 0.0, zero: false };
+        let cost = |touches: &[Touch]| {
+            let mut tally = Tally::default();
+            touches.iter().for_each(|touch| tally.add(touch.extent, touch));
+            tally.populated_touches(&costs).round() as u64
+        };
+        let (group, alone) = (group_ns(&costs), costs.populated_alone_ns);
+        assert_eq!(cost(&[touch(16, 8, 1.0)]), group);
+        assert_eq!(cost(&[touch(16, 3, 1.0), touch(19, 5, 1.0)]), group);
+        assert_eq!(cost(&[touch(16, 7, 1.0)]), 7 * alone);
+        assert_eq!(cost(&[touch(15, 34, 1.0)]), 4 * group + 2 * alone);
+        // One of its pages is enough, and half of the times there is one.
+        assert_eq!(cost(&[touch(16, 1, 0.5), touch(17, 7, 0.0)]), group / 2);
+        assert_eq!(cost(&[touch(7, 1, 1.0), touch(9, 1, 0.5)]), alone + alone / 2);
     }
 }

@@ -423,30 +423,3 @@ fn tiered_reads_a_scattered_cold_set_from_an_image() {
     assert_eq!(plan.images.len(), 1);
     assert_eq!(plan.images[0].file_len(), 512 * PAGE_SIZE);
 }
-
-/// `cargo test --release --lib -- --ignored --nocapture planning_time`: 4 GiB, the fastest of five.
-#[test]
-#[ignore = "a measurement"]
-fn planning_time() {
-    let pages = 1 << 20;
-    // A working set of 128 MiB in runs of two pages over a memory in 256 runs; then both in tiny pieces.
-    for (what, held_every, touched_every) in [("scattered", 4096, 64), ("confetti", 64, 16)] {
-        let held: Vec<(u64, u64)> =
-            (0..pages / held_every).map(|i| (i * held_every, held_every - held_every / 16)).collect();
-        let mut small = small(pages, &held);
-        for (index, page) in (0..pages).step_by(touched_every).enumerate() {
-            let class = if index % 3 == 0 { &mut small.profile.written } else { &mut small.profile.read };
-            class.insert_run(extent(page, 2));
-        }
-        for cache in SourceCache::ALL {
-            small.costs = small.costs.with_cache(cache);
-            let plan = || {
-                let start = std::time::Instant::now();
-                let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &Budget::default()).unwrap();
-                (start.elapsed(), plan.extents.len())
-            };
-            let (time, extents) = (0..5).map(|_| plan()).min().unwrap();
-            println!("{what}, {cache:?}: {extents} extents in {time:?}");
-        }
-    }
-}

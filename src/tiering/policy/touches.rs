@@ -42,7 +42,8 @@ pub fn expected(profile: &Profile, resolved: &[ResolvedRun]) -> Vec<Touch> {
     for (pages, written) in classes {
         touches.extend(pages.runs().map(|extent| Touch { extent, touched: 1.0, written, zero: false }));
     }
-    touches.sort_unstable_by_key(|touch| touch.extent.first);
+    // Three ascending runs: the stable sort merges them.
+    touches.sort_by_key(|touch| touch.extent.first);
     let frequency = &profile.frequency;
     relabel(&mut touches, &shares(&frequency.written, profile.runs), |touch, share| touch.written = share);
     relabel(&mut touches, &shares(&frequency.touched, profile.runs), |touch, share| touch.touched = share);

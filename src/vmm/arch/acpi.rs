@@ -155,7 +155,7 @@ fn vm_generation(aml: &mut Vec<u8>) {
     Device::new(
         "VGEN".into(),
         vec![
-            &Name::new("_HID".into(), &"TVMMVGID"),
+            &Name::new("_HID".into(), &"TVMM0001"),
             &Name::new("_CID".into(), &"VM_Gen_Counter"),
             &Name::new("_DDN".into(), &"VM_Gen_Counter"),
             &Name::new("ADDR".into(), &address),

@@ -6,6 +6,7 @@ pub mod layout;
 pub mod mptable;
 pub mod msr;
 pub mod registers;
+pub mod template;
 
 /// Where a virtio-mmio device is, as firmware tables or the kernel command line tell the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -238,6 +238,11 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     bytes?.try_into().ok()
 }
 
+/// A MAC address as it is written in configs.
+pub fn format_mac(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 impl NetworkConfig {
     /// The six bytes of `guest_mac`.
     pub fn mac(&self) -> Result<Option<[u8; 6]>, ConfigError> {

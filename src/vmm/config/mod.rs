@@ -2,6 +2,7 @@
 //!
 //! Unknown keys are errors everywhere: a misspelt key must not silently give another machine than the one asked for.
 
+mod cpu;
 mod devices;
 mod place;
 mod sections;
@@ -19,9 +20,10 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+pub use cpu::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
 pub use devices::{
     BalloonConfig, CacheType, DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, IoEngine, MAX_DEVICES,
-    NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, parse_mac,
+    NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
 };
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, HugePages,
@@ -43,7 +45,6 @@ struct UnbuiltSection {
 
 /// Building a device removes its row here and gives it a field in [`VmConfig`].
 const UNBUILT_SECTIONS: &[UnbuiltSection] = &[
-    UnbuiltSection { key: "cpu-config", subject: "CPU configs are", is_list: false },
     UnbuiltSection { key: "memory-hotplug", subject: "Memory hotplug is", is_list: false },
     UnbuiltSection { key: "mmds-config", subject: "MMDS is", is_list: false },
 ];
@@ -170,6 +171,8 @@ pub struct VmConfig {
     pub boot_source: BootSource,
     /// The shape of the machine.
     pub machine: MachineConfig,
+    /// How its CPUs differ from the host's.
+    pub cpu: Option<CpuConfig>,
     /// Where messages go.
     pub logger: Option<LoggerConfig>,
     /// Where metrics go.
@@ -183,15 +186,7 @@ pub struct VmConfig {
 impl VmConfig {
     /// Reads and checks a config file.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let read_error = |source| ConfigError::Read { path: path.to_owned(), source };
-        let mut text = String::new();
-        // Bounded: the path may name a device without end.
-        let file = File::open(path).map_err(read_error)?;
-        file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(read_error)?;
-        if text.len() as u64 > MAX_FILE_BYTES {
-            return Err(ConfigError::TooLarge { path: path.to_owned() });
-        }
-        Self::from_json(&text).map_err(|error| ConfigError::File { path: path.to_owned(), source: Box::new(error) })
+        Self::from_json(&read(path)?).map_err(|error| in_file(path, error))
     }
 
     /// Checks a config.
@@ -200,12 +195,32 @@ impl VmConfig {
         if let Some(section) = parsed.unbuilt {
             return Err(ConfigError::not_supported(section.subject));
         }
-        let config = parsed.config;
+        let mut config = parsed.config;
+        if let Some(path) = &parsed.cpu_config_path {
+            config.cpu = Some(parse(&read(path)?).map_err(|error| in_file(path, error))?);
+        }
         config.boot_source.validate()?;
         config.machine.validate()?;
         config.devices.validate()?;
         Ok(config)
     }
+}
+
+/// The text of a config file.
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let read_error = |source| ConfigError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    // Bounded: the path may name a device without end.
+    let file = File::open(path).map_err(read_error)?;
+    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(read_error)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(ConfigError::TooLarge { path: path.to_owned() });
+    }
+    Ok(text)
+}
+
+fn in_file(path: &Path, error: ConfigError) -> ConfigError {
+    ConfigError::File { path: path.to_owned(), source: Box::new(error) }
 }
 
 /// Parses JSON, and on failure says at which key.
@@ -222,6 +237,8 @@ fn parse<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
 #[derive(Default)]
 struct Parsed {
     config: VmConfig,
+    /// Where the CPU template is, if the config names a file (as Firecracker's does).
+    cpu_config_path: Option<PathBuf>,
     /// The first section that asks for something tvmm cannot build.
     unbuilt: Option<&'static UnbuiltSection>,
 }
@@ -257,6 +274,11 @@ impl<'de> Visitor<'de> for ConfigVisitor {
             match key {
                 "boot-source" => config.boot_source = value_or_default(&mut map)?,
                 "machine-config" => config.machine = value_or_default(&mut map)?,
+                "cpu-config" => match map.next_value::<Option<CpuConfigSource>>()? {
+                    Some(CpuConfigSource::File(path)) => parsed.cpu_config_path = Some(path),
+                    Some(CpuConfigSource::Here(template)) => config.cpu = Some(template),
+                    None => {}
+                },
                 "logger" => config.logger = map.next_value()?,
                 "metrics" => config.metrics = map.next_value()?,
                 "tvmm" => config.tvmm = value_or_default(&mut map)?,
@@ -279,6 +301,37 @@ impl<'de> Visitor<'de> for ConfigVisitor {
     }
 }
 
+/// A CPU template, or the file it is in.
+enum CpuConfigSource {
+    Here(CpuConfig),
+    File(PathBuf),
+}
+
+impl<'de> Deserialize<'de> for CpuConfigSource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(CpuConfigVisitor)
+    }
+}
+
+/// By hand, because serde's untagged enums do not say what is wrong with the template.
+struct CpuConfigVisitor;
+
+impl<'de> Visitor<'de> for CpuConfigVisitor {
+    type Value = CpuConfigSource;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a CPU template or the path of one")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, path: &str) -> Result<CpuConfigSource, E> {
+        Ok(CpuConfigSource::File(path.into()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<CpuConfigSource, A::Error> {
+        CpuConfig::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(CpuConfigSource::Here)
+    }
+}
+
 /// `null` is as good as absent, because `GET /vm/config` prints absent sections so.
 fn value_or_default<'de, T: Deserialize<'de> + Default, A: MapAccess<'de>>(map: &mut A) -> Result<T, A::Error> {
     Ok(map.next_value::<Option<T>>()?.unwrap_or_default())
@@ -292,6 +345,7 @@ impl Serialize for VmConfig {
         let mut map = serializer.serialize_map(Some(KEYS.len() - usize::from(!has_extension)))?;
         map.serialize_entry("boot-source", &self.boot_source)?;
         map.serialize_entry("machine-config", &self.machine)?;
+        map.serialize_entry("cpu-config", &self.cpu)?;
         map.serialize_entry("logger", &self.logger)?;
         map.serialize_entry("metrics", &self.metrics)?;
         let devices = &self.devices;

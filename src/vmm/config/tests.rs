@@ -50,6 +50,8 @@ fn serialized_config_has_firecrackers_shape_and_can_be_read_back() {
 
     let mut config = VmConfig::default();
     config.tvmm.boot_protocol = BootProtocol::Linux64;
+    config.tvmm.acpi = false;
+    config.cpu = Some(CpuConfig::default());
     config.boot_source.boot_args = Some("quiet".to_owned());
     config.metrics = Some(MetricsConfig { metrics_path: "m".into() });
     config.logger = Some(LoggerConfig { level: Some(LogLevel::Warning), ..LoggerConfig::default() });
@@ -60,7 +62,7 @@ fn serialized_config_has_firecrackers_shape_and_can_be_read_back() {
 #[test]
 fn every_key_is_either_built_or_in_the_table() {
     let devices = ["balloon", "drives", "entropy", "network-interfaces", "pmem", "vsock"];
-    let built = ["boot-source", "logger", "machine-config", "metrics", "tvmm"];
+    let built = ["boot-source", "cpu-config", "logger", "machine-config", "metrics", "tvmm"];
     let mut keys: Vec<&str> = UNBUILT_SECTIONS.iter().map(|section| section.key).chain(built).chain(devices).collect();
     keys.sort_unstable();
     assert_eq!(keys, KEYS);
@@ -144,7 +146,6 @@ fn from_json_unsupported_section_is_named() {
     let cases = [
         ("memory-hotplug", "{}", "Memory hotplug is not supported yet."),
         ("mmds-config", "{}", "MMDS is not supported yet."),
-        ("cpu-config", "\"template.json\"", "CPU configs are not supported yet."),
     ];
     assert_eq!(cases.len(), UNBUILT_SECTIONS.len());
     for (key, value, expected) in cases {
@@ -283,4 +284,20 @@ fn from_json_never_panics() {
             Ok(())
         })
         .unwrap();
+}
+
+#[test]
+fn from_json_cpu_config_may_be_a_template_or_name_its_file() {
+    let template = r#"{"kvm_capabilities": ["!56"]}"#;
+    let here = VmConfig::from_json(&format!(r#"{{"cpu-config": {template}}}"#)).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), template).unwrap();
+    let named = VmConfig::from_json(&serde_json::json!({ "cpu-config": file.path() }).to_string()).unwrap();
+    assert_eq!(here.cpu.as_ref().map(|cpu| cpu.kvm_capabilities.len()), Some(1));
+    assert_eq!(named, here);
+    assert!(refusal(r#"{"cpu-config": "/nonexistent/t.json"}"#).contains("/nonexistent/t.json cannot be read"));
+    assert!(refusal(r#"{"cpu-config": {"kvm_capabilities": [56]}}"#).contains("at cpu-config.kvm_capabilities"));
+    std::fs::write(file.path(), "{").unwrap();
+    let broken = serde_json::json!({ "cpu-config": file.path() }).to_string();
+    assert!(refusal(&broken).contains(&format!("{} is refused", file.path().display())));
 }

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod build;
+mod drives;
 mod limits;
 mod patch;
 mod pmem;
@@ -22,6 +23,7 @@ pub use crate::devices::virtio::PmemImage;
 
 pub use balloon::{AmountPatch, BalloonPatch, BalloonQuestion, IntervalPatch, StartHintingPatch, none as no_balloon};
 pub use build::{NetworkOverride, Overrides, from_configs, from_saved};
+pub use drives::{WritableDrive, root_args};
 pub use patch::{DevicePatch, DrivePatch, NetworkPatch, PmemPatch};
 pub use pmem::{images as pmem_images, pmem_root_args};
 pub use saved::SavedDevice;

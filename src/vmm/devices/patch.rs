@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{BalloonPatch, VirtioDevices};
+use super::build::net_config;
+use super::{BalloonPatch, VirtioDevices, drives};
+use crate::devices::virtio::Net;
+use crate::devices::virtio::block::Block;
 use crate::snapshot::MemoryLayout;
 use crate::vmm::config::RateLimiterConfig;
 use crate::vmm::control::Refused;
@@ -49,11 +52,35 @@ impl VirtioDevices {
     /// Changes a device of a machine with memory of `layout`, and its config.
     pub fn patch(&mut self, patch: DevicePatch, layout: &MemoryLayout) -> Result<(), Refused> {
         match patch {
-            DevicePatch::Drive(patch) => Err(no_such("drive", &patch.drive_id)),
-            DevicePatch::Network(patch) => Err(no_such("network interface", &patch.iface_id)),
+            DevicePatch::Drive(patch) => self.patch_drive(&patch),
+            DevicePatch::Network(patch) => self.patch_network(&patch),
             DevicePatch::Balloon(patch) => self.patch_balloon(patch, layout),
             DevicePatch::Pmem(patch) => self.patch_pmem(&patch),
         }
+    }
+
+    fn patch_drive(&mut self, patch: &DrivePatch) -> Result<(), Refused> {
+        let changed = self.with(&patch.drive_id, |block: &mut Block| drives::patch(block, patch));
+        let changed = changed.ok_or_else(|| no_such("drive", &patch.drive_id))?;
+        let config = changed.map_err(|error| Refused::bad_request_because(&error))?;
+        let known = self.configs.drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id);
+        known.into_iter().for_each(|known| *known = config.clone());
+        Ok(())
+    }
+
+    fn patch_network(&mut self, patch: &NetworkPatch) -> Result<(), Refused> {
+        let rx = patch.rx_rate_limiter.unwrap_or_default().into();
+        let tx = patch.tx_rate_limiter.unwrap_or_default().into();
+        let changed = self.with(&patch.iface_id, |net: &mut Net| {
+            net.set_limits(rx, tx);
+            (net_config(net.params()), false)
+        });
+        let config = changed.ok_or_else(|| no_such("network interface", &patch.iface_id))?;
+        let networks = &mut self.configs_mut().network_interfaces;
+        networks.iter_mut().filter(|network| network.iface_id == config.iface_id).for_each(|network| {
+            *network = config.clone();
+        });
+        Ok(())
     }
 }
 

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::files::Files;
 use super::lazy::LazyExtent;
+use super::prefault::PrefaultReport;
 use super::reads::{self, Wanted};
 use crate::snapshot::{
     CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement, PlacementCounts,
@@ -16,7 +17,7 @@ use crate::snapshot::{
 };
 use crate::vmm::error::Error;
 use crate::vmm::memory::{Backing, GuestRam, Piece};
-use crate::vmm::sys::mapping::Reservation;
+use crate::vmm::sys::mapping::Buffer;
 use crate::vmm::sys::uffd::{Install, Uffd};
 use crate::vmm::timeline::{Slice, Timeline};
 
@@ -38,6 +39,8 @@ pub struct EngineReport {
     pub bytes_preloaded: u64,
     /// Whether images were read past the page cache, where the plan asked for it.
     pub direct_reads: bool,
+    /// What of it KVM mapped for the guest ahead.
+    pub prefault: PrefaultReport,
 }
 
 /// Guest memory as the plan wants it, and what is left to be done while the guest runs.
@@ -305,8 +308,7 @@ impl Engine<'_> {
             }
             let len = plan.images[index - layers].file_len() as usize;
             let buffer = self.read_direct(index, len)?;
-            // SAFETY: the buffer is this function's own.
-            let bytes = unsafe { buffer.bytes(0, len) }.map_err(Error::os("read an image"))?;
+            let bytes = buffer.bytes();
             for planned in wanted {
                 let start = planned.source.map_or(0, |source| source.offset) as usize;
                 let address = ram.populator(planned.extent)?.address();
@@ -321,15 +323,11 @@ impl Engine<'_> {
     }
 
     /// The whole of a file in one read past the page cache.
-    fn read_direct(&mut self, index: usize, len: usize) -> Result<Reservation, Error> {
-        let buffer = Reservation::new(len).map_err(Error::os("reserve a read buffer"))?;
-        buffer.map_anon(0, len).map_err(Error::os("make a read buffer"))?;
-        // Huge pages only make this faster.
-        let _ = buffer.advise_huge(0, len);
-        // SAFETY: the buffer is this function's own and nobody else refers to it.
-        let bytes = unsafe { buffer.bytes_mut(0, len) }.map_err(Error::os("make a read buffer"))?;
+    fn read_direct(&mut self, index: usize, len: usize) -> Result<Buffer, Error> {
+        let mut buffer = Buffer::new(len).map_err(Error::os("make a read buffer"))?;
         self.report.read_calls += 1;
-        self.report.direct_reads = self.files.read_direct(PageSource { layer: index, offset: 0 }, bytes)?;
+        let source = PageSource { layer: index, offset: 0 };
+        self.report.direct_reads = self.files.read_direct(source, buffer.bytes_mut())?;
         Ok(buffer)
     }
 }

@@ -1,11 +1,14 @@
 //! Restoring a machine: its state from the snapshot, its memory by a plan.
 
 mod background;
+mod drives;
 mod engine;
 mod external;
 mod files;
 mod lazy;
+mod prefault;
 mod reads;
+mod rescue;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -32,10 +35,12 @@ pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 
 use background::BackgroundWork;
+use drives::PlacedDrives;
 use engine::Served;
 use external::ExternalHandler;
 use files::Files;
 use lazy::{FaultCounters, FaultService, FaultWork};
+use rescue::Rescue;
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
@@ -53,6 +58,8 @@ pub struct RestoreSpec<'a> {
     pub overrides: &'a Overrides,
     /// Who watches for memory that does not come.
     pub stalls: &'a Stalls,
+    /// The guest's clock goes on to the present.
+    pub clock_realtime: bool,
 }
 
 /// What works on guest memory while the guest runs. Ends when dropped.
@@ -187,31 +194,41 @@ impl Machine<Built> {
         let files = Files::open(spec.chain.clone(), spec.plan)?;
         spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
-        let built = match spec.handler {
+        let mut built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
             Some(_) => engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
+        let is_ours = spec.handler.is_none() && spec.observer.is_none();
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
-        let (virtio, configs) = devices::from_saved(&saved.virtio, spec.overrides, &built.ram, spec.stalls)?;
+        let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
+        let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &built.ram, spec.stalls)?;
         let mut fw_cfg = saved.fw_cfg;
         fw_cfg.metadata.extend(spec.overrides.metadata.clone());
         let set = DeviceSet { virtio, configs, fw_cfg };
         let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
+        let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
         }
-        machine.apply(&saved.vm, &saved.vcpus)?;
+        machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
         machine.core.lineage = Lineage::restored(spec.chain);
         if let Some(vmgenid) = saved.vmgenid {
             machine.core.renew_vmgenid(vmgenid)?;
         }
+        timeline.lap(Slice::StateLoad);
+        if is_ours {
+            built.report.prefault = machine.prefault(spec.plan)?;
+            timeline.lap(Slice::Preload);
+        }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
+        placed.keep();
+        rescue.finish()?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }

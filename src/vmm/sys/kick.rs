@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -50,4 +51,46 @@ pub fn signal<T>(thread: &std::thread::JoinHandle<T>) {
     // SAFETY: the handle has not been joined (it is borrowed), so the pthread_t is valid even if the thread has
     // finished; the handler of the signal is installed before any vCPU thread exists.
     unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+}
+
+/// A timer that sends the kick signal to the thread that made it, again and again until it is dropped: ends system calls
+/// that may otherwise never return.
+pub struct Alarm(libc::timer_t);
+
+impl Alarm {
+    /// First after `every`, then each `every` later.
+    pub fn for_this_thread(every: Duration) -> io::Result<Self> {
+        // SAFETY: a sigevent is plain integers and pointers, for which zeroes are a valid value.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = kick_signal();
+        // Not `libc::gettid`: std refers to that name weakly, and with link-time optimisation of a static binary the
+        // weak reference wins, nothing is linked, and the call goes to address 0.
+        // SAFETY: the call has no preconditions.
+        event.sigev_notify_thread_id = unsafe { libc::syscall(libc::SYS_gettid) } as libc::c_int;
+        let mut timer: libc::timer_t = std::ptr::null_mut();
+        // SAFETY: both pointers are to locals; the handler of the signal was installed before any vCPU existed, and the
+        // thread it goes to is this one, which drops the timer (a raw pointer is not Send).
+        if unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let alarm = Alarm(timer);
+        let time = libc::timespec {
+            tv_sec: every.as_secs() as libc::time_t,
+            tv_nsec: libc::c_long::from(every.subsec_nanos()),
+        };
+        let times = libc::itimerspec { it_interval: time, it_value: time };
+        // SAFETY: the timer was just made, the times are a local, and the old setting is not asked for.
+        match unsafe { libc::timer_settime(timer, 0, &times, std::ptr::null_mut()) } {
+            0 => Ok(alarm),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: the timer was made by `for_this_thread` and is deleted nowhere else.
+        unsafe { libc::timer_delete(self.0) };
+    }
 }

@@ -184,6 +184,31 @@ impl Reservation {
     }
 }
 
+/// Memory of this process alone, aligned for reads past the page cache, in huge pages where there are any.
+#[derive(Debug)]
+pub struct Buffer(Reservation);
+
+impl Buffer {
+    /// A buffer of `len` bytes (not 0), all of them 0.
+    pub fn new(len: usize) -> io::Result<Self> {
+        let memory = Reservation::new(len)?;
+        memory.map_anon(0, len)?;
+        // Huge pages only make it faster.
+        let _ = memory.advise_huge(0, len);
+        Ok(Buffer(memory))
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: all of it is mapped readable, and written only through an exclusive borrow of this object.
+        unsafe { std::slice::from_raw_parts(self.0.base(), self.0.len()) }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: all of it is mapped writable and private, and borrowed exclusively with this object.
+        unsafe { std::slice::from_raw_parts_mut(self.0.base(), self.0.len()) }
+    }
+}
+
 /// A range of a reservation, to be populated and nothing else. Outliving the reservation does no harm: populating
 /// changes no contents, and fails where nothing is mapped.
 #[derive(Clone, Copy, Debug)]

@@ -5,11 +5,13 @@ pub mod clock;
 pub mod coalesced;
 pub mod dirty_log;
 pub mod kick;
+pub mod limits;
 pub mod mapping;
 
 pub mod page_cache;
 pub mod pagemap;
 pub mod pagemap_scan;
+pub mod prefault;
 pub mod resident;
 pub mod signals;
 pub mod terminal;

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use super::mapping::Reservation;
+use super::pagemap_scan;
 use crate::snapshot::LoadHuge;
 
 /// This host's page cache.
@@ -58,10 +59,15 @@ const SYS_CACHESTAT: libc::c_long = 451;
 /// How many pages of `file` are in the page cache; `None` if the kernel has no cachestat(2) (before 6.5), or not for this
 /// file system.
 pub fn resident_pages(file: &File) -> io::Result<Option<u64>> {
-    let range = CacheStatRange { offset: 0, len: 0 };
+    // A length of 0 means up to the end of the file.
+    resident_in(file, 0, 0)
+}
+
+fn resident_in(file: &File, offset: u64, len: u64) -> io::Result<Option<u64>> {
+    let range = CacheStatRange { offset, len };
     let mut stat = CacheStat::default();
     // SAFETY: the kernel reads `range` and writes `stat`, both valid and of the kernel's layout, for the length of the
-    // call; a length of 0 means up to the end of the file.
+    // call.
     let result = unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const range, &raw mut stat, 0) };
     if result == 0 {
         return Ok(Some(stat.cached));
@@ -71,6 +77,39 @@ pub fn resident_pages(file: &File) -> io::Result<Option<u64>> {
         error => Err(error),
     }
 }
+
+/// Blocks that are looked at, and of how many.
+const PROBED: usize = 4;
+const CANDIDATES: u64 = 32;
+
+/// Whether `file` is cached in folios of 2 MiB, so that a fault maps as much: some blocks that are wholly cached are
+/// mapped, one page of each is touched, and it is seen what came along. `None` if no block tells: none is cached, or the
+/// kernel cannot say.
+pub fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
+    let blocks = file.metadata()?.len() / HUGE_BLOCK;
+    let (mut huge, mut small) = (0, 0);
+    for index in 0..CANDIDATES.min(blocks) {
+        let offset = index * blocks / CANDIDATES.min(blocks) * HUGE_BLOCK;
+        if resident_in(file, offset, HUGE_BLOCK)? != Some(HUGE_BLOCK / 4096) {
+            continue;
+        }
+        let memory = Reservation::new(HUGE_BLOCK as usize)?;
+        memory.map_file_private(0, HUGE_BLOCK as usize, file, offset)?;
+        match memory.populate_read(0, 4096).and_then(|()| pagemap_scan::is_huge(memory.base())) {
+            Ok(true) => huge += 1,
+            Ok(false) => small += 1,
+            // Kernels before PAGEMAP_SCAN (6.7) or MADV_POPULATE_READ (5.14).
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        if huge + small == PROBED {
+            break;
+        }
+    }
+    Ok((huge + small > 0).then_some(huge >= small))
+}
+
+const HUGE_BLOCK: u64 = 2 << 20;
 
 /// The read-ahead window of the device that `file` is on, in pages, if the kernel tells (sysfs,
 /// `Documentation/ABI/testing/sysfs-class-bdi`).

@@ -43,6 +43,7 @@ const IS_FILE: u64 = 1 << 2;
 const IS_PRESENT: u64 = 1 << 3;
 const IS_SWAPPED: u64 = 1 << 4;
 const IS_ZERO_PAGE: u64 = 1 << 5;
+const IS_HUGE: u64 = 1 << 6;
 
 /// Regions taken at once.
 const REGIONS: usize = 4096;
@@ -54,6 +55,29 @@ pub enum Mapped {
     Shared,
     /// A page of this process's own.
     Own,
+}
+
+/// Whether the page at `start` is mapped as part of a huge one. `EINVAL` or `ENOTTY` before Linux 6.7.
+pub fn is_huge(start: *const u8) -> io::Result<bool> {
+    let file = File::open("/proc/self/pagemap")?;
+    let mut region = Region::default();
+    let mut scan = ScanArg {
+        size: size_of::<ScanArg>() as u64,
+        start: start as u64,
+        end: start as u64 + PAGE,
+        vec: &raw mut region as u64,
+        vec_len: 1,
+        category_mask: IS_PRESENT,
+        return_mask: IS_HUGE,
+        ..ScanArg::default()
+    };
+    // SAFETY: the struct has the kernel's layout (asserted above) and lives through the call; the kernel writes at most
+    // one region to `vec`, which is one. It only looks at the scanned page.
+    let count = unsafe { ioctl_with_mut_ref(&file, PAGEMAP_SCAN(), &mut scan) };
+    if count < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(count == 1 && region.categories & IS_HUGE != 0)
 }
 
 /// Calls `found(first, pages, what)` for each run of pages of `[start, start + pages × 4096)` that is mapped or in

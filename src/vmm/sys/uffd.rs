@@ -183,6 +183,11 @@ impl Uffd {
         self.uffd.wake(address as *mut libc::c_void, len).map_err(to_io)
     }
 
+    /// Gives `[address, address + len)` back to the kernel, which answers first touches with zeros; who waits goes on.
+    pub fn unregister(&self, address: usize, len: usize) -> io::Result<()> {
+        self.uffd.unregister(address as *mut libc::c_void, len).map_err(to_io)
+    }
+
     /// Makes a write-protected page writable and lets who waits for that go on.
     pub fn unprotect(&self, address: usize, len: usize) -> io::Result<()> {
         self.uffd.remove_write_protection(address as *mut libc::c_void, len, true).map_err(to_io)

@@ -1,6 +1,8 @@
 //! A VM under test: a tvmm process with its console and control socket at hand.
 
 pub mod artefact;
+pub mod network;
+pub mod shell;
 pub mod slow_file;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,8 +15,19 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Generous: these are limits against hanging, not measurements.
-pub const TIMEOUT: Duration = Duration::from_secs(60);
+/// Generous: these are limits against hanging, not measurements, and the testbed emulates every instruction.
+pub const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Whether this host is the testbed's, which emulates every instruction.
+pub fn is_emulated() -> bool {
+    std::env::var_os("TESTBED").is_some()
+}
+
+/// How often a test does what it usually does `full` times. The testbed asks for one in `TVMM_TEST_SHARE`.
+pub fn rounds(full: usize) -> usize {
+    let share = std::env::var("TVMM_TEST_SHARE").map_or(1, |text| text.parse().expect("TVMM_TEST_SHARE is a number"));
+    (full / share).max(1)
+}
 
 /// The binary under test: the one cargo built, or `TVMM_BINARY` (the static release build, a VM of the testbed).
 pub fn tvmm() -> Command {
@@ -176,6 +189,17 @@ impl Vm {
                     let stderr = self.stderr.take().map(|thread| thread.join().unwrap_or_default());
                     panic!("tvmm ended; seen: {seen:#?}; standard error: {stderr:?}");
                 }
+            }
+        }
+    }
+
+    /// A line of guest output for which `wanted` is true, if one comes in time.
+    pub fn try_line(&mut self, wanted: impl Fn(&str) -> bool, timeout: Duration) -> Option<String> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let line = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()?;
+            if wanted(&line) {
+                return Some(line);
             }
         }
     }

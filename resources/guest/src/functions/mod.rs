@@ -4,12 +4,15 @@
 //! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
 
 mod balloon;
+mod blk;
 mod memory;
+mod net;
 mod pages;
 mod pmem;
 mod rng;
 mod spin;
 mod system;
+mod vsock;
 
 use crate::alloc::Pages;
 use crate::boot::{BootInfo, Protocol};
@@ -71,10 +74,25 @@ static FUNCTIONS: &[Function] = &[
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
+    function("blk", blk::KEYS, blk::blk),
     function("metadata", &[], system::metadata),
     function("balloon", &[required("op"), optional("pages"), optional("filled")], balloon::balloon),
     function("pmem", &[optional("nth"), optional("first"), optional("pages"), optional("write")], pmem::pmem),
+    function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
+    function("net_info", &[], net::info),
+    function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
+    function("net_send", &[required("count"), optional("size"), optional("batch"), SEED], net::send),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
+    function(
+        "vsock_connect",
+        &[required("port"), optional("bytes"), SEED, optional("window"), optional("irq")],
+        vsock::connect,
+    ),
+    function(
+        "vsock_serve",
+        &[required("port"), optional("lines"), optional("closed"), optional("window"), optional("irq")],
+        vsock::serve,
+    ),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
 
@@ -89,8 +107,11 @@ pub struct Ctx {
     pub filled: memory::Filled,
     pub handles: pages::Handles,
     pub spin: spin::State,
+    pub net: net::State,
     pub rng: rng::State,
     pub balloon: balloon::State,
+    pub blk: blk::State,
+    pub vsock: vsock::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -104,8 +125,11 @@ impl Ctx {
             filled: memory::Filled::new(),
             handles: pages::Handles::new(),
             spin: spin::State::new(),
+            net: net::State::new(),
             rng: rng::State::new(),
             balloon: balloon::State::new(),
+            blk: blk::State::new(),
+            vsock: vsock::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,

@@ -11,10 +11,11 @@ mod path;
 mod units;
 
 use super::estimate::{Estimate, estimate};
+use super::model::copied_page_ns;
 use super::place::BLOCK_PAGES;
 use super::touches::{Touch, expected};
 use super::{Budget, Ground, eager, faasnap};
-use crate::snapshot::{Content, Extent, Fill, Placement, RestorePlan};
+use crate::snapshot::{Content, Extent, Fill, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::Profile;
@@ -41,8 +42,8 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     let shapes: [(f64, &dyn Fn() -> RestorePlan); 4] = [
         (floors.eager, &|| RestorePlan { extents: eager::plan(ground), ..ground.empty_plan(NAME) }),
         (floors.regions, &|| faasnap::plan(ground, profile)),
-        (floors.install, &|| packed::plan(ground, &touches, Fill::Install)),
         (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy)),
+        (floors.install, &|| packed::plan(ground, &touches, Fill::Install)),
     ];
     for (floor, make) in shapes {
         if floor >= best.1.total_ns() {
@@ -68,13 +69,15 @@ const UNSEEN: f64 = 1.04;
 /// a few such faults made a dense read of 64 MiB three times slower.
 fn for_cold_files(best: &mut (RestorePlan, Estimate), ground: &Ground, touches: &[Touch]) {
     best.0.direct = true;
-    let mut plan = best.0.clone();
-    for item in plan.extents.iter_mut().filter(|item| item.placement == Placement::CowFile) {
-        // Images are mapped as they are: their pages do not lie where the guest's huge pages do.
-        if item.source.is_some_and(|source| source.layer < ground.layers) {
-            item.placement = Placement::InPlace;
-        }
+    // Images are mapped as they are: their pages do not lie where the guest's huge pages do.
+    let is_plain = |item: &PlannedExtent| {
+        item.placement == Placement::CowFile && item.source.is_some_and(|source| source.layer < ground.layers)
+    };
+    if !best.0.extents.iter().any(is_plain) {
+        return;
     }
+    let mut plan = best.0.clone();
+    plan.extents.iter_mut().filter(|item| is_plain(item)).for_each(|item| item.placement = Placement::InPlace);
     plan.coalesce(ground.layout);
     let expected = estimate(&plan, ground, touches);
     if expected.total_ns() <= best.1.total_ns() * UNSEEN {
@@ -98,35 +101,46 @@ impl Floors {
     fn of(ground: &Ground, touches: &[Touch]) -> Floors {
         let costs = ground.costs;
         let held = ground.resolved.iter().filter(|run| run.content != Content::Zero).map(|run| run.extent.pages);
-        let loading = || touches.iter().filter(|touch| !touch.zero);
+        let held_touches = || touches.iter().filter(|touch| !touch.zero);
+        let loading = || touches.iter().filter(|touch| packed::is_packed(costs, touch));
+        let mut region_end: Option<u64> = None;
         let mut regions = 0;
+        for touch in held_touches() {
+            regions += u64::from(region_end.is_none_or(|end| touch.extent.first.0 - end >= faasnap::GAP_PAGES));
+            region_end = Some(touch.extent.end().0);
+        }
         let mut runs: Vec<Extent> = Vec::new();
         for touch in loading() {
-            let gap = runs.last().map_or(u64::MAX, |last| touch.extent.first.0 - last.end().0);
-            regions += u64::from(gap >= faasnap::GAP_PAGES);
             match runs.last_mut() {
-                Some(last) if gap == 0 => last.pages += touch.extent.pages,
+                Some(last) if last.end() == touch.extent.first => last.pages += touch.extent.pages,
                 _ => runs.push(touch.extent),
             }
         }
-        let device = if costs.cache == SourceCache::Cold { costs.device_sequential_page_ns } else { 0 };
         let times = |ns: u64, count: u64| ns as f64 * count as f64;
-        let read_page = costs.read_huge_page_ns.min(costs.read_small_page_ns) + device;
+        let small_page = copied_page_ns(costs, false);
+        let read_page = copied_page_ns(costs, true).min(small_page);
         let pages = loading().map(|touch| touch.extent.pages).sum();
-        let calls = times(costs.uffd_call_ns, runs.len() as u64);
-        // Only a run that has a whole block is read into huge pages.
-        let small_page = costs.read_small_page_ns + device;
-        let touched: f64 = loading().map(|touch| touch.extent.pages as f64 * touch.touched).sum();
-        let small_touches = touched * costs.populated_touch_ns as f64;
-        let copy = |run: &Extent| match run.pages {
-            pages if pages < BLOCK_PAGES => times(costs.call_ns, 1) + times(small_page, pages),
-            pages => times(read_page, pages),
+        let expected = |touch: &Touch| touch.extent.pages as f64 * touch.touched;
+        let touched: f64 = held_touches().map(expected).sum();
+        let small_touches = loading().map(expected).sum::<f64>() * costs.populated_touch_ns as f64;
+        // Pages in groups that are not whole are faults of their own, or their groups are completed; if they are
+        // touched in every run, that is known.
+        let always = loading().all(|touch| touch.touched >= 1.0);
+        let alone = |(_, pages): (u64, u64)| {
+            let apart = pages * (costs.populated_alone_ns.saturating_sub(costs.populated_touch_ns));
+            (apart as f64 + packed::completing_ns(costs, pages).min(0.0)).max(0.0)
         };
+        let parts = if always { packed::parts_of_groups(&runs) } else { Vec::new() };
+        let faults: f64 = small_touches + parts.into_iter().map(alone).sum::<f64>();
+        // Only a run that has a whole block is read into huge pages.
+        let is_small = runs.iter().all(|run| run.pages < BLOCK_PAGES);
+        let copy = |run: &Extent| times(if run.pages < BLOCK_PAGES { small_page } else { read_page }, run.pages);
         let file_page = costs.file_read_fault_ns.min(costs.cow_fault_ns);
         Floors {
             eager: times(read_page, held.sum()),
-            install: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, pages) + calls + small_touches,
-            copy: runs.iter().map(copy).sum(),
+            install: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, pages) + faults,
+            // Blocks that are read whole have no small pages.
+            copy: runs.iter().map(copy).sum::<f64>() + if is_small { faults } else { 0.0 },
             regions: times(costs.vma_ns, regions) + touched * file_page as f64,
         }
     }

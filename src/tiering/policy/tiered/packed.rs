@@ -2,32 +2,35 @@
 //! userfaultfd, so that a scattered set costs neither seeks nor mappings.
 
 use super::super::Ground;
+use super::super::model::{GROUP_PAGES, copied_page_ns, group_ns};
 use super::super::place::{BLOCK_PAGES, Packed, hole, lay_over};
 use super::super::touches::Touch;
-use crate::snapshot::{Content, Fill, PageSet, Placement, PlannedExtent, ResolvedRun, RestorePlan};
+use crate::snapshot::{Content, Extent, Fill, Gfn, Placement, PlannedExtent, ResolvedRun, RestorePlan};
+use crate::tiering::costs::Costs;
 
 /// Pages fetched around a fault: nobody expects these pages, but where one is wanted its neighbours may be.
 const FAULT_PAGES: u64 = 16;
 
+/// Whether the image has these pages: what is held, and zero pages where reading them costs less than their faults.
+pub fn is_packed(costs: &Costs, touch: &Touch) -> bool {
+    !touch.zero || copied_page_ns(costs, false) + costs.populated_touch_ns < costs.anon_read_fault_ns
+}
+
 /// The plan with the image's pages brought in by `fill`.
 pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill) -> RestorePlan {
-    let loading = touches.iter().filter(|touch| !touch.zero).map(|touch| touch.extent);
-    let mut runs: Vec<crate::snapshot::Extent> = Vec::new();
-    for extent in loading.flat_map(|extent| ground.layout.split(extent)) {
-        match runs.last_mut() {
-            Some(last)
-                if last.end() == extent.first
-                    && ground.layout.range_of(last.first) == ground.layout.range_of(extent.first) =>
-            {
-                last.pages += extent.pages;
-            }
-            _ => runs.push(extent),
-        }
-    }
-    let image = Packed::new(runs);
+    let loading = touches.iter().filter(|touch| is_packed(ground.costs, touch)).map(|touch| touch.extent);
+    let mut runs = PageRuns::new(ground);
+    loading.flat_map(|extent| ground.layout.split(extent)).for_each(|extent| runs.push(extent));
+    let image = Packed::new(with_groups(ground, runs.runs));
     let over = image.placed(ground.layers, |extent, source| PlannedExtent::preload(extent, source, fill));
-    let touched_zero: PageSet = touches.iter().filter(|touch| touch.zero).map(|touch| touch.extent).collect();
-    let base: Vec<PlannedExtent> = ground.resolved.iter().map(|run| rest(ground, run, &touched_zero)).collect();
+    let mut touched_zero =
+        touches.iter().filter(|touch| !is_packed(ground.costs, touch)).map(|touch| touch.extent).peekable();
+    let mut is_touched = |run: Extent| {
+        while touched_zero.next_if(|zero| zero.end() <= run.first).is_some() {}
+        touched_zero.peek().is_some_and(|zero| zero.first < run.end())
+    };
+    let base: Vec<PlannedExtent> =
+        ground.resolved.iter().map(|run| rest(ground, run, is_touched(run.extent))).collect();
     let mut plan = ground.empty_plan(super::NAME);
     plan.extents = lay_over(&base, &over);
     plan.coalesce(ground.layout);
@@ -36,12 +39,85 @@ pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill) -> RestorePlan {
     plan
 }
 
+/// Ascending pages as runs that cross no range's end; what comes twice counts once.
+struct PageRuns<'a> {
+    ground: &'a Ground<'a>,
+    runs: Vec<Extent>,
+}
+
+impl<'a> PageRuns<'a> {
+    fn new(ground: &'a Ground<'a>) -> Self {
+        PageRuns { ground, runs: Vec::new() }
+    }
+
+    /// Adds pages that start at or after the start of those before.
+    fn push(&mut self, extent: Extent) {
+        let layout = self.ground.layout;
+        match self.runs.last_mut() {
+            Some(last)
+                if extent.first <= last.end() && layout.range_of(last.first) == layout.range_of(extent.first) =>
+            {
+                last.pages = last.pages.max(extent.end().0 - last.first.0);
+            }
+            _ => self.runs.push(extent),
+        }
+    }
+}
+
+/// What the pages of a group cost more if the group is completed; less than 0 where that pays.
+pub fn completing_ns(costs: &Costs, pages: u64) -> f64 {
+    let more = (GROUP_PAGES - pages) * copied_page_ns(costs, false) + group_ns(costs);
+    more as f64 - (pages * costs.populated_alone_ns) as f64
+}
+
+/// How many pages the runs (ascending) have of the groups that they do not have whole, ascending by group.
+pub fn parts_of_groups(runs: &[Extent]) -> Vec<(u64, u64)> {
+    let mut parts: Vec<(u64, u64)> = Vec::new();
+    let mut add = |number: u64, pages: u64| match parts.last_mut() {
+        Some(last) if last.0 == number => last.1 += pages,
+        _ => parts.push((number, pages)),
+    };
+    for run in runs {
+        let (first, end) = (run.first.0, run.end().0);
+        let (head, tail) = (first.next_multiple_of(GROUP_PAGES).min(end), end / GROUP_PAGES * GROUP_PAGES);
+        if first < head {
+            add(first / GROUP_PAGES, head - first);
+        }
+        if tail >= head && tail < end {
+            add(tail / GROUP_PAGES, end - tail);
+        }
+    }
+    parts.retain(|(_, pages)| *pages < GROUP_PAGES);
+    parts
+}
+
+/// The runs with groups completed where that pays: the guest's touches of a whole group are one fault.
+fn with_groups(ground: &Ground, runs: Vec<Extent>) -> Vec<Extent> {
+    let pays = |pages: u64| completing_ns(ground.costs, pages) + (GROUP_PAGES - pages) as f64 * ground.page_ns < 0.0;
+    let parts = parts_of_groups(&runs);
+    let group = |number: u64| Extent { first: Gfn(number * GROUP_PAGES), pages: GROUP_PAGES };
+    let paying = parts.into_iter().filter(|(_, pages)| pays(*pages));
+    let mut groups = paying.map(|(number, _)| group(number)).filter(|group| ground.layout.contains(*group)).peekable();
+    if groups.peek().is_none() {
+        return runs;
+    }
+    let mut all = PageRuns::new(ground);
+    for run in runs {
+        while let Some(group) = groups.next_if(|group| group.first <= run.first) {
+            all.push(group);
+        }
+        all.push(run);
+    }
+    groups.for_each(|group| all.push(group));
+    all.runs
+}
+
 /// Zero runs stay anonymous where they are long or touched; short ones would only cut the userfaultfd's range.
-fn rest(ground: &Ground, run: &ResolvedRun, touched_zero: &PageSet) -> PlannedExtent {
+fn rest(ground: &Ground, run: &ResolvedRun, is_touched: bool) -> PlannedExtent {
     match run.content {
         Content::Layer(source) => PlannedExtent::from(run.extent, Placement::Lazy, source),
         Content::Zero => {
-            let keep = run.extent.pages >= BLOCK_PAGES || touched_zero.len_in(run.extent) > 0;
+            let keep = run.extent.pages >= BLOCK_PAGES || is_touched;
             match hole(ground.layout, ground.layers - 1, run.extent.first) {
                 Some(source) if !keep => PlannedExtent::from(run.extent, Placement::Lazy, source),
                 _ => PlannedExtent::zero(run.extent),

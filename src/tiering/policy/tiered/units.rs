@@ -2,7 +2,7 @@
 
 use super::super::Ground;
 use super::super::estimate::tally;
-use super::super::model::{AnonBlock, FileBlock, Tally};
+use super::super::model::{AnonBlock, FileBlock, GROUP_PAGES, Tally};
 use super::super::place::{BLOCK_PAGES, advance, hole, pieces};
 use super::super::touches::Touch;
 use crate::snapshot::{Content, Extent, Fill, PAGE_SIZE, PageSource, Placement, PlannedExtent};
@@ -81,20 +81,14 @@ impl Unit {
         if self.source.is_none() {
             return [Some(self.zero_price(&all, costs)), None, None];
         }
-        let mapped = |backing| {
-            let open = self.file(all, Tally::default(), 0, backing).cost(costs).total();
-            let broken = self.broken_price(ground, touches, backing);
-            match broken {
-                Some(broken) if broken.at(ground.page_ns) < open => broken,
-                _ => Price { ns: open, extra_pages: 0 },
-            }
-        };
+        let broken = self.broken(ground, touches);
+        let mapped = |backing| self.mapped_price(&all, broken.as_ref(), backing, ground).0;
         let small = (costs.cache == SourceCache::Cold).then(|| mapped(Backing::CowFile));
-        [Some(self.anonymous(&all, ground, touches).0), Some(mapped(Backing::InPlace)), small]
+        [Some(self.anonymous(&all, ground).0), Some(mapped(Backing::InPlace)), small]
     }
 
     /// Zero pages left to faults, or everything read ahead; and whether it is the latter.
-    fn anonymous(&self, all: &Tally, ground: &Ground, touches: &[Touch]) -> (Price, bool) {
+    fn anonymous(&self, all: &Tally, ground: &Ground) -> (Price, bool) {
         let costs = ground.costs;
         let zero = self.zero_price(all, costs);
         // Fewer zero pages than a block are not worth a read.
@@ -102,8 +96,7 @@ impl Unit {
             return (zero, false);
         }
         let block = AnonBlock { copied: *all, calls: 1, whole: self.is_block(), ..AnonBlock::default() };
-        let extra_pages = self.unwritten(self.extent, touches);
-        let copy = Price { ns: block.cost(costs).total(), extra_pages };
+        let copy = Price { ns: block.cost(costs).total(), extra_pages: all.unwritten };
         if self.zero && zero.at(ground.page_ns) <= copy.at(ground.page_ns) { (zero, false) } else { (copy, true) }
     }
 
@@ -117,28 +110,34 @@ impl Unit {
         FileBlock { open, broken, calls, wants_huge, aligned: self.is_aligned(), read_ahead: false }
     }
 
-    /// The price with copy-on-write broken ahead where that pays; `None` if nowhere.
-    fn broken_price(&self, ground: &Ground, touches: &[Touch], backing: Backing) -> Option<Price> {
+    /// The price of a mapped file, and whether copy-on-write is broken ahead for it.
+    fn mapped_price(&self, all: &Tally, broken: Option<&Broken>, backing: Backing, ground: &Ground) -> (Price, bool) {
+        let open = self.file(*all, Tally::default(), 0, backing).cost(ground.costs).total();
+        let open = Price { ns: open, extra_pages: 0 };
+        let Some(Broken { runs, open: left, broken }) = broken else { return (open, false) };
+        let block = self.file(*left, *broken, runs.len() as u64, backing);
+        let price = Price { ns: block.cost(ground.costs).total(), extra_pages: broken.unwritten };
+        if price.at(ground.page_ns) < open.ns { (price, true) } else { (open, false) }
+    }
+
+    /// Copy-on-write broken ahead where that pays; `None` if nowhere.
+    fn broken(&self, ground: &Ground, touches: &[Touch]) -> Option<Broken> {
         let first = touches.get(self.touch).filter(|touch| touch.extent.first < self.extent.end());
         let runs = if first.is_some() { self.breaks(ground, touches) } else { Vec::new() };
         if runs.is_empty() {
             return None;
         }
-        let (mut open, mut broken) = (Tally::default(), Tally::default());
-        let (mut run, mut extra_pages) = (0, 0);
+        let (mut open, mut broken, mut run) = (Tally::default(), Tally::default(), 0);
         pieces(self.extent, touches, &mut self.touch.clone(), |piece, touch| {
             pieces(piece, &runs, &mut run, |part, inside| {
                 let tally = if inside.is_some() { &mut broken } else { &mut open };
                 match touch {
                     Some(touch) => tally.add(part, &touches[touch]),
-                    None => tally.add_rest(part.pages),
+                    None => tally.add_rest(part),
                 }
-                let unwritten = touch.is_none_or(|touch| touches[touch].written <= 0.0);
-                extra_pages += if inside.is_some() && unwritten { part.pages } else { 0 };
             });
         });
-        let block = self.file(open, broken, runs.len() as u64, backing);
-        Some(Price { ns: block.cost(ground.costs).total(), extra_pages })
+        Some(Broken { runs, open, broken })
     }
 
     /// Where copy-on-write is broken ahead, if it is broken anywhere in the block: what is more likely written than it
@@ -162,20 +161,11 @@ impl Unit {
             } else {
                 match touch {
                     Some(touch) => pending.add(piece, &touches[touch]),
-                    None => pending.add_rest(piece.pages),
+                    None => pending.add_rest(piece),
                 }
             }
         });
         runs
-    }
-
-    /// The pages of `extent` that no recorded run wrote.
-    fn unwritten(&self, extent: Extent, touches: &[Touch]) -> u64 {
-        let mut pages = 0;
-        pieces(extent, touches, &mut self.touch.clone(), |piece, touch| {
-            pages += if touch.is_some_and(|touch| touches[touch].written > 0.0) { 0 } else { piece.pages };
-        });
-        pages
     }
 
     /// The extents that carry out the unit on `backing`.
@@ -187,7 +177,7 @@ impl Unit {
         };
         let placement = match backing {
             Backing::Anonymous => {
-                let copies = self.anonymous(&all, ground, touches).1;
+                let copies = self.anonymous(&all, ground).1;
                 let copy = || PlannedExtent::preload(self.extent, source, Fill::Copy);
                 out.push(if copies { copy() } else { PlannedExtent::zero(self.extent) });
                 return;
@@ -195,11 +185,9 @@ impl Unit {
             Backing::InPlace => Placement::InPlace,
             Backing::CowFile => Placement::CowFile,
         };
-        let open = self.file(all, Tally::default(), 0, backing).cost(ground.costs).total();
-        let breaks = match self.broken_price(ground, touches, backing) {
-            Some(broken) if broken.at(ground.page_ns) < open => self.breaks(ground, touches),
-            _ => Vec::new(),
-        };
+        let broken = self.broken(ground, touches);
+        let pays = self.mapped_price(&all, broken.as_ref(), backing, ground).1;
+        let breaks = broken.filter(|_| pays).map(|broken| broken.runs).unwrap_or_default();
         pieces(self.extent, &breaks, &mut 0, |part, broken| {
             let source = advance(source, part.first.0 - self.extent.first.0);
             out.push(match broken {
@@ -210,6 +198,14 @@ impl Unit {
     }
 }
 
+/// A unit with copy-on-write broken in some runs.
+struct Broken {
+    runs: Vec<Part>,
+    /// What is left as it is.
+    open: Tally,
+    broken: Tally,
+}
+
 /// What breaking copy-on-write of some pages ahead saves, the call not counted.
 fn gain(piece: Extent, touch: &Touch, costs: &Costs) -> f64 {
     if touch.written <= 0.0 {
@@ -217,8 +213,14 @@ fn gain(piece: Extent, touch: &Touch, costs: &Costs) -> f64 {
     }
     let later =
         touch.written * costs.cow_fault_ns as f64 + (touch.touched - touch.written) * costs.file_read_fault_ns as f64;
-    let ahead = costs.populate_write_page_ns as f64 + touch.touched * costs.populated_touch_ns as f64;
+    let ahead = costs.populate_write_page_ns as f64 + touch.touched * touch_ns(piece.pages, costs);
     piece.pages as f64 * (later - ahead)
+}
+
+/// What a first touch of one of `pages` pages costs whose copy-on-write was broken.
+fn touch_ns(pages: u64, costs: &Costs) -> f64 {
+    let ns = if pages < GROUP_PAGES { costs.populated_alone_ns } else { costs.populated_touch_ns };
+    ns as f64
 }
 
 /// Whether two runs are cheaper as one, with the pages between them.
@@ -227,7 +229,7 @@ fn gap_pays(last: Extent, next: Extent, gap: &Tally, ground: &Ground) -> bool {
     let pages = (next.first.0 - last.end().0) as f64;
     let later = gap.reads * costs.file_read_fault_ns as f64 + gap.writes * costs.cow_fault_ns as f64;
     let ahead = pages * (costs.populate_write_page_ns as f64 + ground.page_ns)
-        + gap.touched() * costs.populated_touch_ns as f64;
+        + gap.touched() * touch_ns(next.end().0 - last.first.0, costs);
     ahead < later + costs.populate_write_call_ns as f64
 }
 

@@ -1,0 +1,93 @@
+//! What a restored VM's devices are to have on this host instead of what they had.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::vmm::config::parse_mac;
+use crate::vmm::control::{NetworkOverride, Overrides};
+
+#[derive(Debug, Args)]
+pub struct OverrideArgs {
+    /// Connect network interface ID to another tap, give it another MAC address, or both; may be repeated
+    #[arg(long, value_name = "ID=TAP[,mac=MAC] | ID=mac=MAC", value_parser = network)]
+    net: Vec<NetworkOverride>,
+    /// Give a drive another image than it had (repeatable); one named here may have changed since the snapshot
+    #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
+    drive: Vec<(String, PathBuf)>,
+    /// Where to make this VM's own copies of drives, for a snapshot taken with --copy-drives
+    #[arg(long, value_name = "DIR")]
+    drive_dir: Option<PathBuf>,
+    /// Tell this clone something: a key of its metadata, and its value (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    metadata: Vec<(String, String)>,
+    /// The Unix socket the vsock device is to have from now on
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
+}
+
+impl OverrideArgs {
+    pub fn overrides(&self) -> Overrides {
+        Overrides {
+            drives: self.drive.clone(),
+            drive_dir: self.drive_dir.clone(),
+            networks: self.net.clone(),
+            metadata: self.metadata.iter().cloned().collect(),
+            vsock: self.vsock.clone(),
+        }
+    }
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("it is not like KEY=VALUE")?;
+    match key.is_empty() {
+        true => Err("the key is empty".to_owned()),
+        false => Ok((key.to_owned(), value.to_owned())),
+    }
+}
+
+fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
+    match key_value(text)? {
+        (_, path) if path.is_empty() => Err("the path is empty".to_owned()),
+        (id, path) => Ok((id, path.into())),
+    }
+}
+
+fn network(text: &str) -> Result<NetworkOverride, String> {
+    let (id, parts) =
+        text.split_once('=').ok_or("it is not like eth0=tap7, eth0=tap7,mac=06:00:ac:10:00:02 or eth0=mac=…")?;
+    let mut network = NetworkOverride { iface_id: id.to_owned(), ..NetworkOverride::default() };
+    for part in parts.split(',') {
+        match part.strip_prefix("mac=") {
+            Some(mac) if network.guest_mac.is_none() => {
+                network.guest_mac = Some(parse_mac(mac).ok_or_else(|| format!("`{mac}` is no MAC address"))?);
+            }
+            None if network.host_dev_name.is_none() && !part.is_empty() => {
+                network.host_dev_name = Some(part.to_owned())
+            }
+            _ => return Err("it has one tap and one mac= at most, and none of them empty".into()),
+        }
+    }
+    Ok(network)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn network_takes_a_tap_a_mac_or_both() {
+        let mac = Some([6, 0, 0xac, 16, 0, 2]);
+        for (text, tap, guest_mac) in [
+            ("eth0=tap7", Some("tap7"), None),
+            ("eth0=tap7,mac=06:00:ac:10:00:02", Some("tap7"), mac),
+            ("eth0=mac=06:00:ac:10:00:02", None, mac),
+        ] {
+            let wanted = NetworkOverride { iface_id: "eth0".into(), host_dev_name: tap.map(str::to_owned), guest_mac };
+            assert_eq!(network(text), Ok(wanted), "{text}");
+        }
+        for text in ["eth0", "eth0=", "eth0=a,b", "eth0=mac=06:00", "eth0=tap,mac=", "eth0=tap,"] {
+            assert!(network(text).is_err(), "{text}");
+        }
+    }
+}

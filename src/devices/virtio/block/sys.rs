@@ -1,0 +1,127 @@
+//! File I/O straight into and out of guest memory, and the ioctls of block devices.
+
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
+
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use crate::devices::virtio::chain::{Buffers, Slice};
+
+/// `IOV_MAX`: the most pieces one system call takes.
+pub const PIECES_MAX: usize = 1024;
+
+// linux/fs.h: _IO(0x12, 119) and _IO(0x12, 127).
+const BLKDISCARD: u64 = 0x1277;
+const BLKZEROOUT: u64 = 0x127f;
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the file into guest memory.
+    Read,
+    /// From guest memory into the file.
+    Write,
+}
+
+/// Pieces of guest memory as the kernel takes them, without what has been transferred already.
+#[derive(Debug)]
+pub struct Pieces<'m> {
+    iovecs: Vec<libc::iovec>,
+    first: usize,
+    left: usize,
+    memory: PhantomData<Slice<'m>>,
+}
+
+// SAFETY: the pointers lead to guest memory, which any thread may access (the guest does at the same time), and which
+// lives as long as 'm.
+unsafe impl Send for Pieces<'_> {}
+
+impl<'m> Pieces<'m> {
+    pub fn of(buffers: &Buffers<'m>) -> Self {
+        let iovec =
+            |slice: &Slice<'m>| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
+        let iovecs = buffers.slices().iter().filter(|slice| !slice.is_empty()).map(iovec).collect();
+        Pieces { iovecs, first: 0, left: buffers.len(), memory: PhantomData }
+    }
+
+    /// Bytes still to be transferred.
+    pub fn left(&self) -> usize {
+        self.left
+    }
+
+    /// What is left, at most [`PIECES_MAX`] of it.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        let rest = &self.iovecs[self.first.min(self.iovecs.len())..];
+        &rest[..rest.len().min(PIECES_MAX)]
+    }
+
+    /// Leaves out the next `done` bytes.
+    pub fn advance(&mut self, done: usize) {
+        let mut done = done.min(self.left);
+        self.left -= done;
+        while let Some(piece) = self.iovecs.get_mut(self.first).filter(|_| done > 0) {
+            let part = piece.iov_len.min(done);
+            piece.iov_base = piece.iov_base.wrapping_byte_add(part);
+            piece.iov_len -= part;
+            done -= part;
+            if piece.iov_len == 0 {
+                self.first += 1;
+            }
+        }
+    }
+
+    /// For the kernel to work on after this call returns.
+    ///
+    /// # Safety
+    /// Guest memory stays mapped until the kernel is done with the pieces and they are dropped.
+    pub unsafe fn outliving(self) -> Pieces<'static> {
+        Pieces { iovecs: self.iovecs, first: self.first, left: self.left, memory: PhantomData }
+    }
+}
+
+/// Transfers all of `pieces` from or to `offset`. A file that ends before is an error.
+pub fn transfer(file: &File, direction: Direction, pieces: &mut Pieces<'_>, mut offset: u64) -> io::Result<()> {
+    while pieces.left() > 0 {
+        let (fd, iovecs, at) = (file.as_raw_fd(), pieces.iovecs(), offset as libc::off64_t);
+        let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as libc::c_int);
+        let done = match direction {
+            // SAFETY: the pieces are guest memory that lives as long as `pieces`; the guest may see the bytes while
+            // they arrive, as it may with any device, and nothing in this process has a reference to them.
+            Direction::Read => unsafe { libc::preadv64(fd, pointer, count, at) },
+            // SAFETY: as above; the kernel only reads.
+            Direction::Write => unsafe { libc::pwritev64(fd, pointer, count, at) },
+        };
+        match usize::try_from(done) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(done) => {
+                pieces.advance(done);
+                offset += done as u64;
+            }
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// Tells a block device that `[offset, offset + len)` is no longer needed.
+pub fn discard(device: &File, offset: u64, len: u64) -> io::Result<()> {
+    range_ioctl(device, BLKDISCARD, [offset, len])
+}
+
+/// Makes a block device read zeros in `[offset, offset + len)`.
+pub fn zero_out(device: &File, offset: u64, len: u64) -> io::Result<()> {
+    range_ioctl(device, BLKZEROOUT, [offset, len])
+}
+
+fn range_ioctl(device: &File, request: u64, range: [u64; 2]) -> io::Result<()> {
+    // SAFETY: both requests read two u64 and write nothing.
+    match unsafe { ioctl_with_ref(device, request, &range) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

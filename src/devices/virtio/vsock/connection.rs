@@ -1,0 +1,461 @@
+//! One connection: a Unix stream on the host's side, credit and shutdown flags on the guest's (VIRTIO 1.2, 5.10.6).
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::event::epoll::EventFlags;
+use rustix::net::RecvFlags;
+use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
+
+use super::super::{Broken, Buffers};
+use super::header::{Header, Ports, op, shut};
+
+/// Bytes that the guest may have sent and the program has not taken: the most a connection ever buffers here.
+pub const BUF_ALLOC: u32 = 128 << 10;
+/// The guest is told of room that it does not know of when it is this much: each telling may cost it an interrupt.
+const TELL_AT: u32 = BUF_ALLOC / 2;
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// A program has connected and has not said to which port yet.
+    Greeting,
+    /// The guest has been asked, or will be.
+    Requested,
+    /// Both ends are there.
+    Established,
+    /// The guest's end is gone. What it sent before still goes to the program.
+    Lingering,
+}
+
+/// The guest has broken the rules of the protocol: the connection is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation;
+
+/// What a connection has for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    Packet(Header),
+    Nothing,
+    /// It is over: the guest is to be told by a reset.
+    Reset,
+}
+
+/// What a packet of the guest's means for its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    GoesOn,
+    /// The guest will neither send nor receive: it is answered with a reset.
+    GuestClosed,
+}
+
+/// What the guest has room for, by its own account.
+#[derive(Debug, Default)]
+struct Credit {
+    buf_alloc: u32,
+    fwd_cnt: u32,
+    sent: u32,
+    /// It was asked for news and has not given any.
+    asked: bool,
+}
+
+impl Credit {
+    fn left(&self) -> u32 {
+        // A guest that says that more has left its buffer than was sent gets nothing.
+        self.buf_alloc.saturating_sub(self.sent.wrapping_sub(self.fwd_cnt))
+    }
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct Connection {
+    pub phase: Phase,
+    pub ports: Ports,
+    /// When the table gives it up, if nothing happens before; the table's business alone.
+    pub deadline: Option<Instant>,
+    /// It is in the list of connections that have something for the guest.
+    pub queued: bool,
+    /// The events that it is registered for.
+    pub interest: EventFlags,
+    stream: UnixStream,
+    /// There may be bytes to read; `false` until the kernel says so again.
+    readable: bool,
+    /// The program will send no more than what can be read now.
+    closing: bool,
+    /// The program has closed its end.
+    gone: bool,
+    /// Everything that the guest will be given has been read.
+    at_end: bool,
+    /// The stream is of no use any more.
+    failed: bool,
+    credit: Credit,
+    /// Bytes of the guest's that the program has not taken.
+    waiting: VecDeque<u8>,
+    /// The program takes no more bytes.
+    refused: bool,
+    received: u32,
+    forwarded: u32,
+    told_forwarded: u32,
+    credit_due: bool,
+    guest_shut: u32,
+    host_shut: u32,
+    told_shut: u32,
+    /// REQUEST or RESPONSE, still to be sent.
+    opening: Option<u16>,
+}
+
+impl Connection {
+    /// A program that has connected.
+    pub fn accepted(stream: UnixStream) -> Self {
+        Connection::new(stream, Phase::Greeting, Ports { host: 0, guest: 0 })
+    }
+
+    /// A connection that the guest has asked for in `request`.
+    pub fn connected(stream: UnixStream, request: &Header) -> Self {
+        let mut connection = Connection::new(stream, Phase::Established, request.ports());
+        connection.hear(request);
+        connection.opening = Some(op::RESPONSE);
+        connection
+    }
+
+    fn new(stream: UnixStream, phase: Phase, ports: Ports) -> Self {
+        Connection {
+            phase,
+            ports,
+            deadline: None,
+            queued: false,
+            interest: EventFlags::empty(),
+            stream,
+            readable: false,
+            closing: false,
+            gone: false,
+            at_end: false,
+            failed: false,
+            credit: Credit::default(),
+            waiting: VecDeque::new(),
+            refused: false,
+            received: 0,
+            forwarded: 0,
+            told_forwarded: 0,
+            credit_due: false,
+            guest_shut: 0,
+            host_shut: 0,
+            told_shut: 0,
+            opening: None,
+        }
+    }
+
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// The events to wait for.
+    pub fn wanted_events(&self) -> EventFlags {
+        let always = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        // Only while bytes wait: the kernel tells of every byte that the program takes.
+        if self.waiting.is_empty() { always } else { always | EventFlags::OUT }
+    }
+
+    /// The program wants to talk to `ports.guest`.
+    pub fn request(&mut self, ports: Ports) {
+        self.phase = Phase::Requested;
+        self.ports = ports;
+        self.opening = Some(op::REQUEST);
+    }
+
+    /// Whether the guest knows of the connection, so that its end must be told.
+    pub fn is_known(&self) -> bool {
+        match self.phase {
+            Phase::Greeting | Phase::Lingering => false,
+            Phase::Requested => self.opening.is_none(),
+            Phase::Established => true,
+        }
+    }
+
+    /// Whether the guest has been told that both directions are over, and is to confirm it by a reset.
+    pub fn awaits_reset(&self) -> bool {
+        self.phase == Phase::Established && self.told_shut == shut::BOTH
+    }
+
+    /// Nothing is left to do here.
+    pub fn is_done(&self) -> bool {
+        match self.phase {
+            Phase::Greeting => false,
+            // The guest does not know of it yet, and need not.
+            Phase::Requested => self.gone && self.opening.is_some(),
+            Phase::Established => false,
+            Phase::Lingering => self.waiting.is_empty() || self.failed,
+        }
+    }
+
+    /// Takes note of what the kernel says about the stream.
+    pub fn host_event(&mut self, events: EventFlags) {
+        if events.intersects(EventFlags::IN | EventFlags::ERR) {
+            self.readable = true;
+        }
+        if events.intersects(EventFlags::RDHUP | EventFlags::HUP) {
+            self.readable = true;
+            self.closing = true;
+        }
+        if events.contains(EventFlags::HUP) {
+            self.gone = true;
+            self.note_end();
+        }
+        if events.intersects(EventFlags::OUT | EventFlags::HUP) {
+            self.flush();
+        }
+    }
+
+    /// Whether [`next_packet`](Self::next_packet) may have something.
+    pub fn wants_to_send(&self) -> bool {
+        match self.phase {
+            Phase::Greeting | Phase::Lingering => false,
+            Phase::Requested => self.opening.is_some() || self.gone,
+            Phase::Established => {
+                let can_read = self.may_read() && (self.credit.left() > 0 || !self.credit.asked || self.closing);
+                self.opening.is_some() || self.failed || can_read || self.shut_is_due() || self.update_is_due()
+            }
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        self.readable && !self.at_end
+    }
+
+    fn shut_is_due(&self) -> bool {
+        self.host_shut != self.told_shut
+    }
+
+    fn update_is_due(&self) -> bool {
+        self.credit_due || self.forwarded.wrapping_sub(self.told_forwarded) >= TELL_AT
+    }
+
+    /// The next packet for the guest; a payload has been put at the beginning of `room`.
+    pub fn next_packet(&mut self, room: &Buffers<'_>) -> Result<Next, Broken> {
+        if let Some(operation) = self.opening.take() {
+            return Ok(self.packet(operation, 0));
+        }
+        match self.phase {
+            Phase::Greeting | Phase::Lingering => return Ok(Next::Nothing),
+            Phase::Requested if self.gone => return Ok(Next::Reset),
+            Phase::Requested => return Ok(Next::Nothing),
+            Phase::Established => {}
+        }
+        if self.may_read()
+            && !self.failed
+            && let Some(packet) = self.read_packet(room)?
+        {
+            return Ok(packet);
+        }
+        if self.failed {
+            return Ok(Next::Reset);
+        }
+        if self.shut_is_due() {
+            self.told_shut = self.host_shut;
+            return Ok(self.packet(op::SHUTDOWN, 0));
+        }
+        if self.update_is_due() {
+            return Ok(self.packet(op::CREDIT_UPDATE, 0));
+        }
+        Ok(Next::Nothing)
+    }
+
+    /// Reads what the program has sent, as far as the guest has room.
+    fn read_packet(&mut self, room: &Buffers<'_>) -> Result<Option<Next>, Broken> {
+        if room.is_empty() {
+            return Err(Broken::Chain("a receive buffer has no room for data"));
+        }
+        let left = self.credit.left() as usize;
+        if left == 0 {
+            if self.closing && self.is_drained() {
+                self.at_end = true;
+                self.note_end();
+                return Ok(None);
+            }
+            return Ok((!std::mem::replace(&mut self.credit.asked, true)).then(|| self.packet(op::CREDIT_REQUEST, 0)));
+        }
+        let mut done = 0;
+        for slice in room.part(0, left).slices() {
+            match io_result(self.stream.read_volatile(&mut slice.clone())) {
+                Ok(0) => {
+                    self.at_end = true;
+                    self.note_end();
+                    break;
+                }
+                Ok(count) => {
+                    done += count;
+                    if count < slice.len() {
+                        // All there was. The end, if it came meanwhile, is still to be seen.
+                        self.readable = self.closing;
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.readable = self.closing;
+                    break;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => break,
+                Err(_) => {
+                    self.failed = true;
+                    break;
+                }
+            }
+        }
+        if done == 0 {
+            return Ok(None);
+        }
+        self.credit.sent = self.credit.sent.wrapping_add(done as u32);
+        Ok(Some(self.packet(op::RW, done as u32)))
+    }
+
+    /// Whether nothing is left to read of a program that sends no more.
+    fn is_drained(&self) -> bool {
+        matches!(rustix::net::recv(&self.stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT), Ok((0, _)))
+    }
+
+    /// Tells the guest what the program's end of sending means for it.
+    fn note_end(&mut self) {
+        if self.at_end {
+            self.host_shut |= shut::SEND;
+            if self.gone || self.guest_shut & shut::SEND != 0 {
+                self.host_shut = shut::BOTH;
+            }
+        }
+    }
+
+    fn packet(&mut self, operation: u16, len: u32) -> Next {
+        self.told_forwarded = self.forwarded;
+        self.credit_due = false;
+        let flags = if operation == op::SHUTDOWN { self.host_shut } else { 0 };
+        let header = Header::to_guest(self.ports, operation);
+        Next::Packet(Header { len, flags, buf_alloc: BUF_ALLOC, fwd_cnt: self.forwarded, ..header })
+    }
+
+    /// Takes note of the credit that every packet of the guest's tells.
+    fn hear(&mut self, header: &Header) {
+        self.credit.buf_alloc = header.buf_alloc;
+        self.credit.fwd_cnt = header.fwd_cnt;
+        if self.credit.left() > 0 {
+            self.credit.asked = false;
+        }
+    }
+
+    /// A packet of the guest's, other than a reset.
+    pub fn guest_packet(&mut self, header: &Header, data: &Buffers<'_>) -> Result<After, Violation> {
+        self.hear(header);
+        match (self.phase, header.op) {
+            (Phase::Requested, op::RESPONSE) if self.opening.is_none() => {
+                self.phase = Phase::Established;
+                let line = format!("OK {}\n", self.ports.host);
+                // So few bytes always fit into a stream that nothing was written to.
+                let written = (&self.stream).write(line.as_bytes());
+                self.failed |= written.ok() != Some(line.len());
+            }
+            (Phase::Established, op::RW) => self.receive(data)?,
+            (Phase::Established, op::CREDIT_UPDATE) => {}
+            (Phase::Established, op::CREDIT_REQUEST) => self.credit_due = true,
+            (Phase::Established, op::SHUTDOWN) => return Ok(self.guest_shutdown(header.flags)),
+            _ => return Err(Violation),
+        }
+        Ok(After::GoesOn)
+    }
+
+    fn guest_shutdown(&mut self, flags: u32) -> After {
+        self.guest_shut |= flags & shut::BOTH;
+        if self.guest_shut & shut::RECEIVE != 0 {
+            // What the program may still send has nowhere to go.
+            self.at_end = true;
+            // The program may have gone; then it needs no telling.
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
+        self.note_end();
+        self.flush();
+        if self.guest_shut == shut::BOTH { After::GuestClosed } else { After::GoesOn }
+    }
+
+    /// Passes bytes of the guest's on; what the program does not take now waits.
+    fn receive(&mut self, data: &Buffers<'_>) -> Result<(), Violation> {
+        let len = u32::try_from(data.len()).map_err(|_| Violation)?;
+        let fits = self.waiting.len() as u64 + u64::from(len) <= u64::from(BUF_ALLOC);
+        if !fits || self.guest_shut & shut::SEND != 0 {
+            return Err(Violation);
+        }
+        self.received = self.received.wrapping_add(len);
+        let mut passed = 0;
+        if self.waiting.is_empty() {
+            for slice in data.slices() {
+                let count = match io_result(self.stream.write_volatile(slice)) {
+                    Ok(count) => count,
+                    Err(error) => {
+                        self.note_write_error(&error);
+                        break;
+                    }
+                };
+                passed += count;
+                if count < slice.len() {
+                    break;
+                }
+            }
+        }
+        if !self.refused && passed < data.len() {
+            let mut rest = vec![0; data.len() - passed];
+            data.read_at(passed, &mut rest);
+            self.waiting.extend(rest);
+        }
+        self.forwarded = self.received.wrapping_sub(self.waiting.len() as u32);
+        Ok(())
+    }
+
+    /// Writes what waits, as far as the program takes it now; then passes on that the guest sends no more.
+    fn flush(&mut self) {
+        while !self.waiting.is_empty() {
+            match (&self.stream).write(self.waiting.as_slices().0) {
+                Ok(count) => drop(self.waiting.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => self.note_write_error(&error),
+            }
+        }
+        self.forwarded = self.received.wrapping_sub(self.waiting.len() as u32);
+        if self.waiting.is_empty() {
+            self.waiting = VecDeque::new();
+            if self.guest_shut & shut::SEND != 0 {
+                // The program may have gone; then it needs no telling.
+                let _ = self.stream.shutdown(Shutdown::Write);
+            }
+        }
+    }
+
+    fn note_write_error(&mut self, error: &io::Error) {
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => return,
+            // The program has closed its end, or takes no more; it may still have sent something.
+            io::ErrorKind::BrokenPipe => self.host_shut |= shut::RECEIVE,
+            _ => self.failed = true,
+        }
+        self.refused = true;
+        self.waiting.clear();
+    }
+
+    /// The guest's end is gone. What waits stays for the program.
+    pub fn linger(&mut self) {
+        self.phase = Phase::Lingering;
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// The error behind an access to guest memory by the kernel.
+fn io_result(result: Result<usize, VolatileMemoryError>) -> io::Result<usize> {
+    result.map_err(|error| match error {
+        VolatileMemoryError::IOError(error) => error,
+        other => io::Error::other(other.to_string()),
+    })
+}

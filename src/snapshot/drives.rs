@@ -1,0 +1,117 @@
+//! Copies of drives that a snapshot has taken along: `drive-<id>` in its directory. Plain images, without checksums.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::SeekFrom;
+use serde::{Deserialize, Serialize};
+
+use super::{Error, Result, files};
+
+/// How much is copied at once.
+const PIECE: usize = 1 << 20;
+
+/// A copy, as the manifest names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveCopy {
+    /// Which drive.
+    pub drive_id: String,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+impl DriveCopy {
+    /// The name of the file. The id must be one that a drive can have.
+    pub(crate) fn file_name(&self) -> String {
+        format!("drive-{}", self.drive_id)
+    }
+
+    /// Whether the id can be part of a file name.
+    pub(crate) fn is_valid(&self) -> bool {
+        let id = &self.drive_id;
+        !id.is_empty() && id.len() <= 128 && id.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
+    }
+}
+
+/// Copies the first `len` bytes of a file or block device to a new file: as a reflink where the file system has them,
+/// else holes stay holes. Not synced.
+///
+/// # Errors
+/// [`Error::Io`], also if `to` exists; an unfinished copy is removed.
+pub fn copy_drive(from: &File, len: u64, to: &Path) -> Result<File> {
+    let target = files::create_new(to)?;
+    let copied = if rustix::fs::ioctl_ficlone(&target, from).is_ok() { Ok(()) } else { copy_data(from, len, &target) };
+    match copied.and_then(|()| target.set_len(len)) {
+        Ok(()) => Ok(target),
+        Err(error) => {
+            // Best effort: the error is what counts.
+            let _ = std::fs::remove_file(to);
+            Err(Error::io("copy a drive to", to)(error))
+        }
+    }
+}
+
+fn copy_data(from: &File, len: u64, to: &File) -> io::Result<()> {
+    let mut buffer = vec![0; PIECE];
+    let mut at = 0;
+    while at < len {
+        // Where holes are not known (block devices, some file systems), everything is data.
+        let data = match rustix::fs::seek(from, SeekFrom::Data(at)) {
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            data => data.unwrap_or(at),
+        };
+        let hole = rustix::fs::seek(from, SeekFrom::Hole(data)).unwrap_or(len).min(len);
+        at = data;
+        while at < hole {
+            let piece = &mut buffer[..usize::try_from(hole - at).unwrap_or(PIECE).min(PIECE)];
+            from.read_exact_at(piece, at)?;
+            to.write_all_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+        // A file that is written at the same time could make both answers the same.
+        at = at.max(hole);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copy_drive_keeps_bytes_holes_and_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = files::create_new(&dir.path().join("from")).unwrap();
+        from.write_all_at(&[7; 5000], 0).unwrap();
+        from.write_all_at(&[9; 3], (5 << 20) + 1).unwrap();
+        from.set_len(8 << 20).unwrap();
+        let to = dir.path().join("to");
+        copy_drive(&from, 8 << 20, &to).unwrap();
+        assert_eq!(std::fs::read(&to).unwrap(), std::fs::read(dir.path().join("from")).unwrap());
+        use std::os::unix::fs::MetadataExt;
+        assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20, "holes stay holes");
+        assert!(copy_drive(&from, 1, &to).is_err(), "never over something");
+        assert_eq!(std::fs::metadata(&to).unwrap().len(), 8 << 20);
+    }
+
+    #[test]
+    fn copy_drive_that_fails_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = files::create_new(&dir.path().join("from")).unwrap();
+        from.write_all_at(&[7; 5000], 0).unwrap();
+        let write_only = std::fs::OpenOptions::new().write(true).open(dir.path().join("from")).unwrap();
+        assert!(copy_data(&write_only, 5000, &from).is_err());
+        let missing = dir.path().join("missing/to");
+        assert!(copy_drive(&from, 5000, &missing).is_err() && !missing.exists());
+    }
+
+    #[test]
+    fn ids_that_are_no_file_names_are_not_valid() {
+        let valid = |id: &str| DriveCopy { drive_id: id.into(), len: 1 }.is_valid();
+        assert!(valid("rootfs") && valid("a.b_c-1"));
+        assert!(!valid("") && !valid("a/b") && !valid("../x") && !valid("a\0") && !valid(&"x".repeat(129)));
+    }
+}

@@ -1,0 +1,129 @@
+//! Drives: from the config to the device and back.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use super::limits;
+use super::patch::DrivePatch;
+use super::{Overrides, VirtioDevices};
+use crate::devices;
+use crate::devices::virtio::RateLimits;
+use crate::devices::virtio::block::{Block, BlockParams, BlockState, Engine, Image};
+use crate::vmm::config::{CacheType, DeviceConfigs, DriveConfig, IoEngine};
+
+/// A drive that the guest can write, for whoever saves it.
+pub struct WritableDrive {
+    pub id: String,
+    pub image: Arc<File>,
+    /// What the guest sees.
+    pub bytes: u64,
+}
+
+/// Opens the drives of a config; the root device first, for the guest is told that it is the first.
+pub fn open(configs: &DeviceConfigs) -> Result<Vec<Block>, devices::Error> {
+    let (root, others): (Vec<_>, Vec<_>) = configs.drives.iter().partition(|drive| drive.is_root_device);
+    let open = |config: &DriveConfig| Block::new(params(config), limits_of(config));
+    root.into_iter().chain(others).map(open).collect()
+}
+
+/// Makes a drive again.
+pub fn restore(state: BlockState, overrides: &Overrides) -> Result<Block, devices::Error> {
+    let given = overrides.drives.iter().find(|(id, _)| *id == state.params.id);
+    Block::restore(state, given.map_or(Image::Own, |(_, path)| Image::Instead(path)))
+}
+
+/// What the kernel's command line says of the root device (as in Firecracker); empty if there is none.
+pub fn root_args(configs: &DeviceConfigs) -> String {
+    let Some(root) = configs.drives.iter().find(|drive| drive.is_root_device) else { return String::new() };
+    let mode = if root.is_read_only { "ro" } else { "rw" };
+    match &root.partuuid {
+        Some(partuuid) => format!("root=PARTUUID={partuuid} {mode}"),
+        None => format!("root=/dev/vda {mode}"),
+    }
+}
+
+fn params(config: &DriveConfig) -> BlockParams {
+    BlockParams {
+        id: config.drive_id.clone(),
+        path: config.path_on_host.clone(),
+        read_only: config.is_read_only,
+        writeback: config.cache_type == CacheType::Writeback,
+        engine: match config.io_engine {
+            IoEngine::Sync => Engine::Sync,
+            IoEngine::Async => Engine::Async,
+        },
+        is_root: config.is_root_device,
+        partuuid: config.partuuid.clone(),
+    }
+}
+
+fn limits_of(config: &DriveConfig) -> RateLimits {
+    config.rate_limiter.map(RateLimits::from).unwrap_or_default()
+}
+
+/// The config that `block` would be made from.
+pub fn config_of(block: &Block) -> DriveConfig {
+    let BlockParams { id, path, read_only, writeback, engine, is_root, partuuid } = block.params().clone();
+    DriveConfig {
+        drive_id: id,
+        is_root_device: is_root,
+        path_on_host: path,
+        is_read_only: read_only,
+        partuuid,
+        cache_type: if writeback { CacheType::Writeback } else { CacheType::Unsafe },
+        io_engine: match engine {
+            Engine::Sync => IoEngine::Sync,
+            Engine::Async => IoEngine::Async,
+        },
+        rate_limiter: limits::config_of(block.limits()),
+    }
+}
+
+/// Changes a drive; returns the config it now has, and whether the guest is to be told.
+pub fn patch(block: &mut Block, patch: &DrivePatch) -> (Result<DriveConfig, devices::Error>, bool) {
+    if let Some(path) = &patch.path_on_host
+        && let Err(error) = block.change_image(path)
+    {
+        return (Err(error), false);
+    }
+    if let Some(limits) = patch.rate_limiter {
+        block.change_limits(limits.into());
+    }
+    (Ok(config_of(block)), patch.path_on_host.is_some())
+}
+
+impl VirtioDevices {
+    /// The drives that the guest can write.
+    pub fn writable_drives(&self) -> Vec<WritableDrive> {
+        let drive = |config: &DriveConfig| {
+            self.with(&config.drive_id, |block: &mut Block| {
+                let (id, image) = (config.drive_id.clone(), block.image().clone());
+                (WritableDrive { id, image, bytes: block.bytes() }, false)
+            })
+        };
+        self.configs.drives.iter().filter(|config| !config.is_read_only).filter_map(drive).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_args_are_those_of_firecracker() {
+        let drive = |root, read_only, partuuid: Option<&str>| DriveConfig {
+            drive_id: "d".into(),
+            is_root_device: root,
+            path_on_host: "/d".into(),
+            is_read_only: read_only,
+            partuuid: partuuid.map(str::to_owned),
+            cache_type: CacheType::Unsafe,
+            io_engine: IoEngine::Sync,
+            rate_limiter: None,
+        };
+        let args = |drive| root_args(&DeviceConfigs { drives: vec![drive], ..DeviceConfigs::default() });
+        assert_eq!(args(drive(true, false, None)), "root=/dev/vda rw");
+        assert_eq!(args(drive(true, true, Some("0eaa91a0-01"))), "root=PARTUUID=0eaa91a0-01 ro");
+        assert_eq!(args(drive(false, true, Some("0eaa91a0-01"))), "");
+    }
+}
