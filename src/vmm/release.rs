@@ -91,6 +91,7 @@ pub struct Releaser {
     /// Nothing lies behind a userfaultfd: what is between file pages may be mapped over with them.
     may_join: bool,
     remaps_left: usize,
+    mappings_max: usize,
     released: Arc<Released>,
     /// A handler outside may not take note, and then this waits.
     activity: Option<Activity>,
@@ -104,15 +105,16 @@ impl Releaser {
         released: Arc<Released>,
         activity: Option<Activity>,
     ) -> Self {
-        Releaser { ranges, file_mapped, may_join, remaps_left: REMAPS_FIRST, released, activity }
+        let (remaps_left, mappings_max) = (REMAPS_FIRST, MAPPINGS_MAX);
+        Releaser { ranges, file_mapped, may_join, remaps_left, mappings_max, released, activity }
     }
 
     /// Whether one more run may be mapped over. When the allowance is used up, mappings are counted: neighbours that
     /// were mapped one by one are one mapping by now.
     fn may_remap(&mut self) -> bool {
         if self.remaps_left == 0 {
-            let there = count_mappings().unwrap_or(MAPPINGS_MAX);
-            let left = MAPPINGS_MAX.saturating_sub(there) / MAPPINGS_PER_REMAP;
+            let there = count_mappings().unwrap_or(self.mappings_max);
+            let left = self.mappings_max.saturating_sub(there) / MAPPINGS_PER_REMAP;
             self.remaps_left = if left >= REMAPS_WORTHWHILE { left } else { 0 };
         }
         self.remaps_left > 0
@@ -165,7 +167,7 @@ impl ReleasePages for Releaser {
             let range = self.ranges[index].0;
             let whole = Extent { first: Gfn(range.gpa / PAGE_SIZE), pages: range.len / PAGE_SIZE };
             let Some(part) = whole.intersection(&extent) else { continue };
-            let _waits = self.activity.as_ref().map(|activity| activity.reads(part, None));
+            let _waits = self.activity.as_ref().map(|activity| activity.gives_back(part));
             let mut books = released.0.write().unwrap_or_else(PoisonError::into_inner);
             let of_part = self.release_part(index, part, &mut books);
             outcome.released += of_part.released;
@@ -180,41 +182,40 @@ impl ReleasePages for Releaser {
 mod tests {
     use std::os::unix::fs::FileExt;
 
-    use super::*;
+    use vm_memory::{Bytes, GuestAddress};
 
-    const PAGE: usize = PAGE_SIZE as usize;
+    use super::*;
+    use crate::snapshot::MemoryLayout;
+    use crate::vmm::memory::GuestRam;
 
     fn extent(first: u64, pages: u64) -> Extent {
         Extent { first: Gfn(first), pages }
     }
 
     /// 64 pages from guest page 16 on: 32 of a file that holds 7, then 32 anonymous ones that hold 9.
-    fn releaser() -> (Releaser, Arc<Reservation>, Arc<Released>) {
+    fn releaser() -> (Releaser, GuestRam) {
         let file = tempfile::tempfile().unwrap();
-        file.write_all_at(&vec![7; 32 * PAGE], 0).unwrap();
-        let memory = Arc::new(Reservation::new(64 * PAGE).unwrap());
-        memory.map_file_private(0, 32 * PAGE, &file, 0).unwrap();
-        memory.map_anon(32 * PAGE, 32 * PAGE).unwrap();
-        // SAFETY: only this test uses the memory.
-        unsafe { memory.bytes_mut(32 * PAGE, 32 * PAGE) }.unwrap().fill(9);
-        let range = GuestRange { gpa: 16 * PAGE_SIZE, len: 64 * PAGE_SIZE, file_offset: 0 };
-        let released = Arc::new(Released::default());
-        let files = [extent(16, 32)].into_iter().collect();
-        let releaser = Releaser::new(vec![(range, memory.clone())], files, false, released.clone(), None);
-        (releaser, memory, released)
+        file.write_all_at(&vec![7; 32 * PAGE_SIZE as usize], 0).unwrap();
+        let layout = MemoryLayout::from_gpa_ranges(&[(16 * PAGE_SIZE, 64 * PAGE_SIZE)]).unwrap();
+        let mut ram = GuestRam::reserve(&layout).unwrap();
+        ram.map_file_private(extent(16, 32), &file, 0).unwrap();
+        ram.map_anon(extent(48, 32)).unwrap();
+        ram.set_mapped(vec![extent(16, 32)], true);
+        let nines = vec![9; 32 * PAGE_SIZE as usize];
+        ram.view().write_slice(&nines, GuestAddress(48 * PAGE_SIZE)).unwrap();
+        (ram.releaser(None), ram)
     }
 
-    fn first_bytes(memory: &Reservation) -> Vec<u8> {
-        // SAFETY: only this test uses the memory.
-        (0..64).map(|page| unsafe { memory.bytes(page * PAGE, 1) }.unwrap()[0]).collect()
+    fn first_bytes(ram: &GuestRam) -> Vec<u8> {
+        (16..80).map(|page| ram.view().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()).collect()
     }
 
     #[test]
     fn released_pages_read_as_zeros_whatever_backed_them_and_the_others_stay() {
-        let (mut releaser, memory, released) = releaser();
+        let (mut releaser, ram) = releaser();
         assert_eq!(releaser.release(extent(40, 16)), Outcome { released: 16, ..Outcome::default() });
         assert_eq!(releaser.release(extent(16, 1)), Outcome { released: 1, ..Outcome::default() });
-        let bytes = first_bytes(&memory);
+        let bytes = first_bytes(&ram);
         for (page, byte) in bytes.into_iter().enumerate() {
             let expected = match page {
                 0 | 24..40 => 0,
@@ -223,28 +224,28 @@ mod tests {
             };
             assert_eq!(byte, expected, "{page}");
         }
-        assert_eq!(released.read().still_snapshot(extent(15, 30)), [extent(15, 1), extent(17, 23)]);
-        assert_eq!(released.take_fresh().len(), 17);
-        assert!(released.take_fresh().is_empty());
-        assert_eq!(released.read().ever().len(), 17);
+        assert_eq!(ram.released().read().still_snapshot(extent(15, 30)), [extent(15, 1), extent(17, 23)]);
+        assert_eq!(ram.released().take_fresh().len(), 17);
+        assert!(ram.released().take_fresh().is_empty());
+        assert_eq!(ram.released().read().ever().len(), 17);
     }
 
     #[test]
     fn pages_outside_memory_are_counted_and_nothing_else() {
-        let (mut releaser, memory, released) = releaser();
-        let before = first_bytes(&memory);
+        let (mut releaser, ram) = releaser();
+        let before = first_bytes(&ram);
         for (wild, outside) in [(extent(0, 16), 16), (extent(80, 1 << 40), 1 << 40), (extent(u64::MAX >> 13, 9), 9)] {
             assert_eq!(releaser.release(wild), Outcome { outside, ..Outcome::default() });
         }
-        assert_eq!(first_bytes(&memory), before);
+        assert_eq!(first_bytes(&ram), before);
         assert_eq!(releaser.release(extent(10, 1000)), Outcome { released: 64, outside: 936, refused: 0 });
-        assert_eq!(first_bytes(&memory), [0; 64]);
-        assert_eq!(released.take_fresh().len(), 64);
+        assert_eq!(first_bytes(&ram), [0; 64]);
+        assert_eq!(ram.released().take_fresh().len(), 64);
     }
 
     #[test]
     fn pages_given_back_again_cost_no_mapping_and_without_allowance_file_pages_stay() {
-        let (mut releaser, memory, _) = releaser();
+        let (mut releaser, ram) = releaser();
         releaser.remaps_left = 2;
         for _ in 0..5 {
             assert_eq!(releaser.release(extent(20, 2)).released, 2);
@@ -254,6 +255,11 @@ mod tests {
         releaser.release(extent(30, 1));
         assert_eq!(releaser.remaps_left, 0);
         assert!(releaser.may_remap(), "this process has few mappings");
-        assert_eq!(first_bytes(&memory)[..8], [7, 7, 7, 7, 0, 0, 7, 7]);
+        (releaser.remaps_left, releaser.mappings_max) = (0, 1000);
+        assert_eq!(releaser.release(extent(40, 20)), Outcome { released: 12, outside: 0, refused: 8 });
+        assert_eq!(releaser.release(extent(20, 2)).released, 2, "that is anonymous memory already");
+        let bytes = first_bytes(&ram);
+        assert_eq!(bytes[..8], [7, 7, 7, 7, 0, 0, 7, 7]);
+        assert_eq!(bytes[24..48], [vec![7; 8], vec![0; 12], vec![9; 4]].concat());
     }
 }

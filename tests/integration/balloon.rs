@@ -29,6 +29,7 @@ fn resident_mib(vm: &Vm) -> u64 {
 }
 
 fn resize(vm: &mut Vm, amount_mib: u64) {
+    vm.wait_for_socket();
     vm.api_ok("PATCH", "/balloon", Some(json!({ "amount_mib": amount_mib })));
     let answer = vm.call("balloon op=follow");
     assert_eq!((answer.number("target"), answer.number("held")), (amount_mib * 256, amount_mib * 256));
@@ -39,6 +40,8 @@ const WAYS: [&str; 3] = ["report", "inflate", "hint"];
 
 fn give_back_filled(vm: &mut Vm, way: &str) {
     if way == "hint" {
+        // The driver looks for the device when it is first called.
+        vm.call("balloon op=status");
         vm.api_ok("PATCH", "/balloon/hinting/start", None);
     }
     vm.call(&format!("balloon op={way} filled=1"));
@@ -157,6 +160,8 @@ fn hinting_is_begun_by_the_host_and_ends_with_the_guest_or_the_host() {
     let mut vm = Vm::boot(&with_balloon(64, all_features()));
     let status = |vm: &Vm| vm.api_ok("GET", "/balloon/hinting/status", None);
     assert_eq!(status(&vm), json!({ "host_cmd": 0, "guest_cmd": null }));
+    let said = vm.api_fault("PATCH", "/balloon/hinting/start", None);
+    assert!(said.contains("no driver"), "{said}");
     assert!(vm.call_raw("balloon op=hint pages=100").contains("has not begun"));
     vm.api_ok("PATCH", "/balloon/hinting/start", None);
     assert_eq!(vm.call("balloon op=hint pages=5000").number("cmd"), 1);

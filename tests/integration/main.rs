@@ -21,6 +21,7 @@ mod large;
 mod linux;
 mod linux_block;
 mod linux_guest;
+mod linux_memory;
 mod linux_net;
 mod linux_vsock;
 mod metadata;

@@ -112,18 +112,22 @@ impl VirtioDevices {
             }
             BalloonPatch::StartHinting { .. } | BalloonPatch::StopHinting => {}
         }
-        let tells_guest = !matches!(patch, BalloonPatch::Interval(_));
         let change = |balloon: &mut Balloon| {
             match patch {
                 BalloonPatch::Amount(amount_mib) => balloon.set_amount(amount_mib),
                 BalloonPatch::Interval(0) => {}
                 BalloonPatch::Interval(interval) => balloon.set_interval(interval),
-                BalloonPatch::StartHinting { acknowledge_on_stop } => balloon.start_hinting(acknowledge_on_stop),
+                BalloonPatch::StartHinting { acknowledge_on_stop } => {
+                    if !balloon.start_hinting(acknowledge_on_stop) {
+                        let what = "The guest has no driver that is ready for free page hinting.";
+                        return (Err(Refused::bad_request(what)), false);
+                    }
+                }
                 BalloonPatch::StopHinting => balloon.stop_hinting(),
             }
-            ((), tells_guest)
+            (Ok(()), !matches!(patch, BalloonPatch::Interval(_)))
         };
-        self.with("balloon", change).ok_or_else(none)
+        self.with("balloon", change).ok_or_else(none)?
     }
 
     /// Answers a question about the balloon other than what its config is.

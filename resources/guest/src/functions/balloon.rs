@@ -172,12 +172,15 @@ impl Balloon {
         Ok(())
     }
 
-    /// The newest runs first, so many of them that at least `count` pages come back.
+    /// The newest runs first.
     fn deflate(&mut self, count: u64, pages: &mut Pages) -> Result<(), Message> {
-        let target = self.held().saturating_sub(count);
-        while self.held() > target {
-            self.len -= 1;
-            let run = self.runs[self.len];
+        let mut left = count.min(self.held());
+        while left > 0 {
+            let last = &mut self.runs[self.len - 1];
+            let back = last.pages.min(left);
+            (last.pages, left) = (last.pages - back, left - back);
+            let run = Run { first: last.first + last.pages, pages: back };
+            self.len -= usize::from(last.pages == 0);
             self.send_numbers(&[run], true)?;
             pages.free_untouched(run).map_err(|e| message!("{e}"))?;
         }

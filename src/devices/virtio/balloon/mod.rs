@@ -112,6 +112,8 @@ enum Role {
 /// The balloon.
 pub struct Balloon {
     params: BalloonParams,
+    /// The driver is ready, and accepted free page hinting.
+    takes_hints: bool,
     /// Pages that the driver says it has given up.
     actual_pages: u32,
     statistics: Statistics,
@@ -126,7 +128,15 @@ impl Balloon {
     pub fn new(params: BalloonParams, release: Box<dyn ReleasePages>) -> Result<Self, Error> {
         let statistics = Statistics::new(StatisticsState::default())?;
         let hinting = Hinting::new(HintingState::default());
-        Ok(Balloon { params, actual_pages: 0, statistics, hinting, release, counters: Counters::default() })
+        Ok(Balloon {
+            params,
+            takes_hints: false,
+            actual_pages: 0,
+            statistics,
+            hinting,
+            release,
+            counters: Counters::default(),
+        })
     }
 
     /// # Errors
@@ -156,9 +166,13 @@ impl Balloon {
     }
 
     /// Begins a round of hints: the guest names the pages that are free. The guest is to be told that the configuration
-    /// space has changed. `acknowledge_on_stop`: when it has named all, it may use them again at once.
-    pub fn start_hinting(&mut self, acknowledge_on_stop: bool) {
-        self.hinting.start(acknowledge_on_stop);
+    /// space has changed. `acknowledge_on_stop`: when it has named all, it may use them again at once. Returns false
+    /// if there is no driver that could do it.
+    pub fn start_hinting(&mut self, acknowledge_on_stop: bool) -> bool {
+        if self.takes_hints {
+            self.hinting.start(acknowledge_on_stop);
+        }
+        self.takes_hints
     }
 
     /// Ends a round of hints: the guest may use the pages again. It is to be told that the configuration space has
@@ -334,6 +348,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
+        self.takes_hints = io.has_feature(VIRTIO_BALLOON_F_FREE_PAGE_HINT);
         if Self::statistics_queue(io.features).is_some() {
             self.statistics.set_interval(self.params.stats_polling_interval_s);
         }
@@ -341,6 +356,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn reset(&mut self) {
+        self.takes_hints = false;
         self.actual_pages = 0;
         self.statistics.reset();
         self.hinting = Hinting::new(HintingState::default());
