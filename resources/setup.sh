@@ -8,6 +8,8 @@ need() { # need COMMAND PACKAGE
 }
 need cc gcc
 need make make
+# The tests make taps and bridges, in network namespaces of their own.
+need ip iproute2
 # Static linking needs the archives of the C library.
 [ -e "$(cc -print-file-name=libc.a 2>/dev/null || echo /nonexistent)" ] || missing="$missing libc6-dev"
 

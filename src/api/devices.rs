@@ -8,7 +8,10 @@ use super::requests::{Parsed, json};
 use crate::vmm::config::{
     DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, NetworkConfig, PmemConfig, VsockConfig,
 };
-use crate::vmm::control::{Command, DevicePatch, DrivePatch, NetworkPatch};
+use crate::vmm::control::{
+    AmountPatch, BalloonPatch, Command, DevicePatch, DrivePatch, IntervalPatch, NetworkPatch, PmemPatch,
+    StartHintingPatch,
+};
 
 /// Turns the id in a path and a body into a command.
 pub(super) type ParseAt = fn(&str, &[u8]) -> Result<Parsed, Fault>;
@@ -69,6 +72,39 @@ pub(super) fn put_entropy(body: &[u8]) -> Result<Parsed, Fault> {
 
 pub(super) fn put_balloon(body: &[u8]) -> Result<Parsed, Fault> {
     put(DeviceConfig::Balloon(json(body)?))
+}
+
+pub(super) fn patch_pmem(path: &str, body: &[u8]) -> Result<Parsed, Fault> {
+    let patch = at(path, body, "pmem", |patch: &PmemPatch| &patch.id)?;
+    Ok(Command::PatchDevice(DevicePatch::Pmem(patch)).into())
+}
+
+fn change_balloon(patch: BalloonPatch) -> Parsed {
+    Command::PatchDevice(DevicePatch::Balloon(patch)).into()
+}
+
+pub(super) fn patch_balloon(body: &[u8]) -> Result<Parsed, Fault> {
+    let AmountPatch { amount_mib } = json(body)?;
+    Ok(change_balloon(BalloonPatch::Amount(amount_mib)))
+}
+
+pub(super) fn patch_balloon_statistics(body: &[u8]) -> Result<Parsed, Fault> {
+    let IntervalPatch { stats_polling_interval_s } = json(body)?;
+    Ok(change_balloon(BalloonPatch::Interval(stats_polling_interval_s)))
+}
+
+/// The body may be left out.
+pub(super) fn start_hinting(body: &[u8]) -> Result<Parsed, Fault> {
+    let StartHintingPatch { acknowledge_on_stop } = json(if body.is_empty() { b"{}" } else { body })?;
+    Ok(change_balloon(BalloonPatch::StartHinting { acknowledge_on_stop }))
+}
+
+/// There is nothing to say.
+pub(super) fn stop_hinting(body: &[u8]) -> Result<Parsed, Fault> {
+    match body {
+        b"" | b"{}" => Ok(change_balloon(BalloonPatch::StopHinting)),
+        _ => Err(Fault::bad_request("PATCH /balloon/hinting/stop takes no body.")),
+    }
 }
 
 /// One of `network_overrides` of `/snapshot/load`.

@@ -15,7 +15,7 @@ use super::devices::{self, ParseAt};
 use super::fault::{Fault, json_response};
 use super::requests::{self, Parse, Parsed};
 use crate::vmm::config::unbuilt_section_error;
-use crate::vmm::control::{Command, ControlSender, Refused, Reply, Request};
+use crate::vmm::control::{BalloonQuestion, Command, ControlSender, Refused, Reply, Request};
 
 /// The largest body (Firecracker's default).
 pub(super) const MAX_BODY_BYTES: usize = 51_200;
@@ -45,10 +45,23 @@ pub(super) fn router(control: ControlSender) -> Router {
         .route("/actions", puts(requests::put_actions))
         .route("/drives/{id}", puts_at(devices::put_drive).merge(patches_at(devices::patch_drive)))
         .route("/network-interfaces/{id}", puts_at(devices::put_network).merge(patches_at(devices::patch_network)))
-        .route("/pmem/{id}", puts_at(devices::put_pmem))
+        .route("/pmem/{id}", puts_at(devices::put_pmem).merge(patches_at(devices::patch_pmem)))
         .route("/vsock", puts(devices::put_vsock))
         .route("/entropy", puts(devices::put_entropy))
-        .route("/balloon", puts(devices::put_balloon))
+        .route(
+            "/balloon",
+            reads(|| Command::AskBalloon(BalloonQuestion::Config))
+                .merge(puts(devices::put_balloon))
+                .merge(patches(devices::patch_balloon)),
+        )
+        .route(
+            "/balloon/statistics",
+            reads(|| Command::AskBalloon(BalloonQuestion::Statistics))
+                .merge(patches(devices::patch_balloon_statistics)),
+        )
+        .route("/balloon/hinting/status", reads(|| Command::AskBalloon(BalloonQuestion::Hinting)))
+        .route("/balloon/hinting/start", asks(devices::start_hinting))
+        .route("/balloon/hinting/stop", asks(devices::stop_hinting))
         .route("/vm", patches(requests::patch_vm))
         .route("/snapshot/create", puts(requests::put_snapshot_create))
         .route("/snapshot/load", puts(requests::put_snapshot_load))
@@ -92,6 +105,11 @@ fn patches(parse: Parse) -> MethodRouter<ControlSender> {
     patch(async move |State(control): State<ControlSender>, body: Body| {
         answer(&control, body.parsed_by(parse, "PATCH")).await
     })
+}
+
+/// A PATCH whose body may be left out.
+fn asks(parse: Parse) -> MethodRouter<ControlSender> {
+    patch(async move |State(control): State<ControlSender>, body: Body| answer(&control, parse(&body.0)).await)
 }
 
 fn puts_at(parse: ParseAt) -> MethodRouter<ControlSender> {
@@ -179,6 +197,7 @@ fn told(reply: &Reply) -> Response {
         }
         Reply::MachineConfig(machine) => json_response(StatusCode::OK, machine),
         Reply::VmConfig(config) => json_response(StatusCode::OK, config),
+        Reply::Balloon(said) => json_response(StatusCode::OK, said),
         Reply::Snapshot(snapshot) => json_response(StatusCode::OK, snapshot),
     }
 }

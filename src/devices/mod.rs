@@ -53,6 +53,15 @@ pub enum Error {
         "Network interface `{id}` cannot have another MAC address: it had no guest_mac, so the guest chose its own; give it one before it boots"
     )]
     NoMac { id: String },
+    /// A pmem image cannot be opened or asked about.
+    #[error("Cannot {doing} {} for pmem device `{id}`", path.display())]
+    PmemFile { doing: &'static str, id: String, path: PathBuf, source: io::Error },
+    /// A file that cannot be this pmem image.
+    #[error("{} cannot be pmem device `{id}`: {what}", path.display())]
+    Pmem { id: String, path: PathBuf, what: String },
+    /// A balloon that the guest cannot fill.
+    #[error("A balloon of {amount_mib} MiB is larger than the guest, which has {ram_mib} MiB")]
+    BalloonTooLarge { amount_mib: u32, ram_mib: u64 },
     /// Saved state that the device cannot have had.
     #[error("The saved state of the {device} is not valid: {what}")]
     State { device: &'static str, what: &'static str },

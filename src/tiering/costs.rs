@@ -321,7 +321,7 @@ mod tests {
             costs[key] = value;
             cases.push((costs, message));
         };
-        with("version", 2.into(), "version 2");
+        with("version", 1.into(), "version 1");
         with("vma_ns", 0.into(), "vma_ns is 0");
         with("vma_ns", u64::MAX.into(), "vma_ns is");
         with("vma_ns", (-1).into(), "invalid");

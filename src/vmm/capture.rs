@@ -68,6 +68,9 @@ impl Machine<Paused> {
         let log = self.core.read_dirty_log()?;
         // KVM does not see what devices write. Into the lineage at once: taking the marks clears them.
         self.core.lineage.add_changed(&self.core.ram.take_written());
+        // Nor what the guest gave back: these pages have become zero.
+        let released = self.core.ram.released().take_fresh();
+        self.core.lineage.add_changed(&released);
         match kind {
             SnapshotKind::Full => {
                 self.core.lineage.add_changed(&log.pages);
@@ -75,7 +78,12 @@ impl Machine<Paused> {
                 write_pages(&self.core, &candidates, &mut writer, false)?;
             }
             SnapshotKind::Diff => {
-                let changed = self.core.lineage.add_changed(&log.pages).clone();
+                let gone = self.core.unpopulated(&released)?;
+                let mut changed = self.core.lineage.add_changed(&log.pages).clone();
+                changed.subtract(&gone);
+                // Known to be zero: reading them would bring them back.
+                let gone = gone.runs().flat_map(|run| self.core.ram.layout().split(run).collect::<Vec<_>>());
+                gone.into_iter().try_for_each(|extent| writer.mark_zero(extent))?;
                 write_pages(&self.core, &changed, &mut writer, true)?;
             }
         }
@@ -177,6 +185,36 @@ impl Core {
     /// Pages that can hold anything but zeros: those this process has populated, and those that a layer holds under a
     /// piece that is a mapping of its file and may never have been touched.
     fn maybe_nonzero(&self) -> Result<PageSet, Error> {
+        let mut pages = self.populated()?;
+        if let Some(chain) = self.lineage.origin() {
+            let mut mapped = PageSet::new();
+            for piece in self.ram.pieces().iter().filter(|piece| piece.backing != Backing::Anon) {
+                mapped.insert_run(piece.extent);
+            }
+            // What the guest has given back is populated if it was touched since, and zero otherwise.
+            mapped.subtract(self.ram.released().read().ever());
+            for layer in chain.layers() {
+                let mut held = layer.page_map()?.held().clone();
+                held.intersect_with(&mapped);
+                pages.union_with(&held);
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Those of `released` that nobody has touched since: they are zero.
+    fn unpopulated(&self, released: &PageSet) -> Result<PageSet, Error> {
+        match released.is_empty() {
+            true => Ok(PageSet::new()),
+            false => {
+                let gone = self.ram.released().read().ever().intersection(released);
+                Ok(gone.difference(&self.populated()?))
+            }
+        }
+    }
+
+    /// Pages that this process has populated.
+    fn populated(&self) -> Result<PageSet, Error> {
         let mut pages = PageSet::new();
         for (range, host) in self.ram.slots() {
             let first = range.gpa / PAGE_SIZE;
@@ -190,17 +228,6 @@ impl Core {
                 scanned => scanned,
             };
             populated.map_err(Error::os("scan /proc/self/pagemap"))?;
-        }
-        if let Some(chain) = self.lineage.origin() {
-            let mut mapped = PageSet::new();
-            for piece in self.ram.pieces().iter().filter(|piece| piece.backing != Backing::Anon) {
-                mapped.insert_run(piece.extent);
-            }
-            for layer in chain.layers() {
-                let mut held = layer.page_map()?.held().clone();
-                held.intersect_with(&mapped);
-                pages.union_with(&held);
-            }
         }
         Ok(pages)
     }

@@ -19,7 +19,10 @@ use super::config::{
     BootSource, ConfigError, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
     VmConfig,
 };
-pub use super::devices::{DevicePatch, DrivePatch, NetworkOverride, NetworkPatch, Overrides};
+pub use super::devices::{
+    AmountPatch, BalloonPatch, BalloonQuestion, DevicePatch, DrivePatch, IntervalPatch, NetworkOverride, NetworkPatch,
+    Overrides, PmemPatch, StartHintingPatch,
+};
 
 /// What `app_name` says.
 pub const APP_NAME: &str = "tvmm";
@@ -52,6 +55,8 @@ pub enum Command {
     PatchDevice(DevicePatch),
     /// Replace the CPU template.
     PutCpuConfig(CpuConfig),
+    /// → [`Reply::Balloon`]
+    AskBalloon(BalloonQuestion),
     /// Set up logging.
     PutLogger(LoggerConfig),
     /// Set up metrics.
@@ -192,6 +197,8 @@ pub enum Reply {
     MachineConfig(MachineConfig),
     /// To [`Command::GetVmConfig`].
     VmConfig(Box<VmConfig>),
+    /// To [`Command::AskBalloon`]: what the API says.
+    Balloon(serde_json::Value),
     /// To [`Command::CreateSnapshot`].
     Snapshot(SnapshotTaken),
 }

@@ -10,10 +10,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::capture::Captured;
 use super::config::{DeviceConfigs, VmConfig};
 use super::control::{
-    Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request, SnapshotKind,
-    SnapshotPaths, SnapshotTaken, VmState,
+    BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request,
+    SnapshotKind, SnapshotPaths, SnapshotTaken, VmState,
 };
-use super::devices::VirtioDevices;
+use super::devices::{VirtioDevices, no_balloon};
 use super::error::Error;
 use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
@@ -198,6 +198,7 @@ impl Controller {
                 Ok(Reply::Empty)
             }
             Command::PatchDevice(patch) => self.patch_device(patch),
+            Command::AskBalloon(question) => self.ask_balloon(question).map(Reply::Balloon),
             Command::PutLogger(logger) => {
                 self.before_start()?;
                 logging::init(Some(&logger)).map_err(|error| Refused::bad_request_because(&error))?;
@@ -250,12 +251,23 @@ impl Controller {
     fn patch_device(&mut self, patch: DevicePatch) -> Result<Reply, Refused> {
         let devices = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
-            Phase::Running(machine) => machine.virtio_mut(),
-            Phase::Paused(machine) => machine.virtio_mut(),
+            Phase::Running(machine) => machine.patch_device(patch),
+            Phase::Paused(machine) => machine.patch_device(patch),
         };
-        devices.patch(patch)?;
-        self.config.devices = devices.configs().clone();
+        self.config.devices = devices?.clone();
         Ok(Reply::Empty)
+    }
+
+    fn ask_balloon(&self, question: BalloonQuestion) -> Result<serde_json::Value, Refused> {
+        match &self.phase {
+            Phase::NotStarted => match (&self.config.devices.balloon, question) {
+                (Some(balloon), BalloonQuestion::Config) => Ok(serde_json::json!(balloon)),
+                (None, BalloonQuestion::Config) => Err(no_balloon()),
+                _ => Err(Refused::before_start()),
+            },
+            Phase::Running(machine) => machine.virtio().ask_balloon(question),
+            Phase::Paused(machine) => machine.virtio().ask_balloon(question),
+        }
     }
 
     fn instance_start(&mut self) -> Result<Reply, Refused> {

@@ -13,7 +13,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -21,11 +23,13 @@ use super::arch::template::Decider;
 use super::arch::{Platform, cpuid, layout, msr, registers, template};
 use super::boot;
 use super::config::{DeviceConfigs, VmConfig};
-use super::devices::{self, VirtioDevices};
+use super::control::Refused;
+use super::devices::{self, DevicePatch, VirtioDevices};
 use super::error::Error;
 use super::lineage::Lineage;
 use super::memory::GuestRam;
 use super::metrics::ExitCounters;
+use super::pmem::PmemMemory;
 use super::restore::{FaultCounts, MemoryServices};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::coalesced::CoalescedRing;
@@ -92,6 +96,8 @@ pub(super) struct Core {
     pub kvm: Kvm,
     pub vm: VmFd,
     pub ram: GuestRam,
+    /// Kept for as long as the VM has slots over it.
+    _pmem: Vec<PmemMemory>,
     pub shape: Shape,
     pub lineage: Lineage,
     pub counters: Arc<ExitCounters>,
@@ -161,7 +167,8 @@ impl Machine<Built> {
         if shape.track_dirty_pages {
             dirty_log::enable_manual_protect(&vm).map_err(Error::kvm("enable the dirty log"))?;
         }
-        set_memslots(&vm, &ram, shape.track_dirty_pages)?;
+        let pmem = devices::pmem_images(&set.virtio).iter().map(PmemMemory::map).collect::<Result<Vec<_>, _>>()?;
+        set_memslots(&vm, &ram, &pmem, shape.track_dirty_pages)?;
         vm.set_tss_address(layout::KVM_TSS as usize).map_err(Error::kvm("set the TSS address"))?;
         vm.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
@@ -181,7 +188,8 @@ impl Machine<Built> {
         let lineage = Lineage::default();
         let msrs_refused = Vec::new();
         let services = MemoryServices::default();
-        let core = Core { devices, services, kvm, vm, ram, shape, lineage, counters, ending, msrs_refused };
+        let core =
+            Core { devices, services, kvm, vm, ram, _pmem: pmem, shape, lineage, counters, ending, msrs_refused };
         Ok(Machine { state: Built { vcpus }, core })
     }
 
@@ -198,11 +206,12 @@ impl Machine<Built> {
         timeline.lap(Slice::Map);
         let configs = config.devices.clone();
         let fw_cfg = FwCfgState::new(config.tvmm.metadata.clone());
-        let set = DeviceSet { virtio: devices::from_configs(&configs)?, configs, fw_cfg };
+        let set = DeviceSet { virtio: devices::from_configs(&configs, &ram)?, configs, fw_cfg };
         let mut machine = Machine::build(kvm, ram, shape, set, outside, timeline)?;
         let slots = machine.virtio().slots();
         let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
         let boot_source = config.boot_source.with_args(&devices::root_args(&config.devices));
+        let boot_source = boot_source.with_args(devices::pmem_root_args(&config.devices));
         let entry = boot::load(&boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
         if platform.acpi {
             let state = VmGenIdState { gpa: layout::VMGENID, gsi: layout::VMGENID_GSI };
@@ -338,8 +347,10 @@ impl<S> Machine<S> {
         &self.core.devices.virtio
     }
 
-    pub fn virtio_mut(&mut self) -> &mut VirtioDevices {
-        &mut self.core.devices.virtio
+    /// Changes a device; returns what the configs of all devices are then.
+    pub fn patch_device(&mut self, patch: DevicePatch) -> Result<&DeviceConfigs, Refused> {
+        self.core.devices.virtio.patch(patch, self.core.ram.layout())?;
+        Ok(self.core.devices.virtio.configs())
     }
 
     pub fn counters(&self) -> &Arc<ExitCounters> {
@@ -388,7 +399,8 @@ impl Core {
     }
 }
 
-fn set_memslots(vm: &VmFd, ram: &GuestRam, track: bool) -> Result<(), Error> {
+fn set_memslots(vm: &VmFd, ram: &GuestRam, pmem: &[PmemMemory], track: bool) -> Result<(), Error> {
+    let ram_slots = ram.slots().count();
     for (slot, (range, host)) in ram.slots().enumerate() {
         let region = kvm_userspace_memory_region {
             slot: slot as u32,
@@ -400,6 +412,17 @@ fn set_memslots(vm: &VmFd, ram: &GuestRam, track: bool) -> Result<(), Error> {
         // SAFETY: `host` is the start of a reservation of exactly `range.len` bytes that `GuestRam` owns; `Core` drops
         // the VM before it, so KVM never refers to memory that is gone.
         unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("set a memslot"))?;
+    }
+    for (index, pmem) in pmem.iter().enumerate() {
+        let region = kvm_userspace_memory_region {
+            slot: (ram_slots + index) as u32,
+            flags: if pmem.read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: pmem.gpa,
+            memory_size: pmem.size(),
+            userspace_addr: pmem.base() as u64,
+        };
+        // SAFETY: as above: `base` is the start of `size` bytes that `PmemMemory` owns, and `Core` drops the VM first.
+        unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("set a memslot for a pmem device"))?;
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! reservation, and KVM's MMU notifier drops the old translation.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use serde::Serialize;
 use vm_memory::bitmap::AtomicBitmap;
@@ -11,6 +12,8 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 use super::error::Error;
+use super::release::{Released, Releaser};
+use super::stall::Activity;
 use super::sys::mapping::{Populator, Reservation};
 use super::sys::uffd::Uffd;
 use crate::devices::virtio::{Memory, region_bitmap};
@@ -44,8 +47,12 @@ pub struct Piece {
 #[derive(Debug)]
 pub struct GuestRam {
     layout: MemoryLayout,
-    reservations: Vec<Reservation>,
+    reservations: Vec<Arc<Reservation>>,
     pieces: Vec<Piece>,
+    /// What was mapped from files, and whether anything lies behind a userfaultfd.
+    file_mapped: Vec<Extent>,
+    is_served: bool,
+    released: Arc<Released>,
     view: Memory,
 }
 
@@ -59,10 +66,11 @@ impl GuestRam {
             let len = usize::try_from(range.len).map_err(|_| failed(std::io::ErrorKind::OutOfMemory.into()))?;
             let reservation = Reservation::new(len).map_err(failed)?;
             regions.push(region_of(&reservation, range.gpa)?);
-            reservations.push(reservation);
+            reservations.push(Arc::new(reservation));
         }
         let view = GuestMemoryMmap::from_regions(regions).map_err(|error| Error::MemoryView(error.to_string()))?;
-        Ok(GuestRam { layout: layout.clone(), reservations, pieces: Vec::new(), view })
+        let (pieces, file_mapped, released) = (Vec::new(), Vec::new(), Arc::default());
+        Ok(GuestRam { layout: layout.clone(), reservations, pieces, file_mapped, is_served: false, released, view })
     }
 
     /// Reserves `layout` and fills it with anonymous zero memory, for a boot.
@@ -109,6 +117,23 @@ impl GuestRam {
     /// Says what backs the memory now, after it was mapped: ascending, each page once.
     pub fn set_pieces(&mut self, pieces: Vec<Piece>) {
         self.pieces = pieces;
+    }
+
+    /// Says where files are mapped, and whether anything lies behind a userfaultfd: what giving pages back depends on.
+    pub fn set_mapped(&mut self, file_mapped: Vec<Extent>, is_served: bool) {
+        (self.file_mapped, self.is_served) = (file_mapped, is_served);
+    }
+
+    /// The books about pages that the guest has given back.
+    pub fn released(&self) -> &Arc<Released> {
+        &self.released
+    }
+
+    /// Who gives pages back for the guest. `activity`: where it is noted that this may wait for somebody.
+    pub fn releaser(&self, activity: Option<Activity>) -> Releaser {
+        let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned()).collect();
+        let file_mapped = self.file_mapped.iter().copied().collect();
+        Releaser::new(ranges, file_mapped, !self.is_served, self.released.clone(), activity)
     }
 
     /// Backs `extent` with anonymous zero memory.

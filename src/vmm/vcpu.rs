@@ -37,16 +37,25 @@ pub enum Ending {
     Failed(String),
 }
 
+/// Called when the guest is over.
+type OnEnd = Box<dyn FnOnce() + Send>;
+
 /// Where vCPU threads and devices tell the main loop that the guest is over. The first reason stands.
-#[derive(Debug)]
 pub struct EndingSignal {
     ending: Mutex<Option<Ending>>,
     event: EventFd,
+    on_end: Mutex<Option<OnEnd>>,
+}
+
+impl std::fmt::Debug for EndingSignal {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("EndingSignal").field("event", &self.event).finish_non_exhaustive()
+    }
 }
 
 impl EndingSignal {
     pub fn new() -> std::io::Result<Self> {
-        Ok(EndingSignal { ending: Mutex::new(None), event: EventFd::new(EFD_NONBLOCK)? })
+        Ok(EndingSignal { ending: Mutex::new(None), event: EventFd::new(EFD_NONBLOCK)?, on_end: Mutex::new(None) })
     }
 
     pub fn event(&self) -> &EventFd {
@@ -65,6 +74,19 @@ impl EndingSignal {
         self.ending.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ending);
         // A full counter means that the main loop has been told already.
         let _ = self.event.write(1);
+        // After the reason is there: who is let go by this looks for it.
+        if let Some(call) = self.lock_on_end().take() {
+            call();
+        }
+    }
+
+    /// What else is to happen at the end, once, on the thread that ends the guest.
+    pub fn on_end(&self, call: Option<OnEnd>) {
+        *self.lock_on_end() = call;
+    }
+
+    fn lock_on_end(&self) -> MutexGuard<'_, Option<OnEnd>> {
+        self.on_end.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

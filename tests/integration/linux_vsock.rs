@@ -95,7 +95,7 @@ fn agent_in_a_stock_kernel_answers_over_vsock_before_and_after_restores() {
             "initrd_path": initrd(&guests.join("initrd-6.12.cpio"), dir.path()),
             "boot_args": "console=ttyS0 quiet reboot=k panic=-1",
         },
-        "machine-config": { "vcpu_count": 2, "mem_size_mib": 256, "track_dirty_pages": true },
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 256, "track_dirty_pages": true },
         "vsock": { "guest_cid": 3, "uds_path": path },
     });
     let file = dir.path().join("vm.json");

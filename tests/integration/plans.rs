@@ -114,7 +114,11 @@ fn save(chain: &Chain, plan: RestorePlan, path: &Path) {
 
 /// A chain of two: 1,000 filled pages, then some of them changed and some gone. Its digest.
 fn chain_of_two(dir: &Path) -> String {
-    let mut vm = Vm::boot(&config(1, 64));
+    chain_of_two_with(dir, &config(1, 64))
+}
+
+fn chain_of_two_with(dir: &Path, config: &Value) -> String {
+    let mut vm = Vm::boot(config);
     vm.call("fill pages=1000 seed=3");
     vm.snapshot(&dir.join("base"), &[]);
     vm.call("touch pages=300 write=50 seed=8");
@@ -135,6 +139,54 @@ fn a_thousand_random_plans_restore_the_snapshot() {
         let answer = run_ok(&["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"]);
         assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "plan {round}: {answer}");
         // Images are as random as their plans: none is used twice.
+        fs::remove_dir_all(tip.join("plan")).ok();
+    }
+}
+
+/// Gives the filled pages back, by report, page numbers or hints: they must be zero, then and in a diff and its restore.
+fn give_back(mut vm: Vm, way: &str, zeros: &str, diff: &Path, what: &str) {
+    vm.call("balloon op=status");
+    if way == "hint" {
+        vm.api_ok("PATCH", "/balloon/hinting/start", None);
+    }
+    vm.call(&format!("balloon op={way} filled=1"));
+    assert_eq!(vm.call("check").digest, zeros, "{what}, {way}");
+    vm.call("touch pages=200 write=100 seed=4");
+    let digest = vm.call("check").digest;
+    vm.snapshot(diff, &["--diff"]);
+    assert_eq!(Vm::restore(diff, "eager").call("check").digest, digest, "{what}, {way}");
+    fs::remove_dir_all(diff).unwrap();
+}
+
+#[test]
+fn pages_given_back_are_zero_under_every_policy_and_random_plans() {
+    let dir = scratch();
+    let mut config = config(1, 64);
+    config["balloon"] = serde_json::json!({
+        "amount_mib": 0, "deflate_on_oom": false, "free_page_reporting": true, "free_page_hinting": true,
+    });
+    chain_of_two_with(dir.path(), &config);
+    let (tip, profile, diff) = (dir.path().join("tip"), dir.path().join("p.profile"), dir.path().join("diff"));
+    let zeros = {
+        let mut vm = Vm::restore(&tip, "eager");
+        vm.call("balloon op=report filled=1");
+        vm.call("check").digest
+    };
+    let record = ["profile", "record", "--recorder", "uffd", "--run", "touch pages=600 write=40 seed=5"];
+    run_ok(&[&record[..], &["--snapshot", text(&tip), "--out", text(&profile)]].concat());
+    let mut ways = ["report", "inflate", "hint"].into_iter().cycle();
+    for policy in tvmm::tiering::policy::Policy::ALL {
+        let more: &[&str] = if policy.needs_profile() { &["--profile", text(&profile)] } else { &[] };
+        let vm = Vm::restore_with(&tip, policy.name(), &[more, &["--track-dirty-pages"]].concat());
+        give_back(vm, ways.next().unwrap(), &zeros, &diff, policy.name());
+    }
+    let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
+    let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x1234_5678_9abc_def1));
+    for round in 0..rounds(60) {
+        save(&chain, random_plan(&chain, &mut random), &plan_path);
+        let args = ["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--track-dirty-pages"];
+        let vm = Vm::spawn(scratch(), &args);
+        give_back(vm, ways.next().unwrap(), &zeros, &diff, &format!("plan {round}"));
         fs::remove_dir_all(tip.join("plan")).ok();
     }
 }

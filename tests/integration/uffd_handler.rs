@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use userfaultfd::{Event, Uffd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::support::{TIMEOUT, Vm, config, exchange, finish, scratch, text, tvmm};
+use crate::support::{TIMEOUT, Vm, config, exchange, finish, scratch, signal, text, tvmm};
 
 const PAGE: u64 = 4096;
 
@@ -31,6 +31,7 @@ fn handler_process() {
     let mappings: Value = serde_json::from_slice(&message[..count]).unwrap();
     // SAFETY: the descriptor came with the message and nobody else owns it.
     let uffd = unsafe { Uffd::from_raw_fd(fd.expect("a userfaultfd comes with the message").into_raw_fd()) };
+    let mut removed: Vec<std::ops::Range<u64>> = Vec::new();
     for _ in 0..faults_max {
         let event = loop {
             match uffd.read_event() {
@@ -38,6 +39,9 @@ fn handler_process() {
                 _ => std::thread::sleep(Duration::from_micros(50)),
             }
         };
+        if let Event::Remove { start, end } = event {
+            removed.push(start as u64..end as u64);
+        }
         if let Event::Pagefault { addr, .. } = event {
             let address = addr as u64 / PAGE * PAGE;
             let number = |mapping: &Value, key: &str| mapping[key].as_u64().unwrap();
@@ -52,7 +56,9 @@ fn handler_process() {
                 .unwrap();
             let mut page = [0; PAGE as usize];
             let offset = number(mapping, "offset") + address - number(mapping, "base_host_virt_addr");
-            memory.read_exact_at(&mut page, offset).unwrap();
+            if !removed.iter().any(|range| range.contains(&address)) {
+                memory.read_exact_at(&mut page, offset).unwrap();
+            }
             // SAFETY: the kernel copies from `page` into the VMM's registered range.
             unsafe { uffd.copy(page.as_ptr().cast(), address as *mut _, PAGE as usize, true) }.unwrap();
         }
@@ -118,6 +124,57 @@ fn a_handler_serves_a_snapshot_of_either_form() {
         handler.kill().unwrap();
         handler.wait().unwrap();
     }
+}
+
+/// A snapshot of a VM with a balloon and filled pages, and what `check` says of them.
+fn snapshot_with_balloon(dir: &Path) -> (PathBuf, String) {
+    let mut config = config(1, 128);
+    config["balloon"] = json!({ "amount_mib": 0, "deflate_on_oom": false, "free_page_reporting": true });
+    let mut vm = Vm::boot(&config);
+    vm.call("fill pages=500 seed=4");
+    let full = dir.join("full");
+    vm.snapshot(&full, &[]);
+    (full, vm.call("check").digest)
+}
+
+#[test]
+fn a_handler_is_told_of_pages_that_the_guest_gives_back() {
+    let dir = scratch();
+    let (full, filled) = snapshot_with_balloon(dir.path());
+    let socket = dir.path().join("handler");
+    let mut handler = start_handler(&socket, &full.join("memory"), u64::MAX, "ends");
+    let mut restored = Vm::wait_for_api();
+    assert_eq!(load(&restored, &full, &socket), (204, Value::Null));
+    assert_eq!(restored.call("check").digest, filled);
+    restored.call("balloon op=report filled=1");
+    let zeros = restored.call("check").digest;
+    let mut expected = Vm::restore(&full, "eager");
+    expected.call("balloon op=report filled=1");
+    assert_eq!(zeros, expected.call("check").digest);
+    assert_ne!(zeros, filled);
+    restored.terminate();
+    handler.kill().unwrap();
+    handler.wait().unwrap();
+}
+
+#[test]
+fn a_handler_that_does_not_hear_of_pages_given_back_ends_the_vm_with_the_reason() {
+    let dir = scratch();
+    let (full, _) = snapshot_with_balloon(dir.path());
+    let socket = dir.path().join("handler");
+    let mut handler = start_handler(&socket, &full.join("memory"), u64::MAX, "ends");
+    let mut restored = Vm::spawn(scratch(), &["--fault-timeout", "1"]);
+    assert_eq!(load(&restored, &full, &socket), (204, Value::Null));
+    restored.call("check");
+    // All that the next request needs besides is there by then.
+    restored.call("balloon op=report pages=1");
+    signal(handler.id(), rustix::process::Signal::STOP);
+    restored.begin("balloon op=report filled=1");
+    let (status, stderr) = restored.wait();
+    assert_eq!(status.code(), Some(1));
+    assert!(stderr.contains("Giving back") && stderr.contains("1 s (--fault-timeout)"), "{stderr}");
+    handler.kill().unwrap();
+    handler.wait().unwrap();
 }
 
 #[test]
@@ -242,6 +299,26 @@ fn a_guest_that_needs_no_page_is_not_ended() {
     vm.call("spin ms=2000");
     vm.call("check");
     vm.terminate();
+    handler.kill().unwrap();
+    handler.wait().unwrap();
+}
+
+#[test]
+fn a_handler_that_ends_while_the_snapshot_is_loaded_fails_the_load_not_the_vmm() {
+    let dir = scratch();
+    let full = dir.path().join("full");
+    Vm::boot(&config(1, 128)).snapshot(&full, &[]);
+    let mut restored = Vm::wait_for_api();
+    let (dying, serving) = (dir.path().join("dying"), dir.path().join("serving"));
+    let mut handler = start_handler(&dying, &full.join("memory"), 0, "ends");
+    let (status, answer) = load(&restored, &full, &dying);
+    let said = answer["fault_message"].as_str().unwrap_or_default();
+    assert!(status == 400 && said.contains("has ended"), "{status}: {said}");
+    handler.wait().unwrap();
+    let mut handler = start_handler(&serving, &full.join("memory"), u64::MAX, "ends");
+    assert_eq!(load(&restored, &full, &serving), (204, Value::Null));
+    restored.call("hello");
+    restored.terminate();
     handler.kill().unwrap();
     handler.wait().unwrap();
 }

@@ -38,6 +38,20 @@ fn entropy_reaches_the_guest_before_and_after_restores_and_no_two_clones_get_the
 }
 
 #[test]
+fn entropy_has_its_limit_after_a_restore() {
+    let dir = scratch();
+    let out = dir.path().join("snapshot");
+    let mut config = with_entropy(1);
+    config["entropy"] = json!({ "rate_limiter": { "bandwidth": { "size": 2000, "refill_time": 20 } } });
+    let mut vm = Vm::boot(&config);
+    vm.call("rng bytes=9000 irq=1");
+    vm.snapshot(&out, &[]);
+    let mut clone = Vm::restore(&out, "firecracker");
+    clone.call("rng bytes=9000 irq=1");
+    assert_eq!(clone.api_ok("GET", "/vm/config", None)["entropy"], config["entropy"]);
+}
+
+#[test]
 fn snapshot_before_the_driver_has_found_the_device_restores_it_too() {
     let dir = scratch();
     let out = dir.path().join("snapshot");

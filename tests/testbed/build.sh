@@ -19,7 +19,7 @@ L1_MODULES="virtio_pci virtio_console virtio_blk virtio_net virtio_rng 9p 9pnet_
     cxl_acpi cxl_pci cxl_mem cxl_port dax_cxl dax_hmem device_dax kmem nfit nd_e820 nd_pmem dax_pmem virtio_pmem"
 # Guests: what a virtio machine has; serial ports, virtio itself and VMGenID are built into these kernels.
 GUEST_MODULES="virtio_mmio virtio_pci virtio_blk virtio_net virtio-rng virtio_balloon virtio_console virtio_pmem nd_virtio
-    vmw_vsock_virtio_transport ext4 erofs squashfs overlay button"
+    nd_pmem vmw_vsock_virtio_transport ext4 erofs squashfs overlay button"
 
 # What the testbed is made from: its own scripts, and where the packages come from.
 inputs() {

@@ -12,6 +12,12 @@ unsafe extern "C" {
 }
 
 const BOOT_REACH: u64 = 4 << 30;
+const GIB: u64 = 1 << 30;
+const BLOCK: u64 = 2 << 20;
+/// One table of the third level reaches this far.
+const REACH: u64 = 512 << 30;
+const TABLE: u64 = 0x27; // P W U A
+const LARGE_PAGE: u64 = 0xe7; // P W U A D PS
 
 /// Maps all RAM as asked. The error is for a panic.
 pub fn init(map: &MemoryMap, kind: PageTables, pages: &mut Pages) -> Result<(), &'static str> {
@@ -35,5 +41,34 @@ pub fn init(map: &MemoryMap, kind: PageTables, pages: &mut Pages) -> Result<(), 
         (&raw mut boot_cr3).write_volatile(at);
         trap::set_cr3(at);
     }
+    Ok(())
+}
+
+/// Maps `size` bytes at `start` onto themselves, in 2 MiB pages, where the tables have nothing yet. The error is for a message.
+pub fn map(start: u64, size: u64, pages: &mut Pages) -> Result<(), &'static str> {
+    if start.checked_add(size).is_none_or(|end| end > REACH) {
+        return Err("it lies above 512 GiB");
+    }
+    // SAFETY: `boot_cr3` is written before this, by the first CPU only; the tables lie in RAM that is mapped onto itself.
+    let pml4 = unsafe { (&raw const boot_cr3).read_volatile() };
+    // SAFETY: the first entry is always there: RAM begins at 0.
+    let third = unsafe { *(pml4 as *const u64) } & !0xfff;
+    for gib in start / GIB..(start + size).div_ceil(GIB) {
+        let entry = (third + gib * 8) as *mut u64;
+        // SAFETY: an entry of that table: the index is below 512.
+        if unsafe { entry.read_volatile() } != 0 {
+            continue;
+        }
+        let run = pages.alloc(1).map_err(|_| "no memory for page tables")?;
+        for i in 0..512 {
+            let block = gib * GIB + i * BLOCK;
+            // SAFETY: inside the page just allocated, which nobody else has.
+            unsafe { ((address(run) + i * 8) as *mut u64).write_volatile(block | LARGE_PAGE) };
+        }
+        // SAFETY: as above; what was mapped before stays as it is.
+        unsafe { entry.write_volatile(address(run) | TABLE) };
+    }
+    // SAFETY: the same tables: they are read anew.
+    unsafe { trap::set_cr3(pml4) };
     Ok(())
 }

@@ -160,6 +160,11 @@ impl Device {
         load(self.base + REG_CONFIG + offset)
     }
 
+    /// Writes a 32-bit field of the configuration space.
+    pub fn set_config(&self, offset: u64, value: u32) {
+        store(self.base + REG_CONFIG + offset, value);
+    }
+
     /// A byte of the configuration space.
     pub fn config_byte(&self, offset: u64) -> u8 {
         // SAFETY: as in `load`.

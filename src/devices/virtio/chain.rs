@@ -139,3 +139,24 @@ impl<'m> Chain<'m> {
         Ok(parsed)
     }
 }
+
+/// A chain as guest-physical ranges, which need not lie in RAM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ranges {
+    pub head: u16,
+    /// Address and length of the buffers that the device may read.
+    pub readable: Vec<(u64, u32)>,
+    /// Address and length of the buffers that the device may write.
+    pub writable: Vec<(u64, u32)>,
+}
+
+impl Ranges {
+    pub(super) fn parse(chain: DescriptorChain<&Memory>) -> Self {
+        let mut parsed = Ranges { head: chain.head_index(), ..Ranges::default() };
+        for descriptor in chain {
+            let ranges = if descriptor.is_write_only() { &mut parsed.writable } else { &mut parsed.readable };
+            ranges.push((descriptor.addr().0, descriptor.len()));
+        }
+        parsed
+    }
+}

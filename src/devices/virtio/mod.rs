@@ -9,12 +9,14 @@
 //!  device's own descriptors ───────────────────► VirtioDevice::process_event
 //! ```
 
+mod balloon;
 pub mod block;
 mod chain;
 mod entropy;
 mod memory;
 mod mmio;
 mod net;
+mod pmem;
 mod queue;
 mod rate_limiter;
 #[cfg(test)]
@@ -26,11 +28,13 @@ mod vsock;
 use std::any::Any;
 use std::os::fd::RawFd;
 
-pub use chain::{Buffers, Chain};
+pub use balloon::{Balloon, BalloonParams, BalloonState, Outcome, ReleasePages};
+pub use chain::{Buffers, Chain, Ranges};
 pub use entropy::{Entropy, EntropyState};
 pub use memory::{Memory, region_bitmap};
 pub use mmio::{MmioDevice, TransportState};
 pub use net::{Net, NetOverride, NetParams, NetState};
+pub use pmem::{Pmem, PmemImage, PmemParams, PmemState};
 pub use queue::{QueueState, VirtQueue};
 pub use rate_limiter::{BucketLimit, RateLimiter, RateLimiterState, RateLimits};
 pub use vsock::{Vsock, VsockParams, VsockState};
@@ -96,6 +100,19 @@ impl<'a> Io<'a> {
             Some(chain) => Chain::parse(chain, self.memory).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// As [`pop`](Self::pop), for chains that say which memory they mean and are not to be read or written.
+    pub fn pop_ranges(&mut self, queue: usize) -> Result<Option<Ranges>, Broken> {
+        let Some(left) = self.budget.checked_sub(1) else { return Ok(None) };
+        self.budget = left;
+        let chain = self.queues[queue].pop(self.memory).map_err(|source| Broken::Queue { queue, source })?;
+        Ok(chain.map(Ranges::parse))
+    }
+
+    /// Counts the last chain as `chains` more, for one that was that much more work.
+    pub fn spend(&mut self, chains: u32) {
+        self.budget = self.budget.saturating_sub(chains);
     }
 
     /// Gives a chain back, `len` bytes of it written.

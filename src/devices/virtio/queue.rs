@@ -108,19 +108,18 @@ impl VirtQueue {
         Ok(added.0 > 0 && load(0)? & NO_INTERRUPT == 0)
     }
 
-    /// Asks the driver to notify the device of chains beyond those that wait already; returns whether more came
-    /// meanwhile. For a device that cannot do with what waits.
-    pub fn ask_for_more(&mut self, memory: &Memory) -> Result<bool, Error> {
-        let waiting = self.queue.avail_idx(memory, Ordering::Acquire)?;
+    /// Asks the driver to notify the device of chains beyond the next `seen`, for a device that cannot do with those;
+    /// returns whether there are more already.
+    pub fn ask_for_more(&mut self, memory: &Memory, seen: u16) -> Result<bool, Error> {
+        let known = Wrapping(self.queue.next_avail()) + Wrapping(seen);
         self.queue.enable_notification(memory)?;
         if self.queue.event_idx_enabled() {
             let offset = USED_HEADER + 8 * u64::from(self.queue.size());
-            memory
-                .store(waiting.0, at(self.queue.used_ring(), offset)?, Ordering::Relaxed)
-                .map_err(Error::GuestMemory)?;
+            let at = at(self.queue.used_ring(), offset)?;
+            memory.store(known.0, at, Ordering::Relaxed).map_err(Error::GuestMemory)?;
         }
         fence(Ordering::SeqCst);
-        Ok(self.queue.avail_idx(memory, Ordering::Acquire)? != waiting)
+        Ok(self.queue.avail_idx(memory, Ordering::Acquire)? != known)
     }
 
     pub fn disable_notification(&mut self, memory: &Memory) -> Result<(), Error> {

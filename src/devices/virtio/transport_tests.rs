@@ -16,7 +16,8 @@ fn memory() -> Memory {
 
 fn device() -> (MmioDevice, Memory) {
     let memory = memory();
-    let device = MmioDevice::new(Box::new(Entropy::new()), memory.clone()).unwrap();
+    let device =
+        MmioDevice::new(Box::new(Entropy::new(super::RateLimits::default()).unwrap()), memory.clone()).unwrap();
     device.go_on();
     (device, memory)
 }
@@ -111,7 +112,7 @@ fn saved_state_goes_on_in_another_device_and_impossible_state_is_refused() {
     device.queue_kicked(0);
     assert_eq!(memory.read_obj::<u16>(GuestAddress(0x3002)).unwrap(), 0, "a quiet device leaves its queue alone");
     let (state, _) = device.save().unwrap();
-    let other = MmioDevice::new(Box::new(Entropy::new()), memory.clone()).unwrap();
+    let other = MmioDevice::new(Box::new(Entropy::new(super::RateLimits::default()).unwrap()), memory.clone()).unwrap();
     other.restore(&state).unwrap();
     assert_eq!(other.save().unwrap().0, state);
     other.go_on();
@@ -123,7 +124,8 @@ fn saved_state_goes_on_in_another_device_and_impossible_state_is_refused() {
         bytes[at] ^= 0x55;
         if let Ok(state) = postcard::from_bytes(&bytes) {
             // Refused or not: it must come back, and the device must live.
-            let other = MmioDevice::new(Box::new(Entropy::new()), memory.clone()).unwrap();
+            let other =
+                MmioDevice::new(Box::new(Entropy::new(super::RateLimits::default()).unwrap()), memory.clone()).unwrap();
             let _ = other.restore(&state);
             other.go_on();
             other.look_at_all();

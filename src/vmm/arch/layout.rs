@@ -69,6 +69,15 @@ pub fn ram_ranges(mem_size: u64) -> Vec<(u64, u64)> {
     }
 }
 
+/// What persistent memory is aligned to: a guest maps it in the largest pages, and it shares no section of Linux's memory
+/// model with RAM.
+const PMEM_STEP: u64 = 1 << 30;
+
+/// Where persistent memory begins, above what ends at `end`.
+pub fn pmem_after(end: u64) -> u64 {
+    end.max(MMIO_GAP_END).next_multiple_of(PMEM_STEP)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,19 +3,22 @@
 use std::path::PathBuf;
 
 use super::limits::config_of;
-use super::{SavedDevice, drives};
+use super::{SavedDevice, balloon, drives, limits, pmem};
 use crate::devices::Metadata;
 use crate::devices::virtio::{
-    Entropy, EntropyState, Net, NetOverride, NetParams, NetState, VirtioDevice, Vsock, VsockParams, VsockState, id,
+    Balloon, Entropy, EntropyState, Net, NetOverride, NetParams, NetState, RateLimits, VirtioDevice, Vsock,
+    VsockParams, VsockState, id,
 };
 use crate::vmm::config::{DeviceConfigs, EntropyConfig, NetworkConfig, VsockConfig, format_mac, parse_mac};
 use crate::vmm::error::Error;
-use crate::vmm::sys::limits;
+use crate::vmm::memory::GuestRam;
+use crate::vmm::stall::Stalls;
+use crate::vmm::sys::limits::raise_open_files;
 
 /// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Overrides {
-    /// Drive id → backing file.
+    /// Id of a drive or a pmem device → backing file.
     pub drives: Vec<(String, PathBuf)>,
     /// Where the clone's own copies of drives go, for a snapshot that has copies.
     pub drive_dir: Option<PathBuf>,
@@ -35,8 +38,8 @@ pub struct NetworkOverride {
     pub guest_mac: Option<[u8; 6]>,
 }
 
-/// Makes the devices of a config.
-pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+/// Makes the devices of a config, for a machine with `ram`.
+pub fn from_configs(configs: &DeviceConfigs, ram: &GuestRam) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for drive in drives::open(configs)? {
         devices.push(Box::new(drive));
@@ -47,8 +50,14 @@ pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>
     if let Some(vsock) = &configs.vsock {
         devices.push(Box::new(make_vsock(VsockParams::new(vsock.guest_cid, vsock.uds_path.clone()))?));
     }
-    if configs.entropy.is_some() {
-        devices.push(Box::new(Entropy::new()));
+    if let Some(config) = &configs.balloon {
+        devices.push(Box::new(balloon::make(config, ram.layout(), Box::new(ram.releaser(None)))?));
+    }
+    if let Some(EntropyConfig { rate_limiter }) = configs.entropy {
+        devices.push(Box::new(Entropy::new(rate_limiter.map(RateLimits::from).unwrap_or_default())?));
+    }
+    for pmem in pmem::open(configs, ram.layout())? {
+        devices.push(Box::new(pmem));
     }
     Ok(devices)
 }
@@ -57,17 +66,20 @@ pub fn from_configs(configs: &DeviceConfigs) -> Result<Vec<Box<dyn VirtioDevice>
 const DESCRIPTORS_BESIDES: u64 = 256;
 
 fn make_vsock(params: VsockParams) -> Result<Vsock, Error> {
-    limits::raise_open_files(Vsock::DESCRIPTORS_MAX + DESCRIPTORS_BESIDES);
+    raise_open_files(Vsock::DESCRIPTORS_MAX + DESCRIPTORS_BESIDES);
     Ok(Vsock::new(params)?)
 }
 
-/// Makes devices again from their saved state, and the config they now have.
+/// Makes devices again from their saved state, for a machine with `ram`, and the config they now have.
 pub fn from_saved(
     saved: &[SavedDevice],
     overrides: &Overrides,
+    ram: &GuestRam,
+    stalls: &Stalls,
 ) -> Result<(Vec<Box<dyn VirtioDevice>>, DeviceConfigs), Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     let mut configs = DeviceConfigs::default();
+    let mut pmem_end = pmem::ram_end(ram.layout());
     for (index, saved) in saved.iter().enumerate() {
         match saved.device_type {
             id::BLOCK => {
@@ -82,9 +94,20 @@ pub fn from_saved(
                 devices.push(Box::new(net));
             }
             id::ENTROPY => {
-                let EntropyState {} = saved.decode()?;
-                configs.entropy = Some(EntropyConfig::default());
-                devices.push(Box::new(Entropy::new()));
+                let entropy = Entropy::restore(&saved.decode::<EntropyState>()?)?;
+                configs.entropy = Some(EntropyConfig { rate_limiter: limits::config_of(entropy.limits()) });
+                devices.push(Box::new(entropy));
+            }
+            id::BALLOON => {
+                let releaser = ram.releaser(Some(stalls.activity()));
+                let balloon = Balloon::restore(saved.decode()?, Box::new(releaser))?;
+                configs.balloon = Some(balloon::config_of(&balloon));
+                devices.push(Box::new(balloon));
+            }
+            id::PMEM => {
+                let pmem = pmem::restore(saved.decode()?, overrides, &mut pmem_end)?;
+                configs.pmem.push(pmem::config_of(&pmem));
+                devices.push(Box::new(pmem));
             }
             id::VSOCK => {
                 let state: VsockState = saved.decode()?;
@@ -139,7 +162,8 @@ impl Overrides {
 
     /// Every override must have a device to override.
     fn check(&self, configs: &DeviceConfigs) -> Result<(), Error> {
-        let drives: Vec<&str> = configs.drives.iter().map(|drive| drive.drive_id.as_str()).collect();
+        let drives = configs.drives.iter().map(|drive| drive.drive_id.as_str());
+        let drives: Vec<&str> = drives.chain(configs.pmem.iter().map(|pmem| pmem.id.as_str())).collect();
         let networks: Vec<&str> = configs.network_interfaces.iter().map(|network| network.iface_id.as_str()).collect();
         let missing = |kind, id: &str, has: &[&str]| {
             let has = if has.is_empty() { "none".to_owned() } else { has.join(", ") };

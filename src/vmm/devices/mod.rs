@@ -1,9 +1,11 @@
 //! The virtio devices of a machine: where they are, how KVM reaches them, and the thread that works for them.
 
+mod balloon;
 mod build;
 mod drives;
 mod limits;
 mod patch;
+mod pmem;
 mod saved;
 mod thread;
 
@@ -17,9 +19,13 @@ use super::error::Error;
 use crate::devices::Bus;
 use crate::devices::virtio::{Memory, MmioDevice, VirtioDevice};
 
+pub use crate::devices::virtio::PmemImage;
+
+pub use balloon::{AmountPatch, BalloonPatch, BalloonQuestion, IntervalPatch, StartHintingPatch, none as no_balloon};
 pub use build::{NetworkOverride, Overrides, from_configs, from_saved};
 pub use drives::{WritableDrive, root_args};
-pub use patch::{DevicePatch, DrivePatch, NetworkPatch};
+pub use patch::{DevicePatch, DrivePatch, NetworkPatch, PmemPatch};
+pub use pmem::{images as pmem_images, pmem_root_args};
 pub use saved::SavedDevice;
 
 use thread::DeviceThread;

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::build::net_config;
-use super::{VirtioDevices, drives};
+use super::{BalloonPatch, VirtioDevices, drives};
 use crate::devices::virtio::Net;
 use crate::devices::virtio::block::Block;
+use crate::snapshot::MemoryLayout;
 use crate::vmm::config::RateLimiterConfig;
 use crate::vmm::control::Refused;
 
@@ -16,6 +17,8 @@ use crate::vmm::control::Refused;
 pub enum DevicePatch {
     Drive(DrivePatch),
     Network(NetworkPatch),
+    Balloon(BalloonPatch),
+    Pmem(PmemPatch),
 }
 
 /// `PATCH /drives/{id}`; what is absent stays.
@@ -37,12 +40,22 @@ pub struct NetworkPatch {
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
+/// `PATCH /pmem/{id}`; what is absent stays.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemPatch {
+    pub id: String,
+    pub rate_limiter: Option<RateLimiterConfig>,
+}
+
 impl VirtioDevices {
-    /// Changes a device, and its config.
-    pub fn patch(&mut self, patch: DevicePatch) -> Result<(), Refused> {
+    /// Changes a device of a machine with memory of `layout`, and its config.
+    pub fn patch(&mut self, patch: DevicePatch, layout: &MemoryLayout) -> Result<(), Refused> {
         match patch {
             DevicePatch::Drive(patch) => self.patch_drive(&patch),
             DevicePatch::Network(patch) => self.patch_network(&patch),
+            DevicePatch::Balloon(patch) => self.patch_balloon(patch, layout),
+            DevicePatch::Pmem(patch) => self.patch_pmem(&patch),
         }
     }
 
@@ -71,6 +84,6 @@ impl VirtioDevices {
     }
 }
 
-fn no_such(kind: &str, id: &str) -> Refused {
+pub(super) fn no_such(kind: &str, id: &str) -> Refused {
     Refused::bad_request(format!("There is no {kind} `{id}`."))
 }

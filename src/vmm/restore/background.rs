@@ -11,6 +11,7 @@ use super::lazy::{FaultCounters, LazyExtent, ended, fetch};
 use crate::snapshot::{BackgroundAction, Extent, PAGE_SIZE, RestorePlan};
 use crate::vmm::error::Error;
 use crate::vmm::memory::GuestRam;
+use crate::vmm::release::Released;
 use crate::vmm::stall::Activity;
 use crate::vmm::sys::mapping::Populator;
 use crate::vmm::sys::uffd::{Install, Uffd};
@@ -56,14 +57,14 @@ impl BackgroundWork {
         }
         let steps = steps(plan, ram)?;
         let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, mut files) = (stop.clone(), files.clone());
+        let (stopped, mut files, released) = (stop.clone(), files.clone(), ram.released().clone());
         let work = move || {
             for step in steps {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
                 let _reads = activity.reads(step.part, step.lazy.source_of(step.part));
-                if let Err(error) = carry_out(step, &mut files, lazy.as_ref()) {
+                if let Err(error) = carry_out(step, &mut files, lazy.as_ref(), &released) {
                     ending.end(Ending::Failed(format!("Cannot bring in memory in the background: {error}")));
                     return;
                 }
@@ -123,17 +124,26 @@ fn pieces(extent: Extent) -> impl Iterator<Item = Extent> {
     })
 }
 
-fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>) -> io::Result<()> {
+/// Leaves pages alone that the guest has given back.
+fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>, released: &Released) -> io::Result<()> {
     let Step { part, lazy, action } = step;
+    let offset = |run: Extent| ((run.first.0 - part.first.0) * PAGE_SIZE) as usize;
     match (action, installer) {
-        (Action::BreakCow(range), _) => range.populate_write(),
+        (Action::BreakCow(range), _) => {
+            let books = released.read();
+            let mut runs = books.still_snapshot(part).into_iter();
+            runs.try_for_each(|run| range.part(offset(run), run.bytes() as usize).populate_write())
+        }
         (Action::ReadAhead, _) => fetch(files, &lazy, part, &mut vec![0; part.bytes() as usize]),
         (Action::Install, Some((uffd, counters))) => {
             let mut bytes = vec![0; part.bytes() as usize];
             fetch(files, &lazy, part, &mut bytes)?;
-            let host = lazy.host + ((part.first.0 - lazy.extent.first.0) * PAGE_SIZE) as usize;
-            let installed = uffd.install(host, &bytes, Install { wake: true, write_protect: false })?;
-            counters.add_ahead(installed);
+            let books = released.read();
+            for run in books.still_snapshot(part) {
+                let bytes = &bytes[offset(run)..offset(run) + run.bytes() as usize];
+                let how = Install { wake: true, write_protect: false };
+                counters.add_ahead(uffd.install(lazy.host_of(run.first), bytes, how)?);
+            }
             Ok(())
         }
         // Nothing lies behind a userfaultfd.

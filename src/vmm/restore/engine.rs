@@ -85,14 +85,17 @@ pub fn build(
         lazy
     };
     ram.set_pieces(pieces(plan, observed));
+    ram.set_mapped(if observed { Vec::new() } else { file_mapped(plan) }, lazy.is_some());
     timeline.lap(Slice::Preload);
     Ok(Built { ram, report: engine.report, lazy })
 }
 
-/// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd.
-pub fn build_external(layout: &MemoryLayout, timeline: &mut Timeline) -> Result<Built, Error> {
+/// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd. `tells_removals`: the handler is to
+/// learn of pages that the guest gives back.
+pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mut Timeline) -> Result<Built, Error> {
     let mut ram = GuestRam::reserve(layout)?;
-    let uffd = Uffd::open(false).map_err(Error::Userfaultfd)?;
+    let uffd = if tells_removals { Uffd::open_telling_removals() } else { Uffd::open(false) };
+    let uffd = uffd.map_err(Error::Userfaultfd)?;
     let mut report = EngineReport::default();
     for extent in layout.extents() {
         report.mmap_calls += 1;
@@ -102,6 +105,7 @@ pub fn build_external(layout: &MemoryLayout, timeline: &mut Timeline) -> Result<
         ram.register(extent, &uffd, false)?;
     }
     ram.set_pieces(layout.extents().map(|extent| Piece { extent, backing: Backing::Lazy }).collect());
+    ram.set_mapped(Vec::new(), true);
     timeline.lap(Slice::Map);
     Ok(Built { ram, report, lazy: Some((Arc::new(uffd), Vec::new())) })
 }
@@ -388,6 +392,12 @@ fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
         _ => Backing::Anon,
     };
     plan.extents.iter().map(|planned| Piece { extent: planned.extent, backing: backing(planned) }).collect()
+}
+
+/// The extents under a mapping of a file.
+fn file_mapped(plan: &RestorePlan) -> Vec<Extent> {
+    let mapped = plan.extents.iter().filter(|planned| matches!(view_of(planned), View::File { .. }));
+    mapped.map(|planned| planned.extent).collect()
 }
 
 /// The extents to copy, neighbours in guest memory and file joined.

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource};
 use crate::tiering::fault::{FaultKind, FaultObserver, PageReader};
 use crate::vmm::error::Error;
+use crate::vmm::release::Released;
 use crate::vmm::stall::Activity;
 use crate::vmm::sys::clock;
 use crate::vmm::sys::uffd::{Fault, Install, Touch, Uffd};
@@ -26,6 +27,11 @@ pub struct LazyExtent {
 }
 
 impl LazyExtent {
+    /// Host address of the page `gfn` of it.
+    pub fn host_of(&self, gfn: Gfn) -> usize {
+        self.host + ((gfn.0 - self.extent.first.0) * PAGE_SIZE) as usize
+    }
+
     /// Where the bytes of `part` of it are.
     pub fn source_of(&self, part: Extent) -> Option<PageSource> {
         let offset = (part.first.0 - self.extent.first.0) * PAGE_SIZE;
@@ -85,6 +91,8 @@ pub struct FaultWork {
     pub reader: Box<dyn PageReader>,
     pub observer: Option<Box<dyn FaultObserver>>,
     pub counters: Arc<FaultCounters>,
+    /// Pages that the guest has given back: they come as zeros.
+    pub released: Arc<Released>,
     /// Where what is being read is noted, so that a source that hangs is noticed.
     pub activity: Activity,
 }
@@ -172,6 +180,9 @@ impl FaultWork {
             Touch::WriteProtected => (&self.counters.write_protect, FaultKind::WriteProtect),
         };
         counter.fetch_add(1, Ordering::Relaxed);
+        if fault.touch != Touch::WriteProtected && self.released.read().ever().contains(gfn) {
+            return self.install_zero(&lazy, gfn).map_err(|error| failed("install", error));
+        }
         if let Some(observer) = &mut self.observer {
             observer.fault(gfn, kind, clock::monotonic_ns());
         }
@@ -185,9 +196,25 @@ impl FaultWork {
             fetch(self.reader.as_mut(), &lazy, block, bytes).map_err(|error| failed("fetch", error))?;
         }
         let write_protect = self.observer.is_some() && fault.touch == Touch::Read;
-        let host = lazy.host + ((block.first.0 - lazy.extent.first.0) * PAGE_SIZE) as usize;
-        let installed = self.uffd.install(host, bytes, Install { wake: true, write_protect });
-        self.counters.installed.fetch_add(installed.map_err(|error| failed("install", error))?, Ordering::Relaxed);
+        // Pages may have been given back while they were read; none are while the books are held.
+        let books = self.released.read();
+        for run in books.still_snapshot(block) {
+            let start = ((run.first.0 - block.first.0) * PAGE_SIZE) as usize;
+            let bytes = &bytes[start..start + run.bytes() as usize];
+            let installed = self.uffd.install(lazy.host_of(run.first), bytes, Install { wake: true, write_protect });
+            self.counters.installed.fetch_add(installed.map_err(|error| failed("install", error))?, Ordering::Relaxed);
+        }
+        if books.ever().contains(gfn) {
+            drop(books);
+            return self.install_zero(&lazy, gfn).map_err(|error| failed("install", error));
+        }
+        Ok(())
+    }
+
+    /// Answers a fault on a page that the guest has given back. It is no touch of the snapshot: no observer is told.
+    fn install_zero(&self, lazy: &LazyExtent, gfn: Gfn) -> io::Result<()> {
+        let installed = self.uffd.install_zero(lazy.host_of(gfn))?;
+        self.counters.installed.fetch_add(u64::from(installed), Ordering::Relaxed);
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ mod files;
 mod lazy;
 mod prefault;
 mod reads;
+mod rescue;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::uffd::Uffd;
 use super::timeline::{Slice, Timeline};
 use super::{config, host};
+use crate::devices::virtio::id;
 use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
 use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
@@ -38,6 +40,7 @@ use engine::Served;
 use external::ExternalHandler;
 use files::Files;
 use lazy::{FaultCounters, FaultService, FaultWork};
+use rescue::Rescue;
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
@@ -105,6 +108,11 @@ struct SavedState {
 }
 
 impl SavedState {
+    /// Whether the guest has a virtio device of this type.
+    fn has_device(&self, device_type: u32) -> bool {
+        self.virtio.iter().any(|device| device.device_type == device_type)
+    }
+
     fn read(snapshot: &Snapshot) -> Result<Self, Error> {
         let machine: MachineState = state::decode(snapshot, SectionKind::Machine, 0)?;
         let count = machine.vcpu_count;
@@ -188,17 +196,18 @@ impl Machine<Built> {
         timeline.lap(Slice::StateLoad);
         let mut built = match spec.handler {
             None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
-            Some(_) => engine::build_external(layout, timeline)?,
+            Some(_) => engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
         let is_ours = spec.handler.is_none() && spec.observer.is_none();
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
-        let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides)?;
+        let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &built.ram, spec.stalls)?;
         let mut fw_cfg = saved.fw_cfg;
         fw_cfg.metadata.extend(spec.overrides.metadata.clone());
         let set = DeviceSet { virtio, configs, fw_cfg };
         let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
+        let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
@@ -219,6 +228,7 @@ impl Machine<Built> {
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
         placed.keep();
+        rescue.finish()?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
     }
@@ -239,7 +249,8 @@ impl Core {
         let reader = Box::new(files.clone());
         self.services.uffd = Some(uffd.clone());
         let activity = stalls.activity();
-        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters, activity };
+        let released = self.ram.released().clone();
+        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters, released, activity };
         self.services.service = Some(FaultService::start(work, self.ending.clone())?);
         Ok(())
     }

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | the fault service, the background thread | they note what they read, and since when |
 //! | a vCPU, on a handler outside | the userfaultfd has waiters (`/proc/self/fdinfo`), and no page has come |
+//! | the device thread, on a handler outside | it notes what it gives back, and since when |
 //! | a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
 //! | the main thread | in a page fault, it has not run; while it restores, nobody has run |
 //!
@@ -35,22 +36,39 @@ const LOOKS: u32 = 4;
 /// How long the main loop has to take the reason, write its report and end the process.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// What a thread of the VMM reads for the guest.
+/// What a thread of the VMM does for the guest.
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    Reads(Option<PageSource>),
+    /// Gives pages back; a handler outside must take note of that.
+    GivesBack,
+}
+
+/// What a thread of the VMM works on for the guest, and since when.
 #[derive(Clone, Copy, Debug)]
 struct Reading {
     pages: Extent,
-    source: Option<PageSource>,
+    work: Work,
     since: Instant,
 }
 
-/// Where a thread of the VMM notes what it reads for the guest.
+/// Where a thread of the VMM notes what it does for the guest.
 #[derive(Clone, Debug, Default)]
 pub struct Activity(Arc<Mutex<Option<Reading>>>);
 
 impl Activity {
     /// The thread reads `pages` until the result is dropped.
     pub fn reads(&self, pages: Extent, source: Option<PageSource>) -> impl Drop + use<> {
-        *lock(&self.0) = Some(Reading { pages, source, since: Instant::now() });
+        self.begin(pages, Work::Reads(source))
+    }
+
+    /// The thread gives `pages` back to the host until the result is dropped.
+    pub fn gives_back(&self, pages: Extent) -> impl Drop + use<> {
+        self.begin(pages, Work::GivesBack)
+    }
+
+    fn begin(&self, pages: Extent, work: Work) -> Done {
+        *lock(&self.0) = Some(Reading { pages, work, since: Instant::now() });
         Done(self.clone())
     }
 
@@ -165,7 +183,18 @@ impl Stalls {
 
 impl State {
     fn describe(&self, reading: Reading, seconds: f64) -> String {
-        let Reading { pages, source, .. } = reading;
+        let pages = reading.pages;
+        let source = match reading.work {
+            Work::Reads(source) => source,
+            Work::GivesBack => {
+                return format!(
+                    "Giving back {} KiB at guest-physical {:#x} has taken {seconds} s (--fault-timeout): the page-fault handler \
+                     does not read that they are gone",
+                    pages.bytes() / 1024,
+                    pages.gpa()
+                );
+            }
+        };
         let from = match source.map(|source| (source, self.sources.get(source.layer))) {
             Some((source, Some(path))) => format!("{} at offset {:#x}", path.display(), source.offset),
             _ => "memory".to_string(),

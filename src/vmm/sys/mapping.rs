@@ -81,6 +81,19 @@ impl Reservation {
         self.map_fixed(offset, len, libc::MAP_NORESERVE, file.as_raw_fd(), file_offset)
     }
 
+    /// Puts a shared mapping of the first `len` bytes of `file` at the start; writable if asked for. Bytes between the
+    /// file's end and the end of its last page are zeros; the file must not shrink while it is mapped.
+    pub fn map_file_shared(&self, len: usize, file: &File, writable: bool) -> io::Result<()> {
+        let access = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        self.check(0, len)?;
+        // SAFETY: `[0, len)` was checked to lie inside this reservation, as in `map_fixed`.
+        let address = unsafe {
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            libc::mmap(self.base.as_ptr().cast(), len, access, flags, file.as_raw_fd(), 0)
+        };
+        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     fn map_fixed(&self, offset: usize, len: usize, flags: i32, fd: i32, file_offset: libc::off_t) -> io::Result<()> {
         self.check(offset, len)?;
         // SAFETY: `[offset, offset + len)` was checked to lie inside this reservation, which this object owns, so
@@ -112,6 +125,13 @@ impl Reservation {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             result => result,
         }
+    }
+
+    /// Gives the memory of `[offset, offset + len)` back to the host: what is anonymous reads as zeros afterwards, what is
+    /// a mapping of a file as the file.
+    pub fn discard(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.check(offset, len)?;
+        self.advise(offset, len, libc::MADV_DONTNEED)
     }
 
     /// Faults `[offset, offset + len)` in for reading (madvise(2), `MADV_POPULATE_READ`).
@@ -203,6 +223,12 @@ impl Populator {
         self.start
     }
 
+    /// The part `[offset, offset + len)` of it, as far as it reaches.
+    pub fn part(self, offset: usize, len: usize) -> Populator {
+        let offset = offset.min(self.len);
+        Populator { start: self.start + offset, len: len.min(self.len - offset) }
+    }
+
     /// Faults the range in for writing: breaks copy-on-write ahead of the guest (madvise(2), `MADV_POPULATE_WRITE`).
     pub fn populate_write(self) -> io::Result<()> {
         // SAFETY: MADV_POPULATE_WRITE changes no contents of whatever is mapped in the range, and fails on what is not.
@@ -222,6 +248,12 @@ fn unmap(start: usize, len: usize) {
         // SAFETY: callers pass only ranges of a mapping that this module made and nobody else refers to any more.
         unsafe { libc::munmap(start as *mut libc::c_void, len) };
     }
+}
+
+/// How many mappings this process has.
+pub fn count_mappings() -> io::Result<usize> {
+    let maps = io::BufReader::with_capacity(64 << 10, File::open("/proc/self/maps")?);
+    io::BufRead::split(maps, b'\n').try_fold(0, |count, line| line.map(|_| count + 1))
 }
 
 #[cfg(test)]

@@ -72,7 +72,16 @@ const FEATURE_WP_ASYNC: u64 = 1 << 15;
 impl Uffd {
     /// Opens one; `write_protect` if pages will be installed write-protected.
     pub fn open(write_protect: bool) -> io::Result<Self> {
-        let features = if write_protect { FeatureFlags::PAGEFAULT_FLAG_WP } else { FeatureFlags::empty() };
+        Uffd::with_features(if write_protect { FeatureFlags::PAGEFAULT_FLAG_WP } else { FeatureFlags::empty() })
+    }
+
+    /// Opens one whose reader is told of pages that are given back (`MADV_DONTNEED`), and keeps who does it waiting until
+    /// it has read that.
+    pub fn open_telling_removals() -> io::Result<Self> {
+        Uffd::with_features(FeatureFlags::EVENT_REMOVE)
+    }
+
+    fn with_features(features: FeatureFlags) -> io::Result<Self> {
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
@@ -153,9 +162,30 @@ impl Uffd {
         Ok(installed)
     }
 
+    /// Puts a page of zeros at `address`, which costs no memory until it is written, and lets who waits for it go on.
+    /// Returns whether it was missing.
+    pub fn install_zero(&self, address: usize) -> io::Result<bool> {
+        loop {
+            // SAFETY: the kernel maps its page of zeros where a registered page is missing, and nowhere else.
+            match unsafe { self.uffd.zeropage(address as *mut libc::c_void, PAGE, true) }.map_err(to_io) {
+                Ok(_) => return Ok(true),
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                    return self.wake(address, PAGE).map(|()| false);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Lets who waits for `[address, address + len)` look again.
     pub fn wake(&self, address: usize, len: usize) -> io::Result<()> {
         self.uffd.wake(address as *mut libc::c_void, len).map_err(to_io)
+    }
+
+    /// Gives `[address, address + len)` back to the kernel, which answers first touches with zeros; who waits goes on.
+    pub fn unregister(&self, address: usize, len: usize) -> io::Result<()> {
+        self.uffd.unregister(address as *mut libc::c_void, len).map_err(to_io)
     }
 
     /// Makes a write-protected page writable and lets who waits for that go on.

@@ -38,7 +38,7 @@ impl Filled {
         Ok(())
     }
 
-    fn runs(&self) -> &[Run] {
+    pub fn runs(&self) -> &[Run] {
         &self.runs[..self.len]
     }
 

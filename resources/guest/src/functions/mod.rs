@@ -3,10 +3,12 @@
 //! To add one, write `fn(&Args, &mut Ctx) -> Result<Reply, Message>` in a file here and name it in
 //! [`FUNCTIONS`] with the keys it takes; names, keys and duplicates are checked before it is called.
 
+mod balloon;
 mod blk;
 mod memory;
 mod net;
 mod pages;
+mod pmem;
 mod rng;
 mod spin;
 mod system;
@@ -74,6 +76,8 @@ static FUNCTIONS: &[Function] = &[
     function("free", &[optional("handle"), optional("filled")], pages::free),
     function("blk", blk::KEYS, blk::blk),
     function("metadata", &[], system::metadata),
+    function("balloon", &[required("op"), optional("pages"), optional("filled")], balloon::balloon),
+    function("pmem", &[optional("nth"), optional("first"), optional("pages"), optional("write")], pmem::pmem),
     function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
     function("net_info", &[], net::info),
     function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
@@ -105,6 +109,7 @@ pub struct Ctx {
     pub spin: spin::State,
     pub net: net::State,
     pub rng: rng::State,
+    pub balloon: balloon::State,
     pub blk: blk::State,
     pub vsock: vsock::State,
     pub config: Config,
@@ -122,6 +127,7 @@ impl Ctx {
             spin: spin::State::new(),
             net: net::State::new(),
             rng: rng::State::new(),
+            balloon: balloon::State::new(),
             blk: blk::State::new(),
             vsock: vsock::State::new(),
             config: Config::DEFAULT,

@@ -162,12 +162,30 @@ impl Card {
         put(frame + 12, &EXPERIMENT.to_be_bytes());
     }
 
-    /// A transmit buffer that is free: its slot, and where the frame goes.
-    fn take_slot(&mut self) -> Option<(u8, u64)> {
+    fn take_back(&mut self) {
         while let Some((head, _)) = self.tx.pop() {
             self.free[self.free_len] = self.tx_slot[usize::from(head)];
             self.free_len += 1;
         }
+    }
+
+    fn is_all_sent(&mut self) -> bool {
+        self.take_back();
+        self.free_len == SLOTS
+    }
+
+    /// For loops that wait for the device: it may be broken.
+    fn poll(&self, polls: &mut u64) -> Result<(), Message> {
+        *polls += 1;
+        match polls.is_multiple_of(1 << 20) && self.device.is_broken() {
+            true => Err(message!("the network device needs a reset")),
+            false => Ok(()),
+        }
+    }
+
+    /// A transmit buffer that is free: its slot, and where the frame goes.
+    fn take_slot(&mut self) -> Option<(u8, u64)> {
+        self.take_back();
         self.free_len = self.free_len.checked_sub(1)?;
         let slot = self.free[self.free_len];
         let at = self.tx_base + u64::from(slot) * TX_SLOT;
@@ -317,7 +335,7 @@ pub fn info(_: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
 }
 
 /// `net_answer ip=0x0a000002 frames=N ms=10000 irq=0`: answers ARP and ICMP echo requests for `ip`, and sends UDP
-/// datagrams back to where they came from, until `frames` frames were answered.
+/// datagrams back to where they came from, until `frames` frames other than ARP were answered.
 pub fn answer(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let ip = args.number_in("ip", 0..=u64::from(u32::MAX), 0)? as u32;
     let frames = args.number_in("frames", 1..=u64::MAX, 1)?;
@@ -325,7 +343,7 @@ pub fn answer(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let card = card(&mut ctx.net, &mut ctx.pages)?;
     let (mut answered, mut other) = ([0u64; 3], 0u64);
     let (kicks, interrupts) = (card.rx.kicks + card.tx.kicks, card.interrupts);
-    while answered.iter().sum::<u64>() < frames {
+    while answered[1] + answered[2] < frames {
         let Some(frame) = card.receive(wait.irq, wait.deadline_ns) else { break };
         match turn_round(card, &frame, ip.to_be_bytes()) {
             Some(kind) => answered[kind] += 1,
@@ -399,10 +417,7 @@ pub fn send(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
         let mut added = 0;
         while added < batch.min(count - sequence) {
             let Some((slot, at)) = card.take_slot() else {
-                polls += 1;
-                if polls.is_multiple_of(1 << 20) && card.device.is_broken() {
-                    return Err(message!("the network device needs a reset"));
-                }
+                card.poll(&mut polls)?;
                 continue;
             };
             card.put_ethernet(at, [0xff; 6]);
@@ -414,6 +429,9 @@ pub fn send(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
             added += 1;
         }
         card.tx.kick(added as u16);
+    }
+    while !card.is_all_sent() {
+        card.poll(&mut polls)?;
     }
     let (kicks, ns) = (card.tx.kicks - before, clock::now_ns(0) - start);
     Ok(Reply::new(digest.finish(), format_args!("frames={count} bytes={} kicks={kicks} ns={ns}", count * size)))

@@ -2,7 +2,7 @@
 //!
 //! How long the next frame is shows only when it has been read. So buffers are gathered for the frames that are to be
 //! expected, and a reserve takes what does not fit: with mergeable buffers it is copied on into further ones. A frame
-//! for which there are too few waits until the driver has brought more, and is lost if they are still too few.
+//! for which there are too few waits until the driver has brought more. It is lost if the driver has never had more.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -34,6 +34,8 @@ pub(super) struct Receiver {
     reserve: Vec<u8>,
     /// A frame that waits for buffers.
     waiting: Option<Vec<u8>>,
+    /// The most buffers that the driver was seen to have made available at a time.
+    most_buffers: usize,
     /// Small frames in a row.
     small: u32,
     counts: Counts,
@@ -57,7 +59,7 @@ struct Counts {
 impl Receiver {
     pub fn new(limiter: RateLimiter) -> Self {
         let counts = Counts::default();
-        Receiver { limiter, reserve: Vec::new(), waiting: None, small: SMALL_IN_A_ROW, counts }
+        Receiver { limiter, reserve: Vec::new(), waiting: None, most_buffers: 0, small: SMALL_IN_A_ROW, counts }
     }
 
     pub fn count_kick(&mut self) {
@@ -70,6 +72,7 @@ impl Receiver {
 
     pub fn reset(&mut self) {
         self.waiting = None;
+        self.most_buffers = 0;
         self.small = SMALL_IN_A_ROW;
     }
 
@@ -104,6 +107,8 @@ struct Gathered<'m> {
     chains: VecDeque<Chain<'m>>,
     bytes: usize,
     pieces: usize,
+    /// A system call takes no more pieces.
+    is_full: bool,
 }
 
 impl<'m> Gathered<'m> {
@@ -111,6 +116,7 @@ impl<'m> Gathered<'m> {
     /// that room.
     fn gather(&mut self, io: &mut Io<'m>, wanted: usize) -> Result<bool, Broken> {
         let mergeable = io.has_feature(VIRTIO_NET_F_MRG_RXBUF);
+        self.is_full = false;
         while self.chains.is_empty() || mergeable && self.bytes < wanted {
             let Some(chain) = io.pop(RX)? else { break };
             let (len, pieces) = (chain.writable.len(), chain.writable.slices().len());
@@ -120,6 +126,7 @@ impl<'m> Gathered<'m> {
             // One is for the reserve.
             if self.pieces + pieces >= BUFFERS_MAX {
                 io.unpop(RX);
+                self.is_full = true;
                 break;
             }
             (self.bytes, self.pieces) = (self.bytes + len, self.pieces + pieces);
@@ -187,8 +194,8 @@ enum Stop {
     Idle,
     /// The queue is empty.
     NoBuffers,
-    /// A frame waits for more buffers than there are.
-    TooFewBuffers,
+    /// A frame waits for more buffers than there are, so many.
+    TooFewBuffers(u16),
     /// Other devices have their turn.
     Turn,
     /// The limiter's timer will say when to go on.
@@ -202,12 +209,12 @@ impl Net {
         if self.tap_gone || self.rx.waiting.is_some() && !kicked {
             return Ok(());
         }
-        // A frame that has waited for a kick does not wait for another: the driver may never have enough buffers.
-        let mut may_wait = false;
+        let available = io.queues[RX].waiting(io.memory).map_err(failed)?;
+        self.rx.most_buffers = self.rx.most_buffers.max(usize::from(available));
         loop {
             io.queues[RX].disable_notification(io.memory).map_err(failed)?;
             let mut gathered = Gathered::default();
-            let stop = self.receive_some(io, &mut gathered, may_wait);
+            let stop = self.receive_some(io, &mut gathered);
             gathered.give_back(io);
             let stop = stop?;
             io.signal(RX)?;
@@ -216,7 +223,7 @@ impl Net {
                     self.rx.counts.no_buffers += 1;
                     io.queues[RX].enable_notification(io.memory).map_err(failed)?
                 }
-                Stop::TooFewBuffers => io.queues[RX].ask_for_more(io.memory).map_err(failed)?,
+                Stop::TooFewBuffers(seen) => io.queues[RX].ask_for_more(io.memory, seen).map_err(failed)?,
                 Stop::Turn => {
                     self.look_again();
                     false
@@ -226,17 +233,10 @@ impl Net {
             if !more {
                 return Ok(());
             }
-            // The driver is bringing buffers just now, maybe one by one.
-            may_wait = true;
         }
     }
 
-    fn receive_some<'m>(
-        &mut self,
-        io: &mut Io<'m>,
-        gathered: &mut Gathered<'m>,
-        may_wait: bool,
-    ) -> Result<Stop, Broken> {
+    fn receive_some<'m>(&mut self, io: &mut Io<'m>, gathered: &mut Gathered<'m>) -> Result<Stop, Broken> {
         // Gathering takes at most the whole queue, and must not end for lack of anything else.
         let is_over = |io: &Io<'_>| io.budget <= u32::from(QUEUE_SIZES[RX]);
         if is_over(io) {
@@ -246,11 +246,8 @@ impl Net {
             if gathered.gather(io, frame.len())? {
                 gathered.write_at(0, &frame);
                 self.publish(io, gathered, frame.len())?;
-            } else if may_wait {
-                self.rx.waiting = Some(frame);
-                return Ok(Stop::TooFewBuffers);
-            } else {
-                self.rx.counts.fails += 1;
+            } else if let Some(stop) = self.wait_or_lose(gathered, frame) {
+                return Ok(stop);
             }
         }
         while !is_over(io) {
@@ -262,8 +259,8 @@ impl Net {
                 return Ok(Stop::NoBuffers);
             }
             let Some(len) = self.read_frame(io, gathered) else { return Ok(Stop::Idle) };
-            if !self.deliver(io, gathered, len)? {
-                return Ok(Stop::TooFewBuffers);
+            if let Some(stop) = self.deliver(io, gathered, len)? {
+                return Ok(stop);
             }
         }
         Ok(Stop::Turn)
@@ -291,29 +288,44 @@ impl Net {
         }
     }
 
-    /// Gives a frame that was read to the driver. Returns whether it does not have to wait.
-    fn deliver<'m>(&mut self, io: &mut Io<'m>, gathered: &mut Gathered<'m>, len: usize) -> Result<bool, Broken> {
+    /// Gives a frame that was read to the driver, unless it has to wait.
+    fn deliver<'m>(
+        &mut self,
+        io: &mut Io<'m>,
+        gathered: &mut Gathered<'m>,
+        len: usize,
+    ) -> Result<Option<Stop>, Broken> {
         let room = gathered.bytes;
         if len <= room {
             self.publish(io, gathered, len)?;
-            return Ok(true);
+            return Ok(None);
         }
         // A full reserve may mean that there was even more.
         let rest = len - room;
         if !io.has_feature(VIRTIO_NET_F_MRG_RXBUF) || rest >= RESERVE {
             self.rx.counts.fails += 1;
-            return Ok(true);
+            return Ok(None);
         }
         self.rx.counts.copied += 1;
         if gathered.gather(io, len)? {
             gathered.write_at(room, &self.rx.reserve[..rest]);
             self.publish(io, gathered, len)?;
-            return Ok(true);
+            return Ok(None);
         }
         let mut frame = gathered.read(room);
         frame.extend_from_slice(&self.rx.reserve[..rest]);
+        Ok(self.wait_or_lose(gathered, frame))
+    }
+
+    /// All buffers there are were gathered and are too few for `frame`.
+    fn wait_or_lose(&mut self, gathered: &Gathered<'_>, frame: Vec<u8>) -> Option<Stop> {
+        let seen = gathered.chains.len();
+        if gathered.is_full || seen >= self.rx.most_buffers {
+            self.rx.counts.fails += 1;
+            return None;
+        }
         self.rx.waiting = Some(frame);
-        Ok(false)
+        Some(Stop::TooFewBuffers(seen as u16))
     }
 
     fn publish<'m>(&mut self, io: &mut Io<'m>, gathered: &mut Gathered<'m>, len: usize) -> Result<(), Broken> {

@@ -43,7 +43,10 @@ impl Tap {
     pub fn open(id: &str, name: &str) -> Result<Self, Error> {
         let failed = |why: String, source| Error::Tap { id: id.to_owned(), tap: name.to_owned(), why, source };
         // IFNAMSIZ with its NUL (netdevice(7)).
-        if name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(|byte| byte.is_ascii_graphic()) {
+        if name.is_empty()
+            || name.len() >= libc::IFNAMSIZ
+            || !name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
+        {
             return Err(failed("it is no interface name".into(), io::ErrorKind::InvalidInput.into()));
         }
         check_exists(name).map_err(|error| match error.raw_os_error() {

@@ -10,11 +10,13 @@ mod packed;
 mod path;
 mod units;
 
+use packed::Extras;
+
 use super::estimate::{Estimate, estimate};
 use super::model::copied_page_ns;
 use super::place::BLOCK_PAGES;
 use super::touches::{Touch, expected};
-use super::{Budget, Ground, eager, faasnap};
+use super::{Budget, Ground, eager, faasnap, reap};
 use crate::snapshot::{Content, Extent, Fill, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
@@ -38,12 +40,15 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     let mut best = search.within_budget(ground);
     let floors = Floors::of(ground, &touches);
     // Each shape with the least it can cost: making and pricing one takes as long as the whole search above. What the
-    // search cannot come to are images: REAP's and Aquifer's shapes are those of `packed` without what it leaves out.
-    let shapes: [(f64, &dyn Fn() -> RestorePlan); 4] = [
+    // search cannot come to are images (Aquifer's shape is `packed` without extras), and one userfaultfd over everything,
+    // zero pages included, which needs the fewest mappings.
+    let shapes: [(f64, &dyn Fn() -> RestorePlan); 6] = [
         (floors.eager, &|| RestorePlan { extents: eager::plan(ground), ..ground.empty_plan(NAME) }),
         (floors.regions, &|| faasnap::plan(ground, profile)),
-        (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy)),
-        (floors.install, &|| packed::plan(ground, &touches, Fill::Install)),
+        (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy, Extras::Paying)),
+        (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy, Extras::None)),
+        (floors.install, &|| packed::plan(ground, &touches, Fill::Install, Extras::Paying)),
+        (floors.reap, &|| reap::plan(ground, profile)),
     ];
     for (floor, make) in shapes {
         if floor >= best.1.total_ns() {
@@ -93,6 +98,8 @@ struct Floors {
     install: f64,
     /// The loading set is copied from an image.
     copy: f64,
+    /// What is touched is installed from an image, zero pages too.
+    reap: f64,
     /// The loading set is mapped from an image, each region a mapping.
     regions: f64,
 }
@@ -139,6 +146,10 @@ impl Floors {
         Floors {
             eager: times(read_page, held.sum()),
             install: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, pages) + faults,
+            reap: times(
+                costs.uffd_copy_ns + costs.device_sequential_page_ns,
+                held_touches().map(|t| t.extent.pages).sum(),
+            ),
             // Blocks that are read whole have no small pages.
             copy: runs.iter().map(copy).sum::<f64>() + if is_small { faults } else { 0.0 },
             regions: times(costs.vma_ns, regions) + touched * file_page as f64,

@@ -16,15 +16,28 @@ pub fn is_packed(costs: &Costs, touch: &Touch) -> bool {
     !touch.zero || copied_page_ns(costs, false) + costs.populated_touch_ns < costs.anon_read_fault_ns
 }
 
+/// What an image has besides the pages that are held and touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extras {
+    /// Zero pages, and the rest of groups, where the costs of one page say that it pays.
+    Paying,
+    /// Nothing: as `reap` and `aquifer` have it. Each page for itself may pay and all together not.
+    None,
+}
+
 /// The plan with the image's pages brought in by `fill`.
-pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill) -> RestorePlan {
-    let loading = touches.iter().filter(|touch| is_packed(ground.costs, touch)).map(|touch| touch.extent);
+pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill, extras: Extras) -> RestorePlan {
+    let is_packed = |touch: &Touch| match extras {
+        Extras::Paying => is_packed(ground.costs, touch),
+        Extras::None => !touch.zero,
+    };
+    let loading = touches.iter().filter(|touch| is_packed(touch)).map(|touch| touch.extent);
     let mut runs = PageRuns::new(ground);
     loading.flat_map(|extent| ground.layout.split(extent)).for_each(|extent| runs.push(extent));
-    let image = Packed::new(with_groups(ground, runs.runs));
+    let runs = if extras == Extras::Paying { with_groups(ground, runs.runs) } else { runs.runs };
+    let image = Packed::new(runs);
     let over = image.placed(ground.layers, |extent, source| PlannedExtent::preload(extent, source, fill));
-    let mut touched_zero =
-        touches.iter().filter(|touch| !is_packed(ground.costs, touch)).map(|touch| touch.extent).peekable();
+    let mut touched_zero = touches.iter().filter(|touch| !is_packed(touch)).map(|touch| touch.extent).peekable();
     let mut is_touched = |run: Extent| {
         while touched_zero.next_if(|zero| zero.end() <= run.first).is_some() {}
         touched_zero.peek().is_some_and(|zero| zero.first < run.end())

@@ -1,0 +1,67 @@
+//! Free page hinting (VIRTIO 1.2, 5.5.6.6): when the host begins a round, the driver takes the guest's free pages aside
+//! and names them; it keeps them aside until the host says that the round is over.
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::devices::virtio::{Broken, Memory};
+
+/// As a command of the driver: it has named all. (VIRTIO 1.2, 5.5.6.6)
+const STOP: u32 = 0;
+/// As a command of the host: the pages may be used again.
+const DONE: u32 = 1;
+/// The first number of a round.
+const FIRST: u32 = 2;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HintingState {
+    /// What the driver reads in the configuration space: `STOP` before the first round, a round's number, `DONE`.
+    pub host_cmd: u32,
+    /// What the driver has last sent: a round's number, then `STOP`.
+    pub guest_cmd: Option<u32>,
+    last_round: u32,
+    acknowledge_on_stop: bool,
+}
+
+#[derive(Debug)]
+pub struct Hinting(HintingState);
+
+impl Hinting {
+    pub fn new(state: HintingState) -> Self {
+        Hinting(state)
+    }
+
+    pub fn state(&self) -> HintingState {
+        self.0
+    }
+
+    pub fn start(&mut self, acknowledge_on_stop: bool) {
+        // The number must be another one than before, and none with a meaning of its own.
+        let round = self.0.last_round.wrapping_add(1).max(FIRST);
+        (self.0.host_cmd, self.0.last_round, self.0.acknowledge_on_stop) = (round, round, acknowledge_on_stop);
+    }
+
+    pub fn stop(&mut self) {
+        self.0.host_cmd = DONE;
+    }
+
+    /// Whether the driver is in the round that the host has begun: hints that come late are of pages that it may have
+    /// begun to use.
+    pub fn is_round(&self) -> bool {
+        self.0.host_cmd >= FIRST && self.0.guest_cmd == Some(self.0.host_cmd)
+    }
+
+    /// Takes the driver's command from guest memory. Returns whether the host answers by another one of its own.
+    pub fn command(&mut self, at: u64, len: u32, memory: &Memory) -> Result<bool, Broken> {
+        if len < 4 {
+            return Err(Broken::Chain("a command of free page hinting has less than four bytes"));
+        }
+        let command = u32::from_le(memory.read_obj(GuestAddress(at))?);
+        let ends = command == STOP && self.is_round() && self.0.acknowledge_on_stop;
+        self.0.guest_cmd = Some(command);
+        if ends {
+            self.stop();
+        }
+        Ok(ends)
+    }
+}

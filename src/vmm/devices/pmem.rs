@@ -1,0 +1,100 @@
+//! Pmem devices between the config's form and the devices'.
+
+use std::any::Any;
+
+use super::{Overrides, VirtioDevices, limits};
+use crate::devices;
+use crate::devices::virtio::{Pmem, PmemImage, PmemParams, PmemState, RateLimits, VirtioDevice};
+use crate::snapshot::MemoryLayout;
+use crate::vmm::arch::layout::pmem_after;
+use crate::vmm::config::{DeviceConfigs, PmemConfig};
+use crate::vmm::control::Refused;
+use crate::vmm::devices::patch::{PmemPatch, no_such};
+
+/// Opens the images of a config; the root device first, for the guest is told that it is the first.
+pub fn open(configs: &DeviceConfigs, layout: &MemoryLayout) -> Result<Vec<Pmem>, devices::Error> {
+    let (root, others): (Vec<_>, Vec<_>) = configs.pmem.iter().partition(|config| config.root_device);
+    let mut end = ram_end(layout);
+    let open = |config: &PmemConfig| {
+        let params = PmemParams {
+            id: config.id.clone(),
+            path: config.path_on_host.clone(),
+            read_only: config.read_only,
+            is_root: config.root_device,
+            gpa: pmem_after(end),
+        };
+        let pmem = Pmem::new(params, config.rate_limiter.map(RateLimits::from).unwrap_or_default())?;
+        end = pmem.params().gpa + pmem.size();
+        Ok(pmem)
+    };
+    root.into_iter().chain(others).map(open).collect()
+}
+
+/// Makes a pmem device again, at the place that the guest knows. `end`: of what lies below it, moved up.
+pub fn restore(state: PmemState, overrides: &Overrides, end: &mut u64) -> Result<Pmem, devices::Error> {
+    let (gpa, size) = (state.params.gpa, state.size());
+    // Places come from the snapshot file: they must be such as `open` gives.
+    if gpa != pmem_after(*end) || size == 0 || gpa.checked_add(size).is_none() {
+        return Err(devices::Error::State { device: "pmem device", what: "it lies where no pmem device lies" });
+    }
+    *end = gpa + size;
+    let given = overrides.drives.iter().find(|(id, _)| *id == state.params.id);
+    Pmem::restore(state, given.map(|(_, path)| path.as_path()))
+}
+
+/// Where RAM ends.
+pub fn ram_end(layout: &MemoryLayout) -> u64 {
+    layout.ranges().last().map_or(0, |range| range.gpa + range.len)
+}
+
+/// What is to be mapped for `devices`.
+pub fn images(devices: &[Box<dyn VirtioDevice>]) -> Vec<PmemImage> {
+    let pmem = devices.iter().filter_map(|device| (&**device as &dyn Any).downcast_ref::<Pmem>());
+    pmem.map(Pmem::image).collect()
+}
+
+/// What the kernel's command line says of a root device that is a pmem device (as in Firecracker); empty if there is none.
+pub fn pmem_root_args(configs: &DeviceConfigs) -> &'static str {
+    match configs.pmem.iter().find(|config| config.root_device) {
+        Some(root) if root.read_only => "root=/dev/pmem0 ro",
+        Some(_) => "root=/dev/pmem0 rw",
+        None => "",
+    }
+}
+
+/// The config that `pmem` would be made from.
+pub fn config_of(pmem: &Pmem) -> PmemConfig {
+    let PmemParams { id, path, read_only, is_root, .. } = pmem.params().clone();
+    let rate_limiter = limits::config_of(pmem.limits());
+    PmemConfig { id, path_on_host: path, root_device: is_root, read_only, rate_limiter }
+}
+
+impl VirtioDevices {
+    pub(super) fn patch_pmem(&mut self, patch: &PmemPatch) -> Result<(), Refused> {
+        let change = |pmem: &mut Pmem| {
+            pmem.change_limits(patch.rate_limiter.map(RateLimits::from).unwrap_or_default());
+            (config_of(pmem), false)
+        };
+        let config = self.with(&patch.id, change).ok_or_else(|| no_such("pmem device", &patch.id))?;
+        let known = self.configs.pmem.iter_mut().find(|known| known.id == patch.id);
+        known.into_iter().for_each(|known| *known = config.clone());
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_args_are_those_of_firecracker() {
+        let args = |root_device, read_only| {
+            let (id, path_on_host) = ("p".to_owned(), "/p".into());
+            let pmem = vec![PmemConfig { id, path_on_host, root_device, read_only, rate_limiter: None }];
+            pmem_root_args(&DeviceConfigs { pmem, ..DeviceConfigs::default() })
+        };
+        assert_eq!(args(true, true), "root=/dev/pmem0 ro");
+        assert_eq!(args(true, false), "root=/dev/pmem0 rw");
+        assert_eq!(args(false, false), "");
+    }
+}

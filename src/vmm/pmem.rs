@@ -1,0 +1,47 @@
+//! Images that guests see as memory: mapped shared, each in a memslot of its own, above RAM.
+//!
+//! ```text
+//!  RAM … │ 1 GiB aligned: image, 2 MiB aligned size │ 1 GiB aligned: next image …
+//!            └ file, shared ┘└ anonymous zeros ┘
+//! ```
+//!
+//! They are no part of guest RAM: not in its layout, its dirty log or its snapshots, and devices do not read or write
+//! them. KVM's slots for RAM come first, so a slot's number says which RAM range it is.
+
+use super::devices::PmemImage;
+use super::error::Error;
+use super::sys::mapping::Reservation;
+use crate::snapshot::PAGE_SIZE;
+
+/// One mapped image.
+#[derive(Debug)]
+pub struct PmemMemory {
+    memory: Reservation,
+    pub gpa: u64,
+    pub read_only: bool,
+}
+
+impl PmemMemory {
+    /// Maps an image. What lies behind its end are zeros (written ones are lost with the VM).
+    pub fn map(image: &PmemImage) -> Result<Self, Error> {
+        let failed = |source| Error::Map { gpa: image.gpa, pages: image.size / PAGE_SIZE, source };
+        let too_large = |_| failed(std::io::ErrorKind::OutOfMemory.into());
+        let size = usize::try_from(image.size).map_err(too_large)?;
+        let file_end = usize::try_from(image.len.next_multiple_of(PAGE_SIZE)).map_err(too_large)?;
+        let memory = Reservation::new(size).map_err(failed)?;
+        memory.map_file_shared(file_end, &image.file, !image.read_only).map_err(failed)?;
+        if file_end < size {
+            memory.map_anon(file_end, size - file_end).map_err(failed)?;
+        }
+        Ok(PmemMemory { memory, gpa: image.gpa, read_only: image.read_only })
+    }
+
+    pub fn base(&self) -> *mut u8 {
+        self.memory.base()
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.memory.len() as u64
+    }
+}
