@@ -67,6 +67,22 @@ fn linux_boots_from_either_image_runs_a_script_and_ends() {
     }
 }
 
+/// The files of a DAX root are read where they lie: the guest's page cache holds next to nothing.
+#[test]
+fn a_root_in_persistent_memory_is_not_cached_by_the_guest() {
+    let Some(built) = built() else { return };
+    let mut config = machine(&built, "vmlinux", 1, "rootfstype=erofs rootflags=dax=always");
+    config.as_object_mut().unwrap().remove("drives");
+    let root = built.join("rootfs.erofs");
+    config["pmem"] = json!([{ "id": "root", "path_on_host": root, "root_device": true, "read_only": true }]);
+    let mut shell = Shell::boot(&config);
+    assert_eq!(shell.ask("python3 -c 'import json; print(6 * 7)'"), "42");
+    assert!(shell.ask("cat /proc/mounts").contains("/ erofs ro"));
+    let cached = shell.ask_number("awk '$1 == \"Cached:\" { print $2 }' /proc/meminfo");
+    assert!(cached < 1024.0, "{cached} KiB");
+    assert_eq!(shell.end("poweroff"), "power-off");
+}
+
 #[test]
 fn a_shell_on_the_console_does_what_is_typed() {
     let Some(built) = built() else { return };
