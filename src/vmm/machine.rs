@@ -307,7 +307,9 @@ impl Machine<Paused> {
         let threads = &self.state.threads;
         threads.iter().for_each(VcpuThread::ask_to_exit);
         let parked = threads.iter().try_for_each(|thread| thread.wait_parked_until(deadline));
-        let stopped = parked.and_then(|()| self.core.services.finish(deadline));
+        // Devices before who serves the memory that they may be waiting for.
+        let stopped = parked.and_then(|()| self.core.devices.virtio.finish(deadline));
+        let stopped = stopped.and_then(|()| self.core.services.finish(deadline));
         if stopped.is_err() {
             std::mem::forget(self);
         }

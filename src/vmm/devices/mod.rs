@@ -10,6 +10,7 @@ mod saved;
 mod thread;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 
@@ -98,6 +99,14 @@ impl VirtioDevices {
     /// Lets devices work. Before vCPUs go on.
     pub fn go_on(&self) {
         self.devices.iter().for_each(|device| device.go_on());
+    }
+
+    /// Ends the thread that works for the devices, which may be waiting for guest memory until `deadline`.
+    pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
+        match self.thread.as_ref().is_none_or(|thread| thread.finish(deadline)) {
+            true => Ok(()),
+            false => Err(Error::Stuck("device thread")),
+        }
     }
 
     /// The state of all devices, after `quiesce`.

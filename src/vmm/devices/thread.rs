@@ -4,12 +4,14 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::devices::virtio::{MmioDevice, Source};
 use crate::vmm::error::Error;
+use crate::vmm::restore::ended;
 
 /// What an event's number means: this, a queue above `QUEUE`, or a source's token above `SOURCE`.
 const KICK: u32 = 0;
@@ -45,6 +47,14 @@ impl DeviceThread {
         let thread = std::thread::Builder::new().name("devices".into()).spawn(work);
         let thread = thread.map_err(Error::os("start the thread of the devices"))?;
         Ok(DeviceThread { stop, thread: Some(thread) })
+    }
+}
+
+impl DeviceThread {
+    /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
+    pub fn finish(&self, deadline: Instant) -> bool {
+        let _ = self.stop.write(1);
+        ended(self.thread.as_ref(), deadline)
     }
 }
 

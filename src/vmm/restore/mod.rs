@@ -33,6 +33,7 @@ use crate::tiering::fault::FaultObserver;
 
 pub use engine::EngineReport;
 pub use lazy::FaultCounts;
+pub(super) use lazy::ended;
 
 use background::BackgroundWork;
 use drives::PlacedDrives;
