@@ -49,7 +49,7 @@ fn resize(shell: &Shell, amount_mib: u64) {
 
 #[test]
 fn linux_balloon_goes_to_half_and_back_over_restores_and_files_stay_whole() {
-    const KEPT: &str = "yes kept | head -c 20000000";
+    const KEPT: &str = "yes kept | head -c 4000000";
     let Some(guests) = guests() else { return };
     let dir = scratch();
     let mut config = linux_config(&guests);
@@ -70,9 +70,10 @@ fn linux_balloon_goes_to_half_and_back_over_restores_and_files_stay_whole() {
         let free = |shell: &mut Shell| shell.ask_number("awk '/MemFree/ {print $2}' /proc/meminfo");
         let before = free(&mut shell);
         resize(&shell, 0);
-        assert!(free(&mut shell) > before + 140.0 * 1024.0, "{policy}");
-        // Memory that was free before the snapshot, in the balloon, and reported: all of it is used and given back.
-        shell.ask("yes other | head -c 150000000 > /run/other; rm /run/other");
+        let after = free(&mut shell);
+        assert!(after > before + 100.0 * 1024.0, "{policy}: {before} KiB free before, {after} after");
+        // Memory that was free before the snapshot, or in the balloon, is used and given back.
+        shell.ask("yes other | head -c 20000000 > /run/other; rm /run/other");
         resize(&shell, 100);
         shell.vm.api_ok("PATCH", "/balloon/hinting/start", None);
         wait_for(&shell, "/balloon/hinting/status", |said| said["host_cmd"] == 1);
