@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::support::artefact::pages;
-use crate::support::{Answer, Vm, config, finish, refusal, run_err, run_ok, scratch, text, tvmm};
+use crate::support::{Answer, Vm, config, finish, is_emulated, refusal, run_err, run_ok, scratch, text, tvmm};
 
 const MIB: u64 = 1 << 20;
 const ENGINES: [&str; 2] = ["Sync", "Async"];
@@ -105,10 +105,12 @@ fn drives_are_what_their_config_says() {
 #[test]
 fn snapshot_in_the_middle_of_requests_loses_and_doubles_nothing() {
     let dir = scratch();
+    // Several times as long as the snapshots take, on the fastest of hosts.
+    let rounds = if is_emulated() { 60 } else { 1500 };
     for engine in ENGINES {
         let path = image(dir.path(), engine, 8 * MIB);
         let mut vm = Vm::boot(&one_drive(&path, engine));
-        let id = vm.begin("blk op=stress sectors=8192 chunk=32 depth=32 rounds=60 segs=2");
+        let id = vm.begin(&format!("blk op=stress sectors=8192 chunk=32 depth=32 rounds={rounds} segs=2"));
         // A chain of diffs under load: each is restored in a process of its own and goes on.
         for generation in 0..3 {
             std::thread::sleep(std::time::Duration::from_millis(100));
@@ -117,6 +119,8 @@ fn snapshot_in_the_middle_of_requests_loses_and_doubles_nothing() {
             let mut args = vec!["snapshot", "--api-sock", text(vm.socket()), "--out", text(&out)];
             args.extend(if generation == 0 { [].as_slice() } else { &["--diff"] });
             run_ok(&args);
+            let done = vm.try_line(|line| line.starts_with("ok "), std::time::Duration::ZERO);
+            assert_eq!(done, None, "the requests ended before snapshot {generation}");
             kill(vm);
             vm = Vm::restore(&out, ["firecracker", "eager", "firecracker-uffd"][generation]);
         }
@@ -124,8 +128,8 @@ fn snapshot_in_the_middle_of_requests_loses_and_doubles_nothing() {
         assert!(line.starts_with("ok "), "{line}");
         let answer = Answer::parse(&line);
         good(&answer);
-        assert_eq!(answer.number("requests"), 60 * 2 * 256);
-        blk(&mut vm, "op=check sectors=8192 seed=61 chunk=64 depth=8");
+        assert_eq!(answer.number("requests"), rounds * 2 * 256);
+        blk(&mut vm, &format!("op=check sectors=8192 seed={} chunk=64 depth=8", rounds + 1));
     }
 }
 
