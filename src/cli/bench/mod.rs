@@ -1,7 +1,10 @@
 //! `tvmm bench`: how long restores take, each in a fresh process, rivals interleaved.
 
 mod grid;
+mod guest;
+mod report;
 mod restore;
+mod study;
 
 use std::fs::File;
 use std::num::NonZero;
@@ -31,12 +34,21 @@ enum BenchCommand {
     Restore(restore::RestoreBenchArgs),
     /// Compare policies over a grid of working sets: size, share written, dense or scattered, cached or not
     Grid(grid::GridArgs),
+    /// Measure functions over every policy, in the experiments of the papers, and draw the results
+    Run(study::RunArgs),
+    /// Draw results again
+    Report(report::ReportArgs),
+    /// Compare two results
+    Diff(report::DiffArgs),
 }
 
 pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
     match &args.command {
         BenchCommand::Restore(args) => restore::run(args),
         BenchCommand::Grid(args) => grid::run(args),
+        BenchCommand::Run(args) => study::run(args),
+        BenchCommand::Report(args) => report::run(args),
+        BenchCommand::Diff(args) => report::run_diff(args),
     }
 }
 
@@ -79,6 +91,8 @@ struct Trial {
     /// Where the guest takes requests, if it is not the serial line.
     run_port: Option<u32>,
     with_api: bool,
+    /// More arguments.
+    more: Vec<String>,
     scratch: PathBuf,
 }
 
@@ -98,6 +112,7 @@ impl Trial {
         if let Some(port) = self.run_port {
             command.args(["--run-port", &port.to_string(), "--vsock"]).arg(self.scratch.join("v.sock"));
         }
+        command.args(&self.more);
         if self.with_api {
             command.arg("--api-sock").arg(self.scratch.join("api.sock"));
         }

@@ -1,0 +1,103 @@
+//! Snapshots and profiles to measure with: made once, kept while the study runs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use super::super::guest::{Guest, TIMEOUT, snapshot};
+use super::super::{BoxError, refuse};
+use super::workload::Workload;
+use crate::api::client::Client;
+use crate::tiering::profile::RecorderKind;
+
+/// A directory of snapshots, with the profiles recorded on them.
+pub struct Stage {
+    exe: PathBuf,
+    dir: PathBuf,
+    /// What functions computed, by snapshot and function: every flow must come to the same.
+    digests: BTreeMap<String, String>,
+}
+
+impl Stage {
+    pub fn new(exe: &Path, dir: PathBuf) -> Stage {
+        Stage { exe: exe.to_owned(), dir, digests: BTreeMap::new() }
+    }
+
+    /// The directory of a workload.
+    pub fn dir_of(&self, workload: &Workload) -> PathBuf {
+        self.dir.join(workload.name)
+    }
+
+    /// The snapshot of a guest that is ready to run the function.
+    pub fn snapshot(&self, workload: &Workload) -> Result<PathBuf, BoxError> {
+        let dir = self.dir_of(workload);
+        let snapshot_dir = dir.join("snapshot");
+        // A snapshot has its name when it is whole.
+        if snapshot_dir.exists() {
+            return Ok(snapshot_dir);
+        }
+        std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
+        let socket = dir.join("api.sock");
+        let _guest = self.booted(workload, &socket)?;
+        snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot_dir }))?;
+        Ok(snapshot_dir)
+    }
+
+    /// A guest that is ready to run the function.
+    pub fn booted(&self, workload: &Workload, socket: &Path) -> Result<Guest, BoxError> {
+        let dir = self.dir_of(workload);
+        std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
+        let config = dir.join("vm.json");
+        std::fs::write(&config, workload.config().to_string())?;
+        remove(socket)?;
+        let mut guest = Guest::boot(&self.exe, &config, socket)?;
+        if !workload.prepare.is_empty() {
+            guest.call(workload.prepare)?;
+        }
+        Ok(guest)
+    }
+
+    /// The profile of a run of `function` from the snapshot, by `recorder`.
+    pub fn profile(&self, snapshot: &Path, recorder: RecorderKind, function: &str) -> Result<PathBuf, BoxError> {
+        let name: String = function.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let path = snapshot.with_file_name(format!("{name}-{recorder}.profile"));
+        if path.exists() {
+            return Ok(path);
+        }
+        let mut command = Command::new(&self.exe);
+        command.args(["profile", "record", "--recorder", &recorder.to_string(), "--run", function]);
+        command.args(["--run-timeout", &TIMEOUT.as_secs().to_string()]);
+        command.arg("--snapshot").arg(snapshot).arg("--out").arg(&path);
+        let output = command.stdin(Stdio::null()).output()?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            return refuse(format!("{function:?} cannot be recorded by {recorder}: {}", said.trim()));
+        }
+        Ok(path)
+    }
+
+    /// Notes what `function` came to on `snapshot`.
+    ///
+    /// # Errors
+    /// If it came to something else before: a restored guest that computes wrongly is not one to be measured.
+    pub fn check_digest(&mut self, snapshot: &Path, function: &str, digest: &str) -> Result<(), BoxError> {
+        let key = format!("{} {function}", snapshot.display());
+        let known = self.digests.entry(key).or_insert_with(|| digest.to_string());
+        match known == digest {
+            true => Ok(()),
+            false => refuse(format!("{function:?} came to {digest}, and to {known} before")),
+        }
+    }
+}
+
+/// Removes a file that may be there.
+pub fn remove(path: &Path) -> Result<(), BoxError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            refuse(format!("Cannot remove {}: {error}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
