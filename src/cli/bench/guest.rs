@@ -40,7 +40,8 @@ impl Guest {
     /// Starts a VMM whose guest's console is its standard input and output.
     pub fn start(mut command: Command) -> Result<Self, BoxError> {
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-        let mut child = spawned.map_err(|error| format!("Cannot start {}: {error}", command.get_program().display()))?;
+        let mut child =
+            spawned.map_err(|error| format!("Cannot start {}: {error}", command.get_program().display()))?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return refuse("The guest's console cannot be reached");
         };

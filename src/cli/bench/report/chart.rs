@@ -12,9 +12,17 @@ const LEFT: f64 = 150.0;
 const RIGHT: f64 = 20.0;
 const WIDTH: f64 = 900.0;
 
-/// The colour of the `index`th series.
-pub fn colour(index: usize) -> &'static str {
-    COLOURS[index % COLOURS.len()]
+/// A series of values: its name, and which colour it has, so that it has the same one in all charts.
+#[derive(Clone, Debug)]
+pub struct Series {
+    pub name: String,
+    pub colour: usize,
+}
+
+impl Series {
+    fn colour(&self) -> &'static str {
+        COLOURS[self.colour % COLOURS.len()]
+    }
 }
 
 /// One bar: a median, and what it spans.
@@ -30,7 +38,7 @@ pub struct Bars<'a> {
     pub title: &'a str,
     pub unit: &'a str,
     pub groups: &'a [String],
-    pub series: &'a [String],
+    pub series: &'a [Series],
     /// By group, then by series.
     pub bars: Vec<Vec<Option<Bar>>>,
 }
@@ -56,7 +64,7 @@ impl Bars<'_> {
         for (index, (group, bars)) in self.groups.iter().zip(&self.bars).enumerate() {
             let top = TOP + index as f64 * group_height;
             out += &text(LEFT - 8.0, top + group_height / 2.0, "end", group);
-            for (number, (name, bar)) in self.series.iter().zip(bars).enumerate() {
+            for (number, (series, bar)) in self.series.iter().zip(bars).enumerate() {
                 let Some(bar) = bar.filter(|bar| bar.value > 0.0) else { continue };
                 let (y, end) = (top + number as f64 * BAR, axis.x(bar.value));
                 out += &format!(
@@ -64,9 +72,9 @@ impl Bars<'_> {
                      ({:.3} to {:.3}) {}</title></rect>\n",
                     (end - LEFT).max(1.0),
                     BAR - 1.0,
-                    colour(number),
+                    series.colour(),
                     escape(group),
-                    escape(name),
+                    escape(&series.name),
                     bar.value,
                     bar.low,
                     bar.high,
@@ -87,7 +95,7 @@ pub struct Lines<'a> {
     pub x_unit: &'a str,
     pub y_unit: &'a str,
     pub points: &'a [String],
-    pub series: &'a [String],
+    pub series: &'a [Series],
     /// By series, then by point.
     pub values: Vec<Vec<Option<f64>>>,
 }
@@ -114,7 +122,7 @@ impl Lines<'_> {
             out += &text(x(index), bottom + 14.0, "middle", point);
         }
         out += &text(WIDTH - RIGHT, bottom + 28.0, "end", self.x_unit);
-        for (number, (name, values)) in self.series.iter().zip(&self.values).enumerate() {
+        for (series, values) in self.series.iter().zip(&self.values) {
             let points: Vec<(f64, f64, f64)> = values
                 .iter()
                 .enumerate()
@@ -124,13 +132,13 @@ impl Lines<'_> {
             out += &format!(
                 "<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2\"/>\n",
                 path.join(" "),
-                colour(number)
+                series.colour()
             );
             for (x, y, value) in points {
                 out += &format!(
                     "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{}\"><title>{}: {value:.3} {}</title></circle>\n",
-                    colour(number),
-                    escape(name),
+                    series.colour(),
+                    escape(&series.name),
                     escape(self.y_unit),
                 );
             }
@@ -196,12 +204,13 @@ fn line((x1, y1): (f64, f64), (x2, y2): (f64, f64), stroke: &str) -> String {
     format!("<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" stroke=\"{stroke}\"/>\n")
 }
 
-fn legend(series: &[String], top: f64) -> String {
+fn legend(series: &[Series], top: f64) -> String {
     let mut out = String::new();
-    for (index, name) in series.iter().enumerate() {
+    for (index, series) in series.iter().enumerate() {
         let (x, y) = (LEFT + (index % 5) as f64 * 145.0, top + (index / 5) as f64 * 16.0);
-        out += &format!("<rect x=\"{x}\" y=\"{}\" width=\"10\" height=\"10\" fill=\"{}\"/>\n", y - 9.0, colour(index));
-        out += &text(x + 14.0, y, "start", name);
+        out +=
+            &format!("<rect x=\"{x}\" y=\"{}\" width=\"10\" height=\"10\" fill=\"{}\"/>\n", y - 9.0, series.colour());
+        out += &text(x + 14.0, y, "start", &series.name);
     }
     out
 }
@@ -216,7 +225,8 @@ mod tests {
 
     #[test]
     fn bars_and_points_are_drawn_for_what_there_is() {
-        let (groups, series) = (names(&["a<b", "c"]), names(&["x", "y"]));
+        let groups = names(&["a<b", "c"]);
+        let series = [("x", 3), ("y", 5)].map(|(name, colour)| Series { name: name.to_string(), colour });
         let bar = |value| Some(Bar { value, low: value * 0.9, high: value * 1.1 });
         let bars = vec![vec![bar(1.0), bar(20.0)], vec![None, bar(300.0)]];
         let svg = Bars { title: "T", unit: "ms", groups: &groups, series: &series, bars }.svg().unwrap();

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::super::study::Experiment;
 use super::super::study::stats::{Summary, axes, geomean, summary};
 use super::super::study::store::Results;
-use super::super::study::Experiment;
 use super::super::{BoxError, refuse};
 
 #[derive(Debug, Args)]

@@ -13,8 +13,8 @@ use clap::Args;
 use super::BoxError;
 use super::study::stats::{axes, summary};
 use super::study::store::Results;
-use super::study::Experiment;
-use chart::{Bar, Bars, Lines};
+use super::study::{Experiment, Flow};
+use chart::{Bar, Bars, Lines, Series};
 
 pub use diff::{DiffArgs, run as run_diff};
 
@@ -78,18 +78,22 @@ fn charts(results: &Results, experiment: Experiment) -> Vec<(String, String)> {
             (name("by-read"), bars(results, experiment, "by_read_pages", "pages brought in by reads")),
             (name("by-write"), bars(results, experiment, "by_write_pages", "pages brought in by writes")),
         ],
-        Experiment::E2 | Experiment::E7 => {
-            vec![(name("answer"), lines(results, experiment, "answer_ms", ("request", "ms to the answer")))]
+        Experiment::E2 => lines(results, experiment, "answer_ms", ("request", "ms to the answer")),
+        Experiment::E7 => lines(results, experiment, "answer_ms", ("local memory for reads", "ms to the answer")),
+        Experiment::E3 => {
+            let mut charts = lines(results, experiment, "answer_ms", ("restores at once", "ms, median"));
+            charts.extend(lines(results, experiment, "answer_p95_ms", ("restores at once", "ms, p95")));
+            charts
         }
-        Experiment::E3 => vec![
-            (name("median"), lines(results, experiment, "answer_ms", ("restores at once", "ms, median"))),
-            (name("p95"), lines(results, experiment, "answer_p95_ms", ("restores at once", "ms, p95"))),
-        ],
-        Experiment::E6 => {
-            vec![(name("local"), lines(results, experiment, "local_mib_per_vm", ("VMs alive", "local MiB per VM")))]
-        }
+        Experiment::E6 => lines(results, experiment, "local_mib_per_vm", ("VMs alive", "local MiB per VM")),
     };
     drawn.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect()
+}
+
+fn series(flows: &[String]) -> Vec<Series> {
+    let of =
+        |(index, name): (usize, &String)| Series { name: name.clone(), colour: Flow::place(name).unwrap_or(index) };
+    flows.iter().enumerate().map(of).collect()
 }
 
 fn bars(results: &Results, experiment: Experiment, value: &str, unit: &str) -> Option<String> {
@@ -99,12 +103,29 @@ fn bars(results: &Results, experiment: Experiment, value: &str, unit: &str) -> O
         Some(Bar { value: summary.median, low: summary.min, high: summary.max })
     };
     let bars = cases.iter().map(|case| flows.iter().map(|flow| bar(case, flow)).collect()).collect();
-    Bars { title: experiment.title(), unit, groups: &cases, series: &flows, bars }.svg()
+    Bars { title: experiment.title(), unit, groups: &cases, series: &series(&flows), bars }.svg()
 }
 
-fn lines(results: &Results, experiment: Experiment, value: &str, (x_unit, y_unit): (&str, &str)) -> Option<String> {
+/// A chart per function: its cases begin with its name.
+fn lines(
+    results: &Results,
+    experiment: Experiment,
+    value: &str,
+    (x_unit, y_unit): (&str, &str),
+) -> Vec<(String, Option<String>)> {
     let (cases, flows) = axes(results, experiment.name());
-    let median = |case: &String, flow: &String| Some(summary(results, experiment.name(), case, flow, value)?.median);
-    let values = flows.iter().map(|flow| cases.iter().map(|case| median(case, flow)).collect()).collect();
-    Lines { title: experiment.title(), x_unit, y_unit, points: &cases, series: &flows, values }.svg()
+    let function = |case: &String| case.split(' ').next().unwrap_or_default().to_string();
+    let mut functions: Vec<String> = cases.iter().map(function).collect();
+    functions.dedup();
+    let chart = |name: String| {
+        let points: Vec<&String> = cases.iter().filter(|case| function(case) == name).collect();
+        let median = |case: &str, flow: &str| Some(summary(results, experiment.name(), case, flow, value)?.median);
+        let values = flows.iter().map(|flow| points.iter().map(|case| median(case, flow)).collect()).collect();
+        let labels: Vec<String> = points.iter().map(|case| case[name.len()..].trim().to_string()).collect();
+        let title = format!("{}: {name}", experiment.title());
+        let series = series(&flows);
+        let svg = Lines { title: &title, x_unit, y_unit, points: &labels, series: &series, values }.svg();
+        (format!("{}-{name}-{value}", experiment.name().to_lowercase()), svg)
+    };
+    functions.into_iter().map(chart).collect()
 }

@@ -2,9 +2,9 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use super::super::study::Experiment;
 use super::super::study::stats::{axes, geomean, summary};
 use super::super::study::store::Results;
-use super::super::study::Experiment;
 
 /// A table: a header and rows of cells.
 pub struct Cells {
@@ -68,7 +68,8 @@ fn table(results: &Results, experiment: Experiment, (number, what): (&str, &str)
     }
     if cases.len() > 1 {
         // Only cases that every flow has, so that the means are of the same.
-        let whole: Vec<&String> = cases.iter().filter(|case| flows.iter().all(|flow| of(case, flow).is_some())).collect();
+        let whole: Vec<&String> =
+            cases.iter().filter(|case| flows.iter().all(|flow| of(case, flow).is_some())).collect();
         let mean = |flow: &String| {
             let medians: Vec<f64> = whole.iter().filter_map(|case| Some(of(case, flow)?.median)).collect();
             let all_count = medians.iter().all(|median| *median > 0.0);
@@ -89,8 +90,16 @@ fn header(flows: &[String]) -> Vec<String> {
 /// Where the time goes: the slices of a restore, mean over the functions.
 fn slices(results: &Results, experiment: Experiment) -> Cells {
     const SLICES: [&str; 10] = [
-        "spawn_ms", "setup_ms", "state_load_ms", "map_ms", "preload_ms", "vm_create_ms", "resume_ms", "execute_ms",
-        "guest_ms", "stop_ms",
+        "spawn_ms",
+        "setup_ms",
+        "state_load_ms",
+        "map_ms",
+        "preload_ms",
+        "vm_create_ms",
+        "resume_ms",
+        "execute_ms",
+        "guest_ms",
+        "stop_ms",
     ];
     let (cases, flows) = axes(results, experiment.name());
     let mut rows = Vec::new();
@@ -111,7 +120,11 @@ fn slices(results: &Results, experiment: Experiment) -> Cells {
 }
 
 fn span(median: f64, min: f64, max: f64) -> String {
-    if min == max { number_text(median) } else { format!("{} ({}–{})", number_text(median), number_text(min), number_text(max)) }
+    if min == max {
+        number_text(median)
+    } else {
+        format!("{} ({}–{})", number_text(median), number_text(min), number_text(max))
+    }
 }
 
 /// Three digits, as far as they mean something.

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::super::{BoxError, prepare};
 use super::super::Cache;
+use super::super::{BoxError, prepare};
 use super::flow::Flow;
 use super::foreign::Foreign;
 use super::settings::{Experiment, Settings};

@@ -90,6 +90,11 @@ impl Flow {
         }
     }
 
+    /// The place of the flow of this name among all, if there is one.
+    pub fn place(name: &str) -> Option<usize> {
+        Flow::ALL.iter().position(|flow| flow.name() == name)
+    }
+
     /// How tvmm restores for it; `None` where it does not.
     pub fn restore(self) -> Option<Restore> {
         let (policy, recorder, cached) = match self {
@@ -128,8 +133,9 @@ impl FromStr for Flow {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        Flow::ALL.into_iter().find(|flow| flow.name() == name).ok_or_else(|| {
-            format!("There is no flow {name:?}; there are: {}", Flow::ALL.map(Flow::name).join(", "))
-        })
+        Flow::ALL
+            .into_iter()
+            .find(|flow| flow.name() == name)
+            .ok_or_else(|| format!("There is no flow {name:?}; there are: {}", Flow::ALL.map(Flow::name).join(", ")))
     }
 }

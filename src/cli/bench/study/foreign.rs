@@ -58,7 +58,8 @@ impl Foreign {
 
     fn prepare(&self, dir: &Path, workload: &Workload) -> Result<(), BoxError> {
         let kernel = dir.join("guest.elf");
-        std::fs::write(&kernel, workload.kernel()).map_err(|error| format!("Cannot write {}: {error}", kernel.display()))?;
+        std::fs::write(&kernel, workload.kernel())
+            .map_err(|error| format!("Cannot write {}: {error}", kernel.display()))?;
         let (mut guest, client) = self.start()?;
         let put = |path: &str, body: Value| client.request("PUT", path, Some(&body), TIMEOUT);
         put("/boot-source", json!({ "kernel_image_path": kernel, "boot_args": "" }))?;
@@ -99,10 +100,8 @@ impl Foreign {
         let loaded = start.elapsed();
         let answered = guest.call(asked)?;
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-        let mut values = Values::from([
-            ("answer_ms".to_string(), ms(answered.at - start)),
-            ("load_ms".to_string(), ms(loaded)),
-        ]);
+        let mut values =
+            Values::from([("answer_ms".to_string(), ms(answered.at - start)), ("load_ms".to_string(), ms(loaded))]);
         if let Some(us) = guest_us(&format!("ok id {}", answered.rest)) {
             values.insert("guest_ms".to_string(), us / 1000.0);
         }

@@ -18,12 +18,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::{BoxError, Cache, Scratch, Trial, end_of};
-use flow::{Flow, Restore};
+use flow::Restore;
 use settings::Settings;
 use stage::Stage;
 use store::{Header, Key, Sample, Store};
 use workload::Workload;
 
+pub use flow::Flow;
 pub use settings::{Experiment, RunArgs};
 
 /// Numbers by name.

@@ -134,7 +134,9 @@ impl Settings {
                 flows.extend([Flow::Firecracker, Flow::FirecrackerCache]);
             }
             None if flows.iter().any(|flow| flow.is_foreign()) => {
-                return refuse("The flows firecracker and firecracker-cache need --firecracker PATH, the VMM to measure");
+                return refuse(
+                    "The flows firecracker and firecracker-cache need --firecracker PATH, the VMM to measure",
+                );
             }
             _ => {}
         }
@@ -178,7 +180,9 @@ fn experiments(args: &RunArgs) -> Result<Vec<Experiment>, BoxError> {
         match experiment {
             None => return refuse(format!("There is no experiment {name:?}; there are E1 to E7, and all")),
             Some(Experiment::E4) if args.slow_dir.is_none() => {
-                return refuse("E4 needs --slow-dir DIR: a directory on the slow or remote medium that is to be measured");
+                return refuse(
+                    "E4 needs --slow-dir DIR: a directory on the slow or remote medium that is to be measured",
+                );
             }
             Some(experiment) => found.push(experiment),
         }

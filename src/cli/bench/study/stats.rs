@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::flow::Flow;
 use super::store::{Results, Sample};
 
 /// Numbers, summed up.
@@ -45,7 +46,7 @@ pub fn geomean(numbers: &[f64]) -> Option<f64> {
     (!numbers.is_empty()).then(|| (logs / numbers.len() as f64).exp())
 }
 
-/// The cases and the flows of an experiment, each in the order in which they were first measured.
+/// The cases of an experiment, in the order in which they were first measured, and its flows, in their usual order.
 pub fn axes(results: &Results, experiment: &str) -> (Vec<String>, Vec<String>) {
     let (mut cases, mut flows) = (Vec::new(), Vec::new());
     for sample in results.samples.iter().filter(|sample| sample.key.experiment == experiment) {
@@ -56,6 +57,7 @@ pub fn axes(results: &Results, experiment: &str) -> (Vec<String>, Vec<String>) {
             flows.push(sample.key.flow.clone());
         }
     }
+    flows.sort_by_key(|flow| Flow::place(flow).unwrap_or(usize::MAX));
     (cases, flows)
 }
 

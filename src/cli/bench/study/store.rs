@@ -110,7 +110,8 @@ impl Store {
         let path = dir.join(FILE);
         let failed = |error: std::io::Error| format!("Cannot keep results in {}: {error}", path.display());
         std::fs::create_dir_all(dir).map_err(failed)?;
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        let mut file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(failed)?;
         let results = if text.contains('\n') {
