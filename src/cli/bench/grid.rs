@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
@@ -166,13 +166,7 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     guest::snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot }))?;
     drop(guest);
     let (profile, function) = (dir.join("run.profile"), case.function());
-    let mut record = Command::new(&exe);
-    record.args(["profile", "record", "--recorder", "uffd", "--run", &function]);
-    record.arg("--snapshot").arg(&snapshot).arg("--out").arg(&profile);
-    let output = record.stdin(Stdio::null()).output()?;
-    if !output.status.success() {
-        return refuse(format!("Recording failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
-    }
+    super::record(&exe, &snapshot, &function, "uffd", &profile)?;
     Ok(Trial {
         exe,
         snapshot,

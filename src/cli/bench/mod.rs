@@ -1,5 +1,6 @@
 //! `tvmm bench`: how long restores take, each in a fresh process, rivals interleaved.
 
+mod crossover;
 mod grid;
 mod guest;
 mod report;
@@ -20,7 +21,7 @@ use super::{BoxError, refuse};
 use crate::snapshot::{LoadHuge, Location, PAGE_SIZE, derived_dir};
 use crate::tiering::policy::Policy;
 use crate::vmm::sys::clock;
-use crate::vmm::sys::page_cache::PageCache;
+use crate::vmm::sys::page_cache::{PageCache, resident_pages};
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {
@@ -36,6 +37,8 @@ enum BenchCommand {
     Grid(grid::GridArgs),
     /// Measure functions over every policy, in the experiments of the papers, and draw the results
     Run(study::RunArgs),
+    /// Copying the read set to local memory against reading it in place: which pays, by how often pages are read again
+    Crossover(crossover::CrossoverArgs),
     /// Draw results again
     Report(report::ReportArgs),
     /// Compare two results
@@ -47,6 +50,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
         BenchCommand::Restore(args) => restore::run(args),
         BenchCommand::Grid(args) => grid::run(args),
         BenchCommand::Run(args) => study::run(args),
+        BenchCommand::Crossover(args) => crossover::run(args),
         BenchCommand::Report(args) => report::run(args),
         BenchCommand::Diff(args) => report::run_diff(args),
     }
@@ -83,6 +87,7 @@ fn policies(names: &[String]) -> Result<Vec<Policy>, BoxError> {
 }
 
 /// One restore to be measured, in a process of its own.
+#[derive(Clone)]
 struct Trial {
     exe: PathBuf,
     snapshot: PathBuf,
@@ -128,6 +133,19 @@ impl Trial {
         report["outside_us"] = json!((end - start) as f64 / 1000.0);
         Ok(report)
     }
+}
+
+/// Records what `function` does, with tvmm in a process of its own; the profile's path, which is `out`.
+fn record(exe: &Path, snapshot: &Path, function: &str, recorder: &str, out: &Path) -> Result<PathBuf, BoxError> {
+    let mut command = Command::new(exe);
+    command.args(["profile", "record", "--recorder", recorder, "--run", function]);
+    command.args(["--run-timeout", &guest::TIMEOUT.as_secs().to_string()]);
+    let output = command.arg("--snapshot").arg(snapshot).arg("--out").arg(out).stdin(Stdio::null()).output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return refuse(format!("{function:?} cannot be recorded by {recorder}: {}", said.trim()));
+    }
+    Ok(out.to_owned())
 }
 
 /// When a slice ended, µs since process start.
@@ -200,7 +218,10 @@ fn data(file: &File) -> std::io::Result<Vec<(u64, u64)>> {
     }
 }
 
-/// Drops the snapshot's clean pages from the page cache.
+/// Drops the snapshot's files, and those derived from it, from the page cache.
+///
+/// # Errors
+/// If some of it stays: what is measured next would not be what it is called.
 fn evict(snapshot: &Path) -> Result<(), BoxError> {
     let mut paths: Vec<PathBuf> =
         ["memory", "vmstate", "pages", "manifest.json"].map(|name| snapshot.join(name)).to_vec();
@@ -209,6 +230,17 @@ fn evict(snapshot: &Path) -> Result<(), BoxError> {
     for path in paths {
         let file = File::open(&path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        if resident_pages(&file)?.is_some_and(|pages| pages > 0) {
+            // What is not on the disk yet stays.
+            file.sync_data()?;
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+        if let Some(pages) = resident_pages(&file)?.filter(|pages| *pages > 0) {
+            return refuse(format!(
+                "{pages} pages of {} cannot be dropped from the page cache: a VM maps them, or the file system is a tmpfs",
+                path.display()
+            ));
+        }
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! What came of a study: tables on the screen, charts in files, and one HTML page.
 
-mod chart;
+pub mod chart;
 mod diff;
 mod html;
 mod tables;

@@ -52,25 +52,26 @@ impl Study {
         Ok(())
     }
 
-    /// The workload's snapshot, to be asked for `asked` after a recording of `recorded`.
-    pub fn from(&self, workload: &'static Workload, recorded: &str, asked: &str) -> Result<From, BoxError> {
-        let snapshot = self.stage.snapshot(workload)?;
-        let (recorded, asked) = (recorded.to_string(), asked.to_string());
-        Ok(From { workload, snapshot, recorded, asked, more: Vec::new() })
+    /// The workload's snapshot, to be asked for input B after a recording of input A.
+    pub fn from(&self, workload: &'static Workload) -> Result<From, BoxError> {
+        let snapshot = self.stage.snapshot(workload, false)?;
+        Ok(From { workload, snapshot, sizes: false, recorded: workload.a(), asked: workload.b(), more: Vec::new() })
     }
 
     fn record_one_ask_another(&mut self, experiment: Experiment, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload, workload.a, workload.b)?;
+        let from = self.from(workload)?;
         let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
         self.rounds(experiment, workload.name, &from, &flows, runs)
     }
 
     fn sizes(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let Some(recorded) = workload.sizes.get(2) else { return Ok(()) };
+        let Some(&recorded) = workload.sizes.get(2) else { return Ok(()) };
         let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
-        for asked in workload.sizes {
-            let from = self.from(workload, recorded, asked)?;
-            self.rounds(Experiment::E2, asked, &from, &flows, runs)?;
+        let snapshot = self.stage.snapshot(workload, true)?;
+        for &size in workload.sizes {
+            let (recorded, asked) = (workload.of_size(recorded), workload.of_size(size));
+            let from = From { workload, snapshot: snapshot.clone(), sizes: true, recorded, asked, more: Vec::new() };
+            self.rounds(Experiment::E2, &format!("{} {size}", workload.name), &from, &flows, runs)?;
         }
         Ok(())
     }
@@ -90,13 +91,13 @@ impl Study {
     }
 
     fn fault_ins(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload, workload.a, workload.b)?;
+        let from = self.from(workload)?;
         let flows: Vec<Flow> = self.settings.flows.iter().copied().filter(|flow| flow.restore().is_some()).collect();
         self.rounds(Experiment::E5, workload.name, &from, &flows, 1)
     }
 
     fn budgets(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload, workload.a, workload.b)?;
+        let from = self.from(workload)?;
         let profile = self.stage.profile(&from.snapshot, RecorderKind::Uffd, &from.recorded)?;
         let (read, written) = self.working_set_mib(&profile)?;
         let flows: Vec<Flow> = self.settings.flows.iter().copied().filter(|flow| flow.restore().is_some()).collect();
@@ -165,7 +166,7 @@ impl Study {
         match (flow.restore(), self.settings.firecracker.clone()) {
             (Some(restore), _) => self.restore(from, flow, restore),
             (None, Some(vmm)) => {
-                let mut foreign = Foreign::new(&vmm, &self.stage.dir_of(from.workload), from.workload)?;
+                let foreign = Foreign::new(&vmm, from)?;
                 let (values, digest) = foreign.restore(&from.asked, flow.is_cached())?;
                 self.stage.check_digest(&from.snapshot, &from.asked, &digest)?;
                 Ok(values)
@@ -180,7 +181,7 @@ impl Study {
             self.bar.inc(u64::from(runs));
             return Ok(());
         }
-        let mut guest = self.stage.booted(from.workload, &self.scratch.path().join("warm.sock"))?;
+        let mut guest = self.stage.booted(from.workload, from.sizes, &self.scratch.path().join("warm.sock"))?;
         for round in 0..runs {
             self.measure(key(round), |study| {
                 guest.call(&from.recorded)?;

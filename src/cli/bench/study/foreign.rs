@@ -10,9 +10,8 @@ use serde_json::{Value, json};
 
 use super::super::guest::{Guest, TIMEOUT, snapshot};
 use super::super::{BoxError, refuse};
-use super::stage::remove;
-use super::workload::Workload;
-use super::{Values, guest_us};
+use super::stage::{remove, write_kernel};
+use super::{From, Values, guest_us};
 use crate::api::client::Client;
 
 /// How often a socket that is not there yet is tried.
@@ -27,15 +26,15 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// Finds the snapshot in `dir`, or makes it.
-    pub fn new(vmm: &Path, dir: &Path, workload: &Workload) -> Result<Foreign, BoxError> {
-        let dir = dir.join("firecracker");
+    /// Finds its snapshot, beside tvmm's, or makes it.
+    pub fn new(vmm: &Path, from: &From) -> Result<Foreign, BoxError> {
+        let dir = from.snapshot.with_file_name("firecracker");
         std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
         let (state, memory) = (dir.join("state"), dir.join("memory"));
         let foreign = Foreign { vmm: vmm.to_owned(), socket: dir.join("api.sock"), state, memory };
         let whole = dir.join("whole");
         if !whole.exists() {
-            foreign.prepare(&dir, workload)?;
+            foreign.prepare(&dir, from)?;
             std::fs::write(&whole, "")?;
         }
         Ok(foreign)
@@ -56,18 +55,16 @@ impl Foreign {
         Ok((guest, Client::new(&self.socket)))
     }
 
-    fn prepare(&self, dir: &Path, workload: &Workload) -> Result<(), BoxError> {
-        let kernel = dir.join("guest.elf");
-        std::fs::write(&kernel, workload.kernel())
-            .map_err(|error| format!("Cannot write {}: {error}", kernel.display()))?;
+    fn prepare(&self, dir: &Path, from: &From) -> Result<(), BoxError> {
+        let kernel = write_kernel(dir)?;
         let (mut guest, client) = self.start()?;
         let put = |path: &str, body: Value| client.request("PUT", path, Some(&body), TIMEOUT);
         put("/boot-source", json!({ "kernel_image_path": kernel, "boot_args": "" }))?;
-        put("/machine-config", workload.machine())?;
+        put("/machine-config", from.workload.machine())?;
         put("/actions", json!({ "action_type": "InstanceStart" }))?;
         guest.wait_for("ready ")?;
-        if !workload.prepare.is_empty() {
-            guest.call(workload.prepare)?;
+        for request in from.workload.prepare(from.sizes) {
+            guest.call(&request)?;
         }
         for path in [&self.state, &self.memory] {
             remove(path)?;
@@ -87,7 +84,7 @@ impl Foreign {
     }
 
     /// Restores, and asks for a function; the numbers, and the digest of the answer.
-    pub fn restore(&mut self, asked: &str, cached: bool) -> Result<(Values, String), BoxError> {
+    pub fn restore(&self, asked: &str, cached: bool) -> Result<(Values, String), BoxError> {
         match cached {
             false => self.evict()?,
             true => drop(std::fs::read(&self.memory)?),

@@ -22,7 +22,7 @@ const SNAPSHOTS: u32 = 16;
 impl Study {
     /// E3: of one snapshot, and each of its own (of as many as there are).
     pub fn at_once(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload, workload.a, workload.b)?;
+        let from = self.from(workload)?;
         for same in [true, false] {
             for count in self.settings.parallel.clone() {
                 let wanted = if same { 1 } else { count.min(SNAPSHOTS) };
@@ -127,7 +127,7 @@ impl Study {
 
     /// E6: as many VMs of one snapshot that have answered and live on.
     pub fn alive(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload, workload.a, workload.b)?;
+        let from = self.from(workload)?;
         for count in self.settings.vms.clone() {
             let flows = self.settings.flows.clone();
             for (flow, restore) in flows.into_iter().filter_map(|flow| Some((flow, flow.restore()?))) {

@@ -131,6 +131,8 @@ impl Study {
 struct From {
     workload: &'static Workload,
     snapshot: PathBuf,
+    /// Whether it has inputs of other sizes than A and B.
+    sizes: bool,
     /// The run that profiles are of.
     recorded: String,
     /// The run that is measured.

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use super::super::guest::{Guest, TIMEOUT, snapshot};
-use super::super::{BoxError, refuse};
+use super::super::guest::{Guest, snapshot};
+use super::super::{BoxError, record, refuse};
 use super::workload::Workload;
 use crate::api::client::Client;
 use crate::tiering::profile::RecorderKind;
+use crate::vmm::guest;
 
 /// A directory of snapshots, with the profiles recorded on them.
 pub struct Stage {
@@ -30,31 +30,32 @@ impl Stage {
         self.dir.join(workload.name)
     }
 
-    /// The snapshot of a guest that is ready to run the function.
-    pub fn snapshot(&self, workload: &Workload) -> Result<PathBuf, BoxError> {
-        let dir = self.dir_of(workload);
+    /// The snapshot of a guest that is ready to run the function. `sizes`: with inputs of other sizes than A and B.
+    pub fn snapshot(&self, workload: &Workload, sizes: bool) -> Result<PathBuf, BoxError> {
+        let dir = self.dir_of(workload).join(if sizes { "sizes" } else { "two" });
         let snapshot_dir = dir.join("snapshot");
         // A snapshot has its name when it is whole.
         if snapshot_dir.exists() {
             return Ok(snapshot_dir);
         }
-        std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
+        make(&dir)?;
         let socket = dir.join("api.sock");
-        let _guest = self.booted(workload, &socket)?;
+        let _guest = self.booted(workload, sizes, &socket)?;
         snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot_dir }))?;
         Ok(snapshot_dir)
     }
 
     /// A guest that is ready to run the function.
-    pub fn booted(&self, workload: &Workload, socket: &Path) -> Result<Guest, BoxError> {
+    pub fn booted(&self, workload: &Workload, sizes: bool, socket: &Path) -> Result<Guest, BoxError> {
         let dir = self.dir_of(workload);
-        std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
-        let config = dir.join("vm.json");
-        std::fs::write(&config, workload.config().to_string())?;
+        make(&dir)?;
+        let (config, kernel) = (dir.join("vm.json"), write_kernel(&dir)?);
+        let boot = json!({ "boot-source": { "kernel_image_path": kernel }, "machine-config": workload.machine() });
+        std::fs::write(&config, boot.to_string())?;
         remove(socket)?;
         let mut guest = Guest::boot(&self.exe, &config, socket)?;
-        if !workload.prepare.is_empty() {
-            guest.call(workload.prepare)?;
+        for request in workload.prepare(sizes) {
+            guest.call(&request)?;
         }
         Ok(guest)
     }
@@ -66,16 +67,7 @@ impl Stage {
         if path.exists() {
             return Ok(path);
         }
-        let mut command = Command::new(&self.exe);
-        command.args(["profile", "record", "--recorder", &recorder.to_string(), "--run", function]);
-        command.args(["--run-timeout", &TIMEOUT.as_secs().to_string()]);
-        command.arg("--snapshot").arg(snapshot).arg("--out").arg(&path);
-        let output = command.stdin(Stdio::null()).output()?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return refuse(format!("{function:?} cannot be recorded by {recorder}: {}", said.trim()));
-        }
-        Ok(path)
+        record(&self.exe, snapshot, function, &recorder.to_string(), &path)
     }
 
     /// Notes what `function` came to on `snapshot`.
@@ -90,6 +82,17 @@ impl Stage {
             false => refuse(format!("{function:?} came to {digest}, and to {known} before")),
         }
     }
+}
+
+fn make(dir: &Path) -> Result<(), BoxError> {
+    Ok(std::fs::create_dir_all(dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?)
+}
+
+/// The kernel of the guests, as a file that any VMM can boot.
+pub fn write_kernel(dir: &Path) -> Result<PathBuf, BoxError> {
+    let path = dir.join("guest.elf");
+    std::fs::write(&path, guest::ELF).map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
+    Ok(path)
 }
 
 /// Removes a file that may be there.

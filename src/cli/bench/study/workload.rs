@@ -1,47 +1,70 @@
-//! The functions that are measured: what is done before the snapshot, and the requests.
+//! The functions that are measured: what is done before the snapshot, and the requests. docs/functions.md says what they
+//! compute; the sizes are those of FaaSnap's six inputs.
 
 use serde_json::{Value, json};
 
-use crate::vmm::guest;
+/// Guest memory, MiB: the largest functions have 600 MiB of their own.
+const MEM_MIB: u64 = 1024;
 
-/// A function of the built-in guest, with its inputs.
+/// A function of the built-in functions guest.
 #[derive(Debug)]
 pub struct Workload {
     pub name: &'static str,
-    /// Guest memory, MiB.
-    pub mem_mib: u64,
-    /// The request before the snapshot; empty if there is none.
-    pub prepare: &'static str,
-    /// The smaller input, which is recorded.
-    pub a: &'static str,
-    /// The larger one, which is asked for.
-    pub b: &'static str,
-    /// Requests of six sizes, ascending; empty where size means nothing.
-    pub sizes: &'static [&'static str],
+    /// Six sizes of input, ascending, in the function's own unit; none where size means nothing.
+    pub sizes: &'static [u64],
+    /// Whether inputs are made before the snapshot.
+    input_is_made_before: bool,
 }
+
+const fn workload(name: &'static str, input_is_made_before: bool, sizes: &'static [u64]) -> Workload {
+    Workload { name, sizes, input_is_made_before }
+}
+
+const JSON_BYTES: &[u64] = &[200_000, 400_000, 800_000, 1_500_000, 2_200_000, 3_000_000];
+
+/// All of them, in the order of FaaSnap's list.
+pub static WORKLOADS: [Workload; 12] = [
+    workload("hello", false, &[]),
+    workload("readlist", false, &[]),
+    workload("mmap", false, &[]),
+    workload("image", true, &[100_000, 200_000, 400_000, 800_000, 1_200_000, 1_600_000]),
+    workload("json", true, JSON_BYTES),
+    workload("pyaes", false, &[5_000, 10_000, 20_000, 40_000, 60_000, 80_000]),
+    workload("chameleon", false, &[100, 150, 200, 250, 300, 400]),
+    workload("matmul", false, &[500, 800, 1100, 1400, 1700, 2000]),
+    workload("ffmpeg", true, &[100_000, 200_000, 350_000, 500_000, 1_000_000, 1_500_000]),
+    workload("compression", true, JSON_BYTES),
+    workload("recognition", false, &[]),
+    workload("pagerank", false, &[25_000, 50_000, 90_000, 100_000, 200_000, 400_000]),
+];
 
 impl Workload {
     /// The machine, as Firecracker's `machine-config` has it.
     pub fn machine(&self) -> Value {
-        json!({ "vcpu_count": 1, "mem_size_mib": self.mem_mib })
+        json!({ "vcpu_count": 1, "mem_size_mib": MEM_MIB })
     }
 
-    /// The whole configuration.
-    pub fn config(&self) -> Value {
-        json!({ "boot-source": {}, "machine-config": self.machine() })
+    /// The requests before the snapshot. `sizes`: the guest is to be asked for other sizes than A and B.
+    pub fn prepare(&self, sizes: bool) -> Vec<String> {
+        let mut requests = vec![format!("prepare function={}", self.name)];
+        if sizes && self.input_is_made_before {
+            requests.extend(self.sizes.iter().map(|size| format!("prepare function={} size={size}", self.name)));
+        }
+        requests
     }
 
-    /// The kernel that other VMMs boot.
-    pub fn kernel(&self) -> &'static [u8] {
-        guest::ELF
+    /// The smaller input, which is recorded.
+    pub fn a(&self) -> String {
+        format!("{} input=a", self.name)
+    }
+
+    /// The larger one, which is asked for.
+    pub fn b(&self) -> String {
+        format!("{} input=b", self.name)
+    }
+
+    /// The request with an input of a size.
+    pub fn of_size(&self, size: u64) -> String {
+        format!("{} size={size}", self.name)
     }
 }
-
-pub static WORKLOADS: [Workload; 1] = [Workload {
-    name: "hello",
-    mem_mib: 512,
-    prepare: "fill pages=24576 seed=1",
-    a: "touch pages=2000 write=10 seed=5",
-    b: "touch pages=2000 write=10 seed=5",
-    sizes: &[],
-}];
