@@ -14,6 +14,8 @@ pub mod line;
 pub mod memmap;
 pub mod pagetable;
 pub mod permute;
+#[cfg(feature = "functions")]
+pub mod size_class;
 pub mod text;
 #[cfg(feature = "functions")]
 pub mod workloads;

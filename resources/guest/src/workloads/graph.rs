@@ -134,10 +134,8 @@ mod tests {
         assert!((ranks.iter().sum::<f64>() - 1.0).abs() < 1e-9);
         // The matrix, its columns the chances to go elsewhere, written out and applied until nothing moves.
         let mut dense = vec![vec![0.15 / 300.0; 300]; 300];
-        for from in 0..300 {
-            for to in graph.neighbours(from) {
-                dense[*to as usize][from] += 0.85 / graph.neighbours(from).len() as f64;
-            }
+        for (from, to) in (0..300).flat_map(|from| graph.neighbours(from).iter().map(move |to| (from, *to as usize))) {
+            dense[to][from] += 0.85 / graph.neighbours(from).len() as f64;
         }
         let mut reference = vec![1.0 / 300.0; 300];
         for _ in 0..300 {

@@ -90,6 +90,18 @@ pub struct Workload {
     sizes: Option<(u64, u64)>,
 }
 
+impl Workload {
+    /// Refuses a size that the function does not have.
+    pub fn check_size(&self, size: Option<u64>) -> Result<(), Message> {
+        match (self.sizes, size) {
+            (_, None) => Ok(()),
+            (None, Some(_)) => Err(message!("{} has no other sizes", self.name)),
+            (Some((least, most)), Some(size)) if (least..=most).contains(&size) => Ok(()),
+            (Some((least, most)), Some(size)) => Err(message!("size={size} is not in {least}..={most}")),
+        }
+    }
+}
+
 const fn workload(
     name: &'static str,
     kind: Kind,
@@ -151,7 +163,7 @@ impl State {
             Kind::ReadList if self.list.is_none() => size.unwrap_or(lists::MIB) * MIB,
             Kind::Recognition => Weights::count() as u64 * 4,
             Kind::Image => image_needs(size.unwrap_or(0).max(300_000)),
-            Kind::Ffmpeg => 16 * MIB + size.unwrap_or(0),
+            Kind::Ffmpeg => 16 * MIB + 16 * size.unwrap_or(0),
             Kind::Json | Kind::Compression => 3 * size.unwrap_or(0),
             _ => 0,
         };
@@ -161,7 +173,7 @@ impl State {
     /// Makes the runtime image (of `runtime_mib` MiB, 0 for none) and what `workload` needs: its inputs A and B, and the
     /// one of `size`. What is there already stays.
     pub fn prepare(&mut self, workload: &Workload, runtime_mib: Option<u64>, size: Option<u64>) -> Result<(), Message> {
-        check_size(workload, size)?;
+        workload.check_size(size)?;
         match (&self.runtime, runtime_mib) {
             (Some((mib, _)), Some(asked)) if *mib != asked => {
                 return Err(message!("the runtime image has {mib} MiB already, not {asked}"));
@@ -224,13 +236,13 @@ impl State {
             Kind::PyAes => 100 * size(aes::BYTES_A, aes::BYTES_B) + MIB,
             Kind::Chameleon => {
                 let shape = table_shape(input);
-                600 * shape.rows * shape.columns + MIB
+                1000 * shape.rows * shape.columns + MIB
             }
             Kind::MatMul => {
                 let n = size(MATMUL_A, MATMUL_B);
                 3 * 8 * n * n + 8 * MIB
             }
-            Kind::Ffmpeg => 16 * MIB + 6 * size(video::BYTES_A, video::BYTES_B),
+            Kind::Ffmpeg => 16 * MIB + 16 * size(video::BYTES_A, video::BYTES_B),
             Kind::Compression => 6 * size(json::BYTES_A, json::BYTES_B) + 2 * MIB,
             Kind::Recognition => 64 * MIB,
             Kind::PageRank => 400 * size(graph::NODES_A, graph::NODES_B),
@@ -240,7 +252,7 @@ impl State {
     /// Runs a function once.
     pub fn invoke(&mut self, workload: &Workload, input: Input) -> Result<Outcome, Message> {
         if let Input::Size(size) = input {
-            check_size(workload, Some(size))?;
+            workload.check_size(Some(size))?;
         }
         let Self { runtime, inputs, list, weights } = self;
         let mut name = Digest::new();
@@ -262,7 +274,11 @@ impl State {
                 (lists::store(mib, seed, &mut pace), mib * MIB / crate::PAGE_SIZE)
             }
             Kind::Image => image::run(&received()?, &mut pace)?,
-            Kind::Json => of_bytes(&json::pretty(&received()?)?),
+            Kind::Json => {
+                let document = received()?;
+                pace.at(1, 2);
+                of_bytes(&json::pretty(&document)?)
+            }
             Kind::PyAes => {
                 let bytes = input.size(aes::BYTES_A, aes::BYTES_B);
                 (aes::run(bytes, seed, &mut pace)?, bytes)
@@ -273,7 +289,11 @@ impl State {
                 (matrix::matmul(n, seed, &mut pace), n)
             }
             Kind::Ffmpeg => video::run(&received()?, &mut pace)?,
-            Kind::Compression => of_bytes(&zip::archive("input.json", &received()?)),
+            Kind::Compression => {
+                let document = received()?;
+                pace.at(1, 2);
+                of_bytes(&zip::archive("input.json", &document))
+            }
             Kind::Recognition => {
                 let weights = weights.as_ref().ok_or_else(|| not_prepared(workload, input))?;
                 network::run(weights, &Planes::picture(network::SIDE, seed), &mut pace)?
@@ -349,19 +369,10 @@ fn make_input(kind: Kind, input: Input) -> Result<Option<Vec<u8>>, Message> {
         Kind::Ffmpeg => {
             let bytes = input.size(video::BYTES_A, video::BYTES_B);
             let frames = if let Input::Size(bytes) = input { video::frames_of(bytes) } else { video::FRAMES };
-            Some(video::prepare(frames, bytes, seed)?)
+            Some(video::prepare(frames, video::TIMES * bytes, seed)?)
         }
         _ => None,
     })
-}
-
-fn check_size(workload: &Workload, size: Option<u64>) -> Result<(), Message> {
-    match (workload.sizes, size) {
-        (_, None) => Ok(()),
-        (None, Some(_)) => Err(message!("{} has no other sizes", workload.name)),
-        (Some((least, most)), Some(size)) if (least..=most).contains(&size) => Ok(()),
-        (Some((least, most)), Some(size)) => Err(message!("size={size} is not in {least}..={most}")),
-    }
 }
 
 fn not_prepared(workload: &Workload, input: Input) -> Message {

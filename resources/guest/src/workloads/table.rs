@@ -40,7 +40,7 @@ enum Value {
 }
 
 /// The nodes up to `{end}` or the end of `source`, and what is left after it.
-fn parse<'a>(mut source: &'a str, inner: bool) -> Result<(Vec<Node>, &'a str), Message> {
+fn parse(mut source: &str, inner: bool) -> Result<(Vec<Node>, &str), Message> {
     let mut nodes = Vec::new();
     loop {
         let Some((text, rest)) = source.split_once('{') else {
