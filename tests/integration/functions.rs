@@ -20,7 +20,7 @@ fn requests() -> (Vec<String>, Vec<String>) {
         ("image", 6_000),
         ("json", 3_000),
         ("pyaes", 400),
-        ("chameleon", 10),
+        ("chameleon", 100),
         ("matmul", 60),
         ("ffmpeg", 8_000),
         ("compression", 3_000),

@@ -24,7 +24,7 @@ use alloc::vec::Vec;
 use crate::args::Message;
 use crate::digest::{Digest, mix2};
 use crate::message;
-use network::{Planes, Weights};
+use network::Weights;
 use runtime::{Pace, Runtime, Tally, Touches};
 
 pub use runtime::DEFAULT_MIB as RUNTIME_MIB;
@@ -120,11 +120,11 @@ pub static WORKLOADS: &[Workload] = &[
     workload("image", Kind::Image, 3584, 30, Some((4_000, 16_000_000))),
     workload("json", Kind::Json, 2560, 50, Some((json::BYTES_MIN, 64_000_000))),
     workload("pyaes", Kind::PyAes, 2560, 50, Some((16, 1_000_000))),
-    workload("chameleon", Kind::Chameleon, 3584, 50, Some((1, 2000))),
+    workload("chameleon", Kind::Chameleon, 3584, 50, Some((1, 4_000_000))),
     workload("matmul", Kind::MatMul, 4096, 25, Some((1, 8000))),
     workload("ffmpeg", Kind::Ffmpeg, 6144, 20, Some((8_000, 16_000_000))),
     workload("compression", Kind::Compression, 2304, 35, Some((json::BYTES_MIN, 64_000_000))),
-    workload("recognition", Kind::Recognition, 6144, 25, None),
+    workload("recognition", Kind::Recognition, 6144, 25, Some((4_000, 16_000_000))),
     workload("pagerank", Kind::PageRank, 3584, 40, Some((20, 4_000_000))),
 ];
 
@@ -161,7 +161,7 @@ impl State {
         let runtime = if self.runtime.is_some() { 0 } else { runtime_mib.unwrap_or(RUNTIME_MIB) * MIB };
         let own = match workload.kind {
             Kind::ReadList if self.list.is_none() => size.unwrap_or(lists::MIB) * MIB,
-            Kind::Recognition => Weights::count() as u64 * 4,
+            Kind::Recognition => Weights::count() as u64 * 4 + image_needs(size.unwrap_or(0).max(300_000)),
             Kind::Image => image_needs(size.unwrap_or(0).max(300_000)),
             Kind::Ffmpeg => 16 * MIB + 16 * size.unwrap_or(0),
             Kind::Json | Kind::Compression => 3 * size.unwrap_or(0),
@@ -244,7 +244,7 @@ impl State {
             }
             Kind::Ffmpeg => 16 * MIB + 16 * size(video::BYTES_A, video::BYTES_B),
             Kind::Compression => 6 * size(json::BYTES_A, json::BYTES_B) + 2 * MIB,
-            Kind::Recognition => 64 * MIB,
+            Kind::Recognition => 64 * MIB + image_needs(size(image::A.bytes, 300_000)),
             Kind::PageRank => 400 * size(graph::NODES_A, graph::NODES_B),
         }
     }
@@ -296,7 +296,7 @@ impl State {
             }
             Kind::Recognition => {
                 let weights = weights.as_ref().ok_or_else(|| not_prepared(workload, input))?;
-                network::run(weights, &Planes::picture(network::SIDE, seed), &mut pace)?
+                network::run(weights, &received()?, &mut pace)?
             }
             Kind::PageRank => {
                 let nodes = input.size(graph::NODES_A, graph::NODES_B);
@@ -321,7 +321,7 @@ fn table_shape(input: Input) -> table::Shape {
     match input {
         Input::A => table::A,
         Input::B => table::B,
-        Input::Size(size) => table::Shape { rows: size, columns: size },
+        Input::Size(cells) => table::Shape::of_cells(cells),
     }
 }
 
@@ -348,9 +348,13 @@ fn read_list(
     Ok((lists::read(list, first, pace), mib * MIB / crate::PAGE_SIZE))
 }
 
-/// `compression` works on what `json` does.
+/// `compression` works on what `json` does, `recognition` on what `image` does.
 fn input_of(kind: Kind) -> Kind {
-    if kind == Kind::Compression { Kind::Json } else { kind }
+    match kind {
+        Kind::Compression => Kind::Json,
+        Kind::Recognition => Kind::Image,
+        other => other,
+    }
 }
 
 /// The bytes of an input; none if the function makes its input itself.
@@ -400,7 +404,7 @@ mod tests {
         ("image", 5_000),
         ("json", 3_000),
         ("pyaes", 500),
-        ("chameleon", 10),
+        ("chameleon", 100),
         ("matmul", 50),
         ("ffmpeg", 8_000),
         ("compression", 3_000),

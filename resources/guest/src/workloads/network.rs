@@ -6,6 +6,9 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use zune_core::colorspace::ColorSpace;
+
+use super::image::Picture;
 use super::matrix::{NR_F32, Shape, multiply_add};
 use super::random::Random;
 use super::runtime::Pace;
@@ -87,17 +90,39 @@ pub struct Planes {
     values: Vec<f32>,
 }
 
+/// Means and deviations of the channels of ImageNet, by which every ResNet-50 expects its input.
+const MEANS: [f32; 3] = [0.485, 0.456, 0.406];
+const DEVIATIONS: [f32; 3] = [0.229, 0.224, 0.225];
+/// The shorter side of a picture before its middle is cut out.
+const RESIZED: f32 = 256.0;
+
 impl Planes {
-    /// A picture: three channels of soft waves and noise.
-    pub fn picture(side: usize, seed: u64) -> Self {
-        let mut random = Random::new(seed);
-        let waves: [f32; 6] = core::array::from_fn(|_| 0.02 + random.unit() as f32 * 0.2);
-        let values = (0..3 * side * side).map(|i| {
-            let (channel, x, y) = (i / (side * side), (i % side) as f32, (i / side % side) as f32);
-            let wave = libm::sinf(waves[channel] * x) + libm::cosf(waves[3 + channel] * y);
-            wave + random.unit() as f32 * 0.5 - 0.25
-        });
-        Self { channels: 3, side, values: values.collect() }
+    /// The middle of a picture (RGB), as a square of `side` pixels, after its shorter side was made 8/7 of that (256 for
+    /// 224), with channels in units of their deviation. In between, by the four nearest pixels.
+    pub fn of(picture: &Picture, side: usize) -> Self {
+        let (width, height) = (usize::from(picture.width), usize::from(picture.height));
+        let step = width.min(height) as f32 / (RESIZED * side as f32 / SIDE as f32);
+        // Position and weight of the second of two neighbours, in a line of `len` pixels.
+        let place = |len: usize, at: usize| {
+            let middle = (at as f32 + 0.5 - side as f32 / 2.0) * step + len as f32 / 2.0 - 0.5;
+            let middle = middle.clamp(0.0, (len - 1) as f32);
+            let first = (middle as usize).min(len.saturating_sub(2));
+            (first, middle - first as f32)
+        };
+        let mut values = vec![0.0; 3 * side * side];
+        for (y, x) in (0..side * side).map(|i| (i / side, i % side)) {
+            let ((left, right_part), (top, bottom_part)) = (place(width, x), place(height, y));
+            for channel in 0..3 {
+                let at = |dx: usize, dy: usize| {
+                    let (x, y) = ((left + dx).min(width - 1), (top + dy).min(height - 1));
+                    f32::from(picture.bytes[(y * width + x) * 3 + channel])
+                };
+                let row = |dy: usize| at(0, dy) * (1.0 - right_part) + at(1, dy) * right_part;
+                let value = (row(0) * (1.0 - bottom_part) + row(1) * bottom_part) / 255.0;
+                values[(channel * side + y) * side + x] = (value - MEANS[channel]) / DEVIATIONS[channel];
+            }
+        }
+        Self { channels: 3, side, values }
     }
 }
 
@@ -260,10 +285,11 @@ fn windows(conv: Conv, input: &Planes, side: usize) -> Vec<f32> {
     columns
 }
 
-/// Looks at a picture; the digest of the values of all classes, and the class that has the largest.
-pub fn run(weights: &Weights, picture: &Planes, pace: &mut Pace) -> Result<(u64, u64), Message> {
+/// Looks at a JPEG; the digest of the values of all classes, and the class that has the largest.
+pub fn run(weights: &Weights, jpeg: &[u8], pace: &mut Pace) -> Result<(u64, u64), Message> {
+    let picture = Planes::of(&Picture::decode(jpeg, ColorSpace::RGB)?, SIDE);
     let mut run = Run { weights: &weights.0, compute: convolve, done: 0, pace };
-    let classes = run.network(picture);
+    let classes = run.network(&picture);
     if classes.iter().any(|value| !value.is_finite()) {
         return Err(message!("recognition: a value is not finite"));
     }
@@ -308,6 +334,29 @@ mod tests {
         a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < scale * 1e-3)
     }
 
+    fn planes(side: usize) -> Planes {
+        Planes::of(&Picture::synthetic(90, 60, 20, 2), side)
+    }
+
+    #[test]
+    fn picture_is_resized_cut_and_scaled() {
+        // As large as its resized self: the middle is cut out.
+        let picture = Picture { width: 300, height: 256, bytes: (0..300 * 256 * 3).map(|i| (i % 251) as u8).collect() };
+        let planes = Planes::of(&picture, SIDE);
+        for (channel, x, y) in [(0, 0, 0), (1, 223, 0), (2, 100, 223)] {
+            let byte = picture.bytes[((y + 16) * 300 + x + 38) * 3 + channel];
+            let expected = (f32::from(byte) / 255.0 - MEANS[channel]) / DEVIATIONS[channel];
+            assert!((planes.values[(channel * SIDE + y) * SIDE + x] - expected).abs() < 1e-4);
+        }
+        // Half the size of a picture of one colour in its left and one in its right half: the edge is in the middle.
+        let bytes = (0..512 * 512).flat_map(|i| [if i % 512 < 256 { 10 } else { 200 }; 3]).collect();
+        let planes = Planes::of(&Picture { width: 512, height: 512, bytes }, SIDE);
+        let value = |x: usize| ((planes.values[x] * DEVIATIONS[0] + MEANS[0]) * 255.0 + 0.5) as u8;
+        assert_eq!([value(0), value(111), value(112), value(223)], [10, 10, 200, 200]);
+        // One pixel is enough.
+        assert_eq!(Planes::of(&Picture { width: 1, height: 1, bytes: vec![9; 3] }, 4).values.len(), 48);
+    }
+
     #[test]
     fn network_has_the_published_number_of_weights() {
         // 25,557,032 with two numbers of each of 26,560 batch normalisations, of which one is left when they are folded.
@@ -320,7 +369,7 @@ mod tests {
         let mut random = Random::new(1);
         for (kernel, stride, side) in [(1, 1, 6), (1, 2, 7), (3, 1, 6), (3, 2, 9), (7, 2, 11)] {
             let conv = Conv { from: 3, to: 5, kernel, stride };
-            let input = Planes::picture(side, 2);
+            let input = planes(side);
             let [weights, biases] =
                 [conv.weights(), conv.to].map(|len| (0..len).map(|_| random.unit() as f32 - 0.5).collect::<Vec<_>>());
             let (fast, slow) = (convolve(conv, &input, &weights, &biases), direct(conv, &input, &weights, &biases));
@@ -339,7 +388,7 @@ mod tests {
     fn whole_network_on_a_small_picture_is_that_of_direct_sums() {
         let weights = Weights::random(1);
         assert_eq!(weights.0.len(), Weights::count());
-        let picture = Planes::picture(32, 3);
+        let picture = planes(32);
         let classes = |compute: Compute| {
             let mut pace = Pace::begin(None, Touches { pages: 0, written_percent: 0 }, 0, 0);
             let mut run = Run { weights: &weights.0, compute, done: 0, pace: &mut pace };

@@ -22,6 +22,15 @@ pub struct Shape {
     pub columns: u64,
 }
 
+impl Shape {
+    /// About `cells` cells: as many rows as columns, or half as many.
+    pub fn of_cells(cells: u64) -> Self {
+        let side = cells.isqrt();
+        let rows = if side * side == cells { side } else { (cells / 2).isqrt().max(1) };
+        Self { rows, columns: cells / rows }
+    }
+}
+
 pub const A: Shape = Shape { rows: 100, columns: 300 };
 pub const B: Shape = Shape { rows: 200, columns: 200 };
 
@@ -154,6 +163,14 @@ mod tests {
             expected += "</tr>\n";
         }
         assert_eq!(render(shape, &mut pace).unwrap(), expected + "</table>\n");
+    }
+
+    #[test]
+    fn shapes_of_cells_are_those_of_faasnap() {
+        let shapes = [10_000, 20_000, 40_000, 80_000, 160_000].map(Shape::of_cells);
+        let sides = shapes.map(|shape| (shape.rows, shape.columns));
+        assert_eq!(sides, [(100, 100), (100, 200), (200, 200), (200, 400), (400, 400)]);
+        assert_eq!(Shape::of_cells(1), Shape { rows: 1, columns: 1 });
     }
 
     #[test]
