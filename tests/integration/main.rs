@@ -11,6 +11,7 @@ mod console;
 mod crash;
 mod cycles;
 mod diff;
+mod functions;
 mod generation;
 mod golden;
 mod guest_elf;
