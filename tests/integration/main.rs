@@ -12,6 +12,7 @@ mod console;
 mod crash;
 mod cycles;
 mod diff;
+mod functions;
 mod generation;
 mod golden;
 mod guest_elf;
