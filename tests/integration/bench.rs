@@ -59,7 +59,9 @@ fn study_measures_draws_and_is_not_measured_twice() {
     assert_eq!(std::fs::read_to_string(drawn.join("report.html")).unwrap(), page);
     let diff = run_ok(&["bench", "diff", text(&out), text(&out)]);
     assert!(diff.contains("geometric mean of 9 ratios: 1.000"), "{diff}");
-    assert!(run_err(&["bench", "diff", text(&out), text(&out), "--value", "nothing"]).contains("No nothing was measured"));
+    assert!(
+        run_err(&["bench", "diff", text(&out), text(&out), "--value", "nothing"]).contains("No nothing was measured")
+    );
     let mut other = study(&out, &[]);
     other[8] = "2";
     assert!(run_err(&other).contains("was measured with rounds 1, and this is 2"));

@@ -126,7 +126,8 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
 
 /// From how many loads on a copy pays.
 fn crossing(args: &CrossoverArgs, results: &[Vec<Summary>], way: usize) -> String {
-    let pays = |row: &Vec<Summary>| row.first().zip(row.get(way)).is_some_and(|(copy, place)| copy.median < place.median);
+    let pays =
+        |row: &Vec<Summary>| row.first().zip(row.get(way)).is_some_and(|(copy, place)| copy.median < place.median);
     match results.iter().position(pays) {
         Some(0) => format!("a copy pays from {} load(s) per page on", args.loads[0]),
         Some(at) => format!("a copy pays from between {} and {} loads per page on", args.loads[at - 1], args.loads[at]),

@@ -91,7 +91,7 @@ fn make(dir: &Path) -> Result<(), BoxError> {
 /// The kernel of the guests, as a file that any VMM can boot.
 pub fn write_kernel(dir: &Path) -> Result<PathBuf, BoxError> {
     let path = dir.join("guest.elf");
-    std::fs::write(&path, guest::ELF).map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
+    std::fs::write(&path, guest::FUNCTIONS_ELF).map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
     Ok(path)
 }
 
