@@ -12,6 +12,7 @@ use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use rustix::fs::SeekFrom;
@@ -227,22 +228,32 @@ fn evict(snapshot: &Path) -> Result<(), BoxError> {
         ["memory", "vmstate", "pages", "manifest.json"].map(|name| snapshot.join(name)).to_vec();
     let derived = std::fs::read_dir(derived_dir(&Location::Dir(snapshot.to_path_buf())));
     paths.extend(derived.into_iter().flatten().flatten().map(|entry| entry.path()));
-    for path in paths {
-        let file = File::open(&path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-        if resident_pages(&file)?.is_some_and(|pages| pages > 0) {
-            // What is not on the disk yet stays.
+    paths.iter().try_for_each(|path| evict_file(path))
+}
+
+/// How often, and how long after each other, it is tried to drop a file that does not go: what is being written or looked
+/// at just now stays.
+const EVICTIONS: u32 = 20;
+const EVICTION_PAUSE: Duration = Duration::from_millis(5);
+
+fn evict_file(path: &Path) -> Result<(), BoxError> {
+    let file = File::open(path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
+    let mut left = 0;
+    for tried in 0..EVICTIONS {
+        if tried > 0 {
             file.sync_data()?;
-            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+            std::thread::sleep(EVICTION_PAUSE);
         }
-        if let Some(pages) = resident_pages(&file)?.filter(|pages| *pages > 0) {
-            return refuse(format!(
-                "{pages} pages of {} cannot be dropped from the page cache: a VM maps them, or the file system is a tmpfs",
-                path.display()
-            ));
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        left = resident_pages(&file)?.unwrap_or_default();
+        if left == 0 {
+            return Ok(());
         }
     }
-    Ok(())
+    refuse(format!(
+        "{left} pages of {} cannot be dropped from the page cache: a VM maps them, or the file system is a tmpfs",
+        path.display()
+    ))
 }
 
 /// A directory that is removed at the end.
