@@ -26,7 +26,7 @@ demo: build
 test: build
 	cargo test --locked
 	TVMM_BINARY=$(CURDIR)/$(BINARY) cargo test --locked --test integration
-	cargo test --locked --lib --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
+	cargo test --locked --lib --features functions --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
 
 lint: setup
 	cargo fmt --check
