@@ -5,6 +5,7 @@ mod api;
 mod architecture;
 mod balloon;
 mod block;
+mod block_faults;
 mod boot;
 mod config;
 mod console;
