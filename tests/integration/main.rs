@@ -6,6 +6,7 @@ mod architecture;
 mod balloon;
 mod bench;
 mod block;
+mod block_faults;
 mod boot;
 mod config;
 mod console;
