@@ -63,6 +63,11 @@ impl Guest {
         self.child.id()
     }
 
+    /// Whether its VMM has ended.
+    pub fn has_ended(&mut self) -> Result<bool, BoxError> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Runs a function of the guest.
     ///
     /// # Errors

@@ -44,10 +44,10 @@ impl Foreign {
         remove(&self.socket)?;
         let mut command = Command::new(&self.vmm);
         command.arg("--api-sock").arg(&self.socket);
-        let guest = Guest::start(command)?;
+        let mut guest = Guest::start(command)?;
         let deadline = Instant::now() + TIMEOUT;
         while std::os::unix::net::UnixStream::connect(&self.socket).is_err() {
-            if Instant::now() > deadline {
+            if guest.has_ended()? || Instant::now() > deadline {
                 return refuse(format!("{} does not serve {}", self.vmm.display(), self.socket.display()));
             }
             std::thread::sleep(POLL);
