@@ -38,11 +38,11 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// Bytes that cannot be had.
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 
-    /// Checks bytes that somebody else has copied from `offset` on.
+    /// Checks whole pages that somebody else has copied from `offset` on, one part after the other.
     ///
     /// # Errors
     /// They do not match their checksums.
-    fn verify(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    fn verify(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()>;
 }
 
 /// Pages of a snapshot that lie one after the other in a tier.
