@@ -80,9 +80,10 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
         Cache::Small => SourceCache::Small,
         Cache::Cold => SourceCache::Cold,
     });
-    let Sources { chain, tiers, .. } = sources::pooled(&Location::Dir(args.snapshot.clone()), &args.pool, false)?;
-    let resolved = tier::resolve(&chain, &tiers)?;
-    let tiers: Vec<TierSource> = tiers.iter().map(|tier| tier.source()).collect();
+    let Sources { chain, tiers: opened, .. } =
+        sources::pooled(&Location::Dir(args.snapshot.clone()), &args.pool, false)?;
+    let resolved = tier::resolve(&chain, &opened)?;
+    let tiers: Vec<TierSource> = opened.iter().map(|tier| tier.source()).collect();
     let budget = Budget { dram_pages: pages_of(args.dram)?, cxl_pages: pages_of(args.cxl)? };
     let input = PolicyInput {
         chain: &chain,
@@ -92,7 +93,8 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
         costs: &costs,
         budget,
     };
-    let plan = policy.plan(&input)?;
+    let mut plan = policy.plan(&input)?;
+    tier::align(&mut plan, chain.layout(), chain.layers().len(), &opened);
     plan.validate(chain.layout(), &chain.layer_file_lens())?;
     let estimate = input.estimate(&plan);
     let used = CostsUsed::new(&costs, args.costs.as_deref());

@@ -178,7 +178,8 @@ fn open_dir(name: &Path, dir: &Path, kind: &'static str) -> Result<PoolMedium, E
     let facts = Facts {
         kind,
         align: if hugetlb { HUGE } else { 4096 },
-        copy_on_write: true,
+        // A copy would take a huge page that nobody has reserved: without one the guest would be killed.
+        copy_on_write: !hugetlb,
         huge: hugetlb || magic != TMPFS || tmpfs_is_huge(metadata.dev()),
         readable: true,
         shared_between_hosts: false,

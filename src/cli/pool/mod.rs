@@ -59,7 +59,7 @@ enum PoolCommand {
         #[arg(long)]
         name: Option<String>,
         /// About how often it will be restored: the more often, the fewer mappings it may cost to share a page
-        #[arg(long, default_value_t = 1000, value_name = "COUNT")]
+        #[arg(long, default_value_t = 100, value_name = "COUNT")]
         restores: u64,
         #[arg(long)]
         json: bool,

@@ -33,6 +33,7 @@ use crate::snapshot::{
 };
 
 use place::Labelled;
+pub(super) use place::advance;
 
 pub use estimate::Estimate;
 
@@ -65,7 +66,7 @@ pub enum Policy {
 pub struct Budget {
     /// Pages of local memory: what is preloaded, and what the request will write.
     pub dram_pages: Option<u64>,
-    /// Pages in the CXL tier. No plan of this build places any there.
+    /// Pages mapped in place from a pool.
     pub cxl_pages: Option<u64>,
 }
 

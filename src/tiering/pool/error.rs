@@ -13,7 +13,7 @@ pub enum Error {
     #[error("{path} is not a pool; make one with `tvmm pool create --at {path}`", path = path.display())]
     NotAPool { path: PathBuf },
     #[error(
-        "{path} has data that tvmm did not write; to format it all the same, say so by its name: --format {name}",
+        "tvmm has not formatted {path}, and what is on it would be lost; to format it, say so by its name: --format {name}",
         path = path.display()
     )]
     Foreign { path: PathBuf, name: String },

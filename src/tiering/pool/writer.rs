@@ -26,6 +26,10 @@ pub fn create(medium: &dyn Medium, id: PoolId, format: Option<&str>, name: &str)
     let geometry = Geometry::of(medium.size(), &path)?;
     if format != Some(name) {
         refuse_what_is_there(medium, name)?;
+        if medium.facts().kind == "dax" {
+            // Zeros at its start say nothing about the rest.
+            return Err(Error::Foreign { path, name: name.to_string() });
+        }
     }
     let _lock = Lock::take(medium)?;
     let writing = || Error::io("format", &path);

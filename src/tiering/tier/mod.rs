@@ -3,6 +3,8 @@
 //! A tier is opened for one snapshot. Those that are byte-addressable are mapped, all of them can be read; the system
 //! calls for that are made in `vmm`.
 
+mod align;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -10,6 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::snapshot::{Chain, Content, Error, Extent, PAGE_SIZE, PageSet, PageSource, ResolvedRun, TierSource};
+
+pub use align::align;
 
 /// A pool that is open for one snapshot. Whatever it holds of it stays as it is while this lives.
 pub trait Tier: Send + Sync + fmt::Debug {
