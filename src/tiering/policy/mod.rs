@@ -231,8 +231,8 @@ impl Policy {
 
     /// Whether the policy looks at which pages are zero, so that the page maps of `chain` have to be read.
     pub fn needs_pages(self, chain: &Chain, tiers: &[TierSource]) -> bool {
-        !tiers.is_empty()
-            || !(matches!(self, Policy::Firecracker | Policy::FirecrackerUffd) && chain.layers().len() == 1)
+        let is_one_file = tiers.is_empty() && chain.layers().len() == 1;
+        !(is_one_file && matches!(self, Policy::Firecracker | Policy::FirecrackerUffd))
     }
 
     /// Makes the plan for restoring the tip of the chain.
