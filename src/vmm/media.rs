@@ -211,7 +211,7 @@ fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
         text.trim().parse::<u64>().map_err(|_| bad(format!("its {attribute} is {:?}", text.trim())))
     };
     let (len, align) = (attribute("size")?, attribute("align")?);
-    if !align.is_power_of_two() || align < 4096 || align > HUGE {
+    if !align.is_power_of_two() || !(4096..=HUGE).contains(&align) {
         return Err(bad(format!("its alignment is {align} bytes; tvmm maps 4 KiB and 2 MiB")));
     }
     let file = File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(device);

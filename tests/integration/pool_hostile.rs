@@ -180,7 +180,7 @@ fn a_forged_catalogue_is_an_error_and_no_crash() {
         if good[at as usize..].iter().take(7).all(|byte| *byte == 0) {
             continue;
         }
-        file.write_all_at(&vec![0xff; 7], at).unwrap();
+        file.write_all_at(&[0xff; 7], at).unwrap();
         let output = finish(tvmm().args(["pool", "ls", pool.path()]));
         assert!(matches!(output.status.code(), Some(0 | 1)), "{at}: {output:?}");
         file.write_all_at(&good, 0).unwrap();

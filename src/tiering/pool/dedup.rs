@@ -185,12 +185,12 @@ fn cheapest(parts: &[Part], prices: &Prices) -> Vec<Stretch> {
         ];
         let (mut next, mut from) = ([f64::INFINITY; 3], [0; 3]);
         for to in 0..3 {
-            for before in 0..3 {
+            for (before, so_far) in front.iter().enumerate() {
                 let stays = match index.checked_sub(1).map(|last| &parts[last]).filter(|_| !part.fresh) {
                     Some(last) => before == to && (to != SHARE || follows(last, part)),
                     None => false,
                 };
-                let total = front[before] + own[to] + if stays { 0.0 } else { prices.split };
+                let total = so_far + own[to] + if stays { 0.0 } else { prices.split };
                 if total < next[to] {
                     (next[to], from[to]) = (total, before);
                 }

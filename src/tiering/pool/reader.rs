@@ -37,17 +37,17 @@ impl PoolTier {
         let mut catalogue = Catalogue::read(medium.as_ref())?;
         let mut head = catalogue.live(snapshot).cloned().ok_or_else(missing)?;
         let mut lease = None;
-        while leased {
+        while leased && lease.is_none() {
             let slot = lease::take(medium.as_ref(), snapshot, head.entry.digest)?;
             // Only now nobody can free its pages; until now somebody could.
             catalogue = Catalogue::read(medium.as_ref())?;
             let now = catalogue.live(snapshot).cloned();
             if now.as_ref().is_some_and(|now| now.entry == head.entry) {
                 lease = Some(slot);
-                break;
+            } else {
+                lease::give_back(medium.as_ref(), slot)?;
+                head = now.ok_or_else(missing)?;
             }
-            lease::give_back(medium.as_ref(), slot)?;
-            head = now.ok_or_else(missing)?;
         }
         let beats = lease.filter(|_| medium.facts().shared_between_hosts);
         let heart = beats.map(|slot| Heart::start(medium.clone(), slot)).transpose();

@@ -36,7 +36,7 @@ impl SharedMap {
 
     fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
         let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(len));
-        if !end.is_some_and(|end| end <= self.len) {
+        if end.is_none_or(|end| end > self.len) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         // SAFETY: the offset was just checked to lie within the mapping.
