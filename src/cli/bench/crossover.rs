@@ -116,6 +116,7 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
         exe,
         snapshot: snapshot_dir,
         profile: Some(profile),
+        pool: None,
         function,
         run_port: None,
         with_api: false,

@@ -46,6 +46,9 @@ pub struct GridArgs {
     /// Show the least and the most beside each median
     #[arg(long)]
     spans: bool,
+    /// Add each snapshot to this pool, with its profile, and take memory from there; it is removed again
+    #[arg(long, value_name = "POOL")]
+    pool: Option<PathBuf>,
     /// Where snapshots are made; default: the directory for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -112,6 +115,9 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
             let numbers = measure(args, &policies, &trial, cache, &bar)?;
             results.push((format!("{}, {}", case.name(), cache.name()), numbers));
         }
+        if let Some(pool) = &args.pool {
+            super::remove_from_pool(&trial.exe, pool, &name_in_pool(&dir))?;
+        }
         std::fs::remove_dir_all(&dir)?;
     }
     bar.finish_and_clear();
@@ -167,16 +173,25 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     drop(guest);
     let (profile, function) = (dir.join("run.profile"), case.function());
     super::record(&exe, &snapshot, &function, "uffd", &profile)?;
+    if let Some(pool) = &args.pool {
+        super::add_to_pool(&exe, pool, &snapshot, &profile, &name_in_pool(dir))?;
+    }
     Ok(Trial {
         exe,
         snapshot,
         profile: Some(profile),
+        pool: args.pool.clone(),
         function,
         run_port: None,
         with_api: false,
         more: Vec::new(),
         scratch: dir.to_owned(),
     })
+}
+
+/// No two benchmarks have the same scratch directory, and no two cases.
+fn name_in_pool(dir: &Path) -> String {
+    dir.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("-")
 }
 
 fn measure(

@@ -111,6 +111,7 @@ impl Study {
             exe: self.exe.clone(),
             snapshot: from.snapshot.clone(),
             profile,
+            pool: None,
             function: from.asked.clone(),
             run_port: None,
             with_api: false,
