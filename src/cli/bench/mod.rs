@@ -105,25 +105,31 @@ struct Trial {
 }
 
 impl Trial {
-    /// Restores once. The process's report, with the time measured from outside added.
-    fn run(&self, policy: Policy, cache: Cache) -> Result<Value, BoxError> {
-        if cache == Cache::Evicted {
-            evict(&self.snapshot)?;
-        }
-        let report_path = self.scratch.join("report.json");
+    /// What restores, without a request.
+    fn command(&self, policy: Policy) -> Command {
         let mut command = Command::new(&self.exe);
         command.arg("restore").arg("--snapshot").arg(&self.snapshot);
-        command.args(["--policy", policy.name(), "--run", &self.function]).arg("--report").arg(&report_path);
+        command.args(["--policy", policy.name()]).args(&self.more);
         if let Some(profile) = self.profile.as_ref().filter(|_| policy.needs_profile()) {
             command.arg("--profile").arg(profile);
         }
         if let Some(pool) = &self.pool {
             command.arg("--pool").arg(pool);
         }
+        command
+    }
+
+    /// Restores once. The process's report, with the time measured from outside added.
+    fn run(&self, policy: Policy, cache: Cache) -> Result<Value, BoxError> {
+        if cache == Cache::Evicted {
+            evict(&self.snapshot)?;
+        }
+        let report_path = self.scratch.join("report.json");
+        let mut command = self.command(policy);
+        command.args(["--run", &self.function]).arg("--report").arg(&report_path);
         if let Some(port) = self.run_port {
             command.args(["--run-port", &port.to_string(), "--vsock"]).arg(self.scratch.join("v.sock"));
         }
-        command.args(&self.more);
         if self.with_api {
             command.arg("--api-sock").arg(self.scratch.join("api.sock"));
         }

@@ -27,6 +27,12 @@ pub enum Flow {
     Tiered,
     /// tvmm's own, the snapshot cached.
     TieredCache,
+    /// TrEnv, from a pool.
+    TrenvPool,
+    /// Aquifer, from a pool.
+    AquiferPool,
+    /// tvmm's own, from a pool.
+    TieredPool,
     /// No restore: the VM that ran the function with the recorded input runs it again.
     Warm,
     /// Another VMM of Firecracker's command line and API, its own snapshot, its File back end, nothing cached.
@@ -42,6 +48,8 @@ pub struct Restore {
     /// Whose profile it uses, if it needs one.
     pub recorder: RecorderKind,
     pub cached: bool,
+    /// Whether memory comes from the pool.
+    pub pooled: bool,
 }
 
 impl Flow {
@@ -58,7 +66,9 @@ impl Flow {
         Flow::TieredCache,
         Flow::Warm,
     ];
-    const ALL: [Flow; 12] = [
+    /// Those that need a pool: the methods for byte-addressable tiers.
+    pub const POOLED: [Flow; 3] = [Flow::TrenvPool, Flow::AquiferPool, Flow::TieredPool];
+    const ALL: [Flow; 15] = [
         Flow::Vanilla,
         Flow::VanillaCache,
         Flow::Mincore,
@@ -68,6 +78,9 @@ impl Flow {
         Flow::Aquifer,
         Flow::Tiered,
         Flow::TieredCache,
+        Flow::TrenvPool,
+        Flow::AquiferPool,
+        Flow::TieredPool,
         Flow::Warm,
         Flow::Firecracker,
         Flow::FirecrackerCache,
@@ -84,6 +97,9 @@ impl Flow {
             Flow::Aquifer => "aquifer",
             Flow::Tiered => "tiered",
             Flow::TieredCache => "tiered-cache",
+            Flow::TrenvPool => "trenv-pool",
+            Flow::AquiferPool => "aquifer-pool",
+            Flow::TieredPool => "tiered-pool",
             Flow::Warm => "warm",
             Flow::Firecracker => "firecracker",
             Flow::FirecrackerCache => "firecracker-cache",
@@ -103,13 +119,18 @@ impl Flow {
             Flow::Mincore => (Policy::Faasnap, RecorderKind::Mincore, false),
             Flow::Emumincore => (Policy::Faasnap, RecorderKind::Uffd, false),
             Flow::Reap => (Policy::Reap, RecorderKind::Uffd, false),
-            Flow::Trenv => (Policy::Trenv, RecorderKind::Uffd, false),
-            Flow::Aquifer => (Policy::Aquifer, RecorderKind::Uffd, false),
-            Flow::Tiered => (Policy::Tiered, RecorderKind::Uffd, false),
+            Flow::Trenv | Flow::TrenvPool => (Policy::Trenv, RecorderKind::Uffd, false),
+            Flow::Aquifer | Flow::AquiferPool => (Policy::Aquifer, RecorderKind::Uffd, false),
+            Flow::Tiered | Flow::TieredPool => (Policy::Tiered, RecorderKind::Uffd, false),
             Flow::TieredCache => (Policy::Tiered, RecorderKind::Uffd, true),
             Flow::Warm | Flow::Firecracker | Flow::FirecrackerCache => return None,
         };
-        Some(Restore { policy, recorder, cached })
+        Some(Restore { policy, recorder, cached, pooled: self.is_pooled() })
+    }
+
+    /// Whether it needs a pool.
+    pub fn is_pooled(self) -> bool {
+        Flow::POOLED.contains(&self)
     }
 
     /// Whether its snapshot is in the page cache when it begins.

@@ -81,11 +81,8 @@ impl Study {
         let mut trials = Vec::new();
         for index in 0..count as usize {
             let from = &all[index % all.len()];
-            let profile = match restore.policy.needs_profile() {
-                true => Some(self.stage.profile(&from.snapshot, restore.recorder, &from.recorded)?),
-                false => None,
-            };
-            trials.push(self.trial(from, profile, scratch_of(self.scratch.path(), index)?));
+            let scratch = scratch_of(self.scratch.path(), index)?;
+            trials.push(self.trial(from, restore, scratch)?);
         }
         for (index, from) in all.iter().enumerate() {
             // What is derived from a snapshot is made before, and everything is brought into the state that is wanted.
@@ -144,19 +141,10 @@ impl Study {
     }
 
     fn crowd(&mut self, from: &From, count: u32, restore: Restore) -> Result<Values, BoxError> {
-        let profile = match restore.policy.needs_profile() {
-            true => Some(self.stage.profile(&from.snapshot, restore.recorder, &from.recorded)?),
-            false => None,
-        };
+        let trial = self.trial(from, restore, self.scratch.path().to_owned())?;
         let mut guests = Vec::new();
         for _ in 0..count {
-            let mut command = Command::new(&self.exe);
-            command.arg("restore").arg("--snapshot").arg(&from.snapshot);
-            command.args(["--policy", restore.policy.name()]).args(&from.more);
-            if let Some(profile) = &profile {
-                command.arg("--profile").arg(profile);
-            }
-            let mut guest = Guest::start(command)?;
+            let mut guest = Guest::start(trial.command(restore.policy))?;
             let answered = guest.call(&from.asked)?;
             self.stage.check_digest(&from.snapshot, &from.asked, answered.digest())?;
             guests.push(guest);

@@ -79,8 +79,11 @@ impl Study {
     }
 
     /// Removes what was made to measure with, writes the report, and says what failed.
-    fn finish(self) -> Result<ExitCode, BoxError> {
+    fn finish(mut self) -> Result<ExitCode, BoxError> {
         self.bar.finish_and_clear();
+        if let Some(pool) = &self.settings.pool {
+            self.stage.leave_pool(pool)?;
+        }
         if !self.settings.keep {
             let dir = self.settings.out.join(STAGE);
             std::fs::remove_dir_all(&dir).map_err(|error| format!("Cannot remove {}: {error}", dir.display()))?;
@@ -95,29 +98,35 @@ impl Study {
 
     /// One restore by tvmm in a process of its own, asked for `asked`.
     fn restore(&mut self, from: &From, flow: Flow, restore: Restore) -> Result<Values, BoxError> {
-        let profile = match restore.policy.needs_profile() {
-            true => Some(self.stage.profile(&from.snapshot, restore.recorder, &from.recorded)?),
-            false => None,
-        };
-        let trial = self.trial(from, profile, self.scratch.path().to_owned());
+        let trial = self.trial(from, restore, self.scratch.path().to_owned())?;
         let cache = if flow.is_cached() { Cache::Warm } else { Cache::Evicted };
         let report = trial.run(restore.policy, cache)?;
         self.check_answer(from, &report)?;
         Ok(values_of(&report))
     }
 
-    fn trial(&self, from: &From, profile: Option<PathBuf>, scratch: PathBuf) -> Trial {
-        Trial {
+    /// A restore that is ready to be run: with its profile recorded, its snapshot in the pool.
+    fn trial(&mut self, from: &From, restore: Restore, scratch: PathBuf) -> Result<Trial, BoxError> {
+        let needs_profile = restore.policy.needs_profile() || restore.pooled;
+        let profile = match needs_profile {
+            true => Some(self.stage.profile(&from.snapshot, restore.recorder, &from.recorded)?),
+            false => None,
+        };
+        let pool = self.settings.pool.clone().filter(|_| restore.pooled);
+        if let (Some(pool), Some(profile)) = (&pool, &profile) {
+            self.stage.add_to_pool(pool, &from.snapshot, profile)?;
+        }
+        Ok(Trial {
             exe: self.exe.clone(),
             snapshot: from.snapshot.clone(),
             profile,
-            pool: None,
+            pool,
             function: from.asked.clone(),
             run_port: None,
             with_api: false,
             more: from.more.clone(),
             scratch,
-        }
+        })
     }
 
     fn check_answer(&mut self, from: &From, report: &Value) -> Result<(), BoxError> {

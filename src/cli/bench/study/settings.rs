@@ -19,7 +19,8 @@ pub struct RunArgs {
     /// Functions, or `all`
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     functions: Vec<String>,
-    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm
+    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm, and
+    /// with --pool trenv-pool, aquifer-pool, tiered-pool
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     flows: Vec<String>,
     /// Rounds; one more comes first and is not counted
@@ -39,6 +40,9 @@ pub struct RunArgs {
     /// A directory on a slow or remote medium, for the snapshots of E4
     #[arg(long, value_name = "DIR")]
     slow_dir: Option<PathBuf>,
+    /// A pool (`tvmm pool create`), empty or not, for flows that take memory from one
+    #[arg(long, value_name = "POOL")]
+    pool: Option<PathBuf>,
     /// A VMM with Firecracker's command line and API, to be measured beside tvmm
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
@@ -109,6 +113,7 @@ pub struct Settings {
     pub parallel: Vec<u32>,
     pub vms: Vec<u32>,
     pub slow_dir: Option<PathBuf>,
+    pub pool: Option<PathBuf>,
     pub firecracker: Option<PathBuf>,
     pub out: PathBuf,
     pub keep: bool,
@@ -140,6 +145,13 @@ impl Settings {
             }
             _ => {}
         }
+        match &args.pool {
+            Some(_) if !flows.iter().any(|flow| flow.is_pooled()) => flows.extend(Flow::POOLED),
+            None if flows.iter().any(|flow| flow.is_pooled()) => {
+                return refuse("The flows trenv-pool, aquifer-pool and tiered-pool need --pool POOL");
+            }
+            _ => {}
+        }
         let names: Vec<&str> = args.functions.iter().map(String::as_str).collect();
         let workloads = match names.as_slice() {
             ["all"] if args.quick => find(&QUICK)?,
@@ -154,6 +166,7 @@ impl Settings {
             parallel: args.parallel.clone(),
             vms: args.vms.clone(),
             slow_dir: args.slow_dir.clone(),
+            pool: args.pool.clone(),
             firecracker: args.firecracker.clone(),
             out: args.out.clone(),
             keep: args.keep,
@@ -163,7 +176,11 @@ impl Settings {
     /// What measurements depend on, for the header: not what is measured, which may grow from run to run.
     pub fn described(&self) -> BTreeMap<String, String> {
         let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
-        let named = [("slow medium", path(&self.slow_dir)), ("firecracker", path(&self.firecracker))];
+        let named = [
+            ("slow medium", path(&self.slow_dir)),
+            ("pool", path(&self.pool)),
+            ("firecracker", path(&self.firecracker)),
+        ];
         let given = named.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
         given.chain([("rounds".to_string(), self.runs.to_string())]).collect()
     }

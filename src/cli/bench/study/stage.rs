@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::super::guest::{Guest, snapshot};
-use super::super::{BoxError, record, refuse};
+use super::super::{BoxError, add_to_pool, record, refuse, remove_from_pool};
 use super::workload::Workload;
 use crate::api::client::Client;
+use crate::snapshot::{Location, Snapshot, SnapshotId};
 use crate::tiering::profile::RecorderKind;
 use crate::vmm::guest;
 
@@ -16,13 +17,15 @@ use crate::vmm::guest;
 pub struct Stage {
     exe: PathBuf,
     dir: PathBuf,
+    /// What this stage has added to the pool: by id, the names they have there.
+    pooled: BTreeMap<SnapshotId, String>,
     /// What functions computed, by snapshot and function: every flow must come to the same.
     digests: BTreeMap<String, String>,
 }
 
 impl Stage {
     pub fn new(exe: &Path, dir: PathBuf) -> Stage {
-        Stage { exe: exe.to_owned(), dir, digests: BTreeMap::new() }
+        Stage { exe: exe.to_owned(), dir, pooled: BTreeMap::new(), digests: BTreeMap::new() }
     }
 
     /// The directory of a workload.
@@ -68,6 +71,24 @@ impl Stage {
             return Ok(path);
         }
         record(&self.exe, snapshot, function, &recorder.to_string(), &path)
+    }
+
+    /// Sees to it that the pool has the snapshot, laid out by what `profile` says.
+    pub fn add_to_pool(&mut self, pool: &Path, snapshot: &Path, profile: &Path) -> Result<(), BoxError> {
+        // Copies of a snapshot have its id.
+        let id = Snapshot::open(&Location::Dir(snapshot.to_owned()))?.id();
+        if !self.pooled.contains_key(&id) {
+            let name = format!("tvmm-bench-{}-{}", std::process::id(), self.pooled.len());
+            add_to_pool(&self.exe, pool, snapshot, profile, &name)?;
+            self.pooled.insert(id, name);
+        }
+        Ok(())
+    }
+
+    /// Removes from the pool what this stage has added.
+    pub fn leave_pool(&mut self, pool: &Path) -> Result<(), BoxError> {
+        let names = std::mem::take(&mut self.pooled).into_values();
+        names.into_iter().try_for_each(|name| remove_from_pool(&self.exe, pool, &name))
     }
 
     /// Notes what `function` came to on `snapshot`.
