@@ -88,9 +88,11 @@ fn linux_goes_on_after_restore_with_its_own_random_numbers_and_the_right_time() 
             let (first, second) = (clone.uptime(), clone.uptime());
             assert!(before <= first && first <= second, "{place}: {before} {first} {second}");
             if more.contains(&"--clock-realtime") {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+                let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+                let asked = now();
                 let guest = clone.ask_number("date +%s");
-                assert!((guest - now).abs() < 3.0, "{place}: the guest says {guest}, the host {now}");
+                // It says whole seconds, and may have been asked and answered slowly.
+                assert!(asked - 2.0 < guest && guest < now() + 1.0, "{place}: {asked}, the guest says {guest}");
                 assert!(first >= before + 3.0, "{place}: {before} {first}");
             }
             // Debian's 6.1 kernel has no driver for the generation id.
