@@ -28,7 +28,7 @@ demo: build
 test: build
 	cargo test --locked
 	TVMM_BINARY=$(CURDIR)/$(BINARY) cargo test --locked --test integration
-	cargo test --locked --lib --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
+	cargo test --locked --lib --features functions --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
 
 # Every device, behind its real transport, against CASES random drivers each, with overflow checks. A finding is printed with
 # the shortest driver that shows it, and kept in proptest-regressions/ for `make test`; SEED=N makes a run repeatable.

@@ -212,7 +212,7 @@ impl Machine<Built> {
         let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
         let boot_source = config.boot_source.with_args(&devices::root_args(&config.devices));
         let boot_source = boot_source.with_args(devices::pmem_root_args(&config.devices));
-        let entry = boot::load(&boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
+        let entry = boot::load(&boot_source, &config.tvmm, platform, &machine.core.ram)?;
         if platform.acpi {
             let state = VmGenIdState { gpa: layout::VMGENID, gsi: layout::VMGENID_GSI };
             machine.core.attach_vmgenid(state)?;

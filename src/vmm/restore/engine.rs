@@ -191,7 +191,12 @@ impl Engine<'_> {
             match run.view {
                 View::Anonymous => ram.map_anon(run.extent)?,
                 View::File { index, offset, huge } => {
-                    ram.map_file_private(run.extent, self.files.require(index)?.0, offset)?;
+                    let mapped = self.files.mapping(index)?;
+                    if !mapped.copy_on_write {
+                        let source = std::io::Error::from(std::io::ErrorKind::Unsupported);
+                        return Err(Error::Os { doing: "map a tier that has no copy-on-write", source });
+                    }
+                    ram.map_file_private(run.extent, mapped.file, mapped.base + offset)?;
                     if huge == Some(true) {
                         self.advise_huge(ram, run.extent)?;
                     }
@@ -294,11 +299,22 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages.
+    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages; those of layers and
+    /// tiers extent by extent.
     fn install(&mut self, ram: &GuestRam, uffd: &Uffd) -> Result<(), Error> {
         let plan = self.plan;
-        let layers = self.files.chain().layers().len();
-        for index in layers..layers + plan.images.len() {
+        let mut bytes = Vec::new();
+        for planned in plan.extents.iter().filter(|planned| is_preload(planned, Fill::Install)) {
+            let Some(source) = planned.source.filter(|source| source.layer < self.files.first_image()) else {
+                continue;
+            };
+            bytes.resize(planned.extent.bytes() as usize, 0);
+            self.report.read_calls += 1;
+            self.files.read(source, &mut bytes)?;
+            self.install_extent(ram, uffd, planned.extent, &bytes)?;
+        }
+        let images = self.files.first_image();
+        for index in images..images + plan.images.len() {
             let from_here = |planned: &&PlannedExtent| {
                 is_preload(planned, Fill::Install) && planned.source.is_some_and(|source| source.layer == index)
             };
@@ -306,19 +322,24 @@ impl Engine<'_> {
             if wanted.is_empty() {
                 continue;
             }
-            let len = plan.images[index - layers].file_len() as usize;
+            let len = plan.images[index - images].file_len() as usize;
             let buffer = self.read_direct(index, len)?;
             let bytes = buffer.bytes();
             for planned in wanted {
                 let start = planned.source.map_or(0, |source| source.offset) as usize;
-                let address = ram.populator(planned.extent)?.address();
-                self.report.uffd_calls += 1;
-                let failed = |source| Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source };
                 let bytes = &bytes[start..start + planned.extent.bytes() as usize];
-                uffd.install(address, bytes, Install::default()).map_err(failed)?;
-                self.report.bytes_preloaded += planned.extent.bytes();
+                self.install_extent(ram, uffd, planned.extent, bytes)?;
             }
         }
+        Ok(())
+    }
+
+    fn install_extent(&mut self, ram: &GuestRam, uffd: &Uffd, extent: Extent, bytes: &[u8]) -> Result<(), Error> {
+        let address = ram.populator(extent)?.address();
+        self.report.uffd_calls += 1;
+        let failed = |source| Error::Map { gpa: extent.gpa(), pages: extent.pages, source };
+        uffd.install(address, bytes, Install::default()).map_err(failed)?;
+        self.report.bytes_preloaded += extent.bytes();
         Ok(())
     }
 
