@@ -187,6 +187,8 @@ struct LoadExtension {
     /// Budgets, MiB.
     dram_mib: Option<u64>,
     cxl_mib: Option<u64>,
+    /// µs that a request may take longer to save a MiB of local memory.
+    dram_price: Option<u64>,
     /// Pools to take guest memory from, in order of preference.
     #[serde(default)]
     pools: Vec<PathBuf>,
@@ -248,6 +250,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         costs: None,
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
+        dram_price_us: load.tvmm.dram_price,
         pools: load.tvmm.pools,
         handler,
         overrides,

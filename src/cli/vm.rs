@@ -13,6 +13,7 @@ use super::report;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
+use crate::tiering::policy::DRAM_PRICE_US;
 use crate::tiering::profile::Profile;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
@@ -42,7 +43,7 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// A plan made by `tvmm plan --out`, instead of a policy
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "profile", "costs", "dram", "cxl"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "profile", "costs", "dram", "dram_price", "cxl"])]
     plan: Option<PathBuf>,
     /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
@@ -50,6 +51,10 @@ pub struct RestoreArgs {
     /// Local memory for what is preloaded or will be written, MiB
     #[arg(long, value_name = "MIB")]
     dram: Option<u64>,
+    /// How much longer a request may take to save a MiB of local memory that it does not write, µs (0: time is all that
+    /// counts); only `tiered` weighs that
+    #[arg(long, default_value_t = DRAM_PRICE_US, value_name = "US")]
+    dram_price: u64,
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
@@ -98,6 +103,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,
+        dram_price_us: Some(args.dram_price),
         pools: args.pool.clone(),
         handler: None,
         overrides: args.overrides.overrides(),

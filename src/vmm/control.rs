@@ -126,6 +126,10 @@ pub struct LoadSnapshot {
     pub dram_mib: Option<u64>,
     /// The most memory of the CXL tier a plan may use, MiB.
     pub cxl_mib: Option<u64>,
+    /// µs that a request may take longer to save a MiB of local memory; [`DRAM_PRICE_US`] if nobody says.
+    ///
+    /// [`DRAM_PRICE_US`]: crate::tiering::policy::DRAM_PRICE_US
+    pub dram_price_us: Option<u64>,
     /// Pools to take guest memory from instead of the snapshot's files, in order of preference.
     pub pools: Vec<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
