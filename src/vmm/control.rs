@@ -261,7 +261,7 @@ impl From<ConfigError> for Refused {
 }
 
 /// An error and all its causes as one text, each sentence once.
-fn error_chain(error: &(dyn Error + 'static)) -> String {
+pub(super) fn error_chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -22,6 +22,7 @@ mod metrics;
 mod planning;
 mod pmem;
 pub mod port_request;
+mod promote;
 pub mod record;
 mod release;
 mod restore;

@@ -8,8 +8,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::control::error_chain;
 use super::error::Error;
 use super::metrics::ExitCounters;
+use super::promote::InPlace;
+use super::promote::fault::{Cause, Stuck};
 use super::stall;
 use super::sys::coalesced::CoalescedRing;
 use super::sys::kick::{self, ImmediateExit};
@@ -101,6 +104,8 @@ pub struct Vcpu {
     pub coalesced: Option<Arc<CoalescedRing>>,
     /// To look at the instruction a kicked guest stands behind. Whoever owns the memory outlives the vCPU's thread.
     pub memory: Memory,
+    /// Pages that the guest can only write once they are promoted.
+    pub in_place: Option<Arc<InPlace>>,
 }
 
 /// How often a kicked vCPU is sent on because of a trap; after that it is a guest that does nothing else.
@@ -118,6 +123,7 @@ impl Vcpu {
         self.moments.guest_entered();
         let mut retries = 0;
         loop {
+            let generation = self.in_place.as_ref().map_or(0, |in_place| in_place.generation());
             let exit = self.fd.run();
             self.moments.guest_exited();
             if let Some(ring) = &self.coalesced {
@@ -131,6 +137,11 @@ impl Vcpu {
                     self.counters.io_in.count(self.buses.pio.read(u64::from(port), data));
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
+                    if let Some(in_place) = &self.in_place
+                        && in_place.take_emulated(&self.memory, address, data)
+                    {
+                        continue;
+                    }
                     self.counters.mmio_write.count(self.buses.mmio.write(address, data));
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
@@ -142,6 +153,16 @@ impl Vcpu {
                         return Left::Kicked;
                     }
                 }
+                Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                    if let Err(ending) = self.promote(Cause::Told { gpa }, generation, "a page cannot be accessed") {
+                        return Left::Ended(ending);
+                    }
+                }
+                Ok(VcpuExit::InternalError) => {
+                    if let Err(ending) = self.promote(Cause::Emulation, generation, "InternalError") {
+                        return Left::Ended(ending);
+                    }
+                }
                 Ok(other) => {
                     let what = format!("{other:?}");
                     return Left::Ended(self.failed(&what));
@@ -150,6 +171,11 @@ impl Vcpu {
                     libc::EINTR if self.goes_on(&mut retries) => {}
                     libc::EINTR => return Left::Kicked,
                     libc::EAGAIN => {}
+                    libc::EFAULT => {
+                        if let Err(ending) = self.promote(Cause::Untold, generation, &error.to_string()) {
+                            return Left::Ended(ending);
+                        }
+                    }
                     _ => {
                         let what = error.to_string();
                         return Left::Ended(self.failed(&what));
@@ -157,6 +183,16 @@ impl Vcpu {
                 },
             }
         }
+    }
+
+    /// Makes writable what the guest could not write, if that is what stopped it; else the guest is over because of `what`.
+    fn promote(&self, cause: Cause, generation: u64, what: &str) -> Result<(), Ending> {
+        let Some(in_place) = &self.in_place else { return Err(self.failed(what)) };
+        let start = Instant::now();
+        let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation };
+        let resolved = stuck.resolve(cause).map_err(|error| self.failed(&error_chain(&error)))?;
+        in_place.counts().add_time(start.elapsed());
+        if resolved { Ok(()) } else { Err(self.failed(what)) }
     }
 
     /// Lets a kicked guest go on if it must not be stopped here; it is kicked again.
