@@ -12,7 +12,8 @@ use crate::vmm::config::{
     BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac,
 };
 use crate::vmm::control::{
-    Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind, SnapshotPaths,
+    Command, CreateSnapshot, DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind,
+    SnapshotPaths,
 };
 
 /// A body that was understood.
@@ -187,6 +188,9 @@ struct LoadExtension {
     /// Budgets, MiB.
     dram_mib: Option<u64>,
     cxl_mib: Option<u64>,
+    /// How pages in place are mapped.
+    #[serde(default)]
+    in_place_mapping: InPlaceMapping,
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
@@ -245,6 +249,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         costs: None,
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
+        in_place_mapping: load.tvmm.in_place_mapping,
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,

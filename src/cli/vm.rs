@@ -16,7 +16,7 @@ use crate::devices::{ConsoleOutput, FdSink, Sink};
 use crate::tiering::profile::Profile;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
+use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::port_request::PortRequest;
@@ -53,6 +53,10 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// How pages in place are mapped: private, the kernel copies what is written; shared, tvmm does, as it must where a
+    /// tier has no copy-on-write
+    #[arg(long, value_name = "HOW", default_value = "private")]
+    in_place_mapping: InPlaceMapping,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -95,6 +99,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,
+        in_place_mapping: args.in_place_mapping,
         handler: None,
         overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::{
@@ -109,6 +109,29 @@ pub struct CreateSnapshot {
     pub copy_drives: bool,
 }
 
+/// How pages that are to lie in place are mapped where the tier leaves the choice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InPlaceMapping {
+    /// The kernel copies pages that are written.
+    #[default]
+    Private,
+    /// Read-only, as a tier without copy-on-write (device DAX) must be mapped: the VMM copies pages that are written.
+    Shared,
+}
+
+impl std::str::FromStr for InPlaceMapping {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "private" => Ok(InPlaceMapping::Private),
+            "shared" => Ok(InPlaceMapping::Shared),
+            _ => Err("it is neither `private` nor `shared`".to_owned()),
+        }
+    }
+}
+
 /// How to restore a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadSnapshot {
@@ -126,6 +149,8 @@ pub struct LoadSnapshot {
     pub dram_mib: Option<u64>,
     /// The most memory of the CXL tier a plan may use, MiB.
     pub cxl_mib: Option<u64>,
+    /// How pages in place are mapped.
+    pub in_place_mapping: InPlaceMapping,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// What this clone's devices are to have on the host's side.

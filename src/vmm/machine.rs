@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap,
-    kvm_pit_config, kvm_userspace_memory_region,
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -27,11 +27,12 @@ use super::config::{DeviceConfigs, VmConfig};
 use super::control::Refused;
 use super::devices::{self, DevicePatch, VirtioDevices};
 use super::error::Error;
+use super::host;
 use super::lineage::Lineage;
 use super::memory::GuestRam;
 use super::metrics::ExitCounters;
 use super::pmem::PmemMemory;
-use super::promote;
+use super::promote::ahead;
 use super::restore::{FaultCounts, MemoryServices};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::coalesced::CoalescedRing;
@@ -247,7 +248,8 @@ impl Machine<Built> {
     pub(super) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
         let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
         if let Some(in_place) = self.core.ram.in_place() {
-            vcpus.iter().try_for_each(|state| promote::ahead::kernel_pages(in_place, &state.msrs()?))?;
+            let (memory, by_software) = (self.core.ram.view(), !host::has_second_stage_paging());
+            vcpus.iter().try_for_each(|state| ahead::promote(in_place, memory, &state.ahead()?, by_software))?;
         }
         for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
             state.restore_cpuid(&vcpu.fd, vcpu.index)?;

@@ -143,7 +143,8 @@ impl GuestRam {
     /// [`view`](Self::view) has it promoted first.
     pub fn guard(&mut self, mapped: &[InPlaceExtent]) -> Result<(), Error> {
         let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned());
-        let in_place = InPlace::new(ranges, mapped).map_err(Error::os("reserve memory for copies of pages in place"))?;
+        let in_place =
+            InPlace::new(ranges, mapped).map_err(Error::os("reserve memory for copies of pages in place"))?;
         let in_place = Arc::new(in_place);
         self.view = self.view.guarded(in_place.clone());
         self.in_place = Some(in_place);
@@ -153,6 +154,11 @@ impl GuestRam {
     /// The pages in place that only a promotion makes writable, if there ever were any.
     pub fn in_place(&self) -> Option<&Arc<InPlace>> {
         self.in_place.as_ref()
+    }
+
+    /// What became of the pages in place, for reports; nothing if there never were any.
+    pub fn promotion(&self) -> Option<serde_json::Value> {
+        self.in_place.as_ref().map(|in_place| in_place.json())
     }
 
     /// The books about pages that the guest has given back.

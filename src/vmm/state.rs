@@ -16,6 +16,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::arch::msr;
 use super::error::Error;
+use super::promote::ahead::VcpuAhead;
 use crate::snapshot::{Section, SectionKind, Snapshot};
 
 /// Version of the section payloads written here. Readers accept no other.
@@ -219,8 +220,14 @@ impl VcpuState {
         Ok(refused)
     }
 
+    /// What the vCPU will have that says which pages are written for it.
+    pub fn ahead(&self) -> Result<VcpuAhead, Error> {
+        let (regs, sregs) = (unraw("registers", &self.regs)?, unraw("special registers", &self.sregs)?);
+        Ok(VcpuAhead { regs, sregs, msrs: self.msrs()? })
+    }
+
     /// The saved MSRs.
-    pub fn msrs(&self) -> Result<Vec<kvm_msr_entry>, Error> {
+    fn msrs(&self) -> Result<Vec<kvm_msr_entry>, Error> {
         unraw_table("MSRs", &self.msrs)
     }
 

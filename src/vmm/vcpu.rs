@@ -147,7 +147,7 @@ impl Vcpu {
                 Ok(VcpuExit::MmioRead(address, data)) => {
                     self.counters.mmio_read.count(self.buses.mmio.read(address, data));
                 }
-                Ok(VcpuExit::Shutdown) => return Left::Ended(Ending::TripleFault),
+                Ok(VcpuExit::Shutdown) => return Left::Ended(self.shut_down()),
                 Ok(VcpuExit::Intr) => {
                     if !self.goes_on(&mut retries) {
                         return Left::Kicked;
@@ -193,6 +193,16 @@ impl Vcpu {
         let resolved = stuck.resolve(cause).map_err(|error| self.failed(&error_chain(&error)))?;
         in_place.counts().add_time(start.elapsed());
         if resolved { Ok(()) } else { Err(self.failed(what)) }
+    }
+
+    /// A triple fault, for reasons of the guest's own or because KVM could not deliver an event (see `promote::ahead`).
+    fn shut_down(&self) -> Ending {
+        let Some(in_place) = &self.in_place else { return Ending::TripleFault };
+        let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation: 0 };
+        match stuck.is_stack_in_place() {
+            Ok(true) => self.failed("an interrupt or exception was lost: its stack lies in place on a tier that is not written, and this kind of KVM delivers events by writing there"),
+            _ => Ending::TripleFault,
+        }
     }
 
     /// Lets a kicked guest go on if it must not be stopped here; it is kicked again.

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::guest_memory::{GuestMemorySliceIterator, Result};
 use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, Permissions,
+    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
+    Permissions,
 };
 
 /// Makes guest memory writable that is not.

@@ -183,8 +183,9 @@ fn load_bzimage(name: String, head: &[u8], file: &mut File, ram: &GuestRam) -> R
     let file_len = file.metadata().map_err(|error| failed(error.to_string()))?.len();
     let setup = read_setup(head, file_len).map_err(|what| failed(what.to_string()))?;
     check_end(&name, setup.end, ram)?;
-    let loaded = BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, Some(GuestAddress(layout::HIMEM)))
-        .map_err(|error| failed(load_problem(&error)))?;
+    let loaded =
+        BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, Some(GuestAddress(layout::HIMEM)))
+            .map_err(|error| failed(load_problem(&error)))?;
     let end = setup.end.max(loaded.kernel_end);
     let (linux64, header) = (setup.load + ENTRY_64, loaded.setup_header);
     Ok(Image { name, linux64, pvh: None, end, initrd_max: setup.initrd_max, setup: header })

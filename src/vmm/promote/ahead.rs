@@ -1,9 +1,15 @@
-//! What KVM writes to guest memory on its own account. It does so silently, and if it cannot, it does silently not: these
-//! pages are promoted before KVM is told of them.
+//! What is promoted before the guest runs, because nobody would be told that it cannot be written.
+//!
+//! KVM writes some pages on its own account (clocks, steal time): if it cannot, it silently does not. Where KVM has no second
+//! stage of paging to run guests with, it also sets accessed and dirty bits, and some delivers events by writing to the
+//! guest's stack: the guest gets a page fault, or a triple fault, for what it could not have known.
 
-use kvm_bindings::kvm_msr_entry;
+use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_sregs};
 
+use super::operands::Cpu;
+use super::view::{self, LinearView};
 use super::{InPlace, Resort, failed};
+use crate::devices::virtio::Memory;
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 use crate::vmm::error::Error;
 
@@ -50,9 +56,24 @@ fn kernel_written(msrs: &[kvm_msr_entry]) -> Vec<Extent> {
     written.collect()
 }
 
-/// Promotes what KVM will write for vCPUs with these MSRs.
-pub fn kernel_pages(in_place: &InPlace, msrs: &[kvm_msr_entry]) -> Result<(), Error> {
-    let promoted = in_place.promote(&kernel_written(msrs)).map_err(failed)?;
+/// What a vCPU will have when it goes into the guest.
+pub struct VcpuAhead {
+    pub regs: kvm_regs,
+    pub sregs: kvm_sregs,
+    pub msrs: Vec<kvm_msr_entry>,
+}
+
+/// Promotes what is written for this vCPU in silence. With `by_software`, KVM runs guests without a second stage of paging.
+pub fn promote(in_place: &InPlace, memory: &Memory, vcpu: &VcpuAhead, by_software: bool) -> Result<(), Error> {
+    let mut pages = kernel_written(&vcpu.msrs);
+    if by_software {
+        let cpu = Cpu { regs: &vcpu.regs, sregs: &vcpu.sregs, extended: &|| None };
+        let view = LinearView::new(memory, &vcpu.sregs);
+        let written = [view.stacks(&cpu), view::descriptors(&vcpu.sregs).to_vec()].concat();
+        pages.extend(view.pages(&written).0);
+        pages.extend(view.tables_to_be_written());
+    }
+    let promoted = in_place.promote(&pages).map_err(failed)?;
     in_place.counts().add(Resort::Ahead, promoted);
     Ok(())
 }

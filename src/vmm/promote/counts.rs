@@ -31,18 +31,8 @@ pub enum Resort {
 }
 
 impl Resort {
-    const NAMES: [&str; 10] = [
-        "ahead",
-        "device",
-        "told",
-        "emulated",
-        "operand",
-        "page_tables",
-        "stack",
-        "descriptors",
-        "near",
-        "all",
-    ];
+    const NAMES: [&str; 10] =
+        ["ahead", "device", "told", "emulated", "operand", "page_tables", "stack", "descriptors", "near", "all"];
 }
 
 /// Promotions by what led to them.

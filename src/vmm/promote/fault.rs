@@ -6,15 +6,14 @@
 //! each step promotes something or leads to the next, so that the guest makes progress or, when nothing lies in place any
 //! more, the cause was another.
 
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
-use super::operands::{self, Accesses, Cpu, Extended, INSTRUCTION_MAX, Span};
-use super::walk::{Paging, Walk};
+use super::operands::{self, Cpu, Extended, INSTRUCTION_MAX, Span};
+use super::view::{self, LinearView, page_of};
 use super::{BLOCK_PAGES, InPlace, Resort, failed, whole_blocks};
 use crate::devices::virtio::Memory;
-use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
+use crate::snapshot::Extent;
 use crate::vmm::error::Error;
 
 /// How KVM said that it cannot go on.
@@ -37,10 +36,6 @@ pub struct Stuck<'a> {
     pub generation: u64,
 }
 
-/// Below a stack pointer, what an interrupt pushes with room to spare; above it, what is being pushed.
-const PUSHED: u64 = 128;
-const BEING_PUSHED: u64 = 16;
-
 impl Stuck<'_> {
     /// Promotes what the guest wrote. Whether it may go on; if not, no page in place was the cause.
     pub fn resolve(&self, cause: Cause) -> Result<bool, Error> {
@@ -49,9 +44,7 @@ impl Stuck<'_> {
         {
             return Ok(true);
         }
-        let failed = |source| Error::Os { doing: "read a vCPU's registers", source };
-        let regs = self.vcpu.get_regs().map_err(|error| failed(error.into()))?;
-        let sregs = self.vcpu.get_sregs().map_err(|error| failed(error.into()))?;
+        let (regs, sregs) = self.registers()?;
         let seen = self.look(&regs, &sregs);
         if self.promote(Resort::Operand, &seen.operands)? {
             return Ok(true);
@@ -77,6 +70,17 @@ impl Stuck<'_> {
         Ok(self.promote(Resort::Near, &near)? || self.promote_all()?)
     }
 
+    /// Whether a stack lies in place that an event would be delivered to.
+    pub fn is_stack_in_place(&self) -> Result<bool, Error> {
+        let (regs, sregs) = self.registers()?;
+        Ok(self.look(&regs, &sregs).stacks.iter().any(|page| self.in_place.has(*page)))
+    }
+
+    fn registers(&self) -> Result<(kvm_regs, kvm_sregs), Error> {
+        let failed = |source: kvm_ioctls::Error| Error::Os { doing: "read a vCPU's registers", source: source.into() };
+        Ok((self.vcpu.get_regs().map_err(failed)?, self.vcpu.get_sregs().map_err(failed)?))
+    }
+
     fn promote(&self, resort: Resort, pages: &[Extent]) -> Result<bool, Error> {
         let promoted = self.in_place.promote(pages).map_err(failed)?;
         self.in_place.counts().add(resort, promoted);
@@ -90,70 +94,26 @@ impl Stuck<'_> {
     }
 
     fn look(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> Seen {
-        let paging = Paging::of(sregs);
         let extended = || self.extended();
-        let cpu = Cpu { regs, sregs, extended: &extended };
-        let mut seen = Seen::default();
+        let (cpu, view) = (Cpu { regs, sregs, extended: &extended }, LinearView::new(self.memory, sregs));
         let code = cpu.code(regs.rip);
-        let accesses = self.accesses(&cpu, paging, code);
+        let mut bytes = [0; INSTRUCTION_MAX];
+        let got = view.read(code, &mut bytes);
+        let accesses = operands::accesses(&cpu, &bytes[..got]).unwrap_or_default();
         let mut tables = Vec::new();
         let mut pages = |spans: &[Span]| {
-            let walks: Vec<Walk> = spans.iter().flat_map(addresses).map(|linear| self.walk(paging, linear)).collect();
-            tables.extend(walks.iter().flat_map(|walk| &walk.entries).map(|&entry| page_of(entry)));
-            walks.iter().filter_map(|walk| walk.gpa).map(page_of).collect::<Vec<Extent>>()
+            let (pages, entries) = view.pages(spans);
+            tables.extend(entries);
+            pages
         };
-        seen.operands = pages(&accesses.written);
-        seen.others = pages(&accesses.read);
-        seen.others.extend(pages(&[Span { start: code, len: INSTRUCTION_MAX as u64 }, table(sregs.idt)]));
-        seen.stacks = pages(&self.stacks(&cpu, paging));
-        seen.descriptors = pages(&[table(sregs.gdt), segment(sregs.ldt), segment(sregs.tr)]);
-        tables.push(page_of(sregs.cr3));
-        seen.tables = tables;
-        seen
-    }
-
-    fn accesses(&self, cpu: &Cpu, paging: Paging, code: u64) -> Accesses {
-        let mut bytes = [0; INSTRUCTION_MAX];
-        let got = self.read(paging, code, &mut bytes);
-        operands::accesses(cpu, &bytes[..got]).unwrap_or_default()
-    }
-
-    /// The current stack, and those that interrupts and calls from user mode switch to (Intel SDM vol. 3, 8.7).
-    fn stacks(&self, cpu: &Cpu, paging: Paging) -> Vec<Span> {
-        const RSP0: usize = 4;
-        const IST1: usize = 36;
-        const TSS_LEN: usize = 104;
-        let mut tss = [0; TSS_LEN];
-        let got = self.read(paging, cpu.sregs.tr.base, &mut tss);
-        let slots = (0..3).map(|index| RSP0 + 8 * index).chain((0..7).map(|index| IST1 + 8 * index));
-        let pointer = |at: usize| tss[..got].get(at..at + 8).map(|bytes| bytes.try_into().map_or(0, u64::from_le_bytes));
-        let others = slots.filter_map(pointer).filter(|&pointer| pointer != 0);
-        let stack = |top: u64| Span { start: top.wrapping_sub(PUSHED), len: PUSHED + BEING_PUSHED };
-        std::iter::once(cpu.stack()).chain(others).map(stack).collect()
-    }
-
-    fn walk(&self, paging: Paging, linear: u64) -> Walk {
-        paging.walk(linear, |gpa, len| {
-            let mut entry = [0; 8];
-            self.memory.read_slice(&mut entry[..len], GuestAddress(gpa)).ok()?;
-            Some(u64::from_le_bytes(entry))
-        })
-    }
-
-    /// Reads guest memory at a linear address; how much of it there is.
-    fn read(&self, paging: Paging, linear: u64, bytes: &mut [u8]) -> usize {
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = linear.wrapping_add(done as u64);
-            let len = ((PAGE_SIZE - at % PAGE_SIZE) as usize).min(bytes.len() - done);
-            let Some(gpa) = self.walk(paging, at).gpa.map(GuestAddress) else { break };
-            let is_ram = self.memory.check_range(gpa, len, Permissions::Read);
-            if !is_ram || self.memory.read_slice(&mut bytes[done..done + len], gpa).is_err() {
-                break;
-            }
-            done += len;
+        let others = [Span { start: code, len: INSTRUCTION_MAX as u64 }, view::interrupt_table(sregs)];
+        Seen {
+            operands: pages(&accesses.written),
+            others: [pages(&accesses.read), pages(&others)].concat(),
+            stacks: pages(&view.stacks(&cpu)),
+            descriptors: pages(&view::descriptors(sregs)),
+            tables,
         }
-        done
     }
 
     /// Vector registers, and how much XSAVE writes.
@@ -187,26 +147,4 @@ impl Seen {
     fn all(&self) -> impl Iterator<Item = &Extent> {
         [&self.operands, &self.tables, &self.stacks, &self.descriptors, &self.others].into_iter().flatten()
     }
-}
-
-fn page_of(gpa: u64) -> Extent {
-    Extent { first: Gfn::containing(gpa), pages: 1 }
-}
-
-/// One address in each page of a span.
-fn addresses(span: &Span) -> impl Iterator<Item = u64> + use<> {
-    let Span { start, len } = *span;
-    let pages = if len == 0 { 0 } else { (start % PAGE_SIZE + len - 1) / PAGE_SIZE + 1 };
-    let rest = (1..pages).map(move |page| (start - start % PAGE_SIZE).wrapping_add(page * PAGE_SIZE));
-    (pages > 0).then_some(start).into_iter().chain(rest)
-}
-
-fn table(table: kvm_dtable) -> Span {
-    Span { start: table.base, len: u64::from(table.limit) + 1 }
-}
-
-/// A system segment, of which the CPU writes nothing beyond 64 KiB.
-fn segment(segment: kvm_segment) -> Span {
-    const WRITTEN_MAX: u32 = 0xffff;
-    Span { start: segment.base, len: if segment.unusable != 0 { 0 } else { u64::from(segment.limit.min(WRITTEN_MAX)) + 1 } }
 }

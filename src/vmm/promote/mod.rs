@@ -3,7 +3,8 @@
 //! Such pages are mapped shared and read-only. Who wants to write one has it promoted first: a copy in local memory takes
 //! its place. VMM threads ask the [write gate](crate::devices::virtio::WriteGate), which is this. The guest asks nobody: its
 //! write ends KVM_RUN, mostly without an address, and [`fault`] finds out what it was that the guest wrote. `operands` knows
-//! what an instruction writes, `walk` the guest's page tables, `ahead` what KVM itself writes.
+//! what an instruction writes, `walk` the guest's page tables, `view` the rest of what a CPU looks at, and `ahead` what is
+//! written without anybody being told.
 //!
 //! A page that is promoted, or given back by the guest, never lies in place again.
 
@@ -11,6 +12,7 @@ pub mod ahead;
 mod counts;
 pub mod fault;
 mod operands;
+mod view;
 mod walk;
 
 use std::io;
@@ -22,7 +24,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 use super::error::Error;
 use super::sys::mapping::{Reservation, count_mappings};
 use crate::devices::virtio::{Memory, WriteGate};
-use crate::snapshot::{Extent, Gfn, GuestRange, PAGE_SIZE, PageSet};
+use crate::snapshot::{Extent, Gfn, GuestRange, PageSet};
 
 pub use counts::{Counts, Resort};
 
@@ -69,6 +71,8 @@ pub struct InPlace {
     books: Mutex<Books>,
     /// Grows with every promotion: who finds it changed since he looked need not look for the culprit.
     generation: AtomicU64,
+    /// Pages that lay in place at first.
+    mapped_pages: u64,
     counts: Counts,
 }
 
@@ -85,10 +89,12 @@ impl InPlace {
             Ok::<_, io::Error>(Part { range, memory, stage })
         };
         let parts = ranges.map(part).collect::<io::Result<Vec<_>>>()?;
-        let pages = mapped.iter().map(|mapped| mapped.extent).collect();
+        let pages: PageSet = mapped.iter().map(|mapped| mapped.extent).collect();
+        let mapped_pages = pages.len();
         let coarse = mapped.iter().copied().filter(|mapped| mapped.align_pages > 1).collect();
         let books = Books { pages, coarse, copies_left: COPIES_FIRST, mappings_max: MAPPINGS_MAX };
-        Ok(InPlace { parts, books: Mutex::new(books), generation: AtomicU64::new(0), counts: Counts::default() })
+        let (books, generation) = (Mutex::new(books), AtomicU64::new(0));
+        Ok(InPlace { parts, books, generation, mapped_pages, counts: Counts::default() })
     }
 
     pub fn counts(&self) -> &Counts {
@@ -98,6 +104,14 @@ impl InPlace {
     /// Pages that lie in place now.
     pub fn pages(&self) -> u64 {
         self.lock().pages.len()
+    }
+
+    /// How many pages lay in place, how many do, and how the others were promoted (or given back).
+    pub fn json(&self) -> serde_json::Value {
+        let mut json = self.counts.json();
+        json["mapped_pages"] = self.mapped_pages.into();
+        json["in_place_pages"] = self.pages().into();
+        json
     }
 
     /// Changes whenever something was promoted.
@@ -116,6 +130,18 @@ impl InPlace {
             }
         }
         Ok(done)
+    }
+
+    /// As [`promote`](Self::promote), counted.
+    pub fn promote_as(&self, resort: Resort, extent: Extent) -> io::Result<()> {
+        let promoted = self.promote(&[extent])?;
+        self.counts.add(resort, promoted);
+        Ok(())
+    }
+
+    /// Whether something of `extent` lies in place.
+    pub fn has(&self, extent: Extent) -> bool {
+        self.lock().pages.len_in(extent) > 0
     }
 
     /// Promotes everything. Returns how many pages.

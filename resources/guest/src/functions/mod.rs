@@ -11,6 +11,7 @@ mod pages;
 mod pmem;
 mod rng;
 mod spin;
+mod stores;
 mod system;
 mod vsock;
 
@@ -93,6 +94,7 @@ static FUNCTIONS: &[Function] = &[
         &[required("port"), optional("lines"), optional("closed"), optional("window"), optional("irq")],
         vsock::serve,
     ),
+    function("stores", &[optional("op")], stores::stores),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
 
@@ -107,6 +109,7 @@ pub struct Ctx {
     pub filled: memory::Filled,
     pub handles: pages::Handles,
     pub spin: spin::State,
+    pub stores: stores::State,
     pub net: net::State,
     pub rng: rng::State,
     pub balloon: balloon::State,
@@ -125,6 +128,7 @@ impl Ctx {
             filled: memory::Filled::new(),
             handles: pages::Handles::new(),
             spin: spin::State::new(),
+            stores: stores::State::new(),
             net: net::State::new(),
             rng: rng::State::new(),
             balloon: balloon::State::new(),
