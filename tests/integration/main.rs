@@ -31,6 +31,7 @@ mod platform;
 mod pmem;
 mod prefault;
 mod profile;
+mod promote;
 mod report;
 mod restore;
 mod smp;

@@ -20,7 +20,7 @@ mod pmem;
 mod queue;
 mod rate_limiter;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 #[cfg(test)]
 mod transport_tests;
 mod vsock;

@@ -169,12 +169,12 @@ fn spans(cpu: &Cpu, instruction: &Instruction, memory: &UsedMemory) -> Vec<Span>
     // What the decoder knows no size of lies at its start.
     .max(1);
     if instruction.is_string_instruction() {
+        // Of what is repeated the decoder does not say how much.
+        let len = (instruction.memory_size().size() as u64).max(1);
         return string(cpu, instruction, memory, Span { start, len });
     }
     let start = match instruction.mnemonic() {
         Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc => start.wrapping_add(bit_offset(cpu, instruction, len)),
-        // The address of what is popped into memory is computed after the stack pointer has moved.
-        Mnemonic::Pop if memory.base().full_register() == Register::RSP => start.wrapping_add(len),
         _ => start,
     };
     vec![Span { start, len }]

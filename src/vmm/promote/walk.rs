@@ -124,3 +124,88 @@ impl Paging {
         found
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const P: u64 = 0x27;
+
+    fn long(cr3: u64, la57: bool) -> Paging {
+        let cr4 = PAE | if la57 { LA57 } else { 0 };
+        Paging::of(&kvm_sregs { cr0: PG, cr3, cr4, efer: LMA, ..Default::default() })
+    }
+
+    fn reader(entries: &[(u64, u64)]) -> impl Fn(u64, usize) -> Option<u64> {
+        let entries: HashMap<u64, u64> = entries.iter().copied().collect();
+        move |at, _| Some(entries.get(&at).copied().unwrap_or(0))
+    }
+
+    #[test]
+    fn every_paging_mode_leads_to_its_page() {
+        let tables = [(0x1000, 0x2000 | P), (0x2008, 0x3000 | P), (0x3010, 0x4000 | P), (0x4018, 0x77_0000 | P)];
+        let linear = 1 << 30 | 2 << 21 | 3 << 12 | 0x123;
+        let walk = long(0x1000, false).walk(linear, reader(&tables));
+        assert_eq!(walk, Walk { gpa: Some(0x77_0123), entries: vec![0x1000, 0x2008, 0x3010, 0x4018] });
+        let five = [&[(0x9000, 0x1000 | P)], &tables[..]].concat();
+        assert_eq!(long(0x9000, true).walk(linear, reader(&five)).gpa, Some(0x77_0123));
+        let large = [(0x1000, 0x2000 | P), (0x2008, 0x3000 | P), (0x3010, 0xa0_0000 | P | LARGE)];
+        assert_eq!(long(0x1000, false).walk(linear, reader(&large)).gpa, Some(0xa0_3123));
+        let huge = [(0x1000, 0x2000 | P), (0x2008, 0x8000_0000 | P | LARGE)];
+        assert_eq!(long(0x1000, false).walk(linear, reader(&huge)).gpa, Some(0x8000_0000 | linear & 0x3fff_ffff));
+        let pae = Paging::of(&kvm_sregs { cr0: PG, cr3: 0x1020, cr4: PAE, ..Default::default() });
+        let tables = [(0x1028, 0x2001), (0x2010, 0x3000 | P), (0x3018, 0x5000 | P)];
+        assert_eq!(pae.walk(linear, reader(&tables)).gpa, Some(0x5123));
+        let old = Paging::of(&kvm_sregs { cr0: PG, cr3: 0x1000, cr4: PSE, ..Default::default() });
+        let tables = [(0x1000 + 4 * (linear >> 22), 0x2000 | P), (0x2000 + 4 * (linear >> 12 & 0x3ff), 0x6000 | P)];
+        assert_eq!(old.walk(linear, reader(&tables)).gpa, Some(0x6123));
+        let none = Paging::of(&kvm_sregs::default());
+        assert_eq!(none.walk(0x1_2345_6789, reader(&[])), Walk { gpa: Some(0x2345_6789), entries: vec![] });
+    }
+
+    #[test]
+    fn what_is_not_mapped_leads_nowhere() {
+        assert_eq!(long(0x1000, false).walk(0x123, |_, _| None), Walk::default(), "tables outside RAM");
+        let walk = long(0x1000, false).walk(0x123, reader(&[]));
+        assert_eq!(walk, Walk { gpa: None, entries: vec![0x1000] });
+        assert_eq!(long(0x1000, false).walk(1 << 47, reader(&[])), Walk::default(), "not canonical");
+        assert_eq!(long(0x1000, false).walk(u64::MAX, reader(&[])).entries, [0x1ff8]);
+    }
+
+    #[test]
+    fn tables_that_the_cpu_would_mark_are_found() {
+        let read = |table| {
+            let entries: &[u64] = match table {
+                0x1000 => &[0x2000 | P, 0x3000 | P, 0x1000 | P],
+                // A table below, not accessed; a large page, accessed and read-only.
+                0x2000 => &[0x4000 | 7],
+                0x3000 => &[0x20_0000 | LARGE | 0x25],
+                // Leaves: accessed and writable, not dirty.
+                0x4000 => &[0x5000 | 0x67, 0x6000 | 0x27],
+                _ => return None,
+            };
+            Some(entries.to_vec())
+        };
+        // Levels count down: what is a table at one level is a page at the lowest.
+        let mut found = Paging { levels: 4, ..long(0x1000, false) }.tables_to_be_written(read);
+        found.sort_unstable();
+        assert!(found.contains(&0x2000) && found.contains(&0x4000) && !found.contains(&0x3000), "{found:x?}");
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_for_tables_ends_somewhere(seed: u64, linear: u64, cr0: u64, cr3: u64, cr4: u64, efer: u64) {
+            let paging = Paging::of(&kvm_sregs { cr0, cr3, cr4, efer, ..Default::default() });
+            let garbage = |at: u64| (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let walk = paging.walk(linear, |at, _| Some(garbage(at)));
+            prop_assert!(walk.entries.len() <= 5);
+            // A small memory in which every table leads to others, itself among them.
+            let read = |table: u64| (table < 64 << 12).then(|| (0..512).map(|i| garbage(table + i) & 0x3_ffff).collect());
+            prop_assert!(paging.tables_to_be_written(read).len() <= 64 * 5);
+        }
+    }
+}

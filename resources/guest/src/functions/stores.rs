@@ -44,6 +44,8 @@ struct Run<'a> {
     state: &'a mut State,
     next: u64,
     end: u64,
+    /// The pages of the last kind.
+    last: *mut u8,
     kinds: u64,
     bad: u64,
     first_bad: &'static str,
@@ -58,6 +60,7 @@ impl Run<'_> {
             return;
         }
         let page = self.next as *mut Pair;
+        self.last = self.next as *mut u8;
         self.next += PAIR as u64;
         self.kinds += 1;
         // SAFETY: two filled pages that nobody refers to.
@@ -72,6 +75,14 @@ impl Run<'_> {
                 self.first_bad = name;
             }
         }
+    }
+}
+
+impl Run<'_> {
+    /// Zeroes what the last kind wrote that differs from run to run.
+    fn forget(&mut self, at: usize, len: usize) {
+        // SAFETY: inside the two pages of the last kind.
+        unsafe { core::ptr::write_bytes(self.last.add(at), 0, len) };
     }
 }
 
@@ -147,7 +158,8 @@ pub fn stores(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let Some(filled) = ctx.filled.runs().first().copied() else { return Err(message!("nothing is filled")) };
     let start = address(filled);
     let end = start + filled.pages * PAGE_SIZE;
-    let mut run = Run { state: &mut ctx.stores, next: start, end, kinds: 0, bad: 0, first_bad: "none" };
+    let mut run =
+        Run { state: &mut ctx.stores, next: start, end, last: start as *mut u8, kinds: 0, bad: 0, first_bad: "none" };
     let mut last = end - PAGE_SIZE;
     match args.get("op").unwrap_or("user") {
         "user" => {
@@ -305,7 +317,8 @@ fn state(run: &mut Run) {
                 // SAFETY: the area is inside the pages and aligned; what FNSAVE resets is loaded again.
                 |p| unsafe { asm!($code, p = in(reg) p, in("eax") 7, in("edx") 0, options(nostack)) },
                 |page, found| take(page, found, $at, $len),
-            )
+            );
+            run.forget($at, $len);
         };
     }
     save!("fxsave64", "fxsave64 [{p} + 3840]", 3840, 512);
@@ -360,7 +373,12 @@ fn vectors(run: &mut Run) {
         4080,
         16
     );
-    vector!("vextractf128", "vinsertf128 ymm1, ymm1, xmm1, 1; vextractf128 [{p} + 4090], ymm1, 1; vzeroupper", 4090, 16);
+    vector!(
+        "vextractf128",
+        "vinsertf128 ymm1, ymm1, xmm1, 1; vextractf128 [{p} + 4090], ymm1, 1; vzeroupper",
+        4090,
+        16
+    );
     if Simd::detect() != Simd::Avx512 {
         return;
     }
@@ -428,6 +446,8 @@ fn kernel(run: &mut Run) {
         take(page, found, 0, 512);
         take(page, found, PAGE, 16);
     });
+    run.forget(0, 512);
+    run.forget(PAGE, 16);
 }
 
 /// Takes timer interrupts at CPL3; how many.
