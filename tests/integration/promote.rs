@@ -262,6 +262,10 @@ fn devices_write_into_pages_in_place() {
             // The machine before this one may have left it.
             let _ = std::fs::remove_file(&socket);
             let mut vm = filled.restore(mapping);
+            if function.starts_with("vsock") {
+                // The connection of the machine before is over: the guest learns of that first.
+                vm.call_raw(function);
+            }
             let answer = vm.call(function);
             assert_eq!(vm.call("check").digest, filled.digest);
             let promotion = filled.promotion(vm);

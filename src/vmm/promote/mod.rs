@@ -245,4 +245,6 @@ fn failed(source: io::Error) -> Error {
 }
 
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod tests;
