@@ -119,6 +119,7 @@ fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
 /// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    signals::outlive_file_size_limit();
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }

@@ -54,14 +54,14 @@ fn image(random: &mut Random) -> File {
     file.write_all_at(&noise, 0).unwrap();
     let put = |at: u64, value: u64| file.write_all_at(&value.to_le_bytes(), at).unwrap();
     (TABLES..TABLES + 0x5000).step_by(8).for_each(|at| put(at, 0));
-    put(TABLES, TABLES + 0x1000 | 0x27);
-    put(TABLES + 0x1000, TABLES + 0x2000 | 0x27);
+    put(TABLES, (TABLES + 0x1000) | 0x27);
+    put(TABLES + 0x1000, (TABLES + 0x2000) | 0x27);
     for half in 0..2 {
-        put(TABLES + 0x2000 + 8 * half, TABLES + 0x3000 + 0x1000 * half | 0x27);
+        put(TABLES + 0x2000 + 8 * half, (TABLES + 0x3000 + 0x1000 * half) | 0x27);
     }
     for page in 0..RAM / 4096 {
         let marks = if random.below(4) == 0 { 0 } else { 0x60 };
-        put(TABLES + 0x3000 + 8 * page, page * 4096 | 0x7 | marks);
+        put(TABLES + 0x3000 + 8 * page, (page * 4096) | 0x7 | marks);
     }
     let mut code: Vec<u8> = Vec::new();
     while code.len() < 400 {
