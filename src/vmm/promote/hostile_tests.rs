@@ -60,7 +60,7 @@ fn image(random: &mut Random) -> File {
         put(TABLES + 0x2000 + 8 * half, (TABLES + 0x3000 + 0x1000 * half) | 0x27);
     }
     for page in 0..RAM / 4096 {
-        let marks = if random.below(4) == 0 { 0 } else { 0x60 };
+        let marks = if random.below(32) == 0 { 0 } else { 0x60 };
         put(TABLES + 0x3000 + 8 * page, (page * 4096) | 0x7 | marks);
     }
     let mut code: Vec<u8> = Vec::new();
@@ -141,5 +141,5 @@ fn whatever_the_guest_writes_it_gets_on_or_ends() {
         return;
     }
     let promoted: Vec<u64> = (0..64).map(run).collect();
-    assert!(promoted.iter().filter(|&&pages| pages > 3).count() > 10, "{promoted:?}");
+    assert!(promoted.iter().sum::<u64>() > 30, "{promoted:?}");
 }
