@@ -9,7 +9,7 @@
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use super::operands::{self, Cpu, Extended, INSTRUCTION_MAX, Span};
+use super::operands::{self, Accesses, Cpu, Extended, INSTRUCTION_MAX, Span};
 use super::view::{self, LinearView, page_of};
 use super::{BLOCK_PAGES, InPlace, Resort, failed, whole_blocks};
 use crate::devices::virtio::Memory;
@@ -45,14 +45,18 @@ impl Stuck<'_> {
             return Ok(true);
         }
         let (regs, sregs) = self.registers()?;
-        let seen = self.look(&regs, &sregs);
-        if self.promote(Resort::Operand, &seen.operands)? {
+        let extended = || self.extended();
+        let (cpu, view) =
+            (Cpu { regs: &regs, sregs: &sregs, extended: &extended }, LinearView::new(self.memory, &sregs));
+        let accesses = accesses(&cpu, &view);
+        if self.promote(Resort::Operand, &view.pages(&accesses.written).0)? {
             return Ok(true);
         }
         if self.in_place.generation() != self.generation {
             self.in_place.counts().add_raced();
             return Ok(true);
         }
+        let seen = look(&cpu, &view, &accesses);
         let structures = [
             (Resort::PageTables, &seen.tables),
             (Resort::Stack, &seen.stacks),
@@ -73,7 +77,9 @@ impl Stuck<'_> {
     /// Whether a stack lies in place that an event would be delivered to.
     pub fn is_stack_in_place(&self) -> Result<bool, Error> {
         let (regs, sregs) = self.registers()?;
-        Ok(self.look(&regs, &sregs).stacks.iter().any(|page| self.in_place.has(*page)))
+        let (cpu, view) =
+            (Cpu { regs: &regs, sregs: &sregs, extended: &|| None }, LinearView::new(self.memory, &sregs));
+        Ok(view.pages(&view.stacks(&cpu)).0.iter().any(|page| self.in_place.has(*page)))
     }
 
     fn registers(&self) -> Result<(kvm_regs, kvm_sregs), Error> {
@@ -93,29 +99,6 @@ impl Stuck<'_> {
         Ok(promoted > 0)
     }
 
-    fn look(&self, regs: &kvm_regs, sregs: &kvm_sregs) -> Seen {
-        let extended = || self.extended();
-        let (cpu, view) = (Cpu { regs, sregs, extended: &extended }, LinearView::new(self.memory, sregs));
-        let code = cpu.code(regs.rip);
-        let mut bytes = [0; INSTRUCTION_MAX];
-        let got = view.read(code, &mut bytes);
-        let accesses = operands::accesses(&cpu, &bytes[..got]).unwrap_or_default();
-        let mut tables = Vec::new();
-        let mut pages = |spans: &[Span]| {
-            let (pages, entries) = view.pages(spans);
-            tables.extend(entries);
-            pages
-        };
-        let others = [Span { start: code, len: INSTRUCTION_MAX as u64 }, view::interrupt_table(sregs)];
-        Seen {
-            operands: pages(&accesses.written),
-            others: [pages(&accesses.read), pages(&others)].concat(),
-            stacks: pages(&view.stacks(&cpu)),
-            descriptors: pages(&view::descriptors(sregs)),
-            tables,
-        }
-    }
-
     /// Vector registers, and how much XSAVE writes.
     fn extended(&self) -> Option<Extended> {
         const XSAVE_LEAF: u32 = 0xd;
@@ -132,10 +115,34 @@ impl Stuck<'_> {
     }
 }
 
+/// What the instruction at RIP does; nothing, if there is none.
+fn accesses(cpu: &Cpu, view: &LinearView) -> Accesses {
+    let mut bytes = [0; INSTRUCTION_MAX];
+    let got = view.read(cpu.code(cpu.regs.rip), &mut bytes);
+    operands::accesses(cpu, &bytes[..got]).unwrap_or_default()
+}
+
+/// Looks for everything that the CPU may have written besides.
+fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> Seen {
+    let mut tables = Vec::new();
+    let mut pages = |spans: &[Span]| {
+        let (pages, entries) = view.pages(spans);
+        tables.extend(entries);
+        pages
+    };
+    let code = Span { start: cpu.code(cpu.regs.rip), len: INSTRUCTION_MAX as u64 };
+    let others = [code, view::interrupt_table(cpu.sregs)];
+    Seen {
+        others: [pages(&accesses.written), pages(&accesses.read), pages(&others)].concat(),
+        stacks: pages(&view.stacks(cpu)),
+        descriptors: pages(&view::descriptors(cpu.sregs)),
+        tables,
+    }
+}
+
 /// The pages that may have been written, by what would have written them.
 #[derive(Debug, Default)]
 struct Seen {
-    operands: Vec<Extent>,
     tables: Vec<Extent>,
     stacks: Vec<Extent>,
     descriptors: Vec<Extent>,
@@ -145,6 +152,6 @@ struct Seen {
 
 impl Seen {
     fn all(&self) -> impl Iterator<Item = &Extent> {
-        [&self.operands, &self.tables, &self.stacks, &self.descriptors, &self.others].into_iter().flatten()
+        [&self.tables, &self.stacks, &self.descriptors, &self.others].into_iter().flatten()
     }
 }
