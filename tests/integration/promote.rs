@@ -13,7 +13,7 @@ use crate::support::network::{HOST, with_network};
 use crate::support::{Answer, TIMEOUT, Vm, config, refusal, run, scratch, text};
 
 const FILLED: u64 = 600;
-/// Every exit of a vCPU that is not for an operand or a page that KVM named.
+/// What leads to promotions besides operands and pages that KVM named; the last two are guesses.
 const GUESSED: [&str; 5] = ["page_tables", "stack", "descriptors", "near", "all"];
 
 /// A machine whose filled pages lie in a snapshot.
@@ -96,7 +96,9 @@ fn every_kind_of_store_at_user_level_is_found_by_its_operands() {
     let promotion = filled.promotion(vm);
     let exact = ["operand", "told"].map(|resort| times(&promotion, resort)).iter().sum::<u64>();
     assert!(exact >= kinds, "{promotion}");
-    GUESSED.iter().for_each(|resort| assert_eq!(times(&promotion, resort), 0, "{resort}: {promotion}"));
+    // With a second stage of paging the CPU walks page tables as if it wrote them (AMD), and uses the interrupt stack.
+    let never = if has_second_stage() { &GUESSED[3..] } else { &GUESSED[..] };
+    never.iter().for_each(|resort| assert_eq!(times(&promotion, resort), 0, "{resort}: {promotion}"));
     let [mapped, left] = ["mapped_pages", "in_place_pages"].map(|key| promotion[key].as_u64().unwrap());
     assert!(mapped >= FILLED && mapped - left >= kinds && left > FILLED / 2, "{promotion}");
 }
