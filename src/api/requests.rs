@@ -191,6 +191,9 @@ struct LoadExtension {
     /// How pages in place are mapped.
     #[serde(default)]
     in_place_mapping: InPlaceMapping,
+    /// Pools to take guest memory from, in order of preference.
+    #[serde(default)]
+    pools: Vec<PathBuf>,
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
@@ -250,6 +253,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
         in_place_mapping: load.tvmm.in_place_mapping,
+        pools: load.tvmm.pools,
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,

@@ -4,9 +4,11 @@ mod bench;
 mod calibrate;
 mod guest;
 mod inspect;
+mod markup;
 mod merge;
 mod overrides;
 mod plan;
+mod pool;
 mod profile;
 mod report;
 mod snapshot;
@@ -87,6 +89,8 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Show what a policy would do with a snapshot, or write it to a file
     Plan(plan::PlanArgs),
+    /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
+    Pool(pool::PoolArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Measure
@@ -131,6 +135,7 @@ pub fn main() -> ExitCode {
         Some(Command::Profile(args)) => profile::run(&args),
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
+        Some(Command::Pool(args)) => pool::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };

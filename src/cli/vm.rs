@@ -57,6 +57,9 @@ pub struct RestoreArgs {
     /// tier has no copy-on-write
     #[arg(long, value_name = "HOW", default_value = "private")]
     in_place_mapping: InPlaceMapping,
+    /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
+    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
+    pool: Vec<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -100,6 +103,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         in_place_mapping: args.in_place_mapping,
+        pools: args.pool.clone(),
         handler: None,
         overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,

@@ -151,6 +151,8 @@ pub struct LoadSnapshot {
     pub cxl_mib: Option<u64>,
     /// How pages in place are mapped.
     pub in_place_mapping: InPlaceMapping,
+    /// Pools to take guest memory from instead of the snapshot's files, in order of preference.
+    pub pools: Vec<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// What this clone's devices are to have on the host's side.
