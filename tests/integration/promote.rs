@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::support::artefact::pages;
 use crate::support::network::{HOST, with_network};
-use crate::support::{Answer, TIMEOUT, Vm, config, refusal, run, scratch, text};
+use crate::support::{Answer, TIMEOUT, Vm, config, refusal, run, run_ok, scratch, text};
 
 const FILLED: u64 = 600;
 /// What leads to promotions besides operands and pages that KVM named; the last two are guesses.
@@ -358,4 +358,31 @@ fn api_takes_the_mapping_and_the_metrics_tell_of_promotions() {
     let output = run(&["restore", "--snapshot", text(&filled.path("snapshot")), "--in-place-mapping", "sideways"]);
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("neither `private` nor `shared`"));
+}
+
+#[test]
+fn pages_of_a_dax_device_are_promoted_in_whole_blocks() {
+    const DEVICE: &str = "/dev/dax0.0";
+    if !Path::new(DEVICE).exists() {
+        println!("skipped: no {DEVICE}");
+        return;
+    }
+    let dir = scratch();
+    let [out, report] = ["dax", "report"].map(|name| dir.path().join(name));
+    let mut vm = Vm::boot(&config(1, 64));
+    vm.call("fill pages=3000 seed=7");
+    let digest = vm.call("check").digest;
+    vm.snapshot(&out, &[]);
+    drop(vm);
+    run_ok(&["pool", "create", "--tier", "cxl", "--at", DEVICE, "--format", "dax0.0"]);
+    run_ok(&["pool", "add", DEVICE, text(&out)]);
+    let mut vm = Vm::restore_with(&out, "trenv", &["--pool", DEVICE, "--report", text(&report)]);
+    assert_eq!(vm.call("check").digest, digest);
+    assert!(good(&vm.call("stores")) >= 45);
+    assert_eq!(good(&vm.call("stores op=kernel")), 4);
+    vm.call("touch pages=300 write=50 seed=3");
+    let promotion = end(vm, &report)["promotion"].clone();
+    let pages = number(&promotion, "operand", "pages") + number(&promotion, "told", "pages");
+    assert!(pages >= 512 && pages % 512 == 0, "{promotion}");
+    ["near", "all"].iter().for_each(|resort| assert_eq!(times(&promotion, resort), 0, "{resort}: {promotion}"));
 }
