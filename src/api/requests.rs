@@ -12,7 +12,8 @@ use crate::vmm::config::{
     BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac,
 };
 use crate::vmm::control::{
-    Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind, SnapshotPaths,
+    Command, CreateSnapshot, DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind,
+    SnapshotPaths,
 };
 
 /// A body that was understood.
@@ -189,6 +190,9 @@ struct LoadExtension {
     cxl_mib: Option<u64>,
     /// µs that a request may take longer to save a MiB of local memory.
     dram_price: Option<u64>,
+    /// How pages in place are mapped.
+    #[serde(default)]
+    in_place_mapping: InPlaceMapping,
     /// Pools to take guest memory from, in order of preference.
     #[serde(default)]
     pools: Vec<PathBuf>,
@@ -251,6 +255,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
         dram_price_us: load.tvmm.dram_price,
+        in_place_mapping: load.tvmm.in_place_mapping,
         pools: load.tvmm.pools,
         handler,
         overrides,

@@ -17,7 +17,7 @@ use crate::tiering::policy::DRAM_PRICE_US;
 use crate::tiering::profile::Profile;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
+use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::port_request::PortRequest;
@@ -58,6 +58,10 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// How pages in place are mapped: private, the kernel copies what is written; shared, tvmm does, as it must where a
+    /// tier has no copy-on-write
+    #[arg(long, value_name = "HOW", default_value = "private")]
+    in_place_mapping: InPlaceMapping,
     /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
     #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
     pool: Vec<PathBuf>,
@@ -104,6 +108,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         dram_price_us: Some(args.dram_price),
+        in_place_mapping: args.in_place_mapping,
         pools: args.pool.clone(),
         handler: None,
         overrides: args.overrides.overrides(),

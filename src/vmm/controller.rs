@@ -306,6 +306,7 @@ impl Controller {
             track_dirty_pages: load.track_dirty_pages,
             observer: watch.observer,
             single_pages: watch.single_pages,
+            in_place_mapping: load.in_place_mapping,
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
             stalls: &stalls,
@@ -465,6 +466,7 @@ impl Controller {
         let parts = self.machine_parts();
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
         let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
+        let promotion = parts.as_ref().and_then(|parts| parts.ram.promotion());
         match &mut self.metrics {
             Some(file) => {
                 let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
@@ -476,7 +478,7 @@ impl Controller {
                     })
                 });
                 let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
-                    "devices": devices });
+                    "promotion": promotion, "devices": devices });
                 file.write(&all)
             }
             None => Ok(()),

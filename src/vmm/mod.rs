@@ -24,6 +24,7 @@ mod numa;
 mod planning;
 mod pmem;
 pub mod port_request;
+mod promote;
 pub mod record;
 mod release;
 mod restore;

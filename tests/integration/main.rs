@@ -38,6 +38,7 @@ mod pool_hostile;
 mod pool_media;
 mod prefault;
 mod profile;
+mod promote;
 mod report;
 mod restore;
 mod smp;

@@ -11,6 +11,7 @@ use super::lazy::{FaultCounters, LazyExtent, ended, fetch};
 use crate::snapshot::{BackgroundAction, Extent, PAGE_SIZE, RestorePlan};
 use crate::vmm::error::Error;
 use crate::vmm::memory::GuestRam;
+use crate::vmm::promote::{InPlace, Resort};
 use crate::vmm::release::Released;
 use crate::vmm::stall::Activity;
 use crate::vmm::sys::mapping::Populator;
@@ -28,6 +29,8 @@ struct Step {
 enum Action {
     ReadAhead,
     BreakCow(Populator),
+    /// The same where the kernel does not copy.
+    Promote(Arc<InPlace>),
     Install,
 }
 
@@ -106,7 +109,10 @@ fn steps(plan: &RestorePlan, ram: &GuestRam) -> Result<Vec<Step>, Error> {
         };
         for part in pieces(background.extent) {
             let action = match background.action {
-                BackgroundAction::BreakCow => Action::BreakCow(ram.populator(part)?),
+                BackgroundAction::BreakCow => match ram.in_place().filter(|in_place| in_place.has(part)) {
+                    Some(in_place) => Action::Promote(in_place.clone()),
+                    None => Action::BreakCow(ram.populator(part)?),
+                },
                 BackgroundAction::Install => Action::Install,
                 BackgroundAction::ReadAhead => Action::ReadAhead,
             };
@@ -134,6 +140,7 @@ fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>, relea
             let mut runs = books.still_snapshot(part).into_iter();
             runs.try_for_each(|run| range.part(offset(run), run.bytes() as usize).populate_write())
         }
+        (Action::Promote(in_place), _) => in_place.promote_as(Resort::Ahead, part),
         (Action::ReadAhead, _) => fetch(files, &lazy, part, &mut vec![0; part.bytes() as usize]),
         (Action::Install, Some((uffd, counters))) => {
             let mut bytes = vec![0; part.bytes() as usize];

@@ -6,9 +6,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::snapshot::{Chain, PageSource, RestorePlan, open_image};
+use crate::snapshot::{Chain, PAGE_SIZE, PageSource, RestorePlan, open_image};
 use crate::tiering::fault::PageReader;
-use crate::tiering::tier::Tier;
+use crate::tiering::tier::{Mappable, Tier};
 use crate::vmm::error::Error;
 use crate::vmm::sys::page_cache::PageCache;
 
@@ -28,6 +28,8 @@ pub struct Mapped<'a> {
     pub base: u64,
     /// Whether the kernel copies what is written; if not, it is mapped shared and read-only.
     pub copy_on_write: bool,
+    /// What offset, address and length of its mappings are multiples of, bytes.
+    pub align: u64,
 }
 
 impl Files {
@@ -69,11 +71,12 @@ impl Files {
     pub fn mapping(&self, index: usize) -> Result<Mapped<'_>, Error> {
         let Some(tier) = self.tier(index) else {
             let (file, _) = self.require(index)?;
-            return Ok(Mapped { file, base: 0, copy_on_write: true });
+            return Ok(Mapped { file, base: 0, copy_on_write: true, align: PAGE_SIZE });
         };
         // A validated plan maps no others.
         let mapping = tier.mapping().ok_or_else(no_such_source)?;
-        Ok(Mapped { file: mapping.file, base: mapping.base, copy_on_write: mapping.copy_on_write })
+        let Mappable { file, base, copy_on_write, align, .. } = mapping;
+        Ok(Mapped { file, base, copy_on_write, align: align.max(PAGE_SIZE) })
     }
 
     /// The paths of all sources, in the order of their index.

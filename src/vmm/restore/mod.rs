@@ -17,6 +17,7 @@ use std::time::Instant;
 use serde::de::DeserializeOwned;
 
 use super::arch::layout;
+use super::control::InPlaceMapping;
 use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
@@ -38,7 +39,7 @@ pub(super) use lazy::ended;
 
 use background::BackgroundWork;
 use drives::PlacedDrives;
-use engine::Served;
+use engine::{How, Served};
 use external::ExternalHandler;
 use files::Files;
 use lazy::{FaultCounters, FaultService, FaultWork};
@@ -56,6 +57,8 @@ pub struct RestoreSpec<'a> {
     pub observer: Option<Box<dyn FaultObserver>>,
     /// The kernel is to map only pages that are touched, not their neighbours, if it can be made to.
     pub single_pages: bool,
+    /// How pages in place are mapped where the tier leaves the choice.
+    pub in_place_mapping: InPlaceMapping,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
     /// What this clone's devices are to have on the host's side.
@@ -206,7 +209,10 @@ impl Machine<Built> {
         spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
         let mut built = match spec.handler {
-            None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
+            None => {
+                let how = How { observed: spec.observer.is_some(), in_place: spec.in_place_mapping };
+                engine::build(&files, spec.plan, layout, how, timeline)?
+            }
             Some(_) => engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
         let is_ours = spec.handler.is_none() && spec.observer.is_none();
