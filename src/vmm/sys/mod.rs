@@ -5,6 +5,7 @@ pub mod clock;
 pub mod coalesced;
 pub mod dirty_log;
 pub mod kick;
+pub mod kvm_stats;
 pub mod limits;
 pub mod locks;
 pub mod mapping;
