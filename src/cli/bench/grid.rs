@@ -1,16 +1,15 @@
 //! `tvmm bench grid`: policies over working sets of many shapes.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::process::{Command, ExitCode, Stdio};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::guest::{self, Guest};
 use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
 use crate::api::client::Client;
 use crate::tiering::policy::Policy;
@@ -171,13 +170,10 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", case.filled(args)))?;
     let snapshot = dir.join("snapshot");
-    let client = Client::new(&socket);
-    client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), TIMEOUT)?;
-    client.request("PUT", "/snapshot/create", Some(&json!({ "snapshot_path": snapshot })), TIMEOUT)?;
+    guest::snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot }))?;
     drop(guest);
     let (profile, function) = (dir.join("run.profile"), case.function());
-    let record = ["profile", "record", "--recorder", "uffd", "--run", &function];
-    tvmm(&exe, &record, &[Path::new("--snapshot"), &snapshot, Path::new("--out"), &profile])?;
+    super::record(&exe, &snapshot, &function, "uffd", &profile)?;
     if let Some(pool) = &args.pool {
         let name = name_in_pool(dir);
         tvmm(&exe, &["pool", "add", "--name", &name], &[Path::new("--profile"), &profile, pool, &snapshot])?;
@@ -190,6 +186,7 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
         function,
         run_port: None,
         with_api: false,
+        more: Vec::new(),
         scratch: dir.to_owned(),
     })
 }
@@ -209,8 +206,6 @@ fn tvmm(exe: &Path, args: &[&str], paths: &[&Path]) -> Result<(), BoxError> {
 fn name_in_pool(dir: &Path) -> String {
     dir.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("-")
 }
-
-const TIMEOUT: Duration = Duration::from_secs(300);
 
 fn measure(
     args: &GridArgs,
@@ -292,49 +287,4 @@ fn table(args: &GridArgs, policies: &[Policy], results: &[(String, Numbers)]) ->
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
-}
-
-/// A guest that is told what to do before it is snapshotted.
-struct Guest {
-    child: Child,
-    stdin: ChildStdin,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-impl Guest {
-    fn boot(exe: &Path, config: &Path, socket: &Path) -> Result<Self, BoxError> {
-        let mut command = Command::new(exe);
-        command.arg("--config").arg(config).arg("--api-sock").arg(socket);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return refuse("The guest's console cannot be reached");
-        };
-        let mut guest = Guest { child, stdin, lines: BufReader::new(stdout) };
-        guest.wait_for("ready ")?;
-        Ok(guest)
-    }
-
-    fn call(&mut self, function: &str) -> Result<(), BoxError> {
-        writeln!(self.stdin, "run 1 {function}")?;
-        self.wait_for("ok 1 ")
-    }
-
-    fn wait_for(&mut self, wanted: &str) -> Result<(), BoxError> {
-        let mut line = String::new();
-        while !line.starts_with(wanted) {
-            line.clear();
-            if self.lines.read_line(&mut line)? == 0 || line.starts_with("err ") {
-                return refuse(format!("The guest did not answer {wanted:?}: {}", line.trim()));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
