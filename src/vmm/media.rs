@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 
 use super::numa;
-use super::sys::locks;
 use super::sys::shared_map::SharedMap;
+use super::sys::{locks, mempolicy};
 use crate::tiering::pool::{Facts, Medium};
 
 /// The file of a pool in a directory.
@@ -78,6 +78,8 @@ pub struct PoolMedium {
     len: u64,
     facts: Facts,
     map: Option<SharedMap>,
+    /// The node that its pages are to be on.
+    node: Option<u32>,
 }
 
 /// Opens the medium of an existing pool.
@@ -87,9 +89,9 @@ pub struct PoolMedium {
 pub fn open(name: &Path) -> Result<PoolMedium, Error> {
     match Place::of(name)? {
         Place::Dax(device) => open_dax(name, &device),
-        Place::Dir(dir) => open_dir(name, &dir, "dir"),
+        Place::Dir(dir) => open_dir(name, &dir, None),
         Place::Numa(node) => match numa::mounted(node)? {
-            Some(dir) => open_dir(name, &dir, "numa"),
+            Some(dir) => open_dir(name, &dir, Some(node)),
             None => Err(Error::NoPool { path: name.to_path_buf() }),
         },
     }
@@ -112,10 +114,10 @@ pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
             medium.len = want;
             Ok(medium)
         }
-        Place::Dir(dir) => create_in(name, &dir, size.ok_or_else(|| Error::NoSize { path: path() })?, "dir"),
+        Place::Dir(dir) => create_in(name, &dir, size.ok_or_else(|| Error::NoSize { path: path() })?, None),
         Place::Numa(node) => {
             let size = size.ok_or_else(|| Error::NoSize { path: path() })?;
-            create_in(name, &numa::mount(node, size)?, size, "numa")
+            create_in(name, &numa::mount(node, size)?, size, Some(node))
         }
     }
 }
@@ -125,7 +127,7 @@ pub fn format_name(name: &Path) -> String {
     name.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
-fn create_in(name: &Path, dir: &Path, size: u64, kind: &'static str) -> Result<PoolMedium, Error> {
+fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<PoolMedium, Error> {
     let path = dir.join(POOL_FILE);
     let size = size / HUGE * HUGE;
     let making = || Error::io("make", &path);
@@ -146,7 +148,7 @@ fn create_in(name: &Path, dir: &Path, size: u64, kind: &'static str) -> Result<P
         let _ = fs::remove_file(&path);
         return Err(making()(error));
     }
-    open_dir(name, dir, kind)
+    open_dir(name, dir, node)
 }
 
 /// Removes what [`create`] made of a directory, after formatting it has failed.
@@ -161,7 +163,7 @@ fn magic(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::fstatfs(file)?.f_type as u64)
 }
 
-fn open_dir(name: &Path, dir: &Path, kind: &'static str) -> Result<PoolMedium, Error> {
+fn open_dir(name: &Path, dir: &Path, node: Option<u32>) -> Result<PoolMedium, Error> {
     let path = dir.join(POOL_FILE);
     let file = match File::options().read(true).write(true).open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -176,7 +178,7 @@ fn open_dir(name: &Path, dir: &Path, kind: &'static str) -> Result<PoolMedium, E
     let magic = magic(&file).map_err(Error::io("inspect", &path))?;
     let (len, hugetlb) = (metadata.len(), magic == HUGETLBFS);
     let facts = Facts {
-        kind,
+        kind: if node.is_some() { "numa" } else { "dir" },
         align: if hugetlb { HUGE } else { 4096 },
         // A copy would take a huge page that nobody has reserved: without one the guest would be killed.
         copy_on_write: !hugetlb,
@@ -185,7 +187,7 @@ fn open_dir(name: &Path, dir: &Path, kind: &'static str) -> Result<PoolMedium, E
         shared_between_hosts: false,
     };
     let map = hugetlb.then(|| SharedMap::new(&file, len)).transpose().map_err(Error::io("map", &path))?;
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map })
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node })
 }
 
 /// Whether the tmpfs with this device number was mounted to be made of huge pages (`huge=` of tmpfs(5)).
@@ -219,7 +221,7 @@ fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
     let map = SharedMap::new(&file, len).map_err(Error::io("map", device))?;
     let facts =
         Facts { kind: "dax", align, copy_on_write: false, huge: true, readable: false, shared_between_hosts: true };
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map) })
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map), node: None })
 }
 
 impl Medium for PoolMedium {
@@ -252,6 +254,8 @@ impl Medium for PoolMedium {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        // By the policy of who writes: one of the mount would also hold for the pages that guests copy on write.
+        let _bound = self.node.map(mempolicy::bind).transpose()?;
         match &self.map {
             Some(map) => map.write(offset, bytes),
             None => self.file.write_all_at(bytes, offset),

@@ -9,6 +9,7 @@ pub mod kvm_stats;
 pub mod limits;
 pub mod locks;
 pub mod mapping;
+pub mod mempolicy;
 
 pub mod page_cache;
 pub mod pagemap;
