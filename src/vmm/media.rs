@@ -182,7 +182,7 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>) -> Result<PoolMedium, Er
         align: if hugetlb { HUGE } else { 4096 },
         // A copy would take a huge page that nobody has reserved: without one the guest would be killed.
         copy_on_write: !hugetlb,
-        huge: hugetlb || magic != TMPFS || tmpfs_is_huge(metadata.dev()),
+        huge: hugetlb || mounted_huge(metadata.dev(), magic == TMPFS),
         readable: true,
         shared_between_hosts: false,
     };
@@ -190,12 +190,16 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>) -> Result<PoolMedium, Er
     Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node })
 }
 
-/// Whether the tmpfs with this device number was mounted to be made of huge pages (`huge=` of tmpfs(5)).
-fn tmpfs_is_huge(device: u64) -> bool {
+/// Whether the file system with this device number is made of huge pages: a tmpfs mounted so (`huge=` of tmpfs(5)), or one
+/// on persistent memory (`dax`). What the page cache of others is made of nobody promises.
+fn mounted_huge(device: u64, is_tmpfs: bool) -> bool {
     let wanted = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut mounts = mounts.lines().filter(|line| line.split(' ').nth(2) == Some(&wanted));
-    mounts.any(|line| line.contains("huge=always") || line.contains("huge=within_size"))
+    mounts.any(|line| match is_tmpfs {
+        true => line.contains("huge=always") || line.contains("huge=within_size"),
+        false => line.contains(",dax"),
+    })
 }
 
 /// A device-DAX device: what sysfs says of it, and a mapping of all of it.
