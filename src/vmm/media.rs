@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 
 use super::numa;
-use super::sys::shared_map::SharedMap;
+use super::sys::shared_map::{SharedMap, make_huge};
 use super::sys::{locks, mempolicy};
 use crate::tiering::pool::{Facts, Medium};
 
@@ -228,6 +228,22 @@ fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
     Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map), node: None })
 }
 
+impl PoolMedium {
+    /// Sees to it that whole blocks are huge pages where the medium is to be made of them.
+    fn settle(&self, offset: u64, len: u64) -> io::Result<()> {
+        let (start, end) = (offset.next_multiple_of(HUGE), (offset + len) / HUGE * HUGE);
+        if !self.facts.huge || magic(&self.file)? != TMPFS || start >= end {
+            return Ok(());
+        }
+        let small = make_huge(&self.file, start, end - start)?;
+        if small > 0 {
+            let pool = self.name.display();
+            tracing::warn!(%pool, blocks = small, "The host has no memory in one piece for 2 MiB pages: blocks stay in small pages");
+        }
+        Ok(())
+    }
+}
+
 impl Medium for PoolMedium {
     fn path(&self) -> &Path {
         &self.name
@@ -269,7 +285,10 @@ impl Medium for PoolMedium {
     fn flush(&self, offset: u64, len: u64) -> io::Result<()> {
         match &self.map {
             Some(map) => map.flush_lines(offset, len),
-            None => Ok(rustix::fs::fdatasync(&self.file)?),
+            None => {
+                self.settle(offset, len)?;
+                Ok(rustix::fs::fdatasync(&self.file)?)
+            }
         }
     }
 
