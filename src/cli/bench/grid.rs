@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
@@ -116,8 +116,7 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
             results.push((format!("{}, {}", case.name(), cache.name()), numbers));
         }
         if let Some(pool) = &args.pool {
-            tvmm(&trial.exe, &["pool", "rm"], &[pool, Path::new(&name_in_pool(&dir))])?;
-            tvmm(&trial.exe, &["pool", "gc"], &[pool])?;
+            super::remove_from_pool(&trial.exe, pool, &name_in_pool(&dir))?;
         }
         std::fs::remove_dir_all(&dir)?;
     }
@@ -175,8 +174,7 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     let (profile, function) = (dir.join("run.profile"), case.function());
     super::record(&exe, &snapshot, &function, "uffd", &profile)?;
     if let Some(pool) = &args.pool {
-        let name = name_in_pool(dir);
-        tvmm(&exe, &["pool", "add", "--name", &name], &[Path::new("--profile"), &profile, pool, &snapshot])?;
+        super::add_to_pool(&exe, pool, &snapshot, &profile, &name_in_pool(dir))?;
     }
     Ok(Trial {
         exe,
@@ -189,17 +187,6 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
         more: Vec::new(),
         scratch: dir.to_owned(),
     })
-}
-
-/// Runs a command of this program that must succeed.
-fn tvmm(exe: &Path, args: &[&str], paths: &[&Path]) -> Result<(), BoxError> {
-    let output = Command::new(exe).args(args).args(paths).stdin(Stdio::null()).output()?;
-    match output.status.success() {
-        true => Ok(()),
-        false => {
-            refuse(format!("`tvmm {}` failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim()))
-        }
-    }
 }
 
 /// No two benchmarks have the same scratch directory, and no two cases.

@@ -146,12 +146,29 @@ fn record(exe: &Path, snapshot: &Path, function: &str, recorder: &str, out: &Pat
     let mut command = Command::new(exe);
     command.args(["profile", "record", "--recorder", recorder, "--run", function]);
     command.args(["--run-timeout", &guest::TIMEOUT.as_secs().to_string()]);
-    let output = command.arg("--snapshot").arg(snapshot).arg("--out").arg(out).stdin(Stdio::null()).output()?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return refuse(format!("{function:?} cannot be recorded by {recorder}: {}", said.trim()));
-    }
+    to_end(command.arg("--snapshot").arg(snapshot).arg("--out").arg(out))?;
     Ok(out.to_owned())
+}
+
+/// Adds a snapshot to a pool, laid out by what its profile says, with tvmm in a process of its own.
+fn add_to_pool(exe: &Path, pool: &Path, snapshot: &Path, profile: &Path, name: &str) -> Result<(), BoxError> {
+    let mut command = Command::new(exe);
+    to_end(command.args(["pool", "add", "--name", name, "--profile"]).args([profile, pool, snapshot]))
+}
+
+/// Removes a snapshot from a pool, and frees its pages.
+fn remove_from_pool(exe: &Path, pool: &Path, name: &str) -> Result<(), BoxError> {
+    to_end(Command::new(exe).args(["pool", "rm"]).arg(pool).arg(name))?;
+    to_end(Command::new(exe).args(["pool", "gc"]).arg(pool))
+}
+
+/// Runs a command that must succeed.
+fn to_end(command: &mut Command) -> Result<(), BoxError> {
+    let output = command.stdin(Stdio::null()).output()?;
+    match output.status.success() {
+        true => Ok(()),
+        false => refuse(format!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim())),
+    }
 }
 
 /// When a slice ended, µs since process start.
