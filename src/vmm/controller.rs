@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::capture::Captured;
@@ -23,6 +24,7 @@ use super::record::Watch;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::sources::{self, Sources, location};
 use super::stall::StallWatch;
+use super::sys::kvm_stats::{self, Translations};
 use super::timeline::{Moments, Timeline};
 use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
@@ -511,9 +513,15 @@ pub struct Parts<'a> {
     pub single_pages: bool,
     virtio: &'a VirtioDevices,
     counters: &'a super::metrics::ExitCounters,
+    vm: &'a VmFd,
 }
 
 impl<'a> Parts<'a> {
+    /// What KVM has mapped for the guest; `None` on kernels that do not count.
+    pub fn translations(&self) -> Result<Option<Translations>, Error> {
+        kvm_stats::translations(self.vm).map_err(Error::os("read KVM's statistics"))
+    }
+
     fn of<S>(machine: &'a Machine<S>) -> Self {
         Parts {
             ram: machine.ram(),
@@ -523,6 +531,7 @@ impl<'a> Parts<'a> {
             single_pages: machine.maps_single_pages(),
             virtio: machine.virtio(),
             counters: machine.counters(),
+            vm: machine.vm(),
         }
     }
 

@@ -380,6 +380,10 @@ impl<S> Machine<S> {
         self.core.services.maps_single_pages()
     }
 
+    pub fn vm(&self) -> &VmFd {
+        &self.core.vm
+    }
+
     /// Faults that the fault service has answered so far.
     pub fn fault_counts(&self) -> FaultCounts {
         self.core.services.fault_counts()

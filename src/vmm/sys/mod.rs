@@ -5,9 +5,11 @@ pub mod clock;
 pub mod coalesced;
 pub mod dirty_log;
 pub mod kick;
+pub mod kvm_stats;
 pub mod limits;
 pub mod locks;
 pub mod mapping;
+pub mod mempolicy;
 
 pub mod page_cache;
 pub mod pagemap;
