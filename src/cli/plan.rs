@@ -76,7 +76,14 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
     let chain = Chain::open(&Location::Dir(args.snapshot.clone()))?;
     let resolved = chain.resolve()?;
     let budget = Budget { dram_pages: pages_of(args.dram)?, cxl_pages: pages_of(args.cxl)? };
-    let input = PolicyInput { chain: &chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
+    let input = PolicyInput {
+        chain: &chain,
+        resolved: &resolved,
+        tiers: &[],
+        profile: profile.as_ref(),
+        costs: &costs,
+        budget,
+    };
     let plan = policy.plan(&input)?;
     plan.validate(chain.layout(), &chain.layer_file_lens())?;
     let estimate = input.estimate(&plan);

@@ -62,6 +62,11 @@ hex_digest! {
     Digest
 }
 
+hex_digest! {
+    /// The identity of a pool: random, given when the pool is made. Text form as for [`SnapshotId`].
+    PoolId
+}
+
 /// Upper case is refused: one snapshot has one spelling.
 fn parse_hex(text: &str) -> Result<[u8; 32]> {
     let bad = || Error::BadDigestText { text: text.chars().take(80).collect() };

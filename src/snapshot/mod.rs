@@ -30,7 +30,7 @@ pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo,
 pub use drives::{DriveCopy, copy_drive};
 pub use error::{Error, Result};
 pub use files::{read_limited, replace_file};
-pub use ids::{Digest, SnapshotId, TierId};
+pub use ids::{Digest, PoolId, SnapshotId, TierId};
 pub use image::{derived_dir, open_image};
 pub use manifest::{
     Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
@@ -41,6 +41,7 @@ pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 pub use page_set::PageSet;
 pub use plan::{
     Background, BackgroundAction, Fill, ImageSpec, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan,
+    TierAccess, TierSource,
 };
 pub use reader::Snapshot;
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Extent, MemoryLayout, PAGE_SIZE, Result, SnapshotId};
+use super::{Digest, Error, Extent, MemoryLayout, PAGE_SIZE, PoolId, Result, SnapshotId};
 
 /// How a page gets into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -44,10 +44,37 @@ pub enum Fill {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PageSource {
-    /// Index in the chain (the base is 0); the indices after the tip are the plan's [`images`](RestorePlan::images).
+    /// Index in the chain (the base is 0); the indices after the tip are the plan's [`tiers`](RestorePlan::tiers), those
+    /// after them its [`images`](RestorePlan::images).
     pub layer: usize,
-    /// Offset in that layer's memory file, or in the image, bytes.
+    /// Offset in that layer's memory file, in the tier's data, or in the image, bytes.
     pub offset: u64,
+}
+
+/// How the bytes of a tier get into a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TierAccess {
+    /// Mapped in place; the kernel copies a page when it is written.
+    MapPrivate,
+    /// Mapped in place and shared, for reading only; a page is promoted before it is written.
+    MapShared,
+    /// Not byte-addressable: fetched.
+    Fetch,
+}
+
+/// A pool that a plan takes pages from, in the state it was in when the plan was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TierSource {
+    /// Which pool.
+    pub pool: PoolId,
+    /// What the pool says of where the snapshot's pages are: another digest is another state, and offsets may be wrong.
+    pub entry: Digest,
+    /// How its bytes get into a guest.
+    pub access: TierAccess,
+    /// Length of its data, bytes.
+    pub len: u64,
 }
 
 /// A file derived from a snapshot: the pages of some extents, packed in this order without gaps (a working-set file).
@@ -127,6 +154,9 @@ pub struct RestorePlan {
     pub snapshot: SnapshotId,
     /// The name of the policy that made it.
     pub policy: String,
+    /// Pools the plan takes pages from besides the chain's layers.
+    #[serde(default)]
+    pub tiers: Vec<TierSource>,
     /// Files the plan takes pages from besides the chain's layers. They are made from the snapshot before it is used.
     #[serde(default)]
     pub images: Vec<ImageSpec>,
@@ -191,6 +221,7 @@ impl RestorePlan {
         RestorePlan {
             snapshot,
             policy: policy.to_string(),
+            tiers: Vec::new(),
             images,
             extents,
             background,
@@ -202,7 +233,7 @@ impl RestorePlan {
 
     /// Checks that the plan can be carried out: extents ascend, do not overlap, do not cross the end of a range, and
     /// together are exactly the layout's pages; each has a source within its layer's file (`layer_file_lens`, bytes,
-    /// base first) or the plan's own images, page aligned, unless it is zero, and none if it is. Images hold pages of
+    /// base first), a tier, or the plan's own images, page aligned, unless it is zero, and none if it is. What is mapped is mapped as the source can be. Images hold pages of
     /// the layout, each once, and what an extent takes from an image are that extent's own pages. Background steps lie
     /// within one extent that their action fits.
     ///
@@ -229,7 +260,7 @@ impl RestorePlan {
                 if extent.pages == 0 || extent.pages > range.end().0 - next.0 {
                     return Err(bad(format!("{extent} is empty or crosses the end of its range")));
                 }
-                check_source(item, layer_file_lens, &images).map_err(bad)?;
+                self.check_source(item, layer_file_lens, &images).map_err(bad)?;
                 next = extent.end();
             }
         }
@@ -237,6 +268,39 @@ impl RestorePlan {
             return Err(bad(format!("{} is outside guest memory", item.extent)));
         }
         self.background.iter().try_for_each(|step| self.check_background(step)).map_err(bad)
+    }
+
+    fn check_source(&self, item: &PlannedExtent, layer_file_lens: &[u64], images: &[Image]) -> Result<(), String> {
+        let extent = item.extent;
+        let source = match (item.placement, item.source) {
+            (Placement::Zero, None) => return Ok(()),
+            (Placement::Zero, Some(_)) => return Err(format!("{extent} is zero but has a source")),
+            (_, None) => return Err(format!("{extent} has no source")),
+            (_, Some(source)) => source,
+        };
+        if !source.offset.is_multiple_of(PAGE_SIZE) {
+            return Err(format!("{extent} comes from offset {}, which is not page aligned", source.offset));
+        }
+        let end = source.offset.checked_add(extent.bytes());
+        if let Some(len) = layer_file_lens.get(source.layer) {
+            let behind = || format!("{extent} comes from behind the end of layer {}", source.layer);
+            return if end.is_some_and(|end| end <= *len) { Ok(()) } else { Err(behind()) };
+        }
+        let index = source.layer - layer_file_lens.len();
+        if let Some(tier) = self.tiers.get(index) {
+            let behind = || format!("{extent} comes from behind the end of tier {index}");
+            return if end.is_some_and(|end| end <= tier.len) {
+                check_access(item, tier.access)
+            } else {
+                Err(behind())
+            };
+        }
+        let image = index - self.tiers.len();
+        let Some(known) = images.get(image) else {
+            return Err(format!("{extent} comes from image {image}, there are {}", images.len()));
+        };
+        let has = known.has(extent, source.offset);
+        if has { Ok(()) } else { Err(format!("image {image} does not have {extent} at {}", source.offset)) }
     }
 
     fn check_background(&self, step: &Background) -> Result<(), String> {
@@ -336,28 +400,18 @@ impl Image {
     }
 }
 
-fn check_source(item: &PlannedExtent, layer_file_lens: &[u64], images: &[Image]) -> Result<(), String> {
-    let extent = item.extent;
-    let source = match (item.placement, item.source) {
-        (Placement::Zero, None) => return Ok(()),
-        (Placement::Zero, Some(_)) => return Err(format!("{extent} is zero but has a source")),
-        (_, None) => return Err(format!("{extent} has no source")),
-        (_, Some(source)) => source,
+/// Whether a source of this kind can be placed as the extent says.
+fn check_access(item: &PlannedExtent, access: TierAccess) -> Result<(), String> {
+    let is_mapped = matches!(item.placement, Placement::InPlace);
+    let copies_on_write =
+        matches!((item.placement, item.fill), (Placement::CowFile, _) | (Placement::Preload, Fill::BreakCow));
+    let fits = match access {
+        TierAccess::MapPrivate => true,
+        TierAccess::MapShared => !copies_on_write,
+        TierAccess::Fetch => !copies_on_write && !is_mapped,
     };
-    if !source.offset.is_multiple_of(PAGE_SIZE) {
-        return Err(format!("{extent} comes from offset {}, which is not page aligned", source.offset));
-    }
-    if let Some(image) = source.layer.checked_sub(layer_file_lens.len()) {
-        let Some(known) = images.get(image) else {
-            return Err(format!("{extent} comes from image {image}, there are {}", images.len()));
-        };
-        let has = known.has(extent, source.offset);
-        return if has { Ok(()) } else { Err(format!("image {image} does not have {extent} at {}", source.offset)) };
-    }
-    match source.offset.checked_add(extent.bytes()) {
-        Some(end) if end <= layer_file_lens[source.layer] => Ok(()),
-        _ => Err(format!("{extent} comes from behind the end of layer {}", source.layer)),
-    }
+    let problem = || format!("{} is {:?}, which its tier ({access:?}) cannot do", item.extent, item.placement);
+    if fits { Ok(()) } else { Err(problem()) }
 }
 
 #[cfg(test)]
@@ -504,5 +558,30 @@ mod tests {
         assert!(background.validate(&layout(), &LAYERS).is_err());
         background.background[0] = Background { action: BackgroundAction::ReadAhead, extent: extent(8, 4) };
         assert!(background.validate(&layout(), &LAYERS).is_err());
+    }
+
+    #[test]
+    fn a_tier_is_used_within_its_length_and_as_it_can_be() {
+        let extent = |first, pages| Extent { first: Gfn(first), pages };
+        let place = |placement, offset: u64, access| {
+            let mut plan = RestorePlan::new(SnapshotId::default(), "p", vec![]);
+            let (pool, entry, len) = (PoolId::default(), Digest::default(), 200 * PAGE_SIZE);
+            plan.tiers = vec![TierSource { pool, entry, access, len }];
+            let source = PageSource { layer: LAYERS.len(), offset: offset * PAGE_SIZE };
+            plan.extents = vec![
+                PlannedExtent::from(extent(0, 100), placement, source),
+                PlannedExtent::zero(extent(100, 100)),
+                PlannedExtent::zero(extent(1 << 20, 100)),
+            ];
+            plan.validate(&layout(), &LAYERS)
+        };
+        use {Placement::*, TierAccess::*};
+        for access in [MapPrivate, MapShared, Fetch] {
+            place(Lazy, 100, access).unwrap();
+            place(Preload, 100, access).unwrap();
+            assert!(place(Lazy, 101, access).unwrap_err().to_string().contains("behind the end of tier 0"));
+            assert_eq!(place(InPlace, 0, access).is_ok(), access != Fetch);
+            assert_eq!(place(CowFile, 0, access).is_ok(), access == MapPrivate);
+        }
     }
 }

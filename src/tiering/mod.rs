@@ -13,10 +13,11 @@ pub mod plan_file;
 pub mod policy;
 pub mod profile;
 pub mod recorder;
+pub mod tier;
 
 use std::path::PathBuf;
 
-use crate::snapshot::{self, SnapshotId};
+use crate::snapshot::{self, PoolId, SnapshotId};
 
 /// What can go wrong while a plan is made.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,12 @@ pub enum Error {
     PlanOfOther { made_for: SnapshotId, given: SnapshotId },
     #[error("{path} was changed after the plan was made; make the plan again", path = path.display())]
     SourceChanged { path: PathBuf },
+    #[error("Pool {pool} was changed after the plan was made: the snapshot's pages lie elsewhere; make the plan again")]
+    PoolChanged { pool: PoolId },
+    #[error("The plan takes pages from pool {pool}; give the pools it was made for with --pool, in the same order")]
+    PlanNeedsPool { pool: PoolId },
+    #[error("The plan takes no pages from pool {pool}; leave it out, or make the plan again with it")]
+    PlanWithoutPool { pool: PoolId },
     #[error("The plan in {path} cannot be used: {problem}", path = path.display())]
     PlanFile { path: PathBuf, problem: String },
     #[error(transparent)]

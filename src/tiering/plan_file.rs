@@ -16,10 +16,12 @@ use super::costs::Costs;
 use super::fit::Fit;
 use super::policy::Estimate;
 use super::profile::Profile;
-use crate::snapshot::{Chain, Container, RestorePlan, Section, SectionKind, Snapshot, replace_file, write_container};
+use crate::snapshot::{
+    Chain, Container, RestorePlan, Section, SectionKind, Snapshot, TierSource, replace_file, write_container,
+};
 
 /// The version of the section; another one is not read, the plan is made again.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// The largest plan, in bytes.
 const FILE_LIMIT: u64 = 256 << 20;
 
@@ -136,16 +138,18 @@ impl PlanFile {
         Ok(bytes.len() as u64)
     }
 
-    /// The plan, if it is for the tip of `chain`, valid, and nothing it takes pages from has changed since. `path` names
-    /// the file in errors.
+    /// The plan, if it is for the tip of `chain` and for these tiers, valid, and nothing it takes pages from has changed
+    /// since. `path` names the file in errors.
     ///
     /// # Errors
-    /// [`Error::PlanOfOther`], [`Error::SourceChanged`], or the rule of [`RestorePlan::validate`] that is broken.
-    pub fn check_for(&self, chain: &Chain, path: &Path) -> Result<&RestorePlan, Error> {
+    /// [`Error::PlanOfOther`], [`Error::SourceChanged`], [`Error::PoolChanged`], or the rule of
+    /// [`RestorePlan::validate`] that is broken.
+    pub fn check_for(&self, chain: &Chain, tiers: &[TierSource], path: &Path) -> Result<&RestorePlan, Error> {
         let given = chain.tip().id();
         if self.plan.snapshot != given {
             return Err(Error::PlanOfOther { made_for: self.plan.snapshot, given });
         }
+        check_tiers(&self.plan.tiers, tiers)?;
         if self.sources.len() != chain.layers().len() {
             let problem = format!("it is for {} layers, the chain has {}", self.sources.len(), chain.layers().len());
             return Err(Error::PlanFile { path: path.to_path_buf(), problem });
@@ -160,12 +164,27 @@ impl PlanFile {
     }
 }
 
+/// Whether the tiers that a plan was made for are those that are given.
+fn check_tiers(planned: &[TierSource], given: &[TierSource]) -> Result<(), Error> {
+    for (index, then) in planned.iter().enumerate() {
+        match given.get(index) {
+            Some(now) if now == then => {}
+            Some(now) if now.pool == then.pool => return Err(Error::PoolChanged { pool: then.pool }),
+            _ => return Err(Error::PlanNeedsPool { pool: then.pool }),
+        }
+    }
+    match given.get(planned.len()) {
+        Some(surplus) => Err(Error::PlanWithoutPool { pool: surplus.pool }),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::snapshot::{
-        Gfn, HostFacts, LoadHuge, Location, MachineFacts, MemoryLayout, PAGE_SIZE, SealInput, SnapshotKind,
-        SnapshotWriter,
+        Digest, Gfn, HostFacts, LoadHuge, Location, MachineFacts, MemoryLayout, PAGE_SIZE, PoolId, SealInput,
+        SnapshotKind, SnapshotWriter, TierAccess,
     };
     use crate::tiering::policy::{Budget, Policy, PolicyInput};
 
@@ -189,7 +208,14 @@ mod tests {
 
     fn planned(chain: &Chain) -> PlanFile {
         let (resolved, costs) = (chain.resolve().unwrap(), Costs::default());
-        let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget: Budget::default() };
+        let input = PolicyInput {
+            chain,
+            resolved: &resolved,
+            tiers: &[],
+            profile: None,
+            costs: &costs,
+            budget: Budget::default(),
+        };
         let plan = Policy::Trenv.plan(&input).unwrap();
         let expected = input.estimate(&plan);
         let used = CostsUsed::new(&costs, None);
@@ -204,8 +230,8 @@ mod tests {
         file.save(&path).unwrap();
         let back = PlanFile::load(&path).unwrap();
         assert_eq!(back, file);
-        assert_eq!(back.check_for(&chain, &path).unwrap(), &file.plan);
-        assert!(matches!(back.check_for(&other, &path), Err(Error::PlanOfOther { .. })));
+        assert_eq!(back.check_for(&chain, &[], &path).unwrap(), &file.plan);
+        assert!(matches!(back.check_for(&other, &[], &path), Err(Error::PlanOfOther { .. })));
     }
 
     #[test]
@@ -215,8 +241,29 @@ mod tests {
         let file = planned(&chain);
         let memory = std::fs::File::options().write(true).open(chain.tip().memory_path()).unwrap();
         memory.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
-        let error = file.check_for(&chain, Path::new("p")).unwrap_err();
+        let error = file.check_for(&chain, &[], Path::new("p")).unwrap_err();
         assert!(matches!(error, Error::SourceChanged { .. }), "{error}");
+    }
+
+    #[test]
+    fn plan_for_another_pool_state_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let chain = snapshot(&dir.path().join("a"), 1);
+        let mut file = planned(&chain);
+        let tier = |byte| TierSource {
+            pool: PoolId([7; 32]),
+            entry: Digest([byte; 32]),
+            access: TierAccess::MapPrivate,
+            len: 2 << 20,
+        };
+        let other = TierSource { pool: PoolId([8; 32]), ..tier(1) };
+        let path = Path::new("p");
+        assert!(matches!(file.check_for(&chain, &[tier(1)], path), Err(Error::PlanWithoutPool { .. })));
+        file.plan.tiers = vec![tier(1)];
+        file.check_for(&chain, &[tier(1)], path).unwrap();
+        assert!(matches!(file.check_for(&chain, &[tier(2)], path), Err(Error::PoolChanged { .. })));
+        assert!(matches!(file.check_for(&chain, &[other], path), Err(Error::PlanNeedsPool { .. })));
+        assert!(matches!(file.check_for(&chain, &[], path), Err(Error::PlanNeedsPool { .. })));
     }
 
     #[test]
@@ -251,6 +298,6 @@ mod tests {
         }
         assert!(forged(SectionKind::Manifest, 1, payload).contains("no section"));
         file.plan.extents.pop();
-        assert!(matches!(file.check_for(&chain, &path), Err(Error::Snapshot(_))));
+        assert!(matches!(file.check_for(&chain, &[], &path), Err(Error::Snapshot(_))));
     }
 }

@@ -295,11 +295,13 @@ impl Controller {
             None => Chain::open(&location(&load.location))?,
             Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
         });
-        let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, load)?;
+        let tiers = Vec::new();
+        let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
             chain,
+            tiers,
             plan: &plan,
             track_dirty_pages: load.track_dirty_pages,
             observer: watch.observer,

@@ -2,16 +2,18 @@
 //! that the next restore need not make it again.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::control::LoadSnapshot;
 use super::error::Error;
 use super::sys::page_cache;
-use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, derived_dir};
+use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, TierSource, derived_dir};
 use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, Policy, PolicyInput};
 use crate::tiering::profile::Profile;
+use crate::tiering::tier::{self, Tier};
 
 /// A plan, and where it came from.
 pub struct Chosen {
@@ -33,30 +35,39 @@ impl Chosen {
 }
 
 /// Makes or finds the plan that `load` asks for.
-pub fn choose(chain: &Chain, load: &LoadSnapshot) -> Result<Chosen, Error> {
+pub fn choose(chain: &Chain, tiers: &[Arc<dyn Tier>], load: &LoadSnapshot) -> Result<Chosen, Error> {
     if let Some(path) = &load.plan {
         let file = PlanFile::load(path)?;
-        file.check_for(chain, path)?;
+        file.check_for(chain, &sources(tiers), path)?;
         return Ok(Chosen::from(file, "file", None));
     }
     let policy: Policy = load.policy.parse()?;
     if !policy.needs_profile() {
-        let resolved = if policy.needs_pages(chain) { chain.resolve()? } else { Vec::new() };
+        let sources = sources(tiers);
+        let resolved = if policy.needs_pages(chain, &sources) { tier::resolve(chain, tiers)? } else { Vec::new() };
         let (costs, budget) = (Costs::default(), Budget::default());
-        let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget };
+        let input = PolicyInput { chain, resolved: &resolved, tiers: &sources, profile: None, costs: &costs, budget };
         return Ok(Chosen { plan: policy.plan(&input)?, origin: "made", source_cache: None, costs: None, fit: None });
     }
-    from_profile(chain, policy, load)
+    from_profile(chain, tiers, policy, load)
 }
 
-fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Chosen, Error> {
+fn sources(tiers: &[Arc<dyn Tier>]) -> Vec<TierSource> {
+    tiers.iter().map(|tier| tier.source()).collect()
+}
+
+fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &LoadSnapshot) -> Result<Chosen, Error> {
     let bytes = load.profile.as_deref().map(Profile::read).transpose()?;
     let costs = match &load.costs {
         Some(path) => Costs::load(path)?,
         None => Costs::of_this_host()?,
     };
     // Only tiered's plan depends on it: the others do what their papers do.
-    let cache = if policy == Policy::Tiered { cache_of(chain)? } else { SourceCache::Huge };
+    let cache = match policy {
+        Policy::Tiered if tiers.is_empty() => cache_of(chain)?,
+        Policy::Tiered => cache_of_tiers(tiers),
+        _ => SourceCache::Huge,
+    };
     let mut costs = costs.with_cache(cache);
     if cache == SourceCache::Cold
         && let Some(pages) = page_cache::readahead_pages(chain.tip().memory())
@@ -64,14 +75,17 @@ fn from_profile(chain: &Chain, policy: Policy, load: &LoadSnapshot) -> Result<Ch
         costs.readahead_pages = pages;
     }
     let budget = Budget { dram_pages: pages(load.dram_mib), cxl_pages: pages(load.cxl_mib) };
-    let path = cache_path(chain, policy, bytes.as_deref().unwrap_or_default(), &costs, budget);
+    let sources = sources(tiers);
+    let path =
+        cache_path(chain, policy, bytes.as_deref().unwrap_or_default(), &format!("{costs:?} {budget:?} {sources:?}"));
     let source_cache = Some(cache.name());
-    if let Some(file) = cached(chain, &path) {
+    if let Some(file) = cached(chain, &sources, &path) {
         return Ok(Chosen::from(file, "cache", source_cache));
     }
     let profile = load.profile.as_deref().map(Profile::load).transpose()?;
-    let resolved = chain.resolve()?;
-    let input = PolicyInput { chain, resolved: &resolved, profile: profile.as_ref(), costs: &costs, budget };
+    let resolved = tier::resolve(chain, tiers)?;
+    let profile_of = profile.as_ref();
+    let input = PolicyInput { chain, resolved: &resolved, tiers: &sources, profile: profile_of, costs: &costs, budget };
     let plan = policy.plan(&input)?;
     let expected = input.estimate(&plan);
     let used = CostsUsed::new(&costs, load.costs.as_deref());
@@ -85,21 +99,21 @@ fn pages(mib: Option<u64>) -> Option<u64> {
 }
 
 /// The name says everything the plan depends on.
-fn cache_path(chain: &Chain, policy: Policy, profile: &[u8], costs: &Costs, budget: Budget) -> PathBuf {
+fn cache_path(chain: &Chain, policy: Policy, profile: &[u8], others: &str) -> PathBuf {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&chain.tip().id().0);
     hasher.update(profile);
-    hasher.update(format!("{costs:?} {budget:?} {}", env!("CARGO_PKG_VERSION")).as_bytes());
+    hasher.update(format!("{others} {}", env!("CARGO_PKG_VERSION")).as_bytes());
     let key = &hasher.finalize().to_hex()[..16];
     derived_dir(chain.tip().location()).join(format!("{policy}-{key}.plan"))
 }
 
 /// A kept plan that is still good. One that is not is made again.
-fn cached(chain: &Chain, path: &Path) -> Option<PlanFile> {
+fn cached(chain: &Chain, tiers: &[TierSource], path: &Path) -> Option<PlanFile> {
     if !path.exists() {
         return None;
     }
-    let checked = PlanFile::load(path).and_then(|file| file.check_for(chain, path).map(drop).map(|()| file));
+    let checked = PlanFile::load(path).and_then(|file| file.check_for(chain, tiers, path).map(drop).map(|()| file));
     checked.inspect_err(|error| tracing::warn!(%error, "A kept plan is made again")).ok()
 }
 
@@ -112,6 +126,12 @@ fn keep(file: &PlanFile, path: &Path) {
         // The restore itself does not need it; the next one is slower.
         tracing::warn!(%error, path = %path.display(), "The plan cannot be kept beside its snapshot");
     }
+}
+
+/// How the tiers' data is found: memory, in huge pages or not.
+fn cache_of_tiers(tiers: &[Arc<dyn Tier>]) -> SourceCache {
+    let is_huge = tiers.iter().filter_map(|tier| tier.mapping()).all(|mapping| mapping.huge);
+    if is_huge { SourceCache::Huge } else { SourceCache::Small }
 }
 
 /// How the chain's memory files are cached.

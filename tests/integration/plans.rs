@@ -107,7 +107,8 @@ fn background(plan: &mut RestorePlan, random: &mut Random) {
 
 fn save(chain: &Chain, plan: RestorePlan, path: &Path) {
     let (resolved, costs) = (chain.resolve().unwrap(), Costs::default());
-    let input = PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget: Budget::default() };
+    let budget = Budget::default();
+    let input = PolicyInput { chain, resolved: &resolved, tiers: &[], profile: None, costs: &costs, budget };
     let expected = input.estimate(&plan);
     PlanFile::new(plan, expected, chain).unwrap().save(path).unwrap();
 }

@@ -163,7 +163,7 @@ impl Planner {
     fn save(&self, plan: RestorePlan, path: &Path) -> Result<(), BoxError> {
         let costs = Costs::default();
         let (resolved, budget) = (&self.resolved[..], Budget::default());
-        let input = PolicyInput { chain: &self.chain, resolved, profile: None, costs: &costs, budget };
+        let input = PolicyInput { chain: &self.chain, resolved, tiers: &[], profile: None, costs: &costs, budget };
         let expected = input.estimate(&plan);
         PlanFile::new(plan, expected, &self.chain)?.save(path)?;
         Ok(())

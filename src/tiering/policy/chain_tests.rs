@@ -36,7 +36,7 @@ fn contents(chain: &Chain, item: &PlannedExtent) -> Vec<(Gfn, Vec<u8>)> {
 /// The plan of a policy that needs no profile.
 fn planned(policy: Policy, chain: &Chain) -> RestorePlan {
     let (resolved, costs, budget) = (chain.resolve().unwrap(), Costs::default(), Budget::default());
-    policy.plan(&PolicyInput { chain, resolved: &resolved, profile: None, costs: &costs, budget }).unwrap()
+    policy.plan(&PolicyInput { chain, resolved: &resolved, tiers: &[], profile: None, costs: &costs, budget }).unwrap()
 }
 
 fn assert_reproduces(policy: Policy, chain: &Chain, expected: &Model) {

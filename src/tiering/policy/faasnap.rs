@@ -81,9 +81,12 @@ fn regions(ground: &Ground, groups: &[PageSet], loading: &PageSet) -> Vec<Extent
 
 /// Anonymous memory with the non-zero regions over it.
 fn nonzero_regions(ground: &Ground) -> Vec<PlannedExtent> {
-    let tip = ground.layers - 1;
     let base =
         place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::CowFile, source));
+    if !ground.tiers.is_empty() {
+        return base;
+    }
+    let tip = ground.layers - 1;
     let of_tip = |run: &&crate::snapshot::ResolvedRun| match run.content {
         Content::Layer(PageSource { layer, .. }) => layer == tip,
         Content::Zero => false,

@@ -8,7 +8,7 @@ use super::{Ground, place};
 use crate::snapshot::{Placement, PlannedExtent};
 
 pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    if ground.layers == 1 {
+    if ground.is_one_file() {
         return place::whole_file(ground.layout, Placement::CowFile);
     }
     place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::CowFile, source))

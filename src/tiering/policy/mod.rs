@@ -27,7 +27,7 @@ use std::str::FromStr;
 use super::Error;
 use super::costs::Costs;
 use super::profile::Profile;
-use crate::snapshot::{Chain, Extent, MemoryLayout, ResolvedRun, RestorePlan, SnapshotId};
+use crate::snapshot::{Chain, Extent, Gfn, MemoryLayout, PageSource, ResolvedRun, RestorePlan, SnapshotId, TierSource};
 
 pub use estimate::Estimate;
 
@@ -69,8 +69,11 @@ pub struct Budget {
 pub struct PolicyInput<'a> {
     /// The snapshot to be restored.
     pub chain: &'a Chain,
-    /// [`Chain::resolve`]; may be empty if the policy does not [need](Policy::needs_pages) it.
+    /// [`Chain::resolve`], with sources in the tiers where they have pages; may be empty if the policy does not
+    /// [need](Policy::needs_pages) it.
     pub resolved: &'a [ResolvedRun],
+    /// The tiers that `resolved` refers to, in the order of their index.
+    pub tiers: &'a [TierSource],
     /// What a recorded run did.
     pub profile: Option<&'a Profile>,
     /// What things cost on this host.
@@ -84,7 +87,8 @@ impl<'a> PolicyInput<'a> {
         Ground {
             snapshot: self.chain.tip().id(),
             layout: self.chain.layout(),
-            layers: self.chain.layers().len(),
+            layers: self.chain.layers().len() + self.tiers.len(),
+            tiers: self.tiers,
             resolved: self.resolved,
             costs: self.costs,
             page_ns: 0.0,
@@ -103,8 +107,10 @@ impl<'a> PolicyInput<'a> {
 struct Ground<'a> {
     snapshot: SnapshotId,
     layout: &'a MemoryLayout,
-    /// How many layers; never 0. Images are numbered after them.
+    /// How many layers and tiers; never 0. Images are numbered after them.
     layers: usize,
+    /// Those that are tiers.
+    tiers: &'a [TierSource],
     resolved: &'a [ResolvedRun],
     costs: &'a Costs,
     /// What a page of local memory is worth that no profiled write needs.
@@ -113,7 +119,19 @@ struct Ground<'a> {
 
 impl<'a> Ground<'a> {
     fn empty_plan(&self, policy: &str) -> RestorePlan {
-        RestorePlan::new(self.snapshot, policy, Vec::new())
+        RestorePlan { tiers: self.tiers.to_vec(), ..RestorePlan::new(self.snapshot, policy, Vec::new()) }
+    }
+
+    /// Where a page that is zero in the snapshot can be read as zeros: a hole of the tip's memory file. `None` with tiers:
+    /// memory files may not even be there.
+    fn hole(&self, first: Gfn) -> Option<PageSource> {
+        let tip = self.layers.checked_sub(1).filter(|_| self.tiers.is_empty())?;
+        place::hole(self.layout, tip, first)
+    }
+
+    /// Whether all pages come from the memory file of one full snapshot.
+    fn is_one_file(&self) -> bool {
+        self.layers == 1 && self.tiers.is_empty()
     }
 
     /// The plan's list of images: none, if the image would be empty.
@@ -124,7 +142,7 @@ impl<'a> Ground<'a> {
 
     #[cfg(test)]
     fn bare(layout: &'a MemoryLayout, layers: usize, resolved: &'a [ResolvedRun], costs: &'a Costs) -> Ground<'a> {
-        Ground { snapshot: SnapshotId::default(), layout, layers, resolved, costs, page_ns: 0.0 }
+        Ground { snapshot: SnapshotId::default(), layout, layers, tiers: &[], resolved, costs, page_ns: 0.0 }
     }
 }
 
@@ -161,8 +179,9 @@ impl Policy {
     }
 
     /// Whether the policy looks at which pages are zero, so that the page maps of `chain` have to be read.
-    pub fn needs_pages(self, chain: &Chain) -> bool {
-        !(matches!(self, Policy::Firecracker | Policy::FirecrackerUffd) && chain.layers().len() == 1)
+    pub fn needs_pages(self, chain: &Chain, tiers: &[TierSource]) -> bool {
+        !tiers.is_empty()
+            || !(matches!(self, Policy::Firecracker | Policy::FirecrackerUffd) && chain.layers().len() == 1)
     }
 
     /// Makes the plan for restoring the tip of the chain.

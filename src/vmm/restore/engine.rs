@@ -191,7 +191,12 @@ impl Engine<'_> {
             match run.view {
                 View::Anonymous => ram.map_anon(run.extent)?,
                 View::File { index, offset, huge } => {
-                    ram.map_file_private(run.extent, self.files.require(index)?.0, offset)?;
+                    let mapped = self.files.mapping(index)?;
+                    if !mapped.copy_on_write {
+                        let source = std::io::Error::from(std::io::ErrorKind::Unsupported);
+                        return Err(Error::Os { doing: "map a tier that has no copy-on-write", source });
+                    }
+                    ram.map_file_private(run.extent, mapped.file, mapped.base + offset)?;
                     if huge == Some(true) {
                         self.advise_huge(ram, run.extent)?;
                     }
@@ -297,8 +302,8 @@ impl Engine<'_> {
     /// Reads each image that is to be installed in one go, past the page cache, and installs its pages.
     fn install(&mut self, ram: &GuestRam, uffd: &Uffd) -> Result<(), Error> {
         let plan = self.plan;
-        let layers = self.files.chain().layers().len();
-        for index in layers..layers + plan.images.len() {
+        let images = self.files.first_image();
+        for index in images..images + plan.images.len() {
             let from_here = |planned: &&PlannedExtent| {
                 is_preload(planned, Fill::Install) && planned.source.is_some_and(|source| source.layer == index)
             };
@@ -306,7 +311,7 @@ impl Engine<'_> {
             if wanted.is_empty() {
                 continue;
             }
-            let len = plan.images[index - layers].file_len() as usize;
+            let len = plan.images[index - images].file_len() as usize;
             let buffer = self.read_direct(index, len)?;
             let bytes = buffer.bytes();
             for planned in wanted {

@@ -1,4 +1,4 @@
-//! The files a plan takes pages from: the chain's layers, then the plan's images.
+//! What a plan takes pages from: the chain's layers, then the plan's tiers, then its images.
 
 use std::fs::File;
 use std::io;
@@ -8,53 +8,99 @@ use std::sync::Arc;
 
 use crate::snapshot::{Chain, PageSource, RestorePlan, open_image};
 use crate::tiering::fault::PageReader;
+use crate::tiering::tier::Tier;
 use crate::vmm::error::Error;
 use crate::vmm::sys::page_cache::PageCache;
 
-/// Files by the index that plans use.
+/// Sources by the index that plans use.
 #[derive(Clone)]
 pub struct Files {
     chain: Arc<Chain>,
+    tiers: Vec<Arc<dyn Tier>>,
     images: Vec<Arc<(File, PathBuf)>>,
+}
+
+/// A file to be mapped, and what is known of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapped<'a> {
+    pub file: &'a File,
+    /// What is added to the offset of a source, bytes.
+    pub base: u64,
+    /// Whether the kernel copies what is written; if not, it is mapped shared and read-only.
+    pub copy_on_write: bool,
 }
 
 impl Files {
     /// Opens what `plan` needs; images that were never made are made now.
-    pub fn open(chain: Arc<Chain>, plan: &RestorePlan) -> Result<Self, Error> {
+    pub fn open(chain: Arc<Chain>, tiers: Vec<Arc<dyn Tier>>, plan: &RestorePlan) -> Result<Self, Error> {
         let open = |spec| Ok::<_, Error>(Arc::new(open_image(&chain, spec, &PageCache)?));
         let images = plan.images.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Files { chain, images })
+        Ok(Files { chain, tiers, images })
     }
 
     pub fn chain(&self) -> &Arc<Chain> {
         &self.chain
     }
 
-    /// The file of a source, and its path.
-    pub fn get(&self, index: usize) -> Option<(&File, &Path)> {
-        let layers = self.chain.layers();
-        match layers.get(index) {
+    /// The tiers, for who outlives the restore: they must not change while their bytes are mapped.
+    pub fn tiers(&self) -> &[Arc<dyn Tier>] {
+        &self.tiers
+    }
+
+    /// The index of the plan's first image.
+    pub fn first_image(&self) -> usize {
+        self.chain.layers().len() + self.tiers.len()
+    }
+
+    /// The tier of this index, if it is one.
+    pub fn tier(&self, index: usize) -> Option<&Arc<dyn Tier>> {
+        self.tiers.get(index.checked_sub(self.chain.layers().len())?)
+    }
+
+    /// The file of a source that is one, and its path.
+    fn get(&self, index: usize) -> Option<(&File, &Path)> {
+        match self.chain.layers().get(index) {
             Some(layer) => Some((layer.memory(), layer.memory_path())),
-            None => self.images.get(index - layers.len()).map(|image| (&image.0, image.1.as_path())),
+            None => self.images.get(index.checked_sub(self.first_image())?).map(|image| (&image.0, image.1.as_path())),
         }
     }
 
-    /// The paths of all files, in the order of their index.
+    /// What is mapped for a source.
+    pub fn mapping(&self, index: usize) -> Result<Mapped<'_>, Error> {
+        let Some(tier) = self.tier(index) else {
+            let (file, _) = self.require(index)?;
+            return Ok(Mapped { file, base: 0, copy_on_write: true });
+        };
+        // A validated plan maps no others.
+        let mapping = tier.mapping().ok_or_else(no_such_source)?;
+        Ok(Mapped { file: mapping.file, base: mapping.base, copy_on_write: mapping.copy_on_write })
+    }
+
+    /// The paths of all sources, in the order of their index.
     pub fn paths(&self) -> Vec<PathBuf> {
         let layers = self.chain.layers().iter().map(|layer| layer.memory_path().to_owned());
-        layers.chain(self.images.iter().map(|image| image.1.clone())).collect()
+        let tiers = self.tiers.iter().map(|tier| tier.path().to_owned());
+        layers.chain(tiers).chain(self.images.iter().map(|image| image.1.clone())).collect()
     }
 
     /// Reads `bytes` from `source` on.
     pub fn read(&self, source: PageSource, bytes: &mut [u8]) -> Result<(), Error> {
+        let read = |path: &Path, result: io::Result<()>| {
+            result.map_err(|source| Error::File { doing: "read guest memory from", path: path.to_owned(), source })
+        };
+        if let Some(tier) = self.tier(source.layer) {
+            return read(tier.path(), tier.read(source.offset, bytes));
+        }
         let (file, path) = self.require(source.layer)?;
-        let failed = |source| Error::File { doing: "read guest memory from", path: path.to_owned(), source };
-        file.read_exact_at(bytes, source.offset).map_err(failed)
+        read(path, file.read_exact_at(bytes, source.offset))
     }
 
     /// Reads `bytes` (whole pages) from `source` on past the page cache. File systems that cannot do that are read through
     /// it; returns whether it was past it.
     pub fn read_direct(&self, source: PageSource, bytes: &mut [u8]) -> Result<bool, Error> {
+        if self.tier(source.layer).is_some() {
+            return self.read(source, bytes).map(|()| false);
+        }
         let (_, path) = self.require(source.layer)?;
         match Files::open_direct(path).and_then(|file| file.read_exact_at(bytes, source.offset)) {
             Ok(()) => Ok(true),
@@ -68,17 +114,21 @@ impl Files {
         std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
     }
 
-    /// As [`get`](Self::get); a validated plan names no other files.
+    /// The file of a source that is one, and its path; a validated plan names no others.
     pub fn require(&self, index: usize) -> Result<(&File, &Path), Error> {
-        self.get(index).ok_or_else(|| Error::Os {
-            doing: "find a file of the restore plan",
-            source: io::Error::from(io::ErrorKind::NotFound),
-        })
+        self.get(index).ok_or_else(no_such_source)
     }
+}
+
+fn no_such_source() -> Error {
+    Error::Os { doing: "find a source of the restore plan", source: io::Error::from(io::ErrorKind::NotFound) }
 }
 
 impl PageReader for Files {
     fn read(&mut self, source: PageSource, bytes: &mut [u8]) -> io::Result<()> {
+        if let Some(tier) = self.tier(source.layer) {
+            return tier.read(source.offset, bytes);
+        }
         let (file, _) = self.get(source.layer).ok_or(io::ErrorKind::NotFound)?;
         file.read_exact_at(bytes, source.offset)
     }

@@ -30,6 +30,7 @@ use crate::devices::virtio::id;
 use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
 use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::fault::FaultObserver;
+use crate::tiering::tier::Tier;
 
 pub use engine::EngineReport;
 pub use lazy::FaultCounts;
@@ -46,6 +47,8 @@ use rescue::Rescue;
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
     pub chain: Arc<Chain>,
+    /// The tiers that the plan counts on, in its order.
+    pub tiers: Vec<Arc<dyn Tier>>,
     pub plan: &'a RestorePlan,
     /// Log the pages the guest writes from now on.
     pub track_dirty_pages: bool,
@@ -71,6 +74,8 @@ pub(super) struct MemoryServices {
     handler: Option<ExternalHandler>,
     uffd: Option<Arc<Uffd>>,
     counters: Arc<FaultCounters>,
+    /// What the guest's memory is mapped from: stays as it is while this lives.
+    tiers_held: Vec<Arc<dyn Tier>>,
     /// Keeps the kernel from mapping neighbours of touched pages while it lives.
     single_pages: Option<Uffd>,
 }
@@ -192,7 +197,7 @@ impl Machine<Built> {
         let kvm = open_kvm()?;
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
-        let files = Files::open(spec.chain.clone(), spec.plan)?;
+        let files = Files::open(spec.chain.clone(), spec.tiers, spec.plan)?;
         spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
         let mut built = match spec.handler {
@@ -208,6 +213,7 @@ impl Machine<Built> {
         let set = DeviceSet { virtio, configs, fw_cfg };
         let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
+        machine.core.services.tiers_held = files.tiers().to_vec();
         let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied: KVM may touch guest memory for it.
         match (spec.handler, built.lazy) {

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::files::Files;
 use crate::snapshot::PageSource;
+use crate::tiering::tier::Tier;
 use crate::vmm::error::Error;
 use crate::vmm::sys::mapping::Buffer;
 
@@ -121,7 +122,7 @@ fn open_direct(files: &Files, batches: &[Batch]) -> Result<Vec<Option<File>>, Er
     // Ascending by file.
     for batch in batches {
         let index = batch.source.layer;
-        if opened.len() > index {
+        if opened.len() > index || files.tier(index).is_some() {
             continue;
         }
         opened.resize_with(index + 1, || None);
@@ -157,6 +158,9 @@ impl Work<'_, '_> {
     }
 
     fn read(&self, mut batch: Batch, buffer: &mut Option<Buffer>) -> Result<(), Error> {
+        if let Some(tier) = self.files.tier(batch.source.layer) {
+            return self.read_tier(tier.as_ref(), batch);
+        }
         let (file, path) = self.files.require(batch.source.layer)?;
         let failed = |doing, path: &Path, source| Error::File { doing, path: path.to_owned(), source };
         if let Some(direct) = self.direct.get(batch.source.layer).and_then(Option::as_ref) {
@@ -172,6 +176,18 @@ impl Work<'_, '_> {
         }
         self.all_direct.store(false, Ordering::Relaxed);
         self.read_parts(file, &mut batch).map_err(|error| failed("read guest memory from", path, error))
+    }
+
+    /// All parts from a tier, which checks them.
+    fn read_tier(&self, tier: &dyn Tier, batch: Batch) -> Result<(), Error> {
+        self.all_direct.store(false, Ordering::Relaxed);
+        let mut offset = batch.source.offset;
+        for part in batch.parts {
+            let failed = |source| Error::File { doing: "read guest memory from", path: tier.path().to_owned(), source };
+            tier.read(offset, part).map_err(failed)?;
+            offset += part.len() as u64;
+        }
+        Ok(())
     }
 
     /// All parts from one file, through a buffer.

@@ -3,7 +3,7 @@
 
 use super::super::Ground;
 use super::super::model::{GROUP_PAGES, copied_page_ns, group_ns};
-use super::super::place::{BLOCK_PAGES, Packed, hole, lay_over};
+use super::super::place::{BLOCK_PAGES, Packed, lay_over};
 use super::super::touches::Touch;
 use crate::snapshot::{Content, Extent, Fill, Gfn, Placement, PlannedExtent, ResolvedRun, RestorePlan};
 use crate::tiering::costs::Costs;
@@ -131,7 +131,7 @@ fn rest(ground: &Ground, run: &ResolvedRun, is_touched: bool) -> PlannedExtent {
         Content::Layer(source) => PlannedExtent::from(run.extent, Placement::Lazy, source),
         Content::Zero => {
             let keep = run.extent.pages >= BLOCK_PAGES || is_touched;
-            match hole(ground.layout, ground.layers - 1, run.extent.first) {
+            match ground.hole(run.extent.first) {
                 Some(source) if !keep => PlannedExtent::from(run.extent, Placement::Lazy, source),
                 _ => PlannedExtent::zero(run.extent),
             }

@@ -2,7 +2,7 @@
 //! mapping.
 
 use super::super::Ground;
-use super::super::place::{BLOCK_PAGES, hole};
+use super::super::place::BLOCK_PAGES;
 use super::super::touches::Touch;
 use super::units::{BACKINGS, Backing, Unit, Ways};
 use crate::snapshot::{Extent, PlannedExtent, ResolvedRun};
@@ -77,6 +77,9 @@ impl<'a> Field<'a> {
 
     /// A block of several units can also be taken as one if the tip's file shows all of it: its own pages, and holes.
     fn add_wholes(&mut self) {
+        if !self.ground.tiers.is_empty() {
+            return;
+        }
         let tip = self.ground.layers - 1;
         for block in &mut self.blocks {
             let units = &self.units[block.units.clone()];
@@ -87,7 +90,7 @@ impl<'a> Field<'a> {
                 continue;
             };
             let extent = Extent { first: first.extent.first, pages };
-            let source = hole(self.ground.layout, tip, extent.first);
+            let source = self.ground.hole(extent.first);
             let unit = Unit { extent, source, zero: false, touch: first.touch };
             block.whole = Some((unit, unit.ways(self.ground, self.touches)));
         }

@@ -3,7 +3,7 @@
 use super::super::Ground;
 use super::super::estimate::tally;
 use super::super::model::{AnonBlock, FileBlock, GROUP_PAGES, Tally};
-use super::super::place::{BLOCK_PAGES, advance, hole, pieces};
+use super::super::place::{BLOCK_PAGES, advance, pieces};
 use super::super::touches::Touch;
 use crate::snapshot::{Content, Extent, Fill, PAGE_SIZE, PageSource, Placement, PlannedExtent};
 use crate::tiering::costs::{Costs, SourceCache};
@@ -55,9 +55,7 @@ impl Unit {
     /// The unit of a part of a resolved run.
     pub fn of(ground: &Ground, content: Content, run: Extent, part: Extent, touch: usize) -> Unit {
         match content {
-            Content::Zero => {
-                Unit { extent: part, source: hole(ground.layout, ground.layers - 1, part.first), zero: true, touch }
-            }
+            Content::Zero => Unit { extent: part, source: ground.hole(part.first), zero: true, touch },
             Content::Layer(source) => {
                 let source = advance(source, part.first.0 - run.first.0);
                 Unit { extent: part, source: Some(source), zero: false, touch }

@@ -1,0 +1,116 @@
+//! Tiers: where the pages of a snapshot are besides its own files.
+//!
+//! A tier is opened for one snapshot. Those that are byte-addressable are mapped, all of them can be read; the system
+//! calls for that are made in `vmm`.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::snapshot::{Chain, Content, Error, Extent, PAGE_SIZE, PageSet, PageSource, ResolvedRun, TierSource};
+
+/// A pool that is open for one snapshot. Whatever it holds of it stays as it is while this lives.
+pub trait Tier: Send + Sync + fmt::Debug {
+    /// What plans say of it.
+    fn source(&self) -> TierSource;
+
+    /// What it is called in messages.
+    fn path(&self) -> &Path;
+
+    /// Which pages of the snapshot it has, and where: ascending.
+    ///
+    /// # Errors
+    /// What it says cannot be read, or cannot be.
+    fn runs(&self) -> Result<Vec<TierRun>, super::Error>;
+
+    /// Whether every page of the snapshot that it does not have is zero.
+    fn is_complete(&self) -> bool;
+
+    /// How it is mapped, if it is byte-addressable.
+    fn mapping(&self) -> Option<Mappable<'_>>;
+
+    /// Fills `bytes` (whole pages) from `offset` of its data on. Never returns wrong bytes: what does not match its
+    /// checksum is an error.
+    ///
+    /// # Errors
+    /// Bytes that cannot be had.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Checks bytes that somebody else has copied from `offset` on.
+    ///
+    /// # Errors
+    /// They do not match their checksums.
+    fn verify(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Pages of a snapshot that lie one after the other in a tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TierRun {
+    pub extent: Extent,
+    /// Of the first, bytes.
+    pub offset: u64,
+}
+
+/// A byte-addressable tier's data, as a file to be mapped.
+#[derive(Clone, Copy, Debug)]
+pub struct Mappable<'a> {
+    pub file: &'a File,
+    /// Where its data starts in the file, bytes.
+    pub base: u64,
+    /// What offset, address and length of a mapping are multiples of, bytes.
+    pub align: u64,
+    /// Whether it can be mapped private, so that the kernel copies what is written. If not, it is mapped shared and
+    /// read-only.
+    pub copy_on_write: bool,
+    /// Whether it is made of huge pages: one fault shows 2 MiB.
+    pub huge: bool,
+    /// Whether read(2) works on it.
+    pub readable: bool,
+}
+
+/// As [`Chain::resolve`], with each page from the first of `tiers` that has it.
+///
+/// # Errors
+/// As for [`Chain::resolve`] and [`Tier::runs`].
+pub fn resolve(chain: &Chain, tiers: &[Arc<dyn Tier>]) -> Result<Vec<ResolvedRun>, super::Error> {
+    if tiers.is_empty() {
+        return Ok(chain.resolve()?);
+    }
+    let layout = chain.layout();
+    let mut rest: PageSet = layout.extents().collect();
+    let mut runs: Vec<ResolvedRun> = Vec::new();
+    for (index, tier) in tiers.iter().enumerate() {
+        let (layer, known) = (chain.layers().len() + index, runs.len());
+        for TierRun { extent, offset } in tier.runs()? {
+            for part in rest.runs_in(extent) {
+                let offset = offset + (part.first.0 - extent.first.0) * PAGE_SIZE;
+                runs.push(ResolvedRun { extent: part, content: Content::Layer(PageSource { layer, offset }) });
+            }
+        }
+        runs[known..].iter().for_each(|run| rest.remove_run(run.extent));
+        if tier.is_complete() {
+            let zero = rest.runs().flat_map(|run| layout.split(run));
+            runs.extend(zero.map(|extent| ResolvedRun { extent, content: Content::Zero }));
+            rest = PageSet::new();
+        }
+    }
+    for run in if rest.is_empty() { Vec::new() } else { chain.resolve()? } {
+        for part in rest.runs_in(run.extent) {
+            let skipped = (part.first.0 - run.extent.first.0) * PAGE_SIZE;
+            let content = match run.content {
+                Content::Zero => Content::Zero,
+                Content::Layer(from) => Content::Layer(PageSource { offset: from.offset + skipped, ..from }),
+            };
+            runs.push(ResolvedRun { extent: part, content });
+        }
+    }
+    runs.sort_unstable_by_key(|run| run.extent.first);
+    let pages: u64 = runs.iter().map(|run| run.extent.pages).sum();
+    if runs.iter().any(|run| !layout.contains(run.extent)) || pages != layout.pages() {
+        let object = tiers[0].path().display().to_string();
+        return Err(Error::Malformed { object, problem: "it has pages that the guest does not have".into() }.into());
+    }
+    Ok(runs)
+}
