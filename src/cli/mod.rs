@@ -7,8 +7,10 @@ mod inspect;
 mod merge;
 mod overrides;
 mod plan;
+mod pool;
 mod profile;
 mod report;
+mod serve;
 mod snapshot;
 mod vm;
 
@@ -85,6 +87,10 @@ enum Command {
     Profile(profile::ProfileArgs),
     /// Measure what memory operations cost on this host
     Calibrate(calibrate::CalibrateArgs),
+    /// Make, fill and look at pools: memory that holds the pages of many snapshots
+    Pool(pool::PoolArgs),
+    /// Serve a cold pool to VMs on other hosts
+    ServePages(serve::ServeArgs),
     /// Show what a policy would do with a snapshot, or write it to a file
     Plan(plan::PlanArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
@@ -99,6 +105,8 @@ impl Command {
         match self {
             Command::Restore(_) => false,
             Command::Profile(args) => !args.runs_a_vm(),
+            // It outlives who reads where it listens.
+            Command::ServePages(_) => false,
             _ => true,
         }
     }
@@ -130,6 +138,8 @@ pub fn main() -> ExitCode {
         Some(Command::Profile(args)) => profile::run(&args),
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
+        Some(Command::Pool(args)) => pool::run(&args),
+        Some(Command::ServePages(args)) => serve::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };

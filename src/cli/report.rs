@@ -54,6 +54,7 @@ pub fn collect(
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
         "fault_ins": fault_ins,
+        "cold": parts.as_ref().and_then(|parts| parts.cold.as_ref()),
         "exits": parts.as_ref().map(|parts| parts.counters_json()),
         "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
     })))

@@ -53,6 +53,11 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, tcp:HOST:PORT[,HOST:PORT…], or
+    /// with object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands
+    /// by
+    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
+    cold: Vec<String>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -95,6 +100,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,
+        cold_pools: args.cold.clone(),
         handler: None,
         overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,

@@ -36,6 +36,8 @@ pub struct Snapshot {
     memory: File,
     memory_len: u64,
     memory_path: PathBuf,
+    /// The memory file was not opened: another file stands in for it and is never read.
+    is_elsewhere: bool,
     page_map: OnceLock<PageMap>,
 }
 
@@ -64,6 +66,22 @@ impl Snapshot {
     /// # Errors
     /// As for [`open`](Snapshot::open).
     pub(crate) fn open_state(location: &Location) -> Result<Snapshot> {
+        Snapshot::open_with(location, &location.memory_path(), false)
+    }
+
+    /// As [`open`](Snapshot::open), but the memory file need not even be there: guest memory is somewhere else.
+    ///
+    /// # Errors
+    /// As for [`open`](Snapshot::open).
+    pub(crate) fn open_elsewhere(location: &Location) -> Result<Snapshot> {
+        let stand_in = match location {
+            Location::Dir(dir) => dir.join(STATE_FILE),
+            Location::Files { snapshot, .. } => snapshot.clone(),
+        };
+        Snapshot::open_with(location, &stand_in, true)
+    }
+
+    fn open_with(location: &Location, memory: &Path, is_elsewhere: bool) -> Result<Snapshot> {
         let object = location.display();
         let (manifest, container) = match location {
             Location::Dir(dir) => open_dir(dir, &object)?,
@@ -77,10 +95,21 @@ impl Snapshot {
             return Err(Error::DigestMismatch { object, part: "state" });
         }
         let memory_path = location.memory_path();
-        let (memory, memory_len) = files::open_regular(&memory_path)?;
+        let (memory, memory_len) = files::open_regular(memory)?;
         let location = location.clone();
         let page_map = OnceLock::new();
-        Ok(Snapshot { location, object, manifest, container, state, memory, memory_len, memory_path, page_map })
+        Ok(Snapshot {
+            location,
+            object,
+            manifest,
+            container,
+            state,
+            memory,
+            memory_len,
+            memory_path,
+            is_elsewhere,
+            page_map,
+        })
     }
 
     /// The manifest.
@@ -166,6 +195,11 @@ impl Snapshot {
     /// The memory file, open for reading.
     pub fn memory(&self) -> &File {
         &self.memory
+    }
+
+    /// Whether guest memory is somewhere else: then [`memory`](Snapshot::memory) is not it.
+    pub fn is_elsewhere(&self) -> bool {
+        self.is_elsewhere
     }
 
     /// The path of the memory file.

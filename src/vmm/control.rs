@@ -126,6 +126,8 @@ pub struct LoadSnapshot {
     pub dram_mib: Option<u64>,
     /// The most memory of the CXL tier a plan may use, MiB.
     pub cxl_mib: Option<u64>,
+    /// Cold pools that hold the snapshot's memory, nearest first: the memory files are not read then.
+    pub cold_pools: Vec<String>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// What this clone's devices are to have on the host's side.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::capture::Captured;
+use super::cold;
 use super::config::{DeviceConfigs, VmConfig};
 use super::control::{
     BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request,
@@ -27,6 +28,7 @@ use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
 use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
 use crate::tiering;
+use crate::tiering::chunks::{ColdCounts, lower};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::CostsUsed;
 use crate::tiering::profile::Profile;
@@ -291,16 +293,24 @@ impl Controller {
         before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let chain = Arc::new(match load.handler {
-            None => Chain::open(&location(&load.location))?,
-            Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
+        let chain = Arc::new(match &load.handler {
+            None if load.cold_pools.is_empty() => Chain::open(&location(&load.location))?,
+            None => Chain::open_elsewhere(&location(&load.location))?,
+            Some(_) if load.cold_pools.is_empty() => Chain::open_without_memory(&load.location.snapshot)?,
+            Some(_) => return Err(Error::ColdAndHandler),
         });
+        let cold = cold::open(&load.cold_pools, &chain, self.outside.fault_timeout)?;
         let tiers = Vec::new();
         let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
+        let plan = match &cold {
+            Some(pool) => lower(&plan, chain.layers().len(), chain.layout(), pool.index())?,
+            None => plan,
+        };
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
             chain,
+            cold,
             tiers,
             plan: &plan,
             track_dirty_pages: load.track_dirty_pages,
@@ -494,6 +504,8 @@ pub struct Parts<'a> {
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
+    /// What the cold pool was asked for, if there is one.
+    pub cold: Option<ColdCounts>,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
     virtio: &'a VirtioDevices,
@@ -507,6 +519,7 @@ impl<'a> Parts<'a> {
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
+            cold: machine.cold_counts(),
             single_pages: machine.maps_single_pages(),
             virtio: machine.virtio(),
             counters: machine.counters(),
