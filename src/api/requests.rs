@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::devices::{DriveOverrideBody, MacOverrideBody, NetworkOverrideBody, VsockOverrideBody};
 use super::fault::Fault;
+use crate::vmm::cold::ColdPools;
 use crate::vmm::config::{
     BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac,
 };
@@ -190,6 +191,9 @@ struct LoadExtension {
     /// Cold pools that hold the snapshot's memory, nearest first.
     #[serde(default)]
     cold_pools: Vec<String>,
+    /// Where chunks that come from other hosts are kept, and how many MiB of them.
+    cold_cache: Option<PathBuf>,
+    cold_cache_mib: Option<u64>,
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
@@ -248,7 +252,11 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         costs: None,
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
-        cold_pools: load.tvmm.cold_pools,
+        cold: ColdPools {
+            pools: load.tvmm.cold_pools,
+            cache: load.tvmm.cold_cache,
+            cache_mib: load.tvmm.cold_cache_mib,
+        },
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,

@@ -14,6 +14,7 @@ use super::{BoxError, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
 use crate::tiering::profile::Profile;
+use crate::vmm::cold::ColdPools;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
 use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
@@ -53,11 +54,18 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
-    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, tcp:HOST:PORT[,HOST:PORT…], or
+    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
+    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], or
     /// with object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands
     /// by
     #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
     cold: Vec<String>,
+    /// Keep chunks that come from other hosts in this directory
+    #[arg(long, value_name = "DIR", requires = "cold")]
+    cold_cache: Option<PathBuf>,
+    /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
+    #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
+    cold_cache_size: Option<u64>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -100,7 +108,11 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,
-        cold_pools: args.cold.clone(),
+        cold: ColdPools {
+            pools: args.cold.clone(),
+            cache: args.cold_cache.clone(),
+            cache_mib: args.cold_cache_size,
+        },
         handler: None,
         overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,

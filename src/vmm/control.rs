@@ -15,6 +15,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::cold::ColdPools;
 use super::config::{
     BootSource, ConfigError, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
     VmConfig,
@@ -127,7 +128,7 @@ pub struct LoadSnapshot {
     /// The most memory of the CXL tier a plan may use, MiB.
     pub cxl_mib: Option<u64>,
     /// Cold pools that hold the snapshot's memory, nearest first: the memory files are not read then.
-    pub cold_pools: Vec<String>,
+    pub cold: ColdPools,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// What this clone's devices are to have on the host's side.

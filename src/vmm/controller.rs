@@ -294,12 +294,12 @@ impl Controller {
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
         let chain = Arc::new(match &load.handler {
-            None if load.cold_pools.is_empty() => Chain::open(&location(&load.location))?,
+            None if load.cold.pools.is_empty() => Chain::open(&location(&load.location))?,
             None => Chain::open_elsewhere(&location(&load.location))?,
-            Some(_) if load.cold_pools.is_empty() => Chain::open_without_memory(&load.location.snapshot)?,
+            Some(_) if load.cold.pools.is_empty() => Chain::open_without_memory(&load.location.snapshot)?,
             Some(_) => return Err(Error::ColdAndHandler),
         });
-        let cold = cold::open(&load.cold_pools, &chain, self.outside.fault_timeout)?;
+        let cold = cold::open(&load.cold, &chain, self.outside.fault_timeout)?;
         let tiers = Vec::new();
         let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
         let plan = match &cold {

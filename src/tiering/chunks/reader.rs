@@ -64,6 +64,8 @@ pub struct SourceCounters {
     pub requests: AtomicU64,
     pub round_trips: AtomicU64,
     pub connections: AtomicU64,
+    /// Chunks that were in a cache of this host.
+    pub cached: AtomicU64,
     chunks: AtomicU64,
     stored: AtomicU64,
     pages: AtomicU64,
@@ -87,6 +89,8 @@ pub struct SourceCounts {
     pub round_trips: u64,
     /// Connections made.
     pub connections: u64,
+    /// Chunks, of those it gave, that were in this host's cache directory.
+    pub cached: u64,
     /// Attempts that failed and were made again, here or elsewhere.
     pub retries: u64,
     /// Chunks that came with other bytes than were stored.
@@ -135,13 +139,11 @@ impl ColdPool {
                         let problem = "it describes another layout of guest memory".to_string();
                         return Err(ChunkError::OtherMemory { object: place.name().to_string(), problem });
                     }
+                    whys.iter().for_each(|why| tracing::warn!(%why, "A cold pool is passed over"));
                     let (cached_reads, alike) = (AtomicU64::new(0), alike.clamp(1, places.len()));
                     return Ok(Arc::new(ColdPool { index, digest, places, alike, cached_reads, patience }));
                 }
-                Err(why) => {
-                    tracing::warn!(place = place.name(), %why, "A cold pool cannot be used");
-                    whys.push(format!("{}: {why}", place.name()));
-                }
+                Err(why) => whys.push(format!("{}: {why}", place.name())),
             }
         }
         Err(ChunkError::NoPlace(whys.join("; ")))
@@ -175,6 +177,7 @@ impl ColdPool {
             requests: get(&counters.requests),
             round_trips: get(&counters.round_trips),
             connections: get(&counters.connections),
+            cached: get(&counters.cached),
             retries: get(&counters.retries),
             damaged: get(&counters.damaged),
         };
@@ -381,9 +384,15 @@ impl ColdReader {
             }
         };
         let said = format!("{}: {why}", place.name());
-        tracing::warn!(place = place.name(), %why, "A cold pool has failed");
-        let next = (1..=self.slots.len()).map(|step| (self.current + step) % self.slots.len());
-        self.current = next.into_iter().find(|slot| self.slots[*slot].dead.is_none()).unwrap_or(self.current);
+        let mut next = (1..self.slots.len()).map(|step| (self.current + step) % self.slots.len());
+        match next.find(|slot| self.slots[*slot].dead.is_none()) {
+            Some(other) => {
+                tracing::warn!(why = said, instead = self.pool.places[other].0.name(), "A cold pool has failed");
+                self.current = other;
+            }
+            // The report counts it; if nothing comes of it, the error says it.
+            None => tracing::info!(why = said, "A cold pool has failed"),
+        }
         said
     }
 
