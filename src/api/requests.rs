@@ -194,6 +194,9 @@ struct LoadExtension {
     /// Where chunks that come from other hosts are kept, and how many MiB of them.
     cold_cache: Option<PathBuf>,
     cold_cache_mib: Option<u64>,
+    /// Pools to take guest memory from, in order of preference.
+    #[serde(default)]
+    pools: Vec<PathBuf>,
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
@@ -244,7 +247,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         (Some(backend), None) => (Some(backend.backend_path), "backend_path", None),
         (None, memory) => (memory, "mem_file_path", None),
     };
-    let command = Command::LoadSnapshot(LoadSnapshot {
+    let command = Command::LoadSnapshot(Box::new(LoadSnapshot {
         location: snapshot_paths(load.snapshot_path, memory, memory_key)?,
         policy: load.tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
         profile: load.tvmm.profile,
@@ -257,12 +260,13 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
             cache: load.tvmm.cold_cache,
             cache_mib: load.tvmm.cold_cache_mib,
         },
+        pools: load.tvmm.pools,
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
         clock_realtime: load.clock_realtime,
         resume: load.resume_vm,
-    });
+    }));
     Ok(Parsed { command, is_deprecated })
 }
 

@@ -87,12 +87,12 @@ enum Command {
     Profile(profile::ProfileArgs),
     /// Measure what memory operations cost on this host
     Calibrate(calibrate::CalibrateArgs),
-    /// Make, fill and look at pools: memory that holds the pages of many snapshots
+    /// Show what a policy would do with a snapshot, or write it to a file
+    Plan(plan::PlanArgs),
+    /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
     Pool(pool::PoolArgs),
     /// Serve a cold pool to VMs on other hosts
     ServePages(serve::ServeArgs),
-    /// Show what a policy would do with a snapshot, or write it to a file
-    Plan(plan::PlanArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Measure
@@ -127,6 +127,7 @@ fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
 /// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    signals::outlive_file_size_limit();
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }

@@ -66,6 +66,9 @@ pub struct RestoreArgs {
     /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
     #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
     cold_cache_size: Option<u64>,
+    /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
+    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
+    pool: Vec<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -108,11 +111,8 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,
-        cold: ColdPools {
-            pools: args.cold.clone(),
-            cache: args.cold_cache.clone(),
-            cache_mib: args.cold_cache_size,
-        },
+        cold: ColdPools { pools: args.cold.clone(), cache: args.cold_cache.clone(), cache_mib: args.cold_cache_size },
+        pools: args.pool.clone(),
         handler: None,
         overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,

@@ -34,6 +34,7 @@ pub struct Snapshot {
     /// The state sections of the container; in the two-file form it has others too.
     state: Vec<SectionInfo>,
     memory: File,
+    /// 0: the memory file was never looked at, and something else stands in for it.
     memory_len: u64,
     memory_path: PathBuf,
     /// The memory file was not opened: another file stands in for it and is never read.
@@ -66,22 +67,33 @@ impl Snapshot {
     /// # Errors
     /// As for [`open`](Snapshot::open).
     pub(crate) fn open_state(location: &Location) -> Result<Snapshot> {
-        Snapshot::open_with(location, &location.memory_path(), false)
+        Snapshot::open_with(location, &location.memory_path())
     }
 
-    /// As [`open`](Snapshot::open), but the memory file need not even be there: guest memory is somewhere else.
+    /// As [`open`](Snapshot::open) for a snapshot whose memory comes from a pool: the memory file need not even be there.
     ///
     /// # Errors
     /// As for [`open`](Snapshot::open).
-    pub(crate) fn open_elsewhere(location: &Location) -> Result<Snapshot> {
+    pub fn open_without_memory(location: &Location) -> Result<Snapshot> {
         let stand_in = match location {
             Location::Dir(dir) => dir.join(STATE_FILE),
             Location::Files { snapshot, .. } => snapshot.clone(),
         };
-        Snapshot::open_with(location, &stand_in, true)
+        Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in)? })
     }
 
-    fn open_with(location: &Location, memory: &Path, is_elsewhere: bool) -> Result<Snapshot> {
+    /// As [`open`](Snapshot::open) for a snapshot whose memory file is somewhere else: it need not be there, and has the
+    /// pages that the manifest says all the same.
+    ///
+    /// # Errors
+    /// As for [`open`](Snapshot::open).
+    pub(crate) fn open_elsewhere(location: &Location) -> Result<Snapshot> {
+        let snapshot = Snapshot::open_without_memory(location)?;
+        let (memory_len, memory_path) = (snapshot.layout().file_len(), location.memory_path());
+        Ok(Snapshot { memory_len, memory_path, is_elsewhere: true, ..snapshot })
+    }
+
+    fn open_with(location: &Location, memory_path: &Path) -> Result<Snapshot> {
         let object = location.display();
         let (manifest, container) = match location {
             Location::Dir(dir) => open_dir(dir, &object)?,
@@ -94,8 +106,8 @@ impl Snapshot {
         if digest_of(&container, &state)? != manifest.digests.vmstate {
             return Err(Error::DigestMismatch { object, part: "state" });
         }
-        let memory_path = location.memory_path();
-        let (memory, memory_len) = files::open_regular(memory)?;
+        let memory_path = memory_path.to_path_buf();
+        let (memory, memory_len) = files::open_regular(&memory_path)?;
         let location = location.clone();
         let page_map = OnceLock::new();
         Ok(Snapshot {
@@ -107,7 +119,7 @@ impl Snapshot {
             memory,
             memory_len,
             memory_path,
-            is_elsewhere,
+            is_elsewhere: false,
             page_map,
         })
     }
@@ -200,6 +212,11 @@ impl Snapshot {
     /// Whether guest memory is somewhere else: then [`memory`](Snapshot::memory) is not it.
     pub fn is_elsewhere(&self) -> bool {
         self.is_elsewhere
+    }
+
+    /// How many bytes of the memory file pages can come from: none, if the snapshot was opened without it.
+    pub fn memory_len(&self) -> u64 {
+        self.memory_len
     }
 
     /// The path of the memory file.

@@ -12,6 +12,7 @@ pub mod fault;
 pub mod fit;
 pub mod plan_file;
 pub mod policy;
+pub mod pool;
 pub mod profile;
 pub mod recorder;
 pub mod tier;
@@ -58,6 +59,8 @@ pub enum Error {
     PlanFile { path: PathBuf, problem: String },
     #[error(transparent)]
     Cold(#[from] chunks::ChunkError),
+    #[error(transparent)]
+    Pool(#[from] pool::Error),
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
 }

@@ -75,7 +75,7 @@ pub enum Command {
     /// Save a paused machine. → [`Reply::Snapshot`]
     CreateSnapshot(CreateSnapshot),
     /// Become the machine of a snapshot.
-    LoadSnapshot(LoadSnapshot),
+    LoadSnapshot(Box<LoadSnapshot>),
 }
 
 /// Where a snapshot is.
@@ -129,6 +129,8 @@ pub struct LoadSnapshot {
     pub cxl_mib: Option<u64>,
     /// Cold pools that hold the snapshot's memory, nearest first: the memory files are not read then.
     pub cold: ColdPools,
+    /// Pools to take guest memory from instead of the snapshot's files, in order of preference.
+    pub pools: Vec<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// What this clone's devices are to have on the host's side.

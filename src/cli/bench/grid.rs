@@ -47,6 +47,9 @@ pub struct GridArgs {
     /// Show the least and the most beside each median
     #[arg(long)]
     spans: bool,
+    /// Add each snapshot to this pool, with its profile, and take memory from there; it is removed again
+    #[arg(long, value_name = "POOL")]
+    pool: Option<PathBuf>,
     /// Where snapshots are made; default: the directory for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -113,6 +116,10 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
             let numbers = measure(args, &policies, &trial, cache, &bar)?;
             results.push((format!("{}, {}", case.name(), cache.name()), numbers));
         }
+        if let Some(pool) = &args.pool {
+            tvmm(&trial.exe, &["pool", "rm"], &[pool, Path::new(&name_in_pool(&dir))])?;
+            tvmm(&trial.exe, &["pool", "gc"], &[pool])?;
+        }
         std::fs::remove_dir_all(&dir)?;
     }
     bar.finish_and_clear();
@@ -169,22 +176,38 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     client.request("PUT", "/snapshot/create", Some(&json!({ "snapshot_path": snapshot })), TIMEOUT)?;
     drop(guest);
     let (profile, function) = (dir.join("run.profile"), case.function());
-    let mut record = Command::new(&exe);
-    record.args(["profile", "record", "--recorder", "uffd", "--run", &function]);
-    record.arg("--snapshot").arg(&snapshot).arg("--out").arg(&profile);
-    let output = record.stdin(Stdio::null()).output()?;
-    if !output.status.success() {
-        return refuse(format!("Recording failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
+    let record = ["profile", "record", "--recorder", "uffd", "--run", &function];
+    tvmm(&exe, &record, &[Path::new("--snapshot"), &snapshot, Path::new("--out"), &profile])?;
+    if let Some(pool) = &args.pool {
+        let name = name_in_pool(dir);
+        tvmm(&exe, &["pool", "add", "--name", &name], &[Path::new("--profile"), &profile, pool, &snapshot])?;
     }
     Ok(Trial {
         exe,
         snapshot,
         profile: Some(profile),
+        pool: args.pool.clone(),
         function,
         run_port: None,
         with_api: false,
         scratch: dir.to_owned(),
     })
+}
+
+/// Runs a command of this program that must succeed.
+fn tvmm(exe: &Path, args: &[&str], paths: &[&Path]) -> Result<(), BoxError> {
+    let output = Command::new(exe).args(args).args(paths).stdin(Stdio::null()).output()?;
+    match output.status.success() {
+        true => Ok(()),
+        false => {
+            refuse(format!("`tvmm {}` failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim()))
+        }
+    }
+}
+
+/// No two benchmarks have the same scratch directory, and no two cases.
+fn name_in_pool(dir: &Path) -> String {
+    dir.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("-")
 }
 
 const TIMEOUT: Duration = Duration::from_secs(300);

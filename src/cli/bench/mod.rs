@@ -75,6 +75,8 @@ struct Trial {
     exe: PathBuf,
     snapshot: PathBuf,
     profile: Option<PathBuf>,
+    /// The pool that memory comes from, if not from the snapshot's files.
+    pool: Option<PathBuf>,
     function: String,
     /// Where the guest takes requests, if it is not the serial line.
     run_port: Option<u32>,
@@ -94,6 +96,9 @@ impl Trial {
         command.args(["--policy", policy.name(), "--run", &self.function]).arg("--report").arg(&report_path);
         if let Some(profile) = self.profile.as_ref().filter(|_| policy.needs_profile()) {
             command.arg("--profile").arg(profile);
+        }
+        if let Some(pool) = &self.pool {
+            command.arg("--pool").arg(pool);
         }
         if let Some(port) = self.run_port {
             command.args(["--run-port", &port.to_string(), "--vsock"]).arg(self.scratch.join("v.sock"));

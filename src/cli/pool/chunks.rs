@@ -3,29 +3,51 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use crate::cli::merge::bytes_bar;
 use crate::cli::{BoxError, refuse};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, SnapshotId};
-use crate::tiering::chunks::store::{Manifest, Store};
-use crate::tiering::chunks::{Compression, DEFAULT_CHUNK_PAGES, Index, Packed};
+use crate::tiering::chunks::store::{MANIFEST, Manifest, Store};
+use crate::tiering::chunks::{Compression, DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES, Index, Packed};
 use crate::tiering::profile::{Profile, nonzero};
 
 /// Guest memory under one chunk when nobody says otherwise, KiB.
-pub const DEFAULT_CHUNK_KIB: u64 = (DEFAULT_CHUNK_PAGES * PAGE_SIZE) >> 10;
+const DEFAULT_CHUNK_KIB: u64 = (DEFAULT_CHUNK_PAGES * PAGE_SIZE) >> 10;
+
+/// What only pools of chunks have.
+#[derive(Debug, Args)]
+pub struct ChunkArgs {
+    /// Compressed chunks: guest memory under one, KiB, a power of two from 64 to 2048 [default: 128]
+    #[arg(long, value_name = "KIB")]
+    chunk: Option<u64>,
+    /// Compressed chunks: what the way to the pool carries, MB/s, which decides what compression pays [default: 1200]
+    #[arg(long, value_name = "MBPS", value_parser = clap::value_parser!(u64).range(1..))]
+    bandwidth: Option<u64>,
+}
+
+impl ChunkArgs {
+    /// Byte-addressable pools have no chunks.
+    pub fn refuse_for_cxl(&self) -> Result<(), BoxError> {
+        match (self.chunk, self.bandwidth) {
+            (None, None) => Ok(()),
+            _ => refuse("--chunk and --bandwidth are for pools of compressed chunks (--tier remote, --tier file)"),
+        }
+    }
+}
+
+/// Whether there is a pool of chunks at `pool`; anything else is for who opens it to judge.
+pub fn is_one(pool: &Path) -> bool {
+    pool.join(MANIFEST).exists()
+}
 
 /// Makes a pool of an empty or missing directory.
-pub fn create(at: &Path, chunk_kib: u64, bandwidth_mbps: u64) -> Result<ExitCode, BoxError> {
-    // What is no whole number of pages becomes one that is refused.
-    let pages = chunk_kib.checked_mul(1024).filter(|bytes| bytes.is_multiple_of(PAGE_SIZE)).unwrap_or(0) / PAGE_SIZE;
-    if pages == 0 {
-        return refuse(format!(
-            "A chunk cannot hold {chunk_kib} KiB of guest memory, only a power of two from 64 to 2048"
-        ));
-    }
-    let store = Store::create(at, Manifest::new(pages, bandwidth_mbps)?)?;
+pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
+    let (chunk_kib, bandwidth_mbps) =
+        (args.chunk.unwrap_or(DEFAULT_CHUNK_KIB), args.bandwidth.unwrap_or(DEFAULT_BANDWIDTH_MBPS));
+    let store = Store::create(at, Manifest::new(chunk_kib, bandwidth_mbps)?)?;
     println!("{}", store.dir().display());
     eprintln!("cold pool: chunks of {chunk_kib} KiB, compressed for {bandwidth_mbps} MB/s");
     Ok(ExitCode::SUCCESS)

@@ -1,14 +1,23 @@
-//! `tvmm pool`: memory that holds the pages of many snapshots.
+//! `tvmm pool`: memory that holds the pages of many snapshots, and that VMs map.
 
 mod chunks;
+mod show;
+mod usage;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
 
-use super::BoxError;
-use crate::tiering::chunks::DEFAULT_BANDWIDTH_MBPS;
+use super::merge::bytes_bar;
+use super::{BoxError, refuse};
+use crate::snapshot::{Chain, Location, PoolId};
+use crate::tiering::costs::Costs;
+use crate::tiering::pool::add::{Added, name_of};
+use crate::tiering::pool::{Error, Medium, Writer, fsck, writer};
+use crate::tiering::profile::Profile;
+use crate::vmm::media;
 
 #[derive(Debug, Args)]
 pub struct PoolArgs {
@@ -19,6 +28,8 @@ pub struct PoolArgs {
 /// What kind of memory a pool is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum TierName {
+    /// Byte-addressable: mapped in place
+    Cxl,
     /// Compressed chunks in a directory, to be served to other hosts (`tvmm serve-pages`), or in an object store
     Remote,
     /// Compressed chunks in a directory of this host
@@ -32,23 +43,31 @@ enum PoolCommand {
         /// What kind of memory it is
         #[arg(long, value_enum)]
         tier: TierName,
-        /// Where: a directory
+        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system), or numa:N
         #[arg(long, value_name = "PATH")]
         at: PathBuf,
-        /// Guest memory under one compressed chunk, KiB: a power of two from 64 to 2048
-        #[arg(long, value_name = "KIB", default_value_t = chunks::DEFAULT_CHUNK_KIB)]
-        chunk: u64,
-        /// What the way to the pool carries, MB/s: decides which compression pays
-        #[arg(long, value_name = "MBPS", default_value_t = DEFAULT_BANDWIDTH_MBPS, value_parser = clap::value_parser!(u64).range(1..))]
-        bandwidth: u64,
+        /// How large, in GiB (0.5 is half a GiB); a device is taken whole without it
+        #[arg(long, value_name = "GIB")]
+        size: Option<f64>,
+        /// Format the device of this name, whatever is on it
+        #[arg(long, value_name = "DEVICE-NAME")]
+        format: Option<String>,
+        #[command(flatten)]
+        chunks: chunks::ChunkArgs,
     },
-    /// Add a snapshot
+    /// Add a snapshot: store the pages that the pool does not have
     Add {
         pool: PathBuf,
         snapshot: PathBuf,
-        /// A profile: what it touches is stored together, so that it is fetched without the rest
+        /// A profile: what is read is packed together in 2 MiB blocks, apart from what is written
         #[arg(long, value_name = "FILE")]
         profile: Option<PathBuf>,
+        /// What to call it; default: as its directory
+        #[arg(long)]
+        name: Option<String>,
+        /// About how often it will be restored: the more often, the fewer mappings it may cost to share a page
+        #[arg(long, default_value_t = 100, value_name = "COUNT")]
+        restores: u64,
         #[arg(long)]
         json: bool,
     },
@@ -58,17 +77,20 @@ enum PoolCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Show what is in a pool
+    /// Draw what is in a pool, who shares it, and where the memory of running VMs is
     Show {
         pool: PathBuf,
         #[arg(long)]
         json: bool,
     },
-    /// Remove a snapshot, by id
+    /// Remove a snapshot, by name or id; `gc` frees its pages when no VM maps them
     Rm { pool: PathBuf, snapshot: String },
-    /// Remove what an interrupted writer left
+    /// Free the pages of removed snapshots
     Gc {
         pool: PathBuf,
+        /// VMs of other hosts count as gone when they have not been heard of for so long
+        #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+        lease_expiry: u64,
         #[arg(long)]
         json: bool,
     },
@@ -82,14 +104,132 @@ enum PoolCommand {
 
 pub fn run(args: &PoolArgs) -> Result<ExitCode, BoxError> {
     match &args.command {
-        PoolCommand::Create { tier: TierName::Remote | TierName::File, at, chunk, bandwidth } => {
-            chunks::create(at, *chunk, *bandwidth)
+        PoolCommand::Create { tier: TierName::Cxl, at, size, format, chunks } => {
+            chunks.refuse_for_cxl()?;
+            create(at, *size, format.as_deref())
         }
-        PoolCommand::Add { pool, snapshot, profile, json } => chunks::add(pool, snapshot, profile.as_deref(), *json),
-        PoolCommand::Ls { pool, json } => chunks::list(pool, *json),
-        PoolCommand::Show { pool, json } => chunks::show(pool, *json),
-        PoolCommand::Rm { pool, snapshot } => chunks::remove(pool, snapshot),
-        PoolCommand::Gc { pool, json } => chunks::collect(pool, *json),
-        PoolCommand::Fsck { pool, json } => chunks::check(pool, *json),
+        PoolCommand::Create { tier: TierName::Remote | TierName::File, at, size: None, format: None, chunks } => {
+            chunks::create(at, chunks)
+        }
+        PoolCommand::Create { .. } => {
+            refuse("Pools of compressed chunks grow as they are filled: leave --size and --format out")
+        }
+        PoolCommand::Add { pool, snapshot, profile, json, .. } if chunks::is_one(pool) => {
+            chunks::add(pool, snapshot, profile.as_deref(), *json)
+        }
+        PoolCommand::Ls { pool, json } if chunks::is_one(pool) => chunks::list(pool, *json),
+        PoolCommand::Show { pool, json } if chunks::is_one(pool) => chunks::show(pool, *json),
+        PoolCommand::Rm { pool, snapshot } if chunks::is_one(pool) => chunks::remove(pool, snapshot),
+        PoolCommand::Gc { pool, json, .. } if chunks::is_one(pool) => chunks::collect(pool, *json),
+        PoolCommand::Fsck { pool, json } if chunks::is_one(pool) => chunks::check(pool, *json),
+        PoolCommand::Add { .. } => add(&args.command),
+        PoolCommand::Ls { pool, json } => show::list(&media::open(pool)?, *json),
+        PoolCommand::Show { pool, json } => show::show(&media::open(pool)?, *json),
+        PoolCommand::Rm { pool, snapshot } => remove(pool, snapshot),
+        PoolCommand::Gc { pool, lease_expiry, json } => collect(pool, *lease_expiry, *json),
+        PoolCommand::Fsck { pool, json } => check(pool, *json),
     }
+}
+
+fn create(at: &std::path::Path, gib: Option<f64>, format: Option<&str>) -> Result<ExitCode, BoxError> {
+    let size = match gib {
+        Some(gib) if !(gib > 0.0 && gib < f64::from(1 << 20)) => {
+            return refuse(format!("A pool of {gib} GiB cannot be"));
+        }
+        gib => gib.map(|gib| (gib * f64::from(1 << 30)) as u64),
+    };
+    let mut id = PoolId::default();
+    rustix::rand::getrandom(&mut id.0, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
+    let medium = media::create(at, size)?;
+    writer::create(&medium, id, format, &media::format_name(at)).inspect_err(|_| media::abandon(at))?;
+    let facts = medium.facts();
+    println!("{}", at.display());
+    let mib = medium.size() >> 20;
+    let pages = match (facts.huge, facts.copy_on_write) {
+        (true, true) => "2 MiB pages, copied on write by the kernel",
+        (true, false) => "2 MiB pages, promoted on write",
+        (false, _) => "4 KiB pages: a tmpfs mounted with huge=always, or hugetlbfs, is many times faster",
+    };
+    eprintln!("pool {id}: {mib} MiB on {}, {pages}", facts.kind);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
+    let PoolCommand::Add { pool, snapshot, profile, name, restores, json } = command else {
+        return refuse("Nothing to add");
+    };
+    let medium = media::open(pool)?;
+    let profile = profile.as_deref().map(Profile::load).transpose()?;
+    let chain = Chain::open(&Location::Dir(snapshot.clone()))?;
+    let costs = Costs::of_this_host()?;
+    let name = name.clone().unwrap_or_else(|| name_of(snapshot));
+    let mut writer = Writer::open(&medium)?;
+    let bar = bytes_bar("adding");
+    let added = Added { chain: &chain, name: &name, profile: profile.as_ref(), costs: &costs, restores: *restores };
+    let head = writer.add(&added, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    match json {
+        true => println!("{:#}", show::head_json(&head)),
+        false => show::print_added(&head),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn remove(pool: &std::path::Path, snapshot: &str) -> Result<ExitCode, BoxError> {
+    let medium = media::open(pool)?;
+    let head = Writer::open(&medium)?.remove(snapshot)?;
+    eprintln!("{} ({}) is removed; `tvmm pool gc {}` frees its pages", head.name, head.snapshot, pool.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode, BoxError> {
+    let medium = media::open(pool)?;
+    let done = Writer::open(&medium)?.collect(Some(expiry_s))?;
+    if json {
+        println!("{:#}", json!({ "snapshots": done.snapshots, "pages": done.pages, "held": done.held }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("freed      {} snapshots, {:.1} MiB", done.snapshots, show::mib(done.pages));
+    if done.held > 0 {
+        println!("held       {} removed snapshots, which VMs still run from", done.held);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(pool: &std::path::Path, json: bool) -> Result<ExitCode, BoxError> {
+    let medium = media::open(pool)?;
+    let bar = bytes_bar("checking");
+    let found = fsck::check(&medium, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    if json {
+        let json = json!({
+            "good": found.is_good(),
+            "generation": found.generation,
+            "both_states": found.both_states,
+            "snapshots": found.snapshots,
+            "pages": found.pages,
+            "bad_pages": found.bad_pages,
+            "bad_snapshots": found.bad_snapshots,
+            "problems": found.problems,
+            "live_leases": found.live_leases,
+        });
+        println!("{json:#}");
+    } else {
+        println!("state      {} with {} snapshots, {} VMs", found.generation, found.snapshots, found.live_leases);
+        println!("pages      {} checked, {} damaged", found.pages, found.bad_pages.len());
+        found.problems.iter().for_each(|problem| println!("problem    {problem}"));
+        found.bad_snapshots.iter().for_each(|name| println!("damaged    {name}: remove it, and add it again"));
+    }
+    if found.is_good() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let problem =
+        format!("{} pages and {} entries do not match their checksums", found.bad_pages.len(), found.problems.len());
+    Err(Error::damaged(medium.path(), problem).into())
 }

@@ -32,9 +32,10 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    pub fn new(chunk_pages: u64, bandwidth_mbps: u64) -> Result<Manifest, ChunkError> {
-        let chunk_kib = chunk_pages.saturating_mul(PAGE_SIZE) >> 10;
-        if !chunk_pages.is_power_of_two() || !CHUNK_PAGES_RANGE.contains(&chunk_pages) {
+    /// # Errors
+    /// [`ChunkError::ChunkSize`].
+    pub fn new(chunk_kib: u64, bandwidth_mbps: u64) -> Result<Manifest, ChunkError> {
+        if !chunk_kib.is_power_of_two() || !CHUNK_PAGES_RANGE.contains(&(chunk_kib.saturating_mul(1024) / PAGE_SIZE)) {
             return Err(ChunkError::ChunkSize { kib: chunk_kib });
         }
         Ok(Manifest { format: FORMAT, chunk_kib, bandwidth_mbps })
@@ -55,7 +56,7 @@ impl Manifest {
             return Err(ChunkError::FutureFormat { path: path.to_path_buf(), format });
         }
         let manifest: Manifest = serde_json::from_slice(bytes).map_err(not)?;
-        Manifest::new(manifest.chunk_pages(), manifest.bandwidth_mbps)?;
+        Manifest::new(manifest.chunk_kib, manifest.bandwidth_mbps)?;
         Ok(manifest)
     }
 

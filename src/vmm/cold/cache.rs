@@ -48,7 +48,8 @@ impl Cache {
     fn entries(&self) -> std::io::Result<(Vec<Entry>, u64)> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.dir)?.flatten() {
-            let is_ours = Path::new(&entry.file_name()).extension().is_some_and(|ext| ext == "chunk" || ext == "partial");
+            let is_ours =
+                Path::new(&entry.file_name()).extension().is_some_and(|ext| ext == "chunk" || ext == "partial");
             // Another process may just have removed it.
             if let (true, Ok(metadata)) = (is_ours, entry.metadata()) {
                 entries.push((metadata.modified()?, metadata.len(), entry.path()));

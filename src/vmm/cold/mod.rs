@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::Error;
-use cache::{Cache, CachedPlace};
 use crate::snapshot::Chain;
 use crate::tiering;
 use crate::tiering::chunks::{ColdPool, Place};
+use cache::{Cache, CachedPlace};
 
 /// The part of `--fault-timeout` that a cold pool may take: who waits is told why before the watch for stalls only knows
 /// that it waits.

@@ -3,6 +3,7 @@
 pub mod artefact;
 pub mod cold;
 pub mod network;
+pub mod pool;
 pub mod shell;
 pub mod slow_file;
 
