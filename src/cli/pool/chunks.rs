@@ -10,9 +10,10 @@ use serde_json::{Value, json};
 use crate::cli::merge::bytes_bar;
 use crate::cli::{BoxError, refuse};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, SnapshotId};
-use crate::tiering::chunks::store::{MANIFEST, Manifest, Store};
+use crate::tiering::chunks::store::{MANIFEST, Manifest};
 use crate::tiering::chunks::{Compression, DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES, Index, Packed};
 use crate::tiering::profile::{Profile, nonzero};
+use crate::vmm::cold::{AnyPool, is_object_url};
 
 /// Guest memory under one chunk when nobody says otherwise, KiB.
 const DEFAULT_CHUNK_KIB: u64 = (DEFAULT_CHUNK_PAGES * PAGE_SIZE) >> 10;
@@ -40,22 +41,30 @@ impl ChunkArgs {
 
 /// Whether there is a pool of chunks at `pool`; anything else is for who opens it to judge.
 pub fn is_one(pool: &Path) -> bool {
-    pool.join(MANIFEST).exists()
+    is_object_url(&pool.to_string_lossy()) || pool.join(MANIFEST).exists()
 }
 
 /// Makes a pool of an empty or missing directory.
 pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
     let (chunk_kib, bandwidth_mbps) =
         (args.chunk.unwrap_or(DEFAULT_CHUNK_KIB), args.bandwidth.unwrap_or(DEFAULT_BANDWIDTH_MBPS));
-    let store = Store::create(at, Manifest::new(chunk_kib, bandwidth_mbps)?)?;
-    println!("{}", store.dir().display());
+    AnyPool::create(text(at)?, Manifest::new(chunk_kib, bandwidth_mbps)?)?;
+    println!("{}", at.display());
     eprintln!("cold pool: chunks of {chunk_kib} KiB, compressed for {bandwidth_mbps} MB/s");
     Ok(ExitCode::SUCCESS)
 }
 
+/// A pool's name, which may be a URL.
+fn text(pool: &Path) -> Result<&str, BoxError> {
+    match pool.to_str() {
+        Some(text) => Ok(text),
+        None => refuse(format!("{} is not UTF-8", pool.display())),
+    }
+}
+
 /// Adds a snapshot with everything it is relative to.
 pub fn add(pool: &Path, snapshot: &Path, profile: Option<&Path>, as_json: bool) -> Result<ExitCode, BoxError> {
-    let store = Store::open(pool)?;
+    let store = AnyPool::open(text(pool)?)?;
     let chain = Chain::open(&Location::Dir(snapshot.to_path_buf()))?;
     let hot = profile.map(|path| hot_pages(path, &chain)).transpose()?;
     let bar = bytes_bar("packing");
@@ -117,7 +126,7 @@ fn print_packed(packed: &Packed) {
 
 /// Lists the snapshots.
 pub fn list(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
-    let held = Store::open(pool)?.list()?;
+    let held = AnyPool::open(text(pool)?)?.list()?;
     match as_json {
         true => println!("{:#}", json!(held)),
         false => held.iter().for_each(|snapshot| println!("{snapshot}")),
@@ -127,7 +136,7 @@ pub fn list(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
 
 /// Shows how much each snapshot takes.
 pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
-    let store = Store::open(pool)?;
+    let store = AnyPool::open(text(pool)?)?;
     let indexes = store.list()?.into_iter().map(|id| store.index(id)).collect::<Result<Vec<_>, _>>()?;
     if as_json {
         let snapshots: Vec<Value> = indexes.iter().map(index_json).collect();
@@ -156,20 +165,20 @@ pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
 }
 
 /// The one snapshot in the pool whose id begins so.
-fn find(store: &Store, text: &str) -> Result<SnapshotId, BoxError> {
+fn find(store: &AnyPool, pool: &Path, text: &str) -> Result<SnapshotId, BoxError> {
     let held = store.list()?;
     let mut found = held.iter().filter(|id| !text.is_empty() && id.to_string().starts_with(text));
     match (found.next(), found.next()) {
         (Some(id), None) => Ok(*id),
-        (None, _) => refuse(format!("{} holds no snapshot whose id begins with `{text}`", store.dir().display())),
-        _ => refuse(format!("{} holds several snapshots whose ids begin with `{text}`", store.dir().display())),
+        (None, _) => refuse(format!("{} holds no snapshot whose id begins with `{text}`", pool.display())),
+        _ => refuse(format!("{} holds several snapshots whose ids begin with `{text}`", pool.display())),
     }
 }
 
 /// Takes a snapshot out. VMs that run from it go on, as long as whoever serves them has it open.
 pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
-    let store = Store::open(pool)?;
-    let id = find(&store, snapshot)?;
+    let store = AnyPool::open(text(pool)?)?;
+    let id = find(&store, pool, snapshot)?;
     store.remove(id)?;
     eprintln!("{id} is removed");
     Ok(ExitCode::SUCCESS)
@@ -177,7 +186,7 @@ pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
 
 /// Removes what belongs to no snapshot.
 pub fn collect(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
-    let freed = Store::open(pool)?.collect()?;
+    let freed = AnyPool::open(text(pool)?)?.collect()?;
     match as_json {
         true => println!("{:#}", json!({ "bytes": freed })),
         false => println!("freed      {:.1} MiB", mib(freed)),
@@ -187,7 +196,7 @@ pub fn collect(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
 
 /// Compares every chunk with its checksum.
 pub fn check(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
-    let store = Store::open(pool)?;
+    let store = AnyPool::open(text(pool)?)?;
     let (mut results, mut bad) = (Vec::new(), 0);
     for id in store.list()? {
         let problem = match store.check(id) {

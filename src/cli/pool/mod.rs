@@ -43,7 +43,8 @@ enum PoolCommand {
         /// What kind of memory it is
         #[arg(long, value_enum)]
         tier: TierName,
-        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system), or numa:N
+        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system), or numa:N; for compressed chunks
+        /// a directory or s3://BUCKET/PREFIX, gs://, az://, http(s)://
         #[arg(long, value_name = "PATH")]
         at: PathBuf,
         /// How large, in GiB (0.5 is half a GiB); a device is taken whole without it

@@ -37,6 +37,8 @@ pub enum ChunkError {
     Damaged { source: Box<snapshot::Error> },
     #[error("No cold pool that was given can be used: {0}")]
     NoPlace(String),
+    #[error("The object store at {url} cannot be used: {why}")]
+    ObjectStore { url: String, why: String },
     #[error("Chunk {chunk} cannot be compressed")]
     Compress { chunk: usize, source: io::Error },
     #[error("Cannot {doing} {path}", path = path.display())]

@@ -98,6 +98,19 @@ pub struct Checked {
 /// How many bad chunks are named.
 const MAX_NAMED: usize = 16;
 
+impl Checked {
+    /// Takes note of a chunk.
+    pub fn note(&mut self, number: u32, is_good: bool) {
+        self.chunks += 1;
+        if !is_good {
+            self.bad_chunks += 1;
+            if self.bad.len() < MAX_NAMED {
+                self.bad.push(number);
+            }
+        }
+    }
+}
+
 impl Store {
     /// Makes a pool of an empty or missing directory.
     pub fn create(dir: &Path, manifest: Manifest) -> Result<Store, ChunkError> {
@@ -282,13 +295,7 @@ impl Store {
             bytes.resize(chunk.stored_len as usize, 0);
             data.read_exact(&mut bytes).map_err(ChunkError::file("read", &path))?;
             hasher.update(&bytes);
-            checked.chunks += 1;
-            if crc32c::crc32c(&bytes) != chunk.checksum {
-                checked.bad_chunks += 1;
-                if checked.bad.len() < MAX_NAMED {
-                    checked.bad.push(number as u32);
-                }
-            }
+            checked.note(number as u32, crc32c::crc32c(&bytes) == chunk.checksum);
         }
         if checked.bad_chunks == 0 && Digest(*hasher.finalize().as_bytes()) != index.data_digest() {
             let problem = "its data does not have the digest that its index says".to_string();

@@ -2,24 +2,125 @@
 
 mod cache;
 mod file;
+#[cfg(feature = "object-store")]
+pub mod object;
 pub mod serve;
 mod tcp;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::Error;
-use crate::snapshot::Chain;
+use crate::snapshot::{Chain, PageSet, SnapshotId};
 use crate::tiering;
-use crate::tiering::chunks::{ColdPool, Place};
+use crate::tiering::chunks::store::{Checked, Manifest, Store};
+use crate::tiering::chunks::{ChunkError, ColdPool, Index, Packed, Place};
 use cache::{Cache, CachedPlace};
 
 /// The part of `--fault-timeout` that a cold pool may take: who waits is told why before the watch for stalls only knows
 /// that it waits.
 const PATIENCE: (u32, u32) = (3, 4);
+/// What a build without object stores says of them.
+#[cfg(not(feature = "object-store"))]
+pub const NO_OBJECT_STORES: &str =
+    "this build of tvmm has no object stores: build it with `cargo build --release --features object-store`";
 /// Reads past the page cache under way at once when nobody says otherwise (measured: `docs/remote.md`).
 const DEFAULT_DEPTH: usize = 8;
+
+/// Where a cold pool is that is filled or looked at.
+pub enum AnyPool {
+    Dir(Store),
+    #[cfg(feature = "object-store")]
+    Object(object::ObjectPool),
+}
+
+impl AnyPool {
+    /// Makes a pool at a directory, or in an object store.
+    pub fn create(at: &str, manifest: Manifest) -> Result<AnyPool, ChunkError> {
+        if !is_object_url(at) {
+            return Ok(AnyPool::Dir(Store::create(Path::new(at), manifest)?));
+        }
+        #[cfg(feature = "object-store")]
+        return Ok(AnyPool::Object(object::ObjectPool::create(at, manifest)?));
+        #[cfg(not(feature = "object-store"))]
+        return Err(ChunkError::NoPlace(format!("{at}: {NO_OBJECT_STORES}")));
+    }
+
+    pub fn open(at: &str) -> Result<AnyPool, ChunkError> {
+        if !is_object_url(at) {
+            return Ok(AnyPool::Dir(Store::open(Path::new(at))?));
+        }
+        #[cfg(feature = "object-store")]
+        return Ok(AnyPool::Object(object::ObjectPool::open(at)?));
+        #[cfg(not(feature = "object-store"))]
+        return Err(ChunkError::NoPlace(format!("{at}: {NO_OBJECT_STORES}")));
+    }
+
+    pub fn manifest(&self) -> Manifest {
+        match self {
+            AnyPool::Dir(store) => store.manifest(),
+            #[cfg(feature = "object-store")]
+            AnyPool::Object(pool) => pool.manifest(),
+        }
+    }
+
+    /// Packs and adds the tip of `chain`, `hot` pages first.
+    pub fn add(
+        &self,
+        chain: &Chain,
+        hot: Option<PageSet>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Packed, ChunkError> {
+        match self {
+            AnyPool::Dir(store) => store.add(chain, hot, progress),
+            #[cfg(feature = "object-store")]
+            AnyPool::Object(pool) => pool.add((chain, hot), progress),
+        }
+    }
+
+    pub fn list(&self) -> Result<Vec<SnapshotId>, ChunkError> {
+        match self {
+            AnyPool::Dir(store) => store.list(),
+            #[cfg(feature = "object-store")]
+            AnyPool::Object(pool) => pool.list(),
+        }
+    }
+
+    pub fn index(&self, snapshot: SnapshotId) -> Result<Index, ChunkError> {
+        match self {
+            AnyPool::Dir(store) => store.index(snapshot),
+            #[cfg(feature = "object-store")]
+            AnyPool::Object(pool) => pool.index(snapshot),
+        }
+    }
+
+    pub fn remove(&self, snapshot: SnapshotId) -> Result<(), ChunkError> {
+        match self {
+            AnyPool::Dir(store) => store.remove(snapshot),
+            #[cfg(feature = "object-store")]
+            AnyPool::Object(pool) => pool.remove(snapshot),
+        }
+    }
+
+    /// Removes what belongs to no snapshot. Bytes that were freed.
+    pub fn collect(&self) -> Result<u64, ChunkError> {
+        match self {
+            AnyPool::Dir(store) => store.collect(),
+            #[cfg(feature = "object-store")]
+            AnyPool::Object(pool) => pool.collect(),
+        }
+    }
+
+    /// Compares every chunk of a snapshot with its checksum.
+    pub fn check(&self, snapshot: SnapshotId) -> Result<Checked, ChunkError> {
+        match self {
+            AnyPool::Dir(store) => store.check(snapshot),
+            #[cfg(feature = "object-store")]
+            AnyPool::Object(pool) => pool.check(snapshot),
+        }
+    }
+}
 
 /// One `--cold`: places that are equally near.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +131,17 @@ pub enum ColdSpec {
     Direct(PathBuf, usize),
     /// Page servers, `HOST:PORT` each.
     Tcp(Vec<String>),
+    /// An object store, by its URL.
+    #[cfg(feature = "object-store")]
+    Object(String),
+}
+
+/// The schemes of object stores.
+pub const OBJECT_SCHEMES: [&str; 5] = ["s3", "gs", "az", "http", "https"];
+
+/// Whether this is the URL of a pool in an object store, which not every build can reach.
+pub fn is_object_url(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(scheme, _)| OBJECT_SCHEMES.contains(&scheme))
 }
 
 impl ColdSpec {
@@ -61,8 +173,14 @@ impl ColdSpec {
         if let Some(dir) = text.strip_prefix("file://") {
             return Ok(ColdSpec::Dir(dir.into()));
         }
+        if is_object_url(text) {
+            #[cfg(feature = "object-store")]
+            return Ok(ColdSpec::Object(text.trim_end_matches('/').to_string()));
+            #[cfg(not(feature = "object-store"))]
+            return Err(NO_OBJECT_STORES.to_string());
+        }
         if let Some((scheme, _)) = text.split_once("://") {
-            return Err(format!("this build of tvmm has no cold pools at {scheme}:// addresses"));
+            return Err(format!("there are no cold pools at {scheme}:// addresses"));
         }
         if text.is_empty() { Err("it is empty".to_string()) } else { Ok(ColdSpec::Dir(text.into())) }
     }
@@ -80,6 +198,8 @@ impl ColdSpec {
                 .iter()
                 .map(|server| Box::new(tcp::TcpPlace::new(server.clone(), attempt)) as Box<dyn Place>)
                 .collect(),
+            #[cfg(feature = "object-store")]
+            ColdSpec::Object(url) => vec![Box::new(object::ObjectPlace::new(url.clone(), attempt))],
         })
     }
 }
@@ -125,9 +245,7 @@ pub fn open(cold: &ColdPools, chain: &Chain, fault_timeout: Duration) -> Result<
     let held = tip.manifest().pages_held;
     if chain.layers().len() == 1 && pool.index().pages() != held {
         let problem = format!("it has {} pages, the snapshot holds {held}", pool.index().pages());
-        return Err(
-            tiering::Error::from(tiering::chunks::ChunkError::OtherMemory { object: pool.name(), problem }).into()
-        );
+        return Err(tiering::Error::from(ChunkError::OtherMemory { object: pool.name(), problem }).into());
     }
     Ok(Some(pool))
 }

@@ -14,7 +14,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart, path
 use tokio::runtime::Runtime;
 
 use crate::snapshot::{Chain, Digest, PageSet, SnapshotId};
-use crate::tiering::chunks::store::{MANIFEST, Manifest, OBJECTS, Store, object_names};
+use crate::tiering::chunks::store::{Checked, MANIFEST, Manifest, OBJECTS, Store, object_names};
 use crate::tiering::chunks::{Broken, ChunkError, ChunkSource, EachChunk, Flow, Index, Packed, Place, SourceCounters};
 
 /// Read by one request at most, and how many are under way at once.
@@ -38,9 +38,12 @@ impl Client {
     /// Of a pool's URL. Nothing is asked yet.
     fn new(url: &str, patience: Duration) -> Result<Client, String> {
         let failed = |what: &dyn std::fmt::Display| format!("it cannot be used: {what}");
+        // Who has done it before has done it the same way.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let parsed = url::Url::parse(url).map_err(|error| failed(&error))?;
         let seconds = format!("{} ms", patience.as_millis());
-        let own = [("timeout", seconds.clone()), ("connect_timeout", seconds)].map(|(key, value)| (key.to_string(), value));
+        let own =
+            [("timeout", seconds.clone()), ("connect_timeout", seconds)].map(|(key, value)| (key.to_string(), value));
         let options = std::env::vars().chain(own);
         let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|error| failed(&error))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -71,7 +74,8 @@ impl Client {
 fn broken(error: object_store::Error) -> Broken {
     use object_store::Error::*;
     let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
-    let what: String = format!("{error}{cause}").chars().map(|c| if c.is_control() { ' ' } else { c }).take(600).collect();
+    let what: String =
+        format!("{error}{cause}").chars().map(|c| if c.is_control() { ' ' } else { c }).take(600).collect();
     match error {
         NotFound { .. } => Broken::Refused(format!("the object is missing: {what}")),
         PermissionDenied { .. } | Unauthenticated { .. } | NotSupported { .. } | NotImplemented { .. } => {
@@ -194,9 +198,21 @@ impl ObjectPool {
         self.manifest
     }
 
-    /// Packs the tip of `chain` in `scratch`, a directory of this host, and uploads it: the data first, so that what has an
+    /// Packs the tip of `chain` in a directory of this host (`TMPDIR`), and uploads it: the data first, so that what has an
     /// index is complete.
     pub fn add(
+        &self,
+        packed: (&Chain, Option<PageSet>),
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Packed, ChunkError> {
+        let scratch = std::env::temp_dir().join(format!("tvmm-pack-{}-{}", std::process::id(), packed.0.tip().id()));
+        let added = self.add_through(packed, &scratch, progress);
+        // What is left of it is of no use to anybody.
+        let _ = std::fs::remove_dir_all(&scratch);
+        added
+    }
+
+    fn add_through(
         &self,
         (chain, hot): (&Chain, Option<PageSet>),
         scratch: &Path,
@@ -260,6 +276,46 @@ impl ObjectPool {
         let name = object_names(snapshot).0;
         let bytes = self.client.get(&name).map_err(|broken| failed(&self.url, broken))?;
         Index::parse(&format!("{}/{name}", self.url), bytes, snapshot)
+    }
+
+    /// Removes data objects without an index: what an interrupted upload left. Nobody may be adding meanwhile. Bytes that
+    /// were freed.
+    pub fn collect(&self) -> Result<u64, ChunkError> {
+        let held = self.list()?;
+        let wait = |broken| failed(&self.url, broken);
+        let prefix = self.client.path(OBJECTS);
+        let answer = async { self.client.store.list(Some(&prefix)).try_collect::<Vec<_>>().await };
+        let mut freed = 0;
+        for entry in self.client.wait(answer).map_err(wait)? {
+            let of = entry.location.filename().and_then(|name| name.strip_suffix(".chunks")?.parse().ok());
+            if of.is_some_and(|id: SnapshotId| !held.contains(&id)) {
+                self.client.wait(async { self.client.store.delete(&entry.location).await }).map_err(wait)?;
+                freed += entry.size;
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Compares every chunk of a snapshot with its checksum.
+    pub fn check(&self, snapshot: SnapshotId) -> Result<Checked, ChunkError> {
+        let index = self.index(snapshot)?;
+        let data = self.client.path(&object_names(snapshot).1);
+        let mut checked = Checked::default();
+        let all: Vec<u32> = (0..index.chunks().len() as u32).collect();
+        for span in index.spans(&all, READ_BYTES) {
+            let read = async { self.client.store.get_range(&data, index.span(span.clone())).await };
+            let bytes = self.client.wait(read).map_err(|broken| failed(&self.url, broken))?;
+            let range = index.span(span.clone());
+            if bytes.len() as u64 != range.end - range.start {
+                return Err(failed(&self.url, Broken::Damaged("its data object has been cut off".to_string())));
+            }
+            let noted = index.deliver(span, &bytes, &mut |number, stored| {
+                checked.note(number, crc32c::crc32c(stored) == index.chunks()[number as usize].checksum);
+                Ok(Flow::Continue)
+            });
+            noted.map_err(|broken| failed(&self.url, broken))?;
+        }
+        Ok(checked)
     }
 
     /// Takes a snapshot out, its index first. VMs that run from it cannot go on.
