@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::ChunkError;
-use super::codec::Decoder;
+use super::codec::{Compression, Decoder};
 use super::index::{Index, MAX_INDEX_LEN};
 use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, SnapshotId};
 
@@ -354,9 +354,15 @@ impl ColdReader {
             if crc32c::crc32c(stored) != chunk.checksum {
                 return Err(Broken::Damaged(format!("chunk {number} does not have the bytes that its checksum is of")));
             }
-            pages.resize(chunk.len(), 0);
-            let unpacked = decoder.decode(chunk.compression, stored, pages);
-            unpacked.map_err(|what| Broken::Damaged(format!("chunk {number} cannot be unpacked: {what}")))?;
+            // What is stored raw is not copied for that: an index in which its length differs was refused.
+            let pages = if chunk.compression == Compression::Raw {
+                stored
+            } else {
+                pages.resize(chunk.len(), 0);
+                let unpacked = decoder.decode(chunk.compression, stored, pages);
+                unpacked.map_err(|what| Broken::Damaged(format!("chunk {number} cannot be unpacked: {what}")))?;
+                pages
+            };
             counters.chunks.fetch_add(1, Ordering::Relaxed);
             counters.stored.fetch_add(stored.len() as u64, Ordering::Relaxed);
             counters.pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
