@@ -361,7 +361,7 @@ impl ColdReader {
                 pages.resize(chunk.len(), 0);
                 let unpacked = decoder.decode(chunk.compression, stored, pages);
                 unpacked.map_err(|what| Broken::Damaged(format!("chunk {number} cannot be unpacked: {what}")))?;
-                pages
+                &pages[..]
             };
             counters.chunks.fetch_add(1, Ordering::Relaxed);
             counters.stored.fetch_add(stored.len() as u64, Ordering::Relaxed);
