@@ -4,6 +4,7 @@ mod bench;
 mod calibrate;
 mod guest;
 mod inspect;
+mod markup;
 mod merge;
 mod overrides;
 mod plan;

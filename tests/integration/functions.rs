@@ -95,7 +95,7 @@ fn runtime_image_is_touched_as_the_answer_says() {
 
 #[test]
 fn requests_that_cannot_be_served_are_refused_and_the_guest_lives_on() {
-    let mut vm = Vm::boot(&functions_config(96));
+    let mut vm = Vm::boot(&functions_config(112));
     let refusals = [
         ("prepare", "prepare needs function="),
         ("prepare function=nothing", "no function nothing"),

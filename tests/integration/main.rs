@@ -4,6 +4,7 @@ mod agent;
 mod api;
 mod architecture;
 mod balloon;
+mod bench;
 mod block;
 mod block_faults;
 mod boot;

@@ -1,16 +1,15 @@
 //! `tvmm bench grid`: policies over working sets of many shapes.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::guest::{self, Guest};
 use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
 use crate::api::client::Client;
 use crate::tiering::policy::Policy;
@@ -117,8 +116,7 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
             results.push((format!("{}, {}", case.name(), cache.name()), numbers));
         }
         if let Some(pool) = &args.pool {
-            tvmm(&trial.exe, &["pool", "rm"], &[pool, Path::new(&name_in_pool(&dir))])?;
-            tvmm(&trial.exe, &["pool", "gc"], &[pool])?;
+            super::remove_from_pool(&trial.exe, pool, &name_in_pool(&dir))?;
         }
         std::fs::remove_dir_all(&dir)?;
     }
@@ -171,16 +169,12 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", case.filled(args)))?;
     let snapshot = dir.join("snapshot");
-    let client = Client::new(&socket);
-    client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), TIMEOUT)?;
-    client.request("PUT", "/snapshot/create", Some(&json!({ "snapshot_path": snapshot })), TIMEOUT)?;
+    guest::snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot }))?;
     drop(guest);
     let (profile, function) = (dir.join("run.profile"), case.function());
-    let record = ["profile", "record", "--recorder", "uffd", "--run", &function];
-    tvmm(&exe, &record, &[Path::new("--snapshot"), &snapshot, Path::new("--out"), &profile])?;
+    super::record(&exe, &snapshot, &function, "uffd", &profile)?;
     if let Some(pool) = &args.pool {
-        let name = name_in_pool(dir);
-        tvmm(&exe, &["pool", "add", "--name", &name], &[Path::new("--profile"), &profile, pool, &snapshot])?;
+        super::add_to_pool(&exe, pool, &snapshot, &profile, &name_in_pool(dir))?;
     }
     Ok(Trial {
         exe,
@@ -190,27 +184,15 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
         function,
         run_port: None,
         with_api: false,
+        more: Vec::new(),
         scratch: dir.to_owned(),
     })
-}
-
-/// Runs a command of this program that must succeed.
-fn tvmm(exe: &Path, args: &[&str], paths: &[&Path]) -> Result<(), BoxError> {
-    let output = Command::new(exe).args(args).args(paths).stdin(Stdio::null()).output()?;
-    match output.status.success() {
-        true => Ok(()),
-        false => {
-            refuse(format!("`tvmm {}` failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim()))
-        }
-    }
 }
 
 /// No two benchmarks have the same scratch directory, and no two cases.
 fn name_in_pool(dir: &Path) -> String {
     dir.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("-")
 }
-
-const TIMEOUT: Duration = Duration::from_secs(300);
 
 fn measure(
     args: &GridArgs,
@@ -292,49 +274,4 @@ fn table(args: &GridArgs, policies: &[Policy], results: &[(String, Numbers)]) ->
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
-}
-
-/// A guest that is told what to do before it is snapshotted.
-struct Guest {
-    child: Child,
-    stdin: ChildStdin,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-impl Guest {
-    fn boot(exe: &Path, config: &Path, socket: &Path) -> Result<Self, BoxError> {
-        let mut command = Command::new(exe);
-        command.arg("--config").arg(config).arg("--api-sock").arg(socket);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return refuse("The guest's console cannot be reached");
-        };
-        let mut guest = Guest { child, stdin, lines: BufReader::new(stdout) };
-        guest.wait_for("ready ")?;
-        Ok(guest)
-    }
-
-    fn call(&mut self, function: &str) -> Result<(), BoxError> {
-        writeln!(self.stdin, "run 1 {function}")?;
-        self.wait_for("ok 1 ")
-    }
-
-    fn wait_for(&mut self, wanted: &str) -> Result<(), BoxError> {
-        let mut line = String::new();
-        while !line.starts_with(wanted) {
-            line.clear();
-            if self.lines.read_line(&mut line)? == 0 || line.starts_with("err ") {
-                return refuse(format!("The guest did not answer {wanted:?}: {}", line.trim()));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

@@ -104,6 +104,7 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
         function: args.run.clone(),
         run_port: args.run_port,
         with_api: args.with_api,
+        more: Vec::new(),
         scratch: scratch.path().to_owned(),
     };
     let mut reports: BTreeMap<&str, Vec<Value>> = BTreeMap::new();

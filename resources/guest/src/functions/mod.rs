@@ -75,6 +75,7 @@ static FUNCTIONS: &[Function] = &[
     function("info", &[], system::info),
     function("fill", &[PAGES, SEED, CPU], memory::fill),
     function("touch", &[PAGES, SEED, CPU, optional("write"), optional("stride")], memory::touch),
+    function("scan", &[PAGES, optional("lines"), optional("passes"), optional("line_ns"), CPU], memory::scan),
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
