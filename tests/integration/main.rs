@@ -30,6 +30,7 @@ mod linux_net;
 mod linux_vsock;
 mod metadata;
 mod net;
+mod object_store;
 mod plans;
 mod platform;
 mod pmem;
