@@ -57,6 +57,7 @@ pub fn collect(
         "fault_ins": fault_ins,
         "promotion": parts.as_ref().and_then(|parts| parts.ram.promotion()),
         "translations": parts.as_ref().map(Parts::translations).transpose()?,
+        "cold": parts.as_ref().and_then(|parts| parts.cold.as_ref()),
         "exits": parts.as_ref().map(|parts| parts.counters_json()),
         "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
     })))

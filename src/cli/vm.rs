@@ -15,6 +15,7 @@ use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
 use crate::tiering::policy::DRAM_PRICE_US;
 use crate::tiering::profile::Profile;
+use crate::vmm::cold::ColdPools;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
 use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths};
@@ -62,6 +63,18 @@ pub struct RestoreArgs {
     /// tier has no copy-on-write
     #[arg(long, value_name = "HOW", default_value = "private")]
     in_place_mapping: InPlaceMapping,
+    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
+    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], or
+    /// with object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands
+    /// by
+    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
+    cold: Vec<String>,
+    /// Keep chunks that come from other hosts in this directory
+    #[arg(long, value_name = "DIR", requires = "cold")]
+    cold_cache: Option<PathBuf>,
+    /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
+    #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
+    cold_cache_size: Option<u64>,
     /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
     #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
     pool: Vec<PathBuf>,
@@ -109,6 +122,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         cxl_mib: args.cxl,
         dram_price_us: Some(args.dram_price),
         in_place_mapping: args.in_place_mapping,
+        cold: ColdPools { pools: args.cold.clone(), cache: args.cold_cache.clone(), cache_mib: args.cold_cache_size },
         pools: args.pool.clone(),
         handler: None,
         overrides: args.overrides.overrides(),

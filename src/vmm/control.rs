@@ -15,6 +15,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::cold::ColdPools;
 use super::config::{
     BootSource, ConfigError, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
     VmConfig,
@@ -74,7 +75,7 @@ pub enum Command {
     /// Save a paused machine. → [`Reply::Snapshot`]
     CreateSnapshot(CreateSnapshot),
     /// Become the machine of a snapshot.
-    LoadSnapshot(LoadSnapshot),
+    LoadSnapshot(Box<LoadSnapshot>),
 }
 
 /// Where a snapshot is.
@@ -155,6 +156,8 @@ pub struct LoadSnapshot {
     pub dram_price_us: Option<u64>,
     /// How pages in place are mapped.
     pub in_place_mapping: InPlaceMapping,
+    /// Cold pools that hold the snapshot's memory, nearest first: the memory files are not read then.
+    pub cold: ColdPools,
     /// Pools to take guest memory from instead of the snapshot's files, in order of preference.
     pub pools: Vec<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.

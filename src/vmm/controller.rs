@@ -30,6 +30,7 @@ use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
 use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
 use crate::tiering;
+use crate::tiering::chunks::{ColdCounts, lower};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::CostsUsed;
 use crate::tiering::profile::Profile;
@@ -297,12 +298,17 @@ impl Controller {
         before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let Sources { chain, tiers, pools } = sources::open(load)?;
+        let Sources { chain, tiers, pools, cold } = sources::open(load, self.outside.fault_timeout)?;
         let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
+        let plan = match &cold {
+            Some(pool) => lower(&plan, chain.layers().len(), chain.layout(), pool.index())?,
+            None => plan,
+        };
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
             chain,
+            cold,
             tiers,
             plan: &plan,
             track_dirty_pages: load.track_dirty_pages,
@@ -509,6 +515,8 @@ pub struct Parts<'a> {
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
+    /// What the cold pool was asked for, if there is one.
+    pub cold: Option<ColdCounts>,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
     virtio: &'a VirtioDevices,
@@ -528,6 +536,7 @@ impl<'a> Parts<'a> {
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
+            cold: machine.cold_counts(),
             single_pages: machine.maps_single_pages(),
             virtio: machine.virtio(),
             counters: machine.counters(),

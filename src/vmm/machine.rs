@@ -42,6 +42,7 @@ use super::vcpu::{Buses, Ending, EndingSignal, Vcpu, VcpuThread};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::{ConsoleOutput, FwCfg, FwCfgState, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
 use crate::snapshot::MemoryLayout;
+use crate::tiering::chunks::ColdCounts;
 
 /// What a machine is built from, whether it boots or is restored.
 #[derive(Clone, Debug)]
@@ -387,6 +388,11 @@ impl<S> Machine<S> {
     /// Faults that the fault service has answered so far.
     pub fn fault_counts(&self) -> FaultCounts {
         self.core.services.fault_counts()
+    }
+
+    /// What the cold pool was asked for, if there is one.
+    pub fn cold_counts(&self) -> Option<ColdCounts> {
+        self.core.services.cold_counts()
     }
 
     /// MSRs that KVM refused at restore and the guest does without.

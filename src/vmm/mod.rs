@@ -6,6 +6,7 @@ mod arch;
 mod boot;
 pub mod calibrate;
 mod capture;
+pub mod cold;
 pub mod config;
 pub mod console;
 pub mod control;

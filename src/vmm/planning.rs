@@ -66,6 +66,7 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     };
     // Only tiered's plan depends on it: the others do what their papers do.
     let cache = match policy {
+        Policy::Tiered if !load.cold.pools.is_empty() => SourceCache::Cold,
         Policy::Tiered if tiers.is_empty() => cache_of(chain)?,
         Policy::Tiered => cache_of_tiers(tiers),
         _ => SourceCache::Huge,

@@ -181,7 +181,7 @@ fn put_snapshot_load_forms_give_their_command() {
     ];
     for (body, expected) in cases {
         assert_eq!(fixture.request("PUT", "/snapshot/load", Some(body)).unwrap(), (204, None));
-        assert_eq!(fixture.seen(), [Command::LoadSnapshot(expected)]);
+        assert_eq!(fixture.seen(), [Command::LoadSnapshot(Box::new(expected))]);
     }
 }
 

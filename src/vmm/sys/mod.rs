@@ -3,6 +3,7 @@
 
 pub mod clock;
 pub mod coalesced;
+pub mod direct_ring;
 pub mod dirty_log;
 pub mod kick;
 pub mod kvm_stats;
