@@ -11,6 +11,7 @@ mod plan;
 mod pool;
 mod profile;
 mod report;
+mod serve;
 mod snapshot;
 mod vm;
 
@@ -91,6 +92,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
     Pool(pool::PoolArgs),
+    /// Serve a cold pool to VMs on other hosts
+    ServePages(serve::ServeArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Measure
@@ -103,6 +106,8 @@ impl Command {
         match self {
             Command::Restore(_) => false,
             Command::Profile(args) => !args.runs_a_vm(),
+            // It outlives who reads where it listens.
+            Command::ServePages(_) => false,
             _ => true,
         }
     }
@@ -136,6 +141,7 @@ pub fn main() -> ExitCode {
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Pool(args)) => pool::run(&args),
+        Some(Command::ServePages(args)) => serve::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };

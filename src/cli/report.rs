@@ -8,7 +8,7 @@ use super::BoxError;
 use crate::tiering::profile::Profile;
 use crate::vmm::Ending;
 use crate::vmm::console::Answer;
-use crate::vmm::controller::Controller;
+use crate::vmm::controller::{Controller, Parts};
 use crate::vmm::session::Outcome;
 use crate::vmm::{accounting, usage};
 
@@ -55,6 +55,9 @@ pub fn collect(
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
         "fault_ins": fault_ins,
+        "promotion": parts.as_ref().and_then(|parts| parts.ram.promotion()),
+        "translations": parts.as_ref().map(Parts::translations).transpose()?,
+        "cold": parts.as_ref().and_then(|parts| parts.cold.as_ref()),
         "exits": parts.as_ref().map(|parts| parts.counters_json()),
         "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
     })))

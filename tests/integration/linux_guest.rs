@@ -261,7 +261,9 @@ fn linux_gets_io_errors_from_a_drive_that_is_cut_and_lives() {
         assert_eq!(shell.ask(&copy("/dev/vdb", "/tmp/half", 8)), "1", "{engine}");
         assert_ne!(shell.ask("dmesg | grep -c 'I/O error, dev vdb'"), "0", "{engine}");
         assert_eq!(shell.ask(&copy("/dev/vdb", "/tmp/half", 0)), "0", "{engine}: the first half is there");
-        assert_eq!(shell.ask(&copy("/dev/zero", "/dev/vdb", 0)), "0", "{engine}: and can be written");
+        assert_eq!(shell.ask(&copy("/dev/zero", "/dev/vdb", 0)), "1", "{engine}: a cut disk is not written to");
+        std::fs::File::options().write(true).open(&disk).unwrap().set_len(16 << 20).unwrap();
+        assert_eq!(shell.ask(&copy("/dev/zero", "/dev/vdb", 0)), "0", "{engine}: a whole one is");
         assert_eq!(shell.end("poweroff"), "power-off", "{engine}");
     }
 }

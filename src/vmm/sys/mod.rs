@@ -3,11 +3,14 @@
 
 pub mod clock;
 pub mod coalesced;
+pub mod direct_ring;
 pub mod dirty_log;
 pub mod kick;
+pub mod kvm_stats;
 pub mod limits;
 pub mod locks;
 pub mod mapping;
+pub mod mempolicy;
 
 pub mod page_cache;
 pub mod pagemap;
