@@ -8,7 +8,6 @@ mod merge;
 mod overrides;
 mod plan;
 mod profile;
-mod report;
 mod snapshot;
 mod vm;
 
@@ -48,6 +47,9 @@ struct SessionArgs {
     /// Serve Firecracker's HTTP API on this Unix socket
     #[arg(long, value_name = "PATH")]
     api_sock: Option<PathBuf>,
+    /// Serve the API on this inherited descriptor, a connected Unix socket; the VM ends when its other end closes
+    #[arg(long, value_name = "FD", conflicts_with = "api_sock")]
+    api_fd: Option<i32>,
     /// The name of this instance, as the API tells it
     #[arg(long, default_value = "anonymous-instance", value_name = "ID")]
     id: String,
@@ -68,6 +70,9 @@ struct SessionArgs {
     /// Write where the time went, and what the VM cost, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Write the time slices in Chrome's trace format (chrome://tracing, Perfetto)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// When the process was spawned, in µs of CLOCK_MONOTONIC; without it, CPU time since the fork stands in
     #[arg(long, value_name = "US")]
     start_time_us: Option<u64>,

@@ -24,6 +24,7 @@ mod pmem;
 pub mod port_request;
 pub mod record;
 mod release;
+pub mod report;
 mod restore;
 pub mod session;
 pub mod stall;

@@ -4,6 +4,7 @@
 pub mod clock;
 pub mod coalesced;
 pub mod dirty_log;
+pub mod inherit;
 pub mod kick;
 pub mod limits;
 pub mod mapping;
