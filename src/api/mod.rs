@@ -130,7 +130,7 @@ impl Drop for ApiServer {
 
 /// The file of a socket we bound.
 #[derive(Debug)]
-struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
     is_removed: bool,
@@ -158,7 +158,7 @@ impl Drop for SocketFile {
 }
 
 /// Binds the socket with its mode in place before it has a name, whatever the umask.
-fn bind(path: &Path) -> Result<(UnixListener, SocketFile), ApiError> {
+pub(crate) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), ApiError> {
     let error = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => ApiError::SocketExists { path: path.to_owned() },
         _ => ApiError::Bind { path: path.to_owned(), source },

@@ -8,6 +8,7 @@ mod merge;
 mod overrides;
 mod plan;
 mod profile;
+mod serve;
 mod snapshot;
 mod vm;
 
@@ -94,6 +95,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
+    /// Serve functions, VMs and snapshots over HTTP
+    Serve(Box<serve::ServeArgs>),
     /// Measure
     Bench(bench::BenchArgs),
 }
@@ -102,7 +105,7 @@ impl Command {
     /// Whether no VM runs in this process.
     fn only_prints(&self) -> bool {
         match self {
-            Command::Restore(_) => false,
+            Command::Restore(_) | Command::Serve(_) => false,
             Command::Profile(args) => !args.runs_a_vm(),
             _ => true,
         }
@@ -136,6 +139,7 @@ pub fn main() -> ExitCode {
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
+        Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -16,6 +16,7 @@ pub mod prefault;
 pub mod resident;
 pub mod signals;
 pub mod terminal;
+pub mod tie;
 pub mod touch;
 pub mod uffd;
 pub mod wait;
