@@ -23,12 +23,12 @@ mod working_set;
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
@@ -39,6 +39,7 @@ use self::server::Server;
 use crate::api;
 use crate::vmm::sys::limits::raise_open_files;
 use crate::vmm::sys::signals::EndSignals;
+use crate::vmm::sys::watched;
 
 /// What handlers share.
 type Shared = Arc<Daemon>;
@@ -124,9 +125,8 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     chores.spawn(write_vms(daemon.clone()));
     // Whoever started us may not want to know.
     let _ = std::io::stdout().write_all(told.as_bytes()).and_then(|()| std::io::stdout().flush());
-    let mut signals =
-        AsyncFd::with_interest(signals, Interest::READABLE).map_err(ServeError::os("wait for signals"))?;
-    wait_for_signal(&mut signals).await?;
+    let mut signals = Signals::new(signals).map_err(ServeError::os("wait for signals"))?;
+    signals.wait().await?;
     tracing::info!("The service is stopping");
     daemon.gate.close();
     let _ = stop.send(true);
@@ -134,7 +134,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
         tokio::select! {
             () = finish(&daemon, &server, grace) => Ok(()),
             // A second signal means at once.
-            signalled = wait_for_signal(&mut signals) => signalled,
+            signalled = signals.wait() => signalled,
         }
     };
     finished.await?;
@@ -165,13 +165,27 @@ fn remove_stale(path: &Path) {
     }
 }
 
-async fn wait_for_signal(signals: &mut AsyncFd<EndSignals>) -> Result<(), ServeError> {
-    loop {
-        let mut ready = signals.readable_mut().await.map_err(ServeError::os("wait for signals"))?;
-        if ready.get_inner_mut().take_one().is_some() {
-            return Ok(());
+/// Signals that end the service.
+struct Signals {
+    signals: EndSignals,
+    /// A duplicate, to wait with.
+    ready: AsyncFd<OwnedFd>,
+}
+
+impl Signals {
+    fn new(signals: EndSignals) -> std::io::Result<Signals> {
+        let ready = watched::readable(signals.as_fd().try_clone_to_owned()?)?;
+        Ok(Signals { signals, ready })
+    }
+
+    async fn wait(&mut self) -> Result<(), ServeError> {
+        loop {
+            let mut ready = self.ready.readable().await.map_err(ServeError::os("wait for signals"))?;
+            if self.signals.take_one().is_some() {
+                return Ok(());
+            }
+            ready.clear_ready();
         }
-        ready.clear_ready();
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) struct Span {
     pub(super) name: String,
     /// Index of the span it is part of; none: the whole.
     pub(super) parent: Option<usize>,
-    /// µs since the trace began; negative if it was done ahead.
+    /// µs since the trace began.
     pub(super) start_us: f64,
     /// µs
     pub(super) length_us: f64,
@@ -159,6 +159,10 @@ impl Recording {
                 continue;
             };
             let start_ns = begin_ns + (start * 1000.0) as u64;
+            // What a shell did while it was made ready costs no invocation anything.
+            if start_ns < self.start_ns {
+                continue;
+            }
             let is_output = matches!(name, "first_response" | "execute");
             self.span(name, if is_output { execute } else { parent }, start_ns, start_ns + (length * 1000.0) as u64);
         }

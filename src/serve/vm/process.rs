@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 
-use crate::vmm::sys::{clock, tie};
+use crate::vmm::sys::{clock, tie, watched};
 
 /// The end of standard error that is kept.
 const SAID_BYTES: usize = 2048;
@@ -152,7 +152,7 @@ impl Process {
     fn watch(child: Child, stderr: OwnedFd) -> io::Result<Process> {
         let pid = child.id();
         let opened = Pid::from_raw(pid as i32).ok_or(rustix::io::Errno::SRCH);
-        let pidfd = Arc::new(AsyncFd::new(opened.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))?)?);
+        let pidfd = Arc::new(watched::readable(opened.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))?)?);
         let (sender, ended) = watch::channel(None);
         let said = tokio::spawn(last_line(pipe::Receiver::from_owned_fd(stderr)?));
         let handle = pidfd.clone();

@@ -20,3 +20,4 @@ pub mod tie;
 pub mod touch;
 pub mod uffd;
 pub mod wait;
+pub mod watched;
