@@ -1,6 +1,6 @@
 //! What the daemon knows, and how it starts VMs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -32,6 +32,8 @@ pub(super) struct Daemon {
     functions: Mutex<BTreeMap<String, Function>>,
     snapshots: Mutex<BTreeMap<String, SnapshotRecord>>,
     networks: Mutex<BTreeMap<String, Network>>,
+    /// Names of snapshots that are being made.
+    pub(super) names: Arc<Mutex<BTreeSet<String>>>,
     pub(super) vms: Arc<Table>,
     pub(super) shells: Arc<Shells>,
     pub(super) spawner: Spawner,
@@ -59,6 +61,7 @@ impl Daemon {
             functions: Mutex::new(functions),
             snapshots: Mutex::new(snapshots),
             networks: Mutex::new(networks),
+            names: Arc::default(),
             vms: Arc::new(Table::new(options.limits.max_vms, lost)),
             shells: Arc::new(Shells::new(spawner.clone(), options.limits.shells)),
             spawner,

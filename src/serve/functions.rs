@@ -123,13 +123,15 @@ pub(super) async fn post_function(
     Body(function): Body<Function>,
 ) -> Result<Reply<Function>, Fault> {
     function.check()?;
-    let (kept, function) = blocking({
-        let (daemon, function) = (daemon.clone(), function);
-        move || (daemon.store.save(Kind::Functions, &function.func_name, &function), function)
-    })
-    .await?;
-    kept.map_err(|error| Fault::of(&error))?;
-    daemon.functions().insert(function.func_name.clone(), function.clone());
+    let kept = blocking({
+        let (daemon, function) = (daemon.clone(), function.clone());
+        move || {
+            daemon.store.save(Kind::Functions, &function.func_name, &function)?;
+            daemon.functions().insert(function.func_name.clone(), function);
+            Ok::<(), crate::snapshot::Error>(())
+        }
+    });
+    kept.await?.map_err(|error| Fault::of(&error))?;
     Ok(Reply(function))
 }
 

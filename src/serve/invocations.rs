@@ -163,7 +163,7 @@ async fn invoke(
     match plan {
         Plan::Vm(vm) => ask_running(daemon, vm, &line, limit, recording).await,
         Plan::Start(spec) => start_and_ask(daemon, &spec, &line, limit, body.keep, recording).await,
-        Plan::Record(record) => super::working_set::record_invocation(daemon, record, &line, limit, recording).await,
+        Plan::Record(record) => super::working_set::record_invocation(daemon, *record, &line, limit, recording).await,
     }
 }
 
@@ -189,7 +189,7 @@ impl Limit {
 enum Plan {
     Vm(Arc<Vm>),
     Start(Box<StartSpec>),
-    Record(Record),
+    Record(Box<Record>),
 }
 
 fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Result<Plan, Fault> {
@@ -226,7 +226,7 @@ fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Re
             return Err(Fault::bad("A recorded run has no network: leave `namespace` out."));
         }
         let recorder = recorder.to_string();
-        return Ok(Plan::Record(Record { snapshot, slot, recorder, repeat: 1 }));
+        return Ok(Plan::Record(Box::new(Record { snapshot, slot, recorder, repeat: 1 })));
     }
     let restore = restore_spec(&snapshot, dir, &profiles, wanted, body)?;
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };

@@ -231,10 +231,10 @@ async fn write_vms(daemon: Arc<Daemon>) {
 }
 
 async fn save_vms(daemon: &Arc<Daemon>) {
-    let (path, records) = (daemon.store.vms_path(), daemon.vms.records());
-    let saved = blocking(move || store::save(&path, &records)).await;
+    let writer = daemon.clone();
+    let saved = blocking(move || writer.store.save_vms(|| writer.vms.records())).await;
     if let Ok(Err(error)) = saved {
-        let error: &(dyn std::error::Error + 'static) = &error;
-        tracing::warn!(message = fault::Fault::of(error).message, "The VMs that live cannot be written down");
+        let error = fault::Fault::of(&error).message;
+        tracing::warn!(error, "The VMs that live cannot be written down");
     }
 }

@@ -85,13 +85,15 @@ pub(super) async fn put_network(
     }
     let NetworkBody { host_dev_name, iface_id, guest_mac, .. } = body;
     let network = Network { namespace: namespace.clone(), host_dev_name, iface_id, guest_mac };
-    let saved = blocking({
+    let kept = blocking({
         let (daemon, network) = (daemon.clone(), network.clone());
-        move || daemon.store.save(Kind::Networks, &network.namespace, &network)
-    })
-    .await?;
-    saved.map_err(|error| Fault::of(&error))?;
-    daemon.networks().insert(namespace, network.clone());
+        move || {
+            daemon.store.save(Kind::Networks, &namespace, &network)?;
+            daemon.networks().insert(namespace, network);
+            Ok::<(), crate::snapshot::Error>(())
+        }
+    });
+    kept.await?.map_err(|error| Fault::of(&error))?;
     Ok(Reply(network))
 }
 

@@ -1,10 +1,11 @@
 //! `/snapshots`: taken of VMs, copied, brought into the page cache and out of it, forgotten.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path as FilePath;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, Uri};
@@ -144,10 +145,10 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         Some(other) => return Err(Fault::bad(format!("There is no snapshot type `{other}`: Full or Diff."))),
     };
     let vm = daemon.vm(&body.vm_id)?;
-    let id = claim_name(daemon, body.ss_id)?;
+    let claim = claim_name(daemon, body.ss_id)?;
     let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{}`.", vm.id)))?;
     let _quiet = vm.quiet().await;
-    let dir = daemon.snapshot_dir(&id);
+    let dir = daemon.snapshot_dir(&claim.id);
     let taken = capture(&vm, kind, &dir).await?;
     let opened = blocking({
         let dir = dir.clone();
@@ -158,7 +159,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         Location::Dir(dir) | Location::Files { snapshot: dir, .. } => dir,
     });
     let record = SnapshotRecord {
-        ss_id: id,
+        ss_id: claim.id.clone(),
         vm_id: vm.id.clone(),
         snapshot_type: kind.to_string(),
         parent: parent.and_then(|dir| Some(dir.file_name()?.to_str()?.to_string())),
@@ -206,13 +207,31 @@ async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRe
     Ok(record)
 }
 
-fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<String, Fault> {
+/// A name that nobody else gives to a snapshot meanwhile.
+struct Claim {
+    id: String,
+    names: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<Claim, Fault> {
     let id = wanted.unwrap_or_else(|| random_hex(6));
     check_name("snapshot", &id)?;
-    if daemon.snapshots().contains_key(&id) || daemon.snapshot_dir(&id).exists() {
-        return Err(Fault::conflict(format!("There is a snapshot `{id}` already: snapshots do not change.")));
+    let is_free = daemon.names.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
+    let taken = Fault::conflict(format!("There is a snapshot `{id}` already: snapshots do not change."));
+    if !is_free {
+        return Err(taken);
     }
-    Ok(id)
+    let claim = Claim { id, names: daemon.names.clone() };
+    if daemon.snapshots().contains_key(&claim.id) || daemon.snapshot_dir(&claim.id).exists() {
+        return Err(taken);
+    }
+    Ok(claim)
 }
 
 /// Copies a snapshot, its profiles included: clones of different snapshots share no page cache.
@@ -222,15 +241,20 @@ fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<String, Fault> 
     responses((status = 200, description = "The copy", body = SnapshotRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn copy_snapshot(State(daemon): State<Shared>, uri: Uri) -> Result<Reply<SnapshotRecord>, Fault> {
-    let mut query = query(&uri, &["from_snapshot", "ssId", "mem_file_path"])?;
+    let task = tokio::spawn(async move { copy(&daemon, &uri).await });
+    task.await.unwrap_or_else(|_| Err(Fault::internal("The copy was given up."))).map(Reply)
+}
+
+async fn copy(daemon: &Arc<Daemon>, uri: &Uri) -> Result<SnapshotRecord, Fault> {
+    let mut query = query(uri, &["from_snapshot", "ssId", "mem_file_path"])?;
     if query.contains_key("mem_file_path") {
         return Err(Fault::bad("Snapshots are kept in the daemon's directory: leave out `mem_file_path`."));
     }
     let from = query.remove("from_snapshot").ok_or_else(|| Fault::bad("The query needs `from_snapshot`."))?;
     let from = daemon.snapshot(&from)?;
-    let id = claim_name(&daemon, query.remove("ssId"))?;
+    let claim = claim_name(daemon, query.remove("ssId"))?;
     let copied = blocking({
-        let (daemon, from, id) = (daemon.clone(), from.ss_id.clone(), id.clone());
+        let (daemon, from, id) = (daemon.clone(), from.ss_id.clone(), claim.id.clone());
         move || {
             let to = daemon.snapshot_dir(&id);
             copy_dir(&daemon.snapshot_dir(&from), &to)?;
@@ -238,8 +262,8 @@ pub(super) async fn copy_snapshot(State(daemon): State<Shared>, uri: Uri) -> Res
         }
     });
     copied.await?.map_err(|error| Fault::of(&error))?;
-    let record = SnapshotRecord { ss_id: id, copy_of: Some(from.ss_id.clone()), ..from };
-    keep(&daemon, record).await.map(Reply)
+    let record = SnapshotRecord { ss_id: claim.id.clone(), copy_of: Some(from.ss_id.clone()), ..from };
+    keep(daemon, record).await
 }
 
 /// Copies the files of a directory, holes and all, without its folders (which hold what can be made again).

@@ -5,6 +5,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::FlockOperation;
 use serde::Serialize;
@@ -39,6 +40,8 @@ impl Kind {
 pub(super) struct Store {
     dir: PathBuf,
     _lock: File,
+    /// Who writes: two writers would meet in the file beside.
+    writing: Mutex<()>,
 }
 
 impl Store {
@@ -68,7 +71,7 @@ impl Store {
             _ => {}
         }
         ["run", "snapshots", "profiles"].iter().try_for_each(|folder| make(&dir.join(folder)))?;
-        Ok(Store { dir, _lock: lock })
+        Ok(Store { dir, _lock: lock, writing: Mutex::new(()) })
     }
 
     /// All things of a kind. A file that cannot be understood is an error: it is not ours to drop.
@@ -96,7 +99,14 @@ impl Store {
 
     /// Keeps one thing. Blocks for the disk.
     pub(super) fn save(&self, kind: Kind, name: &str, what: &impl Serialize) -> snapshot::Result<()> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         save(&self.path(kind, name), what)
+    }
+
+    /// Writes down the VMs as they are when it is this writer's turn.
+    pub(super) fn save_vms<T: Serialize>(&self, records: impl FnOnce() -> Vec<T>) -> snapshot::Result<()> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        save(&self.vms_path(), &records())
     }
 
     /// Forgets one thing, if it is there.
@@ -111,7 +121,7 @@ impl Store {
     }
 
     /// Where the VMs that live are written down.
-    pub(super) fn vms_path(&self) -> PathBuf {
+    fn vms_path(&self) -> PathBuf {
         self.dir.join("vms.json")
     }
 
@@ -137,7 +147,7 @@ impl Store {
 }
 
 /// Writes JSON durably.
-pub(super) fn save(path: &Path, what: &impl Serialize) -> snapshot::Result<()> {
+fn save(path: &Path, what: &impl Serialize) -> snapshot::Result<()> {
     // Only keys and values that JSON has are ever given.
     let bytes = serde_json::to_vec_pretty(what).unwrap_or_default();
     replace_file(path, &bytes)

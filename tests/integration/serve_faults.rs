@@ -282,7 +282,7 @@ fn ask_patiently(socket: &Path, request: &[u8]) -> Option<String> {
 
 #[test]
 fn an_inherited_descriptor_must_be_a_connected_socket() {
-    for fd in ["-1", "0", "2", "77"] {
+    for fd in ["0", "2", "77"] {
         let output = tvmm().args(["--api-fd", fd]).stdin(Stdio::null()).output().unwrap();
         assert!(refusal(&output).contains("descriptor"), "{fd}");
     }

@@ -7,7 +7,7 @@ use axum::http::Uri;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{GAP_PAGES, Ground, Slot, check_thresholds, drop_cached, images_of, load, save};
+use super::{GAP_PAGES, Ground, Slot, check_thresholds, drop_cached, exclusively, images_of, load, save};
 use crate::serve::Shared;
 use crate::serve::body::{Body, query};
 use crate::serve::daemon::blocking;
@@ -135,6 +135,7 @@ pub(in crate::serve) async fn put_mincore(
     let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
     let sources = daemon.store.profiles_dir(&source);
     let carried = blocking(move || {
+        let _turn = exclusively();
         let none = || Fault::conflict(format!("Snapshot `{source}` has no layers."));
         let mut profile = load(Slot::Mincore, &sources)?.ok_or_else(none)?;
         let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
@@ -163,6 +164,7 @@ pub(in crate::serve) async fn post_mincore(
     let diff = diff.map(|diff| daemon.snapshot_dir(&diff.ss_id));
     let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
     let added = blocking(move || {
+        let _turn = exclusively();
         let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
         let mut pages = match diff {
             Some(diff) => held_by_tip(&Ground::open(&diff).map_err(|error| Fault::of(&error))?),
@@ -253,6 +255,7 @@ pub(in crate::serve) async fn patch_mincore(
 }
 
 fn change(dir: &FilePath, profiles: &FilePath, patch: &MincorePatch) -> Result<MincoreState, Fault> {
+    let _turn = exclusively();
     let failed = |error: crate::snapshot::Error| Fault::of(&error);
     let ground = Ground::open(dir).map_err(failed)?;
     if let Some(size) = patch.from_records_size {

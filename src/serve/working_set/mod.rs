@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(super) use self::profile::{Record, record_invocation};
 use super::fault::Fault;
@@ -226,6 +227,14 @@ impl Ground {
         let open = |spec| open_image(&self.chain, spec, &PageCache).map(|(_, path)| path);
         specs.iter().map(open).collect::<Result<_, _>>().map_err(|error| Fault::of(&error))
     }
+}
+
+/// Who changes layers and records: they are read, changed and written.
+static CHANGING: Mutex<()> = Mutex::new(());
+
+/// Waits for the turn to change layers and records. For threads that may block.
+fn exclusively() -> MutexGuard<'static, ()> {
+    CHANGING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Loads the profile in a slot, if there is one.

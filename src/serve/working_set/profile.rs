@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Slot, load, save};
+use super::{Slot, exclusively, load, save};
 use crate::serve::Shared;
 use crate::serve::body::{Body, check_line, number, query};
 use crate::serve::daemon::{Daemon, START_TIMEOUT, blocking};
@@ -204,6 +204,7 @@ pub(in crate::serve) async fn put_profile(
     }
     let (from, to) = (daemon.store.profiles_dir(&source), daemon.store.profiles_dir(&id));
     let carried = blocking(move || {
+        let _turn = exclusively();
         let profile = load(Slot::Run, &from)?.ok_or_else(|| Fault::not_found("profile of snapshot", &source))?;
         save(Slot::Run, &to, &profile)?;
         Ok(profile)

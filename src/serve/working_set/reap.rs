@@ -4,7 +4,7 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Ground, Slot, cache_state, drop_cached, load, load_cached};
+use super::{Ground, Slot, cache_state, drop_cached, exclusively, load, load_cached};
 use crate::serve::Shared;
 use crate::serve::body::Body;
 use crate::serve::daemon::blocking;
@@ -69,6 +69,7 @@ pub(in crate::serve) async fn patch_reap(
     daemon.snapshot(&id)?;
     let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
     let changed = blocking(move || {
+        let _turn = exclusively();
         let none = || Fault::conflict("Nothing is recorded for REAP: an invocation with `enableReap` does that.");
         let profile = load(Slot::Reap, &profiles)?.ok_or_else(none)?;
         let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
@@ -89,6 +90,7 @@ pub(in crate::serve) async fn delete_reap(
     daemon.snapshot(&id)?;
     let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
     let removed = blocking(move || {
+        let _turn = exclusively();
         let Some(profile) = load(Slot::Reap, &profiles)? else { return Ok(false) };
         let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
         for image in ground.make_images(Policy::Reap, &profile)? {
