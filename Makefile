@@ -8,7 +8,9 @@ PREFIX  ?= /usr/local
 STATIC  := -C target-feature=+crt-static -C relocation-model=static
 BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
 
-.PHONY: build agent demo test lint setup install bench testbed testbed-build linux-kernel linux-rootfs
+CASES   ?= 20000
+
+.PHONY: build agent demo test fuzz lint setup install bench testbed testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -26,7 +28,12 @@ demo: build
 test: build
 	cargo test --locked
 	TVMM_BINARY=$(CURDIR)/$(BINARY) cargo test --locked --test integration
-	cargo test --locked --lib --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
+	cargo test --locked --lib --features functions --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
+
+# Every device, behind its real transport, against CASES random drivers each, with overflow checks. A finding is printed with
+# the shortest driver that shows it, and kept in proptest-regressions/ for `make test`; SEED=N makes a run repeatable.
+fuzz: setup
+	PROPTEST_CASES=$(CASES) $(if $(SEED),PROPTEST_RNG_SEED=$(SEED)) cargo test --locked --lib no_driver
 
 lint: setup
 	cargo fmt --check

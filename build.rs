@@ -1,8 +1,9 @@
-//! Builds the guest kernel of `resources/guest/`, a package of its own for the bare machine, and tells where its ELF is.
+//! Builds the guest kernel of `resources/guest/`, a package of its own for the bare machine, without and with its functions, and
+//! tells where the two ELFs are.
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 fn main() {
     let variable = |name: &str| env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));
@@ -10,19 +11,32 @@ fn main() {
     for watched in ["src", "Cargo.toml", "Cargo.lock", "build.rs", "boot.s", "link.ld"] {
         println!("cargo::rerun-if-changed={}", guest.join(watched).display());
     }
-    let target_dir = PathBuf::from(variable("OUT_DIR")).join("guest");
-    // Always the same target, whatever tvmm itself is built for: the guest has no libc. Its flags are its own too.
-    let target = "x86_64-unknown-linux-gnu";
-    let status = Command::new(variable("CARGO"))
-        .args(["build", "--release", "--locked", "--target", target, "--manifest-path"])
+    let out = PathBuf::from(variable("OUT_DIR"));
+    let builds = [("TVMM_GUEST_ELF", "guest", ""), ("TVMM_FUNCTIONS_ELF", "guest-functions", "functions")];
+    // Both at once: cargo's job server shares the processors among them.
+    let builds = builds.map(|(name, folder, features)| {
+        let target_dir = out.join(folder);
+        (name, build(&variable("CARGO"), &guest, &target_dir, features), target_dir)
+    });
+    for (name, mut cargo, target_dir) in builds {
+        let status = cargo.wait().unwrap_or_else(|error| panic!("cargo for the guest kernel is lost: {error}"));
+        assert!(status.success(), "the guest kernel in {} does not build", guest.display());
+        println!("cargo::rustc-env={name}={}", target_dir.join(TARGET).join("release/tvmm-guest").display());
+    }
+}
+
+/// Always the same target, whatever tvmm itself is built for: the guest has no libc. Its flags are its own too.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+fn build(cargo: &str, guest: &Path, target_dir: &Path, features: &str) -> Child {
+    Command::new(cargo)
+        .args(["build", "--release", "--locked", "--target", TARGET, "--features", features, "--manifest-path"])
         .arg(guest.join("Cargo.toml"))
         .arg("--target-dir")
-        .arg(&target_dir)
+        .arg(target_dir)
         .env("CARGO_ENCODED_RUSTFLAGS", "-Crelocation-model=static")
         .env_remove("RUSTFLAGS")
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
-        .status()
-        .unwrap_or_else(|error| panic!("cannot run cargo for the guest kernel: {error}"));
-    assert!(status.success(), "the guest kernel in {} does not build", guest.display());
-    println!("cargo::rustc-env=TVMM_GUEST_ELF={}", target_dir.join(target).join("release/tvmm-guest").display());
+        .spawn()
+        .unwrap_or_else(|error| panic!("cannot run cargo for the guest kernel: {error}"))
 }

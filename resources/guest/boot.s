@@ -13,7 +13,6 @@
 .set IO_BITMAP, 164               # ports 0..0x51f: PIT, PIC, i8042, COM1, firmware configuration
 .set TSS_LIMIT, 104 + IO_BITMAP
 .set KSTACK_SHIFT, 12
-.set USTACK_SHIFT, 17
 .set KCODE, 0x10
 .set KDATA, 0x18
 .set UDATA, 0x28 | 3

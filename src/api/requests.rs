@@ -187,6 +187,9 @@ struct LoadExtension {
     /// Budgets, MiB.
     dram_mib: Option<u64>,
     cxl_mib: Option<u64>,
+    /// Pools to take guest memory from, in order of preference.
+    #[serde(default)]
+    pools: Vec<PathBuf>,
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
@@ -245,6 +248,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         costs: None,
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
+        pools: load.tvmm.pools,
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,

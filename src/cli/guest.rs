@@ -1,6 +1,6 @@
-//! `tvmm guest`: the built-in guest kernel as a file.
+//! `tvmm guest`: the built-in guest kernels as files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -9,14 +9,27 @@ use super::BoxError;
 use crate::vmm::guest;
 
 #[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
 pub struct GuestArgs {
-    /// Where to write the ELF
+    /// Where to write the ELF of the guest that boots by default
     #[arg(long, value_name = "FILE")]
-    out: PathBuf,
+    out: Option<PathBuf>,
+    /// Where to write the ELF of the guest with the twelve functions
+    #[arg(long, value_name = "FILE")]
+    functions: Option<PathBuf>,
 }
 
 pub fn run(args: &GuestArgs) -> Result<ExitCode, BoxError> {
-    std::fs::write(&args.out, guest::ELF).map_err(|error| format!("Cannot write {}: {error}", args.out.display()))?;
-    println!("{}: {} bytes", args.out.display(), guest::ELF.len());
+    for (path, elf) in [(&args.out, guest::ELF), (&args.functions, guest::FUNCTIONS_ELF)] {
+        if let Some(path) = path {
+            write(path, elf)?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+fn write(path: &Path, elf: &[u8]) -> Result<(), BoxError> {
+    std::fs::write(path, elf).map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
+    println!("{}: {} bytes", path.display(), elf.len());
+    Ok(())
 }

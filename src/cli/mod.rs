@@ -4,9 +4,11 @@ mod bench;
 mod calibrate;
 mod guest;
 mod inspect;
+mod markup;
 mod merge;
 mod overrides;
 mod plan;
+mod pool;
 mod profile;
 mod serve;
 mod snapshot;
@@ -93,6 +95,8 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Show what a policy would do with a snapshot, or write it to a file
     Plan(plan::PlanArgs),
+    /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
+    Pool(pool::PoolArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Serve functions, VMs and snapshots over HTTP
@@ -127,6 +131,7 @@ fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
 /// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    signals::outlive_file_size_limit();
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }
@@ -138,6 +143,7 @@ pub fn main() -> ExitCode {
         Some(Command::Profile(args)) => profile::run(&args),
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
+        Some(Command::Pool(args)) => pool::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),

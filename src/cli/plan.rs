@@ -8,12 +8,16 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::{BoxError, refuse};
-use crate::snapshot::{Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan};
+use crate::snapshot::{
+    Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan, TierSource,
+};
 use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, Estimate, Policy, PolicyInput};
 use crate::tiering::profile::Profile;
+use crate::tiering::tier;
+use crate::vmm::sources::{self, Sources};
 
 /// How the snapshot's files are cached when the plan is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -43,6 +47,9 @@ pub struct PlanArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// Take pages from this pool instead of the snapshot's files; several: from the first that has the snapshot
+    #[arg(long, value_name = "POOL")]
+    pool: Vec<PathBuf>,
     /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
     costs: Option<PathBuf>,
@@ -73,18 +80,21 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
         Cache::Small => SourceCache::Small,
         Cache::Cold => SourceCache::Cold,
     });
-    let chain = Chain::open(&Location::Dir(args.snapshot.clone()))?;
-    let resolved = chain.resolve()?;
+    let Sources { chain, tiers: opened, .. } =
+        sources::pooled(&Location::Dir(args.snapshot.clone()), &args.pool, false)?;
+    let resolved = tier::resolve(&chain, &opened)?;
+    let tiers: Vec<TierSource> = opened.iter().map(|tier| tier.source()).collect();
     let budget = Budget { dram_pages: pages_of(args.dram)?, cxl_pages: pages_of(args.cxl)? };
     let input = PolicyInput {
         chain: &chain,
         resolved: &resolved,
-        tiers: &[],
+        tiers: &tiers,
         profile: profile.as_ref(),
         costs: &costs,
         budget,
     };
-    let plan = policy.plan(&input)?;
+    let mut plan = policy.plan(&input)?;
+    tier::align(&mut plan, chain.layout(), chain.layers().len(), &opened);
     plan.validate(chain.layout(), &chain.layer_file_lens())?;
     let estimate = input.estimate(&plan);
     let used = CostsUsed::new(&costs, args.costs.as_deref());

@@ -52,6 +52,9 @@ pub struct RestoreArgs {
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
+    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
+    pool: Vec<PathBuf>,
     /// Log the pages the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
@@ -94,6 +97,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,
+        pools: args.pool.clone(),
         handler: None,
         overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,

@@ -136,6 +136,8 @@ impl BusDevice for FwCfg {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn read(device: &FwCfg, key: u16, len: usize) -> Vec<u8> {
@@ -179,5 +181,23 @@ mod tests {
     fn metadata_that_do_not_fit_are_refused() {
         let fits = |len| FwCfg::new(FwCfgState::new(metadata(len))).is_ok();
         assert!(fits(FILE_LEN - 11) && !fits(FILE_LEN - 10));
+    }
+
+    proptest! {
+        #[test]
+        fn no_driver_makes_fw_cfg_panic_or_its_state_unusable(
+            acts in proptest::collection::vec((any::<bool>(), 0u64..4, 0u16..0x30, 0usize..9000), 1..60),
+        ) {
+            let mut device = FwCfg::new(FwCfgState::new(metadata(30))).unwrap();
+            for (is_read, offset, key, len) in acts {
+                if is_read {
+                    device.read(offset, &mut vec![0; len]);
+                } else {
+                    device.write(offset, &key.to_le_bytes()[..len % 3]);
+                }
+                device = FwCfg::new(device.save()).unwrap();
+            }
+            prop_assert_eq!(read(&device, 0, 4), b"QEMU");
+        }
     }
 }

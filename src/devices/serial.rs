@@ -187,6 +187,8 @@ impl BusDevice for Serial {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::super::output::FdSink;
     use super::*;
 
@@ -226,5 +228,24 @@ mod tests {
         let (serial, _reader) = serial();
         let state = SerialState { received: vec![0; 65], ..SerialState::default() };
         assert!(matches!(serial.restore(&state), Err(Error::State { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn no_driver_makes_the_serial_port_panic_or_its_state_unusable(
+            acts in proptest::collection::vec((0u8..4, 0u64..10, proptest::collection::vec(any::<u8>(), 0..20)), 1..100),
+        ) {
+            let (serial, _reader) = serial();
+            for (act, offset, mut bytes) in acts {
+                match act {
+                    0 => serial.read(offset, &mut bytes),
+                    1 | 2 => serial.write(offset, &bytes),
+                    _ => prop_assert!(serial.receive(&bytes).unwrap() <= bytes.len()),
+                }
+                let state = serial.save();
+                serial.restore(&state).unwrap();
+                prop_assert_eq!(serial.save(), state);
+            }
+        }
     }
 }

@@ -82,6 +82,14 @@ impl Chain {
         Ok(Chain { layers: vec![snapshot] })
     }
 
+    /// Opens a snapshot all of whose pages are in a pool: without its memory file, and without its parents.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::open`].
+    pub fn open_pooled(tip: &Location) -> Result<Chain> {
+        Ok(Chain { layers: vec![Snapshot::open_without_memory(tip)?] })
+    }
+
     /// Opens a chain whose directories are given, base first, whatever their manifests say about locations.
     ///
     /// # Errors
@@ -130,7 +138,7 @@ impl Chain {
 
     /// The length of each layer's memory file in bytes, as [`super::RestorePlan::validate`] wants them.
     pub fn layer_file_lens(&self) -> Vec<u64> {
-        self.layers.iter().map(|layer| layer.layout().file_len()).collect()
+        self.layers.iter().map(|layer| layer.memory_len().min(layer.layout().file_len())).collect()
     }
 
     /// Where every page of guest memory comes from: each page exactly once, ascending, in maximal runs.

@@ -34,6 +34,7 @@ pub struct Snapshot {
     /// The state sections of the container; in the two-file form it has others too.
     state: Vec<SectionInfo>,
     memory: File,
+    /// 0: the memory file was never looked at, and something else stands in for it.
     memory_len: u64,
     memory_path: PathBuf,
     page_map: OnceLock<PageMap>,
@@ -64,6 +65,22 @@ impl Snapshot {
     /// # Errors
     /// As for [`open`](Snapshot::open).
     pub(crate) fn open_state(location: &Location) -> Result<Snapshot> {
+        Snapshot::open_with(location, &location.memory_path())
+    }
+
+    /// As [`open`](Snapshot::open) for a snapshot whose memory comes from a pool: the memory file need not even be there.
+    ///
+    /// # Errors
+    /// As for [`open`](Snapshot::open).
+    pub fn open_without_memory(location: &Location) -> Result<Snapshot> {
+        let stand_in = match location {
+            Location::Dir(dir) => dir.join(STATE_FILE),
+            Location::Files { snapshot, .. } => snapshot.clone(),
+        };
+        Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in)? })
+    }
+
+    fn open_with(location: &Location, memory_path: &Path) -> Result<Snapshot> {
         let object = location.display();
         let (manifest, container) = match location {
             Location::Dir(dir) => open_dir(dir, &object)?,
@@ -76,7 +93,7 @@ impl Snapshot {
         if digest_of(&container, &state)? != manifest.digests.vmstate {
             return Err(Error::DigestMismatch { object, part: "state" });
         }
-        let memory_path = location.memory_path();
+        let memory_path = memory_path.to_path_buf();
         let (memory, memory_len) = files::open_regular(&memory_path)?;
         let location = location.clone();
         let page_map = OnceLock::new();
@@ -166,6 +183,11 @@ impl Snapshot {
     /// The memory file, open for reading.
     pub fn memory(&self) -> &File {
         &self.memory
+    }
+
+    /// How many bytes of the memory file pages can come from: none, if the snapshot was opened without it.
+    pub fn memory_len(&self) -> u64 {
+        self.memory_len
     }
 
     /// The path of the memory file.

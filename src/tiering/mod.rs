@@ -11,6 +11,7 @@ pub mod fault;
 pub mod fit;
 pub mod plan_file;
 pub mod policy;
+pub mod pool;
 pub mod profile;
 pub mod recorder;
 pub mod tier;
@@ -55,6 +56,8 @@ pub enum Error {
     PlanWithoutPool { pool: PoolId },
     #[error("The plan in {path} cannot be used: {problem}", path = path.display())]
     PlanFile { path: PathBuf, problem: String },
+    #[error(transparent)]
+    Pool(#[from] pool::Error),
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
 }

@@ -193,6 +193,14 @@ impl Core {
             }
             // What the guest has given back is populated if it was touched since, and zero otherwise.
             mapped.subtract(self.ram.released().read().ever());
+            if !self.services.tiers().is_empty() {
+                for tier in self.services.tiers() {
+                    let mut held: PageSet = tier.runs()?.into_iter().map(|run| run.extent).collect();
+                    held.intersect_with(&mapped);
+                    pages.union_with(&held);
+                }
+                return Ok(pages);
+            }
             for layer in chain.layers() {
                 let mut held = layer.page_map()?.held().clone();
                 held.intersect_with(&mapped);

@@ -128,6 +128,8 @@ pub struct LoadSnapshot {
     pub dram_mib: Option<u64>,
     /// The most memory of the CXL tier a plan may use, MiB.
     pub cxl_mib: Option<u64>,
+    /// Pools to take guest memory from instead of the snapshot's files, in order of preference.
+    pub pools: Vec<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
     pub handler: Option<PathBuf>,
     /// What this clone's devices are to have on the host's side.

@@ -11,7 +11,7 @@ use super::capture::Captured;
 use super::config::{DeviceConfigs, VmConfig};
 use super::control::{
     BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request,
-    SnapshotKind, SnapshotPaths, SnapshotTaken, VmState,
+    SnapshotKind, SnapshotTaken, VmState,
 };
 use super::devices::{VirtioDevices, no_balloon};
 use super::error::Error;
@@ -22,15 +22,17 @@ use super::planning::{self, Chosen};
 use super::record::Watch;
 use super::report;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
+use super::sources::{self, Sources, location};
 use super::stall::StallWatch;
 use super::timeline::{Moments, Timeline};
 use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Chain, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
+use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
 use crate::tiering;
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::CostsUsed;
 use crate::tiering::profile::Profile;
+use crate::tiering::tier::Tier;
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
@@ -55,6 +57,8 @@ pub struct Restored {
     /// How the plan fits the profile it was made from.
     pub fit: Option<Fit>,
     pub layers: usize,
+    /// The pools that memory comes from instead of the layers' files, by the names they were given.
+    pub pools: Vec<PathBuf>,
     pub engine: EngineReport,
 }
 
@@ -294,11 +298,7 @@ impl Controller {
         before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let chain = Arc::new(match load.handler {
-            None => Chain::open(&location(&load.location))?,
-            Some(_) => Chain::open_without_memory(&load.location.snapshot)?,
-        });
-        let tiers = Vec::new();
+        let Sources { chain, tiers, pools } = sources::open(load)?;
         let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
@@ -315,13 +315,24 @@ impl Controller {
             clock_realtime: load.clock_realtime,
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
+        pools.iter().try_for_each(|pool| pool.note_plan(&engine.planned)).map_err(tiering::Error::from)?;
         self.config.machine.vcpu_count = machine.shape().vcpu_count;
         self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
         self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
         self.config.devices = machine.virtio().configs().clone();
         let policy = plan.policy.clone();
         self.plan = Some(plan);
-        self.restored = Some(Restored { snapshot, policy, plan: origin, source_cache, costs, fit, layers, engine });
+        self.restored = Some(Restored {
+            snapshot,
+            policy,
+            plan: origin,
+            source_cache,
+            costs,
+            fit,
+            layers,
+            pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
+            engine,
+        });
         before_run(machine.serial(), &self.config.devices)?;
         stalls.restored(machine.ending().clone());
         self.phase =
@@ -519,13 +530,6 @@ impl<'a> Parts<'a> {
 
     pub fn counters_json(&self) -> serde_json::Value {
         self.counters.json()
-    }
-}
-
-pub(super) fn location(paths: &SnapshotPaths) -> Location {
-    match &paths.memory {
-        None => Location::Dir(paths.snapshot.clone()),
-        Some(memory) => Location::Files { snapshot: paths.snapshot.clone(), memory: memory.clone() },
     }
 }
 

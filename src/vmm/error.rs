@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::media;
 use crate::{devices, snapshot, tiering};
 
 /// The one error of the vmm room. Each says what was being done to what; causes are chained.
@@ -92,6 +93,8 @@ pub enum Error {
     File { doing: &'static str, path: PathBuf, source: io::Error },
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
+    #[error(transparent)]
+    Medium(#[from] media::Error),
     #[error(transparent)]
     Policy(#[from] tiering::Error),
     #[error("Section {section} of the snapshot's state is not valid: {what}")]

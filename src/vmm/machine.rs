@@ -181,7 +181,7 @@ impl Machine<Built> {
             let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
             let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
             let memory = ram.view().clone();
-            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced: None, memory });
+            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced: None, has_pic: false, memory });
         }
         coalesce_console(&kvm, &vm, &mut vcpus)?;
         timeline.lap(Slice::VmCreate);
@@ -212,7 +212,7 @@ impl Machine<Built> {
         let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
         let boot_source = config.boot_source.with_args(&devices::root_args(&config.devices));
         let boot_source = boot_source.with_args(devices::pmem_root_args(&config.devices));
-        let entry = boot::load(&boot_source, config.tvmm.boot_protocol, platform, &machine.core.ram)?;
+        let entry = boot::load(&boot_source, &config.tvmm, platform, &machine.core.ram)?;
         if platform.acpi {
             let state = VmGenIdState { gpa: layout::VMGENID, gsi: layout::VMGENID_GSI };
             machine.core.attach_vmgenid(state)?;
@@ -381,7 +381,11 @@ impl<S> Machine<S> {
 }
 
 impl Core {
-    fn spawn(&self, vcpus: Vec<Vcpu>, parked: bool) -> Result<Vec<VcpuThread>, Error> {
+    fn spawn(&self, mut vcpus: Vec<Vcpu>, parked: bool) -> Result<Vec<VcpuThread>, Error> {
+        // Machines with ACPI have a VM generation id, and no 8259 that their kernels would know of.
+        if let Some(boot) = vcpus.first_mut() {
+            boot.has_pic = self.devices.vmgenid.is_none();
+        }
         vcpus.into_iter().map(|vcpu| VcpuThread::spawn(vcpu, parked, &self.ending)).collect()
     }
 

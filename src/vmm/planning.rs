@@ -47,7 +47,9 @@ pub fn choose(chain: &Chain, tiers: &[Arc<dyn Tier>], load: &LoadSnapshot) -> Re
         let resolved = if policy.needs_pages(chain, &sources) { tier::resolve(chain, tiers)? } else { Vec::new() };
         let (costs, budget) = (Costs::default(), Budget::default());
         let input = PolicyInput { chain, resolved: &resolved, tiers: &sources, profile: None, costs: &costs, budget };
-        return Ok(Chosen { plan: policy.plan(&input)?, origin: "made", source_cache: None, costs: None, fit: None });
+        let mut plan = policy.plan(&input)?;
+        tier::align(&mut plan, chain.layout(), chain.layers().len(), tiers);
+        return Ok(Chosen { plan, origin: "made", source_cache: None, costs: None, fit: None });
     }
     from_profile(chain, tiers, policy, load)
 }
@@ -86,7 +88,8 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     let resolved = tier::resolve(chain, tiers)?;
     let profile_of = profile.as_ref();
     let input = PolicyInput { chain, resolved: &resolved, tiers: &sources, profile: profile_of, costs: &costs, budget };
-    let plan = policy.plan(&input)?;
+    let mut plan = policy.plan(&input)?;
+    tier::align(&mut plan, chain.layout(), chain.layers().len(), tiers);
     let expected = input.estimate(&plan);
     let used = CostsUsed::new(&costs, load.costs.as_deref());
     let file = PlanFile::new(plan, expected, chain)?.made_from(used, profile.as_ref());

@@ -11,11 +11,12 @@ use std::time::Duration;
 use super::config::VmConfig;
 use super::console::{Answer, AnswerSink, Input};
 use super::control::{LoadSnapshot, SnapshotPaths};
-use super::controller::{self, Controller};
+use super::controller::Controller;
 use super::error::Error;
 use super::machine::Outside;
 use super::port_request::PortRequest;
 use super::session::{self, Begin, Outcome, Surroundings};
+use super::sources;
 use super::sys::pagemap_scan::{self, Mapped};
 use super::sys::resident::CacheView;
 use super::sys::signals::EndSignals;
@@ -67,7 +68,7 @@ const POLL: Duration = Duration::from_millis(4);
 
 /// Records one run. `signals` come back for the next.
 pub fn record(spec: &RecordSpec, signals: EndSignals) -> Result<(Recorded, EndSignals), Error> {
-    let chain = Arc::new(Chain::open(&controller::location(&spec.snapshot))?);
+    let chain = Arc::new(Chain::open(&sources::location(&spec.snapshot))?);
     let snapshot = chain.tip().id();
     let name = spec.function.as_str();
     let mut signals = Some(signals);

@@ -45,6 +45,7 @@ pub fn collect(
             "fit_expected": restored.fit,
             "fit_against": against,
             "layers": restored.layers,
+            "pools": restored.pools,
             "engine": restored.engine,
         })
     });

@@ -15,6 +15,10 @@ pub struct Usage {
     pub guest_rss_kib: u64,
     /// Of guest RAM, pages that only this process has and that no file backs: its local DRAM.
     pub guest_private_kib: u64,
+    /// Of guest RAM, pages of files and pools that are mapped where they are, and cost no local DRAM of this VM.
+    pub guest_in_place_kib: u64,
+    /// Of guest RAM, what is not there: never touched, or lazy and not yet fetched.
+    pub guest_absent_kib: u64,
     /// Mappings that make up guest RAM.
     pub guest_vmas: u64,
     /// Everything that is not guest RAM: the VMM itself.
@@ -27,7 +31,7 @@ pub fn read(ram: &GuestRam) -> Result<Usage, Error> {
     let guest: Vec<(u64, u64)> = ram.slots().map(|(range, host)| (host as u64, host as u64 + range.len)).collect();
     let file = std::fs::File::open("/proc/self/smaps").map_err(Error::os("open /proc/self/smaps"))?;
     let mut usage = Usage::default();
-    let mut in_guest = false;
+    let (mut in_guest, mut hugetlb) = (false, 0);
     for line in BufReader::new(file).lines() {
         let line = line.map_err(Error::os("read /proc/self/smaps"))?;
         if let Some(start) = vma_start(&line) {
@@ -37,13 +41,18 @@ pub fn read(ram: &GuestRam) -> Result<Usage, Error> {
             match (name, in_guest) {
                 ("Pss", true) => usage.guest_pss_kib += kib,
                 ("Rss", true) => usage.guest_rss_kib += kib,
-                ("Private_Dirty", true) => usage.guest_private_kib += kib,
+                ("Size", true) => usage.guest_absent_kib += kib,
+                // Not what is private and dirty: pages of a tmpfs that nobody else maps are that, too.
+                ("Anonymous", true) => usage.guest_private_kib += kib,
+                ("Shared_Hugetlb" | "Private_Hugetlb", true) => hugetlb += kib,
                 ("Pss", false) => usage.vmm_pss_kib += kib,
                 ("Rss", false) => usage.vmm_rss_kib += kib,
                 _ => {}
             }
         }
     }
+    usage.guest_in_place_kib = (usage.guest_rss_kib + hugetlb).saturating_sub(usage.guest_private_kib);
+    usage.guest_absent_kib = usage.guest_absent_kib.saturating_sub(usage.guest_rss_kib + hugetlb);
     Ok(usage)
 }
 

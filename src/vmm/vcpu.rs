@@ -12,7 +12,7 @@ use super::error::Error;
 use super::metrics::ExitCounters;
 use super::stall;
 use super::sys::coalesced::CoalescedRing;
-use super::sys::kick::{self, ImmediateExit};
+use super::sys::kick::{self, Alarm, ImmediateExit};
 use super::timeline::Moments;
 use crate::devices::Bus;
 use crate::devices::virtio::Memory;
@@ -99,6 +99,8 @@ pub struct Vcpu {
     pub moments: Arc<Moments>,
     /// Console bytes that KVM collected; taken before every exit is handled, so that order is kept.
     pub coalesced: Option<Arc<CoalescedRing>>,
+    /// Whether interrupts of the 8259 may reach it: on a machine without ACPI, the boot vCPU.
+    pub has_pic: bool,
     /// To look at the instruction a kicked guest stands behind. Whoever owns the memory outlives the vCPU's thread.
     pub memory: Memory,
 }
@@ -116,6 +118,9 @@ impl Vcpu {
     /// it looks at `immediate_exit` (KVM API 5, `immediate_exit`).
     fn run(&mut self) -> Left {
         self.moments.guest_entered();
+        if self.has_pic {
+            self.look_for_interrupts();
+        }
         let mut retries = 0;
         loop {
             let exit = self.fd.run();
@@ -185,6 +190,15 @@ impl Vcpu {
         events.exception.nr == 3 && before(1) == Some(INT3) || queued_int_n()
     }
 
+    /// An interrupt of the 8259 that came while the guest had LINT0 masked waits for ever, and all later ones behind it:
+    /// KVM does not look again when LINT0 is unmasked (Linux `kvm_lapic_reg_write`), but does when any MP state is set.
+    fn look_for_interrupts(&self) {
+        if let Ok(state) = self.fd.get_mp_state() {
+            // Refused, it leaves everything as it was.
+            let _ = self.fd.set_mp_state(state);
+        }
+    }
+
     fn failed(&self, what: &str) -> Ending {
         let place = self.fd.get_regs().map_or_else(|_| "unknown".to_string(), |regs| format!("{:#x}", regs.rip));
         Ending::Failed(format!("vCPU {} stopped at RIP {place}: {what}", self.index))
@@ -221,6 +235,8 @@ pub struct VcpuThread {
 }
 
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an interrupt of the 8259 may go unnoticed: see [`Vcpu::look_for_interrupts`].
+const PIC_PERIOD: Duration = Duration::from_millis(100);
 /// A kick is repeated if the thread has not parked by then; one is enough unless it sat in a system call of ours.
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -229,6 +245,7 @@ impl VcpuThread {
     pub fn spawn(mut vcpu: Vcpu, parked: bool, ending: &Arc<EndingSignal>) -> Result<Self, Error> {
         let index = vcpu.index;
         let immediate_exit = Arc::new(ImmediateExit::of(&mut vcpu.fd));
+        let has_pic = vcpu.has_pic;
         let wanted = if parked { Wanted::Park } else { Wanted::Run };
         let gate = Arc::new(Gate { state: Mutex::new((wanted, false)), changed: Condvar::new() });
         let vcpu = Arc::new(Mutex::new(vcpu));
@@ -237,7 +254,13 @@ impl VcpuThread {
             .stack_size(256 * 1024)
             .spawn({
                 let (vcpu, gate, flag, ending) = (vcpu.clone(), gate.clone(), immediate_exit.clone(), ending.clone());
-                move || run_thread(&vcpu, &gate, &flag, &ending)
+                move || {
+                    let alarm = has_pic.then(|| Alarm::for_this_thread(PIC_PERIOD)).transpose();
+                    if let Err(error) = &alarm {
+                        tracing::warn!(%error, "No timer can be made: the guest may lose interrupts of the 8259.");
+                    }
+                    run_thread(&vcpu, &gate, &flag, &ending);
+                }
             })
             .map_err(|source| Error::VcpuThread { vcpu: index, source })?;
         Ok(VcpuThread { index, vcpu, gate, immediate_exit, thread: Some(thread) })

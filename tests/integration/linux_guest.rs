@@ -1,6 +1,8 @@
 //! Linux guests: the kernel of `make linux-kernel` and the root image of `make linux-rootfs`, in the directory that
 //! `TVMM_LINUX_DIR` names. They need a host whose KVM runs stock Linux user space (`docs/linux-guests.md`).
 
+use std::net::Shutdown;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
@@ -182,6 +184,88 @@ fn what_linux_writes_to_a_drive_outlives_snapshot_and_crash() {
     std::fs::create_dir(&clones).unwrap();
     let mut clone = Shell::restore(&out, &["--drive-dir", text(&clones)]);
     assert_eq!(clone.ask(digest), full);
+}
+
+/// Programs on the host that send back what the guest sends, behind the vsock device at `path`.
+fn echo_programs(path: &Path, port: u32) {
+    let listener = UnixListener::bind(format!("{}_{port}", text(path))).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let mut write = &stream;
+                let _ = std::io::copy(&mut &stream, &mut write);
+                let _ = stream.shutdown(Shutdown::Write);
+            });
+        }
+    });
+}
+
+#[test]
+fn linux_reaches_programs_on_the_host_by_vsock_before_and_after_a_restore() {
+    let Some(built) = built() else { return };
+    let dir = scratch();
+    let (first, second) = (dir.path().join("v.sock"), dir.path().join("w.sock"));
+    let mut shell = Shell::boot(&with_vsock(machine(&built, "vmlinux", 2, ""), &first));
+    let echo = "python3 -c 'import socket,threading; s=socket.socket(40,1); s.connect((2,700)); d=bytes(range(256))*4096; \
+        threading.Thread(target=lambda:(s.sendall(d),s.shutdown(1))).start(); \
+        print(b\"\".join(iter(lambda:s.recv(65536),b\"\"))==d)'";
+    let refused = "python3 -c 'import socket; print(socket.socket(40,1).connect_ex((2,701)))'";
+    echo_programs(&first, 700);
+    assert_eq!(shell.ask(echo), "True");
+    assert_eq!(shell.ask(refused), "104", "ECONNRESET: nobody listens");
+    let out = dir.path().join("snapshot");
+    shell.vm.snapshot(&out, &[]);
+    assert_eq!(shell.ask(echo), "True");
+    let mut clone = Shell::restore(&out, &["--vsock", text(&second)]);
+    echo_programs(&second, 700);
+    assert_eq!(clone.ask(echo), "True");
+    assert_eq!(clone.ask(refused), "104");
+}
+
+#[test]
+fn linux_with_32_processors_uses_them_all_before_and_after_a_restore() {
+    let Some(built) = built() else { return };
+    let dir = scratch();
+    let mut shell = Shell::boot(&machine(&built, "vmlinux", 32, ""));
+    // Goes to each processor in turn, and asks the kernel where it is.
+    let visited = "python3 -c 'import os; print(len({os.sched_setaffinity(0,{c}) or \
+        open(\"/proc/self/stat\").read().split()[38] for c in range(32)}))'";
+    assert_eq!(shell.ask(visited), "32");
+    let out = dir.path().join("snapshot");
+    shell.vm.snapshot(&out, &[]);
+    assert_eq!(shell.ask(visited), "32");
+    drop(shell);
+    let mut clone = Shell::restore(&out, &[]);
+    assert_eq!(clone.ask(visited), "32");
+    assert_eq!(clone.end("poweroff"), "power-off");
+}
+
+#[test]
+fn linux_gets_io_errors_from_a_drive_that_is_cut_and_lives() {
+    let Some(built) = built() else { return };
+    for engine in ["Sync", "Async"] {
+        let dir = scratch();
+        let disk = dir.path().join("disk");
+        std::fs::File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+        let mut config = machine(&built, "vmlinux", 1, "");
+        let drive = json!({ "drive_id": "disk", "path_on_host": disk, "is_root_device": false, "io_engine": engine });
+        config["drives"].as_array_mut().unwrap().push(drive);
+        let mut shell = Shell::boot(&config);
+        let copy = |from: &str, to: &str, skip: u32| {
+            format!(
+                "echo 3 >/proc/sys/vm/drop_caches; dd if={from} of={to} bs=1M skip={skip} count=8 conv=fsync 2>/dev/null; echo $?"
+            )
+        };
+        assert_eq!(shell.ask(&copy("/dev/vdb", "/tmp/half", 8)), "0", "{engine}");
+        std::fs::File::options().write(true).open(&disk).unwrap().set_len(8 << 20).unwrap();
+        assert_eq!(shell.ask(&copy("/dev/vdb", "/tmp/half", 8)), "1", "{engine}");
+        assert_ne!(shell.ask("dmesg | grep -c 'I/O error, dev vdb'"), "0", "{engine}");
+        assert_eq!(shell.ask(&copy("/dev/vdb", "/tmp/half", 0)), "0", "{engine}: the first half is there");
+        assert_eq!(shell.ask(&copy("/dev/zero", "/dev/vdb", 0)), "1", "{engine}: a cut disk is not written to");
+        std::fs::File::options().write(true).open(&disk).unwrap().set_len(16 << 20).unwrap();
+        assert_eq!(shell.ask(&copy("/dev/zero", "/dev/vdb", 0)), "0", "{engine}: a whole one is");
+        assert_eq!(shell.end("poweroff"), "power-off", "{engine}");
+    }
 }
 
 /// RFC 4648.

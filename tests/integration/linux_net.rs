@@ -67,7 +67,7 @@ fn wait_sum(vm: &mut Vm) -> String {
 fn linux_guests_ping_each_other_and_a_transfer_goes_on_between_restored_ones() {
     let Some(dir) = guest() else { return };
     with_network(move |network| {
-        ["tap0", "tap1", "tap2", "tap3"].iter().for_each(|tap| network.tap(tap));
+        ["tap0", "tap1", "tap2", "tap3", "tap4", "tap5"].iter().for_each(|tap| network.tap(tap));
         let (mut server, mut client) = (up(&dir, "tap0", 2), up(&dir, "tap1", 3));
         ["tap0", "tap1"].iter().for_each(|tap| network.wait_for(tap));
         shell(&mut client, "ping -c 3 -w 30 10.77.0.2");
@@ -102,6 +102,7 @@ fn linux_guests_ping_each_other_and_a_transfer_goes_on_between_restored_ones() {
         client.resume();
         assert_eq!(wait_sum(&mut server), sum, "the transfer goes on here");
         wait_end(&mut client);
+        server.snapshot(&out.path().join("server-later"), &[]);
         drop((server, client));
         ["tap0", "tap1"].iter().for_each(|tap| network.wait_closed(tap));
 
@@ -115,5 +116,16 @@ fn linux_guests_ping_each_other_and_a_transfer_goes_on_between_restored_ones() {
         assert_eq!(wait_sum(&mut server), sum, "and between the restored guests");
         wait_end(&mut client);
         shell(&mut server, "ping -c 3 -w 30 10.77.0.3");
+        drop((server, client));
+        ["tap2", "tap3"].iter().for_each(|tap| network.wait_closed(tap));
+
+        // A server that is done meets a client in the middle: it does not know the connection and resets it.
+        let (mut server, mut client) = (restore("server-later", "tap4"), restore("client", "tap5"));
+        let end = client.wait_line(|line| line.starts_with("end="));
+        assert_ne!(end.trim_end(), "end=0", "the transfer cannot succeed");
+        server.send(b"nc -l -p 5000 >/run/g; sha256sum /run/g | sed 's/ .*//;s/^/sum=/'\n");
+        client.send(b"sleep 1; nc 10.77.0.2 5000 </run/f; echo end=$?\n");
+        assert_eq!(wait_sum(&mut server), sum, "a new one does");
+        wait_end(&mut client);
     });
 }

@@ -43,6 +43,12 @@ impl Pages {
         self.free.alloc(pages)
     }
 
+    /// Pages of the longest free run.
+    #[cfg(feature = "functions")]
+    pub fn longest(&self) -> u64 {
+        self.free.longest()
+    }
+
     /// The lowest free pages, at most `pages`; they are not touched.
     pub fn alloc_up_to(&mut self, pages: u64) -> Result<Run, Error> {
         self.free.alloc_up_to(pages)

@@ -57,6 +57,11 @@ impl<const N: usize> FreeList<N> {
         self.free
     }
 
+    /// Pages of the longest free run.
+    pub fn longest(&self) -> u64 {
+        self.list().iter().map(|run| run.pages).max().unwrap_or(0)
+    }
+
     /// The lowest run of exactly `pages` contiguous pages.
     pub fn alloc(&mut self, pages: u64) -> Result<Run, Error> {
         if pages == 0 {

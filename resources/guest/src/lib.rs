@@ -3,6 +3,9 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "functions")]
+extern crate alloc;
+
 pub mod args;
 pub mod cmdline;
 pub mod digest;
@@ -11,7 +14,11 @@ pub mod line;
 pub mod memmap;
 pub mod pagetable;
 pub mod permute;
+#[cfg(feature = "functions")]
+pub mod size_class;
 pub mod text;
+#[cfg(feature = "functions")]
+pub mod workloads;
 
 /// The allocation and transfer unit everywhere in this kernel.
 pub const PAGE_SIZE: u64 = 4096;

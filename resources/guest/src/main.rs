@@ -9,6 +9,8 @@ mod arch;
 mod boot;
 mod clock;
 mod functions;
+#[cfg(feature = "functions")]
+mod heap;
 mod paging;
 mod protocol;
 mod serial;
@@ -23,6 +25,11 @@ use crate::serial::Serial;
 use tvmm_guest::line::LineReader;
 use tvmm_guest::text::Text;
 
+// Stack of each CPU at CPL3, 2 to the power of this: 128 KiB, or 1 MiB for libraries that know nothing of small stacks.
+#[cfg(not(feature = "functions"))]
+core::arch::global_asm!(".set USTACK_SHIFT, 17");
+#[cfg(feature = "functions")]
+core::arch::global_asm!(".set USTACK_SHIFT, 20");
 core::arch::global_asm!(include_str!("../boot.s"), options(att_syntax));
 
 const COM1_IRQ: u32 = 4;

@@ -1,16 +1,15 @@
 //! `tvmm bench grid`: policies over working sets of many shapes.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::guest::{self, Guest};
 use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
 use crate::api::client::Client;
 use crate::tiering::policy::Policy;
@@ -47,6 +46,9 @@ pub struct GridArgs {
     /// Show the least and the most beside each median
     #[arg(long)]
     spans: bool,
+    /// Add each snapshot to this pool, with its profile, and take memory from there; it is removed again
+    #[arg(long, value_name = "POOL")]
+    pool: Option<PathBuf>,
     /// Where snapshots are made; default: the directory for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -113,6 +115,9 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
             let numbers = measure(args, &policies, &trial, cache, &bar)?;
             results.push((format!("{}, {}", case.name(), cache.name()), numbers));
         }
+        if let Some(pool) = &args.pool {
+            super::remove_from_pool(&trial.exe, pool, &name_in_pool(&dir))?;
+        }
         std::fs::remove_dir_all(&dir)?;
     }
     bar.finish_and_clear();
@@ -164,30 +169,30 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", case.filled(args)))?;
     let snapshot = dir.join("snapshot");
-    let client = Client::new(&socket);
-    client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), TIMEOUT)?;
-    client.request("PUT", "/snapshot/create", Some(&json!({ "snapshot_path": snapshot })), TIMEOUT)?;
+    guest::snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot }))?;
     drop(guest);
     let (profile, function) = (dir.join("run.profile"), case.function());
-    let mut record = Command::new(&exe);
-    record.args(["profile", "record", "--recorder", "uffd", "--run", &function]);
-    record.arg("--snapshot").arg(&snapshot).arg("--out").arg(&profile);
-    let output = record.stdin(Stdio::null()).output()?;
-    if !output.status.success() {
-        return refuse(format!("Recording failed: {}", String::from_utf8_lossy(&output.stderr).trim()));
+    super::record(&exe, &snapshot, &function, "uffd", &profile)?;
+    if let Some(pool) = &args.pool {
+        super::add_to_pool(&exe, pool, &snapshot, &profile, &name_in_pool(dir))?;
     }
     Ok(Trial {
         exe,
         snapshot,
         profile: Some(profile),
+        pool: args.pool.clone(),
         function,
         run_port: None,
         with_api: false,
+        more: Vec::new(),
         scratch: dir.to_owned(),
     })
 }
 
-const TIMEOUT: Duration = Duration::from_secs(300);
+/// No two benchmarks have the same scratch directory, and no two cases.
+fn name_in_pool(dir: &Path) -> String {
+    dir.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("-")
+}
 
 fn measure(
     args: &GridArgs,
@@ -269,49 +274,4 @@ fn table(args: &GridArgs, policies: &[Policy], results: &[(String, Numbers)]) ->
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
-}
-
-/// A guest that is told what to do before it is snapshotted.
-struct Guest {
-    child: Child,
-    stdin: ChildStdin,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-impl Guest {
-    fn boot(exe: &Path, config: &Path, socket: &Path) -> Result<Self, BoxError> {
-        let mut command = Command::new(exe);
-        command.arg("--config").arg(config).arg("--api-sock").arg(socket);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return refuse("The guest's console cannot be reached");
-        };
-        let mut guest = Guest { child, stdin, lines: BufReader::new(stdout) };
-        guest.wait_for("ready ")?;
-        Ok(guest)
-    }
-
-    fn call(&mut self, function: &str) -> Result<(), BoxError> {
-        writeln!(self.stdin, "run 1 {function}")?;
-        self.wait_for("ok 1 ")
-    }
-
-    fn wait_for(&mut self, wanted: &str) -> Result<(), BoxError> {
-        let mut line = String::new();
-        while !line.starts_with(wanted) {
-            line.clear();
-            if self.lines.read_line(&mut line)? == 0 || line.starts_with("err ") {
-                return refuse(format!("The guest did not answer {wanted:?}: {}", line.trim()));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

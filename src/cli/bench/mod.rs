@@ -1,13 +1,18 @@
 //! `tvmm bench`: how long restores take, each in a fresh process, rivals interleaved.
 
+mod crossover;
 mod grid;
+mod guest;
+mod report;
 mod restore;
+mod study;
 
 use std::fs::File;
 use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use rustix::fs::SeekFrom;
@@ -17,7 +22,7 @@ use super::{BoxError, refuse};
 use crate::snapshot::{LoadHuge, Location, PAGE_SIZE, derived_dir};
 use crate::tiering::policy::Policy;
 use crate::vmm::sys::clock;
-use crate::vmm::sys::page_cache::PageCache;
+use crate::vmm::sys::page_cache::{PageCache, resident_pages};
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {
@@ -31,12 +36,24 @@ enum BenchCommand {
     Restore(restore::RestoreBenchArgs),
     /// Compare policies over a grid of working sets: size, share written, dense or scattered, cached or not
     Grid(grid::GridArgs),
+    /// Measure functions over every policy, in the experiments of the papers, and draw the results
+    Run(study::RunArgs),
+    /// Copying the read set to local memory against reading it in place: which pays, by how often pages are read again
+    Crossover(crossover::CrossoverArgs),
+    /// Draw results again
+    Report(report::ReportArgs),
+    /// Compare two results
+    Diff(report::DiffArgs),
 }
 
 pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
     match &args.command {
         BenchCommand::Restore(args) => restore::run(args),
         BenchCommand::Grid(args) => grid::run(args),
+        BenchCommand::Run(args) => study::run(args),
+        BenchCommand::Crossover(args) => crossover::run(args),
+        BenchCommand::Report(args) => report::run(args),
+        BenchCommand::Diff(args) => report::run_diff(args),
     }
 }
 
@@ -71,14 +88,19 @@ fn policies(names: &[String]) -> Result<Vec<Policy>, BoxError> {
 }
 
 /// One restore to be measured, in a process of its own.
+#[derive(Clone)]
 struct Trial {
     exe: PathBuf,
     snapshot: PathBuf,
     profile: Option<PathBuf>,
+    /// The pool that memory comes from, if not from the snapshot's files.
+    pool: Option<PathBuf>,
     function: String,
     /// Where the guest takes requests, if it is not the serial line.
     run_port: Option<u32>,
     with_api: bool,
+    /// More arguments.
+    more: Vec<String>,
     scratch: PathBuf,
 }
 
@@ -95,9 +117,13 @@ impl Trial {
         if let Some(profile) = self.profile.as_ref().filter(|_| policy.needs_profile()) {
             command.arg("--profile").arg(profile);
         }
+        if let Some(pool) = &self.pool {
+            command.arg("--pool").arg(pool);
+        }
         if let Some(port) = self.run_port {
             command.args(["--run-port", &port.to_string(), "--vsock"]).arg(self.scratch.join("v.sock"));
         }
+        command.args(&self.more);
         if self.with_api {
             command.arg("--api-sock").arg(self.scratch.join("api.sock"));
         }
@@ -112,6 +138,36 @@ impl Trial {
         let mut report: Value = serde_json::from_slice(&std::fs::read(&report_path)?)?;
         report["outside_us"] = json!((end - start) as f64 / 1000.0);
         Ok(report)
+    }
+}
+
+/// Records what `function` does, with tvmm in a process of its own; the profile's path, which is `out`.
+fn record(exe: &Path, snapshot: &Path, function: &str, recorder: &str, out: &Path) -> Result<PathBuf, BoxError> {
+    let mut command = Command::new(exe);
+    command.args(["profile", "record", "--recorder", recorder, "--run", function]);
+    command.args(["--run-timeout", &guest::TIMEOUT.as_secs().to_string()]);
+    to_end(command.arg("--snapshot").arg(snapshot).arg("--out").arg(out))?;
+    Ok(out.to_owned())
+}
+
+/// Adds a snapshot to a pool, laid out by what its profile says, with tvmm in a process of its own.
+fn add_to_pool(exe: &Path, pool: &Path, snapshot: &Path, profile: &Path, name: &str) -> Result<(), BoxError> {
+    let mut command = Command::new(exe);
+    to_end(command.args(["pool", "add", "--name", name, "--profile"]).args([profile, pool, snapshot]))
+}
+
+/// Removes a snapshot from a pool, and frees its pages.
+fn remove_from_pool(exe: &Path, pool: &Path, name: &str) -> Result<(), BoxError> {
+    to_end(Command::new(exe).args(["pool", "rm"]).arg(pool).arg(name))?;
+    to_end(Command::new(exe).args(["pool", "gc"]).arg(pool))
+}
+
+/// Runs a command that must succeed.
+fn to_end(command: &mut Command) -> Result<(), BoxError> {
+    let output = command.stdin(Stdio::null()).output()?;
+    match output.status.success() {
+        true => Ok(()),
+        false => refuse(format!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim())),
     }
 }
 
@@ -185,17 +241,41 @@ fn data(file: &File) -> std::io::Result<Vec<(u64, u64)>> {
     }
 }
 
-/// Drops the snapshot's clean pages from the page cache.
+/// Drops the snapshot's files, and those derived from it, from the page cache.
+///
+/// # Errors
+/// If some of it stays: what is measured next would not be what it is called.
 fn evict(snapshot: &Path) -> Result<(), BoxError> {
     let mut paths: Vec<PathBuf> =
         ["memory", "vmstate", "pages", "manifest.json"].map(|name| snapshot.join(name)).to_vec();
     let derived = std::fs::read_dir(derived_dir(&Location::Dir(snapshot.to_path_buf())));
     paths.extend(derived.into_iter().flatten().flatten().map(|entry| entry.path()));
-    for path in paths {
-        let file = File::open(&path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
+    paths.iter().try_for_each(|path| evict_file(path))
+}
+
+/// How often, and how long after each other, it is tried to drop a file that does not go: what is being written or looked
+/// at just now stays.
+const EVICTIONS: u32 = 20;
+const EVICTION_PAUSE: Duration = Duration::from_millis(5);
+
+fn evict_file(path: &Path) -> Result<(), BoxError> {
+    let file = File::open(path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
+    let mut left = 0;
+    for tried in 0..EVICTIONS {
+        if tried > 0 {
+            file.sync_data()?;
+            std::thread::sleep(EVICTION_PAUSE);
+        }
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        left = resident_pages(&file)?.unwrap_or_default();
+        if left == 0 {
+            return Ok(());
+        }
     }
-    Ok(())
+    refuse(format!(
+        "{left} pages of {} cannot be dropped from the page cache: a VM maps them, or the file system is a tmpfs",
+        path.display()
+    ))
 }
 
 /// A directory that is removed at the end.

@@ -24,6 +24,9 @@ pub struct RestoreBenchArgs {
     /// What a recorded run did to each page, for policies that need it
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
+    /// Take memory from this pool, which has the snapshot
+    #[arg(long, value_name = "POOL")]
+    pool: Option<PathBuf>,
     /// The function each restored guest runs
     #[arg(long, default_value = "hello", value_name = "FUNCTION")]
     run: String,
@@ -97,9 +100,11 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
         exe: std::env::current_exe()?,
         snapshot: args.snapshot.clone(),
         profile: args.profile.clone(),
+        pool: args.pool.clone(),
         function: args.run.clone(),
         run_port: args.run_port,
         with_api: args.with_api,
+        more: Vec::new(),
         scratch: scratch.path().to_owned(),
     };
     let mut reports: BTreeMap<&str, Vec<Value>> = BTreeMap::new();

@@ -1,5 +1,6 @@
 //! A profile as one HTML file: no scripts, no fonts, nothing from a network.
 
+use super::super::markup::escape;
 use super::draw::{COLUMNS, Cell, Map};
 use super::show::{Shown, facts};
 
@@ -75,22 +76,6 @@ fn class_colour(cell: &Cell, pages: u64) -> Option<String> {
 
 fn order_colour(cell: &Cell) -> Option<String> {
     cell.when.map(|when| format!("hsl(35,90%,{:.0}%)", 65.0 - 50.0 * when.clamp(0.0, 1.0)))
-}
-
-/// Text that came from a file, as text.
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-    }
-    out
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use crate::tiering::profile::{Profile, nonzero};
 pub fn plan(ground: &Ground, profile: &Profile) -> RestorePlan {
     let hot = profile.loading_set(&nonzero(ground.resolved));
     let image = Packed::new(hot.runs().flat_map(|run| ground.layout.split(run)));
-    let copied = image.placed(ground.layers, |extent, source| PlannedExtent::preload(extent, source, Fill::Copy));
+    let copied = ground.placed(&image, |extent, source| PlannedExtent::preload(extent, source, Fill::Copy));
     let cold =
         place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::Lazy, source));
     let mut plan = ground.empty_plan("aquifer");

@@ -8,8 +8,8 @@
 //! kernel's copy-on-write. As long as all tiers are files its plan is that of `trenv`.
 
 use super::{Ground, place};
-use crate::snapshot::{Placement, PlannedExtent};
+use crate::snapshot::PlannedExtent;
 
 pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::InPlace, source))
+    place::by_content(ground.resolved, |extent, source| ground.in_place(extent, source))
 }

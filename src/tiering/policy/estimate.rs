@@ -8,6 +8,7 @@ use super::place::{BLOCK_PAGES, pieces};
 use super::touches::Touch;
 use crate::snapshot::{
     BackgroundAction, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSource, Placement, PlannedExtent, RestorePlan,
+    TierAccess,
 };
 use crate::tiering::costs::Costs;
 
@@ -93,6 +94,7 @@ struct Walk<'a> {
     layers: usize,
     read_ahead: bool,
     fault_pages: u64,
+    ground: &'a Ground<'a>,
     view: View,
     block: Block,
     cost: Cost,
@@ -108,6 +110,7 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
         touches,
         at: 0,
         layers: ground.layers,
+        ground,
         read_ahead: plan.background.iter().any(|step| step.action == BackgroundAction::ReadAhead),
         fault_pages: plan.fault_pages,
         view: View::Anonymous { served: None },
@@ -153,6 +156,7 @@ impl Walk<'_> {
                     wants_huge: huge == Some(true),
                     aligned: base.rem_euclid(i128::from(BLOCK_PAGES * PAGE_SIZE)) == 0,
                     read_ahead: self.read_ahead && layer >= self.layers,
+                    promoted: self.ground.access(layer) == Some(TierAccess::MapShared),
                     ..block.file
                 };
                 self.cost.add(file.cost(self.costs));

@@ -25,13 +25,15 @@ const GROUP_PAGES: u64 = 1024;
 pub fn plan(ground: &Ground, profile: &Profile) -> RestorePlan {
     let loading = profile.loading_set(&nonzero(ground.resolved));
     let image = Packed::new(regions(ground, &groups(profile), &loading));
-    let over = image.placed(ground.layers, |extent, source| PlannedExtent::from(extent, Placement::CowFile, source));
+    let over = ground.placed(&image, |extent, source| ground.mapped(extent, source));
     let mut plan = ground.empty_plan("faasnap");
     plan.extents = lay_over(&nonzero_regions(ground), &over);
     // A region may cross from one layer's pages to the next, but from the image it comes in one piece.
     plan.coalesce(ground.layout);
     let read_ahead = |extent: &Extent| Background { action: BackgroundAction::ReadAhead, extent: *extent };
-    plan.background = image.spec.extents.iter().map(read_ahead).collect();
+    if ground.tiers.is_empty() {
+        plan.background = image.spec.extents.iter().map(read_ahead).collect();
+    }
     plan.images = ground.images(image);
     plan
 }
@@ -81,8 +83,7 @@ fn regions(ground: &Ground, groups: &[PageSet], loading: &PageSet) -> Vec<Extent
 
 /// Anonymous memory with the non-zero regions over it.
 fn nonzero_regions(ground: &Ground) -> Vec<PlannedExtent> {
-    let base =
-        place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::CowFile, source));
+    let base = place::by_content(ground.resolved, |extent, source| ground.mapped(extent, source));
     if !ground.tiers.is_empty() {
         return base;
     }

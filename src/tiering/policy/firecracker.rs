@@ -11,5 +11,5 @@ pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
     if ground.is_one_file() {
         return place::whole_file(ground.layout, Placement::CowFile);
     }
-    place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::CowFile, source))
+    place::by_content(ground.resolved, |extent, source| ground.mapped(extent, source))
 }

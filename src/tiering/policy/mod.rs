@@ -27,7 +27,13 @@ use std::str::FromStr;
 use super::Error;
 use super::costs::Costs;
 use super::profile::Profile;
-use crate::snapshot::{Chain, Extent, Gfn, MemoryLayout, PageSource, ResolvedRun, RestorePlan, SnapshotId, TierSource};
+use crate::snapshot::{
+    Chain, Content, Extent, Gfn, MemoryLayout, PageSource, Placement, PlannedExtent, ResolvedRun, RestorePlan,
+    SnapshotId, TierAccess, TierSource,
+};
+
+use place::Labelled;
+pub(super) use place::advance;
 
 pub use estimate::Estimate;
 
@@ -60,7 +66,7 @@ pub enum Policy {
 pub struct Budget {
     /// Pages of local memory: what is preloaded, and what the request will write.
     pub dram_pages: Option<u64>,
-    /// Pages in the CXL tier. No plan of this build places any there.
+    /// Pages mapped in place from a pool.
     pub cxl_pages: Option<u64>,
 }
 
@@ -129,14 +135,59 @@ impl<'a> Ground<'a> {
         place::hole(self.layout, tip, first)
     }
 
+    /// The access of the tier with this index, if it is one.
+    fn access(&self, layer: usize) -> Option<TierAccess> {
+        self.tiers.get((layer + self.tiers.len()).checked_sub(self.layers)?).map(|tier| tier.access)
+    }
+
+    /// Pages mapped on demand: as `cow-file` where the kernel copies what is written, else in place.
+    fn mapped(&self, extent: Extent, source: PageSource) -> PlannedExtent {
+        let placement = match self.access(source.layer) {
+            None | Some(TierAccess::MapPrivate) => Placement::CowFile,
+            Some(TierAccess::MapShared) => Placement::InPlace,
+            Some(TierAccess::Fetch) => Placement::Lazy,
+        };
+        PlannedExtent::from(extent, placement, source)
+    }
+
+    /// Pages in place where their source can be mapped.
+    fn in_place(&self, extent: Extent, source: PageSource) -> PlannedExtent {
+        let is_mapped = self.access(source.layer) != Some(TierAccess::Fetch);
+        PlannedExtent::from(extent, if is_mapped { Placement::InPlace } else { Placement::Lazy }, source)
+    }
+
+    /// What the pages of an image are placed as: taken from the image, or, with tiers, from where they are, for a pool is
+    /// an image already.
+    fn placed(&self, packed: &place::Packed, place: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<Labelled> {
+        if self.tiers.is_empty() {
+            return packed.placed(self.layers, place);
+        }
+        let mut extents = packed.spec.extents.clone();
+        extents.sort_unstable_by_key(|extent| extent.first);
+        let mut placed = Vec::with_capacity(extents.len());
+        let mut at = 0;
+        for extent in extents {
+            while self.resolved.get(at).is_some_and(|run| run.extent.end() <= extent.first) {
+                at += 1;
+            }
+            for run in self.resolved[at..].iter().take_while(|run| run.extent.first < extent.end()) {
+                if let (Content::Layer(source), Some(part)) = (run.content, run.extent.intersection(&extent)) {
+                    let source = place::advance(source, part.first.0 - run.extent.first.0);
+                    placed.push(Labelled(place(part, source)));
+                }
+            }
+        }
+        placed
+    }
+
     /// Whether all pages come from the memory file of one full snapshot.
     fn is_one_file(&self) -> bool {
         self.layers == 1 && self.tiers.is_empty()
     }
 
-    /// The plan's list of images: none, if the image would be empty.
+    /// The plan's list of images: none, if the image would be empty, or there are tiers.
     fn images(&self, packed: place::Packed) -> Vec<crate::snapshot::ImageSpec> {
-        let is_empty = packed.spec.extents.iter().all(Extent::is_empty);
+        let is_empty = !self.tiers.is_empty() || packed.spec.extents.iter().all(Extent::is_empty);
         if is_empty { Vec::new() } else { vec![packed.spec] }
     }
 

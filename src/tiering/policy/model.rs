@@ -193,6 +193,8 @@ pub struct FileBlock {
     pub wants_huge: bool,
     /// Guest and file addresses agree modulo 2 MiB.
     pub aligned: bool,
+    /// The kernel does not copy what is written: the monitor promotes it.
+    pub promoted: bool,
     /// Somebody reads the file ahead while the guest runs.
     pub read_ahead: bool,
 }
@@ -232,6 +234,8 @@ impl FileBlock {
             SourceCache::Small => false,
             SourceCache::Cold => huge_io && broken.pages == 0,
         };
+        // A promotion leaves the guest and comes back, as a fault that a userfaultfd answers does.
+        let cow_ns = if self.promoted { costs.uffd_fault_ns } else { costs.cow_fault_ns };
         let mut cost = Cost {
             before: times(costs.populate_write_call_ns, self.calls as f64)
                 + times(costs.populate_write_page_ns, broken.pages as f64),
@@ -241,10 +245,10 @@ impl FileBlock {
         if huge {
             let split = costs.cow_split_fault_ns.saturating_sub(costs.cow_fault_ns);
             cost.during += times(costs.huge_fault_ns, 1.0 - open.idle)
-                + times(costs.cow_fault_ns, open.writes)
+                + times(cow_ns, open.writes)
                 + (1.0 - open.clean) * (split as f64 + times(costs.file_read_fault_ns, open.reads));
         } else {
-            cost.during += times(costs.file_read_fault_ns, open.reads) + times(costs.cow_fault_ns, open.writes);
+            cost.during += times(costs.file_read_fault_ns, open.reads) + times(cow_ns, open.writes);
         }
         if costs.cache == SourceCache::Cold {
             self.add_device(costs, huge_io, &mut cost);

@@ -17,7 +17,7 @@ use crate::tiering::profile::Profile;
 pub fn plan(ground: &Ground, profile: &Profile) -> RestorePlan {
     let touched = profile.working_set();
     let image = Packed::new(touched.runs().flat_map(|run| ground.layout.split(run)));
-    let install = image.placed(ground.layers, |extent, source| PlannedExtent::preload(extent, source, Fill::Install));
+    let install = ground.placed(&image, |extent, source| PlannedExtent::preload(extent, source, Fill::Install));
     let mut plan = ground.empty_plan("reap");
     plan.extents = lay_over(&firecracker_uffd::plan(ground), &install);
     plan.images = ground.images(image);

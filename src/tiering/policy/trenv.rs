@@ -6,8 +6,8 @@
 //! the page cache it is mapped in 2 MiB folios. Sandboxes are not reused.
 
 use super::{Ground, place};
-use crate::snapshot::{Placement, PlannedExtent};
+use crate::snapshot::PlannedExtent;
 
 pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::InPlace, source))
+    place::by_content(ground.resolved, |extent, source| ground.in_place(extent, source))
 }

@@ -3,6 +3,8 @@
 //! A tier is opened for one snapshot. Those that are byte-addressable are mapped, all of them can be read; the system
 //! calls for that are made in `vmm`.
 
+mod align;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -10,6 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::snapshot::{Chain, Content, Error, Extent, PAGE_SIZE, PageSet, PageSource, ResolvedRun, TierSource};
+
+pub use align::align;
 
 /// A pool that is open for one snapshot. Whatever it holds of it stays as it is while this lives.
 pub trait Tier: Send + Sync + fmt::Debug {
@@ -38,11 +42,11 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// Bytes that cannot be had.
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 
-    /// Checks bytes that somebody else has copied from `offset` on.
+    /// Checks whole pages that somebody else has copied from `offset` on, one part after the other.
     ///
     /// # Errors
     /// They do not match their checksums.
-    fn verify(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    fn verify(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()>;
 }
 
 /// Pages of a snapshot that lie one after the other in a tier.

@@ -12,9 +12,8 @@ use vm_memory::{GuestAddress, ReadVolatile};
 
 use super::super::arch::layout;
 use super::super::arch::registers::Entry;
-use super::super::config::BootProtocol;
+use super::super::config::{BootProtocol, Guest};
 use super::super::error::Error;
-use super::super::guest;
 use super::super::memory::GuestRam;
 
 /// A kernel that is in guest memory.
@@ -51,10 +50,11 @@ impl Image {
     }
 }
 
-/// Loads the kernel at `path`, or the built-in guest.
-pub fn load(path: Option<&Path>, ram: &GuestRam) -> Result<Image, Error> {
+/// Loads the kernel at `path`, or the built-in `guest`.
+pub fn load(path: Option<&Path>, guest: Guest, ram: &GuestRam) -> Result<Image, Error> {
     let Some(path) = path else {
-        return load_elf("built-in guest".to_string(), &mut Cursor::new(guest::ELF), ram);
+        let (elf, name) = guest.elf();
+        return load_elf(name.to_string(), &mut Cursor::new(elf), ram);
     };
     // A FIFO is refused when it is read, not waited for when it is opened.
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);

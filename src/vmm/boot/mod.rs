@@ -12,23 +12,18 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::arch::registers::Entry;
 use super::arch::{Platform, acpi, layout, mptable};
-use super::config::{BootProtocol, BootSource};
+use super::config::{BootSource, TvmmConfig};
 use super::error::Error;
 use super::memory::GuestRam;
 use crate::devices::virtio::Memory;
 
 use initrd::Initrd;
 
-/// Loads the kernel and initrd of `source` and writes everything its boot protocol wants, and the tables that describe
+/// Loads the kernel and initrd of `source` and writes everything its boot protocol (`config`) wants, and the tables that describe
 /// `platform`, into `ram`. Returns how the boot vCPU enters it.
-pub fn load(
-    source: &BootSource,
-    protocol: BootProtocol,
-    platform: Platform<'_>,
-    ram: &GuestRam,
-) -> Result<Entry, Error> {
-    let image = image::load(source.kernel_image_path.as_deref(), ram)?;
-    let entry = image.entry(protocol)?;
+pub fn load(source: &BootSource, config: &TvmmConfig, platform: Platform<'_>, ram: &GuestRam) -> Result<Entry, Error> {
+    let image = image::load(source.kernel_image_path.as_deref(), config.guest.unwrap_or_default(), ram)?;
+    let entry = image.entry(config.boot_protocol)?;
     let initrd = source.initrd_path.as_deref().map(|path| Initrd::load(path, &image, ram)).transpose()?;
     let cmdline_len = write_cmdline(source.boot_args_or_default(), platform, ram.view())?;
     let machine = params::MachineParams { initrd, acpi: platform.acpi, cmdline_len };

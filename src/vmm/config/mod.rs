@@ -26,9 +26,9 @@ pub use devices::{
     NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
 };
 pub use sections::{
-    BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, HugePages,
-    LogLevel, LoggerConfig, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigPatch, MetricsConfig,
-    TvmmConfig,
+    BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,
+    HugePages, LogLevel, LoggerConfig, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigPatch,
+    MetricsConfig, TvmmConfig,
 };
 
 /// A config file larger than this is not a config file.
@@ -141,6 +141,9 @@ pub enum ConfigError {
     /// The built-in guest has no use for it.
     #[error("Boot source's initrd_path needs a kernel_image_path: the built-in guest takes no initrd.")]
     InitrdWithoutKernel,
+    /// Two guests at once.
+    #[error("There is both a kernel_image_path and tvmm.guest, a built-in guest; leave one out.")]
+    TwoGuests,
     /// A command line that would end early.
     #[error("Boot source's boot_args contain a NUL byte.")]
     NulInBootArgs,
@@ -200,6 +203,9 @@ impl VmConfig {
             config.cpu = Some(parse(&read(path)?).map_err(|error| in_file(path, error))?);
         }
         config.boot_source.validate()?;
+        if config.tvmm.guest.is_some() && config.boot_source.kernel_image_path.is_some() {
+            return Err(ConfigError::TwoGuests);
+        }
         config.machine.validate()?;
         config.devices.validate()?;
         Ok(config)

@@ -230,6 +230,17 @@ pub struct MetricsConfig {
     pub metrics_path: PathBuf,
 }
 
+/// A guest that is built in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Guest {
+    /// The kernel for tests.
+    #[default]
+    Tiny,
+    /// The same with the functions of `docs/functions.md`.
+    Functions,
+}
+
 /// How the kernel is entered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -247,6 +258,9 @@ pub enum BootProtocol {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TvmmConfig {
+    /// Which built-in guest boots where there is no kernel image; absent means [`Guest::Tiny`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest: Option<Guest>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocol,
     /// Whether ACPI tables describe the machine. Without them the kernel finds processors and interrupts by the MP
@@ -259,6 +273,6 @@ pub struct TvmmConfig {
 
 impl Default for TvmmConfig {
     fn default() -> Self {
-        Self { boot_protocol: BootProtocol::default(), acpi: true, metadata: Metadata::new() }
+        Self { guest: None, boot_protocol: BootProtocol::default(), acpi: true, metadata: Metadata::new() }
     }
 }

@@ -199,6 +199,9 @@ fn from_json_boot_source_that_cannot_be_booted_is_refused() {
     for (fields, expected) in cases {
         assert_eq!(refusal(&format!("{{\"boot-source\": {{{fields}}}}}")), expected);
     }
+    let two = r#"{"boot-source": {"kernel_image_path": "k"}, "tvmm": {"guest": "functions"}}"#;
+    assert_eq!(refusal(two), "There is both a kernel_image_path and tvmm.guest, a built-in guest; leave one out.");
+    assert!(refusal(r#"{"tvmm": {"guest": "large"}}"#).contains("unknown variant `large`"));
 }
 
 #[test]

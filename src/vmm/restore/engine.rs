@@ -299,9 +299,20 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages.
+    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages; those of layers and
+    /// tiers extent by extent.
     fn install(&mut self, ram: &GuestRam, uffd: &Uffd) -> Result<(), Error> {
         let plan = self.plan;
+        let mut bytes = Vec::new();
+        for planned in plan.extents.iter().filter(|planned| is_preload(planned, Fill::Install)) {
+            let Some(source) = planned.source.filter(|source| source.layer < self.files.first_image()) else {
+                continue;
+            };
+            bytes.resize(planned.extent.bytes() as usize, 0);
+            self.report.read_calls += 1;
+            self.files.read(source, &mut bytes)?;
+            self.install_extent(ram, uffd, planned.extent, &bytes)?;
+        }
         let images = self.files.first_image();
         for index in images..images + plan.images.len() {
             let from_here = |planned: &&PlannedExtent| {
@@ -316,14 +327,19 @@ impl Engine<'_> {
             let bytes = buffer.bytes();
             for planned in wanted {
                 let start = planned.source.map_or(0, |source| source.offset) as usize;
-                let address = ram.populator(planned.extent)?.address();
-                self.report.uffd_calls += 1;
-                let failed = |source| Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source };
                 let bytes = &bytes[start..start + planned.extent.bytes() as usize];
-                uffd.install(address, bytes, Install::default()).map_err(failed)?;
-                self.report.bytes_preloaded += planned.extent.bytes();
+                self.install_extent(ram, uffd, planned.extent, bytes)?;
             }
         }
+        Ok(())
+    }
+
+    fn install_extent(&mut self, ram: &GuestRam, uffd: &Uffd, extent: Extent, bytes: &[u8]) -> Result<(), Error> {
+        let address = ram.populator(extent)?.address();
+        self.report.uffd_calls += 1;
+        let failed = |source| Error::Map { gpa: extent.gpa(), pages: extent.pages, source };
+        uffd.install(address, bytes, Install::default()).map_err(failed)?;
+        self.report.bytes_preloaded += extent.bytes();
         Ok(())
     }
 

@@ -81,6 +81,11 @@ pub(super) struct MemoryServices {
 }
 
 impl MemoryServices {
+    /// The tiers that guest memory was restored from.
+    pub fn tiers(&self) -> &[Arc<dyn Tier>] {
+        &self.tiers_held
+    }
+
     pub fn fault_counts(&self) -> FaultCounts {
         self.counters.counts()
     }

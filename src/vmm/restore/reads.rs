@@ -179,13 +179,20 @@ impl Work<'_, '_> {
     }
 
     /// All parts from a tier, which checks them.
-    fn read_tier(&self, tier: &dyn Tier, batch: Batch) -> Result<(), Error> {
+    fn read_tier(&self, tier: &dyn Tier, mut batch: Batch) -> Result<(), Error> {
         self.all_direct.store(false, Ordering::Relaxed);
-        let mut offset = batch.source.offset;
+        let failed = |source| Error::File { doing: "read guest memory from", path: tier.path().to_owned(), source };
+        let offset = batch.source.offset;
+        if let Some(mapping) = tier.mapping().filter(|mapping| mapping.readable) {
+            batch.source.offset += mapping.base;
+            self.read_parts(mapping.file, &mut batch).map_err(failed)?;
+            let parts: Vec<&[u8]> = batch.parts.iter().map(|part| &**part).collect();
+            return tier.verify(offset, &parts).map_err(failed);
+        }
+        let mut at = offset;
         for part in batch.parts {
-            let failed = |source| Error::File { doing: "read guest memory from", path: tier.path().to_owned(), source };
-            tier.read(offset, part).map_err(failed)?;
-            offset += part.len() as u64;
+            tier.read(at, part).map_err(failed)?;
+            at += part.len() as u64;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ pub mod dirty_log;
 pub mod inherit;
 pub mod kick;
 pub mod limits;
+pub mod locks;
 pub mod mapping;
 
 pub mod page_cache;
@@ -14,6 +15,7 @@ pub mod pagemap;
 pub mod pagemap_scan;
 pub mod prefault;
 pub mod resident;
+pub mod shared_map;
 pub mod signals;
 pub mod terminal;
 pub mod tie;

@@ -15,6 +15,13 @@ pub fn end_with_reader() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
+/// Lets writes beyond a limit on the length of files (RLIMIT_FSIZE) fail with EFBIG instead of ending the process: for a
+/// guest's disk that is an I/O error.
+pub fn outlive_file_size_limit() {
+    // SAFETY: ignores a signal; no handler of ours is involved.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 impl EndSignals {
     /// Blocks the signals in this thread, and so in every thread it starts from now on. Call before any is.
     pub fn take() -> io::Result<Self> {

@@ -2,6 +2,7 @@
 
 pub mod artefact;
 pub mod network;
+pub mod pool;
 pub mod service;
 pub mod shell;
 pub mod slow_file;

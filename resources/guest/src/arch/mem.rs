@@ -70,3 +70,10 @@ pub unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
 /// The precompiled `core` refers to it; with panic=abort nobody calls it.
 #[unsafe(no_mangle)]
 pub extern "C" fn rust_eh_personality() {}
+
+/// The precompiled `alloc` refers to it; with panic=abort nobody calls it.
+#[cfg(feature = "functions")]
+#[unsafe(no_mangle)]
+pub extern "C" fn _Unwind_Resume() -> ! {
+    super::exception::die(format_args!("unwinding"))
+}

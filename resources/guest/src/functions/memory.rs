@@ -2,6 +2,7 @@
 
 use super::{Ctx, Reply};
 use crate::alloc::{Pages, address, frames};
+use crate::clock;
 use tvmm_guest::args::{Args, Message};
 use tvmm_guest::digest::{Digest, PageDigest, mix2, page_key, pattern};
 use tvmm_guest::frames::Run;
@@ -153,6 +154,63 @@ pub fn touch(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     })?;
     let read = count - written;
     Ok(Reply::new(digest.finish(), format_args!("read={read} written={written}")))
+}
+
+/// Words of a cache line.
+const LINE_WORDS: u64 = 8;
+
+/// `scan pages=N [lines=L] [passes=K] [line_ns=T]`: reads one word of each of L cache lines (a power of two) of the first N
+/// filled pages, K times over, and waits T ns after each line, as a load from farther memory would take longer.
+pub fn scan(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
+    let count = args.number_in("pages", 1..=ctx.filled.pages().max(1), 0)?;
+    if ctx.filled.pages() == 0 {
+        return Err(message!("nothing is filled"));
+    }
+    let passes = args.number_in("passes", 1..=1 << 20, 1)?;
+    let lines = args.number_in("lines", 1..=PAGE_WORDS / LINE_WORDS, PAGE_WORDS / LINE_WORDS)?;
+    if !lines.is_power_of_two() {
+        return Err(message!("lines={lines} is not a power of two"));
+    }
+    let step = (PAGE_WORDS / lines) as usize;
+    let line_ns = args.number_in("line_ns", 0..=100_000, 0)?;
+    let filled = ctx.filled;
+    let mut digest = Digest::new();
+    let mut rounds = 0;
+    ctx.on_cpu(args, &mut |slot| {
+        rounds = rounds_of(line_ns, slot);
+        for _ in 0..passes {
+            for frame in filled.runs().iter().flat_map(|run| frames(*run)).take(count as usize) {
+                // SAFETY: a filled page: RAM, mapped, and nobody writes it meanwhile.
+                let page = unsafe { &*((frame * PAGE_SIZE) as *const Page) };
+                let mut sum = 0_u64;
+                for word in page.iter().step_by(step) {
+                    sum = sum.rotate_left(1) ^ *word;
+                    wait(rounds);
+                }
+                digest.word(sum);
+            }
+        }
+    })?;
+    let loads = count * passes * lines;
+    Ok(Reply::new(digest.finish(), format_args!("loads={loads} rounds={rounds}")))
+}
+
+/// Turns a loop that nothing can leave out.
+#[inline]
+fn wait(rounds: u64) {
+    if rounds > 0 {
+        // SAFETY: counts a register down to 0.
+        unsafe { core::arch::asm!("2: dec {0}", "jnz 2b", inout(reg) rounds => _, options(nomem, nostack)) };
+    }
+}
+
+/// How often [`wait`] turns in `ns`, measured now.
+fn rounds_of(ns: u64, slot: usize) -> u64 {
+    const MEASURED: u64 = 1 << 22;
+    let start = clock::now_ns(slot);
+    wait(MEASURED);
+    let took = clock::now_ns(slot).saturating_sub(start).max(1);
+    MEASURED * ns / took
 }
 
 /// `check [cpu=K]`: digest of every word of all filled pages.

@@ -13,6 +13,8 @@ mod rng;
 mod spin;
 mod system;
 mod vsock;
+#[cfg(feature = "functions")]
+mod workloads;
 
 use crate::alloc::Pages;
 use crate::boot::{BootInfo, Protocol};
@@ -66,11 +68,14 @@ const SEED: Key = optional("seed");
 const CPU: Key = optional("cpu");
 
 static FUNCTIONS: &[Function] = &[
+    // The functions guest has another.
+    #[cfg(not(feature = "functions"))]
     function("hello", &[], system::hello),
     function("clock", &[], system::clock),
     function("info", &[], system::info),
     function("fill", &[PAGES, SEED, CPU], memory::fill),
     function("touch", &[PAGES, SEED, CPU, optional("write"), optional("stride")], memory::touch),
+    function("scan", &[PAGES, optional("lines"), optional("passes"), optional("line_ns"), CPU], memory::scan),
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),
@@ -97,7 +102,11 @@ static FUNCTIONS: &[Function] = &[
 ];
 
 pub fn find(name: &str) -> Option<&'static Function> {
-    FUNCTIONS.iter().find(|f| f.name == name)
+    #[cfg(feature = "functions")]
+    let more = workloads::FUNCTIONS;
+    #[cfg(not(feature = "functions"))]
+    let more = &[];
+    FUNCTIONS.iter().chain(more).find(|f| f.name == name)
 }
 
 /// What functions share, and what stays between calls.
@@ -112,6 +121,8 @@ pub struct Ctx {
     pub balloon: balloon::State,
     pub blk: blk::State,
     pub vsock: vsock::State,
+    #[cfg(feature = "functions")]
+    pub workloads: tvmm_guest::workloads::State,
     pub config: Config,
     pub protocol: Protocol,
     pub mem_mib: u64,
@@ -130,6 +141,8 @@ impl Ctx {
             balloon: balloon::State::new(),
             blk: blk::State::new(),
             vsock: vsock::State::new(),
+            #[cfg(feature = "functions")]
+            workloads: tvmm_guest::workloads::State::new(),
             config: Config::DEFAULT,
             protocol: Protocol::Linux,
             mem_mib: 0,
@@ -140,7 +153,19 @@ impl Ctx {
         self.config = boot.config;
         self.protocol = boot.protocol;
         self.mem_mib = boot.map.mib();
-        self.pages.init(&boot.map, boot.config.init_on_free)
+        self.pages.init(&boot.map, boot.config.init_on_free)?;
+        #[cfg(feature = "functions")]
+        self.init_heap()?;
+        Ok(())
+    }
+
+    /// Gives the heap seven eighths of the longest run of free pages, its beginning.
+    #[cfg(feature = "functions")]
+    fn init_heap(&mut self) -> Result<(), frames::Error> {
+        let run = self.pages.alloc(self.pages.longest() / 8 * 7)?;
+        // SAFETY: once, on the boot CPU; the pages were just taken out of the books of all others. They are mapped: now, or
+        // when the page tables are complete, before anything is allocated.
+        unsafe { crate::heap::HEAP.init(run, self.config.init_on_free) }
     }
 
     /// Runs `job` on the CPU that `cpu=` names (default 0) and waits for it; the job is given its

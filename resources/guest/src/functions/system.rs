@@ -9,6 +9,7 @@ use tvmm_guest::message;
 use tvmm_guest::text::Text;
 
 /// The smallest request: nothing but the protocol.
+#[cfg(not(feature = "functions"))]
 pub fn hello(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {
     Ok(Reply::named("hello, world", format_args!("")))
 }

@@ -487,7 +487,6 @@ fn hostile() -> impl Strategy<Value = Vec<(u64, Vec<u8>)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
     fn no_driver_makes_the_device_panic_hang_or_write_beyond_its_disk(writes in hostile(), asynchronous: bool) {
         let fixture = Fixture::new();

@@ -6,6 +6,7 @@
 //! model ([`super::model`]). The shapes of the other policies are priced by the same model; where one is cheaper, that
 //! is the plan. `docs/policies.md` has the formulae.
 
+mod in_place;
 mod packed;
 mod path;
 mod units;
@@ -62,6 +63,10 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     }
     if ground.costs.cache == SourceCache::Cold {
         for_cold_files(&mut best, ground, &touches);
+    }
+    if let Some(limit) = budget.cxl_pages {
+        let room = extra_limit.saturating_sub(best.1.pages_preloaded_unwritten);
+        in_place::limit(&mut best.0, ground, &touches, (limit, room));
     }
     Ok(RestorePlan { policy: NAME.to_string(), ..best.0 })
 }

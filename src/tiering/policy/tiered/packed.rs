@@ -36,7 +36,7 @@ pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill, extras: Extras) -> R
     loading.flat_map(|extent| ground.layout.split(extent)).for_each(|extent| runs.push(extent));
     let runs = if extras == Extras::Paying { with_groups(ground, runs.runs) } else { runs.runs };
     let image = Packed::new(runs);
-    let over = image.placed(ground.layers, |extent, source| PlannedExtent::preload(extent, source, fill));
+    let over = ground.placed(&image, |extent, source| PlannedExtent::preload(extent, source, fill));
     let mut touched_zero = touches.iter().filter(|touch| !is_packed(touch)).map(|touch| touch.extent).peekable();
     let mut is_touched = |run: Extent| {
         while touched_zero.next_if(|zero| zero.end() <= run.first).is_some() {}

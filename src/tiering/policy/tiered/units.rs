@@ -5,7 +5,7 @@ use super::super::estimate::tally;
 use super::super::model::{AnonBlock, FileBlock, GROUP_PAGES, Tally};
 use super::super::place::{BLOCK_PAGES, advance, pieces};
 use super::super::touches::Touch;
-use crate::snapshot::{Content, Extent, Fill, PAGE_SIZE, PageSource, Placement, PlannedExtent};
+use crate::snapshot::{Content, Extent, Fill, PAGE_SIZE, PageSource, Placement, PlannedExtent, TierAccess};
 use crate::tiering::costs::{Costs, SourceCache};
 
 /// What a stretch is mapped to. Neighbours with the same backing need no mapping of their own.
@@ -63,6 +63,11 @@ impl Unit {
         }
     }
 
+    /// The access of the tier it comes from, if it comes from one.
+    fn access(&self, ground: &Ground) -> Option<TierAccess> {
+        ground.access(self.source?.layer)
+    }
+
     fn is_block(&self) -> bool {
         self.extent.pages == BLOCK_PAGES
     }
@@ -79,9 +84,13 @@ impl Unit {
         if self.source.is_none() {
             return [Some(self.zero_price(&all, costs)), None, None];
         }
+        if self.access(ground) == Some(TierAccess::Fetch) {
+            return [Some(self.anonymous(&all, ground).0), None, None];
+        }
         let broken = self.broken(ground, touches);
         let mapped = |backing| self.mapped_price(&all, broken.as_ref(), backing, ground).0;
-        let small = (costs.cache == SourceCache::Cold).then(|| mapped(Backing::CowFile));
+        let small =
+            (costs.cache == SourceCache::Cold && self.access(ground).is_none()).then(|| mapped(Backing::CowFile));
         [Some(self.anonymous(&all, ground).0), Some(mapped(Backing::InPlace)), small]
     }
 
@@ -103,23 +112,27 @@ impl Unit {
         Price { ns, extra_pages: 0 }
     }
 
-    fn file(&self, open: Tally, broken: Tally, calls: u64, backing: Backing) -> FileBlock {
+    fn file(&self, open: Tally, broken: Tally, calls: u64, backing: Backing, promoted: bool) -> FileBlock {
         let wants_huge = backing == Backing::InPlace;
-        FileBlock { open, broken, calls, wants_huge, aligned: self.is_aligned(), read_ahead: false }
+        FileBlock { open, broken, calls, wants_huge, aligned: self.is_aligned(), promoted, read_ahead: false }
     }
 
     /// The price of a mapped file, and whether copy-on-write is broken ahead for it.
     fn mapped_price(&self, all: &Tally, broken: Option<&Broken>, backing: Backing, ground: &Ground) -> (Price, bool) {
-        let open = self.file(*all, Tally::default(), 0, backing).cost(ground.costs).total();
+        let promoted = self.access(ground) == Some(TierAccess::MapShared);
+        let open = self.file(*all, Tally::default(), 0, backing, promoted).cost(ground.costs).total();
         let open = Price { ns: open, extra_pages: 0 };
         let Some(Broken { runs, open: left, broken }) = broken else { return (open, false) };
-        let block = self.file(*left, *broken, runs.len() as u64, backing);
+        let block = self.file(*left, *broken, runs.len() as u64, backing, promoted);
         let price = Price { ns: block.cost(ground.costs).total(), extra_pages: broken.unwritten };
         if price.at(ground.page_ns) < open.ns { (price, true) } else { (open, false) }
     }
 
     /// Copy-on-write broken ahead where that pays; `None` if nowhere.
     fn broken(&self, ground: &Ground, touches: &[Touch]) -> Option<Broken> {
+        if self.access(ground).is_some_and(|access| access != TierAccess::MapPrivate) {
+            return None;
+        }
         let first = touches.get(self.touch).filter(|touch| touch.extent.first < self.extent.end());
         let runs = if first.is_some() { self.breaks(ground, touches) } else { Vec::new() };
         if runs.is_empty() {

@@ -1,0 +1,138 @@
+//! Results as tables.
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::super::study::Experiment;
+use super::super::study::stats::{axes, geomean, summary};
+use super::super::study::store::Results;
+
+/// A table: a header and rows of cells.
+pub struct Cells {
+    pub title: String,
+    pub header: Vec<String>,
+    pub rows: Vec<Vec<String>>,
+}
+
+/// What of an experiment is put into tables: the name of the number, and what it is.
+fn numbers(experiment: Experiment) -> &'static [(&'static str, &'static str)] {
+    match experiment {
+        Experiment::E1 | Experiment::E2 | Experiment::E4 => &[("answer_ms", "ms to the answer")],
+        Experiment::E3 => &[("answer_ms", "ms to the answer, median"), ("answer_p95_ms", "ms to the answer, p95")],
+        Experiment::E5 => &[
+            ("by_read_pages", "pages brought in by reads"),
+            ("by_write_pages", "pages brought in by writes"),
+            ("preloaded_pages", "pages preloaded"),
+            ("major_faults", "vCPU faults that waited for I/O"),
+        ],
+        Experiment::E6 => &[
+            ("local_mib_per_vm", "local MiB per VM, page tables included"),
+            ("all_mib", "MiB in all, shared pages once"),
+        ],
+        Experiment::E7 => &[("answer_ms", "ms to the answer"), ("local_dram_kib", "KiB of local memory")],
+    }
+}
+
+/// The tables of an experiment.
+pub fn tables(results: &Results, experiment: Experiment) -> Vec<Cells> {
+    let mut all: Vec<Cells> = numbers(experiment).iter().map(|number| table(results, experiment, *number)).collect();
+    if experiment == Experiment::E1 {
+        all.push(slices(results, experiment));
+    }
+    all
+}
+
+/// The tables as text.
+pub fn text(results: &Results, experiment: Experiment) -> String {
+    let drawn = tables(results, experiment).into_iter().map(|cells| {
+        let mut table = Table::new();
+        table.load_preset(presets::UTF8_FULL_CONDENSED);
+        table.set_header(&cells.header);
+        for row in &cells.rows {
+            table.add_row(row);
+        }
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        format!("{}\n{table}", cells.title)
+    });
+    drawn.collect::<Vec<_>>().join("\n\n")
+}
+
+fn table(results: &Results, experiment: Experiment, (number, what): (&str, &str)) -> Cells {
+    let (cases, flows) = axes(results, experiment.name());
+    let of = |case: &str, flow: &str| summary(results, experiment.name(), case, flow, number);
+    let mut rows = Vec::new();
+    for case in &cases {
+        let cell = |flow: &String| of(case, flow).map_or("–".to_string(), |all| span(all.median, all.min, all.max));
+        rows.push(std::iter::once(case.clone()).chain(flows.iter().map(cell)).collect());
+    }
+    if cases.len() > 1 {
+        // Only cases that every flow has, so that the means are of the same.
+        let whole: Vec<&String> =
+            cases.iter().filter(|case| flows.iter().all(|flow| of(case, flow).is_some())).collect();
+        let mean = |flow: &String| {
+            let medians: Vec<f64> = whole.iter().filter_map(|case| Some(of(case, flow)?.median)).collect();
+            let all_count = medians.iter().all(|median| *median > 0.0);
+            geomean(&medians).filter(|_| all_count).map_or("–".to_string(), number_text)
+        };
+        let name = format!("geometric mean of {}", whole.len());
+        rows.push(std::iter::once(name).chain(flows.iter().map(mean)).collect());
+    }
+    let rounds = results.samples.iter().map(|sample| sample.key.round + 1).max().unwrap_or_default();
+    let title = format!("{what}: median (least–most) of up to {rounds}");
+    Cells { title, header: header(&flows), rows }
+}
+
+fn header(flows: &[String]) -> Vec<String> {
+    std::iter::once(String::new()).chain(flows.iter().cloned()).collect()
+}
+
+/// Where the time goes: the slices of a restore, mean over the functions.
+fn slices(results: &Results, experiment: Experiment) -> Cells {
+    const SLICES: [&str; 10] = [
+        "spawn_ms",
+        "setup_ms",
+        "state_load_ms",
+        "map_ms",
+        "preload_ms",
+        "vm_create_ms",
+        "resume_ms",
+        "execute_ms",
+        "guest_ms",
+        "stop_ms",
+    ];
+    let (cases, flows) = axes(results, experiment.name());
+    let mut rows = Vec::new();
+    for slice in SLICES {
+        let mean = |flow: &String| {
+            let medians: Vec<f64> = cases
+                .iter()
+                .filter_map(|case| Some(summary(results, experiment.name(), case, flow, slice)?.median))
+                .collect();
+            let count = medians.len();
+            if count == 0 { "–".to_string() } else { number_text(medians.iter().sum::<f64>() / count as f64) }
+        };
+        rows.push(std::iter::once(slice.to_string()).chain(flows.iter().map(mean)).collect());
+    }
+    let title = "Where the time goes: means over the functions of each median; execute is from the first entry into the \
+                 guest to the answer, guest what the guest measured itself";
+    Cells { title: title.to_string(), header: header(&flows), rows }
+}
+
+fn span(median: f64, min: f64, max: f64) -> String {
+    if min == max {
+        number_text(median)
+    } else {
+        format!("{} ({}–{})", number_text(median), number_text(min), number_text(max))
+    }
+}
+
+/// Three digits, as far as they mean something.
+fn number_text(number: f64) -> String {
+    match number {
+        number if number == number.round() && number.abs() < 1e9 => format!("{number:.0}"),
+        number if number.abs() >= 100.0 => format!("{number:.0}"),
+        number if number.abs() >= 10.0 => format!("{number:.1}"),
+        number => format!("{number:.2}"),
+    }
+}

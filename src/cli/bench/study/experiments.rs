@@ -1,0 +1,206 @@
+//! The experiments: what is restored how often, in which order.
+
+use std::time::Instant;
+
+use serde_json::Value;
+
+use super::super::Cache;
+use super::super::{BoxError, prepare};
+use super::flow::Flow;
+use super::foreign::Foreign;
+use super::settings::{Experiment, Settings};
+use super::stage::Stage;
+use super::store::Key;
+use super::workload::Workload;
+use super::{From, Study, Values, guest_us};
+use crate::tiering::profile::RecorderKind;
+
+/// Shares of the read set that fit local memory besides the write set (E7), percent.
+const BUDGETS: [u64; 5] = [0, 25, 50, 75, 100];
+
+/// How many measurements there will be, for the progress bar.
+pub fn trials(settings: &Settings) -> u64 {
+    let each = settings.workloads.len() as u64;
+    let flows = settings.flows.len() as u64;
+    let rounds = u64::from(settings.runs);
+    let restored = settings.flows.iter().filter(|flow| flow.restore().is_some()).count() as u64;
+    let of = |experiment: &Experiment| match experiment {
+        Experiment::E1 | Experiment::E4 => each * flows * rounds,
+        Experiment::E2 => settings.workloads.iter().map(|w| w.sizes.len() as u64).sum::<u64>() * flows * rounds,
+        Experiment::E3 => each * restored * rounds * settings.parallel.len() as u64 * 2,
+        Experiment::E5 => each * restored,
+        Experiment::E6 => each * restored * settings.vms.len() as u64,
+        Experiment::E7 => each * rounds * BUDGETS.len() as u64 * restored,
+    };
+    settings.experiments.iter().map(of).sum()
+}
+
+impl Study {
+    /// Measures one experiment for every function.
+    pub fn experiment(&mut self, experiment: Experiment) -> Result<(), BoxError> {
+        for workload in self.settings.workloads.clone() {
+            match experiment {
+                Experiment::E1 => self.record_one_ask_another(experiment, workload)?,
+                Experiment::E2 => self.sizes(workload)?,
+                Experiment::E3 => self.at_once(workload)?,
+                Experiment::E4 => self.on_slow_medium(workload)?,
+                Experiment::E5 => self.fault_ins(workload)?,
+                Experiment::E6 => self.alive(workload)?,
+                Experiment::E7 => self.budgets(workload)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The workload's snapshot, to be asked for input B after a recording of input A.
+    pub fn from(&self, workload: &'static Workload) -> Result<From, BoxError> {
+        let snapshot = self.stage.snapshot(workload, false)?;
+        Ok(From { workload, snapshot, sizes: false, recorded: workload.a(), asked: workload.b(), more: Vec::new() })
+    }
+
+    fn record_one_ask_another(&mut self, experiment: Experiment, workload: &'static Workload) -> Result<(), BoxError> {
+        let from = self.from(workload)?;
+        let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
+        self.rounds(experiment, workload.name, &from, &flows, runs)
+    }
+
+    fn sizes(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
+        let Some(&recorded) = workload.sizes.get(2) else { return Ok(()) };
+        let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
+        let snapshot = self.stage.snapshot(workload, true)?;
+        for &size in workload.sizes {
+            let (recorded, asked) = (workload.of_size(recorded), workload.of_size(size));
+            let from = From { workload, snapshot: snapshot.clone(), sizes: true, recorded, asked, more: Vec::new() };
+            self.rounds(Experiment::E2, &format!("{} {size}", workload.name), &from, &flows, runs)?;
+        }
+        Ok(())
+    }
+
+    fn on_slow_medium(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
+        let Some(dir) = self.settings.slow_dir.clone() else { return Ok(()) };
+        // Profiles and derived files lie beside the snapshot: all of it is on the slow medium.
+        let slow = Stage::new(&self.exe, dir.join("tvmm-bench"));
+        let usual = std::mem::replace(&mut self.stage, slow);
+        let result = self.record_one_ask_another(Experiment::E4, workload);
+        let slow = std::mem::replace(&mut self.stage, usual);
+        if !self.settings.keep {
+            let used = slow.dir_of(workload);
+            std::fs::remove_dir_all(&used).map_err(|error| format!("Cannot remove {}: {error}", used.display()))?;
+        }
+        result
+    }
+
+    fn fault_ins(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
+        let from = self.from(workload)?;
+        let flows: Vec<Flow> = self.settings.flows.iter().copied().filter(|flow| flow.restore().is_some()).collect();
+        self.rounds(Experiment::E5, workload.name, &from, &flows, 1)
+    }
+
+    fn budgets(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
+        let from = self.from(workload)?;
+        let profile = self.stage.profile(&from.snapshot, RecorderKind::Uffd, &from.recorded)?;
+        let (read, written) = self.working_set_mib(&profile)?;
+        let flows: Vec<Flow> = self.settings.flows.iter().copied().filter(|flow| flow.restore().is_some()).collect();
+        for share in BUDGETS {
+            let mib = (written + read * share as f64 / 100.0).ceil() as u64;
+            let more = vec!["--dram".to_string(), mib.to_string()];
+            let case = format!("{} +{share} %", workload.name);
+            self.rounds(Experiment::E7, &case, &From { more, ..from.clone() }, &flows, self.settings.runs)?;
+        }
+        Ok(())
+    }
+
+    /// MiB that a recorded run read, and that it wrote.
+    fn working_set_mib(&self, profile: &std::path::Path) -> Result<(f64, f64), BoxError> {
+        let profile = crate::tiering::profile::Profile::load(profile)?;
+        let mib = |pages: u64| pages as f64 / 256.0;
+        Ok((mib(profile.read.len()), mib(profile.written.len())))
+    }
+
+    /// All flows, round after round: those that find nothing cached, then those that find everything cached, then the
+    /// VM that is kept. The first round is not counted: files that policies derive from a snapshot are made in it.
+    fn rounds(
+        &mut self,
+        experiment: Experiment,
+        case: &str,
+        from: &From,
+        flows: &[Flow],
+        runs: u32,
+    ) -> Result<(), BoxError> {
+        let key = |flow: Flow, round| Key {
+            experiment: experiment.name().to_string(),
+            case: case.to_string(),
+            flow: flow.name().to_string(),
+            round,
+        };
+        for cached in [false, true] {
+            let is_wanted = |flow: &&Flow| flow.is_cached() == cached && **flow != Flow::Warm;
+            let mut order: Vec<Flow> = flows.iter().filter(is_wanted).copied().collect();
+            let is_done = |flow: &Flow| (0..runs).all(|round| self.store.has(&key(*flow, round)));
+            if order.iter().all(is_done) {
+                self.bar.inc(order.len() as u64 * u64::from(runs));
+                continue;
+            }
+            if cached {
+                prepare(&from.snapshot, Cache::Warm)?;
+            }
+            for round in 0..=runs {
+                // There and back: what one restore leaves behind is found by the next.
+                order.reverse();
+                for &flow in &order {
+                    match round.checked_sub(1) {
+                        // Whatever is wrong shows in the rounds that count.
+                        None => drop(self.once(from, flow)),
+                        Some(round) => self.measure(key(flow, round), |study| study.once(from, flow))?,
+                    }
+                }
+            }
+        }
+        if flows.contains(&Flow::Warm) {
+            self.warm(from, |round| key(Flow::Warm, round), runs)?;
+        }
+        Ok(())
+    }
+
+    fn once(&mut self, from: &From, flow: Flow) -> Result<Values, BoxError> {
+        match (flow.restore(), self.settings.firecracker.clone()) {
+            (Some(restore), _) => self.restore(from, flow, restore),
+            (None, Some(vmm)) => {
+                let foreign = Foreign::new(&vmm, from)?;
+                let (values, digest) = foreign.restore(&from.asked, flow.is_cached())?;
+                self.stage.check_digest(&from.snapshot, &from.asked, &digest)?;
+                Ok(values)
+            }
+            (None, None) => Err(format!("{flow} needs --firecracker PATH").into()),
+        }
+    }
+
+    /// The VM that has run the function runs it again.
+    fn warm(&mut self, from: &From, key: impl Fn(u32) -> Key, runs: u32) -> Result<(), BoxError> {
+        if (0..runs).all(|round| self.store.has(&key(round))) {
+            self.bar.inc(u64::from(runs));
+            return Ok(());
+        }
+        let mut guest = self.stage.booted(from.workload, from.sizes, &self.scratch.path().join("warm.sock"))?;
+        for round in 0..runs {
+            self.measure(key(round), |study| {
+                guest.call(&from.recorded)?;
+                let start = Instant::now();
+                let answered = guest.call(&from.asked)?;
+                study.stage.check_digest(&from.snapshot, &from.asked, answered.digest())?;
+                let mut values = Values::new();
+                values.insert("answer_ms".into(), (answered.at - start).as_secs_f64() * 1000.0);
+                if let Some(us) = guest_us(&format!("ok id {}", answered.rest)) {
+                    values.insert("guest_ms".into(), us / 1000.0);
+                }
+                Ok(values)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// The digest in an answer line `ok ID DIGEST …`.
+pub fn digest_of(report: &Value) -> Option<String> {
+    Some(report["answer"].as_str()?.split(' ').nth(2)?.to_string())
+}

@@ -1,0 +1,107 @@
+//! Another VMM with Firecracker's command line and API, measured beside tvmm: the same guest kernel, the same requests, a
+//! snapshot of its own, restored from its memory file (`mem_backend` File).
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::fs::Advice;
+use serde_json::{Value, json};
+
+use super::super::guest::{Guest, TIMEOUT, snapshot};
+use super::super::{BoxError, refuse};
+use super::stage::{remove, write_kernel};
+use super::{From, Values, guest_us};
+use crate::api::client::Client;
+
+/// How often a socket that is not there yet is tried.
+const POLL: Duration = Duration::from_micros(200);
+
+/// The VMM, and its snapshot of a workload.
+pub struct Foreign {
+    vmm: PathBuf,
+    state: PathBuf,
+    memory: PathBuf,
+    socket: PathBuf,
+}
+
+impl Foreign {
+    /// Finds its snapshot, beside tvmm's, or makes it.
+    pub fn new(vmm: &Path, from: &From) -> Result<Foreign, BoxError> {
+        let dir = from.snapshot.with_file_name("firecracker");
+        std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
+        let (state, memory) = (dir.join("state"), dir.join("memory"));
+        let foreign = Foreign { vmm: vmm.to_owned(), socket: dir.join("api.sock"), state, memory };
+        let whole = dir.join("whole");
+        if !whole.exists() {
+            foreign.prepare(&dir, from)?;
+            std::fs::write(&whole, "")?;
+        }
+        Ok(foreign)
+    }
+
+    fn start(&self) -> Result<(Guest, Client), BoxError> {
+        remove(&self.socket)?;
+        let mut command = Command::new(&self.vmm);
+        command.arg("--api-sock").arg(&self.socket);
+        let mut guest = Guest::start(command)?;
+        let deadline = Instant::now() + TIMEOUT;
+        while std::os::unix::net::UnixStream::connect(&self.socket).is_err() {
+            if guest.has_ended()? || Instant::now() > deadline {
+                return refuse(format!("{} does not serve {}", self.vmm.display(), self.socket.display()));
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok((guest, Client::new(&self.socket)))
+    }
+
+    fn prepare(&self, dir: &Path, from: &From) -> Result<(), BoxError> {
+        let kernel = write_kernel(dir)?;
+        let (mut guest, client) = self.start()?;
+        let put = |path: &str, body: Value| client.request("PUT", path, Some(&body), TIMEOUT);
+        put("/boot-source", json!({ "kernel_image_path": kernel, "boot_args": "" }))?;
+        put("/machine-config", from.workload.machine())?;
+        put("/actions", json!({ "action_type": "InstanceStart" }))?;
+        guest.wait_for("ready ")?;
+        for request in from.workload.prepare(from.sizes) {
+            guest.call(&request)?;
+        }
+        for path in [&self.state, &self.memory] {
+            remove(path)?;
+        }
+        snapshot(&client, &json!({ "snapshot_path": self.state, "mem_file_path": self.memory }))?;
+        // A file as written lies in the page cache in small pieces; one that was read back does not.
+        self.evict()
+    }
+
+    fn evict(&self) -> Result<(), BoxError> {
+        for path in [&self.state, &self.memory] {
+            let file = std::fs::File::open(path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
+            file.sync_all()?;
+            rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+        }
+        Ok(())
+    }
+
+    /// Restores, and asks for a function; the numbers, and the digest of the answer.
+    pub fn restore(&self, asked: &str, cached: bool) -> Result<(Values, String), BoxError> {
+        match cached {
+            false => self.evict()?,
+            true => drop(std::fs::read(&self.memory)?),
+        }
+        let start = Instant::now();
+        let (mut guest, client) = self.start()?;
+        let backend = json!({ "backend_type": "File", "backend_path": self.memory });
+        let body = json!({ "snapshot_path": self.state, "mem_backend": backend, "resume_vm": true });
+        client.request("PUT", "/snapshot/load", Some(&body), TIMEOUT)?;
+        let loaded = start.elapsed();
+        let answered = guest.call(asked)?;
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        let mut values =
+            Values::from([("answer_ms".to_string(), ms(answered.at - start)), ("load_ms".to_string(), ms(loaded))]);
+        if let Some(us) = guest_us(&format!("ok id {}", answered.rest)) {
+            values.insert("guest_ms".to_string(), us / 1000.0);
+        }
+        Ok((values, answered.digest().to_string()))
+    }
+}

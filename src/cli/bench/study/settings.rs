@@ -1,0 +1,207 @@
+//! What a study is asked to measure.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::super::{BoxError, refuse};
+use super::flow::Flow;
+use super::workload::{WORKLOADS, Workload};
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Which experiments, or `all`: E1 record with input A, test with B; E2 six sizes of input; E3 many restores at
+    /// once; E4 snapshots on a slow medium (--slow-dir); E5 what brought pages in; E6 memory against the number of VMs;
+    /// E7 policies under budgets of local memory
+    #[arg(value_delimiter = ',', default_value = "E1,E5", value_name = "EXPERIMENTS")]
+    experiments: Vec<String>,
+    /// Functions, or `all`
+    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
+    functions: Vec<String>,
+    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm
+    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
+    flows: Vec<String>,
+    /// Rounds; one more comes first and is not counted
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: Option<u32>,
+    /// Numbers of restores at once (E3)
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16,64", value_name = "NUMBERS",
+        value_parser = clap::value_parser!(u32).range(1..=1024))]
+    parallel: Vec<u32>,
+    /// Numbers of VMs that live at once (E6)
+    #[arg(long, value_delimiter = ',', default_value = "1,10,50", value_name = "NUMBERS",
+        value_parser = clap::value_parser!(u32).range(1..=1024))]
+    vms: Vec<u32>,
+    /// A few functions, three rounds: two minutes
+    #[arg(long)]
+    quick: bool,
+    /// A directory on a slow or remote medium, for the snapshots of E4
+    #[arg(long, value_name = "DIR")]
+    slow_dir: Option<PathBuf>,
+    /// A VMM with Firecracker's command line and API, to be measured beside tvmm
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+    /// Where results are kept; if some are there that were measured the same way, the run goes on where it ended
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Keep the snapshots, so that another run need not make them again
+    #[arg(long)]
+    keep: bool,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Experiment {
+    E1,
+    E2,
+    E3,
+    E4,
+    E5,
+    E6,
+    E7,
+}
+
+impl Experiment {
+    pub const ALL: [Experiment; 7] = [
+        Experiment::E1,
+        Experiment::E2,
+        Experiment::E3,
+        Experiment::E4,
+        Experiment::E5,
+        Experiment::E6,
+        Experiment::E7,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Experiment::E1 => "E1",
+            Experiment::E2 => "E2",
+            Experiment::E3 => "E3",
+            Experiment::E4 => "E4",
+            Experiment::E5 => "E5",
+            Experiment::E6 => "E6",
+            Experiment::E7 => "E7",
+        }
+    }
+
+    /// What it shows, in a line.
+    pub fn title(self) -> &'static str {
+        match self {
+            Experiment::E1 => "Recorded with input A, asked with input B",
+            Experiment::E2 => "Recorded with the third size of input, asked with six",
+            Experiment::E3 => "Many restores at once",
+            Experiment::E4 => "Snapshots on a slow medium",
+            Experiment::E5 => "What brought pages in",
+            Experiment::E6 => "Local memory against the number of VMs",
+            Experiment::E7 => "Under budgets of local memory",
+        }
+    }
+}
+
+/// The arguments, checked.
+#[derive(Debug)]
+pub struct Settings {
+    pub experiments: Vec<Experiment>,
+    pub workloads: Vec<&'static Workload>,
+    pub flows: Vec<Flow>,
+    pub runs: u32,
+    pub parallel: Vec<u32>,
+    pub vms: Vec<u32>,
+    pub slow_dir: Option<PathBuf>,
+    pub firecracker: Option<PathBuf>,
+    pub out: PathBuf,
+    pub keep: bool,
+}
+
+/// What --quick measures: functions whose snapshots are small.
+const QUICK: [&str; 4] = ["hello", "json", "chameleon", "pyaes"];
+const RUNS: u32 = 5;
+const QUICK_RUNS: u32 = 3;
+
+impl Settings {
+    /// # Errors
+    /// Names that are none, and experiments that lack what they need.
+    pub fn from(args: &RunArgs) -> Result<Settings, BoxError> {
+        let experiments = experiments(args)?;
+        let mut flows: Vec<Flow> = match args.flows.as_slice() {
+            [all] if all == "all" => Flow::OWN.to_vec(),
+            names => names.iter().map(|name| name.parse()).collect::<Result<_, String>>()?,
+        };
+        match &args.firecracker {
+            Some(path) if !path.is_file() => return refuse(format!("There is no {} to measure", path.display())),
+            Some(_) if !flows.iter().any(|flow| flow.is_foreign()) => {
+                flows.extend([Flow::Firecracker, Flow::FirecrackerCache]);
+            }
+            None if flows.iter().any(|flow| flow.is_foreign()) => {
+                return refuse(
+                    "The flows firecracker and firecracker-cache need --firecracker PATH, the VMM to measure",
+                );
+            }
+            _ => {}
+        }
+        let names: Vec<&str> = args.functions.iter().map(String::as_str).collect();
+        let workloads = match names.as_slice() {
+            ["all"] if args.quick => find(&QUICK)?,
+            ["all"] => WORKLOADS.iter().collect(),
+            names => find(names)?,
+        };
+        Ok(Settings {
+            experiments,
+            workloads,
+            flows,
+            runs: args.runs.unwrap_or(if args.quick { QUICK_RUNS } else { RUNS }),
+            parallel: args.parallel.clone(),
+            vms: args.vms.clone(),
+            slow_dir: args.slow_dir.clone(),
+            firecracker: args.firecracker.clone(),
+            out: args.out.clone(),
+            keep: args.keep,
+        })
+    }
+
+    /// What measurements depend on, for the header: not what is measured, which may grow from run to run.
+    pub fn described(&self) -> BTreeMap<String, String> {
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let named = [("slow medium", path(&self.slow_dir)), ("firecracker", path(&self.firecracker))];
+        let given = named.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
+        given.chain([("rounds".to_string(), self.runs.to_string())]).collect()
+    }
+}
+
+fn experiments(args: &RunArgs) -> Result<Vec<Experiment>, BoxError> {
+    if args.experiments.iter().any(|name| name == "all") {
+        let has_what_it_needs = |experiment: &Experiment| *experiment != Experiment::E4 || args.slow_dir.is_some();
+        return Ok(Experiment::ALL.into_iter().filter(has_what_it_needs).collect());
+    }
+    let mut found = Vec::new();
+    for name in &args.experiments {
+        let experiment = Experiment::ALL.into_iter().find(|experiment| experiment.name().eq_ignore_ascii_case(name));
+        match experiment {
+            None => return refuse(format!("There is no experiment {name:?}; there are E1 to E7, and all")),
+            Some(Experiment::E4) if args.slow_dir.is_none() => {
+                return refuse(
+                    "E4 needs --slow-dir DIR: a directory on the slow or remote medium that is to be measured",
+                );
+            }
+            Some(experiment) => found.push(experiment),
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+fn find(names: &[&str]) -> Result<Vec<&'static Workload>, BoxError> {
+    let mut found = Vec::new();
+    for name in names {
+        match WORKLOADS.iter().find(|workload| workload.name == *name) {
+            Some(workload) => found.push(workload),
+            None => {
+                let known: Vec<&str> = WORKLOADS.iter().map(|workload| workload.name).collect();
+                return refuse(format!("There is no function {name:?} to measure; there are: {}", known.join(", ")));
+            }
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,106 @@
+//! Snapshots and profiles to measure with: made once, kept while the study runs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::super::guest::{Guest, snapshot};
+use super::super::{BoxError, record, refuse};
+use super::workload::Workload;
+use crate::api::client::Client;
+use crate::tiering::profile::RecorderKind;
+use crate::vmm::guest;
+
+/// A directory of snapshots, with the profiles recorded on them.
+pub struct Stage {
+    exe: PathBuf,
+    dir: PathBuf,
+    /// What functions computed, by snapshot and function: every flow must come to the same.
+    digests: BTreeMap<String, String>,
+}
+
+impl Stage {
+    pub fn new(exe: &Path, dir: PathBuf) -> Stage {
+        Stage { exe: exe.to_owned(), dir, digests: BTreeMap::new() }
+    }
+
+    /// The directory of a workload.
+    pub fn dir_of(&self, workload: &Workload) -> PathBuf {
+        self.dir.join(workload.name)
+    }
+
+    /// The snapshot of a guest that is ready to run the function. `sizes`: with inputs of other sizes than A and B.
+    pub fn snapshot(&self, workload: &Workload, sizes: bool) -> Result<PathBuf, BoxError> {
+        let dir = self.dir_of(workload).join(if sizes { "sizes" } else { "two" });
+        let snapshot_dir = dir.join("snapshot");
+        // A snapshot has its name when it is whole.
+        if snapshot_dir.exists() {
+            return Ok(snapshot_dir);
+        }
+        make(&dir)?;
+        let socket = dir.join("api.sock");
+        let _guest = self.booted(workload, sizes, &socket)?;
+        snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot_dir }))?;
+        Ok(snapshot_dir)
+    }
+
+    /// A guest that is ready to run the function.
+    pub fn booted(&self, workload: &Workload, sizes: bool, socket: &Path) -> Result<Guest, BoxError> {
+        let dir = self.dir_of(workload);
+        make(&dir)?;
+        let (config, kernel) = (dir.join("vm.json"), write_kernel(&dir)?);
+        let boot = json!({ "boot-source": { "kernel_image_path": kernel }, "machine-config": workload.machine() });
+        std::fs::write(&config, boot.to_string())?;
+        remove(socket)?;
+        let mut guest = Guest::boot(&self.exe, &config, socket)?;
+        for request in workload.prepare(sizes) {
+            guest.call(&request)?;
+        }
+        Ok(guest)
+    }
+
+    /// The profile of a run of `function` from the snapshot, by `recorder`.
+    pub fn profile(&self, snapshot: &Path, recorder: RecorderKind, function: &str) -> Result<PathBuf, BoxError> {
+        let name: String = function.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let path = snapshot.with_file_name(format!("{name}-{recorder}.profile"));
+        if path.exists() {
+            return Ok(path);
+        }
+        record(&self.exe, snapshot, function, &recorder.to_string(), &path)
+    }
+
+    /// Notes what `function` came to on `snapshot`.
+    ///
+    /// # Errors
+    /// If it came to something else before: a restored guest that computes wrongly is not one to be measured.
+    pub fn check_digest(&mut self, snapshot: &Path, function: &str, digest: &str) -> Result<(), BoxError> {
+        let key = format!("{} {function}", snapshot.display());
+        let known = self.digests.entry(key).or_insert_with(|| digest.to_string());
+        match known == digest {
+            true => Ok(()),
+            false => refuse(format!("{function:?} came to {digest}, and to {known} before")),
+        }
+    }
+}
+
+fn make(dir: &Path) -> Result<(), BoxError> {
+    Ok(std::fs::create_dir_all(dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?)
+}
+
+/// The kernel of the guests, as a file that any VMM can boot.
+pub fn write_kernel(dir: &Path) -> Result<PathBuf, BoxError> {
+    let path = dir.join("guest.elf");
+    std::fs::write(&path, guest::FUNCTIONS_ELF).map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
+    Ok(path)
+}
+
+/// Removes a file that may be there.
+pub fn remove(path: &Path) -> Result<(), BoxError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            refuse(format!("Cannot remove {}: {error}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,72 @@
+//! The functions that are measured: what is done before the snapshot, and the requests. docs/functions.md says what they
+//! compute; the sizes are those of FaaSnap's six inputs.
+
+use serde_json::{Value, json};
+
+/// Guest memory, MiB: the largest functions have 600 MiB of their own.
+const MEM_MIB: u64 = 1024;
+
+/// A function of the built-in functions guest.
+#[derive(Debug)]
+pub struct Workload {
+    pub name: &'static str,
+    /// Five or six sizes of input, ascending, in the function's own unit; none where size means nothing.
+    pub sizes: &'static [u64],
+    /// Whether inputs are made before the snapshot.
+    input_is_made_before: bool,
+}
+
+const fn workload(name: &'static str, input_is_made_before: bool, sizes: &'static [u64]) -> Workload {
+    Workload { name, sizes, input_is_made_before }
+}
+
+const JSON_BYTES: &[u64] = &[200_000, 400_000, 750_000, 759_000, 1_500_000, 3_000_000];
+const IMAGE_BYTES: &[u64] = &[100_000, 200_000, 400_000, 409_000, 800_000, 1_600_000];
+
+/// All of them, in the order of FaaSnap's list. Where two of its six inputs have one size, five are left.
+pub static WORKLOADS: [Workload; 12] = [
+    workload("hello", false, &[]),
+    workload("readlist", false, &[]),
+    workload("mmap", false, &[]),
+    workload("image", true, IMAGE_BYTES),
+    workload("json", true, JSON_BYTES),
+    workload("pyaes", false, &[5_000, 10_000, 20_000, 40_000, 80_000]),
+    workload("chameleon", false, &[10_000, 20_000, 40_000, 80_000, 160_000]),
+    workload("matmul", false, &[500, 700, 1000, 1400, 2000]),
+    workload("ffmpeg", true, &[100_000, 200_000, 399_000, 400_000, 800_000, 1_500_000]),
+    workload("compression", true, JSON_BYTES),
+    workload("recognition", true, IMAGE_BYTES),
+    workload("pagerank", false, &[25_000, 50_000, 100_000, 200_000, 400_000]),
+];
+
+impl Workload {
+    /// The machine, as Firecracker's `machine-config` has it.
+    pub fn machine(&self) -> Value {
+        json!({ "vcpu_count": 1, "mem_size_mib": MEM_MIB })
+    }
+
+    /// The requests before the snapshot, an invocation among them, as in FaaSnap's harness: what is snapshotted is an
+    /// instance that has run. `sizes`: the guest is to be asked for other sizes than A and B.
+    pub fn prepare(&self, sizes: bool) -> Vec<String> {
+        let mut requests = vec![format!("prepare function={}", self.name), self.a()];
+        if sizes && self.input_is_made_before {
+            requests.extend(self.sizes.iter().map(|size| format!("prepare function={} size={size}", self.name)));
+        }
+        requests
+    }
+
+    /// The smaller input, which is recorded.
+    pub fn a(&self) -> String {
+        format!("{} input=a", self.name)
+    }
+
+    /// The larger one, which is asked for.
+    pub fn b(&self) -> String {
+        format!("{} input=b", self.name)
+    }
+
+    /// The request with an input of a size.
+    pub fn of_size(&self, size: u64) -> String {
+        format!("{} size={size}", self.name)
+    }
+}

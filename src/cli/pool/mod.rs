@@ -1,0 +1,211 @@
+//! `tvmm pool`: memory that holds the pages of many snapshots, and that VMs map.
+
+mod show;
+mod usage;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
+
+use super::merge::bytes_bar;
+use super::{BoxError, refuse};
+use crate::snapshot::{Chain, Location, PoolId};
+use crate::tiering::costs::Costs;
+use crate::tiering::pool::add::{Added, name_of};
+use crate::tiering::pool::{Error, Medium, Writer, fsck, writer};
+use crate::tiering::profile::Profile;
+use crate::vmm::media;
+
+#[derive(Debug, Args)]
+pub struct PoolArgs {
+    #[command(subcommand)]
+    command: PoolCommand,
+}
+
+/// What kind of memory a pool is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TierName {
+    /// Byte-addressable: mapped in place
+    Cxl,
+}
+
+#[derive(Debug, Subcommand)]
+enum PoolCommand {
+    /// Make a pool
+    Create {
+        /// What kind of memory it is
+        #[arg(long, value_enum)]
+        tier: TierName,
+        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system), or numa:N
+        #[arg(long, value_name = "PATH")]
+        at: PathBuf,
+        /// How large, in GiB (0.5 is half a GiB); a device is taken whole without it
+        #[arg(long, value_name = "GIB")]
+        size: Option<f64>,
+        /// Format the device of this name, whatever is on it
+        #[arg(long, value_name = "DEVICE-NAME")]
+        format: Option<String>,
+    },
+    /// Add a snapshot: store the pages that the pool does not have
+    Add {
+        pool: PathBuf,
+        snapshot: PathBuf,
+        /// A profile: what is read is packed together in 2 MiB blocks, apart from what is written
+        #[arg(long, value_name = "FILE")]
+        profile: Option<PathBuf>,
+        /// What to call it; default: as its directory
+        #[arg(long)]
+        name: Option<String>,
+        /// About how often it will be restored: the more often, the fewer mappings it may cost to share a page
+        #[arg(long, default_value_t = 100, value_name = "COUNT")]
+        restores: u64,
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the snapshots in a pool
+    Ls {
+        pool: PathBuf,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Draw what is in a pool, who shares it, and where the memory of running VMs is
+    Show {
+        pool: PathBuf,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove a snapshot, by name or id; `gc` frees its pages when no VM maps them
+    Rm { pool: PathBuf, snapshot: String },
+    /// Free the pages of removed snapshots
+    Gc {
+        pool: PathBuf,
+        /// VMs of other hosts count as gone when they have not been heard of for so long
+        #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+        lease_expiry: u64,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compare everything in a pool with its checksums
+    Fsck {
+        pool: PathBuf,
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub fn run(args: &PoolArgs) -> Result<ExitCode, BoxError> {
+    match &args.command {
+        PoolCommand::Create { tier: TierName::Cxl, at, size, format } => create(at, *size, format.as_deref()),
+        PoolCommand::Add { .. } => add(&args.command),
+        PoolCommand::Ls { pool, json } => show::list(&media::open(pool)?, *json),
+        PoolCommand::Show { pool, json } => show::show(&media::open(pool)?, *json),
+        PoolCommand::Rm { pool, snapshot } => remove(pool, snapshot),
+        PoolCommand::Gc { pool, lease_expiry, json } => collect(pool, *lease_expiry, *json),
+        PoolCommand::Fsck { pool, json } => check(pool, *json),
+    }
+}
+
+fn create(at: &std::path::Path, gib: Option<f64>, format: Option<&str>) -> Result<ExitCode, BoxError> {
+    let size = match gib {
+        Some(gib) if !(gib > 0.0 && gib < f64::from(1 << 20)) => {
+            return refuse(format!("A pool of {gib} GiB cannot be"));
+        }
+        gib => gib.map(|gib| (gib * f64::from(1 << 30)) as u64),
+    };
+    let mut id = PoolId::default();
+    rustix::rand::getrandom(&mut id.0, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
+    let medium = media::create(at, size)?;
+    writer::create(&medium, id, format, &media::format_name(at)).inspect_err(|_| media::abandon(at))?;
+    let facts = medium.facts();
+    println!("{}", at.display());
+    let mib = medium.size() >> 20;
+    let pages = match (facts.huge, facts.copy_on_write) {
+        (true, true) => "2 MiB pages, copied on write by the kernel",
+        (true, false) => "2 MiB pages, promoted on write",
+        (false, _) => "4 KiB pages: a tmpfs mounted with huge=always, or hugetlbfs, is many times faster",
+    };
+    eprintln!("pool {id}: {mib} MiB on {}, {pages}", facts.kind);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
+    let PoolCommand::Add { pool, snapshot, profile, name, restores, json } = command else {
+        return refuse("Nothing to add");
+    };
+    let medium = media::open(pool)?;
+    let profile = profile.as_deref().map(Profile::load).transpose()?;
+    let chain = Chain::open(&Location::Dir(snapshot.clone()))?;
+    let costs = Costs::of_this_host()?;
+    let name = name.clone().unwrap_or_else(|| name_of(snapshot));
+    let mut writer = Writer::open(&medium)?;
+    let bar = bytes_bar("adding");
+    let added = Added { chain: &chain, name: &name, profile: profile.as_ref(), costs: &costs, restores: *restores };
+    let head = writer.add(&added, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    match json {
+        true => println!("{:#}", show::head_json(&head)),
+        false => show::print_added(&head),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn remove(pool: &std::path::Path, snapshot: &str) -> Result<ExitCode, BoxError> {
+    let medium = media::open(pool)?;
+    let head = Writer::open(&medium)?.remove(snapshot)?;
+    eprintln!("{} ({}) is removed; `tvmm pool gc {}` frees its pages", head.name, head.snapshot, pool.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode, BoxError> {
+    let medium = media::open(pool)?;
+    let done = Writer::open(&medium)?.collect(Some(expiry_s))?;
+    if json {
+        println!("{:#}", json!({ "snapshots": done.snapshots, "pages": done.pages, "held": done.held }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("freed      {} snapshots, {:.1} MiB", done.snapshots, show::mib(done.pages));
+    if done.held > 0 {
+        println!("held       {} removed snapshots, which VMs still run from", done.held);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(pool: &std::path::Path, json: bool) -> Result<ExitCode, BoxError> {
+    let medium = media::open(pool)?;
+    let bar = bytes_bar("checking");
+    let found = fsck::check(&medium, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    if json {
+        let json = json!({
+            "good": found.is_good(),
+            "generation": found.generation,
+            "both_states": found.both_states,
+            "snapshots": found.snapshots,
+            "pages": found.pages,
+            "bad_pages": found.bad_pages,
+            "bad_snapshots": found.bad_snapshots,
+            "problems": found.problems,
+            "live_leases": found.live_leases,
+        });
+        println!("{json:#}");
+    } else {
+        println!("state      {} with {} snapshots, {} VMs", found.generation, found.snapshots, found.live_leases);
+        println!("pages      {} checked, {} damaged", found.pages, found.bad_pages.len());
+        found.problems.iter().for_each(|problem| println!("problem    {problem}"));
+        found.bad_snapshots.iter().for_each(|name| println!("damaged    {name}: remove it, and add it again"));
+    }
+    if found.is_good() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let problem =
+        format!("{} pages and {} entries do not match their checksums", found.bad_pages.len(), found.problems.len());
+    Err(Error::damaged(medium.path(), problem).into())
+}

@@ -1,0 +1,61 @@
+//! Where the memory of running VMs is, as the kernel tells it (`/proc/PID/smaps`).
+
+use std::io::{BufRead, BufReader};
+
+use serde::Serialize;
+
+/// Memory of one process, KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Resident {
+    /// Pages of the pool that are mapped in place.
+    pub pool_kib: u64,
+    /// Pages that only this process has: copied from the pool on write, preloaded, zero pages that were written, and the
+    /// monitor's own.
+    pub local_kib: u64,
+    /// Its share of everything (proportional set size).
+    pub pss_kib: u64,
+}
+
+/// Reads the usage of a process that maps the file `(device, inode)`; `None` if it is gone or not ours to see.
+pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
+    let file = std::fs::File::open(format!("/proc/{pid}/smaps")).ok()?;
+    let pool = format!(" {:02x}:{:02x} {inode}", rustix::fs::major(device), rustix::fs::minor(device));
+    let mut usage = Resident::default();
+    let (mut in_pool, mut rss) = (false, 0);
+    for line in BufReader::new(file).lines() {
+        let line = line.ok()?;
+        let Some((name, rest)) = line.split_once(':') else { continue };
+        if name.contains('-') {
+            in_pool = format!("{line} ").contains(&format!("{pool} "));
+            continue;
+        }
+        let Some(kib) = rest.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok()) else { continue };
+        match name {
+            "Rss" => rss = kib,
+            "Pss" => usage.pss_kib += kib,
+            "Anonymous" => {
+                usage.local_kib += kib;
+                usage.pool_kib += if in_pool { rss.saturating_sub(kib) } else { 0 };
+            }
+            _ => {}
+        }
+    }
+    Some(usage)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn this_process_has_local_memory_and_nothing_of_a_file_that_nobody_maps() {
+        let file = tempfile::tempfile().unwrap();
+        let metadata = file.metadata().unwrap();
+        let usage = of(std::process::id(), (metadata.dev(), metadata.ino())).unwrap();
+        assert_eq!(usage.pool_kib, 0);
+        assert!(usage.local_kib > 0 && usage.pss_kib >= usage.local_kib);
+        assert_eq!(of(u32::MAX, (0, 0)), None);
+    }
+}

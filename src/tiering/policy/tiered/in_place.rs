@@ -1,0 +1,89 @@
+//! The budget of the CXL tier: no more pages are mapped in place from pools than it has. What is least likely to be touched
+//! goes first: it is fetched when it is touched after all.
+
+use super::super::Ground;
+use super::super::place::{Labelled, cut, lay_over, pieces};
+use super::super::touches::Touch;
+use crate::snapshot::{Extent, Fill, Placement, PlannedExtent, RestorePlan};
+
+/// Pages fetched around a fault, as in `packed`.
+const FAULT_PAGES: u64 = 16;
+
+/// Takes pages out of pools' places until no more than `limit` are in place. Those that are likely to be touched are copied
+/// instead, as long as `room` pages of local memory last; the others are left to faults.
+pub fn limit(plan: &mut RestorePlan, ground: &Ground, touches: &[Touch], (limit, mut room): (u64, u64)) {
+    let is_in_place = |item: &&PlannedExtent| {
+        let mapped = matches!(item.placement, Placement::InPlace | Placement::CowFile);
+        mapped && item.source.is_some_and(|source| ground.access(source.layer).is_some())
+    };
+    let mapped: u64 = plan.extents.iter().filter(is_in_place).map(|item| item.extent.pages).sum();
+    let Some(mut surplus) = mapped.checked_sub(limit).filter(|surplus| *surplus > 0) else { return };
+    let mut parts: Vec<(f64, PlannedExtent)> = Vec::new();
+    let mut at = 0;
+    for item in plan.extents.iter().filter(is_in_place) {
+        pieces(item.extent, touches, &mut at, |part, touch| {
+            parts.push((touch.map_or(0.0, |touch| touches[touch].touched), cut(item, part)));
+        });
+    }
+    // The longest first: fewer mappings are cut.
+    parts.sort_by(|(a, x), (b, y)| a.total_cmp(b).then(y.extent.pages.cmp(&x.extent.pages)));
+    let mut moved: Vec<Labelled> = Vec::new();
+    for (touched, part) in parts {
+        if surplus == 0 {
+            break;
+        }
+        let pages = part.extent.pages.min(surplus);
+        let part = cut(&part, Extent { first: part.extent.first, pages });
+        surplus -= pages;
+        let Some(source) = part.source else { continue };
+        let copied = touched >= LIKELY && pages <= room;
+        room -= if copied { pages } else { 0 };
+        moved.push(Labelled(match copied {
+            true => PlannedExtent::preload(part.extent, source, Fill::Copy),
+            false => PlannedExtent::from(part.extent, Placement::Lazy, source),
+        }));
+    }
+    moved.sort_unstable_by_key(|item| item.0.extent.first);
+    plan.extents = lay_over(&plan.extents, &moved);
+    plan.fault_pages = FAULT_PAGES;
+    plan.coalesce(ground.layout);
+}
+
+/// Pages that are touched at least in every second run are worth a copy.
+const LIKELY: f64 = 0.5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::{
+        Content, Digest, Gfn, MemoryLayout, PAGE_SIZE, PageSource, PoolId, ResolvedRun, TierAccess, TierSource,
+    };
+    use crate::tiering::costs::Costs;
+
+    #[test]
+    fn no_more_is_in_place_than_the_budget_has_and_what_is_touched_stays_longest() {
+        let layout = MemoryLayout::from_gpa_ranges(&[(0, 1000 * PAGE_SIZE)]).unwrap();
+        let extent = |first, pages| Extent { first: Gfn(first), pages };
+        let source = PageSource { layer: 1, offset: 0 };
+        let resolved = [ResolvedRun { extent: extent(0, 1000), content: Content::Layer(source) }];
+        let (pool, entry, len) = (PoolId::default(), Digest::default(), 1000 * PAGE_SIZE);
+        let tiers = [TierSource { pool, entry, access: TierAccess::MapPrivate, len }];
+        let costs = Costs::default();
+        let ground = Ground { tiers: &tiers, ..Ground::bare(&layout, 2, &resolved, &costs) };
+        let touches = [Touch { extent: extent(300, 200), touched: 1.0, written: 0.0, zero: false }];
+        for (budget, room, expected) in
+            [(1000, 0, [1000, 0, 0]), (200, 0, [200, 0, 800]), (50, 0, [50, 0, 950]), (50, 1000, [50, 150, 800])]
+        {
+            let mut plan = ground.empty_plan("tiered");
+            plan.extents = vec![PlannedExtent::from(extent(0, 1000), Placement::InPlace, source)];
+            limit(&mut plan, &ground, &touches, (budget, room));
+            plan.validate(&layout, &[0]).unwrap();
+            let counts = plan.counts();
+            assert_eq!([counts.in_place, counts.preload, counts.lazy], expected, "{budget} {room}");
+            let read_in_place = plan.extents.iter().filter(|item| item.placement == Placement::InPlace);
+            if budget == 200 {
+                assert!(read_in_place.map(|item| item.extent).eq([extent(300, 200)]));
+            }
+        }
+    }
+}

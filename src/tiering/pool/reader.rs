@@ -1,0 +1,181 @@
+//! A pool as a tier: open for one snapshot, under a lease.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::catalogue::{Catalogue, Entry, Head};
+use super::error::Error;
+use super::format::{Geometry, SUM_LEN};
+use super::lease::{self, BEAT_S};
+use super::medium::Medium;
+use crate::snapshot::{PAGE_SIZE, PlacementCounts, SnapshotId, TierAccess, TierSource};
+use crate::tiering::tier::{Mappable, Tier, TierRun};
+
+/// A snapshot in a pool. Its pages stay where they are while this lives.
+#[derive(Debug)]
+pub struct PoolTier {
+    medium: Arc<dyn Medium>,
+    catalogue: Catalogue,
+    head: Head,
+    lease: Option<u64>,
+    entry: OnceLock<Entry>,
+    heart: Option<Heart>,
+}
+
+impl PoolTier {
+    /// Opens a snapshot of the pool on `medium`. `leased`: its bytes will be mapped.
+    ///
+    /// # Errors
+    /// [`Error::NoSnapshot`], [`Error::NoLease`], and as for [`Catalogue::read`].
+    pub fn open(medium: Arc<dyn Medium>, snapshot: SnapshotId, leased: bool) -> Result<PoolTier, Error> {
+        let path = medium.path().to_path_buf();
+        let missing = || Error::NoSnapshot { path: path.clone(), what: snapshot.to_string() };
+        let mut catalogue = Catalogue::read(medium.as_ref())?;
+        let mut head = catalogue.live(snapshot).cloned().ok_or_else(missing)?;
+        let mut lease = None;
+        while leased && lease.is_none() {
+            let slot = lease::take(medium.as_ref(), snapshot, head.entry.digest)?;
+            // Only now nobody can free its pages; until now somebody could.
+            catalogue = Catalogue::read(medium.as_ref())?;
+            let now = catalogue.live(snapshot).cloned();
+            if now.as_ref().is_some_and(|now| now.entry == head.entry) {
+                lease = Some(slot);
+            } else {
+                lease::give_back(medium.as_ref(), slot)?;
+                head = now.ok_or_else(missing)?;
+            }
+        }
+        let beats = lease.filter(|_| medium.facts().shared_between_hosts);
+        let heart = beats.map(|slot| Heart::start(medium.clone(), slot)).transpose();
+        let heart = heart.map_err(Error::io("keep a lease of", &path))?;
+        Ok(PoolTier { medium, catalogue, head, lease, entry: OnceLock::new(), heart })
+    }
+
+    /// Notes in the lease what the VM was planned to have, for who looks at the pool.
+    pub fn note_plan(&self, counts: &PlacementCounts) -> Result<(), Error> {
+        let Some(slot) = self.lease else { return Ok(()) };
+        let pages = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        let planned =
+            [pages(counts.in_place + counts.cow_file), pages(counts.preload), pages(counts.zero), pages(counts.lazy)];
+        lease::update(self.medium.as_ref(), slot, |lease| lease.planned = planned)
+    }
+
+    fn geometry(&self) -> &Geometry {
+        self.catalogue.geometry()
+    }
+
+    fn entry(&self) -> Result<&Entry, Error> {
+        if let Some(entry) = self.entry.get() {
+            return Ok(entry);
+        }
+        let entry = self.catalogue.entry(self.medium.as_ref(), &self.head)?;
+        Ok(self.entry.get_or_init(|| entry))
+    }
+}
+
+impl Drop for PoolTier {
+    fn drop(&mut self) {
+        self.heart.take();
+        if let Some(slot) = self.lease {
+            // If that fails, the lock ends with the handle, which says the same.
+            let _ = lease::give_back(self.medium.as_ref(), slot);
+        }
+    }
+}
+
+impl Tier for PoolTier {
+    fn source(&self) -> TierSource {
+        let access = if self.medium.facts().copy_on_write { TierAccess::MapPrivate } else { TierAccess::MapShared };
+        let (pool, entry) = (self.catalogue.superblock.id, self.head.entry.digest);
+        TierSource { pool, entry, access, len: self.geometry().data.len }
+    }
+
+    fn path(&self) -> &Path {
+        self.medium.path()
+    }
+
+    fn runs(&self) -> Result<Vec<TierRun>, crate::tiering::Error> {
+        let run = |run: &super::catalogue::Run| TierRun { extent: run.extent(), offset: run.at * PAGE_SIZE };
+        Ok(self.entry()?.runs.iter().map(run).collect())
+    }
+
+    fn is_complete(&self) -> bool {
+        true
+    }
+
+    fn mapping(&self) -> Option<Mappable<'_>> {
+        let facts = self.medium.facts();
+        Some(Mappable {
+            file: self.medium.file(),
+            base: self.geometry().data.offset,
+            align: facts.align,
+            copy_on_write: facts.copy_on_write,
+            huge: facts.huge,
+            readable: facts.readable,
+        })
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.medium.read(self.geometry().data.offset + offset, bytes)?;
+        self.verify(offset, &[bytes])
+    }
+
+    fn verify(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        let first = offset / PAGE_SIZE;
+        let pages = parts.iter().map(|part| part.len() as u64).sum::<u64>() / PAGE_SIZE;
+        let mut sums = vec![0; (pages * SUM_LEN) as usize];
+        self.medium.read(self.geometry().sums.offset + first * SUM_LEN, &mut sums)?;
+        let each = parts
+            .iter()
+            .flat_map(|part| part.chunks_exact(PAGE_SIZE as usize))
+            .zip(sums.chunks_exact(SUM_LEN as usize));
+        match (first..).zip(each).find(|(_, (page, sum))| crc32c::crc32c(page).to_le_bytes() != **sum) {
+            None => Ok(()),
+            Some((page, _)) => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("page {page:#x} of pool {} does not match its checksum", self.medium.path().display()),
+            )),
+        }
+    }
+}
+
+/// Beats for a lease that other hosts look at.
+#[derive(Debug)]
+struct Heart {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Heart {
+    fn start(medium: Arc<dyn Medium>, slot: u64) -> io::Result<Heart> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let beat = move || {
+            while !stopped.load(Ordering::Relaxed) {
+                std::thread::park_timeout(Duration::from_secs(BEAT_S));
+                if !stopped.load(Ordering::Relaxed)
+                    && let Err(error) = lease::update(medium.as_ref(), slot, |_| {})
+                {
+                    tracing::error!(%error, "The lease of a pool cannot be kept alive");
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("lease".into()).spawn(beat)?;
+        Ok(Heart { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Heart {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! Pools on memory that forgets what was not flushed.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+
+use super::add::Added;
+use super::catalogue::Catalogue;
+use super::fsck;
+use super::lease::{self, EXPIRY_S, Holder};
+use super::writer::{self, Writer};
+use super::{Error, Facts, Medium, PoolTier};
+use crate::snapshot::{
+    Chain, Digest, Gfn, HostFacts, LoadHuge, Location, MachineFacts, MemoryLayout, PAGE_SIZE, PoolId, SealInput,
+    SnapshotKind, SnapshotWriter,
+};
+use crate::tiering::costs::Costs;
+use crate::tiering::tier::Tier;
+
+const LEN: usize = 16 << 20;
+
+#[derive(Debug)]
+struct Memory {
+    /// As processes see it.
+    now: Vec<u8>,
+    /// As it is after a crash.
+    durable: Vec<u8>,
+    /// Written since the last flush.
+    pending: Vec<(usize, Vec<u8>)>,
+    /// Writes until the power goes; none: it stays.
+    left: Option<usize>,
+}
+
+#[derive(Debug)]
+struct FakeMedium {
+    file: File,
+    memory: Mutex<Memory>,
+    shared: bool,
+}
+
+impl FakeMedium {
+    fn new() -> FakeMedium {
+        let memory = Memory { now: vec![0; LEN], durable: vec![0; LEN], pending: Vec::new(), left: None };
+        FakeMedium { file: tempfile::tempfile().unwrap(), memory: Mutex::new(memory), shared: false }
+    }
+
+    fn formatted() -> FakeMedium {
+        let medium = FakeMedium::new();
+        writer::create(&medium, PoolId([7; 32]), None, "fake").unwrap();
+        medium
+    }
+
+    fn fail_after(&self, writes: usize) {
+        self.memory.lock().unwrap().left = Some(writes);
+    }
+
+    /// The power goes: of what was not flushed, each write is there, or a part of it, or nothing.
+    fn crash(&self, fates: &[u16]) {
+        let mut memory = self.memory.lock().unwrap();
+        let pending = std::mem::take(&mut memory.pending);
+        for ((at, bytes), fate) in pending.into_iter().zip(fates.iter().cycle()) {
+            let len = bytes.len() * usize::from(*fate % 5) / 4;
+            memory.durable[at..at + len].copy_from_slice(&bytes[..len]);
+        }
+        memory.now = memory.durable.clone();
+        memory.left = None;
+    }
+
+    fn flip(&self, at: u64) {
+        self.memory.lock().unwrap().now[at as usize] ^= 4;
+    }
+}
+
+impl Medium for FakeMedium {
+    fn path(&self) -> &Path {
+        Path::new("fake")
+    }
+
+    fn facts(&self) -> Facts {
+        let (kind, align, shared_between_hosts) = ("dir", 4096, self.shared);
+        Facts { kind, align, copy_on_write: true, huge: true, readable: true, shared_between_hosts }
+    }
+
+    fn size(&self) -> u64 {
+        LEN as u64
+    }
+
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let memory = self.memory.lock().unwrap();
+        let from = memory.now.get(offset as usize..offset as usize + bytes.len());
+        bytes.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut memory = self.memory.lock().unwrap();
+        match &mut memory.left {
+            Some(0) => return Err(io::ErrorKind::Other.into()),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        let offset = offset as usize;
+        memory.now[offset..offset + bytes.len()].copy_from_slice(bytes);
+        memory.pending.push((offset, bytes.to_vec()));
+        Ok(())
+    }
+
+    fn flush(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut memory = self.memory.lock().unwrap();
+        let (start, end) = (offset as usize, (offset + len) as usize);
+        let pending = std::mem::take(&mut memory.pending);
+        for (at, bytes) in pending {
+            if at < end && start < at + bytes.len() {
+                memory.durable[at..at + bytes.len()].copy_from_slice(&bytes);
+            } else {
+                memory.pending.push((at, bytes));
+            }
+        }
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write(offset, &vec![0; len as usize])
+    }
+
+    fn try_lock(&self, _: u64) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    fn unlock(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn is_locked(&self, _: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
+struct NoCache;
+
+impl LoadHuge for NoCache {
+    fn load_huge(&self, _: &File, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A snapshot of 640 pages; each `(first, pages, seed)` fills a run with pages that differ.
+fn snapshot(dir: &Path, name: &str, runs: &[(u64, u64, u64)]) -> Chain {
+    let layout = MemoryLayout::from_gpa_ranges(&[(0, 640 * PAGE_SIZE)]).unwrap();
+    let location = Location::Dir(dir.join(name));
+    let mut writer = SnapshotWriter::create(location.clone(), layout, SnapshotKind::Full, None).unwrap();
+    for &(first, pages, seed) in runs {
+        writer.write_run(Gfn(first), &bytes_of(first, pages, seed)).unwrap();
+    }
+    let machine = MachineFacts { vcpu_count: 1, mem_size_mib: 3 };
+    writer.seal(SealInput { state: Vec::new(), host: HostFacts::default(), machine, cache: &NoCache }).unwrap();
+    Chain::open(&location).unwrap()
+}
+
+fn bytes_of(first: u64, pages: u64, seed: u64) -> Vec<u8> {
+    let page = |gfn: u64| [gfn + 1, seed].into_iter().flat_map(u64::to_le_bytes).cycle().take(PAGE_SIZE as usize);
+    (first..first + pages).flat_map(page).collect()
+}
+
+fn add(medium: &FakeMedium, chain: &Chain, name: &str) -> Result<super::catalogue::Stats, crate::tiering::Error> {
+    let costs = Costs::default();
+    let added = Added { chain, name, profile: None, costs: &costs, restores: 1000 };
+    Ok(Writer::open(medium)?.add(&added, &mut |_, _| {})?.stats)
+}
+
+/// All of guest memory as the pool has it.
+fn content(medium: &Arc<FakeMedium>, chain: &Chain) -> Vec<u8> {
+    let tier = PoolTier::open(medium.clone(), chain.tip().id(), false).unwrap();
+    let mut memory = vec![0; 640 * PAGE_SIZE as usize];
+    for run in tier.runs().unwrap() {
+        let at = run.extent.gpa() as usize;
+        tier.read(run.offset, &mut memory[at..at + run.extent.bytes() as usize]).unwrap();
+    }
+    memory
+}
+
+fn wanted(runs: &[(u64, u64, u64)]) -> Vec<u8> {
+    let mut memory = vec![0; 640 * PAGE_SIZE as usize];
+    for &(first, pages, seed) in runs {
+        let at = (first * PAGE_SIZE) as usize;
+        memory[at..at + (pages * PAGE_SIZE) as usize].copy_from_slice(&bytes_of(first, pages, seed));
+    }
+    memory
+}
+
+const BASE: &[(u64, u64, u64)] = &[(100, 500, 1)];
+const CHILD: &[(u64, u64, u64)] = &[(100, 300, 1), (400, 80, 2), (480, 120, 1), (620, 20, 3)];
+
+#[test]
+fn snapshots_share_what_they_have_in_common_and_read_back_as_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
+    let medium = Arc::new(FakeMedium::formatted());
+    let first = add(&medium, &base, "base").unwrap();
+    assert_eq!((first.nonzero, first.shared, first.runs), (500, 0, 1));
+    let second = add(&medium, &child, "child").unwrap();
+    assert_eq!((second.nonzero, second.shared, second.again), (520, 420, 0));
+    assert!(content(&medium, &base) == wanted(BASE) && content(&medium, &child) == wanted(CHILD));
+    let again = add(&medium, &child, "child").unwrap_err().to_string();
+    assert!(again.contains("already"), "{again}");
+    let found = fsck::check(medium.as_ref(), &mut |_, _| {}).unwrap();
+    assert!(found.is_good() && found.both_states, "{found:?}");
+    assert_eq!((found.snapshots, found.pages), (2, 600));
+}
+
+#[test]
+fn pages_of_a_removed_snapshot_are_freed_when_nobody_needs_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
+    let medium = Arc::new(FakeMedium::formatted());
+    add(&medium, &base, "base").unwrap();
+    add(&medium, &child, "child").unwrap();
+    let tier = PoolTier::open(medium.clone(), base.tip().id(), true).unwrap();
+    Writer::open(medium.as_ref()).unwrap().remove("base").unwrap();
+    let gone = PoolTier::open(medium.clone(), base.tip().id(), true).unwrap_err();
+    assert!(matches!(gone, Error::NoSnapshot { .. }), "{gone}");
+    let held = Writer::open(medium.as_ref()).unwrap().collect(None).unwrap();
+    assert_eq!((held.held, held.pages), (1, 0));
+    let mut page = vec![0; PAGE_SIZE as usize];
+    tier.read(tier.runs().unwrap()[0].offset, &mut page).unwrap();
+    drop(tier);
+    let freed = Writer::open(medium.as_ref()).unwrap().collect(None).unwrap();
+    // The child shares the rest.
+    assert_eq!((freed.snapshots, freed.pages), (1, 80));
+    assert!(content(&medium, &child) == wanted(CHILD));
+    assert!(fsck::check(medium.as_ref(), &mut |_, _| {}).unwrap().is_good());
+}
+
+#[test]
+fn a_lease_of_another_host_counts_until_it_is_old() {
+    let medium = FakeMedium { shared: true, ..FakeMedium::formatted() };
+    let slot = lease::take(&medium, Default::default(), Digest::default()).unwrap();
+    assert_eq!(lease::live(&medium, EXPIRY_S).unwrap().len(), 1);
+    let mut elsewhere = None;
+    lease::update(&medium, slot, |lease| {
+        lease.holder = Holder { host: lease.holder.host ^ 1, ..lease.holder };
+        elsewhere = Some(*lease);
+    })
+    .unwrap();
+    assert_eq!(lease::live(&medium, EXPIRY_S).unwrap().len(), 1);
+    let other = lease::take(&medium, Default::default(), Digest::default()).unwrap();
+    assert_ne!(other, slot);
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    assert_eq!(lease::live(&medium, 0).unwrap().iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), [other]);
+}
+
+#[test]
+fn a_full_pool_is_as_it_was_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let medium = Arc::new(FakeMedium::formatted());
+    let mut kept = Vec::new();
+    let full = loop {
+        let seed = kept.len() as u64 + 1;
+        let chain = snapshot(dir.path(), &format!("s{seed}"), &[(0, 400, seed)]);
+        match add(&medium, &chain, &format!("s{seed}")) {
+            Ok(_) => kept.push((chain, seed)),
+            Err(error) => break error,
+        }
+    };
+    assert!(full.to_string().contains("is full") && full.to_string().contains("nothing was added"), "{full}");
+    assert!(kept.len() >= 2);
+    assert_eq!(Catalogue::read(medium.as_ref()).unwrap().heads.len(), kept.len());
+    kept.iter().for_each(|(chain, seed)| assert!(content(&medium, chain) == wanted(&[(0, 400, *seed)])));
+}
+
+#[test]
+fn flipped_bits_are_found_wherever_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = snapshot(dir.path(), "base", BASE);
+    let medium = Arc::new(FakeMedium::formatted());
+    add(&medium, &base, "base").unwrap();
+    let state = Catalogue::read(medium.as_ref()).unwrap();
+    let (geometry, head) = (*state.geometry(), state.heads[0].clone());
+    let at = state.entry(medium.as_ref(), &head).unwrap().runs[0].at;
+    let check = || fsck::check(medium.as_ref(), &mut |_, _| {});
+    for offset in [geometry.page(at) + 5000, geometry.sums.offset + at * 4 + 4, geometry.hashes.offset + at * 16 + 16] {
+        medium.flip(offset);
+        let found = check().unwrap();
+        assert_eq!((found.bad_pages, found.bad_snapshots), (vec![at + 1], vec!["base".to_string()]));
+        medium.flip(offset);
+    }
+    medium.flip(geometry.page(at));
+    let tier = PoolTier::open(medium.clone(), base.tip().id(), false).unwrap();
+    let refused = tier.read(at * PAGE_SIZE, &mut vec![0; 2 * PAGE_SIZE as usize]).unwrap_err().to_string();
+    assert!(refused.contains("does not match its checksum"), "{refused}");
+    // A damaged page is not shared.
+    let stats = add(&medium, &snapshot(dir.path(), "child", CHILD), "child").unwrap();
+    assert!(stats.shared < 420, "{stats:?}");
+    medium.flip(geometry.page(at));
+    medium.flip(head.entry.offset);
+    let found = check().unwrap();
+    assert!(!found.is_good() && found.problems[0].contains("checksum"), "{found:?}");
+    medium.flip(head.entry.offset);
+    assert!(check().unwrap().is_good());
+    // Of the two superblocks one is enough; without both there is no pool, and a newer one is not touched.
+    let newest = state.superblock.generation % 2;
+    medium.flip(4096 * (1 - newest) + 30);
+    assert!(check().is_ok());
+    medium.flip(4096 * newest + 30);
+    assert!(matches!(check(), Err(Error::Damaged { .. })));
+    medium.memory.lock().unwrap().now[8] = 99;
+    let newer = Writer::open(medium.as_ref()).err().map(|error| error.to_string()).unwrap_or_default();
+    assert!(newer.contains("format 99"), "{newer}");
+}
+
+#[test]
+fn what_is_not_ours_is_not_formatted_without_its_name() {
+    let medium = FakeMedium::new();
+    medium.flip(40_000);
+    let create = |name| writer::create(&medium, PoolId([1; 32]), name, "fake");
+    assert!(matches!(create(None), Err(Error::Foreign { .. })));
+    assert!(matches!(create(Some("other")), Err(Error::Foreign { .. })));
+    create(Some("fake")).unwrap();
+    assert!(matches!(create(None), Err(Error::Exists { .. })));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    /// Nothing sealed is lost, and what is there is whole, wherever the writer dies.
+    #[test]
+    fn a_crash_leaves_the_state_before_or_after(
+        step in 0_u8..3,
+        writes in 0_usize..24,
+        fates in prop::collection::vec(any::<u16>(), 1..8),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
+        let other = snapshot(dir.path(), "other", &[(0, 100, 9)]);
+        let medium = Arc::new(FakeMedium::formatted());
+        add(&medium, &base, "base").unwrap();
+        add(&medium, &other, "other").unwrap();
+        if step == 2 {
+            Writer::open(medium.as_ref()).unwrap().remove("other").unwrap();
+        }
+        medium.fail_after(writes);
+        let done = match step {
+            0 => add(&medium, &child, "child").is_ok(),
+            1 => Writer::open(medium.as_ref()).and_then(|mut writer| writer.remove("other")).is_ok(),
+            _ => Writer::open(medium.as_ref()).and_then(|mut writer| writer.collect(None)).is_ok(),
+        };
+        medium.crash(&fates);
+        let found = fsck::check(medium.as_ref(), &mut |_, _| {}).unwrap();
+        prop_assert!(found.bad_pages.is_empty(), "{:?}", found);
+        prop_assert!(content(&medium, &base) == wanted(BASE));
+        let has = |chain: &Chain| Catalogue::read(medium.as_ref()).unwrap().live(chain.tip().id()).is_some();
+        if step == 0 {
+            prop_assert!(!done || has(&child));
+            prop_assert!(has(&other));
+            if has(&child) {
+                prop_assert!(content(&medium, &child) == wanted(CHILD));
+            }
+        }
+        // And it goes on from there.
+        if !has(&child) {
+            add(&medium, &child, "child").unwrap();
+        }
+        prop_assert!(content(&medium, &child) == wanted(CHILD) && content(&medium, &base) == wanted(BASE));
+        let found = fsck::check(medium.as_ref(), &mut |_, _| {}).unwrap();
+        prop_assert!(found.is_good(), "{:?}", found);
+    }
+}

@@ -1,0 +1,291 @@
+//! The media that pools are kept on, by what the user calls them: a device-DAX device, a directory, a NUMA node.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FallocateFlags;
+
+use super::numa;
+use super::sys::locks;
+use super::sys::shared_map::SharedMap;
+use crate::tiering::pool::{Facts, Medium};
+
+/// The file of a pool in a directory.
+const POOL_FILE: &str = "pool.tvmm";
+/// Magic numbers of file systems (statfs(2)).
+const TMPFS: u64 = 0x0102_1994;
+const HUGETLBFS: u64 = 0x9584_58f6;
+const HUGE: u64 = 2 << 20;
+
+/// Why a medium cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("Cannot {doing} {path}", path = path.display())]
+    Io { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error("{path} is neither a directory nor a device-DAX device (/dev/daxX.Y) nor numa:N", path = path.display())]
+    What { path: PathBuf },
+    #[error("There is no pool at {path}; make one with `tvmm pool create --at {path} --size GiB`", path = path.display())]
+    NoPool { path: PathBuf },
+    #[error("There is a pool at {path} already; to make it anew, remove {file} first", path = path.display(), file = file.display())]
+    Exists { path: PathBuf, file: PathBuf },
+    #[error("Say with --size how large the pool in {path} is to be", path = path.display())]
+    NoSize { path: PathBuf },
+    #[error("{path} has {have} bytes, {want} were asked for", path = path.display())]
+    TooSmall { path: PathBuf, have: u64, want: u64 },
+    #[error("{path}: {problem}", path = path.display())]
+    Dax { path: PathBuf, problem: String },
+    #[error(transparent)]
+    Numa(#[from] numa::Error),
+}
+
+impl Error {
+    fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+        let path = path.to_path_buf();
+        move |source| Error::Io { doing, path, source }
+    }
+}
+
+/// Where a pool is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    Dax(PathBuf),
+    Dir(PathBuf),
+    Numa(u32),
+}
+
+impl Place {
+    fn of(name: &Path) -> Result<Place, Error> {
+        if let Some(node) = name.to_str().and_then(|name| name.strip_prefix("numa:")) {
+            let node = node.parse().map_err(|_| Error::What { path: name.to_path_buf() })?;
+            return Ok(Place::Numa(node));
+        }
+        let metadata = fs::metadata(name).map_err(Error::io("look at", name))?;
+        match metadata.file_type() {
+            kind if kind.is_dir() => Ok(Place::Dir(name.to_path_buf())),
+            kind if kind.is_char_device() => Ok(Place::Dax(name.to_path_buf())),
+            _ => Err(Error::What { path: name.to_path_buf() }),
+        }
+    }
+}
+
+/// Bytes reached by system calls, or by a mapping where those do not work.
+#[derive(Debug)]
+pub struct PoolMedium {
+    name: PathBuf,
+    file: File,
+    len: u64,
+    facts: Facts,
+    map: Option<SharedMap>,
+}
+
+/// Opens the medium of an existing pool.
+///
+/// # Errors
+/// [`Error::NoPool`] if there can be none; what the host says.
+pub fn open(name: &Path) -> Result<PoolMedium, Error> {
+    match Place::of(name)? {
+        Place::Dax(device) => open_dax(name, &device),
+        Place::Dir(dir) => open_dir(name, &dir, "dir"),
+        Place::Numa(node) => match numa::mounted(node)? {
+            Some(dir) => open_dir(name, &dir, "numa"),
+            None => Err(Error::NoPool { path: name.to_path_buf() }),
+        },
+    }
+}
+
+/// Makes the medium of a new pool; what it is formatted with is not its business. `size`: bytes, needed unless it is a
+/// device.
+///
+/// # Errors
+/// [`Error::Exists`], [`Error::NoSize`], [`Error::TooSmall`]; what the host says.
+pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
+    let path = || name.to_path_buf();
+    match Place::of(name)? {
+        Place::Dax(device) => {
+            let mut medium = open_dax(name, &device)?;
+            let want = size.unwrap_or(medium.len);
+            if want > medium.len {
+                return Err(Error::TooSmall { path: path(), have: medium.len, want });
+            }
+            medium.len = want;
+            Ok(medium)
+        }
+        Place::Dir(dir) => create_in(name, &dir, size.ok_or_else(|| Error::NoSize { path: path() })?, "dir"),
+        Place::Numa(node) => {
+            let size = size.ok_or_else(|| Error::NoSize { path: path() })?;
+            create_in(name, &numa::mount(node, size)?, size, "numa")
+        }
+    }
+}
+
+/// What the user has to say to have the medium formatted whatever is on it.
+pub fn format_name(name: &Path) -> String {
+    name.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
+fn create_in(name: &Path, dir: &Path, size: u64, kind: &'static str) -> Result<PoolMedium, Error> {
+    let path = dir.join(POOL_FILE);
+    let size = size / HUGE * HUGE;
+    let making = || Error::io("make", &path);
+    let made = File::options().read(true).write(true).create_new(true).mode(0o660).open(&path);
+    let file = match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            return Err(Error::Exists { path: name.to_path_buf(), file: path });
+        }
+        made => made.map_err(making())?,
+    };
+    let sized = file.set_len(size).and_then(|()| match magic(&file)? {
+        // Pages that a mapping cannot have later would kill who touches them.
+        HUGETLBFS => Ok(rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size)?),
+        _ => Ok(()),
+    });
+    if let Err(error) = sized {
+        // Of no use to anybody.
+        let _ = fs::remove_file(&path);
+        return Err(making()(error));
+    }
+    open_dir(name, dir, kind)
+}
+
+/// Removes what [`create`] made of a directory, after formatting it has failed.
+pub fn abandon(name: &Path) {
+    if let Ok(Place::Dir(dir)) = Place::of(name) {
+        // What is left is no pool, and says so.
+        let _ = fs::remove_file(dir.join(POOL_FILE));
+    }
+}
+
+fn magic(file: &File) -> io::Result<u64> {
+    Ok(rustix::fs::fstatfs(file)?.f_type as u64)
+}
+
+fn open_dir(name: &Path, dir: &Path, kind: &'static str) -> Result<PoolMedium, Error> {
+    let path = dir.join(POOL_FILE);
+    let file = match File::options().read(true).write(true).open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(Error::NoPool { path: name.to_path_buf() });
+        }
+        file => file.map_err(Error::io("open", &path))?,
+    };
+    let metadata = file.metadata().map_err(Error::io("inspect", &path))?;
+    if !metadata.is_file() {
+        return Err(Error::NoPool { path: name.to_path_buf() });
+    }
+    let magic = magic(&file).map_err(Error::io("inspect", &path))?;
+    let (len, hugetlb) = (metadata.len(), magic == HUGETLBFS);
+    let facts = Facts {
+        kind,
+        align: if hugetlb { HUGE } else { 4096 },
+        // A copy would take a huge page that nobody has reserved: without one the guest would be killed.
+        copy_on_write: !hugetlb,
+        huge: hugetlb || magic != TMPFS || tmpfs_is_huge(metadata.dev()),
+        readable: true,
+        shared_between_hosts: false,
+    };
+    let map = hugetlb.then(|| SharedMap::new(&file, len)).transpose().map_err(Error::io("map", &path))?;
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map })
+}
+
+/// Whether the tmpfs with this device number was mounted to be made of huge pages (`huge=` of tmpfs(5)).
+fn tmpfs_is_huge(device: u64) -> bool {
+    let wanted = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut mounts = mounts.lines().filter(|line| line.split(' ').nth(2) == Some(&wanted));
+    mounts.any(|line| line.contains("huge=always") || line.contains("huge=within_size"))
+}
+
+/// A device-DAX device: what sysfs says of it, and a mapping of all of it.
+fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
+    let bad = |problem: String| Error::Dax { path: name.to_path_buf(), problem };
+    let number = fs::metadata(device).map_err(Error::io("look at", device))?.rdev();
+    let sysfs = PathBuf::from(format!("/sys/dev/char/{}:{}", rustix::fs::major(number), rustix::fs::minor(number)));
+    let is_dax = fs::canonicalize(sysfs.join("subsystem")).is_ok_and(|subsystem| subsystem.ends_with("dax"));
+    if !is_dax {
+        return Err(bad("it is a character device, but no device-DAX".to_string()));
+    }
+    let attribute = |attribute: &str| {
+        let text =
+            fs::read_to_string(sysfs.join(attribute)).map_err(Error::io("read the size and alignment of", device))?;
+        text.trim().parse::<u64>().map_err(|_| bad(format!("its {attribute} is {:?}", text.trim())))
+    };
+    let (len, align) = (attribute("size")?, attribute("align")?);
+    if !align.is_power_of_two() || !(4096..=HUGE).contains(&align) {
+        return Err(bad(format!("its alignment is {align} bytes; tvmm maps 4 KiB and 2 MiB")));
+    }
+    let file = File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(device);
+    let file = file.map_err(Error::io("open", device))?;
+    let map = SharedMap::new(&file, len).map_err(Error::io("map", device))?;
+    let facts =
+        Facts { kind: "dax", align, copy_on_write: false, huge: true, readable: false, shared_between_hosts: true };
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map) })
+}
+
+impl Medium for PoolMedium {
+    fn path(&self) -> &Path {
+        &self.name
+    }
+
+    fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    fn size(&self) -> u64 {
+        self.len
+    }
+
+    fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        match &self.map {
+            Some(map) => {
+                if self.facts.shared_between_hosts {
+                    map.flush_lines(offset, bytes.len() as u64)?;
+                }
+                map.read(offset, bytes)
+            }
+            None => self.file.read_exact_at(bytes, offset),
+        }
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        match &self.map {
+            Some(map) => map.write(offset, bytes),
+            None => self.file.write_all_at(bytes, offset),
+        }
+    }
+
+    fn flush(&self, offset: u64, len: u64) -> io::Result<()> {
+        match &self.map {
+            Some(map) => map.flush_lines(offset, len),
+            None => Ok(rustix::fs::fdatasync(&self.file)?),
+        }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        // Reserved memory is not given back: hugetlbfs has to have it when it is written next.
+        if self.map.is_some() {
+            return Ok(());
+        }
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, how, offset, len) {
+            Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn try_lock(&self, byte: u64) -> io::Result<bool> {
+        locks::try_lock(&self.file, byte)
+    }
+
+    fn unlock(&self, byte: u64) -> io::Result<()> {
+        locks::unlock(&self.file, byte)
+    }
+
+    fn is_locked(&self, byte: u64) -> io::Result<bool> {
+        locks::is_locked(&self.file, byte)
+    }
+}

@@ -1,0 +1,78 @@
+//! Pools on a NUMA node: a tmpfs of huge pages whose memory comes from that node only (`mpol=bind:N` of tmpfs(5)).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why there is none.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("This host has no NUMA node {0} with memory; /sys/devices/system/node/has_memory says which have")]
+    NoNode(u32),
+    #[error("Cannot mount a tmpfs on NUMA node {node} at {path}: that needs root (CAP_SYS_ADMIN)", path = path.display())]
+    Mount { node: u32, path: PathBuf, source: io::Error },
+    #[error("Cannot read {path}", path = path.display())]
+    Read { path: PathBuf, source: io::Error },
+}
+
+fn dir_of(node: u32) -> PathBuf {
+    PathBuf::from(format!("/run/tvmm/numa-{node}"))
+}
+
+/// Where the tmpfs of a node is mounted, if it is.
+pub fn mounted(node: u32) -> Result<Option<PathBuf>, Error> {
+    let (dir, path) = (dir_of(node), Path::new("/proc/self/mountinfo"));
+    let mounts = fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
+    let is_here = mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|at| Path::new(at) == dir));
+    Ok(is_here.then_some(dir))
+}
+
+/// Mounts the tmpfs of a node with room for `size` bytes, unless it is there.
+pub fn mount(node: u32, size: u64) -> Result<PathBuf, Error> {
+    if !nodes_with_memory()?.contains(&node) {
+        return Err(Error::NoNode(node));
+    }
+    if let Some(dir) = mounted(node)? {
+        return Ok(dir);
+    }
+    let path = dir_of(node);
+    let failed = |source: io::Error| Error::Mount { node, path: path.clone(), source };
+    fs::create_dir_all(&path).map_err(failed)?;
+    let options = format!("mpol=bind:{node},huge=always,mode=0700,size={}", size.saturating_add(16 << 20));
+    let options = std::ffi::CString::new(options).unwrap_or_default();
+    let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV;
+    rustix::mount::mount("tvmm", &path, "tmpfs", flags, options.as_c_str()).map_err(|error| failed(error.into()))?;
+    Ok(path)
+}
+
+fn nodes_with_memory() -> Result<Vec<u32>, Error> {
+    let path = Path::new("/sys/devices/system/node/has_memory");
+    let text = match fs::read_to_string(path) {
+        // A kernel without NUMA has one node.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vec![0]),
+        text => text.map_err(|source| Error::Read { path: path.to_path_buf(), source })?,
+    };
+    Ok(parse_list(text.trim()))
+}
+
+/// The kernel's lists: `0-2,5`.
+fn parse_list(text: &str) -> Vec<u32> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.parse::<u32>().ok()?..=last.parse::<u32>().ok()?.min(1023))
+    };
+    text.split(',').filter_map(range).flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_nodes_are_read() {
+        assert_eq!(parse_list("0"), [0]);
+        assert_eq!(parse_list("0-2,5"), [0, 1, 2, 5]);
+        assert!(parse_list("").is_empty());
+        assert_eq!(parse_list("x,1"), [1]);
+    }
+}

@@ -1,0 +1,66 @@
+//! What a restore takes guest memory from: the snapshot's files, or pools that have it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::control::{LoadSnapshot, SnapshotPaths};
+use super::error::Error;
+use super::media;
+use crate::snapshot::{Chain, Location};
+use crate::tiering::pool::{self, PoolTier};
+use crate::tiering::tier::Tier;
+
+/// What pages come from.
+pub struct Sources {
+    pub chain: Arc<Chain>,
+    /// In the order of their index.
+    pub tiers: Vec<Arc<dyn Tier>>,
+    /// Those of them that are pools.
+    pub pools: Vec<Arc<PoolTier>>,
+}
+
+impl Sources {
+    fn files(chain: Chain) -> Sources {
+        Sources { chain: Arc::new(chain), tiers: Vec::new(), pools: Vec::new() }
+    }
+}
+
+/// Opens what `load` names. With pools, neither memory files nor parents are opened.
+pub fn open(load: &LoadSnapshot) -> Result<Sources, Error> {
+    if load.handler.is_some() {
+        return Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?));
+    }
+    pooled(&location(&load.location), &load.pools, true)
+}
+
+/// The snapshot at `location`, from the first of `pools` that has it; from its own files without any. `leased`: it will be
+/// mapped.
+pub fn pooled(location: &Location, pools: &[PathBuf], leased: bool) -> Result<Sources, Error> {
+    if pools.is_empty() {
+        return Ok(Sources::files(Chain::open(location)?));
+    }
+    let chain = Chain::open_pooled(location)?;
+    let mut missing = None;
+    for path in pools {
+        let medium = Arc::new(media::open(path)?);
+        match PoolTier::open(medium, chain.tip().id(), leased) {
+            // It has every page: those after it are not needed.
+            Ok(tier) => {
+                let tier = Arc::new(tier);
+                return Ok(Sources { chain: Arc::new(chain), tiers: vec![tier.clone()], pools: vec![tier] });
+            }
+            Err(error @ pool::Error::NoSnapshot { .. }) => missing = missing.or(Some(error)),
+            Err(error) => return Err(Error::Policy(error.into())),
+        }
+    }
+    // There is a pool, so there is a reason.
+    Err(missing.map_or(Error::Unserved("no pool".into()), |error| Error::Policy(error.into())))
+}
+
+/// Where a snapshot is.
+pub fn location(paths: &SnapshotPaths) -> Location {
+    match &paths.memory {
+        None => Location::Dir(paths.snapshot.clone()),
+        Some(memory) => Location::Files { snapshot: paths.snapshot.clone(), memory: memory.clone() },
+    }
+}

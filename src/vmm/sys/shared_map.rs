@@ -1,0 +1,101 @@
+//! A shared mapping of a whole device or file, for those that read(2) or write(2) do not serve.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// The mapping. Bytes are copied in and out; nobody gets a reference to them, for other processes change them.
+#[derive(Debug)]
+pub struct SharedMap {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain memory that other processes change as well; it is only copied from and to.
+unsafe impl Send for SharedMap {}
+// SAFETY: as above; concurrent copies may tear, which every format in it is checked for by its checksums.
+unsafe impl Sync for SharedMap {}
+
+impl SharedMap {
+    /// Maps the first `len` bytes of `file`, which must not shrink while it is mapped.
+    pub fn new(file: &File, len: u64) -> io::Result<SharedMap> {
+        let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok(SharedMap { base, len })
+    }
+
+    fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
+        let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(len));
+        if end.is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: the offset was just checked to lie within the mapping.
+        Ok(unsafe { self.base.as_ptr().add(offset as usize) })
+    }
+
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let from = self.at(offset, bytes.len())?;
+        // SAFETY: `from` and as many bytes after it lie within the mapping; `bytes` is this process's own memory.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let to = self.at(offset, bytes.len())?;
+        // SAFETY: as for reading.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
+    }
+
+    /// Writes the cache lines of `[offset, offset + len)` back to memory and drops them: what was written is there for
+    /// every host, and what is read next comes from there.
+    pub fn flush_lines(&self, offset: u64, len: u64) -> io::Result<()> {
+        let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        let first = self.at(offset, len)? as usize / LINE * LINE;
+        let end = self.base.as_ptr() as usize + offset as usize + len;
+        for line in (first..end).step_by(LINE) {
+            // SAFETY: the line holds at least one byte of the mapping; CLFLUSH changes no bytes, and every x86-64 CPU
+            // has it.
+            unsafe { std::arch::x86_64::_mm_clflush(line as *const u8) };
+        }
+        // SAFETY: orders the flushes before what follows; every x86-64 CPU has it.
+        unsafe { std::arch::x86_64::_mm_mfence() };
+        Ok(())
+    }
+}
+
+impl Drop for SharedMap {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this object's own and nobody refers to its bytes.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_and_nothing_behind_the_end() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let map = SharedMap::new(&file, 8192).unwrap();
+        map.write(4090, &[7; 10]).unwrap();
+        map.flush_lines(4090, 10).unwrap();
+        let mut bytes = [0; 12];
+        map.read(4089, &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
+        assert!(map.read(8181, &mut bytes).is_err() && map.write(u64::MAX, &[1]).is_err());
+        assert!(map.flush_lines(8190, 3).is_err());
+    }
+}
