@@ -217,6 +217,30 @@ mod tests {
     }
 
     #[test]
+    fn a_port_is_asked_again_until_the_guest_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let answer = runtime.block_on(async {
+            let listener = tokio::net::UnixListener::bind(&path).unwrap();
+            let guest = tokio::spawn(async move {
+                // Nobody listens on the port: the device closes. Then the agent does.
+                drop(listener.accept().await.unwrap());
+                let (stream, _) = listener.accept().await.unwrap();
+                let mut reader = Reader { line: &stream, budget: 4096, seen: 0, kept: Vec::new() };
+                assert_eq!(reader.next().await.unwrap(), "CONNECT 52");
+                write_all(&stream, b"OK 1073741824\n").await.unwrap();
+                assert_eq!(reader.next().await.unwrap(), "run 3 hello a=b");
+                write_all(&stream, b"ok 3 done\n").await.unwrap();
+            });
+            let answer = ask_port(&path, 52, ("3", "hello a=b"), 4096).await.unwrap();
+            guest.await.unwrap();
+            answer
+        });
+        assert_eq!(answer, GuestAnswer { ok: true, text: "done".into() });
+    }
+
+    #[test]
     fn endless_lines_and_silence_are_no_answers() {
         static FLOOD: [u8; 1 << 20] = [b'x'; 1 << 20];
         assert!(matches!(asked(&FLOOD, 512 << 10), Err(LineError::Flooded(_))));

@@ -3,6 +3,7 @@
 
 pub mod clock;
 pub mod coalesced;
+pub mod code;
 pub mod dirty_log;
 pub mod inherit;
 pub mod kick;
