@@ -89,6 +89,11 @@ fn turn_away(stream: UnixStream) {
     let _ = stream.into_std().and_then(|mut stream| stream.write_all(TURNED_AWAY.as_bytes()));
 }
 
+/// Serves this connection and no other, until it closes or the server is told to stop.
+pub(super) async fn serve_only(stream: UnixStream, router: Router, stopped: watch::Receiver<bool>) {
+    serve_one(stream, TowerToHyperService::new(router), stopped, HEAD_TIMEOUT).await;
+}
+
 /// Serves one connection, request after request.
 async fn serve_one(
     stream: UnixStream,

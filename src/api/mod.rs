@@ -16,7 +16,7 @@ use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -63,7 +63,7 @@ pub enum ApiError {
 /// A running API server. Dropping it is [`ApiServer::shutdown`].
 #[derive(Debug)]
 pub struct ApiServer {
-    socket: SocketFile,
+    socket: Option<SocketFile>,
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -90,13 +90,25 @@ fn serve_with(
         .name("api".to_owned())
         .spawn(move || run(listener, acceptor, &instance_id))
         .map_err(|source| ApiError::Thread { source })?;
-    Ok(ApiServer { socket, stop, thread: Some(thread) })
+    Ok(ApiServer { socket: Some(socket), stop, thread: Some(thread) })
+}
+
+/// Serves the API on one connection alone, and ends this process when its other end closes: first by SIGTERM, then, if
+/// the machine does not stop in time, at once. Whoever holds the other end so never leaves a VM behind.
+pub fn serve_stream(stream: UnixStream, control: ControlSender, instance_id: &str) -> Result<ApiServer, ApiError> {
+    let (stop, stopped) = watch::channel(false);
+    let instance_id = instance_id.to_owned();
+    let thread = thread::Builder::new()
+        .name("api".to_owned())
+        .spawn(move || run_stream(stream, routes::router(control), stopped, &instance_id))
+        .map_err(|source| ApiError::Thread { source })?;
+    Ok(ApiServer { socket: None, stop, thread: Some(thread) })
 }
 
 impl ApiServer {
-    /// Where clients connect.
-    pub fn socket_path(&self) -> &Path {
-        &self.socket.path
+    /// Where clients connect; `None` if the server has one connection alone.
+    pub fn socket_path(&self) -> Option<&Path> {
+        self.socket.as_ref().map(|socket| socket.path.as_path())
     }
 
     /// Removes the socket, lets answers under way reach their clients, and ends the thread.
@@ -108,7 +120,7 @@ impl ApiServer {
 
 impl Drop for ApiServer {
     fn drop(&mut self) {
-        self.socket.remove();
+        self.socket.take().into_iter().for_each(|mut socket| socket.remove());
         let _ = self.stop.send(true);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -118,7 +130,7 @@ impl Drop for ApiServer {
 
 /// The file of a socket we bound.
 #[derive(Debug)]
-struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
     is_removed: bool,
@@ -146,7 +158,7 @@ impl Drop for SocketFile {
 }
 
 /// Binds the socket with its mode in place before it has a name, whatever the umask.
-fn bind(path: &Path) -> Result<(UnixListener, SocketFile), ApiError> {
+pub(crate) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), ApiError> {
     let error = |source: io::Error| match source.kind() {
         io::ErrorKind::AddrInUse => ApiError::SocketExists { path: path.to_owned() },
         _ => ApiError::Bind { path: path.to_owned(), source },
@@ -178,6 +190,32 @@ fn run(listener: UnixListener, acceptor: impl FnOnce(tokio::net::UnixListener) -
     });
     if let Err(error) = served {
         // The listener is closed, so clients are refused instead of left waiting.
+        tracing::error!(instance_id, %error, "API server cannot be started.");
+    }
+}
+
+/// How long a machine may take to stop when its only connection is gone.
+const ORPHAN_GRACE: Duration = Duration::from_secs(3);
+
+/// The server thread of one connection.
+fn run_stream(stream: UnixStream, router: axum::Router, mut stopped: watch::Receiver<bool>, instance_id: &str) {
+    let served = tokio::runtime::Builder::new_current_thread().enable_all().build().and_then(|runtime| {
+        runtime.block_on(async {
+            stream.set_nonblocking(true)?;
+            let stream = tokio::net::UnixStream::from_std(stream)?;
+            connection::serve_only(stream, router, stopped.clone()).await;
+            if !*stopped.borrow() {
+                tracing::debug!(instance_id, "The other end of the API's connection is closed.");
+                let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM);
+                let ended = tokio::time::timeout(ORPHAN_GRACE, stopped.wait_for(|stopped| *stopped)).await;
+                if ended.is_err() {
+                    std::process::exit(1);
+                }
+            }
+            Ok(())
+        })
+    });
+    if let Err(error) = served {
         tracing::error!(instance_id, %error, "API server cannot be started.");
     }
 }

@@ -65,6 +65,7 @@ pub(super) fn router(control: ControlSender) -> Router {
         .route("/vm", patches(requests::patch_vm))
         .route("/snapshot/create", puts(requests::put_snapshot_create))
         .route("/snapshot/load", puts(requests::put_snapshot_load))
+        .route("/tvmm/report", reads(|| Command::Report))
         .route("/serial", any(async || Fault::bad_request("Setting up serial output is not supported yet.")));
     for (path, section) in UNBUILT_PATHS {
         if let Some(error) = unbuilt_section_error(section) {
@@ -197,7 +198,7 @@ fn told(reply: &Reply) -> Response {
         }
         Reply::MachineConfig(machine) => json_response(StatusCode::OK, machine),
         Reply::VmConfig(config) => json_response(StatusCode::OK, config),
-        Reply::Balloon(said) => json_response(StatusCode::OK, said),
+        Reply::Balloon(said) | Reply::Report(said) => json_response(StatusCode::OK, said),
         Reply::Snapshot(snapshot) => json_response(StatusCode::OK, snapshot),
     }
 }

@@ -10,8 +10,8 @@ mod overrides;
 mod plan;
 mod pool;
 mod profile;
-mod report;
 mod serve;
+mod serve_pages;
 mod snapshot;
 mod vm;
 
@@ -51,6 +51,9 @@ struct SessionArgs {
     /// Serve Firecracker's HTTP API on this Unix socket
     #[arg(long, value_name = "PATH")]
     api_sock: Option<PathBuf>,
+    /// Serve the API on this inherited descriptor, a connected Unix socket; the VM ends when its other end closes
+    #[arg(long, value_name = "FD", conflicts_with = "api_sock")]
+    api_fd: Option<i32>,
     /// The name of this instance, as the API tells it
     #[arg(long, default_value = "anonymous-instance", value_name = "ID")]
     id: String,
@@ -71,6 +74,9 @@ struct SessionArgs {
     /// Write where the time went, and what the VM cost, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Write the time slices in Chrome's trace format (chrome://tracing, Perfetto)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// When the process was spawned, in µs of CLOCK_MONOTONIC; without it, CPU time since the fork stands in
     #[arg(long, value_name = "US")]
     start_time_us: Option<u64>,
@@ -93,9 +99,11 @@ enum Command {
     /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
     Pool(pool::PoolArgs),
     /// Serve a cold pool to VMs on other hosts
-    ServePages(serve::ServeArgs),
+    ServePages(serve_pages::ServeArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
+    /// Serve functions, VMs and snapshots over HTTP
+    Serve(Box<serve::ServeArgs>),
     /// Measure
     Bench(bench::BenchArgs),
 }
@@ -104,7 +112,7 @@ impl Command {
     /// Whether no VM runs in this process.
     fn only_prints(&self) -> bool {
         match self {
-            Command::Restore(_) => false,
+            Command::Restore(_) | Command::Serve(_) => false,
             Command::Profile(args) => !args.runs_a_vm(),
             // It outlives who reads where it listens.
             Command::ServePages(_) => false,
@@ -141,8 +149,9 @@ pub fn main() -> ExitCode {
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Pool(args)) => pool::run(&args),
-        Some(Command::ServePages(args)) => serve::run(&args),
+        Some(Command::ServePages(args)) => serve_pages::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
+        Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -9,7 +9,6 @@ use std::time::Duration;
 use clap::Args;
 
 use super::overrides::OverrideArgs;
-use super::report;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
@@ -24,9 +23,9 @@ use crate::vmm::machine::Outside;
 use crate::vmm::port_request::PortRequest;
 use crate::vmm::session::{self, Begin, Outcome, Surroundings};
 use crate::vmm::sys::signals::EndSignals;
-use crate::vmm::sys::{clock, kick};
+use crate::vmm::sys::{clock, inherit, kick};
 use crate::vmm::timeline::{Moments, Slice, Timeline};
-use crate::vmm::{Ending, logging};
+use crate::vmm::{Ending, logging, report};
 
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
@@ -100,10 +99,10 @@ pub struct RestoreArgs {
 /// Boots the machine of `config`, or waits for the API.
 pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.start_time_us);
-    let begin = match (config, &args.api_sock) {
+    let begin = match (config, args.api_sock.is_some() || args.api_fd.is_some()) {
         (Some(_), _) => Begin::Boot,
-        (None, Some(_)) => Begin::Wait,
-        (None, None) => return refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
+        (None, true) => Begin::Wait,
+        (None, false) => return refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
     };
     let config = config.map(VmConfig::from_file).transpose()?.unwrap_or_default();
     run(args, config, begin, timeline, Operation { name: "boot", against: None })
@@ -156,7 +155,11 @@ fn run(
     kick::install_handler()?;
     let (control, receiver) = control::channel()?;
     // First thing that can fail for reasons of the caller's, and the first a client may wait for.
-    let server = args.api_sock.as_deref().map(|path| api::serve(path, control, &args.id)).transpose()?;
+    let server = match (&args.api_sock, args.api_fd) {
+        (Some(path), _) => Some(api::serve(path, control, &args.id)?),
+        (None, Some(fd)) => Some(api::serve_stream(inherit::stream(fd)?, control, &args.id)?),
+        (None, None) => None,
+    };
     let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
     let (outside, moments) = outside(answer.as_ref(), Duration::from_secs(args.fault_timeout))?;
     let around = Surroundings {
@@ -172,18 +175,18 @@ fn run(
     let controller = Controller::new(args.id.clone(), config, outside, timeline)?;
     let (outcome, mut controller, around) = session::run(controller, begin, around)?;
     drop(around);
-    note_moments(&mut controller.timeline, &moments, answer.as_deref());
+    controller.timeline.note_moments(&moments, answer.as_deref().and_then(Answer::get).map(|(_, at)| at));
     controller.write_metrics()?;
-    let report = args
-        .report
-        .as_ref()
-        .map(|_| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
+    let report = (args.report.is_some() || args.trace.is_some())
+        .then(|| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
     let stopping = clock::monotonic_ns();
     let stopped = controller.stop();
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
-    if let (Some(path), Some(report)) = (&args.report, report) {
-        report?.ended(&outcome).finish(&controller).write(path)?;
+    if let Some(report) = report {
+        let report = report?.ended(&outcome).finish(&controller);
+        args.report.as_deref().map_or(Ok(()), |path| report.write(path))?;
+        args.trace.as_deref().map_or(Ok(()), |path| report.write_trace(path))?;
     }
     let code = exit_code(&outcome, args, answer.as_deref())?;
     stopped?;
@@ -221,18 +224,6 @@ fn request_line(function: &str) -> String {
 fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
     let (port, function, answer) = (args.run_port?, args.run.as_ref()?, answer?.clone());
     Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })
-}
-
-/// Turns the moments seen by vCPU threads into slices.
-fn note_moments(timeline: &mut Timeline, moments: &Moments, answer: Option<&Answer>) {
-    let Some(entered) = moments.first_run_ns() else { return };
-    timeline.add(Slice::Resume, timeline.last_ns(), moments.first_exit_ns().unwrap_or(entered));
-    if let Some(wrote) = moments.first_output_ns() {
-        timeline.add(Slice::FirstResponse, entered, wrote);
-    }
-    if let Some((_, answered)) = answer.and_then(Answer::get) {
-        timeline.add(Slice::Execute, entered, answered);
-    }
 }
 
 fn exit_code(outcome: &Outcome, args: &SessionArgs, answer: Option<&Answer>) -> Result<ExitCode, BoxError> {

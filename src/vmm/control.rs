@@ -58,6 +58,8 @@ pub enum Command {
     PutCpuConfig(CpuConfig),
     /// → [`Reply::Balloon`]
     AskBalloon(BalloonQuestion),
+    /// What the machine costs and where its time went. → [`Reply::Report`]
+    Report,
     /// Set up logging.
     PutLogger(LoggerConfig),
     /// Set up metrics.
@@ -233,6 +235,8 @@ pub enum Reply {
     VmConfig(Box<VmConfig>),
     /// To [`Command::AskBalloon`]: what the API says.
     Balloon(serde_json::Value),
+    /// To [`Command::Report`]: as `--report` writes it.
+    Report(serde_json::Value),
     /// To [`Command::CreateSnapshot`].
     Snapshot(SnapshotTaken),
 }

@@ -21,6 +21,7 @@ use super::machine::{Machine, Outside, Paused, Running};
 use super::metrics::MetricsFile;
 use super::planning::{self, Chosen};
 use super::record::Watch;
+use super::report;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::sources::{self, Sources, location};
 use super::stall::StallWatch;
@@ -206,6 +207,7 @@ impl Controller {
             }
             Command::PatchDevice(patch) => self.patch_device(patch),
             Command::AskBalloon(question) => self.ask_balloon(question).map(Reply::Balloon),
+            Command::Report => report::live(self).map(Reply::Report).map_err(|error| Refused::internal_because(&error)),
             Command::PutLogger(logger) => {
                 self.before_start()?;
                 logging::init(Some(&logger)).map_err(|error| Refused::bad_request_because(&error))?;
@@ -279,6 +281,7 @@ impl Controller {
 
     fn instance_start(&mut self) -> Result<Reply, Refused> {
         self.before_start()?;
+        self.timeline.wake();
         self.boot().map_err(|error| Refused::bad_request_because(&error))?;
         Ok(Reply::Empty)
     }
@@ -353,6 +356,7 @@ impl Controller {
                 "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
             ));
         }
+        self.timeline.wake();
         self.restore(load, Watch::default(), |_, _| Ok(())).map_err(|error| Refused::bad_request_because(&error))
     }
 

@@ -28,6 +28,7 @@ pub mod port_request;
 mod promote;
 pub mod record;
 mod release;
+pub mod report;
 mod restore;
 pub mod session;
 pub mod sources;

@@ -14,6 +14,7 @@ use super::controller::Controller;
 use super::error::Error;
 use super::port_request::{PortRequest, Requesting};
 use super::record::Watch;
+use super::sys::code;
 use super::sys::signals::EndSignals;
 use super::vcpu::Ending;
 use crate::devices::ConsoleOutput;
@@ -198,6 +199,8 @@ impl Session {
         watch_event(ops, parts.ending.event(), ENDING)?;
         watch_event(ops, serial.fifo_empty_event(), FIFO)?;
         self.machine_watched = true;
+        // The guest runs, or may: what starting it took is not needed any more.
+        code::unmap_until_touched();
         self.feed(ops)
     }
 

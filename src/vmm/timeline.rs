@@ -44,11 +44,13 @@ pub struct Measured {
 }
 
 /// Collects slices of this process. All times are nanoseconds of `CLOCK_MONOTONIC`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Timeline {
     start_ns: u64,
     start_source: &'static str,
     slices: Vec<(Slice, u64, u64)>,
+    /// When work began again after a wait for the API.
+    woken_ns: u64,
 }
 
 impl Timeline {
@@ -60,12 +62,34 @@ impl Timeline {
             Some(us) => (us.saturating_mul(1000).min(now), "parent"),
             None => (now.saturating_sub(clock::process_cpu_ns()), "cpu_time"),
         };
-        Timeline { start_ns, start_source, slices: vec![(Slice::Spawn, start_ns, now)] }
+        Timeline { start_ns, start_source, slices: vec![(Slice::Spawn, start_ns, now)], woken_ns: 0 }
     }
 
-    /// The end of the last slice, where the next begins.
+    /// The end of the last slice, where the next begins; or the end of a wait since then.
     pub fn last_ns(&self) -> u64 {
-        self.slices.last().map_or(self.start_ns, |&(_, _, end)| end)
+        self.slices.last().map_or(self.start_ns, |&(_, _, end)| end).max(self.woken_ns)
+    }
+
+    /// Work begins now that the API has asked for: the wait for it belongs to no slice.
+    pub fn wake(&mut self) {
+        self.woken_ns = clock::monotonic_ns();
+    }
+
+    /// Process start, in ns of `CLOCK_MONOTONIC`.
+    pub fn start_ns(&self) -> u64 {
+        self.start_ns
+    }
+
+    /// Turns the moments seen by vCPU threads into slices. `answered_ns`: when the request of `--run` was answered.
+    pub fn note_moments(&mut self, moments: &Moments, answered_ns: Option<u64>) {
+        let Some(entered) = moments.first_run_ns() else { return };
+        self.add(Slice::Resume, self.last_ns(), moments.first_exit_ns().unwrap_or(entered));
+        if let Some(wrote) = moments.first_output_ns() {
+            self.add(Slice::FirstResponse, entered, wrote);
+        }
+        if let Some(answered) = answered_ns {
+            self.add(Slice::Execute, entered, answered);
+        }
     }
 
     /// Ends a slice now that began where the last one ended.

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use serde_json::json;
 
 use super::{BoxError, refuse};
 use crate::tiering::profile::{Agreement, MergeKind, Profile, RecorderKind, merge};
@@ -75,6 +76,9 @@ struct RecordArgs {
     /// The profile to write; an older one is replaced
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// Print the answers and what was recorded as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -116,25 +120,31 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
     // Before any thread exists, so that none of them takes the signals.
     let mut signals = EndSignals::take()?;
     kick::install_handler()?;
-    let mut runs = Vec::new();
+    let (mut runs, mut told) = (Vec::new(), Vec::new());
     for number in 1..=args.repeat {
         let (recorded, back) = record(&spec, signals)?;
         signals = back;
         let (profile, ms) = (&recorded.profile, recorded.execute_ns as f64 / 1e6);
-        eprintln!("run {number}: {}, {ms:.3} ms, {}", recorded.answer.trim_end(), counts(profile));
+        let answer = recorded.answer.trim_end();
+        eprintln!("run {number}: {answer}, {ms:.3} ms, {}", counts(profile));
+        told.push(json!({ "answer": answer, "execute_us": recorded.execute_ns as f64 / 1e3 }));
         runs.push(recorded.profile);
     }
-    write(&runs, by, &args.out)
+    let code = write(&runs, by, &args.out, !args.json)?;
+    if args.json {
+        println!("{:#}", json!({ "profile": args.out, "runs": told }));
+    }
+    Ok(code)
 }
 
 fn run_merge(args: &MergeArgs) -> Result<ExitCode, BoxError> {
     let by: MergeKind = args.by.parse()?;
     let profiles = args.profiles.iter().map(|path| Profile::load(path)).collect::<Result<Vec<_>, _>>()?;
-    write(&profiles, by, &args.out)
+    write(&profiles, by, &args.out, true)
 }
 
-/// Merges if there is something to merge, saves, and says what came of it.
-fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path) -> Result<ExitCode, BoxError> {
+/// Merges if there is something to merge, saves, and says what came of it; `names`: also prints where it is.
+fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool) -> Result<ExitCode, BoxError> {
     let (merged, agreement) = merge(profiles, by)?;
     if profiles.len() > 1 {
         print_agreement(&agreement, by);
@@ -143,7 +153,9 @@ fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path) -> Result<E
     let pages = merged.working_set().len();
     let per_page = bytes as f64 / pages.max(1) as f64;
     eprintln!("profile of {} run(s): {}, {bytes} bytes, {per_page:.2} per page", merged.runs, counts(&merged));
-    println!("{}", out.display());
+    if names {
+        println!("{}", out.display());
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -3,8 +3,10 @@
 
 pub mod clock;
 pub mod coalesced;
+pub mod code;
 pub mod direct_ring;
 pub mod dirty_log;
+pub mod inherit;
 pub mod kick;
 pub mod kvm_stats;
 pub mod limits;
@@ -20,6 +22,8 @@ pub mod resident;
 pub mod shared_map;
 pub mod signals;
 pub mod terminal;
+pub mod tie;
 pub mod touch;
 pub mod uffd;
 pub mod wait;
+pub mod watched;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 
 /// SIGTERM, SIGINT and SIGHUP, taken off the process and readable here.
 #[derive(Debug)]
@@ -54,6 +54,12 @@ impl EndSignals {
         self.0.read_exact(&mut info).ok()?;
         let number: [u8; 4] = info[..4].try_into().ok()?;
         Some(i32::from_ne_bytes(number))
+    }
+}
+
+impl AsFd for EndSignals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -4,6 +4,7 @@ pub mod artefact;
 pub mod cold;
 pub mod network;
 pub mod pool;
+pub mod service;
 pub mod shell;
 pub mod slow_file;
 

@@ -1,0 +1,188 @@
+//! What the daemon knows, and how it starts VMs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::fault::Fault;
+use super::functions::Function;
+use super::gate::Gate;
+use super::metrics::Counters;
+use super::networks::Network;
+use super::snapshots::SnapshotRecord;
+use super::store::{Kind, Store};
+use super::traces::{Recording, Traces, random_hex};
+use super::vm::control::ControlError;
+use super::vm::process::Spawner;
+use super::vm::shells::Shells;
+use super::vm::table::Table;
+use super::vm::{StartSpec, Vm, VmRecord};
+use super::{Options, ServeError};
+use crate::vmm::sys::clock;
+
+/// How long a VM may take to boot or to be restored, where no invocation sets a limit.
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The state of the service.
+#[derive(Debug)]
+pub(super) struct Daemon {
+    pub(super) options: Options,
+    pub(super) store: Store,
+    functions: Mutex<BTreeMap<String, Function>>,
+    snapshots: Mutex<BTreeMap<String, SnapshotRecord>>,
+    networks: Mutex<BTreeMap<String, Network>>,
+    /// Names of snapshots that are being made.
+    pub(super) names: Arc<Mutex<BTreeSet<String>>>,
+    pub(super) vms: Arc<Table>,
+    pub(super) shells: Arc<Shells>,
+    pub(super) spawner: Spawner,
+    pub(super) gate: Gate,
+    pub(super) traces: Traces,
+    pub(super) counters: Counters,
+}
+
+/// Work that may block, on a thread for that.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Fault::internal("The work was given up."))
+}
+
+impl Daemon {
+    /// Finds what an earlier daemon has left.
+    pub(super) fn open(options: Options) -> Result<Daemon, ServeError> {
+        let store = Store::open(&options.dir)?;
+        let functions = store.load_all(Kind::Functions)?;
+        let networks = store.load_all(Kind::Networks)?;
+        let snapshots = store.load_all(Kind::Snapshots)?;
+        let lost: Vec<VmRecord> = store.load_vms()?;
+        let spawner = Spawner::start().map_err(ServeError::os("start the thread that spawns"))?;
+        Ok(Daemon {
+            store,
+            functions: Mutex::new(functions),
+            snapshots: Mutex::new(snapshots),
+            networks: Mutex::new(networks),
+            names: Arc::default(),
+            vms: Arc::new(Table::new(options.limits.max_vms, lost)),
+            shells: Arc::new(Shells::new(spawner.clone(), options.limits.shells)),
+            spawner,
+            gate: Gate::new(options.limits.max_running, options.limits.max_queue),
+            traces: Traces::new(options.trace.as_deref())?,
+            counters: Counters::default(),
+            options,
+        })
+    }
+
+    pub(super) fn functions(&self) -> MutexGuard<'_, BTreeMap<String, Function>> {
+        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn snapshots(&self) -> MutexGuard<'_, BTreeMap<String, SnapshotRecord>> {
+        self.snapshots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn networks(&self) -> MutexGuard<'_, BTreeMap<String, Network>> {
+        self.networks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn function(&self, name: &str) -> Result<Function, Fault> {
+        self.functions().get(name).cloned().ok_or_else(|| Fault::not_found("function", name))
+    }
+
+    pub(super) fn snapshot(&self, id: &str) -> Result<SnapshotRecord, Fault> {
+        self.snapshots().get(id).cloned().ok_or_else(|| Fault::not_found("snapshot", id))
+    }
+
+    pub(super) fn network(&self, namespace: &str) -> Result<Network, Fault> {
+        self.networks().get(namespace).cloned().ok_or_else(|| Fault::not_found("network interface", namespace))
+    }
+
+    pub(super) fn vm(&self, id: &str) -> Result<Arc<Vm>, Fault> {
+        self.vms.get(id).ok_or_else(|| match self.vms.record(id) {
+            Some(record) => {
+                let why = record.reason.unwrap_or_default();
+                Fault::conflict(format!("VM `{id}` is over: {}.", why.trim_end_matches('.')))
+            }
+            None => Fault::not_found("VM", id),
+        })
+    }
+
+    /// Makes a VM, within the limits. The index of its span in `recording`.
+    pub(super) async fn start_vm(
+        &self,
+        spec: &StartSpec,
+        recording: &mut Recording,
+    ) -> Result<(Arc<Vm>, usize), Fault> {
+        let slot = self.vms.reserve().await?;
+        let id = random_hex(8);
+        let asked_ns = clock::monotonic_ns();
+        let failed = |error: std::io::Error| {
+            let error: &(dyn std::error::Error + 'static) = &error;
+            Fault::of(error)
+        };
+        let shell = self.shells.take().await.map_err(failed)?;
+        // Ahead of time or just now.
+        recording.span("spawn", 0, shell.spawned_ns.0.max(asked_ns), shell.spawned_ns.1.max(asked_ns));
+        let vsock = spec.function.port.map(|_| self.store.vsock_path(&id));
+        let start_ns = clock::monotonic_ns();
+        let started = Vm::start(id, shell, spec, vsock.clone()).await;
+        let what = if spec.restore.is_some() { "restore" } else { "boot" };
+        let span = recording.lap(what, 0, start_ns);
+        let vm = started.map_err(|error| refused(what, &error))?;
+        recording.trace.vm_id = Some(vm.id.clone());
+        Counters::count(&self.counters.vms_started);
+        let vm = self.vms.add(vm, slot, vsock);
+        if let (None, Some(prepare)) = (&spec.restore, &spec.function.prepare) {
+            let prepare_ns = clock::monotonic_ns();
+            // Given up midway, it is of no use to anybody.
+            let mut unprepared = Unprepared(Some(vm.clone()));
+            let using = vm.claim();
+            let answer = vm.ask(prepare, self.options.limits.max_output_bytes).await;
+            drop(using);
+            unprepared.0 = None;
+            recording.lap("prepare", 0, prepare_ns);
+            let why = match answer {
+                Ok(answer) if answer.ok => None,
+                Ok(answer) => Some(format!("it answered err {}", answer.text)),
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(why) = why {
+                vm.process.stop().await;
+                return Err(Fault::bad_gateway(format!("The VM could not be prepared by `{prepare}`: {why}.")));
+            }
+        }
+        Ok((vm, span))
+    }
+
+    /// The snapshot that invocations of a function are restored from: its last one.
+    pub(super) fn latest_snapshot(&self, func_name: &str) -> Option<SnapshotRecord> {
+        let snapshots = self.snapshots();
+        let of_function = snapshots.values().filter(|snapshot| snapshot.function.func_name == func_name);
+        of_function.max_by_key(|snapshot| snapshot.created_unix_ms).cloned()
+    }
+
+    /// Where a snapshot is.
+    pub(super) fn snapshot_dir(&self, id: &str) -> PathBuf {
+        self.store.snapshot_dir(id)
+    }
+}
+
+/// A VM that is killed unless it is taken out in time.
+struct Unprepared(Option<Arc<Vm>>);
+
+impl Drop for Unprepared {
+    fn drop(&mut self) {
+        if let Some(vm) = &self.0 {
+            vm.process.signal(rustix::process::Signal::KILL);
+        }
+    }
+}
+
+fn refused(what: &str, error: &ControlError) -> Fault {
+    use axum::http::StatusCode;
+    let text = format!("The VM's {what} failed: {}.", error.to_string().trim_end_matches('.'));
+    match error {
+        // What it was given is the function's or the snapshot's, not this request's.
+        ControlError::Refused { .. } => Fault::said(StatusCode::UNPROCESSABLE_ENTITY, text),
+        ControlError::Gone(_) => Fault::said(StatusCode::BAD_GATEWAY, text),
+    }
+}

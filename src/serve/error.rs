@@ -1,0 +1,74 @@
+//! Why the service cannot start.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Why the service cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The state directory cannot be used.
+    #[error("Cannot use {}", path.display())]
+    Directory {
+        /// The part of it that cannot.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Another daemon has it.
+    #[error("{} is served by another tvmm: stop that one, or choose another --dir", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file where none should be.
+    #[error("{} is not a file of tvmm's: move it away", path.display())]
+    Stranger {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A state file is damaged.
+    #[error("{} is not what tvmm has written: repair it or move it away", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// A state file cannot be read.
+    #[error(transparent)]
+    File(#[from] crate::snapshot::Error),
+    /// The TCP address cannot be listened on.
+    #[error("Cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The Unix socket cannot be listened on.
+    #[error(transparent)]
+    Socket(#[from] crate::api::ApiError),
+    /// The trace file cannot be written.
+    #[error("Cannot write the trace file {}", path.display())]
+    TraceFile {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Something else the kernel refused.
+    #[error("Cannot {doing}")]
+    Os {
+        /// What.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl ServeError {
+    pub(super) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> ServeError {
+        move |source| ServeError::Os { doing, source }
+    }
+}

@@ -1,0 +1,119 @@
+//! What the service says no with: a status and one sentence.
+
+use std::io;
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A refusal, or a failure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) status: StatusCode,
+    pub(super) message: String,
+    /// When it may be worth trying again.
+    pub(super) retry_after_s: Option<u32>,
+}
+
+/// The body of every answer with a status of 400 or more.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub(super) struct FaultBody {
+    /// What is wrong, in one sentence.
+    pub(super) message: String,
+}
+
+impl Fault {
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Fault {
+        Fault { status, message: message.into(), retry_after_s: None }
+    }
+
+    /// What was asked makes no sense.
+    pub(super) fn bad(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    pub(super) fn not_found(kind: &str, id: &str) -> Fault {
+        Fault::new(StatusCode::NOT_FOUND, format!("There is no {kind} `{id}`."))
+    }
+
+    /// It makes sense, but not in the state things are in.
+    pub(super) fn conflict(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::CONFLICT, message)
+    }
+
+    /// Too much at once.
+    pub(super) fn busy(message: impl Into<String>) -> Fault {
+        Fault { retry_after_s: Some(1), ..Fault::new(StatusCode::TOO_MANY_REQUESTS, message) }
+    }
+
+    pub(super) fn internal(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+
+    /// The VM did not do its part.
+    pub(super) fn bad_gateway(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::BAD_GATEWAY, message)
+    }
+
+    /// The VM did not do its part in time.
+    pub(super) fn timed_out(message: impl Into<String>) -> Fault {
+        Fault::new(StatusCode::GATEWAY_TIMEOUT, message)
+    }
+
+    /// A failure of the host's, with its causes. A full disk is told apart.
+    pub(super) fn of(error: &(dyn std::error::Error + 'static)) -> Fault {
+        let (mut text, mut full, mut cause) = (error.to_string(), is_full(error), error.source());
+        while let Some(error) = cause {
+            let sentence = error.to_string();
+            if !text.ends_with(&sentence) {
+                text = format!("{}: {sentence}", text.trim_end_matches('.'));
+            }
+            full |= is_full(error);
+            cause = error.source();
+        }
+        Fault::said(if full { StatusCode::INSUFFICIENT_STORAGE } else { StatusCode::INTERNAL_SERVER_ERROR }, text)
+    }
+
+    /// A sentence of another process's, which may be about a full disk.
+    pub(super) fn said(status: StatusCode, text: String) -> Fault {
+        let is_full = text.contains("os error 28") || text.contains("os error 122");
+        Fault::new(if is_full { StatusCode::INSUFFICIENT_STORAGE } else { status }, text)
+    }
+}
+
+fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        let mut response = json(self.status, &FaultBody { message: self.message });
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+/// An answer with a JSON body.
+pub(super) fn json(status: StatusCode, body: &impl Serialize) -> Response {
+    match serde_json::to_vec(body) {
+        Ok(bytes) => (status, [(header::CONTENT_TYPE, "application/json")], bytes).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "An answer cannot be written as JSON");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+/// A good answer.
+#[derive(Debug)]
+pub(super) struct Reply<T>(pub(super) T);
+
+impl<T: Serialize> IntoResponse for Reply<T> {
+    fn into_response(self) -> Response {
+        json(StatusCode::OK, &self.0)
+    }
+}

@@ -1,0 +1,159 @@
+//! `/functions`: what can be run, and in which machine.
+
+use std::path::PathBuf;
+
+use axum::extract::{Path, State};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Shared;
+use super::body::{Body, check_line, check_name};
+use super::daemon::blocking;
+use super::fault::{Fault, FaultBody, Reply};
+use super::store::Kind;
+use crate::tiering::policy::Policy;
+
+/// The most guest memory one function may ask for, MiB.
+const MAX_MEM_MIB: u64 = 1 << 20;
+
+/// A function and the machine it runs in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Function {
+    pub(super) func_name: String,
+    /// The root image: a file on the host, attached as the read-only drive `root`. None: no drive.
+    #[schema(value_type = Option<String>)]
+    pub(super) image: Option<PathBuf>,
+    /// The kernel: a file on the host. None: the built-in guest.
+    #[schema(value_type = Option<String>)]
+    pub(super) kernel: Option<PathBuf>,
+    /// Virtual CPUs.
+    #[serde(default = "one")]
+    pub(super) vcpu: u8,
+    /// Guest memory, MiB.
+    #[serde(default = "default_mem")]
+    pub(super) mem_size: u64,
+    /// The initial RAM disk: a file on the host.
+    #[schema(value_type = Option<String>)]
+    pub(super) initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub(super) boot_args: Option<String>,
+    /// Whether the guest may not write to the image. An image that can be written to can be used by one VM at a time.
+    #[serde(default = "yes")]
+    pub(super) image_read_only: bool,
+    /// The vsock port on which the guest takes requests. None: its serial line.
+    pub(super) port: Option<u32>,
+    /// The name by which the guest knows the function. None: `func_name`.
+    pub(super) call: Option<String>,
+    /// A request made of each VM that was booted, before any invocation: `name key=value…`.
+    pub(super) prepare: Option<String>,
+    /// The restore policy of invocations that name none.
+    pub(super) policy: Option<String>,
+    /// Local memory for what a restore preloads, MiB, for policies that weigh it.
+    pub(super) dram_mib: Option<u64>,
+    /// How long an invocation may take, ms, if it does not say. None: the daemon's limit.
+    pub(super) timeout_ms: Option<u64>,
+    /// Whether KVM logs the pages the guest writes, for diff snapshots.
+    #[serde(default)]
+    pub(super) track_dirty_pages: bool,
+}
+
+fn one() -> u8 {
+    1
+}
+
+fn default_mem() -> u64 {
+    128
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Function {
+    fn check(&self) -> Result<(), Fault> {
+        check_name("function", &self.func_name)?;
+        if self.vcpu == 0 || self.vcpu > 32 {
+            return Err(Fault::bad("`vcpu` must be 1 to 32."));
+        }
+        if self.mem_size == 0 || self.mem_size > MAX_MEM_MIB {
+            return Err(Fault::bad(format!("`mem_size` is in MiB and must be 1 to {MAX_MEM_MIB}.")));
+        }
+        for (key, path) in [("image", &self.image), ("kernel", &self.kernel), ("initrd", &self.initrd)] {
+            if path.as_ref().is_some_and(|path| !path.is_absolute()) {
+                return Err(Fault::bad(format!("`{key}` must be an absolute path on the host.")));
+            }
+        }
+        for (key, text) in [("call", &self.call), ("prepare", &self.prepare)] {
+            if let Some(text) = text {
+                check_line(&format!("`{key}`"), text)?;
+                if text.trim().is_empty() {
+                    return Err(Fault::bad(format!("`{key}` is empty.")));
+                }
+            }
+        }
+        self.policy.as_deref().map_or(Ok(()), |name| known_policy(name).map(drop))
+    }
+
+    /// The line a guest is asked with, without `run <id>`.
+    pub(super) fn line(&self, params: &str) -> String {
+        let call = self.call.as_deref().unwrap_or(&self.func_name);
+        format!("{call} {params}").trim().to_string()
+    }
+}
+
+/// A policy's name, understood.
+pub(super) fn known_policy(name: &str) -> Result<Policy, Fault> {
+    name.parse::<Policy>().map_err(|error| Fault::bad(error.to_string()))
+}
+
+/// All functions.
+#[utoipa::path(get, path = "/functions", tag = "functions",
+    responses((status = 200, description = "All functions", body = Vec<Function>)))]
+pub(super) async fn get_functions(State(daemon): State<Shared>) -> Reply<Vec<Function>> {
+    Reply(daemon.functions().values().cloned().collect())
+}
+
+/// Makes a function known, or replaces it. VMs and snapshots that exist stay as they are.
+#[utoipa::path(post, path = "/functions", tag = "functions", request_body = Function,
+    responses((status = 200, description = "It is kept", body = Function), (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 507, body = FaultBody, description = "The disk is full")))]
+pub(super) async fn post_function(
+    State(daemon): State<Shared>,
+    Body(function): Body<Function>,
+) -> Result<Reply<Function>, Fault> {
+    function.check()?;
+    let kept = blocking({
+        let (daemon, function) = (daemon.clone(), function.clone());
+        move || {
+            daemon.store.save(Kind::Functions, &function.func_name, &function)?;
+            daemon.functions().insert(function.func_name.clone(), function);
+            Ok::<(), crate::snapshot::Error>(())
+        }
+    });
+    kept.await?.map_err(|error| Fault::of(&error))?;
+    Ok(Reply(function))
+}
+
+/// One function.
+#[utoipa::path(get, path = "/functions/{name}", tag = "functions", params(("name" = String, Path)),
+    responses((status = 200, description = "The function", body = Function), (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn get_function(
+    State(daemon): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Reply<Function>, Fault> {
+    daemon.function(&name).map(Reply)
+}
+
+/// Forgets a function. Its VMs and snapshots stay.
+#[utoipa::path(delete, path = "/functions/{name}", tag = "functions", params(("name" = String, Path)),
+    responses((status = 200, description = "It was this", body = Function), (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn delete_function(
+    State(daemon): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Reply<Function>, Fault> {
+    let function = daemon.function(&name)?;
+    daemon.store.remove(Kind::Functions, &name).map_err(|error| Fault::of(&error))?;
+    daemon.functions().remove(&name);
+    Ok(Reply(function))
+}

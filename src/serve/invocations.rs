@@ -1,0 +1,409 @@
+//! `/invocations`: restore or boot a VM, or take one that runs; ask it; answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::Shared;
+use super::body::{Body, check_line};
+use super::daemon::Daemon;
+use super::fault::{Fault, FaultBody, Reply};
+use super::functions::{Function, known_policy};
+use super::metrics::{Counters, Origin};
+use super::snapshots::SnapshotRecord;
+use super::traces::Recording;
+use super::vm::line::{GuestAnswer, LineError};
+use super::vm::{RestoreSpec, StartSpec, Vm};
+use super::working_set::{Record, Slot};
+use crate::tiering::policy::Policy;
+use crate::tiering::recorder::LAYER_PAGES;
+use crate::vmm::sys::clock;
+
+/// The longest time-out, ms.
+const MAX_TIMEOUT_MS: u64 = 3_600_000;
+
+/// An invocation. FaaSnap's fields say by their combination what `policy` says by name.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct InvocationBody {
+    func_name: String,
+    /// A VM that runs.
+    #[serde(rename = "vmId")]
+    vm_id: Option<String>,
+    /// The snapshot to restore. Neither this nor `vmId`: the function's last snapshot, or a boot if it has none.
+    #[serde(rename = "ssId")]
+    ss_id: Option<String>,
+    /// The function's arguments, `key=value …`.
+    #[serde(default)]
+    params: String,
+    /// The restore policy: see `GET /policies`.
+    policy: Option<String>,
+    /// Record what the run does to its memory: uffd, mincore, pagemap or dirty-log. Needs a snapshot; the VM ends with it.
+    record: Option<String>,
+    /// Whether a VM that this starts lives on. It is then ended when room is needed, or after the idle time.
+    #[serde(default = "yes")]
+    keep: bool,
+    /// How long it may take, ms, its wait included. A guest that has not answered then is ended.
+    timeout_ms: Option<u64>,
+    /// Local memory for what the restore preloads, MiB.
+    dram_mib: Option<u64>,
+    /// Memory in the CXL tier, MiB.
+    cxl_mib: Option<u64>,
+    namespace: Option<String>,
+    /// FaaSnap: with a record, restore by `reap`; without one, record for it.
+    #[serde(rename = "enableReap", default)]
+    enable_reap: bool,
+    /// FaaSnap: -1, its default, is all that is supported: layers are closed by size.
+    mincore: Option<i64>,
+    /// FaaSnap: record layers of so many pages (1,024).
+    mincore_size: Option<u64>,
+    /// FaaSnap: restore by `faasnap`, with these layers, which must be all there are, from 1.
+    #[serde(rename = "loadMincore")]
+    load_mincore: Option<Vec<u64>>,
+    /// FaaSnap: restore by `firecracker`: the memory file mapped as it is.
+    #[serde(default)]
+    use_mem_file: bool,
+    /// FaaSnap: restore by `faasnap`.
+    #[serde(default)]
+    overlay_regions: bool,
+    /// FaaSnap: restore by `faasnap`.
+    #[serde(default)]
+    use_ws_file: bool,
+    /// FaaSnap: `faasnap` reads its working-set file in the VMM always; false contradicts it.
+    vmm_load_ws: Option<bool>,
+    /// FaaSnap: `reap` reads past the page cache always; false contradicts it.
+    #[serde(rename = "wsFileDirectIo")]
+    ws_file_direct_io: Option<bool>,
+    /// FaaSnap: `reap` reads its working set in one go always; false contradicts it.
+    #[serde(rename = "wsSingleRead")]
+    ws_single_read: Option<bool>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What came of an invocation.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct InvocationAnswer {
+    /// From the request's arrival to the guest's answer, µs.
+    duration: u64,
+    /// Whether the function says that it did what it was asked (`ok`, or `err`).
+    ok: bool,
+    /// What the function answered, after `ok` or `err`.
+    result: String,
+    /// The VM it ran in.
+    #[serde(rename = "vmId")]
+    vm_id: Option<String>,
+    #[serde(rename = "traceId")]
+    trace_id: String,
+    /// The snapshot the VM was restored from, by this invocation or before.
+    #[serde(rename = "ssId")]
+    ss_id: Option<String>,
+    /// `vm` (it ran already), `snapshot`, `boot` or `recording`.
+    origin: String,
+    /// The policy of this restore.
+    policy: Option<String>,
+}
+
+/// Runs a function: in a VM that runs, in one restored from a snapshot, or in one that is booted.
+#[utoipa::path(post, path = "/invocations", tag = "invocations", request_body = InvocationBody,
+    responses((status = 200, description = "The guest answered", body = InvocationAnswer),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "No such function, VM, snapshot or namespace"),
+        (status = 409, body = FaultBody, description = "The VM is over, or the snapshot lacks the profile the policy needs"),
+        (status = 422, body = FaultBody, description = "The VM cannot be booted or restored"),
+        (status = 429, body = FaultBody, description = "Too much at once: see Retry-After"),
+        (status = 502, body = FaultBody, description = "The VM ended, or its guest said nothing that is an answer"),
+        (status = 504, body = FaultBody, description = "The guest did not answer in time, and was ended")))]
+pub(super) async fn post_invocation(
+    State(daemon): State<Shared>,
+    Body(body): Body<InvocationBody>,
+) -> Result<Reply<InvocationAnswer>, Fault> {
+    // A client that leaves does not stop what it began halfway.
+    let task = tokio::spawn(async move {
+        let mut recording = Recording::begin(&body.func_name);
+        let answer = invoke(&daemon, body, &mut recording).await;
+        let status = answer.as_ref().map_or_else(|fault| fault.status.as_u16(), |_| 200);
+        daemon.counters.answered(status);
+        if answer.is_err() {
+            recording.answered(status);
+            let message = answer.as_ref().err().map(|fault| fault.message.clone());
+            recording.note(0, "message", json!(message));
+            daemon.traces.keep(recording.trace.clone());
+            daemon.traces.complete(recording.trace);
+        }
+        answer
+    });
+    task.await.unwrap_or_else(|_| Err(Fault::internal("The invocation was given up."))).map(Reply)
+}
+
+async fn invoke(
+    daemon: &Arc<Daemon>,
+    body: InvocationBody,
+    recording: &mut Recording,
+) -> Result<InvocationAnswer, Fault> {
+    let function = daemon.function(&body.func_name)?;
+    let plan = understand(daemon, &body, &function)?;
+    let line = function.line(&body.params);
+    check_line("The function with its `params`", &line)?;
+    let limit_ms = body.timeout_ms.or(function.timeout_ms);
+    if limit_ms.is_some_and(|ms| ms == 0 || ms > MAX_TIMEOUT_MS) {
+        return Err(Fault::bad(format!("`timeout_ms` must be 1 to {MAX_TIMEOUT_MS}.")));
+    }
+    let limit = limit_ms.map_or(daemon.options.limits.timeout, Duration::from_millis);
+    let (deadline, begin_ns) = (tokio::time::Instant::now() + limit, clock::monotonic_ns());
+    let _turn = daemon.gate.enter(limit).await?;
+    recording.lap("queue", 0, begin_ns);
+    let limit = Limit { total: limit, deadline };
+    match plan {
+        Plan::Vm(vm) => ask_running(daemon, vm, &line, limit, recording).await,
+        Plan::Start(spec) => start_and_ask(daemon, &spec, &line, limit, body.keep, recording).await,
+        Plan::Record(record) => super::working_set::record_invocation(daemon, *record, &line, limit, recording).await,
+    }
+}
+
+/// How long an invocation may take.
+#[derive(Clone, Copy)]
+pub(super) struct Limit {
+    pub(super) total: Duration,
+    pub(super) deadline: tokio::time::Instant,
+}
+
+impl Limit {
+    /// What is left.
+    pub(super) fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(tokio::time::Instant::now())
+    }
+
+    pub(super) fn fault(&self, what: &str) -> Fault {
+        Fault::timed_out(format!("{what} within {} ms, and its VM was ended.", self.total.as_millis()))
+    }
+}
+
+/// What an invocation needs done.
+enum Plan {
+    Vm(Arc<Vm>),
+    Start(Box<StartSpec>),
+    Record(Box<Record>),
+}
+
+fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Result<Plan, Fault> {
+    let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
+    let wanted = wanted_policy(body, function)?;
+    if let Some(id) = &body.vm_id {
+        if body.ss_id.is_some() || body.policy.is_some() || body.record.is_some() || network.is_some() {
+            return Err(Fault::bad("`vmId` names a VM that runs: there is nothing to restore, record or connect."));
+        }
+        return Ok(Plan::Vm(daemon.vm(id)?));
+    }
+    let snapshot = match &body.ss_id {
+        Some(id) => Some(daemon.snapshot(id)?),
+        None => daemon.latest_snapshot(&function.func_name),
+    };
+    let Some(snapshot) = snapshot else {
+        if body.policy.is_some() || body.record.is_some() || body.enable_reap {
+            let message = format!("Function `{}` has no snapshot to restore or record.", function.func_name);
+            return Err(Fault::conflict(message));
+        }
+        let function = function.clone();
+        return Ok(Plan::Start(Box::new(StartSpec { function, network, restore: None, from_invocation: true })));
+    };
+    let (dir, profiles) = (daemon.snapshot_dir(&snapshot.ss_id), daemon.store.profiles_dir(&snapshot.ss_id));
+    let records_reap = body.enable_reap && Slot::Reap.existing(&profiles).is_none();
+    let recorder = match (&body.record, body.mincore_size) {
+        (Some(name), _) => Some((Slot::of_recorder(name)?, name.as_str())),
+        (None, Some(_)) => Some((Slot::Mincore, "mincore")),
+        (None, None) if records_reap => Some((Slot::Reap, "uffd")),
+        (None, None) => None,
+    };
+    if let Some((slot, recorder)) = recorder {
+        if network.is_some() {
+            return Err(Fault::bad("A recorded run has no network: leave `namespace` out."));
+        }
+        let recorder = recorder.to_string();
+        return Ok(Plan::Record(Box::new(Record { snapshot, slot, recorder, repeat: 1 })));
+    }
+    let restore = restore_spec(&snapshot, dir, &profiles, wanted, body)?;
+    let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
+    Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
+}
+
+fn restore_spec(
+    snapshot: &SnapshotRecord,
+    dir: std::path::PathBuf,
+    profiles: &std::path::Path,
+    policy: Policy,
+    body: &InvocationBody,
+) -> Result<RestoreSpec, Fault> {
+    let profile = if policy.needs_profile() { Some(Slot::for_policy(policy, profiles)?) } else { None };
+    if let (Some(layers), Some(profile)) = (&body.load_mincore, &profile) {
+        super::working_set::check_all_layers(profile, layers)?;
+    }
+    Ok(RestoreSpec {
+        ss_id: snapshot.ss_id.clone(),
+        dir,
+        policy: policy.name().to_string(),
+        profile,
+        dram_mib: body.dram_mib.or(snapshot.function.dram_mib),
+        cxl_mib: body.cxl_mib,
+    })
+}
+
+/// The policy that is asked for, by name or as FaaSnap's clients do.
+fn wanted_policy(body: &InvocationBody, function: &Function) -> Result<Policy, Fault> {
+    if body.mincore.is_some_and(|mincore| mincore != -1) {
+        return Err(Fault::bad("`mincore` can only be -1: layers are closed when they are large enough."));
+    }
+    if body.mincore_size.is_some_and(|size| size != LAYER_PAGES) {
+        return Err(Fault::bad(format!("`mincore_size` can only be {LAYER_PAGES} pages, FaaSnap's.")));
+    }
+    for (key, value) in [
+        ("vmm_load_ws", body.vmm_load_ws),
+        ("wsFileDirectIo", body.ws_file_direct_io),
+        ("wsSingleRead", body.ws_single_read),
+    ] {
+        if value == Some(false) {
+            let message = format!("`{key}` cannot be false: that is how the policy works. Leave it out.");
+            return Err(Fault::bad(message));
+        }
+    }
+    let is_faasnap = body.overlay_regions || body.use_ws_file || body.load_mincore.is_some();
+    let mut asked: Vec<Policy> = Vec::new();
+    if let Some(name) = &body.policy {
+        asked.push(known_policy(name)?);
+    }
+    asked.extend(body.enable_reap.then_some(Policy::Reap));
+    asked.extend(is_faasnap.then_some(Policy::Faasnap));
+    asked.extend(body.use_mem_file.then_some(Policy::Firecracker));
+    asked.dedup();
+    match (asked.as_slice(), &function.policy) {
+        ([policy], _) => Ok(*policy),
+        ([], Some(name)) => known_policy(name),
+        ([], None) => Ok(Policy::Firecracker),
+        ([first, second, ..], _) => Err(Fault::bad(format!("The fields ask for both `{first}` and `{second}`."))),
+    }
+}
+
+async fn ask_running(
+    daemon: &Arc<Daemon>,
+    vm: Arc<Vm>,
+    line: &str,
+    limit: Limit,
+    recording: &mut Recording,
+) -> Result<InvocationAnswer, Fault> {
+    recording.trace.vm_id = Some(vm.id.clone());
+    let (answer, execute) = ask(daemon, &vm, line, limit, recording).await?;
+    let done = answered(daemon, &vm, answer, Origin::Vm, recording);
+    recording.note(execute, "warm", json!(true));
+    daemon.traces.keep(recording.trace.clone());
+    daemon.traces.complete(recording.trace.clone());
+    Ok(done)
+}
+
+async fn start_and_ask(
+    daemon: &Arc<Daemon>,
+    spec: &StartSpec,
+    line: &str,
+    limit: Limit,
+    keep: bool,
+    recording: &mut Recording,
+) -> Result<InvocationAnswer, Fault> {
+    let started = tokio::time::timeout_at(limit.deadline, daemon.start_vm(spec, recording)).await;
+    let (vm, made) = started.map_err(|_| limit.fault("The VM was not ready"))??;
+    let (answer, execute) = ask(daemon, &vm, line, limit, recording).await?;
+    let origin = if spec.restore.is_some() { Origin::Snapshot } else { Origin::Boot };
+    let done = answered(daemon, &vm, answer, origin, recording);
+    let trace = recording.trace.clone();
+    daemon.traces.keep(trace);
+    let (daemon, mut recording) = (daemon.clone(), recording.taken());
+    // What the client does not wait for: the VM's own account of it, and its end.
+    tokio::spawn(async move {
+        match vm.report().await {
+            Ok(report) => recording.add_report(&report, made, execute),
+            Err(error) => recording.note(made, "report", json!(error.to_string())),
+        }
+        daemon.traces.complete(recording.trace);
+        if !keep {
+            vm.process.stop().await;
+        }
+    });
+    Ok(done)
+}
+
+/// Asks a VM. If it does not answer as it should it is ended, and its end is waited for.
+async fn ask(
+    daemon: &Daemon,
+    vm: &Vm,
+    line: &str,
+    limit: Limit,
+    recording: &mut Recording,
+) -> Result<(GuestAnswer, usize), Fault> {
+    let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{}`.", vm.id)))?;
+    let begin_ns = clock::monotonic_ns();
+    let asked = tokio::time::timeout_at(limit.deadline, vm.ask(line, daemon.options.limits.max_output_bytes)).await;
+    let execute = recording.lap("execute", 0, begin_ns);
+    let fault = match asked {
+        Ok(Ok(answer)) => return Ok((answer, execute)),
+        Ok(Err(LineError::Closed(error))) => {
+            let ended = vm.process.stop().await;
+            tracing::debug!(%error, vm = vm.id, "A VM's line is closed");
+            return Err(Fault::bad_gateway(format!("VM `{}` {}, before it answered.", vm.id, ended.why())));
+        }
+        Ok(Err(LineError::Flooded(bytes))) => {
+            Fault::bad_gateway(format!("The guest wrote {bytes} bytes without an answer, and its VM was ended."))
+        }
+        Err(_) => limit.fault("The guest did not answer"),
+    };
+    Counters::count(&daemon.counters.vms_killed);
+    vm.process.signal(rustix::process::Signal::KILL);
+    vm.process.end().await;
+    Err(fault)
+}
+
+fn answered(
+    daemon: &Daemon,
+    vm: &Vm,
+    answer: GuestAnswer,
+    origin: Origin,
+    recording: &mut Recording,
+) -> InvocationAnswer {
+    let duration = recording.answered(200);
+    recording.note(0, "ok", json!(answer.ok));
+    daemon.counters.took(origin, duration);
+    InvocationAnswer {
+        duration,
+        ok: answer.ok,
+        result: answer.text,
+        vm_id: Some(vm.id.clone()),
+        trace_id: recording.trace.trace_id.clone(),
+        ss_id: vm.ss_id.clone(),
+        origin: origin.name().to_string(),
+        policy: if origin == Origin::Snapshot { vm.policy.clone() } else { None },
+    }
+}
+
+/// What is told of an invocation that ran in a recorder.
+pub(super) fn recorded(
+    daemon: &Daemon,
+    snapshot: &SnapshotRecord,
+    answer: (bool, String),
+    recording: &mut Recording,
+) -> InvocationAnswer {
+    let duration = recording.answered(200);
+    daemon.counters.took(Origin::Recording, duration);
+    InvocationAnswer {
+        duration,
+        ok: answer.0,
+        result: answer.1,
+        vm_id: None,
+        trace_id: recording.trace.trace_id.clone(),
+        ss_id: Some(snapshot.ss_id.clone()),
+        origin: Origin::Recording.name().to_string(),
+        policy: None,
+    }
+}

@@ -1,0 +1,240 @@
+//! `tvmm serve`: functions, VMs, snapshots and invocations over HTTP, in FaaSnap's resources.
+//!
+//! Each VM is a `tvmm` process of its own; this one has no guest memory and no KVM. It is single-threaded but for the
+//! thread that spawns, those that wait for disks, and the one that writes traces.
+
+mod body;
+mod daemon;
+mod error;
+mod fault;
+mod functions;
+mod gate;
+mod invocations;
+mod metrics;
+mod networks;
+mod routes;
+mod server;
+mod snapshots;
+mod store;
+mod traces;
+mod vm;
+mod vms;
+mod working_set;
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+use self::daemon::{Daemon, blocking};
+pub use self::error::ServeError;
+pub use self::routes::openapi;
+use self::server::Server;
+use crate::api;
+use crate::vmm::sys::limits::raise_open_files;
+use crate::vmm::sys::signals::EndSignals;
+use crate::vmm::sys::watched;
+
+/// What handlers share.
+type Shared = Arc<Daemon>;
+
+/// How much there may be of everything.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// VMs that live at once.
+    pub max_vms: usize,
+    /// Invocations and starts of VMs that run at once.
+    pub max_running: usize,
+    /// Invocations that wait for their turn.
+    pub max_queue: usize,
+    /// Connections that are open at once.
+    pub max_connections: usize,
+    /// How long an invocation may take that sets no limit.
+    pub timeout: Duration,
+    /// How long a VM that an invocation has left behind may be idle.
+    pub idle_timeout: Duration,
+    /// Bytes that a guest may write before it answers.
+    pub max_output_bytes: u64,
+    /// VM processes that are kept ready.
+    pub shells: usize,
+    /// How long invocations may go on when the service is told to stop.
+    pub grace: Duration,
+}
+
+/// What to serve, and where.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where state is kept.
+    pub dir: PathBuf,
+    /// A TCP address to listen on.
+    pub listen: Option<SocketAddr>,
+    /// A Unix socket to listen on.
+    pub listen_unix: Option<PathBuf>,
+    /// Limits.
+    pub limits: Limits,
+    /// Where all traces go, in Chrome's trace format.
+    pub trace: Option<PathBuf>,
+}
+
+/// Serves until SIGTERM, SIGINT or SIGHUP; then lets invocations finish, and ends all VMs.
+pub fn run(options: Options) -> Result<(), ServeError> {
+    // Before any thread exists, so that none of them takes the signals.
+    let signals = EndSignals::take().map_err(ServeError::os("take signals"))?;
+    // Each VM has four descriptors here, each connection one.
+    raise_open_files(64 + 8 * options.limits.max_vms as u64 + 2 * options.limits.max_connections as u64 + 8192);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build();
+    let runtime = runtime.map_err(ServeError::os("start the runtime"))?;
+    let served = runtime.block_on(serve(options, signals));
+    // Threads that wait for a disk are not waited for: all that matters was.
+    runtime.shutdown_background();
+    served
+}
+
+async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> {
+    let (listen, listen_unix, idle) = (options.listen, options.listen_unix.clone(), options.limits.idle_timeout);
+    let grace = options.limits.grace;
+    let daemon = Arc::new(Daemon::open(options)?);
+    snapshots::sweep(&daemon).map_err(ServeError::os("remove unfinished snapshots"))?;
+    let (stop, stopped) = watch::channel(false);
+    let server = Server::new(daemon.clone(), routes::router(daemon.clone()), stopped);
+    let mut told = String::new();
+    if let Some(address) = listen {
+        let failed = |source| ServeError::Listen { address, source };
+        let listener = tokio::net::TcpListener::from_std(listen_tcp(address).map_err(failed)?).map_err(failed)?;
+        told += &format!("tvmm serve: listening on http://{}\n", listener.local_addr().map_err(failed)?);
+        tokio::spawn(server.clone().serve(listener));
+    }
+    let mut _socket = None;
+    if let Some(path) = &listen_unix {
+        remove_stale(path);
+        let (listener, file) = api::bind(path)?;
+        let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::os("listen"))?;
+        told += &format!("tvmm serve: listening on {}\n", path.display());
+        tokio::spawn(server.clone().serve(listener));
+        _socket = Some(file);
+    }
+    let mut chores = tokio::task::JoinSet::new();
+    chores.spawn(daemon.shells.clone().keep_ready());
+    chores.spawn(end_idle(daemon.clone(), idle));
+    chores.spawn(write_vms(daemon.clone()));
+    // Whoever started us may not want to know.
+    let _ = std::io::stdout().write_all(told.as_bytes()).and_then(|()| std::io::stdout().flush());
+    let mut signals = Signals::new(signals).map_err(ServeError::os("wait for signals"))?;
+    signals.wait().await?;
+    tracing::info!("The service is stopping");
+    daemon.gate.close();
+    let _ = stop.send(true);
+    let finished = async {
+        tokio::select! {
+            () = finish(&daemon, &server, grace) => Ok(()),
+            // A second signal means at once.
+            signalled = signals.wait() => signalled,
+        }
+    };
+    finished.await?;
+    chores.shutdown().await;
+    daemon.shells.clear();
+    end_all(&daemon).await;
+    save_vms(&daemon).await;
+    Ok(())
+}
+
+/// Like the standard library's, with a longer queue, and an address that is free again at once.
+fn listen_tcp(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
+    use socket2::{Domain, Socket, Type};
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(4096)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+/// Removes a socket that nobody serves any more.
+fn remove_stale(path: &Path) {
+    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+    if UnixStream::connect(path).is_err_and(refused) {
+        // What cannot be removed is told when it is bound.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// Signals that end the service.
+struct Signals {
+    signals: EndSignals,
+    /// A duplicate, to wait with.
+    ready: AsyncFd<OwnedFd>,
+}
+
+impl Signals {
+    fn new(signals: EndSignals) -> std::io::Result<Signals> {
+        let ready = watched::readable(signals.as_fd().try_clone_to_owned()?)?;
+        Ok(Signals { signals, ready })
+    }
+
+    async fn wait(&mut self) -> Result<(), ServeError> {
+        loop {
+            let mut ready = self.ready.readable().await.map_err(ServeError::os("wait for signals"))?;
+            if self.signals.take_one().is_some() {
+                return Ok(());
+            }
+            ready.clear_ready();
+        }
+    }
+}
+
+/// Lets what runs finish; what takes too long is ended, and told.
+async fn finish(daemon: &Arc<Daemon>, server: &Server, grace: Duration) {
+    let all = u32::try_from(daemon.options.limits.max_connections).unwrap_or(u32::MAX);
+    if tokio::time::timeout(grace, server.slots.acquire_many(all)).await.is_ok() {
+        return;
+    }
+    end_all(daemon).await;
+    // The answers to whoever waited for them.
+    let _ = tokio::time::timeout(Duration::from_secs(1), server.slots.acquire_many(all)).await;
+}
+
+async fn end_all(daemon: &Arc<Daemon>) {
+    let mut ending = tokio::task::JoinSet::new();
+    for vm in daemon.vms.all() {
+        ending.spawn(async move { vm.process.stop().await });
+    }
+    ending.join_all().await;
+}
+
+/// Ends VMs that invocations have left behind, when they have been idle too long.
+async fn end_idle(daemon: Arc<Daemon>, limit: Duration) {
+    let pause = (limit / 4).clamp(Duration::from_millis(50), Duration::from_secs(5));
+    loop {
+        tokio::time::sleep(pause).await;
+        for vm in daemon.vms.idle_longer_than(limit) {
+            tracing::debug!(vm = vm.id, "An idle VM is ended");
+            vm.process.stop().await;
+        }
+    }
+}
+
+/// Writes down which VMs live whenever that changes, so that a restart can tell what became of them.
+async fn write_vms(daemon: Arc<Daemon>) {
+    loop {
+        daemon.vms.changed.notified().await;
+        save_vms(&daemon).await;
+        // Many changes, one file.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn save_vms(daemon: &Arc<Daemon>) {
+    let writer = daemon.clone();
+    let saved = blocking(move || writer.store.save_vms(|| writer.vms.records())).await;
+    if let Ok(Err(error)) = saved {
+        let error = fault::Fault::of(&error).message;
+        tracing::warn!(error, "The VMs that live cannot be written down");
+    }
+}

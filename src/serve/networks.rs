@@ -1,0 +1,116 @@
+//! `/net-ifaces/{namespace}`: which tap a VM's network interface is on.
+
+use axum::extract::{Path, State};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Shared;
+use super::body::{Body, check_name};
+use super::daemon::blocking;
+use super::fault::{Fault, FaultBody, Reply};
+use super::store::Kind;
+
+/// A network interface for one VM at a time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(super) struct Network {
+    /// The name VMs are given it by.
+    pub(super) namespace: String,
+    /// The tap on the host.
+    pub(super) host_dev_name: String,
+    /// The interface's name in the machine; of a snapshot, that of the interface whose tap is replaced.
+    pub(super) iface_id: String,
+    pub(super) guest_mac: Option<String>,
+}
+
+/// The body of `PUT /net-ifaces/{namespace}`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NetworkBody {
+    /// The tap on the host, in the daemon's network namespace.
+    host_dev_name: String,
+    /// The interface's name in the machine.
+    #[serde(default = "default_iface")]
+    iface_id: String,
+    guest_mac: Option<String>,
+    /// FaaSnap's. Refused: requests reach guests by their serial line or vsock, the daemon needs no address.
+    guest_addr: Option<String>,
+    /// FaaSnap's. Refused for the same reason.
+    unique_addr: Option<String>,
+}
+
+fn default_iface() -> String {
+    "eth0".to_string()
+}
+
+/// All network interfaces.
+#[utoipa::path(get, path = "/net-ifaces", tag = "net-ifaces",
+    responses((status = 200, description = "All network interfaces", body = Vec<Network>)))]
+pub(super) async fn get_networks(State(daemon): State<Shared>) -> Reply<Vec<Network>> {
+    Reply(daemon.networks().values().cloned().collect())
+}
+
+/// One network interface.
+#[utoipa::path(get, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
+    responses((status = 200, description = "The interface", body = Network), (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn get_network(
+    State(daemon): State<Shared>,
+    Path(namespace): Path<String>,
+) -> Result<Reply<Network>, Fault> {
+    daemon.network(&namespace).map(Reply)
+}
+
+/// Says which tap VMs of this namespace are on. The tap must exist when a VM is started.
+#[utoipa::path(put, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
+    request_body = NetworkBody,
+    responses((status = 200, description = "It is kept", body = Network), (status = 400, body = FaultBody, description = "It makes no sense")))]
+pub(super) async fn put_network(
+    State(daemon): State<Shared>,
+    Path(namespace): Path<String>,
+    Body(body): Body<NetworkBody>,
+) -> Result<Reply<Network>, Fault> {
+    check_name("namespace", &namespace)?;
+    check_name("interface", &body.iface_id)?;
+    if body.guest_addr.is_some() || body.unique_addr.is_some() {
+        return Err(Fault::bad(
+            "`guest_addr` and `unique_addr` have no use here: requests reach guests by their serial line or by vsock. \
+             Leave them out.",
+        ));
+    }
+    // The kernel's limit of a device's name (IFNAMSIZ), its end included.
+    if body.host_dev_name.is_empty() || body.host_dev_name.len() > 15 || body.host_dev_name.contains(['/', '\0', ' ']) {
+        return Err(Fault::bad("`host_dev_name` must be the name of a tap: 1 to 15 characters."));
+    }
+    if body.guest_mac.as_deref().is_some_and(|mac| !is_mac(mac)) {
+        return Err(Fault::bad("`guest_mac` must be six hexadecimal bytes with colons between them."));
+    }
+    let NetworkBody { host_dev_name, iface_id, guest_mac, .. } = body;
+    let network = Network { namespace: namespace.clone(), host_dev_name, iface_id, guest_mac };
+    let kept = blocking({
+        let (daemon, network) = (daemon.clone(), network.clone());
+        move || {
+            daemon.store.save(Kind::Networks, &namespace, &network)?;
+            daemon.networks().insert(namespace, network);
+            Ok::<(), crate::snapshot::Error>(())
+        }
+    });
+    kept.await?.map_err(|error| Fault::of(&error))?;
+    Ok(Reply(network))
+}
+
+fn is_mac(text: &str) -> bool {
+    let bytes: Vec<&str> = text.split(':').collect();
+    bytes.len() == 6 && bytes.iter().all(|byte| byte.len() == 2 && byte.chars().all(|c| c.is_ascii_hexdigit()))
+}
+
+/// Forgets a network interface.
+#[utoipa::path(delete, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
+    responses((status = 200, description = "It was this", body = Network), (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn delete_network(
+    State(daemon): State<Shared>,
+    Path(namespace): Path<String>,
+) -> Result<Reply<Network>, Fault> {
+    let network = daemon.network(&namespace)?;
+    daemon.store.remove(Kind::Networks, &namespace).map_err(|error| Fault::of(&error))?;
+    daemon.networks().remove(&namespace);
+    Ok(Reply(network))
+}

@@ -1,0 +1,123 @@
+//! All paths, and the OpenAPI document that is made of them.
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{Html, IntoResponse};
+use serde_json::{Value, json};
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::fault::{Fault, Reply};
+use super::working_set::{mincore, profile, reap};
+use super::{Shared, functions, invocations, metrics, networks, snapshots, traces, vms};
+
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "tvmm serve",
+    description = "Functions in microVMs, restored from snapshots by policy. Resources are FaaSnap's, with tvmm's added."
+))]
+struct ApiDoc;
+
+/// Every documented path, with its handler.
+fn documented() -> OpenApiRouter<Shared> {
+    OpenApiRouter::with_openapi(ApiDoc::openapi())
+        .routes(routes!(functions::get_functions, functions::post_function))
+        .routes(routes!(functions::get_function, functions::delete_function))
+        .routes(routes!(vms::get_vms, vms::post_vm))
+        .routes(routes!(vms::get_vm, vms::delete_vm))
+        .routes(routes!(vms::get_report))
+        .routes(routes!(vms::post_vmm))
+        .routes(routes!(vms::get_policies))
+        .routes(routes!(snapshots::get_snapshots, snapshots::post_snapshot, snapshots::copy_snapshot))
+        .routes(routes!(snapshots::get_snapshot, snapshots::patch_snapshot, snapshots::delete_snapshot))
+        .routes(routes!(mincore::get_mincore, mincore::put_mincore, mincore::post_mincore, mincore::patch_mincore))
+        .routes(routes!(reap::get_reap, reap::patch_reap, reap::delete_reap))
+        .routes(routes!(profile::get_profile, profile::post_profile, profile::put_profile, profile::delete_profile))
+        .routes(routes!(profile::get_plan))
+        .routes(routes!(networks::get_networks))
+        .routes(routes!(networks::get_network, networks::put_network, networks::delete_network))
+        .routes(routes!(invocations::post_invocation))
+        .routes(routes!(traces::get_traces))
+        .routes(routes!(traces::get_trace))
+        .routes(routes!(metrics::get_metrics))
+        .routes(routes!(get_ui))
+        .routes(routes!(get_ui_data))
+        .routes(routes!(get_openapi))
+}
+
+/// The OpenAPI 3.1 document.
+pub fn openapi() -> String {
+    let (_, document) = documented().split_for_parts();
+    // The document has only strings as keys.
+    let mut text = document.to_pretty_json().unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+/// The whole service.
+pub(super) fn router(daemon: Shared) -> Router {
+    let (router, _) = documented().split_for_parts();
+    router.fallback(unknown).method_not_allowed_fallback(not_allowed).with_state(daemon)
+}
+
+async fn unknown(uri: Uri) -> Fault {
+    Fault::new(StatusCode::NOT_FOUND, format!("There is no path `{}`: see /openapi.json.", uri.path()))
+}
+
+async fn not_allowed(method: Method, uri: Uri) -> Fault {
+    let message = format!("`{}` does not take {method}: see /openapi.json.", uri.path());
+    Fault::new(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", tag = "service",
+    responses((status = 200, description = "OpenAPI 3.1", body = Object)))]
+async fn get_openapi() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/json")], openapi())
+}
+
+/// A page that shows functions, VMs and where their memory is, and recent traces.
+#[utoipa::path(get, path = "/ui", tag = "service",
+    responses((status = 200, description = "A page", body = String, content_type = "text/html")))]
+async fn get_ui() -> Html<&'static str> {
+    Html(include_str!("ui.html"))
+}
+
+/// VMs whose memory the page shows.
+const VMS_SHOWN: usize = 32;
+/// Traces and VMs that are over which it shows.
+const RECENT: usize = 20;
+
+/// What the page shows.
+#[utoipa::path(get, path = "/ui/data", tag = "service",
+    responses((status = 200, description = "What the page shows", body = Object)))]
+async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {
+    let (running, queued) = daemon.gate.load();
+    let living = daemon.vms.all();
+    let mut records: Vec<Value> = Vec::new();
+    for record in daemon.vms.records().into_iter().take(living.len() + RECENT) {
+        records.push(json!(record));
+    }
+    // One after the other: each VM answers at once or not at all.
+    for (vm, record) in living.iter().zip(&mut records).take(VMS_SHOWN) {
+        if let Ok(report) = vm.report().await {
+            record["memory"] = report["memory"].clone();
+            record["planned_pages"] = report["restore"]["engine"]["planned"].clone();
+            record["fault_ins"] = report["fault_ins"].clone();
+        }
+    }
+    let limits = &daemon.options.limits;
+    Reply(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "load": {
+            "running": running, "max_running": limits.max_running, "queued": queued, "max_queue": limits.max_queue,
+            "vms": daemon.vms.count(), "max_vms": limits.max_vms, "shells": daemon.shells.len(),
+        },
+        "functions": daemon.functions().values().cloned().collect::<Vec<_>>(),
+        "snapshots": daemon.snapshots().values().cloned().collect::<Vec<_>>(),
+        "vms": records,
+        "traces": daemon.traces.summaries(RECENT),
+    }))
+}

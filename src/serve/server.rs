@@ -1,0 +1,171 @@
+//! Listening, on TCP and on a Unix socket; how many connections are served at once, and how they end.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
+
+use super::daemon::Daemon;
+use super::metrics::Counters;
+
+/// A client that takes longer to send the head of a request, or leaves a connection idle for longer, is cut off.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait when the kernel cannot accept (no file descriptors left).
+const ACCEPT_RETRY: Duration = Duration::from_millis(10);
+/// Clients turned away that are waited for, so that they can read why.
+const MAX_LINGERING: usize = 4096;
+/// How long each of them is waited for.
+const LINGER: Duration = Duration::from_secs(2);
+
+const TURNED_AWAY: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nConnection: close\r\n\
+    Content-Type: application/json\r\nContent-Length: 56\r\n\r\n\
+    {\"message\":\"Too many open connections: try again later.\"}";
+
+/// Something that can be connected to.
+pub(super) trait Listener {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    fn accept_one(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn accept_one(&self) -> io::Result<TcpStream> {
+        let (stream, _) = self.accept().await?;
+        // Answers are written at once; waiting for more to send helps nobody.
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn accept_one(&self) -> io::Result<UnixStream> {
+        Ok(self.accept().await?.0)
+    }
+}
+
+/// What all listeners share.
+#[derive(Clone)]
+pub(super) struct Server {
+    pub(super) daemon: Arc<Daemon>,
+    pub(super) router: Router,
+    pub(super) slots: Arc<Semaphore>,
+    lingering: Arc<Semaphore>,
+    pub(super) stopped: watch::Receiver<bool>,
+}
+
+impl Server {
+    pub(super) fn new(daemon: Arc<Daemon>, router: Router, stopped: watch::Receiver<bool>) -> Server {
+        let slots = Arc::new(Semaphore::new(daemon.options.limits.max_connections));
+        Server { daemon, router, slots, lingering: Arc::new(Semaphore::new(MAX_LINGERING)), stopped }
+    }
+
+    /// Accepts and serves until told to stop.
+    pub(super) async fn serve<L: Listener>(self, listener: L) {
+        let mut stopped = self.stopped.clone();
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = stop(&mut stopped) => return,
+                accepted = listener.accept_one() => accepted,
+            };
+            match (accepted, self.slots.clone().try_acquire_owned()) {
+                (Ok(stream), Ok(slot)) => {
+                    let connection = serve_one(stream, self.router.clone(), self.stopped.clone());
+                    tokio::spawn(async move {
+                        connection.await;
+                        drop(slot);
+                    });
+                }
+                (Ok(stream), Err(_)) => self.turn_away(stream),
+                (Err(error), _) => {
+                    tracing::warn!(%error, "A connection cannot be accepted");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
+        }
+    }
+
+    fn turn_away(&self, mut stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        Counters::count(&self.daemon.counters.connections_refused);
+        let Ok(place) = self.lingering.clone().try_acquire_owned() else { return };
+        tokio::spawn(async move {
+            // Closing with a request unread would reset the connection, and with it the answer.
+            let _ = tokio::time::timeout(LINGER, async {
+                let written = poll_fn(|context| Pin::new(&mut stream).poll_write(context, TURNED_AWAY)).await;
+                if !written.is_ok_and(|count| count == TURNED_AWAY.len()) {
+                    return;
+                }
+                let _ = poll_fn(|context| Pin::new(&mut stream).poll_shutdown(context)).await;
+                let mut bytes = [0; 4096];
+                for _ in 0..64 {
+                    let mut buffer = ReadBuf::new(&mut bytes);
+                    let read = poll_fn(|context| Pin::new(&mut stream).poll_read(context, &mut buffer)).await;
+                    if read.is_err() || buffer.filled().is_empty() {
+                        return;
+                    }
+                }
+            })
+            .await;
+            drop(place);
+        });
+    }
+}
+
+/// Waits until the server is told to stop, or whoever could tell it is gone.
+async fn stop(stopped: &mut watch::Receiver<bool>) {
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+/// Serves one connection, request after request.
+async fn serve_one(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(64 << 10)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = pin!(connection);
+    let mut stopping = false;
+    loop {
+        tokio::select! {
+            biased;
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "A connection broke off");
+                }
+                return;
+            }
+            () = stop(&mut stopped), if !stopping => {
+                stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refusal_says_its_length() {
+        let text = std::str::from_utf8(TURNED_AWAY).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.contains(&format!("Content-Length: {}", body.len())), "{}", body.len());
+    }
+}

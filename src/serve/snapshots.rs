@@ -1,0 +1,374 @@
+//! `/snapshots`: taken of VMs, copied, brought into the page cache and out of it, forgotten.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path as FilePath;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, Uri};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::Shared;
+use super::body::{Body, check_name, query};
+use super::daemon::{Daemon, blocking};
+use super::fault::{Fault, FaultBody, Reply};
+use super::functions::Function;
+use super::store::Kind;
+use super::traces::random_hex;
+use super::vm::Vm;
+use super::working_set;
+use crate::snapshot::{Location, Snapshot, copy_drive, derived_dir};
+
+/// A snapshot that is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(super) struct SnapshotRecord {
+    #[serde(rename = "ssId")]
+    pub(super) ss_id: String,
+    /// The VM it was taken of.
+    #[serde(rename = "vmId")]
+    pub(super) vm_id: String,
+    /// `Full` or `Diff`.
+    pub(super) snapshot_type: String,
+    /// The snapshot that this diff builds on.
+    pub(super) parent: Option<String>,
+    /// Where it is a copy of another.
+    pub(super) copy_of: Option<String>,
+    /// What it is: the identity to which plans and profiles are bound. Copies share it.
+    pub(super) identity: String,
+    /// Bytes of guest memory it holds.
+    pub(super) memory_bytes: u64,
+    /// How long the VM stood still for it, µs.
+    pub(super) capture_us: u64,
+    pub(super) created_unix_ms: u64,
+    /// The function as it was then.
+    pub(super) function: Function,
+}
+
+/// A snapshot to be taken.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SnapshotBody {
+    #[serde(rename = "vmId")]
+    vm_id: String,
+    /// What to call it; none: a new name.
+    #[serde(rename = "ssId")]
+    ss_id: Option<String>,
+    /// `Full` (the default), or `Diff`: the pages written since the VM's last snapshot.
+    snapshot_type: Option<String>,
+    /// Refused: snapshots are kept in the daemon's directory.
+    snapshot_path: Option<String>,
+    /// Refused for the same reason.
+    mem_file_path: Option<String>,
+    /// Refused: there is one format.
+    version: Option<String>,
+    /// FaaSnap: record which regions are not zero. A snapshot always does; false is refused.
+    record_regions: Option<bool>,
+    /// FaaSnap: regions smaller than this are left out. Only 0.
+    size_threshold: Option<u64>,
+    /// FaaSnap: gaps smaller than this many pages are taken in. Only 32, FaaSnap's own.
+    interval_threshold: Option<u64>,
+}
+
+/// What to do with a snapshot's files.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SnapshotPatch {
+    /// FaaSnap: make holes of zero pages. In a snapshot every zero page is a hole already; false is refused.
+    dig_hole: Option<bool>,
+    /// Bring its files into the page cache.
+    #[serde(default)]
+    load_cache: bool,
+    /// Drop its files from the page cache.
+    #[serde(default)]
+    drop_cache: bool,
+}
+
+/// What of a snapshot's files is in the page cache.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct CacheState {
+    /// Pages of 4 KiB; none if the kernel cannot say.
+    pub(super) cached_pages: Option<u64>,
+    /// Bytes that the files take on the disk.
+    pub(super) disk_bytes: u64,
+}
+
+/// All snapshots.
+#[utoipa::path(get, path = "/snapshots", tag = "snapshots",
+    responses((status = 200, description = "All snapshots", body = Vec<SnapshotRecord>)))]
+pub(super) async fn get_snapshots(State(daemon): State<Shared>) -> Reply<Vec<SnapshotRecord>> {
+    Reply(daemon.snapshots().values().cloned().collect())
+}
+
+/// One snapshot.
+#[utoipa::path(get, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
+    responses((status = 200, description = "The snapshot", body = SnapshotRecord), (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn get_snapshot(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+) -> Result<Reply<SnapshotRecord>, Fault> {
+    daemon.snapshot(&id).map(Reply)
+}
+
+/// Takes a snapshot of a VM, between its requests. The VM runs on.
+#[utoipa::path(post, path = "/snapshots", tag = "snapshots", request_body = SnapshotBody,
+    responses((status = 200, description = "It is kept", body = SnapshotRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such VM"), (status = 409, body = FaultBody, description = "The name is taken, or the VM is over"),
+        (status = 422, body = FaultBody, description = "The VM refuses"), (status = 507, body = FaultBody, description = "The disk is full")))]
+pub(super) async fn post_snapshot(
+    State(daemon): State<Shared>,
+    Body(body): Body<SnapshotBody>,
+) -> Result<Reply<SnapshotRecord>, Fault> {
+    // Once begun it is finished, whether or not the client waits.
+    let task = tokio::spawn(async move { take(&daemon, body).await });
+    task.await.unwrap_or_else(|_| Err(Fault::internal("The snapshot was given up."))).map(Reply)
+}
+
+async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord, Fault> {
+    if body.snapshot_path.is_some() || body.mem_file_path.is_some() || body.version.is_some() {
+        return Err(Fault::bad(
+            "Snapshots are kept in the daemon's directory, in one format: leave out `snapshot_path`, `mem_file_path` and \
+             `version`.",
+        ));
+    }
+    if body.record_regions == Some(false) {
+        return Err(Fault::bad("`record_regions` cannot be false: a snapshot always knows which pages are not zero."));
+    }
+    working_set::check_thresholds(body.size_threshold, body.interval_threshold)?;
+    let kind = match body.snapshot_type.as_deref() {
+        None | Some("Full") => "Full",
+        Some("Diff") => "Diff",
+        Some(other) => return Err(Fault::bad(format!("There is no snapshot type `{other}`: Full or Diff."))),
+    };
+    let vm = daemon.vm(&body.vm_id)?;
+    let claim = claim_name(daemon, body.ss_id)?;
+    let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{}`.", vm.id)))?;
+    let _quiet = vm.quiet().await;
+    let dir = daemon.snapshot_dir(&claim.id);
+    let taken = capture(&vm, kind, &dir).await?;
+    let opened = blocking({
+        let dir = dir.clone();
+        move || Snapshot::open(&Location::Dir(dir))
+    });
+    let opened = opened.await?.map_err(|error| Fault::of(&error))?;
+    let parent = opened.parent_location().map(|location| match location {
+        Location::Dir(dir) | Location::Files { snapshot: dir, .. } => dir,
+    });
+    let record = SnapshotRecord {
+        ss_id: claim.id.clone(),
+        vm_id: vm.id.clone(),
+        snapshot_type: kind.to_string(),
+        parent: parent.and_then(|dir| Some(dir.file_name()?.to_str()?.to_string())),
+        copy_of: None,
+        identity: opened.id().to_string(),
+        memory_bytes: taken["memory_bytes"].as_u64().unwrap_or(0),
+        capture_us: taken["capture_us"].as_u64().unwrap_or(0),
+        created_unix_ms: opened.manifest().created_unix_ms,
+        function: vm.function.clone(),
+    };
+    keep(daemon, record).await
+}
+
+/// Pauses the VM, takes the snapshot, and lets the VM run on whatever came of it.
+async fn capture(vm: &Vm, kind: &str, dir: &FilePath) -> Result<serde_json::Value, Fault> {
+    let refused = |error: super::vm::control::ControlError| {
+        let text = format!("The snapshot cannot be taken: {}.", error.to_string().trim_end_matches('.'));
+        Fault::said(StatusCode::UNPROCESSABLE_ENTITY, text)
+    };
+    vm.control.ask("PATCH", "/vm", Some(&json!({ "state": "Paused" }))).await.map_err(refused)?;
+    let body = json!({ "snapshot_path": dir, "snapshot_type": kind, "tvmm": { "resume": true } });
+    let taken = vm.control.ask("PUT", "/snapshot/create", Some(&body)).await;
+    if taken.is_err() {
+        vm.control.ask("PATCH", "/vm", Some(&json!({ "state": "Resumed" }))).await.map_err(refused)?;
+    }
+    taken.map_err(refused)
+}
+
+/// Writes a snapshot down; if that cannot be done there is no snapshot.
+async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRecord, Fault> {
+    let kept = blocking({
+        let (daemon, record) = (daemon.clone(), record.clone());
+        move || {
+            let kept = daemon.store.save(Kind::Snapshots, &record.ss_id, &record);
+            if kept.is_err() {
+                // Best effort: what is left has no record, and is removed at the next start.
+                let _ = fs::remove_dir_all(daemon.snapshot_dir(&record.ss_id));
+            }
+            kept
+        }
+    });
+    kept.await?.map_err(|error| Fault::of(&error))?;
+    daemon.snapshots().insert(record.ss_id.clone(), record.clone());
+    daemon.counters.snapshots_made.fetch_add(1, Ordering::Relaxed);
+    Ok(record)
+}
+
+/// A name that nobody else gives to a snapshot meanwhile.
+struct Claim {
+    id: String,
+    names: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<Claim, Fault> {
+    let id = wanted.unwrap_or_else(|| random_hex(6));
+    check_name("snapshot", &id)?;
+    let is_free = daemon.names.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
+    let taken = Fault::conflict(format!("There is a snapshot `{id}` already: snapshots do not change."));
+    if !is_free {
+        return Err(taken);
+    }
+    let claim = Claim { id, names: daemon.names.clone() };
+    if daemon.snapshots().contains_key(&claim.id) || daemon.snapshot_dir(&claim.id).exists() {
+        return Err(taken);
+    }
+    Ok(claim)
+}
+
+/// Copies a snapshot, its profiles included: clones of different snapshots share no page cache.
+#[utoipa::path(put, path = "/snapshots", tag = "snapshots",
+    params(("from_snapshot" = String, Query), ("ssId" = Option<String>, Query, description = "What to call the copy"),
+        ("mem_file_path" = Option<String>, Query, description = "Refused: snapshots are kept in the daemon's directory")),
+    responses((status = 200, description = "The copy", body = SnapshotRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 507, body = FaultBody, description = "The disk is full")))]
+pub(super) async fn copy_snapshot(State(daemon): State<Shared>, uri: Uri) -> Result<Reply<SnapshotRecord>, Fault> {
+    let task = tokio::spawn(async move { copy(&daemon, &uri).await });
+    task.await.unwrap_or_else(|_| Err(Fault::internal("The copy was given up."))).map(Reply)
+}
+
+async fn copy(daemon: &Arc<Daemon>, uri: &Uri) -> Result<SnapshotRecord, Fault> {
+    let mut query = query(uri, &["from_snapshot", "ssId", "mem_file_path"])?;
+    if query.contains_key("mem_file_path") {
+        return Err(Fault::bad("Snapshots are kept in the daemon's directory: leave out `mem_file_path`."));
+    }
+    let from = query.remove("from_snapshot").ok_or_else(|| Fault::bad("The query needs `from_snapshot`."))?;
+    let from = daemon.snapshot(&from)?;
+    let claim = claim_name(daemon, query.remove("ssId"))?;
+    let copied = blocking({
+        let (daemon, from, id) = (daemon.clone(), from.ss_id.clone(), claim.id.clone());
+        move || {
+            let to = daemon.snapshot_dir(&id);
+            copy_dir(&daemon.snapshot_dir(&from), &to)?;
+            copy_dir(&daemon.store.profiles_dir(&from), &daemon.store.profiles_dir(&id))
+        }
+    });
+    copied.await?.map_err(|error| Fault::of(&error))?;
+    let record = SnapshotRecord { ss_id: claim.id.clone(), copy_of: Some(from.ss_id.clone()), ..from };
+    keep(daemon, record).await
+}
+
+/// Copies the files of a directory, holes and all, without its folders (which hold what can be made again).
+fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
+    let io = |action: &'static str, path: &FilePath| {
+        let path = path.to_owned();
+        move |source| crate::snapshot::Error::Io { action, path, source }
+    };
+    let entries = match fs::read_dir(from) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(io("list", from))?,
+    };
+    let partial = to.with_extension("partial");
+    // What an earlier attempt left.
+    let _ = fs::remove_dir_all(&partial);
+    fs::create_dir(&partial).map_err(io("make", &partial))?;
+    let copied = entries.into_iter().try_for_each(|entry| {
+        let path = entry.map_err(io("list", from))?.path();
+        let file = File::open(&path).map_err(io("open", &path))?;
+        let metadata = file.metadata().map_err(io("stat", &path))?;
+        let Some(name) = path.file_name().filter(|_| metadata.is_file()) else { return Ok(()) };
+        let copy = copy_drive(&file, metadata.len(), &partial.join(name))?;
+        copy.sync_all().map_err(io("sync the copy of", &path))
+    });
+    let copied = copied.and_then(|()| fs::rename(&partial, to).map_err(io("rename the finished copy to", to)));
+    if copied.is_err() {
+        // Best effort: it did not get its name.
+        let _ = fs::remove_dir_all(&partial);
+    }
+    copied
+}
+
+/// Brings a snapshot's files into the page cache, or drops them from it.
+#[utoipa::path(patch, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)), request_body = SnapshotPatch,
+    responses((status = 200, description = "How it is cached now", body = CacheState), (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn patch_snapshot(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+    Body(patch): Body<SnapshotPatch>,
+) -> Result<Reply<CacheState>, Fault> {
+    daemon.snapshot(&id)?;
+    if patch.dig_hole == Some(false) {
+        return Err(Fault::bad("`dig_hole` cannot be false: in a snapshot every zero page is a hole."));
+    }
+    if patch.load_cache && patch.drop_cache {
+        return Err(Fault::bad("`load_cache` and `drop_cache` contradict each other."));
+    }
+    let dir = daemon.snapshot_dir(&id);
+    let changed = blocking(move || {
+        if patch.drop_cache {
+            working_set::drop_cached(&working_set::files_of(&dir)?)?;
+        }
+        if patch.load_cache {
+            working_set::load_cached(&working_set::files_of(&dir)?)?;
+        }
+        working_set::cache_state(&working_set::files_of(&dir)?)
+    });
+    changed.await?.map(Reply).map_err(|error| Fault::of(&error))
+}
+
+/// Forgets a snapshot and its profiles.
+#[utoipa::path(delete, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
+    responses((status = 200, description = "It was this", body = SnapshotRecord), (status = 404, body = FaultBody, description = "There is none"),
+        (status = 409, body = FaultBody, description = "A VM runs from it, or a diff builds on it")))]
+pub(super) async fn delete_snapshot(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+) -> Result<Reply<SnapshotRecord>, Fault> {
+    let record = daemon.snapshot(&id)?;
+    let child = daemon.snapshots().values().find(|other| other.parent.as_ref() == Some(&id)).cloned();
+    if let Some(child) = child {
+        return Err(Fault::conflict(format!("Snapshot `{}` builds on `{id}`.", child.ss_id)));
+    }
+    if let Some(vm) = daemon.vms.all().iter().find(|vm| vm.ss_id.as_ref() == Some(&id)) {
+        return Err(Fault::conflict(format!("VM `{}` runs from snapshot `{id}`.", vm.id)));
+    }
+    // First out of sight, so that no VM is restored from half of it.
+    daemon.snapshots().remove(&id);
+    let removed = blocking({
+        let daemon = daemon.clone();
+        move || {
+            daemon.store.remove(Kind::Snapshots, &id)?;
+            super::store::gone_is_fine(fs::remove_dir_all(daemon.store.profiles_dir(&id)))?;
+            super::store::gone_is_fine(fs::remove_dir_all(daemon.snapshot_dir(&id)))
+        }
+    });
+    removed.await?.map_err(|error| Fault::of(&error))?;
+    Ok(Reply(record))
+}
+
+/// Removes snapshots that never got their record, or whose record was removed first.
+pub(super) fn sweep(daemon: &Daemon) -> io::Result<()> {
+    let kept = daemon.snapshots();
+    for entry in fs::read_dir(daemon.store.snapshots_dir())? {
+        let entry = entry?;
+        if !entry.file_name().to_str().is_some_and(|name| kept.contains_key(name)) {
+            tracing::warn!(path = %entry.path().display(), "A snapshot without a record is removed");
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Where what was derived from a snapshot is.
+pub(super) fn derived(dir: &FilePath) -> std::path::PathBuf {
+    derived_dir(&Location::Dir(dir.to_owned()))
+}

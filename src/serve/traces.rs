@@ -1,0 +1,329 @@
+//! Traces: one per invocation, with a span for each thing that took time, from the request down to the slices of the
+//! restore (`docs/architecture.md`, "Time slices").
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io::Write;
+use std::path::Path as FilePath;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::extract::{Path, State};
+use axum::http::Uri;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+use utoipa::ToSchema;
+
+use super::Shared;
+use super::body::query;
+use super::error::ServeError;
+use super::fault::{Fault, FaultBody, Reply};
+use crate::vmm::report::chrome_event;
+use crate::vmm::sys::clock;
+
+/// Traces that are kept; older ones go.
+const MAX_TRACES: usize = 512;
+/// Traces that may wait for the trace file's disk; more are dropped and counted.
+const MAX_WAITING: usize = 4096;
+/// How long a reader waits for a trace to be complete.
+const COMPLETION: Duration = Duration::from_secs(3);
+
+/// Something that took time.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct Span {
+    pub(super) name: String,
+    /// Index of the span it is part of; none: the whole.
+    pub(super) parent: Option<usize>,
+    /// µs since the trace began.
+    pub(super) start_us: f64,
+    /// µs
+    pub(super) length_us: f64,
+    #[schema(value_type = std::collections::BTreeMap<String, Object>)]
+    pub(super) attributes: BTreeMap<String, Value>,
+}
+
+/// What one invocation did when.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct Trace {
+    #[serde(rename = "traceId")]
+    pub(super) trace_id: String,
+    pub(super) func_name: String,
+    #[serde(rename = "vmId")]
+    pub(super) vm_id: Option<String>,
+    /// The HTTP status it was answered with.
+    pub(super) status: u16,
+    /// µs since 1970.
+    pub(super) start_unix_us: u64,
+    /// Whether the VM's own spans are in.
+    pub(super) complete: bool,
+    /// The first is the whole invocation.
+    pub(super) spans: Vec<Span>,
+}
+
+/// A trace without its spans.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct TraceSummary {
+    #[serde(rename = "traceId")]
+    trace_id: String,
+    func_name: String,
+    #[serde(rename = "vmId")]
+    vm_id: Option<String>,
+    status: u16,
+    start_unix_us: u64,
+    length_us: f64,
+}
+
+/// A trace in the making.
+#[derive(Debug)]
+pub(super) struct Recording {
+    pub(super) trace: Trace,
+    start_ns: u64,
+}
+
+/// Random hexadecimal digits, two a byte.
+pub(super) fn random_hex(bytes: usize) -> String {
+    let mut buffer = vec![0; bytes];
+    // Asking again is all one can do; the kernel's generator is ready long before any daemon.
+    while rustix::rand::getrandom(&mut buffer[..], rustix::rand::GetRandomFlags::empty()) != Ok(bytes) {}
+    buffer.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Recording {
+    pub(super) fn begin(func_name: &str) -> Recording {
+        let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let root = Span {
+            name: "invocation".into(),
+            parent: None,
+            start_us: 0.0,
+            length_us: 0.0,
+            attributes: BTreeMap::new(),
+        };
+        let trace = Trace {
+            trace_id: random_hex(16),
+            func_name: func_name.to_string(),
+            vm_id: None,
+            status: 200,
+            start_unix_us: since_epoch.as_micros() as u64,
+            complete: false,
+            spans: vec![root],
+        };
+        Recording { trace, start_ns: clock::monotonic_ns() }
+    }
+
+    /// A part of the span `parent`, by the clock. Its index.
+    pub(super) fn span(&mut self, name: &str, parent: usize, start_ns: u64, end_ns: u64) -> usize {
+        let start_us = (start_ns as f64 - self.start_ns as f64) / 1000.0;
+        let length_us = end_ns.saturating_sub(start_ns) as f64 / 1000.0;
+        let (name, attributes) = (name.to_string(), BTreeMap::new());
+        self.trace.spans.push(Span { name, parent: Some(parent), start_us, length_us, attributes });
+        self.trace.spans.len() - 1
+    }
+
+    /// A part of the span `parent` that began at `start_ns` and ends now.
+    pub(super) fn lap(&mut self, name: &str, parent: usize, start_ns: u64) -> usize {
+        self.span(name, parent, start_ns, clock::monotonic_ns())
+    }
+
+    pub(super) fn note(&mut self, span: usize, key: &str, value: Value) {
+        if let Some(span) = self.trace.spans.get_mut(span) {
+            span.attributes.insert(key.to_string(), value);
+        }
+    }
+
+    /// The invocation has been answered. How long it took, µs.
+    pub(super) fn answered(&mut self, status: u16) -> u64 {
+        let length_us = clock::monotonic_ns().saturating_sub(self.start_ns) as f64 / 1000.0;
+        self.trace.status = status;
+        if let Some(root) = self.trace.spans.first_mut() {
+            root.length_us = length_us;
+        }
+        length_us.round() as u64
+    }
+
+    /// The recording, to go on with elsewhere.
+    pub(super) fn taken(&self) -> Recording {
+        Recording { trace: self.trace.clone(), start_ns: self.start_ns }
+    }
+
+    /// Takes in what the VM says of itself. `parent`: the span in which it was made; `execute`: that of the request.
+    pub(super) fn add_report(&mut self, report: &Value, parent: usize, execute: usize) {
+        let begin_ns = report["start_monotonic_ns"].as_u64().unwrap_or(0);
+        for slice in report["slices"].as_array().map(Vec::as_slice).unwrap_or_default() {
+            let (Some(name), Some(start), Some(length)) =
+                (slice["slice"].as_str(), slice["start_us"].as_f64(), slice["length_us"].as_f64())
+            else {
+                continue;
+            };
+            let start_ns = begin_ns + (start * 1000.0) as u64;
+            // What a shell did while it was made ready costs no invocation anything.
+            if start_ns < self.start_ns {
+                continue;
+            }
+            let is_output = matches!(name, "first_response" | "execute");
+            self.span(name, if is_output { execute } else { parent }, start_ns, start_ns + (length * 1000.0) as u64);
+        }
+        for key in ["fault_ins", "memory"] {
+            if !report[key].is_null() {
+                self.note(execute, key, report[key].clone());
+            }
+        }
+        if !report["restore"].is_null() {
+            self.note(parent, "policy", report["restore"]["policy"].clone());
+            self.note(parent, "plan", report["restore"]["plan"].clone());
+            self.note(parent, "engine", report["restore"]["engine"].clone());
+        }
+    }
+}
+
+impl Trace {
+    fn summary(&self) -> TraceSummary {
+        TraceSummary {
+            trace_id: self.trace_id.clone(),
+            func_name: self.func_name.clone(),
+            vm_id: self.vm_id.clone(),
+            status: self.status,
+            start_unix_us: self.start_unix_us,
+            length_us: self.spans.first().map_or(0.0, |root| root.length_us),
+        }
+    }
+
+    /// Events of Chrome's trace format. Each trace is a thread of its own.
+    fn chrome_events(&self) -> Vec<Value> {
+        let thread = u32::from_str_radix(self.trace_id.get(..6).unwrap_or_default(), 16).unwrap_or(0);
+        let event = |span: &Span| {
+            let times = [self.start_unix_us as f64 + span.start_us, span.length_us];
+            let mut event = chrome_event(&span.name, &self.func_name, std::process::id(), times);
+            event["tid"] = json!(thread);
+            event["args"] = json!(span.attributes);
+            event
+        };
+        let mut events: Vec<Value> = self.spans.iter().map(event).collect();
+        if let Some(root) = events.first_mut() {
+            root["args"]["traceId"] = json!(self.trace_id);
+            root["args"]["vmId"] = json!(self.vm_id);
+            root["args"]["status"] = json!(self.status);
+        }
+        events
+    }
+}
+
+/// The last traces, and the file they all go to.
+#[derive(Debug)]
+pub(super) struct Traces {
+    kept: Mutex<VecDeque<Arc<Trace>>>,
+    completed: Notify,
+    file: Option<SyncSender<String>>,
+    /// Traces that did not get into the file.
+    pub(super) lost: Arc<AtomicU64>,
+}
+
+impl Traces {
+    /// `path`: a file in Chrome's trace format, made new.
+    pub(super) fn new(path: Option<&FilePath>) -> Result<Traces, ServeError> {
+        let lost = Arc::new(AtomicU64::new(0));
+        let file = path.map(|path| start_file(path, lost.clone())).transpose()?;
+        Ok(Traces { kept: Mutex::default(), completed: Notify::new(), file, lost })
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, VecDeque<Arc<Trace>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a trace, so that it can be asked for. Its VM's spans may come later, by [`Traces::complete`].
+    pub(super) fn keep(&self, trace: Trace) {
+        let mut kept = self.kept();
+        kept.push_back(Arc::new(trace));
+        let too_many = kept.len().saturating_sub(MAX_TRACES);
+        kept.drain(..too_many);
+    }
+
+    /// Replaces a kept trace by its complete form.
+    pub(super) fn complete(&self, mut trace: Trace) {
+        trace.complete = true;
+        if let Some(file) = &self.file {
+            let lines: String = trace.chrome_events().iter().map(|event| format!("{event},\n")).collect();
+            if file.try_send(lines).is_err() {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let mut kept = self.kept();
+        if let Some(place) = kept.iter_mut().rev().find(|kept| kept.trace_id == trace.trace_id) {
+            *place = Arc::new(trace);
+        }
+        drop(kept);
+        self.completed.notify_waiters();
+    }
+
+    fn find(&self, id: &str) -> Option<Arc<Trace>> {
+        self.kept().iter().rev().find(|trace| trace.trace_id == id).cloned()
+    }
+
+    /// A trace, complete if it becomes so in time.
+    async fn wait_for(&self, id: &str) -> Option<Arc<Trace>> {
+        let complete = async {
+            loop {
+                let mut completed = std::pin::pin!(self.completed.notified());
+                completed.as_mut().enable();
+                match self.find(id) {
+                    Some(trace) if !trace.complete => completed.await,
+                    found => return found,
+                }
+            }
+        };
+        tokio::time::timeout(COMPLETION, complete).await.unwrap_or_else(|_| self.find(id))
+    }
+
+    /// The last traces, the newest first.
+    pub(super) fn summaries(&self, count: usize) -> Vec<TraceSummary> {
+        self.kept().iter().rev().take(count).map(|trace| trace.summary()).collect()
+    }
+}
+
+/// Writes lines to the trace file on a thread of its own: no invocation waits for its disk.
+fn start_file(path: &FilePath, lost: Arc<AtomicU64>) -> Result<SyncSender<String>, ServeError> {
+    let failed = |source| ServeError::TraceFile { path: path.to_owned(), source };
+    let mut file = File::create(path).map_err(failed)?;
+    // The format's array may lack its end, so that what was written when a process was killed can be read.
+    file.write_all(b"[\n").map_err(failed)?;
+    let (sender, lines) = sync_channel::<String>(MAX_WAITING);
+    let path = path.to_owned();
+    let write = move || {
+        for text in lines {
+            if let Err(error) = file.write_all(text.as_bytes()) {
+                tracing::warn!(%error, path = %path.display(), "A trace cannot be written");
+                lost.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    };
+    std::thread::Builder::new().name("traces".into()).spawn(write).map_err(failed)?;
+    Ok(sender)
+}
+
+/// The last traces, the newest first.
+#[utoipa::path(get, path = "/traces", tag = "traces",
+    responses((status = 200, description = "The last traces, the newest first", body = Vec<TraceSummary>)))]
+pub(super) async fn get_traces(State(daemon): State<Shared>) -> Reply<Vec<TraceSummary>> {
+    Reply(daemon.traces.summaries(MAX_TRACES))
+}
+
+/// One trace, with its spans.
+#[utoipa::path(get, path = "/traces/{id}", tag = "traces",
+    params(("id" = String, Path), ("format" = Option<String>, Query, description = "`chrome`: Chrome's trace format")),
+    responses((status = 200, description = "The trace", body = Trace), (status = 404, body = FaultBody, description = "There is none, any more")))]
+pub(super) async fn get_trace(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+    uri: Uri,
+) -> Result<Response, Fault> {
+    let query = query(&uri, &["format"])?;
+    let trace = daemon.traces.wait_for(&id).await.ok_or_else(|| Fault::not_found("trace", &id))?;
+    match query.get("format").map(String::as_str) {
+        None | Some("json") => Ok(Reply(&*trace).into_response()),
+        Some("chrome") => Ok(Reply(json!({ "traceEvents": trace.chrome_events() })).into_response()),
+        Some(other) => Err(Fault::bad(format!("There is no format `{other}`: json or chrome."))),
+    }
+}

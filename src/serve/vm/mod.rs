@@ -1,0 +1,305 @@
+//! One VM: a `tvmm` process of its own, told what to do over the one connection it serves, asked over its serial line
+//! or a vsock port.
+
+pub(super) mod control;
+pub(super) mod line;
+pub(super) mod process;
+pub(super) mod shells;
+pub(super) mod table;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::Mutex as AsyncMutex;
+use utoipa::ToSchema;
+
+use self::control::{Control, ControlError};
+use self::line::{Console, GuestAnswer, LineError};
+use self::process::Process;
+use self::shells::Shell;
+use super::functions::Function;
+use super::networks::Network;
+
+/// What a VM is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum VmState {
+    /// It waits for requests.
+    Running,
+    /// It runs a request.
+    Busy,
+    /// It is over.
+    Ended,
+    /// It lived when the daemon before this one ended, and ended with it.
+    Lost,
+}
+
+/// What came of a VM: from the start of a function, or from a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(super) struct VmRecord {
+    #[serde(rename = "vmId")]
+    pub(super) vm_id: String,
+    pub(super) state: VmState,
+    pub(super) func_name: String,
+    /// The snapshot it was restored from; none if it was booted.
+    #[serde(rename = "ssId")]
+    pub(super) ss_id: Option<String>,
+    /// The policy it was restored by.
+    pub(super) policy: Option<String>,
+    pub(super) namespace: Option<String>,
+    #[serde(rename = "vmConf")]
+    pub(super) vm_conf: VmConf,
+    /// The process on the host.
+    pub(super) pid: u32,
+    pub(super) created_unix_ms: u64,
+    pub(super) invocations: u64,
+    /// Whether an invocation started it: such VMs are ended when room is needed, or after the idle time.
+    pub(super) from_invocation: bool,
+    /// Why it is over.
+    pub(super) reason: Option<String>,
+}
+
+/// The shape of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(super) struct VmConf {
+    pub(super) vcpu: u8,
+    /// MiB
+    pub(super) mem_size: u64,
+}
+
+/// How a VM comes to be.
+#[derive(Clone, Debug)]
+pub(super) struct StartSpec {
+    pub(super) function: Function,
+    pub(super) network: Option<Network>,
+    /// Restore this instead of booting.
+    pub(super) restore: Option<RestoreSpec>,
+    pub(super) from_invocation: bool,
+}
+
+/// How a VM is restored.
+#[derive(Clone, Debug)]
+pub(super) struct RestoreSpec {
+    pub(super) ss_id: String,
+    pub(super) dir: PathBuf,
+    pub(super) policy: String,
+    pub(super) profile: Option<PathBuf>,
+    pub(super) dram_mib: Option<u64>,
+    pub(super) cxl_mib: Option<u64>,
+}
+
+/// A VM that runs.
+#[derive(Debug)]
+pub(super) struct Vm {
+    pub(super) id: String,
+    pub(super) function: Function,
+    pub(super) ss_id: Option<String>,
+    pub(super) policy: Option<String>,
+    namespace: Option<String>,
+    pub(super) from_invocation: bool,
+    created_unix_ms: u64,
+    pub(super) process: Process,
+    pub(super) control: Control,
+    /// One request at a time.
+    console: AsyncMutex<Console>,
+    vsock: Option<PathBuf>,
+    next_request: AtomicU64,
+    use_: Mutex<Use>,
+}
+
+/// Who uses a VM.
+#[derive(Debug)]
+struct Use {
+    requests: usize,
+    invocations: u64,
+    since: Instant,
+}
+
+/// Requests that may wait for one VM.
+const MAX_WAITING: usize = 16;
+
+/// A request to a VM, from the wait for its turn on.
+pub(super) struct Using<'a>(&'a Vm);
+
+impl Drop for Using<'_> {
+    fn drop(&mut self) {
+        let mut use_ = self.0.lock();
+        use_.requests -= 1;
+        use_.since = Instant::now();
+    }
+}
+
+impl Vm {
+    /// Makes a VM of a shell. Dropped midway, the shell is killed.
+    pub(super) async fn start(
+        id: String,
+        shell: Shell,
+        spec: &StartSpec,
+        vsock: Option<PathBuf>,
+    ) -> Result<Vm, ControlError> {
+        match &spec.restore {
+            Some(restore) => {
+                let body = load_body(restore, spec, vsock.as_deref());
+                shell.control.ask("PUT", "/snapshot/load", Some(&body)).await?;
+            }
+            None => boot(&shell.control, spec, vsock.as_deref()).await?,
+        }
+        let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Ok(Vm {
+            id,
+            function: spec.function.clone(),
+            ss_id: spec.restore.as_ref().map(|restore| restore.ss_id.clone()),
+            policy: spec.restore.as_ref().map(|restore| restore.policy.clone()),
+            namespace: spec.network.as_ref().map(|network| network.namespace.clone()),
+            from_invocation: spec.from_invocation,
+            created_unix_ms: since_epoch.as_millis() as u64,
+            process: shell.process,
+            control: shell.control,
+            console: AsyncMutex::new(shell.console),
+            vsock,
+            next_request: AtomicU64::new(1),
+            use_: Mutex::new(Use { requests: 0, invocations: 0, since: Instant::now() }),
+        })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Use> {
+        self.use_.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Claims a place in the VM's queue; `None` if it is full.
+    pub(super) fn claim(&self) -> Option<Using<'_>> {
+        let mut use_ = self.lock();
+        (use_.requests <= MAX_WAITING).then(|| {
+            use_.requests += 1;
+            Using(self)
+        })
+    }
+
+    /// Since when nobody uses it.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        let use_ = self.lock();
+        (use_.requests == 0).then(|| use_.since.elapsed())
+    }
+
+    /// Asks the guest, when it is this request's turn.
+    pub(super) async fn ask(&self, function: &str, budget: u64) -> Result<GuestAnswer, LineError> {
+        let console = self.console.lock().await;
+        self.lock().invocations += 1;
+        let id = format!("i{}", self.next_request.fetch_add(1, Ordering::Relaxed));
+        line::drain(&*console);
+        match (self.function.port, &self.vsock) {
+            (Some(port), Some(socket)) => line::ask_port(socket, port, (&id, function), budget).await,
+            _ => line::ask(&*console, &id, function, budget).await,
+        }
+    }
+
+    /// Waits until no request runs, and keeps new ones waiting as long as the guard lives.
+    pub(super) async fn quiet(&self) -> impl Sized + '_ {
+        self.console.lock().await
+    }
+
+    /// What `GET /tvmm/report` says: where its memory is, and where its time went.
+    pub(super) async fn report(&self) -> Result<Value, ControlError> {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let asked = tokio::time::timeout(PATIENCE, self.control.ask("GET", "/tvmm/report", None)).await;
+        asked.unwrap_or_else(|_| Err(ControlError::Gone("it does not answer".into())))
+    }
+
+    pub(super) fn record(&self) -> VmRecord {
+        let (requests, invocations) = {
+            let use_ = self.lock();
+            (use_.requests, use_.invocations)
+        };
+        let ended = self.process.ended();
+        VmRecord {
+            vm_id: self.id.clone(),
+            state: match (&ended, requests) {
+                (Some(_), _) => VmState::Ended,
+                (None, 0) => VmState::Running,
+                (None, _) => VmState::Busy,
+            },
+            func_name: self.function.func_name.clone(),
+            ss_id: self.ss_id.clone(),
+            policy: self.policy.clone(),
+            namespace: self.namespace.clone(),
+            vm_conf: VmConf { vcpu: self.function.vcpu, mem_size: self.function.mem_size },
+            pid: self.process.pid(),
+            created_unix_ms: self.created_unix_ms,
+            invocations,
+            from_invocation: self.from_invocation,
+            reason: ended.map(|ended| ended.why()),
+        }
+    }
+}
+
+/// The body of the VM's `/snapshot/load`.
+fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&std::path::Path>) -> Value {
+    let mut body = json!({
+        "snapshot_path": restore.dir,
+        "resume_vm": true,
+        "track_dirty_pages": spec.function.track_dirty_pages,
+        "tvmm": {
+            "policy": restore.policy,
+            "profile": restore.profile,
+            "dram_mib": restore.dram_mib,
+            "cxl_mib": restore.cxl_mib,
+        },
+    });
+    if let Some(network) = &spec.network {
+        let iface = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });
+        body["network_overrides"] = json!([iface]);
+        if let Some(mac) = &network.guest_mac {
+            body["tvmm"]["mac_overrides"] = json!([{ "iface_id": network.iface_id, "guest_mac": mac }]);
+        }
+    }
+    if let Some(path) = vsock {
+        body["vsock_override"] = json!({ "uds_path": path });
+    }
+    body
+}
+
+/// Configures and starts a machine.
+async fn boot(control: &Control, spec: &StartSpec, vsock: Option<&std::path::Path>) -> Result<(), ControlError> {
+    let function = &spec.function;
+    let machine = json!({
+        "vcpu_count": function.vcpu,
+        "mem_size_mib": function.mem_size,
+        "track_dirty_pages": function.track_dirty_pages,
+    });
+    control.ask("PUT", "/machine-config", Some(&machine)).await?;
+    let source: serde_json::Map<String, Value> = [
+        ("kernel_image_path", json!(function.kernel)),
+        ("initrd_path", json!(function.initrd)),
+        ("boot_args", json!(function.boot_args)),
+    ]
+    .into_iter()
+    .filter(|(_, value)| !value.is_null())
+    .map(|(key, value)| (key.to_string(), value))
+    .collect();
+    control.ask("PUT", "/boot-source", Some(&Value::Object(source))).await?;
+    if let Some(image) = &function.image {
+        let drive = json!({
+            "drive_id": "root",
+            "path_on_host": image,
+            "is_root_device": true,
+            "is_read_only": function.image_read_only,
+        });
+        control.ask("PUT", "/drives/root", Some(&drive)).await?;
+    }
+    if let Some(network) = &spec.network {
+        let mut iface = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });
+        if let Some(mac) = &network.guest_mac {
+            iface["guest_mac"] = json!(mac);
+        }
+        control.ask("PUT", &format!("/network-interfaces/{}", network.iface_id), Some(&iface)).await?;
+    }
+    if let Some(path) = vsock {
+        control.ask("PUT", "/vsock", Some(&json!({ "guest_cid": 3, "uds_path": path }))).await?;
+    }
+    control.ask("PUT", "/actions", Some(&json!({ "action_type": "InstanceStart" }))).await?;
+    Ok(())
+}

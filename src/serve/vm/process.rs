@@ -1,0 +1,283 @@
+//! Child processes: one thread spawns them, a pidfd tells when they end, and what they said last is kept.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+use tokio::sync::{oneshot, watch};
+
+use crate::vmm::sys::{clock, tie, watched};
+
+/// The end of standard error that is kept.
+const SAID_BYTES: usize = 2048;
+/// How long a child may take to end by itself.
+pub(in crate::serve) const STOP_GRACE: Duration = Duration::from_secs(3);
+
+/// What is to be spawned.
+pub(in crate::serve) enum Job {
+    /// `tvmm` that waits for its API at the other end of a socket pair.
+    Shell {
+        /// The id it tells.
+        id: String,
+    },
+    /// `tvmm` with these arguments, which does one thing and ends.
+    Tool(Vec<String>),
+}
+
+/// A child just spawned, and our ends of what it reads and writes.
+pub(in crate::serve) struct Spawned {
+    child: Child,
+    pub(in crate::serve) stdin: OwnedFd,
+    pub(in crate::serve) stdout: OwnedFd,
+    stderr: OwnedFd,
+    /// The API's connection, of a shell.
+    pub(in crate::serve) api: Option<UnixStream>,
+    /// ns of CLOCK_MONOTONIC, before and after.
+    pub(in crate::serve) spawned_ns: (u64, u64),
+}
+
+type Answer = oneshot::Sender<io::Result<Spawned>>;
+
+/// Spawns on a thread of its own: fork is slow, and only one thread may have descriptors open that a child is to
+/// inherit. Children that are tied to this thread end with it, that is with the daemon.
+#[derive(Clone, Debug)]
+pub(in crate::serve) struct Spawner(Sender<(Job, Answer)>);
+
+impl Spawner {
+    pub(in crate::serve) fn start() -> io::Result<Spawner> {
+        let (sender, jobs) = channel();
+        std::thread::Builder::new().name("spawn".into()).spawn(move || spawn_all(&jobs))?;
+        Ok(Spawner(sender))
+    }
+
+    pub(in crate::serve) async fn spawn(&self, job: Job) -> io::Result<Spawned> {
+        let (answer, spawned) = oneshot::channel();
+        let gone = || io::Error::other("the thread that spawns is gone");
+        self.0.send((job, answer)).map_err(|_| gone())?;
+        spawned.await.map_err(|_| gone())?
+    }
+}
+
+fn spawn_all(jobs: &Receiver<(Job, Answer)>) {
+    for (job, answer) in jobs {
+        // Who asked may have left; the child then ends with the descriptors that are dropped here.
+        if let Err(Ok(mut spawned)) = answer.send(spawn(job)) {
+            let _ = spawned.child.kill();
+            let _ = spawned.child.wait();
+        }
+    }
+}
+
+fn spawn(job: Job) -> io::Result<Spawned> {
+    let before = clock::monotonic_ns();
+    // The very file this process runs from, also if another one has its name by now.
+    let mut command = Command::new("/proc/self/exe");
+    let (mut api, mut theirs) = (None, None);
+    match job {
+        Job::Shell { id } => {
+            let (ours, inherited) = UnixStream::pair()?;
+            fcntl_setfd(&inherited, FdFlags::empty())?;
+            let number = std::os::fd::AsRawFd::as_raw_fd(&inherited).to_string();
+            command.args(["--api-fd", &number, "--id", &id, "--start-time-us", &(before / 1000).to_string()]);
+            (api, theirs) = (Some(ours), Some(inherited));
+        }
+        Job::Tool(args) => {
+            command.args(args);
+            tie::to_parent(&mut command);
+        }
+    }
+    let (stdin, our_stdin) = std::io::pipe()?;
+    let (our_stdout, stdout) = std::io::pipe()?;
+    let (our_stderr, stderr) = std::io::pipe()?;
+    // A group of its own: Ctrl-C at a terminal is for the daemon, which ends its VMs in order.
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let child = command.arg0_tvmm().stdin(stdin).stdout(stdout).stderr(stderr).spawn()?;
+    drop(theirs);
+    Ok(Spawned {
+        child,
+        stdin: our_stdin.into(),
+        stdout: our_stdout.into(),
+        stderr: our_stderr.into(),
+        api,
+        spawned_ns: (before, clock::monotonic_ns()),
+    })
+}
+
+/// What the child is called in process lists.
+trait Named {
+    fn arg0_tvmm(&mut self) -> &mut Self;
+}
+
+impl Named for Command {
+    fn arg0_tvmm(&mut self) -> &mut Self {
+        std::os::unix::process::CommandExt::arg0(self, "tvmm")
+    }
+}
+
+/// How a child ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::serve) struct Ended {
+    /// The exit code; `None` if a signal ended it.
+    pub(in crate::serve) code: Option<i32>,
+    /// The last line on standard error.
+    pub(in crate::serve) said: String,
+}
+
+impl Ended {
+    /// In half a sentence.
+    pub(in crate::serve) fn why(&self) -> String {
+        let how = self.code.map_or("ended by a signal".to_string(), |code| format!("ended with exit code {code}"));
+        if self.said.is_empty() { how } else { format!("{how}: {}", self.said.trim_end_matches('.')) }
+    }
+}
+
+/// A child that runs. It is killed when this is dropped.
+#[derive(Debug)]
+pub(in crate::serve) struct Process {
+    pid: u32,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    ended: watch::Receiver<Option<Ended>>,
+}
+
+impl Process {
+    /// Watches a child until it ends.
+    fn watch(child: Child, stderr: OwnedFd) -> io::Result<Process> {
+        let pid = child.id();
+        let opened = Pid::from_raw(pid as i32).ok_or(rustix::io::Errno::SRCH);
+        let pidfd = Arc::new(watched::readable(opened.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))?)?);
+        let (sender, ended) = watch::channel(None);
+        let said = tokio::spawn(last_line(pipe::Receiver::from_owned_fd(stderr)?));
+        let handle = pidfd.clone();
+        tokio::spawn(async move {
+            let mut child = child;
+            // An error here means that the descriptor is bad; then waiting blocks, which is right but slow.
+            let _ = handle.readable().await.map(drop);
+            let code = child.wait().ok().and_then(|status| status.code());
+            let said = tokio::time::timeout(Duration::from_millis(500), said).await;
+            // Nobody may be interested any more.
+            let _ = sender.send(Some(Ended { code, said: said.ok().and_then(Result::ok).unwrap_or_default() }));
+        });
+        Ok(Process { pid, pidfd, ended })
+    }
+
+    pub(in crate::serve) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// How it ended, if it has.
+    pub(in crate::serve) fn ended(&self) -> Option<Ended> {
+        self.ended.borrow().clone()
+    }
+
+    /// Waits for its end.
+    pub(in crate::serve) async fn end(&self) -> Ended {
+        let mut ended = self.ended.clone();
+        let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
+        ended.ok().flatten().unwrap_or_default()
+    }
+
+    pub(in crate::serve) fn signal(&self, signal: Signal) {
+        // It may have ended already; the pidfd keeps the number from meaning another process.
+        let _ = pidfd_send_signal(self.pidfd.get_ref().as_fd(), signal);
+    }
+
+    /// Asks it to end, and ends it if it does not.
+    pub(in crate::serve) async fn stop(&self) -> Ended {
+        self.signal(Signal::TERM);
+        match tokio::time::timeout(STOP_GRACE, self.end()).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                self.signal(Signal::KILL);
+                self.end().await
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.ended.borrow().is_none() {
+            self.signal(Signal::KILL);
+        }
+    }
+}
+
+impl Spawned {
+    /// Splits into the process, watched, and our ends.
+    pub(in crate::serve) fn watch(self) -> io::Result<(Process, Ends)> {
+        let process = Process::watch(self.child, self.stderr)?;
+        let ends = Ends {
+            stdin: pipe::Sender::from_owned_fd(self.stdin)?,
+            stdout: pipe::Receiver::from_owned_fd(self.stdout)?,
+            api: self.api,
+        };
+        Ok((process, ends))
+    }
+}
+
+/// Our ends of a child's pipes and of its API.
+pub(in crate::serve) struct Ends {
+    pub(in crate::serve) stdin: pipe::Sender,
+    pub(in crate::serve) stdout: pipe::Receiver,
+    pub(in crate::serve) api: Option<UnixStream>,
+}
+
+/// Reads all of standard error, and keeps its last line.
+async fn last_line(stderr: pipe::Receiver) -> String {
+    let mut kept = Vec::new();
+    let mut buffer = [0; SAID_BYTES];
+    loop {
+        match stderr.try_read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => {
+                kept.extend(&buffer[..count]);
+                kept.drain(..kept.len().saturating_sub(SAID_BYTES));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if stderr.readable().await.is_err() {
+                    break;
+                }
+            }
+            Err(_) => break,
+        }
+    }
+    let text = String::from_utf8_lossy(&kept);
+    let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    line.trim_start_matches("tvmm: ").to_string()
+}
+
+/// Runs `tvmm` with `args` to its end; what it printed, at most `limit` bytes.
+pub(in crate::serve) async fn run_tool(
+    spawner: &Spawner,
+    args: Vec<String>,
+    limit: usize,
+    timeout: Duration,
+) -> io::Result<(Ended, Vec<u8>)> {
+    let (process, ends) = spawner.spawn(Job::Tool(args)).await?.watch()?;
+    drop(ends.stdin);
+    let read = async {
+        let mut printed = Vec::new();
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            match ends.stdout.try_read(&mut buffer) {
+                Ok(0) => return Ok(printed),
+                Ok(count) if printed.len() + count > limit => return Err(io::Error::other("it printed too much")),
+                Ok(count) => printed.extend(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ends.stdout.readable().await?,
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    match tokio::time::timeout(timeout, async { Ok((read.await?, process.end().await)) }).await {
+        Ok(done) => done.map(|(printed, ended)| (ended, printed)),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
+    }
+}

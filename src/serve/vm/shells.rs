@@ -1,0 +1,91 @@
+//! Shells: `tvmm` processes that wait to become VMs. Some are kept ready, so that an invocation does not wait for a
+//! process to start.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::control::Control;
+use super::line::Console;
+use super::process::{Job, Process, Spawner};
+
+/// A process that waits to become a VM.
+#[derive(Debug)]
+pub(in crate::serve) struct Shell {
+    pub(in crate::serve) process: Process,
+    pub(in crate::serve) control: Control,
+    pub(in crate::serve) console: Console,
+    /// When it was spawned: begin and end, ns of CLOCK_MONOTONIC.
+    pub(in crate::serve) spawned_ns: (u64, u64),
+}
+
+/// The shells that are ready.
+#[derive(Debug)]
+pub(in crate::serve) struct Shells {
+    spawner: Spawner,
+    ready: Mutex<VecDeque<Shell>>,
+    wanted: usize,
+    taken: Notify,
+}
+
+impl Shells {
+    pub(in crate::serve) fn new(spawner: Spawner, wanted: usize) -> Shells {
+        Shells { spawner, ready: Mutex::new(VecDeque::new()), wanted, taken: Notify::new() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Shell>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One that is ready, or a new one.
+    pub(in crate::serve) async fn take(&self) -> io::Result<Shell> {
+        loop {
+            let ready = self.lock().pop_front();
+            self.taken.notify_one();
+            match ready {
+                Some(shell) if shell.process.ended().is_none() => return Ok(shell),
+                // Somebody ended it: the next one.
+                Some(_) => {}
+                None => return self.spawn().await,
+            }
+        }
+    }
+
+    async fn spawn(&self) -> io::Result<Shell> {
+        let spawned = self.spawner.spawn(Job::Shell { id: "tvmm-serve".into() }).await?;
+        let spawned_ns = spawned.spawned_ns;
+        let (process, ends) = spawned.watch()?;
+        let api = ends.api.ok_or_else(|| io::Error::other("a shell has no API"))?;
+        let control = Control::connect(api).await.map_err(io::Error::other)?;
+        let console = Console { input: ends.stdin, output: ends.stdout };
+        Ok(Shell { process, control, console, spawned_ns })
+    }
+
+    /// Keeps as many ready as wanted, for ever.
+    pub(in crate::serve) async fn keep_ready(self: Arc<Self>) {
+        loop {
+            while self.lock().len() < self.wanted {
+                match self.spawn().await {
+                    Ok(shell) => self.lock().push_back(shell),
+                    Err(error) => {
+                        tracing::warn!(%error, "A VM process cannot be started ahead");
+                        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                    }
+                }
+            }
+            self.taken.notified().await;
+        }
+    }
+
+    /// How many are ready.
+    pub(in crate::serve) fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Ends those that are ready.
+    pub(in crate::serve) fn clear(&self) {
+        self.lock().clear();
+    }
+}

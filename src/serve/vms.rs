@@ -1,0 +1,136 @@
+//! `/vms`: machines that run, and what became of those that do not.
+
+use std::sync::Arc;
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::Deserialize;
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::Shared;
+use super::body::Body;
+use super::daemon::{Daemon, START_TIMEOUT};
+use super::fault::{Fault, FaultBody, Reply};
+use super::functions::{Function, known_policy};
+use super::traces::Recording;
+use super::vm::{RestoreSpec, StartSpec, VmRecord};
+use super::working_set::Slot;
+use crate::tiering::policy::Policy;
+
+/// A VM to be started.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct VmBody {
+    func_name: String,
+    /// Restore this snapshot; none: boot, then make the function's `prepare` request.
+    #[serde(rename = "ssId")]
+    ss_id: Option<String>,
+    namespace: Option<String>,
+    /// The policy to restore by; none: the function's.
+    policy: Option<String>,
+}
+
+/// All VMs: those that live, then those that are over, the last first.
+#[utoipa::path(get, path = "/vms", tag = "vms",
+    responses((status = 200, description = "Those that live, then those that are over", body = Vec<VmRecord>)))]
+pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>> {
+    Reply(daemon.vms.records())
+}
+
+/// Boots or restores a VM. It lives until it is deleted.
+#[utoipa::path(post, path = "/vms", tag = "vms", request_body = VmBody,
+    responses((status = 200, description = "It runs", body = VmRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "No such function, snapshot or namespace"),
+        (status = 422, body = FaultBody, description = "It cannot be booted or restored"),
+        (status = 429, body = FaultBody, description = "Too many VMs live"), (status = 502, body = FaultBody, description = "It ended")))]
+pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBody>) -> Result<Reply<VmRecord>, Fault> {
+    let task = tokio::spawn(async move { start(&daemon, body).await });
+    task.await.unwrap_or_else(|_| Err(Fault::internal("The start was given up."))).map(Reply)
+}
+
+async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
+    let function = daemon.function(&body.func_name)?;
+    let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
+    let policy = match body.policy.as_ref().or(function.policy.as_ref()) {
+        Some(name) => known_policy(name)?,
+        None => Policy::Firecracker,
+    };
+    let spec = match &body.ss_id {
+        None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),
+        None => StartSpec { function, network, restore: None, from_invocation: false },
+        Some(id) => {
+            let snapshot = daemon.snapshot(id)?;
+            let profiles = daemon.store.profiles_dir(id);
+            let profile = if policy.needs_profile() { Some(Slot::for_policy(policy, &profiles)?) } else { None };
+            let restore = RestoreSpec {
+                ss_id: id.clone(),
+                dir: daemon.snapshot_dir(id),
+                policy: policy.name().to_string(),
+                profile,
+                dram_mib: snapshot.function.dram_mib,
+                cxl_mib: None,
+            };
+            let function = Function { func_name: function.func_name, ..snapshot.function };
+            StartSpec { function, network, restore: Some(restore), from_invocation: false }
+        }
+    };
+    let mut recording = Recording::begin(&body.func_name);
+    let _turn = daemon.gate.enter(START_TIMEOUT).await?;
+    let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(&spec, &mut recording)).await;
+    let slow = |_| Fault::timed_out(format!("The VM was not ready within {} s.", START_TIMEOUT.as_secs()));
+    let (vm, _) = started.map_err(slow)??;
+    Ok(vm.record())
+}
+
+/// One VM, living or over.
+#[utoipa::path(get, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
+    responses((status = 200, description = "The VM", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn get_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
+    daemon.vms.record(&id).map(Reply).ok_or_else(|| Fault::not_found("VM", &id))
+}
+
+/// Ends a VM that lives; forgets one that is over.
+#[utoipa::path(delete, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
+    responses((status = 200, description = "It is over", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
+pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
+    let record = daemon.vms.record(&id).ok_or_else(|| Fault::not_found("VM", &id))?;
+    match daemon.vms.get(&id) {
+        Some(vm) => {
+            vm.process.stop().await;
+            Ok(Reply(vm.record()))
+        }
+        None => {
+            daemon.vms.forget(&id);
+            Ok(Reply(record))
+        }
+    }
+}
+
+/// Where a VM's memory is and where its time went: the report of its VMM.
+#[utoipa::path(get, path = "/vms/{id}/report", tag = "vms", params(("id" = String, Path)),
+    responses((status = 200, description = "As `tvmm restore --report` writes it", body = Object), (status = 404, body = FaultBody, description = "There is none"),
+        (status = 502, body = FaultBody, description = "It does not answer")))]
+pub(super) async fn get_report(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+) -> Result<Reply<serde_json::Value>, Fault> {
+    let vm = daemon.vm(&id)?;
+    vm.report().await.map(Reply).map_err(|error| Fault::bad_gateway(format!("VM `{id}` gives no report: {error}.")))
+}
+
+/// FaaSnap's way to start a VMM ahead of its VM.
+#[utoipa::path(post, path = "/vmms", tag = "vms",
+    responses((status = 400, body = FaultBody, description = "Always: the daemon keeps VMMs ready by itself")))]
+pub(super) async fn post_vmm() -> Fault {
+    let message = "VMMs are not started by hand: the daemon keeps some ready (`tvmm serve --shells N`).";
+    Fault::new(StatusCode::BAD_REQUEST, message)
+}
+
+/// The restore policies, and which of them need a profile.
+#[utoipa::path(get, path = "/policies", tag = "snapshots",
+    responses((status = 200, description = "All policies", body = Object)))]
+pub(super) async fn get_policies() -> Reply<serde_json::Value> {
+    let policy = |policy: Policy| json!({ "name": policy.name(), "needs_profile": policy.needs_profile() });
+    Reply(Policy::ALL.into_iter().map(policy).collect())
+}

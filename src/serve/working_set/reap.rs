@@ -1,0 +1,104 @@
+//! `/snapshots/{id}/reap`: REAP's recorded working set.
+
+use axum::extract::{Path, State};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{Ground, Slot, cache_state, drop_cached, exclusively, load, load_cached};
+use crate::serve::Shared;
+use crate::serve::body::Body;
+use crate::serve::daemon::blocking;
+use crate::serve::fault::{Fault, FaultBody, Reply};
+use crate::serve::snapshots::CacheState;
+use crate::serve::store::gone_is_fine;
+use crate::tiering::policy::Policy;
+
+/// The state of a snapshot's record for REAP. Sizes are in pages of 4 KiB.
+#[derive(Debug, Serialize, ToSchema)]
+pub(in crate::serve) struct ReapState {
+    /// Whether there is one. Without it, an invocation with `enableReap` makes one.
+    recorded: bool,
+    /// The function that was recorded.
+    function: Option<String>,
+    pages_read: u64,
+    pages_written: u64,
+    /// The pages of the working-set file.
+    ws_pages: u64,
+    /// How the working-set file is cached, once it was made.
+    ws_cache: Option<CacheState>,
+}
+
+/// What is recorded for REAP.
+#[utoipa::path(get, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
+    responses((status = 200, description = "The state", body = ReapState), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+pub(in crate::serve) async fn get_reap(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+) -> Result<Reply<ReapState>, Fault> {
+    daemon.snapshot(&id)?;
+    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let told = blocking(move || {
+        let nothing =
+            ReapState { recorded: false, function: None, pages_read: 0, pages_written: 0, ws_pages: 0, ws_cache: None };
+        let Some(profile) = load(Slot::Reap, &profiles)? else { return Ok(nothing) };
+        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
+        let ws_pages = ground.images(Policy::Reap, &profile)?.iter().map(|image| image.file_len() / 4096).sum();
+        let images = super::images_of(&dir).map_err(|error| Fault::of(&error))?;
+        let state = cache_state(&images).map_err(|error| Fault::of(&error))?;
+        Ok(ReapState {
+            recorded: true,
+            function: Some(profile.function.clone()),
+            pages_read: profile.read.len(),
+            pages_written: profile.written.len(),
+            ws_pages,
+            ws_cache: (!images.is_empty()).then_some(state),
+        })
+    });
+    told.await?.map(Reply)
+}
+
+/// Brings the working-set file into the page cache (`true`, making it if it is not there), or drops it (`false`).
+#[utoipa::path(patch, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)), request_body = bool,
+    responses((status = 200, description = "How it is cached now", body = CacheState), (status = 404, body = FaultBody, description = "There is no such snapshot"),
+        (status = 409, body = FaultBody, description = "Nothing is recorded")))]
+pub(in crate::serve) async fn patch_reap(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+    Body(cached): Body<bool>,
+) -> Result<Reply<CacheState>, Fault> {
+    daemon.snapshot(&id)?;
+    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let changed = blocking(move || {
+        let _turn = exclusively();
+        let none = || Fault::conflict("Nothing is recorded for REAP: an invocation with `enableReap` does that.");
+        let profile = load(Slot::Reap, &profiles)?.ok_or_else(none)?;
+        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
+        let images = ground.make_images(Policy::Reap, &profile)?;
+        let changed = if cached { load_cached(&images) } else { drop_cached(&images) };
+        changed.and_then(|()| cache_state(&images)).map_err(|error| Fault::of(&error))
+    });
+    changed.await?.map(Reply)
+}
+
+/// Forgets the record and its working-set file.
+#[utoipa::path(delete, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
+    responses((status = 200, description = "Nothing is recorded any more", body = Object), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+pub(in crate::serve) async fn delete_reap(
+    State(daemon): State<Shared>,
+    Path(id): Path<String>,
+) -> Result<Reply<serde_json::Value>, Fault> {
+    daemon.snapshot(&id)?;
+    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let removed = blocking(move || {
+        let _turn = exclusively();
+        let Some(profile) = load(Slot::Reap, &profiles)? else { return Ok(false) };
+        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
+        for image in ground.make_images(Policy::Reap, &profile)? {
+            gone_is_fine(std::fs::remove_file(image)).map_err(|error| Fault::of(&error))?;
+        }
+        gone_is_fine(std::fs::remove_file(Slot::Reap.path(&profiles))).map_err(|error| Fault::of(&error))?;
+        Ok(true)
+    });
+    let removed: bool = removed.await??;
+    Ok(Reply(serde_json::json!({ "removed": removed })))
+}

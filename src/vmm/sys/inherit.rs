@@ -1,0 +1,30 @@
+//! Descriptors that a parent process has left open for this one.
+
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+
+/// The connected Unix socket with this number.
+///
+/// Call once, early: the number must be one that this process has not opened itself. 0 to 2 are refused.
+pub fn stream(fd: RawFd) -> io::Result<UnixStream> {
+    let refused = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {fd} {what}"));
+    if fd <= 2 {
+        return Err(refused("is standard input, output or error, or none"));
+    }
+    // SAFETY: only asked about here; a number that is not open makes the calls below fail with EBADF.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let flags = fcntl_getfd(borrowed).map_err(|_| refused("is not open"))?;
+    // What this process opens is close-on-exec; what was left for it cannot be.
+    if flags.contains(FdFlags::CLOEXEC) {
+        return Err(refused("was not inherited"));
+    }
+    fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
+    if rustix::net::getpeername(borrowed).is_err() {
+        return Err(refused("is not a connected socket"));
+    }
+    // SAFETY: it is open, it was inherited, and the flag above keeps a second call from taking it again.
+    Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
