@@ -30,7 +30,7 @@ fn a_dax_device_is_formatted_filled_and_restored_from() {
     assert!(added.contains("\"nonzero_pages\""), "{added}");
     assert!(pool(&["fsck", DEVICE, "--json"]).contains("\"good\": true"));
     take_memory_away(&out);
-    for policy in ["eager", "firecracker-uffd"] {
+    for policy in ["eager", "firecracker-uffd", "trenv"] {
         let mut vm = Vm::restore_with(&out, policy, &["--pool", DEVICE]);
         assert_eq!(vm.call("check").digest, digest, "{policy}");
     }
