@@ -288,6 +288,34 @@ trap_cpuid:                       # ebx would be lost to the compiler: it comes 
 trap_triple_fault:
     lidt null_idt
     ud2
+trap_stores:                      # rdi = two pages, ecx = which stores; src/functions/stores.rs looks at them
+    movabs $0x1122334455667788, %rax
+    cmp $1, %ecx
+    je 1f
+    ja 2f
+    mov %rax, 8(%rdi)
+    mov %al, 4096+5(%rdi)
+    iretq
+1:  lock incq 8(%rdi)
+    xchg %rax, 4096+8(%rdi)
+    iretq
+2:  cmp $2, %ecx
+    ja 3f
+    mov %rsp, %rdx
+    lea 4096(%rdi), %rsp
+    push %rax
+    mov %rdx, %rsp
+    push %rdi
+    push %rcx
+    lea 4096(%rdi), %rdi
+    mov $64, %ecx
+    rep stosb
+    pop %rcx
+    pop %rdi
+    iretq
+3:  fxsave64 (%rdi)
+    movups %xmm0, 4096(%rdi)
+    iretq
 
 # ---------------------------------------------------------------------------------------- tables
 .section .tss,"aw"
@@ -307,6 +335,7 @@ tss_base:
 .org CPUS * TSS_SIZE
 
 .balign 16
+.globl gdt
 gdt:
     .quad 0, 0
     .quad 0x00af9b000000ffff      # 0x10 kernel code
@@ -386,7 +415,7 @@ boot_pd:
 .balign 8
 trap_table:
     .quad trap_halt, trap_rdmsr, trap_wrmsr, trap_set_cr3, trap_sti, trap_cli, trap_cpuid
-    .quad trap_triple_fault
+    .quad trap_triple_fault, trap_stores
 trap_table_end:
 .globl boot_params_ptr
 .globl pvh_info_ptr

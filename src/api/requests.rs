@@ -8,11 +8,13 @@ use serde::de::DeserializeOwned;
 
 use super::devices::{DriveOverrideBody, MacOverrideBody, NetworkOverrideBody, VsockOverrideBody};
 use super::fault::Fault;
+use crate::vmm::cold::ColdPools;
 use crate::vmm::config::{
     BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac,
 };
 use crate::vmm::control::{
-    Command, CreateSnapshot, DEFAULT_POLICY, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind, SnapshotPaths,
+    Command, CreateSnapshot, DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind,
+    SnapshotPaths,
 };
 
 /// A body that was understood.
@@ -187,6 +189,17 @@ struct LoadExtension {
     /// Budgets, MiB.
     dram_mib: Option<u64>,
     cxl_mib: Option<u64>,
+    /// µs that a request may take longer to save a MiB of local memory.
+    dram_price: Option<u64>,
+    /// How pages in place are mapped.
+    #[serde(default)]
+    in_place_mapping: InPlaceMapping,
+    /// Cold pools that hold the snapshot's memory, nearest first.
+    #[serde(default)]
+    cold_pools: Vec<String>,
+    /// Where chunks that come from other hosts are kept, and how many MiB of them.
+    cold_cache: Option<PathBuf>,
+    cold_cache_mib: Option<u64>,
     /// Pools to take guest memory from, in order of preference.
     #[serde(default)]
     pools: Vec<PathBuf>,
@@ -240,7 +253,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         (Some(backend), None) => (Some(backend.backend_path), "backend_path", None),
         (None, memory) => (memory, "mem_file_path", None),
     };
-    let command = Command::LoadSnapshot(LoadSnapshot {
+    let command = Command::LoadSnapshot(Box::new(LoadSnapshot {
         location: snapshot_paths(load.snapshot_path, memory, memory_key)?,
         policy: load.tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
         profile: load.tvmm.profile,
@@ -248,13 +261,20 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
         costs: None,
         dram_mib: load.tvmm.dram_mib,
         cxl_mib: load.tvmm.cxl_mib,
+        dram_price_us: load.tvmm.dram_price,
+        in_place_mapping: load.tvmm.in_place_mapping,
+        cold: ColdPools {
+            pools: load.tvmm.cold_pools,
+            cache: load.tvmm.cold_cache,
+            cache_mib: load.tvmm.cold_cache_mib,
+        },
         pools: load.tvmm.pools,
         handler,
         overrides,
         track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
         clock_realtime: load.clock_realtime,
         resume: load.resume_vm,
-    });
+    }));
     Ok(Parsed { command, is_deprecated })
 }
 

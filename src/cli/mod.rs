@@ -11,6 +11,7 @@ mod plan;
 mod pool;
 mod profile;
 mod serve;
+mod service;
 mod snapshot;
 mod vm;
 
@@ -97,10 +98,12 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
     Pool(pool::PoolArgs),
+    /// Serve a cold pool to VMs on other hosts
+    ServePages(serve::ServeArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
     /// Serve functions, VMs and snapshots over HTTP
-    Serve(Box<serve::ServeArgs>),
+    Serve(Box<service::ServeArgs>),
     /// Measure
     Bench(bench::BenchArgs),
 }
@@ -109,8 +112,10 @@ impl Command {
     /// Whether no VM runs in this process.
     fn only_prints(&self) -> bool {
         match self {
-            Command::Restore(_) | Command::Serve(_) => false,
+            Command::Restore(_) => false,
             Command::Profile(args) => !args.runs_a_vm(),
+            // They outlive who reads where they listen.
+            Command::Serve(_) | Command::ServePages(_) => false,
             _ => true,
         }
     }
@@ -144,8 +149,9 @@ pub fn main() -> ExitCode {
         Some(Command::Calibrate(args)) => calibrate::run(&args),
         Some(Command::Plan(args)) => plan::run(&args),
         Some(Command::Pool(args)) => pool::run(&args),
+        Some(Command::ServePages(args)) => serve::run(&args),
         Some(Command::Guest(args)) => guest::run(&args),
-        Some(Command::Serve(args)) => serve::run(&args),
+        Some(Command::Serve(args)) => service::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
     };
     result.unwrap_or_else(|error| {

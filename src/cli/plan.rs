@@ -14,7 +14,7 @@ use crate::snapshot::{
 use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
-use crate::tiering::policy::{Budget, Estimate, Policy, PolicyInput};
+use crate::tiering::policy::{Budget, DRAM_PRICE_US, Estimate, Policy, PolicyInput, page_price_ns};
 use crate::tiering::profile::Profile;
 use crate::tiering::tier;
 use crate::vmm::sources::{self, Sources};
@@ -44,6 +44,10 @@ pub struct PlanArgs {
     /// Local memory for what is preloaded or will be written, MiB
     #[arg(long, value_name = "MIB")]
     dram: Option<u64>,
+    /// How much longer a request may take to save a MiB of local memory that it does not write, µs; only `tiered` weighs
+    /// that
+    #[arg(long, default_value_t = DRAM_PRICE_US, value_name = "US")]
+    dram_price: u64,
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
@@ -84,7 +88,11 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
         sources::pooled(&Location::Dir(args.snapshot.clone()), &args.pool, false)?;
     let resolved = tier::resolve(&chain, &opened)?;
     let tiers: Vec<TierSource> = opened.iter().map(|tier| tier.source()).collect();
-    let budget = Budget { dram_pages: pages_of(args.dram)?, cxl_pages: pages_of(args.cxl)? };
+    let budget = Budget {
+        dram_pages: pages_of(args.dram)?,
+        cxl_pages: pages_of(args.cxl)?,
+        dram_page_ns: page_price_ns(args.dram_price),
+    };
     let input = PolicyInput {
         chain: &chain,
         resolved: &resolved,

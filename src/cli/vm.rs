@@ -12,10 +12,12 @@ use super::overrides::OverrideArgs;
 use super::{BoxError, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Sink};
+use crate::tiering::policy::DRAM_PRICE_US;
 use crate::tiering::profile::Profile;
+use crate::vmm::cold::ColdPools;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
-use crate::vmm::control::{self, LoadSnapshot, SnapshotPaths};
+use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::port_request::PortRequest;
@@ -41,7 +43,7 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// A plan made by `tvmm plan --out`, instead of a policy
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "profile", "costs", "dram", "cxl"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "profile", "costs", "dram", "dram_price", "cxl"])]
     plan: Option<PathBuf>,
     /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
@@ -49,9 +51,29 @@ pub struct RestoreArgs {
     /// Local memory for what is preloaded or will be written, MiB
     #[arg(long, value_name = "MIB")]
     dram: Option<u64>,
+    /// How much longer a request may take to save a MiB of local memory that it does not write, µs (0: time is all that
+    /// counts); only `tiered` weighs that
+    #[arg(long, default_value_t = DRAM_PRICE_US, value_name = "US")]
+    dram_price: u64,
     /// Memory in the CXL tier, MiB
     #[arg(long, value_name = "MIB")]
     cxl: Option<u64>,
+    /// How pages in place are mapped: private, the kernel copies what is written; shared, tvmm does, as it must where a
+    /// tier has no copy-on-write
+    #[arg(long, value_name = "HOW", default_value = "private")]
+    in_place_mapping: InPlaceMapping,
+    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
+    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], or
+    /// with object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands
+    /// by
+    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
+    cold: Vec<String>,
+    /// Keep chunks that come from other hosts in this directory
+    #[arg(long, value_name = "DIR", requires = "cold")]
+    cold_cache: Option<PathBuf>,
+    /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
+    #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
+    cold_cache_size: Option<u64>,
     /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
     #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
     pool: Vec<PathBuf>,
@@ -97,6 +119,9 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,
+        dram_price_us: Some(args.dram_price),
+        in_place_mapping: args.in_place_mapping,
+        cold: ColdPools { pools: args.cold.clone(), cache: args.cold_cache.clone(), cache_mib: args.cold_cache_size },
         pools: args.pool.clone(),
         handler: None,
         overrides: args.overrides.overrides(),

@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn id_changes_each_time_and_the_line_is_raised() {
-        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        let memory = crate::devices::virtio::testing::memory();
         let device = VmGenId::new(VmGenIdState { gpa: 0x1000, gsi: 3 }).unwrap();
         let id = || memory.read_obj::<u128>(GuestAddress(0x1000)).unwrap();
         device.renew(&memory).unwrap();
@@ -82,9 +82,9 @@ mod tests {
 
     #[test]
     fn saved_places_that_cannot_be_are_refused() {
-        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        let memory = crate::devices::virtio::testing::memory();
         assert!(VmGenId::new(VmGenIdState { gpa: 0x1008, gsi: 3 }).is_err());
-        for gpa in [0x2000, 0xd000_0000, u64::MAX - 15] {
+        for gpa in [0x40_0000, 0xd000_0000, u64::MAX - 15] {
             assert!(VmGenId::new(VmGenIdState { gpa, gsi: 3 }).unwrap().renew(&memory).is_err(), "{gpa:#x}");
         }
     }

@@ -40,7 +40,19 @@ impl Chain {
     /// As for [`Snapshot::open`]; [`Error::Parent`] around it for a parent; [`Error::WrongParent`],
     /// [`Error::ParentLoop`], [`Error::ChainTooLong`], [`Error::LayoutMismatch`].
     pub fn open(tip: &Location) -> Result<Chain> {
-        let mut layers = vec![Snapshot::open(tip)?];
+        Chain::open_by(tip, Snapshot::open)
+    }
+
+    /// As [`open`](Chain::open), but the memory files need not be there: guest memory is somewhere else, in a cold pool.
+    ///
+    /// # Errors
+    /// As for [`open`](Chain::open).
+    pub fn open_elsewhere(tip: &Location) -> Result<Chain> {
+        Chain::open_by(tip, Snapshot::open_elsewhere)
+    }
+
+    fn open_by(tip: &Location, open: fn(&Location) -> Result<Snapshot>) -> Result<Chain> {
+        let mut layers = vec![open(tip)?];
         let mut seen = HashSet::from([layers[0].id()]);
         while let Some(child) = layers.last()
             && let Some(location) = child.parent_location()
@@ -49,7 +61,7 @@ impl Chain {
                 return Err(Error::ChainTooLong { object: tip.display(), limit: MAX_CHAIN_DEPTH });
             }
             let in_child = |source| Error::Parent { child: child.object().to_string(), source: Box::new(source) };
-            let parent = Snapshot::open(&location).map_err(in_child)?;
+            let parent = open(&location).map_err(in_child)?;
             check_pair(child, &parent)?;
             // The id covers the parent's id, so a loop needs a broken hash or a broken check above.
             if !seen.insert(parent.id()) {

@@ -37,6 +37,8 @@ pub struct Snapshot {
     /// 0: the memory file was never looked at, and something else stands in for it.
     memory_len: u64,
     memory_path: PathBuf,
+    /// The memory file was not opened: another file stands in for it and is never read.
+    is_elsewhere: bool,
     page_map: OnceLock<PageMap>,
 }
 
@@ -80,6 +82,17 @@ impl Snapshot {
         Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in)? })
     }
 
+    /// As [`open`](Snapshot::open) for a snapshot whose memory file is somewhere else: it need not be there, and has the
+    /// pages that the manifest says all the same.
+    ///
+    /// # Errors
+    /// As for [`open`](Snapshot::open).
+    pub(crate) fn open_elsewhere(location: &Location) -> Result<Snapshot> {
+        let snapshot = Snapshot::open_without_memory(location)?;
+        let (memory_len, memory_path) = (snapshot.layout().file_len(), location.memory_path());
+        Ok(Snapshot { memory_len, memory_path, is_elsewhere: true, ..snapshot })
+    }
+
     fn open_with(location: &Location, memory_path: &Path) -> Result<Snapshot> {
         let object = location.display();
         let (manifest, container) = match location {
@@ -97,7 +110,18 @@ impl Snapshot {
         let (memory, memory_len) = files::open_regular(&memory_path)?;
         let location = location.clone();
         let page_map = OnceLock::new();
-        Ok(Snapshot { location, object, manifest, container, state, memory, memory_len, memory_path, page_map })
+        Ok(Snapshot {
+            location,
+            object,
+            manifest,
+            container,
+            state,
+            memory,
+            memory_len,
+            memory_path,
+            is_elsewhere: false,
+            page_map,
+        })
     }
 
     /// The manifest.
@@ -183,6 +207,11 @@ impl Snapshot {
     /// The memory file, open for reading.
     pub fn memory(&self) -> &File {
         &self.memory
+    }
+
+    /// Whether guest memory is somewhere else: then [`memory`](Snapshot::memory) is not it.
+    pub fn is_elsewhere(&self) -> bool {
+        self.is_elsewhere
     }
 
     /// How many bytes of the memory file pages can come from: none, if the snapshot was opened without it.

@@ -6,6 +6,7 @@
 //!
 //! [`RestorePlan`]: crate::snapshot::RestorePlan
 
+pub mod chunks;
 pub mod costs;
 pub mod fault;
 pub mod fit;
@@ -56,6 +57,8 @@ pub enum Error {
     PlanWithoutPool { pool: PoolId },
     #[error("The plan in {path} cannot be used: {problem}", path = path.display())]
     PlanFile { path: PathBuf, problem: String },
+    #[error(transparent)]
+    Cold(#[from] chunks::ChunkError),
     #[error(transparent)]
     Pool(#[from] pool::Error),
     #[error(transparent)]

@@ -36,6 +36,9 @@ pub struct SourceFile {
 
 impl SourceFile {
     fn of(layer: &Snapshot) -> Result<SourceFile, Error> {
+        if layer.is_elsewhere() {
+            return Ok(SourceFile { len: 0, modified: (0, 0) });
+        }
         let path = layer.memory_path();
         let bad = |error: std::io::Error| Error::PlanFile { path: path.to_path_buf(), problem: error.to_string() };
         let metadata = layer.memory().metadata().map_err(bad)?;
@@ -155,7 +158,7 @@ impl PlanFile {
             return Err(Error::PlanFile { path: path.to_path_buf(), problem });
         }
         for (layer, then) in chain.layers().iter().zip(&self.sources) {
-            if SourceFile::of(layer)? != *then {
+            if !layer.is_elsewhere() && SourceFile::of(layer)? != *then {
                 return Err(Error::SourceChanged { path: layer.memory_path().to_path_buf() });
             }
         }

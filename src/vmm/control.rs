@@ -12,9 +12,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::cold::ColdPools;
 use super::config::{
     BootSource, ConfigError, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
     VmConfig,
@@ -76,7 +77,7 @@ pub enum Command {
     /// Save a paused machine. → [`Reply::Snapshot`]
     CreateSnapshot(CreateSnapshot),
     /// Become the machine of a snapshot.
-    LoadSnapshot(LoadSnapshot),
+    LoadSnapshot(Box<LoadSnapshot>),
 }
 
 /// Where a snapshot is.
@@ -111,6 +112,29 @@ pub struct CreateSnapshot {
     pub copy_drives: bool,
 }
 
+/// How pages that are to lie in place are mapped where the tier leaves the choice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InPlaceMapping {
+    /// The kernel copies pages that are written.
+    #[default]
+    Private,
+    /// Read-only, as a tier without copy-on-write (device DAX) must be mapped: the VMM copies pages that are written.
+    Shared,
+}
+
+impl std::str::FromStr for InPlaceMapping {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "private" => Ok(InPlaceMapping::Private),
+            "shared" => Ok(InPlaceMapping::Shared),
+            _ => Err("it is neither `private` nor `shared`".to_owned()),
+        }
+    }
+}
+
 /// How to restore a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadSnapshot {
@@ -128,6 +152,14 @@ pub struct LoadSnapshot {
     pub dram_mib: Option<u64>,
     /// The most memory of the CXL tier a plan may use, MiB.
     pub cxl_mib: Option<u64>,
+    /// µs that a request may take longer to save a MiB of local memory; [`DRAM_PRICE_US`] if nobody says.
+    ///
+    /// [`DRAM_PRICE_US`]: crate::tiering::policy::DRAM_PRICE_US
+    pub dram_price_us: Option<u64>,
+    /// How pages in place are mapped.
+    pub in_place_mapping: InPlaceMapping,
+    /// Cold pools that hold the snapshot's memory, nearest first: the memory files are not read then.
+    pub cold: ColdPools,
     /// Pools to take guest memory from instead of the snapshot's files, in order of preference.
     pub pools: Vec<PathBuf>,
     /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
@@ -267,7 +299,7 @@ impl From<ConfigError> for Refused {
 }
 
 /// An error and all its causes as one text, each sentence once.
-fn error_chain(error: &(dyn Error + 'static)) -> String {
+pub(super) fn error_chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

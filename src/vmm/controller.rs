@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::capture::Captured;
@@ -24,11 +25,13 @@ use super::report;
 use super::restore::{EngineReport, FaultCounts, RestoreSpec};
 use super::sources::{self, Sources, location};
 use super::stall::StallWatch;
+use super::sys::kvm_stats::{self, Translations};
 use super::timeline::{Moments, Timeline};
 use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
 use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
 use crate::tiering;
+use crate::tiering::chunks::{ColdCounts, lower};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::CostsUsed;
 use crate::tiering::profile::Profile;
@@ -298,17 +301,23 @@ impl Controller {
         before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let Sources { chain, tiers, pools } = sources::open(load)?;
+        let Sources { chain, tiers, pools, cold } = sources::open(load, self.outside.fault_timeout)?;
         let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
+        let plan = match &cold {
+            Some(pool) => lower(&plan, chain.layers().len(), chain.layout(), pool.index())?,
+            None => plan,
+        };
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
             chain,
+            cold,
             tiers,
             plan: &plan,
             track_dirty_pages: load.track_dirty_pages,
             observer: watch.observer,
             single_pages: watch.single_pages,
+            in_place_mapping: load.in_place_mapping,
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
             stalls: &stalls,
@@ -469,6 +478,7 @@ impl Controller {
         let parts = self.machine_parts();
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
         let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
+        let promotion = parts.as_ref().and_then(|parts| parts.ram.promotion());
         match &mut self.metrics {
             Some(file) => {
                 let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
@@ -480,7 +490,7 @@ impl Controller {
                     })
                 });
                 let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
-                    "devices": devices });
+                    "promotion": promotion, "devices": devices });
                 file.write(&all)
             }
             None => Ok(()),
@@ -509,22 +519,32 @@ pub struct Parts<'a> {
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
+    /// What the cold pool was asked for, if there is one.
+    pub cold: Option<ColdCounts>,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
     virtio: &'a VirtioDevices,
     counters: &'a super::metrics::ExitCounters,
+    vm: &'a VmFd,
 }
 
 impl<'a> Parts<'a> {
+    /// What KVM has mapped for the guest; `None` on kernels that do not count.
+    pub fn translations(&self) -> Result<Option<Translations>, Error> {
+        kvm_stats::translations(self.vm).map_err(Error::os("read KVM's statistics"))
+    }
+
     fn of<S>(machine: &'a Machine<S>) -> Self {
         Parts {
             ram: machine.ram(),
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
+            cold: machine.cold_counts(),
             single_pages: machine.maps_single_pages(),
             virtio: machine.virtio(),
             counters: machine.counters(),
+            vm: machine.vm(),
         }
     }
 

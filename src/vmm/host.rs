@@ -136,3 +136,10 @@ pub fn check(recorded: &HostFacts, guest_cpuid: &[kvm_cpuid_entry2], guest_xcr0:
     }
     if differences.is_empty() { Ok(()) } else { Err(Error::Host(differences)) }
 }
+
+/// Whether KVM runs guests on page tables of their own, with a second stage below them (EPT, NPT). Elsewhere it walks and
+/// marks the guest's page tables itself, and may deliver events to it by software.
+pub fn has_second_stage_paging() -> bool {
+    let is_on = |path| std::fs::read(path).is_ok_and(|text| matches!(text.first(), Some(b'Y' | b'1')));
+    is_on("/sys/module/kvm_intel/parameters/ept") || is_on("/sys/module/kvm_amd/parameters/npt")
+}

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,10 +27,12 @@ use super::config::{DeviceConfigs, VmConfig};
 use super::control::Refused;
 use super::devices::{self, DevicePatch, VirtioDevices};
 use super::error::Error;
+use super::host;
 use super::lineage::Lineage;
 use super::memory::GuestRam;
 use super::metrics::ExitCounters;
 use super::pmem::PmemMemory;
+use super::promote::ahead;
 use super::restore::{FaultCounts, MemoryServices};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::coalesced::CoalescedRing;
@@ -39,6 +42,7 @@ use super::vcpu::{Buses, Ending, EndingSignal, Vcpu, VcpuThread};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::{ConsoleOutput, FwCfg, FwCfgState, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
 use crate::snapshot::MemoryLayout;
+use crate::tiering::chunks::ColdCounts;
 
 /// What a machine is built from, whether it boots or is restored.
 #[derive(Clone, Debug)]
@@ -164,6 +168,9 @@ impl Machine<Built> {
         timeline: &mut Timeline,
     ) -> Result<Self, Error> {
         let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
+        if ram.in_place().is_some() {
+            exit_on_emulation_failure(&vm).map_err(Error::kvm("ask for exits where KVM cannot emulate"))?;
+        }
         if shape.track_dirty_pages {
             dirty_log::enable_manual_protect(&vm).map_err(Error::kvm("enable the dirty log"))?;
         }
@@ -180,8 +187,9 @@ impl Machine<Built> {
         for index in 0..shape.vcpu_count {
             let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
             let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
-            let memory = ram.view().clone();
-            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced: None, has_pic: false, memory });
+            let (memory, in_place) = (ram.view().clone(), ram.in_place().cloned());
+            let (coalesced, has_pic) = (None, false);
+            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced, has_pic, memory, in_place });
         }
         coalesce_console(&kvm, &vm, &mut vcpus)?;
         timeline.lap(Slice::VmCreate);
@@ -241,6 +249,10 @@ impl Machine<Built> {
     /// Applies the saved state of a machine of the same shape.
     pub(super) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
         let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
+        if let Some(in_place) = self.core.ram.in_place() {
+            let (memory, by_software) = (self.core.ram.view(), !host::has_second_stage_paging());
+            vcpus.iter().try_for_each(|state| ahead::promote(in_place, memory, &state.ahead()?, by_software))?;
+        }
         for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
             state.restore_cpuid(&vcpu.fd, vcpu.index)?;
         }
@@ -369,9 +381,18 @@ impl<S> Machine<S> {
         self.core.services.maps_single_pages()
     }
 
+    pub fn vm(&self) -> &VmFd {
+        &self.core.vm
+    }
+
     /// Faults that the fault service has answered so far.
     pub fn fault_counts(&self) -> FaultCounts {
         self.core.services.fault_counts()
+    }
+
+    /// What the cold pool was asked for, if there is one.
+    pub fn cold_counts(&self) -> Option<ColdCounts> {
+        self.core.services.cold_counts()
     }
 
     /// MSRs that KVM refused at restore and the guest does without.
@@ -402,6 +423,17 @@ impl Core {
 
     pub fn machine_state(&self) -> MachineState {
         MachineState { vcpu_count: self.shape.vcpu_count, mem_size_mib: self.shape.mem_size_mib }
+    }
+}
+
+/// KVM emulates some instructions for the guest, and cannot if they write to pages in place: then the VMM is to know, and
+/// the guest not to get an exception for it. Where KVM cannot do that (before Linux 5.14), the guest ends.
+fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
+    cap.args[0] = 1;
+    match vm.enable_cap(&cap) {
+        Err(error) if error.errno() == libc::EINVAL => Ok(()),
+        result => result,
     }
 }
 

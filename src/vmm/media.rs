@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 
 use super::numa;
-use super::sys::locks;
-use super::sys::shared_map::SharedMap;
+use super::sys::shared_map::{SharedMap, make_huge};
+use super::sys::{locks, mempolicy};
 use crate::tiering::pool::{Facts, Medium};
 
 /// The file of a pool in a directory.
@@ -78,6 +78,8 @@ pub struct PoolMedium {
     len: u64,
     facts: Facts,
     map: Option<SharedMap>,
+    /// The node that its pages are to be on.
+    node: Option<u32>,
 }
 
 /// Opens the medium of an existing pool.
@@ -87,9 +89,9 @@ pub struct PoolMedium {
 pub fn open(name: &Path) -> Result<PoolMedium, Error> {
     match Place::of(name)? {
         Place::Dax(device) => open_dax(name, &device),
-        Place::Dir(dir) => open_dir(name, &dir, "dir"),
+        Place::Dir(dir) => open_dir(name, &dir, None),
         Place::Numa(node) => match numa::mounted(node)? {
-            Some(dir) => open_dir(name, &dir, "numa"),
+            Some(dir) => open_dir(name, &dir, Some(node)),
             None => Err(Error::NoPool { path: name.to_path_buf() }),
         },
     }
@@ -112,10 +114,10 @@ pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
             medium.len = want;
             Ok(medium)
         }
-        Place::Dir(dir) => create_in(name, &dir, size.ok_or_else(|| Error::NoSize { path: path() })?, "dir"),
+        Place::Dir(dir) => create_in(name, &dir, size.ok_or_else(|| Error::NoSize { path: path() })?, None),
         Place::Numa(node) => {
             let size = size.ok_or_else(|| Error::NoSize { path: path() })?;
-            create_in(name, &numa::mount(node, size)?, size, "numa")
+            create_in(name, &numa::mount(node, size)?, size, Some(node))
         }
     }
 }
@@ -125,7 +127,7 @@ pub fn format_name(name: &Path) -> String {
     name.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
-fn create_in(name: &Path, dir: &Path, size: u64, kind: &'static str) -> Result<PoolMedium, Error> {
+fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<PoolMedium, Error> {
     let path = dir.join(POOL_FILE);
     let size = size / HUGE * HUGE;
     let making = || Error::io("make", &path);
@@ -146,7 +148,7 @@ fn create_in(name: &Path, dir: &Path, size: u64, kind: &'static str) -> Result<P
         let _ = fs::remove_file(&path);
         return Err(making()(error));
     }
-    open_dir(name, dir, kind)
+    open_dir(name, dir, node)
 }
 
 /// Removes what [`create`] made of a directory, after formatting it has failed.
@@ -161,7 +163,7 @@ fn magic(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::fstatfs(file)?.f_type as u64)
 }
 
-fn open_dir(name: &Path, dir: &Path, kind: &'static str) -> Result<PoolMedium, Error> {
+fn open_dir(name: &Path, dir: &Path, node: Option<u32>) -> Result<PoolMedium, Error> {
     let path = dir.join(POOL_FILE);
     let file = match File::options().read(true).write(true).open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -176,24 +178,28 @@ fn open_dir(name: &Path, dir: &Path, kind: &'static str) -> Result<PoolMedium, E
     let magic = magic(&file).map_err(Error::io("inspect", &path))?;
     let (len, hugetlb) = (metadata.len(), magic == HUGETLBFS);
     let facts = Facts {
-        kind,
+        kind: if node.is_some() { "numa" } else { "dir" },
         align: if hugetlb { HUGE } else { 4096 },
         // A copy would take a huge page that nobody has reserved: without one the guest would be killed.
         copy_on_write: !hugetlb,
-        huge: hugetlb || magic != TMPFS || tmpfs_is_huge(metadata.dev()),
+        huge: hugetlb || mounted_huge(metadata.dev(), magic == TMPFS),
         readable: true,
         shared_between_hosts: false,
     };
     let map = hugetlb.then(|| SharedMap::new(&file, len)).transpose().map_err(Error::io("map", &path))?;
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map })
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node })
 }
 
-/// Whether the tmpfs with this device number was mounted to be made of huge pages (`huge=` of tmpfs(5)).
-fn tmpfs_is_huge(device: u64) -> bool {
+/// Whether the file system with this device number is made of huge pages: a tmpfs mounted so (`huge=` of tmpfs(5)), or one
+/// on persistent memory (`dax`). What the page cache of others is made of nobody promises.
+fn mounted_huge(device: u64, is_tmpfs: bool) -> bool {
     let wanted = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut mounts = mounts.lines().filter(|line| line.split(' ').nth(2) == Some(&wanted));
-    mounts.any(|line| line.contains("huge=always") || line.contains("huge=within_size"))
+    mounts.any(|line| match is_tmpfs {
+        true => line.contains("huge=always") || line.contains("huge=within_size"),
+        false => line.contains(",dax"),
+    })
 }
 
 /// A device-DAX device: what sysfs says of it, and a mapping of all of it.
@@ -219,7 +225,23 @@ fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
     let map = SharedMap::new(&file, len).map_err(Error::io("map", device))?;
     let facts =
         Facts { kind: "dax", align, copy_on_write: false, huge: true, readable: false, shared_between_hosts: true };
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map) })
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map), node: None })
+}
+
+impl PoolMedium {
+    /// Sees to it that whole blocks are huge pages where the medium is to be made of them.
+    fn settle(&self, offset: u64, len: u64) -> io::Result<()> {
+        let (start, end) = (offset.next_multiple_of(HUGE), (offset + len) / HUGE * HUGE);
+        if !self.facts.huge || magic(&self.file)? != TMPFS || start >= end {
+            return Ok(());
+        }
+        let small = make_huge(&self.file, start, end - start)?;
+        if small > 0 {
+            let pool = self.name.display();
+            tracing::warn!(%pool, blocks = small, "The host has no memory in one piece for 2 MiB pages: blocks stay in small pages");
+        }
+        Ok(())
+    }
 }
 
 impl Medium for PoolMedium {
@@ -252,6 +274,8 @@ impl Medium for PoolMedium {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        // By the policy of who writes: one of the mount would also hold for the pages that guests copy on write.
+        let _bound = self.node.map(mempolicy::bind).transpose()?;
         match &self.map {
             Some(map) => map.write(offset, bytes),
             None => self.file.write_all_at(bytes, offset),
@@ -261,7 +285,10 @@ impl Medium for PoolMedium {
     fn flush(&self, offset: u64, len: u64) -> io::Result<()> {
         match &self.map {
             Some(map) => map.flush_lines(offset, len),
-            None => Ok(rustix::fs::fdatasync(&self.file)?),
+            None => {
+                self.settle(offset, len)?;
+                Ok(rustix::fs::fdatasync(&self.file)?)
+            }
         }
     }
 

@@ -9,14 +9,15 @@ use std::sync::Arc;
 use serde::Serialize;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::error::Error;
+use super::promote::{InPlace, InPlaceExtent};
 use super::release::{Released, Releaser};
 use super::stall::Activity;
 use super::sys::mapping::{Populator, Reservation};
 use super::sys::uffd::Uffd;
-use crate::devices::virtio::{Memory, region_bitmap};
+use crate::devices::virtio::{Memory, UnguardedMemory, region_bitmap};
 use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE, PageSet};
 
 /// What backs a piece of guest memory.
@@ -52,6 +53,7 @@ pub struct GuestRam {
     /// What was mapped from files, and whether anything lies behind a userfaultfd.
     file_mapped: Vec<Extent>,
     is_served: bool,
+    in_place: Option<Arc<InPlace>>,
     released: Arc<Released>,
     view: Memory,
 }
@@ -68,9 +70,17 @@ impl GuestRam {
             regions.push(region_of(&reservation, range.gpa)?);
             reservations.push(Arc::new(reservation));
         }
-        let view = GuestMemoryMmap::from_regions(regions).map_err(|error| Error::MemoryView(error.to_string()))?;
-        let (pieces, file_mapped, released) = (Vec::new(), Vec::new(), Arc::default());
-        Ok(GuestRam { layout: layout.clone(), reservations, pieces, file_mapped, is_served: false, released, view })
+        let view = Memory::from_regions(regions).map_err(|error| Error::MemoryView(error.to_string()))?;
+        Ok(GuestRam {
+            layout: layout.clone(),
+            reservations,
+            pieces: Vec::new(),
+            file_mapped: Vec::new(),
+            is_served: false,
+            in_place: None,
+            released: Arc::default(),
+            view,
+        })
     }
 
     /// Reserves `layout` and fills it with anonymous zero memory, for a boot.
@@ -95,16 +105,21 @@ impl GuestRam {
         &self.pieces
     }
 
-    /// The VMM's window to guest memory, bounds-checked at every access.
+    /// The VMM's window to guest memory, bounds-checked at every access; what is written through it is made writable.
     pub fn view(&self) -> &Memory {
         &self.view
+    }
+
+    /// The window for loaders of kernels, which know no gate: only for memory that is local everywhere.
+    pub fn boot_view(&self) -> Result<&UnguardedMemory, Error> {
+        self.view.unguarded().ok_or_else(|| Error::MemoryView("some of it lies in place on a shared tier".into()))
     }
 
     /// Takes the pages that were written through [`view`](Self::view) since they were taken last.
     pub fn take_written(&self) -> PageSet {
         let mut pages = PageSet::new();
-        for (range, region) in self.layout.ranges().iter().zip(self.view.iter()) {
-            pages.insert_bitmap(Gfn(range.gpa / PAGE_SIZE), &vm_memory::MmapRegion::bitmap(region).get_and_reset());
+        for (range, marks) in self.layout.ranges().iter().zip(self.view.take_marks()) {
+            pages.insert_bitmap(Gfn(range.gpa / PAGE_SIZE), &marks);
         }
         pages
     }
@@ -124,6 +139,28 @@ impl GuestRam {
         (self.file_mapped, self.is_served) = (file_mapped, is_served);
     }
 
+    /// Says what was mapped in place ([`map_in_place`](Self::map_in_place)): from now on whoever writes through
+    /// [`view`](Self::view) has it promoted first.
+    pub fn guard(&mut self, mapped: &[InPlaceExtent]) -> Result<(), Error> {
+        let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned());
+        let in_place =
+            InPlace::new(ranges, mapped).map_err(Error::os("reserve memory for copies of pages in place"))?;
+        let in_place = Arc::new(in_place);
+        self.view = self.view.guarded(in_place.clone());
+        self.in_place = Some(in_place);
+        Ok(())
+    }
+
+    /// The pages in place that only a promotion makes writable, if there ever were any.
+    pub fn in_place(&self) -> Option<&Arc<InPlace>> {
+        self.in_place.as_ref()
+    }
+
+    /// What became of the pages in place, for reports; nothing if there never were any.
+    pub fn promotion(&self) -> Option<serde_json::Value> {
+        self.in_place.as_ref().map(|in_place| in_place.json())
+    }
+
     /// The books about pages that the guest has given back.
     pub fn released(&self) -> &Arc<Released> {
         &self.released
@@ -134,6 +171,7 @@ impl GuestRam {
         let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned()).collect();
         let file_mapped = self.file_mapped.iter().copied().collect();
         Releaser::new(ranges, file_mapped, !self.is_served, self.released.clone(), activity)
+            .with_in_place(self.in_place.clone())
     }
 
     /// Backs `extent` with anonymous zero memory.
@@ -147,6 +185,14 @@ impl GuestRam {
         let (memory, offset) = self.locate(extent)?;
         let len = extent.bytes() as usize;
         memory.map_file_private(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Backs `extent` with a shared mapping of `file` from `file_offset` that nobody can write; [`guard`](Self::guard)
+    /// has to be told.
+    pub fn map_in_place(&self, extent: Extent, file: &File, file_offset: u64) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        let len = extent.bytes() as usize;
+        memory.map_file_read_only(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
     }
 
     /// Lets `uffd` answer first touches of `extent`, which is anonymous memory.

@@ -1,4 +1,5 @@
-//! Pools on a NUMA node: a tmpfs of huge pages whose memory comes from that node only (`mpol=bind:N` of tmpfs(5)).
+//! Pools on a NUMA node: a tmpfs of huge pages, written by a thread whose memory comes from that node only. `mpol=bind:N` of
+//! tmpfs(5) would do that too, and have the pages that guests copy on write come from the node as well.
 
 use std::fs;
 use std::io;
@@ -11,6 +12,8 @@ pub enum Error {
     NoNode(u32),
     #[error("Cannot mount a tmpfs on NUMA node {node} at {path}: that needs root (CAP_SYS_ADMIN)", path = path.display())]
     Mount { node: u32, path: PathBuf, source: io::Error },
+    #[error("NUMA node {node} has {free_mib} MiB free, {size_mib} were asked for")]
+    Full { node: u32, size_mib: u64, free_mib: u64 },
     #[error("Cannot read {path}", path = path.display())]
     Read { path: PathBuf, source: io::Error },
 }
@@ -38,7 +41,11 @@ pub fn mount(node: u32, size: u64) -> Result<PathBuf, Error> {
     let path = dir_of(node);
     let failed = |source: io::Error| Error::Mount { node, path: path.clone(), source };
     fs::create_dir_all(&path).map_err(failed)?;
-    let options = format!("mpol=bind:{node},huge=always,mode=0700,size={}", size.saturating_add(16 << 20));
+    let free = free_bytes(node);
+    if size > free {
+        return Err(Error::Full { node, size_mib: size >> 20, free_mib: free >> 20 });
+    }
+    let options = format!("huge=always,mode=0700,size={}", size.saturating_add(16 << 20));
     let options = std::ffi::CString::new(options).unwrap_or_default();
     let flags = rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV;
     rustix::mount::mount("tvmm", &path, "tmpfs", flags, options.as_c_str()).map_err(|error| failed(error.into()))?;
@@ -53,6 +60,13 @@ fn nodes_with_memory() -> Result<Vec<u32>, Error> {
         text => text.map_err(|source| Error::Read { path: path.to_path_buf(), source })?,
     };
     Ok(parse_list(text.trim()))
+}
+
+/// Memory of a node that is free; as much as one likes where the kernel does not tell.
+fn free_bytes(node: u32) -> u64 {
+    let text = fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo")).unwrap_or_default();
+    let free = text.lines().find_map(|line| line.split_once("MemFree:")?.1.trim().strip_suffix(" kB")?.parse().ok());
+    free.map_or(u64::MAX, |kib: u64| kib.saturating_mul(1024))
 }
 
 /// The kernel's lists: `0-2,5`.

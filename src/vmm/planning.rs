@@ -11,7 +11,7 @@ use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, TierSource, derived_dir};
 use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
-use crate::tiering::policy::{Budget, Policy, PolicyInput};
+use crate::tiering::policy::{Budget, DRAM_PRICE_US, Policy, PolicyInput, page_price_ns};
 use crate::tiering::profile::Profile;
 use crate::tiering::tier::{self, Tier};
 
@@ -66,6 +66,7 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     };
     // Only tiered's plan depends on it: the others do what their papers do.
     let cache = match policy {
+        Policy::Tiered if !load.cold.pools.is_empty() => SourceCache::Cold,
         Policy::Tiered if tiers.is_empty() => cache_of(chain)?,
         Policy::Tiered => cache_of_tiers(tiers),
         _ => SourceCache::Huge,
@@ -76,7 +77,11 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     {
         costs.readahead_pages = pages;
     }
-    let budget = Budget { dram_pages: pages(load.dram_mib), cxl_pages: pages(load.cxl_mib) };
+    let budget = Budget {
+        dram_pages: pages(load.dram_mib),
+        cxl_pages: pages(load.cxl_mib),
+        dram_page_ns: page_price_ns(load.dram_price_us.unwrap_or(DRAM_PRICE_US)),
+    };
     let sources = sources(tiers);
     let path =
         cache_path(chain, policy, bytes.as_deref().unwrap_or_default(), &format!("{costs:?} {budget:?} {sources:?}"));

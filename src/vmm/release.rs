@@ -7,6 +7,7 @@
 //! |---|---|
 //! | anonymous memory | `MADV_DONTNEED`: the next touch gets a zero page |
 //! | a private mapping of a layer's file | that would bring the file's bytes back: anonymous memory is mapped over it, whole runs at once |
+//! | a mapping in place on a shared tier | the same; what cannot be cut out of it is promoted before |
 //! | memory behind the userfaultfd of this process | `MADV_DONTNEED`: the next touch is a fault again; the fault service and the background thread ask [`Released`], and then install zeros |
 //! | memory behind a handler's userfaultfd | `MADV_DONTNEED`, of which the handler is told (`UFFD_EVENT_REMOVE`); what it answers with is up to it |
 //!
@@ -15,6 +16,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use super::promote::InPlace;
 use super::stall::Activity;
 use super::sys::mapping::{Reservation, count_mappings};
 use crate::devices::virtio::{Outcome, ReleasePages};
@@ -95,6 +97,7 @@ pub struct Releaser {
     released: Arc<Released>,
     /// A handler outside may not take note, and then this waits.
     activity: Option<Activity>,
+    in_place: Option<Arc<InPlace>>,
 }
 
 impl Releaser {
@@ -106,7 +109,13 @@ impl Releaser {
         activity: Option<Activity>,
     ) -> Self {
         let (remaps_left, mappings_max) = (REMAPS_FIRST, MAPPINGS_MAX);
-        Releaser { ranges, file_mapped, may_join, remaps_left, mappings_max, released, activity }
+        let in_place = None;
+        Releaser { ranges, file_mapped, may_join, remaps_left, mappings_max, released, activity, in_place }
+    }
+
+    /// Some of the files' pages may lie in place, and those who promote them keep books, too.
+    pub fn with_in_place(self, in_place: Option<Arc<InPlace>>) -> Self {
+        Releaser { in_place, ..self }
     }
 
     /// Whether one more run may be mapped over. When the allowance is used up, mappings are counted: neighbours that
@@ -136,7 +145,11 @@ impl Releaser {
             }
             let (range, memory) = &self.ranges[index];
             let (offset, len) = ((run.gpa() - range.gpa) as usize, run.bytes() as usize);
-            let done = if is_file { memory.map_anon(offset, len) } else { memory.discard(offset, len) };
+            let done = match (&self.in_place, is_file) {
+                (Some(in_place), true) => in_place.replace_by_zeros(run),
+                (None, true) => memory.map_anon(offset, len),
+                (_, false) => memory.discard(offset, len),
+            };
             // Even if it went wrong: pages may have changed.
             books.fresh.insert_run(run);
             match done {

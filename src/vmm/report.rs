@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::Ending;
 use super::console::Answer;
-use super::controller::Controller;
+use super::controller::{Controller, Parts};
 use super::error::Error;
 use super::session::Outcome;
 use super::timeline::Timeline;
@@ -56,6 +56,9 @@ pub fn collect(
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
         "fault_ins": fault_ins,
+        "promotion": parts.as_ref().and_then(|parts| parts.ram.promotion()),
+        "translations": parts.as_ref().map(Parts::translations).transpose()?,
+        "cold": parts.as_ref().and_then(|parts| parts.cold.as_ref()),
         "exits": parts.as_ref().map(|parts| parts.counters_json()),
         "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
     })))

@@ -2,11 +2,15 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::cold;
 use super::control::{LoadSnapshot, SnapshotPaths};
 use super::error::Error;
 use super::media;
 use crate::snapshot::{Chain, Location};
+use crate::tiering;
+use crate::tiering::chunks::ColdPool;
 use crate::tiering::pool::{self, PoolTier};
 use crate::tiering::tier::Tier;
 
@@ -17,20 +21,40 @@ pub struct Sources {
     pub tiers: Vec<Arc<dyn Tier>>,
     /// Those of them that are pools.
     pub pools: Vec<Arc<PoolTier>>,
+    /// Has the bytes of the chain's memory files, which need not be there then.
+    pub cold: Option<Arc<ColdPool>>,
 }
 
 impl Sources {
     fn files(chain: Chain) -> Sources {
-        Sources { chain: Arc::new(chain), tiers: Vec::new(), pools: Vec::new() }
+        Sources { chain: Arc::new(chain), tiers: Vec::new(), pools: Vec::new(), cold: None }
     }
 }
 
-/// Opens what `load` names. With pools, neither memory files nor parents are opened.
-pub fn open(load: &LoadSnapshot) -> Result<Sources, Error> {
+/// Opens what `load` names. With pools, neither memory files nor parents are opened; a cold pool stands by for a snapshot
+/// that none of them has. `fault_timeout`: how long a guest may wait for a page.
+pub fn open(load: &LoadSnapshot, fault_timeout: Duration) -> Result<Sources, Error> {
     if load.handler.is_some() {
-        return Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?));
+        return match load.cold.pools.is_empty() {
+            true => Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?)),
+            false => Err(Error::ColdAndHandler),
+        };
     }
-    pooled(&location(&load.location), &load.pools, true)
+    let location = location(&load.location);
+    if load.cold.pools.is_empty() {
+        return pooled(&location, &load.pools, true);
+    }
+    if !load.pools.is_empty() {
+        match pooled(&location, &load.pools, true) {
+            Err(Error::Policy(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))) => {
+                tracing::warn!(%error, "The cold pool is used instead");
+            }
+            result => return result,
+        }
+    }
+    let chain = Chain::open_elsewhere(&location)?;
+    let cold = cold::open(&load.cold, &chain, fault_timeout)?;
+    Ok(Sources { cold, ..Sources::files(chain) })
 }
 
 /// The snapshot at `location`, from the first of `pools` that has it; from its own files without any. `leased`: it will be
@@ -47,7 +71,12 @@ pub fn pooled(location: &Location, pools: &[PathBuf], leased: bool) -> Result<So
             // It has every page: those after it are not needed.
             Ok(tier) => {
                 let tier = Arc::new(tier);
-                return Ok(Sources { chain: Arc::new(chain), tiers: vec![tier.clone()], pools: vec![tier] });
+                return Ok(Sources {
+                    chain: Arc::new(chain),
+                    tiers: vec![tier.clone()],
+                    pools: vec![tier],
+                    cold: None,
+                });
             }
             Err(error @ pool::Error::NoSnapshot { .. }) => missing = missing.or(Some(error)),
             Err(error) => return Err(Error::Policy(error.into())),

@@ -16,6 +16,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::arch::msr;
 use super::error::Error;
+use super::promote::ahead::VcpuAhead;
 use crate::snapshot::{Section, SectionKind, Snapshot};
 
 /// Version of the section payloads written here. Readers accept no other.
@@ -219,9 +220,20 @@ impl VcpuState {
         Ok(refused)
     }
 
-    /// The saved MSRs. A guest whose clock is the TSC must see the same time pass as one whose clock is kvmclock.
+    /// What the vCPU will have that says which pages are written for it.
+    pub fn ahead(&self) -> Result<VcpuAhead, Error> {
+        let (regs, sregs) = (unraw("registers", &self.regs)?, unraw("special registers", &self.sregs)?);
+        Ok(VcpuAhead { regs, sregs, msrs: self.msrs()? })
+    }
+
+    /// The saved MSRs.
+    fn msrs(&self) -> Result<Vec<kvm_msr_entry>, Error> {
+        unraw_table("MSRs", &self.msrs)
+    }
+
+    /// The MSRs to set. A guest whose clock is the TSC must see the same time pass as one whose clock is kvmclock.
     fn msrs_after(&self, slept: Duration) -> Result<Vec<kvm_msr_entry>, Error> {
-        let mut entries: Vec<kvm_msr_entry> = unraw_table("MSRs", &self.msrs)?;
+        let mut entries = self.msrs()?;
         let cycles = slept.as_nanos() * u128::from(self.tsc_khz) / 1_000_000;
         for tsc in entries.iter_mut().filter(|entry| entry.index == msr::IA32_TSC) {
             tsc.data = tsc.data.wrapping_add(cycles as u64);

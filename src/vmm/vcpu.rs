@@ -8,8 +8,11 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::control::error_chain;
 use super::error::Error;
 use super::metrics::ExitCounters;
+use super::promote::InPlace;
+use super::promote::fault::{Cause, Stuck};
 use super::stall;
 use super::sys::coalesced::CoalescedRing;
 use super::sys::kick::{self, Alarm, ImmediateExit};
@@ -103,6 +106,8 @@ pub struct Vcpu {
     pub has_pic: bool,
     /// To look at the instruction a kicked guest stands behind. Whoever owns the memory outlives the vCPU's thread.
     pub memory: Memory,
+    /// Pages that the guest can only write once they are promoted.
+    pub in_place: Option<Arc<InPlace>>,
 }
 
 /// How often a kicked vCPU is sent on because of a trap; after that it is a guest that does nothing else.
@@ -123,6 +128,7 @@ impl Vcpu {
         }
         let mut retries = 0;
         loop {
+            let generation = self.in_place.as_ref().map_or(0, |in_place| in_place.generation());
             let exit = self.fd.run();
             self.moments.guest_exited();
             if let Some(ring) = &self.coalesced {
@@ -136,15 +142,30 @@ impl Vcpu {
                     self.counters.io_in.count(self.buses.pio.read(u64::from(port), data));
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
+                    if let Some(in_place) = &self.in_place
+                        && in_place.take_emulated(&self.memory, address, data)
+                    {
+                        continue;
+                    }
                     self.counters.mmio_write.count(self.buses.mmio.write(address, data));
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
                     self.counters.mmio_read.count(self.buses.mmio.read(address, data));
                 }
-                Ok(VcpuExit::Shutdown) => return Left::Ended(Ending::TripleFault),
+                Ok(VcpuExit::Shutdown) => return Left::Ended(self.shut_down()),
                 Ok(VcpuExit::Intr) => {
                     if !self.goes_on(&mut retries) {
                         return Left::Kicked;
+                    }
+                }
+                Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                    if let Err(ending) = self.promote(Cause::Told { gpa }, generation, "a page cannot be accessed") {
+                        return Left::Ended(ending);
+                    }
+                }
+                Ok(VcpuExit::InternalError) => {
+                    if let Err(ending) = self.promote(Cause::Emulation, generation, "InternalError") {
+                        return Left::Ended(ending);
                     }
                 }
                 Ok(other) => {
@@ -155,12 +176,37 @@ impl Vcpu {
                     libc::EINTR if self.goes_on(&mut retries) => {}
                     libc::EINTR => return Left::Kicked,
                     libc::EAGAIN => {}
+                    libc::EFAULT => {
+                        if let Err(ending) = self.promote(Cause::Untold, generation, &error.to_string()) {
+                            return Left::Ended(ending);
+                        }
+                    }
                     _ => {
                         let what = error.to_string();
                         return Left::Ended(self.failed(&what));
                     }
                 },
             }
+        }
+    }
+
+    /// Makes writable what the guest could not write, if that is what stopped it; else the guest is over because of `what`.
+    fn promote(&self, cause: Cause, generation: u64, what: &str) -> Result<(), Ending> {
+        let Some(in_place) = &self.in_place else { return Err(self.failed(what)) };
+        let start = Instant::now();
+        let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation };
+        let resolved = stuck.resolve(cause).map_err(|error| self.failed(&error_chain(&error)))?;
+        in_place.counts().add_time(start.elapsed());
+        if resolved { Ok(()) } else { Err(self.failed(what)) }
+    }
+
+    /// A triple fault, for reasons of the guest's own or because KVM could not deliver an event (see `promote::ahead`).
+    fn shut_down(&self) -> Ending {
+        let Some(in_place) = &self.in_place else { return Ending::TripleFault };
+        let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation: 0 };
+        match stuck.is_stack_in_place() {
+            Ok(true) => self.failed("an interrupt or exception was lost: its stack lies in place on a tier that is not written, and this kind of KVM delivers events by writing there"),
+            _ => Ending::TripleFault,
         }
     }
 

@@ -1,12 +1,12 @@
 //! Writers of a pool that are killed at any moment.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::support::pool::{Pool, filled};
-use crate::support::{rounds, scratch, text, tvmm};
+use crate::support::{rounds, run_err, run_ok, scratch, text, tvmm};
 
 /// Runs a command of the pool and kills it after `share` (of 1) of `usual`.
 fn kill_after(args: &[&str], usual: Duration, share: f64) {
@@ -79,4 +79,45 @@ fn a_torn_superblock_leaves_the_state_before() {
     assert_eq!(pool.restore(&first, "trenv", &[]).call("check").digest, digest);
     pool.add(&second);
     assert_eq!(pool.json("fsck", &[])["both_states"], true);
+}
+
+#[test]
+fn vms_that_are_killed_while_they_map_leave_no_lease() {
+    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let out = dir.path().join("full");
+    let digest = filled(&out, 2000, 7);
+    pool.add(&out);
+    let restore = ["restore", "--snapshot", text(&out), "--policy", "trenv", "--pool", pool.path(), "--run", "check"];
+    for round in 0..rounds(20) {
+        kill_after(&restore, Duration::from_micros(500), round as f64);
+    }
+    assert_eq!(pool.json("show", &[])["vms"], serde_json::json!([]));
+    assert_eq!(pool.restore(&out, "trenv", &[]).call("check").digest, digest);
+    pool.ok("rm", &["full"]);
+    let freed = pool.json("gc", &[]);
+    assert!(freed["held"] == 0 && freed["pages"].as_u64().unwrap() >= 2000, "{freed}");
+}
+
+#[test]
+fn a_pool_whose_file_system_is_full_is_as_it_was() {
+    let (dir, small) = (scratch(), scratch());
+    let mounted = rustix::mount::mount("tvmm", small.path(), "tmpfs", rustix::mount::MountFlags::empty(), c"size=24m");
+    if let Err(error) = mounted {
+        return eprintln!("skipped: cannot mount a tmpfs: {error}");
+    }
+    let at = text(small.path());
+    let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
+    filled(&first, 1000, 7);
+    filled(&second, 8000, 8);
+    run_ok(&["pool", "create", "--tier", "cxl", "--at", at, "--size", "0.2"]);
+    run_ok(&["pool", "add", at, text(&first)]);
+    let said = run_err(&["pool", "add", at, text(&second)]);
+    assert!(said.contains("No space left"), "{said}");
+    let found = run_ok(&["pool", "fsck", at, "--json"]);
+    let listed = run_ok(&["pool", "ls", at]);
+    let left = std::fs::metadata(small.path().join("pool.tvmm")).unwrap().blocks() * 512;
+    rustix::mount::unmount(small.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert!(found.contains("\"good\": true"), "{found}");
+    assert!(listed.contains("first") && !listed.contains("second"), "{listed}");
+    assert!(left < 16 << 20, "{left} bytes are still there");
 }

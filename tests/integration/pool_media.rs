@@ -37,6 +37,7 @@ fn a_dax_device_is_formatted_filled_and_restored_from() {
     let shown = pool(&["show", DEVICE, "--json"]);
     assert!(shown.contains("\"kind\": \"dax\"") && shown.contains("\"copy_on_write\": false"), "{shown}");
     let mut vm = Vm::restore_with(&out, "firecracker-uffd", &["--pool", DEVICE]);
+    vm.call("hello");
     pool(&["rm", DEVICE, "full"]);
     assert!(pool(&["gc", DEVICE, "--json"]).contains("\"held\": 1"));
     assert_eq!(vm.call("check").digest, digest);

@@ -179,8 +179,8 @@ fn restore_report_has_every_slice_and_says_what_was_placed_where() {
 #[test]
 fn vmm_costs_at_most_5_mib_besides_guest_memory() {
     // The limit is for the static release build (TVMM_BINARY). The build of this test is larger, debug information and
-    // the unoptimised code of its own crate, and linked to the system's C library: it gets half as much again.
-    let limit_kib = if std::env::var_os("TVMM_BINARY").is_some() { 5 * 1024 } else { 7 * 1024 + 512 };
+    // the unoptimised code of its own crate, and linked to the system's C library: it gets as much again.
+    let limit_kib = if std::env::var_os("TVMM_BINARY").is_some() { 5 * 1024 } else { 10 * 1024 };
     let dir = scratch();
     let [out, socket] = ["full", "api.sock"].map(|name| dir.path().join(name));
     let mut vm = Vm::boot(&config(1, 512));

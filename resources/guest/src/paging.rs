@@ -44,6 +44,34 @@ pub fn init(map: &MemoryMap, kind: PageTables, pages: &mut Pages) -> Result<(), 
     Ok(())
 }
 
+/// Clears the accessed and dirty bits of the last-level entries for `size` bytes at `start`; how many entries that are.
+pub fn unmark(start: u64, size: u64) -> u64 {
+    const ADDRESS: u64 = 0xf_ffff_ffff_f000;
+    const PAGE_SIZE_BIT: u64 = 1 << 7;
+    const MARKS: u64 = 3 << 5;
+    // SAFETY: as in `map`.
+    let pml4 = unsafe { (&raw const boot_cr3).read_volatile() };
+    let (mut at, mut count) = (start, 0);
+    while at < start + size {
+        let mut table = pml4;
+        for shift in [39, 30, 21, 12] {
+            let entry = ((table & ADDRESS) + (at >> shift & 511) * 8) as *mut u64;
+            // SAFETY: an entry of a table that is in use, mapped onto itself like all RAM; only marks change.
+            let value = unsafe { entry.read_volatile() };
+            if shift == 12 || value & PAGE_SIZE_BIT != 0 && shift != 39 {
+                // SAFETY: as above.
+                unsafe { entry.write_volatile(value & !MARKS) };
+                (at, count) = ((at >> shift) + 1 << shift, count + 1);
+                break;
+            }
+            table = value;
+        }
+    }
+    // SAFETY: the same tables, read anew.
+    unsafe { trap::set_cr3(pml4) };
+    count
+}
+
 /// Maps `size` bytes at `start` onto themselves, in 2 MiB pages, where the tables have nothing yet. The error is for a message.
 pub fn map(start: u64, size: u64, pages: &mut Pages) -> Result<(), &'static str> {
     if start.checked_add(size).is_none_or(|end| end > REACH) {

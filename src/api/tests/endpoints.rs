@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::vmm::config::{BootSource, CpuConfig, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
-use crate::vmm::control::{CreateSnapshot, LoadSnapshot, SnapshotKind, SnapshotPaths};
+use crate::vmm::control::{CreateSnapshot, InPlaceMapping, LoadSnapshot, SnapshotKind, SnapshotPaths};
 
 #[test]
 fn get_paths_tell_the_reply() {
@@ -167,13 +167,21 @@ fn put_snapshot_load_forms_give_their_command() {
             LoadSnapshot { policy: "eager".to_owned(), ..load(directory(), false, false) },
         ),
         (
+            json!({"snapshot_path": "s", "tvmm": {"policy": "trenv", "in_place_mapping": "shared"}}),
+            LoadSnapshot {
+                policy: "trenv".to_owned(),
+                in_place_mapping: InPlaceMapping::Shared,
+                ..load(directory(), false, false)
+            },
+        ),
+        (
             json!({"snapshot_path": "s", "clock_realtime": true}),
             LoadSnapshot { clock_realtime: true, ..load(directory(), false, false) },
         ),
     ];
     for (body, expected) in cases {
         assert_eq!(fixture.request("PUT", "/snapshot/load", Some(body)).unwrap(), (204, None));
-        assert_eq!(fixture.seen(), [Command::LoadSnapshot(expected)]);
+        assert_eq!(fixture.seen(), [Command::LoadSnapshot(Box::new(expected))]);
     }
 }
 

@@ -1,5 +1,6 @@
 //! `tvmm pool`: memory that holds the pages of many snapshots, and that VMs map.
 
+mod chunks;
 mod show;
 mod usage;
 
@@ -29,6 +30,10 @@ pub struct PoolArgs {
 enum TierName {
     /// Byte-addressable: mapped in place
     Cxl,
+    /// Compressed chunks in a directory, to be served to other hosts (`tvmm serve-pages`), or in an object store
+    Remote,
+    /// Compressed chunks in a directory of this host
+    File,
 }
 
 #[derive(Debug, Subcommand)]
@@ -38,7 +43,8 @@ enum PoolCommand {
         /// What kind of memory it is
         #[arg(long, value_enum)]
         tier: TierName,
-        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system), or numa:N
+        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system), or numa:N; for compressed chunks
+        /// a directory or s3://BUCKET/PREFIX, gs://, az://, http(s)://
         #[arg(long, value_name = "PATH")]
         at: PathBuf,
         /// How large, in GiB (0.5 is half a GiB); a device is taken whole without it
@@ -47,6 +53,8 @@ enum PoolCommand {
         /// Format the device of this name, whatever is on it
         #[arg(long, value_name = "DEVICE-NAME")]
         format: Option<String>,
+        #[command(flatten)]
+        chunks: chunks::ChunkArgs,
     },
     /// Add a snapshot: store the pages that the pool does not have
     Add {
@@ -97,7 +105,24 @@ enum PoolCommand {
 
 pub fn run(args: &PoolArgs) -> Result<ExitCode, BoxError> {
     match &args.command {
-        PoolCommand::Create { tier: TierName::Cxl, at, size, format } => create(at, *size, format.as_deref()),
+        PoolCommand::Create { tier: TierName::Cxl, at, size, format, chunks } => {
+            chunks.refuse_for_cxl()?;
+            create(at, *size, format.as_deref())
+        }
+        PoolCommand::Create { tier: TierName::Remote | TierName::File, at, size: None, format: None, chunks } => {
+            chunks::create(at, chunks)
+        }
+        PoolCommand::Create { .. } => {
+            refuse("Pools of compressed chunks grow as they are filled: leave --size and --format out")
+        }
+        PoolCommand::Add { pool, snapshot, profile, json, .. } if chunks::is_one(pool) => {
+            chunks::add(pool, snapshot, profile.as_deref(), *json)
+        }
+        PoolCommand::Ls { pool, json } if chunks::is_one(pool) => chunks::list(pool, *json),
+        PoolCommand::Show { pool, json } if chunks::is_one(pool) => chunks::show(pool, *json),
+        PoolCommand::Rm { pool, snapshot } if chunks::is_one(pool) => chunks::remove(pool, snapshot),
+        PoolCommand::Gc { pool, json, .. } if chunks::is_one(pool) => chunks::collect(pool, *json),
+        PoolCommand::Fsck { pool, json } if chunks::is_one(pool) => chunks::check(pool, *json),
         PoolCommand::Add { .. } => add(&args.command),
         PoolCommand::Ls { pool, json } => show::list(&media::open(pool)?, *json),
         PoolCommand::Show { pool, json } => show::show(&media::open(pool)?, *json),

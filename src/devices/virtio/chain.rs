@@ -2,7 +2,7 @@
 
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice};
-use vm_memory::{Address, ByteValued, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{Address, ByteValued, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::{Broken, Memory};
 
@@ -127,12 +127,12 @@ impl<'m> Chain<'m> {
             if descriptor.is_write_only() && descriptor.len() > 0 {
                 parsed.last_writable = descriptor.addr().checked_add(u64::from(descriptor.len()) - 1);
             }
-            let buffers = match descriptor.is_write_only() {
-                true => &mut parsed.writable,
-                false if parsed.writable.is_empty() => &mut parsed.readable,
+            let (buffers, access) = match descriptor.is_write_only() {
+                true => (&mut parsed.writable, Permissions::Write),
+                false if parsed.writable.is_empty() => (&mut parsed.readable, Permissions::Read),
                 false => return Err(Broken::Chain("a readable buffer follows a writable one")),
             };
-            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+            for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize, access)? {
                 buffers.add(slice?)?;
             }
         }

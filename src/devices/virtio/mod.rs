@@ -20,7 +20,7 @@ mod pmem;
 mod queue;
 mod rate_limiter;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 #[cfg(test)]
 mod transport_tests;
 mod vsock;
@@ -31,7 +31,7 @@ use std::os::fd::RawFd;
 pub use balloon::{Balloon, BalloonParams, BalloonState, Outcome, ReleasePages};
 pub use chain::{Buffers, Chain, Ranges};
 pub use entropy::{Entropy, EntropyState};
-pub use memory::{Memory, region_bitmap};
+pub use memory::{Memory, UnguardedMemory, WriteGate, region_bitmap};
 pub use mmio::{MmioDevice, TransportState};
 pub use net::{Net, NetOverride, NetParams, NetState};
 pub use pmem::{Pmem, PmemImage, PmemParams, PmemState};

@@ -210,17 +210,35 @@ proptest! {
     }
 
     #[test]
+    fn local_memory_is_bought_for_no_more_than_its_price(
+        world in any_world(), profile in any_profile(), costs in any_costs(), price in 1_u64..5000,
+    ) {
+        let resolved = world.resolved();
+        let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
+        let touches = expected(&profile, &resolved);
+        let expects = |dram_page_ns| {
+            let budget = Budget { dram_page_ns, ..Budget::default() };
+            let plan = Policy::Tiered.plan_on(&ground, Some(&profile), &budget).unwrap();
+            world.check(&plan);
+            estimate(&plan, &ground, &touches)
+        };
+        let (free, priced) = (expects(0), expects(price));
+        let worth = |e: &Estimate| e.total_ns() + (price * e.pages_preloaded_unwritten) as f64;
+        prop_assert!(worth(&priced) <= worth(&free) * 1.05, "{priced:?}, for nothing {free:?}");
+    }
+
+    #[test]
     fn tiered_keeps_within_its_budget(world in any_world(), profile in any_profile(), costs in any_costs(), spare in 0_u64..1000) {
         let resolved = world.resolved();
         let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
         let touches = expected(&profile, &resolved);
         let written: u64 = touches.iter().filter(|t| t.written > 0.0).map(|t| t.extent.pages).sum();
-        let budget = Budget { dram_pages: Some(written + spare), cxl_pages: None };
+        let budget = Budget { dram_pages: Some(written + spare), cxl_pages: None, ..Budget::default() };
         let plan = Policy::Tiered.plan_on(&ground, Some(&profile), &budget).unwrap();
         world.check(&plan);
         prop_assert!(estimate(&plan, &ground, &touches).pages_preloaded_unwritten <= spare);
         if written > 0 {
-            let budget = Budget { dram_pages: Some(written - 1), cxl_pages: None };
+            let budget = Budget { dram_pages: Some(written - 1), cxl_pages: None, ..Budget::default() };
             let refused = Policy::Tiered.plan_on(&ground, Some(&profile), &budget);
             let refused = matches!(refused, Err(Error::BudgetTooSmall { least, .. }) if least == written);
             prop_assert!(refused);
@@ -407,7 +425,7 @@ fn tiered_copies_whole_blocks_where_writes_are_dense() {
     assert_eq!(placed, expected);
     assert_eq!(plan.extents[1].fill, Fill::Copy);
     // With no memory to spare only what is written is preloaded.
-    let budget = Budget { dram_pages: Some(512), cxl_pages: None };
+    let budget = Budget { dram_pages: Some(512), cxl_pages: None, ..Budget::default() };
     let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &budget).unwrap();
     assert!(plan.counts().preload <= 512, "{:?}", plan.counts());
 }

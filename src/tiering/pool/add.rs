@@ -71,7 +71,11 @@ impl Writer<'_> {
         let placed = place(&stored, &class, &mut space).ok_or_else(full)?;
         let runs = plan.runs(&placed);
         let stats = stats(layout, &pages, &plan, &runs);
-        self.store(added.chain, &resolved, &placed, progress)?;
+        if let Err(error) = self.store(added.chain, &resolved, &placed, progress) {
+            // What was written is of no use; the error is that of the writing.
+            let _ = self.space().and_then(|space| self.discard(&space));
+            return Err(error);
+        }
         let entry = Entry { snapshot: tip.id(), runs };
         let head = Head {
             snapshot: tip.id(),

@@ -234,7 +234,7 @@ impl<'m> Writer<'m> {
     }
 
     /// Gives whole free blocks back to the host.
-    fn discard(&self, space: &Space) -> Result<(), Error> {
+    pub(super) fn discard(&self, space: &Space) -> Result<(), Error> {
         let geometry = self.state.geometry();
         for (start, len) in space.runs() {
             let first = start.next_multiple_of(BLOCK_PAGES);

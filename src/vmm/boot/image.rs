@@ -110,7 +110,7 @@ fn check_elf(head: &[u8]) -> Result<(), &'static str> {
 }
 
 fn load_elf<F: Read + ReadVolatile + Seek>(name: String, image: &mut F, ram: &GuestRam) -> Result<Image, Error> {
-    let loaded = Elf::load(ram.view(), None, image, Some(GuestAddress(layout::HIMEM)))
+    let loaded = Elf::load(ram.boot_view()?, None, image, Some(GuestAddress(layout::HIMEM)))
         .map_err(|error| Error::KernelLoad { name: name.clone(), what: load_problem(&error) })?;
     // The loader has written what is in the file; a kernel runs only if the rest of it is memory too.
     check_end(&name, loaded.kernel_end, ram)?;
@@ -183,8 +183,9 @@ fn load_bzimage(name: String, head: &[u8], file: &mut File, ram: &GuestRam) -> R
     let file_len = file.metadata().map_err(|error| failed(error.to_string()))?.len();
     let setup = read_setup(head, file_len).map_err(|what| failed(what.to_string()))?;
     check_end(&name, setup.end, ram)?;
-    let loaded = BzImage::load(ram.view(), Some(GuestAddress(setup.load)), file, Some(GuestAddress(layout::HIMEM)))
-        .map_err(|error| failed(load_problem(&error)))?;
+    let loaded =
+        BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, Some(GuestAddress(layout::HIMEM)))
+            .map_err(|error| failed(load_problem(&error)))?;
     let end = setup.end.max(loaded.kernel_end);
     let (linux64, header) = (setup.load + ENTRY_64, loaded.setup_header);
     Ok(Image { name, linux64, pvh: None, end, initrd_max: setup.initrd_max, setup: header })

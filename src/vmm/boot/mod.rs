@@ -15,7 +15,7 @@ use super::arch::{Platform, acpi, layout, mptable};
 use super::config::{BootSource, TvmmConfig};
 use super::error::Error;
 use super::memory::GuestRam;
-use crate::devices::virtio::Memory;
+use crate::devices::virtio::UnguardedMemory;
 
 use initrd::Initrd;
 
@@ -25,7 +25,7 @@ pub fn load(source: &BootSource, config: &TvmmConfig, platform: Platform<'_>, ra
     let image = image::load(source.kernel_image_path.as_deref(), config.guest.unwrap_or_default(), ram)?;
     let entry = image.entry(config.boot_protocol)?;
     let initrd = source.initrd_path.as_deref().map(|path| Initrd::load(path, &image, ram)).transpose()?;
-    let cmdline_len = write_cmdline(source.boot_args_or_default(), platform, ram.view())?;
+    let cmdline_len = write_cmdline(source.boot_args_or_default(), platform, ram.boot_view()?)?;
     let machine = params::MachineParams { initrd, acpi: platform.acpi, cmdline_len };
     match entry {
         Entry::Linux64 { .. } => params::write_linux64(&image, &machine, ram)?,
@@ -36,7 +36,7 @@ pub fn load(source: &BootSource, config: &TvmmConfig, platform: Platform<'_>, ra
 }
 
 /// Writes the command line; returns its length. Without ACPI it is also where the guest learns of virtio devices.
-fn write_cmdline(args: &str, platform: Platform<'_>, memory: &Memory) -> Result<u32, Error> {
+fn write_cmdline(args: &str, platform: Platform<'_>, memory: &UnguardedMemory) -> Result<u32, Error> {
     if args.len() >= layout::CMDLINE_MAX {
         return Err(Error::CmdlineTooLong { len: args.len() });
     }

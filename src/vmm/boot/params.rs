@@ -68,7 +68,7 @@ pub fn write_linux64(image: &Image, machine: &MachineParams, ram: &GuestRam) -> 
         params.e820_entries += 1;
     }
     let boot_params = BootParams::new(&params, GuestAddress(layout::ZERO_PAGE));
-    LinuxBootConfigurator::write_bootparams(&boot_params, ram.view())
+    LinuxBootConfigurator::write_bootparams(&boot_params, ram.boot_view()?)
         .map_err(|error| Error::KernelLoad { name: "boot parameters".into(), what: error.to_string() })?;
     write_gdt(ram)?;
     write_page_tables(ram)
@@ -140,7 +140,7 @@ pub fn write_pvh(machine: &MachineParams, ram: &GuestRam) -> Result<(), Error> {
     if !modules.is_empty() {
         params.set_modules(&modules, GuestAddress(layout::PVH_MODULES));
     }
-    PvhBootConfigurator::write_bootparams(&params, ram.view())
+    PvhBootConfigurator::write_bootparams(&params, ram.boot_view()?)
         .map_err(|error| Error::KernelLoad { name: "PVH start info".into(), what: error.to_string() })?;
     write_gdt(ram)
 }

@@ -9,8 +9,10 @@ use std::time::Instant;
 use super::files::Files;
 use super::lazy::{FaultCounters, LazyExtent, ended, fetch};
 use crate::snapshot::{BackgroundAction, Extent, PAGE_SIZE, RestorePlan};
+use crate::tiering::chunks::{ColdReader, Flow};
 use crate::vmm::error::Error;
 use crate::vmm::memory::GuestRam;
+use crate::vmm::promote::{InPlace, Resort};
 use crate::vmm::release::Released;
 use crate::vmm::stall::Activity;
 use crate::vmm::sys::mapping::Populator;
@@ -23,11 +25,15 @@ struct Step {
     part: Extent,
     lazy: LazyExtent,
     action: Action,
+    /// Installed from a cold pool: whole, chunk by chunk.
+    is_far: bool,
 }
 
 enum Action {
     ReadAhead,
     BreakCow(Populator),
+    /// The same where the kernel does not copy.
+    Promote(Arc<InPlace>),
     Install,
 }
 
@@ -55,10 +61,18 @@ impl BackgroundWork {
         if plan.background.is_empty() {
             return Ok(None);
         }
-        let steps = steps(plan, ram)?;
+        let mut steps = steps(plan, ram, files)?;
+        let far: Vec<Step> = steps.extract_if(.., |step| step.is_far).collect();
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, mut files, released) = (stop.clone(), files.clone(), ram.released().clone());
         let work = move || {
+            if let (Some(reader), Some((uffd, counters))) = (files.cold_reader(), &lazy) {
+                let work = FarInstall { uffd, counters, released: &released, activity: &activity, stop: &stopped };
+                if let Err(error) = work.run(reader, &far) {
+                    ending.end(Ending::Failed(format!("Cannot bring in memory in the background: {error}")));
+                    return;
+                }
+            }
             for step in steps {
                 if stopped.load(Ordering::Relaxed) {
                     return;
@@ -93,7 +107,7 @@ impl Drop for BackgroundWork {
 }
 
 /// Resolves the plan's steps to files and addresses, cut into pieces.
-fn steps(plan: &RestorePlan, ram: &GuestRam) -> Result<Vec<Step>, Error> {
+fn steps(plan: &RestorePlan, ram: &GuestRam, files: &Files) -> Result<Vec<Step>, Error> {
     let mut steps: Vec<Step> = Vec::new();
     for background in &plan.background {
         let at = plan.extents.partition_point(|planned| planned.extent.end() <= background.extent.first);
@@ -104,13 +118,21 @@ fn steps(plan: &RestorePlan, ram: &GuestRam) -> Result<Vec<Step>, Error> {
             host: ram.populator(planned.extent)?.address(),
             source: planned.source,
         };
+        let from_far = planned.source.is_some_and(|source| files.cold_source(source.layer).is_some());
+        if from_far && background.action == BackgroundAction::Install {
+            steps.push(Step { part: background.extent, lazy, action: Action::Install, is_far: true });
+            continue;
+        }
         for part in pieces(background.extent) {
             let action = match background.action {
-                BackgroundAction::BreakCow => Action::BreakCow(ram.populator(part)?),
+                BackgroundAction::BreakCow => match ram.in_place().filter(|in_place| in_place.has(part)) {
+                    Some(in_place) => Action::Promote(in_place.clone()),
+                    None => Action::BreakCow(ram.populator(part)?),
+                },
                 BackgroundAction::Install => Action::Install,
                 BackgroundAction::ReadAhead => Action::ReadAhead,
             };
-            steps.push(Step { part, lazy, action });
+            steps.push(Step { part, lazy, action, is_far: false });
         }
     }
     Ok(steps)
@@ -124,9 +146,61 @@ fn pieces(extent: Extent) -> impl Iterator<Item = Extent> {
     })
 }
 
+/// Installing from a cold pool: chunks are asked for ahead of each other, and each is installed as soon as it is there.
+struct FarInstall<'a> {
+    uffd: &'a Uffd,
+    counters: &'a FaultCounters,
+    released: &'a Released,
+    activity: &'a Activity,
+    stop: &'a AtomicBool,
+}
+
+impl FarInstall<'_> {
+    fn run(&self, reader: &mut ColdReader, steps: &[Step]) -> io::Result<()> {
+        let index = reader.pool().index().clone();
+        let mut is_wanted = vec![false; index.chunks().len()];
+        let mut wanted = Vec::new();
+        for number in steps.iter().flat_map(|step| index.chunks_of(step.part)) {
+            if !std::mem::replace(&mut is_wanted[number as usize], true) {
+                wanted.push(number);
+            }
+        }
+        let mut by_gfn: Vec<&Step> = steps.iter().collect();
+        by_gfn.sort_unstable_by_key(|step| step.part.first);
+        let Some(first) = steps.first() else { return Ok(()) };
+        let mut _reads = Some(self.activity.reads(first.part, first.lazy.source_of(first.part)));
+        reader.stream(&wanted, &mut |number, pages| {
+            // The chunk is there: what is waited for from now on is the next.
+            _reads = None;
+            for (run, at) in index.runs(number) {
+                let start = by_gfn.partition_point(|step| step.part.end() <= run.first);
+                for step in by_gfn[start..].iter().take_while(|step| step.part.first < run.end()) {
+                    if let Some(part) = step.part.intersection(&run) {
+                        let at = at + ((part.first.0 - run.first.0) * PAGE_SIZE) as usize;
+                        self.install(step, part, &pages[at..at + part.bytes() as usize])?;
+                    }
+                    _reads = Some(self.activity.reads(step.part, step.lazy.source_of(step.part)));
+                }
+            }
+            Ok(if self.stop.load(Ordering::Relaxed) { Flow::Stop } else { Flow::Continue })
+        })
+    }
+
+    fn install(&self, step: &Step, part: Extent, bytes: &[u8]) -> io::Result<()> {
+        let books = self.released.read();
+        for run in books.still_snapshot(part) {
+            let start = ((run.first.0 - part.first.0) * PAGE_SIZE) as usize;
+            let how = Install { wake: true, write_protect: false };
+            let bytes = &bytes[start..start + run.bytes() as usize];
+            self.counters.add_ahead(self.uffd.install(step.lazy.host_of(run.first), bytes, how)?);
+        }
+        Ok(())
+    }
+}
+
 /// Leaves pages alone that the guest has given back.
 fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>, released: &Released) -> io::Result<()> {
-    let Step { part, lazy, action } = step;
+    let Step { part, lazy, action, .. } = step;
     let offset = |run: Extent| ((run.first.0 - part.first.0) * PAGE_SIZE) as usize;
     match (action, installer) {
         (Action::BreakCow(range), _) => {
@@ -134,6 +208,7 @@ fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>, relea
             let mut runs = books.still_snapshot(part).into_iter();
             runs.try_for_each(|run| range.part(offset(run), run.bytes() as usize).populate_write())
         }
+        (Action::Promote(in_place), _) => in_place.promote_as(Resort::Ahead, part),
         (Action::ReadAhead, _) => fetch(files, &lazy, part, &mut vec![0; part.bytes() as usize]),
         (Action::Install, Some((uffd, counters))) => {
             let mut bytes = vec![0; part.bytes() as usize];

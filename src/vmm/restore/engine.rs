@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::files::Files;
+use super::files::{Files, Mapped};
 use super::lazy::LazyExtent;
 use super::prefault::PrefaultReport;
 use super::reads::{self, Wanted};
@@ -15,8 +15,10 @@ use crate::snapshot::{
     CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement, PlacementCounts,
     PlannedExtent, RestorePlan, Snapshot, chunk_of,
 };
+use crate::vmm::control::InPlaceMapping;
 use crate::vmm::error::Error;
 use crate::vmm::memory::{Backing, GuestRam, Piece};
+use crate::vmm::promote::{InPlaceExtent, Resort};
 use crate::vmm::sys::mapping::Buffer;
 use crate::vmm::sys::uffd::{Install, Uffd};
 use crate::vmm::timeline::{Slice, Timeline};
@@ -54,26 +56,37 @@ pub struct Built {
 /// A userfaultfd and the pages behind it.
 pub type Served = (Arc<Uffd>, Vec<LazyExtent>);
 
-/// Builds guest memory by `plan`. `observed`: every page, whatever its placement, is to be served by the fault service
-/// page by page (for recording).
+/// How a plan is carried out, beyond what it says.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Every page, whatever its placement, is to be served by the fault service page by page (for recording).
+    pub observed: bool,
+    /// How pages in place are mapped where the tier leaves the choice.
+    pub in_place: InPlaceMapping,
+}
+
+/// Builds guest memory by `plan`.
 pub fn build(
     files: &Files,
     plan: &RestorePlan,
     layout: &MemoryLayout,
-    observed: bool,
+    how: How,
     timeline: &mut Timeline,
 ) -> Result<Built, Error> {
     plan.validate(layout, &files.chain().layer_file_lens())?;
     let mut ram = GuestRam::reserve(layout)?;
-    let mut engine = Engine { files, plan, layout, report: EngineReport::default() };
+    let mut engine = Engine { files, plan, layout, in_place: how.in_place, report: EngineReport::default() };
     engine.report.planned = plan.counts();
     engine.report.extents = plan.extents.len() as u64;
-    let lazy = if observed {
+    let lazy = if how.observed {
         let lazy = engine.map_observed(&ram)?;
         timeline.lap(Slice::Map);
         lazy
     } else {
-        engine.map(&ram)?;
+        let in_place = engine.map(&ram)?;
+        if !in_place.is_empty() {
+            ram.guard(&in_place)?;
+        }
         timeline.lap(Slice::Map);
         engine.copy(&ram)?;
         engine.break_cow(&ram)?;
@@ -84,8 +97,8 @@ pub fn build(
         }
         lazy
     };
-    ram.set_pieces(pieces(plan, observed));
-    ram.set_mapped(if observed { Vec::new() } else { file_mapped(plan) }, lazy.is_some());
+    ram.set_pieces(pieces(plan, how.observed));
+    ram.set_mapped(if how.observed { Vec::new() } else { file_mapped(plan) }, lazy.is_some());
     timeline.lap(Slice::Preload);
     Ok(Built { ram, report: engine.report, lazy })
 }
@@ -114,11 +127,12 @@ pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mu
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum View {
     Anonymous,
-    /// A file from an offset; `huge` is `None` where either will do.
+    /// A file from an offset; `huge` is `None` where either will do. `shared`: read-only, what is written is promoted.
     File {
         index: usize,
         offset: u64,
         huge: Option<bool>,
+        shared: bool,
     },
 }
 
@@ -131,12 +145,13 @@ struct Engine<'a> {
     files: &'a Files,
     plan: &'a RestorePlan,
     layout: &'a MemoryLayout,
+    in_place: InPlaceMapping,
     report: EngineReport,
 }
 
 fn view_of(planned: &PlannedExtent) -> View {
     let file = |huge| match planned.source {
-        Some(source) => View::File { index: source.layer, offset: source.offset, huge },
+        Some(source) => View::File { index: source.layer, offset: source.offset, huge, shared: false },
         // `validate` has made sure that only zero extents have no source.
         None => View::Anonymous,
     };
@@ -153,12 +168,13 @@ fn joined(run: &Run, next: View) -> Option<View> {
     match (run.view, next) {
         (View::Anonymous, View::Anonymous) => Some(View::Anonymous),
         (
-            View::File { index, offset, huge },
-            View::File { index: next_index, offset: next_offset, huge: next_huge },
+            View::File { index, offset, huge, shared },
+            View::File { index: next_index, offset: next_offset, huge: next_huge, shared: next_shared },
         ) => {
             let continues = index == next_index && offset.checked_add(run.extent.bytes()) == Some(next_offset);
             let compatible = huge.is_none() || next_huge.is_none() || huge == next_huge;
-            (continues && compatible).then_some(View::File { index, offset, huge: huge.or(next_huge) })
+            let compatible = compatible && shared == next_shared;
+            (continues && compatible).then_some(View::File { index, offset, huge: huge.or(next_huge), shared })
         }
         _ => None,
     }
@@ -166,10 +182,10 @@ fn joined(run: &Run, next: View) -> Option<View> {
 
 impl Engine<'_> {
     /// The fewest mappings that show everything.
-    fn runs(&self) -> Vec<Run> {
+    fn runs(&self) -> Result<Vec<Run>, Error> {
         let mut runs: Vec<Run> = Vec::new();
         for planned in &self.plan.extents {
-            let view = view_of(planned);
+            let view = self.view_of(planned)?;
             if let Some(last) = runs.last_mut() {
                 let both = Extent { first: last.extent.first, pages: last.extent.pages + planned.extent.pages };
                 if last.extent.end() == planned.extent.first
@@ -182,28 +198,40 @@ impl Engine<'_> {
             }
             runs.push(Run { extent: planned.extent, view });
         }
-        runs
+        Ok(runs)
     }
 
-    fn map(&mut self, ram: &GuestRam) -> Result<(), Error> {
-        for run in self.runs() {
+    /// What shows an extent, and how: read-only where the kernel would not copy what is written, or is not to.
+    fn view_of(&self, planned: &PlannedExtent) -> Result<View, Error> {
+        let view = view_of(planned);
+        let View::File { index, offset, huge, .. } = view else { return Ok(view) };
+        let wanted = self.in_place == InPlaceMapping::Shared && planned.placement == Placement::InPlace;
+        let shared = wanted || !self.files.mapping(index)?.copy_on_write;
+        Ok(View::File { index, offset, huge, shared })
+    }
+
+    /// Makes the mappings; those in place that cannot be written.
+    fn map(&mut self, ram: &GuestRam) -> Result<Vec<InPlaceExtent>, Error> {
+        let mut in_place = Vec::new();
+        for run in self.runs()? {
             self.report.mmap_calls += 1;
             match run.view {
                 View::Anonymous => ram.map_anon(run.extent)?,
-                View::File { index, offset, huge } => {
-                    let mapped = self.files.mapping(index)?;
-                    if !mapped.copy_on_write {
-                        let source = std::io::Error::from(std::io::ErrorKind::Unsupported);
-                        return Err(Error::Os { doing: "map a tier that has no copy-on-write", source });
+                View::File { index, offset, huge, shared } => {
+                    let Mapped { file, base, align, .. } = self.files.mapping(index)?;
+                    if shared {
+                        ram.map_in_place(run.extent, file, base + offset)?;
+                        in_place.push(InPlaceExtent { extent: run.extent, align_pages: align / PAGE_SIZE });
+                    } else {
+                        ram.map_file_private(run.extent, file, base + offset)?;
                     }
-                    ram.map_file_private(run.extent, mapped.file, mapped.base + offset)?;
                     if huge == Some(true) {
                         self.advise_huge(ram, run.extent)?;
                     }
                 }
             }
         }
-        Ok(())
+        Ok(in_place)
     }
 
     fn advise_huge(&mut self, ram: &GuestRam, extent: Extent) -> Result<(), Error> {
@@ -293,7 +321,12 @@ impl Engine<'_> {
         for planned in self.plan.extents.iter().filter(wanted) {
             self.report.madvise_calls += 1;
             let failed = |source| Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source };
-            ram.populator(planned.extent)?.populate_write().map_err(failed)?;
+            // What the kernel cannot copy is promoted.
+            match ram.in_place().filter(|in_place| in_place.has(planned.extent)) {
+                Some(in_place) => in_place.promote_as(Resort::Ahead, planned.extent),
+                None => ram.populator(planned.extent)?.populate_write(),
+            }
+            .map_err(failed)?;
             self.report.bytes_preloaded += planned.extent.bytes();
         }
         Ok(())

@@ -6,9 +6,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::snapshot::{Chain, PageSource, RestorePlan, open_image};
+use crate::snapshot::{Chain, PAGE_SIZE, PageSource, RestorePlan, Snapshot, open_image};
+use crate::tiering::chunks::{ColdPool, ColdReader};
 use crate::tiering::fault::PageReader;
-use crate::tiering::tier::Tier;
+use crate::tiering::tier::{Mappable, Tier};
 use crate::vmm::error::Error;
 use crate::vmm::sys::page_cache::PageCache;
 
@@ -18,6 +19,8 @@ pub struct Files {
     chain: Arc<Chain>,
     tiers: Vec<Arc<dyn Tier>>,
     images: Vec<Arc<(File, PathBuf)>>,
+    /// Has the bytes of the layers' memory files, which are not there then.
+    cold: Option<ColdReader>,
 }
 
 /// A file to be mapped, and what is known of it.
@@ -28,6 +31,8 @@ pub struct Mapped<'a> {
     pub base: u64,
     /// Whether the kernel copies what is written; if not, it is mapped shared and read-only.
     pub copy_on_write: bool,
+    /// What offset, address and length of its mappings are multiples of, bytes.
+    pub align: u64,
 }
 
 impl Files {
@@ -35,7 +40,35 @@ impl Files {
     pub fn open(chain: Arc<Chain>, tiers: Vec<Arc<dyn Tier>>, plan: &RestorePlan) -> Result<Self, Error> {
         let open = |spec| Ok::<_, Error>(Arc::new(open_image(&chain, spec, &PageCache)?));
         let images = plan.images.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Files { chain, tiers, images })
+        Ok(Files { chain, tiers, images, cold: None })
+    }
+
+    /// The same with the chain's memory in a cold pool.
+    #[must_use]
+    pub fn with_cold(self, pool: Option<&Arc<ColdPool>>) -> Self {
+        Files { cold: pool.map(|pool| ColdReader::new(pool, 0)), ..self }
+    }
+
+    /// The pool that has the chain's memory, if its files do not.
+    pub fn cold(&self) -> Option<&Arc<ColdPool>> {
+        self.cold.as_ref().map(ColdReader::pool)
+    }
+
+    /// The pool that has the bytes of this source, if one does.
+    pub fn cold_source(&self, index: usize) -> Option<&Arc<ColdPool>> {
+        self.cold().filter(|_| index < self.chain.layers().len())
+    }
+
+    /// Connects to the cold pool, if there is one, so that the first read does not have to.
+    pub fn connect(&mut self) -> Result<(), Error> {
+        let Some(cold) = &mut self.cold else { return Ok(()) };
+        let path = PathBuf::from(cold.pool().name());
+        cold.connect().map_err(|source| Error::File { doing: "connect to the cold pool", path, source })
+    }
+
+    /// This thread's reader of the cold pool.
+    pub fn cold_reader(&mut self) -> Option<&mut ColdReader> {
+        self.cold.as_mut()
     }
 
     pub fn chain(&self) -> &Arc<Chain> {
@@ -59,6 +92,10 @@ impl Files {
 
     /// The file of a source that is one, and its path.
     fn get(&self, index: usize) -> Option<(&File, &Path)> {
+        // What stands in for a memory file that is elsewhere is never read.
+        if self.cold_source(index).is_some() {
+            return None;
+        }
         match self.chain.layers().get(index) {
             Some(layer) => Some((layer.memory(), layer.memory_path())),
             None => self.images.get(index.checked_sub(self.first_image())?).map(|image| (&image.0, image.1.as_path())),
@@ -69,16 +106,19 @@ impl Files {
     pub fn mapping(&self, index: usize) -> Result<Mapped<'_>, Error> {
         let Some(tier) = self.tier(index) else {
             let (file, _) = self.require(index)?;
-            return Ok(Mapped { file, base: 0, copy_on_write: true });
+            return Ok(Mapped { file, base: 0, copy_on_write: true, align: PAGE_SIZE });
         };
         // A validated plan maps no others.
         let mapping = tier.mapping().ok_or_else(no_such_source)?;
-        Ok(Mapped { file: mapping.file, base: mapping.base, copy_on_write: mapping.copy_on_write })
+        let Mappable { file, base, copy_on_write, align, .. } = mapping;
+        Ok(Mapped { file, base, copy_on_write, align: align.max(PAGE_SIZE) })
     }
 
     /// The paths of all sources, in the order of their index.
     pub fn paths(&self) -> Vec<PathBuf> {
-        let layers = self.chain.layers().iter().map(|layer| layer.memory_path().to_owned());
+        let cold = self.cold().map(|pool| PathBuf::from(pool.name()));
+        let path = |layer: &Snapshot| cold.clone().unwrap_or_else(|| layer.memory_path().to_owned());
+        let layers = self.chain.layers().iter().map(path);
         let tiers = self.tiers.iter().map(|tier| tier.path().to_owned());
         layers.chain(tiers).chain(self.images.iter().map(|image| image.1.clone())).collect()
     }
@@ -126,6 +166,9 @@ fn no_such_source() -> Error {
 
 impl PageReader for Files {
     fn read(&mut self, source: PageSource, bytes: &mut [u8]) -> io::Result<()> {
+        if let Some(cold) = self.cold.as_mut().filter(|_| source.layer < self.chain.layers().len()) {
+            return cold.read(source.offset, bytes);
+        }
         if let Some(tier) = self.tier(source.layer) {
             return tier.read(source.offset, bytes);
         }

@@ -17,6 +17,7 @@ use std::time::Instant;
 use serde::de::DeserializeOwned;
 
 use super::arch::layout;
+use super::control::InPlaceMapping;
 use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
@@ -29,6 +30,7 @@ use super::{config, host};
 use crate::devices::virtio::id;
 use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
 use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::tiering::chunks::{ColdCounts, ColdPool};
 use crate::tiering::fault::FaultObserver;
 use crate::tiering::tier::Tier;
 
@@ -38,7 +40,7 @@ pub(super) use lazy::ended;
 
 use background::BackgroundWork;
 use drives::PlacedDrives;
-use engine::Served;
+use engine::{How, Served};
 use external::ExternalHandler;
 use files::Files;
 use lazy::{FaultCounters, FaultService, FaultWork};
@@ -50,12 +52,16 @@ pub struct RestoreSpec<'a> {
     /// The tiers that the plan counts on, in its order.
     pub tiers: Vec<Arc<dyn Tier>>,
     pub plan: &'a RestorePlan,
+    /// Where the bytes of the chain's memory files are, if not in those. The plan is for it (`lower`).
+    pub cold: Option<Arc<ColdPool>>,
     /// Log the pages the guest writes from now on.
     pub track_dirty_pages: bool,
     /// Is told of every first touch; memory is then served page by page, whatever the plan says.
     pub observer: Option<Box<dyn FaultObserver>>,
     /// The kernel is to map only pages that are touched, not their neighbours, if it can be made to.
     pub single_pages: bool,
+    /// How pages in place are mapped where the tier leaves the choice.
+    pub in_place_mapping: InPlaceMapping,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
     /// What this clone's devices are to have on the host's side.
@@ -69,6 +75,8 @@ pub struct RestoreSpec<'a> {
 /// What works on guest memory while the guest runs. Ends when dropped.
 #[derive(Default)]
 pub(super) struct MemoryServices {
+    /// First of all: nobody waits for a pool that is closed.
+    cold: Option<CloseCold>,
     background: Option<BackgroundWork>,
     service: Option<FaultService>,
     handler: Option<ExternalHandler>,
@@ -90,12 +98,17 @@ impl MemoryServices {
         self.counters.counts()
     }
 
+    pub fn cold_counts(&self) -> Option<ColdCounts> {
+        self.cold.as_ref().map(|cold| cold.0.counts())
+    }
+
     pub fn maps_single_pages(&self) -> bool {
         self.single_pages.is_some()
     }
 
     /// Asks everybody to end, and waits until `deadline`. An error names who has not: it waits for memory in the kernel.
     pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
+        self.cold.iter().for_each(|cold| cold.0.close());
         if !self.background.as_ref().is_none_or(|work| work.finish(deadline)) {
             return Err(Error::Stuck("background thread"));
         }
@@ -103,6 +116,15 @@ impl MemoryServices {
             return Err(Error::Stuck("fault service"));
         }
         Ok(())
+    }
+}
+
+/// Closes a cold pool when the machine goes.
+struct CloseCold(Arc<ColdPool>);
+
+impl Drop for CloseCold {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 
@@ -202,11 +224,14 @@ impl Machine<Built> {
         let kvm = open_kvm()?;
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
-        let files = Files::open(spec.chain.clone(), spec.tiers, spec.plan)?;
+        let files = Files::open(spec.chain.clone(), spec.tiers, spec.plan)?.with_cold(spec.cold.as_ref());
         spec.stalls.name_sources(files.paths());
         timeline.lap(Slice::StateLoad);
         let mut built = match spec.handler {
-            None => engine::build(&files, spec.plan, layout, spec.observer.is_some(), timeline)?,
+            None => {
+                let how = How { observed: spec.observer.is_some(), in_place: spec.in_place_mapping };
+                engine::build(&files, spec.plan, layout, how, timeline)?
+            }
             Some(_) => engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
         let is_ours = spec.handler.is_none() && spec.observer.is_none();
@@ -218,6 +243,7 @@ impl Machine<Built> {
         let set = DeviceSet { virtio, configs, fw_cfg };
         let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
+        machine.core.services.cold = spec.cold.map(CloseCold);
         machine.core.services.tiers_held = files.tiers().to_vec();
         let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied: KVM may touch guest memory for it.
@@ -258,11 +284,14 @@ impl Core {
     ) -> Result<(), Error> {
         let fault_pages = if observer.is_some() { 1 } else { plan.fault_pages };
         let counters = self.services.counters.clone();
-        let reader = Box::new(files.clone());
+        let mut reader = Box::new(files.clone());
+        reader.connect()?;
+        let whole_blocks = files.cold().is_some() && observer.is_none();
         self.services.uffd = Some(uffd.clone());
         let activity = stalls.activity();
         let released = self.ram.released().clone();
-        let work = FaultWork { uffd, extents, fault_pages, reader, observer, counters, released, activity };
+        let work =
+            FaultWork { uffd, extents, fault_pages, whole_blocks, reader, observer, counters, released, activity };
         self.services.service = Some(FaultService::start(work, self.ending.clone())?);
         Ok(())
     }

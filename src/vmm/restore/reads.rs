@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::files::Files;
 use crate::snapshot::PageSource;
+use crate::tiering::chunks;
 use crate::tiering::tier::Tier;
 use crate::vmm::error::Error;
 use crate::vmm::sys::mapping::Buffer;
@@ -59,6 +60,18 @@ struct Batch<'m> {
 
 /// Fills all of `wanted`; `direct`: past the page cache, where the file system can.
 pub fn fill(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Filled, Error> {
+    let Some(pool) = files.cold() else { return fill_near(files, wanted, direct) };
+    let (far, near): (Vec<_>, Vec<_>) =
+        wanted.into_iter().partition(|wanted| files.cold_source(wanted.source.layer).is_some());
+    let far = far.into_iter().map(|Wanted { source, bytes }| (source.offset, bytes)).collect();
+    let failed = |source| Error::File { doing: "fetch guest memory from", path: pool.name().into(), source };
+    let threads = chunks::fill(pool, far).map_err(failed)? as u64;
+    let filled = fill_near(files, near, direct)?;
+    Ok(Filled { threads: filled.threads.max(threads), ..filled })
+}
+
+/// As [`fill`], from files and tiers of this host.
+fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Filled, Error> {
     let total: usize = wanted.iter().map(|wanted| wanted.bytes.len()).sum();
     let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = (total / BYTES_PER_THREAD).clamp(1, cpus.min(THREADS));

@@ -94,6 +94,43 @@ impl Reservation {
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    /// Puts a shared mapping of `file`, which can be read and not written, at `[offset, offset + len)`. For what cannot be
+    /// mapped private (device DAX), and like it; see [`map_file_private`](Self::map_file_private) for the file's length.
+    pub fn map_file_read_only(&self, offset: usize, len: usize, file: &File, file_offset: u64) -> io::Result<()> {
+        let file_offset =
+            libc::off_t::try_from(file_offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        self.check(offset, len)?;
+        // SAFETY: as in `map_fixed`.
+        let address = unsafe {
+            let (start, flags) = (self.base.as_ptr().add(offset).cast(), libc::MAP_SHARED | libc::MAP_FIXED);
+            libc::mmap(start, len, libc::PROT_READ, flags, file.as_raw_fd(), file_offset)
+        };
+        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Replaces `[offset, offset + len)` (page aligned) by a local copy of itself that can be written. The copy is made at
+    /// the same place of `stage`, which is anonymous memory of the same length, and then moved: whoever reads the range
+    /// meanwhile sees the old bytes or the new ones, which are the same, and waits for the move if it must. `stage` is empty
+    /// afterwards. Neighbouring copies become one mapping, for the kernel takes them for parts of the one of `stage`.
+    ///
+    /// # Safety
+    /// Nobody writes the range meanwhile.
+    pub unsafe fn copy_locally(&self, stage: &Reservation, offset: usize, len: usize) -> io::Result<()> {
+        self.check(offset, len)?;
+        stage.check(offset, len)?;
+        // SAFETY: both ranges were checked to lie in their reservations, which do not overlap; the one that is read is
+        // mapped readable and not written (the caller's promise), the other is anonymous memory that only this call uses.
+        // mremap(2) then moves pages from one to the other and touches nothing else: with MREMAP_DONTUNMAP the stage stays
+        // mapped.
+        let moved = unsafe {
+            let (to, aside) = (self.base.as_ptr().add(offset), stage.base.as_ptr().add(offset));
+            std::ptr::copy_nonoverlapping(to.cast_const(), aside, len);
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+            libc::mremap(aside.cast(), len, len, flags, to.cast::<libc::c_void>())
+        };
+        if moved == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     fn map_fixed(&self, offset: usize, len: usize, flags: i32, fd: i32, file_offset: libc::off_t) -> io::Result<()> {
         self.check(offset, len)?;
         // SAFETY: `[offset, offset + len)` was checked to lie inside this reservation, which this object owns, so

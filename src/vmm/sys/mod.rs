@@ -4,12 +4,15 @@
 pub mod clock;
 pub mod coalesced;
 pub mod code;
+pub mod direct_ring;
 pub mod dirty_log;
 pub mod inherit;
 pub mod kick;
+pub mod kvm_stats;
 pub mod limits;
 pub mod locks;
 pub mod mapping;
+pub mod mempolicy;
 
 pub mod page_cache;
 pub mod pagemap;

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
+use super::mapping::Reservation;
+
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -79,6 +81,30 @@ impl Drop for SharedMap {
         // SAFETY: the mapping is this object's own and nobody refers to its bytes.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
+}
+
+/// `MADV_COLLAPSE` of Linux `include/uapi/asm-generic/mman-common.h` (6.1).
+const MADV_COLLAPSE: i32 = 25;
+const HUGE: usize = 2 << 20;
+
+/// Moves the pages of `[offset, offset + len)` of `file` (a tmpfs; multiples of 2 MiB) into huge pages, where they are not:
+/// when they were written the host may have had none in one piece. Returns how many blocks it could not.
+pub fn make_huge(file: &File, offset: u64, len: u64) -> io::Result<u64> {
+    let room = Reservation::new(HUGE)?;
+    let mut failed = 0;
+    for at in (offset..offset.saturating_add(len)).step_by(HUGE) {
+        let at = libc::off_t::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        // SAFETY: the reservation is 2 MiB of address space that nobody else uses.
+        let base = unsafe { libc::mmap(room.base().cast(), HUGE, libc::PROT_READ, flags, file.as_raw_fd(), at) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the advice changes which pages hold the bytes, not the bytes.
+        let result = unsafe { libc::madvise(base, HUGE, MADV_COLLAPSE) };
+        failed += u64::from(result != 0);
+    }
+    Ok(failed)
 }
 
 #[cfg(test)]

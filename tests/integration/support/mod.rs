@@ -1,6 +1,7 @@
 //! A VM under test: a tvmm process with its console and control socket at hand.
 
 pub mod artefact;
+pub mod cold;
 pub mod network;
 pub mod pool;
 pub mod service;

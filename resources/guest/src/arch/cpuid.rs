@@ -52,6 +52,14 @@ pub fn has_kvmclock() -> bool {
         && leaf(0x4000_0001).eax & KVM_FEATURE_CLOCKSOURCE2 != 0
 }
 
+pub fn has_cmpxchg16b() -> bool {
+    leaf(1).ecx & 1 << 13 != 0
+}
+
+pub fn has_xsaveopt() -> bool {
+    subleaf(0xd, 1).eax & 1 != 0
+}
+
 /// The widest registers that boot.s could enable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Simd {

@@ -14,6 +14,7 @@ const STI: u32 = 4;
 const CLI: u32 = 5;
 const CPUID: u32 = 6;
 const TRIPLE_FAULT: u32 = 7;
+const STORES: u32 = 8;
 
 /// # Safety
 /// `function` must be one of the above and its arguments must keep Rust's world intact.
@@ -79,6 +80,15 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
              out("esi") ebx, out("edx") edx);
     }
     CpuidResult { eax, ebx, ecx, edx }
+}
+
+/// Stores at CPL0 to the two pages at `pages`: `which` says which ones (boot.s).
+///
+/// # Safety
+/// Nobody else refers to the pages.
+pub unsafe fn kernel_stores(pages: u64, which: u32) {
+    // SAFETY: by the caller.
+    unsafe { trap(STORES, pages, which) };
 }
 
 /// Shuts the machine down the hard way.

@@ -11,6 +11,7 @@ mod pages;
 mod pmem;
 mod rng;
 mod spin;
+mod stores;
 mod system;
 mod vsock;
 #[cfg(feature = "functions")]
@@ -98,6 +99,7 @@ static FUNCTIONS: &[Function] = &[
         &[required("port"), optional("lines"), optional("closed"), optional("window"), optional("irq")],
         vsock::serve,
     ),
+    function("stores", &[optional("op")], stores::stores),
     function("spin", &[required("ms"), optional("cpus"), optional("timer_us")], spin::spin),
 ];
 
@@ -116,6 +118,7 @@ pub struct Ctx {
     pub filled: memory::Filled,
     pub handles: pages::Handles,
     pub spin: spin::State,
+    pub stores: stores::State,
     pub net: net::State,
     pub rng: rng::State,
     pub balloon: balloon::State,
@@ -136,6 +139,7 @@ impl Ctx {
             filled: memory::Filled::new(),
             handles: pages::Handles::new(),
             spin: spin::State::new(),
+            stores: stores::State::new(),
             net: net::State::new(),
             rng: rng::State::new(),
             balloon: balloon::State::new(),

@@ -5,7 +5,6 @@ use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use vm_memory::GuestAddress;
 
 use super::*;
 use crate::devices::virtio::testing::{BUFFERS, Driver, RAM};
@@ -103,10 +102,7 @@ fn pages_that_the_device_writes_are_marked() {
     for engine in ENGINES {
         let fixture = Fixture::new();
         let mut driver = fixture.drive(engine);
-        let marks = |driver: &Driver| {
-            let region = vm_memory::GuestMemoryBackend::find_region(&driver.memory, GuestAddress(0)).unwrap();
-            vm_memory::MmapRegion::bitmap(region).get_and_reset()
-        };
+        let marks = |driver: &Driver| driver.memory.take_marks().next().unwrap();
         begin(&mut driver, 0, 0, &[(DATA + 0x800, 4096, true)]);
         driver.wait_used();
         let page = |address: u64| 1 << (address / 4096);

@@ -37,8 +37,11 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     let Some(extra_limit) = limit.checked_sub(written) else {
         return Err(Error::BudgetTooSmall { pages: limit, least: written });
     };
+    let ground = &Ground { page_ns: budget.dram_page_ns as f64, ..*ground };
     let search = Search { touches: &touches, extra_limit };
     let mut best = search.within_budget(ground);
+    // Time, and what local memory is worth besides.
+    let worth = |expected: &Estimate| expected.total_ns() + ground.page_ns * expected.pages_preloaded_unwritten as f64;
     let floors = Floors::of(ground, &touches);
     // Each shape with the least it can cost: making and pricing one takes as long as the whole search above. What the
     // search cannot come to are images (Aquifer's shape is `packed` without extras), and one userfaultfd over everything,
@@ -52,12 +55,12 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
         (floors.reap, &|| reap::plan(ground, profile)),
     ];
     for (floor, make) in shapes {
-        if floor >= best.1.total_ns() {
+        if floor >= worth(&best.1) {
             continue;
         }
         let plan = make();
         let expected = estimate(&plan, ground, &touches);
-        if search.fits(&expected) && expected.total_ns() < best.1.total_ns() {
+        if search.fits(&expected) && worth(&expected) < worth(&best.1) {
             best = (plan, expected);
         }
     }
@@ -183,10 +186,11 @@ impl Search<'_> {
         (plan, expected)
     }
 
-    /// The cheapest plan that fits the budget: local memory gets the lowest price at which it does.
+    /// The cheapest plan that fits the budget: local memory gets the lowest price, from the ground's on, at which it does.
     fn within_budget(&self, ground: &Ground) -> (RestorePlan, Estimate) {
-        let mut best = self.at_price(ground, 0.0);
-        let (mut low, mut high) = (0.0, 50.0);
+        let least = ground.page_ns;
+        let mut best = self.at_price(ground, least);
+        let (mut low, mut high) = (least, least.max(25.0) * 2.0);
         for _ in 0..DOUBLINGS {
             if self.fits(&best.1) {
                 break;
@@ -194,7 +198,7 @@ impl Search<'_> {
             (low, high) = (high, high * 2.0);
             best = self.at_price(ground, high);
         }
-        if low == 0.0 {
+        if low == least {
             return best;
         }
         for _ in 0..BISECTIONS {

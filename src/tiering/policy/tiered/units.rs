@@ -30,7 +30,6 @@ pub struct Price {
 impl Price {
     /// Time, with each extra page at `page_ns`.
     pub fn at(self, page_ns: f64) -> f64 {
-        // Without budget pressure `page_ns` is 0.
         self.ns + page_ns * self.extra_pages as f64
     }
 }

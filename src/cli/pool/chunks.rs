@@ -1,0 +1,223 @@
+//! `tvmm pool` for pools of compressed chunks.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::{Value, json};
+
+use crate::cli::merge::bytes_bar;
+use crate::cli::{BoxError, refuse};
+use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, SnapshotId};
+use crate::tiering::chunks::store::{MANIFEST, Manifest};
+use crate::tiering::chunks::{Compression, DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES, Index, Packed};
+use crate::tiering::profile::{Profile, nonzero};
+use crate::vmm::cold::{AnyPool, is_object_url};
+
+/// Guest memory under one chunk when nobody says otherwise, KiB.
+const DEFAULT_CHUNK_KIB: u64 = (DEFAULT_CHUNK_PAGES * PAGE_SIZE) >> 10;
+
+/// What only pools of chunks have.
+#[derive(Debug, Args)]
+pub struct ChunkArgs {
+    /// Compressed chunks: guest memory under one, KiB, a power of two from 64 to 2048 [default: 128]
+    #[arg(long, value_name = "KIB")]
+    chunk: Option<u64>,
+    /// Compressed chunks: what the way to the pool carries, MB/s, which decides what compression pays [default: 1200]
+    #[arg(long, value_name = "MBPS", value_parser = clap::value_parser!(u64).range(1..))]
+    bandwidth: Option<u64>,
+}
+
+impl ChunkArgs {
+    /// Byte-addressable pools have no chunks.
+    pub fn refuse_for_cxl(&self) -> Result<(), BoxError> {
+        match (self.chunk, self.bandwidth) {
+            (None, None) => Ok(()),
+            _ => refuse("--chunk and --bandwidth are for pools of compressed chunks (--tier remote, --tier file)"),
+        }
+    }
+}
+
+/// Whether there is a pool of chunks at `pool`; anything else is for who opens it to judge.
+pub fn is_one(pool: &Path) -> bool {
+    is_object_url(&pool.to_string_lossy()) || pool.join(MANIFEST).exists()
+}
+
+/// Makes a pool of an empty or missing directory.
+pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
+    let (chunk_kib, bandwidth_mbps) =
+        (args.chunk.unwrap_or(DEFAULT_CHUNK_KIB), args.bandwidth.unwrap_or(DEFAULT_BANDWIDTH_MBPS));
+    AnyPool::create(text(at)?, Manifest::new(chunk_kib, bandwidth_mbps)?)?;
+    println!("{}", at.display());
+    eprintln!("cold pool: chunks of {chunk_kib} KiB, compressed for {bandwidth_mbps} MB/s");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A pool's name, which may be a URL.
+fn text(pool: &Path) -> Result<&str, BoxError> {
+    match pool.to_str() {
+        Some(text) => Ok(text),
+        None => refuse(format!("{} is not UTF-8", pool.display())),
+    }
+}
+
+/// Adds a snapshot with everything it is relative to.
+pub fn add(pool: &Path, snapshot: &Path, profile: Option<&Path>, as_json: bool) -> Result<ExitCode, BoxError> {
+    let store = AnyPool::open(text(pool)?)?;
+    let chain = Chain::open(&Location::Dir(snapshot.to_path_buf()))?;
+    let hot = profile.map(|path| hot_pages(path, &chain)).transpose()?;
+    let bar = bytes_bar("packing");
+    let packed = store.add(&chain, hot, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    match as_json {
+        true => println!("{:#}", packed_json(&packed)),
+        false => print_packed(&packed),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a profile touches.
+fn hot_pages(profile: &Path, chain: &Chain) -> Result<PageSet, BoxError> {
+    let profile = Profile::load(profile)?;
+    profile.check_for(chain.tip())?;
+    Ok(profile.loading_set(&nonzero(&chain.resolve()?)))
+}
+
+fn packed_json(packed: &Packed) -> Value {
+    let methods = Compression::ALL.iter().zip(packed.methods).map(|(method, (chunks, pages, stored))| {
+        (method.name().to_string(), json!({ "chunks": chunks, "bytes": pages, "bytes_stored": stored }))
+    });
+    let mut json = index_json(&packed.index);
+    json["methods"] = methods.collect();
+    json
+}
+
+fn index_json(index: &Index) -> Value {
+    json!({
+        "snapshot": index.snapshot(),
+        "pages": index.pages(),
+        "chunks": index.chunks().len(),
+        "chunk_kib": (index.chunk_pages() * PAGE_SIZE) >> 10,
+        "bytes": index.pages() * PAGE_SIZE,
+        "bytes_stored": index.data_len(),
+    })
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn print_packed(packed: &Packed) {
+    let index = &packed.index;
+    println!("snapshot   {}", index.snapshot());
+    let (bytes, stored) = (index.pages() * PAGE_SIZE, index.data_len());
+    println!("pages      {} ({:.1} MiB) in {} chunks", index.pages(), mib(bytes), index.chunks().len());
+    println!("stored     {:.1} MiB, {:.0} %", mib(stored), 100.0 * stored as f64 / bytes.max(1) as f64);
+    for (method, (chunks, bytes, stored)) in Compression::ALL.iter().zip(packed.methods) {
+        if chunks > 0 {
+            println!("  {:<8} {chunks} chunks, {:.1} MiB as {:.1} MiB", method.name(), mib(bytes), mib(stored));
+        }
+    }
+}
+
+/// Lists the snapshots.
+pub fn list(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
+    let held = AnyPool::open(text(pool)?)?.list()?;
+    match as_json {
+        true => println!("{:#}", json!(held)),
+        false => held.iter().for_each(|snapshot| println!("{snapshot}")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows how much each snapshot takes.
+pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
+    let store = AnyPool::open(text(pool)?)?;
+    let indexes = store.list()?.into_iter().map(|id| store.index(id)).collect::<Result<Vec<_>, _>>()?;
+    if as_json {
+        let snapshots: Vec<Value> = indexes.iter().map(index_json).collect();
+        println!("{:#}", json!({ "pool": store.manifest(), "snapshots": snapshots }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let manifest = store.manifest();
+    println!("cold pool  chunks of {} KiB, compressed for {} MB/s", manifest.chunk_kib, manifest.bandwidth_mbps);
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(["snapshot", "MiB", "stored", "%", "chunks", "raw/lz4/zstd"]);
+    for index in &indexes {
+        let (bytes, stored) = (index.pages() * PAGE_SIZE, index.data_len());
+        let count = |method| index.chunks().iter().filter(|chunk| chunk.compression == method).count();
+        table.add_row([
+            index.snapshot().to_string()[..16].to_string(),
+            format!("{:.1}", mib(bytes)),
+            format!("{:.1}", mib(stored)),
+            format!("{:.0}", 100.0 * stored as f64 / bytes.max(1) as f64),
+            index.chunks().len().to_string(),
+            Compression::ALL.map(|method| count(method).to_string()).join("/"),
+        ]);
+    }
+    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    println!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The one snapshot in the pool whose id begins so.
+fn find(store: &AnyPool, pool: &Path, text: &str) -> Result<SnapshotId, BoxError> {
+    let held = store.list()?;
+    let mut found = held.iter().filter(|id| !text.is_empty() && id.to_string().starts_with(text));
+    match (found.next(), found.next()) {
+        (Some(id), None) => Ok(*id),
+        (None, _) => refuse(format!("{} holds no snapshot whose id begins with `{text}`", pool.display())),
+        _ => refuse(format!("{} holds several snapshots whose ids begin with `{text}`", pool.display())),
+    }
+}
+
+/// Takes a snapshot out. VMs that run from it go on, as long as whoever serves them has it open.
+pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
+    let store = AnyPool::open(text(pool)?)?;
+    let id = find(&store, pool, snapshot)?;
+    store.remove(id)?;
+    eprintln!("{id} is removed");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Removes what belongs to no snapshot.
+pub fn collect(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
+    let freed = AnyPool::open(text(pool)?)?.collect()?;
+    match as_json {
+        true => println!("{:#}", json!({ "bytes": freed })),
+        false => println!("freed      {:.1} MiB", mib(freed)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Compares every chunk with its checksum.
+pub fn check(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
+    let store = AnyPool::open(text(pool)?)?;
+    let (mut results, mut bad) = (Vec::new(), 0);
+    for id in store.list()? {
+        let problem = match store.check(id) {
+            Ok(checked) if checked.bad_chunks == 0 => None,
+            Ok(checked) => Some(format!(
+                "{} of {} chunks are damaged, the first {:?}",
+                checked.bad_chunks, checked.chunks, checked.bad
+            )),
+            Err(error) => Some(crate::cli::chain(&error)),
+        };
+        bad += usize::from(problem.is_some());
+        if !as_json {
+            println!("{id} {}", problem.as_deref().unwrap_or("good"));
+        }
+        results.push(json!({ "snapshot": id, "good": problem.is_none(), "problem": problem }));
+    }
+    if as_json {
+        println!("{:#}", json!({ "good": bad == 0, "snapshots": results }));
+    }
+    match bad {
+        0 => Ok(ExitCode::SUCCESS),
+        bad => refuse(format!("{bad} snapshots in {} are damaged: remove them, and add them again", pool.display())),
+    }
+}

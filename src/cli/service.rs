@@ -1,0 +1,100 @@
+//! `tvmm serve`: arguments of the service.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{BoxError, refuse};
+use crate::serve::{self, Limits, Options};
+use crate::vmm::logging;
+
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Print the OpenAPI document of the service, and end
+    #[arg(long, exclusive = true)]
+    openapi: bool,
+    /// Where functions, snapshots and profiles are kept; made if it is not there
+    #[arg(long, value_name = "DIR", required_unless_present = "openapi")]
+    dir: Option<PathBuf>,
+    /// Listen on this TCP address (there is no authentication: use loopback, or a network you trust)
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Listen on this Unix socket, which only this user can connect to
+    #[arg(long, value_name = "PATH")]
+    listen_unix: Option<PathBuf>,
+    /// VMs that live at once
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = at_least_one)]
+    max_vms: usize,
+    /// Invocations that run at once; default: twice the host's CPUs
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    max_running: Option<usize>,
+    /// Invocations that wait for their turn; more are answered 429
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    max_queue: usize,
+    /// Connections that are open at once; more are answered 429
+    #[arg(long, default_value_t = 4096, value_name = "N", value_parser = at_least_one)]
+    max_connections: usize,
+    /// How long an invocation may take, if it does not say
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+    /// How long a VM that an invocation has left behind may be idle
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    idle_timeout: u64,
+    /// What a guest may write before it answers, KiB
+    #[arg(long, default_value_t = 4096, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    max_output: u64,
+    /// VM processes that are kept ready, so that a restore does not wait for a process to start
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = at_most_many)]
+    shells: usize,
+    /// How long invocations may go on when the service is told to stop
+    #[arg(long, default_value_t = 5, value_name = "SECONDS")]
+    grace: u64,
+    /// Write all traces to this file in Chrome's trace format (chrome://tracing, Perfetto)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+/// More would be processes for nothing, or a number that nothing is counted in.
+const MANY: usize = 65_536;
+
+fn at_most_many(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number <= MANY).ok_or_else(|| format!("a number from 0 to {MANY} is needed"))
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    at_most_many(text).ok().filter(|&number| number > 0).ok_or_else(|| format!("a number from 1 to {MANY} is needed"))
+}
+
+pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
+    if args.openapi {
+        print!("{}", serve::openapi());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(dir) = args.dir.clone() else { return refuse("Give --dir DIR: where state is kept") };
+    if args.listen.is_none() && args.listen_unix.is_none() {
+        return refuse("Nowhere to listen: give --listen ADDRESS:PORT, --listen-unix PATH, or both");
+    }
+    logging::init(None)?;
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    serve::run(Options {
+        dir,
+        listen: args.listen,
+        listen_unix: args.listen_unix.clone(),
+        trace: args.trace.clone(),
+        limits: Limits {
+            max_vms: args.max_vms,
+            max_running: args.max_running.unwrap_or(2 * cpus),
+            max_queue: args.max_queue,
+            max_connections: args.max_connections,
+            timeout: Duration::from_secs(args.timeout),
+            idle_timeout: Duration::from_secs(args.idle_timeout),
+            max_output_bytes: args.max_output << 10,
+            shells: args.shells,
+            grace: Duration::from_secs(args.grace),
+        },
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

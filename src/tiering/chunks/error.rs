@@ -1,0 +1,56 @@
+//! What can go wrong with cold pools.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::snapshot::{self, SnapshotId};
+
+/// What went wrong, and with which object.
+#[derive(Debug, thiserror::Error)]
+pub enum ChunkError {
+    #[error("{object} cannot be used as the index of a cold pool: {problem}")]
+    Index { object: String, problem: String },
+    #[error("{object} is not a valid index of a cold pool")]
+    IndexContainer { object: String, source: Box<snapshot::Error> },
+    #[error("{object} is of snapshot {found}, not of {expected}")]
+    OtherSnapshot { object: String, expected: SnapshotId, found: SnapshotId },
+    #[error("{object} is not what the snapshot's manifest says: {problem}")]
+    OtherMemory { object: String, problem: String },
+    #[error("{path} is not a cold pool: {problem}", path = path.display())]
+    NotAPool { path: PathBuf, problem: String },
+    #[error(
+        "{path} was made by a later tvmm in format {format}, this build reads {reads}", path = path.display(),
+        reads = super::store::FORMAT
+    )]
+    FutureFormat { path: PathBuf, format: u32 },
+    #[error("A cold pool cannot be made at {path}: {problem}", path = path.display())]
+    CannotMake { path: PathBuf, problem: &'static str },
+    #[error("A chunk cannot hold {kib} KiB of guest memory, only a power of two from 64 to 2048")]
+    ChunkSize { kib: u64 },
+    #[error("{path} already holds snapshot {snapshot}", path = path.display())]
+    AlreadyHeld { path: PathBuf, snapshot: SnapshotId },
+    #[error("{path} does not hold snapshot {snapshot}", path = path.display())]
+    NotHeld { path: PathBuf, snapshot: SnapshotId },
+    #[error("Another tvmm is writing to {path}", path = path.display())]
+    Busy { path: PathBuf },
+    #[error("The snapshot is damaged and was not added")]
+    Damaged { source: Box<snapshot::Error> },
+    #[error("No cold pool that was given can be used: {0}")]
+    NoPlace(String),
+    #[error("The object store at {url} cannot be used: {why}")]
+    ObjectStore { url: String, why: String },
+    #[error("Chunk {chunk} cannot be compressed")]
+    Compress { chunk: usize, source: io::Error },
+    #[error("Cannot {doing} {path}", path = path.display())]
+    File { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+}
+
+impl ChunkError {
+    /// Adapts an `io::Error`: `map_err(ChunkError::file("read", path))`.
+    pub(crate) fn file(doing: &'static str, path: &std::path::Path) -> impl FnOnce(io::Error) -> ChunkError {
+        let path = path.to_path_buf();
+        move |source| ChunkError::File { doing, path, source }
+    }
+}

@@ -1,0 +1,172 @@
+//! Carrying out any policy's plan when the snapshot's memory is in a cold pool.
+//!
+//! A policy's plan counts on files that can be mapped. Behind a cold pool nothing can: what it wants mapped is fetched
+//! when it is touched, what it wants read ahead is installed ahead, and what it wants packed into an image is fetched from
+//! the chunks it lies in.
+
+use super::index::Index;
+use crate::snapshot::{
+    BackgroundAction, Error, Extent, MemoryLayout, PageSet, PageSource, Placement, PlannedExtent, RestorePlan, Result,
+};
+
+/// Zero pages in smaller runs than this come along with the pages around them: a mapping of their own costs more.
+const ZERO_RUN: u64 = 512;
+
+/// `plan` with everything that came from the chain's `layers` files, or from images of them, fetched from the chunks of
+/// `index`. What comes from other tiers stays as it is.
+///
+/// # Errors
+/// [`Error::BadPlan`] if the plan takes pages from where they are not in a memory file.
+pub fn lower(plan: &RestorePlan, layers: usize, layout: &MemoryLayout, index: &Index) -> Result<RestorePlan> {
+    let held: PageSet =
+        (0..index.chunks().len() as u32).flat_map(|chunk| index.runs(chunk)).map(|(run, _)| run).collect();
+    let lowering = Lowering { plan, layers, layout, held };
+    let mut extents = Vec::with_capacity(plan.extents.len());
+    for item in &plan.extents {
+        lowering.place(item, &mut extents)?;
+    }
+    lowering.join_small_zeros(&mut extents);
+    let mut lowered = RestorePlan { extents, images: Vec::new(), verify: false, direct: false, ..plan.clone() };
+    lowered.fault_pages = plan.fault_pages.max(index.chunk_pages());
+    lowered.coalesce(layout);
+    lowered.background = background(plan, &lowered);
+    Ok(lowered)
+}
+
+struct Lowering<'a> {
+    plan: &'a RestorePlan,
+    layers: usize,
+    layout: &'a MemoryLayout,
+    held: PageSet,
+}
+
+impl Lowering<'_> {
+    fn place(&self, item: &PlannedExtent, out: &mut Vec<PlannedExtent>) -> Result<()> {
+        let Some(source) = item.source.filter(|source| self.is_cold(*source)) else {
+            out.push(*item);
+            return Ok(());
+        };
+        if source.layer < self.layers && self.layout.file_offset(item.extent.first) != Some(source.offset) {
+            let problem = format!(
+                "{} comes from offset {} of a memory file, which has other pages there",
+                item.extent, source.offset
+            );
+            return Err(Error::BadPlan { policy: self.plan.policy.clone(), problem });
+        }
+        let placement = match item.placement {
+            Placement::InPlace | Placement::CowFile => Placement::Lazy,
+            other => other,
+        };
+        let mut next = item.extent.first;
+        let end = item.extent.end();
+        for run in self.held.runs_in(item.extent) {
+            if run.first.0 - next.0 >= ZERO_RUN {
+                out.push(PlannedExtent::zero(Extent { first: next, pages: run.first.0 - next.0 }));
+                next = run.first;
+            }
+            let pages = run.end().0 - next.0;
+            out.extend(self.cold(Extent { first: next, pages }, placement));
+            next = run.end();
+        }
+        if next < end {
+            out.push(PlannedExtent::zero(Extent { first: next, pages: end.0 - next.0 }));
+        }
+        Ok(())
+    }
+
+    fn is_cold(&self, source: PageSource) -> bool {
+        source.layer < self.layers || source.layer >= self.layers + self.plan.tiers.len()
+    }
+
+    /// Whatever layer a page is of, the pool has it where the memory file would.
+    fn cold(&self, extent: Extent, placement: Placement) -> Option<PlannedExtent> {
+        let offset = self.layout.file_offset(extent.first)?;
+        Some(PlannedExtent::from(extent, placement, PageSource { layer: self.layers - 1, offset }))
+    }
+
+    /// Zero pages next to lazy ones become lazy too if they are few.
+    fn join_small_zeros(&self, extents: &mut [PlannedExtent]) {
+        let is_lazy = |item: Option<&PlannedExtent>| {
+            item.is_some_and(|item| item.placement == Placement::Lazy && item.source.is_some_and(|s| self.is_cold(s)))
+        };
+        for at in 0..extents.len() {
+            let item = extents[at];
+            if item.placement != Placement::Zero || item.extent.pages >= ZERO_RUN {
+                continue;
+            }
+            if (is_lazy(at.checked_sub(1).and_then(|before| extents.get(before))) || is_lazy(extents.get(at + 1)))
+                && let Some(lazy) = self.cold(item.extent, Placement::Lazy)
+            {
+                extents[at] = lazy;
+            }
+        }
+    }
+}
+
+/// The plan's steps, cut to the extents they now lie in, with what their action becomes there.
+fn background(plan: &RestorePlan, lowered: &RestorePlan) -> Vec<crate::snapshot::Background> {
+    let mut steps = Vec::with_capacity(plan.background.len());
+    for step in &plan.background {
+        let at = lowered.extents.partition_point(|item| item.extent.end() <= step.extent.first);
+        for item in lowered.extents[at..].iter().take_while(|item| item.extent.first < step.extent.end()) {
+            let Some(extent) = item.extent.intersection(&step.extent) else { continue };
+            let action = match item.placement {
+                Placement::Lazy => BackgroundAction::Install,
+                Placement::CowFile | Placement::InPlace => step.action,
+                Placement::Zero | Placement::Preload => continue,
+            };
+            steps.push(crate::snapshot::Background { action, extent });
+        }
+    }
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{Sample, sample};
+    use super::*;
+    use crate::snapshot::{Background, Fill, Gfn, ImageSpec, PAGE_SIZE};
+
+    fn extent(first: u64, pages: u64) -> Extent {
+        Extent { first: Gfn(first), pages }
+    }
+
+    /// A plan with one extent of each kind over the sample's pages.
+    fn plan(sample: &Sample) -> RestorePlan {
+        let source = |first: u64| PageSource { layer: 0, offset: first * PAGE_SIZE };
+        let mut plan = RestorePlan::new(sample.index.snapshot(), "test", vec![]);
+        plan.images = vec![ImageSpec { extents: vec![extent(64, 64)] }];
+        plan.extents = vec![
+            PlannedExtent::from(extent(0, 64), Placement::InPlace, source(0)),
+            PlannedExtent::preload(extent(64, 64), PageSource { layer: 1, offset: 0 }, Fill::Install),
+            PlannedExtent::from(extent(128, 3968), Placement::CowFile, source(128)),
+        ];
+        plan.background = vec![Background { action: BackgroundAction::ReadAhead, extent: extent(0, 64) }];
+        plan
+    }
+
+    #[test]
+    fn what_was_to_be_mapped_is_fetched_and_long_zero_runs_are_not() {
+        let sample = sample();
+        let lowered = lower(&plan(&sample), 1, sample.index.layout(), &sample.index).unwrap();
+        lowered.validate(sample.index.layout(), &[4096 * PAGE_SIZE]).unwrap();
+        assert!(lowered.images.is_empty());
+        assert_eq!(lowered.fault_pages, sample.index.chunk_pages());
+        let counts = lowered.counts();
+        assert_eq!((counts.in_place, counts.cow_file), (0, 0));
+        // The last two of the 64 are zero.
+        assert_eq!(counts.preload, 62);
+        // The sample has pages up to 1100 and at 4000; what lies between is zero.
+        assert!(counts.zero > 2000, "{counts:?}");
+        assert!(lowered.background.iter().all(|step| step.action == BackgroundAction::Install));
+        assert_eq!(lowered.background.iter().map(|step| step.extent.pages).sum::<u64>(), 64);
+    }
+
+    #[test]
+    fn plan_with_pages_from_elsewhere_in_a_memory_file_is_refused() {
+        let sample = sample();
+        let mut plan = plan(&sample);
+        plan.extents[0].source = Some(PageSource { layer: 0, offset: PAGE_SIZE });
+        assert!(matches!(lower(&plan, 1, sample.index.layout(), &sample.index), Err(Error::BadPlan { .. })));
+    }
+}

@@ -1,0 +1,296 @@
+//! `tvmm serve-pages`: a read-only server of a cold pool's objects (`docs/remote.md`). One thread per connection, no bytes
+//! of pages in this process: chunks go from the page cache to the socket.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use rustix::net::{SendFlags, send};
+
+use crate::snapshot::{Digest, SnapshotId};
+use crate::tiering;
+use crate::tiering::chunks::store::Store;
+use crate::tiering::chunks::wire::{self, Header, Kind, Opened, Why};
+use crate::tiering::chunks::{ChunkError, Index};
+use crate::vmm::error::Error;
+use crate::vmm::sys::signals::EndSignals;
+use crate::vmm::sys::wait::either_readable;
+
+/// How long a client may take to greet.
+const GREETING_TIME: Duration = Duration::from_secs(5);
+/// How long a client may not take what is sent to it.
+const SEND_TIME: Duration = Duration::from_secs(30);
+const STACK: usize = 256 << 10;
+
+/// Bounds of a server.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at once.
+    pub connections: usize,
+    /// Bytes of indexes held at once.
+    pub index_bytes: usize,
+    /// How long a connection may be idle.
+    pub idle: Duration,
+}
+
+/// A server that listens.
+pub struct PageServer {
+    listener: TcpListener,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Store,
+    limits: Limits,
+    connections: AtomicUsize,
+    /// Objects that some connection has open.
+    objects: Mutex<HashMap<SnapshotId, Weak<Object>>>,
+}
+
+/// An object that is served.
+struct Object {
+    index: Index,
+    index_bytes: Vec<u8>,
+    digest: Digest,
+    data: File,
+}
+
+impl PageServer {
+    /// Listens at `address` (`HOST:PORT`).
+    pub fn listen(store: Store, address: &str, limits: Limits) -> Result<PageServer, Error> {
+        let failed = |source| Error::Listen { address: address.to_string(), source };
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let shared = Shared { store, limits, connections: AtomicUsize::new(0), objects: Mutex::default() };
+        Ok(PageServer { listener, shared: Arc::new(shared) })
+    }
+
+    /// Where it listens: the port, if the system chose it.
+    pub fn address(&self) -> Result<SocketAddr, Error> {
+        self.listener.local_addr().map_err(Error::os("ask for the address of the server"))
+    }
+
+    /// Serves until a signal ends it; its number.
+    pub fn run(&self, signals: &mut EndSignals) -> Result<i32, Error> {
+        loop {
+            either_readable(&self.listener, signals).map_err(Error::os("wait for connections"))?;
+            if let Some(signal) = signals.take_one() {
+                return Ok(signal);
+            }
+            match self.listener.accept() {
+                Ok((stream, peer)) => self.start(stream, peer),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Out of descriptors, or a client that has gone already: others go on.
+                Err(error) => {
+                    tracing::warn!(%error, "A connection cannot be accepted");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+    }
+
+    fn start(&self, stream: TcpStream, peer: SocketAddr) {
+        let held = Held::take(self.shared.clone());
+        let serve = move || {
+            if let Err(error) = Connection::serve(stream, &held) {
+                tracing::info!(%peer, %error, "A connection has ended");
+            }
+        };
+        let thread = std::thread::Builder::new().name("pages".into()).stack_size(STACK).spawn(serve);
+        if let Err(error) = thread {
+            tracing::warn!(%error, "A connection cannot be served");
+        }
+    }
+}
+
+/// A connection's place among those there are.
+struct Held {
+    shared: Arc<Shared>,
+    is_over: bool,
+}
+
+impl Held {
+    fn take(shared: Arc<Shared>) -> Held {
+        let before = shared.connections.fetch_add(1, Ordering::Relaxed);
+        Held { is_over: before >= shared.limits.connections, shared }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    fn object(&self, snapshot: SnapshotId) -> Result<Arc<Object>, (Why, String)> {
+        let mut objects = self.objects.lock().unwrap_or_else(PoisonError::into_inner);
+        objects.retain(|_, object| object.strong_count() > 0);
+        if let Some(object) = objects.get(&snapshot).and_then(Weak::upgrade) {
+            return Ok(object);
+        }
+        let held: usize = objects.values().filter_map(Weak::upgrade).map(|object| object.index_bytes.len()).sum();
+        let object = Object::load(&self.store, snapshot).map_err(|error| {
+            let why = match &error {
+                ChunkError::NotHeld { .. } => Why::NotHeld,
+                ChunkError::Index { .. } | ChunkError::IndexContainer { .. } | ChunkError::OtherSnapshot { .. } => {
+                    Why::Damaged
+                }
+                _ => Why::Failed,
+            };
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+            (why, format!("{error}{cause}"))
+        })?;
+        if held + object.index_bytes.len() > self.limits.index_bytes {
+            return Err((Why::Busy, "too many snapshots are open".to_string()));
+        }
+        let object = Arc::new(object);
+        objects.insert(snapshot, Arc::downgrade(&object));
+        Ok(object)
+    }
+}
+
+impl Object {
+    fn load(store: &Store, snapshot: SnapshotId) -> Result<Object, ChunkError> {
+        let index_bytes = store.index_bytes(snapshot)?;
+        let digest = Digest(*blake3::hash(&index_bytes).as_bytes());
+        let index = Index::parse(&format!("the index of {snapshot}"), index_bytes.clone(), snapshot)?;
+        let data = store.open_data(&index)?;
+        Ok(Object { index, index_bytes, digest, data })
+    }
+}
+
+/// One client.
+struct Connection<'a> {
+    stream: TcpStream,
+    shared: &'a Shared,
+    open: Option<Arc<Object>>,
+}
+
+impl<'a> Connection<'a> {
+    /// Serves until the client has nothing more to ask. The error says why it ended otherwise.
+    fn serve(stream: TcpStream, held: &'a Held) -> io::Result<()> {
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(GREETING_TIME))?;
+        stream.set_write_timeout(Some(SEND_TIME))?;
+        let mut connection = Connection { stream, shared: &held.shared, open: None };
+        let mut greeting = [0; wire::GREETING_LEN];
+        connection.stream.read_exact(&mut greeting)?;
+        let Some((answer, is_spoken)) = wire::answer(&greeting) else {
+            return Err(io::Error::other("it does not speak the page service's protocol"));
+        };
+        connection.stream.write_all(&answer)?;
+        if !is_spoken {
+            return Err(io::Error::other("it speaks no version of the protocol that this build does"));
+        }
+        if held.is_over {
+            connection.refuse(0, Why::Busy, "the page server has too many connections")?;
+            return Err(io::Error::other("there are too many"));
+        }
+        connection.stream.set_read_timeout(Some(held.shared.limits.idle))?;
+        while connection.request()? {}
+        Ok(())
+    }
+
+    /// Answers the next request. `false`: there is none.
+    fn request(&mut self) -> io::Result<bool> {
+        let mut bytes = [0; wire::HEADER_LEN];
+        match self.stream.read_exact(&mut bytes) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        let header = match Header::parse(&bytes) {
+            Ok(header) => header,
+            // Nobody knows where the next frame begins.
+            Err(what) => return self.refuse(0, Why::BadRequest, &what).and(Err(io::Error::other(what))),
+        };
+        let mut payload = vec![0; header.len as usize];
+        self.stream.read_exact(&mut payload)?;
+        if crc32c::crc32c(&payload) != header.checksum {
+            let what = "a request does not have its checksum";
+            return self.refuse(header.id, Why::BadRequest, what).and(Err(io::Error::other(what)));
+        }
+        self.answer(header, &payload).map(|()| true)
+    }
+
+    fn answer(&mut self, header: Header, payload: &[u8]) -> io::Result<()> {
+        let bad = "the request makes no sense";
+        match header.kind {
+            Kind::Open => match wire::parse_open(payload).map(|snapshot| self.shared.object(snapshot)) {
+                Some(Ok(object)) => {
+                    let opened = Opened {
+                        index_len: object.index_bytes.len() as u64,
+                        data_len: object.index.data_len(),
+                        index_digest: object.digest,
+                    };
+                    self.open = Some(object);
+                    self.stream.write_all(&wire::frame(Kind::Opened, header.id, &opened.to_bytes()))
+                }
+                Some(Err((why, what))) => self.refuse(header.id, why, &what),
+                None => self.refuse(header.id, Why::BadRequest, bad),
+            },
+            Kind::ReadIndex => {
+                let object = self.open.clone();
+                let part = wire::parse_read_index(payload).and_then(|(offset, len)| {
+                    let start = usize::try_from(offset).ok()?;
+                    let range = start..start.checked_add(len as usize)?;
+                    object.as_ref()?.index_bytes.get(range).filter(|_| len <= wire::MAX_ANSWER)
+                });
+                match part {
+                    Some(part) => self.stream.write_all(&wire::frame(Kind::IndexBytes, header.id, part)),
+                    None => self.refuse(header.id, Why::BadRequest, bad),
+                }
+            }
+            Kind::Read => {
+                let object = self.open.clone();
+                let asked = wire::parse_read(payload).zip(object);
+                let found = asked.and_then(|((first, count), object)| {
+                    let (len, checksum) = wire::chunks_checksum(&object.index, first, count)?;
+                    Some((Header { kind: Kind::Chunks, id: header.id, len, checksum }, first, object))
+                });
+                match found {
+                    Some((answer, first, object)) => self.send_chunks(answer, first, &object),
+                    None => self.refuse(header.id, Why::BadRequest, bad),
+                }
+            }
+            Kind::Opened | Kind::IndexBytes | Kind::Chunks | Kind::Refused => {
+                self.refuse(header.id, Why::BadRequest, bad)
+            }
+        }
+    }
+
+    /// Straight from the page cache: who asked compares the bytes with the checksums of its index.
+    fn send_chunks(&mut self, header: Header, first: u32, object: &Object) -> io::Result<()> {
+        let bytes = header.to_bytes();
+        let mut sent = 0;
+        while sent < bytes.len() {
+            sent += send(&self.stream, &bytes[sent..], SendFlags::MORE | SendFlags::NOSIGNAL)?;
+        }
+        let mut offset = object.index.span(first..first + 1).start;
+        let mut left = header.len as usize;
+        while left > 0 {
+            match rustix::fs::sendfile(&self.stream, &object.data, Some(&mut offset), left) {
+                Ok(0) => return Err(io::Error::other("its data object has been cut off")),
+                Ok(sent) => left -= sent,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, id: u64, why: Why, what: &str) -> io::Result<()> {
+        self.stream.write_all(&wire::frame(Kind::Refused, id, &wire::refusal(why, what)))
+    }
+}
+
+/// Opens the pool that is to be served.
+pub fn open_store(dir: &std::path::Path) -> Result<Store, Error> {
+    Ok(Store::open(dir).map_err(tiering::Error::from)?)
+}
