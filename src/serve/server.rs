@@ -27,7 +27,7 @@ const MAX_LINGERING: usize = 4096;
 const LINGER: Duration = Duration::from_secs(2);
 
 const TURNED_AWAY: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nConnection: close\r\n\
-    Content-Type: application/json\r\nContent-Length: 56\r\n\r\n\
+    Content-Type: application/json\r\nContent-Length: 57\r\n\r\n\
     {\"message\":\"Too many open connections: try again later.\"}";
 
 /// Something that can be connected to.
