@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::support::cold::{Scene, copy_bare};
-use crate::support::{Vm, run, run_err, run_ok, scratch, text};
+use crate::support::{Vm, is_emulated, run, run_err, run_ok, scratch, text};
 
 fn report(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
@@ -58,8 +58,9 @@ fn fault_brings_the_whole_chunk_around_it() {
 #[test]
 fn pool_read_past_the_page_cache_gives_the_same_bytes() {
     let scene = Scene::make();
-    // Where tests run, temporary directories may be on a file system that cannot do that.
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // Where tests run, temporary directories may be on a file system that cannot do that; the testbed's can, and sources
+    // are read-only there.
+    let dir = if is_emulated() { scratch() } else { tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap() };
     let pool = dir.path().join("pool");
     run_ok(&["pool", "create", "--tier", "file", "--at", text(&pool)]);
     run_ok(&["pool", "add", text(&pool), text(&scene.snapshot)]);
