@@ -154,8 +154,12 @@ impl Vm {
 
     /// Starts `tvmm` with `args` and a control socket.
     pub fn spawn(dir: TempDir, args: &[&str]) -> Vm {
+        Vm::spawn_of(tvmm(), dir, args)
+    }
+
+    /// The same with another copy of `tvmm`.
+    pub fn spawn_of(mut command: Command, dir: TempDir, args: &[&str]) -> Vm {
         let socket = dir.path().join("api.sock");
-        let mut command = tvmm();
         command.args(args).arg("--api-sock").arg(&socket);
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("tvmm starts");
