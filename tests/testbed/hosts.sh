@@ -44,6 +44,19 @@ collect() { # collect freed|held COUNT [EXPIRY]
     [ "$1" = freed ] || key='"held"'
     expect "$key: $2" a "\$TVMM pool gc $pool --lease-expiry ${3:-600} --json"
 }
+# A adds a snapshot, and stops while it has the right to write.
+stop_in_the_middle() { # stop_in_the_middle NAME
+    local busy=
+    on a "\$TVMM pool add $pool $1 >add.out 2>&1 & writer=\$!"
+    for _ in {1..100}; do
+        on a 'sleep 0.2; kill -STOP $writer' || fail "A has added too soon: $(on a "cat add.out")"
+        busy=$(on b "\$TVMM pool rm $pool nosuch" || :)
+        [[ $busy == *"is being changed"* ]] && break
+        on a 'kill -CONT $writer'
+    done
+    # By now it has the right for good.
+    on a 'kill -CONT $writer; sleep 0.4; kill -STOP $writer' || fail "A has added too soon: $(on a "cat add.out")"
+}
 fsck() { expect '"good": true' b "\$TVMM pool fsck $pool --json"; }
 
 boot a 1 b
@@ -113,9 +126,7 @@ add fourth 3000 10
 make fifth 10000 11
 fifth=$digest
 make sixth 500 12
-on b "cp -r $HOSTS/a/fifth/. fifth 2>/dev/null; mkdir -p own && true"
-stop='$TVMM pool add /dev/dax0.0 fifth >add.out 2>&1 & writer=$!; sleep 1; kill -STOP $writer; grep State /proc/$writer/status'
-expect "stopped" a "$stop"
+stop_in_the_middle fifth
 expect "is being changed by process" b "\$TVMM pool rm $pool fourth"
 says "A goes on and is done"
 same "" a 'kill -CONT $writer && wait $writer'
@@ -124,7 +135,7 @@ restore five fifth
 same "$fifth" b "ask five check; finish five TERM"
 says "a writer that was silent for too long is taken over from, and publishes nothing"
 on a "\$TVMM pool rm $pool fifth && \$TVMM pool gc $pool" >/dev/null
-expect "stopped" a "$stop"
+stop_in_the_middle fifth
 on b "date -s '+2 hours'" >/dev/null
 expect "removed" b "\$TVMM pool rm $pool fourth"
 expect "was taken over" a 'kill -CONT $writer; wait $writer; cat add.out'
