@@ -51,11 +51,12 @@ impl FaultIns {
 /// Counts now. `None` before Linux 6.7, which cannot tell (PAGEMAP_SCAN).
 pub fn count(ram: &GuestRam, served: FaultCounts) -> Result<Option<FaultIns>, Error> {
     let mut counts = FaultIns { served, ..FaultIns::default() };
+    let pagemap = Pagemap::open().map_err(Error::os("open /proc/self/pagemap"))?;
     for (range, host) in ram.slots() {
         let first = range.gpa / PAGE_SIZE;
         let mut failed = None;
         let scanned = mapped_runs(host, range.len / PAGE_SIZE, |run, pages, what| {
-            let added = add(&mut counts, ram, Extent { first: Gfn(first + run), pages }, what);
+            let added = add(&mut counts, ram, &pagemap, Extent { first: Gfn(first + run), pages }, what);
             failed = failed.take().or(added.err());
         });
         failed.map_or(Ok(()), |error| Err(Error::os("read /proc/self/pagemap")(error)))?;
@@ -68,7 +69,7 @@ pub fn count(ram: &GuestRam, served: FaultCounts) -> Result<Option<FaultIns>, Er
     Ok(Some(counts))
 }
 
-fn add(counts: &mut FaultIns, ram: &GuestRam, run: Extent, what: Mapped) -> std::io::Result<()> {
+fn add(counts: &mut FaultIns, ram: &GuestRam, pagemap: &Pagemap, run: Extent, what: Mapped) -> std::io::Result<()> {
     let pieces = ram.pieces();
     let start = pieces.partition_point(|piece| piece.extent.end() <= run.first);
     for piece in pieces[start..].iter().take_while(|piece| piece.extent.first < run.end()) {
@@ -78,7 +79,7 @@ fn add(counts: &mut FaultIns, ram: &GuestRam, run: Extent, what: Mapped) -> std:
             (Backing::FilePrivate { .. } | Backing::InPlace { .. }, Mapped::Own) => {
                 // Persistent memory (DAX) looks like a copy to PAGEMAP_SCAN.
                 let shown = match ram.host_address(part.first) {
-                    Ok(address) => Pagemap::open()?.shown_pages(address as u64, part.pages)?,
+                    Ok(address) => pagemap.shown_pages(address as u64, part.pages)?,
                     Err(_) => 0,
                 };
                 counts.file_mapped += shown;
