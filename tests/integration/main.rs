@@ -10,6 +10,7 @@ mod block_faults;
 mod boot;
 mod cold_pool;
 mod config;
+mod config_load;
 mod console;
 mod crash;
 mod cycles;
