@@ -5,6 +5,7 @@
 
 mod body;
 mod daemon;
+mod drives;
 mod error;
 mod fault;
 mod functions;
@@ -16,6 +17,7 @@ mod routes;
 mod server;
 mod snapshots;
 mod store;
+mod tiers;
 mod traces;
 mod vm;
 mod vms;
@@ -36,6 +38,7 @@ use self::daemon::{Daemon, blocking};
 pub use self::error::ServeError;
 pub use self::routes::openapi;
 use self::server::Server;
+pub use self::tiers::Tiers;
 use crate::api;
 use crate::vmm::sys::limits::raise_open_files;
 use crate::vmm::sys::signals::EndSignals;
@@ -78,6 +81,8 @@ pub struct Options {
     pub listen_unix: Option<PathBuf>,
     /// Limits.
     pub limits: Limits,
+    /// Where restores take memory from that do not say.
+    pub tiers: Tiers,
     /// Where all traces go, in Chrome's trace format.
     pub trace: Option<PathBuf>,
 }
@@ -142,7 +147,8 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     daemon.shells.clear();
     end_all(&daemon).await;
     save_vms(&daemon).await;
-    Ok(())
+    // Sockets and images of VMs that are over; who would remove each may not come to it any more.
+    daemon.store.clear_run()
 }
 
 /// Like the standard library's, with a longer queue, and an address that is free again at once.
