@@ -1,11 +1,13 @@
 //! `tvmm serve` and drives that guests write to: each VM has an image of its own, which ends with it.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
+use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::{Value, json};
 
-use crate::support::scratch;
 use crate::support::service::{Service, wait_until, wait_until_gone};
+use crate::support::{finish, scratch, text};
 
 const LEN: u64 = 4 << 20;
 
@@ -131,4 +133,63 @@ fn images_of_a_daemon_that_was_killed_are_removed_and_vms_that_cannot_start_leav
     assert!(own_image(&vm).exists());
     assert!(service.terminate().success());
     assert!(!own_image(&vm).exists());
+}
+
+/// A file system that is unmounted at the end, before its folder is removed.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, UnmountFlags::DETACH).expect("it was mounted");
+    }
+}
+
+#[test]
+fn an_image_that_does_not_fit_is_told_as_a_full_disk_and_one_of_another_file_system_is_copied() {
+    let dir = scratch();
+    let small = dir.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    if let Err(error) = rustix::mount::mount("tvmm-test", &small, "tmpfs", MountFlags::empty(), Some(c"size=6m")) {
+        return println!("skipped: a small file system cannot be mounted: {error}");
+    }
+    let _mounted = Mounted(small.clone());
+    let service = Service::start(&small.join("state"), &[]);
+    put_disk(&service, &image(dir.path()));
+    let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "disk" })));
+    assert!(own_image(&vm).exists());
+    let refused = service.refused(507, "POST", "/vms", Some(json!({ "func_name": "disk" })));
+    assert!(refused.contains("No space left"), "{refused}");
+    wait_until("only the first VM's is left", || entries(&small.join("state/run")) == 1);
+    blk(&service, &vm["vmId"], "op=write sectors=64 seed=1");
+    assert!(service.terminate().success());
+}
+
+#[test]
+fn images_are_reflinks_where_the_file_system_has_them() {
+    let dir = scratch();
+    let (file, at) = (dir.path().join("xfs.img"), dir.path().join("xfs"));
+    std::fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
+    std::fs::create_dir(&at).unwrap();
+    if Command::new("mkfs.xfs").arg("-V").output().is_err() {
+        return println!("skipped: there is no `mkfs.xfs` (package xfsprogs)");
+    }
+    let made = finish(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1", text(&file)]));
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let mounted = finish(Command::new("mount").args(["-o", "loop", text(&file), text(&at)]));
+    if !mounted.status.success() {
+        return println!("skipped: xfs cannot be mounted: {}", String::from_utf8_lossy(&mounted.stderr));
+    }
+    let _mounted = Mounted(at.clone());
+    let service = Service::start(&at.join("state"), &[]);
+    put_disk(&service, &image(&at));
+    let booted = service.ok("POST", "/vms", Some(json!({ "func_name": "disk" })));
+    blk(&service, &booted["vmId"], "op=write sectors=64 seed=1");
+    service.ok("POST", "/snapshots", Some(json!({ "vmId": booted["vmId"], "ssId": "base" })));
+    let restored = service.ok("POST", "/vms", Some(json!({ "func_name": "disk", "ssId": "base" })));
+    for vm in [&booted, &restored] {
+        own_image(vm);
+        assert_eq!(vm["drives"][0]["method"], "reflink");
+    }
+    assert!(has(&service, &restored["vmId"], 1));
+    assert!(service.terminate().success());
 }
