@@ -79,6 +79,13 @@ impl Tiers {
         }
     }
 
+    /// The pools, and the cold pools that are directories of this host.
+    pub(super) fn on_this_host(&self) -> Vec<String> {
+        let pools = self.pools.iter().flatten().map(|pool| pool.to_string_lossy().into_owned());
+        let cold = self.cold_pools.iter().flatten().filter(|pool| !pool.contains(':')).cloned();
+        pools.chain(cold).collect()
+    }
+
     /// The `tvmm` of the VM's `/snapshot/load`.
     pub(super) fn load_body(&self) -> Value {
         json!({

@@ -96,6 +96,12 @@ fn the_daemons_pools_are_for_invocations_that_name_none() {
 
     let alone = run(&["serve", "--dir", text(&state), "--listen", "127.0.0.1:0", "--cold-cache", "/tmp/x"]);
     assert_eq!(alone.status.code(), Some(2), "it needs --cold");
+    for flag in ["--pool", "--cold"] {
+        let elsewhere = dir.path().join("other");
+        let args = ["serve", "--dir", text(&elsewhere), "--listen", "127.0.0.1:0", flag, "/nonexistent/pool"];
+        let said = refusal(&run(&args));
+        assert!(said.contains("Cannot restore from /nonexistent/pool: "), "{said}");
+    }
     let taken = refusal(&run(&["serve", "--dir", text(&state), "--listen", "127.0.0.1:0"]));
     assert!(taken.contains("served by another"), "{taken}");
 }
