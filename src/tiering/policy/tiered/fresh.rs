@@ -1,9 +1,9 @@
 //! Which zero memory is to come in huge pages: one fault then brings 512 pages, and
 //! those of them that nobody needs cost nothing but local memory.
 //!
-//! That pays where a profile says that enough of a block will be written, and it may pay behind memory that is written
-//! densely: an allocator that has filled what it had goes on there when the next input is larger (a run recorded with
-//! one input says nothing of that). What nobody touches costs nothing: huge pages, too, come with the first touch.
+//! That pays where a profile says that enough of a block will be written, and it may pay where memory that was never used
+//! begins behind pages that are written: an allocator goes on there when an input is larger than the recorded one, of
+//! which a recording says nothing. What nobody touches costs nothing: huge pages, too, come with the first touch.
 
 use super::super::Ground;
 use super::super::estimate::tally;
@@ -12,25 +12,27 @@ use super::super::place::BLOCK_PAGES;
 use super::super::touches::Touch;
 use crate::snapshot::{Extent, Gfn, Placement, PlannedExtent};
 
-/// Stretches of written memory may have gaps of so many pages (512 KiB).
-const GAP_PAGES: u64 = 128;
+/// How near to its end a run must have written for zero memory to be where it goes on: a block.
+const NEAR_PAGES: u64 = BLOCK_PAGES;
 
 /// The blocks of `extents` that are zero memory and had better come whole, as ascending runs.
 pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> Vec<Extent> {
-    let written = stretches(touches);
+    let is_written = |touch: &&Touch| touch.written >= 0.5;
+    // As much again as was written when it was recorded.
+    let growth = touches.iter().filter(is_written).map(|touch| touch.extent.pages).sum::<u64>();
     let mut out: Vec<Extent> = Vec::new();
-    let (mut at, mut next) = (0, 0);
-    for item in extents.iter().filter(|item| item.placement == Placement::Zero) {
-        let (first, end) = (item.extent.first.0.next_multiple_of(BLOCK_PAGES), item.extent.end().0);
+    let mut at = 0;
+    let mut written_end = None;
+    for zero in extents.iter().filter(|item| item.placement == Placement::Zero).map(|item| item.extent) {
+        let (first, end) = (zero.first.0.next_multiple_of(BLOCK_PAGES), zero.end().0);
         for number in first / BLOCK_PAGES..end / BLOCK_PAGES {
             let block = Extent { first: Gfn(number * BLOCK_PAGES), pages: BLOCK_PAGES };
-            while touches.get(at).is_some_and(|touch| touch.extent.end() <= block.first) {
+            while let Some(touch) = touches.get(at).filter(|touch| touch.extent.end() <= block.first) {
+                written_end = if is_written(&touch) { Some(touch.extent.end().0) } else { written_end };
                 at += 1;
             }
-            while written.get(next).is_some_and(|stretch| grown_end(stretch) <= block.first.0) {
-                next += 1;
-            }
-            let grows = written.get(next).is_some_and(|stretch| stretch.end() <= block.first);
+            let near = written_end.filter(|end| zero.first.0.saturating_sub(*end) <= NEAR_PAGES);
+            let grows = near.is_some_and(|end| block.first.0 - end.max(zero.first.0) < growth.max(NEAR_PAGES));
             if !(grows || pays(ground, touches, block, at)) {
                 continue;
             }
@@ -52,28 +54,6 @@ fn pays(ground: &Ground, touches: &[Touch], block: Extent, at: usize) -> bool {
     let cost = |huge| AnonBlock { zero, huge, ..AnonBlock::default() }.cost(ground.costs).total();
     let unwritten = (1.0 - zero.idle) * zero.unwritten as f64;
     cost(true) + ground.page_ns * unwritten < cost(false)
-}
-
-/// Stretches of at least a block most of which will be written.
-fn stretches(touches: &[Touch]) -> Vec<Extent> {
-    let mut all: Vec<(Extent, u64)> = Vec::new();
-    for touch in touches.iter().filter(|touch| touch.written >= 0.5) {
-        let Extent { first, pages } = touch.extent;
-        match all.last_mut() {
-            Some((last, written)) if first.0 - last.end().0 <= GAP_PAGES => {
-                last.pages = touch.extent.end().0 - last.first.0;
-                *written += pages;
-            }
-            _ => all.push((touch.extent, pages)),
-        }
-    }
-    let is_dense = |(stretch, written): &(Extent, u64)| stretch.pages >= BLOCK_PAGES && written * 2 >= stretch.pages;
-    all.into_iter().filter(is_dense).map(|(stretch, _)| stretch).collect()
-}
-
-/// How far a stretch may grow: to twice its length.
-fn grown_end(stretch: &Extent) -> u64 {
-    stretch.end().0.saturating_add(stretch.pages)
 }
 
 #[cfg(test)]
@@ -107,21 +87,25 @@ mod tests {
     #[test]
     fn blocks_that_will_be_written_come_whole_and_at_a_price_only_the_full_ones() {
         let touches = [touch(extent(4096, 3), 1.0), touch(extent(5120, 400), 1.0), touch(extent(6144, 60), 1.0)];
-        assert_eq!(chosen(&touches, 0.0), [extent(5120, 512), extent(6144, 512)]);
-        assert_eq!(chosen(&touches, 1000.0), [extent(5120, 512)]);
+        // What is behind them follows: they are written.
+        assert_eq!(chosen(&touches, 0.0), [extent(4608, 2560)]);
+        assert_eq!(chosen(&touches, 1000.0), [extent(4608, 1536), extent(6656, 512)]);
         assert_eq!(chosen(&[], 0.0), []);
     }
 
     #[test]
-    fn memory_behind_a_written_stretch_comes_whole_up_to_the_stretchs_length() {
-        // 1,100 pages with a gap, so three blocks begin within 1,100 pages behind them.
-        let grown = [touch(extent(2996, 600), 1.0), touch(extent(3660, 436), 1.0)];
+    fn memory_behind_what_is_written_comes_whole_as_much_again_as_was_written() {
+        // 1,100 pages in all: three blocks begin within as many pages behind them.
+        let grown = [touch(extent(100, 664), 1.0), touch(extent(3650, 436), 1.0)];
         assert_eq!(chosen(&grown, 1e6), [extent(4096, 1536)]);
+        // Half of it in zero memory already, from where it goes on.
+        let begun = [touch(extent(3796, 300), 1.0), touch(extent(4096, 300), 1.0)];
+        assert_eq!(chosen(&begun, 1e6), [extent(4096, 1024)]);
+        let few = [touch(extent(4000, 8), 1.0)];
+        assert_eq!(chosen(&few, 1e6), [extent(4096, 512)]);
         let read = [touch(extent(2996, 1100), 0.0)];
         assert_eq!(chosen(&read, 0.0), []);
-        let sparse = (0..20).map(|n| touch(extent(3000 + 54 * n, 20), 1.0)).collect::<Vec<_>>();
-        assert_eq!(chosen(&sparse, 0.0), []);
-        let short = [touch(extent(3696, 400), 1.0)];
-        assert_eq!(chosen(&short, 0.0), []);
+        let far = [touch(extent(2000, 1500), 1.0)];
+        assert_eq!(chosen(&far, 0.0), []);
     }
 }
