@@ -10,7 +10,7 @@ BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGE
 
 CASES   ?= 20000
 
-.PHONY: build agent demo test fuzz lint setup install bench testbed testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test fuzz lint setup install bench testbed testbed-rdma testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -56,6 +56,12 @@ testbed: testbed-build agent
 	@resources/setup.sh --build-only
 	$(BUILD)
 	tests/testbed/integration.sh $(BINARY) $(TESTS)
+
+# The tests of RDMA there, on soft-RoCE, with a binary that has it. Needs CMake.
+testbed-rdma: testbed-build agent
+	@resources/setup.sh --build-only
+	cargo build --release --locked --features rdma
+	tests/testbed/integration.sh target/release/tvmm $(or $(TESTS),serve_pages_rdma::)
 
 testbed-build:
 	@tests/testbed/build.sh

@@ -16,8 +16,8 @@ pub struct ServeArgs {
     /// The cold pool (`tvmm pool create --tier remote`)
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Where to listen: tcp:HOST:PORT, or (with RDMA built in) rdma:HOST:PORT with an address of an RDMA device, whose memory
-    /// clients read; port 0 lets the system choose one
+    /// Where to listen: tcp:HOST:PORT, or with RDMA built in rdma:HOST:PORT, an address of an RDMA device, so that clients read
+    /// this host's memory; port 0 lets the system choose one
     #[arg(long, value_name = "tcp:HOST:PORT")]
     listen: String,
     /// How many connections are served at once; each VM has one to three
@@ -26,7 +26,7 @@ pub struct ServeArgs {
     /// Memory for the indexes of the snapshots that are open, MiB
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     memory: u32,
-    /// How long a connection may be idle; clients connect again
+    /// How long a connection may be idle, unless it is read by RDMA; clients connect again
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     idle_timeout: u64,
     /// Memory that clients may read by RDMA, MiB: the data of the snapshots that they have open, which stays in memory

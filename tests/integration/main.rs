@@ -46,6 +46,7 @@ mod restore;
 mod serve;
 mod serve_faults;
 mod serve_pages;
+mod serve_pages_rdma;
 mod serve_ui;
 mod smp;
 mod support;

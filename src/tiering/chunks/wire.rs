@@ -241,7 +241,8 @@ pub const ENDPOINT_LEN: usize = 16;
 impl Endpoint {
     pub fn to_bytes(self) -> [u8; ENDPOINT_LEN] {
         let mut bytes = [0; ENDPOINT_LEN];
-        for (place, field) in [self.queue_pair, self.sequence, self.mtu, u32::from(self.reads)].into_iter().enumerate() {
+        for (place, field) in [self.queue_pair, self.sequence, self.mtu, u32::from(self.reads)].into_iter().enumerate()
+        {
             bytes[place * 4..][..4].copy_from_slice(&field.to_le_bytes());
         }
         bytes
@@ -250,7 +251,8 @@ impl Endpoint {
     /// `None` for what no queue pair can be.
     pub fn parse(bytes: &[u8]) -> Option<Endpoint> {
         let ([queue_pair, sequence, mtu, reads], []) = bytes.as_chunks::<4>() else { return None };
-        let [queue_pair, sequence, mtu, reads] = [queue_pair, sequence, mtu, reads].map(|field| u32::from_le_bytes(*field));
+        let [queue_pair, sequence, mtu, reads] =
+            [queue_pair, sequence, mtu, reads].map(|field| u32::from_le_bytes(*field));
         let reads = u8::try_from(reads).ok().filter(|reads| *reads > 0)?;
         let is_mtu = mtu.is_power_of_two() && (256..=4096).contains(&mtu);
         (queue_pair < 1 << 24 && sequence < 1 << 24 && is_mtu).then_some(Endpoint { queue_pair, sequence, mtu, reads })

@@ -73,21 +73,18 @@ struct Object {
     registered: Registered,
 }
 
+fn bind(address: &str) -> Result<TcpListener, Error> {
+    let failed = |source| Error::Listen { address: address.to_string(), source };
+    let listener = TcpListener::bind(address).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok(listener)
+}
+
 impl PageServer {
     /// Listens at `address` (`HOST:PORT`).
     pub fn listen(store: Store, address: &str, limits: Limits) -> Result<PageServer, Error> {
-        let failed = |source| Error::Listen { address: address.to_string(), source };
-        let listener = TcpListener::bind(address).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let shared = Shared {
-            store,
-            limits,
-            connections: AtomicUsize::new(0),
-            objects: Mutex::default(),
-            #[cfg(feature = "rdma")]
-            lender: None,
-        };
-        Ok(PageServer { listener, shared: Arc::new(shared) })
+        let listener = bind(address)?;
+        Ok(PageServer { listener, shared: Arc::new(Shared::new(store, limits)) })
     }
 
     /// Listens at `address`, which an RDMA device must have, and lets clients read by RDMA what it serves, up to
@@ -95,13 +92,10 @@ impl PageServer {
     #[cfg(feature = "rdma")]
     pub fn listen_rdma(store: Store, address: &str, limits: Limits, registered: u64) -> Result<PageServer, Error> {
         let failed = |source| Error::Listen { address: address.to_string(), source };
-        crate::vmm::sys::rdma::devices().map_err(failed)?;
-        let mut server = PageServer::listen(store, address, limits)?;
-        let lender = Lender::new(server.address()?.ip(), registered).map_err(failed)?;
-        if let Some(shared) = Arc::get_mut(&mut server.shared) {
-            shared.lender = Some(lender);
-        }
-        Ok(server)
+        let listener = bind(address)?;
+        let lender = listener.local_addr().and_then(|local| Lender::new(local.ip(), registered)).map_err(failed)?;
+        let shared = Shared { lender: Some(lender), ..Shared::new(store, limits) };
+        Ok(PageServer { listener, shared: Arc::new(shared) })
     }
 
     /// Where it listens: the port, if the system chose it.
@@ -162,6 +156,17 @@ impl Drop for Held {
 }
 
 impl Shared {
+    fn new(store: Store, limits: Limits) -> Shared {
+        Shared {
+            store,
+            limits,
+            connections: AtomicUsize::new(0),
+            objects: Mutex::default(),
+            #[cfg(feature = "rdma")]
+            lender: None,
+        }
+    }
+
     fn object(&self, snapshot: SnapshotId) -> Result<Arc<Object>, (Why, String)> {
         let mut objects = self.objects.lock().unwrap_or_else(PoisonError::into_inner);
         objects.retain(|_, object| object.strong_count() > 0);

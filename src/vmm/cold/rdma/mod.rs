@@ -66,9 +66,8 @@ impl RdmaPlace {
         let mut payload = vec![0; header.len as usize];
         connection.payload(header, &mut payload)?;
         let attached = Attached::parse(&payload).filter(|attached| attached.len == index.data_len());
-        let attached = attached.ok_or_else(|| {
-            Broken::Damaged("what it says of its memory makes no sense for the snapshot".to_string())
-        })?;
+        let attached = attached
+            .ok_or_else(|| Broken::Damaged("what it says of its memory makes no sense for the snapshot".to_string()))?;
         reader.connect(there.ip(), attached).map_err(transient)?;
         Ok(reader)
     }

@@ -41,7 +41,8 @@ impl Lender {
     fn share(&self, bytes: u64) -> Result<Share, (Why, String)> {
         let limit = self.limit >> 20;
         if bytes > self.limit {
-            let why = format!("the snapshot has {} MiB, the page server may register {limit} MiB", bytes.div_ceil(1 << 20));
+            let why =
+                format!("the snapshot has {} MiB, the page server may register {limit} MiB", bytes.div_ceil(1 << 20));
             return Err((Why::Never, why));
         }
         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
@@ -62,7 +63,8 @@ impl Lender {
         registered: &Registered,
         (peer, reader): (SocketAddr, Endpoint),
     ) -> Result<(Loan, Attached), (Why, String)> {
-        let failed = |doing: &'static str| move |error: std::io::Error| (Why::Failed, format!("cannot {doing}: {error}"));
+        let failed =
+            |doing: &'static str| move |error: std::io::Error| (Why::Failed, format!("cannot {doing}: {error}"));
         // Who else wants the same object waits until it is registered.
         let mut registered = registered.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (lent, _) = match &mut *registered {

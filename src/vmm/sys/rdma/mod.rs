@@ -25,7 +25,9 @@ pub use lend::{Lent, Loan};
 pub use read::{Reader, Waited};
 
 #[cfg(target_feature = "crt-static")]
-compile_error!("the feature `rdma` loads libibverbs when it runs, which a static binary cannot: build without crt-static");
+compile_error!(
+    "the feature `rdma` loads libibverbs when it runs, which a static binary cannot: build without crt-static"
+);
 
 /// The most reads at once on a connection, whatever the devices could do.
 const MOST_READS: u8 = 16;
@@ -96,7 +98,8 @@ impl Port {
             }
             names.push(device.name());
         }
-        let said = format!("no RDMA device of this host has the address {address} (RoCE v2); there are {}", names.join(", "));
+        let said =
+            format!("no RDMA device of this host has the address {address} (RoCE v2); there are {}", names.join(", "));
         Err(io::Error::new(io::ErrorKind::AddrNotAvailable, said))
     }
 
