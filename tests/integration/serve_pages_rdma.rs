@@ -196,29 +196,40 @@ fn silent_server_ends_the_vm_in_time() {
     assert_eq!(vm.call("check").digest, scene.digest);
 }
 
-/// Queue pairs of a process.
-fn queue_pairs(pid: u32) -> usize {
+/// The queue pairs of this host: number, and the thread that made it.
+fn queue_pairs() -> Vec<(String, u32)> {
     let output = finish(Command::new("rdma").args(["resource", "show", "qp"]));
-    let (text, owner) = (String::from_utf8(output.stdout).unwrap(), format!(" pid {pid} "));
-    text.lines().filter(|line| line.contains(&owner)).count()
+    let text = String::from_utf8(output.stdout).unwrap();
+    let after = |line: &str, key: &str| {
+        let mut words = line.split_whitespace().skip_while(|word| *word != key);
+        words.nth(1).map(str::to_owned)
+    };
+    let of = |line: &str| Some((after(line, "lqpn")?, after(line, "pid")?.parse().ok()?));
+    text.lines().filter_map(of).collect()
 }
 
 #[test]
 fn client_that_disappears_leaves_no_queue_pair_behind() {
     let Some((scene, address)) = scene() else { return };
     if Command::new("rdma").arg("-V").output().is_err() {
-        println!("skipped: no program rdma (iproute2) that counts queue pairs");
+        println!("skipped: no program rdma (iproute2) that tells of queue pairs");
         return;
     }
     let server = serve(&scene, &address);
     let mut vms: Vec<_> = (0..3).map(|_| scene.restore("firecracker-uffd", &[&server.cold()], &[])).collect();
     vms.iter_mut().for_each(|vm| drop(vm.call("hello")));
-    assert_eq!(queue_pairs(server.pid()), 3);
+    let threads = format!("/proc/{}/task", server.pid());
+    let is_servers = |thread: u32| Path::new(&threads).join(thread.to_string()).exists();
+    let mut left = queue_pairs();
+    left.retain(|(_, thread)| is_servers(*thread));
+    assert_eq!(left.len(), 3, "{left:?}");
     vms.iter().for_each(|vm| signal(vm.pid(), rustix::process::Signal::KILL));
     let deadline = Instant::now() + TIMEOUT;
-    while queue_pairs(server.pid()) > 0 {
-        assert!(Instant::now() < deadline, "{} queue pairs are left", queue_pairs(server.pid()));
+    while !left.is_empty() {
+        assert!(Instant::now() < deadline, "these are left: {left:?}");
         std::thread::sleep(Duration::from_millis(50));
+        let there = queue_pairs();
+        left.retain(|pair| there.contains(pair));
     }
     checked(&scene, "eager", &[&server.cold()], &[]);
 }
