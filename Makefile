@@ -61,7 +61,7 @@ testbed: testbed-build agent
 testbed-rdma: testbed-build agent
 	@resources/setup.sh --build-only
 	cargo build --release --locked --features rdma
-	tests/testbed/integration.sh target/release/tvmm $(or $(TESTS),serve_pages_rdma::)
+	tests/testbed/rdma.sh target/release/tvmm
 
 testbed-build:
 	@tests/testbed/build.sh

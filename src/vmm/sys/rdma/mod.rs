@@ -6,6 +6,8 @@
 
 mod lend;
 mod read;
+#[cfg(test)]
+mod tests;
 
 use std::error::Error;
 use std::io;
