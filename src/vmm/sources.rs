@@ -35,9 +35,9 @@ impl Sources {
 /// that none of them has. `fault_timeout`: how long a guest may wait for a page.
 pub fn open(load: &LoadSnapshot, fault_timeout: Duration) -> Result<Sources, Error> {
     if load.handler.is_some() {
-        return match load.cold.pools.is_empty() {
+        return match load.cold.pools.is_empty() && load.pools.is_empty() {
             true => Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?)),
-            false => Err(Error::ColdAndHandler),
+            false => Err(Error::PoolAndHandler),
         };
     }
     let location = location(&load.location);
