@@ -6,6 +6,8 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{Html, IntoResponse};
 use serde_json::{Value, json};
 use utoipa::OpenApi;
+use utoipa::openapi::path::Operation;
+use utoipa::openapi::{Content, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -49,11 +51,32 @@ fn documented() -> OpenApiRouter<Shared> {
 
 /// The OpenAPI 3.1 document.
 pub fn openapi() -> String {
-    let (_, document) = documented().split_for_parts();
+    let (_, mut document) = documented().split_for_parts();
+    for path in document.paths.paths.values_mut() {
+        for operation in [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete] {
+            if let Some(operation) = operation.as_mut().filter(|operation| operation.request_body.is_some()) {
+                add_refusals(operation);
+            }
+        }
+    }
     // The document has only strings as keys.
     let mut text = document.to_pretty_json().unwrap_or_default();
     text.push('\n');
     text
+}
+
+/// What any body can be refused with (`body.rs`).
+fn add_refusals(operation: &mut Operation) {
+    for (status, description) in [
+        ("400", "It makes no sense"),
+        ("408", "The body was not received in time"),
+        ("413", "The body is too large"),
+        ("415", "The body does not say that it is JSON"),
+    ] {
+        let fault = Content::new(Some(Ref::from_schema_name("FaultBody")));
+        let response = ResponseBuilder::new().description(description).content("application/json", fault).build();
+        operation.responses.responses.entry(status.to_string()).or_insert_with(|| response.into());
+    }
 }
 
 /// The whole service.

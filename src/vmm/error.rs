@@ -91,6 +91,8 @@ pub enum Error {
     ColdAndHandler,
     #[error("`{text}` is no cold pool: {problem}")]
     ColdSpec { text: String, problem: String },
+    #[error(transparent)]
+    Otlp(#[from] super::otlp::Unusable),
     #[error("Cannot listen at {address}")]
     Listen { address: String, source: io::Error },
     #[error("Cannot {doing}")]

@@ -22,6 +22,7 @@ pub mod media;
 mod memory;
 mod metrics;
 mod numa;
+pub mod otlp;
 mod planning;
 mod pmem;
 pub mod port_request;
