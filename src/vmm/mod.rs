@@ -14,6 +14,7 @@ pub mod controller;
 mod devices;
 mod error;
 pub mod guest;
+pub mod handler;
 mod host;
 mod lineage;
 pub mod logging;
