@@ -47,6 +47,8 @@ lint: setup
 	cargo fmt --check --manifest-path resources/agent/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
+	cargo clippy --locked --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests -- -D warnings
+	cargo clippy --locked --features functions --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests -- -D warnings
 	cargo clippy --locked --manifest-path resources/agent/Cargo.toml --target-dir target/agent -- -D warnings
 
 setup:

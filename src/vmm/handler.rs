@@ -30,6 +30,7 @@ pub struct Mapping {
     pub size: usize,
     /// Of the range in the memory file.
     pub offset: u64,
+    #[serde(default)]
     pub page_size: usize,
     /// Deprecated name of the same; older handlers read it.
     #[serde(default)]
@@ -77,7 +78,8 @@ impl Handler {
         let listener = UnixListener::bind(socket).map_err(failed("listen for a VMM at", socket))?;
         let stop = EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?;
         let asked = stop.try_clone().map_err(Error::os("copy an eventfd"))?;
-        let memory = Memory { source, zeros, len, answer, removed: Vec::new(), served: Served::default() };
+        let (removed, served) = (Vec::new(), Served::default());
+        let memory = Memory { source, zeros, len, answer, is_all_there: false, removed, served };
         let socket = socket.to_owned();
         let thread = std::thread::Builder::new()
             .name("handler".into())
@@ -141,7 +143,9 @@ fn understand(message: &[u8], len: usize) -> Result<Vec<Mapping>, String> {
             .iter()
             .all(|number| number.is_multiple_of(PAGE as u64));
         let last = mapping.base_host_virt_addr.checked_add(mapping.size as u64);
-        if mapping.page_size != PAGE || !is_aligned || last.is_none() || end.is_none_or(|end| end > len) {
+        // Firecracker before 1.10 does not say the first, before 1.7 neither.
+        let is_small = [mapping.page_size, mapping.page_size_kib].iter().all(|size| [0, PAGE].contains(size));
+        if !is_small || !is_aligned || last.is_none() || end.is_none_or(|end| end > len) {
             let message =
                 format!("the VMM maps memory that is not the file's {len} bytes in pages of 4 KiB: {mapping:?}");
             return Err(message);
@@ -157,6 +161,8 @@ struct Memory {
     /// Bytes of the memory file.
     len: usize,
     answer: Answer,
+    /// Whether a fault has been answered with all of memory.
+    is_all_there: bool,
     /// Addresses that the VMM has given back: they come as zeros.
     removed: Vec<Range<usize>>,
     served: Served,
@@ -197,23 +203,27 @@ impl Memory {
         let Some(place) = place else {
             return Err(Error::Handler(format!("a fault at {address:#x} is in no memory that the VMM has told")));
         };
-        if self.is_removed(address) {
-            return self.install(uffd, address, None, PAGE);
-        }
-        if self.answer == Answer::All && self.served.faults == 0 {
-            for mapping in mappings {
-                let base = mapping.base_host_virt_addr as usize;
-                if !self.install_range(uffd, base, mapping.offset as usize, mapping.size)? {
-                    return Ok(false);
-                }
-            }
-            self.served.faults += 1;
-            return Ok(true);
-        }
         let offset = place.offset as usize + (address - place.base_host_virt_addr as usize);
-        let is_answered = self.install(uffd, address, Some(offset), PAGE)?;
+        let is_answered = if self.is_removed(address) {
+            self.install(uffd, address, None, PAGE)?
+        } else if self.answer == Answer::Page || self.is_all_there {
+            self.install(uffd, address, Some(offset), PAGE)?
+        } else {
+            self.is_all_there = self.install_all(uffd, mappings)?;
+            self.is_all_there
+        };
         self.served.faults += u64::from(is_answered);
         Ok(is_answered)
+    }
+
+    fn install_all(&mut self, uffd: &Uffd, mappings: &[Mapping]) -> Result<bool, Error> {
+        for mapping in mappings {
+            let base = mapping.base_host_virt_addr as usize;
+            if !self.install_range(uffd, base, mapping.offset as usize, mapping.size)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn is_removed(&self, address: usize) -> bool {
@@ -265,6 +275,8 @@ mod tests {
             format!(r#"[{{"base_host_virt_addr":{base},"size":{size},"offset":{offset},"page_size":{page}}}]"#)
         };
         assert_eq!(understand(mapping(8192, 4096, 4096, 4096).as_bytes(), 8192).unwrap().len(), 1);
+        let old = r#"[{"base_host_virt_addr":8192,"size":4096,"offset":0}]"#;
+        assert_eq!(understand(old.as_bytes(), 8192).unwrap().len(), 1);
         for bad in [
             "[".to_string(),
             mapping(8192, 4096, 8192, 4096),

@@ -314,9 +314,13 @@ fn to_io(error: Error) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
     use super::*;
+    use crate::vmm::handler::{Answer, Handler, Mapping};
 
     fn registered(pages: usize) -> (Reservation, Arc<Uffd>) {
         let memory = Reservation::new(pages * PAGE).unwrap();
@@ -335,6 +339,31 @@ mod tests {
         // SAFETY: only this test uses the memory, and all of it is installed.
         let bytes = unsafe { memory.bytes(0, 4 * PAGE) }.unwrap();
         assert_eq!([bytes[0], bytes[PAGE], bytes[2 * PAGE], bytes[3 * PAGE]], [9, 7, 9, 9]);
+    }
+
+    #[test]
+    fn handler_answers_from_the_file_and_with_zeros_what_was_given_back() {
+        for (answer, pages) in [(Answer::Page, 5), (Answer::All, 6)] {
+            let dir = tempfile::tempdir().unwrap();
+            let (file, socket) = (dir.path().join("memory"), dir.path().join("socket"));
+            std::fs::write(&file, (1..=4).flat_map(|page| [page; PAGE]).collect::<Vec<u8>>()).unwrap();
+            let handler = Handler::start(&socket, &file, answer).unwrap();
+            let memory = Reservation::new(4 * PAGE).unwrap();
+            memory.map_anon(0, 4 * PAGE).unwrap();
+            let uffd = Uffd::open_telling_removals().unwrap();
+            uffd.register(&memory, 0, 4 * PAGE, false).unwrap();
+            let base_host_virt_addr = memory.base() as u64;
+            let (offset, page_size, page_size_kib) = (0, PAGE, PAGE);
+            let mapping = Mapping { base_host_virt_addr, size: 4 * PAGE, offset, page_size, page_size_kib };
+            let stream = UnixStream::connect(&socket).unwrap();
+            stream.send_with_fd(&serde_json::to_vec(&[mapping]).unwrap()[..], uffd.as_raw_fd()).unwrap();
+            // SAFETY: only this thread uses the memory; the handler answers its faults.
+            let first = |page: usize| unsafe { memory.bytes(page * PAGE, 1) }.unwrap()[0];
+            assert_eq!([first(0), first(2)], [1, 3]);
+            memory.discard(2 * PAGE, 2 * PAGE).unwrap();
+            assert_eq!([first(0), first(1), first(2), first(3)], [1, 2, 0, 0]);
+            assert_eq!(handler.finish().unwrap().pages, pages);
+        }
     }
 
     #[test]
