@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-/// Batches that are kept. When there are more, those that are nearest to each other become one.
+/// Batches that are kept. When there are more, two neighbours become one: those that make the
+/// shortest.
 const MAX_BATCHES: usize = 64;
 /// Faults that follow each other within this time are one batch, ns: a guest that touches page after page.
 const GAP_NS: u64 = 200_000;
@@ -20,43 +21,34 @@ pub struct FaultBatch {
     pub pages: u64,
 }
 
-/// All batches so far, in order.
-#[derive(Debug)]
-pub struct Batches {
-    gap_ns: u64,
-    kept: Vec<FaultBatch>,
-}
-
-impl Default for Batches {
-    fn default() -> Self {
-        Batches { gap_ns: GAP_NS, kept: Vec::new() }
+impl FaultBatch {
+    fn append(&mut self, later: FaultBatch) {
+        self.end_ns = later.end_ns;
+        self.faults += later.faults;
+        self.pages += later.pages;
     }
 }
+
+/// All batches so far, in order.
+#[derive(Debug, Default)]
+pub struct Batches(Vec<FaultBatch>);
 
 impl Batches {
     pub fn note(&mut self, batch: FaultBatch) {
-        self.append(batch);
-        while self.kept.len() > MAX_BATCHES {
-            self.gap_ns *= 2;
-            for batch in std::mem::take(&mut self.kept) {
-                self.append(batch);
-            }
+        match self.0.last_mut() {
+            Some(last) if batch.start_ns.saturating_sub(last.end_ns) <= GAP_NS => last.append(batch),
+            _ => self.0.push(batch),
         }
-    }
-
-    fn append(&mut self, batch: FaultBatch) {
-        match self.kept.last_mut() {
-            Some(last) if batch.start_ns.saturating_sub(last.end_ns) <= self.gap_ns => {
-                last.end_ns = batch.end_ns;
-                last.faults += batch.faults;
-                last.pages += batch.pages;
-            }
-            _ => self.kept.push(batch),
+        if self.0.len() > MAX_BATCHES {
+            let lengths = self.0.windows(2).map(|pair| pair[1].end_ns - pair[0].start_ns);
+            let (first, _) = lengths.enumerate().min_by_key(|&(_, length)| length).unwrap_or_default();
+            let second = self.0.remove(first + 1);
+            self.0[first].append(second);
         }
     }
 
     pub fn kept(&self) -> &[FaultBatch] {
-        &self.kept
+        &self.0
     }
 }
 
@@ -87,6 +79,8 @@ mod tests {
         }
         assert_eq!(batches.kept().iter().map(|batch| batch.faults).sum::<u64>(), 10_000);
         assert!(batches.kept().is_sorted_by(|a, b| a.end_ns < b.start_ns));
-        assert!(batches.kept().len() > 8);
+        assert_eq!(batches.kept().len(), MAX_BATCHES);
+        // Evenly spread faults do not end up in one batch.
+        assert!(batches.kept().iter().all(|batch| batch.faults < 10_000 / 8));
     }
 }
