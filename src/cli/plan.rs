@@ -200,6 +200,10 @@ fn print(file: &PlanFile) {
         let mib = image.file_len() as f64 / f64::from(1 << 20);
         println!("image {index}    {mib:.1} MiB in {} extents", image.extents.len());
     }
+    if !plan.huge.is_empty() {
+        let mib: u64 = plan.huge.iter().map(|blocks| blocks.bytes() >> 20).sum();
+        println!("huge pages for {mib} MiB of zero memory, if it is touched");
+    }
     if !plan.background.is_empty() {
         println!("background {} steps", plan.background.len());
     }

@@ -162,6 +162,9 @@ pub struct RestorePlan {
     pub images: Vec<ImageSpec>,
     /// The extents, ascending.
     pub extents: Vec<PlannedExtent>,
+    /// Zero memory that is to come in huge pages when it is touched: whole aligned blocks of 2 MiB.
+    #[serde(default)]
+    pub huge: Vec<Extent>,
     /// What is done while the guest runs, in this order.
     #[serde(default)]
     pub background: Vec<Background>,
@@ -224,6 +227,7 @@ impl RestorePlan {
             tiers: Vec::new(),
             images,
             extents,
+            huge: Vec::new(),
             background,
             verify: false,
             direct: false,
@@ -235,7 +239,7 @@ impl RestorePlan {
     /// together are exactly the layout's pages; each has a source within its layer's file (`layer_file_lens`, bytes,
     /// base first), a tier, or the plan's own images, page aligned, unless it is zero, and none if it is. What is mapped is mapped as the source can be. Images hold pages of
     /// the layout, each once, and what an extent takes from an image are that extent's own pages. Background steps lie
-    /// within one extent that their action fits.
+    /// within one extent that their action fits, huge pages within one that is zero.
     ///
     /// # Errors
     /// [`Error::BadPlan`] with the first rule that is broken, and where.
@@ -267,7 +271,29 @@ impl RestorePlan {
         if let Some(item) = planned.next() {
             return Err(bad(format!("{} is outside guest memory", item.extent)));
         }
+        self.huge.iter().try_for_each(|blocks| self.check_huge(*blocks)).map_err(bad)?;
         self.background.iter().try_for_each(|step| self.check_background(step)).map_err(bad)
+    }
+
+    /// The extent that has all of `part`, which is not empty.
+    fn extent_around(&self, part: Extent) -> Option<&PlannedExtent> {
+        let at = self.extents.partition_point(|item| item.extent.end() <= part.first);
+        let has_all = |item: &&PlannedExtent| {
+            let left = item.extent.end().0.saturating_sub(part.first.0);
+            item.extent.contains(part.first) && (1..=left).contains(&part.pages)
+        };
+        self.extents.get(at).filter(has_all)
+    }
+
+    fn check_huge(&self, blocks: Extent) -> Result<(), String> {
+        let Extent { first, pages } = blocks;
+        if !first.0.is_multiple_of(HUGE_PAGES) || !pages.is_multiple_of(HUGE_PAGES) {
+            return Err(format!("{blocks} is not made of whole blocks of 2 MiB"));
+        }
+        match self.extent_around(blocks) {
+            Some(item) if item.placement == Placement::Zero => Ok(()),
+            _ => Err(format!("{blocks}, which is to come in huge pages, does not lie within one extent that is zero")),
+        }
     }
 
     fn check_source(&self, item: &PlannedExtent, layer_file_lens: &[u64], images: &[Image]) -> Result<(), String> {
@@ -305,11 +331,7 @@ impl RestorePlan {
 
     fn check_background(&self, step: &Background) -> Result<(), String> {
         let Background { action, extent } = *step;
-        let at = self.extents.partition_point(|item| item.extent.end() <= extent.first);
-        let inside = |item: &&PlannedExtent| {
-            extent.pages > 0 && item.extent.contains(extent.first) && extent.end() <= item.extent.end()
-        };
-        let Some(item) = self.extents.get(at).filter(inside) else {
+        let Some(item) = self.extent_around(extent) else {
             return Err(format!("background step {extent} does not lie within one extent"));
         };
         let fits = match action {
@@ -355,8 +377,10 @@ fn continues(last: &PlannedExtent, next: &PlannedExtent) -> bool {
     }
 }
 
+/// 2 MiB in pages.
+const HUGE_PAGES: u64 = 512;
 /// Faults do not fetch more than a huge page.
-const MAX_FAULT_PAGES: u64 = 512;
+const MAX_FAULT_PAGES: u64 = HUGE_PAGES;
 
 /// An image of the plan, by page: the extents sorted by guest frame, each with its offset in the image.
 struct Image {
@@ -558,6 +582,27 @@ mod tests {
         assert!(background.validate(&layout(), &LAYERS).is_err());
         background.background[0] = Background { action: BackgroundAction::ReadAhead, extent: extent(8, 4) };
         assert!(background.validate(&layout(), &LAYERS).is_err());
+    }
+
+    #[test]
+    fn huge_pages_are_whole_blocks_of_zero_memory() {
+        let layout = MemoryLayout::from_gpa_ranges(&[(0, 2048 * PAGE_SIZE)]).unwrap();
+        let extent = |first, pages| Extent { first: Gfn(first), pages };
+        let held = PlannedExtent::from(extent(0, 600), Placement::Lazy, PageSource { layer: 0, offset: 0 });
+        let validated = |blocks| {
+            let extents = vec![held, PlannedExtent::zero(extent(600, 1448))];
+            let mut plan = RestorePlan::new(SnapshotId::default(), "p", extents);
+            plan.huge = vec![blocks];
+            plan.validate(&layout, &[600 * PAGE_SIZE]).map_err(|error| error.to_string())
+        };
+        assert_eq!(validated(extent(1024, 1024)), Ok(()));
+        for bad in [(512, 512), (1024, 0), (1024, 1536), (1024, 100), (1030, 512), (4096, 512), (1024, 1 << 63)] {
+            let message = validated(extent(bad.0, bad.1)).unwrap_err();
+            assert!(
+                message.contains("whole blocks") || message.contains("within one extent that is zero"),
+                "{message}"
+            );
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::snapshot::{
 };
 
 /// The version of the section; another one is not read, the plan is made again.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// The largest plan, in bytes.
 const FILE_LIMIT: u64 = 256 << 20;
 

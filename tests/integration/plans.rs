@@ -70,7 +70,19 @@ fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
     }
     pack(&mut plan, packed, random);
     background(&mut plan, random);
+    huge(&mut plan, random);
     plan
+}
+
+/// Some of the zero blocks come in huge pages.
+fn huge(plan: &mut RestorePlan, random: &mut Random) {
+    for item in plan.extents.iter().filter(|item| item.placement == Placement::Zero) {
+        let (first, end) = (item.extent.first.0.next_multiple_of(512), item.extent.end().0 / 512 * 512);
+        if first < end && random.below(2) == 0 {
+            let skip = random.below((end - first) / 512) * 512;
+            plan.huge.push(Extent { first: Gfn(first + skip), pages: end - first - skip });
+        }
+    }
 }
 
 fn pack(plan: &mut RestorePlan, mut packed: Vec<usize>, random: &mut Random) {

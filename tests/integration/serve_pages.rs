@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
-use crate::support::{Vm, run, run_err, run_ok, signal, text};
+use crate::support::{Vm, run, run_err, run_ok, stop, text};
 
 const QUICK: [&str; 2] = ["--fault-timeout", "2"];
 
@@ -180,7 +180,7 @@ fn vm_whose_server_is_silent_can_be_ended_by_a_signal() {
     let server = scene.serve("127.0.0.1:0");
     let mut vm = scene.restore("firecracker-uffd", &[&server.cold()], &[]);
     vm.call("hello");
-    signal(server.pid(), rustix::process::Signal::STOP);
+    stop(server.pid());
     vm.begin("check");
     std::thread::sleep(Duration::from_millis(300));
     let asked = Instant::now();

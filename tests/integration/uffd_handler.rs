@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use userfaultfd::{Event, Uffd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::support::{TIMEOUT, Vm, config, exchange, finish, scratch, signal, text, tvmm};
+use crate::support::{TIMEOUT, Vm, config, exchange, finish, scratch, stop, text, tvmm};
 
 const PAGE: u64 = 4096;
 
@@ -168,7 +168,7 @@ fn a_handler_that_does_not_hear_of_pages_given_back_ends_the_vm_with_the_reason(
     restored.call("check");
     // All that the next request needs besides is there by then.
     restored.call("balloon op=report pages=1");
-    signal(handler.id(), rustix::process::Signal::STOP);
+    stop(handler.id());
     restored.begin("balloon op=report filled=1");
     let (status, stderr) = restored.wait();
     assert_eq!(status.code(), Some(1));

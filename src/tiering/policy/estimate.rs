@@ -94,6 +94,7 @@ struct Walk<'a> {
     layers: usize,
     read_ahead: bool,
     fault_pages: u64,
+    huge: &'a [Extent],
     ground: &'a Ground<'a>,
     view: View,
     block: Block,
@@ -113,6 +114,7 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
         ground,
         read_ahead: plan.background.iter().any(|step| step.action == BackgroundAction::ReadAhead),
         fault_pages: plan.fault_pages,
+        huge: &plan.huge,
         view: View::Anonymous { served: None },
         block: Block::default(),
         cost: Cost::default(),
@@ -164,6 +166,10 @@ impl Walk<'_> {
         }
     }
 
+    fn is_huge(&self, part: Extent) -> bool {
+        self.huge.iter().any(|blocks| blocks.intersection(&part).is_some())
+    }
+
     fn add(&mut self, item: &PlannedExtent) {
         let is_preload = item.placement == Placement::Preload;
         if is_preload {
@@ -188,7 +194,10 @@ impl Walk<'_> {
                 (Placement::Preload, Fill::Install) => {
                     (&mut self.block.lazy.installed, Some(&mut self.block.lazy.calls))
                 }
-                (Placement::Zero, _) => (&mut self.block.anon.zero, None),
+                (Placement::Zero, _) => {
+                    self.block.anon.huge = self.is_huge(part);
+                    (&mut self.block.anon.zero, None)
+                }
                 (Placement::Lazy, _) => {
                     self.block.lazy.fault_pages = self.fault_pages;
                     (&mut self.block.lazy.lazy, None)

@@ -203,6 +203,8 @@ pub struct FileBlock {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AnonBlock {
     pub zero: Tally,
+    /// The first touch of a zero page brings the whole block.
+    pub huge: bool,
     pub copied: Tally,
     /// Reads that fill it and do not go on where the one before ended: those that do are one with it.
     pub calls: u64,
@@ -297,11 +299,7 @@ pub fn copied_page_ns(costs: &Costs, whole_block: bool) -> u64 {
 impl AnonBlock {
     pub fn cost(&self, costs: &Costs) -> Cost {
         let copied = &self.copied;
-        let mut cost = Cost {
-            before: times(costs.call_ns, self.calls as f64),
-            during: times(costs.anon_read_fault_ns, self.zero.reads)
-                + times(costs.anon_write_fault_ns, self.zero.writes),
-        };
+        let mut cost = Cost { before: times(costs.call_ns, self.calls as f64), during: self.zero_ns(costs) };
         cost.before += times(copied_page_ns(costs, self.whole), copied.pages as f64);
         cost.during +=
             if self.whole { times(costs.huge_fault_ns, 1.0 - copied.idle) } else { copied.populated_touches(costs) };
@@ -309,6 +307,18 @@ impl AnonBlock {
             cost.before += times(costs.device_seek_ns, self.calls as f64);
         }
         cost
+    }
+}
+
+impl AnonBlock {
+    fn zero_ns(&self, costs: &Costs) -> f64 {
+        let zero = &self.zero;
+        if self.huge {
+            // Writing zeros takes no longer than copying.
+            let whole = costs.huge_fault_ns + costs.read_huge_page_ns.saturating_mul(BLOCK_PAGES);
+            return times(whole, 1.0 - zero.idle);
+        }
+        times(costs.anon_read_fault_ns, zero.reads) + times(costs.anon_write_fault_ns, zero.writes)
     }
 }
 

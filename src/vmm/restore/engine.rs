@@ -231,6 +231,9 @@ impl Engine<'_> {
                 }
             }
         }
+        for blocks in &self.plan.huge {
+            self.advise_huge(ram, *blocks)?;
+        }
         Ok(in_place)
     }
 

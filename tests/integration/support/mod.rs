@@ -65,6 +65,18 @@ pub fn signal(pid: u32, signal: rustix::process::Signal) {
     rustix::process::kill_process(pid, signal).expect("the process can be signalled");
 }
 
+/// Stops a process, and waits until all its threads stand: on a busy host they may go on for a while after the signal.
+pub fn stop(pid: u32) {
+    signal(pid, rustix::process::Signal::STOP);
+    service::wait_until("all threads stand", || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there");
+        tasks.flatten().all(|task| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        })
+    });
+}
+
 /// Runs `tvmm`, which must succeed; its standard output.
 pub fn run_ok(args: &[&str]) -> String {
     let output = run(args);
@@ -143,8 +155,12 @@ impl Vm {
 
     /// Starts `tvmm` with `args` and a control socket.
     pub fn spawn(dir: TempDir, args: &[&str]) -> Vm {
+        Vm::spawn_of(tvmm(), dir, args)
+    }
+
+    /// The same with another copy of `tvmm`.
+    pub fn spawn_of(mut command: Command, dir: TempDir, args: &[&str]) -> Vm {
         let socket = dir.path().join("api.sock");
-        let mut command = tvmm();
         command.args(args).arg("--api-sock").arg(&socket);
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("tvmm starts");

@@ -6,6 +6,7 @@
 //! model ([`super::model`]). The shapes of the other policies are priced by the same model; where one is cheaper, that
 //! is the plan. `docs/policies.md` has the formulae.
 
+mod fresh;
 mod in_place;
 mod packed;
 mod path;
@@ -78,7 +79,8 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
         let room = extra_limit.saturating_sub(best.1.pages_preloaded_unwritten);
         in_place::limit(&mut best.0, ground, &touches, (limit, room));
     }
-    Ok(RestorePlan { policy: NAME.to_string(), ..best.0 })
+    let huge = fresh::blocks(ground, &touches, &best.0.extents);
+    Ok(RestorePlan { policy: NAME.to_string(), huge, ..best.0 })
 }
 
 /// How much more a plan may cost for what the model does not see.
