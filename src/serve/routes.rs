@@ -53,11 +53,8 @@ fn documented() -> OpenApiRouter<Shared> {
 pub fn openapi() -> String {
     let (_, mut document) = documented().split_for_parts();
     for path in document.paths.paths.values_mut() {
-        for operation in [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete] {
-            if let Some(operation) = operation {
-                add_refusals(operation);
-            }
-        }
+        let operations = [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete];
+        operations.into_iter().flatten().for_each(add_refusals);
     }
     // The document has only strings as keys.
     let mut text = document.to_pretty_json().unwrap_or_default();
@@ -79,7 +76,8 @@ fn add_refusals(operation: &mut Operation) {
         ("413", "The body is too large"),
         ("415", "The body does not say that it is JSON"),
     ] {
-        if !has_body && !(has_query && status == "400") {
+        let is_possible = has_body || (has_query && status == "400");
+        if !is_possible {
             continue;
         }
         let fault = Content::new(Some(Ref::from_schema_name("FaultBody")));
