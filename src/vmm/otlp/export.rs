@@ -54,7 +54,7 @@ impl Exporter {
     /// Sends what `make` makes, some time. Returns at once.
     pub fn send(&self, make: impl FnOnce() -> Trace + Send + 'static) {
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        if !sender.as_ref().is_some_and(|sender| sender.try_send(Box::new(make)).is_ok()) {
+        if sender.as_ref().is_none_or(|sender| sender.try_send(Box::new(make)).is_err()) {
             self.counts.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
