@@ -10,7 +10,7 @@ BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGE
 
 CASES   ?= 20000
 
-.PHONY: build agent demo test fuzz lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test test-features fuzz lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -30,6 +30,12 @@ test: build
 	TVMM_BINARY=$(CURDIR)/$(BINARY) cargo test --locked --test integration
 	cargo test --locked --lib --features functions --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
 
+# What is not in every build: cold pools in object stores, spans for a collector.
+FEATURES := object-store,otel
+test-features: setup
+	cargo test --locked --features $(FEATURES) --lib otlp
+	cargo test --locked --features $(FEATURES) --test integration -- object_store:: otlp::
+
 # Every device, behind its real transport, against CASES random drivers each, with overflow checks. A finding is printed with
 # the shortest driver that shows it, and kept in proptest-regressions/ for `make test`; SEED=N makes a run repeatable.
 fuzz: setup
@@ -40,6 +46,9 @@ lint: setup
 	cargo fmt --check --manifest-path resources/guest/Cargo.toml
 	cargo fmt --check --manifest-path resources/agent/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
+	cargo clippy --locked --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests -- -D warnings
+	cargo clippy --locked --features functions --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests -- -D warnings
 	cargo clippy --locked --manifest-path resources/agent/Cargo.toml --target-dir target/agent -- -D warnings
 
 setup:

@@ -77,6 +77,10 @@ struct SessionArgs {
     /// Write the time slices in Chrome's trace format (chrome://tracing, Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Send the time slices to this OpenTelemetry collector (OTLP over HTTP) at the end, http://HOST:4318; in builds with
+    /// the feature otel
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
     /// When the process was spawned, in µs of CLOCK_MONOTONIC; without it, CPU time since the fork stands in
     #[arg(long, value_name = "US")]
     start_time_us: Option<u64>,

@@ -77,6 +77,9 @@ pub struct ServeArgs {
     /// Write all traces to this file in Chrome's trace format (chrome://tracing, Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Send all traces to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318; in builds with the feature otel
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
 }
 
 /// More would be processes for nothing, or a number that nothing is counted in.
@@ -120,6 +123,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         listen_unix: args.listen_unix.clone(),
         trace: args.trace.clone(),
         tiers: tiers(args),
+        otlp: args.otlp.clone(),
         limits: Limits {
             max_vms: args.max_vms,
             max_running: args.max_running.unwrap_or(2 * cpus),

@@ -20,7 +20,9 @@ use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
 use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
+use crate::vmm::otlp::{self, Exporter};
 use crate::vmm::port_request::PortRequest;
+use crate::vmm::report::Report;
 use crate::vmm::session::{self, Begin, Outcome, Surroundings};
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::{clock, inherit, kick};
@@ -162,6 +164,8 @@ fn run(
     operation: Operation,
 ) -> Result<ExitCode, BoxError> {
     logging::init(config.logger.as_ref())?;
+    // Refused before anything runs.
+    args.otlp.as_deref().map(otlp::endpoint).transpose()?;
     // Before any thread exists, so that none of them takes the signals.
     let signals = EndSignals::take()?;
     kick::install_handler()?;
@@ -189,7 +193,7 @@ fn run(
     drop(around);
     controller.timeline.note_moments(&moments, answer.as_deref().and_then(Answer::get).map(|(_, at)| at));
     controller.write_metrics()?;
-    let report = (args.report.is_some() || args.trace.is_some())
+    let report = (args.report.is_some() || args.trace.is_some() || args.otlp.is_some())
         .then(|| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
     let stopping = clock::monotonic_ns();
     let stopped = controller.stop();
@@ -199,10 +203,32 @@ fn run(
         let report = report?.ended(&outcome).finish(&controller);
         args.report.as_deref().map_or(Ok(()), |path| report.write(path))?;
         args.trace.as_deref().map_or(Ok(()), |path| report.write_trace(path))?;
+        args.otlp.as_deref().map_or(Ok(()), |url| export(url, &report))?;
     }
     let code = exit_code(&outcome, args, answer.as_deref())?;
     stopped?;
     Ok(code)
+}
+
+/// How long the end of a VM's process waits for a collector.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(7);
+
+/// Sends a report's spans to a collector.
+fn export(url: &str, report: &Report) -> Result<(), BoxError> {
+    let exporter = Exporter::start(url)?;
+    let (mut trace_id, mut root_id) = ([0; 16], [0; 8]);
+    for id in [&mut trace_id[..], &mut root_id[..]] {
+        rustix::rand::getrandom(id, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
+    }
+    let trace = report.spans(u128::from_ne_bytes(trace_id), u64::from_ne_bytes(root_id));
+    exporter.send(move || trace);
+    exporter.finish(EXPORT_TIMEOUT);
+    let counts = exporter.counts();
+    match (counts.sent(), counts.why().as_str()) {
+        (1.., _) => Ok(()),
+        (0, "") => refuse(format!("The collector at {url} does not answer: the spans are lost")),
+        (0, why) => refuse(format!("The collector at {url} has not taken the spans: {}", why.trim_end_matches('.'))),
+    }
 }
 
 fn outside(answer: Option<&Arc<Answer>>, fault_timeout: Duration) -> Result<(Outside, Arc<Moments>), BoxError> {

@@ -71,7 +71,7 @@ impl Daemon {
             shells: Arc::new(Shells::new(spawner.clone(), options.limits.shells)),
             spawner,
             gate: Gate::new(options.limits.max_running, options.limits.max_queue),
-            traces: Traces::new(options.trace.as_deref())?,
+            traces: Traces::new(options.trace.as_deref(), options.otlp.as_deref())?,
             counters: Counters::default(),
             options,
         })

@@ -65,6 +65,9 @@ pub enum ServeError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The collector's address is of no use, or this build has no OpenTelemetry.
+    #[error(transparent)]
+    Collector(#[from] crate::vmm::otlp::Unusable),
     /// Something else the kernel refused.
     #[error("Cannot {doing}")]
     Os {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
+use axum::http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use utoipa::ToSchema;
@@ -16,6 +17,7 @@ use super::functions::{Function, known_policy};
 use super::metrics::{Counters, Origin};
 use super::snapshots::SnapshotRecord;
 use super::tiers::Tiers;
+use super::traceparent;
 use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{RestoreSpec, StartSpec, Vm};
@@ -115,6 +117,7 @@ pub(super) struct InvocationAnswer {
 
 /// Runs a function: in a VM that runs, in one restored from a snapshot, or in one that is booted.
 #[utoipa::path(post, path = "/invocations", tag = "invocations", request_body = InvocationBody,
+    params(("traceparent" = Option<String>, Header, description = "The caller's span (W3C Trace Context): the trace goes on here")),
     responses((status = 200, description = "The guest answered", body = InvocationAnswer),
         (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "No such function, VM, snapshot or namespace"),
@@ -125,11 +128,13 @@ pub(super) struct InvocationAnswer {
         (status = 504, body = FaultBody, description = "The guest did not answer in time, and was ended")))]
 pub(super) async fn post_invocation(
     State(daemon): State<Shared>,
+    headers: HeaderMap,
     Body(body): Body<InvocationBody>,
 ) -> Result<Reply<InvocationAnswer>, Fault> {
+    let caller = traceparent::caller(&headers);
     // A client that leaves does not stop what it began halfway.
     let task = tokio::spawn(async move {
-        let mut recording = Recording::begin(&body.func_name);
+        let mut recording = Recording::begin(&body.func_name, caller);
         let answer = invoke(&daemon, body, &mut recording).await;
         let status = answer.as_ref().map_or_else(|fault| fault.status.as_u16(), |_| 200);
         daemon.counters.answered(status);

@@ -151,7 +151,16 @@ pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoRespon
             writeln!(text, "{name} {value}")?;
         }
         head(&mut text, "tvmm_traces_lost_total", "counter", "Traces that did not get into the trace file")?;
-        writeln!(text, "tvmm_traces_lost_total {}", daemon.traces.lost.load(Ordering::Relaxed))
+        writeln!(text, "tvmm_traces_lost_total {}", daemon.traces.lost.load(Ordering::Relaxed))?;
+        let Some(exporter) = &daemon.traces.exporter else { return Ok(()) };
+        for (name, what, count) in [
+            ("tvmm_otlp_traces_sent_total", "Traces that the collector has taken", exporter.counts().sent()),
+            ("tvmm_otlp_traces_lost_total", "Traces that it has not", exporter.counts().lost()),
+        ] {
+            head(&mut text, name, "counter", what)?;
+            writeln!(text, "{name} {count}")?;
+        }
+        Ok(())
     });
     match written {
         Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text),

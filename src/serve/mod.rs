@@ -13,11 +13,13 @@ mod gate;
 mod invocations;
 mod metrics;
 mod networks;
+mod otlp;
 mod routes;
 mod server;
 mod snapshots;
 mod store;
 mod tiers;
+mod traceparent;
 mod traces;
 mod vm;
 mod vms;
@@ -44,6 +46,9 @@ use crate::api;
 use crate::vmm::sys::limits::raise_open_files;
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::watched;
+
+/// How long the end waits for a collector.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// What handlers share.
 type Shared = Arc<Daemon>;
@@ -86,6 +91,8 @@ pub struct Options {
     pub tiers: Tiers,
     /// Where all traces go, in Chrome's trace format.
     pub trace: Option<PathBuf>,
+    /// The OpenTelemetry collector that all traces go to, `http://HOST:PORT`.
+    pub otlp: Option<String>,
 }
 
 /// Serves until SIGTERM, SIGINT or SIGHUP; then lets invocations finish, and ends all VMs.
@@ -149,6 +156,9 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     daemon.shells.clear();
     end_all(&daemon).await;
     save_vms(&daemon).await;
+    // The rest of what is to be told of the last invocations goes on meanwhile.
+    let flushed = daemon.clone();
+    let _ = blocking(move || flushed.traces.exporter.as_ref().map(|exporter| exporter.finish(FLUSH))).await;
     // Sockets and images of VMs that are over; who would remove each may not come to it any more.
     daemon.store.clear_run()
 }

@@ -6,6 +6,8 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{Html, IntoResponse};
 use serde_json::{Value, json};
 use utoipa::OpenApi;
+use utoipa::openapi::path::{Operation, ParameterIn};
+use utoipa::openapi::{Content, Ref, RefOr, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -49,11 +51,39 @@ fn documented() -> OpenApiRouter<Shared> {
 
 /// The OpenAPI 3.1 document.
 pub fn openapi() -> String {
-    let (_, document) = documented().split_for_parts();
+    let (_, mut document) = documented().split_for_parts();
+    for path in document.paths.paths.values_mut() {
+        let operations = [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete];
+        operations.into_iter().flatten().for_each(add_refusals);
+    }
     // The document has only strings as keys.
     let mut text = document.to_pretty_json().unwrap_or_default();
     text.push('\n');
     text
+}
+
+/// What any body and any query can be refused with (`body.rs`).
+fn add_refusals(operation: &mut Operation) {
+    let has_body = operation.request_body.is_some();
+    let has_query = operation
+        .parameters
+        .iter()
+        .flatten()
+        .any(|one| matches!(one, RefOr::T(one) if one.parameter_in == ParameterIn::Query));
+    for (status, description) in [
+        ("400", "It makes no sense"),
+        ("408", "The body was not received in time"),
+        ("413", "The body is too large"),
+        ("415", "The body does not say that it is JSON"),
+    ] {
+        let is_possible = has_body || (has_query && status == "400");
+        if !is_possible {
+            continue;
+        }
+        let fault = Content::new(Some(Ref::from_schema_name("FaultBody")));
+        let response = ResponseBuilder::new().description(description).content("application/json", fault).build();
+        operation.responses.responses.entry(status.to_string()).or_insert_with(|| response.into());
+    }
 }
 
 /// The whole service.

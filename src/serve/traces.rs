@@ -22,6 +22,8 @@ use super::Shared;
 use super::body::query;
 use super::error::ServeError;
 use super::fault::{Fault, FaultBody, Reply};
+use super::traceparent::Caller;
+use crate::vmm::otlp::Exporter;
 use crate::vmm::report::chrome_event;
 use crate::vmm::sys::clock;
 
@@ -51,6 +53,12 @@ pub(super) struct Span {
 pub(super) struct Trace {
     #[serde(rename = "traceId")]
     pub(super) trace_id: String,
+    /// The id of the first span.
+    #[serde(rename = "spanId")]
+    pub(super) span_id: String,
+    /// The span of the caller's that it is part of, by the header `traceparent`.
+    #[serde(rename = "parentSpanId")]
+    pub(super) parent_span_id: Option<String>,
     pub(super) func_name: String,
     #[serde(rename = "vmId")]
     pub(super) vm_id: Option<String>,
@@ -62,6 +70,9 @@ pub(super) struct Trace {
     pub(super) complete: bool,
     /// The first is the whole invocation.
     pub(super) spans: Vec<Span>,
+    /// Whether a collector is to have it.
+    #[serde(skip)]
+    pub(super) is_sampled: bool,
 }
 
 /// A trace without its spans.
@@ -93,7 +104,8 @@ pub(super) fn random_hex(bytes: usize) -> String {
 }
 
 impl Recording {
-    pub(super) fn begin(func_name: &str) -> Recording {
+    /// `caller`: who has begun the trace, if not we.
+    pub(super) fn begin(func_name: &str, caller: Option<Caller>) -> Recording {
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let root = Span {
             name: "invocation".into(),
@@ -103,7 +115,10 @@ impl Recording {
             attributes: BTreeMap::new(),
         };
         let trace = Trace {
-            trace_id: random_hex(16),
+            is_sampled: caller.as_ref().is_none_or(|caller| caller.is_sampled),
+            trace_id: caller.as_ref().map_or_else(|| random_hex(16), |caller| caller.trace_id.clone()),
+            span_id: random_hex(8),
+            parent_span_id: caller.map(|caller| caller.span_id),
             func_name: func_name.to_string(),
             vm_id: None,
             status: 200,
@@ -152,19 +167,28 @@ impl Recording {
     /// Takes in what the VM says of itself. `parent`: the span in which it was made; `execute`: that of the request.
     pub(super) fn add_report(&mut self, report: &Value, parent: usize, execute: usize) {
         let begin_ns = report["start_monotonic_ns"].as_u64().unwrap_or(0);
-        for slice in report["slices"].as_array().map(Vec::as_slice).unwrap_or_default() {
-            let (Some(name), Some(start), Some(length)) =
-                (slice["slice"].as_str(), slice["start_us"].as_f64(), slice["length_us"].as_f64())
-            else {
-                continue;
-            };
-            let start_ns = begin_ns + (start * 1000.0) as u64;
-            // What a shell did while it was made ready costs no invocation anything.
-            if start_ns < self.start_ns {
-                continue;
-            }
+        let list = |key: &str| report[key].as_array().map(Vec::as_slice).unwrap_or_default();
+        // When it began and ended. What a shell did while it was made ready costs no invocation anything.
+        let earliest_ns = self.start_ns;
+        let times = |part: &Value| {
+            let start_ns = begin_ns + (part["start_us"].as_f64()? * 1000.0) as u64;
+            let length_ns = (part["length_us"].as_f64()? * 1000.0) as u64;
+            (start_ns >= earliest_ns).then_some((start_ns, start_ns + length_ns))
+        };
+        for slice in list("slices") {
+            let (Some(name), Some((start_ns, end_ns))) = (slice["slice"].as_str(), times(slice)) else { continue };
             let is_output = matches!(name, "first_response" | "execute");
-            self.span(name, if is_output { execute } else { parent }, start_ns, start_ns + (length * 1000.0) as u64);
+            self.span(name, if is_output { execute } else { parent }, start_ns, end_ns);
+        }
+        let asked_us = self.trace.spans.get(execute).map_or(0.0, |execute| execute.start_us);
+        for batch in list("fault_batches") {
+            let Some((start_ns, end_ns)) = times(batch) else { continue };
+            // The restore itself touches pages, and the guest does before it is asked.
+            let is_early = ((start_ns - earliest_ns) as f64) < asked_us * 1000.0;
+            let span = self.span("faults", if is_early { parent } else { execute }, start_ns, end_ns);
+            for key in ["faults", "pages"] {
+                self.note(span, key, batch[key].clone());
+            }
         }
         for key in ["fault_ins", "memory"] {
             if !report[key].is_null() {
@@ -219,14 +243,17 @@ pub(super) struct Traces {
     file: Option<SyncSender<String>>,
     /// Traces that did not get into the file.
     pub(super) lost: Arc<AtomicU64>,
+    /// To the collector.
+    pub(super) exporter: Option<Exporter>,
 }
 
 impl Traces {
-    /// `path`: a file in Chrome's trace format, made new.
-    pub(super) fn new(path: Option<&FilePath>) -> Result<Traces, ServeError> {
+    /// `path`: a file in Chrome's trace format, made new. `collector`: where an OpenTelemetry collector listens.
+    pub(super) fn new(path: Option<&FilePath>, collector: Option<&str>) -> Result<Traces, ServeError> {
         let lost = Arc::new(AtomicU64::new(0));
         let file = path.map(|path| start_file(path, lost.clone())).transpose()?;
-        Ok(Traces { kept: Mutex::default(), completed: Notify::new(), file, lost })
+        let exporter = collector.map(Exporter::start).transpose()?;
+        Ok(Traces { kept: Mutex::default(), completed: Notify::new(), file, lost, exporter })
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, VecDeque<Arc<Trace>>> {
@@ -250,9 +277,15 @@ impl Traces {
                 self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
+        let trace = Arc::new(trace);
+        if let Some(exporter) = self.exporter.as_ref().filter(|_| trace.is_sampled) {
+            let trace = trace.clone();
+            exporter.send(move || trace.exported());
+        }
         let mut kept = self.kept();
-        if let Some(place) = kept.iter_mut().rev().find(|kept| kept.trace_id == trace.trace_id) {
-            *place = Arc::new(trace);
+        // A caller's trace may have many invocations.
+        if let Some(place) = kept.iter_mut().rev().find(|kept| kept.span_id == trace.span_id) {
+            *place = trace;
         }
         drop(kept);
         self.completed.notify_waiters();
@@ -313,7 +346,9 @@ pub(super) async fn get_traces(State(daemon): State<Shared>) -> Reply<Vec<TraceS
 /// One trace, with its spans.
 #[utoipa::path(get, path = "/traces/{id}", tag = "traces",
     params(("id" = String, Path), ("format" = Option<String>, Query, description = "`chrome`: Chrome's trace format")),
-    responses((status = 200, description = "The trace", body = Trace), (status = 404, body = FaultBody, description = "There is none, any more")))]
+    responses((status = 200, description = "The trace", body = Trace),
+        (status = 400, body = FaultBody, description = "No such format"),
+        (status = 404, body = FaultBody, description = "There is none, any more")))]
 pub(super) async fn get_trace(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

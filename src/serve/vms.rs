@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Shared;
@@ -82,7 +81,7 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
             StartSpec { function, network, restore: Some(restore), from_invocation: false }
         }
     };
-    let mut recording = Recording::begin(&body.func_name);
+    let mut recording = Recording::begin(&body.func_name, None);
     let _turn = daemon.gate.enter(START_TIMEOUT).await?;
     let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(&spec, &mut recording)).await;
     let slow = |_| Fault::timed_out(format!("The VM was not ready within {} s.", START_TIMEOUT.as_secs()));
@@ -134,10 +133,19 @@ pub(super) async fn post_vmm() -> Fault {
     Fault::new(StatusCode::BAD_REQUEST, message)
 }
 
+/// A restore policy.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PolicyRecord {
+    name: String,
+    /// Whether it works from the profile of a recorded run.
+    needs_profile: bool,
+}
+
 /// The restore policies, and which of them need a profile.
 #[utoipa::path(get, path = "/policies", tag = "snapshots",
-    responses((status = 200, description = "All policies", body = Object)))]
-pub(super) async fn get_policies() -> Reply<serde_json::Value> {
-    let policy = |policy: Policy| json!({ "name": policy.name(), "needs_profile": policy.needs_profile() });
+    responses((status = 200, description = "All policies", body = Vec<PolicyRecord>)))]
+pub(super) async fn get_policies() -> Reply<Vec<PolicyRecord>> {
+    let policy =
+        |policy: Policy| PolicyRecord { name: policy.name().to_string(), needs_profile: policy.needs_profile() };
     Reply(Policy::ALL.into_iter().map(policy).collect())
 }

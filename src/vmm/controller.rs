@@ -22,7 +22,7 @@ use super::metrics::MetricsFile;
 use super::planning::{self, Chosen};
 use super::record::Watch;
 use super::report;
-use super::restore::{EngineReport, FaultCounts, RestoreSpec};
+use super::restore::{EngineReport, FaultBatch, FaultCounts, RestoreSpec};
 use super::sources::{self, Sources, location};
 use super::stall::StallWatch;
 use super::sys::kvm_stats::{self, Translations};
@@ -519,6 +519,7 @@ pub struct Parts<'a> {
     pub ending: &'a Arc<super::vcpu::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
+    pub fault_batches: Vec<FaultBatch>,
     /// What the cold pool was asked for, if there is one.
     pub cold: Option<ColdCounts>,
     /// Whether the kernel maps only pages that were touched.
@@ -540,6 +541,7 @@ impl<'a> Parts<'a> {
             ending: machine.ending(),
             msrs_refused: machine.msrs_refused(),
             faults: machine.fault_counts(),
+            fault_batches: machine.fault_batches(),
             cold: machine.cold_counts(),
             single_pages: machine.maps_single_pages(),
             virtio: machine.virtio(),

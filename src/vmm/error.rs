@@ -91,6 +91,10 @@ pub enum Error {
     PoolAndHandler,
     #[error("`{text}` is no cold pool: {problem}")]
     ColdSpec { text: String, problem: String },
+    #[error(transparent)]
+    Otlp(#[from] super::otlp::Unusable),
+    #[error("The page-fault handler cannot go on: {0}")]
+    Handler(String),
     #[error("Cannot listen at {address}")]
     Listen { address: String, source: io::Error },
     #[error("Cannot {doing}")]

@@ -33,7 +33,7 @@ use super::memory::GuestRam;
 use super::metrics::ExitCounters;
 use super::pmem::PmemMemory;
 use super::promote::ahead;
-use super::restore::{FaultCounts, MemoryServices};
+use super::restore::{FaultBatch, FaultCounts, MemoryServices};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::sys::coalesced::CoalescedRing;
 use super::sys::dirty_log;
@@ -383,6 +383,11 @@ impl<S> Machine<S> {
 
     pub fn vm(&self) -> &VmFd {
         &self.core.vm
+    }
+
+    /// When the fault service was busy.
+    pub fn fault_batches(&self) -> Vec<FaultBatch> {
+        self.core.services.fault_batches()
     }
 
     /// Faults that the fault service has answered so far.

@@ -1,6 +1,7 @@
 //! The JSON report of one boot or restore: `--report` when it is over, `GET /tvmm/report` while it runs.
 
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -8,7 +9,10 @@ use super::Ending;
 use super::console::Answer;
 use super::controller::{Controller, Parts};
 use super::error::Error;
+use super::otlp;
+use super::restore::FaultBatch;
 use super::session::Outcome;
+use super::sys::clock;
 use super::timeline::Timeline;
 use super::{accounting, usage};
 use crate::tiering::profile::Profile;
@@ -34,6 +38,13 @@ pub fn collect(
         json["by_write"] = json!(counts.by_write());
         json
     });
+    let batch = |batch: &FaultBatch| {
+        let mut json = json!(batch);
+        json["start_us"] = json!(controller.timeline.since_start_us(batch.start_ns));
+        json["length_us"] = json!((batch.end_ns - batch.start_ns) as f64 / 1000.0);
+        json
+    };
+    let fault_batches = parts.as_ref().map(|parts| parts.fault_batches.iter().map(batch).collect::<Vec<Value>>());
     let against = against.map(|profile| controller.fit(profile)).transpose()?.flatten();
     let restored = controller.restored().map(|restored| {
         json!({
@@ -56,6 +67,7 @@ pub fn collect(
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
         "fault_ins": fault_ins,
+        "fault_batches": fault_batches,
         "promotion": parts.as_ref().and_then(|parts| parts.ram.promotion()),
         "translations": parts.as_ref().map(Parts::translations).transpose()?,
         "cold": parts.as_ref().and_then(|parts| parts.cold.as_ref()),
@@ -108,6 +120,38 @@ impl Report {
     /// Writes the report to `path`.
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         write_text(path, &format!("{:#}\n", self.0))
+    }
+
+    /// The slices and the fault batches, for a collector: parts of one span, faults parts of the request.
+    pub fn spans(&self, trace_id: u128, root_id: u64) -> otlp::Trace {
+        let list = |key: &str| self.0[key].as_array().map(Vec::as_slice).unwrap_or_default();
+        let operation = self.0["operation"].as_str().unwrap_or_default();
+        let span = |name: &str, parent, of: &Value, attributes| {
+            let ns = |key: &str| (of[key].as_f64().unwrap_or(0.0) * 1000.0) as u64;
+            let (start_ns, length_ns) = (ns("start_us") as i64, ns("length_us"));
+            otlp::Span { name: name.to_string(), parent, start_ns, length_ns, attributes }
+        };
+        let keys = ["restore.policy", "restore.plan", "restore.engine", "fault_ins", "memory", "ending"];
+        let whole = keys.map(|key| {
+            let value = key.split('.').fold(&self.0, |value, part| &value[part]);
+            (format!("tvmm.{}", key.trim_start_matches("restore.")), value.clone())
+        });
+        let mut spans = vec![span(operation, None, &Value::Null, whole.to_vec())];
+        for slice in list("slices") {
+            spans.push(span(slice["slice"].as_str().unwrap_or_default(), Some(0), slice, Vec::new()));
+        }
+        let request = spans.iter().position(|span| span.name == "execute").unwrap_or(0);
+        for batch in list("fault_batches") {
+            let counts = ["faults", "pages"].map(|key| (format!("tvmm.{key}"), batch[key].clone()));
+            let mut batch = span("faults", Some(0), batch, counts.to_vec());
+            // The restore itself touches pages.
+            batch.parent = Some(if batch.start_ns < spans[request].start_ns { 0 } else { request });
+            spans.push(batch);
+        }
+        spans[0].length_ns = spans.iter().map(|span| span.start_ns as u64 + span.length_ns).max().unwrap_or(0);
+        let age_ns = clock::monotonic_ns().saturating_sub(self.0["start_monotonic_ns"].as_u64().unwrap_or(0));
+        let begun = SystemTime::now() - Duration::from_nanos(age_ns);
+        otlp::Trace { trace_id, root_id, caller_id: None, is_request: false, begun, error: None, spans }
     }
 
     /// Writes the slices to `path` in Chrome's trace format.

@@ -94,18 +94,33 @@ fn another_vmm_is_measured_beside_and_one_that_fails_is_told() {
     // Any VMM with Firecracker's command line and API will do: tvmm has them.
     let vmm = tvmm().get_program().to_owned();
     let mut args = study(&out, &["--firecracker", vmm.to_str().unwrap()]);
-    (args[2], args[6]) = ("E1", "vanilla,firecracker,firecracker-cache");
+    let flows =
+        "vanilla,firecracker,firecracker-cache,firecracker-uffd-ext,firecracker-uffd-all,firecracker-uffd-all-cache";
+    (args[2], args[6]) = ("E1", flows);
     run_ok(&args);
     let all = samples(&out);
-    assert_eq!(all.len(), 3);
+    assert_eq!(all.len(), 6);
     assert!(all.iter().all(|sample| sample["values"]["answer_ms"].as_f64() > Some(0.0)), "{all:?}");
+    // Page by page there are as many faults as pages, else one brings them all.
+    let of = |flow: &str, value: &str| {
+        let sample = all.iter().find(|sample| sample["flow"] == flow).unwrap();
+        sample["values"][value].as_f64().unwrap()
+    };
+    assert!(of("firecracker-uffd-ext", "handler_faults") > 50.0);
+    assert!(of("firecracker-uffd-ext", "handler_pages") <= of("firecracker-uffd-ext", "handler_faults"));
+    assert_eq!(of("firecracker-uffd-all", "handler_pages"), 1024.0 * 256.0);
     let broken = dir.path().join("broken");
     let mut args = study(&broken, &["--firecracker", "/bin/false"]);
-    (args[2], args[6]) = ("E1", "vanilla,firecracker");
+    (args[2], args[6]) = ("E1", "vanilla,firecracker,firecracker-uffd-ext");
     let output = run(&args);
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("E1, hello, firecracker: 1 failed"), "{said}");
+    assert!(
+        ["firecracker", "firecracker-uffd-ext"]
+            .iter()
+            .all(|flow| said.contains(&format!("E1, hello, {flow}: 1 failed"))),
+        "{said}"
+    );
     let page = std::fs::read_to_string(broken.join("report.html")).unwrap();
     assert!(page.contains("<h2>Failed"), "{page}");
 }

@@ -32,6 +32,7 @@ mod linux_vsock;
 mod metadata;
 mod net;
 mod object_store;
+mod otlp;
 mod plans;
 mod platform;
 mod pmem;

@@ -61,7 +61,7 @@ pub fn unmark(start: u64, size: u64) -> u64 {
             if shift == 12 || value & PAGE_SIZE_BIT != 0 && shift != 39 {
                 // SAFETY: as above.
                 unsafe { entry.write_volatile(value & !MARKS) };
-                (at, count) = ((at >> shift) + 1 << shift, count + 1);
+                (at, count) = (((at >> shift) + 1) << shift, count + 1);
                 break;
             }
             table = value;

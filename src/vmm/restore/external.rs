@@ -10,27 +10,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::vmm::error::Error;
+use crate::vmm::handler::Mapping;
 use crate::vmm::memory::GuestRam;
 use crate::vmm::stall::{HandlerProbe, Stalls};
 use crate::vmm::sys::uffd::Uffd;
 use crate::vmm::vcpu::{Ending, EndingSignal};
-
-/// One range of guest memory, in Firecracker's words.
-#[derive(Debug, Serialize)]
-struct Mapping {
-    base_host_virt_addr: u64,
-    size: usize,
-    /// Of the range in the memory file.
-    offset: u64,
-    page_size: usize,
-    /// Deprecated name of the same; older handlers read it.
-    page_size_kib: usize,
-}
 
 /// A handler that serves this VM's memory. It is watched: should it end, so does the guest, which would otherwise wait
 /// for ever.

@@ -1,14 +1,15 @@
 //! The fault service: a thread inside the VMM that fetches pages of lazy extents when the guest touches them.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::batches::{Batches, FaultBatch};
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource};
 use crate::tiering::fault::{FaultKind, FaultObserver, PageReader};
 use crate::vmm::error::Error;
@@ -47,6 +48,7 @@ pub struct FaultCounters {
     write_protect: AtomicU64,
     installed: AtomicU64,
     ahead: AtomicU64,
+    batches: Mutex<Batches>,
 }
 
 /// [`FaultCounters`] at one moment.
@@ -74,6 +76,15 @@ impl FaultCounters {
             pages_installed: get(&self.installed),
             pages_ahead: get(&self.ahead),
         }
+    }
+
+    /// When the service was busy.
+    pub fn batches(&self) -> Vec<FaultBatch> {
+        self.batches.lock().unwrap_or_else(PoisonError::into_inner).kept().to_vec()
+    }
+
+    fn note_batch(&self, batch: FaultBatch) {
+        self.batches.lock().unwrap_or_else(PoisonError::into_inner).note(batch);
     }
 
     pub fn add_ahead(&self, pages: u64) {
@@ -162,8 +173,16 @@ impl FaultWork {
             if stop.read().is_ok() {
                 return Ok(());
             }
-            for fault in self.uffd.faults().map_err(failed)? {
+            let (start_ns, before) = (clock::monotonic_ns(), self.counters.installed.load(Ordering::Relaxed));
+            let faults = self.uffd.faults().map_err(failed)?;
+            let count = faults.len() as u64;
+            for fault in faults {
                 self.answer(fault, &mut buffer)?;
+            }
+            if count > 0 {
+                let pages = self.counters.installed.load(Ordering::Relaxed) - before;
+                let end_ns = clock::monotonic_ns();
+                self.counters.note_batch(FaultBatch { start_ns, end_ns, faults: count, pages });
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Restoring a machine: its state from the snapshot, its memory by a plan.
 
 mod background;
+mod batches;
 mod drives;
 mod engine;
 mod external;
@@ -34,6 +35,7 @@ use crate::tiering::chunks::{ColdCounts, ColdPool};
 use crate::tiering::fault::FaultObserver;
 use crate::tiering::tier::Tier;
 
+pub use batches::FaultBatch;
 pub use engine::EngineReport;
 pub use lazy::FaultCounts;
 pub(super) use lazy::ended;
@@ -92,6 +94,11 @@ impl MemoryServices {
     /// The tiers that guest memory was restored from.
     pub fn tiers(&self) -> &[Arc<dyn Tier>] {
         &self.tiers_held
+    }
+
+    /// When the fault service was busy.
+    pub fn fault_batches(&self) -> Vec<FaultBatch> {
+        self.counters.batches()
     }
 
     pub fn fault_counts(&self) -> FaultCounts {

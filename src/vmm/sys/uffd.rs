@@ -2,7 +2,8 @@
 //! is answered, and answering it.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
 
 use userfaultfd::{Error, Event, EventBuffer, FaultKind, FeatureFlags, ReadWrite, RegisterMode, UffdBuilder};
@@ -47,6 +48,14 @@ pub struct Fault {
     pub touch: Touch,
 }
 
+/// What a userfaultfd tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    Fault(Fault),
+    /// These addresses were given back, and hold zeros when they are touched again.
+    Removed(Range<usize>),
+}
+
 /// How pages are installed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Install {
@@ -79,6 +88,15 @@ impl Uffd {
     /// it has read that.
     pub fn open_telling_removals() -> io::Result<Self> {
         Uffd::with_features(FeatureFlags::EVENT_REMOVE)
+    }
+
+    /// Takes over another process's, which came over a socket.
+    pub fn received(fd: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        // SAFETY: the descriptor is owned here, and nobody else's from now on. If it is no userfaultfd, what is asked of it
+        // fails.
+        let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
+        Ok(Uffd { uffd, events: Mutex::new(EventBuffer::new(EVENTS)) })
     }
 
     fn with_features(features: FeatureFlags) -> io::Result<Self> {
@@ -134,18 +152,14 @@ impl Uffd {
         let (mut done, mut installed) = (0, 0);
         while done < bytes.len() {
             let rest = &bytes[done..];
-            let (dst, src, len) = ((address + done) as u64, rest.as_ptr() as u64, rest.len() as u64);
-            let mut copy = UffdioCopy { dst, src, len, mode, copy: 0 };
-            // SAFETY: the kernel reads `rest`, which is borrowed, and writes only pages of ranges that were registered
-            // here and are not populated; the struct has the kernel's layout and lives through the call.
-            let result = unsafe { ioctl_with_mut_ref(&self.uffd, UFFDIO_COPY(), &mut copy) };
-            if result == 0 || copy.copy > 0 {
-                let copied = if result == 0 { rest.len() } else { copy.copy as usize };
-                done += copied;
-                installed += (copied / PAGE) as u64;
-                continue;
-            }
-            let error = io::Error::last_os_error();
+            let error = match self.copy(address + done, rest.as_ptr() as usize, rest.len(), mode) {
+                Ok(copied) => {
+                    done += copied;
+                    installed += (copied / PAGE) as u64;
+                    continue;
+                }
+                Err(error) => error,
+            };
             match error.raw_os_error() {
                 // Somebody else was faster with this page; whoever waits for it may have come in between.
                 Some(libc::EEXIST) => {
@@ -160,6 +174,45 @@ impl Uffd {
             }
         }
         Ok(installed)
+    }
+
+    /// Puts bytes of `source`, which is mapped, at `address` of the process whose userfaultfd this is (whole pages), and lets
+    /// who waits for them go on. Pages that are there already stay as they are. Returns how many were installed.
+    ///
+    /// # Errors
+    /// `WouldBlock` (EAGAIN): memory is being given back, of which this must be read first ([`told`](Self::told)).
+    pub fn install_from(&self, address: usize, source: &Reservation, offset: usize, len: usize) -> io::Result<u64> {
+        if offset.checked_add(len).is_none_or(|end| end > source.len()) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        let (from, mut done, mut installed) = (source.base() as usize + offset, 0, 0);
+        while done < len {
+            match self.copy(address + done, from + done, len - done, 0) {
+                Ok(copied) => {
+                    done += copied;
+                    installed += (copied / PAGE) as u64;
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                    self.wake(address + done, PAGE)?;
+                    done += PAGE;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(installed)
+    }
+
+    /// One UFFDIO_COPY; how many bytes it copied, which is not always all.
+    fn copy(&self, address: usize, from: usize, len: usize, mode: u64) -> io::Result<usize> {
+        let mut copy = UffdioCopy { dst: address as u64, src: from as u64, len: len as u64, mode, copy: 0 };
+        // SAFETY: the kernel reads the source as this process could (EFAULT where nothing is mapped), and writes only
+        // pages of registered ranges that are not populated; the struct has its layout and lives through the call.
+        let result = unsafe { ioctl_with_mut_ref(&self.uffd, UFFDIO_COPY(), &mut copy) };
+        match (result, copy.copy) {
+            (0, _) => Ok(len),
+            (_, copied) if copied > 0 => Ok(copied as usize),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Puts a page of zeros at `address`, which costs no memory until it is written, and lets who waits for it go on.
@@ -207,6 +260,15 @@ impl Uffd {
 
     /// The faults that wait now; none if there are none. Memory that was given back needs no answer.
     pub fn faults(&self) -> io::Result<Vec<Fault>> {
+        let faults = self.told()?.into_iter().filter_map(|told| match told {
+            Told::Fault(fault) => Some(fault),
+            Told::Removed(_) => None,
+        });
+        Ok(faults.collect())
+    }
+
+    /// What there is to be told now; nothing if there is nothing.
+    pub fn told(&self) -> io::Result<Vec<Told>> {
         let mut buffer = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let events = match self.uffd.read_events(&mut buffer) {
             Ok(events) => events,
@@ -215,18 +277,22 @@ impl Uffd {
                 return if error.kind() == io::ErrorKind::WouldBlock { Ok(Vec::new()) } else { Err(error) };
             }
         };
-        let mut faults = Vec::new();
+        let mut told = Vec::new();
         for event in events {
-            if let Event::Pagefault { kind, rw, addr } = event.map_err(to_io)? {
-                let touch = match (kind, rw) {
-                    (FaultKind::WriteProtected, _) => Touch::WriteProtected,
-                    (_, ReadWrite::Write) => Touch::Write,
-                    (_, ReadWrite::Read) => Touch::Read,
-                };
-                faults.push(Fault { address: addr as usize & !(PAGE - 1), touch });
+            match event.map_err(to_io)? {
+                Event::Pagefault { kind, rw, addr } => {
+                    let touch = match (kind, rw) {
+                        (FaultKind::WriteProtected, _) => Touch::WriteProtected,
+                        (_, ReadWrite::Write) => Touch::Write,
+                        (_, ReadWrite::Read) => Touch::Read,
+                    };
+                    told.push(Told::Fault(Fault { address: addr as usize & !(PAGE - 1), touch }));
+                }
+                Event::Remove { start, end } => told.push(Told::Removed(start as usize..end as usize)),
+                _ => {}
             }
         }
-        Ok(faults)
+        Ok(told)
     }
 }
 
@@ -248,9 +314,13 @@ fn to_io(error: Error) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
     use super::*;
+    use crate::vmm::handler::{Answer, Handler, Mapping};
 
     fn registered(pages: usize) -> (Reservation, Arc<Uffd>) {
         let memory = Reservation::new(pages * PAGE).unwrap();
@@ -269,6 +339,31 @@ mod tests {
         // SAFETY: only this test uses the memory, and all of it is installed.
         let bytes = unsafe { memory.bytes(0, 4 * PAGE) }.unwrap();
         assert_eq!([bytes[0], bytes[PAGE], bytes[2 * PAGE], bytes[3 * PAGE]], [9, 7, 9, 9]);
+    }
+
+    #[test]
+    fn handler_answers_from_the_file_and_with_zeros_what_was_given_back() {
+        for (answer, pages) in [(Answer::Page, 5), (Answer::All, 6)] {
+            let dir = tempfile::tempdir().unwrap();
+            let (file, socket) = (dir.path().join("memory"), dir.path().join("socket"));
+            std::fs::write(&file, (1..=4).flat_map(|page| [page; PAGE]).collect::<Vec<u8>>()).unwrap();
+            let handler = Handler::start(&socket, &file, answer).unwrap();
+            let memory = Reservation::new(4 * PAGE).unwrap();
+            memory.map_anon(0, 4 * PAGE).unwrap();
+            let uffd = Uffd::open_telling_removals().unwrap();
+            uffd.register(&memory, 0, 4 * PAGE, false).unwrap();
+            let base_host_virt_addr = memory.base() as u64;
+            let (offset, page_size, page_size_kib) = (0, PAGE, PAGE);
+            let mapping = Mapping { base_host_virt_addr, size: 4 * PAGE, offset, page_size, page_size_kib };
+            let stream = UnixStream::connect(&socket).unwrap();
+            stream.send_with_fd(&serde_json::to_vec(&[mapping]).unwrap()[..], uffd.as_raw_fd()).unwrap();
+            // SAFETY: only this thread uses the memory; the handler answers its faults.
+            let first = |page: usize| unsafe { memory.bytes(page * PAGE, 1) }.unwrap()[0];
+            assert_eq!([first(0), first(2)], [1, 3]);
+            memory.discard(2 * PAGE, 2 * PAGE).unwrap();
+            assert_eq!([first(0), first(1), first(2), first(3)], [1, 2, 0, 0]);
+            assert_eq!(handler.finish().unwrap().pages, pages);
+        }
     }
 
     #[test]

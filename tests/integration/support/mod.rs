@@ -2,6 +2,7 @@
 
 pub mod artefact;
 pub mod cold;
+pub mod collector;
 pub mod network;
 pub mod pool;
 pub mod service;

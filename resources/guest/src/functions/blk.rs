@@ -201,7 +201,7 @@ impl Disk<'_> {
         unsafe { ((self.control(slot) + 16) as *const u8).read_volatile() }
     }
 
-    fn words(&self, at: u64, sectors: u64) -> &mut [u64] {
+    fn words(&mut self, at: u64, sectors: u64) -> &mut [u64] {
         // SAFETY: data of a slot that is not in flight, in pages that this call owns.
         unsafe { core::slice::from_raw_parts_mut(at as *mut u64, (sectors * SECTOR / 8) as usize) }
     }

@@ -163,11 +163,11 @@ impl Study {
     }
 
     fn once(&mut self, from: &From, flow: Flow) -> Result<Values, BoxError> {
-        match (flow.restore(), self.settings.firecracker.clone()) {
+        match (flow.restore(), flow.backend().zip(self.settings.firecracker.clone())) {
             (Some(restore), _) => self.restore(from, flow, restore),
-            (None, Some(vmm)) => {
+            (None, Some((backend, vmm))) => {
                 let foreign = Foreign::new(&vmm, from)?;
-                let (values, digest) = foreign.restore(&from.asked, flow.is_cached())?;
+                let (values, digest) = foreign.restore(&from.asked, backend, flow.is_cached())?;
                 self.stage.check_digest(&from.snapshot, &from.asked, &digest)?;
                 Ok(values)
             }

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::tiering::policy::Policy;
 use crate::tiering::profile::RecorderKind;
+use crate::vmm::handler::Answer;
 
 /// A way to get an answer from a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,6 +40,21 @@ pub enum Flow {
     Firecracker,
     /// The same, the snapshot cached.
     FirecrackerCache,
+    /// The same VMM, its Uffd back end: a handler outside serves page by page, nothing cached.
+    FirecrackerUffd,
+    /// The same, the snapshot cached.
+    FirecrackerUffdCache,
+    /// The same, all of memory served at the first fault, nothing cached.
+    FirecrackerUffdAll,
+    /// The same, the snapshot cached.
+    FirecrackerUffdAllCache,
+}
+
+/// How another VMM of Firecracker's API gets its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    File,
+    Uffd(Answer),
 }
 
 /// How a flow restores.
@@ -68,7 +84,10 @@ impl Flow {
     ];
     /// Those that need a pool: the methods for byte-addressable tiers.
     pub const POOLED: [Flow; 3] = [Flow::TrenvPool, Flow::AquiferPool, Flow::TieredPool];
-    const ALL: [Flow; 15] = [
+    /// Those of another VMM that are measured when there is one: serving all memory takes long, and is to be asked for.
+    pub const FOREIGN: [Flow; 4] =
+        [Flow::Firecracker, Flow::FirecrackerCache, Flow::FirecrackerUffd, Flow::FirecrackerUffdCache];
+    const ALL: [Flow; 19] = [
         Flow::Vanilla,
         Flow::VanillaCache,
         Flow::Mincore,
@@ -84,6 +103,10 @@ impl Flow {
         Flow::Warm,
         Flow::Firecracker,
         Flow::FirecrackerCache,
+        Flow::FirecrackerUffd,
+        Flow::FirecrackerUffdCache,
+        Flow::FirecrackerUffdAll,
+        Flow::FirecrackerUffdAllCache,
     ];
 
     pub fn name(self) -> &'static str {
@@ -103,6 +126,10 @@ impl Flow {
             Flow::Warm => "warm",
             Flow::Firecracker => "firecracker",
             Flow::FirecrackerCache => "firecracker-cache",
+            Flow::FirecrackerUffd => "firecracker-uffd-ext",
+            Flow::FirecrackerUffdCache => "firecracker-uffd-ext-cache",
+            Flow::FirecrackerUffdAll => "firecracker-uffd-all",
+            Flow::FirecrackerUffdAllCache => "firecracker-uffd-all-cache",
         }
     }
 
@@ -123,7 +150,13 @@ impl Flow {
             Flow::Aquifer | Flow::AquiferPool => (Policy::Aquifer, RecorderKind::Uffd, false),
             Flow::Tiered | Flow::TieredPool => (Policy::Tiered, RecorderKind::Uffd, false),
             Flow::TieredCache => (Policy::Tiered, RecorderKind::Uffd, true),
-            Flow::Warm | Flow::Firecracker | Flow::FirecrackerCache => return None,
+            Flow::Warm
+            | Flow::Firecracker
+            | Flow::FirecrackerCache
+            | Flow::FirecrackerUffd
+            | Flow::FirecrackerUffdCache
+            | Flow::FirecrackerUffdAll
+            | Flow::FirecrackerUffdAllCache => return None,
         };
         Some(Restore { policy, recorder, cached, pooled: self.is_pooled() })
     }
@@ -135,12 +168,24 @@ impl Flow {
 
     /// Whether its snapshot is in the page cache when it begins.
     pub fn is_cached(self) -> bool {
-        matches!(self, Flow::VanillaCache | Flow::TieredCache | Flow::FirecrackerCache)
+        matches!(
+            self,
+            Flow::VanillaCache
+                | Flow::TieredCache
+                | Flow::FirecrackerCache
+                | Flow::FirecrackerUffdCache
+                | Flow::FirecrackerUffdAllCache
+        )
     }
 
-    /// Whether it is another VMM's.
-    pub fn is_foreign(self) -> bool {
-        matches!(self, Flow::Firecracker | Flow::FirecrackerCache)
+    /// How it gets its memory, if it is another VMM's.
+    pub fn backend(self) -> Option<Backend> {
+        match self {
+            Flow::Firecracker | Flow::FirecrackerCache => Some(Backend::File),
+            Flow::FirecrackerUffd | Flow::FirecrackerUffdCache => Some(Backend::Uffd(Answer::Page)),
+            Flow::FirecrackerUffdAll | Flow::FirecrackerUffdAllCache => Some(Backend::Uffd(Answer::All)),
+            _ => None,
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Another VMM with Firecracker's command line and API, measured beside tvmm: the same guest kernel, the same requests, a
-//! snapshot of its own, restored from its memory file (`mem_backend` File).
+//! snapshot of its own, restored from its memory file (`mem_backend` File) or by a page-fault handler (Uffd), which is this
+//! process.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,9 +11,11 @@ use serde_json::{Value, json};
 
 use super::super::guest::{Guest, TIMEOUT, snapshot};
 use super::super::{BoxError, refuse};
+use super::flow::Backend;
 use super::stage::{remove, write_kernel};
 use super::{From, Values, guest_us};
 use crate::api::client::Client;
+use crate::vmm::handler::Handler;
 
 /// How often a socket that is not there yet is tried.
 const POLL: Duration = Duration::from_micros(200);
@@ -23,6 +26,8 @@ pub struct Foreign {
     state: PathBuf,
     memory: PathBuf,
     socket: PathBuf,
+    /// Where its page-fault handler listens.
+    faults: PathBuf,
 }
 
 impl Foreign {
@@ -31,7 +36,8 @@ impl Foreign {
         let dir = from.snapshot.with_file_name("firecracker");
         std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
         let (state, memory) = (dir.join("state"), dir.join("memory"));
-        let foreign = Foreign { vmm: vmm.to_owned(), socket: dir.join("api.sock"), state, memory };
+        let foreign =
+            Foreign { vmm: vmm.to_owned(), socket: dir.join("api.sock"), faults: dir.join("uffd.sock"), state, memory };
         let whole = dir.join("whole");
         if !whole.exists() {
             foreign.prepare(&dir, from)?;
@@ -84,14 +90,27 @@ impl Foreign {
     }
 
     /// Restores, and asks for a function; the numbers, and the digest of the answer.
-    pub fn restore(&self, asked: &str, cached: bool) -> Result<(Values, String), BoxError> {
+    pub fn restore(&self, asked: &str, backend: Backend, cached: bool) -> Result<(Values, String), BoxError> {
         match cached {
             false => self.evict()?,
             true => drop(std::fs::read(&self.memory)?),
         }
+        let Backend::Uffd(answer) = backend else { return self.measure(asked, "File", &self.memory) };
+        remove(&self.faults)?;
+        let handler = Handler::start(&self.faults, &self.memory, answer)?;
+        let measured = self.measure(asked, "Uffd", &self.faults);
+        // Why the handler has ended is why the VMM did not go on.
+        let served = handler.finish()?;
+        let (mut values, digest) = measured?;
+        values.insert("handler_faults".to_string(), served.faults as f64);
+        values.insert("handler_pages".to_string(), served.pages as f64);
+        Ok((values, digest))
+    }
+
+    fn measure(&self, asked: &str, backend: &str, path: &Path) -> Result<(Values, String), BoxError> {
         let start = Instant::now();
         let (mut guest, client) = self.start()?;
-        let backend = json!({ "backend_type": "File", "backend_path": self.memory });
+        let backend = json!({ "backend_type": backend, "backend_path": path });
         let body = json!({ "snapshot_path": self.state, "mem_backend": backend, "resume_vm": true });
         client.request("PUT", "/snapshot/load", Some(&body), TIMEOUT)?;
         let loaded = start.elapsed();

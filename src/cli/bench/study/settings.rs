@@ -135,13 +135,11 @@ impl Settings {
         };
         match &args.firecracker {
             Some(path) if !path.is_file() => return refuse(format!("There is no {} to measure", path.display())),
-            Some(_) if !flows.iter().any(|flow| flow.is_foreign()) => {
-                flows.extend([Flow::Firecracker, Flow::FirecrackerCache]);
+            Some(_) if !flows.iter().any(|flow| flow.backend().is_some()) => {
+                flows.extend(Flow::FOREIGN);
             }
-            None if flows.iter().any(|flow| flow.is_foreign()) => {
-                return refuse(
-                    "The flows firecracker and firecracker-cache need --firecracker PATH, the VMM to measure",
-                );
+            None if flows.iter().any(|flow| flow.backend().is_some()) => {
+                return refuse("The flows firecracker and firecracker-… need --firecracker PATH, the VMM to measure");
             }
             _ => {}
         }
