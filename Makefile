@@ -10,7 +10,7 @@ BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGE
 
 CASES   ?= 20000
 
-.PHONY: build agent demo test test-features fuzz lint setup install bench testbed testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test test-features fuzz lint setup install bench testbed testbed-hosts testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -65,6 +65,12 @@ testbed: testbed-build agent
 	@resources/setup.sh --build-only
 	$(BUILD)
 	tests/testbed/integration.sh $(BINARY) $(TESTS)
+
+# Two emulated hosts on one pool.
+testbed-hosts: testbed-build
+	@resources/setup.sh --build-only
+	$(BUILD)
+	tests/testbed/hosts.sh $(BINARY)
 
 testbed-build:
 	@tests/testbed/build.sh

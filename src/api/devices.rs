@@ -1,6 +1,5 @@
 //! Requests about devices: bodies with an id are checked against the id in the path.
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
@@ -105,35 +104,4 @@ pub(super) fn stop_hinting(body: &[u8]) -> Result<Parsed, Fault> {
         b"" | b"{}" => Ok(change_balloon(BalloonPatch::StopHinting)),
         _ => Err(Fault::bad_request("PATCH /balloon/hinting/stop takes no body.")),
     }
-}
-
-/// One of `network_overrides` of `/snapshot/load`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct NetworkOverrideBody {
-    pub iface_id: String,
-    pub host_dev_name: String,
-}
-
-/// `vsock_override` of `/snapshot/load`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct VsockOverrideBody {
-    pub uds_path: std::path::PathBuf,
-}
-
-/// One of `tvmm.drive_overrides` of `/snapshot/load`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct DriveOverrideBody {
-    pub drive_id: String,
-    pub path_on_host: std::path::PathBuf,
-}
-
-/// One of `tvmm.mac_overrides` of `/snapshot/load`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct MacOverrideBody {
-    pub iface_id: String,
-    pub guest_mac: String,
 }

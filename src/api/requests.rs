@@ -1,21 +1,15 @@
 //! Request bodies and the commands they mean.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::devices::{DriveOverrideBody, MacOverrideBody, NetworkOverrideBody, VsockOverrideBody};
 use super::fault::Fault;
-use crate::vmm::cold::ColdPools;
 use crate::vmm::config::{
-    BootSource, CpuConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, parse_mac,
+    BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, snapshot_paths,
 };
-use crate::vmm::control::{
-    Command, CreateSnapshot, DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotKind,
-    SnapshotPaths,
-};
+use crate::vmm::control::{Command, CreateSnapshot, SnapshotKind};
 
 /// A body that was understood.
 #[derive(Debug, PartialEq, Eq)]
@@ -163,158 +157,8 @@ pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives }).into())
 }
 
-#[derive(Deserialize)]
-enum MemBackendType {
-    File,
-    Uffd,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct MemBackend {
-    backend_type: MemBackendType,
-    backend_path: PathBuf,
-}
-
-/// What Firecracker's body has no field for.
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LoadExtension {
-    /// The name of the restore policy.
-    policy: Option<String>,
-    /// The profile the policy works from.
-    profile: Option<PathBuf>,
-    /// A plan made before, instead of a policy's.
-    plan: Option<PathBuf>,
-    /// Budgets, MiB.
-    dram_mib: Option<u64>,
-    cxl_mib: Option<u64>,
-    /// µs that a request may take longer to save a MiB of local memory.
-    dram_price: Option<u64>,
-    /// How pages in place are mapped.
-    #[serde(default)]
-    in_place_mapping: InPlaceMapping,
-    /// Cold pools that hold the snapshot's memory, nearest first.
-    #[serde(default)]
-    cold_pools: Vec<String>,
-    /// Where chunks that come from other hosts are kept, and how many MiB of them.
-    cold_cache: Option<PathBuf>,
-    cold_cache_mib: Option<u64>,
-    /// Pools to take guest memory from, in order of preference.
-    #[serde(default)]
-    pools: Vec<PathBuf>,
-    /// Other backing files for drives.
-    #[serde(default)]
-    drive_overrides: Vec<DriveOverrideBody>,
-    /// Where this clone's copies of drives go, for a snapshot that has copies.
-    drive_dir: Option<PathBuf>,
-    /// Metadata that are new or have other values.
-    #[serde(default)]
-    metadata: BTreeMap<String, String>,
-    /// Other MAC addresses for network interfaces.
-    #[serde(default)]
-    mac_overrides: Vec<MacOverrideBody>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Load {
-    snapshot_path: PathBuf,
-    /// Deprecated: `mem_backend` of type `File`.
-    mem_file_path: Option<PathBuf>,
-    mem_backend: Option<MemBackend>,
-    #[serde(default)]
-    track_dirty_pages: bool,
-    /// Deprecated: `track_dirty_pages`.
-    #[serde(default)]
-    enable_diff_snapshots: bool,
-    #[serde(default)]
-    resume_vm: bool,
-    #[serde(default)]
-    network_overrides: Vec<NetworkOverrideBody>,
-    vsock_override: Option<VsockOverrideBody>,
-    #[serde(default)]
-    clock_realtime: bool,
-    #[serde(default)]
-    tvmm: LoadExtension,
-}
-
 pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
-    let mut load: Load = json(body)?;
-    let overrides = overrides(load.network_overrides, load.vsock_override, &mut load.tvmm)?;
-    let is_deprecated = load.mem_file_path.is_some() || load.enable_diff_snapshots;
-    let (memory, memory_key, handler) = match (load.mem_backend, load.mem_file_path) {
-        (Some(_), Some(_)) => {
-            return Err(json_fault("too many fields: either `mem_backend` or `mem_file_path` exclusively is required"));
-        }
-        (Some(MemBackend { backend_type: MemBackendType::Uffd, backend_path }), None) => {
-            (None, "backend_path", Some(backend_path))
-        }
-        (Some(backend), None) => (Some(backend.backend_path), "backend_path", None),
-        (None, memory) => (memory, "mem_file_path", None),
-    };
-    let command = Command::LoadSnapshot(Box::new(LoadSnapshot {
-        location: snapshot_paths(load.snapshot_path, memory, memory_key)?,
-        policy: load.tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
-        profile: load.tvmm.profile,
-        plan: load.tvmm.plan,
-        costs: None,
-        dram_mib: load.tvmm.dram_mib,
-        cxl_mib: load.tvmm.cxl_mib,
-        dram_price_us: load.tvmm.dram_price,
-        in_place_mapping: load.tvmm.in_place_mapping,
-        cold: ColdPools {
-            pools: load.tvmm.cold_pools,
-            cache: load.tvmm.cold_cache,
-            cache_mib: load.tvmm.cold_cache_mib,
-        },
-        pools: load.tvmm.pools,
-        handler,
-        overrides,
-        track_dirty_pages: load.track_dirty_pages || load.enable_diff_snapshots,
-        clock_realtime: load.clock_realtime,
-        resume: load.resume_vm,
-    }));
-    Ok(Parsed { command, is_deprecated })
-}
-
-/// What the clone's devices are to have on the host's side.
-fn overrides(
-    networks: Vec<NetworkOverrideBody>,
-    vsock: Option<VsockOverrideBody>,
-    tvmm: &mut LoadExtension,
-) -> Result<Overrides, Fault> {
-    let tap = |body: NetworkOverrideBody| NetworkOverride {
-        iface_id: body.iface_id,
-        host_dev_name: Some(body.host_dev_name),
-        guest_mac: None,
-    };
-    let mut networks: Vec<NetworkOverride> = networks.into_iter().map(tap).collect();
-    for body in std::mem::take(&mut tvmm.mac_overrides) {
-        let refused = || Fault::bad_request(format!("`{}` is no MAC address.", body.guest_mac));
-        let guest_mac = Some(parse_mac(&body.guest_mac).ok_or_else(refused)?);
-        match networks.iter_mut().find(|network| network.iface_id == body.iface_id) {
-            Some(network) => network.guest_mac = guest_mac,
-            None => networks.push(NetworkOverride { iface_id: body.iface_id, host_dev_name: None, guest_mac }),
-        }
-    }
-    let drives = std::mem::take(&mut tvmm.drive_overrides);
-    let drives = drives.into_iter().map(|body| (body.drive_id, body.path_on_host)).collect();
-    let metadata = std::mem::take(&mut tvmm.metadata);
-    let (drive_dir, vsock) = (tvmm.drive_dir.take(), vsock.map(|body| body.uds_path));
-    Ok(Overrides { drives, drive_dir, networks, metadata, vsock })
-}
-
-/// Refuses empty paths, which would otherwise be reported as a missing file without a name.
-fn snapshot_paths(
-    snapshot: PathBuf,
-    memory: Option<PathBuf>,
-    memory_key: &'static str,
-) -> Result<SnapshotPaths, Fault> {
-    for (key, path) in [("snapshot_path", Some(&snapshot)), (memory_key, memory.as_ref())] {
-        if path.is_some_and(|path| path.as_os_str().is_empty()) {
-            return Err(Fault::bad_request(format!("Snapshot's {key} is empty.")));
-        }
-    }
-    Ok(SnapshotPaths { snapshot, memory })
+    let body: LoadBody = json(body)?;
+    let is_deprecated = body.is_deprecated();
+    Ok(Parsed { command: Command::LoadSnapshot(Box::new(body.check()?)), is_deprecated })
 }

@@ -85,7 +85,7 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
         Cache::Cold => SourceCache::Cold,
     });
     let Sources { chain, tiers: opened, .. } =
-        sources::pooled(&Location::Dir(args.snapshot.clone()), &args.pool, false)?;
+        sources::pooled(&Location::Dir(args.snapshot.clone()), &args.pool, None)?;
     let resolved = tier::resolve(&chain, &opened)?;
     let tiers: Vec<TierSource> = opened.iter().map(|tier| tier.source()).collect();
     let budget = Budget {

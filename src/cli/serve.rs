@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{BoxError, refuse};
-use crate::serve::{self, Limits, Options};
+use crate::serve::{self, Limits, Options, Tiers};
 use crate::vmm::logging;
 
 #[derive(Debug, Args)]
@@ -52,6 +52,28 @@ pub struct ServeArgs {
     /// How long invocations may go on when the service is told to stop
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     grace: u64,
+    /// Restore from this pool instead of the snapshots' files, unless an invocation says otherwise; several: from the first
+    /// that has the snapshot
+    #[arg(long, value_name = "POOL")]
+    pool: Vec<PathBuf>,
+    /// Restore from a cold pool, unless an invocation says otherwise (see `tvmm restore --help`); repeatable, nearest first
+    #[arg(long, value_name = "POOL")]
+    cold: Vec<String>,
+    /// Keep chunks that come from other hosts in this directory
+    #[arg(long, value_name = "DIR", requires = "cold")]
+    cold_cache: Option<PathBuf>,
+    /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
+    #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
+    cold_cache_size: Option<u64>,
+    /// Local memory for what a restore preloads or its guest will write, MiB, where neither function nor invocation says
+    #[arg(long, value_name = "MIB")]
+    dram: Option<u64>,
+    /// How much longer a request may take to save a MiB of local memory that it does not write, µs; only `tiered` weighs that
+    #[arg(long, value_name = "US")]
+    dram_price: Option<u64>,
+    /// Memory in the CXL tier, MiB
+    #[arg(long, value_name = "MIB")]
+    cxl: Option<u64>,
     /// Write all traces to this file in Chrome's trace format (chrome://tracing, Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -71,6 +93,19 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     at_most_many(text).ok().filter(|&number| number > 0).ok_or_else(|| format!("a number from 1 to {MANY} is needed"))
 }
 
+/// What the arguments say of tiers.
+fn tiers(args: &ServeArgs) -> Tiers {
+    Tiers {
+        pools: Some(args.pool.clone()).filter(|pools| !pools.is_empty()),
+        cold_pools: Some(args.cold.clone()).filter(|pools| !pools.is_empty()),
+        cold_cache: args.cold_cache.clone(),
+        cold_cache_mib: args.cold_cache_size,
+        dram_mib: args.dram,
+        cxl_mib: args.cxl,
+        dram_price: args.dram_price,
+    }
+}
+
 pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     if args.openapi {
         print!("{}", serve::openapi());
@@ -88,6 +123,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         listen_unix: args.listen_unix.clone(),
         trace: args.trace.clone(),
         otlp: args.otlp.clone(),
+        tiers: tiers(args),
         limits: Limits {
             max_vms: args.max_vms,
             max_running: args.max_running.unwrap_or(2 * cpus),

@@ -98,16 +98,29 @@ pub struct RestoreArgs {
     session: SessionArgs,
 }
 
-/// Boots the machine of `config`, or waits for the API.
+/// Boots or restores the machine of `config`, or waits for the API.
 pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.start_time_us);
-    let begin = match (config, args.api_sock.is_some() || args.api_fd.is_some()) {
-        (Some(_), _) => Begin::Boot,
-        (None, true) => Begin::Wait,
-        (None, false) => return refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
+    let has_api = args.api_sock.is_some() || args.api_fd.is_some();
+    let Some(path) = config else {
+        return match has_api {
+            true => run(args, VmConfig::default(), Begin::Wait, timeline, Operation { name: "boot", against: None }),
+            false => refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
+        };
     };
-    let config = config.map(VmConfig::from_file).transpose()?.unwrap_or_default();
-    run(args, config, begin, timeline, Operation { name: "boot", against: None })
+    let mut config = VmConfig::from_file(path)?;
+    let (name, begin) = match config.snapshot_load.take() {
+        None => ("boot", Begin::Boot),
+        Some(load) if !load.resume && (args.run.is_some() || !has_api) => {
+            return refuse(format!(
+                "Config file {} leaves the VM paused: say \"resume_vm\": true in its snapshot-load, or give --api-sock \
+                 PATH (and no --run), by which it can be resumed",
+                path.display()
+            ));
+        }
+        Some(load) => ("restore", Begin::Restore(*load)),
+    };
+    run(args, config, begin, timeline, Operation { name, against: None })
 }
 
 /// Restores a snapshot.

@@ -5,6 +5,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use axum::http::StatusCode;
+use serde_json::json;
+
+use super::drives::{DriveSource, OwnDrives};
 use super::fault::Fault;
 use super::functions::Function;
 use super::gate::Gate;
@@ -15,11 +19,12 @@ use super::store::{Kind, Store};
 use super::traces::{Recording, Traces, random_hex};
 use super::vm::control::ControlError;
 use super::vm::process::Spawner;
-use super::vm::shells::Shells;
+use super::vm::shells::{Shell, Shells};
 use super::vm::table::Table;
 use super::vm::{StartSpec, Vm, VmRecord};
 use super::{Options, ServeError};
 use crate::vmm::sys::clock;
+use crate::vmm::sys::netns::Netns;
 
 /// How long a VM may take to boot or to be restored, where no invocation sets a limit.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);
@@ -114,17 +119,14 @@ impl Daemon {
     ) -> Result<(Arc<Vm>, usize), Fault> {
         let slot = self.vms.reserve().await?;
         let id = random_hex(8);
+        let drives = self.own_drives(&id, spec, recording).await?;
         let asked_ns = clock::monotonic_ns();
-        let failed = |error: std::io::Error| {
-            let error: &(dyn std::error::Error + 'static) = &error;
-            Fault::of(error)
-        };
-        let shell = self.shells.take().await.map_err(failed)?;
+        let shell = self.shell(spec.network.as_ref()).await?;
         // Ahead of time or just now.
         recording.span("spawn", 0, shell.spawned_ns.0.max(asked_ns), shell.spawned_ns.1.max(asked_ns));
         let vsock = spec.function.port.map(|_| self.store.vsock_path(&id));
         let start_ns = clock::monotonic_ns();
-        let started = Vm::start(id, shell, spec, vsock.clone()).await;
+        let started = Vm::start(id, shell, spec, vsock.clone(), drives).await;
         let what = if spec.restore.is_some() { "restore" } else { "boot" };
         let span = recording.lap(what, 0, start_ns);
         let vm = started.map_err(|error| refused(what, &error))?;
@@ -153,6 +155,41 @@ impl Daemon {
         Ok((vm, span))
     }
 
+    /// A process that becomes the VM: one that is ready, or one that starts in the network namespace of its tap.
+    async fn shell(&self, network: Option<&Network>) -> Result<Shell, Fault> {
+        let Some(name) = network.and_then(|network| network.netns.as_deref()) else {
+            return self.shells.take(None).await.map_err(|error| Fault::of(&error));
+        };
+        // Whose fault it is: the host lacks what the network interface was said to be in.
+        let refused = |error: &(dyn std::error::Error + 'static)| {
+            Fault::said(StatusCode::UNPROCESSABLE_ENTITY, Fault::of(error).message)
+        };
+        let netns = Netns::open(name).map_err(|error| refused(&error))?;
+        self.shells.take(Some(netns)).await.map_err(|error| refused(&error))
+    }
+
+    /// Copies the drives that the VM is to write to, if there are any.
+    async fn own_drives(&self, id: &str, spec: &StartSpec, recording: &mut Recording) -> Result<OwnDrives, Fault> {
+        let source = match (&spec.restore, &spec.function.image) {
+            (Some(restore), _) if restore.has_drive_copies => DriveSource::Snapshot(restore.dir.clone()),
+            (None, Some(image)) if spec.function.writes_image() => DriveSource::Image(image.clone()),
+            _ => return Ok(OwnDrives::default()),
+        };
+        let begin_ns = clock::monotonic_ns();
+        let dir = self.store.drives_dir(id);
+        let own = blocking(move || OwnDrives::make(&source, dir)).await?;
+        let span = recording.lap("drives", 0, begin_ns);
+        let own = own.map_err(|error| {
+            let why = Fault::of(&error).message;
+            Fault::said(StatusCode::UNPROCESSABLE_ENTITY, format!("The VM's drives cannot be copied: {why}"))
+        })?;
+        for drive in own.all() {
+            self.counters.copied_drive(&drive.method);
+        }
+        recording.note(span, "copied", json!(own.all()));
+        Ok(own)
+    }
+
     /// The snapshot that invocations of a function are restored from: its last one.
     pub(super) fn latest_snapshot(&self, func_name: &str) -> Option<SnapshotRecord> {
         let snapshots = self.snapshots();
@@ -178,7 +215,6 @@ impl Drop for Unprepared {
 }
 
 fn refused(what: &str, error: &ControlError) -> Fault {
-    use axum::http::StatusCode;
     let text = format!("The VM's {what} failed: {}.", error.to_string().trim_end_matches('.'));
     match error {
         // What it was given is the function's or the snapshot's, not this request's.

@@ -38,6 +38,14 @@ pub enum ServeError {
     /// A state file cannot be read.
     #[error(transparent)]
     File(#[from] crate::snapshot::Error),
+    /// A pool that restores are to take memory from cannot be looked into.
+    #[error("Cannot restore from {pool}: {said}")]
+    Pool {
+        /// As it was named.
+        pool: String,
+        /// Why.
+        said: String,
+    },
     /// The TCP address cannot be listened on.
     #[error("Cannot listen on {address}")]
     Listen {

@@ -21,7 +21,7 @@ const MAX_MEM_MIB: u64 = 1 << 20;
 #[serde(deny_unknown_fields)]
 pub(super) struct Function {
     pub(super) func_name: String,
-    /// The root image: a file on the host, attached as the read-only drive `root`. None: no drive.
+    /// The root image: a file on the host, attached as the drive `root`. None: no drive.
     #[schema(value_type = Option<String>)]
     pub(super) image: Option<PathBuf>,
     /// The kernel: a file on the host. None: the built-in guest.
@@ -38,7 +38,7 @@ pub(super) struct Function {
     pub(super) initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub(super) boot_args: Option<String>,
-    /// Whether the guest may not write to the image. An image that can be written to can be used by one VM at a time.
+    /// Whether the guest may not write to the image. If it may, each VM writes to a copy of its own, which ends with it.
     #[serde(default = "yes")]
     pub(super) image_read_only: bool,
     /// The vsock port on which the guest takes requests. None: its serial line.
@@ -93,6 +93,11 @@ impl Function {
             }
         }
         self.policy.as_deref().map_or(Ok(()), |name| known_policy(name).map(drop))
+    }
+
+    /// Whether each VM needs an image of its own.
+    pub(super) fn writes_image(&self) -> bool {
+        self.image.is_some() && !self.image_read_only
     }
 
     /// The line a guest is asked with, without `run <id>`.

@@ -16,6 +16,7 @@ use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
 use super::metrics::{Counters, Origin};
 use super::snapshots::SnapshotRecord;
+use super::tiers::Tiers;
 use super::traceparent;
 use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
@@ -51,10 +52,12 @@ pub(super) struct InvocationBody {
     keep: bool,
     /// How long it may take, ms, its wait included. A guest that has not answered then is ended.
     timeout_ms: Option<u64>,
-    /// Local memory for what the restore preloads, MiB.
+    /// Local memory for what the restore preloads, MiB; the same as `tvmm.dram_mib`.
     dram_mib: Option<u64>,
-    /// Memory in the CXL tier, MiB.
+    /// Memory in the CXL tier, MiB; the same as `tvmm.cxl_mib`.
     cxl_mib: Option<u64>,
+    /// Where the restore takes memory from; what is left out: as the daemon was told.
+    tvmm: Option<Tiers>,
     namespace: Option<String>,
     /// FaaSnap: with a record, restore by `reap`; without one, record for it.
     #[serde(rename = "enableReap", default)]
@@ -201,7 +204,8 @@ fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Re
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
     let wanted = wanted_policy(body, function)?;
     if let Some(id) = &body.vm_id {
-        if body.ss_id.is_some() || body.policy.is_some() || body.record.is_some() || network.is_some() {
+        let restores = body.ss_id.is_some() || body.policy.is_some() || body.record.is_some();
+        if restores || network.is_some() || body.tvmm.is_some() {
             return Err(Fault::bad("`vmId` names a VM that runs: there is nothing to restore, record or connect."));
         }
         return Ok(Plan::Vm(daemon.vm(id)?));
@@ -211,7 +215,7 @@ fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Re
         None => daemon.latest_snapshot(&function.func_name),
     };
     let Some(snapshot) = snapshot else {
-        if body.policy.is_some() || body.record.is_some() || body.enable_reap {
+        if body.policy.is_some() || body.record.is_some() || body.enable_reap || body.tvmm.is_some() {
             let message = format!("Function `{}` has no snapshot to restore or record.", function.func_name);
             return Err(Fault::conflict(message));
         }
@@ -230,33 +234,36 @@ fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Re
         if network.is_some() {
             return Err(Fault::bad("A recorded run has no network: leave `namespace` out."));
         }
+        if body.tvmm.is_some() {
+            return Err(Fault::bad("A run is recorded on the snapshot's own files: leave `tvmm` out."));
+        }
         let recorder = recorder.to_string();
         return Ok(Plan::Record(Box::new(Record { snapshot, slot, recorder, repeat: 1 })));
     }
-    let restore = restore_spec(&snapshot, dir, &profiles, wanted, body)?;
+    let tiers = tiers(body, &snapshot)?.or(&daemon.options.tiers);
+    let profile = if wanted.needs_profile() { Some(Slot::for_policy(wanted, &profiles)?) } else { None };
+    if let (Some(layers), Some(profile)) = (&body.load_mincore, &profile) {
+        super::working_set::check_all_layers(profile, layers)?;
+    }
+    let (ss_id, policy) = (snapshot.ss_id.clone(), wanted.name().to_string());
+    let has_drive_copies = !snapshot.drive_copies.is_empty();
+    let restore = RestoreSpec { ss_id, dir, policy, profile, tiers, has_drive_copies };
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
     Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
 }
 
-fn restore_spec(
-    snapshot: &SnapshotRecord,
-    dir: std::path::PathBuf,
-    profiles: &std::path::Path,
-    policy: Policy,
-    body: &InvocationBody,
-) -> Result<RestoreSpec, Fault> {
-    let profile = if policy.needs_profile() { Some(Slot::for_policy(policy, profiles)?) } else { None };
-    if let (Some(layers), Some(profile)) = (&body.load_mincore, &profile) {
-        super::working_set::check_all_layers(profile, layers)?;
+/// What the request says of tiers, and the function of its budget.
+fn tiers(body: &InvocationBody, snapshot: &SnapshotRecord) -> Result<Tiers, Fault> {
+    let tiers = body.tvmm.clone().unwrap_or_default();
+    tiers.check()?;
+    let pairs = [("dram_mib", body.dram_mib, tiers.dram_mib), ("cxl_mib", body.cxl_mib, tiers.cxl_mib)];
+    for (key, here, there) in pairs {
+        if here.is_some() && there.is_some() {
+            return Err(Fault::bad(format!("`{key}` and `tvmm.{key}` are the same: leave one out.")));
+        }
     }
-    Ok(RestoreSpec {
-        ss_id: snapshot.ss_id.clone(),
-        dir,
-        policy: policy.name().to_string(),
-        profile,
-        dram_mib: body.dram_mib.or(snapshot.function.dram_mib),
-        cxl_mib: body.cxl_mib,
-    })
+    let (dram_mib, cxl_mib) = (body.dram_mib.or(tiers.dram_mib).or(snapshot.function.dram_mib), body.cxl_mib);
+    Ok(tiers.or(&Tiers { dram_mib, cxl_mib, ..Tiers::default() }))
 }
 
 /// The policy that is asked for, by name or as FaaSnap's clients do.

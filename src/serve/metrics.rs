@@ -10,6 +10,7 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 
 use super::Shared;
+use crate::snapshot::CopyMethod;
 
 /// Upper ends of the histogram's buckets, s.
 const BUCKETS: [f64; 14] =
@@ -57,6 +58,8 @@ pub(super) struct Counters {
     pub(super) vms_killed: AtomicU64,
     pub(super) snapshots_made: AtomicU64,
     pub(super) connections_refused: AtomicU64,
+    /// Drives copied for VMs, by [`CopyMethod`].
+    drive_copies: [AtomicU64; CopyMethod::ALL.len()],
 }
 
 impl Counters {
@@ -75,6 +78,12 @@ impl Counters {
     /// An invocation was answered with this status.
     pub(super) fn answered(&self, status: u16) {
         *self.statuses.lock().unwrap_or_else(PoisonError::into_inner).entry(status).or_default() += 1;
+    }
+
+    /// A VM was given an image of its own.
+    pub(super) fn copied_drive(&self, method: &str) {
+        let methods = CopyMethod::ALL.iter().zip(&self.drive_copies);
+        methods.filter(|(known, _)| known.name() == method).for_each(|(_, counter)| Counters::count(counter));
     }
 
     fn write(&self, text: &mut String) -> std::fmt::Result {
@@ -100,6 +109,11 @@ impl Counters {
             let seconds = histogram.sum_us.load(Ordering::Relaxed) as f64 / 1e6;
             writeln!(text, "{name}_sum{{origin=\"{origin}\"}} {seconds}")?;
             writeln!(text, "{name}_count{{origin=\"{origin}\"}} {sum}")?;
+        }
+        head(text, "tvmm_drive_copies_total", "counter", "Drives copied for a VM, by how")?;
+        for (method, counter) in CopyMethod::ALL.iter().zip(&self.drive_copies) {
+            let (method, count) = (method.name(), counter.load(Ordering::Relaxed));
+            writeln!(text, "tvmm_drive_copies_total{{method=\"{method}\"}} {count}")?;
         }
         for (name, what, counter) in [
             ("tvmm_vms_started_total", "VMs booted or restored", &self.vms_started),

@@ -5,6 +5,7 @@
 
 mod body;
 mod daemon;
+mod drives;
 mod error;
 mod fault;
 mod functions;
@@ -17,6 +18,7 @@ mod routes;
 mod server;
 mod snapshots;
 mod store;
+mod tiers;
 mod traceparent;
 mod traces;
 mod vm;
@@ -34,10 +36,12 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use self::daemon::{Daemon, blocking};
+use self::daemon::{Daemon, START_TIMEOUT, blocking};
 pub use self::error::ServeError;
 pub use self::routes::openapi;
 use self::server::Server;
+pub use self::tiers::Tiers;
+use self::vm::process::run_tool;
 use crate::api;
 use crate::vmm::sys::limits::raise_open_files;
 use crate::vmm::sys::signals::EndSignals;
@@ -83,6 +87,8 @@ pub struct Options {
     pub listen_unix: Option<PathBuf>,
     /// Limits.
     pub limits: Limits,
+    /// Where restores take memory from that do not say.
+    pub tiers: Tiers,
     /// Where all traces go, in Chrome's trace format.
     pub trace: Option<PathBuf>,
     /// The OpenTelemetry collector that all traces go to, `http://HOST:PORT`.
@@ -108,6 +114,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     let grace = options.limits.grace;
     let daemon = Arc::new(Daemon::open(options)?);
     snapshots::sweep(&daemon).map_err(ServeError::os("remove unfinished snapshots"))?;
+    check_pools(&daemon).await?;
     let (stop, stopped) = watch::channel(false);
     let server = Server::new(daemon.clone(), routes::router(daemon.clone()), stopped);
     let mut told = String::new();
@@ -152,6 +159,21 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     // The rest of what is to be told of the last invocations goes on meanwhile.
     let flushed = daemon.clone();
     let _ = blocking(move || flushed.traces.exporter.as_ref().map(|exporter| exporter.finish(FLUSH))).await;
+    // Sockets and images of VMs that are over; who would remove each may not come to it any more.
+    daemon.store.clear_run()
+}
+
+/// Looks into the pools that restores are to take memory from by default: a slip is told at once, and not to each client.
+async fn check_pools(daemon: &Daemon) -> Result<(), ServeError> {
+    const MAX_PRINTED: usize = 64 << 20;
+    for pool in daemon.options.tiers.on_this_host() {
+        let args = ["pool", "ls", "--json", "--", &pool].map(String::from).into();
+        let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, START_TIMEOUT).await;
+        let (ended, _) = ran.map_err(ServeError::os("look into a pool"))?;
+        if ended.code != Some(0) {
+            return Err(ServeError::Pool { pool, said: ended.said });
+        }
+    }
     Ok(())
 }
 

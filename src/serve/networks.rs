@@ -1,4 +1,4 @@
-//! `/net-ifaces/{namespace}`: which tap a VM's network interface is on.
+//! `/net-ifaces/{namespace}`: which tap a VM's network interface is on, and in which network namespace.
 
 use axum::extract::{Path, State};
 use serde::{Deserialize, Serialize};
@@ -20,14 +20,20 @@ pub(super) struct Network {
     /// The interface's name in the machine; of a snapshot, that of the interface whose tap is replaced.
     pub(super) iface_id: String,
     pub(super) guest_mac: Option<String>,
+    /// The network namespace the tap is in and VMs start in; none: the daemon's.
+    #[serde(default)]
+    pub(super) netns: Option<String>,
 }
 
 /// The body of `PUT /net-ifaces/{namespace}`.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NetworkBody {
-    /// The tap on the host, in the daemon's network namespace.
+    /// The tap, in the network namespace of this name (`ip netns add`).
     host_dev_name: String,
+    /// The tap is in the daemon's own network namespace, and `namespace` is but a name.
+    #[serde(default)]
+    host_netns: bool,
     /// The interface's name in the machine.
     #[serde(default = "default_iface")]
     iface_id: String,
@@ -59,7 +65,7 @@ pub(super) async fn get_network(
     daemon.network(&namespace).map(Reply)
 }
 
-/// Says which tap VMs of this namespace are on. The tap must exist when a VM is started.
+/// Says which tap VMs of this namespace are on. Namespace and tap must exist when a VM is started.
 #[utoipa::path(put, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
     request_body = NetworkBody,
     responses((status = 200, description = "It is kept", body = Network), (status = 400, body = FaultBody, description = "It makes no sense")))]
@@ -83,8 +89,9 @@ pub(super) async fn put_network(
     if body.guest_mac.as_deref().is_some_and(|mac| !is_mac(mac)) {
         return Err(Fault::bad("`guest_mac` must be six hexadecimal bytes with colons between them."));
     }
-    let NetworkBody { host_dev_name, iface_id, guest_mac, .. } = body;
-    let network = Network { namespace: namespace.clone(), host_dev_name, iface_id, guest_mac };
+    let NetworkBody { host_dev_name, iface_id, guest_mac, host_netns, .. } = body;
+    let netns = (!host_netns).then(|| namespace.clone());
+    let network = Network { namespace: namespace.clone(), host_dev_name, iface_id, guest_mac, netns };
     let kept = blocking({
         let (daemon, network) = (daemon.clone(), network.clone());
         move || {

@@ -45,6 +45,9 @@ pub(super) struct SnapshotRecord {
     /// How long the VM stood still for it, µs.
     pub(super) capture_us: u64,
     pub(super) created_unix_ms: u64,
+    /// The drives it has copies of: each VM that is restored from it gets its own.
+    #[serde(default)]
+    pub(super) drive_copies: Vec<String>,
     /// The function as it was then.
     pub(super) function: Function,
 }
@@ -168,6 +171,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         memory_bytes: taken["memory_bytes"].as_u64().unwrap_or(0),
         capture_us: taken["capture_us"].as_u64().unwrap_or(0),
         created_unix_ms: opened.manifest().created_unix_ms,
+        drive_copies: opened.manifest().drives.iter().map(|copy| copy.drive_id.clone()).collect(),
         function: vm.function.clone(),
     };
     keep(daemon, record).await
@@ -180,7 +184,8 @@ async fn capture(vm: &Vm, kind: &str, dir: &FilePath) -> Result<serde_json::Valu
         Fault::said(StatusCode::UNPROCESSABLE_ENTITY, text)
     };
     vm.control.ask("PATCH", "/vm", Some(&json!({ "state": "Paused" }))).await.map_err(refused)?;
-    let body = json!({ "snapshot_path": dir, "snapshot_type": kind, "tvmm": { "resume": true } });
+    let tvmm = json!({ "resume": true, "copy_drives": vm.function.writes_image() });
+    let body = json!({ "snapshot_path": dir, "snapshot_type": kind, "tvmm": tvmm });
     let taken = vm.control.ask("PUT", "/snapshot/create", Some(&body)).await;
     if taken.is_err() {
         vm.control.ask("PATCH", "/vm", Some(&json!({ "state": "Resumed" }))).await.map_err(refused)?;
@@ -285,7 +290,7 @@ fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
         let file = File::open(&path).map_err(io("open", &path))?;
         let metadata = file.metadata().map_err(io("stat", &path))?;
         let Some(name) = path.file_name().filter(|_| metadata.is_file()) else { return Ok(()) };
-        let copy = copy_drive(&file, metadata.len(), &partial.join(name))?;
+        let (copy, _) = copy_drive(&file, metadata.len(), &partial.join(name))?;
         copy.sync_all().map_err(io("sync the copy of", &path))
     });
     let copied = copied.and_then(|()| fs::rename(&partial, to).map_err(io("rename the finished copy to", to)));

@@ -65,13 +65,16 @@ impl Store {
         for folder in [Kind::Functions, Kind::Snapshots, Kind::Networks].map(Kind::folder) {
             make(&dir.join(folder))?;
         }
-        let run = dir.join("run");
-        match fs::remove_dir_all(&run) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&run)(error)),
-            _ => {}
-        }
-        ["run", "snapshots", "profiles"].iter().try_for_each(|folder| make(&dir.join(folder)))?;
-        Ok(Store { dir, _lock: lock, writing: Mutex::new(()) })
+        let store = Store { dir, _lock: lock, writing: Mutex::new(()) };
+        store.clear_run()?;
+        ["run", "snapshots", "profiles"].iter().try_for_each(|folder| make(&store.dir.join(folder)))?;
+        Ok(store)
+    }
+
+    /// Removes what VMs have left: sockets and images.
+    pub(super) fn clear_run(&self) -> Result<(), ServeError> {
+        let run = self.dir.join("run");
+        gone_is_fine(fs::remove_dir_all(&run)).map_err(|source| ServeError::Directory { path: run, source })
     }
 
     /// All things of a kind. A file that cannot be understood is an error: it is not ours to drop.
@@ -138,6 +141,11 @@ impl Store {
     /// The directory of a snapshot's profiles.
     pub(super) fn profiles_dir(&self, id: &str) -> PathBuf {
         self.dir.join("profiles").join(id)
+    }
+
+    /// Where a VM's own images of drives are.
+    pub(super) fn drives_dir(&self, vm: &str) -> PathBuf {
+        self.dir.join("run").join(format!("{vm}.drives"))
     }
 
     /// Where a VM's vsock device has its socket.

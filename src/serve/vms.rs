@@ -12,6 +12,7 @@ use super::body::Body;
 use super::daemon::{Daemon, START_TIMEOUT};
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
+use super::tiers::Tiers;
 use super::traces::Recording;
 use super::vm::{RestoreSpec, StartSpec, VmRecord};
 use super::working_set::Slot;
@@ -28,6 +29,8 @@ pub(super) struct VmBody {
     namespace: Option<String>,
     /// The policy to restore by; none: the function's.
     policy: Option<String>,
+    /// Where the restore takes memory from; what is left out: as the daemon was told.
+    tvmm: Option<Tiers>,
 }
 
 /// All VMs: those that live, then those that are over, the last first.
@@ -57,18 +60,22 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     };
     let spec = match &body.ss_id {
         None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),
+        None if body.tvmm.is_some() => return Err(Fault::bad("`tvmm` says how to restore: it needs `ssId`.")),
         None => StartSpec { function, network, restore: None, from_invocation: false },
         Some(id) => {
             let snapshot = daemon.snapshot(id)?;
             let profiles = daemon.store.profiles_dir(id);
             let profile = if policy.needs_profile() { Some(Slot::for_policy(policy, &profiles)?) } else { None };
+            let tiers = body.tvmm.clone().unwrap_or_default();
+            tiers.check()?;
+            let of_function = Tiers { dram_mib: snapshot.function.dram_mib, ..Tiers::default() };
             let restore = RestoreSpec {
                 ss_id: id.clone(),
                 dir: daemon.snapshot_dir(id),
                 policy: policy.name().to_string(),
                 profile,
-                dram_mib: snapshot.function.dram_mib,
-                cxl_mib: None,
+                tiers: tiers.or(&of_function).or(&daemon.options.tiers),
+                has_drive_copies: !snapshot.drive_copies.is_empty(),
             };
             let function = Function { func_name: function.func_name, ..snapshot.function };
             StartSpec { function, network, restore: Some(restore), from_invocation: false }

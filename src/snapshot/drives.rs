@@ -36,16 +36,45 @@ impl DriveCopy {
     }
 }
 
+/// How a copy came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyMethod {
+    /// Both files share their blocks until one of them is written (FICLONE).
+    Reflink,
+    /// The kernel copied (copy_file_range).
+    InKernel,
+    /// Read and written.
+    ReadWrite,
+}
+
+impl CopyMethod {
+    /// All there are.
+    pub const ALL: [CopyMethod; 3] = [CopyMethod::Reflink, CopyMethod::InKernel, CopyMethod::ReadWrite];
+
+    /// For people and counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            CopyMethod::Reflink => "reflink",
+            CopyMethod::InKernel => "copy_file_range",
+            CopyMethod::ReadWrite => "read_write",
+        }
+    }
+}
+
 /// Copies the first `len` bytes of a file or block device to a new file: as a reflink where the file system has them,
 /// else holes stay holes. Not synced.
 ///
 /// # Errors
 /// [`Error::Io`], also if `to` exists; an unfinished copy is removed.
-pub fn copy_drive(from: &File, len: u64, to: &Path) -> Result<File> {
+pub fn copy_drive(from: &File, len: u64, to: &Path) -> Result<(File, CopyMethod)> {
     let target = files::create_new(to)?;
-    let copied = if rustix::fs::ioctl_ficlone(&target, from).is_ok() { Ok(()) } else { copy_data(from, len, &target) };
-    match copied.and_then(|()| target.set_len(len)) {
-        Ok(()) => Ok(target),
+    let copied = match rustix::fs::ioctl_ficlone(&target, from) {
+        Ok(()) => Ok(CopyMethod::Reflink),
+        // Another file system, or one that has no reflinks.
+        Err(_) => copy_data(from, len, &target),
+    };
+    match copied.and_then(|method| target.set_len(len).map(|()| method)) {
+        Ok(method) => Ok((target, method)),
         Err(error) => {
             // Best effort: the error is what counts.
             let _ = std::fs::remove_file(to);
@@ -54,27 +83,45 @@ pub fn copy_drive(from: &File, len: u64, to: &Path) -> Result<File> {
     }
 }
 
-fn copy_data(from: &File, len: u64, to: &File) -> io::Result<()> {
-    let mut buffer = vec![0; PIECE];
-    let mut at = 0;
+fn copy_data(from: &File, len: u64, to: &File) -> io::Result<CopyMethod> {
+    let mut buffer = Vec::new();
+    let (mut at, mut method) = (0, CopyMethod::InKernel);
     while at < len {
         // Where holes are not known (block devices, some file systems), everything is data.
         let data = match rustix::fs::seek(from, SeekFrom::Data(at)) {
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(rustix::io::Errno::NXIO) => return Ok(method),
             data => data.unwrap_or(at),
         };
         let hole = rustix::fs::seek(from, SeekFrom::Hole(data)).unwrap_or(len).min(len);
         at = data;
         while at < hole {
-            let piece = &mut buffer[..usize::try_from(hole - at).unwrap_or(PIECE).min(PIECE)];
-            from.read_exact_at(piece, at)?;
-            to.write_all_at(piece, at)?;
-            at += piece.len() as u64;
+            let len = usize::try_from(hole - at).unwrap_or(PIECE).min(PIECE);
+            if method == CopyMethod::InKernel {
+                match copy_in_kernel(from, to, at, len)? {
+                    0 => method = CopyMethod::ReadWrite,
+                    copied => at += copied as u64,
+                }
+                continue;
+            }
+            buffer.resize(PIECE, 0);
+            from.read_exact_at(&mut buffer[..len], at)?;
+            to.write_all_at(&buffer[..len], at)?;
+            at += len as u64;
         }
         // A file that is written at the same time could make both answers the same.
         at = at.max(hole);
     }
-    Ok(())
+    Ok(method)
+}
+
+/// How many bytes the kernel has copied; none if it cannot between these files (two file systems, a block device).
+fn copy_in_kernel(from: &File, to: &File, at: u64, len: usize) -> io::Result<usize> {
+    use rustix::io::Errno;
+    let (mut read_at, mut write_at) = (at, at);
+    match rustix::fs::copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), len) {
+        Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(0),
+        copied => Ok(copied?),
+    }
 }
 
 #[cfg(test)]
@@ -89,7 +136,8 @@ mod tests {
         from.write_all_at(&[9; 3], (5 << 20) + 1).unwrap();
         from.set_len(8 << 20).unwrap();
         let to = dir.path().join("to");
-        copy_drive(&from, 8 << 20, &to).unwrap();
+        let (_, method) = copy_drive(&from, 8 << 20, &to).unwrap();
+        assert!(CopyMethod::ALL.contains(&method));
         assert_eq!(std::fs::read(&to).unwrap(), std::fs::read(dir.path().join("from")).unwrap());
         use std::os::unix::fs::MetadataExt;
         assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20, "holes stay holes");

@@ -141,7 +141,7 @@ impl SnapshotWriter {
         if !copy.is_valid() {
             return bad("a drive's id cannot be part of a file name");
         }
-        let file = copy_drive(image, len, &self.work.memory_dir.path().join(copy.file_name()))?;
+        let (file, _) = copy_drive(image, len, &self.work.memory_dir.path().join(copy.file_name()))?;
         self.drives.push((copy, file));
         Ok(())
     }

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::error::Error;
 use super::memory::{Backing, GuestRam};
 use super::restore::FaultCounts;
+use super::sys::pagemap::Pagemap;
 use super::sys::pagemap_scan::{Mapped, mapped_runs};
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 
@@ -50,11 +51,15 @@ impl FaultIns {
 /// Counts now. `None` before Linux 6.7, which cannot tell (PAGEMAP_SCAN).
 pub fn count(ram: &GuestRam, served: FaultCounts) -> Result<Option<FaultIns>, Error> {
     let mut counts = FaultIns { served, ..FaultIns::default() };
+    let pagemap = Pagemap::open().map_err(Error::os("open /proc/self/pagemap"))?;
     for (range, host) in ram.slots() {
         let first = range.gpa / PAGE_SIZE;
+        let mut failed = None;
         let scanned = mapped_runs(host, range.len / PAGE_SIZE, |run, pages, what| {
-            add(&mut counts, ram, Extent { first: Gfn(first + run), pages }, what);
+            let added = add(&mut counts, ram, &pagemap, Extent { first: Gfn(first + run), pages }, what);
+            failed = failed.take().or(added.err());
         });
+        failed.map_or(Ok(()), |error| Err(Error::os("read /proc/self/pagemap")(error)))?;
         match scanned {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => return Ok(None),
             result => result.map_err(Error::os("scan /proc/self/pagemap"))?,
@@ -64,22 +69,32 @@ pub fn count(ram: &GuestRam, served: FaultCounts) -> Result<Option<FaultIns>, Er
     Ok(Some(counts))
 }
 
-fn add(counts: &mut FaultIns, ram: &GuestRam, run: Extent, what: Mapped) {
+fn add(counts: &mut FaultIns, ram: &GuestRam, pagemap: &Pagemap, run: Extent, what: Mapped) -> std::io::Result<()> {
     let pieces = ram.pieces();
     let start = pieces.partition_point(|piece| piece.extent.end() <= run.first);
     for piece in pieces[start..].iter().take_while(|piece| piece.extent.first < run.end()) {
-        let pages = piece.extent.intersection(&run).map_or(0, |part| part.pages);
+        let Some(part) = piece.extent.intersection(&run) else { continue };
         let counter = match (piece.backing, what) {
             (Backing::FilePrivate { .. } | Backing::InPlace { .. }, Mapped::Shared) => &mut counts.file_mapped,
-            (Backing::FilePrivate { .. } | Backing::InPlace { .. }, Mapped::Own) => &mut counts.file_copied,
+            (Backing::FilePrivate { .. } | Backing::InPlace { .. }, Mapped::Own) => {
+                // Persistent memory (DAX) looks like a copy to PAGEMAP_SCAN.
+                let shown = match ram.host_address(part.first) {
+                    Ok(address) => pagemap.shown_pages(address as u64, part.pages)?,
+                    Err(_) => 0,
+                };
+                counts.file_mapped += shown;
+                counts.file_copied += part.pages - shown.min(part.pages);
+                continue;
+            }
             (Backing::Anon, Mapped::Shared) => &mut counts.zero_read,
             (Backing::Anon, Mapped::Own) => &mut counts.zero_written,
             (Backing::Preloaded, _) => &mut counts.preloaded,
             // The service has counted these by what brought them in.
             (Backing::Lazy, _) => continue,
         };
-        *counter += pages;
+        *counter += part.pages;
     }
+    Ok(())
 }
 
 /// Minor and major faults of the vCPU threads (proc(5), `/proc/pid/task/tid/stat`, fields 10 and 12).

@@ -301,7 +301,7 @@ impl Controller {
         before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let Sources { chain, tiers, pools, cold } = sources::open(load, self.outside.fault_timeout)?;
+        let Sources { chain, tiers, pools, cold } = sources::open(load, self.outside.fault_timeout, &stalls)?;
         let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
         let plan = match &cold {
             Some(pool) => lower(&plan, chain.layers().len(), chain.layout(), pool.index())?,

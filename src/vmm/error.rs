@@ -87,8 +87,8 @@ pub enum Error {
     DriveDirUseless,
     #[error("The request is to be made over vsock, but the machine has no vsock device")]
     NoVsock,
-    #[error("A page-fault handler serves all memory, and so does a cold pool: give one of them")]
-    ColdAndHandler,
+    #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
+    PoolAndHandler,
     #[error("`{text}` is no cold pool: {problem}")]
     ColdSpec { text: String, problem: String },
     #[error(transparent)]

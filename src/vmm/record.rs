@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use super::config::VmConfig;
 use super::console::{Answer, AnswerSink, Input};
-use super::control::{LoadSnapshot, SnapshotPaths};
+use super::control::{LoadSnapshot, Overrides, SnapshotPaths};
 use super::controller::Controller;
 use super::error::Error;
 use super::machine::Outside;
@@ -50,6 +51,8 @@ pub struct RecordSpec {
     pub timeout: Duration,
     /// How long the guest may wait for a page.
     pub fault_timeout: Duration,
+    /// Where the run's own copies of drives are made, for a snapshot that has copies.
+    pub drive_dir: Option<PathBuf>,
 }
 
 /// A run that was recorded.
@@ -130,6 +133,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         location: spec.snapshot.clone(),
         policy: "firecracker".to_string(),
         track_dirty_pages: dirty,
+        overrides: Overrides { drive_dir: spec.drive_dir.clone(), ..Overrides::default() },
         resume: true,
         ..LoadSnapshot::default()
     };

@@ -8,10 +8,11 @@ use super::cold;
 use super::control::{LoadSnapshot, SnapshotPaths};
 use super::error::Error;
 use super::media;
+use super::stall::Stalls;
 use crate::snapshot::{Chain, Location};
 use crate::tiering;
 use crate::tiering::chunks::ColdPool;
-use crate::tiering::pool::{self, PoolTier};
+use crate::tiering::pool::{self, OnLost, PoolTier};
 use crate::tiering::tier::Tier;
 
 /// What pages come from.
@@ -32,20 +33,20 @@ impl Sources {
 }
 
 /// Opens what `load` names. With pools, neither memory files nor parents are opened; a cold pool stands by for a snapshot
-/// that none of them has. `fault_timeout`: how long a guest may wait for a page.
-pub fn open(load: &LoadSnapshot, fault_timeout: Duration) -> Result<Sources, Error> {
+/// that none of them has. `fault_timeout`: how long a guest may wait for a page; `stalls` ends it should a pool's lease be lost.
+pub fn open(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
     if load.handler.is_some() {
-        return match load.cold.pools.is_empty() {
+        return match load.cold.pools.is_empty() && load.pools.is_empty() {
             true => Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?)),
-            false => Err(Error::ColdAndHandler),
+            false => Err(Error::PoolAndHandler),
         };
     }
     let location = location(&load.location);
     if load.cold.pools.is_empty() {
-        return pooled(&location, &load.pools, true);
+        return pooled(&location, &load.pools, Some(stalls));
     }
     if !load.pools.is_empty() {
-        match pooled(&location, &load.pools, true) {
+        match pooled(&location, &load.pools, Some(stalls)) {
             Err(Error::Policy(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))) => {
                 tracing::warn!(%error, "The cold pool is used instead");
             }
@@ -58,8 +59,8 @@ pub fn open(load: &LoadSnapshot, fault_timeout: Duration) -> Result<Sources, Err
 }
 
 /// The snapshot at `location`, from the first of `pools` that has it; from its own files without any. `leased`: it will be
-/// mapped.
-pub fn pooled(location: &Location, pools: &[PathBuf], leased: bool) -> Result<Sources, Error> {
+/// mapped, and who ends the guest should others end the lease.
+pub fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) -> Result<Sources, Error> {
     if pools.is_empty() {
         return Ok(Sources::files(Chain::open(location)?));
     }
@@ -67,7 +68,8 @@ pub fn pooled(location: &Location, pools: &[PathBuf], leased: bool) -> Result<So
     let mut missing = None;
     for path in pools {
         let medium = Arc::new(media::open(path)?);
-        match PoolTier::open(medium, chain.tip().id(), leased) {
+        let on_lost = leased.cloned().map(|stalls| -> OnLost { Box::new(move |error| stalls.end(error.to_string())) });
+        match PoolTier::open(medium, chain.tip().id(), on_lost) {
             // It has every page: those after it are not needed.
             Ok(tier) => {
                 let tier = Arc::new(tier);

@@ -6,6 +6,8 @@ use serde::Serialize;
 
 use super::error::Error;
 use super::memory::GuestRam;
+use super::sys::pagemap::Pagemap;
+use crate::snapshot::PAGE_SIZE;
 
 /// Memory of this process, KiB, split into guest RAM and everything else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -30,36 +32,70 @@ pub struct Usage {
 pub fn read(ram: &GuestRam) -> Result<Usage, Error> {
     let guest: Vec<(u64, u64)> = ram.slots().map(|(range, host)| (host as u64, host as u64 + range.len)).collect();
     let file = std::fs::File::open("/proc/self/smaps").map_err(Error::os("open /proc/self/smaps"))?;
-    let mut usage = Usage::default();
-    let (mut in_guest, mut hugetlb) = (false, 0);
+    let (mut usage, mut vmas) = (Usage::default(), Vec::new());
+    let mut in_guest = false;
     for line in BufReader::new(file).lines() {
         let line = line.map_err(Error::os("read /proc/self/smaps"))?;
-        if let Some(start) = vma_start(&line) {
-            in_guest = guest.iter().any(|&(from, to)| (from..to).contains(&start));
-            usage.guest_vmas += u64::from(in_guest);
+        if let Some(vma) = Vma::parse(&line) {
+            in_guest = guest.iter().any(|&(from, to)| (from..to).contains(&vma.start));
+            if in_guest {
+                vmas.push(vma);
+            }
         } else if let Some((name, kib)) = field(&line) {
-            match (name, in_guest) {
-                ("Pss", true) => usage.guest_pss_kib += kib,
-                ("Rss", true) => usage.guest_rss_kib += kib,
-                ("Size", true) => usage.guest_absent_kib += kib,
+            match (name, vmas.last_mut().filter(|_| in_guest)) {
+                ("Pss", Some(_)) => usage.guest_pss_kib += kib,
+                ("Rss", Some(vma)) => vma.rss_kib = kib,
                 // Not what is private and dirty: pages of a tmpfs that nobody else maps are that, too.
-                ("Anonymous", true) => usage.guest_private_kib += kib,
-                ("Shared_Hugetlb" | "Private_Hugetlb", true) => hugetlb += kib,
-                ("Pss", false) => usage.vmm_pss_kib += kib,
-                ("Rss", false) => usage.vmm_rss_kib += kib,
+                ("Anonymous", Some(vma)) => vma.anonymous_kib = kib,
+                ("Shared_Hugetlb" | "Private_Hugetlb", Some(vma)) => vma.hugetlb_kib += kib,
+                ("Pss", None) => usage.vmm_pss_kib += kib,
+                ("Rss", None) => usage.vmm_rss_kib += kib,
                 _ => {}
             }
         }
     }
-    usage.guest_in_place_kib = (usage.guest_rss_kib + hugetlb).saturating_sub(usage.guest_private_kib);
-    usage.guest_absent_kib = usage.guest_absent_kib.saturating_sub(usage.guest_rss_kib + hugetlb);
+    let pagemap = Pagemap::open().map_err(Error::os("open /proc/self/pagemap"))?;
+    usage.guest_vmas = vmas.len() as u64;
+    for vma in vmas {
+        let in_place = vma.in_place_kib(&pagemap).map_err(Error::os("read /proc/self/pagemap"))?;
+        usage.guest_rss_kib += vma.rss_kib;
+        usage.guest_private_kib += vma.anonymous_kib;
+        usage.guest_in_place_kib += in_place;
+        usage.guest_absent_kib += (vma.len / 1024).saturating_sub(vma.anonymous_kib + in_place);
+    }
     Ok(usage)
 }
 
-/// The start address, if `line` is the first of a mapping.
-fn vma_start(line: &str) -> Option<u64> {
-    let (start, rest) = line.split_once('-')?;
-    rest.contains(' ').then(|| u64::from_str_radix(start, 16).ok()).flatten()
+/// A mapping, and what the kernel counts of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Vma {
+    start: u64,
+    /// Bytes.
+    len: u64,
+    /// Whether it is of a file.
+    of_file: bool,
+    rss_kib: u64,
+    anonymous_kib: u64,
+    hugetlb_kib: u64,
+}
+
+impl Vma {
+    /// What `line` says, if it is the first of a mapping (`start-end mode offset device inode path`).
+    fn parse(line: &str) -> Option<Vma> {
+        let (start, rest) = line.split_once('-')?;
+        let (end, rest) = rest.split_once(' ')?;
+        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        let of_file = rest.split(' ').nth(3)? != "0";
+        Some(Vma { start, len: end.checked_sub(start)?, of_file, ..Vma::default() })
+    }
+
+    /// What it shows of its file. The kernel does not count device memory (DAX): that is looked for where it counts nothing.
+    fn in_place_kib(&self, pagemap: &Pagemap) -> std::io::Result<u64> {
+        match (self.rss_kib + self.hugetlb_kib).saturating_sub(self.anonymous_kib) {
+            0 if self.of_file => Ok(pagemap.shown_pages(self.start, self.len / PAGE_SIZE)? * PAGE_SIZE / 1024),
+            counted => Ok(counted),
+        }
+    }
 }
 
 fn field(line: &str) -> Option<(&str, u64)> {
@@ -73,8 +109,10 @@ mod tests {
 
     #[test]
     fn smaps_lines_are_told_apart() {
-        assert_eq!(vma_start("7f00-7f10 rw-p 00000000 00:00 0 "), Some(0x7f00));
-        assert_eq!(vma_start("Pss:   12 kB"), None);
+        let vma = Vma { start: 0x7000, len: 0x2000, ..Vma::default() };
+        assert_eq!(Vma::parse("7000-9000 rw-p 00000000 00:00 0 "), Some(vma));
+        assert_eq!(Vma::parse("7000-9000 r--s 00001000 fd:01 77 /a b"), Some(Vma { of_file: true, ..vma }));
+        assert_eq!(Vma::parse("Pss:   12 kB"), None);
         assert_eq!(field("Pss:                 12 kB"), Some(("Pss", 12)));
         assert_eq!(field("VmFlags: rd wr mr"), None);
     }

@@ -1,11 +1,17 @@
-//! Pools on the media of real hosts: device DAX, a NUMA node without CPUs. They are there in the testbed.
+//! Pools on the media of real hosts: device DAX, a NUMA node without CPUs, persistent memory with a file system (these are
+//! there in the testbed), huge pages that are reserved.
 
-use std::path::Path;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use crate::support::pool::{filled, take_memory_away};
-use crate::support::{Vm, is_emulated, run_err, run_ok, scratch, text};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use serde_json::Value;
+use tempfile::TempDir;
 
-const DEVICE: &str = "/dev/dax0.0";
+use crate::support::pool::{DEVICE, far_memory, filled, take_memory_away};
+use crate::support::{Vm, finish, is_emulated, run_err, run_ok, scratch, text};
 
 /// Runs `tvmm pool COMMAND` that must succeed.
 fn pool(args: &[&str]) -> String {
@@ -14,9 +20,7 @@ fn pool(args: &[&str]) -> String {
 
 #[test]
 fn a_dax_device_is_formatted_filled_and_restored_from() {
-    if !Path::new(DEVICE).exists() {
-        return eprintln!("skipped: no {DEVICE}");
-    }
+    let Some(_far) = far_memory() else { return };
     let dir = scratch();
     let [out, other] = ["full", "other"].map(|name| dir.path().join(name));
     let digest = filled(&out, 3000, 7);
@@ -60,44 +64,202 @@ fn far_node() -> Option<u32> {
     })
 }
 
-/// Pages of the pool's mappings by node, and those of them that were copied: `/proc/PID/numa_maps`.
-fn pages_by_node(pid: u32, node: u32) -> (u64, u64, u64) {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap();
-    let (mut there, mut elsewhere, mut copied) = (0, 0, 0);
-    for line in maps.lines().filter(|line| line.contains("pool.tvmm")) {
-        for field in line.split(' ') {
-            let Some((name, pages)) = field.split_once('=').and_then(|(n, p)| Some((n, p.parse::<u64>().ok()?))) else {
+/// Far memory as memory of a node, until it is dropped.
+struct FarNode(u32);
+
+impl FarNode {
+    fn make() -> FarNode {
+        FarNode::turn_to("system-ram");
+        FarNode(far_node().expect("a NUMA node without CPUs"))
+    }
+
+    fn turn_to(use_as: &str) {
+        let output = finish(Command::new("far-memory").arg(use_as));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+impl Drop for FarNode {
+    fn drop(&mut self) {
+        let _ = unmount(format!("/run/tvmm/numa-{}", self.0).as_str(), UnmountFlags::empty());
+        FarNode::turn_to("devdax");
+    }
+}
+
+/// On which nodes the pages of a process's mappings of a pool are: those of the pool, and copies.
+#[derive(Debug, Default)]
+struct Nodes {
+    shown: Vec<i32>,
+    copied: Vec<i32>,
+}
+
+impl Nodes {
+    /// Asks move_pages(2), which without nodes to go to only says where each page is, and `/proc/PID/pagemap` whose it is.
+    fn of(pid: u32) -> Nodes {
+        const PAGE: u64 = 4096;
+        let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+        let mut nodes = Nodes::default();
+        for line in fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
+            // The other one is the monitor's.
+            if !line.contains("pool.tvmm") || !line.contains(" rw-p ") {
                 continue;
-            };
-            match name {
-                "anon" => copied += pages,
-                _ if name == format!("N{node}") => there += pages,
-                _ if name.starts_with('N') && name[1..].parse::<u32>().is_ok() => elsewhere += pages,
-                _ => {}
+            }
+            let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+            let [start, end] = [start, end].map(|hex| u64::from_str_radix(hex, 16).unwrap());
+            let pages: Vec<u64> = (start..end).step_by(PAGE as usize).collect();
+            let mut entries = vec![0; pages.len() * 8];
+            pagemap.read_exact_at(&mut entries, start / PAGE * 8).unwrap();
+            let entries = entries.as_chunks::<8>().0.iter().map(|entry| u64::from_le_bytes(*entry));
+            for (node, entry) in nodes_of_pages(pid, &pages).into_iter().zip(entries).filter(|(node, _)| *node >= 0) {
+                let is_files = entry & 1 << 61 != 0;
+                if is_files { &mut nodes.shown } else { &mut nodes.copied }.push(node);
             }
         }
+        nodes
     }
-    (there, elsewhere, copied)
+}
+
+/// The node of each page of a process; negative for those that are not there.
+fn nodes_of_pages(pid: u32, pages: &[u64]) -> Vec<i32> {
+    let mut nodes = vec![-1; pages.len()];
+    let nowhere = std::ptr::null::<i32>();
+    // SAFETY: the kernel reads as many addresses and writes as many numbers as there are pages; without nodes to move to it
+    // moves nothing.
+    let result = unsafe {
+        libc::syscall(libc::SYS_move_pages, pid, pages.len(), pages.as_ptr(), nowhere, nodes.as_mut_ptr(), 0)
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    nodes
 }
 
 #[test]
 fn a_pool_on_a_far_node_stays_there_and_copies_do_not() {
-    let node = far_node();
-    // It mounts a tmpfs for good: not on a machine that is somebody's.
-    let Some(node) = node.filter(|_| is_emulated()) else {
-        return eprintln!("skipped: no NUMA node without CPUs in a testbed");
-    };
-    let (dir, at) = (scratch(), format!("numa:{node}"));
+    // It mounts a tmpfs, and turns the device: not on a machine that is somebody's.
+    let Some(_far) = far_memory().filter(|_| is_emulated()) else { return };
+    let dir = scratch();
     let out = dir.path().join("full");
     let digest = filled(&out, 3000, 7);
+    let node = FarNode::make();
+    let at = format!("numa:{}", node.0);
     run_ok(&["pool", "create", "--tier", "cxl", "--at", &at, "--size", "0.1"]);
     pool(&["add", &at, text(&out)]);
     take_memory_away(&out);
     let mut vm = Vm::restore_with(&out, "trenv", &["--pool", &at]);
     assert_eq!(vm.call("check").digest, digest);
-    let (there, elsewhere, copied) = pages_by_node(vm.pid(), node);
-    assert!(there >= 2500 && elsewhere <= copied, "{there} {elsewhere} {copied}");
+    let read = Nodes::of(vm.pid());
+    assert!(read.shown.len() >= 2500 && read.shown.iter().all(|on| *on == node.0 as i32), "{read:?}");
     vm.call("touch pages=1000 write=100 seed=3");
-    let (_, elsewhere_then, copied_then) = pages_by_node(vm.pid(), node);
-    assert!(copied_then >= copied + 900 && elsewhere_then >= elsewhere + 900, "{elsewhere_then} {copied_then}");
+    let written = Nodes::of(vm.pid());
+    assert!(written.copied.len() >= read.copied.len() + 900, "{} {}", read.copied.len(), written.copied.len());
+    assert!(written.copied.iter().all(|on| *on != node.0 as i32), "{written:?}");
+    assert!(written.shown.iter().all(|on| *on == node.0 as i32), "{written:?}");
+    drop(vm);
+    let mut again = Vm::restore_with(&out, "trenv", &["--pool", &at]);
+    assert_eq!(again.call("check").digest, digest);
+}
+
+/// Restores from a pool at `at` with everything in place, reads, writes half of 1000 pages, and compares with what a restore
+/// without the pool comes to; the report.
+fn written_in_place(at: &Path) -> Value {
+    const TOUCH: &str = "touch pages=1000 write=50 seed=3";
+    let dir = scratch();
+    let [out, report] = ["full", "report"].map(|name| dir.path().join(name));
+    let digest = filled(&out, 3000, 7);
+    let mut plain = Vm::restore(&out, "eager");
+    plain.call(TOUCH);
+    let written = plain.call("check").digest;
+    drop(plain);
+    pool(&["add", text(at), text(&out)]);
+    take_memory_away(&out);
+    let restore = || Vm::restore_with(&out, "trenv", &["--pool", text(at), "--report", text(&report)]);
+    let mut vm = restore();
+    assert_eq!(vm.call("check").digest, digest);
+    let shown: Value = serde_json::from_str(&pool(&["show", text(at), "--json"])).unwrap();
+    assert!(shown["vms"][0]["resident"]["pool_kib"].as_u64().unwrap() >= 10_000, "{shown}");
+    vm.call(TOUCH);
+    assert_eq!(vm.call("check").digest, written);
+    let (status, stderr) = vm.terminate();
+    assert!(status.success(), "{stderr}");
+    let report = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+    assert_eq!(restore().call("check").digest, digest, "a VM wrote to the pool");
+    assert!(pool(&["fsck", text(at), "--json"]).contains("\"good\": true"));
+    report
+}
+
+/// Where a file system is mounted on persistent memory, past the page cache.
+fn dax_mount() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mut lines = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let is_dax = |words: &[&str]| words.last().unwrap().split(',').any(|word| word == "dax" || word == "dax=always");
+    Some(lines.find(|words| is_dax(words))?[4].into())
+}
+
+#[test]
+fn the_kernel_copies_what_is_written_of_a_pool_on_fsdax() {
+    let Some(mounted) = dax_mount() else {
+        return println!("skipped: no file system is mounted with -o dax (tests/testbed/run -p)");
+    };
+    let dir = tempfile::Builder::new().prefix("tvmm-test-").tempdir_in(mounted).unwrap();
+    run_ok(&["pool", "create", "--tier", "cxl", "--at", text(dir.path()), "--size", "0.1"]);
+    let shown = pool(&["show", text(dir.path()), "--json"]);
+    assert!(shown.contains("\"huge\": true") && shown.contains("\"copy_on_write\": true"), "{shown}");
+    let report = written_in_place(dir.path());
+    assert_eq!(report["promotion"], Value::Null, "the kernel copied");
+    let kib = |key: &str| report["memory"][key].as_u64().unwrap();
+    assert!(kib("guest_in_place_kib") >= 9_000 && kib("guest_private_kib") >= 1_900, "{}", report["memory"]);
+    let pages = |key: &str| report["fault_ins"][key].as_u64().unwrap();
+    assert!(pages("file_mapped") >= 2_300 && (450..1_500).contains(&pages("file_copied")), "{}", report["fault_ins"]);
+}
+
+/// A hugetlbfs with pages of 2 MiB of its own, which the host gets back.
+struct HugePages {
+    dir: TempDir,
+    before: u64,
+}
+
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    /// Reserves so many more; why not otherwise.
+    fn reserve(count: u64) -> Result<HugePages, String> {
+        let now = || fs::read_to_string(HUGE_PAGES).ok()?.trim().parse::<u64>().ok();
+        let before = now().ok_or("this kernel has no huge pages that can be reserved")?;
+        let pages = HugePages { dir: scratch(), before };
+        fs::write(HUGE_PAGES, (before + count).to_string()).map_err(|error| format!("{HUGE_PAGES}: {error}"))?;
+        if now() != Some(before + count) {
+            return Err(format!("the host has no {count} huge pages in one piece each"));
+        }
+        match mount("tvmm-test", pages.dir.path(), "hugetlbfs", MountFlags::empty(), c"pagesize=2M") {
+            Ok(()) => Ok(pages),
+            Err(error) => Err(format!("a hugetlbfs cannot be mounted: {error}")),
+        }
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = unmount(self.dir.path(), UnmountFlags::DETACH);
+        let _ = fs::write(HUGE_PAGES, self.before.to_string());
+    }
+}
+
+#[test]
+fn a_pool_of_reserved_huge_pages_is_promoted_in_whole_blocks() {
+    let pages = match HugePages::reserve(40) {
+        Ok(pages) => pages,
+        Err(why) => return println!("skipped: {why}"),
+    };
+    let at = pages.dir.path();
+    let create = |gib: &str| ["pool", "create", "--tier", "cxl", "--at", text(at), "--size", gib].map(str::to_string);
+    let too_large = create("0.5");
+    let said = run_err(&too_large.each_ref().map(String::as_str));
+    assert!(said.contains("Cannot make") && !at.join("pool.tvmm").exists(), "{said}");
+    run_ok(&create("0.07").each_ref().map(String::as_str));
+    let shown = pool(&["show", text(at), "--json"]);
+    assert!(shown.contains("\"align\": 2097152") && shown.contains("\"copy_on_write\": false"), "{shown}");
+    let report = written_in_place(at);
+    let promotion = &report["promotion"];
+    let promoted = ["operand", "told"].map(|how| promotion[how]["pages"].as_u64().unwrap_or(0)).iter().sum::<u64>();
+    assert!(promoted >= 512 && promoted.is_multiple_of(512), "{promotion}");
+    assert_eq!(promotion["all"]["times"], 0, "{promotion}");
 }

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use crate::support::artefact::pages;
 use crate::support::network::{HOST, with_network};
+use crate::support::pool::{DEVICE, far_memory};
 use crate::support::{Answer, TIMEOUT, Vm, config, refusal, run, run_ok, scratch, text};
 
 const FILLED: u64 = 600;
@@ -362,11 +363,7 @@ fn api_takes_the_mapping_and_the_metrics_tell_of_promotions() {
 
 #[test]
 fn pages_of_a_dax_device_are_promoted_in_whole_blocks() {
-    const DEVICE: &str = "/dev/dax0.0";
-    if !Path::new(DEVICE).exists() {
-        println!("skipped: no {DEVICE}");
-        return;
-    }
+    let Some(_far) = far_memory() else { return };
     let dir = scratch();
     let [out, report] = ["dax", "report"].map(|name| dir.path().join(name));
     let mut vm = Vm::boot(&config(1, 64));

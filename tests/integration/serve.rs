@@ -169,7 +169,7 @@ fn a_diff_builds_on_its_parent_and_a_network_interface_is_kept() {
     assert_eq!(digest(&warm), digest(&cold));
 
     service.refused(400, "PUT", "/net-ifaces/fc1", Some(json!({ "host_dev_name": "t0", "guest_addr": "10.0.0.2" })));
-    let network = json!({ "host_dev_name": "tvmm-none", "guest_mac": "06:00:00:00:00:01" });
+    let network = json!({ "host_dev_name": "tvmm-none", "guest_mac": "06:00:00:00:00:01", "host_netns": true });
     service.ok("PUT", "/net-ifaces/fc1", Some(network));
     assert_eq!(service.get("/net-ifaces/fc1")["iface_id"], "eth0");
     let body = json!({ "func_name": "touch", "namespace": "fc1" });

@@ -89,7 +89,8 @@ enum PoolCommand {
     /// Free the pages of removed snapshots
     Gc {
         pool: PathBuf,
-        /// VMs of other hosts count as gone when they have not been heard of for so long
+        /// VMs of other hosts are suspected to be gone when they have not been heard of for so long; those that stay silent
+        /// for another 25 s are
         #[arg(long, default_value_t = 600, value_name = "SECONDS")]
         lease_expiry: u64,
         #[arg(long)]

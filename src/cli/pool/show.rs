@@ -163,6 +163,7 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
     let occupancy = Occupancy::of(&catalogue, medium)?;
     let names: HashMap<_, _> = catalogue.heads.iter().map(|head| (head.snapshot, head.name.clone())).collect();
     let vms = vms(medium)?;
+    let me = Holder::of(medium)?;
     let facts = medium.facts();
     let pages = catalogue.geometry().pages();
     let (used, shared) = (occupancy.used(), occupancy.shared());
@@ -172,7 +173,7 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
             let [in_place, preloaded, zero, lazy] = lease.planned;
             json!({
                 "pid": lease.holder.pid,
-                "this_host": lease.holder.host == Holder::this_process().host,
+                "this_host": lease.holder.host == me.host,
                 "snapshot": lease.snapshot,
                 "planned_pages": { "in_place": in_place, "local": preloaded, "zero": zero, "lazy": lazy },
                 "resident": resident,
@@ -210,7 +211,7 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
 fn vms(medium: &PoolMedium) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> {
     let metadata = medium.file().metadata()?;
     let file = (metadata.dev(), metadata.ino());
-    let me = Holder::this_process();
+    let me = Holder::of(medium)?;
     let usage = |lease: &Lease| match lease.holder.host == me.host {
         true => usage::of(lease.holder.pid, file),
         false => None,

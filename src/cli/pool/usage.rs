@@ -1,8 +1,12 @@
 //! Where the memory of running VMs is, as the kernel tells it (`/proc/PID/smaps`).
 
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 
 use serde::Serialize;
+
+use crate::snapshot::PAGE_SIZE;
+use crate::vmm::sys::pagemap::Pagemap;
 
 /// Memory of one process, KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -21,12 +25,14 @@ pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
     let file = std::fs::File::open(format!("/proc/{pid}/smaps")).ok()?;
     let pool = format!(" {:02x}:{:02x} {inode}", rustix::fs::major(device), rustix::fs::minor(device));
     let mut usage = Resident::default();
-    let (mut in_pool, mut rss) = (false, 0);
+    let pagemap = Pagemap::of(pid).ok()?;
+    // The mapping that the lines are of, if it is of the pool: where, and what the kernel counts of it.
+    let (mut mapped, mut rss): (Option<Range<u64>>, u64) = (None, 0);
     for line in BufReader::new(file).lines() {
         let line = line.ok()?;
         let Some((name, rest)) = line.split_once(':') else { continue };
         if name.contains('-') {
-            in_pool = format!("{line} ").contains(&format!("{pool} "));
+            mapped = range(&line).filter(|_| format!("{line} ").contains(&format!("{pool} ")));
             continue;
         }
         let Some(kib) = rest.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok()) else { continue };
@@ -35,12 +41,27 @@ pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
             "Pss" => usage.pss_kib += kib,
             "Anonymous" => {
                 usage.local_kib += kib;
-                usage.pool_kib += if in_pool { rss.saturating_sub(kib) } else { 0 };
+                usage.pool_kib += match (&mapped, rss.saturating_sub(kib)) {
+                    (None, _) => 0,
+                    // The kernel does not count device memory (DAX).
+                    (Some(range), 0) => {
+                        let pages = (range.end - range.start) / PAGE_SIZE;
+                        pagemap.shown_pages(range.start, pages).ok()? * PAGE_SIZE / 1024
+                    }
+                    (Some(_), counted) => counted,
+                };
             }
             _ => {}
         }
     }
     Some(usage)
+}
+
+/// Where the mapping is that `line` begins with.
+fn range(line: &str) -> Option<Range<u64>> {
+    let (start, end) = line.split(' ').next()?.split_once('-')?;
+    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    (start <= end).then_some(start..end)
 }
 
 #[cfg(test)]

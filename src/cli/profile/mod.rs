@@ -4,7 +4,7 @@ mod draw;
 mod html;
 mod show;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -73,6 +73,9 @@ struct RecordArgs {
     /// How several runs are merged: union, intersection or majority
     #[arg(long, default_value = "union", value_name = "KIND")]
     by: String,
+    /// Where to make each run's own copies of drives, for a snapshot taken with --copy-drives; they are removed after it
+    #[arg(long, value_name = "DIR")]
+    drive_dir: Option<PathBuf>,
     /// The profile to write; an older one is replaced
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -108,11 +111,12 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         return refuse("--run takes one function of the guest with its arguments, such as `hello` or `touch pages=16`");
     }
     let by: MergeKind = args.by.parse()?;
-    let spec = RecordSpec {
+    let mut spec = RecordSpec {
         snapshot: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
         recorder: args.recorder.parse::<RecorderKind>()?,
         function: function.to_string(),
         port: args.run_port,
+        drive_dir: None,
         timeout: Duration::from_secs(args.run_timeout),
         fault_timeout: Duration::from_secs(args.fault_timeout),
     };
@@ -122,6 +126,8 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
     kick::install_handler()?;
     let (mut runs, mut told) = (Vec::new(), Vec::new());
     for number in 1..=args.repeat {
+        let drives = args.drive_dir.as_deref().map(|dir| RunDrives::make(dir, number)).transpose()?;
+        spec.drive_dir = drives.as_ref().map(|drives| drives.0.clone());
         let (recorded, back) = record(&spec, signals)?;
         signals = back;
         let (profile, ms) = (&recorded.profile, recorded.execute_ns as f64 / 1e6);
@@ -135,6 +141,27 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         println!("{:#}", json!({ "profile": args.out, "runs": told }));
     }
     Ok(code)
+}
+
+/// Where one run's copies of drives are.
+struct RunDrives(PathBuf);
+
+impl RunDrives {
+    fn make(dir: &Path, number: u32) -> Result<RunDrives, BoxError> {
+        let path = dir.join(format!("run-{number}"));
+        match std::fs::create_dir(&path) {
+            Ok(()) => Ok(RunDrives(path)),
+            Err(error) => refuse(format!("Cannot make {}: {error}", path.display())),
+        }
+    }
+}
+
+impl Drop for RunDrives {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(%error, path = %self.0.display(), "The copies of drives of a run cannot be removed");
+        }
+    }
 }
 
 fn run_merge(args: &MergeArgs) -> Result<ExitCode, BoxError> {

@@ -7,7 +7,7 @@ pub(super) mod process;
 pub(super) mod shells;
 pub(super) mod table;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,8 +21,10 @@ use self::control::{Control, ControlError};
 use self::line::{Console, GuestAnswer, LineError};
 use self::process::Process;
 use self::shells::Shell;
+use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
 use super::functions::Function;
 use super::networks::Network;
+use super::tiers::Tiers;
 
 /// What a VM is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -53,6 +55,9 @@ pub(super) struct VmRecord {
     pub(super) namespace: Option<String>,
     #[serde(rename = "vmConf")]
     pub(super) vm_conf: VmConf,
+    /// Its own images of drives, which end with it.
+    #[serde(default)]
+    pub(super) drives: Vec<OwnDrive>,
     /// The process on the host.
     pub(super) pid: u32,
     pub(super) created_unix_ms: u64,
@@ -88,8 +93,9 @@ pub(super) struct RestoreSpec {
     pub(super) dir: PathBuf,
     pub(super) policy: String,
     pub(super) profile: Option<PathBuf>,
-    pub(super) dram_mib: Option<u64>,
-    pub(super) cxl_mib: Option<u64>,
+    pub(super) tiers: Tiers,
+    /// Whether the snapshot has copies of drives.
+    pub(super) has_drive_copies: bool,
 }
 
 /// A VM that runs.
@@ -107,6 +113,7 @@ pub(super) struct Vm {
     /// One request at a time.
     console: AsyncMutex<Console>,
     vsock: Option<PathBuf>,
+    drives: OwnDrives,
     next_request: AtomicU64,
     use_: Mutex<Use>,
 }
@@ -140,13 +147,14 @@ impl Vm {
         shell: Shell,
         spec: &StartSpec,
         vsock: Option<PathBuf>,
+        drives: OwnDrives,
     ) -> Result<Vm, ControlError> {
         match &spec.restore {
             Some(restore) => {
-                let body = load_body(restore, spec, vsock.as_deref());
+                let body = load_body(restore, spec, vsock.as_deref(), drives.all());
                 shell.control.ask("PUT", "/snapshot/load", Some(&body)).await?;
             }
-            None => boot(&shell.control, spec, vsock.as_deref()).await?,
+            None => boot(&shell.control, spec, vsock.as_deref(), &drives).await?,
         }
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Ok(Vm {
@@ -161,6 +169,7 @@ impl Vm {
             control: shell.control,
             console: AsyncMutex::new(shell.console),
             vsock,
+            drives,
             next_request: AtomicU64::new(1),
             use_: Mutex::new(Use { requests: 0, invocations: 0, since: Instant::now() }),
         })
@@ -227,6 +236,7 @@ impl Vm {
             policy: self.policy.clone(),
             namespace: self.namespace.clone(),
             vm_conf: VmConf { vcpu: self.function.vcpu, mem_size: self.function.mem_size },
+            drives: self.drives.all().to_vec(),
             pid: self.process.pid(),
             created_unix_ms: self.created_unix_ms,
             invocations,
@@ -237,18 +247,17 @@ impl Vm {
 }
 
 /// The body of the VM's `/snapshot/load`.
-fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&std::path::Path>) -> Value {
+fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&Path>, drives: &[OwnDrive]) -> Value {
     let mut body = json!({
         "snapshot_path": restore.dir,
         "resume_vm": true,
         "track_dirty_pages": spec.function.track_dirty_pages,
-        "tvmm": {
-            "policy": restore.policy,
-            "profile": restore.profile,
-            "dram_mib": restore.dram_mib,
-            "cxl_mib": restore.cxl_mib,
-        },
+        "tvmm": restore.tiers.load_body(),
     });
+    body["tvmm"]["policy"] = json!(restore.policy);
+    body["tvmm"]["profile"] = json!(restore.profile);
+    let own = |drive: &OwnDrive| json!({ "drive_id": drive.drive_id, "path_on_host": drive.path_on_host });
+    body["tvmm"]["drive_overrides"] = drives.iter().map(own).collect();
     if let Some(network) = &spec.network {
         let iface = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });
         body["network_overrides"] = json!([iface]);
@@ -263,7 +272,12 @@ fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&std::path::
 }
 
 /// Configures and starts a machine.
-async fn boot(control: &Control, spec: &StartSpec, vsock: Option<&std::path::Path>) -> Result<(), ControlError> {
+async fn boot(
+    control: &Control,
+    spec: &StartSpec,
+    vsock: Option<&Path>,
+    drives: &OwnDrives,
+) -> Result<(), ControlError> {
     let function = &spec.function;
     let machine = json!({
         "vcpu_count": function.vcpu,
@@ -283,12 +297,12 @@ async fn boot(control: &Control, spec: &StartSpec, vsock: Option<&std::path::Pat
     control.ask("PUT", "/boot-source", Some(&Value::Object(source))).await?;
     if let Some(image) = &function.image {
         let drive = json!({
-            "drive_id": "root",
-            "path_on_host": image,
+            "drive_id": ROOT_DRIVE,
+            "path_on_host": drives.path(ROOT_DRIVE).unwrap_or(image),
             "is_root_device": true,
             "is_read_only": function.image_read_only,
         });
-        control.ask("PUT", "/drives/root", Some(&drive)).await?;
+        control.ask("PUT", &format!("/drives/{ROOT_DRIVE}"), Some(&drive)).await?;
     }
     if let Some(network) = &spec.network {
         let mut iface = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });

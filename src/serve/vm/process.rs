@@ -14,6 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 
+use crate::vmm::sys::netns::Netns;
 use crate::vmm::sys::{clock, tie, watched};
 
 /// The end of standard error that is kept.
@@ -27,6 +28,8 @@ pub(in crate::serve) enum Job {
     Shell {
         /// The id it tells.
         id: String,
+        /// The network namespace it starts in; none: the daemon's.
+        netns: Option<Netns>,
     },
     /// `tvmm` with these arguments, which does one thing and ends.
     Tool(Vec<String>),
@@ -80,14 +83,18 @@ fn spawn(job: Job) -> io::Result<Spawned> {
     let before = clock::monotonic_ns();
     // The very file this process runs from, also if another one has its name by now.
     let mut command = Command::new("/proc/self/exe");
-    let (mut api, mut theirs) = (None, None);
+    let (mut api, mut theirs, mut entered) = (None, None, None);
     match job {
-        Job::Shell { id } => {
+        Job::Shell { id, netns } => {
             let (ours, inherited) = UnixStream::pair()?;
             fcntl_setfd(&inherited, FdFlags::empty())?;
             let number = std::os::fd::AsRawFd::as_raw_fd(&inherited).to_string();
             command.args(["--api-fd", &number, "--id", &id, "--start-time-us", &(before / 1000).to_string()]);
             (api, theirs) = (Some(ours), Some(inherited));
+            if let Some(netns) = netns {
+                entered = Some(netns.try_clone()?);
+                netns.enter(&mut command);
+            }
         }
         Job::Tool(args) => {
             command.args(args);
@@ -99,7 +106,11 @@ fn spawn(job: Job) -> io::Result<Spawned> {
     let (our_stderr, stderr) = std::io::pipe()?;
     // A group of its own: Ctrl-C at a terminal is for the daemon, which ends its VMs in order.
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let child = command.arg0_tvmm().stdin(stdin).stdout(stdout).stderr(stderr).spawn()?;
+    let child = command.arg0_tvmm().stdin(stdin).stdout(stdout).stderr(stderr).spawn();
+    let child = child.map_err(|error| match entered.as_ref().and_then(|netns| netns.why(&error)) {
+        Some(why) => io::Error::other(why),
+        None => error,
+    })?;
     drop(theirs);
     Ok(Spawned {
         child,

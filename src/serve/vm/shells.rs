@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use super::control::Control;
 use super::line::Console;
 use super::process::{Job, Process, Spawner};
+use crate::vmm::sys::netns::Netns;
 
 /// A process that waits to become a VM.
 #[derive(Debug)]
@@ -39,8 +40,11 @@ impl Shells {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One that is ready, or a new one.
-    pub(in crate::serve) async fn take(&self) -> io::Result<Shell> {
+    /// One that is ready, or a new one. Those that are ready are in the daemon's network namespace.
+    pub(in crate::serve) async fn take(&self, netns: Option<Netns>) -> io::Result<Shell> {
+        if netns.is_some() {
+            return self.spawn(netns).await;
+        }
         loop {
             let ready = self.lock().pop_front();
             self.taken.notify_one();
@@ -48,13 +52,13 @@ impl Shells {
                 Some(shell) if shell.process.ended().is_none() => return Ok(shell),
                 // Somebody ended it: the next one.
                 Some(_) => {}
-                None => return self.spawn().await,
+                None => return self.spawn(None).await,
             }
         }
     }
 
-    async fn spawn(&self) -> io::Result<Shell> {
-        let spawned = self.spawner.spawn(Job::Shell { id: "tvmm-serve".into() }).await?;
+    async fn spawn(&self, netns: Option<Netns>) -> io::Result<Shell> {
+        let spawned = self.spawner.spawn(Job::Shell { id: "tvmm-serve".into(), netns }).await?;
         let spawned_ns = spawned.spawned_ns;
         let (process, ends) = spawned.watch()?;
         let api = ends.api.ok_or_else(|| io::Error::other("a shell has no API"))?;
@@ -67,7 +71,7 @@ impl Shells {
     pub(in crate::serve) async fn keep_ready(self: Arc<Self>) {
         loop {
             while self.lock().len() < self.wanted {
-                match self.spawn().await {
+                match self.spawn(None).await {
                     Ok(shell) => self.lock().push_back(shell),
                     Err(error) => {
                         tracing::warn!(%error, "A VM process cannot be started ahead");

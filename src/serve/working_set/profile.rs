@@ -19,7 +19,7 @@ use crate::serve::functions::known_policy;
 use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
 use crate::serve::snapshots::SnapshotRecord;
 use crate::serve::store::gone_is_fine;
-use crate::serve::traces::Recording;
+use crate::serve::traces::{Recording, random_hex};
 use crate::serve::vm::process::run_tool;
 use crate::tiering::profile::Profile;
 use crate::vmm::sys::clock;
@@ -77,6 +77,17 @@ pub(in crate::serve) struct Record {
     pub(in crate::serve) repeat: u32,
 }
 
+/// Where a recorder makes its copies of drives; what one that was killed has left is removed.
+struct RunDir(std::path::PathBuf);
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if let Err(error) = gone_is_fine(std::fs::remove_dir_all(&self.0)) {
+            tracing::warn!(%error, path = %self.0.display(), "A recorder's copies of drives cannot be removed");
+        }
+    }
+}
+
 /// Runs `tvmm profile record`; what the guest answered first.
 async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Duration) -> Result<(bool, String), Fault> {
     let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
@@ -91,6 +102,11 @@ async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Durat
     args.extend(["--repeat".into(), record.repeat.to_string()]);
     args.extend(["--run".into(), line.to_string()]);
     args.extend(["--run-timeout".into(), limit.as_secs().max(1).to_string()]);
+    let own = RunDir(daemon.store.drives_dir(&random_hex(8)));
+    if !record.snapshot.drive_copies.is_empty() {
+        std::fs::create_dir(&own.0).map_err(|error| Fault::of(&error))?;
+        args.extend(["--drive-dir".into(), utf8(own.0.clone())?]);
+    }
     if let Some(port) = record.snapshot.function.port {
         args.extend(["--run-port".into(), port.to_string()]);
     }
@@ -226,7 +242,7 @@ pub(in crate::serve) async fn delete_profile(
     Ok(told)
 }
 
-/// What a policy would do with the snapshot, as `tvmm plan --json` says it.
+/// What a policy would do with the snapshot, as `tvmm plan --json` says it, with the pools and budgets of the daemon.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
     params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
         ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use"),
@@ -251,8 +267,12 @@ pub(in crate::serve) async fn get_plan(
     if policy.needs_profile() {
         path("--profile", Slot::for_policy(policy, &daemon.store.profiles_dir(&id))?);
     }
-    for (key, flag) in [("dram_mib", "--dram"), ("cxl_mib", "--cxl")] {
-        if let Some(mib) = number(&query, key)? {
+    let tiers = &daemon.options.tiers;
+    for pool in tiers.pools.iter().flatten() {
+        path("--pool", pool.clone());
+    }
+    for (key, flag, default) in [("dram_mib", "--dram", tiers.dram_mib), ("cxl_mib", "--cxl", tiers.cxl_mib)] {
+        if let Some(mib) = number(&query, key)?.or(default) {
             args.extend([flag.to_string(), mib.to_string()]);
         }
     }

@@ -55,7 +55,14 @@ impl Writer<'_> {
         }
         added.profile.map(|profile| profile.check_for(tip)).transpose()?;
         for layer in added.chain.layers() {
-            layer.verify(&mut |_, _| {})?.into_result(layer.object())?;
+            let mut beaten = Ok(());
+            let verified = layer.verify(&mut |_, _| {
+                if beaten.is_ok() {
+                    beaten = self.beat();
+                }
+            })?;
+            beaten?;
+            verified.into_result(layer.object())?;
         }
         let resolved = added.chain.resolve()?;
         let mut index = Index::of(self)?;
@@ -162,6 +169,7 @@ impl Writer<'_> {
             medium.flush(geometry.page(run.at), run.pages * PAGE_SIZE).map_err(writing())?;
             medium.flush(geometry.sums.offset + run.at * SUM_LEN, run.pages * SUM_LEN).map_err(writing())?;
             medium.flush(geometry.hashes.offset + run.at * HASH_LEN, run.pages * HASH_LEN).map_err(writing())?;
+            self.beat()?;
         }
         Ok(())
     }

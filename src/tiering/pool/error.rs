@@ -40,8 +40,23 @@ pub enum Error {
     Ambiguous { path: PathBuf, what: String, count: usize },
     #[error("Pool {path} has snapshot {what} already", path = path.display())]
     Known { path: PathBuf, what: String },
-    #[error("All {slots} leases of pool {path} are taken: as many VMs run from it", path = path.display())]
+    #[error(
+        "All {slots} leases of pool {path} are taken: as many VMs run from it, or ran on hosts that are gone, whose leases `tvmm pool gc {path}` ends",
+        path = path.display()
+    )]
     NoLease { path: PathBuf, slots: u64 },
+    #[error(
+        "The VM's lease of pool {path} was ended by another host, which has not heard of this one for too long (`tvmm pool gc --lease-expiry`), or made the pool anew: its memory may be another's",
+        path = path.display()
+    )]
+    LeaseLost { path: PathBuf },
+    #[error(
+        "{vms} VMs run from pool {path}, and would lose their memory; end them first. Those of hosts that are gone end with `tvmm pool gc {path} --lease-expiry 0`",
+        path = path.display()
+    )]
+    InUse { path: PathBuf, vms: usize },
+    #[error("Pool {path} was taken over by {who} while this process changed it: nothing was published", path = path.display())]
+    Ousted { path: PathBuf, who: String },
     #[error("The profile was recorded on snapshot {made_for}, not on {given}")]
     ProfileOfOther { made_for: String, given: String },
 }

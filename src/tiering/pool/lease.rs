@@ -1,38 +1,53 @@
 //! Leases: who uses which entry, so that nobody frees what a VM maps.
 //!
 //! A lease is a slot of the pool and the lock of the slot's first byte. On one host the lock says whether its holder
-//! lives: the kernel drops it with the process. Other hosts see only the slot and how long ago its heart beat.
+//! lives: the kernel drops it with the process. Other hosts see only the slot and its heart beat.
 //!
 //! Whoever takes a lease writes it first and looks at the directory then; who frees pages retires their entry first and
 //! looks at the leases then. So one of the two always sees the other.
+//!
+//! Clocks of hosts differ. So a lease is not abandoned because its last beat looks old: whoever wants to free what it
+//! protects watches it for longer than a heart takes to beat, and [wipes](abandon) it before anything is freed. A holder that
+//! finds its slot wiped has [lost](Error::LeaseLost) it, and must not go on.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::error::Error;
 use super::format::{LEASE_LEN, LEASE_SLOTS, LEASES};
 use super::medium::Medium;
 use crate::snapshot::{Digest, SnapshotId};
 
-/// A lease of another host counts as abandoned when its heart has not beaten for so long, unless told otherwise.
+/// A lease of another host is suspected when its last beat is so many seconds away, unless told otherwise.
 pub const EXPIRY_S: u64 = 600;
 /// How often a heart beats.
-pub const BEAT_S: u64 = 30;
+pub const BEAT: Duration = Duration::from_secs(10);
+/// How long a suspected lease is watched. Tests beat faster.
+const WATCH: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(25) };
+/// How long it takes at most until one host's write is seen by another that was about to write there.
+pub(super) const SETTLE: Duration = Duration::from_millis(200);
 
 /// Who asks: this boot of this host, and the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// Differs between hosts, and between boots of one.
+    /// Differs between hosts, between boots of one, and between device nodes of one device (a container has its own):
+    /// within it, locks tell who lives.
     pub host: u64,
     pub pid: u32,
 }
 
 impl Holder {
-    pub fn this_process() -> Holder {
-        let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let digest = *blake3::hash(&boot).as_bytes();
-        let host = digest.iter().take(8).fold(0, |host, byte| host << 8 | u64::from(*byte));
+    /// This process, as a user of `medium`.
+    pub fn of(medium: &dyn Medium) -> Result<Holder, Error> {
+        let failed = || Error::io("say which host this is (/proc/sys/kernel/random/boot_id) to", medium.path());
+        let boot = std::fs::read("/proc/sys/kernel/random/boot_id").map_err(failed())?;
+        let file = medium.file().metadata().map_err(failed())?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&boot).update(&file.dev().to_le_bytes()).update(&file.ino().to_le_bytes());
+        let host = hasher.finalize().as_bytes().iter().take(8).fold(0, |host, byte| host << 8 | u64::from(*byte));
         // 0 is nobody.
-        Holder { host: host.max(1), pid: std::process::id() }
+        Ok(Holder { host: host.max(1), pid: std::process::id() })
     }
 }
 
@@ -97,26 +112,72 @@ fn offset(slot: u64) -> u64 {
     LEASES + slot * LEASE_LEN
 }
 
-/// All leases that somebody living holds, with their slots. `expiry_s`: after so many seconds without a heartbeat,
-/// leases of other hosts are abandoned.
+/// All leases whose holder lives, as far as locks and clocks tell, with their slots. `expiry_s`: leases of other hosts whose
+/// last beat is further away are not among them.
 pub fn live(medium: &dyn Medium, expiry_s: u64) -> Result<Vec<(u64, Lease)>, Error> {
-    let me = Holder::this_process();
-    let all = read_all(medium)?;
-    let mut live = Vec::new();
-    for (slot, lease) in all {
-        if lives(medium, slot, &lease, me, expiry_s)? {
+    Ok(sort(medium, expiry_s)?.0)
+}
+
+/// Those that live, and those of other hosts that have not been heard of for `expiry_s`.
+type Sorted = (Vec<(u64, Lease)>, Vec<(u64, Lease)>);
+
+fn sort(medium: &dyn Medium, expiry_s: u64) -> Result<Sorted, Error> {
+    let me = Holder::of(medium)?;
+    let (mut live, mut suspected) = (Vec::new(), Vec::new());
+    for (slot, lease) in read_all(medium)? {
+        let locked = medium.is_locked(offset(slot)).map_err(Error::io("look at the leases of", medium.path()))?;
+        if locked || lease.holder == me {
             live.push((slot, lease));
+        } else if lease.holder.host != me.host && medium.facts().shared_between_hosts {
+            let is_recent = now().abs_diff(lease.beat) <= expiry_s;
+            if is_recent { live.push((slot, lease)) } else { suspected.push((slot, lease)) }
         }
+    }
+    Ok((live, suspected))
+}
+
+/// All leases whose holder lives, after those that have not been heard of for `expiry_s` have been watched and, if they are
+/// silent, wiped. `beat` is called every now and then meanwhile.
+pub fn abandon(
+    medium: &dyn Medium,
+    expiry_s: u64,
+    beat: &mut dyn FnMut() -> Result<(), Error>,
+) -> Result<Vec<(u64, Lease)>, Error> {
+    let (mut live, mut suspected) = sort(medium, expiry_s)?;
+    let start = Instant::now();
+    while !suspected.is_empty() && start.elapsed() < WATCH {
+        std::thread::sleep(SETTLE);
+        beat()?;
+        wake(medium, &mut suspected, &mut live, |lease| Some(*lease))?;
+    }
+    for (slot, _) in &suspected {
+        write(medium, *slot, None)?;
+    }
+    if !suspected.is_empty() {
+        // Its heart may have been about to beat.
+        std::thread::sleep(SETTLE);
+        wake(medium, &mut suspected, &mut live, |_| None)?;
     }
     Ok(live)
 }
 
-fn lives(medium: &dyn Medium, slot: u64, lease: &Lease, me: Holder, expiry_s: u64) -> Result<bool, Error> {
-    if lease.holder.host == me.host {
-        let locked = medium.is_locked(offset(slot)).map_err(Error::io("look at the leases of", medium.path()))?;
-        return Ok(locked || lease.holder == me);
+/// Moves those of `suspected` that do not say what they are expected to any more to `live`.
+fn wake(
+    medium: &dyn Medium,
+    suspected: &mut Vec<(u64, Lease)>,
+    live: &mut Vec<(u64, Lease)>,
+    expected: impl Fn(&Lease) -> Option<Lease>,
+) -> Result<(), Error> {
+    let slots: Vec<(u64, Lease)> = std::mem::take(suspected);
+    for (slot, lease) in slots {
+        match read(medium, slot)? {
+            found if found == expected(&lease) => suspected.push((slot, lease)),
+            Some(found) => live.push((slot, found)),
+            // It was given back.
+            None => {}
+        }
     }
-    Ok(medium.facts().shared_between_hosts && now().saturating_sub(lease.beat) <= expiry_s)
+    Ok(())
 }
 
 fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Lease)>, Error> {
@@ -126,42 +187,16 @@ fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Lease)>, Error> {
     Ok(slots.filter_map(|(slot, bytes)| Some((slot, Lease::decode(bytes)?))).collect())
 }
 
-/// Takes a lease; returns its slot. The medium's handle holds it.
-///
-/// # Errors
-/// [`Error::NoLease`], [`Error::Io`].
-pub fn take(medium: &dyn Medium, snapshot: SnapshotId, entry: Digest) -> Result<u64, Error> {
-    let path = medium.path();
-    let holder = Holder::this_process();
-    let lease = Lease { holder, beat: now(), snapshot, entry: short(entry), planned: [0; 4] };
-    // Hosts, and processes of a host, start to look at different places.
-    let start = holder.host.wrapping_add(u64::from(holder.pid)) % LEASE_SLOTS;
-    for slot in (0..LEASE_SLOTS).map(|step| (start + step) % LEASE_SLOTS) {
-        let failed = || Error::io("take a lease of", path);
-        if !medium.try_lock(offset(slot)).map_err(failed())? {
-            continue;
-        }
-        let mut bytes = [0; LEASE_LEN as usize];
-        medium.read(offset(slot), &mut bytes).map_err(failed())?;
-        let others = Lease::decode(&bytes).filter(|found| found.holder.host != holder.host);
-        let is_taken = others
-            .is_some_and(|found| medium.facts().shared_between_hosts && now().saturating_sub(found.beat) <= EXPIRY_S);
-        if !is_taken {
-            write(medium, slot, &lease)?;
-            medium.read(offset(slot), &mut bytes).map_err(failed())?;
-            // On a medium of several hosts another one may have come at the same moment.
-            if Lease::decode(&bytes) == Some(lease) {
-                return Ok(slot);
-            }
-        }
-        medium.unlock(offset(slot)).map_err(failed())?;
-    }
-    Err(Error::NoLease { path: path.to_path_buf(), slots: LEASE_SLOTS })
+fn read(medium: &dyn Medium, slot: u64) -> Result<Option<Lease>, Error> {
+    let mut bytes = [0; LEASE_LEN as usize];
+    medium.read(offset(slot), &mut bytes).map_err(Error::io("read a lease of", medium.path()))?;
+    Ok(Lease::decode(&bytes))
 }
 
-fn write(medium: &dyn Medium, slot: u64, lease: &Lease) -> Result<(), Error> {
+fn write(medium: &dyn Medium, slot: u64, lease: Option<&Lease>) -> Result<(), Error> {
     let failed = || Error::io("write a lease of", medium.path());
-    medium.write(offset(slot), &lease.encode()).map_err(failed())?;
+    let bytes = lease.map_or([0; LEASE_LEN as usize], Lease::encode);
+    medium.write(offset(slot), &bytes).map_err(failed())?;
     // Only other hosts need that: a lease does not outlive its process.
     match medium.facts().shared_between_hosts {
         true => medium.flush(offset(slot), LEASE_LEN).map_err(failed()),
@@ -169,21 +204,75 @@ fn write(medium: &dyn Medium, slot: u64, lease: &Lease) -> Result<(), Error> {
     }
 }
 
-/// Changes what the lease in `slot`, which is the caller's, says.
-pub fn update(medium: &dyn Medium, slot: u64, change: impl FnOnce(&mut Lease)) -> Result<(), Error> {
-    let mut bytes = [0; LEASE_LEN as usize];
-    medium.read(offset(slot), &mut bytes).map_err(Error::io("read a lease of", medium.path()))?;
-    let Some(mut lease) = Lease::decode(&bytes) else {
-        return Err(Error::damaged(medium.path(), "a lease was overwritten by somebody else"));
-    };
-    change(&mut lease);
-    lease.beat = now();
-    write(medium, slot, &lease)
+/// A lease of this process. Given back on drop.
+#[derive(Debug)]
+pub struct Held {
+    medium: Arc<dyn Medium>,
+    slot: u64,
+    lease: Mutex<Lease>,
 }
 
-/// Gives a lease back.
-pub fn give_back(medium: &dyn Medium, slot: u64) -> Result<(), Error> {
-    let failed = || Error::io("give back a lease of", medium.path());
-    medium.write(offset(slot), &[0; LEASE_LEN as usize]).map_err(failed())?;
-    medium.unlock(offset(slot)).map_err(failed())
+impl Held {
+    /// Takes a lease. The medium's handle holds it.
+    ///
+    /// # Errors
+    /// [`Error::NoLease`], [`Error::Io`].
+    pub fn take(medium: &Arc<dyn Medium>, snapshot: SnapshotId, entry: Digest) -> Result<Held, Error> {
+        let path = medium.path();
+        let failed = || Error::io("take a lease of", path);
+        let holder = Holder::of(medium.as_ref())?;
+        let lease = Lease { holder, beat: now(), snapshot, entry: short(entry), planned: [0; 4] };
+        // Hosts, and processes of a host, start to look at different places.
+        let start = holder.host.wrapping_add(u64::from(holder.pid)) % LEASE_SLOTS;
+        for slot in (0..LEASE_SLOTS).map(|step| (start + step) % LEASE_SLOTS) {
+            if !medium.try_lock(offset(slot)).map_err(failed())? {
+                continue;
+            }
+            // Only who collects garbage may decide that another host is gone.
+            let is_others = read(medium.as_ref(), slot)?
+                .is_some_and(|found| found.holder.host != holder.host && medium.facts().shared_between_hosts);
+            if !is_others {
+                write(medium.as_ref(), slot, Some(&lease))?;
+                // On a medium of several hosts another one may have come at the same moment.
+                if read(medium.as_ref(), slot)? == Some(lease) {
+                    return Ok(Held { medium: medium.clone(), slot, lease: Mutex::new(lease) });
+                }
+            }
+            medium.unlock(offset(slot)).map_err(failed())?;
+        }
+        Err(Error::NoLease { path: path.to_path_buf(), slots: LEASE_SLOTS })
+    }
+
+    /// Says that the holder lives.
+    ///
+    /// # Errors
+    /// [`Error::LeaseLost`], [`Error::Io`].
+    pub fn beat(&self) -> Result<(), Error> {
+        self.update(|_| {})
+    }
+
+    /// Changes what the lease says.
+    ///
+    /// # Errors
+    /// As for [`beat`](Self::beat).
+    pub fn update(&self, change: impl FnOnce(&mut Lease)) -> Result<(), Error> {
+        let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        if read(self.medium.as_ref(), self.slot)? != Some(*lease) {
+            return Err(Error::LeaseLost { path: self.medium.path().to_path_buf() });
+        }
+        change(&mut lease);
+        lease.beat = now();
+        write(self.medium.as_ref(), self.slot, Some(&lease))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        // If that fails, the lock ends with the handle, which says the same. Another's lease is left alone.
+        if read(self.medium.as_ref(), self.slot).is_ok_and(|found| found == Some(*lease)) {
+            let _ = write(self.medium.as_ref(), self.slot, None);
+        }
+        let _ = self.medium.unlock(offset(self.slot));
+    }
 }

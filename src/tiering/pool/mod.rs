@@ -11,6 +11,7 @@ pub mod error;
 pub mod format;
 pub mod fsck;
 pub mod lease;
+mod lock;
 pub mod medium;
 mod place;
 pub mod reader;
@@ -22,6 +23,6 @@ mod tests;
 
 pub use error::Error;
 pub use medium::{Facts, Medium};
-pub use reader::PoolTier;
+pub use reader::{OnLost, PoolTier};
 pub use space::Space;
 pub use writer::Writer;

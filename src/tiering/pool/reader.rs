@@ -5,12 +5,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use super::catalogue::{Catalogue, Entry, Head};
 use super::error::Error;
 use super::format::{Geometry, SUM_LEN};
-use super::lease::{self, BEAT_S};
+use super::lease::{BEAT, Held};
 use super::medium::Medium;
 use crate::snapshot::{PAGE_SIZE, PlacementCounts, SnapshotId, TierAccess, TierSource};
 use crate::tiering::tier::{Mappable, Tier, TierRun};
@@ -21,47 +20,50 @@ pub struct PoolTier {
     medium: Arc<dyn Medium>,
     catalogue: Catalogue,
     head: Head,
-    lease: Option<u64>,
     entry: OnceLock<Entry>,
-    heart: Option<Heart>,
+    /// Before the lease: it stops first.
+    _heart: Option<Heart>,
+    lease: Option<Arc<Held>>,
 }
 
+/// Told that the lease is lost: what is mapped may be freed, and used for something else.
+pub type OnLost = Box<dyn FnOnce(Error) + Send>;
+
 impl PoolTier {
-    /// Opens a snapshot of the pool on `medium`. `leased`: its bytes will be mapped.
+    /// Opens a snapshot of the pool on `medium`. `leased`: its bytes will be mapped, and who is told should others end the
+    /// lease.
     ///
     /// # Errors
     /// [`Error::NoSnapshot`], [`Error::NoLease`], and as for [`Catalogue::read`].
-    pub fn open(medium: Arc<dyn Medium>, snapshot: SnapshotId, leased: bool) -> Result<PoolTier, Error> {
+    pub fn open(medium: Arc<dyn Medium>, snapshot: SnapshotId, leased: Option<OnLost>) -> Result<PoolTier, Error> {
         let path = medium.path().to_path_buf();
         let missing = || Error::NoSnapshot { path: path.clone(), what: snapshot.to_string() };
         let mut catalogue = Catalogue::read(medium.as_ref())?;
         let mut head = catalogue.live(snapshot).cloned().ok_or_else(missing)?;
         let mut lease = None;
-        while leased && lease.is_none() {
-            let slot = lease::take(medium.as_ref(), snapshot, head.entry.digest)?;
+        while leased.is_some() && lease.is_none() {
+            let held = Held::take(&medium, snapshot, head.entry.digest)?;
             // Only now nobody can free its pages; until now somebody could.
             catalogue = Catalogue::read(medium.as_ref())?;
             let now = catalogue.live(snapshot).cloned();
-            if now.as_ref().is_some_and(|now| now.entry == head.entry) {
-                lease = Some(slot);
-            } else {
-                lease::give_back(medium.as_ref(), slot)?;
-                head = now.ok_or_else(missing)?;
+            match now.as_ref().is_some_and(|now| now.entry == head.entry) {
+                true => lease = Some(Arc::new(held)),
+                false => head = now.ok_or_else(missing)?,
             }
         }
-        let beats = lease.filter(|_| medium.facts().shared_between_hosts);
-        let heart = beats.map(|slot| Heart::start(medium.clone(), slot)).transpose();
-        let heart = heart.map_err(Error::io("keep a lease of", &path))?;
-        Ok(PoolTier { medium, catalogue, head, lease, entry: OnceLock::new(), heart })
+        let beats = lease.clone().zip(leased).filter(|_| medium.facts().shared_between_hosts);
+        let heart = beats.map(|(held, on_lost)| Heart::start(held, on_lost)).transpose();
+        let _heart = heart.map_err(Error::io("keep a lease of", &path))?;
+        Ok(PoolTier { medium, catalogue, head, entry: OnceLock::new(), _heart, lease })
     }
 
     /// Notes in the lease what the VM was planned to have, for who looks at the pool.
     pub fn note_plan(&self, counts: &PlacementCounts) -> Result<(), Error> {
-        let Some(slot) = self.lease else { return Ok(()) };
+        let Some(lease) = &self.lease else { return Ok(()) };
         let pages = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         let planned =
             [pages(counts.in_place + counts.cow_file), pages(counts.preload), pages(counts.zero), pages(counts.lazy)];
-        lease::update(self.medium.as_ref(), slot, |lease| lease.planned = planned)
+        lease.update(|lease| lease.planned = planned)
     }
 
     fn geometry(&self) -> &Geometry {
@@ -74,16 +76,6 @@ impl PoolTier {
         }
         let entry = self.catalogue.entry(self.medium.as_ref(), &self.head)?;
         Ok(self.entry.get_or_init(|| entry))
-    }
-}
-
-impl Drop for PoolTier {
-    fn drop(&mut self) {
-        self.heart.take();
-        if let Some(slot) = self.lease {
-            // If that fails, the lock ends with the handle, which says the same.
-            let _ = lease::give_back(self.medium.as_ref(), slot);
-        }
     }
 }
 
@@ -151,16 +143,19 @@ struct Heart {
 }
 
 impl Heart {
-    fn start(medium: Arc<dyn Medium>, slot: u64) -> io::Result<Heart> {
+    fn start(lease: Arc<Held>, on_lost: OnLost) -> io::Result<Heart> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let beat = move || {
-            while !stopped.load(Ordering::Relaxed) {
-                std::thread::park_timeout(Duration::from_secs(BEAT_S));
-                if !stopped.load(Ordering::Relaxed)
-                    && let Err(error) = lease::update(medium.as_ref(), slot, |_| {})
-                {
-                    tracing::error!(%error, "The lease of a pool cannot be kept alive");
+            loop {
+                std::thread::park_timeout(BEAT);
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                match lease.beat() {
+                    Ok(()) => {}
+                    Err(error @ Error::LeaseLost { .. }) => return on_lost(error),
+                    Err(error) => tracing::error!(%error, "The lease of a pool cannot be kept alive"),
                 }
             }
         };

@@ -4,13 +4,15 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::add::Added;
 use super::catalogue::Catalogue;
+use super::format::{LEASE_LEN, LEASES, WRITER};
 use super::fsck;
-use super::lease::{self, EXPIRY_S, Holder};
+use super::lease::{self, EXPIRY_S, Held};
 use super::writer::{self, Writer};
 use super::{Error, Facts, Medium, PoolTier};
 use crate::snapshot::{
@@ -37,20 +39,27 @@ struct Memory {
 #[derive(Debug)]
 struct FakeMedium {
     file: File,
-    memory: Mutex<Memory>,
+    memory: Arc<Mutex<Memory>>,
     shared: bool,
 }
 
 impl FakeMedium {
     fn new() -> FakeMedium {
         let memory = Memory { now: vec![0; LEN], durable: vec![0; LEN], pending: Vec::new(), left: None };
-        FakeMedium { file: tempfile::tempfile().unwrap(), memory: Mutex::new(memory), shared: false }
+        FakeMedium { file: tempfile::tempfile().unwrap(), memory: Arc::new(Mutex::new(memory)), shared: false }
     }
 
     fn formatted() -> FakeMedium {
         let medium = FakeMedium::new();
         writer::create(&medium, PoolId([7; 32]), None, "fake").unwrap();
         medium
+    }
+
+    /// One that hosts share, as two of them have it.
+    fn of_two_hosts() -> [Arc<FakeMedium>; 2] {
+        let one = FakeMedium { shared: true, ..FakeMedium::formatted() };
+        let other = FakeMedium { file: tempfile::tempfile().unwrap(), memory: one.memory.clone(), shared: true };
+        [one, other].map(Arc::new)
     }
 
     fn fail_after(&self, writes: usize) {
@@ -177,7 +186,7 @@ fn add(medium: &FakeMedium, chain: &Chain, name: &str) -> Result<super::catalogu
 
 /// All of guest memory as the pool has it.
 fn content(medium: &Arc<FakeMedium>, chain: &Chain) -> Vec<u8> {
-    let tier = PoolTier::open(medium.clone(), chain.tip().id(), false).unwrap();
+    let tier = PoolTier::open(medium.clone(), chain.tip().id(), None).unwrap();
     let mut memory = vec![0; 640 * PAGE_SIZE as usize];
     for run in tier.runs().unwrap() {
         let at = run.extent.gpa() as usize;
@@ -222,9 +231,9 @@ fn pages_of_a_removed_snapshot_are_freed_when_nobody_needs_them() {
     let medium = Arc::new(FakeMedium::formatted());
     add(&medium, &base, "base").unwrap();
     add(&medium, &child, "child").unwrap();
-    let tier = PoolTier::open(medium.clone(), base.tip().id(), true).unwrap();
+    let tier = PoolTier::open(medium.clone(), base.tip().id(), Some(Box::new(|_| {}))).unwrap();
     Writer::open(medium.as_ref()).unwrap().remove("base").unwrap();
-    let gone = PoolTier::open(medium.clone(), base.tip().id(), true).unwrap_err();
+    let gone = PoolTier::open(medium.clone(), base.tip().id(), Some(Box::new(|_| {}))).unwrap_err();
     assert!(matches!(gone, Error::NoSnapshot { .. }), "{gone}");
     let held = Writer::open(medium.as_ref()).unwrap().collect(None).unwrap();
     assert_eq!((held.held, held.pages), (1, 0));
@@ -238,22 +247,87 @@ fn pages_of_a_removed_snapshot_are_freed_when_nobody_needs_them() {
     assert!(fsck::check(medium.as_ref(), &mut |_, _| {}).unwrap().is_good());
 }
 
+/// A lease of a snapshot that there need not be.
+fn hold(medium: &Arc<FakeMedium>) -> Held {
+    let medium: Arc<dyn Medium> = medium.clone();
+    Held::take(&medium, Default::default(), Digest::default()).unwrap()
+}
+
+fn lasting(medium: &FakeMedium, expiry_s: u64) -> usize {
+    lease::abandon(medium, expiry_s, &mut || Ok(())).unwrap().len()
+}
+
 #[test]
-fn a_lease_of_another_host_counts_until_it_is_old() {
-    let medium = FakeMedium { shared: true, ..FakeMedium::formatted() };
-    let slot = lease::take(&medium, Default::default(), Digest::default()).unwrap();
-    assert_eq!(lease::live(&medium, EXPIRY_S).unwrap().len(), 1);
-    let mut elsewhere = None;
-    lease::update(&medium, slot, |lease| {
-        lease.holder = Holder { host: lease.holder.host ^ 1, ..lease.holder };
-        elsewhere = Some(*lease);
-    })
-    .unwrap();
-    assert_eq!(lease::live(&medium, EXPIRY_S).unwrap().len(), 1);
-    let other = lease::take(&medium, Default::default(), Digest::default()).unwrap();
-    assert_ne!(other, slot);
-    std::thread::sleep(std::time::Duration::from_millis(1100));
-    assert_eq!(lease::live(&medium, 0).unwrap().iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), [other]);
+fn a_lease_of_another_host_is_ended_when_it_is_old_and_silent() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let (own, others) = (hold(&one), hold(&other));
+    assert_eq!(lease::live(one.as_ref(), EXPIRY_S).unwrap().len(), 2);
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(lease::live(one.as_ref(), 0).unwrap().len(), 1, "its own does not age");
+    // A clock that differs makes it look old, too: its heart beats.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(1500));
+            others.beat().unwrap();
+        });
+        assert_eq!(lasting(&one, 0), 2);
+    });
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(lasting(&one, 0), 1);
+    let lost = others.beat().unwrap_err();
+    assert!(matches!(lost, Error::LeaseLost { .. }), "{lost}");
+    own.beat().unwrap();
+    drop(others);
+    assert_eq!(lease::live(one.as_ref(), EXPIRY_S).unwrap().len(), 1);
+}
+
+#[test]
+fn who_has_lost_a_lease_leaves_the_slot_to_whom_it_is_now() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let lost = hold(&one);
+    let slot = lease::live(one.as_ref(), EXPIRY_S).unwrap()[0].0;
+    one.write(LEASES, &vec![0; (2048 * LEASE_LEN) as usize]).unwrap();
+    let taken = hold(&other);
+    let now = lease::live(other.as_ref(), EXPIRY_S).unwrap()[0].0;
+    let mut bytes = [0; LEASE_LEN as usize];
+    other.read(LEASES + now * LEASE_LEN, &mut bytes).unwrap();
+    one.write(LEASES + slot * LEASE_LEN, &bytes).unwrap();
+    drop(lost);
+    let left: Vec<u64> = lease::live(other.as_ref(), EXPIRY_S).unwrap().iter().map(|(slot, _)| *slot).collect();
+    assert!(left.contains(&slot) && left.contains(&now), "{left:?}");
+    drop(taken);
+}
+
+#[test]
+fn of_two_hosts_one_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = snapshot(dir.path(), "base", BASE);
+    let [one, other] = FakeMedium::of_two_hosts();
+    add(&one, &base, "base").unwrap();
+    let mut writer = Writer::open(one.as_ref()).unwrap();
+    let busy = Writer::open(other.as_ref()).err().unwrap();
+    assert!(matches!(busy, Error::Busy { .. }), "{busy}");
+    // As if it had been silent for long, and the other had watched it.
+    other.write(WRITER, &[0; 64]).unwrap();
+    let mut taken = Writer::open(other.as_ref()).unwrap();
+    let ousted = writer.remove("base").unwrap_err();
+    assert!(matches!(ousted, Error::Ousted { .. }), "{ousted}");
+    drop(writer);
+    taken.remove("base").unwrap();
+    let still = Writer::open(one.as_ref()).err().unwrap();
+    assert!(matches!(still, Error::Busy { .. }), "who was ousted has ended the other's right: {still}");
+    drop(taken);
+    assert_eq!(Writer::open(one.as_ref()).unwrap().collect(None).unwrap().snapshots, 1);
+}
+
+#[test]
+fn a_pool_that_vms_of_another_host_run_from_is_not_formatted() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let held = hold(&other);
+    let refused = writer::create(one.as_ref(), PoolId([8; 32]), Some("fake"), "fake").unwrap_err();
+    assert!(matches!(refused, Error::InUse { vms: 1, .. }), "{refused}");
+    drop(held);
+    writer::create(one.as_ref(), PoolId([8; 32]), Some("fake"), "fake").unwrap();
 }
 
 #[test]
@@ -292,7 +366,7 @@ fn flipped_bits_are_found_wherever_they_are() {
         medium.flip(offset);
     }
     medium.flip(geometry.page(at));
-    let tier = PoolTier::open(medium.clone(), base.tip().id(), false).unwrap();
+    let tier = PoolTier::open(medium.clone(), base.tip().id(), None).unwrap();
     let refused = tier.read(at * PAGE_SIZE, &mut vec![0; 2 * PAGE_SIZE as usize]).unwrap_err().to_string();
     assert!(refused.contains("does not match its checksum"), "{refused}");
     // A damaged page is not shared.

@@ -1,26 +1,21 @@
 //! The one process that changes a pool: makes it, removes snapshots, collects what nobody uses.
 
 use std::collections::HashSet;
-use std::time::{Duration, Instant};
 
 use super::catalogue::{Catalogue, Entry, Head, Run};
 use super::error::Error;
-use super::format::{BLOCK, BLOCK_PAGES, Geometry, SLOT, Superblock, WRITER, superblocks};
-use super::lease::{self, EXPIRY_S, Holder, now};
+use super::format::{BLOCK, BLOCK_PAGES, Geometry, SLOT, Superblock, superblocks};
+use super::lease::{self, EXPIRY_S, now};
+use super::lock::Lock;
 use super::medium::Medium;
 use super::space::Space;
 use crate::snapshot::PoolId;
-
-/// Bytes of the writer's record: host, pid, heartbeat, checksum.
-const RECORD: usize = 24;
-/// How often a writer says that it lives.
-const BEAT: Duration = Duration::from_secs(5);
 
 /// Makes a pool of `medium`. `format`: the name of the medium, if the user gave one to have it formatted whatever is on it;
 /// `name` is what that must be. `is_blank`: nothing else can be on it.
 ///
 /// # Errors
-/// [`Error::Exists`], [`Error::Foreign`], [`Error::TooSmall`], [`Error::Io`].
+/// [`Error::Exists`], [`Error::Foreign`], [`Error::InUse`], [`Error::TooSmall`], [`Error::Io`].
 pub fn create(medium: &dyn Medium, id: PoolId, format: Option<&str>, name: &str) -> Result<(), Error> {
     let path = medium.path().to_path_buf();
     let geometry = Geometry::of(medium.size(), &path)?;
@@ -31,7 +26,13 @@ pub fn create(medium: &dyn Medium, id: PoolId, format: Option<&str>, name: &str)
             return Err(Error::Foreign { path, name: name.to_string() });
         }
     }
-    let _lock = Lock::take(medium)?;
+    let mut lock = Lock::take(medium)?;
+    if superblocks(medium).is_ok() {
+        let vms = lease::abandon(medium, EXPIRY_S, &mut || lock.beat())?.len();
+        if vms > 0 {
+            return Err(Error::InUse { path, vms });
+        }
+    }
     let writing = || Error::io("format", &path);
     // No older state may come back, and no lease.
     let zeros = vec![0; 64 << 10];
@@ -64,77 +65,6 @@ fn refuse_what_is_there(medium: &dyn Medium, name: &str) -> Result<(), Error> {
         }
         Err(Error::Newer { .. } | Error::Damaged { .. }) => Err(Error::Foreign { path, name }),
         Err(error) => Err(error),
-    }
-}
-
-/// The right to write. Given back on drop.
-struct Lock<'m> {
-    medium: &'m dyn Medium,
-    beaten: Instant,
-}
-
-impl<'m> Lock<'m> {
-    fn take(medium: &'m dyn Medium) -> Result<Lock<'m>, Error> {
-        let path = medium.path();
-        let busy = |who: String| Error::Busy { path: path.to_path_buf(), who };
-        let failed = || Error::io("lock", path);
-        let locked = medium.try_lock(WRITER).map_err(failed())?;
-        let mut record = [0; RECORD];
-        medium.read(WRITER, &mut record).map_err(failed())?;
-        let (other, beat) = decode(&record);
-        if !locked {
-            return Err(busy(format!("process {} of this host", other.pid)));
-        }
-        let me = Holder::this_process();
-        let age = now().saturating_sub(beat);
-        if medium.facts().shared_between_hosts && other.host != 0 && other.host != me.host && age <= WRITER_EXPIRY_S {
-            let who = format!("process {} of another host, last heard of {age} s ago", other.pid);
-            medium.unlock(WRITER).map_err(failed())?;
-            return Err(busy(who));
-        }
-        let mut lock = Lock { medium, beaten: Instant::now() };
-        lock.write(me)?;
-        medium.read(WRITER, &mut record).map_err(failed())?;
-        match decode(&record).0 == me {
-            true => Ok(lock),
-            // Two hosts at the same moment: the later one has it.
-            false => Err(busy("another host".to_string())),
-        }
-    }
-
-    fn write(&mut self, holder: Holder) -> Result<(), Error> {
-        self.beaten = Instant::now();
-        let mut record = [0; RECORD];
-        record[..8].copy_from_slice(&holder.host.to_le_bytes());
-        record[8..12].copy_from_slice(&holder.pid.to_le_bytes());
-        record[12..20].copy_from_slice(&now().to_le_bytes());
-        let sum = crc32c::crc32c(&record[..20]);
-        record[20..].copy_from_slice(&sum.to_le_bytes());
-        let failed = || Error::io("lock", self.medium.path());
-        self.medium.write(WRITER, &record).map_err(failed())?;
-        if self.medium.facts().shared_between_hosts {
-            self.medium.flush(WRITER, RECORD as u64).map_err(failed())?;
-        }
-        Ok(())
-    }
-}
-
-/// A writer of another host that has not been heard of for so long is gone.
-const WRITER_EXPIRY_S: u64 = 60;
-
-fn decode(record: &[u8; RECORD]) -> (Holder, u64) {
-    let long = |at: usize| u64::from_le_bytes(record[at..at + 8].try_into().unwrap_or_default());
-    let word = |at: usize| u32::from_le_bytes(record[at..at + 4].try_into().unwrap_or_default());
-    let whole = crc32c::crc32c(&record[..20]) == word(20);
-    let nobody = (Holder { host: 0, pid: 0 }, 0);
-    if whole { (Holder { host: long(0), pid: word(8) }, long(12)) } else { nobody }
-}
-
-impl Drop for Lock<'_> {
-    fn drop(&mut self) {
-        // If that fails, the lock itself still ends with its handle.
-        let _ = self.write(Holder { host: 0, pid: 0 });
-        let _ = self.medium.unlock(WRITER);
     }
 }
 
@@ -175,13 +105,11 @@ impl<'m> Writer<'m> {
 
     /// Says that this writer lives, if that was long ago.
     pub(super) fn beat(&mut self) -> Result<(), Error> {
-        match self.lock.beaten.elapsed() > BEAT {
-            true => self.lock.write(Holder::this_process()),
-            false => Ok(()),
-        }
+        self.lock.beat()
     }
 
     pub(super) fn publish(&mut self, heads: Vec<Head>, fresh: &[(usize, Entry)]) -> Result<(), Error> {
+        self.lock.check()?;
         let next = self.state.publish(self.medium, &self.older, heads, fresh)?;
         self.older = vec![std::mem::replace(&mut self.state, next)];
         Ok(())
@@ -210,10 +138,11 @@ impl<'m> Writer<'m> {
         Ok(head)
     }
 
-    /// Frees the pages of removed snapshots that no VM maps. `expiry_s`: as for [`lease::live`].
+    /// Frees the pages of removed snapshots that no VM maps, and ends leases of other hosts that have been silent for
+    /// `expiry_s`, after they have been watched.
     pub fn collect(&mut self, expiry_s: Option<u64>) -> Result<Collected, Error> {
         let before = self.space()?.free();
-        let leases = lease::live(self.medium, expiry_s.unwrap_or(EXPIRY_S))?;
+        let leases = lease::abandon(self.medium, expiry_s.unwrap_or(EXPIRY_S), &mut || self.lock.beat())?;
         let held: HashSet<[u8; 16]> = leases.iter().map(|(_, lease)| lease.entry).collect();
         let is_held = |head: &Head| held.contains(&lease::short(head.entry.digest));
         let (retired, mut heads): (Vec<Head>, Vec<Head>) =

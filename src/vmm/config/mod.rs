@@ -4,6 +4,8 @@
 
 mod cpu;
 mod devices;
+mod error;
+mod load;
 mod place;
 mod sections;
 #[cfg(test)]
@@ -12,7 +14,7 @@ mod tests;
 use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
@@ -20,11 +22,15 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+use super::control::LoadSnapshot;
+
 pub use cpu::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
 pub use devices::{
     BalloonConfig, CacheType, DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, IoEngine, MAX_DEVICES,
     NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
 };
+pub use error::ConfigError;
+pub use load::{LoadBody, snapshot_paths};
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,
     HugePages, LogLevel, LoggerConfig, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigPatch,
@@ -63,103 +69,13 @@ const KEYS: &[&str] = &[
     "mmds-config",
     "network-interfaces",
     "pmem",
+    "snapshot-load",
     "tvmm",
     "vsock",
 ];
 
-/// Why a config was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("Config file {} cannot be read.", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The file is too large to be a config.
-    #[error("Config file {} is larger than {MAX_FILE_BYTES} bytes.", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The file was read but what it says is refused.
-    #[error("Config file {} is refused.", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<ConfigError>,
-    },
-    /// Not JSON, or not of the schema.
-    #[error("Config is not valid at {key}, line {line}, column {column}: {reason}.")]
-    Json {
-        /// The key the parser was at, dotted; `the top level` when at none.
-        key: String,
-        /// Counted from 1.
-        line: usize,
-        /// Counted from 1.
-        column: usize,
-        /// The parser's own words.
-        reason: String,
-    },
-    /// vcpu_count out of range.
-    #[error("Machine config's vcpu_count is {vcpu_count}, but must be from 1 to {MAX_VCPU_COUNT}.")]
-    VcpuCount {
-        /// The value given.
-        vcpu_count: u8,
-    },
-    /// mem_size_mib out of range.
-    #[error("Machine config's mem_size_mib is {mem_size_mib}, but must be from 1 to {MAX_MEM_SIZE_MIB} (1 TiB).")]
-    MemSize {
-        /// The value given.
-        mem_size_mib: u64,
-    },
-    /// A path that is the empty string.
-    #[error("Boot source's {key} is empty; leave it out if there is none.")]
-    EmptyPath {
-        /// The key.
-        key: &'static str,
-    },
-    /// More devices than there are interrupt lines.
-    #[error("There are {count} devices, but at most {MAX_DEVICES} can be attached.")]
-    TooManyDevices {
-        /// How many are asked for.
-        count: usize,
-    },
-    /// A device that cannot be.
-    #[error("{kind} `{id}` is refused: {what}.")]
-    Device {
-        /// Its kind.
-        kind: &'static str,
-        /// Its id.
-        id: String,
-        /// Why.
-        what: &'static str,
-    },
-    /// The built-in guest has no use for it.
-    #[error("Boot source's initrd_path needs a kernel_image_path: the built-in guest takes no initrd.")]
-    InitrdWithoutKernel,
-    /// Two guests at once.
-    #[error("There is both a kernel_image_path and tvmm.guest, a built-in guest; leave one out.")]
-    TwoGuests,
-    /// A command line that would end early.
-    #[error("Boot source's boot_args contain a NUL byte.")]
-    NulInBootArgs,
-    /// Firecracker has it, tvmm does not.
-    #[error("{subject} not supported yet.")]
-    NotSupported {
-        /// The thing and its verb.
-        subject: Cow<'static, str>,
-    },
-}
-
-impl ConfigError {
-    fn not_supported(subject: impl Into<Cow<'static, str>>) -> Self {
-        Self::NotSupported { subject: subject.into() }
-    }
-}
+/// What a config that loads a snapshot may have besides: all else would shape the machine, which the snapshot does.
+const KEYS_BESIDE_LOAD: &[&str] = &["logger", "metrics", "snapshot-load"];
 
 /// The error for a section of Firecracker's schema that tvmm cannot build yet; none if `key` is not such a section.
 pub fn unbuilt_section_error(key: &str) -> Option<ConfigError> {
@@ -184,6 +100,8 @@ pub struct VmConfig {
     pub devices: DeviceConfigs,
     /// What Firecracker has no key for.
     pub tvmm: TvmmConfig,
+    /// The snapshot to restore instead of booting.
+    pub snapshot_load: Option<Box<LoadSnapshot>>,
 }
 
 impl VmConfig {
@@ -199,6 +117,12 @@ impl VmConfig {
             return Err(ConfigError::not_supported(section.subject));
         }
         let mut config = parsed.config;
+        if let Some(load) = parsed.load {
+            if let Some(key) = parsed.shapes_machine {
+                return Err(ConfigError::BootAndLoad { key });
+            }
+            config.snapshot_load = Some(Box::new(load.check()?));
+        }
         if let Some(path) = &parsed.cpu_config_path {
             config.cpu = Some(parse(&read(path)?).map_err(|error| in_file(path, error))?);
         }
@@ -247,11 +171,56 @@ struct Parsed {
     cpu_config_path: Option<PathBuf>,
     /// The first section that asks for something tvmm cannot build.
     unbuilt: Option<&'static UnbuiltSection>,
+    load: Option<LoadBody>,
+    /// The first section that is not empty and shapes the machine.
+    shapes_machine: Option<&'static str>,
 }
 
 impl<'de> Deserialize<'de> for Parsed {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_map(ConfigVisitor)
+    }
+}
+
+impl Parsed {
+    /// Reads the value of a key that there is; whether it says something.
+    fn take_section<'de, A: MapAccess<'de>>(&mut self, key: &'static str, map: &mut A) -> Result<bool, A::Error> {
+        let config = &mut self.config;
+        let devices = &mut config.devices;
+        Ok(match key {
+            "boot-source" => set(&mut config.boot_source, map)?,
+            "machine-config" => set(&mut config.machine, map)?,
+            "cpu-config" => {
+                let source = map.next_value::<Option<CpuConfigSource>>()?;
+                let is_there = source.is_some();
+                match source {
+                    Some(CpuConfigSource::File(path)) => self.cpu_config_path = Some(path),
+                    Some(CpuConfigSource::Here(template)) => config.cpu = Some(template),
+                    None => {}
+                }
+                is_there
+            }
+            "logger" => set_some(&mut config.logger, map)?,
+            "metrics" => set_some(&mut config.metrics, map)?,
+            "tvmm" => set(&mut config.tvmm, map)?,
+            "drives" => set(&mut devices.drives, map)? && !devices.drives.is_empty(),
+            "network-interfaces" => {
+                set(&mut devices.network_interfaces, map)? && !devices.network_interfaces.is_empty()
+            }
+            "pmem" => set(&mut devices.pmem, map)? && !devices.pmem.is_empty(),
+            "vsock" => set_some(&mut devices.vsock, map)?,
+            "balloon" => set_some(&mut devices.balloon, map)?,
+            "entropy" => set_some(&mut devices.entropy, map)?,
+            "snapshot-load" => set_some(&mut self.load, map)?,
+            _ => {
+                let value: Value = map.next_value()?;
+                let is_empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+                if !is_empty && self.unbuilt.is_none() {
+                    self.unbuilt = UNBUILT_SECTIONS.iter().find(|section| section.key == key);
+                }
+                !is_empty
+            }
+        })
     }
 }
 
@@ -276,31 +245,9 @@ impl<'de> Visitor<'de> for ConfigVisitor {
                 return Err(A::Error::duplicate_field(key));
             }
             seen.push(key);
-            let config = &mut parsed.config;
-            match key {
-                "boot-source" => config.boot_source = value_or_default(&mut map)?,
-                "machine-config" => config.machine = value_or_default(&mut map)?,
-                "cpu-config" => match map.next_value::<Option<CpuConfigSource>>()? {
-                    Some(CpuConfigSource::File(path)) => parsed.cpu_config_path = Some(path),
-                    Some(CpuConfigSource::Here(template)) => config.cpu = Some(template),
-                    None => {}
-                },
-                "logger" => config.logger = map.next_value()?,
-                "metrics" => config.metrics = map.next_value()?,
-                "tvmm" => config.tvmm = value_or_default(&mut map)?,
-                "drives" => config.devices.drives = value_or_default(&mut map)?,
-                "network-interfaces" => config.devices.network_interfaces = value_or_default(&mut map)?,
-                "pmem" => config.devices.pmem = value_or_default(&mut map)?,
-                "vsock" => config.devices.vsock = map.next_value()?,
-                "balloon" => config.devices.balloon = map.next_value()?,
-                "entropy" => config.devices.entropy = map.next_value()?,
-                _ => {
-                    let value: Value = map.next_value()?;
-                    let is_empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-                    if !is_empty && parsed.unbuilt.is_none() {
-                        parsed.unbuilt = UNBUILT_SECTIONS.iter().find(|section| section.key == key);
-                    }
-                }
+            let says_something = parsed.take_section(key, &mut map)?;
+            if says_something && !KEYS_BESIDE_LOAD.contains(&key) {
+                parsed.shapes_machine.get_or_insert(key);
             }
         }
         Ok(parsed)
@@ -338,17 +285,29 @@ impl<'de> Visitor<'de> for CpuConfigVisitor {
     }
 }
 
-/// `null` is as good as absent, because `GET /vm/config` prints absent sections so.
-fn value_or_default<'de, T: Deserialize<'de> + Default, A: MapAccess<'de>>(map: &mut A) -> Result<T, A::Error> {
-    Ok(map.next_value::<Option<T>>()?.unwrap_or_default())
+/// Reads a section; whether it is there. `null` is as good as absent, because `GET /vm/config` prints absent sections so.
+fn set<'de, T: Deserialize<'de>, A: MapAccess<'de>>(section: &mut T, map: &mut A) -> Result<bool, A::Error> {
+    let Some(value) = map.next_value()? else { return Ok(false) };
+    *section = value;
+    Ok(true)
+}
+
+/// The same, where a machine may have none.
+fn set_some<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
+    section: &mut Option<T>,
+    map: &mut A,
+) -> Result<bool, A::Error> {
+    *section = map.next_value()?;
+    Ok(section.is_some())
 }
 
 /// Firecracker's `GET /vm/config`: every section, those without a device as `null` or `[]`. `tvmm` is printed only
-/// when it says something, so that a machine without extensions prints exactly what Firecracker would.
+/// when it says something, so that a machine without extensions prints exactly what Firecracker would; `snapshot-load` never,
+/// as it tells how a machine came to be and not what it is.
 impl Serialize for VmConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let has_extension = self.tvmm != TvmmConfig::default();
-        let mut map = serializer.serialize_map(Some(KEYS.len() - usize::from(!has_extension)))?;
+        let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("boot-source", &self.boot_source)?;
         map.serialize_entry("machine-config", &self.machine)?;
         map.serialize_entry("cpu-config", &self.cpu)?;

@@ -62,7 +62,7 @@ fn serialized_config_has_firecrackers_shape_and_can_be_read_back() {
 #[test]
 fn every_key_is_either_built_or_in_the_table() {
     let devices = ["balloon", "drives", "entropy", "network-interfaces", "pmem", "vsock"];
-    let built = ["boot-source", "cpu-config", "logger", "machine-config", "metrics", "tvmm"];
+    let built = ["boot-source", "cpu-config", "logger", "machine-config", "metrics", "snapshot-load", "tvmm"];
     let mut keys: Vec<&str> = UNBUILT_SECTIONS.iter().map(|section| section.key).chain(built).chain(devices).collect();
     keys.sort_unstable();
     assert_eq!(keys, KEYS);
@@ -303,4 +303,75 @@ fn from_json_cpu_config_may_be_a_template_or_name_its_file() {
     std::fs::write(file.path(), "{").unwrap();
     let broken = serde_json::json!({ "cpu-config": file.path() }).to_string();
     assert!(refusal(&broken).contains(&format!("{} is refused", file.path().display())));
+}
+
+#[test]
+fn snapshot_load_is_read_and_shuts_out_what_shapes_a_machine() {
+    let text = r#"{"logger": {"level": "Info"}, "metrics": {"metrics_path": "m"}, "drives": [], "vsock": null,
+        "snapshot-load": {"snapshot_path": "s", "resume_vm": true, "tvmm": {"policy": "tiered", "pools": ["a", "b"],
+            "cold_pools": ["c"], "cold_cache": "d", "cold_cache_mib": 7, "dram_price": 3, "costs": "e"}}}"#;
+    let config = VmConfig::from_json(text).unwrap();
+    let load = config.snapshot_load.as_deref().unwrap();
+    assert_eq!((load.location.snapshot.as_path(), load.resume), (Path::new("s"), true));
+    assert_eq!(load.pools, [Path::new("a"), Path::new("b")]);
+    assert_eq!((load.cold.pools.as_slice(), load.cold.cache_mib), (&["c".to_owned()][..], Some(7)));
+    assert_eq!((load.dram_price_us, load.costs.as_deref()), (Some(3), Some(Path::new("e"))));
+    assert_eq!(VmConfig::from_json(r#"{"snapshot-load": null}"#).unwrap(), VmConfig::default());
+    let load = r#""snapshot-load": {"snapshot_path": "s"}"#;
+    for (key, value) in [
+        ("boot-source", "{}"),
+        ("machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 1}"#),
+        ("cpu-config", "{}"),
+        ("tvmm", "{}"),
+        ("drives", r#"[{"drive_id": "a", "is_root_device": false, "path_on_host": "f"}]"#),
+        ("vsock", r#"{"guest_cid": 3, "uds_path": "v"}"#),
+        ("entropy", "{}"),
+    ] {
+        let said = refusal(&format!(r#"{{"{key}": {value}, {load}}}"#));
+        assert!(said.starts_with(&format!("Config has both snapshot-load and {key}:")), "{said}");
+    }
+}
+
+#[test]
+fn snapshot_load_that_makes_no_sense_is_refused() {
+    for (fields, said) in [
+        (r#""snapshot_path": """#, "Snapshot's snapshot_path is empty."),
+        (
+            r#""snapshot_path": "s", "tvmm": {"plan": "p", "policy": "eager"}"#,
+            "Snapshot load has both tvmm.plan and tvmm.policy; leave one out.",
+        ),
+        (
+            r#""snapshot_path": "s", "mem_file_path": "m", "tvmm": {"cold_pools": ["c"]}"#,
+            "Snapshot load has both a pool and mem_file_path; leave one out.",
+        ),
+        (
+            r#""snapshot_path": "s", "tvmm": {"cold_cache": "c"}"#,
+            "Snapshot load has tvmm.cold_cache, which needs tvmm.cold_pools.",
+        ),
+        (
+            r#""snapshot_path": "s", "tvmm": {"cold_pools": ["c"], "cold_cache_mib": 1}"#,
+            "Snapshot load has tvmm.cold_cache_mib, which needs tvmm.cold_cache.",
+        ),
+        (
+            r#""snapshot_path": "s", "tvmm": {"cold_pools": ["c"], "cold_cache": "c", "cold_cache_mib": 0}"#,
+            "Snapshot load's tvmm.cold_cache_mib must be 1 or more.",
+        ),
+    ] {
+        assert_eq!(refusal(&format!(r#"{{"snapshot-load": {{{fields}}}}}"#)), said);
+    }
+    for (fields, place, reason) in [
+        (r#""snapshot_path": "s", "pools": []"#, "at snapshot-load.pools", "unknown field `pools`"),
+        (r#""snapshot_path": "s", "tvmm": {"pool": []}"#, "at snapshot-load.tvmm.pool", "unknown field `pool`"),
+        (r#""snapshot_path": "s", "tvmm": {"pools": "p"}"#, "at snapshot-load.tvmm.pools", "invalid type"),
+        (r#""snapshot_path": "s", "tvmm": {"dram_price": -1}"#, "at snapshot-load.tvmm.dram_price", "invalid value"),
+        (r#""resume_vm": true"#, "at snapshot-load", "missing field `snapshot_path`"),
+        (
+            r#""snapshot_path": "s", "mem_file_path": "m", "mem_backend": {"backend_type": "File", "backend_path": "m"}"#,
+            "line 1",
+            "too many fields",
+        ),
+    ] {
+        let said = refusal(&format!(r#"{{"snapshot-load": {{{fields}}}}}"#));
+        assert!(said.contains(place) && said.contains(reason), "{fields}: {said}");
+    }
 }

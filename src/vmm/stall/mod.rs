@@ -11,6 +11,8 @@
 //! | a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
 //! | the main thread | in a page fault, it has not run; while it restores, nobody has run |
 //!
+//! The same thread ends a VM whose memory may not be its own any more, when who finds that out says so ([`Stalls::end`]).
+//!
 //! If the main loop does not take the reason (it may be the one that waits), the process is ended from here.
 
 mod handler;
@@ -99,6 +101,8 @@ pub struct Stalls {
 #[derive(Debug, Default)]
 struct State {
     stopped: bool,
+    /// What somebody else has found out.
+    told: Option<String>,
     /// The files of the plan, as `PageSource::layer` counts them.
     sources: Vec<PathBuf>,
     activities: Vec<Activity>,
@@ -130,6 +134,12 @@ impl Stalls {
         self.restoring.store(false, Ordering::SeqCst);
     }
 
+    /// The guest cannot go on, for this reason.
+    pub fn end(&self, reason: String) {
+        lock(&self.state).told.get_or_insert(reason);
+        self.stop.notify_all();
+    }
+
     /// Whether the VM has waited for too long: who waits will not come back.
     pub fn is_stalled(&self) -> bool {
         self.reason.get().is_some()
@@ -138,6 +148,9 @@ impl Stalls {
     fn look(&self, threads: &mut SleepingThreads) -> Option<String> {
         let (now, seconds) = (Instant::now(), self.limit.as_secs_f64());
         let mut state = lock(&self.state);
+        if state.told.is_some() {
+            return state.told.clone();
+        }
         for reading in state.activities.iter().filter_map(Activity::now) {
             if now.saturating_duration_since(reading.since) >= self.limit {
                 return Some(state.describe(reading, seconds));
@@ -157,8 +170,8 @@ impl Stalls {
         let every = self.limit / LOOKS;
         let reason = loop {
             let state = lock(&self.state);
-            if self.stop.wait_timeout_while(state, every, |state| !state.stopped).is_ok_and(|(state, _)| state.stopped)
-            {
+            let idle = |state: &mut State| !state.stopped && state.told.is_none();
+            if self.stop.wait_timeout_while(state, every, idle).is_ok_and(|(state, _)| state.stopped) {
                 return;
             }
             if let Some(reason) = self.look(&mut threads) {
@@ -301,5 +314,21 @@ mod tests {
             assert!(reason.contains(part), "{reason}");
         }
         assert!(stalls.is_stalled());
+    }
+
+    #[test]
+    fn what_somebody_else_has_found_out_ends_the_guest_at_once() {
+        let watch = StallWatch::start(Duration::from_secs(3600)).unwrap();
+        let ending = Arc::new(EndingSignal::new().unwrap());
+        watch.stalls().restored(ending.clone());
+        watch.stalls().end("it is gone".to_string());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match ending.take() {
+                Some(Ending::Failed(reason)) => break assert_eq!(reason, "it is gone"),
+                _ => assert!(Instant::now() < deadline, "nobody is told"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }

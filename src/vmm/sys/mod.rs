@@ -13,7 +13,7 @@ pub mod limits;
 pub mod locks;
 pub mod mapping;
 pub mod mempolicy;
-
+pub mod netns;
 pub mod page_cache;
 pub mod pagemap;
 pub mod pagemap_scan;

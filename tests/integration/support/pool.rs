@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -64,6 +65,21 @@ impl Pool {
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
     }
+}
+
+/// The testbed's far memory.
+pub const DEVICE: &str = "/dev/dax0.0";
+
+/// The testbed's far memory, for one test at a time; `None`, which is said, without.
+pub fn far_memory() -> Option<MutexGuard<'static, ()>> {
+    static ONE: Mutex<()> = Mutex::new(());
+    // A test that failed leaves nothing that the next one minds.
+    let guard = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !Path::new(DEVICE).exists() {
+        println!("skipped: no {DEVICE} (make testbed)");
+        return None;
+    }
+    Some(guard)
 }
 
 /// A guest of 64 MiB that has filled `pages` pages, its snapshot at `out`, and the digest of what it filled.
