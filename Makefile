@@ -10,7 +10,8 @@ BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGE
 
 CASES   ?= 20000
 
-.PHONY: build agent demo test test-features fuzz lint setup install bench testbed testbed-hosts testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test test-features fuzz lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel \
+	linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -71,6 +72,12 @@ testbed-hosts: testbed-build
 	@resources/setup.sh --build-only
 	$(BUILD)
 	tests/testbed/hosts.sh $(BINARY)
+
+# The tests of RDMA there, on soft-RoCE, with a binary that has it. Needs CMake.
+testbed-rdma: testbed-build agent
+	@resources/setup.sh --build-only
+	cargo build --release --locked --features rdma
+	tests/testbed/rdma.sh target/release/tvmm
 
 testbed-build:
 	@tests/testbed/build.sh

@@ -16,7 +16,8 @@ pub struct ServeArgs {
     /// The cold pool (`tvmm pool create --tier remote`)
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Where to listen: tcp:HOST:PORT; port 0 lets the system choose one
+    /// Where to listen: tcp:HOST:PORT, or with RDMA built in rdma:HOST:PORT, an address of an RDMA device, so that clients read
+    /// this host's memory; port 0 lets the system choose one
     #[arg(long, value_name = "tcp:HOST:PORT")]
     listen: String,
     /// How many connections are served at once; each VM has one to three
@@ -25,14 +26,24 @@ pub struct ServeArgs {
     /// Memory for the indexes of the snapshots that are open, MiB
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     memory: u32,
-    /// How long a connection may be idle; clients connect again
+    /// How long a connection may be idle, unless it is read by RDMA; clients connect again
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     idle_timeout: u64,
+    /// Memory that clients may read by RDMA, MiB: the data of the snapshots that they have open, which stays in memory
+    /// meanwhile [default: 4096]
+    #[cfg(feature = "rdma")]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    registered: Option<u32>,
 }
 
+/// What clients may read by RDMA when nobody says otherwise, MiB.
+#[cfg(feature = "rdma")]
+const REGISTERED_MIB: u32 = 4096;
+
 pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
-    let Some(address) = args.listen.strip_prefix("tcp:") else {
-        return refuse(format!("tvmm listens at tcp:HOST:PORT, not at `{}`", args.listen));
+    let (scheme, address) = match args.listen.split_once(':') {
+        Some((scheme @ ("tcp" | "rdma"), address)) => (scheme, address),
+        _ => return refuse(format!("tvmm listens at tcp:HOST:PORT or rdma:HOST:PORT, not at `{}`", args.listen)),
     };
     let mut signals = EndSignals::take()?;
     let limits = Limits {
@@ -40,9 +51,28 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         index_bytes: (args.memory as usize) << 20,
         idle: Duration::from_secs(args.idle_timeout),
     };
-    let server = PageServer::listen(open_store(&args.dir)?, address, limits)?;
-    println!("tcp:{}", server.address()?);
+    let server = if scheme == "rdma" {
+        listen_rdma(args, address, limits)?
+    } else {
+        #[cfg(feature = "rdma")]
+        if args.registered.is_some() {
+            return refuse("nothing is read by RDMA at a tcp: address: --registered is for rdma:HOST:PORT");
+        }
+        PageServer::listen(open_store(&args.dir)?, address, limits)?
+    };
+    println!("{scheme}:{}", server.address()?);
     std::io::stdout().flush()?;
     server.run(&mut signals)?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(feature = "rdma")]
+fn listen_rdma(args: &ServeArgs, address: &str, limits: Limits) -> Result<PageServer, BoxError> {
+    let registered = u64::from(args.registered.unwrap_or(REGISTERED_MIB)) << 20;
+    Ok(PageServer::listen_rdma(open_store(&args.dir)?, address, limits, registered)?)
+}
+
+#[cfg(not(feature = "rdma"))]
+fn listen_rdma(args: &ServeArgs, _: &str, _: Limits) -> Result<PageServer, BoxError> {
+    refuse(format!("tvmm cannot listen at `{}`: {}", args.listen, crate::vmm::cold::NO_RDMA))
 }

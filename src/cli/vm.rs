@@ -65,9 +65,8 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "HOW", default_value = "private")]
     in_place_mapping: InPlaceMapping,
     /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
-    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], or
-    /// with object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands
-    /// by
+    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with object stores
+    /// built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands by
     #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
     cold: Vec<String>,
     /// Keep chunks that come from other hosts in this directory

@@ -43,7 +43,10 @@ impl Tiers {
             }
         }
         for pool in self.cold_pools.iter().flatten() {
-            if !(pool.starts_with('/') || pool.contains(":/") || pool.starts_with("tcp:")) {
+            if !(pool.starts_with('/')
+                || pool.contains(":/")
+                || ["tcp:", "rdma:"].iter().any(|scheme| pool.starts_with(scheme)))
+            {
                 let message = format!("`{pool}` of `tvmm.cold_pools` must be an absolute path or an address.");
                 return Err(Fault::bad(message));
             }
@@ -131,7 +134,8 @@ mod tests {
             let fault = tiers(bad.clone()).check().unwrap_err();
             assert!(fault.message.contains(said), "{bad}: {}", fault.message);
         }
-        let good = json!({ "pools": ["/a", "numa:1"], "cold_pools": ["/a", "direct:/b", "tcp:h:1", "s3://b/p"] });
+        let good =
+            json!({ "pools": ["/a", "numa:1"], "cold_pools": ["/a", "direct:/b", "tcp:h:1", "rdma:h:1", "s3://b/p"] });
         tiers(good).check().unwrap();
     }
 }

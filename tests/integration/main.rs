@@ -50,6 +50,7 @@ mod serve_drives;
 mod serve_faults;
 mod serve_netns;
 mod serve_pages;
+mod serve_pages_rdma;
 mod serve_tiers;
 mod serve_ui;
 mod smp;

@@ -10,10 +10,10 @@ use serde_json::Value;
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
 use crate::support::{Vm, run, run_err, run_ok, stop, text};
 
-const QUICK: [&str; 2] = ["--fault-timeout", "2"];
+pub const QUICK: [&str; 2] = ["--fault-timeout", "2"];
 
 /// Waits for tvmm to end; what it says, in one line, with exit code 1.
-fn ends_with(vm: &mut Vm) -> String {
+pub fn ends_with(vm: &mut Vm) -> String {
     let (status, stderr) = vm.wait();
     assert_eq!(status.code(), Some(1), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
@@ -21,7 +21,7 @@ fn ends_with(vm: &mut Vm) -> String {
 }
 
 /// Runs `check` in a clone without memory; the report.
-fn checked(scene: &Scene, policy: &str, cold: &[&str], more: &[&str]) -> Value {
+pub fn checked(scene: &Scene, policy: &str, cold: &[&str], more: &[&str]) -> Value {
     let out = scene.dir.path().join("report.json");
     let mut args = vec!["restore", "--snapshot", text(&scene.bare), "--policy", policy, "--run", "check"];
     args.extend(["--report", text(&out)]);
@@ -32,7 +32,7 @@ fn checked(scene: &Scene, policy: &str, cold: &[&str], more: &[&str]) -> Value {
     serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap()
 }
 
-fn number(value: &Value, key: &str) -> u64 {
+pub fn number(value: &Value, key: &str) -> u64 {
     value[key].as_u64().unwrap_or_else(|| panic!("no {key} in {value}"))
 }
 
@@ -285,7 +285,7 @@ fn object_removed_or_damaged_at_the_server_is_told() {
 }
 
 /// Sends bytes and reads what comes until the server closes.
-fn exchange(server: &Server, bytes: &[u8]) -> Vec<u8> {
+pub fn exchange(server: &Server, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(&server.address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let _ = stream.write_all(bytes);
@@ -295,6 +295,26 @@ fn exchange(server: &Server, bytes: &[u8]) -> Vec<u8> {
     answer
 }
 
+pub fn greeting() -> Vec<u8> {
+    let mut bytes = b"TVMMPAGE\x01\0\x01\0".to_vec();
+    let checksum = crc32c::crc32c(&bytes);
+    bytes.extend(checksum.to_le_bytes());
+    bytes
+}
+
+/// A frame that says it has `claimed` bytes of payload.
+pub fn frame(kind: u16, payload: &[u8], claimed: u32) -> Vec<u8> {
+    let mut bytes = claimed.to_le_bytes().to_vec();
+    bytes.extend(kind.to_le_bytes());
+    bytes.extend([0; 2]);
+    bytes.extend(7_u64.to_le_bytes());
+    bytes.extend(crc32c::crc32c(payload).to_le_bytes());
+    let checksum = crc32c::crc32c(&bytes);
+    bytes.extend(checksum.to_le_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
 #[test]
 fn hostile_clients_are_dropped_and_the_others_served() {
     let scene = Scene::make();
@@ -302,24 +322,8 @@ fn hostile_clients_are_dropped_and_the_others_served() {
     assert!(exchange(&server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").is_empty());
     assert!(exchange(&server, &[0xff; 4096]).is_empty());
     assert!(exchange(&server, b"").is_empty());
-    let greeting = {
-        let mut bytes = b"TVMMPAGE\x01\0\x01\0".to_vec();
-        let checksum = crc32c::crc32c(&bytes);
-        bytes.extend(checksum.to_le_bytes());
-        bytes
-    };
+    let greeting = greeting();
     assert_eq!(exchange(&server, &greeting).len(), 16);
-    let frame = |kind: u16, payload: &[u8], claimed: u32| {
-        let mut bytes = claimed.to_le_bytes().to_vec();
-        bytes.extend(kind.to_le_bytes());
-        bytes.extend([0; 2]);
-        bytes.extend(7_u64.to_le_bytes());
-        bytes.extend(crc32c::crc32c(payload).to_le_bytes());
-        let checksum = crc32c::crc32c(&bytes);
-        bytes.extend(checksum.to_le_bytes());
-        bytes.extend(payload);
-        [&greeting[..], &bytes].concat()
-    };
     let read = [0_u32, 1].map(u32::to_le_bytes).concat();
     for (bytes, says) in [
         (frame(3, &read, 8), "makes no sense"),
@@ -328,9 +332,10 @@ fn hostile_clients_are_dropped_and_the_others_served() {
         (frame(0x83, &read, 8), "makes no sense"),
         (frame(77, &[], 0), "is of kind"),
         (frame(3, &read, u32::MAX), "is longer than"),
-        ([&greeting[..], &[9; 24]].concat(), "does not have its checksum"),
+        (frame(4, &[1; 16], 16), "cannot be read by RDMA"),
+        (vec![9; 24], "does not have its checksum"),
     ] {
-        let answer = exchange(&server, &bytes);
+        let answer = exchange(&server, &[&greeting[..], &bytes].concat());
         let text = String::from_utf8_lossy(&answer);
         assert!(text.contains(says), "{says}: {text:?}");
     }

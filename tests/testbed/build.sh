@@ -16,7 +16,8 @@ export PATH=$PATH:/usr/sbin:/sbin
 # L1: a host with SVM, CXL and persistent memory, disks, networks, and ways to see the outer host's files.
 L1_MODULES="virtio_pci virtio_console virtio_blk virtio_net virtio_rng 9p 9pnet_virtio ext4 erofs squashfs overlay loop
     kvm-amd vhost_vsock vhost_net tun bridge veth dummy msr
-    cxl_acpi cxl_pci cxl_mem cxl_port dax_cxl dax_hmem device_dax kmem nfit nd_e820 nd_pmem dax_pmem virtio_pmem"
+    cxl_acpi cxl_pci cxl_mem cxl_port dax_cxl dax_hmem device_dax kmem nfit nd_e820 nd_pmem dax_pmem virtio_pmem
+    rdma_rxe ib_uverbs crc32_generic"
 # Guests: what a virtio machine has; serial ports, virtio itself and VMGenID are built into these kernels.
 GUEST_MODULES="virtio_mmio virtio_pci virtio_blk virtio_net virtio-rng virtio_balloon virtio_console virtio_pmem nd_virtio
     nd_pmem vmw_vsock_virtio_transport ext4 erofs squashfs overlay button"

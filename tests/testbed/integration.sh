@@ -24,5 +24,5 @@ if [ -e "$linux/kernel.stamp" ] && [ -e "$linux/rootfs.stamp" ]; then
 fi
 
 # Everything is 10 to 50 times slower than on a host: what tests do many times they do here one time in TVMM_TEST_SHARE.
-exec "$HERE/run" -t "${TESTBED_TIMEOUT:-1800}" -p 128 -- env TVMM_BINARY="$binary" TVMM_TEST_SHARE="${TVMM_TEST_SHARE:-20}" \
+exec "$HERE/run" -r -t "${TESTBED_TIMEOUT:-1800}" -p 128 -- env TVMM_BINARY="$binary" TVMM_TEST_SHARE="${TVMM_TEST_SHARE:-20}" \
     "${guests[@]}" "$(readlink -f "$tests")" --test-threads 2 "$@"

@@ -11,9 +11,17 @@ need cpio cpio
 need depmod kmod
 need flock util-linux
 need mkfs.ext4 e2fsprogs
+need rdma iproute2
 need strip binutils
 need xz xz-utils
 need zstd zstd
+# What tvmm loads when it uses RDMA, and the driver of soft-RoCE: L1 sees this machine's libraries.
+need_library() { # need_library PATH PACKAGE
+    # shellcheck disable=SC2086 # a pattern
+    ls /usr/lib/*/$1 >/dev/null 2>&1 || missing="$missing $2"
+}
+need_library libibverbs.so.1 libibverbs1
+need_library 'libibverbs/librxe-rdmav*.so' ibverbs-providers
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" -ne 0 ]; then

@@ -452,6 +452,34 @@ fn frames_and_greetings_that_are_not_whole_are_refused() {
 }
 
 #[test]
+fn ends_of_rdma_connections_that_cannot_be_are_refused() {
+    let endpoint = wire::Endpoint { queue_pair: 0xff_ffff, sequence: 7, mtu: 4096, reads: 16 };
+    assert_eq!(wire::Endpoint::parse(&endpoint.to_bytes()), Some(endpoint));
+    let attached = wire::Attached { endpoint, address: 0x7f00_0000_1000, len: 1 << 30, key: 0x1234_5678 };
+    assert_eq!(wire::Attached::parse(&attached.to_bytes()), Some(attached));
+    for bad in [
+        wire::Endpoint { queue_pair: 1 << 24, ..endpoint },
+        wire::Endpoint { sequence: u32::MAX, ..endpoint },
+        wire::Endpoint { mtu: 0, ..endpoint },
+        wire::Endpoint { mtu: 1500, ..endpoint },
+        wire::Endpoint { mtu: 8192, ..endpoint },
+        wire::Endpoint { reads: 0, ..endpoint },
+    ] {
+        assert_eq!(wire::Endpoint::parse(&bad.to_bytes()), None, "{bad:?}");
+        assert_eq!(wire::Attached::parse(&wire::Attached { endpoint: bad, ..attached }.to_bytes()), None, "{bad:?}");
+    }
+    let past_the_end = wire::Attached { len: u64::MAX, ..attached };
+    assert_eq!(wire::Attached::parse(&past_the_end.to_bytes()), None);
+    let whole = attached.to_bytes();
+    for len in 0..whole.len() {
+        assert_eq!(wire::Attached::parse(&whole[..len]), None, "{len} bytes");
+    }
+    let many_reads = [&endpoint.to_bytes()[..12], &256_u32.to_le_bytes()].concat();
+    assert_eq!(wire::Endpoint::parse(&many_reads), None);
+    assert_eq!(wire::Endpoint::parse(&[&endpoint.to_bytes()[..], &[0; 4]].concat()), None);
+}
+
+#[test]
 fn checksum_of_an_answer_is_that_of_its_bytes() {
     let sample = sample();
     for (first, count) in [(0, 1), (0, 9), (5, 7)] {

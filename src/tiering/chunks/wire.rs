@@ -30,18 +30,31 @@ pub enum Kind {
     ReadIndex = 2,
     /// Asks for stored chunks: the first (u32), how many (u32).
     Read = 3,
+    /// Asks to read the data by RDMA from a queue pair: an [`Endpoint`].
+    Attach = 4,
     /// Answers `Open`: length of the index (u64), of the data (u64), BLAKE3 of the index (32 bytes).
     Opened = 0x81,
     /// Answers `ReadIndex`: the bytes.
     IndexBytes = 0x82,
     /// Answers `Read`: the stored bytes of the chunks, one after the other.
     Chunks = 0x83,
+    /// Answers `Attach`: [`Attached`].
+    Attached = 0x84,
     /// Answers anything: why not (u16), and a text.
     Refused = 0xff,
 }
 
-const KINDS: [Kind; 7] =
-    [Kind::Open, Kind::ReadIndex, Kind::Read, Kind::Opened, Kind::IndexBytes, Kind::Chunks, Kind::Refused];
+const KINDS: [Kind; 9] = [
+    Kind::Open,
+    Kind::ReadIndex,
+    Kind::Read,
+    Kind::Attach,
+    Kind::Opened,
+    Kind::IndexBytes,
+    Kind::Chunks,
+    Kind::Attached,
+    Kind::Refused,
+];
 
 /// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,11 +70,13 @@ pub enum Why {
     Damaged = 4,
     /// The server could not read what is there.
     Failed = 5,
+    /// The server does not do that.
+    Never = 6,
 }
 
 impl Why {
     pub fn from_number(number: u16) -> Option<Why> {
-        [Why::Busy, Why::NotHeld, Why::BadRequest, Why::Damaged, Why::Failed]
+        [Why::Busy, Why::NotHeld, Why::BadRequest, Why::Damaged, Why::Failed, Why::Never]
             .into_iter()
             .find(|why| *why as u16 == number)
     }
@@ -204,6 +219,73 @@ pub fn read(first: u32, count: u32) -> Vec<u8> {
 pub fn parse_read(payload: &[u8]) -> Option<(u32, u32)> {
     let (first, count) = payload.split_first_chunk::<4>()?;
     Some((u32::from_le_bytes(*first), u32::from_le_bytes(count.try_into().ok()?)))
+}
+
+/// One end of an RDMA connection (reliable connected queue pairs over RoCE v2): the payload of [`Kind::Attach`]. Where it
+/// is is no part of it: at the address of the TCP connection that it comes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Number of the queue pair, 24 bits.
+    pub queue_pair: u32,
+    /// The first packet sequence number it sends, 24 bits.
+    pub sequence: u32,
+    /// Bytes of a packet that its path carries: 256 to 4096, a power of two.
+    pub mtu: u32,
+    /// How many reads it makes, or answers, at once: 1 to 255.
+    pub reads: u8,
+}
+
+/// Bytes of an [`Endpoint`].
+pub const ENDPOINT_LEN: usize = 16;
+
+impl Endpoint {
+    pub fn to_bytes(self) -> [u8; ENDPOINT_LEN] {
+        let mut bytes = [0; ENDPOINT_LEN];
+        for (place, field) in [self.queue_pair, self.sequence, self.mtu, u32::from(self.reads)].into_iter().enumerate()
+        {
+            bytes[place * 4..][..4].copy_from_slice(&field.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// `None` for what no queue pair can be.
+    pub fn parse(bytes: &[u8]) -> Option<Endpoint> {
+        let ([queue_pair, sequence, mtu, reads], []) = bytes.as_chunks::<4>() else { return None };
+        let [queue_pair, sequence, mtu, reads] =
+            [queue_pair, sequence, mtu, reads].map(|field| u32::from_le_bytes(*field));
+        let reads = u8::try_from(reads).ok().filter(|reads| *reads > 0)?;
+        let is_mtu = mtu.is_power_of_two() && (256..=4096).contains(&mtu);
+        (queue_pair < 1 << 24 && sequence < 1 << 24 && is_mtu).then_some(Endpoint { queue_pair, sequence, mtu, reads })
+    }
+}
+
+/// The payload of [`Kind::Attached`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attached {
+    pub endpoint: Endpoint,
+    /// Where the data object begins, for RDMA reads.
+    pub address: u64,
+    /// Its length, bytes.
+    pub len: u64,
+    /// The remote key of its memory.
+    pub key: u32,
+}
+
+impl Attached {
+    pub fn to_bytes(self) -> Vec<u8> {
+        let key = self.key.to_le_bytes();
+        [&self.endpoint.to_bytes()[..], &self.address.to_le_bytes(), &self.len.to_le_bytes(), &key].concat()
+    }
+
+    /// `None` for what makes no sense, among it memory that would reach past the end of the address space.
+    pub fn parse(bytes: &[u8]) -> Option<Attached> {
+        let (endpoint, rest) = bytes.split_first_chunk::<ENDPOINT_LEN>()?;
+        let ([address, len], key) = rest.as_chunks::<8>() else { return None };
+        let (address, len) = (u64::from_le_bytes(*address), u64::from_le_bytes(*len));
+        address.checked_add(len)?;
+        let key = u32::from_le_bytes(key.try_into().ok()?);
+        Some(Attached { endpoint: Endpoint::parse(endpoint)?, address, len, key })
+    }
 }
 
 /// The payload of [`Kind::Refused`].

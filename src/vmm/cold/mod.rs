@@ -4,6 +4,8 @@ mod cache;
 mod file;
 #[cfg(feature = "object-store")]
 pub mod object;
+#[cfg(feature = "rdma")]
+mod rdma;
 pub mod serve;
 mod tcp;
 
@@ -25,6 +27,9 @@ const PATIENCE: (u32, u32) = (3, 4);
 #[cfg(not(feature = "object-store"))]
 pub const NO_OBJECT_STORES: &str =
     "this build of tvmm has no object stores: build it with `cargo build --release --features object-store`";
+/// What a build without RDMA says of it.
+#[cfg(not(feature = "rdma"))]
+pub const NO_RDMA: &str = "this build of tvmm has no RDMA: build it with `cargo build --release --features rdma`";
 /// Reads past the page cache under way at once when nobody says otherwise (measured: `docs/remote.md`).
 const DEFAULT_DEPTH: usize = 8;
 
@@ -131,6 +136,9 @@ pub enum ColdSpec {
     Direct(PathBuf, usize),
     /// Page servers, `HOST:PORT` each.
     Tcp(Vec<String>),
+    /// Page servers that are read by RDMA, `HOST:PORT` each.
+    #[cfg(feature = "rdma")]
+    Rdma(Vec<String>),
     /// An object store, by its URL.
     #[cfg(feature = "object-store")]
     Object(String),
@@ -144,21 +152,33 @@ pub fn is_object_url(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| OBJECT_SCHEMES.contains(&scheme))
 }
 
+/// The page servers in `HOST:PORT[,HOST:PORT…]`.
+fn servers_of(text: &str) -> Result<Vec<String>, String> {
+    let servers: Vec<String> = text.trim_start_matches("//").split(',').map(str::to_owned).collect();
+    let is_address = |server: &String| {
+        server.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+    };
+    match servers.iter().find(|server| !is_address(server)) {
+        Some(bad) => Err(format!("`{bad}` is not HOST:PORT")),
+        None => Ok(servers),
+    }
+}
+
 impl ColdSpec {
-    /// Understands `DIR`, `file:///DIR`, `direct:DIR[,depth=N]`, `tcp:HOST:PORT[,HOST:PORT…]`.
+    /// Understands `DIR`, `file:///DIR`, `direct:DIR[,depth=N]`, `tcp:` and `rdma:HOST:PORT[,HOST:PORT…]`, and the URLs of
+    /// object stores.
     ///
     /// # Errors
     /// What is not understood, for people.
     pub fn parse(text: &str) -> Result<ColdSpec, String> {
         if let Some(servers) = text.strip_prefix("tcp:") {
-            let servers: Vec<String> = servers.trim_start_matches("//").split(',').map(str::to_owned).collect();
-            let is_address = |server: &String| {
-                server.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-            };
-            return match servers.iter().find(|server| !is_address(server)) {
-                Some(bad) => Err(format!("`{bad}` is not HOST:PORT")),
-                None => Ok(ColdSpec::Tcp(servers)),
-            };
+            return Ok(ColdSpec::Tcp(servers_of(servers)?));
+        }
+        if let Some(servers) = text.strip_prefix("rdma:") {
+            #[cfg(feature = "rdma")]
+            return Ok(ColdSpec::Rdma(servers_of(servers)?));
+            #[cfg(not(feature = "rdma"))]
+            return servers_of(servers).and(Err(NO_RDMA.to_string()));
         }
         if let Some(direct) = text.strip_prefix("direct:") {
             let (dir, depth) = match direct.rsplit_once(",depth=") {
@@ -198,6 +218,9 @@ impl ColdSpec {
                 .iter()
                 .map(|server| Box::new(tcp::TcpPlace::new(server.clone(), attempt)) as Box<dyn Place>)
                 .collect(),
+            #[cfg(feature = "rdma")]
+            ColdSpec::Rdma(servers) => rdma::places(servers, attempt)
+                .map_err(|problem| Error::ColdSpec { text: format!("rdma:{}", servers.join(",")), problem })?,
             #[cfg(feature = "object-store")]
             ColdSpec::Object(url) => vec![Box::new(object::ObjectPlace::new(url.clone(), attempt))],
         })
@@ -270,6 +293,7 @@ mod tests {
             "tcp::1",
             "tcp:host:65536",
             "tcp:a:1,",
+            "rdma:host",
             "ftp://host/x",
             "direct:",
             "direct:a,depth=0",

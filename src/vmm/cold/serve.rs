@@ -10,7 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::net::{SendFlags, send};
+#[cfg(feature = "rdma")]
+use socket2::{SockRef, TcpKeepalive};
 
+#[cfg(feature = "rdma")]
+use super::rdma::serve::{Lender, Registered};
 use crate::snapshot::{Digest, SnapshotId};
 use crate::tiering;
 use crate::tiering::chunks::store::Store;
@@ -25,6 +29,11 @@ const GREETING_TIME: Duration = Duration::from_secs(5);
 /// How long a client may not take what is sent to it.
 const SEND_TIME: Duration = Duration::from_secs(30);
 const STACK: usize = 256 << 10;
+/// A client that reads by RDMA says nothing: how often it is looked whether its host is there, and how often in vain.
+#[cfg(feature = "rdma")]
+const PROBES: (Duration, u32) = (Duration::from_secs(10), 3);
+
+const NOT_BY_RDMA: &str = "this page server cannot be read by RDMA: it listens at a tcp: address";
 
 /// Bounds of a server.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +58,9 @@ struct Shared {
     connections: AtomicUsize,
     /// Objects that some connection has open.
     objects: Mutex<HashMap<SnapshotId, Weak<Object>>>,
+    /// Where clients may read by RDMA.
+    #[cfg(feature = "rdma")]
+    lender: Option<Lender>,
 }
 
 /// An object that is served.
@@ -57,15 +69,32 @@ struct Object {
     index_bytes: Vec<u8>,
     digest: Digest,
     data: File,
+    #[cfg(feature = "rdma")]
+    registered: Registered,
+}
+
+fn bind(address: &str) -> Result<TcpListener, Error> {
+    let failed = |source| Error::Listen { address: address.to_string(), source };
+    let listener = TcpListener::bind(address).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok(listener)
 }
 
 impl PageServer {
     /// Listens at `address` (`HOST:PORT`).
     pub fn listen(store: Store, address: &str, limits: Limits) -> Result<PageServer, Error> {
+        let listener = bind(address)?;
+        Ok(PageServer { listener, shared: Arc::new(Shared::new(store, limits)) })
+    }
+
+    /// Listens at `address`, which an RDMA device must have, and lets clients read by RDMA what it serves, up to
+    /// `registered` bytes of it at once.
+    #[cfg(feature = "rdma")]
+    pub fn listen_rdma(store: Store, address: &str, limits: Limits, registered: u64) -> Result<PageServer, Error> {
         let failed = |source| Error::Listen { address: address.to_string(), source };
-        let listener = TcpListener::bind(address).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let shared = Shared { store, limits, connections: AtomicUsize::new(0), objects: Mutex::default() };
+        let listener = bind(address)?;
+        let lender = listener.local_addr().and_then(|local| Lender::new(local.ip(), registered)).map_err(failed)?;
+        let shared = Shared { lender: Some(lender), ..Shared::new(store, limits) };
         Ok(PageServer { listener, shared: Arc::new(shared) })
     }
 
@@ -127,6 +156,17 @@ impl Drop for Held {
 }
 
 impl Shared {
+    fn new(store: Store, limits: Limits) -> Shared {
+        Shared {
+            store,
+            limits,
+            connections: AtomicUsize::new(0),
+            objects: Mutex::default(),
+            #[cfg(feature = "rdma")]
+            lender: None,
+        }
+    }
+
     fn object(&self, snapshot: SnapshotId) -> Result<Arc<Object>, (Why, String)> {
         let mut objects = self.objects.lock().unwrap_or_else(PoisonError::into_inner);
         objects.retain(|_, object| object.strong_count() > 0);
@@ -160,7 +200,14 @@ impl Object {
         let digest = Digest(*blake3::hash(&index_bytes).as_bytes());
         let index = Index::parse(&format!("the index of {snapshot}"), index_bytes.clone(), snapshot)?;
         let data = store.open_data(&index)?;
-        Ok(Object { index, index_bytes, digest, data })
+        Ok(Object {
+            index,
+            index_bytes,
+            digest,
+            data,
+            #[cfg(feature = "rdma")]
+            registered: Registered::default(),
+        })
     }
 }
 
@@ -168,6 +215,9 @@ impl Object {
 struct Connection<'a> {
     stream: TcpStream,
     shared: &'a Shared,
+    /// The way by which the client reads, while it does so by RDMA. Before the object it is of: dropped first.
+    #[cfg(feature = "rdma")]
+    loan: Option<crate::vmm::sys::rdma::Loan>,
     open: Option<Arc<Object>>,
 }
 
@@ -178,7 +228,13 @@ impl<'a> Connection<'a> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(GREETING_TIME))?;
         stream.set_write_timeout(Some(SEND_TIME))?;
-        let mut connection = Connection { stream, shared: &held.shared, open: None };
+        let mut connection = Connection {
+            stream,
+            shared: &held.shared,
+            #[cfg(feature = "rdma")]
+            loan: None,
+            open: None,
+        };
         let mut greeting = [0; wire::GREETING_LEN];
         connection.stream.read_exact(&mut greeting)?;
         let Some((answer, is_spoken)) = wire::answer(&greeting) else {
@@ -229,7 +285,7 @@ impl<'a> Connection<'a> {
                         data_len: object.index.data_len(),
                         index_digest: object.digest,
                     };
-                    self.open = Some(object);
+                    self.open(object);
                     self.stream.write_all(&wire::frame(Kind::Opened, header.id, &opened.to_bytes()))
                 }
                 Some(Err((why, what))) => self.refuse(header.id, why, &what),
@@ -259,9 +315,46 @@ impl<'a> Connection<'a> {
                     None => self.refuse(header.id, Why::BadRequest, bad),
                 }
             }
-            Kind::Opened | Kind::IndexBytes | Kind::Chunks | Kind::Refused => {
+            Kind::Attach => self.attach(header.id, payload),
+            Kind::Opened | Kind::IndexBytes | Kind::Chunks | Kind::Attached | Kind::Refused => {
                 self.refuse(header.id, Why::BadRequest, bad)
             }
+        }
+    }
+
+    fn open(&mut self, object: Arc<Object>) {
+        #[cfg(feature = "rdma")]
+        {
+            self.loan = None;
+        }
+        self.open = Some(object);
+    }
+
+    #[cfg(not(feature = "rdma"))]
+    fn attach(&mut self, id: u64, _: &[u8]) -> io::Result<()> {
+        self.refuse(id, Why::Never, NOT_BY_RDMA)
+    }
+
+    /// Lets the client read the open object by RDMA, until it opens another or goes.
+    #[cfg(feature = "rdma")]
+    fn attach(&mut self, id: u64, payload: &[u8]) -> io::Result<()> {
+        let Some(lender) = &self.shared.lender else { return self.refuse(id, Why::Never, NOT_BY_RDMA) };
+        let (Some(reader), Some(object)) = (wire::Endpoint::parse(payload), self.open.clone()) else {
+            return self.refuse(id, Why::BadRequest, "the request makes no sense");
+        };
+        // One way at a time.
+        self.loan = None;
+        let peer = self.stream.peer_addr()?;
+        match lender.lend((&object.data, object.index.data_len()), &object.registered, (peer, reader)) {
+            Ok((loan, attached)) => {
+                self.loan = Some(loan);
+                // What it reads is not seen here: it is there as long as its host answers.
+                self.stream.set_read_timeout(None)?;
+                let probes = TcpKeepalive::new().with_time(PROBES.0).with_interval(PROBES.0).with_retries(PROBES.1);
+                SockRef::from(&self.stream).set_tcp_keepalive(&probes)?;
+                self.stream.write_all(&wire::frame(Kind::Attached, id, &attached.to_bytes()))
+            }
+            Err((why, what)) => self.refuse(id, why, &what),
         }
     }
 

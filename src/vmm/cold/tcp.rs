@@ -41,7 +41,7 @@ impl TcpPlace {
     }
 
     /// A connection on which greeting and `Open` are under way.
-    fn connect(&self, snapshot: SnapshotId, counters: &Arc<SourceCounters>) -> Result<Connection, Broken> {
+    pub(super) fn connect(&self, snapshot: SnapshotId, counters: &Arc<SourceCounters>) -> Result<Connection, Broken> {
         let addresses = self.server.to_socket_addrs();
         let addresses =
             addresses.map_err(|error| Broken::Transient(format!("its address cannot be found: {error}")))?;
@@ -112,7 +112,7 @@ impl Place for TcpPlace {
 }
 
 /// A connection, and what both ends have to say on it before chunks come.
-struct Connection {
+pub(super) struct Connection {
     stream: TcpStream,
     patience: Duration,
     next_id: u64,
@@ -131,12 +131,17 @@ impl Connection {
         self.stream.write_all(&[&wire::greeting()[..], &wire::frame(Kind::Open, OPEN_ID, &snapshot.0)].concat())
     }
 
-    fn take_id(&mut self) -> u64 {
+    #[cfg(feature = "rdma")]
+    pub(super) fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    pub(super) fn take_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id - 1
     }
 
-    fn lost(&self, error: io::Error) -> Broken {
+    pub(super) fn lost(&self, error: io::Error) -> Broken {
         Broken::Transient(match error.kind() {
             io::ErrorKind::UnexpectedEof => "it has closed the connection".to_string(),
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
@@ -146,7 +151,7 @@ impl Connection {
         })
     }
 
-    fn send(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+    pub(super) fn send(&mut self, bytes: &[u8]) -> Result<(), Broken> {
         self.stream.write_all(bytes).map_err(|error| self.lost(error))
     }
 
@@ -171,7 +176,7 @@ impl Connection {
     }
 
     /// The answers to greeting and `Open`.
-    fn opened(&mut self) -> Result<Opened, Broken> {
+    pub(super) fn opened(&mut self) -> Result<Opened, Broken> {
         let mut answer = [0; wire::GREETING_LEN];
         self.read(&mut answer)?;
         wire::check_answer(&answer).map_err(Broken::Refused)?;
@@ -182,7 +187,7 @@ impl Connection {
     }
 
     /// The header of the next answer, which must be this one.
-    fn header(&mut self, kind: Kind, id: u64) -> Result<Header, Broken> {
+    pub(super) fn header(&mut self, kind: Kind, id: u64) -> Result<Header, Broken> {
         let mut bytes = [0; wire::HEADER_LEN];
         self.read(&mut bytes)?;
         let header = Header::parse(&bytes).map_err(Broken::Damaged)?;
@@ -210,7 +215,7 @@ impl Connection {
     }
 
     /// A payload of just `bytes`.
-    fn payload(&mut self, header: Header, bytes: &mut [u8]) -> Result<(), Broken> {
+    pub(super) fn payload(&mut self, header: Header, bytes: &mut [u8]) -> Result<(), Broken> {
         if header.len as usize != bytes.len() {
             return Err(Broken::Damaged(format!("it answers {} bytes instead of {}", header.len, bytes.len())));
         }

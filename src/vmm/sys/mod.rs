@@ -18,6 +18,8 @@ pub mod page_cache;
 pub mod pagemap;
 pub mod pagemap_scan;
 pub mod prefault;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 pub mod resident;
 pub mod shared_map;
 pub mod signals;

@@ -71,24 +71,31 @@ pub fn copy_bare(from: &Path, to: &Path) {
 /// A running `tvmm serve-pages`.
 pub struct Server {
     child: Child,
-    /// `127.0.0.1:PORT`.
+    /// How it is reached: `tcp` or `rdma`.
+    scheme: &'static str,
+    /// `IP:PORT`.
     pub address: String,
 }
 
 impl Server {
     pub fn start(pool: &Path, address: &str, more: &[&str]) -> Server {
+        Server::start_by("tcp", pool, address, more)
+    }
+
+    pub fn start_by(scheme: &'static str, pool: &Path, address: &str, more: &[&str]) -> Server {
         let mut command = tvmm();
-        command.args(["serve-pages", "--dir", text(pool), "--listen", &format!("tcp:{address}")]).args(more);
+        command.args(["serve-pages", "--dir", text(pool), "--listen", &format!("{scheme}:{address}")]).args(more);
         let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().expect("tvmm starts");
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim_end().strip_prefix("tcp:").unwrap_or_else(|| panic!("no address: {line:?}"));
-        Server { address: address.to_string(), child }
+        let address = line.trim_end().strip_prefix(scheme).and_then(|rest| rest.strip_prefix(':'));
+        let address = address.unwrap_or_else(|| panic!("no address: {line:?}"));
+        Server { address: address.to_string(), scheme, child }
     }
 
     /// As `--cold` wants it.
     pub fn cold(&self) -> String {
-        format!("tcp:{}", self.address)
+        format!("{}:{}", self.scheme, self.address)
     }
 
     pub fn pid(&self) -> u32 {
@@ -143,6 +150,7 @@ pub enum Spoil {
 /// Stands between client and server.
 pub struct Proxy {
     pub address: String,
+    scheme: &'static str,
     spoil: Arc<Mutex<Spoil>>,
     /// Connections that went through it.
     pub connections: Arc<AtomicUsize>,
@@ -151,11 +159,12 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn before(server: &Server, spoil: Spoil) -> Proxy {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = server.address.parse::<SocketAddr>().unwrap();
+        // Where the server is: RDMA goes to the address that the connection goes to.
+        let listener = TcpListener::bind((to.ip(), 0)).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (spoil, connections) = (Arc::new(Mutex::new(spoil)), Arc::new(AtomicUsize::new(0)));
         let open = Arc::new(Mutex::new(Vec::new()));
-        let to = server.address.parse::<SocketAddr>().unwrap();
         let (shared, count, streams) = (spoil.clone(), connections.clone(), open.clone());
         // Ends with the test's process.
         std::thread::spawn(move || {
@@ -165,11 +174,11 @@ impl Proxy {
                 std::thread::spawn(move || pass(client, to, &shared, number));
             }
         });
-        Proxy { address, spoil, connections, open }
+        Proxy { address, scheme: server.scheme, spoil, connections, open }
     }
 
     pub fn cold(&self) -> String {
-        format!("tcp:{}", self.address)
+        format!("{}:{}", self.scheme, self.address)
     }
 
     /// Closes the connections there are.
