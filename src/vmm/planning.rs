@@ -66,9 +66,10 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     };
     // Only tiered's plan depends on it: the others do what their papers do.
     let cache = match policy {
+        Policy::Tiered if !tiers.is_empty() => cache_of_tiers(tiers),
+        // A cold pool stands by for snapshots that no pool has.
         Policy::Tiered if !load.cold.pools.is_empty() => SourceCache::Cold,
-        Policy::Tiered if tiers.is_empty() => cache_of(chain)?,
-        Policy::Tiered => cache_of_tiers(tiers),
+        Policy::Tiered => cache_of(chain)?,
         _ => SourceCache::Huge,
     };
     let mut costs = costs.with_cache(cache);

@@ -154,22 +154,18 @@ impl Report {
         otlp::Trace { trace_id, root_id, caller_id: None, is_request: false, begun, error: None, spans }
     }
 
-    /// Writes the slices to `path` in Chrome's trace format.
+    /// Writes the slices, and the batches of page faults, to `path` in Chrome's trace format.
     pub fn write_trace(&self, path: &Path) -> Result<(), Error> {
-        let slices = self.0["slices"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let list = |key: &str| self.0[key].as_array().map(Vec::as_slice).unwrap_or_default();
         let start_us = self.0["start_monotonic_ns"].as_f64().unwrap_or(0.0) / 1000.0;
         let pid = std::process::id();
         let operation = self.0["operation"].as_str().unwrap_or_default();
-        let event = |slice: &Value| {
-            let number = |key: &str| slice[key].as_f64().unwrap_or(0.0);
-            chrome_event(
-                slice["slice"].as_str().unwrap_or_default(),
-                operation,
-                pid,
-                [start_us + number("start_us"), number("length_us")],
-            )
+        let event = |span: &Value| {
+            let number = |key: &str| span[key].as_f64().unwrap_or(0.0);
+            let name = span["slice"].as_str().unwrap_or("faults");
+            chrome_event(name, operation, pid, [start_us + number("start_us"), number("length_us")])
         };
-        let events: Vec<Value> = slices.iter().map(event).collect();
+        let events: Vec<Value> = list("slices").iter().chain(list("fault_batches")).map(event).collect();
         let other = json!({ "restore": self.0["restore"], "fault_ins": self.0["fault_ins"] });
         write_text(path, &format!("{:#}\n", json!({ "traceEvents": events, "otherData": other })))
     }

@@ -61,8 +61,17 @@ fn build_without_opentelemetry_says_so() {
 
 #[test]
 fn addresses_that_no_collector_can_have_are_refused() {
-    for bad in ["", "127.0.0.1:4318", "ftp://x", "http://", "http://:1", "http://h:port", "http://h:70000", "http:///x"]
-    {
+    for bad in [
+        "",
+        "127.0.0.1:4318",
+        "ftp://x",
+        "http://",
+        "http://:1",
+        "http://h:port",
+        "http://h:70000",
+        "http:///x",
+        "http://a b:4318",
+    ] {
         let said = run_err(&["restore", "--snapshot", "/nonexistent", "--otlp", bad]);
         assert!(said.contains("Traces cannot be sent to"), "{bad}: {said}");
     }

@@ -103,7 +103,11 @@ pub fn endpoint(url: &str) -> Result<String, Unusable> {
     };
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let port = authority.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.ends_with(']'));
-    if authority.is_empty() || authority.starts_with(':') || port.is_some_and(|port| port.parse::<u16>().is_err()) {
+    if !rest.bytes().all(|byte| byte.is_ascii_graphic())
+        || authority.is_empty()
+        || authority.starts_with(':')
+        || port.is_some_and(|port| port.parse::<u16>().is_err())
+    {
         return Err(wrong("it is not like http://HOST:PORT or http://HOST:PORT/v1/traces"));
     }
     let path = if path.trim_matches('/').is_empty() { TRACES_PATH } else { path };

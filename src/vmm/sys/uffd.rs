@@ -91,10 +91,18 @@ impl Uffd {
     }
 
     /// Takes over another process's, which came over a socket.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a descriptor of anything else.
     pub fn received(fd: OwnedFd) -> io::Result<Self> {
+        let what = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        if what.as_os_str() != "anon_inode:[userfaultfd]" {
+            let said = format!("{} came instead of a userfaultfd", what.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, said));
+        }
         rustix::io::ioctl_fionbio(&fd, true)?;
-        // SAFETY: the descriptor is owned here, and nobody else's from now on. If it is no userfaultfd, what is asked of it
-        // fails.
+        // SAFETY: the descriptor is a userfaultfd, owned here, and nobody else's from now on. Only the kernel writes the
+        // events that are read from it.
         let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
         Ok(Uffd { uffd, events: Mutex::new(EventBuffer::new(EVENTS)) })
     }
