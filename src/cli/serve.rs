@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::{BoxError, refuse};
 use crate::serve::{self, Limits, Options, Tiers};
+use crate::vmm::cold::ColdSpec;
 use crate::vmm::logging;
 
 #[derive(Debug, Args)]
@@ -57,7 +58,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "POOL")]
     pool: Vec<PathBuf>,
     /// Restore from a cold pool, unless an invocation says otherwise (see `tvmm restore --help`); repeatable, nearest first
-    #[arg(long, value_name = "POOL")]
+    #[arg(long, value_name = "POOL", value_parser = cold_name)]
     cold: Vec<String>,
     /// Keep chunks that come from other hosts in this directory
     #[arg(long, value_name = "DIR", requires = "cold")]
@@ -91,6 +92,11 @@ fn at_most_many(text: &str) -> Result<usize, String> {
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     at_most_many(text).ok().filter(|&number| number > 0).ok_or_else(|| format!("a number from 1 to {MANY} is needed"))
+}
+
+/// A cold pool's name, if it is one that a restore understands.
+fn cold_name(text: &str) -> Result<String, String> {
+    ColdSpec::parse(text).map(|_| text.to_string())
 }
 
 /// What the arguments say of tiers.

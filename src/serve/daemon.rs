@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use serde_json::json;
 
-use super::drives::{DriveSource, OwnDrives};
+use super::drives::{Copies, DriveSource, OwnDrives};
 use super::fault::Fault;
 use super::functions::Function;
 use super::gate::Gate;
@@ -43,6 +43,7 @@ pub(super) struct Daemon {
     pub(super) shells: Arc<Shells>,
     pub(super) spawner: Spawner,
     pub(super) gate: Gate,
+    pub(super) copies: Copies,
     pub(super) traces: Traces,
     pub(super) counters: Counters,
 }
@@ -71,6 +72,7 @@ impl Daemon {
             shells: Arc::new(Shells::new(spawner.clone(), options.limits.shells)),
             spawner,
             gate: Gate::new(options.limits.max_running, options.limits.max_queue),
+            copies: Copies::new(),
             traces: Traces::new(options.trace.as_deref(), options.otlp.as_deref())?,
             counters: Counters::default(),
             options,
@@ -177,7 +179,7 @@ impl Daemon {
         };
         let begin_ns = clock::monotonic_ns();
         let dir = self.store.drives_dir(id);
-        let own = blocking(move || OwnDrives::make(&source, dir)).await?;
+        let own = self.copies.make(source, dir).await?;
         let span = recording.lap("drives", 0, begin_ns);
         let own = own.map_err(|error| {
             let why = Fault::of(&error).message;

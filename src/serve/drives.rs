@@ -5,12 +5,22 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use axum::http::StatusCode;
 use rustix::fs::{OFlags, SeekFrom};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 use utoipa::ToSchema;
 
-use crate::snapshot::{self, Location, Snapshot, copy_drive};
+use super::daemon::blocking;
+use super::fault::Fault;
+use super::store::gone_is_fine;
+use crate::snapshot::{self, Location, Snapshot, copy_drive_while};
+
+/// Starts whose images are copied at once. Fewer than there are threads for disks: whatever else needs one gets one.
+const MAX_COPYING: usize = 4;
 
 /// The drive that a function's image is.
 pub(super) const ROOT_DRIVE: &str = "root";
@@ -43,30 +53,74 @@ pub(super) struct OwnDrives {
     drives: Vec<OwnDrive>,
 }
 
+/// Who may copy: few at once, and nobody for a start that was given up.
+#[derive(Debug)]
+pub(super) struct Copies {
+    /// Held by the thread that copies, for as long as it does: a disk that is slow gets no more to do meanwhile.
+    turns: Arc<Semaphore>,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Copies {
+    pub(super) fn new() -> Copies {
+        Copies { turns: Arc::new(Semaphore::new(MAX_COPYING)), is_over: Arc::default() }
+    }
+
+    /// Copies what `source` has into a new directory. If this is dropped before it is done, the copy ends too.
+    pub(super) async fn make(&self, source: DriveSource, dir: PathBuf) -> Result<snapshot::Result<OwnDrives>, Fault> {
+        let stopping = |_| Fault::new(StatusCode::SERVICE_UNAVAILABLE, "The service is stopping.");
+        let turn = self.turns.clone().acquire_owned().await.map_err(stopping)?;
+        let wanted = Arc::new(());
+        let (waiting, is_over) = (Arc::downgrade(&wanted), self.is_over.clone());
+        let made = blocking(move || {
+            let _turn = turn;
+            OwnDrives::make(&source, dir, &|| waiting.strong_count() > 0 && !is_over.load(Ordering::Relaxed))
+        });
+        let made = made.await;
+        drop(wanted);
+        made
+    }
+
+    /// Ends all copies, and lets none begin.
+    pub(super) fn stop(&self) {
+        self.turns.close();
+        self.is_over.store(true, Ordering::Relaxed);
+    }
+}
+
 impl OwnDrives {
-    /// Copies what `source` has into a new directory. Blocks for the disk.
-    pub(super) fn make(source: &DriveSource, dir: PathBuf) -> snapshot::Result<OwnDrives> {
+    /// Copies what `source` has into a new directory, as long as it is wanted. Blocks for the disk.
+    fn make(source: &DriveSource, dir: PathBuf, is_wanted: &dyn Fn() -> bool) -> snapshot::Result<OwnDrives> {
+        if !is_wanted() {
+            return Err(io_error("make", &dir)(io::Error::other("it was given up")));
+        }
         fs::create_dir(&dir).map_err(io_error("make", &dir))?;
         let mut own = OwnDrives { dir: Some(dir.clone()), drives: Vec::new() };
         match source {
             DriveSource::Image(path) => {
                 let (image, len) = open_image(path).map_err(io_error("open image", path))?;
-                own.copy(&dir, ROOT_DRIVE, &image, len)?;
+                own.copy(ROOT_DRIVE, &dir, (&image, len), is_wanted)?;
             }
             DriveSource::Snapshot(path) => {
                 let snapshot = Snapshot::open_without_memory(&Location::Dir(path.clone()))?;
                 for copy in &snapshot.manifest().drives {
                     let Some((image, len)) = snapshot.open_drive_copy(&copy.drive_id)? else { continue };
-                    own.copy(&dir, &copy.drive_id, &image, len)?;
+                    own.copy(&copy.drive_id, &dir, (&image, len), is_wanted)?;
                 }
             }
         }
         Ok(own)
     }
 
-    fn copy(&mut self, dir: &Path, id: &str, image: &File, len: u64) -> snapshot::Result<()> {
+    fn copy(
+        &mut self,
+        id: &str,
+        dir: &Path,
+        (image, len): (&File, u64),
+        is_wanted: &dyn Fn() -> bool,
+    ) -> snapshot::Result<()> {
         let path = dir.join(format!("{id}.img"));
-        let (_, method) = copy_drive(image, len, &path)?;
+        let (_, method) = copy_drive_while(image, len, &path, is_wanted)?;
         let (drive_id, method) = (id.to_string(), method.name().to_string());
         self.drives.push(OwnDrive { drive_id, path_on_host: path, len, method });
         Ok(())
@@ -84,17 +138,24 @@ impl OwnDrives {
 
 impl Drop for OwnDrives {
     fn drop(&mut self) {
-        let Some(dir) = self.dir.take() else { return };
-        let remove = move || {
-            if let Err(error) = fs::remove_dir_all(&dir) {
-                tracing::warn!(%error, path = %dir.display(), "The images of a VM that is over cannot be removed");
-            }
-        };
-        // Removing a large image takes its time; requests are not to wait for it.
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
-            Err(_) => remove(),
+        if let Some(dir) = self.dir.take() {
+            remove_images(dir);
         }
+    }
+}
+
+/// Removes a directory of images that are of use no more. What is gone already (all of `run/` is, when the daemon ends)
+/// need not be removed.
+pub(super) fn remove_images(dir: PathBuf) {
+    let remove = move || {
+        if let Err(error) = gone_is_fine(fs::remove_dir_all(&dir)) {
+            tracing::warn!(%error, path = %dir.display(), "The images of a VM that is over cannot be removed");
+        }
+    };
+    // Removing a large image takes its time; requests are not to wait for it.
+    match tokio::runtime::Handle::try_current() {
+        Ok(runtime) => drop(runtime.spawn_blocking(remove)),
+        Err(_) => remove(),
     }
 }
 
@@ -120,12 +181,44 @@ fn open_image(path: &Path) -> io::Result<(File, u64)> {
 mod tests {
     use super::*;
 
+    fn make(image: &Path, dir: PathBuf) -> snapshot::Result<OwnDrives> {
+        OwnDrives::make(&DriveSource::Image(image.to_owned()), dir, &|| true)
+    }
+
+    #[test]
+    fn copies_of_starts_that_were_given_up_are_not_made() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().max_blocking_threads(1).build();
+        let dir = tempfile::tempdir().unwrap();
+        let (image, own) = (dir.path().join("image"), dir.path().join("own"));
+        fs::write(&image, [7; 5000]).unwrap();
+        let source = DriveSource::Image(image);
+        runtime.unwrap().block_on(async {
+            let copies = Copies::new();
+            // The only thread for disks is busy, and the start does not wait for it.
+            let (go_on, told) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || told.recv());
+            let making = copies.make(source.clone(), own.clone());
+            assert!(tokio::time::timeout(std::time::Duration::from_millis(5), making).await.is_err());
+            assert_eq!(copies.turns.available_permits(), MAX_COPYING - 1, "its turn ends with its thread's work");
+            drop(go_on);
+            busy.await.unwrap().unwrap_err();
+            blocking(|| ()).await.unwrap();
+            assert_eq!((own.exists(), copies.turns.available_permits()), (false, MAX_COPYING));
+
+            let made = copies.make(source.clone(), own.clone()).await.unwrap().unwrap();
+            assert!(made.path(ROOT_DRIVE).unwrap().exists());
+            copies.stop();
+            let fault = copies.make(source, dir.path().join("other")).await.unwrap_err();
+            assert_eq!(fault.status, StatusCode::SERVICE_UNAVAILABLE);
+        });
+    }
+
     #[test]
     fn images_are_copied_and_go_with_their_owner() {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("image");
         fs::write(&image, [7; 5000]).unwrap();
-        let own = OwnDrives::make(&DriveSource::Image(image.clone()), dir.path().join("own")).unwrap();
+        let own = make(&image, dir.path().join("own")).unwrap();
         let path = own.path(ROOT_DRIVE).unwrap().to_owned();
         assert_eq!((fs::read(&path).unwrap(), own.all()[0].len), (vec![7; 5000], 5000));
         fs::write(&path, "x").unwrap();
@@ -141,7 +234,7 @@ mod tests {
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         for bad in [fifo, dir.path().join("missing"), dir.path().to_owned()] {
             let own = dir.path().join("own");
-            assert!(OwnDrives::make(&DriveSource::Image(bad.clone()), own.clone()).is_err(), "{}", bad.display());
+            assert!(make(&bad, own.clone()).is_err(), "{}", bad.display());
             assert!(!own.exists());
         }
     }

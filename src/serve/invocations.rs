@@ -106,6 +106,9 @@ pub(super) struct InvocationAnswer {
     vm_id: Option<String>,
     #[serde(rename = "traceId")]
     trace_id: String,
+    /// The id of this invocation in its trace, which a caller's `traceparent` may share among several.
+    #[serde(rename = "spanId")]
+    span_id: String,
     /// The snapshot the VM was restored from, by this invocation or before.
     #[serde(rename = "ssId")]
     ss_id: Option<String>,
@@ -222,6 +225,7 @@ fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Re
         let function = function.clone();
         return Ok(Plan::Start(Box::new(StartSpec { function, network, restore: None, from_invocation: true })));
     };
+    let has_drive_copies = snapshot.has_drive_copies()?;
     let (dir, profiles) = (daemon.snapshot_dir(&snapshot.ss_id), daemon.store.profiles_dir(&snapshot.ss_id));
     let records_reap = body.enable_reap && Slot::Reap.existing(&profiles).is_none();
     let recorder = match (&body.record, body.mincore_size) {
@@ -246,7 +250,6 @@ fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Re
         super::working_set::check_all_layers(profile, layers)?;
     }
     let (ss_id, policy) = (snapshot.ss_id.clone(), wanted.name().to_string());
-    let has_drive_copies = !snapshot.drive_copies.is_empty();
     let restore = RestoreSpec { ss_id, dir, policy, profile, tiers, has_drive_copies };
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
     Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
@@ -393,6 +396,7 @@ fn answered(
         result: answer.text,
         vm_id: Some(vm.id.clone()),
         trace_id: recording.trace.trace_id.clone(),
+        span_id: recording.trace.span_id.clone(),
         ss_id: vm.ss_id.clone(),
         origin: origin.name().to_string(),
         policy: if origin == Origin::Snapshot { vm.policy.clone() } else { None },
@@ -414,6 +418,7 @@ pub(super) fn recorded(
         result: answer.1,
         vm_id: None,
         trace_id: recording.trace.trace_id.clone(),
+        span_id: recording.trace.span_id.clone(),
         ss_id: Some(snapshot.ss_id.clone()),
         origin: Origin::Recording.name().to_string(),
         policy: None,

@@ -43,12 +43,15 @@ use self::server::Server;
 pub use self::tiers::Tiers;
 use self::vm::process::run_tool;
 use crate::api;
+use crate::tiering::chunks::store::MANIFEST;
 use crate::vmm::sys::limits::raise_open_files;
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::watched;
 
 /// How long the end waits for a collector.
 const FLUSH: Duration = Duration::from_secs(2);
+/// How long the end waits for the disk, for each thing.
+const DISK: Duration = Duration::from_secs(10);
 
 /// What handlers share.
 type Shared = Arc<Daemon>;
@@ -154,25 +157,51 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     finished.await?;
     chores.shutdown().await;
     daemon.shells.clear();
+    // Nobody waits for the VMs any more that they are for.
+    daemon.copies.stop();
     end_all(&daemon).await;
-    save_vms(&daemon).await;
-    // The rest of what is to be told of the last invocations goes on meanwhile.
+    if tokio::time::timeout(DISK, save_vms(&daemon)).await.is_err() {
+        tracing::warn!("The VMs that lived are not written down: the disk takes too long");
+    }
+    // The rest of what is to be told of the last invocations goes on meanwhile. A thread for it may not be free.
     let flushed = daemon.clone();
-    let _ = blocking(move || flushed.traces.exporter.as_ref().map(|exporter| exporter.finish(FLUSH))).await;
-    // Sockets and images of VMs that are over; who would remove each may not come to it any more.
-    daemon.store.clear_run()
+    let flush = blocking(move || flushed.traces.exporter.as_ref().map(|exporter| exporter.finish(FLUSH)));
+    let _ = tokio::time::timeout(2 * FLUSH, flush).await;
+    clear_run(&daemon).await;
+    Ok(())
+}
+
+/// Removes sockets and images of VMs that are over; who would remove each may not come to it any more. What cannot be
+/// removed goes at the next start.
+async fn clear_run(daemon: &Arc<Daemon>) {
+    let daemon = daemon.clone();
+    match tokio::time::timeout(DISK, blocking(move || daemon.store.clear_run())).await {
+        Ok(Ok(Ok(()))) => {}
+        Ok(Ok(Err(error))) => {
+            let error = fault::Fault::of(&error).message;
+            tracing::warn!(error, "What VMs have left cannot be removed");
+        }
+        Ok(Err(_)) | Err(_) => tracing::warn!("What VMs have left is not removed: the disk takes too long"),
+    }
 }
 
 /// Looks into the pools that restores are to take memory from by default: a slip is told at once, and not to each client.
 async fn check_pools(daemon: &Daemon) -> Result<(), ServeError> {
     const MAX_PRINTED: usize = 64 << 20;
-    for pool in daemon.options.tiers.on_this_host() {
+    for (path, is_cold) in daemon.options.tiers.on_this_host() {
+        let pool = path.to_string_lossy().into_owned();
         let args = ["pool", "ls", "--json", "--", &pool].map(String::from).into();
         let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, START_TIMEOUT).await;
         let (ended, _) = ran.map_err(ServeError::os("look into a pool"))?;
         if ended.code != Some(0) {
             return Err(ServeError::Pool { pool, said: ended.said });
         }
+        let said = match (is_cold, path.join(MANIFEST).exists()) {
+            (true, false) => "it is no pool of compressed chunks: name it by --pool",
+            (false, true) => "it is a pool of compressed chunks: name it by --cold",
+            _ => continue,
+        };
+        return Err(ServeError::Pool { pool, said: said.into() });
     }
     Ok(())
 }

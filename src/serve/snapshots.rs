@@ -52,6 +52,24 @@ pub(super) struct SnapshotRecord {
     pub(super) function: Function,
 }
 
+impl SnapshotRecord {
+    /// Whether VMs that are restored from it get images of their own.
+    ///
+    /// # Errors
+    /// They would need one, and there is nothing to copy (it was taken by a daemon that took no copies): the guest would
+    /// write to the function's image itself.
+    pub(super) fn has_drive_copies(&self) -> Result<bool, Fault> {
+        let has_copies = !self.drive_copies.is_empty();
+        if self.function.writes_image() && !has_copies {
+            return Err(Fault::conflict(format!(
+                "Snapshot `{}` has no copy of the image that its guest writes to: take the snapshot again.",
+                self.ss_id
+            )));
+        }
+        Ok(has_copies)
+    }
+}
+
 /// A snapshot to be taken.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -82,11 +82,17 @@ impl Tiers {
         }
     }
 
-    /// The pools, and the cold pools that are directories of this host.
-    pub(super) fn on_this_host(&self) -> Vec<String> {
-        let pools = self.pools.iter().flatten().map(|pool| pool.to_string_lossy().into_owned());
-        let cold = self.cold_pools.iter().flatten().filter(|pool| !pool.contains(':')).cloned();
+    /// The pools, and the cold pools that are directories of this host; of each whether it is to be a cold one.
+    pub(super) fn on_this_host(&self) -> Vec<(PathBuf, bool)> {
+        let pools = self.pools.iter().flatten().map(|pool| (pool.clone(), false));
+        let cold = self.cold_pools.iter().flatten().filter_map(|text| Some((cold_dir(text)?.into(), true)));
         pools.chain(cold).collect()
+    }
+
+    /// Whether there are cold pools and no others.
+    pub(super) fn is_cold_alone(&self) -> bool {
+        let any = |count: Option<usize>| count.is_some_and(|count| count > 0);
+        any(self.cold_pools.as_ref().map(Vec::len)) && !any(self.pools.as_ref().map(Vec::len))
     }
 
     /// The `tvmm` of the VM's `/snapshot/load`.
@@ -101,6 +107,16 @@ impl Tiers {
             "dram_price": self.dram_price,
         })
     }
+}
+
+/// The directory that a cold pool is in, if it is one of this host, however it is read (`docs/remote.md`).
+fn cold_dir(text: &str) -> Option<&str> {
+    if let Some(direct) = text.strip_prefix("direct:") {
+        return Some(direct.rsplit_once(",depth=").map_or(direct, |(dir, _)| dir));
+    }
+    let dir = text.strip_prefix("file://").unwrap_or(text);
+    let is_address = dir.starts_with("tcp:") || dir.starts_with("rdma:") || dir.contains("://");
+    (!is_address).then_some(dir)
 }
 
 #[cfg(test)]
@@ -118,6 +134,16 @@ mod tests {
         assert_eq!(said, Tiers { dram_mib: Some(7), dram_price: Some(0), ..daemon.clone() });
         let said = tiers(json!({ "pools": [], "cold_pools": [] })).or(&daemon);
         assert_eq!((said.pools, said.cold_pools, said.cold_cache), (Some(Vec::new()), Some(Vec::new()), None));
+    }
+
+    #[test]
+    fn pools_of_this_host_are_found_whichever_way_they_are_read() {
+        let all =
+            json!({ "pools": ["/a", "numa:1"], "cold_pools": ["/c", "direct:/d,depth=3", "file:///e", "tcp:h:1"] });
+        let found = tiers(all.clone()).on_this_host();
+        let expected = [("/a", false), ("numa:1", false), ("/c", true), ("/d", true), ("/e", true)];
+        assert_eq!(found, expected.map(|(dir, is_cold)| (PathBuf::from(dir), is_cold)));
+        assert!(!tiers(all).is_cold_alone() && tiers(json!({ "pools": [], "cold_pools": ["/c"] })).is_cold_alone());
     }
 
     #[test]

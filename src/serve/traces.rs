@@ -80,6 +80,9 @@ pub(super) struct Trace {
 pub(super) struct TraceSummary {
     #[serde(rename = "traceId")]
     trace_id: String,
+    /// The id of the first span: its own, where a caller's trace has several invocations.
+    #[serde(rename = "spanId")]
+    span_id: String,
     func_name: String,
     #[serde(rename = "vmId")]
     vm_id: Option<String>,
@@ -207,6 +210,7 @@ impl Trace {
     fn summary(&self) -> TraceSummary {
         TraceSummary {
             trace_id: self.trace_id.clone(),
+            span_id: self.span_id.clone(),
             func_name: self.func_name.clone(),
             vm_id: self.vm_id.clone(),
             status: self.status,
@@ -291,8 +295,9 @@ impl Traces {
         self.completed.notify_waiters();
     }
 
+    /// By the id of the first span, or of the trace: then the newest, if a caller's trace has several invocations.
     fn find(&self, id: &str) -> Option<Arc<Trace>> {
-        self.kept().iter().rev().find(|trace| trace.trace_id == id).cloned()
+        self.kept().iter().rev().find(|trace| trace.span_id == id || trace.trace_id == id).cloned()
     }
 
     /// A trace, complete if it becomes so in time.
@@ -343,7 +348,8 @@ pub(super) async fn get_traces(State(daemon): State<Shared>) -> Reply<Vec<TraceS
     Reply(daemon.traces.summaries(MAX_TRACES))
 }
 
-/// One trace, with its spans.
+/// One trace, with its spans: by its `spanId`, or by its `traceId`, which invocations of one caller may share (the newest
+/// then).
 #[utoipa::path(get, path = "/traces/{id}", tag = "traces",
     params(("id" = String, Path), ("format" = Option<String>, Query, description = "`chrome`: Chrome's trace format")),
     responses((status = 200, description = "The trace", body = Trace),

@@ -44,6 +44,7 @@ pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>
 #[utoipa::path(post, path = "/vms", tag = "vms", request_body = VmBody,
     responses((status = 200, description = "It runs", body = VmRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "No such function, snapshot or namespace"),
+        (status = 409, body = FaultBody, description = "The snapshot lacks the profile the policy needs, or copies of its drives"),
         (status = 422, body = FaultBody, description = "It cannot be booted or restored"),
         (status = 429, body = FaultBody, description = "Too many VMs live"), (status = 502, body = FaultBody, description = "It ended")))]
 pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBody>) -> Result<Reply<VmRecord>, Fault> {
@@ -75,7 +76,7 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
                 policy: policy.name().to_string(),
                 profile,
                 tiers: tiers.or(&of_function).or(&daemon.options.tiers),
-                has_drive_copies: !snapshot.drive_copies.is_empty(),
+                has_drive_copies: snapshot.has_drive_copies()?,
             };
             let function = Function { func_name: function.func_name, ..snapshot.function };
             StartSpec { function, network, restore: Some(restore), from_invocation: false }

@@ -67,11 +67,19 @@ impl CopyMethod {
 /// # Errors
 /// [`Error::Io`], also if `to` exists; an unfinished copy is removed.
 pub fn copy_drive(from: &File, len: u64, to: &Path) -> Result<(File, CopyMethod)> {
+    copy_drive_while(from, len, to, &|| true)
+}
+
+/// [`copy_drive`], as long as somebody wants it: `is_wanted` is asked before each MiB.
+///
+/// # Errors
+/// As [`copy_drive`]; also when the copy is not wanted any more.
+pub fn copy_drive_while(from: &File, len: u64, to: &Path, is_wanted: &dyn Fn() -> bool) -> Result<(File, CopyMethod)> {
     let target = files::create_new(to)?;
     let copied = match rustix::fs::ioctl_ficlone(&target, from) {
         Ok(()) => Ok(CopyMethod::Reflink),
         // Another file system, or one that has no reflinks.
-        Err(_) => copy_data(from, len, &target),
+        Err(_) => copy_data(from, len, &target, is_wanted),
     };
     match copied.and_then(|method| target.set_len(len).map(|()| method)) {
         Ok(method) => Ok((target, method)),
@@ -83,7 +91,7 @@ pub fn copy_drive(from: &File, len: u64, to: &Path) -> Result<(File, CopyMethod)
     }
 }
 
-fn copy_data(from: &File, len: u64, to: &File) -> io::Result<CopyMethod> {
+fn copy_data(from: &File, len: u64, to: &File, is_wanted: &dyn Fn() -> bool) -> io::Result<CopyMethod> {
     let mut buffer = Vec::new();
     let (mut at, mut method) = (0, CopyMethod::InKernel);
     while at < len {
@@ -95,6 +103,9 @@ fn copy_data(from: &File, len: u64, to: &File) -> io::Result<CopyMethod> {
         let hole = rustix::fs::seek(from, SeekFrom::Hole(data)).unwrap_or(len).min(len);
         at = data;
         while at < hole {
+            if !is_wanted() {
+                return Err(io::Error::other("it was given up"));
+            }
             let len = usize::try_from(hole - at).unwrap_or(PIECE).min(PIECE);
             if method == CopyMethod::InKernel {
                 match copy_in_kernel(from, to, at, len)? {
@@ -151,9 +162,22 @@ mod tests {
         let from = files::create_new(&dir.path().join("from")).unwrap();
         from.write_all_at(&[7; 5000], 0).unwrap();
         let write_only = std::fs::OpenOptions::new().write(true).open(dir.path().join("from")).unwrap();
-        assert!(copy_data(&write_only, 5000, &from).is_err());
+        assert!(copy_data(&write_only, 5000, &from, &|| true).is_err());
         let missing = dir.path().join("missing/to");
         assert!(copy_drive(&from, 5000, &missing).is_err() && !missing.exists());
+    }
+
+    #[test]
+    fn copy_that_nobody_wants_any_more_stops_at_the_next_piece() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = files::create_new(&dir.path().join("from")).unwrap();
+        from.write_all_at(&vec![7; 4 * PIECE], 0).unwrap();
+        let to = files::create_new(&dir.path().join("to")).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let is_wanted = || asked.replace(asked.get() + 1) < 2;
+        let error = copy_data(&from, 4 * PIECE as u64, &to, &is_wanted).unwrap_err();
+        assert_eq!((error.to_string().as_str(), asked.get()), ("it was given up", 3));
+        assert!(to.metadata().unwrap().len() <= 2 * PIECE as u64);
     }
 
     #[test]

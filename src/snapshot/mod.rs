@@ -27,7 +27,7 @@ pub(crate) mod tests;
 
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
 pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container};
-pub use drives::{CopyMethod, DriveCopy, copy_drive};
+pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
 pub use files::{read_limited, replace_file};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};

@@ -78,6 +78,29 @@ fn addresses_that_no_collector_can_have_are_refused() {
 }
 
 #[test]
+fn invocations_of_one_callers_trace_are_told_apart() {
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    service.snapshot_touch("base");
+    let trace_id = "0af7651916cd43dd8448eb211c80319c";
+    let invoke = |pages: u32| {
+        let body = json!({ "func_name": "touch", "ssId": "base", "params": format!("pages={pages}") });
+        invoke_as(&service, &format!("00-{trace_id}-b7ad6b7169203331-01"), &body)
+    };
+    let answers = [invoke(1), invoke(2)];
+    let summaries = service.get("/traces");
+    for answer in &answers {
+        assert_eq!(answer["traceId"], trace_id, "{answer}");
+        let span_id = answer["spanId"].as_str().unwrap();
+        assert!(summaries.as_array().unwrap().iter().any(|trace| trace["spanId"] == span_id), "{summaries}");
+        let trace = service.get(&format!("/traces/{span_id}"));
+        assert_eq!((&trace["traceId"], &trace["vmId"]), (&answer["traceId"], &answer["vmId"]));
+    }
+    assert_ne!(answers[0]["spanId"], answers[1]["spanId"]);
+    assert_eq!(service.get(&format!("/traces/{trace_id}"))["spanId"], answers[1]["spanId"], "the newest");
+}
+
+#[test]
 fn invocations_reach_a_collector_span_by_span() {
     if !has_otel() {
         return;

@@ -135,6 +135,35 @@ fn images_of_a_daemon_that_was_killed_are_removed_and_vms_that_cannot_start_leav
     assert!(!own_image(&vm).exists());
 }
 
+#[test]
+fn snapshots_that_took_no_copies_of_what_their_guest_writes_to_are_not_restored() {
+    let dir = scratch();
+    let (state, image) = (dir.path().join("state"), image(dir.path()));
+    let service = Service::start(&state, &[]);
+    put_disk(&service, &image);
+    let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "disk" })));
+    service.ok("POST", "/snapshots", Some(json!({ "vmId": vm["vmId"], "ssId": "base" })));
+    assert!(service.terminate().success());
+    // As a daemon wrote it that knew no copies.
+    let path = state.join("snapshot-records/base.json");
+    let mut record: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!(record.as_object_mut().unwrap().remove("drive_copies"), Some(json!(["root"])));
+    std::fs::write(&path, record.to_string()).unwrap();
+
+    let service = Service::start(&state, &[]);
+    let write = "op=write sectors=64 seed=1";
+    for (path, body) in [
+        ("/vms", json!({ "func_name": "disk", "ssId": "base" })),
+        ("/invocations", json!({ "func_name": "disk", "params": write })),
+        ("/invocations", json!({ "func_name": "disk", "params": write, "record": "uffd" })),
+        ("/snapshots/base/profile", json!({ "params": write })),
+    ] {
+        let refused = service.refused(409, "POST", path, Some(body));
+        assert!(refused.contains("take the snapshot again"), "{path}: {refused}");
+    }
+    assert_eq!(std::fs::read(&image).unwrap(), vec![0x5a; LEN as usize]);
+}
+
 /// A file system that is unmounted at the end, before its folder is removed.
 struct Mounted(PathBuf);
 

@@ -1,5 +1,7 @@
 //! `tvmm serve` restores from pools and cold pools, as an invocation says or as the daemon was told.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use crate::support::pool::Pool;
@@ -71,6 +73,24 @@ fn an_invocation_names_its_pools_and_its_memory_is_in_place() {
     service.refused(400, "POST", "/vms", Some(json!({ "func_name": "touch", "tvmm": {} })));
 }
 
+/// A pool that is named as what it is not is told at the start, also one that is read past the page cache.
+fn kinds_of_pools_are_told_apart(dir: &Path, pool: &str, cold: &str) {
+    let state = dir.join("other");
+    for (flag, named, said) in [
+        ("--pool", cold.to_string(), "it is a pool of compressed chunks: name it by --cold"),
+        ("--cold", pool.to_string(), "it is no pool of compressed chunks: name it by --pool"),
+        ("--cold", format!("direct:{pool},depth=2"), "it is no pool of compressed chunks: name it by --pool"),
+        ("--cold", "direct:/nonexistent/pool".into(), "Cannot restore from /nonexistent/pool: "),
+    ] {
+        let args = ["serve", "--dir", text(&state), "--listen", "127.0.0.1:0", flag, &named];
+        let refused = refusal(&run(&args));
+        assert!(refused.contains(said), "{flag} {named}: {refused}");
+    }
+    let unclear = run(&["serve", "--dir", text(&state), "--listen", "127.0.0.1:0", "--cold", "direct:/x,depth=0"]);
+    assert_eq!(unclear.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&unclear.stderr).contains("from 1 to 256"));
+}
+
 #[test]
 fn the_daemons_pools_are_for_invocations_that_name_none() {
     let (dir, pool, cold) = (scratch(), Pool::create("0.25"), scratch());
@@ -93,6 +113,7 @@ fn the_daemons_pools_are_for_invocations_that_name_none() {
     assert!(in_place_kib(&pooled) >= 4 * 256, "{pooled}");
     let plan = service.get("/snapshots/base/plan?policy=trenv");
     assert_eq!(plan["policy"], "trenv", "{plan}");
+    kinds_of_pools_are_told_apart(dir.path(), pool.path(), text(&cold));
 
     let alone = run(&["serve", "--dir", text(&state), "--listen", "127.0.0.1:0", "--cold-cache", "/tmp/x"]);
     assert_eq!(alone.status.code(), Some(2), "it needs --cold");

@@ -14,11 +14,13 @@ use super::{Slot, exclusively, load, save};
 use crate::serve::Shared;
 use crate::serve::body::{Body, check_line, number, query};
 use crate::serve::daemon::{Daemon, START_TIMEOUT, blocking};
+use crate::serve::drives::remove_images;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::serve::functions::known_policy;
 use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
 use crate::serve::snapshots::SnapshotRecord;
 use crate::serve::store::gone_is_fine;
+use crate::serve::tiers::Tiers;
 use crate::serve::traces::{Recording, random_hex};
 use crate::serve::vm::process::run_tool;
 use crate::tiering::profile::Profile;
@@ -82,9 +84,7 @@ struct RunDir(std::path::PathBuf);
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        if let Err(error) = gone_is_fine(std::fs::remove_dir_all(&self.0)) {
-            tracing::warn!(%error, path = %self.0.display(), "A recorder's copies of drives cannot be removed");
-        }
+        remove_images(std::mem::take(&mut self.0));
     }
 }
 
@@ -103,7 +103,7 @@ async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Durat
     args.extend(["--run".into(), line.to_string()]);
     args.extend(["--run-timeout".into(), limit.as_secs().max(1).to_string()]);
     let own = RunDir(daemon.store.drives_dir(&random_hex(8)));
-    if !record.snapshot.drive_copies.is_empty() {
+    if record.snapshot.has_drive_copies()? {
         std::fs::create_dir(&own.0).map_err(|error| Fault::of(&error))?;
         args.extend(["--drive-dir".into(), utf8(own.0.clone())?]);
     }
@@ -166,7 +166,8 @@ pub(in crate::serve) async fn get_profile(
 /// Records a run of the snapshot's function, in a VM of its own.
 #[utoipa::path(post, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)), request_body = ProfileBody,
     responses((status = 200, description = "The profile, in numbers", body = ProfileState), (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 422, body = FaultBody, description = "The run failed"),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "It lacks copies of its drives"),
+        (status = 422, body = FaultBody, description = "The run failed"),
         (status = 429, body = FaultBody, description = "Too much at once"), (status = 504, body = FaultBody, description = "The guest did not answer in time")))]
 pub(in crate::serve) async fn post_profile(
     State(daemon): State<Shared>,
@@ -242,12 +243,13 @@ pub(in crate::serve) async fn delete_profile(
     Ok(told)
 }
 
-/// What a policy would do with the snapshot, as `tvmm plan --json` says it, with the pools and budgets of the daemon.
+/// What a policy would do with the snapshot, as `tvmm plan --json` says it: with the pools, budgets and price of the
+/// daemon, and the function's local memory. Of cold pools, a plan knows but that the snapshot's memory is not cached.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
     params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
-        ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use"),
+        ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use; none: the function's, else the daemon's"),
         ("cxl_mib" = Option<u64>, Query, description = "Memory in the CXL tier it may use"),
-        ("cache" = Option<String>, Query, description = "How the snapshot's files will be cached: huge, small or cold")),
+        ("cache" = Option<String>, Query, description = "How the snapshot's files will be cached: huge, small or cold; none: huge, or cold where the daemon has cold pools alone")),
     responses((status = 200, description = "The plan", body = Object), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "The policy needs a profile")))]
 pub(in crate::serve) async fn get_plan(
@@ -255,7 +257,7 @@ pub(in crate::serve) async fn get_plan(
     Path(id): Path<String>,
     uri: Uri,
 ) -> Result<Reply<Value>, Fault> {
-    daemon.snapshot(&id)?;
+    let snapshot = daemon.snapshot(&id)?;
     let query = query(&uri, &["policy", "dram_mib", "cxl_mib", "cache"])?;
     let name = query.get("policy").ok_or_else(|| Fault::bad("The query needs `policy`."))?;
     let policy = known_policy(name)?;
@@ -267,9 +269,14 @@ pub(in crate::serve) async fn get_plan(
     if policy.needs_profile() {
         path("--profile", Slot::for_policy(policy, &daemon.store.profiles_dir(&id))?);
     }
-    let tiers = &daemon.options.tiers;
+    // As a restore has it that says nothing of tiers.
+    let of_function = Tiers { dram_mib: snapshot.function.dram_mib, ..Tiers::default() };
+    let tiers = of_function.or(&daemon.options.tiers);
     for pool in tiers.pools.iter().flatten() {
         path("--pool", pool.clone());
+    }
+    if let Some(price) = tiers.dram_price {
+        args.extend(["--dram-price".into(), price.to_string()]);
     }
     for (key, flag, default) in [("dram_mib", "--dram", tiers.dram_mib), ("cxl_mib", "--cxl", tiers.cxl_mib)] {
         if let Some(mib) = number(&query, key)?.or(default) {
@@ -277,6 +284,7 @@ pub(in crate::serve) async fn get_plan(
         }
     }
     match query.get("cache").map(String::as_str) {
+        None if tiers.is_cold_alone() => args.extend(["--cache".into(), "cold".into()]),
         None => {}
         Some(cache @ ("huge" | "small" | "cold")) => args.extend(["--cache".into(), cache.to_string()]),
         Some(other) => return Err(Fault::bad(format!("There is no cache state `{other}`: huge, small or cold."))),
