@@ -2,7 +2,8 @@
 //! v2 (soft-RoCE does; the testbed has one), and what is said where not.
 
 use std::fs::File;
-use std::net::IpAddr;
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -234,15 +235,68 @@ fn client_that_disappears_leaves_no_queue_pair_behind() {
     checked(&scene, "eager", &[&server.cold()], &[]);
 }
 
+/// The request to open the snapshot of the scene.
+fn open(scene: &Scene) -> Vec<u8> {
+    let id = run_ok(&["pool", "ls", text(&scene.pool)]);
+    let id: Vec<u8> = (0..32).map(|byte| u8::from_str_radix(&id[byte * 2..byte * 2 + 2], 16).unwrap()).collect();
+    frame(1, &id, 32)
+}
+
+fn endpoint(fields: [u32; 4]) -> Vec<u8> {
+    fields.map(u32::to_le_bytes).concat()
+}
+
+fn attach(payload: Vec<u8>) -> Vec<u8> {
+    frame(4, &payload, payload.len() as u32)
+}
+
+/// KiB that a process has pinned for devices.
+fn pinned(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn loan_that_ends_leaves_nothing_registered_and_the_connection_idle() {
+    let Some((scene, address)) = scene() else { return };
+    let (open, attach) = (open(&scene), attach(endpoint([17, 5, 1024, 16])));
+    let connect = |server: &Server, requests: &[&[u8]]| {
+        let mut stream = TcpStream::connect(&server.address).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream.write_all(&[&[&greeting()[..]], requests].concat().concat()).unwrap();
+        stream
+    };
+    let until = |pid: u32, is_so: fn(u64) -> bool| {
+        let deadline = Instant::now() + TIMEOUT;
+        while !is_so(pinned(pid)) {
+            assert!(Instant::now() < deadline, "{} KiB are pinned", pinned(pid));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let server = serve(&scene, &address);
+    // Who only has the object open keeps nothing registered.
+    let _by_tcp = connect(&server, &[&open]);
+    let reader = connect(&server, &[&open, &attach]);
+    until(server.pid(), |pinned| pinned > 0);
+    drop(reader);
+    until(server.pid(), |pinned| pinned == 0);
+
+    let server = Server::start_by("rdma", &scene.pool, &address, &["--idle-timeout", "1"]);
+    let mut reader = connect(&server, &[&open, &attach]);
+    let mut former = connect(&server, &[&open, &attach, &open]);
+    former.read_to_end(&mut Vec::new()).expect("the server ends an idle connection");
+    std::thread::sleep(Duration::from_millis(1500));
+    reader.set_nonblocking(true).unwrap();
+    let said = reader.read_to_end(&mut Vec::new()).expect_err("who has a loan may be silent");
+    assert_eq!(said.kind(), std::io::ErrorKind::WouldBlock);
+}
+
 #[test]
 fn hostile_requests_are_refused_and_what_is_registered_is_bounded() {
     let Some((scene, address)) = scene() else { return };
     let server = serve(&scene, &address);
-    let id = run_ok(&["pool", "ls", text(&scene.pool)]);
-    let id: Vec<u8> = (0..32).map(|byte| u8::from_str_radix(&id[byte * 2..byte * 2 + 2], 16).unwrap()).collect();
-    let open = frame(1, &id, 32);
-    let endpoint = |fields: [u32; 4]| fields.map(u32::to_le_bytes).concat();
-    let attach = |payload: Vec<u8>| frame(4, &payload, payload.len() as u32);
+    let open = open(&scene);
     let good = endpoint([17, 5, 1024, 16]);
     for bytes in [
         // Nothing is open.

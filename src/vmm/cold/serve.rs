@@ -14,7 +14,7 @@ use rustix::net::{SendFlags, send};
 use socket2::{SockRef, TcpKeepalive};
 
 #[cfg(feature = "rdma")]
-use super::rdma::serve::{Lender, Registered};
+use super::rdma::serve::{Lender, Loan, Registered};
 use crate::snapshot::{Digest, SnapshotId};
 use crate::tiering;
 use crate::tiering::chunks::store::Store;
@@ -217,7 +217,7 @@ struct Connection<'a> {
     shared: &'a Shared,
     /// The way by which the client reads, while it does so by RDMA. Before the object it is of: dropped first.
     #[cfg(feature = "rdma")]
-    loan: Option<crate::vmm::sys::rdma::Loan>,
+    loan: Option<Loan>,
     open: Option<Arc<Object>>,
 }
 
@@ -285,7 +285,7 @@ impl<'a> Connection<'a> {
                         data_len: object.index.data_len(),
                         index_digest: object.digest,
                     };
-                    self.open(object);
+                    self.open(object)?;
                     self.stream.write_all(&wire::frame(Kind::Opened, header.id, &opened.to_bytes()))
                 }
                 Some(Err((why, what))) => self.refuse(header.id, why, &what),
@@ -322,12 +322,18 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn open(&mut self, object: Arc<Object>) {
+    fn open(&mut self, object: Arc<Object>) -> io::Result<()> {
         #[cfg(feature = "rdma")]
-        {
-            self.loan = None;
-        }
+        self.end_loan()?;
         self.open = Some(object);
+        Ok(())
+    }
+
+    /// From now on the client has to ask for something in time again.
+    #[cfg(feature = "rdma")]
+    fn end_loan(&mut self) -> io::Result<()> {
+        self.loan = None;
+        self.stream.set_read_timeout(Some(self.shared.limits.idle))
     }
 
     #[cfg(not(feature = "rdma"))]
@@ -343,7 +349,7 @@ impl<'a> Connection<'a> {
             return self.refuse(id, Why::BadRequest, "the request makes no sense");
         };
         // One way at a time.
-        self.loan = None;
+        self.end_loan()?;
         let peer = self.stream.peer_addr()?;
         match lender.lend((&object.data, object.index.data_len()), &object.registered, (peer, reader)) {
             Ok((loan, attached)) => {

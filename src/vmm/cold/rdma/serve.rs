@@ -3,10 +3,10 @@
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::tiering::chunks::wire::{Attached, Endpoint, Why};
-use crate::vmm::sys::rdma::{Lent, Loan, Port};
+use crate::vmm::sys::rdma::{self, Lent, Port};
 
 /// What a server can lend.
 pub struct Lender {
@@ -28,9 +28,22 @@ impl Drop for Share {
     }
 }
 
-/// A registered object, once somebody has asked for it.
+/// A registered object, and what it counts.
+struct Kept {
+    lent: Arc<Lent>,
+    _share: Share,
+}
+
+/// An object that is registered while there are loans of it.
 #[derive(Default)]
-pub struct Registered(Mutex<Option<(Arc<Lent>, Share)>>);
+pub struct Registered(Mutex<Weak<Kept>>);
+
+/// One reader's connection, and what keeps registered what it reads.
+pub struct Loan {
+    /// Before what it lends: dropped first.
+    _connection: rdma::Loan,
+    _kept: Arc<Kept>,
+}
 
 impl Lender {
     /// Lends through the device that has `address`, up to `limit` bytes at once.
@@ -67,14 +80,18 @@ impl Lender {
             |doing: &'static str| move |error: std::io::Error| (Why::Failed, format!("cannot {doing}: {error}"));
         // Who else wants the same object waits until it is registered.
         let mut registered = registered.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (lent, _) = match &mut *registered {
-            Some(lent) => lent,
-            none => {
+        let kept = match registered.upgrade() {
+            Some(kept) => kept,
+            None => {
                 let share = self.share(len)?;
                 let lent = Lent::new(&self.port, data, len).map_err(failed("register the snapshot's data"))?;
-                none.insert((Arc::new(lent), share))
+                let kept = Arc::new(Kept { lent: Arc::new(lent), _share: share });
+                *registered = Arc::downgrade(&kept);
+                kept
             }
         };
-        lent.lend(peer.ip(), reader).map_err(failed("make a queue pair for the client"))
+        let lent = kept.lent.lend(peer.ip(), reader);
+        let (connection, attached) = lent.map_err(failed("make a queue pair for the client"))?;
+        Ok((Loan { _connection: connection, _kept: kept }, attached))
     }
 }

@@ -7,12 +7,12 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use rdma_mummy_sys::ibv_access_flags;
 use sideway::ibverbs::AccessFlags;
-use sideway::ibverbs::completion::BasicCompletionQueue;
 use sideway::ibverbs::memory_region::MemoryRegion;
 use sideway::ibverbs::protection_domain::ProtectionDomain;
-use sideway::ibverbs::queue_pair::{BasicQueuePair, QueuePair};
 
+use super::verbs::{Pair, Queue};
 use super::{Port, accept, new_sequence, queue_pair, told};
 use crate::tiering::chunks::wire::{Attached, Endpoint};
 
@@ -55,7 +55,7 @@ pub struct Lent {
     region: Arc<MemoryRegion>,
     domain: Arc<ProtectionDomain>,
     /// Nothing ever completes on it: a lender only answers.
-    queue: Arc<BasicCompletionQueue>,
+    queue: Arc<Queue>,
     view: View,
 }
 
@@ -67,8 +67,7 @@ impl Lent {
     pub fn new(port: &Port, file: &File, len: u64) -> io::Result<Lent> {
         let view = View::of(file, len)?;
         let domain = port.context.alloc_pd().map_err(|error| told("make a protection domain", &error))?;
-        let queue = port.context.create_cq_builder().setup_cqe(1).build();
-        let queue = queue.map_err(|error| told("make a completion queue", &error))?;
+        let queue = Arc::new(Queue::silent(&port.context, 1)?);
         // SAFETY: the region ends before the mapping does, which is read-only, as is what the region allows.
         let region = unsafe { domain.reg_mr(view.base.as_ptr() as usize, view.len, AccessFlags::RemoteRead) };
         let doing = "register it with the device (RLIMIT_MEMLOCK limits that without CAP_IPC_LOCK)";
@@ -78,18 +77,15 @@ impl Lent {
 
     /// A connection for the reader at `address`, until the result is dropped; and what to tell it.
     pub fn lend(self: &Arc<Lent>, address: IpAddr, reader: Endpoint) -> io::Result<(Loan, Attached)> {
-        let mut pair = queue_pair(&self.domain, &self.queue, (&self.port, AccessFlags::RemoteRead), 1)?;
+        let allows = (&self.port, ibv_access_flags::IBV_ACCESS_REMOTE_READ);
+        let mut pair = queue_pair((&self.domain, &self.queue), allows, 1, self.clone())?;
         accept(&mut pair, &self.port, (address, reader))?;
         let (mtu, reads) = (self.port.mtu, self.port.answers.min(reader.reads));
-        let endpoint = Endpoint { queue_pair: pair.qp_number(), sequence: new_sequence()?, mtu, reads };
+        let endpoint = Endpoint { queue_pair: pair.number(), sequence: new_sequence()?, mtu, reads };
         let (address, len) = (self.view.base.as_ptr() as u64, self.view.len as u64);
-        Ok((Loan { _pair: pair, _lent: self.clone() }, Attached { endpoint, address, len, key: self.region.rkey() }))
+        Ok((Loan(pair), Attached { endpoint, address, len, key: self.region.rkey() }))
     }
 }
 
-/// One reader's connection.
-pub struct Loan {
-    /// Before what it lends: dropped first.
-    _pair: BasicQueuePair,
-    _lent: Arc<Lent>,
-}
+/// One reader's connection, and what it lends.
+pub struct Loan(#[expect(dead_code, reason = "it is there to be dropped")] Pair<Arc<Lent>>);

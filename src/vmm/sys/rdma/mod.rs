@@ -8,23 +8,25 @@ mod lend;
 mod read;
 #[cfg(test)]
 mod tests;
+mod verbs;
 
 use std::error::Error;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sideway::ibverbs::address::{AddressHandleAttribute, Gid, GidType};
-use sideway::ibverbs::completion::GenericCompletionQueue;
+use rdma_mummy_sys::{
+    IBV_GID_TYPE_ROCE_V2, ibv_access_flags, ibv_gid, ibv_gid_entry, ibv_global_route, ibv_qp_attr_mask as Mask,
+    ibv_qp_state,
+};
 use sideway::ibverbs::device::{DeviceInfo, DeviceList};
-use sideway::ibverbs::device_context::{DeviceContext, Mtu, PortState};
+use sideway::ibverbs::device_context::{DeviceContext, PortState};
 use sideway::ibverbs::protection_domain::ProtectionDomain;
-use sideway::ibverbs::queue_pair::{BasicQueuePair, QueuePair, QueuePairAttribute, QueuePairState};
-use sideway::ibverbs::{AccessFlags, completion::BasicCompletionQueue};
 
 use crate::tiering::chunks::wire::Endpoint;
 pub use lend::{Lent, Loan};
 pub use read::{Reader, Waited};
+use verbs::{Pair, Queue, addresses};
 
 #[cfg(target_feature = "crt-static")]
 compile_error!(
@@ -82,18 +84,20 @@ impl Port {
     pub fn at(address: IpAddr) -> io::Result<Port> {
         let (wanted, mut names) = (gid(address), Vec::new());
         for device in &devices()? {
-            let context = match device.open() {
-                Ok(context) => context,
+            let opened = device.open().map_err(|error| told("open it", &error));
+            // A device that cannot be asked is no reason not to use another.
+            let (context, table) = match opened.and_then(|context| Ok((addresses(&context)?, context))) {
+                Ok((table, context)) => (context, table),
                 Err(error) => {
-                    names.push(format!("{} ({})", device.name(), told("it cannot be opened", &error)));
+                    names.push(format!("{} (cannot {error})", device.name()));
                     continue;
                 }
             };
-            let table = context.query_gid_table().map_err(|error| told("ask a device for its addresses", &error))?;
-            let entry = table.iter().find(|entry| entry.gid() == wanted && entry.gid_type() == GidType::RoceV2);
+            let is_wanted = |entry: &&ibv_gid_entry| entry.gid_type == IBV_GID_TYPE_ROCE_V2 && octets(entry) == wanted;
+            let entry = table.iter().find(is_wanted);
             if let Some(entry) = entry {
-                let index = u8::try_from(entry.gid_index()).map_err(io::Error::other)?;
-                let number = u8::try_from(entry.port_num()).map_err(io::Error::other)?;
+                let index = u8::try_from(entry.gid_index).map_err(io::Error::other)?;
+                let number = u8::try_from(entry.port_num).map_err(io::Error::other)?;
                 return Port::of(context, number, index).map_err(|error| {
                     io::Error::new(error.kind(), format!("{}, port {number}: {error}", device.name()))
                 });
@@ -119,11 +123,16 @@ impl Port {
 }
 
 /// How RoCE v2 writes an IP address.
-fn gid(address: IpAddr) -> Gid {
+fn gid(address: IpAddr) -> [u8; 16] {
     match address.to_canonical() {
-        IpAddr::V4(address) => address.to_ipv6_mapped().into(),
-        IpAddr::V6(address) => address.into(),
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
     }
+}
+
+fn octets(entry: &ibv_gid_entry) -> [u8; 16] {
+    // SAFETY: either form of a GID is 16 bytes, whatever they are.
+    unsafe { entry.gid.raw }
 }
 
 fn new_sequence() -> io::Result<u32> {
@@ -133,31 +142,34 @@ fn new_sequence() -> io::Result<u32> {
     Ok(u32::from_be_bytes(bytes))
 }
 
-/// A queue pair in the state INIT.
-fn queue_pair(
-    domain: &Arc<ProtectionDomain>,
-    queue: &Arc<BasicCompletionQueue>,
-    (port, allows): (&Port, AccessFlags),
+/// A queue pair in the state INIT, for up to `depth` requests at once, through which `memory` is reached.
+fn queue_pair<M>(
+    (domain, queue): (&Arc<ProtectionDomain>, &Arc<Queue>),
+    (port, allows): (&Port, ibv_access_flags),
     depth: u32,
-) -> io::Result<BasicQueuePair> {
-    let queue = GenericCompletionQueue::Basic(queue.clone());
-    let mut builder = domain.create_qp_builder();
-    builder.setup_max_send_wr(depth).setup_max_recv_wr(1).setup_send_cq(queue.clone()).setup_recv_cq(queue);
-    let mut made = builder.build().map_err(|error| told("make a queue pair", &error))?;
-    let mut init = QueuePairAttribute::new();
-    init.setup_state(QueuePairState::Init).setup_pkey_index(0).setup_port(port.number).setup_access_flags(allows);
-    made.modify(&init).map_err(|error| told("initialise a queue pair", &error))?;
-    Ok(made)
+    memory: M,
+) -> io::Result<Pair<M>> {
+    let mut pair = Pair::new(domain, queue, depth, memory)?;
+    pair.modify("initialise a queue pair", |set| {
+        (set.qp_state, set.pkey_index) = (ibv_qp_state::IBV_QPS_INIT, 0);
+        (set.port_num, set.qp_access_flags) = (port.number, allows.0);
+        Mask::IBV_QP_STATE | Mask::IBV_QP_PKEY_INDEX | Mask::IBV_QP_PORT | Mask::IBV_QP_ACCESS_FLAGS
+    })?;
+    Ok(pair)
 }
 
 /// Connects a queue pair to its peer, which is at `address`; it answers requests from now on.
-fn accept(made: &mut BasicQueuePair, port: &Port, (address, peer): (IpAddr, Endpoint)) -> io::Result<()> {
-    let mut route = AddressHandleAttribute::new();
-    route.setup_port(port.number).setup_grh(&gid(address), 0, port.gid_index, HOPS, 0);
-    let mtu = Mtu::from(port.mtu.min(peer.mtu).ilog2() - 7);
-    let mut attributes = QueuePairAttribute::new();
-    attributes.setup_state(QueuePairState::ReadyToReceive).setup_path_mtu(mtu).setup_address_vector(&route);
-    attributes.setup_dest_qp_num(peer.queue_pair).setup_rq_psn(peer.sequence);
-    attributes.setup_max_dest_read_atomic(port.answers.min(peer.reads)).setup_min_rnr_timer(NOT_READY_TIMER);
-    made.modify(&attributes).map_err(|error| told(&format!("connect a queue pair to {address}"), &error))
+fn accept<M>(pair: &mut Pair<M>, port: &Port, (address, peer): (IpAddr, Endpoint)) -> io::Result<()> {
+    let dgid = ibv_gid { raw: gid(address) };
+    let grh = ibv_global_route { dgid, flow_label: 0, sgid_index: port.gid_index, hop_limit: HOPS, traffic_class: 0 };
+    pair.modify(&format!("connect a queue pair to {address}"), |set| {
+        set.qp_state = ibv_qp_state::IBV_QPS_RTR;
+        (set.ah_attr.grh, set.ah_attr.is_global, set.ah_attr.port_num) = (grh, 1, port.number);
+        // 1 is 256 bytes (`ibv_mtu`).
+        set.path_mtu = port.mtu.min(peer.mtu).ilog2() - 7;
+        (set.dest_qp_num, set.rq_psn) = (peer.queue_pair, peer.sequence);
+        (set.max_dest_rd_atomic, set.min_rnr_timer) = (port.answers.min(peer.reads), NOT_READY_TIMER);
+        let about_peer = Mask::IBV_QP_AV | Mask::IBV_QP_PATH_MTU | Mask::IBV_QP_DEST_QPN | Mask::IBV_QP_RQ_PSN;
+        Mask::IBV_QP_STATE | about_peer | Mask::IBV_QP_MAX_DEST_RD_ATOMIC | Mask::IBV_QP_MIN_RNR_TIMER
+    })
 }

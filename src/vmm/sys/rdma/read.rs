@@ -7,18 +7,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdma_mummy_sys::{ibv_ack_cq_events, ibv_get_cq_event, ibv_req_notify_cq, ibv_wc_status};
+use rdma_mummy_sys::{ibv_access_flags, ibv_qp_attr_mask as Mask, ibv_qp_state, ibv_sge, ibv_wc_status};
 use sideway::ibverbs::AccessFlags;
-use sideway::ibverbs::completion::{
-    BasicCompletionQueue, CompletionChannel, CompletionQueue, PollCompletionQueueError,
-};
 use sideway::ibverbs::memory_region::MemoryRegion;
 use sideway::ibverbs::protection_domain::ProtectionDomain;
-use sideway::ibverbs::queue_pair::{
-    BasicQueuePair, PostSendGuard, QueuePair, QueuePairAttribute, QueuePairState, SetScatterGatherEntry,
-    WorkRequestFlags,
-};
 
+use super::verbs::{Channel, Pair, Queue};
 use super::{Port, accept, new_sequence, queue_pair, told};
 use crate::tiering::chunks::wire::{Attached, Endpoint};
 use crate::vmm::sys::mapping::Buffer;
@@ -58,11 +52,9 @@ pub enum Waited {
 
 /// A connection to what somebody lends.
 pub struct Reader {
-    /// Before the memory its reads go to: when it is gone, no more of them arrive.
-    pair: BasicQueuePair,
-    slots: Option<Slots>,
-    queue: Arc<BasicCompletionQueue>,
-    channel: Arc<CompletionChannel>,
+    /// With the memory its reads go to.
+    pair: Pair<Option<Slots>>,
+    queue: Arc<Queue>,
     domain: Arc<ProtectionDomain>,
     port: Port,
     sequence: u32,
@@ -79,31 +71,29 @@ impl Reader {
     /// Not connected yet; up to `depth` reads at once.
     pub fn new(port: &Port, depth: usize) -> io::Result<Reader> {
         let domain = port.context.alloc_pd().map_err(|error| told("make a protection domain", &error))?;
-        let channel = port.context.create_comp_channel().map_err(|error| told("make a completion channel", &error))?;
-        channel.set_nonblocking(true)?;
-        let mut builder = port.context.create_cq_builder();
-        let queue = builder.setup_cqe(depth as u32).setup_comp_channel(&channel, 0).build();
-        let queue = queue.map_err(|error| told("make a completion queue", &error))?;
-        let pair = queue_pair(&domain, &queue, (port, AccessFlags::none()), depth as u32)?;
+        let queue = Arc::new(Queue::told_by(Channel::new(&port.context)?, depth as u32)?);
+        let allows = (port, ibv_access_flags(0));
+        let pair = queue_pair((&domain, &queue), allows, depth as u32, None)?;
         let (port, sequence) = (port.clone(), new_sequence()?);
-        let (slots, lent) = (None, None);
-        Ok(Reader { pair, slots, queue, channel, domain, port, sequence, depth, lent, begun: 0, complete: 0, freed: 0 })
+        Ok(Reader { pair, queue, domain, port, sequence, depth, lent: None, begun: 0, complete: 0, freed: 0 })
     }
 
     /// This end, for the lender.
     pub fn endpoint(&self) -> Endpoint {
         let (mtu, reads) = (self.port.mtu, self.port.makes);
-        Endpoint { queue_pair: self.pair.qp_number(), sequence: self.sequence, mtu, reads }
+        Endpoint { queue_pair: self.pair.number(), sequence: self.sequence, mtu, reads }
     }
 
     /// Connects to the lender at `address`.
     pub fn connect(&mut self, address: IpAddr, lent: Attached) -> io::Result<()> {
         accept(&mut self.pair, &self.port, (address, lent.endpoint))?;
-        let mut attributes = QueuePairAttribute::new();
-        attributes.setup_state(QueuePairState::ReadyToSend).setup_sq_psn(self.sequence);
-        attributes.setup_timeout(ACKNOWLEDGE_TIMEOUT).setup_retry_cnt(RETRIES).setup_rnr_retry(RETRIES);
-        attributes.setup_max_read_atomic(self.port.makes.min(lent.endpoint.reads));
-        self.pair.modify(&attributes).map_err(|error| told("start a queue pair", &error))?;
+        let (reads, sequence) = (self.port.makes.min(lent.endpoint.reads), self.sequence);
+        self.pair.modify("start a queue pair", |set| {
+            (set.qp_state, set.sq_psn, set.max_rd_atomic) = (ibv_qp_state::IBV_QPS_RTS, sequence, reads);
+            (set.timeout, set.retry_cnt, set.rnr_retry) = (ACKNOWLEDGE_TIMEOUT, RETRIES, RETRIES);
+            let patience = Mask::IBV_QP_TIMEOUT | Mask::IBV_QP_RETRY_CNT | Mask::IBV_QP_RNR_RETRY;
+            Mask::IBV_QP_STATE | Mask::IBV_QP_SQ_PSN | Mask::IBV_QP_MAX_QP_RD_ATOMIC | patience
+        })?;
         self.lent = Some(lent);
         Ok(())
     }
@@ -117,18 +107,18 @@ impl Reader {
             return Err(io::Error::other("earlier reads are still under way"));
         }
         let count = count.clamp(1, self.depth);
-        if let Some(slots) = self.slots.as_ref().filter(|slots| slots.count >= count && slots.len >= len) {
+        if let Some(slots) = self.pair.as_ref().filter(|slots| slots.count >= count && slots.len >= len) {
             return Ok(slots.count);
         }
         // The old ones first: together they might be too much.
-        self.slots = None;
+        *self.pair = None;
         let mut memory = Buffer::new(count * len)?;
         let base = memory.bytes_mut().as_mut_ptr();
-        // SAFETY: the memory outlives its region, which outlives the reads into it (see `Reader`).
+        // SAFETY: the memory outlives its region, which outlives the reads into it (see `Pair`).
         let region = unsafe { self.domain.reg_mr(base as usize, count * len, AccessFlags::LocalWrite) };
         let doing = "register memory with the device (RLIMIT_MEMLOCK limits that without CAP_IPC_LOCK)";
         let region = region.map_err(|error| told(doing, &error))?;
-        self.slots = Some(Slots { region, base, _memory: memory, len, count });
+        *self.pair = Some(Slots { region, base, _memory: memory, len, count });
         Ok(count)
     }
 
@@ -138,7 +128,7 @@ impl Reader {
     /// No free slot, a range that is longer than one or lies outside; what the driver says.
     pub fn begin(&mut self, range: &Range<u64>) -> io::Result<()> {
         let len = range.end.saturating_sub(range.start);
-        let (Some(slots), Some(lent)) = (&self.slots, &self.lent) else {
+        let (Some(slots), Some(lent)) = (&*self.pair, &self.lent) else {
             return Err(io::Error::other("nothing is lent"));
         };
         let is_free = self.begun - self.freed < slots.count as u64;
@@ -146,14 +136,11 @@ impl Reader {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
         let at = (self.begun % slots.count as u64) as usize * slots.len;
-        let (to, key) = (slots.base as u64 + at as u64, slots.region.lkey());
-        let mut guard = self.pair.start_post_send();
-        let request = guard.construct_wr(self.begun, WorkRequestFlags::Signaled);
-        let read = request.setup_read(lent.key, lent.address + range.start);
+        let (to, lkey) = (slots.base as u64 + at as u64, slots.region.lkey());
+        let to = ibv_sge { addr: to, length: len as u32, lkey };
         // SAFETY: the slot is registered, as long as what is read, and in nobody's use until the read is complete and
         // the slot is freed.
-        unsafe { read.setup_sge(key, to, len as u32) };
-        guard.post().map_err(|error| told("begin a read", &error))?;
+        unsafe { self.pair.read(self.begun, (lent.key, lent.address + range.start), to)? };
         self.begun += 1;
         Ok(())
     }
@@ -166,39 +153,26 @@ impl Reader {
         if self.is_complete()? {
             return Ok(Waited::Read);
         }
-        // SAFETY: the queue lives as long as `self`.
-        let refused = unsafe { ibv_req_notify_cq(self.queue.cq().as_ptr(), 0) };
-        if refused != 0 {
-            return Err(io::Error::from_raw_os_error(refused));
-        }
+        self.queue.request()?;
         // What completed before the device was asked to tell.
         if self.is_complete()? {
             return Ok(Waited::Read);
         }
         let poll_in = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let mut fds = [poll_in(self.channel.as_raw_fd()), poll_in(other.as_raw_fd())];
+        // -1 is no descriptor (poll(2)).
+        let channel = self.queue.descriptor().map_or(-1, |channel| channel.as_raw_fd());
+        let mut fds = [poll_in(channel), poll_in(other.as_raw_fd())];
         let millis = time.as_millis().clamp(1, 60_000) as libc::c_int;
         // SAFETY: `fds` is an array of two valid pollfds; both descriptors are open while their owners are borrowed.
         if unsafe { libc::poll(fds.as_mut_ptr(), 2, millis) } < 0 {
             let error = io::Error::last_os_error();
             return if error.kind() == io::ErrorKind::Interrupted { Ok(Waited::Neither) } else { Err(error) };
         }
-        self.take_event();
+        self.queue.take_event();
         if self.is_complete()? {
             return Ok(Waited::Read);
         }
         Ok(if fds[1].revents != 0 { Waited::Other } else { Waited::Neither })
-    }
-
-    /// Takes what the completion channel has to say, if anything: only that there is something in the queue.
-    fn take_event(&self) {
-        let (mut queue, mut context) = (std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: the channel lives as long as `self` and does not block; both pointers are this function's own.
-        let taken = unsafe { ibv_get_cq_event(self.channel.comp_channel().as_ptr(), &mut queue, &mut context) };
-        if taken == 0 {
-            // SAFETY: one event of the only queue of this channel was just taken.
-            unsafe { ibv_ack_cq_events(self.queue.cq().as_ptr(), 1) };
-        }
     }
 
     /// Whether the oldest read is complete.
@@ -206,13 +180,8 @@ impl Reader {
         if self.complete > self.freed {
             return Ok(true);
         }
-        let done = match self.queue.start_poll() {
-            Ok(done) => done,
-            Err(PollCompletionQueueError::CompletionQueueEmpty) => return Ok(false),
-            Err(error) => return Err(told("ask for completed reads", &error)),
-        };
-        for completion in done {
-            match (completion.status(), completion.wr_id()) {
+        while let Some((id, status)) = self.queue.poll()? {
+            match (status, id) {
                 (ibv_wc_status::IBV_WC_SUCCESS, id) if id == self.complete => self.complete += 1,
                 (ibv_wc_status::IBV_WC_SUCCESS, id) => {
                     return Err(io::Error::other(format!("read {id} completed before read {}", self.complete)));
@@ -225,7 +194,7 @@ impl Reader {
 
     /// The first `len` bytes of the oldest complete read; `None` if there is none, or the slots are shorter.
     pub fn bytes(&self, len: usize) -> Option<&[u8]> {
-        let slots = self.slots.as_ref().filter(|slots| self.complete > self.freed && len <= slots.len)?;
+        let slots = self.pair.as_ref().filter(|slots| self.complete > self.freed && len <= slots.len)?;
         let at = (self.freed % slots.count as u64) as usize * slots.len;
         // SAFETY: the slot lies within the memory; its read is complete, so that the device does not write to it until it
         // is freed, which needs `self` exclusively. The other slots, which it writes to, are not part of the slice.

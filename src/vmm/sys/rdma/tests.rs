@@ -15,9 +15,12 @@ const LEN: u64 = 3 << 20;
 /// An address of this host that a device has; `None`, with the reason printed, without one.
 fn address() -> Option<IpAddr> {
     let addresses = devices().ok().into_iter().flat_map(|devices| {
-        let tables = devices.iter().filter_map(|device| device.open().ok()?.query_gid_table().ok());
-        let mapped = |gid: Gid| Ipv6Addr::from(gid).to_ipv4_mapped().map(IpAddr::V4);
-        tables.flatten().filter_map(|entry| mapped(entry.gid())).collect::<Vec<_>>()
+        let tables = devices.iter().filter_map(|device| {
+            let context = device.open().ok()?;
+            addresses(&context).ok()
+        });
+        let mapped = |entry: ibv_gid_entry| Ipv6Addr::from(octets(&entry)).to_ipv4_mapped().map(IpAddr::V4);
+        tables.flatten().filter_map(mapped).collect::<Vec<_>>()
     });
     let found = addresses.into_iter().next();
     if found.is_none() {
