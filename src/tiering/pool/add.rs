@@ -21,6 +21,10 @@ pub type Hash = [u8; HASH_LEN as usize];
 
 /// Pages read, hashed and written at once: a block.
 const PIECE_PAGES: u64 = BLOCK_PAGES;
+/// Pages flushed at once where other hosts have to hear meanwhile that the writer lives: 32 MiB.
+const FLUSH_PAGES: u64 = 16 * BLOCK_PAGES;
+/// Pages whose hashes are read at once: of 1 GiB.
+const HASH_PAGES: u64 = 512 * BLOCK_PAGES;
 
 /// What is added, and by what it is weighed.
 pub struct Added<'a> {
@@ -152,6 +156,8 @@ impl Writer<'_> {
                 let bytes = &mut buffer[..piece.bytes() as usize];
                 read_guest(chain, resolved, piece, bytes)?;
                 let at = run.at + (piece.first.0 - run.gfn);
+                // Right before the write: who was ousted meanwhile must not write where its successor may have.
+                self.beat()?;
                 medium.write(geometry.page(at), bytes).map_err(writing())?;
                 let (mut sums, mut hashes) = (Vec::new(), Vec::new());
                 for page in bytes.chunks_exact(PAGE_SIZE as usize) {
@@ -162,14 +168,14 @@ impl Writer<'_> {
                 medium.write(geometry.hashes.offset + at * HASH_LEN, &hashes).map_err(writing())?;
                 done += piece.bytes();
                 progress(all + done, all * 2);
-                self.beat()?;
             }
         }
-        for run in placed {
-            medium.flush(geometry.page(run.at), run.pages * PAGE_SIZE).map_err(writing())?;
-            medium.flush(geometry.sums.offset + run.at * SUM_LEN, run.pages * SUM_LEN).map_err(writing())?;
-            medium.flush(geometry.hashes.offset + run.at * HASH_LEN, run.pages * HASH_LEN).map_err(writing())?;
+        let piece_pages = if medium.facts().shared_between_hosts { FLUSH_PAGES } else { u64::MAX };
+        for (at, pages) in placed.iter().flat_map(|run| pieces(run.at, run.pages, piece_pages)) {
             self.beat()?;
+            medium.flush(geometry.page(at), pages * PAGE_SIZE).map_err(writing())?;
+            medium.flush(geometry.sums.offset + at * SUM_LEN, pages * SUM_LEN).map_err(writing())?;
+            medium.flush(geometry.hashes.offset + at * HASH_LEN, pages * HASH_LEN).map_err(writing())?;
         }
         Ok(())
     }
@@ -286,15 +292,17 @@ pub struct Index {
 }
 
 impl Index {
-    fn of(writer: &Writer) -> Result<Index, Error> {
-        let geometry = writer.state.geometry();
+    fn of(writer: &mut Writer) -> Result<Index, Error> {
+        let geometry = *writer.state.geometry();
         let mut used = super::space::Space::new(0, geometry.pages());
         let (mut by_hash, mut hashes) = (HashMap::new(), Vec::new());
         for run in writer.state.used(writer.medium)? {
             used.take(run.at, run.pages);
         }
-        for (start, len) in taken(&used, geometry.pages()) {
-            let read = read_hashes(writer.medium, geometry, start, len)?;
+        for (start, len) in taken(&used, geometry.pages()).into_iter().flat_map(|(at, len)| pieces(at, len, HASH_PAGES))
+        {
+            writer.beat()?;
+            let read = read_hashes(writer.medium, &geometry, start, len)?;
             hashes.resize((start + len) as usize, Hash::default());
             for (page, hash) in (start..).zip(read) {
                 by_hash.entry(hash).or_insert(page);
@@ -320,6 +328,11 @@ impl Index {
         medium.read(geometry.page(at), &mut there).map_err(Error::io("read pages of", medium.path()))?;
         Ok((there == page).then_some(at))
     }
+}
+
+/// `len` pages from `start` on, as stretches of at most `most`.
+fn pieces(start: u64, len: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..len.div_ceil(most)).map(move |piece| (start + piece * most, most.min(len - piece * most)))
 }
 
 /// The stretches of `[0, end)` that are not free.

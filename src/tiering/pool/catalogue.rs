@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 use super::format::{Blob, Geometry, SLOT, Superblock, superblocks};
+use super::lock::Lock;
 use super::medium::Medium;
 use super::space::Space;
 use crate::snapshot::{Digest, Extent, Gfn, MAX_GUEST_ADDRESS, PAGE_SIZE, SnapshotId};
@@ -174,14 +175,15 @@ impl Catalogue {
     /// whose blobs must stay, because a reader, or who recovers from a torn write, may still come from them.
     ///
     /// # Errors
-    /// [`Error::CatalogueFull`] before anything is changed; [`Error::Io`].
-    pub fn publish(
+    /// [`Error::CatalogueFull`] before anything is changed; [`Error::Ousted`], [`Error::StoodStill`], [`Error::Io`].
+    pub(super) fn publish(
         &self,
-        medium: &dyn Medium,
+        lock: &mut Lock,
         older: &[Catalogue],
         mut heads: Vec<Head>,
         fresh: &[(usize, Entry)],
     ) -> Result<Catalogue, Error> {
+        let medium = lock.medium();
         let path = medium.path();
         let part = self.geometry().catalogue;
         let mut space = Space::new(part.offset, part.offset + part.len);
@@ -200,14 +202,17 @@ impl Catalogue {
         blobs.push((blob, bytes));
         let writing = || Error::io("write the catalogue of", path);
         for (blob, bytes) in &blobs {
+            lock.beat()?;
             medium.write(blob.offset, bytes).map_err(writing())?;
             medium.flush(blob.offset, blob.len).map_err(writing())?;
         }
         let generation = self.superblock.generation + 1;
         let superblock = Superblock { generation, directory: blob, ..self.superblock };
         let slot = 1 - self.slot;
-        medium.write(slot * SLOT, &superblock.encode()).map_err(writing())?;
-        medium.flush(slot * SLOT, SLOT).map_err(writing())?;
+        lock.as_writer(|| {
+            medium.write(slot * SLOT, &superblock.encode()).map_err(writing())?;
+            medium.flush(slot * SLOT, SLOT).map_err(writing())
+        })?;
         Ok(Catalogue { superblock, slot, heads: directory.heads })
     }
 

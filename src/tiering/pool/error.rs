@@ -46,7 +46,7 @@ pub enum Error {
     )]
     NoLease { path: PathBuf, slots: u64 },
     #[error(
-        "The VM's lease of pool {path} was ended by another host, which has not heard of this one for too long (`tvmm pool gc --lease-expiry`), or made the pool anew: its memory may be another's",
+        "The VM's lease of pool {path} was ended by another host, which has not heard of this one for too long (`tvmm pool gc --lease-expiry`), made the pool anew, or took the same lease at the same moment: its memory may be another's",
         path = path.display()
     )]
     LeaseLost { path: PathBuf },
@@ -57,6 +57,11 @@ pub enum Error {
     InUse { path: PathBuf, vms: usize },
     #[error("Pool {path} was taken over by {who} while this process changed it: nothing was published", path = path.display())]
     Ousted { path: PathBuf, who: String },
+    #[error(
+        "This process, or its host, stood still while it changed pool {path}: others may have taken over, and what it did may be lost or half done. Look with `tvmm pool fsck {path}` and `tvmm pool ls {path}`, and try again",
+        path = path.display()
+    )]
+    StoodStill { path: PathBuf },
     #[error("The profile was recorded on snapshot {made_for}, not on {given}")]
     ProfileOfOther { made_for: String, given: String },
 }

@@ -12,7 +12,9 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::time::{ClockId, clock_gettime};
 
 use super::error::Error;
 use super::format::{LEASE_LEN, LEASE_SLOTS, LEASES};
@@ -27,6 +29,9 @@ pub const BEAT: Duration = Duration::from_secs(10);
 const WATCH: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(25) };
 /// How long it takes at most until one host's write is seen by another that was about to write there.
 pub(super) const SETTLE: Duration = Duration::from_millis(200);
+/// How often, and after what pause, is read again what is not whole: its owner may be writing it.
+pub(super) const READS: usize = 5;
+pub(super) const PAUSE: Duration = Duration::from_millis(5);
 
 /// Who asks: this boot of this host, and the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +80,31 @@ pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
+/// Time since this host's start, its sleep included.
+pub(super) fn uptime() -> Duration {
+    let time = clock_gettime(ClockId::Boottime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+}
+
+/// Whether who read at `read` that something is its own, and has changed it by now, may have changed what was another's: it
+/// stood still meanwhile, and nobody has heard of it since `said`, which others may have watched for `watch`.
+pub(super) fn stood_still(read: Duration, said: Duration, watch: Duration) -> bool {
+    let now = uptime();
+    now.saturating_sub(read) > SETTLE && now.saturating_sub(said) + SETTLE > watch
+}
+
+/// The bytes of a slot.
+type Bytes = [u8; LEASE_LEN as usize];
+
+/// What a slot says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Slot {
+    Free,
+    /// Being written, or its writer died meanwhile: nobody knows whose it is.
+    Torn(Bytes),
+    Of(Lease),
+}
+
 impl Lease {
     fn encode(&self) -> [u8; LEASE_LEN as usize] {
         let mut out = [0; LEASE_LEN as usize];
@@ -91,14 +121,16 @@ impl Lease {
         out
     }
 
-    /// `None`: nobody's, or torn.
-    fn decode(slot: &[u8]) -> Option<Lease> {
+    fn decode(slot: &Bytes) -> Slot {
         let word = |at: usize| u32::from_le_bytes(slot[at..at + 4].try_into().unwrap_or_default());
         let long = |at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().unwrap_or_default());
-        if crc32c::crc32c(&slot[4..]) != word(0) || long(8) == 0 {
-            return None;
+        if slot.iter().all(|byte| *byte == 0) {
+            return Slot::Free;
         }
-        Some(Lease {
+        if crc32c::crc32c(&slot[4..]) != word(0) || long(8) == 0 {
+            return Slot::Torn(*slot);
+        }
+        Slot::Of(Lease {
             holder: Holder { pid: word(4), host: long(8) },
             beat: long(16),
             snapshot: SnapshotId(slot[24..56].try_into().unwrap_or_default()),
@@ -118,45 +150,71 @@ pub fn live(medium: &dyn Medium, expiry_s: u64) -> Result<Vec<(u64, Lease)>, Err
     Ok(sort(medium, expiry_s)?.0)
 }
 
-/// Those that live, and those of other hosts that have not been heard of for `expiry_s`.
-type Sorted = (Vec<(u64, Lease)>, Vec<(u64, Lease)>);
+/// Those that live, and those of other hosts that have not been heard of for `expiry_s`, or are not whole.
+type Sorted = (Vec<(u64, Lease)>, Vec<(u64, Slot)>);
 
 fn sort(medium: &dyn Medium, expiry_s: u64) -> Result<Sorted, Error> {
     let me = Holder::of(medium)?;
+    let shared = medium.facts().shared_between_hosts;
     let (mut live, mut suspected) = (Vec::new(), Vec::new());
-    for (slot, lease) in read_all(medium)? {
+    for (slot, found) in read_all(medium)? {
         let locked = medium.is_locked(offset(slot)).map_err(Error::io("look at the leases of", medium.path()))?;
-        if locked || lease.holder == me {
-            live.push((slot, lease));
-        } else if lease.holder.host != me.host && medium.facts().shared_between_hosts {
-            let is_recent = now().abs_diff(lease.beat) <= expiry_s;
-            if is_recent { live.push((slot, lease)) } else { suspected.push((slot, lease)) }
+        match found {
+            Slot::Free => {}
+            Slot::Torn(_) if locked => return Err(unknown(medium, slot)),
+            // Without its lock a lease of this host is nobody's.
+            Slot::Torn(_) if shared => suspected.push((slot, found)),
+            Slot::Torn(_) => {}
+            Slot::Of(lease) if locked || lease.holder == me => live.push((slot, lease)),
+            Slot::Of(lease) if lease.holder.host != me.host && shared => {
+                let is_recent = now().abs_diff(lease.beat) <= expiry_s;
+                if is_recent { live.push((slot, lease)) } else { suspected.push((slot, found)) }
+            }
+            Slot::Of(_) => {}
         }
     }
     Ok((live, suspected))
 }
 
-/// All leases whose holder lives, after those that have not been heard of for `expiry_s` have been watched and, if they are
-/// silent, wiped. `beat` is called every now and then meanwhile.
+fn unknown(medium: &dyn Medium, slot: u64) -> Error {
+    Error::damaged(medium.path(), format!("lease {slot} is in use, and does not say by whom; try again"))
+}
+
+/// All leases whose holder lives, after those that have not been heard of for `expiry_s`, and those that are not whole, have
+/// been watched and, if they are silent, wiped. `beat` is called every now and then meanwhile.
+///
+/// # Errors
+/// [`Error::Damaged`] if a lease is in use and never whole, [`Error::StoodStill`], [`Error::Io`].
 pub fn abandon(
     medium: &dyn Medium,
     expiry_s: u64,
     beat: &mut dyn FnMut() -> Result<(), Error>,
 ) -> Result<Vec<(u64, Lease)>, Error> {
     let (mut live, mut suspected) = sort(medium, expiry_s)?;
-    let start = Instant::now();
-    while !suspected.is_empty() && start.elapsed() < WATCH {
+    let start = uptime();
+    while !suspected.is_empty() && uptime().saturating_sub(start) < WATCH {
         std::thread::sleep(SETTLE);
         beat()?;
-        wake(medium, &mut suspected, &mut live, |lease| Some(*lease))?;
+        wake(medium, &mut suspected, &mut live, |found| *found)?;
     }
-    for (slot, _) in &suspected {
-        write(medium, *slot, None)?;
+    for (slot, found) in std::mem::take(&mut suspected) {
+        let looked = uptime();
+        let mut silent = vec![(slot, found)];
+        wake(medium, &mut silent, &mut live, |found| *found)?;
+        if silent.is_empty() {
+            continue;
+        }
+        write(medium, slot, None)?;
+        if uptime().saturating_sub(looked) > SETTLE {
+            // Its heart may have beaten meanwhile: what it protects is not freed now.
+            return Err(Error::StoodStill { path: medium.path().to_path_buf() });
+        }
+        suspected.append(&mut silent);
     }
     if !suspected.is_empty() {
         // Its heart may have been about to beat.
         std::thread::sleep(SETTLE);
-        wake(medium, &mut suspected, &mut live, |_| None)?;
+        wake(medium, &mut suspected, &mut live, |_| Slot::Free)?;
     }
     Ok(live)
 }
@@ -164,32 +222,48 @@ pub fn abandon(
 /// Moves those of `suspected` that do not say what they are expected to any more to `live`.
 fn wake(
     medium: &dyn Medium,
-    suspected: &mut Vec<(u64, Lease)>,
+    suspected: &mut Vec<(u64, Slot)>,
     live: &mut Vec<(u64, Lease)>,
-    expected: impl Fn(&Lease) -> Option<Lease>,
+    expected: impl Fn(&Slot) -> Slot,
 ) -> Result<(), Error> {
-    let slots: Vec<(u64, Lease)> = std::mem::take(suspected);
-    for (slot, lease) in slots {
+    let slots: Vec<(u64, Slot)> = std::mem::take(suspected);
+    for (slot, before) in slots {
         match read(medium, slot)? {
-            found if found == expected(&lease) => suspected.push((slot, lease)),
-            Some(found) => live.push((slot, found)),
+            found if found == expected(&before) => suspected.push((slot, before)),
+            Slot::Of(found) => live.push((slot, found)),
+            Slot::Torn(_) => return Err(unknown(medium, slot)),
             // It was given back.
-            None => {}
+            Slot::Free => {}
         }
     }
     Ok(())
 }
 
-fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Lease)>, Error> {
+/// All slots; those that are not whole have been read several times.
+fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Slot)>, Error> {
     let mut bytes = vec![0; (LEASE_SLOTS * LEASE_LEN) as usize];
-    medium.read(LEASES, &mut bytes).map_err(Error::io("read the leases of", medium.path()))?;
-    let slots = (0..).zip(bytes.chunks_exact(LEASE_LEN as usize));
-    Ok(slots.filter_map(|(slot, bytes)| Some((slot, Lease::decode(bytes)?))).collect())
+    let mut slots = Vec::new();
+    for _ in 0..READS {
+        medium.read(LEASES, &mut bytes).map_err(Error::io("read the leases of", medium.path()))?;
+        slots = (0..).zip(bytes.as_chunks().0.iter().map(Lease::decode)).collect();
+        if !slots.iter().any(|(_, slot)| matches!(slot, Slot::Torn(_))) {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(slots)
 }
 
-fn read(medium: &dyn Medium, slot: u64) -> Result<Option<Lease>, Error> {
+fn read(medium: &dyn Medium, slot: u64) -> Result<Slot, Error> {
     let mut bytes = [0; LEASE_LEN as usize];
-    medium.read(offset(slot), &mut bytes).map_err(Error::io("read a lease of", medium.path()))?;
+    for reads in 1.. {
+        medium.read(offset(slot), &mut bytes).map_err(Error::io("read a lease of", medium.path()))?;
+        if reads == READS || !matches!(Lease::decode(&bytes), Slot::Torn(_)) {
+            break;
+        }
+        // Who does not read it again by itself would take it for lost.
+        std::thread::sleep(PAUSE);
+    }
     Ok(Lease::decode(&bytes))
 }
 
@@ -208,39 +282,57 @@ fn write(medium: &dyn Medium, slot: u64, lease: Option<&Lease>) -> Result<(), Er
 #[derive(Debug)]
 pub struct Held {
     medium: Arc<dyn Medium>,
+    state: Mutex<State>,
+}
+
+/// Where a lease is, and what it says.
+#[derive(Clone, Copy, Debug)]
+struct State {
     slot: u64,
-    lease: Mutex<Lease>,
+    lease: Lease,
+    /// When it was about to be written last, by [`uptime`].
+    said: Duration,
+    /// Whether it was still there when everybody who had found the slot free must have written.
+    settled: bool,
 }
 
 impl Held {
-    /// Takes a lease. The medium's handle holds it.
+    /// Takes a lease. The medium's handle holds it. Another host may have taken the same slot at the same moment: so
+    /// [`settle`](Self::settle) is to be called [`SETTLE`] later.
     ///
     /// # Errors
     /// [`Error::NoLease`], [`Error::Io`].
     pub fn take(medium: &Arc<dyn Medium>, snapshot: SnapshotId, entry: Digest) -> Result<Held, Error> {
-        let path = medium.path();
-        let failed = || Error::io("take a lease of", path);
         let holder = Holder::of(medium.as_ref())?;
         let lease = Lease { holder, beat: now(), snapshot, entry: short(entry), planned: [0; 4] };
-        // Hosts, and processes of a host, start to look at different places.
-        let start = holder.host.wrapping_add(u64::from(holder.pid)) % LEASE_SLOTS;
-        for slot in (0..LEASE_SLOTS).map(|step| (start + step) % LEASE_SLOTS) {
-            if !medium.try_lock(offset(slot)).map_err(failed())? {
-                continue;
-            }
-            // Only who collects garbage may decide that another host is gone.
-            let is_others = read(medium.as_ref(), slot)?
-                .is_some_and(|found| found.holder.host != holder.host && medium.facts().shared_between_hosts);
-            if !is_others {
-                write(medium.as_ref(), slot, Some(&lease))?;
-                // On a medium of several hosts another one may have come at the same moment.
-                if read(medium.as_ref(), slot)? == Some(lease) {
-                    return Ok(Held { medium: medium.clone(), slot, lease: Mutex::new(lease) });
-                }
-            }
-            medium.unlock(offset(slot)).map_err(failed())?;
+        let state = claim(medium.as_ref(), lease)?;
+        Ok(Held { medium: medium.clone(), state: Mutex::new(state) })
+    }
+
+    /// Looks whether another host has taken the same slot at the same moment, and takes another one then. `is_there`: whether
+    /// the entry still is what the pool has, so that nobody has freed its pages while no lease stood. Returns whether the
+    /// lease stands for good; if not, this has to be called again [`SETTLE`] later.
+    ///
+    /// # Errors
+    /// [`Error::LeaseLost`], and as for [`take`](Self::take).
+    pub fn settle(&self, is_there: &dyn Fn() -> Result<bool, Error>) -> Result<bool, Error> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.settled || !self.medium.facts().shared_between_hosts {
+            return Ok(true);
         }
-        Err(Error::NoLease { path: path.to_path_buf(), slots: LEASE_SLOTS })
+        match read(self.medium.as_ref(), state.slot)? {
+            Slot::Of(lease) if lease == state.lease => {
+                state.settled = uptime().saturating_sub(state.said) > SETTLE;
+                return Ok(state.settled);
+            }
+            Slot::Of(lease) if lease.holder.host != state.lease.holder.host => {}
+            _ => return Err(self.lost()),
+        }
+        let failed = Error::io("take a lease of", self.medium.path());
+        self.medium.unlock(offset(state.slot)).map_err(failed)?;
+        *state = claim(self.medium.as_ref(), state.lease)?;
+        // Who cannot be told that it is there must not go on as if it were.
+        if is_there().unwrap_or(false) { Ok(false) } else { Err(self.lost()) }
     }
 
     /// Says that the holder lives.
@@ -256,23 +348,65 @@ impl Held {
     /// # Errors
     /// As for [`beat`](Self::beat).
     pub fn update(&self, change: impl FnOnce(&mut Lease)) -> Result<(), Error> {
-        let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
-        if read(self.medium.as_ref(), self.slot)? != Some(*lease) {
-            return Err(Error::LeaseLost { path: self.medium.path().to_path_buf() });
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let looked = uptime();
+        if read(self.medium.as_ref(), state.slot)? != Slot::Of(state.lease) {
+            return Err(self.lost());
         }
-        change(&mut lease);
-        lease.beat = now();
-        write(self.medium.as_ref(), self.slot, Some(&lease))
+        change(&mut state.lease);
+        state.lease.beat = now();
+        write(self.medium.as_ref(), state.slot, Some(&state.lease))?;
+        if self.medium.facts().shared_between_hosts && stood_still(looked, state.said, WATCH) {
+            // It may have been wiped after it was looked at: what it says now says nothing.
+            return Err(self.lost());
+        }
+        if state.settled {
+            state.said = looked;
+        }
+        Ok(())
     }
+
+    fn lost(&self) -> Error {
+        Error::LeaseLost { path: self.medium.path().to_path_buf() }
+    }
+}
+
+/// Writes `lease` to a slot that is free, and locks it.
+fn claim(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
+    let failed = || Error::io("take a lease of", medium.path());
+    let (holder, shared) = (lease.holder, medium.facts().shared_between_hosts);
+    // Hosts, and processes of a host, start to look at different places.
+    let start = holder.host.wrapping_add(u64::from(holder.pid)) % LEASE_SLOTS;
+    for slot in (0..LEASE_SLOTS).map(|step| (start + step) % LEASE_SLOTS) {
+        if !medium.try_lock(offset(slot)).map_err(failed())? {
+            continue;
+        }
+        let said = uptime();
+        // Only who collects garbage may decide that another host is gone.
+        let is_others = match read(medium, slot)? {
+            Slot::Free => false,
+            Slot::Torn(_) => shared,
+            Slot::Of(found) => found.holder.host != holder.host && shared,
+        };
+        if !is_others {
+            write(medium, slot, Some(&lease))?;
+            if read(medium, slot)? == Slot::Of(lease) {
+                // Another host that found it free has written by the time of `settle`.
+                return Ok(State { slot, lease, said, settled: false });
+            }
+        }
+        medium.unlock(offset(slot)).map_err(failed())?;
+    }
+    Err(Error::NoLease { path: medium.path().to_path_buf(), slots: LEASE_SLOTS })
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { slot, lease, .. } = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // If that fails, the lock ends with the handle, which says the same. Another's lease is left alone.
-        if read(self.medium.as_ref(), self.slot).is_ok_and(|found| found == Some(*lease)) {
-            let _ = write(self.medium.as_ref(), self.slot, None);
+        if read(self.medium.as_ref(), slot).is_ok_and(|found| found == Slot::Of(lease)) {
+            let _ = write(self.medium.as_ref(), slot, None);
         }
-        let _ = self.medium.unlock(offset(self.slot));
+        let _ = self.medium.unlock(offset(slot));
     }
 }

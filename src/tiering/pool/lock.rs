@@ -1,10 +1,10 @@
 //! Who may change a pool: one process of one host.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::error::Error;
 use super::format::WRITER;
-use super::lease::{Holder, SETTLE, now};
+use super::lease::{Holder, PAUSE, READS, SETTLE, now, stood_still, uptime};
 use super::medium::Medium;
 
 /// Bytes of the writer's record: host, pid, heartbeat, checksum.
@@ -14,18 +14,23 @@ const BEAT: Duration = Duration::from_secs(5);
 /// A writer of another host is suspected when its last beat is so many seconds away.
 const SUSPECT_S: u64 = 60;
 /// How long it is watched then: clocks of hosts differ.
-const WATCH: Duration = Duration::from_secs(20);
+const WATCH: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(20) };
+/// How often the right is tried to be had in time.
+const TRIES: usize = 8;
 
 /// The right to write. Given back on drop.
 ///
 /// Hosts that share a medium have no lock in common, and no operation that would make one. So the right is had as in
 /// Fischer's algorithm (L. Lamport, "A Fast Mutual Exclusion Algorithm", ACM TOCS 5(1), 1987): who finds no writer says that
-/// it is the writer, waits until everybody who found none has said so too, and is the writer if it still says so. Before
-/// anything is published that is looked at once more.
+/// it is the writer, waits until everybody who found none has said so too, and is the writer if it still says so. That takes
+/// that nobody needs longer than the wait to say so: who needs more than half of it starts again. Whoever was stopped between
+/// the two for longer still takes the right from who has it; so it is looked at before every piece that is written, and once
+/// more before anything is published.
 pub(super) struct Lock<'m> {
     medium: &'m dyn Medium,
     me: Holder,
-    beaten: Instant,
+    /// When it was about to say that it lives, by [`uptime`].
+    said: Duration,
 }
 
 impl<'m> Lock<'m> {
@@ -37,35 +42,81 @@ impl<'m> Lock<'m> {
         let failed = || Error::io("lock", path);
         let me = Holder::of(medium)?;
         if !medium.try_lock(WRITER).map_err(failed())? {
-            let (other, _) = read_record(medium)?;
-            return Err(busy(format!("process {} of this host", other.pid)));
+            return Err(busy(match read_record(medium)? {
+                Record::Of(other, _) => format!("process {} of this host", other.pid),
+                Record::Nobody | Record::Torn(_) => "another process of this host".to_string(),
+            }));
         }
         let unlock = |who: String| {
             // It ends with the handle, too.
             let _ = medium.unlock(WRITER);
             busy(who)
         };
-        await_others(medium, me)?.map_or(Ok(()), |who| Err(unlock(who)))?;
-        let mut lock = Lock { medium, me, beaten: Instant::now() };
-        lock.write(me)?;
-        if medium.facts().shared_between_hosts {
+        let mut lock = Lock { medium, me, said: uptime() };
+        for _ in 0..TRIES {
+            let found = match await_others(medium, me)? {
+                Awaited::Lives(who) => return Err(unlock(who)),
+                Awaited::Gone(found) => found,
+            };
+            let looked = uptime();
+            if read_record(medium)? != found {
+                continue;
+            }
+            lock.write(me)?;
+            if !medium.facts().shared_between_hosts {
+                return Ok(lock);
+            }
+            if uptime().saturating_sub(looked) > SETTLE / 2 {
+                continue;
+            }
             std::thread::sleep(SETTLE);
+            return match lock.is_mine()? {
+                true => Ok(lock),
+                false => Err(unlock("another host, which came at the same moment".to_string())),
+            };
         }
-        match read_record(medium)?.0 == me {
-            true => Ok(lock),
-            false => Err(unlock("another host, which came at the same moment".to_string())),
+        Err(unlock("another host, or this one is too slow to say in time that it writes".to_string()))
+    }
+
+    /// Looks whether this is still the writer, and says that it lives, if that was long ago.
+    ///
+    /// # Errors
+    /// [`Error::Ousted`], [`Error::StoodStill`], [`Error::Io`].
+    pub fn beat(&mut self) -> Result<(), Error> {
+        let (looked, said) = (uptime(), self.said);
+        self.check()?;
+        if looked.saturating_sub(said) > BEAT {
+            self.write(self.me)?;
+            self.stood_still(looked, said)?;
+        }
+        Ok(())
+    }
+
+    /// Does what others see, as the writer.
+    ///
+    /// # Errors
+    /// [`Error::Ousted`] before it is done; [`Error::StoodStill`] after it, if it may have come too late; its own.
+    pub fn as_writer(&mut self, change: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+        self.beat()?;
+        let looked = uptime();
+        self.check()?;
+        change()?;
+        self.stood_still(looked, self.said)
+    }
+
+    fn stood_still(&self, looked: Duration, said: Duration) -> Result<(), Error> {
+        match self.medium.facts().shared_between_hosts && stood_still(looked, said, WATCH) {
+            true => Err(Error::StoodStill { path: self.medium.path().to_path_buf() }),
+            false => Ok(()),
         }
     }
 
-    /// Says that this writer lives, if that was long ago.
-    ///
-    /// # Errors
-    /// [`Error::Ousted`], [`Error::Io`].
-    pub fn beat(&mut self) -> Result<(), Error> {
-        match self.beaten.elapsed() > BEAT {
-            true => self.check().and_then(|()| self.write(self.me)),
-            false => Ok(()),
-        }
+    pub fn medium(&self) -> &'m dyn Medium {
+        self.medium
+    }
+
+    fn is_mine(&self) -> Result<bool, Error> {
+        Ok(matches!(read_record(self.medium)?, Record::Of(writer, _) if writer == self.me))
     }
 
     /// Whether this is still the writer.
@@ -73,19 +124,17 @@ impl<'m> Lock<'m> {
     /// # Errors
     /// [`Error::Ousted`], [`Error::Io`].
     pub fn check(&self) -> Result<(), Error> {
-        let (writer, _) = read_record(self.medium)?;
-        if writer == self.me {
-            return Ok(());
-        }
-        let who = match writer.host {
-            0 => "another host, which has finished".to_string(),
-            _ => format!("process {} of another host", writer.pid),
+        let who = match read_record(self.medium)? {
+            Record::Of(writer, _) if writer == self.me => return Ok(()),
+            Record::Of(writer, _) => format!("process {} of another host", writer.pid),
+            Record::Nobody => "another host, which has finished".to_string(),
+            Record::Torn(_) => "another host".to_string(),
         };
         Err(Error::Ousted { path: self.medium.path().to_path_buf(), who })
     }
 
     fn write(&mut self, holder: Holder) -> Result<(), Error> {
-        self.beaten = Instant::now();
+        self.said = uptime();
         let mut record = [0; RECORD];
         record[..8].copy_from_slice(&holder.host.to_le_bytes());
         record[8..12].copy_from_slice(&holder.pid.to_le_bytes());
@@ -101,40 +150,73 @@ impl<'m> Lock<'m> {
     }
 }
 
-/// Who of another host is the writer, if one lives.
-fn await_others(medium: &dyn Medium, me: Holder) -> Result<Option<String>, Error> {
-    let (other, beat) = read_record(medium)?;
-    if !medium.facts().shared_between_hosts || other.host == 0 || other.host == me.host {
-        return Ok(None);
-    }
-    let age = now().abs_diff(beat);
-    if age <= SUSPECT_S {
-        return Ok(Some(format!("process {} of another host, last heard of {age} s ago", other.pid)));
-    }
-    let start = Instant::now();
-    while start.elapsed() < WATCH {
-        std::thread::sleep(SETTLE);
-        match read_record(medium)? {
-            found if found == (other, beat) => {}
-            (found, _) if found.host == 0 => return Ok(None),
-            (found, _) => return Ok(Some(format!("process {} of another host, whose clock differs", found.pid))),
-        }
-    }
-    Ok(None)
+/// What the record says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Record {
+    Nobody,
+    /// Being written, or its writer died meanwhile.
+    Torn([u8; RECORD]),
+    /// Who, and the last beat, seconds since 1970.
+    Of(Holder, u64),
 }
 
-fn read_record(medium: &dyn Medium) -> Result<(Holder, u64), Error> {
+/// What became of writers of other hosts.
+enum Awaited {
+    Lives(String),
+    /// None lives: that is what the record says.
+    Gone(Record),
+}
+
+fn await_others(medium: &dyn Medium, me: Holder) -> Result<Awaited, Error> {
+    let before = read_record(medium)?;
+    match before {
+        _ if !medium.facts().shared_between_hosts => return Ok(Awaited::Gone(before)),
+        Record::Nobody => return Ok(Awaited::Gone(before)),
+        Record::Of(other, _) if other.host == me.host => return Ok(Awaited::Gone(before)),
+        Record::Of(other, beat) if now().abs_diff(beat) <= SUSPECT_S => {
+            let age = now().abs_diff(beat);
+            return Ok(Awaited::Lives(format!("process {} of another host, last heard of {age} s ago", other.pid)));
+        }
+        Record::Of(..) | Record::Torn(_) => {}
+    }
+    let start = uptime();
+    while uptime().saturating_sub(start) < WATCH {
+        std::thread::sleep(SETTLE);
+        match read_record(medium)? {
+            found if found == before => {}
+            Record::Nobody => return Ok(Awaited::Gone(Record::Nobody)),
+            Record::Of(found, _) => {
+                return Ok(Awaited::Lives(format!("process {} of another host, whose clock differs", found.pid)));
+            }
+            Record::Torn(_) => return Ok(Awaited::Lives("another host".to_string())),
+        }
+    }
+    Ok(Awaited::Gone(before))
+}
+
+/// What is not whole is read several times.
+fn read_record(medium: &dyn Medium) -> Result<Record, Error> {
     let mut record = [0; RECORD];
-    medium.read(WRITER, &mut record).map_err(Error::io("lock", medium.path()))?;
+    for reads in 1.. {
+        medium.read(WRITER, &mut record).map_err(Error::io("lock", medium.path()))?;
+        if reads == READS || !matches!(decode(&record), Record::Torn(_)) {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+    }
     Ok(decode(&record))
 }
 
-fn decode(record: &[u8; RECORD]) -> (Holder, u64) {
+fn decode(record: &[u8; RECORD]) -> Record {
     let long = |at: usize| u64::from_le_bytes(record[at..at + 8].try_into().unwrap_or_default());
     let word = |at: usize| u32::from_le_bytes(record[at..at + 4].try_into().unwrap_or_default());
     let whole = crc32c::crc32c(&record[..20]) == word(20);
-    let nobody = (Holder { host: 0, pid: 0 }, 0);
-    if whole { (Holder { host: long(0), pid: word(8) }, long(12)) } else { nobody }
+    match whole {
+        _ if record.iter().all(|byte| *byte == 0) => Record::Nobody,
+        true if long(0) == 0 => Record::Nobody,
+        true => Record::Of(Holder { host: long(0), pid: word(8) }, long(12)),
+        false => Record::Torn(*record),
+    }
 }
 
 impl Drop for Lock<'_> {

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use super::catalogue::{Catalogue, Entry, Head};
 use super::error::Error;
 use super::format::{Geometry, SUM_LEN};
-use super::lease::{BEAT, Held};
+use super::lease::{BEAT, Held, SETTLE};
 use super::medium::Medium;
 use crate::snapshot::{PAGE_SIZE, PlacementCounts, SnapshotId, TierAccess, TierSource};
 use crate::tiering::tier::{Mappable, Tier, TierRun};
@@ -52,7 +52,8 @@ impl PoolTier {
             }
         }
         let beats = lease.clone().zip(leased).filter(|_| medium.facts().shared_between_hosts);
-        let heart = beats.map(|(held, on_lost)| Heart::start(held, on_lost)).transpose();
+        let is_there = is_there(&medium, &head);
+        let heart = beats.map(|(held, on_lost)| Heart::start(held, is_there, on_lost)).transpose();
         let _heart = heart.map_err(Error::io("keep a lease of", &path))?;
         Ok(PoolTier { medium, catalogue, head, entry: OnceLock::new(), _heart, lease })
     }
@@ -63,6 +64,7 @@ impl PoolTier {
         let pages = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         let planned =
             [pages(counts.in_place + counts.cow_file), pages(counts.preload), pages(counts.zero), pages(counts.lazy)];
+        lease.settle(&is_there(&self.medium, &self.head))?;
         lease.update(|lease| lease.planned = planned)
     }
 
@@ -77,6 +79,12 @@ impl PoolTier {
         let entry = self.catalogue.entry(self.medium.as_ref(), &self.head)?;
         Ok(self.entry.get_or_init(|| entry))
     }
+}
+
+/// Whether the pool still has the entry for whoever asks.
+fn is_there(medium: &Arc<dyn Medium>, head: &Head) -> impl Fn() -> Result<bool, Error> + Send + use<> {
+    let (medium, snapshot, entry) = (medium.clone(), head.snapshot, head.entry);
+    move || Ok(Catalogue::read(medium.as_ref())?.live(snapshot).is_some_and(|now| now.entry == entry))
 }
 
 impl Tier for PoolTier {
@@ -143,18 +151,28 @@ struct Heart {
 }
 
 impl Heart {
-    fn start(lease: Arc<Held>, on_lost: OnLost) -> io::Result<Heart> {
+    fn start(
+        lease: Arc<Held>,
+        is_there: impl Fn() -> Result<bool, Error> + Send + 'static,
+        on_lost: OnLost,
+    ) -> io::Result<Heart> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let beat = move || {
+            let mut settled = false;
             loop {
-                std::thread::park_timeout(BEAT);
+                std::thread::park_timeout(if settled { BEAT } else { SETTLE });
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                match lease.beat() {
+                let beaten = match settled {
+                    true => lease.beat(),
+                    false => lease.settle(&is_there).map(|stands| settled = stands),
+                };
+                match beaten {
                     Ok(()) => {}
-                    Err(error @ Error::LeaseLost { .. }) => return on_lost(error),
+                    // Where none is to be had, nothing protects its pages.
+                    Err(error @ (Error::LeaseLost { .. } | Error::NoLease { .. })) => return on_lost(error),
                     Err(error) => tracing::error!(%error, "The lease of a pool cannot be kept alive"),
                 }
             }

@@ -34,6 +34,8 @@ struct Memory {
     pending: Vec<(usize, Vec<u8>)>,
     /// Writes until the power goes; none: it stays.
     left: Option<usize>,
+    /// The next write there stops for so long before it is done.
+    stop: Option<(u64, Duration)>,
 }
 
 #[derive(Debug)]
@@ -41,12 +43,18 @@ struct FakeMedium {
     file: File,
     memory: Arc<Mutex<Memory>>,
     shared: bool,
+    len: usize,
 }
 
 impl FakeMedium {
     fn new() -> FakeMedium {
-        let memory = Memory { now: vec![0; LEN], durable: vec![0; LEN], pending: Vec::new(), left: None };
-        FakeMedium { file: tempfile::tempfile().unwrap(), memory: Arc::new(Mutex::new(memory)), shared: false }
+        let memory = Memory { now: vec![0; LEN], durable: vec![0; LEN], pending: Vec::new(), left: None, stop: None };
+        FakeMedium {
+            file: tempfile::tempfile().unwrap(),
+            memory: Arc::new(Mutex::new(memory)),
+            shared: false,
+            len: LEN,
+        }
     }
 
     fn formatted() -> FakeMedium {
@@ -58,8 +66,18 @@ impl FakeMedium {
     /// One that hosts share, as two of them have it.
     fn of_two_hosts() -> [Arc<FakeMedium>; 2] {
         let one = FakeMedium { shared: true, ..FakeMedium::formatted() };
-        let other = FakeMedium { file: tempfile::tempfile().unwrap(), memory: one.memory.clone(), shared: true };
+        let other = one.of_host(LEN);
         [one, other].map(Arc::new)
+    }
+
+    /// The first `len` bytes as another host has them.
+    fn of_host(&self, len: usize) -> FakeMedium {
+        FakeMedium { file: tempfile::tempfile().unwrap(), memory: self.memory.clone(), shared: true, len }
+    }
+
+    /// Who writes there next stops for so long.
+    fn stop_at(&self, offset: u64, time: Duration) {
+        self.memory.lock().unwrap().stop = Some((offset, time));
     }
 
     fn fail_after(&self, writes: usize) {
@@ -94,7 +112,7 @@ impl Medium for FakeMedium {
     }
 
     fn size(&self) -> u64 {
-        LEN as u64
+        self.len as u64
     }
 
     fn file(&self) -> &File {
@@ -109,6 +127,10 @@ impl Medium for FakeMedium {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let stop = self.memory.lock().unwrap().stop.take_if(|(at, _)| *at == offset);
+        if let Some((_, time)) = stop {
+            std::thread::sleep(time);
+        }
         let mut memory = self.memory.lock().unwrap();
         match &mut memory.left {
             Some(0) => return Err(io::ErrorKind::Other.into()),
@@ -328,6 +350,162 @@ fn a_pool_that_vms_of_another_host_run_from_is_not_formatted() {
     assert!(matches!(refused, Error::InUse { vms: 1, .. }), "{refused}");
     drop(held);
     writer::create(one.as_ref(), PoolId([8; 32]), Some("fake"), "fake").unwrap();
+}
+
+/// Where the only lease is.
+fn only_slot(medium: &FakeMedium) -> u64 {
+    LEASES + lease::live(medium, EXPIRY_S).unwrap()[0].0 * LEASE_LEN
+}
+
+#[test]
+fn leases_count_whatever_the_size_is_and_the_superblocks_say() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let held = hold(&other);
+    let format = |medium: &FakeMedium| writer::create(medium, PoolId([8; 32]), Some("fake"), "fake").unwrap_err();
+    assert!(matches!(format(&one.of_host(12 << 20)), Error::InUse { vms: 1, .. }), "a smaller one");
+    one.memory.lock().unwrap().now[8] = 99;
+    assert!(matches!(format(&one), Error::InUse { vms: 1, .. }), "a newer one");
+    one.flip(30);
+    one.flip(4096 + 30);
+    assert!(matches!(format(&one), Error::InUse { vms: 1, .. }), "a damaged one");
+    held.beat().unwrap();
+}
+
+#[test]
+fn a_torn_lease_is_watched_and_a_pool_in_use_is_put_back() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let held = hold(&other);
+    let slot = only_slot(&one);
+    one.flip(slot);
+    std::thread::scope(|scope| {
+        let format = scope.spawn(|| writer::create(one.as_ref(), PoolId([8; 32]), Some("fake"), "fake"));
+        std::thread::sleep(Duration::from_millis(1500));
+        // No VM starts meanwhile.
+        let start = PoolTier::open(other.clone(), Default::default(), Some(Box::new(|_| {}))).unwrap_err();
+        assert!(matches!(start, Error::NotAPool { .. }), "{start}");
+        one.flip(slot);
+        let refused = format.join().unwrap().unwrap_err();
+        assert!(matches!(refused, Error::InUse { vms: 1, .. }), "{refused}");
+    });
+    assert_eq!(Catalogue::read(other.as_ref()).unwrap().superblock.id, PoolId([7; 32]));
+    held.beat().unwrap();
+    one.flip(slot);
+    assert_eq!(lasting(&one, EXPIRY_S), 0);
+    let mut bytes = [1; LEASE_LEN as usize];
+    one.read(slot, &mut bytes).unwrap();
+    assert_eq!(bytes, [0; LEASE_LEN as usize], "what stays torn is wiped");
+}
+
+#[test]
+fn a_holder_that_stops_before_it_beats_has_lost_what_was_wiped_meanwhile() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let held = hold(&one);
+    std::thread::sleep(Duration::from_millis(1100));
+    one.stop_at(only_slot(&other), Duration::from_secs(6));
+    std::thread::scope(|scope| {
+        let beaten = scope.spawn(|| held.beat());
+        std::thread::sleep(Duration::from_millis(1100));
+        assert_eq!(lasting(&other, 0), 0);
+        let lost = beaten.join().unwrap().unwrap_err();
+        assert!(matches!(lost, Error::LeaseLost { .. }), "{lost}");
+    });
+}
+
+#[test]
+fn of_two_hosts_that_take_one_lease_the_first_takes_another() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let first = hold(&one);
+    let slot = only_slot(&one);
+    let second = hold(&other);
+    let all = lease::live(&*one, EXPIRY_S).unwrap();
+    let seconds = all.iter().map(|(slot, _)| LEASES + slot * LEASE_LEN).find(|at| *at != slot).unwrap();
+    let mut bytes = [0; LEASE_LEN as usize];
+    let over = |bytes: &mut [u8]| {
+        other.read(seconds, bytes).unwrap();
+        other.write(slot, bytes).unwrap();
+    };
+    over(&mut bytes);
+    assert!(!first.settle(&|| Ok(true)).unwrap());
+    assert_eq!(lease::live(one.as_ref(), EXPIRY_S).unwrap().len(), 3);
+    std::thread::sleep(Duration::from_millis(250));
+    assert!(first.settle(&|| Ok(false)).unwrap(), "it is not asked: nothing was lost");
+    first.beat().unwrap();
+    second.beat().unwrap();
+    // If the pages may have been freed before another lease stood, it is lost.
+    let late = hold(&one);
+    let is_known = |at: &u64| [slot, seconds].contains(at);
+    let before: Vec<u64> = lease::live(&*one, EXPIRY_S).unwrap().iter().map(|(slot, _)| *slot).collect();
+    for at in before.iter().map(|slot| LEASES + slot * LEASE_LEN).filter(|at| !is_known(at)) {
+        other.read(seconds, &mut bytes).unwrap();
+        other.write(at, &bytes).unwrap();
+    }
+    let lost = late.settle(&|| Ok(false)).unwrap_err();
+    assert!(matches!(lost, Error::LeaseLost { .. }), "{lost}");
+}
+
+#[test]
+fn a_writer_that_was_ousted_writes_no_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = snapshot(dir.path(), "base", BASE);
+    let [one, other] = FakeMedium::of_two_hosts();
+    let costs = Costs::default();
+    let added = Added { chain: &base, name: "base", profile: None, costs: &costs, restores: 1000 };
+    let mut writer = Writer::open(one.as_ref()).unwrap();
+    let before = one.memory.lock().unwrap().now[2 << 20..].to_vec();
+    // When all has been read, and nothing been written.
+    let ousted = writer.add(&added, &mut |done, all| {
+        if done * 2 >= all {
+            other.write(WRITER, &[0; 64]).unwrap();
+        }
+    });
+    assert!(ousted.unwrap_err().to_string().contains("was taken over"));
+    assert!(one.memory.lock().unwrap().now[2 << 20..] == before);
+}
+
+#[test]
+fn a_writer_that_stops_before_it_publishes_says_that_it_may_have_come_too_late() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = snapshot(dir.path(), "base", BASE);
+    let [one, _] = FakeMedium::of_two_hosts();
+    add(&one, &base, "base").unwrap();
+    let mut writer = Writer::open(one.as_ref()).unwrap();
+    // Where the next superblock goes.
+    let slot = writer.catalogue().superblock.generation % 2;
+    one.stop_at(slot * 4096, Duration::from_millis(3500));
+    let late = writer.remove("base").unwrap_err();
+    assert!(matches!(late, Error::StoodStill { .. }), "{late}");
+}
+
+#[test]
+fn a_torn_record_of_a_writer_is_not_nobodys() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    let writer = Writer::open(one.as_ref()).unwrap();
+    one.flip(WRITER + 20);
+    std::thread::scope(|scope| {
+        let taken = scope.spawn(|| Writer::open(other.as_ref()).map(|_| ()));
+        std::thread::sleep(Duration::from_millis(1000));
+        one.flip(WRITER + 20);
+        let busy = taken.join().unwrap().unwrap_err();
+        assert!(matches!(busy, Error::Busy { .. }), "{busy}");
+    });
+    one.flip(WRITER + 20);
+    drop(writer);
+    // What stays torn is given up after a while.
+    Writer::open(other.as_ref()).unwrap();
+}
+
+#[test]
+fn who_is_slow_to_say_that_it_writes_says_so_again() {
+    let [one, other] = FakeMedium::of_two_hosts();
+    one.stop_at(WRITER, Duration::from_millis(600));
+    std::thread::scope(|scope| {
+        let slow = scope.spawn(|| Writer::open(one.as_ref()));
+        std::thread::sleep(Duration::from_millis(100));
+        let mut quick = Writer::open(other.as_ref()).unwrap();
+        let _slow = slow.join().unwrap().unwrap();
+        let ousted = quick.publish(Vec::new(), &[]).unwrap_err();
+        assert!(matches!(ousted, Error::Ousted { .. }), "{ousted}");
+    });
 }
 
 #[test]

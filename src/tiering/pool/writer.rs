@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::catalogue::{Catalogue, Entry, Head, Run};
 use super::error::Error;
-use super::format::{BLOCK, BLOCK_PAGES, Geometry, SLOT, Superblock, superblocks};
+use super::format::{BLOCK, BLOCK_PAGES, Geometry, LEASES, SLOT, Superblock, superblocks};
 use super::lease::{self, EXPIRY_S, now};
 use super::lock::Lock;
 use super::medium::Medium;
@@ -27,27 +27,32 @@ pub fn create(medium: &dyn Medium, id: PoolId, format: Option<&str>, name: &str)
         }
     }
     let mut lock = Lock::take(medium)?;
-    if superblocks(medium).is_ok() {
-        let vms = lease::abandon(medium, EXPIRY_S, &mut || lock.beat())?.len();
-        if vms > 0 {
-            return Err(Error::InUse { path, vms });
-        }
-    }
+    let in_use = |vms: usize| if vms > 0 { Err(Error::InUse { path: path.clone(), vms }) } else { Ok(()) };
+    in_use(lease::live(medium, EXPIRY_S)?.len())?;
     let writing = || Error::io("format", &path);
+    // Whatever the superblocks say, VMs may run from it. Without them no VM starts to: who has its lease looks at them then.
+    let mut before = vec![0; 2 * SLOT as usize];
+    medium.read(0, &mut before).map_err(writing())?;
+    let put = |bytes: &[u8]| medium.write(0, bytes).and_then(|()| medium.flush(0, 2 * SLOT)).map_err(writing());
+    lock.as_writer(|| put(&vec![0; before.len()]))?;
+    let unused = lease::abandon(medium, EXPIRY_S, &mut || lock.beat()).and_then(|vms| in_use(vms.len()));
+    if let Err(error) = unused {
+        // Who was ousted leaves the pool to the other.
+        if lock.check().is_ok() {
+            put(&before)?;
+        }
+        return Err(error);
+    }
     // No older state may come back, and no lease.
     let zeros = vec![0; 64 << 10];
-    for at in (0..BLOCK).step_by(zeros.len()) {
-        // The writer's record is the lock's.
-        if at == 0 {
-            medium.write(0, &zeros[..2 * SLOT as usize]).map_err(writing())?;
-        } else {
-            medium.write(at, &zeros).map_err(writing())?;
-        }
+    for at in (zeros.len() as u64..BLOCK).step_by(zeros.len()) {
+        lock.beat()?;
+        medium.write(at, &zeros).map_err(writing())?;
     }
-    medium.flush(0, BLOCK).map_err(writing())?;
+    medium.flush(LEASES, BLOCK - LEASES).map_err(writing())?;
     let superblock =
         Superblock { id, generation: 0, created: now(), geometry, directory: super::format::Blob::default() };
-    Catalogue::empty(superblock).publish(medium, &[], Vec::new(), &[])?;
+    Catalogue::empty(superblock).publish(&mut lock, &[], Vec::new(), &[])?;
     Ok(())
 }
 
@@ -103,14 +108,13 @@ impl<'m> Writer<'m> {
         &self.state
     }
 
-    /// Says that this writer lives, if that was long ago.
+    /// Looks whether this is still the writer, and says that it lives, if that was long ago.
     pub(super) fn beat(&mut self) -> Result<(), Error> {
         self.lock.beat()
     }
 
     pub(super) fn publish(&mut self, heads: Vec<Head>, fresh: &[(usize, Entry)]) -> Result<(), Error> {
-        self.lock.check()?;
-        let next = self.state.publish(self.medium, &self.older, heads, fresh)?;
+        let next = self.state.publish(&mut self.lock, &self.older, heads, fresh)?;
         self.older = vec![std::mem::replace(&mut self.state, next)];
         Ok(())
     }
@@ -164,6 +168,7 @@ impl<'m> Writer<'m> {
 
     /// Gives whole free blocks back to the host.
     pub(super) fn discard(&self, space: &Space) -> Result<(), Error> {
+        self.lock.check()?;
         let geometry = self.state.geometry();
         for (start, len) in space.runs() {
             let first = start.next_multiple_of(BLOCK_PAGES);
