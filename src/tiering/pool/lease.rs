@@ -167,7 +167,7 @@ fn sort(medium: &dyn Medium, expiry_s: u64) -> Result<Sorted, Error> {
             Slot::Torn(_) => {}
             Slot::Of(lease) if locked || lease.holder == me => live.push((slot, lease)),
             Slot::Of(lease) if lease.holder.host != me.host && shared => {
-                let is_recent = now().abs_diff(lease.beat) <= expiry_s;
+                let is_recent = now().abs_diff(lease.beat) < expiry_s;
                 if is_recent { live.push((slot, lease)) } else { suspected.push((slot, found)) }
             }
             Slot::Of(_) => {}
