@@ -69,7 +69,12 @@ fn server_that_is_restarted_goes_unnoticed_by_the_guest() {
 #[test]
 fn server_that_is_gone_for_good_ends_the_vm_naming_page_and_server() {
     let scene = Scene::make();
-    let mut server = scene.serve("127.0.0.1:0");
+    let server = scene.serve("127.0.0.1:0");
+    ends_without(&scene, server);
+}
+
+/// A VM whose only server is killed ends, and says which page it could not get from whom.
+pub fn ends_without(scene: &Scene, mut server: Server) {
     let mut vm = scene.restore("firecracker-uffd", &[&server.cold()], &QUICK);
     vm.call("hello");
     server.kill();

@@ -28,7 +28,7 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 /// How long a connection may take; then it is tried again, as long as there is patience.
 const CONNECT_TIME: Duration = Duration::from_secs(2);
 /// How often who waits for bytes looks whether anybody still wants them.
-const LOOK: Duration = Duration::from_millis(200);
+pub(super) const LOOK: Duration = Duration::from_millis(200);
 
 pub struct TcpPlace {
     name: String,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::tcp::{Connection, TcpPlace};
+use super::tcp::{Connection, LOOK, TcpPlace};
 use crate::snapshot::{Digest, SnapshotId};
 use crate::tiering::chunks::wire::{self, Attached, Kind};
 use crate::tiering::chunks::{Broken, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
@@ -19,8 +19,6 @@ use crate::vmm::sys::rdma::{Port, Reader, Waited, devices};
 const READ_BYTES: u64 = 256 << 10;
 /// Reads under way at once: 2 MiB, enough for 100 Gbit/s over 0.1 ms.
 const DEPTH: usize = 8;
-/// How often who waits for bytes looks whether anybody still wants them.
-const LOOK: Duration = Duration::from_millis(200);
 
 /// A page server that is read by RDMA.
 struct RdmaPlace {
