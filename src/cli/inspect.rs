@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::identify::InputPath;
 use super::merge::bytes_bar;
 use super::{BoxError, refuse};
 use crate::snapshot::{Chain, Extent, Gfn, Location, PAGE_SIZE, PageMap, Snapshot, VerifyReport, page_digest};
@@ -21,6 +22,12 @@ pub struct InspectArgs {
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+impl InspectArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        InputPath::snapshot(&self.snapshot, self.mem_file.as_deref())
+    }
 }
 
 pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {
