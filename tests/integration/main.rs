@@ -55,6 +55,7 @@ mod serve_pages_rdma;
 mod serve_tiers;
 mod serve_ui;
 mod smp;
+mod soak;
 mod support;
 mod uffd_handler;
 mod virtio;

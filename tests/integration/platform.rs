@@ -150,6 +150,7 @@ fn bzimage() -> Vec<u8> {
     put(0x234, &[1]);
     put(0x236, &1_u16.to_le_bytes());
     put(0x258, &0x100_0000_u64.to_le_bytes());
+    put(0x238, &0x7ff_u32.to_le_bytes());
     put(0x260, &0x10_0000_u32.to_le_bytes());
     image
 }

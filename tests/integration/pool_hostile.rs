@@ -89,22 +89,19 @@ fn what_is_no_pool_is_refused() {
 fn directory_that_is_not_there_is_made_and_taken_away_again_in_vain() {
     let dir = scratch();
     let at = dir.path().join("a/b");
-    let create = |at: &Path, more: &[&str]| {
-        run(&[&["pool", "create", "--tier", "cxl", "--at", text(at), "--size"], more].concat())
-    };
-    for in_vain in ["0.005", "-1", "9999999"] {
-        refusal(&create(&at, &[in_vain]));
-        assert!(!dir.path().join("a").exists(), "--size {in_vain} left a directory");
+    let create =
+        |at: &Path, more: &[&str]| run(&[&["pool", "create", "--tier", "cxl", "--at", text(at)], more].concat());
+    for in_vain in [&["--size=0.005"][..], &["--size=-1"], &["--size=9999999"], &[]] {
+        refusal(&create(&at, in_vain));
+        assert!(!dir.path().join("a").exists(), "{in_vain:?} left a directory");
     }
-    refusal(&run(&["pool", "create", "--tier", "cxl", "--at", text(&at)]));
-    assert!(!dir.path().join("a").exists(), "no --size left a directory");
     std::fs::create_dir(dir.path().join("a")).unwrap();
-    refusal(&create(&at, &["0.005"]));
+    refusal(&create(&at, &["--size=0.005"]));
     assert!(dir.path().join("a").exists() && !at.exists(), "only what was made is taken away");
-    assert!(create(&at, &["0.1"]).status.success());
+    assert!(create(&at, &["--size=0.1"]).status.success());
     assert!(run_ok(&["pool", "fsck", text(&at)]).contains("0 damaged"));
     for never in ["/dev/dax99.0", "s3://bucket/prefix"] {
-        let said = refusal(&create(Path::new(never), &["0.1"]));
+        let said = refusal(&create(Path::new(never), &["--size=0.1"]));
         assert!(said.contains(never) && said.contains("No such file"), "{said}");
         assert!(!Path::new(never).exists());
     }
