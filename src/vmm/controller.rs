@@ -164,6 +164,15 @@ impl Controller {
         }
     }
 
+    /// Whether what the guest can read of images is still being compared with its checksums.
+    pub fn is_comparing(&self) -> bool {
+        match &self.phase {
+            Phase::NotStarted => false,
+            Phase::Running(machine) => machine.is_comparing(),
+            Phase::Paused(machine) => machine.is_comparing(),
+        }
+    }
+
     /// The pages the guest has written since it was restored with dirty tracking.
     pub fn dirty_pages(&self) -> Result<PageSet, Error> {
         match &self.phase {

@@ -395,6 +395,11 @@ impl<S> Machine<S> {
         self.core.services.fault_counts()
     }
 
+    /// Whether what the guest can read of images is still being compared with its checksums.
+    pub fn is_comparing(&self) -> bool {
+        self.core.services.is_comparing()
+    }
+
     /// What the cold pool was asked for, if there is one.
     pub fn cold_counts(&self) -> Option<ColdCounts> {
         self.core.services.cold_counts()

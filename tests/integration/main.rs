@@ -22,6 +22,7 @@ mod guest_elf;
 mod hanging;
 mod host;
 mod hostile_snapshot;
+mod images;
 mod large;
 mod linux;
 mod linux_block;

@@ -105,6 +105,11 @@ impl MemoryServices {
         self.counters.counts()
     }
 
+    /// Whether what the guest can read of images is still being compared with its checksums.
+    pub fn is_comparing(&self) -> bool {
+        self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
+    }
+
     pub fn cold_counts(&self) -> Option<ColdCounts> {
         self.cold.as_ref().map(|cold| cold.0.counts())
     }
