@@ -24,6 +24,7 @@ mod host;
 mod hostile_snapshot;
 mod images;
 mod large;
+mod inspect;
 mod linux;
 mod linux_block;
 mod linux_guest;
