@@ -251,7 +251,9 @@ impl Session {
             }
             ANSWER => {
                 match self.around.answer.as_ref().and_then(|answer| answer.failure()) {
-                    Some(why) => drop(self.outcome.get_or_insert(Outcome::NoAnswer(why))),
+                    Some(why) => {
+                        self.outcome.get_or_insert(Outcome::NoAnswer(why));
+                    }
                     None => self.is_answered = true,
                 }
                 self.around.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();

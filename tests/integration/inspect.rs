@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tvmm::snapshot::{Gfn, Location, PAGE_SIZE, Snapshot};
 
-use crate::support::{Vm, config, rounds, run, run_err, run_ok, scratch, text};
+use crate::support::{Random, Vm, config, rounds, run, run_err, run_ok, scratch, text};
 
 /// A chain `base`, `middle`, `tip`, the digest of its memory, and a profile beside the tip.
 struct Victim {
@@ -152,18 +152,6 @@ fn damaged_images_plans_and_profiles_are_found_and_named() {
     let image = derived.iter().find(|file| file["kind"] == "image").unwrap()["path"].as_str().unwrap();
     flip(Path::new(image), 5, 8);
     assert!(victim.inspect().1.contains("the page at guest-physical"));
-}
-
-/// xorshift64*: the same damage in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
-    }
 }
 
 /// The regular files below `dir`.
