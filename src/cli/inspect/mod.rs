@@ -171,7 +171,8 @@ impl Told<'_> {
     }
 
     fn print(&self) {
-        let (snapshot, manifest) = (self.snapshot, self.snapshot.manifest());
+        let snapshot = self.snapshot;
+        let manifest = snapshot.manifest();
         let mib = |pages: u64| pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20);
         println!("snapshot   {}", manifest.id);
         println!(

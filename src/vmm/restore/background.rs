@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::files::Files;
 use super::lazy::{FaultCounters, LazyExtent, ended, fetch};
@@ -105,6 +105,21 @@ impl BackgroundWork {
     pub fn is_comparing(&self) -> bool {
         let is_over = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
         !is_over && !self.compared.load(Ordering::Acquire)
+    }
+
+    /// Waits until everything that is mapped from images was compared with its checksums: what is copied out of guest
+    /// memory until then may be damaged.
+    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
+        while self.is_comparing() {
+            if Instant::now() >= deadline {
+                return Err(Error::Uncompared("is still being compared with its checksums; try again"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        match self.compared.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err(Error::Uncompared("does not match its checksums, or could not be read")),
+        }
     }
 
     /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.

@@ -110,6 +110,11 @@ impl MemoryServices {
         self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
     }
 
+    /// See [`BackgroundWork::wait_until_compared`].
+    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
+        self.background.as_ref().map_or(Ok(()), |background| background.wait_until_compared(deadline))
+    }
+
     pub fn cold_counts(&self) -> Option<ColdCounts> {
         self.cold.as_ref().map(|cold| cold.0.counts())
     }
