@@ -68,7 +68,7 @@ pub enum SectionKind {
     ProfileWrittenIn,
     /// A restore plan.
     Plan,
-    /// What an image is of.
+    /// The identity of an image.
     Image,
     /// Checksums of an image's pages.
     ImageSums,

@@ -85,10 +85,10 @@ pub enum Error {
         gpa = first.gpa(), bytes = first.bytes()
     )]
     BadMemory { object: String, bad: u64, first: Extent },
-    /// An image that is not what it should be as a whole.
+    /// An image whose end is damaged, or that has other pages than its name says.
     #[error("Cannot use the image {path}. Delete it; the next restore that needs it makes it again", path = path.display())]
     Image { path: PathBuf, source: Box<Error> },
-    /// A page of an image that is not what was written; `gpa` is its guest-physical address, if that is known.
+    /// A damaged page of an image; `gpa` is its guest-physical address, if that is known.
     #[error(
         "Cannot use the image {path}: it is damaged, {page} at offset {offset:#x} does not match its checksum. Delete the \
          file; the next restore that needs it makes it again",

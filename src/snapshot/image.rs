@@ -24,7 +24,7 @@ const VERSION: u32 = 1;
 /// The last bytes of an image: the offset of its container, and these.
 const MAGIC: &[u8; 8] = b"TVMMIMG2";
 const TAIL_LEN: usize = 16;
-/// The payload of the section that says what an image is of: a snapshot, a digest, a number of pages.
+/// The payload of the section that identifies an image: a snapshot, a digest, a number of pages.
 const HEAD_LEN: usize = 32 + 32 + 8;
 
 /// The folder that caches what was derived from the snapshot at `location`.
@@ -69,8 +69,9 @@ impl Image {
     /// [`Error::BadMemory`] if it is to be made of damaged pages; [`Error::Io`].
     pub fn open(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
         let id = chain.tip().id();
+        let digest = digest_of(id, spec);
         let dir = derived_dir(chain.tip().location());
-        let path = dir.join(file_name(digest_of(id, spec)));
+        let path = dir.join(file_name(digest));
         let mut origin = ImageOrigin::Found;
         if !path.exists() {
             origin = ImageOrigin::Made;
@@ -81,7 +82,7 @@ impl Image {
         }
         let (file, len) = files::open_regular(&path)?;
         let sums = Trailer::read(&file, &path, len)
-            .and_then(|trailer| trailer.into_sums_of(&path, id, spec))
+            .and_then(|trailer| trailer.into_sums_of(&path, id, digest))
             .map_err(|source| Error::Image { path: path.clone(), source: Box::new(source) })?;
         Ok((Image { file, path, extents: spec.extents.clone(), sums }, origin))
     }
@@ -135,10 +136,10 @@ fn has_no_checksums(path: &Path, spec: &ImageSpec) -> Result<bool> {
     Ok(len == spec.file_len())
 }
 
-/// What follows the pages of an image.
+/// The end of an image: everything behind its pages.
 struct Trailer {
     snapshot: SnapshotId,
-    /// Of snapshot and extents: what the image is named after.
+    /// Of snapshot and extents. The image is named after it.
     digest: Digest,
     sums: Vec<u32>,
 }
@@ -179,9 +180,9 @@ impl Trailer {
     }
 
     /// The checksums, if this is the trailer of the image that is expected.
-    fn into_sums_of(self, path: &Path, id: SnapshotId, spec: &ImageSpec) -> Result<Vec<u32>> {
-        let has_all = self.sums.len() as u64 * PAGE_SIZE == spec.file_len();
-        if has_all && self.snapshot == id && self.digest == digest_of(id, spec) {
+    fn into_sums_of(self, path: &Path, id: SnapshotId, digest: Digest) -> Result<Vec<u32>> {
+        // The digest covers the extents, and so the number of pages.
+        if self.snapshot == id && self.digest == digest {
             return Ok(self.sums);
         }
         Err(Error::malformed(&path.display().to_string(), "it holds other pages than its name says"))
@@ -228,7 +229,7 @@ fn file_name(digest: Digest) -> String {
     format!("{}.image", &digest.to_string()[..32])
 }
 
-/// What is known of an image file after all of it was read.
+/// The state of an image file, all of which was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageState {
     /// Every page has its checksum.
@@ -239,8 +240,8 @@ pub enum ImageState {
     WithoutChecksums,
 }
 
-/// Reads all of the image file at `path`, which lies beside the snapshot `id`. `specs`: images that may be it, to tell
-/// what its pages are.
+/// Reads all of the image file at `path`, which lies beside the snapshot `id`. `specs`: images that it may be, so that an
+/// error can name the page.
 ///
 /// # Errors
 /// [`Error::BadImagePage`], [`Error::Image`] for damage; [`Error::Io`].

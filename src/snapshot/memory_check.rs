@@ -32,8 +32,8 @@ pub struct VerifyReport {
     pub bad_chunks: u64,
     /// The first 1024 damaged chunks, ascending.
     pub bad: Vec<BadChunk>,
-    /// Pages that the layer does not hold and that are not zero in its memory file, where nothing was written: whoever
-    /// maps the whole file shows them to the guest.
+    /// Pages that the layer does not hold and that are not zero in its memory file. A policy that maps the file there
+    /// shows them to the guest.
     pub stray_pages: u64,
     /// The first 1024 runs of them, ascending.
     pub strays: Vec<Extent>,
@@ -263,7 +263,7 @@ impl<'a> CheckedReader<'a> {
     }
 }
 
-/// Where pages of a chunk are in a buffer with room for a chunk.
+/// The place of a chunk's pages in a buffer with room for a chunk.
 fn place_in(chunk: u64, part: Extent) -> Range<usize> {
     let at = (part.first.0 - chunk * CHUNK_PAGES) * PAGE_SIZE;
     at as usize..(at + part.bytes()) as usize

@@ -43,7 +43,7 @@ impl Captured {
     }
 }
 
-/// How long a capture waits until what the guest can read of images was compared with its checksums.
+/// A capture waits so long for the comparison of images with their checksums.
 const COMPARED_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Machine<Paused> {

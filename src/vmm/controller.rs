@@ -164,7 +164,7 @@ impl Controller {
         }
     }
 
-    /// Whether what the guest can read of images is still being compared with its checksums.
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
     pub fn is_comparing(&self) -> bool {
         match &self.phase {
             Phase::NotStarted => false,

@@ -395,7 +395,7 @@ impl<S> Machine<S> {
         self.core.services.fault_counts()
     }
 
-    /// Whether what the guest can read of images is still being compared with its checksums.
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
     pub fn is_comparing(&self) -> bool {
         self.core.services.is_comparing()
     }

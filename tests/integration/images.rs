@@ -154,7 +154,7 @@ fn an_image_without_checksums_of_an_older_version_is_made_again() {
     assert!(snapshot.restore(&["--plan", text(&plan)]).status.success());
     let image = snapshot.image();
     let good = fs::read(&image).unwrap();
-    // What older versions wrote: the pages alone. One of these is wrong, which they could not notice.
+    // Older versions wrote the pages alone. One page is wrong, which they could not notice.
     fs::File::options().write(true).open(&image).unwrap().set_len(600 * PAGE_SIZE).unwrap();
     flip(&image, 5 * PAGE_SIZE);
     let output = snapshot.restore(&["--plan", text(&plan)]);
@@ -165,7 +165,7 @@ fn an_image_without_checksums_of_an_older_version_is_made_again() {
 }
 
 #[test]
-fn what_follows_the_pages_of_an_image_is_refused_when_damaged_or_cut() {
+fn an_image_with_a_damaged_or_cut_end_is_refused() {
     let snapshot = Filled::new();
     let plan = snapshot.save_plan(|extent, source| PlannedExtent::preload(extent, source, Fill::Copy), &[]);
     assert!(snapshot.restore(&["--plan", text(&plan)]).status.success());

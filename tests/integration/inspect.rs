@@ -1,5 +1,5 @@
 //! `tvmm inspect` finds damage wherever it is: in any layer of a chain, in holes of memory files, in files derived from
-//! the snapshot. What it calls intact restores to the right bytes.
+//! the snapshot. No restore shows the damage.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -200,7 +200,7 @@ fn a_byte_flipped_anywhere_is_found_by_inspect_and_no_restore_shows_it() {
         if victim.inspect().1.is_empty() {
             wrong.push(format!("{what}: inspect finds nothing"));
         }
-        // What a policy maps of a memory file is not compared with its checksums before the guest reads it.
+        // Pages that a policy maps from a memory file are not compared with their checksums before the guest reads them.
         if policy == "eager" || !path.ends_with("memory") {
             let output = victim.restore(policy);
             let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

@@ -12,14 +12,14 @@ use crate::snapshot::{self, ImageSpec, ImageState, Location, Snapshot, check_ima
 use crate::tiering::plan_file::PlanFile;
 use crate::tiering::profile::Profile;
 
-/// A derived file, and what is known of it.
+/// A derived file and its state.
 pub struct Derived {
     pub path: PathBuf,
     kind: &'static str,
     pub state: State,
 }
 
-/// What a derived file is worth.
+/// The state of a derived file.
 pub enum State {
     Intact(String),
     /// No restore uses it as it is, and it is not damaged.

@@ -85,7 +85,7 @@ fn verify(snapshot: &Snapshot) -> Layer<'_> {
 }
 
 impl Layer<'_> {
-    /// Says what is wrong with it, if anything is.
+    /// Describes its damage, if it has any.
     fn damage(&self) -> Option<String> {
         let verified = match &self.verified {
             Ok(verified) => verified,
@@ -136,7 +136,7 @@ fn missing_drives(snapshot: &Snapshot) -> Vec<String> {
         .collect()
 }
 
-/// What is told about a snapshot.
+/// The facts that are told about a snapshot.
 struct Told<'a> {
     snapshot: &'a Snapshot,
     map: &'a PageMap,

@@ -107,8 +107,8 @@ impl BackgroundWork {
         !is_over && !self.compared.load(Ordering::Acquire)
     }
 
-    /// Waits until everything that is mapped from images was compared with its checksums: what is copied out of guest
-    /// memory until then may be damaged.
+    /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may be
+    /// damaged.
     pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
         while self.is_comparing() {
             if Instant::now() >= deadline {

@@ -94,8 +94,8 @@ impl Files {
         self.images.get(index.checked_sub(self.first_image())?).map(AsRef::as_ref)
     }
 
-    /// Compares pages that came from `source` on with their checksums, if the source is an image. What else has checksums
-    /// is compared elsewhere.
+    /// Compares pages that came from `source` on with their checksums, if the source is an image. Other sources are
+    /// compared elsewhere.
     pub fn verify_image(&self, source: PageSource, parts: &[&[u8]]) -> Result<(), Error> {
         let Some(image) = self.image(source.layer) else { return Ok(()) };
         Ok(image.verify(source.offset, parts)?)
@@ -148,7 +148,7 @@ impl Files {
     }
 
     /// Reads `bytes` (whole pages) from `source` on past the page cache. File systems that cannot do that are read through
-    /// it; returns whether it was past it. What comes from an image is not compared with its checksums.
+    /// it; returns whether it was past it. Pages of an image are not compared with their checksums here.
     pub fn read_direct(&self, source: PageSource, bytes: &mut [u8]) -> Result<bool, Error> {
         if self.tier(source.layer).is_some() {
             return self.read(source, bytes).map(|()| false);

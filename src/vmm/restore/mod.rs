@@ -105,7 +105,7 @@ impl MemoryServices {
         self.counters.counts()
     }
 
-    /// Whether what the guest can read of images is still being compared with its checksums.
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
     pub fn is_comparing(&self) -> bool {
         self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
     }
