@@ -23,6 +23,8 @@ mod hanging;
 mod host;
 mod hostile_snapshot;
 mod identify;
+mod images;
+mod inspect;
 mod large;
 mod linux;
 mod linux_block;
