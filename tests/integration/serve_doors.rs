@@ -282,7 +282,7 @@ fn clones_have_the_present_time_and_what_their_request_says() {
         (400, json!({ "tvmm": { "plan": "/p" }, "policy": "eager" }), "leave one out"),
         (400, json!({ "metadata": { "a": "b" }, "tvmm": { "metadata": { "a": "c" } } }), "leave one out"),
         (400, json!({ "metadata": { "a": "b" }, "record": "uffd" }), "leave out"),
-        (400, json!({ "clock_realtime": "yes" }), "clock_realtime"),
+        (400, json!({ "clock_realtime": "yes" }), "expected a boolean"),
         (400, json!({ "tvmm": { "in_place_mapping": "other" } }), "other"),
     ] {
         let mut asked = json!({ "func_name": "metadata", "ssId": "base" });
