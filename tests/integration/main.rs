@@ -49,6 +49,7 @@ mod promote;
 mod report;
 mod restore;
 mod serve;
+mod serve_doors;
 mod serve_drives;
 mod serve_faults;
 mod serve_netns;
