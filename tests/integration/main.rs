@@ -25,6 +25,7 @@ mod hostile_snapshot;
 mod identify;
 mod images;
 mod inspect;
+mod kept;
 mod large;
 mod linux;
 mod linux_block;
