@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::identify::InputPath;
 use super::merge;
 use super::{BoxError, refuse};
 use crate::api::client::Client;
@@ -35,6 +36,15 @@ pub struct SnapshotArgs {
     /// does that after this command has returned, and says in `GET /tvmm/report` what came of it
     #[arg(long)]
     verify: bool,
+}
+
+impl SnapshotArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        match &self.command {
+            Some(SnapshotCommand::Merge(args)) => args.inputs(),
+            None => Vec::new(),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

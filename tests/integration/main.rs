@@ -22,6 +22,7 @@ mod guest_elf;
 mod hanging;
 mod host;
 mod hostile_snapshot;
+mod identify;
 mod images;
 mod inspect;
 mod large;
