@@ -50,6 +50,7 @@ mod read_back;
 mod report;
 mod restore;
 mod serve;
+mod serve_doors;
 mod serve_drives;
 mod serve_faults;
 mod serve_netns;
