@@ -32,6 +32,10 @@ pub struct SnapshotArgs {
     /// Take copies of the drives that the guest can write (reflinks where the file system has them)
     #[arg(long)]
     copy_drives: bool,
+    /// Return only after the memory was read back from the disk and compared with what was written; without it, the VM
+    /// does that after this command has returned, and says in `GET /tvmm/report` what came of it
+    #[arg(long)]
+    verify: bool,
 }
 
 impl SnapshotArgs {
@@ -72,7 +76,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
     let body = json!({
         "snapshot_path": out,
         "snapshot_type": if args.diff { "Diff" } else { "Full" },
-        "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives },
+        "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives, "verify": args.verify },
     });
     let taken = client.request("PUT", "/snapshot/create", Some(&body), SNAPSHOT_TIMEOUT);
     let taken = match taken {
@@ -85,11 +89,11 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
             return Err(error.into());
         }
     };
-    println!("{}", out.display());
+    out!("{}", out.display());
     if let (Some(id), Some(bytes)) = (taken["id"].as_str(), taken["memory_bytes"].as_u64()) {
         let stood = taken["capture_us"].as_u64().unwrap_or(0) as f64 / 1000.0;
         let mib = bytes as f64 / f64::from(1 << 20);
-        eprintln!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
+        say!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
     }
     Ok(ExitCode::SUCCESS)
 }

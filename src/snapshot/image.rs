@@ -4,17 +4,23 @@
 //! An image has a checksum for each of its pages (`docs/snapshot-format.md`). It is made of pages that were compared with
 //! the snapshot's checksums, and every reader compares what it took from the image with the image's.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rustix::fs::Advice;
 
 use super::container::container_len_of;
 use super::manifest::canonical;
 use super::memory_check::CheckedReader;
+use super::partial::{PartialFile, sweep_own};
 use super::{
     Chain, Container, Content, Digest, Error, Extent, ImageSpec, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result,
-    Section, SectionKind, SnapshotId, files, write_container,
+    Section, SectionKind, SnapshotId, files, lru, write_container,
 };
 
 /// Pages copied at once.
@@ -57,17 +63,35 @@ pub struct Image {
     path: PathBuf,
     /// Its pages in file order.
     extents: Vec<Extent>,
-    /// CRC32C of each page, in file order.
-    sums: Vec<u32>,
+    snapshot: SnapshotId,
+    digest: Digest,
+    /// CRC32C of each page, in file order; read when they are first needed.
+    sums: OnceLock<Vec<u32>>,
 }
 
 impl Image {
     /// The image of `spec` over the memory that `chain` describes: opened if it was made before, made otherwise.
     ///
+    /// Its checksums are asked for and not waited for: the device reads them while the restore goes on.
+    ///
     /// # Errors
-    /// [`Error::Image`] for a file of that name that is not this image, or whose checksums are damaged;
-    /// [`Error::BadMemory`] if it is to be made of damaged pages; [`Error::Io`].
+    /// [`Error::Image`] for a file of another length; [`Error::BadMemory`] if it is to be made of damaged pages;
+    /// [`Error::Io`].
     pub fn open(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
+        let mut opened = Image::open_once(chain, spec, cache);
+        for _ in 1..OPEN_ATTEMPTS {
+            // Another process may just have made room in the folder.
+            let is_gone =
+                |error: &Error| matches!(error, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound);
+            if !opened.as_ref().is_err_and(is_gone) {
+                break;
+            }
+            opened = Image::open_once(chain, spec, cache);
+        }
+        opened
+    }
+
+    fn open_once(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
         let id = chain.tip().id();
         let digest = digest_of(id, spec);
         let dir = derived_dir(chain.tip().location());
@@ -81,10 +105,30 @@ impl Image {
             make(chain, spec, &dir, &path, cache)?;
         }
         let (file, len) = files::open_regular(&path)?;
-        let sums = Trailer::read(&file, &path, len)
-            .and_then(|trailer| trailer.into_sums_of(&path, id, digest))
+        lru::note_use(&file);
+        let data_len = spec.file_len();
+        let expected = data_len.saturating_add(expected_len(data_len / PAGE_SIZE)).saturating_add(TAIL_LEN as u64);
+        if len != expected {
+            let problem = format!("it is {len} bytes long, not {expected}");
+            let source = Box::new(Error::malformed(&path.display().to_string(), problem));
+            return Err(Error::Image { path, source });
+        }
+        // A hint; without it the checksums come when they are needed.
+        let _ = rustix::fs::fadvise(&file, data_len, NonZeroU64::new(len - data_len), Advice::WillNeed);
+        let (extents, sums) = (spec.extents.clone(), OnceLock::new());
+        Ok((Image { file, path, extents, snapshot: id, digest, sums }, origin))
+    }
+
+    fn sums(&self) -> Result<&[u32]> {
+        if let Some(sums) = self.sums.get() {
+            return Ok(sums);
+        }
+        let path = &self.path;
+        let len = self.file.metadata().map_err(Error::io("stat", path))?.len();
+        let sums = Trailer::read(&self.file, path, len)
+            .and_then(|trailer| trailer.into_sums_of(path, self.snapshot, self.digest))
             .map_err(|source| Error::Image { path: path.clone(), source: Box::new(source) })?;
-        Ok((Image { file, path, extents: spec.extents.clone(), sums }, origin))
+        Ok(self.sums.get_or_init(|| sums))
     }
 
     /// The file; its pages start at offset 0.
@@ -100,11 +144,11 @@ impl Image {
     /// Compares pages that were read or mapped from `offset` on, one part after the other, with their checksums.
     ///
     /// # Errors
-    /// [`Error::BadImagePage`] with the first page that differs.
+    /// [`Error::BadImagePage`] with the first page that differs; [`Error::Image`] if the checksums are damaged.
     pub fn verify(&self, offset: u64, parts: &[&[u8]]) -> Result<()> {
         let first = (offset / PAGE_SIZE) as usize;
         let pages = parts.iter().flat_map(|part| part.chunks_exact(PAGE_SIZE as usize));
-        match first_bad(&self.sums[first.min(self.sums.len())..], pages) {
+        match first_bad(self.sums()?.get(first..).unwrap_or_default(), pages) {
             None => Ok(()),
             Some(index) => Err(bad_page(&self.path, first + index, &self.extents)),
         }
@@ -225,6 +269,30 @@ fn digest_of(snapshot: SnapshotId, spec: &ImageSpec) -> Digest {
     Digest(*hasher.finalize().as_bytes())
 }
 
+/// The file name of an image of `spec` over the memory of `snapshot`.
+pub fn image_name(snapshot: SnapshotId, spec: &ImageSpec) -> String {
+    file_name(digest_of(snapshot, spec))
+}
+
+/// How often an image is made again that other processes remove before it is open.
+const OPEN_ATTEMPTS: usize = 8;
+
+/// The least that a folder of plans and images may hold, in bytes.
+const DERIVED_LIMIT_MIN: u64 = 64 << 20;
+
+/// Removes the plans and images of `chain` that were used longest ago, until the folder holds at most twice the bytes that
+/// the chain does (but no less than 64 MiB). `made`, the one just made, stays.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn bound_derived(chain: &Chain, made: &Path) -> Result<()> {
+    let held: u64 = chain.layers().iter().map(|layer| layer.manifest().pages_held * PAGE_SIZE).sum();
+    let limit = (2 * held).max(DERIVED_LIMIT_MIN);
+    let dir = derived_dir(chain.tip().location());
+    let is_derived = |name: &OsStr| Path::new(name).extension().is_some_and(|end| end == "image" || end == "plan");
+    lru::shrink(&dir, limit, made, is_derived).map(drop).map_err(Error::io("make room in", &dir))
+}
+
 fn file_name(digest: Digest) -> String {
     format!("{}.image", &digest.to_string()[..32])
 }
@@ -277,13 +345,13 @@ pub fn check_image(path: &Path, id: SnapshotId, specs: &[ImageSpec]) -> Result<I
 /// folios, as sealed memory is.
 fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn LoadHuge) -> Result<()> {
     fs::create_dir_all(dir).map_err(Error::io("make", dir))?;
-    let partial = path.with_extension(format!("partial-{}", std::process::id()));
-    let file = write(chain, spec, &partial).inspect_err(|_| {
-        // What could not be finished is of no use to anybody.
-        let _ = fs::remove_file(&partial);
-    })?;
-    fs::rename(&partial, path).map_err(Error::io("rename a finished file to", path))?;
-    files::sync_dir(dir)?;
+    sweep_own(dir);
+    // An image holds guest memory: only its owner may read it.
+    let partial = PartialFile::create(dir, 0o600)?;
+    write(chain, spec, &partial)?;
+    let file = partial.file().try_clone().map_err(Error::io("open", path))?;
+    partial.publish_durably(path)?;
+    bound_derived(chain, path)?;
     files::evict(&file, path)?;
     let huge = spec.file_len() / HUGE * HUGE;
     if huge > 0 {
@@ -294,11 +362,9 @@ fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn Lo
 
 const HUGE: u64 = 2 << 20;
 
-fn write(chain: &Chain, spec: &ImageSpec, path: &Path) -> Result<File> {
+fn write(chain: &Chain, spec: &ImageSpec, partial: &PartialFile) -> Result<()> {
     let runs = chain.resolve()?;
-    // An abandoned one of an earlier process with the same id.
-    let _ = fs::remove_file(path);
-    let mut file = files::create_new(path)?;
+    let mut file = partial.file();
     let mut layers = chain.layers().iter().map(CheckedReader::new).collect::<Result<Vec<_>>>()?;
     let mut buffer = vec![0; (PIECE_PAGES * PAGE_SIZE) as usize];
     let id = chain.tip().id();
@@ -311,13 +377,11 @@ fn write(chain: &Chain, spec: &ImageSpec, path: &Path) -> Result<File> {
                 let bytes = &mut buffer[..piece.bytes() as usize];
                 read(&mut layers, run, piece, bytes)?;
                 trailer.sums.extend(bytes.chunks_exact(PAGE_SIZE as usize).map(crc32c::crc32c));
-                file.write_all(bytes).map_err(Error::io("write", path))?;
+                file.write_all(bytes).map_err(Error::io("write", partial.path()))?;
             }
         }
     }
-    file.write_all(&trailer.to_bytes()).map_err(Error::io("write", path))?;
-    file.sync_all().map_err(Error::io("sync", path))?;
-    Ok(file)
+    file.write_all(&trailer.to_bytes()).map_err(Error::io("write", partial.path()))
 }
 
 fn read(layers: &mut [CheckedReader], run: &ResolvedRun, piece: Extent, bytes: &mut [u8]) -> Result<()> {

@@ -13,7 +13,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::guest::{Guest, snapshot};
+use super::guest::{Guest, snapshot_to};
 use super::report::chart::{Lines, Series};
 use super::study::stats::Summary;
 use super::{BoxError, Cache, Scratch, Trial, end_of, prepare, refuse};
@@ -88,9 +88,9 @@ pub fn run(args: &CrossoverArgs) -> Result<ExitCode, BoxError> {
         results.push(times.into_iter().filter_map(Summary::of).collect());
     }
     bar.finish_and_clear();
-    println!("{}", table(args, &ways, &results));
+    out!("{}", table(args, &ways, &results));
     for (index, way) in ways.iter().enumerate().skip(1) {
-        println!("{}: {}", way.name, crossing(args, &results, index));
+        out!("{}: {}", way.name, crossing(args, &results, index));
     }
     keep(args, &ways, &results)?;
     Ok(ExitCode::SUCCESS)
@@ -108,7 +108,7 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", args.set * PER_MIB))?;
     let snapshot_dir = dir.join("snapshot");
-    snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot_dir }))?;
+    snapshot_to(&Client::new(&socket), &snapshot_dir)?;
     drop(guest);
     let function = format!("scan pages={}", args.set * PER_MIB);
     let profile = super::record(&exe, &snapshot_dir, &function, "uffd", &dir.join("run.profile"))?;

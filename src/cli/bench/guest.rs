@@ -46,8 +46,12 @@ impl Guest {
             return refuse("The guest's console cannot be reached");
         };
         let (sender, lines) = channel();
-        std::thread::spawn(move || forward(stdout, |line| sender.send(line).is_ok()));
-        Ok(Guest { child, stdin, lines, asked: 0 })
+        // Made first, so that it ends the VMM should no thread read its console.
+        let guest = Guest { child, stdin, lines, asked: 0 };
+        let reads = move || forward(stdout, |line| sender.send(line).is_ok());
+        let reading = std::thread::Builder::new().name("console".into()).spawn(reads);
+        reading.map_err(|error| format!("Cannot start the thread that reads the guest's console: {error}"))?;
+        Ok(guest)
     }
 
     /// Boots the machine of a configuration with tvmm, and waits until the guest takes requests.
@@ -135,4 +139,10 @@ pub fn snapshot(client: &Client, body: &Value) -> Result<(), BoxError> {
     client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), TIMEOUT)?;
     client.request("PUT", "/snapshot/create", Some(body), TIMEOUT)?;
     Ok(())
+}
+
+/// Pauses the tvmm behind `client` and snapshots it to the directory `dir`. The memory file then lies in the page cache in
+/// large folios, as a VM that is not killed leaves it.
+pub fn snapshot_to(client: &Client, dir: &Path) -> Result<(), BoxError> {
+    snapshot(client, &json!({ "snapshot_path": dir, "tvmm": { "verify": true } }))
 }

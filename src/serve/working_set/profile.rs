@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Slot, exclusively, load, save};
+use super::{Slot, exclusively, load, remove_unneeded, save};
 use crate::serve::Shared;
 use crate::serve::body::{Body, check_line, number, query};
 use crate::serve::daemon::{Daemon, START_TIMEOUT, blocking};
@@ -18,11 +18,12 @@ use crate::serve::drives::remove_images;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::serve::functions::known_policy;
 use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
+use crate::serve::load::LoadOptions;
 use crate::serve::snapshots::SnapshotRecord;
 use crate::serve::store::gone_is_fine;
-use crate::serve::tiers::Tiers;
-use crate::serve::traces::{Recording, random_hex};
+use crate::serve::traces::Recording;
 use crate::serve::vm::process::run_tool;
+use crate::snapshot::random_hex;
 use crate::tiering::profile::Profile;
 use crate::vmm::sys::clock;
 
@@ -90,6 +91,8 @@ impl Drop for RunDir {
 
 /// Runs `tvmm profile record`; what the guest answered first.
 async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Duration) -> Result<(bool, String), Fault> {
+    // The recorder opens the image that the snapshot names.
+    daemon.confined_function(record.snapshot.function.clone()).await?;
     let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
     std::fs::create_dir_all(&profiles).map_err(|error| Fault::of(&error))?;
     let utf8 = |path: std::path::PathBuf| {
@@ -124,6 +127,12 @@ async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Durat
         };
         return Err(Fault::said(status, text));
     }
+    let dir = daemon.snapshot_dir(&record.snapshot.ss_id);
+    let removed = blocking(move || {
+        let _turn = exclusively();
+        remove_unneeded(&dir, &profiles)
+    });
+    removed.await??;
     let told: Value = serde_json::from_slice(&printed).unwrap_or_default();
     let answer = told["runs"][0]["answer"].as_str().unwrap_or_default();
     let mut words = answer.splitn(3, ' ');
@@ -138,7 +147,7 @@ pub(in crate::serve) async fn record_invocation(
     limit: Limit,
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
-    let _slot = daemon.vms.reserve().await?;
+    let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
     let begin_ns = clock::monotonic_ns();
     let answer = run_recorder(daemon, &record, line, limit.left()).await;
     let span = recording.lap("record", 0, begin_ns);
@@ -191,7 +200,7 @@ pub(in crate::serve) async fn post_profile(
     let record = Record { snapshot, slot, recorder, repeat };
     let task = tokio::spawn(async move {
         let _turn = daemon.gate.enter(START_TIMEOUT).await?;
-        let _slot = daemon.vms.reserve().await?;
+        let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
         run_recorder(&daemon, &record, &line, limit).await?;
         let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
         let profile = blocking(move || load(slot, &profiles)).await??;
@@ -220,10 +229,11 @@ pub(in crate::serve) async fn put_profile(
         return Err(Fault::conflict(message));
     }
     let (from, to) = (daemon.store.profiles_dir(&source), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
     let carried = blocking(move || {
         let _turn = exclusively();
         let profile = load(Slot::Run, &from)?.ok_or_else(|| Fault::not_found("profile of snapshot", &source))?;
-        save(Slot::Run, &to, &profile)?;
+        save(Slot::Run, &dir, &to, &profile)?;
         Ok(profile)
     });
     let profile: Profile = carried.await??;
@@ -238,8 +248,13 @@ pub(in crate::serve) async fn delete_profile(
     Path(id): Path<String>,
 ) -> Result<Reply<ProfileState>, Fault> {
     let told = get_profile(State(daemon.clone()), Path(id.clone())).await?;
-    let path = Slot::Run.path(&daemon.store.profiles_dir(&id));
-    gone_is_fine(std::fs::remove_file(path)).map_err(|error| Fault::of(&error))?;
+    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let removed = blocking(move || {
+        let _turn = exclusively();
+        gone_is_fine(std::fs::remove_file(Slot::Run.path(&profiles))).map_err(|error| Fault::of(&error))?;
+        remove_unneeded(&dir, &profiles)
+    });
+    removed.await??;
     Ok(told)
 }
 
@@ -270,8 +285,8 @@ pub(in crate::serve) async fn get_plan(
         path("--profile", Slot::for_policy(policy, &daemon.store.profiles_dir(&id))?);
     }
     // As a restore has it that says nothing of tiers.
-    let of_function = Tiers { dram_mib: snapshot.function.dram_mib, ..Tiers::default() };
-    let tiers = of_function.or(&daemon.options.tiers);
+    let of_function = LoadOptions { dram_mib: snapshot.function.dram_mib, ..LoadOptions::default() };
+    let tiers = of_function.or(&daemon.options.load);
     for pool in tiers.pools.iter().flatten() {
         path("--pool", pool.clone());
     }

@@ -15,6 +15,7 @@ use super::stats::Summary;
 use super::store::Key;
 use super::workload::Workload;
 use super::{From, Study, Values, scratch_of, values_of};
+use crate::snapshot::PartialDir;
 
 /// Different snapshots at most: they take disk space.
 const SNAPSHOTS: u32 = 16;
@@ -60,16 +61,16 @@ impl Study {
             let snapshot = dir.join("snapshot");
             if !snapshot.exists() {
                 std::fs::create_dir_all(&dir)?;
-                let partial = dir.join("partial");
+                let partial = PartialDir::create(&dir)?;
                 // cp keeps holes, and shares blocks where the file system can.
                 let mut copy = Command::new("cp");
                 copy.args(["-rT", "--sparse=always", "--reflink=auto", "--preserve=timestamps"]);
-                let output = copy.arg(&from.snapshot).arg(&partial).stdin(Stdio::null()).output()?;
+                let output = copy.arg(&from.snapshot).arg(partial.path()).stdin(Stdio::null()).output()?;
                 if !output.status.success() {
                     let said = String::from_utf8_lossy(&output.stderr);
                     return refuse(format!("Cannot copy {}: {}", from.snapshot.display(), said.trim()));
                 }
-                std::fs::rename(&partial, &snapshot)?;
+                partial.publish(&snapshot)?;
             }
             all.push(From { snapshot, ..from.clone() });
         }
@@ -99,9 +100,13 @@ impl Study {
                 let report = trial.run(restore.policy, Cache::Warm)?;
                 Ok((report, begun.elapsed().as_secs_f64() * 1000.0))
             };
-            let threads: Vec<_> = trials.iter().map(|trial| scope.spawn(move || run(trial))).collect();
-            let joined = threads.into_iter().map(|thread| thread.join());
-            joined.map(|result| result.unwrap_or_else(|_| refuse("A thread that restores has panicked"))).collect()
+            let spawn = |trial| std::thread::Builder::new().spawn_scoped(scope, move || run(trial));
+            let threads: Vec<_> = trials.iter().map(spawn).collect();
+            let joined = threads.into_iter().map(|thread| match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| refuse("A thread that restores has panicked")),
+                Err(error) => refuse(format!("Cannot start a thread for each of {count} restores: {error}")),
+            });
+            joined.collect()
         });
         let (mut answers, mut all_done) = (Vec::new(), 0.0_f64);
         for report in reports {
