@@ -21,6 +21,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::vmm::logging;
 use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
 use crate::vmm::sys::signals;
 
@@ -66,8 +67,8 @@ struct SessionArgs {
     /// How long --run waits for the answer
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
-    /// How long a restored guest may wait for a page (a source that hangs, a page-fault handler that does not answer)
-    /// before it is ended
+    /// How long a restore, or a restored guest, may wait for a page (a source that hangs or drips, a page-fault handler that
+    /// does not answer) before it is ended
     #[arg(long, default_value_t = DEFAULT_FAULT_TIMEOUT.as_secs(), value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     fault_timeout: u64,
@@ -144,7 +145,15 @@ pub fn main() -> ExitCode {
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }
-    let result = match cli.command {
+    let result = logging::init(None).map_err(BoxError::from).and_then(|()| run(cli));
+    result.unwrap_or_else(|error| {
+        eprintln!("tvmm: {}", chain(error.as_ref()));
+        ExitCode::FAILURE
+    })
+}
+
+fn run(cli: Cli) -> Result<ExitCode, BoxError> {
+    match cli.command {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(&args),
         Some(Command::Snapshot(args)) => snapshot::run(&args),
@@ -157,11 +166,7 @@ pub fn main() -> ExitCode {
         Some(Command::Guest(args)) => guest::run(&args),
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Bench(args)) => bench::run(&args),
-    };
-    result.unwrap_or_else(|error| {
-        eprintln!("tvmm: {}", chain(error.as_ref()));
-        ExitCode::FAILURE
-    })
+    }
 }
 
 /// An error and its causes in one line, each said once.

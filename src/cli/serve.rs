@@ -10,7 +10,6 @@ use clap::Args;
 use super::{BoxError, refuse};
 use crate::serve::{self, Limits, Options, Tiers};
 use crate::vmm::cold::ColdSpec;
-use crate::vmm::logging;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
@@ -121,7 +120,6 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     if args.listen.is_none() && args.listen_unix.is_none() {
         return refuse("Nowhere to listen: give --listen ADDRESS:PORT, --listen-unix PATH, or both");
     }
-    logging::init(None)?;
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     serve::run(Options {
         dir,

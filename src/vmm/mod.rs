@@ -41,6 +41,7 @@ pub mod timeline;
 pub mod usage;
 mod vcpu;
 
+pub use crate::tiering::wait::Wait;
 pub use error::Error;
 pub use restore::{EngineReport, FaultCounts};
 pub use vcpu::Ending;

@@ -33,6 +33,7 @@ mod metadata;
 mod net;
 mod object_store;
 mod otlp;
+mod peers;
 mod plans;
 mod platform;
 mod pmem;
