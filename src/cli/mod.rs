@@ -2,6 +2,7 @@
 
 mod bench;
 mod calibrate;
+mod child;
 mod guest;
 mod inspect;
 mod markup;

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, OFlags, RenameFlags};
@@ -68,9 +68,25 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_dir(&dir)
 }
 
-/// Creates a file that must not exist yet, for reading and writing.
-pub(crate) fn create_new(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(Error::io("create", path))
+/// The mode of files that hold guest memory, device state, or what a guest did: their owner alone reads them.
+pub const PRIVATE: u32 = 0o600;
+
+/// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at its
+/// place is not followed (open(2), `O_EXCL`).
+pub fn create_new(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(PRIVATE);
+    options.open(path).map_err(Error::io("create", path))
+}
+
+/// Opens a file to be written anew; one that is made is read by its owner only.
+pub fn overwrite_private(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(PRIVATE).open(path)
+}
+
+/// Makes a directory, and its parents, for files that only their owner reads.
+pub fn create_private_dir(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// Makes the names in a directory durable.

@@ -28,8 +28,8 @@ pub fn derived_dir(location: &Location) -> PathBuf {
 /// # Errors
 /// [`Error::Io`]; [`Error::Malformed`] if a file of that name has another length.
 pub fn open_image(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(File, PathBuf)> {
-    let dir = derived_dir(chain.tip().location());
-    let path = dir.join(format!("{}.image", name_of(chain, spec)));
+    let path = chain.derived_file(&format!("{}.image", name_of(chain, spec)));
+    let dir = files::parent_dir(&path);
     if !path.exists() {
         make(chain, spec, &dir, &path, cache)?;
     }
@@ -56,7 +56,8 @@ fn name_of(chain: &Chain, spec: &ImageSpec) -> String {
 /// Writes the image beside its name, makes it durable, moves it into place, and brings it into the page cache in large
 /// folios, as sealed memory is.
 fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn LoadHuge) -> Result<()> {
-    fs::create_dir_all(dir).map_err(Error::io("make", dir))?;
+    files::create_private_dir(dir)
+        .map_err(Error::io("make working-set images (--plan-dir names another place for them) in", dir))?;
     let partial = path.with_extension(format!("partial-{}", std::process::id()));
     let file = write(chain, spec, &partial).inspect_err(|_| {
         // What could not be finished is of no use to anybody.

@@ -29,7 +29,7 @@ pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
 pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container};
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
-pub use files::{read_limited, replace_file};
+pub use files::{PRIVATE, create_new, create_private_dir, overwrite_private, read_limited, replace_file};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};
 pub use image::{derived_dir, open_image};
 pub use manifest::{

@@ -39,12 +39,28 @@ impl Wait {
 
     /// Whether the time is over. Called every now and then by the waiting thread; logs the wait when it has become long.
     pub fn is_over(&mut self) -> bool {
-        let elapsed = self.elapsed();
-        if elapsed >= TOLD_AFTER && !self.is_told {
+        self.tell();
+        self.elapsed() >= self.limit
+    }
+
+    /// Logs the wait, once, if it has become long.
+    pub fn tell(&mut self) {
+        if self.elapsed() >= TOLD_AFTER && !self.is_told {
             self.is_told = true;
             tracing::warn!("Waiting for {}, at most {} s", self.what, self.limit.as_secs_f64());
         }
-        elapsed >= self.limit
+    }
+
+    /// Waits for an answer; `None` if the time is over before it comes.
+    pub async fn answered<T>(&mut self, answer: impl Future<Output = T>) -> Option<T> {
+        let mut answer = std::pin::pin!(answer);
+        loop {
+            match tokio::time::timeout(self.step(), answer.as_mut()).await {
+                Ok(answer) => return Some(answer),
+                Err(_) if self.is_over() => return None,
+                Err(_) => {}
+            }
+        }
     }
 
     /// How long to sleep before [`Wait::is_over`] has something to say: a blocking call may wait this long.

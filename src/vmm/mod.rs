@@ -24,6 +24,8 @@ mod memory;
 mod metrics;
 mod numa;
 pub mod otlp;
+mod own_dir;
+mod plan_dir;
 mod planning;
 mod pmem;
 pub mod port_request;
@@ -41,7 +43,8 @@ pub mod timeline;
 pub mod usage;
 mod vcpu;
 
-pub use crate::tiering::wait::Wait;
 pub use error::Error;
 pub use restore::{EngineReport, FaultCounts};
 pub use vcpu::Ending;
+
+pub use crate::tiering::wait::Wait;

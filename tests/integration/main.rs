@@ -34,6 +34,7 @@ mod net;
 mod object_store;
 mod otlp;
 mod peers;
+mod permissions;
 mod plans;
 mod platform;
 mod pmem;

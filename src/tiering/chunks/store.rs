@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::index::{Index, MAX_INDEX_LEN};
 use super::pack::{PackSpec, Packed, pack};
 use super::{CHUNK_PAGES_RANGE, ChunkError};
-use crate::snapshot::{Chain, Digest, PAGE_SIZE, PageSet, SnapshotId, read_limited, replace_file};
+use crate::snapshot::{Chain, Digest, PAGE_SIZE, PageSet, SnapshotId, create_new, read_limited, replace_file};
 
 /// The format of the manifest that this build writes and reads.
 pub const FORMAT: u32 = 1;
@@ -200,8 +200,9 @@ impl Store {
         partial: &Path,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Packed, ChunkError> {
-        // An abandoned one is overwritten: the lock says that nobody is writing it.
-        let file = File::create(partial).map_err(ChunkError::file("create", partial))?;
+        // An abandoned one is removed: the lock says that it has no writer.
+        let _ = fs::remove_file(partial);
+        let file = create_new(partial)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
         let packed = pack(chain, &self.manifest.pack_spec(hot), &mut out, progress)?;
         out.flush().map_err(ChunkError::file("write", partial))?;

@@ -61,19 +61,10 @@ impl Client {
     /// Waits for a whole answer, but not for ever: bytes of it do not prolong the wait.
     fn wait<T>(&self, answer: impl Future<Output = object_store::Result<T>>) -> Result<T, Broken> {
         let mut wait = Wait::new(self.name.as_str(), self.patience);
-        self.runtime.block_on(async {
-            let mut answer = std::pin::pin!(answer);
-            loop {
-                match tokio::time::timeout(wait.step(), answer.as_mut()).await {
-                    Ok(result) => return result.map_err(broken),
-                    Err(_) if !wait.is_over() => {}
-                    Err(_) => {
-                        let seconds = self.patience.as_secs_f64();
-                        return Err(Broken::Transient(format!("it has not answered for {seconds} s")));
-                    }
-                }
-            }
-        })
+        match self.runtime.block_on(async { wait.answered(answer).await }) {
+            Some(result) => result.map_err(broken),
+            None => Err(Broken::Transient(format!("it has not answered for {} s", self.patience.as_secs_f64()))),
+        }
     }
 
     fn get(&self, name: &str) -> Result<Vec<u8>, Broken> {
