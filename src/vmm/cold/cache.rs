@@ -68,9 +68,9 @@ impl Cache {
     /// The stored bytes of a chunk, if they are here and whole.
     fn get(&self, digest: Digest, number: u32, index: &Index) -> Option<Vec<u8>> {
         let (path, chunk) = (self.path(digest, number), &index.chunks()[number as usize]);
-        let mut file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path).ok()?;
+        let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path).ok()?;
         let mut bytes = Vec::with_capacity(chunk.stored_len as usize + 1);
-        file.by_ref().take(u64::from(chunk.stored_len) + 1).read_to_end(&mut bytes).ok()?;
+        (&file).take(u64::from(chunk.stored_len) + 1).read_to_end(&mut bytes).ok()?;
         if bytes.len() != chunk.stored_len as usize || crc32c::crc32c(&bytes) != chunk.checksum {
             tracing::info!(path = %path.display(), "A cached chunk is damaged and fetched again");
             let _ = fs::remove_file(&path);
