@@ -4,7 +4,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Whether files in `dir` can be trusted: it belongs to this user, or to root, and nobody else may make files in it.
+/// Whether files in `dir` can be trusted: it belongs to this user, or to root, and no other user may make files in it.
 ///
 /// # Errors
 /// Why not, and what to do; what the host says.

@@ -1,12 +1,12 @@
 //! What other users of the host may read, write and plant; and what a user may do with a snapshot or a pool of another.
 
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use rustix::fs::{FileType, Mode, makedev, mknodat};
+use rustix::fs::{FileType, Mode, mknodat};
 use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
 
 use crate::support::cold::Scene;
@@ -223,28 +223,37 @@ fn sockets_follow_the_umask_and_the_api_is_the_owners() {
     }
 }
 
-/// `tvmm` as the user nobody, who may use /dev/kvm and serve page faults of it, and has `home` to write to. `None`, with the
-/// reason printed, where that cannot be had.
+/// Makes a node in `dir` for the same device as `device`, which everybody may open.
+fn open_node(device: &Path, dir: &Path) -> std::io::Result<()> {
+    let node = dir.join(device.file_name().unwrap());
+    if node.exists() {
+        return Ok(());
+    }
+    let number = fs::metadata(device)?.rdev();
+    mknodat(rustix::fs::CWD, &node, FileType::CharacterDevice, Mode::from_raw_mode(0o666), number)?;
+    // Whatever the umask.
+    fs::set_permissions(&node, Permissions::from_mode(0o666))
+}
+
+/// `tvmm` as the user nobody, who may open /dev/kvm and /dev/userfaultfd, and has `home` to write to. `None`, with the reason
+/// printed, where that cannot be had.
 fn as_nobody(home: &Path, args: &[&str]) -> Option<Command> {
-    let kvm = home.join("kvm");
-    if !kvm.exists() {
-        let everybody = Mode::from_raw_mode(0o666);
-        if let Err(error) = mknodat(rustix::fs::CWD, &kvm, FileType::CharacterDevice, everybody, makedev(10, 232)) {
-            println!("skipped: a device node cannot be made: {error}");
+    for device in ["/dev/kvm", "/dev/userfaultfd"].map(Path::new) {
+        if let Err(error) = open_node(device, home) {
+            println!("skipped: no node for {} can be made: {error}", device.display());
             return None;
         }
-        chmod(&kvm, 0o666);
     }
-    // KVM's own node is not changed: another lies over it in a mount namespace of the process.
-    let script = "mount --bind \"$0\" /dev/kvm && exec setpriv --reuid=65534 --regid=65534 --clear-groups \
-                  --inh-caps=-all,+sys_ptrace --ambient-caps=+sys_ptrace -- \"$@\"";
+    // The host's own nodes are not changed: others lie over them in a mount namespace of the process.
+    let script = "mount --bind \"$0/kvm\" /dev/kvm && mount --bind \"$0/userfaultfd\" /dev/userfaultfd && \
+                  exec setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=-all -- \"$@\"";
     let unshared = |more: &[&std::ffi::OsStr]| {
         let mut command = Command::new("unshare");
-        command.args(["-m", "sh", "-c", script]).arg(&kvm).args(more);
+        command.args(["-m", "sh", "-c", script]).arg(home).args(more);
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("XDG_CACHE_HOME", home.join("cache"));
         command
     };
-    let probe = unshared(&["sh".as_ref(), "-c".as_ref(), "exec 3<>/dev/kvm".as_ref()]).output();
+    let probe = unshared(&["sh".as_ref(), "-c".as_ref(), "exec 3<>/dev/kvm 4<>/dev/userfaultfd".as_ref()]).output();
     if !probe.as_ref().is_ok_and(|output| output.status.success()) {
         println!("skipped: no process of the user nobody can be started with /dev/kvm: {probe:?}");
         return None;

@@ -278,7 +278,7 @@ fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Slot)>, Error> {
 fn read(medium: &dyn Medium, slot: u64) -> Result<Slot, Error> {
     for _ in 1..READS {
         match read_once(medium, slot)? {
-            // Who does not read it again by itself would take it for lost.
+            // A holder that found it torn and did not read again would take it for lost.
             Slot::Torn(_) => std::thread::sleep(PAUSE),
             found => return Ok(found),
         }

@@ -4,7 +4,7 @@
 //! Bytes from 2^62 on, which no pool has, are names of facts: the lock of byte `2^62 + kind · 2^54 + process · 2^32 + value`
 //! says that the process maps an entry (kind 0: the first four bytes of its digest), or how many pages of a kind its plan
 //! has (1 to 4: in place, local, zero, lazy). Locks are shared, so that VMs of one snapshot do not keep each other out, and
-//! end with their process. Who may only read a pool can hold one; who collects garbage finds them all.
+//! end with their process. A user with the right to read the pool can hold one; `gc` finds them all.
 
 use std::io;
 
@@ -31,7 +31,7 @@ fn prefix(entry: [u8; 16]) -> u32 {
     u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]])
 }
 
-/// Takes the lease of an entry. `false`: somebody keeps readers out.
+/// Takes the lease of an entry. `false`: another process has locked the byte for itself.
 pub fn take(medium: &dyn Medium, lease: &Lease) -> io::Result<bool> {
     medium.try_lock_shared(fact(0, lease.holder.pid, prefix(lease.entry)))
 }
@@ -40,7 +40,7 @@ pub fn take(medium: &dyn Medium, lease: &Lease) -> io::Result<bool> {
 pub fn note(medium: &dyn Medium, before: &Lease, lease: &Lease) -> io::Result<()> {
     for (kind, (old, new)) in (1..).zip(before.planned.into_iter().zip(lease.planned)) {
         medium.unlock(fact(kind, before.holder.pid, old))?;
-        // Of no more use than a number in a table: nothing depends on it.
+        // `tvmm pool show` prints the number, and nothing depends on it.
         medium.try_lock_shared(fact(kind, lease.holder.pid, new))?;
     }
     Ok(())
