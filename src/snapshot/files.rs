@@ -1,11 +1,12 @@
 //! Small file helpers that put the path into the error and bound what they read.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, OFlags, RenameFlags};
+use rustix::fs::{Advice, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::{Error, Result};
@@ -80,13 +81,31 @@ pub fn create_new(path: &Path) -> Result<File> {
 }
 
 /// Opens a file to be written anew; one that is made is read by its owner only.
-pub fn overwrite_private(path: &Path) -> std::io::Result<File> {
+pub fn overwrite_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(PRIVATE).open(path)
 }
 
 /// Makes a directory, and its parents, for files that only their owner reads.
-pub fn create_private_dir(path: &Path) -> std::io::Result<()> {
+pub fn create_private_dir(path: &Path) -> io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// The first stretch of `range` that is not a hole; all of it where the file system does not tell holes.
+pub(crate) fn data_in(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+    if range.is_empty() {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(range.start)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(range)),
+        Err(errno) => return Err(errno.into()),
+    };
+    if start >= range.end {
+        return Ok(None);
+    }
+    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+    Ok(Some(start..end.min(range.end)))
 }
 
 /// Makes the names in a directory durable.

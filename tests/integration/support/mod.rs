@@ -118,6 +118,18 @@ pub fn scratch() -> TempDir {
     tempfile::Builder::new().prefix("tvmm-test-").tempdir().expect("a temporary directory")
 }
 
+/// xorshift64*: the same numbers in every run.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
+    }
+}
+
 /// A running tvmm process.
 pub struct Vm {
     child: Child,
