@@ -153,7 +153,10 @@ fn what_cannot_be_measured_is_refused_at_once() {
 #[ignore = "the VMM that the test below starts"]
 fn silent_vmm_process() {
     let listener = std::os::unix::net::UnixListener::bind(std::env::var_os("SILENT_SOCKET").unwrap()).unwrap();
-    let _kept: Vec<_> = listener.incoming().collect();
+    let mut kept = Vec::new();
+    for stream in listener.incoming() {
+        kept.push(stream);
+    }
 }
 
 #[test]
