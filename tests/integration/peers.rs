@@ -140,7 +140,7 @@ fn wait_of_a_second_is_told_with_its_limit() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     let lines: Vec<&str> = said.lines().collect();
     assert_eq!(lines.len(), 2, "{said}");
-    assert_eq!(lines[0], "tvmm: warn: Waiting for tcp:127.0.0.1:1, at most 2.5 s");
+    assert_eq!(lines[0], "tvmm: warn: Waiting for tcp:127.0.0.1:1, at most 2.25 s");
     assert!(lines[1].contains("cannot be connected to"), "{said}");
 }
 

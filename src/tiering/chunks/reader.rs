@@ -211,6 +211,8 @@ fn first_index(places: &Places, snapshot: SnapshotId, mut wait: Wait) -> Result<
                     *why = Some(Broken::Refused("its index is too large".to_string()));
                 }
                 Ok(bytes) => {
+                    // What it has said before it could be reached is of no more interest.
+                    *why = None;
                     passed_over(places, &whys).iter().for_each(|why| tracing::warn!(why, "A cold pool is passed over"));
                     return Ok((place.as_ref(), bytes));
                 }

@@ -57,9 +57,7 @@ impl TcpPlace {
                 Ok(stream) => {
                     counters.connections.fetch_add(1, Ordering::Relaxed);
                     counters.round_trips.fetch_add(1, Ordering::Relaxed);
-                    // An answer is looked for before the time of the place is over, not after it.
-                    let limit = self.patience.saturating_sub(LOOK).max(self.patience / 2);
-                    let wait = Wait::new(self.name.as_str(), limit);
+                    let wait = Wait::new(self.name.as_str(), self.patience);
                     let mut connection = Connection { stream, wait, next_id: 1, counters: counters.clone() };
                     connection.begin(snapshot).map_err(|error| connection.lost(error))?;
                     return Ok(connection);
@@ -159,7 +157,7 @@ const OPEN_ID: u64 = 0;
 impl Connection {
     fn begin(&mut self, snapshot: SnapshotId) -> io::Result<()> {
         self.stream.set_nodelay(true)?;
-        self.stream.set_read_timeout(Some(LOOK.min(self.wait.limit())))?;
+        self.stream.set_read_timeout(Some(LOOK.min(self.wait.limit() / 4)))?;
         self.stream.set_write_timeout(Some(self.wait.limit()))?;
         SockRef::from(&self.stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
         self.stream.write_all(&[&wire::greeting()[..], &wire::frame(Kind::Open, OPEN_ID, &snapshot.0)].concat())

@@ -115,7 +115,7 @@ impl RdmaSource {
     fn wait(&mut self) -> Result<(), Broken> {
         self.connection.restart();
         loop {
-            match self.reader.wait(self.connection.stream().as_fd(), LOOK.min(self.patience)).map_err(transient)? {
+            match self.reader.wait(self.connection.stream().as_fd(), LOOK.min(self.patience / 4)).map_err(transient)? {
                 Waited::Read => return Ok(()),
                 Waited::Other => return Err(self.connection.lost(io::ErrorKind::UnexpectedEof.into())),
                 Waited::Neither => self.connection.check_time()?,
