@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::identify::InputPath;
 use super::merge;
 use super::{BoxError, refuse};
 use crate::api::client::Client;
@@ -31,6 +32,15 @@ pub struct SnapshotArgs {
     /// Take copies of the drives that the guest can write (reflinks where the file system has them)
     #[arg(long)]
     copy_drives: bool,
+}
+
+impl SnapshotArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        match &self.command {
+            Some(SnapshotCommand::Merge(args)) => args.inputs(),
+            None => Vec::new(),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -26,14 +26,17 @@ mod writer;
 pub(crate) mod tests;
 
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
-pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container};
+pub use container::{
+    CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
+};
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
 pub use files::{PRIVATE, create_new, create_private_dir, overwrite_private, read_limited, replace_file};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};
 pub use image::{Image, ImageOrigin, ImageState, check_image, derived_dir};
 pub use manifest::{
-    Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
+    DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
+    is_snapshot_dir,
 };
 pub use memory_check::{BadChunk, VerifyReport};
 pub use merge::{merge, page_digest};

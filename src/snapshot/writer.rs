@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::container::{self, Section, SectionKind, write_container};
-use super::manifest::{MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
+use super::manifest::{DIR_FILES, MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
 use super::memory_check::{MemoryFile, Progress};
 use super::page_map::PageMap;
 use super::partial::Partial;
@@ -330,9 +330,8 @@ fn seal_dir(
     prove_memory(memory, map, cache)?;
     files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
     files::sync_dir(&from)?;
-    let names = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
     let drives = manifest.drives.iter().map(DriveCopy::file_name);
-    let names = names.map(str::to_owned).into_iter().chain(drives);
+    let names = DIR_FILES.map(str::to_owned).into_iter().chain(drives);
     let bytes_on_disk = names.map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
     files::rename_dir_to_free_name(&from, dir)?;
     work.memory_dir.keep();

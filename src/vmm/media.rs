@@ -15,7 +15,7 @@ use crate::snapshot::PRIVATE;
 use crate::tiering::pool::{Facts, Medium};
 
 /// The file of a pool in a directory.
-const POOL_FILE: &str = "pool.tvmm";
+pub const POOL_FILE: &str = "pool.tvmm";
 /// Magic numbers of file systems (statfs(2)).
 const TMPFS: u64 = 0x0102_1994;
 const HUGETLBFS: u64 = 0x9584_58f6;
@@ -83,6 +83,8 @@ pub struct PoolMedium {
     /// The node that its pages are to be on.
     node: Option<u32>,
     is_writable: bool,
+    /// The directories that [`create`] made for it, the outermost first.
+    made: Vec<PathBuf>,
 }
 
 /// What a pool is opened for.
@@ -131,14 +133,28 @@ pub fn open(name: &Path, access: Access) -> Result<PoolMedium, Error> {
     }
 }
 
-/// Makes the medium of a new pool; what it is formatted with is not its business. `size`: bytes, needed unless it is a
-/// device.
+/// Makes the medium of a new pool, and the directory for it if there is none; what it is formatted with is not its
+/// business. `size`: bytes, needed unless it is a device.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::NoSize`], [`Error::TooSmall`]; what the host says.
 pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
     let path = || name.to_path_buf();
-    match Place::of(name)? {
+    let place = match Place::of(name) {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && may_be_made(name) => {
+            let size = size.ok_or_else(|| Error::NoSize { path: path() })?;
+            let made = make_dirs(name)?;
+            return match create_in(name, name, size, None) {
+                Ok(medium) => Ok(PoolMedium { made, ..medium }),
+                Err(error) => {
+                    remove_dirs(&made);
+                    Err(error)
+                }
+            };
+        }
+        place => place?,
+    };
+    match place {
         Place::Dax(device) => {
             let mut medium = open_dax(name, &device, Access::Change)?;
             let want = size.unwrap_or(medium.len);
@@ -153,6 +169,27 @@ pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
             let size = size.ok_or_else(|| Error::NoSize { path: path() })?;
             create_in(name, &numa::mount(node, size)?, size, Some(node))
         }
+    }
+}
+
+/// Whether a name that is not there is a directory's: devices and URLs are not made.
+fn may_be_made(name: &Path) -> bool {
+    name.parent() != Some(Path::new("/dev")) && !name.to_string_lossy().contains("://")
+}
+
+/// Makes a directory and those that lead there; those it made, the outermost first.
+fn make_dirs(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let is_missing = |dir: &&Path| !dir.as_os_str().is_empty() && dir.symlink_metadata().is_err();
+    let mut made: Vec<PathBuf> = dir.ancestors().take_while(is_missing).map(Path::to_path_buf).collect();
+    made.reverse();
+    fs::create_dir_all(dir).map_err(Error::io("make", dir)).inspect_err(|_| remove_dirs(&made))?;
+    Ok(made)
+}
+
+/// Removes directories that have been made in vain. What other processes have put into them stays.
+fn remove_dirs(made: &[PathBuf]) {
+    for dir in made.iter().rev() {
+        let _ = fs::remove_dir(dir);
     }
 }
 
@@ -185,14 +222,6 @@ fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<Po
     open_dir(name, dir, node, Access::Change)
 }
 
-/// Removes what [`create`] made of a directory, after formatting it has failed.
-pub fn abandon(name: &Path) {
-    if let Ok(Place::Dir(dir)) = Place::of(name) {
-        // What is left is no pool, and says so.
-        let _ = fs::remove_file(dir.join(POOL_FILE));
-    }
-}
-
 fn magic(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::fstatfs(file)?.f_type as u64)
 }
@@ -221,7 +250,7 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>, access: Access) -> Resul
         shared_between_hosts: false,
     };
     let map = hugetlb.then(|| SharedMap::new(&file, len, is_writable)).transpose().map_err(Error::io("map", &path))?;
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node, is_writable })
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node, is_writable, made: Vec::new() })
 }
 
 /// Whether the file system with this device number is made of huge pages: a tmpfs mounted so (`huge=` of tmpfs(5)), or one
@@ -258,10 +287,28 @@ fn open_dax(name: &Path, device: &Path, access: Access) -> Result<PoolMedium, Er
     let map = SharedMap::new(&file, len, is_writable).map_err(Error::io("map", device))?;
     let facts =
         Facts { kind: "dax", align, copy_on_write: false, huge: true, readable: false, shared_between_hosts: true };
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map), node: None, is_writable })
+    Ok(PoolMedium {
+        name: name.to_path_buf(),
+        file,
+        len,
+        facts,
+        map: Some(map),
+        node: None,
+        is_writable,
+        made: Vec::new(),
+    })
 }
 
 impl PoolMedium {
+    /// Removes what [`create`] made, after formatting it has failed.
+    pub fn abandon(&self) {
+        if let Ok(Place::Dir(dir)) = Place::of(&self.name) {
+            // What is left is no pool, and says so.
+            let _ = fs::remove_file(dir.join(POOL_FILE));
+        }
+        remove_dirs(&self.made);
+    }
+
     /// Sees to it that whole blocks are huge pages where the medium is to be made of them.
     fn settle(&self, offset: u64, len: u64) -> io::Result<()> {
         let (start, end) = (offset.next_multiple_of(HUGE), (offset + len) / HUGE * HUGE);

@@ -364,16 +364,37 @@ impl Engine<'_> {
             }
             let len = plan.images[index - images].file_len() as usize;
             let buffer = self.read_direct(index, len)?;
-            let bytes = buffer.bytes();
-            for planned in wanted {
-                let source = PageSource { layer: index, offset: planned.source.map_or(0, |source| source.offset) };
-                let bytes = &bytes[source.offset as usize..][..planned.extent.bytes() as usize];
-                // Here and not all at once: the bytes are in the CPU's cache when they are copied.
-                self.files.verify_image(source, &[bytes])?;
-                self.install_extent(ram, uffd, planned.extent, bytes)?;
-            }
+            self.install_image(ram, uffd, &wanted, buffer.bytes())?;
         }
         Ok(())
+    }
+
+    /// Installs the extents of one image, whose `bytes` were read, while another thread compares them with their checksums:
+    /// the guest does not run yet, so both need only be done before it does.
+    fn install_image(
+        &mut self,
+        ram: &GuestRam,
+        uffd: &Uffd,
+        wanted: &[&PlannedExtent],
+        bytes: &[u8],
+    ) -> Result<(), Error> {
+        let sourced = || wanted.iter().filter_map(|planned| Some((planned.extent, planned.source?)));
+        let bytes_of = |extent: Extent, source: PageSource| &bytes[source.offset as usize..][..extent.bytes() as usize];
+        let files = self.files;
+        let compare =
+            || sourced().try_for_each(|(extent, source)| files.verify_image(source, &[bytes_of(extent, source)]));
+        std::thread::scope(|scope| {
+            let comparing = std::thread::Builder::new().name("compare".into()).spawn_scoped(scope, compare);
+            let installed = sourced()
+                .try_for_each(|(extent, source)| self.install_extent(ram, uffd, extent, bytes_of(extent, source)));
+            let compared = match comparing {
+                // A panic of the thread goes on here.
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                // Where no thread is to be had, this one compares.
+                Err(_) => compare(),
+            };
+            compared.and(installed)
+        })
     }
 
     fn install_extent(&mut self, ram: &GuestRam, uffd: &Uffd, extent: Extent, bytes: &[u8]) -> Result<(), Error> {
