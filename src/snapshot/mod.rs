@@ -18,8 +18,10 @@ mod page_map;
 mod page_set;
 mod partial;
 mod plan;
+mod read_back;
 mod reader;
 mod types;
+mod unchanged;
 mod writer;
 
 #[cfg(test)]
@@ -46,6 +48,8 @@ pub use plan::{
     Background, BackgroundAction, Fill, ImageSpec, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan,
     TierAccess, TierSource,
 };
+pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
-pub use writer::{LoadHuge, SealInput, Sealed, SnapshotWriter};
+pub use unchanged::Doubtful;
+pub use writer::{SealInput, Sealed, SnapshotWriter};

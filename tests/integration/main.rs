@@ -48,6 +48,7 @@ mod pool_media;
 mod prefault;
 mod profile;
 mod promote;
+mod read_back;
 mod report;
 mod restore;
 mod serve;

@@ -12,8 +12,8 @@ use super::lazy::LazyExtent;
 use super::prefault::PrefaultReport;
 use super::reads::{self, Wanted};
 use crate::snapshot::{
-    CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement, PlacementCounts,
-    PlannedExtent, RestorePlan, Snapshot, chunk_of,
+    BackgroundAction, CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement,
+    PlacementCounts, PlannedExtent, RestorePlan, Snapshot, chunk_of,
 };
 use crate::vmm::control::InPlaceMapping;
 use crate::vmm::error::Error;
@@ -482,6 +482,18 @@ fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
 fn file_mapped(plan: &RestorePlan) -> Vec<Extent> {
     let mapped = plan.extents.iter().filter(|planned| matches!(view_of(planned), View::File { .. }));
     mapped.map(|planned| planned.extent).collect()
+}
+
+/// The pages that nothing but a write of the guest makes writable in the host's page tables.
+pub fn writable_when_written(plan: &RestorePlan) -> PageSet {
+    let mapped = plan.extents.iter().filter(|planned| {
+        matches!(planned.placement, Placement::CowFile | Placement::InPlace) && planned.source.is_some()
+    });
+    let mut pages: PageSet = mapped.map(|planned| planned.extent).collect();
+    for step in plan.background.iter().filter(|step| step.action == BackgroundAction::BreakCow) {
+        pages.remove_run(step.extent);
+    }
+    pages
 }
 
 /// The extents to copy, neighbours in guest memory and file joined.
