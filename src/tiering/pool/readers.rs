@@ -7,6 +7,7 @@
 //! end with their process. A user with the right to read the pool can hold one; `gc` finds them all.
 
 use std::io;
+use std::ops::Range;
 
 use super::lease::{Lease, now};
 use super::medium::Medium;
@@ -23,7 +24,7 @@ const MAX_FACTS: usize = 1 << 16;
 
 /// The byte whose lock says this.
 fn fact(kind: u64, pid: u32, value: u32) -> u64 {
-    FACTS + (kind << KIND) + (u64::from(pid) % PROCESSES << PROCESS) + u64::from(value)
+    FACTS + (kind << KIND) + ((u64::from(pid) % PROCESSES) << PROCESS) + u64::from(value)
 }
 
 /// The start of an entry's digest, as the lock of a lease tells it.
@@ -57,7 +58,7 @@ pub fn give_back(medium: &dyn Medium, lease: &Lease) -> io::Result<()> {
 /// The leases that other handles of this host hold. They name their entry only by the start of its digest.
 pub fn all(medium: &dyn Medium, host: u64) -> io::Result<Vec<Lease>> {
     let mut facts = Vec::new();
-    let mut ranges = vec![FACTS..FACTS + (KINDS << KIND)];
+    let mut ranges = Vec::from([Range { start: FACTS, end: FACTS + (KINDS << KIND) }]);
     while let Some(range) = ranges.pop() {
         let Some(at) = medium.locked_in(&range)? else { continue };
         facts.push(at - FACTS);

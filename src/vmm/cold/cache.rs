@@ -41,9 +41,7 @@ impl Cache {
         cache.held.store(cache.entries().map_err(failed("read the cache directory"))?.1, Ordering::Relaxed);
         // Found now rather than at every chunk.
         let probe = cache.path(Digest([0; 32]), 0);
-        write_partial(&probe, &[])
-            .and_then(|partial| fs::remove_file(partial))
-            .map_err(failed("write to the cache directory"))?;
+        write_partial(&probe, &[]).and_then(fs::remove_file).map_err(failed("write to the cache directory"))?;
         Ok(Arc::new(cache))
     }
 
