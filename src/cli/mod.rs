@@ -1,5 +1,8 @@
 //! The command line: arguments, progress, exit codes, and printing an error's chain once.
 
+#[macro_use]
+mod print;
+
 mod bench;
 mod calibrate;
 mod child;
@@ -163,16 +166,18 @@ pub fn main() -> ExitCode {
         signals::end_with_reader();
     }
     let result = logging::init(None).map_err(BoxError::from).and_then(|()| run(&cli));
-    result.unwrap_or_else(|error| {
+    let result = result.and_then(|code| print::finish().map(|()| code).map_err(Into::into));
+    let failure = result.as_ref().err().map(|error| {
         // A file of another format explains any error that reading it led to.
         let inputs = match &cli.command {
             Some(command) => command.inputs(),
             None => cli.boot.config.iter().map(|path| InputPath::new(path, Role::Config)).collect(),
         };
         let misused = inputs.iter().find_map(InputPath::misuse);
-        eprintln!("tvmm: {}", misused.unwrap_or_else(|| chain(error.as_ref())));
-        ExitCode::FAILURE
-    })
+        misused.unwrap_or_else(|| chain(error.as_ref()))
+    });
+    print::end(failure.as_deref());
+    result.unwrap_or(ExitCode::FAILURE)
 }
 
 fn run(cli: &Cli) -> Result<ExitCode, BoxError> {

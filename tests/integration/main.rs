@@ -62,6 +62,8 @@ mod serve_tiers;
 mod serve_ui;
 mod smp;
 mod support;
+mod threads;
 mod uffd_handler;
+mod unread;
 mod virtio;
 mod vsock;

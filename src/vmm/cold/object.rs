@@ -17,6 +17,7 @@ use crate::snapshot::{Chain, Digest, PageSet, SnapshotId};
 use crate::tiering::chunks::store::{Checked, MANIFEST, Manifest, OBJECTS, Store, object_names};
 use crate::tiering::chunks::{Broken, ChunkError, ChunkSource, EachChunk, Flow, Index, Packed, Place, SourceCounters};
 use crate::tiering::wait::Wait;
+use crate::worker;
 
 /// Read by one request at most, and how many are under way at once.
 const READ_BYTES: u64 = 1 << 20;
@@ -49,7 +50,7 @@ impl Client {
             [("timeout", seconds.clone()), ("connect_timeout", seconds)].map(|(key, value)| (key.to_string(), value));
         let options = std::env::vars().chain(own);
         let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|error| failed(&error))?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = worker::runtime(tokio::runtime::Builder::new_current_thread().enable_all());
         let name = url.to_string();
         Ok(Client { name, runtime: runtime.map_err(|error| failed(&error))?, store, prefix, patience })
     }
