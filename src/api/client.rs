@@ -11,6 +11,8 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
+use crate::vmm::Wait;
+
 /// An answer larger than this is not one of ours.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
 
@@ -127,8 +129,9 @@ impl Client {
             .enable_all()
             .build()
             .map_err(|source| ClientError::Setup { source })?;
-        let answer = runtime.block_on(async { tokio::time::timeout(timeout, exchange.perform(request)).await });
-        let (status, body) = answer.unwrap_or_else(|_| {
+        let mut wait = Wait::new(format!("the answer to {method} {path} at {}", self.socket_path.display()), timeout);
+        let answer = runtime.block_on(async { wait.answered(exchange.perform(request)).await });
+        let (status, body) = answer.unwrap_or_else(|| {
             Err(ClientError::TimedOut { method: method.to_owned(), path: path.to_owned(), timeout })
         })?;
         exchange.understand(status, &body)

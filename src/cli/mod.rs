@@ -5,6 +5,7 @@ mod print;
 
 mod bench;
 mod calibrate;
+mod child;
 mod guest;
 mod identify;
 mod inspect;
@@ -26,6 +27,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use self::identify::{InputPath, Role};
+use crate::vmm::logging;
 use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
 use crate::vmm::sys::signals;
 
@@ -71,8 +73,8 @@ struct SessionArgs {
     /// How long --run waits for the answer
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
-    /// How long a restored guest may wait for a page (a source that hangs, a page-fault handler that does not answer)
-    /// before it is ended
+    /// How long a restore, or a restored guest, may wait for a page (a source that hangs or drips, a page-fault handler that
+    /// does not answer) before it is ended
     #[arg(long, default_value_t = DEFAULT_FAULT_TIMEOUT.as_secs(), value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     fault_timeout: u64,
@@ -163,20 +165,7 @@ pub fn main() -> ExitCode {
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }
-    let result = match &cli.command {
-        None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
-        Some(Command::Restore(args)) => vm::restore(args),
-        Some(Command::Snapshot(args)) => snapshot::run(args),
-        Some(Command::Inspect(args)) => inspect::run(args),
-        Some(Command::Profile(args)) => profile::run(args),
-        Some(Command::Calibrate(args)) => calibrate::run(args),
-        Some(Command::Plan(args)) => plan::run(args),
-        Some(Command::Pool(args)) => pool::run(args),
-        Some(Command::ServePages(args)) => serve_pages::run(args),
-        Some(Command::Guest(args)) => guest::run(args),
-        Some(Command::Serve(args)) => serve::run(args),
-        Some(Command::Bench(args)) => bench::run(args),
-    };
+    let result = logging::init(None).map_err(BoxError::from).and_then(|()| run(&cli));
     let result = result.and_then(|code| print::finish().map(|()| code).map_err(Into::into));
     let failure = result.as_ref().err().map(|error| {
         // A file of another format explains any error that reading it led to.
@@ -189,6 +178,23 @@ pub fn main() -> ExitCode {
     });
     print::end(failure.as_deref());
     result.unwrap_or(ExitCode::FAILURE)
+}
+
+fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
+    match &cli.command {
+        None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
+        Some(Command::Restore(args)) => vm::restore(args),
+        Some(Command::Snapshot(args)) => snapshot::run(args),
+        Some(Command::Inspect(args)) => inspect::run(args),
+        Some(Command::Profile(args)) => profile::run(args),
+        Some(Command::Calibrate(args)) => calibrate::run(args),
+        Some(Command::Plan(args)) => plan::run(args),
+        Some(Command::Pool(args)) => pool::run(args),
+        Some(Command::ServePages(args)) => serve_pages::run(args),
+        Some(Command::Guest(args)) => guest::run(args),
+        Some(Command::Serve(args)) => serve::run(args),
+        Some(Command::Bench(args)) => bench::run(args),
+    }
 }
 
 /// An error and its causes in one line, each said once.

@@ -10,7 +10,6 @@ use clap::Args;
 use super::{BoxError, print, refuse};
 use crate::serve::{self, Limits, LoadOptions, Options};
 use crate::vmm::cold::ColdSpec;
-use crate::vmm::logging;
 use crate::vmm::sys::available_memory::available_memory;
 
 #[derive(Debug, Args)]
@@ -159,7 +158,6 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     if args.listen.is_none() && args.listen_unix.is_none() {
         return refuse("Nowhere to listen: give --listen ADDRESS:PORT, --listen-unix PATH, or both");
     }
-    logging::init(None)?;
     let memory_mib = match args.memory {
         Some(mib) => mib,
         None => default_memory_mib()?,

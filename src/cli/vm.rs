@@ -48,6 +48,10 @@ pub struct RestoreArgs {
     /// A plan made by `tvmm plan --out`, instead of a policy
     #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "profile", "costs", "dram", "dram_price", "cxl"])]
     plan: Option<PathBuf>,
+    /// Keep plans and working-set images in a folder of this directory. Default: beside the snapshot, or where that cannot be
+    /// written in $XDG_CACHE_HOME/tvmm/plans or ~/.cache/tvmm/plans (root: /var/cache/tvmm/plans)
+    #[arg(long, value_name = "DIR")]
+    plan_dir: Option<PathBuf>,
     /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
     costs: Option<PathBuf>,
@@ -143,6 +147,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         policy: args.policy.clone(),
         profile: args.profile.clone(),
         plan: args.plan.clone(),
+        plan_dir: args.plan_dir.clone(),
         costs: args.costs.clone(),
         dram_mib: args.dram,
         cxl_mib: args.cxl,

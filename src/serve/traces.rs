@@ -2,7 +2,6 @@
 //! restore (`docs/architecture.md`, "Time slices").
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
 use std::io::Write;
 use std::path::Path as FilePath;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,7 +22,7 @@ use super::body::query;
 use super::error::ServeError;
 use super::fault::{Fault, FaultBody, Reply};
 use super::traceparent::Caller;
-use crate::snapshot::random_hex;
+use crate::snapshot::{overwrite_private, random_hex};
 use crate::vmm::otlp::Exporter;
 use crate::vmm::report::chrome_event;
 use crate::vmm::sys::clock;
@@ -317,7 +316,7 @@ impl Traces {
 /// Writes lines to the trace file on a thread of its own: no invocation waits for its disk.
 fn start_file(path: &FilePath, lost: Arc<AtomicU64>) -> Result<SyncSender<String>, ServeError> {
     let failed = |source| ServeError::TraceFile { path: path.to_owned(), source };
-    let mut file = File::create(path).map_err(failed)?;
+    let mut file = overwrite_private(path).map_err(failed)?;
     // The format's array may lack its end, so that what was written when a process was killed can be read.
     file.write_all(b"[\n").map_err(failed)?;
     let (sender, lines) = sync_channel::<String>(MAX_WAITING);

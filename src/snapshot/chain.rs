@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     Error, Extent, Location, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Parent, Result, Snapshot, SnapshotKind,
+    derived_dir,
 };
 
 /// The most layers that a chain may have to be restored. The writer refuses to make a longer one.
@@ -18,6 +19,8 @@ pub const MAX_MERGED_DEPTH: usize = 1024;
 pub struct Chain {
     /// Base first; never empty.
     layers: Vec<Snapshot>,
+    /// Where what is derived from it is kept, if not beside its tip.
+    derived: Option<PathBuf>,
 }
 
 /// What is in a run of pages.
@@ -84,7 +87,7 @@ impl Chain {
             layers.push(parent);
         }
         layers.reverse();
-        Ok(Chain { layers })
+        Ok(Chain { layers, derived: None })
     }
 
     /// Opens a full snapshot whose memory comes from somewhere else than its own file: the directory, or the state file
@@ -105,7 +108,7 @@ impl Chain {
                 format!("{} is a diff, and a page-fault handler serves whole memories; merge it", snapshot.object());
             return Err(Error::NotAChain { problem });
         }
-        Ok(Chain { layers: vec![snapshot] })
+        Ok(Chain { layers: vec![snapshot], derived: None })
     }
 
     /// Opens a snapshot all of whose pages are in a pool: without its memory file, and without its parents.
@@ -113,7 +116,24 @@ impl Chain {
     /// # Errors
     /// As for [`Snapshot::open`].
     pub fn open_pooled(tip: &Location) -> Result<Chain> {
-        Ok(Chain { layers: vec![Snapshot::open_without_memory(tip)?] })
+        Ok(Chain { layers: vec![Snapshot::open_without_memory(tip)?], derived: None })
+    }
+
+    /// Keeps what is derived from the chain in `dir` from now on.
+    pub fn derive_in(&mut self, dir: PathBuf) {
+        self.derived = Some(dir);
+    }
+
+    /// Where what is derived from the chain (plans, images) is kept: beside its tip, unless another place was named.
+    pub fn derived_dir(&self) -> PathBuf {
+        self.derived.clone().unwrap_or_else(|| derived_dir(self.tip().location()))
+    }
+
+    /// The path of a derived file: where it is kept, or beside the tip if it is only there.
+    pub fn derived_file(&self, name: &str) -> PathBuf {
+        let kept = self.derived_dir().join(name);
+        let beside = derived_dir(self.tip().location()).join(name);
+        if self.derived.is_some() && !kept.exists() && beside.exists() { beside } else { kept }
     }
 
     /// Opens a chain whose directories are given, base first, whatever their manifests say about locations.
@@ -143,7 +163,7 @@ impl Chain {
         if layers.is_empty() {
             return Err(not_a_chain("no directory is given".to_string()));
         }
-        Ok(Chain { layers })
+        Ok(Chain { layers, derived: None })
     }
 
     /// The layers, base first. [`PageSource::layer`] is an index into this.

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, OFlags, RenameFlags, SeekFrom};
@@ -76,9 +76,25 @@ pub fn write_limited(path: &Path, bytes: &[u8], limit: u64) -> Result<()> {
     replace_file(path, bytes)
 }
 
-/// Creates a file that must not exist yet, for reading and writing.
-pub(crate) fn create_new(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(Error::io("create", path))
+/// The mode of files that hold guest memory, device state, or what a guest did: their owner alone reads them.
+pub const PRIVATE: u32 = 0o600;
+
+/// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at its
+/// place is not followed (open(2), `O_EXCL`).
+pub fn create_new(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(PRIVATE);
+    options.open(path).map_err(Error::io("create", path))
+}
+
+/// Opens a file to be written anew; one that is made is read by its owner only.
+pub fn overwrite_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(PRIVATE).open(path)
+}
+
+/// Makes a directory, and its parents, for files that only their owner reads.
+pub fn create_private_dir(path: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// The first stretch of `range` that is not a hole; all of it where the file system does not tell holes.

@@ -5,7 +5,7 @@
 //! the snapshot's checksums, and every reader compares what it took from the image with the image's.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
@@ -94,14 +94,16 @@ impl Image {
     fn open_once(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
         let id = chain.tip().id();
         let digest = digest_of(id, spec);
-        let dir = derived_dir(chain.tip().location());
-        let path = dir.join(file_name(digest));
+        let mut path = chain.derived_file(&file_name(digest));
         let mut origin = ImageOrigin::Found;
         if !path.exists() {
             origin = ImageOrigin::Made;
-            make(chain, spec, &dir, &path, cache)?;
         } else if has_no_checksums(&path, spec)? {
             origin = ImageOrigin::MadeAgain;
+        }
+        if origin != ImageOrigin::Found {
+            let dir = chain.derived_dir();
+            path = dir.join(file_name(digest));
             make(chain, spec, &dir, &path, cache)?;
         }
         let (file, len) = files::open_regular(&path)?;
@@ -288,7 +290,7 @@ const DERIVED_LIMIT_MIN: u64 = 64 << 20;
 pub fn bound_derived(chain: &Chain, made: &Path) -> Result<()> {
     let held: u64 = chain.layers().iter().map(|layer| layer.manifest().pages_held * PAGE_SIZE).sum();
     let limit = (2 * held).max(DERIVED_LIMIT_MIN);
-    let dir = derived_dir(chain.tip().location());
+    let dir = chain.derived_dir();
     let is_derived = |name: &OsStr| Path::new(name).extension().is_some_and(|end| end == "image" || end == "plan");
     lru::shrink(&dir, limit, made, is_derived).map(drop).map_err(Error::io("make room in", &dir))
 }
@@ -344,10 +346,10 @@ pub fn check_image(path: &Path, id: SnapshotId, specs: &[ImageSpec]) -> Result<I
 /// Writes the image beside its name, makes it durable, moves it into place, and brings it into the page cache in large
 /// folios, as sealed memory is.
 fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn LoadHuge) -> Result<()> {
-    fs::create_dir_all(dir).map_err(Error::io("make", dir))?;
+    files::create_private_dir(dir)
+        .map_err(Error::io("make working-set images (--plan-dir names another place for them) in", dir))?;
     sweep_own(dir);
-    // An image holds guest memory: only its owner may read it.
-    let partial = PartialFile::create(dir, 0o600)?;
+    let partial = PartialFile::create(dir, files::PRIVATE)?;
     write(chain, spec, &partial)?;
     let file = partial.file().try_clone().map_err(Error::io("open", path))?;
     partial.publish_durably(path)?;

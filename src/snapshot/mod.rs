@@ -34,7 +34,9 @@ pub use container::{
 };
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
-pub use files::{read_limited, replace_file, write_limited};
+pub use files::{
+    PRIVATE, create_new, create_private_dir, overwrite_private, read_limited, replace_file, write_limited,
+};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};
 pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, derived_dir, image_name};
 pub use manifest::{

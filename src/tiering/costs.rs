@@ -249,9 +249,7 @@ impl Costs {
 
     /// Where the measurements of this host are kept: `$XDG_CACHE_HOME/tvmm/costs.json`, or below `~/.cache`.
     pub fn default_path() -> Option<PathBuf> {
-        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-        Some(cache.join("tvmm").join("costs.json"))
+        Some(cache_home()?.join("costs.json"))
     }
 
     /// The measurements of this host if there are any, else the built-in numbers.
@@ -261,6 +259,13 @@ impl Costs {
             None => Ok(Costs::default()),
         }
     }
+}
+
+/// The directory of this user for what can be made again: `$XDG_CACHE_HOME/tvmm`, or `~/.cache/tvmm`.
+pub fn cache_home() -> Option<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
+    Some(cache.join("tvmm"))
 }
 
 #[cfg(test)]

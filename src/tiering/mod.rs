@@ -17,6 +17,7 @@ pub mod pool;
 pub mod profile;
 pub mod recorder;
 pub mod tier;
+pub mod wait;
 
 use std::path::PathBuf;
 

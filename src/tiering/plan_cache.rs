@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::plan_file::PlanFile;
 use super::policy::Policy;
-use crate::snapshot::{Location, SnapshotId, derived_dir, image_name};
+use crate::snapshot::{SnapshotId, image_name};
 
 /// Hexadecimal digits of a mark and of a key.
 const DIGITS: usize = 16;
@@ -20,15 +20,15 @@ pub fn profile_mark(profile: &[u8]) -> String {
     blake3::hash(profile).to_hex()[..DIGITS].to_string()
 }
 
-/// Where the plan of `policy` for the snapshot at `location` is kept. `others` says everything that it depends on besides
-/// the snapshot and the profile.
-pub fn plan_path(location: &Location, snapshot: SnapshotId, policy: Policy, profile: &[u8], others: &str) -> PathBuf {
+/// The name of the plan of `policy` for a snapshot. `others` says everything that it depends on besides the snapshot and the
+/// profile.
+pub fn plan_name(snapshot: SnapshotId, policy: Policy, profile: &[u8], others: &str) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&snapshot.0);
     hasher.update(profile);
     hasher.update(format!("{others} {}", env!("CARGO_PKG_VERSION")).as_bytes());
     let key = &hasher.finalize().to_hex()[..DIGITS];
-    derived_dir(location).join(format!("{policy}-{}-{key}.plan", profile_mark(profile)))
+    format!("{policy}-{}-{key}.plan", profile_mark(profile))
 }
 
 /// Removes the plans in `dir` that were made from no profile of `marks`, and the images that neither a plan that is left

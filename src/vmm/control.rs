@@ -148,6 +148,8 @@ pub struct LoadSnapshot {
     pub profile: Option<PathBuf>,
     /// A plan made before (`tvmm plan --out`), instead of a policy's.
     pub plan: Option<PathBuf>,
+    /// Where plans and working-set images are kept, instead of beside the snapshot.
+    pub plan_dir: Option<PathBuf>,
     /// What things cost on this host, instead of the last calibration or the built-in numbers.
     pub costs: Option<PathBuf>,
     /// The most local memory a plan may use, MiB.

@@ -89,6 +89,8 @@ pub enum Error {
     NoVsock,
     #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
     PoolAndHandler,
+    #[error("Cannot keep plans and working-set images in {path}", path = path.display())]
+    PlanDir { path: PathBuf, source: io::Error },
     #[error("`{text}` is no cold pool: {problem}")]
     ColdSpec { text: String, problem: String },
     #[error(transparent)]

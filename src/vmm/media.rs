@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,7 @@ use rustix::fs::FallocateFlags;
 use super::numa;
 use super::sys::shared_map::{SharedMap, make_huge};
 use super::sys::{locks, mempolicy};
+use crate::snapshot::PRIVATE;
 use crate::tiering::pool::{Facts, Medium};
 
 /// The file of a pool in a directory.
@@ -80,20 +82,52 @@ pub struct PoolMedium {
     map: Option<SharedMap>,
     /// The node that its pages are to be on.
     node: Option<u32>,
+    is_writable: bool,
     /// The directories that [`create`] made for it, the outermost first.
     made: Vec<PathBuf>,
+}
+
+/// What a pool is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To look at it.
+    Look,
+    /// To map its pages for a VM, under a lease. The lease of a device that other hosts share is written, so the device is
+    /// opened for writing where that is allowed; that of a file is a lock, for which reading is enough.
+    Lease,
+    /// To change it.
+    Change,
+}
+
+impl Access {
+    /// Opens a file or device of a pool, and says whether it can be written.
+    fn open(self, path: &Path, is_device: bool) -> io::Result<(File, bool)> {
+        let read_only = || File::open(path).map(|file| (file, false));
+        match (self, File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC)) {
+            (Access::Change, options) => Ok((options.open(path)?, true)),
+            (Access::Lease, options) if is_device => match options.open(path) {
+                Err(error) if is_refusal(&error) => read_only(),
+                opened => Ok((opened?, true)),
+            },
+            _ => read_only(),
+        }
+    }
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
 }
 
 /// Opens the medium of an existing pool.
 ///
 /// # Errors
 /// [`Error::NoPool`] if there can be none; what the host says.
-pub fn open(name: &Path) -> Result<PoolMedium, Error> {
+pub fn open(name: &Path, access: Access) -> Result<PoolMedium, Error> {
     match Place::of(name)? {
-        Place::Dax(device) => open_dax(name, &device),
-        Place::Dir(dir) => open_dir(name, &dir, None),
+        Place::Dax(device) => open_dax(name, &device, access),
+        Place::Dir(dir) => open_dir(name, &dir, None, access),
         Place::Numa(node) => match numa::mounted(node)? {
-            Some(dir) => open_dir(name, &dir, Some(node)),
+            Some(dir) => open_dir(name, &dir, Some(node), access),
             None => Err(Error::NoPool { path: name.to_path_buf() }),
         },
     }
@@ -122,7 +156,7 @@ pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
     };
     match place {
         Place::Dax(device) => {
-            let mut medium = open_dax(name, &device)?;
+            let mut medium = open_dax(name, &device, Access::Change)?;
             let want = size.unwrap_or(medium.len);
             if want > medium.len {
                 return Err(Error::TooSmall { path: path(), have: medium.len, want });
@@ -168,7 +202,7 @@ fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<Po
     let path = dir.join(POOL_FILE);
     let size = size / HUGE * HUGE;
     let making = || Error::io("make", &path);
-    let made = File::options().read(true).write(true).create_new(true).mode(0o660).open(&path);
+    let made = File::options().read(true).write(true).create_new(true).mode(PRIVATE).open(&path);
     let file = match made {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             return Err(Error::Exists { path: name.to_path_buf(), file: path });
@@ -185,20 +219,20 @@ fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<Po
         let _ = fs::remove_file(&path);
         return Err(making()(error));
     }
-    open_dir(name, dir, node)
+    open_dir(name, dir, node, Access::Change)
 }
 
 fn magic(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::fstatfs(file)?.f_type as u64)
 }
 
-fn open_dir(name: &Path, dir: &Path, node: Option<u32>) -> Result<PoolMedium, Error> {
+fn open_dir(name: &Path, dir: &Path, node: Option<u32>, access: Access) -> Result<PoolMedium, Error> {
     let path = dir.join(POOL_FILE);
-    let file = match File::options().read(true).write(true).open(&path) {
+    let (file, is_writable) = match access.open(&path, false) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(Error::NoPool { path: name.to_path_buf() });
         }
-        file => file.map_err(Error::io("open", &path))?,
+        opened => opened.map_err(Error::io("open", &path))?,
     };
     let metadata = file.metadata().map_err(Error::io("inspect", &path))?;
     if !metadata.is_file() {
@@ -215,8 +249,8 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>) -> Result<PoolMedium, Er
         readable: true,
         shared_between_hosts: false,
     };
-    let map = hugetlb.then(|| SharedMap::new(&file, len)).transpose().map_err(Error::io("map", &path))?;
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node, made: Vec::new() })
+    let map = hugetlb.then(|| SharedMap::new(&file, len, is_writable)).transpose().map_err(Error::io("map", &path))?;
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node, is_writable, made: Vec::new() })
 }
 
 /// Whether the file system with this device number is made of huge pages: a tmpfs mounted so (`huge=` of tmpfs(5)), or one
@@ -232,7 +266,7 @@ fn mounted_huge(device: u64, is_tmpfs: bool) -> bool {
 }
 
 /// A device-DAX device: what sysfs says of it, and a mapping of all of it.
-fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
+fn open_dax(name: &Path, device: &Path, access: Access) -> Result<PoolMedium, Error> {
     let bad = |problem: String| Error::Dax { path: name.to_path_buf(), problem };
     let number = fs::metadata(device).map_err(Error::io("look at", device))?.rdev();
     let sysfs = PathBuf::from(format!("/sys/dev/char/{}:{}", rustix::fs::major(number), rustix::fs::minor(number)));
@@ -249,12 +283,20 @@ fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
     if !align.is_power_of_two() || !(4096..=HUGE).contains(&align) {
         return Err(bad(format!("its alignment is {align} bytes; tvmm maps 4 KiB and 2 MiB")));
     }
-    let file = File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(device);
-    let file = file.map_err(Error::io("open", device))?;
-    let map = SharedMap::new(&file, len).map_err(Error::io("map", device))?;
+    let (file, is_writable) = access.open(device, true).map_err(Error::io("open", device))?;
+    let map = SharedMap::new(&file, len, is_writable).map_err(Error::io("map", device))?;
     let facts =
         Facts { kind: "dax", align, copy_on_write: false, huge: true, readable: false, shared_between_hosts: true };
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map), node: None, made: Vec::new() })
+    Ok(PoolMedium {
+        name: name.to_path_buf(),
+        file,
+        len,
+        facts,
+        map: Some(map),
+        node: None,
+        is_writable,
+        made: Vec::new(),
+    })
 }
 
 impl PoolMedium {
@@ -340,6 +382,18 @@ impl Medium for PoolMedium {
             Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
             result => Ok(result?),
         }
+    }
+
+    fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
+    fn try_lock_shared(&self, byte: u64) -> io::Result<bool> {
+        locks::try_lock_shared(&self.file, byte)
+    }
+
+    fn locked_in(&self, bytes: &Range<u64>) -> io::Result<Option<u64>> {
+        locks::locked_in(&self.file, bytes)
     }
 
     fn try_lock(&self, byte: u64) -> io::Result<bool> {

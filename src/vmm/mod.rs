@@ -26,6 +26,8 @@ mod memory;
 mod metrics;
 mod numa;
 pub mod otlp;
+mod own_dir;
+mod plan_dir;
 mod planning;
 mod pmem;
 pub mod port_request;
@@ -47,3 +49,5 @@ mod vcpu;
 pub use error::Error;
 pub use restore::{EngineReport, FaultCounts};
 pub use vcpu::Ending;
+
+pub use crate::tiering::wait::Wait;

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use super::control::LoadSnapshot;
 use super::error::Error;
 use super::sys::page_cache;
-use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, TierSource, bound_derived, lru};
+use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, TierSource, bound_derived, create_private_dir, lru};
 use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
-use crate::tiering::plan_cache::plan_path;
+use crate::tiering::plan_cache::plan_name;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, DRAM_PRICE_US, Policy, PolicyInput, page_price_ns};
 use crate::tiering::profile::Profile;
@@ -86,11 +86,10 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
         dram_page_ns: page_price_ns(load.dram_price_us.unwrap_or(DRAM_PRICE_US)),
     };
     let sources = sources(tiers);
-    let (location, snapshot) = (chain.tip().location(), chain.tip().id());
     let others = format!("{costs:?} {budget:?} {sources:?}");
-    let path = plan_path(location, snapshot, policy, bytes.as_deref().unwrap_or_default(), &others);
+    let name = plan_name(chain.tip().id(), policy, bytes.as_deref().unwrap_or_default(), &others);
     let source_cache = Some(cache.name());
-    if let Some(file) = cached(chain, &sources, &path) {
+    if let Some(file) = cached(chain, &sources, &chain.derived_file(&name)) {
         return Ok(Chosen::from(file, "cache", source_cache));
     }
     let profile = load.profile.as_deref().map(Profile::load).transpose()?;
@@ -102,7 +101,7 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     let expected = input.estimate(&plan);
     let used = CostsUsed::new(&costs, load.costs.as_deref());
     let file = PlanFile::new(plan, expected, chain)?.made_from(used, profile.as_ref());
-    keep(chain, &file, &path);
+    keep(chain, &file, &chain.derived_dir().join(&name));
     Ok(Chosen::from(file, "made", source_cache))
 }
 
@@ -123,14 +122,14 @@ fn cached(chain: &Chain, tiers: &[TierSource], path: &Path) -> Option<PlanFile> 
 }
 
 fn keep(chain: &Chain, file: &PlanFile, path: &Path) {
-    let saved = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let saved = path.parent().map_or(Ok(()), create_private_dir);
     let saved = saved
         .map_err(|error| error.to_string())
         .and_then(|()| file.save(path).map(drop).map_err(|error| error.to_string()))
         .and_then(|()| bound_derived(chain, path).map_err(|error| error.to_string()));
     if let Err(error) = saved {
         // The restore itself does not need it; the next one is slower.
-        tracing::warn!(%error, path = %path.display(), "The plan cannot be kept beside its snapshot");
+        tracing::warn!(%error, path = %path.display(), "The plan cannot be kept; --plan-dir names another place for it");
     }
 }
 

@@ -1,5 +1,6 @@
 //! The JSON report of one boot or restore: `--report` when it is over, `GET /tvmm/report` while it runs.
 
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -15,6 +16,7 @@ use super::session::Outcome;
 use super::sys::clock;
 use super::timeline::Timeline;
 use super::{accounting, usage};
+use crate::snapshot::overwrite_private;
 use crate::tiering::profile::Profile;
 
 /// A report being put together.
@@ -178,6 +180,8 @@ pub fn chrome_event(name: &str, category: &str, pid: u32, times_us: [f64; 2]) ->
     json!({ "name": name, "cat": category, "ph": "X", "pid": pid, "tid": 1, "ts": times_us[0], "dur": times_us[1] })
 }
 
+/// A new file is its owner's only: addresses and times of page faults tell what the guest did.
 fn write_text(path: &Path, text: &str) -> Result<(), Error> {
-    std::fs::write(path, text).map_err(|source| Error::File { doing: "write", path: path.to_owned(), source })
+    let written = overwrite_private(path).and_then(|mut file| file.write_all(text.as_bytes()));
+    written.map_err(|source| Error::File { doing: "write", path: path.to_owned(), source })
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::cold;
 use super::control::{LoadSnapshot, SnapshotPaths};
 use super::error::Error;
-use super::media;
+use super::media::{self, Access};
+use super::plan_dir;
 use super::stall::Stalls;
 use crate::snapshot::{Chain, Location};
 use crate::tiering;
@@ -35,6 +36,18 @@ impl Sources {
 /// Opens what `load` names. With pools, neither memory files nor parents are opened; a cold pool stands by for a snapshot
 /// that none of them has. `fault_timeout`: how long a guest may wait for a page; `stalls` ends it should a pool's lease be lost.
 pub fn open(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
+    let mut sources = open_memory(load, fault_timeout, stalls)?;
+    let is_derived_from = load.profile.is_some() || load.plan.is_some();
+    if is_derived_from
+        && let Some(chain) = Arc::get_mut(&mut sources.chain)
+        && let Some(dir) = plan_dir::choose(load.plan_dir.as_deref(), chain)?
+    {
+        chain.derive_in(dir);
+    }
+    Ok(sources)
+}
+
+fn open_memory(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
     if load.handler.is_some() {
         return match load.cold.pools.is_empty() && load.pools.is_empty() {
             true => Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?)),
@@ -67,7 +80,8 @@ pub fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls
     let chain = Chain::open_pooled(location)?;
     let mut missing = None;
     for path in pools {
-        let medium = Arc::new(media::open(path)?);
+        let access = if leased.is_some() { Access::Lease } else { Access::Look };
+        let medium = Arc::new(media::open(path, access)?);
         let on_lost = leased.cloned().map(|stalls| -> OnLost { Box::new(move |error| stalls.end(error.to_string())) });
         match PoolTier::open(medium, chain.tip().id(), on_lost) {
             // It has every page: those after it are not needed.

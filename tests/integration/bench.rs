@@ -147,3 +147,34 @@ fn what_cannot_be_measured_is_refused_at_once() {
     assert!(run_err(&["bench", "report", text(&out)]).contains("line 1"));
     assert!(run_err(&["bench", "report", "/nowhere"]).contains("Cannot read"));
 }
+
+/// Not a test: a VMM that serves its socket, accepts, and never answers.
+#[test]
+#[ignore = "the VMM that the test below starts"]
+fn silent_vmm_process() {
+    let listener = std::os::unix::net::UnixListener::bind(std::env::var_os("SILENT_SOCKET").unwrap()).unwrap();
+    let mut kept = Vec::new();
+    for stream in listener.incoming() {
+        kept.push(stream);
+    }
+}
+
+#[test]
+fn another_vmm_that_never_answers_ends_in_time_and_its_wait_is_told() {
+    let dir = scratch();
+    let (out, vmm) = (dir.path().join("results"), dir.path().join("vmm"));
+    let test = std::env::current_exe().unwrap();
+    // Called as `vmm --api-sock PATH`.
+    let script = "#!/bin/sh\nSILENT_SOCKET=$2 exec TEST --exact bench::silent_vmm_process --ignored\n";
+    std::fs::write(&vmm, script.replace("TEST", text(&test))).unwrap();
+    std::fs::set_permissions(&vmm, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut args = study(&out, &["--firecracker", text(&vmm)]);
+    (args[2], args[6]) = ("E1", "firecracker");
+    let output = run(&args);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("Waiting for the answer to PUT /boot-source") && said.contains("at most 30 s"), "{said}");
+    assert!(said.contains("E1, hello, firecracker: 1 failed"), "{said}");
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.contains("was not answered within 30000 ms"), "{page}");
+}

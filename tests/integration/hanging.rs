@@ -7,7 +7,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::slow_file::SlowFile;
-use crate::support::{Vm, config, finish, run, run_ok, scratch, text, tvmm};
+use crate::support::{Vm, config, finish, run, run_ok, scratch, text, tvmm, without_progress};
 
 /// A snapshot of a guest that has filled some memory, its memory file on a file system that can hang.
 struct Scene {
@@ -45,6 +45,7 @@ impl Scene {
 /// Waits for tvmm to end; what it says, in one line, with exit code 1.
 fn ends_with(vm: &mut Vm) -> String {
     let (status, stderr) = vm.wait();
+    let stderr = without_progress(&stderr);
     assert_eq!(status.code(), Some(1), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     stderr

@@ -37,6 +37,8 @@ mod metadata;
 mod net;
 mod object_store;
 mod otlp;
+mod peers;
+mod permissions;
 mod plans;
 mod platform;
 mod pmem;

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
-use crate::support::{TIMEOUT, Vm, run, run_err, run_ok, stop, text};
+use crate::support::{TIMEOUT, Vm, run, run_err, run_ok, stop, text, without_progress};
 
 pub const QUICK: [&str; 2] = ["--fault-timeout", "2"];
 
 /// Waits for tvmm to end; what it says, in one line, with exit code 1.
 pub fn ends_with(vm: &mut Vm) -> String {
     let (status, stderr) = vm.wait();
+    let stderr = without_progress(&stderr);
     assert_eq!(status.code(), Some(1), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
     stderr

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{BoxError, refuse};
+use super::{BoxError, child, refuse};
 use crate::api::client::Client;
+use crate::tiering::wait::Wait;
 
 /// How long a guest may take for anything.
 pub const TIMEOUT: Duration = Duration::from_secs(300);
@@ -19,6 +20,8 @@ pub struct Guest {
     child: Child,
     stdin: ChildStdin,
     lines: Receiver<String>,
+    /// What runs it.
+    program: String,
     asked: u32,
 }
 
@@ -40,14 +43,14 @@ impl Guest {
     /// Starts a VMM whose guest's console is its standard input and output.
     pub fn start(mut command: Command) -> Result<Self, BoxError> {
         let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-        let mut child =
-            spawned.map_err(|error| format!("Cannot start {}: {error}", command.get_program().display()))?;
+        let program = command.get_program().display().to_string();
+        let mut child = spawned.map_err(|error| format!("Cannot start {program}: {error}"))?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return refuse("The guest's console cannot be reached");
         };
         let (sender, lines) = channel();
         // Made first, so that it ends the VMM should no thread read its console.
-        let guest = Guest { child, stdin, lines, asked: 0 };
+        let guest = Guest { child, stdin, lines, program, asked: 0 };
         let reads = move || forward(stdout, |line| sender.send(line).is_ok());
         let reading = std::thread::Builder::new().name("console".into()).spawn(reads);
         reading.map_err(|error| format!("Cannot start the thread that reads the guest's console: {error}"))?;
@@ -97,16 +100,17 @@ impl Guest {
     }
 
     pub fn wait_for(&self, wanted: &str) -> Result<(String, Instant), BoxError> {
-        let deadline = Instant::now() + TIMEOUT;
+        let mut wait = Wait::new(format!("the guest of {} to say {wanted:?}", self.program), TIMEOUT);
         let mut last = String::new();
         loop {
-            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self.lines.recv_timeout(wait.step()) {
                 Ok(line) if line.starts_with(wanted) => return Ok((line, Instant::now())),
                 Ok(line) if line.starts_with("err ") || line.starts_with("panic ") => {
                     return refuse(format!("The guest says: {line}"));
                 }
-                Ok(line) => last = line,
-                Err(RecvTimeoutError::Timeout) => {
+                Ok(line) if !wait.is_over() => last = line,
+                Err(RecvTimeoutError::Timeout) if !wait.is_over() => {}
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {
                     return refuse(format!("The guest did not say {wanted:?} within {TIMEOUT:?}; last: {last:?}"));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
@@ -128,9 +132,7 @@ fn forward(stdout: ChildStdout, mut send: impl FnMut(String) -> bool) {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        child::end(&mut self.child);
     }
 }
 

@@ -2,7 +2,7 @@
 
 mod crossover;
 mod grid;
-mod guest;
+pub(super) mod guest;
 mod report;
 mod restore;
 mod study;
@@ -11,14 +11,14 @@ use std::fs::File;
 use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
-use super::{BoxError, refuse};
+use super::{BoxError, child, refuse};
 use crate::snapshot::{LoadHuge, Location, PAGE_SIZE, derived_dir};
 use crate::tiering::policy::Policy;
 use crate::vmm::sys::clock;
@@ -135,7 +135,7 @@ impl Trial {
         }
         let start = clock::monotonic_ns();
         command.arg("--start-time-us").arg((start / 1000).to_string());
-        let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output()?;
+        let output = child::output(&mut command, guest::TIMEOUT)?;
         let end = clock::monotonic_ns();
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
@@ -168,9 +168,12 @@ fn remove_from_pool(exe: &Path, pool: &Path, name: &str) -> Result<(), BoxError>
     to_end(Command::new(exe).args(["pool", "gc"]).arg(pool))
 }
 
+/// How long a command may take that packs or copies a large snapshot.
+const LONG: Duration = Duration::from_secs(3600);
+
 /// Runs a command that must succeed.
 fn to_end(command: &mut Command) -> Result<(), BoxError> {
-    let output = command.stdin(Stdio::null()).output()?;
+    let output = child::output(command, LONG)?;
     match output.status.success() {
         true => Ok(()),
         false => refuse(format!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim())),

@@ -3,16 +3,16 @@
 
 mod restores;
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use restores::{Engine, Trial};
 
+use super::bench::guest::{self, Guest};
 use super::{BoxError, refuse};
+use crate::api::client::Client;
 use crate::snapshot::{Extent, Gfn};
 use crate::tiering::costs::Costs;
 use crate::vmm::calibrate;
@@ -40,7 +40,7 @@ pub fn run(args: &CalibrateArgs) -> Result<ExitCode, BoxError> {
     let mut costs = Costs::default();
     let mut left = calibrate::host(&mut costs, dir, args.rounds)?;
     let scratch = Scratch::new(dir)?;
-    if let Err(error) = guest(&mut costs, &scratch.0, args.rounds) {
+    if let Err(error) = measure_guest(&mut costs, &scratch.0, args.rounds) {
         left.push(("what only a guest can tell", error.to_string()));
     }
     let implausible = costs.make_plausible();
@@ -90,9 +90,8 @@ const BLOCK_PAGES: u64 = 512;
 /// Where they are: the guest gives out memory from 4 MiB on (`resources/guest/README.md`).
 const FILLED: Extent = Extent { first: Gfn(1024), pages: PAGES };
 const UFFD_PAGES: u64 = 256;
-const TIMEOUT: Duration = Duration::from_secs(60);
 
-fn guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), BoxError> {
+fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), BoxError> {
     let exe = std::env::current_exe()?;
     let sealed = dir.join("snapshot");
     let fill_us = snapshot(&exe, dir, &sealed)?;
@@ -148,49 +147,10 @@ fn snapshot(exe: &Path, dir: &Path, out: &Path) -> Result<f64, BoxError> {
     let (config, socket) = (dir.join("vm.json"), dir.join("api.sock"));
     let machine = serde_json::json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 } });
     std::fs::write(&config, machine.to_string())?;
-    let mut vm = Command::new(exe)
-        .arg("--config")
-        .arg(&config)
-        .arg("--api-sock")
-        .arg(&socket)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let filled = filled(&mut vm).and_then(|us| {
-        let status = Command::new(exe)
-            .arg("snapshot")
-            .arg("--api-sock")
-            .arg(&socket)
-            .arg("--out")
-            .arg(out)
-            .stdout(Stdio::null())
-            .status()?;
-        if status.success() { Ok(us) } else { refuse("The guest could not be snapshotted") }
-    });
-    // It is not needed any more, whatever came of it.
-    let _ = vm.kill();
-    let _ = vm.wait();
-    filled
-}
-
-fn filled(vm: &mut std::process::Child) -> Result<f64, BoxError> {
-    let (Some(mut input), Some(output)) = (vm.stdin.take(), vm.stdout.take()) else {
-        return refuse("The guest has no console");
-    };
-    writeln!(input, "run fill fill pages={PAGES}")?;
-    let deadline = Instant::now() + TIMEOUT;
-    for line in BufReader::new(output).lines() {
-        let line = line?;
-        if line.trim_end().starts_with("ok fill ") {
-            // The console stays open until the guest is gone.
-            vm.stdin = Some(input);
-            return guest_us(&line);
-        }
-        if line.starts_with("err ") || Instant::now() > deadline {
-            break;
-        }
-    }
-    refuse("The guest did not fill its memory")
+    let mut vm = Guest::boot(exe, &config, &socket)?;
+    let answered = vm.call(&format!("fill pages={PAGES}"))?;
+    guest::snapshot(&Client::new(&socket), &serde_json::json!({ "snapshot_path": out }))?;
+    guest_us(&format!("ok fill {}", answered.rest))
 }
 
 /// The guest's µs in `ok <id> <digest> <guest µs> …`.

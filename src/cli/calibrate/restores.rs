@@ -2,10 +2,12 @@
 //! pages, by the engine that restores are carried out by, in a process of its own, and the guest touches what came of it.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use serde_json::Value;
 
+use super::super::bench::guest;
+use super::super::child;
 use super::{BLOCK_PAGES, BoxError, FILLED, PAGES, guest_us, refuse};
 use crate::snapshot::{
     Chain, Content, Extent, Fill, Gfn, ImageSpec, Location, PageSource, Placement, PlannedExtent, ResolvedRun,
@@ -49,7 +51,7 @@ impl<'a> Trial<'a> {
         let mut restore = Command::new(self.exe);
         restore.arg("restore").arg("--snapshot").arg(self.snapshot).args(&self.how);
         restore.args(["--run", &self.function]).arg("--report").arg(&self.report);
-        let output = restore.stdin(Stdio::null()).stderr(Stdio::piped()).output()?;
+        let output = child::output(&mut restore, guest::TIMEOUT)?;
         let text = String::from_utf8_lossy(&output.stdout);
         let Some(answer) = text.lines().find(|line| line.starts_with("ok ")) else {
             let said = String::from_utf8_lossy(&output.stderr);

@@ -18,7 +18,7 @@ use crate::tiering::costs::Costs;
 use crate::tiering::pool::add::{Added, name_of};
 use crate::tiering::pool::{Error, Medium, Writer, fsck, writer};
 use crate::tiering::profile::Profile;
-use crate::vmm::media;
+use crate::vmm::media::{self, Access};
 
 #[derive(Debug, Args)]
 pub struct PoolArgs {
@@ -144,8 +144,8 @@ pub fn run(args: &PoolArgs) -> Result<ExitCode, BoxError> {
         PoolCommand::Gc { pool, json, .. } if chunks::is_one(pool) => chunks::collect(pool, *json),
         PoolCommand::Fsck { pool, json } if chunks::is_one(pool) => chunks::check(pool, *json),
         PoolCommand::Add { .. } => add(&args.command),
-        PoolCommand::Ls { pool, json } => show::list(&media::open(pool)?, *json),
-        PoolCommand::Show { pool, json } => show::show(&media::open(pool)?, *json),
+        PoolCommand::Ls { pool, json } => show::list(&media::open(pool, Access::Look)?, *json),
+        PoolCommand::Show { pool, json } => show::show(&media::open(pool, Access::Look)?, *json),
         PoolCommand::Rm { pool, snapshot } => remove(pool, snapshot),
         PoolCommand::Gc { pool, lease_expiry, json } => collect(pool, *lease_expiry, *json),
         PoolCommand::Fsck { pool, json } => check(pool, *json),
@@ -179,7 +179,7 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
     let PoolCommand::Add { pool, snapshot, profile, name, restores, json } = command else {
         return refuse("Nothing to add");
     };
-    let medium = media::open(pool)?;
+    let medium = media::open(pool, Access::Change)?;
     let profile = profile.as_deref().map(Profile::load).transpose()?;
     let chain = Chain::open(&Location::Dir(snapshot.clone()))?;
     let costs = Costs::of_this_host()?;
@@ -200,14 +200,14 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
 }
 
 fn remove(pool: &std::path::Path, snapshot: &str) -> Result<ExitCode, BoxError> {
-    let medium = media::open(pool)?;
+    let medium = media::open(pool, Access::Change)?;
     let head = Writer::open(&medium)?.remove(snapshot)?;
     say!("{} ({}) is removed; `tvmm pool gc {}` frees its pages", head.name, head.snapshot, pool.display());
     Ok(ExitCode::SUCCESS)
 }
 
 fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode, BoxError> {
-    let medium = media::open(pool)?;
+    let medium = media::open(pool, Access::Change)?;
     let done = Writer::open(&medium)?.collect(Some(expiry_s))?;
     if json {
         out!("{:#}", json!({ "snapshots": done.snapshots, "pages": done.pages, "held": done.held }));
@@ -221,7 +221,7 @@ fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode
 }
 
 fn check(pool: &std::path::Path, json: bool) -> Result<ExitCode, BoxError> {
-    let medium = media::open(pool)?;
+    let medium = media::open(pool, Access::Look)?;
     let bar = bytes_bar("checking");
     let found = fsck::check(&medium, &mut |done, total| {
         bar.set_length(total);

@@ -164,7 +164,7 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
     let catalogue = Catalogue::read(medium)?;
     let occupancy = Occupancy::of(&catalogue, medium)?;
     let names: HashMap<_, _> = catalogue.heads.iter().map(|head| (head.snapshot, head.name.clone())).collect();
-    let vms = vms(medium)?;
+    let vms = vms(medium, &catalogue)?;
     let me = Holder::of(medium)?;
     let facts = medium.facts();
     let pages = catalogue.geometry().pages();
@@ -210,7 +210,7 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
 }
 
 /// Who holds leases, and where the memory of those on this host is.
-fn vms(medium: &PoolMedium) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> {
+fn vms(medium: &PoolMedium, catalogue: &Catalogue) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> {
     let metadata = medium.file().metadata()?;
     let file = (metadata.dev(), metadata.ino());
     let me = Holder::of(medium)?;
@@ -219,7 +219,11 @@ fn vms(medium: &PoolMedium) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> 
         false => None,
     };
     let leases = lease::live(medium, EXPIRY_S)?;
-    Ok(leases.into_iter().map(|(_, lease)| (lease, usage(&lease))).collect())
+    let named = |lease: Lease| {
+        let head = catalogue.heads.iter().find(|head| lease.is_of(head.entry.digest));
+        Lease { snapshot: head.map_or(lease.snapshot, |head| head.snapshot), ..lease }
+    };
+    Ok(leases.into_iter().map(|(_, lease)| (named(lease), usage(&lease))).collect())
 }
 
 fn print_vms(vms: &[(Lease, Option<Resident>)], names: &HashMap<crate::snapshot::SnapshotId, String>) {

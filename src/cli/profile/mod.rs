@@ -15,7 +15,6 @@ use super::identify::{InputPath, Role};
 use super::{BoxError, refuse};
 use crate::tiering::profile::{Agreement, MergeKind, Profile, RecorderKind, merge};
 use crate::vmm::control::SnapshotPaths;
-use crate::vmm::logging;
 use crate::vmm::record::{RecordSpec, record};
 use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
 use crate::vmm::sys::kick;
@@ -131,7 +130,6 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         timeout: Duration::from_secs(args.run_timeout),
         fault_timeout: Duration::from_secs(args.fault_timeout),
     };
-    logging::init(None)?;
     // Before any thread exists, so that none of them takes the signals.
     let mut signals = EndSignals::take()?;
     kick::install_handler()?;

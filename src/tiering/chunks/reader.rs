@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -12,6 +12,7 @@ use super::ChunkError;
 use super::codec::{Compression, Decoder};
 use super::index::{Index, MAX_INDEX_LEN};
 use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, SnapshotId};
+use crate::tiering::wait::Wait;
 use crate::worker;
 
 /// Why a place did not give what it was asked for.
@@ -114,7 +115,16 @@ pub struct ColdPool {
     /// Readers may start at any of the first so many places: they are alike.
     alike: usize,
     cached_reads: AtomicU64,
+    /// What readers wait for, in words.
+    awaited: Arc<str>,
     patience: Duration,
+}
+
+/// Places, and what each was asked for.
+type Places = [(Box<dyn Place>, Arc<SourceCounters>)];
+
+fn name_of(places: &Places) -> String {
+    places.iter().map(|(place, _)| place.name()).collect::<Vec<_>>().join(" or ")
 }
 
 impl ColdPool {
@@ -130,24 +140,17 @@ impl ColdPool {
         patience: Duration,
     ) -> Result<Arc<ColdPool>, ChunkError> {
         let places: Vec<_> = places.into_iter().map(|place| (place, Arc::new(SourceCounters::default()))).collect();
-        let mut whys = Vec::new();
-        for (place, counters) in &places {
-            match first_index(place.as_ref(), snapshot, counters, patience) {
-                Ok(bytes) => {
-                    let digest = Digest(*blake3::hash(&bytes).as_bytes());
-                    let index = Arc::new(Index::parse(place.name(), bytes, snapshot)?);
-                    if index.layout() != layout {
-                        let problem = "it describes another layout of guest memory".to_string();
-                        return Err(ChunkError::OtherMemory { object: place.name().to_string(), problem });
-                    }
-                    whys.iter().for_each(|why| tracing::warn!(%why, "A cold pool is passed over"));
-                    let (cached_reads, alike) = (AtomicU64::new(0), alike.clamp(1, places.len()));
-                    return Ok(Arc::new(ColdPool { index, digest, places, alike, cached_reads, patience }));
-                }
-                Err(why) => whys.push(format!("{}: {why}", place.name())),
-            }
+        let name = name_of(&places);
+        let (place, bytes) = first_index(&places, snapshot, Wait::new(name.as_str(), patience))?;
+        let digest = Digest(*blake3::hash(&bytes).as_bytes());
+        let index = Arc::new(Index::parse(place.name(), bytes, snapshot)?);
+        if index.layout() != layout {
+            let problem = "it describes another layout of guest memory".to_string();
+            return Err(ChunkError::OtherMemory { object: place.name().to_string(), problem });
         }
-        Err(ChunkError::NoPlace(whys.join("; ")))
+        let (cached_reads, alike) = (AtomicU64::new(0), alike.clamp(1, places.len()));
+        let awaited = format!("a chunk from {name}").into();
+        Ok(Arc::new(ColdPool { index, digest, places, alike, cached_reads, awaited, patience }))
     }
 
     pub fn index(&self) -> &Arc<Index> {
@@ -165,7 +168,7 @@ impl ColdPool {
 
     /// What the pool is called: its places.
     pub fn name(&self) -> String {
-        self.places.iter().map(|(place, _)| place.name()).collect::<Vec<_>>().join(" or ")
+        name_of(&self.places)
     }
 
     pub fn counts(&self) -> ColdCounts {
@@ -186,26 +189,58 @@ impl ColdPool {
     }
 }
 
-/// The index from one place, which is waited for while it cannot be reached.
-fn first_index(
-    place: &dyn Place,
-    snapshot: SnapshotId,
-    counters: &Arc<SourceCounters>,
-    patience: Duration,
-) -> Result<Vec<u8>, String> {
-    let (began, mut pause) = (Instant::now(), FIRST_PAUSE);
+/// The index, from the first place that gives it. Those that cannot be reached are asked again in turn until the time is
+/// over.
+///
+/// # Errors
+/// [`ChunkError::NoPlace`] with what each place has said last.
+fn first_index(places: &Places, snapshot: SnapshotId, mut wait: Wait) -> Result<(&dyn Place, Vec<u8>), ChunkError> {
+    let mut pause = FIRST_PAUSE;
+    let mut whys: Vec<Option<Broken>> = places.iter().map(|_| None).collect();
     loop {
-        match place.index(snapshot, counters) {
-            Ok(bytes) if bytes.len() as u64 > MAX_INDEX_LEN => return Err("its index is too large".to_string()),
-            Ok(bytes) => return Ok(bytes),
-            Err(Broken::Transient(_)) if began.elapsed() + pause < patience => {
-                counters.retries.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(LAST_PAUSE);
+        let mut is_worth_it = false;
+        for ((place, counters), why) in places.iter().zip(&mut whys) {
+            match why {
+                None => {}
+                Some(Broken::Transient(_)) if !wait.is_over() => {
+                    counters.retries.fetch_add(1, Ordering::Relaxed);
+                }
+                Some(_) => continue,
             }
-            Err(Broken::Transient(why) | Broken::Damaged(why) | Broken::Refused(why)) => return Err(why),
+            match place.index(snapshot, counters) {
+                Ok(bytes) if bytes.len() as u64 > MAX_INDEX_LEN => {
+                    *why = Some(Broken::Refused("its index is too large".to_string()));
+                }
+                Ok(bytes) => {
+                    // What it has said before it could be reached is of no more interest.
+                    *why = None;
+                    passed_over(places, &whys).iter().for_each(|why| tracing::warn!(why, "A cold pool is passed over"));
+                    return Ok((place.as_ref(), bytes));
+                }
+                Err(broken) => {
+                    is_worth_it |= matches!(broken, Broken::Transient(_));
+                    *why = Some(broken);
+                }
+            }
+            if wait.is_over() {
+                break;
+            }
         }
+        if !is_worth_it || wait.is_over() || wait.elapsed() + pause >= wait.limit() {
+            return Err(ChunkError::NoPlace(passed_over(places, &whys).join("; ")));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LAST_PAUSE);
     }
+}
+
+/// Why places have not given an index.
+fn passed_over(places: &Places, whys: &[Option<Broken>]) -> Vec<String> {
+    let said = |((place, _), why): (&(Box<dyn Place>, _), &Option<Broken>)| {
+        let (Broken::Transient(why) | Broken::Damaged(why) | Broken::Refused(why)) = why.as_ref()?;
+        Some(format!("{}: {why}", place.name()))
+    };
+    places.iter().zip(whys).filter_map(said).collect()
 }
 
 /// Between two attempts when every place has failed.
@@ -291,8 +326,8 @@ impl ColdReader {
     /// # Errors
     /// What `each` says, or why nobody gives a chunk.
     pub fn stream(&mut self, wanted: &[u32], each: &mut dyn FnMut(u32, &[u8]) -> io::Result<Flow>) -> io::Result<()> {
-        let (mut done, mut progress, mut failures) = (0, Instant::now(), 0_u32);
-        let mut pause = FIRST_PAUSE;
+        let (mut done, mut failures, mut pause) = (0, 0_u32, FIRST_PAUSE);
+        let mut wait = Wait::new(self.pool.awaited.clone(), self.pool.patience);
         loop {
             let before = done;
             let (mut local, mut stopped) = (None, false);
@@ -312,7 +347,8 @@ impl ColdReader {
             }
             let Err(broken) = result else { return Ok(()) };
             if done > before {
-                (progress, failures, pause) = (Instant::now(), 0, FIRST_PAUSE);
+                (failures, pause) = (0, FIRST_PAUSE);
+                wait.restart();
             }
             if self.pool.is_closed() {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "the cold pool was closed"));
@@ -322,12 +358,13 @@ impl ColdReader {
                 return Err(io::Error::other(self.all_dead()));
             }
             failures += 1;
-            // Everybody has failed: it is no use to ask at once again.
-            if failures as usize >= self.slots.iter().filter(|slot| slot.dead.is_none()).count() {
-                if progress.elapsed() + pause >= self.pool.patience {
-                    let said = format!("{why}, after {failures} attempts in {:.1} s", progress.elapsed().as_secs_f64());
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, said));
-                }
+            // When every place has failed, it is no use to ask at once again.
+            let have_all_failed = failures as usize >= self.slots.iter().filter(|slot| slot.dead.is_none()).count();
+            if wait.is_over() || have_all_failed && wait.elapsed() + pause >= wait.limit() {
+                let said = format!("{why}, after {failures} attempts in {:.1} s", wait.elapsed().as_secs_f64());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, said));
+            }
+            if have_all_failed {
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(LAST_PAUSE);
             }

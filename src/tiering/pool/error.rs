@@ -46,6 +46,11 @@ pub enum Error {
     )]
     NoLease { path: PathBuf, slots: u64 },
     #[error(
+        "Cannot take a lease of pool {path}: other hosts share it and see only leases that are written, and this user may only read it. Give the user write access to it, or restore from a pool in a directory, which is enough to read",
+        path = path.display()
+    )]
+    ReadOnly { path: PathBuf },
+    #[error(
         "The VM's lease of pool {path} was ended by another host, which has not heard of this one for too long (`tvmm pool gc --lease-expiry`), made the pool anew, or took the same lease at the same moment: its memory may be another's",
         path = path.display()
     )]

@@ -1,6 +1,7 @@
-//! Leases: who uses which entry, so that nobody frees what a VM maps.
+//! Leases: which VM uses which entry, so that its pages are not freed.
 //!
-//! A lease is a slot of the pool and the lock of the slot's first byte. On one host the lock says whether its holder
+//! A lease on a medium that other hosts share is a slot of the pool and the lock of the slot's first byte. (On a medium of
+//! this host it is a set of [locks](super::readers), and nothing is written. VMs of tvmm before that have slots there too.) On one host the lock says whether its holder
 //! lives: the kernel drops it with the process. Other hosts see only the slot and its heart beat.
 //!
 //! Whoever takes a lease writes it first and looks at the directory then; who frees pages retires their entry first and
@@ -19,7 +20,9 @@ use rustix::time::{ClockId, clock_gettime};
 use super::error::Error;
 use super::format::{LEASE_LEN, LEASE_SLOTS, LEASES};
 use super::medium::Medium;
+use super::readers;
 use crate::snapshot::{Digest, SnapshotId};
+use crate::tiering::wait::Wait;
 
 /// A lease of another host is suspected when its last beat is so many seconds away, unless told otherwise.
 pub const EXPIRY_S: u64 = 600;
@@ -63,14 +66,14 @@ pub struct Lease {
     /// Seconds since 1970.
     pub beat: u64,
     pub snapshot: SnapshotId,
-    /// The start of the entry's digest.
+    /// The start of the entry's digest: 16 bytes of it, or, of a lease that is locks, 4 and zeros.
     pub entry: [u8; 16],
     /// Pages planned in place, in local memory, zero, and lazy.
     pub planned: [u32; 4],
 }
 
 /// The start of an entry's digest.
-pub fn short(entry: Digest) -> [u8; 16] {
+fn short(entry: Digest) -> [u8; 16] {
     let mut out = [0; 16];
     out.copy_from_slice(&entry.0[..16]);
     out
@@ -106,6 +109,12 @@ enum Slot {
 }
 
 impl Lease {
+    /// Whether it is a lease of the entry with this digest, as far as it says.
+    pub fn is_of(&self, entry: Digest) -> bool {
+        let entry = short(entry);
+        self.entry == entry || self.entry[4..] == [0; 12] && self.entry[..4] == entry[..4]
+    }
+
     fn encode(&self) -> [u8; LEASE_LEN as usize] {
         let mut out = [0; LEASE_LEN as usize];
         out[4..8].copy_from_slice(&self.holder.pid.to_le_bytes());
@@ -173,6 +182,8 @@ fn sort(medium: &dyn Medium, expiry_s: u64) -> Result<Sorted, Error> {
             Slot::Of(_) => {}
         }
     }
+    let readers = readers::all(medium, me.host).map_err(Error::io("look at the readers of", medium.path()))?;
+    live.extend((LEASE_SLOTS..).zip(readers));
     Ok((live, suspected))
 }
 
@@ -192,7 +203,11 @@ pub fn abandon(
 ) -> Result<Vec<(u64, Lease)>, Error> {
     let (mut live, mut suspected) = sort(medium, expiry_s)?;
     let start = uptime();
+    let what =
+        format!("{} leases of pool {} that may be of hosts that are gone", suspected.len(), medium.path().display());
+    let mut wait = Wait::new(what, WATCH);
     while !suspected.is_empty() && uptime().saturating_sub(start) < WATCH {
+        wait.tell();
         std::thread::sleep(SETTLE);
         beat()?;
         wake(medium, &mut suspected, &mut live, |found| *found)?;
@@ -228,7 +243,12 @@ fn wake(
 ) -> Result<(), Error> {
     let slots: Vec<(u64, Slot)> = std::mem::take(suspected);
     for (slot, before) in slots {
-        match read(medium, slot)? {
+        // What has not changed need not be read again, even if it is not whole: a medium may be full of that.
+        let found = match read_once(medium, slot)? {
+            found if found == expected(&before) => found,
+            _ => read(medium, slot)?,
+        };
+        match found {
             found if found == expected(&before) => suspected.push((slot, before)),
             Slot::Of(found) => live.push((slot, found)),
             Slot::Torn(_) => return Err(unknown(medium, slot)),
@@ -254,16 +274,21 @@ fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Slot)>, Error> {
     Ok(slots)
 }
 
+/// A slot; one that is not whole has been read several times.
 fn read(medium: &dyn Medium, slot: u64) -> Result<Slot, Error> {
-    let mut bytes = [0; LEASE_LEN as usize];
-    for reads in 1.. {
-        medium.read(offset(slot), &mut bytes).map_err(Error::io("read a lease of", medium.path()))?;
-        if reads == READS || !matches!(Lease::decode(&bytes), Slot::Torn(_)) {
-            break;
+    for _ in 1..READS {
+        match read_once(medium, slot)? {
+            // A holder that found it torn and did not read again would take it for lost.
+            Slot::Torn(_) => std::thread::sleep(PAUSE),
+            found => return Ok(found),
         }
-        // Who does not read it again by itself would take it for lost.
-        std::thread::sleep(PAUSE);
     }
+    read_once(medium, slot)
+}
+
+fn read_once(medium: &dyn Medium, slot: u64) -> Result<Slot, Error> {
+    let mut bytes = [0; LEASE_LEN as usize];
+    medium.read(offset(slot), &mut bytes).map_err(Error::io("read a lease of", medium.path()))?;
     Ok(Lease::decode(&bytes))
 }
 
@@ -305,7 +330,8 @@ impl Held {
     pub fn take(medium: &Arc<dyn Medium>, snapshot: SnapshotId, entry: Digest) -> Result<Held, Error> {
         let holder = Holder::of(medium.as_ref())?;
         let lease = Lease { holder, beat: now(), snapshot, entry: short(entry), planned: [0; 4] };
-        let state = claim(medium.as_ref(), lease)?;
+        let state =
+            if medium.is_writable() { claim(medium.as_ref(), lease)? } else { read_only(medium.as_ref(), lease)? };
         Ok(Held { medium: medium.clone(), state: Mutex::new(state) })
     }
 
@@ -317,7 +343,7 @@ impl Held {
     /// [`Error::LeaseLost`], and as for [`take`](Self::take).
     pub fn settle(&self, is_there: &dyn Fn() -> Result<bool, Error>) -> Result<bool, Error> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.settled || !self.medium.facts().shared_between_hosts {
+        if state.settled || !self.medium.facts().shared_between_hosts || !self.medium.is_writable() {
             return Ok(true);
         }
         match read(self.medium.as_ref(), state.slot)? {
@@ -349,6 +375,12 @@ impl Held {
     /// As for [`beat`](Self::beat).
     pub fn update(&self, change: impl FnOnce(&mut Lease)) -> Result<(), Error> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.medium.is_writable() {
+            let before = state.lease;
+            change(&mut state.lease);
+            let failed = Error::io("lock", self.medium.path());
+            return readers::note(self.medium.as_ref(), &before, &state.lease).map_err(failed);
+        }
         let looked = uptime();
         if read(self.medium.as_ref(), state.slot)? != Slot::Of(state.lease) {
             return Err(self.lost());
@@ -371,6 +403,21 @@ impl Held {
     }
 }
 
+/// Takes a lease of a medium that may only be read.
+///
+/// # Errors
+/// [`Error::ReadOnly`] where other hosts have to see it.
+fn read_only(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
+    let path = medium.path();
+    if medium.facts().shared_between_hosts {
+        return Err(Error::ReadOnly { path: path.to_path_buf() });
+    }
+    match readers::take(medium, &lease).map_err(Error::io("take a lease of", path))? {
+        true => Ok(State { slot: LEASE_SLOTS, lease, said: uptime(), settled: true }),
+        false => Err(Error::Busy { path: path.to_path_buf(), who: "a process that keeps readers out".to_string() }),
+    }
+}
+
 /// Writes `lease` to a slot that is free, and locks it.
 fn claim(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
     let failed = || Error::io("take a lease of", medium.path());
@@ -383,7 +430,8 @@ fn claim(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
         }
         let said = uptime();
         // Only who collects garbage may decide that another host is gone.
-        let is_others = match read(medium, slot)? {
+        // Once: what is not whole is another's, and 2048 of them would take a minute to read again.
+        let is_others = match read_once(medium, slot)? {
             Slot::Free => false,
             Slot::Torn(_) => shared,
             Slot::Of(found) => found.holder.host != holder.host && shared,
@@ -403,6 +451,11 @@ fn claim(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
 impl Drop for Held {
     fn drop(&mut self) {
         let State { slot, lease, .. } = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.medium.is_writable() {
+            // The locks end with the handle, too.
+            let _ = readers::give_back(self.medium.as_ref(), &lease);
+            return;
+        }
         // If that fails, the lock ends with the handle, which says the same. Another's lease is left alone.
         if read(self.medium.as_ref(), slot).is_ok_and(|found| found == Slot::Of(lease)) {
             let _ = write(self.medium.as_ref(), slot, None);

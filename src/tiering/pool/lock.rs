@@ -6,6 +6,7 @@ use super::error::Error;
 use super::format::WRITER;
 use super::lease::{Holder, PAUSE, READS, SETTLE, now, stood_still, uptime};
 use super::medium::Medium;
+use crate::tiering::wait::Wait;
 
 /// Bytes of the writer's record: host, pid, heartbeat, checksum.
 const RECORD: usize = 24;
@@ -180,7 +181,10 @@ fn await_others(medium: &dyn Medium, me: Holder) -> Result<Awaited, Error> {
         Record::Of(..) | Record::Torn(_) => {}
     }
     let start = uptime();
+    let what = format!("the writer of pool {}, which may be on a host that is gone", medium.path().display());
+    let mut wait = Wait::new(what, WATCH);
     while uptime().saturating_sub(start) < WATCH {
+        wait.tell();
         std::thread::sleep(SETTLE);
         match read_record(medium)? {
             found if found == before => {}

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 /// What can be done with the bytes of a medium.
@@ -49,6 +50,15 @@ pub trait Medium: Send + Sync + fmt::Debug {
 
     /// Takes the lock of one byte (it need not exist). `false`: somebody else of this host has it.
     fn try_lock(&self, byte: u64) -> io::Result<bool>;
+
+    /// Whether this handle can change the medium, and so write leases.
+    fn is_writable(&self) -> bool;
+
+    /// Takes the lock of one byte together with others that do so. `false`: another handle of this host has it alone.
+    fn try_lock_shared(&self, byte: u64) -> io::Result<bool>;
+
+    /// A byte of `bytes` of which another handle of this host has a lock: one of those, not always the first.
+    fn locked_in(&self, bytes: &Range<u64>) -> io::Result<Option<u64>>;
 
     /// Gives a lock back.
     fn unlock(&self, byte: u64) -> io::Result<()>;

@@ -15,6 +15,7 @@ mod lock;
 pub mod medium;
 mod place;
 pub mod reader;
+mod readers;
 mod space;
 pub mod writer;
 

@@ -43,6 +43,7 @@ struct FakeMedium {
     file: File,
     memory: Arc<Mutex<Memory>>,
     shared: bool,
+    read_only: bool,
     len: usize,
 }
 
@@ -53,6 +54,7 @@ impl FakeMedium {
             file: tempfile::tempfile().unwrap(),
             memory: Arc::new(Mutex::new(memory)),
             shared: false,
+            read_only: false,
             len: LEN,
         }
     }
@@ -72,7 +74,13 @@ impl FakeMedium {
 
     /// The first `len` bytes as another host has them.
     fn of_host(&self, len: usize) -> FakeMedium {
-        FakeMedium { file: tempfile::tempfile().unwrap(), memory: self.memory.clone(), shared: true, len }
+        FakeMedium {
+            file: tempfile::tempfile().unwrap(),
+            memory: self.memory.clone(),
+            shared: true,
+            read_only: false,
+            len,
+        }
     }
 
     /// Who writes there next stops for so long.
@@ -163,6 +171,18 @@ impl Medium for FakeMedium {
 
     fn try_lock(&self, _: u64) -> io::Result<bool> {
         Ok(true)
+    }
+
+    fn is_writable(&self) -> bool {
+        !self.read_only
+    }
+
+    fn try_lock_shared(&self, _: u64) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    fn locked_in(&self, _: &std::ops::Range<u64>) -> io::Result<Option<u64>> {
+        Ok(None)
     }
 
     fn unlock(&self, _: u64) -> io::Result<()> {
@@ -623,4 +643,32 @@ proptest! {
         let found = fsck::check(medium.as_ref(), &mut |_, _| {}).unwrap();
         prop_assert!(found.is_good(), "{:?}", found);
     }
+}
+
+#[test]
+fn lease_on_a_shared_medium_that_may_only_be_read_is_refused_with_the_reason() {
+    let [_, other] = FakeMedium::of_two_hosts();
+    let memory = other.memory.clone();
+    let reader: Arc<dyn Medium> =
+        Arc::new(FakeMedium { file: tempfile::tempfile().unwrap(), memory, shared: true, read_only: true, len: LEN });
+    let refused = Held::take(&reader, Default::default(), Digest::default()).unwrap_err();
+    assert!(matches!(refused, Error::ReadOnly { .. }), "{refused}");
+}
+
+#[test]
+fn lease_area_full_of_garbage_costs_no_minute() {
+    let [one, _] = FakeMedium::of_two_hosts();
+    let garbage = vec![0x5a; (super::format::LEASE_SLOTS * LEASE_LEN) as usize];
+    one.write(LEASES, &garbage).unwrap();
+    let began = std::time::Instant::now();
+    let medium: Arc<dyn Medium> = one.clone();
+    let refused = Held::take(&medium, Default::default(), Digest::default()).unwrap_err();
+    assert!(matches!(refused, Error::NoLease { .. }), "{refused}");
+    // Read again five times each, 5 ms apart, the leases alone would take 51 s each time they are looked at.
+    match lease::abandon(one.as_ref(), EXPIRY_S, &mut || Ok(())) {
+        Ok(left) => assert!(left.is_empty(), "{left:?}"),
+        // On a busy host, which may stand still between two steps.
+        Err(error) => assert!(matches!(error, Error::StoodStill { .. }), "{error}"),
+    }
+    assert!(began.elapsed() < Duration::from_secs(45), "it took {:?}", began.elapsed());
 }

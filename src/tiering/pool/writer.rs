@@ -1,7 +1,5 @@
 //! The one process that changes a pool: makes it, removes snapshots, collects what nobody uses.
 
-use std::collections::HashSet;
-
 use super::catalogue::{Catalogue, Entry, Head, Run};
 use super::error::Error;
 use super::format::{BLOCK, BLOCK_PAGES, Geometry, LEASES, SLOT, Superblock, superblocks};
@@ -147,8 +145,7 @@ impl<'m> Writer<'m> {
     pub fn collect(&mut self, expiry_s: Option<u64>) -> Result<Collected, Error> {
         let before = self.space()?.free();
         let leases = lease::abandon(self.medium, expiry_s.unwrap_or(EXPIRY_S), &mut || self.lock.beat())?;
-        let held: HashSet<[u8; 16]> = leases.iter().map(|(_, lease)| lease.entry).collect();
-        let is_held = |head: &Head| held.contains(&lease::short(head.entry.digest));
+        let is_held = |head: &Head| leases.iter().any(|(_, lease)| lease.is_of(head.entry.digest));
         let (retired, mut heads): (Vec<Head>, Vec<Head>) =
             self.state.heads.iter().cloned().partition(|head| head.retired);
         let (keep, gone): (Vec<Head>, Vec<Head>) = retired.into_iter().partition(is_held);

@@ -1,25 +1,25 @@
 //! A local directory that keeps chunks fetched from far away: of bounded size, the ones used longest ago go first. Several
-//! processes may share it. A chunk is a file of its stored bytes, named by the object's digest and its number; what a crash
-//! or anybody else left in it is noticed by its checksum and fetched again.
+//! processes of a user may share it, and no other user may change it: chunks are guest memory. A chunk is a file of its stored
+//! bytes, named by the object's digest and its number; a damaged one is noticed by its checksum and fetched again. Symbolic
+//! links in it are not followed, and files whose names are not those of chunks are left alone.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::snapshot::{self, Digest, PartialFile, SnapshotId, lru, sweep};
+use crate::snapshot::{self, Digest, PRIVATE, PartialFile, SnapshotId, create_private_dir, lru, sweep};
 use crate::tiering::chunks::{Broken, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
 use crate::vmm::error::Error;
+use crate::vmm::own_dir::check_owner;
 
 /// Digits of an object's digest in the names of its chunks.
 const DIGEST_DIGITS: usize = 32;
 /// How full the directory is after old chunks were removed.
 const LOW: (u64, u64) = (3, 4);
-
-/// A chunk holds guest memory: nobody but its owner reads it.
-const CHUNK_MODE: u32 = 0o600;
 
 /// Whether a file name is one that [`Cache::path`] gives: other files in the directory are not the cache's.
 fn is_chunk_name(name: &OsStr) -> bool {
@@ -42,7 +42,8 @@ impl Cache {
     /// Uses `dir`, which is made if need be, for up to `limit` bytes.
     pub fn open(dir: &Path, limit: u64) -> Result<Arc<Cache>, Error> {
         let failed = |doing| move |source| Error::File { doing, path: dir.to_path_buf(), source };
-        fs::create_dir_all(dir).map_err(failed("make the cache directory"))?;
+        create_private_dir(dir).map_err(failed("make the cache directory"))?;
+        check_owner(dir).map_err(failed("use the cache directory"))?;
         let cache = Cache { dir: dir.to_path_buf(), limit, held: AtomicU64::new(0) };
         cache.held.store(
             lru::cached_bytes(dir, is_chunk_name).map_err(failed("read the cache directory"))?,
@@ -50,7 +51,7 @@ impl Cache {
         );
         // Found now rather than at every chunk.
         sweep(dir);
-        PartialFile::create(dir, CHUNK_MODE)?;
+        PartialFile::create(dir, PRIVATE)?;
         Ok(Arc::new(cache))
     }
 
@@ -61,15 +62,15 @@ impl Cache {
     /// The stored bytes of a chunk, if they are here and whole.
     fn get(&self, digest: Digest, number: u32, index: &Index) -> Option<Vec<u8>> {
         let (path, chunk) = (self.path(digest, number), &index.chunks()[number as usize]);
-        let bytes = fs::read(&path).ok()?;
+        let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path).ok()?;
+        let mut bytes = Vec::with_capacity(chunk.stored_len as usize + 1);
+        (&file).take(u64::from(chunk.stored_len) + 1).read_to_end(&mut bytes).ok()?;
         if bytes.len() != chunk.stored_len as usize || crc32c::crc32c(&bytes) != chunk.checksum {
             tracing::info!(path = %path.display(), "A cached chunk is damaged and fetched again");
             let _ = fs::remove_file(&path);
             return None;
         }
-        if let Ok(file) = File::open(&path) {
-            lru::note_use(&file);
-        }
+        lru::note_use(&file);
         Some(bytes)
     }
 
@@ -91,7 +92,7 @@ impl Cache {
 
     /// Not synced: a chunk that a crash has cut does not have its checksum.
     fn write(&self, path: &Path, bytes: &[u8]) -> snapshot::Result<()> {
-        let partial = PartialFile::create(&self.dir, CHUNK_MODE)?;
+        let partial = PartialFile::create(&self.dir, PRIVATE)?;
         let written = partial.file().write_all(bytes);
         written.map_err(snapshot::Error::io("write", partial.path()))?;
         partial.publish(path)

@@ -21,9 +21,10 @@ use crate::tiering::chunks::store::{Checked, Manifest, Store};
 use crate::tiering::chunks::{ChunkError, ColdPool, Index, Packed, Place};
 use cache::{Cache, CachedPlace};
 
-/// The part of `--fault-timeout` that a cold pool may take: who waits is told why before the watch for stalls only knows
+/// The part of `--fault-timeout` after which no place is asked again. An attempt takes at most half as long, and a quarter of
+/// that until it is noticed, so that all of it ends within the time-out, and before the watch for stalls, which only knows
 /// that it waits.
-const PATIENCE: (u32, u32) = (3, 4);
+const PATIENCE: (u32, u32) = (9, 16);
 /// What a build without object stores says of them.
 #[cfg(not(feature = "object-store"))]
 pub const NO_OBJECT_STORES: &str =

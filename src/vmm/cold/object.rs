@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use crate::snapshot::{Chain, Digest, PageSet, SnapshotId};
 use crate::tiering::chunks::store::{Checked, MANIFEST, Manifest, OBJECTS, Store, object_names};
 use crate::tiering::chunks::{Broken, ChunkError, ChunkSource, EachChunk, Flow, Index, Packed, Place, SourceCounters};
+use crate::tiering::wait::Wait;
 use crate::worker;
 
 /// Read by one request at most, and how many are under way at once.
@@ -29,6 +30,8 @@ const ADMIN_TIME: Duration = Duration::from_secs(60);
 
 /// A store, the pool's place in it, and who waits for its answers.
 struct Client {
+    /// The pool's URL.
+    name: String,
     runtime: Runtime,
     store: Box<dyn ObjectStore>,
     prefix: path::Path,
@@ -48,19 +51,20 @@ impl Client {
         let options = std::env::vars().chain(own);
         let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|error| failed(&error))?;
         let runtime = worker::runtime(tokio::runtime::Builder::new_current_thread().enable_all());
-        Ok(Client { runtime: runtime.map_err(|error| failed(&error))?, store, prefix, patience })
+        let name = url.to_string();
+        Ok(Client { name, runtime: runtime.map_err(|error| failed(&error))?, store, prefix, patience })
     }
 
     fn path(&self, name: &str) -> path::Path {
         name.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
     }
 
-    /// Waits for an answer, but not for ever.
+    /// Waits for a whole answer, but not for ever: bytes of it do not prolong the wait.
     fn wait<T>(&self, answer: impl Future<Output = object_store::Result<T>>) -> Result<T, Broken> {
-        let waited = self.runtime.block_on(async { tokio::time::timeout(self.patience, answer).await });
-        match waited {
-            Ok(result) => result.map_err(broken),
-            Err(_) => Err(Broken::Transient(format!("it has not answered for {} s", self.patience.as_secs_f64()))),
+        let mut wait = Wait::new(self.name.as_str(), self.patience);
+        match self.runtime.block_on(async { wait.answered(answer).await }) {
+            Some(result) => result.map_err(broken),
+            None => Err(Broken::Transient(format!("it has not answered for {} s", self.patience.as_secs_f64()))),
         }
     }
 

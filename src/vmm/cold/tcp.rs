@@ -1,17 +1,19 @@
 //! The client of the page service (`docs/remote.md`): requests are pipelined, answers come in their order.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::snapshot::{Digest, SnapshotId};
 use crate::tiering::chunks::wire::{self, Header, Kind, Opened, Why};
 use crate::tiering::chunks::{Broken, ChunkSource, EachChunk, Flow, Index, MAX_INDEX_LEN, Place, SourceCounters};
+use crate::tiering::wait::Wait;
 
 /// Stored bytes asked for by one request.
 const READ_BYTES: u64 = 1 << 20;
@@ -33,7 +35,7 @@ pub(super) const LOOK: Duration = Duration::from_millis(200);
 pub struct TcpPlace {
     name: String,
     server: String,
-    /// How long a server may be silent.
+    /// How long a server may take for one unit: an answer, a piece of an index, a chunk.
     patience: Duration,
 }
 
@@ -44,17 +46,19 @@ impl TcpPlace {
 
     /// A connection on which greeting and `Open` are under way.
     pub(super) fn connect(&self, snapshot: SnapshotId, counters: &Arc<SourceCounters>) -> Result<Connection, Broken> {
-        let addresses = self.server.to_socket_addrs();
-        let addresses =
-            addresses.map_err(|error| Broken::Transient(format!("its address cannot be found: {error}")))?;
+        // A name may have many addresses: the time is for all of them.
+        let mut wait = Wait::new(format!("a connection to {}", self.name), self.patience);
         let mut last = io::Error::from(io::ErrorKind::NotFound);
-        for address in addresses {
+        for address in self.addresses(&mut wait)? {
+            if wait.is_over() {
+                break;
+            }
             match TcpStream::connect_timeout(&address, self.patience.min(CONNECT_TIME)) {
                 Ok(stream) => {
                     counters.connections.fetch_add(1, Ordering::Relaxed);
                     counters.round_trips.fetch_add(1, Ordering::Relaxed);
-                    let mut connection =
-                        Connection { stream, patience: self.patience, next_id: 1, counters: counters.clone() };
+                    let wait = Wait::new(self.name.as_str(), self.patience);
+                    let mut connection = Connection { stream, wait, next_id: 1, counters: counters.clone() };
                     connection.begin(snapshot).map_err(|error| connection.lost(error))?;
                     return Ok(connection);
                 }
@@ -62,6 +66,31 @@ impl TcpPlace {
             }
         }
         Err(Broken::Transient(format!("it cannot be connected to: {last}")))
+    }
+
+    /// The addresses of the server. A name is looked up on a thread of its own: getaddrinfo(3) takes as long as it likes.
+    fn addresses(&self, wait: &mut Wait) -> Result<Vec<SocketAddr>, Broken> {
+        if let Ok(address) = self.server.parse() {
+            return Ok(vec![address]);
+        }
+        let failed = |error: io::Error| Broken::Transient(format!("its address cannot be found: {error}"));
+        let (found, answer) = channel();
+        let server = self.server.clone();
+        let look_up = move || {
+            // The answer comes too late if its receiver is gone.
+            let _ = found.send(server.to_socket_addrs().map(Iterator::collect));
+        };
+        std::thread::Builder::new().name("resolver".into()).spawn(look_up).map_err(failed)?;
+        loop {
+            match answer.recv_timeout(wait.step()) {
+                Ok(addresses) => return addresses.map_err(failed),
+                Err(RecvTimeoutError::Timeout) if !wait.is_over() => {}
+                Err(_) => {
+                    let what = format!("no answer within {} s", wait.limit().as_secs_f64());
+                    return Err(failed(io::Error::new(io::ErrorKind::TimedOut, what)));
+                }
+            }
+        }
     }
 }
 
@@ -116,7 +145,8 @@ impl Place for TcpPlace {
 /// A connection, and what both ends have to say on it before chunks come.
 pub(super) struct Connection {
     stream: TcpStream,
-    patience: Duration,
+    /// For the unit that comes next.
+    wait: Wait,
     next_id: u64,
     counters: Arc<SourceCounters>,
 }
@@ -127,8 +157,8 @@ const OPEN_ID: u64 = 0;
 impl Connection {
     fn begin(&mut self, snapshot: SnapshotId) -> io::Result<()> {
         self.stream.set_nodelay(true)?;
-        self.stream.set_read_timeout(Some(LOOK.min(self.patience)))?;
-        self.stream.set_write_timeout(Some(self.patience))?;
+        self.stream.set_read_timeout(Some(LOOK.min(self.wait.limit() / 4)))?;
+        self.stream.set_write_timeout(Some(self.wait.limit()))?;
         SockRef::from(&self.stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
         self.stream.write_all(&[&wire::greeting()[..], &wire::frame(Kind::Open, OPEN_ID, &snapshot.0)].concat())
     }
@@ -147,14 +177,39 @@ impl Connection {
         Broken::Transient(match error.kind() {
             io::ErrorKind::UnexpectedEof => "it has closed the connection".to_string(),
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                format!("it has not answered for {} s", self.patience.as_secs_f64())
+                format!("it has not answered for {:.1} s", self.wait.elapsed().as_secs_f64())
             }
             _ => format!("the connection is lost: {error}"),
         })
     }
 
+    /// Sends requests. The time for what is to be answered begins.
     pub(super) fn send(&mut self, bytes: &[u8]) -> Result<(), Broken> {
-        self.stream.write_all(bytes).map_err(|error| self.lost(error))
+        self.wait.restart();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match self.stream.write(rest) {
+                Ok(sent) => rest = &rest[sent..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.lost(error)),
+            }
+            self.check_time()?;
+        }
+        Ok(())
+    }
+
+    /// The next unit has the full time from now on.
+    #[cfg(feature = "rdma")]
+    pub(super) fn restart(&mut self) {
+        self.wait.restart();
+    }
+
+    /// Ends a wait that is over, or for a pool that is closed.
+    pub(super) fn check_time(&mut self) -> Result<(), Broken> {
+        match self.wait.is_over() || self.counters.closed.load(Ordering::Relaxed) {
+            true => Err(self.lost(io::ErrorKind::TimedOut.into())),
+            false => Ok(()),
+        }
     }
 
     fn read(&mut self, bytes: &mut [u8]) -> Result<(), Broken> {
@@ -165,20 +220,15 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads what there is, at least a byte. Looks now and then whether anybody still waits for it.
+    /// Reads what there is, at least a byte. The time is that of the unit: a server that sends a byte now and then has no
+    /// more of it than a silent one.
     fn read_some(&mut self, bytes: &mut [u8]) -> Result<usize, Broken> {
-        let mut silent_since = None;
         loop {
+            self.check_time()?;
             match self.stream.read(bytes) {
                 Ok(0) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
                 Ok(read) => return Ok(read),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let since = *silent_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() + LOOK >= self.patience || self.counters.closed.load(Ordering::Relaxed) {
-                        return Err(self.lost(error));
-                    }
-                }
+                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(error) => return Err(self.lost(error)),
             }
         }
@@ -186,6 +236,7 @@ impl Connection {
 
     /// The answers to greeting and `Open`.
     pub(super) fn opened(&mut self) -> Result<Opened, Broken> {
+        self.wait.restart();
         let mut answer = [0; wire::GREETING_LEN];
         self.read(&mut answer)?;
         wire::check_answer(&answer).map_err(Broken::Refused)?;
@@ -195,8 +246,9 @@ impl Connection {
         Opened::parse(&payload).ok_or_else(|| Broken::Damaged("its answer to an open makes no sense".to_string()))
     }
 
-    /// The header of the next answer, which must be this one.
+    /// The header of the next answer, which must be this one. The time for the whole answer begins.
     pub(super) fn header(&mut self, kind: Kind, id: u64) -> Result<Header, Broken> {
+        self.wait.restart();
         let mut bytes = [0; wire::HEADER_LEN];
         self.read(&mut bytes)?;
         let header = Header::parse(&bytes).map_err(Broken::Damaged)?;
@@ -310,6 +362,7 @@ impl TcpSource {
                 return Ok(Flow::Stop);
             }
             ready.start += len;
+            self.connection.wait.restart();
         }
         Ok(Flow::Continue)
     }

@@ -65,6 +65,8 @@ struct Extension {
     profile: Option<PathBuf>,
     /// A plan made before, instead of a policy's.
     plan: Option<PathBuf>,
+    /// Where plans and working-set images are kept, instead of beside the snapshot.
+    plan_dir: Option<PathBuf>,
     /// What things cost on this host.
     costs: Option<PathBuf>,
     /// Budgets, MiB.
@@ -163,6 +165,7 @@ impl LoadBody {
             policy: tvmm.policy.unwrap_or_else(|| DEFAULT_POLICY.to_owned()),
             profile: tvmm.profile,
             plan: tvmm.plan,
+            plan_dir: tvmm.plan_dir,
             costs: tvmm.costs,
             dram_mib: tvmm.dram_mib,
             cxl_mib: tvmm.cxl_mib,

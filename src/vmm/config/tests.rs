@@ -309,13 +309,14 @@ fn from_json_cpu_config_may_be_a_template_or_name_its_file() {
 fn snapshot_load_is_read_and_shuts_out_what_shapes_a_machine() {
     let text = r#"{"logger": {"level": "Info"}, "metrics": {"metrics_path": "m"}, "drives": [], "vsock": null,
         "snapshot-load": {"snapshot_path": "s", "resume_vm": true, "tvmm": {"policy": "tiered", "pools": ["a", "b"],
-            "cold_pools": ["c"], "cold_cache": "d", "cold_cache_mib": 7, "dram_price": 3, "costs": "e"}}}"#;
+            "cold_pools": ["c"], "cold_cache": "d", "cold_cache_mib": 7, "dram_price": 3, "costs": "e", "plan_dir": "f"}}}"#;
     let config = VmConfig::from_json(text).unwrap();
     let load = config.snapshot_load.as_deref().unwrap();
     assert_eq!((load.location.snapshot.as_path(), load.resume), (Path::new("s"), true));
     assert_eq!(load.pools, [Path::new("a"), Path::new("b")]);
     assert_eq!((load.cold.pools.as_slice(), load.cold.cache_mib), (&["c".to_owned()][..], Some(7)));
     assert_eq!((load.dram_price_us, load.costs.as_deref()), (Some(3), Some(Path::new("e"))));
+    assert_eq!(load.plan_dir.as_deref(), Some(Path::new("f")));
     assert_eq!(VmConfig::from_json(r#"{"snapshot-load": null}"#).unwrap(), VmConfig::default());
     let load = r#""snapshot-load": {"snapshot_path": "s"}"#;
     for (key, value) in [

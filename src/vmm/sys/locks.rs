@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 fn flock(kind: i32, byte: u64) -> io::Result<libc::flock> {
@@ -26,6 +27,30 @@ pub fn try_lock(file: &File, byte: u64) -> io::Result<bool> {
     }
 }
 
+/// Takes the lock of `byte` together with others that read, on a file that need not be open for writing. `false`: another
+/// open file has it for writing.
+pub fn try_lock_shared(file: &File, byte: u64) -> io::Result<bool> {
+    match fcntl(file, libc::F_OFD_SETLK, &mut flock(libc::F_RDLCK, byte)?) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where in `bytes` another open file has a lock of any kind: one of the places, not always the first.
+pub fn locked_in(file: &File, bytes: &Range<u64>) -> io::Result<Option<u64>> {
+    let len = libc::off_t::try_from(bytes.end.saturating_sub(bytes.start));
+    let mut lock = flock(libc::F_WRLCK, bytes.start)?;
+    lock.l_len = len.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // A length of 0 would mean all the rest.
+    if lock.l_len == 0 {
+        return Ok(None);
+    }
+    fcntl(file, libc::F_OFD_GETLK, &mut lock)?;
+    let is_locked = lock.l_type != libc::F_UNLCK as libc::c_short;
+    Ok(is_locked.then(|| (lock.l_start as u64).max(bytes.start)))
+}
+
 /// Gives it back.
 pub fn unlock(file: &File, byte: u64) -> io::Result<()> {
     fcntl(file, libc::F_OFD_SETLK, &mut flock(libc::F_UNLCK, byte)?)
@@ -47,6 +72,13 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let open = || File::options().read(true).write(true).open(file.path()).unwrap();
         let (a, b) = (open(), open());
+        let readers = [(); 2].map(|()| File::open(file.path()).unwrap());
+        assert!(readers.iter().all(|reader| try_lock_shared(reader, 99).unwrap()));
+        assert!(!try_lock(&a, 99).unwrap());
+        assert_eq!(locked_in(&a, &(0..1000)).unwrap(), Some(99));
+        assert_eq!(locked_in(&a, &(0..99)).unwrap(), None);
+        drop(readers);
+        assert_eq!(locked_in(&a, &(0..1000)).unwrap(), None);
         assert!(try_lock(&a, 7).unwrap() && try_lock(&a, 7).unwrap());
         assert!(!try_lock(&b, 7).unwrap() && try_lock(&b, 8).unwrap());
         assert!(is_locked(&b, 7).unwrap() && !is_locked(&a, 7).unwrap() && is_locked(&a, 8).unwrap());

@@ -57,10 +57,49 @@ struct CacheStat {
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// How many pages of `file` are in the page cache; `None` if the kernel has no cachestat(2) (before 6.5), or not for this
-/// file system.
+/// file system. Of a file that this user may not write and does not own, the kernel tells no such number: then pages here
+/// and there are asked for, and the number is estimated.
 pub fn resident_pages(file: &File) -> io::Result<Option<u64>> {
     // A length of 0 means up to the end of the file.
-    resident_in(file, 0, 0)
+    match resident_in(file, 0, 0) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => estimated_pages(file),
+        told => told,
+    }
+}
+
+/// Pages asked for to estimate how many there are.
+const SAMPLES: u64 = 32;
+
+fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = file.metadata()?;
+    let (mut asked, mut cached) = (0, 0);
+    for sample in 0..SAMPLES {
+        let offset = metadata.len() / SAMPLES * sample;
+        // Holes say nothing about what is read.
+        match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
+            Err(rustix::io::Errno::NXIO) => break,
+            at => match is_cached(file, at.unwrap_or(offset))? {
+                Some(is_there) => (asked, cached) = (asked + 1, cached + u64::from(is_there)),
+                None => return Ok(None),
+            },
+        }
+    }
+    let held = metadata.blocks() * 512 / 4096;
+    Ok((asked > 0).then(|| held * cached / asked.max(1)))
+}
+
+/// Whether the page at `offset` can be read without waiting for the device (preadv2(2), `RWF_NOWAIT`); `None` if the file
+/// system does not say.
+fn is_cached(file: &File, offset: u64) -> io::Result<Option<bool>> {
+    let mut byte = [0];
+    let mut parts = [io::IoSliceMut::new(&mut byte)];
+    match rustix::io::preadv2(file, &mut parts, offset / 4096 * 4096, rustix::io::ReadWriteFlags::NOWAIT) {
+        Ok(read) => Ok(Some(read > 0)),
+        Err(rustix::io::Errno::AGAIN) => Ok(Some(false)),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 fn resident_in(file: &File, offset: u64, len: u64) -> io::Result<Option<u64>> {
@@ -90,7 +129,7 @@ pub fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
     let (mut huge, mut small) = (0, 0);
     for index in 0..CANDIDATES.min(blocks) {
         let offset = index * blocks / CANDIDATES.min(blocks) * HUGE_BLOCK;
-        if resident_in(file, offset, HUGE_BLOCK)? != Some(HUGE_BLOCK / 4096) {
+        if !is_block_cached(file, offset)? {
             continue;
         }
         let memory = Reservation::new(HUGE_BLOCK as usize)?;
@@ -110,6 +149,17 @@ pub fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
 }
 
 const HUGE_BLOCK: u64 = 2 << 20;
+
+/// Whether a block is wholly cached; its ends stand for it where the kernel does not tell this user more.
+fn is_block_cached(file: &File, offset: u64) -> io::Result<bool> {
+    match resident_in(file, offset, HUGE_BLOCK) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            let ends = [offset, offset + HUGE_BLOCK - 4096].map(|at| is_cached(file, at));
+            Ok(ends.into_iter().collect::<io::Result<Vec<_>>>()?.into_iter().all(|end| end == Some(true)))
+        }
+        told => Ok(told? == Some(HUGE_BLOCK / 4096)),
+    }
+}
 
 /// The read-ahead window of the device that `file` is on, in pages, if the kernel tells (sysfs,
 /// `Documentation/ABI/testing/sysfs-class-bdi`).

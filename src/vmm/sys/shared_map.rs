@@ -15,6 +15,7 @@ const LINE: usize = 64;
 pub struct SharedMap {
     base: NonNull<u8>,
     len: usize,
+    is_writable: bool,
 }
 
 // SAFETY: the mapping is plain memory that other processes change as well; it is only copied from and to.
@@ -23,17 +24,17 @@ unsafe impl Send for SharedMap {}
 unsafe impl Sync for SharedMap {}
 
 impl SharedMap {
-    /// Maps the first `len` bytes of `file`, which must not shrink while it is mapped.
-    pub fn new(file: &File, len: u64) -> io::Result<SharedMap> {
+    /// Maps the first `len` bytes of `file`, which must not shrink while it is mapped; only to be read, unless `is_writable`.
+    pub fn new(file: &File, len: u64, is_writable: bool) -> io::Result<SharedMap> {
         let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let access = if is_writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, file.as_raw_fd(), 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        Ok(SharedMap { base, len })
+        Ok(SharedMap { base, len, is_writable })
     }
 
     fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
@@ -53,6 +54,9 @@ impl SharedMap {
     }
 
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if !self.is_writable {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         let to = self.at(offset, bytes.len())?;
         // SAFETY: as for reading.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
@@ -115,7 +119,7 @@ mod tests {
     fn what_is_written_is_read_and_nothing_behind_the_end() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
-        let map = SharedMap::new(&file, 8192).unwrap();
+        let map = SharedMap::new(&file, 8192, true).unwrap();
         map.write(4090, &[7; 10]).unwrap();
         map.flush_lines(4090, 10).unwrap();
         let mut bytes = [0; 12];
@@ -123,5 +127,9 @@ mod tests {
         assert_eq!(bytes, [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
         assert!(map.read(8181, &mut bytes).is_err() && map.write(u64::MAX, &[1]).is_err());
         assert!(map.flush_lines(8190, 3).is_err());
+        let reader = SharedMap::new(&file, 8192, false).unwrap();
+        reader.read(4090, &mut bytes[..2]).unwrap();
+        assert_eq!(bytes[..2], [7, 7]);
+        assert!(reader.write(4090, &[1]).is_err(), "what is mapped to be read is not written");
     }
 }

@@ -140,6 +140,15 @@ pub enum Spoil {
     Silence {
         after: u64,
     },
+    /// After so many bytes each further one comes by itself, so long after the one before.
+    Drip {
+        after: u64,
+        every: Duration,
+    },
+    /// Other bytes come after so many.
+    Garbage {
+        after: u64,
+    },
     /// After so many bytes the server's half is closed, and the client's is not.
     HalfClose {
         after: u64,
@@ -151,7 +160,8 @@ pub enum Spoil {
 pub struct Proxy {
     pub address: String,
     scheme: &'static str,
-    spoil: Arc<Mutex<Spoil>>,
+    /// What is done, and to which connections: those from this number on.
+    spoil: Arc<Mutex<(usize, Spoil)>>,
     /// Connections that went through it.
     pub connections: Arc<AtomicUsize>,
     open: Arc<Mutex<Vec<TcpStream>>>,
@@ -159,11 +169,16 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn before(server: &Server, spoil: Spoil) -> Proxy {
-        let to = server.address.parse::<SocketAddr>().unwrap();
+        Proxy::to(server.scheme, &server.address, spoil)
+    }
+
+    /// In front of any server at `address`, which `scheme` reaches.
+    pub fn to(scheme: &'static str, address: &str, spoil: Spoil) -> Proxy {
+        let to = address.parse::<SocketAddr>().unwrap();
         // Where the server is: RDMA goes to the address that the connection goes to.
         let listener = TcpListener::bind((to.ip(), 0)).unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (spoil, connections) = (Arc::new(Mutex::new(spoil)), Arc::new(AtomicUsize::new(0)));
+        let (spoil, connections) = (Arc::new(Mutex::new((0, spoil))), Arc::new(AtomicUsize::new(0)));
         let open = Arc::new(Mutex::new(Vec::new()));
         let (shared, count, streams) = (spoil.clone(), connections.clone(), open.clone());
         // Ends with the test's process.
@@ -174,7 +189,7 @@ impl Proxy {
                 std::thread::spawn(move || pass(client, to, &shared, number));
             }
         });
-        Proxy { address, scheme: server.scheme, spoil, connections, open }
+        Proxy { address, scheme, spoil, connections, open }
     }
 
     pub fn cold(&self) -> String {
@@ -190,11 +205,16 @@ impl Proxy {
 
     /// From now on.
     pub fn spoil(&self, spoil: Spoil) {
-        *self.spoil.lock().unwrap() = spoil;
+        self.spoil_from(0, spoil);
+    }
+
+    /// From now on, but not the connections before this number.
+    pub fn spoil_from(&self, number: usize, spoil: Spoil) {
+        *self.spoil.lock().unwrap() = (number, spoil);
     }
 }
 
-fn pass(mut client: TcpStream, to: SocketAddr, spoil: &Mutex<Spoil>, number: usize) {
+fn pass(mut client: TcpStream, to: SocketAddr, spoil: &Mutex<(usize, Spoil)>, number: usize) {
     let Ok(mut server) = TcpStream::connect(to) else { return };
     let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
     std::thread::spawn(move || {
@@ -210,7 +230,8 @@ fn pass(mut client: TcpStream, to: SocketAddr, spoil: &Mutex<Spoil>, number: usi
         };
         let bytes = &mut buffer[..read];
         let end = passed + read as u64;
-        let spoil = *spoil.lock().unwrap();
+        let (first, spoil) = *spoil.lock().unwrap();
+        let spoil = if number < first { Spoil::Nothing } else { spoil };
         match spoil {
             Spoil::Delay(delay) => std::thread::sleep(delay),
             Spoil::Flip { after, connections } if number < connections && (passed..end).contains(&after) => {
@@ -220,6 +241,27 @@ fn pass(mut client: TcpStream, to: SocketAddr, spoil: &Mutex<Spoil>, number: usi
             Spoil::Silence { after } if end > after => {
                 std::thread::sleep(Duration::from_secs(600));
                 break;
+            }
+            Spoil::Drip { after, every } if end > after => {
+                let whole = after.saturating_sub(passed) as usize;
+                let dripped = client.write_all(&bytes[..whole]).and_then(|()| {
+                    bytes[whole..].iter().try_for_each(|byte| {
+                        std::thread::sleep(every);
+                        client.write_all(&[*byte])
+                    })
+                });
+                passed = end;
+                if dripped.is_err() {
+                    break;
+                }
+                continue;
+            }
+            Spoil::Garbage { after } if end > after => {
+                let from = after.saturating_sub(passed) as usize;
+                bytes[from..]
+                    .iter_mut()
+                    .zip((0_u8..=250).cycle())
+                    .for_each(|(byte, other)| *byte ^= other.wrapping_mul(89) | 1);
             }
             Spoil::HalfClose { after, connections } if number < connections && end > after => {
                 let _ = client.shutdown(Shutdown::Write);

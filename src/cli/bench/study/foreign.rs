@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Advice;
 use serde_json::{Value, json};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::super::guest::{Guest, TIMEOUT, snapshot};
 use super::super::{BoxError, refuse};
@@ -15,10 +16,23 @@ use super::flow::Backend;
 use super::stage::{remove, write_kernel};
 use super::{From, Values, guest_us};
 use crate::api::client::Client;
+use crate::tiering::wait::Wait;
 use crate::vmm::handler::Handler;
 
 /// How often a socket that is not there yet is tried.
 const POLL: Duration = Duration::from_micros(200);
+/// How long the VMM may take to serve its socket, and to answer a request that sets it up.
+const START: Duration = Duration::from_secs(30);
+
+/// Whether a program listens at a socket: one that does not accept does, too. Never waits.
+fn is_served(socket: &Path) -> Result<bool, BoxError> {
+    let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    probe.set_nonblocking(true)?;
+    match probe.connect(&SockAddr::unix(socket)?) {
+        Ok(()) => Ok(true),
+        Err(error) => Ok(error.kind() == std::io::ErrorKind::WouldBlock),
+    }
+}
 
 /// The VMM, and its snapshot of a workload.
 pub struct Foreign {
@@ -51,10 +65,14 @@ impl Foreign {
         let mut command = Command::new(&self.vmm);
         command.arg("--api-sock").arg(&self.socket);
         let mut guest = Guest::start(command)?;
-        let deadline = Instant::now() + TIMEOUT;
-        while std::os::unix::net::UnixStream::connect(&self.socket).is_err() {
-            if guest.has_ended()? || Instant::now() > deadline {
-                return refuse(format!("{} does not serve {}", self.vmm.display(), self.socket.display()));
+        let (vmm, socket) = (self.vmm.display(), self.socket.display());
+        let mut wait = Wait::new(format!("{vmm} to serve {socket}"), START);
+        while !is_served(&self.socket)? {
+            if guest.has_ended()? {
+                return refuse(format!("{vmm} has ended before it served {socket}"));
+            }
+            if wait.is_over() {
+                return refuse(format!("{vmm} does not serve {socket} within {} s", START.as_secs()));
             }
             std::thread::sleep(POLL);
         }
@@ -64,7 +82,7 @@ impl Foreign {
     fn prepare(&self, dir: &Path, from: &From) -> Result<(), BoxError> {
         let kernel = write_kernel(dir)?;
         let (mut guest, client) = self.start()?;
-        let put = |path: &str, body: Value| client.request("PUT", path, Some(&body), TIMEOUT);
+        let put = |path: &str, body: Value| client.request("PUT", path, Some(&body), START);
         put("/boot-source", json!({ "kernel_image_path": kernel, "boot_args": "" }))?;
         put("/machine-config", from.workload.machine())?;
         put("/actions", json!({ "action_type": "InstanceStart" }))?;

@@ -1,13 +1,13 @@
 //! Many VMs: restored at once (E3), alive at once (E6).
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use serde_json::Value;
 
 use super::super::guest::Guest;
-use super::super::{BoxError, Cache, evict, refuse};
+use super::super::{BoxError, Cache, LONG, child, evict, refuse};
 use super::experiments::digest_of;
 use super::flow::{Flow, Restore};
 use super::settings::Experiment;
@@ -65,7 +65,7 @@ impl Study {
                 // cp keeps holes, and shares blocks where the file system can.
                 let mut copy = Command::new("cp");
                 copy.args(["-rT", "--sparse=always", "--reflink=auto", "--preserve=timestamps"]);
-                let output = copy.arg(&from.snapshot).arg(partial.path()).stdin(Stdio::null()).output()?;
+                let output = child::output(copy.arg(&from.snapshot).arg(partial.path()), LONG)?;
                 if !output.status.success() {
                     let said = String::from_utf8_lossy(&output.stderr);
                     return refuse(format!("Cannot copy {}: {}", from.snapshot.display(), said.trim()));

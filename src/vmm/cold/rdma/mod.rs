@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::tcp::{Connection, LOOK, TcpPlace};
 use crate::snapshot::{Digest, SnapshotId};
@@ -113,16 +113,12 @@ struct RdmaSource {
 impl RdmaSource {
     /// Waits for the oldest read.
     fn wait(&mut self) -> Result<(), Broken> {
-        let since = Instant::now();
+        self.connection.restart();
         loop {
-            match self.reader.wait(self.connection.stream().as_fd(), LOOK.min(self.patience)).map_err(transient)? {
+            match self.reader.wait(self.connection.stream().as_fd(), LOOK.min(self.patience / 4)).map_err(transient)? {
                 Waited::Read => return Ok(()),
                 Waited::Other => return Err(self.connection.lost(io::ErrorKind::UnexpectedEof.into())),
-                Waited::Neither => {
-                    if since.elapsed() + LOOK >= self.patience || self.counters.closed.load(Ordering::Relaxed) {
-                        return Err(self.connection.lost(io::ErrorKind::TimedOut.into()));
-                    }
-                }
+                Waited::Neither => self.connection.check_time()?,
             }
         }
     }
