@@ -85,6 +85,13 @@ pub enum Error {
         gpa = first.gpa(), bytes = first.bytes()
     )]
     BadMemory { object: String, bad: u64, first: Extent },
+    /// A memory file whose bytes are not those that were captured.
+    #[error(
+        "Cannot trust {path}: {bytes} bytes for guest-physical {gpa:#x} are not those that were captured. Restore from an \
+         intact copy (`tvmm inspect` tells what is damaged), or take the snapshot again",
+        path = path.display(), gpa = extent.gpa(), bytes = extent.bytes()
+    )]
+    OtherMemory { path: PathBuf, extent: Extent },
     /// A full snapshot with a parent, or a diff without.
     #[error("{object}: a full snapshot has no parent and a diff has exactly one")]
     BadParentage { object: String },

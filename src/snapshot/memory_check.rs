@@ -1,6 +1,7 @@
 //! Reads the held pages of a memory file back and compares them with their checksums.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -75,6 +76,9 @@ impl Progress<'_> {
     }
 }
 
+/// Fills the bytes from an offset of a memory file on.
+pub type ReadAt<'a> = &'a mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>;
+
 /// A memory file with what is needed to find a page in it.
 #[derive(Clone, Copy)]
 pub(crate) struct MemoryFile<'a> {
@@ -86,9 +90,31 @@ pub(crate) struct MemoryFile<'a> {
 impl MemoryFile<'_> {
     /// Fills `buffer` with the pages from `first` on, which must lie in one range of the layout.
     pub(crate) fn read(&self, first: Gfn, buffer: &mut [u8]) -> Result<()> {
+        self.read_by(first, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
+    }
+
+    fn read_by(&self, first: Gfn, buffer: &mut [u8], read: ReadAt<'_>) -> Result<()> {
         let outside = || Error::malformed(&self.path.display().to_string(), format!("it has no page {first}"));
         let offset = self.layout.file_offset(first).ok_or_else(outside)?;
-        self.file.read_exact_at(buffer, offset).map_err(Error::io("read", self.path))
+        read(offset, buffer).map_err(Error::io("read guest memory from", self.path))
+    }
+
+    /// Compares one chunk with its checksum, reading by `read`. Returns how many pages it holds.
+    ///
+    /// # Errors
+    /// [`Error::OtherMemory`].
+    pub(crate) fn check_chunk(
+        &self,
+        map: &PageMap,
+        chunk: u64,
+        buffer: &mut [u8],
+        read: ReadAt<'_>,
+    ) -> Result<u64> {
+        let (pages, computed) = self.chunk_crc_by(map, chunk, buffer, read)?;
+        match map.checksum(chunk) == Some(computed) {
+            true => Ok(pages),
+            false => Err(Error::OtherMemory { path: self.path.to_path_buf(), extent: held_span(map, chunk) }),
+        }
     }
 
     /// The checksums of the chunks with a page of `held`, ascending, from what was just written.
@@ -159,6 +185,11 @@ impl MemoryFile<'_> {
 
     /// How many pages of a chunk are held, and the checksum of what is there. `buffer` has room for a chunk.
     fn chunk_crc(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
+        self.chunk_crc_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
+    }
+
+    /// As [`chunk_crc`](Self::chunk_crc), with the bytes read by `read`, always to the start of `buffer`.
+    fn chunk_crc_by(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<(u64, u32)> {
         let (mut pages, mut crc) = (0, 0);
         for part in self.layout.split(chunk_extent(chunk)) {
             let runs: Vec<Extent> = map.held().runs_in(part).collect();
@@ -170,7 +201,7 @@ impl MemoryFile<'_> {
             }
             let start = span.first;
             let bytes = &mut buffer[..span.bytes() as usize];
-            self.read(start, bytes)?;
+            self.read_by(start, bytes, read)?;
             for run in &runs {
                 let at = ((run.first.0 - start.0) * PAGE_SIZE) as usize;
                 crc = crc32c::crc32c_append(crc, &bytes[at..at + run.bytes() as usize]);

@@ -35,7 +35,7 @@ pub use image::{derived_dir, open_image};
 pub use manifest::{
     Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
 };
-pub use memory_check::{BadChunk, VerifyReport};
+pub use memory_check::{BadChunk, ReadAt, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 pub use page_set::PageSet;

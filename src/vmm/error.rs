@@ -97,6 +97,10 @@ pub enum Error {
     Handler(String),
     #[error("Cannot listen at {address}")]
     Listen { address: String, source: io::Error },
+    #[error(
+        "Cannot trust pool {path}: {bytes} bytes for guest-physical {gpa:#x} do not match their checksums. Restore without the pool, or remove the snapshot from it and add it again (`tvmm pool fsck` tells what is damaged)"
+    )]
+    PoolMemory { path: PathBuf, gpa: u64, bytes: u64 },
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 pub use handler::HandlerProbe;
 
 use super::error::Error;
+use super::sys::lost::CANNOT_GO_ON;
 use super::vcpu::{Ending, EndingSignal};
 use crate::snapshot::{Extent, PageSource};
 use threads::SleepingThreads;
@@ -234,7 +235,7 @@ impl State {
 /// Ends the process: somebody waits in the kernel and nobody can call it back.
 pub fn give_up(reason: &str) -> ! {
     super::sys::terminal::restore();
-    eprintln!("tvmm: The guest cannot go on: {reason}");
+    eprintln!("tvmm: {CANNOT_GO_ON}: {reason}");
     std::process::exit(1);
 }
 

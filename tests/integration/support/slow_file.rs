@@ -1,4 +1,4 @@
-//! A file whose reads can be made to hang: a file system of one file, served by the test through /dev/fuse (Linux
+//! A file whose reads can be made to hang or to fail: a file system of one file, served by the test through /dev/fuse (Linux
 //! `include/uapi/linux/fuse.h`), mounted over the file it shows.
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -27,11 +27,16 @@ const ASYNC_READ: u32 = 1;
 const KEEP_CACHE: u64 = 1 << 1;
 const HEADER: usize = 40;
 const ENOSYS: i32 = 38;
+const EIO: i32 = 5;
+/// What the file does with reads.
+const WORKS: u8 = 0;
+const HANGS: u8 = 1;
+const FAILS: u8 = 2;
 
 /// The mounted file. Dropping it unmounts, which ends every read that hangs.
 pub struct SlowFile {
     path: PathBuf,
-    hangs: Arc<AtomicBool>,
+    mode: Arc<AtomicU8>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -52,17 +57,22 @@ impl SlowFile {
             println!("skipped: a FUSE file system cannot be mounted: {error}");
             return None;
         }
-        let hangs = Arc::new(AtomicBool::new(false));
+        let mode = Arc::new(AtomicU8::new(WORKS));
         let thread = std::thread::spawn({
-            let hangs = hangs.clone();
-            move || serve(device, &below, &hangs)
+            let mode = mode.clone();
+            move || serve(device, &below, &mode)
         });
-        Some(SlowFile { path: path.to_owned(), hangs, thread: Some(thread) })
+        Some(SlowFile { path: path.to_owned(), mode, thread: Some(thread) })
     }
 
     /// From now on, what is not in the page cache cannot be read.
     pub fn hang(&self) {
-        self.hangs.store(true, Ordering::SeqCst);
+        self.mode.store(HANGS, Ordering::SeqCst);
+    }
+
+    /// From now on, reading what is not in the page cache is an I/O error.
+    pub fn fail(&self) {
+        self.mode.store(FAILS, Ordering::SeqCst);
     }
 }
 
@@ -76,7 +86,7 @@ impl Drop for SlowFile {
 }
 
 /// Answers requests until the file system is unmounted.
-fn serve(mut device: File, below: &File, hangs: &AtomicBool) {
+fn serve(mut device: File, below: &File, mode: &AtomicU8) {
     let metadata = below.metadata().unwrap();
     let mut request = vec![0; 1 << 20];
     while let Ok(len) = device.read(&mut request) {
@@ -86,7 +96,8 @@ fn serve(mut device: File, below: &File, hangs: &AtomicBool) {
         let (opcode, unique) = (number(4), long(8));
         let answer = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
-            READ if hangs.load(Ordering::SeqCst) => continue,
+            READ if mode.load(Ordering::SeqCst) == HANGS => continue,
+            READ if mode.load(Ordering::SeqCst) == FAILS => Err(EIO),
             READ => {
                 let mut bytes = vec![0; number(HEADER + 16) as usize];
                 let read = below.read_at(&mut bytes, long(HEADER + 8)).unwrap();
