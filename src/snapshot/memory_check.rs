@@ -103,13 +103,7 @@ impl MemoryFile<'_> {
     ///
     /// # Errors
     /// [`Error::OtherMemory`].
-    pub(crate) fn check_chunk(
-        &self,
-        map: &PageMap,
-        chunk: u64,
-        buffer: &mut [u8],
-        read: ReadAt<'_>,
-    ) -> Result<u64> {
+    pub(crate) fn check_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<u64> {
         let (pages, computed) = self.chunk_crc_by(map, chunk, buffer, read)?;
         match map.checksum(chunk) == Some(computed) {
             true => Ok(pages),

@@ -12,9 +12,11 @@ use super::host;
 use super::machine::{Core, Machine, Paused};
 use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
+use super::sys::lost;
 use super::sys::page_cache::PageCache;
 use super::sys::pagemap_scan::mapped_runs;
 use super::sys::{dirty_log, pagemap::Pagemap};
+use super::vcpu::Ending;
 use crate::snapshot::{
     Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section,
     SectionKind, SnapshotKind, SnapshotWriter,
@@ -52,6 +54,11 @@ impl Machine<Paused> {
         let start = Instant::now();
         if self.core.lineage.is_sealing() {
             return Err(Error::SnapshotInProgress);
+        }
+        // Reading such pages would end the process before the caller has an answer.
+        if let Some(why) = lost::behind_an_end() {
+            self.core.ending.end(Ending::MemoryLost(why.clone()));
+            return Err(Error::Lost(why));
         }
         let parent = match kind {
             SnapshotKind::Full => None,

@@ -43,6 +43,8 @@ pub enum Error {
     Map { gpa: u64, pages: u64, source: io::Error },
     #[error("Guest memory was no longer served while the machine was restored: {0}")]
     Unserved(String),
+    #[error("{0}")]
+    Lost(String),
     #[error("{pages} pages at {gpa:#x} are not guest memory")]
     OutsideRam { gpa: u64, pages: u64 },
     #[error("Cannot build the view of guest memory: {0}")]

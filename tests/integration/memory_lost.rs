@@ -29,7 +29,8 @@ fn ends_with(vm: &mut Vm, path: &Path) -> String {
     let (status, stderr) = vm.wait();
     assert_eq!(status.code(), Some(3), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    for part in ["tvmm: The guest cannot go on: Cannot read guest memory at guest-physical 0x", text(path), "offset 0x"] {
+    for part in ["tvmm: The guest cannot go on: Cannot read guest memory at guest-physical 0x", text(path), "offset 0x"]
+    {
         assert!(stderr.contains(part), "{stderr}");
     }
     stderr

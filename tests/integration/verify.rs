@@ -178,7 +178,8 @@ fn report_tells_what_was_verified_and_verifying_brings_nothing_into_the_page_cac
     }
     vm.call("check");
     drop(vm);
-    for (policy, verify, state) in [("firecracker", "sample", "sampled"), ("firecracker", "full", "done"), ("eager", "off", "done")]
+    for (policy, verify, state) in
+        [("firecracker", "sample", "sampled"), ("firecracker", "full", "done"), ("eager", "off", "done")]
     {
         let vm = Vm::restore_with(&full, policy, &["--verify", verify]);
         vm.wait_for_state("Running");

@@ -8,7 +8,9 @@ use serde::Deserialize;
 
 use super::{ConfigError, parse_mac};
 use crate::vmm::cold::ColdPools;
-use crate::vmm::control::{DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotPaths, Verify};
+use crate::vmm::control::{
+    DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotPaths, Verify,
+};
 
 /// What the text says, before it is checked.
 #[derive(Debug, Deserialize)]

@@ -328,7 +328,7 @@ impl Engine<'_> {
         for planned in self.plan.extents.iter().filter(wanted) {
             self.report.madvise_calls += 1;
             let failed = |source| match lost::within(planned.extent) {
-                Some(why) => Error::Unserved(why),
+                Some(why) => Error::Lost(why),
                 None => Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source },
             };
             // What the kernel cannot copy is promoted.

@@ -178,20 +178,10 @@ impl Files {
 
 /// A local file or pool whose bytes cannot be had.
 #[derive(Debug, thiserror::Error)]
-#[error("{}: {cause}", path.display())]
+#[error("{path}: {cause}", path = path.display())]
 pub struct Unreadable {
     pub path: PathBuf,
     pub cause: io::Error,
-}
-
-impl Unreadable {
-    /// The cause in words.
-    pub fn why(&self) -> String {
-        match self.cause.kind() {
-            io::ErrorKind::UnexpectedEof => "the file was cut while it was in use".to_string(),
-            _ => self.cause.to_string(),
-        }
-    }
 }
 
 fn no_such_source() -> Error {

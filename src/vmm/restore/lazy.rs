@@ -285,7 +285,9 @@ impl FaultWork {
 pub fn unavailable(doing: &str, lazy: &LazyExtent, gfn: Gfn, error: &io::Error) -> Ending {
     let offset = lazy.source_of(Extent { first: gfn, pages: 1 }).map_or(0, |source| source.offset);
     match error.get_ref().and_then(|cause| cause.downcast_ref::<Unreadable>()) {
-        Some(source) => Ending::MemoryLost(lost::sentence(gfn.gpa(), &source.path, offset, &source.why())),
+        Some(source) => {
+            Ending::MemoryLost(lost::sentence(gfn.gpa(), &source.path, offset, &lost::cause_of(&source.cause)))
+        }
         None => Ending::Failed(format!("Cannot {doing} the page at guest-physical {:#x}: {error}", gfn.gpa())),
     }
 }

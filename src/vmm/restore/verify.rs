@@ -23,12 +23,12 @@ use serde_json::{Value, json};
 
 use super::files::Files;
 use super::lazy::ended;
-use crate::snapshot::{CHUNK_PAGES, Chain, Extent, Gfn, PAGE_SIZE, PageMap, RestorePlan, Snapshot};
+use crate::snapshot::{self, CHUNK_PAGES, Chain, Extent, Gfn, PAGE_SIZE, PageMap, RestorePlan, Snapshot};
 use crate::tiering::tier::Tier;
 use crate::vmm::control::{Verify, error_chain};
 use crate::vmm::error::Error;
 use crate::vmm::sys::mapping::Buffer;
-use crate::vmm::sys::{idle, page_cache, verity};
+use crate::vmm::sys::{idle, lost, page_cache, verity};
 use crate::vmm::vcpu::{Ending, EndingSignal};
 
 /// Chunks that are compared before the guest runs: so many of the whole chain, and at least some of each layer. The first
@@ -153,7 +153,8 @@ impl Verifier {
         let shared = &self.shared;
         let (pages, verified) = (shared.pages.load(Ordering::Relaxed), shared.verified.load(Ordering::Relaxed));
         let verity = shared.verity.lock().unwrap_or_else(PoisonError::into_inner);
-        let verity: Vec<Value> = verity.iter().map(|(path, digest)| json!({ "file": path, "digest": digest })).collect();
+        let verity: Vec<Value> =
+            verity.iter().map(|(path, digest)| json!({ "file": path, "digest": digest })).collect();
         let state = if shared.mode == Verify::Off && verified == 0 { "off" } else { shared.lock().state.name() };
         // Without looking at the page map it is not known how many there are.
         let unverified = (state != "off").then(|| pages.saturating_sub(verified));
@@ -263,14 +264,15 @@ impl Shared {
         }
         // As long as it lives, other VMs leave the file alone: they would read the same bytes from the same disk.
         let Some(_turn) = self.wait_for_turn(source) else { return Ok(false) };
-        let (mut count, mut goes_on) = (0, true);
+        let mut count = 0_usize;
+        let mut goes_on = true;
         source.each(&mut |source, piece| {
             if sampled.contains(&piece) {
                 return Ok(true);
             }
             self.compare(source, piece)?;
             count += 1;
-            goes_on = count % CHUNKS_AT_ONCE != 0 || self.wait(PAUSE);
+            goes_on = !count.is_multiple_of(CHUNKS_AT_ONCE) || self.wait(PAUSE);
             Ok(goes_on)
         })?;
         Ok(goes_on)
@@ -346,17 +348,14 @@ struct LayerSource<'c> {
 
 impl<'c> LayerSource<'c> {
     fn open(layer: &'c Snapshot) -> Result<Self, Error> {
-        let failed = |source| Error::File {
-            doing: "read guest memory from",
-            path: layer.memory_path().to_owned(),
-            source,
-        };
+        let failed =
+            |source| Error::File { doing: "read guest memory from", path: layer.memory_path().to_owned(), source };
         Ok(LayerSource {
             layer,
             map: layer.borrow_page_map()?,
             reader: Reader::open(layer.memory()).map_err(failed)?,
             buffer: chunk_buffer()?,
-            verity: verity::digest_of(layer.memory()).map_err(failed)?,
+            verity: verity::digest_of(layer.memory()),
         })
     }
 }
@@ -372,7 +371,8 @@ impl Source for LayerSource<'_> {
     }
 
     fn each(&mut self, each: EachPiece<'_>) -> Result<(), Error> {
-        for index in 0..self.map.checksums().len() {
+        let count = self.map.checksums().len();
+        for index in 0..count {
             let Some(chunk) = self.map.chunk_at(index) else { break };
             if !each(self, piece_of(chunk))? {
                 break;
@@ -384,7 +384,16 @@ impl Source for LayerSource<'_> {
     fn compare(&mut self, piece: Piece) -> Result<u64, Error> {
         let LayerSource { layer, map, reader, buffer, .. } = self;
         let chunk = piece.offset / (CHUNK_PAGES * PAGE_SIZE);
-        Ok(layer.check_chunk(map, chunk, buffer.bytes_mut(), &mut |offset, bytes| reader.read(offset, bytes))?)
+        let checked =
+            layer.check_chunk(map, chunk, buffer.bytes_mut(), &mut |offset, bytes| reader.read(offset, bytes));
+        checked.map_err(|error| match error {
+            snapshot::Error::Io { path, source, .. } => {
+                let held = map.chunk_runs(chunk).next().unwrap_or(piece.extent);
+                let offset = layer.layout().file_offset(held.first).unwrap_or_default();
+                Error::Lost(lost::sentence(held.gpa(), &path, offset, &lost::cause_of(&source)))
+            }
+            other => other.into(),
+        })
     }
 
     fn file(&self) -> Option<&File> {
@@ -443,7 +452,7 @@ impl Source for TierSource {
             io::ErrorKind::InvalidData => {
                 Error::PoolMemory { path: path(), gpa: piece.extent.gpa(), bytes: piece.extent.bytes() }
             }
-            _ => Error::File { doing: "read guest memory from", path: path(), source },
+            _ => Error::Lost(lost::sentence(piece.extent.gpa(), &path(), piece.offset, &lost::cause_of(&source))),
         };
         let bytes = &mut self.buffer.bytes_mut()[..piece.extent.bytes() as usize];
         self.tier.read(piece.offset, bytes).map_err(failed)?;
@@ -456,10 +465,9 @@ impl Source for TierSource {
 }
 
 fn pieces_of(run: Piece) -> impl Iterator<Item = Piece> {
-    run.extent.chunks(CHUNK_PAGES).map(move |extent| Piece {
-        extent,
-        offset: run.offset + (extent.first.0 - run.extent.first.0) * PAGE_SIZE,
-    })
+    run.extent
+        .chunks(CHUNK_PAGES)
+        .map(move |extent| Piece { extent, offset: run.offset + (extent.first.0 - run.extent.first.0) * PAGE_SIZE })
 }
 
 fn chunk_buffer() -> Result<Buffer, Error> {

@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::terminal;
 use crate::snapshot::{Extent, PAGE_SIZE};
 
 /// The exit code of a process whose guest's memory was lost, or is not what was captured.
@@ -94,9 +95,8 @@ pub struct Watched(usize);
 pub fn watch(files: Vec<Option<MappedFile>>, mut mappings: Vec<Mapping>) -> Option<Watched> {
     mappings.sort_unstable_by_key(|mapping| mapping.address);
     let table = Box::into_raw(Box::new(Table { files, mappings }));
-    let free = |slot: &AtomicPtr<Table>| {
-        slot.compare_exchange(null_mut(), table, Ordering::SeqCst, Ordering::Relaxed).is_ok()
-    };
+    let free =
+        |slot: &AtomicPtr<Table>| slot.compare_exchange(null_mut(), table, Ordering::SeqCst, Ordering::Relaxed).is_ok();
     let slot = TABLES.iter().position(free);
     if slot.is_none() {
         // SAFETY: the pointer was just made from a box and is in no slot.
@@ -167,18 +167,20 @@ impl fmt::Display for Cause {
 }
 
 /// Writes what every way to find lost memory says.
-fn describe(
-    out: &mut impl Write,
-    gpa: Option<u64>,
-    name: &str,
-    offset: u64,
-    cause: &dyn fmt::Display,
-) -> fmt::Result {
+fn describe(out: &mut impl Write, gpa: Option<u64>, name: &str, offset: u64, cause: &dyn fmt::Display) -> fmt::Result {
     match gpa {
         Some(gpa) => write!(out, "Cannot read guest memory at guest-physical {gpa:#x} from {name}")?,
         None => write!(out, "Cannot read {name}")?,
     }
     write!(out, " at offset {offset:#x}: {cause}. Restore again from an intact copy")
+}
+
+/// Why reading a file failed, in the words of this page.
+pub fn cause_of(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the file was cut while it was in use".to_string(),
+        _ => error.to_string(),
+    }
 }
 
 /// Says that the page at `gpa` cannot be had from `offset` of the file `name`.
@@ -400,10 +402,12 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     let first = REASON.set(|text| {
         is_known = find_in_tables(|table| table.lost(address, is_hardware).map(|lost| lost.describe(text))).is_some();
         if !is_known {
-            let _ = write!(text, "Memory at host address {address:#x} cannot be had (SIGBUS), and no mapped file is there");
+            let _ =
+                write!(text, "Memory at host address {address:#x} cannot be had (SIGBUS), and no mapped file is there");
         }
     });
     if first && !is_known {
+        terminal::restore_in_handler();
         say();
         die_by(signal);
         return;
@@ -417,6 +421,7 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
         unsafe { libc::write(listener, (&raw const one).cast(), size_of::<u64>()) };
         sleep(GRACE);
     }
+    terminal::restore_in_handler();
     say();
     // SAFETY: ends the process without running anything of it.
     unsafe { libc::_exit(libc::c_int::from(EXIT_CODE)) }
@@ -433,10 +438,8 @@ fn die_by(signal: libc::c_int) {
 
 /// Sleeps the whole time, whatever signals come.
 fn sleep(time: Duration) {
-    let mut left = libc::timespec {
-        tv_sec: time.as_secs() as libc::time_t,
-        tv_nsec: libc::c_long::from(time.subsec_nanos()),
-    };
+    let mut left =
+        libc::timespec { tv_sec: time.as_secs() as libc::time_t, tv_nsec: libc::c_long::from(time.subsec_nanos()) };
     let rest = &raw mut left;
     // SAFETY: nanosleep(2) reads and writes a local.
     while unsafe { libc::nanosleep(rest, rest) } != 0 {}
@@ -483,7 +486,8 @@ mod tests {
         // The last page that is there in part is zeros behind the end.
         assert_eq!(at_gpa(GPA + 2 * PAGE_SIZE), None);
         let said = at_gpa(GPA + 3 * PAGE_SIZE + 17).unwrap();
-        for part in [&format!("{:#x} from {} at", GPA + 3 * PAGE_SIZE, file.path().display()), "0x7000", "24577 bytes"] {
+        for part in [&format!("{:#x} from {} at", GPA + 3 * PAGE_SIZE, file.path().display()), "0x7000", "24577 bytes"]
+        {
             assert!(said.contains(part), "{said}");
         }
         assert_eq!(within(Extent { first: crate::snapshot::Gfn(GPA / PAGE_SIZE), pages: 9 }), Some(said.clone()));
