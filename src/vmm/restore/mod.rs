@@ -287,7 +287,7 @@ impl Machine<Built> {
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
         if let Some(verifier) = &verifier {
-            verifier.wait_checked(&machine.core.ending)?;
+            verifier.wait_checked(&files, &machine.core.ending)?;
         }
         machine.core.services.verifier = verifier;
         placed.keep();

@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -76,6 +76,8 @@ struct Shared {
     mode: Verify,
     lock: Mutex<Locked>,
     changed: Condvar,
+    /// Something compares what is compared before the guest runs.
+    claimed: AtomicBool,
     /// Set when the machine is built.
     ending: OnceLock<Arc<EndingSignal>>,
     pages: AtomicU64,
@@ -117,6 +119,7 @@ impl Verifier {
             mode,
             lock: Mutex::new(Locked { state, stop: false, error: None }),
             changed: Condvar::new(),
+            claimed: AtomicBool::new(false),
             ending: OnceLock::new(),
             pages: AtomicU64::new(pages),
             verified: AtomicU64::new(pages),
@@ -136,9 +139,12 @@ impl Verifier {
     }
 
     /// Waits until the guest may run. From then on a mismatch ends it by `ending`.
-    pub fn wait_checked(&self, ending: &Arc<EndingSignal>) -> Result<(), Error> {
+    pub fn wait_checked(&self, files: &Files, ending: &Arc<EndingSignal>) -> Result<(), Error> {
         // It is set once: machines are built once.
         let _ = self.shared.ending.set(ending.clone());
+        if self.thread.is_some() && self.shared.claim() {
+            return self.shared.check_before(files.chain(), files.tiers()).map(drop);
+        }
         let locked = self.shared.lock();
         let checking = |locked: &mut Locked| locked.state == State::Checking;
         let waited = self.shared.changed.wait_while(locked, checking);
@@ -183,6 +189,12 @@ impl Shared {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What is done before the guest runs is done by the first who asks: the thread, or the main thread where a busy host has
+    /// not let the thread run until then.
+    fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::SeqCst)
+    }
+
     fn run(&self, chain: &Chain, tiers: &[Arc<dyn Tier>]) {
         let result = self.check(chain, tiers);
         let mut locked = self.lock();
@@ -201,26 +213,25 @@ impl Shared {
     }
 
     fn check(&self, chain: &Chain, tiers: &[Arc<dyn Tier>]) -> Result<(), Error> {
-        let mut sources = self.sources(chain, tiers)?;
-        let per_source = (SAMPLES / sources.len().max(1)).max(SAMPLES_PER_LAYER_MIN);
-        let mut sampled = Vec::new();
-        for source in &mut sources {
-            let samples = if self.mode == Verify::Full { Vec::new() } else { source.samples(per_source)? };
-            for piece in &samples {
-                self.compare(source.as_mut(), *piece)?;
-            }
-            if self.mode == Verify::Full {
-                source.each(&mut |source, piece| self.compare(source, piece).map(|()| true))?;
-            }
-            sampled.push(samples);
+        let mut before = None;
+        if self.claim() {
+            before = Some(self.check_before(chain, tiers)?);
         }
-        self.enter(if self.mode == Verify::Full { State::Done } else { State::Sampled });
-        if self.mode != Verify::Background || !self.wait(SETTLED) {
+        if self.mode != Verify::Background || !self.wait(SETTLED) || self.lock().state != State::Sampled {
             return Ok(());
         }
         if let Err(error) = idle::become_idle() {
             tracing::warn!(%error, "Memory is verified at an ordinary priority");
         }
+        let (mut sources, sampled) = match before {
+            Some(before) => before,
+            None => {
+                let sources = self.sources(chain, tiers)?;
+                self.verified.store(0, Ordering::Relaxed);
+                let none = vec![Vec::new(); sources.len()];
+                (sources, none)
+            }
+        };
         self.enter(State::Running);
         for (source, sampled) in sources.iter_mut().zip(&sampled) {
             if !self.compare_rest(source.as_mut(), sampled)? {
@@ -229,6 +240,27 @@ impl Shared {
         }
         self.enter(State::Done);
         Ok(())
+    }
+
+    /// Compares what is compared before the guest runs: samples, which are returned for each source, or everything.
+    fn check_before<'c>(&self, chain: &'c Chain, tiers: &[Arc<dyn Tier>]) -> Result<Compared<'c>, Error> {
+        let mut sources = self.sources(chain, tiers)?;
+        let per_source = (SAMPLES / sources.len().max(1)).max(SAMPLES_PER_LAYER_MIN);
+        let mut sampled = Vec::new();
+        for source in &mut sources {
+            if self.mode == Verify::Full {
+                source.each(&mut |source, piece| self.compare(source, piece).map(|()| true))?;
+                sampled.push(Vec::new());
+                continue;
+            }
+            let samples = source.samples(per_source)?;
+            for piece in &samples {
+                self.compare(source.as_mut(), *piece)?;
+            }
+            sampled.push(samples);
+        }
+        self.enter(if self.mode == Verify::Full { State::Done } else { State::Sampled });
+        Ok((sources, sampled))
     }
 
     /// What pages come from.
@@ -311,6 +343,9 @@ struct Piece {
     extent: Extent,
     offset: u64,
 }
+
+/// Sources, and for each the pieces of it that were compared.
+type Compared<'c> = (Vec<Box<dyn Source + 'c>>, Vec<Vec<Piece>>);
 
 /// Called with each piece of a source; whether to go on.
 type EachPiece<'e> = &'e mut dyn FnMut(&mut dyn Source, Piece) -> Result<bool, Error>;
