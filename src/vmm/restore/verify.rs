@@ -217,6 +217,8 @@ impl Shared {
         if self.claim() {
             before = Some(self.check_before(chain, tiers)?);
         }
+        let is_checking = |locked: &mut Locked| locked.state == State::Checking && !locked.stop;
+        drop(self.changed.wait_while(self.lock(), is_checking));
         if self.mode != Verify::Background || !self.wait(SETTLED) || self.lock().state != State::Sampled {
             return Ok(());
         }
