@@ -534,10 +534,13 @@ fn reopened(file: &File, flags: i32) -> io::Result<File> {
     std::fs::OpenOptions::new().read(true).custom_flags(flags).open(Path::new(&path))
 }
 
+/// `FUSE_SUPER_MAGIC` of statfs(2).
+const FUSE: i64 = 0x6573_5546;
+
 /// Reads a file without changing what the page cache has of it.
 struct Reader {
     cached: File,
-    /// None where the file system has no direct I/O.
+    /// None where the file system has no direct I/O, or none that can be interrupted.
     direct: Option<File>,
 }
 
@@ -549,6 +552,8 @@ impl Reader {
         let _ = rustix::fs::fadvise(&cached, 0, None, Advice::Random);
         let _ = rustix::fs::fadvise(&cached, 0, None, Advice::NoReuse);
         let direct = match reopened(file, libc::O_DIRECT) {
+            // Not even SIGKILL ends a direct read that a FUSE server does not answer.
+            Ok(_) if rustix::fs::fstatfs(file)?.f_type == FUSE => None,
             Ok(direct) => Some(direct),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
             Err(error) => return Err(error),
