@@ -68,11 +68,15 @@ pub enum SectionKind {
     ProfileWrittenIn,
     /// A restore plan.
     Plan,
+    /// The identity of an image.
+    Image,
+    /// Checksums of an image's pages.
+    ImageSums,
     /// A kind that this build has no name for.
     Other(u32),
 }
 
-const KINDS: [(SectionKind, u32); 21] = [
+const KINDS: [(SectionKind, u32); 23] = [
     (SectionKind::Machine, 1),
     (SectionKind::Vm, 2),
     (SectionKind::Vcpu, 3),
@@ -94,6 +98,8 @@ const KINDS: [(SectionKind, u32); 21] = [
     (SectionKind::ProfileTouchedIn, 70),
     (SectionKind::ProfileWrittenIn, 71),
     (SectionKind::Plan, 80),
+    (SectionKind::Image, 81),
+    (SectionKind::ImageSums, 82),
 ];
 
 impl SectionKind {
@@ -179,7 +185,8 @@ impl Container {
         Container::parse_named(path.display().to_string(), files::read_limited(path, limit)?)
     }
 
-    fn parse_named(object: String, bytes: Vec<u8>) -> Result<Container> {
+    /// As [`Container::parse`], for bytes that are called `object` in errors.
+    pub(crate) fn parse_named(object: String, bytes: Vec<u8>) -> Result<Container> {
         let header = Header::parse(&object, &bytes)?;
         let sections = parse_table(&object, &bytes, &header)?;
         Ok(Container { object, bytes, sections, writer: header.writer })

@@ -92,6 +92,23 @@ pub enum Error {
         path = path.display(), gpa = extent.gpa(), bytes = extent.bytes()
     )]
     OtherMemory { path: PathBuf, extent: Extent },
+    /// An image whose end is damaged, or that has other pages than its name says.
+    #[error("Cannot use the image {path}. Delete it; the next restore that needs it makes it again", path = path.display())]
+    Image { path: PathBuf, source: Box<Error> },
+    /// A damaged page of an image; `gpa` is its guest-physical address, if that is known.
+    #[error(
+        "Cannot use the image {path}: it is damaged, {page} at offset {offset:#x} does not match its checksum. Delete the \
+         file; the next restore that needs it makes it again",
+        path = path.display(), page = named(*gpa)
+    )]
+    BadImagePage { path: PathBuf, offset: u64, gpa: Option<u64> },
+    /// Pages of a memory file that should be holes.
+    #[error(
+        "{object} is damaged: its memory file has bytes in {pages} pages that the snapshot does not hold, the first at \
+         guest-physical {gpa:#x}",
+        gpa = first.gpa()
+    )]
+    StrayPages { object: String, pages: u64, first: Extent },
     /// A full snapshot with a parent, or a diff without.
     #[error("{object}: a full snapshot has no parent and a diff has exactly one")]
     BadParentage { object: String },
@@ -116,6 +133,10 @@ pub enum Error {
     /// A plan that does not place every page exactly once.
     #[error("The restore plan of policy {policy} is invalid: {problem}")]
     BadPlan { policy: String, problem: String },
+}
+
+fn named(gpa: Option<u64>) -> String {
+    gpa.map_or_else(|| "the page".to_string(), |gpa| format!("the page at guest-physical {gpa:#x}"))
 }
 
 impl Error {

@@ -1,11 +1,12 @@
 //! Small file helpers that put the path into the error and bound what they read.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, OFlags, RenameFlags};
+use rustix::fs::{Advice, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::{Error, Result};
@@ -71,6 +72,24 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Creates a file that must not exist yet, for reading and writing.
 pub(crate) fn create_new(path: &Path) -> Result<File> {
     OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(Error::io("create", path))
+}
+
+/// The first stretch of `range` that is not a hole; all of it where the file system does not tell holes.
+pub(crate) fn data_in(file: &File, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+    if range.is_empty() {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(range.start)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(range)),
+        Err(errno) => return Err(errno.into()),
+    };
+    if start >= range.end {
+        return Ok(None);
+    }
+    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+    Ok(Some(start..end.min(range.end)))
 }
 
 /// Makes the names in a directory durable.

@@ -1,15 +1,31 @@
 //! Images: files derived from a snapshot, with the pages of some extents packed one after the other (working-set
 //! files). They are caches: named after what they hold, made when they are needed, free to be deleted.
+//!
+//! An image has a checksum for each of its pages (`docs/snapshot-format.md`). It is made of pages that were compared with
+//! the snapshot's checksums, and every reader compares what it took from the image with the image's.
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::container::container_len_of;
 use super::manifest::canonical;
-use super::{Chain, Content, Error, ImageSpec, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result, files};
+use super::memory_check::CheckedReader;
+use super::{
+    Chain, Container, Content, Digest, Error, Extent, ImageSpec, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result,
+    Section, SectionKind, SnapshotId, files, write_container,
+};
 
 /// Pages copied at once.
 const PIECE_PAGES: u64 = 256;
+/// The version of the two sections of an image's container.
+const VERSION: u32 = 1;
+/// The last bytes of an image: the offset of its container, and these.
+const MAGIC: &[u8; 8] = b"TVMMIMG2";
+const TAIL_LEN: usize = 16;
+/// The payload of the section that identifies an image: a snapshot, a digest, a number of pages.
+const HEAD_LEN: usize = 32 + 32 + 8;
 
 /// The folder that caches what was derived from the snapshot at `location`.
 pub fn derived_dir(location: &Location) -> PathBuf {
@@ -23,34 +39,238 @@ pub fn derived_dir(location: &Location) -> PathBuf {
     }
 }
 
-/// The image of `spec` over the memory that `chain` describes: opened if it was made before, made otherwise.
-///
-/// # Errors
-/// [`Error::Io`]; [`Error::Malformed`] if a file of that name has another length.
-pub fn open_image(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(File, PathBuf)> {
-    let dir = derived_dir(chain.tip().location());
-    let path = dir.join(format!("{}.image", name_of(chain, spec)));
-    if !path.exists() {
-        make(chain, spec, &dir, &path, cache)?;
-    }
-    let file = File::open(&path).map_err(Error::io("open", &path))?;
-    let len = file.metadata().map_err(Error::io("inspect", &path))?.len();
-    if len != spec.file_len() {
-        let problem =
-            format!("it is {len} bytes long, its plan says {}; delete it to have it made again", spec.file_len());
-        return Err(Error::malformed(&path.display().to_string(), problem));
-    }
-    Ok((file, path))
+/// How an image came to be open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageOrigin {
+    /// It was there.
+    Found,
+    /// It was made.
+    Made,
+    /// One without checksums was there, of an older tvmm. It was made again.
+    MadeAgain,
 }
 
-fn name_of(chain: &Chain, spec: &ImageSpec) -> String {
+/// An image that is open, with the checksums of its pages.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    /// Its pages in file order.
+    extents: Vec<Extent>,
+    /// CRC32C of each page, in file order.
+    sums: Vec<u32>,
+}
+
+impl Image {
+    /// The image of `spec` over the memory that `chain` describes: opened if it was made before, made otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Image`] for a file of that name that is not this image, or whose checksums are damaged;
+    /// [`Error::BadMemory`] if it is to be made of damaged pages; [`Error::Io`].
+    pub fn open(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
+        let id = chain.tip().id();
+        let digest = digest_of(id, spec);
+        let dir = derived_dir(chain.tip().location());
+        let path = dir.join(file_name(digest));
+        let mut origin = ImageOrigin::Found;
+        if !path.exists() {
+            origin = ImageOrigin::Made;
+            make(chain, spec, &dir, &path, cache)?;
+        } else if has_no_checksums(&path, spec)? {
+            origin = ImageOrigin::MadeAgain;
+            make(chain, spec, &dir, &path, cache)?;
+        }
+        let (file, len) = files::open_regular(&path)?;
+        let sums = Trailer::read(&file, &path, len)
+            .and_then(|trailer| trailer.into_sums_of(&path, id, digest))
+            .map_err(|source| Error::Image { path: path.clone(), source: Box::new(source) })?;
+        Ok((Image { file, path, extents: spec.extents.clone(), sums }, origin))
+    }
+
+    /// The file; its pages start at offset 0.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The path of the file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Compares pages that were read or mapped from `offset` on, one part after the other, with their checksums.
+    ///
+    /// # Errors
+    /// [`Error::BadImagePage`] with the first page that differs.
+    pub fn verify(&self, offset: u64, parts: &[&[u8]]) -> Result<()> {
+        let first = (offset / PAGE_SIZE) as usize;
+        let pages = parts.iter().flat_map(|part| part.chunks_exact(PAGE_SIZE as usize));
+        match first_bad(&self.sums[first.min(self.sums.len())..], pages) {
+            None => Ok(()),
+            Some(index) => Err(bad_page(&self.path, first + index, &self.extents)),
+        }
+    }
+}
+
+/// The first page that does not have the checksum in its place.
+fn first_bad<'a>(sums: &[u32], pages: impl Iterator<Item = &'a [u8]>) -> Option<usize> {
+    let mut sums = sums.iter();
+    pages.enumerate().find(|(_, page)| sums.next() != Some(&crc32c::crc32c(page))).map(|(index, _)| index)
+}
+
+/// `extents`: the image's pages, none if they are not known.
+fn bad_page(path: &Path, index: usize, extents: &[Extent]) -> Error {
+    let mut left = index as u64;
+    let holds = |extent: &&Extent| {
+        let is_in = left < extent.pages;
+        left -= if is_in { 0 } else { extent.pages };
+        is_in
+    };
+    let extent = extents.iter().find(holds).copied();
+    let gpa = extent.map(|extent| extent.gpa() + left * PAGE_SIZE);
+    Error::BadImagePage { path: path.to_path_buf(), offset: index as u64 * PAGE_SIZE, gpa }
+}
+
+/// Whether a file is an image as tvmm wrote them before images had checksums: pages and nothing else.
+fn has_no_checksums(path: &Path, spec: &ImageSpec) -> Result<bool> {
+    let (_, len) = files::open_regular(path)?;
+    Ok(len == spec.file_len())
+}
+
+/// The end of an image: everything behind its pages.
+struct Trailer {
+    snapshot: SnapshotId,
+    /// Of snapshot and extents. The image is named after it.
+    digest: Digest,
+    sums: Vec<u32>,
+}
+
+impl Trailer {
+    /// Reads the trailer of a file of `len` bytes.
+    fn read(file: &File, path: &Path, len: u64) -> Result<Trailer> {
+        let object = path.display().to_string();
+        let malformed = |problem: &str| Error::malformed(&object, problem);
+        let tail_at = len.checked_sub(TAIL_LEN as u64).ok_or_else(|| malformed("it is too short for an image"))?;
+        let mut tail = [0; TAIL_LEN];
+        file.read_exact_at(&mut tail, tail_at).map_err(Error::io("read", path))?;
+        let (at, magic) = tail.split_at(8);
+        if magic != MAGIC {
+            return Err(malformed("it does not end as an image does"));
+        }
+        let at = u64::from_le_bytes([at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]]);
+        // So that a file is never taken for one with more checksums than it has pages.
+        let expected = expected_len(at / PAGE_SIZE);
+        if at % PAGE_SIZE != 0 || at.checked_add(expected) != Some(tail_at) {
+            return Err(malformed(&format!("{at} pages' bytes do not fit its length of {len}")));
+        }
+        let mut bytes = vec![0; expected as usize];
+        file.read_exact_at(&mut bytes, at).map_err(Error::io("read", path))?;
+        let container = Container::parse_named(object.clone(), bytes)?;
+        let (head, sums) = (section(&container, SectionKind::Image)?, section(&container, SectionKind::ImageSums)?);
+        let (Some((snapshot, rest)), (words, [])) = (head.split_first_chunk::<32>(), sums.as_chunks::<4>()) else {
+            return Err(malformed("its sections have wrong lengths"));
+        };
+        let Some((digest, pages)) = rest.split_first_chunk::<32>() else {
+            return Err(malformed("its sections have wrong lengths"));
+        };
+        if pages != (at / PAGE_SIZE).to_le_bytes() || words.len() as u64 != at / PAGE_SIZE {
+            return Err(malformed("it has another number of pages than it says"));
+        }
+        let sums = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        Ok(Trailer { snapshot: SnapshotId(*snapshot), digest: Digest(*digest), sums })
+    }
+
+    /// The checksums, if this is the trailer of the image that is expected.
+    fn into_sums_of(self, path: &Path, id: SnapshotId, digest: Digest) -> Result<Vec<u32>> {
+        // The digest covers the extents, and so the number of pages.
+        if self.snapshot == id && self.digest == digest {
+            return Ok(self.sums);
+        }
+        Err(Error::malformed(&path.display().to_string(), "it holds other pages than its name says"))
+    }
+
+    /// The bytes that follow the pages.
+    fn to_bytes(&self) -> Vec<u8> {
+        let pages = self.sums.len() as u64;
+        let head = [&self.snapshot.0[..], &self.digest.0, &pages.to_le_bytes()].concat();
+        let sums = self.sums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+        let section = |kind, payload| Section { kind, instance: 0, version: VERSION, payload };
+        let mut bytes = write_container(&[section(SectionKind::Image, head), section(SectionKind::ImageSums, sums)]);
+        bytes.extend((pages * PAGE_SIZE).to_le_bytes());
+        bytes.extend(MAGIC);
+        bytes
+    }
+}
+
+/// The length of the container of an image with so many pages.
+fn expected_len(pages: u64) -> u64 {
+    container_len_of([HEAD_LEN as u64, pages.saturating_mul(4)].into_iter())
+}
+
+fn section(container: &Container, kind: SectionKind) -> Result<&[u8]> {
+    let info = container.info(kind, 0)?;
+    if info.version != VERSION {
+        let problem = format!("section {} has version {}, this build reads {VERSION}", kind.number(), info.version);
+        return Err(Error::malformed(container.object(), problem));
+    }
+    container.payload(info)
+}
+
+fn digest_of(snapshot: SnapshotId, spec: &ImageSpec) -> Digest {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&chain.tip().id().0);
+    hasher.update(&snapshot.0);
     for extent in &spec.extents {
         hasher.update(&extent.first.0.to_le_bytes());
         hasher.update(&extent.pages.to_le_bytes());
     }
-    hasher.finalize().to_hex()[..32].to_string()
+    Digest(*hasher.finalize().as_bytes())
+}
+
+fn file_name(digest: Digest) -> String {
+    format!("{}.image", &digest.to_string()[..32])
+}
+
+/// The state of an image file, all of which was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageState {
+    /// Every page has its checksum.
+    Intact { pages: u64 },
+    /// It is of another snapshot, and no restore uses it.
+    OfOther,
+    /// It was made by a tvmm that gave images no checksums. No restore uses it as it is.
+    WithoutChecksums,
+}
+
+/// Reads all of the image file at `path`, which lies beside the snapshot `id`. `specs`: images that it may be, so that an
+/// error can name the page.
+///
+/// # Errors
+/// [`Error::BadImagePage`], [`Error::Image`] for damage; [`Error::Io`].
+pub fn check_image(path: &Path, id: SnapshotId, specs: &[ImageSpec]) -> Result<ImageState> {
+    let is_named = |spec: &&ImageSpec| path.file_name().is_some_and(|name| name == &*file_name(digest_of(id, spec)));
+    let spec = specs.iter().find(is_named);
+    let (file, len) = files::open_regular(path)?;
+    if spec.is_some_and(|spec| spec.file_len() == len) {
+        return Ok(ImageState::WithoutChecksums);
+    }
+    let damaged = |source| Error::Image { path: path.to_path_buf(), source: Box::new(source) };
+    let trailer = Trailer::read(&file, path, len).map_err(damaged)?;
+    if trailer.snapshot != id {
+        return Ok(ImageState::OfOther);
+    }
+    if path.file_name().is_none_or(|name| name != &*file_name(trailer.digest)) {
+        return Err(damaged(Error::malformed(&path.display().to_string(), "it holds other pages than its name says")));
+    }
+    let mut buffer = vec![0; (PIECE_PAGES * PAGE_SIZE) as usize];
+    for (index, sums) in trailer.sums.chunks(PIECE_PAGES as usize).enumerate() {
+        let bytes = &mut buffer[..sums.len() * PAGE_SIZE as usize];
+        let first = index * PIECE_PAGES as usize;
+        file.read_exact_at(bytes, first as u64 * PAGE_SIZE).map_err(Error::io("read", path))?;
+        if let Some(bad) = first_bad(sums, bytes.chunks_exact(PAGE_SIZE as usize)) {
+            let extents = spec.map(|spec| spec.extents.as_slice()).unwrap_or_default();
+            return Err(bad_page(path, first + bad, extents));
+        }
+    }
+    Ok(ImageState::Intact { pages: trailer.sums.len() as u64 })
 }
 
 /// Writes the image beside its name, makes it durable, moves it into place, and brings it into the page cache in large
@@ -79,26 +299,31 @@ fn write(chain: &Chain, spec: &ImageSpec, path: &Path) -> Result<File> {
     // An abandoned one of an earlier process with the same id.
     let _ = fs::remove_file(path);
     let mut file = files::create_new(path)?;
+    let mut layers = chain.layers().iter().map(CheckedReader::new).collect::<Result<Vec<_>>>()?;
     let mut buffer = vec![0; (PIECE_PAGES * PAGE_SIZE) as usize];
+    let id = chain.tip().id();
+    let mut trailer = Trailer { snapshot: id, digest: digest_of(id, spec), sums: Vec::new() };
     for extent in &spec.extents {
         let first = runs.partition_point(|run| run.extent.end() <= extent.first);
         for run in runs[first..].iter().take_while(|run| run.extent.first < extent.end()) {
             let Some(part) = run.extent.intersection(extent) else { continue };
             for piece in part.chunks(PIECE_PAGES) {
                 let bytes = &mut buffer[..piece.bytes() as usize];
-                read(chain, run, piece, bytes)?;
+                read(&mut layers, run, piece, bytes)?;
+                trailer.sums.extend(bytes.chunks_exact(PAGE_SIZE as usize).map(crc32c::crc32c));
                 file.write_all(bytes).map_err(Error::io("write", path))?;
             }
         }
     }
+    file.write_all(&trailer.to_bytes()).map_err(Error::io("write", path))?;
     file.sync_all().map_err(Error::io("sync", path))?;
     Ok(file)
 }
 
-fn read(chain: &Chain, run: &ResolvedRun, piece: super::Extent, bytes: &mut [u8]) -> Result<()> {
+fn read(layers: &mut [CheckedReader], run: &ResolvedRun, piece: Extent, bytes: &mut [u8]) -> Result<()> {
     match run.content {
         Content::Zero => bytes.fill(0),
-        Content::Layer(source) => chain.layers()[source.layer].memory_file().read(piece.first, bytes)?,
+        Content::Layer(source) => layers[source.layer].read(piece, bytes)?,
     }
     Ok(())
 }

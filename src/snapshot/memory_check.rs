@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap};
-use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result};
+use super::merge::nonzero_runs;
+use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
+use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result, Snapshot, files};
 
 /// 2 MiB in pages: what one huge folio holds.
 const HUGE_PAGES: u64 = 512;
@@ -31,6 +33,11 @@ pub struct VerifyReport {
     pub bad_chunks: u64,
     /// The first 1024 damaged chunks, ascending.
     pub bad: Vec<BadChunk>,
+    /// Pages that the layer does not hold and that are not zero in its memory file. A policy that maps the file there
+    /// shows them to the guest.
+    pub stray_pages: u64,
+    /// The first 1024 runs of them, ascending.
+    pub strays: Vec<Extent>,
 }
 
 /// A chunk whose bytes are not those that were written.
@@ -47,17 +54,20 @@ pub struct BadChunk {
 impl VerifyReport {
     /// Whether everything is as it was written.
     pub fn is_good(&self) -> bool {
-        self.bad_chunks == 0
+        self.bad_chunks == 0 && self.stray_pages == 0
     }
 
     /// Makes damage an error.
     ///
     /// # Errors
-    /// [`Error::BadMemory`] with the first damaged chunk; `object` names the snapshot in it.
+    /// [`Error::BadMemory`] with the first damaged chunk, [`Error::StrayPages`] with the first page that should be zero;
+    /// `object` names the snapshot in it.
     pub fn into_result(self, object: &str) -> Result<VerifyReport> {
-        match self.bad.first() {
-            None => Ok(self),
-            Some(bad) => Err(Error::BadMemory { object: object.to_string(), bad: self.bad_chunks, first: bad.extent }),
+        let object = object.to_string();
+        match (self.bad.first(), self.strays.first()) {
+            (None, None) => Ok(self),
+            (Some(bad), _) => Err(Error::BadMemory { object, bad: self.bad_chunks, first: bad.extent }),
+            (None, Some(first)) => Err(Error::StrayPages { object, pages: self.stray_pages, first: *first }),
         }
     }
 }
@@ -104,7 +114,7 @@ impl MemoryFile<'_> {
     /// # Errors
     /// [`Error::OtherMemory`].
     pub(crate) fn check_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<u64> {
-        let (pages, computed) = self.chunk_crc_by(map, chunk, buffer, read)?;
+        let (pages, computed) = self.load_chunk_by(map, chunk, buffer, read)?;
         match map.checksum(chunk) == Some(computed) {
             true => Ok(pages),
             false => Err(Error::OtherMemory { path: self.path.to_path_buf(), extent: held_span(map, chunk) }),
@@ -159,7 +169,7 @@ impl MemoryFile<'_> {
         let mut buffer = vec![0; (CHUNK_PAGES * PAGE_SIZE) as usize];
         let mut unreported = 0;
         for (chunk, stored) in map.checksums() {
-            let (pages, computed) = self.chunk_crc(map, chunk, &mut buffer)?;
+            let (pages, computed) = self.load_chunk(map, chunk, &mut buffer)?;
             report.chunks += 1;
             report.pages += pages;
             if computed != stored {
@@ -177,13 +187,48 @@ impl MemoryFile<'_> {
         Ok(report)
     }
 
-    /// How many pages of a chunk are held, and the checksum of what is there. `buffer` has room for a chunk.
-    fn chunk_crc(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
-        self.chunk_crc_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
+    /// Notes in `report` the pages that are not held and yet have bytes. Holes of the file are skipped, not read.
+    pub(crate) fn find_strays(&self, held: &PageSet, report: &mut VerifyReport) -> Result<()> {
+        let mut buffer = vec![0; (READ_PAGES * PAGE_SIZE) as usize];
+        let rest = self.data_pages()?.difference(held);
+        for part in rest.runs().flat_map(|run| self.layout.split(run)).flat_map(|run| run.chunks(READ_PAGES)) {
+            let bytes = &mut buffer[..part.bytes() as usize];
+            self.read(part.first, bytes)?;
+            for run in nonzero_runs(part.first, bytes) {
+                report.stray_pages += run.pages;
+                if report.strays.len() < MAX_REPORTED {
+                    report.strays.push(run);
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// As [`chunk_crc`](Self::chunk_crc), with the bytes read by `read`, always to the start of `buffer`.
-    fn chunk_crc_by(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<(u64, u32)> {
+    /// The pages that are not in a hole of the file.
+    fn data_pages(&self) -> Result<PageSet> {
+        let mut pages = PageSet::new();
+        for range in self.layout.ranges() {
+            let (start, end) = (range.file_offset, range.file_offset + range.len);
+            let mut at = start;
+            while let Some(data) =
+                files::data_in(self.file, at..end).map_err(Error::io("look for holes in", self.path))?
+            {
+                let (first, last) = ((data.start - start) / PAGE_SIZE, (data.end - start).div_ceil(PAGE_SIZE));
+                pages.insert_run(Extent { first: Gfn(range.gpa / PAGE_SIZE + first), pages: last - first });
+                at = data.end;
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many they
+    /// are, and the checksum of what is there.
+    fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
+        self.load_chunk_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
+    }
+
+    /// As [`load_chunk`](Self::load_chunk), with the bytes read by `read`, whole pages at multiples of pages in `buffer`.
+    fn load_chunk_by(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<(u64, u32)> {
         let (mut pages, mut crc) = (0, 0);
         for part in self.layout.split(chunk_extent(chunk)) {
             let runs: Vec<Extent> = map.held().runs_in(part).collect();
@@ -193,17 +238,60 @@ impl MemoryFile<'_> {
             if 2 * held >= CHUNK_PAGES {
                 span = part;
             }
-            let start = span.first;
-            let bytes = &mut buffer[..span.bytes() as usize];
-            self.read_by(start, bytes, read)?;
+            self.read_by(span.first, &mut buffer[place_in(chunk, span)], read)?;
             for run in &runs {
-                let at = ((run.first.0 - start.0) * PAGE_SIZE) as usize;
-                crc = crc32c::crc32c_append(crc, &bytes[at..at + run.bytes() as usize]);
+                crc = crc32c::crc32c_append(crc, &buffer[place_in(chunk, *run)]);
             }
             pages += held;
         }
         Ok((pages, crc))
     }
+}
+
+/// Reads held pages of a layer. Each chunk is compared with its checksum before any of it is handed out.
+pub(crate) struct CheckedReader<'a> {
+    layer: &'a Snapshot,
+    map: &'a PageMap,
+    buffer: Vec<u8>,
+    /// The chunk that `buffer` has.
+    loaded: Option<u64>,
+}
+
+impl<'a> CheckedReader<'a> {
+    pub(crate) fn new(layer: &'a Snapshot) -> Result<Self> {
+        let buffer = vec![0; (CHUNK_PAGES * PAGE_SIZE) as usize];
+        Ok(CheckedReader { layer, map: layer.page_map()?, buffer, loaded: None })
+    }
+
+    /// Fills `bytes` with the pages of `extent`, which the layer holds.
+    ///
+    /// # Errors
+    /// [`Error::BadMemory`] for a chunk that is not what was written.
+    pub(crate) fn read(&mut self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
+        let mut rest = bytes;
+        for part in extent.chunks(CHUNK_PAGES) {
+            let chunk = chunk_of(part.first);
+            if self.loaded != Some(chunk) {
+                self.loaded = None;
+                let (_, computed) = self.layer.memory_file().load_chunk(self.map, chunk, &mut self.buffer)?;
+                if self.map.checksum(chunk) != Some(computed) {
+                    let (object, first) = (self.layer.object().to_string(), held_span(self.map, chunk));
+                    return Err(Error::BadMemory { object, bad: 1, first });
+                }
+                self.loaded = Some(chunk);
+            }
+            let (to, behind) = rest.split_at_mut(part.bytes() as usize);
+            to.copy_from_slice(&self.buffer[place_in(chunk, part)]);
+            rest = behind;
+        }
+        Ok(())
+    }
+}
+
+/// The place of a chunk's pages in a buffer with room for a chunk.
+fn place_in(chunk: u64, part: Extent) -> Range<usize> {
+    let at = (part.first.0 - chunk * CHUNK_PAGES) * PAGE_SIZE;
+    at as usize..(at + part.bytes()) as usize
 }
 
 fn join(run: Extent, next: Extent) -> Extent {

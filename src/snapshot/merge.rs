@@ -106,7 +106,7 @@ fn for_each_nonzero(
 }
 
 /// The runs of pages that have a byte other than zero.
-fn nonzero_runs(first: Gfn, bytes: &[u8]) -> Vec<Extent> {
+pub(super) fn nonzero_runs(first: Gfn, bytes: &[u8]) -> Vec<Extent> {
     let mut runs: Vec<Extent> = Vec::new();
     for (page, gfn) in bytes.chunks(PAGE_SIZE as usize).zip(first.0..) {
         if is_zero(page) {

@@ -31,7 +31,7 @@ pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
 pub use files::{read_limited, replace_file};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};
-pub use image::{derived_dir, open_image};
+pub use image::{Image, ImageOrigin, ImageState, check_image, derived_dir};
 pub use manifest::{
     Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
 };

@@ -277,8 +277,8 @@ impl Snapshot {
         Ok(map)
     }
 
-    /// Verifies what `open` did not: the page map, and every held page against its checksum. `progress` gets bytes
-    /// done and bytes to do.
+    /// Verifies what `open` did not: the page map, every held page against its checksum, and that the memory file has
+    /// nothing where no page is held. `progress` gets bytes done and bytes to do.
     ///
     /// # Errors
     /// As for [`Snapshot::page_map`]. Damaged memory is no error here but part of the report.
@@ -297,7 +297,9 @@ impl Snapshot {
     }
 
     pub(crate) fn verify_with(&self, progress: &mut Progress<'_>) -> Result<VerifyReport> {
-        self.memory_file().verify(self.page_map()?, progress)
+        let mut report = self.memory_file().verify(self.page_map()?, progress)?;
+        self.memory_file().find_strays(self.page_map()?.held(), &mut report)?;
+        Ok(report)
     }
 
     pub(crate) fn memory_file(&self) -> MemoryFile<'_> {

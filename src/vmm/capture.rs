@@ -4,7 +4,7 @@
 //! the pages that can be anything but zero, written straight from guest memory. Everything slow (checksummed page map,
 //! fsync, reading back, rename) is [`Captured::seal`], which needs no machine and runs after the guest may go on.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::devices::WritableDrive;
 use super::error::Error;
@@ -45,6 +45,9 @@ impl Captured {
     }
 }
 
+/// A capture waits so long for the comparison of images with their checksums.
+const COMPARED_TIMEOUT: Duration = Duration::from_secs(5);
+
 impl Machine<Paused> {
     /// Writes the machine's memory to `target` and reads its state. Afterwards the machine may run on; call
     /// [`seal_finished`](Self::seal_finished) with the outcome of [`Captured::seal`].
@@ -60,6 +63,8 @@ impl Machine<Paused> {
             self.core.ending.end(Ending::MemoryLost(why.clone()));
             return Err(Error::Lost(why));
         }
+        // Damage must not get a fresh checksum.
+        self.core.services.wait_until_compared(Instant::now() + COMPARED_TIMEOUT)?;
         let parent = match kind {
             SnapshotKind::Full => None,
             SnapshotKind::Diff => Some(self.core.diff_parent()?),

@@ -165,6 +165,15 @@ impl Controller {
         }
     }
 
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    pub fn is_comparing(&self) -> bool {
+        match &self.phase {
+            Phase::NotStarted => false,
+            Phase::Running(machine) => machine.is_comparing(),
+            Phase::Paused(machine) => machine.is_comparing(),
+        }
+    }
+
     /// The pages the guest has written since it was restored with dirty tracking.
     pub fn dirty_pages(&self) -> Result<PageSet, Error> {
         match &self.phase {

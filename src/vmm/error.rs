@@ -125,6 +125,8 @@ pub enum Error {
     Diff(String),
     #[error("The run cannot be recorded: {0}")]
     Record(String),
+    #[error("Cannot take a snapshot: memory that the guest reads from an image {0}")]
+    Uncompared(&'static str),
     #[error("Another snapshot of this VM is still being sealed")]
     SnapshotInProgress,
     #[error(

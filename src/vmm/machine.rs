@@ -395,6 +395,11 @@ impl<S> Machine<S> {
         self.core.services.fault_counts()
     }
 
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    pub fn is_comparing(&self) -> bool {
+        self.core.services.is_comparing()
+    }
+
     /// What the cold pool was asked for, if there is one.
     pub fn cold_counts(&self) -> Option<ColdCounts> {
         self.core.services.cold_counts()

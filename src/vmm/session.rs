@@ -89,9 +89,14 @@ struct Session {
     listening: Option<Listening>,
     /// What only starting took has been let go.
     is_slim: bool,
+    /// The scripted request was answered.
+    is_answered: bool,
     outcome: Option<Outcome>,
     failure: Option<Error>,
 }
+
+/// How often a session looks whether the memory that an answer may rest on was compared with its checksums.
+const COMPARED_POLL: Duration = Duration::from_millis(1);
 
 /// Runs a VM until it ends. Returns how, and the controller with whatever is left of the machine.
 pub fn run(
@@ -120,25 +125,29 @@ pub fn run(
         machine_watched: false,
         listening: None,
         is_slim: false,
+        is_answered: false,
         outcome: None,
         failure: None,
     };
     let mut manager = EventManager::<Session>::new().map_err(|error| event_error(&error))?;
     let id = manager.add_subscriber(session);
     loop {
-        let settles = {
+        let (settles, awaits_comparison) = {
             let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
             if let Some(failure) = session.failure.take() {
                 return Err(failure);
             }
+            session.conclude();
             let over = session.outcome.is_some() && !session.controller.is_sealing();
             if over {
                 break;
             }
-            session.machine_watched && !session.is_slim
+            let awaits_comparison = session.is_answered && session.outcome.is_none();
+            (session.machine_watched && !session.is_slim && !awaits_comparison, awaits_comparison)
         };
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let wait = if settles { Some(left.map_or(SETTLED, |left| left.min(SETTLED))) } else { left };
+        let wait = if awaits_comparison { Some(COMPARED_POLL) } else { wait };
         // Rounded up, so that the last wait does not spin.
         let wait = wait.map_or(-1, |wait| wait.as_millis() as i32 + 1);
         let events = manager.run_with_timeout(wait).map_err(|error| event_error(&error))?;
@@ -218,6 +227,19 @@ impl Session {
         self.feed(ops)
     }
 
+    /// Ends the session once the request is answered and the memory that the answer may rest on was compared with its
+    /// checksums. If that found damage, the answer does not count.
+    fn conclude(&mut self) {
+        if !self.is_answered || self.outcome.is_some() || self.controller.is_comparing() {
+            return;
+        }
+        let ending = self.controller.machine_parts().and_then(|parts| parts.ending.take());
+        self.outcome = Some(match ending {
+            Some(ending @ Ending::Failed(_)) => Outcome::Guest(ending),
+            _ => Outcome::Answered,
+        });
+    }
+
     fn handle(&mut self, token: u32, ops: &mut EventOps) -> Result<(), Error> {
         match token {
             STDIN => self.read_stdin(ops),
@@ -233,8 +255,12 @@ impl Session {
                 Ok(())
             }
             ANSWER => {
-                let failure = self.around.answer.as_ref().and_then(|answer| answer.failure());
-                self.outcome.get_or_insert(failure.map_or(Outcome::Answered, Outcome::NoAnswer));
+                match self.around.answer.as_ref().and_then(|answer| answer.failure()) {
+                    Some(why) => {
+                        self.outcome.get_or_insert(Outcome::NoAnswer(why));
+                    }
+                    None => self.is_answered = true,
+                }
                 self.around.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();
                 Ok(())
             }

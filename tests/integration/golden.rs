@@ -5,8 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use tvmm::snapshot::{
+    Chain, Content, Extent, Gfn, Image, ImageOrigin, ImageSpec, ImageState, Location, PAGE_SIZE, check_image,
+};
 
-use crate::support::artefact::inspect;
+use crate::support::artefact::{NoCache, inspect};
 use crate::support::{Vm, config, run, run_ok, scratch, text};
 
 fn golden() -> PathBuf {
@@ -108,6 +111,71 @@ fn snapshots_of_format_1_restore_where_the_host_allows() {
         let stdout = String::from_utf8(output.stdout).unwrap();
         assert!(stdout.contains(&format!("ok run {digest} ")), "{name} {policy}: {stdout}");
     }
+}
+
+/// The image that a golden one is of: the last held pages, a zero page, the first held page.
+fn golden_spec(chain: &Chain) -> ImageSpec {
+    let runs = chain.resolve().unwrap();
+    let is_held = |run: &&tvmm::snapshot::ResolvedRun| run.content != Content::Zero;
+    let held: Vec<Extent> = runs.iter().filter(is_held).map(|run| run.extent).collect();
+    let zero = runs.iter().find(|run| run.content == Content::Zero).unwrap().extent;
+    let last = held[held.len() - 1];
+    let pages = last.pages.min(2);
+    let last = Extent { first: Gfn(last.end().0 - pages), pages };
+    let one = |extent: Extent| Extent { first: extent.first, pages: 1 };
+    ImageSpec { extents: vec![last, one(zero), one(held[0])] }
+}
+
+/// The pages of an image, read where the snapshot has them.
+fn golden_pages(chain: &Chain, spec: &ImageSpec) -> Vec<u8> {
+    let mut bytes = vec![0; spec.file_len() as usize];
+    let mut rest = bytes.as_mut_slice();
+    for extent in &spec.extents {
+        let (to, behind) = rest.split_at_mut(extent.bytes() as usize);
+        chain.tip().memory().read_exact_at(to, chain.layout().file_offset(extent.first).unwrap()).unwrap();
+        rest = behind;
+    }
+    bytes
+}
+
+#[test]
+fn images_are_read_as_they_were_written_and_those_without_checksums_are_made_again() {
+    let dir = scratch();
+    expand_all("v1", dir.path());
+    let full = dir.path().join("full");
+    let chain = Chain::open(&Location::Dir(full.clone())).unwrap();
+    let (spec, plans) = (golden_spec(&chain), full.join("plan"));
+    let pages = golden_pages(&chain, &spec);
+    fs::create_dir(&plans).unwrap();
+    let entry = fs::read_dir(golden().join("image2")).unwrap().next().unwrap().unwrap();
+    let path = plans.join(entry.file_name());
+    fs::copy(entry.path(), &path).unwrap();
+    let (image, origin) = Image::open(&chain, &spec, &NoCache).unwrap();
+    assert_eq!((origin, image.path()), (ImageOrigin::Found, path.as_path()));
+    image.verify(0, &[&pages]).unwrap();
+    let intact = ImageState::Intact { pages: pages.len() as u64 / PAGE_SIZE };
+    assert_eq!(check_image(&path, chain.tip().id(), &[]).unwrap(), intact);
+    // The form before: pages alone, here wrong ones.
+    fs::write(&path, vec![7; pages.len()]).unwrap();
+    let specs = std::slice::from_ref(&spec);
+    assert_eq!(check_image(&path, chain.tip().id(), specs).unwrap(), ImageState::WithoutChecksums);
+    let (image, origin) = Image::open(&chain, &spec, &NoCache).unwrap();
+    assert_eq!(origin, ImageOrigin::MadeAgain);
+    image.verify(0, &[&pages]).unwrap();
+    assert!(fs::read(&path).unwrap().starts_with(&pages));
+}
+
+/// How `image2` was made. Refuses to touch what exists.
+#[test]
+#[ignore = "makes a new golden image: set TVMM_GOLDEN to its folder"]
+fn make_golden_image() {
+    let target = golden().join(std::env::var("TVMM_GOLDEN").expect("TVMM_GOLDEN is the name of the new artefact"));
+    fs::create_dir(&target).expect("the artefact is new");
+    let dir = scratch();
+    expand_all("v1", dir.path());
+    let chain = Chain::open(&Location::Dir(dir.path().join("full"))).unwrap();
+    let (image, _) = Image::open(&chain, &golden_spec(&chain), &NoCache).unwrap();
+    fs::copy(image.path(), target.join(image.path().file_name().unwrap())).unwrap();
 }
 
 #[test]

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 use tvmm::snapshot::{
-    Container, Gfn, HostFacts, LoadHuge, Location, PAGE_SIZE, SealInput, Section, SectionKind, Snapshot, SnapshotKind,
+    Container, Gfn, HostFacts, Location, PAGE_SIZE, SealInput, Section, SectionKind, Snapshot, SnapshotKind,
     SnapshotWriter,
 };
 
+use crate::support::artefact::NoCache;
 use crate::support::{Vm, config, run, run_err, run_ok, scratch, text};
 
 const HEADER: usize = 64;
@@ -122,15 +123,6 @@ impl ParseNumber for str {
     fn parse_number(&self) -> u64 {
         let hexadecimal = self.strip_prefix("0x").map(|digits| u64::from_str_radix(digits, 16).unwrap());
         hexadecimal.unwrap_or_else(|| self.parse().unwrap())
-    }
-}
-
-/// Leaves the page cache as it is.
-struct NoCache;
-
-impl LoadHuge for NoCache {
-    fn load_huge(&self, _: &fs::File, _: u64, _: u64) -> std::io::Result<()> {
-        Ok(())
     }
 }
 

@@ -22,6 +22,8 @@ mod guest_elf;
 mod hanging;
 mod host;
 mod hostile_snapshot;
+mod images;
+mod inspect;
 mod large;
 mod linux;
 mod linux_block;

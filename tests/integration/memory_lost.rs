@@ -28,7 +28,7 @@ fn cut(path: &Path) {
 fn ends_with(vm: &mut Vm, path: &Path) -> String {
     let (status, stderr) = vm.wait();
     assert_eq!(status.code(), Some(3), "{stderr}");
-    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    let stderr = stderr.lines().last().unwrap_or_default().to_string();
     for part in ["tvmm: The guest cannot go on: Cannot read guest memory at guest-physical 0x", text(path), "offset 0x"]
     {
         assert!(stderr.contains(part), "{stderr}");
@@ -47,7 +47,7 @@ fn memory_file_that_is_cut_under_a_guest_ends_the_vm_with_page_file_and_offset()
         let mut vm = Vm::restore_with(&dir.path().join("full"), policy, &args);
         vm.call("hello");
         cut(&memory);
-        vm.begin("check");
+        vm.send_if_alive(b"run last check\n");
         let said = ends_with(&mut vm, &memory);
         assert!(said.contains("was cut"), "{policy}: {said}");
         let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
@@ -64,7 +64,7 @@ fn disk_that_fails_under_a_guest_ends_the_vm_with_page_file_and_offset() {
         let mut vm = Vm::restore_with(&dir.path().join("full"), policy, &["--verify", "sample"]);
         vm.call("hello");
         disk.fail();
-        vm.begin("check");
+        vm.send_if_alive(b"run last check\n");
         let said = ends_with(&mut vm, &memory);
         assert!(said.contains("error") && !said.contains("was cut"), "{policy}: {said}");
     }
@@ -79,8 +79,10 @@ fn disk_that_fails_before_the_guest_runs_refuses_the_restore() {
         disk.fail();
         let output = run(&["restore", "--snapshot", text(&dir.path().join("full")), "--policy", policy]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{policy}: {said}");
-        assert!(said.contains(text(&memory)) && said.contains("Input/output error"), "{policy}: {said}");
+        // 3, if a page that the restore itself touches is the first.
+        assert!(matches!(output.status.code(), Some(1 | 3)), "{policy}: {said}");
+        let is_told = said.contains("Input/output error") || said.contains("EIO");
+        assert!(said.contains(text(&memory)) && is_told, "{policy}: {said}");
     }
 }
 
@@ -94,6 +96,7 @@ fn device_that_touches_lost_memory_ends_the_vm() {
     vm.call("fill pages=1000 seed=2");
     vm.snapshot(&dir.path().join("full"), &[]);
     drop(vm);
+    std::fs::remove_file(&socket).unwrap();
     let memory = dir.path().join("full/memory");
     let mut vm = Vm::restore_with(&dir.path().join("full"), "firecracker", &[]);
     vm.call("hello");
@@ -128,7 +131,7 @@ fn pool_that_is_cut_under_a_guest_ends_the_vm() {
     let mut vm = pool.restore(&out, "trenv", &[]);
     vm.call("hello");
     cut(&pool.file());
-    vm.begin("check");
+    vm.send_if_alive(b"run last check\n");
     ends_with(&mut vm, pool.dir.path());
 }
 
@@ -142,6 +145,6 @@ fn pmem_image_that_is_cut_under_a_guest_ends_the_vm() {
     let mut vm = Vm::boot(&config);
     vm.call("hello");
     cut(&image);
-    vm.begin("pmem");
+    vm.send_if_alive(b"run last pmem\n");
     ends_with(&mut vm, &image);
 }

@@ -13,19 +13,7 @@ use tvmm::tiering::plan_file::PlanFile;
 use tvmm::tiering::policy::{Budget, PolicyInput};
 use tvmm::tiering::profile::Profile;
 
-use crate::support::{Vm, config, finish, rounds, run_err, run_ok, scratch, text, tvmm};
-
-/// xorshift64*: the same plans in every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
-    }
-}
+use crate::support::{Random, Vm, config, finish, rounds, run_err, run_ok, scratch, text, tvmm};
 
 /// A plan with random cuts, placements, fills, an image in random order, and background work.
 fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {

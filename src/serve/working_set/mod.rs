@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(super) use self::profile::{Record, record_invocation};
 use super::fault::Fault;
 use super::snapshots::{CacheState, derived};
-use crate::snapshot::{Chain, ImageSpec, Location, ResolvedRun, open_image};
+use crate::snapshot::{Chain, Image, ImageSpec, Location, ResolvedRun};
 use crate::tiering::costs::Costs;
 use crate::tiering::policy::{Budget, Policy, PolicyInput};
 use crate::tiering::profile::{Order, Profile, RecorderKind};
@@ -224,7 +224,7 @@ impl Ground {
     /// Makes the working-set files that a policy would use with this profile, if they are not there, and opens them.
     fn make_images(&self, policy: Policy, profile: &Profile) -> Result<Vec<PathBuf>, Fault> {
         let specs = self.images(policy, profile)?;
-        let open = |spec| open_image(&self.chain, spec, &PageCache).map(|(_, path)| path);
+        let open = |spec| Image::open(&self.chain, spec, &PageCache).map(|(image, _)| image.path().to_path_buf());
         specs.iter().map(open).collect::<Result<_, _>>().map_err(|error| Fault::of(&error))
     }
 }

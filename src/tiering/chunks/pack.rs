@@ -81,14 +81,8 @@ pub fn pack(
 }
 
 fn verify(layer: &crate::snapshot::Snapshot) -> Result<(), ChunkError> {
-    let report = layer.verify(&mut |_, _| {})?;
-    let Some(first) = report.bad.first() else { return Ok(()) };
-    let source = crate::snapshot::Error::BadMemory {
-        object: layer.object().to_string(),
-        bad: report.bad_chunks,
-        first: first.extent,
-    };
-    Err(ChunkError::Damaged { source: Box::new(source) })
+    let verified = layer.verify(&mut |_, _| {})?.into_result(layer.object());
+    verified.map(drop).map_err(|source| ChunkError::Damaged { source: Box::new(source) })
 }
 
 struct Packer<'a> {

@@ -4,11 +4,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::files::Files;
 use super::lazy::{FaultCounters, LazyExtent, ended, fetch, unavailable};
-use crate::snapshot::{BackgroundAction, Extent, PAGE_SIZE, RestorePlan};
+use crate::snapshot::{
+    Background, BackgroundAction, Extent, PAGE_SIZE, PageSet, Placement, PlannedExtent, RestorePlan,
+};
 use crate::tiering::chunks::{ColdReader, Flow};
 use crate::vmm::error::Error;
 use crate::vmm::memory::GuestRam;
@@ -47,6 +49,8 @@ const PIECE: u64 = 1 << 20;
 /// The running thread. Stops when dropped.
 pub struct BackgroundWork {
     stop: Arc<AtomicBool>,
+    /// Everything that is mapped from images was compared with its checksums.
+    compared: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -59,12 +63,17 @@ impl BackgroundWork {
         lazy: Option<Installer>,
         (ending, activity): (Arc<EndingSignal>, Activity),
     ) -> Result<Option<Self>, Error> {
-        if plan.background.is_empty() {
+        let wanted: Vec<Background> = plan.background.iter().copied().chain(unread(plan, files)).collect();
+        if wanted.is_empty() {
             return Ok(None);
         }
-        let mut steps = steps(plan, ram, files)?;
+        let mut steps = steps(plan, &wanted, ram, files)?;
         let far: Vec<Step> = steps.extract_if(.., |step| step.is_far).collect();
+        let compares = |step: &Step| step.lazy.source.is_some_and(|source| files.image(source.layer).is_some());
+        let last_compared = steps.iter().rposition(compares);
         let stop = Arc::new(AtomicBool::new(false));
+        let compared = Arc::new(AtomicBool::new(last_compared.is_none()));
+        let is_compared = compared.clone();
         let (stopped, mut files, released) = (stop.clone(), files.clone(), ram.released().clone());
         let work = move || {
             if let (Some(reader), Some((uffd, counters))) = (files.cold_reader(), &lazy) {
@@ -74,7 +83,7 @@ impl BackgroundWork {
                     return;
                 }
             }
-            for step in steps {
+            for (index, step) in steps.into_iter().enumerate() {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
@@ -85,11 +94,35 @@ impl BackgroundWork {
                     ending.end(lost.unwrap_or_else(|| unavailable("bring in", &from, part.first, &error)));
                     return;
                 }
+                if last_compared == Some(index) {
+                    is_compared.store(true, Ordering::Release);
+                }
             }
         };
         let thread = std::thread::Builder::new().name("background".into()).spawn(work);
         let thread = thread.map_err(Error::os("start the background thread"))?;
-        Ok(Some(BackgroundWork { stop, thread: Some(thread) }))
+        Ok(Some(BackgroundWork { stop, compared, thread: Some(thread) }))
+    }
+
+    /// Whether pages that are mapped from images are still to be compared with their checksums.
+    pub fn is_comparing(&self) -> bool {
+        let is_over = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        !is_over && !self.compared.load(Ordering::Acquire)
+    }
+
+    /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may be
+    /// damaged.
+    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
+        while self.is_comparing() {
+            if Instant::now() >= deadline {
+                return Err(Error::Uncompared("is still being compared with its checksums; try again"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        match self.compared.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err(Error::Uncompared("does not match its checksums, or could not be read")),
+        }
     }
 
     /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
@@ -109,10 +142,29 @@ impl Drop for BackgroundWork {
     }
 }
 
-/// Resolves the plan's steps to files and addresses, cut into pieces.
-fn steps(plan: &RestorePlan, ram: &GuestRam, files: &Files) -> Result<Vec<Step>, Error> {
+/// The pages that are mapped from images and that no step of the plan reads: they are read too, because reading an image
+/// compares its pages with their checksums.
+fn unread(plan: &RestorePlan, files: &Files) -> Vec<Background> {
+    if plan.images.is_empty() {
+        return Vec::new();
+    }
+    let is_read = |step: &&Background| step.action == BackgroundAction::ReadAhead;
+    let read: PageSet = plan.background.iter().filter(is_read).map(|step| step.extent).collect();
+    let is_mapped = |planned: &&PlannedExtent| {
+        matches!(planned.placement, Placement::CowFile | Placement::InPlace)
+            && planned.source.is_some_and(|source| files.image(source.layer).is_some())
+    };
+    let mapped: Vec<Extent> = plan.extents.iter().filter(is_mapped).map(|planned| planned.extent).collect();
+    let left = mapped.iter().copied().collect::<PageSet>().difference(&read);
+    // Each within one extent of the plan.
+    let parts = mapped.iter().flat_map(|extent| left.runs_in(*extent));
+    parts.map(|extent| Background { action: BackgroundAction::ReadAhead, extent }).collect()
+}
+
+/// Resolves steps to files and addresses, cut into pieces.
+fn steps(plan: &RestorePlan, wanted: &[Background], ram: &GuestRam, files: &Files) -> Result<Vec<Step>, Error> {
     let mut steps: Vec<Step> = Vec::new();
-    for background in &plan.background {
+    for background in wanted {
         let at = plan.extents.partition_point(|planned| planned.extent.end() <= background.extent.first);
         // `validate` has made sure that the step lies within one extent that has a source.
         let Some(planned) = plan.extents.get(at).filter(|planned| planned.source.is_some()) else { continue };

@@ -337,6 +337,10 @@ impl Engine<'_> {
                 None => ram.populator(planned.extent)?.populate_write(),
             }
             .map_err(failed)?;
+            if let Some(source) = planned.source.filter(|source| self.files.image(source.layer).is_some()) {
+                // SAFETY: the machine does not exist yet; nothing else refers to this memory.
+                self.files.verify_image(source, &[unsafe { ram.bytes(planned.extent) }?])?;
+            }
             self.report.bytes_preloaded += planned.extent.bytes();
         }
         Ok(())
@@ -369,8 +373,10 @@ impl Engine<'_> {
             let buffer = self.read_direct(index, len)?;
             let bytes = buffer.bytes();
             for planned in wanted {
-                let start = planned.source.map_or(0, |source| source.offset) as usize;
-                let bytes = &bytes[start..start + planned.extent.bytes() as usize];
+                let source = PageSource { layer: index, offset: planned.source.map_or(0, |source| source.offset) };
+                let bytes = &bytes[source.offset as usize..][..planned.extent.bytes() as usize];
+                // Here and not all at once: the bytes are in the CPU's cache when they are copied.
+                self.files.verify_image(source, &[bytes])?;
                 self.install_extent(ram, uffd, planned.extent, bytes)?;
             }
         }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::snapshot::{Chain, PAGE_SIZE, PageSource, RestorePlan, Snapshot, open_image};
+use crate::snapshot::{Chain, Image, ImageOrigin, ImageSpec, PAGE_SIZE, PageSource, RestorePlan, Snapshot};
 use crate::tiering::chunks::{ColdPool, ColdReader};
 use crate::tiering::fault::PageReader;
 use crate::tiering::tier::{Mappable, Tier};
@@ -20,7 +20,7 @@ use crate::vmm::sys::page_cache::PageCache;
 pub struct Files {
     chain: Arc<Chain>,
     tiers: Vec<Arc<dyn Tier>>,
-    images: Vec<Arc<(File, PathBuf)>>,
+    images: Vec<Arc<Image>>,
     /// Has the bytes of the layers' memory files, which are not there then.
     cold: Option<ColdReader>,
 }
@@ -40,8 +40,7 @@ pub struct Mapped<'a> {
 impl Files {
     /// Opens what `plan` needs; images that were never made are made now.
     pub fn open(chain: Arc<Chain>, tiers: Vec<Arc<dyn Tier>>, plan: &RestorePlan) -> Result<Self, Error> {
-        let open = |spec| Ok::<_, Error>(Arc::new(open_image(&chain, spec, &PageCache)?));
-        let images = plan.images.iter().map(open).collect::<Result<_, _>>()?;
+        let images = plan.images.iter().map(|spec| open_image(&chain, spec)).collect::<Result<_, _>>()?;
         Ok(Files { chain, tiers, images, cold: None })
     }
 
@@ -92,6 +91,18 @@ impl Files {
         self.tiers.get(index.checked_sub(self.chain.layers().len())?)
     }
 
+    /// The image of this index, if it is one.
+    pub fn image(&self, index: usize) -> Option<&Image> {
+        self.images.get(index.checked_sub(self.first_image())?).map(AsRef::as_ref)
+    }
+
+    /// Compares pages that came from `source` on with their checksums, if the source is an image. Other sources are
+    /// compared elsewhere.
+    pub fn verify_image(&self, source: PageSource, parts: &[&[u8]]) -> Result<(), Error> {
+        let Some(image) = self.image(source.layer) else { return Ok(()) };
+        Ok(image.verify(source.offset, parts)?)
+    }
+
     /// The file of a source that is one, and its path.
     fn get(&self, index: usize) -> Option<(&File, &Path)> {
         // What stands in for a memory file that is elsewhere is never read.
@@ -100,7 +111,7 @@ impl Files {
         }
         match self.chain.layers().get(index) {
             Some(layer) => Some((layer.memory(), layer.memory_path())),
-            None => self.images.get(index.checked_sub(self.first_image())?).map(|image| (&image.0, image.1.as_path())),
+            None => self.image(index).map(|image| (image.file(), image.path())),
         }
     }
 
@@ -136,7 +147,7 @@ impl Files {
         let path = |layer: &Snapshot| cold.clone().unwrap_or_else(|| layer.memory_path().to_owned());
         let layers = self.chain.layers().iter().map(path);
         let tiers = self.tiers.iter().map(|tier| tier.path().to_owned());
-        layers.chain(tiers).chain(self.images.iter().map(|image| image.1.clone())).collect()
+        layers.chain(tiers).chain(self.images.iter().map(|image| image.path().to_owned())).collect()
     }
 
     /// Reads `bytes` from `source` on.
@@ -148,11 +159,12 @@ impl Files {
             return read(tier.path(), tier.read(source.offset, bytes));
         }
         let (file, path) = self.require(source.layer)?;
-        read(path, file.read_exact_at(bytes, source.offset))
+        read(path, file.read_exact_at(bytes, source.offset))?;
+        self.verify_image(source, &[bytes])
     }
 
     /// Reads `bytes` (whole pages) from `source` on past the page cache. File systems that cannot do that are read through
-    /// it; returns whether it was past it.
+    /// it; returns whether it was past it. Pages of an image are not compared with their checksums here.
     pub fn read_direct(&self, source: PageSource, bytes: &mut [u8]) -> Result<bool, Error> {
         if self.tier(source.layer).is_some() {
             return self.read(source, bytes).map(|()| false);
@@ -174,6 +186,15 @@ impl Files {
     pub fn require(&self, index: usize) -> Result<(&File, &Path), Error> {
         self.get(index).ok_or_else(no_such_source)
     }
+}
+
+fn open_image(chain: &Chain, spec: &ImageSpec) -> Result<Arc<Image>, Error> {
+    let (image, origin) = Image::open(chain, spec, &PageCache)?;
+    if origin == ImageOrigin::MadeAgain {
+        let path = image.path().display();
+        tracing::warn!(%path, "An image without checksums, of an older tvmm, was made again from verified memory");
+    }
+    Ok(Arc::new(image))
 }
 
 /// A local file or pool whose bytes cannot be had.
@@ -200,6 +221,8 @@ impl PageReader for Files {
                 (path, file.read_exact_at(bytes, source.offset))
             }
         };
-        result.map_err(|cause| io::Error::other(Unreadable { path: path.to_owned(), cause }))
+        result.map_err(|cause| io::Error::other(Unreadable { path: path.to_owned(), cause }))?;
+        let damaged = |error: Error| io::Error::new(io::ErrorKind::InvalidData, error);
+        self.verify_image(source, &[bytes]).map_err(damaged)
     }
 }

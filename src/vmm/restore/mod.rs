@@ -110,6 +110,16 @@ impl MemoryServices {
         self.counters.counts()
     }
 
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    pub fn is_comparing(&self) -> bool {
+        self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
+    }
+
+    /// See [`BackgroundWork::wait_until_compared`].
+    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
+        self.background.as_ref().map_or(Ok(()), |background| background.wait_until_compared(deadline))
+    }
+
     pub fn cold_counts(&self) -> Option<ColdCounts> {
         self.cold.as_ref().map(|cold| cold.0.counts())
     }

@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::files::Files;
-use crate::snapshot::PageSource;
+use crate::snapshot::{PAGE_SIZE, PageSource};
 use crate::tiering::chunks;
 use crate::tiering::tier::Tier;
 use crate::vmm::error::Error;
@@ -55,7 +55,13 @@ struct Batch<'m> {
     /// All its parts are small; else none is.
     small: bool,
     parts: Vec<&'m mut [u8]>,
-    bytes: usize,
+    len: usize,
+}
+
+impl Batch<'_> {
+    fn bytes(&self) -> Vec<&[u8]> {
+        self.parts.iter().map(|part| &**part).collect()
+    }
 }
 
 /// Fills all of `wanted`; `direct`: past the page cache, where the file system can.
@@ -75,7 +81,11 @@ fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fil
     let total: usize = wanted.iter().map(|wanted| wanted.bytes.len()).sum();
     let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = (total / BYTES_PER_THREAD).clamp(1, cpus.min(THREADS));
-    let piece = if direct { total.div_ceil(threads).clamp(BYTES_PER_THREAD, DIRECT_PIECE) } else { CACHED_PIECE };
+    let piece = if direct {
+        total.div_ceil(threads).next_multiple_of(PAGE_SIZE as usize).clamp(BYTES_PER_THREAD, DIRECT_PIECE)
+    } else {
+        CACHED_PIECE
+    };
     let batches = batches(wanted, piece);
     let threads = threads.min(batches.len().max(1));
     let work = Work {
@@ -108,20 +118,20 @@ fn batches(mut wanted: Vec<Wanted<'_>>, piece: usize) -> Vec<Batch<'_>> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let open = out.last_mut().filter(|last| {
-                let follows = last.source.offset + last.bytes as u64 == source.offset;
+                let follows = last.source.offset + last.len as u64 == source.offset;
                 let alike = last.source.layer == source.layer && last.small == small;
-                alike && follows && last.parts.len() < PARTS && last.bytes < piece
+                alike && follows && last.parts.len() < PARTS && last.len < piece
             });
-            let room = open.as_ref().map_or(piece, |last| piece - last.bytes);
+            let room = open.as_ref().map_or(piece, |last| piece - last.len);
             let (part, behind) = rest.split_at_mut(rest.len().min(room));
             rest = behind;
             let next = PageSource { offset: source.offset + part.len() as u64, ..source };
             match open {
                 Some(last) => {
-                    last.bytes += part.len();
+                    last.len += part.len();
                     last.parts.push(part);
                 }
-                None => out.push(Batch { source, small, bytes: part.len(), parts: vec![part] }),
+                None => out.push(Batch { source, small, len: part.len(), parts: vec![part] }),
             }
             source = next;
         }
@@ -184,11 +194,15 @@ impl Work<'_, '_> {
             match result {
                 // The file system opens files so and then cannot read them so.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-                result => return result.map_err(|error| failed("read directly", path, error)),
+                result => {
+                    result.map_err(|error| failed("read directly", path, error))?;
+                    return self.files.verify_image(batch.source, &batch.bytes());
+                }
             }
         }
         self.all_direct.store(false, Ordering::Relaxed);
-        self.read_parts(file, &mut batch).map_err(|error| failed("read guest memory from", path, error))
+        self.read_parts(file, &mut batch).map_err(|error| failed("read guest memory from", path, error))?;
+        self.files.verify_image(batch.source, &batch.bytes())
     }
 
     /// All parts from a tier, which checks them.
@@ -199,8 +213,7 @@ impl Work<'_, '_> {
         if let Some(mapping) = tier.mapping().filter(|mapping| mapping.readable) {
             batch.source.offset += mapping.base;
             self.read_parts(mapping.file, &mut batch).map_err(failed)?;
-            let parts: Vec<&[u8]> = batch.parts.iter().map(|part| &**part).collect();
-            return tier.verify(offset, &parts).map_err(failed);
+            return tier.verify(offset, &batch.bytes()).map_err(failed);
         }
         let mut at = offset;
         for part in batch.parts {
@@ -217,7 +230,7 @@ impl Work<'_, '_> {
             None => buffer.insert(Buffer::new(CACHED_PIECE)?),
         };
         // Batches of small parts are no longer than that.
-        let mut bytes = &mut buffer.bytes_mut()[..batch.bytes];
+        let mut bytes = &mut buffer.bytes_mut()[..batch.len];
         self.read_all(file, &mut [IoSliceMut::new(bytes)], batch.source.offset)?;
         for part in &mut batch.parts {
             let (of_part, rest) = bytes.split_at_mut(part.len());

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tvmm::snapshot::LoadHuge;
 
 use super::{TIMEOUT, Vm, run_ok, text};
 
@@ -51,6 +52,15 @@ impl Vm {
 
 fn entries(dir: &str) -> Vec<PathBuf> {
     std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
+/// Leaves the page cache as it is.
+pub struct NoCache;
+
+impl LoadHuge for NoCache {
+    fn load_huge(&self, _: &std::fs::File, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// `tvmm inspect --json`, which must find nothing wrong.

@@ -113,6 +113,18 @@ pub fn scratch() -> TempDir {
     tempfile::Builder::new().prefix("tvmm-test-").tempdir().expect("a temporary directory")
 }
 
+/// xorshift64*: the same numbers in every run.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
+    }
+}
+
 /// A running tvmm process.
 pub struct Vm {
     child: Child,
@@ -194,6 +206,11 @@ impl Vm {
     /// Sends bytes to the guest's serial line.
     pub fn send(&mut self, bytes: &[u8]) {
         self.stdin.as_mut().unwrap().write_all(bytes).expect("tvmm reads its standard input");
+    }
+
+    /// As [`send`](Self::send), to a VM that may have ended.
+    pub fn send_if_alive(&mut self, bytes: &[u8]) {
+        let _ = self.stdin.as_mut().unwrap().write_all(bytes);
     }
 
     /// Waits for a line of guest output for which `wanted` is true; panics with what came instead.
