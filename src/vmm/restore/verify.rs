@@ -4,8 +4,8 @@
 //! them while the machine is built, and the guest does not run before they match; it compares the rest once the guest has
 //! settled. Bytes that do not match refuse the restore, or end the guest.
 //!
-//! The comparison leaves the page cache as it is: what is cached is read from there, anything else past the page cache, so
-//! that files stay evicted, or in the folios that they were read into.
+//! The comparison leaves the page cache as it is: samples that are cached are read from there, anything else past the page
+//! cache, so that files stay evicted, or in the folios that they were read into.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -251,6 +251,7 @@ impl Shared {
         let mut sampled = Vec::new();
         for source in &mut sources {
             if self.mode == Verify::Full {
+                source.read_past_the_cache();
                 source.each(&mut |source, piece| self.compare(source, piece).map(|()| true))?;
                 sampled.push(Vec::new());
                 continue;
@@ -296,6 +297,7 @@ impl Shared {
         if source.is_checked_by_the_kernel() {
             return Ok(true);
         }
+        source.read_past_the_cache();
         // As long as it lives, other VMs leave the file alone: they would read the same bytes from the same disk.
         let Some(_turn) = self.wait_for_turn(source) else { return Ok(false) };
         let mut count = 0_usize;
@@ -366,6 +368,10 @@ trait Source {
     /// Compares a piece with its checksums. Returns how many pages that were.
     fn compare(&mut self, piece: Piece) -> Result<u64, Error>;
 
+    /// From now on everything is read past the page cache. Reading cached folios one after the other makes the kernel read
+    /// ahead of them, whatever it was advised.
+    fn read_past_the_cache(&mut self) {}
+
     /// What is locked while all of it is compared.
     fn file(&self) -> Option<&File>;
 
@@ -431,6 +437,10 @@ impl Source for LayerSource<'_> {
             }
             other => other.into(),
         })
+    }
+
+    fn read_past_the_cache(&mut self) {
+        self.reader.uses_cache = false;
     }
 
     fn file(&self) -> Option<&File> {
@@ -542,6 +552,8 @@ struct Reader {
     cached: File,
     /// None where the file system has no direct I/O, or none that can be interrupted.
     direct: Option<File>,
+    /// What is cached is read from the page cache: faster than from any disk.
+    uses_cache: bool,
 }
 
 impl Reader {
@@ -558,13 +570,13 @@ impl Reader {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
             Err(error) => return Err(error),
         };
-        Ok(Reader { cached, direct })
+        Ok(Reader { cached, direct, uses_cache: true })
     }
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        // Who may not ask what is cached reads past the cache.
-        let resident = page_cache::resident_in(&self.cached, offset, bytes.len() as u64).ok().flatten();
-        let is_cached = resident == Some(bytes.len() as u64 / PAGE_SIZE);
+        // Where the kernel does not tell what is cached, everything is read past the cache.
+        let resident = || page_cache::resident_in(&self.cached, offset, bytes.len() as u64).ok().flatten();
+        let is_cached = self.uses_cache && resident() == Some(bytes.len() as u64 / PAGE_SIZE);
         if let Some(direct) = self.direct.as_ref().filter(|_| !is_cached) {
             match direct.read_exact_at(bytes, offset) {
                 // The file system opens files so and then cannot read them so.
