@@ -458,7 +458,7 @@ fn io_result(result: Result<usize, VolatileMemoryError>, slice: &Slice<'_>) -> i
     result.map_err(|error| match error {
         VolatileMemoryError::IOError(error) => {
             if error.raw_os_error() == Some(libc::EFAULT) {
-                touch(std::iter::once(slice.clone()));
+                touch(std::iter::once(*slice));
             }
             error
         }
