@@ -565,8 +565,7 @@ impl Reader {
         let _ = rustix::fs::fadvise(&cached, 0, None, Advice::NoReuse);
         let direct = match reopened(file, libc::O_DIRECT) {
             // Not even SIGKILL ends a direct read that a FUSE server does not answer.
-            Ok(_) if rustix::fs::fstatfs(file)?.f_type == FUSE => None,
-            Ok(direct) => Some(direct),
+            Ok(direct) => rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type != FUSE).then_some(direct),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
             Err(error) => return Err(error),
         };
