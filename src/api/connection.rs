@@ -2,11 +2,10 @@
 
 use std::convert::Infallible;
 use std::future::poll_fn;
-use std::io::{self, Write};
+use std::io::Write;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::task::{Context, Poll, ready};
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
@@ -16,10 +15,11 @@ use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Sleep, sleep, timeout};
+
+use super::watched::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, Phase, Step, WatchedStream};
 
 /// Connections served at once; more are turned away with 503.
 pub(super) const MAX_CONNECTIONS: u32 = 64;
@@ -27,6 +27,8 @@ pub(super) const MAX_CONNECTIONS: u32 = 64;
 pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long answers under way may take when the server stops.
 const GRACE: Duration = Duration::from_millis(500);
+/// How long the process that holds a machine's only connection may take for an answer: the machine ends with it.
+const OWNER_TIME: Duration = Duration::from_secs(3600);
 /// How long to wait when the kernel cannot accept (no file descriptors left).
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 /// Room for the head of a request and the first part of its body.
@@ -42,14 +44,29 @@ pub(super) struct Acceptor {
     pub(super) router: Router,
     /// Turns true when the server shall stop.
     pub(super) stopped: watch::Receiver<bool>,
-    pub(super) head_timeout: Duration,
+    pub(super) times: Times,
 }
+
+/// How long clients may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    /// For the head of a request, once it has begun.
+    pub(super) head: Duration,
+    /// For an answer ([`WatchedStream`]).
+    pub(super) answer: Duration,
+    /// Between requests, when another client wants the place.
+    pub(super) idle: Duration,
+}
+
+/// What any client gets.
+pub(super) const TIMES: Times = Times { head: HEAD_TIMEOUT, answer: ANSWER_TIME, idle: IDLE_RIGHT };
 
 impl Acceptor {
     /// Accepts and serves connections until told to stop, then lets answers under way finish.
     pub(super) async fn serve_all(self) {
-        let Self { listener, router, mut stopped, head_timeout } = self;
+        let Self { listener, router, mut stopped, times } = self;
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS as usize));
+        let connections = Connections::default();
         let service = TowerToHyperService::new(router);
         loop {
             let accepted = tokio::select! {
@@ -57,15 +74,20 @@ impl Acceptor {
                 () = stop(&mut stopped) => break,
                 accepted = listener.accept() => accepted,
             };
-            match (accepted, slots.clone().try_acquire_owned()) {
-                (Ok((stream, _)), Ok(slot)) => {
-                    let connection = serve_one(stream, service.clone(), stopped.clone(), head_timeout);
+            let mut slot = slots.clone().try_acquire_owned().ok();
+            if slot.is_none() && connections.make_room(times.idle) {
+                slot = timeout(MAKE_ROOM, slots.clone().acquire_owned()).await.ok().and_then(Result::ok);
+            }
+            match (accepted, slot) {
+                (Ok((stream, _)), Some(slot)) => {
+                    let served = (service.clone(), stopped.clone());
+                    let connection = serve_one(stream, served, connections.add(), times);
                     tokio::spawn(async move {
                         connection.await;
                         drop(slot);
                     });
                 }
-                (Ok((stream, _)), Err(_)) => turn_away(stream),
+                (Ok((stream, _)), None) => turn_away(stream),
                 (Err(error), _) => {
                     tracing::warn!(%error, "API connection cannot be accepted.");
                     sleep(ACCEPT_RETRY).await;
@@ -91,24 +113,24 @@ fn turn_away(stream: UnixStream) {
 
 /// Serves this connection and no other, until it closes or the server is told to stop.
 pub(super) async fn serve_only(stream: UnixStream, router: Router, stopped: watch::Receiver<bool>) {
-    serve_one(stream, TowerToHyperService::new(router), stopped, HEAD_TIMEOUT).await;
+    let times = Times { answer: OWNER_TIME, ..TIMES };
+    serve_one(stream, (TowerToHyperService::new(router), stopped), Connections::default().add(), times).await;
 }
 
 /// Serves one connection, request after request.
 async fn serve_one(
     stream: UnixStream,
-    service: TowerToHyperService<Router>,
-    mut stopped: watch::Receiver<bool>,
-    head_timeout: Duration,
+    (service, mut stopped): (TowerToHyperService<Router>, watch::Receiver<bool>),
+    phase: Arc<Phase>,
+    times: Times,
 ) {
-    let phase = Arc::new(Phase::default());
-    let io = TokioIo::new(WatchedStream { stream, phase: phase.clone() });
+    let io = TokioIo::new(WatchedStream::new(stream, phase.clone(), times.answer));
     let service = WatchedService { service, phase: phase.clone(), stopped: stopped.clone() };
     // hyper's own head time-out also ends idle connections, which Firecracker's clients keep open: hence ours.
     let connection =
         http1::Builder::new().header_read_timeout(None).max_buf_size(BUFFER_BYTES).serve_connection(io, service);
     let mut connection = pin!(connection);
-    let mut late = HeadTimer { phase, timeout: head_timeout, sleep: None };
+    let mut late = HeadTimer { phase: phase.clone(), timeout: times.head, sleep: None };
     let mut stopping = false;
     loop {
         tokio::select! {
@@ -123,32 +145,15 @@ async fn serve_one(
                 tracing::debug!("API connection was closed: its request head did not arrive in time.");
                 return;
             }
+            () = phase.ends() => {
+                tracing::debug!("API connection was closed: it was idle, and another client wants its place.");
+                return;
+            }
             () = stop(&mut stopped), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
         }
-    }
-}
-
-/// Where a connection is in its request.
-#[derive(Default)]
-struct Phase(AtomicU8);
-
-impl Phase {
-    /// Between requests: may last.
-    const IDLE: u8 = 0;
-    /// The head has begun to arrive: may last [`HEAD_TIMEOUT`].
-    const HEAD: u8 = 1;
-    /// The request is being served.
-    const BUSY: u8 = 2;
-
-    fn set(&self, phase: u8) {
-        self.0.store(phase, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> u8 {
-        self.0.load(Ordering::Relaxed)
     }
 }
 
@@ -162,56 +167,13 @@ struct HeadTimer {
 impl HeadTimer {
     async fn wait(&mut self) {
         poll_fn(|context| {
-            if self.phase.get() != Phase::HEAD {
+            if self.phase.get() != Step::Head {
                 self.sleep = None;
                 return Poll::Pending;
             }
             self.sleep.get_or_insert_with(|| Box::pin(sleep(self.timeout))).as_mut().poll(context)
         })
         .await
-    }
-}
-
-/// A stream that notes when a request begins to arrive.
-struct WatchedStream {
-    stream: UnixStream,
-    phase: Arc<Phase>,
-}
-
-impl AsyncRead for WatchedStream {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(context, buf))?;
-        if buf.filled().len() > before && self.phase.get() == Phase::IDLE {
-            self.phase.set(Phase::HEAD);
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for WatchedStream {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 
@@ -228,7 +190,7 @@ impl Service<Request<Incoming>> for WatchedService {
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        self.phase.set(Phase::BUSY);
+        self.phase.set(Step::Busy);
         let phase = self.phase.clone();
         let is_last = request.version() < Version::HTTP_11 || asks_to_close(request.headers());
         let is_last = is_last || *self.stopped.borrow();
@@ -239,7 +201,7 @@ impl Service<Request<Incoming>> for WatchedService {
             let headers = response.headers_mut();
             headers.insert(header::SERVER, HeaderValue::from_static("tvmm API"));
             headers.insert(header::CONNECTION, HeaderValue::from_static(connection));
-            phase.set(Phase::IDLE);
+            phase.set(Step::Idle);
             Ok(response)
         })
     }

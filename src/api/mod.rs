@@ -11,6 +11,7 @@ mod requests;
 mod routes;
 #[cfg(test)]
 mod tests;
+pub(crate) mod watched;
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -24,7 +25,7 @@ use std::time::Duration;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::sync::watch;
 
-use self::connection::Acceptor;
+use self::connection::{Acceptor, Times};
 use crate::vmm::control::ControlSender;
 
 /// Only the owner may control the machine.
@@ -73,19 +74,19 @@ pub struct ApiServer {
 ///
 /// Process start is part of restore time, so only the socket is made here; all else starts on the new thread.
 pub fn serve(socket_path: &Path, control: ControlSender, instance_id: &str) -> Result<ApiServer, ApiError> {
-    serve_with(socket_path, control, instance_id, connection::HEAD_TIMEOUT)
+    serve_with(socket_path, control, instance_id, connection::TIMES)
 }
 
 fn serve_with(
     socket_path: &Path,
     control: ControlSender,
     instance_id: &str,
-    head_timeout: Duration,
+    times: Times,
 ) -> Result<ApiServer, ApiError> {
     let (listener, socket) = bind(socket_path)?;
     let (stop, stopped) = watch::channel(false);
     let instance_id = instance_id.to_owned();
-    let acceptor = move |listener| Acceptor { listener, router: routes::router(control), stopped, head_timeout };
+    let acceptor = move |listener| Acceptor { listener, router: routes::router(control), stopped, times };
     let thread = thread::Builder::new()
         .name("api".to_owned())
         .spawn(move || run(listener, acceptor, &instance_id))

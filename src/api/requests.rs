@@ -132,6 +132,9 @@ struct CreateExtension {
     /// Take copies of the drives that the guest can write.
     #[serde(default)]
     copy_drives: bool,
+    /// Answer only after the memory was read back from the disk and compared with what was written.
+    #[serde(default)]
+    verify: bool,
 }
 
 #[derive(Deserialize)]
@@ -153,8 +156,8 @@ pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
         SnapshotType::Full => SnapshotKind::Full,
         SnapshotType::Diff => SnapshotKind::Diff,
     };
-    let CreateExtension { resume, copy_drives } = create.tvmm;
-    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives }).into())
+    let CreateExtension { resume, copy_drives, verify } = create.tvmm;
+    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives, verify }).into())
 }
 
 pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {

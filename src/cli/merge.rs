@@ -7,6 +7,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::BoxError;
+use super::identify::{InputPath, Role};
 use crate::snapshot::{Chain, Location, merge};
 use crate::vmm::sys::page_cache::PageCache;
 
@@ -18,6 +19,12 @@ pub struct MergeArgs {
     /// The directory to make: it must not exist
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+}
+
+impl MergeArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        self.dirs.iter().map(|dir| InputPath::new(dir, Role::Snapshot)).collect()
+    }
 }
 
 pub fn run(args: &MergeArgs) -> Result<ExitCode, BoxError> {

@@ -3,6 +3,7 @@
 mod bench;
 mod calibrate;
 mod guest;
+mod identify;
 mod inspect;
 mod markup;
 mod merge;
@@ -21,6 +22,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use self::identify::{InputPath, Role};
 use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
 use crate::vmm::sys::lost::{self, CANNOT_GO_ON};
 use crate::vmm::sys::signals;
@@ -124,6 +126,20 @@ impl Command {
             _ => true,
         }
     }
+
+    /// The files that it reads and that have a format of their own.
+    fn inputs(&self) -> Vec<InputPath> {
+        match self {
+            Command::Restore(args) => args.inputs(),
+            Command::Snapshot(args) => args.inputs(),
+            Command::Inspect(args) => args.inputs(),
+            Command::Profile(args) => args.inputs(),
+            Command::Plan(args) => args.inputs(),
+            Command::Pool(args) => args.inputs(),
+            Command::ServePages(args) => args.inputs(),
+            Command::Calibrate(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
+        }
+    }
 }
 
 /// Any room's error on its way to the user.
@@ -155,22 +171,28 @@ pub fn main() -> ExitCode {
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }
-    let result = match cli.command {
+    let result = match &cli.command {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
-        Some(Command::Restore(args)) => vm::restore(&args),
-        Some(Command::Snapshot(args)) => snapshot::run(&args),
-        Some(Command::Inspect(args)) => inspect::run(&args),
-        Some(Command::Profile(args)) => profile::run(&args),
-        Some(Command::Calibrate(args)) => calibrate::run(&args),
-        Some(Command::Plan(args)) => plan::run(&args),
-        Some(Command::Pool(args)) => pool::run(&args),
-        Some(Command::ServePages(args)) => serve_pages::run(&args),
-        Some(Command::Guest(args)) => guest::run(&args),
-        Some(Command::Serve(args)) => serve::run(&args),
-        Some(Command::Bench(args)) => bench::run(&args),
+        Some(Command::Restore(args)) => vm::restore(args),
+        Some(Command::Snapshot(args)) => snapshot::run(args),
+        Some(Command::Inspect(args)) => inspect::run(args),
+        Some(Command::Profile(args)) => profile::run(args),
+        Some(Command::Calibrate(args)) => calibrate::run(args),
+        Some(Command::Plan(args)) => plan::run(args),
+        Some(Command::Pool(args)) => pool::run(args),
+        Some(Command::ServePages(args)) => serve_pages::run(args),
+        Some(Command::Guest(args)) => guest::run(args),
+        Some(Command::Serve(args)) => serve::run(args),
+        Some(Command::Bench(args)) => bench::run(args),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("tvmm: {}", chain(error.as_ref()));
+        // A file of another format explains any error that reading it led to.
+        let inputs = match &cli.command {
+            Some(command) => command.inputs(),
+            None => cli.boot.config.iter().map(|path| InputPath::new(path, Role::Config)).collect(),
+        };
+        let misused = inputs.iter().find_map(InputPath::misuse);
+        eprintln!("tvmm: {}", misused.unwrap_or_else(|| chain(error.as_ref())));
         if error.is::<MemoryLost>() { ExitCode::from(lost::EXIT_CODE) } else { ExitCode::FAILURE }
     })
 }

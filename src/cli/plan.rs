@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
+use super::identify::{InputPath, Role};
 use super::{BoxError, refuse};
 use crate::snapshot::{
     Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan, TierSource,
@@ -70,6 +71,14 @@ pub struct PlanArgs {
     /// Write the plan to this file, for `tvmm restore --plan`
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+}
+
+impl PlanArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        let profiles = self.profile.iter().chain(&self.against).map(|path| InputPath::new(path, Role::Profile));
+        let pools = self.pool.iter().map(|path| InputPath::new(path, Role::Pool));
+        std::iter::once(InputPath::new(&self.snapshot, Role::Snapshot)).chain(profiles).chain(pools).collect()
+    }
 }
 
 pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {

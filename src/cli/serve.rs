@@ -8,9 +8,10 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{BoxError, refuse};
-use crate::serve::{self, Limits, Options, Tiers};
+use crate::serve::{self, Limits, LoadOptions, Options};
 use crate::vmm::cold::ColdSpec;
 use crate::vmm::logging;
+use crate::vmm::sys::available_memory::available_memory;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
@@ -29,6 +30,22 @@ pub struct ServeArgs {
     /// VMs that live at once
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = at_least_one)]
     max_vms: usize,
+    /// Guest memory that all VMs may have together, MiB; a start beyond it is refused [default: four fifths of what the
+    /// host, or the control group of this process, has left]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
+    memory: Option<u64>,
+    /// Let clients name files in this directory, or this file (kernels, images, pools, caches, plans); repeatable. They
+    /// may always name what is in --dir, and what --pool, --cold and --cold-cache name
+    #[arg(long, value_name = "PATH")]
+    allow_path: Vec<PathBuf>,
+    /// Let clients restore from this cold pool of other hosts, or from those below this URL; repeatable. They may always
+    /// name those of --cold
+    #[arg(long, value_name = "ADDRESS", value_parser = cold_name)]
+    allow_cold: Vec<String>,
+    /// Answer TCP clients that call the service by this name, and pages of this site, besides loopback names and the
+    /// address that a client connects to; repeatable
+    #[arg(long, value_name = "NAME", value_parser = host_name)]
+    host: Vec<String>,
     /// Invocations that run at once; default: twice the host's CPUs
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_running: Option<usize>,
@@ -99,9 +116,21 @@ fn cold_name(text: &str) -> Result<String, String> {
     ColdSpec::parse(text).map(|_| text.to_string())
 }
 
-/// What the arguments say of tiers.
-fn tiers(args: &ServeArgs) -> Tiers {
-    Tiers {
+/// A host's name or address, without a port.
+fn host_name(text: &str) -> Result<String, String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
+    let is_bracketed = text.starts_with('[') && text.ends_with(']');
+    let has_port = text.contains(':') && !is_bracketed;
+    if !text.is_empty() && text.chars().all(is_name) && !has_port {
+        Ok(text.to_string())
+    } else {
+        Err("it is no name like tvmm.example and no address like 192.0.2.1 or [2001:db8::1]; leave the port out".into())
+    }
+}
+
+/// What the arguments say of restores.
+fn load_options(args: &ServeArgs) -> LoadOptions {
+    LoadOptions {
         pools: Some(args.pool.clone()).filter(|pools| !pools.is_empty()),
         cold_pools: Some(args.cold.clone()).filter(|pools| !pools.is_empty()),
         cold_cache: args.cold_cache.clone(),
@@ -109,6 +138,15 @@ fn tiers(args: &ServeArgs) -> Tiers {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         dram_price: args.dram_price,
+        ..LoadOptions::default()
+    }
+}
+
+/// Four fifths of what is left, MiB: the rest is for the daemon, its processes, and the page cache.
+fn default_memory_mib() -> Result<u64, BoxError> {
+    match available_memory() {
+        Ok(bytes) => Ok(((bytes / 5 * 4) >> 20).max(1)),
+        Err(error) => refuse(format!("Cannot find how much memory the host has left: {error}. Give --memory MIB")),
     }
 }
 
@@ -122,16 +160,24 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         return refuse("Nowhere to listen: give --listen ADDRESS:PORT, --listen-unix PATH, or both");
     }
     logging::init(None)?;
+    let memory_mib = match args.memory {
+        Some(mib) => mib,
+        None => default_memory_mib()?,
+    };
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     serve::run(Options {
         dir,
         listen: args.listen,
         listen_unix: args.listen_unix.clone(),
         trace: args.trace.clone(),
-        tiers: tiers(args),
+        load: load_options(args),
         otlp: args.otlp.clone(),
+        hosts: args.host.clone(),
+        allow_paths: args.allow_path.clone(),
+        allow_cold: args.allow_cold.clone(),
         limits: Limits {
             max_vms: args.max_vms,
+            memory_mib,
             max_running: args.max_running.unwrap_or(2 * cpus),
             max_queue: args.max_queue,
             max_connections: args.max_connections,

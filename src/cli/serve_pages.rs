@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::identify::{InputPath, Role};
 use super::{BoxError, refuse};
 use crate::vmm::cold::serve::{Limits, PageServer, open_store};
 use crate::vmm::sys::signals::EndSignals;
@@ -34,6 +35,12 @@ pub struct ServeArgs {
     #[cfg(feature = "rdma")]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
     registered: Option<u32>,
+}
+
+impl ServeArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        vec![InputPath::new(&self.dir, Role::Pool)]
+    }
 }
 
 /// What clients may read by RDMA when nobody says otherwise, MiB.

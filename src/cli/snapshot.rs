@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::identify::InputPath;
 use super::merge;
 use super::{BoxError, chain, refuse};
 use crate::api::client::Client;
@@ -31,6 +32,19 @@ pub struct SnapshotArgs {
     /// Take copies of the drives that the guest can write (reflinks where the file system has them)
     #[arg(long)]
     copy_drives: bool,
+    /// Return only after the memory was read back from the disk and compared with what was written; without it, the VM
+    /// does that after this command has returned, and says in `GET /tvmm/report` what came of it
+    #[arg(long)]
+    verify: bool,
+}
+
+impl SnapshotArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        match &self.command {
+            Some(SnapshotCommand::Merge(args)) => args.inputs(),
+            None => Vec::new(),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -62,7 +76,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
     let body = json!({
         "snapshot_path": out,
         "snapshot_type": if args.diff { "Diff" } else { "Full" },
-        "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives },
+        "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives, "verify": args.verify },
     });
     let taken = client.request("PUT", "/snapshot/create", Some(&body), SNAPSHOT_TIMEOUT);
     let taken = match taken {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::identify::{InputPath, Role};
 use super::overrides::OverrideArgs;
 use super::{BoxError, MemoryLost, SessionArgs, refuse};
 use crate::api;
@@ -100,6 +101,18 @@ pub struct RestoreArgs {
     overrides: OverrideArgs,
     #[command(flatten)]
     session: SessionArgs,
+}
+
+impl RestoreArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        let profiles = self.profile.iter().chain(&self.against).map(|path| InputPath::new(path, Role::Profile));
+        let plans = self.plan.iter().map(|path| InputPath::new(path, Role::Plan));
+        let cold = self.cold.iter().map(|pool| InputPath::new(Path::new(pool), Role::Pool));
+        let pools = self.pool.iter().map(|path| InputPath::new(path, Role::Pool)).chain(cold);
+        let mut inputs = InputPath::snapshot(&self.snapshot, self.mem_file.as_deref());
+        inputs.extend(profiles.chain(plans).chain(pools));
+        inputs
+    }
 }
 
 /// Boots or restores the machine of `config`, or waits for the API.

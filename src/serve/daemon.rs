@@ -1,5 +1,6 @@
 //! What the daemon knows, and how it starts VMs.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,10 +9,12 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use serde_json::json;
 
+use super::allowed::Allowed;
 use super::drives::{Copies, DriveSource, OwnDrives};
 use super::fault::Fault;
 use super::functions::Function;
 use super::gate::Gate;
+use super::load::{DriveOverride, LoadOptions, Wanted};
 use super::metrics::Counters;
 use super::networks::Network;
 use super::snapshots::SnapshotRecord;
@@ -21,8 +24,10 @@ use super::vm::control::ControlError;
 use super::vm::process::Spawner;
 use super::vm::shells::{Shell, Shells};
 use super::vm::table::Table;
-use super::vm::{StartSpec, Vm, VmRecord};
+use super::vm::{RestoreSpec, StartSpec, Vm, VmRecord};
+use super::working_set::Slot;
 use super::{Options, ServeError};
+use crate::tiering::policy::Policy;
 use crate::vmm::sys::clock;
 use crate::vmm::sys::netns::Netns;
 
@@ -34,6 +39,7 @@ pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);
 pub(super) struct Daemon {
     pub(super) options: Options,
     pub(super) store: Store,
+    pub(super) allowed: Arc<Allowed>,
     functions: Mutex<BTreeMap<String, Function>>,
     snapshots: Mutex<BTreeMap<String, SnapshotRecord>>,
     networks: Mutex<BTreeMap<String, Network>>,
@@ -62,13 +68,15 @@ impl Daemon {
         let snapshots = store.load_all(Kind::Snapshots)?;
         let lost: Vec<VmRecord> = store.load_vms()?;
         let spawner = Spawner::start().map_err(ServeError::os("start the thread that spawns"))?;
+        let allowed = Arc::new(Allowed::new(store.dir(), &options)?);
         Ok(Daemon {
             store,
+            allowed,
             functions: Mutex::new(functions),
             snapshots: Mutex::new(snapshots),
             networks: Mutex::new(networks),
             names: Arc::default(),
-            vms: Arc::new(Table::new(options.limits.max_vms, lost)),
+            vms: Arc::new(Table::new(options.limits.max_vms, options.limits.memory_mib, lost)),
             shells: Arc::new(Shells::new(spawner.clone(), options.limits.shells)),
             spawner,
             gate: Gate::new(options.limits.max_running, options.limits.max_queue),
@@ -113,13 +121,51 @@ impl Daemon {
         })
     }
 
+    /// How a snapshot is restored: as `options` and `wanted` say, then as its function and the daemon do.
+    pub(super) fn restore_spec(
+        &self,
+        snapshot: &SnapshotRecord,
+        policy: Option<Policy>,
+        options: LoadOptions,
+        wanted: Wanted,
+    ) -> Result<RestoreSpec, Fault> {
+        if policy.is_some() && options.plan.is_some() {
+            return Err(Fault::bad("`policy` and `tvmm.plan` contradict each other: leave one out."));
+        }
+        let id = &snapshot.ss_id;
+        let has_drive_copies = snapshot.has_drive_copies()?;
+        let own = |drive: &DriveOverride| has_drive_copies && snapshot.drive_copies.contains(&drive.drive_id);
+        if let Some(drive) = options.drive_overrides.iter().find(|drive| own(drive)) {
+            let message =
+                format!("Drive `{}` is copied for each VM: leave it out of `drive_overrides`.", drive.drive_id);
+            return Err(Fault::bad(message));
+        }
+        let profiles = self.store.profiles_dir(id);
+        let profile = policy.filter(|policy| policy.needs_profile());
+        let profile = profile.map(|policy| Slot::for_policy(policy, &profiles)).transpose()?;
+        let of_function = LoadOptions { dram_mib: snapshot.function.dram_mib, ..LoadOptions::default() };
+        Ok(RestoreSpec {
+            ss_id: id.clone(),
+            dir: self.snapshot_dir(id),
+            policy: policy.map(|policy| policy.name().to_string()),
+            profile,
+            options: options.or(&of_function).or(&self.options.load),
+            taps: wanted.network_overrides,
+            track_dirty_pages: wanted.track_dirty_pages.unwrap_or(snapshot.function.track_dirty_pages),
+            clock_realtime: wanted.clock_realtime.unwrap_or(true),
+            has_drive_copies,
+        })
+    }
+
     /// Makes a VM, within the limits. The index of its span in `recording`.
     pub(super) async fn start_vm(
         &self,
         spec: &StartSpec,
         recording: &mut Recording,
     ) -> Result<(Arc<Vm>, usize), Fault> {
-        let slot = self.vms.reserve().await?;
+        // The function may be older than what clients may name, and what is at a path may have changed.
+        let spec = &self.confined_spec(spec).await?;
+        let slot = self.vms.reserve(spec.function.mem_size).await?;
         let id = random_hex(8);
         let drives = self.own_drives(&id, spec, recording).await?;
         let asked_ns = clock::monotonic_ns();
@@ -155,6 +201,16 @@ impl Daemon {
             }
         }
         Ok((vm, span))
+    }
+
+    /// How a VM comes to be, with the function's files as they are on the host.
+    async fn confined_spec<'a>(&self, spec: &'a StartSpec) -> Result<Cow<'a, StartSpec>, Fault> {
+        let Function { image, kernel, initrd, .. } = &spec.function;
+        if image.is_none() && kernel.is_none() && initrd.is_none() {
+            return Ok(Cow::Borrowed(spec));
+        }
+        let function = self.confined_function(spec.function.clone()).await?;
+        Ok(Cow::Owned(StartSpec { function, ..spec.clone() }))
     }
 
     /// A process that becomes the VM: one that is ready, or one that starts in the network namespace of its tap.

@@ -3,13 +3,13 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::http::StatusCode;
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, SeekFrom};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use utoipa::ToSchema;
@@ -164,11 +164,13 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> snap
     move |source| snapshot::Error::Io { action, path, source }
 }
 
-/// Opens an image, a file or a block device, and tells its length.
+/// Opens an image, a file or a block device, and tells its length. The path is one without symbolic links: a link that
+/// has been put in since the path was checked is refused.
 fn open_image(path: &Path) -> io::Result<(File, u64)> {
     // A FIFO would wait for a writer otherwise.
-    let flags = OFlags::NONBLOCK.bits() as i32;
-    let image = File::options().read(true).custom_flags(flags).open(path)?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let image = rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
+    let image = File::from(image);
     let kind = image.metadata()?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a file nor a block device"));
@@ -232,7 +234,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let fifo = dir.path().join("fifo");
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        for bad in [fifo, dir.path().join("missing"), dir.path().to_owned()] {
+        let link = dir.path().join("link");
+        fs::write(dir.path().join("image"), "x").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("image"), &link).unwrap();
+        for bad in [fifo, link, dir.path().join("missing"), dir.path().to_owned()] {
             let own = dir.path().join("own");
             assert!(make(&bad, own.clone()).is_err(), "{}", bad.display());
             assert!(!own.exists());

@@ -21,6 +21,15 @@ pub enum ServeError {
         /// The directory.
         path: PathBuf,
     },
+    /// The directory has things in it, and is none of `tvmm serve`'s.
+    #[error(
+        "Cannot use {}: it is not empty and not a directory of tvmm serve. Choose a new or an empty directory by --dir",
+        path.display()
+    )]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A file where none should be.
     #[error("{} is not a file of tvmm's: move it away", path.display())]
     Stranger {

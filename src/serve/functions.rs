@@ -122,12 +122,14 @@ pub(super) async fn get_functions(State(daemon): State<Shared>) -> Reply<Vec<Fun
 /// Makes a function known, or replaces it. VMs and snapshots that exist stay as they are.
 #[utoipa::path(post, path = "/functions", tag = "functions", request_body = Function,
     responses((status = 200, description = "It is kept", body = Function), (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 403, body = FaultBody, description = "It names a file that clients may not name"),
         (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn post_function(
     State(daemon): State<Shared>,
     Body(function): Body<Function>,
 ) -> Result<Reply<Function>, Fault> {
     function.check()?;
+    daemon.confined_function(function.clone()).await?;
     let kept = blocking({
         let (daemon, function) = (daemon.clone(), function.clone());
         move || {

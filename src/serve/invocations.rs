@@ -1,5 +1,7 @@
 //! `/invocations`: restore or boot a VM, or take one that runs; ask it; answer.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,13 +16,13 @@ use super::body::{Body, check_line};
 use super::daemon::Daemon;
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
+use super::load::{LoadOptions, TapOverride, Wanted};
 use super::metrics::{Counters, Origin};
 use super::snapshots::SnapshotRecord;
-use super::tiers::Tiers;
 use super::traceparent;
 use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
-use super::vm::{RestoreSpec, StartSpec, Vm};
+use super::vm::{StartSpec, Vm};
 use super::working_set::{Record, Slot};
 use crate::tiering::policy::Policy;
 use crate::tiering::recorder::LAYER_PAGES;
@@ -56,8 +58,18 @@ pub(super) struct InvocationBody {
     dram_mib: Option<u64>,
     /// Memory in the CXL tier, MiB; the same as `tvmm.cxl_mib`.
     cxl_mib: Option<u64>,
-    /// Where the restore takes memory from; what is left out: as the daemon was told.
-    tvmm: Option<Tiers>,
+    /// How the VM is restored; what is left out: as the daemon was told.
+    tvmm: Option<LoadOptions>,
+    /// Whether the guest's clocks go on to the present (the default), or from where they stood in the snapshot.
+    clock_realtime: Option<bool>,
+    /// Whether KVM logs the pages the guest writes, for diff snapshots; none: as the function says.
+    track_dirty_pages: Option<bool>,
+    /// Other taps for network interfaces.
+    #[serde(default)]
+    network_overrides: Vec<TapOverride>,
+    /// What the clone is told: the same as `tvmm.metadata`.
+    #[serde(default)]
+    metadata: BTreeMap<String, String>,
     namespace: Option<String>,
     /// FaaSnap: with a record, restore by `reap`; without one, record for it.
     #[serde(rename = "enableReap", default)]
@@ -92,6 +104,34 @@ fn yes() -> bool {
     true
 }
 
+impl InvocationBody {
+    /// What it says of the VM that it restores.
+    fn wanted(&self) -> Wanted {
+        Wanted {
+            tvmm: self.tvmm.clone(),
+            metadata: self.metadata.clone(),
+            network_overrides: self.network_overrides.clone(),
+            track_dirty_pages: self.track_dirty_pages,
+            clock_realtime: self.clock_realtime,
+        }
+    }
+
+    /// The same with the budgets, which may stand beside `tvmm` too.
+    fn options(&self, wanted: &Wanted) -> Result<LoadOptions, Fault> {
+        let mut options = wanted.options()?;
+        let budgets =
+            [("dram_mib", self.dram_mib, &mut options.dram_mib), ("cxl_mib", self.cxl_mib, &mut options.cxl_mib)];
+        for (key, here, there) in budgets {
+            if here.is_some() && there.is_some() {
+                return Err(Fault::bad(format!("`{key}` and `tvmm.{key}` are the same: leave one out.")));
+            }
+            *there = here.or(*there);
+        }
+        options.check()?;
+        Ok(options)
+    }
+}
+
 /// What came of an invocation.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct InvocationAnswer {
@@ -123,12 +163,14 @@ pub(super) struct InvocationAnswer {
     params(("traceparent" = Option<String>, Header, description = "The caller's span (W3C Trace Context): the trace goes on here")),
     responses((status = 200, description = "The guest answered", body = InvocationAnswer),
         (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 403, body = FaultBody, description = "It names what clients may not name"),
         (status = 404, body = FaultBody, description = "No such function, VM, snapshot or namespace"),
         (status = 409, body = FaultBody, description = "The VM is over, or the snapshot lacks the profile the policy needs"),
         (status = 422, body = FaultBody, description = "The VM cannot be booted or restored"),
         (status = 429, body = FaultBody, description = "Too much at once: see Retry-After"),
         (status = 502, body = FaultBody, description = "The VM ended, or its guest said nothing that is an answer"),
-        (status = 504, body = FaultBody, description = "The guest did not answer in time, and was ended")))]
+        (status = 504, body = FaultBody, description = "The guest did not answer in time, and was ended"),
+        (status = 507, body = FaultBody, description = "The VM needs more memory than all VMs may have, or the disk is full")))]
 pub(super) async fn post_invocation(
     State(daemon): State<Shared>,
     headers: HeaderMap,
@@ -159,7 +201,7 @@ async fn invoke(
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
     let function = daemon.function(&body.func_name)?;
-    let plan = understand(daemon, &body, &function)?;
+    let plan = understand(daemon, &body, &function).await?;
     let line = function.line(&body.params);
     check_line("The function with its `params`", &line)?;
     let limit_ms = body.timeout_ms.or(function.timeout_ms);
@@ -203,12 +245,13 @@ enum Plan {
     Record(Box<Record>),
 }
 
-fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Result<Plan, Fault> {
+async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Result<Plan, Fault> {
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
-    let wanted = wanted_policy(body, function)?;
+    let policy = asked_policy(body)?;
+    let wanted = body.wanted();
     if let Some(id) = &body.vm_id {
         let restores = body.ss_id.is_some() || body.policy.is_some() || body.record.is_some();
-        if restores || network.is_some() || body.tvmm.is_some() {
+        if restores || network.is_some() || wanted.is_for_restores() {
             return Err(Fault::bad("`vmId` names a VM that runs: there is nothing to restore, record or connect."));
         }
         return Ok(Plan::Vm(daemon.vm(id)?));
@@ -218,59 +261,52 @@ fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Re
         None => daemon.latest_snapshot(&function.func_name),
     };
     let Some(snapshot) = snapshot else {
-        if body.policy.is_some() || body.record.is_some() || body.enable_reap || body.tvmm.is_some() {
+        if body.policy.is_some() || body.record.is_some() || body.enable_reap || wanted.is_for_restores() {
             let message = format!("Function `{}` has no snapshot to restore or record.", function.func_name);
             return Err(Fault::conflict(message));
         }
         let function = function.clone();
         return Ok(Plan::Start(Box::new(StartSpec { function, network, restore: None, from_invocation: true })));
     };
-    let has_drive_copies = snapshot.has_drive_copies()?;
-    let (dir, profiles) = (daemon.snapshot_dir(&snapshot.ss_id), daemon.store.profiles_dir(&snapshot.ss_id));
-    let records_reap = body.enable_reap && Slot::Reap.existing(&profiles).is_none();
-    let recorder = match (&body.record, body.mincore_size) {
-        (Some(name), _) => Some((Slot::of_recorder(name)?, name.as_str())),
-        (None, Some(_)) => Some((Slot::Mincore, "mincore")),
-        (None, None) if records_reap => Some((Slot::Reap, "uffd")),
-        (None, None) => None,
-    };
-    if let Some((slot, recorder)) = recorder {
+    let profiles = daemon.store.profiles_dir(&snapshot.ss_id);
+    if let Some((slot, recorder)) = recorder(body, &profiles)? {
         if network.is_some() {
             return Err(Fault::bad("A recorded run has no network: leave `namespace` out."));
         }
-        if body.tvmm.is_some() {
-            return Err(Fault::bad("A run is recorded on the snapshot's own files: leave `tvmm` out."));
+        if wanted.is_for_restores() {
+            let message = "A run is recorded on the snapshot's own files, of the VM as it was: leave out `tvmm`, \
+                           `metadata`, `clock_realtime`, `track_dirty_pages` and `network_overrides`.";
+            return Err(Fault::bad(message));
         }
-        let recorder = recorder.to_string();
         return Ok(Plan::Record(Box::new(Record { snapshot, slot, recorder, repeat: 1 })));
     }
-    let tiers = tiers(body, &snapshot)?.or(&daemon.options.tiers);
-    let profile = if wanted.needs_profile() { Some(Slot::for_policy(wanted, &profiles)?) } else { None };
-    if let (Some(layers), Some(profile)) = (&body.load_mincore, &profile) {
+    let options = daemon.confined(body.options(&wanted)?).await?;
+    let policy = match (policy, &function.policy) {
+        (None, _) if options.plan.is_some() => None,
+        (None, Some(name)) => Some(known_policy(name)?),
+        (policy, _) => Some(policy.unwrap_or(Policy::Firecracker)),
+    };
+    let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
+    if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.profile) {
         super::working_set::check_all_layers(profile, layers)?;
     }
-    let (ss_id, policy) = (snapshot.ss_id.clone(), wanted.name().to_string());
-    let restore = RestoreSpec { ss_id, dir, policy, profile, tiers, has_drive_copies };
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
     Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
 }
 
-/// What the request says of tiers, and the function of its budget.
-fn tiers(body: &InvocationBody, snapshot: &SnapshotRecord) -> Result<Tiers, Fault> {
-    let tiers = body.tvmm.clone().unwrap_or_default();
-    tiers.check()?;
-    let pairs = [("dram_mib", body.dram_mib, tiers.dram_mib), ("cxl_mib", body.cxl_mib, tiers.cxl_mib)];
-    for (key, here, there) in pairs {
-        if here.is_some() && there.is_some() {
-            return Err(Fault::bad(format!("`{key}` and `tvmm.{key}` are the same: leave one out.")));
-        }
-    }
-    let (dram_mib, cxl_mib) = (body.dram_mib.or(tiers.dram_mib).or(snapshot.function.dram_mib), body.cxl_mib);
-    Ok(tiers.or(&Tiers { dram_mib, cxl_mib, ..Tiers::default() }))
+/// The recorder that is asked for, by name or as FaaSnap's clients do, and where its profile goes.
+fn recorder(body: &InvocationBody, profiles: &Path) -> Result<Option<(Slot, String)>, Fault> {
+    let records_reap = body.enable_reap && Slot::Reap.existing(profiles).is_none();
+    Ok(match (&body.record, body.mincore_size) {
+        (Some(name), _) => Some((Slot::of_recorder(name)?, name.clone())),
+        (None, Some(_)) => Some((Slot::Mincore, "mincore".to_string())),
+        (None, None) if records_reap => Some((Slot::Reap, "uffd".to_string())),
+        (None, None) => None,
+    })
 }
 
 /// The policy that is asked for, by name or as FaaSnap's clients do.
-fn wanted_policy(body: &InvocationBody, function: &Function) -> Result<Policy, Fault> {
+fn asked_policy(body: &InvocationBody) -> Result<Option<Policy>, Fault> {
     if body.mincore.is_some_and(|mincore| mincore != -1) {
         return Err(Fault::bad("`mincore` can only be -1: layers are closed when they are large enough."));
     }
@@ -296,11 +332,10 @@ fn wanted_policy(body: &InvocationBody, function: &Function) -> Result<Policy, F
     asked.extend(is_faasnap.then_some(Policy::Faasnap));
     asked.extend(body.use_mem_file.then_some(Policy::Firecracker));
     asked.dedup();
-    match (asked.as_slice(), &function.policy) {
-        ([policy], _) => Ok(*policy),
-        ([], Some(name)) => known_policy(name),
-        ([], None) => Ok(Policy::Firecracker),
-        ([first, second, ..], _) => Err(Fault::bad(format!("The fields ask for both `{first}` and `{second}`."))),
+    match asked.as_slice() {
+        [] => Ok(None),
+        [policy] => Ok(Some(*policy)),
+        [first, second, ..] => Err(Fault::bad(format!("The fields ask for both `{first}` and `{second}`."))),
     }
 }
 

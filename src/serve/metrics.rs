@@ -138,9 +138,11 @@ fn head(text: &mut String, name: &str, kind: &str, help: &str) -> std::fmt::Resu
 pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoResponse {
     let mut text = String::new();
     let (running, queued) = daemon.gate.load();
+    let taken = daemon.vms.taken();
     let written = daemon.counters.write(&mut text).and_then(|()| {
         for (name, what, value) in [
-            ("tvmm_vms", "VMs that live or are being made", daemon.vms.count()),
+            ("tvmm_vms", "VMs that live or are being made", taken.vms),
+            ("tvmm_vms_memory_mib", "Guest memory of those VMs, MiB", taken.memory_mib as usize),
             ("tvmm_shells", "VM processes kept ready", daemon.shells.len()),
             ("tvmm_invocations_running", "Invocations that run", running),
             ("tvmm_invocations_queued", "Invocations that wait for their turn", queued),

@@ -3,6 +3,7 @@
 //! Each VM is a `tvmm` process of its own; this one has no guest memory and no KVM. It is single-threaded but for the
 //! thread that spawns, those that wait for disks, and the one that writes traces.
 
+mod allowed;
 mod body;
 mod daemon;
 mod drives;
@@ -10,7 +11,9 @@ mod error;
 mod fault;
 mod functions;
 mod gate;
+mod guard;
 mod invocations;
+mod load;
 mod metrics;
 mod networks;
 mod otlp;
@@ -18,7 +21,7 @@ mod routes;
 mod server;
 mod snapshots;
 mod store;
-mod tiers;
+
 mod traceparent;
 mod traces;
 mod vm;
@@ -28,6 +31,7 @@ mod working_set;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,9 +42,9 @@ use tokio::sync::watch;
 
 use self::daemon::{Daemon, START_TIMEOUT, blocking};
 pub use self::error::ServeError;
+pub use self::load::LoadOptions;
 pub use self::routes::openapi;
 use self::server::Server;
-pub use self::tiers::Tiers;
 use self::vm::process::run_tool;
 use crate::api;
 use crate::tiering::chunks::store::MANIFEST;
@@ -61,6 +65,8 @@ type Shared = Arc<Daemon>;
 pub struct Limits {
     /// VMs that live at once.
     pub max_vms: usize,
+    /// Guest memory that they may have together, MiB.
+    pub memory_mib: u64,
     /// Invocations and starts of VMs that run at once.
     pub max_running: usize,
     /// Invocations that wait for their turn.
@@ -91,11 +97,17 @@ pub struct Options {
     /// Limits.
     pub limits: Limits,
     /// Where restores take memory from that do not say.
-    pub tiers: Tiers,
+    pub load: LoadOptions,
     /// Where all traces go, in Chrome's trace format.
     pub trace: Option<PathBuf>,
     /// The OpenTelemetry collector that all traces go to, `http://HOST:PORT`.
     pub otlp: Option<String>,
+    /// Names besides those of loopback by which clients call the service, and by which pages of it are known.
+    pub hosts: Vec<String>,
+    /// Directories and files of the host that clients may name, besides those of `dir` and `load`.
+    pub allow_paths: Vec<PathBuf>,
+    /// Cold pools of other hosts that clients may name, besides those of `load`.
+    pub allow_cold: Vec<String>,
 }
 
 /// Serves until SIGTERM, SIGINT or SIGHUP; then lets invocations finish, and ends all VMs.
@@ -188,7 +200,7 @@ async fn clear_run(daemon: &Arc<Daemon>) {
 /// Looks into the pools that restores are to take memory from by default: a slip is told at once, and not to each client.
 async fn check_pools(daemon: &Daemon) -> Result<(), ServeError> {
     const MAX_PRINTED: usize = 64 << 20;
-    for (path, is_cold) in daemon.options.tiers.on_this_host() {
+    for (path, is_cold) in daemon.options.load.on_this_host() {
         let pool = path.to_string_lossy().into_owned();
         let args = ["pool", "ls", "--json", "--", &pool].map(String::from).into();
         let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, START_TIMEOUT).await;
@@ -217,10 +229,11 @@ fn listen_tcp(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// Removes a socket that nobody serves any more.
+/// Removes a socket that no process serves any more. A file of another kind refuses connections too, and stays.
 fn remove_stale(path: &Path) {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
     let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
-    if UnixStream::connect(path).is_err_and(refused) {
+    if is_socket && UnixStream::connect(path).is_err_and(refused) {
         // What cannot be removed is told when it is bound.
         let _ = std::fs::remove_file(path);
     }

@@ -139,11 +139,13 @@ async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {
         }
     }
     let limits = &daemon.options.limits;
+    let taken = daemon.vms.taken();
     Reply(json!({
         "version": env!("CARGO_PKG_VERSION"),
         "load": {
             "running": running, "max_running": limits.max_running, "queued": queued, "max_queue": limits.max_queue,
-            "vms": daemon.vms.count(), "max_vms": limits.max_vms, "shells": daemon.shells.len(),
+            "vms": taken.vms, "max_vms": limits.max_vms,
+            "memory_mib": taken.memory_mib, "max_memory_mib": limits.memory_mib, "shells": daemon.shells.len(),
         },
         "functions": daemon.functions().values().cloned().collect::<Vec<_>>(),
         "snapshots": daemon.snapshots().values().cloned().collect::<Vec<_>>(),

@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +13,12 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::daemon::Daemon;
+use super::guard::{Guarded, Names};
 use super::metrics::Counters;
+use crate::api::watched::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
 
 /// A client that takes longer to send the head of a request, or leaves a connection idle for longer, is cut off.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,25 +36,27 @@ const TURNED_AWAY: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\
 /// Something that can be connected to.
 pub(super) trait Listener {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
-    fn accept_one(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    /// A connection, and the address that its client has connected to, if it has one.
+    fn accept_one(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
 }
 
 impl Listener for TcpListener {
     type Stream = TcpStream;
 
-    async fn accept_one(&self) -> io::Result<TcpStream> {
+    async fn accept_one(&self) -> io::Result<(TcpStream, Option<IpAddr>)> {
         let (stream, _) = self.accept().await?;
         // Answers are written at once; waiting for more to send helps nobody.
         stream.set_nodelay(true)?;
-        Ok(stream)
+        let local = stream.local_addr()?.ip().to_canonical();
+        Ok((stream, Some(local)))
     }
 }
 
 impl Listener for UnixListener {
     type Stream = UnixStream;
 
-    async fn accept_one(&self) -> io::Result<UnixStream> {
-        Ok(self.accept().await?.0)
+    async fn accept_one(&self) -> io::Result<(UnixStream, Option<IpAddr>)> {
+        Ok((self.accept().await?.0, None))
     }
 }
 
@@ -62,13 +67,17 @@ pub(super) struct Server {
     pub(super) router: Router,
     pub(super) slots: Arc<Semaphore>,
     lingering: Arc<Semaphore>,
+    connections: Connections,
+    hosts: Arc<[String]>,
     pub(super) stopped: watch::Receiver<bool>,
 }
 
 impl Server {
     pub(super) fn new(daemon: Arc<Daemon>, router: Router, stopped: watch::Receiver<bool>) -> Server {
         let slots = Arc::new(Semaphore::new(daemon.options.limits.max_connections));
-        Server { daemon, router, slots, lingering: Arc::new(Semaphore::new(MAX_LINGERING)), stopped }
+        let hosts = daemon.options.hosts.clone().into();
+        let lingering = Arc::new(Semaphore::new(MAX_LINGERING));
+        Server { daemon, router, slots, lingering, connections: Connections::default(), hosts, stopped }
     }
 
     /// Accepts and serves until told to stop.
@@ -80,21 +89,35 @@ impl Server {
                 () = stop(&mut stopped) => return,
                 accepted = listener.accept_one() => accepted,
             };
-            match (accepted, self.slots.clone().try_acquire_owned()) {
-                (Ok(stream), Ok(slot)) => {
-                    let connection = serve_one(stream, self.router.clone(), self.stopped.clone());
+            match (accepted, self.slot().await) {
+                (Ok((stream, local)), Some(slot)) => {
+                    let phase = self.connections.add();
+                    let io = WatchedStream::new(stream, phase.clone(), ANSWER_TIME);
+                    let names = Names { more: self.hosts.clone(), local };
+                    let service = TowerToHyperService::new(self.router.clone());
+                    let connection = serve_one(io, Guarded { service, names, phase }, self.stopped.clone());
                     tokio::spawn(async move {
                         connection.await;
                         drop(slot);
                     });
                 }
-                (Ok(stream), Err(_)) => self.turn_away(stream),
+                (Ok((stream, _)), None) => self.turn_away(stream),
                 (Err(error), _) => {
                     tracing::warn!(%error, "A connection cannot be accepted");
                     tokio::time::sleep(ACCEPT_RETRY).await;
                 }
             }
         }
+    }
+
+    /// The right to one more connection. If there are as many as may be, one that is idle makes room.
+    async fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        let slot = self.slots.clone().try_acquire_owned().ok();
+        if slot.is_none() && self.connections.make_room(IDLE_RIGHT) {
+            let freed = tokio::time::timeout(MAKE_ROOM, self.slots.clone().acquire_owned()).await;
+            return freed.ok().and_then(Result::ok);
+        }
+        slot
     }
 
     fn turn_away(&self, mut stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
@@ -131,14 +154,15 @@ async fn stop(stopped: &mut watch::Receiver<bool>) {
 /// Serves one connection, request after request.
 async fn serve_one(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    router: Router,
+    service: Guarded,
     mut stopped: watch::Receiver<bool>,
 ) {
+    let phase = service.phase.clone();
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(64 << 10)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
     let mut stopping = false;
     loop {
@@ -150,6 +174,7 @@ async fn serve_one(
                 }
                 return;
             }
+            () = phase.ends() => return,
             () = stop(&mut stopped), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
-use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -14,6 +14,16 @@ use serde::de::DeserializeOwned;
 use super::error::ServeError;
 use crate::snapshot::{self, read_limited, replace_file};
 
+/// The file that says that a directory is one of `tvmm serve`'s.
+const MARK: &str = "tvmm-serve";
+/// What is in it.
+const MARK_TEXT: &str =
+    "This directory belongs to tvmm serve, which removes what it does not know in run/ and snapshots/.\nFormat 1\n";
+/// The file that a daemon locks while it uses the directory.
+const LOCK: &str = "lock";
+/// The VMs that lived when they were last written down.
+const VMS: &str = "vms.json";
+
 /// No file of ours is larger.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
@@ -23,6 +33,45 @@ pub(super) enum Kind {
     Functions,
     Snapshots,
     Networks,
+}
+
+/// Whose a directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    /// Nothing is in it, except the lock of a daemon that is about to use it.
+    Nobody,
+    /// It has the mark.
+    Marked,
+    /// It has no mark, but what each version of `tvmm serve` before the mark made at its start.
+    Unmarked,
+    /// Something else is in it.
+    Another,
+}
+
+impl Owner {
+    /// Looks, and changes nothing.
+    fn of(dir: &Path) -> io::Result<Owner> {
+        match fs::symlink_metadata(dir.join(MARK)) {
+            Ok(metadata) if metadata.is_file() && metadata.len() <= MARK_TEXT.len() as u64 => {
+                // A daemon that was killed while it wrote the mark has left the beginning of it.
+                let is_ours = MARK_TEXT.as_bytes().starts_with(&fs::read(dir.join(MARK))?);
+                return Ok(if is_ours { Owner::Marked } else { Owner::Another });
+            }
+            Ok(_) => return Ok(Owner::Another),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let entries = fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+        let is_lock = |path: &Path| fs::symlink_metadata(path).is_ok_and(|it| it.is_file() && it.len() == 0);
+        let has_lock = is_lock(&dir.join(LOCK));
+        if entries.iter().all(|name| has_lock && name == LOCK) {
+            return Ok(Owner::Nobody);
+        }
+        // A link to a directory elsewhere counts: an administrator may have moved a part to another disk.
+        let folders = [Kind::Functions, Kind::Snapshots, Kind::Networks].map(Kind::folder);
+        let has_all = folders.iter().chain(&["snapshots", "profiles"]).all(|folder| dir.join(folder).is_dir());
+        Ok(if has_lock && has_all { Owner::Unmarked } else { Owner::Another })
+    }
 }
 
 impl Kind {
@@ -54,13 +103,24 @@ impl Store {
         let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed(path));
         make(dir)?;
         let dir = fs::canonicalize(dir).map_err(failed(dir))?;
-        let lock_path = dir.join("lock");
+        // Before anything is made in it.
+        let owner = |dir: &Path| match Owner::of(dir).map_err(failed(dir))? {
+            Owner::Another => Err(ServeError::NotOurs { path: dir.to_owned() }),
+            owner => Ok(owner),
+        };
+        owner(&dir)?;
+        let lock_path = dir.join(LOCK);
         let lock = File::options().create(true).truncate(false).write(true).open(&lock_path);
         let lock = lock.map_err(failed(&lock_path))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(ServeError::InUse { path: dir }),
             Err(errno) => return Err(failed(&lock_path)(errno.into())),
+        }
+        // Another daemon may have used and left the directory before the lock was taken.
+        if owner(&dir)? != Owner::Marked {
+            let mark = dir.join(MARK);
+            write_mark(&mark).map_err(failed(&mark))?;
         }
         for folder in [Kind::Functions, Kind::Snapshots, Kind::Networks].map(Kind::folder) {
             make(&dir.join(folder))?;
@@ -125,7 +185,12 @@ impl Store {
 
     /// Where the VMs that live are written down.
     fn vms_path(&self) -> PathBuf {
-        self.dir.join("vms.json")
+        self.dir.join(VMS)
+    }
+
+    /// The directory, without symbolic links.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// The directory of all snapshots.
@@ -154,6 +219,21 @@ impl Store {
     }
 }
 
+/// Whether a path in the directory is one that the daemon itself writes; the directory is too.
+pub(super) fn is_the_daemons(path: &Path) -> bool {
+    let folders = [Kind::Functions, Kind::Snapshots, Kind::Networks].map(Kind::folder);
+    let first = path.iter().next().and_then(|name| name.to_str());
+    let others = [MARK, LOCK, VMS, "run", "snapshots", "profiles"];
+    first.is_none_or(|first| folders.iter().chain(&others).any(|own| *own == first))
+}
+
+/// Writes the mark durably.
+fn write_mark(path: &Path) -> io::Result<()> {
+    let mut mark = File::options().create_new(true).write(true).mode(0o600).open(path)?;
+    mark.write_all(MARK_TEXT.as_bytes())?;
+    mark.sync_all()
+}
+
 /// Writes JSON durably.
 fn save(path: &Path, what: &impl Serialize) -> snapshot::Result<()> {
     // Only keys and values that JSON has are ever given.
@@ -172,4 +252,40 @@ pub(super) fn gone_is_fine(removed: io::Result<()>) -> io::Result<()> {
 fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ServeError> {
     let bytes = read_limited(path, MAX_JSON_BYTES)?;
     serde_json::from_slice(&bytes).map_err(|source| ServeError::Unreadable { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_empty_directory_and_those_of_daemons_are_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        assert_eq!(Owner::of(dir.path()).unwrap(), Owner::Nobody);
+        fs::write(at(LOCK), "").unwrap();
+        assert_eq!(Owner::of(dir.path()).unwrap(), Owner::Nobody);
+        for folder in ["functions", "snapshot-records", "net-ifaces", "snapshots"] {
+            fs::create_dir(at(folder)).unwrap();
+            assert_eq!(Owner::of(dir.path()).unwrap(), Owner::Another, "{folder}");
+        }
+        fs::create_dir(at("profiles")).unwrap();
+        assert_eq!(Owner::of(dir.path()).unwrap(), Owner::Unmarked);
+        fs::write(at(LOCK), "7").unwrap();
+        assert_eq!(Owner::of(dir.path()).unwrap(), Owner::Another);
+        for (text, owner) in [
+            ("", Owner::Marked),
+            (&MARK_TEXT[..20], Owner::Marked),
+            (MARK_TEXT, Owner::Marked),
+            ("Another text", Owner::Another),
+            (&MARK_TEXT.replace("Format 1", "Format 2"), Owner::Another),
+            (&MARK_TEXT.repeat(2), Owner::Another),
+        ] {
+            fs::write(at(MARK), text).unwrap();
+            assert_eq!(Owner::of(dir.path()).unwrap(), owner, "{text}");
+        }
+        fs::remove_file(at(MARK)).unwrap();
+        std::os::unix::fs::symlink(at(LOCK), at(MARK)).unwrap();
+        assert_eq!(Owner::of(dir.path()).unwrap(), Owner::Another);
+    }
 }

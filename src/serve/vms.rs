@@ -1,5 +1,6 @@
 //! `/vms`: machines that run, and what became of those that do not.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
@@ -12,10 +13,9 @@ use super::body::Body;
 use super::daemon::{Daemon, START_TIMEOUT};
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
-use super::tiers::Tiers;
+use super::load::{LoadOptions, TapOverride, Wanted};
 use super::traces::Recording;
-use super::vm::{RestoreSpec, StartSpec, VmRecord};
-use super::working_set::Slot;
+use super::vm::{StartSpec, VmRecord};
 use crate::tiering::policy::Policy;
 
 /// A VM to be started.
@@ -29,8 +29,30 @@ pub(super) struct VmBody {
     namespace: Option<String>,
     /// The policy to restore by; none: the function's.
     policy: Option<String>,
-    /// Where the restore takes memory from; what is left out: as the daemon was told.
-    tvmm: Option<Tiers>,
+    /// How it is restored; what is left out: as the daemon was told.
+    tvmm: Option<LoadOptions>,
+    /// Whether the guest's clocks go on to the present (the default), or from where they stood in the snapshot.
+    clock_realtime: Option<bool>,
+    /// Whether KVM logs the pages the guest writes, for diff snapshots; none: as the function says.
+    track_dirty_pages: Option<bool>,
+    /// Other taps for network interfaces.
+    #[serde(default)]
+    network_overrides: Vec<TapOverride>,
+    /// What the clone is told: the same as `tvmm.metadata`.
+    #[serde(default)]
+    metadata: BTreeMap<String, String>,
+}
+
+impl VmBody {
+    fn wanted(&self) -> Wanted {
+        Wanted {
+            tvmm: self.tvmm.clone(),
+            metadata: self.metadata.clone(),
+            network_overrides: self.network_overrides.clone(),
+            track_dirty_pages: self.track_dirty_pages,
+            clock_realtime: self.clock_realtime,
+        }
+    }
 }
 
 /// All VMs: those that live, then those that are over, the last first.
@@ -43,10 +65,13 @@ pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>
 /// Boots or restores a VM. It lives until it is deleted.
 #[utoipa::path(post, path = "/vms", tag = "vms", request_body = VmBody,
     responses((status = 200, description = "It runs", body = VmRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 403, body = FaultBody, description = "It names what clients may not name"),
         (status = 404, body = FaultBody, description = "No such function, snapshot or namespace"),
         (status = 409, body = FaultBody, description = "The snapshot lacks the profile the policy needs, or copies of its drives"),
         (status = 422, body = FaultBody, description = "It cannot be booted or restored"),
-        (status = 429, body = FaultBody, description = "Too many VMs live"), (status = 502, body = FaultBody, description = "It ended")))]
+        (status = 429, body = FaultBody, description = "Too many VMs live, or too much of their memory is taken"),
+        (status = 502, body = FaultBody, description = "It ended"),
+        (status = 507, body = FaultBody, description = "It needs more memory than all VMs may have, or the disk is full")))]
 pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBody>) -> Result<Reply<VmRecord>, Fault> {
     let task = tokio::spawn(async move { start(&daemon, body).await });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The start was given up."))).map(Reply)
@@ -55,29 +80,22 @@ pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBod
 async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     let function = daemon.function(&body.func_name)?;
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
-    let policy = match body.policy.as_ref().or(function.policy.as_ref()) {
-        Some(name) => known_policy(name)?,
-        None => Policy::Firecracker,
-    };
+    let named = body.policy.as_ref().or(function.policy.as_ref());
+    let policy = named.map_or(Ok(Policy::Firecracker), |name| known_policy(name))?;
+    let wanted = body.wanted();
     let spec = match &body.ss_id {
         None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),
-        None if body.tvmm.is_some() => return Err(Fault::bad("`tvmm` says how to restore: it needs `ssId`.")),
+        None if wanted.is_for_restores() => {
+            let message = "`tvmm`, `metadata`, `clock_realtime`, `track_dirty_pages` and `network_overrides` say how to \
+                           restore: they need `ssId`.";
+            return Err(Fault::bad(message));
+        }
         None => StartSpec { function, network, restore: None, from_invocation: false },
         Some(id) => {
             let snapshot = daemon.snapshot(id)?;
-            let profiles = daemon.store.profiles_dir(id);
-            let profile = if policy.needs_profile() { Some(Slot::for_policy(policy, &profiles)?) } else { None };
-            let tiers = body.tvmm.clone().unwrap_or_default();
-            tiers.check()?;
-            let of_function = Tiers { dram_mib: snapshot.function.dram_mib, ..Tiers::default() };
-            let restore = RestoreSpec {
-                ss_id: id.clone(),
-                dir: daemon.snapshot_dir(id),
-                policy: policy.name().to_string(),
-                profile,
-                tiers: tiers.or(&of_function).or(&daemon.options.tiers),
-                has_drive_copies: snapshot.has_drive_copies()?,
-            };
+            let options = daemon.confined(wanted.options()?).await?;
+            let policy = (body.policy.is_some() || options.plan.is_none()).then_some(policy);
+            let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
             let function = Function { func_name: function.func_name, ..snapshot.function };
             StartSpec { function, network, restore: Some(restore), from_invocation: false }
         }

@@ -16,7 +16,8 @@ pub const FORMAT_MAJOR: u16 = 1;
 /// See [`FORMAT_MAJOR`].
 pub const FORMAT_MINOR: u16 = 0;
 
-const MAGIC: &[u8; 8] = b"TVMMSNAP";
+/// The first bytes of every container.
+pub const CONTAINER_MAGIC: [u8; 8] = *b"TVMMSNAP";
 const HEADER_LEN: usize = 64;
 const ENTRY_LEN: usize = 40;
 /// The most sections a container may have.
@@ -267,7 +268,7 @@ impl Header {
         let Some(header) = bytes.first_chunk::<HEADER_LEN>() else {
             return Err(Error::Truncated { object: object.to_string(), have, need: HEADER_LEN as u64 });
         };
-        if !header.starts_with(MAGIC) {
+        if !header.starts_with(&CONTAINER_MAGIC) {
             return Err(Error::BadMagic { object: object.to_string() });
         }
         check_crc(object, || "header".to_string(), u32_at(header, 60), &header[..60])?;
@@ -365,7 +366,7 @@ pub fn write_container(sections: &[Section]) -> Vec<u8> {
         offset += length;
     }
     let mut out = Vec::with_capacity(file_len as usize);
-    out.extend_from_slice(MAGIC);
+    out.extend_from_slice(&CONTAINER_MAGIC);
     out.extend_from_slice(&FORMAT_MAJOR.to_le_bytes());
     out.extend_from_slice(&FORMAT_MINOR.to_le_bytes());
     for field in [HEADER_LEN as u32, sections.len() as u32, ENTRY_LEN as u32] {

@@ -6,8 +6,12 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rustix::fs::Advice;
 
 use super::container::container_len_of;
 use super::manifest::canonical;
@@ -57,16 +61,20 @@ pub struct Image {
     path: PathBuf,
     /// Its pages in file order.
     extents: Vec<Extent>,
-    /// CRC32C of each page, in file order.
-    sums: Vec<u32>,
+    snapshot: SnapshotId,
+    digest: Digest,
+    /// CRC32C of each page, in file order; read when they are first needed.
+    sums: OnceLock<Vec<u32>>,
 }
 
 impl Image {
     /// The image of `spec` over the memory that `chain` describes: opened if it was made before, made otherwise.
     ///
+    /// Its checksums are asked for and not waited for: the device reads them while the restore goes on.
+    ///
     /// # Errors
-    /// [`Error::Image`] for a file of that name that is not this image, or whose checksums are damaged;
-    /// [`Error::BadMemory`] if it is to be made of damaged pages; [`Error::Io`].
+    /// [`Error::Image`] for a file of another length; [`Error::BadMemory`] if it is to be made of damaged pages;
+    /// [`Error::Io`].
     pub fn open(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
         let id = chain.tip().id();
         let digest = digest_of(id, spec);
@@ -81,10 +89,29 @@ impl Image {
             make(chain, spec, &dir, &path, cache)?;
         }
         let (file, len) = files::open_regular(&path)?;
-        let sums = Trailer::read(&file, &path, len)
-            .and_then(|trailer| trailer.into_sums_of(&path, id, digest))
+        let data_len = spec.file_len();
+        let expected = data_len.saturating_add(expected_len(data_len / PAGE_SIZE)).saturating_add(TAIL_LEN as u64);
+        if len != expected {
+            let problem = format!("it is {len} bytes long, not {expected}");
+            let source = Box::new(Error::malformed(&path.display().to_string(), problem));
+            return Err(Error::Image { path, source });
+        }
+        // A hint; without it the checksums come when they are needed.
+        let _ = rustix::fs::fadvise(&file, data_len, NonZeroU64::new(len - data_len), Advice::WillNeed);
+        let (extents, sums) = (spec.extents.clone(), OnceLock::new());
+        Ok((Image { file, path, extents, snapshot: id, digest, sums }, origin))
+    }
+
+    fn sums(&self) -> Result<&[u32]> {
+        if let Some(sums) = self.sums.get() {
+            return Ok(sums);
+        }
+        let path = &self.path;
+        let len = self.file.metadata().map_err(Error::io("stat", path))?.len();
+        let sums = Trailer::read(&self.file, path, len)
+            .and_then(|trailer| trailer.into_sums_of(path, self.snapshot, self.digest))
             .map_err(|source| Error::Image { path: path.clone(), source: Box::new(source) })?;
-        Ok((Image { file, path, extents: spec.extents.clone(), sums }, origin))
+        Ok(self.sums.get_or_init(|| sums))
     }
 
     /// The file; its pages start at offset 0.
@@ -100,11 +127,11 @@ impl Image {
     /// Compares pages that were read or mapped from `offset` on, one part after the other, with their checksums.
     ///
     /// # Errors
-    /// [`Error::BadImagePage`] with the first page that differs.
+    /// [`Error::BadImagePage`] with the first page that differs; [`Error::Image`] if the checksums are damaged.
     pub fn verify(&self, offset: u64, parts: &[&[u8]]) -> Result<()> {
         let first = (offset / PAGE_SIZE) as usize;
         let pages = parts.iter().flat_map(|part| part.chunks_exact(PAGE_SIZE as usize));
-        match first_bad(&self.sums[first.min(self.sums.len())..], pages) {
+        match first_bad(self.sums()?.get(first..).unwrap_or_default(), pages) {
             None => Ok(()),
             Some(index) => Err(bad_page(&self.path, first + index, &self.extents)),
         }

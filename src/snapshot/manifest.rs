@@ -328,6 +328,13 @@ pub(crate) const STATE_FILE: &str = "vmstate";
 pub(crate) const PAGES_FILE: &str = "pages";
 /// See [`MANIFEST_FILE`].
 pub(crate) const MEMORY_FILE: &str = "memory";
+/// The files that every snapshot directory has; copies of drives come on top.
+pub const DIR_FILES: [&str; 4] = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
+
+/// Whether `dir` is the directory of a snapshot whose writer finished.
+pub fn is_snapshot_dir(dir: &Path) -> bool {
+    dir.join(MANIFEST_FILE).is_file()
+}
 
 /// The path without links as far as it exists: a snapshot's directory does not exist before it is sealed.
 pub(crate) fn canonical(path: &Path) -> PathBuf {

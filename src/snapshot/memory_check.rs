@@ -14,7 +14,7 @@ use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result, Snapsh
 const HUGE_PAGES: u64 = 512;
 
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
-const READ_PAGES: u64 = 128;
+pub(crate) const READ_PAGES: u64 = 128;
 
 /// How many damaged chunks a report names; it counts all of them.
 const MAX_REPORTED: usize = 1024;
@@ -123,7 +123,7 @@ impl MemoryFile<'_> {
 
     /// The checksums of the chunks with a page of `held`, ascending, from what was just written.
     ///
-    /// The guest runs meanwhile: checksumming costs it no pause. The bytes come from the page cache, where `write` put
+    /// The guest may run meanwhile: checksumming costs it no pause. The bytes come from the page cache, where `write` put
     /// them; what the disk makes of them is compared with these checksums afterwards. An error of the disk in between
     /// is reported by `fsync` on the same descriptor; only bytes that were written out, dropped for want of memory, read
     /// back wrong and not reported would go unnoticed.
@@ -138,6 +138,21 @@ impl MemoryFile<'_> {
             }
         }
         Ok(hasher.finish().into_iter().map(|(_, crc)| crc).collect())
+    }
+
+    /// Makes the file durable, and returns its [`checksums`](Self::checksums): both at once, where a thread can be had.
+    pub(crate) fn sync_and_checksum(&self, held: &PageSet) -> Result<Vec<u32>> {
+        let sync = || self.file.sync_all().map_err(Error::io("sync", self.path));
+        std::thread::scope(|scope| {
+            let syncing = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, sync);
+            let checksums = self.checksums(held);
+            match syncing {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+                // The host has no thread left.
+                Err(_) => sync()?,
+            }
+            checksums
+        })
     }
 
     /// The 2 MiB blocks of which at least a quarter is held, joined: worth a huge folio each.

@@ -18,22 +18,27 @@ mod page_map;
 mod page_set;
 mod partial;
 mod plan;
+mod read_back;
 mod reader;
 mod types;
+mod unchanged;
 mod writer;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
-pub use container::{Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container};
+pub use container::{
+    CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
+};
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
 pub use files::{read_limited, replace_file};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};
 pub use image::{Image, ImageOrigin, ImageState, check_image, derived_dir};
 pub use manifest::{
-    Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
+    DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
+    is_snapshot_dir,
 };
 pub use memory_check::{BadChunk, ReadAt, VerifyReport};
 pub use merge::{merge, page_digest};
@@ -43,6 +48,8 @@ pub use plan::{
     Background, BackgroundAction, Fill, ImageSpec, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan,
     TierAccess, TierSource,
 };
+pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
-pub use writer::{LoadHuge, SealInput, Sealed, SnapshotWriter};
+pub use unchanged::Doubtful;
+pub use writer::{SealInput, Sealed, SnapshotWriter};

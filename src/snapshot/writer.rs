@@ -1,4 +1,5 @@
-//! Writes a snapshot beside its final name and moves it into place when it is complete, durable and proven.
+//! Writes a snapshot beside its final name and moves it into place when it is complete, durable and (unless the caller
+//! does that afterwards) proven.
 
 use std::fs::{self, File};
 use std::io;
@@ -7,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::container::{self, Section, SectionKind, write_container};
-use super::manifest::{MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
-use super::memory_check::{MemoryFile, Progress};
+use super::manifest::{DIR_FILES, MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
+use super::memory_check::MemoryFile;
 use super::page_map::PageMap;
 use super::partial::Partial;
+use super::read_back::{LoadHuge, ReadBack, read_back};
 use super::reader::{PAGES_LIMIT, SNAPSHOT_FILE_LIMIT, STATE_LIMIT, section_digest};
+use super::unchanged::{Doubtful, punch};
 use super::{
     Digests, DriveCopy, Error, Extent, FORMAT_MAJOR, FileSizes, Gfn, HostFacts, Location, MachineFacts, Manifest,
     MemoryLayout, PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, copy_drive, files,
@@ -50,13 +53,6 @@ impl Work {
     }
 }
 
-/// Brings a part of a file into the page cache in huge folios. A system call that this room leaves to its caller.
-pub trait LoadHuge {
-    /// Loads `[offset, offset + len)` in bytes, both multiples of 2 MiB. Where the file system or the kernel has no
-    /// huge folios it does nothing.
-    fn load_huge(&self, file: &File, offset: u64, len: u64) -> io::Result<()>;
-}
-
 /// What a snapshot consists of besides guest memory.
 #[derive(Clone)]
 pub struct SealInput<'a> {
@@ -68,6 +64,15 @@ pub struct SealInput<'a> {
     pub machine: MachineFacts,
     /// How the finished memory file is brought into the page cache.
     pub cache: &'a dyn LoadHuge,
+}
+
+/// When the memory is read back from the disk.
+#[derive(Clone, Copy)]
+enum Proof<'a> {
+    /// Before the snapshot has its name.
+    First(&'a dyn LoadHuge),
+    /// The caller does it.
+    Later,
 }
 
 /// A finished snapshot.
@@ -206,10 +211,25 @@ impl SnapshotWriter {
     /// [`Error::BadSection`], [`Error::TooLarge`], [`Error::BadMemory`] (the disk did not keep what was written),
     /// [`Error::TargetExists`], [`Error::Io`]. Nothing is left under the final name then.
     pub fn seal(self, input: SealInput<'_>) -> Result<Sealed> {
+        let proof = Proof::First(input.cache);
+        Ok(self.complete(input, proof)?.0)
+    }
+
+    /// As [`seal`](Self::seal), but leaves reading the memory back to the caller: the snapshot has its name and is durable
+    /// before.
+    ///
+    /// # Errors
+    /// As for [`seal`](Self::seal), without [`Error::BadMemory`].
+    pub fn seal_unproven(self, input: SealInput<'_>) -> Result<(Sealed, ReadBack)> {
+        self.complete(input, Proof::Later)
+    }
+
+    fn complete(self, input: SealInput<'_>, proof: Proof<'_>) -> Result<(Sealed, ReadBack)> {
         container::check_sections(&input.state)?;
         let object = self.target.display();
         let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, drives, next: _ } = self;
-        let checksums = MemoryFile { file: &memory, path: &work.memory_path(), layout: &layout }.checksums(&held)?;
+        let path = work.memory_path();
+        let checksums = MemoryFile { file: &memory, path: &path, layout: &layout }.sync_and_checksum(&held)?;
         let map = PageMap::new(&layout, held, zero, checksums).map_err(|p| Error::malformed(&object, p))?;
         let pages = map.to_sections();
         let sizes = FileSizes {
@@ -238,19 +258,42 @@ impl SnapshotWriter {
             drives: drives.iter().map(|(copy, _)| copy.clone()).collect(),
         };
         manifest.id = manifest.compute_id(&object)?;
-        let memory = MemoryFile { file: &memory, path: &work.memory_path(), layout: &manifest.layout };
+        let memory = MemoryFile { file: &memory, path: &path, layout: &manifest.layout };
         for (copy, file) in &drives {
             let path = work.memory_dir.path().join(copy.file_name());
             file.sync_all().map_err(Error::io("sync", &path))?;
         }
+        if let Proof::First(cache) = proof {
+            read_back(memory, &map, cache)?;
+        }
+        let to_read = ReadBack::prepare(memory, map, target.memory_path())?;
         let bytes_on_disk = match &target {
-            Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages], (memory, &map, input.cache))?,
-            Location::Files { .. } => {
-                seal_files(&target, work, &manifest, [input.state, pages], (memory, &map, input.cache))?
-            }
+            Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages])?,
+            Location::Files { .. } => seal_files(&target, work, &manifest, [input.state, pages])?,
         };
         let Manifest { id, pages_held, pages_zero, .. } = manifest;
-        Ok(Sealed { id, location: target, pages_held, pages_zero, bytes_on_disk })
+        Ok((Sealed { id, location: target, pages_held, pages_zero, bytes_on_disk }, to_read))
+    }
+
+    /// Takes pages out of a diff that are the same in its parent. Pages stay where the parent cannot be read: a diff with
+    /// more pages restores the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for the diff's own file.
+    pub fn drop_unchanged(&mut self, doubtful: Doubtful<'_>) -> Result<()> {
+        let memory = MemoryFile { file: &self.memory, path: &self.work.memory_path(), layout: &self.layout };
+        let unchanged = match doubtful.unchanged(memory, &self.held, &self.zero) {
+            Ok(unchanged) => unchanged,
+            Err(error) => {
+                tracing::warn!(%error, "A diff holds pages that may be as they were: its parent cannot be read");
+                return Ok(());
+            }
+        };
+        self.zero.subtract(&unchanged.zero);
+        if punch(memory, &unchanged.held)? {
+            self.held.subtract(&unchanged.held);
+        }
+        Ok(())
     }
 }
 
@@ -297,42 +340,15 @@ fn now_unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-/// Makes the memory durable, then reads it from the disk and not from the page cache that it was just written to.
-///
-/// What is read back stays in the cache, in the largest folios there are: a page fault on a restored guest's memory then
-/// maps 2 MiB instead of one page.
-fn prove_memory(memory: MemoryFile<'_>, map: &PageMap, cache: &dyn LoadHuge) -> Result<()> {
-    memory.file.sync_all().map_err(Error::io("sync", memory.path))?;
-    files::evict(memory.file, memory.path)?;
-    for run in memory.dense_blocks(map) {
-        let offset = memory.layout.file_offset(run.first).unwrap_or_default();
-        cache.load_huge(memory.file, offset, run.bytes()).map_err(Error::io("read back", memory.path))?;
-    }
-    let mut progress = Progress { done: 0, total: 0, report: &mut |_, _| {} };
-    memory.verify(map, &mut progress)?.into_result(&memory.path.display().to_string())?;
-    Ok(())
-}
-
-/// A memory file, its page map, and how to bring it into the page cache.
-type Memory<'a> = (MemoryFile<'a>, &'a PageMap, &'a dyn LoadHuge);
-
-fn seal_dir(
-    dir: &Path,
-    work: Work,
-    manifest: &Manifest,
-    sections: [&[Section]; 2],
-    (memory, map, cache): Memory<'_>,
-) -> Result<u64> {
+fn seal_dir(dir: &Path, work: Work, manifest: &Manifest, sections: [&[Section]; 2]) -> Result<u64> {
     let from = work.memory_dir.path().to_path_buf();
     let [state, pages] = sections;
     files::write_durably(&from.join(STATE_FILE), &write_container(state))?;
     files::write_durably(&from.join(PAGES_FILE), &write_container(pages))?;
-    prove_memory(memory, map, cache)?;
     files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
     files::sync_dir(&from)?;
-    let names = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
     let drives = manifest.drives.iter().map(DriveCopy::file_name);
-    let names = names.map(str::to_owned).into_iter().chain(drives);
+    let names = DIR_FILES.map(str::to_owned).into_iter().chain(drives);
     let bytes_on_disk = names.map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
     files::rename_dir_to_free_name(&from, dir)?;
     work.memory_dir.keep();
@@ -342,13 +358,7 @@ fn seal_dir(
 
 /// The snapshot file is the commit point. An old one is removed before its memory is replaced: a crash in between
 /// leaves no snapshot, never one with another's memory.
-fn seal_files(
-    target: &Location,
-    work: Work,
-    manifest: &Manifest,
-    sections: [Vec<Section>; 2],
-    (memory, map, cache): Memory<'_>,
-) -> Result<u64> {
+fn seal_files(target: &Location, work: Work, manifest: &Manifest, sections: [Vec<Section>; 2]) -> Result<u64> {
     let Location::Files { snapshot: snapshot_to, memory: memory_to } = target else { return Ok(0) };
     let Some(snapshot_dir) = &work.snapshot_dir else { return Ok(0) };
     let json = manifest.to_json(&snapshot_to.display().to_string())?;
@@ -357,14 +367,14 @@ fn seal_files(
     check_size(&snapshot_to.display().to_string(), container::container_len(&all), SNAPSHOT_FILE_LIMIT)?;
     let snapshot_from = snapshot_dir.path().join("snapshot");
     files::write_durably(&snapshot_from, &write_container(&all))?;
-    prove_memory(memory, map, cache)?;
-    let bytes_on_disk = occupied(&snapshot_from)? + occupied(memory.path)?;
+    let memory_from = work.memory_path();
+    let bytes_on_disk = occupied(&snapshot_from)? + occupied(&memory_from)?;
     match fs::remove_file(snapshot_to) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", snapshot_to)(error))?,
         Ok(()) => files::sync_dir(&files::parent_dir(snapshot_to))?,
         Err(_) => {}
     }
-    for (from, to) in [(memory.path, memory_to), (snapshot_from.as_path(), snapshot_to)] {
+    for (from, to) in [(memory_from.as_path(), memory_to), (snapshot_from.as_path(), snapshot_to)] {
         fs::rename(from, to).map_err(Error::io("rename a finished file to", to))?;
         files::sync_dir(&files::parent_dir(to))?;
     }

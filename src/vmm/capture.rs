@@ -2,7 +2,8 @@
 //!
 //! What must happen while the guest stands still is kept short: vCPU and device state, the dirty log, and one pass over
 //! the pages that can be anything but zero, written straight from guest memory. Everything slow (checksummed page map,
-//! fsync, reading back, rename) is [`Captured::seal`], which needs no machine and runs after the guest may go on.
+//! fsync, rename) is [`Captured::seal`], which needs no machine and runs after the guest may go on. Reading the memory
+//! back from the disk is slower still, and comes after the snapshot was acknowledged (`read_backs.rs`).
 
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,8 @@ use super::sys::pagemap_scan::mapped_runs;
 use super::sys::{dirty_log, pagemap::Pagemap};
 use super::vcpu::Ending;
 use crate::snapshot::{
-    Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, SealInput, Sealed, Section,
-    SectionKind, SnapshotKind, SnapshotWriter,
+    Chain, Doubtful, Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, ReadBack, SealInput,
+    Sealed, Section, SectionKind, SnapshotId, SnapshotKind, SnapshotWriter,
 };
 
 /// A machine's state at one instant, its memory written, not yet sealed.
@@ -30,18 +31,47 @@ pub struct Captured {
     machine: MachineFacts,
     /// Drives that stay where they are: what the guest believes to be on them is made durable with its memory.
     drives: Vec<WritableDrive>,
+    /// Pages of a diff that may be as they were in its parent, which is there.
+    doubtful: Option<(Parent, PageSet)>,
     /// How long reading state and writing memory took, µs. The guest stood still for this and its stopping.
     pub capture_us: u64,
 }
 
+/// When a snapshot's memory is read back from the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadBackWhen {
+    /// Before the snapshot has its name.
+    First,
+    /// By [`ReadBack::run`], which the caller calls.
+    Later,
+}
+
 impl Captured {
-    /// Makes the snapshot final: everything on disk, verified, under its name.
-    pub fn seal(self) -> Result<Sealed, Error> {
+    /// Makes the snapshot final: everything on disk under its name, and verified or still to be.
+    pub fn seal(mut self, when: ReadBackWhen) -> Result<(Sealed, Option<ReadBack>), Error> {
         for drive in &self.drives {
             drive.image.sync_data().map_err(Error::os("make a drive durable"))?;
         }
+        if let Some((parent, pages)) = self.doubtful.take() {
+            drop_unchanged(&mut self.writer, &parent, &pages)?;
+        }
         let input = SealInput { state: self.state, host: self.host, machine: self.machine, cache: &PageCache };
-        Ok(self.writer.seal(input)?)
+        match when {
+            ReadBackWhen::First => Ok((self.writer.seal(input)?, None)),
+            ReadBackWhen::Later => {
+                let (sealed, read_back) = self.writer.seal_unproven(input)?;
+                Ok((sealed, Some(read_back)))
+            }
+        }
+    }
+}
+
+/// Takes those of `pages` out of the diff that are as they were in `parent`.
+fn drop_unchanged(writer: &mut SnapshotWriter, parent: &Parent, pages: &PageSet) -> Result<(), Error> {
+    match Chain::open(&parent.location) {
+        Ok(chain) if chain.tip().id() == parent.id => Ok(writer.drop_unchanged(Doubtful { parent: &chain, pages })?),
+        // The parent's memory is elsewhere (a pool), or it was moved: the diff is right with these pages in it.
+        _ => Ok(()),
     }
 }
 
@@ -69,7 +99,7 @@ impl Machine<Paused> {
             SnapshotKind::Full => None,
             SnapshotKind::Diff => Some(self.core.diff_parent()?),
         };
-        let mut writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent)?;
+        let mut writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent.clone())?;
         let state = self.save_state()?;
         let mut drives = self.core.devices.virtio.writable_drives();
         if copy_drives {
@@ -83,6 +113,7 @@ impl Machine<Paused> {
         // Nor what the guest gave back: these pages have become zero.
         let released = self.core.ram.released().take_fresh();
         self.core.lineage.add_changed(&released);
+        let mut doubtful = None;
         match kind {
             SnapshotKind::Full => {
                 self.core.lineage.add_changed(&log.pages);
@@ -97,6 +128,8 @@ impl Machine<Paused> {
                 let gone = gone.runs().flat_map(|run| self.core.ram.layout().split(run).collect::<Vec<_>>());
                 gone.into_iter().try_for_each(|extent| writer.mark_zero(extent))?;
                 write_pages(&self.core, &changed, &mut writer, true)?;
+                let pages = self.core.lineage.doubtful(&changed);
+                doubtful = parent.filter(|_| !pages.is_empty()).map(|parent| (parent, pages));
             }
         }
         // Only now: had writing failed, KVM's log would still hold the pages.
@@ -109,6 +142,7 @@ impl Machine<Paused> {
             host: host::facts(&self.core.kvm),
             machine: MachineFacts { vcpu_count: u32::from(shape.vcpu_count), mem_size_mib: shape.mem_size_mib },
             drives,
+            doubtful,
             capture_us: start.elapsed().as_micros() as u64,
         })
     }
@@ -152,6 +186,11 @@ impl<S> Machine<S> {
             }
             None => self.core.lineage.seal_failed(),
         }
+    }
+
+    /// Tells the machine that a snapshot does not read back from the disk as it was written.
+    pub fn snapshot_damaged(&mut self, id: SnapshotId) {
+        self.core.lineage.damaged(id);
     }
 }
 

@@ -110,6 +110,8 @@ pub struct CreateSnapshot {
     pub resume: bool,
     /// Whether the snapshot takes copies of the drives that the guest can write.
     pub copy_drives: bool,
+    /// Whether the answer waits until the memory was read back from the disk and compared.
+    pub verify: bool,
 }
 
 /// How pages that are to lie in place are mapped where the tier leaves the choice.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::capture::Captured;
+use super::capture::{Captured, ReadBackWhen};
 use super::config::{DeviceConfigs, VmConfig};
 use super::control::{
     BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request,
@@ -20,6 +20,7 @@ use super::logging;
 use super::machine::{Machine, Outside, Paused, Running};
 use super::metrics::MetricsFile;
 use super::planning::{self, Chosen};
+use super::read_backs::ReadBacks;
 use super::record::Watch;
 use super::report;
 use super::restore::{EngineReport, FaultBatch, FaultCounts, RestoreSpec};
@@ -30,7 +31,7 @@ use super::sys::lost;
 use super::timeline::{Moments, Timeline};
 use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
-use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed};
+use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed, SnapshotId};
 use crate::tiering;
 use crate::tiering::chunks::{ColdCounts, lower};
 use crate::tiering::fit::Fit;
@@ -79,17 +80,26 @@ pub struct Controller {
     /// The plan of the restored machine.
     plan: Option<RestorePlan>,
     metrics: Option<MetricsFile>,
-    seals: (Sender<SealOutcome>, Receiver<SealOutcome>),
+    seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
+    read_backs: ReadBacks,
     /// Watches a restored machine for memory that does not come. After `phase`: it outlives the machine.
     stalls: Option<StallWatch>,
 }
 
-struct SealOutcome {
-    result: Result<Sealed, Error>,
-    capture_us: u64,
+/// What the thread that seals a snapshot tells.
+enum SealNews {
+    Sealed {
+        result: Result<Sealed, Error>,
+        capture_us: u64,
+    },
+    /// The disk did not keep what was written.
+    Damaged(SnapshotId),
 }
+
+/// How long the end of the process waits for snapshots that are being read back; then they stay unverified.
+const READ_BACK_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Controller {
     pub fn new(id: String, config: VmConfig, outside: Outside, timeline: Timeline) -> Result<Self, Error> {
@@ -108,6 +118,7 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
+            read_backs: ReadBacks::default(),
             stalls: None,
         })
     }
@@ -425,17 +436,35 @@ impl Controller {
             // The snapshot is good nonetheless, and the machine is still paused; both are told.
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
-        self.spawn_seal(captured)
+        let is_first = create.verify || self.read_backs.are_many();
+        self.spawn_seal(captured, if is_first { ReadBackWhen::First } else { ReadBackWhen::Later })
     }
 
-    fn spawn_seal(&mut self, captured: Captured) -> Result<(), Refused> {
+    fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
         let (sender, event) = (self.seals.0.clone(), self.seal_event.clone());
-        let capture_us = captured.capture_us;
+        let (read_backs, capture_us) = (self.read_backs.clone(), captured.capture_us);
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
-            let result = captured.seal();
-            // The receiver lives as long as the controller; if that is gone, so is whoever asked.
-            let _ = sender.send(SealOutcome { result, capture_us });
-            let _ = event.write(1);
+            let tell = |news| {
+                // The receiver lives as long as the controller, and what asked for the snapshot no longer.
+                let _ = sender.send(news);
+                let _ = event.write(1);
+            };
+            let (result, left) = match captured.seal(when) {
+                Ok((sealed, read_back)) => {
+                    if read_back.is_none() {
+                        read_backs.note_first();
+                    }
+                    let left = read_back.map(|left| (sealed.id, read_backs.add(anchor(&sealed.location), left)));
+                    (Ok(sealed), left)
+                }
+                Err(error) => (Err(error), None),
+            };
+            tell(SealNews::Sealed { result, capture_us });
+            if let Some((id, left)) = left
+                && left.run().is_err()
+            {
+                tell(SealNews::Damaged(id));
+            }
         });
         spawned.map(drop).map_err(|error| {
             self.with_machine(None);
@@ -446,15 +475,22 @@ impl Controller {
     /// Takes note of sealed snapshots and answers who asked for them. Call when `seal_event` is readable.
     pub fn finish_seals(&mut self) {
         let _ = self.seal_event.read();
-        while let Ok(outcome) = self.seals.1.try_recv() {
-            self.with_machine(outcome.result.as_ref().ok());
+        while let Ok(news) = self.seals.1.try_recv() {
+            let (result, capture_us) = match news {
+                SealNews::Sealed { result, capture_us } => (result, capture_us),
+                SealNews::Damaged(id) => {
+                    self.snapshot_damaged(id);
+                    continue;
+                }
+            };
+            self.with_machine(result.as_ref().ok());
             let Some(respond) = self.seal_reply.take() else { continue };
-            respond(match outcome.result {
+            respond(match result {
                 Ok(sealed) => Ok(Reply::Snapshot(SnapshotTaken {
                     id: sealed.id.to_string(),
                     path: anchor(&sealed.location),
                     memory_bytes: sealed.pages_held * PAGE_SIZE,
-                    capture_us: outcome.capture_us,
+                    capture_us,
                 })),
                 Err(error) => Err(Refused::bad_request_because(&error)),
             });
@@ -474,6 +510,19 @@ impl Controller {
         }
     }
 
+    fn snapshot_damaged(&mut self, id: SnapshotId) {
+        match &mut self.phase {
+            Phase::NotStarted => {}
+            Phase::Running(machine) => machine.snapshot_damaged(id),
+            Phase::Paused(machine) => machine.snapshot_damaged(id),
+        }
+    }
+
+    /// What became of reading snapshots back, for reports.
+    pub fn read_backs(&self) -> serde_json::Value {
+        self.read_backs.json()
+    }
+
     fn flush_metrics(&mut self) -> Result<Reply, Refused> {
         if matches!(self.phase, Phase::NotStarted) {
             return Err(Refused::before_start());
@@ -490,6 +539,7 @@ impl Controller {
         let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
         let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         let promotion = parts.as_ref().and_then(|parts| parts.ram.promotion());
+        let read_backs = self.read_backs.json();
         match &mut self.metrics {
             Some(file) => {
                 let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
@@ -501,7 +551,7 @@ impl Controller {
                     })
                 });
                 let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
-                    "promotion": promotion, "devices": devices });
+                    "promotion": promotion, "devices": devices, "read_backs": read_backs });
                 file.write(&all)
             }
             None => Ok(()),
@@ -520,6 +570,9 @@ impl Controller {
             Phase::Paused(machine) => machine.stop(patience),
         };
         self.stalls = None;
+        if !self.read_backs.wait(READ_BACK_PATIENCE) {
+            tracing::warn!("The process ends before its last snapshots were read back; `tvmm inspect` verifies them");
+        }
         stopped
     }
 }

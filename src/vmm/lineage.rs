@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::error::Error;
-use crate::snapshot::{Chain, PageSet, Parent};
+use crate::snapshot::{Chain, PageSet, Parent, SnapshotId};
 
 /// Ancestry of one VM's memory.
 #[derive(Debug, Default)]
@@ -20,14 +20,17 @@ pub struct Lineage {
     in_flight: Option<PageSet>,
     /// The layers this VM was restored from: some of its pieces are still mappings of their files.
     origin: Option<Arc<Chain>>,
+    /// Pages of a restored VM that the host makes writable only when they are written: of these, KVM's log is exact.
+    exact: PageSet,
 }
 
 impl Lineage {
-    /// The lineage of a VM that was just restored from `chain`.
-    pub fn restored(chain: Arc<Chain>) -> Self {
+    /// The lineage of a VM that was just restored from `chain`. `exact`: pages that the host makes writable only when they
+    /// are written.
+    pub fn restored(chain: Arc<Chain>, exact: PageSet) -> Self {
         let tip = chain.tip();
         let parent = Parent { id: tip.manifest().id, location: tip.location().clone() };
-        Lineage { parent: Some(parent), origin: Some(chain), ..Lineage::default() }
+        Lineage { parent: Some(parent), origin: Some(chain), exact, ..Lineage::default() }
     }
 
     pub fn origin(&self) -> Option<&Arc<Chain>> {
@@ -37,6 +40,22 @@ impl Lineage {
     /// The snapshot a diff taken now would be a change of.
     pub fn parent(&self) -> Result<&Parent, Error> {
         self.parent.as_ref().ok_or_else(|| Error::Diff("this VM has no earlier snapshot; take a full one first".into()))
+    }
+
+    /// The pages of `changed` that may only have been read: KVM counts a read of a page as a write where it finds the page
+    /// writable, as memory is that was filled for a restore.
+    pub fn doubtful(&self, changed: &PageSet) -> PageSet {
+        match self.origin {
+            Some(_) => changed.difference(&self.exact),
+            None => PageSet::new(),
+        }
+    }
+
+    /// The snapshot `id` has turned out to be damaged on the disk: no diff may be relative to it.
+    pub fn damaged(&mut self, id: SnapshotId) {
+        if self.parent.as_ref().is_some_and(|parent| parent.id == id) {
+            self.parent = None;
+        }
     }
 
     pub fn is_sealing(&self) -> bool {
@@ -71,7 +90,7 @@ impl Lineage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::{Gfn, Location, SnapshotId};
+    use crate::snapshot::{Gfn, Location};
 
     fn pages(gfns: &[u64]) -> PageSet {
         gfns.iter().map(|&gfn| Gfn(gfn)).collect()
@@ -90,5 +109,10 @@ mod tests {
         lineage.seal_done(Parent { id: SnapshotId([1; 32]), location: Location::Dir("x".into()) });
         assert!(lineage.parent().is_ok());
         assert_eq!(lineage.add_changed(&pages(&[7])), &pages(&[7]));
+        assert!(lineage.doubtful(&pages(&[7])).is_empty(), "memory of a VM that booted was filled by the guest");
+        lineage.damaged(SnapshotId([2; 32]));
+        assert!(lineage.parent().is_ok());
+        lineage.damaged(SnapshotId([1; 32]));
+        assert!(lineage.parent().is_err());
     }
 }

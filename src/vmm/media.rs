@@ -13,7 +13,7 @@ use super::sys::{locks, mempolicy};
 use crate::tiering::pool::{Facts, Medium};
 
 /// The file of a pool in a directory.
-const POOL_FILE: &str = "pool.tvmm";
+pub const POOL_FILE: &str = "pool.tvmm";
 /// Magic numbers of file systems (statfs(2)).
 const TMPFS: u64 = 0x0102_1994;
 const HUGETLBFS: u64 = 0x9584_58f6;
@@ -80,6 +80,8 @@ pub struct PoolMedium {
     map: Option<SharedMap>,
     /// The node that its pages are to be on.
     node: Option<u32>,
+    /// The directories that [`create`] made for it, the outermost first.
+    made: Vec<PathBuf>,
 }
 
 /// Opens the medium of an existing pool.
@@ -97,14 +99,28 @@ pub fn open(name: &Path) -> Result<PoolMedium, Error> {
     }
 }
 
-/// Makes the medium of a new pool; what it is formatted with is not its business. `size`: bytes, needed unless it is a
-/// device.
+/// Makes the medium of a new pool, and the directory for it if there is none; what it is formatted with is not its
+/// business. `size`: bytes, needed unless it is a device.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::NoSize`], [`Error::TooSmall`]; what the host says.
 pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
     let path = || name.to_path_buf();
-    match Place::of(name)? {
+    let place = match Place::of(name) {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && may_be_made(name) => {
+            let size = size.ok_or_else(|| Error::NoSize { path: path() })?;
+            let made = make_dirs(name)?;
+            return match create_in(name, name, size, None) {
+                Ok(medium) => Ok(PoolMedium { made, ..medium }),
+                Err(error) => {
+                    remove_dirs(&made);
+                    Err(error)
+                }
+            };
+        }
+        place => place?,
+    };
+    match place {
         Place::Dax(device) => {
             let mut medium = open_dax(name, &device)?;
             let want = size.unwrap_or(medium.len);
@@ -119,6 +135,27 @@ pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
             let size = size.ok_or_else(|| Error::NoSize { path: path() })?;
             create_in(name, &numa::mount(node, size)?, size, Some(node))
         }
+    }
+}
+
+/// Whether a name that is not there is a directory's: devices and URLs are not made.
+fn may_be_made(name: &Path) -> bool {
+    name.parent() != Some(Path::new("/dev")) && !name.to_string_lossy().contains("://")
+}
+
+/// Makes a directory and those that lead there; those it made, the outermost first.
+fn make_dirs(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let is_missing = |dir: &&Path| !dir.as_os_str().is_empty() && dir.symlink_metadata().is_err();
+    let mut made: Vec<PathBuf> = dir.ancestors().take_while(is_missing).map(Path::to_path_buf).collect();
+    made.reverse();
+    fs::create_dir_all(dir).map_err(Error::io("make", dir)).inspect_err(|_| remove_dirs(&made))?;
+    Ok(made)
+}
+
+/// Removes directories that have been made in vain. What other processes have put into them stays.
+fn remove_dirs(made: &[PathBuf]) {
+    for dir in made.iter().rev() {
+        let _ = fs::remove_dir(dir);
     }
 }
 
@@ -151,14 +188,6 @@ fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<Po
     open_dir(name, dir, node)
 }
 
-/// Removes what [`create`] made of a directory, after formatting it has failed.
-pub fn abandon(name: &Path) {
-    if let Ok(Place::Dir(dir)) = Place::of(name) {
-        // What is left is no pool, and says so.
-        let _ = fs::remove_file(dir.join(POOL_FILE));
-    }
-}
-
 fn magic(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::fstatfs(file)?.f_type as u64)
 }
@@ -187,7 +216,7 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>) -> Result<PoolMedium, Er
         shared_between_hosts: false,
     };
     let map = hugetlb.then(|| SharedMap::new(&file, len)).transpose().map_err(Error::io("map", &path))?;
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node })
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node, made: Vec::new() })
 }
 
 /// Whether the file system with this device number is made of huge pages: a tmpfs mounted so (`huge=` of tmpfs(5)), or one
@@ -225,10 +254,19 @@ fn open_dax(name: &Path, device: &Path) -> Result<PoolMedium, Error> {
     let map = SharedMap::new(&file, len).map_err(Error::io("map", device))?;
     let facts =
         Facts { kind: "dax", align, copy_on_write: false, huge: true, readable: false, shared_between_hosts: true };
-    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map), node: None })
+    Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map: Some(map), node: None, made: Vec::new() })
 }
 
 impl PoolMedium {
+    /// Removes what [`create`] made, after formatting it has failed.
+    pub fn abandon(&self) {
+        if let Ok(Place::Dir(dir)) = Place::of(&self.name) {
+            // What is left is no pool, and says so.
+            let _ = fs::remove_file(dir.join(POOL_FILE));
+        }
+        remove_dirs(&self.made);
+    }
+
     /// Sees to it that whole blocks are huge pages where the medium is to be made of them.
     fn settle(&self, offset: u64, len: u64) -> io::Result<()> {
         let (start, end) = (offset.next_multiple_of(HUGE), (offset + len) / HUGE * HUGE);

@@ -28,6 +28,7 @@ mod planning;
 mod pmem;
 pub mod port_request;
 mod promote;
+mod read_backs;
 pub mod record;
 mod release;
 pub mod report;

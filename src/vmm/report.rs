@@ -109,6 +109,8 @@ impl Report {
     }
 
     fn timed(mut self, controller: &Controller, timeline: &Timeline) -> Self {
+        // After the tear-down, which waits for them.
+        self.0["read_backs"] = controller.read_backs();
         let moments = controller.moments();
         let since = |ns: Option<u64>| ns.map(|ns| timeline.since_start_us(ns));
         self.0["start_source"] = json!(timeline.start_source());

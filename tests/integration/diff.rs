@@ -106,6 +106,50 @@ fn diff_holds_what_was_written_and_little_else() {
     assert!((1000..1064).contains(&written), "{written} pages in a diff of 1000 written ones");
 }
 
+/// KVM's log also has pages that were only read, if the host had made them writable to fill them.
+#[test]
+fn diff_after_a_restore_by_any_policy_holds_what_was_written_and_little_else() {
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name);
+    let mut vm = Vm::boot(&config(1, 256));
+    vm.call("fill pages=10000 seed=1");
+    vm.snapshot(&path("full"), &[]);
+    drop(vm);
+    let (full, profile) = (path("full"), path("profile"));
+    let touch = "touch pages=3000 seed=5";
+    run_ok(&["profile", "record", "--snapshot", text(&full), "--run", touch, "--out", text(&profile)]);
+    let without = ["firecracker", "trenv", "catalyzer", "eager", "firecracker-uffd"].map(|name| (name, None));
+    let with = ["reap", "aquifer", "faasnap", "tiered"].map(|name| (name, Some(&profile)));
+    for (policy, profile) in without.into_iter().chain(with) {
+        let mut more = vec!["--track-dirty-pages"];
+        more.extend(profile.into_iter().flat_map(|profile| ["--profile", text(profile)]));
+        let mut vm = Vm::restore_with(&full, policy, &more);
+        vm.call("touch pages=10000 seed=5");
+        let [read, written, rewritten] = ["read", "written", "rewritten"].map(|name| path(&format!("{policy}-{name}")));
+        vm.snapshot(&read, &["--diff"]);
+        vm.call("touch pages=9000 seed=6");
+        vm.call("touch pages=1000 write=100 seed=3");
+        let digest = vm.call("check").digest;
+        vm.snapshot(&written, &["--diff"]);
+        vm.call("touch pages=300 write=100 seed=3");
+        let last = vm.call("check").digest;
+        vm.snapshot(&rewritten, &["--diff"]);
+        drop(vm);
+        let held = |snapshot: &PathBuf| pages(snapshot).0 + pages(snapshot).1;
+        assert!(held(&read) < 64, "{policy}: {} pages in a diff of a guest that only read", held(&read));
+        assert!((1000..1064).contains(&held(&written)), "{policy}: {} pages of 1000 written", held(&written));
+        assert!(held(&rewritten) < 364, "{policy}: {} pages of 300 written", held(&rewritten));
+        for (snapshot, digest) in [(&written, &digest), (&rewritten, &last)] {
+            assert_eq!(Vm::restore(snapshot, policy_without_profile(policy)).call("check").digest, *digest, "{policy}");
+        }
+    }
+}
+
+/// A policy that restores what `policy` left, without a profile of it.
+fn policy_without_profile(policy: &str) -> &str {
+    if policy == "firecracker" { "eager" } else { "firecracker" }
+}
+
 #[test]
 fn full_snapshot_in_between_is_the_parent_of_the_next_diff() {
     let dir = scratch();

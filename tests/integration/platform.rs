@@ -150,6 +150,7 @@ fn bzimage() -> Vec<u8> {
     put(0x234, &[1]);
     put(0x236, &1_u16.to_le_bytes());
     put(0x258, &0x100_0000_u64.to_le_bytes());
+    put(0x238, &0x7ff_u32.to_le_bytes());
     put(0x260, &0x10_0000_u32.to_le_bytes());
     image
 }
@@ -160,7 +161,8 @@ fn kernels_of_the_wrong_kind_are_refused() {
     elf32.resize(4096, 0);
     let (mut arm, path) = (elf32.clone(), dir.path().join("kernel"));
     (arm[4], arm[18]) = (2, 183);
-    let cut = bzimage()[..3000].to_vec();
+    // Where the entry point would be it ends.
+    let cut = bzimage()[..1024 + 512].to_vec();
     let (mut bz32, mut old, mut huge) = (bzimage(), bzimage(), bzimage());
     bz32[0x236] = 0;
     old[0x206] = 0;
@@ -186,6 +188,44 @@ fn kernels_of_the_wrong_kind_are_refused() {
     std::fs::write(&config, pvh.to_string()).unwrap();
     let refusal = run_err(&["--config", text(&config)]);
     assert!(refusal.contains("it is a bzImage; only ELF kernels have a PVH note"), "{refusal}");
+}
+
+/// A bzImage that prints a line and resets the machine.
+fn bzimage_that_says_hi() -> Vec<u8> {
+    const ENTRY_64: usize = 1024 + 0x200;
+    let mut image = bzimage();
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03]; // mov dx, COM1
+    b"hi\n".iter().for_each(|&byte| code.extend([0xb0, byte, 0xee])); // mov al, byte; out dx, al
+    code.extend([0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd]); // mov al, 0xfe; out 0x64, al; hlt; jmp to hlt
+    image[ENTRY_64..ENTRY_64 + code.len()].copy_from_slice(&code);
+    image
+}
+
+/// QEMU and GRUB start them: memtest86+ rounds `syssize` up past the end of its file.
+#[test]
+fn kernels_with_wrong_header_fields_that_no_loader_reads_boot() {
+    let dir = scratch();
+    let (path, config) = (dir.path().join("kernel"), dir.path().join("vm.json"));
+    std::fs::write(&config, json!({ "boot-source": { "kernel_image_path": path } }).to_string()).unwrap();
+    for (at, bytes, warned) in [
+        (0x1f4, &256_u32.to_le_bytes()[..], false),
+        (0x1f4, &0_u32.to_le_bytes(), false),
+        (0x1f4, &u32::MAX.to_le_bytes(), true),
+        (0x214, &0_u32.to_le_bytes(), false),
+        (0x258, &0_u64.to_le_bytes(), false),
+        (0x234, &[0], false),
+    ] {
+        let mut image = bzimage_that_says_hi();
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        // The last paragraph is not whole.
+        image.pop();
+        std::fs::write(&path, image).unwrap();
+        let output = run(&["--config", text(&config)]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{at:#x} {bytes:x?}: {said}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "hi\n", "{at:#x} {bytes:x?}: {said}");
+        assert_eq!(said.contains("may be cut short"), warned, "{at:#x} {bytes:x?}: {said}");
+    }
 }
 
 /// A template that clears bits of leaf 1's ECX.

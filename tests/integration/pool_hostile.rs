@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use serde_json::json;
 use tvmm::vmm::sys::locks;
 
 use crate::support::pool::{Pool, filled};
-use crate::support::{Vm, finish, run_err, scratch, text, tvmm};
+use crate::support::{Vm, finish, refusal, run, run_err, run_ok, scratch, text, tvmm};
 
 /// Where the writer's lock is, and the version of the superblocks (`docs/pools.md`).
 const WRITER: u64 = 8192;
@@ -84,6 +85,28 @@ fn what_is_no_pool_is_refused() {
     std::fs::write(dir.path().join("pool.tvmm"), vec![7; 64 << 20]).unwrap();
     assert!(run_err(&["pool", "ls", at]).contains("is not a pool"));
     assert!(create(&["--size", "1"]).contains("There is a pool at"));
+}
+
+#[test]
+fn directory_that_is_not_there_is_made_and_taken_away_again_in_vain() {
+    let dir = scratch();
+    let at = dir.path().join("a/b");
+    let create =
+        |at: &Path, more: &[&str]| run(&[&["pool", "create", "--tier", "cxl", "--at", text(at)], more].concat());
+    for in_vain in [&["--size=0.005"][..], &["--size=-1"], &["--size=9999999"], &[]] {
+        refusal(&create(&at, in_vain));
+        assert!(!dir.path().join("a").exists(), "{in_vain:?} left a directory");
+    }
+    std::fs::create_dir(dir.path().join("a")).unwrap();
+    refusal(&create(&at, &["--size=0.005"]));
+    assert!(dir.path().join("a").exists() && !at.exists(), "only what was made is taken away");
+    assert!(create(&at, &["--size=0.1"]).status.success());
+    assert!(run_ok(&["pool", "fsck", text(&at)]).contains("0 damaged"));
+    for never in ["/dev/dax99.0", "s3://bucket/prefix"] {
+        let said = refusal(&create(Path::new(never), &["--size=0.1"]));
+        assert!(said.contains(never) && said.contains("No such file"), "{said}");
+        assert!(!Path::new(never).exists());
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -298,4 +298,66 @@ fn idle_vms_of_invocations_are_ended_after_the_idle_time() {
     let left = left["vmId"].as_str().unwrap();
     wait_until("the idle VM is ended", || service.get(&format!("/vms/{left}"))["state"] == "ended");
     assert_eq!(service.get(&format!("/vms/{}", asked["vmId"].as_str().unwrap()))["state"], "running");
+}
+
+/// All paths under a directory.
+fn tree(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(tree(&path));
+        }
+        found.push(path);
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn directory_of_another_program_is_refused_and_left_as_it_is() {
+    let dir = scratch();
+    let theirs = dir.path().join("theirs");
+    for file in ["run/database.pid", "snapshots/2025/data", "lock"] {
+        let path = theirs.join(file);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "").unwrap();
+    }
+    let before = tree(&theirs);
+    let socket = dir.path().join("socket");
+    let serve = |dir: &Path, socket: &Path| run(&["serve", "--dir", text(dir), "--listen-unix", text(socket)]);
+    let said = refusal(&serve(&theirs, &socket));
+    assert!(said.contains(text(&theirs)) && said.contains("not a directory of tvmm serve"), "{said}");
+    assert!(said.contains("by --dir"), "{said}");
+    assert_eq!(tree(&theirs), before);
+
+    // A file that a slip puts in the place of the socket stays too.
+    let file = dir.path().join("file");
+    std::fs::write(&file, "kept").unwrap();
+    refusal(&serve(&dir.path().join("state"), &file));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
+}
+
+#[test]
+fn directory_of_an_older_daemon_is_recognised_and_marked() {
+    let dir = scratch();
+    let state = dir.path().join("state");
+    for folder in ["functions", "snapshot-records", "net-ifaces", "snapshots/half", "profiles", "run"] {
+        std::fs::create_dir_all(state.join(folder)).unwrap();
+    }
+    let function = json!({ "func_name": "old", "vcpu": 1, "mem_size": 64, "image_read_only": true });
+    for (file, content) in [("lock", ""), ("functions/old.json", &function.to_string()), ("run/x.vsock", "")] {
+        std::fs::write(state.join(file), content).unwrap();
+    }
+    let mut service = Service::start(&state, &[]);
+    assert_eq!(service.get("/functions")[0]["func_name"], "old");
+    assert!(!state.join("run/x.vsock").exists() && !state.join("snapshots/half").exists());
+    let mark = std::fs::read_to_string(state.join("tvmm-serve")).unwrap();
+    assert!(mark.contains("belongs to tvmm serve"), "{mark}");
+    service.kill();
+    // The mark alone is enough, whatever else is there.
+    std::fs::remove_dir_all(state.join("profiles")).unwrap();
+    std::fs::write(state.join("notes"), "mine").unwrap();
+    Service::start(&state, &[]).get("/functions");
+    assert!(state.join("notes").exists());
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
-use crate::support::{Vm, run, run_err, run_ok, stop, text};
+use crate::support::{TIMEOUT, Vm, run, run_err, run_ok, stop, text};
 
 pub const QUICK: [&str; 2] = ["--fault-timeout", "2"];
 
@@ -354,7 +354,8 @@ fn hostile_clients_are_dropped_and_the_others_served() {
 fn too_many_connections_wait_for_their_turn() {
     let scene = Scene::make();
     let server = Server::start(&scene.pool, "127.0.0.1:0", &["--max-connections", "2"]);
-    let held: Vec<TcpStream> = (0..2).map(|_| TcpStream::connect(&server.address).unwrap()).collect();
+    let mut held: Vec<TcpStream> = (0..2).map(|_| TcpStream::connect(&server.address).unwrap()).collect();
+    held.iter_mut().for_each(|stream| stream.write_all(&greeting()).unwrap());
     std::thread::sleep(Duration::from_millis(100));
     let release = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(400));
@@ -381,4 +382,56 @@ fn server_ends_well_by_a_signal_and_refuses_what_it_cannot_do() {
     assert_eq!(output.status.code(), Some(2));
     let mut server = server;
     assert!(server.end().success());
+}
+
+/// Threads of a process.
+fn threads(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count()
+}
+
+#[test]
+fn clients_that_say_nothing_neither_keep_others_out_nor_take_threads() {
+    let scene = Scene::make();
+    let server = Server::start(&scene.pool, "127.0.0.1:0", &["--max-connections", "4"]);
+    let mut silent: Vec<TcpStream> = (0..400).map(|_| TcpStream::connect(&server.address).unwrap()).collect();
+    checked(&scene, "eager", &[&server.cold()], &[]);
+    let count = threads(server.pid());
+    assert!(count <= 4 + 128 + 8, "{count} threads");
+    // The oldest were closed for the others.
+    silent[0].set_read_timeout(Some(TIMEOUT)).unwrap();
+    assert_eq!(silent[0].read(&mut [0; 16]).unwrap(), 0);
+
+    // A byte a second: the greeting takes longer than it may, in all.
+    let mut slow = TcpStream::connect(&server.address).unwrap();
+    slow.set_read_timeout(Some(TIMEOUT)).unwrap();
+    for byte in greeting() {
+        if slow.write_all(&[byte]).is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    assert_eq!(slow.read(&mut [0; 16]).unwrap_or(0), 0, "it was answered");
+}
+
+#[test]
+fn clients_that_do_not_read_or_stop_in_a_request_lose_their_place() {
+    let scene = Scene::make();
+    let server = Server::start(&scene.pool, "127.0.0.1:0", &["--max-connections", "2"]);
+    let id = run_ok(&["pool", "ls", text(&scene.pool)]);
+    let id: Vec<u8> = (0..32).map(|at| u8::from_str_radix(&id[2 * at..2 * at + 2], 16).unwrap()).collect();
+    // The first asks for a chunk again and again, and takes no answer.
+    let mut deaf = TcpStream::connect(&server.address).unwrap();
+    deaf.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    let read = frame(3, &[1_u32, 1].map(u32::to_le_bytes).concat(), 8);
+    deaf.write_all(&[&greeting()[..], &frame(1, &id, 32)].concat()).unwrap();
+    while deaf.write_all(&read.repeat(64)).is_ok() {}
+    // The second stops in the middle of a request.
+    let mut halting = TcpStream::connect(&server.address).unwrap();
+    halting.write_all(&[&greeting()[..], &frame(1, &id, 32)[..30]].concat()).unwrap();
+    checked(&scene, "eager", &[&server.cold()], &["--fault-timeout", "200"]);
+    halting.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let mut answer = Vec::new();
+    let _ = halting.read_to_end(&mut answer);
+    assert_eq!(answer.len(), 16, "a greeting, and the end");
+    drop(deaf);
 }

@@ -319,6 +319,28 @@ fn request_over_vsock_is_answered_as_one_over_the_serial_line() {
     run_ok(&[&record[..], &["--run-port", "52", "--repeat", "2"]].concat());
 }
 
+/// No timer has a part in it: the guest says by a kick that it has seen the reset, and that lets the request through.
+#[test]
+fn first_request_after_a_restore_waits_for_the_guest_and_for_nothing_else() {
+    let pair = Pair::answering();
+    let out = pair.path("snapshot");
+    pair.vm.snapshot(&out, &[]);
+    for round in 0..10 {
+        let (path, metrics) = (pair.path(&format!("w{round}")), pair.path(&format!("metrics{round}")));
+        let clone = Vm::wait_for_api();
+        clone.api_ok("PUT", "/metrics", Some(json!({ "metrics_path": metrics })));
+        let load = json!({ "snapshot_path": out, "vsock_override": { "uds_path": path }, "resume_vm": true });
+        clone.api_ok("PUT", "/snapshot/load", Some(load));
+        let stream = connect(&path, 52);
+        assert!(ask(&stream, "run a hello").starts_with("ok a "));
+        clone.api_ok("PUT", "/actions", Some(json!({ "action_type": "FlushMetrics" })));
+        let lines = std::fs::read_to_string(&metrics).unwrap();
+        let line: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+        let counts = ["resets_seen", "resets_expired"].map(|name| line["devices"]["vsock"][name].clone());
+        assert_eq!(counts, [1, 0], "round {round}: {line}");
+    }
+}
+
 #[test]
 fn request_over_vsock_needs_a_vsock_device() {
     let dir = scratch();

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::*;
 use crate::api::ApiError;
-use crate::api::connection::MAX_CONNECTIONS;
+use crate::api::connection::{MAX_CONNECTIONS, TIMES, Times};
 use crate::api::routes::MAX_BODY_BYTES;
 
 fn put(path: &str, body: &str) -> Vec<u8> {
@@ -108,7 +108,7 @@ fn a_head_that_takes_too_long_is_cut_off_but_an_idle_connection_is_kept() {
     let socket = dir.path().join("api.sock");
     let (sender, receiver) = control::channel().unwrap();
     let head_timeout = Duration::from_millis(50);
-    let server = crate::api::serve_with(&socket, sender, "test", head_timeout).unwrap();
+    let server = crate::api::serve_with(&socket, sender, "test", Times { head: head_timeout, ..TIMES }).unwrap();
     drop(receiver);
 
     let mut late = UnixStream::connect(&socket).unwrap();

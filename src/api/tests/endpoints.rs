@@ -120,7 +120,7 @@ fn put_snapshot_create_firecracker_form_gives_no_body() {
     for (snapshot_type, kind) in [("Full", SnapshotKind::Full), ("Diff", SnapshotKind::Diff)] {
         let body = json!({"snapshot_path": "s", "mem_file_path": "m", "snapshot_type": snapshot_type});
         assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (204, None));
-        let expected = CreateSnapshot { location: two_files(), kind, resume: false, copy_drives: false };
+        let expected = CreateSnapshot { location: two_files(), kind, resume: false, copy_drives: false, verify: false };
         assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
     }
 }
@@ -128,10 +128,11 @@ fn put_snapshot_create_firecracker_form_gives_no_body() {
 #[test]
 fn put_snapshot_create_directory_form_tells_the_snapshot() {
     let fixture = Fixture::new();
-    let body = json!({"snapshot_path": "s", "tvmm": {"resume": true, "copy_drives": true}});
+    let body = json!({"snapshot_path": "s", "tvmm": {"resume": true, "copy_drives": true, "verify": true}});
     let expected = json!({"id": "abc", "path": "s", "memory_bytes": 4096, "capture_us": 7});
     assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (200, Some(expected)));
-    let expected = CreateSnapshot { location: directory(), kind: SnapshotKind::Full, resume: true, copy_drives: true };
+    let (location, kind) = (directory(), SnapshotKind::Full);
+    let expected = CreateSnapshot { location, kind, resume: true, copy_drives: true, verify: true };
     assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
 }
 

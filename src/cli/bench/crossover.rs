@@ -13,7 +13,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::guest::{Guest, snapshot};
+use super::guest::{Guest, snapshot_to};
 use super::report::chart::{Lines, Series};
 use super::study::stats::Summary;
 use super::{BoxError, Cache, Scratch, Trial, end_of, prepare, refuse};
@@ -108,7 +108,7 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", args.set * PER_MIB))?;
     let snapshot_dir = dir.join("snapshot");
-    snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot_dir }))?;
+    snapshot_to(&Client::new(&socket), &snapshot_dir)?;
     drop(guest);
     let function = format!("scan pages={}", args.set * PER_MIB);
     let profile = super::record(&exe, &snapshot_dir, &function, "uffd", &dir.join("run.profile"))?;

@@ -169,7 +169,7 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", case.filled(args)))?;
     let snapshot = dir.join("snapshot");
-    guest::snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot }))?;
+    guest::snapshot_to(&Client::new(&socket), &snapshot)?;
     drop(guest);
     let (profile, function) = (dir.join("run.profile"), case.function());
     super::record(&exe, &snapshot, &function, "uffd", &profile)?;

@@ -10,6 +10,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use self::derived::{Derived, State, with_causes};
+use super::identify::InputPath;
 use super::merge::bytes_bar;
 use super::{BoxError, refuse};
 use crate::snapshot::{
@@ -27,6 +28,12 @@ pub struct InspectArgs {
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+impl InspectArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        InputPath::snapshot(&self.snapshot, self.mem_file.as_deref())
+    }
 }
 
 pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {

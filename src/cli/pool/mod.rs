@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
+use super::identify::{InputPath, Role};
 use super::merge::bytes_bar;
 use super::{BoxError, refuse};
 use crate::snapshot::{Chain, Location, PoolId};
@@ -43,8 +44,8 @@ enum PoolCommand {
         /// What kind of memory it is
         #[arg(long, value_enum)]
         tier: TierName,
-        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system), or numa:N; for compressed chunks
-        /// a directory or s3://BUCKET/PREFIX, gs://, az://, http(s)://
+        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system; made if it is not there), or numa:N;
+        /// for compressed chunks a directory or s3://BUCKET/PREFIX, gs://, az://, http(s)://
         #[arg(long, value_name = "PATH")]
         at: PathBuf,
         /// How large, in GiB (0.5 is half a GiB); a device is taken whole without it
@@ -104,6 +105,24 @@ enum PoolCommand {
     },
 }
 
+impl PoolArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        match &self.command {
+            PoolCommand::Create { .. } => Vec::new(),
+            PoolCommand::Add { pool, snapshot, profile, .. } => {
+                let profile = profile.iter().map(|path| InputPath::new(path, Role::Profile));
+                let both = [InputPath::new(pool, Role::Pool), InputPath::new(snapshot, Role::Snapshot)];
+                both.into_iter().chain(profile).collect()
+            }
+            PoolCommand::Ls { pool, .. }
+            | PoolCommand::Show { pool, .. }
+            | PoolCommand::Rm { pool, .. }
+            | PoolCommand::Gc { pool, .. }
+            | PoolCommand::Fsck { pool, .. } => vec![InputPath::new(pool, Role::Pool)],
+        }
+    }
+}
+
 pub fn run(args: &PoolArgs) -> Result<ExitCode, BoxError> {
     match &args.command {
         PoolCommand::Create { tier: TierName::Cxl, at, size, format, chunks } => {
@@ -143,7 +162,7 @@ fn create(at: &std::path::Path, gib: Option<f64>, format: Option<&str>) -> Resul
     let mut id = PoolId::default();
     rustix::rand::getrandom(&mut id.0, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
     let medium = media::create(at, size)?;
-    writer::create(&medium, id, format, &media::format_name(at)).inspect_err(|_| media::abandon(at))?;
+    writer::create(&medium, id, format, &media::format_name(at)).inspect_err(|_| medium.abandon())?;
     let facts = medium.facts();
     println!("{}", at.display());
     let mib = medium.size() >> 20;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+use super::identify::{InputPath, Role};
 use super::{BoxError, refuse};
 use crate::tiering::profile::{Agreement, MergeKind, Profile, RecorderKind, merge};
 use crate::vmm::control::SnapshotPaths;
@@ -30,6 +31,16 @@ impl ProfileArgs {
     /// Whether a VM runs in this process.
     pub fn runs_a_vm(&self) -> bool {
         matches!(self.command, ProfileCommand::Record(_))
+    }
+
+    pub fn inputs(&self) -> Vec<InputPath> {
+        match &self.command {
+            ProfileCommand::Record(args) => InputPath::snapshot(&args.snapshot, args.mem_file.as_deref()),
+            ProfileCommand::Show(args) => args.inputs(),
+            ProfileCommand::Merge(args) => {
+                args.profiles.iter().map(|path| InputPath::new(path, Role::Profile)).collect()
+            }
+        }
     }
 }
 

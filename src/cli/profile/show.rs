@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::draw::Map;
 use super::html;
 use crate::cli::BoxError;
+use crate::cli::identify::{InputPath, Role};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, replace_file};
 use crate::tiering::profile::{Buckets, Order, Profile, nonzero};
 
@@ -28,6 +29,13 @@ pub struct ShowArgs {
     /// Write a page with a heat map that any browser shows, offline
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+}
+
+impl ShowArgs {
+    pub fn inputs(&self) -> Vec<InputPath> {
+        let snapshot = self.snapshot.iter().flat_map(|path| InputPath::snapshot(path, self.mem_file.as_deref()));
+        std::iter::once(InputPath::new(&self.profile, Role::Profile)).chain(snapshot).collect()
+    }
 }
 
 /// A profile and what the snapshot adds to it.

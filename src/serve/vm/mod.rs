@@ -23,8 +23,8 @@ use self::process::Process;
 use self::shells::Shell;
 use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
 use super::functions::Function;
+use super::load::{LoadOptions, TapOverride};
 use super::networks::Network;
-use super::tiers::Tiers;
 
 /// What a VM is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -91,9 +91,16 @@ pub(super) struct StartSpec {
 pub(super) struct RestoreSpec {
     pub(super) ss_id: String,
     pub(super) dir: PathBuf,
-    pub(super) policy: String,
+    /// The policy; none: a plan that `options` names.
+    pub(super) policy: Option<String>,
     pub(super) profile: Option<PathBuf>,
-    pub(super) tiers: Tiers,
+    pub(super) options: LoadOptions,
+    /// Taps of network interfaces, besides that of the VM's namespace.
+    pub(super) taps: Vec<TapOverride>,
+    /// Whether KVM logs the pages the guest writes.
+    pub(super) track_dirty_pages: bool,
+    /// Whether the guest's clocks go on to the present.
+    pub(super) clock_realtime: bool,
     /// Whether the snapshot has copies of drives.
     pub(super) has_drive_copies: bool,
 }
@@ -161,7 +168,7 @@ impl Vm {
             id,
             function: spec.function.clone(),
             ss_id: spec.restore.as_ref().map(|restore| restore.ss_id.clone()),
-            policy: spec.restore.as_ref().map(|restore| restore.policy.clone()),
+            policy: spec.restore.as_ref().and_then(|restore| restore.policy.clone()),
             namespace: spec.network.as_ref().map(|network| network.namespace.clone()),
             from_invocation: spec.from_invocation,
             created_unix_ms: since_epoch.as_millis() as u64,
@@ -251,24 +258,35 @@ fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&Path>, driv
     let mut body = json!({
         "snapshot_path": restore.dir,
         "resume_vm": true,
-        "track_dirty_pages": spec.function.track_dirty_pages,
-        "tvmm": restore.tiers.load_body(),
+        "track_dirty_pages": restore.track_dirty_pages,
+        "clock_realtime": restore.clock_realtime,
+        "network_overrides": restore.taps,
+        "tvmm": restore.options.load_body(),
     });
     body["tvmm"]["policy"] = json!(restore.policy);
     body["tvmm"]["profile"] = json!(restore.profile);
-    let own = |drive: &OwnDrive| json!({ "drive_id": drive.drive_id, "path_on_host": drive.path_on_host });
-    body["tvmm"]["drive_overrides"] = drives.iter().map(own).collect();
+    for drive in drives {
+        let own = json!({ "drive_id": drive.drive_id, "path_on_host": drive.path_on_host });
+        push(&mut body["tvmm"]["drive_overrides"], own);
+    }
     if let Some(network) = &spec.network {
-        let iface = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });
-        body["network_overrides"] = json!([iface]);
+        let tap = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });
+        push(&mut body["network_overrides"], tap);
         if let Some(mac) = &network.guest_mac {
-            body["tvmm"]["mac_overrides"] = json!([{ "iface_id": network.iface_id, "guest_mac": mac }]);
+            let mac = json!({ "iface_id": network.iface_id, "guest_mac": mac });
+            push(&mut body["tvmm"]["mac_overrides"], mac);
         }
     }
     if let Some(path) = vsock {
         body["vsock_override"] = json!({ "uds_path": path });
     }
     body
+}
+
+fn push(list: &mut Value, one: Value) {
+    if let Some(list) = list.as_array_mut() {
+        list.push(one);
+    }
 }
 
 /// Configures and starts a machine.

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use tokio::sync::Notify;
 
 use super::process::Ended;
@@ -21,26 +21,43 @@ const MAX_OVER: usize = 256;
 pub(in crate::serve) struct Table {
     live: Mutex<BTreeMap<String, Arc<Vm>>>,
     over: Mutex<VecDeque<VmRecord>>,
-    /// VMs that live or are being made.
-    count: Arc<AtomicUsize>,
-    max: usize,
+    /// What VMs that live or are being made take.
+    taken: Arc<Mutex<Taken>>,
+    max: Taken,
     /// Something changed that a restart should find.
     pub(in crate::serve) changed: Notify,
 }
 
+/// What VMs take, or may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::serve) struct Taken {
+    pub(in crate::serve) vms: usize,
+    /// Guest memory, MiB.
+    pub(in crate::serve) memory_mib: u64,
+}
+
 /// The right to have one VM.
 #[derive(Debug)]
-pub(in crate::serve) struct Slot(Arc<AtomicUsize>);
+pub(in crate::serve) struct Slot {
+    taken: Arc<Mutex<Taken>>,
+    memory_mib: u64,
+}
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        let mut taken = lock(&self.taken);
+        taken.vms -= 1;
+        taken.memory_mib -= self.memory_mib;
     }
+}
+
+fn lock(taken: &Mutex<Taken>) -> MutexGuard<'_, Taken> {
+    taken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Table {
     /// `lost`: VMs that lived when an earlier daemon ended.
-    pub(in crate::serve) fn new(max: usize, lost: Vec<VmRecord>) -> Table {
+    pub(in crate::serve) fn new(vms: usize, memory_mib: u64, lost: Vec<VmRecord>) -> Table {
         let over = lost.into_iter().map(|record| match record.state {
             VmState::Lost | VmState::Ended => record,
             _ => VmRecord {
@@ -52,29 +69,44 @@ impl Table {
         Table {
             live: Mutex::default(),
             over: Mutex::new(over.collect()),
-            count: Arc::default(),
-            max,
+            taken: Arc::default(),
+            max: Taken { vms, memory_mib },
             changed: Notify::new(),
         }
     }
 
-    fn live(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Vm>>> {
+    fn live(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Vm>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn over(&self) -> std::sync::MutexGuard<'_, VecDeque<VmRecord>> {
+    fn over(&self) -> MutexGuard<'_, VecDeque<VmRecord>> {
         self.over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The right to one more VM. If there are as many as may be, the one that has been idle longest among those that
-    /// invocations have left behind makes room.
-    pub(in crate::serve) async fn reserve(&self) -> Result<Slot, Fault> {
+    /// The right to one more VM with so much guest memory. If that is more than there may be, the VM that has been idle
+    /// longest among those that invocations have left behind makes room.
+    pub(in crate::serve) async fn reserve(&self, memory_mib: u64) -> Result<Slot, Fault> {
+        let limit = self.max.memory_mib;
+        if memory_mib > limit {
+            let message = format!(
+                "The VM needs {memory_mib} MiB of memory, and all VMs together may have {limit} MiB: give the function \
+                 a smaller `mem_size`, or the service a larger --memory."
+            );
+            return Err(Fault::new(StatusCode::INSUFFICIENT_STORAGE, message));
+        }
         loop {
-            if let Some(slot) = self.try_reserve() {
+            if let Some(slot) = self.try_reserve(memory_mib) {
                 return Ok(slot);
             }
             let Some(vm) = self.longest_idle() else {
-                return Err(Fault::busy(format!("{} VMs live, which is all there may be.", self.max)));
+                let Taken { vms, memory_mib: taken } = self.taken();
+                if vms >= self.max.vms {
+                    return Err(Fault::busy(format!("{} VMs live, which is all there may be.", self.max.vms)));
+                }
+                return Err(Fault::busy(format!(
+                    "The VM needs {memory_mib} MiB of memory, and {vms} VMs have {taken} of the {limit} MiB that all \
+                     may have."
+                )));
             };
             vm.process.stop().await;
             // Whoever waits for its end runs before this goes on.
@@ -82,10 +114,13 @@ impl Table {
         }
     }
 
-    fn try_reserve(&self) -> Option<Slot> {
-        let slot = Slot(self.count.clone());
-        // Slot's drop takes it back.
-        (self.count.fetch_add(1, Ordering::Relaxed) < self.max).then_some(slot)
+    fn try_reserve(&self, memory_mib: u64) -> Option<Slot> {
+        let mut taken = lock(&self.taken);
+        let wanted = Taken { vms: taken.vms + 1, memory_mib: taken.memory_mib.saturating_add(memory_mib) };
+        (wanted.vms <= self.max.vms && wanted.memory_mib <= self.max.memory_mib).then(|| {
+            *taken = wanted;
+            Slot { taken: self.taken.clone(), memory_mib }
+        })
     }
 
     /// Taken out of the table, so that nobody else finds it.
@@ -166,7 +201,8 @@ impl Table {
         self.all().into_iter().filter(is_idle).collect()
     }
 
-    pub(in crate::serve) fn count(&self) -> usize {
-        self.count.load(Ordering::Relaxed)
+    /// What VMs that live or are being made take.
+    pub(in crate::serve) fn taken(&self) -> Taken {
+        *lock(&self.taken)
     }
 }

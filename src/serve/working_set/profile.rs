@@ -18,9 +18,9 @@ use crate::serve::drives::remove_images;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::serve::functions::known_policy;
 use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
+use crate::serve::load::LoadOptions;
 use crate::serve::snapshots::SnapshotRecord;
 use crate::serve::store::gone_is_fine;
-use crate::serve::tiers::Tiers;
 use crate::serve::traces::{Recording, random_hex};
 use crate::serve::vm::process::run_tool;
 use crate::tiering::profile::Profile;
@@ -90,6 +90,8 @@ impl Drop for RunDir {
 
 /// Runs `tvmm profile record`; what the guest answered first.
 async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Duration) -> Result<(bool, String), Fault> {
+    // The recorder opens the image that the snapshot names.
+    daemon.confined_function(record.snapshot.function.clone()).await?;
     let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
     std::fs::create_dir_all(&profiles).map_err(|error| Fault::of(&error))?;
     let utf8 = |path: std::path::PathBuf| {
@@ -138,7 +140,7 @@ pub(in crate::serve) async fn record_invocation(
     limit: Limit,
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
-    let _slot = daemon.vms.reserve().await?;
+    let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
     let begin_ns = clock::monotonic_ns();
     let answer = run_recorder(daemon, &record, line, limit.left()).await;
     let span = recording.lap("record", 0, begin_ns);
@@ -191,7 +193,7 @@ pub(in crate::serve) async fn post_profile(
     let record = Record { snapshot, slot, recorder, repeat };
     let task = tokio::spawn(async move {
         let _turn = daemon.gate.enter(START_TIMEOUT).await?;
-        let _slot = daemon.vms.reserve().await?;
+        let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
         run_recorder(&daemon, &record, &line, limit).await?;
         let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
         let profile = blocking(move || load(slot, &profiles)).await??;
@@ -270,8 +272,8 @@ pub(in crate::serve) async fn get_plan(
         path("--profile", Slot::for_policy(policy, &daemon.store.profiles_dir(&id))?);
     }
     // As a restore has it that says nothing of tiers.
-    let of_function = Tiers { dram_mib: snapshot.function.dram_mib, ..Tiers::default() };
-    let tiers = of_function.or(&daemon.options.tiers);
+    let of_function = LoadOptions { dram_mib: snapshot.function.dram_mib, ..LoadOptions::default() };
+    let tiers = of_function.or(&daemon.options.load);
     for pool in tiers.pools.iter().flatten() {
         path("--pool", pool.clone());
     }

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod round_trip;
+mod unchanged;
 
 use std::path::Path;
 

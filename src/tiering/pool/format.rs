@@ -22,7 +22,7 @@ use crate::snapshot::{Digest, PAGE_SIZE, PoolId};
 
 /// The version of the format.
 pub const VERSION: u32 = 1;
-const MAGIC: [u8; 8] = *b"TVMMPOOL";
+pub const MAGIC: [u8; 8] = *b"TVMMPOOL";
 /// Bytes of a superblock's slot.
 pub const SLOT: u64 = 4096;
 /// Magic, version, CRC-32C of what follows, its length.

@@ -140,18 +140,27 @@ fn check_end(name: &str, end: u64, ram: &GuestRam) -> Result<(), Error> {
 const SETUP_MAGIC_AT: usize = 0x202;
 const SETUP_MAGIC: u64 = u32::from_le_bytes(*b"HdrS") as u64;
 
-/// What of a setup header decides where the kernel goes (Linux `Documentation/arch/x86/boot.rst`).
+/// Where a setup header puts the kernel (Linux `Documentation/arch/x86/boot.rst`).
 struct Setup {
     load: u64,
     /// The first address behind what it unpacks itself to.
     end: u64,
     initrd_max: u64,
+    /// By how many bytes, beyond rounding up, `syssize` is more than the file has.
+    missing: u64,
 }
 
+/// Reads a setup header as QEMU and GRUB do, which start kernels whose other fields are wrong: the length of the
+/// protected-mode kernel is what the file has behind the setup sectors, not `syssize` (memtest86+ rounds it up past the
+/// end of its file); `pref_address` counts only for a relocatable kernel and only above 1 MiB, where all others are
+/// loaded, and `code32_start` is not looked at.
 fn read_setup(head: &[u8], file_len: u64) -> Result<Setup, &'static str> {
     const CUT: &str = "it is cut short";
     const PROTOCOL_2_12: u64 = 0x20c;
     const XLF_KERNEL_64: u64 = 1;
+    const LOADED_HIGH: u64 = 1;
+    /// The unit of `syssize`.
+    const PARAGRAPH: u64 = 16;
     let get = |at, len| field(head, at, len).ok_or(CUT);
     if get(0x206, 2)? < PROTOCOL_2_12 {
         return Err("its boot protocol is older than 2.12 (Linux 3.8), which cannot say that it is 64-bit");
@@ -159,33 +168,41 @@ fn read_setup(head: &[u8], file_len: u64) -> Result<Setup, &'static str> {
     if get(0x236, 2)? & XLF_KERNEL_64 == 0 {
         return Err("it is a 32-bit kernel; tvmm boots 64-bit ones");
     }
-    let setup_sectors = match get(0x1f1, 1)? {
+    if get(0x211, 1)? & LOADED_HIGH == 0 {
+        return Err("it wants to be loaded below 1 MiB");
+    }
+    let kernel_len = file_len.checked_sub(setup_len(head).ok_or(CUT)?).filter(|len| *len > ENTRY_64).ok_or(CUT)?;
+    let relocatable = get(0x234, 1)? != 0;
+    let preferred = get(0x258, 8)?;
+    let load = if relocatable && preferred >= layout::HIMEM { preferred } else { layout::HIMEM };
+    let end = load.checked_add(get(0x260, 4)?.max(kernel_len)).ok_or("its size makes no sense")?;
+    let missing = (get(0x1f4, 4)? * PARAGRAPH).saturating_sub(kernel_len.next_multiple_of(PARAGRAPH));
+    Ok(Setup { load, end, initrd_max: get(0x22c, 4)?, missing })
+}
+
+/// The bytes before the protected-mode kernel: the boot sector and the setup sectors, of which 0 means 4.
+fn setup_len(head: &[u8]) -> Option<u64> {
+    let sectors = match field(head, 0x1f1, 1)? {
         0 => 4,
         sectors => sectors,
     };
-    let kernel_len = get(0x1f4, 4)? * 16;
-    if (setup_sectors + 1) * 512 + kernel_len > file_len {
-        return Err(CUT);
-    }
-    let relocatable = get(0x234, 1)? != 0;
-    let load = if relocatable { get(0x258, 8)? } else { get(0x214, 4)? };
-    if load < layout::HIMEM {
-        return Err("it wants to be loaded below 1 MiB");
-    }
-    let end = load.checked_add(get(0x260, 4)?.max(kernel_len)).ok_or("its size makes no sense")?;
-    Ok(Setup { load, end, initrd_max: get(0x22c, 4)? })
+    Some((sectors + 1) * 512)
 }
 
+/// The 64-bit entry point, from the start of the protected-mode kernel.
+const ENTRY_64: u64 = 0x200;
+
 fn load_bzimage(name: String, head: &[u8], file: &mut File, ram: &GuestRam) -> Result<Image, Error> {
-    /// The 64-bit entry point, from the start of the protected-mode kernel.
-    const ENTRY_64: u64 = 0x200;
     let failed = |what: String| Error::KernelLoad { name: name.clone(), what };
     let file_len = file.metadata().map_err(|error| failed(error.to_string()))?.len();
     let setup = read_setup(head, file_len).map_err(|what| failed(what.to_string()))?;
     check_end(&name, setup.end, ram)?;
-    let loaded =
-        BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, Some(GuestAddress(layout::HIMEM)))
-            .map_err(|error| failed(load_problem(&error)))?;
+    if setup.missing > 0 {
+        tracing::warn!(kernel = %name, missing = setup.missing, "The header of the kernel image says more bytes than its file has; the file may be cut short");
+    }
+    // Without a lowest address: the loader would compare it with `code32_start`.
+    let loaded = BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, None)
+        .map_err(|error| failed(load_problem(&error)))?;
     let end = setup.end.max(loaded.kernel_end);
     let (linux64, header) = (setup.load + ENTRY_64, loaded.setup_header);
     Ok(Image { name, linux64, pvh: None, end, initrd_max: setup.initrd_max, setup: header })
@@ -202,6 +219,8 @@ mod tests {
         put(0x1f4, &100_u32.to_le_bytes());
         put(SETUP_MAGIC_AT, b"HdrS");
         put(0x206, &0x20f_u16.to_le_bytes());
+        put(0x211, &[1]);
+        put(0x214, &0x10_0000_u32.to_le_bytes());
         put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
         put(0x234, &[1]);
         put(0x236, &1_u16.to_le_bytes());
@@ -214,7 +233,42 @@ mod tests {
     fn setup_header_says_where_a_bzimage_goes() {
         let setup = read_setup(&bzimage(), 2048 + 1600).unwrap();
         assert_eq!((setup.load, setup.end, setup.initrd_max), (0x100_0000, 0x400_0000, 0x7fff_ffff));
-        assert!(read_setup(&bzimage(), 2048 + 1599).is_err_and(|what| what.contains("cut short")));
+    }
+
+    #[test]
+    fn fields_that_other_loaders_ignore_stop_no_bzimage() {
+        const LEN: u64 = 2048 + 1600;
+        for (at, bytes, load) in [
+            // syssize: one paragraph too many, as memtest86+ has it; nonsense; none.
+            (0x1f4, &[101, 0, 0, 0][..], 0x100_0000),
+            (0x1f4, &[0xff; 4], 0x100_0000),
+            (0x1f4, &[0; 4], 0x100_0000),
+            // boot_flag, root_dev, jump, kernel_version, code32_start
+            (0x1fe, &[0; 2], 0x100_0000),
+            (0x1fc, &[0xff; 2], 0x100_0000),
+            (0x200, &[0; 2], 0x100_0000),
+            (0x20e, &[0xff; 2], 0x100_0000),
+            (0x214, &[0; 4], 0x100_0000),
+            // pref_address
+            (0x258, &[0; 8], layout::HIMEM),
+            (0x258, &[0, 0, 9, 0, 0, 0, 0, 0], layout::HIMEM),
+            (0x234, &[0], layout::HIMEM),
+        ] {
+            let mut head = bzimage();
+            head[at..at + bytes.len()].copy_from_slice(bytes);
+            let setup = read_setup(&head, LEN).unwrap_or_else(|what| panic!("{at:#x} {bytes:x?}: {what}"));
+            assert_eq!((setup.load, setup.end), (load, load + 0x300_0000), "{at:#x} {bytes:x?}");
+        }
+    }
+
+    #[test]
+    fn bzimage_takes_as_much_memory_as_its_file_has() {
+        let mut head = bzimage();
+        head[0x260..0x264].fill(0);
+        assert_eq!(read_setup(&head, 2048 + 16 * 0x1234 + 8).unwrap().end, 0x100_0000 + 16 * 0x1234 + 8);
+        // Boot sector, four setup sectors.
+        head[0x1f1] = 0;
+        assert_eq!(read_setup(&head, 2560 + 4096).unwrap().end, 0x100_0000 + 4096);
     }
 
     #[test]
@@ -222,7 +276,7 @@ mod tests {
         for (at, bytes, said) in [
             (0x206, &[0x0b, 2][..], "older than 2.12"),
             (0x236, &[0], "32-bit"),
-            (0x258, &[0, 0, 0, 0], "below 1 MiB"),
+            (0x211, &[0], "below 1 MiB"),
             (0x258, &[0xff; 8], "no sense"),
         ] {
             let mut head = bzimage();
@@ -231,6 +285,10 @@ mod tests {
         }
         for len in [0x1f1, 0x210, 0x235, 0x25f, 0x263] {
             assert!(read_setup(&bzimage()[..len], 1 << 20).is_err_and(|what| what.contains("cut short")), "{len:#x}");
+        }
+        // No entry point.
+        for len in [0x280, 2047, 2048, 2048 + 0x200] {
+            assert!(read_setup(&bzimage(), len).is_err_and(|what| what.contains("cut short")), "{len:#x}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Where cold pools are: directories, page servers, object stores; and the server itself.
 
+mod bounded;
 mod cache;
 mod file;
 #[cfg(feature = "object-store")]

@@ -1,18 +1,19 @@
 //! `tvmm serve-pages`: a read-only server of a cold pool's objects (`docs/remote.md`). One thread per connection, no bytes
-//! of pages in this process: chunks go from the page cache to the socket.
+//! of pages in this process: chunks go from the page cache to the socket. All waits for a client end in time (`bounded.rs`).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{self, Read};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::net::{SendFlags, send};
+use rustix::net::SendFlags;
 #[cfg(feature = "rdma")]
 use socket2::{SockRef, TcpKeepalive};
 
+use super::bounded::{STEP, answered_by, read_by, send_file_by, write_by};
 #[cfg(feature = "rdma")]
 use super::rdma::serve::{Lender, Loan, Registered};
 use crate::snapshot::{Digest, SnapshotId};
@@ -24,10 +25,15 @@ use crate::vmm::error::Error;
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::wait::either_readable;
 
-/// How long a client may take to greet.
+/// How long a client may take to greet, in all.
 const GREETING_TIME: Duration = Duration::from_secs(5);
-/// How long a client may not take what is sent to it.
-const SEND_TIME: Duration = Duration::from_secs(30);
+/// How long a client may take for a request, from its first byte on.
+const REQUEST_TIME: Duration = Duration::from_secs(10);
+/// Connections whose clients have not greeted. One more, and the oldest is closed: clients that say nothing keep out no
+/// client that speaks.
+const MAX_SILENT: usize = 64;
+/// Threads besides those that serve: for clients that have not greeted, and for those that are being turned away.
+const MORE_THREADS: usize = 2 * MAX_SILENT;
 const STACK: usize = 256 << 10;
 /// A client that reads by RDMA says nothing: how often it is looked whether its host is there, and how often in vain.
 #[cfg(feature = "rdma")]
@@ -56,6 +62,8 @@ struct Shared {
     store: Store,
     limits: Limits,
     connections: AtomicUsize,
+    threads: AtomicUsize,
+    silent: Mutex<Silent>,
     /// Objects that some connection has open.
     objects: Mutex<HashMap<SnapshotId, Weak<Object>>>,
     /// Where clients may read by RDMA.
@@ -123,9 +131,20 @@ impl PageServer {
     }
 
     fn start(&self, stream: TcpStream, peer: SocketAddr) {
-        let held = Held::take(self.shared.clone());
+        let most = self.shared.limits.connections + MORE_THREADS;
+        let Some(thread) = Share::take(&self.shared, |shared| &shared.threads, most) else {
+            tracing::info!(%peer, "A connection is closed: too many clients say nothing, or are being turned away");
+            return;
+        };
+        let greeting = match Greeting::begin(&self.shared, &stream) {
+            Ok(greeting) => greeting,
+            Err(error) => {
+                tracing::warn!(%peer, %error, "A connection cannot be served");
+                return;
+            }
+        };
         let serve = move || {
-            if let Err(error) = Connection::serve(stream, &held) {
+            if let Err(error) = Connection::serve(stream, greeting, &thread.shared) {
                 tracing::info!(%peer, %error, "A connection has ended");
             }
         };
@@ -136,22 +155,63 @@ impl PageServer {
     }
 }
 
-/// A connection's place among those there are.
-struct Held {
+/// A place among a bounded number of them.
+struct Share {
     shared: Arc<Shared>,
-    is_over: bool,
+    counter: fn(&Shared) -> &AtomicUsize,
 }
 
-impl Held {
-    fn take(shared: Arc<Shared>) -> Held {
-        let before = shared.connections.fetch_add(1, Ordering::Relaxed);
-        Held { is_over: before >= shared.limits.connections, shared }
+impl Share {
+    /// Takes a place if fewer than `most` are taken.
+    fn take(shared: &Arc<Shared>, counter: fn(&Shared) -> &AtomicUsize, most: usize) -> Option<Share> {
+        let share = Share { shared: shared.clone(), counter };
+        // If it is none, its drop takes it back.
+        (counter(shared).fetch_add(1, Ordering::Relaxed) < most).then_some(share)
     }
 }
 
-impl Drop for Held {
+impl Drop for Share {
     fn drop(&mut self) {
-        self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+        (self.counter)(&self.shared).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Connections whose clients have not greeted, the oldest first.
+#[derive(Default)]
+struct Silent {
+    next: u64,
+    streams: VecDeque<(u64, TcpStream)>,
+}
+
+/// A connection while its client has not greeted.
+struct Greeting {
+    shared: Arc<Shared>,
+    number: u64,
+    deadline: Instant,
+}
+
+impl Greeting {
+    /// Takes in a connection. If there are too many, the oldest is closed.
+    fn begin(shared: &Arc<Shared>, stream: &TcpStream) -> io::Result<Greeting> {
+        let stream = stream.try_clone()?;
+        let mut silent = shared.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        if silent.streams.len() >= MAX_SILENT
+            && let Some((_, oldest)) = silent.streams.pop_front()
+        {
+            // Its thread then reads the end, and ends. One that is closed already needs nothing.
+            let _ = oldest.shutdown(Shutdown::Both);
+        }
+        let number = silent.next;
+        silent.next += 1;
+        silent.streams.push_back((number, stream));
+        Ok(Greeting { shared: shared.clone(), number, deadline: Instant::now() + GREETING_TIME })
+    }
+}
+
+impl Drop for Greeting {
+    fn drop(&mut self) {
+        let mut silent = self.shared.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        silent.streams.retain(|(number, _)| *number != self.number);
     }
 }
 
@@ -161,6 +221,8 @@ impl Shared {
             store,
             limits,
             connections: AtomicUsize::new(0),
+            threads: AtomicUsize::new(0),
+            silent: Mutex::default(),
             objects: Mutex::default(),
             #[cfg(feature = "rdma")]
             lender: None,
@@ -223,32 +285,32 @@ struct Connection<'a> {
 
 impl<'a> Connection<'a> {
     /// Serves until the client has nothing more to ask. The error says why it ended otherwise.
-    fn serve(stream: TcpStream, held: &'a Held) -> io::Result<()> {
+    fn serve(stream: TcpStream, greeting: Greeting, shared: &'a Arc<Shared>) -> io::Result<()> {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(GREETING_TIME))?;
-        stream.set_write_timeout(Some(SEND_TIME))?;
+        stream.set_write_timeout(Some(STEP))?;
         let mut connection = Connection {
             stream,
-            shared: &held.shared,
+            shared,
             #[cfg(feature = "rdma")]
             loan: None,
             open: None,
         };
-        let mut greeting = [0; wire::GREETING_LEN];
-        connection.stream.read_exact(&mut greeting)?;
-        let Some((answer, is_spoken)) = wire::answer(&greeting) else {
+        let mut greeted = [0; wire::GREETING_LEN];
+        read_by(&connection.stream, &mut greeted, greeting.deadline)?;
+        drop(greeting);
+        let Some((answer, is_spoken)) = wire::answer(&greeted) else {
             return Err(io::Error::other("it does not speak the page service's protocol"));
         };
-        connection.stream.write_all(&answer)?;
+        connection.send(&answer)?;
         if !is_spoken {
             return Err(io::Error::other("it speaks no version of the protocol that this build does"));
         }
-        if held.is_over {
+        let Some(_held) = Share::take(shared, |shared| &shared.connections, shared.limits.connections) else {
             connection.refuse(0, Why::Busy, "the page server has too many connections")?;
             return Err(io::Error::other("there are too many"));
-        }
-        connection.stream.set_read_timeout(Some(held.shared.limits.idle))?;
+        };
+        connection.stream.set_read_timeout(Some(shared.limits.idle))?;
         while connection.request()? {}
         Ok(())
     }
@@ -256,18 +318,24 @@ impl<'a> Connection<'a> {
     /// Answers the next request. `false`: there is none.
     fn request(&mut self) -> io::Result<bool> {
         let mut bytes = [0; wire::HEADER_LEN];
-        match self.stream.read_exact(&mut bytes) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
-            Err(error) => return Err(error),
-        }
+        // Between requests a client may be idle; once a request has begun it has to come.
+        let begun = loop {
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return Ok(false),
+                Ok(count) => break count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        };
+        let deadline = Instant::now() + REQUEST_TIME;
+        read_by(&self.stream, &mut bytes[begun..], deadline)?;
         let header = match Header::parse(&bytes) {
             Ok(header) => header,
             // Nobody knows where the next frame begins.
             Err(what) => return self.refuse(0, Why::BadRequest, &what).and(Err(io::Error::other(what))),
         };
         let mut payload = vec![0; header.len as usize];
-        self.stream.read_exact(&mut payload)?;
+        read_by(&self.stream, &mut payload, deadline)?;
         if crc32c::crc32c(&payload) != header.checksum {
             let what = "a request does not have its checksum";
             return self.refuse(header.id, Why::BadRequest, what).and(Err(io::Error::other(what)));
@@ -286,7 +354,7 @@ impl<'a> Connection<'a> {
                         index_digest: object.digest,
                     };
                     self.open(object)?;
-                    self.stream.write_all(&wire::frame(Kind::Opened, header.id, &opened.to_bytes()))
+                    self.send(&wire::frame(Kind::Opened, header.id, &opened.to_bytes()))
                 }
                 Some(Err((why, what))) => self.refuse(header.id, why, &what),
                 None => self.refuse(header.id, Why::BadRequest, bad),
@@ -299,7 +367,7 @@ impl<'a> Connection<'a> {
                     object.as_ref()?.index_bytes.get(range).filter(|_| len <= wire::MAX_ANSWER)
                 });
                 match part {
-                    Some(part) => self.stream.write_all(&wire::frame(Kind::IndexBytes, header.id, part)),
+                    Some(part) => self.send(&wire::frame(Kind::IndexBytes, header.id, part)),
                     None => self.refuse(header.id, Why::BadRequest, bad),
                 }
             }
@@ -358,7 +426,7 @@ impl<'a> Connection<'a> {
                 self.stream.set_read_timeout(None)?;
                 let probes = TcpKeepalive::new().with_time(PROBES.0).with_interval(PROBES.0).with_retries(PROBES.1);
                 SockRef::from(&self.stream).set_tcp_keepalive(&probes)?;
-                self.stream.write_all(&wire::frame(Kind::Attached, id, &attached.to_bytes()))
+                self.send(&wire::frame(Kind::Attached, id, &attached.to_bytes()))
             }
             Err((why, what)) => self.refuse(id, why, &what),
         }
@@ -366,26 +434,18 @@ impl<'a> Connection<'a> {
 
     /// Straight from the page cache: who asked compares the bytes with the checksums of its index.
     fn send_chunks(&mut self, header: Header, first: u32, object: &Object) -> io::Result<()> {
-        let bytes = header.to_bytes();
-        let mut sent = 0;
-        while sent < bytes.len() {
-            sent += send(&self.stream, &bytes[sent..], SendFlags::MORE | SendFlags::NOSIGNAL)?;
-        }
-        let mut offset = object.index.span(first..first + 1).start;
-        let mut left = header.len as usize;
-        while left > 0 {
-            match rustix::fs::sendfile(&self.stream, &object.data, Some(&mut offset), left) {
-                Ok(0) => return Err(io::Error::other("its data object has been cut off")),
-                Ok(sent) => left -= sent,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+        let deadline = answered_by(header.len as usize);
+        write_by(&self.stream, &header.to_bytes(), SendFlags::MORE, deadline)?;
+        let offset = object.index.span(first..first + 1).start;
+        send_file_by(&self.stream, (&object.data, offset), header.len as usize, deadline)
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        write_by(&self.stream, bytes, SendFlags::empty(), answered_by(bytes.len()))
     }
 
     fn refuse(&mut self, id: u64, why: Why, what: &str) -> io::Result<()> {
-        self.stream.write_all(&wire::frame(Kind::Refused, id, &wire::refusal(why, what)))
+        self.send(&wire::frame(Kind::Refused, id, &wire::refusal(why, what)))
     }
 }
 

@@ -12,8 +12,8 @@ use super::lazy::LazyExtent;
 use super::prefault::PrefaultReport;
 use super::reads::{self, Wanted};
 use crate::snapshot::{
-    CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement, PlacementCounts,
-    PlannedExtent, RestorePlan, Snapshot, chunk_of,
+    BackgroundAction, CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement,
+    PlacementCounts, PlannedExtent, RestorePlan, Snapshot, chunk_of,
 };
 use crate::vmm::control::InPlaceMapping;
 use crate::vmm::error::Error;
@@ -371,16 +371,37 @@ impl Engine<'_> {
             }
             let len = plan.images[index - images].file_len() as usize;
             let buffer = self.read_direct(index, len)?;
-            let bytes = buffer.bytes();
-            for planned in wanted {
-                let source = PageSource { layer: index, offset: planned.source.map_or(0, |source| source.offset) };
-                let bytes = &bytes[source.offset as usize..][..planned.extent.bytes() as usize];
-                // Here and not all at once: the bytes are in the CPU's cache when they are copied.
-                self.files.verify_image(source, &[bytes])?;
-                self.install_extent(ram, uffd, planned.extent, bytes)?;
-            }
+            self.install_image(ram, uffd, &wanted, buffer.bytes())?;
         }
         Ok(())
+    }
+
+    /// Installs the extents of one image, whose `bytes` were read, while another thread compares them with their checksums:
+    /// the guest does not run yet, so both need only be done before it does.
+    fn install_image(
+        &mut self,
+        ram: &GuestRam,
+        uffd: &Uffd,
+        wanted: &[&PlannedExtent],
+        bytes: &[u8],
+    ) -> Result<(), Error> {
+        let sourced = || wanted.iter().filter_map(|planned| Some((planned.extent, planned.source?)));
+        let bytes_of = |extent: Extent, source: PageSource| &bytes[source.offset as usize..][..extent.bytes() as usize];
+        let files = self.files;
+        let compare =
+            || sourced().try_for_each(|(extent, source)| files.verify_image(source, &[bytes_of(extent, source)]));
+        std::thread::scope(|scope| {
+            let comparing = std::thread::Builder::new().name("compare".into()).spawn_scoped(scope, compare);
+            let installed = sourced()
+                .try_for_each(|(extent, source)| self.install_extent(ram, uffd, extent, bytes_of(extent, source)));
+            let compared = match comparing {
+                // A panic of the thread goes on here.
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                // Where no thread is to be had, this one compares.
+                Err(_) => compare(),
+            };
+            compared.and(installed)
+        })
     }
 
     fn install_extent(&mut self, ram: &GuestRam, uffd: &Uffd, extent: Extent, bytes: &[u8]) -> Result<(), Error> {
@@ -468,6 +489,18 @@ fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
 fn file_mapped(plan: &RestorePlan) -> Vec<Extent> {
     let mapped = plan.extents.iter().filter(|planned| matches!(view_of(planned), View::File { .. }));
     mapped.map(|planned| planned.extent).collect()
+}
+
+/// The pages that nothing but a write of the guest makes writable in the host's page tables.
+pub fn writable_when_written(plan: &RestorePlan) -> PageSet {
+    let mapped = plan.extents.iter().filter(|planned| {
+        matches!(planned.placement, Placement::CowFile | Placement::InPlace) && planned.source.is_some()
+    });
+    let mut pages: PageSet = mapped.map(|planned| planned.extent).collect();
+    for step in plan.background.iter().filter(|step| step.action == BackgroundAction::BreakCow) {
+        pages.remove_run(step.extent);
+    }
+    pages
 }
 
 /// The extents to copy, neighbours in guest memory and file joined.

@@ -31,7 +31,7 @@ use super::timeline::{Slice, Timeline};
 use super::{config, host};
 use crate::devices::virtio::id;
 use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
-use crate::snapshot::{Chain, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::snapshot::{Chain, PageSet, RestorePlan, SectionInfo, SectionKind, Snapshot};
 use crate::tiering::chunks::{ColdCounts, ColdPool};
 use crate::tiering::fault::FaultObserver;
 use crate::tiering::tier::Tier;
@@ -266,6 +266,7 @@ impl Machine<Built> {
             Some(_) => engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
         let is_ours = spec.handler.is_none() && spec.observer.is_none();
+        let exact = if is_ours { engine::writable_when_written(spec.plan) } else { PageSet::new() };
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &built.ram, spec.stalls)?;
@@ -286,7 +287,7 @@ impl Machine<Built> {
         machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
-        machine.core.lineage = Lineage::restored(spec.chain);
+        machine.core.lineage = Lineage::restored(spec.chain, exact);
         if let Some(vmgenid) = saved.vmgenid {
             machine.core.renew_vmgenid(vmgenid)?;
         }

@@ -1,6 +1,7 @@
 //! Raw system calls, each behind a small safe owner. Nothing outside this folder maps memory, sends signals to
 //! threads, or speaks an ioctl that kvm-ioctls does not have.
 
+pub mod available_memory;
 pub mod clock;
 pub mod coalesced;
 pub mod code;

@@ -19,8 +19,13 @@ pub struct Service {
 }
 
 impl Service {
-    /// Serves `dir` on a socket beside it; returns when it listens.
+    /// Serves `dir` on a socket beside it, to clients that may name every file; returns when it listens.
     pub fn start(dir: &Path, more: &[&str]) -> Service {
+        Service::confined(dir, &[&["--allow-path", "/", "--memory", "65536"], more].concat())
+    }
+
+    /// The same, to clients that may name what `more` lets them name.
+    pub fn confined(dir: &Path, more: &[&str]) -> Service {
         let socket = dir.with_extension("sock");
         let mut command = tvmm();
         command.args(["serve", "--dir", text(dir), "--listen-unix", text(&socket)]).args(more);

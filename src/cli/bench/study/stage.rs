@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::super::guest::{Guest, snapshot};
+use super::super::guest::{Guest, snapshot_to};
 use super::super::{BoxError, add_to_pool, record, refuse, remove_from_pool};
 use super::workload::Workload;
 use crate::api::client::Client;
@@ -44,7 +44,7 @@ impl Stage {
         make(&dir)?;
         let socket = dir.join("api.sock");
         let _guest = self.booted(workload, sizes, &socket)?;
-        snapshot(&Client::new(&socket), &json!({ "snapshot_path": snapshot_dir }))?;
+        snapshot_to(&Client::new(&socket), &snapshot_dir)?;
         Ok(snapshot_dir)
     }
 

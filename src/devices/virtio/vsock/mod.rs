@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 
-use super::{Broken, Io, Source, VirtioDevice, id};
+use super::{Broken, Chain, Io, Source, VirtioDevice, id};
 use crate::devices::Error;
 
 use connection::{Connection, Phase};
@@ -111,6 +111,10 @@ struct Counters {
     conns_refused: u64,
     /// Packets with context ids that are not the guest's and the host's.
     packets_dropped: u64,
+    /// The guest has answered the event that a restore had reset its connections.
+    resets_seen: u64,
+    /// It had not within `RESET_TIMEOUT`, and what was for it waited that long.
+    resets_expired: u64,
 }
 
 /// The socket device.
@@ -126,7 +130,7 @@ pub struct Vsock {
     accepts: bool,
     /// The guest must be told that its connections are gone.
     transport_reset: bool,
-    /// Packets for the guest wait until it has seen that; so many event buffers there were before.
+    /// Packets for the guest wait until it has seen that: until the number of its event buffers is no longer this one.
     hold: Option<u16>,
     /// The driver is asked to tell of new receive buffers.
     rx_notified: bool,
@@ -226,7 +230,7 @@ impl Vsock {
     fn expire(&mut self) {
         while let Some(token) = self.table.next_expired() {
             match token {
-                table::DEVICE => self.hold = None,
+                table::DEVICE => self.counters.resets_expired += u64::from(self.hold.take().is_some()),
                 token => self.kill(token),
             }
         }
@@ -262,33 +266,53 @@ impl Vsock {
     /// Tells a restored guest that its connections are gone. What is then for the guest waits until it has made another
     /// event buffer available, as drivers do when they have acted on an event: Linux resets every connection it finds
     /// then, and would find new ones.
+    ///
+    /// The buffers are counted, and the driver is asked to tell of the next one, before the event is given to it: a
+    /// driver that polls acts on it at once, and what is counted afterwards would include its answer. Other event
+    /// buffers wait in the queue, so the driver is asked to tell of a buffer beyond those: with EVENT_IDX it stays
+    /// silent about any other.
     fn tell_transport_reset(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
-        let waiting = |io: &Io<'_>| {
-            let failed = |source| Broken::Queue { queue: EVENT, source };
-            io.queues[EVENT].waiting(io.memory).map_err(failed)
-        };
+        let failed = |source| Broken::Queue { queue: EVENT, source };
         if !io.queues[EVENT].is_ready() {
             self.hold = None;
             return Ok(());
         }
         if self.transport_reset {
-            let Some(chain) = io.pop(EVENT)? else { return Ok(()) };
+            let Some(chain) = self.event_buffer(io)? else { return Ok(()) };
             let event = EVENT_TRANSPORT_RESET.to_le_bytes();
             if chain.writable.write_at(0, &event) != event.len() {
                 return Err(Broken::Chain("it is too short for an event"));
             }
+            let seen = io.queues[EVENT].waiting(io.memory).map_err(failed)?;
+            io.queues[EVENT].ask_for_more(io.memory, seen).map_err(failed)?;
+            self.hold = self.hold.and(Some(seen));
+            self.transport_reset = false;
             io.push(EVENT, chain.head, event.len() as u32)?;
             io.signal(EVENT)?;
-            self.transport_reset = false;
-            let failed = |source| Broken::Queue { queue: EVENT, source };
-            io.queues[EVENT].enable_notification(io.memory).map_err(failed)?;
-            self.hold = self.hold.and(Some(waiting(io)?));
-        } else if let Some(before) = self.hold
-            && waiting(io)? != before
+        }
+        if !self.transport_reset
+            && let Some(before) = self.hold
+            && io.queues[EVENT].waiting(io.memory).map_err(failed)? != before
         {
             self.hold = None;
+            self.counters.resets_seen += 1;
         }
         Ok(())
+    }
+
+    /// Takes an event buffer. If there is none, the driver is asked to tell of the next.
+    fn event_buffer<'m>(&self, io: &mut Io<'m>) -> Result<Option<Chain<'m>>, Broken> {
+        loop {
+            if let Some(chain) = io.pop(EVENT)? {
+                return Ok(Some(chain));
+            }
+            let failed = |source| Broken::Queue { queue: EVENT, source };
+            let came = io.queues[EVENT].enable_notification(io.memory).map_err(failed)?;
+            // At the end of its turn the device is called again.
+            if !came || io.budget == 0 {
+                return Ok(None);
+            }
+        }
     }
 }
 

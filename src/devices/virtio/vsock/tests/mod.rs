@@ -2,6 +2,7 @@
 
 mod hostile;
 mod protocol;
+mod reset;
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -58,9 +59,15 @@ impl Driver {
     }
 
     fn start(&self) {
-        for (register, value) in [(0x70, 0), (0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11)] {
+        self.start_with(0);
+    }
+
+    /// Starts with these of the features 0 to 31.
+    fn start_with(&self, features: u32) {
+        for (register, value) in [(0x70, 0), (0x70, 1), (0x70, 3), (0x24, 0), (0x20, features), (0x24, 1), (0x20, 1)] {
             self.set(register, value);
         }
+        self.set(0x70, 11);
         for queue in 0..3 {
             let at = (QUEUES + u64::from(queue) * 0x10_000) as u32;
             for (register, value) in

@@ -215,32 +215,6 @@ fn guest_that_does_not_answer_is_given_up() {
 }
 
 #[test]
-fn restored_guest_is_told_and_gets_nothing_else_before_it_has_seen_that() {
-    let state = VsockState { guest_cid: CID, uds_path: b"-".to_vec(), next_port: (1 << 30) + 5 };
-    let mut driver = Driver::new(|uds_path| VsockParams { uds_path, ..VsockParams::restored(state).unwrap() });
-    // The driver has started anew, so that it knows of nothing that is gone.
-    assert!(!driver.device.with_device(|vsock: &mut Vsock| (vsock.transport_reset, false)).unwrap());
-    let (transport, _) = driver.device.save().unwrap();
-    let state = VsockState { guest_cid: CID, uds_path: b"-".to_vec(), next_port: (1 << 30) + 5 };
-    let path = driver.dir.path().join("w");
-    let params = VsockParams { uds_path: path.clone(), ..VsockParams::restored(state).unwrap() };
-    let other = MmioDevice::new(Box::new(Vsock::new(params).unwrap()), driver.memory.clone()).unwrap();
-    driver.device = other;
-    driver.add(EVENT, EVENT_AT, 8, true);
-    driver.memory.write_obj(u64::MAX, GuestAddress(EVENT_AT)).unwrap();
-    driver.give(4);
-    driver.device.restore(&transport).unwrap();
-    driver.device.go_on();
-    let mut program = UnixStream::connect(path).unwrap();
-    program.write_all(b"CONNECT 52\n").unwrap();
-    assert_eq!(driver.next(), None);
-    assert_eq!(driver.used_of(EVENT), 1);
-    assert_eq!(driver.memory.read_obj::<u32>(GuestAddress(EVENT_AT)).unwrap(), EVENT_TRANSPORT_RESET);
-    driver.add(EVENT, EVENT_AT, 8, true);
-    assert_eq!(driver.next_op((1 << 30) + 5, 52), Some(op::REQUEST));
-}
-
-#[test]
 fn saved_state_that_no_device_had_is_refused() {
     let state = VsockState { guest_cid: CID, uds_path: b"/v".to_vec(), next_port: 1 << 30 };
     assert!(VsockParams::restored(state.clone()).is_ok());

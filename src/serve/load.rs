@@ -1,18 +1,61 @@
-//! Where restored VMs take their memory from, and what it may cost: what a request says, and what the daemon says for those
-//! that do not.
+//! How VMs are restored, in the words of `/snapshot/load`: what a request says, and the daemon's defaults.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
+use super::allowed::is_node;
 use super::fault::Fault;
 
-/// Where a restore takes memory from, and what it may cost. The keys are those of `tvmm` in `PUT /snapshot/load`.
+/// How pages in place are mapped where the tier leaves the choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mapping {
+    /// The kernel copies pages that are written.
+    Private,
+    /// Read-only: the VMM copies pages that are written.
+    Shared,
+}
+
+/// Another image for a drive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    /// The drive.
+    pub drive_id: String,
+    /// The image: a file or block device of the host.
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+}
+
+/// Another MAC address for a network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MacOverride {
+    /// The interface.
+    pub iface_id: String,
+    /// Six hexadecimal bytes with colons between them.
+    pub guest_mac: String,
+}
+
+/// Another tap for a network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TapOverride {
+    /// The interface.
+    pub(super) iface_id: String,
+    /// The tap, in the network namespace that the VM's process is in.
+    pub(super) host_dev_name: String,
+}
+
+/// Where a restore takes memory from, what it may cost, and what the clone gets. The keys are those of `tvmm` in `PUT
+/// /snapshot/load`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Tiers {
+pub struct LoadOptions {
     /// Pools to take memory from instead of the snapshot's files; several: from the first that has the snapshot. `[]`: its
     /// files, whatever the daemon's default.
     #[schema(value_type = Option<Vec<String>>)]
@@ -30,12 +73,29 @@ pub struct Tiers {
     pub cxl_mib: Option<u64>,
     /// µs that a request may take longer to save a MiB of local memory, for policy `tiered`.
     pub dram_price: Option<u64>,
+    /// A plan made before (`tvmm plan --out`), a file of the host, instead of a policy's and of the budgets.
+    #[schema(value_type = Option<String>)]
+    pub plan: Option<PathBuf>,
+    /// What things cost on this host (`tvmm calibrate --out`), a file of the host.
+    #[schema(value_type = Option<String>)]
+    pub costs: Option<PathBuf>,
+    /// How pages in place are mapped.
+    pub in_place_mapping: Option<Mapping>,
+    /// Other images for drives.
+    #[serde(default)]
+    pub drive_overrides: Vec<DriveOverride>,
+    /// Other MAC addresses for network interfaces.
+    #[serde(default)]
+    pub mac_overrides: Vec<MacOverride>,
+    /// Metadata that the clone reads besides the snapshot's, or instead of them: keys and values.
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
 }
 
-impl Tiers {
+impl LoadOptions {
     /// Refuses what depends on where the daemon was started, and what means nothing alone.
     pub(super) fn check(&self) -> Result<(), Fault> {
-        let is_place = |path: &Path| path.is_absolute() || path.to_str().is_some_and(|text| text.starts_with("numa:"));
+        let is_place = |path: &Path| path.is_absolute() || is_node(path);
         for pool in self.pools.iter().flatten() {
             if !is_place(pool) {
                 let pool = pool.display();
@@ -51,8 +111,16 @@ impl Tiers {
                 return Err(Fault::bad(message));
             }
         }
-        if self.cold_cache.as_ref().is_some_and(|dir| !dir.is_absolute()) {
-            return Err(Fault::bad("`tvmm.cold_cache` must be an absolute path."));
+        let files = [("cold_cache", &self.cold_cache), ("plan", &self.plan), ("costs", &self.costs)];
+        let drives = self.drive_overrides.iter().map(|drive| ("drive_overrides", Some(&drive.path_on_host)));
+        for (key, path) in files.map(|(key, path)| (key, path.as_ref())).into_iter().chain(drives) {
+            if path.is_some_and(|path| !path.is_absolute()) {
+                return Err(Fault::bad(format!("`tvmm.{key}` must be an absolute path.")));
+            }
+        }
+        let has_budget = self.dram_mib.is_some() || self.cxl_mib.is_some() || self.dram_price.is_some();
+        if self.plan.is_some() && (has_budget || self.costs.is_some()) {
+            return Err(Fault::bad("`tvmm.plan` says what costs and budgets would decide: leave them out."));
         }
         if self.cold_cache_mib == Some(0) {
             return Err(Fault::bad("`tvmm.cold_cache_mib` must be 1 or more."));
@@ -68,17 +136,20 @@ impl Tiers {
     }
 
     /// What is said here, and of what is not, what `others` say.
-    pub(super) fn or(self, others: &Tiers) -> Tiers {
+    pub(super) fn or(self, others: &LoadOptions) -> LoadOptions {
         // A cache belongs to the cold pools that were said with it.
         let cold = if self.cold_pools.is_some() { &self } else { others };
-        Tiers {
+        // A plan takes the place of what budgets would decide.
+        let budgets = if self.plan.is_some() { &LoadOptions::default() } else { others };
+        LoadOptions {
             cold_pools: cold.cold_pools.clone(),
             cold_cache: cold.cold_cache.clone(),
             cold_cache_mib: cold.cold_cache_mib,
-            dram_mib: self.dram_mib.or(others.dram_mib),
-            cxl_mib: self.cxl_mib.or(others.cxl_mib),
-            dram_price: self.dram_price.or(others.dram_price),
+            dram_mib: self.dram_mib.or(budgets.dram_mib),
+            cxl_mib: self.cxl_mib.or(budgets.cxl_mib),
+            dram_price: self.dram_price.or(budgets.dram_price),
             pools: self.pools.or_else(|| others.pools.clone()),
+            ..self
         }
     }
 
@@ -105,12 +176,50 @@ impl Tiers {
             "dram_mib": self.dram_mib,
             "cxl_mib": self.cxl_mib,
             "dram_price": self.dram_price,
+            "plan": self.plan,
+            "costs": self.costs,
+            "in_place_mapping": self.in_place_mapping.unwrap_or(Mapping::Private),
+            "drive_overrides": self.drive_overrides,
+            "mac_overrides": self.mac_overrides,
+            "metadata": self.metadata,
         })
     }
 }
 
+/// What a request says of the VM that it restores, besides the snapshot and the policy.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Wanted {
+    /// `tvmm` of the request.
+    pub(super) tvmm: Option<LoadOptions>,
+    /// `metadata` of the request: the same as `tvmm.metadata`.
+    pub(super) metadata: BTreeMap<String, String>,
+    pub(super) network_overrides: Vec<TapOverride>,
+    pub(super) track_dirty_pages: Option<bool>,
+    pub(super) clock_realtime: Option<bool>,
+}
+
+impl Wanted {
+    /// Whether the request says anything that only a restore can do.
+    pub(super) fn is_for_restores(&self) -> bool {
+        let Wanted { tvmm, metadata, network_overrides, track_dirty_pages, clock_realtime } = self;
+        let has_switch = track_dirty_pages.is_some() || clock_realtime.is_some();
+        tvmm.is_some() || has_switch || !metadata.is_empty() || !network_overrides.is_empty()
+    }
+
+    /// `tvmm`, checked, with `metadata` in it.
+    pub(super) fn options(&self) -> Result<LoadOptions, Fault> {
+        let mut options = self.tvmm.clone().unwrap_or_default();
+        options.check()?;
+        if !self.metadata.is_empty() && !options.metadata.is_empty() {
+            return Err(Fault::bad("`metadata` and `tvmm.metadata` are the same: leave one out."));
+        }
+        options.metadata.extend(self.metadata.clone());
+        Ok(options)
+    }
+}
+
 /// The directory that a cold pool is in, if it is one of this host, however it is read (`docs/remote.md`).
-fn cold_dir(text: &str) -> Option<&str> {
+pub(super) fn cold_dir(text: &str) -> Option<&str> {
     if let Some(direct) = text.strip_prefix("direct:") {
         return Some(direct.rsplit_once(",depth=").map_or(direct, |(dir, _)| dir));
     }
@@ -123,7 +232,7 @@ fn cold_dir(text: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
-    fn tiers(value: Value) -> Tiers {
+    fn tiers(value: Value) -> LoadOptions {
         serde_json::from_value(value).unwrap()
     }
 
@@ -131,7 +240,11 @@ mod tests {
     fn what_a_request_says_goes_before_what_the_daemon_says() {
         let daemon = tiers(json!({ "pools": ["/a"], "cold_pools": ["/c"], "cold_cache": "/k", "dram_price": 5 }));
         let said = tiers(json!({ "dram_mib": 7, "dram_price": 0 })).or(&daemon);
-        assert_eq!(said, Tiers { dram_mib: Some(7), dram_price: Some(0), ..daemon.clone() });
+        assert_eq!(said, LoadOptions { dram_mib: Some(7), dram_price: Some(0), ..daemon.clone() });
+        let said = tiers(json!({ "plan": "/p", "metadata": { "a": "b" } })).or(&daemon);
+        let plan = Some("/p".into());
+        let metadata = BTreeMap::from([("a".to_string(), "b".to_string())]);
+        assert_eq!(said, LoadOptions { plan, metadata, dram_price: None, ..daemon.clone() });
         let said = tiers(json!({ "pools": [], "cold_pools": [] })).or(&daemon);
         assert_eq!((said.pools, said.cold_pools, said.cold_cache), (Some(Vec::new()), Some(Vec::new()), None));
     }
@@ -154,6 +267,11 @@ mod tests {
             (json!({ "cold_pools": ["a"] }), "absolute"),
             (json!({ "cold_cache": "/a" }), "needs `tvmm.cold_pools`"),
             (json!({ "cold_pools": ["/a"], "cold_cache": "a" }), "absolute"),
+            (json!({ "plan": "a" }), "absolute"),
+            (json!({ "costs": "a" }), "absolute"),
+            (json!({ "drive_overrides": [{ "drive_id": "a", "path_on_host": "a" }] }), "absolute"),
+            (json!({ "plan": "/a", "dram_mib": 1 }), "leave them out"),
+            (json!({ "plan": "/a", "costs": "/b" }), "leave them out"),
             (json!({ "cold_pools": ["/a"], "cold_cache_mib": 1 }), "needs `tvmm.cold_cache`"),
             (json!({ "cold_pools": ["/a"], "cold_cache": "/b", "cold_cache_mib": 0 }), "1 or more"),
         ] {

@@ -1,0 +1,249 @@
+//! What a file is that a command cannot read, and which command shows it.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::snapshot::{CONTAINER_MAGIC, Container, DIR_FILES, PAGE_SIZE, SectionKind, is_snapshot_dir};
+use crate::tiering::chunks::store;
+use crate::tiering::pool::format::MAGIC as POOL_MAGIC;
+use crate::vmm::media::POOL_FILE;
+
+/// A path that a command was given, and how the command uses it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputPath {
+    path: PathBuf,
+    role: Role,
+}
+
+/// How a command uses a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A snapshot's directory.
+    Snapshot,
+    /// The state file of a snapshot in two files.
+    StateFile,
+    /// The memory file of a snapshot in two files.
+    MemoryFile,
+    Profile,
+    Plan,
+    /// A pool of either kind.
+    Pool,
+    /// A machine's configuration.
+    Config,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Snapshot => "a snapshot's directory",
+            Role::StateFile => "the state file of a snapshot in two files",
+            Role::MemoryFile => "the memory file of a snapshot in two files",
+            Role::Profile => "a profile",
+            Role::Plan => "a plan",
+            Role::Pool => "a pool",
+            Role::Config => "a machine's configuration",
+        })
+    }
+}
+
+impl InputPath {
+    pub fn new(path: &Path, role: Role) -> InputPath {
+        InputPath { path: path.to_path_buf(), role }
+    }
+
+    /// A snapshot, which is in two files if there is a `memory` file.
+    pub fn snapshot(path: &Path, memory: Option<&Path>) -> Vec<InputPath> {
+        let Some(memory) = memory else { return vec![InputPath::new(path, Role::Snapshot)] };
+        vec![InputPath::new(path, Role::StateFile), InputPath::new(memory, Role::MemoryFile)]
+    }
+
+    /// Says what the path is if it is recognised as something that the command cannot take.
+    pub fn misuse(&self) -> Option<String> {
+        let found = Kind::of(&self.path)?;
+        if found.is_for(self.role) {
+            return None;
+        }
+        let path = self.path.display();
+        Some(format!("Cannot take {path} for {}: it is {}. {}", self.role, found.name(), found.advice(&self.path)))
+    }
+}
+
+/// What can be told apart by a name or by the first bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kind {
+    Snapshot,
+    /// A file of the snapshot in this directory.
+    PartOfSnapshot(PathBuf),
+    StateFile,
+    Profile,
+    Plan,
+    Image,
+    Pool,
+    ColdPool,
+    /// A file of the pool in this directory.
+    PartOfPool(PathBuf),
+    FirecrackerState,
+    Elf,
+    BzImage,
+    Json,
+    /// A file without a form of its own, as long as memory is.
+    Bytes,
+}
+
+/// The first 8 bytes of Firecracker's state files, little-endian, without the 16 bits that are zero
+/// (`SNAPSHOT_MAGIC_ID`): x86-64, aarch64.
+const FIRECRACKER_MAGICS: [u64; 2] = [0x0710_1984_8664_0000, 0x0710_1984_AAAA_0000];
+/// As many bytes as tell what a file is.
+const HEAD_LEN: usize = 0x210;
+/// The least memory that a machine has.
+const LEAST_MEMORY: u64 = 1 << 20;
+/// The largest container that is read to tell what it is.
+const CONTAINER_LIMIT: u64 = 512 << 20;
+
+impl Kind {
+    /// What is at `path`; `None` if there is nothing, or nothing known.
+    fn of(path: &Path) -> Option<Kind> {
+        let metadata = path.metadata().ok()?;
+        if metadata.is_dir() {
+            return Kind::of_dir(path);
+        }
+        if !metadata.is_file() {
+            return None;
+        }
+        Kind::by_name(path).or_else(|| {
+            let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
+            Kind::by_content(path, &file, metadata.len())
+        })
+    }
+
+    fn of_dir(dir: &Path) -> Option<Kind> {
+        if is_snapshot_dir(dir) {
+            return Some(Kind::Snapshot);
+        }
+        if dir.join(store::MANIFEST).is_file() {
+            return Some(Kind::ColdPool);
+        }
+        dir.join(POOL_FILE).is_file().then_some(Kind::Pool)
+    }
+
+    /// What a file is that lies where only such files lie.
+    fn by_name(path: &Path) -> Option<Kind> {
+        let dir = path.parent()?;
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        let is_part = path.file_name().is_some_and(|name| DIR_FILES.iter().any(|file| name == *file));
+        if is_part && is_snapshot_dir(dir) {
+            return Some(Kind::PartOfSnapshot(dir.to_path_buf()));
+        }
+        if path.extension().is_some_and(|extension| extension == "image") {
+            return Some(Kind::Image);
+        }
+        let pool = match path.file_name() {
+            Some(name) if name == store::MANIFEST => dir,
+            _ if dir.ends_with(store::OBJECTS) => dir.parent()?,
+            _ => return None,
+        };
+        pool.join(store::MANIFEST).is_file().then(|| Kind::PartOfPool(pool.to_path_buf()))
+    }
+
+    fn by_content(path: &Path, file: &File, len: u64) -> Option<Kind> {
+        let mut head = [0; HEAD_LEN];
+        let have = (len as usize).min(HEAD_LEN);
+        file.read_exact_at(&mut head[..have], 0).ok()?;
+        let first: [u8; 8] = *head.first_chunk()?;
+        if first == CONTAINER_MAGIC {
+            return Kind::of_container(path);
+        }
+        if first == POOL_MAGIC {
+            return Some(Kind::PartOfPool(path.parent()?.to_path_buf()));
+        }
+        if FIRECRACKER_MAGICS.contains(&u64::from_le_bytes(first)) {
+            return Some(Kind::FirecrackerState);
+        }
+        if head.starts_with(b"\x7fELF") {
+            return Some(Kind::Elf);
+        }
+        if head[0x202..0x206] == *b"HdrS" {
+            return Some(Kind::BzImage);
+        }
+        if head[..have].trim_ascii_start().starts_with(b"{") {
+            return Some(Kind::Json);
+        }
+        (len >= LEAST_MEMORY && len.is_multiple_of(PAGE_SIZE)).then_some(Kind::Bytes)
+    }
+
+    /// What a file of tvmm's is, by its sections; `None` if it is damaged.
+    fn of_container(path: &Path) -> Option<Kind> {
+        let container = Container::read(path, CONTAINER_LIMIT).ok()?;
+        let has = |kind| container.sections().iter().any(|info| info.kind == kind);
+        if has(SectionKind::ProfileHeader) {
+            return Some(Kind::Profile);
+        }
+        if has(SectionKind::Plan) {
+            return Some(Kind::Plan);
+        }
+        has(SectionKind::Manifest).then_some(Kind::StateFile)
+    }
+
+    /// Whether a command that fails has another reason than this kind.
+    fn is_for(&self, role: Role) -> bool {
+        match self {
+            Kind::Snapshot => role == Role::Snapshot,
+            Kind::StateFile => role == Role::StateFile,
+            Kind::PartOfSnapshot(_) => false,
+            Kind::Bytes => role == Role::MemoryFile,
+            Kind::Json => role == Role::Config,
+            Kind::Profile => role == Role::Profile,
+            Kind::Plan => role == Role::Plan,
+            Kind::Pool | Kind::ColdPool => role == Role::Pool,
+            _ => false,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Kind::Snapshot => "a snapshot's directory",
+            Kind::PartOfSnapshot(_) => "a file of a snapshot",
+            Kind::StateFile => "the state file of a snapshot in two files",
+            Kind::Profile => "a profile",
+            Kind::Plan => "a restore plan",
+            Kind::Image => "a working-set image, derived from a snapshot",
+            Kind::Pool => "a pool",
+            Kind::ColdPool => "a pool of compressed chunks",
+            Kind::PartOfPool(_) => "a file of a pool",
+            Kind::FirecrackerState => "Firecracker's state file of a snapshot",
+            Kind::Elf => "an ELF file",
+            Kind::BzImage => "a Linux kernel image (bzImage)",
+            Kind::Json => "a JSON file",
+            Kind::Bytes => "a file without a header, as memory files and disk images are",
+        }
+    }
+
+    /// Which command shows the file at `path`, or uses it.
+    fn advice(&self, path: &Path) -> String {
+        let path = path.display();
+        match self {
+            Kind::Snapshot => format!("`tvmm inspect {path}` shows it"),
+            Kind::PartOfSnapshot(dir) => format!("`tvmm inspect {}` shows the snapshot", dir.display()),
+            Kind::StateFile => format!("`tvmm inspect {path} --mem-file MEMORY` shows it"),
+            Kind::Profile => format!("`tvmm profile show {path}` shows it"),
+            Kind::Plan => format!("`tvmm restore --snapshot DIR --plan {path}` carries it out"),
+            Kind::Image => "`tvmm inspect DIR` shows the snapshot it was made of".to_string(),
+            Kind::Pool | Kind::ColdPool => format!("`tvmm pool show {path}` shows it"),
+            Kind::PartOfPool(dir) => format!("`tvmm pool show {}` shows the pool", dir.display()),
+            Kind::FirecrackerState => {
+                "Only Firecracker restores it: `snapshot-editor info-vmstate version` shows it; for \
+                tvmm, snapshot the VM under tvmm"
+                    .to_string()
+            }
+            Kind::Elf | Kind::BzImage => {
+                "If it is a kernel, `tvmm --config FILE` boots it (boot-source.kernel_image_path)".to_string()
+            }
+            Kind::Json => "If it is a machine's configuration, `tvmm --config FILE` boots it".to_string(),
+            Kind::Bytes => format!(
+                "If it is the memory file of a snapshot in two files, `tvmm inspect STATE --mem-file {path}` shows it"
+            ),
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! What clients may name: files and directories of the host, and cold pools of other hosts. Only the command line says so
+//! (`docs/serve.md`).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use axum::http::StatusCode;
+
+use super::Options;
+use super::daemon::{Daemon, blocking};
+use super::error::ServeError;
+use super::fault::Fault;
+use super::functions::Function;
+use super::load::{LoadOptions, cold_dir};
+use super::store;
+
+/// What is done with a file that a client names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
+}
+
+/// A file or directory that a client names.
+#[derive(Clone, Debug)]
+struct Named {
+    /// The key that names it.
+    key: &'static str,
+    path: PathBuf,
+    access: Access,
+}
+
+/// What clients may name.
+#[derive(Clone, Debug)]
+pub(super) struct Allowed {
+    /// The daemon's directory, without symbolic links.
+    dir: PathBuf,
+    /// Directories and files, without symbolic links.
+    roots: Vec<PathBuf>,
+    /// Pools that are no paths (`numa:N`).
+    nodes: Vec<PathBuf>,
+    /// Cold pools of other hosts.
+    cold: Vec<String>,
+}
+
+impl Allowed {
+    /// What the command line says. `dir`: the daemon's directory.
+    pub(super) fn new(dir: &Path, options: &Options) -> Result<Allowed, ServeError> {
+        let load = &options.load;
+        let own = load.on_this_host().into_iter().map(|(path, _)| path).chain(load.cold_cache.clone());
+        let mut allowed =
+            Allowed { dir: dir.to_owned(), roots: vec![dir.to_owned()], nodes: Vec::new(), cold: Vec::new() };
+        for path in own.chain(options.allow_paths.clone()) {
+            if is_node(&path) {
+                allowed.nodes.push(path);
+                continue;
+            }
+            // A directory that is not there may be made later (a cache); it is looked up by the same name then.
+            let path = std::path::absolute(&path).unwrap_or(path);
+            let resolved = resolve(&path).map_err(|source| ServeError::Directory { path, source })?;
+            allowed.roots.push(resolved);
+        }
+        let cold = load.cold_pools.iter().flatten().chain(&options.allow_cold);
+        allowed.cold = cold.filter(|text| cold_dir(text).is_none()).cloned().collect();
+        let dirs = options.allow_cold.iter().filter_map(|text| cold_dir(text));
+        for dir in dirs {
+            let dir = PathBuf::from(dir);
+            let resolved = resolve(&dir).map_err(|source| ServeError::Directory { path: dir, source })?;
+            allowed.roots.push(resolved);
+        }
+        Ok(allowed)
+    }
+
+    /// The path without symbolic links, if it is one that clients may name. Blocks for the disk.
+    fn check(&self, named: &Named) -> Result<PathBuf, Fault> {
+        let Named { key, path, access } = named;
+        let shown = path.display();
+        let refused = |why: String| Fault::new(StatusCode::FORBIDDEN, format!("Cannot use `{key}` {shown}: {why}."));
+        if self.nodes.contains(path) {
+            return Ok(path.clone());
+        }
+        let resolved = resolve(path).map_err(|error| refused(error.to_string()))?;
+        if !self.roots.iter().any(|root| resolved.starts_with(root)) {
+            let why =
+                "it is not among what clients of this service may name. Start the service with --allow-path for it";
+            return Err(refused(why.to_string()));
+        }
+        let is_the_daemons = resolved.strip_prefix(&self.dir).is_ok_and(store::is_the_daemons);
+        if *access == Access::Write && is_the_daemons {
+            return Err(refused("it is where the daemon keeps its own files. Choose another".to_string()));
+        }
+        Ok(resolved)
+    }
+
+    /// Whether clients may restore from a cold pool at this address.
+    fn knows_address(&self, text: &str) -> bool {
+        let servers = |text: &str| {
+            let (scheme, list) = text.split_once(':')?;
+            let list: Vec<String> = list.split(',').map(str::to_string).collect();
+            ["tcp", "rdma"].contains(&scheme).then(|| (scheme.to_string(), list))
+        };
+        match servers(text) {
+            Some((scheme, wanted)) => {
+                let known: Vec<_> = self.cold.iter().filter_map(|known| servers(known)).collect();
+                let is_known = |server: &String| known.iter().any(|(of, list)| *of == scheme && list.contains(server));
+                wanted.iter().all(is_known)
+            }
+            None => {
+                let is_below = |known: &String| {
+                    let rest = text.strip_prefix(known.trim_end_matches('/'));
+                    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+                };
+                // Nothing in it is to lead out of what is allowed, whatever a store makes of it.
+                let is_plain = !text.contains(['?', '#', '%', '\\']) && !text.split('/').any(|part| part == "..");
+                is_plain && self.cold.iter().any(is_below)
+            }
+        }
+    }
+}
+
+/// Whether a pool is a NUMA node's memory.
+pub(super) fn is_node(path: &Path) -> bool {
+    path.to_str().is_some_and(|text| text.starts_with("numa:"))
+}
+
+/// The path without symbolic links. What is not there yet is taken as it is named.
+fn resolve(path: &Path) -> io::Result<PathBuf> {
+    match fs::canonicalize(path) {
+        // A link to nowhere would lead somewhere once that is made.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(path).is_err() => {
+            match (path.parent(), path.file_name()) {
+                (Some(parent), Some(name)) => Ok(resolve(parent)?.join(name)),
+                _ => Err(error),
+            }
+        }
+        resolved => resolved,
+    }
+}
+
+impl Daemon {
+    async fn check_all(&self, named: Vec<Named>) -> Result<Vec<PathBuf>, Fault> {
+        if named.is_empty() {
+            return Ok(Vec::new());
+        }
+        let allowed = self.allowed.clone();
+        blocking(move || named.iter().map(|named| allowed.check(named)).collect()).await?
+    }
+
+    /// The function with its files as they are on the host, without symbolic links.
+    ///
+    /// # Errors
+    /// It names a file that clients may not name.
+    pub(super) async fn confined_function(&self, mut function: Function) -> Result<Function, Fault> {
+        let mut files =
+            vec![("image", &mut function.image), ("kernel", &mut function.kernel), ("initrd", &mut function.initrd)];
+        files.retain(|(_, path)| path.is_some());
+        let named = files
+            .iter()
+            .filter_map(|(key, path)| Some(Named { key, path: path.as_ref()?.clone(), access: Access::Read }));
+        let resolved = self.check_all(named.collect()).await?;
+        for ((_, path), resolved) in files.into_iter().zip(resolved) {
+            *path = Some(resolved);
+        }
+        Ok(function)
+    }
+
+    /// What a request says of a restore, with files and directories as they are on the host.
+    ///
+    /// # Errors
+    /// It names something that clients may not name.
+    pub(super) async fn confined(&self, mut options: LoadOptions) -> Result<LoadOptions, Fault> {
+        for text in options.cold_pools.iter().flatten().filter(|text| cold_dir(text).is_none()) {
+            if !self.allowed.knows_address(text) {
+                let text = text.escape_default();
+                let why = "it is not among those that clients of this service may name. Start the service with \
+                           --allow-cold for it";
+                let message = format!("Cannot restore from `{text}` of `tvmm.cold_pools`: {why}.");
+                return Err(Fault::new(StatusCode::FORBIDDEN, message));
+            }
+        }
+        let mut named = Vec::new();
+        let mut places: Vec<Box<dyn FnOnce(PathBuf) + Send + '_>> = Vec::new();
+        for pool in options.pools.iter_mut().flatten() {
+            named.push(Named { key: "tvmm.pools", path: pool.clone(), access: Access::Read });
+            places.push(Box::new(move |resolved| *pool = resolved));
+        }
+        for text in options.cold_pools.iter_mut().flatten() {
+            let Some(dir) = cold_dir(text).map(str::to_string) else { continue };
+            named.push(Named { key: "tvmm.cold_pools", path: dir.clone().into(), access: Access::Read });
+            places.push(Box::new(move |resolved| *text = text.replacen(&dir, &resolved.to_string_lossy(), 1)));
+        }
+        let files = [
+            ("tvmm.cold_cache", &mut options.cold_cache, Access::Write),
+            ("tvmm.plan", &mut options.plan, Access::Read),
+            ("tvmm.costs", &mut options.costs, Access::Read),
+        ];
+        for (key, place, access) in files {
+            let Some(path) = place.clone() else { continue };
+            named.push(Named { key, path, access });
+            places.push(Box::new(move |resolved| *place = Some(resolved)));
+        }
+        for drive in &mut options.drive_overrides {
+            let path = drive.path_on_host.clone();
+            named.push(Named { key: "tvmm.drive_overrides", path, access: Access::Write });
+            places.push(Box::new(move |resolved| drive.path_on_host = resolved));
+        }
+        let resolved = self.check_all(named).await?;
+        for (place, resolved) in places.into_iter().zip(resolved) {
+            place(resolved);
+        }
+        Ok(options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allowed(dir: &Path, roots: &[PathBuf], cold: &[&str]) -> Allowed {
+        Allowed {
+            dir: dir.to_owned(),
+            roots: roots.to_vec(),
+            nodes: vec!["numa:1".into()],
+            cold: cold.iter().map(|text| text.to_string()).collect(),
+        }
+    }
+
+    #[test]
+    fn links_and_dots_do_not_lead_out() {
+        let scratch = tempfile::tempdir().unwrap();
+        let base = fs::canonicalize(scratch.path()).unwrap();
+        let (dir, inside, outside) = (base.join("dir"), base.join("inside"), base.join("outside"));
+        for made in [&dir, &inside, &outside, &dir.join("snapshots")] {
+            fs::create_dir(made).unwrap();
+        }
+        fs::write(inside.join("file"), "").unwrap();
+        fs::write(outside.join("file"), "").unwrap();
+        for (link, to) in [("out", &outside), ("nowhere", &base.join("later")), ("in", &inside)] {
+            std::os::unix::fs::symlink(to, inside.join(link)).unwrap();
+        }
+        std::os::unix::fs::symlink(inside.join("loop"), inside.join("loop")).unwrap();
+        let allowed = allowed(&dir, &[dir.clone(), inside.clone()], &[]);
+        let check = |path: PathBuf, access| allowed.check(&Named { key: "k", path, access });
+        for (path, resolved) in [
+            (inside.join("file"), Some(inside.join("file"))),
+            (inside.join("in/in/file"), Some(inside.join("file"))),
+            (inside.join("new/dir"), Some(inside.join("new/dir"))),
+            (outside.join("../inside/file"), Some(inside.join("file"))),
+            ("numa:1".into(), Some("numa:1".into())),
+            ("numa:2".into(), None),
+            (outside.join("file"), None),
+            (inside.join("out/file"), None),
+            (inside.join("out/new"), None),
+            (inside.join("nowhere"), None),
+            (inside.join("nowhere/new"), None),
+            (inside.join("loop"), None),
+            (inside.join("new/../../outside/file"), None),
+            (inside.join("../outside/file"), None),
+            (base.join("inside2"), None),
+            ("/".into(), None),
+            ("".into(), None),
+            ("/nul\0".into(), None),
+        ] {
+            let shown = path.display().to_string();
+            let checked = check(path, Access::Read);
+            assert_eq!(checked.as_ref().ok(), resolved.as_ref(), "{shown}: {checked:?}");
+            assert!(checked.is_ok() || checked.is_err_and(|fault| fault.status == StatusCode::FORBIDDEN));
+        }
+        check(dir.join("snapshots/x"), Access::Read).unwrap();
+        check(dir.join("images/x"), Access::Write).unwrap();
+        for own in ["snapshots/x", "snapshots", "lock", "vms.json", ""] {
+            check(dir.join(own), Access::Write).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn only_known_addresses_are_connected_to() {
+        let cold = ["tcp:a:1,b:2", "rdma:c:3", "s3://bucket/some", "https://store/x/"];
+        let allowed = allowed(Path::new("/d"), &[], &cold);
+        for (text, is_known) in [
+            ("tcp:a:1", true),
+            ("tcp:b:2,a:1", true),
+            ("rdma:c:3", true),
+            ("tcp:c:3", false),
+            ("tcp:a:1,d:4", false),
+            ("tcp:a:11", false),
+            ("tcp:", false),
+            ("s3://bucket/some", true),
+            ("s3://bucket/some/", true),
+            ("s3://bucket/some/deeper", true),
+            ("s3://bucket/something", false),
+            ("s3://bucket/some/../other", false),
+            ("s3://bucket", false),
+            ("s3://bucket/some?x", false),
+            ("https://store/x", true),
+            ("http://store/x", false),
+        ] {
+            assert_eq!(allowed.knows_address(text), is_known, "{text}");
+        }
+    }
+}
