@@ -10,3 +10,4 @@ pub mod serve;
 pub mod snapshot;
 pub mod tiering;
 pub mod vmm;
+mod worker;

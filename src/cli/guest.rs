@@ -30,6 +30,6 @@ pub fn run(args: &GuestArgs) -> Result<ExitCode, BoxError> {
 
 fn write(path: &Path, elf: &[u8]) -> Result<(), BoxError> {
     std::fs::write(path, elf).map_err(|error| format!("Cannot write {}: {error}", path.display()))?;
-    println!("{}: {} bytes", path.display(), elf.len());
+    out!("{}: {} bytes", path.display(), elf.len());
     Ok(())
 }

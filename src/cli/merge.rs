@@ -38,8 +38,8 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode, BoxError> {
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    println!("{}", args.out.display());
-    eprintln!("snapshot {}: {} layers merged, {} pages", sealed.id, chain.layers().len(), sealed.pages_held);
+    out!("{}", args.out.display());
+    say!("snapshot {}: {} layers merged, {} pages", sealed.id, chain.layers().len(), sealed.pages_held);
     Ok(ExitCode::SUCCESS)
 }
 

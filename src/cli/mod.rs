@@ -1,5 +1,8 @@
 //! The command line: arguments, progress, exit codes, and printing an error's chain once.
 
+#[macro_use]
+mod print;
+
 mod bench;
 mod calibrate;
 mod guest;
@@ -165,7 +168,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     signals::outlive_file_size_limit();
     if let Err(error) = lost::install_handler() {
-        eprintln!("tvmm: Cannot install the handler of SIGBUS: {error}");
+        print::end(Some(&format!("Cannot install the handler of SIGBUS: {error}")));
         return ExitCode::FAILURE;
     }
     if cli.command.as_ref().is_some_and(Command::only_prints) {
@@ -185,15 +188,20 @@ pub fn main() -> ExitCode {
         Some(Command::Serve(args)) => serve::run(args),
         Some(Command::Bench(args)) => bench::run(args),
     };
-    result.unwrap_or_else(|error| {
+    let result = result.and_then(|code| print::finish().map(|()| code).map_err(Into::into));
+    let failure = result.as_ref().err().map(|error| {
         // A file of another format explains any error that reading it led to.
         let inputs = match &cli.command {
             Some(command) => command.inputs(),
             None => cli.boot.config.iter().map(|path| InputPath::new(path, Role::Config)).collect(),
         };
         let misused = inputs.iter().find_map(InputPath::misuse);
-        eprintln!("tvmm: {}", misused.unwrap_or_else(|| chain(error.as_ref())));
-        if error.is::<MemoryLost>() { ExitCode::from(lost::EXIT_CODE) } else { ExitCode::FAILURE }
+        misused.unwrap_or_else(|| chain(error.as_ref()))
+    });
+    print::end(failure.as_deref());
+    result.unwrap_or_else(|error| match error.is::<MemoryLost>() {
+        true => ExitCode::from(lost::EXIT_CODE),
+        false => ExitCode::FAILURE,
     })
 }
 

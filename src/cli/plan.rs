@@ -121,7 +121,7 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
         write(&file, path)?;
     }
     if args.json {
-        println!("{:#}", to_json(&file, against.as_ref()));
+        out!("{:#}", to_json(&file, against.as_ref()));
     } else {
         print(&file);
         if let Some(fit) = against.as_ref().or(file.fit.as_ref()) {
@@ -141,7 +141,7 @@ fn pages_of(mib: Option<u64>) -> Result<Option<u64>, BoxError> {
 
 fn write(file: &PlanFile, path: &Path) -> Result<(), BoxError> {
     let bytes = file.save(path)?;
-    eprintln!("{}: {bytes} bytes", path.display());
+    say!("{}: {bytes} bytes", path.display());
     Ok(())
 }
 
@@ -199,33 +199,33 @@ fn to_json(file: &PlanFile, against: Option<&Fit>) -> Value {
 
 fn print(file: &PlanFile) {
     let plan = &file.plan;
-    println!("policy     {}", plan.policy);
-    println!("snapshot   {}", plan.snapshot);
+    out!("policy     {}", plan.policy);
+    out!("snapshot   {}", plan.snapshot);
     if let Some(costs) = &file.costs {
-        println!("costs      {costs}");
+        out!("costs      {costs}");
     }
-    println!("{}", table(plan));
+    out!("{}", table(plan));
     for (index, image) in plan.images.iter().enumerate() {
         let mib = image.file_len() as f64 / f64::from(1 << 20);
-        println!("image {index}    {mib:.1} MiB in {} extents", image.extents.len());
+        out!("image {index}    {mib:.1} MiB in {} extents", image.extents.len());
     }
     if !plan.huge.is_empty() {
         let mib: u64 = plan.huge.iter().map(|blocks| blocks.bytes() >> 20).sum();
-        println!("huge pages for {mib} MiB of zero memory, if it is touched");
+        out!("huge pages for {mib} MiB of zero memory, if it is touched");
     }
     if !plan.background.is_empty() {
-        println!("background {} steps", plan.background.len());
+        out!("background {} steps", plan.background.len());
     }
     if plan.fault_pages > 1 {
-        println!("faults     fetch up to {} pages", plan.fault_pages);
+        out!("faults     fetch up to {} pages", plan.fault_pages);
     }
     expected(&file.expected, file.fit.is_some());
 }
 
 fn expected(expected: &Estimate, has_profile: bool) {
     let ms = |ns: f64| ns / 1e6;
-    println!("mappings   {}", expected.vmas);
-    println!(
+    out!("mappings   {}", expected.vmas);
+    out!(
         "expected   {:.2} ms: mapping {:.2}, preloading {:.2}, faults {}",
         ms(expected.total_ns()),
         ms(expected.map_ns),
@@ -253,7 +253,7 @@ fn table(plan: &RestorePlan) -> Table {
 /// What the run of a profile does to the pages of each placement.
 fn print_fit(fit: &Fit) {
     let runs = if fit.runs == 1 { "one run".to_string() } else { format!("any of {} runs", fit.runs) };
-    println!("against    {runs} of `{}`, recorded by {}:", fit.function, fit.recorder);
+    out!("against    {runs} of `{}`, recorded by {}:", fit.function, fit.recorder);
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     let untouched = if fit.sees_reads { "untouched" } else { "not written" };
@@ -265,7 +265,7 @@ fn print_fit(fit: &Fit) {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    println!("{table}");
+    out!("{table}");
 }
 
 const COLUMNS: u64 = 64;
@@ -274,7 +274,7 @@ const ROWS: u64 = 16;
 /// Guest memory by placement: each cell shows what most of its pages are, but any preloaded page shows.
 fn draw(plan: &RestorePlan, layout: &MemoryLayout) {
     let cell = layout.pages().div_ceil(COLUMNS * ROWS).next_power_of_two();
-    println!(
+    out!(
         "memory     (each cell {} KiB: what most of its pages are, preloaded ones before all others)",
         cell * PAGE_SIZE / 1024
     );
@@ -282,7 +282,7 @@ fn draw(plan: &RestorePlan, layout: &MemoryLayout) {
     for range in layout.extents() {
         for row in range.chunks(COLUMNS * cell) {
             let cells: String = row.chunks(cell).map(|part| symbol(plan, part, &mut at)).collect();
-            println!("{:#13x} |{cells}|", Gfn(row.first.0).gpa());
+            out!("{:#13x} |{cells}|", Gfn(row.first.0).gpa());
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{BoxError, refuse};
+use super::{BoxError, print, refuse};
 use crate::serve::{self, Limits, LoadOptions, Options};
 use crate::vmm::cold::ColdSpec;
 use crate::vmm::logging;
@@ -152,7 +152,7 @@ fn default_memory_mib() -> Result<u64, BoxError> {
 
 pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     if args.openapi {
-        print!("{}", serve::openapi());
+        print::write(format_args!("{}", serve::openapi()));
         return Ok(ExitCode::SUCCESS);
     }
     let Some(dir) = args.dir.clone() else { return refuse("Give --dir DIR: where state is kept") };

@@ -1,6 +1,5 @@
 //! `tvmm serve-pages`: serves a cold pool to VMs on other hosts.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::identify::{InputPath, Role};
-use super::{BoxError, refuse};
+use super::{BoxError, print, refuse};
 use crate::vmm::cold::serve::{Limits, PageServer, open_store};
 use crate::vmm::sys::signals::EndSignals;
 
@@ -67,8 +66,9 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         }
         PageServer::listen(open_store(&args.dir)?, address, limits)?
     };
-    println!("{scheme}:{}", server.address()?);
-    std::io::stdout().flush()?;
+    out!("{scheme}:{}", server.address()?);
+    // Its reader may be gone; the server outlives that, and says so at its end.
+    let _ = print::finish();
     server.run(&mut signals)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -90,11 +90,11 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
             return Err(error.into());
         }
     };
-    println!("{}", out.display());
+    out!("{}", out.display());
     if let (Some(id), Some(bytes)) = (taken["id"].as_str(), taken["memory_bytes"].as_u64()) {
         let stood = taken["capture_us"].as_u64().unwrap_or(0) as f64 / 1000.0;
         let mib = bytes as f64 / f64::from(1 << 20);
-        eprintln!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
+        say!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
     }
     Ok(ExitCode::SUCCESS)
 }

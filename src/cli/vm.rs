@@ -12,12 +12,12 @@ use super::identify::{InputPath, Role};
 use super::overrides::OverrideArgs;
 use super::{BoxError, MemoryLost, SessionArgs, refuse};
 use crate::api;
-use crate::devices::{ConsoleOutput, FdSink, Sink};
+use crate::devices::{ConsoleOutput, FdSink, Witness};
 use crate::tiering::policy::DRAM_PRICE_US;
 use crate::tiering::profile::Profile;
 use crate::vmm::cold::ColdPools;
 use crate::vmm::config::VmConfig;
-use crate::vmm::console::{Answer, AnswerSink, Input, TimedSink};
+use crate::vmm::console::{Answer, AnswerWatch, Input, TimedSink};
 use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths, Verify};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
@@ -211,7 +211,9 @@ fn run(
     let (outcome, mut controller, around) = session::run(controller, begin, around)?;
     drop(around);
     controller.timeline.note_moments(&moments, answer.as_deref().and_then(Answer::get).map(|(_, at)| at));
-    controller.write_metrics()?;
+    if let Err(error) = controller.write_metrics() {
+        tracing::warn!(error = super::chain(&error), "The last metrics are lost.");
+    }
     let report = (args.report.is_some() || args.trace.is_some() || args.otlp.is_some())
         .then(|| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
     let stopping = clock::monotonic_ns();
@@ -224,7 +226,7 @@ fn run(
         args.trace.as_deref().map_or(Ok(()), |path| report.write_trace(path))?;
         args.otlp.as_deref().map_or(Ok(()), |url| export(url, &report))?;
     }
-    let code = exit_code(&outcome, args, answer.as_deref())?;
+    let code = exit_code(&outcome, args, answer.as_deref(), controller.output())?;
     stopped?;
     Ok(code)
 }
@@ -254,11 +256,8 @@ fn outside(answer: Option<&Arc<Answer>>, fault_timeout: Duration) -> Result<(Out
     let moments = Arc::new(Moments::default());
     let stdout: OwnedFd = std::io::stdout().as_fd().try_clone_to_owned()?;
     let timed = TimedSink { inner: FdSink::new(stdout), moments: moments.clone() };
-    let sink: Box<dyn Sink> = match answer {
-        Some(answer) => Box::new(AnswerSink::new(timed, RUN_ID, answer.clone())),
-        None => Box::new(timed),
-    };
-    let output = Arc::new(ConsoleOutput::new(sink)?);
+    let watch = answer.map(|answer| Box::new(AnswerWatch::new(RUN_ID, answer.clone())) as Box<dyn Witness>);
+    let output = Arc::new(ConsoleOutput::watched(Box::new(timed), watch)?);
     Ok((Outside { output, fault_timeout, moments: moments.clone() }, moments))
 }
 
@@ -283,7 +282,12 @@ fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<Port
     Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })
 }
 
-fn exit_code(outcome: &Outcome, args: &SessionArgs, answer: Option<&Answer>) -> Result<ExitCode, BoxError> {
+fn exit_code(
+    outcome: &Outcome,
+    args: &SessionArgs,
+    answer: Option<&Answer>,
+    output: &ConsoleOutput,
+) -> Result<ExitCode, BoxError> {
     match outcome {
         Outcome::Guest(Ending::Failed(what)) => refuse(format!("{CANNOT_GO_ON}: {what}")),
         Outcome::Guest(Ending::MemoryLost(what)) => Err(Box::new(MemoryLost(what.clone()))),
@@ -292,8 +296,9 @@ fn exit_code(outcome: &Outcome, args: &SessionArgs, answer: Option<&Answer>) -> 
             refuse(format!("The guest ended before it answered: {ending:?}"))
         }
         Outcome::NoAnswer(why) => refuse(format!("The guest did not answer --run: {why}")),
-        Outcome::Answered => match answer.and_then(Answer::get) {
-            Some((line, _)) if line.starts_with("ok ") => Ok(ExitCode::SUCCESS),
+        Outcome::Answered => match (output.loss(), answer.and_then(Answer::get)) {
+            (Some(loss), _) => refuse(format!("Cannot write the guest's output to standard output: {loss}")),
+            (None, Some((line, _))) if line.starts_with("ok ") => Ok(ExitCode::SUCCESS),
             _ => Ok(ExitCode::FAILURE),
         },
         Outcome::Guest(_) | Outcome::Signal(_) | Outcome::Quit => Ok(ExitCode::SUCCESS),

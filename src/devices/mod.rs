@@ -17,7 +17,7 @@ pub use bus::{Bus, BusDevice};
 pub use fw_cfg::{FwCfg, FwCfgState, Metadata};
 pub use i8042::{I8042, I8042State, PULSE_RESET};
 pub use interrupt::InterruptLine;
-pub use output::{ConsoleOutput, FdSink, Sink};
+pub use output::{ConsoleOutput, FdSink, Sink, Witness};
 pub use serial::{Serial, SerialState};
 pub use sleep::{SLEEP_TYPE_OFF, SleepRegisters};
 pub use vmgenid::{VmGenId, VmGenIdState};

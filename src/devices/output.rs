@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Mutex;
 
+use rustix::fs::FileType;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Bytes kept for a reader who is slower than the guest. What comes on top is dropped and counted.
@@ -18,22 +19,54 @@ pub trait Sink: Send {
     fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize>;
 }
 
-/// A file descriptor as sink. It may be shared with other processes, so it is asked before each write instead of
-/// being set non-blocking.
+/// Sees all bytes of a console's output, also those that are lost or wait for their reader.
+pub trait Witness: Send {
+    /// Called with the bytes of each write of the guest, in order, after they were written as far as the sink took them.
+    fn see(&mut self, bytes: &[u8]);
+}
+
+/// A file descriptor as sink. Other processes and threads may write to the same pipe, so no write may rely on what was
+/// free a moment before.
 #[derive(Debug)]
-pub struct FdSink(File);
+pub struct FdSink {
+    file: File,
+    kind: FdKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FdKind {
+    /// Opened again, non-blocking for this process alone.
+    NonBlocking,
+    Socket,
+    /// A file; or a pipe or terminal of another user, which cannot be opened again: it is asked before each write.
+    Asked,
+}
 
 impl FdSink {
     pub fn new(fd: OwnedFd) -> Self {
         let file = File::from(fd);
-        FdSink(if file.is_terminal() { reopened(&file).unwrap_or(file) } else { file })
+        let file_type =
+            rustix::fs::fstat(&file).map_or(FileType::Unknown, |stat| FileType::from_raw_mode(stat.st_mode));
+        match file_type {
+            FileType::Socket => FdSink { file, kind: FdKind::Socket },
+            FileType::Fifo => FdSink::reopen(file),
+            FileType::CharacterDevice if file.is_terminal() => FdSink::reopen(file),
+            _ => FdSink { file, kind: FdKind::Asked },
+        }
+    }
+
+    fn reopen(file: File) -> Self {
+        match reopened(&file) {
+            Ok(file) => FdSink { file, kind: FdKind::NonBlocking },
+            Err(_) => FdSink { file, kind: FdKind::Asked },
+        }
     }
 }
 
-/// A terminal polls writable when it takes one byte, and makes a write of more wait for its reader. Opened again, it is
-/// non-blocking for this process alone. A terminal of another user cannot be opened again and is used as it is.
-fn reopened(terminal: &File) -> io::Result<File> {
-    let path = format!("/proc/self/fd/{}", terminal.as_raw_fd());
+/// Opens a pipe or terminal again, non-blocking. A terminal polls writable when it takes one byte, and makes a write of
+/// more wait for its reader; a pipe may be filled by another writer between the question and the write.
+fn reopened(file: &File) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
@@ -42,21 +75,34 @@ const WRITE_MAX: usize = 4096;
 
 impl Sink for FdSink {
     fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut poll = [rustix::event::PollFd::from_borrowed_fd(self.0.as_fd(), rustix::event::PollFlags::OUT)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        if rustix::event::poll(&mut poll, Some(&now))? == 0 {
-            return Err(io::Error::from(io::ErrorKind::WouldBlock));
+        let bytes = &bytes[..bytes.len().min(WRITE_MAX)];
+        match self.kind {
+            FdKind::NonBlocking => self.file.write(bytes),
+            FdKind::Socket => {
+                let flags = rustix::net::SendFlags::DONTWAIT | rustix::net::SendFlags::NOSIGNAL;
+                Ok(rustix::net::send(&self.file, bytes, flags)?)
+            }
+            FdKind::Asked => {
+                let mut poll =
+                    [rustix::event::PollFd::from_borrowed_fd(self.file.as_fd(), rustix::event::PollFlags::OUT)];
+                let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+                if rustix::event::poll(&mut poll, Some(&now))? == 0 {
+                    return Err(io::Error::from(io::ErrorKind::WouldBlock));
+                }
+                self.file.write(bytes)
+            }
         }
-        self.0.write(&bytes[..bytes.len().min(WRITE_MAX)])
     }
 }
 
 struct State {
     sink: Box<dyn Sink>,
+    witness: Option<Box<dyn Witness>>,
     backlog: VecDeque<u8>,
     written: u64,
     dropped: u64,
-    gone: bool,
+    /// Why the sink takes nothing any more.
+    gone: Option<io::Error>,
 }
 
 /// A console's way out. Bytes go straight to the sink while it takes them; otherwise they wait in a bounded backlog
@@ -68,7 +114,12 @@ pub struct ConsoleOutput {
 
 impl ConsoleOutput {
     pub fn new(sink: Box<dyn Sink>) -> io::Result<Self> {
-        let state = State { sink, backlog: VecDeque::new(), written: 0, dropped: 0, gone: false };
+        ConsoleOutput::watched(sink, None)
+    }
+
+    /// The same, with a witness.
+    pub fn watched(sink: Box<dyn Sink>, witness: Option<Box<dyn Witness>>) -> io::Result<Self> {
+        let state = State { sink, witness, backlog: VecDeque::new(), written: 0, dropped: 0, gone: None };
         Ok(ConsoleOutput { state: Mutex::new(state), backlog_event: EventFd::new(EFD_NONBLOCK)? })
     }
 
@@ -78,26 +129,30 @@ impl ConsoleOutput {
     }
 
     /// Takes bytes from the guest. Never blocks, never fails: lost bytes are counted.
-    pub fn put(&self, mut bytes: &[u8]) {
+    pub fn put(&self, bytes: &[u8]) {
         let mut state = self.lock();
-        while !bytes.is_empty() && !state.gone && state.backlog.is_empty() {
-            match state.sink.write_now(bytes) {
+        let mut rest = bytes;
+        while !rest.is_empty() && state.gone.is_none() && state.backlog.is_empty() {
+            match state.sink.write_now(rest) {
                 Ok(count @ 1..) => {
                     state.written += count as u64;
-                    bytes = &bytes[count..];
+                    rest = &rest[count..];
                 }
                 Err(error) if would_block(&error) => {
                     // The counter cannot overflow: it is read each time the backlog is drained.
                     let _ = self.backlog_event.write(1);
                     break;
                 }
-                Ok(_) | Err(_) => state.lose(0),
+                result => state.lose(result),
             }
         }
-        let room = if state.gone { 0 } else { BACKLOG_MAX - state.backlog.len() };
-        let (kept, lost) = bytes.split_at(bytes.len().min(room));
+        let room = if state.gone.is_some() { 0 } else { BACKLOG_MAX - state.backlog.len() };
+        let (kept, lost) = rest.split_at(rest.len().min(room));
         state.backlog.extend(kept);
         state.dropped += lost.len() as u64;
+        if let Some(witness) = &mut state.witness {
+            witness.see(bytes);
+        }
     }
 
     /// Writes what waits, as far as the sink takes it now. Returns true if bytes still wait.
@@ -112,14 +167,26 @@ impl ConsoleOutput {
                     state.written += count as u64;
                 }
                 Err(error) if would_block(&error) => return true,
-                Ok(_) | Err(_) => {
-                    let waiting = state.backlog.len() as u64;
-                    state.backlog.clear();
-                    state.lose(waiting);
-                }
+                result => state.lose(result),
             }
         }
         false
+    }
+
+    /// Whether bytes wait for their reader.
+    pub fn has_backlog(&self) -> bool {
+        !self.lock().backlog.is_empty()
+    }
+
+    /// What became of bytes that did not reach the reader; `None` if all did.
+    pub fn loss(&self) -> Option<String> {
+        let state = self.lock();
+        let waiting = state.backlog.len() as u64;
+        match (&state.gone, state.dropped + waiting) {
+            (_, 0) => None,
+            (Some(error), lost) => Some(format!("{lost} bytes were lost: {error}")),
+            (None, lost) => Some(format!("{lost} bytes were lost: its reader does not read")),
+        }
     }
 
     /// Bytes written, and bytes dropped because nobody read them.
@@ -134,10 +201,11 @@ impl ConsoleOutput {
 }
 
 impl State {
-    /// The reader is gone for good: count the bytes and stop asking.
-    fn lose(&mut self, bytes: u64) {
-        self.dropped += bytes;
-        self.gone = true;
+    /// The reader is gone for good: what waits is counted as lost, and the sink is not asked again.
+    fn lose(&mut self, result: io::Result<usize>) {
+        self.dropped += self.backlog.len() as u64;
+        self.backlog.clear();
+        self.gone = Some(result.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into()));
     }
 }
 
@@ -181,6 +249,51 @@ mod tests {
         output.put(&[1]);
         output.put(&[2]);
         assert_eq!(output.counts(), (0, 2));
+        assert!(output.loss().unwrap().starts_with("2 bytes were lost: Broken pipe"));
         assert!(!output.drain());
+    }
+
+    struct Seen(std::sync::Arc<Mutex<Vec<u8>>>);
+
+    impl Witness for Seen {
+        fn see(&mut self, bytes: &[u8]) {
+            self.0.lock().unwrap().extend(bytes);
+        }
+    }
+
+    #[test]
+    fn witness_sees_bytes_that_no_reader_gets() {
+        for has_reader in [true, false] {
+            let (reader, writer) = io::pipe().unwrap();
+            let _reader = has_reader.then_some(reader);
+            let seen = Seen(Default::default());
+            let all = seen.0.clone();
+            let sink = Box::new(FdSink::new(OwnedFd::from(writer)));
+            let output = ConsoleOutput::watched(sink, Some(Box::new(seen))).unwrap();
+            let bytes: Vec<u8> = (0..300_000u32).map(|index| index as u8).collect();
+            bytes.chunks(1000).for_each(|chunk| output.put(chunk));
+            assert!(output.loss().is_some());
+            assert_eq!(*all.lock().unwrap(), bytes);
+        }
+    }
+
+    /// A pipe or socket whose other users find it as blocking as before, and that is full.
+    fn full_and_shared(writer: OwnedFd) {
+        let mut shared = File::from(writer.try_clone().unwrap());
+        let mut sink = FdSink::new(writer);
+        while sink.write_now(&[0; 4096]).is_ok_and(|count| count > 0) {}
+        // However little is free now, and whoever takes it, a write that does not fit fails at once.
+        assert!(would_block(&sink.write_now(&[0; 4096]).unwrap_err()));
+        assert!(!rustix::fs::fcntl_getfl(&shared).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
+        assert_ne!(sink.kind, FdKind::Asked);
+        let _ = shared.flush();
+    }
+
+    #[test]
+    fn sink_never_blocks_and_leaves_other_users_of_its_descriptor_alone() {
+        let (_reader, writer) = io::pipe().unwrap();
+        full_and_shared(writer.into());
+        let (_peer, socket) = std::os::unix::net::UnixStream::pair().unwrap();
+        full_and_shared(socket.into());
     }
 }

@@ -51,6 +51,7 @@ use crate::tiering::chunks::store::MANIFEST;
 use crate::vmm::sys::limits::raise_open_files;
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::watched;
+use crate::worker;
 
 /// How long the end waits for a collector.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -116,7 +117,7 @@ pub fn run(options: Options) -> Result<(), ServeError> {
     let signals = EndSignals::take().map_err(ServeError::os("take signals"))?;
     // Each VM has four descriptors here, each connection one.
     raise_open_files(64 + 8 * options.limits.max_vms as u64 + 2 * options.limits.max_connections as u64 + 8192);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build();
+    let runtime = worker::runtime(tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16));
     let runtime = runtime.map_err(ServeError::os("start the runtime"))?;
     let served = runtime.block_on(serve(options, signals));
     // Threads that wait for a disk are not waited for: all that matters was.

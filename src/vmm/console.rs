@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::sys::clock;
 use super::sys::terminal::RawTerminal;
 use super::timeline::Moments;
-use crate::devices::{Serial, Sink};
+use crate::devices::{Serial, Sink, Witness};
 
 const CTRL_A: u8 = 1;
 /// Bytes read at once; what the guest has not taken waits here, so this bounds it too.
@@ -155,21 +155,22 @@ impl Answer {
 /// Longest answer line kept; a guest that writes a longer one has not answered.
 const ANSWER_MAX: usize = 4096;
 
-/// Looks for the answer line of one request among the output, and passes everything on.
-pub struct AnswerSink<S> {
-    inner: S,
+/// Looks for the answer line of one request among the output.
+pub struct AnswerWatch {
     id: String,
     line: Vec<u8>,
     answer: Arc<Answer>,
 }
 
-impl<S: Sink> AnswerSink<S> {
+impl AnswerWatch {
     /// Waits for `ok <id> …` or `err <id> …`.
-    pub fn new(inner: S, id: &str, answer: Arc<Answer>) -> Self {
-        AnswerSink { inner, id: id.to_string(), line: Vec::new(), answer }
+    pub fn new(id: &str, answer: Arc<Answer>) -> Self {
+        AnswerWatch { id: id.to_string(), line: Vec::new(), answer }
     }
+}
 
-    fn look(&mut self, bytes: &[u8]) {
+impl Witness for AnswerWatch {
+    fn see(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             if byte != b'\n' {
                 if self.line.len() < ANSWER_MAX {
@@ -187,41 +188,19 @@ impl<S: Sink> AnswerSink<S> {
     }
 }
 
-impl<S: Sink> Sink for AnswerSink<S> {
-    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.inner.write_now(bytes);
-        // A reader that is gone does not make the answer go unseen.
-        let seen = match &written {
-            Ok(count) => *count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(_) => bytes.len(),
-        };
-        self.look(&bytes[..seen]);
-        written
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    struct Null;
-
-    impl Sink for Null {
-        fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            Ok(bytes.len())
-        }
-    }
-
     #[test]
     fn only_the_line_with_the_id_is_the_answer() {
         let answer = Answer::new().unwrap();
-        let mut sink = AnswerSink::new(Null, "r1", answer.clone());
+        let mut watch = AnswerWatch::new("r1", answer.clone());
         for chunk in ["ready 0.1\nok r", "2 x\nokr1\nok r10 y\n", "ok r1 00ff 12 a=b\r"] {
-            sink.write_now(chunk.as_bytes()).unwrap();
+            watch.see(chunk.as_bytes());
             assert!(answer.get().is_none(), "{chunk}");
         }
-        sink.write_now(b"\nerr r1 late\n").unwrap();
+        watch.see(b"\nerr r1 late\n");
         assert_eq!(answer.get().unwrap().0, "ok r1 00ff 12 a=b");
         assert!(answer.event().read().is_ok());
     }

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::capture::{Captured, ReadBackWhen};
 use super::config::{DeviceConfigs, VmConfig};
+use super::console_ring::ConsoleRing;
 use super::control::{
     BalloonQuestion, Command, CreateSnapshot, DevicePatch, InstanceInfo, LoadSnapshot, Refused, Reply, Request,
     SnapshotKind, SnapshotTaken, VmState,
@@ -167,6 +168,15 @@ impl Controller {
         }
     }
 
+    /// Console bytes that KVM collects, once there is a machine.
+    pub fn console(&self) -> Option<&Arc<ConsoleRing>> {
+        match &self.phase {
+            Phase::NotStarted => None,
+            Phase::Running(machine) => machine.console(),
+            Phase::Paused(machine) => machine.console(),
+        }
+    }
+
     /// Calls `with` with the machine's parts that do not depend on its state.
     pub fn machine_parts(&self) -> Option<Parts<'_>> {
         match &self.phase {
@@ -314,8 +324,21 @@ impl Controller {
         Ok(())
     }
 
-    /// Restores a machine; running or paused.
+    /// Restores a machine; running or paused. After an error everything is as before.
     pub fn restore(
+        &mut self,
+        load: &LoadSnapshot,
+        watch: Watch,
+        before_run: impl FnOnce(&Serial, &DeviceConfigs) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let restored = self.try_restore(load, watch, before_run);
+        if restored.is_err() {
+            self.stalls = None;
+        }
+        restored
+    }
+
+    fn try_restore(
         &mut self,
         load: &LoadSnapshot,
         watch: Watch,
@@ -347,10 +370,19 @@ impl Controller {
         };
         let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
         pools.iter().try_for_each(|pool| pool.note_plan(&engine.planned)).map_err(tiering::Error::from)?;
-        self.config.machine.vcpu_count = machine.shape().vcpu_count;
-        self.config.machine.mem_size_mib = machine.shape().mem_size_mib;
-        self.config.machine.track_dirty_pages = machine.shape().track_dirty_pages;
-        self.config.devices = machine.virtio().configs().clone();
+        before_run(machine.serial(), machine.virtio().configs())?;
+        stalls.restored(machine.ending().clone());
+        let phase = if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
+        let (shape, configs) = match &phase {
+            Phase::Running(machine) => (machine.shape(), machine.virtio().configs()),
+            Phase::Paused(machine) => (machine.shape(), machine.virtio().configs()),
+            Phase::NotStarted => return Ok(()),
+        };
+        self.config.machine.vcpu_count = shape.vcpu_count;
+        self.config.machine.mem_size_mib = shape.mem_size_mib;
+        self.config.machine.track_dirty_pages = shape.track_dirty_pages;
+        self.config.devices = configs.clone();
+        self.phase = phase;
         let policy = plan.policy.clone();
         self.plan = Some(plan);
         self.restored = Some(Restored {
@@ -364,10 +396,6 @@ impl Controller {
             pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
             engine,
         });
-        before_run(machine.serial(), &self.config.devices)?;
-        stalls.restored(machine.ending().clone());
-        self.phase =
-            if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
         Ok(())
     }
 
@@ -551,7 +579,7 @@ impl Controller {
                     })
                 });
                 let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
-                    "promotion": promotion, "devices": devices, "read_backs": read_backs });
+                    "promotion": promotion, "devices": devices, "read_backs": read_backs, "log": logging::counts() });
                 file.write(&all)
             }
             None => Ok(()),

@@ -24,6 +24,7 @@ use super::arch::template::Decider;
 use super::arch::{Platform, cpuid, layout, msr, registers, template};
 use super::boot;
 use super::config::{DeviceConfigs, VmConfig};
+use super::console_ring::ConsoleRing;
 use super::control::Refused;
 use super::devices::{self, DevicePatch, VirtioDevices};
 use super::error::Error;
@@ -105,6 +106,8 @@ pub(super) struct Core {
     pub shape: Shape,
     pub lineage: Lineage,
     pub counters: Arc<ExitCounters>,
+    /// Console bytes that KVM collects, where it can.
+    pub console: Option<Arc<ConsoleRing>>,
     pub ending: Arc<EndingSignal>,
     /// MSRs a restore could not set and the guest does without.
     pub msrs_refused: Vec<u32>,
@@ -188,16 +191,28 @@ impl Machine<Built> {
             let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
             let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
             let (memory, in_place) = (ram.view().clone(), ram.in_place().cloned());
-            let (coalesced, has_pic) = (None, false);
-            vcpus.push(Vcpu { index, fd, buses, counters, moments, coalesced, has_pic, memory, in_place });
+            let (console, has_pic) = (None, false);
+            vcpus.push(Vcpu { index, fd, buses, counters, moments, console, has_pic, memory, in_place });
         }
-        coalesce_console(&kvm, &vm, &mut vcpus)?;
+        let console = coalesce_console(&kvm, &vm, &mut vcpus)?;
         timeline.lap(Slice::VmCreate);
         let lineage = Lineage::default();
         let msrs_refused = Vec::new();
         let services = MemoryServices::default();
-        let core =
-            Core { devices, services, kvm, vm, ram, _pmem: pmem, shape, lineage, counters, ending, msrs_refused };
+        let core = Core {
+            devices,
+            services,
+            kvm,
+            vm,
+            ram,
+            _pmem: pmem,
+            shape,
+            lineage,
+            counters,
+            console,
+            ending,
+            msrs_refused,
+        };
         Ok(Machine { state: Built { vcpus }, core })
     }
 
@@ -315,6 +330,8 @@ impl Machine<Paused> {
     /// Ends vCPU threads and whoever works on guest memory, then gives back VM and memory. If one of the threads does
     /// not end within `patience` it still uses them: then they stay until the process ends, which should be at once.
     pub fn stop(self, patience: Duration) -> Result<(), Error> {
+        // A guest whose memory is served no more will not stop however long one waits.
+        let patience = if self.core.services.have_failed() { Duration::ZERO } else { patience };
         let deadline = Instant::now() + patience;
         let threads = &self.state.threads;
         threads.iter().for_each(VcpuThread::ask_to_exit);
@@ -369,6 +386,11 @@ impl<S> Machine<S> {
 
     pub fn counters(&self) -> &Arc<ExitCounters> {
         &self.core.counters
+    }
+
+    /// Console bytes that KVM collects.
+    pub fn console(&self) -> Option<&Arc<ConsoleRing>> {
+        self.core.console.as_ref()
     }
 
     /// Where vCPUs and devices say that the guest is over.
@@ -482,12 +504,13 @@ fn set_memslots(vm: &VmFd, ram: &GuestRam, pmem: &[PmemMemory], track: bool) -> 
 
 /// Lets KVM collect what the guest writes to the serial port's transmit register: a 16550 driver asks for the line
 /// status (or takes an interrupt, or halts) before it relies on a byte being out, and each of these is an exit.
-fn coalesce_console(kvm: &Kvm, vm: &VmFd, vcpus: &mut [Vcpu]) -> Result<(), Error> {
-    let Some(boot) = vcpus.first() else { return Ok(()) };
+fn coalesce_console(kvm: &Kvm, vm: &VmFd, vcpus: &mut [Vcpu]) -> Result<Option<Arc<ConsoleRing>>, Error> {
+    let Some(boot) = vcpus.first() else { return Ok(None) };
     let ring = CoalescedRing::register(kvm, vm, &boot.fd, layout::COM1).map_err(Error::os("collect console writes"))?;
-    let ring = ring.map(Arc::new);
-    vcpus.iter_mut().for_each(|vcpu| vcpu.coalesced = ring.clone());
-    Ok(())
+    let console = ring.map(|ring| ConsoleRing::new(ring, boot.buses.clone(), boot.counters.clone())).transpose();
+    let console = console.map_err(Error::os("make the timer of the console"))?.map(Arc::new);
+    vcpus.iter_mut().for_each(|vcpu| vcpu.console = console.clone());
+    Ok(console)
 }
 
 fn build_devices(

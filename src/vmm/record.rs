@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::config::VmConfig;
-use super::console::{Answer, AnswerSink, Input};
+use super::console::{Answer, AnswerWatch, Input};
 use super::control::{LoadSnapshot, Overrides, SnapshotPaths};
 use super::controller::Controller;
 use super::error::Error;
@@ -126,8 +126,9 @@ impl Sink for Nowhere {
 fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSignals>) -> Result<Run, Error> {
     let answer = Answer::new().map_err(Error::os("make an eventfd"))?;
     let moments = Arc::new(Moments::default());
-    let sink = Box::new(AnswerSink::new(Nowhere, RUN_ID, answer.clone()));
-    let output = Arc::new(ConsoleOutput::new(sink).map_err(Error::os("make an eventfd"))?);
+    let witness = Box::new(AnswerWatch::new(RUN_ID, answer.clone()));
+    let output = ConsoleOutput::watched(Box::new(Nowhere), Some(witness));
+    let output = Arc::new(output.map_err(Error::os("make an eventfd"))?);
     let outside = Outside { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
     let load = LoadSnapshot {
         location: spec.snapshot.clone(),

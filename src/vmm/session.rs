@@ -71,6 +71,7 @@ const BACKLOG: u32 = 5;
 const STDOUT: u32 = 6;
 const ENDING: u32 = 7;
 const FIFO: u32 = 8;
+const CONSOLE: u32 = 9;
 
 /// When nothing has happened for so long, the VM has started, and what only that took is let go. Not before: it costs a
 /// restore some 60 µs.
@@ -89,6 +90,8 @@ struct Session {
     listening: Option<Listening>,
     /// What only starting took has been let go.
     is_slim: bool,
+    /// When the last event came, ticks of the console aside.
+    busy_at: Instant,
     /// The scripted request was answered.
     is_answered: bool,
     outcome: Option<Outcome>,
@@ -125,6 +128,7 @@ pub fn run(
         machine_watched: false,
         listening: None,
         is_slim: false,
+        busy_at: Instant::now(),
         is_answered: false,
         outcome: None,
         failure: None,
@@ -142,22 +146,27 @@ pub fn run(
             if over {
                 break;
             }
-            let awaits_comparison = session.is_answered && session.outcome.is_none();
-            (session.machine_watched && !session.is_slim && !awaits_comparison, awaits_comparison)
+            let awaits_comparison = session.awaits_comparison();
+            let settles = session.machine_watched && !session.is_slim && !awaits_comparison;
+            (settles.then(|| SETTLED.saturating_sub(session.busy_at.elapsed())), awaits_comparison)
         };
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let wait = if settles { Some(left.map_or(SETTLED, |left| left.min(SETTLED))) } else { left };
+        let wait = settles.map_or(left, |settles| Some(left.map_or(settles, |left| left.min(settles))));
         let wait = if awaits_comparison { Some(COMPARED_POLL) } else { wait };
         // Rounded up, so that the last wait does not spin.
         let wait = wait.map_or(-1, |wait| wait.as_millis() as i32 + 1);
-        let events = manager.run_with_timeout(wait).map_err(|error| event_error(&error))?;
-        if settles && events == 0 {
+        manager.run_with_timeout(wait).map_err(|error| event_error(&error))?;
+        let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
+        if settles.is_some() && session.busy_at.elapsed() >= SETTLED {
             code::unmap_until_touched();
-            manager.subscriber_mut(id).map_err(|error| event_error(&error))?.is_slim = true;
+            session.is_slim = true;
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
-            session.outcome.get_or_insert(Outcome::TimedOut);
+            // The answer came, and its reader does not read.
+            let is_unread = session.is_answered && !session.controller.is_comparing();
+            let late = if is_unread { Outcome::Answered } else { Outcome::TimedOut };
+            session.outcome.get_or_insert(late);
         }
     }
     let session = manager.remove_subscriber(id).map_err(|error| event_error(&error))?;
@@ -223,14 +232,23 @@ impl Session {
         let listening = lost::listen(parts.ending.event());
         watch_event(ops, serial.fifo_empty_event(), FIFO)?;
         self.listening = Some(listening);
+        if let Some(console) = self.controller.console() {
+            watch(ops, &**console, CONSOLE)?;
+        }
         self.machine_watched = true;
         self.feed(ops)
     }
 
-    /// Ends the session once the request is answered and the memory that the answer may rest on was compared with its
-    /// checksums. If that found damage, the answer does not count.
+    /// Whether only the comparison of memory is waited for: its end is no event.
+    fn awaits_comparison(&self) -> bool {
+        self.is_answered && self.outcome.is_none() && !self.controller.output().has_backlog()
+    }
+
+    /// Ends the session once the request is answered, the output is written, and the memory that the answer may rest on
+    /// was compared with its checksums. If that found damage, the answer does not count.
     fn conclude(&mut self) {
-        if !self.is_answered || self.outcome.is_some() || self.controller.is_comparing() {
+        let is_under_way = self.controller.output().has_backlog() || self.controller.is_comparing();
+        if !self.is_answered || self.outcome.is_some() || is_under_way {
             return;
         }
         let ending = self.controller.machine_parts().and_then(|parts| parts.ending.take());
@@ -241,6 +259,9 @@ impl Session {
     }
 
     fn handle(&mut self, token: u32, ops: &mut EventOps) -> Result<(), Error> {
+        if token != CONSOLE {
+            self.busy_at = Instant::now();
+        }
         match token {
             STDIN => self.read_stdin(ops),
             CONTROL => {
@@ -266,6 +287,12 @@ impl Session {
             }
             SEALED => {
                 self.controller.finish_seals();
+                Ok(())
+            }
+            CONSOLE => {
+                if let Some(console) = self.controller.console() {
+                    console.tick();
+                }
                 Ok(())
             }
             BACKLOG | STDOUT => self.drain_output(token, ops),

@@ -4,17 +4,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::console_ring::ConsoleRing;
 use super::control::error_chain;
 use super::error::Error;
 use super::metrics::ExitCounters;
 use super::promote::InPlace;
 use super::promote::fault::{self, Cause, Resolution, Stuck};
 use super::stall;
-use super::sys::coalesced::CoalescedRing;
 use super::sys::kick::{self, Alarm, ImmediateExit};
 use super::sys::lost;
 use super::timeline::Moments;
@@ -107,7 +108,7 @@ pub struct Vcpu {
     pub counters: Arc<ExitCounters>,
     pub moments: Arc<Moments>,
     /// Console bytes that KVM collected; taken before every exit is handled, so that order is kept.
-    pub coalesced: Option<Arc<CoalescedRing>>,
+    pub console: Option<Arc<ConsoleRing>>,
     /// Whether interrupts of the 8259 may reach it: on a machine without ACPI, the boot vCPU.
     pub has_pic: bool,
     /// To look at the instruction a kicked guest stands behind. Whoever owns the memory outlives the vCPU's thread.
@@ -118,6 +119,9 @@ pub struct Vcpu {
 
 /// How often a kicked vCPU is sent on because of a trap; after that it is a guest that does nothing else.
 const TRAP_RETRIES: u32 = 20;
+
+/// How long KVM may refuse to enter the guest for want of a resource.
+const ENTER_TIMEOUT: Duration = Duration::from_secs(2);
 
 enum Left {
     Kicked,
@@ -133,12 +137,20 @@ impl Vcpu {
             self.look_for_interrupts();
         }
         let mut retries = 0;
+        let mut refused = None;
         loop {
             let generation = self.in_place.as_ref().map_or(0, |in_place| in_place.generation());
             let exit = self.fd.run();
             self.moments.guest_exited();
-            if let Some(ring) = &self.coalesced {
-                ring.drain(|port, data| self.counters.io_coalesced.count(self.buses.pio.write(port, data)));
+            if let Some(console) = &self.console {
+                console.drain();
+                // A guest that was only interrupted wrote nothing because of that.
+                if !matches!(exit, Ok(VcpuExit::Intr) | Err(_)) {
+                    console.expect_bytes();
+                }
+            }
+            if !matches!(&exit, Err(error) if error.errno() == libc::EAGAIN) {
+                refused = None;
             }
             match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -189,7 +201,11 @@ impl Vcpu {
                 Err(error) => match error.errno() {
                     libc::EINTR if self.goes_on(&mut retries) => {}
                     libc::EINTR => return Left::Kicked,
-                    libc::EAGAIN => {}
+                    libc::EAGAIN => {
+                        if let Some(left) = self.wait_to_enter(&mut refused) {
+                            return left;
+                        }
+                    }
                     libc::EFAULT | libc::EHWPOISON => {
                         if let Err(ending) = self.promote(Cause::Untold, generation, &error.to_string()) {
                             return Left::Ended(ending);
@@ -202,6 +218,29 @@ impl Vcpu {
                 },
             }
         }
+    }
+
+    /// KVM has refused to enter the guest for now. Waits a little, longer each time, so that it is not asked without end;
+    /// `refused` is when it refused first. Ends the guest if that goes on.
+    fn wait_to_enter(&mut self, refused: &mut Option<Instant>) -> Option<Left> {
+        if ImmediateExit::of(&mut self.fd).get() {
+            return Some(Left::Kicked);
+        }
+        // A vCPU that its guest has not started yet: KVM has waited until it was woken (`kvm_arch_vcpu_ioctl_run`).
+        if self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED) {
+            return None;
+        }
+        let since = refused.get_or_insert_with(Instant::now).elapsed();
+        if since >= ENTER_TIMEOUT {
+            let what = format!(
+                "KVM cannot enter the guest: it lacks a resource (EAGAIN) since {} s, most likely a kernel thread beyond the \
+                 limit of processes. Raise pids.max of the cgroup or RLIMIT_NPROC",
+                ENTER_TIMEOUT.as_secs()
+            );
+            return Some(Left::Ended(self.failed(&what)));
+        }
+        std::thread::sleep((since / 4).clamp(Duration::from_micros(100), Duration::from_millis(50)));
+        None
     }
 
     /// Makes writable what the guest could not write, if that is what stopped it; else the guest is over because of `what`.
@@ -336,6 +375,9 @@ impl VcpuThread {
                     let alarm = has_pic.then(|| Alarm::for_this_thread(PIC_PERIOD)).transpose();
                     if let Err(error) = &alarm {
                         tracing::warn!(%error, "No timer can be made: the guest may lose interrupts of the 8259.");
+                    }
+                    if let Some(console) = &vcpu.lock().unwrap_or_else(PoisonError::into_inner).console {
+                        console.add_this_thread();
                     }
                     run_thread(&vcpu, &gate, &flag, &ending);
                 }

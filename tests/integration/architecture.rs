@@ -121,3 +121,31 @@ fn unsafe_is_rare_and_argued() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+/// `println!` and its kin end the process when their reader is gone; `out!` and `say!` of the command line do not.
+/// `std::thread::spawn` and `Scope::spawn` end it at a limit of threads; `Builder` returns an error, `worker::share` does
+/// with fewer.
+#[test]
+fn nothing_is_printed_or_spawned_by_what_panics() {
+    let mut wrong = Vec::new();
+    for path in sources(&root().join("src")) {
+        if path.components().any(|part| part.as_os_str().to_string_lossy().contains("tests")) {
+            continue;
+        }
+        // A test of its folder, declared as one there.
+        if path.ends_with("policy/speed.rs") {
+            continue;
+        }
+        for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            if line.contains("#[cfg(test)]") {
+                break;
+            }
+            let code = line.split("//").next().unwrap_or("");
+            let panics = ["println!", "print!", "dbg!", "std::thread::spawn(", "scope.spawn("];
+            if panics.iter().any(|name| code.contains(name)) {
+                wrong.push(format!("{}:{}: {}", path.display(), number + 1, line.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

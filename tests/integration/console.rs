@@ -109,6 +109,40 @@ impl Drop for Bare {
     }
 }
 
+#[test]
+fn bytes_appear_while_the_guest_computes() {
+    for vcpus in [1, 2] {
+        let vm = Vm::boot(&config(vcpus, 64));
+        let dir = scratch();
+        let full = dir.path().join("full");
+        vm.snapshot(&full, &[]);
+        drop(vm);
+        // Output, byte by byte: no line ends while the guest computes.
+        let mut command = tvmm();
+        command.args(["restore", "--snapshot", text(&full), "--run", "murmur times=3 ms=4000"]);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let (mut seen, mut buffer, mut first) = (Vec::new(), [0; 64], None);
+        loop {
+            let count = stdout.read(&mut buffer).unwrap();
+            if count == 0 {
+                break;
+            }
+            seen.extend_from_slice(&buffer[..count]);
+            if first.is_none() && seen.contains(&b'~') {
+                first = Some(Instant::now());
+                assert!(!seen.ends_with(b"\n"), "the first byte comes alone: {}", String::from_utf8_lossy(&seen));
+            }
+        }
+        let computed = first.expect("the guest murmurs").elapsed();
+        assert!(child.wait().unwrap().success());
+        let said = String::from_utf8(seen).unwrap();
+        assert!(said.contains("~~~\nok run "), "order is kept: {said}");
+        // The guest computes 12 s after its first byte.
+        assert!(computed > Duration::from_secs(4), "{vcpus} vCPUs: the byte came {computed:?} before the answer");
+    }
+}
+
 /// The digest of a guest that filled 100 pages.
 fn digest_of_fill() -> String {
     let mut vm = Vm::boot(&config(1, 64));

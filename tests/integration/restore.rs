@@ -10,6 +10,27 @@ use crate::support::{Answer, Vm, config, run_ok, scratch, text};
 const POLICIES: [&str; 2] = ["eager", "firecracker"];
 
 #[test]
+fn lazy_page_that_cannot_be_had_ends_the_vm_at_once_with_the_reason() {
+    let dir = scratch();
+    let full = dir.path().join("full");
+    let mut vm = Vm::boot(&config(1, 64));
+    vm.call("fill pages=2000 seed=4");
+    vm.snapshot(&full, &[]);
+    let report = dir.path().join("report");
+    let mut restored = Vm::restore_with(&full, "firecracker-uffd", &["--report", text(&report)]);
+    restored.call("hello");
+    // The pages go while the VM runs.
+    std::fs::OpenOptions::new().write(true).open(full.join("memory")).unwrap().set_len(0).unwrap();
+    restored.begin("check");
+    let (status, stderr) = restored.wait();
+    assert_eq!(status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("Cannot fetch the page at guest-physical 0x"), "{stderr}");
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    let stop = report["slices"].as_array().unwrap().iter().find(|slice| slice["slice"] == "stop").unwrap();
+    assert!(stop["length_us"].as_f64().unwrap() < 5e6, "nothing waits for a vCPU that will not stop: {stop}");
+}
+
+#[test]
 fn memory_survives_in_the_same_and_in_a_new_process() {
     let dir = scratch();
     let out = dir.path().join("full");

@@ -212,15 +212,14 @@ fn a_handler_that_lives_and_does_not_answer_ends_the_vm_with_the_reason() {
     for (then, what) in
         [("sleeps", "has not read the fault on the page at guest-physical 0x"), ("reads", "not answered")]
     {
-        // Before the guest runs, and while it does.
-        for faults in [0, 200] {
+        {
+            let faults = 200;
             let dir = scratch();
             let (full, mut vm) = waiting(dir.path(), "1");
             let socket = dir.path().join("handler");
             let mut handler = start_handler(&socket, &full.join("memory"), faults, then);
-            if try_load(&vm, &full, &socket) {
-                vm.begin("check");
-            }
+            assert!(try_load(&vm, &full, &socket));
+            vm.begin("check");
             let (status, stderr) = vm.wait();
             assert_eq!(status.code(), Some(1), "{stderr}");
             for part in ["page-fault handler", text(&socket), what, "1 s (--fault-timeout)"] {
@@ -321,6 +320,53 @@ fn a_handler_that_ends_while_the_snapshot_is_loaded_fails_the_load_not_the_vmm()
     restored.terminate();
     handler.kill().unwrap();
     handler.wait().unwrap();
+}
+
+#[test]
+fn handler_that_does_not_answer_while_the_snapshot_is_loaded_fails_the_load_within_the_fault_timeout() {
+    let dir = scratch();
+    let (full, mut vm) = waiting(dir.path(), "1");
+    let memory = full.join("memory");
+    for (then, what) in [("sleeps", "has not read the fault on the page"), ("reads", "not answered")] {
+        let socket = dir.path().join(then);
+        let mut handler = start_handler(&socket, &memory, 0, then);
+        let (status, answer) = load(&vm, &full, &socket);
+        let said = answer["fault_message"].as_str().unwrap_or_default();
+        assert!(status == 400 && said.contains(what) && said.contains("1 s (--fault-timeout)"), "{status}: {said}");
+        handler.kill().unwrap();
+        handler.wait().unwrap();
+    }
+    // The handler listens, and accepts nobody.
+    let silent = dir.path().join("silent");
+    let listener = UnixListener::bind(&silent).unwrap();
+    let (status, answer) = load(&vm, &full, &silent);
+    let said = answer["fault_message"].as_str().unwrap_or_default();
+    assert!(status == 400 && said.contains("has not read the fault"), "{status}: {said}");
+    // Nor has its socket room for one more who waits.
+    rustix::net::listen(&listener, 0).unwrap();
+    let (status, answer) = load(&vm, &full, &silent);
+    let said = answer["fault_message"].as_str().unwrap_or_default();
+    assert!(status == 400 && said.contains("accepts no connection within 1 s"), "{status}: {said}");
+    assert_eq!(vm.state(), "Not started");
+    // The process stays as good as new.
+    let serving = dir.path().join("serving");
+    let mut handler = start_handler(&serving, &memory, u64::MAX, "ends");
+    assert_eq!(load(&vm, &full, &serving), (204, Value::Null));
+    vm.call("hello");
+    vm.terminate();
+    handler.kill().unwrap();
+    handler.wait().unwrap();
+}
+
+#[test]
+fn failed_load_leaves_no_trace_of_the_machine() {
+    let dir = scratch();
+    let (full, vm) = waiting(dir.path(), "1");
+    let before = vm.api_ok("GET", "/vm/config", None);
+    let silent = dir.path().join("silent");
+    let _listener = UnixListener::bind(&silent).unwrap();
+    assert_eq!(load(&vm, &full, &silent).0, 400);
+    assert_eq!(vm.api_ok("GET", "/vm/config", None), before);
 }
 
 #[test]

@@ -142,6 +142,19 @@ impl Device {
         store(self.base + REG_STATUS, status);
     }
 
+    /// Starts the device with queue 0 outside memory, which breaks it: it works again once it was reset.
+    pub fn start_broken(&self) {
+        store(self.base + REG_QUEUE_SEL, 0);
+        store(self.base + REG_QUEUE_NUM, 16);
+        for register in [REG_QUEUE_DESC, REG_QUEUE_DRIVER, REG_QUEUE_DEVICE] {
+            store(self.base + register, 0);
+            store(self.base + register + 4, 0xffff);
+        }
+        store(self.base + REG_QUEUE_READY, 1);
+        let status = STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK;
+        store(self.base + REG_STATUS, status);
+    }
+
     /// Takes back what the interrupt line says; 1: used buffers, 2: the configuration changed.
     pub fn acknowledge(&self) -> u32 {
         let status = load(self.base + REG_INTERRUPT_STATUS);

@@ -88,9 +88,9 @@ pub fn run(args: &CrossoverArgs) -> Result<ExitCode, BoxError> {
         results.push(times.into_iter().filter_map(Summary::of).collect());
     }
     bar.finish_and_clear();
-    println!("{}", table(args, &ways, &results));
+    out!("{}", table(args, &ways, &results));
     for (index, way) in ways.iter().enumerate().skip(1) {
-        println!("{}: {}", way.name, crossing(args, &results, index));
+        out!("{}: {}", way.name, crossing(args, &results, index));
     }
     keep(args, &ways, &results)?;
     Ok(ExitCode::SUCCESS)

@@ -121,7 +121,7 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
         std::fs::remove_dir_all(&dir)?;
     }
     bar.finish_and_clear();
-    println!("{}", table(args, &policies, &results));
+    out!("{}", table(args, &policies, &results));
     if let Some(path) = &args.json {
         let all: Vec<Value> =
             results.iter().map(|(case, numbers)| json!({ "case": case, "policies": numbers })).collect();

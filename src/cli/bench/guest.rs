@@ -46,8 +46,12 @@ impl Guest {
             return refuse("The guest's console cannot be reached");
         };
         let (sender, lines) = channel();
-        std::thread::spawn(move || forward(stdout, |line| sender.send(line).is_ok()));
-        Ok(Guest { child, stdin, lines, asked: 0 })
+        // Made first, so that it ends the VMM should no thread read its console.
+        let guest = Guest { child, stdin, lines, asked: 0 };
+        let reads = move || forward(stdout, |line| sender.send(line).is_ok());
+        let reading = std::thread::Builder::new().name("console".into()).spawn(reads);
+        reading.map_err(|error| format!("Cannot start the thread that reads the guest's console: {error}"))?;
+        Ok(guest)
     }
 
     /// Boots the machine of a configuration with tvmm, and waits until the guest takes requests.

@@ -119,9 +119,9 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
         }
     }
     bar.finish_and_clear();
-    println!("{}", table(args, &policies, &reports));
+    out!("{}", table(args, &policies, &reports));
     if let Some(costs) = costs(&reports) {
-        println!("costs: {costs}");
+        out!("costs: {costs}");
     }
     if let Some(path) = &args.json {
         let all = json!({ "cache": args.cache.name(), "run": args.run, "reports": reports });

@@ -45,12 +45,12 @@ pub fn run(args: &CalibrateArgs) -> Result<ExitCode, BoxError> {
     }
     let implausible = costs.make_plausible();
     costs.save(&out)?;
-    println!("{}", table(&costs));
-    left.iter().for_each(|(name, why)| eprintln!("not measured: {name}: {why}"));
+    out!("{}", table(&costs));
+    left.iter().for_each(|(name, why)| say!("not measured: {name}: {why}"));
     for (name, measured, bound) in implausible {
-        eprintln!("not plausible: {name} was measured as {measured} ns; {bound} ns is used");
+        say!("not plausible: {name} was measured as {measured} ns; {bound} ns is used");
     }
-    println!("{}: {}", out.display(), costs.source());
+    out!("{}: {}", out.display(), costs.source());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -62,7 +62,7 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {
     }));
     let told = Told { snapshot: &snapshot, map, layers: &layers, derived: &derived, damage: &damage, content };
     if args.json {
-        println!("{:#}", told.to_json(chain.is_ok()));
+        out!("{:#}", told.to_json(chain.is_ok()));
     } else {
         told.print();
     }
@@ -181,55 +181,40 @@ impl Told<'_> {
         let snapshot = self.snapshot;
         let manifest = snapshot.manifest();
         let mib = |pages: u64| pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20);
-        println!("snapshot   {}", manifest.id);
-        println!(
-            "kind       {:?}, format {}, written by tvmm {}",
-            manifest.kind, manifest.format, manifest.tvmm_version
-        );
-        println!("machine    {} vCPU, {} MiB", manifest.machine.vcpu_count, manifest.machine.mem_size_mib);
+        out!("snapshot   {}", manifest.id);
+        out!("kind       {:?}, format {}, written by tvmm {}", manifest.kind, manifest.format, manifest.tvmm_version);
+        out!("machine    {} vCPU, {} MiB", manifest.machine.vcpu_count, manifest.machine.mem_size_mib);
         let host = &manifest.host;
-        println!("host       {} ({}), kernel {}", host.cpu_vendor, host.cpu_model, host.kernel_release);
+        out!("host       {} ({}), kernel {}", host.cpu_vendor, host.cpu_model, host.kernel_release);
         if self.layers.len() > 1 {
             for (index, Layer { snapshot: layer, .. }) in self.layers.iter().enumerate() {
                 let held = layer.manifest().pages_held;
-                println!(
-                    "layer {index:<4} {} {:>9.1} MiB  {}",
-                    short(&layer.id().to_string()),
-                    mib(held),
-                    layer.object()
-                );
+                out!("layer {index:<4} {} {:>9.1} MiB  {}", short(&layer.id().to_string()), mib(held), layer.object());
             }
         }
         let held = self.map.held();
-        println!("held       {} pages, {:.1} MiB, {} runs", held.len(), mib(held.len()), held.runs().count());
-        println!("zero       {} pages recorded as zero", self.map.zero().len());
-        println!(
-            "digests    vmstate {} pages {}",
-            short_of(&manifest.digests.vmstate),
-            short_of(&manifest.digests.pages)
-        );
+        out!("held       {} pages, {:.1} MiB, {} runs", held.len(), mib(held.len()), held.runs().count());
+        out!("zero       {} pages recorded as zero", self.map.zero().len());
+        out!("digests    vmstate {} pages {}", short_of(&manifest.digests.vmstate), short_of(&manifest.digests.pages));
         if let Some(content) = &self.content {
-            println!("content    {content}");
+            out!("content    {content}");
         }
         for drive in &manifest.drives {
-            println!("drive      {}  {} bytes, without a checksum", drive.drive_id, drive.len);
+            out!("drive      {}  {} bytes, without a checksum", drive.drive_id, drive.len);
         }
-        self.derived.iter().for_each(|file| println!("{}", file.line()));
-        self.damage.iter().for_each(|damage| println!("damage     {damage}"));
+        self.derived.iter().for_each(|file| out!("{}", file.line()));
+        self.damage.iter().for_each(|damage| out!("damage     {damage}"));
         self.print_sections();
-        println!(
-            "memory     (each cell {} KiB: blank no page held, ░▒▓█ more)",
-            cell_pages(snapshot) * PAGE_SIZE / 1024
-        );
+        out!("memory     (each cell {} KiB: blank no page held, ░▒▓█ more)", cell_pages(snapshot) * PAGE_SIZE / 1024);
         for range in manifest.layout.extents() {
             draw(self.map, range, cell_pages(snapshot));
         }
     }
 
     fn print_sections(&self) {
-        println!("sections");
+        out!("sections");
         for info in self.snapshot.sections() {
-            println!(
+            out!(
                 "           {:<8} {:>2}  version {}  {:>6} bytes",
                 format!("{:?}", info.kind),
                 info.instance,
@@ -262,7 +247,7 @@ fn draw(map: &PageMap, range: Extent, cell: u64) {
             row.push(shades[(held * 4).div_ceil(pages) as usize]);
             first += pages;
         }
-        println!("{:#13x} |{row}|", Gfn(at).gpa());
+        out!("{:#13x} |{row}|", Gfn(at).gpa());
         at = row_end;
     }
 }

@@ -49,8 +49,8 @@ pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
     let (chunk_kib, bandwidth_mbps) =
         (args.chunk.unwrap_or(DEFAULT_CHUNK_KIB), args.bandwidth.unwrap_or(DEFAULT_BANDWIDTH_MBPS));
     AnyPool::create(text(at)?, Manifest::new(chunk_kib, bandwidth_mbps)?)?;
-    println!("{}", at.display());
-    eprintln!("cold pool: chunks of {chunk_kib} KiB, compressed for {bandwidth_mbps} MB/s");
+    out!("{}", at.display());
+    say!("cold pool: chunks of {chunk_kib} KiB, compressed for {bandwidth_mbps} MB/s");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -74,7 +74,7 @@ pub fn add(pool: &Path, snapshot: &Path, profile: Option<&Path>, as_json: bool) 
     })?;
     bar.finish_and_clear();
     match as_json {
-        true => println!("{:#}", packed_json(&packed)),
+        true => out!("{:#}", packed_json(&packed)),
         false => print_packed(&packed),
     }
     Ok(ExitCode::SUCCESS)
@@ -113,13 +113,13 @@ fn mib(bytes: u64) -> f64 {
 
 fn print_packed(packed: &Packed) {
     let index = &packed.index;
-    println!("snapshot   {}", index.snapshot());
+    out!("snapshot   {}", index.snapshot());
     let (bytes, stored) = (index.pages() * PAGE_SIZE, index.data_len());
-    println!("pages      {} ({:.1} MiB) in {} chunks", index.pages(), mib(bytes), index.chunks().len());
-    println!("stored     {:.1} MiB, {:.0} %", mib(stored), 100.0 * stored as f64 / bytes.max(1) as f64);
+    out!("pages      {} ({:.1} MiB) in {} chunks", index.pages(), mib(bytes), index.chunks().len());
+    out!("stored     {:.1} MiB, {:.0} %", mib(stored), 100.0 * stored as f64 / bytes.max(1) as f64);
     for (method, (chunks, bytes, stored)) in Compression::ALL.iter().zip(packed.methods) {
         if chunks > 0 {
-            println!("  {:<8} {chunks} chunks, {:.1} MiB as {:.1} MiB", method.name(), mib(bytes), mib(stored));
+            out!("  {:<8} {chunks} chunks, {:.1} MiB as {:.1} MiB", method.name(), mib(bytes), mib(stored));
         }
     }
 }
@@ -128,8 +128,8 @@ fn print_packed(packed: &Packed) {
 pub fn list(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let held = AnyPool::open(text(pool)?)?.list()?;
     match as_json {
-        true => println!("{:#}", json!(held)),
-        false => held.iter().for_each(|snapshot| println!("{snapshot}")),
+        true => out!("{:#}", json!(held)),
+        false => held.iter().for_each(|snapshot| out!("{snapshot}")),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -140,11 +140,11 @@ pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let indexes = store.list()?.into_iter().map(|id| store.index(id)).collect::<Result<Vec<_>, _>>()?;
     if as_json {
         let snapshots: Vec<Value> = indexes.iter().map(index_json).collect();
-        println!("{:#}", json!({ "pool": store.manifest(), "snapshots": snapshots }));
+        out!("{:#}", json!({ "pool": store.manifest(), "snapshots": snapshots }));
         return Ok(ExitCode::SUCCESS);
     }
     let manifest = store.manifest();
-    println!("cold pool  chunks of {} KiB, compressed for {} MB/s", manifest.chunk_kib, manifest.bandwidth_mbps);
+    out!("cold pool  chunks of {} KiB, compressed for {} MB/s", manifest.chunk_kib, manifest.bandwidth_mbps);
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(["snapshot", "MiB", "stored", "%", "chunks", "raw/lz4/zstd"]);
     for index in &indexes {
@@ -160,7 +160,7 @@ pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
         ]);
     }
     table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-    println!("{table}");
+    out!("{table}");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -180,7 +180,7 @@ pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
     let store = AnyPool::open(text(pool)?)?;
     let id = find(&store, pool, snapshot)?;
     store.remove(id)?;
-    eprintln!("{id} is removed");
+    say!("{id} is removed");
     Ok(ExitCode::SUCCESS)
 }
 
@@ -188,8 +188,8 @@ pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
 pub fn collect(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let freed = AnyPool::open(text(pool)?)?.collect()?;
     match as_json {
-        true => println!("{:#}", json!({ "bytes": freed })),
-        false => println!("freed      {:.1} MiB", mib(freed)),
+        true => out!("{:#}", json!({ "bytes": freed })),
+        false => out!("freed      {:.1} MiB", mib(freed)),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -209,12 +209,12 @@ pub fn check(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
         };
         bad += usize::from(problem.is_some());
         if !as_json {
-            println!("{id} {}", problem.as_deref().unwrap_or("good"));
+            out!("{id} {}", problem.as_deref().unwrap_or("good"));
         }
         results.push(json!({ "snapshot": id, "good": problem.is_none(), "problem": problem }));
     }
     if as_json {
-        println!("{:#}", json!({ "good": bad == 0, "snapshots": results }));
+        out!("{:#}", json!({ "good": bad == 0, "snapshots": results }));
     }
     match bad {
         0 => Ok(ExitCode::SUCCESS),

@@ -164,14 +164,14 @@ fn create(at: &std::path::Path, gib: Option<f64>, format: Option<&str>) -> Resul
     let medium = media::create(at, size)?;
     writer::create(&medium, id, format, &media::format_name(at)).inspect_err(|_| medium.abandon())?;
     let facts = medium.facts();
-    println!("{}", at.display());
+    out!("{}", at.display());
     let mib = medium.size() >> 20;
     let pages = match (facts.huge, facts.copy_on_write) {
         (true, true) => "2 MiB pages, copied on write by the kernel",
         (true, false) => "2 MiB pages, promoted on write",
         (false, _) => "4 KiB pages: a tmpfs mounted with huge=always, or hugetlbfs, is many times faster",
     };
-    eprintln!("pool {id}: {mib} MiB on {}, {pages}", facts.kind);
+    say!("pool {id}: {mib} MiB on {}, {pages}", facts.kind);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -193,7 +193,7 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
     })?;
     bar.finish_and_clear();
     match json {
-        true => println!("{:#}", show::head_json(&head)),
+        true => out!("{:#}", show::head_json(&head)),
         false => show::print_added(&head),
     }
     Ok(ExitCode::SUCCESS)
@@ -202,7 +202,7 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
 fn remove(pool: &std::path::Path, snapshot: &str) -> Result<ExitCode, BoxError> {
     let medium = media::open(pool)?;
     let head = Writer::open(&medium)?.remove(snapshot)?;
-    eprintln!("{} ({}) is removed; `tvmm pool gc {}` frees its pages", head.name, head.snapshot, pool.display());
+    say!("{} ({}) is removed; `tvmm pool gc {}` frees its pages", head.name, head.snapshot, pool.display());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -210,12 +210,12 @@ fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode
     let medium = media::open(pool)?;
     let done = Writer::open(&medium)?.collect(Some(expiry_s))?;
     if json {
-        println!("{:#}", json!({ "snapshots": done.snapshots, "pages": done.pages, "held": done.held }));
+        out!("{:#}", json!({ "snapshots": done.snapshots, "pages": done.pages, "held": done.held }));
         return Ok(ExitCode::SUCCESS);
     }
-    println!("freed      {} snapshots, {:.1} MiB", done.snapshots, show::mib(done.pages));
+    out!("freed      {} snapshots, {:.1} MiB", done.snapshots, show::mib(done.pages));
     if done.held > 0 {
-        println!("held       {} removed snapshots, which VMs still run from", done.held);
+        out!("held       {} removed snapshots, which VMs still run from", done.held);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -240,12 +240,12 @@ fn check(pool: &std::path::Path, json: bool) -> Result<ExitCode, BoxError> {
             "problems": found.problems,
             "live_leases": found.live_leases,
         });
-        println!("{json:#}");
+        out!("{json:#}");
     } else {
-        println!("state      {} with {} snapshots, {} VMs", found.generation, found.snapshots, found.live_leases);
-        println!("pages      {} checked, {} damaged", found.pages, found.bad_pages.len());
-        found.problems.iter().for_each(|problem| println!("problem    {problem}"));
-        found.bad_snapshots.iter().for_each(|name| println!("damaged    {name}: remove it, and add it again"));
+        out!("state      {} with {} snapshots, {} VMs", found.generation, found.snapshots, found.live_leases);
+        out!("pages      {} checked, {} damaged", found.pages, found.bad_pages.len());
+        found.problems.iter().for_each(|problem| out!("problem    {problem}"));
+        found.bad_snapshots.iter().for_each(|name| out!("damaged    {name}: remove it, and add it again"));
     }
     if found.is_good() {
         return Ok(ExitCode::SUCCESS);

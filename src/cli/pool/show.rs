@@ -41,20 +41,22 @@ pub fn head_json(head: &Head) -> Value {
 /// What was shared, and what not, and why.
 pub fn print_added(head: &Head) {
     let stats = &head.stats;
-    println!("snapshot   {} as {}", head.snapshot, head.name);
-    println!("not zero   {} pages, {:.1} MiB", stats.nonzero, mib(stats.nonzero));
-    println!("shared     {} pages, {:.1} MiB, were in the pool", stats.shared, mib(stats.shared));
+    out!("snapshot   {} as {}", head.snapshot, head.name);
+    out!("not zero   {} pages, {:.1} MiB", stats.nonzero, mib(stats.nonzero));
+    out!("shared     {} pages, {:.1} MiB, were in the pool", stats.shared, mib(stats.shared));
     let stored = stats.nonzero + stats.padding - stats.shared;
-    println!("stored     {stored} pages, {:.1} MiB", mib(stored));
+    out!("stored     {stored} pages, {:.1} MiB", mib(stored));
     if stats.again > 0 {
-        println!("           of which {} were in the pool too: sharing them would cost more mappings", stats.again);
+        out!("           of which {} were in the pool too: sharing them would cost more mappings", stats.again);
     }
     if stats.padding > 0 {
-        println!("           of which {} are zero, between others", stats.padding);
+        out!("           of which {} are zero, between others", stats.padding);
     }
-    println!(
+    out!(
         "mappings   {} ({} if everything were shared), {} whole 2 MiB blocks",
-        stats.runs, stats.runs_if_all_shared, stats.huge_blocks
+        stats.runs,
+        stats.runs_if_all_shared,
+        stats.huge_blocks
     );
 }
 
@@ -74,7 +76,7 @@ pub fn list(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
     let catalogue = Catalogue::read(medium)?;
     if json {
         let heads: Vec<Value> = catalogue.heads.iter().map(head_json).collect();
-        println!("{:#}", json!(heads));
+        out!("{:#}", json!(heads));
         return Ok(ExitCode::SUCCESS);
     }
     let rows = catalogue.heads.iter().map(|head| {
@@ -88,7 +90,7 @@ pub fn list(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
             stats.runs.to_string(),
         ]
     });
-    println!("{}", table(&["name", "snapshot", "MiB", "shared", "stored", "mappings"], rows.collect()));
+    out!("{}", table(&["name", "snapshot", "MiB", "shared", "stored", "mappings"], rows.collect()));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -133,13 +135,13 @@ impl Occupancy {
     /// The pool as rows of cells: how full each is, and `+` where most of what is used is shared.
     fn draw(&self) {
         let cell = (self.users.len() as u64).div_ceil(COLUMNS * ROWS).next_power_of_two() as usize;
-        println!(
+        out!(
             "pages      (each cell {} KiB: blank free, ░ ▒ ▓ █ used by one snapshot, + used by several)",
             cell as u64 * PAGE_SIZE / 1024
         );
         for row in self.users.chunks(cell * COLUMNS as usize) {
             let cells: String = row.chunks(cell).map(symbol).collect();
-            println!("           |{cells}|");
+            out!("           |{cells}|");
         }
     }
 }
@@ -192,15 +194,15 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
             "snapshots": catalogue.heads.iter().map(head_json).collect::<Vec<_>>(),
             "vms": vms.iter().map(vm).collect::<Vec<_>>(),
         });
-        println!("{json:#}");
+        out!("{json:#}");
         return Ok(ExitCode::SUCCESS);
     }
-    println!("pool       {} on {}, state {}", catalogue.superblock.id, facts.kind, catalogue.superblock.generation);
-    println!("used       {:.1} of {:.1} MiB, {:.1} MiB by several snapshots", mib(used), mib(pages), mib(shared));
-    println!("free       {:.1} MiB in a row at most", mib(occupancy.longest_free()));
+    out!("pool       {} on {}, state {}", catalogue.superblock.id, facts.kind, catalogue.superblock.generation);
+    out!("used       {:.1} of {:.1} MiB, {:.1} MiB by several snapshots", mib(used), mib(pages), mib(shared));
+    out!("free       {:.1} MiB in a row at most", mib(occupancy.longest_free()));
     if nonzero > 0 {
         let share = 100.0 * used as f64 / nonzero as f64;
-        println!("sharing    {share:.0} % of the {:.1} MiB that its snapshots have", mib(nonzero));
+        out!("sharing    {share:.0} % of the {:.1} MiB that its snapshots have", mib(nonzero));
     }
     occupancy.draw();
     print_vms(&vms, &names);
@@ -222,9 +224,9 @@ fn vms(medium: &PoolMedium) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> 
 
 fn print_vms(vms: &[(Lease, Option<Resident>)], names: &HashMap<crate::snapshot::SnapshotId, String>) {
     if vms.is_empty() {
-        return println!("VMs        none");
+        return out!("VMs        none");
     }
-    println!("VMs        (MiB; planned: what their plan gave them; now: as the kernel counts)");
+    out!("VMs        (MiB; planned: what their plan gave them; now: as the kernel counts)");
     let rows = vms.iter().map(|(lease, resident)| {
         let mut row = vec![
             lease.holder.pid.to_string(),
@@ -238,5 +240,5 @@ fn print_vms(vms: &[(Lease, Option<Resident>)], names: &HashMap<crate::snapshot:
         row
     });
     let header = ["pid", "snapshot", "in place", "local", "zero", "lazy", "in place now", "local now"];
-    println!("{}", table(&header, rows.collect()));
+    out!("{}", table(&header, rows.collect()));
 }

@@ -143,13 +143,13 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         signals = back;
         let (profile, ms) = (&recorded.profile, recorded.execute_ns as f64 / 1e6);
         let answer = recorded.answer.trim_end();
-        eprintln!("run {number}: {answer}, {ms:.3} ms, {}", counts(profile));
+        say!("run {number}: {answer}, {ms:.3} ms, {}", counts(profile));
         told.push(json!({ "answer": answer, "execute_us": recorded.execute_ns as f64 / 1e3 }));
         runs.push(recorded.profile);
     }
     let code = write(&runs, by, &args.out, !args.json)?;
     if args.json {
-        println!("{:#}", json!({ "profile": args.out, "runs": told }));
+        out!("{:#}", json!({ "profile": args.out, "runs": told }));
     }
     Ok(code)
 }
@@ -190,9 +190,9 @@ fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool
     let bytes = merged.save(out)?;
     let pages = merged.working_set().len();
     let per_page = bytes as f64 / pages.max(1) as f64;
-    eprintln!("profile of {} run(s): {}, {bytes} bytes, {per_page:.2} per page", merged.runs, counts(&merged));
+    say!("profile of {} run(s): {}, {bytes} bytes, {per_page:.2} per page", merged.runs, counts(&merged));
     if names {
-        println!("{}", out.display());
+        out!("{}", out.display());
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -201,13 +201,13 @@ fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool
 const PAIRS_SHOWN: usize = 10;
 
 fn print_agreement(agreement: &Agreement, by: MergeKind) {
-    eprintln!("merged by {by}; agreement (Jaccard: common pages / all pages)");
+    say!("merged by {by}; agreement (Jaccard: common pages / all pages)");
     for pair in agreement.pairs.iter().take(PAIRS_SHOWN) {
-        eprintln!("  {} and {}: touched {:.4}, written {:.4}", pair.a + 1, pair.b + 1, pair.touched, pair.written);
+        say!("  {} and {}: touched {:.4}, written {:.4}", pair.a + 1, pair.b + 1, pair.touched, pair.written);
     }
     let (mean, least) = (agreement.mean(), agreement.least());
-    eprintln!("  mean:    touched {:.4}, written {:.4}", mean.0, mean.1);
-    eprintln!("  least:   touched {:.4}, written {:.4}", least.0, least.1);
+    say!("  mean:    touched {:.4}, written {:.4}", mean.0, mean.1);
+    say!("  least:   touched {:.4}, written {:.4}", least.0, least.1);
 }
 
 fn counts(profile: &Profile) -> String {

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::draw::Map;
 use super::html;
-use crate::cli::BoxError;
 use crate::cli::identify::{InputPath, Role};
+use crate::cli::{BoxError, print};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, replace_file};
 use crate::tiering::profile::{Buckets, Order, Profile, nonzero};
 
@@ -61,19 +61,19 @@ pub fn run(args: &ShowArgs) -> Result<ExitCode, BoxError> {
     let file_bytes = std::fs::metadata(&args.profile)?.len();
     let shown = Shown { profile, file_bytes, of_snapshot };
     if args.json {
-        println!("{:#}", to_json(&shown));
+        out!("{:#}", to_json(&shown));
     } else if let Some(path) = &args.html {
         replace_file(path, html::page(&shown).as_bytes())?;
-        println!("{}", path.display());
+        out!("{}", path.display());
     } else {
-        facts(&shown).iter().for_each(|(name, value)| println!("{name:<11} {value}"));
+        facts(&shown).iter().for_each(|(name, value)| out!("{name:<11} {value}"));
         let map = Map::of(&shown.profile);
-        println!(
+        out!(
             "heat map    (each cell {} KiB: r read, w written, b both, ? one of them; the",
             map.cell * PAGE_SIZE / 1024
         );
-        println!("            order's earliest third in capitals; dots untouched)");
-        print!("{}", map.text());
+        out!("            order's earliest third in capitals; dots untouched)");
+        print::write(format_args!("{}", map.text()));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -12,6 +12,7 @@ use super::ChunkError;
 use super::codec::{Compression, Decoder};
 use super::index::{Index, MAX_INDEX_LEN};
 use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, SnapshotId};
+use crate::worker;
 
 /// Why a place did not give what it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -490,19 +491,16 @@ pub fn fill(pool: &Arc<ColdPool>, wanted: Vec<(u64, &mut [u8])>) -> io::Result<u
     let threads = ((stored / BYTES_PER_THREAD) as usize).clamp(1, most);
     let mut targets: Vec<(u32, Targets)> = targets.into_iter().collect();
     let share = targets.len().div_ceil(threads).max(1);
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = targets
-            .chunks_mut(share)
-            .enumerate()
-            .map(|(number, share)| scope.spawn(move || fill_share(pool, number, share)))
-            .collect();
-        // A panic of a thread goes on here.
-        let join = |worker: std::thread::ScopedJoinHandle<'_, io::Result<()>>| {
-            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        workers.into_iter().map(join).fold(Ok(()), io::Result::and)
-    })?;
-    Ok(threads)
+    let shares = Mutex::new(targets.chunks_mut(share).enumerate());
+    worker::share("chunks", threads, || {
+        loop {
+            let next = shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+            match next {
+                Some((number, share)) => fill_share(pool, number, share)?,
+                None => return Ok(()),
+            }
+        }
+    })
 }
 
 fn fill_share(pool: &Arc<ColdPool>, number: usize, share: &mut [(u32, Targets)]) -> io::Result<()> {

@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use crate::snapshot::{Chain, Digest, PageSet, SnapshotId};
 use crate::tiering::chunks::store::{Checked, MANIFEST, Manifest, OBJECTS, Store, object_names};
 use crate::tiering::chunks::{Broken, ChunkError, ChunkSource, EachChunk, Flow, Index, Packed, Place, SourceCounters};
+use crate::worker;
 
 /// Read by one request at most, and how many are under way at once.
 const READ_BYTES: u64 = 1 << 20;
@@ -46,7 +47,7 @@ impl Client {
             [("timeout", seconds.clone()), ("connect_timeout", seconds)].map(|(key, value)| (key.to_string(), value));
         let options = std::env::vars().chain(own);
         let (store, prefix) = object_store::parse_url_opts(&parsed, options).map_err(|error| failed(&error))?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = worker::runtime(tokio::runtime::Builder::new_current_thread().enable_all());
         Ok(Client { runtime: runtime.map_err(|error| failed(&error))?, store, prefix, patience })
     }
 

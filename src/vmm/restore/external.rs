@@ -3,13 +3,16 @@
 //! memory is mapped, with the userfaultfd as SCM_RIGHTS.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use socket2::{Domain, SockAddr, Socket, Type};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -24,6 +27,7 @@ use crate::vmm::vcpu::{Ending, EndingSignal};
 /// for ever.
 pub struct ExternalHandler {
     stop: EventFd,
+    has_failed: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     /// Kept open: the handler learns from its end that the VM is gone.
     _stream: UnixStream,
@@ -38,7 +42,7 @@ impl ExternalHandler {
         (ending, stalls): (Arc<EndingSignal>, &Stalls),
     ) -> Result<Self, Error> {
         let failed = |doing| move |source| Error::File { doing, path: socket.to_owned(), source };
-        let stream = UnixStream::connect(socket).map_err(failed("connect to the page-fault handler at"))?;
+        let stream = connect_within(stalls.limit(), socket).map_err(failed("connect to the page-fault handler at"))?;
         let mappings: Vec<Mapping> = ram
             .slots()
             .map(|(range, host)| Mapping {
@@ -61,7 +65,7 @@ impl ExternalHandler {
             .map_err(io::Error::from)
             .map_err(failed("find the process of the page-fault handler at"))?;
         let process = peer.pid.as_raw_nonzero().get();
-        stalls.watch_handler(HandlerProbe::new(uffd, socket.to_owned(), process, ram.slots()));
+        stalls.watch_handler(HandlerProbe::new(uffd, socket.to_owned(), process, ram.slots()), ending.clone());
         Self::watch(peer.pid, stream, socket, ending)
     }
 
@@ -72,14 +76,49 @@ impl ExternalHandler {
         let stop = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
         let asked = stop.try_clone().map_err(failed)?;
         let what = format!("The page-fault handler at {} (process {pid}) has ended", socket.display());
+        let has_failed = Arc::new(AtomicBool::new(false));
+        let failed_now = has_failed.clone();
         let watch = move || {
             if crate::vmm::sys::wait::either_readable(&pidfd, &asked).is_ok() && asked.read().is_err() {
+                failed_now.store(true, Ordering::SeqCst);
                 ending.end(Ending::Failed(what));
             }
         };
         let thread = std::thread::Builder::new().name("handler-watch".into()).spawn(watch).map_err(failed)?;
-        Ok(ExternalHandler { stop, thread: Some(thread), _stream: stream })
+        Ok(ExternalHandler { stop, has_failed, thread: Some(thread), _stream: stream })
     }
+
+    /// Whether the handler's process has ended: all who wait for pages wait for ever.
+    pub fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::SeqCst)
+    }
+}
+
+/// How often a full socket is tried again.
+const CONNECT_AGAIN: Duration = Duration::from_millis(10);
+
+/// Connects to a Unix socket. One whose owner does not accept lets nobody in once its backlog is full, and connect(2) would
+/// wait for ever.
+fn connect_within(limit: Duration, path: &Path) -> io::Result<UnixStream> {
+    let deadline = Instant::now() + limit;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    let address = SockAddr::unix(path)?;
+    loop {
+        match socket.connect(&address) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                std::thread::sleep(CONNECT_AGAIN);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let what = format!("it accepts no connection within {} s (--fault-timeout)", limit.as_secs_f64());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    socket.set_nonblocking(false)?;
+    Ok(UnixStream::from(OwnedFd::from(socket)))
 }
 
 impl Drop for ExternalHandler {

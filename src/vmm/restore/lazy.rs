@@ -1,7 +1,7 @@
 //! The fault service: a thread inside the VMM that fetches pages of lazy extents when the guest touches them.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -115,6 +115,7 @@ pub struct FaultWork {
 /// The running service. Stops when dropped.
 pub struct FaultService {
     stop: EventFd,
+    has_failed: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -124,15 +125,23 @@ impl FaultService {
     pub fn start(mut work: FaultWork, ending: Arc<EndingSignal>) -> Result<Self, Error> {
         let stop = EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?;
         let asked = stop.try_clone().map_err(Error::os("copy an eventfd"))?;
+        let has_failed = Arc::new(AtomicBool::new(false));
+        let failed = has_failed.clone();
         let thread = std::thread::Builder::new()
             .name("faults".into())
             .spawn(move || {
                 if let Err(why) = work.serve(&asked) {
+                    failed.store(true, Ordering::SeqCst);
                     ending.end(why);
                 }
             })
             .map_err(Error::os("start the fault service"))?;
-        Ok(FaultService { stop, thread: Some(thread) })
+        Ok(FaultService { stop, has_failed, thread: Some(thread) })
+    }
+
+    /// Whether a page could not be had: all who wait for pages wait for ever.
+    pub fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::SeqCst)
     }
 
     /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.

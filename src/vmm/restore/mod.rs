@@ -129,6 +129,12 @@ impl MemoryServices {
         self.verifier.as_ref().map(Verifier::json).unwrap_or_default()
     }
 
+    /// Whether lazy memory is served no more: all who wait for it wait for ever.
+    pub fn have_failed(&self) -> bool {
+        self.service.as_ref().is_some_and(FaultService::has_failed)
+            || self.handler.as_ref().is_some_and(ExternalHandler::has_failed)
+    }
+
     pub fn maps_single_pages(&self) -> bool {
         self.single_pages.is_some()
     }

@@ -18,6 +18,7 @@ use crate::tiering::chunks;
 use crate::tiering::tier::Tier;
 use crate::vmm::error::Error;
 use crate::vmm::sys::mapping::Buffer;
+use crate::worker;
 
 /// Memory to be filled, and from where.
 pub struct Wanted<'m> {
@@ -95,15 +96,7 @@ fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fil
         calls: AtomicU64::new(0),
         all_direct: AtomicBool::new(direct),
     };
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(|| work.run())).collect();
-        let own = work.run();
-        // A panic of a thread goes on here.
-        others
-            .into_iter()
-            .map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .fold(own, Result::and)
-    })?;
+    let threads = worker::share("reads", threads, || work.run())?;
     let (calls, direct) = (work.calls.into_inner(), work.all_direct.into_inner());
     Ok(Filled { calls, threads: threads as u64, direct })
 }

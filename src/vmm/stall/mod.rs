@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 pub use handler::HandlerProbe;
 
 use super::error::Error;
+use super::logging;
 use super::sys::lost::CANNOT_GO_ON;
 use super::vcpu::{Ending, EndingSignal};
 use crate::snapshot::{Extent, PageSource};
@@ -109,6 +110,8 @@ struct State {
     activities: Vec<Activity>,
     handler: Option<HandlerProbe>,
     ending: Option<Arc<EndingSignal>>,
+    /// Its end fails the restore of a machine whose memory a handler outside serves.
+    rescue: Option<Arc<EndingSignal>>,
 }
 
 impl Stalls {
@@ -124,9 +127,16 @@ impl Stalls {
         lock(&self.state).sources = sources;
     }
 
-    /// Watches a page-fault handler outside.
-    pub fn watch_handler(&self, probe: HandlerProbe) {
-        lock(&self.state).handler = Some(probe);
+    /// How long a guest may wait for a page.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Watches a page-fault handler outside. While the machine is restored, `rescue` lets go of the threads that wait for it.
+    pub fn watch_handler(&self, probe: HandlerProbe, rescue: Arc<EndingSignal>) {
+        let mut state = lock(&self.state);
+        state.handler = Some(probe);
+        state.rescue = Some(rescue);
     }
 
     /// The machine is restored: from now on the main loop is told.
@@ -181,7 +191,8 @@ impl Stalls {
         };
         let reason = self.reason.get_or_init(|| reason);
         let state = lock(&self.state);
-        if let (Some(ending), false) = (&state.ending, self.restoring.load(Ordering::SeqCst)) {
+        let is_restoring = self.restoring.load(Ordering::SeqCst);
+        if let Some(ending) = if is_restoring { &state.rescue } else { &state.ending } {
             ending.end(Ending::Failed(reason.clone()));
             let (state, _) = self
                 .stop
@@ -235,7 +246,7 @@ impl State {
 /// Ends the process: somebody waits in the kernel and nobody can call it back.
 pub fn give_up(reason: &str) -> ! {
     super::sys::terminal::restore();
-    eprintln!("tvmm: {CANNOT_GO_ON}: {reason}");
+    logging::say(&format!("tvmm: {CANNOT_GO_ON}: {reason}"));
     std::process::exit(1);
 }
 

@@ -55,19 +55,23 @@ impl CoalescedRing {
     }
 
     /// Takes what waits, in order: calls `write` with the port and the bytes written to it, writes to one port joined.
-    pub fn drain(&self, mut write: impl FnMut(u64, &[u8])) {
+    /// Returns whether anything waited. A caller who finds nothing knows that all earlier bytes were written: entries are
+    /// given back to KVM after `write`.
+    pub fn drain(&self, mut write: impl FnMut(u64, &[u8])) -> bool {
         if self.first().load(Ordering::Acquire) == self.last().load(Ordering::Acquire) {
-            return;
+            return false;
         }
         let _consumer = self.consumer.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut port, mut bytes) = (0, Vec::new());
         let mut first = self.first().load(Ordering::Acquire);
-        while first != self.last().load(Ordering::Acquire) && first < ENTRIES {
+        // As much as there is now: another vCPU may write without end.
+        let last = self.last().load(Ordering::Acquire);
+        let has_any = first != last;
+        while first != last && first < ENTRIES {
             // SAFETY: `first` is below the number of entries in the page, and the kernel does not write an entry
             // between `first` and `last` (acquired above) until `first` has moved past it.
             let entry = unsafe { self.page.as_ref().coalesced_mmio.as_ptr().add(first as usize).read_volatile() };
             first = (first + 1) % ENTRIES;
-            self.first().store(first, Ordering::Release);
             if entry.phys_addr != port && !bytes.is_empty() {
                 write(port, &bytes);
                 bytes.clear();
@@ -78,6 +82,8 @@ impl CoalescedRing {
         if !bytes.is_empty() {
             write(port, &bytes);
         }
+        self.first().store(first, Ordering::Release);
+        has_any
     }
 
     fn first(&self) -> &AtomicU32 {

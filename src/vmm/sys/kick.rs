@@ -43,6 +43,11 @@ impl ImmediateExit {
         // `of`), a u8 is always aligned, and every other access in this process is atomic too.
         unsafe { AtomicU8::from_ptr(self.0) }.store(u8::from(value), Ordering::SeqCst);
     }
+
+    pub fn get(&self) -> bool {
+        // SAFETY: as in `set`.
+        unsafe { AtomicU8::from_ptr(self.0) }.load(Ordering::SeqCst) != 0
+    }
 }
 
 /// Sends the kick signal to `thread`.

@@ -22,6 +22,17 @@ pub fn outlive_file_size_limit() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
+/// Blocks all signals in this thread, so that they reach the threads that are made for them.
+pub fn block_all() {
+    // SAFETY: sigset_t is plain data; sigfillset initialises it before it is used.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a valid sigset_t for both calls; the old mask is not asked for.
+    unsafe {
+        libc::sigfillset(&mut set);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+    }
+}
+
 impl EndSignals {
     /// Blocks the signals in this thread, and so in every thread it starts from now on. Call before any is.
     pub fn take() -> io::Result<Self> {

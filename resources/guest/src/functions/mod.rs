@@ -82,6 +82,7 @@ static FUNCTIONS: &[Function] = &[
     function("free", &[optional("handle"), optional("filled")], pages::free),
     function("blk", blk::KEYS, blk::blk),
     function("metadata", &[], system::metadata),
+    function("murmur", &[required("times"), required("ms")], system::murmur),
     function("balloon", &[required("op"), optional("pages"), optional("filled")], balloon::balloon),
     function("pmem", &[optional("nth"), optional("first"), optional("pages"), optional("write")], pmem::pmem),
     function("net_answer", &[required("ip"), optional("frames"), optional("ms"), optional("irq")], net::answer),
@@ -89,6 +90,7 @@ static FUNCTIONS: &[Function] = &[
     function("net_receive", &[required("count"), optional("ms"), optional("irq"), SEED], net::receive),
     function("net_send", &[required("count"), optional("size"), optional("batch"), SEED], net::send),
     function("rng", &[optional("bytes"), optional("irq")], rng::rng),
+    function("rng_break", &[required("rounds")], rng::rng_break),
     function(
         "vsock_connect",
         &[required("port"), optional("bytes"), SEED, optional("window"), optional("irq")],

@@ -56,3 +56,16 @@ fn fill(ctx: &mut Ctx, mut at: u64, mut left: u64, irq: bool) -> Result<u64, Mes
     }
     Ok(queue.kicks - before)
 }
+
+/// `rng_break rounds=N`: resets the device and breaks it, again and again, as a driver may that wants to harm its host.
+pub fn rng_break(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
+    let rounds = args.number_in("rounds", 1..=u64::MAX, 1)?;
+    ctx.rng.device = None;
+    let mut broken = 0;
+    for _ in 0..rounds {
+        let device = Device::find(ENTROPY, 0, 0)?;
+        device.start_broken();
+        broken += u64::from(device.is_broken());
+    }
+    Ok(Reply::named("rng_break", format_args!("rounds={rounds} broken={broken}")))
+}

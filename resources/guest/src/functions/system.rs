@@ -20,6 +20,23 @@ pub fn clock(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {
     Ok(Reply::named("clock", keys))
 }
 
+/// `murmur times=N ms=T`: writes a byte to the serial port and computes for T ms, N times, then ends the line. It asks for no line status and
+/// nothing else that leaves the guest.
+pub fn murmur(args: &Args, _: &mut Ctx) -> Result<Reply, Message> {
+    const TRANSMIT: u16 = 0x3f8;
+    let times = args.number_in("times", 1..=1000, 1)?;
+    let ms = args.number_in("ms", 1..=60_000, 1)?;
+    for _ in 0..times {
+        port::write(TRANSMIT, b'~');
+        let end_ns = time::now_ns(0) + ms * 1_000_000;
+        while time::now_ns(0) < end_ns {
+            core::hint::spin_loop();
+        }
+    }
+    port::write(TRANSMIT, b'\n');
+    Ok(Reply::named("murmur", format_args!("times={times}")))
+}
+
 /// The first 256 bytes of `opt/tvmm/metadata`, blanks removed; by the firmware configuration device (QEMU
 /// docs/specs/fw_cfg.rst).
 pub fn metadata(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {

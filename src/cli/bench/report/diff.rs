@@ -31,7 +31,7 @@ pub fn run(args: &DiffArgs) -> Result<ExitCode, BoxError> {
         return refuse(format!("No {} was measured in both for the same case and flow", args.value));
     }
     if before.header.host != after.header.host {
-        println!("The results are of different hosts.");
+        out!("The results are of different hosts.");
     }
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
@@ -45,10 +45,10 @@ pub fn run(args: &DiffArgs) -> Result<ExitCode, BoxError> {
     for column in table.column_iter_mut().skip(3).take(3) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    println!("{}: medians\n{table}", args.value);
+    out!("{}: medians\n{table}", args.value);
     let ratios: Vec<f64> = rows.iter().filter_map(Row::ratio).collect();
     if let Some(mean) = geomean(&ratios) {
-        println!("geometric mean of {} ratios: {mean:.3}", ratios.len());
+        out!("geometric mean of {} ratios: {mean:.3}", ratios.len());
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -49,7 +49,7 @@ pub fn publish(results: &Results, dir: &Path) -> Result<(), BoxError> {
         if cases.is_empty() {
             continue;
         }
-        println!("{}: {}\n{}\n", experiment.name(), experiment.title(), tables::text(results, experiment));
+        out!("{}: {}\n{}\n", experiment.name(), experiment.title(), tables::text(results, experiment));
         drawn.push(Drawn { experiment, charts: charts(results, experiment) });
     }
     std::fs::create_dir_all(dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
@@ -58,7 +58,7 @@ pub fn publish(results: &Results, dir: &Path) -> Result<(), BoxError> {
     }
     let page = dir.join("report.html");
     write(&page, &html::page(results, &drawn))?;
-    println!("{}", page.display());
+    out!("{}", page.display());
     Ok(())
 }
 

@@ -99,9 +99,13 @@ impl Study {
                 let report = trial.run(restore.policy, Cache::Warm)?;
                 Ok((report, begun.elapsed().as_secs_f64() * 1000.0))
             };
-            let threads: Vec<_> = trials.iter().map(|trial| scope.spawn(move || run(trial))).collect();
-            let joined = threads.into_iter().map(|thread| thread.join());
-            joined.map(|result| result.unwrap_or_else(|_| refuse("A thread that restores has panicked"))).collect()
+            let spawn = |trial| std::thread::Builder::new().spawn_scoped(scope, move || run(trial));
+            let threads: Vec<_> = trials.iter().map(spawn).collect();
+            let joined = threads.into_iter().map(|thread| match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| refuse("A thread that restores has panicked")),
+                Err(error) => refuse(format!("Cannot start a thread for each of {count} restores: {error}")),
+            });
+            joined.collect()
         });
         let (mut answers, mut all_done) = (Vec::new(), 0.0_f64);
         for report in reports {

@@ -91,7 +91,7 @@ impl Study {
         super::report::publish(&self.store.results, &self.settings.out)?;
         let failures = stats::failures(&self.store.results);
         for ((experiment, case, flow), (count, why)) in &failures {
-            eprintln!("tvmm: {experiment}, {case}, {flow}: {count} failed, the first because: {why}");
+            say!("tvmm: {experiment}, {case}, {flow}: {count} failed, the first because: {why}");
         }
         Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

@@ -1,0 +1,108 @@
+//! A limit of threads (`pids.max`): work is done by fewer threads, or refused with the reason; nothing panics or spins.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use crate::support::{Vm, config, finish, run_ok, scratch, text, tvmm};
+
+/// A control group that bounds the threads of what runs in it. Removed when dropped.
+struct Bounded(PathBuf);
+
+impl Bounded {
+    /// `None`, with the reason printed, where this user may not make one.
+    fn new() -> Option<Bounded> {
+        for root in ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"] {
+            let path = Path::new(root).join(format!("tvmm-test-{}", std::process::id()));
+            if std::fs::create_dir(&path).is_err() {
+                continue;
+            }
+            let group = Bounded(path);
+            if group.0.join("pids.max").exists() {
+                return Some(group);
+            }
+        }
+        println!("skipped: no control group can be made that bounds threads");
+        None
+    }
+
+    /// Runs `tvmm` with at most `threads` threads.
+    fn run(&self, threads: u32, args: &[&str]) -> Output {
+        std::fs::write(self.0.join("pids.max"), threads.to_string()).unwrap();
+        let procs = std::ffi::CString::new(text(&self.0.join("cgroup.procs"))).unwrap();
+        let mut command = tvmm();
+        // SAFETY: between fork and exec only system calls are made, on memory made before.
+        unsafe {
+            command.pre_exec(move || {
+                let procs = rustix::fs::open(&procs, rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty())?;
+                rustix::io::write(&procs, b"0")?;
+                Ok(())
+            });
+        }
+        finish(command.args(args))
+    }
+}
+
+impl Drop for Bounded {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn restores_with_few_threads_answer_or_say_what_is_missing() {
+    let Some(group) = Bounded::new() else { return };
+    let dir = scratch();
+    let (full, cold) = (dir.path().join("full"), dir.path().join("cold"));
+    let mut vm = Vm::boot(&config(1, 64));
+    vm.call("fill pages=8000 seed=4");
+    vm.snapshot(&full, &[]);
+    run_ok(&["pool", "create", "--tier", "file", "--at", text(&cold)]);
+    run_ok(&["pool", "add", text(&cold), text(&full)]);
+    let near = ["restore", "--snapshot", text(&full), "--run", "hello"];
+    let far = [&near[..], &["--cold", text(&cold)]].concat();
+    let cases = [
+        ("eager", &near[..], "eager"),
+        ("file", &near, "firecracker"),
+        ("lazy", &near, "firecracker-uffd"),
+        ("far", &far, "eager"),
+    ];
+    for (name, args, policy) in cases {
+        let args = [args, &["--policy", policy][..]].concat();
+        for threads in [1, 2, 3, 4, 5, 6, 64] {
+            let output = group.run(threads, &args);
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            let answered = String::from_utf8_lossy(&output.stdout).contains("ok run ");
+            match output.status.code() {
+                Some(0) => assert!(answered, "{name}, {threads}: {said}"),
+                Some(1) => {
+                    let last = said.lines().last().unwrap_or_default();
+                    let names_it = ["thread", "limit of processes", "Resource temporarily unavailable"];
+                    assert!(names_it.iter().any(|part| last.contains(part)), "{name}, {threads}: {said}");
+                    assert!(threads < 64, "{name}: {said}");
+                }
+                _ => panic!("{name}, {threads}: {:?} {said}", output.status),
+            }
+            assert!(!said.contains("panicked"), "{name}, {threads}: {said}");
+        }
+    }
+}
+
+#[test]
+fn memory_is_loaded_by_fewer_threads_where_there_may_be_no_more() {
+    let Some(group) = Bounded::new() else { return };
+    if std::thread::available_parallelism().map_or(1, std::num::NonZero::get) < 2 {
+        println!("skipped: one CPU loads memory by one thread anyway");
+        return;
+    }
+    let dir = scratch();
+    let full = dir.path().join("full");
+    let mut vm = Vm::boot(&config(1, 64));
+    vm.call("fill pages=8000 seed=4");
+    vm.snapshot(&full, &[]);
+    // The main thread and the one that watches for stalls.
+    let output = group.run(2, &["restore", "--snapshot", text(&full), "--policy", "eager", "--run", "hello"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("Fewer threads than wanted can be started"), "{said}");
+    assert!(said.contains("threads=1"), "{said}");
+}
