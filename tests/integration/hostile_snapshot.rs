@@ -358,7 +358,8 @@ fn flipped_byte_of_memory_is_refused_by_eager_and_found_by_inspect_with_its_addr
     assert_eq!(output.status.code(), Some(1));
 
     // Lazy mapping does not look at what nobody touches.
-    run_ok(&["restore", "--snapshot", text(&snapshot), "--policy", "firecracker", "--run", "hello"]);
+    let lazy = ["restore", "--snapshot", text(&snapshot), "--policy", "firecracker", "--verify", "off"];
+    run_ok(&[&lazy[..], &["--run", "hello"]].concat());
     // And damage never gets a fresh checksum.
     let merged = victim.path("merged");
     run_err(&["snapshot", "merge", text(&snapshot), "--out", text(&merged)]);
@@ -373,8 +374,7 @@ fn directory_in_progress_is_refused() {
     let mut writer = SnapshotWriter::create(target, layout, SnapshotKind::Full, None).unwrap();
     writer.write_run(Gfn(0), &[1; PAGE_SIZE as usize]).unwrap();
     let names = fs::read_dir(victim.dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
-    let partial =
-        names.map(|name| name.into_string().unwrap()).find(|name| name.starts_with(".next.partial-")).unwrap();
+    let partial = names.map(|name| name.into_string().unwrap()).find(|name| name.ends_with(".partial")).unwrap();
     assert!(victim.refused(&partial).contains("is not sealed"));
     drop(writer);
     assert!(!victim.path(&partial).exists());

@@ -63,7 +63,7 @@ fn disk_that_fails_under_a_guest_ends_the_vm_with_page_file_and_offset() {
         let Some(disk) = SlowFile::over(&memory) else { return };
         let mut vm = Vm::restore_with(&dir.path().join("full"), policy, &["--verify", "sample"]);
         vm.call("hello");
-        disk.fail();
+        disk.fail_after(0);
         vm.send_if_alive(b"run last check\n");
         let said = ends_with(&mut vm, &memory);
         assert!(said.contains("error") && !said.contains("was cut"), "{policy}: {said}");
@@ -76,7 +76,7 @@ fn disk_that_fails_before_the_guest_runs_refuses_the_restore() {
         let dir = scratch();
         let memory = snapshot(&dir.path().join("full"));
         let Some(disk) = SlowFile::over(&memory) else { return };
-        disk.fail();
+        disk.fail_after(0);
         let output = run(&["restore", "--snapshot", text(&dir.path().join("full")), "--policy", policy]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         // 3, if a page that the restore itself touches is the first.

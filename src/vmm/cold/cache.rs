@@ -2,21 +2,32 @@
 //! processes may share it. A chunk is a file of its stored bytes, named by the object's digest and its number; what a crash
 //! or anybody else left in it is noticed by its checksum and fetched again.
 
-use std::fs::{self, File, FileTimes};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
 
-use crate::snapshot::{Digest, SnapshotId};
+use crate::snapshot::{self, Digest, PartialFile, SnapshotId, lru, sweep};
 use crate::tiering::chunks::{Broken, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
 use crate::vmm::error::Error;
 
+/// Digits of an object's digest in the names of its chunks.
+const DIGEST_DIGITS: usize = 32;
 /// How full the directory is after old chunks were removed.
 const LOW: (u64, u64) = (3, 4);
 
-/// A file of the cache: when it was used last, how many bytes it has, where it is.
-type Entry = (SystemTime, u64, PathBuf);
+/// A chunk holds guest memory: nobody but its owner reads it.
+const CHUNK_MODE: u32 = 0o600;
+
+/// Whether a file name is one that [`Cache::path`] gives: other files in the directory are not the cache's.
+fn is_chunk_name(name: &OsStr) -> bool {
+    let parts = name.to_str().and_then(|name| name.strip_suffix(".chunk")?.split_once('-'));
+    parts.is_some_and(|(digest, number)| {
+        digest.len() == DIGEST_DIGITS && digest.chars().all(|c| c.is_ascii_hexdigit()) && number.parse::<u32>().is_ok()
+    })
+}
 
 /// A cache directory.
 #[derive(Debug)]
@@ -33,31 +44,18 @@ impl Cache {
         let failed = |doing| move |source| Error::File { doing, path: dir.to_path_buf(), source };
         fs::create_dir_all(dir).map_err(failed("make the cache directory"))?;
         let cache = Cache { dir: dir.to_path_buf(), limit, held: AtomicU64::new(0) };
-        cache.held.store(cache.entries().map_err(failed("read the cache directory"))?.1, Ordering::Relaxed);
+        cache.held.store(
+            lru::cached_bytes(dir, is_chunk_name).map_err(failed("read the cache directory"))?,
+            Ordering::Relaxed,
+        );
         // Found now rather than at every chunk.
-        let probe = dir.join(format!(".{}.partial", std::process::id()));
-        fs::write(&probe, []).and_then(|()| fs::remove_file(&probe)).map_err(failed("write to the cache directory"))?;
+        sweep(dir);
+        PartialFile::create(dir, CHUNK_MODE)?;
         Ok(Arc::new(cache))
     }
 
     fn path(&self, digest: Digest, number: u32) -> PathBuf {
-        self.dir.join(format!("{}-{number}.chunk", &digest.to_string()[..32]))
-    }
-
-    /// The chunks, the one used longest ago first, and how many bytes they have together.
-    fn entries(&self) -> std::io::Result<(Vec<Entry>, u64)> {
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(&self.dir)?.flatten() {
-            let is_ours =
-                Path::new(&entry.file_name()).extension().is_some_and(|ext| ext == "chunk" || ext == "partial");
-            // Another process may just have removed it.
-            if let (true, Ok(metadata)) = (is_ours, entry.metadata()) {
-                entries.push((metadata.modified()?, metadata.len(), entry.path()));
-            }
-        }
-        entries.sort_unstable();
-        let bytes = entries.iter().map(|(_, len, _)| len).sum();
-        Ok((entries, bytes))
+        self.dir.join(format!("{}-{number}.chunk", &digest.to_string()[..DIGEST_DIGITS]))
     }
 
     /// The stored bytes of a chunk, if they are here and whole.
@@ -69,8 +67,9 @@ impl Cache {
             let _ = fs::remove_file(&path);
             return None;
         }
-        // What was used last goes last; nobody is worse off if that cannot be noted.
-        let _ = File::open(&path).and_then(|file| file.set_times(FileTimes::new().set_modified(SystemTime::now())));
+        if let Ok(file) = File::open(&path) {
+            lru::note_use(&file);
+        }
         Some(bytes)
     }
 
@@ -81,13 +80,8 @@ impl Cache {
             return;
         }
         let path = self.path(digest, number);
-        let thread = rustix::thread::gettid().as_raw_nonzero();
-        let partial = path.with_extension(format!("{thread}.partial"));
-        // Not synced: a chunk that a crash has cut does not have its checksum.
-        let written = fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, &path));
-        if let Err(error) = written {
+        if let Err(error) = self.write(&path, bytes) {
             tracing::warn!(%error, path = %path.display(), "A chunk cannot be cached");
-            let _ = fs::remove_file(&partial);
             return;
         }
         if self.held.fetch_add(len, Ordering::Relaxed) + len > self.limit {
@@ -95,19 +89,20 @@ impl Cache {
         }
     }
 
+    /// Not synced: a chunk that a crash has cut does not have its checksum.
+    fn write(&self, path: &Path, bytes: &[u8]) -> snapshot::Result<()> {
+        let partial = PartialFile::create(&self.dir, CHUNK_MODE)?;
+        let written = partial.file().write_all(bytes);
+        written.map_err(snapshot::Error::io("write", partial.path()))?;
+        partial.publish(path)
+    }
+
     /// Removes the chunks used longest ago.
     fn shrink(&self) {
-        let Ok((entries, mut held)) = self.entries() else { return };
         let low = self.limit * LOW.0 / LOW.1;
-        for (_, len, path) in entries {
-            if held <= low {
-                break;
-            }
-            // Somebody else may have removed it.
-            let _ = fs::remove_file(path);
-            held -= len;
+        if let Ok(held) = lru::shrink(&self.dir, low, Path::new(""), is_chunk_name) {
+            self.held.store(held, Ordering::Relaxed);
         }
-        self.held.store(held, Ordering::Relaxed);
     }
 }
 

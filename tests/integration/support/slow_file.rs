@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -26,17 +26,26 @@ const ASYNC_READ: u32 = 1;
 /// Opening does not wait for reads of others that hang, which not even SIGKILL could end.
 const KEEP_CACHE: u64 = 1 << 1;
 const HEADER: usize = 40;
-const ENOSYS: i32 = 38;
 const EIO: i32 = 5;
-/// What the file does with reads.
-const WORKS: u8 = 0;
-const HANGS: u8 = 1;
-const FAILS: u8 = 2;
+const ENOSYS: i32 = 38;
+
+/// What becomes of reads.
+struct Fate {
+    hangs: AtomicBool,
+    /// How many more are answered before all others fail.
+    good: AtomicU64,
+}
+
+impl Fate {
+    fn fails(&self) -> bool {
+        self.good.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |good| good.checked_sub(1)).is_err()
+    }
+}
 
 /// The mounted file. Dropping it unmounts, which ends every read that hangs.
 pub struct SlowFile {
     path: PathBuf,
-    mode: Arc<AtomicU8>,
+    fate: Arc<Fate>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -57,22 +66,22 @@ impl SlowFile {
             println!("skipped: a FUSE file system cannot be mounted: {error}");
             return None;
         }
-        let mode = Arc::new(AtomicU8::new(WORKS));
+        let fate = Arc::new(Fate { hangs: AtomicBool::new(false), good: AtomicU64::new(u64::MAX) });
         let thread = std::thread::spawn({
-            let mode = mode.clone();
-            move || serve(device, &below, &mode)
+            let fate = fate.clone();
+            move || serve(device, &below, &fate)
         });
-        Some(SlowFile { path: path.to_owned(), mode, thread: Some(thread) })
+        Some(SlowFile { path: path.to_owned(), fate, thread: Some(thread) })
     }
 
     /// From now on, what is not in the page cache cannot be read.
     pub fn hang(&self) {
-        self.mode.store(HANGS, Ordering::SeqCst);
+        self.fate.hangs.store(true, Ordering::SeqCst);
     }
 
-    /// From now on, reading what is not in the page cache is an I/O error.
-    pub fn fail(&self) {
-        self.mode.store(FAILS, Ordering::SeqCst);
+    /// After so many reads (of up to 128 KiB each), what is not in the page cache cannot be read: EIO.
+    pub fn fail_after(&self, reads: u64) {
+        self.fate.good.store(reads, Ordering::SeqCst);
     }
 }
 
@@ -86,7 +95,7 @@ impl Drop for SlowFile {
 }
 
 /// Answers requests until the file system is unmounted.
-fn serve(mut device: File, below: &File, mode: &AtomicU8) {
+fn serve(mut device: File, below: &File, fate: &Fate) {
     let metadata = below.metadata().unwrap();
     let mut request = vec![0; 1 << 20];
     while let Ok(len) = device.read(&mut request) {
@@ -96,8 +105,8 @@ fn serve(mut device: File, below: &File, mode: &AtomicU8) {
         let (opcode, unique) = (number(4), long(8));
         let answer = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
-            READ if mode.load(Ordering::SeqCst) == HANGS => continue,
-            READ if mode.load(Ordering::SeqCst) == FAILS => Err(EIO),
+            READ if fate.hangs.load(Ordering::SeqCst) => continue,
+            READ if fate.fails() => Err(EIO),
             READ => {
                 let mut bytes = vec![0; number(HEADER + 16) as usize];
                 let read = below.read_at(&mut bytes, long(HEADER + 8)).unwrap();
