@@ -187,7 +187,7 @@ impl Store {
         }
         let objects = self.dir.join(OBJECTS);
         sweep(&objects);
-        let partial = PartialFile::create(&objects, 0o666)?;
+        let partial = PartialFile::create(&objects)?;
         let packed = self.write_data(chain, hot, &partial, progress)?;
         partial.publish_durably(&data_path)?;
         write_limited(&index_path, &packed.index.to_bytes()?, MAX_INDEX_LEN)?;
