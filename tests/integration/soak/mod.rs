@@ -147,5 +147,5 @@ fn random_operations_for_a_while() {
 
 #[test]
 fn a_fixed_sequence_of_operations_loses_nothing() {
-    soak(11, &Length::Steps(crate::support::rounds(120) as u64));
+    soak(11, &Length::Steps(crate::support::rounds(60) as u64));
 }
