@@ -9,8 +9,9 @@ STATIC  := -C target-feature=+crt-static -C relocation-model=static
 BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGET)
 
 CASES   ?= 20000
+SECONDS ?= 600
 
-.PHONY: build agent demo test test-features fuzz lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test test-features fuzz soak lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -40,6 +41,12 @@ test-features: setup
 # the shortest driver that shows it, and kept in proptest-regressions/ for `make test`; SEED=N makes a run repeatable.
 fuzz: setup
 	PROPTEST_CASES=$(CASES) $(if $(SEED),PROPTEST_RNG_SEED=$(SEED)) cargo test --locked --lib no_driver
+
+# Random operations with kill -9, full disks and failing disks against a model, for SECONDS. The seed is printed; SEED=N
+# repeats its sequence. A violation names the directory with the evidence.
+soak: build
+	TVMM_BINARY=$(CURDIR)/$(BINARY) TVMM_SOAK_SECONDS=$(SECONDS) $(if $(SEED),TVMM_SOAK_SEED=$(SEED)) cargo test --locked \
+		--test integration -- --ignored --exact --nocapture soak::random_operations_for_a_while
 
 lint: setup
 	cargo fmt --check

@@ -8,7 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::BoxError;
 use super::identify::{InputPath, Role};
-use crate::snapshot::{Chain, Location, merge};
+use crate::snapshot::{Chain, Location, MAX_MERGED_DEPTH, merge};
+use crate::vmm::sys::limits::raise_open_files;
 use crate::vmm::sys::page_cache::PageCache;
 
 #[derive(Debug, Args)]
@@ -28,8 +29,10 @@ impl MergeArgs {
 }
 
 pub fn run(args: &MergeArgs) -> Result<ExitCode, BoxError> {
+    // Each layer has an open file.
+    raise_open_files(MAX_MERGED_DEPTH as u64 + 64);
     let chain = match args.dirs.as_slice() {
-        [tip] => Chain::open(&Location::Dir(tip.clone()))?,
+        [tip] => Chain::open_to_merge(&Location::Dir(tip.clone()))?,
         dirs => Chain::from_dirs(dirs)?,
     };
     let bar = bytes_bar("merging");

@@ -1,7 +1,7 @@
 //! What the daemon knows, and how it starts VMs.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,7 +19,7 @@ use super::metrics::Counters;
 use super::networks::Network;
 use super::snapshots::SnapshotRecord;
 use super::store::{Kind, Store};
-use super::traces::{Recording, Traces, random_hex};
+use super::traces::{Recording, Traces};
 use super::vm::control::ControlError;
 use super::vm::process::Spawner;
 use super::vm::shells::{Shell, Shells};
@@ -27,6 +27,7 @@ use super::vm::table::Table;
 use super::vm::{RestoreSpec, StartSpec, Vm, VmRecord};
 use super::working_set::Slot;
 use super::{Options, ServeError};
+use crate::snapshot::random_hex;
 use crate::tiering::policy::Policy;
 use crate::vmm::sys::clock;
 use crate::vmm::sys::netns::Netns;
@@ -43,8 +44,8 @@ pub(super) struct Daemon {
     functions: Mutex<BTreeMap<String, Function>>,
     snapshots: Mutex<BTreeMap<String, SnapshotRecord>>,
     networks: Mutex<BTreeMap<String, Network>>,
-    /// Names of snapshots that are being made.
-    pub(super) names: Arc<Mutex<BTreeSet<String>>>,
+    /// Names of snapshots that are being made, and the snapshots that each of them needs.
+    pub(super) names: Arc<Mutex<BTreeMap<String, Vec<String>>>>,
     pub(super) vms: Arc<Table>,
     pub(super) shells: Arc<Shells>,
     pub(super) spawner: Spawner,

@@ -57,6 +57,7 @@ pub(super) struct Counters {
     pub(super) vms_started: AtomicU64,
     pub(super) vms_killed: AtomicU64,
     pub(super) snapshots_made: AtomicU64,
+    pub(super) snapshots_compacted: AtomicU64,
     pub(super) connections_refused: AtomicU64,
     /// Drives copied for VMs, by [`CopyMethod`].
     drive_copies: [AtomicU64; CopyMethod::ALL.len()],
@@ -119,6 +120,11 @@ impl Counters {
             ("tvmm_vms_started_total", "VMs booted or restored", &self.vms_started),
             ("tvmm_vms_killed_total", "VMs ended because of what their guest did or did not do", &self.vms_killed),
             ("tvmm_snapshots_made_total", "Snapshots taken", &self.snapshots_made),
+            (
+                "tvmm_snapshots_compacted_total",
+                "Full snapshots taken in place of diffs on long chains",
+                &self.snapshots_compacted,
+            ),
             ("tvmm_connections_refused_total", "Connections turned away", &self.connections_refused),
         ] {
             head(text, name, "counter", what)?;

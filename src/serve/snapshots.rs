@@ -1,6 +1,8 @@
 //! `/snapshots`: taken of VMs, copied, brought into the page cache and out of it, forgotten.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path as FilePath;
@@ -18,11 +20,13 @@ use super::body::{Body, check_name, query};
 use super::daemon::{Daemon, blocking};
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::Function;
+use super::metrics::Counters;
 use super::store::Kind;
-use super::traces::random_hex;
 use super::vm::Vm;
 use super::working_set;
-use crate::snapshot::{Location, Snapshot, copy_drive, derived_dir};
+use crate::snapshot::{
+    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, copy_drive, derived_dir, is_partial, random_hex,
+};
 
 /// A snapshot that is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -36,6 +40,9 @@ pub(super) struct SnapshotRecord {
     pub(super) snapshot_type: String,
     /// The snapshot that this diff builds on.
     pub(super) parent: Option<String>,
+    /// Whether a full one was taken although a diff was asked for, because the chain had become long.
+    #[serde(default)]
+    pub(super) compacted: bool,
     /// Where it is a copy of another.
     pub(super) copy_of: Option<String>,
     /// What it is: the identity to which plans and profiles are bound. Copies share it.
@@ -79,7 +86,8 @@ pub(super) struct SnapshotBody {
     /// What to call it; none: a new name.
     #[serde(rename = "ssId")]
     ss_id: Option<String>,
-    /// `Full` (the default), or `Diff`: the pages written since the VM's last snapshot.
+    /// `Full` (the default), or `Diff`: the pages written since the VM's last snapshot. On top of 16 layers, the daemon takes
+    /// a full one in place of a diff, and says so by `compacted`.
     snapshot_type: Option<String>,
     /// Refused: snapshots are kept in the daemon's directory.
     snapshot_path: Option<String>,
@@ -166,11 +174,27 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         Some(other) => return Err(Fault::bad(format!("There is no snapshot type `{other}`: Full or Diff."))),
     };
     let vm = daemon.vm(&body.vm_id)?;
-    let claim = claim_name(daemon, body.ss_id)?;
+    let mut claim = claim_name(daemon, body.ss_id)?;
     let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{}`.", vm.id)))?;
     let _quiet = vm.quiet().await;
     let dir = daemon.snapshot_dir(&claim.id);
+    let parent = vm.diff_parent().filter(|_| kind == "Diff");
+    let layers = parent.as_ref().map_or(0, |parent| layers_of(&daemon.snapshots(), parent));
+    let compacted = layers >= COMPACT_LAYERS;
+    let kind = if compacted { "Full" } else { kind };
+    if let Some(parent) = parent.filter(|_| !compacted) {
+        // From here on, until the diff is kept or given up, its parent cannot be deleted, whatever becomes of the VM.
+        claim.need(parent);
+    }
+    if compacted {
+        tracing::info!(
+            snapshot = claim.id,
+            layers,
+            "A full snapshot is taken in place of a diff: its chain would be long"
+        );
+    }
     let taken = capture(&vm, kind, &dir).await?;
+    vm.was_snapshotted(&claim.id);
     let opened = blocking({
         let dir = dir.clone();
         move || Snapshot::open(&Location::Dir(dir))
@@ -184,6 +208,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         vm_id: vm.id.clone(),
         snapshot_type: kind.to_string(),
         parent: parent.and_then(|dir| Some(dir.file_name()?.to_str()?.to_string())),
+        compacted,
         copy_of: None,
         identity: opened.id().to_string(),
         memory_bytes: taken["memory_bytes"].as_u64().unwrap_or(0),
@@ -192,7 +217,21 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         drive_copies: opened.manifest().drives.iter().map(|copy| copy.drive_id.clone()).collect(),
         function: vm.function.clone(),
     };
-    keep(daemon, record).await
+    let record = keep(daemon, record).await?;
+    if compacted {
+        Counters::count(&daemon.counters.snapshots_compacted);
+    }
+    Ok(record)
+}
+
+/// How many layers a chain may have in which the next snapshot is a diff: each makes restores slower, and no restore opens
+/// more than [`MAX_CHAIN_DEPTH`].
+const COMPACT_LAYERS: usize = MAX_CHAIN_DEPTH / 4;
+
+/// How many layers the chain of a kept snapshot has.
+fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize {
+    let parent_of = |record: &&SnapshotRecord| record.parent.as_ref().and_then(|parent| snapshots.get(parent));
+    std::iter::successors(snapshots.get(ss_id), parent_of).take(MAX_CHAIN_DEPTH).count()
 }
 
 /// Pauses the VM, takes the snapshot, and lets the VM run on whatever came of it.
@@ -230,10 +269,17 @@ async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRe
     Ok(record)
 }
 
-/// A name that nobody else gives to a snapshot meanwhile.
+/// A name that no other request gives to a snapshot meanwhile. What the snapshot needs cannot be deleted while it lives.
 struct Claim {
     id: String,
-    names: Arc<Mutex<BTreeSet<String>>>,
+    names: Arc<Mutex<BTreeMap<String, Vec<String>>>>,
+}
+
+impl Claim {
+    fn need(&mut self, ss_id: String) {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names.entry(self.id.clone()).or_default().push(ss_id);
+    }
 }
 
 impl Drop for Claim {
@@ -245,7 +291,13 @@ impl Drop for Claim {
 fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<Claim, Fault> {
     let id = wanted.unwrap_or_else(|| random_hex(6));
     check_name("snapshot", &id)?;
-    let is_free = daemon.names.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
+    let is_free = match daemon.names.lock().unwrap_or_else(PoisonError::into_inner).entry(id.clone()) {
+        Entry::Vacant(free) => {
+            free.insert(Vec::new());
+            true
+        }
+        Entry::Occupied(_) => false,
+    };
     let taken = Fault::conflict(format!("There is a snapshot `{id}` already: snapshots do not change."));
     if !is_free {
         return Err(taken);
@@ -275,13 +327,22 @@ async fn copy(daemon: &Arc<Daemon>, uri: &Uri) -> Result<SnapshotRecord, Fault> 
     }
     let from = query.remove("from_snapshot").ok_or_else(|| Fault::bad("The query needs `from_snapshot`."))?;
     let from = daemon.snapshot(&from)?;
-    let claim = claim_name(daemon, query.remove("ssId"))?;
+    let mut claim = claim_name(daemon, query.remove("ssId"))?;
+    claim.need(from.ss_id.clone());
+    from.parent.iter().for_each(|parent| claim.need(parent.clone()));
     let copied = blocking({
         let (daemon, from, id) = (daemon.clone(), from.ss_id.clone(), claim.id.clone());
         move || {
-            let to = daemon.snapshot_dir(&id);
-            copy_dir(&daemon.snapshot_dir(&from), &to)?;
-            copy_dir(&daemon.store.profiles_dir(&from), &daemon.store.profiles_dir(&id))
+            let (to, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+            let copied = copy_dir(&daemon.snapshot_dir(&from), &to)
+                .and_then(|()| copy_dir(&daemon.store.profiles_dir(&from), &profiles))
+                // As a restore opens it.
+                .and_then(|()| Chain::open(&Location::Dir(to.clone())).map(drop));
+            if copied.is_err() {
+                // What is left has no record, and is removed at the next start.
+                let _ = fs::remove_dir_all(&profiles).and_then(|()| fs::remove_dir_all(&to));
+            }
+            copied
         }
     });
     copied.await?.map_err(|error| Fault::of(&error))?;
@@ -299,24 +360,18 @@ fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries.map_err(io("list", from))?,
     };
-    let partial = to.with_extension("partial");
-    // What an earlier attempt left.
-    let _ = fs::remove_dir_all(&partial);
-    fs::create_dir(&partial).map_err(io("make", &partial))?;
-    let copied = entries.into_iter().try_for_each(|entry| {
+    let beside = to.parent().unwrap_or(FilePath::new("."));
+    let partial = PartialDir::create(beside)?;
+    for entry in entries {
         let path = entry.map_err(io("list", from))?.path();
         let file = File::open(&path).map_err(io("open", &path))?;
         let metadata = file.metadata().map_err(io("stat", &path))?;
-        let Some(name) = path.file_name().filter(|_| metadata.is_file()) else { return Ok(()) };
-        let (copy, _) = copy_drive(&file, metadata.len(), &partial.join(name))?;
-        copy.sync_all().map_err(io("sync the copy of", &path))
-    });
-    let copied = copied.and_then(|()| fs::rename(&partial, to).map_err(io("rename the finished copy to", to)));
-    if copied.is_err() {
-        // Best effort: it did not get its name.
-        let _ = fs::remove_dir_all(&partial);
+        let is_wanted = |name: &&OsStr| metadata.is_file() && !is_partial(name);
+        let Some(name) = path.file_name().filter(is_wanted) else { continue };
+        let (copy, _) = copy_drive(&file, metadata.len(), &partial.path().join(name))?;
+        copy.sync_all().map_err(io("sync the copy of", &path))?;
     }
-    copied
+    partial.publish(to)
 }
 
 /// Brings a snapshot's files into the page cache, or drops them from it.
@@ -351,19 +406,14 @@ pub(super) async fn patch_snapshot(
 /// Forgets a snapshot and its profiles.
 #[utoipa::path(delete, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
     responses((status = 200, description = "It was this", body = SnapshotRecord), (status = 404, body = FaultBody, description = "There is none"),
-        (status = 409, body = FaultBody, description = "A VM runs from it, or a diff builds on it")))]
+        (status = 409, body = FaultBody, description = "A VM runs from it or its next diff builds on it, or another snapshot needs it")))]
 pub(super) async fn delete_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<SnapshotRecord>, Fault> {
     let record = daemon.snapshot(&id)?;
-    let child = daemon.snapshots().values().find(|other| other.parent.as_ref() == Some(&id)).cloned();
-    if let Some(child) = child {
-        return Err(Fault::conflict(format!("Snapshot `{}` builds on `{id}`.", child.ss_id)));
-    }
-    if let Some(vm) = daemon.vms.all().iter().find(|vm| vm.ss_id.as_ref() == Some(&id)) {
-        return Err(Fault::conflict(format!("VM `{}` runs from snapshot `{id}`.", vm.id)));
-    }
+    // No other request comes between these checks and the removal from the list: nothing is waited for.
+    check_unneeded(&daemon, &id)?;
     // First out of sight, so that no VM is restored from half of it.
     daemon.snapshots().remove(&id);
     let removed = blocking({
@@ -378,8 +428,53 @@ pub(super) async fn delete_snapshot(
     Ok(Reply(record))
 }
 
-/// Removes snapshots that never got their record, or whose record was removed first.
+/// Refuses to delete a snapshot that another snapshot or a VM needs.
+fn check_unneeded(daemon: &Daemon, id: &str) -> Result<(), Fault> {
+    let refused = |why: String| Err(Fault::conflict(format!("Cannot delete snapshot `{id}`: {why}")));
+    let child = daemon.snapshots().values().find(|other| other.parent.as_deref() == Some(id)).cloned();
+    if let Some(child) = child {
+        return refused(format!("snapshot `{}` builds on it. Delete that one first.", child.ss_id));
+    }
+    let names = daemon.names.lock().unwrap_or_else(PoisonError::into_inner);
+    let made = names.iter().find(|(_, needed)| needed.iter().any(|needed| needed == id));
+    if let Some((made, _)) = made {
+        return refused(format!("snapshot `{made}`, which is being made, needs it."));
+    }
+    for vm in daemon.vms.all() {
+        if vm.ss_id.as_deref() == Some(id) {
+            return refused(format!("VM `{}` runs from it. End the VM first.", vm.id));
+        }
+        if vm.diff_parent().as_deref() == Some(id) {
+            return refused(format!(
+                "the next diff of VM `{}` builds on it. End the VM, or take another snapshot of it first.",
+                vm.id
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Removes snapshots that never got their record, or whose record was removed first; profiles of snapshots that are gone;
+/// and what writers that were killed have left.
 pub(super) fn sweep(daemon: &Daemon) -> io::Result<()> {
+    snapshot::sweep(daemon.store.dir());
+    snapshot::sweep(&daemon.store.snapshots_dir());
+    sweep_snapshots(daemon)?;
+    let kept = daemon.snapshots();
+    for entry in fs::read_dir(daemon.store.profiles_root())? {
+        let entry = entry?;
+        let Some(ss_id) = entry.file_name().to_str().filter(|name| kept.contains_key(*name)).map(String::from) else {
+            tracing::warn!(path = %entry.path().display(), "Profiles without a snapshot are removed");
+            fs::remove_dir_all(entry.path())?;
+            continue;
+        };
+        snapshot::sweep_own(&entry.path());
+        snapshot::sweep_own(&derived(&daemon.snapshot_dir(&ss_id)));
+    }
+    Ok(())
+}
+
+fn sweep_snapshots(daemon: &Daemon) -> io::Result<()> {
     let kept = daemon.snapshots();
     for entry in fs::read_dir(daemon.store.snapshots_dir())? {
         let entry = entry?;

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::error::ServeError;
-use crate::snapshot::{self, read_limited, replace_file};
+use crate::snapshot::{self, read_limited, write_limited};
 
 /// The file that says that a directory is one of `tvmm serve`'s.
 const MARK: &str = "tvmm-serve";
@@ -193,6 +193,11 @@ impl Store {
         &self.dir
     }
 
+    /// The directory of the profiles of all snapshots.
+    pub(super) fn profiles_root(&self) -> PathBuf {
+        self.dir.join("profiles")
+    }
+
     /// The directory of all snapshots.
     pub(super) fn snapshots_dir(&self) -> PathBuf {
         self.dir.join("snapshots")
@@ -205,7 +210,7 @@ impl Store {
 
     /// The directory of a snapshot's profiles.
     pub(super) fn profiles_dir(&self, id: &str) -> PathBuf {
-        self.dir.join("profiles").join(id)
+        self.profiles_root().join(id)
     }
 
     /// Where a VM's own images of drives are.
@@ -238,7 +243,7 @@ fn write_mark(path: &Path) -> io::Result<()> {
 fn save(path: &Path, what: &impl Serialize) -> snapshot::Result<()> {
     // Only keys and values that JSON has are ever given.
     let bytes = serde_json::to_vec_pretty(what).unwrap_or_default();
-    replace_file(path, &bytes)
+    write_limited(path, &bytes, MAX_JSON_BYTES)
 }
 
 /// Nothing to remove is as good as removed.

@@ -22,7 +22,7 @@ use super::body::query;
 use super::error::ServeError;
 use super::fault::{Fault, FaultBody, Reply};
 use super::traceparent::Caller;
-use crate::snapshot::overwrite_private;
+use crate::snapshot::{overwrite_private, random_hex};
 use crate::vmm::otlp::Exporter;
 use crate::vmm::report::chrome_event;
 use crate::vmm::sys::clock;
@@ -96,14 +96,6 @@ pub(super) struct TraceSummary {
 pub(super) struct Recording {
     pub(super) trace: Trace,
     start_ns: u64,
-}
-
-/// Random hexadecimal digits, two a byte.
-pub(super) fn random_hex(bytes: usize) -> String {
-    let mut buffer = vec![0; bytes];
-    // Asking again is all one can do; the kernel's generator is ready long before any daemon.
-    while rustix::rand::getrandom(&mut buffer[..], rustix::rand::GetRandomFlags::empty()) != Ok(bytes) {}
-    buffer.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Recording {

@@ -4,11 +4,15 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::{
-    Error, Extent, Location, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Result, Snapshot, SnapshotKind, derived_dir,
+    Error, Extent, Location, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Parent, Result, Snapshot, SnapshotKind,
+    derived_dir,
 };
 
-/// The most layers a chain may have.
+/// The most layers that a chain may have to be restored. The writer refuses to make a longer one.
 pub const MAX_CHAIN_DEPTH: usize = 64;
+
+/// The most layers that a chain may have to be merged: tvmm 0.1 wrote chains longer than it could restore.
+pub const MAX_MERGED_DEPTH: usize = 1024;
 
 /// A tip and its parents down to a full snapshot.
 #[derive(Debug)]
@@ -44,7 +48,15 @@ impl Chain {
     /// As for [`Snapshot::open`]; [`Error::Parent`] around it for a parent; [`Error::WrongParent`],
     /// [`Error::ParentLoop`], [`Error::ChainTooLong`], [`Error::LayoutMismatch`].
     pub fn open(tip: &Location) -> Result<Chain> {
-        Chain::open_by(tip, Snapshot::open)
+        Chain::open_by(tip, Snapshot::open, MAX_CHAIN_DEPTH)
+    }
+
+    /// As [`open`](Chain::open), but of up to [`MAX_MERGED_DEPTH`] layers. Each layer has an open file.
+    ///
+    /// # Errors
+    /// As for [`open`](Chain::open).
+    pub fn open_to_merge(tip: &Location) -> Result<Chain> {
+        Chain::open_by(tip, Snapshot::open, MAX_MERGED_DEPTH)
     }
 
     /// As [`open`](Chain::open), but the memory files need not be there: guest memory is somewhere else, in a cold pool.
@@ -52,22 +64,23 @@ impl Chain {
     /// # Errors
     /// As for [`open`](Chain::open).
     pub fn open_elsewhere(tip: &Location) -> Result<Chain> {
-        Chain::open_by(tip, Snapshot::open_elsewhere)
+        Chain::open_by(tip, Snapshot::open_elsewhere, MAX_CHAIN_DEPTH)
     }
 
-    fn open_by(tip: &Location, open: fn(&Location) -> Result<Snapshot>) -> Result<Chain> {
+    fn open_by(tip: &Location, open: fn(&Location) -> Result<Snapshot>, limit: usize) -> Result<Chain> {
         let mut layers = vec![open(tip)?];
         let mut seen = HashSet::from([layers[0].id()]);
         while let Some(child) = layers.last()
             && let Some(location) = child.parent_location()
         {
-            if layers.len() == MAX_CHAIN_DEPTH {
-                return Err(Error::ChainTooLong { object: tip.display(), limit: MAX_CHAIN_DEPTH });
+            if layers.len() == limit {
+                return Err(Error::ChainTooLong { object: tip.display(), limit });
             }
             let in_child = |source| Error::Parent { child: child.object().to_string(), source: Box::new(source) };
             let parent = open(&location).map_err(in_child)?;
             check_pair(child, &parent)?;
-            // The id covers the parent's id, so a loop needs a broken hash or a broken check above.
+            // The id covers the parent's id, and a merged snapshot that stands for another is full: a loop needs a broken
+            // hash or a broken check.
             if !seen.insert(parent.id()) {
                 return Err(Error::ParentLoop { object: tip.display() });
             }
@@ -130,8 +143,8 @@ impl Chain {
     /// the first is not.
     pub fn from_dirs(dirs: &[PathBuf]) -> Result<Chain> {
         let not_a_chain = |problem: String| Error::NotAChain { problem };
-        if dirs.len() > MAX_CHAIN_DEPTH {
-            return Err(not_a_chain(format!("{} directories are more than {MAX_CHAIN_DEPTH}", dirs.len())));
+        if dirs.len() > MAX_MERGED_DEPTH {
+            return Err(not_a_chain(format!("{} directories are more than {MAX_MERGED_DEPTH}", dirs.len())));
         }
         let mut layers: Vec<Snapshot> = Vec::with_capacity(dirs.len());
         for dir in dirs {
@@ -198,13 +211,40 @@ impl Chain {
     }
 }
 
+/// Makes sure that a reader finds `parent` and everything it is relative to, and may add a layer of `layout` to it.
+/// `object` is the diff that needs it.
+///
+/// # Errors
+/// [`Error::NoParent`] around what a reader would say; [`Error::ChainFull`].
+pub(crate) fn check_parent(object: &str, parent: &Parent, layout: &MemoryLayout) -> Result<()> {
+    let no_parent = |source| Error::NoParent { object: object.to_string(), source: Box::new(source) };
+    let chain = Chain::open(&parent.location).map_err(|error| match error {
+        // One that restores would refuse cannot be built on either.
+        Error::ChainTooLong { limit, .. } => Error::ChainFull { object: object.to_string(), limit },
+        error => no_parent(error),
+    })?;
+    let tip = chain.tip();
+    if !tip.stands_for(parent.id) {
+        let (child, found) = (object.to_string(), tip.id());
+        let source = Error::WrongParent { child, parent: tip.object().to_string(), expected: parent.id, found };
+        return Err(no_parent(source));
+    }
+    if tip.layout() != layout {
+        return Err(no_parent(Error::LayoutMismatch { object: object.to_string() }));
+    }
+    if chain.layers().len() >= MAX_CHAIN_DEPTH {
+        return Err(Error::ChainFull { object: object.to_string(), limit: MAX_CHAIN_DEPTH });
+    }
+    Ok(())
+}
+
 /// Whether `parent` is what `child` is relative to.
 fn check_pair(child: &Snapshot, parent: &Snapshot) -> Result<()> {
     let expected = match &child.manifest().parent {
         Some(parent) => parent.id,
         None => return Err(Error::BadParentage { object: child.object().to_string() }),
     };
-    if parent.id() != expected {
+    if !parent.stands_for(expected) {
         let (child, parent_name) = (child.object().to_string(), parent.object().to_string());
         return Err(Error::WrongParent { child, parent: parent_name, expected, found: parent.id() });
     }

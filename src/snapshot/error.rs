@@ -111,11 +111,26 @@ pub enum Error {
     /// The parent of a diff cannot be opened.
     #[error("The parent of {child} cannot be opened")]
     Parent { child: String, source: Box<Error> },
+    /// A diff would be of no use: what it is relative to cannot be read any more.
+    #[error(
+        "Cannot write the diff {object}: its parent is not what it was when the VM was snapshotted or restored. Take a full \
+         snapshot"
+    )]
+    NoParent { object: String, source: Box<Error> },
+    /// A diff that no restore would accept.
+    #[error(
+        "Cannot write the diff {object}: its chain would have more than {limit} layers, and no restore accepts that. Take a \
+         full snapshot"
+    )]
+    ChainFull { object: String, limit: usize },
+    /// The writer has written what the reader refuses.
+    #[error("Cannot seal {object}: what was written cannot be read")]
+    Unreadable { object: String, source: Box<Error> },
     /// Parents that lead back to a child.
     #[error("The parents of {object} form a loop")]
     ParentLoop { object: String },
-    /// More layers than anyone needs.
-    #[error("{object} has more than {limit} layers; merge it")]
+    /// More layers than a restore opens.
+    #[error("{object} has more than {limit} layers. Merge it (`tvmm snapshot merge`)")]
     ChainTooLong { object: String, limit: usize },
     /// Snapshots given in an order in which they are no chain.
     #[error("The snapshots given are not a chain: {problem}")]

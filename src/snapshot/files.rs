@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Advice, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::partial::{self, PartialFile};
 use super::{Error, Result};
 
 /// Opens a regular file for reading and gives its length in bytes.
@@ -48,25 +49,31 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Writes a file beside `path`, makes it durable, and renames it to `path`; an older file of that name is replaced.
+/// Also removes what writers that died left behind beside it.
 ///
 /// # Errors
 /// [`Error::Io`]; then `path` is as it was.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let Some(name) = path.file_name() else {
+    if path.file_name().is_none() {
         return Err(Error::BadTarget { path: path.to_path_buf(), problem: "it has no file name" });
-    };
-    let mut beside = name.to_os_string();
-    beside.push(format!(".{}.partial", std::process::id()));
-    let dir = parent_dir(path);
-    let partial = dir.join(beside);
-    let written = write_durably(&partial, bytes)
-        .and_then(|()| std::fs::rename(&partial, path).map_err(Error::io("rename a finished file to", path)));
-    if written.is_err() {
-        // Best effort: what matters is that it did not get the name.
-        let _ = std::fs::remove_file(&partial);
     }
-    written?;
-    sync_dir(&dir)
+    let dir = parent_dir(path);
+    partial::sweep(&dir);
+    let partial = PartialFile::create(&dir, PRIVATE)?;
+    partial.file().write_all(bytes).map_err(Error::io("write", partial.path()))?;
+    partial.publish_durably(path)
+}
+
+/// As [`replace_file`], for a file that is read by [`read_limited`] with this limit.
+///
+/// # Errors
+/// [`Error::TooLarge`] before anything is written; [`Error::Io`].
+pub fn write_limited(path: &Path, bytes: &[u8], limit: u64) -> Result<()> {
+    let len = bytes.len() as u64;
+    if len > limit {
+        return Err(Error::TooLarge { object: path.display().to_string(), len, limit });
+    }
+    replace_file(path, bytes)
 }
 
 /// The mode of files that hold guest memory, device state, or what a guest did: their owner alone reads them.
@@ -74,7 +81,7 @@ pub const PRIVATE: u32 = 0o600;
 
 /// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at its
 /// place is not followed (open(2), `O_EXCL`).
-pub fn create_new(path: &Path) -> Result<File> {
+pub(crate) fn create_new(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(PRIVATE);
     options.open(path).map_err(Error::io("create", path))

@@ -4,8 +4,9 @@
 //! An image has a checksum for each of its pages (`docs/snapshot-format.md`). It is made of pages that were compared with
 //! the snapshot's checksums, and every reader compares what it took from the image with the image's.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Write};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -16,9 +17,10 @@ use rustix::fs::Advice;
 use super::container::container_len_of;
 use super::manifest::canonical;
 use super::memory_check::CheckedReader;
+use super::partial::{PartialFile, sweep_own};
 use super::{
     Chain, Container, Content, Digest, Error, Extent, ImageSpec, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result,
-    Section, SectionKind, SnapshotId, files, write_container,
+    Section, SectionKind, SnapshotId, files, lru, write_container,
 };
 
 /// Pages copied at once.
@@ -76,6 +78,20 @@ impl Image {
     /// [`Error::Image`] for a file of another length; [`Error::BadMemory`] if it is to be made of damaged pages;
     /// [`Error::Io`].
     pub fn open(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
+        let mut opened = Image::open_once(chain, spec, cache);
+        for _ in 1..OPEN_ATTEMPTS {
+            // Another process may just have made room in the folder.
+            let is_gone =
+                |error: &Error| matches!(error, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound);
+            if !opened.as_ref().is_err_and(is_gone) {
+                break;
+            }
+            opened = Image::open_once(chain, spec, cache);
+        }
+        opened
+    }
+
+    fn open_once(chain: &Chain, spec: &ImageSpec, cache: &dyn LoadHuge) -> Result<(Image, ImageOrigin)> {
         let id = chain.tip().id();
         let digest = digest_of(id, spec);
         let mut path = chain.derived_file(&file_name(digest));
@@ -91,6 +107,7 @@ impl Image {
             make(chain, spec, &dir, &path, cache)?;
         }
         let (file, len) = files::open_regular(&path)?;
+        lru::note_use(&file);
         let data_len = spec.file_len();
         let expected = data_len.saturating_add(expected_len(data_len / PAGE_SIZE)).saturating_add(TAIL_LEN as u64);
         if len != expected {
@@ -254,6 +271,30 @@ fn digest_of(snapshot: SnapshotId, spec: &ImageSpec) -> Digest {
     Digest(*hasher.finalize().as_bytes())
 }
 
+/// The file name of an image of `spec` over the memory of `snapshot`.
+pub fn image_name(snapshot: SnapshotId, spec: &ImageSpec) -> String {
+    file_name(digest_of(snapshot, spec))
+}
+
+/// How often an image is made again that other processes remove before it is open.
+const OPEN_ATTEMPTS: usize = 8;
+
+/// The least that a folder of plans and images may hold, in bytes.
+const DERIVED_LIMIT_MIN: u64 = 64 << 20;
+
+/// Removes the plans and images of `chain` that were used longest ago, until the folder holds at most twice the bytes that
+/// the chain does (but no less than 64 MiB). `made`, the one just made, stays.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn bound_derived(chain: &Chain, made: &Path) -> Result<()> {
+    let held: u64 = chain.layers().iter().map(|layer| layer.manifest().pages_held * PAGE_SIZE).sum();
+    let limit = (2 * held).max(DERIVED_LIMIT_MIN);
+    let dir = chain.derived_dir();
+    let is_derived = |name: &OsStr| Path::new(name).extension().is_some_and(|end| end == "image" || end == "plan");
+    lru::shrink(&dir, limit, made, is_derived).map(drop).map_err(Error::io("make room in", &dir))
+}
+
 fn file_name(digest: Digest) -> String {
     format!("{}.image", &digest.to_string()[..32])
 }
@@ -307,13 +348,12 @@ pub fn check_image(path: &Path, id: SnapshotId, specs: &[ImageSpec]) -> Result<I
 fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn LoadHuge) -> Result<()> {
     files::create_private_dir(dir)
         .map_err(Error::io("make working-set images (--plan-dir names another place for them) in", dir))?;
-    let partial = path.with_extension(format!("partial-{}", std::process::id()));
-    let file = write(chain, spec, &partial).inspect_err(|_| {
-        // What could not be finished is of no use to anybody.
-        let _ = fs::remove_file(&partial);
-    })?;
-    fs::rename(&partial, path).map_err(Error::io("rename a finished file to", path))?;
-    files::sync_dir(dir)?;
+    sweep_own(dir);
+    let partial = PartialFile::create(dir, files::PRIVATE)?;
+    write(chain, spec, &partial)?;
+    let file = partial.file().try_clone().map_err(Error::io("open", path))?;
+    partial.publish_durably(path)?;
+    bound_derived(chain, path)?;
     files::evict(&file, path)?;
     let huge = spec.file_len() / HUGE * HUGE;
     if huge > 0 {
@@ -324,11 +364,9 @@ fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn Lo
 
 const HUGE: u64 = 2 << 20;
 
-fn write(chain: &Chain, spec: &ImageSpec, path: &Path) -> Result<File> {
+fn write(chain: &Chain, spec: &ImageSpec, partial: &PartialFile) -> Result<()> {
     let runs = chain.resolve()?;
-    // An abandoned one of an earlier process with the same id.
-    let _ = fs::remove_file(path);
-    let mut file = files::create_new(path)?;
+    let mut file = partial.file();
     let mut layers = chain.layers().iter().map(CheckedReader::new).collect::<Result<Vec<_>>>()?;
     let mut buffer = vec![0; (PIECE_PAGES * PAGE_SIZE) as usize];
     let id = chain.tip().id();
@@ -341,13 +379,11 @@ fn write(chain: &Chain, spec: &ImageSpec, path: &Path) -> Result<File> {
                 let bytes = &mut buffer[..piece.bytes() as usize];
                 read(&mut layers, run, piece, bytes)?;
                 trailer.sums.extend(bytes.chunks_exact(PAGE_SIZE as usize).map(crc32c::crc32c));
-                file.write_all(bytes).map_err(Error::io("write", path))?;
+                file.write_all(bytes).map_err(Error::io("write", partial.path()))?;
             }
         }
     }
-    file.write_all(&trailer.to_bytes()).map_err(Error::io("write", path))?;
-    file.sync_all().map_err(Error::io("sync", path))?;
-    Ok(file)
+    file.write_all(&trailer.to_bytes()).map_err(Error::io("write", partial.path()))
 }
 
 fn read(layers: &mut [CheckedReader], run: &ResolvedRun, piece: Extent, bytes: &mut [u8]) -> Result<()> {

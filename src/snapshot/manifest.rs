@@ -39,7 +39,14 @@ pub struct Manifest {
     /// Copies of drives in the snapshot's directory.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<DriveCopy>,
+    /// The snapshots whose memory and state a merged one has, the last merged first: a diff whose parent is one of them
+    /// accepts it in that parent's place. Full snapshots only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stands_for: Vec<SnapshotId>,
 }
+
+/// The most snapshots that one can stand for.
+pub(crate) const MAX_STANDS_FOR: usize = 64;
 
 /// Whether a snapshot stands alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -161,6 +168,9 @@ struct Identity<'a> {
     // As in the manifest: without copies, the identity is that of versions that could make none.
     #[serde(skip_serializing_if = "<[DriveCopy]>::is_empty")]
     drives: &'a [DriveCopy],
+    // As above: a snapshot that was not merged has the identity that earlier versions give it.
+    #[serde(skip_serializing_if = "<[SnapshotId]>::is_empty")]
+    stands_for: &'a [SnapshotId],
 }
 
 #[derive(Serialize)]
@@ -197,6 +207,7 @@ impl Manifest {
             digests,
             sizes,
             drives,
+            stands_for,
         } = self;
         let identity = Identity {
             format: *format,
@@ -213,6 +224,7 @@ impl Manifest {
             digests,
             sizes,
             drives,
+            stands_for,
         };
         let json = encode(object, serde_json::to_vec(&identity))?;
         Ok(SnapshotId(*blake3::hash(&json).as_bytes()))
@@ -249,6 +261,10 @@ impl Manifest {
         }
         if !manifest.drives.iter().all(DriveCopy::is_valid) {
             return Err(Error::malformed(object, "it names a copy of a drive that no drive can have"));
+        }
+        let is_full = manifest.kind == SnapshotKind::Full;
+        if manifest.stands_for.len() > if is_full { MAX_STANDS_FOR } else { 0 } {
+            return Err(Error::malformed(object, "it claims to stand for snapshots that it cannot stand for"));
         }
         Ok(manifest)
     }

@@ -13,6 +13,8 @@ const READ_PAGES: u64 = 256;
 /// Writes the memory that the chain's tip describes as a full snapshot with the tip's state. Pages that are all zero
 /// are not held, so the result is what a full snapshot at that instant would have been.
 ///
+/// Diffs whose parent was the tip accept the result in its place, see [`super::Manifest::stands_for`].
+///
 /// Every layer's checksums are verified first: damage must not get a fresh checksum. `progress` gets bytes done and
 /// bytes to do.
 ///
@@ -42,6 +44,7 @@ pub fn merge(
     }
     let tip = chain.tip();
     let mut writer = SnapshotWriter::create(target, tip.layout().clone(), SnapshotKind::Full, None)?;
+    writer.stand_for(std::iter::once(tip.id()).chain(tip.manifest().stands_for.iter().copied()));
     let mut progress = Progress { done: 0, total, report: progress };
     for layer in chain.layers() {
         layer.verify_with(&mut progress)?.into_result(layer.object())?;

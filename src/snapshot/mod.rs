@@ -11,6 +11,7 @@ mod error;
 mod files;
 mod ids;
 mod image;
+pub mod lru;
 mod manifest;
 mod memory_check;
 mod merge;
@@ -27,15 +28,15 @@ mod writer;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, ResolvedRun};
+pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
 };
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
-pub use files::{PRIVATE, create_new, create_private_dir, overwrite_private, read_limited, replace_file};
+pub use files::{PRIVATE, create_private_dir, overwrite_private, read_limited, replace_file, write_limited};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};
-pub use image::{Image, ImageOrigin, ImageState, check_image, derived_dir};
+pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, derived_dir, image_name};
 pub use manifest::{
     DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
     is_snapshot_dir,
@@ -44,6 +45,7 @@ pub use memory_check::{BadChunk, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 pub use page_set::PageSet;
+pub use partial::{PartialDir, PartialFile, is_partial, random_hex, sweep, sweep_own};
 pub use plan::{
     Background, BackgroundAction, Fill, ImageSpec, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan,
     TierAccess, TierSource,

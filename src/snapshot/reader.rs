@@ -134,6 +134,11 @@ impl Snapshot {
         self.manifest.id
     }
 
+    /// Whether a diff whose parent is `id` may have this snapshot as its parent: it is that one, or was merged from it.
+    pub fn stands_for(&self, id: SnapshotId) -> bool {
+        self.id() == id || self.manifest.stands_for.contains(&id)
+    }
+
     /// Guest RAM.
     pub fn layout(&self) -> &MemoryLayout {
         &self.manifest.layout

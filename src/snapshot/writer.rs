@@ -7,17 +7,18 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::chain::check_parent;
 use super::container::{self, Section, SectionKind, write_container};
-use super::manifest::{DIR_FILES, MANIFEST_FILE, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
+use super::manifest::{DIR_FILES, MANIFEST_FILE, MAX_STANDS_FOR, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
 use super::memory_check::MemoryFile;
 use super::page_map::PageMap;
-use super::partial::Partial;
+use super::partial::{self, PartialDir};
 use super::read_back::{LoadHuge, ReadBack, read_back};
 use super::reader::{PAGES_LIMIT, SNAPSHOT_FILE_LIMIT, STATE_LIMIT, section_digest};
 use super::unchanged::{Doubtful, punch};
 use super::{
     Digests, DriveCopy, Error, Extent, FORMAT_MAJOR, FileSizes, Gfn, HostFacts, Location, MachineFacts, Manifest,
-    MemoryLayout, PAGE_SIZE, PageSet, Parent, Result, SnapshotId, SnapshotKind, copy_drive, files,
+    MemoryLayout, PAGE_SIZE, PageSet, Parent, Result, Snapshot, SnapshotId, SnapshotKind, copy_drive, files,
 };
 
 /// Written at once: large against the cost of a system call. File systems make folios as large as a write, and a kernel
@@ -38,13 +39,14 @@ pub struct SnapshotWriter {
     held: PageSet,
     zero: PageSet,
     drives: Vec<(DriveCopy, File)>,
+    stands_for: Vec<SnapshotId>,
 }
 
 /// The work directories: one for the directory form, one beside each file for the two-file form.
 #[derive(Debug)]
 struct Work {
-    memory_dir: Partial,
-    snapshot_dir: Option<Partial>,
+    memory_dir: PartialDir,
+    snapshot_dir: Option<PartialDir>,
 }
 
 impl Work {
@@ -94,11 +96,11 @@ impl SnapshotWriter {
     /// Prepares to write a snapshot to `target`. A directory must not exist yet; the two files of the other form may,
     /// and are replaced when the snapshot is sealed.
     ///
-    /// Also removes what writers of the same target that died left behind.
+    /// Also removes what writers that died left behind beside the target.
     ///
     /// # Errors
     /// [`Error::TargetExists`], [`Error::BadTarget`], [`Error::BadParentage`] (a diff needs a parent, a full snapshot
-    /// has none), [`Error::Io`].
+    /// has none), [`Error::NoParent`] and [`Error::ChainFull`] (no reader could open the diff), [`Error::Io`].
     pub fn create(
         target: Location,
         layout: MemoryLayout,
@@ -109,10 +111,13 @@ impl SnapshotWriter {
             return Err(Error::BadParentage { object: target.display() });
         }
         check_target(&target, parent.as_ref())?;
+        if let Some(parent) = &parent {
+            check_parent(&target.display(), parent, &layout)?;
+        }
         let work = match &target {
-            Location::Dir(dir) => Work { memory_dir: Partial::create(dir)?, snapshot_dir: None },
+            Location::Dir(dir) => Work { memory_dir: work_dir_beside(dir)?, snapshot_dir: None },
             Location::Files { snapshot, memory } => {
-                Work { memory_dir: Partial::create(memory)?, snapshot_dir: Some(Partial::create(snapshot)?) }
+                Work { memory_dir: work_dir_beside(memory)?, snapshot_dir: Some(work_dir_beside(snapshot)?) }
             }
         };
         let path = work.memory_path();
@@ -129,7 +134,14 @@ impl SnapshotWriter {
             held: PageSet::new(),
             zero: PageSet::new(),
             drives: Vec::new(),
+            stands_for: Vec::new(),
         })
+    }
+
+    /// Says that the snapshot has the memory and the state of these: children of theirs may become its own. The last
+    /// merged come first, and those that were merged longest ago are left out where they are more than a manifest takes.
+    pub(crate) fn stand_for(&mut self, snapshots: impl Iterator<Item = SnapshotId>) {
+        self.stands_for = snapshots.take(MAX_STANDS_FOR).collect();
     }
 
     /// Takes a copy of the first `len` bytes of a drive's image, which nobody writes meanwhile.
@@ -209,7 +221,8 @@ impl SnapshotWriter {
     ///
     /// # Errors
     /// [`Error::BadSection`], [`Error::TooLarge`], [`Error::BadMemory`] (the disk did not keep what was written),
-    /// [`Error::TargetExists`], [`Error::Io`]. Nothing is left under the final name then.
+    /// [`Error::NoParent`] (the parent was deleted meanwhile), [`Error::Unreadable`], [`Error::TargetExists`],
+    /// [`Error::Io`]. Nothing is left under the final name then.
     pub fn seal(self, input: SealInput<'_>) -> Result<Sealed> {
         let proof = Proof::First(input.cache);
         Ok(self.complete(input, proof)?.0)
@@ -227,7 +240,8 @@ impl SnapshotWriter {
     fn complete(self, input: SealInput<'_>, proof: Proof<'_>) -> Result<(Sealed, ReadBack)> {
         container::check_sections(&input.state)?;
         let object = self.target.display();
-        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, drives, next: _ } = self;
+        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, drives, stands_for, next: _ } =
+            self;
         let path = work.memory_path();
         let checksums = MemoryFile { file: &memory, path: &path, layout: &layout }.sync_and_checksum(&held)?;
         let map = PageMap::new(&layout, held, zero, checksums).map_err(|p| Error::malformed(&object, p))?;
@@ -240,6 +254,7 @@ impl SnapshotWriter {
         check_size(&object, sizes.vmstate, STATE_LIMIT)?;
         check_size(&object, sizes.pages, PAGES_LIMIT)?;
         let base = target.base_dir();
+        let needed = parent.clone();
         let parent = parent.map(|p| Parent { id: p.id, location: p.location.relative_to(&base) });
         let mut manifest = Manifest {
             format: u32::from(FORMAT_MAJOR),
@@ -256,6 +271,7 @@ impl SnapshotWriter {
             sizes,
             layout,
             drives: drives.iter().map(|(copy, _)| copy.clone()).collect(),
+            stands_for,
         };
         manifest.id = manifest.compute_id(&object)?;
         let memory = MemoryFile { file: &memory, path: &path, layout: &manifest.layout };
@@ -268,8 +284,8 @@ impl SnapshotWriter {
         }
         let to_read = ReadBack::prepare(memory, map, target.memory_path())?;
         let bytes_on_disk = match &target {
-            Location::Dir(dir) => seal_dir(dir, work, &manifest, [&input.state, &pages])?,
-            Location::Files { .. } => seal_files(&target, work, &manifest, [input.state, pages])?,
+            Location::Dir(_) => seal_dir(&target, work, &manifest, needed, [&input.state, &pages])?,
+            Location::Files { .. } => seal_files(&target, work, &manifest, needed, [input.state, pages])?,
         };
         let Manifest { id, pages_held, pages_zero, .. } = manifest;
         Ok((Sealed { id, location: target, pages_held, pages_zero, bytes_on_disk }, to_read))
@@ -295,6 +311,16 @@ impl SnapshotWriter {
         }
         Ok(())
     }
+}
+
+/// A work directory beside `target`; first, those that dead writers left there are removed.
+fn work_dir_beside(target: &Path) -> Result<PartialDir> {
+    if target.file_name().is_none() {
+        return Err(Error::BadTarget { path: target.to_path_buf(), problem: "it has no final name" });
+    }
+    let dir = files::parent_dir(target);
+    partial::sweep(&dir);
+    PartialDir::create(&dir)
 }
 
 /// Refuses targets that would overwrite a snapshot, or one half of themselves.
@@ -340,25 +366,49 @@ fn now_unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-fn seal_dir(dir: &Path, work: Work, manifest: &Manifest, sections: [&[Section]; 2]) -> Result<u64> {
+/// Opens what was written as every reader does, and what a diff needs: the writer's limits are then the reader's, whatever
+/// these are, and a parent that was deleted since the capture is noticed before the diff is acknowledged.
+fn prove_readable(target: &Location, written: &Location, manifest: &Manifest, needed: Option<&Parent>) -> Result<()> {
+    let object = target.display();
+    let opened = Snapshot::open(written).and_then(|snapshot| snapshot.page_map().map(drop).map(|()| snapshot.id()));
+    match opened {
+        Ok(id) if id == manifest.id => {}
+        Ok(found) => return Err(Error::IdMismatch { object, claimed: manifest.id, computed: found }),
+        Err(error) => return Err(Error::Unreadable { object, source: Box::new(error) }),
+    }
+    needed.map_or(Ok(()), |parent| check_parent(&object, parent, &manifest.layout))
+}
+
+fn seal_dir(
+    target: &Location,
+    work: Work,
+    manifest: &Manifest,
+    needed: Option<Parent>,
+    sections: [&[Section]; 2],
+) -> Result<u64> {
+    let Location::Dir(dir) = target else { return Ok(0) };
     let from = work.memory_dir.path().to_path_buf();
     let [state, pages] = sections;
     files::write_durably(&from.join(STATE_FILE), &write_container(state))?;
     files::write_durably(&from.join(PAGES_FILE), &write_container(pages))?;
     files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
-    files::sync_dir(&from)?;
     let drives = manifest.drives.iter().map(DriveCopy::file_name);
     let names = DIR_FILES.map(str::to_owned).into_iter().chain(drives);
     let bytes_on_disk = names.map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
-    files::rename_dir_to_free_name(&from, dir)?;
-    work.memory_dir.keep();
-    files::sync_dir(&files::parent_dir(dir))?;
+    prove_readable(target, &Location::Dir(from), manifest, needed.as_ref())?;
+    work.memory_dir.publish(dir)?;
     Ok(bytes_on_disk)
 }
 
 /// The snapshot file is the commit point. An old one is removed before its memory is replaced: a crash in between
 /// leaves no snapshot, never one with another's memory.
-fn seal_files(target: &Location, work: Work, manifest: &Manifest, sections: [Vec<Section>; 2]) -> Result<u64> {
+fn seal_files(
+    target: &Location,
+    work: Work,
+    manifest: &Manifest,
+    needed: Option<Parent>,
+    sections: [Vec<Section>; 2],
+) -> Result<u64> {
     let Location::Files { snapshot: snapshot_to, memory: memory_to } = target else { return Ok(0) };
     let Some(snapshot_dir) = &work.snapshot_dir else { return Ok(0) };
     let json = manifest.to_json(&snapshot_to.display().to_string())?;
@@ -369,6 +419,8 @@ fn seal_files(target: &Location, work: Work, manifest: &Manifest, sections: [Vec
     files::write_durably(&snapshot_from, &write_container(&all))?;
     let memory_from = work.memory_path();
     let bytes_on_disk = occupied(&snapshot_from)? + occupied(&memory_from)?;
+    let written = Location::Files { snapshot: snapshot_from.clone(), memory: memory_from.clone() };
+    prove_readable(target, &written, manifest, needed.as_ref())?;
     match fs::remove_file(snapshot_to) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", snapshot_to)(error))?,
         Ok(()) => files::sync_dir(&files::parent_dir(snapshot_to))?,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::snapshot::replace_file;
 
 /// The version of the file that this build writes and reads.
 const VERSION: u32 = 2;
@@ -242,10 +243,8 @@ impl Costs {
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             std::fs::create_dir_all(parent).map_err(|error| bad(error.to_string()))?;
         }
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".{}", std::process::id()));
-        std::fs::write(&beside, format!("{json}\n")).map_err(|error| bad(error.to_string()))?;
-        std::fs::rename(&beside, path).map_err(|error| bad(error.to_string()))
+        replace_file(path, format!("{json}\n").as_bytes())?;
+        Ok(())
     }
 
     /// Where the measurements of this host are kept: `$XDG_CACHE_HOME/tvmm/costs.json`, or below `~/.cache`.

@@ -10,6 +10,7 @@ pub mod chunks;
 pub mod costs;
 pub mod fault;
 pub mod fit;
+pub mod plan_cache;
 pub mod plan_file;
 pub mod policy;
 pub mod pool;

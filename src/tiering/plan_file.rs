@@ -17,7 +17,7 @@ use super::fit::Fit;
 use super::policy::Estimate;
 use super::profile::Profile;
 use crate::snapshot::{
-    Chain, Container, RestorePlan, Section, SectionKind, Snapshot, TierSource, replace_file, write_container,
+    Chain, Container, RestorePlan, Section, SectionKind, Snapshot, TierSource, write_container, write_limited,
 };
 
 /// The version of the section; another one is not read, the plan is made again.
@@ -137,7 +137,7 @@ impl PlanFile {
         let bad = |error: postcard::Error| Error::PlanFile { path: path.to_path_buf(), problem: error.to_string() };
         let payload = postcard::to_stdvec(self).map_err(bad)?;
         let bytes = write_container(&[Section { kind: SectionKind::Plan, instance: 0, version: VERSION, payload }]);
-        replace_file(path, &bytes)?;
+        write_limited(path, &bytes, FILE_LIMIT)?;
         Ok(bytes.len() as u64)
     }
 

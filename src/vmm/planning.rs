@@ -1,15 +1,17 @@
 //! Which plan a restore is carried out by: one given in a file, or one that a policy makes, kept beside the snapshot so
 //! that the next restore need not make it again.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::control::LoadSnapshot;
 use super::error::Error;
 use super::sys::page_cache;
-use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, TierSource, create_private_dir};
+use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, TierSource, bound_derived, create_private_dir, lru};
 use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
+use crate::tiering::plan_cache::plan_name;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, DRAM_PRICE_US, Policy, PolicyInput, page_price_ns};
 use crate::tiering::profile::Profile;
@@ -84,8 +86,8 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
         dram_page_ns: page_price_ns(load.dram_price_us.unwrap_or(DRAM_PRICE_US)),
     };
     let sources = sources(tiers);
-    let name =
-        cache_name(chain, policy, bytes.as_deref().unwrap_or_default(), &format!("{costs:?} {budget:?} {sources:?}"));
+    let others = format!("{costs:?} {budget:?} {sources:?}");
+    let name = plan_name(chain.tip().id(), policy, bytes.as_deref().unwrap_or_default(), &others);
     let source_cache = Some(cache.name());
     if let Some(file) = cached(chain, &sources, &chain.derived_file(&name)) {
         return Ok(Chosen::from(file, "cache", source_cache));
@@ -99,7 +101,7 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     let expected = input.estimate(&plan);
     let used = CostsUsed::new(&costs, load.costs.as_deref());
     let file = PlanFile::new(plan, expected, chain)?.made_from(used, profile.as_ref());
-    keep(&file, &chain.derived_dir().join(&name));
+    keep(chain, &file, &chain.derived_dir().join(&name));
     Ok(Chosen::from(file, "made", source_cache))
 }
 
@@ -107,30 +109,24 @@ fn pages(mib: Option<u64>) -> Option<u64> {
     mib.map(|mib| mib.saturating_mul((1 << 20) / PAGE_SIZE))
 }
 
-/// The name says everything the plan depends on.
-fn cache_name(chain: &Chain, policy: Policy, profile: &[u8], others: &str) -> String {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&chain.tip().id().0);
-    hasher.update(profile);
-    hasher.update(format!("{others} {}", env!("CARGO_PKG_VERSION")).as_bytes());
-    let key = &hasher.finalize().to_hex()[..16];
-    format!("{policy}-{key}.plan")
-}
-
 /// A kept plan that is still good. One that is not is made again.
 fn cached(chain: &Chain, tiers: &[TierSource], path: &Path) -> Option<PlanFile> {
     if !path.exists() {
         return None;
     }
+    if let Ok(file) = File::open(path) {
+        lru::note_use(&file);
+    }
     let checked = PlanFile::load(path).and_then(|file| file.check_for(chain, tiers, path).map(drop).map(|()| file));
     checked.inspect_err(|error| tracing::warn!(%error, "A kept plan is made again")).ok()
 }
 
-fn keep(file: &PlanFile, path: &Path) {
+fn keep(chain: &Chain, file: &PlanFile, path: &Path) {
     let saved = path.parent().map_or(Ok(()), create_private_dir);
     let saved = saved
         .map_err(|error| error.to_string())
-        .and_then(|()| file.save(path).map(drop).map_err(|error| error.to_string()));
+        .and_then(|()| file.save(path).map(drop).map_err(|error| error.to_string()))
+        .and_then(|()| bound_derived(chain, path).map_err(|error| error.to_string()));
     if let Err(error) = saved {
         // The restore itself does not need it; the next one is slower.
         tracing::warn!(%error, path = %path.display(), "The plan cannot be kept; --plan-dir names another place for it");

@@ -77,7 +77,7 @@ impl Scene {
     /// Work directories left by writers that were killed.
     fn partials(&self) -> usize {
         let names = fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
-        names.filter(|name| name.to_str().unwrap().contains(".partial-")).count()
+        names.filter(|name| name.to_str().unwrap().ends_with(".partial")).count()
     }
 
     /// Kills a VMM at `rounds` moments spread over a snapshot to the directory `out`.

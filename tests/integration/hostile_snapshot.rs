@@ -370,8 +370,7 @@ fn directory_in_progress_is_refused() {
     let mut writer = SnapshotWriter::create(target, layout, SnapshotKind::Full, None).unwrap();
     writer.write_run(Gfn(0), &[1; PAGE_SIZE as usize]).unwrap();
     let names = fs::read_dir(victim.dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
-    let partial =
-        names.map(|name| name.into_string().unwrap()).find(|name| name.starts_with(".next.partial-")).unwrap();
+    let partial = names.map(|name| name.into_string().unwrap()).find(|name| name.ends_with(".partial")).unwrap();
     assert!(victim.refused(&partial).contains("is not sealed"));
     drop(writer);
     assert!(!victim.path(&partial).exists());

@@ -123,6 +123,8 @@ pub(super) struct Vm {
     drives: OwnDrives,
     next_request: AtomicU64,
     use_: Mutex<Use>,
+    /// The snapshot that the VM's next diff builds on: the last one taken of it, or the one it was restored from.
+    diff_parent: Mutex<Option<String>>,
 }
 
 /// Who uses a VM.
@@ -178,12 +180,24 @@ impl Vm {
             vsock,
             drives,
             next_request: AtomicU64::new(1),
+            diff_parent: Mutex::new(spec.restore.as_ref().map(|restore| restore.ss_id.clone())),
             use_: Mutex::new(Use { requests: 0, invocations: 0, since: Instant::now() }),
         })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Use> {
         self.use_.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The snapshot that the VM's next diff builds on, if the VM can have one.
+    pub(super) fn diff_parent(&self) -> Option<String> {
+        let parent = self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        parent.filter(|_| self.function.track_dirty_pages)
+    }
+
+    /// A snapshot was taken of the VM: its next diff builds on that.
+    pub(super) fn was_snapshotted(&self, ss_id: &str) {
+        *self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner) = Some(ss_id.to_string());
     }
 
     /// Claims a place in the VM's queue; `None` if it is full.

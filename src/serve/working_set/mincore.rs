@@ -141,7 +141,7 @@ pub(in crate::serve) async fn put_mincore(
         let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
         profile.snapshot = ground.chain.tip().id();
         profile.check_for(ground.chain.tip()).map_err(|error| Fault::conflict(error.to_string()))?;
-        save(Slot::Mincore, &profiles, &profile)?;
+        save(Slot::Mincore, &dir, &profiles, &profile)?;
         state(&dir, &profiles)
     });
     carried.await?.map(Reply)
@@ -186,7 +186,7 @@ pub(in crate::serve) async fn post_mincore(
         layers[..position].iter().for_each(|before| pages.subtract(before));
         layers[position..].iter_mut().for_each(|after| after.subtract(&pages));
         layers.insert(position, pages);
-        save(Slot::Mincore, &profiles, &of_layers(profile, layers))?;
+        save(Slot::Mincore, &dir, &profiles, &of_layers(profile, layers))?;
         state(&dir, &profiles)
     });
     added.await?.map(Reply)
@@ -261,7 +261,7 @@ fn change(dir: &FilePath, profiles: &FilePath, patch: &MincorePatch) -> Result<M
     if let Some(size) = patch.from_records_size {
         let record = load(Slot::Reap, profiles)?.or(load(Slot::Run, profiles)?).filter(Profile::knows_order);
         let none = || Fault::conflict("No run was recorded in order: record one by POST /snapshots/{id}/profile.");
-        save(Slot::Mincore, profiles, &from_record(record.ok_or_else(none)?, size)?)?;
+        save(Slot::Mincore, dir, profiles, &from_record(record.ok_or_else(none)?, size)?)?;
     }
     let layered = || {
         let none = || Fault::conflict("The snapshot has no layers.");
@@ -271,7 +271,7 @@ fn change(dir: &FilePath, profiles: &FilePath, patch: &MincorePatch) -> Result<M
         let profile = layered()?;
         let nonzero = nonzero(&ground.resolved);
         let trimmed = layers(&profile).iter().map(|layer| layer.intersection(&nonzero)).collect();
-        save(Slot::Mincore, profiles, &of_layers(profile, trimmed))?;
+        save(Slot::Mincore, dir, profiles, &of_layers(profile, trimmed))?;
     }
     if patch.to_ws_file {
         ground.make_images(Policy::Faasnap, &layered()?)?;

@@ -4,6 +4,7 @@ pub(super) mod mincore;
 pub(super) mod profile;
 pub(super) mod reap;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -13,8 +14,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(super) use self::profile::{Record, record_invocation};
 use super::fault::Fault;
 use super::snapshots::{CacheState, derived};
-use crate::snapshot::{Chain, Image, ImageSpec, Location, ResolvedRun};
+use crate::snapshot::{Chain, Image, ImageSpec, Location, ResolvedRun, image_name};
 use crate::tiering::costs::Costs;
+use crate::tiering::plan_cache::{self, profile_mark};
 use crate::tiering::policy::{Budget, Policy, PolicyInput};
 use crate::tiering::profile::{Order, Profile, RecorderKind};
 use crate::vmm::sys::page_cache::{PageCache, resident_pages};
@@ -242,8 +244,38 @@ fn load(slot: Slot, profiles: &Path) -> Result<Option<Profile>, Fault> {
     slot.existing(profiles).map(|path| Profile::load(&path)).transpose().map_err(|error| Fault::of(&error))
 }
 
-/// Keeps a profile.
-fn save(slot: Slot, profiles: &Path, profile: &Profile) -> Result<(), Fault> {
+/// Keeps a profile of the snapshot in `dir`.
+fn save(slot: Slot, dir: &Path, profiles: &Path, profile: &Profile) -> Result<(), Fault> {
     fs::create_dir_all(profiles).map_err(|error| Fault::of(&error))?;
-    profile.save(&slot.path(profiles)).map(drop).map_err(|error| Fault::of(&error))
+    profile.save(&slot.path(profiles)).map(drop).map_err(|error| Fault::of(&error))?;
+    remove_unneeded(dir, profiles)
+}
+
+/// Removes the plans and working-set files of a snapshot that were made from profiles which are gone or have changed.
+fn remove_unneeded(dir: &Path, profiles: &Path) -> Result<(), Fault> {
+    if !derived(dir).is_dir() {
+        return Ok(());
+    }
+    let fault = |error: crate::tiering::Error| Fault::of(&error);
+    let mut marks = BTreeSet::from([profile_mark(&[])]);
+    let mut images = BTreeSet::new();
+    for slot in [Slot::Run, Slot::Mincore, Slot::Reap] {
+        let Some(path) = slot.existing(profiles) else { continue };
+        marks.insert(profile_mark(&Profile::read(&path).map_err(fault)?));
+        // The working-set files of these two are also made ahead of any plan.
+        let policy = match slot {
+            Slot::Run => continue,
+            Slot::Mincore => Policy::Faasnap,
+            Slot::Reap => Policy::Reap,
+        };
+        let ground = Ground::open(dir).map_err(|error| Fault::of(&error))?;
+        let profile = Profile::load(&path).map_err(fault)?;
+        let of_slot = ground.images(policy, &profile)?;
+        images.extend(of_slot.iter().map(|spec| image_name(ground.chain.tip().id(), spec)));
+    }
+    let freed = plan_cache::remove_unneeded(&derived(dir), &marks, &images);
+    if freed > 0 {
+        tracing::info!(bytes = freed, dir = %dir.display(), "Plans and images of profiles that are gone are removed");
+    }
+    Ok(())
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Slot, exclusively, load, save};
+use super::{Slot, exclusively, load, remove_unneeded, save};
 use crate::serve::Shared;
 use crate::serve::body::{Body, check_line, number, query};
 use crate::serve::daemon::{Daemon, START_TIMEOUT, blocking};
@@ -21,8 +21,9 @@ use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
 use crate::serve::load::LoadOptions;
 use crate::serve::snapshots::SnapshotRecord;
 use crate::serve::store::gone_is_fine;
-use crate::serve::traces::{Recording, random_hex};
+use crate::serve::traces::Recording;
 use crate::serve::vm::process::run_tool;
+use crate::snapshot::random_hex;
 use crate::tiering::profile::Profile;
 use crate::vmm::sys::clock;
 
@@ -126,6 +127,12 @@ async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Durat
         };
         return Err(Fault::said(status, text));
     }
+    let dir = daemon.snapshot_dir(&record.snapshot.ss_id);
+    let removed = blocking(move || {
+        let _turn = exclusively();
+        remove_unneeded(&dir, &profiles)
+    });
+    removed.await??;
     let told: Value = serde_json::from_slice(&printed).unwrap_or_default();
     let answer = told["runs"][0]["answer"].as_str().unwrap_or_default();
     let mut words = answer.splitn(3, ' ');
@@ -222,10 +229,11 @@ pub(in crate::serve) async fn put_profile(
         return Err(Fault::conflict(message));
     }
     let (from, to) = (daemon.store.profiles_dir(&source), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
     let carried = blocking(move || {
         let _turn = exclusively();
         let profile = load(Slot::Run, &from)?.ok_or_else(|| Fault::not_found("profile of snapshot", &source))?;
-        save(Slot::Run, &to, &profile)?;
+        save(Slot::Run, &dir, &to, &profile)?;
         Ok(profile)
     });
     let profile: Profile = carried.await??;
@@ -240,8 +248,13 @@ pub(in crate::serve) async fn delete_profile(
     Path(id): Path<String>,
 ) -> Result<Reply<ProfileState>, Fault> {
     let told = get_profile(State(daemon.clone()), Path(id.clone())).await?;
-    let path = Slot::Run.path(&daemon.store.profiles_dir(&id));
-    gone_is_fine(std::fs::remove_file(path)).map_err(|error| Fault::of(&error))?;
+    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let removed = blocking(move || {
+        let _turn = exclusively();
+        gone_is_fine(std::fs::remove_file(Slot::Run.path(&profiles))).map_err(|error| Fault::of(&error))?;
+        remove_unneeded(&dir, &profiles)
+    });
+    removed.await??;
     Ok(told)
 }
 

@@ -4,7 +4,7 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Ground, Slot, cache_state, drop_cached, exclusively, load, load_cached};
+use super::{Ground, Slot, cache_state, drop_cached, exclusively, load, load_cached, remove_unneeded};
 use crate::serve::Shared;
 use crate::serve::body::Body;
 use crate::serve::daemon::blocking;
@@ -91,12 +91,11 @@ pub(in crate::serve) async fn delete_reap(
     let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
     let removed = blocking(move || {
         let _turn = exclusively();
-        let Some(profile) = load(Slot::Reap, &profiles)? else { return Ok(false) };
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
-        for image in ground.make_images(Policy::Reap, &profile)? {
-            gone_is_fine(std::fs::remove_file(image)).map_err(|error| Fault::of(&error))?;
+        if load(Slot::Reap, &profiles)?.is_none() {
+            return Ok(false);
         }
         gone_is_fine(std::fs::remove_file(Slot::Reap.path(&profiles))).map_err(|error| Fault::of(&error))?;
+        remove_unneeded(&dir, &profiles)?;
         Ok(true)
     });
     let removed: bool = removed.await??;

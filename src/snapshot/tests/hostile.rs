@@ -391,37 +391,119 @@ fn directories_that_are_no_chain_are_refused() {
     assert!(matches!(refused(std::slice::from_ref(&c)), Error::NotAChain { .. }));
     assert!(matches!(refused(&[p.clone(), p.clone()]), Error::NotAChain { .. }));
     assert!(matches!(refused(&[p.clone(), c.clone(), c.clone()]), Error::WrongParent { .. }));
-    assert!(matches!(refused(&vec![p.clone(); MAX_CHAIN_DEPTH + 1]), Error::NotAChain { .. }));
+    assert!(matches!(refused(&vec![p.clone(); MAX_MERGED_DEPTH + 1]), Error::NotAChain { .. }));
     assert_eq!(Chain::from_dirs(&[p, c]).unwrap().layers().len(), 2);
 }
 
-#[test]
-fn chain_that_is_too_long_is_refused() {
-    let base = tempfile::tempdir().unwrap();
+/// A full snapshot `0` and diffs `1`, `2` and so on, each with nothing in it.
+fn chain_of(base: &Path, layers: usize) -> Sealed {
     let layout = MemoryLayout::from_gpa_ranges(&[(0, PAGE_SIZE)]).unwrap();
-    let mut parent: Option<Sealed> = None;
-    for index in 0..=MAX_CHAIN_DEPTH {
-        let kind = if index == 0 { SnapshotKind::Full } else { SnapshotKind::Diff };
-        let parent_of = parent.as_ref().map(|p| Parent { id: p.id, location: p.location.clone() });
-        let target = dir(base.path(), &index.to_string());
-        let writer = SnapshotWriter::create(target, layout.clone(), kind, parent_of).unwrap();
-        parent = Some(writer.seal(seal_input()).unwrap());
-    }
-    let tip = parent.unwrap().location;
-    assert!(matches!(Chain::open(&tip), Err(Error::ChainTooLong { limit: MAX_CHAIN_DEPTH, .. })));
-    let below = dir(base.path(), &(MAX_CHAIN_DEPTH - 1).to_string());
-    assert_eq!(Chain::open(&below).unwrap().layers().len(), MAX_CHAIN_DEPTH);
+    let full = SnapshotWriter::create(dir(base, "0"), layout, SnapshotKind::Full, None).unwrap();
+    let full = full.seal(seal_input()).unwrap();
+    (1..layers).fold(full, |parent, index| on_top(&parent, dir(base, &index.to_string())).unwrap())
+}
+
+/// A diff with nothing in it.
+fn on_top(parent: &Sealed, target: Location) -> Result<Sealed> {
+    let layout = MemoryLayout::from_gpa_ranges(&[(0, PAGE_SIZE)]).unwrap();
+    let parent = Parent { id: parent.id, location: parent.location.clone() };
+    SnapshotWriter::create(target, layout, SnapshotKind::Diff, Some(parent))?.seal(seal_input())
+}
+
+fn merged(chain: &Chain, target: Location) -> Sealed {
+    merge(chain, target, &NoCache, &mut |_, _| {}).unwrap()
 }
 
 #[test]
-fn parent_of_another_layout_is_refused() {
+fn chain_is_written_as_long_as_it_can_be_read_and_no_longer() {
     let base = tempfile::tempdir().unwrap();
-    let (parent, _) = pair(base.path());
-    let layout = MemoryLayout::from_gpa_ranges(&[(0, 130 * PAGE_SIZE)]).unwrap();
-    let parent = Parent { id: parent.id, location: parent.location };
-    let writer = SnapshotWriter::create(dir(base.path(), "d"), layout, SnapshotKind::Diff, Some(parent)).unwrap();
-    let child = writer.seal(seal_input()).unwrap();
-    assert!(matches!(Chain::open(&child.location), Err(Error::LayoutMismatch { .. })));
+    let tip = chain_of(base.path(), MAX_CHAIN_DEPTH);
+    assert_eq!(Chain::open(&tip.location).unwrap().layers().len(), MAX_CHAIN_DEPTH);
+    let refused = on_top(&tip, dir(base.path(), "more"));
+    assert!(matches!(refused, Err(Error::ChainFull { limit: MAX_CHAIN_DEPTH, .. })), "{refused:?}");
+    assert_eq!(fs::read_dir(base.path()).unwrap().count(), MAX_CHAIN_DEPTH, "nothing is left of it");
+}
+
+#[test]
+fn chain_that_is_too_long_can_be_merged_whole_and_by_parts_with_children_that_stay_valid() {
+    let base = tempfile::tempdir().unwrap();
+    let last = chain_of(base.path(), MAX_CHAIN_DEPTH);
+    // As tvmm 0.1 wrote one: a child of a merged snapshot, in whose place there are all the layers again.
+    let short = merged(&Chain::open(&last.location).unwrap(), dir(base.path(), "short"));
+    let moved = |from: &str, to: &str| fs::rename(base.path().join(from), base.path().join(to)).unwrap();
+    let child = on_top(&Sealed { id: last.id, ..short }, dir(base.path(), "child")).unwrap();
+    moved("short", "aside");
+    moved(&(MAX_CHAIN_DEPTH - 1).to_string(), "short");
+    let refused = Chain::open(&child.location);
+    assert!(matches!(refused, Err(Error::ChainTooLong { limit: MAX_CHAIN_DEPTH, .. })), "{refused:?}");
+
+    let whole = Chain::open_to_merge(&child.location).unwrap();
+    assert_eq!(whole.layers().len(), MAX_CHAIN_DEPTH + 1);
+    let whole = merged(&whole, dir(base.path(), "whole"));
+    assert_eq!(Chain::open(&whole.location).unwrap().layers().len(), 1);
+    // By parts: the lower part, merged, stands in for its tip, named or in its place.
+    let lower = dir(base.path(), "short");
+    let part = merged(&Chain::open(&lower).unwrap(), dir(base.path(), "part"));
+    assert_ne!(part.id, last.id);
+    let dirs = ["part", "child"].map(|name| base.path().join(name));
+    assert_eq!(Chain::from_dirs(&dirs).unwrap().layers().len(), 2);
+    fs::remove_dir_all(base.path().join("short")).unwrap();
+    moved("part", "short");
+    assert_eq!(Chain::open(&child.location).unwrap().layers().len(), 2);
+    // And merged once more, it still does.
+    let again = merged(&Chain::open(&lower).unwrap(), dir(base.path(), "again"));
+    let again = Snapshot::open(&again.location).unwrap();
+    assert!(again.stands_for(last.id) && again.stands_for(part.id) && !again.stands_for(child.id));
+    let upper = on_top(&child, dir(base.path(), "upper")).unwrap();
+    assert_eq!(Chain::open(&upper.location).unwrap().layers().len(), 3);
+}
+
+#[test]
+fn only_a_full_snapshot_stands_for_others() {
+    let base = tempfile::tempdir().unwrap();
+    let (parent, child) = pair(base.path());
+    for (snapshot, count, good) in [(&parent, 64, true), (&parent, 65, false), (&child, 1, false)] {
+        let path = snapshot.location.memory_path().with_file_name("manifest.json");
+        let mut manifest = Manifest::parse("x", &fs::read(path).unwrap()).unwrap();
+        manifest.stands_for = vec![parent.id; count];
+        manifest.id = manifest.compute_id("x").unwrap();
+        let json = serde_json::to_vec(&manifest).unwrap();
+        assert_eq!(Manifest::parse("x", &json).is_ok(), good, "{count}");
+    }
+}
+
+#[test]
+fn diff_is_not_written_without_the_parents_that_it_needs() {
+    let base = tempfile::tempdir().unwrap();
+    let (parent, child) = pair(base.path());
+    let needed = |sealed: &Sealed| Some(Parent { id: sealed.id, location: sealed.location.clone() });
+    let create = |parent, layout| SnapshotWriter::create(dir(base.path(), "d"), layout, SnapshotKind::Diff, parent);
+    let refused = |result: Result<SnapshotWriter>| assert!(matches!(result, Err(Error::NoParent { .. })), "{result:?}");
+    let other_layout = MemoryLayout::from_gpa_ranges(&[(0, 130 * PAGE_SIZE)]).unwrap();
+    refused(create(needed(&parent), other_layout));
+    refused(create(needed(&Sealed { id: child.id, ..parent.clone() }), small_layout()));
+    // It was there when the guest stood still, and is not when the diff is sealed: the parent, and the parent's parent.
+    for (lost, of) in [("c", &child), ("p", &child), ("p", &parent)] {
+        let writer = create(needed(of), small_layout()).unwrap();
+        fs::rename(base.path().join(lost), base.path().join("aside")).unwrap();
+        let sealed = writer.seal(seal_input());
+        assert!(matches!(sealed, Err(Error::NoParent { .. })), "{sealed:?}");
+        refused(create(needed(of), small_layout()));
+        fs::rename(base.path().join("aside"), base.path().join(lost)).unwrap();
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 2, "nothing is left of it");
+    }
+}
+
+#[test]
+fn what_no_reader_accepts_is_not_sealed() {
+    let base = tempfile::tempdir().unwrap();
+    let writer = SnapshotWriter::create(dir(base.path(), "a"), small_layout(), SnapshotKind::Full, None).unwrap();
+    let mut input = seal_input();
+    // More than a manifest may have in bytes.
+    input.host.kernel_release = "x".repeat(5 << 20);
+    let sealed = writer.seal(input);
+    assert!(matches!(sealed, Err(Error::Unreadable { .. })), "{sealed:?}");
+    assert_eq!(fs::read_dir(base.path()).unwrap().count(), 0);
 }
 
 proptest! {

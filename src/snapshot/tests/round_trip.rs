@@ -184,9 +184,9 @@ fn abandoned_work_directories_are_swept_but_not_those_in_use() {
     }
     let other = SnapshotWriter::create(dir(base.path(), "a"), small_layout(), SnapshotKind::Full, None).unwrap();
     let names = names_in(base.path());
-    assert!(!names.contains(&".a.partial-999999-0".to_string()));
+    assert!(!names.iter().any(|name| name.ends_with("partial-999999-0")));
     assert!(used.iter().all(|name| names.contains(name)));
-    assert_eq!(names.len(), 5);
+    assert_eq!(names.len(), 4);
     drop((in_use, other));
 }
 
@@ -232,7 +232,8 @@ fn two_files_are_replaced_but_never_the_own_parent() {
 #[test]
 fn writer_invalid_use_is_refused() {
     let base = tempfile::tempdir().unwrap();
-    let parent = Parent { id: SnapshotId::default(), location: dir(base.path(), "p") };
+    let parent = sample().write_full(dir(base.path(), "p"));
+    let parent = Parent { id: parent.id, location: parent.location };
     let create = |kind, parent| SnapshotWriter::create(dir(base.path(), "a"), small_layout(), kind, parent);
     assert!(matches!(create(SnapshotKind::Diff, None), Err(Error::BadParentage { .. })));
     assert!(matches!(create(SnapshotKind::Full, Some(parent.clone())), Err(Error::BadParentage { .. })));
@@ -254,5 +255,5 @@ fn writer_invalid_use_is_refused() {
     let mut input = seal_input();
     input.state.push(Section { kind: SectionKind::PagesHeld, instance: 0, version: 1, payload: vec![] });
     assert!(matches!(writer.seal(input), Err(Error::BadSection { kind: 32, .. })));
-    assert!(names_in(base.path()).is_empty());
+    assert_eq!(names_in(base.path()), ["p"]);
 }

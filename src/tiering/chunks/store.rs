@@ -10,7 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::index::{Index, MAX_INDEX_LEN};
 use super::pack::{PackSpec, Packed, pack};
 use super::{CHUNK_PAGES_RANGE, ChunkError};
-use crate::snapshot::{Chain, Digest, PAGE_SIZE, PageSet, SnapshotId, create_new, read_limited, replace_file};
+use crate::snapshot::{
+    Chain, Digest, PAGE_SIZE, PRIVATE, PageSet, PartialFile, SnapshotId, is_partial, read_limited, replace_file, sweep,
+    write_limited,
+};
 
 /// The format of the manifest that this build writes and reads.
 pub const FORMAT: u32 = 1;
@@ -182,14 +185,12 @@ impl Store {
         if index_path.exists() {
             return Err(ChunkError::AlreadyHeld { path: self.dir.clone(), snapshot });
         }
-        let partial = data_path.with_extension("partial");
-        let packed = self.write_data(chain, hot, &partial, progress).inspect_err(|_| {
-            // What could not be finished is of no use to anybody.
-            let _ = fs::remove_file(&partial);
-        })?;
-        fs::rename(&partial, &data_path).map_err(ChunkError::file("rename a finished file to", &data_path))?;
-        // Makes both names durable.
-        replace_file(&index_path, &packed.index.to_bytes()?)?;
+        let objects = self.dir.join(OBJECTS);
+        sweep(&objects);
+        let partial = PartialFile::create(&objects, PRIVATE)?;
+        let packed = self.write_data(chain, hot, &partial, progress)?;
+        partial.publish_durably(&data_path)?;
+        write_limited(&index_path, &packed.index.to_bytes()?, MAX_INDEX_LEN)?;
         Ok(packed)
     }
 
@@ -197,16 +198,12 @@ impl Store {
         &self,
         chain: &Chain,
         hot: Option<PageSet>,
-        partial: &Path,
+        partial: &PartialFile,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Packed, ChunkError> {
-        // An abandoned one is removed: the lock says that it has no writer.
-        let _ = fs::remove_file(partial);
-        let file = create_new(partial)?;
-        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let mut out = BufWriter::with_capacity(1 << 20, partial.file());
         let packed = pack(chain, &self.manifest.pack_spec(hot), &mut out, progress)?;
-        out.flush().map_err(ChunkError::file("write", partial))?;
-        out.get_ref().sync_all().map_err(ChunkError::file("sync", partial))?;
+        out.flush().map_err(ChunkError::file("write", partial.path()))?;
         Ok(packed)
     }
 
@@ -266,14 +263,16 @@ impl Store {
         let _lock = self.lock()?;
         let objects = self.dir.join(OBJECTS);
         let held = self.list()?;
-        let mut freed = 0;
+        let mut freed = sweep(&objects);
         for entry in fs::read_dir(&objects).map_err(ChunkError::file("read", &objects))?.flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             let of_held = |suffix: &str| {
                 name.strip_suffix(suffix).and_then(|id| id.parse().ok()).is_some_and(|id| held.contains(&id))
             };
-            let is_ours = [".chunks", ".partial"].iter().any(|suffix| name.ends_with(suffix));
+            // A temporary that is still there is being written; `*.partial` is what versions before 0.2 wrote to.
+            let is_ours =
+                !is_partial(&entry.file_name()) && [".chunks", ".partial"].iter().any(|end| name.ends_with(end));
             if of_held(".index") || of_held(".chunks") || !is_ours {
                 continue;
             }

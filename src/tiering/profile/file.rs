@@ -7,8 +7,8 @@ use super::bits::{BitReader, BitWriter, put_varint, take_varint};
 use super::order::{self, Ranks};
 use super::{Frequency, MAX_RUNS, Order, Profile, RecorderKind, sets};
 use crate::snapshot::{
-    Container, Extent, Gfn, PageSet, Section, SectionInfo, SectionKind, SnapshotId, read_limited, replace_file,
-    write_container,
+    Container, Extent, Gfn, PageSet, Section, SectionInfo, SectionKind, SnapshotId, read_limited, write_container,
+    write_limited,
 };
 use crate::tiering::Error;
 
@@ -72,7 +72,7 @@ impl Profile {
     /// As for [`Profile::to_bytes`], and failures of the file system.
     pub fn save(&self, path: &Path) -> Result<u64, Error> {
         let bytes = self.to_bytes()?;
-        replace_file(path, &bytes)?;
+        write_limited(path, &bytes, FILE_LIMIT)?;
         Ok(bytes.len() as u64)
     }
 }

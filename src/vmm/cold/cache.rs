@@ -3,24 +3,31 @@
 //! bytes, named by the object's digest and its number; a damaged one is noticed by its checksum and fetched again. Symbolic
 //! links in it are not followed, and files whose names are not those of chunks are left alone.
 
-use std::fs::{self, File, FileTimes};
-use std::io::{self, Read, Write};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
 
-use crate::snapshot::{self, Digest, SnapshotId, create_new, create_private_dir};
+use crate::snapshot::{self, Digest, PRIVATE, PartialFile, SnapshotId, create_private_dir, lru, sweep};
 use crate::tiering::chunks::{Broken, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
 use crate::vmm::error::Error;
 use crate::vmm::own_dir::check_owner;
 
+/// Digits of an object's digest in the names of its chunks.
+const DIGEST_DIGITS: usize = 32;
 /// How full the directory is after old chunks were removed.
 const LOW: (u64, u64) = (3, 4);
 
-/// A file of the cache: when it was used last, how many bytes it has, where it is.
-type Entry = (SystemTime, u64, PathBuf);
+/// Whether a file name is one that [`Cache::path`] gives: other files in the directory are not the cache's.
+fn is_chunk_name(name: &OsStr) -> bool {
+    let parts = name.to_str().and_then(|name| name.strip_suffix(".chunk")?.split_once('-'));
+    parts.is_some_and(|(digest, number)| {
+        digest.len() == DIGEST_DIGITS && digest.chars().all(|c| c.is_ascii_hexdigit()) && number.parse::<u32>().is_ok()
+    })
+}
 
 /// A cache directory.
 #[derive(Debug)]
@@ -38,29 +45,18 @@ impl Cache {
         create_private_dir(dir).map_err(failed("make the cache directory"))?;
         check_owner(dir).map_err(failed("use the cache directory"))?;
         let cache = Cache { dir: dir.to_path_buf(), limit, held: AtomicU64::new(0) };
-        cache.held.store(cache.entries().map_err(failed("read the cache directory"))?.1, Ordering::Relaxed);
+        cache.held.store(
+            lru::cached_bytes(dir, is_chunk_name).map_err(failed("read the cache directory"))?,
+            Ordering::Relaxed,
+        );
         // Found now rather than at every chunk.
-        let probe = cache.path(Digest([0; 32]), 0);
-        write_partial(&probe, &[]).and_then(fs::remove_file).map_err(failed("write to the cache directory"))?;
+        sweep(dir);
+        PartialFile::create(dir, PRIVATE)?;
         Ok(Arc::new(cache))
     }
 
     fn path(&self, digest: Digest, number: u32) -> PathBuf {
-        self.dir.join(format!("{}-{number}.chunk", &digest.to_string()[..32]))
-    }
-
-    /// The chunks, the one used longest ago first, and how many bytes they have together.
-    fn entries(&self) -> std::io::Result<(Vec<Entry>, u64)> {
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(&self.dir)?.flatten() {
-            // Another process may just have removed it.
-            if let (true, Ok(metadata)) = (is_ours(&entry.file_name().to_string_lossy()), entry.metadata()) {
-                entries.push((metadata.modified()?, metadata.len(), entry.path()));
-            }
-        }
-        entries.sort_unstable();
-        let bytes = entries.iter().map(|(_, len, _)| len).sum();
-        Ok((entries, bytes))
+        self.dir.join(format!("{}-{number}.chunk", &digest.to_string()[..DIGEST_DIGITS]))
     }
 
     /// The stored bytes of a chunk, if they are here and whole.
@@ -74,8 +70,7 @@ impl Cache {
             let _ = fs::remove_file(&path);
             return None;
         }
-        // What was used last goes last; nobody is worse off if that cannot be noted.
-        let _ = file.set_times(FileTimes::new().set_modified(SystemTime::now()));
+        lru::note_use(&file);
         Some(bytes)
     }
 
@@ -86,14 +81,7 @@ impl Cache {
             return;
         }
         let path = self.path(digest, number);
-        // Not synced: a chunk that a crash has cut does not have its checksum.
-        let written = write_partial(&path, bytes).and_then(|partial| {
-            fs::rename(&partial, &path).inspect_err(|_| {
-                // What did not get the name of a chunk is of no use.
-                let _ = fs::remove_file(&partial);
-            })
-        });
-        if let Err(error) = written {
+        if let Err(error) = self.write(&path, bytes) {
             tracing::warn!(%error, path = %path.display(), "A chunk cannot be cached");
             return;
         }
@@ -102,56 +90,21 @@ impl Cache {
         }
     }
 
+    /// Not synced: a chunk that a crash has cut does not have its checksum.
+    fn write(&self, path: &Path, bytes: &[u8]) -> snapshot::Result<()> {
+        let partial = PartialFile::create(&self.dir, PRIVATE)?;
+        let written = partial.file().write_all(bytes);
+        written.map_err(snapshot::Error::io("write", partial.path()))?;
+        partial.publish(path)
+    }
+
     /// Removes the chunks used longest ago.
     fn shrink(&self) {
-        let Ok((entries, mut held)) = self.entries() else { return };
         let low = self.limit * LOW.0 / LOW.1;
-        for (_, len, path) in entries {
-            if held <= low {
-                break;
-            }
-            // Somebody else may have removed it.
-            let _ = fs::remove_file(path);
-            held -= len;
-        }
-        self.held.store(held, Ordering::Relaxed);
-    }
-}
-
-/// Writes a file beside `path` that is to be renamed to it: a new one, never one that is there, nor where a link leads.
-fn write_partial(path: &Path, bytes: &[u8]) -> io::Result<PathBuf> {
-    let thread = rustix::thread::gettid().as_raw_nonzero();
-    let partial = path.with_extension(format!("{thread}.partial"));
-    let made = match create_new(&partial) {
-        // A thread with this id was killed while it wrote.
-        Err(snapshot::Error::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
-            fs::remove_file(&partial)?;
-            create_new(&partial)
-        }
-        made => made,
-    };
-    let written = made.map_err(io::Error::other).and_then(|mut file| file.write_all(bytes));
-    match written {
-        Ok(()) => Ok(partial),
-        Err(error) => {
-            // As above.
-            let _ = fs::remove_file(&partial);
-            Err(error)
+        if let Ok(held) = lru::shrink(&self.dir, low, Path::new(""), is_chunk_name) {
+            self.held.store(held, Ordering::Relaxed);
         }
     }
-}
-
-/// Whether a file has the name of a chunk, or of one that is being written: 32 hexadecimal digits, a number.
-fn is_ours(name: &str) -> bool {
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let Some((stem, suffix)) = name.split_once('.') else { return false };
-    let of_chunk =
-        stem.split_once('-').is_some_and(|(digest, number)| digest.len() == 32 && is_hex(digest) && is_number(number));
-    of_chunk && (suffix == "chunk" || suffix.strip_suffix(".partial").is_some_and(is_number))
-}
-
-fn is_hex(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// A place whose chunks are kept in a cache.

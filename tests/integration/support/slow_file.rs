@@ -1,4 +1,4 @@
-//! A file whose reads can be made to hang: a file system of one file, served by the test through /dev/fuse (Linux
+//! A file whose reads can be made to hang or to fail: a file system of one file, served by the test through /dev/fuse (Linux
 //! `include/uapi/linux/fuse.h`), mounted over the file it shows.
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -26,12 +26,26 @@ const ASYNC_READ: u32 = 1;
 /// Opening does not wait for reads of others that hang, which not even SIGKILL could end.
 const KEEP_CACHE: u64 = 1 << 1;
 const HEADER: usize = 40;
+const EIO: i32 = 5;
 const ENOSYS: i32 = 38;
+
+/// What becomes of reads.
+struct Fate {
+    hangs: AtomicBool,
+    /// How many more are answered before all others fail.
+    good: AtomicU64,
+}
+
+impl Fate {
+    fn fails(&self) -> bool {
+        self.good.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |good| good.checked_sub(1)).is_err()
+    }
+}
 
 /// The mounted file. Dropping it unmounts, which ends every read that hangs.
 pub struct SlowFile {
     path: PathBuf,
-    hangs: Arc<AtomicBool>,
+    fate: Arc<Fate>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -52,17 +66,22 @@ impl SlowFile {
             println!("skipped: a FUSE file system cannot be mounted: {error}");
             return None;
         }
-        let hangs = Arc::new(AtomicBool::new(false));
+        let fate = Arc::new(Fate { hangs: AtomicBool::new(false), good: AtomicU64::new(u64::MAX) });
         let thread = std::thread::spawn({
-            let hangs = hangs.clone();
-            move || serve(device, &below, &hangs)
+            let fate = fate.clone();
+            move || serve(device, &below, &fate)
         });
-        Some(SlowFile { path: path.to_owned(), hangs, thread: Some(thread) })
+        Some(SlowFile { path: path.to_owned(), fate, thread: Some(thread) })
     }
 
     /// From now on, what is not in the page cache cannot be read.
     pub fn hang(&self) {
-        self.hangs.store(true, Ordering::SeqCst);
+        self.fate.hangs.store(true, Ordering::SeqCst);
+    }
+
+    /// After so many reads (of up to 128 KiB each), what is not in the page cache cannot be read: EIO.
+    pub fn fail_after(&self, reads: u64) {
+        self.fate.good.store(reads, Ordering::SeqCst);
     }
 }
 
@@ -76,7 +95,7 @@ impl Drop for SlowFile {
 }
 
 /// Answers requests until the file system is unmounted.
-fn serve(mut device: File, below: &File, hangs: &AtomicBool) {
+fn serve(mut device: File, below: &File, fate: &Fate) {
     let metadata = below.metadata().unwrap();
     let mut request = vec![0; 1 << 20];
     while let Ok(len) = device.read(&mut request) {
@@ -86,7 +105,8 @@ fn serve(mut device: File, below: &File, hangs: &AtomicBool) {
         let (opcode, unique) = (number(4), long(8));
         let answer = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
-            READ if hangs.load(Ordering::SeqCst) => continue,
+            READ if fate.hangs.load(Ordering::SeqCst) => continue,
+            READ if fate.fails() => Err(EIO),
             READ => {
                 let mut bytes = vec![0; number(HEADER + 16) as usize];
                 let read = below.read_at(&mut bytes, long(HEADER + 8)).unwrap();

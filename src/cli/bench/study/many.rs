@@ -15,6 +15,7 @@ use super::stats::Summary;
 use super::store::Key;
 use super::workload::Workload;
 use super::{From, Study, Values, scratch_of, values_of};
+use crate::snapshot::PartialDir;
 
 /// Different snapshots at most: they take disk space.
 const SNAPSHOTS: u32 = 16;
@@ -60,16 +61,16 @@ impl Study {
             let snapshot = dir.join("snapshot");
             if !snapshot.exists() {
                 std::fs::create_dir_all(&dir)?;
-                let partial = dir.join("partial");
+                let partial = PartialDir::create(&dir)?;
                 // cp keeps holes, and shares blocks where the file system can.
                 let mut copy = Command::new("cp");
                 copy.args(["-rT", "--sparse=always", "--reflink=auto", "--preserve=timestamps"]);
-                let output = child::output(copy.arg(&from.snapshot).arg(&partial), LONG)?;
+                let output = child::output(copy.arg(&from.snapshot).arg(partial.path()), LONG)?;
                 if !output.status.success() {
                     let said = String::from_utf8_lossy(&output.stderr);
                     return refuse(format!("Cannot copy {}: {}", from.snapshot.display(), said.trim()));
                 }
-                std::fs::rename(&partial, &snapshot)?;
+                partial.publish(&snapshot)?;
             }
             all.push(From { snapshot, ..from.clone() });
         }
