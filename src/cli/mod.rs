@@ -29,6 +29,7 @@ use clap::{Args, Parser, Subcommand};
 use self::identify::{InputPath, Role};
 use crate::vmm::logging;
 use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
+use crate::vmm::sys::lost::{self, CANNOT_GO_ON};
 use crate::vmm::sys::signals;
 
 /// A microVM monitor with tiered snapshot restore built in.
@@ -154,14 +155,24 @@ type BoxError = Box<dyn Error + Send + Sync>;
 #[error("{0}")]
 struct Refusal(String);
 
+/// Guest memory cannot be had any more, or is not what was captured; the process ends with [`lost::EXIT_CODE`].
+#[derive(Debug, thiserror::Error)]
+#[error("{CANNOT_GO_ON}: {0}")]
+struct MemoryLost(String);
+
 fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
     Err(Box::new(Refusal(what.into())))
 }
 
-/// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood.
+/// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood;
+/// [`lost::EXIT_CODE`]: memory that is mapped from a file was lost.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     signals::outlive_file_size_limit();
+    if let Err(error) = lost::install_handler() {
+        print::end(Some(&format!("Cannot install the handler of SIGBUS: {error}")));
+        return ExitCode::FAILURE;
+    }
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }
@@ -177,7 +188,10 @@ pub fn main() -> ExitCode {
         misused.unwrap_or_else(|| chain(error.as_ref()))
     });
     print::end(failure.as_deref());
-    result.unwrap_or(ExitCode::FAILURE)
+    result.unwrap_or_else(|error| match error.is::<MemoryLost>() {
+        true => ExitCode::from(lost::EXIT_CODE),
+        false => ExitCode::FAILURE,
+    })
 }
 
 fn run(cli: &Cli) -> Result<ExitCode, BoxError> {

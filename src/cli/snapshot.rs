@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::identify::InputPath;
 use super::merge;
-use super::{BoxError, refuse};
+use super::{BoxError, chain, refuse};
 use crate::api::client::Client;
 
 #[derive(Debug, Args)]
@@ -83,8 +83,9 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
         Ok((_, taken)) => taken.unwrap_or(Value::Null),
         Err(error) => {
             // A VM that ran before goes on running, whatever became of its snapshot.
-            if was_running {
-                client.request("PATCH", "/vm", Some(&json!({ "state": "Resumed" })), REQUEST_TIMEOUT)?;
+            let resumed = json!({ "state": "Resumed" });
+            if was_running && let Err(also) = client.request("PATCH", "/vm", Some(&resumed), REQUEST_TIMEOUT) {
+                return refuse(format!("{} The VM cannot be resumed either: {}", chain(&error), chain(&also)));
             }
             return Err(error.into());
         }

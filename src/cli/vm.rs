@@ -10,7 +10,7 @@ use clap::Args;
 
 use super::identify::{InputPath, Role};
 use super::overrides::OverrideArgs;
-use super::{BoxError, SessionArgs, refuse};
+use super::{BoxError, MemoryLost, SessionArgs, refuse};
 use crate::api;
 use crate::devices::{ConsoleOutput, FdSink, Witness};
 use crate::tiering::policy::DRAM_PRICE_US;
@@ -18,13 +18,14 @@ use crate::tiering::profile::Profile;
 use crate::vmm::cold::ColdPools;
 use crate::vmm::config::VmConfig;
 use crate::vmm::console::{Answer, AnswerWatch, Input, TimedSink};
-use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths};
+use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths, Verify};
 use crate::vmm::controller::Controller;
 use crate::vmm::machine::Outside;
 use crate::vmm::otlp::{self, Exporter};
 use crate::vmm::port_request::PortRequest;
 use crate::vmm::report::Report;
 use crate::vmm::session::{self, Begin, Outcome, Surroundings};
+use crate::vmm::sys::lost::CANNOT_GO_ON;
 use crate::vmm::sys::signals::EndSignals;
 use crate::vmm::sys::{clock, inherit, kick};
 use crate::vmm::timeline::{Moments, Slice, Timeline};
@@ -69,6 +70,10 @@ pub struct RestoreArgs {
     /// tier has no copy-on-write
     #[arg(long, value_name = "HOW", default_value = "private")]
     in_place_mapping: InPlaceMapping,
+    /// When memory is compared with the snapshot's checksums: off; sample, a few chunks before the guest runs; background,
+    /// a few chunks before, and the rest while the guest runs; full, everything before
+    #[arg(long, value_name = "WHEN", default_value = "background")]
+    verify: Verify,
     /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
     /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with object stores
     /// built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands by
@@ -153,6 +158,7 @@ pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
         cxl_mib: args.cxl,
         dram_price_us: Some(args.dram_price),
         in_place_mapping: args.in_place_mapping,
+        verify: args.verify,
         cold: ColdPools { pools: args.cold.clone(), cache: args.cold_cache.clone(), cache_mib: args.cold_cache_size },
         pools: args.pool.clone(),
         handler: None,
@@ -288,7 +294,8 @@ fn exit_code(
     output: &ConsoleOutput,
 ) -> Result<ExitCode, BoxError> {
     match outcome {
-        Outcome::Guest(Ending::Failed(what)) => refuse(format!("The guest cannot go on: {what}")),
+        Outcome::Guest(Ending::Failed(what)) => refuse(format!("{CANNOT_GO_ON}: {what}")),
+        Outcome::Guest(Ending::MemoryLost(what)) => Err(Box::new(MemoryLost(what.clone()))),
         Outcome::TimedOut => refuse(format!("The guest did not answer --run within {} seconds", args.run_timeout)),
         Outcome::Guest(ending) if args.run.is_some() => {
             refuse(format!("The guest ended before it answered: {ending:?}"))

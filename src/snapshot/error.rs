@@ -85,6 +85,13 @@ pub enum Error {
         gpa = first.gpa(), bytes = first.bytes()
     )]
     BadMemory { object: String, bad: u64, first: Extent },
+    /// A memory file whose bytes are not those that were captured.
+    #[error(
+        "Cannot trust {path}: {bytes} bytes for guest-physical {gpa:#x} are not those that were captured. Restore from an \
+         intact copy (`tvmm inspect` tells what is damaged), or take the snapshot again",
+        path = path.display(), gpa = extent.gpa(), bytes = extent.bytes()
+    )]
+    OtherMemory { path: PathBuf, extent: Extent },
     /// An image whose end is damaged, or that has other pages than its name says.
     #[error("Cannot use the image {path}. Delete it; the next restore that needs it makes it again", path = path.display())]
     Image { path: PathBuf, source: Box<Error> },

@@ -81,7 +81,7 @@ pub const PRIVATE: u32 = 0o600;
 
 /// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at its
 /// place is not followed (open(2), `O_EXCL`).
-pub(crate) fn create_new(path: &Path) -> Result<File> {
+pub fn create_new(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(PRIVATE);
     options.open(path).map_err(Error::io("create", path))

@@ -1,6 +1,7 @@
 //! Reads the held pages of a memory file back and compares them with their checksums.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -85,6 +86,9 @@ impl Progress<'_> {
     }
 }
 
+/// Fills the bytes from an offset of a memory file on.
+pub type ReadAt<'a> = &'a mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>;
+
 /// A memory file with what is needed to find a page in it.
 #[derive(Clone, Copy)]
 pub(crate) struct MemoryFile<'a> {
@@ -96,9 +100,25 @@ pub(crate) struct MemoryFile<'a> {
 impl MemoryFile<'_> {
     /// Fills `buffer` with the pages from `first` on, which must lie in one range of the layout.
     pub(crate) fn read(&self, first: Gfn, buffer: &mut [u8]) -> Result<()> {
+        self.read_by(first, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
+    }
+
+    fn read_by(&self, first: Gfn, buffer: &mut [u8], read: ReadAt<'_>) -> Result<()> {
         let outside = || Error::malformed(&self.path.display().to_string(), format!("it has no page {first}"));
         let offset = self.layout.file_offset(first).ok_or_else(outside)?;
-        self.file.read_exact_at(buffer, offset).map_err(Error::io("read", self.path))
+        read(offset, buffer).map_err(Error::io("read guest memory from", self.path))
+    }
+
+    /// Compares one chunk with its checksum, reading by `read`. Returns how many pages it holds.
+    ///
+    /// # Errors
+    /// [`Error::OtherMemory`].
+    pub(crate) fn check_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<u64> {
+        let (pages, computed) = self.load_chunk_by(map, chunk, buffer, read)?;
+        match map.checksum(chunk) == Some(computed) {
+            true => Ok(pages),
+            false => Err(Error::OtherMemory { path: self.path.to_path_buf(), extent: held_span(map, chunk) }),
+        }
     }
 
     /// The checksums of the chunks with a page of `held`, ascending, from what was just written.
@@ -219,6 +239,11 @@ impl MemoryFile<'_> {
     /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many they
     /// are, and the checksum of what is there.
     fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
+        self.load_chunk_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
+    }
+
+    /// As [`load_chunk`](Self::load_chunk), with the bytes read by `read`, whole pages at multiples of pages in `buffer`.
+    fn load_chunk_by(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<(u64, u32)> {
         let (mut pages, mut crc) = (0, 0);
         for part in self.layout.split(chunk_extent(chunk)) {
             let runs: Vec<Extent> = map.held().runs_in(part).collect();
@@ -228,7 +253,7 @@ impl MemoryFile<'_> {
             if 2 * held >= CHUNK_PAGES {
                 span = part;
             }
-            self.read(span.first, &mut buffer[place_in(chunk, span)])?;
+            self.read_by(span.first, &mut buffer[place_in(chunk, span)], read)?;
             for run in &runs {
                 crc = crc32c::crc32c_append(crc, &buffer[place_in(chunk, *run)]);
             }

@@ -34,14 +34,16 @@ pub use container::{
 };
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
-pub use files::{PRIVATE, create_private_dir, overwrite_private, read_limited, replace_file, write_limited};
+pub use files::{
+    PRIVATE, create_new, create_private_dir, overwrite_private, read_limited, replace_file, write_limited,
+};
 pub use ids::{Digest, PoolId, SnapshotId, TierId};
 pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, derived_dir, image_name};
 pub use manifest::{
     DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
     is_snapshot_dir,
 };
-pub use memory_check::{BadChunk, VerifyReport};
+pub use memory_check::{BadChunk, ReadAt, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 pub use page_set::PageSet;

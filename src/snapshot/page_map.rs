@@ -96,6 +96,11 @@ impl PageMap {
         self.chunks.iter().map(|chunk| u64::from(*chunk)).zip(self.checksums.iter().copied())
     }
 
+    /// The number of the chunk with the checksum of this index, which is below `checksums().len()`.
+    pub fn chunk_at(&self, index: usize) -> Option<u64> {
+        self.chunks.get(index).map(|chunk| u64::from(*chunk))
+    }
+
     /// The checksum of a chunk; `None` if the layer holds no page of it.
     pub fn checksum(&self, chunk: u64) -> Option<u32> {
         let index = self.chunks.binary_search(&u32::try_from(chunk).ok()?).ok()?;

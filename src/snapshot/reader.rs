@@ -3,6 +3,7 @@
 //! Restore latency is spent here: `open` reads manifest and state, verifies both, opens the memory file and stops.
 //! The page map is read when it is asked for, the memory is verified when it is asked for.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::sync::OnceLock;
 
 use super::container::{Section, SectionInfo, SectionKind, container_len_of};
 use super::manifest::{MANIFEST_FILE, PAGES_FILE, STATE_FILE};
-use super::memory_check::{MemoryFile, Progress, VerifyReport};
+use super::memory_check::{MemoryFile, Progress, ReadAt, VerifyReport};
 use super::{Container, Digest, Error, Location, Manifest, MemoryLayout, PageMap, Result, SnapshotId, files};
 
 /// The largest manifest, in bytes.
@@ -237,11 +238,26 @@ impl Snapshot {
         if let Some(map) = self.page_map.get() {
             return Ok(map);
         }
-        let map = match &self.location {
-            Location::Dir(dir) => self.read_page_map(&Container::read(&dir.join(PAGES_FILE), PAGES_LIMIT)?)?,
-            Location::Files { .. } => self.read_page_map(&self.container)?,
-        };
+        let map = self.fresh_page_map()?;
         Ok(self.page_map.get_or_init(|| map))
+    }
+
+    /// The page map for a reader that does not need it for long: read and verified, and kept only if it was already.
+    ///
+    /// # Errors
+    /// As for [`page_map`](Self::page_map).
+    pub fn borrow_page_map(&self) -> Result<Cow<'_, PageMap>> {
+        match self.page_map.get() {
+            Some(map) => Ok(Cow::Borrowed(map)),
+            None => self.fresh_page_map().map(Cow::Owned),
+        }
+    }
+
+    fn fresh_page_map(&self) -> Result<PageMap> {
+        match &self.location {
+            Location::Dir(dir) => self.read_page_map(&Container::read(&dir.join(PAGES_FILE), PAGES_LIMIT)?),
+            Location::Files { .. } => self.read_page_map(&self.container),
+        }
     }
 
     fn read_page_map(&self, container: &Container) -> Result<PageMap> {
@@ -274,6 +290,15 @@ impl Snapshot {
     pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
         let total = self.page_map()?.held().len() * super::PAGE_SIZE;
         self.verify_with(&mut Progress { done: 0, total, report: progress })
+    }
+
+    /// Compares one chunk of the memory file with its checksum in `map`, reading by `read` into the start of `buffer`, which
+    /// has room for a chunk. Returns how many pages the chunk holds.
+    ///
+    /// # Errors
+    /// [`Error::OtherMemory`], [`Error::Io`].
+    pub fn check_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<u64> {
+        self.memory_file().check_chunk(map, chunk, buffer, read)
     }
 
     pub(crate) fn verify_with(&self, progress: &mut Progress<'_>) -> Result<VerifyReport> {

@@ -20,8 +20,8 @@ pub fn profile_mark(profile: &[u8]) -> String {
     blake3::hash(profile).to_hex()[..DIGITS].to_string()
 }
 
-/// The name by which the plan of `policy` for `snapshot` is kept. `others` says everything that it depends on besides the
-/// snapshot and the profile.
+/// The name of the plan of `policy` for a snapshot. `others` says everything that it depends on besides the snapshot and the
+/// profile.
 pub fn plan_name(snapshot: SnapshotId, policy: Policy, profile: &[u8], others: &str) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&snapshot.0);

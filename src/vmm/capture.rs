@@ -13,9 +13,11 @@ use super::host;
 use super::machine::{Core, Machine, Paused};
 use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
+use super::sys::lost;
 use super::sys::page_cache::PageCache;
 use super::sys::pagemap_scan::mapped_runs;
 use super::sys::{dirty_log, pagemap::Pagemap};
+use super::vcpu::Ending;
 use crate::snapshot::{
     Chain, Doubtful, Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, ReadBack, SealInput,
     Sealed, Section, SectionKind, SnapshotId, SnapshotKind, SnapshotWriter,
@@ -85,6 +87,11 @@ impl Machine<Paused> {
         let start = Instant::now();
         if self.core.lineage.is_sealing() {
             return Err(Error::SnapshotInProgress);
+        }
+        // Reading such pages would end the process before the caller has an answer.
+        if let Some(why) = lost::behind_an_end() {
+            self.core.ending.end(Ending::MemoryLost(why.clone()));
+            return Err(Error::Lost(why));
         }
         // Damage must not get a fresh checksum.
         self.core.services.wait_until_compared(Instant::now() + COMPARED_TIMEOUT)?;

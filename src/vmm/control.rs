@@ -137,6 +137,35 @@ impl std::str::FromStr for InPlaceMapping {
     }
 }
 
+/// When the memory that a machine is restored from is compared with the checksums of its snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verify {
+    /// Never.
+    Off,
+    /// A few chunks, before the guest runs.
+    Sample,
+    /// A few chunks before the guest runs, and the rest once it has settled.
+    #[default]
+    Background,
+    /// All of it, before the guest runs.
+    Full,
+}
+
+impl std::str::FromStr for Verify {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Verify::Off),
+            "sample" => Ok(Verify::Sample),
+            "background" => Ok(Verify::Background),
+            "full" => Ok(Verify::Full),
+            _ => Err("it is not one of `off`, `sample`, `background` and `full`".to_owned()),
+        }
+    }
+}
+
 /// How to restore a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadSnapshot {
@@ -162,6 +191,8 @@ pub struct LoadSnapshot {
     pub dram_price_us: Option<u64>,
     /// How pages in place are mapped.
     pub in_place_mapping: InPlaceMapping,
+    /// When the memory is compared with the snapshot's checksums.
+    pub verify: Verify,
     /// Cold pools that hold the snapshot's memory, nearest first: the memory files are not read then.
     pub cold: ColdPools,
     /// Pools to take guest memory from instead of the snapshot's files, in order of preference.

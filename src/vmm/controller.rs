@@ -28,6 +28,7 @@ use super::restore::{EngineReport, FaultBatch, FaultCounts, RestoreSpec};
 use super::sources::{self, Sources, location};
 use super::stall::StallWatch;
 use super::sys::kvm_stats::{self, Translations};
+use super::sys::lost;
 use super::timeline::{Moments, Timeline};
 use super::vcpu::STOP_TIMEOUT;
 use crate::devices::{ConsoleOutput, Serial};
@@ -361,6 +362,7 @@ impl Controller {
             observer: watch.observer,
             single_pages: watch.single_pages,
             in_place_mapping: load.in_place_mapping,
+            verify: load.verify,
             handler: load.handler.as_deref(),
             overrides: &load.overrides,
             stalls: &stalls,
@@ -588,8 +590,8 @@ impl Controller {
     /// then.
     pub fn stop(&mut self) -> Result<(), Error> {
         let is_stalled = self.stalls.as_ref().is_some_and(|watch| watch.stalls().is_stalled());
-        // Who waits for memory that does not come will not stop however long one waits.
-        let patience = if is_stalled { Duration::ZERO } else { STOP_TIMEOUT };
+        // A thread that waits for memory that does not come, or has touched lost memory, will not stop.
+        let patience = if is_stalled || lost::touched().is_some() { Duration::ZERO } else { STOP_TIMEOUT };
         let stopped = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => Ok(()),
             Phase::Running(machine) => machine.stop(patience),
@@ -612,6 +614,8 @@ pub struct Parts<'a> {
     pub fault_batches: Vec<FaultBatch>,
     /// What the cold pool was asked for, if there is one.
     pub cold: Option<ColdCounts>,
+    /// How much of the memory has been compared with the snapshot's checksums; null if that is not this process's to do.
+    pub verification: serde_json::Value,
     /// Whether the kernel maps only pages that were touched.
     pub single_pages: bool,
     virtio: &'a VirtioDevices,
@@ -633,6 +637,7 @@ impl<'a> Parts<'a> {
             faults: machine.fault_counts(),
             fault_batches: machine.fault_batches(),
             cold: machine.cold_counts(),
+            verification: machine.verification(),
             single_pages: machine.maps_single_pages(),
             virtio: machine.virtio(),
             counters: machine.counters(),

@@ -43,6 +43,8 @@ pub enum Error {
     Map { gpa: u64, pages: u64, source: io::Error },
     #[error("Guest memory was no longer served while the machine was restored: {0}")]
     Unserved(String),
+    #[error("{0}")]
+    Lost(String),
     #[error("{pages} pages at {gpa:#x} are not guest memory")]
     OutsideRam { gpa: u64, pages: u64 },
     #[error("Cannot build the view of guest memory: {0}")]
@@ -99,6 +101,10 @@ pub enum Error {
     Handler(String),
     #[error("Cannot listen at {address}")]
     Listen { address: String, source: io::Error },
+    #[error(
+        "Cannot trust pool {path}: {bytes} bytes for guest-physical {gpa:#x} do not match their checksums. Restore without the pool, or remove the snapshot from it and add it again (`tvmm pool fsck` tells what is damaged)"
+    )]
+    PoolMemory { path: PathBuf, gpa: u64, bytes: u64 },
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

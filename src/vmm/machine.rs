@@ -427,6 +427,11 @@ impl<S> Machine<S> {
         self.core.services.cold_counts()
     }
 
+    /// How much of the memory has been compared with the snapshot's checksums.
+    pub fn verification(&self) -> serde_json::Value {
+        self.core.services.verification()
+    }
+
     /// MSRs that KVM refused at restore and the guest does without.
     pub fn msrs_refused(&self) -> &[u32] {
         &self.core.msrs_refused

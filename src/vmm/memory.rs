@@ -15,6 +15,7 @@ use super::error::Error;
 use super::promote::{InPlace, InPlaceExtent};
 use super::release::{Released, Releaser};
 use super::stall::Activity;
+use super::sys::lost::{self, MappedFile, Mapping, Watched};
 use super::sys::mapping::{Populator, Reservation};
 use super::sys::uffd::Uffd;
 use crate::devices::virtio::{Memory, UnguardedMemory, region_bitmap};
@@ -44,10 +45,22 @@ pub struct Piece {
     pub backing: Backing,
 }
 
+/// Pages that show a file.
+#[derive(Clone, Copy, Debug)]
+pub struct FileMapping {
+    pub extent: Extent,
+    /// The file by the number that plans give it.
+    pub file: usize,
+    /// Of the first page, bytes.
+    pub offset: u64,
+}
+
 /// The guest's RAM.
 #[derive(Debug)]
 pub struct GuestRam {
     layout: MemoryLayout,
+    /// What is mapped from files, for who finds that it cannot be had.
+    watched: Option<Watched>,
     reservations: Vec<Arc<Reservation>>,
     pieces: Vec<Piece>,
     /// What was mapped from files, and whether anything lies behind a userfaultfd.
@@ -73,6 +86,7 @@ impl GuestRam {
         let view = Memory::from_regions(regions).map_err(|error| Error::MemoryView(error.to_string()))?;
         Ok(GuestRam {
             layout: layout.clone(),
+            watched: None,
             reservations,
             pieces: Vec::new(),
             file_mapped: Vec::new(),
@@ -193,6 +207,18 @@ impl GuestRam {
         let (memory, offset) = self.locate(extent)?;
         let len = extent.bytes() as usize;
         memory.map_file_read_only(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Lists mappings of files, so that a page that cannot be had is named.
+    pub fn watch(&mut self, files: Vec<Option<MappedFile>>, mapped: &[FileMapping]) -> Result<(), Error> {
+        let mapping = |mapped: &FileMapping| {
+            let FileMapping { extent, file, offset } = *mapped;
+            let address = self.host_address(extent.first)? as usize;
+            Ok::<_, Error>(Mapping { address, len: extent.bytes() as usize, file, offset, gpa: Some(extent.gpa()) })
+        };
+        let mappings = mapped.iter().map(mapping).collect::<Result<Vec<_>, _>>()?;
+        self.watched = lost::watch(files, mappings);
+        Ok(())
     }
 
     /// Lets `uffd` answer first touches of `extent`, which is anonymous memory.

@@ -10,6 +10,7 @@
 
 use super::devices::PmemImage;
 use super::error::Error;
+use super::sys::lost::{self, MappedFile, Mapping, Watched};
 use super::sys::mapping::Reservation;
 use crate::snapshot::PAGE_SIZE;
 
@@ -17,6 +18,8 @@ use crate::snapshot::PAGE_SIZE;
 #[derive(Debug)]
 pub struct PmemMemory {
     memory: Reservation,
+    /// Names the image should it be cut while it is mapped.
+    _watched: Option<Watched>,
     pub gpa: u64,
     pub read_only: bool,
 }
@@ -33,7 +36,11 @@ impl PmemMemory {
         if file_end < size {
             memory.map_anon(file_end, size - file_end).map_err(failed)?;
         }
-        Ok(PmemMemory { memory, gpa: image.gpa, read_only: image.read_only })
+        let mapping =
+            Mapping { address: memory.base() as usize, len: file_end, file: 0, offset: 0, gpa: Some(image.gpa) };
+        let file = MappedFile::unnamed(&image.file).map_err(failed)?;
+        let _watched = lost::watch(vec![Some(file)], vec![mapping]);
+        Ok(PmemMemory { memory, _watched, gpa: image.gpa, read_only: image.read_only })
     }
 
     pub fn base(&self) -> *mut u8 {

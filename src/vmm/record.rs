@@ -157,7 +157,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     match outcome {
         Outcome::Answered => {}
         Outcome::TimedOut => return failed(format!("the guest did not answer within {} s", spec.timeout.as_secs())),
-        Outcome::Guest(Ending::Failed(what)) => return failed(what),
+        Outcome::Guest(Ending::Failed(what) | Ending::MemoryLost(what)) => return failed(what),
         Outcome::Guest(ending) => return failed(format!("the guest ended before it answered: {ending:?}")),
         Outcome::Signal(number) => return failed(format!("signal {number} came first")),
         Outcome::NoAnswer(why) => return failed(format!("the guest did not answer: {why}")),

@@ -15,6 +15,7 @@ use super::error::Error;
 use super::port_request::{PortRequest, Requesting};
 use super::record::Watch;
 use super::sys::code;
+use super::sys::lost::{self, Listening};
 use super::sys::signals::EndSignals;
 use super::vcpu::Ending;
 use crate::devices::ConsoleOutput;
@@ -84,8 +85,9 @@ struct Session {
     stdin_always_ready: bool,
     stdin_open: bool,
     stdin_watched: bool,
-    /// The machine's own events are registered.
+    /// The machine's own events are registered, and the handler of SIGBUS knows of them.
     machine_watched: bool,
+    listening: Option<Listening>,
     /// What only starting took has been let go.
     is_slim: bool,
     /// When the last event came, ticks of the console aside.
@@ -124,6 +126,7 @@ pub fn run(
         stdin_open,
         stdin_watched: false,
         machine_watched: false,
+        listening: None,
         is_slim: false,
         busy_at: Instant::now(),
         is_answered: false,
@@ -226,7 +229,9 @@ impl Session {
             return Ok(());
         };
         watch_event(ops, parts.ending.event(), ENDING)?;
+        let listening = lost::listen(parts.ending.event());
         watch_event(ops, serial.fifo_empty_event(), FIFO)?;
+        self.listening = Some(listening);
         if let Some(console) = self.controller.console() {
             watch(ops, &**console, CONSOLE)?;
         }

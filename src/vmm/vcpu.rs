@@ -14,9 +14,10 @@ use super::control::error_chain;
 use super::error::Error;
 use super::metrics::ExitCounters;
 use super::promote::InPlace;
-use super::promote::fault::{Cause, Stuck};
+use super::promote::fault::{self, Cause, Resolution, Stuck};
 use super::stall;
 use super::sys::kick::{self, Alarm, ImmediateExit};
+use super::sys::lost;
 use super::timeline::Moments;
 use crate::devices::Bus;
 use crate::devices::virtio::Memory;
@@ -39,6 +40,8 @@ pub enum Ending {
     TripleFault,
     /// KVM cannot go on.
     Failed(String),
+    /// Guest memory cannot be had any more, or is not what was captured.
+    MemoryLost(String),
 }
 
 /// Called when the guest is over.
@@ -69,6 +72,9 @@ impl EndingSignal {
     /// The reason, if the guest is over. An eventfd pulled without a reason is the reset line's.
     pub fn take(&self) -> Option<Ending> {
         let pulled = self.event.read().is_ok();
+        if let Some(reason) = lost::touched() {
+            return Some(Ending::MemoryLost(reason));
+        }
         let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
         ending.or(pulled.then_some(Ending::Reset))
     }
@@ -159,10 +165,18 @@ impl Vcpu {
                     {
                         continue;
                     }
-                    self.counters.mmio_write.count(self.buses.mmio.write(address, data));
+                    let is_claimed = self.buses.mmio.write(address, data);
+                    self.counters.mmio_write.count(is_claimed);
+                    if let Some(ending) = emulated_in_vain(is_claimed, address) {
+                        return Left::Ended(ending);
+                    }
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
-                    self.counters.mmio_read.count(self.buses.mmio.read(address, data));
+                    let is_claimed = self.buses.mmio.read(address, data);
+                    self.counters.mmio_read.count(is_claimed);
+                    if let Some(ending) = emulated_in_vain(is_claimed, address) {
+                        return Left::Ended(ending);
+                    }
                 }
                 Ok(VcpuExit::Shutdown) => return Left::Ended(self.shut_down()),
                 Ok(VcpuExit::Intr) => {
@@ -192,7 +206,7 @@ impl Vcpu {
                             return left;
                         }
                     }
-                    libc::EFAULT => {
+                    libc::EFAULT | libc::EHWPOISON => {
                         if let Err(ending) = self.promote(Cause::Untold, generation, &error.to_string()) {
                             return Left::Ended(ending);
                         }
@@ -231,16 +245,28 @@ impl Vcpu {
 
     /// Makes writable what the guest could not write, if that is what stopped it; else the guest is over because of `what`.
     fn promote(&self, cause: Cause, generation: u64, what: &str) -> Result<(), Ending> {
-        let Some(in_place) = &self.in_place else { return Err(self.failed(what)) };
+        let failed = |error: Error| self.failed(&error_chain(&error));
+        let Some(in_place) = &self.in_place else {
+            let lost = fault::lost_memory(&self.fd, &self.memory, cause).map_err(failed)?;
+            return Err(lost.map_or_else(|| self.failed(what), Ending::MemoryLost));
+        };
         let start = Instant::now();
         let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation };
-        let resolved = stuck.resolve(cause).map_err(|error| self.failed(&error_chain(&error)))?;
+        let resolution = stuck.resolve(cause).map_err(failed)?;
         in_place.counts().add_time(start.elapsed());
-        if resolved { Ok(()) } else { Err(self.failed(what)) }
+        match resolution {
+            Resolution::Promoted => Ok(()),
+            Resolution::Lost(why) => Err(Ending::MemoryLost(why)),
+            Resolution::Unknown => Err(self.failed(what)),
+        }
     }
 
-    /// A triple fault, for reasons of the guest's own or because KVM could not deliver an event (see `promote::ahead`).
+    /// A triple fault, for reasons of the guest's own, because its page tables or stacks are lost, or because KVM could not
+    /// deliver an event (see `promote::ahead`).
     fn shut_down(&self) -> Ending {
+        if let Ok(Some(lost)) = fault::lost_memory(&self.fd, &self.memory, Cause::Emulation) {
+            return Ending::MemoryLost(lost);
+        }
         let Some(in_place) = &self.in_place else { return Ending::TripleFault };
         let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation: 0 };
         match stuck.is_stack_in_place() {
@@ -288,6 +314,12 @@ impl Vcpu {
         let place = self.fd.get_regs().map_or_else(|_| "unknown".to_string(), |regs| format!("{:#x}", regs.rip));
         Ending::Failed(format!("vCPU {} stopped at RIP {place}: {what}", self.index))
     }
+}
+
+/// KVM's emulator takes memory that it cannot reach for a device's: whether an access that no device claimed was one to lost
+/// memory.
+fn emulated_in_vain(is_claimed: bool, address: u64) -> Option<Ending> {
+    if is_claimed { None } else { lost::at_gpa(address).map(Ending::MemoryLost) }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

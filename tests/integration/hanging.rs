@@ -108,7 +108,8 @@ fn hanging_source_of_the_background_thread_ends_the_vm() {
     // The cold pages are brought in while the guest runs.
     let args = ["--profile", text(&profile), "--fault-timeout", "1", "--paused"];
     let mut vm = Vm::restore_with(&scene.snapshot, "aquifer", &args);
-    vm.wait_for_socket();
+    // The restore itself reads samples.
+    vm.wait_for_state("Paused");
     scene.slow.hang();
     vm.resume();
     vm.begin("check");

@@ -347,8 +347,8 @@ fn a_source_that_fails_under_a_lazy_guest_ends_it_with_the_page() {
     fs::File::options().write(true).open(base.join("memory")).unwrap().set_len(4096).unwrap();
     vm.begin("check");
     let (status, stderr) = vm.wait();
-    assert_eq!(status.code(), Some(1));
-    assert!(stderr.contains("Cannot fetch the page at guest-physical"), "{stderr}");
+    assert_eq!(status.code(), Some(3));
+    assert!(stderr.contains("Cannot read guest memory at guest-physical"), "{stderr}");
 }
 
 /// The pages of a placement in a fit: all, read, written, unclassified, untouched.

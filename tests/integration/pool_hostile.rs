@@ -47,6 +47,8 @@ fn flipped_bits_are_found_and_never_run() {
             policy,
             "--pool",
             pool.path(),
+            "--verify",
+            "off",
             "--run",
             "check",
         ]))

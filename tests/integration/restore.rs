@@ -23,8 +23,8 @@ fn lazy_page_that_cannot_be_had_ends_the_vm_at_once_with_the_reason() {
     std::fs::OpenOptions::new().write(true).open(full.join("memory")).unwrap().set_len(0).unwrap();
     restored.begin("check");
     let (status, stderr) = restored.wait();
-    assert_eq!(status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("Cannot fetch the page at guest-physical 0x"), "{stderr}");
+    assert_eq!(status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("Cannot read guest memory at guest-physical 0x"), "{stderr}");
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
     let stop = report["slices"].as_array().unwrap().iter().find(|slice| slice["slice"] == "stop").unwrap();
     assert!(stop["length_us"].as_f64().unwrap() < 5e6, "nothing waits for a vCPU that will not stop: {stop}");

@@ -1,7 +1,7 @@
 //! A descriptor chain, taken apart and checked once: what the device may read, and what it may write.
 
 use virtio_queue::DescriptorChain;
-use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, BitmapSlice, RefSlice};
 use vm_memory::{Address, ByteValued, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::{Broken, Memory};
@@ -11,6 +11,19 @@ pub type Slice<'m> = VolatileSlice<'m, RefSlice<'m, AtomicBitmap>>;
 
 /// No device has a request larger than this; a driver that asks for more is lying (or a loop of descriptors is).
 const MAX_BYTES: usize = 1 << 30;
+
+/// Touches each page of `slices`, on which the kernel has answered EFAULT: a page that cannot be had (its file was cut, its
+/// disk fails) ends the guest with the reason here, instead of passing for an error of the device.
+pub fn touch<'m, B: BitmapSlice>(slices: impl Iterator<Item = VolatileSlice<'m, B>>) {
+    const PAGE: usize = 4096;
+    for slice in slices {
+        // From the end of one page to that of the next, wherever the slice begins.
+        let ends = (0..slice.len()).step_by(PAGE).chain(slice.len().checked_sub(1));
+        for byte in ends.filter_map(|at| slice.offset(at).ok()) {
+            byte.copy_to(&mut [0_u8]);
+        }
+    }
+}
 
 /// The buffers of one direction, as one run of bytes.
 #[derive(Clone, Debug, Default)]

@@ -8,7 +8,9 @@ use serde::Deserialize;
 
 use super::{ConfigError, parse_mac};
 use crate::vmm::cold::ColdPools;
-use crate::vmm::control::{DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotPaths};
+use crate::vmm::control::{
+    DEFAULT_POLICY, InPlaceMapping, LoadSnapshot, NetworkOverride, Overrides, SnapshotPaths, Verify,
+};
 
 /// What the text says, before it is checked.
 #[derive(Debug, Deserialize)]
@@ -77,6 +79,9 @@ struct Extension {
     /// How pages in place are mapped.
     #[serde(default)]
     in_place_mapping: InPlaceMapping,
+    /// When the memory is compared with the snapshot's checksums.
+    #[serde(default)]
+    verify: Verify,
     /// Cold pools that hold the snapshot's memory, nearest first.
     #[serde(default)]
     cold_pools: Vec<String>,
@@ -171,6 +176,7 @@ impl LoadBody {
             cxl_mib: tvmm.cxl_mib,
             dram_price_us: tvmm.dram_price,
             in_place_mapping: tvmm.in_place_mapping,
+            verify: tvmm.verify,
             cold: ColdPools { pools: tvmm.cold_pools, cache: tvmm.cold_cache, cache_mib: tvmm.cold_cache_mib },
             pools: tvmm.pools,
             handler,

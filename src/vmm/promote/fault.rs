@@ -15,6 +15,7 @@ use super::{BLOCK_PAGES, InPlace, Resort, failed, whole_blocks};
 use crate::devices::virtio::Memory;
 use crate::snapshot::Extent;
 use crate::vmm::error::Error;
+use crate::vmm::sys::lost;
 
 /// How KVM said that it cannot go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,27 +37,68 @@ pub struct Stuck<'a> {
     pub generation: u64,
 }
 
+/// What became of a vCPU that could not go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// It may go on.
+    Promoted,
+    /// The guest touched a page that cannot be had, for this reason.
+    Lost(String),
+    /// No page was the cause.
+    Unknown,
+}
+
+impl From<bool> for Resolution {
+    fn from(promoted: bool) -> Self {
+        if promoted { Resolution::Promoted } else { Resolution::Unknown }
+    }
+}
+
+/// Why guest memory that a stopped vCPU needs cannot be had, if that is so: the page that KVM names, else the pages of its
+/// instruction and what the CPU itself reads, else any page behind the end of its file.
+pub fn lost_memory(vcpu: &VcpuFd, memory: &Memory, cause: Cause) -> Result<Option<String>, Error> {
+    if let Cause::Told { gpa } = cause
+        && let Some(why) = lost::at_gpa(gpa)
+    {
+        return Ok(Some(why));
+    }
+    let (regs, sregs) = registers(vcpu)?;
+    let cpu = Cpu { regs: &regs, sregs: &sregs, extended: &|| extended(vcpu) };
+    let view = LinearView::new(memory, &sregs);
+    Ok(lost_page(&look(&cpu, &view, &accesses(&cpu, &view))))
+}
+
+fn lost_page(seen: &Seen) -> Option<String> {
+    seen.all().find_map(|page| lost::within(*page)).or_else(lost::behind_an_end)
+}
+
 impl Stuck<'_> {
-    /// Promotes what the guest wrote. Whether it may go on; if not, no page in place was the cause.
-    pub fn resolve(&self, cause: Cause) -> Result<bool, Error> {
-        if let Cause::Told { gpa } = cause
-            && self.promote(Resort::Told, &[page_of(gpa)])?
-        {
-            return Ok(true);
+    /// Promotes what the guest wrote.
+    pub fn resolve(&self, cause: Cause) -> Result<Resolution, Error> {
+        if let Cause::Told { gpa } = cause {
+            if self.promote(Resort::Told, &[page_of(gpa)])? {
+                return Ok(Resolution::Promoted);
+            }
+            if let Some(why) = lost::at_gpa(gpa) {
+                return Ok(Resolution::Lost(why));
+            }
         }
-        let (regs, sregs) = self.registers()?;
-        let extended = || self.extended();
+        let (regs, sregs) = registers(self.vcpu)?;
+        let extended = || extended(self.vcpu);
         let (cpu, view) =
             (Cpu { regs: &regs, sregs: &sregs, extended: &extended }, LinearView::new(self.memory, &sregs));
         let accesses = accesses(&cpu, &view);
         if self.promote(Resort::Operand, &view.pages(&accesses.written).0)? {
-            return Ok(true);
+            return Ok(Resolution::Promoted);
         }
         if self.in_place.generation() != self.generation {
             self.in_place.counts().add_raced();
-            return Ok(true);
+            return Ok(Resolution::Promoted);
         }
         let seen = look(&cpu, &view, &accesses);
+        if let Some(why) = lost_page(&seen) {
+            return Ok(Resolution::Lost(why));
+        }
         let structures = [
             (Resort::PageTables, &seen.tables),
             (Resort::Stack, &seen.stacks),
@@ -64,27 +106,22 @@ impl Stuck<'_> {
         ];
         for (resort, pages) in structures {
             if self.promote(resort, pages)? {
-                return Ok(true);
+                return Ok(Resolution::Promoted);
             }
         }
         if cause == Cause::Emulation {
-            return Ok(false);
+            return Ok(Resolution::Unknown);
         }
         let near: Vec<Extent> = seen.all().map(|page| whole_blocks(*page, BLOCK_PAGES)).collect();
-        Ok(self.promote(Resort::Near, &near)? || self.promote_all()?)
+        Ok((self.promote(Resort::Near, &near)? || self.promote_all()?).into())
     }
 
     /// Whether a stack lies in place that an event would be delivered to.
     pub fn is_stack_in_place(&self) -> Result<bool, Error> {
-        let (regs, sregs) = self.registers()?;
+        let (regs, sregs) = registers(self.vcpu)?;
         let (cpu, view) =
             (Cpu { regs: &regs, sregs: &sregs, extended: &|| None }, LinearView::new(self.memory, &sregs));
         Ok(view.pages(&view.stacks(&cpu)).0.iter().any(|page| self.in_place.has(*page)))
-    }
-
-    fn registers(&self) -> Result<(kvm_regs, kvm_sregs), Error> {
-        let failed = |source: kvm_ioctls::Error| Error::Os { doing: "read a vCPU's registers", source: source.into() };
-        Ok((self.vcpu.get_regs().map_err(failed)?, self.vcpu.get_sregs().map_err(failed)?))
     }
 
     fn promote(&self, resort: Resort, pages: &[Extent]) -> Result<bool, Error> {
@@ -98,21 +135,26 @@ impl Stuck<'_> {
         self.in_place.counts().add(Resort::All, promoted);
         Ok(promoted > 0)
     }
+}
 
-    /// Vector registers, and how much XSAVE writes.
-    fn extended(&self) -> Option<Extended> {
-        const XSAVE_LEAF: u32 = 0xd;
-        const COMPONENTS: [u32; 3] = [2, 6, 7];
-        let table = self.vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).ok()?;
-        let leaf = |index| table.as_slice().iter().find(|entry| entry.function == XSAVE_LEAF && entry.index == index);
-        let offset = |index| leaf(index).map_or(usize::MAX / 2, |entry| entry.ebx as usize);
-        let [ymm_high, zmm_high, zmm_16_to_31] = COMPONENTS.map(offset);
-        // What is enabled now, in the standard format and (with the supervisor's state) in the compacted one.
-        let area_len = u64::from(leaf(0).map_or(512, |entry| entry.ebx).max(leaf(1).map_or(0, |entry| entry.ebx)));
-        let area = self.vcpu.get_xsave().ok()?;
-        let xsave = area.region.iter().flat_map(|word| word.to_le_bytes()).collect();
-        Some(Extended { xsave, ymm_high, zmm_high, zmm_16_to_31, area_len })
-    }
+fn registers(vcpu: &VcpuFd) -> Result<(kvm_regs, kvm_sregs), Error> {
+    let failed = |source: kvm_ioctls::Error| Error::Os { doing: "read a vCPU's registers", source: source.into() };
+    Ok((vcpu.get_regs().map_err(failed)?, vcpu.get_sregs().map_err(failed)?))
+}
+
+/// Vector registers, and how much XSAVE writes.
+fn extended(vcpu: &VcpuFd) -> Option<Extended> {
+    const XSAVE_LEAF: u32 = 0xd;
+    const COMPONENTS: [u32; 3] = [2, 6, 7];
+    let table = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).ok()?;
+    let leaf = |index| table.as_slice().iter().find(|entry| entry.function == XSAVE_LEAF && entry.index == index);
+    let offset = |index| leaf(index).map_or(usize::MAX / 2, |entry| entry.ebx as usize);
+    let [ymm_high, zmm_high, zmm_16_to_31] = COMPONENTS.map(offset);
+    // What is enabled now, in the standard format and (with the supervisor's state) in the compacted one.
+    let area_len = u64::from(leaf(0).map_or(512, |entry| entry.ebx).max(leaf(1).map_or(0, |entry| entry.ebx)));
+    let area = vcpu.get_xsave().ok()?;
+    let xsave = area.region.iter().flat_map(|word| word.to_le_bytes()).collect();
+    Some(Extended { xsave, ymm_high, zmm_high, zmm_16_to_31, area_len })
 }
 
 /// What the instruction at RIP does; nothing, if there is none.

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
-use super::fault::{Cause, Stuck};
+use super::fault::{Cause, Resolution, Stuck};
 use super::*;
 use crate::snapshot::MemoryLayout;
 use crate::vmm::memory::GuestRam;
@@ -126,7 +126,7 @@ fn run(seed: u64) -> u64 {
             _ => return all.pages - before.0,
         };
         let stuck = Stuck { vcpu: &fd, memory: ram.view(), in_place: &in_place, generation: before.1 };
-        if !stuck.resolve(cause).unwrap() {
+        if stuck.resolve(cause).unwrap() != Resolution::Promoted {
             return all.pages - before.0;
         }
         assert!(in_place.pages() < before.0, "seed {seed}: it goes on and nothing was promoted");

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::files::Files;
-use super::lazy::{FaultCounters, LazyExtent, ended, fetch};
+use super::lazy::{FaultCounters, LazyExtent, ended, fetch, unavailable};
 use crate::snapshot::{
     Background, BackgroundAction, Extent, PAGE_SIZE, PageSet, Placement, PlannedExtent, RestorePlan,
 };
@@ -17,6 +17,7 @@ use crate::vmm::memory::GuestRam;
 use crate::vmm::promote::{InPlace, Resort};
 use crate::vmm::release::Released;
 use crate::vmm::stall::Activity;
+use crate::vmm::sys::lost;
 use crate::vmm::sys::mapping::Populator;
 use crate::vmm::sys::uffd::{Install, Uffd};
 use crate::vmm::vcpu::{Ending, EndingSignal};
@@ -86,9 +87,11 @@ impl BackgroundWork {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                let _reads = activity.reads(step.part, step.lazy.source_of(step.part));
+                let (part, from) = (step.part, step.lazy);
+                let _reads = activity.reads(part, from.source_of(part));
                 if let Err(error) = carry_out(step, &mut files, lazy.as_ref(), &released) {
-                    ending.end(Ending::Failed(format!("Cannot bring in memory in the background: {error}")));
+                    let lost = lost::within(part).map(Ending::MemoryLost);
+                    ending.end(lost.unwrap_or_else(|| unavailable("bring in", &from, part.first, &error)));
                     return;
                 }
                 if last_compared == Some(index) {

@@ -17,8 +17,9 @@ use crate::snapshot::{
 };
 use crate::vmm::control::InPlaceMapping;
 use crate::vmm::error::Error;
-use crate::vmm::memory::{Backing, GuestRam, Piece};
+use crate::vmm::memory::{Backing, FileMapping, GuestRam, Piece};
 use crate::vmm::promote::{InPlaceExtent, Resort};
+use crate::vmm::sys::lost;
 use crate::vmm::sys::mapping::Buffer;
 use crate::vmm::sys::uffd::{Install, Uffd};
 use crate::vmm::timeline::{Slice, Timeline};
@@ -83,7 +84,8 @@ pub fn build(
         timeline.lap(Slice::Map);
         lazy
     } else {
-        let in_place = engine.map(&ram)?;
+        let (in_place, mapped) = engine.map(&ram)?;
+        ram.watch(files.mapped_files(&mapped)?, &mapped)?;
         if !in_place.is_empty() {
             ram.guard(&in_place)?;
         }
@@ -210,15 +212,17 @@ impl Engine<'_> {
         Ok(View::File { index, offset, huge, shared })
     }
 
-    /// Makes the mappings; those in place that cannot be written.
-    fn map(&mut self, ram: &GuestRam) -> Result<Vec<InPlaceExtent>, Error> {
+    /// Makes the mappings. Returns those in place that cannot be written, and all that show files.
+    fn map(&mut self, ram: &GuestRam) -> Result<(Vec<InPlaceExtent>, Vec<FileMapping>), Error> {
         let mut in_place = Vec::new();
+        let mut mapped = Vec::new();
         for run in self.runs()? {
             self.report.mmap_calls += 1;
             match run.view {
                 View::Anonymous => ram.map_anon(run.extent)?,
                 View::File { index, offset, huge, shared } => {
                     let Mapped { file, base, align, .. } = self.files.mapping(index)?;
+                    mapped.push(FileMapping { extent: run.extent, file: index, offset: base + offset });
                     if shared {
                         ram.map_in_place(run.extent, file, base + offset)?;
                         in_place.push(InPlaceExtent { extent: run.extent, align_pages: align / PAGE_SIZE });
@@ -234,7 +238,7 @@ impl Engine<'_> {
         for blocks in &self.plan.huge {
             self.advise_huge(ram, *blocks)?;
         }
-        Ok(in_place)
+        Ok((in_place, mapped))
     }
 
     fn advise_huge(&mut self, ram: &GuestRam, extent: Extent) -> Result<(), Error> {
@@ -323,7 +327,10 @@ impl Engine<'_> {
         let wanted = |planned: &&PlannedExtent| is_preload(planned, Fill::BreakCow);
         for planned in self.plan.extents.iter().filter(wanted) {
             self.report.madvise_calls += 1;
-            let failed = |source| Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source };
+            let failed = |source| match lost::within(planned.extent) {
+                Some(why) => Error::Lost(why),
+                None => Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source },
+            };
             // What the kernel cannot copy is promoted.
             match ram.in_place().filter(|in_place| in_place.has(planned.extent)) {
                 Some(in_place) => in_place.promote_as(Resort::Ahead, planned.extent),

@@ -11,6 +11,8 @@ use crate::tiering::chunks::{ColdPool, ColdReader};
 use crate::tiering::fault::PageReader;
 use crate::tiering::tier::{Mappable, Tier};
 use crate::vmm::error::Error;
+use crate::vmm::memory::FileMapping;
+use crate::vmm::sys::lost::MappedFile;
 use crate::vmm::sys::page_cache::PageCache;
 
 /// Sources by the index that plans use.
@@ -125,6 +127,20 @@ impl Files {
         Ok(Mapped { file, base, copy_on_write, align: align.max(PAGE_SIZE) })
     }
 
+    /// The files of `mapped` by their numbers; `None` for those that are not mapped.
+    pub fn mapped_files(&self, mapped: &[FileMapping]) -> Result<Vec<Option<MappedFile>>, Error> {
+        let paths = self.paths();
+        let mut files: Vec<Option<MappedFile>> = Vec::new();
+        files.resize_with(paths.len(), || None);
+        for FileMapping { file: index, .. } in mapped {
+            if files[*index].is_none() {
+                let file = MappedFile::new(self.mapping(*index)?.file, &paths[*index]);
+                files[*index] = Some(file.map_err(Error::os("copy a file descriptor"))?);
+            }
+        }
+        Ok(files)
+    }
+
     /// The paths of all sources, in the order of their index.
     pub fn paths(&self) -> Vec<PathBuf> {
         let cold = self.cold().map(|pool| PathBuf::from(pool.name()));
@@ -181,6 +197,14 @@ fn open_image(chain: &Chain, spec: &ImageSpec) -> Result<Arc<Image>, Error> {
     Ok(Arc::new(image))
 }
 
+/// A local file or pool whose bytes cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: {cause}", path = path.display())]
+pub struct Unreadable {
+    pub path: PathBuf,
+    pub cause: io::Error,
+}
+
 fn no_such_source() -> Error {
     Error::Os { doing: "find a source of the restore plan", source: io::Error::from(io::ErrorKind::NotFound) }
 }
@@ -190,11 +214,14 @@ impl PageReader for Files {
         if let Some(cold) = self.cold.as_mut().filter(|_| source.layer < self.chain.layers().len()) {
             return cold.read(source.offset, bytes);
         }
-        if let Some(tier) = self.tier(source.layer) {
-            return tier.read(source.offset, bytes);
-        }
-        let (file, _) = self.get(source.layer).ok_or(io::ErrorKind::NotFound)?;
-        file.read_exact_at(bytes, source.offset)?;
+        let (path, result) = match self.tier(source.layer) {
+            Some(tier) => (tier.path(), tier.read(source.offset, bytes)),
+            None => {
+                let (file, path) = self.get(source.layer).ok_or(io::ErrorKind::NotFound)?;
+                (path, file.read_exact_at(bytes, source.offset))
+            }
+        };
+        result.map_err(|cause| io::Error::other(Unreadable { path: path.to_owned(), cause }))?;
         let damaged = |error: Error| io::Error::new(io::ErrorKind::InvalidData, error);
         self.verify_image(source, &[bytes]).map_err(damaged)
     }

@@ -10,12 +10,14 @@ use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::batches::{Batches, FaultBatch};
+use super::files::Unreadable;
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource};
 use crate::tiering::fault::{FaultKind, FaultObserver, PageReader};
 use crate::vmm::error::Error;
 use crate::vmm::release::Released;
 use crate::vmm::stall::Activity;
 use crate::vmm::sys::clock;
+use crate::vmm::sys::lost;
 use crate::vmm::sys::uffd::{Fault, Install, Touch, Uffd};
 use crate::vmm::vcpu::{Ending, EndingSignal};
 
@@ -128,9 +130,9 @@ impl FaultService {
         let thread = std::thread::Builder::new()
             .name("faults".into())
             .spawn(move || {
-                if let Err(what) = work.serve(&asked) {
+                if let Err(why) = work.serve(&asked) {
                     failed.store(true, Ordering::SeqCst);
-                    ending.end(Ending::Failed(what));
+                    ending.end(why);
                 }
             })
             .map_err(Error::os("start the fault service"))?;
@@ -173,9 +175,9 @@ impl Drop for FaultService {
 }
 
 impl FaultWork {
-    /// Serves until asked to stop. The error is for people: what could not be done, for which page.
-    fn serve(&mut self, stop: &EventFd) -> Result<(), String> {
-        let failed = |error: io::Error| format!("The fault service cannot wait for faults: {error}");
+    /// Serves until asked to stop. The error says what could not be done, for which page.
+    fn serve(&mut self, stop: &EventFd) -> Result<(), Ending> {
+        let failed = |error: io::Error| Ending::Failed(format!("The fault service cannot wait for faults: {error}"));
         let mut buffer = vec![0; (self.fault_pages * PAGE_SIZE) as usize];
         loop {
             self.uffd.wait(stop).map_err(failed)?;
@@ -196,15 +198,14 @@ impl FaultWork {
         }
     }
 
-    fn answer(&mut self, fault: Fault, buffer: &mut [u8]) -> Result<(), String> {
+    fn answer(&mut self, fault: Fault, buffer: &mut [u8]) -> Result<(), Ending> {
         let Some((at, index)) = find(&self.extents, fault.address) else {
-            return Err(format!("A fault at host address {:#x} is in no lazy extent", fault.address));
+            let what = format!("A fault at host address {:#x} is in no lazy extent", fault.address);
+            return Err(Ending::Failed(what));
         };
         let lazy = self.extents[at];
         let gfn = Gfn(lazy.extent.first.0 + index);
-        let failed = |what: &str, error: io::Error| {
-            format!("Cannot {what} the page at guest-physical {:#x}: {error}", gfn.gpa())
-        };
+        let failed = |what: &str, error: io::Error| unavailable(what, &lazy, gfn, &error);
         let (counter, kind) = match fault.touch {
             Touch::Read => (&self.counters.read, FaultKind::Read),
             Touch::Write => (&self.counters.write, FaultKind::Write),
@@ -238,10 +239,8 @@ impl FaultWork {
     }
 
     /// Fetches the part of a lazy extent that lies in the block around `gfn`, and installs it.
-    fn bring(&mut self, lazy: &LazyExtent, gfn: Gfn, write_protect: bool, buffer: &mut [u8]) -> Result<(), String> {
-        let failed = |what: &str, error: io::Error| {
-            format!("Cannot {what} the page at guest-physical {:#x}: {error}", gfn.gpa())
-        };
+    fn bring(&mut self, lazy: &LazyExtent, gfn: Gfn, write_protect: bool, buffer: &mut [u8]) -> Result<(), Ending> {
+        let failed = |what: &str, error: io::Error| unavailable(what, lazy, gfn, &error);
         let block = block_around(lazy, gfn, self.fault_pages);
         let bytes = &mut buffer[..block.bytes() as usize];
         {
@@ -288,6 +287,17 @@ impl FaultWork {
         let installed = self.uffd.install_zero(lazy.host_of(gfn))?;
         self.counters.installed.fetch_add(u64::from(installed), Ordering::Relaxed);
         Ok(())
+    }
+}
+
+/// Why a guest whose page `gfn` cannot be had is over.
+pub fn unavailable(doing: &str, lazy: &LazyExtent, gfn: Gfn, error: &io::Error) -> Ending {
+    let offset = lazy.source_of(Extent { first: gfn, pages: 1 }).map_or(0, |source| source.offset);
+    match error.get_ref().and_then(|cause| cause.downcast_ref::<Unreadable>()) {
+        Some(source) => {
+            Ending::MemoryLost(lost::sentence(gfn.gpa(), &source.path, offset, &lost::cause_of(&source.cause)))
+        }
+        None => Ending::Failed(format!("Cannot {doing} the page at guest-physical {:#x}: {error}", gfn.gpa())),
     }
 }
 

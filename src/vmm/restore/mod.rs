@@ -10,6 +10,7 @@ mod lazy;
 mod prefault;
 mod reads;
 mod rescue;
+mod verify;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use std::time::Instant;
 use serde::de::DeserializeOwned;
 
 use super::arch::layout;
-use super::control::InPlaceMapping;
+use super::control::{InPlaceMapping, Verify};
 use super::devices::{self, Overrides, SavedDevice};
 use super::error::Error;
 use super::lineage::Lineage;
@@ -47,6 +48,7 @@ use external::ExternalHandler;
 use files::Files;
 use lazy::{FaultCounters, FaultService, FaultWork};
 use rescue::Rescue;
+use verify::Verifier;
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
@@ -64,6 +66,8 @@ pub struct RestoreSpec<'a> {
     pub single_pages: bool,
     /// How pages in place are mapped where the tier leaves the choice.
     pub in_place_mapping: InPlaceMapping,
+    /// When what memory is taken from is compared with the snapshot's checksums.
+    pub verify: Verify,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
     /// What this clone's devices are to have on the host's side.
@@ -79,6 +83,7 @@ pub struct RestoreSpec<'a> {
 pub(super) struct MemoryServices {
     /// First of all: nobody waits for a pool that is closed.
     cold: Option<CloseCold>,
+    verifier: Option<Verifier>,
     background: Option<BackgroundWork>,
     service: Option<FaultService>,
     handler: Option<ExternalHandler>,
@@ -117,6 +122,11 @@ impl MemoryServices {
 
     pub fn cold_counts(&self) -> Option<ColdCounts> {
         self.cold.as_ref().map(|cold| cold.0.counts())
+    }
+
+    /// How much of the memory has been compared with checksums.
+    pub fn verification(&self) -> serde_json::Value {
+        self.verifier.as_ref().map(Verifier::json).unwrap_or_default()
     }
 
     /// Whether lazy memory is served no more: all who wait for it wait for ever.
@@ -249,6 +259,10 @@ impl Machine<Built> {
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
         let files = Files::open(spec.chain.clone(), spec.tiers, spec.plan)?.with_cold(spec.cold.as_ref());
         spec.stalls.name_sources(files.paths());
+        let verifier = match spec.handler {
+            None => Verifier::start(&files, spec.plan, spec.verify, spec.observer.is_none())?,
+            Some(_) => None,
+        };
         timeline.lap(Slice::StateLoad);
         let mut built = match spec.handler {
             None => {
@@ -289,6 +303,10 @@ impl Machine<Built> {
             timeline.lap(Slice::Preload);
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
+        if let Some(verifier) = &verifier {
+            verifier.wait_checked(&files, &machine.core.ending)?;
+        }
+        machine.core.services.verifier = verifier;
         placed.keep();
         rescue.finish()?;
         timeline.lap(Slice::StateLoad);

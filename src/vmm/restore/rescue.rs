@@ -36,7 +36,7 @@ impl Rescue {
         self.ending.on_end(None);
         match self.ending.take() {
             None => Ok(()),
-            Some(Ending::Failed(why)) => Err(Error::Unserved(why)),
+            Some(Ending::Failed(why) | Ending::MemoryLost(why)) => Err(Error::Unserved(why)),
             Some(other) => Err(Error::Unserved(format!("{other:?}"))),
         }
     }

@@ -28,6 +28,7 @@ pub use handler::HandlerProbe;
 
 use super::error::Error;
 use super::logging;
+use super::sys::lost::CANNOT_GO_ON;
 use super::vcpu::{Ending, EndingSignal};
 use crate::snapshot::{Extent, PageSource};
 use threads::SleepingThreads;
@@ -245,7 +246,7 @@ impl State {
 /// Ends the process: somebody waits in the kernel and nobody can call it back.
 pub fn give_up(reason: &str) -> ! {
     super::sys::terminal::restore();
-    logging::say(&format!("tvmm: The guest cannot go on: {reason}"));
+    logging::say(&format!("tvmm: {CANNOT_GO_ON}: {reason}"));
     std::process::exit(1);
 }
 

@@ -174,7 +174,7 @@ impl Reservation {
     /// Faults `[offset, offset + len)` in for reading (madvise(2), `MADV_POPULATE_READ`).
     pub fn populate_read(&self, offset: usize, len: usize) -> io::Result<()> {
         self.check(offset, len)?;
-        self.advise(offset, len, libc::MADV_POPULATE_READ)
+        self.advise(offset, len, libc::MADV_POPULATE_READ).map_err(unreadable)
     }
 
     /// A handle by which another thread can populate `[offset, offset + len)`.
@@ -270,7 +270,15 @@ impl Populator {
     pub fn populate_write(self) -> io::Result<()> {
         // SAFETY: MADV_POPULATE_WRITE changes no contents of whatever is mapped in the range, and fails on what is not.
         let result = unsafe { libc::madvise(self.start as *mut libc::c_void, self.len, libc::MADV_POPULATE_WRITE) };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if result == 0 { Ok(()) } else { Err(unreadable(io::Error::last_os_error())) }
+    }
+}
+
+/// Populating memory fails with EFAULT where a touch would be SIGBUS (madvise(2)): the mapped file was cut, or its disk fails.
+fn unreadable(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EFAULT) => io::Error::from_raw_os_error(libc::EIO),
+        _ => error,
     }
 }
 

@@ -102,7 +102,8 @@ fn is_cached(file: &File, offset: u64) -> io::Result<Option<bool>> {
     }
 }
 
-fn resident_in(file: &File, offset: u64, len: u64) -> io::Result<Option<u64>> {
+/// As [`resident_pages`], for `[offset, offset + len)`.
+pub fn resident_in(file: &File, offset: u64, len: u64) -> io::Result<Option<u64>> {
     let range = CacheStatRange { offset, len };
     let mut stat = CacheStat::default();
     // SAFETY: the kernel reads `range` and writes `stat`, both valid and of the kernel's layout, for the length of the

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
+use super::lost::{self, MappedFile, Mapping, Watched};
 use super::mapping::Reservation;
 
 /// Bytes of a cache line.
@@ -16,6 +17,8 @@ pub struct SharedMap {
     base: NonNull<u8>,
     len: usize,
     is_writable: bool,
+    /// Names the file should it be cut while it is mapped.
+    _watched: Option<Watched>,
 }
 
 // SAFETY: the mapping is plain memory that other processes change as well; it is only copied from and to.
@@ -34,7 +37,10 @@ impl SharedMap {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        Ok(SharedMap { base, len, is_writable })
+        let mapping = Mapping { address: base.as_ptr() as usize, len, file: 0, offset: 0, gpa: None };
+        let mut map = SharedMap { base, len, is_writable, _watched: None };
+        map._watched = lost::watch(vec![Some(MappedFile::unnamed(file)?)], vec![mapping]);
+        Ok(map)
     }
 
     fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {

@@ -19,6 +19,16 @@ pub fn restore() {
     }
 }
 
+/// The same in a signal handler: neither waits nor allocates. A terminal that another thread is just setting stays as it is.
+pub fn restore_in_handler() {
+    if let Ok(saved) = SAVED.try_lock()
+        && let Some(saved) = &*saved
+    {
+        // Nothing can be done about a terminal that is gone.
+        let _ = set(saved);
+    }
+}
+
 impl RawTerminal {
     /// Puts standard input into raw mode if it is a terminal; `None` if it is not.
     pub fn enter() -> io::Result<Option<Self>> {
@@ -52,7 +62,7 @@ impl Drop for RawTerminal {
 
 fn set(mode: &libc::termios) -> io::Result<()> {
     // SAFETY: `mode` is a valid termios; the descriptor of standard input is open.
-    match unsafe { libc::tcsetattr(io::stdin().as_raw_fd(), libc::TCSANOW, mode) } {
+    match unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, mode) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -213,6 +213,11 @@ impl Vm {
         self.stdin.as_mut().unwrap().write_all(bytes).expect("tvmm reads its standard input");
     }
 
+    /// As [`send`](Self::send), to a VM that may have ended.
+    pub fn send_if_alive(&mut self, bytes: &[u8]) {
+        let _ = self.stdin.as_mut().unwrap().write_all(bytes);
+    }
+
     /// Waits for a line of guest output for which `wanted` is true; panics with what came instead.
     pub fn wait_line(&mut self, wanted: impl Fn(&str) -> bool) -> String {
         let deadline = Instant::now() + TIMEOUT;

@@ -32,6 +32,7 @@ use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, Virti
 use crate::devices::Error;
 
 pub use backing::Facts;
+pub use sys::touch_pieces;
 
 use backing::Backing;
 use request::{Disk, Operation, Request, Status};

@@ -5,9 +5,10 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 
+use vm_memory::VolatileSlice;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use crate::devices::virtio::chain::{Buffers, Slice};
+use crate::devices::virtio::chain::{Buffers, Slice, touch};
 
 /// `IOV_MAX`: the most pieces one system call takes.
 pub const PIECES_MAX: usize = 1024;
@@ -72,6 +73,16 @@ impl<'m> Pieces<'m> {
         }
     }
 
+    /// What a failed transfer of them was: `error`, unless it is that memory cannot be had, which ends the guest here.
+    pub fn error(&self, error: io::Error) -> io::Error {
+        if error.raw_os_error() == Some(libc::EFAULT) {
+            // SAFETY: the pieces are guest memory that lives as long as 'm (`Pieces::of`, `outliving`), and `advance` only
+            // shortens them.
+            unsafe { touch_pieces(self.iovecs()) };
+        }
+        error
+    }
+
     /// For the kernel to work on after this call returns.
     ///
     /// # Safety
@@ -79,6 +90,15 @@ impl<'m> Pieces<'m> {
     pub unsafe fn outliving(self) -> Pieces<'static> {
         Pieces { iovecs: self.iovecs, first: self.first, left: self.left, memory: PhantomData }
     }
+}
+
+/// Touches each page of `pieces`, as [`touch`] does.
+///
+/// # Safety
+/// The pieces are memory that is mapped until this returns. Nothing is written.
+pub unsafe fn touch_pieces(pieces: &[libc::iovec]) {
+    // SAFETY: passed on to the caller.
+    touch(pieces.iter().map(|piece| unsafe { VolatileSlice::<()>::new(piece.iov_base.cast(), piece.iov_len) }));
 }
 
 /// Transfers all of `pieces` from or to `offset`. A file that ends before is an error.
@@ -101,7 +121,7 @@ pub fn transfer(file: &File, direction: Direction, pieces: &mut Pieces<'_>, mut 
             }
             Err(_) => match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
+                error => return Err(pieces.error(error)),
             },
         }
     }

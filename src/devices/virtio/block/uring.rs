@@ -167,7 +167,10 @@ impl Job {
         let Job { head, status, written, file, work } = self;
         let again = matches!(-result, libc::EINTR | libc::EAGAIN);
         let result = match (work, usize::try_from(result)) {
-            (_, Err(_)) if !again => Err(io::Error::from_raw_os_error(-result)),
+            (Work::Transfer { pieces, .. }, Err(_)) if !again => {
+                Err(pieces.error(io::Error::from_raw_os_error(-result)))
+            }
+            (Work::Flush, Err(_)) if !again => Err(io::Error::from_raw_os_error(-result)),
             (Work::Flush, Ok(_)) => Ok(()),
             (Work::Flush, Err(_)) => file.sync_data(),
             (Work::Transfer { pieces, .. }, Ok(0)) if pieces.left() > 0 => Err(io::ErrorKind::UnexpectedEof.into()),

@@ -12,6 +12,7 @@ use vmm_sys_util::ioctl_iow_nr;
 
 use super::HEADER_LEN;
 use crate::devices::Error;
+use crate::devices::virtio::block::touch_pieces;
 use crate::devices::virtio::chain::Slice;
 
 /// Offloads of a tap (linux/if_tun.h): what the kernel may leave undone in frames that are read from it.
@@ -113,7 +114,7 @@ impl Tap {
         // SAFETY: each entry but the last is a slice of guest memory, which outlives the call (`'m`) and which the
         // guest, too, may write at any time: nobody holds references into it. The last is `tail`, borrowed for the call.
         let result = unsafe { libc::readv(self.fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+        usize::try_from(result).map_err(|_| error_of(&vectors))
     }
 
     /// Writes one frame with its header. At most [`BUFFERS_MAX`] buffers.
@@ -121,7 +122,7 @@ impl Tap {
         let vectors = vectors(buffers);
         // SAFETY: each entry is a slice of guest memory, which outlives the call (`'m`); the kernel only reads it.
         let result = unsafe { libc::writev(self.fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
-        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+        usize::try_from(result).map_err(|_| error_of(&vectors))
     }
 }
 
@@ -131,6 +132,16 @@ fn vectors<'a, 'm: 'a>(buffers: impl Iterator<Item = &'a Slice<'m>>) -> Vec<libc
     let vector =
         |slice: &Slice<'m>| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() };
     buffers.map(vector).collect()
+}
+
+/// The error of a system call that has just failed on `vectors`.
+fn error_of(vectors: &[libc::iovec]) -> io::Error {
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::EFAULT) {
+        // SAFETY: each entry is guest memory or a buffer of the caller's, both still there.
+        unsafe { touch_pieces(vectors) };
+    }
+    error
 }
 
 fn checked(result: libc::c_int) -> io::Result<()> {

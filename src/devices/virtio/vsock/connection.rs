@@ -11,6 +11,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::net::RecvFlags;
 use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
 
+use super::super::chain::{Slice, touch};
 use super::super::{Broken, Buffers};
 use super::header::{Header, Ports, op, shut};
 
@@ -280,7 +281,7 @@ impl Connection {
         }
         let mut done = 0;
         for slice in room.part(0, left).slices() {
-            match io_result(self.stream.read_volatile(&mut slice.clone())) {
+            match io_result(self.stream.read_volatile(&mut slice.clone()), slice) {
                 Ok(0) => {
                     self.at_end = true;
                     self.note_end();
@@ -388,7 +389,7 @@ impl Connection {
         let mut passed = 0;
         if self.waiting.is_empty() {
             for slice in data.slices() {
-                let count = match io_result(self.stream.write_volatile(slice)) {
+                let count = match io_result(self.stream.write_volatile(slice), slice) {
                     Ok(count) => count,
                     Err(error) => {
                         self.note_write_error(&error);
@@ -452,10 +453,15 @@ impl AsFd for Connection {
     }
 }
 
-/// The error behind an access to guest memory by the kernel.
-fn io_result(result: Result<usize, VolatileMemoryError>) -> io::Result<usize> {
+/// The error behind an access to `slice` by the kernel.
+fn io_result(result: Result<usize, VolatileMemoryError>, slice: &Slice<'_>) -> io::Result<usize> {
     result.map_err(|error| match error {
-        VolatileMemoryError::IOError(error) => error,
+        VolatileMemoryError::IOError(error) => {
+            if error.raw_os_error() == Some(libc::EFAULT) {
+                touch(std::iter::once(*slice));
+            }
+            error
+        }
         other => io::Error::other(other.to_string()),
     })
 }
