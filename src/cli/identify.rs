@@ -170,7 +170,8 @@ impl Kind {
         if head[..have].trim_ascii_start().starts_with(b"{") {
             return Some(Kind::Json);
         }
-        (len >= LEAST_MEMORY && len.is_multiple_of(PAGE_SIZE)).then_some(Kind::Bytes)
+        let is_blank = head[..have].iter().all(u8::is_ascii_whitespace);
+        (!is_blank && len >= LEAST_MEMORY && len.is_multiple_of(PAGE_SIZE)).then_some(Kind::Bytes)
     }
 
     /// What a file of tvmm's is, by its sections; `None` if it is damaged.

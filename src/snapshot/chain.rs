@@ -212,13 +212,13 @@ impl Chain {
 }
 
 /// Makes sure that a reader finds `parent` and everything it is relative to, and may add a layer of `layout` to it.
-/// `object` is the diff that needs it.
+/// `object` is the diff that needs it. Memory files need not be there: a cold pool can have the pages of all layers.
 ///
 /// # Errors
 /// [`Error::NoParent`] around what a reader would say; [`Error::ChainFull`].
 pub(crate) fn check_parent(object: &str, parent: &Parent, layout: &MemoryLayout) -> Result<()> {
     let no_parent = |source| Error::NoParent { object: object.to_string(), source: Box::new(source) };
-    let chain = Chain::open(&parent.location).map_err(|error| match error {
+    let chain = Chain::open_elsewhere(&parent.location).map_err(|error| match error {
         // One that restores would refuse cannot be built on either.
         Error::ChainTooLong { limit, .. } => Error::ChainFull { object: object.to_string(), limit },
         error => no_parent(error),

@@ -59,7 +59,7 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     }
     let dir = parent_dir(path);
     partial::sweep(&dir);
-    let partial = PartialFile::create(&dir, PRIVATE)?;
+    let partial = PartialFile::create(&dir)?;
     partial.file().write_all(bytes).map_err(Error::io("write", partial.path()))?;
     partial.publish_durably(path)
 }

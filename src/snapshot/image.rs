@@ -349,7 +349,7 @@ fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn Lo
     files::create_private_dir(dir)
         .map_err(Error::io("make working-set images (--plan-dir names another place for them) in", dir))?;
     sweep_own(dir);
-    let partial = PartialFile::create(dir, files::PRIVATE)?;
+    let partial = PartialFile::create(dir)?;
     write(chain, spec, &partial)?;
     let file = partial.file().try_clone().map_err(Error::io("open", path))?;
     partial.publish_durably(path)?;

@@ -126,13 +126,15 @@ impl PartialDir {
 pub struct PartialFile(Entry);
 
 impl PartialFile {
-    /// Makes an empty temporary file in `dir`, open for reading and writing. `mode` is what its owner, group and others
-    /// may do, less the process's umask.
+    /// Makes an empty temporary file in `dir`, open for reading and writing. Its owner alone may read it: all files that are
+    /// written so hold guest memory, device state, or what a guest did.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(dir: &Path, mode: u32) -> Result<PartialFile> {
-        let open = |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(path);
+    pub fn create(dir: &Path) -> Result<PartialFile> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(files::PRIVATE);
+        let open = |path: &Path| options.open(path);
         Entry::create(dir, open).map(PartialFile)
     }
 
@@ -287,7 +289,7 @@ mod tests {
     fn only_what_no_writer_holds_is_swept() {
         let dir = tempfile::tempdir().unwrap();
         let living_dir = PartialDir::create(dir.path()).unwrap();
-        let living_file = PartialFile::create(dir.path(), 0o600).unwrap();
+        let living_file = PartialFile::create(dir.path()).unwrap();
         let dead_file = dir.path().join(".tvmm-00112233445566778899aabbccddeeff.partial");
         fs::write(&dead_file, "abcd").unwrap();
         let dead_dir = dir.path().join(".tvmm-10112233445566778899aabbccddeeff.partial");
@@ -319,7 +321,7 @@ mod tests {
         let longest = "n".repeat(255);
         let to = dir.path().join(&longest);
         for content in ["one", "two"] {
-            let partial = PartialFile::create(dir.path(), 0o644).unwrap();
+            let partial = PartialFile::create(dir.path()).unwrap();
             io::Write::write_all(&mut partial.file(), content.as_bytes()).unwrap();
             partial.publish_durably(&to).unwrap();
             assert_eq!(fs::read_to_string(&to).unwrap(), content);
@@ -343,7 +345,7 @@ mod tests {
                     let dir = dir.path();
                     scope.spawn(move || {
                         for round in 0..rounds {
-                            let file = PartialFile::create(dir, 0o600).unwrap();
+                            let file = PartialFile::create(dir).unwrap();
                             let text = format!("{writer} {round}");
                             io::Write::write_all(&mut file.file(), text.as_bytes()).unwrap();
                             sweep_own(dir);

@@ -11,7 +11,7 @@ use super::index::{Index, MAX_INDEX_LEN};
 use super::pack::{PackSpec, Packed, pack};
 use super::{CHUNK_PAGES_RANGE, ChunkError};
 use crate::snapshot::{
-    Chain, Digest, PAGE_SIZE, PRIVATE, PageSet, PartialFile, SnapshotId, is_partial, read_limited, replace_file, sweep,
+    Chain, Digest, PAGE_SIZE, PageSet, PartialFile, SnapshotId, is_partial, read_limited, replace_file, sweep,
     write_limited,
 };
 
@@ -187,7 +187,7 @@ impl Store {
         }
         let objects = self.dir.join(OBJECTS);
         sweep(&objects);
-        let partial = PartialFile::create(&objects, PRIVATE)?;
+        let partial = PartialFile::create(&objects)?;
         let packed = self.write_data(chain, hot, &partial, progress)?;
         partial.publish_durably(&data_path)?;
         write_limited(&index_path, &packed.index.to_bytes()?, MAX_INDEX_LEN)?;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::snapshot::{self, Digest, PRIVATE, PartialFile, SnapshotId, create_private_dir, lru, sweep};
+use crate::snapshot::{self, Digest, PartialFile, SnapshotId, create_private_dir, lru, sweep};
 use crate::tiering::chunks::{Broken, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
 use crate::vmm::error::Error;
 use crate::vmm::own_dir::check_owner;
@@ -51,7 +51,7 @@ impl Cache {
         );
         // Found now rather than at every chunk.
         sweep(dir);
-        PartialFile::create(dir, PRIVATE)?;
+        PartialFile::create(dir)?;
         Ok(Arc::new(cache))
     }
 
@@ -92,7 +92,7 @@ impl Cache {
 
     /// Not synced: a chunk that a crash has cut does not have its checksum.
     fn write(&self, path: &Path, bytes: &[u8]) -> snapshot::Result<()> {
-        let partial = PartialFile::create(&self.dir, PRIVATE)?;
+        let partial = PartialFile::create(&self.dir)?;
         let written = partial.file().write_all(bytes);
         written.map_err(snapshot::Error::io("write", partial.path()))?;
         partial.publish(path)
