@@ -377,7 +377,7 @@ fn server_ends_well_by_a_signal_and_refuses_what_it_cannot_do() {
         run_err(&["serve-pages", "--dir", text(&scene.pool), "--listen", listen]);
     }
     let said = run_err(&["serve-pages", "--dir", text(&scene.bare), "--listen", "tcp:127.0.0.1:0"]);
-    assert!(said.contains("is not a cold pool"), "{said}");
+    assert!(said.contains("for a pool: it is a snapshot's directory"), "{said}");
     let output =
         run(&["serve-pages", "--dir", text(&scene.pool), "--listen", "tcp:127.0.0.1:0", "--idle-timeout", "0"]);
     assert_eq!(output.status.code(), Some(2));

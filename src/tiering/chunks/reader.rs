@@ -222,9 +222,6 @@ fn first_index(places: &Places, snapshot: SnapshotId, mut wait: Wait) -> Result<
                     *why = Some(broken);
                 }
             }
-            if wait.is_over() {
-                break;
-            }
         }
         if !is_worth_it || wait.is_over() || wait.elapsed() + pause >= wait.limit() {
             return Err(ChunkError::NoPlace(passed_over(places, &whys).join("; ")));
@@ -360,7 +357,7 @@ impl ColdReader {
             failures += 1;
             // When every place has failed, it is no use to ask at once again.
             let have_all_failed = failures as usize >= self.slots.iter().filter(|slot| slot.dead.is_none()).count();
-            if wait.is_over() || have_all_failed && wait.elapsed() + pause >= wait.limit() {
+            if have_all_failed && (wait.is_over() || wait.elapsed() + pause >= wait.limit()) {
                 let said = format!("{why}, after {failures} attempts in {:.1} s", wait.elapsed().as_secs_f64());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, said));
             }
