@@ -39,7 +39,7 @@ pub struct VmState {
     pit: Vec<u8>,
     /// kvmclock, ns since the guest booted, when the vCPUs stopped.
     pub clock_ns: u64,
-    /// Host wall clock at the same moment, ns since the epoch; 0 if KVM could not tell.
+    /// Host wall clock at the same moment, ns since the epoch; 0 in snapshots of versions that left it out where KVM did not tell.
     pub realtime_ns: u64,
 }
 
@@ -104,6 +104,7 @@ impl VmState {
     /// Reads the state of a VM whose vCPUs are all out of the guest.
     pub fn save(vm: &VmFd) -> Result<Self, Error> {
         let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
+        let beside = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut irqchips = Vec::with_capacity(IRQCHIPS);
         for chip_id in 0..IRQCHIPS as u32 {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
@@ -111,7 +112,11 @@ impl VmState {
             irqchips.push(raw(&chip));
         }
         let pit = raw(&vm.get_pit2().map_err(Error::kvm("read the PIT"))?);
-        Ok(VmState { irqchips, pit, clock_ns: clock.clock, realtime_ns: clock.realtime })
+        // KVM tells the two times together only while the TSC is its master clock (KVM API 4.29), which at times it is not.
+        // The host's clock read beside the guest's is then later by the time of a system call.
+        let together = clock.flags & KVM_CLOCK_REALTIME != 0;
+        let realtime_ns = if together { clock.realtime } else { beside.as_nanos() as u64 };
+        Ok(VmState { irqchips, pit, clock_ns: clock.clock, realtime_ns })
     }
 
     /// Sets interrupt controllers and PIT. Before the vCPUs' state.
