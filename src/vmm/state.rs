@@ -39,7 +39,7 @@ pub struct VmState {
     pit: Vec<u8>,
     /// kvmclock, ns since the guest booted, when the vCPUs stopped.
     pub clock_ns: u64,
-    /// Host wall clock at the same moment, ns since the epoch; 0 in snapshots of versions that left it out where KVM did not tell.
+    /// Host wall clock at the same moment, ns since the epoch; 0 in old snapshots where KVM did not tell it.
     pub realtime_ns: u64,
 }
 
@@ -112,8 +112,8 @@ impl VmState {
             irqchips.push(raw(&chip));
         }
         let pit = raw(&vm.get_pit2().map_err(Error::kvm("read the PIT"))?);
-        // KVM tells the two times together only while the TSC is its master clock (KVM API 4.29), which at times it is not.
-        // The host's clock read beside the guest's is then later by the time of a system call.
+        // KVM tells the two times together only while the TSC is its master clock (KVM API 4.29), which at times it is
+        // not. The host's clock read beside the guest's is then later by the time of a system call.
         let together = clock.flags & KVM_CLOCK_REALTIME != 0;
         let realtime_ns = if together { clock.realtime } else { beside.as_nanos() as u64 };
         Ok(VmState { irqchips, pit, clock_ns: clock.clock, realtime_ns })
