@@ -205,7 +205,7 @@ impl MemoryFile<'_> {
     /// Notes in `report` the pages that are not held and yet have bytes. Holes of the file are skipped, not read.
     pub(crate) fn find_strays(&self, held: &PageSet, report: &mut VerifyReport) -> Result<()> {
         let mut buffer = vec![0; (READ_PAGES * PAGE_SIZE) as usize];
-        let rest = self.data_pages()?.difference(held);
+        let rest = self.unheld_data(held)?;
         for part in rest.runs().flat_map(|run| self.layout.split(run)).flat_map(|run| run.chunks(READ_PAGES)) {
             let bytes = &mut buffer[..part.bytes() as usize];
             self.read(part.first, bytes)?;
@@ -217,6 +217,18 @@ impl MemoryFile<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The pages that are neither held nor in a hole of the file: zeros, if the file is intact.
+    pub(crate) fn unheld_data(&self, held: &PageSet) -> Result<PageSet> {
+        Ok(self.data_pages()?.difference(held))
+    }
+
+    /// The first of `pages`, which lie in one range of the layout, that are not zero. `read` reads into the start of `buffer`.
+    pub(crate) fn first_nonzero(&self, pages: Extent, buffer: &mut [u8], read: ReadAt<'_>) -> Result<Option<Extent>> {
+        let bytes = &mut buffer[..pages.bytes() as usize];
+        self.read_by(pages.first, bytes, read)?;
+        Ok(nonzero_runs(pages.first, bytes).first().copied())
     }
 
     /// The pages that are not in a hole of the file.

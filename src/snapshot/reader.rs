@@ -12,7 +12,9 @@ use std::sync::OnceLock;
 use super::container::{Section, SectionInfo, SectionKind, container_len_of};
 use super::manifest::{MANIFEST_FILE, PAGES_FILE, STATE_FILE};
 use super::memory_check::{MemoryFile, Progress, ReadAt, VerifyReport};
-use super::{Container, Digest, Error, Location, Manifest, MemoryLayout, PageMap, Result, SnapshotId, files};
+use super::{
+    Container, Digest, Error, Extent, Location, Manifest, MemoryLayout, PageMap, PageSet, Result, SnapshotId, files,
+};
 
 /// The largest manifest, in bytes.
 const MANIFEST_LIMIT: u64 = 4 << 20;
@@ -299,6 +301,27 @@ impl Snapshot {
     /// [`Error::OtherMemory`], [`Error::Io`].
     pub fn check_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<u64> {
         self.memory_file().check_chunk(map, chunk, buffer, read)
+    }
+
+    /// The pages that this layer does not hold and that are no hole of its memory file either. They are zeros, if the file is
+    /// intact: a policy that maps the file shows them to the guest.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn unheld_data(&self, map: &PageMap) -> Result<PageSet> {
+        self.memory_file().unheld_data(map.held())
+    }
+
+    /// Compares pages of [`unheld_data`](Self::unheld_data), of one range of the layout, with zeros, reading by `read` into
+    /// the start of `buffer`.
+    ///
+    /// # Errors
+    /// [`Error::StrayPages`], [`Error::Io`].
+    pub fn check_zeros(&self, pages: Extent, buffer: &mut [u8], read: ReadAt<'_>) -> Result<()> {
+        match self.memory_file().first_nonzero(pages, buffer, read)? {
+            None => Ok(()),
+            Some(first) => Err(Error::StrayPages { object: self.object().to_string(), pages: first.pages, first }),
+        }
     }
 
     pub(crate) fn verify_with(&self, progress: &mut Progress<'_>) -> Result<VerifyReport> {

@@ -191,13 +191,13 @@ fn sigterm_during_a_snapshot_waits_for_it() {
 }
 
 /// A small file system of its own, unmounted when dropped.
-struct SmallDisk {
+pub struct SmallDisk {
     dir: TempDir,
 }
 
 impl SmallDisk {
     /// `None`, with the reason printed, where this user may not mount.
-    fn new(mib: u32) -> Option<SmallDisk> {
+    pub fn new(mib: u32) -> Option<SmallDisk> {
         let dir = scratch();
         let size = std::ffi::CString::new(format!("size={mib}m")).unwrap();
         match rustix::mount::mount("tmpfs", dir.path(), "tmpfs", MountFlags::empty(), Some(size.as_c_str())) {
@@ -209,7 +209,7 @@ impl SmallDisk {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -218,7 +218,7 @@ impl SmallDisk {
     }
 
     /// Fills it to the last byte.
-    fn fill(&self) {
+    pub fn fill(&self) {
         let mut file = fs::File::create(self.path("filler")).unwrap();
         for size in [1 << 20, 4096, 1] {
             while file.write_all(&vec![1; size]).is_ok() {}

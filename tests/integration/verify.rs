@@ -7,6 +7,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::crash::SmallDisk;
 use crate::support::pool::{Pool, filled};
 use crate::support::service::wait_until;
 use crate::support::{Vm, run, run_err, run_ok, scratch, text};
@@ -137,6 +138,39 @@ fn one_flipped_bit_is_found_by_full_before_and_by_background_while_the_guest_run
         }
     }
     assert!(found_later, "samples alone find it");
+}
+
+#[test]
+fn bytes_where_the_snapshot_holds_nothing_are_found_by_full_before_and_by_background_while_the_guest_runs() {
+    let dir = scratch();
+    let full = dir.path().join("full");
+    filled(&full, 100, 1);
+    let memory = full.join("memory");
+    let file = File::options().write(true).open(&memory).unwrap();
+    // The highest page of 64 MiB, which the guest has not used.
+    let last = file.metadata().unwrap().len() - 4096;
+    file.write_all_at(&[7], last + 9).unwrap();
+    let args = ["restore", "--snapshot", text(&full), "--policy", "firecracker", "--run", "hello", "--verify"];
+    let named = format!("guest-physical {last:#x}");
+    let said = run_err(&[&args[..], &["full"]].concat());
+    assert!(said.contains(&named) && said.contains("does not hold"), "{said}");
+    assert!(run(&[&args[..], &["sample"]].concat()).status.success());
+    let mut vm = Vm::restore_with(&full, "firecracker", &[]);
+    let (status, stderr) = vm.wait();
+    assert!(status.code() == Some(3) && stderr.contains(&named), "{status}: {stderr}");
+}
+
+#[test]
+fn hole_of_a_file_on_a_full_tmpfs_ends_the_vm_and_the_message_names_the_tmpfs() {
+    let Some(disk) = SmallDisk::new(16) else { return };
+    let full = disk.path("full");
+    filled(&full, 100, 1);
+    disk.fill();
+    // It fills pages that the snapshot does not hold.
+    let run =
+        run(&["restore", "--snapshot", text(&full), "--policy", "firecracker", "--run", "fill pages=4000 seed=9"]);
+    let said = String::from_utf8_lossy(&run.stderr).into_owned();
+    assert!(run.status.code() == Some(3) && said.contains("the tmpfs it lies on is full"), "{}: {said}", run.status);
 }
 
 /// The part of `GET /tvmm/report` about this.

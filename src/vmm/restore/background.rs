@@ -83,13 +83,15 @@ impl BackgroundWork {
                     return;
                 }
             }
+            // One for all steps: fresh memory would cost a fault for each of its pages.
+            let mut buffer = Vec::new();
             for (index, step) in steps.into_iter().enumerate() {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
                 let (part, from) = (step.part, step.lazy);
                 let _reads = activity.reads(part, from.source_of(part));
-                if let Err(error) = carry_out(step, &mut files, lazy.as_ref(), &released) {
+                if let Err(error) = carry_out(step, &mut files, lazy.as_ref(), &released, &mut buffer) {
                     let lost = lost::within(part).map(Ending::MemoryLost);
                     ending.end(lost.unwrap_or_else(|| unavailable("bring in", &from, part.first, &error)));
                     return;
@@ -254,7 +256,13 @@ impl FarInstall<'_> {
 }
 
 /// Leaves pages alone that the guest has given back.
-fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>, released: &Released) -> io::Result<()> {
+fn carry_out(
+    step: Step,
+    files: &mut Files,
+    installer: Option<&Installer>,
+    released: &Released,
+    buffer: &mut Vec<u8>,
+) -> io::Result<()> {
     let Step { part, lazy, action, .. } = step;
     let offset = |run: Extent| ((run.first.0 - part.first.0) * PAGE_SIZE) as usize;
     match (action, installer) {
@@ -264,10 +272,10 @@ fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>, relea
             runs.try_for_each(|run| range.part(offset(run), run.bytes() as usize).populate_write())
         }
         (Action::Promote(in_place), _) => in_place.promote_as(Resort::Ahead, part),
-        (Action::ReadAhead, _) => fetch(files, &lazy, part, &mut vec![0; part.bytes() as usize]),
+        (Action::ReadAhead, _) => fetch(files, &lazy, part, room_in(buffer, part)),
         (Action::Install, Some((uffd, counters))) => {
-            let mut bytes = vec![0; part.bytes() as usize];
-            fetch(files, &lazy, part, &mut bytes)?;
+            let bytes = room_in(buffer, part);
+            fetch(files, &lazy, part, bytes)?;
             let books = released.read();
             for run in books.still_snapshot(part) {
                 let bytes = &bytes[offset(run)..offset(run) + run.bytes() as usize];
@@ -279,4 +287,13 @@ fn carry_out(step: Step, files: &mut Files, installer: Option<&Installer>, relea
         // Nothing lies behind a userfaultfd.
         (Action::Install, None) => Ok(()),
     }
+}
+
+/// The first bytes of `buffer`, which grows to hold the pages of `part`.
+fn room_in(buffer: &mut Vec<u8>, part: Extent) -> &mut [u8] {
+    let len = part.bytes() as usize;
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    &mut buffer[..len]
 }

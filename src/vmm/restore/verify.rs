@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::files::Files;
 use super::lazy::ended;
-use crate::snapshot::{self, CHUNK_PAGES, Chain, Extent, Gfn, PAGE_SIZE, PageMap, RestorePlan, Snapshot};
+use crate::snapshot::{self, CHUNK_PAGES, Chain, Extent, Gfn, PAGE_SIZE, PageMap, ReadAt, RestorePlan, Snapshot};
 use crate::tiering::tier::Tier;
 use crate::vmm::control::{Verify, error_chain};
 use crate::vmm::error::Error;
@@ -255,6 +255,7 @@ impl Shared {
             if self.mode == Verify::Full {
                 source.read_past_the_cache();
                 source.each(&mut |source, piece| self.compare(source, piece).map(|()| true))?;
+                source.check_unheld(&mut || true)?;
                 sampled.push(Vec::new());
                 continue;
             }
@@ -313,6 +314,13 @@ impl Shared {
             goes_on = !count.is_multiple_of(CHUNKS_AT_ONCE) || self.wait(PAUSE);
             Ok(goes_on)
         })?;
+        if goes_on {
+            source.check_unheld(&mut || {
+                count += 1;
+                goes_on = !count.is_multiple_of(CHUNKS_AT_ONCE) || self.wait(PAUSE);
+                goes_on
+            })?;
+        }
         Ok(goes_on)
     }
 
@@ -369,6 +377,12 @@ trait Source {
 
     /// Compares a piece with its checksums. Returns how many pages that were.
     fn compare(&mut self, piece: Piece) -> Result<u64, Error>;
+
+    /// Compares with zeros what the source has where it holds no page and a mapping of it shows it all the same. Calls
+    /// `goes_on` after each piece; whether to go on.
+    fn check_unheld(&mut self, _goes_on: &mut dyn FnMut() -> bool) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// From now on everything is read past the page cache. Reading cached folios one after the other makes the kernel read
     /// ahead of them, whatever it was advised.
@@ -431,14 +445,22 @@ impl Source for LayerSource<'_> {
         let chunk = piece.offset / (CHUNK_PAGES * PAGE_SIZE);
         let checked =
             layer.check_chunk(map, chunk, buffer.bytes_mut(), &mut |offset, bytes| reader.read(offset, bytes));
-        checked.map_err(|error| match error {
-            snapshot::Error::Io { path, source, .. } => {
-                let held = map.chunk_runs(chunk).next().unwrap_or(piece.extent);
-                let offset = layer.layout().file_offset(held.first).unwrap_or_default();
-                Error::Lost(lost::sentence(held.gpa(), &path, offset, &lost::cause_of(&source)))
+        checked.map_err(|error| unreadable(layer, map.chunk_runs(chunk).next().unwrap_or(piece.extent), error))
+    }
+
+    fn check_unheld(&mut self, goes_on: &mut dyn FnMut() -> bool) -> Result<(), Error> {
+        let LayerSource { layer, map, reader, buffer, .. } = self;
+        let layout = layer.layout();
+        let unheld = layer.unheld_data(map)?;
+        for pages in unheld.runs().flat_map(|run| layout.split(run)).flat_map(|run| run.chunks(CHUNK_PAGES)) {
+            let read: ReadAt<'_> = &mut |offset, bytes| reader.read(offset, bytes);
+            let checked = layer.check_zeros(pages, buffer.bytes_mut(), read);
+            checked.map_err(|error| unreadable(layer, pages, error))?;
+            if !goes_on() {
+                break;
             }
-            other => other.into(),
-        })
+        }
+        Ok(())
     }
 
     fn read_past_the_cache(&mut self) {
@@ -451,6 +473,17 @@ impl Source for LayerSource<'_> {
 
     fn is_checked_by_the_kernel(&self) -> bool {
         self.verity.is_some()
+    }
+}
+
+/// What a failure to read `pages` of a layer's memory file means for the guest.
+fn unreadable(layer: &Snapshot, pages: Extent, error: snapshot::Error) -> Error {
+    match error {
+        snapshot::Error::Io { path, source, .. } => {
+            let offset = layer.layout().file_offset(pages.first).unwrap_or_default();
+            Error::Lost(lost::sentence(pages.gpa(), &path, offset, &lost::cause_of(&source)))
+        }
+        other => other.into(),
     }
 }
 

@@ -136,6 +136,8 @@ fn find_in_tables<T>(mut find: impl FnMut(&Table) -> Option<T>) -> Option<T> {
 enum Cause {
     /// The file ends before it.
     Cut { len: u64 },
+    /// The page is a hole of a file on a tmpfs without free pages: even reading it needs one.
+    NoSpace,
     /// Reading fails.
     Unreadable,
     /// The host's memory has a hardware error (hwpoison).
@@ -160,6 +162,9 @@ impl fmt::Display for Cause {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Cause::Cut { len } => write!(out, "the file was cut to {len} bytes while it was in use"),
+            Cause::NoSpace => out.write_str(
+                "the tmpfs it lies on is full, where even reading a hole takes a page (ENOSPC); free some of it",
+            ),
             Cause::Unreadable => out.write_str("its disk, or what serves the file, reports an error (EIO)"),
             Cause::Hardware => out.write_str("the host's memory has a hardware error there"),
         }
@@ -213,6 +218,20 @@ impl Table {
         (stat.st_mode & libc::S_IFMT == libc::S_IFREG).then_some(stat.st_size as u64)
     }
 
+    /// Whether a mapping's file lies on a tmpfs that has no page left. Safe in a signal handler.
+    fn is_on_full_tmpfs(&self, mapping: &Mapping) -> bool {
+        let Some(file) = self.file(mapping) else { return false };
+        let mut stat = MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: the table keeps the descriptor open; the kernel fills the structure or fails.
+        if unsafe { libc::fstatfs(file.file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
+            return false;
+        }
+        // SAFETY: fstatfs(2) succeeded, so the structure is filled.
+        let stat = unsafe { stat.assume_init() };
+        // A tmpfs without a limit has no blocks at all.
+        stat.f_type == libc::TMPFS_MAGIC && stat.f_blocks > 0 && stat.f_bavail == 0
+    }
+
     /// The page at `address`, which could not be had.
     fn lost(&self, address: usize, is_hardware: bool) -> Option<Lost<'_>> {
         let at = self.mappings.partition_point(|mapping| mapping.address <= address).checked_sub(1)?;
@@ -225,6 +244,7 @@ impl Table {
         let cause = match self.file_len(mapping) {
             _ if is_hardware => Cause::Hardware,
             Some(len) if len <= offset => Cause::Cut { len },
+            _ if self.is_on_full_tmpfs(mapping) => Cause::NoSpace,
             _ => Cause::Unreadable,
         };
         Some(Lost { name: self.name(mapping), offset, gpa: mapping.gpa.map(|gpa| gpa + inside as u64), cause })
