@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use crate::vmm::Wait;
+use crate::sys::bounded_wait::Wait;
 
 /// An answer larger than this is not one of ours.
 const MAX_ANSWER_BYTES: usize = 1 << 20;

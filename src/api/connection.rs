@@ -19,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Sleep, sleep, timeout};
 
-use super::watched::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, Phase, Step, WatchedStream};
+use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, Phase, Step, WatchedStream};
 
 /// Connections served at once; more are turned away with 503.
 pub(super) const MAX_CONNECTIONS: u32 = 64;

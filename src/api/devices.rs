@@ -4,13 +4,11 @@ use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
 use super::requests::{Parsed, json};
-use crate::vmm::config::{
-    DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, NetworkConfig, PmemConfig, VsockConfig,
+use crate::config::patch::{
+    AmountPatch, BalloonPatch, DevicePatch, DrivePatch, IntervalPatch, NetworkPatch, PmemPatch, StartHintingPatch,
 };
-use crate::vmm::control::{
-    AmountPatch, BalloonPatch, Command, DevicePatch, DrivePatch, IntervalPatch, NetworkPatch, PmemPatch,
-    StartHintingPatch,
-};
+use crate::config::request::Command;
+use crate::config::{DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, NetworkConfig, PmemConfig, VsockConfig};
 
 /// Turns the id in a path and a body into a command.
 pub(super) type ParseAt = fn(&str, &[u8]) -> Result<Parsed, Fault>;

@@ -4,8 +4,9 @@ use axum::http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use crate::vmm::config::ConfigError;
-use crate::vmm::control::{Refused, RefusedKind, SendError};
+use crate::config::ConfigError;
+use crate::config::control::SendError;
+use crate::config::refusal::{Refused, RefusedKind};
 
 /// A request that was not carried out.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,7 +1,9 @@
-//! The HTTP API: Firecracker's paths, bodies and answers on a Unix socket, turned into control commands.
+//! The HTTP API of one VM: Firecracker's paths, bodies and answers on a Unix socket, and a client for it.
 //!
-//! The server has its own thread, and async stays on it. It owns nothing of the machine: each request becomes a
-//! [`Command`](crate::vmm::control::Command), and the connection waits for the reply.
+//! Owns: routes, request bodies, faults, connections and their time-outs. Each request becomes a
+//! [`Command`](crate::config::request::Command); the connection waits for the reply.
+//! Must not know: the machine. The server has its own thread, and async stays on it.
+//! Start reading: `routes.rs`, then `requests.rs` (bodies to commands) and `connection.rs`.
 
 pub mod client;
 mod connection;
@@ -11,48 +13,24 @@ mod requests;
 mod routes;
 #[cfg(test)]
 mod tests;
-pub(crate) mod watched;
 
-use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::sync::watch;
 
 use self::connection::{Acceptor, Times};
-use crate::vmm::control::ControlSender;
-
-/// Only the owner may control the machine.
-const SOCKET_MODE: u32 = 0o600;
-/// Connections the kernel holds until the server thread accepts them.
-const BACKLOG: i32 = 128;
+use crate::config::control::ControlSender;
+use crate::sys::unix_socket::{SocketError, SocketFile, bind};
 
 /// Why the API server could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    /// Something is at the socket's path.
-    #[error(
-        "API socket {} exists already. If no VMM serves it any more, remove it; otherwise choose another path.",
-        path.display()
-    )]
-    SocketExists {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The socket could not be made.
-    #[error("API socket {} cannot be bound.", path.display())]
-    Bind {
-        /// The path.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The thread could not be started.
     #[error("API server thread cannot be started.")]
     Thread {
@@ -109,12 +87,12 @@ pub fn serve_stream(stream: UnixStream, control: ControlSender, instance_id: &st
 impl ApiServer {
     /// Where clients connect; `None` if the server has one connection alone.
     pub fn socket_path(&self) -> Option<&Path> {
-        self.socket.as_ref().map(|socket| socket.path.as_path())
+        self.socket.as_ref().map(SocketFile::path)
     }
 
     /// Removes the socket, lets answers under way reach their clients, and ends the thread.
     ///
-    /// Drop the [`ControlReceiver`](crate::vmm::control::ControlReceiver) first: requests the machine will not answer
+    /// Drop the [`ControlReceiver`](crate::config::control::ControlReceiver) first: requests the machine will not answer
     /// any more are then answered with an error at once; otherwise they are waited for for a short time.
     pub fn shutdown(self) {}
 }
@@ -127,56 +105,6 @@ impl Drop for ApiServer {
             let _ = thread.join();
         }
     }
-}
-
-/// The file of a socket we bound.
-#[derive(Debug)]
-pub(crate) struct SocketFile {
-    path: PathBuf,
-    device_and_inode: (u64, u64),
-    is_removed: bool,
-}
-
-impl SocketFile {
-    /// Removes the file, once, unless another one has taken its place. The inode tells them apart only as long as the
-    /// socket is open, because a freed inode may be used again.
-    fn remove(&mut self) {
-        if std::mem::replace(&mut self.is_removed, true) {
-            return;
-        }
-        let is_ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode);
-        if is_ours && let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "API socket cannot be removed.");
-        }
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        self.remove();
-    }
-}
-
-/// Binds the socket with its mode in place before it has a name, whatever the umask.
-pub(crate) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), ApiError> {
-    let error = |source: io::Error| match source.kind() {
-        io::ErrorKind::AddrInUse => ApiError::SocketExists { path: path.to_owned() },
-        _ => ApiError::Bind { path: path.to_owned(), source },
-    };
-    let address = SockAddr::unix(path).map_err(error)?;
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(error)?;
-    // Linux gives the file the mode of the unbound socket's own inode, less the umask.
-    let file = File::from(OwnedFd::from(socket));
-    file.set_permissions(Permissions::from_mode(SOCKET_MODE)).map_err(error)?;
-    let socket = Socket::from(OwnedFd::from(file));
-    socket.bind(&address).map_err(error)?;
-    let metadata = fs::symlink_metadata(path).map_err(error)?;
-    let file =
-        SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()), is_removed: false };
-    socket.listen(BACKLOG).map_err(error)?;
-    socket.set_nonblocking(true).map_err(error)?;
-    Ok((UnixListener::from(OwnedFd::from(socket)), file))
 }
 
 /// The server thread.

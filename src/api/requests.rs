@@ -6,10 +6,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
-use crate::vmm::config::{
+use crate::config::request::{Command, CreateSnapshot, SnapshotKind};
+use crate::config::{
     BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, snapshot_paths,
 };
-use crate::vmm::control::{Command, CreateSnapshot, SnapshotKind};
 
 /// A body that was understood.
 #[derive(Debug, PartialEq, Eq)]

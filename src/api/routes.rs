@@ -14,8 +14,11 @@ use tokio::sync::oneshot;
 use super::devices::{self, ParseAt};
 use super::fault::{Fault, json_response};
 use super::requests::{self, Parse, Parsed};
-use crate::vmm::config::unbuilt_section_error;
-use crate::vmm::control::{BalloonQuestion, Command, ControlSender, Refused, Reply, Request};
+use crate::config::control::{ControlSender, Reply, Request};
+use crate::config::patch::BalloonQuestion;
+use crate::config::refusal::Refused;
+use crate::config::request::Command;
+use crate::config::unbuilt_section_error;
 
 /// The largest body (Firecracker's default).
 pub(super) const MAX_BODY_BYTES: usize = 51_200;

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::BoxError;
-use crate::vmm::guest;
+use crate::config::guest;
+use crate::sys::errors::BoxError;
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]

@@ -5,10 +5,10 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::backends::pool_media::POOL_FILE;
 use crate::snapshot::{CONTAINER_MAGIC, Container, DIR_FILES, PAGE_SIZE, SectionKind, is_snapshot_dir};
-use crate::tiering::chunks::store;
+use crate::tiering::cold::store;
 use crate::tiering::pool::format::MAGIC as POOL_MAGIC;
-use crate::vmm::media::POOL_FILE;
 
 /// A path that a command was given, and how the command uses it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::BoxError;
 use super::identify::{InputPath, Role};
 use crate::snapshot::{Chain, Location, MAX_MERGED_DEPTH, merge};
-use crate::vmm::sys::limits::raise_open_files;
-use crate::vmm::sys::page_cache::PageCache;
+use crate::sys::errors::BoxError;
+use crate::sys::limits::raise_open_files;
+use crate::sys::page_cache::PageCache;
 
 #[derive(Debug, Args)]
 pub struct MergeArgs {

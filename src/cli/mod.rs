@@ -1,15 +1,13 @@
-//! The command line: arguments, progress, exit codes, and printing an error's chain once.
+//! The command line.
+//!
+//! Owns: arguments, progress, exit codes, drawing, and printing an error's chain once.
+//! Must not know: KVM, guest memory. It hands requests to `session`, `serve` and `bench`, and works on snapshots and pools
+//! directly.
+//! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
-#[macro_use]
-mod print;
-
-mod bench;
-mod calibrate;
-mod child;
 mod guest;
 mod identify;
 mod inspect;
-mod markup;
 mod merge;
 mod overrides;
 mod plan;
@@ -20,17 +18,18 @@ mod serve_pages;
 mod snapshot;
 mod vm;
 
-use std::error::Error;
+use crate::sys::errors::{BoxError, chain};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
 use self::identify::{InputPath, Role};
-use crate::vmm::logging;
-use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
-use crate::vmm::sys::lost::{self, CANNOT_GO_ON};
-use crate::vmm::sys::signals;
+use crate::config::request::DEFAULT_FAULT_TIMEOUT;
+use crate::sys::logging::{self, LogChange};
+use crate::sys::lost;
+use crate::sys::lost::CANNOT_GO_ON;
+use crate::sys::signals;
 
 /// A microVM monitor with tiered snapshot restore built in.
 ///
@@ -105,7 +104,7 @@ enum Command {
     /// Record, show and merge profiles: what a function does to the pages of a snapshot
     Profile(profile::ProfileArgs),
     /// Measure what memory operations cost on this host
-    Calibrate(calibrate::CalibrateArgs),
+    Calibrate(crate::bench::calibrate::CalibrateArgs),
     /// Show what a policy would do with a snapshot, or write it to a file
     Plan(plan::PlanArgs),
     /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
@@ -117,7 +116,7 @@ enum Command {
     /// Serve functions, VMs and snapshots over HTTP
     Serve(Box<serve::ServeArgs>),
     /// Measure
-    Bench(bench::BenchArgs),
+    Bench(crate::bench::BenchArgs),
 }
 
 impl Command {
@@ -147,22 +146,10 @@ impl Command {
     }
 }
 
-/// Any room's error on its way to the user.
-type BoxError = Box<dyn Error + Send + Sync>;
-
-/// What the user asked for cannot be had, in one sentence.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Refusal(String);
-
 /// Guest memory cannot be had any more, or is not what was captured; the process ends with [`lost::EXIT_CODE`].
 #[derive(Debug, thiserror::Error)]
 #[error("{CANNOT_GO_ON}: {0}")]
 struct MemoryLost(String);
-
-fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
-    Err(Box::new(Refusal(what.into())))
-}
 
 /// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood;
 /// [`lost::EXIT_CODE`]: memory that is mapped from a file was lost.
@@ -170,14 +157,15 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     signals::outlive_file_size_limit();
     if let Err(error) = lost::install_handler() {
-        print::end(Some(&format!("Cannot install the handler of SIGBUS: {error}")));
+        crate::sys::print::end(Some(&format!("Cannot install the handler of SIGBUS: {error}")));
         return ExitCode::FAILURE;
     }
     if cli.command.as_ref().is_some_and(Command::only_prints) {
         signals::end_with_reader();
     }
-    let result = logging::init(None).map_err(BoxError::from).and_then(|()| run(&cli));
-    let result = result.and_then(|code| print::finish().map(|()| code).map_err(Into::into));
+    logging::init(LogChange::default());
+    let result = run(&cli);
+    let result = result.and_then(|code| crate::sys::print::finish().map(|()| code).map_err(Into::into));
     let failure = result.as_ref().err().map(|error| {
         // A file of another format explains any error that reading it led to.
         let inputs = match &cli.command {
@@ -187,7 +175,7 @@ pub fn main() -> ExitCode {
         let misused = inputs.iter().find_map(InputPath::misuse);
         misused.unwrap_or_else(|| chain(error.as_ref()))
     });
-    print::end(failure.as_deref());
+    crate::sys::print::end(failure.as_deref());
     result.unwrap_or_else(|error| match error.is::<MemoryLost>() {
         true => ExitCode::from(lost::EXIT_CODE),
         false => ExitCode::FAILURE,
@@ -201,26 +189,12 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         Some(Command::Snapshot(args)) => snapshot::run(args),
         Some(Command::Inspect(args)) => inspect::run(args),
         Some(Command::Profile(args)) => profile::run(args),
-        Some(Command::Calibrate(args)) => calibrate::run(args),
+        Some(Command::Calibrate(args)) => crate::bench::calibrate::run(args),
         Some(Command::Plan(args)) => plan::run(args),
         Some(Command::Pool(args)) => pool::run(args),
         Some(Command::ServePages(args)) => serve_pages::run(args),
         Some(Command::Guest(args)) => guest::run(args),
         Some(Command::Serve(args)) => serve::run(args),
-        Some(Command::Bench(args)) => bench::run(args),
+        Some(Command::Bench(args)) => crate::bench::run(args),
     }
-}
-
-/// An error and its causes in one line, each said once.
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let sentence = error.to_string();
-        if !text.ends_with(&sentence) {
-            text = format!("{}: {sentence}", text.trim_end_matches('.'));
-        }
-        cause = error.source();
-    }
-    text
 }

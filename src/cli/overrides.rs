@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::vmm::config::parse_mac;
-use crate::vmm::control::{NetworkOverride, Overrides};
+use crate::config::overrides::{NetworkOverride, Overrides};
+use crate::config::parse_mac;
 
 #[derive(Debug, Args)]
 pub struct OverrideArgs {

@@ -8,17 +8,18 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::identify::{InputPath, Role};
-use super::{BoxError, refuse};
+use crate::session::sources;
+use crate::session::sources::Sources;
 use crate::snapshot::{
     Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan, TierSource,
 };
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
 use crate::tiering::policy::{Budget, DRAM_PRICE_US, Estimate, Policy, PolicyInput, page_price_ns};
 use crate::tiering::profile::Profile;
 use crate::tiering::tier;
-use crate::vmm::sources::{self, Sources};
 
 /// How the snapshot's files are cached when the plan is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{BoxError, print, refuse};
+use crate::backends::cold::ColdSpec;
 use crate::serve::{self, Limits, LoadOptions, Options};
-use crate::vmm::cold::ColdSpec;
-use crate::vmm::sys::available_memory::available_memory;
+use crate::sys::available_memory::available_memory;
+use crate::sys::errors::{BoxError, refuse};
+use crate::sys::print;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {

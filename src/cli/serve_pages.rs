@@ -7,9 +7,10 @@ use std::time::Duration;
 use clap::Args;
 
 use super::identify::{InputPath, Role};
-use super::{BoxError, print, refuse};
-use crate::vmm::cold::serve::{Limits, PageServer, open_store};
-use crate::vmm::sys::signals::EndSignals;
+use crate::backends::cold::serve::{Limits, PageServer, open_store};
+use crate::sys::errors::{BoxError, refuse};
+use crate::sys::print;
+use crate::sys::signals::EndSignals;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
@@ -81,5 +82,5 @@ fn listen_rdma(args: &ServeArgs, address: &str, limits: Limits) -> Result<PageSe
 
 #[cfg(not(feature = "rdma"))]
 fn listen_rdma(args: &ServeArgs, _: &str, _: Limits) -> Result<PageServer, BoxError> {
-    refuse(format!("tvmm cannot listen at `{}`: {}", args.listen, crate::vmm::cold::NO_RDMA))
+    refuse(format!("tvmm cannot listen at `{}`: {}", args.listen, crate::backends::cold::NO_RDMA))
 }

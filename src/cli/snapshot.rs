@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use super::identify::InputPath;
 use super::merge;
-use super::{BoxError, chain, refuse};
 use crate::api::client::Client;
+use crate::sys::errors::{BoxError, chain, refuse};
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]

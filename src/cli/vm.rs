@@ -1,6 +1,5 @@
 //! `tvmm --config` and `tvmm restore`: one VM, from start to end.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,26 +9,31 @@ use clap::Args;
 
 use super::identify::{InputPath, Role};
 use super::overrides::OverrideArgs;
-use super::{BoxError, MemoryLost, SessionArgs, refuse};
+use super::{MemoryLost, SessionArgs};
 use crate::api;
-use crate::devices::{ConsoleOutput, FdSink, Witness};
+use crate::config::VmConfig;
+use crate::config::control;
+use crate::config::request::ColdPools;
+use crate::config::request::{LoadSnapshot, SnapshotPaths};
+use crate::session::console::{self, Answer, Input};
+use crate::session::controller::Controller;
+use crate::session::log;
+use crate::session::main_loop;
+use crate::session::main_loop::{Begin, Outcome, Surroundings};
+use crate::session::port_request::PortRequest;
+use crate::session::report;
+use crate::session::report::Report;
+use crate::snapshot::{InPlaceMapping, Verify};
+use crate::sys::errors::{BoxError, refuse};
+use crate::sys::lost::CANNOT_GO_ON;
+use crate::sys::otlp;
+use crate::sys::otlp::Exporter;
+use crate::sys::output::ConsoleOutput;
+use crate::sys::signals::EndSignals;
+use crate::sys::timeline::{Slice, Timeline};
+use crate::sys::{clock, inherit, kick};
 use crate::tiering::policy::DRAM_PRICE_US;
 use crate::tiering::profile::Profile;
-use crate::vmm::cold::ColdPools;
-use crate::vmm::config::VmConfig;
-use crate::vmm::console::{Answer, AnswerWatch, Input, TimedSink};
-use crate::vmm::control::{self, InPlaceMapping, LoadSnapshot, SnapshotPaths, Verify};
-use crate::vmm::controller::Controller;
-use crate::vmm::machine::Outside;
-use crate::vmm::otlp::{self, Exporter};
-use crate::vmm::port_request::PortRequest;
-use crate::vmm::report::Report;
-use crate::vmm::session::{self, Begin, Outcome, Surroundings};
-use crate::vmm::sys::lost::CANNOT_GO_ON;
-use crate::vmm::sys::signals::EndSignals;
-use crate::vmm::sys::{clock, inherit, kick};
-use crate::vmm::timeline::{Moments, Slice, Timeline};
-use crate::vmm::{Ending, logging, report};
 
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
@@ -41,7 +45,7 @@ pub struct RestoreArgs {
     mem_file: Option<PathBuf>,
     /// How guest memory is restored: eager, firecracker, firecracker-uffd, catalyzer, trenv, or with --profile reap,
     /// faasnap, aquifer, tiered
-    #[arg(long, default_value = control::DEFAULT_POLICY, value_name = "NAME")]
+    #[arg(long, default_value = crate::config::request::DEFAULT_POLICY, value_name = "NAME")]
     policy: String,
     /// What a recorded run did to each page, for policies that need it (`tvmm profile record`)
     #[arg(long, value_name = "FILE")]
@@ -187,7 +191,9 @@ fn run(
     mut timeline: Timeline,
     operation: Operation,
 ) -> Result<ExitCode, BoxError> {
-    logging::init(config.logger.as_ref())?;
+    if let Some(logger) = &config.logger {
+        log::configure(logger)?;
+    }
     // Refused before anything runs.
     args.otlp.as_deref().map(otlp::endpoint).transpose()?;
     // Before any thread exists, so that none of them takes the signals.
@@ -201,7 +207,8 @@ fn run(
         (None, None) => None,
     };
     let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
-    let (outside, moments) = outside(answer.as_ref(), Duration::from_secs(args.fault_timeout))?;
+    let (outside, moments) =
+        console::to_stdout(answer.as_ref().map(|answer| (RUN_ID, answer)), Duration::from_secs(args.fault_timeout))?;
     let around = Surroundings {
         input: input(args)?,
         request: port_request(args, answer.as_ref()),
@@ -213,11 +220,11 @@ fn run(
     };
     timeline.lap(Slice::Setup);
     let controller = Controller::new(args.id.clone(), config, outside, timeline)?;
-    let (outcome, mut controller, around) = session::run(controller, begin, around)?;
+    let (outcome, mut controller, around) = main_loop::run(controller, begin, around)?;
     drop(around);
     controller.timeline.note_moments(&moments, answer.as_deref().and_then(Answer::get).map(|(_, at)| at));
     if let Err(error) = controller.write_metrics() {
-        tracing::warn!(error = super::chain(&error), "The last metrics are lost.");
+        tracing::warn!(error = crate::sys::errors::chain(&error), "The last metrics are lost.");
     }
     let report = (args.report.is_some() || args.trace.is_some() || args.otlp.is_some())
         .then(|| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
@@ -257,15 +264,6 @@ fn export(url: &str, report: &Report) -> Result<(), BoxError> {
     }
 }
 
-fn outside(answer: Option<&Arc<Answer>>, fault_timeout: Duration) -> Result<(Outside, Arc<Moments>), BoxError> {
-    let moments = Arc::new(Moments::default());
-    let stdout: OwnedFd = std::io::stdout().as_fd().try_clone_to_owned()?;
-    let timed = TimedSink { inner: FdSink::new(stdout), moments: moments.clone() };
-    let watch = answer.map(|answer| Box::new(AnswerWatch::new(RUN_ID, answer.clone())) as Box<dyn Witness>);
-    let output = Arc::new(ConsoleOutput::watched(Box::new(timed), watch)?);
-    Ok((Outside { output, fault_timeout, moments: moments.clone() }, moments))
-}
-
 fn input(args: &SessionArgs) -> Result<Input, BoxError> {
     let Some(function) = &args.run else { return Ok(Input::stdin()?) };
     if function.trim().is_empty() || function.chars().any(char::is_control) {
@@ -294,8 +292,8 @@ fn exit_code(
     output: &ConsoleOutput,
 ) -> Result<ExitCode, BoxError> {
     match outcome {
-        Outcome::Guest(Ending::Failed(what)) => refuse(format!("{CANNOT_GO_ON}: {what}")),
-        Outcome::Guest(Ending::MemoryLost(what)) => Err(Box::new(MemoryLost(what.clone()))),
+        Outcome::Failed(what) => refuse(format!("{CANNOT_GO_ON}: {what}")),
+        Outcome::MemoryLost(what) => Err(Box::new(MemoryLost(what.clone()))),
         Outcome::TimedOut => refuse(format!("The guest did not answer --run within {} seconds", args.run_timeout)),
         Outcome::Guest(ending) if args.run.is_some() => {
             refuse(format!("The guest ended before it answered: {ending:?}"))

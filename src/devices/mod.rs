@@ -1,13 +1,15 @@
 //! Devices the guest sees, and the bus it reaches them by.
 //!
-//! A device knows an interrupt line, its own registers and, later, guest memory. It knows nothing of KVM, of tiers, or
-//! of how it is asked. What it must not lose over a snapshot is a `…State` next to it.
+//! Owns: serial port, i8042, sleep registers, VM generation id, fw_cfg, the virtio devices and their transport, and the state
+//! of each that a snapshot keeps (the `…State` next to the device).
+//! Must not know: KVM, tiers, config files, or how it is asked. A device has an interrupt line, its registers and guest memory
+//! as `sys::guest_memory` shows it.
+//! Start reading: `virtio/mod.rs` (the trait of a device), `virtio/mmio.rs` (its transport), then one small device: `virtio/entropy.rs`.
 
 mod bus;
 mod fw_cfg;
 mod i8042;
 mod interrupt;
-mod output;
 mod serial;
 mod sleep;
 pub mod virtio;
@@ -17,7 +19,6 @@ pub use bus::{Bus, BusDevice};
 pub use fw_cfg::{FwCfg, FwCfgState, Metadata};
 pub use i8042::{I8042, I8042State, PULSE_RESET};
 pub use interrupt::InterruptLine;
-pub use output::{ConsoleOutput, FdSink, Sink, Witness};
 pub use serial::{Serial, SerialState};
 pub use sleep::{SLEEP_TYPE_OFF, SleepRegisters};
 pub use vmgenid::{VmGenId, VmGenIdState};

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{BusDevice, ConsoleOutput, Error, InterruptLine};
+use super::{BusDevice, Error, InterruptLine};
+use crate::sys::output::ConsoleOutput;
 
 /// The UART's registers and the bytes in its receive FIFO.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -189,8 +190,8 @@ impl BusDevice for Serial {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::output::FdSink;
     use super::*;
+    use crate::sys::output::FdSink;
 
     fn serial() -> (Serial, io::PipeReader) {
         let (reader, writer) = io::pipe().unwrap();

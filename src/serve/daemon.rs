@@ -28,9 +28,9 @@ use super::vm::{RestoreSpec, StartSpec, Vm, VmRecord};
 use super::working_set::Slot;
 use super::{Options, ServeError};
 use crate::snapshot::random_hex;
+use crate::sys::clock;
+use crate::sys::netns::Netns;
 use crate::tiering::policy::Policy;
-use crate::vmm::sys::clock;
-use crate::vmm::sys::netns::Netns;
 
 /// How long a VM may take to boot or to be restored, where no invocation sets a limit.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);

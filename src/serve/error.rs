@@ -65,7 +65,7 @@ pub enum ServeError {
     },
     /// The Unix socket cannot be listened on.
     #[error(transparent)]
-    Socket(#[from] crate::api::ApiError),
+    Socket(#[from] crate::sys::unix_socket::SocketError),
     /// The trace file cannot be written.
     #[error("Cannot write the trace file {}", path.display())]
     TraceFile {
@@ -76,7 +76,7 @@ pub enum ServeError {
     },
     /// The collector's address is of no use, or this build has no OpenTelemetry.
     #[error(transparent)]
-    Collector(#[from] crate::vmm::otlp::Unusable),
+    Collector(#[from] crate::sys::otlp::Unusable),
     /// Something else the kernel refused.
     #[error("Cannot {doing}")]
     Os {

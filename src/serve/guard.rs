@@ -15,7 +15,7 @@ use hyper::service::Service;
 use hyper_util::service::TowerToHyperService;
 
 use super::fault::Fault;
-use crate::api::watched::{Phase, Step};
+use crate::sys::timed_stream::{Phase, Step};
 
 /// By which names a service may be called.
 #[derive(Clone, Debug)]

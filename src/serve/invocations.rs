@@ -24,9 +24,9 @@ use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{StartSpec, Vm};
 use super::working_set::{Record, Slot};
+use crate::sys::clock;
 use crate::tiering::policy::Policy;
 use crate::tiering::recorder::LAYER_PAGES;
-use crate::vmm::sys::clock;
 
 /// The longest time-out, ms.
 const MAX_TIMEOUT_MS: u64 = 3_600_000;

@@ -1,7 +1,9 @@
 //! `tvmm serve`: functions, VMs, snapshots and invocations over HTTP, in FaaSnap's resources.
 //!
-//! Each VM is a `tvmm` process of its own; this one has no guest memory and no KVM. It is single-threaded but for the
-//! thread that spawns, those that wait for disks, and the one that writes traces.
+//! Owns: the daemon's store, its VMs (each a `tvmm` process of its own), snapshots, drives, networks, traces, metrics, and what
+//! clients may do. It is single-threaded but for the threads that spawn processes, wait for disks and write traces.
+//! Must not know: KVM, guest memory, how a restore is carried out.
+//! Start reading: `routes.rs`, `invocations.rs` (a request from start to end), `vm/process.rs` (what a VM is to the daemon).
 
 mod allowed;
 mod body;
@@ -46,12 +48,12 @@ pub use self::load::LoadOptions;
 pub use self::routes::openapi;
 use self::server::Server;
 use self::vm::process::run_tool;
-use crate::api;
-use crate::tiering::chunks::store::MANIFEST;
-use crate::vmm::sys::limits::raise_open_files;
-use crate::vmm::sys::signals::EndSignals;
-use crate::vmm::sys::watched;
-use crate::worker;
+use crate::sys::limits::raise_open_files;
+use crate::sys::signals::EndSignals;
+use crate::sys::unix_socket;
+use crate::sys::watched;
+use crate::sys::worker;
+use crate::tiering::cold::store::MANIFEST;
 
 /// How long the end waits for a collector.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -143,7 +145,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     let mut _socket = None;
     if let Some(path) = &listen_unix {
         remove_stale(path);
-        let (listener, file) = api::bind(path)?;
+        let (listener, file) = unix_socket::bind(path)?;
         let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::os("listen"))?;
         told += &format!("tvmm serve: listening on {}\n", path.display());
         tokio::spawn(server.clone().serve(listener));

@@ -5,7 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use super::traces::{Span, Trace};
-use crate::vmm::otlp;
+use crate::sys::otlp;
 
 impl Trace {
     /// The same, for a collector. Names of attributes are OpenTelemetry's where it has some, else begin with `tvmm.`.

@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::daemon::Daemon;
 use super::guard::{Guarded, Names};
 use super::metrics::Counters;
-use crate::api::watched::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
+use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
 
 /// A client that takes longer to send the head of a request, or leaves a connection idle for longer, is cut off.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);

@@ -23,9 +23,9 @@ use super::error::ServeError;
 use super::fault::{Fault, FaultBody, Reply};
 use super::traceparent::Caller;
 use crate::snapshot::{overwrite_private, random_hex};
-use crate::vmm::otlp::Exporter;
-use crate::vmm::report::chrome_event;
-use crate::vmm::sys::clock;
+use crate::sys::clock;
+use crate::sys::otlp::Exporter;
+use crate::sys::timeline::chrome_event;
 
 /// Traces that are kept; older ones go.
 const MAX_TRACES: usize = 512;

@@ -1,8 +1,10 @@
-//! The snapshot room: what a snapshot *is*. File formats, the nouns that every other room shares, writing, reading,
-//! chains of diffs, merging and verification. `docs/snapshot-format.md` describes every byte.
+//! The artefact: what a snapshot is, on disk and in memory.
 //!
-//! The room is a leaf: it imports nothing of the other rooms and knows neither KVM nor tiers. A file it reads is
-//! taken to be hostile: no length, offset or count in it is believed before it was checked against the real file.
+//! Owns: file formats, layers and chains of diffs, writing, reading, merging, verification, working-set images, and the nouns
+//! that every room shares (pages, extents, layouts, restore plans). `docs/snapshot-format.md` describes every byte.
+//! Must not know: any other room, KVM, tiers. A file it reads is taken to be hostile: no length, offset or count is believed
+//! before it was checked against the real file.
+//! Start reading: `types.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
 
 mod chain;
 mod container;
@@ -21,6 +23,7 @@ mod partial;
 mod plan;
 mod read_back;
 mod reader;
+mod restore_choice;
 mod types;
 mod unchanged;
 mod writer;
@@ -54,6 +57,7 @@ pub use plan::{
 };
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
+pub use restore_choice::{InPlaceMapping, Verify};
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};

@@ -1,12 +1,12 @@
-//! Where the pages of a restored guest live: policies that make plans.
+//! Where the pages of a restored guest live: profiles, policies, plans, and what pools hold.
 //!
-//! A policy is a pure function from a snapshot (and, for some, a profile and budgets) to a [`RestorePlan`]. It knows
-//! neither KVM nor system calls, so all of them are tested without a machine; the restore engine in `vmm` carries out
-//! whatever plan comes.
-//!
-//! [`RestorePlan`]: crate::snapshot::RestorePlan
+//! Owns: recorders and profiles, policies and the cost model, plan files, the formats of pools (`pool/`) and of cold pools
+//! (`cold/`), and the traits that back ends implement (`tier::Tier`, `pool::Medium`, `cold::Place`).
+//! Must not know: KVM, guest memory, devices, HTTP. A policy is a pure function from a snapshot, a profile, costs and budgets
+//! to a [`RestorePlan`](crate::snapshot::RestorePlan), so all of them are tested without a machine.
+//! Start reading: `policy/mod.rs`, then `policy/reap.rs` (the smallest with a profile) and `costs.rs`.
 
-pub mod chunks;
+pub mod cold;
 pub mod costs;
 pub mod fault;
 pub mod fit;
@@ -17,7 +17,6 @@ pub mod pool;
 pub mod profile;
 pub mod recorder;
 pub mod tier;
-pub mod wait;
 
 use std::path::PathBuf;
 
@@ -60,7 +59,7 @@ pub enum Error {
     #[error("The plan in {path} cannot be used: {problem}", path = path.display())]
     PlanFile { path: PathBuf, problem: String },
     #[error(transparent)]
-    Cold(#[from] chunks::ChunkError),
+    Cold(#[from] cold::ChunkError),
     #[error(transparent)]
     Pool(#[from] pool::Error),
     #[error(transparent)]

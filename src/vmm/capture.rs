@@ -11,17 +11,19 @@ use super::devices::WritableDrive;
 use super::error::Error;
 use super::host;
 use super::machine::{Core, Machine, Paused};
-use super::memory::Backing;
 use super::state::{self, VcpuState, VmState};
-use super::sys::lost;
-use super::sys::page_cache::PageCache;
-use super::sys::pagemap_scan::mapped_runs;
-use super::sys::{dirty_log, pagemap::Pagemap};
-use super::vcpu::Ending;
+use crate::memory;
+use crate::memory::ending::Ending;
+use crate::memory::guest_ram::Backing;
 use crate::snapshot::{
     Chain, Doubtful, Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, ReadBack, SealInput,
     Sealed, Section, SectionKind, SnapshotId, SnapshotKind, SnapshotWriter,
 };
+use crate::sys::dirty_log;
+use crate::sys::lost;
+use crate::sys::page_cache::PageCache;
+use crate::sys::pagemap::Pagemap;
+use crate::sys::pagemap_scan::mapped_runs;
 
 /// A machine's state at one instant, its memory written, not yet sealed.
 pub struct Captured {
@@ -91,7 +93,7 @@ impl Machine<Paused> {
         // Reading such pages would end the process before the caller has an answer.
         if let Some(why) = lost::behind_an_end() {
             self.core.ending.end(Ending::MemoryLost(why.clone()));
-            return Err(Error::Lost(why));
+            return Err(memory::Error::Lost(why).into());
         }
         // Damage must not get a fresh checksum.
         self.core.services.wait_until_compared(Instant::now() + COMPARED_TIMEOUT)?;
@@ -246,7 +248,8 @@ impl Core {
             mapped.subtract(self.ram.released().read().ever());
             if !self.services.tiers().is_empty() {
                 for tier in self.services.tiers() {
-                    let mut held: PageSet = tier.runs()?.into_iter().map(|run| run.extent).collect();
+                    let mut held: PageSet =
+                        tier.runs().map_err(memory::Error::from)?.into_iter().map(|run| run.extent).collect();
                     held.intersect_with(&mapped);
                     pages.union_with(&held);
                 }

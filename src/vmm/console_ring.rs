@@ -15,10 +15,10 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-use super::metrics::ExitCounters;
-use super::sys::clock::ThreadClock;
-use super::sys::coalesced::CoalescedRing;
+use super::exit_counters::ExitCounters;
 use super::vcpu::Buses;
+use crate::sys::clock::ThreadClock;
+use crate::sys::coalesced::CoalescedRing;
 
 /// The longest that a byte waits for the main loop while its guest computes.
 const PERIOD: Duration = Duration::from_millis(8);

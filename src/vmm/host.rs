@@ -7,6 +7,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::error::Error;
 use crate::snapshot::{FeatureWord, HostFacts};
+use crate::vmm::restore::StateError;
 
 /// CPUID words that hold feature bits: leaf, subleaf, register.
 const FEATURE_WORDS: [(u32, u32, &str); 12] = [
@@ -134,7 +135,7 @@ pub fn check(recorded: &HostFacts, guest_cpuid: &[kvm_cpuid_entry2], guest_xcr0:
             differences.push(format!("KVM lacks the capability {name}"));
         }
     }
-    if differences.is_empty() { Ok(()) } else { Err(Error::Host(differences)) }
+    if differences.is_empty() { Ok(()) } else { Err(StateError::Host(differences).into()) }
 }
 
 /// Whether KVM runs guests on page tables of their own, with a second stage below them (EPT, NPT). Elsewhere it walks and

@@ -23,27 +23,35 @@ use vmm_sys_util::eventfd::EventFd;
 use super::arch::template::Decider;
 use super::arch::{Platform, cpuid, layout, msr, registers, template};
 use super::boot;
-use super::config::{DeviceConfigs, VmConfig};
 use super::console_ring::ConsoleRing;
-use super::control::Refused;
-use super::devices::{self, DevicePatch, VirtioDevices};
+use super::devices;
+use super::devices::VirtioDevices;
 use super::error::Error;
+use super::exit_counters::ExitCounters;
 use super::host;
 use super::lineage::Lineage;
-use super::memory::GuestRam;
-use super::metrics::ExitCounters;
-use super::pmem::PmemMemory;
-use super::promote::ahead;
-use super::restore::{FaultBatch, FaultCounts, MemoryServices};
 use super::state::{self, MachineState, VcpuState, VmState};
-use super::sys::coalesced::CoalescedRing;
-use super::sys::dirty_log;
-use super::timeline::{Moments, Slice, Timeline};
-use super::vcpu::{Buses, Ending, EndingSignal, Vcpu, VcpuThread};
+use super::vcpu::{Buses, Vcpu, VcpuThread};
+use crate::config::patch::DevicePatch;
+use crate::config::refusal::Refused;
+use crate::config::{DeviceConfigs, VmConfig};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::{ConsoleOutput, FwCfg, FwCfgState, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
+use crate::devices::{FwCfg, FwCfgState, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
+use crate::memory::ending::{Ending, EndingSignal};
+use crate::memory::fault_batches::FaultBatch;
+use crate::memory::fault_service::FaultCounts;
+use crate::memory::guest_ram::GuestRam;
+use crate::memory::promote::ahead;
+use crate::memory::services::MemoryServices;
 use crate::snapshot::MemoryLayout;
-use crate::tiering::chunks::ColdCounts;
+use crate::sys::coalesced::CoalescedRing;
+use crate::sys::dirty_log;
+use crate::sys::output::ConsoleOutput;
+use crate::sys::timeline::{Moments, Slice, Timeline};
+use crate::vmm::boot::BootError;
+use crate::vmm::kvm_error::KvmError;
+use crate::vmm::pmem::PmemMemory;
+use crate::vmm::restore::StateError;
 
 /// What a machine is built from, whether it boots or is restored.
 #[derive(Clone, Debug)]
@@ -57,11 +65,14 @@ impl Shape {
     /// The guest RAM ranges of this shape.
     pub fn layout(&self) -> Result<MemoryLayout, Error> {
         if self.mem_size_mib < 2 {
-            return Err(Error::TooSmall { mib: self.mem_size_mib });
+            return Err(BootError::TooSmall { mib: self.mem_size_mib }.into());
         }
         Ok(MemoryLayout::from_gpa_ranges(&layout::ram_ranges(self.mem_size_mib << 20))?)
     }
 }
+
+/// The serial port of a machine, which its main loop feeds.
+pub type SerialPort = Arc<Serial>;
 
 /// What the machine is connected to outside.
 #[derive(Clone)]
@@ -94,7 +105,7 @@ pub struct DeviceSet {
 }
 
 /// What outlives the machine's states. Fields drop in this order: the VM before the memory under its slots.
-pub(super) struct Core {
+pub(crate) struct Core {
     /// Before memory is gone, so are those who work on it; devices first, for they wait for memory services.
     pub devices: Devices,
     pub services: MemoryServices,
@@ -125,28 +136,28 @@ pub struct Running {
 
 /// vCPU threads are parked outside the guest.
 pub struct Paused {
-    pub(super) threads: Vec<VcpuThread>,
+    pub(crate) threads: Vec<VcpuThread>,
 }
 
 /// A machine in state `S`.
 pub struct Machine<S> {
     // Before `core`: threads must be gone before memory and VM are.
-    pub(super) state: S,
-    pub(super) core: Core,
+    pub(crate) state: S,
+    pub(crate) core: Core,
 }
 
 /// Opens /dev/kvm and checks that it is one tvmm can use.
 pub fn open_kvm() -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::KvmMissing,
-        libc::EACCES | libc::EPERM => Error::KvmDenied,
-        _ => Error::Kvm { doing: "open /dev/kvm", source: error },
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
+        libc::EACCES | libc::EPERM => KvmError::Denied,
+        _ => KvmError::Call { doing: "open /dev/kvm", source: error },
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
         // The ioctl failed: whatever this is, it does not speak KVM.
-        -1 => Err(Error::KvmNoDevice(kind_of_kvm())),
-        other => Err(Error::KvmVersion(other)),
+        -1 => Err(KvmError::NoDevice(kind_of_kvm()).into()),
+        other => Err(KvmError::Version(other).into()),
     }
 }
 
@@ -262,11 +273,13 @@ impl Machine<Built> {
     }
 
     /// Applies the saved state of a machine of the same shape.
-    pub(super) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
+    pub(crate) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
         let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
         if let Some(in_place) = self.core.ram.in_place() {
             let (memory, by_software) = (self.core.ram.view(), !host::has_second_stage_paging());
-            vcpus.iter().try_for_each(|state| ahead::promote(in_place, memory, &state.ahead()?, by_software))?;
+            for state in vcpus {
+                ahead::promote(in_place, memory, &state.ahead()?, by_software)?;
+            }
         }
         for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
             state.restore_cpuid(&vcpu.fd, vcpu.index)?;
@@ -284,7 +297,7 @@ impl Machine<Built> {
     }
 
     /// The vCPU that boots, as long as no thread has it.
-    pub(super) fn boot_vcpu(&self) -> Option<&VcpuFd> {
+    pub(crate) fn boot_vcpu(&self) -> Option<&VcpuFd> {
         self.state.vcpus.first().map(|vcpu| &vcpu.fd)
     }
 
@@ -338,7 +351,7 @@ impl Machine<Paused> {
         let parked = threads.iter().try_for_each(|thread| thread.wait_parked_until(deadline));
         // Devices before who serves the memory that they may be waiting for.
         let stopped = parked.and_then(|()| self.core.devices.virtio.finish(deadline));
-        let stopped = stopped.and_then(|()| self.core.services.finish(deadline));
+        let stopped = stopped.and_then(|()| Ok(self.core.services.finish(deadline)?));
         if stopped.is_err() {
             std::mem::forget(self);
         }
@@ -422,9 +435,9 @@ impl<S> Machine<S> {
         self.core.services.is_comparing()
     }
 
-    /// What the cold pool was asked for, if there is one.
-    pub fn cold_counts(&self) -> Option<ColdCounts> {
-        self.core.services.cold_counts()
+    /// The threads and handles that work on guest memory.
+    pub fn services(&self) -> &MemoryServices {
+        &self.core.services
     }
 
     /// How much of the memory has been compared with the snapshot's checksums.
@@ -546,7 +559,7 @@ fn set_boot_state(
 ) -> Result<kvm_bindings::CpuId, Error> {
     let failed = |doing| move |source| vcpu_error(doing, vcpu.index, source);
     let fd = &vcpu.fd;
-    let table = cpuid::for_vcpu(supported, vcpu.index, platform.vcpu_count).map_err(|_| Error::State {
+    let table = cpuid::for_vcpu(supported, vcpu.index, platform.vcpu_count).map_err(|_| StateError::Section {
         section: "CPUID".into(),
         what: "KVM supports more leaves than KVM_SET_CPUID2 takes".into(),
     })?;
@@ -585,5 +598,5 @@ fn xcr0(table: &kvm_bindings::CpuId) -> u64 {
 }
 
 fn vcpu_error(doing: &'static str, vcpu: u8, source: kvm_ioctls::Error) -> Error {
-    Error::Vcpu { doing, vcpu, source }
+    KvmError::Vcpu { doing, vcpu, source }.into()
 }

@@ -1,53 +1,28 @@
-//! The machine: configuration, KVM, vCPUs, guest memory, boot, capture and restore. It composes what the other rooms
-//! offer and knows neither HTTP nor which policy made a plan.
+//! The KVM machine.
+//!
+//! Owns: vCPUs and their run loop, boot, the construction of devices from config, memory slots, capture, restore, the saved
+//! state, and the check that a host can run a snapshot.
+//! Must not know: HTTP, policies, where pools live. It is handed a plan and its sources.
+//! Start reading: `machine.rs` (the states of a machine and the one way it is built), `vcpu.rs` (the run loop), `restore/mod.rs`
+//! (a restore from top to bottom), `capture.rs` (what happens while the guest stands still).
 
-pub mod accounting;
-mod arch;
+pub(crate) mod arch;
 mod boot;
-pub mod calibrate;
-mod capture;
-pub mod cold;
-pub mod config;
-pub mod console;
-mod console_ring;
-pub mod control;
-pub mod controller;
-mod devices;
-mod error;
-pub mod guest;
-pub mod handler;
-mod host;
-mod lineage;
-mod lines;
-pub mod logging;
+pub(crate) mod capture;
+pub(crate) mod console_ring;
+pub(crate) mod devices;
+pub(crate) mod error;
+pub(crate) mod exit_counters;
+pub(crate) mod host;
+pub(crate) mod kvm_error;
+pub(crate) mod lineage;
 pub mod machine;
-pub mod media;
-mod memory;
-mod metrics;
-mod numa;
-pub mod otlp;
-mod own_dir;
-mod plan_dir;
-mod planning;
 mod pmem;
-pub mod port_request;
-mod promote;
-mod read_backs;
-pub mod record;
-mod release;
-pub mod report;
-mod restore;
-pub mod session;
-pub mod sources;
-pub mod stall;
-mod state;
-pub mod sys;
-pub mod timeline;
-pub mod usage;
-mod vcpu;
+pub(crate) mod restore;
+pub(crate) mod state;
+pub(crate) mod vcpu;
 
+pub use crate::memory::ending::Ending;
+pub use crate::memory::engine::EngineReport;
+pub use crate::memory::fault_service::FaultCounts;
 pub use error::Error;
-pub use restore::{EngineReport, FaultCounts};
-pub use vcpu::Ending;
-
-pub use crate::tiering::wait::Wait;

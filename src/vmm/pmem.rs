@@ -8,11 +8,12 @@
 //! They are no part of guest RAM: not in its layout, its dirty log or its snapshots, and devices do not read or write
 //! them. KVM's slots for RAM come first, so a slot's number says which RAM range it is.
 
-use super::devices::PmemImage;
-use super::error::Error;
-use super::sys::lost::{self, MappedFile, Mapping, Watched};
-use super::sys::mapping::Reservation;
+use crate::devices::virtio::PmemImage;
+use crate::memory;
 use crate::snapshot::PAGE_SIZE;
+use crate::sys::lost;
+use crate::sys::lost::{MappedFile, Mapping, Watched};
+use crate::sys::mapping::Reservation;
 
 /// One mapped image.
 #[derive(Debug)]
@@ -26,8 +27,8 @@ pub struct PmemMemory {
 
 impl PmemMemory {
     /// Maps an image. What lies behind its end are zeros (written ones are lost with the VM).
-    pub fn map(image: &PmemImage) -> Result<Self, Error> {
-        let failed = |source| Error::Map { gpa: image.gpa, pages: image.size / PAGE_SIZE, source };
+    pub fn map(image: &PmemImage) -> Result<Self, memory::Error> {
+        let failed = |source| memory::Error::Map { gpa: image.gpa, pages: image.size / PAGE_SIZE, source };
         let too_large = |_| failed(std::io::ErrorKind::OutOfMemory.into());
         let size = usize::try_from(image.size).map_err(too_large)?;
         let file_end = usize::try_from(image.len.next_multiple_of(PAGE_SIZE)).map_err(too_large)?;

@@ -16,8 +16,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::arch::msr;
 use super::error::Error;
-use super::promote::ahead::VcpuAhead;
+use crate::memory::promote::ahead::VcpuAhead;
 use crate::snapshot::{Section, SectionKind, Snapshot};
+use crate::vmm::kvm_error::KvmError;
+use crate::vmm::restore::StateError;
 
 /// Version of the section payloads written here. Readers accept no other.
 const VERSION: u32 = 1;
@@ -62,13 +64,13 @@ pub struct VcpuState {
 /// Encodes `state` as a section.
 pub fn section<T: Serialize>(kind: SectionKind, instance: u32, state: &T) -> Result<Section, Error> {
     let payload = postcard::to_stdvec(state)
-        .map_err(|error| Error::State { section: format!("{kind:?} {instance}"), what: error.to_string() })?;
+        .map_err(|error| StateError::Section { section: format!("{kind:?} {instance}"), what: error.to_string() })?;
     Ok(Section { kind, instance, version: VERSION, payload })
 }
 
 /// Decodes a section of `snapshot`'s state; bytes left over are an error.
 pub fn decode<T: DeserializeOwned>(snapshot: &Snapshot, kind: SectionKind, instance: u32) -> Result<T, Error> {
-    let invalid = |what: String| Error::State { section: format!("{kind:?} {instance}"), what };
+    let invalid = |what: String| Error::from(StateError::Section { section: format!("{kind:?} {instance}"), what });
     let version = snapshot.section_info(kind, instance)?.version;
     if version != VERSION {
         return Err(invalid(format!("it has version {version}, this build reads version {VERSION}")));
@@ -86,14 +88,13 @@ fn raw<T: IntoBytes + Immutable>(value: &T) -> Vec<u8> {
 }
 
 fn unraw<T: FromBytes>(name: &'static str, bytes: &[u8]) -> Result<T, Error> {
-    T::read_from_bytes(bytes).map_err(|_| Error::State {
-        section: name.to_string(),
-        what: format!("it is {} bytes long, not {}", bytes.len(), size_of::<T>()),
-    })
+    let what = || format!("it is {} bytes long, not {}", bytes.len(), size_of::<T>());
+    let invalid = |_| Error::from(StateError::Section { section: name.to_string(), what: what() });
+    T::read_from_bytes(bytes).map_err(invalid)
 }
 
 fn unraw_table<T: FromBytes>(name: &'static str, bytes: &[u8]) -> Result<Vec<T>, Error> {
-    let invalid = |what: String| Error::State { section: name.to_string(), what };
+    let invalid = |what: String| Error::from(StateError::Section { section: name.to_string(), what });
     if !bytes.len().is_multiple_of(size_of::<T>()) || bytes.len() / size_of::<T>() > TABLE_MAX {
         return Err(invalid(format!("{} bytes are no table of at most {TABLE_MAX} entries", bytes.len())));
     }
@@ -123,13 +124,13 @@ impl VmState {
     pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
         if self.irqchips.len() != IRQCHIPS {
             let what = format!("{} interrupt controllers, not {IRQCHIPS}", self.irqchips.len());
-            return Err(Error::State { section: "Vm".into(), what });
+            return Err(StateError::Section { section: "Vm".into(), what }.into());
         }
         for (index, bytes) in self.irqchips.iter().enumerate() {
             let chip: kvm_irqchip = unraw("interrupt controller", bytes)?;
             if chip.chip_id as usize != index {
                 let what = format!("interrupt controller {index} says it is {}", chip.chip_id);
-                return Err(Error::State { section: "Vm".into(), what });
+                return Err(StateError::Section { section: "Vm".into(), what }.into());
             }
             vm.set_irqchip(&chip).map_err(Error::kvm("set an interrupt controller"))?;
         }
@@ -152,7 +153,7 @@ impl VmState {
     /// of the snapshot could not tell the time together with the guest's.
     pub fn time_since_saved(&self) -> Result<Duration, Error> {
         if self.realtime_ns == 0 {
-            return Err(Error::NoRealtime);
+            return Err(StateError::NoRealtime.into());
         }
         let saved = UNIX_EPOCH + Duration::from_nanos(self.realtime_ns);
         Ok(SystemTime::now().duration_since(saved).unwrap_or_default())
@@ -163,7 +164,7 @@ impl VcpuState {
     /// Reads the state of vCPU `index`, which is out of the guest with no I/O pending. `msr_indices` is KVM's list of
     /// MSRs that can be saved.
     pub fn save(vcpu: &VcpuFd, index: u8, msr_indices: &[u32]) -> Result<Self, Error> {
-        let failed = |doing| move |source| Error::Vcpu { doing, vcpu: index, source };
+        let failed = |doing| move |source| KvmError::Vcpu { doing, vcpu: index, source };
         // First: reading the MP state lets KVM accept pending INIT and SIPI, which changes the rest.
         let mp_state = raw(&vcpu.get_mp_state().map_err(failed("read the MP state"))?);
         let cpuid = vcpu.get_cpuid2(TABLE_MAX).map_err(failed("read the CPUID"))?;
@@ -186,10 +187,10 @@ impl VcpuState {
 
     /// Sets CPUID and TSC frequency: what must come before every other state.
     pub fn restore_cpuid(&self, vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
-        let failed = |doing| move |source| Error::Vcpu { doing, vcpu: index, source };
+        let failed = |doing| move |source| KvmError::Vcpu { doing, vcpu: index, source };
         let entries: Vec<kvm_cpuid_entry2> = unraw_table("CPUID", &self.cpuid)?;
         let cpuid = CpuId::from_entries(&entries)
-            .map_err(|error| Error::State { section: "CPUID".into(), what: format!("{error:?}") })?;
+            .map_err(|error| StateError::Section { section: "CPUID".into(), what: format!("{error:?}") })?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("set the CPUID"))?;
         let now = vcpu.get_tsc_khz().unwrap_or(0);
         // Within 250 ppm the guest's own clock discipline absorbs the difference (Linux' tolerance for a steady TSC).
@@ -202,7 +203,7 @@ impl VcpuState {
     /// Sets everything else, in the order in which KVM's pieces depend on each other. Returns the MSRs that were
     /// refused and that the guest can do without. The TSC has counted on for the time `slept`.
     pub fn restore(&self, vcpu: &VcpuFd, index: u8, slept: Duration) -> Result<Vec<u32>, Error> {
-        let failed = |doing| move |source| Error::Vcpu { doing, vcpu: index, source };
+        let failed = |doing| move |source| KvmError::Vcpu { doing, vcpu: index, source };
         let mp_state: kvm_mp_state = unraw("MP state", &self.mp_state)?;
         let sregs: kvm_sregs = unraw("special registers", &self.sregs)?;
         let regs: kvm_regs = unraw("registers", &self.regs)?;
@@ -265,7 +266,7 @@ pub fn notify_clock(vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
     match vcpu.kvmclock_ctrl() {
         Ok(()) => Ok(()),
         Err(error) if error.errno() == libc::EINVAL => Ok(()),
-        Err(source) => Err(Error::Vcpu { doing: "announce the pause", vcpu: index, source }),
+        Err(source) => Err(KvmError::Vcpu { doing: "announce the pause", vcpu: index, source }.into()),
     }
 }
 
@@ -298,7 +299,7 @@ fn restore_msrs(vcpu: &VcpuFd, index: u8, mut entries: Vec<kvm_msr_entry>) -> Re
 /// Sets MSRs in as few calls as KVM allows. One that KVM refuses is an error unless the guest can do without it.
 /// Returns the indices that were refused.
 pub fn set_msrs(vcpu: &VcpuFd, index: u8, entries: &[kvm_msr_entry]) -> Result<Vec<u32>, Error> {
-    let failed = |source| Error::Vcpu { doing: "set the MSRs", vcpu: index, source };
+    let failed = |source| KvmError::Vcpu { doing: "set the MSRs", vcpu: index, source };
     let mut refused = Vec::new();
     let mut rest = entries;
     while !rest.is_empty() {
@@ -306,7 +307,7 @@ pub fn set_msrs(vcpu: &VcpuFd, index: u8, entries: &[kvm_msr_entry]) -> Result<V
         let count = vcpu.set_msrs(&batch).map_err(failed)?;
         let Some(entry) = rest.get(count) else { break };
         if !msr::may_be_refused(entry) {
-            return Err(Error::MsrRefused { vcpu: index, index: entry.index, value: entry.data });
+            return Err(KvmError::MsrRefused { vcpu: index, index: entry.index, value: entry.data }.into());
         }
         tracing::debug!(
             vcpu = index,

@@ -1,5 +1,7 @@
 //! One vCPU: its run loop, and the thread that runs it.
 
+use crate::memory::ending::{Ending, EndingSignal};
+use crate::vmm::kvm_error::KvmError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -7,97 +9,27 @@ use std::time::{Duration, Instant};
 use kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::console_ring::ConsoleRing;
-use super::control::error_chain;
 use super::error::Error;
-use super::metrics::ExitCounters;
-use super::promote::InPlace;
-use super::promote::fault::{self, Cause, Resolution, Stuck};
-use super::stall;
-use super::sys::kick::{self, Alarm, ImmediateExit};
-use super::sys::lost;
-use super::timeline::Moments;
+use super::exit_counters::ExitCounters;
 use crate::devices::Bus;
-use crate::devices::virtio::Memory;
+use crate::memory::promote::InPlace;
+use crate::memory::promote::fault;
+use crate::memory::promote::fault::{Cause, Resolution, Stuck};
+use crate::memory::stall;
+use crate::sys::errors::error_chain;
+use crate::sys::guest_memory::Memory;
+use crate::sys::kick;
+use crate::sys::kick::{Alarm, ImmediateExit};
+use crate::sys::lost;
+use crate::sys::timeline::Moments;
 
 /// The buses a vCPU's exits lead to.
 #[derive(Default)]
 pub struct Buses {
     pub pio: Bus,
     pub mmio: Bus,
-}
-
-/// Why a guest is over.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// The guest pulled the reset line.
-    Reset,
-    /// The guest turned itself off.
-    PowerOff,
-    /// A triple fault: how `reboot=t` resets, and how a lost guest dies.
-    TripleFault,
-    /// KVM cannot go on.
-    Failed(String),
-    /// Guest memory cannot be had any more, or is not what was captured.
-    MemoryLost(String),
-}
-
-/// Called when the guest is over.
-type OnEnd = Box<dyn FnOnce() + Send>;
-
-/// Where vCPU threads and devices tell the main loop that the guest is over. The first reason stands.
-pub struct EndingSignal {
-    ending: Mutex<Option<Ending>>,
-    event: EventFd,
-    on_end: Mutex<Option<OnEnd>>,
-}
-
-impl std::fmt::Debug for EndingSignal {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("EndingSignal").field("event", &self.event).finish_non_exhaustive()
-    }
-}
-
-impl EndingSignal {
-    pub fn new() -> std::io::Result<Self> {
-        Ok(EndingSignal { ending: Mutex::new(None), event: EventFd::new(EFD_NONBLOCK)?, on_end: Mutex::new(None) })
-    }
-
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// The reason, if the guest is over. An eventfd pulled without a reason is the reset line's.
-    pub fn take(&self) -> Option<Ending> {
-        let pulled = self.event.read().is_ok();
-        if let Some(reason) = lost::touched() {
-            return Some(Ending::MemoryLost(reason));
-        }
-        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
-        ending.or(pulled.then_some(Ending::Reset))
-    }
-
-    /// Ends the guest for this reason, unless another came first.
-    pub fn end(&self, ending: Ending) {
-        self.ending.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ending);
-        // A full counter means that the main loop has been told already.
-        let _ = self.event.write(1);
-        // After the reason is there: who is let go by this looks for it.
-        if let Some(call) = self.lock_on_end().take() {
-            call();
-        }
-    }
-
-    /// What else is to happen at the end, once, on the thread that ends the guest.
-    pub fn on_end(&self, call: Option<OnEnd>) {
-        *self.lock_on_end() = call;
-    }
-
-    fn lock_on_end(&self) -> MutexGuard<'_, Option<OnEnd>> {
-        self.on_end.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// A vCPU and what its exits need.
@@ -247,12 +179,12 @@ impl Vcpu {
     fn promote(&self, cause: Cause, generation: u64, what: &str) -> Result<(), Ending> {
         let failed = |error: Error| self.failed(&error_chain(&error));
         let Some(in_place) = &self.in_place else {
-            let lost = fault::lost_memory(&self.fd, &self.memory, cause).map_err(failed)?;
+            let lost = fault::lost_memory(&self.fd, &self.memory, cause).map_err(|error| failed(error.into()))?;
             return Err(lost.map_or_else(|| self.failed(what), Ending::MemoryLost));
         };
         let start = Instant::now();
         let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation };
-        let resolution = stuck.resolve(cause).map_err(failed)?;
+        let resolution = stuck.resolve(cause).map_err(|error| failed(error.into()))?;
         in_place.counts().add_time(start.elapsed());
         match resolution {
             Resolution::Promoted => Ok(()),
@@ -382,7 +314,7 @@ impl VcpuThread {
                     run_thread(&vcpu, &gate, &flag, &ending);
                 }
             })
-            .map_err(|source| Error::VcpuThread { vcpu: index, source })?;
+            .map_err(|source| KvmError::VcpuThread { vcpu: index, source })?;
         Ok(VcpuThread { index, vcpu, gate, immediate_exit, thread: Some(thread) })
     }
 
@@ -406,7 +338,7 @@ impl VcpuThread {
         let mut state = self.gate.lock();
         while !state.1 {
             if Instant::now() > deadline {
-                return Err(Error::VcpuStuck(self.index));
+                return Err(KvmError::VcpuStuck(self.index).into());
             }
             let (guard, wait) =
                 self.gate.changed.wait_timeout(state, KICK_AGAIN).unwrap_or_else(PoisonError::into_inner);

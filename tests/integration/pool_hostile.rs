@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde_json::json;
-use tvmm::vmm::sys::locks;
+use tvmm::sys::locks;
 
 use crate::support::pool::{Pool, filled};
 use crate::support::{Vm, finish, refusal, run, run_err, run_ok, scratch, text, tvmm};

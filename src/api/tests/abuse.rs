@@ -10,6 +10,7 @@ use super::*;
 use crate::api::ApiError;
 use crate::api::connection::{MAX_CONNECTIONS, TIMES, Times};
 use crate::api::routes::MAX_BODY_BYTES;
+use crate::sys::unix_socket::SocketError;
 
 fn put(path: &str, body: &str) -> Vec<u8> {
     let length = body.len();
@@ -257,18 +258,21 @@ fn socket_is_for_its_owner_only_and_an_existing_path_is_refused() {
     assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
 
     let error = serve(&socket, sender.clone(), "test").unwrap_err();
-    assert!(matches!(error, ApiError::SocketExists { .. }));
+    assert!(matches!(error, ApiError::Socket(SocketError::Exists { .. })));
     assert!(error.to_string().starts_with(&format!("API socket {} exists already.", socket.display())));
     assert!(socket.exists(), "the refused server leaves the socket alone");
     drop(server);
     assert!(!socket.exists());
 
     std::fs::write(&socket, "mine").unwrap();
-    assert!(matches!(serve(&socket, sender.clone(), "test"), Err(ApiError::SocketExists { .. })));
+    assert!(matches!(serve(&socket, sender.clone(), "test"), Err(ApiError::Socket(SocketError::Exists { .. }))));
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "mine");
 
     for path in [dir.path().join("missing/api.sock"), PathBuf::from("x".repeat(200)), PathBuf::new()] {
-        assert!(matches!(serve(&path, sender.clone(), "test"), Err(ApiError::Bind { .. })), "{path:?}");
+        assert!(
+            matches!(serve(&path, sender.clone(), "test"), Err(ApiError::Socket(SocketError::Bind { .. }))),
+            "{path:?}"
+        );
     }
 }
 

@@ -3,8 +3,9 @@
 use serde_json::json;
 
 use super::*;
-use crate::vmm::config::{BootSource, CpuConfig, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
-use crate::vmm::control::{CreateSnapshot, InPlaceMapping, LoadSnapshot, SnapshotKind, SnapshotPaths};
+use crate::config::request::{CreateSnapshot, LoadSnapshot, SnapshotKind, SnapshotPaths};
+use crate::config::{BootSource, CpuConfig, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
+use crate::snapshot::InPlaceMapping;
 
 #[test]
 fn get_paths_tell_the_reply() {

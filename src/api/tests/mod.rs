@@ -17,8 +17,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::client::{Client, ClientError};
 use super::{ApiServer, serve};
-use crate::vmm::config::{MachineConfig, VmConfig};
-use crate::vmm::control::{self, Command, ControlReceiver, InstanceInfo, Refused, Reply, SnapshotTaken, VmState};
+use crate::config::control;
+use crate::config::control::{ControlReceiver, InstanceInfo, Reply, SnapshotTaken, VmState};
+use crate::config::refusal::Refused;
+use crate::config::request::Command;
+use crate::config::{MachineConfig, VmConfig};
 
 /// Long enough for a loaded host, and only waited for when a test fails.
 const TIMEOUT: Duration = Duration::from_secs(20);

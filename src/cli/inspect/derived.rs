@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::super::BoxError;
 use crate::snapshot::{self, ImageSpec, ImageState, Location, Snapshot, check_image, derived_dir};
+use crate::sys::errors::BoxError;
 use crate::tiering::plan_file::PlanFile;
 use crate::tiering::profile::Profile;
 

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use self::derived::{Derived, State, with_causes};
 use super::identify::InputPath;
 use super::merge::bytes_bar;
-use super::{BoxError, refuse};
 use crate::snapshot::{
     BadChunk, Chain, Extent, Gfn, Location, PAGE_SIZE, PageMap, SectionInfo, Snapshot, VerifyReport, page_digest,
 };
+use crate::sys::errors::{BoxError, refuse};
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {

@@ -7,13 +7,13 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
+use crate::backends::cold::{AnyPool, is_object_url};
 use crate::cli::merge::bytes_bar;
-use crate::cli::{BoxError, refuse};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, SnapshotId};
-use crate::tiering::chunks::store::{MANIFEST, Manifest};
-use crate::tiering::chunks::{Compression, DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES, Index, Packed};
+use crate::sys::errors::{BoxError, refuse};
+use crate::tiering::cold::store::{MANIFEST, Manifest};
+use crate::tiering::cold::{Compression, DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES, Index, Packed};
 use crate::tiering::profile::{Profile, nonzero};
-use crate::vmm::cold::{AnyPool, is_object_url};
 
 /// Guest memory under one chunk when nobody says otherwise, KiB.
 const DEFAULT_CHUNK_KIB: u64 = (DEFAULT_CHUNK_PAGES * PAGE_SIZE) >> 10;
@@ -205,7 +205,7 @@ pub fn check(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
                 "{} of {} chunks are damaged, the first {:?}",
                 checked.bad_chunks, checked.chunks, checked.bad
             )),
-            Err(error) => Some(crate::cli::chain(&error)),
+            Err(error) => Some(crate::sys::errors::chain(&error)),
         };
         bad += usize::from(problem.is_some());
         if !as_json {

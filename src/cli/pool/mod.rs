@@ -12,13 +12,14 @@ use serde_json::json;
 
 use super::identify::{InputPath, Role};
 use super::merge::bytes_bar;
-use super::{BoxError, refuse};
+use crate::backends::pool_media;
+use crate::backends::pool_media::Access;
 use crate::snapshot::{Chain, Location, PoolId};
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::costs::Costs;
 use crate::tiering::pool::add::{Added, name_of};
 use crate::tiering::pool::{Error, Medium, Writer, fsck, writer};
 use crate::tiering::profile::Profile;
-use crate::vmm::media::{self, Access};
 
 #[derive(Debug, Args)]
 pub struct PoolArgs {
@@ -144,8 +145,8 @@ pub fn run(args: &PoolArgs) -> Result<ExitCode, BoxError> {
         PoolCommand::Gc { pool, json, .. } if chunks::is_one(pool) => chunks::collect(pool, *json),
         PoolCommand::Fsck { pool, json } if chunks::is_one(pool) => chunks::check(pool, *json),
         PoolCommand::Add { .. } => add(&args.command),
-        PoolCommand::Ls { pool, json } => show::list(&media::open(pool, Access::Look)?, *json),
-        PoolCommand::Show { pool, json } => show::show(&media::open(pool, Access::Look)?, *json),
+        PoolCommand::Ls { pool, json } => show::list(&pool_media::open(pool, Access::Look)?, *json),
+        PoolCommand::Show { pool, json } => show::show(&pool_media::open(pool, Access::Look)?, *json),
         PoolCommand::Rm { pool, snapshot } => remove(pool, snapshot),
         PoolCommand::Gc { pool, lease_expiry, json } => collect(pool, *lease_expiry, *json),
         PoolCommand::Fsck { pool, json } => check(pool, *json),
@@ -161,8 +162,8 @@ fn create(at: &std::path::Path, gib: Option<f64>, format: Option<&str>) -> Resul
     };
     let mut id = PoolId::default();
     rustix::rand::getrandom(&mut id.0, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
-    let medium = media::create(at, size)?;
-    writer::create(&medium, id, format, &media::format_name(at)).inspect_err(|_| medium.abandon())?;
+    let medium = pool_media::create(at, size)?;
+    writer::create(&medium, id, format, &pool_media::format_name(at)).inspect_err(|_| medium.abandon())?;
     let facts = medium.facts();
     out!("{}", at.display());
     let mib = medium.size() >> 20;
@@ -179,7 +180,7 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
     let PoolCommand::Add { pool, snapshot, profile, name, restores, json } = command else {
         return refuse("Nothing to add");
     };
-    let medium = media::open(pool, Access::Change)?;
+    let medium = pool_media::open(pool, Access::Change)?;
     let profile = profile.as_deref().map(Profile::load).transpose()?;
     let chain = Chain::open(&Location::Dir(snapshot.clone()))?;
     let costs = Costs::of_this_host()?;
@@ -200,14 +201,14 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
 }
 
 fn remove(pool: &std::path::Path, snapshot: &str) -> Result<ExitCode, BoxError> {
-    let medium = media::open(pool, Access::Change)?;
+    let medium = pool_media::open(pool, Access::Change)?;
     let head = Writer::open(&medium)?.remove(snapshot)?;
     say!("{} ({}) is removed; `tvmm pool gc {}` frees its pages", head.name, head.snapshot, pool.display());
     Ok(ExitCode::SUCCESS)
 }
 
 fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode, BoxError> {
-    let medium = media::open(pool, Access::Change)?;
+    let medium = pool_media::open(pool, Access::Change)?;
     let done = Writer::open(&medium)?.collect(Some(expiry_s))?;
     if json {
         out!("{:#}", json!({ "snapshots": done.snapshots, "pages": done.pages, "held": done.held }));
@@ -221,7 +222,7 @@ fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode
 }
 
 fn check(pool: &std::path::Path, json: bool) -> Result<ExitCode, BoxError> {
-    let medium = media::open(pool, Access::Look)?;
+    let medium = pool_media::open(pool, Access::Look)?;
     let bar = bytes_bar("checking");
     let found = fsck::check(&medium, &mut |done, total| {
         bar.set_length(total);

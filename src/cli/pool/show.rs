@@ -7,13 +7,13 @@ use std::process::ExitCode;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
-use super::super::BoxError;
 use super::usage::{self, Resident};
+use crate::backends::pool_media::PoolMedium;
 use crate::snapshot::PAGE_SIZE;
+use crate::sys::errors::BoxError;
 use crate::tiering::pool::catalogue::{Catalogue, Head};
 use crate::tiering::pool::lease::{self, EXPIRY_S, Holder, Lease};
 use crate::tiering::pool::{Medium, Space};
-use crate::vmm::media::PoolMedium;
 
 pub fn mib(pages: u64) -> f64 {
     (pages * PAGE_SIZE) as f64 / f64::from(1 << 20)

@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::Serialize;
 
 use crate::snapshot::PAGE_SIZE;
-use crate::vmm::sys::pagemap::Pagemap;
+use crate::sys::pagemap::Pagemap;
 
 /// Memory of one process, KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

@@ -1,8 +1,8 @@
 //! A profile as one HTML file: no scripts, no fonts, nothing from a network.
 
-use super::super::markup::escape;
 use super::draw::{COLUMNS, Cell, Map};
 use super::show::{Shown, facts};
+use crate::bench::markup::escape;
 
 const CELL_PX: u64 = 12;
 const LABEL_PX: u64 = 110;

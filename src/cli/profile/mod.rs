@@ -12,13 +12,13 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::identify::{InputPath, Role};
-use super::{BoxError, refuse};
+use crate::config::request::DEFAULT_FAULT_TIMEOUT;
+use crate::config::request::SnapshotPaths;
+use crate::session::record::{RecordSpec, record};
+use crate::sys::errors::{BoxError, refuse};
+use crate::sys::kick;
+use crate::sys::signals::EndSignals;
 use crate::tiering::profile::{Agreement, MergeKind, Profile, RecorderKind, merge};
-use crate::vmm::control::SnapshotPaths;
-use crate::vmm::record::{RecordSpec, record};
-use crate::vmm::stall::DEFAULT_FAULT_TIMEOUT;
-use crate::vmm::sys::kick;
-use crate::vmm::sys::signals::EndSignals;
 
 #[derive(Debug, Args)]
 pub struct ProfileArgs {

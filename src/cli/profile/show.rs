@@ -9,8 +9,9 @@ use serde_json::{Value, json};
 use super::draw::Map;
 use super::html;
 use crate::cli::identify::{InputPath, Role};
-use crate::cli::{BoxError, print};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, replace_file};
+use crate::sys::errors::BoxError;
+use crate::sys::print;
 use crate::tiering::profile::{Buckets, Order, Profile, nonzero};
 
 #[derive(Debug, Args)]

@@ -14,8 +14,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 
-use crate::vmm::sys::netns::Netns;
-use crate::vmm::sys::{clock, tie, watched};
+use crate::sys::netns::Netns;
+use crate::sys::{clock, pdeathsig, watched};
 
 /// The end of standard error that is kept.
 const SAID_BYTES: usize = 2048;
@@ -98,7 +98,7 @@ fn spawn(job: Job) -> io::Result<Spawned> {
         }
         Job::Tool(args) => {
             command.args(args);
-            tie::to_parent(&mut command);
+            pdeathsig::to_parent(&mut command);
         }
     }
     let (stdin, our_stdin) = std::io::pipe()?;

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use super::control::Control;
 use super::line::Console;
 use super::process::{Job, Process, Spawner};
-use crate::vmm::sys::netns::Netns;
+use crate::sys::netns::Netns;
 
 /// A process that waits to become a VM.
 #[derive(Debug)]

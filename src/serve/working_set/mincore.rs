@@ -13,9 +13,9 @@ use crate::serve::body::{Body, query};
 use crate::serve::daemon::blocking;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::snapshot::{Content, Extent, PAGE_SIZE, PageSet};
+use crate::sys::resident::CacheView;
 use crate::tiering::policy::Policy;
 use crate::tiering::profile::{MAX_LAYERS, Order, Profile, RecorderKind, nonzero};
-use crate::vmm::sys::resident::CacheView;
 
 /// The state of a snapshot's layers, in FaaSnap's words. Sizes are in pages of 4 KiB.
 #[derive(Debug, Serialize, ToSchema)]

@@ -15,11 +15,11 @@ pub(super) use self::profile::{Record, record_invocation};
 use super::fault::Fault;
 use super::snapshots::{CacheState, derived};
 use crate::snapshot::{Chain, Image, ImageSpec, Location, ResolvedRun, image_name};
+use crate::sys::page_cache::{PageCache, resident_pages};
 use crate::tiering::costs::Costs;
 use crate::tiering::plan_cache::{self, profile_mark};
 use crate::tiering::policy::{Budget, Policy, PolicyInput};
 use crate::tiering::profile::{Order, Profile, RecorderKind};
-use crate::vmm::sys::page_cache::{PageCache, resident_pages};
 
 /// FaaSnap's gap, pages: what its policy takes in.
 pub(super) const GAP_PAGES: u64 = 32;

@@ -24,8 +24,8 @@ use crate::serve::store::gone_is_fine;
 use crate::serve::traces::Recording;
 use crate::serve::vm::process::run_tool;
 use crate::snapshot::random_hex;
+use crate::sys::clock;
 use crate::tiering::profile::Profile;
-use crate::vmm::sys::clock;
 
 /// More than a plan of many extents takes as JSON.
 const MAX_PRINTED: usize = 64 << 20;

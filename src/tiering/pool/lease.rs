@@ -22,7 +22,7 @@ use super::format::{LEASE_LEN, LEASE_SLOTS, LEASES};
 use super::medium::Medium;
 use super::readers;
 use crate::snapshot::{Digest, SnapshotId};
-use crate::tiering::wait::Wait;
+use crate::sys::bounded_wait::Wait;
 
 /// A lease of another host is suspected when its last beat is so many seconds away, unless told otherwise.
 pub const EXPIRY_S: u64 = 600;

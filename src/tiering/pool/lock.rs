@@ -6,7 +6,7 @@ use super::error::Error;
 use super::format::WRITER;
 use super::lease::{Holder, PAUSE, READS, SETTLE, now, stood_still, uptime};
 use super::medium::Medium;
-use crate::tiering::wait::Wait;
+use crate::sys::bounded_wait::Wait;
 
 /// Bytes of the writer's record: host, pid, heartbeat, checksum.
 const RECORD: usize = 24;

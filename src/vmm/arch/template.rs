@@ -3,11 +3,12 @@
 use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
-use super::super::config::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
 use super::super::error::Error;
+use crate::config::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
+use crate::vmm::kvm_error::KvmError;
 
 fn refused(what: String) -> Error {
-    Error::CpuTemplate(what)
+    KvmError::CpuTemplate(what).into()
 }
 
 /// Checks that this host's KVM has what the template asks for, and can save what it changes.
@@ -97,7 +98,7 @@ pub fn apply_msrs(template: &CpuConfig, vcpu: &VcpuFd, index: u8) -> Result<(), 
 }
 
 fn apply_msr(modifier: &MsrModifier, vcpu: &VcpuFd, vcpu_index: u8) -> Result<(), Error> {
-    let failed = |doing| move |source| Error::Vcpu { doing, vcpu: vcpu_index, source };
+    let failed = |doing| move |source| KvmError::Vcpu { doing, vcpu: vcpu_index, source };
     let one = |entry| Msrs::from_entries(&[entry]).map_err(|error| refused(format!("{error:?}")));
     let index = modifier.addr;
     let mut msrs = one(kvm_msr_entry { index, ..Default::default() })?;
@@ -108,7 +109,7 @@ fn apply_msr(modifier: &MsrModifier, vcpu: &VcpuFd, vcpu_index: u8) -> Result<()
     let msrs = one(kvm_msr_entry { index, data, ..Default::default() })?;
     match vcpu.set_msrs(&msrs).map_err(failed("set an MSR"))? {
         1 => Ok(()),
-        _ => Err(Error::MsrRefused { vcpu: vcpu_index, index, value: data }),
+        _ => Err(KvmError::MsrRefused { vcpu: vcpu_index, index, value: data }.into()),
     }
 }
 

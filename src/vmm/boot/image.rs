@@ -12,9 +12,10 @@ use vm_memory::{GuestAddress, ReadVolatile};
 
 use super::super::arch::layout;
 use super::super::arch::registers::Entry;
-use super::super::config::{BootProtocol, Guest};
 use super::super::error::Error;
-use super::super::memory::GuestRam;
+use crate::config::{BootProtocol, Guest};
+use crate::memory::guest_ram::GuestRam;
+use crate::vmm::boot::BootError;
 
 /// A kernel that is in guest memory.
 pub struct Image {
@@ -43,7 +44,7 @@ impl Image {
                     Some(_) => "it is a bzImage; only ELF kernels have a PVH note",
                     None => "it has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)",
                 };
-                Err(Error::BootProtocol { name: self.name.clone(), protocol: "PVH", what })
+                Err(BootError::BootProtocol { name: self.name.clone(), protocol: "PVH", what }.into())
             }
             (BootProtocol::Auto | BootProtocol::Linux64, _) => Ok(Entry::Linux64 { rip: self.linux64 }),
         }
@@ -58,15 +59,15 @@ pub fn load(path: Option<&Path>, guest: Guest, ram: &GuestRam) -> Result<Image, 
     };
     // A FIFO is refused when it is read, not waited for when it is opened.
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let mut file = opened.map_err(|source| Error::KernelOpen { path: path.to_owned(), source })?;
+    let mut file = opened.map_err(|source| BootError::KernelOpen { path: path.to_owned(), source })?;
     let name = path.display().to_string();
     let mut head = [0; HEAD_LEN];
-    let len = read_head(&file, &mut head).map_err(|source| Error::KernelOpen { path: path.to_owned(), source })?;
+    let len = read_head(&file, &mut head).map_err(|source| BootError::KernelOpen { path: path.to_owned(), source })?;
     let head = &head[..len];
     if field(head, SETUP_MAGIC_AT, 4) == Some(SETUP_MAGIC) && !head.starts_with(ELF_MAGIC) {
         return load_bzimage(name, head, &mut file, ram);
     }
-    check_elf(head).map_err(|what| Error::KernelLoad { name: name.clone(), what: what.to_string() })?;
+    check_elf(head).map_err(|what| BootError::KernelLoad { name: name.clone(), what: what.to_string() })?;
     load_elf(name, &mut file, ram)
 }
 
@@ -111,7 +112,7 @@ fn check_elf(head: &[u8]) -> Result<(), &'static str> {
 
 fn load_elf<F: Read + ReadVolatile + Seek>(name: String, image: &mut F, ram: &GuestRam) -> Result<Image, Error> {
     let loaded = Elf::load(ram.boot_view()?, None, image, Some(GuestAddress(layout::HIMEM)))
-        .map_err(|error| Error::KernelLoad { name: name.clone(), what: load_problem(&error) })?;
+        .map_err(|error| BootError::KernelLoad { name: name.clone(), what: load_problem(&error) })?;
     // The loader has written what is in the file; a kernel runs only if the rest of it is memory too.
     check_end(&name, loaded.kernel_end, ram)?;
     let pvh = match loaded.pvh_boot_cap {
@@ -134,7 +135,7 @@ fn load_problem(error: &loader::Error) -> String {
 
 fn check_end(name: &str, end: u64, ram: &GuestRam) -> Result<(), Error> {
     let ram_end = ram.low_end();
-    if end > ram_end { Err(Error::KernelTooLarge { name: name.to_string(), end, ram_end }) } else { Ok(()) }
+    if end > ram_end { Err(BootError::KernelTooLarge { name: name.to_string(), end, ram_end }.into()) } else { Ok(()) }
 }
 
 const SETUP_MAGIC_AT: usize = 0x202;
@@ -193,7 +194,7 @@ fn setup_len(head: &[u8]) -> Option<u64> {
 const ENTRY_64: u64 = 0x200;
 
 fn load_bzimage(name: String, head: &[u8], file: &mut File, ram: &GuestRam) -> Result<Image, Error> {
-    let failed = |what: String| Error::KernelLoad { name: name.clone(), what };
+    let failed = |what: String| BootError::KernelLoad { name: name.clone(), what };
     let file_len = file.metadata().map_err(|error| failed(error.to_string()))?.len();
     let setup = read_setup(head, file_len).map_err(|what| failed(what.to_string()))?;
     check_end(&name, setup.end, ram)?;

@@ -1,8 +1,11 @@
 //! Loading a kernel into guest memory, and telling it about its machine.
 
+mod error;
 mod image;
 mod initrd;
 mod params;
+
+pub use error::BootError;
 
 use std::ffi::CString;
 
@@ -12,10 +15,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::arch::registers::Entry;
 use super::arch::{Platform, acpi, layout, mptable};
-use super::config::{BootSource, TvmmConfig};
 use super::error::Error;
-use super::memory::GuestRam;
-use crate::devices::virtio::UnguardedMemory;
+use crate::config::{BootSource, TvmmConfig};
+use crate::memory::guest_ram::GuestRam;
+use crate::sys::guest_memory::UnguardedMemory;
 
 use initrd::Initrd;
 
@@ -38,12 +41,12 @@ pub fn load(source: &BootSource, config: &TvmmConfig, platform: Platform<'_>, ra
 /// Writes the command line; returns its length. Without ACPI it is also where the guest learns of virtio devices.
 fn write_cmdline(args: &str, platform: Platform<'_>, memory: &UnguardedMemory) -> Result<u32, Error> {
     if args.len() >= layout::CMDLINE_MAX {
-        return Err(Error::CmdlineTooLong { len: args.len() });
+        return Err(BootError::CmdlineTooLong { len: args.len() }.into());
     }
     if !args.is_ascii() || args.contains('\0') {
-        return Err(Error::CmdlineCharacters);
+        return Err(BootError::CmdlineCharacters.into());
     }
-    let failed = |error: &dyn std::fmt::Display| Error::Cmdline(error.to_string());
+    let failed = |error: &dyn std::fmt::Display| BootError::Cmdline(error.to_string());
     let mut cmdline = Cmdline::try_from(args, layout::CMDLINE_MAX).map_err(|error| failed(&error))?;
     if !platform.acpi {
         for slot in platform.virtio {
@@ -58,8 +61,11 @@ fn write_cmdline(args: &str, platform: Platform<'_>, memory: &UnguardedMemory) -
 
 fn write_tables(platform: Platform<'_>, ram: &GuestRam) -> Result<(), Error> {
     let write = |what, gpa, table: &[u8]| {
-        ram.view().write_slice(table, GuestAddress(gpa)).map_err(|source| Error::GuestAccess { what, gpa, source })
+        ram.view().write_slice(table, GuestAddress(gpa)).map_err(|source| BootError::GuestAccess { what, gpa, source })
     };
     write("MP table", layout::MP_TABLE, &mptable::table(platform.vcpu_count))?;
-    if platform.acpi { write("ACPI tables", layout::RSDP, &acpi::tables(platform)) } else { Ok(()) }
+    if platform.acpi {
+        write("ACPI tables", layout::RSDP, &acpi::tables(platform))?;
+    }
+    Ok(())
 }

@@ -10,10 +10,11 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::arch::layout;
 use super::super::arch::registers::BOOT_GDT;
 use super::super::error::Error;
-use super::super::memory::GuestRam;
 use super::image::Image;
 use super::initrd::Initrd;
+use crate::memory::guest_ram::GuestRam;
 use crate::snapshot::MemoryLayout;
+use crate::vmm::boot::BootError;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -55,7 +56,9 @@ pub fn write_linux64(image: &Image, machine: &MachineParams, ram: &GuestRam) -> 
     // What a bzImage says here is the most it takes.
     let most = image.setup.map_or(layout::CMDLINE_MAX as u32, |setup| setup.cmdline_size);
     if machine.cmdline_len > most {
-        return Err(Error::Cmdline(format!("the kernel takes {most} bytes and it has {}", machine.cmdline_len)));
+        return Err(
+            BootError::Cmdline(format!("the kernel takes {most} bytes and it has {}", machine.cmdline_len)).into()
+        );
     }
     params.hdr.cmdline_size = machine.cmdline_len + 1;
     if let Some(initrd) = machine.initrd {
@@ -69,9 +72,10 @@ pub fn write_linux64(image: &Image, machine: &MachineParams, ram: &GuestRam) -> 
     }
     let boot_params = BootParams::new(&params, GuestAddress(layout::ZERO_PAGE));
     LinuxBootConfigurator::write_bootparams(&boot_params, ram.boot_view()?)
-        .map_err(|error| Error::KernelLoad { name: "boot parameters".into(), what: error.to_string() })?;
+        .map_err(|error| BootError::KernelLoad { name: "boot parameters".into(), what: error.to_string() })?;
     write_gdt(ram)?;
-    write_page_tables(ram)
+    write_page_tables(ram)?;
+    Ok(())
 }
 
 /// The setup header that an ELF kernel does not bring along.
@@ -87,14 +91,14 @@ fn elf_header() -> bootparam::setup_header {
     }
 }
 
-fn write_gdt(ram: &GuestRam) -> Result<(), Error> {
+fn write_gdt(ram: &GuestRam) -> Result<(), BootError> {
     for (index, descriptor) in BOOT_GDT.iter().enumerate() {
         write_u64(ram, "GDT", layout::BOOT_GDT + 8 * index as u64, *descriptor)?;
     }
     write_u64(ram, "IDT", layout::BOOT_IDT, 0)
 }
 
-fn write_page_tables(ram: &GuestRam) -> Result<(), Error> {
+fn write_page_tables(ram: &GuestRam) -> Result<(), BootError> {
     const PRESENT_WRITABLE: u64 = 3;
     const HUGE: u64 = 1 << 7;
     write_u64(ram, "PML4", layout::PML4, layout::PDPTE | PRESENT_WRITABLE)?;
@@ -105,8 +109,8 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), Error> {
     Ok(())
 }
 
-fn write_u64(ram: &GuestRam, what: &'static str, gpa: u64, value: u64) -> Result<(), Error> {
-    ram.view().write_obj(value, GuestAddress(gpa)).map_err(|source| Error::GuestAccess { what, gpa, source })
+fn write_u64(ram: &GuestRam, what: &'static str, gpa: u64, value: u64) -> Result<(), BootError> {
+    ram.view().write_obj(value, GuestAddress(gpa)).map_err(|source| BootError::GuestAccess { what, gpa, source })
 }
 
 /// PVH: start info, memory map and modules; the GDT is only a convenience, segments are loaded by KVM.
@@ -141,6 +145,7 @@ pub fn write_pvh(machine: &MachineParams, ram: &GuestRam) -> Result<(), Error> {
         params.set_modules(&modules, GuestAddress(layout::PVH_MODULES));
     }
     PvhBootConfigurator::write_bootparams(&params, ram.boot_view()?)
-        .map_err(|error| Error::KernelLoad { name: "PVH start info".into(), what: error.to_string() })?;
-    write_gdt(ram)
+        .map_err(|error| BootError::KernelLoad { name: "PVH start info".into(), what: error.to_string() })?;
+    write_gdt(ram)?;
+    Ok(())
 }

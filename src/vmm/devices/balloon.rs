@@ -1,61 +1,14 @@
 //! The balloon between the config's form and the device's, and what is asked of it.
 
-use serde::Deserialize;
+use crate::config::patch::{BalloonPatch, BalloonQuestion};
 
 use super::VirtioDevices;
+use crate::config::BalloonConfig;
+use crate::config::refusal::Refused;
 use crate::devices;
-use crate::devices::virtio::{Balloon, BalloonParams, ReleasePages};
+use crate::devices::virtio::{Balloon, BalloonParams};
 use crate::snapshot::{MemoryLayout, PAGE_SIZE};
-use crate::vmm::config::BalloonConfig;
-use crate::vmm::control::Refused;
-
-/// A change to the balloon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BalloonPatch {
-    /// What the guest is asked to give up, MiB.
-    Amount(u32),
-    /// How often it is asked for statistics, s.
-    Interval(u16),
-    /// Begin a round of free page hinting.
-    StartHinting { acknowledge_on_stop: bool },
-    /// End it.
-    StopHinting,
-}
-
-/// A question about the balloon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BalloonQuestion {
-    Config,
-    Statistics,
-    Hinting,
-}
-
-/// `PATCH /balloon`.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AmountPatch {
-    pub amount_mib: u32,
-}
-
-/// `PATCH /balloon/statistics`.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct IntervalPatch {
-    pub stats_polling_interval_s: u16,
-}
-
-/// `PATCH /balloon/hinting/start`.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StartHintingPatch {
-    /// Whether the guest gets its pages back as soon as it has named all.
-    #[serde(default = "yes")]
-    pub acknowledge_on_stop: bool,
-}
-
-fn yes() -> bool {
-    true
-}
+use crate::sys::guest_memory::ReleasePages;
 
 /// Makes the balloon of a config.
 pub fn make(

@@ -1,42 +1,20 @@
 //! Making devices, from a config or from saved state: one path each, so that a device knows one constructor.
 
-use std::path::PathBuf;
+use crate::config::overrides::Overrides;
+use crate::devices::virtio::NetOverride;
+use crate::vmm::restore::StateError;
 
 use super::limits::config_of;
 use super::{SavedDevice, balloon, drives, limits, pmem};
-use crate::devices::Metadata;
+use crate::config::{DeviceConfigs, EntropyConfig, NetworkConfig, VsockConfig, format_mac, parse_mac};
 use crate::devices::virtio::{
-    Balloon, Entropy, EntropyState, Net, NetOverride, NetParams, NetState, RateLimits, VirtioDevice, Vsock,
-    VsockParams, VsockState, id,
+    Balloon, Entropy, EntropyState, Net, NetParams, NetState, RateLimits, VirtioDevice, Vsock, VsockParams, VsockState,
+    id,
 };
-use crate::vmm::config::{DeviceConfigs, EntropyConfig, NetworkConfig, VsockConfig, format_mac, parse_mac};
+use crate::memory::guest_ram::GuestRam;
+use crate::memory::stall::Stalls;
+use crate::sys::limits::raise_open_files;
 use crate::vmm::error::Error;
-use crate::vmm::memory::GuestRam;
-use crate::vmm::stall::Stalls;
-use crate::vmm::sys::limits::raise_open_files;
-
-/// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Overrides {
-    /// Id of a drive or a pmem device → backing file.
-    pub drives: Vec<(String, PathBuf)>,
-    /// Where the clone's own copies of drives go, for a snapshot that has copies.
-    pub drive_dir: Option<PathBuf>,
-    /// Interface id → tap, and the MAC address to have from now on.
-    pub networks: Vec<NetworkOverride>,
-    /// Metadata that are new or have other values; the others stay.
-    pub metadata: Metadata,
-    /// The Unix socket of the vsock device.
-    pub vsock: Option<PathBuf>,
-}
-
-/// Another tap, another MAC address, or both.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NetworkOverride {
-    pub iface_id: String,
-    pub host_dev_name: Option<String>,
-    pub guest_mac: Option<[u8; 6]>,
-}
 
 /// Makes the devices of a config, for a machine with `ram`.
 pub fn from_configs(configs: &DeviceConfigs, ram: &GuestRam) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
@@ -89,7 +67,11 @@ pub fn from_saved(
             }
             id::NET => {
                 let state: NetState = saved.decode()?;
-                let net = Net::restore(state, |id| overrides.network(id))?;
+                let given = |id: &str| {
+                    let network = overrides.network(id)?;
+                    Some(NetOverride { tap: network.host_dev_name.clone(), mac: network.guest_mac })
+                };
+                let net = Net::restore(state, |id| given(id).unwrap_or_default())?;
                 configs.network_interfaces.push(net_config(net.params()));
                 devices.push(Box::new(net));
             }
@@ -119,10 +101,10 @@ pub fn from_saved(
                 configs.vsock = Some(VsockConfig { guest_cid, uds_path, vsock_id: None });
                 devices.push(Box::new(make_vsock(params)?));
             }
-            other => return Err(Error::DeviceMissing { index, device_type: other }),
+            other => return Err(StateError::DeviceMissing { index, device_type: other }.into()),
         }
     }
-    overrides.check(&configs)?;
+    overrides.check(&configs).map_err(StateError::from)?;
     Ok((devices, configs))
 }
 
@@ -147,37 +129,5 @@ pub fn net_config(params: &NetParams) -> NetworkConfig {
         mtu: params.mtu,
         rx_rate_limiter: config_of(params.rx_limits),
         tx_rate_limiter: config_of(params.tx_limits),
-    }
-}
-
-impl Overrides {
-    /// What the network interface `id` is to have.
-    fn network(&self, id: &str) -> NetOverride {
-        let network = self.networks.iter().find(|network| network.iface_id == id);
-        network.map_or_else(NetOverride::default, |network| NetOverride {
-            tap: network.host_dev_name.clone(),
-            mac: network.guest_mac,
-        })
-    }
-
-    /// Every override must have a device to override.
-    fn check(&self, configs: &DeviceConfigs) -> Result<(), Error> {
-        let drives = configs.drives.iter().map(|drive| drive.drive_id.as_str());
-        let drives: Vec<&str> = drives.chain(configs.pmem.iter().map(|pmem| pmem.id.as_str())).collect();
-        let networks: Vec<&str> = configs.network_interfaces.iter().map(|network| network.iface_id.as_str()).collect();
-        let missing = |kind, id: &str, has: &[&str]| {
-            let has = if has.is_empty() { "none".to_owned() } else { has.join(", ") };
-            Err(Error::NoSuchDevice { kind, id: id.to_owned(), has })
-        };
-        if let Some((id, _)) = self.drives.iter().find(|(id, _)| !drives.contains(&id.as_str())) {
-            return missing("drive", id, &drives);
-        }
-        if let Some(network) = self.networks.iter().find(|network| !networks.contains(&network.iface_id.as_str())) {
-            return missing("network interface", &network.iface_id, &networks);
-        }
-        match (&self.vsock, &configs.vsock) {
-            (Some(path), None) => missing("vsock device", &path.display().to_string(), &[]),
-            _ => Ok(()),
-        }
     }
 }

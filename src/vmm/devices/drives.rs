@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use super::VirtioDevices;
 use super::limits;
-use super::patch::DrivePatch;
-use super::{Overrides, VirtioDevices};
+use crate::config::overrides::Overrides;
+use crate::config::patch::DrivePatch;
+use crate::config::{CacheType, DeviceConfigs, DriveConfig, IoEngine};
 use crate::devices;
 use crate::devices::virtio::RateLimits;
 use crate::devices::virtio::block::{Block, BlockParams, BlockState, Engine, Image};
-use crate::vmm::config::{CacheType, DeviceConfigs, DriveConfig, IoEngine};
 
 /// A drive that the guest can write, for whoever saves it.
 pub struct WritableDrive {

@@ -1,7 +1,7 @@
 //! Rate limiters between the config's form and the devices'.
 
+use crate::config::{RateLimiterConfig, TokenBucketConfig};
 use crate::devices::virtio::{BucketLimit, RateLimits};
-use crate::vmm::config::{RateLimiterConfig, TokenBucketConfig};
 
 impl From<RateLimiterConfig> for RateLimits {
     fn from(config: RateLimiterConfig) -> Self {

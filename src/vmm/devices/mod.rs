@@ -15,17 +15,17 @@ use std::time::Instant;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
 use super::arch::VirtioMmioSlot;
-use super::config::{DeviceConfigs, MAX_DEVICES};
 use super::error::Error;
+use crate::config::{DeviceConfigs, MAX_DEVICES};
 use crate::devices::Bus;
-use crate::devices::virtio::{Memory, MmioDevice, VirtioDevice};
+use crate::devices::virtio::{MmioDevice, VirtioDevice};
+use crate::memory;
+use crate::sys::guest_memory::Memory;
+use crate::vmm::restore::StateError;
 
-pub use crate::devices::virtio::PmemImage;
-
-pub use balloon::{AmountPatch, BalloonPatch, BalloonQuestion, IntervalPatch, StartHintingPatch, none as no_balloon};
-pub use build::{NetworkOverride, Overrides, from_configs, from_saved};
+pub use balloon::none as no_balloon;
+pub use build::{from_configs, from_saved};
 pub use drives::{WritableDrive, root_args};
-pub use patch::{DevicePatch, DrivePatch, NetworkPatch, PmemPatch};
 pub use pmem::{images as pmem_images, pmem_root_args};
 pub use saved::SavedDevice;
 
@@ -51,7 +51,7 @@ impl VirtioDevices {
     ) -> Result<Self, Error> {
         let too_many = || {
             let what = format!("there are more than {MAX_DEVICES} devices");
-            Error::State { section: "Virtio".into(), what }
+            StateError::Section { section: "Virtio".into(), what }
         };
         let mut attached = Vec::with_capacity(devices.len());
         for (index, device) in devices.into_iter().enumerate() {
@@ -105,7 +105,7 @@ impl VirtioDevices {
     pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
         match self.thread.as_ref().is_none_or(|thread| thread.finish(deadline)) {
             true => Ok(()),
-            false => Err(Error::Stuck("device thread")),
+            false => Err(memory::Error::Stuck("device thread").into()),
         }
     }
 

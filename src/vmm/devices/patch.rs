@@ -1,52 +1,13 @@
 //! Changes to the devices of a machine that has started.
 
-use std::path::PathBuf;
-
-use serde::Deserialize;
+use crate::config::patch::{DevicePatch, DrivePatch, NetworkPatch};
 
 use super::build::net_config;
-use super::{BalloonPatch, VirtioDevices, drives};
+use super::{VirtioDevices, drives};
+use crate::config::refusal::Refused;
 use crate::devices::virtio::Net;
 use crate::devices::virtio::block::Block;
 use crate::snapshot::MemoryLayout;
-use crate::vmm::config::RateLimiterConfig;
-use crate::vmm::control::Refused;
-
-/// A change to one device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DevicePatch {
-    Drive(DrivePatch),
-    Network(NetworkPatch),
-    Balloon(BalloonPatch),
-    Pmem(PmemPatch),
-}
-
-/// `PATCH /drives/{id}`; what is absent stays.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DrivePatch {
-    pub drive_id: String,
-    /// Opens this file instead; the guest is told of its size.
-    pub path_on_host: Option<PathBuf>,
-    pub rate_limiter: Option<RateLimiterConfig>,
-}
-
-/// `PATCH /network-interfaces/{id}`; what is absent stays.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkPatch {
-    pub iface_id: String,
-    pub rx_rate_limiter: Option<RateLimiterConfig>,
-    pub tx_rate_limiter: Option<RateLimiterConfig>,
-}
-
-/// `PATCH /pmem/{id}`; what is absent stays.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PmemPatch {
-    pub id: String,
-    pub rate_limiter: Option<RateLimiterConfig>,
-}
 
 impl VirtioDevices {
     /// Changes a device of a machine with memory of `layout`, and its config.

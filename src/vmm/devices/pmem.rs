@@ -2,14 +2,16 @@
 
 use std::any::Any;
 
-use super::{Overrides, VirtioDevices, limits};
+use super::{VirtioDevices, limits};
+use crate::config::overrides::Overrides;
+use crate::config::patch::PmemPatch;
+use crate::config::refusal::Refused;
+use crate::config::{DeviceConfigs, PmemConfig};
 use crate::devices;
 use crate::devices::virtio::{Pmem, PmemImage, PmemParams, PmemState, RateLimits, VirtioDevice};
 use crate::snapshot::MemoryLayout;
 use crate::vmm::arch::layout::pmem_after;
-use crate::vmm::config::{DeviceConfigs, PmemConfig};
-use crate::vmm::control::Refused;
-use crate::vmm::devices::patch::{PmemPatch, no_such};
+use crate::vmm::devices::patch::no_such;
 
 /// Opens the images of a config; the root device first, for the guest is told that it is the first.
 pub fn open(configs: &DeviceConfigs, layout: &MemoryLayout) -> Result<Vec<Pmem>, devices::Error> {

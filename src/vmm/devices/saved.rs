@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::devices::virtio::{MmioDevice, TransportState};
 use crate::vmm::error::Error;
+use crate::vmm::restore::StateError;
 
 /// One virtio device. Its place is its section's instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,8 +24,8 @@ impl SavedDevice {
 
     /// The device's own state; bytes left over are an error.
     pub fn decode<T: serde::de::DeserializeOwned>(&self) -> Result<T, Error> {
-        let invalid =
-            |what: String| Error::State { section: format!("Virtio (device type {})", self.device_type), what };
+        let section = || format!("Virtio (device type {})", self.device_type);
+        let invalid = |what: String| Error::from(StateError::Section { section: section(), what });
         match postcard::take_from_bytes(&self.device) {
             Ok((state, [])) => Ok(state),
             Ok((_, rest)) => Err(invalid(format!("{} bytes are left over", rest.len()))),

@@ -10,8 +10,8 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::devices::virtio::{MmioDevice, Source};
+use crate::memory::fault_service::ended;
 use crate::vmm::error::Error;
-use crate::vmm::restore::ended;
 
 /// What an event's number means: this, a queue above `QUEUE`, or a source's token above `SOURCE`.
 const KICK: u32 = 0;

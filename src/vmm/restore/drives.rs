@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use crate::config::overrides::Overrides;
 use crate::snapshot::{Snapshot, copy_drive};
-use crate::vmm::devices::Overrides;
 use crate::vmm::error::Error;
+use crate::vmm::restore::StateError;
 
 /// Copies that were made for a clone; removed again unless the restore succeeds.
 #[derive(Default)]
@@ -26,8 +27,8 @@ impl PlacedDrives {
         let wanted: Vec<String> = copies.filter(|id| !named(id)).cloned().collect();
         let dir = match (&overrides.drive_dir, wanted.is_empty()) {
             (None, true) => return Ok((placed, overrides)),
-            (None, false) => return Err(Error::DriveDirNeeded { ids: wanted.join(", ") }),
-            (Some(_), true) => return Err(Error::DriveDirUseless),
+            (None, false) => return Err(StateError::DriveDirNeeded { ids: wanted.join(", ") }.into()),
+            (Some(_), true) => return Err(StateError::DriveDirUseless.into()),
             (Some(dir), false) => dir.clone(),
         };
         for id in wanted {

@@ -1,67 +1,56 @@
 //! Restoring a machine: its state from the snapshot, its memory by a plan.
 
-mod background;
-mod batches;
 mod drives;
-mod engine;
-mod external;
-mod files;
-mod lazy;
+mod error;
 mod prefault;
-mod reads;
 mod rescue;
-mod verify;
 
+pub use error::StateError;
+
+use crate::memory::services::CloseCold;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 
 use super::arch::layout;
-use super::control::{InPlaceMapping, Verify};
-use super::devices::{self, Overrides, SavedDevice};
+use super::devices;
+use super::devices::SavedDevice;
 use super::error::Error;
+use super::host;
 use super::lineage::Lineage;
 use super::machine::{Built, Core, DeviceSet, Machine, Outside, Shape, open_kvm};
-use super::stall::Stalls;
 use super::state::{self, MachineState, VcpuState, VmState};
-use super::sys::uffd::Uffd;
-use super::timeline::{Slice, Timeline};
-use super::{config, host};
+use crate::config;
+use crate::config::overrides::Overrides;
 use crate::devices::virtio::id;
 use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
-use crate::snapshot::{Chain, PageSet, RestorePlan, SectionInfo, SectionKind, Snapshot};
-use crate::tiering::chunks::{ColdCounts, ColdPool};
-use crate::tiering::fault::FaultObserver;
-use crate::tiering::tier::Tier;
+use crate::memory::stall::Stalls;
+use crate::snapshot::{InPlaceMapping, Verify};
+use crate::snapshot::{PageSet, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::sys::timeline::{Slice, Timeline};
+use crate::sys::uffd::Uffd;
 
-pub use batches::FaultBatch;
-pub use engine::EngineReport;
-pub use lazy::FaultCounts;
-pub(super) use lazy::ended;
+pub use crate::memory::engine::EngineReport;
 
-use background::BackgroundWork;
+use crate::memory::background::BackgroundWork;
+use crate::memory::engine::{How, Served};
+use crate::memory::external_handler::ExternalHandler;
+use crate::memory::fault_service::Observer;
+use crate::memory::fault_service::{FaultService, FaultWork};
+use crate::memory::files::{Files, Sources};
+use crate::memory::verify::Verifier;
 use drives::PlacedDrives;
-use engine::{How, Served};
-use external::ExternalHandler;
-use files::Files;
-use lazy::{FaultCounters, FaultService, FaultWork};
 use rescue::Rescue;
-use verify::Verifier;
 
 /// What is restored, and how.
 pub struct RestoreSpec<'a> {
-    pub chain: Arc<Chain>,
-    /// The tiers that the plan counts on, in its order.
-    pub tiers: Vec<Arc<dyn Tier>>,
+    pub sources: Sources,
     pub plan: &'a RestorePlan,
-    /// Where the bytes of the chain's memory files are, if not in those. The plan is for it (`lower`).
-    pub cold: Option<Arc<ColdPool>>,
     /// Log the pages the guest writes from now on.
     pub track_dirty_pages: bool,
     /// Is told of every first touch; memory is then served page by page, whatever the plan says.
-    pub observer: Option<Box<dyn FaultObserver>>,
+    pub observer: Option<Observer>,
     /// The kernel is to map only pages that are touched, not their neighbours, if it can be made to.
     pub single_pages: bool,
     /// How pages in place are mapped where the tier leaves the choice.
@@ -76,89 +65,6 @@ pub struct RestoreSpec<'a> {
     pub stalls: &'a Stalls,
     /// The guest's clock goes on to the present.
     pub clock_realtime: bool,
-}
-
-/// What works on guest memory while the guest runs. Ends when dropped.
-#[derive(Default)]
-pub(super) struct MemoryServices {
-    /// First of all: nobody waits for a pool that is closed.
-    cold: Option<CloseCold>,
-    verifier: Option<Verifier>,
-    background: Option<BackgroundWork>,
-    service: Option<FaultService>,
-    handler: Option<ExternalHandler>,
-    uffd: Option<Arc<Uffd>>,
-    counters: Arc<FaultCounters>,
-    /// What the guest's memory is mapped from: stays as it is while this lives.
-    tiers_held: Vec<Arc<dyn Tier>>,
-    /// Keeps the kernel from mapping neighbours of touched pages while it lives.
-    single_pages: Option<Uffd>,
-}
-
-impl MemoryServices {
-    /// The tiers that guest memory was restored from.
-    pub fn tiers(&self) -> &[Arc<dyn Tier>] {
-        &self.tiers_held
-    }
-
-    /// When the fault service was busy.
-    pub fn fault_batches(&self) -> Vec<FaultBatch> {
-        self.counters.batches()
-    }
-
-    pub fn fault_counts(&self) -> FaultCounts {
-        self.counters.counts()
-    }
-
-    /// Whether pages that the guest can read from images are still being compared with their checksums.
-    pub fn is_comparing(&self) -> bool {
-        self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
-    }
-
-    /// See [`BackgroundWork::wait_until_compared`].
-    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
-        self.background.as_ref().map_or(Ok(()), |background| background.wait_until_compared(deadline))
-    }
-
-    pub fn cold_counts(&self) -> Option<ColdCounts> {
-        self.cold.as_ref().map(|cold| cold.0.counts())
-    }
-
-    /// How much of the memory has been compared with checksums.
-    pub fn verification(&self) -> serde_json::Value {
-        self.verifier.as_ref().map(Verifier::json).unwrap_or_default()
-    }
-
-    /// Whether lazy memory is served no more: all who wait for it wait for ever.
-    pub fn have_failed(&self) -> bool {
-        self.service.as_ref().is_some_and(FaultService::has_failed)
-            || self.handler.as_ref().is_some_and(ExternalHandler::has_failed)
-    }
-
-    pub fn maps_single_pages(&self) -> bool {
-        self.single_pages.is_some()
-    }
-
-    /// Asks everybody to end, and waits until `deadline`. An error names who has not: it waits for memory in the kernel.
-    pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
-        self.cold.iter().for_each(|cold| cold.0.close());
-        if !self.background.as_ref().is_none_or(|work| work.finish(deadline)) {
-            return Err(Error::Stuck("background thread"));
-        }
-        if !self.service.as_ref().is_none_or(|service| service.finish(deadline)) {
-            return Err(Error::Stuck("fault service"));
-        }
-        Ok(())
-    }
-}
-
-/// Closes a cold pool when the machine goes.
-struct CloseCold(Arc<ColdPool>);
-
-impl Drop for CloseCold {
-    fn drop(&mut self) {
-        self.0.close();
-    }
 }
 
 /// The state of a snapshot, decoded.
@@ -183,7 +89,7 @@ impl SavedState {
         let machine: MachineState = state::decode(snapshot, SectionKind::Machine, 0)?;
         let count = machine.vcpu_count;
         if !(1..=config::MAX_VCPU_COUNT).contains(&count) {
-            return Err(Error::State { section: "Machine".into(), what: format!("it has {count} vCPUs") });
+            return Err(StateError::Section { section: "Machine".into(), what: format!("it has {count} vCPUs") }.into());
         }
         let vcpus = (0..u32::from(count)).map(|index| state::decode(snapshot, SectionKind::Vcpu, index));
         let devices = snapshot.sections().iter().filter(|section| section.kind == SectionKind::Virtio).count();
@@ -207,7 +113,7 @@ fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
     let Some(state) = optional::<VmGenIdState>(snapshot, SectionKind::VmGenId)? else { return Ok(None) };
     let known = state.gsi < layout::GSI_COUNT;
     let what = format!("the interrupt controller has no input {}", state.gsi);
-    if known { Ok(Some(state)) } else { Err(Error::State { section: "VmGenId".into(), what }) }
+    if known { Ok(Some(state)) } else { Err(StateError::Section { section: "VmGenId".into(), what }.into()) }
 }
 
 /// The only section of a kind that not every snapshot has.
@@ -231,7 +137,7 @@ fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     };
     let what = "this build of tvmm does not know it; restore with the version that wrote it".to_string();
     let name = || format!("{:?} {}", section.kind, section.instance);
-    if known { Ok(()) } else { Err(Error::State { section: name(), what }) }
+    if known { Ok(()) } else { Err(StateError::Section { section: name(), what }.into()) }
 }
 
 impl Machine<Built> {
@@ -241,7 +147,8 @@ impl Machine<Built> {
         outside: Outside,
         timeline: &mut Timeline,
     ) -> Result<(Self, EngineReport), Error> {
-        let tip = spec.chain.tip();
+        let chain = spec.sources.chain.clone();
+        let tip = chain.tip();
         let saved = SavedState::read(tip)?;
         let shape = Shape {
             vcpu_count: saved.machine.vcpu_count,
@@ -252,12 +159,12 @@ impl Machine<Built> {
         let is_possible = shape.mem_size_mib <= config::MAX_MEM_SIZE_MIB;
         if !is_possible || !shape.layout().is_ok_and(|own| own == *layout) {
             let what = format!("{} MiB of memory do not fit the manifest's layout", shape.mem_size_mib);
-            return Err(Error::State { section: "Machine".into(), what });
+            return Err(StateError::Section { section: "Machine".into(), what }.into());
         }
         let kvm = open_kvm()?;
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
-        let files = Files::open(spec.chain.clone(), spec.tiers, spec.plan)?.with_cold(spec.cold.as_ref());
+        let files = Files::open(spec.sources, spec.plan)?;
         spec.stalls.name_sources(files.paths());
         let verifier = match spec.handler {
             None => Verifier::start(&files, spec.plan, spec.verify, spec.observer.is_none())?,
@@ -267,12 +174,12 @@ impl Machine<Built> {
         let mut built = match spec.handler {
             None => {
                 let how = How { observed: spec.observer.is_some(), in_place: spec.in_place_mapping };
-                engine::build(&files, spec.plan, layout, how, timeline)?
+                crate::memory::engine::build(&files, spec.plan, layout, how, timeline)?
             }
-            Some(_) => engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
+            Some(_) => crate::memory::engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
         let is_ours = spec.handler.is_none() && spec.observer.is_none();
-        let exact = if is_ours { engine::writable_when_written(spec.plan) } else { PageSet::new() };
+        let exact = if is_ours { crate::memory::engine::writable_when_written(spec.plan) } else { PageSet::new() };
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &built.ram, spec.stalls)?;
@@ -281,7 +188,7 @@ impl Machine<Built> {
         let set = DeviceSet { virtio, configs, fw_cfg };
         let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
-        machine.core.services.cold = spec.cold.map(CloseCold);
+        machine.core.services.cold = files.cold().cloned().map(CloseCold);
         machine.core.services.tiers_held = files.tiers().to_vec();
         let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied: KVM may touch guest memory for it.
@@ -293,7 +200,7 @@ impl Machine<Built> {
         machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
         machine.serial().restore(&saved.serial)?;
         machine.virtio().restore(&saved.virtio)?;
-        machine.core.lineage = Lineage::restored(spec.chain, exact);
+        machine.core.lineage = Lineage::restored(files.chain().clone(), exact);
         if let Some(vmgenid) = saved.vmgenid {
             machine.core.renew_vmgenid(vmgenid)?;
         }
@@ -321,7 +228,7 @@ impl Core {
         (uffd, extents): Served,
         files: &Files,
         plan: &RestorePlan,
-        observer: Option<Box<dyn FaultObserver>>,
+        observer: Option<Observer>,
         stalls: &Stalls,
     ) -> Result<(), Error> {
         let fault_pages = if observer.is_some() { 1 } else { plan.fault_pages };

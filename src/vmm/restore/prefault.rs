@@ -4,44 +4,17 @@
 //! Only what the plan puts into local memory: there the host's pages are writable, so that KVM maps them writable too.
 //! Pages in place are mapped read-only and would fault again at the first write.
 
-use serde::Serialize;
+use crate::memory;
+use crate::memory::engine::{PrefaultOutcome, PrefaultReport};
 
 use crate::snapshot::{Extent, Placement, RestorePlan};
+use crate::sys::prefault::{Progress, is_available, prefault};
 use crate::vmm::error::Error;
 use crate::vmm::machine::{Built, Machine};
-use crate::vmm::sys::prefault::{Progress, is_available, prefault};
-
-/// What mapping preloaded memory for the guest came to.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct PrefaultReport {
-    pub outcome: PrefaultOutcome,
-    /// Calls of `KVM_PRE_FAULT_MEMORY`.
-    pub calls: u64,
-    /// Pages it mapped.
-    pub pages: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PrefaultOutcome {
-    /// The plan preloads nothing, or others serve its memory.
-    #[default]
-    NothingToDo,
-    /// This KVM does not have the call (before Linux 6.11, or another kind of KVM).
-    Unavailable,
-    /// Left out: writable translations made ahead would count as written by the guest.
-    DirtyPagesTracked,
-    /// KVM has the call but not for this vCPU: it shadows the guest's page tables.
-    Unsupported,
-    /// KVM made no progress and was stopped; the guest's own accesses map the rest.
-    Stalled,
-    /// Everything preloaded is mapped.
-    Done,
-}
 
 impl Machine<Built> {
     /// Maps what `plan` preloads, on the boot vCPU, whose state must be set: it decides which page tables KVM fills.
-    pub(super) fn prefault(&self, plan: &RestorePlan) -> Result<PrefaultReport, Error> {
+    pub(crate) fn prefault(&self, plan: &RestorePlan) -> Result<PrefaultReport, Error> {
         let runs = preloaded_runs(plan);
         let Some(vcpu) = self.boot_vcpu().filter(|_| !runs.is_empty()) else {
             return Ok(PrefaultReport::default());
@@ -60,7 +33,7 @@ impl Machine<Built> {
             outcome = match error.raw_os_error() {
                 Some(libc::EOPNOTSUPP) => PrefaultOutcome::Unsupported,
                 Some(libc::EINTR) => PrefaultOutcome::Stalled,
-                _ => return Err(Error::Map { gpa: run.gpa(), pages: run.pages, source: error }),
+                _ => return Err(memory::Error::Map { gpa: run.gpa(), pages: run.pages, source: error }.into()),
             };
             break;
         }

@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
+use crate::memory;
+use crate::memory::ending::{Ending, EndingSignal};
+use crate::memory::guest_ram::Backing;
 use crate::snapshot::{Extent, Gfn};
+use crate::sys::uffd::Uffd;
 use crate::vmm::error::Error;
 use crate::vmm::machine::Core;
-use crate::vmm::memory::Backing;
-use crate::vmm::sys::uffd::Uffd;
-use crate::vmm::vcpu::{Ending, EndingSignal};
 
 /// As long as it lives, the end of the machine lets go of whoever waits for lazy memory: they find zeros and come to
 /// [`finish`](Self::finish), which refuses the machine. Afterwards only the guest waits, and the end stops that.
@@ -36,8 +37,8 @@ impl Rescue {
         self.ending.on_end(None);
         match self.ending.take() {
             None => Ok(()),
-            Some(Ending::Failed(why) | Ending::MemoryLost(why)) => Err(Error::Unserved(why)),
-            Some(other) => Err(Error::Unserved(format!("{other:?}"))),
+            Some(Ending::Failed(why) | Ending::MemoryLost(why)) => Err(memory::Error::Unserved(why).into()),
+            Some(other) => Err(memory::Error::Unserved(format!("{other:?}")).into()),
         }
     }
 }

@@ -4,7 +4,8 @@
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::devices::virtio::{Broken, Memory};
+use crate::devices::virtio::Broken;
+use crate::sys::guest_memory::Memory;
 
 /// As a command of the driver: it has named all. (VIRTIO 1.2, 5.5.6.6)
 const STOP: u32 = 0;

@@ -21,6 +21,7 @@ use serde_json::json;
 use super::{Broken, Chain, Io, Source, VirtioDevice, id};
 use crate::devices::Error;
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
+use crate::sys::guest_memory::{Outcome, ReleasePages};
 
 use hinting::{Hinting, HintingState};
 use statistics::{Statistics, StatisticsState};
@@ -48,23 +49,6 @@ const CONFIG_LEN: usize = 16;
 const CONFIG_ACTUAL: u64 = 4;
 
 const TOKEN_TIMER: u32 = 0;
-
-/// What came of giving pages back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// Pages that are zero now and cost the host nothing.
-    pub released: u64,
-    /// Pages that are no RAM.
-    pub outside: u64,
-    /// Pages that are as they were: giving them back would cost more than it brings, or failed.
-    pub refused: u64,
-}
-
-/// Gives guest pages back to the host. Called on the device thread, or on a vCPU's that makes the driver ready.
-pub trait ReleasePages: Send {
-    /// Gives back the pages of `pages`, which may be any: what is no RAM is left alone and counted.
-    fn release(&mut self, pages: Extent) -> Outcome;
-}
 
 /// What a balloon is made from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

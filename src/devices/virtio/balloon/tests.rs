@@ -7,8 +7,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::devices::BusDevice;
+use crate::devices::virtio::MmioDevice;
 use crate::devices::virtio::testing::{BUFFERS, RAM, memory};
-use crate::devices::virtio::{Memory, MmioDevice};
+use crate::sys::guest_memory::Memory;
 
 const SIZE: u16 = 16;
 /// Descriptors, available ring, used ring of the first queue; the next ones follow.

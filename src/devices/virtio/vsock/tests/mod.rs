@@ -15,7 +15,8 @@ use super::connection::BUF_ALLOC;
 use super::header::{self, HOST_CID, Header, TYPE_STREAM, op, shut};
 use super::*;
 use crate::devices::BusDevice;
-use crate::devices::virtio::{Memory, MmioDevice, region_bitmap};
+use crate::devices::virtio::MmioDevice;
+use crate::sys::guest_memory::{Memory, region_bitmap};
 
 const RAM: usize = 8 << 20;
 const CID: u32 = 7;

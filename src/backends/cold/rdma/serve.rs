@@ -1,0 +1,98 @@
+//! What the page server lends to clients that read by RDMA: the data objects, each registered once and as long as somebody
+//! reads it, all of them together within a bound.
+
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crate::backends::cold::wire::{Attached, Endpoint, Why};
+use crate::backends::verbs;
+use crate::backends::verbs::{Lent, Port};
+
+/// What a server can lend.
+pub struct Lender {
+    port: Port,
+    /// Bytes that may be registered at once.
+    limit: u64,
+    registered: Arc<Mutex<u64>>,
+}
+
+/// Bytes that count as registered as long as this lives.
+struct Share {
+    of: Arc<Mutex<u64>>,
+    bytes: u64,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        *self.of.lock().unwrap_or_else(PoisonError::into_inner) -= self.bytes;
+    }
+}
+
+/// A registered object, and what it counts.
+struct Kept {
+    lent: Arc<Lent>,
+    _share: Share,
+}
+
+/// An object that is registered while there are loans of it.
+#[derive(Default)]
+pub struct Registered(Mutex<Weak<Kept>>);
+
+/// One reader's connection, and what keeps registered what it reads.
+pub struct Loan {
+    /// Before what it lends: dropped first.
+    _connection: verbs::Loan,
+    _kept: Arc<Kept>,
+}
+
+impl Lender {
+    /// Lends through the device that has `address`, up to `limit` bytes at once.
+    pub fn new(address: IpAddr, limit: u64) -> std::io::Result<Lender> {
+        Ok(Lender { port: Port::at(address)?, limit, registered: Arc::default() })
+    }
+
+    fn share(&self, bytes: u64) -> Result<Share, (Why, String)> {
+        let limit = self.limit >> 20;
+        if bytes > self.limit {
+            let why =
+                format!("the snapshot has {} MiB, the page server may register {limit} MiB", bytes.div_ceil(1 << 20));
+            return Err((Why::Never, why));
+        }
+        let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
+        if *registered + bytes > self.limit {
+            return Err((Why::Busy, format!("the page server has registered the {limit} MiB it may")));
+        }
+        *registered += bytes;
+        Ok(Share { of: self.registered.clone(), bytes })
+    }
+
+    /// Lends `data`, of `len` bytes, to the client at `peer`.
+    ///
+    /// # Errors
+    /// What to refuse it with.
+    pub fn lend(
+        &self,
+        (data, len): (&File, u64),
+        registered: &Registered,
+        (peer, reader): (SocketAddr, Endpoint),
+    ) -> Result<(Loan, Attached), (Why, String)> {
+        let failed =
+            |doing: &'static str| move |error: std::io::Error| (Why::Failed, format!("cannot {doing}: {error}"));
+        // Who else wants the same object waits until it is registered.
+        let mut registered = registered.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = match registered.upgrade() {
+            Some(kept) => kept,
+            None => {
+                let share = self.share(len)?;
+                let lent = Lent::new(&self.port, data, len).map_err(failed("register the snapshot's data"))?;
+                let kept = Arc::new(Kept { lent: Arc::new(lent), _share: share });
+                *registered = Arc::downgrade(&kept);
+                kept
+            }
+        };
+        let lent = kept.lent.lend(peer.ip(), reader);
+        let (connection, attached) = lent.map_err(failed("make a queue pair for the client"))?;
+        Ok((Loan { _connection: connection, _kept: kept }, attached))
+    }
+}

@@ -1,0 +1,30 @@
+//! What can go wrong with a place where pools and cold pools live.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::snapshot;
+use crate::tiering;
+
+/// The one error of the room `backends`. Each variant says what was being done to what; causes are chained.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`{text}` is no cold pool: {problem}")]
+    ColdSpec { text: String, problem: String },
+    #[error("Cannot listen at {address}")]
+    Listen { address: String, source: io::Error },
+    #[error("Cannot {doing}")]
+    Os { doing: &'static str, source: io::Error },
+    #[error("Cannot {doing} {path}")]
+    File { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+    #[error(transparent)]
+    Tiering(#[from] tiering::Error),
+}
+
+impl Error {
+    pub(super) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Os { doing, source }
+    }
+}

@@ -1,0 +1,263 @@
+//! What a restore and its guest pay, measured through restores by plans made for that: each does one thing to many
+//! pages, by the engine that restores are carried out by, in a process of its own, and the guest touches what came of it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::super::child;
+use super::super::guest;
+use super::{BLOCK_PAGES, BoxError, FILLED, PAGES, guest_us, refuse};
+use crate::bench::host_costs;
+use crate::snapshot::{
+    Chain, Content, Extent, Fill, Gfn, ImageSpec, Location, PageSource, Placement, PlannedExtent, ResolvedRun,
+    RestorePlan,
+};
+use crate::tiering::costs::Costs;
+use crate::tiering::plan_file::PlanFile;
+use crate::tiering::policy::{Budget, PolicyInput};
+
+/// One restore that is measured again and again.
+pub struct Trial<'a> {
+    exe: &'a Path,
+    snapshot: &'a Path,
+    how: [String; 2],
+    function: String,
+    report: PathBuf,
+    rounds: Vec<Round>,
+}
+
+/// What one restore took, µs.
+#[derive(Clone, Copy, Default)]
+struct Round {
+    map: f64,
+    preload: f64,
+    guest: f64,
+}
+
+impl<'a> Trial<'a> {
+    /// A restore of `snapshot` by a policy that needs no profile.
+    pub fn by_policy(exe: &'a Path, snapshot: &'a Path, policy: &str, function: String, dir: &Path) -> Trial<'a> {
+        Trial::new(exe, snapshot, ["--policy".to_string(), policy.to_string()], function, dir)
+    }
+
+    fn new(exe: &'a Path, snapshot: &'a Path, how: [String; 2], function: String, dir: &Path) -> Trial<'a> {
+        Trial { exe, snapshot, how, function, report: dir.join("report.json"), rounds: Vec::new() }
+    }
+
+    /// Restores once more.
+    pub fn run(&mut self) -> Result<(), BoxError> {
+        let mut restore = Command::new(self.exe);
+        restore.arg("restore").arg("--snapshot").arg(self.snapshot).args(&self.how);
+        restore.args(["--run", &self.function]).arg("--report").arg(&self.report);
+        let output = child::output(&mut restore, guest::TIMEOUT)?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let Some(answer) = text.lines().find(|line| line.starts_with("ok ")) else {
+            let said = String::from_utf8_lossy(&output.stderr);
+            return refuse(format!("{} by {}: {}", self.function, self.how[1], said.trim()));
+        };
+        let report: Value = serde_json::from_slice(&std::fs::read(&self.report)?)?;
+        let slice = |name: &str| -> f64 {
+            let slices = report["slices"].as_array().into_iter().flatten();
+            slices.filter(|slice| slice["slice"] == name).filter_map(|slice| slice["length_us"].as_f64()).sum()
+        };
+        self.rounds.push(Round { map: slice("map"), preload: slice("preload"), guest: guest_us(answer)? });
+        Ok(())
+    }
+
+    /// As if it had not run yet.
+    pub fn forget(&mut self) {
+        self.rounds.clear();
+    }
+
+    fn median(&self, of: impl Fn(&Round) -> f64) -> f64 {
+        host_costs::median(self.rounds.iter().map(of).collect())
+    }
+
+    /// The function, by the guest's clock: µs, median.
+    pub fn guest(&self) -> f64 {
+        self.median(|round| round.guest)
+    }
+
+    fn preload(&self) -> f64 {
+        self.median(|round| round.preload)
+    }
+
+    fn map(&self) -> f64 {
+        self.median(|round| round.map)
+    }
+}
+
+/// Makes plans over the pages that the guest filled.
+struct Planner {
+    chain: Chain,
+    resolved: Vec<ResolvedRun>,
+    /// Where the first filled page is in the memory file.
+    offset: u64,
+}
+
+impl Planner {
+    fn new(snapshot: &Path) -> Result<Planner, BoxError> {
+        let chain = Chain::open(&Location::Dir(snapshot.to_path_buf()))?;
+        let resolved = chain.resolve()?;
+        let Some(offset) = chain.layout().file_offset(FILLED.first) else {
+            return refuse("The guest's filled pages are not where they should be");
+        };
+        Ok(Planner { chain, resolved, offset })
+    }
+
+    fn in_file(&self, extent: Extent) -> PageSource {
+        PageSource { layer: 0, offset: self.offset + (extent.gpa() - FILLED.gpa()) }
+    }
+
+    /// Filled pages in runs of `run`, one every `step`, each as `place` says; everything else is mapped from the file.
+    fn plan(&self, run: u64, step: u64, place: impl Fn(Extent) -> PlannedExtent) -> RestorePlan {
+        let mut plan = RestorePlan::new(self.chain.tip().id(), "calibrate", Vec::new());
+        let mapped = |extent: Extent| PlannedExtent::from(extent, Placement::CowFile, self.in_file(extent));
+        let between = |first: Gfn, end: Gfn| Extent { first, pages: end.0 - first.0 };
+        for part in &self.resolved {
+            let Content::Layer(source) = part.content else {
+                plan.extents.push(PlannedExtent::zero(part.extent));
+                continue;
+            };
+            let Some(filled) = part.extent.intersection(&FILLED) else {
+                plan.extents.push(PlannedExtent::from(part.extent, Placement::CowFile, source));
+                continue;
+            };
+            let around = [between(part.extent.first, filled.first), between(filled.end(), part.extent.end())];
+            let outside = |extent: Extent| {
+                let offset = source.offset + (extent.gpa() - part.extent.gpa());
+                PlannedExtent::from(extent, Placement::CowFile, PageSource { offset, ..source })
+            };
+            plan.extents.extend((!around[0].is_empty()).then(|| outside(around[0])));
+            for stretch in filled.chunks(step) {
+                let first = Extent { first: stretch.first, pages: run.min(stretch.pages) };
+                plan.extents.push(place(first));
+                let rest = between(first.end(), stretch.end());
+                plan.extents.extend((!rest.is_empty()).then(|| mapped(rest)));
+            }
+            plan.extents.extend((!around[1].is_empty()).then(|| outside(around[1])));
+        }
+        plan
+    }
+
+    fn out_of_file(&self, run: u64, step: u64, fill: Fill) -> RestorePlan {
+        self.plan(run, step, |extent| PlannedExtent::preload(extent, self.in_file(extent), fill))
+    }
+
+    /// As [`out_of_file`](Self::out_of_file), out of an image; `swapped`: with neighbours in each
+    /// other's place.
+    fn out_of_image(&self, run: u64, step: u64, fill: Fill, swapped: bool) -> RestorePlan {
+        let place = |extent: Extent| {
+            let index = ((extent.first.0 - FILLED.first.0) / step) ^ u64::from(swapped);
+            let offset = index * run * crate::snapshot::PAGE_SIZE;
+            PlannedExtent::preload(extent, PageSource { layer: 1, offset }, fill)
+        };
+        let mut plan = self.plan(run, step, place);
+        let image = plan.extents.iter().filter(|item| item.source.is_some_and(|source| source.layer == 1));
+        let mut items: Vec<PlannedExtent> = image.copied().collect();
+        items.sort_unstable_by_key(|item| item.source.map(|source| source.offset));
+        plan.images = vec![ImageSpec { extents: items.iter().map(|item| item.extent).collect() }];
+        plan
+    }
+
+    fn save(&self, plan: RestorePlan, path: &Path) -> Result<(), BoxError> {
+        let costs = Costs::default();
+        let (resolved, budget) = (&self.resolved[..], Budget::default());
+        let input = PolicyInput { chain: &self.chain, resolved, tiers: &[], profile: None, costs: &costs, budget };
+        let expected = input.estimate(&plan);
+        PlanFile::new(plan, expected, &self.chain)?.save(path)?;
+        Ok(())
+    }
+}
+
+/// Single pages are one in so many: each in a group of its own would leave too few to measure.
+const STEP: u64 = 2;
+/// Long runs, and how far apart they start.
+const RUN: u64 = 16;
+const RUN_STEP: u64 = RUN * STEP;
+
+/// The trials, and what they say.
+pub struct Engine<'a> {
+    copied_alone: Trial<'a>,
+    copied_from_file: Trial<'a>,
+    copied_groups: Trial<'a>,
+    copied_blocks: Trial<'a>,
+    broken_alone: Trial<'a>,
+    broken_runs: Trial<'a>,
+    installed_alone: Trial<'a>,
+    installed_runs: Trial<'a>,
+}
+
+impl<'a> Engine<'a> {
+    pub fn new(exe: &'a Path, snapshot: &'a Path, dir: &Path) -> Result<Engine<'a>, BoxError> {
+        let planner = Planner::new(snapshot)?;
+        let trial = |name: &str, plan: RestorePlan, function: String| -> Result<Trial<'a>, BoxError> {
+            let path = dir.join(format!("{name}.plan"));
+            planner.save(plan, &path)?;
+            let how = ["--plan".to_string(), path.display().to_string()];
+            Ok(Trial::new(exe, snapshot, how, function, dir))
+        };
+        let one = || "touch pages=1".to_string();
+        let every_second = format!("touch pages={} stride={STEP}", PAGES / STEP);
+        let half = BLOCK_PAGES / 2;
+        Ok(Engine {
+            copied_alone: trial("copied-alone", planner.out_of_image(1, STEP, Fill::Copy, false), every_second)?,
+            copied_from_file: trial("copied-from-file", planner.out_of_file(1, STEP, Fill::Copy), one())?,
+            // Halves of blocks that do not follow on in the image stay small pages.
+            copied_groups: trial(
+                "copied-groups",
+                planner.out_of_image(half, half, Fill::Copy, true),
+                format!("touch pages={PAGES}"),
+            )?,
+            copied_blocks: trial("copied-blocks", planner.out_of_file(BLOCK_PAGES, BLOCK_PAGES, Fill::Copy), one())?,
+            broken_alone: trial("broken-alone", planner.out_of_file(1, STEP, Fill::BreakCow), one())?,
+            broken_runs: trial("broken-runs", planner.out_of_file(RUN, RUN_STEP, Fill::BreakCow), one())?,
+            installed_alone: trial("installed-alone", planner.out_of_image(1, STEP, Fill::Install, false), one())?,
+            installed_runs: trial("installed-runs", planner.out_of_image(RUN, RUN_STEP, Fill::Install, false), one())?,
+        })
+    }
+
+    fn trials(&mut self) -> [&mut Trial<'a>; 8] {
+        [
+            &mut self.copied_alone,
+            &mut self.copied_from_file,
+            &mut self.copied_groups,
+            &mut self.copied_blocks,
+            &mut self.broken_alone,
+            &mut self.broken_runs,
+            &mut self.installed_alone,
+            &mut self.installed_runs,
+        ]
+    }
+
+    /// Each of them once.
+    pub fn run(&mut self) -> Result<(), BoxError> {
+        self.trials().into_iter().try_for_each(Trial::run)
+    }
+
+    /// As if none had run yet.
+    pub fn forget(&mut self) {
+        self.trials().into_iter().for_each(Trial::forget);
+    }
+
+    /// Notes what was measured. `one_us`: what a function that touches one page takes.
+    pub fn note(&self, costs: &mut Costs, one_us: f64) {
+        let mut set = |name: &str, us: f64, count: u64| costs.set_measured(name, super::per(us, count));
+        let singles = PAGES / STEP;
+        let runs = PAGES / RUN_STEP;
+        set("read_small_page_ns", self.copied_alone.preload(), singles);
+        set("call_ns", self.copied_from_file.preload() - self.copied_alone.preload(), singles);
+        // Each copied page is a mapping between two others.
+        set("vma_ns", self.copied_from_file.map(), 2 * singles);
+        set("read_huge_page_ns", self.copied_blocks.preload(), PAGES);
+        set("populated_alone_ns", self.copied_alone.guest() - one_us, singles);
+        set("populated_touch_ns", self.copied_groups.guest() - one_us, PAGES);
+        let calls = singles - runs;
+        let broken_call = (self.broken_alone.preload() - self.broken_runs.preload()) / calls as f64;
+        set("populate_write_call_ns", broken_call, 1);
+        set("populate_write_page_ns", self.broken_runs.preload() - broken_call * runs as f64, runs * RUN);
+        set("uffd_call_ns", self.installed_alone.preload() - self.installed_runs.preload(), calls);
+    }
+}

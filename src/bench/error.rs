@@ -1,0 +1,21 @@
+//! What can go wrong while a host or another VMM is measured.
+
+use std::io;
+use std::path::PathBuf;
+
+/// The one error of the room `bench`. Each variant says what was being done to what; causes are chained.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("The page-fault handler cannot go on: {0}")]
+    Handler(String),
+    #[error("Cannot {doing}")]
+    Os { doing: &'static str, source: io::Error },
+    #[error("Cannot {doing} {path}")]
+    File { doing: &'static str, path: PathBuf, source: io::Error },
+}
+
+impl Error {
+    pub(super) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Os { doing, source }
+    }
+}

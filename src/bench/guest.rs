@@ -1,0 +1,150 @@
+//! A VM in a process of its own, driven over its console, as its users drive it.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::{BoxError, child, refuse};
+use crate::api::client::Client;
+use crate::sys::bounded_wait::Wait;
+
+/// How long a guest may take for anything.
+pub const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Ended when dropped.
+pub struct Guest {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+    /// What runs it.
+    program: String,
+    asked: u32,
+}
+
+/// An answer, and when it was complete.
+pub struct Answered {
+    /// Without `ok` and the id: the digest, the guest's own µs, and more.
+    pub rest: String,
+    pub at: Instant,
+}
+
+impl Answered {
+    /// What the function computed.
+    pub fn digest(&self) -> &str {
+        self.rest.split(' ').next().unwrap_or_default()
+    }
+}
+
+impl Guest {
+    /// Starts a VMM whose guest's console is its standard input and output.
+    pub fn start(mut command: Command) -> Result<Self, BoxError> {
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+        let program = command.get_program().display().to_string();
+        let mut child = spawned.map_err(|error| format!("Cannot start {program}: {error}"))?;
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return refuse("The guest's console cannot be reached");
+        };
+        let (sender, lines) = channel();
+        // Made first, so that it ends the VMM should no thread read its console.
+        let guest = Guest { child, stdin, lines, program, asked: 0 };
+        let reads = move || forward(stdout, |line| sender.send(line).is_ok());
+        let reading = std::thread::Builder::new().name("console".into()).spawn(reads);
+        reading.map_err(|error| format!("Cannot start the thread that reads the guest's console: {error}"))?;
+        Ok(guest)
+    }
+
+    /// Boots the machine of a configuration with tvmm, and waits until the guest takes requests.
+    pub fn boot(exe: &Path, config: &Path, socket: &Path) -> Result<Self, BoxError> {
+        let mut command = Command::new(exe);
+        command.arg("--config").arg(config).arg("--api-sock").arg(socket);
+        let guest = Self::start(command)?;
+        guest.wait_for("ready ")?;
+        Ok(guest)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether its VMM has ended.
+    pub fn has_ended(&mut self) -> Result<bool, BoxError> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
+    /// Runs a function of the guest.
+    ///
+    /// # Errors
+    /// If the guest refuses it, ends, or does not answer in time.
+    pub fn call(&mut self, function: &str) -> Result<Answered, BoxError> {
+        let id = self.ask(function)?;
+        self.answer(&id)
+    }
+
+    /// Sends a request; its id.
+    pub fn ask(&mut self, function: &str) -> Result<String, BoxError> {
+        self.asked += 1;
+        let id = format!("b{}", self.asked);
+        let sent = writeln!(self.stdin, "run {id} {function}");
+        sent.map_err(|error| format!("The guest cannot be asked for {function:?}: {error}"))?;
+        Ok(id)
+    }
+
+    /// Waits for the answer to a request.
+    pub fn answer(&self, id: &str) -> Result<Answered, BoxError> {
+        let (line, at) = self.wait_for(&format!("ok {id} "))?;
+        Ok(Answered { rest: line.splitn(3, ' ').nth(2).unwrap_or_default().to_string(), at })
+    }
+
+    pub fn wait_for(&self, wanted: &str) -> Result<(String, Instant), BoxError> {
+        let mut wait = Wait::new(format!("the guest of {} to say {wanted:?}", self.program), TIMEOUT);
+        let mut last = String::new();
+        loop {
+            match self.lines.recv_timeout(wait.step()) {
+                Ok(line) if line.starts_with(wanted) => return Ok((line, Instant::now())),
+                Ok(line) if line.starts_with("err ") || line.starts_with("panic ") => {
+                    return refuse(format!("The guest says: {line}"));
+                }
+                Ok(line) if !wait.is_over() => last = line,
+                Err(RecvTimeoutError::Timeout) if !wait.is_over() => {}
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {
+                    return refuse(format!("The guest did not say {wanted:?} within {TIMEOUT:?}; last: {last:?}"));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return refuse(format!("The VMM ended before the guest said {wanted:?}; last: {last:?}"));
+                }
+            }
+        }
+    }
+}
+
+fn forward(stdout: ChildStdout, mut send: impl FnMut(String) -> bool) {
+    for line in BufReader::new(stdout).lines() {
+        match line {
+            Ok(line) if send(line.trim_end().to_string()) => {}
+            _ => return,
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        child::end(&mut self.child);
+    }
+}
+
+/// Pauses the VM behind `client` and snapshots it, with the body that `PUT /snapshot/create` takes.
+pub fn snapshot(client: &Client, body: &Value) -> Result<(), BoxError> {
+    client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), TIMEOUT)?;
+    client.request("PUT", "/snapshot/create", Some(body), TIMEOUT)?;
+    Ok(())
+}
+
+/// Pauses the tvmm behind `client` and snapshots it to the directory `dir`. The memory file then lies in the page cache in
+/// large folios, as a VM that is not killed leaves it.
+pub fn snapshot_to(client: &Client, dir: &Path) -> Result<(), BoxError> {
+    snapshot(client, &json!({ "snapshot_path": dir, "tvmm": { "verify": true } }))
+}

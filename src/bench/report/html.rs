@@ -1,0 +1,60 @@
+//! The page: tables and charts in one file, no scripts, nothing from a network.
+
+use super::super::study::stats::failures;
+use super::super::study::store::Results;
+use super::Drawn;
+use super::tables::{Cells, tables};
+use crate::bench::markup::escape;
+
+pub fn page(results: &Results, drawn: &[Drawn]) -> String {
+    let header = &results.header;
+    let fact = |(name, value): (&String, &String)| row(&[name, value]);
+    let facts: String = header.host.iter().chain(&header.settings).map(fact).collect();
+    let sections: String = drawn.iter().map(|drawn| section(results, drawn)).collect();
+    format!(
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>tvmm bench</title>\n<style>\n\
+         body {{ font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; background: #fff }}\n\
+         table {{ border-collapse: collapse; margin: .5em 0 1.5em; font-variant-numeric: tabular-nums }}\n\
+         th, td {{ border-bottom: 1px solid #ddd; padding: .2em .6em; text-align: right; white-space: nowrap }}\n\
+         th:first-child, td:first-child {{ text-align: left }} .wide {{ overflow-x: auto }} svg {{ max-width: 100%; height: auto }}\n\
+         </style></head><body>\n<h1>Restores, measured</h1>\n\
+         <p>tvmm {}. Each number is the median of its rounds, with the least and the most; flows are interleaved; bars and \
+         lines stand on logarithmic axes. Every answer of the guests was compared with the others'.</p>\n\
+         <table>{facts}</table>\n{sections}{}</body></html>\n",
+        escape(&header.tvmm_version),
+        failed(results),
+    )
+}
+
+fn section(results: &Results, drawn: &Drawn) -> String {
+    let experiment = drawn.experiment;
+    let charts: String = drawn.charts.iter().map(|(_, svg)| svg.as_str()).collect();
+    let tables: String = tables(results, experiment).iter().map(table).collect();
+    let title = escape(experiment.title());
+    format!("<h2>{}: {title}</h2>\n{charts}{tables}", experiment.name())
+}
+
+fn table(cells: &Cells) -> String {
+    let header: String = cells.header.iter().map(|cell| format!("<th>{}</th>", escape(cell))).collect();
+    let rows: String = cells.rows.iter().map(|cells| row(&cells.iter().collect::<Vec<_>>())).collect();
+    let title = escape(&cells.title);
+    format!("<p>{title}</p>\n<div class=\"wide\"><table><tr>{header}</tr>\n{rows}</table></div>\n")
+}
+
+fn row(cells: &[&String]) -> String {
+    let cells: String = cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
+    format!("<tr>{cells}</tr>\n")
+}
+
+/// What could not be measured.
+fn failed(results: &Results) -> String {
+    let failures = failures(results);
+    if failures.is_empty() {
+        return String::new();
+    }
+    let rows: String = failures
+        .iter()
+        .map(|((experiment, case, flow), (count, why))| row(&[experiment, case, flow, &count.to_string(), why]))
+        .collect();
+    format!("<h2>Failed</h2>\n<table>{rows}</table>\n")
+}

@@ -1,0 +1,144 @@
+//! Another VMM with Firecracker's command line and API, measured beside tvmm: the same guest kernel, the same requests, a
+//! snapshot of its own, restored from its memory file (`mem_backend` File) or by a page-fault handler (Uffd), which is this
+//! process.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::fs::Advice;
+use serde_json::{Value, json};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::super::guest::{Guest, TIMEOUT, snapshot};
+use super::super::{BoxError, refuse};
+use super::flow::Backend;
+use super::stage::{remove, write_kernel};
+use super::{From, Values, guest_us};
+use crate::api::client::Client;
+use crate::bench::page_fault_handler::Handler;
+use crate::sys::bounded_wait::Wait;
+
+/// How often a socket that is not there yet is tried.
+const POLL: Duration = Duration::from_micros(200);
+/// How long the VMM may take to serve its socket, and to answer a request that sets it up.
+const START: Duration = Duration::from_secs(30);
+
+/// Whether a program listens at a socket: one that does not accept does, too. Never waits.
+fn is_served(socket: &Path) -> Result<bool, BoxError> {
+    let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    probe.set_nonblocking(true)?;
+    match probe.connect(&SockAddr::unix(socket)?) {
+        Ok(()) => Ok(true),
+        Err(error) => Ok(error.kind() == std::io::ErrorKind::WouldBlock),
+    }
+}
+
+/// The VMM, and its snapshot of a workload.
+pub struct Foreign {
+    vmm: PathBuf,
+    state: PathBuf,
+    memory: PathBuf,
+    socket: PathBuf,
+    /// Where its page-fault handler listens.
+    faults: PathBuf,
+}
+
+impl Foreign {
+    /// Finds its snapshot, beside tvmm's, or makes it.
+    pub fn new(vmm: &Path, from: &From) -> Result<Foreign, BoxError> {
+        let dir = from.snapshot.with_file_name("firecracker");
+        std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
+        let (state, memory) = (dir.join("state"), dir.join("memory"));
+        let foreign =
+            Foreign { vmm: vmm.to_owned(), socket: dir.join("api.sock"), faults: dir.join("uffd.sock"), state, memory };
+        let whole = dir.join("whole");
+        if !whole.exists() {
+            foreign.prepare(&dir, from)?;
+            std::fs::write(&whole, "")?;
+        }
+        Ok(foreign)
+    }
+
+    fn start(&self) -> Result<(Guest, Client), BoxError> {
+        remove(&self.socket)?;
+        let mut command = Command::new(&self.vmm);
+        command.arg("--api-sock").arg(&self.socket);
+        let mut guest = Guest::start(command)?;
+        let (vmm, socket) = (self.vmm.display(), self.socket.display());
+        let mut wait = Wait::new(format!("{vmm} to serve {socket}"), START);
+        while !is_served(&self.socket)? {
+            if guest.has_ended()? {
+                return refuse(format!("{vmm} has ended before it served {socket}"));
+            }
+            if wait.is_over() {
+                return refuse(format!("{vmm} does not serve {socket} within {} s", START.as_secs()));
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok((guest, Client::new(&self.socket)))
+    }
+
+    fn prepare(&self, dir: &Path, from: &From) -> Result<(), BoxError> {
+        let kernel = write_kernel(&std::env::current_exe()?, dir)?;
+        let (mut guest, client) = self.start()?;
+        let put = |path: &str, body: Value| client.request("PUT", path, Some(&body), START);
+        put("/boot-source", json!({ "kernel_image_path": kernel, "boot_args": "" }))?;
+        put("/machine-config", from.workload.machine())?;
+        put("/actions", json!({ "action_type": "InstanceStart" }))?;
+        guest.wait_for("ready ")?;
+        for request in from.workload.prepare(from.sizes) {
+            guest.call(&request)?;
+        }
+        for path in [&self.state, &self.memory] {
+            remove(path)?;
+        }
+        snapshot(&client, &json!({ "snapshot_path": self.state, "mem_file_path": self.memory }))?;
+        // A file as written lies in the page cache in small pieces; one that was read back does not.
+        self.evict()
+    }
+
+    fn evict(&self) -> Result<(), BoxError> {
+        for path in [&self.state, &self.memory] {
+            let file = std::fs::File::open(path).map_err(|error| format!("Cannot open {}: {error}", path.display()))?;
+            file.sync_all()?;
+            rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+        }
+        Ok(())
+    }
+
+    /// Restores, and asks for a function; the numbers, and the digest of the answer.
+    pub fn restore(&self, asked: &str, backend: Backend, cached: bool) -> Result<(Values, String), BoxError> {
+        match cached {
+            false => self.evict()?,
+            true => drop(std::fs::read(&self.memory)?),
+        }
+        let Backend::Uffd(answer) = backend else { return self.measure(asked, "File", &self.memory) };
+        remove(&self.faults)?;
+        let handler = Handler::start(&self.faults, &self.memory, answer)?;
+        let measured = self.measure(asked, "Uffd", &self.faults);
+        // Why the handler has ended is why the VMM did not go on.
+        let served = handler.finish()?;
+        let (mut values, digest) = measured?;
+        values.insert("handler_faults".to_string(), served.faults as f64);
+        values.insert("handler_pages".to_string(), served.pages as f64);
+        Ok((values, digest))
+    }
+
+    fn measure(&self, asked: &str, backend: &str, path: &Path) -> Result<(Values, String), BoxError> {
+        let start = Instant::now();
+        let (mut guest, client) = self.start()?;
+        let backend = json!({ "backend_type": backend, "backend_path": path });
+        let body = json!({ "snapshot_path": self.state, "mem_backend": backend, "resume_vm": true });
+        client.request("PUT", "/snapshot/load", Some(&body), TIMEOUT)?;
+        let loaded = start.elapsed();
+        let answered = guest.call(asked)?;
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        let mut values =
+            Values::from([("answer_ms".to_string(), ms(answered.at - start)), ("load_ms".to_string(), ms(loaded))]);
+        if let Some(us) = guest_us(&format!("ok id {}", answered.rest)) {
+            values.insert("guest_ms".to_string(), us / 1000.0);
+        }
+        Ok((values, answered.digest().to_string()))
+    }
+}

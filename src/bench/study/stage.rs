@@ -1,0 +1,127 @@
+//! Snapshots and profiles to measure with: made once, kept while the study runs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::json;
+
+use super::super::guest::{Guest, snapshot_to};
+use super::super::{BoxError, add_to_pool, record, refuse, remove_from_pool, to_end};
+use super::workload::Workload;
+use crate::api::client::Client;
+use crate::snapshot::{Location, Snapshot, SnapshotId};
+use crate::tiering::profile::RecorderKind;
+
+/// A directory of snapshots, with the profiles recorded on them.
+pub struct Stage {
+    exe: PathBuf,
+    dir: PathBuf,
+    /// What this stage has added to the pool: by id, the names they have there.
+    pooled: BTreeMap<SnapshotId, String>,
+    /// What functions computed, by snapshot and function: every flow must come to the same.
+    digests: BTreeMap<String, String>,
+}
+
+impl Stage {
+    pub fn new(exe: &Path, dir: PathBuf) -> Stage {
+        Stage { exe: exe.to_owned(), dir, pooled: BTreeMap::new(), digests: BTreeMap::new() }
+    }
+
+    /// The directory of a workload.
+    pub fn dir_of(&self, workload: &Workload) -> PathBuf {
+        self.dir.join(workload.name)
+    }
+
+    /// The snapshot of a guest that is ready to run the function. `sizes`: with inputs of other sizes than A and B.
+    pub fn snapshot(&self, workload: &Workload, sizes: bool) -> Result<PathBuf, BoxError> {
+        let dir = self.dir_of(workload).join(if sizes { "sizes" } else { "two" });
+        let snapshot_dir = dir.join("snapshot");
+        // A snapshot has its name when it is whole.
+        if snapshot_dir.exists() {
+            return Ok(snapshot_dir);
+        }
+        make(&dir)?;
+        let socket = dir.join("api.sock");
+        let _guest = self.booted(workload, sizes, &socket)?;
+        snapshot_to(&Client::new(&socket), &snapshot_dir)?;
+        Ok(snapshot_dir)
+    }
+
+    /// A guest that is ready to run the function.
+    pub fn booted(&self, workload: &Workload, sizes: bool, socket: &Path) -> Result<Guest, BoxError> {
+        let dir = self.dir_of(workload);
+        make(&dir)?;
+        let (config, kernel) = (dir.join("vm.json"), write_kernel(&self.exe, &dir)?);
+        let boot = json!({ "boot-source": { "kernel_image_path": kernel }, "machine-config": workload.machine() });
+        std::fs::write(&config, boot.to_string())?;
+        remove(socket)?;
+        let mut guest = Guest::boot(&self.exe, &config, socket)?;
+        for request in workload.prepare(sizes) {
+            guest.call(&request)?;
+        }
+        Ok(guest)
+    }
+
+    /// The profile of a run of `function` from the snapshot, by `recorder`.
+    pub fn profile(&self, snapshot: &Path, recorder: RecorderKind, function: &str) -> Result<PathBuf, BoxError> {
+        let name: String = function.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let path = snapshot.with_file_name(format!("{name}-{recorder}.profile"));
+        if path.exists() {
+            return Ok(path);
+        }
+        record(&self.exe, snapshot, function, &recorder.to_string(), &path)
+    }
+
+    /// Sees to it that the pool has the snapshot, laid out by what `profile` says.
+    pub fn add_to_pool(&mut self, pool: &Path, snapshot: &Path, profile: &Path) -> Result<(), BoxError> {
+        // Copies of a snapshot have its id.
+        let id = Snapshot::open(&Location::Dir(snapshot.to_owned()))?.id();
+        if !self.pooled.contains_key(&id) {
+            let name = format!("tvmm-bench-{}-{}", std::process::id(), self.pooled.len());
+            add_to_pool(&self.exe, pool, snapshot, profile, &name)?;
+            self.pooled.insert(id, name);
+        }
+        Ok(())
+    }
+
+    /// Removes from the pool what this stage has added.
+    pub fn leave_pool(&mut self, pool: &Path) -> Result<(), BoxError> {
+        let names = std::mem::take(&mut self.pooled).into_values();
+        names.into_iter().try_for_each(|name| remove_from_pool(&self.exe, pool, &name))
+    }
+
+    /// Notes what `function` came to on `snapshot`.
+    ///
+    /// # Errors
+    /// If it came to something else before: a restored guest that computes wrongly is not one to be measured.
+    pub fn check_digest(&mut self, snapshot: &Path, function: &str, digest: &str) -> Result<(), BoxError> {
+        let key = format!("{} {function}", snapshot.display());
+        let known = self.digests.entry(key).or_insert_with(|| digest.to_string());
+        match known == digest {
+            true => Ok(()),
+            false => refuse(format!("{function:?} came to {digest}, and to {known} before")),
+        }
+    }
+}
+
+fn make(dir: &Path) -> Result<(), BoxError> {
+    Ok(std::fs::create_dir_all(dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?)
+}
+
+/// The kernel of the guests, as a file that any VMM can boot.
+pub fn write_kernel(exe: &Path, dir: &Path) -> Result<PathBuf, BoxError> {
+    let path = dir.join("guest.elf");
+    to_end(Command::new(exe).arg("guest").arg("--functions").arg(&path))?;
+    Ok(path)
+}
+
+/// Removes a file that may be there.
+pub fn remove(path: &Path) -> Result<(), BoxError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            refuse(format!("Cannot remove {}: {error}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,143 @@
+//! Why a config, or a part of one, is refused.
+
+use std::borrow::Cow;
+use std::io;
+use std::path::PathBuf;
+
+use super::MAX_FILE_BYTES;
+use super::devices::MAX_DEVICES;
+use super::sections::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
+
+/// Why a config was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("Config file {} cannot be read.", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The file is too large to be a config.
+    #[error("Config file {} is larger than {MAX_FILE_BYTES} bytes.", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file was read but what it says is refused.
+    #[error("Config file {} is refused.", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<ConfigError>,
+    },
+    /// Not JSON, or not of the schema.
+    #[error("Config is not valid at {key}, line {line}, column {column}: {reason}.")]
+    Json {
+        /// The key the parser was at, dotted; `the top level` when at none.
+        key: String,
+        /// Counted from 1.
+        line: usize,
+        /// Counted from 1.
+        column: usize,
+        /// The parser's own words.
+        reason: String,
+    },
+    /// vcpu_count out of range.
+    #[error("Machine config's vcpu_count is {vcpu_count}, but must be from 1 to {MAX_VCPU_COUNT}.")]
+    VcpuCount {
+        /// The value given.
+        vcpu_count: u8,
+    },
+    /// mem_size_mib out of range.
+    #[error("Machine config's mem_size_mib is {mem_size_mib}, but must be from 1 to {MAX_MEM_SIZE_MIB} (1 TiB).")]
+    MemSize {
+        /// The value given.
+        mem_size_mib: u64,
+    },
+    /// A path that is the empty string.
+    #[error("Boot source's {key} is empty; leave it out if there is none.")]
+    EmptyPath {
+        /// The key.
+        key: &'static str,
+    },
+    /// More devices than there are interrupt lines.
+    #[error("There are {count} devices, but at most {MAX_DEVICES} can be attached.")]
+    TooManyDevices {
+        /// How many are asked for.
+        count: usize,
+    },
+    /// A device that cannot be.
+    #[error("{kind} `{id}` is refused: {what}.")]
+    Device {
+        /// Its kind.
+        kind: &'static str,
+        /// Its id.
+        id: String,
+        /// Why.
+        what: &'static str,
+    },
+    /// The built-in guest has no use for it.
+    #[error("Boot source's initrd_path needs a kernel_image_path: the built-in guest takes no initrd.")]
+    InitrdWithoutKernel,
+    /// A machine to boot, and a snapshot to load.
+    #[error(
+        "Config has both snapshot-load and {key}: the machine is the snapshot's, so leave {key} out. How it is restored \
+         is said in snapshot-load.tvmm."
+    )]
+    BootAndLoad {
+        /// The key that shapes a machine.
+        key: &'static str,
+    },
+    /// A path of a snapshot that is the empty string.
+    #[error("Snapshot's {key} is empty.")]
+    EmptySnapshotPath {
+        /// The key.
+        key: &'static str,
+    },
+    /// Six bytes are needed.
+    #[error("`{text}` is no MAC address.")]
+    Mac {
+        /// What was given.
+        text: String,
+    },
+    /// Two keys of a load that contradict each other.
+    #[error("Snapshot load has both {key} and {other}; leave one out.")]
+    LoadConflict {
+        /// One.
+        key: &'static str,
+        /// The other.
+        other: &'static str,
+    },
+    /// A key of a load that means nothing alone.
+    #[error("Snapshot load has {key}, which needs {needed}.")]
+    LoadNeeds {
+        /// The key that is there.
+        key: &'static str,
+        /// The one that is not.
+        needed: &'static str,
+    },
+    /// A cache for nothing.
+    #[error("Snapshot load's tvmm.cold_cache_mib must be 1 or more.")]
+    EmptyCache,
+    /// Two guests at once.
+    #[error("There is both a kernel_image_path and tvmm.guest, a built-in guest; leave one out.")]
+    TwoGuests,
+    /// A command line that would end early.
+    #[error("Boot source's boot_args contain a NUL byte.")]
+    NulInBootArgs,
+    /// Firecracker has it, tvmm does not.
+    #[error("{subject} not supported yet.")]
+    NotSupported {
+        /// The thing and its verb.
+        subject: Cow<'static, str>,
+    },
+}
+
+impl ConfigError {
+    pub(crate) fn not_supported(subject: impl Into<Cow<'static, str>>) -> Self {
+        Self::NotSupported { subject: subject.into() }
+    }
+}

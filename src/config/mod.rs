@@ -1,0 +1,342 @@
+//! What users may ask: parsed once, checked once.
+//!
+//! Owns: `vm.json` (Firecracker's `--config-file` plus one key, `tvmm`), the configs of devices, the commands and answers of a
+//! VM's control channel, restore requests, overrides, patches, and refusals. Unknown keys are errors everywhere: a misspelt key
+//! must not silently give another machine than the one asked for.
+//! Must not know: how anything is done. It imports only `snapshot` and `sys`.
+//! Start reading: `mod.rs`, `request.rs` (commands and restore requests), `control.rs` (how they reach the main loop).
+
+pub mod control;
+mod cpu;
+mod devices;
+mod error;
+pub mod guest;
+mod load;
+pub(crate) mod overrides;
+pub(crate) mod patch;
+mod place;
+pub(crate) mod refusal;
+pub(crate) mod request;
+mod sections;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+use crate::config::request::LoadSnapshot;
+
+pub use cpu::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
+pub use devices::{
+    BalloonConfig, CacheType, DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, IoEngine, MAX_DEVICES,
+    NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
+};
+pub use error::ConfigError;
+pub use load::{LoadBody, snapshot_paths};
+pub use sections::{
+    BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,
+    HugePages, LogLevel, LoggerConfig, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigPatch,
+    MetricsConfig, TvmmConfig,
+};
+
+/// A config file larger than this is not a config file.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// A section of Firecracker's schema that tvmm cannot build yet. It may be absent, `null` or `[]`.
+struct UnbuiltSection {
+    key: &'static str,
+    /// What stands before "not supported yet." in the error.
+    subject: &'static str,
+    /// Whether Firecracker prints it as `[]` (else `null`) when the machine has none.
+    is_list: bool,
+}
+
+/// Building a device removes its row here and gives it a field in [`VmConfig`].
+const UNBUILT_SECTIONS: &[UnbuiltSection] = &[
+    UnbuiltSection { key: "memory-hotplug", subject: "Memory hotplug is", is_list: false },
+    UnbuiltSection { key: "mmds-config", subject: "MMDS is", is_list: false },
+];
+
+/// Every key a config may have at its top, for the error about one it may not have.
+const KEYS: &[&str] = &[
+    "balloon",
+    "boot-source",
+    "cpu-config",
+    "drives",
+    "entropy",
+    "logger",
+    "machine-config",
+    "memory-hotplug",
+    "metrics",
+    "mmds-config",
+    "network-interfaces",
+    "pmem",
+    "snapshot-load",
+    "tvmm",
+    "vsock",
+];
+
+/// What a config that loads a snapshot may have besides: all else would shape the machine, which the snapshot does.
+const KEYS_BESIDE_LOAD: &[&str] = &["logger", "metrics", "snapshot-load"];
+
+/// The error for a section of Firecracker's schema that tvmm cannot build yet; none if `key` is not such a section.
+pub fn unbuilt_section_error(key: &str) -> Option<ConfigError> {
+    let section = UNBUILT_SECTIONS.iter().find(|section| section.key == key)?;
+    Some(ConfigError::not_supported(section.subject))
+}
+
+/// A validated config: what it holds can be built, as far as can be said without looking at the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VmConfig {
+    /// What the guest boots.
+    pub boot_source: BootSource,
+    /// The shape of the machine.
+    pub machine: MachineConfig,
+    /// How its CPUs differ from the host's.
+    pub cpu: Option<CpuConfig>,
+    /// Where messages go.
+    pub logger: Option<LoggerConfig>,
+    /// Where metrics go.
+    pub metrics: Option<MetricsConfig>,
+    /// Virtio devices.
+    pub devices: DeviceConfigs,
+    /// What Firecracker has no key for.
+    pub tvmm: TvmmConfig,
+    /// The snapshot to restore instead of booting.
+    pub snapshot_load: Option<Box<LoadSnapshot>>,
+}
+
+impl VmConfig {
+    /// Reads and checks a config file.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        Self::from_json(&read(path)?).map_err(|error| in_file(path, error))
+    }
+
+    /// Checks a config.
+    pub fn from_json(text: &str) -> Result<Self, ConfigError> {
+        let parsed: Parsed = parse(text)?;
+        if let Some(section) = parsed.unbuilt {
+            return Err(ConfigError::not_supported(section.subject));
+        }
+        let mut config = parsed.config;
+        if let Some(load) = parsed.load {
+            if let Some(key) = parsed.shapes_machine {
+                return Err(ConfigError::BootAndLoad { key });
+            }
+            config.snapshot_load = Some(Box::new(load.check()?));
+        }
+        if let Some(path) = &parsed.cpu_config_path {
+            config.cpu = Some(parse(&read(path)?).map_err(|error| in_file(path, error))?);
+        }
+        config.boot_source.validate()?;
+        if config.tvmm.guest.is_some() && config.boot_source.kernel_image_path.is_some() {
+            return Err(ConfigError::TwoGuests);
+        }
+        config.machine.validate()?;
+        config.devices.validate()?;
+        Ok(config)
+    }
+}
+
+/// The text of a config file.
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let read_error = |source| ConfigError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    // Bounded: the path may name a device without end.
+    let file = File::open(path).map_err(read_error)?;
+    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(read_error)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(ConfigError::TooLarge { path: path.to_owned() });
+    }
+    Ok(text)
+}
+
+fn in_file(path: &Path, error: ConfigError) -> ConfigError {
+    ConfigError::File { path: path.to_owned(), source: Box::new(error) }
+}
+
+/// Parses JSON, and on failure says at which key.
+fn parse<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
+    serde_json::from_str(text).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        let reason = error.to_string();
+        let reason = reason.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&reason).to_owned();
+        ConfigError::Json { key: place::key_at(text, line, column), line, column, reason }
+    })
+}
+
+/// What the text says, before it is checked.
+#[derive(Default)]
+struct Parsed {
+    config: VmConfig,
+    /// Where the CPU template is, if the config names a file (as Firecracker's does).
+    cpu_config_path: Option<PathBuf>,
+    /// The first section that asks for something tvmm cannot build.
+    unbuilt: Option<&'static UnbuiltSection>,
+    load: Option<LoadBody>,
+    /// The first section that is not empty and shapes the machine.
+    shapes_machine: Option<&'static str>,
+}
+
+impl<'de> Deserialize<'de> for Parsed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(ConfigVisitor)
+    }
+}
+
+impl Parsed {
+    /// Reads the value of a key that there is; whether it says something.
+    fn take_section<'de, A: MapAccess<'de>>(&mut self, key: &'static str, map: &mut A) -> Result<bool, A::Error> {
+        let config = &mut self.config;
+        let devices = &mut config.devices;
+        Ok(match key {
+            "boot-source" => set(&mut config.boot_source, map)?,
+            "machine-config" => set(&mut config.machine, map)?,
+            "cpu-config" => {
+                let source = map.next_value::<Option<CpuConfigSource>>()?;
+                let is_there = source.is_some();
+                match source {
+                    Some(CpuConfigSource::File(path)) => self.cpu_config_path = Some(path),
+                    Some(CpuConfigSource::Here(template)) => config.cpu = Some(template),
+                    None => {}
+                }
+                is_there
+            }
+            "logger" => set_some(&mut config.logger, map)?,
+            "metrics" => set_some(&mut config.metrics, map)?,
+            "tvmm" => set(&mut config.tvmm, map)?,
+            "drives" => set(&mut devices.drives, map)? && !devices.drives.is_empty(),
+            "network-interfaces" => {
+                set(&mut devices.network_interfaces, map)? && !devices.network_interfaces.is_empty()
+            }
+            "pmem" => set(&mut devices.pmem, map)? && !devices.pmem.is_empty(),
+            "vsock" => set_some(&mut devices.vsock, map)?,
+            "balloon" => set_some(&mut devices.balloon, map)?,
+            "entropy" => set_some(&mut devices.entropy, map)?,
+            "snapshot-load" => set_some(&mut self.load, map)?,
+            _ => {
+                let value: Value = map.next_value()?;
+                let is_empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+                if !is_empty && self.unbuilt.is_none() {
+                    self.unbuilt = UNBUILT_SECTIONS.iter().find(|section| section.key == key);
+                }
+                !is_empty
+            }
+        })
+    }
+}
+
+/// Written by hand because serde's `flatten` gives up both `deny_unknown_fields` and the line of an error.
+struct ConfigVisitor;
+
+impl<'de> Visitor<'de> for ConfigVisitor {
+    type Value = Parsed;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a config (a JSON object)")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Parsed, A::Error> {
+        let mut parsed = Parsed::default();
+        let mut seen: Vec<&'static str> = Vec::new();
+        while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+            let Some(&key) = KEYS.iter().find(|known| **known == key) else {
+                return Err(A::Error::unknown_field(&key, KEYS));
+            };
+            if seen.contains(&key) {
+                return Err(A::Error::duplicate_field(key));
+            }
+            seen.push(key);
+            let says_something = parsed.take_section(key, &mut map)?;
+            if says_something && !KEYS_BESIDE_LOAD.contains(&key) {
+                parsed.shapes_machine.get_or_insert(key);
+            }
+        }
+        Ok(parsed)
+    }
+}
+
+/// A CPU template, or the file it is in.
+enum CpuConfigSource {
+    Here(CpuConfig),
+    File(PathBuf),
+}
+
+impl<'de> Deserialize<'de> for CpuConfigSource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(CpuConfigVisitor)
+    }
+}
+
+/// By hand, because serde's untagged enums do not say what is wrong with the template.
+struct CpuConfigVisitor;
+
+impl<'de> Visitor<'de> for CpuConfigVisitor {
+    type Value = CpuConfigSource;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a CPU template or the path of one")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, path: &str) -> Result<CpuConfigSource, E> {
+        Ok(CpuConfigSource::File(path.into()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<CpuConfigSource, A::Error> {
+        CpuConfig::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(CpuConfigSource::Here)
+    }
+}
+
+/// Reads a section; whether it is there. `null` is as good as absent, because `GET /vm/config` prints absent sections so.
+fn set<'de, T: Deserialize<'de>, A: MapAccess<'de>>(section: &mut T, map: &mut A) -> Result<bool, A::Error> {
+    let Some(value) = map.next_value()? else { return Ok(false) };
+    *section = value;
+    Ok(true)
+}
+
+/// The same, where a machine may have none.
+fn set_some<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
+    section: &mut Option<T>,
+    map: &mut A,
+) -> Result<bool, A::Error> {
+    *section = map.next_value()?;
+    Ok(section.is_some())
+}
+
+/// Firecracker's `GET /vm/config`: every section, those without a device as `null` or `[]`. `tvmm` is printed only
+/// when it says something, so that a machine without extensions prints exactly what Firecracker would; `snapshot-load` never,
+/// as it tells how a machine came to be and not what it is.
+impl Serialize for VmConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let has_extension = self.tvmm != TvmmConfig::default();
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("boot-source", &self.boot_source)?;
+        map.serialize_entry("machine-config", &self.machine)?;
+        map.serialize_entry("cpu-config", &self.cpu)?;
+        map.serialize_entry("logger", &self.logger)?;
+        map.serialize_entry("metrics", &self.metrics)?;
+        let devices = &self.devices;
+        map.serialize_entry("drives", &devices.drives)?;
+        map.serialize_entry("network-interfaces", &devices.network_interfaces)?;
+        map.serialize_entry("pmem", &devices.pmem)?;
+        map.serialize_entry("vsock", &devices.vsock)?;
+        map.serialize_entry("balloon", &devices.balloon)?;
+        map.serialize_entry("entropy", &devices.entropy)?;
+        for section in UNBUILT_SECTIONS {
+            let value = if section.is_list { Value::Array(Vec::new()) } else { Value::Null };
+            map.serialize_entry(section.key, &value)?;
+        }
+        if has_extension {
+            map.serialize_entry("tvmm", &self.tvmm)?;
+        }
+        map.end()
+    }
+}

@@ -1,0 +1,65 @@
+//! What a restored VM has in place of what its snapshot recorded.
+
+use crate::config::DeviceConfigs;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// Id of a drive or a pmem device → backing file.
+    pub drives: Vec<(String, PathBuf)>,
+    /// Where the clone's own copies of drives go, for a snapshot that has copies.
+    pub drive_dir: Option<PathBuf>,
+    /// Interface id → tap, and the MAC address to have from now on.
+    pub networks: Vec<NetworkOverride>,
+    /// Metadata that are new or have other values; the others stay.
+    pub metadata: BTreeMap<String, String>,
+    /// The Unix socket of the vsock device.
+    pub vsock: Option<PathBuf>,
+}
+
+/// Another tap, another MAC address, or both.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetworkOverride {
+    pub iface_id: String,
+    pub host_dev_name: Option<String>,
+    pub guest_mac: Option<[u8; 6]>,
+}
+
+/// An override of a device that the snapshot does not have.
+#[derive(Debug, thiserror::Error)]
+#[error("The snapshot has no {kind} `{id}` to override; it has: {has}")]
+pub struct NoSuchDevice {
+    pub kind: &'static str,
+    pub id: String,
+    pub has: String,
+}
+
+impl Overrides {
+    /// What the network interface `id` is to have.
+    pub(crate) fn network(&self, id: &str) -> Option<&NetworkOverride> {
+        self.networks.iter().find(|network| network.iface_id == id)
+    }
+
+    /// Every override must have a device to override.
+    pub(crate) fn check(&self, configs: &DeviceConfigs) -> Result<(), NoSuchDevice> {
+        let drives = configs.drives.iter().map(|drive| drive.drive_id.as_str());
+        let drives: Vec<&str> = drives.chain(configs.pmem.iter().map(|pmem| pmem.id.as_str())).collect();
+        let networks: Vec<&str> = configs.network_interfaces.iter().map(|network| network.iface_id.as_str()).collect();
+        let missing = |kind, id: &str, has: &[&str]| {
+            let has = if has.is_empty() { "none".to_owned() } else { has.join(", ") };
+            Err(NoSuchDevice { kind, id: id.to_owned(), has })
+        };
+        if let Some((id, _)) = self.drives.iter().find(|(id, _)| !drives.contains(&id.as_str())) {
+            return missing("drive", id, &drives);
+        }
+        if let Some(network) = self.networks.iter().find(|network| !networks.contains(&network.iface_id.as_str())) {
+            return missing("network interface", &network.iface_id, &networks);
+        }
+        match (&self.vsock, &configs.vsock) {
+            (Some(path), None) => missing("vsock device", &path.display().to_string(), &[]),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Pages that the guest has given back (balloon, free page reporting and hinting): they leave the host's memory, read as
+//! zeros from then on, and leave the snapshot.
+//!
+//! What gives a page back depends on what backs it:
+//!
+//! | backing | how |
+//! |---|---|
+//! | anonymous memory | `MADV_DONTNEED`: the next touch gets a zero page |
+//! | a private mapping of a layer's file | that would bring the file's bytes back: anonymous memory is mapped over it, whole runs at once |
+//! | a mapping in place on a shared tier | the same; what cannot be cut out of it is promoted before |
+//! | memory behind the userfaultfd of this process | `MADV_DONTNEED`: the next touch is a fault again; the fault service and the background thread ask [`Released`], and then install zeros |
+//! | memory behind a handler's userfaultfd | `MADV_DONTNEED`, of which the handler is told (`UFFD_EVENT_REMOVE`); what it answers with is up to it |
+//!
+//! Mapping over files costs VMAs, of which a process may have 65530 (`vm.max_map_count`). A guest that gives back every
+//! other page gets no more than its share of them; then file pages stay where they are, and are counted.
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use super::promote::InPlace;
+use super::stall::Activity;
+use crate::snapshot::{Extent, Gfn, GuestRange, PAGE_SIZE, PageSet};
+use crate::sys::guest_memory::{Outcome, ReleasePages};
+use crate::sys::mapping::{Reservation, count_mappings};
+
+/// Mappings that this process may come to have for the guest's sake: half of the kernel's default limit.
+const MAPPINGS_MAX: usize = 32 << 10;
+/// Fewer than so many more are not worth counting all mappings for.
+const REMAPS_WORTHWHILE: usize = 512;
+/// A mapping put into the middle of another makes three of one.
+const MAPPINGS_PER_REMAP: usize = 2;
+/// Mapped over before mappings are first counted.
+const REMAPS_FIRST: usize = 4 << 10;
+
+/// The books about pages that were given back, shared by who releases them, who installs pages, and who captures.
+#[derive(Debug, Default)]
+pub struct Released(RwLock<Books>);
+
+/// See [`Released`].
+#[derive(Debug, Default)]
+pub struct Books {
+    /// Given back at some time: what the layers say of these pages no longer counts.
+    ever: PageSet,
+    /// Given back since a capture last asked.
+    fresh: PageSet,
+}
+
+impl Released {
+    /// The books. While the result lives, nothing is released: whoever installs pages asks and installs under it.
+    pub fn read(&self) -> RwLockReadGuard<'_, Books> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the pages that were given back since this was last asked.
+    pub fn take_fresh(&self) -> PageSet {
+        let mut books = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut books.fresh)
+    }
+}
+
+impl Books {
+    /// All pages that were ever given back.
+    pub fn ever(&self) -> &PageSet {
+        &self.ever
+    }
+
+    /// The runs of `extent` whose bytes are still those of the snapshot.
+    pub fn still_snapshot(&self, extent: Extent) -> Vec<Extent> {
+        without(extent, &self.ever)
+    }
+}
+
+/// The runs of `extent` that are not in `pages`.
+fn without(extent: Extent, pages: &PageSet) -> Vec<Extent> {
+    if pages.len_in(extent) == 0 {
+        return vec![extent];
+    }
+    let (mut runs, mut at) = (Vec::new(), extent.first);
+    let end = Extent { first: extent.end(), pages: 0 };
+    for run in pages.runs_in(extent).chain([end]) {
+        if at < run.first {
+            runs.push(Extent { first: at, pages: run.first.0 - at.0 });
+        }
+        at = run.end();
+    }
+    runs
+}
+
+/// Releases pages of one machine's memory.
+pub struct Releaser {
+    ranges: Vec<(GuestRange, Arc<Reservation>)>,
+    /// Pages under a private mapping of a file.
+    file_mapped: PageSet,
+    /// Nothing lies behind a userfaultfd: what is between file pages may be mapped over with them.
+    may_join: bool,
+    remaps_left: usize,
+    mappings_max: usize,
+    released: Arc<Released>,
+    /// A handler outside may not take note, and then this waits.
+    activity: Option<Activity>,
+    in_place: Option<Arc<InPlace>>,
+}
+
+impl Releaser {
+    pub fn new(
+        ranges: Vec<(GuestRange, Arc<Reservation>)>,
+        file_mapped: PageSet,
+        may_join: bool,
+        released: Arc<Released>,
+        activity: Option<Activity>,
+    ) -> Self {
+        let (remaps_left, mappings_max) = (REMAPS_FIRST, MAPPINGS_MAX);
+        let in_place = None;
+        Releaser { ranges, file_mapped, may_join, remaps_left, mappings_max, released, activity, in_place }
+    }
+
+    /// Some of the files' pages may lie in place, and those who promote them keep books, too.
+    pub fn with_in_place(self, in_place: Option<Arc<InPlace>>) -> Self {
+        Releaser { in_place, ..self }
+    }
+
+    /// Whether one more run may be mapped over. When the allowance is used up, mappings are counted: neighbours that
+    /// were mapped one by one are one mapping by now.
+    fn may_remap(&mut self) -> bool {
+        if self.remaps_left == 0 {
+            let there = count_mappings().unwrap_or(self.mappings_max);
+            let left = self.mappings_max.saturating_sub(there) / MAPPINGS_PER_REMAP;
+            self.remaps_left = if left >= REMAPS_WORTHWHILE { left } else { 0 };
+        }
+        self.remaps_left > 0
+    }
+
+    /// Releases `part`, which lies in the range at `index`.
+    fn release_part(&mut self, index: usize, part: Extent, books: &mut Books) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut files: Vec<Extent> = self.file_mapped.runs_in(part).collect();
+        if let (true, Some(first), Some(last)) = (self.may_join, files.first(), files.last()) {
+            files = vec![Extent { first: first.first, pages: last.end().0 - first.first.0 }];
+        }
+        let others = without(part, &files.iter().copied().collect());
+        for (run, is_file) in files.into_iter().map(|run| (run, true)).chain(others.into_iter().map(|run| (run, false)))
+        {
+            if is_file && !self.may_remap() {
+                outcome.refused += run.pages;
+                continue;
+            }
+            let (range, memory) = &self.ranges[index];
+            let (offset, len) = ((run.gpa() - range.gpa) as usize, run.bytes() as usize);
+            let done = match (&self.in_place, is_file) {
+                (Some(in_place), true) => in_place.replace_by_zeros(run),
+                (None, true) => memory.map_anon(offset, len),
+                (_, false) => memory.discard(offset, len),
+            };
+            // Even if it went wrong: pages may have changed.
+            books.fresh.insert_run(run);
+            match done {
+                Ok(()) => {
+                    books.ever.insert_run(run);
+                    outcome.released += run.pages;
+                }
+                Err(error) => {
+                    tracing::warn!(gpa = run.gpa(), pages = run.pages, %error, "Pages cannot be given back to the host");
+                    outcome.refused += run.pages;
+                    continue;
+                }
+            }
+            if is_file {
+                self.file_mapped.remove_run(run);
+                self.remaps_left -= 1;
+            }
+        }
+        outcome
+    }
+}
+
+impl ReleasePages for Releaser {
+    fn release(&mut self, extent: Extent) -> Outcome {
+        let mut outcome = Outcome { outside: extent.pages, ..Outcome::default() };
+        let released = self.released.clone();
+        for index in 0..self.ranges.len() {
+            let range = self.ranges[index].0;
+            let whole = Extent { first: Gfn(range.gpa / PAGE_SIZE), pages: range.len / PAGE_SIZE };
+            let Some(part) = whole.intersection(&extent) else { continue };
+            let _waits = self.activity.as_ref().map(|activity| activity.gives_back(part));
+            let mut books = released.0.write().unwrap_or_else(PoisonError::into_inner);
+            let of_part = self.release_part(index, part, &mut books);
+            outcome.released += of_part.released;
+            outcome.refused += of_part.refused;
+            outcome.outside -= part.pages;
+        }
+        outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::guest_ram::GuestRam;
+    use crate::snapshot::MemoryLayout;
+
+    fn extent(first: u64, pages: u64) -> Extent {
+        Extent { first: Gfn(first), pages }
+    }
+
+    /// 64 pages from guest page 16 on: 32 of a file that holds 7, then 32 anonymous ones that hold 9.
+    fn releaser() -> (Releaser, GuestRam) {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![7; 32 * PAGE_SIZE as usize], 0).unwrap();
+        let layout = MemoryLayout::from_gpa_ranges(&[(16 * PAGE_SIZE, 64 * PAGE_SIZE)]).unwrap();
+        let mut ram = GuestRam::reserve(&layout).unwrap();
+        ram.map_file_private(extent(16, 32), &file, 0).unwrap();
+        ram.map_anon(extent(48, 32)).unwrap();
+        ram.set_mapped(vec![extent(16, 32)], true);
+        let nines = vec![9; 32 * PAGE_SIZE as usize];
+        ram.view().write_slice(&nines, GuestAddress(48 * PAGE_SIZE)).unwrap();
+        (ram.releaser(None), ram)
+    }
+
+    fn first_bytes(ram: &GuestRam) -> Vec<u8> {
+        (16..80).map(|page| ram.view().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()).collect()
+    }
+
+    #[test]
+    fn released_pages_read_as_zeros_whatever_backed_them_and_the_others_stay() {
+        let (mut releaser, ram) = releaser();
+        assert_eq!(releaser.release(extent(40, 16)), Outcome { released: 16, ..Outcome::default() });
+        assert_eq!(releaser.release(extent(16, 1)), Outcome { released: 1, ..Outcome::default() });
+        let bytes = first_bytes(&ram);
+        for (page, byte) in bytes.into_iter().enumerate() {
+            let expected = match page {
+                0 | 24..40 => 0,
+                ..32 => 7,
+                _ => 9,
+            };
+            assert_eq!(byte, expected, "{page}");
+        }
+        assert_eq!(ram.released().read().still_snapshot(extent(15, 30)), [extent(15, 1), extent(17, 23)]);
+        assert_eq!(ram.released().take_fresh().len(), 17);
+        assert!(ram.released().take_fresh().is_empty());
+        assert_eq!(ram.released().read().ever().len(), 17);
+    }
+
+    #[test]
+    fn pages_outside_memory_are_counted_and_nothing_else() {
+        let (mut releaser, ram) = releaser();
+        let before = first_bytes(&ram);
+        for (wild, outside) in [(extent(0, 16), 16), (extent(80, 1 << 40), 1 << 40), (extent(u64::MAX >> 13, 9), 9)] {
+            assert_eq!(releaser.release(wild), Outcome { outside, ..Outcome::default() });
+        }
+        assert_eq!(first_bytes(&ram), before);
+        assert_eq!(releaser.release(extent(10, 1000)), Outcome { released: 64, outside: 936, refused: 0 });
+        assert_eq!(first_bytes(&ram), [0; 64]);
+        assert_eq!(ram.released().take_fresh().len(), 64);
+    }
+
+    #[test]
+    fn pages_given_back_again_cost_no_mapping_and_without_allowance_file_pages_stay() {
+        let (mut releaser, ram) = releaser();
+        releaser.remaps_left = 2;
+        for _ in 0..5 {
+            assert_eq!(releaser.release(extent(20, 2)).released, 2);
+        }
+        assert_eq!(releaser.remaps_left, 1);
+        assert!(count_mappings().unwrap() > 10);
+        releaser.release(extent(30, 1));
+        assert_eq!(releaser.remaps_left, 0);
+        assert!(releaser.may_remap(), "this process has few mappings");
+        (releaser.remaps_left, releaser.mappings_max) = (0, 1000);
+        assert_eq!(releaser.release(extent(40, 20)), Outcome { released: 12, outside: 0, refused: 8 });
+        assert_eq!(releaser.release(extent(20, 2)).released, 2, "that is anonymous memory already");
+        let bytes = first_bytes(&ram);
+        assert_eq!(bytes[..8], [7, 7, 7, 7, 0, 0, 7, 7]);
+        assert_eq!(bytes[24..48], [vec![7; 8], vec![0; 12], vec![9; 4]].concat());
+    }
+}

@@ -1,0 +1,76 @@
+//! Why a guest is over, and the signal that tells the main loop so.
+
+use crate::sys::lost;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Why a guest is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest pulled the reset line.
+    Reset,
+    /// The guest turned itself off.
+    PowerOff,
+    /// A triple fault: how `reboot=t` resets, and how a lost guest dies.
+    TripleFault,
+    /// KVM cannot go on.
+    Failed(String),
+    /// Guest memory cannot be had any more, or is not what was captured.
+    MemoryLost(String),
+}
+
+/// Called when the guest is over.
+pub(crate) type OnEnd = Box<dyn FnOnce() + Send>;
+
+/// Where vCPU threads and devices tell the main loop that the guest is over. The first reason stands.
+pub struct EndingSignal {
+    ending: Mutex<Option<Ending>>,
+    event: EventFd,
+    on_end: Mutex<Option<OnEnd>>,
+}
+
+impl std::fmt::Debug for EndingSignal {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("EndingSignal").field("event", &self.event).finish_non_exhaustive()
+    }
+}
+
+impl EndingSignal {
+    pub fn new() -> std::io::Result<Self> {
+        Ok(EndingSignal { ending: Mutex::new(None), event: EventFd::new(EFD_NONBLOCK)?, on_end: Mutex::new(None) })
+    }
+
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// The reason, if the guest is over. An eventfd pulled without a reason is the reset line's.
+    pub fn take(&self) -> Option<Ending> {
+        let pulled = self.event.read().is_ok();
+        if let Some(reason) = lost::touched() {
+            return Some(Ending::MemoryLost(reason));
+        }
+        let ending = self.ending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        ending.or(pulled.then_some(Ending::Reset))
+    }
+
+    /// Ends the guest for this reason, unless another came first.
+    pub fn end(&self, ending: Ending) {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ending);
+        // A full counter means that the main loop has been told already.
+        let _ = self.event.write(1);
+        // After the reason is there: who is let go by this looks for it.
+        if let Some(call) = self.lock_on_end().take() {
+            call();
+        }
+    }
+
+    /// What else is to happen at the end, once, on the thread that ends the guest.
+    pub fn on_end(&self, call: Option<OnEnd>) {
+        *self.lock_on_end() = call;
+    }
+
+    pub(crate) fn lock_on_end(&self) -> MutexGuard<'_, Option<OnEnd>> {
+        self.on_end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,319 @@
+//! Guest memory: address space reserved per guest RAM range, filled with pieces that say what backs them.
+//!
+//! Tiers are VMAs under a memslot, never memslots: changing what backs a page is an `mmap(MAP_FIXED)` in the
+//! reservation, and KVM's MMU notifier drops the old translation.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use serde::Serialize;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestRegionMmap};
+
+use super::balloon_release::{Released, Releaser};
+use super::promote::{InPlace, InPlaceExtent};
+use super::stall::Activity;
+use crate::memory::Error;
+use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE, PageSet};
+use crate::sys::guest_memory::{Memory, UnguardedMemory, region_bitmap};
+use crate::sys::lost;
+use crate::sys::lost::{MappedFile, Mapping, Watched};
+use crate::sys::mapping::{Populator, Reservation};
+use crate::sys::uffd::Uffd;
+
+/// What backs a piece of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backing {
+    /// Anonymous memory of this process.
+    Anon,
+    /// A private mapping of the memory file of one layer (its index in the chain, base first): clean pages are the
+    /// page cache's, written ones this process's.
+    FilePrivate { layer: usize },
+    /// As `FilePrivate`, with faults that want huge pages.
+    InPlace { layer: usize },
+    /// Local memory that was filled before the guest ran.
+    Preloaded,
+    /// Anonymous memory whose first touches are answered by the fault service, or by a handler outside.
+    Lazy,
+}
+
+/// A run of guest pages with one backing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Piece {
+    pub extent: Extent,
+    pub backing: Backing,
+}
+
+/// Pages that show a file.
+#[derive(Clone, Copy, Debug)]
+pub struct FileMapping {
+    pub extent: Extent,
+    /// The file by the number that plans give it.
+    pub file: usize,
+    /// Of the first page, bytes.
+    pub offset: u64,
+}
+
+/// The guest's RAM.
+#[derive(Debug)]
+pub struct GuestRam {
+    layout: MemoryLayout,
+    /// What is mapped from files, for who finds that it cannot be had.
+    watched: Option<Watched>,
+    reservations: Vec<Arc<Reservation>>,
+    pieces: Vec<Piece>,
+    /// What was mapped from files, and whether anything lies behind a userfaultfd.
+    file_mapped: Vec<Extent>,
+    is_served: bool,
+    in_place: Option<Arc<InPlace>>,
+    released: Arc<Released>,
+    view: Memory,
+}
+
+impl GuestRam {
+    /// Reserves address space for `layout`; nothing is readable until pieces are mapped.
+    pub fn reserve(layout: &MemoryLayout) -> Result<Self, Error> {
+        let mut reservations = Vec::new();
+        let mut regions = Vec::new();
+        for range in layout.ranges() {
+            let failed = |source| Error::Reserve { mib: range.len >> 20, source };
+            let len = usize::try_from(range.len).map_err(|_| failed(std::io::ErrorKind::OutOfMemory.into()))?;
+            let reservation = Reservation::new(len).map_err(failed)?;
+            regions.push(region_of(&reservation, range.gpa)?);
+            reservations.push(Arc::new(reservation));
+        }
+        let view = Memory::from_regions(regions).map_err(|error| Error::MemoryView(error.to_string()))?;
+        Ok(GuestRam {
+            layout: layout.clone(),
+            watched: None,
+            reservations,
+            pieces: Vec::new(),
+            file_mapped: Vec::new(),
+            is_served: false,
+            in_place: None,
+            released: Arc::default(),
+            view,
+        })
+    }
+
+    /// Reserves `layout` and fills it with anonymous zero memory, for a boot.
+    pub fn anonymous(layout: &MemoryLayout) -> Result<Self, Error> {
+        let mut ram = GuestRam::reserve(layout)?;
+        layout.extents().try_for_each(|extent| ram.map_anon(extent))?;
+        ram.set_pieces(layout.extents().map(|extent| Piece { extent, backing: Backing::Anon }).collect());
+        Ok(ram)
+    }
+
+    pub fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    /// The end of the RAM that starts at address zero.
+    pub fn low_end(&self) -> u64 {
+        self.layout.ranges().first().map_or(0, |range| range.gpa + range.len)
+    }
+
+    /// The pieces in ascending order of guest address.
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    /// The VMM's window to guest memory, bounds-checked at every access; what is written through it is made writable.
+    pub fn view(&self) -> &Memory {
+        &self.view
+    }
+
+    /// The window for loaders of kernels, which know no gate: only for memory that is local everywhere.
+    pub fn boot_view(&self) -> Result<&UnguardedMemory, Error> {
+        self.view.unguarded().ok_or_else(|| Error::MemoryView("some of it lies in place on a shared tier".into()))
+    }
+
+    /// Takes the pages that were written through [`view`](Self::view) since they were taken last.
+    pub fn take_written(&self) -> PageSet {
+        let mut pages = PageSet::new();
+        for (range, marks) in self.layout.ranges().iter().zip(self.view.take_marks()) {
+            pages.insert_bitmap(Gfn(range.gpa / PAGE_SIZE), &marks);
+        }
+        pages
+    }
+
+    /// `(gpa, len, host address)` of each range, for memslots.
+    pub fn slots(&self) -> impl Iterator<Item = (GuestRange, *mut u8)> + '_ {
+        self.layout.ranges().iter().zip(&self.reservations).map(|(range, memory)| (*range, memory.base()))
+    }
+
+    /// Says what backs the memory now, after it was mapped: ascending, each page once.
+    pub fn set_pieces(&mut self, pieces: Vec<Piece>) {
+        self.pieces = pieces;
+    }
+
+    /// Says where files are mapped, and whether anything lies behind a userfaultfd: what giving pages back depends on.
+    pub fn set_mapped(&mut self, file_mapped: Vec<Extent>, is_served: bool) {
+        (self.file_mapped, self.is_served) = (file_mapped, is_served);
+    }
+
+    /// Says what was mapped in place ([`map_in_place`](Self::map_in_place)): from now on whoever writes through
+    /// [`view`](Self::view) has it promoted first.
+    pub fn guard(&mut self, mapped: &[InPlaceExtent]) -> Result<(), Error> {
+        let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned());
+        let in_place =
+            InPlace::new(ranges, mapped).map_err(Error::os("reserve memory for copies of pages in place"))?;
+        let in_place = Arc::new(in_place);
+        self.view = self.view.guarded(in_place.clone());
+        self.in_place = Some(in_place);
+        Ok(())
+    }
+
+    /// The pages in place that only a promotion makes writable, if there ever were any.
+    pub fn in_place(&self) -> Option<&Arc<InPlace>> {
+        self.in_place.as_ref()
+    }
+
+    /// What became of the pages in place, for reports; nothing if there never were any.
+    pub fn promotion(&self) -> Option<serde_json::Value> {
+        self.in_place.as_ref().map(|in_place| in_place.json())
+    }
+
+    /// The books about pages that the guest has given back.
+    pub fn released(&self) -> &Arc<Released> {
+        &self.released
+    }
+
+    /// Who gives pages back for the guest. `activity`: where it is noted that this may wait for somebody.
+    pub fn releaser(&self, activity: Option<Activity>) -> Releaser {
+        let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned()).collect();
+        let file_mapped = self.file_mapped.iter().copied().collect();
+        Releaser::new(ranges, file_mapped, !self.is_served, self.released.clone(), activity)
+            .with_in_place(self.in_place.clone())
+    }
+
+    /// Backs `extent` with anonymous zero memory.
+    pub fn map_anon(&self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.map_anon(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Backs `extent` with a private mapping of `file` from `file_offset`.
+    pub fn map_file_private(&self, extent: Extent, file: &File, file_offset: u64) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        let len = extent.bytes() as usize;
+        memory.map_file_private(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Backs `extent` with a shared mapping of `file` from `file_offset` that nobody can write; [`guard`](Self::guard)
+    /// has to be told.
+    pub fn map_in_place(&self, extent: Extent, file: &File, file_offset: u64) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        let len = extent.bytes() as usize;
+        memory.map_file_read_only(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Lists mappings of files, so that a page that cannot be had is named.
+    pub fn watch(&mut self, files: Vec<Option<MappedFile>>, mapped: &[FileMapping]) -> Result<(), Error> {
+        let mapping = |mapped: &FileMapping| {
+            let FileMapping { extent, file, offset } = *mapped;
+            let address = self.host_address(extent.first)? as usize;
+            Ok::<_, Error>(Mapping { address, len: extent.bytes() as usize, file, offset, gpa: Some(extent.gpa()) })
+        };
+        let mappings = mapped.iter().map(mapping).collect::<Result<Vec<_>, _>>()?;
+        self.watched = lost::watch(files, mappings);
+        Ok(())
+    }
+
+    /// Lets `uffd` answer first touches of `extent`, which is anonymous memory.
+    pub fn register(&self, extent: Extent, uffd: &Uffd, write_protect: bool) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        let len = extent.bytes() as usize;
+        uffd.register(memory, offset, len, write_protect).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Makes the kernel map only pages that are touched, where it can be made to (Linux 6.7): no fault-around and no
+    /// huge pages as long as the result lives.
+    pub fn map_single_pages(&self) -> Result<Option<Uffd>, Error> {
+        let Some(uffd) = Uffd::open_silent().map_err(Error::Userfaultfd)? else { return Ok(None) };
+        for (extent, memory) in self.layout.extents().zip(&self.reservations) {
+            let done = memory.advise_small(0, memory.len()).and_then(|()| uffd.register_silent(memory));
+            done.map_err(|source| map_failed(extent, source))?;
+        }
+        Ok(Some(uffd))
+    }
+
+    /// A handle to `extent` for another thread: it can populate the pages, not read or write them.
+    pub fn populator(&self, extent: Extent) -> Result<Populator, Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.populator(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Asks for huge pages under `extent`.
+    pub fn advise_huge(&self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.advise_huge(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
+    /// Forbids huge pages under `extent`.
+    pub fn advise_small(&self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.advise_small(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
+    /// The bytes of `extent`.
+    ///
+    /// # Safety
+    /// No vCPU runs and nothing writes guest memory while the slice lives.
+    pub unsafe fn bytes(&self, extent: Extent) -> Result<&[u8], Error> {
+        let (memory, offset) = self.locate(extent)?;
+        // SAFETY: passed on to the caller; every piece is mapped readable.
+        unsafe { memory.bytes(offset, extent.bytes() as usize) }.map_err(|source| map_failed(extent, source))
+    }
+
+    /// The bytes of `extent`, to be filled.
+    ///
+    /// # Safety
+    /// Only while the memory is being built: nothing else refers to it yet.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn bytes_mut(&self, extent: Extent) -> Result<&mut [u8], Error> {
+        let (memory, offset) = self.locate(extent)?;
+        // SAFETY: passed on to the caller; every piece is mapped writable and private.
+        unsafe { memory.bytes_mut(offset, extent.bytes() as usize) }.map_err(|source| map_failed(extent, source))
+    }
+
+    /// The reservation that holds `extent`, and where in it. An extent outside RAM or across two ranges is an error.
+    fn locate(&self, extent: Extent) -> Result<(&Reservation, usize), Error> {
+        let outside = || Error::OutsideRam { gpa: extent.first.0.saturating_mul(PAGE_SIZE), pages: extent.pages };
+        if extent.pages == 0 || !self.layout.contains(extent) {
+            return Err(outside());
+        }
+        let gpa = extent.first.0 * PAGE_SIZE;
+        let mut ranges = self.layout.ranges().iter().zip(&self.reservations);
+        let (range, memory) =
+            ranges.find(|(range, _)| gpa >= range.gpa && gpa - range.gpa < range.len).ok_or_else(outside)?;
+        Ok((memory, (gpa - range.gpa) as usize))
+    }
+
+    /// The host address of a page, for the kernel's page map.
+    pub fn host_address(&self, gfn: Gfn) -> Result<*const u8, Error> {
+        let (memory, offset) = self.locate(Extent { first: gfn, pages: 1 })?;
+        // `locate` has checked that the offset lies inside the reservation.
+        Ok(memory.base().wrapping_add(offset).cast_const())
+    }
+}
+
+fn map_failed(extent: Extent, source: std::io::Error) -> Error {
+    Error::Map { gpa: extent.first.0 * PAGE_SIZE, pages: extent.pages, source }
+}
+
+fn region_of(reservation: &Reservation, gpa: u64) -> Result<GuestRegionMmap<AtomicBitmap>, Error> {
+    let failed = |what: String| Error::MemoryView(what);
+    // SAFETY: the reservation is exactly `len` bytes at `base` and lives in the same object as the view built from
+    // this region; the region does not own the mapping, so it is unmapped once, by the reservation.
+    let builder = unsafe {
+        MmapRegionBuilder::new_with_bitmap(reservation.len(), region_bitmap(reservation.len()))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_raw_mmap_pointer(reservation.base())
+    };
+    let region = builder.build().map_err(|error| failed(error.to_string()))?;
+    GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or_else(|| failed("the range wraps around".into()))
+}

@@ -1,0 +1,199 @@
+//! A vCPU that cannot go on because the guest wrote to a page in place: which one it was.
+//!
+//! KVM says it at best. Else the instruction at RIP is decoded: what it writes is the culprit, as a rule. If nothing of that
+//! lies in place, the CPU wrote something that the instruction does not name: accessed and dirty bits in page tables, a
+//! stack while it delivered an interrupt, a descriptor. After that whatever lies near all of these, and at last everything:
+//! each step promotes something or leads to the next, so that the guest makes progress or, when nothing lies in place any
+//! more, the cause was another.
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+
+use super::operands::{self, Accesses, Cpu, Extended, INSTRUCTION_MAX, Span};
+use super::view::{self, LinearView, page_of};
+use super::{BLOCK_PAGES, InPlace, Resort, failed, whole_blocks};
+use crate::memory::Error;
+use crate::snapshot::Extent;
+use crate::sys::guest_memory::Memory;
+use crate::sys::lost;
+
+/// How KVM said that it cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// This page could not be written.
+    Told { gpa: u64 },
+    /// Something could not be written.
+    Untold,
+    /// An instruction could not be emulated: because of its operands or the descriptors it loads, or not because of any page.
+    Emulation,
+}
+
+/// A vCPU out of the guest, and the memory it works on.
+pub struct Stuck<'a> {
+    pub vcpu: &'a VcpuFd,
+    pub memory: &'a Memory,
+    pub in_place: &'a InPlace,
+    /// [`InPlace::generation`] before the vCPU went into the guest.
+    pub generation: u64,
+}
+
+/// What became of a vCPU that could not go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// It may go on.
+    Promoted,
+    /// The guest touched a page that cannot be had, for this reason.
+    Lost(String),
+    /// No page was the cause.
+    Unknown,
+}
+
+impl From<bool> for Resolution {
+    fn from(promoted: bool) -> Self {
+        if promoted { Resolution::Promoted } else { Resolution::Unknown }
+    }
+}
+
+/// Why guest memory that a stopped vCPU needs cannot be had, if that is so: the page that KVM names, else the pages of its
+/// instruction and what the CPU itself reads, else any page behind the end of its file.
+pub fn lost_memory(vcpu: &VcpuFd, memory: &Memory, cause: Cause) -> Result<Option<String>, Error> {
+    if let Cause::Told { gpa } = cause
+        && let Some(why) = lost::at_gpa(gpa)
+    {
+        return Ok(Some(why));
+    }
+    let (regs, sregs) = registers(vcpu)?;
+    let cpu = Cpu { regs: &regs, sregs: &sregs, extended: &|| extended(vcpu) };
+    let view = LinearView::new(memory, &sregs);
+    Ok(lost_page(&look(&cpu, &view, &accesses(&cpu, &view))))
+}
+
+fn lost_page(seen: &Seen) -> Option<String> {
+    seen.all().find_map(|page| lost::within(*page)).or_else(lost::behind_an_end)
+}
+
+impl Stuck<'_> {
+    /// Promotes what the guest wrote.
+    pub fn resolve(&self, cause: Cause) -> Result<Resolution, Error> {
+        if let Cause::Told { gpa } = cause {
+            if self.promote(Resort::Told, &[page_of(gpa)])? {
+                return Ok(Resolution::Promoted);
+            }
+            if let Some(why) = lost::at_gpa(gpa) {
+                return Ok(Resolution::Lost(why));
+            }
+        }
+        let (regs, sregs) = registers(self.vcpu)?;
+        let extended = || extended(self.vcpu);
+        let (cpu, view) =
+            (Cpu { regs: &regs, sregs: &sregs, extended: &extended }, LinearView::new(self.memory, &sregs));
+        let accesses = accesses(&cpu, &view);
+        if self.promote(Resort::Operand, &view.pages(&accesses.written).0)? {
+            return Ok(Resolution::Promoted);
+        }
+        if self.in_place.generation() != self.generation {
+            self.in_place.counts().add_raced();
+            return Ok(Resolution::Promoted);
+        }
+        let seen = look(&cpu, &view, &accesses);
+        if let Some(why) = lost_page(&seen) {
+            return Ok(Resolution::Lost(why));
+        }
+        let structures = [
+            (Resort::PageTables, &seen.tables),
+            (Resort::Stack, &seen.stacks),
+            (Resort::Descriptors, &seen.descriptors),
+        ];
+        for (resort, pages) in structures {
+            if self.promote(resort, pages)? {
+                return Ok(Resolution::Promoted);
+            }
+        }
+        if cause == Cause::Emulation {
+            return Ok(Resolution::Unknown);
+        }
+        let near: Vec<Extent> = seen.all().map(|page| whole_blocks(*page, BLOCK_PAGES)).collect();
+        Ok((self.promote(Resort::Near, &near)? || self.promote_all()?).into())
+    }
+
+    /// Whether a stack lies in place that an event would be delivered to.
+    pub fn is_stack_in_place(&self) -> Result<bool, Error> {
+        let (regs, sregs) = registers(self.vcpu)?;
+        let (cpu, view) =
+            (Cpu { regs: &regs, sregs: &sregs, extended: &|| None }, LinearView::new(self.memory, &sregs));
+        Ok(view.pages(&view.stacks(&cpu)).0.iter().any(|page| self.in_place.has(*page)))
+    }
+
+    fn promote(&self, resort: Resort, pages: &[Extent]) -> Result<bool, Error> {
+        let promoted = self.in_place.promote(pages).map_err(failed)?;
+        self.in_place.counts().add(resort, promoted);
+        Ok(promoted > 0)
+    }
+
+    fn promote_all(&self) -> Result<bool, Error> {
+        let promoted = self.in_place.promote_all().map_err(failed)?;
+        self.in_place.counts().add(Resort::All, promoted);
+        Ok(promoted > 0)
+    }
+}
+
+fn registers(vcpu: &VcpuFd) -> Result<(kvm_regs, kvm_sregs), Error> {
+    let failed = |source: kvm_ioctls::Error| Error::Os { doing: "read a vCPU's registers", source: source.into() };
+    Ok((vcpu.get_regs().map_err(failed)?, vcpu.get_sregs().map_err(failed)?))
+}
+
+/// Vector registers, and how much XSAVE writes.
+fn extended(vcpu: &VcpuFd) -> Option<Extended> {
+    const XSAVE_LEAF: u32 = 0xd;
+    const COMPONENTS: [u32; 3] = [2, 6, 7];
+    let table = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).ok()?;
+    let leaf = |index| table.as_slice().iter().find(|entry| entry.function == XSAVE_LEAF && entry.index == index);
+    let offset = |index| leaf(index).map_or(usize::MAX / 2, |entry| entry.ebx as usize);
+    let [ymm_high, zmm_high, zmm_16_to_31] = COMPONENTS.map(offset);
+    // What is enabled now, in the standard format and (with the supervisor's state) in the compacted one.
+    let area_len = u64::from(leaf(0).map_or(512, |entry| entry.ebx).max(leaf(1).map_or(0, |entry| entry.ebx)));
+    let area = vcpu.get_xsave().ok()?;
+    let xsave = area.region.iter().flat_map(|word| word.to_le_bytes()).collect();
+    Some(Extended { xsave, ymm_high, zmm_high, zmm_16_to_31, area_len })
+}
+
+/// What the instruction at RIP does; nothing, if there is none.
+fn accesses(cpu: &Cpu, view: &LinearView) -> Accesses {
+    let mut bytes = [0; INSTRUCTION_MAX];
+    let got = view.read(cpu.code(cpu.regs.rip), &mut bytes);
+    operands::accesses(cpu, &bytes[..got]).unwrap_or_default()
+}
+
+/// Looks for everything that the CPU may have written besides.
+fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> Seen {
+    let mut tables = Vec::new();
+    let mut pages = |spans: &[Span]| {
+        let (pages, entries) = view.pages(spans);
+        tables.extend(entries);
+        pages
+    };
+    let code = Span { start: cpu.code(cpu.regs.rip), len: INSTRUCTION_MAX as u64 };
+    let others = [code, view::interrupt_table(cpu.sregs)];
+    Seen {
+        others: [pages(&accesses.written), pages(&accesses.read), pages(&others)].concat(),
+        stacks: pages(&view.stacks(cpu)),
+        descriptors: pages(&view::descriptors(cpu.sregs)),
+        tables,
+    }
+}
+
+/// The pages that may have been written, by what would have written them.
+#[derive(Debug, Default)]
+struct Seen {
+    tables: Vec<Extent>,
+    stacks: Vec<Extent>,
+    descriptors: Vec<Extent>,
+    /// Not written, as far as is known.
+    others: Vec<Extent>,
+}
+
+impl Seen {
+    fn all(&self) -> impl Iterator<Item = &Extent> {
+        [&self.tables, &self.stacks, &self.descriptors, &self.others].into_iter().flatten()
+    }
+}

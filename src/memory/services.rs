@@ -1,0 +1,96 @@
+//! The threads and handles that work on guest memory while the guest runs.
+
+use crate::memory::Error;
+use crate::memory::background::BackgroundWork;
+use crate::memory::external_handler::ExternalHandler;
+use crate::memory::fault_batches::FaultBatch;
+use crate::memory::fault_service::{FaultCounters, FaultCounts, FaultService};
+use crate::memory::verify::Verifier;
+use crate::sys::uffd::Uffd;
+use crate::tiering::cold::{ColdCounts, ColdPool};
+use crate::tiering::tier::Tier;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What works on guest memory while the guest runs. Ends when dropped.
+#[derive(Default)]
+pub struct MemoryServices {
+    /// First of all: nobody waits for a pool that is closed.
+    pub(crate) cold: Option<CloseCold>,
+    pub(crate) verifier: Option<Verifier>,
+    pub(crate) background: Option<BackgroundWork>,
+    pub(crate) service: Option<FaultService>,
+    pub(crate) handler: Option<ExternalHandler>,
+    pub(crate) uffd: Option<Arc<Uffd>>,
+    pub(crate) counters: Arc<FaultCounters>,
+    /// What the guest's memory is mapped from: stays as it is while this lives.
+    pub(crate) tiers_held: Vec<Arc<dyn Tier>>,
+    /// Keeps the kernel from mapping neighbours of touched pages while it lives.
+    pub(crate) single_pages: Option<Uffd>,
+}
+
+impl MemoryServices {
+    /// The tiers that guest memory was restored from.
+    pub fn tiers(&self) -> &[Arc<dyn Tier>] {
+        &self.tiers_held
+    }
+
+    /// When the fault service was busy.
+    pub fn fault_batches(&self) -> Vec<FaultBatch> {
+        self.counters.batches()
+    }
+
+    pub fn fault_counts(&self) -> FaultCounts {
+        self.counters.counts()
+    }
+
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    pub fn is_comparing(&self) -> bool {
+        self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
+    }
+
+    /// See [`BackgroundWork::wait_until_compared`].
+    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
+        self.background.as_ref().map_or(Ok(()), |background| background.wait_until_compared(deadline))
+    }
+
+    pub fn cold_counts(&self) -> Option<ColdCounts> {
+        self.cold.as_ref().map(|cold| cold.0.counts())
+    }
+
+    /// How much of the memory has been compared with checksums.
+    pub fn verification(&self) -> serde_json::Value {
+        self.verifier.as_ref().map(Verifier::json).unwrap_or_default()
+    }
+
+    /// Whether lazy memory is served no more: all who wait for it wait for ever.
+    pub fn have_failed(&self) -> bool {
+        self.service.as_ref().is_some_and(FaultService::has_failed)
+            || self.handler.as_ref().is_some_and(ExternalHandler::has_failed)
+    }
+
+    pub fn maps_single_pages(&self) -> bool {
+        self.single_pages.is_some()
+    }
+
+    /// Asks everybody to end, and waits until `deadline`. An error names who has not: it waits for memory in the kernel.
+    pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
+        self.cold.iter().for_each(|cold| cold.0.close());
+        if !self.background.as_ref().is_none_or(|work| work.finish(deadline)) {
+            return Err(Error::Stuck("background thread"));
+        }
+        if !self.service.as_ref().is_none_or(|service| service.finish(deadline)) {
+            return Err(Error::Stuck("fault service"));
+        }
+        Ok(())
+    }
+}
+
+/// Closes a cold pool when the machine goes.
+pub(crate) struct CloseCold(pub(crate) Arc<ColdPool>);
+
+impl Drop for CloseCold {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}

@@ -1,0 +1,344 @@
+//! Memory that does not come: a layer on a file system that hangs, a page-fault handler that lives and does not answer.
+//!
+//! A thread blocked in the kernel cannot be called back, so a thread of its own looks, a few times per time-out, whether
+//! somebody has been waiting for memory for too long, and ends the VM with the reason:
+//!
+//! | who waits | how it is known |
+//! |---|---|
+//! | the fault service, the background thread | they note what they read, and since when |
+//! | a vCPU, on a handler outside | the userfaultfd has waiters (`/proc/self/fdinfo`), and no page has come |
+//! | the device thread, on a handler outside | it notes what it gives back, and since when |
+//! | a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
+//! | the main thread | in a page fault, it has not run; while it restores, nobody has run |
+//!
+//! The same thread ends a VM whose memory may not be its own any more, when who finds that out says so ([`Stalls::end`]).
+//!
+//! If the main loop does not take the reason (it may be the one that waits), the process is ended from here.
+
+mod handler;
+mod threads;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+pub use handler::HandlerProbe;
+
+use super::ending::{Ending, EndingSignal};
+use crate::memory::Error;
+use crate::snapshot::{Extent, PageSource};
+use crate::sys::logging;
+use crate::sys::lost::CANNOT_GO_ON;
+use threads::SleepingThreads;
+
+/// How often the watch looks within one time-out.
+const LOOKS: u32 = 4;
+/// How long the main loop has to take the reason, write its report and end the process.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What a thread of the VMM does for the guest.
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    Reads(Option<PageSource>),
+    /// Gives pages back; a handler outside must take note of that.
+    GivesBack,
+}
+
+/// What a thread of the VMM works on for the guest, and since when.
+#[derive(Clone, Copy, Debug)]
+struct Reading {
+    pages: Extent,
+    work: Work,
+    since: Instant,
+}
+
+/// Where a thread of the VMM notes what it does for the guest.
+#[derive(Clone, Debug, Default)]
+pub struct Activity(Arc<Mutex<Option<Reading>>>);
+
+impl Activity {
+    /// The thread reads `pages` until the result is dropped.
+    pub fn reads(&self, pages: Extent, source: Option<PageSource>) -> impl Drop + use<> {
+        self.begin(pages, Work::Reads(source))
+    }
+
+    /// The thread gives `pages` back to the host until the result is dropped.
+    pub fn gives_back(&self, pages: Extent) -> impl Drop + use<> {
+        self.begin(pages, Work::GivesBack)
+    }
+
+    fn begin(&self, pages: Extent, work: Work) -> Done {
+        *lock(&self.0) = Some(Reading { pages, work, since: Instant::now() });
+        Done(self.clone())
+    }
+
+    fn now(&self) -> Option<Reading> {
+        *lock(&self.0)
+    }
+}
+
+struct Done(Activity);
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        *lock(&self.0.0) = None;
+    }
+}
+
+/// Why the VM waits, once it has waited for too long.
+#[derive(Debug)]
+pub struct Stalls {
+    limit: Duration,
+    /// The main thread restores: nobody listens for an ending yet.
+    restoring: AtomicBool,
+    reason: OnceLock<String>,
+    state: Mutex<State>,
+    stop: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    stopped: bool,
+    /// What somebody else has found out.
+    told: Option<String>,
+    /// The files of the plan, as `PageSource::layer` counts them.
+    sources: Vec<PathBuf>,
+    activities: Vec<Activity>,
+    handler: Option<HandlerProbe>,
+    ending: Option<Arc<EndingSignal>>,
+    /// Its end fails the restore of a machine whose memory a handler outside serves.
+    rescue: Option<Arc<EndingSignal>>,
+}
+
+impl Stalls {
+    /// A place for a thread to note what it reads.
+    pub fn activity(&self) -> Activity {
+        let activity = Activity::default();
+        lock(&self.state).activities.push(activity.clone());
+        activity
+    }
+
+    /// Names the files that pages come from.
+    pub fn name_sources(&self, sources: Vec<PathBuf>) {
+        lock(&self.state).sources = sources;
+    }
+
+    /// How long a guest may wait for a page.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Watches a page-fault handler outside. While the machine is restored, `rescue` lets go of the threads that wait for it.
+    pub fn watch_handler(&self, probe: HandlerProbe, rescue: Arc<EndingSignal>) {
+        let mut state = lock(&self.state);
+        state.handler = Some(probe);
+        state.rescue = Some(rescue);
+    }
+
+    /// The machine is restored: from now on the main loop is told.
+    pub fn restored(&self, ending: Arc<EndingSignal>) {
+        lock(&self.state).ending = Some(ending);
+        self.restoring.store(false, Ordering::SeqCst);
+    }
+
+    /// The guest cannot go on, for this reason.
+    pub fn end(&self, reason: String) {
+        lock(&self.state).told.get_or_insert(reason);
+        self.stop.notify_all();
+    }
+
+    /// Whether the VM has waited for too long: who waits will not come back.
+    pub fn is_stalled(&self) -> bool {
+        self.reason.get().is_some()
+    }
+
+    fn look(&self, threads: &mut SleepingThreads) -> Option<String> {
+        let (now, seconds) = (Instant::now(), self.limit.as_secs_f64());
+        let mut state = lock(&self.state);
+        if state.told.is_some() {
+            return state.told.clone();
+        }
+        for reading in state.activities.iter().filter_map(Activity::now) {
+            if now.saturating_duration_since(reading.since) >= self.limit {
+                return Some(state.describe(reading, seconds));
+            }
+        }
+        let handler = state.handler.as_mut().and_then(|probe| probe.look(now, self.limit));
+        if handler.is_some() {
+            return handler;
+        }
+        let waits = threads.look(now, self.limit, self.restoring.load(Ordering::SeqCst))?;
+        Some(format!("{waits} has waited {seconds} s (--fault-timeout) for a page of {}", state.mapped_files()))
+    }
+
+    /// Looks until told to stop, or until somebody has waited for too long.
+    fn watch(&self) {
+        let mut threads = SleepingThreads::default();
+        let every = self.limit / LOOKS;
+        let reason = loop {
+            let state = lock(&self.state);
+            let idle = |state: &mut State| !state.stopped && state.told.is_none();
+            if self.stop.wait_timeout_while(state, every, idle).is_ok_and(|(state, _)| state.stopped) {
+                return;
+            }
+            if let Some(reason) = self.look(&mut threads) {
+                break reason;
+            }
+        };
+        let reason = self.reason.get_or_init(|| reason);
+        let state = lock(&self.state);
+        let is_restoring = self.restoring.load(Ordering::SeqCst);
+        if let Some(ending) = if is_restoring { &state.rescue } else { &state.ending } {
+            ending.end(Ending::Failed(reason.clone()));
+            let (state, _) = self
+                .stop
+                .wait_timeout_while(state, GRACE, |state| !state.stopped)
+                .unwrap_or_else(PoisonError::into_inner);
+            if state.stopped {
+                return;
+            }
+        }
+        give_up(reason);
+    }
+}
+
+impl State {
+    fn describe(&self, reading: Reading, seconds: f64) -> String {
+        let pages = reading.pages;
+        let source = match reading.work {
+            Work::Reads(source) => source,
+            Work::GivesBack => {
+                return format!(
+                    "Giving back {} KiB at guest-physical {:#x} has taken {seconds} s (--fault-timeout): the page-fault handler \
+                     does not read that they are gone",
+                    pages.bytes() / 1024,
+                    pages.gpa()
+                );
+            }
+        };
+        let from = match source.map(|source| (source, self.sources.get(source.layer))) {
+            Some((source, Some(path))) => format!("{} at offset {:#x}", path.display(), source.offset),
+            _ => "memory".to_string(),
+        };
+        let (kib, gpa) = (pages.bytes() / 1024, pages.gpa());
+        format!(
+            "Reading {kib} KiB for the page at guest-physical {gpa:#x} from {from} has taken {seconds} s (--fault-timeout): \
+             the source hangs"
+        )
+    }
+
+    fn mapped_files(&self) -> String {
+        match self.sources.split_last() {
+            None => "the snapshot: the source hangs".to_string(),
+            Some((only, [])) => format!("{}: the source hangs", only.display()),
+            Some((last, others)) => {
+                let others: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
+                format!("{} or {}: the source hangs", others.join(", "), last.display())
+            }
+        }
+    }
+}
+
+/// Ends the process: somebody waits in the kernel and nobody can call it back.
+pub fn give_up(reason: &str) -> ! {
+    crate::sys::terminal::restore();
+    logging::say(&format!("tvmm: {CANNOT_GO_ON}: {reason}"));
+    std::process::exit(1);
+}
+
+/// The thread that looks. Ends when dropped.
+pub struct StallWatch {
+    stalls: Arc<Stalls>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StallWatch {
+    /// Watches a restore from now on.
+    pub fn start(limit: Duration) -> Result<Self, Error> {
+        let stalls = Arc::new(Stalls {
+            limit,
+            restoring: AtomicBool::new(true),
+            reason: OnceLock::new(),
+            state: Mutex::default(),
+            stop: Condvar::new(),
+        });
+        let thread = std::thread::Builder::new().name("stalls".into()).stack_size(128 * 1024).spawn({
+            let stalls = stalls.clone();
+            move || stalls.watch()
+        });
+        let thread = thread.map_err(Error::os("start the thread that watches for stalls"))?;
+        Ok(StallWatch { stalls, thread: Some(thread) })
+    }
+
+    pub fn stalls(&self) -> &Arc<Stalls> {
+        &self.stalls
+    }
+}
+
+impl Drop for StallWatch {
+    fn drop(&mut self) {
+        lock(&self.stalls.state).stopped = true;
+        self.stalls.stop.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::Gfn;
+
+    #[test]
+    fn reading_that_takes_too_long_ends_the_guest_with_page_source_and_limit() {
+        let watch = StallWatch::start(Duration::from_millis(80)).unwrap();
+        let ending = Arc::new(EndingSignal::new().unwrap());
+        let stalls = watch.stalls();
+        stalls.name_sources(vec!["/base".into(), "/diff".into()]);
+        stalls.restored(ending.clone());
+        let activity = stalls.activity();
+        let source = Some(PageSource { layer: 1, offset: 0x5000 });
+        for _ in 0..20 {
+            let _reading = activity.reads(Extent { first: Gfn(7), pages: 16 }, source);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!stalls.is_stalled(), "many short reads are no long one");
+        let _reading = activity.reads(Extent { first: Gfn(7), pages: 16 }, source);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let reason = loop {
+            match ending.take() {
+                Some(Ending::Failed(reason)) => break reason,
+                _ => assert!(Instant::now() < deadline, "the stall goes unnoticed"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        for part in ["64 KiB", "0x7000", "/diff at offset 0x5000", "0.08 s"] {
+            assert!(reason.contains(part), "{reason}");
+        }
+        assert!(stalls.is_stalled());
+    }
+
+    #[test]
+    fn what_somebody_else_has_found_out_ends_the_guest_at_once() {
+        let watch = StallWatch::start(Duration::from_secs(3600)).unwrap();
+        let ending = Arc::new(EndingSignal::new().unwrap());
+        watch.stalls().restored(ending.clone());
+        watch.stalls().end("it is gone".to_string());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match ending.take() {
+                Some(Ending::Failed(reason)) => break assert_eq!(reason, "it is gone"),
+                _ => assert!(Instant::now() < deadline, "nobody is told"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The serial line's other end: standard input and output, or one scripted request.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::sys::clock;
+use crate::sys::output::{ConsoleOutput, FdSink, Sink, Witness};
+use crate::sys::terminal::RawTerminal;
+use crate::sys::timeline::Moments;
+use crate::vmm::machine::Outside;
+
+const CTRL_A: u8 = 1;
+/// Bytes read at once; what the guest has not taken waits here, so this bounds it too.
+const READ_MAX: usize = 4096;
+
+/// What a person typed that is not for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Typed {
+    /// Ctrl-A X.
+    Quit,
+    /// Standard input is at its end.
+    End,
+    /// Nothing of that kind.
+    Nothing,
+}
+
+/// Bytes on their way to the guest.
+#[derive(Debug, Default)]
+pub struct Input {
+    pending: VecDeque<u8>,
+    terminal: Option<RawTerminal>,
+    after_ctrl_a: bool,
+}
+
+impl Input {
+    /// Standard input; a terminal is put into raw mode until this is dropped.
+    pub fn stdin() -> io::Result<Self> {
+        Ok(Input { terminal: RawTerminal::enter()?, ..Input::default() })
+    }
+
+    /// Bytes given beforehand.
+    pub fn script(bytes: &[u8]) -> Self {
+        Input { pending: bytes.iter().copied().collect(), ..Input::default() }
+    }
+
+    /// Whether more should be read: the guest has taken all there was. A terminal is read ahead of the guest, so that
+    /// Ctrl-A X ends a machine whose guest takes nothing.
+    pub fn wants_more(&self) -> bool {
+        self.pending.is_empty() || self.terminal.is_some() && self.pending.len() < READ_MAX
+    }
+
+    /// Reads standard input once. Call when it is readable.
+    pub fn read(&mut self) -> io::Result<Typed> {
+        let mut buffer = [0; READ_MAX];
+        // Not through `Stdin`: what its buffer holds back, nobody is told about.
+        let count = match rustix::io::read(io::stdin(), &mut buffer) {
+            Ok(0) => return Ok(Typed::End),
+            Ok(count) => count,
+            // EAGAIN: another process made it non-blocking, and took what was there.
+            Err(Errno::INTR | Errno::AGAIN) => return Ok(Typed::Nothing),
+            // EIO: the terminal went away.
+            Err(Errno::IO) => return Ok(Typed::End),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(self.take(&buffer[..count]))
+    }
+
+    /// Keeps Ctrl-A sequences of a terminal from the guest: X ends tvmm, A or Ctrl-A sends Ctrl-A.
+    fn take(&mut self, bytes: &[u8]) -> Typed {
+        if self.terminal.is_none() {
+            self.pending.extend(bytes);
+            return Typed::Nothing;
+        }
+        for &byte in bytes {
+            match (std::mem::take(&mut self.after_ctrl_a), byte) {
+                (true, b'x' | b'X') => return Typed::Quit,
+                (true, b'a' | b'A' | CTRL_A) => self.pending.push_back(CTRL_A),
+                (true, other) => self.pending.extend([CTRL_A, other]),
+                (false, CTRL_A) => self.after_ctrl_a = true,
+                (false, other) => self.pending.push_back(other),
+            }
+        }
+        Typed::Nothing
+    }
+
+    /// Gives the guest as much as its FIFO takes.
+    /// `receive` takes a first part of the bytes it is given, and returns how many those are.
+    pub fn feed<E>(&mut self, mut receive: impl FnMut(&[u8]) -> Result<usize, E>) -> Result<(), E> {
+        while !self.pending.is_empty() {
+            let taken = receive(self.pending.as_slices().0)?;
+            if taken == 0 {
+                break;
+            }
+            self.pending.drain(..taken);
+        }
+        Ok(())
+    }
+}
+
+/// Notes the first byte of output, then passes on.
+pub struct TimedSink<S> {
+    pub inner: S,
+    pub moments: Arc<Moments>,
+}
+
+impl<S: Sink> Sink for TimedSink<S> {
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.moments.guest_wrote();
+        self.inner.write_now(bytes)
+    }
+}
+
+/// The answer to a scripted request, when it has come.
+#[derive(Debug)]
+pub struct Answer {
+    event: EventFd,
+    got: Mutex<Option<(String, u64)>>,
+    failure: Mutex<Option<String>>,
+}
+
+impl Answer {
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Answer { event: EventFd::new(EFD_NONBLOCK)?, got: Mutex::new(None), failure: Mutex::new(None) }))
+    }
+
+    /// Readable when the answer is there, or will not come.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// The line, and when its last byte came, in ns of CLOCK_MONOTONIC.
+    pub fn get(&self) -> Option<(String, u64)> {
+        self.got.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Why no answer will come.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn fail(&self, why: String) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+        let _ = self.event.write(1);
+    }
+
+    pub(crate) fn set(&self, line: String) {
+        let now = clock::monotonic_ns();
+        self.got.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert((line, now));
+        let _ = self.event.write(1);
+    }
+}
+
+/// Longest answer line kept; a guest that writes a longer one has not answered.
+const ANSWER_MAX: usize = 4096;
+
+/// Looks for the answer line of one request among the output.
+pub struct AnswerWatch {
+    id: String,
+    line: Vec<u8>,
+    answer: Arc<Answer>,
+}
+
+impl AnswerWatch {
+    /// Waits for `ok <id> …` or `err <id> …`.
+    pub fn new(id: &str, answer: Arc<Answer>) -> Self {
+        AnswerWatch { id: id.to_string(), line: Vec::new(), answer }
+    }
+}
+
+impl Witness for AnswerWatch {
+    fn see(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            if byte != b'\n' {
+                if self.line.len() < ANSWER_MAX {
+                    self.line.push(byte);
+                }
+                continue;
+            }
+            let line = String::from_utf8_lossy(&self.line).trim_end_matches('\r').to_string();
+            self.line.clear();
+            let mut words = line.split(' ');
+            if matches!(words.next(), Some("ok" | "err")) && words.next() == Some(&self.id) {
+                self.answer.set(line);
+            }
+        }
+    }
+}
+
+/// Connects a machine's console to standard output. `watched`: the id of a request, and where its answer is noted.
+///
+/// # Errors
+/// Those of dup(2) and eventfd(2).
+pub fn to_stdout(
+    watched: Option<(&str, &Arc<Answer>)>,
+    fault_timeout: Duration,
+) -> io::Result<(Outside, Arc<Moments>)> {
+    let moments = Arc::new(Moments::default());
+    let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+    let timed = TimedSink { inner: FdSink::new(stdout), moments: moments.clone() };
+    let witness = watched.map(|(id, answer)| Box::new(AnswerWatch::new(id, answer.clone())) as Box<dyn Witness>);
+    let output = Arc::new(ConsoleOutput::watched(Box::new(timed), witness)?);
+    Ok((Outside { output, fault_timeout, moments: moments.clone() }, moments))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_line_with_the_id_is_the_answer() {
+        let answer = Answer::new().unwrap();
+        let mut watch = AnswerWatch::new("r1", answer.clone());
+        for chunk in ["ready 0.1\nok r", "2 x\nokr1\nok r10 y\n", "ok r1 00ff 12 a=b\r"] {
+            watch.see(chunk.as_bytes());
+            assert!(answer.get().is_none(), "{chunk}");
+        }
+        watch.see(b"\nerr r1 late\n");
+        assert_eq!(answer.get().unwrap().0, "ok r1 00ff 12 a=b");
+        assert!(answer.event().read().is_ok());
+    }
+
+    #[test]
+    fn input_without_a_terminal_is_passed_as_it_is() {
+        let mut input = Input::default();
+        assert_eq!(input.take(b"\x01x"), Typed::Nothing);
+        assert_eq!(input.pending, [1, b'x']);
+    }
+}

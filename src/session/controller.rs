@@ -1,0 +1,663 @@
+//! Commands to the machine: which are allowed in which state, and what they do.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::metrics::MetricsFile;
+use super::planning::{self, Chosen};
+use super::read_backs::ReadBacks;
+use super::record::Watch;
+use super::report;
+use super::sources::{self, Sources, location};
+use crate::config::control::{InstanceInfo, Reply, Request, SnapshotTaken, VmState};
+use crate::config::patch::{BalloonQuestion, DevicePatch};
+use crate::config::refusal::Refused;
+use crate::config::request::{Command, CreateSnapshot, LoadSnapshot, SnapshotKind};
+use crate::config::{DeviceConfigs, VmConfig};
+use crate::memory::engine::EngineReport;
+use crate::memory::fault_batches::FaultBatch;
+use crate::memory::fault_service::FaultCounts;
+use crate::memory::files;
+use crate::memory::stall::StallWatch;
+use crate::session::Error;
+use crate::session::log;
+use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed, SnapshotId};
+use crate::sys::kvm_stats;
+use crate::sys::kvm_stats::Translations;
+use crate::sys::logging;
+use crate::sys::lost;
+use crate::sys::output::ConsoleOutput;
+use crate::sys::timeline::{Moments, Timeline};
+use crate::tiering;
+use crate::tiering::cold::{ColdCounts, lower};
+use crate::tiering::fit::Fit;
+use crate::tiering::plan_file::CostsUsed;
+use crate::tiering::profile::Profile;
+use crate::tiering::tier::Tier;
+use crate::vmm::capture::{Captured, ReadBackWhen};
+use crate::vmm::console_ring::ConsoleRing;
+use crate::vmm::devices::{VirtioDevices, no_balloon};
+use crate::vmm::machine::SerialPort;
+use crate::vmm::machine::{Machine, Outside, Paused, Running};
+use crate::vmm::restore::RestoreSpec;
+use crate::vmm::vcpu::STOP_TIMEOUT;
+
+type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
+
+/// The machine in whatever state it is.
+enum Phase {
+    NotStarted,
+    Running(Machine<Running>),
+    Paused(Machine<Paused>),
+}
+
+/// What was restored, for the report.
+#[derive(Clone, Debug)]
+pub struct Restored {
+    pub snapshot: String,
+    pub policy: String,
+    /// Where the plan came from: `file`, `cache` or `made`.
+    pub plan: &'static str,
+    /// The page cache state the plan counts on.
+    pub source_cache: Option<&'static str>,
+    /// The numbers the plan was made by, if its policy weighs any.
+    pub costs: Option<CostsUsed>,
+    /// How the plan fits the profile it was made from.
+    pub fit: Option<Fit>,
+    pub layers: usize,
+    /// The pools that memory comes from instead of the layers' files, by the names they were given.
+    pub pools: Vec<PathBuf>,
+    pub engine: EngineReport,
+}
+
+/// Owns the machine and answers commands.
+pub struct Controller {
+    id: String,
+    config: VmConfig,
+    /// Something about the machine to boot was set, so a snapshot can no longer be loaded (as in Firecracker).
+    configured: bool,
+    phase: Phase,
+    outside: Outside,
+    pub timeline: Timeline,
+    restored: Option<Restored>,
+    /// The plan of the restored machine.
+    plan: Option<RestorePlan>,
+    metrics: Option<MetricsFile>,
+    seals: (Sender<SealNews>, Receiver<SealNews>),
+    seal_event: Arc<EventFd>,
+    seal_reply: Option<Respond>,
+    read_backs: ReadBacks,
+    /// Watches a restored machine for memory that does not come. After `phase`: it outlives the machine.
+    stalls: Option<StallWatch>,
+}
+
+/// What the thread that seals a snapshot tells.
+enum SealNews {
+    Sealed {
+        result: Result<Sealed, Error>,
+        capture_us: u64,
+    },
+    /// The disk did not keep what was written.
+    Damaged(SnapshotId),
+}
+
+/// How long the end of the process waits for snapshots that are being read back; then they stay unverified.
+const READ_BACK_PATIENCE: Duration = Duration::from_secs(10);
+
+impl Controller {
+    pub fn new(id: String, config: VmConfig, outside: Outside, timeline: Timeline) -> Result<Self, Error> {
+        let seal_event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?);
+        let metrics = config.metrics.as_ref().map(|metrics| MetricsFile::open(&metrics.metrics_path)).transpose()?;
+        Ok(Controller {
+            id,
+            config,
+            configured: false,
+            phase: Phase::NotStarted,
+            outside,
+            timeline,
+            restored: None,
+            plan: None,
+            metrics,
+            seals: channel(),
+            seal_event,
+            seal_reply: None,
+            read_backs: ReadBacks::default(),
+            stalls: None,
+        })
+    }
+
+    /// Readable when a snapshot has been sealed, or could not be.
+    pub fn seal_event(&self) -> &EventFd {
+        &self.seal_event
+    }
+
+    pub fn restored(&self) -> Option<&Restored> {
+        self.restored.as_ref()
+    }
+
+    /// How the plan that was carried out fits the run of `profile`.
+    ///
+    /// # Errors
+    /// [`tiering::Error::ProfileOfOther`] for a profile of another snapshot.
+    pub fn fit(&self, profile: &Profile) -> Result<Option<Fit>, Error> {
+        let Some(plan) = &self.plan else { return Ok(None) };
+        if plan.snapshot != profile.snapshot {
+            let (made_for, given) = (profile.snapshot, plan.snapshot);
+            return Err(tiering::Error::ProfileOfOther { made_for, given }.into());
+        }
+        Ok(Some(Fit::of(plan, profile)))
+    }
+
+    pub fn output(&self) -> &Arc<ConsoleOutput> {
+        &self.outside.output
+    }
+
+    pub fn moments(&self) -> &Arc<Moments> {
+        &self.outside.moments
+    }
+
+    /// The virtio devices the machine has, or is to have.
+    pub fn devices(&self) -> &DeviceConfigs {
+        &self.config.devices
+    }
+
+    /// The serial port, once there is a machine.
+    pub fn serial(&self) -> Option<&SerialPort> {
+        match &self.phase {
+            Phase::NotStarted => None,
+            Phase::Running(machine) => Some(machine.serial()),
+            Phase::Paused(machine) => Some(machine.serial()),
+        }
+    }
+
+    /// Console bytes that KVM collects, once there is a machine.
+    pub fn console(&self) -> Option<&Arc<ConsoleRing>> {
+        match &self.phase {
+            Phase::NotStarted => None,
+            Phase::Running(machine) => machine.console(),
+            Phase::Paused(machine) => machine.console(),
+        }
+    }
+
+    /// Calls `with` with the machine's parts that do not depend on its state.
+    pub fn machine_parts(&self) -> Option<Parts<'_>> {
+        match &self.phase {
+            Phase::NotStarted => None,
+            Phase::Running(machine) => Some(Parts::of(machine)),
+            Phase::Paused(machine) => Some(Parts::of(machine)),
+        }
+    }
+
+    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    pub fn is_comparing(&self) -> bool {
+        match &self.phase {
+            Phase::NotStarted => false,
+            Phase::Running(machine) => machine.is_comparing(),
+            Phase::Paused(machine) => machine.is_comparing(),
+        }
+    }
+
+    /// The pages the guest has written since it was restored with dirty tracking.
+    pub fn dirty_pages(&self) -> Result<PageSet, Error> {
+        match &self.phase {
+            Phase::NotStarted => Ok(PageSet::new()),
+            Phase::Running(machine) => Ok(machine.dirty_pages()?),
+            Phase::Paused(machine) => Ok(machine.dirty_pages()?),
+        }
+    }
+
+    /// Answers one request, now or (for a snapshot) when it is sealed.
+    pub fn handle(&mut self, request: Request) {
+        let Request { command, respond } = request;
+        if let Command::CreateSnapshot(create) = command {
+            match self.begin_snapshot(create) {
+                Ok(()) => self.seal_reply = Some(respond),
+                Err(refused) => respond(Err(refused)),
+            }
+            return;
+        }
+        respond(self.answer(command));
+    }
+
+    fn answer(&mut self, command: Command) -> Result<Reply, Refused> {
+        match command {
+            Command::InstanceInfo => Ok(Reply::InstanceInfo(InstanceInfo::new(&self.id, self.state()))),
+            Command::Version => Ok(Reply::Version(env!("CARGO_PKG_VERSION").to_string())),
+            Command::GetMachineConfig => Ok(Reply::MachineConfig(self.config.machine.clone())),
+            Command::GetVmConfig => Ok(Reply::VmConfig(Box::new(self.config.clone()))),
+            Command::PutBootSource(source) => self.configure(|config| config.boot_source = source),
+            Command::PutMachineConfig(machine) => self.configure(|config| config.machine = machine),
+            Command::PutCpuConfig(cpu) => self.configure(|config| config.cpu = Some(cpu)),
+            Command::PatchMachineConfig(patch) => {
+                let machine = self.config.machine.patched(&patch)?;
+                self.configure(|config| config.machine = machine)
+            }
+            Command::PutDevice(device) => {
+                self.before_start()?;
+                self.config.devices.put(device)?;
+                self.configured = true;
+                Ok(Reply::Empty)
+            }
+            Command::PatchDevice(patch) => self.patch_device(patch),
+            Command::AskBalloon(question) => self.ask_balloon(question).map(Reply::Balloon),
+            Command::Report => report::live(self).map(Reply::Report).map_err(|error| Refused::internal_because(&error)),
+            Command::PutLogger(logger) => {
+                self.before_start()?;
+                log::configure(&logger).map_err(|error| Refused::bad_request_because(&error))?;
+                self.config.logger = Some(logger);
+                Ok(Reply::Empty)
+            }
+            Command::PutMetrics(metrics) => {
+                self.before_start()?;
+                if self.metrics.is_some() {
+                    return Err(Refused::bad_request("Reinitialization of metrics not allowed."));
+                }
+                let file = MetricsFile::open(&metrics.metrics_path).map_err(|e| Refused::bad_request_because(&e))?;
+                self.metrics = Some(file);
+                self.config.metrics = Some(metrics);
+                Ok(Reply::Empty)
+            }
+            Command::InstanceStart => self.instance_start(),
+            Command::SendCtrlAltDel => Err(match self.phase {
+                Phase::NotStarted => Refused::before_start(),
+                _ => Refused::bad_request("Ctrl+Alt+Del cannot be sent: this machine has no keyboard."),
+            }),
+            Command::FlushMetrics => self.flush_metrics(),
+            Command::Pause => self.pause().map(|()| Reply::Empty),
+            Command::Resume => self.resume().map(|()| Reply::Empty),
+            Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
+            // Answered by `handle`, when it is sealed.
+            Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
+        }
+    }
+
+    fn state(&self) -> VmState {
+        match self.phase {
+            Phase::NotStarted => VmState::NotStarted,
+            Phase::Running(_) => VmState::Running,
+            Phase::Paused(_) => VmState::Paused,
+        }
+    }
+
+    fn before_start(&self) -> Result<(), Refused> {
+        if matches!(self.phase, Phase::NotStarted) { Ok(()) } else { Err(Refused::after_start()) }
+    }
+
+    fn configure(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<Reply, Refused> {
+        self.before_start()?;
+        self.configured = true;
+        change(&mut self.config);
+        Ok(Reply::Empty)
+    }
+
+    fn patch_device(&mut self, patch: DevicePatch) -> Result<Reply, Refused> {
+        let devices = match &mut self.phase {
+            Phase::NotStarted => return Err(Refused::before_start()),
+            Phase::Running(machine) => machine.patch_device(patch),
+            Phase::Paused(machine) => machine.patch_device(patch),
+        };
+        self.config.devices = devices?.clone();
+        Ok(Reply::Empty)
+    }
+
+    fn ask_balloon(&self, question: BalloonQuestion) -> Result<serde_json::Value, Refused> {
+        match &self.phase {
+            Phase::NotStarted => match (&self.config.devices.balloon, question) {
+                (Some(balloon), BalloonQuestion::Config) => Ok(serde_json::json!(balloon)),
+                (None, BalloonQuestion::Config) => Err(no_balloon()),
+                _ => Err(Refused::before_start()),
+            },
+            Phase::Running(machine) => machine.virtio().ask_balloon(question),
+            Phase::Paused(machine) => machine.virtio().ask_balloon(question),
+        }
+    }
+
+    fn instance_start(&mut self) -> Result<Reply, Refused> {
+        self.before_start()?;
+        self.timeline.wake();
+        self.boot().map_err(|error| Refused::bad_request_because(&error))?;
+        Ok(Reply::Empty)
+    }
+
+    /// Boots the configured machine.
+    pub fn boot(&mut self) -> Result<(), Error> {
+        let machine = Machine::boot(&self.config, self.outside.clone(), &mut self.timeline)?;
+        self.phase = Phase::Running(machine.start()?);
+        Ok(())
+    }
+
+    /// Restores a machine; running or paused. After an error everything is as before.
+    pub fn restore(
+        &mut self,
+        load: &LoadSnapshot,
+        watch: Watch,
+        before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let restored = self.try_restore(load, watch, before_run);
+        if restored.is_err() {
+            self.stalls = None;
+        }
+        restored
+    }
+
+    fn try_restore(
+        &mut self,
+        load: &LoadSnapshot,
+        watch: Watch,
+        before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
+        let Sources { chain, tiers, pools, cold } = sources::open(load, self.outside.fault_timeout, &stalls)?;
+        let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
+        let plan = match &cold {
+            Some(pool) => lower(&plan, chain.layers().len(), chain.layout(), pool.index())?,
+            None => plan,
+        };
+        let layers = chain.layers().len();
+        let snapshot = chain.tip().manifest().id.to_string();
+        let spec = RestoreSpec {
+            sources: files::Sources { chain, tiers, cold },
+            plan: &plan,
+            track_dirty_pages: load.track_dirty_pages,
+            observer: watch.observer,
+            single_pages: watch.single_pages,
+            in_place_mapping: load.in_place_mapping,
+            verify: load.verify,
+            handler: load.handler.as_deref(),
+            overrides: &load.overrides,
+            stalls: &stalls,
+            clock_realtime: load.clock_realtime,
+        };
+        let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
+        pools.iter().try_for_each(|pool| pool.note_plan(&engine.planned)).map_err(tiering::Error::from)?;
+        before_run(machine.serial(), machine.virtio().configs())?;
+        stalls.restored(machine.ending().clone());
+        let phase = if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
+        let (shape, configs) = match &phase {
+            Phase::Running(machine) => (machine.shape(), machine.virtio().configs()),
+            Phase::Paused(machine) => (machine.shape(), machine.virtio().configs()),
+            Phase::NotStarted => return Ok(()),
+        };
+        self.config.machine.vcpu_count = shape.vcpu_count;
+        self.config.machine.mem_size_mib = shape.mem_size_mib;
+        self.config.machine.track_dirty_pages = shape.track_dirty_pages;
+        self.config.devices = configs.clone();
+        self.phase = phase;
+        let policy = plan.policy.clone();
+        self.plan = Some(plan);
+        self.restored = Some(Restored {
+            snapshot,
+            policy,
+            plan: origin,
+            source_cache,
+            costs,
+            fit,
+            layers,
+            pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
+            engine,
+        });
+        Ok(())
+    }
+
+    fn load(&mut self, load: &LoadSnapshot) -> Result<(), Refused> {
+        self.before_start()?;
+        if self.configured {
+            return Err(Refused::bad_request(
+                "Loading a microVM snapshot not allowed after configuring boot-specific resources.",
+            ));
+        }
+        self.timeline.wake();
+        self.restore(load, Watch::default(), |_, _| Ok(())).map_err(|error| Refused::bad_request_because(&error))
+    }
+
+    fn pause(&mut self) -> Result<(), Refused> {
+        let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
+            Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
+            // As in Firecracker, pausing what is paused is no error.
+            paused @ Phase::Paused(_) => (paused, Ok(())),
+            Phase::Running(machine) => match machine.pause() {
+                Ok(machine) => (Phase::Paused(machine), Ok(())),
+                Err(failed) => {
+                    let (machine, error) = *failed;
+                    (Phase::Running(machine), Err(Refused::internal_because(&error)))
+                }
+            },
+        };
+        self.phase = phase;
+        result
+    }
+
+    fn resume(&mut self) -> Result<(), Refused> {
+        let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
+            Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
+            running @ Phase::Running(_) => (running, Ok(())),
+            Phase::Paused(machine) => match machine.resume() {
+                Ok(machine) => (Phase::Running(machine), Ok(())),
+                Err(failed) => {
+                    let (machine, error) = *failed;
+                    (Phase::Paused(machine), Err(Refused::internal_because(&error)))
+                }
+            },
+        };
+        self.phase = phase;
+        result
+    }
+
+    /// Captures the paused machine, lets it run on if asked to, and seals the snapshot on a thread of its own.
+    fn begin_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Refused> {
+        let machine = match &mut self.phase {
+            Phase::NotStarted => return Err(Refused::before_start()),
+            Phase::Running(_) => {
+                return Err(Refused::bad_request("Cannot create a snapshot of a running microVM: pause it first."));
+            }
+            Phase::Paused(machine) => machine,
+        };
+        let kind = match create.kind {
+            SnapshotKind::Full => snapshot::SnapshotKind::Full,
+            SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
+        };
+        let captured = machine.capture(location(&create.location), kind, create.copy_drives);
+        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
+        if create.resume
+            && let Err(refused) = self.resume()
+        {
+            // The snapshot is good nonetheless, and the machine is still paused; both are told.
+            tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
+        }
+        let is_first = create.verify || self.read_backs.are_many();
+        self.spawn_seal(captured, if is_first { ReadBackWhen::First } else { ReadBackWhen::Later })
+    }
+
+    fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
+        let (sender, event) = (self.seals.0.clone(), self.seal_event.clone());
+        let (read_backs, capture_us) = (self.read_backs.clone(), captured.capture_us);
+        let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
+            let tell = |news| {
+                // The receiver lives as long as the controller, and what asked for the snapshot no longer.
+                let _ = sender.send(news);
+                let _ = event.write(1);
+            };
+            let (result, left) = match captured.seal(when) {
+                Ok((sealed, read_back)) => {
+                    if read_back.is_none() {
+                        read_backs.note_first();
+                    }
+                    let left = read_back.map(|left| (sealed.id, read_backs.add(anchor(&sealed.location), left)));
+                    (Ok(sealed), left)
+                }
+                Err(error) => (Err(Error::from(error)), None),
+            };
+            tell(SealNews::Sealed { result, capture_us });
+            if let Some((id, left)) = left
+                && left.run().is_err()
+            {
+                tell(SealNews::Damaged(id));
+            }
+        });
+        spawned.map(drop).map_err(|error| {
+            self.with_machine(None);
+            Refused::internal(format!("Cannot start the thread that seals the snapshot: {error}"))
+        })
+    }
+
+    /// Takes note of sealed snapshots and answers who asked for them. Call when `seal_event` is readable.
+    pub fn finish_seals(&mut self) {
+        let _ = self.seal_event.read();
+        while let Ok(news) = self.seals.1.try_recv() {
+            let (result, capture_us) = match news {
+                SealNews::Sealed { result, capture_us } => (result, capture_us),
+                SealNews::Damaged(id) => {
+                    self.snapshot_damaged(id);
+                    continue;
+                }
+            };
+            self.with_machine(result.as_ref().ok());
+            let Some(respond) = self.seal_reply.take() else { continue };
+            respond(match result {
+                Ok(sealed) => Ok(Reply::Snapshot(SnapshotTaken {
+                    id: sealed.id.to_string(),
+                    path: anchor(&sealed.location),
+                    memory_bytes: sealed.pages_held * PAGE_SIZE,
+                    capture_us,
+                })),
+                Err(error) => Err(Refused::bad_request_because(&error)),
+            });
+        }
+    }
+
+    /// Whether a snapshot is being sealed; the process should not end before it is.
+    pub fn is_sealing(&self) -> bool {
+        self.seal_reply.is_some()
+    }
+
+    fn with_machine(&mut self, sealed: Option<&Sealed>) {
+        match &mut self.phase {
+            Phase::NotStarted => {}
+            Phase::Running(machine) => machine.seal_finished(sealed),
+            Phase::Paused(machine) => machine.seal_finished(sealed),
+        }
+    }
+
+    fn snapshot_damaged(&mut self, id: SnapshotId) {
+        match &mut self.phase {
+            Phase::NotStarted => {}
+            Phase::Running(machine) => machine.snapshot_damaged(id),
+            Phase::Paused(machine) => machine.snapshot_damaged(id),
+        }
+    }
+
+    /// What became of reading snapshots back, for reports.
+    pub fn read_backs(&self) -> serde_json::Value {
+        self.read_backs.json()
+    }
+
+    fn flush_metrics(&mut self) -> Result<Reply, Refused> {
+        if matches!(self.phase, Phase::NotStarted) {
+            return Err(Refused::before_start());
+        }
+        self.write_metrics().map_err(|error| Refused::internal_because(&error))?;
+        Ok(Reply::Empty)
+    }
+
+    /// Appends a line of metrics to the metrics file, if there is one.
+    pub fn write_metrics(&mut self) -> Result<(), Error> {
+        let (written, dropped) = self.outside.output.counts();
+        let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
+        let parts = self.machine_parts();
+        let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
+        let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
+        let promotion = parts.as_ref().and_then(|parts| parts.ram.promotion());
+        let read_backs = self.read_backs.json();
+        match &mut self.metrics {
+            Some(file) => {
+                let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
+                let plan = fit.map(|fit| {
+                    let (preloaded, in_place) = (fit.preload, fit.in_place);
+                    serde_json::json!({
+                        "preloaded": preloaded.pages, "preloaded_unexpected": preloaded.untouched,
+                        "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,
+                    })
+                });
+                let all = serde_json::json!({ "vcpu": vcpu, "uart": uart, "faults_served": faults, "plan": plan,
+                    "promotion": promotion, "devices": devices, "read_backs": read_backs, "log": logging::counts() });
+                file.write(&all)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the machine: vCPU threads first, then VM and memory. An error says who did not stop; the process should end
+    /// then.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        let is_stalled = self.stalls.as_ref().is_some_and(|watch| watch.stalls().is_stalled());
+        // A thread that waits for memory that does not come, or has touched lost memory, will not stop.
+        let patience = if is_stalled || lost::touched().is_some() { Duration::ZERO } else { STOP_TIMEOUT };
+        let stopped = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
+            Phase::NotStarted => Ok(()),
+            Phase::Running(machine) => machine.stop(patience).map_err(Error::from),
+            Phase::Paused(machine) => machine.stop(patience).map_err(Error::from),
+        };
+        self.stalls = None;
+        if !self.read_backs.wait(READ_BACK_PATIENCE) {
+            tracing::warn!("The process ends before its last snapshots were read back; `tvmm inspect` verifies them");
+        }
+        stopped
+    }
+}
+
+/// What a machine has in every state.
+pub struct Parts<'a> {
+    pub ram: &'a crate::memory::guest_ram::GuestRam,
+    pub ending: &'a Arc<crate::memory::ending::EndingSignal>,
+    pub msrs_refused: &'a [u32],
+    pub faults: FaultCounts,
+    pub fault_batches: Vec<FaultBatch>,
+    /// What the cold pool was asked for, if there is one.
+    pub cold: Option<ColdCounts>,
+    /// How much of the memory has been compared with the snapshot's checksums; null if that is not this process's to do.
+    pub verification: serde_json::Value,
+    /// Whether the kernel maps only pages that were touched.
+    pub single_pages: bool,
+    virtio: &'a VirtioDevices,
+    counters: &'a crate::vmm::exit_counters::ExitCounters,
+    vm: &'a VmFd,
+}
+
+impl<'a> Parts<'a> {
+    /// What KVM has mapped for the guest; `None` on kernels that do not count.
+    pub fn translations(&self) -> Result<Option<Translations>, Error> {
+        kvm_stats::translations(self.vm).map_err(Error::os("read KVM's statistics"))
+    }
+
+    fn of<S>(machine: &'a Machine<S>) -> Self {
+        Parts {
+            ram: machine.ram(),
+            ending: machine.ending(),
+            msrs_refused: machine.msrs_refused(),
+            faults: machine.fault_counts(),
+            fault_batches: machine.fault_batches(),
+            cold: machine.services().cold_counts(),
+            verification: machine.verification(),
+            single_pages: machine.maps_single_pages(),
+            virtio: machine.virtio(),
+            counters: machine.counters(),
+            vm: machine.vm(),
+        }
+    }
+
+    pub fn counters_json(&self) -> serde_json::Value {
+        self.counters.json()
+    }
+}
+
+fn anchor(location: &Location) -> PathBuf {
+    match location {
+        Location::Dir(dir) => dir.clone(),
+        Location::Files { snapshot, .. } => snapshot.clone(),
+    }
+}

@@ -1,0 +1,48 @@
+//! What can go wrong while a VM is prepared, run, recorded or reported on.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::backends;
+use crate::backends::pool_media;
+use crate::memory;
+use crate::snapshot;
+use crate::tiering;
+use crate::vmm;
+
+/// The one error of the room `session`. Each variant says what was being done to what; causes are chained.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("The request is to be made over vsock, but the machine has no vsock device")]
+    NoVsock,
+    #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
+    PoolAndHandler,
+    #[error("The run cannot be recorded: {0}")]
+    Record(String),
+    #[error("Cannot keep plans and working-set images in {path}", path = path.display())]
+    PlanDir { path: PathBuf, source: io::Error },
+    #[error("Cannot {doing}")]
+    Os { doing: &'static str, source: io::Error },
+    #[error("Cannot {doing} {path}")]
+    File { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Otlp(#[from] crate::sys::otlp::Unusable),
+    #[error(transparent)]
+    Vmm(#[from] vmm::Error),
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Backends(#[from] backends::Error),
+    #[error(transparent)]
+    Medium(#[from] pool_media::Error),
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+    #[error(transparent)]
+    Tiering(#[from] tiering::Error),
+}
+
+impl Error {
+    pub(super) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Os { doing, source }
+    }
+}

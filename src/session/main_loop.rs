@@ -1,0 +1,416 @@
+//! The main loop: one thread waits for the console, the control socket, signals, and the guest's end.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::console::{Answer, Input, Typed};
+use super::port_request::{PortRequest, Requesting};
+use super::record::Watch;
+use crate::config::DeviceConfigs;
+use crate::config::control::ControlReceiver;
+use crate::config::request::LoadSnapshot;
+use crate::memory::ending::Ending;
+use crate::session::Error;
+use crate::session::controller::Controller;
+use crate::sys::code;
+use crate::sys::lost;
+use crate::sys::lost::Listening;
+use crate::sys::output::ConsoleOutput;
+use crate::sys::signals::EndSignals;
+use crate::vmm;
+
+/// How a session ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest ended.
+    Guest(Ending),
+    /// The machine could not go on, because of this.
+    Failed(String),
+    /// Memory of the guest was lost, or is not what was captured.
+    MemoryLost(String),
+    /// A signal asked for it.
+    Signal(i32),
+    /// Ctrl-A X.
+    Quit,
+    /// The scripted request was answered.
+    Answered,
+    /// It cannot be.
+    NoAnswer(String),
+    /// It was not, in time.
+    TimedOut,
+}
+
+impl From<Ending> for Outcome {
+    fn from(ending: Ending) -> Self {
+        match ending {
+            Ending::Failed(what) => Outcome::Failed(what),
+            Ending::MemoryLost(what) => Outcome::MemoryLost(what),
+            ending => Outcome::Guest(ending),
+        }
+    }
+}
+
+/// What the session is to begin with.
+pub enum Begin {
+    /// Wait for the control socket to configure a machine.
+    Wait,
+    /// Boot the configured machine.
+    Boot,
+    /// Restore a snapshot.
+    Restore(LoadSnapshot),
+    /// Restore a snapshot and watch what the guest does to its memory.
+    Record(LoadSnapshot, Watch),
+}
+
+/// What the main loop listens to besides the machine.
+pub struct Surroundings {
+    pub input: Input,
+    /// Whether standard input is read (not while a scripted request is run).
+    pub reads_stdin: bool,
+    pub control: Option<ControlReceiver>,
+    pub signals: EndSignals,
+    pub answer: Option<Arc<Answer>>,
+    /// The scripted request, if it is made over vsock and not by `input`.
+    pub request: Option<PortRequest>,
+    pub timeout: Option<Duration>,
+}
+
+const STDIN: u32 = 0;
+const CONTROL: u32 = 1;
+const SIGNALS: u32 = 2;
+const ANSWER: u32 = 3;
+const SEALED: u32 = 4;
+const BACKLOG: u32 = 5;
+const STDOUT: u32 = 6;
+const ENDING: u32 = 7;
+const FIFO: u32 = 8;
+const CONSOLE: u32 = 9;
+
+/// When nothing has happened for so long, the VM has started, and what only that took is let go. Not before: it costs a
+/// restore some 60 µs.
+const SETTLED: Duration = Duration::from_millis(100);
+
+/// One VM's main loop.
+struct Session {
+    controller: Controller,
+    around: Surroundings,
+    /// Standard input cannot be waited for (a regular file, /dev/null): it is read whenever the guest wants more.
+    stdin_always_ready: bool,
+    stdin_open: bool,
+    stdin_watched: bool,
+    /// The machine's own events are registered, and the handler of SIGBUS knows of them.
+    machine_watched: bool,
+    listening: Option<Listening>,
+    /// What only starting took has been let go.
+    is_slim: bool,
+    /// When the last event came, ticks of the console aside.
+    busy_at: Instant,
+    /// The scripted request was answered.
+    is_answered: bool,
+    outcome: Option<Outcome>,
+    failure: Option<Error>,
+}
+
+/// How often a session looks whether the memory that an answer may rest on was compared with its checksums.
+const COMPARED_POLL: Duration = Duration::from_millis(1);
+
+/// Runs a VM until it ends. Returns how, and the controller with whatever is left of the machine.
+pub fn run(
+    mut controller: Controller,
+    begin: Begin,
+    mut around: Surroundings,
+) -> Result<(Outcome, Controller, Surroundings), Error> {
+    let mut requesting = None;
+    match begin {
+        Begin::Wait => {}
+        Begin::Boot => {
+            controller.boot()?;
+            requesting = begin_request(&around, controller.devices(), controller.output())?;
+        }
+        Begin::Restore(load) => requesting = restore(&mut controller, &load, Watch::default(), &mut around)?,
+        Begin::Record(load, watch) => requesting = restore(&mut controller, &load, watch, &mut around)?,
+    }
+    let deadline = around.timeout.map(|timeout| Instant::now() + timeout);
+    let stdin_open = around.reads_stdin;
+    let session = Session {
+        controller,
+        around,
+        stdin_always_ready: false,
+        stdin_open,
+        stdin_watched: false,
+        machine_watched: false,
+        listening: None,
+        is_slim: false,
+        busy_at: Instant::now(),
+        is_answered: false,
+        outcome: None,
+        failure: None,
+    };
+    let mut manager = EventManager::<Session>::new().map_err(|error| event_error(&error))?;
+    let id = manager.add_subscriber(session);
+    loop {
+        let (settles, awaits_comparison) = {
+            let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
+            if let Some(failure) = session.failure.take() {
+                return Err(failure);
+            }
+            session.conclude();
+            let over = session.outcome.is_some() && !session.controller.is_sealing();
+            if over {
+                break;
+            }
+            let awaits_comparison = session.awaits_comparison();
+            let settles = session.machine_watched && !session.is_slim && !awaits_comparison;
+            (settles.then(|| SETTLED.saturating_sub(session.busy_at.elapsed())), awaits_comparison)
+        };
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let wait = settles.map_or(left, |settles| Some(left.map_or(settles, |left| left.min(settles))));
+        let wait = if awaits_comparison { Some(COMPARED_POLL) } else { wait };
+        // Rounded up, so that the last wait does not spin.
+        let wait = wait.map_or(-1, |wait| wait.as_millis() as i32 + 1);
+        manager.run_with_timeout(wait).map_err(|error| event_error(&error))?;
+        let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
+        if settles.is_some() && session.busy_at.elapsed() >= SETTLED {
+            code::unmap_until_touched();
+            session.is_slim = true;
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
+            // The answer came, and its reader does not read.
+            let is_unread = session.is_answered && !session.controller.is_comparing();
+            let late = if is_unread { Outcome::Answered } else { Outcome::TimedOut };
+            session.outcome.get_or_insert(late);
+        }
+    }
+    let session = manager.remove_subscriber(id).map_err(|error| event_error(&error))?;
+    drop(requesting);
+    // The loop only breaks with an outcome.
+    let outcome = session.outcome.unwrap_or(Outcome::Quit);
+    Ok((outcome, session.controller, session.around))
+}
+
+fn restore(
+    controller: &mut Controller,
+    load: &LoadSnapshot,
+    watch: Watch,
+    around: &mut Surroundings,
+) -> Result<Option<Requesting>, Error> {
+    // A request given beforehand is in the FIFO, or waits at the vsock device, before the guest runs: one wake-up less.
+    let mut requesting = None;
+    let output = controller.output().clone();
+    controller.restore(load, watch, |serial, devices| {
+        around.input.feed(|bytes| serial.receive(bytes)).map_err(vmm::Error::from)?;
+        requesting = begin_request(around, devices, &output)?;
+        Ok(())
+    })?;
+    Ok(requesting)
+}
+
+/// Makes the scripted request, if it goes over vsock.
+fn begin_request(
+    around: &Surroundings,
+    devices: &DeviceConfigs,
+    output: &Arc<ConsoleOutput>,
+) -> Result<Option<Requesting>, Error> {
+    around.request.as_ref().map(|request| request.begin(devices, output.clone())).transpose()
+}
+
+fn event_error(error: &event_manager::Error) -> Error {
+    Error::Os { doing: "wait for events", source: std::io::Error::other(error.to_string()) }
+}
+
+impl Session {
+    fn try_init(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        watch(ops, &self.around.signals, SIGNALS)?;
+        if let Some(control) = &self.around.control {
+            watch_event(ops, control.eventfd(), CONTROL)?;
+        }
+        if let Some(answer) = &self.around.answer {
+            watch_event(ops, answer.event(), ANSWER)?;
+        }
+        watch_event(ops, self.controller.seal_event(), SEALED)?;
+        watch_event(ops, self.controller.output().backlog_event(), BACKLOG)?;
+        self.watch_machine(ops)
+    }
+
+    /// Registers the events of a machine that has come into being.
+    fn watch_machine(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        if self.machine_watched {
+            return Ok(());
+        }
+        let (Some(parts), Some(serial)) = (self.controller.machine_parts(), self.controller.serial()) else {
+            return Ok(());
+        };
+        watch_event(ops, parts.ending.event(), ENDING)?;
+        let listening = lost::listen(parts.ending.event());
+        watch_event(ops, serial.fifo_empty_event(), FIFO)?;
+        self.listening = Some(listening);
+        if let Some(console) = self.controller.console() {
+            watch(ops, &**console, CONSOLE)?;
+        }
+        self.machine_watched = true;
+        self.feed(ops)
+    }
+
+    /// Whether only the comparison of memory is waited for: its end is no event.
+    fn awaits_comparison(&self) -> bool {
+        self.is_answered && self.outcome.is_none() && !self.controller.output().has_backlog()
+    }
+
+    /// Ends the session once the request is answered, the output is written, and the memory that the answer may rest on
+    /// was compared with its checksums. If that found damage, the answer does not count.
+    fn conclude(&mut self) {
+        let is_under_way = self.controller.output().has_backlog() || self.controller.is_comparing();
+        if !self.is_answered || self.outcome.is_some() || is_under_way {
+            return;
+        }
+        let ending = self.controller.machine_parts().and_then(|parts| parts.ending.take());
+        self.outcome = Some(match ending {
+            Some(Ending::Failed(what)) => Outcome::Failed(what),
+            _ => Outcome::Answered,
+        });
+    }
+
+    fn handle(&mut self, token: u32, ops: &mut EventOps) -> Result<(), Error> {
+        if token != CONSOLE {
+            self.busy_at = Instant::now();
+        }
+        match token {
+            STDIN => self.read_stdin(ops),
+            CONTROL => {
+                let requests = self.around.control.as_ref().map(ControlReceiver::drain).unwrap_or_default();
+                requests.into_iter().for_each(|request| self.controller.handle(request));
+                self.watch_machine(ops)
+            }
+            SIGNALS => {
+                if let Some(number) = self.around.signals.take_one() {
+                    self.outcome.get_or_insert(Outcome::Signal(number));
+                }
+                Ok(())
+            }
+            ANSWER => {
+                match self.around.answer.as_ref().and_then(|answer| answer.failure()) {
+                    Some(why) => {
+                        self.outcome.get_or_insert(Outcome::NoAnswer(why));
+                    }
+                    None => self.is_answered = true,
+                }
+                self.around.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();
+                Ok(())
+            }
+            SEALED => {
+                self.controller.finish_seals();
+                Ok(())
+            }
+            CONSOLE => {
+                if let Some(console) = self.controller.console() {
+                    console.tick();
+                }
+                Ok(())
+            }
+            BACKLOG | STDOUT => self.drain_output(token, ops),
+            ENDING => {
+                if let Some(ending) = self.controller.machine_parts().and_then(|parts| parts.ending.take()) {
+                    self.outcome.get_or_insert(Outcome::from(ending));
+                }
+                Ok(())
+            }
+            FIFO => {
+                if let Some(serial) = self.controller.serial() {
+                    let _ = serial.fifo_empty_event().read();
+                }
+                self.feed(ops)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn read_stdin(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        match self.around.input.read().map_err(Error::os("read standard input"))? {
+            Typed::Quit => {
+                self.outcome.get_or_insert(Outcome::Quit);
+            }
+            Typed::End => self.stdin_open = false,
+            Typed::Nothing => {}
+        }
+        self.feed(ops)
+    }
+
+    /// Gives the guest what waits, and watches standard input exactly while more is wanted.
+    fn feed(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        let Some(serial) = self.controller.serial().cloned() else { return Ok(()) };
+        loop {
+            self.around.input.feed(|bytes| serial.receive(bytes)).map_err(vmm::Error::from)?;
+            let wanted = self.stdin_open && self.around.input.wants_more();
+            if wanted && self.stdin_always_ready && serial.room() > 0 {
+                if self.around.input.read().map_err(Error::os("read standard input"))? == Typed::End {
+                    self.stdin_open = false;
+                }
+                continue;
+            }
+            return self.watch_stdin(wanted && !self.stdin_always_ready, ops);
+        }
+    }
+
+    fn watch_stdin(&mut self, wanted: bool, ops: &mut EventOps) -> Result<(), Error> {
+        if wanted == self.stdin_watched {
+            return Ok(());
+        }
+        let stdin = std::io::stdin();
+        let events = Events::with_data(&stdin, STDIN, EventSet::IN);
+        let result = if wanted { ops.add(events) } else { ops.remove(events) };
+        match result {
+            Ok(()) => self.stdin_watched = wanted,
+            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EPERM => {
+                self.stdin_always_ready = true;
+                return self.feed(ops);
+            }
+            Err(error) => return Err(event_error(&error)),
+        }
+        Ok(())
+    }
+
+    /// Writes what waits for standard output, and watches it while something still does.
+    fn drain_output(&mut self, token: u32, ops: &mut EventOps) -> Result<(), Error> {
+        let waiting = self.controller.output().drain();
+        let stdout = std::io::stdout();
+        let events = Events::with_data(&stdout, STDOUT, EventSet::OUT);
+        let result = match (token, waiting) {
+            (BACKLOG, true) => ops.add(events),
+            (STDOUT, false) => ops.remove(events),
+            _ => Ok(()),
+        };
+        match result {
+            // It is watched already: more bytes began to wait before it was writable.
+            Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EEXIST => Ok(()),
+            Err(event_manager::Error::FdAlreadyRegistered) => Ok(()),
+            result => result.map_err(|error| event_error(&error)),
+        }
+    }
+}
+
+fn watch(ops: &mut EventOps, fd: &impl AsRawFd, token: u32) -> Result<(), Error> {
+    ops.add(Events::with_data(fd, token, EventSet::IN)).map_err(|error| event_error(&error))
+}
+
+fn watch_event(ops: &mut EventOps, event: &EventFd, token: u32) -> Result<(), Error> {
+    watch(ops, event, token)
+}
+
+impl MutEventSubscriber for Session {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if let Err(error) = self.handle(events.data(), ops) {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = self.try_init(ops) {
+            self.failure.get_or_insert(error);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Counters of a running VM, in the shape of one JSON line (`metrics.metrics_path`, `FlushMetrics`).
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use crate::session::Error;
+use crate::sys::lines::{Lines, Target};
+use crate::sys::logging::open_to_append;
+
+/// The file metrics are appended to, one JSON object per line.
+#[derive(Debug)]
+pub struct MetricsFile {
+    path: PathBuf,
+    target: Target,
+    lines: Arc<Lines>,
+}
+
+/// How long the main loop waits for the reader of metrics.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+impl MetricsFile {
+    /// Opens a file or named pipe for appending; made if it is missing.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = open_to_append(path).map_err(|source| Error::File {
+            doing: "open the metrics file",
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(MetricsFile { path: path.to_owned(), target: Target::File(Arc::new(file)), lines: Arc::default() })
+    }
+
+    /// Writes one line with the time and `metrics`.
+    ///
+    /// # Errors
+    /// A reader that does not take the line within [`PATIENCE`]: the line is written when it does.
+    pub fn write(&mut self, metrics: &Value) -> Result<(), Error> {
+        let failed = |source| Error::File { doing: "write to the metrics file", path: self.path.clone(), source };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut line = json!({ "utc_timestamp_ms": now.as_millis() as u64 });
+        if let (Some(line), Some(metrics)) = (line.as_object_mut(), metrics.as_object()) {
+            line.extend(metrics.clone());
+        }
+        let dropped = self.lines.counts().dropped;
+        self.lines.put(&self.target, format!("{line}\n"));
+        if !self.lines.flush(PATIENCE) {
+            return Err(failed(io::Error::new(io::ErrorKind::TimedOut, "its reader does not read")));
+        }
+        match self.lines.take_failure() {
+            Some(error) => Err(failed(error)),
+            None if self.lines.counts().dropped > dropped => {
+                Err(failed(io::Error::new(io::ErrorKind::TimedOut, "its reader does not read, and the line is lost")))
+            }
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! One scripted request over vsock: what `--run` does for guests that listen there instead of on the serial line.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::console::Answer;
+use crate::config::DeviceConfigs;
+use crate::session::Error;
+use crate::sys::output::ConsoleOutput;
+
+/// The guest may not listen yet: it is asked again after this.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Longest line of the device's or the guest's that is looked at.
+const LINE_MAX: u64 = 4096;
+
+/// A request that is to be made of a guest on a vsock port.
+#[derive(Clone, Debug)]
+pub struct PortRequest {
+    pub port: u32,
+    /// `run <id> <function> …` without its newline.
+    pub line: String,
+    /// The id in `line`.
+    pub id: String,
+    pub answer: Arc<Answer>,
+}
+
+/// A request that is under way. Given up when dropped.
+pub struct Requesting {
+    stop: Option<Sender<()>>,
+    stream: Arc<Mutex<Option<UnixStream>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What came of one attempt.
+enum Attempt {
+    Answered(String),
+    /// The guest does not listen on the port (yet).
+    Refused,
+}
+
+impl PortRequest {
+    /// Begins to ask the machine with these devices; what the guest says goes to `output` as well.
+    pub fn begin(&self, devices: &DeviceConfigs, output: Arc<ConsoleOutput>) -> Result<Requesting, Error> {
+        let path = devices.vsock.as_ref().ok_or(Error::NoVsock)?.uds_path.clone();
+        let (stop, stopped) = channel();
+        let stream = Arc::new(Mutex::new(None));
+        let (request, shared) = (self.clone(), stream.clone());
+        let work = move || match request.ask_until_answered(&path, &output, &stopped, &shared) {
+            Ok(Some(line)) => request.answer.set(line),
+            Ok(None) => {}
+            Err(error) => request.answer.fail(format!("port {} over {}: {error}", request.port, path.display())),
+        };
+        let thread = std::thread::Builder::new().name("request".into()).spawn(work);
+        let thread = thread.map_err(Error::os("start the thread of the request"))?;
+        Ok(Requesting { stop: Some(stop), stream, thread: Some(thread) })
+    }
+
+    /// The answer; None if it was stopped before.
+    fn ask_until_answered(
+        &self,
+        path: &Path,
+        output: &ConsoleOutput,
+        stopped: &Receiver<()>,
+        shared: &Mutex<Option<UnixStream>>,
+    ) -> io::Result<Option<String>> {
+        loop {
+            let stream = UnixStream::connect(path)?;
+            *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
+            match self.ask(stream, output)? {
+                Attempt::Answered(line) => return Ok(Some(line)),
+                Attempt::Refused => match stopped.recv_timeout(AGAIN) {
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Ok(()) | Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                },
+            }
+        }
+    }
+
+    fn ask(&self, mut stream: UnixStream, output: &ConsoleOutput) -> io::Result<Attempt> {
+        stream.write_all(format!("CONNECT {}\n", self.port).as_bytes())?;
+        let mut reader = BufReader::new(stream.try_clone()?);
+        match read_line(&mut reader) {
+            Ok(Some(line)) if line.starts_with("OK ") => {}
+            Ok(Some(line)) => return Err(io::Error::other(format!("it says `{line}` instead of OK"))),
+            Ok(None) => return Ok(Attempt::Refused),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Attempt::Refused),
+            Err(error) => return Err(error),
+        }
+        stream.write_all(format!("{}\n", self.line).as_bytes())?;
+        while let Some(line) = read_line(&mut reader)? {
+            output.put(format!("{line}\n").as_bytes());
+            let mut words = line.split(' ');
+            if matches!(words.next(), Some("ok" | "err")) && words.next() == Some(&self.id) {
+                return Ok(Attempt::Answered(line));
+            }
+        }
+        Err(io::Error::other("the guest closed the connection before it answered"))
+    }
+}
+
+/// A line without its end; None at the end of the stream.
+fn read_line(reader: &mut impl BufRead) -> io::Result<Option<String>> {
+    let mut bytes = Vec::new();
+    reader.by_ref().take(LINE_MAX).read_until(b'\n', &mut bytes)?;
+    match bytes.pop() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(String::from_utf8_lossy(&bytes).trim_end_matches('\r').to_string())),
+        Some(_) if bytes.len() as u64 + 1 == LINE_MAX => Err(io::Error::other("it sent a line of more than 4 KiB")),
+        Some(_) => Ok(None),
+    }
+}
+
+impl Drop for Requesting {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(stream) = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // Ends what the thread waits for; it may have ended already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! Recording a profile: restores a snapshot in this process, runs one function of the guest, and asks the kernel what
+//! became of the pages. What a recorder can know is the business of `tiering::recorder`.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::console::{Answer, AnswerWatch, Input};
+use super::main_loop;
+use super::main_loop::{Begin, Outcome, Surroundings};
+use super::port_request::PortRequest;
+use super::sources;
+use crate::config::VmConfig;
+use crate::config::overrides::Overrides;
+use crate::config::request::{LoadSnapshot, SnapshotPaths};
+use crate::session::Error;
+use crate::session::controller::Controller;
+use crate::snapshot::{Chain, Content, Extent, Gfn, PAGE_SIZE, PageSet, Snapshot};
+use crate::sys::output::{ConsoleOutput, Sink};
+use crate::sys::pagemap_scan;
+use crate::sys::pagemap_scan::Mapped;
+use crate::sys::resident::CacheView;
+use crate::sys::signals::EndSignals;
+use crate::sys::timeline::{Moments, Timeline};
+use crate::tiering::fault::FaultObserver;
+use crate::tiering::profile::{Profile, RecorderKind, nonzero};
+use crate::tiering::recorder::{FaultLog, Layering, MappedPages, ResidentPages, from_dirty, from_layers, from_mapped};
+use crate::vmm::machine::Outside;
+
+/// How a restored machine is watched from its first touch of memory on.
+#[derive(Default)]
+pub struct Watch {
+    /// Is told of every first touch.
+    pub observer: Option<Box<dyn FaultObserver>>,
+    /// The kernel is to map only pages that are touched, not their neighbours, if it can be made to.
+    pub single_pages: bool,
+}
+
+/// What is to be recorded.
+#[derive(Clone, Debug)]
+pub struct RecordSpec {
+    pub snapshot: SnapshotPaths,
+    pub recorder: RecorderKind,
+    /// One function of the guest: `name key=value…`.
+    pub function: String,
+    /// The vsock port where the guest takes requests, if it is not the serial line.
+    pub port: Option<u32>,
+    /// How long the function may take.
+    pub timeout: Duration,
+    /// How long the guest may wait for a page.
+    pub fault_timeout: Duration,
+    /// Where the run's own copies of drives are made, for a snapshot that has copies.
+    pub drive_dir: Option<PathBuf>,
+}
+
+/// A run that was recorded.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    pub profile: Profile,
+    /// The guest's answer.
+    pub answer: String,
+    /// First entry into the guest to the answer's last byte, ns.
+    pub execute_ns: u64,
+}
+
+const RUN_ID: &str = "record";
+/// FaaSnap's daemon looks as often.
+const POLL: Duration = Duration::from_millis(4);
+
+/// Records one run. `signals` come back for the next.
+pub fn record(spec: &RecordSpec, signals: EndSignals) -> Result<(Recorded, EndSignals), Error> {
+    let chain = Arc::new(Chain::open(&sources::location(&spec.snapshot))?);
+    let snapshot = chain.tip().id();
+    let name = spec.function.as_str();
+    let mut signals = Some(signals);
+    let (profile, run) = match spec.recorder {
+        RecorderKind::Uffd => {
+            let log = FaultLog::new();
+            let watch = Watch { observer: Some(Box::new(log.clone())), ..Watch::default() };
+            let run = run(spec, watch, false, &mut signals)?;
+            (log.profile(snapshot, name, run.answered_ns), run)
+        }
+        RecorderKind::Mincore => {
+            let poller = Poller::start(CacheOfChain::evicted(&chain)?)?;
+            let run = run(spec, Watch::default(), false, &mut signals)?;
+            let (layering, resident) = poller.finish()?;
+            let layers = layering.finish(&resident, &nonzero(&chain.resolve()?));
+            (from_layers(snapshot, name, layers), run)
+        }
+        RecorderKind::Pagemap => {
+            let run = run(spec, Watch { single_pages: true, ..Watch::default() }, false, &mut signals)?;
+            (from_mapped(snapshot, name, mapped_pages(&run.controller)?), run)
+        }
+        RecorderKind::DirtyLog => {
+            let run = run(spec, Watch::default(), true, &mut signals)?;
+            let dirty = run.controller.dirty_pages()?;
+            (from_dirty(snapshot, name, dirty), run)
+        }
+        RecorderKind::Merged => return Err(Error::Record("a merged profile is made of others".to_string())),
+    };
+    let Run { mut controller, answer, execute_ns, .. } = run;
+    controller.stop()?;
+    let signals = signals.ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
+    Ok((Recorded { profile, answer, execute_ns }, signals))
+}
+
+/// A function that has answered, and the machine it ran in.
+struct Run {
+    controller: Controller,
+    answer: String,
+    answered_ns: u64,
+    execute_ns: u64,
+}
+
+/// Output nobody reads: the answer is caught before.
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(bytes.len())
+    }
+}
+
+fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSignals>) -> Result<Run, Error> {
+    let answer = Answer::new().map_err(Error::os("make an eventfd"))?;
+    let moments = Arc::new(Moments::default());
+    let witness = Box::new(AnswerWatch::new(RUN_ID, answer.clone()));
+    let output = ConsoleOutput::watched(Box::new(Nowhere), Some(witness));
+    let output = Arc::new(output.map_err(Error::os("make an eventfd"))?);
+    let outside = Outside { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
+    let load = LoadSnapshot {
+        location: spec.snapshot.clone(),
+        policy: "firecracker".to_string(),
+        track_dirty_pages: dirty,
+        overrides: Overrides { drive_dir: spec.drive_dir.clone(), ..Overrides::default() },
+        resume: true,
+        ..LoadSnapshot::default()
+    };
+    let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
+    let line = format!("run {RUN_ID} {}", spec.function);
+    let (id, asked) = (RUN_ID.to_string(), answer.clone());
+    let request = spec.port.map(|port| PortRequest { port, line: line.clone(), id, answer: asked });
+    let around = Surroundings {
+        input: if request.is_some() { Input::default() } else { Input::script(format!("{line}\n").as_bytes()) },
+        reads_stdin: false,
+        control: None,
+        signals: signals_now,
+        answer: Some(answer.clone()),
+        request,
+        timeout: Some(spec.timeout),
+    };
+    let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), outside, Timeline::begin(None))?;
+    let (outcome, controller, around) = main_loop::run(controller, Begin::Record(load, watch), around)?;
+    *signals = Some(around.signals);
+    match outcome {
+        Outcome::Answered => {}
+        Outcome::TimedOut => return failed(format!("the guest did not answer within {} s", spec.timeout.as_secs())),
+        Outcome::Failed(what) | Outcome::MemoryLost(what) => return failed(what),
+        Outcome::Guest(ending) => return failed(format!("the guest ended before it answered: {ending:?}")),
+        Outcome::Signal(number) => return failed(format!("signal {number} came first")),
+        Outcome::NoAnswer(why) => return failed(format!("the guest did not answer: {why}")),
+        Outcome::Quit => return failed("it was ended".to_string()),
+    }
+    match (answer.get(), moments.first_run_ns()) {
+        (Some((line, answered_ns)), Some(entered_ns)) if line.starts_with("ok ") => {
+            let execute_ns = answered_ns.saturating_sub(entered_ns);
+            Ok(Run { controller, answer: line, answered_ns, execute_ns })
+        }
+        (Some((line, _)), _) => failed(format!("the function failed: {line}")),
+        (None, _) => failed("the answer got lost".to_string()),
+    }
+}
+
+fn failed<T>(what: String) -> Result<T, Error> {
+    Err(Error::Record(what))
+}
+
+/// What is mapped of guest memory now.
+fn mapped_pages(controller: &Controller) -> Result<MappedPages, Error> {
+    let Some(parts) = controller.machine_parts() else { return failed("the machine is gone".to_string()) };
+    let mut mapped = MappedPages { only_touched: parts.single_pages, ..MappedPages::default() };
+    for (range, host) in parts.ram.slots() {
+        let first = range.gpa / PAGE_SIZE;
+        let scan = pagemap_scan::mapped_runs(host, range.len / PAGE_SIZE, |run, pages, what| {
+            let extent = Extent { first: Gfn(first + run), pages };
+            match what {
+                Mapped::Own => mapped.own.insert_run(extent),
+                Mapped::Shared => mapped.shared.insert_run(extent),
+            }
+        });
+        scan.map_err(Error::os("scan the page map (PAGEMAP_SCAN needs Linux 6.7)"))?;
+    }
+    Ok(mapped)
+}
+
+/// The page cache of all layers of a chain, as guest pages.
+struct CacheOfChain {
+    chain: Arc<Chain>,
+    views: Vec<CacheView>,
+    /// Guest pages by the layer they come from; zero pages belong to whoever has them as holes.
+    from_layer: Vec<PageSet>,
+}
+
+impl CacheOfChain {
+    /// Views on the layers' memory files, after they were dropped from the page cache.
+    fn evicted(chain: &Arc<Chain>) -> Result<Self, Error> {
+        let mut by_layer: BTreeMap<usize, PageSet> = BTreeMap::new();
+        for run in chain.resolve()? {
+            if let Content::Layer(source) = run.content {
+                by_layer.entry(source.layer).or_default().insert_run(run.extent);
+            }
+        }
+        let from_layer = (0..chain.layers().len()).map(|layer| by_layer.remove(&layer).unwrap_or_default()).collect();
+        let views = chain.layers().iter().map(evict).collect::<Result<_, _>>()?;
+        let mut cache = CacheOfChain { chain: chain.clone(), views, from_layer };
+        let left = cache.resident().map_err(Error::os("ask which pages are in the page cache"))?;
+        match left.len() {
+            0 => Ok(cache),
+            pages => failed(format!(
+                "{pages} pages of the snapshot's memory cannot be dropped from the page cache, so that mincore would \
+                 take them for touched: another VM maps them, or the file system is a tmpfs"
+            )),
+        }
+    }
+}
+
+fn evict(layer: &Snapshot) -> Result<CacheView, Error> {
+    let path = layer.memory_path();
+    let failed = |doing| move |source| Error::File { doing, path: path.to_owned(), source };
+    let evicted = rustix::fs::fadvise(layer.memory(), 0, None, rustix::fs::Advice::DontNeed);
+    evicted.map_err(io::Error::from).map_err(failed("evict"))?;
+    CacheView::new(layer.memory(), layer.layout().file_len()).map_err(failed("map"))
+}
+
+impl ResidentPages for CacheOfChain {
+    fn resident(&mut self) -> io::Result<PageSet> {
+        let mut all = PageSet::new();
+        let layout = self.chain.layout();
+        for (view, wanted) in self.views.iter_mut().zip(&self.from_layer) {
+            let mut pages = PageSet::new();
+            view.resident_runs(|first, count| {
+                for range in layout.ranges() {
+                    let from = range.file_offset / PAGE_SIZE;
+                    let (low, high) = (first.max(from), (first + count).min(from + range.len / PAGE_SIZE));
+                    if low < high {
+                        let gfn = Gfn(range.gpa / PAGE_SIZE + (low - from));
+                        pages.insert_run(Extent { first: gfn, pages: high - low });
+                    }
+                }
+            })?;
+            pages.intersect_with(wanted);
+            all.union_with(&pages);
+        }
+        Ok(all)
+    }
+}
+
+/// Looks at the page cache while the function runs.
+struct Poller {
+    stop: Sender<()>,
+    thread: JoinHandle<io::Result<(Layering, PageSet)>>,
+}
+
+impl Poller {
+    fn start(mut cache: impl ResidentPages + 'static) -> Result<Self, Error> {
+        let (stop, stopped) = channel();
+        let look = move || {
+            let mut layering = Layering::new();
+            loop {
+                let over = stopped.recv_timeout(POLL) != Err(RecvTimeoutError::Timeout);
+                let resident = cache.resident()?;
+                if over {
+                    return Ok((layering, resident));
+                }
+                layering.look(&resident);
+            }
+        };
+        let thread = std::thread::Builder::new().name("mincore".into()).spawn(look);
+        Ok(Poller { stop, thread: thread.map_err(Error::os("start the thread that watches the page cache"))? })
+    }
+
+    fn finish(self) -> Result<(Layering, PageSet), Error> {
+        // A thread that failed no longer listens; its result says why.
+        let _ = self.stop.send(());
+        let result = self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+        result.map_err(Error::os("ask which pages are in the page cache"))
+    }
+}

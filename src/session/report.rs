@@ -1,0 +1,185 @@
+//! The JSON report of one boot or restore: `--report` when it is over, `GET /tvmm/report` while it runs.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::console::Answer;
+use super::main_loop::Outcome;
+use crate::memory::ending::Ending;
+use crate::memory::fault_batches::FaultBatch;
+use crate::memory::{accounting, usage};
+use crate::session::Error;
+use crate::session::controller::{Controller, Parts};
+use crate::snapshot::overwrite_private;
+use crate::sys::clock;
+use crate::sys::otlp;
+use crate::sys::timeline::Timeline;
+use crate::sys::timeline::chrome_event;
+use crate::tiering::profile::Profile;
+
+/// A report being put together.
+pub struct Report(Value);
+
+/// Everything that needs the machine alive.
+///
+/// `against`: the profile of a run to hold the plan against.
+pub fn collect(
+    controller: &Controller,
+    operation: &str,
+    answer: Option<&Answer>,
+    against: Option<&Profile>,
+) -> Result<Report, Error> {
+    let parts = controller.machine_parts();
+    let memory = parts.as_ref().map(|parts| usage::read(parts.ram)).transpose()?;
+    let fault_ins = parts.as_ref().map(|parts| accounting::count(parts.ram, parts.faults)).transpose()?.flatten();
+    let fault_ins = fault_ins.map(|counts| {
+        let mut json = json!(counts);
+        json["by_read"] = json!(counts.by_read());
+        json["by_write"] = json!(counts.by_write());
+        json
+    });
+    let batch = |batch: &FaultBatch| {
+        let mut json = json!(batch);
+        json["start_us"] = json!(controller.timeline.since_start_us(batch.start_ns));
+        json["length_us"] = json!((batch.end_ns - batch.start_ns) as f64 / 1000.0);
+        json
+    };
+    let fault_batches = parts.as_ref().map(|parts| parts.fault_batches.iter().map(batch).collect::<Vec<Value>>());
+    let against = against.map(|profile| controller.fit(profile)).transpose()?.flatten();
+    let restored = controller.restored().map(|restored| {
+        json!({
+            "snapshot": restored.snapshot,
+            "policy": restored.policy,
+            "plan": restored.plan,
+            "source_cache": restored.source_cache,
+            "costs": restored.costs,
+            "fit_expected": restored.fit,
+            "fit_against": against,
+            "layers": restored.layers,
+            "pools": restored.pools,
+            "engine": restored.engine,
+        })
+    });
+    Ok(Report(json!({
+        "tvmm_version": env!("CARGO_PKG_VERSION"),
+        "operation": operation,
+        "restore": restored,
+        "answer": answer.and_then(Answer::get).map(|(line, _)| line),
+        "memory": memory,
+        "fault_ins": fault_ins,
+        "fault_batches": fault_batches,
+        "promotion": parts.as_ref().and_then(|parts| parts.ram.promotion()),
+        "translations": parts.as_ref().map(Parts::translations).transpose()?,
+        "verification": parts.as_ref().map(|parts| &parts.verification),
+        "cold": parts.as_ref().and_then(|parts| parts.cold.as_ref()),
+        "exits": parts.as_ref().map(|parts| parts.counters_json()),
+        "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
+    })))
+}
+
+/// The report of a machine that lives, as far as it has come.
+pub fn live(controller: &Controller) -> Result<Value, Error> {
+    let operation = if controller.restored().is_some() { "restore" } else { "boot" };
+    let mut timeline = controller.timeline.clone();
+    timeline.note_moments(controller.moments(), None);
+    Ok(collect(controller, operation, None, None)?.timed(controller, &timeline).0)
+}
+
+impl Report {
+    /// Adds why it is over.
+    pub fn ended(mut self, outcome: &Outcome) -> Self {
+        self.0["ending"] = json!(match outcome {
+            Outcome::Guest(Ending::Reset) => "reset",
+            Outcome::Guest(Ending::PowerOff) => "power-off",
+            Outcome::Guest(Ending::TripleFault) => "triple-fault",
+            Outcome::Failed(_) | Outcome::Guest(Ending::Failed(_)) => "failed",
+            Outcome::MemoryLost(_) | Outcome::Guest(Ending::MemoryLost(_)) => "memory-lost",
+            Outcome::Signal(_) => "signal",
+            Outcome::Quit => "quit",
+            Outcome::Answered => "answered",
+            Outcome::NoAnswer(_) => "no-answer",
+            Outcome::TimedOut => "timed-out",
+        });
+        self
+    }
+
+    /// Adds the time slices, tear-down included.
+    pub fn finish(self, controller: &Controller) -> Self {
+        self.timed(controller, &controller.timeline)
+    }
+
+    fn timed(mut self, controller: &Controller, timeline: &Timeline) -> Self {
+        // After the tear-down, which waits for them.
+        self.0["read_backs"] = controller.read_backs();
+        let moments = controller.moments();
+        let since = |ns: Option<u64>| ns.map(|ns| timeline.since_start_us(ns));
+        self.0["start_source"] = json!(timeline.start_source());
+        self.0["start_monotonic_ns"] = json!(timeline.start_ns());
+        self.0["slices"] = json!(timeline.measured());
+        self.0["first_exit_us"] = json!(since(moments.first_exit_ns()));
+        self.0["first_output_us"] = json!(since(moments.first_output_ns()));
+        self
+    }
+
+    /// Writes the report to `path`.
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        write_text(path, &format!("{:#}\n", self.0))
+    }
+
+    /// The slices and the fault batches, for a collector: parts of one span, faults parts of the request.
+    pub fn spans(&self, trace_id: u128, root_id: u64) -> otlp::Trace {
+        let list = |key: &str| self.0[key].as_array().map(Vec::as_slice).unwrap_or_default();
+        let operation = self.0["operation"].as_str().unwrap_or_default();
+        let span = |name: &str, parent, of: &Value, attributes| {
+            let ns = |key: &str| (of[key].as_f64().unwrap_or(0.0) * 1000.0) as u64;
+            let (start_ns, length_ns) = (ns("start_us") as i64, ns("length_us"));
+            otlp::Span { name: name.to_string(), parent, start_ns, length_ns, attributes }
+        };
+        let keys = ["restore.policy", "restore.plan", "restore.engine", "fault_ins", "memory", "ending"];
+        let whole = keys.map(|key| {
+            let value = key.split('.').fold(&self.0, |value, part| &value[part]);
+            (format!("tvmm.{}", key.trim_start_matches("restore.")), value.clone())
+        });
+        let mut spans = vec![span(operation, None, &Value::Null, whole.to_vec())];
+        for slice in list("slices") {
+            spans.push(span(slice["slice"].as_str().unwrap_or_default(), Some(0), slice, Vec::new()));
+        }
+        let request = spans.iter().position(|span| span.name == "execute").unwrap_or(0);
+        for batch in list("fault_batches") {
+            let counts = ["faults", "pages"].map(|key| (format!("tvmm.{key}"), batch[key].clone()));
+            let mut batch = span("faults", Some(0), batch, counts.to_vec());
+            // The restore itself touches pages.
+            batch.parent = Some(if batch.start_ns < spans[request].start_ns { 0 } else { request });
+            spans.push(batch);
+        }
+        spans[0].length_ns = spans.iter().map(|span| span.start_ns as u64 + span.length_ns).max().unwrap_or(0);
+        let age_ns = clock::monotonic_ns().saturating_sub(self.0["start_monotonic_ns"].as_u64().unwrap_or(0));
+        let begun = SystemTime::now() - Duration::from_nanos(age_ns);
+        otlp::Trace { trace_id, root_id, caller_id: None, is_request: false, begun, error: None, spans }
+    }
+
+    /// Writes the slices, and the batches of page faults, to `path` in Chrome's trace format.
+    pub fn write_trace(&self, path: &Path) -> Result<(), Error> {
+        let list = |key: &str| self.0[key].as_array().map(Vec::as_slice).unwrap_or_default();
+        let start_us = self.0["start_monotonic_ns"].as_f64().unwrap_or(0.0) / 1000.0;
+        let pid = std::process::id();
+        let operation = self.0["operation"].as_str().unwrap_or_default();
+        let event = |span: &Value| {
+            let number = |key: &str| span[key].as_f64().unwrap_or(0.0);
+            let name = span["slice"].as_str().unwrap_or("faults");
+            chrome_event(name, operation, pid, [start_us + number("start_us"), number("length_us")])
+        };
+        let events: Vec<Value> = list("slices").iter().chain(list("fault_batches")).map(event).collect();
+        let other = json!({ "restore": self.0["restore"], "fault_ins": self.0["fault_ins"] });
+        write_text(path, &format!("{:#}\n", json!({ "traceEvents": events, "otherData": other })))
+    }
+}
+
+/// A new file is its owner's only: addresses and times of page faults tell what the guest did.
+fn write_text(path: &Path, text: &str) -> Result<(), Error> {
+    let written = overwrite_private(path).and_then(|mut file| file.write_all(text.as_bytes()));
+    written.map_err(|source| Error::File { doing: "write", path: path.to_owned(), source })
+}

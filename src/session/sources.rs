@@ -1,0 +1,115 @@
+//! What a restore takes guest memory from: the snapshot's files, or pools that have it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::plan_dir;
+use crate::backends::cold;
+use crate::backends::cold::CacheAt;
+use crate::backends::pool_media;
+use crate::backends::pool_media::Access;
+use crate::config::request::{ColdPools, LoadSnapshot, SnapshotPaths};
+use crate::memory::stall::Stalls;
+use crate::session::Error;
+use crate::snapshot::{Chain, Location};
+use crate::tiering;
+use crate::tiering::cold::ColdPool;
+use crate::tiering::pool::{self, OnLost, PoolTier};
+use crate::tiering::tier::Tier;
+
+/// What pages come from.
+pub struct Sources {
+    pub chain: Arc<Chain>,
+    /// In the order of their index.
+    pub tiers: Vec<Arc<dyn Tier>>,
+    /// Those of them that are pools.
+    pub pools: Vec<Arc<PoolTier>>,
+    /// Has the bytes of the chain's memory files, which need not be there then.
+    pub cold: Option<Arc<ColdPool>>,
+}
+
+impl Sources {
+    fn files(chain: Chain) -> Sources {
+        Sources { chain: Arc::new(chain), tiers: Vec::new(), pools: Vec::new(), cold: None }
+    }
+}
+
+/// Opens what `load` names. With pools, neither memory files nor parents are opened; a cold pool stands by for a snapshot
+/// that none of them has. `fault_timeout`: how long a guest may wait for a page; `stalls` ends it should a pool's lease be lost.
+pub fn open(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
+    let mut sources = open_memory(load, fault_timeout, stalls)?;
+    let is_derived_from = load.profile.is_some() || load.plan.is_some();
+    if is_derived_from
+        && let Some(chain) = Arc::get_mut(&mut sources.chain)
+        && let Some(dir) = plan_dir::choose(load.plan_dir.as_deref(), chain)?
+    {
+        chain.derive_in(dir);
+    }
+    Ok(sources)
+}
+
+fn open_memory(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
+    if load.handler.is_some() {
+        return match load.cold.pools.is_empty() && load.pools.is_empty() {
+            true => Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?)),
+            false => Err(Error::PoolAndHandler),
+        };
+    }
+    let location = location(&load.location);
+    if load.cold.pools.is_empty() {
+        return pooled(&location, &load.pools, Some(stalls));
+    }
+    if !load.pools.is_empty() {
+        match pooled(&location, &load.pools, Some(stalls)) {
+            Err(Error::Tiering(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))) => {
+                tracing::warn!(%error, "The cold pool is used instead");
+            }
+            result => return result,
+        }
+    }
+    let chain = Chain::open_elsewhere(&location)?;
+    let ColdPools { pools, cache, cache_mib } = &load.cold;
+    let cache = cache.as_deref().map(|dir| CacheAt { dir, limit_mib: *cache_mib });
+    let cold = cold::open(pools, cache, &chain, fault_timeout)?;
+    Ok(Sources { cold, ..Sources::files(chain) })
+}
+
+/// The snapshot at `location`, from the first of `pools` that has it; from its own files without any. `leased`: it will be
+/// mapped, and who ends the guest should others end the lease.
+pub fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) -> Result<Sources, Error> {
+    if pools.is_empty() {
+        return Ok(Sources::files(Chain::open(location)?));
+    }
+    let chain = Chain::open_pooled(location)?;
+    let mut missing = None;
+    for path in pools {
+        let access = if leased.is_some() { Access::Lease } else { Access::Look };
+        let medium = Arc::new(pool_media::open(path, access)?);
+        let on_lost = leased.cloned().map(|stalls| -> OnLost { Box::new(move |error| stalls.end(error.to_string())) });
+        match PoolTier::open(medium, chain.tip().id(), on_lost) {
+            // It has every page: those after it are not needed.
+            Ok(tier) => {
+                let tier = Arc::new(tier);
+                return Ok(Sources {
+                    chain: Arc::new(chain),
+                    tiers: vec![tier.clone()],
+                    pools: vec![tier],
+                    cold: None,
+                });
+            }
+            Err(error @ pool::Error::NoSnapshot { .. }) => missing = missing.or(Some(error)),
+            Err(error) => return Err(Error::Tiering(error.into())),
+        }
+    }
+    // There is a pool, so there is a reason.
+    Err(missing.map_or(Error::PoolAndHandler, |error| Error::Tiering(error.into())))
+}
+
+/// Where a snapshot is.
+pub fn location(paths: &SnapshotPaths) -> Location {
+    match &paths.memory {
+        None => Location::Dir(paths.snapshot.clone()),
+        Some(memory) => Location::Files { snapshot: paths.snapshot.clone(), memory: memory.clone() },
+    }
+}

@@ -1,0 +1,41 @@
+//! Errors on their way to the user: how an error and its causes become one text.
+
+use std::error::Error;
+
+/// An error and all its causes as one text, each sentence once.
+pub(crate) fn error_chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(if text.ends_with('.') { " " } else { ": " });
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Any room's error on its way to the user.
+pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
+
+/// What the user asked for cannot be had, in one sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Refusal(String);
+
+pub(crate) fn refuse<T>(what: impl Into<String>) -> Result<T, BoxError> {
+    Err(Box::new(Refusal(what.into())))
+}
+
+/// An error and its causes in one line, each said once.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let sentence = error.to_string();
+        if !text.ends_with(&sentence) {
+            text = format!("{}: {sentence}", text.trim_end_matches('.'));
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,105 @@
+//! Guest memory as devices see it.
+//!
+//! Pages may lie in place on a tier that many share: mapped read-only, or under a copy that this VM may not have made yet.
+//! Whoever wants to write asks for slices with [`Permissions::Write`], which goes through the [`WriteGate`]. There is no
+//! other way to a slice of guarded memory: neither its regions nor its host addresses can be had from here.
+
+use std::fmt;
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::guest_memory::{GuestMemorySliceIterator, Result};
+use vm_memory::{
+    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
+    Permissions,
+};
+
+use crate::snapshot::Extent;
+
+/// Makes guest memory writable that is not.
+pub trait WriteGate: Send + Sync + fmt::Debug {
+    /// Called before anybody writes `[gpa, gpa + len)`, which need not be RAM; what of it is RAM can be written from then on
+    /// until the machine ends. The bytes stay as they are.
+    fn open(&self, gpa: u64, len: u64) -> io::Result<()>;
+}
+
+/// Guest memory without a gate. Its pages are marked when a device writes them: KVM's dirty log does not see that.
+pub type UnguardedMemory = GuestMemoryMmap<AtomicBitmap>;
+
+/// Guest memory.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    regions: UnguardedMemory,
+    gate: Option<Arc<dyn WriteGate>>,
+}
+
+impl Memory {
+    /// Memory that can be written everywhere. The regions ascend and do not overlap.
+    pub fn from_regions(
+        regions: Vec<GuestRegionMmap<AtomicBitmap>>,
+    ) -> std::result::Result<Self, GuestRegionCollectionError> {
+        Ok(Memory { regions: UnguardedMemory::from_regions(regions)?, gate: None })
+    }
+
+    /// The same memory; writes ask `gate` first.
+    pub fn guarded(&self, gate: Arc<dyn WriteGate>) -> Self {
+        Memory { regions: self.regions.clone(), gate: Some(gate) }
+    }
+
+    /// The memory for those who write it by other ways (loaders of kernels), if nothing of it is guarded.
+    pub fn unguarded(&self) -> Option<&UnguardedMemory> {
+        self.gate.is_none().then_some(&self.regions)
+    }
+
+    /// The marks of written pages, per region, a bit per page; they are cleared.
+    pub fn take_marks(&self) -> impl Iterator<Item = Vec<u64>> + '_ {
+        self.regions.iter().map(|region| vm_memory::MmapRegion::bitmap(region).get_and_reset())
+    }
+}
+
+impl GuestMemory for Memory {
+    type PhysicalMemory = UnguardedMemory;
+    type Bitmap = AtomicBitmap;
+
+    fn check_range(&self, addr: GuestAddress, count: usize, _: Permissions) -> bool {
+        GuestMemoryBackend::check_range(&self.regions, addr, count)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
+        if let Some(gate) = self.gate.as_ref().filter(|_| access.has_write()) {
+            gate.open(addr.0, count as u64).map_err(vm_memory::GuestMemoryError::IOError)?;
+        }
+        Ok(GuestMemoryBackend::get_slices(&self.regions, addr, count))
+    }
+}
+
+const PAGE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+
+/// The marks of a region of `len` bytes, one bit per page.
+pub fn region_bitmap(len: usize) -> AtomicBitmap {
+    AtomicBitmap::new(len, PAGE)
+}
+
+/// What came of giving pages back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Pages that are zero now and cost the host nothing.
+    pub released: u64,
+    /// Pages that are no RAM.
+    pub outside: u64,
+    /// Pages that are as they were: giving them back would cost more than it brings, or failed.
+    pub refused: u64,
+}
+
+/// Gives guest pages back to the host. Called on the device thread, or on a vCPU's that makes the driver ready.
+pub trait ReleasePages: Send {
+    /// Gives back the pages of `pages`, which may be any: what is no RAM is left alone and counted.
+    fn release(&mut self, pages: Extent) -> Outcome;
+}

@@ -1,0 +1,53 @@
+//! What a process needs from its host, one file a facility, each behind a small safe owner.
+//!
+//! Owns: raw system calls (mappings, userfaultfd, signals, page cache, namespaces), clocks and time slices, the log, standard
+//! output, worker threads, bounded waits, spans for a collector. Nothing outside maps memory, signals threads or speaks an
+//! ioctl that kvm-ioctls does not have.
+//! Must not know: what a call is for. Of the other rooms it imports only the nouns of `snapshot`.
+//! Start reading: `mapping.rs` (who owns a mapping), `lost.rs` (what happens when a mapped page cannot be read).
+
+pub mod guest_memory;
+pub(crate) mod handshake;
+pub(crate) mod lines;
+pub mod logging;
+pub mod otlp;
+pub(crate) mod own_dir;
+pub mod timed_stream;
+pub mod unix_socket;
+#[macro_use]
+pub(crate) mod print;
+pub mod available_memory;
+pub mod bounded_wait;
+pub mod clock;
+pub mod coalesced;
+pub mod code;
+pub mod direct_ring;
+pub mod dirty_log;
+pub mod errors;
+pub mod idle;
+pub mod inherit;
+pub mod kick;
+pub mod kvm_stats;
+pub mod limits;
+pub mod locks;
+pub mod lost;
+pub mod mapping;
+pub mod mempolicy;
+pub mod netns;
+pub mod output;
+pub mod page_cache;
+pub mod pagemap;
+pub mod pagemap_scan;
+pub mod pdeathsig;
+pub mod prefault;
+pub mod resident;
+pub mod shared_map;
+pub mod signals;
+pub mod terminal;
+pub mod timeline;
+pub mod touch;
+pub mod uffd;
+pub mod verity;
+pub mod wait;
+pub mod watched;
+pub(crate) mod worker;

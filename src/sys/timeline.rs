@@ -1,0 +1,165 @@
+//! Where the time of a boot or a restore went, in the slices that logs, reports and benchmarks share.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::clock;
+
+/// The time slices of a boot, restore or capture (`docs/architecture.md`, "Time slices").
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Slice {
+    /// Process start to `main`.
+    Spawn,
+    /// Arguments, configuration, log.
+    Setup,
+    /// KVM VM, memslots, irqchip, vCPUs, devices.
+    VmCreate,
+    /// Kernel image and boot parameters (boot only).
+    KernelLoad,
+    /// Read and verify the snapshot's state, and give it to KVM.
+    StateLoad,
+    /// The plan's mappings.
+    Map,
+    /// Copies and population before the vCPUs start.
+    Preload,
+    /// First `KVM_RUN` to the first exit of the guest.
+    Resume,
+    /// Resume to the first byte of output.
+    FirstResponse,
+    /// The whole request given by `--run`.
+    Execute,
+    /// Tear-down.
+    Stop,
+}
+
+/// One measured slice: µs since process start, and µs long.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measured {
+    pub slice: Slice,
+    pub start_us: f64,
+    pub length_us: f64,
+}
+
+/// Collects slices of this process. All times are nanoseconds of `CLOCK_MONOTONIC`.
+#[derive(Clone, Debug)]
+pub struct Timeline {
+    start_ns: u64,
+    start_source: &'static str,
+    slices: Vec<(Slice, u64, u64)>,
+    /// When work began again after a wait for the API.
+    woken_ns: u64,
+}
+
+impl Timeline {
+    /// Begins at process start. `start_us` is `CLOCK_MONOTONIC` in µs just before the process was spawned, if the
+    /// parent said so; otherwise the CPU time used so far stands in for the time since then.
+    pub fn begin(start_us: Option<u64>) -> Self {
+        let now = clock::monotonic_ns();
+        let (start_ns, start_source) = match start_us {
+            Some(us) => (us.saturating_mul(1000).min(now), "parent"),
+            None => (now.saturating_sub(clock::process_cpu_ns()), "cpu_time"),
+        };
+        Timeline { start_ns, start_source, slices: vec![(Slice::Spawn, start_ns, now)], woken_ns: 0 }
+    }
+
+    /// The end of the last slice, where the next begins; or the end of a wait since then.
+    pub fn last_ns(&self) -> u64 {
+        self.slices.last().map_or(self.start_ns, |&(_, _, end)| end).max(self.woken_ns)
+    }
+
+    /// Work begins now that the API has asked for: the wait for it belongs to no slice.
+    pub fn wake(&mut self) {
+        self.woken_ns = clock::monotonic_ns();
+    }
+
+    /// Process start, in ns of `CLOCK_MONOTONIC`.
+    pub fn start_ns(&self) -> u64 {
+        self.start_ns
+    }
+
+    /// Turns the moments seen by vCPU threads into slices. `answered_ns`: when the request of `--run` was answered.
+    pub fn note_moments(&mut self, moments: &Moments, answered_ns: Option<u64>) {
+        let Some(entered) = moments.first_run_ns() else { return };
+        self.add(Slice::Resume, self.last_ns(), moments.first_exit_ns().unwrap_or(entered));
+        if let Some(wrote) = moments.first_output_ns() {
+            self.add(Slice::FirstResponse, entered, wrote);
+        }
+        if let Some(answered) = answered_ns {
+            self.add(Slice::Execute, entered, answered);
+        }
+    }
+
+    /// Ends a slice now that began where the last one ended.
+    pub fn lap(&mut self, slice: Slice) {
+        self.add(slice, self.last_ns(), clock::monotonic_ns());
+    }
+
+    /// Adds a slice measured elsewhere.
+    pub fn add(&mut self, slice: Slice, start_ns: u64, end_ns: u64) {
+        self.slices.push((slice, start_ns, end_ns.max(start_ns)));
+    }
+
+    /// Where the process start was taken from: `parent` or `cpu_time`.
+    pub fn start_source(&self) -> &'static str {
+        self.start_source
+    }
+
+    pub fn since_start_us(&self, ns: u64) -> f64 {
+        ns.saturating_sub(self.start_ns) as f64 / 1000.0
+    }
+
+    pub fn measured(&self) -> Vec<Measured> {
+        let row = |&(slice, start, end): &(Slice, u64, u64)| Measured {
+            slice,
+            start_us: self.since_start_us(start),
+            length_us: (end - start) as f64 / 1000.0,
+        };
+        self.slices.iter().map(row).collect()
+    }
+}
+
+/// Moments of the guest that other threads see first; each is kept once, in ns of `CLOCK_MONOTONIC`.
+#[derive(Debug, Default)]
+pub struct Moments {
+    first_run: OnceLock<u64>,
+    first_exit: OnceLock<u64>,
+    first_output: AtomicU64,
+}
+
+impl Moments {
+    pub fn guest_entered(&self) {
+        self.first_run.get_or_init(clock::monotonic_ns);
+    }
+
+    pub fn guest_exited(&self) {
+        self.first_exit.get_or_init(clock::monotonic_ns);
+    }
+
+    pub fn guest_wrote(&self) {
+        if self.first_output.load(Ordering::Relaxed) == 0 {
+            let now = clock::monotonic_ns();
+            let _ = self.first_output.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    pub fn first_run_ns(&self) -> Option<u64> {
+        self.first_run.get().copied()
+    }
+
+    pub fn first_exit_ns(&self) -> Option<u64> {
+        self.first_exit.get().copied()
+    }
+
+    pub fn first_output_ns(&self) -> Option<u64> {
+        Some(self.first_output.load(Ordering::Relaxed)).filter(|&ns| ns != 0)
+    }
+}
+
+/// A complete event of Chrome's trace format ("Trace Event Format", ph = X). `times_us`: begin and length.
+pub fn chrome_event(name: &str, category: &str, pid: u32, times_us: [f64; 2]) -> Value {
+    json!({ "name": name, "cat": category, "ph": "X", "pid": pid, "tid": 1, "ts": times_us[0], "dur": times_us[1] })
+}

@@ -1,0 +1,550 @@
+//! Reading from a cold pool: whichever of its places answers, checked against the index, unpacked.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::ChunkError;
+use super::codec::{Compression, Decoder};
+use super::index::{Index, MAX_INDEX_LEN};
+use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, SnapshotId};
+use crate::sys::bounded_wait::Wait;
+use crate::sys::worker;
+
+/// Why a place did not give what it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Broken {
+    /// It may, next time: it could not be reached, was slow, went away.
+    Transient(String),
+    /// It gave something else.
+    Damaged(String),
+    /// It will not: it does not have it, or speaks another language.
+    Refused(String),
+}
+
+/// Whether more chunks are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    Continue,
+    Stop,
+}
+
+/// Takes the stored bytes of one chunk.
+pub type EachChunk<'a> = dyn FnMut(u32, &[u8]) -> Result<Flow, Broken> + 'a;
+
+/// One thread's way to the chunks of one object at one place.
+pub trait ChunkSource: Send + Sync {
+    /// Gives the stored bytes of the chunks `wanted`, each once, in this order, to `each`; ends early if that says so or
+    /// fails. A failure leaves the rest for the caller to ask for again.
+    fn fetch(&mut self, wanted: &[u32], each: &mut EachChunk) -> Result<(), Broken>;
+}
+
+/// Somewhere that has objects: a directory, a page server, an object store.
+pub trait Place: Send + Sync {
+    /// What it is called in errors and reports.
+    fn name(&self) -> &str;
+    /// The bytes of the index of `snapshot`; no more than [`MAX_INDEX_LEN`].
+    fn index(&self, snapshot: SnapshotId, counters: &Arc<SourceCounters>) -> Result<Vec<u8>, Broken>;
+    /// A way to the chunks of `index`, whose bytes have the digest `digest`: another object is refused.
+    fn open(
+        &self,
+        index: &Arc<Index>,
+        digest: Digest,
+        counters: Arc<SourceCounters>,
+    ) -> Result<Box<dyn ChunkSource>, Broken>;
+}
+
+/// What one place was asked for.
+#[derive(Debug, Default)]
+pub struct SourceCounters {
+    /// Nobody waits for this place any more.
+    pub closed: AtomicBool,
+    pub requests: AtomicU64,
+    pub round_trips: AtomicU64,
+    pub connections: AtomicU64,
+    /// Chunks that were in a cache of this host.
+    pub cached: AtomicU64,
+    chunks: AtomicU64,
+    stored: AtomicU64,
+    pages: AtomicU64,
+    retries: AtomicU64,
+    damaged: AtomicU64,
+}
+
+/// [`SourceCounters`] at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SourceCounts {
+    pub place: String,
+    /// Chunks that it gave.
+    pub chunks: u64,
+    /// Bytes fetched, as they are stored.
+    pub bytes_stored: u64,
+    /// Bytes of pages that came out of them.
+    pub bytes_pages: u64,
+    /// Messages or reads that asked for them.
+    pub requests: u64,
+    /// How often somebody waited for an answer with nothing else under way.
+    pub round_trips: u64,
+    /// Connections made.
+    pub connections: u64,
+    /// Chunks, of those it gave, that were in this host's cache directory.
+    pub cached: u64,
+    /// Attempts that failed and were made again, here or elsewhere.
+    pub retries: u64,
+    /// Chunks that came with other bytes than were stored.
+    pub damaged: u64,
+}
+
+/// What a pool was asked for, for reports.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ColdCounts {
+    pub places: Vec<SourceCounts>,
+    /// Reads that found their chunk unpacked already.
+    pub cached_reads: u64,
+}
+
+/// The object of one snapshot, and the places that have it, in order of preference.
+pub struct ColdPool {
+    index: Arc<Index>,
+    digest: Digest,
+    places: Vec<(Box<dyn Place>, Arc<SourceCounters>)>,
+    /// Readers may start at any of the first so many places: they are alike.
+    alike: usize,
+    cached_reads: AtomicU64,
+    /// What readers wait for, in words.
+    awaited: Arc<str>,
+    patience: Duration,
+}
+
+/// Places, and what each was asked for.
+type Places = [(Box<dyn Place>, Arc<SourceCounters>)];
+
+fn name_of(places: &Places) -> String {
+    places.iter().map(|(place, _)| place.name()).collect::<Vec<_>>().join(" or ")
+}
+
+impl ColdPool {
+    /// Asks the places in turn for the object of `snapshot`. The first `alike` of them are equally near; `patience` is how
+    /// long one may be unreachable.
+    ///
+    /// # Errors
+    /// [`ChunkError::NoPlace`] if none has it; an index that is not valid.
+    pub fn open(
+        places: Vec<Box<dyn Place>>,
+        alike: usize,
+        (snapshot, layout): (SnapshotId, &MemoryLayout),
+        patience: Duration,
+    ) -> Result<Arc<ColdPool>, ChunkError> {
+        let places: Vec<_> = places.into_iter().map(|place| (place, Arc::new(SourceCounters::default()))).collect();
+        let name = name_of(&places);
+        let (place, bytes) = first_index(&places, snapshot, Wait::new(name.as_str(), patience))?;
+        let digest = Digest(*blake3::hash(&bytes).as_bytes());
+        let index = Arc::new(Index::parse(place.name(), bytes, snapshot)?);
+        if index.layout() != layout {
+            let problem = "it describes another layout of guest memory".to_string();
+            return Err(ChunkError::OtherMemory { object: place.name().to_string(), problem });
+        }
+        let (cached_reads, alike) = (AtomicU64::new(0), alike.clamp(1, places.len()));
+        let awaited = format!("a chunk from {name}").into();
+        Ok(Arc::new(ColdPool { index, digest, places, alike, cached_reads, awaited, patience }))
+    }
+
+    pub fn index(&self) -> &Arc<Index> {
+        &self.index
+    }
+
+    /// Who waits for the pool is told that it is closed, and nothing more is read.
+    pub fn close(&self) {
+        self.places.iter().for_each(|(_, counters)| counters.closed.store(true, Ordering::Relaxed));
+    }
+
+    fn is_closed(&self) -> bool {
+        self.places.iter().all(|(_, counters)| counters.closed.load(Ordering::Relaxed))
+    }
+
+    /// What the pool is called: its places.
+    pub fn name(&self) -> String {
+        name_of(&self.places)
+    }
+
+    pub fn counts(&self) -> ColdCounts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let of = |(place, counters): &(Box<dyn Place>, Arc<SourceCounters>)| SourceCounts {
+            place: place.name().to_string(),
+            chunks: get(&counters.chunks),
+            bytes_stored: get(&counters.stored),
+            bytes_pages: get(&counters.pages),
+            requests: get(&counters.requests),
+            round_trips: get(&counters.round_trips),
+            connections: get(&counters.connections),
+            cached: get(&counters.cached),
+            retries: get(&counters.retries),
+            damaged: get(&counters.damaged),
+        };
+        ColdCounts { places: self.places.iter().map(of).collect(), cached_reads: get(&self.cached_reads) }
+    }
+}
+
+/// The index, from the first place that gives it. Those that cannot be reached are asked again in turn until the time is
+/// over.
+///
+/// # Errors
+/// [`ChunkError::NoPlace`] with what each place has said last.
+fn first_index(places: &Places, snapshot: SnapshotId, mut wait: Wait) -> Result<(&dyn Place, Vec<u8>), ChunkError> {
+    let mut pause = FIRST_PAUSE;
+    let mut whys: Vec<Option<Broken>> = places.iter().map(|_| None).collect();
+    loop {
+        let mut is_worth_it = false;
+        for ((place, counters), why) in places.iter().zip(&mut whys) {
+            match why {
+                None => {}
+                Some(Broken::Transient(_)) if !wait.is_over() => {
+                    counters.retries.fetch_add(1, Ordering::Relaxed);
+                }
+                Some(_) => continue,
+            }
+            match place.index(snapshot, counters) {
+                Ok(bytes) if bytes.len() as u64 > MAX_INDEX_LEN => {
+                    *why = Some(Broken::Refused("its index is too large".to_string()));
+                }
+                Ok(bytes) => {
+                    // What it has said before it could be reached is of no more interest.
+                    *why = None;
+                    passed_over(places, &whys).iter().for_each(|why| tracing::warn!(why, "A cold pool is passed over"));
+                    return Ok((place.as_ref(), bytes));
+                }
+                Err(broken) => {
+                    is_worth_it |= matches!(broken, Broken::Transient(_));
+                    *why = Some(broken);
+                }
+            }
+        }
+        if !is_worth_it || wait.is_over() || wait.elapsed() + pause >= wait.limit() {
+            return Err(ChunkError::NoPlace(passed_over(places, &whys).join("; ")));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+}
+
+/// Why places have not given an index.
+fn passed_over(places: &Places, whys: &[Option<Broken>]) -> Vec<String> {
+    let said = |((place, _), why): (&(Box<dyn Place>, _), &Option<Broken>)| {
+        let (Broken::Transient(why) | Broken::Damaged(why) | Broken::Refused(why)) = why.as_ref()?;
+        Some(format!("{}: {why}", place.name()))
+    };
+    places.iter().zip(whys).filter_map(said).collect()
+}
+
+/// Between two attempts when every place has failed.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LAST_PAUSE: Duration = Duration::from_millis(500);
+/// Unpacked chunks that a reader keeps: extents of a plan share chunks.
+const KEPT: usize = 4;
+/// How often a place may give wrong bytes before it is not asked again: once may be the way here.
+const DAMAGES: u32 = 2;
+
+struct Slot {
+    source: Option<Box<dyn ChunkSource>>,
+    damages: u32,
+    /// Why it is not asked any more.
+    dead: Option<String>,
+}
+
+/// One thread's reader.
+pub struct ColdReader {
+    pool: Arc<ColdPool>,
+    slots: Vec<Slot>,
+    current: usize,
+    decoder: Option<Decoder>,
+    pages: Vec<u8>,
+    kept: VecDeque<(u32, Vec<u8>)>,
+}
+
+impl Clone for ColdReader {
+    /// Another reader of the same pool, with connections of its own.
+    fn clone(&self) -> Self {
+        ColdReader::new(&self.pool, 0)
+    }
+}
+
+impl ColdReader {
+    /// The `number`th reader of a pool: places that are alike are taken in turn.
+    pub fn new(pool: &Arc<ColdPool>, number: usize) -> ColdReader {
+        let slots = pool.places.iter().map(|_| Slot { source: None, damages: 0, dead: None }).collect();
+        let current = number % pool.alike;
+        ColdReader { pool: pool.clone(), slots, current, decoder: None, pages: Vec::new(), kept: VecDeque::new() }
+    }
+
+    pub fn pool(&self) -> &Arc<ColdPool> {
+        &self.pool
+    }
+
+    /// Connects now, so that the first read does not have to.
+    pub fn connect(&mut self) -> io::Result<()> {
+        self.stream(&[], &mut |_, _| Ok(Flow::Continue))
+    }
+
+    /// Reads the bytes of pages from `offset` of the memory file on, whole chunks at a time.
+    pub fn read(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let pool = self.pool.clone();
+        bytes.fill(0);
+        let mut wanted: BTreeMap<u32, Vec<Piece>> = BTreeMap::new();
+        for piece in pieces(&pool.index, offset, bytes.len() as u64)? {
+            wanted.entry(piece.chunk).or_default().push(piece);
+        }
+        wanted.retain(|chunk, pieces| match self.kept.iter().find(|(kept, _)| kept == chunk) {
+            Some((_, pages)) => {
+                pieces.iter().for_each(|piece| piece.copy(pages, bytes));
+                pool.cached_reads.fetch_add(1, Ordering::Relaxed);
+                false
+            }
+            None => true,
+        });
+        let chunks: Vec<u32> = wanted.keys().copied().collect();
+        let mut kept = std::mem::take(&mut self.kept);
+        let result = self.stream(&chunks, &mut |chunk, pages| {
+            wanted[&chunk].iter().for_each(|piece| piece.copy(pages, bytes));
+            kept.truncate(KEPT - 1);
+            kept.push_front((chunk, pages.to_vec()));
+            Ok(Flow::Continue)
+        });
+        self.kept = kept;
+        result
+    }
+
+    /// Gives the pages of the chunks `wanted`, each once, in this order, to `each`. Places that fail are asked again, others
+    /// are asked instead, until the pool's patience with no chunk coming is over.
+    ///
+    /// # Errors
+    /// What `each` says, or why nobody gives a chunk.
+    pub fn stream(&mut self, wanted: &[u32], each: &mut dyn FnMut(u32, &[u8]) -> io::Result<Flow>) -> io::Result<()> {
+        let (mut done, mut failures, mut pause) = (0, 0_u32, FIRST_PAUSE);
+        let mut wait = Wait::new(self.pool.awaited.clone(), self.pool.patience);
+        loop {
+            let before = done;
+            let (mut local, mut stopped) = (None, false);
+            let result = self.attempt(&wanted[done..], &mut |chunk, pages| {
+                done += 1;
+                let flow = each(chunk, pages).unwrap_or_else(|error| {
+                    local = Some(error);
+                    Flow::Stop
+                });
+                stopped = flow == Flow::Stop;
+                flow
+            });
+            if stopped {
+                // What else was asked for is still on its way.
+                self.slots[self.current].source = None;
+                return local.map_or(Ok(()), Err);
+            }
+            let Err(broken) = result else { return Ok(()) };
+            if done > before {
+                (failures, pause) = (0, FIRST_PAUSE);
+                wait.restart();
+            }
+            if self.pool.is_closed() {
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "the cold pool was closed"));
+            }
+            let why = self.note(broken);
+            if self.slots.iter().all(|slot| slot.dead.is_some()) {
+                return Err(io::Error::other(self.all_dead()));
+            }
+            failures += 1;
+            // When every place has failed, it is no use to ask at once again.
+            let have_all_failed = failures as usize >= self.slots.iter().filter(|slot| slot.dead.is_none()).count();
+            if have_all_failed && (wait.is_over() || wait.elapsed() + pause >= wait.limit()) {
+                let said = format!("{why}, after {failures} attempts in {:.1} s", wait.elapsed().as_secs_f64());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, said));
+            }
+            if have_all_failed {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(LAST_PAUSE);
+            }
+        }
+    }
+
+    /// Asks the current place, and checks and unpacks what comes.
+    fn attempt(&mut self, wanted: &[u32], each: &mut dyn FnMut(u32, &[u8]) -> Flow) -> Result<(), Broken> {
+        let ColdReader { pool, slots, current, decoder, pages, .. } = self;
+        let (place, counters) = &pool.places[*current];
+        let slot = &mut slots[*current];
+        let source = match &mut slot.source {
+            Some(source) => source,
+            none => none.insert(place.open(&pool.index, pool.digest, counters.clone())?),
+        };
+        let decoder = match decoder {
+            Some(decoder) => decoder,
+            none => none.insert(Decoder::new().map_err(|error| Broken::Refused(error.to_string()))?),
+        };
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        source.fetch(wanted, &mut |number, stored| {
+            let chunk = &pool.index.chunks()[number as usize];
+            if crc32c::crc32c(stored) != chunk.checksum {
+                return Err(Broken::Damaged(format!("chunk {number} does not have the bytes that its checksum is of")));
+            }
+            // What is stored raw is not copied for that: an index in which its length differs was refused.
+            let pages = if chunk.compression == Compression::Raw {
+                stored
+            } else {
+                pages.resize(chunk.len(), 0);
+                let unpacked = decoder.decode(chunk.compression, stored, pages);
+                unpacked.map_err(|what| Broken::Damaged(format!("chunk {number} cannot be unpacked: {what}")))?;
+                &pages[..]
+            };
+            counters.chunks.fetch_add(1, Ordering::Relaxed);
+            counters.stored.fetch_add(stored.len() as u64, Ordering::Relaxed);
+            counters.pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
+            Ok(each(number, pages))
+        })
+    }
+
+    /// Takes note of a failure of the current place and goes on to the next that is not dead. What failed, for people.
+    fn note(&mut self, broken: Broken) -> String {
+        let (place, counters) = &self.pool.places[self.current];
+        let slot = &mut self.slots[self.current];
+        slot.source = None;
+        counters.retries.fetch_add(1, Ordering::Relaxed);
+        let why = match broken {
+            Broken::Transient(why) => why,
+            Broken::Damaged(why) => {
+                counters.damaged.fetch_add(1, Ordering::Relaxed);
+                slot.damages += 1;
+                slot.dead = (slot.damages >= DAMAGES).then(|| why.clone());
+                why
+            }
+            Broken::Refused(why) => {
+                slot.dead = Some(why.clone());
+                why
+            }
+        };
+        let said = format!("{}: {why}", place.name());
+        let mut next = (1..self.slots.len()).map(|step| (self.current + step) % self.slots.len());
+        match next.find(|slot| self.slots[*slot].dead.is_none()) {
+            Some(other) => {
+                tracing::warn!(why = said, instead = self.pool.places[other].0.name(), "A cold pool has failed");
+                self.current = other;
+            }
+            // The report counts it; if nothing comes of it, the error says it.
+            None => tracing::info!(why = said, "A cold pool has failed"),
+        }
+        said
+    }
+
+    fn all_dead(&self) -> String {
+        let each = self.slots.iter().zip(&self.pool.places);
+        let whys = each.filter_map(|(slot, (place, _))| Some(format!("{}: {}", place.name(), slot.dead.as_ref()?)));
+        whys.collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// Pages of a chunk that are wanted somewhere.
+struct Piece {
+    chunk: u32,
+    /// Within the chunk's pages, bytes.
+    from: usize,
+    /// Within what is to be filled, bytes.
+    to: usize,
+    len: usize,
+}
+
+impl Piece {
+    fn copy(&self, pages: &[u8], bytes: &mut [u8]) {
+        bytes[self.to..self.to + self.len].copy_from_slice(&pages[self.from..self.from + self.len]);
+    }
+}
+
+/// The pieces of chunks that make up `[offset, offset + len)` of the memory file, ascending; what lies between them is
+/// zero.
+fn pieces(index: &Index, offset: u64, len: u64) -> io::Result<Vec<Piece>> {
+    let mut pieces = Vec::new();
+    for extent in extents(index.layout(), offset, len)? {
+        let start = index.layout().file_offset(extent.first).unwrap_or(offset) - offset;
+        for chunk in index.chunks_of(extent) {
+            for (run, at) in index.runs(chunk) {
+                let Some(part) = run.intersection(&extent) else { continue };
+                let from = at + ((part.first.0 - run.first.0) * PAGE_SIZE) as usize;
+                let to = (start + (part.first.0 - extent.first.0) * PAGE_SIZE) as usize;
+                pieces.push(Piece { chunk, from, to, len: part.bytes() as usize });
+            }
+        }
+    }
+    pieces.sort_unstable_by_key(|piece| piece.to);
+    Ok(pieces)
+}
+
+/// The guest pages at `[offset, offset + len)` of the memory file.
+fn extents(layout: &MemoryLayout, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
+    let end = offset.checked_add(len).filter(|end| *end <= layout.file_len() && len.is_multiple_of(PAGE_SIZE));
+    let (Some(end), true) = (end, offset.is_multiple_of(PAGE_SIZE)) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "these are no pages of the snapshot"));
+    };
+    let part = |range: &crate::snapshot::GuestRange| {
+        let (first, last) = (offset.max(range.file_offset), end.min(range.file_offset + range.len));
+        let gpa = range.gpa + first.saturating_sub(range.file_offset);
+        (first < last).then(|| Extent { first: Gfn::containing(gpa), pages: (last - first) / PAGE_SIZE })
+    };
+    Ok(layout.ranges().iter().filter_map(part).collect())
+}
+
+/// A thread of its own pays from so many bytes on.
+const BYTES_PER_THREAD: u64 = 8 << 20;
+/// Unpacking and copying keep so many CPUs busy at most.
+const THREADS: usize = 4;
+
+/// Parts of a chunk's pages, each with its offset in them.
+type Targets<'m> = Vec<(usize, &'m mut [u8])>;
+
+/// Fills memory: each slice with the pages from its offset in the memory file on. Returns how many threads did it.
+///
+/// # Errors
+/// As for [`ColdReader::stream`].
+pub fn fill(pool: &Arc<ColdPool>, wanted: Vec<(u64, &mut [u8])>) -> io::Result<usize> {
+    let mut targets: BTreeMap<u32, Targets> = BTreeMap::new();
+    for (offset, bytes) in wanted {
+        let (mut rest, mut at) = (bytes, 0);
+        for piece in pieces(&pool.index, offset, rest.len() as u64)? {
+            let (gap, behind) = rest.split_at_mut(piece.to - at);
+            gap.fill(0);
+            let (part, behind) = behind.split_at_mut(piece.len);
+            targets.entry(piece.chunk).or_default().push((piece.from, part));
+            (rest, at) = (behind, piece.to + piece.len);
+        }
+        rest.fill(0);
+    }
+    let chunks: Vec<u32> = targets.keys().copied().collect();
+    let stored: u64 = chunks.iter().map(|chunk| u64::from(pool.index.chunks()[*chunk as usize].stored_len)).sum();
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let most = cpus.max(pool.alike).min(THREADS);
+    let threads = ((stored / BYTES_PER_THREAD) as usize).clamp(1, most);
+    let mut targets: Vec<(u32, Targets)> = targets.into_iter().collect();
+    let share = targets.len().div_ceil(threads).max(1);
+    let shares = Mutex::new(targets.chunks_mut(share).enumerate());
+    worker::share("chunks", threads, || {
+        loop {
+            let next = shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+            match next {
+                Some((number, share)) => fill_share(pool, number, share)?,
+                None => return Ok(()),
+            }
+        }
+    })
+}
+
+fn fill_share(pool: &Arc<ColdPool>, number: usize, share: &mut [(u32, Targets)]) -> io::Result<()> {
+    let chunks: Vec<u32> = share.iter().map(|(chunk, _)| *chunk).collect();
+    let mut share = share.iter_mut();
+    ColdReader::new(pool, number).stream(&chunks, &mut |_, pages| {
+        // Chunks come in the order in which they were asked for.
+        for (from, part) in share.next().map(|(_, parts)| parts).into_iter().flatten() {
+            part.copy_from_slice(&pages[*from..*from + part.len()]);
+        }
+        Ok(Flow::Continue)
+    })
+}
