@@ -2,7 +2,7 @@
 //!
 //! Owns: experiments and their report, the page-fault handler that a measured VMM needs, the costs of a host, and waiting for
 //! child processes.
-//! Must not know: the machine. Each measured VM is a fresh process, asked through `api`'s client; rivals are interleaved.
+//! Must not know: the machine. Each measured VM is a fresh process, asked over its API socket; rivals are interleaved.
 //! Start reading: `study/mod.rs`, `study/flow.rs` (what is compared), `restore.rs` (where the time of one restore goes).
 
 pub(crate) mod calibrate;

@@ -22,10 +22,13 @@ use crate::sys::errors::{BoxError, chain};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use self::identify::{InputPath, Role};
+use crate::config::refusal::{FAULTS_VARIABLE, FaultBody, FaultCode};
 use crate::config::request::DEFAULT_FAULT_TIMEOUT;
+use crate::session;
 use crate::sys::logging::{self, LogChange};
 use crate::sys::lost;
 use crate::sys::lost::CANNOT_GO_ON;
@@ -146,6 +149,11 @@ impl Command {
     }
 }
 
+/// Ends the process as clap does for arguments that contradict each other.
+fn contradiction(what: &str) -> ! {
+    Cli::command().error(ErrorKind::ArgumentConflict, what).exit()
+}
+
 /// Guest memory cannot be had any more, or is not what was captured; the process ends with [`lost::EXIT_CODE`].
 #[derive(Debug, thiserror::Error)]
 #[error("{CANNOT_GO_ON}: {0}")]
@@ -173,13 +181,26 @@ pub fn main() -> ExitCode {
             None => cli.boot.config.iter().map(|path| InputPath::new(path, Role::Config)).collect(),
         };
         let misused = inputs.iter().find_map(InputPath::misuse);
-        misused.unwrap_or_else(|| chain(error.as_ref()))
+        told(error, misused.unwrap_or_else(|| chain(error.as_ref())))
     });
     crate::sys::print::end(failure.as_deref());
     result.unwrap_or_else(|error| match error.is::<MemoryLost>() {
         true => ExitCode::from(lost::EXIT_CODE),
         false => ExitCode::FAILURE,
     })
+}
+
+/// A failure as the reader of standard error takes it: a sentence for people, or with a code for the service.
+fn told(error: &BoxError, fault_message: String) -> String {
+    if std::env::var_os(FAULTS_VARIABLE).is_none_or(|format| format != "json") {
+        return fault_message;
+    }
+    let code = match error.downcast_ref() {
+        Some(session::Error::NoAnswer(_)) => Some(FaultCode::GuestTimeout),
+        _ => FaultCode::of(error.as_ref()),
+    };
+    let body = FaultBody { fault_message, code };
+    serde_json::to_string(&body).unwrap_or(body.fault_message)
 }
 
 fn run(cli: &Cli) -> Result<ExitCode, BoxError> {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::MAX_FILE_BYTES;
 use super::devices::MAX_DEVICES;
+use super::restore::InvalidRestore;
 use super::sections::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 
 /// Why a config was refused.
@@ -103,25 +104,9 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// Two keys of a load that contradict each other.
-    #[error("Snapshot load has both {key} and {other}; leave one out.")]
-    LoadConflict {
-        /// One.
-        key: &'static str,
-        /// The other.
-        other: &'static str,
-    },
-    /// A key of a load that means nothing alone.
-    #[error("Snapshot load has {key}, which needs {needed}.")]
-    LoadNeeds {
-        /// The key that is there.
-        key: &'static str,
-        /// The one that is not.
-        needed: &'static str,
-    },
-    /// A cache for nothing.
-    #[error("Snapshot load's tvmm.cold_cache_mib must be 1 or more.")]
-    EmptyCache,
+    /// Options of a restore that contradict each other, or mean nothing alone.
+    #[error(transparent)]
+    Restore(#[from] InvalidRestore),
     /// Two guests at once.
     #[error("There is both a kernel_image_path and tvmm.guest, a built-in guest; leave one out.")]
     TwoGuests,
