@@ -20,6 +20,7 @@ mod vm;
 
 use crate::sys::errors::{BoxError, chain};
 use crate::sys::heap;
+use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ use self::identify::{InputPath, Role};
 use crate::config::refusal::{FAULTS_VARIABLE, FaultBody, FaultCode};
 use crate::config::request::DEFAULT_FAULT_TIMEOUT;
 use crate::session;
+use crate::snapshot::{NoColdPool, UnknownPolicy};
 use crate::sys::logging::{self, LogChange};
 use crate::sys::lost;
 use crate::sys::lost::CANNOT_GO_ON;
@@ -150,6 +152,20 @@ impl Command {
     }
 }
 
+/// Reads the arguments. Ends the process if they are not understood, or ask for help.
+///
+/// # Errors
+/// A policy or cold pool that there is not: refused as a snapshot that there is not, for the arguments were understood.
+fn arguments() -> Result<Cli, String> {
+    Cli::try_parse().or_else(|error| {
+        let cause = error.source().filter(|cause| cause.is::<UnknownPolicy>() || cause.is::<NoColdPool>());
+        match cause {
+            Some(unknown) => Err(unknown.to_string()),
+            None => error.exit(),
+        }
+    })
+}
+
 /// Ends the process as clap does for arguments that contradict each other.
 fn contradiction(what: &str) -> ! {
     Cli::command().error(ErrorKind::ArgumentConflict, what).exit()
@@ -164,7 +180,13 @@ struct MemoryLost(String);
 /// [`lost::EXIT_CODE`]: memory that is mapped from a file was lost.
 pub fn main() -> ExitCode {
     heap::use_one_for_all_threads();
-    let cli = Cli::parse();
+    let cli = match arguments() {
+        Ok(cli) => cli,
+        Err(unknown) => {
+            crate::sys::print::end(Some(&unknown));
+            return ExitCode::FAILURE;
+        }
+    };
     signals::outlive_file_size_limit();
     if let Err(error) = lost::install_handler() {
         crate::sys::print::end(Some(&format!("Cannot install the handler of SIGBUS: {error}")));

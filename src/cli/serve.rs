@@ -11,7 +11,7 @@ use super::contradiction;
 use crate::backends::cold;
 use crate::config::restore::RestoreOptions;
 use crate::serve::{self, Limits, Options};
-use crate::snapshot::ColdSpec;
+use crate::snapshot::{ColdSpec, NoColdPool};
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::print;
@@ -116,7 +116,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 /// A cold pool that this build can restore from.
 fn cold_name(text: &str) -> Result<ColdSpec, String> {
-    let spec: ColdSpec = text.parse()?;
+    let spec: ColdSpec = text.parse().map_err(|error: NoColdPool| error.problem)?;
     cold::check_reachable(&spec)?;
     Ok(spec)
 }

@@ -28,6 +28,14 @@ pub enum ColdSpec {
     Object(String),
 }
 
+/// A text that names no cold pool.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is no cold pool: {problem}")]
+pub struct NoColdPool {
+    pub text: String,
+    pub problem: String,
+}
+
 /// Whether this is the URL of a pool in an object store, which not every build can reach.
 pub fn is_object_url(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| OBJECT_SCHEMES.contains(&scheme))
@@ -66,43 +74,47 @@ impl ColdSpec {
 /// Understands `DIR`, `file:///DIR`, `direct:DIR[,depth=N]`, `tcp:` and `rdma:HOST:PORT[,HOST:PORT…]`, and the URLs of
 /// object stores.
 impl FromStr for ColdSpec {
-    type Err = String;
+    type Err = NoColdPool;
 
-    fn from_str(text: &str) -> Result<ColdSpec, String> {
-        if let Some(servers) = text.strip_prefix("tcp:") {
-            return Ok(ColdSpec::Tcp(servers_of(servers)?));
-        }
-        if let Some(servers) = text.strip_prefix("rdma:") {
-            return Ok(ColdSpec::Rdma(servers_of(servers)?));
-        }
-        if let Some(direct) = text.strip_prefix("direct:") {
-            let (dir, depth) = match direct.rsplit_once(",depth=") {
-                None => (direct, Some(DEFAULT_DEPTH)),
-                Some((dir, depth)) => (dir, depth.parse().ok().filter(|depth| (1..=256).contains(depth))),
-            };
-            return match depth {
-                Some(depth) if !dir.is_empty() => Ok(ColdSpec::Direct(dir.into(), depth)),
-                _ => Err("it is not like direct:DIR or direct:DIR,depth=N with N from 1 to 256".to_string()),
-            };
-        }
-        if let Some(dir) = text.strip_prefix("file://") {
-            return Ok(ColdSpec::Dir(dir.into()));
-        }
-        if is_object_url(text) {
-            return Ok(ColdSpec::Object(text.trim_end_matches('/').to_string()));
-        }
-        if let Some((scheme, _)) = text.split_once("://") {
-            return Err(format!("there are no cold pools at {scheme}:// addresses"));
-        }
-        if text.is_empty() { Err("it is empty".to_string()) } else { Ok(ColdSpec::Dir(text.into())) }
+    fn from_str(text: &str) -> Result<ColdSpec, NoColdPool> {
+        parse(text).map_err(|problem| NoColdPool { text: text.to_string(), problem })
     }
 }
 
-impl TryFrom<String> for ColdSpec {
-    type Error = String;
+fn parse(text: &str) -> Result<ColdSpec, String> {
+    if let Some(servers) = text.strip_prefix("tcp:") {
+        return Ok(ColdSpec::Tcp(servers_of(servers)?));
+    }
+    if let Some(servers) = text.strip_prefix("rdma:") {
+        return Ok(ColdSpec::Rdma(servers_of(servers)?));
+    }
+    if let Some(direct) = text.strip_prefix("direct:") {
+        let (dir, depth) = match direct.rsplit_once(",depth=") {
+            None => (direct, Some(DEFAULT_DEPTH)),
+            Some((dir, depth)) => (dir, depth.parse().ok().filter(|depth| (1..=256).contains(depth))),
+        };
+        return match depth {
+            Some(depth) if !dir.is_empty() => Ok(ColdSpec::Direct(dir.into(), depth)),
+            _ => Err("it is not like direct:DIR or direct:DIR,depth=N with N from 1 to 256".to_string()),
+        };
+    }
+    if let Some(dir) = text.strip_prefix("file://") {
+        return Ok(ColdSpec::Dir(dir.into()));
+    }
+    if is_object_url(text) {
+        return Ok(ColdSpec::Object(text.trim_end_matches('/').to_string()));
+    }
+    if let Some((scheme, _)) = text.split_once("://") {
+        return Err(format!("there are no cold pools at {scheme}:// addresses"));
+    }
+    if text.is_empty() { Err("it is empty".to_string()) } else { Ok(ColdSpec::Dir(text.into())) }
+}
 
-    fn try_from(text: String) -> Result<ColdSpec, String> {
-        text.parse().map_err(|problem| format!("`{text}` is no cold pool: {problem}"))
+impl TryFrom<String> for ColdSpec {
+    type Error = NoColdPool;
+
+    fn try_from(text: String) -> Result<ColdSpec, NoColdPool> {
+        text.parse()
     }
 }
 

@@ -25,8 +25,6 @@ use crate::snapshot::{self, PoolId, SnapshotId};
 /// What can go wrong while a plan is made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(transparent)]
-    UnknownPolicy(#[from] crate::snapshot::UnknownPolicy),
     #[error("There is no recorder {name:?}; there are: {known}")]
     UnknownRecorder { name: String, known: String },
     #[error("Profiles cannot be merged by {name:?}, only by: {known}")]

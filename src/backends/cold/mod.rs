@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backends::Error;
-use crate::snapshot::{Chain, ColdSpec, PageSet, SnapshotId, is_object_url};
+use crate::snapshot::{Chain, ColdSpec, NoColdPool, PageSet, SnapshotId, is_object_url};
 use crate::tiering;
 use crate::tiering::cold::store::{Checked, Manifest, Store};
 use crate::tiering::cold::{ChunkError, ColdPool, Index, Packed, Place};
@@ -149,8 +149,8 @@ fn is_far(spec: &ColdSpec) -> bool {
 
 /// Opens the places of a cold pool.
 fn places_of(spec: &ColdSpec, attempt: Duration) -> Result<Vec<Box<dyn Place>>, Error> {
-    check_reachable(spec)
-        .map_err(|problem| Error::ColdSpec { text: spec.to_string(), problem: problem.to_string() })?;
+    let unusable = |problem: String| NoColdPool { text: spec.to_string(), problem };
+    check_reachable(spec).map_err(|problem| unusable(problem.to_string()))?;
     Ok(match spec {
         ColdSpec::Dir(dir) => vec![Box::new(file::FilePlace::open(dir, None)?)],
         ColdSpec::Direct(dir, depth) => vec![Box::new(file::FilePlace::open(dir, Some(*depth))?)],
@@ -159,9 +159,7 @@ fn places_of(spec: &ColdSpec, attempt: Duration) -> Result<Vec<Box<dyn Place>>, 
             .map(|server| Box::new(tcp::TcpPlace::new(server.clone(), attempt)) as Box<dyn Place>)
             .collect(),
         #[cfg(feature = "rdma")]
-        ColdSpec::Rdma(servers) => {
-            rdma::places(servers, attempt).map_err(|problem| Error::ColdSpec { text: spec.to_string(), problem })?
-        }
+        ColdSpec::Rdma(servers) => rdma::places(servers, attempt).map_err(unusable)?,
         #[cfg(feature = "object-store")]
         ColdSpec::Object(url) => vec![Box::new(object::ObjectPlace::new(url.clone(), attempt))],
         #[cfg(not(all(feature = "rdma", feature = "object-store")))]

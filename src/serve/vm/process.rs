@@ -304,3 +304,28 @@ pub(in crate::serve) async fn run_tool(
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+
+    use super::*;
+    use crate::serve::fault::Fault;
+
+    #[test]
+    fn a_tools_fault_decides_by_its_code_and_never_by_its_words() {
+        let status = |line: &str| {
+            let ended = Ended::new(Some(1), line);
+            let fault = Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, ended.why());
+            assert!(fault.message.ends_with("exit code 1: it did not answer (os error 28)"), "{}", fault.message);
+            fault.status
+        };
+        let words = "tvmm: it did not answer (os error 28).";
+        let said =
+            |code: &str| format!(r#"tvmm: {{"fault_message":"it did not answer (os error 28).","code":"{code}"}}"#);
+        assert_eq!(status(words), StatusCode::UNPROCESSABLE_ENTITY);
+        assert_eq!(status(&said("bad_request")), StatusCode::UNPROCESSABLE_ENTITY);
+        assert_eq!(status(&said("guest_timeout")), StatusCode::GATEWAY_TIMEOUT);
+        assert_eq!(status(&said("storage_full")), StatusCode::INSUFFICIENT_STORAGE);
+    }
+}
