@@ -87,7 +87,7 @@ pub fn create_new(path: &Path) -> Result<File> {
     options.open(path).map_err(Error::io("create", path))
 }
 
-/// Opens a file to be written anew; one that is made is read by its owner only.
+/// Opens a file to be written anew; a new file can be read by its owner only.
 pub fn overwrite_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(PRIVATE).open(path)
 }

@@ -45,14 +45,14 @@ pub fn derived_dir(location: &Location) -> PathBuf {
     }
 }
 
-/// How an image came to be open.
+/// The way an image came to be open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageOrigin {
-    /// It was there.
+    /// It existed.
     Found,
     /// It was made.
     Made,
-    /// One without checksums was there, of an older tvmm. It was made again.
+    /// A file without checksums existed, made by an older tvmm. The image was made again.
     MadeAgain,
 }
 
@@ -72,7 +72,7 @@ pub struct Image {
 impl Image {
     /// The image of `spec` over the memory that `chain` describes: opened if it was made before, made otherwise.
     ///
-    /// Its checksums are asked for and not waited for: the device reads them while the restore goes on.
+    /// Its checksums are requested without waiting: the device reads them while the restore goes on.
     ///
     /// # Errors
     /// [`Error::Image`] for a file of another length; [`Error::BadMemory`] if it is to be made of damaged pages;
@@ -115,7 +115,7 @@ impl Image {
             let source = Box::new(Error::malformed(&path.display().to_string(), problem));
             return Err(Error::Image { path, source });
         }
-        // A hint; without it the checksums come when they are needed.
+        // A hint; without it the checksums are read when they are needed.
         let _ = rustix::fs::fadvise(&file, data_len, NonZeroU64::new(len - data_len), Advice::WillNeed);
         let (extents, sums) = (spec.extents.clone(), OnceLock::new());
         Ok((Image { file, path, extents, snapshot: id, digest, sums }, origin))
@@ -163,7 +163,7 @@ fn first_bad<'a>(sums: &[u32], pages: impl Iterator<Item = &'a [u8]>) -> Option<
     pages.enumerate().find(|(_, page)| sums.next() != Some(&crc32c::crc32c(page))).map(|(index, _)| index)
 }
 
-/// `extents`: the image's pages, none if they are not known.
+/// `extents`: the image's pages, empty if they are not known.
 fn bad_page(path: &Path, index: usize, extents: &[Extent]) -> Error {
     let mut left = index as u64;
     let holds = |extent: &&Extent| {
@@ -176,7 +176,7 @@ fn bad_page(path: &Path, index: usize, extents: &[Extent]) -> Error {
     Error::BadImagePage { path: path.to_path_buf(), offset: index as u64 * PAGE_SIZE, gpa }
 }
 
-/// Whether a file is an image as tvmm wrote them before images had checksums: pages and nothing else.
+/// True if a file is an image as tvmm wrote them before images had checksums: pages and nothing else.
 fn has_no_checksums(path: &Path, spec: &ImageSpec) -> Result<bool> {
     let (_, len) = files::open_regular(path)?;
     Ok(len == spec.file_len())
@@ -185,7 +185,7 @@ fn has_no_checksums(path: &Path, spec: &ImageSpec) -> Result<bool> {
 /// The end of an image: everything behind its pages.
 struct Trailer {
     snapshot: SnapshotId,
-    /// Of snapshot and extents. The image is named after it.
+    /// The digest of snapshot and extents. The image is named after it.
     digest: Digest,
     sums: Vec<u32>,
 }
@@ -203,7 +203,7 @@ impl Trailer {
             return Err(malformed("it does not end as an image does"));
         }
         let at = u64::from_le_bytes([at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]]);
-        // So that a file is never taken for one with more checksums than it has pages.
+        // Checked, so that a file is never taken for one with more checksums than it has pages.
         let expected = expected_len(at / PAGE_SIZE);
         if at % PAGE_SIZE != 0 || at.checked_add(expected) != Some(tail_at) {
             return Err(malformed(&format!("{at} pages' bytes do not fit its length of {len}")));
@@ -276,7 +276,7 @@ pub fn image_name(snapshot: SnapshotId, spec: &ImageSpec) -> String {
     file_name(digest_of(snapshot, spec))
 }
 
-/// How often an image is made again that other processes remove before it is open.
+/// Limit of attempts to make an image that other processes remove before it is open.
 const OPEN_ATTEMPTS: usize = 8;
 
 /// The least that a folder of plans and images may hold, in bytes.

@@ -16,27 +16,27 @@ const HUGE_PAGES: u64 = 512;
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
 pub(crate) const READ_PAGES: u64 = 128;
 
-/// How many damaged chunks a report names; it counts all of them.
+/// Limit of the damaged chunks that a report names; it counts all of them.
 const MAX_REPORTED: usize = 1024;
 
-/// How many bytes are verified between two calls of the progress function.
+/// Bytes verified between two calls of the progress function.
 const PROGRESS_STEP: u64 = 8 << 20;
 
-/// What a verification found.
+/// The result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VerifyReport {
     /// Pages whose bytes were compared.
     pub pages: u64,
     /// Checksum chunks that were compared.
     pub chunks: u64,
-    /// How many of them are damaged.
+    /// Number of damaged chunks.
     pub bad_chunks: u64,
     /// The first 1024 damaged chunks, ascending.
     pub bad: Vec<BadChunk>,
     /// Pages that the layer does not hold and that are not zero in its memory file. A policy that maps the file there
     /// shows them to the guest.
     pub stray_pages: u64,
-    /// The first 1024 runs of them, ascending.
+    /// The first 1024 runs of stray pages, ascending.
     pub strays: Vec<Extent>,
 }
 
@@ -52,7 +52,7 @@ pub struct BadChunk {
 }
 
 impl VerifyReport {
-    /// Whether everything is as it was written.
+    /// True if all bytes are as they were written.
     pub fn is_good(&self) -> bool {
         self.bad_chunks == 0 && self.stray_pages == 0
     }
