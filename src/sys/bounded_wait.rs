@@ -37,7 +37,7 @@ impl Wait {
         self.limit
     }
 
-    /// Whether the time is over. Called every now and then by the waiting thread; logs the wait when it has become long.
+    /// True if the time is over. Called every now and then by the waiting thread; logs the wait when it has become long.
     pub fn is_over(&mut self) -> bool {
         self.tell();
         self.elapsed() >= self.limit

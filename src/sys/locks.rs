@@ -56,7 +56,7 @@ pub fn unlock(file: &File, byte: u64) -> io::Result<()> {
     fcntl(file, libc::F_OFD_SETLK, &mut flock(libc::F_UNLCK, byte)?)
 }
 
-/// Whether another open file has the lock of `byte`.
+/// True if another open file has the lock of `byte`.
 pub fn is_locked(file: &File, byte: u64) -> io::Result<bool> {
     let mut lock = flock(libc::F_WRLCK, byte)?;
     fcntl(file, libc::F_OFD_GETLK, &mut lock)?;

@@ -133,7 +133,7 @@ impl Source {
         Source { metadata, window_begun: now, in_window: 0, left_out: 0, left_out_in_all: 0 }
     }
 
-    /// Whether the source may log now; if so, how many of its messages were left out before.
+    /// Returns the number of messages left out before, if the source may log now.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         if now.saturating_duration_since(self.window_begun) >= WINDOW {
             self.window_begun = now;

@@ -218,7 +218,7 @@ impl Table {
         (stat.st_mode & libc::S_IFMT == libc::S_IFREG).then_some(stat.st_size as u64)
     }
 
-    /// Whether a mapping's file lies on a tmpfs that has no page left. Safe in a signal handler.
+    /// True if a mapping's file lies on a tmpfs that has no page left. Safe in a signal handler.
     fn is_on_full_tmpfs(&self, mapping: &Mapping) -> bool {
         let Some(file) = self.file(mapping) else { return false };
         let mut stat = MaybeUninit::<libc::statfs>::uninit();

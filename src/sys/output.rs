@@ -173,7 +173,7 @@ impl ConsoleOutput {
         false
     }
 
-    /// Whether bytes wait for their reader.
+    /// True if bytes wait for their reader.
     pub fn has_backlog(&self) -> bool {
         !self.lock().backlog.is_empty()
     }

@@ -4,7 +4,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Whether files in `dir` can be trusted: it belongs to this user, or to root, and no other user may make files in it.
+/// Checks that files in `dir` can be trusted: it belongs to this user or to root, and no other user may make files in
+/// it.
 ///
 /// # Errors
 /// Why not, and what to do; what the host says.

@@ -89,7 +89,7 @@ fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
     Ok((asked > 0).then(|| held * cached / asked.max(1)))
 }
 
-/// Whether the page at `offset` can be read without waiting for the device (preadv2(2), `RWF_NOWAIT`); `None` if the file
+/// True if the page at `offset` can be read without waiting for the device (preadv2(2), `RWF_NOWAIT`); `None` if the file
 /// system does not say.
 fn is_cached(file: &File, offset: u64) -> io::Result<Option<bool>> {
     let mut byte = [0];
@@ -122,7 +122,7 @@ pub fn resident_in(file: &File, offset: u64, len: u64) -> io::Result<Option<u64>
 const PROBED: usize = 4;
 const CANDIDATES: u64 = 32;
 
-/// Whether `file` is cached in folios of 2 MiB, so that a fault maps as much: some blocks that are wholly cached are
+/// True if `file` is cached in folios of 2 MiB, so that a fault maps as much: some blocks that are wholly cached are
 /// mapped, one page of each is touched, and it is seen what came along. `None` if no block tells: none is cached, or the
 /// kernel cannot say.
 pub fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
@@ -151,7 +151,7 @@ pub fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
 
 const HUGE_BLOCK: u64 = 2 << 20;
 
-/// Whether a block is wholly cached; its ends stand for it where the kernel does not tell this user more.
+/// True if a block is wholly cached; its ends stand for it where the kernel does not tell this user more.
 fn is_block_cached(file: &File, offset: u64) -> io::Result<bool> {
     match resident_in(file, offset, HUGE_BLOCK) {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {

@@ -57,7 +57,7 @@ pub enum Mapped {
     Own,
 }
 
-/// Whether the page at `start` is mapped as part of a huge one. `EINVAL` or `ENOTTY` before Linux 6.7.
+/// True if the page at `start` is mapped as part of a huge one. `EINVAL` or `ENOTTY` before Linux 6.7.
 pub fn is_huge(start: *const u8) -> io::Result<bool> {
     let file = File::open("/proc/self/pagemap")?;
     let mut region = Region::default();

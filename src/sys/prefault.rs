@@ -17,7 +17,7 @@ ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, kvm_bindings::KVMIO, 0xd5, kvm_pre_fault_me
 /// How long KVM may go on without mapping a single page. One page takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Whether this KVM has the call at all; whether it works depends on the vCPU's state too.
+/// True if this KVM has the call at all; whether it works depends on the vCPU's state too.
 pub fn is_available(kvm: &Kvm) -> bool {
     kvm.check_extension_raw(u64::from(KVM_CAP_PRE_FAULT_MEMORY)) > 0
 }

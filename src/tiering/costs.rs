@@ -162,7 +162,7 @@ struct Probe {
 }
 
 impl Costs {
-    /// Whether a number was measured on this host.
+    /// True if a number was measured on this host.
     pub fn is_measured(&self, name: &str) -> bool {
         self.measured.iter().any(|known| known == name)
     }

@@ -46,7 +46,7 @@ pub struct Fit {
     pub recorder: String,
     /// Runs the profile stands for; a page counts as touched or written if it was in any of them.
     pub runs: u32,
-    /// Whether the recorder saw reads. If not, `untouched` means not written.
+    /// True if the recorder saw reads. If not, `untouched` means not written.
     pub sees_reads: bool,
     /// In local memory before the guest ran: `untouched` ones were preloaded for nothing.
     pub preload: Touched,

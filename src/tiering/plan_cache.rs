@@ -48,7 +48,7 @@ pub fn remove_unneeded(dir: &Path, marks: &BTreeSet<String>, images: &BTreeSet<S
     unneeded.fold(freed, |freed, path| freed + remove(&path))
 }
 
-/// Whether the name of a plan has one of the marks. Names of versions before 0.2 have none.
+/// True if the name of a plan has one of the marks. Names of versions before 0.2 have none.
 fn is_marked(path: &Path, marks: &BTreeSet<String>) -> bool {
     let stem = path.file_stem().and_then(OsStr::to_str).unwrap_or_default();
     stem.rsplit('-').nth(1).is_some_and(|mark| marks.contains(mark))

@@ -167,7 +167,7 @@ impl PlanFile {
     }
 }
 
-/// Whether the tiers that a plan was made for are those that are given.
+/// Checks that the given tiers are those that the plan was made for.
 fn check_tiers(planned: &[TierSource], given: &[TierSource]) -> Result<(), Error> {
     for (index, then) in planned.iter().enumerate() {
         match given.get(index) {

@@ -104,7 +104,7 @@ impl MemoryMap {
         self.ram().last().map_or(0, |r| r.end)
     }
 
-    /// Whether any RAM lies in `range`.
+    /// True if any RAM lies in `range`.
     pub fn has_ram_in(&self, range: Range) -> bool {
         self.ram().iter().any(|r| r.start < range.end && range.start < r.end)
     }

@@ -98,7 +98,7 @@ impl Device {
         }
     }
 
-    /// Whether `feature` (a bit) was agreed on.
+    /// True if `feature` (a bit) was agreed on.
     pub fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }
@@ -272,7 +272,7 @@ impl Queue {
         }
     }
 
-    /// Whether a chain has been given back.
+    /// True if a chain has been given back.
     pub fn has_used(&self) -> bool {
         self.get(self.used + 2) != self.next_used
     }

@@ -304,7 +304,7 @@ impl Inner {
         self.device.features() | own
     }
 
-    /// Whether the driver is ready and the device is not broken.
+    /// True if the driver is ready and the device is not broken.
     fn is_live(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET | status::FAILED) == status::DRIVER_OK
     }

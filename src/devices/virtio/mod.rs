@@ -144,7 +144,7 @@ impl<'a> Io<'a> {
         self.interrupt.config_change();
     }
 
-    /// Whether the driver accepted `feature` (a bit number).
+    /// True if the driver accepted `feature` (a bit number).
     pub fn has_feature(&self, feature: u32) -> bool {
         self.features & 1 << feature != 0
     }

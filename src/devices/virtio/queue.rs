@@ -94,7 +94,7 @@ impl VirtQueue {
         self.queue.add_used(memory, last_head, last_len)
     }
 
-    /// Whether the driver is to be interrupted for what was given back since this was last asked (VIRTIO 1.2, 2.7.7).
+    /// True if the driver is to be interrupted for what was given back since this was last asked (VIRTIO 1.2, 2.7.7).
     pub fn wants_interrupt(&mut self, memory: &Memory) -> Result<bool, Error> {
         let added = std::mem::take(&mut self.added);
         // The index must be out before the driver's wish is read: it does this the other way round.

@@ -215,7 +215,7 @@ impl RateLimiter {
         Source { fd: self.timer.as_raw_fd(), token }
     }
 
-    /// Whether an operation of `bytes` may be done now; if so it is paid for. If not, the timer fires when it may be.
+    /// True if an operation of `bytes` may be done now; if so it is paid for. If not, the timer fires when it may be.
     pub fn admit(&mut self, bytes: u64) -> bool {
         if self.bandwidth.is_none() && self.ops.is_none() {
             return true;
@@ -223,7 +223,7 @@ impl RateLimiter {
         self.admit_at(bytes, Instant::now())
     }
 
-    /// Whether an operation may begin whose size shows only afterwards: [`pay`](Self::pay). If not, the timer fires when
+    /// True if an operation may begin whose size shows only afterwards: [`pay`](Self::pay). If not, the timer fires when
     /// it may. Bytes that were paid for without being there delay the next one.
     pub fn may_begin(&mut self) -> bool {
         self.bandwidth.is_none() && self.ops.is_none() || self.may_at(0, Instant::now())

@@ -53,7 +53,7 @@ pub struct Trace {
     pub root_id: u64,
     /// The span of the caller's that the first one is part of.
     pub caller_id: Option<u64>,
-    /// Whether the first span answers a request.
+    /// True if the first span answers a request.
     pub is_request: bool,
     pub begun: SystemTime,
     /// What failed.

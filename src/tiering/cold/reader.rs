@@ -26,7 +26,7 @@ pub enum Broken {
     Refused(String),
 }
 
-/// Whether more chunks are wanted.
+/// The receiver's answer: more chunks are wanted, or none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
     Continue,

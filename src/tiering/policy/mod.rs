@@ -192,7 +192,7 @@ impl<'a> Ground<'a> {
         placed
     }
 
-    /// Whether all pages come from the memory file of one full snapshot.
+    /// True if all pages come from the memory file of one full snapshot.
     fn is_one_file(&self) -> bool {
         self.layers == 1 && self.tiers.is_empty()
     }
@@ -236,12 +236,12 @@ impl Policy {
         }
     }
 
-    /// Whether the policy is nothing without a recorded run.
+    /// True if the policy is nothing without a recorded run.
     pub fn needs_profile(self) -> bool {
         matches!(self, Policy::Reap | Policy::Faasnap | Policy::Aquifer | Policy::Tiered)
     }
 
-    /// Whether the policy looks at which pages are zero, so that the page maps of `chain` have to be read.
+    /// True if the policy looks at which pages are zero, so that the page maps of `chain` have to be read.
     pub fn needs_pages(self, chain: &Chain, tiers: &[TierSource]) -> bool {
         let is_one_file = tiers.is_empty() && chain.layers().len() == 1;
         !(is_one_file && matches!(self, Policy::Firecracker | Policy::FirecrackerUffd))

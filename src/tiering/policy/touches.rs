@@ -15,7 +15,7 @@ pub struct Touch {
     pub touched: f64,
     /// The probability that it writes it; not more than `touched`.
     pub written: f64,
-    /// Whether they are zero in the snapshot.
+    /// True if they are zero in the snapshot.
     pub zero: bool,
 }
 

@@ -142,7 +142,7 @@ fn push_parts(parts: &mut Vec<Part>, block: Extent, pages: &[Page], at: &mut usi
     debug_assert!(parts.len() > start);
 }
 
-/// Whether a block is worth being stored whole, zero pages included, so that one huge page shows it.
+/// True if a block is worth being stored whole, zero pages included, so that one huge page shows it.
 fn whole_pays(parts: &[Part], held: &[Page], class: &dyn Fn(u64) -> Class, prices: &Prices) -> bool {
     if let [Part { extent, content, .. }] = parts {
         // One stretch already: zero, new, or shared where a huge page shows it too.
@@ -160,7 +160,7 @@ fn whole_pays(parts: &[Part], held: &[Page], class: &dyn Fn(u64) -> Class, price
     touched * prices.touch - prices.huge + splits * prices.split > more * prices.page
 }
 
-/// Whether two stretches are one in the pool, or both zero.
+/// True if two stretches are one in the pool, or both zero.
 fn follows(a: &Part, b: &Part) -> bool {
     match (a.content, b.content) {
         (None, None) | (Some(None), Some(None)) => true,

@@ -89,7 +89,7 @@ impl Geometry {
         self.data.offset + page * PAGE_SIZE
     }
 
-    /// Whether it is what [`Geometry::of`] makes of a medium that is no longer than `len`.
+    /// True if it is what [`Geometry::of`] makes of a medium that is no longer than `len`.
     fn is_sound(&self, len: u64) -> bool {
         let end = self.data.offset.checked_add(self.data.len);
         end.is_some_and(|end| end <= len && Geometry::of(end, Path::new("")).is_ok_and(|own| own == *self))

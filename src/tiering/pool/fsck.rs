@@ -13,7 +13,7 @@ use crate::snapshot::PAGE_SIZE;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
     pub generation: u64,
-    /// Whether both superblocks are whole; one is while the other is being written, or was when its writer died.
+    /// True if both superblocks are whole; one is while the other is being written, or was when its writer died.
     pub both_states: bool,
     pub snapshots: u64,
     /// Pages of data that were compared with their checksums.

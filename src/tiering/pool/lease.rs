@@ -89,7 +89,7 @@ pub(super) fn uptime() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
-/// Whether who read at `read` that something is its own, and has changed it by now, may have changed what was another's: it
+/// True if who read at `read` that something is its own, and has changed it by now, may have changed what was another's: it
 /// stood still meanwhile, and nobody has heard of it since `said`, which others may have watched for `watch`.
 pub(super) fn stood_still(read: Duration, said: Duration, watch: Duration) -> bool {
     let now = uptime();
@@ -109,7 +109,7 @@ enum Slot {
 }
 
 impl Lease {
-    /// Whether it is a lease of the entry with this digest, as far as it says.
+    /// True if it is a lease of the entry with this digest, as far as it says.
     pub fn is_of(&self, entry: Digest) -> bool {
         let entry = short(entry);
         self.entry == entry || self.entry[4..] == [0; 12] && self.entry[..4] == entry[..4]
@@ -317,7 +317,7 @@ struct State {
     lease: Lease,
     /// When it was about to be written last, by [`uptime`].
     said: Duration,
-    /// Whether it was still there when everybody who had found the slot free must have written.
+    /// True if it was still there when everybody who had found the slot free must have written.
     settled: bool,
 }
 

@@ -120,7 +120,7 @@ impl<'m> Lock<'m> {
         Ok(matches!(read_record(self.medium)?, Record::Of(writer, _) if writer == self.me))
     }
 
-    /// Whether this is still the writer.
+    /// Checks that this process is still the writer.
     ///
     /// # Errors
     /// [`Error::Ousted`], [`Error::Io`].

@@ -13,13 +13,13 @@ pub struct Facts {
     pub kind: &'static str,
     /// What offset, address and length of a mapping are multiples of, bytes.
     pub align: u64,
-    /// Whether the kernel copies pages of private mappings on write.
+    /// True if the kernel copies pages of private mappings on write.
     pub copy_on_write: bool,
-    /// Whether it is made of huge pages.
+    /// True if it is made of huge pages.
     pub huge: bool,
-    /// Whether read(2) works on it.
+    /// True if read(2) works on it.
     pub readable: bool,
-    /// Whether other hosts may read and write it: locks of this host's kernel do not keep those off.
+    /// True if other hosts may read and write it: locks of this host's kernel do not keep those off.
     pub shared_between_hosts: bool,
 }
 
@@ -51,7 +51,7 @@ pub trait Medium: Send + Sync + fmt::Debug {
     /// Takes the lock of one byte (it need not exist). `false`: somebody else of this host has it.
     fn try_lock(&self, byte: u64) -> io::Result<bool>;
 
-    /// Whether this handle can change the medium, and so write leases.
+    /// True if this handle can change the medium, and so write leases.
     fn is_writable(&self) -> bool;
 
     /// Takes the lock of one byte together with others that do so. `false`: another handle of this host has it alone.
@@ -63,6 +63,6 @@ pub trait Medium: Send + Sync + fmt::Debug {
     /// Gives a lock back.
     fn unlock(&self, byte: u64) -> io::Result<()>;
 
-    /// Whether another handle of this host has the lock of one byte.
+    /// True if another handle of this host has the lock of one byte.
     fn is_locked(&self, byte: u64) -> io::Result<bool>;
 }

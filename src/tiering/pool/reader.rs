@@ -81,7 +81,7 @@ impl PoolTier {
     }
 }
 
-/// Whether the pool still has the entry for whoever asks.
+/// True if the pool still has the entry for whoever asks.
 fn is_there(medium: &Arc<dyn Medium>, head: &Head) -> impl Fn() -> Result<bool, Error> + Send + use<> {
     let (medium, snapshot, entry) = (medium.clone(), head.snapshot, head.entry);
     move || Ok(Catalogue::read(medium.as_ref())?.live(snapshot).is_some_and(|now| now.entry == entry))

@@ -30,7 +30,7 @@ impl MergeKind {
         }
     }
 
-    /// Whether a page seen in `count` of `runs` runs stays.
+    /// True if a page seen in `count` of `runs` runs stays.
     fn keeps(self, count: u32, runs: u32) -> bool {
         match self {
             MergeKind::Union => count > 0,

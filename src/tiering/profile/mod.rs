@@ -63,7 +63,7 @@ impl RecorderKind {
         }
     }
 
-    /// Whether pages that are only read show up at all.
+    /// True if pages that are only read show up at all.
     pub fn sees_reads(self) -> bool {
         self != RecorderKind::DirtyLog
     }
@@ -121,7 +121,7 @@ pub struct Profile {
     pub function: String,
     /// How many runs the profile stands for; at least 1.
     pub runs: u32,
-    /// Whether pages that were only read would be here. Without that `read` is empty because nobody looked.
+    /// True if pages that were only read would be here. Without that `read` is empty because nobody looked.
     pub sees_reads: bool,
     /// Touched and never written.
     pub read: PageSet,
@@ -176,12 +176,12 @@ impl Profile {
         }
     }
 
-    /// Whether `read` and `written` are all there is: every page seen, and each told read from written.
+    /// True if `read` and `written` are all there is: every page seen, and each told read from written.
     pub fn knows_classes(&self) -> bool {
         self.sees_reads && self.unclassified.is_empty()
     }
 
-    /// Whether the order of first touches is known page by page.
+    /// True if the order of first touches is known page by page.
     pub fn knows_order(&self) -> bool {
         matches!(self.order, Order::Exact(_))
     }

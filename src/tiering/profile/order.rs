@@ -8,7 +8,7 @@ use super::Order;
 use super::bits::{BitReader, BitWriter};
 use crate::snapshot::{Extent, Gfn, PageSet};
 
-/// Whether `order` is one of exactly `pages`.
+/// Checks that `order` is one of exactly `pages`.
 pub fn check(order: &Order, pages: &PageSet) -> Result<(), String> {
     let mut seen = PageSet::new();
     let mut total = 0_u64;

@@ -29,7 +29,7 @@ pub struct MappedPages {
     pub shared: PageSet,
     /// Private copies: somebody wrote them.
     pub own: PageSet,
-    /// Whether the kernel mapped nothing but what was touched. If not, `shared` has neighbours of touched pages too
+    /// True if the kernel mapped nothing but what was touched. If not, `shared` has neighbours of touched pages too
     /// (fault-around, huge folios).
     pub only_touched: bool,
 }

@@ -29,7 +29,7 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// What it says cannot be read, or cannot be.
     fn runs(&self) -> Result<Vec<TierRun>, super::Error>;
 
-    /// Whether every page of the snapshot that it does not have is zero.
+    /// True if every page of the snapshot that it does not have is zero.
     fn is_complete(&self) -> bool;
 
     /// How it is mapped, if it is byte-addressable.
@@ -65,12 +65,12 @@ pub struct Mappable<'a> {
     pub base: u64,
     /// What offset, address and length of a mapping are multiples of, bytes.
     pub align: u64,
-    /// Whether it can be mapped private, so that the kernel copies what is written. If not, it is mapped shared and
+    /// True if it can be mapped private, so that the kernel copies what is written. If not, it is mapped shared and
     /// read-only.
     pub copy_on_write: bool,
-    /// Whether it is made of huge pages: one fault shows 2 MiB.
+    /// True if it is made of huge pages: one fault shows 2 MiB.
     pub huge: bool,
-    /// Whether read(2) works on it.
+    /// True if read(2) works on it.
     pub readable: bool,
 }
 

@@ -40,7 +40,7 @@ pub fn processors() -> u32 {
     (leaf(1).ebx >> 16 & 0xff).max(1)
 }
 
-/// Whether KVM offers kvmclock at the MSRs 0x4b564d00 and 0x4b564d01.
+/// True if KVM offers kvmclock at the MSRs 0x4b564d00 and 0x4b564d01.
 pub fn has_kvmclock() -> bool {
     if leaf(1).ecx & HYPERVISOR == 0 {
         return false;

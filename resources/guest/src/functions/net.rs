@@ -273,7 +273,7 @@ impl Frame {
         (len >= SEQUENCE_END && half(at + 12) == EXPERIMENT).then(|| u64::from_le_bytes(bytes(at + ETHERNET)))
     }
 
-    /// Whether everything after the sequence number is the pattern.
+    /// True if everything after the sequence number is the pattern.
     fn is_intact(&self, seed: u64, sequence: u64) -> bool {
         let mut offset = 0;
         for (index, (at, len)) in self.parts[..self.count].iter().enumerate() {

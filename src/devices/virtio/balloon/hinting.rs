@@ -46,7 +46,7 @@ impl Hinting {
         self.0.host_cmd = DONE;
     }
 
-    /// Whether the driver is in the round that the host has begun: hints that come late are of pages that it may have
+    /// True if the driver is in the round that the host has begun: hints that come late are of pages that it may have
     /// begun to use.
     pub fn is_round(&self) -> bool {
         self.0.host_cmd >= FIRST && self.0.guest_cmd == Some(self.0.host_cmd)

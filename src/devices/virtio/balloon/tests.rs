@@ -114,7 +114,7 @@ impl Driver {
         self.send(queue, BUFFERS, 4 * numbers.len() as u32, false);
     }
 
-    /// Whether a chain has come back since this was last asked.
+    /// True if a chain has come back since this was last asked.
     fn came_back(&mut self, queue: usize) -> bool {
         let index: u16 = self.memory.read_obj(GuestAddress(DESCRIPTORS + queue as u64 * STEP + USED + 2)).unwrap();
         let came = index != self.used[queue];

@@ -123,7 +123,7 @@ impl Backing {
         Ok(Facts { len, mtime })
     }
 
-    /// Whether the guest's disk is still all there. A write to a file that somebody has cut would make it longer again,
+    /// True if the guest's disk is still all there. A write to a file that somebody has cut would make it longer again,
     /// with zeros where the guest's data was.
     pub fn check_not_cut(&self) -> io::Result<()> {
         let cut = !self.is_block_device && self.file.metadata()?.len() < self.bytes;

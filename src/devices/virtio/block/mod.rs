@@ -68,7 +68,7 @@ pub struct BlockParams {
     pub id: String,
     pub path: PathBuf,
     pub read_only: bool,
-    /// Whether the guest can flush; else it is told that there is no cache.
+    /// True if the guest can flush; else it is told that there is no cache.
     pub writeback: bool,
     pub engine: Engine,
     /// For the config only: what the kernel's command line said.
@@ -361,7 +361,7 @@ fn start(uring: &mut Uring, job: Job) -> Result<(), Broken> {
     uring.start(job).map_err(full)
 }
 
-/// Whether a file system or device cannot do it at all, which is not a failure of the disk.
+/// True if a file system or device cannot do it at all, which is not a failure of the disk.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS))
 }

@@ -185,7 +185,7 @@ impl Net {
     }
 }
 
-/// Whether the kernel says that the tap behind a descriptor has been deleted.
+/// True if the kernel says that the tap behind a descriptor has been deleted.
 fn is_gone(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
 }

@@ -168,7 +168,7 @@ impl Connection {
         self.opening = Some(op::REQUEST);
     }
 
-    /// Whether the guest knows of the connection, so that its end must be told.
+    /// True if the guest knows of the connection, so that its end must be told.
     pub fn is_known(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Lingering => false,
@@ -177,7 +177,7 @@ impl Connection {
         }
     }
 
-    /// Whether the guest has been told that both directions are over, and is to confirm it by a reset.
+    /// True if the guest has been told that both directions are over, and is to confirm it by a reset.
     pub fn awaits_reset(&self) -> bool {
         self.phase == Phase::Established && self.told_shut == shut::BOTH
     }
@@ -211,7 +211,7 @@ impl Connection {
         }
     }
 
-    /// Whether [`next_packet`](Self::next_packet) may have something.
+    /// True if [`next_packet`](Self::next_packet) may have something.
     pub fn wants_to_send(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Lingering => false,
@@ -313,7 +313,7 @@ impl Connection {
         Ok(Some(self.packet(op::RW, done as u32)))
     }
 
-    /// Whether nothing is left to read of a program that sends no more.
+    /// True if nothing is left to read of a program that sends no more.
     fn is_drained(&self) -> bool {
         matches!(rustix::net::recv(&self.stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT), Ok((0, _)))
     }

@@ -45,7 +45,7 @@ pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> 
     out
 }
 
-/// Whether the pages of `block` that a profile expects cost more one by one.
+/// True if the pages of `block` that a profile expects cost more one by one.
 fn pays(ground: &Ground, touches: &[Touch], block: Extent, at: usize) -> bool {
     if touches.get(at).is_none_or(|touch| touch.extent.first >= block.end()) {
         return false;

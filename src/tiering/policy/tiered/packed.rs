@@ -11,7 +11,7 @@ use crate::tiering::costs::Costs;
 /// Pages fetched around a fault: nobody expects these pages, but where one is wanted its neighbours may be.
 const FAULT_PAGES: u64 = 16;
 
-/// Whether the image has these pages: what is held, and zero pages where reading them costs less than their faults.
+/// True if the image has these pages: what is held, and zero pages where reading them costs less than their faults.
 pub fn is_packed(costs: &Costs, touch: &Touch) -> bool {
     !touch.zero || copied_page_ns(costs, false) + costs.populated_touch_ns < costs.anon_read_fault_ns
 }

@@ -233,7 +233,7 @@ fn touch_ns(pages: u64, costs: &Costs) -> f64 {
     ns as f64
 }
 
-/// Whether two runs are cheaper as one, with the pages between them.
+/// True if two runs are cheaper as one, with the pages between them.
 fn gap_pays(last: Extent, next: Extent, gap: &Tally, ground: &Ground) -> bool {
     let costs = ground.costs;
     let pages = (next.first.0 - last.end().0) as f64;

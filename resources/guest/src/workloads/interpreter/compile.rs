@@ -58,7 +58,7 @@ impl<'a> Compiler<'a> {
         Ok(word)
     }
 
-    /// Whether `word` comes next; if so, it is taken.
+    /// True if `word` comes next; if so, it is taken.
     fn take(&mut self, word: Word) -> bool {
         let found = self.peek() == Some(word);
         self.at += usize::from(found);
