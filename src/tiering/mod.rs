@@ -1,4 +1,4 @@
-//! Where the pages of a restored guest live: profiles, policies, plans, and what pools hold.
+//! Placement of a restored guest's pages: profiles, policies, plans, and the contents of pools.
 //!
 //! Owns: recorders and profiles, policies and the cost model, plan files, the formats of pools (`pool/`) and of cold pools
 //! (`cold/`), and the traits that back ends implement (`tier::Tier`, `pool::Medium`, `cold::Place`).
@@ -22,7 +22,7 @@ use std::path::PathBuf;
 
 use crate::snapshot::{self, PoolId, SnapshotId};
 
-/// What can go wrong while a plan is made.
+/// Errors of making a plan.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("There is no policy {name:?}; there are: {known}")]

@@ -77,13 +77,13 @@ fn sample_with(hot: Option<PageSet>) -> Sample {
     Sample { index: Arc::new(packed.index), index_bytes, data, memory, chain, _dir: dir }
 }
 
-/// What a place does when it is asked for chunks.
+/// The answer of a place to a request for chunks.
 #[derive(Clone, Copy, Debug)]
 enum Behaviour {
     Good,
-    /// Goes away after so many chunks, each time.
+    /// Goes away after this many chunks, each time.
     BreaksAfter(usize),
-    /// Flips a bit of this chunk, so many times.
+    /// Flips a bit of this chunk, this many times.
     Lies(u32, usize),
     Refuses,
     Gone,
@@ -95,7 +95,7 @@ struct Fake {
     index: Vec<u8>,
     data: Arc<Vec<u8>>,
     lies: Arc<AtomicUsize>,
-    /// Chunks that were asked for here.
+    /// Chunks requested here.
     asked: Arc<Mutex<Vec<u32>>>,
 }
 
@@ -263,7 +263,7 @@ fn place_that_breaks_is_asked_again_and_nothing_is_missed() {
 #[test]
 fn wrong_bytes_are_never_taken() {
     let sample = sample();
-    // Once may be the way here: the same place gives the right bytes the second time.
+    // A single error may be the network's: the same place gives the right bytes the second time.
     let pool = open(&sample, vec![Fake::of(&sample, "a", Behaviour::Lies(4, 1))]).unwrap();
     read_all(&sample, &pool).unwrap();
     assert_eq!(pool.counts().places[0].damaged, 1);

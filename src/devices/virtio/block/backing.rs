@@ -123,8 +123,8 @@ impl Backing {
         Ok(Facts { len, mtime })
     }
 
-    /// True if the guest's disk is still all there. A write to a file that somebody has cut would make it longer again,
-    /// with zeros where the guest's data was.
+    /// Checks that the file still has all of the guest's disk. A write to a file that was cut would make it longer
+    /// again, with zeros where the guest's data was.
     pub fn check_not_cut(&self) -> io::Result<()> {
         let cut = !self.is_block_device && self.file.metadata()?.len() < self.bytes;
         if cut { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
