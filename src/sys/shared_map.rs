@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_and_nothing_behind_the_end() {
+    fn written_bytes_are_read_back_and_none_behind_the_end() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
         let map = SharedMap::new(&file, 8192, true).unwrap();

@@ -495,7 +495,7 @@ fn diff_is_not_written_without_the_parents_that_it_needs() {
 }
 
 #[test]
-fn what_no_reader_accepts_is_not_sealed() {
+fn a_snapshot_that_no_reader_accepts_is_not_sealed() {
     let base = tempfile::tempdir().unwrap();
     let writer = SnapshotWriter::create(dir(base.path(), "a"), small_layout(), SnapshotKind::Full, None).unwrap();
     let mut input = seal_input();

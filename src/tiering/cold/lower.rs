@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_to_be_mapped_is_fetched_and_long_zero_runs_are_not() {
+    fn mapped_pages_are_fetched_and_long_zero_runs_are_not() {
         let sample = sample();
         let lowered = lower(&plan(&sample), 1, sample.index.layout(), &sample.index).unwrap();
         lowered.validate(sample.index.layout(), &[4096 * PAGE_SIZE]).unwrap();

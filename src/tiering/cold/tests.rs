@@ -379,7 +379,7 @@ fn pool_in_a_directory_holds_a_snapshot_once_and_finds_flipped_bits() {
 }
 
 #[test]
-fn what_an_interrupted_writer_left_is_collected_and_nothing_else() {
+fn only_the_remains_of_an_interrupted_writer_are_collected() {
     let (sample, dir) = (sample(), tempfile::tempdir().unwrap());
     let store = store(&dir.path().join("pool"));
     let id = sample.index.snapshot();

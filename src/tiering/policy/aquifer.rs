@@ -3,10 +3,10 @@
 //! hot working set is in the CXL pool and copied into local memory before the VM resumes, cold pages are in the RDMA
 //! pool and demand-paged asynchronously.
 //!
-//! Where tvmm differs: hot pages are copied from an image of the loading set in whatever tier that lies, cold pages come
-//! from the snapshot's files. "Asynchronously" is rendered as a second thread that installs the cold pages in order of
-//! address while faults are answered at once. The abstract does not say how much one fault fetches; 16 pages (64 KiB)
-//! are tvmm's choice, the snapshot's own checksum chunk.
+//! Differences in tvmm: hot pages are copied from an image of the loading set in any tier, cold pages come from the
+//! snapshot's files. "Asynchronously" is rendered as a second thread that installs the cold pages in order of address
+//! while faults are answered at once. The abstract does not say how much one fault fetches; 16 pages (64 KiB) are
+//! tvmm's choice, the snapshot's own checksum chunk.
 
 use super::place::{Packed, lay_over};
 use super::{Ground, place};

@@ -324,7 +324,7 @@ fn a_lease_of_another_host_is_ended_when_it_is_old_and_silent() {
 }
 
 #[test]
-fn who_has_lost_a_lease_leaves_the_slot_to_whom_it_is_now() {
+fn a_lost_lease_does_not_clear_the_slot_of_its_new_holder() {
     let [one, other] = FakeMedium::of_two_hosts();
     let lost = hold(&one);
     let slot = lease::live(one.as_ref(), EXPIRY_S).unwrap()[0].0;
@@ -515,7 +515,7 @@ fn a_torn_record_of_a_writer_is_not_nobodys() {
 }
 
 #[test]
-fn who_is_slow_to_say_that_it_writes_says_so_again() {
+fn a_writer_that_is_slow_to_write_its_record_starts_again() {
     let [one, other] = FakeMedium::of_two_hosts();
     one.stop_at(WRITER, Duration::from_millis(600));
     std::thread::scope(|scope| {
@@ -588,7 +588,7 @@ fn flipped_bits_are_found_wherever_they_are() {
 }
 
 #[test]
-fn what_is_not_ours_is_not_formatted_without_its_name() {
+fn a_foreign_medium_is_not_formatted_without_its_name() {
     let medium = FakeMedium::new();
     medium.flip(40_000);
     let create = |name| writer::create(&medium, PoolId([1; 32]), name, "fake");
@@ -601,7 +601,7 @@ fn what_is_not_ours_is_not_formatted_without_its_name() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
-    /// Wherever the writer dies, nothing sealed is lost, and everything in the pool is whole.
+    /// A crash of the writer at any point loses nothing sealed, and everything in the pool is whole.
     #[test]
     fn a_crash_leaves_the_state_before_or_after(
         step in 0_u8..3,

@@ -1,4 +1,4 @@
-//! Bit streams, least significant bit first, and LEB128 numbers: what the sections of a profile are packed with.
+//! Bit streams, least significant bit first, and LEB128 numbers: the encodings of a profile's sections.
 
 /// Bits on their way into bytes.
 #[derive(Debug, Default)]

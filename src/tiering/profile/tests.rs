@@ -91,7 +91,7 @@ proptest! {
         prop_assert!(Profile::from_bytes(bytes[..cut.index(bytes.len())].to_vec()).is_err());
     }
 
-    /// Checksums are no defence against who can compute them: payloads are hostile too.
+    /// Checksums are no defence against an attacker, who can compute them: payloads are hostile too.
     #[test]
     fn hostile_payloads_are_read_or_refused_without_panic(
         profile in any_profile(), which in any::<prop::sample::Index>(), at in any::<prop::sample::Index>(),

@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_out_of_range_is_said() {
+    fn missing_and_out_of_range_inputs_are_errors() {
         let mut state = State::new();
         let error = |result: Result<Outcome, Message>| result.unwrap_err().as_str().to_string();
         for name in ["readlist", "image", "json", "ffmpeg", "compression", "recognition"] {

@@ -116,7 +116,7 @@ fn program_that_reads_late_gets_everything_after_the_guest_has_closed() {
 }
 
 #[test]
-fn what_is_not_understood_is_reset_or_dropped() {
+fn unknown_packets_are_reset_or_dropped() {
     let mut driver = Driver::booted();
     driver.give(32);
     driver.send(packet(81, 9, op::REQUEST), &[]);
