@@ -79,8 +79,8 @@ impl Chain {
             let in_child = |source| Error::Parent { child: child.object().to_string(), source: Box::new(source) };
             let parent = open(&location).map_err(in_child)?;
             check_pair(child, &parent)?;
-            // The id covers the parent's id, and a merged snapshot that stands for another is full: a loop needs a broken
-            // hash or a broken check.
+            // The id covers the parent's id, and a merged snapshot that stands for another is full: a loop needs a
+            // broken hash or a broken check.
             if !seen.insert(parent.id()) {
                 return Err(Error::ParentLoop { object: tip.display() });
             }

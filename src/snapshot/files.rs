@@ -79,8 +79,8 @@ pub fn write_limited(path: &Path, bytes: &[u8], limit: u64) -> Result<()> {
 /// The mode of files that hold guest memory, device state, or what a guest did: their owner alone reads them.
 pub const PRIVATE: u32 = 0o600;
 
-/// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at its
-/// place is not followed (open(2), `O_EXCL`).
+/// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at
+/// its place is not followed (open(2), `O_EXCL`).
 pub fn create_new(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(PRIVATE);

@@ -1,8 +1,8 @@
 //! Images: files derived from a snapshot, with the pages of some extents packed one after the other (working-set
 //! files). They are caches: named after what they hold, made when they are needed, free to be deleted.
 //!
-//! An image has a checksum for each of its pages (`docs/snapshot-format.md`). It is made of pages that were compared with
-//! the snapshot's checksums, and every reader compares what it took from the image with the image's.
+//! An image has a checksum for each of its pages (`docs/snapshot-format.md`). It is made of pages that were compared
+//! with the snapshot's checksums, and every reader compares what it took from the image with the image's.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -282,8 +282,8 @@ const OPEN_ATTEMPTS: usize = 8;
 /// The least that a folder of plans and images may hold, in bytes.
 const DERIVED_LIMIT_MIN: u64 = 64 << 20;
 
-/// Removes the plans and images of `chain` that were used longest ago, until the folder holds at most twice the bytes that
-/// the chain does (but no less than 64 MiB). `made`, the one just made, stays.
+/// Removes the plans and images of `chain` that were used longest ago, until the folder holds at most twice the bytes
+/// that the chain does (but no less than 64 MiB). `made`, the one just made, stays.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -310,8 +310,8 @@ pub enum ImageState {
     WithoutChecksums,
 }
 
-/// Reads all of the image file at `path`, which lies beside the snapshot `id`. `specs`: images that it may be, so that an
-/// error can name the page.
+/// Reads all of the image file at `path`, which lies beside the snapshot `id`. `specs`: images that it may be, so that
+/// an error can name the page.
 ///
 /// # Errors
 /// [`Error::BadImagePage`], [`Error::Image`] for damage; [`Error::Io`].

@@ -21,8 +21,8 @@ pub fn cached_bytes(dir: &Path, is_cached: impl Fn(&OsStr) -> bool) -> io::Resul
 }
 
 /// Removes the files used longest ago, of those whose names `is_cached` accepts, until the rest has at most `limit`
-/// bytes; `spared` stays in any case. Returns how many bytes are left. A process that has a removed file open goes on with
-/// it.
+/// bytes; `spared` stays in any case. Returns how many bytes are left. A process that has a removed file open goes on
+/// with it.
 ///
 /// # Errors
 /// The directory cannot be read.

@@ -60,8 +60,8 @@ impl VerifyReport {
     /// Makes damage an error.
     ///
     /// # Errors
-    /// [`Error::BadMemory`] with the first damaged chunk, [`Error::StrayPages`] with the first page that should be zero;
-    /// `object` names the snapshot in it.
+    /// [`Error::BadMemory`] with the first damaged chunk, [`Error::StrayPages`] with the first page that should be
+    /// zero; `object` names the snapshot in it.
     pub fn into_result(self, object: &str) -> Result<VerifyReport> {
         let object = object.to_string();
         match (self.bad.first(), self.strays.first()) {
@@ -123,10 +123,10 @@ impl MemoryFile<'_> {
 
     /// The checksums of the chunks with a page of `held`, ascending, from what was just written.
     ///
-    /// The guest may run meanwhile: checksumming costs it no pause. The bytes come from the page cache, where `write` put
-    /// them; what the disk makes of them is compared with these checksums afterwards. An error of the disk in between
-    /// is reported by `fsync` on the same descriptor; only bytes that were written out, dropped for want of memory, read
-    /// back wrong and not reported would go unnoticed.
+    /// The guest may run meanwhile: checksumming costs it no pause. The bytes come from the page cache, where `write`
+    /// put them; what the disk makes of them is compared with these checksums afterwards. An error of the disk in
+    /// between is reported by `fsync` on the same descriptor; only bytes that were written out, dropped for want of
+    /// memory, read back wrong and not reported would go unnoticed.
     pub(crate) fn checksums(&self, held: &PageSet) -> Result<Vec<u32>> {
         let mut hasher = ChunkHasher::new();
         let mut buffer = vec![0; (READ_PAGES * PAGE_SIZE) as usize];
@@ -224,7 +224,8 @@ impl MemoryFile<'_> {
         Ok(self.data_pages()?.difference(held))
     }
 
-    /// The first of `pages`, which lie in one range of the layout, that are not zero. `read` reads into the start of `buffer`.
+    /// The first of `pages`, which lie in one range of the layout, that are not zero. `read` reads into the start of
+    /// `buffer`.
     pub(crate) fn first_nonzero(&self, pages: Extent, buffer: &mut [u8], read: ReadAt<'_>) -> Result<Option<Extent>> {
         let bytes = &mut buffer[..pages.bytes() as usize];
         self.read_by(pages.first, bytes, read)?;
@@ -248,13 +249,14 @@ impl MemoryFile<'_> {
         Ok(pages)
     }
 
-    /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many they
-    /// are, and the checksum of what is there.
+    /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many
+    /// they are, and the checksum of what is there.
     fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
         self.load_chunk_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
     }
 
-    /// As [`load_chunk`](Self::load_chunk), with the bytes read by `read`, whole pages at multiples of pages in `buffer`.
+    /// As [`load_chunk`](Self::load_chunk), with the bytes read by `read`, whole pages at multiples of pages in
+    /// `buffer`.
     fn load_chunk_by(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<(u64, u32)> {
         let (mut pages, mut crc) = (0, 0);
         for part in self.layout.split(chunk_extent(chunk)) {

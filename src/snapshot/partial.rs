@@ -4,9 +4,9 @@
 //! The name is random and created exclusively, so two writers never meet in it and no name that a user gives can be it.
 //! The directory is that of the final name, so the rename stays within one file system.
 //!
-//! The writer holds an flock on the temporary file or directory itself. The lock ends with the process however it dies, so
-//! one that can be locked is abandoned, and [`sweep`] removes it. Locking the directory (and not a file in it) leaves
-//! nothing to remove before the rename.
+//! The writer holds an flock on the temporary file or directory itself. The lock ends with the process however it dies,
+//! so one that can be locked is abandoned, and [`sweep`] removes it. Locking the directory (and not a file in it)
+//! leaves nothing to remove before the rename.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -203,8 +203,8 @@ pub fn sweep(dir: &Path) -> u64 {
 }
 
 /// As [`sweep`], for a directory that holds nothing but files of ours: also removes the unlocked temporary files
-/// (`<name>.partial`, `<name>.<pid>.partial`, `<name>.partial-<pid>`) of versions before 0.2 that were not written for an
-/// hour.
+/// (`<name>.partial`, `<name>.<pid>.partial`, `<name>.partial-<pid>`) of versions before 0.2 that were not written for
+/// an hour.
 pub fn sweep_own(dir: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(dir) else { return sweep(dir) };
     let mut freed = sweep(dir);

@@ -44,8 +44,8 @@ pub enum Fill {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PageSource {
-    /// Index in the chain (the base is 0); the indices after the tip are the plan's [`tiers`](RestorePlan::tiers), those
-    /// after them its [`images`](RestorePlan::images).
+    /// Index in the chain (the base is 0); the indices after the tip are the plan's [`tiers`](RestorePlan::tiers),
+    /// those after them its [`images`](RestorePlan::images).
     pub layer: usize,
     /// Offset in that layer's memory file, in the tier's data, or in the image, bytes.
     pub offset: u64,

@@ -295,8 +295,8 @@ impl Snapshot {
         self.verify_with(&mut Progress { done: 0, total, report: progress })
     }
 
-    /// Compares one chunk of the memory file with its checksum in `map`, reading by `read` into the start of `buffer`, which
-    /// has room for a chunk. Returns how many pages the chunk holds.
+    /// Compares one chunk of the memory file with its checksum in `map`, reading by `read` into the start of `buffer`,
+    /// which has room for a chunk. Returns how many pages the chunk holds.
     ///
     /// # Errors
     /// [`Error::OtherMemory`], [`Error::Io`].
@@ -304,8 +304,8 @@ impl Snapshot {
         self.memory_file().check_chunk(map, chunk, buffer, read)
     }
 
-    /// The pages that this layer does not hold and that are no hole of its memory file either. They are zeros, if the file is
-    /// intact: a policy that maps the file shows them to the guest.
+    /// The pages that this layer does not hold and that are no hole of its memory file either. They are zeros, if the
+    /// file is intact: a policy that maps the file shows them to the guest.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -313,8 +313,8 @@ impl Snapshot {
         self.memory_file().unheld_data(map.held())
     }
 
-    /// Compares pages of [`unheld_data`](Self::unheld_data), of one range of the layout, with zeros, reading by `read` into
-    /// the start of `buffer`.
+    /// Compares pages of [`unheld_data`](Self::unheld_data), of one range of the layout, with zeros, reading by `read`
+    /// into the start of `buffer`.
     ///
     /// # Errors
     /// [`Error::StrayPages`], [`Error::Io`].

@@ -292,8 +292,8 @@ impl SnapshotWriter {
         Ok((Sealed { id, location: target, pages_held, pages_zero, bytes_on_disk }, to_read))
     }
 
-    /// Takes pages out of a diff that are the same in its parent. Pages stay where the parent cannot be read: a diff with
-    /// more pages restores the same memory.
+    /// Takes pages out of a diff that are the same in its parent. Pages stay where the parent cannot be read: a diff
+    /// with more pages restores the same memory.
     ///
     /// # Errors
     /// [`Error::Io`] for the diff's own file.

@@ -27,8 +27,8 @@ pub struct Packed {
     pub methods: [(u64, u64, u64); Compression::ALL.len()],
 }
 
-/// Writes the data object of `chain` to `data` and makes its index. The layers are verified first. `progress` gets bytes
-/// done and to do.
+/// Writes the data object of `chain` to `data` and makes its index. The layers are verified first. `progress` gets
+/// bytes done and to do.
 ///
 /// # Errors
 /// [`ChunkError::Damaged`] for a layer with wrong bytes, [`ChunkError::ChunkSize`], and errors of reading and writing.

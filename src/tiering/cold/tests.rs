@@ -31,7 +31,8 @@ pub struct Sample {
     _dir: TempDir,
 }
 
-/// Two layers; pages up to 1100 with zeros between them, some of which compress and some of which do not, and page 4000.
+/// Two layers; pages up to 1100 with zeros between them, some of which compress and some of which do not, and page
+/// 4000.
 pub fn sample() -> Sample {
     sample_with(None)
 }
