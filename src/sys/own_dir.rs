@@ -1,4 +1,4 @@
-//! Directories in which tvmm keeps guest memory, or what it is made from, between runs.
+//! Directories in which tvmm keeps guest memory, or data derived from it, between runs.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +8,7 @@ use std::path::Path;
 /// it.
 ///
 /// # Errors
-/// Why not, and what to do; what the host says.
+/// The reason and a remedy; errors of the host.
 pub fn check_owner(dir: &Path) -> io::Result<()> {
     let metadata = std::fs::metadata(dir)?;
     let me = rustix::process::geteuid().as_raw();

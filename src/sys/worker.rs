@@ -1,11 +1,11 @@
-//! Threads that help: how many there may be is the system's decision (RLIMIT_NPROC, `pids.max` of the cgroup), so none is
-//! taken for granted.
+//! Helper threads. The system limits their number (RLIMIT_NPROC, `pids.max` of the cgroup), so the work must get done
+//! without them too.
 
 use std::io;
 use std::time::Duration;
 
-/// Runs `work` on `wanted` threads, this one included; on fewer if the system allows no more. `work` takes what is left to
-/// be done from a list that the threads share. Returns on how many threads it ran.
+/// Runs `work` on `wanted` threads, this one included; on fewer if the system allows no more. `work` takes items from a
+/// list that the threads share. Returns the number of threads.
 ///
 /// # Errors
 /// The first error of `work`.
@@ -24,7 +24,7 @@ pub fn share<E: Send>(name: &str, wanted: usize, work: impl Fn() -> Result<(), E
         }
         let threads = others.len() + 1;
         let own = work();
-        // A panic of a thread goes on here.
+        // A panic of a thread continues here.
         let join = |other: std::thread::ScopedJoinHandle<'_, Result<(), E>>| {
             other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
