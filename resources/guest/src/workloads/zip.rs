@@ -3,7 +3,7 @@
 
 use alloc::vec::Vec;
 
-/// What Python's zlib takes for "default".
+/// The level that Python's zlib takes for "default".
 const LEVEL: u8 = 6;
 const DEFLATED: u16 = 8;
 const VERSION: u16 = 20;
