@@ -119,7 +119,7 @@ impl Chain {
         Ok(Chain { layers: vec![Snapshot::open_without_memory(tip)?], derived: None })
     }
 
-    /// Keeps what is derived from the chain in `dir` from now on.
+    /// Keeps files derived from the chain in `dir` from now on.
     pub fn derive_in(&mut self, dir: PathBuf) {
         self.derived = Some(dir);
     }

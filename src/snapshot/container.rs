@@ -51,7 +51,7 @@ pub enum SectionKind {
     PagesZero,
     /// Checksums of the held pages.
     ChunkChecksums,
-    /// The header of a profile: its snapshot and its runs.
+    /// The header of a profile: its snapshot, recorder, number of runs and function.
     ProfileHeader,
     /// The pages of a profile.
     ProfilePages,

@@ -84,7 +84,7 @@ pub fn copy_drive_while(from: &File, len: u64, to: &Path, is_wanted: &dyn Fn() -
     match copied.and_then(|method| target.set_len(len).map(|()| method)) {
         Ok(method) => Ok((target, method)),
         Err(error) => {
-            // Best effort: the error is what counts.
+            // Best effort: only the first error matters.
             let _ = std::fs::remove_file(to);
             Err(Error::io("copy a drive to", to)(error))
         }

@@ -79,7 +79,7 @@ pub enum Error {
     /// The writer was used wrongly, for example with pages out of order.
     #[error("Pages [{first:#x}, {end:#x}) cannot be written: {problem}", first = extent.first.0, end = extent.end().0)]
     BadRun { extent: Extent, problem: &'static str },
-    /// Chunks of memory that are not what was written.
+    /// Chunks of memory that differ from the written ones.
     #[error(
         "{object} has {bad} damaged chunks of memory, the first at guest-physical {gpa:#x}, {bytes} bytes long",
         gpa = first.gpa(), bytes = first.bytes()

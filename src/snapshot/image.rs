@@ -33,7 +33,7 @@ const TAIL_LEN: usize = 16;
 /// The payload of the section that identifies an image: a snapshot, a digest, a number of pages.
 const HEAD_LEN: usize = 32 + 32 + 8;
 
-/// The folder that caches what was derived from the snapshot at `location`.
+/// The folder that caches files derived from the snapshot at `location`.
 pub fn derived_dir(location: &Location) -> PathBuf {
     match location {
         Location::Dir(dir) => dir.join("plan"),

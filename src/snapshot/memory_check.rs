@@ -10,7 +10,7 @@ use super::merge::nonzero_runs;
 use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result, Snapshot, files};
 
-/// 2 MiB in pages: what one huge folio holds.
+/// 2 MiB in pages: the size of a huge folio.
 const HUGE_PAGES: u64 = 512;
 
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
@@ -89,7 +89,7 @@ impl Progress<'_> {
 /// Fills the bytes from an offset of a memory file on.
 pub type ReadAt<'a> = &'a mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>;
 
-/// A memory file with what is needed to find a page in it.
+/// A memory file with the layout by which a page is found in it.
 #[derive(Clone, Copy)]
 pub(crate) struct MemoryFile<'a> {
     pub(crate) file: &'a File,
@@ -121,7 +121,7 @@ impl MemoryFile<'_> {
         }
     }
 
-    /// The checksums of the chunks with a page of `held`, ascending, from what was just written.
+    /// The checksums of the chunks with a page of `held`, ascending, from the bytes just written.
     ///
     /// The guest may run meanwhile: checksumming costs it no pause. The bytes come from the page cache, where `write`
     /// put them; what the disk makes of them is compared with these checksums afterwards. An error of the disk in
@@ -295,7 +295,7 @@ impl<'a> CheckedReader<'a> {
     /// Fills `bytes` with the pages of `extent`, which the layer holds.
     ///
     /// # Errors
-    /// [`Error::BadMemory`] for a chunk that is not what was written.
+    /// [`Error::BadMemory`] for a chunk that differs from the written one.
     pub(crate) fn read(&mut self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
         let mut rest = bytes;
         for part in extent.chunks(CHUNK_PAGES) {

@@ -1,4 +1,4 @@
-//! The artefact: what a snapshot is, on disk and in memory.
+//! The artefact: a snapshot on disk and in memory.
 //!
 //! Owns: file formats, layers and chains of diffs, writing, reading, merging, verification, working-set images, and the
 //! nouns that every room shares (pages, extents, layouts, restore plans). `docs/snapshot-format.md` describes every

@@ -107,7 +107,7 @@ impl PageMap {
         self.checksums.get(index).copied()
     }
 
-    /// The held pages of a chunk, as runs in page order: what its checksum covers.
+    /// The held pages of a chunk, as runs in page order: the pages that its checksum covers.
     pub fn chunk_runs(&self, chunk: u64) -> impl Iterator<Item = Extent> + '_ {
         self.held.runs_in(Extent { first: Gfn(chunk.saturating_mul(CHUNK_PAGES)), pages: CHUNK_PAGES })
     }

@@ -73,7 +73,7 @@ impl Entry {
             Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&self.path),
             _ => fs::remove_file(&self.path),
         };
-        // The next sweep of the directory removes what could not be removed now.
+        // If removing fails, the next sweep of the directory removes it.
         let _ = removed;
     }
 }

@@ -346,7 +346,7 @@ impl RestorePlan {
     }
 
     /// Joins neighbours with the same placement whose sources continue, except across the end of a range of the
-    /// layout. Does not change what the plan means.
+    /// layout. Does not change the plan's meaning.
     pub fn coalesce(&mut self, layout: &MemoryLayout) {
         self.extents.dedup_by(|next, last| {
             let joins = last.extent.end() == next.extent.first

@@ -33,10 +33,10 @@ impl ReadBack {
         Ok(ReadBack { file, path, layout: memory.layout.clone(), map })
     }
 
-    /// Reads the memory from the disk and compares it with the checksums of what was written.
+    /// Reads the memory from the disk and compares it with the checksums of the written bytes.
     ///
     /// # Errors
-    /// [`Error::BadMemory`] if the disk did not keep what was written; [`Error::Io`].
+    /// [`Error::BadMemory`] if the disk did not keep the written bytes; [`Error::Io`].
     pub fn run(&self, cache: &dyn LoadHuge) -> Result<()> {
         let memory = MemoryFile { file: &self.file, path: &self.path, layout: &self.layout };
         read_back(memory, &self.map, cache)

@@ -96,7 +96,7 @@ impl SnapshotWriter {
     /// Prepares to write a snapshot to `target`. A directory must not exist yet; the two files of the other form may,
     /// and are replaced when the snapshot is sealed.
     ///
-    /// Also removes what writers that died left behind beside the target.
+    /// Also removes the temporaries of dead writers beside the target.
     ///
     /// # Errors
     /// [`Error::TargetExists`], [`Error::BadTarget`], [`Error::BadParentage`] (a diff needs a parent, a full snapshot

@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::terminal;
 use crate::snapshot::{Extent, PAGE_SIZE};
 
-/// The exit code of a process whose guest's memory was lost, or is not what was captured.
+/// The exit code of a process whose guest's memory was lost, or differs from the captured memory.
 pub const EXIT_CODE: u8 = 3;
 
 /// The first words of the message when a guest ends for a reason of the host's.

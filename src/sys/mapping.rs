@@ -94,8 +94,9 @@ impl Reservation {
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Puts a shared mapping of `file`, read-only, at `[offset, offset + len)`. For files that cannot be mapped private
-    /// (device DAX), and for tests of that; see [`map_file_private`](Self::map_file_private) for the file's length.
+    /// Puts a shared, read-only mapping of `file` at `[offset, offset + len)`: for files that cannot be mapped private
+    /// (device DAX), or that the user wants mapped like those. See [`map_file_private`](Self::map_file_private) for the
+    /// file's length.
     pub fn map_file_read_only(&self, offset: usize, len: usize, file: &File, file_offset: u64) -> io::Result<()> {
         let file_offset =
             libc::off_t::try_from(file_offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;

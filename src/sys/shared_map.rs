@@ -81,7 +81,7 @@ impl SharedMap {
             // has it.
             unsafe { std::arch::x86_64::_mm_clflush(line as *const u8) };
         }
-        // SAFETY: orders the flushes before what follows; every x86-64 CPU has it.
+        // SAFETY: orders the flushes before later instructions; every x86-64 CPU has it.
         unsafe { std::arch::x86_64::_mm_mfence() };
         Ok(())
     }

@@ -156,7 +156,7 @@ mod tests {
         assert_eq!((counts.in_place, counts.cow_file), (0, 0));
         // The last two of the 64 are zero.
         assert_eq!(counts.preload, 62);
-        // The sample has pages up to 1100 and at 4000; what lies between is zero.
+        // The sample has pages up to 1100 and at 4000; the pages between are zero.
         assert!(counts.zero > 2000, "{counts:?}");
         assert!(lowered.background.iter().all(|step| step.action == BackgroundAction::Install));
         assert_eq!(lowered.background.iter().map(|step| step.extent.pages).sum::<u64>(), 64);

@@ -1,9 +1,9 @@
 //! Cold pools: the pages of snapshots as compressed chunks, fetched over a network or from slow storage.
 //!
 //! A cold pool holds, per snapshot (the whole chain, keyed by the tip's id), one immutable object: a *data object*, the
-//! compressed chunks one after the other, and an *index* that says which pages each chunk holds, how it is compressed
-//! and what its checksum is. A chunk holds the pages of one aligned window of guest memory, so a fault needs one chunk
-//! (two if the object was packed by a profile), and a run of chunks is a run of bytes. `docs/remote.md` describes every
+//! compressed chunks one after the other, and an *index* with the pages, compression and checksum of each chunk. A
+//! chunk holds the pages of one aligned window of guest memory, so a fault needs one chunk (two if the object was
+//! packed by a profile), and a run of chunks is a run of bytes. `docs/remote.md` describes every byte.
 //! byte.
 //!
 //! [`Place`] and [`ChunkSource`] hide where the bytes are; this module checks all bytes, whatever place sent them.

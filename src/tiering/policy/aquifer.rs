@@ -1,5 +1,5 @@
 //! `aquifer` (Hu, Li, Yang, "Aquifer: Hierarchical Memory Pooling with CXL and RDMA for MicroVM Snapshots", arXiv
-//! 2606.24079, 2026; its abstract is what was read). A snapshot is laid out by hotness: zero pages are not stored, the
+//! 2606.24079, 2026; only its abstract was read). A snapshot is laid out by hotness: zero pages are not stored, the
 //! hot working set is in the CXL pool and copied into local memory before the VM resumes, cold pages are in the RDMA
 //! pool and demand-paged asynchronously.
 //!

@@ -37,7 +37,7 @@ pub fn cut(item: &PlannedExtent, part: Extent) -> PlannedExtent {
 }
 
 /// Calls `piece(part, label)` for every piece of `extent`, ascending: the parts that `labels` (ascending, disjoint)
-/// have, with their index, and what is between them. `at` is the first label that may matter; it moves on.
+/// have, with their index, and the parts between them. `at` is the first label that may matter; it moves on.
 pub fn pieces(
     extent: Extent,
     labels: &[impl AsRef<Extent>],

@@ -36,7 +36,7 @@ pub trait Medium: Send + Sync + fmt::Debug {
     /// The file that is mapped for a guest.
     fn file(&self) -> &File;
 
-    /// Fills `bytes` from `offset` on, with what other hosts have flushed.
+    /// Fills `bytes` from `offset` on, including bytes that other hosts have flushed.
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 
     /// Writes `bytes` at `offset`. Need not be durable on return.

@@ -100,7 +100,7 @@ impl Picture {
         Self { bytes, ..*self }
     }
 
-    /// As a baseline JPEG with 4:2:0 chroma; `kind` says what the bytes are.
+    /// As a baseline JPEG with 4:2:0 chroma; `kind` is the format of the bytes.
     pub fn encode(&self, kind: ColorType, quality: u8) -> Result<Vec<u8>, Message> {
         let mut out = Vec::new();
         let mut encoder = Encoder::new(&mut out, quality);

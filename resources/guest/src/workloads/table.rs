@@ -48,7 +48,7 @@ enum Value {
     List(Rc<Vec<Value>>),
 }
 
-/// The nodes up to `{end}` or the end of `source`, and what is left after it.
+/// The nodes up to `{end}` or the end of `source`, and the rest of `source` after it.
 fn parse(mut source: &str, inner: bool) -> Result<(Vec<Node>, &str), Message> {
     let mut nodes = Vec::new();
     loop {

@@ -39,7 +39,7 @@ pub fn prepare(frames: u64, bytes: u64, seed: u64) -> Result<Vec<u8>, Message> {
 }
 
 impl Picture {
-    /// The picture moved left by `pixels`, what goes out comes in on the right; with a block of another brightness.
+    /// The picture moved left by `pixels`, its left edge comes in on the right; with a block of another brightness.
     fn shifted(&self, pixels: u64, spot: u64) -> Self {
         let row_len = usize::from(self.width) * 3;
         let shift = (pixels as usize * 3) % row_len;

@@ -195,7 +195,7 @@ enum Stop {
     Idle,
     /// The queue is empty.
     NoBuffers,
-    /// A frame waits for this many more buffers.
+    /// A frame waits for more buffers than these, which are all that are available.
     TooFewBuffers(u16),
     /// Other devices have their turn.
     Turn,

@@ -318,7 +318,7 @@ impl Connection {
         matches!(rustix::net::recv(&self.stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT), Ok((0, _)))
     }
 
-    /// Notes what the program's end of sending means for the guest's end.
+    /// Sets the shutdown flags that the guest gets after the program's end of sending.
     fn note_end(&mut self) {
         if self.at_end {
             self.host_shut |= shut::SEND;

@@ -62,7 +62,7 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if self.file.is_some() && identity(&self.path) == self.file {
-            // The process is ending, so an error has no receiver.
+            // Best effort: a drop cannot report an error.
             let _ = std::fs::remove_file(&self.path);
         }
     }
