@@ -159,7 +159,7 @@ impl SectionInfo {
     }
 }
 
-/// A container whose structure was checked; payloads are checked when they are asked for.
+/// A container whose structure was checked; each payload is checked on access.
 #[derive(Clone, Debug)]
 pub struct Container {
     object: String,

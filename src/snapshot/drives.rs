@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn copy_that_nobody_wants_any_more_stops_at_the_next_piece() {
+    fn cancelled_copy_stops_at_the_next_piece() {
         let dir = tempfile::tempdir().unwrap();
         let from = files::create_new(&dir.path().join("from")).unwrap();
         from.write_all_at(&vec![7; 4 * PIECE], 0).unwrap();

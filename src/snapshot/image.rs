@@ -247,7 +247,7 @@ impl Trailer {
     }
 }
 
-/// The length of the container of an image with so many pages.
+/// The length of the container of an image with this many pages.
 fn expected_len(pages: u64) -> u64 {
     container_len_of([HEAD_LEN as u64, pages.saturating_mul(4)].into_iter())
 }

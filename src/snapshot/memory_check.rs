@@ -140,7 +140,8 @@ impl MemoryFile<'_> {
         Ok(hasher.finish().into_iter().map(|(_, crc)| crc).collect())
     }
 
-    /// Makes the file durable, and returns its [`checksums`](Self::checksums): both at once, where a thread can be had.
+    /// Makes the file durable, and returns its [`checksums`](Self::checksums): both at once, if a thread can be
+    /// started.
     pub(crate) fn sync_and_checksum(&self, held: &PageSet) -> Result<Vec<u32>> {
         let sync = || self.file.sync_all().map_err(Error::io("sync", self.path));
         std::thread::scope(|scope| {

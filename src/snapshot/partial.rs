@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_no_writer_holds_is_swept() {
+    fn sweep_keeps_temporaries_of_live_writers() {
         let dir = tempfile::tempdir().unwrap();
         let living_dir = PartialDir::create(dir.path()).unwrap();
         let living_file = PartialFile::create(dir.path()).unwrap();

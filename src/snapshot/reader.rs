@@ -1,7 +1,7 @@
 //! Opens a snapshot.
 //!
-//! Restore latency is spent here: `open` reads manifest and state, verifies both, opens the memory file and stops.
-//! The page map is read when it is asked for, the memory is verified when it is asked for.
+//! Restore latency is spent here: `open` reads manifest and state, verifies both, opens the memory file and stops. The
+//! page map is read, and the memory verified, only on request.
 
 use std::borrow::Cow;
 use std::fs::File;

@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn contains_refuses_what_crosses_a_range() {
+    fn contains_refuses_extents_that_cross_a_range() {
         let layout = two_ranges();
         assert!(layout.contains(Extent::new(Gfn(0), 512)));
         assert!(!layout.contains(Extent::new(Gfn(0), 513)));

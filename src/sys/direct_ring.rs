@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_come_in_order_whatever_their_alignment() {
+    fn ranges_of_any_alignment_come_in_order() {
         let Some((bytes, file, _path)) = direct() else { return };
         let ranges: Vec<Range<u64>> = (0..40_u64).map(|n| n * 78_001..n * 78_001 + 1 + n * 1_700).collect();
         for depth in [1, 3, 64] {

@@ -81,7 +81,7 @@ impl Reservation {
         self.map_fixed(offset, len, libc::MAP_NORESERVE, file.as_raw_fd(), file_offset)
     }
 
-    /// Puts a shared mapping of the first `len` bytes of `file` at the start; writable if asked for. Bytes between the
+    /// Puts a shared mapping of the first `len` bytes of `file` at the start; writable if `writable`. Bytes between the
     /// file's end and the end of its last page are zeros; the file must not shrink while it is mapped.
     pub fn map_file_shared(&self, len: usize, file: &File, writable: bool) -> io::Result<()> {
         let access = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };

@@ -273,7 +273,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn costs_survive_a_file_and_say_what_was_measured() {
+    fn costs_survive_a_file_and_name_the_measured_ones() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deep").join("costs.json");
         let mut costs = Costs::default();

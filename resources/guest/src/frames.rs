@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn alloc_up_to_gives_what_is_contiguous() {
+    fn alloc_up_to_gives_contiguous_pages() {
         let mut l = list(&[run(10, 2), run(20, 8)]);
         assert_eq!(l.alloc_up_to(5), Ok(run(10, 2)));
         assert_eq!(l.alloc_up_to(5), Ok(run(20, 5)));

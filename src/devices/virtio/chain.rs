@@ -12,8 +12,8 @@ pub type Slice<'m> = VolatileSlice<'m, RefSlice<'m, AtomicBitmap>>;
 /// No device has a request larger than this; a driver that asks for more is lying (or a loop of descriptors is).
 const MAX_BYTES: usize = 1 << 30;
 
-/// Touches each page of `slices`, on which the kernel has answered EFAULT: a page that cannot be had (its file was cut,
-/// its disk fails) ends the guest with the reason here, instead of passing for an error of the device.
+/// Touches each page of `slices`, for which the kernel has returned EFAULT. A lost page (its file was cut, its disk
+/// fails) thereby ends the guest with the reason, instead of passing for an error of the device.
 pub fn touch<'m, B: BitmapSlice>(slices: impl Iterator<Item = VolatileSlice<'m, B>>) {
     const PAGE: usize = 4096;
     for slice in slices {

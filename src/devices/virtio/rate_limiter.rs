@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn save_and_restore_go_on_with_what_was_left() {
+    fn save_and_restore_keep_the_tokens_left() {
         let (mut limiter, start) = limiter(limit(1000, 100, 60_000), limit(10, 0, 60_000));
         assert!(limiter.admit_at(600, start));
         let bytes = postcard::to_stdvec(&limiter.save()).unwrap();
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn change_replaces_only_what_it_names() {
+    fn change_replaces_only_named_limits() {
         let (mut limiter, start) = limiter(limit(10, 0, 1000), limit(1, 0, 1000));
         assert!(limiter.admit_at(10, start) && !limiter.admit_at(10, start));
         limiter.change(RateLimits { bandwidth: None, ops: limit(0, 0, 0) });

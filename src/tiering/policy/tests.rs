@@ -349,7 +349,7 @@ fn aquifer_copies_hot_pages_and_fetches_cold_ones_in_the_background() {
 }
 
 #[test]
-fn catalyzer_and_trenv_map_what_is_held_and_copy_nothing() {
+fn catalyzer_and_trenv_map_held_pages_and_copy_none() {
     for policy in [Policy::Catalyzer, Policy::Trenv] {
         let placed: Vec<_> =
             example().plan(policy).extents.iter().map(|item| (item.extent.first.0, item.placement)).collect();

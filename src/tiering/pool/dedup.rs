@@ -287,7 +287,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_page_is_decided_once_and_can_be_what_is_decided(
+        fn every_page_is_decided_once_and_validly(
             pages in prop::collection::vec((0_u8..4, 0_u64..4), 1200),
             classes in prop::collection::vec(0_u8..3, 3),
         ) {

@@ -86,7 +86,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn space_is_what_a_bitmap_says(steps in prop::collection::vec((0_u8..3, 0_u64..200, 1_u64..40), 1..60)) {
+        fn space_agrees_with_a_bitmap(steps in prop::collection::vec((0_u8..3, 0_u64..200, 1_u64..40), 1..60)) {
             let mut space = Space::new(0, 200);
             let mut free = [true; 200];
             for (what, at, len) in steps {

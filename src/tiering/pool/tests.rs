@@ -250,7 +250,7 @@ const BASE: &[(u64, u64, u64)] = &[(100, 500, 1)];
 const CHILD: &[(u64, u64, u64)] = &[(100, 300, 1), (400, 80, 2), (480, 120, 1), (620, 20, 3)];
 
 #[test]
-fn snapshots_share_what_they_have_in_common_and_read_back_as_they_were() {
+fn snapshots_share_common_pages_and_read_back_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
     let medium = Arc::new(FakeMedium::formatted());
@@ -267,7 +267,7 @@ fn snapshots_share_what_they_have_in_common_and_read_back_as_they_were() {
 }
 
 #[test]
-fn pages_of_a_removed_snapshot_are_freed_when_nobody_needs_them() {
+fn pages_of_a_removed_snapshot_are_freed_once_unused() {
     let dir = tempfile::tempdir().unwrap();
     let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
     let medium = Arc::new(FakeMedium::formatted());
@@ -378,7 +378,7 @@ fn only_slot(medium: &FakeMedium) -> u64 {
 }
 
 #[test]
-fn leases_count_whatever_the_size_is_and_the_superblocks_say() {
+fn leases_count_with_any_size_and_any_superblocks() {
     let [one, other] = FakeMedium::of_two_hosts();
     let held = hold(&other);
     let format = |medium: &FakeMedium| writer::create(medium, PoolId([8; 32]), Some("fake"), "fake").unwrap_err();
@@ -417,7 +417,7 @@ fn a_torn_lease_is_watched_and_a_pool_in_use_is_put_back() {
 }
 
 #[test]
-fn a_holder_that_stops_before_it_beats_has_lost_what_was_wiped_meanwhile() {
+fn a_holder_that_stood_still_has_lost_a_lease_wiped_meanwhile() {
     let [one, other] = FakeMedium::of_two_hosts();
     let held = hold(&one);
     std::thread::sleep(Duration::from_millis(1100));
@@ -497,7 +497,7 @@ fn a_writer_that_stops_before_it_publishes_says_that_it_may_have_come_too_late()
 }
 
 #[test]
-fn a_torn_record_of_a_writer_is_not_nobodys() {
+fn a_torn_record_of_a_writer_has_an_owner() {
     let [one, other] = FakeMedium::of_two_hosts();
     let writer = Writer::open(one.as_ref()).unwrap();
     one.flip(WRITER + 20);

@@ -119,7 +119,7 @@ proptest! {
     }
 
     #[test]
-    fn merging_keeps_what_it_says(parts in prop::collection::vec(any_touches(), 1..6)) {
+    fn each_merge_kind_keeps_its_pages(parts in prop::collection::vec(any_touches(), 1..6)) {
         let profiles: Vec<Profile> = parts.iter().map(|touches| profile_of(touches)).collect();
         let runs = profiles.len() as u32;
         for kind in MergeKind::ALL {

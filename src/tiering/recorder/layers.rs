@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_layer_takes_what_is_too_much() {
+    fn the_last_layer_takes_the_excess() {
         let mut layering = Layering::new();
         for index in 1..=MAX_LAYERS as u64 + 5 {
             layering.look(&pages(0, index * LAYER_PAGES));

@@ -412,7 +412,7 @@ mod tests {
     ];
 
     #[test]
-    fn digest_is_that_of_the_input_and_not_of_what_ran_before() {
+    fn digest_depends_on_the_input_and_not_on_earlier_runs() {
         let mut state = State::new();
         for (name, size) in SMALL {
             state.prepare(find(name).unwrap(), Some(4), Some(size)).unwrap();
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn preparing_twice_keeps_what_is_there() {
+    fn preparing_twice_keeps_the_first_result() {
         let mut state = State::new();
         let json = find("json").unwrap();
         state.prepare(json, Some(1), Some(5000)).unwrap();

@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn archive_inflates_to_what_went_in() {
+    fn archive_inflates_to_its_input() {
         let data = document(50_000, 1);
         let zip = archive("json", &data);
         assert!(zip.len() * 3 < data.len(), "{}", zip.len());

@@ -4,7 +4,7 @@
 //!  inflate ─► page numbers ─► runs ─┐
 //!  hint, report ─► ranges ──────────┴─► ReleasePages ─► they leave the host's memory, and the snapshot
 //!  deflate ─► nothing to do: the next touch of a page brings a zero page
-//!  statistics ─► the driver's buffer is kept, and given back when the timer says that new ones are wanted
+//!  statistics ─► the driver's buffer is kept, and given back when the timer expires
 //! ```
 //!
 //! Optional queues follow each other without gaps in the order statistics, hints, reports, as Linux numbers them: by

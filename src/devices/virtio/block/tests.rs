@@ -283,7 +283,7 @@ fn many_requests_at_once_all_come_back_once() {
 }
 
 #[test]
-fn quiesce_finishes_what_is_in_flight_and_another_device_goes_on() {
+fn quiesce_finishes_requests_in_flight_and_another_device_goes_on() {
     for engine in ENGINES {
         let fixture = Fixture::new();
         let mut driver = fixture.drive(engine);

@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn socket_file_of_somebody_else_is_left_alone() {
+    fn foreign_socket_file_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let listener = Listener::bind(&path).unwrap();

@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_behind_what_is_written_comes_whole_as_much_again_as_was_written() {
+    fn zero_memory_behind_written_pages_comes_whole_as_much_as_was_written() {
         // 1,100 pages in all: three blocks begin within as many pages behind them.
         let grown = [touch(extent(100, 664), 1.0), touch(extent(3650, 436), 1.0)];
         assert_eq!(chosen(&grown, 1e6), [extent(4096, 1536)]);

@@ -61,7 +61,7 @@ mod tests {
     use crate::tiering::costs::Costs;
 
     #[test]
-    fn no_more_is_in_place_than_the_budget_has_and_what_is_touched_stays_longest() {
+    fn in_place_pages_fit_the_budget_and_likely_ones_stay_longest() {
         let layout = MemoryLayout::from_gpa_ranges(&[(0, 1000 * PAGE_SIZE)]).unwrap();
         let extent = |first, pages| Extent { first: Gfn(first), pages };
         let source = PageSource { layer: 1, offset: 0 };
