@@ -6,7 +6,7 @@ use std::io;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How often [`Worker::finish`] looks.
+/// Pause between two looks of [`Worker::finish`].
 const LOOK: Duration = Duration::from_micros(100);
 
 /// A thread that works until it is asked to stop. Dropping it asks, and joins.
@@ -30,7 +30,7 @@ impl Worker {
         Ok(Worker { stop: Box::new(stop), thread: Some(thread) })
     }
 
-    /// Whether the thread has ended.
+    /// True if the thread has ended.
     pub fn has_ended(&self) -> bool {
         has_ended(self.thread.as_ref())
     }
@@ -41,7 +41,7 @@ impl Worker {
         wait_for(self.thread.as_ref(), deadline)
     }
 
-    /// As dropping it, but waits no longer than until `deadline`: a thread that has not ended by then is left alone.
+    /// Asks the thread to end, as a drop does, but waits only until `deadline`. A thread that runs longer is left alone.
     pub fn abandon(mut self, deadline: Instant) {
         self.finish(deadline);
         self.thread = None;
