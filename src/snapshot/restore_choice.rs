@@ -66,7 +66,7 @@ impl Policy {
         }
     }
 
-    /// Whether the policy is nothing without a recorded run.
+    /// True if the policy needs a recorded run.
     pub fn needs_profile(self) -> bool {
         matches!(self, Policy::Reap | Policy::Faasnap | Policy::Aquifer | Policy::Tiered)
     }
@@ -103,11 +103,11 @@ impl From<Policy> for &'static str {
     }
 }
 
-/// The default price of local memory: the µs by which a request may take longer to save a MiB. 200 ns for a page, less
-/// than a page fault, more than copying the page in a huge page.
+/// The default worth of a MiB of local memory: µs of a request's time. 200 ns for a page, less than a page fault, more
+/// than copying it in a huge page.
 pub const DRAM_PRICE_US: u64 = 50;
 
-/// How pages in place are mapped where the tier leaves the choice.
+/// The mapping of pages placed in place, where the tier leaves the choice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 #[schema(as = Mapping)]
@@ -131,7 +131,7 @@ impl FromStr for InPlaceMapping {
     }
 }
 
-/// When the memory that a machine is restored from is compared with the checksums of its snapshot.
+/// The time at which restored memory is compared with the checksums of its snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verify {
