@@ -14,7 +14,7 @@ use super::drives::{Copies, DriveSource, OwnDrives};
 use super::fault::Fault;
 use super::functions::Function;
 use super::gate::Gate;
-use super::load::Wanted;
+use super::load::{Wanted, contradiction};
 use super::metrics::Counters;
 use super::networks::Network;
 use super::snapshots::SnapshotRecord;
@@ -132,7 +132,7 @@ impl Daemon {
         wanted: Wanted,
     ) -> Result<RestoreSpec, Fault> {
         let options = RestoreOptions { policy, ..options };
-        options.check()?;
+        options.check().map_err(contradiction)?;
         let id = &snapshot.ss_id;
         let has_drive_copies = snapshot.has_drive_copies()?;
         let own = |drive: &DriveOverride| has_drive_copies && snapshot.drive_copies.contains(&drive.drive_id);

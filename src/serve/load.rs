@@ -1,7 +1,7 @@
 //! How VMs are restored: what a request may say of it, and what the daemon's command line says.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::allowed::is_node;
 use super::fault::Fault;
@@ -12,21 +12,20 @@ use crate::snapshot::ColdSpec;
 /// The options that the daemon decides: clients cannot give them in `tvmm`.
 const KEPT_FROM_CLIENTS: [&str; 5] = ["policy", "profile", "plan_dir", "verify", "drive_dir"];
 
-impl From<InvalidRestore> for Fault {
-    fn from(invalid: InvalidRestore) -> Fault {
-        Fault::bad(match invalid {
-            InvalidRestore::Both { other: "policy", .. } => {
-                "`policy` and `tvmm.plan` contradict each other: leave one out.".to_owned()
-            }
-            InvalidRestore::Both { option, .. } => {
-                format!("`tvmm.{option}` says what costs and budgets would decide: leave them out.")
-            }
-            InvalidRestore::Needs { option, needed } => format!("`tvmm.{option}` needs `tvmm.{needed}`."),
-            InvalidRestore::Zero { option } => format!("`tvmm.{option}` must be 1 or more."),
-            // The service names neither a memory file nor a handler.
-            InvalidRestore::PoolAndMemoryFile { .. } | InvalidRestore::PoolAndHandler => invalid.to_string(),
-        })
-    }
+/// What clients are told of options that cannot be carried out together.
+pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
+    Fault::bad(match invalid {
+        InvalidRestore::Both { other: "policy", .. } => {
+            "`policy` and `tvmm.plan` contradict each other: leave one out.".to_owned()
+        }
+        InvalidRestore::Both { option, .. } => {
+            format!("`tvmm.{option}` says what costs and budgets would decide: leave them out.")
+        }
+        InvalidRestore::Needs { option, needed } => format!("`tvmm.{option}` needs `tvmm.{needed}`."),
+        InvalidRestore::Zero { option } => format!("`tvmm.{option}` must be 1 or more."),
+        // The service names neither a memory file nor a handler.
+        InvalidRestore::PoolAndMemoryFile { .. } | InvalidRestore::PoolAndHandler => invalid.to_string(),
+    })
 }
 
 /// Refuses options of a request that the daemon decides, that depend on where the daemon was started, that contradict each
@@ -53,7 +52,7 @@ pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
             _ => format!("`tvmm.{key}` must be an absolute path."),
         }));
     }
-    options.check().map_err(Fault::from)
+    options.check().map_err(contradiction)
 }
 
 /// The pools, and the cold pools that are directories of this host; of each whether it is a cold one.

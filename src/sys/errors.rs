@@ -45,7 +45,7 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
 
 /// Whether an error, or one of its causes, is that a disk is full or a quota used up.
 pub(crate) fn is_storage_full(error: &(dyn Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |error| error.source()).any(|error| {
+    std::iter::successors(Some(error), |&error| error.source()).any(|error| {
         let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
         let errno = error.downcast_ref::<Errno>().copied();
         matches!(io, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
