@@ -147,7 +147,7 @@ fn comments_are_sentences_with_a_subject_that_has_a_name() {
 
 #[test]
 fn sentences_without_a_subject_are_found() {
-    let text = "/// Returns it. What came of\n/// it. Fine.\nfn a() {} // no comment of its own\n    // * Where pools live\n// nobody\n";
+    let text = "/// Returns it. What came of\n/// it. Fine.\nfn a() {} // no comment of its own\n    // * Where pools live\n\n// nobody\n";
     let found: Vec<String> = sentences(text).iter().filter_map(|(_, sentence)| complaint(sentence)).collect();
     let expected = ["begins with What: What came of it.", "begins with Where: Where pools live", "says nobody: nobody"];
     assert_eq!(found, expected);
