@@ -1,4 +1,4 @@
-//! What can go wrong with guest memory.
+//! Errors of guest memory.
 
 use std::io;
 use std::path::PathBuf;
