@@ -1,4 +1,4 @@
-//! What can go wrong while a machine is built, run, captured or restored.
+//! Errors of building, running, capturing and restoring a machine.
 
 use std::io;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! The thread that works for all virtio devices of a machine: it waits for kicks and for the devices' own descriptors.
+//! The thread that serves all virtio devices of a machine: it waits for kicks and for the devices' own descriptors.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::devices::virtio::{MmioDevice, Source};
 use crate::memory::fault_service::ended;
 use crate::vmm::error::Error;
 
-/// What an event's number means: this, a queue above `QUEUE`, or a source's token above `SOURCE`.
+/// Event numbers: `KICK`, a queue above `QUEUE`, or a source's token above `SOURCE`.
 const KICK: u32 = 0;
 const QUEUE: u32 = 1;
 const SOURCE: u32 = 1 << 16;
@@ -51,7 +51,7 @@ impl DeviceThread {
 }
 
 impl DeviceThread {
-    /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
+    /// Asks the thread to end and waits for it until `deadline`. Returns whether it has ended.
     pub fn finish(&self, deadline: Instant) -> bool {
         let _ = self.stop.write(1);
         ended(self.thread.as_ref(), deadline)
