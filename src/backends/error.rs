@@ -1,4 +1,4 @@
-//! What can go wrong with a place where pools and cold pools live.
+//! Errors of the places of pools and cold pools.
 
 use std::io;
 use std::path::PathBuf;
