@@ -1,4 +1,4 @@
-//! What can go wrong while a host or another VMM is measured.
+//! Errors of measuring a host or another VMM.
 
 use std::io;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! What can go wrong while a VM is prepared, run, recorded or reported on.
+//! Errors of preparing, running, recording and reporting on a VM.
 
 use std::io;
 use std::path::PathBuf;

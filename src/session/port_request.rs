@@ -1,4 +1,4 @@
-//! One scripted request over vsock: what `--run` does for guests that listen there instead of on the serial line.
+//! One scripted request over vsock: `--run` for guests that listen there instead of on the serial line.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -14,13 +14,13 @@ use crate::config::DeviceConfigs;
 use crate::session::Error;
 use crate::sys::output::ConsoleOutput;
 
-/// The guest may not listen yet: it is asked again after this.
+/// Pause before the guest, which may not listen yet, is asked again.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// Longest line of the device's or the guest's that is looked at.
+/// Longest line of the device or the guest that is read.
 const LINE_MAX: u64 = 4096;
 
-/// A request that is to be made of a guest on a vsock port.
+/// A request for a guest's vsock port.
 #[derive(Clone, Debug)]
 pub struct PortRequest {
     pub port: u32,
@@ -31,14 +31,14 @@ pub struct PortRequest {
     pub answer: Arc<Answer>,
 }
 
-/// A request that is under way. Given up when dropped.
+/// A request under way. Given up when dropped.
 pub struct Requesting {
     stop: Option<Sender<()>>,
     stream: Arc<Mutex<Option<UnixStream>>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What came of one attempt.
+/// The outcome of one attempt.
 enum Attempt {
     Answered(String),
     /// The guest does not listen on the port (yet).
@@ -46,7 +46,7 @@ enum Attempt {
 }
 
 impl PortRequest {
-    /// Begins to ask the machine with these devices; what the guest says goes to `output` as well.
+    /// Begins to ask the machine with these devices; the guest's lines go to `output` as well.
     pub fn begin(&self, devices: &DeviceConfigs, output: Arc<ConsoleOutput>) -> Result<Requesting, Error> {
         let path = devices.vsock.as_ref().ok_or(Error::NoVsock)?.uds_path.clone();
         let (stop, stopped) = channel();
@@ -62,7 +62,7 @@ impl PortRequest {
         Ok(Requesting { stop: Some(stop), stream, thread: Some(thread) })
     }
 
-    /// The answer; None if it was stopped before.
+    /// Returns the answer; `None` if stopped before.
     fn ask_until_answered(
         &self,
         path: &Path,
@@ -105,7 +105,7 @@ impl PortRequest {
     }
 }
 
-/// A line without its end; None at the end of the stream.
+/// Reads a line without its end; `None` at the end of the stream.
 fn read_line(reader: &mut impl BufRead) -> io::Result<Option<String>> {
     let mut bytes = Vec::new();
     reader.by_ref().take(LINE_MAX).read_until(b'\n', &mut bytes)?;
@@ -121,7 +121,7 @@ impl Drop for Requesting {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(stream) = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            // Ends what the thread waits for; it may have ended already.
+            // Ends the thread's wait; the stream may have ended already.
             let _ = stream.shutdown(Shutdown::Both);
         }
         if let Some(thread) = self.thread.take() {
