@@ -137,7 +137,7 @@ fn octets(entry: &ibv_gid_entry) -> [u8; 16] {
 
 fn new_sequence() -> io::Result<u32> {
     let mut bytes = [0; 4];
-    // getrandom(2) never returns fewer than 256 bytes if asked for that many or less.
+    // getrandom(2) never cuts a request of up to 256 bytes short.
     rustix::rand::getrandom(&mut bytes[1..], rustix::rand::GetRandomFlags::empty())?;
     Ok(u32::from_be_bytes(bytes))
 }
