@@ -97,7 +97,7 @@ pub struct Releaser {
     remaps_left: usize,
     mappings_max: usize,
     released: Arc<Released>,
-    /// Set if a handler outside serves the memory: a release waits until the handler has read the notification.
+    /// Notes each release in a restored VM: if a handler outside does not read the notification, the release waits.
     activity: Option<Activity>,
     in_place: Option<Arc<InPlace>>,
 }
