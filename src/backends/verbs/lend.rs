@@ -87,5 +87,5 @@ impl Lent {
     }
 }
 
-/// One reader's connection, and what it lends.
+/// One reader's connection, and the file lent to it.
 pub struct Loan(#[expect(dead_code, reason = "it is there to be dropped")] Pair<Arc<Lent>>);

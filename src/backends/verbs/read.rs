@@ -36,7 +36,7 @@ struct Slots {
 
 // SAFETY: the address is of memory that the object owns.
 unsafe impl Send for Slots {}
-// SAFETY: as above; what is read through it is lent by `Reader::bytes` only.
+// SAFETY: as above; only `Reader::bytes` hands out references to the memory.
 unsafe impl Sync for Slots {}
 
 /// The outcome of waiting for a read.

@@ -4,13 +4,13 @@
 //! A thread blocked in the kernel cannot be called back. So a thread of its own looks a few times per time-out whether
 //! some thread has waited for memory for too long, and ends the VM with the reason:
 //!
-//!  waiting thread | sign |
-//! ---|---|
-//!  the fault service, the background thread | they note what they read, and since when |
-//!  a vCPU, on a handler outside | the userfaultfd has waiters (`/proc/self/fdinfo`), and no page has come |
-//!  the device thread, on a handler outside | it notes the pages it gives back, and since when |
-//!  a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
-//!  the main thread | in a page fault, it has not run; during a restore, no thread has run |
+//! | waiting thread | sign |
+//! |---|---|
+//! | the fault service, the background thread | they note what they read, and since when |
+//! | a vCPU, on a handler outside | the userfaultfd has waiters (`/proc/self/fdinfo`), and no page has come |
+//! | the device thread, on a handler outside | it notes the pages it gives back, and since when |
+//! | a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
+//! | the main thread | in a page fault, it has not run; during a restore, no thread has run |
 //!
 //! The same thread ends a VM whose memory may not be its own any more, when a lease reports that ([`Stalls::end`]).
 //!
