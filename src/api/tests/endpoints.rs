@@ -1,4 +1,4 @@
-//! Every path: what it takes, what the VMM sees, what the client is told.
+//! Every path: its request, the VMM's command, and the client's answer.
 
 use serde_json::json;
 
