@@ -20,7 +20,7 @@ pub struct VmBody {
     pub state: WantedState,
 }
 
-/// What `PUT /actions` does.
+/// The actions of `PUT /actions`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ActionType {
     InstanceStart,
@@ -35,14 +35,14 @@ pub struct ActionBody {
     pub action_type: ActionType,
 }
 
-/// What Firecracker's body of `PUT /snapshot/create` has no field for.
+/// Fields of `PUT /snapshot/create` that Firecracker's body does not have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CreateExtension {
-    /// Let the machine run on afterwards.
+    /// Resume the machine afterwards.
     #[serde(default)]
     pub resume: bool,
-    /// Take copies of the drives that the guest can write.
+    /// Copy the drives that the guest can write.
     #[serde(default)]
     pub copy_drives: bool,
     /// Answer only after the memory was read back from the disk and compared with what was written.

@@ -1,5 +1,5 @@
-//! How a snapshot is loaded, in Firecracker's words and `tvmm`'s: the body of `PUT /snapshot/load`, and `snapshot-load` of
-//! a config.
+//! The loading of a snapshot, in Firecracker's keys and `tvmm`'s: the body of `PUT /snapshot/load`, and `snapshot-load`
+//! of a config.
 
 use std::path::{Path, PathBuf};
 
@@ -11,12 +11,12 @@ use crate::config::overrides::{NetworkOverride, Overrides};
 use crate::config::request::SnapshotPaths;
 use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest};
 
-/// What the text says, before it is checked.
+/// The body as parsed, before it is checked.
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "LoadFields")]
 pub struct LoadBody(LoadFields);
 
-/// What backs guest memory, in Firecracker's words.
+/// The kinds of sources of guest memory, by Firecracker's names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemBackendType {
     File,
@@ -49,7 +49,7 @@ pub struct VsockOverrideBody {
     pub uds_path: PathBuf,
 }
 
-/// The body of `PUT /snapshot/load`, field by field: as clients write it and as the service sends it to its VMs.
+/// The body of `PUT /snapshot/load`, field by field: clients write it, and the service sends it to its VMs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoadFields {
@@ -69,7 +69,7 @@ pub struct LoadFields {
     pub vsock_override: Option<VsockOverrideBody>,
     #[serde(default)]
     pub clock_realtime: bool,
-    /// What Firecracker's body has no field for.
+    /// Options that Firecracker's body has no field for.
     #[serde(default)]
     pub tvmm: RestoreOptions,
 }
@@ -87,15 +87,15 @@ impl TryFrom<LoadFields> for LoadBody {
 }
 
 impl LoadBody {
-    /// Whether it has a field that Firecracker calls deprecated.
+    /// Returns whether it has a field that Firecracker calls deprecated.
     pub fn is_deprecated(&self) -> bool {
         self.0.mem_file_path.is_some() || self.0.enable_diff_snapshots
     }
 
-    /// What is asked for, as far as can be said without looking at the host.
+    /// Returns the request after all checks that need no look at the host.
     ///
     /// # Errors
-    /// Empty paths, MAC addresses that are none, and keys that contradict each other or mean nothing alone.
+    /// Empty paths, invalid MAC addresses, and keys that exclude each other or miss a key that they need.
     pub fn check(self) -> Result<RestoreRequest, ConfigError> {
         let LoadBody(mut fields) = self;
         let overrides = overrides(&mut fields)?;
@@ -122,7 +122,7 @@ impl LoadBody {
     }
 }
 
-/// What the clone's devices are to have on the host's side.
+/// The host-side settings of the clone's devices.
 fn overrides(fields: &mut LoadFields) -> Result<Overrides, ConfigError> {
     let tap = |body: NetworkOverrideBody| NetworkOverride {
         iface_id: body.iface_id,
@@ -146,7 +146,7 @@ fn overrides(fields: &mut LoadFields) -> Result<Overrides, ConfigError> {
     Ok(Overrides { drives, drive_dir, networks, metadata, vsock })
 }
 
-/// Where a snapshot goes.
+/// The paths of a snapshot that is made.
 ///
 /// # Errors
 /// Empty paths.

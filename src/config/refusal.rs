@@ -1,4 +1,4 @@
-//! Refusals: why a request cannot be carried out, in one sentence.
+//! Refusals: the reason why a request cannot be carried out, in one sentence.
 
 use std::error::Error;
 
@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::config::ConfigError;
 use crate::sys::errors::{error_chain, is_storage_full};
 
-/// Why something was not done, for programs. It crosses processes beside the message, which is for people.
+/// The kind of a failure, for programs. It crosses processes beside the message, which is for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultCode {
-    /// What was asked cannot be done, or not now.
+    /// The request cannot be carried out, or not now.
     BadRequest,
     /// tvmm or the host failed.
     Internal,
@@ -22,14 +22,14 @@ pub enum FaultCode {
 }
 
 impl FaultCode {
-    /// What is known of `error` and its causes without knowing which room it is of.
+    /// Returns the kind of `error` that its causes tell, whatever room it is of.
     pub fn of(error: &(dyn Error + 'static)) -> Option<FaultCode> {
         is_storage_full(error).then_some(FaultCode::StorageFull)
     }
 }
 
-/// A fault on its way to another process: the body of the API's refusals, and with [`FAULTS_VARIABLE`] the last line that a
-/// command writes on standard error.
+/// A fault on its way to another process: the body of the API's refusals, and with [`FAULTS_VARIABLE`] the last line
+/// that a command writes on standard error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultBody {
     /// Firecracker's key.
@@ -41,44 +41,44 @@ pub struct FaultBody {
 /// The environment variable by which `tvmm serve` asks the commands that it runs for a [`FaultBody`] (value `json`).
 pub const FAULTS_VARIABLE: &str = "TVMM_FAULTS";
 
-/// Whose fault a refusal is.
+/// The party at fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RefusedKind {
-    /// The asker's: what was asked cannot be done, or not now.
+    /// The client: the request cannot be carried out, or not now.
     BadRequest,
-    /// Ours or the host's.
+    /// tvmm or the host.
     Internal,
 }
 
-/// Why a command was not carried out.
+/// The reason why a command was not carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Refused {
-    /// Whose fault it is.
+    /// The party at fault.
     pub kind: RefusedKind,
     /// The same in more detail, for programs.
     pub code: FaultCode,
-    /// A whole sentence for a person.
+    /// A whole sentence for users.
     pub message: String,
 }
 
 impl Refused {
-    /// The asker's fault.
+    /// The client's fault.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self { kind: RefusedKind::BadRequest, code: FaultCode::BadRequest, message: message.into() }
     }
 
-    /// The asker's fault; the message is the whole chain of the error.
+    /// The client's fault; the message is the whole chain of the error.
     pub fn bad_request_because(error: &(dyn Error + 'static)) -> Self {
         Self::bad_request(error_chain(error)).because(error)
     }
 
-    /// Our fault or the host's.
+    /// The fault of tvmm or the host.
     pub fn internal(message: impl Into<String>) -> Self {
         Self { kind: RefusedKind::Internal, code: FaultCode::Internal, message: message.into() }
     }
 
-    /// Our fault or the host's; the message is the whole chain of the error.
+    /// The fault of tvmm or the host; the message is the whole chain of the error.
     pub fn internal_because(error: &(dyn Error + 'static)) -> Self {
         Self::internal(error_chain(error)).because(error)
     }

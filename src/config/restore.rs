@@ -1,8 +1,8 @@
 //! One restore request: the options that users write, and the request that they make together.
 //!
 //! [`RestoreOptions`] is flat: each field is a flag of `tvmm restore` and a key of `tvmm` in `PUT /snapshot/load`, in
-//! `snapshot-load` of a config and in the service's requests. [`RestoreRequest::new`] checks them once; after that, options
-//! that contradict each other cannot be represented. To add an option, add a field here, take it over in
+//! `snapshot-load` of a config and in the service's requests. [`RestoreRequest::new`] checks them once; after that,
+//! options that exclude each other cannot be represented. To add an option, add a field here, take it over in
 //! `RestoreRequest::new`, and use it in the file where it acts.
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 use crate::config::overrides::Overrides;
 use crate::snapshot::{ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, Verify};
 
-/// Where a restore takes memory from, what it may cost, and what the clone gets. The keys are those of `tvmm` in `PUT
+/// The sources of memory, the budgets, and the clone's settings of a restore. The keys are those of `tvmm` in `PUT
 /// /snapshot/load`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, Args)]
 #[serde(deny_unknown_fields, default)]
@@ -81,7 +81,7 @@ pub struct RestoreOptions {
     /// Other images for drives.
     #[arg(skip)]
     pub drive_overrides: Vec<DriveOverride>,
-    /// Where the clone's own copies of drives go, for a snapshot that has copies.
+    /// Directory for the clone's own copies of drives, for a snapshot that contains copies.
     #[arg(skip)]
     #[schema(ignore)]
     pub drive_dir: Option<PathBuf>,
@@ -114,22 +114,22 @@ pub struct MacOverride {
     pub guest_mac: String,
 }
 
-/// How to restore a machine: [`RestoreOptions`] without contradictions, and what Firecracker's request says beside them.
+/// How to restore a machine: [`RestoreOptions`] that fit together, and the other fields of Firecracker's request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RestoreRequest {
     /// The snapshot directory or, where memory is in a file of its own, the file of the VM state.
     pub snapshot: PathBuf,
-    /// Where guest memory comes from.
+    /// The source of guest memory.
     pub memory: MemoryFrom,
-    /// Which plan places it.
+    /// The source of the plan.
     pub plan: PlanFrom,
-    /// Where plans and working-set images are kept, instead of beside the snapshot.
+    /// Directory for plans and working-set images, instead of beside the snapshot.
     pub plan_dir: Option<PathBuf>,
-    /// How pages in place are mapped.
+    /// Mapping of pages in place.
     pub in_place_mapping: InPlaceMapping,
-    /// When memory is compared with the snapshot's checksums.
+    /// The time at which memory is compared with the snapshot's checksums.
     pub verify: Verify,
-    /// What this clone's devices have on the host's side.
+    /// The host-side settings of the clone's devices.
     pub overrides: Overrides,
     /// Whether KVM logs the pages the guest writes from now on.
     pub track_dirty_pages: bool,
@@ -139,7 +139,7 @@ pub struct RestoreRequest {
     pub resume: bool,
 }
 
-/// Where guest memory comes from.
+/// The source of guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryFrom {
     /// The snapshot's own files. In Firecracker's two-file form, memory is in `memory_file`.
@@ -159,7 +159,7 @@ impl Default for MemoryFrom {
     }
 }
 
-/// Cold pools, and where chunks that come from other hosts are kept.
+/// Cold pools, and the cache of chunks from other hosts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cold {
     /// Nearest first; there is one at least.
@@ -167,15 +167,15 @@ pub struct Cold {
     pub cache: Option<ColdCache>,
 }
 
-/// Where chunks that come from other hosts are kept.
+/// The cache of chunks from other hosts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ColdCache {
     pub dir: PathBuf,
-    /// The most the cache holds, MiB.
+    /// Limit on its size, MiB.
     pub limit_mib: Option<u64>,
 }
 
-/// Which plan places guest memory.
+/// The source of the plan that places guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlanFrom {
     /// A plan made before (`tvmm plan --out`).
@@ -190,17 +190,17 @@ impl Default for PlanFrom {
     }
 }
 
-/// A policy, and what its plan is made from.
+/// A policy, and the inputs of its plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyChoice {
     pub policy: Policy,
     /// The profile of a recorded run.
     pub profile: Option<PathBuf>,
-    /// What things cost on this host, instead of the last calibration or the built-in numbers.
+    /// File of this host's costs, instead of the last calibration or the built-in numbers.
     pub costs: Option<PathBuf>,
-    /// The most local memory the plan may use, MiB.
+    /// Limit on local memory, MiB.
     pub dram_mib: Option<u64>,
-    /// The most memory of the CXL tier the plan may use, MiB.
+    /// Limit on memory in the CXL tier, MiB.
     pub cxl_mib: Option<u64>,
     /// The µs by which a request may take longer to save a MiB of local memory.
     pub dram_price_us: u64,
@@ -219,7 +219,7 @@ impl Default for PolicyChoice {
     }
 }
 
-/// What a request says of memory beside the options.
+/// The source of memory that a request names outside the options.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum MemorySaid {
     /// Nothing: the snapshot is a directory.
@@ -231,7 +231,7 @@ pub enum MemorySaid {
     Handler(PathBuf),
 }
 
-/// Options that cannot be carried out together. Options are named by their JSON keys.
+/// Options that exclude each other, or miss an option that they need. They are named by their JSON keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidRestore {
     #[error("Snapshot load has both tvmm.{option} and tvmm.{other}; leave one out.")]
@@ -247,7 +247,7 @@ pub enum InvalidRestore {
 }
 
 impl InvalidRestore {
-    /// The same for users of the command line: options are named by their flags.
+    /// The message for users of the command line: options are named by their flags.
     pub fn in_flags(self) -> String {
         match self {
             InvalidRestore::Both { option, other } => {
@@ -270,7 +270,7 @@ fn flag(key: &str) -> String {
     format!("--{}", found.unwrap_or(key))
 }
 
-/// What is done with a file or directory that an option names.
+/// The use of a file or directory that an option names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileUse {
     Read,
@@ -287,11 +287,11 @@ pub struct NamedFile<'a> {
 }
 
 impl RestoreRequest {
-    /// The request that `options` make for the snapshot at `snapshot`. It leaves the machine paused and its devices as they
+    /// Returns the request that `options` make for `snapshot`. It leaves the machine paused and its devices as they
     /// were; callers set those fields.
     ///
     /// # Errors
-    /// Options that contradict each other, or mean nothing alone.
+    /// Options that exclude each other, or miss an option that they need.
     pub fn new(snapshot: PathBuf, said: MemorySaid, options: RestoreOptions) -> Result<RestoreRequest, InvalidRestore> {
         Ok(RestoreRequest {
             snapshot,
@@ -331,7 +331,7 @@ impl RestoreRequest {
 }
 
 impl RestoreOptions {
-    /// Refuses options that contradict each other, or mean nothing alone.
+    /// Refuses options that exclude each other, or miss an option that they need.
     pub fn check(&self) -> Result<(), InvalidRestore> {
         self.memory_from(MemorySaid::Nothing)?;
         self.plan_from().map(drop)
@@ -391,11 +391,11 @@ impl RestoreOptions {
         }
     }
 
-    /// These options, and for each that is left out the one of `defaults`.
+    /// Returns these options, with missing ones filled in from `defaults`.
     pub fn or(self, defaults: &RestoreOptions) -> RestoreOptions {
         // A cache belongs to the cold pools beside which it was named.
         let cold = if self.cold_pools.is_some() { self.clone() } else { defaults.clone() };
-        // A plan takes the place of what budgets would decide.
+        // A plan replaces the policy and its budgets.
         let budgets = if self.plan.is_some() { RestoreOptions::default() } else { defaults.clone() };
         RestoreOptions {
             policy: self.policy.or(budgets.policy),
@@ -419,8 +419,8 @@ impl RestoreOptions {
         }
     }
 
-    /// All files and directories of this host that the options name, with their keys. A new option must be listed here or
-    /// be said to name none: the service lets clients name only what its command line allows.
+    /// Returns all files and directories of this host that the options name. The service lets clients name only those
+    /// that its command line allows, so a new option does not compile before it is listed here, as a file or as none.
     pub fn files_mut(&mut self) -> Vec<NamedFile<'_>> {
         let RestoreOptions {
             profile,

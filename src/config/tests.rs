@@ -2,7 +2,7 @@ use super::restore::{Cold, ColdCache, MemoryFrom, PlanFrom, PolicyChoice};
 use super::*;
 use crate::snapshot::{ColdSpec, Policy};
 
-/// The whole error as a person sees it.
+/// The whole error as a user sees it.
 fn refusal(text: &str) -> String {
     VmConfig::from_json(text).expect_err(text).to_string()
 }

@@ -12,7 +12,7 @@ use crate::snapshot::ColdSpec;
 /// The options that the daemon decides: clients cannot give them in `tvmm`.
 const KEPT_FROM_CLIENTS: [&str; 5] = ["policy", "profile", "plan_dir", "verify", "drive_dir"];
 
-/// What clients are told of options that cannot be carried out together.
+/// Names options that exclude each other in the service's words.
 pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
     Fault::bad(match invalid {
         InvalidRestore::Both { other: "policy", .. } => {
@@ -55,20 +55,20 @@ pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
     options.check().map_err(contradiction)
 }
 
-/// The pools, and the cold pools that are directories of this host; of each whether it is a cold one.
+/// The pools, and the cold pools that are directories of this host; true for a cold one.
 pub(super) fn on_this_host(options: &RestoreOptions) -> Vec<(PathBuf, bool)> {
     let pools = options.pools.iter().flatten().map(|pool| (pool.clone(), false));
     let cold = options.cold_pools.iter().flatten().filter_map(ColdSpec::dir).map(|dir| (dir.to_owned(), true));
     pools.chain(cold).collect()
 }
 
-/// Whether there are cold pools and no others.
+/// Returns whether there are cold pools and no others.
 pub(super) fn is_cold_alone(options: &RestoreOptions) -> bool {
     let has_pools = options.pools.as_ref().is_some_and(|pools| !pools.is_empty());
     options.cold_pools.as_ref().is_some_and(|pools| !pools.is_empty()) && !has_pools
 }
 
-/// What a request says of the VM that it restores, besides the snapshot and the policy.
+/// A request's settings of the VM that it restores, other than the snapshot and the policy.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Wanted {
     /// `tvmm` of the request.
@@ -81,14 +81,14 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    /// Whether the request says anything that only a restore can do.
+    /// Returns whether the request has a setting that only a restore can carry out.
     pub(super) fn is_for_restores(&self) -> bool {
         let Wanted { tvmm, metadata, network_overrides, track_dirty_pages, clock_realtime } = self;
         let has_switch = track_dirty_pages.is_some() || clock_realtime.is_some();
         tvmm.is_some() || has_switch || !metadata.is_empty() || !network_overrides.is_empty()
     }
 
-    /// `tvmm`, checked, with `metadata` in it.
+    /// `tvmm`, checked, with `metadata` added.
     pub(super) fn options(&self) -> Result<RestoreOptions, Fault> {
         let mut options = self.tvmm.clone().unwrap_or_default();
         check(&options)?;

@@ -24,7 +24,7 @@ const ROOMS: [(&str, &[&str]); 13] = [
 /// The rooms that every other may know: what a snapshot is, and what a process needs from its host.
 const GROUND_FLOOR: [&str; 2] = ["snapshot", "sys"];
 
-fn sources(folder: &Path) -> Vec<PathBuf> {
+pub fn sources(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -37,7 +37,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 

@@ -268,6 +268,13 @@ fn malformed_requests_are_refused_by_every_path() {
             }
         }
     }
+}
+
+#[test]
+fn requests_that_cannot_be_are_refused_with_their_status() {
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    let vm = service.snapshot_touch("base");
     for (status, method, path, body) in [
         (404, "GET", "/nothing", None),
         (405, "DELETE", "/functions", None),

@@ -24,7 +24,7 @@ pub(in crate::serve) enum ControlError {
     /// It said no.
     #[error("{message}")]
     Refused {
-        /// What kind of reason it has.
+        /// The kind of the reason.
         code: Option<FaultCode>,
         /// Its reason.
         message: String,
@@ -38,7 +38,7 @@ impl ControlError {
     /// The fault that clients are told in these words.
     pub(in crate::serve) fn fault(&self, text: String) -> Fault {
         match self {
-            // What the VM was given is the function's or the snapshot's, not this request's.
+            // The refused setting comes from the function or the snapshot, not from this request.
             ControlError::Refused { code, .. } => Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, *code, text),
             ControlError::Gone(_) => Fault::bad_gateway(text),
         }
