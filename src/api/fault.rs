@@ -1,5 +1,5 @@
-//! The answer to a request that was not carried out: a status and `{"fault_message": "...", "code": "..."}`. Faults of HTTP
-//! itself have no code.
+//! The answer to a request that was not carried out: a status and `{"fault_message": "...", "code": "..."}`. Faults of
+//! HTTP itself have no code.
 
 use axum::http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};

@@ -1,4 +1,4 @@
-//! What can be asked of a VM: the commands of the API, and how a snapshot is taken. `restore.rs` says how one is loaded.
+//! The commands of the API, and how a snapshot is taken. `restore.rs` says how one is loaded.
 
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::restore::RestoreRequest;

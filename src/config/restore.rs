@@ -25,7 +25,7 @@ pub struct RestoreOptions {
     #[arg(long, value_name = "NAME")]
     #[schema(ignore)]
     pub policy: Option<Policy>,
-    /// What a recorded run did to each page, for policies that need it (`tvmm profile record`)
+    /// Profile of a recorded run, for policies that need one (`tvmm profile record`)
     #[arg(long, value_name = "FILE")]
     #[schema(ignore)]
     pub profile: Option<PathBuf>,
@@ -33,20 +33,20 @@ pub struct RestoreOptions {
     #[arg(long, value_name = "FILE")]
     #[schema(value_type = Option<String>)]
     pub plan: Option<PathBuf>,
-    /// Keep plans and working-set images in a folder of this directory. Default: beside the snapshot, or where that cannot be
-    /// written in $XDG_CACHE_HOME/tvmm/plans or ~/.cache/tvmm/plans (root: /var/cache/tvmm/plans)
+    /// Keep plans and working-set images in a folder of this directory. Default: beside the snapshot, or if that cannot
+    /// be written in $XDG_CACHE_HOME/tvmm/plans or ~/.cache/tvmm/plans (root: /var/cache/tvmm/plans)
     #[arg(long, value_name = "DIR")]
     #[schema(ignore)]
     pub plan_dir: Option<PathBuf>,
-    /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
+    /// Costs of this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
     #[schema(value_type = Option<String>)]
     pub costs: Option<PathBuf>,
-    /// Local memory for what is preloaded or will be written, MiB
+    /// Local memory for preloaded pages and pages that the guest will write, MiB
     #[arg(long = "dram", value_name = "MIB")]
     pub dram_mib: Option<u64>,
-    /// How much longer a request may take to save a MiB of local memory that it does not write, µs (0: time is all that
-    /// counts); only `tiered` weighs that [default: 50]
+    /// Latency to trade for memory: additional µs per request that saving 1 MiB of preloaded local memory is worth (0
+    /// optimises latency only); only `tiered` weighs it [default: 50]
     #[arg(long, value_name = "US")]
     pub dram_price: Option<u64>,
     /// Memory in the CXL tier, MiB
@@ -56,14 +56,15 @@ pub struct RestoreOptions {
     /// tier has no copy-on-write [default: private]
     #[arg(long, value_name = "HOW")]
     pub in_place_mapping: Option<InPlaceMapping>,
-    /// When memory is compared with the snapshot's checksums: off; sample, a few chunks before the guest runs; background,
-    /// a few chunks before, and the rest while the guest runs; full, everything before [default: background]
+    /// When memory is compared with the snapshot's checksums: off; sample, a few chunks before the guest runs;
+    /// background, a few chunks before, and the rest while the guest runs; full, everything before [default:
+    /// background]
     #[arg(long, value_name = "WHEN")]
     #[schema(ignore)]
     pub verify: Option<Verify>,
     /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
-    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with object stores
-    /// built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands by
+    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with
+    /// object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands by
     #[arg(long = "cold", value_name = "POOL")]
     #[schema(value_type = Option<Vec<String>>)]
     pub cold_pools: Option<Vec<ColdSpec>>,
@@ -71,7 +72,7 @@ pub struct RestoreOptions {
     #[arg(long, value_name = "DIR")]
     #[schema(value_type = Option<String>)]
     pub cold_cache: Option<PathBuf>,
-    /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
+    /// Limit on the size of that directory, MiB; chunks used longest ago go first [default: 1024]
     #[arg(long = "cold-cache-size", value_name = "MIB")]
     pub cold_cache_mib: Option<u64>,
     /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
@@ -144,8 +145,8 @@ pub struct RestoreRequest {
 pub enum MemoryFrom {
     /// The snapshot's own files. In Firecracker's two-file form, memory is in `memory_file`.
     Files { memory_file: Option<PathBuf> },
-    /// The first of these pools that has the snapshot; there is one at least. `fallback` stands by for a snapshot that no
-    /// pool has.
+    /// The first of these pools that has the snapshot; there is one at least. `fallback` stands by for a snapshot that
+    /// no pool has.
     Pools { pools: Vec<PathBuf>, fallback: Option<Cold> },
     /// Cold pools.
     Cold(Cold),
@@ -470,7 +471,7 @@ mod tests {
         let help = flags.render_long_help().to_string().split_whitespace().collect::<Vec<_>>().join(" ");
         for default in [
             format!("faasnap, aquifer, tiered [default: {}]", Policy::default()),
-            format!("weighs that [default: {DRAM_PRICE_US}]"),
+            format!("weighs it [default: {DRAM_PRICE_US}]"),
             "copy-on-write [default: private]".to_owned(),
             "everything before [default: background]".to_owned(),
         ] {
@@ -492,7 +493,8 @@ mod tests {
     #[test]
     fn options_survive_their_json() {
         let text = serde_json::json!({
-            "policy": "tiered", "profile": "a", "plan_dir": "b", "costs": "c", "dram_mib": 1, "dram_price": 2, "cxl_mib": 3,
+            "policy": "tiered", "profile": "a", "plan_dir": "b", "costs": "c", "dram_mib": 1, "dram_price": 2,
+            "cxl_mib": 3,
             "in_place_mapping": "shared", "verify": "full", "cold_pools": ["tcp:a:1", "/d"], "cold_cache": "e",
             "cold_cache_mib": 4, "pools": [], "drive_overrides": [{ "drive_id": "f", "path_on_host": "g" }],
             "drive_dir": "h", "mac_overrides": [{ "iface_id": "i", "guest_mac": "06:00:ac:10:00:02" }],

@@ -28,8 +28,8 @@ pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
     })
 }
 
-/// Refuses options of a request that the daemon decides, that depend on where the daemon was started, that contradict each
-/// other, or that mean nothing alone.
+/// Refuses options that the daemon decides, paths that depend on the daemon's current directory, and options that exclude
+/// each other or miss an option that they need.
 pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
     let said = [
         options.policy.is_some(),

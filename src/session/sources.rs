@@ -37,8 +37,8 @@ impl Sources {
 }
 
 /// Opens the sources in `request`. With pools, neither memory files nor parents are opened; a cold pool is the source
-/// for a snapshot that none of them has. `fault_timeout`: longest wait of a guest for a page; `stalls` ends the guest if
-/// a pool's lease is lost.
+/// for a snapshot that none of them has. `fault_timeout`: longest wait of a guest for a page; `stalls` ends the guest
+/// if a pool's lease is lost.
 pub fn open(request: &RestoreRequest, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
     let mut sources = open_memory(request, fault_timeout, stalls)?;
     let is_derived_from = match &request.plan {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// The schemes of object stores.
 const OBJECT_SCHEMES: [&str; 5] = ["s3", "gs", "az", "http", "https"];
-/// Reads past the page cache that are under way at once, if the name does not say how many (measured: `docs/remote.md`).
+/// Default number of concurrent reads past the page cache (measured: `docs/remote.md`).
 const DEFAULT_DEPTH: usize = 8;
 
 /// One `--cold`: places that are equally near. Every build understands all names; whether a build reaches the place is

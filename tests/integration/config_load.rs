@@ -148,7 +148,7 @@ fn flags_that_contradict_each_other_are_refused_by_the_rules_of_the_api() {
         assert_eq!(output.status.code(), Some(2), "{more:?}: {stderr}");
         assert!(stderr.contains(said), "{more:?}: {stderr}");
     }
-    // What there is not, is refused like a snapshot that there is not.
+    // An unknown policy is refused like a missing snapshot.
     let said = run_err(&["restore", "--snapshot", &snapshot, "--policy", "magic"]);
     assert!(said.contains("There is no policy \"magic\""), "{said}");
 }

@@ -141,7 +141,7 @@ pub(in crate::serve) struct Ended {
     pub(in crate::serve) code: Option<i32>,
     /// The last line on standard error.
     pub(in crate::serve) said: String,
-    /// What kind of failure a tool says it is.
+    /// The kind of failure that a tool names.
     pub(in crate::serve) fault: Option<FaultCode>,
 }
 
