@@ -71,3 +71,5 @@ mod unread;
 mod verify;
 mod virtio;
 mod vsock;
+
+use support::skip;

@@ -4,6 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
+use crate::skip::skip;
 use crate::support::{Vm, config, finish, run_ok, scratch, text, tvmm};
 
 /// A control group that bounds the threads of what runs in it. Removed when dropped.
@@ -22,7 +23,7 @@ impl Bounded {
                 return Some(group);
             }
         }
-        println!("skipped: no control group can be made that bounds threads");
+        skip!("cgroup", "no control group can be made that bounds threads");
         None
     }
 
@@ -92,7 +93,7 @@ fn restores_with_few_threads_answer_or_say_what_is_missing() {
 fn memory_is_loaded_by_fewer_threads_where_there_may_be_no_more() {
     let Some(group) = Bounded::new() else { return };
     if std::thread::available_parallelism().map_or(1, std::num::NonZero::get) < 2 {
-        println!("skipped: one CPU loads memory by one thread anyway");
+        skip!("cpus", "one CPU loads memory by one thread anyway");
         return;
     }
     let dir = scratch();

@@ -137,8 +137,7 @@ fn run(seed: u64) -> u64 {
 #[test]
 fn whatever_the_guest_writes_it_gets_on_or_ends() {
     if Kvm::new().is_err() {
-        println!("skipped: there is no /dev/kvm");
-        return;
+        return crate::skip::skip!("kvm", "there is no /dev/kvm");
     }
     let promoted: Vec<u64> = (0..64).map(run).collect();
     assert!(promoted.iter().sum::<u64>() > 30, "{promoted:?}");
