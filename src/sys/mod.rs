@@ -24,6 +24,7 @@ pub mod code;
 pub mod direct_ring;
 pub mod dirty_log;
 pub mod errors;
+pub mod heap;
 pub mod idle;
 pub mod inherit;
 pub mod kick;
