@@ -3,6 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::skip::skip;
 use crate::support::{Vm, config, finish, run_ok, scratch, text, tvmm};
@@ -13,8 +14,10 @@ struct Bounded(PathBuf);
 impl Bounded {
     /// `None`, with the reason printed, where this user may not make one.
     fn new() -> Option<Bounded> {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("tvmm-test-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         for root in ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"] {
-            let path = Path::new(root).join(format!("tvmm-test-{}", std::process::id()));
+            let path = Path::new(root).join(&name);
             if std::fs::create_dir(&path).is_err() {
                 continue;
             }
