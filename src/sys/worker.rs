@@ -1,12 +1,12 @@
-//! Threads that help: how many there may be is the system's decision (RLIMIT_NPROC, `pids.max` of the cgroup), so none is
-//! taken for granted.
+//! Helper threads. The system limits their number (RLIMIT_NPROC, `pids.max` of the cgroup), so the work must get done
+//! without them too.
 
 use std::fmt;
 use std::io;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How often [`Worker::finish`] looks.
+/// Pause between two looks of [`Worker::finish`].
 const LOOK: Duration = Duration::from_micros(100);
 
 /// A thread that works until it is asked to stop. Dropping it asks, and joins.
@@ -30,7 +30,7 @@ impl Worker {
         Ok(Worker { stop: Box::new(stop), thread: Some(thread) })
     }
 
-    /// Whether the thread has ended.
+    /// True if the thread has ended.
     pub fn has_ended(&self) -> bool {
         has_ended(self.thread.as_ref())
     }
@@ -41,7 +41,7 @@ impl Worker {
         wait_for(self.thread.as_ref(), deadline)
     }
 
-    /// As dropping it, but waits no longer than until `deadline`: a thread that has not ended by then is left alone.
+    /// Asks the thread to end, as a drop does, but waits only until `deadline`. A thread that runs longer is left alone.
     pub fn abandon(mut self, deadline: Instant) {
         self.finish(deadline);
         self.thread = None;
@@ -78,8 +78,8 @@ fn wait_for(thread: Option<&JoinHandle<()>>, deadline: Instant) -> bool {
     true
 }
 
-/// Runs `work` on `wanted` threads, this one included; on fewer if the system allows no more. `work` takes what is left to
-/// be done from a list that the threads share. Returns on how many threads it ran.
+/// Runs `work` on `wanted` threads, this one included; on fewer if the system allows no more. `work` takes items from a
+/// list that the threads share. Returns the number of threads.
 ///
 /// # Errors
 /// The first error of `work`.
@@ -98,7 +98,7 @@ pub fn share<E: Send>(name: &str, wanted: usize, work: impl Fn() -> Result<(), E
         }
         let threads = others.len() + 1;
         let own = work();
-        // A panic of a thread goes on here.
+        // A panic of a thread continues here.
         let join = |other: std::thread::ScopedJoinHandle<'_, Result<(), E>>| {
             other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
