@@ -29,7 +29,7 @@ pub fn agent() -> PathBuf {
     target.join(TARGET).join("debug/tvmm-agent")
 }
 
-/// What the agent answers to these lines, after its greeting.
+/// Returns the agent's answers to these lines, without its greeting.
 fn answers(functions: &Path, lines: &str) -> Vec<String> {
     let mut command = Command::new(agent());
     command.arg("--console").arg("--functions").arg(functions);

@@ -58,8 +58,8 @@ fn fault_brings_the_whole_chunk_around_it() {
 #[test]
 fn pool_read_past_the_page_cache_gives_the_same_bytes() {
     let scene = Scene::make();
-    // Where tests run, temporary directories may be on a file system that cannot do that; the testbed's can, and sources
-    // are read-only there.
+    // The host's temporary directories may be on a file system that cannot read past the page cache. The testbed's can;
+    // there, the source tree is read-only.
     let dir = if is_emulated() { scratch() } else { tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap() };
     let pool = dir.path().join("pool");
     run_ok(&["pool", "create", "--tier", "file", "--at", text(&pool)]);

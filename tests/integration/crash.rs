@@ -1,5 +1,5 @@
-//! A VMM that is killed while it writes a snapshot, and disks that are full: what is under a snapshot's name is whole, or
-//! nothing is there.
+//! A VMM that is killed while it writes a snapshot, and disks that are full: what is under a snapshot's name is whole,
+//! or nothing is there.
 
 use std::fs;
 use std::io::Write;

@@ -1,5 +1,6 @@
-//! Stock Linux kernels as guests. `TVMM_LINUX_GUEST` names a directory with `vmlinuz-VERSION` and `initrd-VERSION.cpio`,
-//! as the testbed makes it (`tests/testbed/`). A KVM that emulates kernel code (KVM_PVM) cannot run them.
+//! Stock Linux kernels as guests. `TVMM_LINUX_GUEST` names a directory with `vmlinuz-VERSION` and
+//! `initrd-VERSION.cpio`, as the testbed makes it (`tests/testbed/`). A KVM that emulates kernel code (KVM_PVM) cannot
+//! run them.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::skip::skip;
 use crate::support::{Vm, run_ok, scratch, text};
 
-/// What the guest does: every line that it prints is one that was checked.
+/// The script that the guest runs: each line that it prints tells of a check that passed.
 const SCRIPT: &str = r#"
 set -e
 for d in vda vdb; do

@@ -14,7 +14,7 @@ use crate::support::{Answer, Vm, run_err, run_ok, scratch, signal, text};
 
 const KERNELS: [&str; 2] = ["vmlinux", "bzImage"];
 
-/// Where the kernel and the root image are, or why the test that asks is skipped.
+/// The directory with the kernel and the root image. Without one it prints why the calling test is skipped.
 fn built() -> Option<PathBuf> {
     let dir = std::env::var_os("TVMM_LINUX_DIR").map(PathBuf::from);
     if dir.is_none() {

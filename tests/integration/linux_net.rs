@@ -12,7 +12,7 @@ use crate::support::{TIMEOUT, Vm, scratch, text};
 
 const MIB: u32 = 12;
 
-/// Where kernel and initrd are, or why the test is skipped.
+/// The directory with kernel and initrd. Without one it prints why the calling test is skipped.
 fn guest() -> Option<PathBuf> {
     let dir = std::env::var_os("TVMM_LINUX_GUEST").map(PathBuf::from);
     if dir.is_none() {

@@ -60,7 +60,7 @@ fn initrd(base: &Path, dir: &Path) -> PathBuf {
     path
 }
 
-/// One request on a connection of its own; None: nobody listens.
+/// Sends one request on a connection of its own; None: no process listens on the guest's port.
 fn ask(path: &Path, line: &str) -> Option<String> {
     let mut stream = UnixStream::connect(path).ok()?;
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();

@@ -64,6 +64,7 @@ mod serve_tiers;
 mod serve_ui;
 mod smp;
 mod soak;
+mod style;
 mod support;
 mod threads;
 mod uffd_handler;

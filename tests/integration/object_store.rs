@@ -1,5 +1,5 @@
-//! Cold pools in object stores: a build with the feature `object-store`, against a real S3-compatible server (`moto_server` of
-//! the Python package moto[server]) where there is one.
+//! Cold pools in object stores: a build with the feature `object-store`, against a real S3-compatible server
+//! (`moto_server` of the Python package moto[server]) where there is one.
 
 #[cfg(not(feature = "object-store"))]
 mod without {

@@ -28,7 +28,7 @@ fn counter(service: &Service, name: &str) -> u64 {
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
-/// An invocation by somebody who has begun a trace.
+/// Sends an invocation by a client that has begun a trace.
 fn invoke_as(service: &Service, traceparent: &str, body: &Value) -> Value {
     let body = body.to_string();
     let request = format!(
@@ -149,7 +149,7 @@ fn invocations_reach_a_collector_span_by_span() {
     ids.dedup();
     assert_eq!(ids.len(), spans.len());
 
-    // What fails is told as failed.
+    // An invocation that fails is exported as failed.
     let spin = json!({ "func_name": "touch", "ssId": "base", "params": "pages=1", "timeout_ms": 1 });
     service.refused(504, "POST", "/invocations", Some(spin));
     let id = service.get("/traces")[0]["traceId"].as_str().unwrap().to_string();

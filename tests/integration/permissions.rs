@@ -1,4 +1,5 @@
-//! What other users of the host may read, write and plant; and what a user may do with a snapshot or a pool of another.
+//! Limits on other users of the host: which files they may read, write and plant, and what they may do with another
+//! user's snapshot or pool.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -224,7 +225,7 @@ fn sockets_follow_the_umask_and_the_api_is_the_owners() {
     }
 }
 
-/// Makes a node in `dir` for the same device as `device`, which everybody may open.
+/// Makes a node in `dir` for the same device as `device`, which every user may open.
 fn open_node(device: &Path, dir: &Path) -> std::io::Result<()> {
     let node = dir.join(device.file_name().unwrap());
     if node.exists() {
@@ -236,8 +237,8 @@ fn open_node(device: &Path, dir: &Path) -> std::io::Result<()> {
     fs::set_permissions(&node, Permissions::from_mode(0o666))
 }
 
-/// `tvmm` as the user nobody, who may open /dev/kvm and /dev/userfaultfd, and has `home` to write to. `None`, with the reason
-/// printed, where that cannot be had.
+/// `tvmm` as the user `nobody`, who may open /dev/kvm and /dev/userfaultfd, and has `home` to write to. `None`, with
+/// the reason printed, if this host cannot start such a process.
 fn as_nobody(home: &Path, args: &[&str]) -> Option<Command> {
     for device in ["/dev/kvm", "/dev/userfaultfd"].map(Path::new) {
         if let Err(error) = open_node(device, home) {

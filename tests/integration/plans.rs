@@ -146,7 +146,8 @@ fn a_thousand_random_plans_restore_the_snapshot() {
     }
 }
 
-/// Gives the filled pages back, by report, page numbers or hints: they must be zero, then and in a diff and its restore.
+/// Gives the filled pages back, by report, page numbers or hints: they must be zero, then and in a diff and its
+/// restore.
 fn give_back(mut vm: Vm, way: &str, zeros: &str, diff: &Path, what: &str) {
     vm.call("balloon op=status");
     if way == "hint" {
@@ -300,7 +301,7 @@ fn a_plan_for_another_snapshot_or_of_a_changed_one_is_refused() {
     let said = run_err(&["restore", "--snapshot", text(&tip), "--plan", text(&plan), "--run", "check"]);
     assert!(said.contains("plan") && said.contains("snapshot"), "{said}");
     run_ok(&["restore", "--snapshot", text(&base), "--plan", text(&plan), "--run", "hello"]);
-    // Same bytes, another time: somebody had his hands on the file.
+    // Same bytes, another time of change: the file may have been written.
     let memory = fs::File::options().write(true).open(base.join("memory")).unwrap();
     memory.set_modified(std::time::SystemTime::now()).unwrap();
     let said = run_err(&["restore", "--snapshot", text(&base), "--plan", text(&plan), "--run", "hello"]);
@@ -357,7 +358,7 @@ fn a_source_that_fails_under_a_lazy_guest_ends_it_with_the_page() {
     let base = dir.path().join("base");
     let mut vm = Vm::restore(&base, "firecracker-uffd");
     vm.call("hello");
-    // What the guest has not touched yet can no longer be had.
+    // Pages that the guest has not touched yet can no longer be read.
     fs::File::options().write(true).open(base.join("memory")).unwrap().set_len(4096).unwrap();
     vm.begin("check");
     let (status, stderr) = vm.wait();

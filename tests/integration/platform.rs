@@ -1,4 +1,5 @@
-//! What a guest is told about its machine: ACPI tables, MP table, initrd, CPUID. Read from the memory of a snapshot.
+//! The description of its machine that a guest gets: ACPI tables, MP table, initrd, CPUID. The tests read it from the
+//! memory of a snapshot.
 
 use std::path::Path;
 
@@ -162,7 +163,7 @@ fn kernels_of_the_wrong_kind_are_refused() {
     elf32.resize(4096, 0);
     let (mut arm, path) = (elf32.clone(), dir.path().join("kernel"));
     (arm[4], arm[18]) = (2, 183);
-    // Where the entry point would be it ends.
+    // This image ends where its entry point would be.
     let cut = bzimage()[..1024 + 512].to_vec();
     let (mut bz32, mut old, mut huge) = (bzimage(), bzimage(), bzimage());
     bz32[0x236] = 0;

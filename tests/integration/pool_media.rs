@@ -1,5 +1,5 @@
-//! Pools on the media of real hosts: device DAX, a NUMA node without CPUs, persistent memory with a file system (these are
-//! there in the testbed), huge pages that are reserved.
+//! Pools on the media of real hosts: device DAX, a NUMA node without CPUs, persistent memory with a file system (these
+//! are there in the testbed), huge pages that are reserved.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -97,7 +97,8 @@ struct Nodes {
 }
 
 impl Nodes {
-    /// Asks move_pages(2), which without nodes to go to only says where each page is, and `/proc/PID/pagemap` whose it is.
+    /// Asks move_pages(2), which without nodes to go to only says where each page is, and `/proc/PID/pagemap` whose it
+    /// is.
     fn of(pid: u32) -> Nodes {
         const PAGE: u64 = 4096;
         let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
@@ -126,8 +127,8 @@ impl Nodes {
 fn nodes_of_pages(pid: u32, pages: &[u64]) -> Vec<i32> {
     let mut nodes = vec![-1; pages.len()];
     let nowhere = std::ptr::null::<i32>();
-    // SAFETY: the kernel reads as many addresses and writes as many numbers as there are pages; without nodes to move to it
-    // moves nothing.
+    // SAFETY: the kernel reads as many addresses and writes as many numbers as there are pages; without nodes to move
+    // to it moves nothing.
     let result = unsafe {
         libc::syscall(libc::SYS_move_pages, pid, pages.len(), pages.as_ptr(), nowhere, nodes.as_mut_ptr(), 0)
     };
@@ -164,8 +165,8 @@ fn a_pool_on_a_far_node_stays_there_and_copies_do_not() {
     assert_eq!(again.call("check").digest, digest);
 }
 
-/// Restores from a pool at `at` with everything in place, reads, writes half of 1000 pages, and compares with what a restore
-/// without the pool comes to; the report.
+/// Restores from a pool at `at` with everything in place, reads, writes half of 1000 pages, and compares with what a
+/// restore without the pool comes to; the report.
 fn written_in_place(at: &Path) -> Value {
     const TOUCH: &str = "touch pages=1000 write=50 seed=3";
     let dir = scratch();
@@ -192,7 +193,7 @@ fn written_in_place(at: &Path) -> Value {
     report
 }
 
-/// Where a file system is mounted on persistent memory, past the page cache.
+/// Mount point of a file system on persistent memory that bypasses the page cache.
 fn dax_mount() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mut lines = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());

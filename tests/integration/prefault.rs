@@ -61,7 +61,7 @@ fn preloaded_memory_is_mapped_before_the_guest_runs() {
     }
     let (_, on_demand) = restored(&snapshot, "firecracker", &[]);
     assert_eq!(on_demand["prefault"]["outcome"], "nothing_to_do", "{on_demand:#}");
-    // What the guest reads, and what it writes over it, is the same whether KVM mapped it ahead or on demand.
+    // The guest reads the same bytes, before and after it wrote, whether KVM mapped pages ahead or on demand.
     let rewritten = |policy| {
         let mut vm = Vm::restore_with(&snapshot, policy, &[]);
         assert_eq!(vm.call("check").digest, digest, "{policy}");

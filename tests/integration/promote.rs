@@ -1,4 +1,4 @@
-//! Pages in place that are mapped read-only: whoever writes them, they are promoted before.
+//! Promotion: pages in place are mapped read-only, and are promoted before the guest, KVM or the VMM writes to them.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, UdpSocket};
@@ -15,7 +15,7 @@ use crate::support::pool::{DEVICE, far_memory};
 use crate::support::{Answer, TIMEOUT, Vm, config, refusal, run, run_ok, scratch, text};
 
 const FILLED: u64 = 600;
-/// What leads to promotions besides operands and pages that KVM named; the last two are guesses.
+/// Reasons for promotions besides operands and pages that KVM named; the last two are guesses.
 const GUESSED: [&str; 5] = ["page_tables", "stack", "descriptors", "near", "all"];
 
 /// A machine whose filled pages lie in a snapshot.

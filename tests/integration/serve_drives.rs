@@ -129,7 +129,7 @@ fn images_of_a_daemon_that_was_killed_are_removed_and_vms_that_cannot_start_leav
     service.refused(422, "POST", "/vms", Some(body));
     wait_until("nothing is left", || entries(&state.join("run")) == 0);
 
-    // Whoever ends leaves none.
+    // A daemon that is told to end leaves no image.
     let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "disk", "ssId": "base" })));
     assert!(own_image(&vm).exists());
     assert!(service.terminate().success());

@@ -47,7 +47,7 @@ impl Namespace {
             let mut answer = [0; 100];
             loop {
                 assert!(Instant::now() < deadline, "the guest does not answer");
-                // Until the guest looks there is nobody to answer, not even for its hardware address.
+                // Until the guest polls its device it answers nothing, not even ARP for its hardware address.
                 let _ = socket.send_to(&data, (GUEST, 7));
                 if let Ok((len, from)) = socket.recv_from(&mut answer) {
                     assert_eq!((&answer[..len], from.ip().to_string().as_str()), (&data[..], GUEST));

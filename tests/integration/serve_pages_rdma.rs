@@ -1,5 +1,5 @@
-//! Restores whose memory is read by RDMA from a page server, where the binary can do it and this host has a device with RoCE
-//! v2 (soft-RoCE does; the testbed has one), and what is said where not.
+//! Restores whose memory is read by RDMA from a page server, where the binary can do it and this host has a device with
+//! RoCE v2 (soft-RoCE does; the testbed has one), and what is said where not.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -164,7 +164,7 @@ fn spoilt_connections_are_made_again_and_lies_refused() {
     }
     let mut vm = scene.restore("firecracker-uffd", &[&server.cold()], &[]);
     vm.call("hello");
-    // Chunks that are not what was stored: whoever writes to the object changes what is lent.
+    // Chunks that are not as stored: a write to the object's file changes the memory that the server lends.
     let object = File::options().write(true).open(scene.object(".chunks")).unwrap();
     let len = object.metadata().unwrap().len();
     object.write_all_at(&vec![0x5a; len as usize], 0).unwrap();
@@ -268,7 +268,7 @@ fn loan_that_ends_leaves_nothing_registered_and_the_connection_idle() {
         }
     };
     let server = serve(&scene, &address);
-    // Who only has the object open keeps nothing registered.
+    // A client that only has the object open keeps no memory registered.
     let _by_tcp = connect(&server, &[&open]);
     let reader = connect(&server, &[&open, &attach]);
     until(server.pid(), |pinned| pinned > 0);

@@ -11,7 +11,7 @@ use crate::support::{TIMEOUT, scratch};
 
 const BROWSERS: [&str; 3] = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"];
 
-/// What a page looks like after its scripts have run for a while.
+/// Returns the DOM of a page after its scripts have run for a while.
 fn rendered(browser: &str, url: &str) -> String {
     let profile = scratch();
     let mut child = Command::new(browser)

@@ -66,7 +66,7 @@ fn echo(stream: UnixStream) {
 fn try_connect(path: &Path, port: u32) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(path).ok()?;
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-    // Refused at once: there may be nobody left to write to.
+    // The VMM may refuse at once and close the connection: then the write fails.
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).ok()?;
     let mut line = Vec::new();
     let mut byte = [0];

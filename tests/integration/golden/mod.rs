@@ -87,7 +87,7 @@ fn expand_all(version: &str, to: &Path) -> Value {
     serde_json::from_slice(&fs::read(from.join("expected.json")).unwrap()).unwrap()
 }
 
-/// What a version must be able to tell about a snapshot for good.
+/// The facts about a snapshot that every later version must read alike.
 fn facts(snapshot: &Path) -> Value {
     let told = inspect(snapshot);
     serde_json::json!({

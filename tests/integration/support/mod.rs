@@ -300,7 +300,7 @@ impl Vm {
         answer["fault_message"].as_str().expect("a fault_message").to_string()
     }
 
-    /// What `GET /` says the machine does.
+    /// The machine's state by `GET /`.
     pub fn state(&self) -> String {
         self.api_ok("GET", "/", None)["state"].as_str().expect("a state").to_string()
     }

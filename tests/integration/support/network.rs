@@ -51,12 +51,12 @@ impl Network {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Waits until the bridge forwards to and from `tap`: the kernel notices on its own time that somebody has opened it.
+    /// Waits until the bridge forwards to and from `tap`: the kernel takes its time to notice that a VMM has opened it.
     pub fn wait_for(&self, tap: &str) {
         self.wait_for_state(tap, "forwarding");
     }
 
-    /// Waits until the bridge has noticed that nobody has `tap` open any more.
+    /// Waits until the bridge has noticed that no process has `tap` open any more.
     pub fn wait_closed(&self, tap: &str) {
         self.wait_for_state(tap, "disabled");
     }

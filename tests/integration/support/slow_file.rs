@@ -1,5 +1,5 @@
-//! A file whose reads can be made to hang or to fail: a file system of one file, served by the test through /dev/fuse (Linux
-//! `include/uapi/linux/fuse.h`), mounted over the file it shows.
+//! A file whose reads can be made to hang or to fail: a file system of one file, served by the test through /dev/fuse
+//! (Linux `include/uapi/linux/fuse.h`), mounted over the file it shows.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Read, Write};
@@ -31,7 +31,7 @@ const HEADER: usize = 40;
 const EIO: i32 = 5;
 const ENOSYS: i32 = 38;
 
-/// What becomes of reads.
+/// Tells which reads of the file hang and which fail.
 struct Fate {
     hangs: AtomicBool,
     /// How many more are answered before all others fail.
