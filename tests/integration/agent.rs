@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::skip::skip;
 use crate::support::{Answer, scratch};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -89,7 +90,7 @@ fn agent_answers_as_the_tiny_guest_does_and_runs_programs() {
 #[test]
 fn agent_keeps_python_modules_warm() {
     if !Command::new("python3").arg("-c").arg("").status().is_ok_and(|status| status.success()) {
-        println!("skipped: there is no python3");
+        skip!("python", "there is no python3");
         return;
     }
     let dir = scratch();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::network::{Network, with_network};
 use crate::support::{TIMEOUT, Vm, scratch, text};
 
@@ -15,7 +16,7 @@ const MIB: u32 = 12;
 fn guest() -> Option<PathBuf> {
     let dir = std::env::var_os("TVMM_LINUX_GUEST").map(PathBuf::from);
     if dir.is_none() {
-        println!("skipped: TVMM_LINUX_GUEST is not set (make testbed-build; tests/testbed/README.md)");
+        skip!("linux", "TVMM_LINUX_GUEST does not name a directory with Linux kernels");
     }
     dir
 }

@@ -26,6 +26,7 @@ mod with {
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 
+    use crate::skip::skip;
     use crate::support::cold::Scene;
     use crate::support::{TIMEOUT, finish, text, tvmm};
 
@@ -47,7 +48,7 @@ mod with {
             let child = match command.spawn() {
                 Ok(child) => child,
                 Err(error) => {
-                    println!("skipped: {program} (Python package moto[server]) cannot be started: {error}");
+                    skip!("object-store", "{program} (Python package moto[server]) cannot be started: {error}");
                     return None;
                 }
             };

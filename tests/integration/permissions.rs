@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 use rustix::fs::{FileType, Mode, mknodat};
 use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
 
+use crate::skip::skip;
 use crate::support::cold::Scene;
 use crate::support::pool::{Pool, filled};
 use crate::support::{Vm, config, finish, run_err, run_ok, scratch, service, text, tvmm};
@@ -143,7 +144,7 @@ impl ReadOnly<'_> {
     /// `None`, with the reason printed, where this user may not mount.
     fn mount(path: &Path) -> Option<ReadOnly<'_>> {
         if let Err(error) = mount_bind(path, path) {
-            println!("skipped: a directory cannot be mounted: {error}");
+            skip!("mount", "a directory cannot be mounted: {error}");
             return None;
         }
         let mounted = ReadOnly(path);
@@ -241,7 +242,7 @@ fn open_node(device: &Path, dir: &Path) -> std::io::Result<()> {
 fn as_nobody(home: &Path, args: &[&str]) -> Option<Command> {
     for device in ["/dev/kvm", "/dev/userfaultfd"].map(Path::new) {
         if let Err(error) = open_node(device, home) {
-            println!("skipped: no node for {} can be made: {error}", device.display());
+            skip!("user", "no node for {} can be made: {error}", device.display());
             return None;
         }
     }
@@ -256,7 +257,7 @@ fn as_nobody(home: &Path, args: &[&str]) -> Option<Command> {
     };
     let probe = unshared(&["sh".as_ref(), "-c".as_ref(), "exec 3<>/dev/kvm 4<>/dev/userfaultfd".as_ref()]).output();
     if !probe.as_ref().is_ok_and(|output| output.status.success()) {
-        println!("skipped: no process of the user nobody can be started with /dev/kvm: {probe:?}");
+        skip!("user", "no process of the user nobody can be started with /dev/kvm: {probe:?}");
         return None;
     }
     let program = tvmm().get_program().to_owned();

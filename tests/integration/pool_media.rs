@@ -10,6 +10,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::skip::skip;
 use crate::support::pool::{DEVICE, far_memory, filled, take_memory_away};
 use crate::support::{Vm, finish, is_emulated, run_err, run_ok, scratch, text, tvmm};
 
@@ -138,7 +139,10 @@ fn nodes_of_pages(pid: u32, pages: &[u64]) -> Vec<i32> {
 #[test]
 fn a_pool_on_a_far_node_stays_there_and_copies_do_not() {
     // It mounts a tmpfs, and turns the device: not on a machine that is somebody's.
-    let Some(_far) = far_memory().filter(|_| is_emulated()) else { return };
+    if !is_emulated() {
+        return skip!("dax", "the test binds {DEVICE} to another driver, which only the testbed's device is for");
+    }
+    let Some(_far) = far_memory() else { return };
     let dir = scratch();
     let out = dir.path().join("full");
     let digest = filled(&out, 3000, 7);
@@ -200,7 +204,7 @@ fn dax_mount() -> Option<PathBuf> {
 #[test]
 fn the_kernel_copies_what_is_written_of_a_pool_on_fsdax() {
     let Some(mounted) = dax_mount() else {
-        return println!("skipped: no file system is mounted with -o dax (tests/testbed/run -p)");
+        return skip!("fsdax", "no file system is mounted with -o dax (tests/testbed/run -p)");
     };
     let dir = tempfile::Builder::new().prefix("tvmm-test-").tempdir_in(mounted).unwrap();
     run_ok(&["pool", "create", "--tier", "cxl", "--at", text(dir.path()), "--size", "0.1"]);
@@ -250,7 +254,7 @@ impl Drop for HugePages {
 fn a_pool_of_reserved_huge_pages_is_promoted_in_whole_blocks() {
     let pages = match HugePages::reserve(40) {
         Ok(pages) => pages,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skip!("huge-pages", "{why}"),
     };
     let at = pages.dir.path();
     let create = |gib: &str| ["pool", "create", "--tier", "cxl", "--at", text(at), "--size", gib].map(str::to_string);

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::skip::skip;
 use crate::support::artefact::pages;
 use crate::support::network::{HOST, with_network};
 use crate::support::pool::{DEVICE, far_memory};
@@ -177,7 +178,7 @@ fn guest_that_switches_to_a_stack_in_place_goes_on_or_is_told_of() {
 #[test]
 fn descriptors_in_place_are_marked() {
     if !has_second_stage() {
-        println!("skipped: this KVM does not load the guest's segments as a CPU does");
+        skip!("nested-paging", "this KVM does not load the guest's segments as a CPU does");
         return;
     }
     let filled = Filled::with(config(1, 64), "", &["stores op=descriptor"]);

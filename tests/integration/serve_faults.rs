@@ -11,6 +11,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::service::{Service, is_served, wait_until, wait_until_gone};
 use crate::support::{TIMEOUT, refusal, rounds, run, scratch, signal, text, tvmm};
 
@@ -210,7 +211,7 @@ fn full_disk_is_told_and_leaves_what_was_there() {
     std::fs::create_dir(&small).unwrap();
     let options = Some(c"size=6m");
     if let Err(error) = rustix::mount::mount("tvmm-test", &small, "tmpfs", MountFlags::empty(), options) {
-        println!("skipped: a small file system cannot be mounted: {error}");
+        skip!("mount", "a small file system cannot be mounted: {error}");
         return;
     }
     let told = std::panic::catch_unwind(|| {

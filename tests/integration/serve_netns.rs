@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::service::Service;
 use crate::support::{TIMEOUT, finish, scratch};
 
@@ -87,7 +88,7 @@ fn vms_with_taps_of_one_name_live_in_their_network_namespaces() {
     let made = Namespace::make(0).and_then(|first| Ok([first, Namespace::make(1)?]));
     let namespaces = match made {
         Ok(namespaces) => namespaces,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skip!("namespaces", "{why}"),
     };
     let dir = scratch();
     let service = Service::start(&dir.path().join("state"), &[]);

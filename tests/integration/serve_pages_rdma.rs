@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::serve_pages::{QUICK, checked, ends_with, ends_without, exchange, frame, greeting, number};
+use crate::skip::skip;
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
 use crate::support::{TIMEOUT, finish, run, run_err, run_ok, signal, stop, text};
 
@@ -42,11 +43,11 @@ fn address_of_a_device() -> Option<IpAddr> {
 /// A scene and where it can be served by RDMA; `None`, with the reason printed, where it cannot.
 fn scene() -> Option<(Scene, String)> {
     if !is_built_in() {
-        println!("skipped: the binary is built without --features rdma");
+        skip!("rdma", "the binary is built without --features rdma");
         return None;
     }
     let Some(address) = address_of_a_device() else {
-        println!("skipped: no RDMA device of this host has an IPv4 address (RoCE v2)");
+        skip!("rdma", "no RDMA device of this host has an IPv4 address (RoCE v2)");
         return None;
     };
     Some((Scene::make(), format!("{address}:0")))
@@ -205,7 +206,7 @@ fn queue_pairs() -> Vec<(String, u32)> {
 fn client_that_disappears_leaves_no_queue_pair_behind() {
     let Some((scene, address)) = scene() else { return };
     if Command::new("rdma").arg("-V").output().is_err() {
-        println!("skipped: no program rdma (iproute2) that tells of queue pairs");
+        skip!("rdma-tool", "no program rdma (iproute2) that tells of queue pairs");
         return;
     }
     let server = serve(&scene, &address);

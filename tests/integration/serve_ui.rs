@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::skip::skip;
 use crate::support::service::Service;
 use crate::support::{TIMEOUT, scratch};
 
@@ -45,7 +46,7 @@ fn rendered(browser: &str, url: &str) -> String {
 #[test]
 fn page_shows_functions_vms_their_memory_and_traces() {
     let Some(browser) = BROWSERS.into_iter().find(|path| std::path::Path::new(path).exists()) else {
-        println!("skipped: there is no Chromium");
+        skip!("chromium", "there is no Chromium");
         return;
     };
     let dir = scratch();

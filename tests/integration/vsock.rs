@@ -83,7 +83,7 @@ fn try_connect(path: &Path, port: u32) -> Option<UnixStream> {
 }
 
 /// Connects to a port where the guest will listen.
-fn connect(path: &Path, port: u32) -> UnixStream {
+pub fn connect(path: &Path, port: u32) -> UnixStream {
     let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(stream) = try_connect(path, port) {
@@ -94,7 +94,7 @@ fn connect(path: &Path, port: u32) -> UnixStream {
     }
 }
 
-fn ask(mut stream: &UnixStream, line: &str) -> String {
+pub fn ask(mut stream: &UnixStream, line: &str) -> String {
     stream.write_all(format!("{line}\n").as_bytes()).unwrap();
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).unwrap();

@@ -1,12 +1,14 @@
 //! A VM under test: a tvmm process with its console and control socket at hand.
 
 pub mod artefact;
+pub mod cached;
 pub mod cold;
 pub mod collector;
 pub mod network;
 pub mod pool;
 pub mod service;
 pub mod shell;
+pub mod skip;
 pub mod slow_file;
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -12,6 +12,8 @@ use std::thread::JoinHandle;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
+use super::skip::skip;
+
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
@@ -56,14 +58,14 @@ impl SlowFile {
         let device = match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
             Ok(device) => device,
             Err(error) => {
-                println!("skipped: /dev/fuse cannot be opened: {error}");
+                skip!("fuse", "/dev/fuse cannot be opened: {error}");
                 return None;
             }
         };
         let options = format!("fd={},rootmode=100644,user_id=0,group_id=0,allow_other", device.as_raw_fd());
         let options = std::ffi::CString::new(options).unwrap();
         if let Err(error) = mount("tvmm-test", path, "fuse", MountFlags::NOSUID, Some(options.as_c_str())) {
-            println!("skipped: a FUSE file system cannot be mounted: {error}");
+            skip!("fuse", "a FUSE file system cannot be mounted: {error}");
             return None;
         }
         let fate = Arc::new(Fate { hangs: AtomicBool::new(false), good: AtomicU64::new(u64::MAX) });
