@@ -19,6 +19,7 @@ use crate::snapshot::{ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, Verify};
 /// /snapshot/load`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, Args)]
 #[serde(deny_unknown_fields, default)]
+#[schema(as = LoadOptions)]
 pub struct RestoreOptions {
     /// How guest memory is restored: eager, firecracker, firecracker-uffd, catalyzer, trenv, or with --profile reap,
     /// faasnap, aquifer, tiered [default: firecracker]
