@@ -46,7 +46,8 @@ impl Random {
     }
 }
 
-/// Page tables at `TABLES` that map RAM onto itself, some entries without accessed and dirty bits, and random stores from
+/// Page tables at `TABLES` that map RAM onto itself, some entries without accessed and dirty bits, and random stores
+/// from
 /// `CODE` on.
 fn image(random: &mut Random) -> File {
     let file = tempfile::tempfile().unwrap();

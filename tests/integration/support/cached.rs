@@ -56,8 +56,8 @@ impl Drop for Mapped {
     }
 }
 
-/// `cold` if less than half of what `path` holds is in the page cache; else `huge` if a fault in at least half of the blocks
-/// that are wholly cached maps all 2 MiB of a block, and `small` if not.
+/// `cold` if less than half of what `path` holds is in the page cache; else `huge` if a fault in at least half of the
+/// blocks that are wholly cached maps all 2 MiB of a block, and `small` if not.
 pub fn cached_as(path: &Path) -> &'static str {
     let file = File::open(path).unwrap();
     let held = file.metadata().unwrap().blocks() as usize * 512 / PAGE;

@@ -3,11 +3,12 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 
-/// Notes that the calling test is skipped. `kind` is one word for what the host lacks (`linux`, `rdma`, `fuse`); `why` is the
-/// reason for people. The test must have probed the host for it; it must not conclude it from the answer under test.
+/// Notes that the calling test is skipped. `kind` is one word for what the host lacks (`linux`, `rdma`, `fuse`); `why`
+/// is the reason for people. The test must have probed the host for it; it must not conclude it from the answer under
+/// test.
 ///
-/// The note is a line `RUN TAB TEST TAB KIND TAB REASON` in the file that `TVMM_SKIPS` names; `tests/run.sh` counts the lines.
-/// The name of a test is the name of its thread.
+/// The note is a line `RUN TAB TEST TAB KIND TAB REASON` in the file that `TVMM_SKIPS` names; `tests/run.sh` counts the
+/// lines. The name of a test is the name of its thread.
 ///
 /// # Panics
 /// If `TVMM_REQUIRE` (kinds with commas between them, or `all`) names the kind: then the host must have the thing.
