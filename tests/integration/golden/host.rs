@@ -102,7 +102,7 @@ impl Host {
     }
 
     /// Whether the guest cannot go on here, because it has seen something that this host lacks.
-    fn must_refuse(&self) -> bool {
+    pub fn must_refuse(&self) -> bool {
         let Feature { leaf, subleaf, register, bits } = self.seen;
         vendor() != self.vendor() || self.lacks(leaf, subleaf, register) & bits != 0
     }
