@@ -1,9 +1,9 @@
 //! `tvmm bench` and `tvmm calibrate`: the costs of restores and hosts, measured side by side.
 //!
 //! Owns: experiments and their report, the page-fault handler that a measured VMM needs, the costs of a host, and
-//! waiting for child processes. Must not know: the machine. Each measured VM is a fresh process, driven by `api`'s
-//! client; rivals are interleaved. Start reading: `study/mod.rs`, `study/flow.rs` (the compared ways), `restore.rs`
-//! (the time slices of one restore).
+//! waiting for child processes.
+//! Must not know: the machine. Each measured VM is a fresh process, driven by `api`'s client; rivals are interleaved.
+//! Start reading: `study/mod.rs`, `study/flow.rs` (the compared ways), `restore.rs` (the time slices of one restore).
 
 pub(crate) mod calibrate;
 pub(crate) mod child;

@@ -1,8 +1,8 @@
 //! The command line.
 //!
 //! Owns: arguments, progress, exit codes, drawing, and printing an error's chain once.
-//! Must not know: KVM, guest memory. It hands requests to `session`, `serve` and `bench`, and works on snapshots and pools
-//! directly.
+//! Must not know: KVM, guest memory. It hands requests to `session`, `serve` and `bench`, and works on snapshots and
+//! pools directly.
 //! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
 mod guest;
@@ -85,8 +85,8 @@ struct SessionArgs {
     /// Write the time slices in Chrome's trace format (chrome://tracing, Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Send the time slices to this OpenTelemetry collector (OTLP over HTTP) at the end, http://HOST:4318; in builds with
-    /// the feature otel
+    /// Send the time slices to this OpenTelemetry collector (OTLP over HTTP) at the end, http://HOST:4318; in builds
+    /// with the feature otel
     #[arg(long, value_name = "URL")]
     otlp: Option<String>,
     /// Time of the process's spawn, in µs of CLOCK_MONOTONIC; default: the CPU time since the fork counts instead

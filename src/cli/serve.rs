@@ -70,11 +70,12 @@ pub struct ServeArgs {
     /// Time for running invocations to end when the service is stopped, s
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     grace: u64,
-    /// Restore from this pool instead of the snapshots' files, unless an invocation says otherwise; several: from the first
-    /// that has the snapshot
+    /// Restore from this pool instead of the snapshots' files, unless an invocation says otherwise; several: from the
+    /// first that has the snapshot
     #[arg(long, value_name = "POOL")]
     pool: Vec<PathBuf>,
-    /// Restore from a cold pool, unless an invocation says otherwise (see `tvmm restore --help`); repeatable, nearest first
+    /// Restore from a cold pool, unless an invocation says otherwise (see `tvmm restore --help`); repeatable, nearest
+    /// first
     #[arg(long, value_name = "POOL", value_parser = cold_name)]
     cold: Vec<String>,
     /// Keep chunks that come from other hosts in this directory
@@ -97,7 +98,8 @@ pub struct ServeArgs {
     /// Write all traces to this file in Chrome's trace format (chrome://tracing, Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Send all traces to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318; in builds with the feature otel
+    /// Send all traces to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318; in builds with the feature
+    /// otel
     #[arg(long, value_name = "URL")]
     otlp: Option<String>,
 }

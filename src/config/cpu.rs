@@ -76,7 +76,8 @@ pub struct MsrModifier {
     pub bitmap: Bitmap<64>,
 }
 
-/// Bits of a register of `BITS` bits: `"0bx10"` sets bit 1, clears bit 0 and leaves the others. `_` may separate digits.
+/// Bits of a register of `BITS` bits: `"0bx10"` sets bit 1, clears bit 0 and leaves the others. `_` may separate
+/// digits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Bitmap<const BITS: u32> {
     /// The bits that are set or cleared.

@@ -1,5 +1,5 @@
-//! The built-in guests: a small kernel that speaks the function protocol on COM1 (`resources/guest/README.md`), without and
-//! with the functions of `docs/functions.md`.
+//! The built-in guests: a small kernel that speaks the function protocol on COM1 (`resources/guest/README.md`), without
+//! and with the functions of `docs/functions.md`.
 
 use super::Guest;
 

@@ -2,9 +2,9 @@
 //!
 //! Owns: `vm.json` (Firecracker's `--config-file` plus one key, `tvmm`), the configs of devices, the commands and
 //! answers of a VM's control channel, restore requests, overrides, patches, and refusals. Unknown keys are errors
-//! everywhere: a misspelt key must not silently give another machine than the one asked for. Must not know: how
-//! anything is done. It imports only `snapshot` and `sys`. Start reading: `mod.rs`, `request.rs` (commands and restore
-//! requests), `control.rs` (their way to the main loop).
+//! everywhere: a misspelt key must not silently give another machine than the one asked for.
+//! Must not know: how anything is done. It imports only `snapshot` and `sys`.
+//! Start reading: `mod.rs`, `request.rs` (commands and restore requests), `control.rs` (their way to the main loop).
 
 pub mod control;
 mod cpu;

@@ -112,8 +112,8 @@ impl BackgroundWork {
         !self.worker.has_ended() && !self.compared.load(Ordering::Acquire)
     }
 
-    /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may be
-    /// damaged.
+    /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may
+    /// be damaged.
     pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
         while self.is_comparing() {
             if Instant::now() >= deadline {

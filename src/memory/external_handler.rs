@@ -1,6 +1,6 @@
-//! A page-fault handler outside the VMM, by Firecracker's protocol (`docs/snapshotting/handling-page-faults-on-snapshot-
-//! resume.md`): tvmm connects to the handler's Unix socket and sends one message, a JSON array that says where guest
-//! memory is mapped, with the userfaultfd as SCM_RIGHTS.
+//! A page-fault handler outside the VMM, by Firecracker's protocol
+//! (`docs/snapshotting/handling-page-faults-on-snapshot-resume.md`): tvmm connects to the handler's Unix socket and
+//! sends one message, a JSON array that says where guest memory is mapped, with the userfaultfd as SCM_RIGHTS.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -2,8 +2,10 @@
 //!
 //! Owns: the daemon's store, its VMs (each a `tvmm` process of its own), snapshots, drives, networks, traces, metrics,
 //! and the allowances of clients. It is single-threaded but for the threads that spawn processes, wait for disks and
-//! write traces. Must not know: KVM, guest memory, how a restore is carried out. Start reading: `routes.rs`,
-//! `invocations.rs` (a request from start to end), `vm/process.rs` (a VM as a child process).
+//! write traces.
+//! Must not know: KVM, guest memory, how a restore is carried out.
+//! Start reading: `routes.rs`, `invocations.rs` (a request from start to end), `vm/process.rs` (a VM as a child
+//! process).
 
 mod allowed;
 mod body;

@@ -1,10 +1,10 @@
 //! One VM from its start to its end.
 //!
 //! Owns: the main loop, the effect of each command in each state, the console, planning a restore and opening its
-//! sources, recording profiles, reports and metrics. Must not know: HTTP, command lines. Commands come through
-//! `config::control`. Start reading: `main_loop.rs` (the events of a VM's process), `controller.rs` (the states in
-//! which a command is allowed), `planning.rs` (choosing a restore's plan), `sources.rs` (opening a restore's sources of
-//! memory).
+//! sources, recording profiles, reports and metrics.
+//! Must not know: HTTP, command lines. Commands come through `config::control`.
+//! Start reading: `main_loop.rs` (the events of a VM's process), `controller.rs` (the states in which a command is
+//! allowed), `planning.rs` (choosing a restore's plan), `sources.rs` (opening a restore's sources of memory).
 
 pub mod console;
 pub mod controller;

@@ -245,8 +245,8 @@ fn collect_console(console: Option<&ConsoleRing>, exit: &Result<VcpuExit<'_>, kv
     }
 }
 
-/// KVM's emulator takes memory that it cannot reach for a device's: whether an access that no device claimed was one to lost
-/// memory.
+/// Returns the ending if an access that no device claimed was one to lost memory: KVM's emulator takes memory that it
+/// cannot reach for a device's.
 fn emulated_in_vain(is_claimed: bool, address: u64) -> Option<Ending> {
     if is_claimed { None } else { lost::at_gpa(address).map(Ending::MemoryLost) }
 }

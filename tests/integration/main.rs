@@ -72,3 +72,5 @@ mod unread;
 mod verify;
 mod virtio;
 mod vsock;
+
+use support::skip;

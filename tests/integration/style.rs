@@ -1,4 +1,5 @@
-//! The code reads as docs/architecture.md and CONTRIBUTING.md promise: short functions, short lines, sentences with a subject.
+//! The code reads as docs/architecture.md and CONTRIBUTING.md promise: short functions, short lines, sentences with a
+//! subject.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -125,11 +126,13 @@ fn complaint(sentence: &str) -> Option<String> {
     if ARGUED.iter().any(|argued| sentence.starts_with(argued)) {
         return None;
     }
-    let mut words = sentence.split(|c: char| !c.is_alphanumeric() && c != '\'').filter(|word| !word.is_empty());
-    let first = words.clone().next()?;
+    let is_separator = |c: char| !c.is_alphanumeric() && c != '\'';
+    let first = sentence.split(is_separator).find(|word| !word.is_empty())?;
     if HEADLESS.contains(&first) && !sentence.ends_with('?') {
         return Some(format!("begins with {first}: {sentence}"));
     }
+    // A word in backquotes is a name: the user `nobody`.
+    let mut words = sentence.split('`').step_by(2).flat_map(|prose| prose.split(is_separator));
     words.find(|word| NAMELESS.contains(&word.to_lowercase().as_str())).map(|word| format!("says {word}: {sentence}"))
 }
 
@@ -147,7 +150,8 @@ fn comments_are_sentences_with_a_subject_that_has_a_name() {
 
 #[test]
 fn sentences_without_a_subject_are_found() {
-    let text = "/// Returns it. What came of\n/// it. Fine.\nfn a() {} // no comment of its own\n    // * Where pools live\n\n// nobody\n";
+    let text = "/// Returns it. What came of\n/// it. Fine.\nfn a() {} // no comment of its own\
+                \n    // * Where pools live\n\n// nobody\n\n// The user `nobody`.\n";
     let found: Vec<String> = sentences(text).iter().filter_map(|(_, sentence)| complaint(sentence)).collect();
     let expected = ["begins with What: What came of it.", "begins with Where: Where pools live", "says nobody: nobody"];
     assert_eq!(found, expected);

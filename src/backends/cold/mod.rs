@@ -22,9 +22,9 @@ use crate::tiering::cold::store::{Checked, Manifest, Store};
 use crate::tiering::cold::{ChunkError, ColdPool, Index, Packed, Place};
 use cache::{Cache, CachedPlace};
 
-/// The part of `--fault-timeout` after which no place is asked again. An attempt takes at most half of this part, and its
-/// end is noticed within a quarter of an attempt. So all attempts end within the time-out, and before the stall watch
-/// ends the VM with a reason that does not name the place.
+/// The part of `--fault-timeout` after which no place is asked again. An attempt takes at most half of this part, and
+/// its end is noticed within a quarter of an attempt. So all attempts end within the time-out, and before the stall
+/// watch ends the VM with a reason that does not name the place.
 const PATIENCE: (u32, u32) = (9, 16);
 /// The error of a build without object stores.
 #[cfg(not(feature = "object-store"))]

@@ -208,7 +208,8 @@ impl<M> Pair<M> {
         request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
         request.wr.rdma = rdma_t { remote_addr: from, rkey: key };
         let mut refused = null_mut();
-        // SAFETY: the pair is there as long as `self`; request and list are copied by the call; the caller vouches for `to`.
+        // SAFETY: the pair is there as long as `self`; request and list are copied by the call; the caller vouches for
+        // `to`.
         checked("begin a read", unsafe { ibv_post_send(self.pair.as_ptr(), &mut request, &mut refused) })
     }
 }

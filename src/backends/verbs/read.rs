@@ -197,8 +197,8 @@ impl Reader {
     pub fn bytes(&self, len: usize) -> Option<&[u8]> {
         let slots = self.pair.as_ref().filter(|slots| self.complete > self.freed && len <= slots.len)?;
         let at = (self.freed % slots.count as u64) as usize * slots.len;
-        // SAFETY: the slot lies within the memory; its read is complete, so that the device does not write to it until it
-        // is freed, which needs `self` exclusively. The other slots, which it writes to, are not part of the slice.
+        // SAFETY: the slot lies within the memory; its read is complete, so that the device does not write to it until
+        // it is freed, which needs `self` exclusively. The other slots, which it writes to, are not part of the slice.
         Some(unsafe { std::slice::from_raw_parts(slots.base.add(at), len) })
     }
 

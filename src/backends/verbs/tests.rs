@@ -24,7 +24,7 @@ fn address() -> Option<IpAddr> {
     });
     let found = addresses.into_iter().next();
     if found.is_none() {
-        println!("skipped: no RDMA device of this host has an IPv4 address (RoCE v2)");
+        crate::skip::skip!("rdma", "no RDMA device of this host has an IPv4 address (RoCE v2)");
     }
     found
 }

@@ -19,8 +19,8 @@ pub struct RunArgs {
     /// Functions, or `all`
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     functions: Vec<String>,
-    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm, and
-    /// with --pool trenv-pool, aquifer-pool, tiered-pool
+    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm,
+    /// and with --pool trenv-pool, aquifer-pool, tiered-pool
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     flows: Vec<String>,
     /// Rounds; one more comes first and is not counted

@@ -1,5 +1,5 @@
-//! Files derived from a snapshot: kept plans, images of its pages, profiles of its runs. Each is read whole and compared
-//! with its checksums.
+//! Files derived from a snapshot: kept plans, images of its pages, profiles of its runs. Each is read whole and
+//! compared with its checksums.
 
 use std::fs;
 use std::io;

@@ -46,7 +46,8 @@ impl Random {
     }
 }
 
-/// Page tables at `TABLES` that map RAM onto itself, some entries without accessed and dirty bits, and random stores from
+/// Page tables at `TABLES` that map RAM onto itself, some entries without accessed and dirty bits, and random stores
+/// from
 /// `CODE` on.
 fn image(random: &mut Random) -> File {
     let file = tempfile::tempfile().unwrap();
@@ -137,8 +138,7 @@ fn run(seed: u64) -> u64 {
 #[test]
 fn whatever_the_guest_writes_it_gets_on_or_ends() {
     if Kvm::new().is_err() {
-        println!("skipped: there is no /dev/kvm");
-        return;
+        return crate::skip::skip!("kvm", "there is no /dev/kvm");
     }
     let promoted: Vec<u64> = (0..64).map(run).collect();
     assert!(promoted.iter().sum::<u64>() > 30, "{promoted:?}");
