@@ -221,8 +221,8 @@ fn nothing_is_printed_or_spawned_by_what_panics() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Whether a line of code looks for words in a text: `contains`, `starts_with` or `ends_with`, and a literal with a blank
-/// between two words. Markers of protocols and files, such as `"OK "` or `"numa:"`, have no such blank.
+/// Whether a line of code looks for words in a text: `contains`, `starts_with` or `ends_with`, and a literal with a
+/// blank between two words. Markers of protocols and files, such as `"OK "` or `"numa:"`, have no such blank.
 fn looks_for_words(code: &str) -> bool {
     ["contains(\"", "starts_with(\"", "ends_with(\""].iter().any(|call| {
         let literals = code.match_indices(call).map(|(at, _)| code[at + call.len()..].split('"').next().unwrap_or(""));
@@ -230,8 +230,8 @@ fn looks_for_words(code: &str) -> bool {
     })
 }
 
-/// Messages are for people: no status and no branch depends on their words. Errors have types, and codes if they cross a
-/// process (`config/refusal.rs`).
+/// Messages are for people: no status and no branch depends on their words. Errors have types, and codes if they cross
+/// a process (`config/refusal.rs`).
 #[test]
 fn nothing_is_decided_by_the_words_of_a_message() {
     assert!(looks_for_words(r#"if text.contains("did not answer") {"#));
