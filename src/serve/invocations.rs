@@ -16,7 +16,7 @@ use super::body::{Body, check_line};
 use super::daemon::Daemon;
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
-use super::load::{LoadOptions, TapOverride, Wanted};
+use super::load::{self, Wanted};
 use super::metrics::{Counters, Origin};
 use super::snapshots::SnapshotRecord;
 use super::traceparent;
@@ -24,8 +24,10 @@ use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{StartSpec, Vm};
 use super::working_set::{Record, Slot};
+use crate::config::NetworkOverrideBody;
+use crate::config::restore::RestoreOptions;
+use crate::snapshot::Policy;
 use crate::sys::clock;
-use crate::tiering::policy::Policy;
 use crate::tiering::recorder::LAYER_PAGES;
 
 /// The longest time-out, ms.
@@ -46,7 +48,8 @@ pub(super) struct InvocationBody {
     #[serde(default)]
     params: String,
     /// The restore policy: see `GET /policies`.
-    policy: Option<String>,
+    #[schema(value_type = Option<String>)]
+    policy: Option<Policy>,
     /// Record what the run does to its memory: uffd, mincore, pagemap or dirty-log. Needs a snapshot; the VM ends with it.
     record: Option<String>,
     /// Whether a VM that this starts lives on. It is then ended when room is needed, or after the idle time.
@@ -59,14 +62,14 @@ pub(super) struct InvocationBody {
     /// Memory in the CXL tier, MiB; the same as `tvmm.cxl_mib`.
     cxl_mib: Option<u64>,
     /// How the VM is restored; what is left out: as the daemon was told.
-    tvmm: Option<LoadOptions>,
+    tvmm: Option<RestoreOptions>,
     /// Whether the guest's clocks go on to the present (the default), or from where they stood in the snapshot.
     clock_realtime: Option<bool>,
     /// Whether KVM logs the pages the guest writes, for diff snapshots; none: as the function says.
     track_dirty_pages: Option<bool>,
     /// Other taps for network interfaces.
     #[serde(default)]
-    network_overrides: Vec<TapOverride>,
+    network_overrides: Vec<NetworkOverrideBody>,
     /// What the clone is told: the same as `tvmm.metadata`.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
@@ -117,7 +120,7 @@ impl InvocationBody {
     }
 
     /// The same with the budgets, which may stand beside `tvmm` too.
-    fn options(&self, wanted: &Wanted) -> Result<LoadOptions, Fault> {
+    fn options(&self, wanted: &Wanted) -> Result<RestoreOptions, Fault> {
         let mut options = wanted.options()?;
         let budgets =
             [("dram_mib", self.dram_mib, &mut options.dram_mib), ("cxl_mib", self.cxl_mib, &mut options.cxl_mib)];
@@ -127,7 +130,7 @@ impl InvocationBody {
             }
             *there = here.or(*there);
         }
-        options.check()?;
+        load::check(&options)?;
         Ok(options)
     }
 }
@@ -287,7 +290,7 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
         (policy, _) => Some(policy.unwrap_or(Policy::Firecracker)),
     };
     let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
-    if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.profile) {
+    if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.load.tvmm.profile) {
         super::working_set::check_all_layers(profile, layers)?;
     }
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
@@ -324,10 +327,7 @@ fn asked_policy(body: &InvocationBody) -> Result<Option<Policy>, Fault> {
         }
     }
     let is_faasnap = body.overlay_regions || body.use_ws_file || body.load_mincore.is_some();
-    let mut asked: Vec<Policy> = Vec::new();
-    if let Some(name) = &body.policy {
-        asked.push(known_policy(name)?);
-    }
+    let mut asked: Vec<Policy> = body.policy.into_iter().collect();
     asked.extend(body.enable_reap.then_some(Policy::Reap));
     asked.extend(is_faasnap.then_some(Policy::Faasnap));
     asked.extend(body.use_mem_file.then_some(Policy::Firecracker));

@@ -13,10 +13,12 @@ use super::body::Body;
 use super::daemon::{Daemon, START_TIMEOUT};
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
-use super::load::{LoadOptions, TapOverride, Wanted};
+use super::load::Wanted;
 use super::traces::Recording;
 use super::vm::{StartSpec, VmRecord};
-use crate::tiering::policy::Policy;
+use crate::config::NetworkOverrideBody;
+use crate::config::restore::RestoreOptions;
+use crate::snapshot::Policy;
 
 /// A VM to be started.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -28,16 +30,17 @@ pub(super) struct VmBody {
     ss_id: Option<String>,
     namespace: Option<String>,
     /// The policy to restore by; none: the function's.
-    policy: Option<String>,
+    #[schema(value_type = Option<String>)]
+    policy: Option<Policy>,
     /// How it is restored; what is left out: as the daemon was told.
-    tvmm: Option<LoadOptions>,
+    tvmm: Option<RestoreOptions>,
     /// Whether the guest's clocks go on to the present (the default), or from where they stood in the snapshot.
     clock_realtime: Option<bool>,
     /// Whether KVM logs the pages the guest writes, for diff snapshots; none: as the function says.
     track_dirty_pages: Option<bool>,
     /// Other taps for network interfaces.
     #[serde(default)]
-    network_overrides: Vec<TapOverride>,
+    network_overrides: Vec<NetworkOverrideBody>,
     /// What the clone is told: the same as `tvmm.metadata`.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
@@ -80,8 +83,8 @@ pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBod
 async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     let function = daemon.function(&body.func_name)?;
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
-    let named = body.policy.as_ref().or(function.policy.as_ref());
-    let policy = named.map_or(Ok(Policy::Firecracker), |name| known_policy(name))?;
+    let of_function = function.policy.as_deref().map(known_policy).transpose()?;
+    let policy = body.policy.or(of_function).unwrap_or_default();
     let wanted = body.wanted();
     let spec = match &body.ss_id {
         None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),

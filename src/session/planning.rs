@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::config::request::LoadSnapshot;
+use crate::config::restore::{PlanFrom, PolicyChoice, RestoreRequest};
 use crate::session::Error;
 use crate::snapshot::{Chain, PAGE_SIZE, RestorePlan, TierSource, bound_derived, create_private_dir, lru};
 use crate::sys::page_cache;
@@ -13,7 +13,7 @@ use crate::tiering::costs::{Costs, SourceCache};
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_cache::plan_name;
 use crate::tiering::plan_file::{CostsUsed, PlanFile};
-use crate::tiering::policy::{Budget, DRAM_PRICE_US, Policy, PolicyInput, page_price_ns};
+use crate::tiering::policy::{Budget, Policy, PolicyInput, page_price_ns};
 use crate::tiering::profile::Profile;
 use crate::tiering::tier::{self, Tier};
 
@@ -36,14 +36,17 @@ impl Chosen {
     }
 }
 
-/// Makes or finds the plan that `load` asks for.
-pub fn choose(chain: &Chain, tiers: &[Arc<dyn Tier>], load: &LoadSnapshot) -> Result<Chosen, Error> {
-    if let Some(path) = &load.plan {
-        let file = PlanFile::load(path)?;
-        file.check_for(chain, &sources(tiers), path)?;
-        return Ok(Chosen::from(file, "file", None));
-    }
-    let policy: Policy = load.policy.parse()?;
+/// Makes or finds the plan that `request` asks for.
+pub fn choose(chain: &Chain, tiers: &[Arc<dyn Tier>], request: &RestoreRequest) -> Result<Chosen, Error> {
+    let choice = match &request.plan {
+        PlanFrom::Policy(choice) => choice,
+        PlanFrom::File(path) => {
+            let file = PlanFile::load(path)?;
+            file.check_for(chain, &sources(tiers), path)?;
+            return Ok(Chosen::from(file, "file", None));
+        }
+    };
+    let policy = choice.policy;
     if !policy.needs_profile() {
         let sources = sources(tiers);
         let resolved = if policy.needs_pages(chain, &sources) { tier::resolve(chain, tiers)? } else { Vec::new() };
@@ -53,16 +56,23 @@ pub fn choose(chain: &Chain, tiers: &[Arc<dyn Tier>], load: &LoadSnapshot) -> Re
         tier::align(&mut plan, chain.layout(), chain.layers().len(), tiers);
         return Ok(Chosen { plan, origin: "made", source_cache: None, costs: None, fit: None });
     }
-    from_profile(chain, tiers, policy, load)
+    from_profile(chain, tiers, choice, request.cold().is_some())
 }
 
 fn sources(tiers: &[Arc<dyn Tier>]) -> Vec<TierSource> {
     tiers.iter().map(|tier| tier.source()).collect()
 }
 
-fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &LoadSnapshot) -> Result<Chosen, Error> {
-    let bytes = load.profile.as_deref().map(Profile::read).transpose()?;
-    let costs = match &load.costs {
+/// `has_cold`: whether a cold pool has what no tier has.
+fn from_profile(
+    chain: &Chain,
+    tiers: &[Arc<dyn Tier>],
+    choice: &PolicyChoice,
+    has_cold: bool,
+) -> Result<Chosen, Error> {
+    let policy = choice.policy;
+    let bytes = choice.profile.as_deref().map(Profile::read).transpose()?;
+    let costs = match &choice.costs {
         Some(path) => Costs::load(path)?,
         None => Costs::of_this_host()?,
     };
@@ -70,7 +80,7 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     let cache = match policy {
         Policy::Tiered if !tiers.is_empty() => cache_of_tiers(tiers),
         // A cold pool stands by for snapshots that no pool has.
-        Policy::Tiered if !load.cold.pools.is_empty() => SourceCache::Cold,
+        Policy::Tiered if has_cold => SourceCache::Cold,
         Policy::Tiered => cache_of(chain)?,
         _ => SourceCache::Huge,
     };
@@ -81,9 +91,9 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
         costs.readahead_pages = pages;
     }
     let budget = Budget {
-        dram_pages: pages(load.dram_mib),
-        cxl_pages: pages(load.cxl_mib),
-        dram_page_ns: page_price_ns(load.dram_price_us.unwrap_or(DRAM_PRICE_US)),
+        dram_pages: pages(choice.dram_mib),
+        cxl_pages: pages(choice.cxl_mib),
+        dram_page_ns: page_price_ns(choice.dram_price_us),
     };
     let sources = sources(tiers);
     let others = format!("{costs:?} {budget:?} {sources:?}");
@@ -92,14 +102,14 @@ fn from_profile(chain: &Chain, tiers: &[Arc<dyn Tier>], policy: Policy, load: &L
     if let Some(file) = cached(chain, &sources, &chain.derived_file(&name)) {
         return Ok(Chosen::from(file, "cache", source_cache));
     }
-    let profile = load.profile.as_deref().map(Profile::load).transpose()?;
+    let profile = choice.profile.as_deref().map(Profile::load).transpose()?;
     let resolved = tier::resolve(chain, tiers)?;
     let profile_of = profile.as_ref();
     let input = PolicyInput { chain, resolved: &resolved, tiers: &sources, profile: profile_of, costs: &costs, budget };
     let mut plan = policy.plan(&input)?;
     tier::align(&mut plan, chain.layout(), chain.layers().len(), tiers);
     let expected = input.estimate(&plan);
-    let used = CostsUsed::new(&costs, load.costs.as_deref());
+    let used = CostsUsed::new(&costs, choice.costs.as_deref());
     let file = PlanFile::new(plan, expected, chain)?.made_from(used, profile.as_ref());
     keep(chain, &file, &chain.derived_dir().join(&name));
     Ok(Chosen::from(file, "made", source_cache))

@@ -8,6 +8,7 @@
 //! Start reading: `types.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
 
 mod chain;
+mod cold_spec;
 mod container;
 mod drives;
 mod error;
@@ -33,6 +34,7 @@ mod writer;
 pub(crate) mod tests;
 
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun};
+pub use cold_spec::{ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
 };
@@ -58,7 +60,7 @@ pub use plan::{
 };
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
-pub use restore_choice::{InPlaceMapping, Verify};
+pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, UnknownPolicy, Verify};
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};

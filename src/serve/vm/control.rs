@@ -1,13 +1,19 @@
 //! The API of one VM, over the only connection it has.
 
+use axum::http::StatusCode;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::Request;
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::http::request::Builder;
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
+
+use crate::config::refusal::{FaultBody, FaultCode};
+use crate::serve::fault::Fault;
 
 /// An answer larger than this is not one of a VM's.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
@@ -18,14 +24,25 @@ pub(in crate::serve) enum ControlError {
     /// It said no.
     #[error("{message}")]
     Refused {
-        /// The status: 400 and more.
-        status: u16,
+        /// The kind of the reason.
+        code: Option<FaultCode>,
         /// Its reason.
         message: String,
     },
     /// It said nothing that can be understood, and will say nothing more.
     #[error("the VM's API is gone ({0})")]
     Gone(String),
+}
+
+impl ControlError {
+    /// The fault that clients are told in these words.
+    pub(in crate::serve) fn fault(&self, text: String) -> Fault {
+        match self {
+            // The refused setting comes from the function or the snapshot, not from this request.
+            ControlError::Refused { code, .. } => Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, *code, text),
+            ControlError::Gone(_) => Fault::bad_gateway(text),
+        }
+    }
 }
 
 /// Asks one VM, one thing at a time.
@@ -46,31 +63,34 @@ impl Control {
         Ok(Control(Mutex::new(sender)))
     }
 
-    /// One request and its answer's body, if it has one.
-    pub(in crate::serve) async fn ask(
+    /// Asks without a body.
+    pub(in crate::serve) async fn get<A: DeserializeOwned>(&self, path: &str) -> Result<A, ControlError> {
+        self.exchange(Request::builder().method("GET").uri(path), Bytes::new()).await
+    }
+
+    /// Sends a body. An empty answer is read as `()`.
+    pub(in crate::serve) async fn send<A: DeserializeOwned>(
         &self,
         method: &str,
         path: &str,
-        body: Option<&Value>,
-    ) -> Result<Value, ControlError> {
-        let mut request = Request::builder().method(method).uri(path).header("host", "vm");
-        if body.is_some() {
-            request = request.header("content-type", "application/json");
-        }
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let request = request.body(Full::from(body)).map_err(gone)?;
+        body: &impl Serialize,
+    ) -> Result<A, ControlError> {
+        let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
+        self.exchange(request, serde_json::to_vec(body).map_err(gone)?.into()).await
+    }
+
+    async fn exchange<A: DeserializeOwned>(&self, request: Builder, body: Bytes) -> Result<A, ControlError> {
+        let request = request.header("host", "vm").body(Full::from(body)).map_err(gone)?;
         let mut sender = self.0.lock().await;
         sender.ready().await.map_err(gone)?;
         let response = sender.send_request(request).await.map_err(gone)?;
-        let status = response.status().as_u16();
+        let is_refusal = response.status().as_u16() >= 400;
         let bytes = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await.map_err(gone)?.to_bytes();
-        let body = if bytes.is_empty() { Value::Null } else { serde_json::from_slice(&bytes).map_err(gone)? };
-        match status {
-            400.. => {
-                let message = body["fault_message"].as_str().unwrap_or("it did not say why").to_string();
-                Err(ControlError::Refused { status, message })
-            }
-            _ => Ok(body),
+        if is_refusal {
+            let FaultBody { fault_message, code } = serde_json::from_slice(&bytes).map_err(gone)?;
+            return Err(ControlError::Refused { code, message: fault_message });
         }
+        let answer: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
+        serde_json::from_slice(answer).map_err(gone)
     }
 }

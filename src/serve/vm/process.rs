@@ -14,11 +14,12 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 
+use crate::config::refusal::{FAULTS_VARIABLE, FaultBody, FaultCode};
 use crate::sys::netns::Netns;
 use crate::sys::{clock, pdeathsig, watched};
 
-/// The end of standard error that is kept.
-const SAID_BYTES: usize = 2048;
+/// The end of standard error that is kept: a fault, with paths in it.
+const SAID_BYTES: usize = 8 << 10;
 /// How long a child may take to end by itself.
 pub(in crate::serve) const STOP_GRACE: Duration = Duration::from_secs(3);
 
@@ -97,7 +98,7 @@ fn spawn(job: Job) -> io::Result<Spawned> {
             }
         }
         Job::Tool(args) => {
-            command.args(args);
+            command.args(args).env(FAULTS_VARIABLE, "json");
             pdeathsig::to_parent(&mut command);
         }
     }
@@ -140,9 +141,20 @@ pub(in crate::serve) struct Ended {
     pub(in crate::serve) code: Option<i32>,
     /// The last line on standard error.
     pub(in crate::serve) said: String,
+    /// The kind of failure that a tool names.
+    pub(in crate::serve) fault: Option<FaultCode>,
 }
 
 impl Ended {
+    /// Tools say why they failed by a fault in JSON, other children in words.
+    fn new(code: Option<i32>, line: &str) -> Ended {
+        let said = line.trim_start_matches("tvmm: ");
+        match serde_json::from_str(said) {
+            Ok(FaultBody { fault_message, code: fault }) => Ended { code, said: fault_message, fault },
+            Err(_) => Ended { code, said: said.to_string(), fault: None },
+        }
+    }
+
     /// In half a sentence.
     pub(in crate::serve) fn why(&self) -> String {
         let how = self.code.map_or("ended by a signal".to_string(), |code| format!("ended with exit code {code}"));
@@ -174,7 +186,7 @@ impl Process {
             let code = child.wait().ok().and_then(|status| status.code());
             let said = tokio::time::timeout(Duration::from_millis(500), said).await;
             // Nobody may be interested any more.
-            let _ = sender.send(Some(Ended { code, said: said.ok().and_then(Result::ok).unwrap_or_default() }));
+            let _ = sender.send(Some(Ended::new(code, &said.ok().and_then(Result::ok).unwrap_or_default())));
         });
         Ok(Process { pid, pidfd, ended })
     }
@@ -262,7 +274,7 @@ async fn last_line(stderr: pipe::Receiver) -> String {
     }
     let text = String::from_utf8_lossy(&kept);
     let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    line.trim_start_matches("tvmm: ").to_string()
+    line.to_string()
 }
 
 /// Runs `tvmm` with `args` to its end; what it printed, at most `limit` bytes.
@@ -290,5 +302,30 @@ pub(in crate::serve) async fn run_tool(
     match tokio::time::timeout(timeout, async { Ok((read.await?, process.end().await)) }).await {
         Ok(done) => done.map(|(printed, ended)| (ended, printed)),
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+
+    use super::*;
+    use crate::serve::fault::Fault;
+
+    #[test]
+    fn a_tools_fault_decides_by_its_code_and_never_by_its_words() {
+        let status = |line: &str| {
+            let ended = Ended::new(Some(1), line);
+            let fault = Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, ended.why());
+            assert!(fault.message.ends_with("exit code 1: it did not answer (os error 28)"), "{}", fault.message);
+            fault.status
+        };
+        let words = "tvmm: it did not answer (os error 28).";
+        let said =
+            |code: &str| format!(r#"tvmm: {{"fault_message":"it did not answer (os error 28).","code":"{code}"}}"#);
+        assert_eq!(status(words), StatusCode::UNPROCESSABLE_ENTITY);
+        assert_eq!(status(&said("bad_request")), StatusCode::UNPROCESSABLE_ENTITY);
+        assert_eq!(status(&said("guest_timeout")), StatusCode::GATEWAY_TIMEOUT);
+        assert_eq!(status(&said("storage_full")), StatusCode::INSUFFICIENT_STORAGE);
     }
 }
