@@ -160,12 +160,6 @@ impl LoadOptions {
         pools.chain(cold).collect()
     }
 
-    /// Whether there are cold pools and no others.
-    pub(super) fn is_cold_alone(&self) -> bool {
-        let any = |count: Option<usize>| count.is_some_and(|count| count > 0);
-        any(self.cold_pools.as_ref().map(Vec::len)) && !any(self.pools.as_ref().map(Vec::len))
-    }
-
     /// The `tvmm` of the VM's `/snapshot/load`.
     pub(super) fn load_body(&self) -> Value {
         json!({
@@ -253,10 +247,9 @@ mod tests {
     fn pools_of_this_host_are_found_whichever_way_they_are_read() {
         let all =
             json!({ "pools": ["/a", "numa:1"], "cold_pools": ["/c", "direct:/d,depth=3", "file:///e", "tcp:h:1"] });
-        let found = tiers(all.clone()).on_this_host();
+        let found = tiers(all).on_this_host();
         let expected = [("/a", false), ("numa:1", false), ("/c", true), ("/d", true), ("/e", true)];
         assert_eq!(found, expected.map(|(dir, is_cold)| (PathBuf::from(dir), is_cold)));
-        assert!(!tiers(all).is_cold_alone() && tiers(json!({ "pools": [], "cold_pools": ["/c"] })).is_cold_alone());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::backends::cold;
 use crate::backends::cold::CacheAt;
 use crate::backends::pool_media;
 use crate::backends::pool_media::Access;
-use crate::config::request::{ColdPools, LoadSnapshot, SnapshotPaths};
+use crate::config::request::{ColdPools, DEFAULT_FAULT_TIMEOUT, LoadSnapshot, SnapshotPaths};
 use crate::memory::stall::Stalls;
 use crate::session::Error;
 use crate::snapshot::{Chain, Location};
@@ -56,28 +56,44 @@ fn open_memory(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls
             false => Err(Error::PoolAndHandler),
         };
     }
-    let location = location(&load.location);
-    if load.cold.pools.is_empty() {
-        return pooled(&location, &load.pools, Some(stalls));
+    memory(&location(&load.location), &load.pools, &load.cold, fault_timeout, Some(stalls))
+}
+
+/// Opens a snapshot as a restore would, to look at: neither leases nor caches of chunks are taken.
+pub fn look(location: &Location, pools: &[PathBuf], cold: &[String]) -> Result<Sources, Error> {
+    let cold = ColdPools { pools: cold.to_vec(), ..ColdPools::default() };
+    memory(location, pools, &cold, DEFAULT_FAULT_TIMEOUT, None)
+}
+
+/// The snapshot at `location` with what its memory comes from: pools, else cold pools, else its own files. `leased`: see
+/// [`pooled`].
+fn memory(
+    location: &Location,
+    pools: &[PathBuf],
+    cold: &ColdPools,
+    fault_timeout: Duration,
+    leased: Option<&Arc<Stalls>>,
+) -> Result<Sources, Error> {
+    if cold.pools.is_empty() {
+        return pooled(location, pools, leased);
     }
-    if !load.pools.is_empty() {
-        match pooled(&location, &load.pools, Some(stalls)) {
+    if !pools.is_empty() {
+        match pooled(location, pools, leased) {
             Err(Error::Tiering(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))) => {
                 tracing::warn!(%error, "The cold pool is used instead");
             }
             result => return result,
         }
     }
-    let chain = Chain::open_elsewhere(&location)?;
-    let ColdPools { pools, cache, cache_mib } = &load.cold;
-    let cache = cache.as_deref().map(|dir| CacheAt { dir, limit_mib: *cache_mib });
-    let cold = cold::open(pools, cache, &chain, fault_timeout)?;
+    let chain = Chain::open_elsewhere(location)?;
+    let cache = cold.cache.as_deref().map(|dir| CacheAt { dir, limit_mib: cold.cache_mib });
+    let cold = cold::open(&cold.pools, cache, &chain, fault_timeout)?;
     Ok(Sources { cold, ..Sources::files(chain) })
 }
 
 /// The snapshot at `location`, from the first of `pools` that has it; from its own files without any. `leased`: it will be
 /// mapped, and who ends the guest should others end the lease.
-pub fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) -> Result<Sources, Error> {
+fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) -> Result<Sources, Error> {
     if pools.is_empty() {
         return Ok(Sources::files(Chain::open(location)?));
     }

@@ -6,6 +6,7 @@
 //! before it was checked against the real file.
 //! Start reading: `types.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
 
+mod cache_lookup;
 mod chain;
 mod container;
 mod drives;
@@ -31,6 +32,7 @@ mod writer;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use cache_lookup::CacheLookup;
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,

@@ -73,12 +73,20 @@ pub struct Budget {
     pub dram_page_ns: u64,
 }
 
+impl Budget {
+    /// A budget in MiB, with a price in µs per MiB. More MiB than can be counted in pages are no limit.
+    pub fn of_mib(dram: Option<u64>, cxl: Option<u64>, dram_price_us: u64) -> Budget {
+        let pages = |mib: Option<u64>| mib.map(|mib| mib.saturating_mul((1 << 20) / PAGE_SIZE));
+        Budget { dram_pages: pages(dram), cxl_pages: pages(cxl), dram_page_ns: page_price_ns(dram_price_us) }
+    }
+}
+
 /// What users give a MiB of local memory for, unless they say otherwise: µs of a request's time. 200 ns for a page, less
 /// than a page fault, more than copying it in a huge page.
 pub const DRAM_PRICE_US: u64 = 50;
 
 /// A price per MiB as a price per page.
-pub fn page_price_ns(us_per_mib: u64) -> u64 {
+fn page_price_ns(us_per_mib: u64) -> u64 {
     us_per_mib.saturating_mul(1000) / ((1 << 20) / PAGE_SIZE)
 }
 
@@ -239,6 +247,12 @@ impl Policy {
     /// Whether the policy is nothing without a recorded run.
     pub fn needs_profile(self) -> bool {
         matches!(self, Policy::Reap | Policy::Faasnap | Policy::Aquifer | Policy::Tiered)
+    }
+
+    /// Whether the plan depends on what memory operations cost, and so on how the memory is cached. The other policies do
+    /// what their papers do.
+    pub fn weighs_costs(self) -> bool {
+        self == Policy::Tiered
     }
 
     /// Whether the policy looks at which pages are zero, so that the page maps of `chain` have to be read.
