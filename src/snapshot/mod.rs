@@ -16,6 +16,7 @@ mod ids;
 mod image;
 pub mod lru;
 mod manifest;
+mod mappings;
 mod memory_check;
 mod merge;
 mod page_map;
@@ -48,6 +49,7 @@ pub use manifest::{
     DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
     is_snapshot_dir,
 };
+pub use mappings::{Folios, Mapping, View};
 pub use memory_check::{BadChunk, ReadAt, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};

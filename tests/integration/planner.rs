@@ -95,6 +95,7 @@ fn assert_carried_out(restored: &Value, shown: &PlanFile, what: &str) {
     assert_eq!(restored["policy"], shown.plan.policy.as_str(), "{what}");
     assert_eq!(engine["planned"], json!(shown.plan.counts()), "{what}");
     assert_eq!(engine["extents"], json!(shown.plan.extents.len()), "{what}");
+    assert_eq!(engine["mmap_calls"], shown.expected.vmas, "{what}");
 }
 
 /// Plans and restores by every policy, and once more by the plan's file. Returns the plan of `tiered`.
