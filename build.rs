@@ -1,5 +1,5 @@
-//! Builds the guest kernel of `resources/guest/`, a package of its own for the bare machine, without and with its functions, and
-//! tells where the two ELFs are.
+//! Builds the guest kernel of `resources/guest/`, a package of its own for the bare machine, without and with its
+//! functions, and gives the crate the paths of the two ELFs.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ fn main() {
     }
     let out = PathBuf::from(variable("OUT_DIR"));
     let builds = [("TVMM_GUEST_ELF", "guest", ""), ("TVMM_FUNCTIONS_ELF", "guest-functions", "functions")];
-    // Both at once: cargo's job server shares the processors among them.
+    // Both builds run at once: cargo's job server shares the processors among them.
     let builds = builds.map(|(name, folder, features)| {
         let target_dir = out.join(folder);
         (name, build(&variable("CARGO"), &guest, &target_dir, features), target_dir)

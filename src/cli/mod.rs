@@ -19,6 +19,7 @@ mod snapshot;
 mod vm;
 
 use crate::sys::errors::{BoxError, chain};
+use crate::sys::heap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -154,6 +155,7 @@ struct MemoryLost(String);
 /// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood;
 /// [`lost::EXIT_CODE`]: memory that is mapped from a file was lost.
 pub fn main() -> ExitCode {
+    heap::use_one_for_all_threads();
     let cli = Cli::parse();
     signals::outlive_file_size_limit();
     if let Err(error) = lost::install_handler() {

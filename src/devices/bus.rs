@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::Error;
 
-/// A device on a bus. Called by vCPU threads, several at once: the device does its own locking.
+/// A device on a bus. vCPU threads call it, several at once: the device does its own locking.
 pub trait BusDevice: Send + Sync {
-    /// The guest reads `data.len()` bytes (1, 2, 4 or 8) at `offset` from the device's base. Whatever is not written to
-    /// `data` reads as all ones.
+    /// Called for a guest read of `data.len()` bytes (1, 2, 4 or 8) at `offset` from the device's base. Bytes of `data`
+    /// that the device does not write read as all ones.
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// The guest writes `data` at `offset` from the device's base.
+    /// Called for a guest write of `data` at `offset` from the device's base.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
@@ -41,7 +41,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads from whatever is at `address`; returns false, with `data` all ones, if nothing is.
+    /// Reads from the device at `address`; returns false, with `data` all ones, if there is none.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
         let Some((entry, offset)) = self.find(address) else { return false };
@@ -49,7 +49,7 @@ impl Bus {
         true
     }
 
-    /// Writes to whatever is at `address`; returns false if nothing is.
+    /// Writes to the device at `address`; returns false if there is none.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         let Some((entry, offset)) = self.find(address) else { return false };
         entry.device.write(offset, data);

@@ -1,5 +1,5 @@
-//! The firmware configuration device (QEMU `docs/specs/fw_cfg.rst`), with one file: what the host wants this VM, and
-//! after a restore this clone, to know. Linux shows it as `/sys/firmware/qemu_fw_cfg/by_name/opt/tvmm/metadata/raw`;
+//! The firmware configuration device (QEMU `docs/specs/fw_cfg.rst`), with one file: metadata that the host gives this
+//! VM, and after a restore this clone. Linux shows it as `/sys/firmware/qemu_fw_cfg/by_name/opt/tvmm/metadata/raw`;
 //! other guests read two I/O ports.
 
 use std::collections::BTreeMap;
@@ -9,11 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{BusDevice, Error};
 
-/// The file: a JSON object of strings, filled up with blanks to [`FILE_LEN`], because drivers learn a file's length once.
+/// The file: a JSON object of strings, filled up with blanks to [`FILE_LEN`], because drivers learn a file's length
+/// once.
 pub const FILE_NAME: &str = "opt/tvmm/metadata";
 pub const FILE_LEN: usize = 4096;
 
-/// What the host says: keys and values.
+/// The host's metadata: keys and values.
 pub type Metadata = BTreeMap<String, String>;
 
 const DEVICE: &str = "metadata device";
@@ -27,7 +28,7 @@ const KEY_FIRST_FILE: u16 = 0x20;
 /// The traditional interface alone, no DMA.
 const ID_TRADITIONAL: u32 = 1;
 
-/// What the guest last selected, how far it has read, and the metadata.
+/// The item that the guest last selected, its read position, and the metadata.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FwCfgState {
     selected: u16,
@@ -36,7 +37,7 @@ pub struct FwCfgState {
 }
 
 impl FwCfgState {
-    /// Nothing is selected yet.
+    /// The state of a machine that boots: nothing is selected yet.
     pub fn new(metadata: Metadata) -> Self {
         FwCfgState { metadata, ..FwCfgState::default() }
     }
@@ -51,13 +52,12 @@ pub struct FwCfg {
 #[derive(Debug, Default)]
 struct Inner {
     state: FwCfgState,
-    /// What the selected key holds.
+    /// The content of the selected item.
     item: Vec<u8>,
 }
 
 impl FwCfg {
-    /// The device of a machine that boots, or in the state of one that was saved. Metadata that do not fit their file are
-    /// an error.
+    /// The device of a machine that boots, or in a saved state. Fails if the metadata do not fit their file.
     pub fn new(state: FwCfgState) -> Result<Self, Error> {
         file(&state.metadata)?;
         let mut inner = Inner { item: Vec::new(), state };
@@ -80,7 +80,7 @@ impl Inner {
             KEY_SIGNATURE => b"QEMU".to_vec(),
             KEY_ID => ID_TRADITIONAL.to_le_bytes().to_vec(),
             KEY_DIRECTORY => directory(),
-            // Checked when the metadata came.
+            // The length was checked when the metadata came.
             KEY_FIRST_FILE => file(&self.state.metadata).unwrap_or_default(),
             _ => Vec::new(),
         }

@@ -38,7 +38,7 @@ impl BusDevice for I8042 {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if offset == COMMAND_STATUS && data == [PULSE_RESET] {
-            // A full eventfd counter means the reset is already being asked for.
+            // A full eventfd counter means that a reset is requested already.
             let _ = self.reset.write(1);
         }
     }

@@ -1,4 +1,4 @@
-//! The line by which a device asks for attention.
+//! The interrupt line of a device.
 
 use std::io;
 

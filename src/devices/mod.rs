@@ -1,10 +1,11 @@
 //! Devices the guest sees, and the bus it reaches them by.
 //!
-//! Owns: serial port, i8042, sleep registers, VM generation id, fw_cfg, the virtio devices and their transport, and the state
-//! of each that a snapshot keeps (the `…State` next to the device).
-//! Must not know: KVM, tiers, config files, or how it is asked. A device has an interrupt line, its registers and guest memory
-//! as `sys::guest_memory` shows it.
-//! Start reading: `virtio/mod.rs` (the trait of a device), `virtio/mmio.rs` (its transport), then one small device: `virtio/entropy.rs`.
+//! Owns: serial port, i8042, sleep registers, VM generation id, fw_cfg, the virtio devices and their transport, and the
+//! state of each that a snapshot keeps (the `…State` next to the device).
+//! Must not know: KVM, tiers, config files, or how it is asked. A device has an interrupt line, its registers and guest
+//! memory as `sys::guest_memory` shows it.
+//! Start reading: `virtio/mod.rs` (the trait of a device), `virtio/mmio.rs` (its transport), then one small device:
+//! `virtio/entropy.rs`.
 
 mod bus;
 mod fw_cfg;
@@ -26,7 +27,7 @@ pub use vmgenid::{VmGenId, VmGenIdState};
 use std::io;
 use std::path::PathBuf;
 
-/// What can go wrong with a device.
+/// The errors of a device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An eventfd could not be made or used.
@@ -35,7 +36,7 @@ pub enum Error {
     /// Two devices want the same addresses.
     #[error("The address range {base:#x}+{len:#x} is taken already")]
     Overlap { base: u64, len: u64 },
-    /// A drive's file cannot be opened or asked about.
+    /// A drive's file cannot be opened or examined.
     #[error("Cannot {doing} {} for drive `{id}`", path.display())]
     DriveFile { doing: &'static str, id: String, path: PathBuf, source: io::Error },
     /// A file that cannot be this drive.
@@ -46,15 +47,15 @@ pub enum Error {
         "Drive `{id}` cannot have io_engine Async: io_uring cannot be used here (the sysctl kernel.io_uring_disabled, a seccomp filter, or a limit on locked memory forbids it); use io_engine Sync"
     )]
     IoUring { id: String, source: io::Error },
-    /// A tap device that cannot be had; `why` says what to do.
+    /// A tap device that cannot be used; `why` says what to do.
     #[error("Network interface `{id}` cannot use the tap `{tap}`: {why}")]
     Tap { id: String, tap: String, why: String, source: io::Error },
-    /// A MAC address for a guest that cannot learn of it.
+    /// A new MAC address for a guest that cannot learn of it.
     #[error(
         "Network interface `{id}` cannot have another MAC address: it had no guest_mac, so the guest chose its own; give it one before it boots"
     )]
     NoMac { id: String },
-    /// A pmem image cannot be opened or asked about.
+    /// A pmem image cannot be opened or examined.
     #[error("Cannot {doing} {} for pmem device `{id}`", path.display())]
     PmemFile { doing: &'static str, id: String, path: PathBuf, source: io::Error },
     /// A file that cannot be this pmem image.
@@ -66,7 +67,7 @@ pub enum Error {
     /// Saved state that the device cannot have had.
     #[error("The saved state of the {device} is not valid: {what}")]
     State { device: &'static str, what: &'static str },
-    /// There is something at the path where the vsock device is to listen.
+    /// The path of the vsock device's socket is taken.
     #[error(
         "Cannot listen on the vsock device's socket {path}: the path is taken. Give another `uds_path` (at restore: `--vsock PATH`, `vsock_override`); if a VM that has ended left the file, delete it"
     )]

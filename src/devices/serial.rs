@@ -43,7 +43,7 @@ impl SerialEvents for FifoEvents {
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // A full counter already says so.
+        // A full counter already tells the main loop.
         let _ = self.0.write(1);
     }
 }
@@ -111,12 +111,12 @@ impl Serial {
         &self.output
     }
 
-    /// How many bytes [`receive`](Self::receive) would take now.
+    /// The number of bytes that [`receive`](Self::receive) would take now.
     pub fn room(&self) -> usize {
         self.lock().fifo_capacity()
     }
 
-    /// Puts bytes into the receive FIFO, as if they came over the line. Returns how many fitted.
+    /// Puts bytes into the receive FIFO, as if they came over the line. Returns the number that fitted.
     pub fn receive(&self, bytes: &[u8]) -> Result<usize, Error> {
         match self.lock().enqueue_raw_bytes(bytes) {
             Ok(count) => Ok(count),

@@ -1,4 +1,4 @@
-//! The sleep registers of hardware-reduced ACPI (ACPI Specification 6.5, 4.8.3.7): how a guest turns itself off.
+//! The sleep registers of hardware-reduced ACPI (ACPI Specification 6.5, 4.8.3.7), by which a guest turns itself off.
 
 use super::BusDevice;
 

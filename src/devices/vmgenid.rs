@@ -13,14 +13,14 @@ const DEVICE: &str = "VM generation id";
 /// Its specification wants 8; 16 keep it in one page.
 const ALIGN: u64 = 16;
 
-/// Where the guest was told that the id is. The id itself is new after every restore.
+/// The address of the id that the guest was given. The id itself is new after every restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmGenIdState {
     pub gpa: u64,
     pub gsi: u32,
 }
 
-/// The id's place, and the line of the event that it has changed.
+/// The id's address, and the line of the event that it has changed.
 pub struct VmGenId {
     state: VmGenIdState,
     line: InterruptLine,
@@ -44,7 +44,7 @@ impl VmGenId {
         self.state
     }
 
-    /// Writes a new id. The guest is told by [`notify`](Self::notify).
+    /// Writes a new id. The caller then tells the guest by [`notify`](Self::notify).
     pub fn renew(&self, memory: &Memory) -> Result<(), Error> {
         let failed = |source| Error::Event { doing: "get random bytes", device: DEVICE, source };
         let mut id = [0_u8; 16];

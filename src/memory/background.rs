@@ -3,10 +3,10 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use super::fault_service::{FaultCounters, LazyExtent, ended, fetch, unavailable};
+use super::fault_service::{FaultCounters, LazyExtent, fetch, unavailable};
 use super::files::Files;
 use crate::memory::Error;
 use crate::memory::balloon_release::Released;
@@ -20,6 +20,7 @@ use crate::snapshot::{
 use crate::sys::lost;
 use crate::sys::mapping::Populator;
 use crate::sys::uffd::{Install, Uffd};
+use crate::sys::worker::Worker;
 use crate::tiering::cold::{ColdReader, Flow};
 
 /// One step, with everything it needs.
@@ -48,10 +49,9 @@ const PIECE: u64 = 1 << 20;
 
 /// The running thread. Stops when dropped.
 pub struct BackgroundWork {
-    stop: Arc<AtomicBool>,
     /// Everything that is mapped from images was compared with its checksums.
     compared: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    worker: Worker,
 }
 
 impl BackgroundWork {
@@ -101,15 +101,15 @@ impl BackgroundWork {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("background".into()).spawn(work);
-        let thread = thread.map_err(Error::os("start the background thread"))?;
-        Ok(Some(BackgroundWork { stop, compared, thread: Some(thread) }))
+        let ask = move || stop.store(true, Ordering::Relaxed);
+        let worker = Worker::start(Builder::new().name("background".into()), ask, work);
+        let worker = worker.map_err(Error::os("start the background thread"))?;
+        Ok(Some(BackgroundWork { compared, worker }))
     }
 
     /// Whether pages that are mapped from images are still to be compared with their checksums.
     pub fn is_comparing(&self) -> bool {
-        let is_over = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
-        !is_over && !self.compared.load(Ordering::Acquire)
+        !self.worker.has_ended() && !self.compared.load(Ordering::Acquire)
     }
 
     /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may be
@@ -129,18 +129,7 @@ impl BackgroundWork {
 
     /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
     pub fn finish(&self, deadline: Instant) -> bool {
-        self.stop.store(true, Ordering::Relaxed);
-        ended(self.thread.as_ref(), deadline)
-    }
-}
-
-impl Drop for BackgroundWork {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
-        }
+        self.worker.finish(deadline)
     }
 }
 

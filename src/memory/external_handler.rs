@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -22,13 +22,14 @@ use crate::memory::guest_ram::GuestRam;
 use crate::memory::stall::{HandlerProbe, Stalls};
 use crate::sys::handshake::Mapping;
 use crate::sys::uffd::Uffd;
+use crate::sys::worker::Worker;
 
 /// A handler that serves this VM's memory. It is watched: should it end, so does the guest, which would otherwise wait
 /// for ever.
 pub struct ExternalHandler {
-    stop: EventFd,
     has_failed: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    /// Its thread ends first.
+    _watch: Worker,
     /// Kept open: the handler learns from its end that the VM is gone.
     _stream: UnixStream,
 }
@@ -84,8 +85,9 @@ impl ExternalHandler {
                 ending.end(Ending::Failed(what));
             }
         };
-        let thread = std::thread::Builder::new().name("handler-watch".into()).spawn(watch).map_err(failed)?;
-        Ok(ExternalHandler { stop, has_failed, thread: Some(thread), _stream: stream })
+        let stop = move || drop(stop.write(1));
+        let watch = Worker::start(Builder::new().name("handler-watch".into()), stop, watch).map_err(failed)?;
+        Ok(ExternalHandler { has_failed, _watch: watch, _stream: stream })
     }
 
     /// Whether the handler's process has ended: all who wait for pages wait for ever.
@@ -119,15 +121,4 @@ fn connect_within(limit: Duration, path: &Path) -> io::Result<UnixStream> {
     }
     socket.set_nonblocking(false)?;
     Ok(UnixStream::from(OwnedFd::from(socket)))
-}
-
-impl Drop for ExternalHandler {
-    fn drop(&mut self) {
-        // The counter is written once.
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
-        }
-    }
 }

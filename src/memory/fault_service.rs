@@ -3,8 +3,8 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::thread::Builder;
+use std::time::Instant;
 
 use serde::Serialize;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -19,6 +19,7 @@ use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource};
 use crate::sys::clock;
 use crate::sys::lost;
 use crate::sys::uffd::{Fault, Install, Touch, Uffd};
+use crate::sys::worker::Worker;
 use crate::tiering::fault::{FaultKind, FaultObserver, PageReader};
 
 /// A run of lazy pages: where it is mapped, and where its bytes are (`None`: they are zero).
@@ -117,9 +118,8 @@ pub struct FaultWork {
 
 /// The running service. Stops when dropped.
 pub struct FaultService {
-    stop: EventFd,
     has_failed: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    worker: Worker,
 }
 
 impl FaultService {
@@ -130,16 +130,16 @@ impl FaultService {
         let asked = stop.try_clone().map_err(Error::os("copy an eventfd"))?;
         let has_failed = Arc::new(AtomicBool::new(false));
         let failed = has_failed.clone();
-        let thread = std::thread::Builder::new()
-            .name("faults".into())
-            .spawn(move || {
-                if let Err(why) = work.serve(&asked) {
-                    failed.store(true, Ordering::SeqCst);
-                    ending.end(why);
-                }
-            })
-            .map_err(Error::os("start the fault service"))?;
-        Ok(FaultService { stop, has_failed, thread: Some(thread) })
+        let serve = move || {
+            if let Err(why) = work.serve(&asked) {
+                failed.store(true, Ordering::SeqCst);
+                ending.end(why);
+            }
+        };
+        // The counter is never full: the thread reads it, or has ended.
+        let stop = move || drop(stop.write(1));
+        let worker = Worker::start(Builder::new().name("faults".into()), stop, serve);
+        Ok(FaultService { has_failed, worker: worker.map_err(Error::os("start the fault service"))? })
     }
 
     /// Whether a page could not be had: all who wait for pages wait for ever.
@@ -149,31 +149,7 @@ impl FaultService {
 
     /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
     pub fn finish(&self, deadline: Instant) -> bool {
-        // A full counter has been read never: the thread is gone already.
-        let _ = self.stop.write(1);
-        ended(self.thread.as_ref(), deadline)
-    }
-}
-
-/// Waits until a thread has ended, or `deadline` is past. Whether it has.
-pub fn ended(thread: Option<&JoinHandle<()>>, deadline: Instant) -> bool {
-    while thread.is_some_and(|thread| !thread.is_finished()) {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(Duration::from_micros(100));
-    }
-    true
-}
-
-impl Drop for FaultService {
-    fn drop(&mut self) {
-        // As above.
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
-        }
+        self.worker.finish(deadline)
     }
 }
 

@@ -15,13 +15,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, FlockOperation};
 use serde_json::{Value, json};
 
-use super::fault_service::ended;
 use super::files::Files;
 use crate::memory::Error;
 use crate::memory::ending::{Ending, EndingSignal};
@@ -29,6 +28,7 @@ use crate::snapshot::Verify;
 use crate::snapshot::{self, CHUNK_PAGES, Chain, Extent, Gfn, PAGE_SIZE, PageMap, ReadAt, RestorePlan, Snapshot};
 use crate::sys::errors::error_chain;
 use crate::sys::mapping::Buffer;
+use crate::sys::worker::Worker;
 use crate::sys::{idle, lost, page_cache, verity};
 use crate::tiering::tier::Tier;
 
@@ -96,7 +96,7 @@ struct Locked {
 /// The comparison. Ends when dropped.
 pub struct Verifier {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Worker>,
 }
 
 impl Verifier {
@@ -131,10 +131,13 @@ impl Verifier {
         }
         let (chain, tiers) = (files.chain().clone(), files.tiers().to_vec());
         let work = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("verify".into())
-            .stack_size(128 * 1024)
-            .spawn(move || work.run(&chain, &tiers));
+        let told = shared.clone();
+        let stop = move || {
+            told.lock().stop = true;
+            told.changed.notify_all();
+        };
+        let builder = Builder::new().name("verify".into()).stack_size(128 * 1024);
+        let thread = Worker::start(builder, stop, move || work.run(&chain, &tiers));
         // Then the main thread compares samples, and nothing compares the rest.
         let failed = |error: &io::Error| tracing::warn!(%error, "No thread can be started to verify memory while the guest runs");
         Ok(Some(Verifier { shared, thread: thread.inspect_err(failed).ok() }))
@@ -180,10 +183,10 @@ impl Verifier {
 
 impl Drop for Verifier {
     fn drop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.changed.notify_all();
         // A thread that waits for a file that hangs is left alone: it does not touch guest memory.
-        ended(self.thread.as_ref(), Instant::now() + PATIENCE);
+        if let Some(thread) = self.thread.take() {
+            thread.abandon(Instant::now() + PATIENCE);
+        }
     }
 }
 

@@ -118,22 +118,30 @@ struct Session {
 /// How often a session looks whether the memory that an answer may rest on was compared with its checksums.
 const COMPARED_POLL: Duration = Duration::from_millis(1);
 
+/// Boots or restores the machine, if that is what the session begins with, and makes the scripted request of it.
+fn begin_machine(
+    controller: &mut Controller,
+    begin: Begin,
+    around: &mut Surroundings,
+) -> Result<Option<Requesting>, Error> {
+    match begin {
+        Begin::Wait => Ok(None),
+        Begin::Boot => {
+            controller.boot()?;
+            begin_request(around, controller.devices(), controller.output())
+        }
+        Begin::Restore(load) => restore(controller, &load, Watch::default(), around),
+        Begin::Record(load, watch) => restore(controller, &load, watch, around),
+    }
+}
+
 /// Runs a VM until it ends. Returns how, and the controller with whatever is left of the machine.
 pub fn run(
     mut controller: Controller,
     begin: Begin,
     mut around: Surroundings,
 ) -> Result<(Outcome, Controller, Surroundings), Error> {
-    let mut requesting = None;
-    match begin {
-        Begin::Wait => {}
-        Begin::Boot => {
-            controller.boot()?;
-            requesting = begin_request(&around, controller.devices(), controller.output())?;
-        }
-        Begin::Restore(load) => requesting = restore(&mut controller, &load, Watch::default(), &mut around)?,
-        Begin::Record(load, watch) => requesting = restore(&mut controller, &load, watch, &mut around)?,
-    }
+    let requesting = begin_machine(&mut controller, begin, &mut around)?;
     let deadline = around.timeout.map(|timeout| Instant::now() + timeout);
     let stdin_open = around.reads_stdin;
     let session = Session {

@@ -4,15 +4,16 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::Builder;
 use std::time::Duration;
 
 use super::console::Answer;
 use crate::config::DeviceConfigs;
 use crate::session::Error;
 use crate::sys::output::ConsoleOutput;
+use crate::sys::worker::Worker;
 
 /// The guest may not listen yet: it is asked again after this.
 const AGAIN: Duration = Duration::from_millis(20);
@@ -33,9 +34,7 @@ pub struct PortRequest {
 
 /// A request that is under way. Given up when dropped.
 pub struct Requesting {
-    stop: Option<Sender<()>>,
-    stream: Arc<Mutex<Option<UnixStream>>>,
-    thread: Option<JoinHandle<()>>,
+    _worker: Worker,
 }
 
 /// What came of one attempt.
@@ -57,9 +56,16 @@ impl PortRequest {
             Ok(None) => {}
             Err(error) => request.answer.fail(format!("port {} over {}: {error}", request.port, path.display())),
         };
-        let thread = std::thread::Builder::new().name("request".into()).spawn(work);
-        let thread = thread.map_err(Error::os("start the thread of the request"))?;
-        Ok(Requesting { stop: Some(stop), stream, thread: Some(thread) })
+        let give_up = move || {
+            // Nothing listens once the request has been answered.
+            let _ = stop.send(());
+            if let Some(stream) = stream.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                // Ends what the thread waits for; it may have ended already.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        };
+        let worker = Worker::start(Builder::new().name("request".into()), give_up, work);
+        Ok(Requesting { _worker: worker.map_err(Error::os("start the thread of the request"))? })
     }
 
     /// The answer; None if it was stopped before.
@@ -114,19 +120,5 @@ fn read_line(reader: &mut impl BufRead) -> io::Result<Option<String>> {
         Some(b'\n') => Ok(Some(String::from_utf8_lossy(&bytes).trim_end_matches('\r').to_string())),
         Some(_) if bytes.len() as u64 + 1 == LINE_MAX => Err(io::Error::other("it sent a line of more than 4 KiB")),
         Some(_) => Ok(None),
-    }
-}
-
-impl Drop for Requesting {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(stream) = self.stream.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            // Ends what the thread waits for; it may have ended already.
-            let _ = stream.shutdown(Shutdown::Both);
-        }
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! A snapshot with everything it is relative to, and where each page of guest memory comes from.
+//! A snapshot with everything it is relative to, and the source of each page of guest memory.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -19,11 +19,11 @@ pub const MAX_MERGED_DEPTH: usize = 1024;
 pub struct Chain {
     /// Base first; never empty.
     layers: Vec<Snapshot>,
-    /// Where what is derived from it is kept, if not beside its tip.
+    /// The folder for files derived from the chain, if not beside its tip.
     derived: Option<PathBuf>,
 }
 
-/// What is in a run of pages.
+/// The content of a run of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Zeros.
@@ -37,7 +37,7 @@ pub enum Content {
 pub struct ResolvedRun {
     /// The pages.
     pub extent: Extent,
-    /// What is in them.
+    /// Their content.
     pub content: Content,
 }
 
@@ -59,7 +59,7 @@ impl Chain {
         Chain::open_by(tip, Snapshot::open, MAX_MERGED_DEPTH)
     }
 
-    /// As [`open`](Chain::open), but the memory files need not be there: guest memory is somewhere else, in a cold pool.
+    /// As [`open`](Chain::open), but the memory files need not be there: a cold pool has guest memory.
     ///
     /// # Errors
     /// As for [`open`](Chain::open).
@@ -79,8 +79,8 @@ impl Chain {
             let in_child = |source| Error::Parent { child: child.object().to_string(), source: Box::new(source) };
             let parent = open(&location).map_err(in_child)?;
             check_pair(child, &parent)?;
-            // The id covers the parent's id, and a merged snapshot that stands for another is full: a loop needs a broken
-            // hash or a broken check.
+            // The id covers the parent's id, and a merged snapshot that stands for another is full: a loop needs a
+            // broken hash or a broken check.
             if !seen.insert(parent.id()) {
                 return Err(Error::ParentLoop { object: tip.display() });
             }
@@ -90,8 +90,8 @@ impl Chain {
         Ok(Chain { layers, derived: None })
     }
 
-    /// Opens a full snapshot whose memory comes from somewhere else than its own file: the directory, or the state file
-    /// of the two-file form alone.
+    /// Opens a full snapshot whose memory does not come from its own file: the directory, or the state file of the
+    /// two-file form alone.
     ///
     /// # Errors
     /// As for [`Snapshot::open`]; [`Error::NotAChain`] for a diff.
@@ -119,24 +119,25 @@ impl Chain {
         Ok(Chain { layers: vec![Snapshot::open_without_memory(tip)?], derived: None })
     }
 
-    /// Keeps what is derived from the chain in `dir` from now on.
+    /// Keeps files derived from the chain in `dir` from now on.
     pub fn derive_in(&mut self, dir: PathBuf) {
         self.derived = Some(dir);
     }
 
-    /// Where what is derived from the chain (plans, images) is kept: beside its tip, unless another place was named.
+    /// The folder for files derived from the chain (plans, images): beside its tip, unless
+    /// [`derive_in`](Chain::derive_in) named another place.
     pub fn derived_dir(&self) -> PathBuf {
         self.derived.clone().unwrap_or_else(|| derived_dir(self.tip().location()))
     }
 
-    /// The path of a derived file: where it is kept, or beside the tip if it is only there.
+    /// The path of a derived file: in the chain's folder, or beside the tip if it is only there.
     pub fn derived_file(&self, name: &str) -> PathBuf {
         let kept = self.derived_dir().join(name);
         let beside = derived_dir(self.tip().location()).join(name);
         if self.derived.is_some() && !kept.exists() && beside.exists() { beside } else { kept }
     }
 
-    /// Opens a chain whose directories are given, base first, whatever their manifests say about locations.
+    /// Opens a chain from the given directories, base first, regardless of the locations in their manifests.
     ///
     /// # Errors
     /// As for [`Chain::open`], and [`Error::NotAChain`] if a directory other than the first is a full snapshot, or
@@ -187,7 +188,7 @@ impl Chain {
         self.layers.iter().map(|layer| layer.memory_len().min(layer.layout().file_len())).collect()
     }
 
-    /// Where every page of guest memory comes from: each page exactly once, ascending, in maximal runs.
+    /// The source of every page of guest memory: each page exactly once, ascending, in maximal runs.
     ///
     /// # Errors
     /// As for [`Snapshot::page_map`].
@@ -195,7 +196,7 @@ impl Chain {
         let layout = self.layout();
         let mut rest: PageSet = layout.extents().collect();
         let mut runs = Vec::new();
-        // From the tip down, each layer decides about the pages that nobody above it has decided.
+        // From the tip down, each layer decides about the pages that no layer above it has decided.
         for (index, layer) in self.layers.iter().enumerate().rev() {
             let map = layer.page_map()?;
             let held = rest.intersection(map.held());
@@ -211,15 +212,15 @@ impl Chain {
     }
 }
 
-/// Makes sure that a reader finds `parent` and everything it is relative to, and may add a layer of `layout` to it.
+/// Checks that a reader finds `parent` and everything it is relative to, and may add a layer of `layout` to it.
 /// `object` is the diff that needs it. Memory files need not be there: a cold pool can have the pages of all layers.
 ///
 /// # Errors
-/// [`Error::NoParent`] around what a reader would say; [`Error::ChainFull`].
+/// [`Error::NoParent`] around a reader's error; [`Error::ChainFull`].
 pub(crate) fn check_parent(object: &str, parent: &Parent, layout: &MemoryLayout) -> Result<()> {
     let no_parent = |source| Error::NoParent { object: object.to_string(), source: Box::new(source) };
     let chain = Chain::open_elsewhere(&parent.location).map_err(|error| match error {
-        // One that restores would refuse cannot be built on either.
+        // A chain that a restore would refuse cannot be extended either.
         Error::ChainTooLong { limit, .. } => Error::ChainFull { object: object.to_string(), limit },
         error => no_parent(error),
     })?;
@@ -238,7 +239,7 @@ pub(crate) fn check_parent(object: &str, parent: &Parent, layout: &MemoryLayout)
     Ok(())
 }
 
-/// Whether `parent` is what `child` is relative to.
+/// Checks that `parent` is the snapshot that `child` is relative to.
 fn check_pair(child: &Snapshot, parent: &Snapshot) -> Result<()> {
     let expected = match &child.manifest().parent {
         Some(parent) => parent.id,

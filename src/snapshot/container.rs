@@ -24,10 +24,10 @@ const ENTRY_LEN: usize = 40;
 const MAX_SECTIONS: usize = 4096;
 const VERSION_LEN: usize = 16;
 
-/// What a section holds. Numbers are part of the format and are never used again for something else.
+/// The content of a section. Numbers are part of the format and are never used again for something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SectionKind {
-    /// What is common to the whole machine.
+    /// State common to the whole machine.
     Machine,
     /// KVM's state of the VM (interrupt controllers, timer, clock).
     Vm,
@@ -41,7 +41,7 @@ pub enum SectionKind {
     VmGenId,
     /// A virtio device; the instance is its place.
     Virtio,
-    /// What the host tells the VM.
+    /// The metadata that the host gives the VM.
     Metadata,
     /// The manifest (JSON), in the single-file form only.
     Manifest,
@@ -51,7 +51,7 @@ pub enum SectionKind {
     PagesZero,
     /// Checksums of the held pages.
     ChunkChecksums,
-    /// What a profile is of.
+    /// The header of a profile: its snapshot, recorder, number of runs and function.
     ProfileHeader,
     /// The pages of a profile.
     ProfilePages,
@@ -112,7 +112,7 @@ impl SectionKind {
         }
     }
 
-    /// Whether the kind belongs to this room, so that no caller may write one.
+    /// True if the kind belongs to this room, so that no caller may write one.
     pub(crate) fn is_reserved(self) -> bool {
         (16..64).contains(&self.number())
     }
@@ -127,9 +127,9 @@ impl From<u32> for SectionKind {
 /// A section to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Section {
-    /// What it holds.
+    /// The kind of content.
     pub kind: SectionKind,
-    /// Which one of several of the same kind.
+    /// Index among sections of the same kind.
     pub instance: u32,
     /// The version of the payload's encoding; its owner's business.
     pub version: u32,
@@ -140,9 +140,9 @@ pub struct Section {
 /// A section that a container has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SectionInfo {
-    /// What it holds.
+    /// The kind of content.
     pub kind: SectionKind,
-    /// Which one of several of the same kind.
+    /// Index among sections of the same kind.
     pub instance: u32,
     /// The version of the payload's encoding.
     pub version: u32,
@@ -159,7 +159,7 @@ impl SectionInfo {
     }
 }
 
-/// A container whose structure was checked; payloads are checked when they are asked for.
+/// A container whose structure was checked; each payload is checked on access.
 #[derive(Clone, Debug)]
 pub struct Container {
     object: String,
@@ -193,7 +193,7 @@ impl Container {
         Ok(Container { object, bytes, sections, writer: header.writer })
     }
 
-    /// What the container is called in errors: its path.
+    /// The container's name in errors: its path.
     pub fn object(&self) -> &str {
         &self.object
     }
@@ -209,7 +209,7 @@ impl Container {
         self.bytes.len() as u64
     }
 
-    /// All sections in file order. Whoever needs to know *every* section refuses the kinds it does not.
+    /// All sections in file order. A reader that must understand *every* section refuses the kinds it does not know.
     pub fn sections(&self) -> &[SectionInfo] {
         &self.sections
     }
@@ -243,7 +243,7 @@ impl Container {
         Ok(bytes)
     }
 
-    /// A copy of the sections whose kind `wanted` accepts, as they would be written again.
+    /// A copy of the sections whose kind `wanted` accepts, ready to be written again.
     ///
     /// # Errors
     /// [`Error::Checksum`].
@@ -348,8 +348,8 @@ fn check_crc(object: &str, part: impl FnOnce() -> String, stored: u32, bytes: &[
     Ok(())
 }
 
-/// The bytes of a container with these sections in this order. What `Container::parse` would refuse (a pair of kind
-/// and instance given twice, more than 4096 sections) is the caller's to avoid; the snapshot writer checks it.
+/// The bytes of a container with these sections in this order. The caller avoids input that `Container::parse` would
+/// refuse: a pair of kind and instance given twice, more than 4096 sections. The snapshot writer checks both.
 pub fn write_container(sections: &[Section]) -> Vec<u8> {
     let file_len = container_len(sections);
     let mut table = Vec::with_capacity(sections.len() * ENTRY_LEN);
@@ -388,7 +388,7 @@ pub fn write_container(sections: &[Section]) -> Vec<u8> {
     out
 }
 
-/// How many bytes [`write_container`] would produce.
+/// The number of bytes that [`write_container`] would produce.
 pub(crate) fn container_len(sections: &[Section]) -> u64 {
     container_len_of(sections.iter().map(|section| section.payload.len() as u64))
 }
@@ -417,7 +417,7 @@ pub(crate) fn check_sections(sections: &[Section]) -> Result<()> {
     Ok(())
 }
 
-/// What of a file's bytes may be shown to a person.
+/// The part of a file's bytes that may be shown to a person.
 fn printable(bytes: &[u8]) -> String {
     let text = bytes.iter().take_while(|byte| **byte != 0);
     text.map(|byte| if byte.is_ascii_graphic() { *byte as char } else { '?' }).collect()

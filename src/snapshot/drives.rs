@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Result, files};
 
-/// How much is copied at once.
+/// Bytes copied at once.
 const PIECE: usize = 1 << 20;
 
 /// A copy, as the manifest names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveCopy {
-    /// Which drive.
+    /// The drive's id.
     pub drive_id: String,
     /// Its length in bytes.
     pub len: u64,
@@ -29,14 +29,14 @@ impl DriveCopy {
         format!("drive-{}", self.drive_id)
     }
 
-    /// Whether the id can be part of a file name.
+    /// True if the id can be part of a file name.
     pub(crate) fn is_valid(&self) -> bool {
         let id = &self.drive_id;
         !id.is_empty() && id.len() <= 128 && id.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
     }
 }
 
-/// How a copy came to be.
+/// The method by which a copy was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyMethod {
     /// Both files share their blocks until one of them is written (FICLONE).
@@ -48,10 +48,10 @@ pub enum CopyMethod {
 }
 
 impl CopyMethod {
-    /// All there are.
+    /// All methods.
     pub const ALL: [CopyMethod; 3] = [CopyMethod::Reflink, CopyMethod::InKernel, CopyMethod::ReadWrite];
 
-    /// For people and counters.
+    /// The method's name in messages and counters.
     pub fn name(self) -> &'static str {
         match self {
             CopyMethod::Reflink => "reflink",
@@ -70,7 +70,7 @@ pub fn copy_drive(from: &File, len: u64, to: &Path) -> Result<(File, CopyMethod)
     copy_drive_while(from, len, to, &|| true)
 }
 
-/// [`copy_drive`], as long as somebody wants it: `is_wanted` is asked before each MiB.
+/// As [`copy_drive`], but stops when `is_wanted` says false; it is asked before each MiB.
 ///
 /// # Errors
 /// As [`copy_drive`]; also when the copy is not wanted any more.
@@ -84,7 +84,7 @@ pub fn copy_drive_while(from: &File, len: u64, to: &Path, is_wanted: &dyn Fn() -
     match copied.and_then(|method| target.set_len(len).map(|()| method)) {
         Ok(method) => Ok((target, method)),
         Err(error) => {
-            // Best effort: the error is what counts.
+            // Best effort: only the first error matters.
             let _ = std::fs::remove_file(to);
             Err(Error::io("copy a drive to", to)(error))
         }
@@ -95,7 +95,7 @@ fn copy_data(from: &File, len: u64, to: &File, is_wanted: &dyn Fn() -> bool) -> 
     let mut buffer = Vec::new();
     let (mut at, mut method) = (0, CopyMethod::InKernel);
     while at < len {
-        // Where holes are not known (block devices, some file systems), everything is data.
+        // Without knowledge of holes (block devices, some file systems), everything is data.
         let data = match rustix::fs::seek(from, SeekFrom::Data(at)) {
             Err(rustix::io::Errno::NXIO) => return Ok(method),
             data => data.unwrap_or(at),
@@ -119,13 +119,13 @@ fn copy_data(from: &File, len: u64, to: &File, is_wanted: &dyn Fn() -> bool) -> 
             to.write_all_at(&buffer[..len], at)?;
             at += len as u64;
         }
-        // A file that is written at the same time could make both answers the same.
+        // A concurrent writer of the file could make both answers the same.
         at = at.max(hole);
     }
     Ok(method)
 }
 
-/// How many bytes the kernel has copied; none if it cannot between these files (two file systems, a block device).
+/// The number of bytes the kernel has copied; none if it cannot between these files (two file systems, a block device).
 fn copy_in_kernel(from: &File, to: &File, at: u64, len: usize) -> io::Result<usize> {
     use rustix::io::Errno;
     let (mut read_at, mut write_at) = (at, at);
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn copy_that_nobody_wants_any_more_stops_at_the_next_piece() {
+    fn cancelled_copy_stops_at_the_next_piece() {
         let dir = tempfile::tempdir().unwrap();
         let from = files::create_new(&dir.path().join("from")).unwrap();
         from.write_all_at(&vec![7; 4 * PIECE], 0).unwrap();

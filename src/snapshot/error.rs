@@ -1,6 +1,6 @@
-//! What can go wrong with a snapshot, one enum for the room.
+//! The errors of a snapshot, one enum for the room.
 //!
-//! `Display` never contains the source: whoever prints an error walks the chain once.
+//! `Display` never contains the source: the code that prints an error walks the chain once.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use super::{Extent, SnapshotId};
 /// The result of everything in this room.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, and with which object.
+/// A failure, and the object it happened to.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A system call on a file failed.
@@ -79,7 +79,7 @@ pub enum Error {
     /// The writer was used wrongly, for example with pages out of order.
     #[error("Pages [{first:#x}, {end:#x}) cannot be written: {problem}", first = extent.first.0, end = extent.end().0)]
     BadRun { extent: Extent, problem: &'static str },
-    /// Chunks of memory that are not what was written.
+    /// Chunks of memory that differ from the written ones.
     #[error(
         "{object} has {bad} damaged chunks of memory, the first at guest-physical {gpa:#x}, {bytes} bytes long",
         gpa = first.gpa(), bytes = first.bytes()
@@ -118,7 +118,7 @@ pub enum Error {
     /// The parent of a diff cannot be opened.
     #[error("The parent of {child} cannot be opened")]
     Parent { child: String, source: Box<Error> },
-    /// A diff would be of no use: what it is relative to cannot be read any more.
+    /// A diff of no use: its parent cannot be read any more.
     #[error(
         "Cannot write the diff {object}: its parent is not what it was when the VM was snapshotted or restored. Take a full \
          snapshot"
@@ -130,7 +130,7 @@ pub enum Error {
          full snapshot"
     )]
     ChainFull { object: String, limit: usize },
-    /// The writer has written what the reader refuses.
+    /// The writer wrote something that the reader refuses.
     #[error("Cannot seal {object}: what was written cannot be read")]
     Unreadable { object: String, source: Box<Error> },
     /// Parents that lead back to a child.

@@ -1,4 +1,4 @@
-//! Small file helpers that put the path into the error and bound what they read.
+//! Small file helpers that put the path into the error and bound their reads.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -49,7 +49,7 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Writes a file beside `path`, makes it durable, and renames it to `path`; an older file of that name is replaced.
-/// Also removes what writers that died left behind beside it.
+/// Also removes the temporaries of dead writers beside it.
 ///
 /// # Errors
 /// [`Error::Io`]; then `path` is as it was.
@@ -76,18 +76,19 @@ pub fn write_limited(path: &Path, bytes: &[u8], limit: u64) -> Result<()> {
     replace_file(path, bytes)
 }
 
-/// The mode of files that hold guest memory, device state, or what a guest did: their owner alone reads them.
+/// The mode of files that hold guest memory, device state, or the record of a guest's actions: only their owner reads
+/// them.
 pub const PRIVATE: u32 = 0o600;
 
-/// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at its
-/// place is not followed (open(2), `O_EXCL`).
+/// Creates a file that must not exist yet, for reading and writing by its owner only ([`PRIVATE`]). A symbolic link at
+/// its place is not followed (open(2), `O_EXCL`).
 pub fn create_new(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true).mode(PRIVATE);
     options.open(path).map_err(Error::io("create", path))
 }
 
-/// Opens a file to be written anew; one that is made is read by its owner only.
+/// Opens a file to be written anew; a new file can be read by its owner only.
 pub fn overwrite_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(PRIVATE).open(path)
 }

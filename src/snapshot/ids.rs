@@ -88,7 +88,7 @@ fn parse_hex(text: &str) -> Result<[u8; 32]> {
     Ok(out)
 }
 
-/// The number of a tier of memory on this host. What it means is the tiering room's business.
+/// The number of a tier of memory on this host. The tiering room gives it its meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct TierId(pub u16);

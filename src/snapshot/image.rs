@@ -1,8 +1,8 @@
 //! Images: files derived from a snapshot, with the pages of some extents packed one after the other (working-set
 //! files). They are caches: named after what they hold, made when they are needed, free to be deleted.
 //!
-//! An image has a checksum for each of its pages (`docs/snapshot-format.md`). It is made of pages that were compared with
-//! the snapshot's checksums, and every reader compares what it took from the image with the image's.
+//! An image has a checksum for each of its pages (`docs/snapshot-format.md`). It is made of pages that were compared
+//! with the snapshot's checksums, and every reader compares what it took from the image with the image's.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -33,7 +33,7 @@ const TAIL_LEN: usize = 16;
 /// The payload of the section that identifies an image: a snapshot, a digest, a number of pages.
 const HEAD_LEN: usize = 32 + 32 + 8;
 
-/// The folder that caches what was derived from the snapshot at `location`.
+/// The folder that caches files derived from the snapshot at `location`.
 pub fn derived_dir(location: &Location) -> PathBuf {
     match location {
         Location::Dir(dir) => dir.join("plan"),
@@ -45,14 +45,14 @@ pub fn derived_dir(location: &Location) -> PathBuf {
     }
 }
 
-/// How an image came to be open.
+/// The way an image came to be open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageOrigin {
-    /// It was there.
+    /// It existed.
     Found,
     /// It was made.
     Made,
-    /// One without checksums was there, of an older tvmm. It was made again.
+    /// A file without checksums existed, made by an older tvmm. The image was made again.
     MadeAgain,
 }
 
@@ -72,7 +72,7 @@ pub struct Image {
 impl Image {
     /// The image of `spec` over the memory that `chain` describes: opened if it was made before, made otherwise.
     ///
-    /// Its checksums are asked for and not waited for: the device reads them while the restore goes on.
+    /// Its checksums are requested without waiting: the device reads them while the restore goes on.
     ///
     /// # Errors
     /// [`Error::Image`] for a file of another length; [`Error::BadMemory`] if it is to be made of damaged pages;
@@ -115,7 +115,7 @@ impl Image {
             let source = Box::new(Error::malformed(&path.display().to_string(), problem));
             return Err(Error::Image { path, source });
         }
-        // A hint; without it the checksums come when they are needed.
+        // A hint; without it the checksums are read when they are needed.
         let _ = rustix::fs::fadvise(&file, data_len, NonZeroU64::new(len - data_len), Advice::WillNeed);
         let (extents, sums) = (spec.extents.clone(), OnceLock::new());
         Ok((Image { file, path, extents, snapshot: id, digest, sums }, origin))
@@ -163,7 +163,7 @@ fn first_bad<'a>(sums: &[u32], pages: impl Iterator<Item = &'a [u8]>) -> Option<
     pages.enumerate().find(|(_, page)| sums.next() != Some(&crc32c::crc32c(page))).map(|(index, _)| index)
 }
 
-/// `extents`: the image's pages, none if they are not known.
+/// `extents`: the image's pages, empty if they are not known.
 fn bad_page(path: &Path, index: usize, extents: &[Extent]) -> Error {
     let mut left = index as u64;
     let holds = |extent: &&Extent| {
@@ -176,7 +176,7 @@ fn bad_page(path: &Path, index: usize, extents: &[Extent]) -> Error {
     Error::BadImagePage { path: path.to_path_buf(), offset: index as u64 * PAGE_SIZE, gpa }
 }
 
-/// Whether a file is an image as tvmm wrote them before images had checksums: pages and nothing else.
+/// True if a file is an image as tvmm wrote them before images had checksums: pages and nothing else.
 fn has_no_checksums(path: &Path, spec: &ImageSpec) -> Result<bool> {
     let (_, len) = files::open_regular(path)?;
     Ok(len == spec.file_len())
@@ -185,7 +185,7 @@ fn has_no_checksums(path: &Path, spec: &ImageSpec) -> Result<bool> {
 /// The end of an image: everything behind its pages.
 struct Trailer {
     snapshot: SnapshotId,
-    /// Of snapshot and extents. The image is named after it.
+    /// The digest of snapshot and extents. The image is named after it.
     digest: Digest,
     sums: Vec<u32>,
 }
@@ -203,7 +203,7 @@ impl Trailer {
             return Err(malformed("it does not end as an image does"));
         }
         let at = u64::from_le_bytes([at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]]);
-        // So that a file is never taken for one with more checksums than it has pages.
+        // Checked, so that a file is never taken for one with more checksums than it has pages.
         let expected = expected_len(at / PAGE_SIZE);
         if at % PAGE_SIZE != 0 || at.checked_add(expected) != Some(tail_at) {
             return Err(malformed(&format!("{at} pages' bytes do not fit its length of {len}")));
@@ -247,7 +247,7 @@ impl Trailer {
     }
 }
 
-/// The length of the container of an image with so many pages.
+/// The length of the container of an image with this many pages.
 fn expected_len(pages: u64) -> u64 {
     container_len_of([HEAD_LEN as u64, pages.saturating_mul(4)].into_iter())
 }
@@ -276,14 +276,14 @@ pub fn image_name(snapshot: SnapshotId, spec: &ImageSpec) -> String {
     file_name(digest_of(snapshot, spec))
 }
 
-/// How often an image is made again that other processes remove before it is open.
+/// Limit of attempts to make an image that other processes remove before it is open.
 const OPEN_ATTEMPTS: usize = 8;
 
 /// The least that a folder of plans and images may hold, in bytes.
 const DERIVED_LIMIT_MIN: u64 = 64 << 20;
 
-/// Removes the plans and images of `chain` that were used longest ago, until the folder holds at most twice the bytes that
-/// the chain does (but no less than 64 MiB). `made`, the one just made, stays.
+/// Removes the plans and images of `chain` that were used longest ago, until the folder holds at most twice the bytes
+/// that the chain does (but no less than 64 MiB). `made`, the one just made, stays.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -310,8 +310,8 @@ pub enum ImageState {
     WithoutChecksums,
 }
 
-/// Reads all of the image file at `path`, which lies beside the snapshot `id`. `specs`: images that it may be, so that an
-/// error can name the page.
+/// Reads all of the image file at `path`, which lies beside the snapshot `id`. `specs`: images that it may be, so that
+/// an error can name the page.
 ///
 /// # Errors
 /// [`Error::BadImagePage`], [`Error::Image`] for damage; [`Error::Io`].

@@ -1,5 +1,5 @@
-//! Directories that cache files: of bounded size, the files that were used longest ago go first. A file's modification
-//! time says when it was used last.
+//! Directories that cache files, of bounded size: the files used longest ago are removed first. A file's modification
+//! time is the time it was last used.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, FileTimes};
@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// Notes that a file is used now. A file that this process may not change keeps its time, and goes the sooner.
+/// Notes that a file is used now. A file that this process may not change keeps its time, and is removed the sooner.
 pub fn note_use(file: &File) {
     let _ = file.set_times(FileTimes::new().set_modified(SystemTime::now()));
 }
@@ -21,8 +21,8 @@ pub fn cached_bytes(dir: &Path, is_cached: impl Fn(&OsStr) -> bool) -> io::Resul
 }
 
 /// Removes the files used longest ago, of those whose names `is_cached` accepts, until the rest has at most `limit`
-/// bytes; `spared` stays in any case. Returns how many bytes are left. A process that has a removed file open goes on with
-/// it.
+/// bytes; `spared` stays in any case. Returns how many bytes are left. A process that has a removed file open goes on
+/// with it.
 ///
 /// # Errors
 /// The directory cannot be read.
@@ -40,10 +40,10 @@ pub fn shrink(dir: &Path, limit: u64, spared: &Path, is_cached: impl Fn(&OsStr) 
     Ok(held)
 }
 
-/// When a file was used last, how many bytes it has, where it is.
+/// Time a file was last used, its bytes, its path.
 type Entry = (SystemTime, u64, PathBuf);
 
-/// The one used longest ago first.
+/// The entries, the one used longest ago first.
 fn entries(dir: &Path, is_cached: impl Fn(&OsStr) -> bool) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for entry in fs::read_dir(dir)?.flatten().filter(|entry| is_cached(&entry.file_name())) {

@@ -1,4 +1,4 @@
-//! `manifest.json`: what a snapshot is, in a form that people can read too.
+//! `manifest.json`: a snapshot's facts in a form that people can read too.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -14,23 +14,23 @@ pub struct Manifest {
     pub format: u32,
     /// The snapshot's identity, see [`Manifest::compute_id`].
     pub id: SnapshotId,
-    /// Whether the layer stands alone.
+    /// Full or diff.
     pub kind: SnapshotKind,
     /// The version of the tvmm that wrote it.
     pub tvmm_version: String,
-    /// When it was written, in milliseconds since 1970-01-01 UTC.
+    /// Time of writing, in milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
-    /// What a diff is relative to.
+    /// The snapshot that a diff is relative to.
     pub parent: Option<Parent>,
     /// Guest RAM.
     pub layout: MemoryLayout,
-    /// How many pages the memory file holds.
+    /// Number of pages in the memory file.
     pub pages_held: u64,
-    /// How many pages a diff knows to be zero; 0 for a full snapshot.
+    /// Number of pages a diff knows to be zero; 0 for a full snapshot.
     pub pages_zero: u64,
     /// The size of the machine.
     pub machine: MachineFacts,
-    /// The host it was taken on: what a restore must find again.
+    /// The host it was taken on; a restore compares its own host with it.
     pub host: HostFacts,
     /// Digests of everything that is not in the manifest.
     pub digests: Digests,
@@ -48,7 +48,7 @@ pub struct Manifest {
 /// The most snapshots that one can stand for.
 pub(crate) const MAX_STANDS_FOR: usize = 64;
 
-/// Whether a snapshot stands alone.
+/// The two kinds of snapshot: one stands alone, the other needs its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SnapshotKind {
@@ -62,13 +62,13 @@ pub enum SnapshotKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Parent {
-    /// Which snapshot it must be.
+    /// The id the parent must have.
     pub id: SnapshotId,
-    /// Where it is. In a manifest: relative to the directory the snapshot is in, where that was possible.
+    /// Its location. In a manifest: relative to the directory the snapshot is in, where that was possible.
     pub location: Location,
 }
 
-/// Where a snapshot is.
+/// The location of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Location {
@@ -87,7 +87,7 @@ pub enum Location {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineFacts {
-    /// How many vCPUs.
+    /// Number of vCPUs.
     pub vcpu_count: u32,
     /// Guest memory as configured, MiB.
     pub mem_size_mib: u64,
@@ -107,7 +107,7 @@ pub struct HostFacts {
     pub xcr0: u64,
     /// `uname -r`.
     pub kernel_release: String,
-    /// KVM capabilities and what `KVM_CHECK_EXTENSION` said.
+    /// KVM capabilities and the answers of `KVM_CHECK_EXTENSION`.
     pub kvm_capabilities: Vec<(String, i64)>,
 }
 
@@ -144,11 +144,11 @@ pub struct FileSizes {
     pub vmstate: u64,
     /// Length of `pages`.
     pub pages: u64,
-    /// Length of `memory` (it is sparse; this is not what it occupies).
+    /// Length of `memory`. The file is sparse and may occupy less.
     pub memory: u64,
 }
 
-/// What the identity is computed over: the manifest's fields in order, with an empty id and without the parent's
+/// The input of the identity's hash: the manifest's fields in order, with an empty id and without the parent's
 /// location, so that directories may be moved together.
 #[derive(Serialize)]
 struct Identity<'a> {
@@ -191,7 +191,7 @@ impl Manifest {
     /// # Errors
     /// [`Error::ManifestEncode`]; `object` names the snapshot in it.
     pub fn compute_id(&self, object: &str) -> Result<SnapshotId> {
-        // Taken apart completely, so that a new field cannot be forgotten here.
+        // Destructured completely, so that a new field cannot be forgotten here.
         let Manifest {
             format,
             id: _,
@@ -239,7 +239,8 @@ impl Manifest {
         let json_error = |source| Error::ManifestJson { object: object.to_string(), source };
         let manifest: Manifest = match serde_json::from_slice(json) {
             Ok(manifest) => manifest,
-            // Only now, because it is rare: does it not fit because it is of another version?
+            // Asked only after a failure, because it is rare: does the manifest not fit because it is of another
+            // version?
             Err(source) => match serde_json::from_slice::<Probe>(json) {
                 Ok(probe) if probe.format != u32::from(FORMAT_MAJOR) => return Err(future(object, &probe)),
                 _ => return Err(json_error(source)),
@@ -309,7 +310,7 @@ impl Location {
         }
     }
 
-    /// What relative parent locations are relative to: the directory itself, or the one that has the snapshot file.
+    /// The base of relative parent locations: the directory itself, or the one that has the snapshot file.
     pub(crate) fn base_dir(&self) -> PathBuf {
         match self {
             Location::Dir(dir) => dir.clone(),
@@ -347,7 +348,7 @@ pub(crate) const MEMORY_FILE: &str = "memory";
 /// The files that every snapshot directory has; copies of drives come on top.
 pub const DIR_FILES: [&str; 4] = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
 
-/// Whether `dir` is the directory of a snapshot whose writer finished.
+/// True if `dir` is the directory of a snapshot whose writer finished.
 pub fn is_snapshot_dir(dir: &Path) -> bool {
     dir.join(MANIFEST_FILE).is_file()
 }

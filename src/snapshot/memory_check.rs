@@ -10,33 +10,33 @@ use super::merge::nonzero_runs;
 use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result, Snapshot, files};
 
-/// 2 MiB in pages: what one huge folio holds.
+/// 2 MiB in pages: the size of a huge folio.
 const HUGE_PAGES: u64 = 512;
 
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
 pub(crate) const READ_PAGES: u64 = 128;
 
-/// How many damaged chunks a report names; it counts all of them.
+/// Limit of the damaged chunks that a report names; it counts all of them.
 const MAX_REPORTED: usize = 1024;
 
-/// How many bytes are verified between two calls of the progress function.
+/// Bytes verified between two calls of the progress function.
 const PROGRESS_STEP: u64 = 8 << 20;
 
-/// What a verification found.
+/// The result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VerifyReport {
     /// Pages whose bytes were compared.
     pub pages: u64,
     /// Checksum chunks that were compared.
     pub chunks: u64,
-    /// How many of them are damaged.
+    /// Number of damaged chunks.
     pub bad_chunks: u64,
     /// The first 1024 damaged chunks, ascending.
     pub bad: Vec<BadChunk>,
     /// Pages that the layer does not hold and that are not zero in its memory file. A policy that maps the file there
     /// shows them to the guest.
     pub stray_pages: u64,
-    /// The first 1024 runs of them, ascending.
+    /// The first 1024 runs of stray pages, ascending.
     pub strays: Vec<Extent>,
 }
 
@@ -52,7 +52,7 @@ pub struct BadChunk {
 }
 
 impl VerifyReport {
-    /// Whether everything is as it was written.
+    /// True if all bytes are as they were written.
     pub fn is_good(&self) -> bool {
         self.bad_chunks == 0 && self.stray_pages == 0
     }
@@ -60,8 +60,8 @@ impl VerifyReport {
     /// Makes damage an error.
     ///
     /// # Errors
-    /// [`Error::BadMemory`] with the first damaged chunk, [`Error::StrayPages`] with the first page that should be zero;
-    /// `object` names the snapshot in it.
+    /// [`Error::BadMemory`] with the first damaged chunk, [`Error::StrayPages`] with the first page that should be
+    /// zero; `object` names the snapshot in it.
     pub fn into_result(self, object: &str) -> Result<VerifyReport> {
         let object = object.to_string();
         match (self.bad.first(), self.strays.first()) {
@@ -89,7 +89,7 @@ impl Progress<'_> {
 /// Fills the bytes from an offset of a memory file on.
 pub type ReadAt<'a> = &'a mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>;
 
-/// A memory file with what is needed to find a page in it.
+/// A memory file with the layout by which a page is found in it.
 #[derive(Clone, Copy)]
 pub(crate) struct MemoryFile<'a> {
     pub(crate) file: &'a File,
@@ -121,12 +121,12 @@ impl MemoryFile<'_> {
         }
     }
 
-    /// The checksums of the chunks with a page of `held`, ascending, from what was just written.
+    /// The checksums of the chunks with a page of `held`, ascending, from the bytes just written.
     ///
-    /// The guest may run meanwhile: checksumming costs it no pause. The bytes come from the page cache, where `write` put
-    /// them; what the disk makes of them is compared with these checksums afterwards. An error of the disk in between
-    /// is reported by `fsync` on the same descriptor; only bytes that were written out, dropped for want of memory, read
-    /// back wrong and not reported would go unnoticed.
+    /// The guest may run meanwhile: checksumming costs it no pause. The bytes come from the page cache, where `write`
+    /// put them; what the disk makes of them is compared with these checksums afterwards. An error of the disk in
+    /// between is reported by `fsync` on the same descriptor; only bytes that were written out, dropped for want of
+    /// memory, read back wrong and not reported would go unnoticed.
     pub(crate) fn checksums(&self, held: &PageSet) -> Result<Vec<u32>> {
         let mut hasher = ChunkHasher::new();
         let mut buffer = vec![0; (READ_PAGES * PAGE_SIZE) as usize];
@@ -140,7 +140,8 @@ impl MemoryFile<'_> {
         Ok(hasher.finish().into_iter().map(|(_, crc)| crc).collect())
     }
 
-    /// Makes the file durable, and returns its [`checksums`](Self::checksums): both at once, where a thread can be had.
+    /// Makes the file durable, and returns its [`checksums`](Self::checksums): both at once, if a thread can be
+    /// started.
     pub(crate) fn sync_and_checksum(&self, held: &PageSet) -> Result<Vec<u32>> {
         let sync = || self.file.sync_all().map_err(Error::io("sync", self.path));
         std::thread::scope(|scope| {
@@ -224,7 +225,8 @@ impl MemoryFile<'_> {
         Ok(self.data_pages()?.difference(held))
     }
 
-    /// The first of `pages`, which lie in one range of the layout, that are not zero. `read` reads into the start of `buffer`.
+    /// The first of `pages`, which lie in one range of the layout, that are not zero. `read` reads into the start of
+    /// `buffer`.
     pub(crate) fn first_nonzero(&self, pages: Extent, buffer: &mut [u8], read: ReadAt<'_>) -> Result<Option<Extent>> {
         let bytes = &mut buffer[..pages.bytes() as usize];
         self.read_by(pages.first, bytes, read)?;
@@ -248,13 +250,14 @@ impl MemoryFile<'_> {
         Ok(pages)
     }
 
-    /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many they
-    /// are, and the checksum of what is there.
+    /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many
+    /// they are, and the checksum of what is there.
     fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
         self.load_chunk_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
     }
 
-    /// As [`load_chunk`](Self::load_chunk), with the bytes read by `read`, whole pages at multiples of pages in `buffer`.
+    /// As [`load_chunk`](Self::load_chunk), with the bytes read by `read`, whole pages at multiples of pages in
+    /// `buffer`.
     fn load_chunk_by(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<(u64, u32)> {
         let (mut pages, mut crc) = (0, 0);
         for part in self.layout.split(chunk_extent(chunk)) {
@@ -293,7 +296,7 @@ impl<'a> CheckedReader<'a> {
     /// Fills `bytes` with the pages of `extent`, which the layer holds.
     ///
     /// # Errors
-    /// [`Error::BadMemory`] for a chunk that is not what was written.
+    /// [`Error::BadMemory`] for a chunk that differs from the written one.
     pub(crate) fn read(&mut self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
         let mut rest = bytes;
         for part in extent.chunks(CHUNK_PAGES) {

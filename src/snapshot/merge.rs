@@ -7,7 +7,7 @@ use super::{
     SnapshotKind, SnapshotWriter,
 };
 
-/// How many pages are read at once.
+/// Pages read at once.
 const READ_PAGES: u64 = 256;
 
 /// Writes the memory that the chain's tip describes as a full snapshot with the tip's state. Pages that are all zero
@@ -123,7 +123,7 @@ pub(super) fn nonzero_runs(first: Gfn, bytes: &[u8]) -> Vec<Extent> {
     runs
 }
 
-/// By pieces that the compiler turns into vector code and that end early for most pages that are not zero.
+/// Compares by pieces, which the compiler turns into vector code and which end early for most pages that are not zero.
 fn is_zero(page: &[u8]) -> bool {
     page.chunks(256).all(|piece| piece.iter().fold(0, |bits, byte| bits | byte) == 0)
 }

@@ -1,9 +1,10 @@
-//! The artefact: what a snapshot is, on disk and in memory.
+//! The artefact: a snapshot on disk and in memory.
 //!
-//! Owns: file formats, layers and chains of diffs, writing, reading, merging, verification, working-set images, and the nouns
-//! that every room shares (pages, extents, layouts, restore plans). `docs/snapshot-format.md` describes every byte.
-//! Must not know: any other room, KVM, tiers. A file it reads is taken to be hostile: no length, offset or count is believed
-//! before it was checked against the real file.
+//! Owns: file formats, layers and chains of diffs, writing, reading, merging, verification, working-set images, and the
+//! nouns that every room shares (pages, extents, layouts, restore plans). `docs/snapshot-format.md` describes every
+//! byte.
+//! Must not know: any other room, KVM, tiers. A file it reads is taken to be hostile: no length, offset or count is
+//! believed before it was checked against the real file.
 //! Start reading: `types.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
 
 mod cache_lookup;

@@ -1,4 +1,4 @@
-//! What a layer says about every page (held, zero, or the parent's business) and the checksums of what it holds.
+//! A layer's statement about every page (held, zero, or the parent's) and the checksums of the held pages.
 
 use super::container::{Section, SectionKind};
 use super::{Container, Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result, SnapshotKind};
@@ -107,7 +107,7 @@ impl PageMap {
         self.checksums.get(index).copied()
     }
 
-    /// The held pages of a chunk, as runs in page order: what its checksum covers.
+    /// The held pages of a chunk, as runs in page order: the pages that its checksum covers.
     pub fn chunk_runs(&self, chunk: u64) -> impl Iterator<Item = Extent> + '_ {
         self.held.runs_in(Extent { first: Gfn(chunk.saturating_mul(CHUNK_PAGES)), pages: CHUNK_PAGES })
     }
@@ -125,7 +125,7 @@ impl PageMap {
     }
 
     /// Checks the bytes of a run of held pages as far as it has whole chunks (chunks of which it has all held pages),
-    /// and says how many pages that were. For a reader that loads large runs and wants them verified on the way.
+    /// and returns the number of pages checked. For a reader that loads large runs and wants them verified on the way.
     ///
     /// # Errors
     /// [`Error::BadMemory`] as for [`PageMap::verify_chunk`].

@@ -64,27 +64,27 @@ impl PageSet {
         self.insert_run(Extent { first: gfn, pages: 1 });
     }
 
-    /// Whether the page is in the set.
+    /// True if the page is in the set.
     pub fn contains(&self, gfn: Gfn) -> bool {
         u32::try_from(gfn.0).is_ok_and(|gfn| self.bits.contains(gfn))
     }
 
-    /// Whether every page of the run is in the set (an empty run is).
+    /// True if every page of the run is in the set (an empty run is).
     pub fn contains_run(&self, run: Extent) -> bool {
         run.pages == 0 || (run.end().0 <= 1 << 32 && range_of(run).is_some_and(|range| self.bits.contains_range(range)))
     }
 
-    /// How many pages are in the set.
+    /// The number of pages in the set.
     pub fn len(&self) -> u64 {
         self.bits.len()
     }
 
-    /// How many of the run's pages are in the set.
+    /// The number of the run's pages that are in the set.
     pub fn len_in(&self, run: Extent) -> u64 {
         range_of(run).map_or(0, |range| self.bits.range_cardinality(range))
     }
 
-    /// Whether the set has no pages.
+    /// True if the set has no pages.
     pub fn is_empty(&self) -> bool {
         self.bits.is_empty()
     }
@@ -151,7 +151,7 @@ impl PageSet {
         PageSet { bits: &self.bits - &other.bits }
     }
 
-    /// Whether the sets share no page.
+    /// True if the sets share no page.
     pub fn is_disjoint(&self, other: &PageSet) -> bool {
         self.bits.is_disjoint(&other.bits)
     }
@@ -196,7 +196,7 @@ fn describe(source: &io::Error) -> String {
     }
 }
 
-/// Runs may come in pieces (a bitmap container ends every 65,536 pages): neighbours are joined. Nothing after `last`.
+/// Joins neighbours: runs may come in pieces, because a bitmap container ends every 65,536 pages. Nothing after `last`.
 fn joined_runs(mut bits: roaring::bitmap::Iter<'_>, last: u32) -> impl Iterator<Item = Extent> + '_ {
     let mut next = move || {
         let range = bits.next_range()?;
@@ -234,7 +234,7 @@ mod tests {
 
     use super::*;
 
-    /// The runs found the slow way.
+    /// Finds the runs the slow way.
     fn runs_by_page(set: &PageSet) -> Vec<Extent> {
         let mut runs: Vec<Extent> = Vec::new();
         for gfn in set.iter() {

@@ -1,12 +1,12 @@
-//! Temporary files and directories, for all rooms: what is being written stands beside its final name as
-//! `.tvmm-<32 random hexadecimal digits>.partial` and is renamed when it is complete.
+//! Temporary files and directories, for all rooms. A file being written stands beside its final name as `.tvmm-<32
+//! random hexadecimal digits>.partial` and is renamed when it is complete.
 //!
 //! The name is random and created exclusively, so two writers never meet in it and no name that a user gives can be it.
 //! The directory is that of the final name, so the rename stays within one file system.
 //!
-//! The writer holds an flock on the temporary file or directory itself. The lock ends with the process however it dies, so
-//! one that can be locked is abandoned, and [`sweep`] removes it. Locking the directory (and not a file in it) leaves
-//! nothing to remove before the rename.
+//! The writer holds an flock on the temporary file or directory itself. The lock ends with the process however it dies,
+//! so one that can be locked is abandoned, and [`sweep`] removes it. Locking the directory (and not a file in it)
+//! leaves nothing to remove before the rename.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -24,7 +24,7 @@ const PREFIX: &[u8] = b".tvmm-";
 const SUFFIX: &[u8] = b".partial";
 /// Random bytes of a name.
 const RANDOM_BYTES: usize = 16;
-/// How many names are tried before giving up.
+/// Number of names tried before giving up.
 const ATTEMPTS: usize = 64;
 /// Temporary files of versions before 0.2 have no lock: one that was not written for so long is abandoned.
 const UNLOCKED_ABANDONED_AFTER: Duration = Duration::from_secs(3600);
@@ -73,7 +73,7 @@ impl Entry {
             Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&self.path),
             _ => fs::remove_file(&self.path),
         };
-        // The next sweep of the directory removes what could not be removed now.
+        // If removing fails, the next sweep of the directory removes it.
         let _ = removed;
     }
 }
@@ -103,7 +103,7 @@ impl PartialDir {
         .map(PartialDir)
     }
 
-    /// Where it is now.
+    /// Its present path.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
@@ -112,7 +112,7 @@ impl PartialDir {
     /// have been synced.
     ///
     /// # Errors
-    /// [`Error::TargetExists`], [`Error::Io`]; then it is removed.
+    /// [`Error::TargetExists`], [`Error::Io`]; then the directory is removed.
     pub fn publish(mut self, to: &Path) -> Result<()> {
         files::sync_dir(&self.0.path)?;
         files::rename_dir_to_free_name(&self.0.path, to)?;
@@ -126,8 +126,8 @@ impl PartialDir {
 pub struct PartialFile(Entry);
 
 impl PartialFile {
-    /// Makes an empty temporary file in `dir`, open for reading and writing. Its owner alone may read it: all files that are
-    /// written so hold guest memory, device state, or what a guest did.
+    /// Makes an empty temporary file in `dir`, open for reading and writing. Only its owner may read it: all files
+    /// written this way hold guest memory, device state, or what a guest did.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -138,7 +138,7 @@ impl PartialFile {
         Entry::create(dir, open).map(PartialFile)
     }
 
-    /// Where it is now.
+    /// Its present path.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
@@ -152,17 +152,17 @@ impl PartialFile {
     /// nor name is made durable: see [`PartialFile::publish_durably`].
     ///
     /// # Errors
-    /// [`Error::Io`]; then it is removed.
+    /// [`Error::Io`]; then the file is removed.
     pub fn publish(mut self, to: &Path) -> Result<()> {
         fs::rename(&self.0.path, to).map_err(Error::io("rename a finished file to", to))?;
         self.0.armed = false;
         Ok(())
     }
 
-    /// Makes the content durable, then as [`PartialFile::publish`], then makes the name durable.
+    /// Makes the content durable, publishes the file as [`PartialFile::publish`] does, then makes the name durable.
     ///
     /// # Errors
-    /// [`Error::Io`]; then it is removed, or has its final name and may lose it in a crash.
+    /// [`Error::Io`]; then the file is removed, or has its final name and may lose it in a crash.
     pub fn publish_durably(self, to: &Path) -> Result<()> {
         self.0.locked.sync_all().map_err(Error::io("sync", &self.0.path))?;
         self.publish(to)?;
@@ -170,7 +170,7 @@ impl PartialFile {
     }
 }
 
-/// Whether a file name is that of a temporary, of this version or an earlier one that locked it.
+/// True if a file name is that of a temporary, of this version or an earlier one that locked it.
 pub fn is_partial(name: &OsStr) -> bool {
     is_random_name(name.as_bytes()) || is_numbered_name(name.as_bytes())
 }
@@ -194,8 +194,8 @@ fn is_digits(text: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(u8::is_ascii_digit)
 }
 
-/// Removes the temporaries in `dir` whose writer is gone, and returns how many bytes their files had. What cannot be
-/// removed is left for the next sweep.
+/// Removes the temporaries in `dir` whose writer is gone, and returns the number of bytes their files had. A temporary
+/// that cannot be removed is left for the next sweep.
 pub fn sweep(dir: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(dir) else { return 0 };
     let abandoned = entries.flatten().filter(|entry| is_partial(&entry.file_name()));
@@ -203,8 +203,8 @@ pub fn sweep(dir: &Path) -> u64 {
 }
 
 /// As [`sweep`], for a directory that holds nothing but files of ours: also removes the unlocked temporary files
-/// (`<name>.partial`, `<name>.<pid>.partial`, `<name>.partial-<pid>`) of versions before 0.2 that were not written for an
-/// hour.
+/// (`<name>.partial`, `<name>.<pid>.partial`, `<name>.partial-<pid>`) of versions before 0.2 that were not written for
+/// an hour.
 pub fn sweep_own(dir: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(dir) else { return sweep(dir) };
     let mut freed = sweep(dir);
@@ -246,7 +246,7 @@ fn open_nofollow(path: &Path, flags: OFlags) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags((flags | OFlags::NOFOLLOW).bits() as i32).open(path)
 }
 
-/// Locks a temporary, and makes sure that the path still names what was locked.
+/// Locks a temporary, and checks that the path still names the locked file.
 fn lock(file: &File, path: &Path) -> io::Result<()> {
     file.try_lock()?;
     let locked = file.metadata()?;
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_no_writer_holds_is_swept() {
+    fn sweep_keeps_temporaries_of_live_writers() {
         let dir = tempfile::tempdir().unwrap();
         let living_dir = PartialDir::create(dir.path()).unwrap();
         let living_file = PartialFile::create(dir.path()).unwrap();
@@ -304,7 +304,8 @@ mod tests {
         assert!(living_dir.path().exists() && living_file.path().exists());
         assert!(!dead_file.exists() && !dead_dir.exists());
         assert!(kept.iter().all(|path| path.exists()) && link.symlink_metadata().is_ok());
-        // Unlocked ones of earlier versions go when they are old, and only where everything is ours.
+        // Unlocked temporaries of earlier versions are removed once they are old, and only from a directory that is all
+        // ours.
         assert_eq!(sweep_own(dir.path()), 0);
         let old = std::time::SystemTime::now() - UNLOCKED_ABANDONED_AFTER * 2;
         kept.iter().for_each(|path| File::options().write(true).open(path).unwrap().set_modified(old).unwrap());
@@ -335,8 +336,8 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Writers and sweepers of one directory at once, whatever their number: no two temporaries share a name, and a
-        /// sweep takes none that lives.
+        /// Any number of writers and sweepers of one directory at once: no two temporaries share a name, and a sweep
+        /// removes no live one.
         #[test]
         fn no_temporary_name_collides(writers in 1_usize..6, rounds in 1_usize..12) {
             let dir = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Digest, Error, Extent, MemoryLayout, PAGE_SIZE, PoolId, Result, SnapshotId};
 
-/// How a page gets into the guest.
+/// The way a page gets into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Placement {
@@ -26,32 +26,32 @@ impl Placement {
         [Placement::Zero, Placement::InPlace, Placement::Preload, Placement::CowFile, Placement::Lazy];
 }
 
-/// How a preloaded extent is filled.
+/// The way a preloaded extent is filled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fill {
     /// Its bytes are read into anonymous memory, huge pages where a whole aligned 2 MiB block is filled.
     #[default]
     Copy,
-    /// Its source file is read past the page cache (O_DIRECT) into a buffer in one go, and the pages are installed by
-    /// UFFDIO_COPY without waking anybody. For extents of the userfaultfd range.
+    /// The VMM reads the source file past the page cache (O_DIRECT) into a buffer in one go and installs the pages by
+    /// UFFDIO_COPY without waking waiters. For extents of the userfaultfd range.
     Install,
     /// Its source is mapped private and copy-on-write is broken ahead by MADV_POPULATE_WRITE: no mapping of its own.
     BreakCow,
 }
 
-/// Where the bytes of a page are.
+/// The place of a page's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PageSource {
-    /// Index in the chain (the base is 0); the indices after the tip are the plan's [`tiers`](RestorePlan::tiers), those
-    /// after them its [`images`](RestorePlan::images).
+    /// Index in the chain (the base is 0); the indices after the tip are the plan's [`tiers`](RestorePlan::tiers),
+    /// those after them its [`images`](RestorePlan::images).
     pub layer: usize,
     /// Offset in that layer's memory file, in the tier's data, or in the image, bytes.
     pub offset: u64,
 }
 
-/// How the bytes of a tier get into a guest.
+/// The way a tier's bytes get into a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TierAccess {
@@ -63,15 +63,16 @@ pub enum TierAccess {
     Fetch,
 }
 
-/// A pool that a plan takes pages from, in the state it was in when the plan was made.
+/// A pool that a plan takes pages from, in its state when the plan was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TierSource {
-    /// Which pool.
+    /// The pool.
     pub pool: PoolId,
-    /// What the pool says of where the snapshot's pages are: another digest is another state, and offsets may be wrong.
+    /// Digest of the pool's record of where the snapshot's pages are. Another digest means another state, and offsets
+    /// may be wrong.
     pub entry: Digest,
-    /// How its bytes get into a guest.
+    /// The way its bytes get into a guest.
     pub access: TierAccess,
     /// Length of its data, bytes.
     pub len: u64,
@@ -92,7 +93,7 @@ impl ImageSpec {
     }
 }
 
-/// What a second thread does while the guest already runs.
+/// The action of a background step, carried out by a second thread while the guest already runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BackgroundAction {
@@ -108,9 +109,9 @@ pub enum BackgroundAction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Background {
-    /// What is done.
+    /// The action.
     pub action: BackgroundAction,
-    /// To which pages; they lie within one extent of the plan.
+    /// Its pages; they lie within one extent of the plan.
     pub extent: Extent,
 }
 
@@ -120,11 +121,11 @@ pub struct Background {
 pub struct PlannedExtent {
     /// The pages.
     pub extent: Extent,
-    /// How they get into the guest.
+    /// The way they get into the guest.
     pub placement: Placement,
-    /// Where the first of them comes from, the others following it; `None` for zero pages and only for them.
+    /// Source of the first page; the others follow it. `None` for zero pages and only for them.
     pub source: Option<PageSource>,
-    /// How they are filled, if they are preloaded.
+    /// The way they are filled, if they are preloaded.
     #[serde(default)]
     pub fill: Fill,
 }
@@ -165,14 +166,14 @@ pub struct RestorePlan {
     /// Zero memory that is to come in huge pages when it is touched: whole aligned blocks of 2 MiB.
     #[serde(default)]
     pub huge: Vec<Extent>,
-    /// What is done while the guest runs, in this order.
+    /// Background steps, carried out in this order while the guest runs.
     #[serde(default)]
     pub background: Vec<Background>,
-    /// Whether what is preloaded by `copy` is checked against the snapshot's checksums before the guest runs.
+    /// True if pages preloaded by `copy` are checked against the snapshot's checksums before the guest runs.
     #[serde(default)]
     pub verify: bool,
-    /// Whether what is preloaded by `copy` is read past the page cache (O_DIRECT): faster where nothing of it is cached,
-    /// and leaves nothing there.
+    /// True if pages preloaded by `copy` are read past the page cache (O_DIRECT): faster where none of them is cached,
+    /// and leaves none there.
     #[serde(default)]
     pub direct: bool,
     /// Pages fetched around a fault in a lazy extent: a power of two; the aligned block, as far as the extent reaches.
@@ -235,11 +236,12 @@ impl RestorePlan {
         }
     }
 
-    /// Checks that the plan can be carried out: extents ascend, do not overlap, do not cross the end of a range, and
-    /// together are exactly the layout's pages; each has a source within its layer's file (`layer_file_lens`, bytes,
-    /// base first), a tier, or the plan's own images, page aligned, unless it is zero, and none if it is. What is mapped is mapped as the source can be. Images hold pages of
-    /// the layout, each once, and what an extent takes from an image are that extent's own pages. Background steps lie
-    /// within one extent that their action fits, huge pages within one that is zero.
+    /// Checks that the plan can be carried out. Extents ascend, do not overlap, do not cross the end of a range, and
+    /// together are exactly the layout's pages. Each extent that is not zero has a page-aligned source within its
+    /// layer's file (`layer_file_lens`, bytes, base first), a tier, or the plan's own images; a zero extent has none.
+    /// The placement is one that the source's access allows. Images hold pages of the layout, each once, and an extent
+    /// takes only its own pages from an image. Background steps lie within one extent that their action fits, huge
+    /// pages within one that is zero.
     ///
     /// # Errors
     /// [`Error::BadPlan`] with the first rule that is broken, and where.
@@ -344,7 +346,7 @@ impl RestorePlan {
     }
 
     /// Joins neighbours with the same placement whose sources continue, except across the end of a range of the
-    /// layout. Does not change what the plan means.
+    /// layout. Does not change the plan's meaning.
     pub fn coalesce(&mut self, layout: &MemoryLayout) {
         self.extents.dedup_by(|next, last| {
             let joins = last.extent.end() == next.extent.first
@@ -358,7 +360,7 @@ impl RestorePlan {
         });
     }
 
-    /// How many pages each placement has.
+    /// The number of pages in each placement.
     pub fn counts(&self) -> PlacementCounts {
         let mut counts = PlacementCounts::default();
         for item in &self.extents {
@@ -405,7 +407,7 @@ impl Image {
         }
     }
 
-    /// Whether the image has all pages of `extent`, contiguous from `offset` on.
+    /// True if the image has all pages of `extent`, contiguous from `offset` on.
     fn has(&self, extent: Extent, offset: u64) -> bool {
         let (mut next, mut offset) = (extent.first, offset);
         while next < extent.end() {
@@ -424,7 +426,7 @@ impl Image {
     }
 }
 
-/// Whether a source of this kind can be placed as the extent says.
+/// Checks that a source of this kind can be placed as the extent says.
 fn check_access(item: &PlannedExtent, access: TierAccess) -> Result<(), String> {
     let is_mapped = matches!(item.placement, Placement::InPlace);
     let copies_on_write =
@@ -477,7 +479,7 @@ mod tests {
         })
     }
 
-    /// Every page with its placement and source: what a plan means.
+    /// Every page with its placement and source: the meaning of a plan.
     fn by_page(plan: &RestorePlan) -> Vec<(Gfn, Placement, Option<PageSource>)> {
         let pages = plan.extents.iter().flat_map(|item| {
             (0..item.extent.pages).map(move |i| {

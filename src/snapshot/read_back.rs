@@ -10,12 +10,12 @@ use super::{Error, MemoryLayout, Result, files};
 
 /// Brings a part of a file into the page cache in huge folios. A system call that this room leaves to its caller.
 pub trait LoadHuge {
-    /// Loads `[offset, offset + len)` in bytes, both multiples of 2 MiB. Where the file system or the kernel has no
-    /// huge folios it does nothing.
+    /// Loads `[offset, offset + len)` in bytes, both multiples of 2 MiB. Does nothing if the file system or the kernel
+    /// has no huge folios.
     fn load_huge(&self, file: &File, offset: u64, len: u64) -> io::Result<()>;
 }
 
-/// The memory of a sealed snapshot that is still to be read back. The snapshot is durable and valid without it.
+/// The memory of a sealed snapshot that is not read back yet. The snapshot is durable and valid without it.
 #[derive(Debug)]
 pub struct ReadBack {
     /// Opened for reading only, before the file got its name: a snapshot that replaces this one has another file.
@@ -33,10 +33,10 @@ impl ReadBack {
         Ok(ReadBack { file, path, layout: memory.layout.clone(), map })
     }
 
-    /// Reads the memory from the disk and compares it with the checksums of what was written.
+    /// Reads the memory from the disk and compares it with the checksums of the written bytes.
     ///
     /// # Errors
-    /// [`Error::BadMemory`] if the disk did not keep what was written; [`Error::Io`].
+    /// [`Error::BadMemory`] if the disk did not keep the written bytes; [`Error::Io`].
     pub fn run(&self, cache: &dyn LoadHuge) -> Result<()> {
         let memory = MemoryFile { file: &self.file, path: &self.path, layout: &self.layout };
         read_back(memory, &self.map, cache)
@@ -46,7 +46,7 @@ impl ReadBack {
 /// Reads durable memory from the disk and not from the page cache that it was just written to, and compares it with the
 /// checksums.
 ///
-/// What is read back stays in the cache, in the largest folios there are: a page fault on a restored guest's memory then
+/// The bytes stay in the page cache, in the largest folios there are: a page fault on a restored guest's memory then
 /// maps 2 MiB instead of one page. Pages that a guest has mapped meanwhile stay in the cache as they are.
 pub(super) fn read_back(memory: MemoryFile<'_>, map: &PageMap, cache: &dyn LoadHuge) -> Result<()> {
     files::evict(memory.file, memory.path)?;

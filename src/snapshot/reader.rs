@@ -1,7 +1,7 @@
 //! Opens a snapshot.
 //!
-//! Restore latency is spent here: `open` reads manifest and state, verifies both, opens the memory file and stops.
-//! The page map is read when it is asked for, the memory is verified when it is asked for.
+//! Restore latency is spent here: `open` reads manifest and state, verifies both, opens the memory file and stops. The
+//! page map is read, and the memory verified, only on request.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -37,10 +37,10 @@ pub struct Snapshot {
     /// The state sections of the container; in the two-file form it has others too.
     state: Vec<SectionInfo>,
     memory: File,
-    /// 0: the memory file was never looked at, and something else stands in for it.
+    /// 0 if the memory file was never looked at, and something else stands in for it.
     memory_len: u64,
     memory_path: PathBuf,
-    /// The memory file was not opened: another file stands in for it and is never read.
+    /// True if the memory file was not opened: another file stands in for it and is never read.
     is_elsewhere: bool,
     page_map: OnceLock<PageMap>,
 }
@@ -65,7 +65,7 @@ impl Snapshot {
         Ok(snapshot)
     }
 
-    /// As [`open`](Snapshot::open), but the memory file is not looked at: somebody else serves guest memory.
+    /// As [`open`](Snapshot::open), but does not look at the memory file: another process serves guest memory.
     ///
     /// # Errors
     /// As for [`open`](Snapshot::open).
@@ -73,7 +73,7 @@ impl Snapshot {
         Snapshot::open_with(location, &location.memory_path())
     }
 
-    /// As [`open`](Snapshot::open) for a snapshot whose memory comes from a pool: the memory file need not even be there.
+    /// As [`open`](Snapshot::open) for a snapshot whose memory comes from a pool: the memory file need not even exist.
     ///
     /// # Errors
     /// As for [`open`](Snapshot::open).
@@ -85,8 +85,8 @@ impl Snapshot {
         Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in)? })
     }
 
-    /// As [`open`](Snapshot::open) for a snapshot whose memory file is somewhere else: it need not be there, and has the
-    /// pages that the manifest says all the same.
+    /// As [`open`](Snapshot::open) for a snapshot whose memory file is in another place. The file need not be here; the
+    /// snapshot still has the pages that the manifest says.
     ///
     /// # Errors
     /// As for [`open`](Snapshot::open).
@@ -137,7 +137,8 @@ impl Snapshot {
         self.manifest.id
     }
 
-    /// Whether a diff whose parent is `id` may have this snapshot as its parent: it is that one, or was merged from it.
+    /// True if a diff whose parent is `id` may have this snapshot as its parent: it is that snapshot, or was merged
+    /// from it.
     pub fn stands_for(&self, id: SnapshotId) -> bool {
         self.id() == id || self.manifest.stands_for.contains(&id)
     }
@@ -147,18 +148,18 @@ impl Snapshot {
         &self.manifest.layout
     }
 
-    /// Where the snapshot was opened.
+    /// The location the snapshot was opened at.
     pub fn location(&self) -> &Location {
         &self.location
     }
 
-    /// Where the parent of a diff should be: the manifest's location, seen from where this snapshot is now.
+    /// The location of a diff's parent: the one in the manifest, seen from the directory this snapshot is in now.
     pub fn parent_location(&self) -> Option<Location> {
         let parent = self.manifest.parent.as_ref()?;
         Some(parent.location.resolve(&self.location.base_dir()))
     }
 
-    /// What the snapshot is called in errors.
+    /// The snapshot's name in errors.
     pub fn object(&self) -> &str {
         &self.object
     }
@@ -217,12 +218,12 @@ impl Snapshot {
         &self.memory
     }
 
-    /// Whether guest memory is somewhere else: then [`memory`](Snapshot::memory) is not it.
+    /// True if guest memory is in another place, so that [`memory`](Snapshot::memory) is not it.
     pub fn is_elsewhere(&self) -> bool {
         self.is_elsewhere
     }
 
-    /// How many bytes of the memory file pages can come from: none, if the snapshot was opened without it.
+    /// The number of bytes of the memory file that pages can come from: 0 if the snapshot was opened without it.
     pub fn memory_len(&self) -> u64 {
         self.memory_len
     }
@@ -284,8 +285,8 @@ impl Snapshot {
         Ok(map)
     }
 
-    /// Verifies what `open` did not: the page map, every held page against its checksum, and that the memory file has
-    /// nothing where no page is held. `progress` gets bytes done and bytes to do.
+    /// Verifies the parts that `open` did not: the page map, every held page against its checksum, and that the memory
+    /// file has nothing where no page is held. `progress` gets bytes done and bytes to do.
     ///
     /// # Errors
     /// As for [`Snapshot::page_map`]. Damaged memory is no error here but part of the report.
@@ -294,8 +295,8 @@ impl Snapshot {
         self.verify_with(&mut Progress { done: 0, total, report: progress })
     }
 
-    /// Compares one chunk of the memory file with its checksum in `map`, reading by `read` into the start of `buffer`, which
-    /// has room for a chunk. Returns how many pages the chunk holds.
+    /// Compares one chunk of the memory file with its checksum in `map`, reading by `read` into the start of `buffer`,
+    /// which has room for a chunk. Returns how many pages the chunk holds.
     ///
     /// # Errors
     /// [`Error::OtherMemory`], [`Error::Io`].
@@ -303,8 +304,8 @@ impl Snapshot {
         self.memory_file().check_chunk(map, chunk, buffer, read)
     }
 
-    /// The pages that this layer does not hold and that are no hole of its memory file either. They are zeros, if the file is
-    /// intact: a policy that maps the file shows them to the guest.
+    /// The pages that this layer does not hold and that are no hole of its memory file either. They are zeros, if the
+    /// file is intact: a policy that maps the file shows them to the guest.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -312,8 +313,8 @@ impl Snapshot {
         self.memory_file().unheld_data(map.held())
     }
 
-    /// Compares pages of [`unheld_data`](Self::unheld_data), of one range of the layout, with zeros, reading by `read` into
-    /// the start of `buffer`.
+    /// Compares pages of [`unheld_data`](Self::unheld_data), of one range of the layout, with zeros, reading by `read`
+    /// into the start of `buffer`.
     ///
     /// # Errors
     /// [`Error::StrayPages`], [`Error::Io`].

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How pages that are to lie in place are mapped where the tier leaves the choice.
+/// The mapping of pages placed in place, where the tier leaves the choice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum InPlaceMapping {
@@ -25,7 +25,7 @@ impl std::str::FromStr for InPlaceMapping {
     }
 }
 
-/// When the memory that a machine is restored from is compared with the checksums of its snapshot.
+/// The time at which restored memory is compared with the checksums of its snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verify {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Error, Result};
 
-/// Bytes in a page of guest memory, the unit of everything that is said about guest memory.
+/// Bytes in a page of guest memory, the unit of all counts of guest memory.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// Guest memory ends here (bytes, 16 TiB), so that a guest frame number always fits 32 bits.
@@ -44,7 +44,7 @@ impl fmt::Display for Gfn {
 pub struct Extent {
     /// The first page.
     pub first: Gfn,
-    /// How many pages.
+    /// Number of pages.
     pub pages: u64,
 }
 
@@ -69,12 +69,12 @@ impl Extent {
         self.pages.saturating_mul(PAGE_SIZE)
     }
 
-    /// Whether the extent has no pages.
+    /// True if the extent has no pages.
     pub fn is_empty(&self) -> bool {
         self.pages == 0
     }
 
-    /// Whether `gfn` is one of the extent's pages.
+    /// True if `gfn` is one of the extent's pages.
     pub fn contains(&self, gfn: Gfn) -> bool {
         self.first <= gfn && gfn < self.end()
     }
@@ -112,7 +112,7 @@ pub struct GuestRange {
     pub gpa: u64,
     /// Length in bytes.
     pub len: u64,
-    /// Where the range starts in the memory file.
+    /// Offset of the range in the memory file.
     pub file_offset: u64,
 }
 
@@ -189,7 +189,7 @@ impl MemoryLayout {
         self.ranges.iter().map(GuestRange::extent)
     }
 
-    /// How many pages the guest has.
+    /// The number of pages the guest has.
     pub fn pages(&self) -> u64 {
         self.file_len() / PAGE_SIZE
     }
@@ -199,7 +199,7 @@ impl MemoryLayout {
         self.ranges.iter().map(|range| range.len).sum()
     }
 
-    /// Where a page is in the memory file (bytes); `None` if the guest has no such page.
+    /// The offset of a page in the memory file (bytes); `None` if the guest has no such page.
     pub fn file_offset(&self, gfn: Gfn) -> Option<u64> {
         let range = &self.ranges[self.range_of(gfn)?];
         Some(range.file_offset + (gfn.gpa() - range.gpa))
@@ -211,7 +211,7 @@ impl MemoryLayout {
         Some(Gfn::containing(range.gpa + (file_offset - range.file_offset)))
     }
 
-    /// Whether the extent is not empty and lies wholly within one range.
+    /// True if the extent is not empty and lies wholly within one range.
     pub fn contains(&self, extent: Extent) -> bool {
         self.extents().any(|range| {
             extent.pages > 0
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn contains_refuses_what_crosses_a_range() {
+    fn contains_refuses_extents_that_cross_a_range() {
         let layout = two_ranges();
         assert!(layout.contains(Extent::new(Gfn(0), 512)));
         assert!(!layout.contains(Extent::new(Gfn(0), 513)));

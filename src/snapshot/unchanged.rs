@@ -1,4 +1,4 @@
-//! Which pages of a diff are as they were in its parent.
+//! Finds the pages of a diff that are unchanged since its parent.
 //!
 //! KVM's dirty log holds a page that the guest has only read if the host had made the page writable before (pages that
 //! were preloaded or fetched). Such pages are told from written ones by their bytes.
@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use super::memory_check::{MemoryFile, READ_PAGES};
 use super::{Chain, Content, Error, Extent, Gfn, PAGE_SIZE, PageSet, Result};
 
-/// Pages of a diff that may be as they were, and where they were so.
+/// Pages of a diff that may be unchanged, and the parent they are compared with.
 #[derive(Clone, Copy)]
 pub struct Doubtful<'a> {
     /// The diff's parent, with everything that is relative to.
@@ -20,9 +20,9 @@ pub struct Doubtful<'a> {
 /// Pages of a diff that are the same in its parent.
 #[derive(Debug, Default)]
 pub(super) struct Unchanged {
-    /// Of those that the diff holds.
+    /// Unchanged pages among those that the diff holds.
     pub(super) held: PageSet,
-    /// Of those that it says are zero.
+    /// Unchanged pages among those that it says are zero.
     pub(super) zero: PageSet,
 }
 

@@ -1,5 +1,5 @@
 //! Writes a snapshot beside its final name and moves it into place when it is complete, durable and (unless the caller
-//! does that afterwards) proven.
+//! does that afterwards) compared with its checksums.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,7 +21,7 @@ use super::{
     MemoryLayout, PAGE_SIZE, PageSet, Parent, Result, Snapshot, SnapshotId, SnapshotKind, copy_drive, files,
 };
 
-/// Written at once: large against the cost of a system call. File systems make folios as large as a write, and a kernel
+/// Bytes per write: large against the cost of a system call. File systems make folios as large as a write, and a kernel
 /// that must first make room for one of 2 MiB keeps the guest waiting.
 const WRITE_PIECE: usize = 512 << 10;
 
@@ -55,7 +55,7 @@ impl Work {
     }
 }
 
-/// What a snapshot consists of besides guest memory.
+/// The parts of a snapshot besides guest memory.
 #[derive(Clone)]
 pub struct SealInput<'a> {
     /// The sections of the VM's state, in the order in which they are to be stored.
@@ -64,11 +64,11 @@ pub struct SealInput<'a> {
     pub host: HostFacts,
     /// The size of the machine.
     pub machine: MachineFacts,
-    /// How the finished memory file is brought into the page cache.
+    /// Brings the finished memory file into the page cache.
     pub cache: &'a dyn LoadHuge,
 }
 
-/// When the memory is read back from the disk.
+/// The time at which the memory is read back from the disk.
 #[derive(Clone, Copy)]
 enum Proof<'a> {
     /// Before the snapshot has its name.
@@ -80,15 +80,15 @@ enum Proof<'a> {
 /// A finished snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sealed {
-    /// Its identity.
+    /// Its id.
     pub id: SnapshotId,
-    /// Where it is.
+    /// Its location.
     pub location: Location,
     /// Pages in the memory file.
     pub pages_held: u64,
     /// Pages a diff knows to be zero; 0 for a full snapshot.
     pub pages_zero: u64,
-    /// Bytes that all its files occupy.
+    /// Bytes that all its files occupy on disk.
     pub bytes_on_disk: u64,
 }
 
@@ -96,7 +96,7 @@ impl SnapshotWriter {
     /// Prepares to write a snapshot to `target`. A directory must not exist yet; the two files of the other form may,
     /// and are replaced when the snapshot is sealed.
     ///
-    /// Also removes what writers that died left behind beside the target.
+    /// Also removes the temporaries of dead writers beside the target.
     ///
     /// # Errors
     /// [`Error::TargetExists`], [`Error::BadTarget`], [`Error::BadParentage`] (a diff needs a parent, a full snapshot
@@ -138,13 +138,13 @@ impl SnapshotWriter {
         })
     }
 
-    /// Says that the snapshot has the memory and the state of these: children of theirs may become its own. The last
-    /// merged come first, and those that were merged longest ago are left out where they are more than a manifest takes.
+    /// Records that the snapshot has the memory and the state of `snapshots`: their children may become its own. The
+    /// last merged come first; those merged longest ago are left out if a manifest cannot hold all.
     pub(crate) fn stand_for(&mut self, snapshots: impl Iterator<Item = SnapshotId>) {
         self.stands_for = snapshots.take(MAX_STANDS_FOR).collect();
     }
 
-    /// Takes a copy of the first `len` bytes of a drive's image, which nobody writes meanwhile.
+    /// Copies the first `len` bytes of a drive's image. The caller keeps the image unwritten meanwhile.
     ///
     /// # Errors
     /// [`Error::BadTarget`] for the two-file form, which has no place for it, and for an id that is no file name;
@@ -195,7 +195,8 @@ impl SnapshotWriter {
         Ok(())
     }
 
-    /// Says that pages are zero (and not the parent's). For diffs only; a full snapshot's other pages are zero anyway.
+    /// Records that pages are zero (and not the parent's). For diffs only; a full snapshot's other pages are zero
+    /// anyway.
     ///
     /// # Errors
     /// [`Error::BadRun`] for a full snapshot, for pages outside guest memory and for pages that were written.
@@ -228,8 +229,8 @@ impl SnapshotWriter {
         Ok(self.complete(input, proof)?.0)
     }
 
-    /// As [`seal`](Self::seal), but leaves reading the memory back to the caller: the snapshot has its name and is durable
-    /// before.
+    /// As [`seal`](Self::seal), but leaves reading the memory back to the caller, after the snapshot has its name and
+    /// is durable.
     ///
     /// # Errors
     /// As for [`seal`](Self::seal), without [`Error::BadMemory`].
@@ -291,8 +292,8 @@ impl SnapshotWriter {
         Ok((Sealed { id, location: target, pages_held, pages_zero, bytes_on_disk }, to_read))
     }
 
-    /// Takes pages out of a diff that are the same in its parent. Pages stay where the parent cannot be read: a diff with
-    /// more pages restores the same memory.
+    /// Takes pages out of a diff that are the same in its parent. Pages stay where the parent cannot be read: a diff
+    /// with more pages restores the same memory.
     ///
     /// # Errors
     /// [`Error::Io`] for the diff's own file.
@@ -346,7 +347,7 @@ fn check_target(target: &Location, parent: Option<&Parent>) -> Result<()> {
     }
 }
 
-/// Whether a snapshot at `location` has `path` as one of its files.
+/// True if a snapshot at `location` has `path` as one of its files.
 pub(crate) fn uses_file(location: &Location, path: &Path) -> bool {
     let path = canonical(path);
     match location {
@@ -366,8 +367,8 @@ fn now_unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-/// Opens what was written as every reader does, and what a diff needs: the writer's limits are then the reader's, whatever
-/// these are, and a parent that was deleted since the capture is noticed before the diff is acknowledged.
+/// Opens the written snapshot as every reader does, and the parent that a diff needs. So the writer's limits are the
+/// reader's, and a parent that was deleted since the capture is noticed before the diff is acknowledged.
 fn prove_readable(target: &Location, written: &Location, manifest: &Manifest, needed: Option<&Parent>) -> Result<()> {
     let object = target.display();
     let opened = Snapshot::open(written).and_then(|snapshot| snapshot.page_map().map(drop).map(|()| snapshot.id()));

@@ -1,4 +1,4 @@
-//! How much memory this process may still take.
+//! The memory that this process may still take.
 
 use std::fs;
 use std::io;
@@ -13,7 +13,7 @@ pub fn available_memory() -> io::Result<u64> {
     Ok(own.and_then(|own| of_groups(Path::new("/sys/fs/cgroup"), own)).map_or(host, |group| group.min(host)))
 }
 
-/// The least that any of the groups has left which `own` is in; `None` if none of them has a limit.
+/// The least that any of the groups containing `own` has left; `None` if none of them has a limit.
 fn of_groups(root: &Path, own: &str) -> Option<u64> {
     let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let left = |group: &Path| {

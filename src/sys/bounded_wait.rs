@@ -1,13 +1,13 @@
-//! Waiting for a peer, a process or a lock: never without a bound, and not for long without a word.
+//! Waits for a peer, a process or a lock: never without a limit, and logged when they take long.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A wait that has lasted this long is told.
+/// The time after which a wait is logged.
 const TOLD_AFTER: Duration = Duration::from_secs(1);
 
 /// A wait for one unit of progress: a chunk, an answer, a line of a guest. Bytes that do not complete a unit do not
-/// prolong it. A line of the log says what is waited for, and for how long at most, after a second.
+/// prolong it. After a second a log line names the object of the wait and its limit.
 #[derive(Debug)]
 pub struct Wait {
     /// Completes "Waiting for …".
@@ -28,7 +28,7 @@ impl Wait {
         self.began = Instant::now();
     }
 
-    /// How long this unit has been waited for.
+    /// The time spent on this unit.
     pub fn elapsed(&self) -> Duration {
         self.began.elapsed()
     }
@@ -37,7 +37,8 @@ impl Wait {
         self.limit
     }
 
-    /// Whether the time is over. Called every now and then by the waiting thread; logs the wait when it has become long.
+    /// True if the time is over. The waiting thread calls this from time to time; it logs the wait when it has become
+    /// long.
     pub fn is_over(&mut self) -> bool {
         self.tell();
         self.elapsed() >= self.limit
@@ -63,7 +64,7 @@ impl Wait {
         }
     }
 
-    /// How long to sleep before [`Wait::is_over`] has something to say: a blocking call may wait this long.
+    /// The longest that a blocking call may wait before the thread must call [`Wait::is_over`] again.
     pub fn step(&self) -> Duration {
         let elapsed = self.elapsed();
         let next = if self.is_told || self.limit < TOLD_AFTER { self.limit } else { TOLD_AFTER };

@@ -17,7 +17,7 @@ pub struct ThreadClock(libc::clockid_t);
 impl ThreadClock {
     pub fn of_this_thread() -> std::io::Result<Self> {
         let mut clock = 0;
-        // SAFETY: the thread exists, for it is this one; `clock` is a valid clockid_t to write to.
+        // SAFETY: this is the thread, so it exists; `clock` is a valid clockid_t to write to.
         match unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) } {
             0 => Ok(ThreadClock(clock)),
             error => Err(std::io::Error::from_raw_os_error(error)),

@@ -54,9 +54,9 @@ impl CoalescedRing {
         Ok(page.map(|page| CoalescedRing { page, consumer: Mutex::new(()) }))
     }
 
-    /// Takes what waits, in order: calls `write` with the port and the bytes written to it, writes to one port joined.
-    /// Returns whether anything waited. A caller who finds nothing knows that all earlier bytes were written: entries are
-    /// given back to KVM after `write`.
+    /// Takes the waiting entries, in order: calls `write` with the port and the bytes written to it, writes to one port
+    /// joined. Returns whether anything waited. If nothing did, all earlier bytes were written: entries are given back
+    /// to KVM after `write`.
     pub fn drain(&self, mut write: impl FnMut(u64, &[u8])) -> bool {
         if self.first().load(Ordering::Acquire) == self.last().load(Ordering::Acquire) {
             return false;
@@ -64,7 +64,7 @@ impl CoalescedRing {
         let _consumer = self.consumer.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut port, mut bytes) = (0, Vec::new());
         let mut first = self.first().load(Ordering::Acquire);
-        // As much as there is now: another vCPU may write without end.
+        // Only the present entries: another vCPU may write without end.
         let last = self.last().load(Ordering::Acquire);
         let has_any = first != last;
         while first != last && first < ENTRIES {
@@ -100,7 +100,7 @@ impl CoalescedRing {
 
 impl Drop for CoalescedRing {
     fn drop(&mut self) {
-        // SAFETY: the page was mapped by `register` and nobody else refers to it.
+        // SAFETY: the page was mapped by `register` and nothing else refers to it.
         unsafe { libc::munmap(self.page.as_ptr().cast(), PAGE) };
     }
 }

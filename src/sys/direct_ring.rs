@@ -9,12 +9,12 @@ use io_uring::{IoUring, opcode, types};
 
 use super::mapping::Buffer;
 
-/// What offset, length and address of a direct read are multiples of: enough for devices with blocks of up to 4 KiB.
+/// Offset, length and address of a direct read are multiples of this: enough for devices with blocks of up to 4 KiB.
 const ALIGN: u64 = 4096;
 
 /// A ring for one file.
 pub struct DirectRing {
-    /// Before the memory it reads into: dropped first.
+    /// Declared before the memory it reads into: dropped first.
     ring: IoUring,
     memory: Buffer,
     file: File,
@@ -25,13 +25,13 @@ pub struct DirectRing {
 }
 
 impl DirectRing {
-    /// For reads of up to `longest` bytes from `file`, which was opened with O_DIRECT, `depth` of them at once.
+    /// A ring for reads of up to `longest` bytes from `file`, which was opened with O_DIRECT, `depth` of them at once.
     ///
     /// # Errors
-    /// Where the host does not permit io_uring, or so much locked memory (ENOMEM).
+    /// The host does not permit io_uring, or so much locked memory (ENOMEM).
     pub fn new(file: File, longest: usize, depth: usize) -> io::Result<Self> {
         let depth = depth.clamp(1, 256);
-        // What is wanted may begin and end within a block.
+        // A read may begin and end within a block.
         let slot = (longest as u64 + ALIGN).next_multiple_of(ALIGN) as usize;
         let ring = IoUring::new(depth as u32)?;
         let mut memory = Buffer::new(slot * depth)?;
@@ -44,20 +44,20 @@ impl DirectRing {
         Ok(DirectRing { ring, memory, file, slot, depth, in_flight: 0 })
     }
 
-    /// How many reads it makes at once.
+    /// The number of reads it makes at once.
     pub fn depth(&self) -> usize {
         self.depth
     }
 
-    /// Reads the ranges `wanted` and gives them to `each` in their order, while the next are being read. Ends early when
-    /// that says `false`.
+    /// Reads the ranges `wanted` and gives them to `each` in their order, while the next are being read. Returns early
+    /// when `each` returns `false`.
     ///
     /// # Errors
-    /// A range longer than the ring was made for; what the kernel says; [`io::ErrorKind::UnexpectedEof`] behind the
+    /// A range longer than the ring was made for; errors of the kernel; [`io::ErrorKind::UnexpectedEof`] behind the
     /// file's end.
     pub fn read(&mut self, wanted: &[Range<u64>], each: &mut dyn FnMut(usize, &[u8]) -> bool) -> io::Result<()> {
         let result = self.read_in_order(wanted, each);
-        // Nothing may be under way when the buffers are used again.
+        // No read may be under way when the buffers are used again.
         let mut drained = Ok(());
         while self.in_flight > 0 && drained.is_ok() {
             drained = self.wait(&mut |_, _| {});
@@ -102,15 +102,16 @@ impl DirectRing {
         let address = self.memory.bytes_mut()[slot * self.slot..].as_mut_ptr();
         let fd = types::Fd(self.file.as_raw_fd());
         let entry = opcode::ReadFixed::new(fd, address, len as u32, slot as u16).offset(offset).build();
-        // SAFETY: the kernel writes to this slot of the registered buffers, which nobody reads until it has said that it
-        // is done, and which outlives the read (`read` waits for all of them, and so does dropping the ring).
+        // SAFETY: the kernel writes to this slot of the registered buffers. This process reads the slot only after the
+        // kernel has reported the end of the read, and the slot outlives the read (`read` waits for all of them, and so
+        // does dropping the ring).
         let pushed = unsafe { self.ring.submission().push(&entry.user_data(slot as u64)) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
         self.in_flight += 1;
         Ok(())
     }
 
-    /// Gives the kernel what was started, waits until something is done, and tells slots and results.
+    /// Submits the started reads, waits until one is done, and gives slots and results to `done`.
     fn wait(&mut self, done: &mut dyn FnMut(usize, i32)) -> io::Result<()> {
         match self.ring.submit_and_wait(1) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
@@ -131,7 +132,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::OpenOptionsExt;
 
-    /// A file of 3 MiB and some bytes, opened past the page cache; `None` where its file system cannot.
+    /// A file of 3 MiB and some bytes, opened past the page cache; `None` if its file system cannot do that.
     fn direct() -> Option<(Vec<u8>, File, tempfile::NamedTempFile)> {
         let bytes: Vec<u8> = (0..3_150_001_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
@@ -147,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_come_in_order_whatever_their_alignment() {
+    fn ranges_of_any_alignment_come_in_order() {
         let Some((bytes, file, _path)) = direct() else { return };
         let ranges: Vec<Range<u64>> = (0..40_u64).map(|n| n * 78_001..n * 78_001 + 1 + n * 1_700).collect();
         for depth in [1, 3, 64] {

@@ -1,4 +1,4 @@
-//! Errors on their way to the user: how an error and its causes become one text.
+//! Errors on their way to the user: makes one text of an error and its causes.
 
 use std::error::Error;
 
@@ -17,7 +17,7 @@ pub(crate) fn error_chain(error: &(dyn Error + 'static)) -> String {
 /// Any room's error on its way to the user.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
-/// What the user asked for cannot be had, in one sentence.
+/// The refusal of a user's request, in one sentence.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Refusal(String);

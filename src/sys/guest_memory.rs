@@ -1,8 +1,8 @@
 //! Guest memory as devices see it.
 //!
-//! Pages may lie in place on a tier that many share: mapped read-only, or under a copy that this VM may not have made yet.
-//! Whoever wants to write asks for slices with [`Permissions::Write`], which goes through the [`WriteGate`]. There is no
-//! other way to a slice of guarded memory: neither its regions nor its host addresses can be had from here.
+//! Pages may lie in place on a tier that many VMs share: mapped read-only, or under a copy that this VM may not have
+//! made yet. A thread that writes gets its slices with [`Permissions::Write`], which goes through the [`WriteGate`].
+//! There is no other way to a slice of guarded memory: this type gives out neither its regions nor its host addresses.
 
 use std::fmt;
 use std::io;
@@ -18,10 +18,10 @@ use vm_memory::{
 
 use crate::snapshot::Extent;
 
-/// Makes guest memory writable that is not.
+/// Makes read-only guest memory writable.
 pub trait WriteGate: Send + Sync + fmt::Debug {
-    /// Called before anybody writes `[gpa, gpa + len)`, which need not be RAM; what of it is RAM can be written from then on
-    /// until the machine ends. The bytes stay as they are.
+    /// Called by [`Memory`] before it gives out a slice to write `[gpa, gpa + len)`, which need not be RAM. On return
+    /// its RAM must be writable until the machine ends, with the same bytes.
     fn open(&self, gpa: u64, len: u64) -> io::Result<()>;
 }
 
@@ -36,24 +36,24 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Memory that can be written everywhere. The regions ascend and do not overlap.
+    /// Memory without a gate. The regions ascend and do not overlap.
     pub fn from_regions(
         regions: Vec<GuestRegionMmap<AtomicBitmap>>,
     ) -> std::result::Result<Self, GuestRegionCollectionError> {
         Ok(Memory { regions: UnguardedMemory::from_regions(regions)?, gate: None })
     }
 
-    /// The same memory; writes ask `gate` first.
+    /// The same memory; writes go through `gate` first.
     pub fn guarded(&self, gate: Arc<dyn WriteGate>) -> Self {
         Memory { regions: self.regions.clone(), gate: Some(gate) }
     }
 
-    /// The memory for those who write it by other ways (loaders of kernels), if nothing of it is guarded.
+    /// The regions themselves, for loaders of kernels, if the memory has no gate.
     pub fn unguarded(&self) -> Option<&UnguardedMemory> {
         self.gate.is_none().then_some(&self.regions)
     }
 
-    /// The marks of written pages, per region, a bit per page; they are cleared.
+    /// Takes the marks of written pages, per region, a bit per page, and clears them.
     pub fn take_marks(&self) -> impl Iterator<Item = Vec<u64>> + '_ {
         self.regions.iter().map(|region| vm_memory::MmapRegion::bitmap(region).get_and_reset())
     }
@@ -87,19 +87,20 @@ pub fn region_bitmap(len: usize) -> AtomicBitmap {
     AtomicBitmap::new(len, PAGE)
 }
 
-/// What came of giving pages back.
+/// The result of giving pages back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Pages that are zero now and cost the host nothing.
     pub released: u64,
-    /// Pages that are no RAM.
+    /// Pages that are not RAM.
     pub outside: u64,
-    /// Pages that are as they were: giving them back would cost more than it brings, or failed.
+    /// Pages left as they are, because giving them back would cost more than it saves, or failed.
     pub refused: u64,
 }
 
-/// Gives guest pages back to the host. Called on the device thread, or on a vCPU's that makes the driver ready.
+/// Gives guest pages back to the host. Called on the device thread, or on the thread of a vCPU that makes the driver
+/// ready.
 pub trait ReleasePages: Send {
-    /// Gives back the pages of `pages`, which may be any: what is no RAM is left alone and counted.
+    /// Must give back the RAM of `pages`, which may be any pages; leaves others alone and counts them.
     fn release(&mut self, pages: Extent) -> Outcome;
 }

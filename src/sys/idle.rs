@@ -1,4 +1,4 @@
-//! Work that is to cost others nothing: it runs while a CPU and the disk have nothing else to do.
+//! Background work that costs others nothing: it runs while a CPU and the disk are idle.
 
 use std::io;
 

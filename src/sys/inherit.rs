@@ -17,7 +17,7 @@ pub fn stream(fd: RawFd) -> io::Result<UnixStream> {
     // SAFETY: only asked about here; a number that is not open makes the calls below fail with EBADF.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
     let flags = fcntl_getfd(borrowed).map_err(|_| refused("is not open"))?;
-    // What this process opens is close-on-exec; what was left for it cannot be.
+    // A descriptor that this process opened is close-on-exec; an inherited one cannot be.
     if flags.contains(FdFlags::CLOEXEC) {
         return Err(refused("was not inherited"));
     }

@@ -1,8 +1,8 @@
-//! Getting a vCPU thread out of `KVM_RUN` (KVM API, `immediate_exit`).
+//! Gets a vCPU thread out of `KVM_RUN` (KVM API, `immediate_exit`).
 //!
-//! A signal alone can arrive just before the thread enters the kernel and be lost. So whoever kicks first writes
-//! `kvm_run.immediate_exit`, then sends the signal: either the signal interrupts the running ioctl, or the next
-//! ioctl returns at once. The handler itself does nothing.
+//! A signal alone can arrive just before the thread enters the kernel and be lost. So the kicking thread first writes
+//! `kvm_run.immediate_exit`, then sends the signal: either the signal interrupts the running ioctl, or the next ioctl
+//! returns at once. The handler itself does nothing.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -58,12 +58,12 @@ pub fn signal<T>(thread: &std::thread::JoinHandle<T>) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
 }
 
-/// A timer that sends the kick signal to the thread that made it, again and again until it is dropped: ends system calls
-/// that may otherwise never return.
+/// A timer that sends the kick signal to the thread that made it, again and again until it is dropped: ends system
+/// calls that may otherwise never return.
 pub struct Alarm(libc::timer_t);
 
 impl Alarm {
-    /// First after `every`, then each `every` later.
+    /// Arms the timer: first after `every`, then each `every` later.
     pub fn for_this_thread(every: Duration) -> io::Result<Self> {
         // SAFETY: a sigevent is plain integers and pointers, for which zeroes are a valid value.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };

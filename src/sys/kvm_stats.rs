@@ -1,4 +1,4 @@
-//! How many translations KVM has made for a VM (KVM API 4.133, `KVM_GET_STATS_FD`).
+//! Counts of the translations that KVM has made for a VM (KVM API 4.133, `KVM_GET_STATS_FD`).
 
 use std::fs::File;
 use std::io;
@@ -15,17 +15,17 @@ ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
 /// Bytes of `struct kvm_stats_header`, and of `struct kvm_stats_desc` without its name.
 const HEADER: usize = 24;
 const DESCRIPTION: usize = 16;
-/// More are no statistics of a VM.
+/// The most statistics that a VM can have; more are an error.
 const MOST: u32 = 1024;
 
-/// Translations in KVM's page tables for the guest now: what it has faulted in and not lost again.
+/// Translations in KVM's page tables for the guest now: faulted in and not lost again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Translations {
     pub pages_4k: u64,
     pub pages_2m: u64,
 }
 
-/// Reads them; `None` on a kernel that does not count (before 5.14).
+/// Reads the counts; `None` on a kernel that has none (before 5.14).
 pub fn translations(vm: &VmFd) -> io::Result<Option<Translations>> {
     // SAFETY: takes no argument and returns a new descriptor.
     let fd = unsafe { ioctl(vm, KVM_GET_STATS_FD()) };
@@ -34,7 +34,7 @@ pub fn translations(vm: &VmFd) -> io::Result<Option<Translations>> {
         let is_unknown = matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL));
         return if is_unknown { Ok(None) } else { Err(error) };
     }
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new and has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     let mut header = [0; HEADER];
     file.read_exact_at(&mut header, 0)?;

@@ -2,8 +2,8 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the number of descriptors this process may have open to at least `wanted`, as far as it is allowed to. What
-/// is beyond is refused when it is needed.
+/// Raises the number of descriptors this process may have open to at least `wanted`, or to the highest number allowed.
+/// Later opens beyond that fail.
 pub fn raise_open_files(wanted: u64) {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let wanted = maximum.map_or(wanted, |maximum| wanted.min(maximum));

@@ -1,5 +1,6 @@
-//! Lines on their way to files, pipes and terminals whose reader may be slow or gone. A line waits in a queue of bounded
-//! length, which one thread writes out, so that no caller ever waits in write(2). The thread exists while there are lines.
+//! Writes lines to files, pipes and terminals whose reader may be slow or gone. A line waits in a queue of bounded
+//! length, and one thread writes the queue out, so that no caller ever waits in write(2). The thread exists while there
+//! are lines.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -20,7 +21,7 @@ const IDLE: Duration = Duration::from_secs(1);
 /// A descriptor that polls writable takes this many bytes without blocking (pipe(7), PIPE_BUF).
 const WRITE_MAX: usize = 4096;
 
-/// Where a line goes.
+/// The destination of a line.
 #[derive(Clone, Debug)]
 pub enum Target {
     StandardError,
@@ -36,7 +37,7 @@ impl Target {
     }
 }
 
-/// The queue, shared by those who add lines and the thread that writes them.
+/// The queue, shared by the threads that add lines and the thread that writes them.
 #[derive(Debug, Default)]
 pub struct Lines {
     state: Mutex<State>,
@@ -74,7 +75,7 @@ impl Lines {
         }
     }
 
-    /// Adds a line whatever else waits. For the few lines that say why a process ends.
+    /// Adds a line however full the queue is. For the few lines that give the reason of a process's end.
     pub fn put_always(self: &Arc<Self>, target: &Target, line: String) {
         self.add(self.lock(), target, line);
     }
@@ -90,7 +91,7 @@ impl Lines {
             });
             state.has_thread = spawned.is_ok();
             if spawned.is_err() {
-                // The limit of threads is reached: what can be written without blocking is written here.
+                // The limit of threads is reached: write here as much as can be written without blocking.
                 state.write_now();
             }
         }
@@ -116,7 +117,7 @@ impl Lines {
         LineCounts { written: state.written, dropped: state.dropped }
     }
 
-    /// Why the last line that failed could not be written; asked once.
+    /// Takes the error of the last line that could not be written.
     pub fn take_failure(&self) -> Option<io::Error> {
         self.lock().failure.take()
     }
@@ -160,7 +161,7 @@ impl State {
         }
     }
 
-    /// Writes what can be written without blocking, without a thread; the rest is lost.
+    /// Writes as much as can be written without blocking, without a thread; the rest is lost.
     fn write_now(&mut self) {
         while let Some((target, line)) = self.waiting.pop_front() {
             self.waiting_bytes -= line.len();

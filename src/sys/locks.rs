@@ -18,7 +18,7 @@ fn fcntl(file: &File, command: i32, lock: &mut libc::flock) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Takes the lock of `byte` for writing. `false`: another open file has it.
+/// Takes the lock of `byte` for writing. Returns `false` if another open file has it.
 pub fn try_lock(file: &File, byte: u64) -> io::Result<bool> {
     match fcntl(file, libc::F_OFD_SETLK, &mut flock(libc::F_WRLCK, byte)?) {
         Ok(()) => Ok(true),
@@ -27,8 +27,8 @@ pub fn try_lock(file: &File, byte: u64) -> io::Result<bool> {
     }
 }
 
-/// Takes the lock of `byte` together with others that read, on a file that need not be open for writing. `false`: another
-/// open file has it for writing.
+/// Takes the lock of `byte` for reading, on a file that need not be open for writing. Returns `false` if another open
+/// file has it for writing.
 pub fn try_lock_shared(file: &File, byte: u64) -> io::Result<bool> {
     match fcntl(file, libc::F_OFD_SETLK, &mut flock(libc::F_RDLCK, byte)?) {
         Ok(()) => Ok(true),
@@ -37,7 +37,7 @@ pub fn try_lock_shared(file: &File, byte: u64) -> io::Result<bool> {
     }
 }
 
-/// Where in `bytes` another open file has a lock of any kind: one of the places, not always the first.
+/// A byte in `bytes` on which another open file has a lock of any kind: any of them, not always the first.
 pub fn locked_in(file: &File, bytes: &Range<u64>) -> io::Result<Option<u64>> {
     let len = libc::off_t::try_from(bytes.end.saturating_sub(bytes.start));
     let mut lock = flock(libc::F_WRLCK, bytes.start)?;
@@ -51,12 +51,12 @@ pub fn locked_in(file: &File, bytes: &Range<u64>) -> io::Result<Option<u64>> {
     Ok(is_locked.then(|| (lock.l_start as u64).max(bytes.start)))
 }
 
-/// Gives it back.
+/// Gives the lock of `byte` back.
 pub fn unlock(file: &File, byte: u64) -> io::Result<()> {
     fcntl(file, libc::F_OFD_SETLK, &mut flock(libc::F_UNLCK, byte)?)
 }
 
-/// Whether another open file has the lock of `byte`.
+/// True if another open file has the lock of `byte`.
 pub fn is_locked(file: &File, byte: u64) -> io::Result<bool> {
     let mut lock = flock(libc::F_WRLCK, byte)?;
     fcntl(file, libc::F_OFD_GETLK, &mut lock)?;

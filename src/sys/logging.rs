@@ -20,10 +20,10 @@ use super::lines::{Lines, Target};
 /// Lines that one place in the code may log within [`WINDOW`]; a guest can make a device complain as often as it likes.
 const LINES_PER_WINDOW: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(5);
-/// How long the end of the process waits for a reader of its last lines.
+/// Time that the end of the process waits for a reader of its last lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
-/// How lines look and which are written. Replaced as a whole when the API configures the logger.
+/// The target, form and filter of lines. Replaced as a whole when the API configures the logger.
 struct Settings {
     target: Target,
     level: LevelFilter,
@@ -58,14 +58,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What is to change of the log; what is `None` stays as it is.
+/// Changes of the log; fields that are `None` stay as they are.
 #[derive(Debug, Default)]
 pub struct LogChange {
     pub file: Option<File>,
     pub level: Option<LevelFilter>,
     pub show_level: Option<bool>,
     pub show_origin: Option<bool>,
-    /// Only messages of modules whose path begins so.
+    /// Only messages of modules whose path begins with this.
     pub module: Option<String>,
 }
 
@@ -83,8 +83,8 @@ pub fn init(change: LogChange) {
     let _ = tracing::subscriber::set_global_default(Subscribed);
 }
 
-/// Opens a file or named pipe that lines are appended to; a file is made if it is missing. A pipe without a reader is refused
-/// (ENXIO) instead of waited for.
+/// Opens a file or named pipe that lines are appended to; a file is made if it is missing. A pipe without a reader is
+/// refused (ENXIO) instead of waited for.
 pub fn open_to_append(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
@@ -96,8 +96,8 @@ pub fn say(text: &str) {
     LINES.flush(LAST_LINES);
 }
 
-/// Logs how many messages were left out, and waits for the last lines to be written, but not for long. Call before the
-/// process ends.
+/// Logs how many messages were left out, and waits up to [`LAST_LINES`] for the last lines to be written. Call before
+/// the process ends.
 pub fn finish() {
     for source in lock(&SOURCES).values_mut() {
         if source.left_out > 0 {
@@ -118,12 +118,12 @@ pub fn counts() -> Value {
     json!({ "written_count": counts.written, "dropped_count": counts.dropped, "left_out_count": left_out })
 }
 
-/// A place in the code that logs, and how much it has logged.
+/// A place in the code that logs, with the count of its messages.
 struct Source {
     metadata: &'static Metadata<'static>,
     window_begun: Instant,
     in_window: u32,
-    /// Messages since the last that was written.
+    /// Messages left out since the last that was written.
     left_out: u64,
     left_out_in_all: u64,
 }
@@ -133,7 +133,7 @@ impl Source {
         Source { metadata, window_begun: now, in_window: 0, left_out: 0, left_out_in_all: 0 }
     }
 
-    /// Whether the source may log now; if so, how many of its messages were left out before.
+    /// Returns the number of messages left out before, if the source may log now.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         if now.saturating_duration_since(self.window_begun) >= WINDOW {
             self.window_begun = now;
@@ -149,7 +149,7 @@ impl Source {
     }
 }
 
-/// Writes events as lines. No spans: slices of time are the timeline's business.
+/// Writes events as lines. It has no spans: the timeline measures slices of time.
 struct Subscribed;
 
 impl Subscriber for Subscribed {

@@ -1,16 +1,18 @@
-//! Mapped memory that cannot be had any more: the file was cut, its disk fails, or the host's memory is broken.
+//! Lost memory: mapped pages that cannot be read any more, because the file was cut, its disk fails, or the host's
+//! memory is broken.
 //!
-//! The kernel has two answers. A thread of this process that touches such a page gets SIGBUS; a system call that works on it,
-//! KVM_RUN included, fails with EFAULT (or EHWPOISON). Every mapping of a file is therefore listed in a table, by which
-//! both find the same sentence: which guest page, which file, which offset, and why.
+//! The kernel has two answers. A thread of this process that touches such a page gets SIGBUS; a system call that works
+//! on it, KVM_RUN included, fails with EFAULT (or EHWPOISON). A table lists every mapping of a file, so that both paths
+//! find the same sentence: guest page, file, offset, and cause.
 //!
 //! ```text
 //! thread touches page ─► SIGBUS ─► on_sigbus: reason, eventfd of the main loop ─► sleep until the process ends
 //! KVM_RUN or read(2) ──► EFAULT ─► at_gpa: probe the page (MADV_POPULATE_READ) ─► reason ─► Ending::MemoryLost
 //! ```
 //!
-//! The handler calls only what signal-safety(7) allows. It reads the tables without a lock; a table is freed only while no
-//! handler reads one. A thread that has touched lost memory never goes on: what it would do with other bytes is unknown.
+//! The handler calls only functions that signal-safety(7) allows. It reads the tables without a lock; a table is freed
+//! only while no handler reads one. A thread that has touched lost memory never goes on: other bytes would have unknown
+//! effects.
 
 use std::cell::UnsafeCell;
 use std::fmt::{self, Write};
@@ -28,13 +30,13 @@ use vmm_sys_util::eventfd::EventFd;
 use super::terminal;
 use crate::snapshot::{Extent, PAGE_SIZE};
 
-/// The exit code of a process whose guest's memory was lost, or is not what was captured.
+/// The exit code of a process whose guest's memory was lost, or differs from the captured memory.
 pub const EXIT_CODE: u8 = 3;
 
-/// The first words of what is said when a guest ends for a reason of the host's.
+/// The first words of the message when a guest ends for a reason of the host's.
 pub const CANNOT_GO_ON: &str = "The guest cannot go on";
 
-/// How long the main loop has to take the reason, write its report and end the process.
+/// Time for the main loop to take the reason, write its report and end the process.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Tables at once: guest RAM, pmem images, pools.
@@ -47,14 +49,14 @@ pub struct Mapping {
     /// Host address and length in bytes.
     pub address: usize,
     pub len: usize,
-    /// Which of the table's files, and from which offset.
+    /// Index in the table's files, and offset in the file.
     pub file: usize,
     pub offset: u64,
-    /// Where the guest sees it, if it does.
+    /// Guest-physical address, if the guest sees the mapping.
     pub gpa: Option<u64>,
 }
 
-/// A file that is mapped, kept open so that its length can be asked for.
+/// A mapped file, kept open so that its length can be read.
 #[derive(Debug)]
 pub struct MappedFile {
     file: File,
@@ -66,7 +68,7 @@ impl MappedFile {
         Ok(MappedFile { file: file.try_clone()?, name: path.display().to_string() })
     }
 
-    /// The same for a file whose path only the kernel knows.
+    /// As [`new`](Self::new), for a file whose path only the kernel knows.
     pub fn unnamed(file: &File) -> io::Result<Self> {
         let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         MappedFile::new(file, &path)
@@ -80,7 +82,7 @@ struct Table {
 }
 
 static TABLES: [AtomicPtr<Table>; SLOTS] = [const { AtomicPtr::new(null_mut()) }; SLOTS];
-/// Readers of tables now.
+/// The number of threads that read tables now.
 static READERS: AtomicUsize = AtomicUsize::new(0);
 /// The eventfd of the main loop; -1: nothing listens.
 static LISTENER: AtomicI32 = AtomicI32::new(-1);
@@ -91,7 +93,7 @@ static REASON: Reason = Reason { state: AtomicU8::new(Reason::NONE), text: Unsaf
 #[derive(Debug)]
 pub struct Watched(usize);
 
-/// Lists mappings of files. Where all places are taken the mappings go unlisted: what is then said names no file.
+/// Lists mappings of files. If all slots are taken, the mappings stay unlisted, and an error about them names no file.
 pub fn watch(files: Vec<Option<MappedFile>>, mut mappings: Vec<Mapping>) -> Option<Watched> {
     mappings.sort_unstable_by_key(|mapping| mapping.address);
     let table = Box::into_raw(Box::new(Table { files, mappings }));
@@ -108,13 +110,14 @@ pub fn watch(files: Vec<Option<MappedFile>>, mut mappings: Vec<Mapping>) -> Opti
 impl Drop for Watched {
     fn drop(&mut self) {
         let table = TABLES[self.0].swap(null_mut(), Ordering::SeqCst);
-        // Readers that came before the swap may still look at the table; those that come later do not find it. Reading takes
+        // Readers that came before the swap may still read the table; later ones do not find it. Reading takes
         // microseconds.
         while READERS.load(Ordering::SeqCst) != 0 {
             std::thread::yield_now();
         }
         if !table.is_null() {
-            // SAFETY: `watch` made the pointer from a box; only this object takes it out of its slot, and no reader is left.
+            // SAFETY: `watch` made the pointer from a box; only this object takes it out of its slot, and no reader is
+            // left.
             drop(unsafe { Box::from_raw(table) });
         }
     }
@@ -124,27 +127,28 @@ impl Drop for Watched {
 fn find_in_tables<T>(mut find: impl FnMut(&Table) -> Option<T>) -> Option<T> {
     READERS.fetch_add(1, Ordering::SeqCst);
     let found = TABLES.iter().find_map(|slot| {
-        // SAFETY: a table in a slot is not freed while `READERS` counts this reader (see `Watched::drop`), and never changes.
+        // SAFETY: a table in a slot is not freed while `READERS` counts this reader (see `Watched::drop`), and never
+        // changes.
         unsafe { slot.load(Ordering::SeqCst).as_ref() }.and_then(&mut find)
     });
     READERS.fetch_sub(1, Ordering::SeqCst);
     found
 }
 
-/// Why a page cannot be had.
+/// The cause of a loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cause {
     /// The file ends before it.
     Cut { len: u64 },
     /// The page is a hole of a file on a tmpfs without free pages: even reading it needs one.
     NoSpace,
-    /// Reading fails.
+    /// Reading the file fails.
     Unreadable,
     /// The host's memory has a hardware error (hwpoison).
     Hardware,
 }
 
-/// A page that cannot be had.
+/// A lost page.
 struct Lost<'t> {
     name: &'t str,
     offset: u64,
@@ -171,7 +175,7 @@ impl fmt::Display for Cause {
     }
 }
 
-/// Writes what every way to find lost memory says.
+/// Writes the sentence that every way to find lost memory uses.
 fn describe(out: &mut impl Write, gpa: Option<u64>, name: &str, offset: u64, cause: &dyn fmt::Display) -> fmt::Result {
     match gpa {
         Some(gpa) => write!(out, "Cannot read guest memory at guest-physical {gpa:#x} from {name}")?,
@@ -180,7 +184,7 @@ fn describe(out: &mut impl Write, gpa: Option<u64>, name: &str, offset: u64, cau
     write!(out, " at offset {offset:#x}: {cause}. Restore again from an intact copy")
 }
 
-/// Why reading a file failed, in the words of this page.
+/// The cause of a failed read of a file, in the words of these messages.
 pub fn cause_of(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => "the file was cut while it was in use".to_string(),
@@ -188,7 +192,7 @@ pub fn cause_of(error: &io::Error) -> String {
     }
 }
 
-/// Says that the page at `gpa` cannot be had from `offset` of the file `name`.
+/// The sentence for a page at `gpa` that cannot be read from `offset` of the file `name`.
 pub fn sentence(gpa: u64, name: &Path, offset: u64, cause: &dyn fmt::Display) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -218,7 +222,7 @@ impl Table {
         (stat.st_mode & libc::S_IFMT == libc::S_IFREG).then_some(stat.st_size as u64)
     }
 
-    /// Whether a mapping's file lies on a tmpfs that has no page left. Safe in a signal handler.
+    /// True if a mapping's file lies on a tmpfs that has no page left. Safe in a signal handler.
     fn is_on_full_tmpfs(&self, mapping: &Mapping) -> bool {
         let Some(file) = self.file(mapping) else { return false };
         let mut stat = MaybeUninit::<libc::statfs>::uninit();
@@ -232,7 +236,7 @@ impl Table {
         stat.f_type == libc::TMPFS_MAGIC && stat.f_blocks > 0 && stat.f_bavail == 0
     }
 
-    /// The page at `address`, which could not be had.
+    /// Describes the lost page at `address`.
     fn lost(&self, address: usize, is_hardware: bool) -> Option<Lost<'_>> {
         let at = self.mappings.partition_point(|mapping| mapping.address <= address).checked_sub(1)?;
         let mapping = &self.mappings[at];
@@ -273,10 +277,10 @@ impl Table {
     }
 }
 
-/// Why the page of guest memory at `gpa` cannot be had; `None` if it can, or comes from no file.
+/// The reason why the page of guest memory at `gpa` is lost; `None` if it is not, or comes from no file.
 pub fn at_gpa(gpa: u64) -> Option<String> {
     let address = find_in_tables(|table| table.address_of(gpa / PAGE_SIZE * PAGE_SIZE))?;
-    // Outside of the tables: it may take long.
+    // Outside of the tables, because it may take long.
     let is_hardware = match probe(address) {
         Some(libc::EFAULT) => false,
         Some(libc::EHWPOISON) => true,
@@ -285,12 +289,12 @@ pub fn at_gpa(gpa: u64) -> Option<String> {
     find_in_tables(|table| table.lost(address, is_hardware).map(text_of))
 }
 
-/// The same for the first such page of `extent`.
+/// As [`at_gpa`], for the first lost page of `extent`.
 pub fn within(extent: Extent) -> Option<String> {
     (0..extent.pages).find_map(|page| at_gpa(extent.gpa() + page * PAGE_SIZE))
 }
 
-/// Why the first page of guest memory that lies behind the end of its file cannot be had.
+/// The reason why the first page of guest memory behind the end of its file is lost; `None` if there is no such page.
 pub fn behind_an_end() -> Option<String> {
     find_in_tables(|table| table.first_cut().map(text_of))
 }
@@ -321,7 +325,7 @@ impl Text {
 }
 
 impl Write for Text {
-    /// Leaves out what does not fit.
+    /// Leaves out text that does not fit.
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let count = text.len().min(REASON_MAX - self.len);
         self.bytes[self.len..self.len + count].copy_from_slice(&text.as_bytes()[..count]);
@@ -336,8 +340,8 @@ struct Reason {
     text: UnsafeCell<Text>,
 }
 
-// SAFETY: `text` is written only by the thread that moved `state` from NONE to BEING_WRITTEN, and read only once `state` is
-// WRITTEN, after which it never changes.
+// SAFETY: `text` is written only by the thread that moved `state` from NONE to BEING_WRITTEN, and read only once
+// `state` is WRITTEN, after which it never changes.
 unsafe impl Sync for Reason {}
 
 impl Reason {
@@ -345,7 +349,7 @@ impl Reason {
     const BEING_WRITTEN: u8 = 1;
     const WRITTEN: u8 = 2;
 
-    /// Lets `write` write the reason, unless there is one. Whether this call did.
+    /// Lets `write` write the reason, unless there is one. Returns whether this call did.
     fn set(&self, write: impl FnOnce(&mut Text)) -> bool {
         let (none, writing) = (Self::NONE, Self::BEING_WRITTEN);
         if self.state.compare_exchange(none, writing, Ordering::SeqCst, Ordering::SeqCst).is_err() {
@@ -361,30 +365,30 @@ impl Reason {
         if self.state.load(Ordering::SeqCst) != Self::WRITTEN {
             return None;
         }
-        // SAFETY: it is written and does not change any more.
+        // SAFETY: the text is written and does not change any more.
         let text = unsafe { &*self.text.get() };
         Some(&text.bytes[..text.len])
     }
 }
 
-/// What a thread of this process touched in vain, once one has.
+/// The reason of the first touch of lost memory by a thread of this process, if there was one.
 pub fn touched() -> Option<String> {
     REASON.get().map(|text| String::from_utf8_lossy(text).into_owned())
 }
 
-/// Wakes `event` when a thread touches lost memory, until the result is dropped. `event` stays open as long.
+/// Makes a touch of lost memory wake `event` until the result is dropped. `event` must stay open as long.
 pub fn listen(event: &EventFd) -> Listening {
     LISTENER.store(event.as_raw_fd(), Ordering::SeqCst);
     Listening(event.as_raw_fd())
 }
 
-/// The main loop listens.
+/// The main loop's registration for touches of lost memory.
 #[derive(Debug)]
 pub struct Listening(RawFd);
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        // Another machine of this process may listen by now.
+        // Another machine of this process may have registered by now.
         let _ = LISTENER.compare_exchange(self.0, -1, Ordering::SeqCst, Ordering::SeqCst);
     }
 }
@@ -396,7 +400,7 @@ pub fn install_handler() -> io::Result<()> {
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_sigbus;
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO;
-    // SAFETY: the structure is initialised, and the handler has the signature that SA_SIGINFO asks for.
+    // SAFETY: the structure is initialised, and the handler has the signature that SA_SIGINFO requires.
     match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -410,7 +414,7 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     // SAFETY: the kernel passes a valid siginfo to a handler with SA_SIGINFO, and SIGBUS by the kernel has an address.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
     if code == BUS_MCEERR_AO {
-        // A warning about memory that nothing has touched yet.
+        // A warning about memory that no thread has touched yet.
         return;
     }
     if code <= BUS_ADRALN {
@@ -443,11 +447,11 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     }
     terminal::restore_in_handler();
     say();
-    // SAFETY: ends the process without running anything of it.
+    // SAFETY: ends the process without running any of its destructors.
     unsafe { libc::_exit(libc::c_int::from(EXIT_CODE)) }
 }
 
-/// Gives the signal its ordinary effect, which it has when the handler returns and the touch is repeated.
+/// Gives the signal its default effect, which it has when the handler returns and the touch is repeated.
 fn die_by(signal: libc::c_int) {
     // SAFETY: both calls are safe in a handler; the signal is blocked while its handler runs, and comes after it.
     unsafe {
@@ -456,7 +460,7 @@ fn die_by(signal: libc::c_int) {
     }
 }
 
-/// Sleeps the whole time, whatever signals come.
+/// Sleeps the whole time, despite signals.
 fn sleep(time: Duration) {
     let mut left =
         libc::timespec { tv_sec: time.as_secs() as libc::time_t, tv_nsec: libc::c_long::from(time.subsec_nanos()) };
@@ -465,8 +469,7 @@ fn sleep(time: Duration) {
     while unsafe { libc::nanosleep(rest, rest) } != 0 {}
 }
 
-/// Writes the reason to standard error, if that takes it at once. It is no longer than what a pipe that polls as writable
-/// takes.
+/// Writes the reason to standard error, if that takes it at once. The reason fits into a pipe that polls as writable.
 fn say() {
     let mut line = Text::EMPTY;
     let reason = REASON.get().unwrap_or_default();
@@ -503,7 +506,7 @@ mod tests {
         let watched = watch(vec![Some(MappedFile::new(file.as_file(), file.path()).unwrap())], vec![mapping]).unwrap();
         assert_eq!(at_gpa(GPA + 3 * PAGE_SIZE), None);
         file.as_file().set_len(6 * PAGE_SIZE + 1).unwrap();
-        // The last page that is there in part is zeros behind the end.
+        // The last page that the file has in part is zeros behind the end.
         assert_eq!(at_gpa(GPA + 2 * PAGE_SIZE), None);
         let said = at_gpa(GPA + 3 * PAGE_SIZE + 17).unwrap();
         for part in [&format!("{:#x} from {} at", GPA + 3 * PAGE_SIZE, file.path().display()), "0x7000", "24577 bytes"]

@@ -81,7 +81,7 @@ impl Reservation {
         self.map_fixed(offset, len, libc::MAP_NORESERVE, file.as_raw_fd(), file_offset)
     }
 
-    /// Puts a shared mapping of the first `len` bytes of `file` at the start; writable if asked for. Bytes between the
+    /// Puts a shared mapping of the first `len` bytes of `file` at the start; writable if `writable`. Bytes between the
     /// file's end and the end of its last page are zeros; the file must not shrink while it is mapped.
     pub fn map_file_shared(&self, len: usize, file: &File, writable: bool) -> io::Result<()> {
         let access = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
@@ -94,8 +94,9 @@ impl Reservation {
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Puts a shared mapping of `file`, which can be read and not written, at `[offset, offset + len)`. For what cannot be
-    /// mapped private (device DAX), and like it; see [`map_file_private`](Self::map_file_private) for the file's length.
+    /// Puts a shared, read-only mapping of `file` at `[offset, offset + len)`: for files that cannot be mapped private
+    /// (device DAX), or that the user wants mapped like those. See [`map_file_private`](Self::map_file_private) for the
+    /// file's length.
     pub fn map_file_read_only(&self, offset: usize, len: usize, file: &File, file_offset: u64) -> io::Result<()> {
         let file_offset =
             libc::off_t::try_from(file_offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -108,20 +109,21 @@ impl Reservation {
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Replaces `[offset, offset + len)` (page aligned) by a local copy of itself that can be written. The copy is made at
-    /// the same place of `stage`, which is anonymous memory of the same length, and then moved: whoever reads the range
-    /// meanwhile sees the old bytes or the new ones, which are the same, and waits for the move if it must. `stage` is empty
-    /// afterwards. Neighbouring copies become one mapping, for the kernel takes them for parts of the one of `stage`.
+    /// Replaces `[offset, offset + len)` (page aligned) by a local copy of itself that can be written. The copy is made
+    /// at the same place of `stage`, which is anonymous memory of the same length, and then moved. A thread that reads
+    /// the range meanwhile sees the old bytes or the new ones, which are the same, and waits for the move if it must.
+    /// `stage` is empty afterwards. Neighbouring copies become one mapping, because the kernel takes them for parts of
+    /// the one of `stage`.
     ///
     /// # Safety
-    /// Nobody writes the range meanwhile.
+    /// No thread writes the range meanwhile.
     pub unsafe fn copy_locally(&self, stage: &Reservation, offset: usize, len: usize) -> io::Result<()> {
         self.check(offset, len)?;
         stage.check(offset, len)?;
         // SAFETY: both ranges were checked to lie in their reservations, which do not overlap; the one that is read is
-        // mapped readable and not written (the caller's promise), the other is anonymous memory that only this call uses.
-        // mremap(2) then moves pages from one to the other and touches nothing else: with MREMAP_DONTUNMAP the stage stays
-        // mapped.
+        // mapped readable and not written (the caller's promise), the other is anonymous memory that only this call
+        // uses. mremap(2) then moves pages from one to the other and touches nothing else: with MREMAP_DONTUNMAP the
+        // stage stays mapped.
         let moved = unsafe {
             let (to, aside) = (self.base.as_ptr().add(offset), stage.base.as_ptr().add(offset));
             std::ptr::copy_nonoverlapping(to.cast_const(), aside, len);
@@ -148,7 +150,7 @@ impl Reservation {
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Asks for huge pages in `[offset, offset + len)`, where the host has them enabled for those who ask.
+    /// Asks for huge pages in `[offset, offset + len)`, if the host enables them on request.
     pub fn advise_huge(&self, offset: usize, len: usize) -> io::Result<()> {
         self.check(offset, len)?;
         self.advise(offset, len, libc::MADV_HUGEPAGE)
@@ -164,8 +166,8 @@ impl Reservation {
         }
     }
 
-    /// Gives the memory of `[offset, offset + len)` back to the host: what is anonymous reads as zeros afterwards, what is
-    /// a mapping of a file as the file.
+    /// Gives the memory of `[offset, offset + len)` back to the host: anonymous memory then reads as zeros, a mapping
+    /// of a file as the file.
     pub fn discard(&self, offset: usize, len: usize) -> io::Result<()> {
         self.check(offset, len)?;
         self.advise(offset, len, libc::MADV_DONTNEED)
@@ -260,7 +262,7 @@ impl Populator {
         self.start
     }
 
-    /// The part `[offset, offset + len)` of it, as far as it reaches.
+    /// Its part `[offset, offset + len)`, cut at its end.
     pub fn part(self, offset: usize, len: usize) -> Populator {
         let offset = offset.min(self.len);
         Populator { start: self.start + offset, len: len.min(self.len - offset) }
@@ -274,7 +276,8 @@ impl Populator {
     }
 }
 
-/// Populating memory fails with EFAULT where a touch would be SIGBUS (madvise(2)): the mapped file was cut, or its disk fails.
+/// Populating memory fails with EFAULT where a touch would be SIGBUS (madvise(2)): the mapped file was cut, or its disk
+/// fails.
 fn unreadable(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::EFAULT) => io::Error::from_raw_os_error(libc::EIO),
@@ -290,12 +293,12 @@ impl Drop for Reservation {
 
 fn unmap(start: usize, len: usize) {
     if len != 0 {
-        // SAFETY: callers pass only ranges of a mapping that this module made and nobody else refers to any more.
+        // SAFETY: callers pass only ranges of a mapping that this module made and that nothing else refers to any more.
         unsafe { libc::munmap(start as *mut libc::c_void, len) };
     }
 }
 
-/// How many mappings this process has.
+/// The number of mappings of this process.
 pub fn count_mappings() -> io::Result<usize> {
     let maps = io::BufReader::with_capacity(64 << 10, File::open("/proc/self/maps")?);
     io::BufRead::split(maps, b'\n').try_fold(0, |count, line| line.map(|_| count + 1))

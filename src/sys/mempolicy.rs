@@ -1,4 +1,4 @@
-//! From which NUMA node this thread's memory comes (set_mempolicy(2)).
+//! Chooses the NUMA node of this thread's memory (set_mempolicy(2)).
 
 use std::io;
 use std::marker::PhantomData;
@@ -9,10 +9,10 @@ const BIND: libc::c_long = 2;
 /// Nodes that a mask has room for, as the kernel counts (`MAX_NUMNODES` is at most that).
 const NODES: usize = 1024;
 
-/// While it lives, new memory of this thread comes from one node only.
+/// Takes new memory of this thread from one node only, while it lives.
 #[derive(Debug)]
 pub struct Bound {
-    /// Of the thread that made it.
+    /// The binding is that of the thread that made it.
     _thread: PhantomData<*const ()>,
 }
 
@@ -26,8 +26,8 @@ pub fn bind(node: u32) -> io::Result<Bound> {
 }
 
 fn set(mode: libc::c_long, mask: *const u64, bits: usize) -> io::Result<()> {
-    // SAFETY: the kernel reads at most `bits - 1` bits from `mask`, which callers have (none, if it is null), and changes
-    // only where this thread's next pages come from.
+    // SAFETY: the kernel reads at most `bits - 1` bits from `mask`, which callers have (none, if it is null), and
+    // changes only the node of this thread's next pages.
     match unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, bits) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -1,10 +1,10 @@
-//! What a process needs from its host, one file a facility, each behind a small safe owner.
+//! Facilities that a process needs from its host, one file each, behind small safe owners.
 //!
-//! Owns: raw system calls (mappings, userfaultfd, signals, page cache, namespaces), clocks and time slices, the log, standard
-//! output, worker threads, bounded waits, spans for a collector. Nothing outside maps memory, signals threads or speaks an
-//! ioctl that kvm-ioctls does not have.
-//! Must not know: what a call is for. Of the other rooms it imports only the nouns of `snapshot`.
-//! Start reading: `mapping.rs` (who owns a mapping), `lost.rs` (what happens when a mapped page cannot be read).
+//! Owns: raw system calls (mappings, userfaultfd, signals, page cache, namespaces), clocks and time slices, the log,
+//! standard output, worker threads, bounded waits, spans for a collector. Nothing outside maps memory, signals threads
+//! or calls an ioctl that kvm-ioctls lacks.
+//! Must not know: the purpose of a call. Of the other rooms it imports only the nouns of `snapshot`.
+//! Start reading: `mapping.rs` (ownership of a mapping), `lost.rs` (mapped pages that cannot be read).
 
 pub mod guest_memory;
 pub(crate) mod handshake;
@@ -24,6 +24,7 @@ pub mod code;
 pub mod direct_ring;
 pub mod dirty_log;
 pub mod errors;
+pub mod heap;
 pub mod idle;
 pub mod inherit;
 pub mod kick;

@@ -1,4 +1,4 @@
-//! Named network namespaces (ip-netns(8)): children that start in one.
+//! Named network namespaces (ip-netns(8)), and children that start in one.
 
 use std::fs::File;
 use std::io;
@@ -7,18 +7,18 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// Where iproute2 keeps them.
+/// The folder where iproute2 keeps them.
 const FOLDER: &str = "/var/run/netns";
 
-/// Why nobody can be started in a network namespace.
+/// The reason why no child can start in a network namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is none of this name.
+    /// There is no namespace of this name.
     #[error("There is no network namespace `{name}` ({}): make it with `ip netns add {name}`.", path.display())]
     Missing {
         /// Its name.
         name: String,
-        /// Where it should be.
+        /// Its expected path.
         path: PathBuf,
     },
     /// It cannot be opened.
@@ -26,12 +26,12 @@ pub enum Error {
     Open {
         /// Its name.
         name: String,
-        /// Where it is.
+        /// Its path.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The kernel does not let us.
+    /// The kernel does not permit it.
     #[error("Network namespace `{name}` cannot be entered: that needs CAP_SYS_ADMIN.")]
     NotPermitted {
         /// Its name.
@@ -42,7 +42,7 @@ pub enum Error {
     NoNamespace {
         /// Its name.
         name: String,
-        /// Where it is.
+        /// Its path.
         path: PathBuf,
     },
 }
@@ -56,7 +56,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Finds it. The name must be one that a file can have.
+    /// Opens the namespace. The name must be one that a file can have.
     ///
     /// # Errors
     /// [`Error::Missing`] or [`Error::Open`].
@@ -69,7 +69,7 @@ impl Netns {
         }
     }
 
-    /// Lets what `command` starts begin in this namespace. If it cannot, spawning fails: see [`why`](Self::why).
+    /// Makes the child of `command` start in this namespace. If it cannot, spawning fails: see [`why`](Self::why).
     pub fn enter(self, command: &mut Command) {
         let enter = move || {
             // SAFETY: an async-signal-safe system call on integers; the descriptor lives as long as this closure.
@@ -82,7 +82,7 @@ impl Netns {
         unsafe { command.pre_exec(enter) };
     }
 
-    /// What the error of a spawn says of the namespace; none if it says nothing of it (setns(2)).
+    /// Translates the error of a spawn into one of the namespace; `None` if it has another cause (setns(2)).
     pub fn why(&self, error: &io::Error) -> Option<Error> {
         let name = self.name.clone();
         match error.raw_os_error()? {

@@ -1,4 +1,4 @@
-//! Where a console's bytes go: never blocks a vCPU, never grows without bound.
+//! Console output: never blocks a vCPU, never grows without bound.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -10,23 +10,23 @@ use std::sync::Mutex;
 use rustix::fs::FileType;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Bytes kept for a reader who is slower than the guest. What comes on top is dropped and counted.
+/// Bytes kept for a reader that is slower than the guest. Bytes beyond are dropped and counted.
 const BACKLOG_MAX: usize = 64 * 1024;
 
-/// A destination that can say whether a write would block.
+/// The destination of a console's bytes. Called by [`ConsoleOutput`], under its lock.
 pub trait Sink: Send {
-    /// Writes what it can without blocking; `WouldBlock` if that is nothing.
+    /// Must write as many bytes as it can without blocking, and return their number; `WouldBlock` if it can write none.
     fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize>;
 }
 
-/// Sees all bytes of a console's output, also those that are lost or wait for their reader.
+/// Sees all bytes of a console's output, also dropped bytes and those that wait for the reader.
 pub trait Witness: Send {
-    /// Called with the bytes of each write of the guest, in order, after they were written as far as the sink took them.
+    /// Called with the bytes of each write of the guest, in order, after the sink took as many as it could.
     fn see(&mut self, bytes: &[u8]);
 }
 
-/// A file descriptor as sink. Other processes and threads may write to the same pipe, so no write may rely on what was
-/// free a moment before.
+/// A file descriptor as sink. Other processes and threads may write to the same pipe, so no write may rely on space
+/// that was free a moment before.
 #[derive(Debug)]
 pub struct FdSink {
     file: File,
@@ -38,7 +38,7 @@ enum FdKind {
     /// Opened again, non-blocking for this process alone.
     NonBlocking,
     Socket,
-    /// A file; or a pipe or terminal of another user, which cannot be opened again: it is asked before each write.
+    /// A file; or another user's pipe or terminal, which cannot be opened again and is polled before each write.
     Asked,
 }
 
@@ -101,12 +101,12 @@ struct State {
     backlog: VecDeque<u8>,
     written: u64,
     dropped: u64,
-    /// Why the sink takes nothing any more.
+    /// Set when the sink takes nothing any more: the reason.
     gone: Option<io::Error>,
 }
 
-/// A console's way out. Bytes go straight to the sink while it takes them; otherwise they wait in a bounded backlog
-/// and `backlog_event` asks the main loop to call [`drain`](Self::drain) when the sink is writable again.
+/// The output side of a console. Bytes go straight to the sink while it takes them; otherwise they wait in a bounded
+/// backlog and `backlog_event` asks the main loop to call [`drain`](Self::drain) when the sink is writable again.
 pub struct ConsoleOutput {
     state: Mutex<State>,
     backlog_event: EventFd,
@@ -117,13 +117,13 @@ impl ConsoleOutput {
         ConsoleOutput::watched(sink, None)
     }
 
-    /// The same, with a witness.
+    /// As `new`, with a witness.
     pub fn watched(sink: Box<dyn Sink>, witness: Option<Box<dyn Witness>>) -> io::Result<Self> {
         let state = State { sink, witness, backlog: VecDeque::new(), written: 0, dropped: 0, gone: None };
         Ok(ConsoleOutput { state: Mutex::new(state), backlog_event: EventFd::new(EFD_NONBLOCK)? })
     }
 
-    /// Readable when bytes began to wait.
+    /// Readable when bytes have begun to wait.
     pub fn backlog_event(&self) -> &EventFd {
         &self.backlog_event
     }
@@ -155,7 +155,7 @@ impl ConsoleOutput {
         }
     }
 
-    /// Writes what waits, as far as the sink takes it now. Returns true if bytes still wait.
+    /// Writes waiting bytes, as far as the sink takes them now. Returns true if bytes still wait.
     pub fn drain(&self) -> bool {
         let _ = self.backlog_event.read();
         let mut guard = self.lock();
@@ -173,12 +173,12 @@ impl ConsoleOutput {
         false
     }
 
-    /// Whether bytes wait for their reader.
+    /// True if bytes wait for their reader.
     pub fn has_backlog(&self) -> bool {
         !self.lock().backlog.is_empty()
     }
 
-    /// What became of bytes that did not reach the reader; `None` if all did.
+    /// A description of the bytes that did not reach the reader; `None` if all did.
     pub fn loss(&self) -> Option<String> {
         let state = self.lock();
         let waiting = state.backlog.len() as u64;
@@ -189,7 +189,7 @@ impl ConsoleOutput {
         }
     }
 
-    /// Bytes written, and bytes dropped because nobody read them.
+    /// Bytes written, and bytes dropped because the reader did not read them.
     pub fn counts(&self) -> (u64, u64) {
         let state = self.lock();
         (state.written, state.dropped)
@@ -201,7 +201,7 @@ impl ConsoleOutput {
 }
 
 impl State {
-    /// The reader is gone for good: what waits is counted as lost, and the sink is not asked again.
+    /// The reader is gone for good: counts waiting bytes as lost, and does not call the sink again.
     fn lose(&mut self, result: io::Result<usize>) {
         self.dropped += self.backlog.len() as u64;
         self.backlog.clear();
@@ -282,7 +282,7 @@ mod tests {
         let mut shared = File::from(writer.try_clone().unwrap());
         let mut sink = FdSink::new(writer);
         while sink.write_now(&[0; 4096]).is_ok_and(|count| count > 0) {}
-        // However little is free now, and whoever takes it, a write that does not fit fails at once.
+        // However little is free now, and whichever writer takes it, a write that does not fit fails at once.
         assert!(would_block(&sink.write_now(&[0; 4096]).unwrap_err()));
         assert!(!rustix::fs::fcntl_getfl(&shared).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
         assert_ne!(sink.kind, FdKind::Asked);

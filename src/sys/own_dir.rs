@@ -1,13 +1,14 @@
-//! Directories in which tvmm keeps guest memory, or what it is made from, between runs.
+//! Directories in which tvmm keeps guest memory, or data derived from it, between runs.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Whether files in `dir` can be trusted: it belongs to this user, or to root, and no other user may make files in it.
+/// Checks that files in `dir` can be trusted: it belongs to this user or to root, and no other user may make files in
+/// it.
 ///
 /// # Errors
-/// Why not, and what to do; what the host says.
+/// The reason and a remedy; errors of the host.
 pub fn check_owner(dir: &Path) -> io::Result<()> {
     let metadata = std::fs::metadata(dir)?;
     let me = rustix::process::geteuid().as_raw();

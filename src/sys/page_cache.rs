@@ -12,7 +12,7 @@ use crate::snapshot::{CacheLookup, LoadHuge};
 #[derive(Clone, Copy, Debug)]
 pub struct PageCache;
 
-/// Mapped at once: bounds the address space, not the folios.
+/// Bytes mapped at once: bounds the address space, not the folios.
 const WINDOW: u64 = 1 << 30;
 
 impl LoadHuge for PageCache {
@@ -70,9 +70,9 @@ struct CacheStat {
 
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// How many pages of `file` are in the page cache; `None` if the kernel has no cachestat(2) (before 6.5), or not for this
-/// file system. Of a file that this user may not write and does not own, the kernel tells no such number: then pages here
-/// and there are asked for, and the number is estimated.
+/// The number of pages of `file` in the page cache; `None` if the kernel has no cachestat(2) (before 6.5), or not for
+/// this file system. For a file that this user may not write and does not own, the kernel gives no number: then it is
+/// estimated from a sample of pages.
 pub fn resident_pages(file: &File) -> io::Result<Option<u64>> {
     // A length of 0 means up to the end of the file.
     match resident_in(file, 0, 0) {
@@ -81,7 +81,7 @@ pub fn resident_pages(file: &File) -> io::Result<Option<u64>> {
     }
 }
 
-/// Pages asked for to estimate how many there are.
+/// Pages sampled for the estimate.
 const SAMPLES: u64 = 32;
 
 fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
@@ -90,7 +90,7 @@ fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
     let (mut asked, mut cached) = (0, 0);
     for sample in 0..SAMPLES {
         let offset = metadata.len() / SAMPLES * sample;
-        // Holes say nothing about what is read.
+        // Holes are skipped: they say nothing about the data.
         match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
             Err(rustix::io::Errno::NXIO) => break,
             at => match is_cached(file, at.unwrap_or(offset))? {
@@ -103,8 +103,8 @@ fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
     Ok((asked > 0).then(|| held * cached / asked.max(1)))
 }
 
-/// Whether the page at `offset` can be read without waiting for the device (preadv2(2), `RWF_NOWAIT`); `None` if the file
-/// system does not say.
+/// True if the page at `offset` can be read without waiting for the device (preadv2(2), `RWF_NOWAIT`); `None` if the
+/// file system does not say.
 fn is_cached(file: &File, offset: u64) -> io::Result<Option<bool>> {
     let mut byte = [0];
     let mut parts = [io::IoSliceMut::new(&mut byte)];
@@ -132,13 +132,13 @@ pub fn resident_in(file: &File, offset: u64, len: u64) -> io::Result<Option<u64>
     }
 }
 
-/// Blocks that are looked at, and of how many.
+/// Blocks to probe, and blocks to choose them from.
 const PROBED: usize = 4;
 const CANDIDATES: u64 = 32;
 
-/// Whether `file` is cached in folios of 2 MiB, so that a fault maps as much: some blocks that are wholly cached are
-/// mapped, one page of each is touched, and it is seen what came along. `None` if no block tells: none is cached, or the
-/// kernel cannot say.
+/// True if `file` is cached in folios of 2 MiB, so that a fault maps as much: maps some blocks that are wholly cached,
+/// touches one page of each, and looks whether its neighbours were mapped too. `None` if no block tells: none is
+/// cached, or the kernel has no such interface.
 fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
     let blocks = file.metadata()?.len() / HUGE_BLOCK;
     let (mut huge, mut small) = (0, 0);
@@ -165,7 +165,7 @@ fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
 
 const HUGE_BLOCK: u64 = 2 << 20;
 
-/// Whether a block is wholly cached; its ends stand for it where the kernel does not tell this user more.
+/// True if a block is wholly cached. If the kernel gives this user no count, its first and last page stand for it.
 fn is_block_cached(file: &File, offset: u64) -> io::Result<bool> {
     match resident_in(file, offset, HUGE_BLOCK) {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {

@@ -1,4 +1,4 @@
-//! Which pages of this process's address space hold anything of their own (kernel document
+//! Finds the pages of this process's address space that hold anything of their own (kernel document
 //! `Documentation/admin-guide/mm/pagemap.rst`).
 
 use std::fs::File;
@@ -20,12 +20,12 @@ const EXCLUSIVE: u64 = 1 << 56;
 pub struct Pagemap(File);
 
 impl Pagemap {
-    /// Of this process.
+    /// Opens that of this process.
     pub fn open() -> io::Result<Self> {
         File::open("/proc/self/pagemap").map(Pagemap)
     }
 
-    /// Of another process that this one may look into.
+    /// Opens that of another process, which this one may inspect.
     pub fn of(pid: u32) -> io::Result<Self> {
         File::open(format!("/proc/{pid}/pagemap")).map(Pagemap)
     }
@@ -54,9 +54,9 @@ impl Pagemap {
         Ok(())
     }
 
-    /// How many pages of `[start, start + pages × 4096)`, mapped from a file and not shared by fork, show the file's own
-    /// memory. Of persistent memory mapped by small pages (DAX) the kernel says neither that it is a file's nor whose it is,
-    /// and it counts it in no process's memory; copies are exclusive.
+    /// The number of pages of `[start, start + pages × 4096)`, mapped from a file and not shared by fork, that show the
+    /// file's own memory. For persistent memory mapped by small pages (DAX) the kernel tells neither that a page is a
+    /// file's nor which file's, and counts it in no process's memory; copies are exclusive.
     pub fn shown_pages(&self, start: u64, pages: u64) -> io::Result<u64> {
         let mut shown = 0;
         self.entries(start, pages, |_, entry| {

@@ -1,4 +1,4 @@
-//! The ioctl `PAGEMAP_SCAN` (kernel `Documentation/admin-guide/mm/pagemap.rst`, Linux 6.7): what is mapped, in runs
+//! The ioctl `PAGEMAP_SCAN` (kernel `Documentation/admin-guide/mm/pagemap.rst`, Linux 6.7): lists mapped pages in runs,
 //! instead of eight bytes a page.
 
 use std::fs::File;
@@ -48,7 +48,7 @@ const IS_HUGE: u64 = 1 << 6;
 /// Regions taken at once.
 const REGIONS: usize = 4096;
 
-/// What is mapped somewhere.
+/// The kind of a mapped page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapped {
     /// A page of a file as it is in the page cache, or the kernel's page of zeros.
@@ -57,7 +57,7 @@ pub enum Mapped {
     Own,
 }
 
-/// Whether the page at `start` is mapped as part of a huge one. `EINVAL` or `ENOTTY` before Linux 6.7.
+/// True if the page at `start` is mapped as part of a huge one. `EINVAL` or `ENOTTY` before Linux 6.7.
 pub fn is_huge(start: *const u8) -> io::Result<bool> {
     let file = File::open("/proc/self/pagemap")?;
     let mut region = Region::default();
@@ -109,7 +109,7 @@ pub fn mapped_runs(start: *const u8, pages: u64, mut found: impl FnMut(u64, u64,
             let what = if region.categories == 0 { Mapped::Own } else { Mapped::Shared };
             found((region.start - base) / PAGE, (region.end - region.start) / PAGE, what);
         }
-        // The kernel has made progress or is at the end; anything else would go on for ever.
+        // The kernel has made progress or is at the end; otherwise this would go on for ever.
         if scan.walk_end <= at {
             break;
         }

@@ -14,7 +14,8 @@ pub fn to_parent(command: &mut Command) {
             return Err(io::Error::last_os_error());
         }
         // The mask is inherited, and the signal above must come through.
-        // SAFETY: sigset_t is plain data; sigemptyset initialises it before it is used. Both calls are async-signal-safe.
+        // SAFETY: sigset_t is plain data; sigemptyset initialises it before it is used. Both calls are
+        // async-signal-safe.
         let unmasked = unsafe {
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&mut none);

@@ -14,23 +14,24 @@ use super::kick::Alarm;
 const _: () = assert!(size_of::<kvm_pre_fault_memory>() == 64);
 ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, kvm_bindings::KVMIO, 0xd5, kvm_pre_fault_memory);
 
-/// How long KVM may go on without mapping a single page. One page takes microseconds.
+/// Time for which KVM may go on without mapping a single page. One page takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Whether this KVM has the call at all; whether it works depends on the vCPU's state too.
+/// True if this KVM has the call; the vCPU's state decides whether it works.
 pub fn is_available(kvm: &Kvm) -> bool {
     kvm.check_extension_raw(u64::from(KVM_CAP_PRE_FAULT_MEMORY)) > 0
 }
 
-/// What KVM was asked to map, and how far it came.
+/// The amount that KVM was asked to map, and has mapped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     pub calls: u64,
     pub bytes: u64,
 }
 
-/// Maps `[gpa, gpa + len)` (whole pages, within one memslot) as if `vcpu` had read it; what the host could write, the
-/// guest then can too. Adds to `progress`. The vCPU must not run meanwhile, which it cannot: whoever runs it needs it.
+/// Maps `[gpa, gpa + len)` (whole pages, within one memslot) as if `vcpu` had read it; pages that the host could write
+/// are writable for the guest then. Adds to `progress`. The vCPU cannot run meanwhile, because its thread needs the
+/// borrowed `VcpuFd`.
 ///
 /// # Errors
 /// `EOPNOTSUPP`: KVM shadows page tables for this vCPU. `EINTR`: KVM maps nothing for [`PATIENCE`]; it retries for ever
@@ -47,7 +48,7 @@ pub fn prefault(vcpu: &VcpuFd, gpa: u64, len: u64, progress: &mut Progress) -> i
         // it, writes back what is left to do, and touches no other memory of this process but to map it to the guest.
         let result = unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) };
         let error = (result != 0).then(io::Error::last_os_error);
-        // An error may come with progress; then the next call tells it again.
+        // An error may come with progress; the next call returns it again.
         let mapped = before.saturating_sub(range.size);
         progress.bytes += mapped;
         if mapped > 0 {

@@ -1,5 +1,5 @@
-//! What commands print. `println!` and `eprintln!` end the process when standard output or error cannot be written; these
-//! do not. A result that could not be printed is an error at the end of the command.
+//! Output of commands. `println!` and `eprintln!` end the process when standard output or error cannot be written;
+//! these macros do not. A result that could not be printed is an error at the end of the command.
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use crate::sys::logging;
 
-/// Why the first line of a result that was lost could not be written.
+/// The error of the first result line that could not be written.
 static FAILURE: OnceLock<io::Error> = OnceLock::new();
 
 /// A result could not be printed.
@@ -37,7 +37,7 @@ fn keep(result: io::Result<()>) {
     }
 }
 
-/// Writes what standard output holds back.
+/// Flushes standard output.
 ///
 /// # Errors
 /// [`Unprinted`] if any part of the result was lost.
@@ -46,7 +46,7 @@ pub fn finish() -> Result<(), Unprinted> {
     FAILURE.get().map_or(Ok(()), |error| Err(Unprinted(error)))
 }
 
-/// Ends a command: prints why it failed, and waits a moment for readers of the log's last lines.
+/// Ends a command: prints the reason of its failure, and waits a moment for readers of the log's last lines.
 pub fn end(failure: Option<&str>) {
     if let Some(failure) = failure {
         say!("tvmm: {failure}");

@@ -1,4 +1,4 @@
-//! Which pages of a file are in the host's page cache (mincore(2)).
+//! Finds the pages of a file that are in the host's page cache (mincore(2)).
 
 use std::fs::File;
 use std::io;
@@ -6,10 +6,10 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
 const PAGE: usize = 4096;
-/// Asked at once: bounds the vector, not the file.
+/// Bytes asked about at once: bounds the vector, not the file.
 const WINDOW: usize = 1 << 30;
 
-/// A mapping of a whole file that nobody can touch, so that it brings nothing into the page cache itself.
+/// A mapping of a whole file that cannot be touched, so that it brings nothing into the page cache itself.
 #[derive(Debug)]
 pub struct CacheView {
     base: NonNull<u8>,
@@ -62,7 +62,7 @@ impl CacheView {
 
 impl Drop for CacheView {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this object's own and nobody refers to its bytes.
+        // SAFETY: the mapping is this object's own and nothing refers to its bytes.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }

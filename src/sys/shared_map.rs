@@ -1,4 +1,4 @@
-//! A shared mapping of a whole device or file, for those that read(2) or write(2) do not serve.
+//! A shared mapping of a whole device or file, for those that do not support read(2) or write(2).
 
 use std::fs::File;
 use std::io;
@@ -11,13 +11,13 @@ use super::mapping::Reservation;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// The mapping. Bytes are copied in and out; nobody gets a reference to them, for other processes change them.
+/// The mapping. Bytes are copied in and out; no reference to them is given out, because other processes change them.
 #[derive(Debug)]
 pub struct SharedMap {
     base: NonNull<u8>,
     len: usize,
     is_writable: bool,
-    /// Names the file should it be cut while it is mapped.
+    /// Names the file in errors if it is cut while it is mapped.
     _watched: Option<Watched>,
 }
 
@@ -27,7 +27,8 @@ unsafe impl Send for SharedMap {}
 unsafe impl Sync for SharedMap {}
 
 impl SharedMap {
-    /// Maps the first `len` bytes of `file`, which must not shrink while it is mapped; only to be read, unless `is_writable`.
+    /// Maps the first `len` bytes of `file`, which must not shrink while it is mapped; only to be read, unless
+    /// `is_writable`.
     pub fn new(file: &File, len: u64, is_writable: bool) -> io::Result<SharedMap> {
         let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let access = if is_writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
@@ -69,8 +70,8 @@ impl SharedMap {
         Ok(())
     }
 
-    /// Writes the cache lines of `[offset, offset + len)` back to memory and drops them: what was written is there for
-    /// every host, and what is read next comes from there.
+    /// Writes the cache lines of `[offset, offset + len)` back to memory and drops them: every host then sees the
+    /// written bytes, and the next read gets its bytes from memory.
     pub fn flush_lines(&self, offset: u64, len: u64) -> io::Result<()> {
         let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::UnexpectedEof))?;
         let first = self.at(offset, len)? as usize / LINE * LINE;
@@ -80,7 +81,7 @@ impl SharedMap {
             // has it.
             unsafe { std::arch::x86_64::_mm_clflush(line as *const u8) };
         }
-        // SAFETY: orders the flushes before what follows; every x86-64 CPU has it.
+        // SAFETY: orders the flushes before later instructions; every x86-64 CPU has it.
         unsafe { std::arch::x86_64::_mm_mfence() };
         Ok(())
     }
@@ -88,7 +89,7 @@ impl SharedMap {
 
 impl Drop for SharedMap {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this object's own and nobody refers to its bytes.
+        // SAFETY: the mapping is this object's own and nothing refers to its bytes.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
@@ -97,15 +98,15 @@ impl Drop for SharedMap {
 const MADV_COLLAPSE: i32 = 25;
 const HUGE: usize = 2 << 20;
 
-/// Moves the pages of `[offset, offset + len)` of `file` (a tmpfs; multiples of 2 MiB) into huge pages, where they are not:
-/// when they were written the host may have had none in one piece. Returns how many blocks it could not.
+/// Moves the pages of `[offset, offset + len)` of `file` (a tmpfs; multiples of 2 MiB) into huge pages, unless they are
+/// in some: the host may have had none when they were written. Returns the number of blocks that failed.
 pub fn make_huge(file: &File, offset: u64, len: u64) -> io::Result<u64> {
     let room = Reservation::new(HUGE)?;
     let mut failed = 0;
     for at in (offset..offset.saturating_add(len)).step_by(HUGE) {
         let at = libc::off_t::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
-        // SAFETY: the reservation is 2 MiB of address space that nobody else uses.
+        // SAFETY: the reservation is 2 MiB of address space that only this function uses.
         let base = unsafe { libc::mmap(room.base().cast(), HUGE, libc::PROT_READ, flags, file.as_raw_fd(), at) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -122,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_and_nothing_behind_the_end() {
+    fn written_bytes_are_read_back_and_none_behind_the_end() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
         let map = SharedMap::new(&file, 8192, true).unwrap();

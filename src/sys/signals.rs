@@ -4,25 +4,25 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 
-/// SIGTERM, SIGINT and SIGHUP, taken off the process and readable here.
+/// SIGTERM, SIGINT and SIGHUP, blocked in the process and readable here.
 #[derive(Debug)]
 pub struct EndSignals(File);
 
-/// Lets a reader that goes away (`tvmm inspect DIR | head`) end the process, as it does any other program. For commands
-/// that only print; a VM must outlive its readers.
+/// Lets a reader that goes away (`tvmm inspect DIR | head`) end the process, as in any other program. For commands that
+/// only print; a VM must outlive its readers.
 pub fn end_with_reader() {
     // SAFETY: restores the default disposition of a signal; no handler of ours is involved.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
-/// Lets writes beyond a limit on the length of files (RLIMIT_FSIZE) fail with EFBIG instead of ending the process: for a
-/// guest's disk that is an I/O error.
+/// Lets writes beyond a limit on the length of files (RLIMIT_FSIZE) fail with EFBIG instead of ending the process: for
+/// a guest's disk that is an I/O error.
 pub fn outlive_file_size_limit() {
     // SAFETY: ignores a signal; no handler of ours is involved.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// Blocks all signals in this thread, so that they reach the threads that are made for them.
+/// Blocks all signals in this thread, so that they reach the threads made for them.
 pub fn block_all() {
     // SAFETY: sigset_t is plain data; sigfillset initialises it before it is used.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -34,7 +34,8 @@ pub fn block_all() {
 }
 
 impl EndSignals {
-    /// Blocks the signals in this thread, and so in every thread it starts from now on. Call before any is.
+    /// Blocks the signals in this thread, and so in every thread it starts from now on. Call before any thread is
+    /// started.
     pub fn take() -> io::Result<Self> {
         // SAFETY: sigset_t is plain data; sigemptyset initialises it before it is used.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -55,11 +56,11 @@ impl EndSignals {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor was just made and nobody else owns it.
+        // SAFETY: the descriptor was just made and has no other owner.
         Ok(EndSignals(unsafe { File::from_raw_fd(fd) }))
     }
 
-    /// The number of a signal that has come, if one has.
+    /// The number of a pending signal, if there is one.
     pub fn take_one(&mut self) -> Option<i32> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
         self.0.read_exact(&mut info).ok()?;

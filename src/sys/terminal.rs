@@ -11,7 +11,7 @@ pub struct RawTerminal(());
 /// The mode to go back to, while a terminal is in raw mode.
 static SAVED: Mutex<Option<libc::termios>> = Mutex::new(None);
 
-/// Takes the terminal out of raw mode, if it is in it: for who ends the process without unwinding.
+/// Takes the terminal out of raw mode, if it is in it: for code that ends the process without unwinding.
 pub fn restore() {
     if let Some(saved) = SAVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
         // Nothing can be done about a terminal that is gone.
@@ -19,7 +19,8 @@ pub fn restore() {
     }
 }
 
-/// The same in a signal handler: neither waits nor allocates. A terminal that another thread is just setting stays as it is.
+/// As [`restore`], for a signal handler: neither waits nor allocates. A terminal that another thread is setting stays
+/// as it is.
 pub fn restore_in_handler() {
     if let Ok(saved) = SAVED.try_lock()
         && let Some(saved) = &*saved

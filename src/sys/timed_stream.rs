@@ -1,4 +1,4 @@
-//! What a connection is doing, how long its client may take, and which one makes room for another.
+//! Server connections: their state, the time limit of their client, and the choice of one to close for a new one.
 
 use std::io;
 use std::pin::Pin;
@@ -10,16 +10,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// How long a connection may be idle before it has to make room for another, when there are as many as may be.
+/// Idle time after which a connection may be closed for a new one, when there are as many as allowed.
 pub(crate) const IDLE_RIGHT: Duration = Duration::from_secs(10);
-/// How long the end of such a connection is waited for.
+/// Time to wait for the end of such a connection.
 pub(crate) const MAKE_ROOM: Duration = Duration::from_millis(100);
-/// How long a client may take for an answer, however small.
+/// Time that a client may take for an answer, however small.
 pub(crate) const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// A client that takes this many bytes in a second may go on: large answers over slow networks get through.
 const SLOWEST: u64 = 64 << 10;
 
-/// Where a connection is in its request.
+/// The state of a connection's request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     /// Between requests.
@@ -30,7 +30,7 @@ pub(crate) enum Step {
     Busy,
 }
 
-/// A connection as it is now.
+/// The present state of a connection.
 #[derive(Debug)]
 pub(crate) struct Phase {
     now: Mutex<(Step, Instant)>,
@@ -50,13 +50,13 @@ impl Phase {
         self.now.lock().unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// How long it has been idle.
+    /// The time it has been idle; `None` if it is not.
     fn idle_for(&self) -> Option<Duration> {
         let (step, since) = *self.now.lock().unwrap_or_else(PoisonError::into_inner);
         (step == Step::Idle).then(|| since.elapsed())
     }
 
-    /// Waits until the connection has to end for another. One that got a request meanwhile goes on.
+    /// Waits until the connection has to end for another. A connection that got a request meanwhile goes on.
     pub(crate) async fn ends(&self) {
         loop {
             self.makes_room.notified().await;
@@ -67,16 +67,16 @@ impl Phase {
     }
 }
 
-/// The connections that there are.
+/// The open connections.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Connections(Arc<Mutex<Vec<Weak<Phase>>>>);
 
 impl Connections {
-    /// Takes in a connection. It is out again when the phase is dropped.
+    /// Adds a connection, which leaves when its phase is dropped.
     pub(crate) fn add(&self) -> Arc<Phase> {
         let phase = Arc::new(Phase::new());
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Now and then, so that this costs little however many there are.
+        // Dropped phases are removed only when the list is full, so that this costs little however many there are.
         if all.len() == all.capacity() {
             all.retain(|phase| phase.strong_count() > 0);
         }
@@ -84,7 +84,7 @@ impl Connections {
         phase
     }
 
-    /// Ends the connection that has been idle longest, if it has been for `right`. Whether there was one.
+    /// Ends the connection that has been idle longest, if that is at least `right`. Returns whether it ended one.
     pub(crate) fn make_room(&self, right: Duration) -> bool {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = all.iter().filter_map(Weak::upgrade).filter_map(|phase| Some((phase.idle_for()?, phase)));
@@ -96,8 +96,9 @@ impl Connections {
     }
 }
 
-/// A stream that notes when a request begins to arrive, and fails when an answer is not taken in time: within `time`, and
-/// a second more for each [`SLOWEST`] bytes of it, from its first byte to the flush after its last.
+/// A stream that notes when a request begins to arrive, and fails when the client does not take an answer in time:
+/// within `time`, and a second more for each [`SLOWEST`] bytes, from the answer's first byte to the flush after its
+/// last.
 pub(crate) struct WatchedStream<S> {
     stream: S,
     phase: Arc<Phase>,
@@ -105,7 +106,7 @@ pub(crate) struct WatchedStream<S> {
     answer: Option<Answer>,
 }
 
-/// What is being written.
+/// The answer being written.
 struct Answer {
     since: Instant,
     taken: u64,
@@ -118,7 +119,7 @@ impl<S> WatchedStream<S> {
         WatchedStream { stream, phase, time, answer: None }
     }
 
-    /// What came of a write, or of its end.
+    /// Turns the result of a write into an error if the answer is late.
     fn bounded(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         let begin = || Answer { since: Instant::now(), taken: 0, sleep: None };
         let answer = self.answer.get_or_insert_with(begin);
@@ -210,7 +211,7 @@ mod tests {
         poll_fn(|context| Pin::new(&mut *stream).poll_flush(context)).await
     }
 
-    /// An answer of 1 MiB to a client that takes so many bytes at a time, with pauses.
+    /// An answer of 1 MiB to a client that takes this many bytes at a time, with pauses.
     async fn taken(at_once: usize, pause: Duration) -> io::Result<()> {
         let (mut stream, mut theirs) = watched();
         std::thread::spawn(move || {
@@ -254,7 +255,7 @@ mod tests {
             assert!(!connections.make_room(Duration::from_secs(3600)));
             assert!(connections.make_room(Duration::from_millis(10)));
             all[1].ends().await;
-            // One that got a request meanwhile stays.
+            // A connection that got a request meanwhile stays.
             assert!(connections.make_room(Duration::ZERO));
             all.iter().for_each(|phase| phase.set(Step::Busy));
             assert!(!connections.make_room(Duration::ZERO));

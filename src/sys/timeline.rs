@@ -1,4 +1,4 @@
-//! Where the time of a boot or a restore went, in the slices that logs, reports and benchmarks share.
+//! The time slices of a boot or a restore, as logs, reports and benchmarks share them.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,13 +50,13 @@ pub struct Timeline {
     start_ns: u64,
     start_source: &'static str,
     slices: Vec<(Slice, u64, u64)>,
-    /// When work began again after a wait for the API.
+    /// Time at which work began again after a wait for the API.
     woken_ns: u64,
 }
 
 impl Timeline {
     /// Begins at process start. `start_us` is `CLOCK_MONOTONIC` in µs just before the process was spawned, if the
-    /// parent said so; otherwise the CPU time used so far stands in for the time since then.
+    /// parent gave it; otherwise the CPU time used so far stands in for the time since then.
     pub fn begin(start_us: Option<u64>) -> Self {
         let now = clock::monotonic_ns();
         let (start_ns, start_source) = match start_us {
@@ -66,12 +66,12 @@ impl Timeline {
         Timeline { start_ns, start_source, slices: vec![(Slice::Spawn, start_ns, now)], woken_ns: 0 }
     }
 
-    /// The end of the last slice, where the next begins; or the end of a wait since then.
+    /// The end of the last slice, where the next begins; or the end of a later wait.
     pub fn last_ns(&self) -> u64 {
         self.slices.last().map_or(self.start_ns, |&(_, _, end)| end).max(self.woken_ns)
     }
 
-    /// Work begins now that the API has asked for: the wait for it belongs to no slice.
+    /// Begins work that the API has asked for: the wait for it belongs to no slice.
     pub fn wake(&mut self) {
         self.woken_ns = clock::monotonic_ns();
     }
@@ -81,7 +81,8 @@ impl Timeline {
         self.start_ns
     }
 
-    /// Turns the moments seen by vCPU threads into slices. `answered_ns`: when the request of `--run` was answered.
+    /// Turns the moments seen by vCPU threads into slices. `answered_ns`: time at which the request of `--run` was
+    /// answered.
     pub fn note_moments(&mut self, moments: &Moments, answered_ns: Option<u64>) {
         let Some(entered) = moments.first_run_ns() else { return };
         self.add(Slice::Resume, self.last_ns(), moments.first_exit_ns().unwrap_or(entered));
@@ -103,7 +104,7 @@ impl Timeline {
         self.slices.push((slice, start_ns, end_ns.max(start_ns)));
     }
 
-    /// Where the process start was taken from: `parent` or `cpu_time`.
+    /// The source of the process start: `parent` or `cpu_time`.
     pub fn start_source(&self) -> &'static str {
         self.start_source
     }

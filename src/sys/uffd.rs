@@ -1,5 +1,5 @@
-//! userfaultfd (kernel `Documentation/admin-guide/mm/userfaultfd.rst`): learning of a touch of guest memory before it
-//! is answered, and answering it.
+//! userfaultfd (kernel `Documentation/admin-guide/mm/userfaultfd.rst`): reports touches of guest memory before they are
+//! answered, and answers them.
 
 use std::io;
 use std::ops::Range;
@@ -16,7 +16,7 @@ use super::wait::either_readable;
 
 const PAGE: usize = 4096;
 
-/// `struct uffdio_copy`. The crate's `copy` knows neither write protection nor how far a partial copy got.
+/// `struct uffdio_copy`. The crate's `copy` has neither write protection nor the length of a partial copy.
 #[repr(C)]
 struct UffdioCopy {
     dst: u64,
@@ -31,7 +31,7 @@ ioctl_iowr_nr!(UFFDIO_COPY, 0xaa, 0x03, UffdioCopy);
 const COPY_MODE_DONTWAKE: u64 = 1;
 const COPY_MODE_WP: u64 = 2;
 
-/// What was tried on a page that is not there, or not writable.
+/// The access that faulted on a page that is missing or not writable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Touch {
     Read,
@@ -40,7 +40,7 @@ pub enum Touch {
     WriteProtected,
 }
 
-/// One fault, waiting for its answer.
+/// One fault that waits for its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Host address of the page.
@@ -48,7 +48,7 @@ pub struct Fault {
     pub touch: Touch,
 }
 
-/// What a userfaultfd tells.
+/// A message of a userfaultfd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Told {
     Fault(Fault),
@@ -56,12 +56,12 @@ pub enum Told {
     Removed(Range<usize>),
 }
 
-/// How pages are installed.
+/// Options of an installation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Install {
-    /// Let who waits for them go on at once.
+    /// Wake the threads that wait for the pages.
     pub wake: bool,
-    /// Write-protected, so that the first write is a fault too.
+    /// Write-protect the pages, so that the first write is a fault too.
     pub write_protect: bool,
 }
 
@@ -84,13 +84,13 @@ impl Uffd {
         Uffd::with_features(if write_protect { FeatureFlags::PAGEFAULT_FLAG_WP } else { FeatureFlags::empty() })
     }
 
-    /// Opens one whose reader is told of pages that are given back (`MADV_DONTNEED`), and keeps who does it waiting until
-    /// it has read that.
+    /// Opens one whose reader is told of pages that are given back (`MADV_DONTNEED`). The thread that gives them back
+    /// waits until the reader has read that.
     pub fn open_telling_removals() -> io::Result<Self> {
         Uffd::with_features(FeatureFlags::EVENT_REMOVE)
     }
 
-    /// Takes over another process's, which came over a socket.
+    /// Takes over another process's userfaultfd, which came over a socket.
     ///
     /// # Errors
     /// `InvalidInput` for a descriptor of anything else.
@@ -101,8 +101,8 @@ impl Uffd {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, said));
         }
         rustix::io::ioctl_fionbio(&fd, true)?;
-        // SAFETY: the descriptor is a userfaultfd, owned here, and nobody else's from now on. Only the kernel writes the
-        // events that are read from it.
+        // SAFETY: the descriptor is a userfaultfd, and this object is its only owner from now on. Only the kernel
+        // writes the events that are read from it.
         let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
         Ok(Uffd { uffd, events: Mutex::new(EventBuffer::new(EVENTS)) })
     }
@@ -119,8 +119,8 @@ impl Uffd {
         Ok(Uffd { uffd, events: Mutex::new(EventBuffer::new(EVENTS)) })
     }
 
-    /// Takes over first touches of `[offset, offset + len)` of `memory`, and writes to write-protected pages too if
-    /// asked for.
+    /// Takes over first touches of `[offset, offset + len)` of `memory`, and, with `write_protect`, writes to
+    /// write-protected pages too.
     pub fn register(&self, memory: &Reservation, offset: usize, len: usize, write_protect: bool) -> io::Result<()> {
         if offset.checked_add(len).is_none_or(|end| end > memory.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -131,9 +131,9 @@ impl Uffd {
         self.uffd.register_with_mode(start, len, mode).map(drop).map_err(to_io)
     }
 
-    /// Opens one that reports nothing. Memory registered with it is mapped page by page: the kernel does not fault in
-    /// the neighbours of a touched page where writes are watched (Linux `uffd_disable_fault_around`). `None` if the
-    /// kernel cannot watch writes to any kind of memory (before Linux 6.7).
+    /// Opens one that reports nothing. Memory registered with it is mapped page by page: where writes are watched, the
+    /// kernel does not fault in the neighbours of a touched page (Linux `uffd_disable_fault_around`). `None` if the
+    /// kernel cannot watch writes to all kinds of memory (before Linux 6.7).
     pub fn open_silent() -> io::Result<Option<Self>> {
         let features = FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
         let mut builder = UffdBuilder::new();
@@ -152,8 +152,8 @@ impl Uffd {
         self.uffd.register_with_mode(start, memory.len(), RegisterMode::WRITE_PROTECT).map(drop).map_err(to_io)
     }
 
-    /// Puts `bytes` (whole pages) at `address`. Pages that are there already stay as they are. Returns how many pages
-    /// were installed. The kernel writes only to missing pages of registered ranges, so any address is safe to give.
+    /// Puts `bytes` (whole pages) at `address`. Pages that are there already stay as they are. Returns the number of
+    /// pages installed. The kernel writes only to missing pages of registered ranges, so any address is safe to give.
     pub fn install(&self, address: usize, bytes: &[u8], how: Install) -> io::Result<u64> {
         let mut mode = if how.wake { 0 } else { COPY_MODE_DONTWAKE };
         mode |= if how.write_protect { COPY_MODE_WP } else { 0 };
@@ -169,14 +169,14 @@ impl Uffd {
                 Err(error) => error,
             };
             match error.raw_os_error() {
-                // Somebody else was faster with this page; whoever waits for it may have come in between.
+                // Another thread installed this page first; a vCPU may have begun to wait for it in between.
                 Some(libc::EEXIST) => {
                     if how.wake {
                         self.wake(address + done, PAGE)?;
                     }
                     done += PAGE;
                 }
-                // The address space was just changing: try again.
+                // The address space was being changed: try again.
                 Some(libc::EAGAIN) => {}
                 _ => return Err(error),
             }
@@ -184,11 +184,13 @@ impl Uffd {
         Ok(installed)
     }
 
-    /// Puts bytes of `source`, which is mapped, at `address` of the process whose userfaultfd this is (whole pages), and lets
-    /// who waits for them go on. Pages that are there already stay as they are. Returns how many were installed.
+    /// Puts bytes of `source`, which is mapped, at `address` of the process whose userfaultfd this is (whole pages),
+    /// and wakes the threads that wait for them. Pages that are there already stay as they are. Returns the number of
+    /// pages installed.
     ///
     /// # Errors
-    /// `WouldBlock` (EAGAIN): memory is being given back, of which this must be read first ([`told`](Self::told)).
+    /// `WouldBlock` (EAGAIN): memory is being given back, and the message about it must be read first
+    /// ([`told`](Self::told)).
     pub fn install_from(&self, address: usize, source: &Reservation, offset: usize, len: usize) -> io::Result<u64> {
         if offset.checked_add(len).is_none_or(|end| end > source.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -210,7 +212,7 @@ impl Uffd {
         Ok(installed)
     }
 
-    /// One UFFDIO_COPY; how many bytes it copied, which is not always all.
+    /// One UFFDIO_COPY; returns the bytes copied, which may be fewer than `len`.
     fn copy(&self, address: usize, from: usize, len: usize, mode: u64) -> io::Result<usize> {
         let mut copy = UffdioCopy { dst: address as u64, src: from as u64, len: len as u64, mode, copy: 0 };
         // SAFETY: the kernel reads the source as this process could (EFAULT where nothing is mapped), and writes only
@@ -223,8 +225,8 @@ impl Uffd {
         }
     }
 
-    /// Puts a page of zeros at `address`, which costs no memory until it is written, and lets who waits for it go on.
-    /// Returns whether it was missing.
+    /// Puts a page of zeros at `address`, which costs no memory until it is written, and wakes the threads that wait
+    /// for it. Returns whether it was missing.
     pub fn install_zero(&self, address: usize) -> io::Result<bool> {
         loop {
             // SAFETY: the kernel maps its page of zeros where a registered page is missing, and nowhere else.
@@ -239,34 +241,36 @@ impl Uffd {
         }
     }
 
-    /// Lets who waits for `[address, address + len)` look again.
+    /// Wakes the threads that wait for `[address, address + len)`: they touch it again.
     pub fn wake(&self, address: usize, len: usize) -> io::Result<()> {
         self.uffd.wake(address as *mut libc::c_void, len).map_err(to_io)
     }
 
-    /// Gives `[address, address + len)` back to the kernel, which answers first touches with zeros; who waits goes on.
+    /// Gives `[address, address + len)` back to the kernel, which answers first touches with zeros, and wakes waiting
+    /// threads.
     pub fn unregister(&self, address: usize, len: usize) -> io::Result<()> {
         self.uffd.unregister(address as *mut libc::c_void, len).map_err(to_io)
     }
 
-    /// Makes a write-protected page writable and lets who waits for that go on.
+    /// Makes write-protected pages writable and wakes the threads that wait for that.
     pub fn unprotect(&self, address: usize, len: usize) -> io::Result<()> {
         self.uffd.remove_write_protection(address as *mut libc::c_void, len, true).map_err(to_io)
     }
 
-    /// Waits until a fault waits for its answer, or `stop` is written.
+    /// Waits until a message can be read, or `stop` is written.
     pub fn wait(&self, stop: &EventFd) -> io::Result<()> {
         either_readable(&self.uffd, stop)
     }
 
-    /// How many faults wait for their answer, told to somebody or not (Linux `userfaultfd_show_fdinfo`).
+    /// The number of faults that wait for their answer, already read by `told` or not (Linux
+    /// `userfaultfd_show_fdinfo`).
     pub fn waiters(&self) -> io::Result<u64> {
         let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd()))?;
         let total = text.lines().find_map(|line| line.strip_prefix("total:")?.trim().parse().ok());
         total.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
     }
 
-    /// The faults that wait now; none if there are none. Memory that was given back needs no answer.
+    /// The faults that wait now; empty if there are none. Memory that was given back needs no answer.
     pub fn faults(&self) -> io::Result<Vec<Fault>> {
         let faults = self.told()?.into_iter().filter_map(|told| match told {
             Told::Fault(fault) => Some(fault),
@@ -275,7 +279,7 @@ impl Uffd {
         Ok(faults.collect())
     }
 
-    /// What there is to be told now; nothing if there is nothing.
+    /// The messages that can be read now; empty if there are none.
     pub fn told(&self) -> io::Result<Vec<Told>> {
         let mut buffer = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let events = match self.uffd.read_events(&mut buffer) {

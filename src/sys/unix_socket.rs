@@ -14,7 +14,7 @@ const SOCKET_MODE: u32 = 0o600;
 /// Connections the kernel holds until the server thread accepts them.
 const BACKLOG: i32 = 128;
 
-/// Why a socket could not be made.
+/// The reason why a socket could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Something is at the socket's path.
@@ -31,7 +31,7 @@ pub enum SocketError {
     Bind {
         /// The path.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -45,7 +45,7 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Where clients connect.
+    /// The path that clients connect to.
     pub fn path(&self) -> &Path {
         &self.path
     }

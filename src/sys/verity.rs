@@ -20,11 +20,12 @@ const VERITY: u32 = 'f' as u32;
 // The number counts the two fields before the digest.
 ioctl_iowr_nr!(FS_IOC_MEASURE_VERITY, VERITY, 134, [u16; 2]);
 
-/// The digest of a file with fs-verity, as `algorithm:hexadecimal`; `None` for a file without, or where the kernel cannot
-/// say.
+/// The digest of a file with fs-verity, as `algorithm:hexadecimal`; `None` for a file without, or where the kernel
+/// cannot say.
 pub fn digest_of(file: &File) -> Option<String> {
     let mut measured = Measured { algorithm: 0, len: DIGEST_MAX as u16, digest: [0; DIGEST_MAX] };
-    // SAFETY: the kernel reads the length and writes at most so many bytes of digest; the structure lives as long.
+    // SAFETY: the kernel reads the length and writes at most that many bytes of digest; the structure outlives the
+    // call.
     if unsafe { ioctl_with_mut_ref(file, FS_IOC_MEASURE_VERITY(), &mut measured) } != 0 {
         return None;
     }

@@ -1,11 +1,85 @@
-//! Threads that help: how many there may be is the system's decision (RLIMIT_NPROC, `pids.max` of the cgroup), so none is
-//! taken for granted.
+//! Helper threads. The system limits their number (RLIMIT_NPROC, `pids.max` of the cgroup), so the work must get done
+//! without them too.
 
+use std::fmt;
 use std::io;
-use std::time::Duration;
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
-/// Runs `work` on `wanted` threads, this one included; on fewer if the system allows no more. `work` takes what is left to
-/// be done from a list that the threads share. Returns on how many threads it ran.
+/// Pause between two looks of [`Worker::finish`].
+const LOOK: Duration = Duration::from_micros(100);
+
+/// A thread that works until it is asked to stop. Dropping it asks, and joins.
+pub struct Worker {
+    stop: Box<dyn Fn() + Send + Sync>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts `work` on a thread made by `builder`. `stop` makes `work` return soon; it may be called several times, and
+    /// after `work` has returned.
+    ///
+    /// # Errors
+    /// Those of pthread_create(3).
+    pub fn start(
+        builder: Builder,
+        stop: impl Fn() + Send + Sync + 'static,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Worker> {
+        let thread = builder.spawn(work)?;
+        Ok(Worker { stop: Box::new(stop), thread: Some(thread) })
+    }
+
+    /// True if the thread has ended.
+    pub fn has_ended(&self) -> bool {
+        has_ended(self.thread.as_ref())
+    }
+
+    /// Asks the thread to end, and waits for it until `deadline`. Returns whether it has ended.
+    pub fn finish(&self, deadline: Instant) -> bool {
+        (self.stop)();
+        wait_for(self.thread.as_ref(), deadline)
+    }
+
+    /// Asks the thread to end, as a drop does, but waits only until `deadline`. A thread that runs longer is left alone.
+    pub fn abandon(mut self, deadline: Instant) {
+        self.finish(deadline);
+        self.thread = None;
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        (self.stop)();
+        if let Some(thread) = self.thread.take() {
+            // The panic hook has reported a panic of the thread.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_tuple("Worker").field(&self.thread).finish()
+    }
+}
+
+fn has_ended(thread: Option<&JoinHandle<()>>) -> bool {
+    thread.is_none_or(JoinHandle::is_finished)
+}
+
+fn wait_for(thread: Option<&JoinHandle<()>>, deadline: Instant) -> bool {
+    while !has_ended(thread) {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
+    true
+}
+
+/// Runs `work` on `wanted` threads, this one included; on fewer if the system allows no more. `work` takes items from a
+/// list that the threads share. Returns the number of threads.
 ///
 /// # Errors
 /// The first error of `work`.
@@ -24,7 +98,7 @@ pub fn share<E: Send>(name: &str, wanted: usize, work: impl Fn() -> Result<(), E
         }
         let threads = others.len() + 1;
         let own = work();
-        // A panic of a thread goes on here.
+        // A panic of a thread continues here.
         let join = |other: std::thread::ScopedJoinHandle<'_, Result<(), E>>| {
             other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
@@ -47,9 +121,38 @@ pub fn runtime(builder: &mut tokio::runtime::Builder) -> io::Result<tokio::runti
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+    use std::sync::{Arc, Mutex};
 
     use super::*;
+
+    #[test]
+    fn worker_is_asked_and_waited_for() {
+        let (stop, stopped) = channel();
+        let has_returned = Arc::new(Mutex::new(false));
+        let returned = has_returned.clone();
+        let work = move || {
+            stopped.recv().unwrap();
+            *returned.lock().unwrap() = true;
+        };
+        // Asked once it has ended, nothing listens any more.
+        let ask = move || {
+            let _ = stop.send(());
+        };
+        let worker = Worker::start(Builder::new(), ask, work).unwrap();
+        assert!(!worker.has_ended());
+        drop(worker);
+        assert!(*has_returned.lock().unwrap());
+    }
+
+    #[test]
+    fn worker_that_does_not_listen_is_left_alone() {
+        let (release, released) = channel::<()>();
+        let worker = Worker::start(Builder::new(), || (), move || assert!(released.recv().is_err())).unwrap();
+        assert!(!worker.finish(Instant::now() + Duration::from_millis(2)));
+        worker.abandon(Instant::now());
+        drop(release);
+    }
 
     #[test]
     fn threads_share_all_work_and_the_first_error_is_returned() {

@@ -1,7 +1,7 @@
-//! What memory operations cost on a host: the numbers that [`tiered`](super::policy) weighs placements with.
+//! Costs of memory operations on a host: the numbers that [`tiered`](super::policy) weighs placements with.
 //!
-//! `tvmm calibrate` measures them. Until it has, built-in numbers stand in, and whoever shows a plan says so: their
-//! ratios hold on many hosts, their sizes on few.
+//! `tvmm calibrate` measures them. Until it has, built-in numbers stand in, and the commands that show a plan say so:
+//! their ratios hold on many hosts, their sizes on few.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -15,13 +15,13 @@ use crate::snapshot::replace_file;
 const VERSION: u32 = 2;
 /// The largest file that can be one, in bytes.
 const FILE_LIMIT: u64 = 64 << 10;
-/// No single operation takes longer: 100 ms.
+/// The most that a single operation can cost: 100 ms.
 const LARGEST_NS: u64 = 100_000_000;
 
-/// How many times a measured number may be away from the built-in one.
+/// The largest ratio of a measured number to the built-in one, or the reverse.
 const APART: f64 = 8.0;
-/// Operations and what they are part of, in an order in which each is right when it is a bound: a page that is there is
-/// touched sooner than one that has to be mapped, read sooner than copied, and so on.
+/// Operations and the larger ones that they are part of, in an order in which each is right when it serves as a bound:
+/// touching a present page costs less than mapping it, reading it less than copying, and so on.
 const PARTS: [(&str, &str); 8] = [
     ("cow_fault_ns", "cow_split_fault_ns"),
     ("populate_write_page_ns", "cow_fault_ns"),
@@ -33,11 +33,11 @@ const PARTS: [(&str, &str); 8] = [
     ("uffd_call_ns", "uffd_fault_ns"),
 ];
 
-/// How a snapshot's files are found in the page cache when they are mapped.
+/// The state of a snapshot's files in the page cache when they are mapped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SourceCache {
-    /// Cached in folios of 2 MiB, as a sealed snapshot is left: one fault shows 512 pages.
+    /// Cached in folios of 2 MiB, as a sealed snapshot is left: one fault maps 512 pages.
     #[default]
     Huge,
     /// Cached in small folios, as files are that were just written: each page is a fault.
@@ -72,7 +72,7 @@ macro_rules! costs {
             version: u32,
             /// The fields that were measured on this host. The others are built in.
             pub measured: Vec<String>,
-            /// How the snapshot's files are cached: not a fact about the host, so it is not in its file.
+            /// The page cache state of the snapshot's files: not a fact about the host, so it is not in its file.
             #[serde(skip)]
             pub cache: SourceCache,
             /// Pages the kernel reads around a fault on a file mapping that is not cached: the read-ahead window of the
@@ -97,7 +97,7 @@ macro_rules! costs {
                 [$((stringify!($name), self.$name),)*].into_iter()
             }
 
-            /// Notes that a number was measured. What cannot be is not taken: zero becomes 1, an hour the most allowed.
+            /// Notes that a number was measured, clamped to what is possible: zero becomes 1, an hour the most allowed.
             pub fn set_measured(&mut self, name: &str, ns: u64) {
                 match name {
                     $(stringify!($name) => self.$name = ns.clamp(1, LARGEST_NS),)*
@@ -116,21 +116,21 @@ costs! {
     anon_write_fault_ns = 7_000,
     /// First read of the guest of a page of anonymous memory.
     anon_read_fault_ns = 5_600,
-    /// First touch of a block of 2 MiB that one huge page or folio shows.
+    /// First touch of a block of 2 MiB that one huge page or folio maps.
     huge_fault_ns = 7_500,
     /// First touch of a page of a private file mapping in small pages, cached.
     file_read_fault_ns = 5_100,
     /// First write to a page of a private file mapping: a fault and a copy.
     cow_fault_ns = 7_700,
-    /// The first write into a block that a huge folio showed: the copy, and the block shown in small pages from then on.
+    /// The first write into a block mapped by a huge folio: the copy, and the block mapped by small pages from then on.
     cow_split_fault_ns = 9_000,
-    /// A page of a hole in a file, over a page that is there: the cache makes one.
+    /// A page of a hole in a file, over one that has data: the page cache must allocate one.
     hole_extra_ns = 2_400,
     /// `MADV_POPULATE_WRITE` over a private file mapping: each call.
     populate_write_call_ns = 400,
     /// `MADV_POPULATE_WRITE` over a private file mapping: each page.
     populate_write_page_ns = 650,
-    /// First touch of the guest of a small page that is in the host's page tables, writable, with all of its group of 8:
+    /// The guest's first touch of a small page that is in the host's page tables, writable, with all of its group of 8:
     /// KVM maps those along (Linux `arch/x86/kvm/mmu/mmu.c`, `PTE_PREFETCH_NUM`).
     populated_touch_ns = 1_000,
     /// The same where others of the group are missing: each page is a fault.
@@ -139,35 +139,35 @@ costs! {
     read_huge_page_ns = 250,
     /// Reading from the cache into anonymous memory in small pages, allocation included: each page.
     read_small_page_ns = 1_150,
-    /// A system call that reads: what it costs whatever its length.
+    /// A system call that reads: the part independent of its length.
     call_ns = 300,
-    /// A mapping of its own (`mmap`), and what it costs to have one more.
+    /// A mapping of its own: its `mmap`, and the cost of one more VMA.
     vma_ns = 1_500,
     /// A page fault that a userfaultfd thread answers.
     uffd_fault_ns = 36_000,
     /// A page installed by `UFFDIO_COPY`, many at a time.
     uffd_copy_ns = 560,
-    /// A call of `UFFDIO_COPY`: what it costs whatever its length.
+    /// A call of `UFFDIO_COPY`: the part independent of its length.
     uffd_call_ns = 950,
     /// A page from the device, in a long sequential read.
     device_sequential_page_ns = 1_050,
-    /// A page from the device, alone: over what it costs in a sequential read.
+    /// A single page from the device: the cost beyond that in a sequential read.
     device_seek_ns = 24_000,
 }
 
-/// The file's first question: is it for this build?
+/// The version field, read first: is the file for this build?
 #[derive(Deserialize)]
 struct Probe {
     version: u32,
 }
 
 impl Costs {
-    /// Whether a number was measured on this host.
+    /// True if a number was measured on this host.
     pub fn is_measured(&self, name: &str) -> bool {
         self.measured.iter().any(|known| known == name)
     }
 
-    /// `built-in`, `measured`, or how much of each.
+    /// `built-in`, `measured`, or the count of measured numbers.
     pub fn source(&self) -> String {
         let all = self.fields().count();
         match self.measured.len() {
@@ -184,10 +184,10 @@ impl Costs {
         self
     }
 
-    /// Brings numbers that cannot be into order: what a busy host measured would lead to plans that are bad everywhere.
-    /// Each operation that is part of another costs no more than that; no number is more than [`APART`] times away from
-    /// the built-in one, once all are scaled to this host's speed (the median ratio of what was measured to what is
-    /// built in). Returns which were changed, from what, to what.
+    /// Corrects implausible numbers: those of a busy host would lead to plans that are bad everywhere. No operation
+    /// then costs more than one that it is part of, and no number is more than [`APART`] times away from the built-in
+    /// one, once all are scaled to this host's speed (the median ratio of measured to built-in numbers). Returns the
+    /// changed numbers: name, before, after.
     pub fn make_plausible(&mut self) -> Vec<(&'static str, u64, u64)> {
         let built_in = Costs::default();
         let measured = self.clone();
@@ -247,7 +247,7 @@ impl Costs {
         Ok(())
     }
 
-    /// Where the measurements of this host are kept: `$XDG_CACHE_HOME/tvmm/costs.json`, or below `~/.cache`.
+    /// The file of this host's measurements: `$XDG_CACHE_HOME/tvmm/costs.json`, or below `~/.cache`.
     pub fn default_path() -> Option<PathBuf> {
         Some(cache_home()?.join("costs.json"))
     }
@@ -261,7 +261,7 @@ impl Costs {
     }
 }
 
-/// The directory of this user for what can be made again: `$XDG_CACHE_HOME/tvmm`, or `~/.cache/tvmm`.
+/// This user's directory for files that can be made again: `$XDG_CACHE_HOME/tvmm`, or `~/.cache/tvmm`.
 pub fn cache_home() -> Option<PathBuf> {
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
@@ -273,7 +273,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn costs_survive_a_file_and_say_what_was_measured() {
+    fn costs_survive_a_file_and_name_the_measured_ones() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deep").join("costs.json");
         let mut costs = Costs::default();

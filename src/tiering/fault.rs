@@ -1,16 +1,16 @@
-//! Serving pages when they are touched: what the fault service asks of tiers, and what it tells a recorder.
+//! The traits by which the fault service reads pages from tiers and reports faults to a recorder.
 
 use std::io;
 
 use crate::snapshot::{Gfn, PageSource};
 
-/// A tier from which pages are fetched. Called by one thread at a time.
+/// A tier from which pages are fetched. The fault service calls it from one thread at a time.
 pub trait PageReader: Send {
-    /// Fills `bytes` (whole pages) from `source` on. An error is final: the guest cannot have these pages.
+    /// Must fill `bytes` (whole pages) from `source` on. An error is final: the guest cannot have these pages.
     fn read(&mut self, source: PageSource, bytes: &mut [u8]) -> io::Result<()>;
 }
 
-/// What a first touch was.
+/// The kind of a first touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
     /// The page was missing and was read.
@@ -21,8 +21,8 @@ pub enum FaultKind {
     WriteProtect,
 }
 
-/// Is told of every first touch, in order.
+/// Called by the fault service for every first touch, in order.
 pub trait FaultObserver: Send {
-    /// Page `gfn` was touched; `at_ns` is CLOCK_MONOTONIC. The guest waits meanwhile.
+    /// Page `gfn` was touched; `at_ns` is CLOCK_MONOTONIC. The guest waits until this returns.
     fn fault(&mut self, gfn: Gfn, kind: FaultKind, at_ns: u64);
 }

@@ -1,15 +1,16 @@
-//! How a plan fits a run: what it brought ahead that nobody touched, and what it left that somebody did.
+//! Compares a plan with a run: the pages that it brought ahead in vain, and the touched pages that it left.
 //!
-//! The kernel does not tell whether a page that was put into memory ahead was touched: its page tables say so only where
-//! the hardware walks them, and a hypervisor walks its own. So a plan is held against the profile of a run: an exact
-//! count of pages, of that run. It is the truth of another run as far as runs agree (`tvmm profile merge` says how far).
+//! The kernel does not tell whether a page that was put into memory ahead was touched: its page tables say so only
+//! where the hardware walks them, and a hypervisor walks its own. So a plan is compared with the profile of a run: an
+//! exact count of pages, of that run. It holds for another run as far as runs agree (`tvmm profile merge` says how
+//! far).
 
 use serde::{Deserialize, Serialize};
 
 use super::profile::Profile;
 use crate::snapshot::{BackgroundAction, PageSet, Placement, RestorePlan};
 
-/// What a run did to some pages of a plan. The last four add up to the first.
+/// The use that a run made of some pages of a plan. The last four add up to the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Touched {
     pub pages: u64,
@@ -38,15 +39,15 @@ impl Touched {
     }
 }
 
-/// A plan against a run, by placement. Each page of the plan counts once, except under `ahead`.
+/// A plan compared with a run, by placement. Each page of the plan counts once, except under `ahead`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fit {
-    /// What was run, and who recorded it.
+    /// The function that was run, and the recorder.
     pub function: String,
     pub recorder: String,
     /// Runs the profile stands for; a page counts as touched or written if it was in any of them.
     pub runs: u32,
-    /// Whether the recorder saw reads. If not, `untouched` means not written.
+    /// True if the recorder saw reads. If not, `untouched` means not written.
     pub sees_reads: bool,
     /// In local memory before the guest ran: `untouched` ones were preloaded for nothing.
     pub preload: Touched,
@@ -63,7 +64,7 @@ pub struct Fit {
 }
 
 impl Fit {
-    /// Rows of a table: what, and the counts.
+    /// Rows of a table: placement, and the counts.
     pub fn rows(&self) -> [(&'static str, Touched); 6] {
         [
             ("preload", self.preload),
@@ -75,7 +76,7 @@ impl Fit {
         ]
     }
 
-    /// Holds `plan` against the run of `profile`. Whether both are of one snapshot is the caller's to check.
+    /// Compares `plan` with the run of `profile`. The caller checks that both are of one snapshot.
     pub fn of(plan: &RestorePlan, profile: &Profile) -> Fit {
         let placed = |placement: Placement| {
             let items = plan.extents.iter().filter(|item| item.placement == placement);
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn every_page_is_counted_under_its_placement_and_what_the_run_did() {
+    fn every_page_is_counted_by_placement_and_by_the_runs_use() {
         let source = PageSource { layer: 0, offset: 0 };
         let extents = vec![
             PlannedExtent::preload(extent(0, 10), source, Fill::Copy),

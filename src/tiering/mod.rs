@@ -1,11 +1,11 @@
-//! Where the pages of a restored guest live: profiles, policies, plans, and what pools hold.
+//! Placement of a restored guest's pages: profiles, policies, plans, and the contents of pools.
 //!
-//! Owns: recorders and profiles, policies and the cost model, plan files, the formats of pools (`pool/`) and of cold pools
-//! (`cold/`), and the traits that back ends implement (`tier::Tier`, `pool::Medium`, `cold::Place`).
-//! Must not know: KVM, guest memory, devices, HTTP. A policy is a pure function from a snapshot, a profile, costs and budgets
-//! to a [`RestorePlan`](crate::snapshot::RestorePlan), so all of them are tested without a machine.
-//! Start reading: `planner.rs` (which plan a restore gets), `policy/mod.rs`, then `policy/reap.rs` (the smallest with a profile)
-//! and `costs.rs`.
+//! Owns: recorders and profiles, policies and the cost model, plan files, the formats of pools (`pool/`) and of cold
+//! pools (`cold/`), and the traits that back ends implement (`tier::Tier`, `pool::Medium`, `cold::Place`).
+//! Must not know: KVM, guest memory, devices, HTTP. A policy is a pure function from a snapshot, a profile, costs and
+//! budgets to a [`RestorePlan`](crate::snapshot::RestorePlan), so all of them are tested without a machine.
+//! Start reading: `planner.rs` (chooses a restore's plan), `policy/mod.rs`, then `policy/reap.rs` (the smallest with a
+//! profile) and `costs.rs`.
 
 pub mod cold;
 pub mod costs;
@@ -24,7 +24,7 @@ use std::path::PathBuf;
 
 use crate::snapshot::{self, PoolId, SnapshotId};
 
-/// What can go wrong while a plan is made.
+/// Errors of making a plan.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("There is no policy {name:?}; there are: {known}")]

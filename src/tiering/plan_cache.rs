@@ -1,4 +1,4 @@
-//! The folder beside a snapshot that caches what was made for its restores: plans, and the images that plans read.
+//! The folder beside a snapshot that caches files made for its restores: plans, and the images that plans read.
 //!
 //! `<policy>-<mark of the profile>-<key>.plan` is a plan, and the key covers everything else that it depends on.
 //! `<digest>.image` is an image. Each may be deleted at any time and is made again when a restore needs it.
@@ -15,13 +15,12 @@ use crate::snapshot::{SnapshotId, image_name};
 /// Hexadecimal digits of a mark and of a key.
 const DIGITS: usize = 16;
 
-/// What the names of plans made from a profile have in common; of a plan that was made from none, it is that of no bytes.
+/// The part that the names of all plans made from a profile share; for plans made from none, the mark of no bytes.
 pub fn profile_mark(profile: &[u8]) -> String {
     blake3::hash(profile).to_hex()[..DIGITS].to_string()
 }
 
-/// The name of the plan of `policy` for a snapshot. `others` says everything that it depends on besides the snapshot and the
-/// profile.
+/// The name of the plan of `policy` for a snapshot. `others` lists all its inputs besides the snapshot and the profile.
 pub fn plan_name(snapshot: SnapshotId, policy: Policy, profile: &[u8], others: &str) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&snapshot.0);
@@ -31,8 +30,8 @@ pub fn plan_name(snapshot: SnapshotId, policy: Policy, profile: &[u8], others: &
     format!("{policy}-{}-{key}.plan", profile_mark(profile))
 }
 
-/// Removes the plans in `dir` that were made from no profile of `marks`, and the images that neither a plan that is left
-/// nor `images` names. Returns how many bytes that freed.
+/// Removes the plans in `dir` that were made from no profile of `marks`, and the images that neither a remaining plan
+/// nor `images` names. Returns the bytes freed.
 pub fn remove_unneeded(dir: &Path, marks: &BTreeSet<String>, images: &BTreeSet<String>) -> u64 {
     let (mut freed, mut needed) = (0, images.clone());
     let plans = files_of(dir, "plan");
@@ -48,7 +47,7 @@ pub fn remove_unneeded(dir: &Path, marks: &BTreeSet<String>, images: &BTreeSet<S
     unneeded.fold(freed, |freed, path| freed + remove(&path))
 }
 
-/// Whether the name of a plan has one of the marks. Names of versions before 0.2 have none.
+/// True if the name of a plan has one of the marks. Names of versions before 0.2 have none.
 fn is_marked(path: &Path, marks: &BTreeSet<String>) -> bool {
     let stem = path.file_stem().and_then(OsStr::to_str).unwrap_or_default();
     stem.rsplit('-').nth(1).is_some_and(|mark| marks.contains(mark))
@@ -59,7 +58,7 @@ fn files_of(dir: &Path, extension: &str) -> Vec<PathBuf> {
     paths.filter(|path| path.extension().is_some_and(|found| found == extension)).collect()
 }
 
-/// Bytes that were freed. What cannot be removed is left: it is a cache, and the next time comes.
+/// Returns the bytes freed. A file that cannot be removed stays until the next call: it is only a cache.
 fn remove(path: &Path) -> u64 {
     let len = fs::symlink_metadata(path).map_or(0, |metadata| metadata.len());
     fs::remove_file(path).map_or(0, |()| len)

@@ -1,8 +1,8 @@
-//! A plan in a file: what was decided once is carried out many times.
+//! A plan in a file: decided once, carried out many times.
 //!
-//! The file is a container like all of tvmm's (`docs/snapshot-format.md`): sections with checksums. It names the snapshot
-//! it is for and remembers length and modification time of every memory file, so that a file that changed after the plan
-//! was made is noticed before anything is mapped from it.
+//! The file is a container like all of tvmm's (`docs/snapshot-format.md`): sections with checksums. It names the
+//! snapshot it is for and has the length and modification time of every memory file, so that a file that changed after
+//! the plan was made is noticed before anything is mapped from it.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +20,7 @@ use crate::snapshot::{
     Chain, Container, RestorePlan, Section, SectionKind, Snapshot, TierSource, write_container, write_limited,
 };
 
-/// The version of the section; another one is not read, the plan is made again.
+/// The version of the section. A plan of another version is not read but made again.
 const VERSION: u32 = 4;
 /// The largest plan, in bytes.
 const FILE_LIMIT: u64 = 256 << 20;
@@ -46,21 +46,21 @@ impl SourceFile {
     }
 }
 
-/// The numbers a plan was made by.
+/// The costs a plan was made by.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CostsUsed {
     /// `built-in`, `measured`, or how much of each: [`Costs::source`].
     pub source: String,
-    /// The page cache state of the snapshot's files that they are for: `huge`, `small` or `cold`.
+    /// The page cache state of the snapshot's files that the costs are for: `huge`, `small` or `cold`.
     pub cache: String,
-    /// The file they were read from; `None` if they are built in.
+    /// The file the costs were read from; `None` if they are built in.
     pub file: Option<PathBuf>,
-    /// When that file was last written, in seconds since 1970.
+    /// Time that file was last written, in seconds since 1970.
     pub written: Option<i64>,
 }
 
 impl CostsUsed {
-    /// Of `costs`, read from `file`, or from the host's own if there is any.
+    /// The record of `costs`, read from `file`, or from the host's own file if it exists.
     pub fn new(costs: &Costs, file: Option<&Path>) -> CostsUsed {
         let file = file.map(Path::to_path_buf).or_else(Costs::default_path).filter(|path| path.exists());
         let written = file.as_ref().and_then(|path| Some(path.metadata().ok()?.mtime()));
@@ -82,15 +82,15 @@ impl fmt::Display for CostsUsed {
     }
 }
 
-/// A plan and what it was made from.
+/// A plan and its inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlanFile {
     pub plan: RestorePlan,
-    /// What it was expected to cost.
+    /// Its expected cost.
     pub expected: Estimate,
-    /// By which numbers; `None` if its policy weighs nothing.
+    /// The costs it was made by; `None` if its policy weighs nothing.
     pub costs: Option<CostsUsed>,
-    /// How it fits the profile it was made from; `None` if it was made from none.
+    /// Its comparison with the profile it was made from; `None` if it was made from none.
     pub fit: Option<Fit>,
     /// The memory file of each layer, base first.
     pub sources: Vec<SourceFile>,
@@ -103,7 +103,7 @@ impl PlanFile {
         Ok(PlanFile { plan, expected, costs: None, fit: None, sources })
     }
 
-    /// Says what it was made from.
+    /// Adds the inputs it was made from.
     #[must_use]
     pub fn made_from(mut self, costs: CostsUsed, profile: Option<&Profile>) -> PlanFile {
         self.costs = Some(costs);
@@ -111,10 +111,10 @@ impl PlanFile {
         self
     }
 
-    /// Reads what [`PlanFile::save`] wrote. What it says is not yet checked: see [`PlanFile::check_for`].
+    /// Reads what [`PlanFile::save`] wrote. The caller must still check the plan: see [`PlanFile::check_for`].
     ///
     /// # Errors
-    /// [`Error::Snapshot`] for what is not a container, or damaged; [`Error::PlanFile`] for what is no plan.
+    /// [`Error::Snapshot`] for a file that is no container, or damaged; [`Error::PlanFile`] for one that is no plan.
     pub fn load(path: &Path) -> Result<PlanFile, Error> {
         let bad = |problem: String| Error::PlanFile { path: path.to_path_buf(), problem };
         let container = Container::read(path, FILE_LIMIT)?;
@@ -141,12 +141,12 @@ impl PlanFile {
         Ok(bytes.len() as u64)
     }
 
-    /// The plan, if it is for the tip of `chain` and for these tiers, valid, and nothing it takes pages from has changed
-    /// since. `path` names the file in errors.
+    /// The plan, if it is valid, for the tip of `chain` and for these tiers, and no file it takes pages from has
+    /// changed since. `path` names the file in errors.
     ///
     /// # Errors
-    /// [`Error::PlanOfOther`], [`Error::SourceChanged`], [`Error::PoolChanged`], or the rule of
-    /// [`RestorePlan::validate`] that is broken.
+    /// [`Error::PlanOfOther`], [`Error::SourceChanged`], [`Error::PoolChanged`], or the broken rule of
+    /// [`RestorePlan::validate`].
     pub fn check_for(&self, chain: &Chain, tiers: &[TierSource], path: &Path) -> Result<&RestorePlan, Error> {
         let given = chain.tip().id();
         if self.plan.snapshot != given {
@@ -167,7 +167,7 @@ impl PlanFile {
     }
 }
 
-/// Whether the tiers that a plan was made for are those that are given.
+/// Checks that the given tiers are those that the plan was made for.
 fn check_tiers(planned: &[TierSource], given: &[TierSource]) -> Result<(), Error> {
     for (index, then) in planned.iter().enumerate() {
         match given.get(index) {
@@ -291,7 +291,7 @@ mod tests {
         let payload = postcard::to_stdvec(&file).unwrap();
         assert!(forged(SectionKind::Plan, 1, payload.clone()).contains("version 1"));
         assert!(forged(SectionKind::Plan, VERSION, [&payload[..], &[0]].concat()).contains("1 bytes follow"));
-        // Lengths that claim more than there is.
+        // Lengths that claim more bytes than there are.
         for at in 0..payload.len() {
             let mut bad = payload.clone();
             bad[at] = 0xff;

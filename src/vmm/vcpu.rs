@@ -65,25 +65,19 @@ impl Vcpu {
     /// it looks at `immediate_exit` (KVM API 5, `immediate_exit`).
     fn run(&mut self) -> Left {
         self.moments.guest_entered();
-        if self.has_pic {
-            self.look_for_interrupts();
-        }
+        self.look_for_interrupts();
         let mut retries = 0;
         let mut refused = None;
         loop {
             let generation = self.in_place.as_ref().map_or(0, |in_place| in_place.generation());
             let exit = self.fd.run();
             self.moments.guest_exited();
-            if let Some(console) = &self.console {
-                console.drain();
-                // A guest that was only interrupted wrote nothing because of that.
-                if !matches!(exit, Ok(VcpuExit::Intr) | Err(_)) {
-                    console.expect_bytes();
-                }
-            }
+            collect_console(self.console.as_deref(), &exit);
             if !matches!(&exit, Err(error) if error.errno() == libc::EAGAIN) {
                 refused = None;
             }
+            let mut ending = None;
+            let mut is_interrupted = false;
             match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.counters.io_out.count(self.buses.pio.write(u64::from(port), data));
@@ -99,55 +93,43 @@ impl Vcpu {
                     }
                     let is_claimed = self.buses.mmio.write(address, data);
                     self.counters.mmio_write.count(is_claimed);
-                    if let Some(ending) = emulated_in_vain(is_claimed, address) {
-                        return Left::Ended(ending);
-                    }
+                    ending = emulated_in_vain(is_claimed, address);
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
                     let is_claimed = self.buses.mmio.read(address, data);
                     self.counters.mmio_read.count(is_claimed);
-                    if let Some(ending) = emulated_in_vain(is_claimed, address) {
-                        return Left::Ended(ending);
-                    }
+                    ending = emulated_in_vain(is_claimed, address);
                 }
-                Ok(VcpuExit::Shutdown) => return Left::Ended(self.shut_down()),
-                Ok(VcpuExit::Intr) => {
-                    if !self.goes_on(&mut retries) {
-                        return Left::Kicked;
-                    }
-                }
+                Ok(VcpuExit::Shutdown) => ending = Some(self.shut_down()),
+                Ok(VcpuExit::Intr) => is_interrupted = true,
                 Ok(VcpuExit::MemoryFault { gpa, .. }) => {
-                    if let Err(ending) = self.promote(Cause::Told { gpa }, generation, "a page cannot be accessed") {
-                        return Left::Ended(ending);
-                    }
+                    ending = self.promote(Cause::Told { gpa }, generation, "a page cannot be accessed").err();
                 }
                 Ok(VcpuExit::InternalError) => {
-                    if let Err(ending) = self.promote(Cause::Emulation, generation, "InternalError") {
-                        return Left::Ended(ending);
-                    }
+                    ending = self.promote(Cause::Emulation, generation, "InternalError").err();
                 }
                 Ok(other) => {
                     let what = format!("{other:?}");
-                    return Left::Ended(self.failed(&what));
+                    ending = Some(self.failed(&what));
                 }
                 Err(error) => match error.errno() {
-                    libc::EINTR if self.goes_on(&mut retries) => {}
-                    libc::EINTR => return Left::Kicked,
+                    libc::EINTR => is_interrupted = true,
                     libc::EAGAIN => {
                         if let Some(left) = self.wait_to_enter(&mut refused) {
                             return left;
                         }
                     }
                     libc::EFAULT | libc::EHWPOISON => {
-                        if let Err(ending) = self.promote(Cause::Untold, generation, &error.to_string()) {
-                            return Left::Ended(ending);
-                        }
+                        ending = self.promote(Cause::Untold, generation, &error.to_string()).err();
                     }
-                    _ => {
-                        let what = error.to_string();
-                        return Left::Ended(self.failed(&what));
-                    }
+                    _ => ending = Some(self.failed(&error.to_string())),
                 },
+            }
+            if is_interrupted && !self.goes_on(&mut retries) {
+                return Left::Kicked;
+            }
+            if let Some(ending) = ending {
+                return Left::Ended(ending);
             }
         }
     }
@@ -236,6 +218,9 @@ impl Vcpu {
     /// An interrupt of the 8259 that came while the guest had LINT0 masked waits for ever, and all later ones behind it:
     /// KVM does not look again when LINT0 is unmasked (Linux `kvm_lapic_reg_write`), but does when any MP state is set.
     fn look_for_interrupts(&self) {
+        if !self.has_pic {
+            return;
+        }
         if let Ok(state) = self.fd.get_mp_state() {
             // Refused, it leaves everything as it was.
             let _ = self.fd.set_mp_state(state);
@@ -245,6 +230,16 @@ impl Vcpu {
     fn failed(&self, what: &str) -> Ending {
         let place = self.fd.get_regs().map_or_else(|_| "unknown".to_string(), |regs| format!("{:#x}", regs.rip));
         Ending::Failed(format!("vCPU {} stopped at RIP {place}: {what}", self.index))
+    }
+}
+
+/// Takes what the guest has written out of the console's ring, after an exit.
+fn collect_console(console: Option<&ConsoleRing>, exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) {
+    let Some(console) = console else { return };
+    console.drain();
+    // A guest that was only interrupted wrote nothing because of that.
+    if !matches!(exit, Ok(VcpuExit::Intr) | Err(_)) {
+        console.expect_bytes();
     }
 }
 

@@ -14,13 +14,13 @@ const OUTPUT_MAX: u64 = 1 << 20;
 /// The longest answer's `key=value` pairs.
 const KEYS_MAX: usize = 1024;
 
-/// What a function answers.
+/// The answer of a function.
 pub struct Reply {
     pub digest: u64,
     pub keys: String,
 }
 
-/// What went wrong, for the asker.
+/// An error message for the caller.
 pub struct Failure(pub String);
 
 impl<T: std::fmt::Display> From<T> for Failure {
@@ -87,7 +87,7 @@ impl Functions {
         let version = env!("CARGO_PKG_VERSION");
         let mut keys = format!("version={version} {} kernel={}", machine(), release.trim());
         for name in names {
-            // As many as fit.
+            // As many names as fit.
             if keys.len() + name.len() < KEYS_MAX - 16 {
                 keys += if keys.contains(" functions=") { "," } else { " functions=" };
                 keys += name;
@@ -118,8 +118,8 @@ fn fit(keys: String) -> Result<String, Failure> {
     Ok(keys)
 }
 
-/// The pairs are the arguments. The digest is that of the output; its last line, if it is made of `key=value`, is the
-/// answer's.
+/// Runs a program with the pairs as arguments. The digest is that of the output; its last line, if it is made of
+/// `key=value`, goes into the answer.
 fn run_program(path: &Path, pairs: &[&str]) -> Result<Reply, Failure> {
     let mut child = Command::new(path)
         .args(pairs)
@@ -131,7 +131,7 @@ fn run_program(path: &Path, pairs: &[&str]) -> Result<Reply, Failure> {
     let errors = child.stderr.take().map(|mut pipe| {
         std::thread::spawn(move || {
             let mut text = Vec::new();
-            // What comes after the first part is read and dropped: the program must not wait for it.
+            // The rest of the output is read and dropped: the program must not wait for it.
             let _ = pipe.by_ref().take(OUTPUT_MAX).read_to_end(&mut text);
             let _ = io::copy(&mut pipe, &mut io::sink());
             text

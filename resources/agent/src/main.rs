@@ -1,5 +1,5 @@
 //! Answers tvmm's function protocol inside a Linux guest, on a vsock port or on the console: a line in, a line out, as
-//! the tiny guest does. README.md says how functions are brought.
+//! the tiny guest does. README.md tells how to add functions.
 
 mod functions;
 mod protocol;
@@ -79,10 +79,10 @@ fn run(options: &Options) -> io::Result<()> {
         let (functions, guard) = (functions.clone(), Guard(open.clone()));
         let work = move || {
             let _guard = guard;
-            // The other end went away, or a snapshot was restored: nobody is left to be told.
+            // The other end went away, or a snapshot was restored: an error has no receiver.
             let _ = converse(stream, &functions);
         };
-        // Without a thread the connection is closed, and the other end sees that.
+        // Without a thread the connection is closed, which the other end notices.
         let _ = std::thread::Builder::new().spawn(work);
     }
 }

@@ -7,7 +7,7 @@ use tvmm_guest::line::LineReader;
 
 use crate::functions::{Failure, Functions};
 
-/// Answers a complete line; None when there is nothing to say.
+/// Answers a complete line; `None` if it is empty.
 pub fn answer(reader: &LineReader, functions: &Functions) -> Option<String> {
     match reader.line() {
         Ok("") => None,
@@ -41,7 +41,7 @@ fn error(id: Option<&str>, message: &str) -> String {
 /// Longest message of an error.
 const MESSAGE_MAX: usize = 200;
 
-/// A message as the protocol can carry it: printable, and not too long.
+/// Cuts a message to what the protocol can carry: printable characters, and not too many.
 fn one_line(message: &str) -> String {
     let printable = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };
     message.chars().take(MESSAGE_MAX).map(printable).collect()

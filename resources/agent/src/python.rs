@@ -24,13 +24,13 @@ struct Worker {
 }
 
 impl Handler {
-    /// Starts Python on the module at `path`. If that fails, the first request tries again and says why.
+    /// Starts Python on the module at `path`. If that fails, the first request tries again and returns the reason.
     pub fn start(path: PathBuf) -> Self {
         let worker = Worker::start(&path).ok();
         Handler { path, worker: Mutex::new(worker) }
     }
 
-    /// Calls the module's `run`; the digest and the pairs of its answer. One call at a time.
+    /// Calls the module's `run`; returns the digest and the pairs of its answer. One call at a time.
     pub fn call(&self, pairs: &[&str]) -> Result<(u64, String), Failure> {
         let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
         let mut alive = match worker.take() {
@@ -69,7 +69,7 @@ impl Worker {
     }
 
     fn call(&mut self, pairs: &[&str]) -> Result<String, Failure> {
-        // If it has ended, that is seen below.
+        // If the process has ended, the read below fails.
         let _ = self.input.write_all(format!("{}\n", pairs.join(" ")).as_bytes());
         let mut line = String::new();
         match self.output.by_ref().take(LINE_MAX).read_line(&mut line) {
@@ -83,7 +83,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

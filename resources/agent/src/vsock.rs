@@ -1,4 +1,4 @@
-//! Listening on a vsock port (vsock(7)).
+//! Listens on a vsock port (vsock(7)).
 
 use std::fs::File;
 use std::io;
@@ -10,7 +10,7 @@ const BACKLOG: i32 = 64;
 pub struct Listener(OwnedFd);
 
 impl Listener {
-    /// Listens on `port` for whoever reaches this machine.
+    /// Listens on `port` for any process that reaches this machine.
     pub fn bind(port: u32) -> io::Result<Self> {
         let said = |error: io::Error, what: &str| {
             let hint = match error.raw_os_error() {
@@ -24,7 +24,7 @@ impl Listener {
         // SAFETY: no pointers.
         let fd = check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })
             .map_err(|error| said(error, "make a socket for"))?;
-        // SAFETY: just made, and nobody else's.
+        // SAFETY: just made, without any other owner.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: all-zero is a valid sockaddr_vm.
         let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
@@ -44,7 +44,7 @@ impl Listener {
         let null = std::ptr::null_mut();
         // SAFETY: the address is not asked for.
         let fd = check(unsafe { libc::accept4(self.0.as_raw_fd(), null, null.cast(), libc::SOCK_CLOEXEC) })?;
-        // SAFETY: just made, and nobody else's.
+        // SAFETY: just made, without any other owner.
         Ok(unsafe { File::from_raw_fd(fd) })
     }
 }

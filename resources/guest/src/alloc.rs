@@ -1,4 +1,4 @@
-//! Physical pages: who has which.
+//! The allocator of physical pages.
 
 use core::ops::Range;
 use tvmm_guest::PAGE_SIZE;
@@ -9,8 +9,8 @@ unsafe extern "C" {
     static __kernel_end: u8;
 }
 
-/// Pages are handed out from here: the kernel has the 2 MiB blocks it lies in for itself, so that
-/// its own writes never split a huge page that holds data.
+/// Allocation starts here: the kernel has the 2 MiB blocks it lies in for itself, so that its own writes never split a
+/// huge page that holds data.
 const BLOCK: u64 = 2 << 20;
 const FREE_RUNS_MAX: usize = 1024;
 
@@ -57,11 +57,11 @@ impl Pages {
     /// Takes pages back, zeroed if the kernel was booted with `init_on_free=1`.
     ///
     /// # Safety
-    /// Nobody may use the pages any more.
+    /// The pages are no longer in use.
     pub unsafe fn free(&mut self, run: Run) -> Result<(), Error> {
         self.free.free(run)?;
         if self.init_on_free {
-            // SAFETY: they were allocated, so they are RAM and mapped; nobody uses them (caller).
+            // SAFETY: they were allocated, so they are RAM and mapped; they are no longer in use (caller).
             unsafe { core::ptr::write_bytes(address(run) as *mut u8, 0, (run.pages * PAGE_SIZE) as usize) };
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! `run <id> <function> <key=value>...`: one request, taken apart and checked.
+//! Parses and checks one request: `run <id> <function> <key=value>...`.
 
 use crate::text::Text;
 
@@ -6,7 +6,7 @@ use crate::text::Text;
 pub const ID_MAX: usize = 32;
 const PAIRS_MAX: usize = 16;
 
-/// What went wrong, as it is told to the host.
+/// An error message for the host.
 pub type Message = Text<96>;
 
 /// Formats an error message.
@@ -101,7 +101,7 @@ impl<'a> Args<'a> {
         Ok(args)
     }
 
-    /// Every key is one of `keys`, and those required are there.
+    /// Checks that every key is one of `keys`, and that the required ones are there.
     pub fn check(&self, function: &str, keys: &[Key]) -> Result<(), Message> {
         for (name, _) in &self.pairs[..self.len] {
             if !keys.iter().any(|k| k.name == *name) {

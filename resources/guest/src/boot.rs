@@ -1,5 +1,5 @@
-//! What the boot protocol handed over. Everything is copied out here, once, before the allocator
-//! may give its memory away.
+//! The data that the boot protocol handed over. Everything is copied out here, once, before the allocator may give its
+//! memory away.
 //!
 //! Linux: Documentation/arch/x86/zero-page.rst. Xen: include/public/arch-x86/hvm/start_info.h.
 
@@ -100,8 +100,8 @@ fn command_line(address: u64) -> &'static [u8] {
     if address == 0 || address >= MAPPED - CMDLINE_MAX as u64 {
         return b"";
     }
-    // SAFETY: mapped and in range by the check; nobody writes there before the result is dropped,
-    // which is before the allocator is set up.
+    // SAFETY: mapped and in range by the check; nothing writes there before the result is dropped, which is before the
+    // allocator is set up.
     let bytes = unsafe { core::slice::from_raw_parts(address as *const u8, CMDLINE_MAX) };
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     &bytes[..end]

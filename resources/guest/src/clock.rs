@@ -57,7 +57,7 @@ static CLOCKS: [Shared<PvClock>; MAX_CPUS] = [const {
     }))
 }; MAX_CPUS];
 static WALL: Shared<WallClock> = Shared(UnsafeCell::new(WallClock { version: 0, sec: 0, nsec: 0 }));
-/// The latest time each CPU was told.
+/// The latest time that each CPU has read.
 static LAST: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 static KVMCLOCK: AtomicBool = AtomicBool::new(false);
 
@@ -70,7 +70,7 @@ pub fn init() -> Result<(), &'static str> {
     }
     let clock = describe_tsc(measure_tsc().ok_or("no kvmclock, and the PIT does not count")?);
     for shared in &CLOCKS {
-        // SAFETY: nobody reads yet; the hypervisor was not told of this memory.
+        // SAFETY: no CPU reads it yet; the hypervisor was not told of this memory.
         unsafe { shared.0.get().write_volatile(clock) };
     }
     Ok(())
@@ -85,7 +85,7 @@ pub fn enable(slot: usize) {
     }
 }
 
-/// Where the time comes from.
+/// The source of the time.
 pub fn source() -> &'static str {
     if KVMCLOCK.load(Ordering::Relaxed) { "kvmclock" } else { "tsc-pit" }
 }

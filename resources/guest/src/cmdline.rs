@@ -1,4 +1,4 @@
-//! Boot parameters. As in Linux, words that nobody knows are ignored and the last one wins.
+//! Boot parameters. As in Linux, unknown words are ignored and the last one wins.
 
 use crate::text::Text;
 

@@ -1,4 +1,4 @@
-//! The page allocator's books: a sorted list of free runs in a fixed array.
+//! The bookkeeping of the page allocator: a sorted list of free runs in a fixed array.
 //!
 //! First fit, lowest address first. The list is a few cache lines however much RAM there is, so
 //! that booting and allocating dirty next to nothing.
@@ -39,7 +39,7 @@ impl core::fmt::Display for Error {
     }
 }
 
-/// Free runs, sorted by address, never touching each other. `N` is how many there can be.
+/// Free runs, sorted by address, never touching each other. `N` is the most there can be.
 #[derive(Debug)]
 pub struct FreeList<const N: usize> {
     runs: [Run; N],
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn alloc_up_to_gives_what_is_contiguous() {
+    fn alloc_up_to_gives_contiguous_pages() {
         let mut l = list(&[run(10, 2), run(20, 8)]);
         assert_eq!(l.alloc_up_to(5), Ok(run(10, 2)));
         assert_eq!(l.alloc_up_to(5), Ok(run(20, 5)));

@@ -1,6 +1,6 @@
-//! The heap of the functions: what a C library and an interpreter do with memory, in short. Small blocks come from pools of
-//! their size in arenas of 1 MiB and are kept for the next taker, last in, first out (pymalloc; malloc's bins). Large ones
-//! are pages of their own, lowest address first, and go back at once (mmap and munmap).
+//! The heap of the functions: what a C library and an interpreter do with memory, in short. Small blocks come from
+//! pools of their size in arenas of 1 MiB and are kept for the next taker, last in, first out (pymalloc; malloc's
+//! bins). Large ones are pages of their own, lowest address first, and go back at once (mmap and munmap).
 //!
 //! Only the first CPU allocates, and no interrupt stub does.
 
@@ -15,7 +15,7 @@ use tvmm_guest::size_class::{BLOCK_MAX, CLASSES, block_size, class_of, span_page
 
 const ARENA_PAGES: u64 = 256;
 const FREE_RUNS_MAX: usize = 2048;
-/// What a block is aligned to without further ado.
+/// The alignment of every block.
 const ALIGN: usize = 16;
 
 #[global_allocator]
@@ -29,11 +29,11 @@ unsafe impl Sync for Heap {}
 
 struct State {
     free: FreeList<FREE_RUNS_MAX>,
-    /// What is left of the newest arena.
+    /// The rest of the newest arena.
     arena: Run,
     /// First free block of each class; a free block begins with the address of the next.
     blocks: [*mut u8; CLASSES],
-    /// What is left of the newest span of each class: address and blocks.
+    /// The rest of the newest span of each class: address and blocks.
     spans: [(u64, u64); CLASSES],
     /// Bytes in use, and the most there were since [`Heap::watch`].
     used: u64,
@@ -41,7 +41,7 @@ struct State {
     init_on_free: bool,
 }
 
-/// What a layout is served with.
+/// The size class, or the pages, that a layout gets.
 enum Size {
     Class(usize),
     Pages(u64),
@@ -50,7 +50,7 @@ enum Size {
 fn size_of(layout: Layout) -> Option<Size> {
     let size = match layout.align() {
         align if align <= ALIGN => layout.size(),
-        // A power of two in a span that begins with a page is aligned to itself.
+        // A block whose size is a power of two, in a span that begins with a page, is aligned to its size.
         align if align <= PAGE_SIZE as usize => layout.size().max(align).next_power_of_two(),
         _ => return None,
     };
@@ -77,7 +77,7 @@ impl State {
     fn block(&mut self, class: usize) -> *mut u8 {
         let first = self.blocks[class];
         if !first.is_null() {
-            // SAFETY: a free block of this heap: mapped, and nobody else's; its first word is the next one's address.
+            // SAFETY: a free block of this heap: mapped and unused; its first word is the next one's address.
             self.blocks[class] = unsafe { first.cast::<*mut u8>().read() };
             return first;
         }
@@ -122,7 +122,7 @@ impl Heap {
         unsafe { &mut *self.0.get() }
     }
 
-    /// Gives the heap its memory: RAM that nobody else uses.
+    /// Gives the heap its memory: RAM without any other user.
     ///
     /// # Safety
     /// Once, on the first CPU; `run` is RAM, mapped, and the heap's from now on.
@@ -133,13 +133,13 @@ impl Heap {
         state.free.free(run)
     }
 
-    /// Bytes of the longest run that is free.
+    /// Bytes of the longest free run.
     pub fn longest_free(&self) -> u64 {
         // SAFETY: functions run on the first CPU; the reference ends here.
         unsafe { self.state() }.free.longest() * PAGE_SIZE
     }
 
-    /// Forgets the most bytes that were in use; returns what is in use now.
+    /// Resets the peak to the bytes in use now, and returns them.
     pub fn watch(&self) -> u64 {
         // SAFETY: as in `longest_free`.
         let state = unsafe { self.state() };
@@ -154,8 +154,8 @@ impl Heap {
     }
 }
 
-// SAFETY: blocks come from runs that are this heap's alone (`init`), each is handed out once until it is given back, and it
-// is as large and as aligned as its class says; nothing unwinds.
+// SAFETY: blocks come from runs that are this heap's alone (`init`), each is handed out once until it is given back,
+// and it is as large and as aligned as its class says; nothing unwinds.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the first CPU allocates, see the module.
@@ -179,7 +179,7 @@ unsafe impl GlobalAlloc for Heap {
         let state = unsafe { self.state() };
         match size_of(layout) {
             Some(Size::Class(class)) => {
-                // SAFETY: the block is at least 16 bytes, aligned to them, and nobody uses it any more (caller).
+                // SAFETY: the block is at least 16 bytes, aligned to them, and no longer in use (caller).
                 unsafe { at.cast::<*mut u8>().write(state.blocks[class]) };
                 state.blocks[class] = at;
                 state.used -= block_size(class) as u64;

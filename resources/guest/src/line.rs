@@ -3,7 +3,7 @@
 /// Longest line that is looked at, without its end.
 pub const LINE_MAX: usize = 1024;
 
-/// Why a line is refused unread.
+/// The reason why a line is refused unread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// More than [`LINE_MAX`] bytes.

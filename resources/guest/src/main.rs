@@ -1,4 +1,4 @@
-//! A tiny guest kernel for tvmm's tests and benchmarks. README.md says what it does.
+//! A tiny guest kernel for tvmm's tests and benchmarks. README.md describes it.
 //!
 //! Reading order: boot.s (how CPL3 is reached), this file, protocol.rs, functions/.
 #![no_std]
@@ -34,7 +34,7 @@ core::arch::global_asm!(include_str!("../boot.s"), options(att_syntax));
 
 const COM1_IRQ: u32 = 4;
 
-/// Where boot.s sends the boot CPU.
+/// The entry of the boot CPU, called by boot.s.
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(_slot: usize) -> ! {
     let mut serial = Serial::init();
@@ -53,7 +53,7 @@ extern "C" fn guest_main(_slot: usize) -> ! {
     serve(&mut serial, ctx)
 }
 
-/// Brings everything up but the serial port. The error is for a panic.
+/// Starts everything but the serial port. The error is for a panic.
 fn start(boot: &BootInfo, ctx: &mut Ctx) -> Result<(), &'static str> {
     apic::check()?;
     apic::mask_pics();

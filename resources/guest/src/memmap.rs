@@ -53,7 +53,7 @@ impl core::fmt::Display for Error {
 }
 
 impl MemoryMap {
-    /// Reads `entries` of (address, size, type). Where RAM overlaps something else it is not RAM.
+    /// Reads `entries` of (address, size, type). RAM that overlaps an entry of another type is not RAM.
     pub fn parse<I>(entries: I) -> Result<Self, Error>
     where
         I: Iterator<Item = (u64, u64, u32)> + Clone,
@@ -104,7 +104,7 @@ impl MemoryMap {
         self.ram().last().map_or(0, |r| r.end)
     }
 
-    /// Whether any RAM lies in `range`.
+    /// True if any RAM lies in `range`.
     pub fn has_ram_in(&self, range: Range) -> bool {
         self.ram().iter().any(|r| r.start < range.end && range.start < r.end)
     }

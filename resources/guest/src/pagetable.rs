@@ -23,8 +23,8 @@ const REACH_MIN: u64 = 4 * GIB;
 const IOAPIC_BLOCK: u64 = 0xfec0_0000;
 const LAPIC_BLOCK: u64 = 0xfee0_0000;
 
-/// Where each mapped 4 KiB-split block and each GiB gets its table: they are handed out in address
-/// order after the PML4 and the PDPT.
+/// The assignment of a table to each mapped 4 KiB-split block and each GiB: in address order after the PML4 and the
+/// PDPT.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan<'a> {
     map: &'a MemoryMap,
@@ -38,7 +38,7 @@ impl<'a> Plan<'a> {
         (map.end() <= REACH_MAX).then_some(Self { map, split })
     }
 
-    /// How many tables [`Self::build`] needs.
+    /// The number of tables that [`Self::build`] needs.
     pub fn tables(&self) -> u64 {
         let blocks = self.gibs().flat_map(blocks_of).filter(|b| self.is_split(*b));
         2 + self.gibs().count() as u64 + blocks.count() as u64

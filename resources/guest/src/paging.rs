@@ -7,7 +7,7 @@ use tvmm_guest::memmap::MemoryMap;
 use tvmm_guest::pagetable::{Plan, Table};
 
 unsafe extern "C" {
-    /// What application processors load, in 32-bit mode.
+    /// The tables that application processors load, in 32-bit mode.
     static mut boot_cr3: u64;
 }
 
@@ -19,7 +19,7 @@ const REACH: u64 = 512 << 30;
 const TABLE: u64 = 0x27; // P W U A
 const LARGE_PAGE: u64 = 0xe7; // P W U A D PS
 
-/// Maps all RAM as asked. The error is for a panic.
+/// Maps all RAM in pages of `kind`. The error is for a panic.
 pub fn init(map: &MemoryMap, kind: PageTables, pages: &mut Pages) -> Result<(), &'static str> {
     let split = kind == PageTables::FourKib;
     if !split && map.end() <= BOOT_REACH {
@@ -32,7 +32,7 @@ pub fn init(map: &MemoryMap, kind: PageTables, pages: &mut Pages) -> Result<(), 
     if at + count * size_of::<Table>() as u64 > BOOT_REACH {
         return Err("no memory for page tables below 4 GiB");
     }
-    // SAFETY: just allocated, below 4 GiB and so mapped; nobody else refers to it.
+    // SAFETY: just allocated, below 4 GiB and so mapped; nothing else refers to it.
     let tables = unsafe { core::slice::from_raw_parts_mut(at as *mut Table, count as usize) };
     plan.build(tables, at);
     // SAFETY: the new tables map the first 4 GiB like the old ones, and never go away. No other CPU
@@ -44,7 +44,8 @@ pub fn init(map: &MemoryMap, kind: PageTables, pages: &mut Pages) -> Result<(), 
     Ok(())
 }
 
-/// Clears the accessed and dirty bits of the last-level entries for `size` bytes at `start`; how many entries that are.
+/// Clears the accessed and dirty bits of the last-level entries for `size` bytes at `start`; returns the number of
+/// entries.
 pub fn unmark(start: u64, size: u64) -> u64 {
     const ADDRESS: u64 = 0xf_ffff_ffff_f000;
     const PAGE_SIZE_BIT: u64 = 1 << 7;
@@ -72,12 +73,14 @@ pub fn unmark(start: u64, size: u64) -> u64 {
     count
 }
 
-/// Maps `size` bytes at `start` onto themselves, in 2 MiB pages, where the tables have nothing yet. The error is for a message.
+/// Maps `size` bytes at `start` onto themselves, in 2 MiB pages, where the tables have nothing yet. The error is for a
+/// message.
 pub fn map(start: u64, size: u64, pages: &mut Pages) -> Result<(), &'static str> {
     if start.checked_add(size).is_none_or(|end| end > REACH) {
         return Err("it lies above 512 GiB");
     }
-    // SAFETY: `boot_cr3` is written before this, by the first CPU only; the tables lie in RAM that is mapped onto itself.
+    // SAFETY: `boot_cr3` is written before this, by the first CPU only; the tables lie in RAM that is mapped onto
+    // itself.
     let pml4 = unsafe { (&raw const boot_cr3).read_volatile() };
     // SAFETY: the first entry is always there: RAM begins at 0.
     let third = unsafe { *(pml4 as *const u64) } & !0xfff;
@@ -90,10 +93,10 @@ pub fn map(start: u64, size: u64, pages: &mut Pages) -> Result<(), &'static str>
         let run = pages.alloc(1).map_err(|_| "no memory for page tables")?;
         for i in 0..512 {
             let block = gib * GIB + i * BLOCK;
-            // SAFETY: inside the page just allocated, which nobody else has.
+            // SAFETY: inside the page just allocated, which has no other user.
             unsafe { ((address(run) + i * 8) as *mut u64).write_volatile(block | LARGE_PAGE) };
         }
-        // SAFETY: as above; what was mapped before stays as it is.
+        // SAFETY: as above; existing mappings stay as they are.
         unsafe { entry.write_volatile(address(run) | TABLE) };
     }
     // SAFETY: the same tables: they are read anew.

@@ -10,7 +10,7 @@ use tvmm_guest::text::Text;
 /// Longest answer.
 pub type Answer = Text<1024>;
 
-/// Answers a complete line; None when there is nothing to say.
+/// Answers a complete line; `None` if it is empty.
 pub fn answer(reader: &LineReader, ctx: &mut Ctx) -> Option<Answer> {
     match reader.line() {
         Ok("") => None,

@@ -22,7 +22,7 @@ const LSR_ERRORS: u8 = 0x1e; // overrun, parity, framing, break
 const LSR_THR_EMPTY: u8 = 0x20;
 const LSR_IDLE: u8 = 0x40;
 
-/// What the transmitter takes once it is empty.
+/// The bytes that an empty transmitter takes.
 const FIFO_BYTES: usize = 16;
 /// Polls after which a transmitter counts as broken: never hang.
 const POLLS_MAX: u32 = 1 << 20;
@@ -84,7 +84,7 @@ fn wait_for(status: u8) {
     }
 }
 
-/// Sends a last line from any CPU, whoever owns the port, and waits until it is out.
+/// Sends a last line from any CPU, without owning the port, and waits until it is out.
 pub fn panic_write(line: &str) {
     let mut serial = Serial { tx_empty: false };
     serial.send(line);

@@ -1,4 +1,5 @@
-//! Size classes of the heap: steps of 16 bytes up to 512, as CPython's pymalloc has them, then four steps for each doubling.
+//! Size classes of the heap: steps of 16 bytes up to 512, as CPython's pymalloc has them, then four steps for each
+//! doubling.
 
 /// Larger blocks are pages of their own, as beyond malloc's mmap threshold.
 pub const BLOCK_MAX: usize = 128 << 10;

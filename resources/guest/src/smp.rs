@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 /// Also CPUS in boot.s.
 pub const MAX_CPUS: usize = 8;
-/// Where the start-up code is copied: the SIPI vector can name pages below 1 MiB only.
+/// The address of the copied start-up code: the SIPI vector can name pages below 1 MiB only.
 const TRAMPOLINE: u32 = 0x8000;
 const START_NS_MAX: u64 = 1_000_000_000;
 const SIPI_AGAIN_NS: u64 = 10_000_000;
@@ -28,10 +28,10 @@ const ABSENT: u32 = 0;
 const IDLE: u32 = 1;
 const POSTED: u32 = 2;
 const DONE: u32 = 3;
-/// Came after the boot CPU had stopped waiting.
+/// The CPU came after the boot CPU had stopped waiting.
 const TOO_LATE: u32 = 4;
 
-/// Hands jobs from the boot CPU to the CPU of a slot: `state` says whose `job` is.
+/// Hands jobs from the boot CPU to the CPU of a slot: `state` says which of the two owns `job`.
 struct Mailbox {
     state: AtomicU32,
     apic_id: AtomicU32,
@@ -58,7 +58,7 @@ impl Cpus {
         Self { slots: [0; MAX_CPUS], count: 0 }
     }
 
-    /// Starts all CPUs that CPUID tells of (at most [`MAX_CPUS`]), and counts those that show up.
+    /// Starts all CPUs that CPUID reports (at most [`MAX_CPUS`]), and counts those that answer.
     pub fn start(&mut self) {
         let expected = (cpuid::processors() as usize).clamp(1, MAX_CPUS);
         MAILBOXES[0].apic_id.store(apic::id(), Ordering::Relaxed);
@@ -114,8 +114,8 @@ impl Cpus {
 fn start_others(expected: usize) {
     let start = &raw const trampoline_start;
     let len = (&raw const trampoline_end) as usize - start as usize;
-    // SAFETY: page 0x8000 is ordinary memory in both boot protocols, and what the VMM had put there
-    // is not needed any more (boot.rs copied all that is).
+    // SAFETY: page 0x8000 is ordinary memory in both boot protocols, and the VMM's data there is not needed any more
+    // (boot.rs copied all that is).
     unsafe { mem::memcpy(TRAMPOLINE as *mut u8, start, len) };
     // SAFETY: no other CPU runs yet.
     unsafe { (&raw mut boot_apic_id).write_volatile(u64::from(apic::id())) };
@@ -155,7 +155,7 @@ fn finish(slot: usize) {
     state.store(IDLE, Ordering::Release);
 }
 
-/// Where boot.s sends an application processor.
+/// The entry of an application processor, called by boot.s.
 #[unsafe(no_mangle)]
 extern "C" fn ap_main(slot: usize) -> ! {
     let mailbox = &MAILBOXES[slot];

@@ -10,7 +10,7 @@ use tvmm_guest::args::Message;
 use tvmm_guest::frames::Run;
 use tvmm_guest::{PAGE_SIZE, message};
 
-/// Where tvmm puts the registers of its devices, and their interrupt lines.
+/// The addresses of tvmm's device registers, and the interrupt lines.
 const FIRST: u64 = 0xd000_0000;
 const STEP: u64 = 0x1000;
 const FIRST_LINE: u32 = 5;
@@ -51,7 +51,8 @@ const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
 
 fn store(address: u64, value: u32) {
-    // SAFETY: only called for registers of a device that `find` has seen, and for the probed addresses, which are no RAM.
+    // SAFETY: only called for registers of a device that `find` has seen, and for the probed addresses, which are no
+    // RAM.
     unsafe { (address as *mut u32).write_volatile(value) }
 }
 
@@ -69,8 +70,8 @@ pub struct Device {
 }
 
 impl Device {
-    /// The `nth` device of type `id`, reset and waiting for [`start`](Self::start); its features are those of `wanted` that
-    /// it has.
+    /// The `nth` device of type `id`, reset and waiting for [`start`](Self::start), with the features of `wanted` that
+    /// it offers.
     pub fn find(id: u32, nth: u32, wanted: u64) -> Result<Self, Message> {
         let there = |base: u64| load(base + REG_MAGIC) == MAGIC && load(base + REG_VERSION) == 2;
         let slots = (0..DEVICES).map(|i| (FIRST + u64::from(i) * STEP, FIRST_LINE + i));
@@ -98,7 +99,7 @@ impl Device {
         }
     }
 
-    /// Whether `feature` (a bit) was agreed on.
+    /// True if `feature` (a bit) was agreed on.
     pub fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }
@@ -115,7 +116,7 @@ impl Device {
         let bytes = [16 * u64::from(size), 6 + 2 * u64::from(size), 6 + 8 * u64::from(size)];
         let count = bytes.iter().map(|len| len.div_ceil(PAGE_SIZE)).sum();
         let run = pages.alloc(count).map_err(|e| message!("{e}"))?;
-        // SAFETY: just allocated and mapped, nobody else's.
+        // SAFETY: just allocated and mapped, without any other user.
         unsafe { core::ptr::write_bytes(address(run) as *mut u8, 0, (count * PAGE_SIZE) as usize) };
         let desc = address(run);
         let avail = desc + bytes[0].next_multiple_of(PAGE_SIZE);
@@ -142,7 +143,7 @@ impl Device {
         store(self.base + REG_STATUS, status);
     }
 
-    /// Starts the device with queue 0 outside memory, which breaks it: it works again once it was reset.
+    /// Starts the device with queue 0 outside memory, which breaks it until the next reset.
     pub fn start_broken(&self) {
         store(self.base + REG_QUEUE_SEL, 0);
         store(self.base + REG_QUEUE_NUM, 16);
@@ -155,7 +156,7 @@ impl Device {
         store(self.base + REG_STATUS, status);
     }
 
-    /// Takes back what the interrupt line says; 1: used buffers, 2: the configuration changed.
+    /// Acknowledges the interrupt and returns its causes; 1: used buffers, 2: the configuration changed.
     pub fn acknowledge(&self) -> u32 {
         let status = load(self.base + REG_INTERRUPT_STATUS);
         if status != 0 {
@@ -206,7 +207,7 @@ pub struct Queue {
     free: u16,
     next_avail: u16,
     next_used: u16,
-    /// How often the device was notified.
+    /// The number of notifications sent to the device.
     pub kicks: u64,
 }
 
@@ -231,7 +232,7 @@ impl Queue {
         unsafe { (at as *const u16).read_volatile() }
     }
 
-    /// Makes a chain available and returns its head; `None` when there are too few descriptors free.
+    /// Makes a chain available and returns its head; `None` when too few descriptors are free.
     pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
         let head = self.free;
         for (i, buffer) in buffers.iter().enumerate() {
@@ -256,7 +257,7 @@ impl Queue {
         Some(head)
     }
 
-    /// Notifies the device of `added` new chains, unless it does not want to know.
+    /// Notifies the device of `added` new chains, unless it has turned notifications off.
     pub fn kick(&mut self, added: u16) {
         fence(Ordering::SeqCst);
         let wanted = match self.event_idx {
@@ -272,12 +273,12 @@ impl Queue {
         }
     }
 
-    /// Whether a chain has been given back.
+    /// True if a chain has been given back.
     pub fn has_used(&self) -> bool {
         self.get(self.used + 2) != self.next_used
     }
 
-    /// A chain that the device has given back: its head, and how many bytes were written.
+    /// A chain that the device has given back: its head, and the number of bytes written.
     pub fn pop(&mut self) -> Option<(u16, u32)> {
         if self.get(self.used + 2) == self.next_used {
             return None;
@@ -297,7 +298,7 @@ impl Queue {
         Some((head, len))
     }
 
-    /// Says whether the device is to interrupt when it gives the next chain back.
+    /// Asks the device to interrupt, or not to, when it gives the next chain back.
     pub fn want_interrupt(&mut self, wanted: bool) {
         match self.event_idx {
             // An index half the ring of numbers away is not reached before it is set again.

@@ -30,7 +30,7 @@ const TX_SLOTS: u16 = 16;
 pub const PAYLOAD_MAX: u64 = 64 << 10;
 const EVENT_BUFFERS: u16 = 4;
 
-/// A packet's header, but for what is always the same.
+/// The variable fields of a packet's header.
 #[derive(Clone, Copy, Default)]
 pub struct Header {
     pub host: u32,
@@ -42,7 +42,7 @@ pub struct Header {
     pub fwd_cnt: u32,
 }
 
-/// What the device had for the guest.
+/// An event or packet from the device.
 pub enum Came {
     /// A packet; its payload is at this address until [`Vsock::recycle`].
     Packet(Header, u64, u16),
@@ -65,7 +65,7 @@ pub struct Vsock {
     events_at: u64,
     /// Slots that the device has not given back.
     tx_busy: u32,
-    /// Which slot a chain that was sent is, by its head.
+    /// The slot of each chain that was sent, by its head.
     slot_of: [u8; 64],
     pub interrupts: u64,
 }
@@ -109,7 +109,8 @@ impl Vsock {
         self.rx.kicks + self.tx.kicks + self.events.kicks
     }
 
-    /// What came next. A free descriptor is taken again at once, so a buffer of one descriptor keeps its number.
+    /// The next event or packet. Its free descriptor is taken again at once, so a buffer of one descriptor keeps its
+    /// number.
     pub fn receive(&mut self) -> Came {
         if let Some((head, _)) = self.events.pop() {
             self.recycle_event(head);

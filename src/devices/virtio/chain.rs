@@ -1,4 +1,4 @@
-//! A descriptor chain, taken apart and checked once: what the device may read, and what it may write.
+//! A descriptor chain, parsed and checked once into the buffers that the device may read and those it may write.
 
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, BitmapSlice, RefSlice};
@@ -12,8 +12,8 @@ pub type Slice<'m> = VolatileSlice<'m, RefSlice<'m, AtomicBitmap>>;
 /// No device has a request larger than this; a driver that asks for more is lying (or a loop of descriptors is).
 const MAX_BYTES: usize = 1 << 30;
 
-/// Touches each page of `slices`, on which the kernel has answered EFAULT: a page that cannot be had (its file was cut, its
-/// disk fails) ends the guest with the reason here, instead of passing for an error of the device.
+/// Touches each page of `slices`, for which the kernel has returned EFAULT. A lost page (its file was cut, its disk
+/// fails) thereby ends the guest with the reason, instead of passing for an error of the device.
 pub fn touch<'m, B: BitmapSlice>(slices: impl Iterator<Item = VolatileSlice<'m, B>>) {
     const PAGE: usize = 4096;
     for slice in slices {
@@ -77,7 +77,7 @@ impl<'m> Buffers<'m> {
         part
     }
 
-    /// Copies bytes from `offset` on into `data`; returns how many there were.
+    /// Copies bytes from `offset` on into `data`; returns the number copied.
     pub fn read_at(&self, offset: usize, data: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in self.part(offset, data.len()).slices {
@@ -86,7 +86,7 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// Copies `data` to `offset`; returns how many bytes fitted.
+    /// Copies `data` to `offset`; returns the number of bytes that fitted.
     pub fn write_at(&self, offset: usize, data: &[u8]) -> usize {
         let mut done = 0;
         for slice in self.part(offset, data.len()).slices {
@@ -107,7 +107,7 @@ impl<'m> Buffers<'m> {
         }
     }
 
-    /// Marks the first `len` bytes as written: for what the kernel wrote through [`slices`](Self::slices).
+    /// Marks the first `len` bytes as written, after the kernel wrote through [`slices`](Self::slices).
     pub fn mark_written(&self, len: usize) {
         let mut left = len;
         for slice in &self.slices {
@@ -122,11 +122,11 @@ impl<'m> Buffers<'m> {
 #[derive(Debug)]
 pub struct Chain<'m> {
     pub head: u16,
-    /// What the driver wrote for the device.
+    /// The driver's bytes for the device.
     pub readable: Buffers<'m>,
-    /// What the device is to fill.
+    /// The buffers that the device fills.
     pub writable: Buffers<'m>,
-    /// The last byte of `writable`, where some devices report how it went.
+    /// The last byte of `writable`, where some devices report their status.
     pub last_writable: Option<GuestAddress>,
 }
 

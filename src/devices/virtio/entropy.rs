@@ -10,7 +10,7 @@ use crate::devices::Error;
 const QUEUE_SIZES: [u16; 1] = [256];
 const QUEUE: usize = 0;
 const TOKEN_LIMITER: u32 = 0;
-/// A request gets at most so many bytes: a driver may ask for its whole memory.
+/// The most bytes that a request gets: a driver may ask for its whole memory.
 const MAX_BYTES: usize = 64 << 10;
 
 /// The device as saved.

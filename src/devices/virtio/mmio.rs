@@ -1,4 +1,4 @@
-//! The MMIO transport, version 2 (VIRTIO 1.2, 4.2): registers, queue set-up, interrupt, and the device's life.
+//! The MMIO transport, version 2 (VIRTIO 1.2, 4.2): registers, queue set-up, interrupt, and the device's life cycle.
 //!
 //! The interrupt registers are outside the lock, so that a vCPU that acknowledges an interrupt never waits for a
 //! request that the device thread is working on.
@@ -63,7 +63,7 @@ const VENDOR: u32 = u32::from_le_bytes(*b"tvmm");
 const INTERRUPT_USED_BUFFER: u32 = 1;
 const INTERRUPT_CONFIG_CHANGE: u32 = 2;
 
-/// The interrupt line and what it last meant.
+/// The interrupt line and the causes of the last interrupt.
 #[derive(Debug)]
 pub(super) struct Interrupt {
     line: InterruptLine,
@@ -98,7 +98,7 @@ pub struct TransportState {
     queues: Vec<QueueState>,
 }
 
-/// What the driver has set, and the device.
+/// The driver's settings, and the device.
 struct Inner {
     device: Box<dyn VirtioDevice>,
     queues: Vec<VirtQueue>,
@@ -108,7 +108,7 @@ struct Inner {
     driver_features_sel: u32,
     queue_sel: u32,
     config_generation: u32,
-    /// Between `quiesce` and `go_on`: events are left alone.
+    /// True between `quiesce` and `go_on`: events are ignored.
     quiet: bool,
 }
 
@@ -117,7 +117,7 @@ pub struct MmioDevice {
     inner: Mutex<Inner>,
     interrupt: Interrupt,
     memory: Memory,
-    /// Asks the device thread to look at everything.
+    /// Makes the device thread look at everything.
     kick: EventFd,
     name: String,
     device_type: u32,
@@ -157,15 +157,15 @@ impl MmioDevice {
         &self.interrupt.line
     }
 
-    /// Where the guest kicks queues: the offset of the register whose writes are to reach the queues' eventfds.
+    /// The register by which the guest kicks queues: writes to this offset go to the queues' eventfds.
     pub const NOTIFY_OFFSET: u64 = reg::QUEUE_NOTIFY;
 
-    /// Clones of the eventfds by which queues are kicked.
+    /// Clones of the eventfds that kick the queues.
     pub fn queue_events(&self) -> io::Result<Vec<EventFd>> {
         self.lock().queues.iter().map(|queue| queue.event().try_clone()).collect()
     }
 
-    /// Written when everything is to be looked at: [`look_at_all`](Self::look_at_all).
+    /// The device thread calls [`look_at_all`](Self::look_at_all) when this is written.
     pub fn kick_event(&self) -> &EventFd {
         &self.kick
     }
@@ -178,7 +178,7 @@ impl MmioDevice {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends what is in flight and ignores events until [`go_on`](Self::go_on). No vCPU runs.
+    /// Ends requests in flight and ignores events until [`go_on`](Self::go_on). The caller keeps all vCPUs stopped.
     pub fn quiesce(&self) {
         let mut inner = self.lock();
         if !inner.quiet {
@@ -187,7 +187,7 @@ impl MmioDevice {
         }
     }
 
-    /// Takes up work again. What came in between is looked at by the device thread.
+    /// Resumes work. The device thread handles the events that came in between.
     pub fn go_on(&self) {
         let mut inner = self.lock();
         inner.quiet = false;
@@ -200,7 +200,7 @@ impl MmioDevice {
         }
     }
 
-    /// The driver has kicked `queue`.
+    /// Handles a kick of `queue`.
     pub fn queue_kicked(&self, queue: usize) {
         let mut inner = self.lock();
         if let Some(kicked) = inner.queues.get(queue) {
@@ -209,7 +209,7 @@ impl MmioDevice {
         inner.process_queue(self, queue);
     }
 
-    /// A source of the device's own is ready.
+    /// Handles a ready source of the device's own.
     pub fn source_ready(&self, token: u32) {
         let mut inner = self.lock();
         if !inner.quiet {
@@ -217,7 +217,7 @@ impl MmioDevice {
         }
     }
 
-    /// Looks at every queue and every source.
+    /// Handles every queue and every source.
     pub fn look_at_all(&self) {
         let _ = self.kick.read();
         let mut inner = self.lock();
@@ -232,8 +232,8 @@ impl MmioDevice {
         }
     }
 
-    /// Lends the device to `work`, if it is a `D`; with its queues if the driver is ready. The guest is told if
-    /// `work` says that the configuration space has changed.
+    /// Lends the device to `work`, if it is a `D`; with its queues if the driver is ready. If `work` returns true,
+    /// tells the guest that the configuration space has changed.
     pub fn with_device<D: VirtioDevice, R>(&self, work: impl FnOnce(&mut D) -> (R, bool)) -> Option<R> {
         let mut inner = self.lock();
         let device = &mut *inner.device as &mut dyn std::any::Any;
@@ -244,12 +244,12 @@ impl MmioDevice {
                 self.interrupt.config_change();
             }
         }
-        // What was changed may let the device do what it could not before.
+        // The change may let the device do work that it could not do before.
         let _ = self.kick.write(1);
         Some(result)
     }
 
-    /// The saved state of transport and device. After `quiesce`.
+    /// The saved state of transport and device. Called after `quiesce`.
     pub fn save(&self) -> Result<(TransportState, Vec<u8>), Error> {
         let inner = self.lock();
         let transport = TransportState {
@@ -265,8 +265,8 @@ impl MmioDevice {
         Ok((transport, device))
     }
 
-    /// Takes over the saved registers, for a device that was made from its own saved state. What the device offers now
-    /// must contain what the driver accepted then.
+    /// Takes over the saved registers, for a device that was made from its own saved state. The features that the
+    /// device offers now must contain those that the driver had accepted.
     pub fn restore(&self, state: &TransportState) -> Result<(), Error> {
         let invalid = |what| Error::State { device: "virtio transport", what };
         let mut inner = self.lock();
@@ -304,7 +304,7 @@ impl Inner {
         self.device.features() | own
     }
 
-    /// Whether the driver is ready and the device is not broken.
+    /// True if the driver is ready and the device is not broken.
     fn is_live(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET | status::FAILED) == status::DRIVER_OK
     }
@@ -315,7 +315,7 @@ impl Inner {
         }
     }
 
-    /// Lends queues and memory to the device if it is live. If that breaks it, the driver is told.
+    /// Lends queues and memory to the device if it is live. If that breaks the device, tells the driver.
     fn with_io(
         &mut self,
         transport: &MmioDevice,
@@ -365,7 +365,8 @@ impl Inner {
             reg::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
             reg::DRIVER_FEATURES if features_open => set_half(&mut self.features, self.driver_features_sel, value),
             reg::QUEUE_SEL => self.queue_sel = value,
-            // An ioeventfd takes these; what comes here names a queue that does not exist, or has another width.
+            // An ioeventfd takes valid kicks; a write that arrives here names a queue that does not exist, or has
+            // another width.
             reg::QUEUE_NOTIFY => {
                 if let Some(queue) = self.queues.get(value as usize) {
                     let _ = queue.event().write(1);
@@ -395,7 +396,7 @@ impl Inner {
         }
     }
 
-    /// The driver writes the status: one bit more each time, in order, or zero (VIRTIO 1.2, 3.1.1).
+    /// Handles a write of the status: one bit more each time, in order, or zero (VIRTIO 1.2, 3.1.1).
     fn set_status(&mut self, value: u32, transport: &MmioDevice) {
         let added = value & !self.status;
         match added {
@@ -403,7 +404,7 @@ impl Inner {
             status::ACKNOWLEDGE => self.status |= added,
             status::DRIVER if self.status == status::ACKNOWLEDGE => self.status |= added,
             status::FEATURES_OK if self.status == status::ACKNOWLEDGE | status::DRIVER => {
-                // Otherwise the bit stays clear, and the driver sees that it does.
+                // Otherwise the bit stays clear, which the driver checks.
                 let needed = 1 << VIRTIO_F_VERSION_1;
                 if self.features & !self.offered() == 0 && self.features & needed != 0 {
                     self.status |= added;

@@ -1,7 +1,7 @@
 //! Virtio devices over MMIO (Virtual I/O Device specification 1.2, "VIRTIO").
 //!
-//! [`MmioDevice`] is the transport: registers, queues, interrupt, the device's life. A [`VirtioDevice`] is what lies
-//! behind it. A device never owns a queue or guest memory: it is lent both, as [`Io`], whenever there is something to do.
+//! [`MmioDevice`] is the transport: registers, queues, interrupt, life cycle. A [`VirtioDevice`] lies behind it. A
+//! device never owns a queue or guest memory: the transport lends it both, as [`Io`], for each piece of work.
 //!
 //! ```text
 //!  vCPU exit ──► MmioDevice ──► VirtioDevice::{read_config, activate, reset}
@@ -50,7 +50,7 @@ pub mod id {
     pub const PMEM: u32 = 27;
 }
 
-/// A device that cannot go on: what the driver did wrong, or what broke. The transport answers with
+/// A fault after which a device cannot go on: an error of the driver, or of the host. The transport answers with
 /// `DEVICE_NEEDS_RESET` (VIRTIO 1.2, 2.1.2).
 #[derive(Debug, thiserror::Error)]
 pub enum Broken {
@@ -68,11 +68,11 @@ pub enum Broken {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Source {
     pub fd: RawFd,
-    /// Given back to [`VirtioDevice::process_event`].
+    /// Passed to [`VirtioDevice::process_event`].
     pub token: u32,
 }
 
-/// What the transport lends a device whose driver has said `DRIVER_OK`.
+/// Resources that the transport lends a device whose driver has set `DRIVER_OK`.
 pub struct Io<'a> {
     pub queues: &'a mut [VirtQueue],
     pub memory: &'a Memory,
@@ -80,16 +80,16 @@ pub struct Io<'a> {
     pub features: u64,
     interrupt: &'a Interrupt,
     config_generation: &'a mut u32,
-    /// Chains that may still be popped before others get their turn.
+    /// Chains that may still be popped before other devices get their turn.
     budget: u32,
 }
 
-/// Chains that a device works on before it gives way: a driver that never stops adding some must not keep the device
-/// thread, or whoever wants to pause the machine, waiting for ever.
+/// Chains that a device handles before it gives way: a driver that never stops adding some must not block the device
+/// thread, or a thread that pauses the machine, for ever.
 const CHAINS_PER_TURN: u32 = 1024;
 
 impl<'a> Io<'a> {
-    /// Takes the next chain that the driver has made available in `queue`. None when there is none, or when this turn
+    /// Takes the next chain that the driver has made available in `queue`. `None` when there is none, or when this turn
     /// is over: then the transport calls again.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain<'a>>, Broken> {
         let Some(left) = self.budget.checked_sub(1) else { return Ok(None) };
@@ -101,7 +101,7 @@ impl<'a> Io<'a> {
         }
     }
 
-    /// As [`pop`](Self::pop), for chains that say which memory they mean and are not to be read or written.
+    /// As [`pop`](Self::pop), for chains that name memory but are not to be read or written.
     pub fn pop_ranges(&mut self, queue: usize) -> Result<Option<Ranges>, Broken> {
         let Some(left) = self.budget.checked_sub(1) else { return Ok(None) };
         self.budget = left;
@@ -109,12 +109,12 @@ impl<'a> Io<'a> {
         Ok(chain.map(Ranges::parse))
     }
 
-    /// Counts the last chain as `chains` more, for one that was that much more work.
+    /// Counts the last chain as `chains` more, because it was that much more work.
     pub fn spend(&mut self, chains: u32) {
         self.budget = self.budget.saturating_sub(chains);
     }
 
-    /// Gives a chain back, `len` bytes of it written.
+    /// Gives a chain back with `len` bytes of it written.
     pub fn push(&mut self, queue: usize, head: u16, len: u32) -> Result<(), Broken> {
         self.queues[queue].push(self.memory, head, len).map_err(|source| Broken::Queue { queue, source })
     }
@@ -129,7 +129,7 @@ impl<'a> Io<'a> {
         self.queues[queue].unpop();
     }
 
-    /// Interrupts the driver if it wants to hear of what was given back (VIRTIO 1.2, 2.7.7 and 2.7.10).
+    /// Interrupts the driver if it wants an interrupt for the chains given back (VIRTIO 1.2, 2.7.7 and 2.7.10).
     pub fn signal(&mut self, queue: usize) -> Result<(), Broken> {
         let wanted = self.queues[queue].wants_interrupt(self.memory);
         if wanted.map_err(|source| Broken::Queue { queue, source })? {
@@ -144,7 +144,7 @@ impl<'a> Io<'a> {
         self.interrupt.config_change();
     }
 
-    /// Whether the driver accepted `feature` (a bit number).
+    /// True if the driver accepted `feature` (a bit number).
     pub fn has_feature(&self, feature: u32) -> bool {
         self.features & 1 << feature != 0
     }
@@ -175,7 +175,7 @@ impl<'a> Io<'a> {
     }
 }
 
-/// A virtio device behind its transport. All calls come with the transport's lock held, so one at a time; from vCPU
+/// A virtio device behind its transport. The transport calls it with its lock held, so one call at a time: from vCPU
 /// threads (`read_config`, `write_config`, `activate`, `reset`), from the device thread (`process_…`) and, while no
 /// vCPU runs, from the main thread (`quiesce`, `save`).
 pub trait VirtioDevice: Any + Send {
@@ -191,43 +191,43 @@ pub trait VirtioDevice: Any + Send {
     /// Device-specific features offered; the transport adds its own.
     fn features(&self) -> u64;
 
-    /// Reads the configuration space. What lies outside it reads as zero: `data` comes zeroed.
+    /// Reads the configuration space. `data` comes zeroed; the device leaves bytes outside of the space alone.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes the configuration space. Most devices have nothing writable.
+    /// Writes the configuration space. Most devices have no writable field.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The driver is ready, for the first time, after a reset, or in the snapshot that was restored. Events of the
-    /// device's own that came before are lost: the device looks at its sources itself.
+    /// Called when the driver is ready: for the first time, after a reset, or in a restored snapshot. Earlier events of
+    /// the device's own are lost, so the device must look at its sources itself.
     fn activate(&mut self, _io: &mut Io<'_>) -> Result<(), Broken> {
         Ok(())
     }
 
-    /// The driver has reset the device: nothing may be done to its buffers any more.
+    /// Called when the driver resets the device, which must not touch its buffers any more.
     fn reset(&mut self);
 
-    /// The driver has made chains available in `queue`, or may have: all of them are to be looked at.
+    /// Called when the driver has made chains available in `queue`, or may have: the device must look at all of them.
     fn process_queue(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), Broken>;
 
-    /// Descriptors to wait for. Asked once, when the device thread starts.
+    /// Returns the descriptors to wait for. Called once, when the device thread starts.
     fn sources(&self) -> Vec<Source> {
         Vec::new()
     }
 
-    /// A source is readable, or may be. Only called while the driver is ready.
+    /// Called when a source is readable, or may be, while the driver is ready.
     fn process_event(&mut self, _token: u32, _io: &mut Io<'_>) -> Result<(), Broken> {
         Ok(())
     }
 
-    /// Ends what is in flight: afterwards nothing writes guest memory until the next call. vCPUs do not run.
+    /// Must end all requests in flight: until the next call nothing writes guest memory. Called while no vCPU runs.
     fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), Broken> {
         Ok(())
     }
 
-    /// The device's own state, encoded; queues and registers are the transport's. Called after `quiesce`.
+    /// Returns the device's own state, encoded; the transport saves queues and registers. Called after `quiesce`.
     fn save(&self) -> Result<Vec<u8>, postcard::Error>;
 
-    /// Counters for the metrics file.
+    /// Returns counters for the metrics file.
     fn metrics(&self) -> serde_json::Value {
         serde_json::Value::Null
     }

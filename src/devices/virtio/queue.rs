@@ -94,10 +94,10 @@ impl VirtQueue {
         self.queue.add_used(memory, last_head, last_len)
     }
 
-    /// Whether the driver is to be interrupted for what was given back since this was last asked (VIRTIO 1.2, 2.7.7).
+    /// True if the driver wants an interrupt for the chains given back since the last call (VIRTIO 1.2, 2.7.7).
     pub fn wants_interrupt(&mut self, memory: &Memory) -> Result<bool, Error> {
         let added = std::mem::take(&mut self.added);
-        // The index must be out before the driver's wish is read: it does this the other way round.
+        // The index must be visible before the driver's wish is read: the driver does this the other way round.
         fence(Ordering::SeqCst);
         let avail = self.queue.avail_ring();
         let load = |offset| memory.load::<u16>(at(avail, offset)?, Ordering::Relaxed).map_err(Error::GuestMemory);

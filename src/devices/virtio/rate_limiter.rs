@@ -1,4 +1,4 @@
-//! A rate limiter: two token buckets, bytes and operations, and the timer that says when to try again.
+//! A rate limiter: two token buckets, for bytes and operations, and the timer of the next attempt.
 //!
 //! A bucket holds at most `size` tokens and fills from empty to full in its refill time, continuously. Before it, there
 //! is a burst that is spent once (the semantics of Firecracker's `rate_limiter`). A request larger than the bucket
@@ -21,17 +21,17 @@ use crate::devices::Error;
 
 /// The shortest wait: a wake per request costs more than it is worth. No bucket fills faster.
 const WAIT_MIN: Duration = Duration::from_millis(1);
-/// The longest wait that is asked of the timer; after it, the bucket is looked at again.
+/// The longest time the timer is set to; then the bucket is checked again.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// More than any request can owe.
 const DEBT_MAX: i128 = 1 << 40;
 
-/// What a bucket is like. A size or refill time of 0 means that there is no limit.
+/// The parameters of a bucket. A size or refill time of 0 means that there is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BucketLimit {
     /// Tokens a full bucket holds.
     pub size: u64,
-    /// Tokens there are once, before the bucket.
+    /// Tokens available once, before the bucket.
     pub one_time_burst: u64,
     /// Time in which an empty bucket fills, ms.
     pub refill_time_ms: u64,
@@ -46,12 +46,12 @@ pub struct RateLimits {
     pub ops: Option<BucketLimit>,
 }
 
-/// A bucket and what is in it.
+/// A bucket and its content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct BucketState {
     limit: BucketLimit,
     burst_left: u64,
-    /// Negative while a request larger than the bucket is being paid for.
+    /// Negative while a request larger than the bucket is not paid off.
     tokens: i64,
 }
 
@@ -75,14 +75,14 @@ struct Bucket {
     limit: BucketLimit,
     burst_left: u64,
     tokens: i128,
-    /// Of one more token: nanoseconds times `size`, below the refill time.
+    /// The fraction of the next token: nanoseconds times `size`, below the refill time.
     fraction: u128,
-    /// When `tokens` and `fraction` were right.
+    /// The time for which `tokens` and `fraction` hold.
     at: Instant,
 }
 
 impl Bucket {
-    /// `None` if the limit limits nothing.
+    /// `None` if the limit is no limit.
     fn full(limit: Option<BucketLimit>, at: Instant) -> Option<Self> {
         let limit = limit.filter(|limit| limit.size > 0 && limit.refill_time_ms > 0)?;
         Some(Bucket { limit, burst_left: limit.one_time_burst, tokens: i128::from(limit.size), fraction: 0, at })
@@ -105,7 +105,7 @@ impl Bucket {
         u128::from(self.limit.refill_time_ms) * 1_000_000
     }
 
-    /// Adds what has accrued since.
+    /// Adds the tokens accrued since the last call.
     fn refill(&mut self, now: Instant) {
         let elapsed = now.saturating_duration_since(self.at).as_nanos();
         let (size, time) = (u128::from(self.limit.size), self.refill_time_ns());
@@ -116,7 +116,7 @@ impl Bucket {
         self.at = self.at.max(now);
     }
 
-    /// How long until `wanted` tokens can be had; none if they can be had now.
+    /// The time until `wanted` tokens can be taken; `None` if they can be taken now.
     fn wait(&mut self, wanted: u64, now: Instant) -> Option<Duration> {
         let wanted = wanted.saturating_sub(self.burst_left);
         self.refill(now);
@@ -143,7 +143,7 @@ pub struct RateLimiter {
     bandwidth: Option<Bucket>,
     ops: Option<Bucket>,
     timer: OwnedFd,
-    /// Until then nothing is admitted, and the timer runs.
+    /// The time until which nothing is admitted; the timer then fires.
     blocked: Option<Instant>,
     throttled: u64,
 }
@@ -169,7 +169,7 @@ impl RateLimiter {
         })
     }
 
-    /// A limiter that goes on where `state` was.
+    /// A limiter that continues from `state`.
     ///
     /// # Errors
     /// If there can be no timer.
@@ -181,7 +181,7 @@ impl RateLimiter {
     }
 
     pub fn save(&self) -> RateLimiterState {
-        // A limit that limits nothing has no bucket, but it is part of the config.
+        // A limit that is none has no bucket, but it is part of the config.
         let state = |limit: Option<BucketLimit>, bucket: &Option<Bucket>| match bucket {
             Some(bucket) => Some(bucket.save()),
             None => limit.map(|limit| BucketState { limit, burst_left: 0, tokens: 0 }),
@@ -196,7 +196,8 @@ impl RateLimiter {
         self.limits
     }
 
-    /// Replaces the buckets that `change` has by full ones; the others stay. The device then looks at its queues.
+    /// Replaces the buckets that `change` has by full ones; the others stay. The caller's device must then look at its
+    /// queues.
     pub fn change(&mut self, change: RateLimits) {
         let now = Instant::now();
         if change.bandwidth.is_some() {
@@ -215,7 +216,7 @@ impl RateLimiter {
         Source { fd: self.timer.as_raw_fd(), token }
     }
 
-    /// Whether an operation of `bytes` may be done now; if so it is paid for. If not, the timer fires when it may be.
+    /// True if an operation of `bytes` may be done now; it is then paid for. If not, the timer fires when it may be.
     pub fn admit(&mut self, bytes: u64) -> bool {
         if self.bandwidth.is_none() && self.ops.is_none() {
             return true;
@@ -223,13 +224,13 @@ impl RateLimiter {
         self.admit_at(bytes, Instant::now())
     }
 
-    /// Whether an operation may begin whose size shows only afterwards: [`pay`](Self::pay). If not, the timer fires when
-    /// it may. Bytes that were paid for without being there delay the next one.
+    /// True if an operation may begin whose size is known only afterwards: [`pay`](Self::pay). If not, the timer fires
+    /// when it may. Bytes paid for on credit delay the next operation.
     pub fn may_begin(&mut self) -> bool {
         self.bandwidth.is_none() && self.ops.is_none() || self.may_at(0, Instant::now())
     }
 
-    /// Pays for an operation of `bytes` that has been done.
+    /// Pays for a finished operation of `bytes`.
     pub fn pay(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bandwidth {
             bucket.take(bytes);
@@ -360,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn save_and_restore_go_on_with_what_was_left() {
+    fn save_and_restore_keep_the_tokens_left() {
         let (mut limiter, start) = limiter(limit(1000, 100, 60_000), limit(10, 0, 60_000));
         assert!(limiter.admit_at(600, start));
         let bytes = postcard::to_stdvec(&limiter.save()).unwrap();
@@ -393,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn change_replaces_only_what_it_names() {
+    fn change_replaces_only_named_limits() {
         let (mut limiter, start) = limiter(limit(10, 0, 1000), limit(1, 0, 1000));
         assert!(limiter.admit_at(10, start) && !limiter.admit_at(10, start));
         limiter.change(RateLimits { bandwidth: None, ops: limit(0, 0, 0) });

@@ -9,7 +9,7 @@ use crate::devices::BusDevice;
 pub const SIZE: u16 = 64;
 /// Guest memory. The queue takes the first 16 KiB.
 pub const RAM: usize = 4 << 20;
-/// Where buffers may begin.
+/// The first address for buffers.
 pub const BUFFERS: u64 = 0x1_0000;
 const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;

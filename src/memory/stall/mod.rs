@@ -21,7 +21,7 @@ mod threads;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 pub use handler::HandlerProbe;
@@ -31,6 +31,7 @@ use crate::memory::Error;
 use crate::snapshot::{Extent, PageSource};
 use crate::sys::logging;
 use crate::sys::lost::CANNOT_GO_ON;
+use crate::sys::worker::Worker;
 use threads::SleepingThreads;
 
 /// How often the watch looks within one time-out.
@@ -251,7 +252,7 @@ pub fn give_up(reason: &str) -> ! {
 /// The thread that looks. Ends when dropped.
 pub struct StallWatch {
     stalls: Arc<Stalls>,
-    thread: Option<JoinHandle<()>>,
+    _worker: Worker,
 }
 
 impl StallWatch {
@@ -264,27 +265,19 @@ impl StallWatch {
             state: Mutex::default(),
             stop: Condvar::new(),
         });
-        let thread = std::thread::Builder::new().name("stalls".into()).stack_size(128 * 1024).spawn({
-            let stalls = stalls.clone();
-            move || stalls.watch()
-        });
-        let thread = thread.map_err(Error::os("start the thread that watches for stalls"))?;
-        Ok(StallWatch { stalls, thread: Some(thread) })
+        let (watched, told) = (stalls.clone(), stalls.clone());
+        let stop = move || {
+            lock(&told.state).stopped = true;
+            told.stop.notify_all();
+        };
+        let builder = Builder::new().name("stalls".into()).stack_size(128 * 1024);
+        let worker = Worker::start(builder, stop, move || watched.watch());
+        let worker = worker.map_err(Error::os("start the thread that watches for stalls"))?;
+        Ok(StallWatch { stalls, _worker: worker })
     }
 
     pub fn stalls(&self) -> &Arc<Stalls> {
         &self.stalls
-    }
-}
-
-impl Drop for StallWatch {
-    fn drop(&mut self) {
-        lock(&self.stalls.state).stopped = true;
-        self.stalls.stop.notify_all();
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
-        }
     }
 }
 

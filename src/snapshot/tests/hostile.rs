@@ -1,4 +1,4 @@
-//! Files that nobody's writer wrote: damaged, cut, forged. Every one is an error with a name, none is a panic.
+//! Files that no tvmm wrote: damaged, cut, forged. Each gives an error with a name, none a panic.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -373,7 +373,7 @@ fn wrong_parent_is_refused() {
 fn parent_that_is_its_own_parent_is_refused() {
     let base = tempfile::tempdir().unwrap();
     let (_, child) = pair(base.path());
-    // The location is not part of the identity, so anybody may point it back at the child.
+    // The location is not part of the identity, so a forger may point it back at the child.
     let path = base.path().join("c/manifest.json");
     let json = fs::read_to_string(&path).unwrap();
     fs::write(&path, json.replace("\"../p\"", "\".\"")).unwrap();
@@ -482,7 +482,7 @@ fn diff_is_not_written_without_the_parents_that_it_needs() {
     let other_layout = MemoryLayout::from_gpa_ranges(&[(0, 130 * PAGE_SIZE)]).unwrap();
     refused(create(needed(&parent), other_layout));
     refused(create(needed(&Sealed { id: child.id, ..parent.clone() }), small_layout()));
-    // It was there when the guest stood still, and is not when the diff is sealed: the parent, and the parent's parent.
+    // The parent, or the parent's parent, was there when the guest stood still, and is gone when the diff is sealed.
     for (lost, of) in [("c", &child), ("p", &child), ("p", &parent)] {
         let writer = create(needed(of), small_layout()).unwrap();
         fs::rename(base.path().join(lost), base.path().join("aside")).unwrap();
@@ -495,7 +495,7 @@ fn diff_is_not_written_without_the_parents_that_it_needs() {
 }
 
 #[test]
-fn what_no_reader_accepts_is_not_sealed() {
+fn a_snapshot_that_no_reader_accepts_is_not_sealed() {
     let base = tempfile::tempdir().unwrap();
     let writer = SnapshotWriter::create(dir(base.path(), "a"), small_layout(), SnapshotKind::Full, None).unwrap();
     let mut input = seal_input();

@@ -12,7 +12,7 @@ use super::*;
 
 pub(crate) const PAGE: usize = PAGE_SIZE as usize;
 
-/// What a guest's memory should be: one byte per page stands for the page's content, 0 for a zero page.
+/// The expected memory of a guest: one byte per page stands for the page's content, 0 for a zero page.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Model {
     pub(crate) layout: MemoryLayout,
@@ -60,7 +60,7 @@ impl Model {
         writer.seal(seal_input()).unwrap()
     }
 
-    /// Holds what changed since `before` and marks what became zero.
+    /// Holds the pages changed since `before` and marks those that became zero.
     pub(crate) fn write_diff(&self, before: &Model, parent: &Sealed, target: Location) -> Sealed {
         let parent = Parent { id: parent.id, location: parent.location.clone() };
         let mut writer = SnapshotWriter::create(target, self.layout.clone(), SnapshotKind::Diff, Some(parent)).unwrap();

@@ -1,4 +1,4 @@
-//! What is written is what is read, in every form.
+//! A reader finds exactly what the writer wrote, in every form.
 
 use std::fs;
 
@@ -156,7 +156,7 @@ fn directories_moved_together_still_open() {
     let chain = Chain::open(&dir(base.path(), "new/deep/c")).unwrap();
     after.assert_is(&chain);
 
-    // Moved apart, they are a chain only for who says so.
+    // Moved apart, they are a chain only if the caller names the directories.
     fs::rename(base.path().join("new/deep/c"), base.path().join("c")).unwrap();
     assert!(matches!(Chain::open(&dir(base.path(), "c")), Err(Error::Parent { .. })));
     after.assert_is(&Chain::from_dirs(&[base.path().join("new/p"), base.path().join("c")]).unwrap());
@@ -202,7 +202,7 @@ fn existing_directory_is_never_overwritten() {
     assert_eq!(Snapshot::open(&first.location).unwrap().id(), first.id);
     assert_eq!(names_in(base.path()), ["a"]);
 
-    // Not even an empty one, which plain rename(2) would replace.
+    // Not even an empty directory, which plain rename(2) would replace.
     let late = SnapshotWriter::create(dir(base.path(), "e"), small_layout(), SnapshotKind::Full, None).unwrap();
     fs::create_dir(base.path().join("e")).unwrap();
     assert!(matches!(late.seal(seal_input()), Err(Error::TargetExists { .. })));

@@ -1,4 +1,5 @@
-//! The thread that sends traces to a collector. Nobody waits for it: what it cannot take is dropped, and counted.
+//! The thread that sends traces to a collector. No thread waits for it: traces that do not fit its queue are dropped,
+//! and counted.
 
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,10 +16,10 @@ use super::{Counts, Ordering, Trace, Unusable, endpoint, spans};
 const MAX_WAITING: usize = 4096;
 /// Traces in one request.
 const MAX_BATCH: usize = 128;
-/// How long a request may take, its repetitions included.
+/// Time limit of a request, its repetitions included.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A trace, made of what was noted by the thread that sends it.
+/// Makes a trace of noted facts; called by the thread that sends it.
 type Make = Box<dyn FnOnce() -> Trace + Send>;
 
 /// Sends traces to a collector by OTLP over HTTP (protobuf), on a thread of its own.
@@ -32,7 +33,7 @@ pub struct Exporter {
 }
 
 impl Exporter {
-    /// `url`: see [`endpoint`]. Whether anybody is there shows when the first trace is sent.
+    /// Starts the thread. `url`: see [`endpoint`]. An absent collector is noticed when the first trace is sent.
     pub fn start(url: &str) -> Result<Exporter, Unusable> {
         let url = endpoint(url)?;
         let counts = Arc::new(Counts::default());
@@ -51,7 +52,7 @@ impl Exporter {
         Ok(Exporter { url, counts, sender: Mutex::new(Some(sender)), ended: Mutex::new(ended) })
     }
 
-    /// Sends what `make` makes, some time. Returns at once.
+    /// Queues the trace that `make` makes. Returns at once.
     pub fn send(&self, make: impl FnOnce() -> Trace + Send + 'static) {
         let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
         if sender.as_ref().is_none_or(|sender| sender.try_send(Box::new(make)).is_err()) {
@@ -59,12 +60,12 @@ impl Exporter {
         }
     }
 
-    /// What came of the traces so far.
+    /// The results of sending so far.
     pub fn counts(&self) -> &Counts {
         &self.counts
     }
 
-    /// Waits until everything is sent, for so long; what is not then is lost, and told.
+    /// Waits until everything is sent, at most `limit`; unsent traces are lost, and reported.
     pub fn finish(&self, limit: Duration) {
         drop(self.sender.lock().unwrap_or_else(PoisonError::into_inner).take());
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(limit);
@@ -92,7 +93,7 @@ fn exporter(url: &str) -> Result<SpanExporter, Unusable> {
     Ok(exporter)
 }
 
-/// What the thread works with.
+/// The state of the thread.
 struct Sending {
     url: String,
     exporter: SpanExporter,
@@ -101,7 +102,7 @@ struct Sending {
 }
 
 impl Sending {
-    /// Sends what comes, together what has come meanwhile, until nobody sends any more.
+    /// Sends traces in batches of all that wait, until the sender is dropped.
     async fn send_all(mut self, mut traces: mpsc::Receiver<Make>) {
         let mut batch = Vec::new();
         loop {
@@ -117,7 +118,7 @@ impl Sending {
                 *self.counts.why.lock().unwrap_or_else(PoisonError::into_inner) = error.to_string();
             }
             match (sent, self.is_failing) {
-                // Once, not for each: the count says how many.
+                // Logged once, not for each: the count says how many.
                 (Err(error), false) => {
                     tracing::warn!(collector = self.url, %error, "Traces cannot be sent, and are lost");
                     self.is_failing = true;

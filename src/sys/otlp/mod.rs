@@ -1,4 +1,4 @@
-//! Spans for an OpenTelemetry collector (`--otlp`): what a trace is made of, where it goes, and how many did not get there.
+//! Spans for an OpenTelemetry collector (`--otlp`): the parts of a trace, sending, and the count of lost traces.
 //!
 //! Builds without the feature `otel` know the nouns and refuse the address.
 
@@ -18,13 +18,13 @@ use serde_json::Value;
 #[cfg(feature = "otel")]
 pub use export::Exporter;
 
-/// What a build without OpenTelemetry says of collectors.
+/// The refusal of a build without OpenTelemetry.
 #[cfg(not(feature = "otel"))]
 const NO_OTEL: &str = "this build of tvmm has no OpenTelemetry: build it with `cargo build --release --features otel`";
 /// The path that OTLP/HTTP gives traces ("OTLP/HTTP Request", OpenTelemetry Protocol Specification).
 const TRACES_PATH: &str = "/v1/traces";
 
-/// Why traces cannot be sent there.
+/// The reason why traces cannot be sent to an address.
 #[derive(Debug, thiserror::Error)]
 #[error("Traces cannot be sent to {url}: {problem}")]
 pub struct Unusable {
@@ -32,11 +32,11 @@ pub struct Unusable {
     pub problem: String,
 }
 
-/// Something that took time.
+/// An action that took time.
 #[derive(Clone, Debug)]
 pub struct Span {
     pub name: String,
-    /// Index of the span it is part of; none: the whole.
+    /// Index of the span it is part of; `None` for the whole trace.
     pub parent: Option<usize>,
     /// ns since the trace began; spans of another process may begin earlier.
     pub start_ns: i64,
@@ -45,23 +45,23 @@ pub struct Span {
     pub attributes: Vec<(String, Value)>,
 }
 
-/// What belongs together.
+/// The spans of one operation.
 #[derive(Clone, Debug)]
 pub struct Trace {
     pub trace_id: u128,
-    /// The id of the first span; those of the others are drawn.
+    /// The id of the first span; those of the others are random.
     pub root_id: u64,
-    /// The span of the caller's that the first one is part of.
+    /// The caller's span that the first one is part of.
     pub caller_id: Option<u64>,
-    /// Whether the first span answers a request.
+    /// True if the first span answers a request.
     pub is_request: bool,
     pub begun: SystemTime,
-    /// What failed.
+    /// The error, if the operation failed.
     pub error: Option<String>,
     pub spans: Vec<Span>,
 }
 
-/// What came of the traces so far.
+/// Counts of the traces so far.
 #[derive(Debug, Default)]
 pub struct Counts {
     sent: AtomicU64,
@@ -70,17 +70,17 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Traces that the collector has taken.
+    /// Traces that the collector took.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Traces that it has not: it does not answer, it refused them, or too many were waiting.
+    /// Traces that the collector did not take: it does not answer, it refused them, or too many were waiting.
     pub fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Why the last one was not; empty if there is none.
+    /// The reason of the last loss; empty if there was none.
     pub fn why(&self) -> String {
         self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -89,7 +89,7 @@ impl Counts {
 /// The collector's address, checked: `http://HOST[:PORT]`, with the path of traces if none is given.
 ///
 /// # Errors
-/// What is wrong with it, or with this build.
+/// The fault of the address, or of this build.
 pub fn endpoint(url: &str) -> Result<String, Unusable> {
     let wrong = |problem: &str| Unusable { url: url.to_string(), problem: problem.to_string() };
     #[cfg(not(feature = "otel"))]
@@ -114,15 +114,17 @@ pub fn endpoint(url: &str) -> Result<String, Unusable> {
     Ok(format!("http://{authority}{path}"))
 }
 
-/// A build without OpenTelemetry has none.
+/// A build without OpenTelemetry has no exporter.
 #[cfg(not(feature = "otel"))]
 #[derive(Debug)]
 pub enum Exporter {}
 
 #[cfg(not(feature = "otel"))]
 impl Exporter {
+    /// Always fails in this build.
+    ///
     /// # Errors
-    /// Always: with what is missing.
+    /// [`Unusable`], with the missing feature.
     pub fn start(url: &str) -> Result<Exporter, Unusable> {
         let url = endpoint(url)?;
         Err(Unusable { url, problem: NO_OTEL.to_string() })
@@ -133,7 +135,7 @@ impl Exporter {
         match *self {}
     }
 
-    /// What came of the traces so far.
+    /// The results of sending so far.
     pub fn counts(&self) -> &Counts {
         match *self {}
     }

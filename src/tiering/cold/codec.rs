@@ -1,13 +1,13 @@
-//! How a chunk's pages are stored: raw, LZ4 (the block format) or zstd, whichever gets them to a guest soonest.
+//! The encodings of a chunk's pages: raw, LZ4 (the block format) or zstd, whichever reaches a guest soonest.
 
 use std::io;
 
 use crate::snapshot::PAGE_SIZE;
 
-/// How the bytes of a chunk are stored.
+/// The encoding of a chunk's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Compression {
-    /// As they are.
+    /// Uncompressed.
     Raw,
     /// LZ4 block format, no frame (github.com/lz4/lz4 `doc/lz4_Block_format.md`).
     Lz4,
@@ -35,8 +35,8 @@ impl Compression {
         }
     }
 
-    /// What unpacking a page costs, ns: medians of guest memory on the development host (`docs/remote.md`). What counts
-    /// is their ratio to what a page costs on the link.
+    /// The cost of unpacking a page, ns: medians of guest memory on the development host (`docs/remote.md`). Only their
+    /// ratio to a page's cost on the link matters.
     fn decode_page_ns(self) -> u64 {
         match self {
             Compression::Raw => 0,
@@ -56,12 +56,12 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// For a link of so many MB/s (not 0).
+    /// An encoder for a link of this many MB/s (not 0).
     pub fn new(bandwidth_mbps: u64) -> io::Result<Encoder> {
         Ok(Encoder { zstd: zstd::bulk::Compressor::new(ZSTD_LEVEL)?, bandwidth_mbps: bandwidth_mbps.max(1) })
     }
 
-    /// The bytes to store for `pages` (whole pages), and how they are compressed: what takes least time to fetch and
+    /// The bytes to store for `pages` (whole pages), and their encoding: the one that takes least time to fetch and
     /// unpack together.
     pub fn encode(&mut self, pages: &[u8]) -> io::Result<(Compression, Vec<u8>)> {
         let raw = self.cost_ns(Compression::Raw, pages.len(), pages.len());
@@ -92,7 +92,7 @@ impl Decoder {
         Ok(Decoder(zstd::bulk::Decompressor::new()?))
     }
 
-    /// Fills `pages` from what was stored; anything but exactly as many bytes is an error.
+    /// Fills `pages` from the stored bytes; fails if they do not unpack to exactly as many bytes.
     pub fn decode(&mut self, compression: Compression, stored: &[u8], pages: &mut [u8]) -> Result<(), String> {
         let len = match compression {
             Compression::Raw => {

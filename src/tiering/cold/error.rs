@@ -1,11 +1,11 @@
-//! What can go wrong with cold pools.
+//! The errors of cold pools.
 
 use std::io;
 use std::path::PathBuf;
 
 use crate::snapshot::{self, SnapshotId};
 
-/// What went wrong, and with which object.
+/// A failure, and the object it happened to.
 #[derive(Debug, thiserror::Error)]
 pub enum ChunkError {
     #[error("{object} cannot be used as the index of a cold pool: {problem}")]

@@ -1,4 +1,4 @@
-//! The index of an object: which pages each chunk holds, where, how, and with which checksum. Read from far away, so
+//! The index of an object: for each chunk its pages, place, compression and checksum. It comes from another host, so
 //! nothing in it is believed before it was checked.
 
 use std::ops::Range;
@@ -17,12 +17,12 @@ pub const MAX_INDEX_LEN: u64 = 256 << 20;
 /// Section kinds of an index.
 const HEAD: SectionKind = SectionKind::Other(96);
 const CHUNKS: SectionKind = SectionKind::Other(97);
-/// The version of both.
+/// The version of both sections.
 const VERSION: u32 = 1;
 /// Bytes of a chunk's entry before its mask of pages: window, stored length, checksum, compression.
 const ENTRY_HEAD: usize = 13;
 
-/// What an index says once.
+/// The facts that an index states once, for all chunks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Head {
     snapshot: SnapshotId,
@@ -39,12 +39,12 @@ struct Head {
 pub struct Chunk {
     /// Guest frame number of the window's first page divided by the window's pages.
     pub window: u32,
-    /// How many pages it holds.
+    /// Number of pages it holds.
     pub pages: u32,
     pub compression: Compression,
     /// CRC32C of the stored bytes.
     pub checksum: u32,
-    /// Where they are in the data object.
+    /// Their offset in the data object.
     pub offset: u64,
     pub stored_len: u32,
 }
@@ -55,7 +55,7 @@ impl Chunk {
         self.pages as usize * PAGE_SIZE as usize
     }
 
-    /// No chunk is: an index with an empty one is refused.
+    /// Always false for a chunk of a valid index: one with an empty chunk is refused.
     pub fn is_empty(&self) -> bool {
         self.pages == 0
     }
@@ -76,7 +76,7 @@ pub struct Index {
 /// A chunk to be put into an index.
 pub(crate) struct NewChunk {
     pub window: u32,
-    /// Which pages of the window: bit `n` of word `n / 64`.
+    /// The pages of the window that the chunk holds: bit `n` of word `n / 64`.
     pub mask: Vec<u64>,
     pub compression: Compression,
     pub checksum: u32,
@@ -84,7 +84,7 @@ pub(crate) struct NewChunk {
 }
 
 impl Index {
-    /// The index of chunks written one after the other; the same rules as for one that is read.
+    /// The index of chunks written one after the other; checked by the same rules as one that is read.
     pub(crate) fn of(
         snapshot: SnapshotId,
         layout: &MemoryLayout,
@@ -136,8 +136,8 @@ impl Index {
     /// Reads an index that is said to be of `snapshot`; `object` names it in errors.
     ///
     /// # Errors
-    /// [`ChunkError::IndexContainer`] for what is no container or damaged, [`ChunkError::OtherSnapshot`],
-    /// [`ChunkError::Index`] for what contradicts itself or the format.
+    /// [`ChunkError::IndexContainer`] if it is no container or a damaged one, [`ChunkError::OtherSnapshot`],
+    /// [`ChunkError::Index`] if it contradicts itself or the format.
     pub fn parse(object: &str, bytes: Vec<u8>, snapshot: SnapshotId) -> Result<Index, ChunkError> {
         let in_container = |source| ChunkError::IndexContainer { object: object.to_string(), source: Box::new(source) };
         let bad = |problem: String| ChunkError::Index { object: object.to_string(), problem };
@@ -201,7 +201,7 @@ impl Index {
         &self.chunks
     }
 
-    /// Where the stored bytes of chunks `[first, end)` are in the data object.
+    /// The byte range of the stored chunks `[first, end)` in the data object.
     pub fn span(&self, chunks: Range<u32>) -> Range<u64> {
         let start = |number: u32| self.chunks.get(number as usize).map_or(self.head.data_len, |chunk| chunk.offset);
         start(chunks.start)..start(chunks.end)
@@ -281,7 +281,7 @@ fn entry_len(chunk_pages: u64) -> usize {
     ENTRY_HEAD + mask_len(chunk_pages)
 }
 
-/// The runs of set bits: first, how many.
+/// The runs of set bits: first bit, number of bits.
 fn mask_runs(mask: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
     let (mut at, end) = (0, mask.len() as u64 * 64);
     let is_set = |bit: u64| mask[bit as usize / 64] >> (bit % 64) & 1 == 1;
@@ -292,7 +292,7 @@ fn mask_runs(mask: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
     })
 }
 
-/// Checks everything that head and table say.
+/// Checks everything in head and table.
 fn build(head: Head, table: &[u8]) -> Result<Index, String> {
     if !head.chunk_pages.is_power_of_two() || !CHUNK_PAGES_RANGE.contains(&head.chunk_pages) {
         return Err(format!("its chunks are of {} pages", head.chunk_pages));
@@ -341,7 +341,7 @@ fn build(head: Head, table: &[u8]) -> Result<Index, String> {
     Ok(index)
 }
 
-/// How many pages the mask has; all of them must be guest memory.
+/// The number of pages in the mask; all of them must be guest memory.
 fn check_pages(head: &Head, window: u32, mask: &[u64]) -> Result<u32, String> {
     let first = u64::from(window) * head.chunk_pages;
     let mut pages = 0;

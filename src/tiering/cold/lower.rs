@@ -1,22 +1,22 @@
-//! Carrying out any policy's plan when the snapshot's memory is in a cold pool.
+//! Fits any policy's plan to a snapshot whose memory is in a cold pool.
 //!
-//! A policy's plan counts on files that can be mapped. Behind a cold pool nothing can: what it wants mapped is fetched
-//! when it is touched, what it wants read ahead is installed ahead, and what it wants packed into an image is fetched from
-//! the chunks it lies in.
+//! A policy's plan counts on files that can be mapped. A cold pool has none: pages that the plan maps are fetched when
+//! they are touched, pages that it reads ahead are installed ahead, and pages that it packs into an image are fetched
+//! from their chunks.
 
 use super::index::Index;
 use crate::snapshot::{
     BackgroundAction, Error, Extent, MemoryLayout, PageSet, PageSource, Placement, PlannedExtent, RestorePlan, Result,
 };
 
-/// Zero pages in smaller runs than this come along with the pages around them: a mapping of their own costs more.
+/// Zero pages in smaller runs than this are fetched with the pages around them: a mapping of their own costs more.
 const ZERO_RUN: u64 = 512;
 
-/// `plan` with everything that came from the chain's `layers` files, or from images of them, fetched from the chunks of
-/// `index`. What comes from other tiers stays as it is.
+/// Returns `plan` with everything that came from the chain's `layers` files, or from images of them, fetched from the
+/// chunks of `index`. Pages from other tiers stay as they are.
 ///
 /// # Errors
-/// [`Error::BadPlan`] if the plan takes pages from where they are not in a memory file.
+/// [`Error::BadPlan`] if the plan takes pages from a place where they are not in a memory file.
 pub fn lower(plan: &RestorePlan, layers: usize, layout: &MemoryLayout, index: &Index) -> Result<RestorePlan> {
     let held: PageSet =
         (0..index.chunks().len() as u32).flat_map(|chunk| index.runs(chunk)).map(|(run, _)| run).collect();
@@ -78,7 +78,7 @@ impl Lowering<'_> {
         source.layer < self.layers || source.layer >= self.layers + self.plan.tiers.len()
     }
 
-    /// Whatever layer a page is of, the pool has it where the memory file would.
+    /// The pool has a page of any layer at its offset in the memory file.
     fn cold(&self, extent: Extent, placement: Placement) -> Option<PlannedExtent> {
         let offset = self.layout.file_offset(extent.first)?;
         Some(PlannedExtent::from(extent, placement, PageSource { layer: self.layers - 1, offset }))
@@ -103,7 +103,7 @@ impl Lowering<'_> {
     }
 }
 
-/// The plan's steps, cut to the extents they now lie in, with what their action becomes there.
+/// The plan's steps, cut to the new extents, each with the action that fits its extent.
 fn background(plan: &RestorePlan, lowered: &RestorePlan) -> Vec<crate::snapshot::Background> {
     let mut steps = Vec::with_capacity(plan.background.len());
     for step in &plan.background {
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_to_be_mapped_is_fetched_and_long_zero_runs_are_not() {
+    fn mapped_pages_are_fetched_and_long_zero_runs_are_not() {
         let sample = sample();
         let lowered = lower(&plan(&sample), 1, sample.index.layout(), &sample.index).unwrap();
         lowered.validate(sample.index.layout(), &[4096 * PAGE_SIZE]).unwrap();
@@ -156,7 +156,7 @@ mod tests {
         assert_eq!((counts.in_place, counts.cow_file), (0, 0));
         // The last two of the 64 are zero.
         assert_eq!(counts.preload, 62);
-        // The sample has pages up to 1100 and at 4000; what lies between is zero.
+        // The sample has pages up to 1100 and at 4000; the pages between are zero.
         assert!(counts.zero > 2000, "{counts:?}");
         assert!(lowered.background.iter().all(|step| step.action == BackgroundAction::Install));
         assert_eq!(lowered.background.iter().map(|step| step.extent.pages).sum::<u64>(), 64);

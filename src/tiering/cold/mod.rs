@@ -1,11 +1,12 @@
-//! Cold pools: the pages of snapshots as compressed chunks, to be fetched from far away.
+//! Cold pools: the pages of snapshots as compressed chunks, fetched over a network or from slow storage.
 //!
 //! A cold pool holds, per snapshot (the whole chain, keyed by the tip's id), one immutable object: a *data object*, the
-//! compressed chunks one after the other, and an *index* that says which pages each chunk holds, how it is compressed and
-//! what its checksum is. A chunk holds the pages of one aligned window of guest memory, so a fault needs one chunk (two
-//! if the object was packed by a profile), and a run of chunks is a run of bytes. `docs/remote.md` describes every byte.
+//! compressed chunks one after the other, and an *index* with the pages, compression and checksum of each chunk. A
+//! chunk holds the pages of one aligned window of guest memory, so a fault needs one chunk (two if the object was
+//! packed by a profile), and a run of chunks is a run of bytes. `docs/remote.md` describes every byte.
+//! byte.
 //!
-//! Where the bytes are is behind [`Place`] and [`ChunkSource`]; what is read is checked here, whoever sent it.
+//! [`Place`] and [`ChunkSource`] hide where the bytes are; this module checks all bytes, whatever place sent them.
 
 mod codec;
 pub(crate) mod error;
@@ -26,9 +27,9 @@ pub use reader::{
     Broken, ChunkSource, ColdCounts, ColdPool, ColdReader, EachChunk, Flow, Place, SourceCounters, SourceCounts, fill,
 };
 
-/// Sizes of a chunk's window that can be chosen, in pages: 64 KiB to 2 MiB.
+/// The sizes of a chunk's window that a user can choose, in pages: 64 KiB to 2 MiB.
 pub const CHUNK_PAGES_RANGE: std::ops::RangeInclusive<u64> = 16..=512;
-/// The window when nobody says otherwise, in pages (measured: `docs/remote.md`).
+/// The default window, in pages (measured: `docs/remote.md`).
 pub const DEFAULT_CHUNK_PAGES: u64 = 32;
-/// What a link is taken to carry when nobody says otherwise, MB/s: 10 Gbit/s.
+/// The default bandwidth of the link to a cold pool, MB/s: 10 Gbit/s.
 pub const DEFAULT_BANDWIDTH_MBPS: u64 = 1200;

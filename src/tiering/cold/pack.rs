@@ -1,4 +1,4 @@
-//! Making an object: the pages of a chain, window by window, compressed.
+//! Makes an object: the pages of a chain, window by window, compressed.
 
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -8,18 +8,18 @@ use super::index::{Index, NewChunk};
 use super::{CHUNK_PAGES_RANGE, ChunkError};
 use crate::snapshot::{Chain, Content, Digest, Extent, PAGE_SIZE, PageSet, ResolvedRun};
 
-/// How an object is packed.
+/// The parameters of packing an object.
 #[derive(Clone, Debug)]
 pub struct PackSpec {
     /// Pages of a chunk's window.
     pub chunk_pages: u64,
-    /// What the link to the pool carries, MB/s: decides what compression pays.
+    /// Bandwidth of the link to the pool, MB/s; decides which compression pays.
     pub bandwidth_mbps: u64,
-    /// Pages to be stored first, in chunks of their own, so that they are fetched without the others.
+    /// Pages stored first, in chunks of their own, so that they are fetched without the others.
     pub hot: Option<PageSet>,
 }
 
-/// What packing came to.
+/// The result of packing.
 #[derive(Clone, Debug)]
 pub struct Packed {
     pub index: Index,
@@ -27,11 +27,11 @@ pub struct Packed {
     pub methods: [(u64, u64, u64); Compression::ALL.len()],
 }
 
-/// Writes the data object of `chain` to `data` and makes its index. The layers are verified first. `progress` gets bytes
-/// done and to do.
+/// Writes the data object of `chain` to `data` and makes its index. The layers are verified first. `progress` gets
+/// bytes done and to do.
 ///
 /// # Errors
-/// [`ChunkError::Damaged`] for a layer with wrong bytes, [`ChunkError::ChunkSize`], and what reading and writing gives.
+/// [`ChunkError::Damaged`] for a layer with wrong bytes, [`ChunkError::ChunkSize`], and errors of reading and writing.
 pub fn pack(
     chain: &Chain,
     spec: &PackSpec,
@@ -97,7 +97,7 @@ struct Packer<'a> {
 }
 
 impl Packer<'_> {
-    /// Adds a chunk with these pages of one window (none: no chunk). Returns how many bytes of pages they are.
+    /// Adds a chunk with these pages of one window (none: no chunk). Returns the bytes of the pages.
     fn add(&mut self, window: &[Extent]) -> Result<u64, ChunkError> {
         let Some(first) = window.first() else { return Ok(0) };
         let number = first.first.0 / self.chunk_pages;

@@ -1,4 +1,4 @@
-//! Reading from a cold pool: whichever of its places answers, checked against the index, unpacked.
+//! Reads from a cold pool: asks its places until one answers, checks chunks against the index, unpacks them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -15,41 +15,42 @@ use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, SnapshotId};
 use crate::sys::bounded_wait::Wait;
 use crate::sys::worker;
 
-/// Why a place did not give what it was asked for.
+/// The reason why a place did not give a chunk or an index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Broken {
-    /// It may, next time: it could not be reached, was slow, went away.
+    /// The place may give it next time: it could not be reached, was slow, went away.
     Transient(String),
-    /// It gave something else.
+    /// The place gave other bytes.
     Damaged(String),
-    /// It will not: it does not have it, or speaks another language.
+    /// The place will not give it: it does not have it, or speaks another protocol.
     Refused(String),
 }
 
-/// Whether more chunks are wanted.
+/// The receiver's answer: more chunks are wanted, or none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
     Continue,
     Stop,
 }
 
-/// Takes the stored bytes of one chunk.
+/// Called by a source with the number and the stored bytes of each chunk; answers whether more are wanted.
 pub type EachChunk<'a> = dyn FnMut(u32, &[u8]) -> Result<Flow, Broken> + 'a;
 
-/// One thread's way to the chunks of one object at one place.
+/// One thread's connection to the chunks of one object at one place.
 pub trait ChunkSource: Send + Sync {
-    /// Gives the stored bytes of the chunks `wanted`, each once, in this order, to `each`; ends early if that says so or
-    /// fails. A failure leaves the rest for the caller to ask for again.
+    /// Called by `ColdReader`, one call at a time. Must give the stored bytes of the chunks `wanted` to `each`, each
+    /// once, in this order, and return early if `each` stops or fails. After a failure the caller asks for the rest
+    /// again.
     fn fetch(&mut self, wanted: &[u32], each: &mut EachChunk) -> Result<(), Broken>;
 }
 
-/// Somewhere that has objects: a directory, a page server, an object store.
+/// A place that has objects: a directory, a page server, an object store.
 pub trait Place: Send + Sync {
-    /// What it is called in errors and reports.
+    /// Its name in errors and reports.
     fn name(&self) -> &str;
-    /// The bytes of the index of `snapshot`; no more than [`MAX_INDEX_LEN`].
+    /// Returns the bytes of the index of `snapshot`, at most [`MAX_INDEX_LEN`].
     fn index(&self, snapshot: SnapshotId, counters: &Arc<SourceCounters>) -> Result<Vec<u8>, Broken>;
-    /// A way to the chunks of `index`, whose bytes have the digest `digest`: another object is refused.
+    /// Opens a source of the chunks of `index`, whose bytes have the digest `digest`. Must refuse another object.
     fn open(
         &self,
         index: &Arc<Index>,
@@ -58,15 +59,15 @@ pub trait Place: Send + Sync {
     ) -> Result<Box<dyn ChunkSource>, Broken>;
 }
 
-/// What one place was asked for.
+/// Counts of the requests to one place.
 #[derive(Debug, Default)]
 pub struct SourceCounters {
-    /// Nobody waits for this place any more.
+    /// Set when the pool is closed: waits for this place end.
     pub closed: AtomicBool,
     pub requests: AtomicU64,
     pub round_trips: AtomicU64,
     pub connections: AtomicU64,
-    /// Chunks that were in a cache of this host.
+    /// Chunks found in a cache of this host.
     pub cached: AtomicU64,
     chunks: AtomicU64,
     stored: AtomicU64,
@@ -79,31 +80,31 @@ pub struct SourceCounters {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SourceCounts {
     pub place: String,
-    /// Chunks that it gave.
+    /// Chunks that the place gave.
     pub chunks: u64,
     /// Bytes fetched, as they are stored.
     pub bytes_stored: u64,
-    /// Bytes of pages that came out of them.
+    /// Bytes of pages unpacked from them.
     pub bytes_pages: u64,
-    /// Messages or reads that asked for them.
+    /// Messages or reads that asked for chunks.
     pub requests: u64,
-    /// How often somebody waited for an answer with nothing else under way.
+    /// Waits for an answer with no other request under way.
     pub round_trips: u64,
     /// Connections made.
     pub connections: u64,
-    /// Chunks, of those it gave, that were in this host's cache directory.
+    /// Chunks given that were in this host's cache directory.
     pub cached: u64,
-    /// Attempts that failed and were made again, here or elsewhere.
+    /// Failed attempts that were made again, at this place or another.
     pub retries: u64,
     /// Chunks that came with other bytes than were stored.
     pub damaged: u64,
 }
 
-/// What a pool was asked for, for reports.
+/// Counts of a pool's requests, for reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ColdCounts {
     pub places: Vec<SourceCounts>,
-    /// Reads that found their chunk unpacked already.
+    /// Reads that found their chunk already unpacked.
     pub cached_reads: u64,
 }
 
@@ -112,15 +113,15 @@ pub struct ColdPool {
     index: Arc<Index>,
     digest: Digest,
     places: Vec<(Box<dyn Place>, Arc<SourceCounters>)>,
-    /// Readers may start at any of the first so many places: they are alike.
+    /// The number of places, from the first on, that are equally near: readers may start at any of them.
     alike: usize,
     cached_reads: AtomicU64,
-    /// What readers wait for, in words.
+    /// Description of a reader's wait, for the log.
     awaited: Arc<str>,
     patience: Duration,
 }
 
-/// Places, and what each was asked for.
+/// Places with the counts of their requests.
 type Places = [(Box<dyn Place>, Arc<SourceCounters>)];
 
 fn name_of(places: &Places) -> String {
@@ -128,8 +129,8 @@ fn name_of(places: &Places) -> String {
 }
 
 impl ColdPool {
-    /// Asks the places in turn for the object of `snapshot`. The first `alike` of them are equally near; `patience` is how
-    /// long one may be unreachable.
+    /// Asks the places in turn for the object of `snapshot`. The first `alike` of them are equally near; `patience` is
+    /// the longest time that a place may be unreachable.
     ///
     /// # Errors
     /// [`ChunkError::NoPlace`] if none has it; an index that is not valid.
@@ -157,7 +158,7 @@ impl ColdPool {
         &self.index
     }
 
-    /// Who waits for the pool is told that it is closed, and nothing more is read.
+    /// Closes the pool: readers that wait for it fail, and nothing more is read.
     pub fn close(&self) {
         self.places.iter().for_each(|(_, counters)| counters.closed.store(true, Ordering::Relaxed));
     }
@@ -166,7 +167,7 @@ impl ColdPool {
         self.places.iter().all(|(_, counters)| counters.closed.load(Ordering::Relaxed))
     }
 
-    /// What the pool is called: its places.
+    /// The pool's name: its places.
     pub fn name(&self) -> String {
         name_of(&self.places)
     }
@@ -189,11 +190,11 @@ impl ColdPool {
     }
 }
 
-/// The index, from the first place that gives it. Those that cannot be reached are asked again in turn until the time is
+/// The index, from the first place that gives it. Places that cannot be reached are asked again in turn until `wait` is
 /// over.
 ///
 /// # Errors
-/// [`ChunkError::NoPlace`] with what each place has said last.
+/// [`ChunkError::NoPlace`] with the last answer of each place.
 fn first_index(places: &Places, snapshot: SnapshotId, mut wait: Wait) -> Result<(&dyn Place, Vec<u8>), ChunkError> {
     let mut pause = FIRST_PAUSE;
     let mut whys: Vec<Option<Broken>> = places.iter().map(|_| None).collect();
@@ -212,7 +213,7 @@ fn first_index(places: &Places, snapshot: SnapshotId, mut wait: Wait) -> Result<
                     *why = Some(Broken::Refused("its index is too large".to_string()));
                 }
                 Ok(bytes) => {
-                    // What it has said before it could be reached is of no more interest.
+                    // Its failures from before it could be reached no longer matter.
                     *why = None;
                     passed_over(places, &whys).iter().for_each(|why| tracing::warn!(why, "A cold pool is passed over"));
                     return Ok((place.as_ref(), bytes));
@@ -231,7 +232,7 @@ fn first_index(places: &Places, snapshot: SnapshotId, mut wait: Wait) -> Result<
     }
 }
 
-/// Why places have not given an index.
+/// The reasons why places have not given an index.
 fn passed_over(places: &Places, whys: &[Option<Broken>]) -> Vec<String> {
     let said = |((place, _), why): (&(Box<dyn Place>, _), &Option<Broken>)| {
         let (Broken::Transient(why) | Broken::Damaged(why) | Broken::Refused(why)) = why.as_ref()?;
@@ -240,18 +241,18 @@ fn passed_over(places: &Places, whys: &[Option<Broken>]) -> Vec<String> {
     places.iter().zip(whys).filter_map(said).collect()
 }
 
-/// Between two attempts when every place has failed.
+/// Pauses between two attempts when every place has failed.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LAST_PAUSE: Duration = Duration::from_millis(500);
 /// Unpacked chunks that a reader keeps: extents of a plan share chunks.
 const KEPT: usize = 4;
-/// How often a place may give wrong bytes before it is not asked again: once may be the way here.
+/// Wrong answers after which a place is not asked again: a single one may be an error of the network.
 const DAMAGES: u32 = 2;
 
 struct Slot {
     source: Option<Box<dyn ChunkSource>>,
     damages: u32,
-    /// Why it is not asked any more.
+    /// Set when the place is not asked any more: the reason.
     dead: Option<String>,
 }
 
@@ -273,7 +274,7 @@ impl Clone for ColdReader {
 }
 
 impl ColdReader {
-    /// The `number`th reader of a pool: places that are alike are taken in turn.
+    /// Makes the `number`th reader of a pool: readers start at equally near places in turn.
     pub fn new(pool: &Arc<ColdPool>, number: usize) -> ColdReader {
         let slots = pool.places.iter().map(|_| Slot { source: None, damages: 0, dead: None }).collect();
         let current = number % pool.alike;
@@ -317,11 +318,11 @@ impl ColdReader {
         result
     }
 
-    /// Gives the pages of the chunks `wanted`, each once, in this order, to `each`. Places that fail are asked again, others
-    /// are asked instead, until the pool's patience with no chunk coming is over.
+    /// Gives the pages of the chunks `wanted`, each once, in this order, to `each`. Asks places that fail again, and
+    /// others instead, until no chunk has come for the pool's patience.
     ///
     /// # Errors
-    /// What `each` says, or why nobody gives a chunk.
+    /// The error of `each`, or the reason why no place gives a chunk.
     pub fn stream(&mut self, wanted: &[u32], each: &mut dyn FnMut(u32, &[u8]) -> io::Result<Flow>) -> io::Result<()> {
         let (mut done, mut failures, mut pause) = (0, 0_u32, FIRST_PAUSE);
         let mut wait = Wait::new(self.pool.awaited.clone(), self.pool.patience);
@@ -338,7 +339,7 @@ impl ColdReader {
                 flow
             });
             if stopped {
-                // What else was asked for is still on its way.
+                // Other requested chunks are still on their way.
                 self.slots[self.current].source = None;
                 return local.map_or(Ok(()), Err);
             }
@@ -355,7 +356,7 @@ impl ColdReader {
                 return Err(io::Error::other(self.all_dead()));
             }
             failures += 1;
-            // When every place has failed, it is no use to ask at once again.
+            // If every place has failed, asking again at once is of no use.
             let have_all_failed = failures as usize >= self.slots.iter().filter(|slot| slot.dead.is_none()).count();
             if have_all_failed && (wait.is_over() || wait.elapsed() + pause >= wait.limit()) {
                 let said = format!("{why}, after {failures} attempts in {:.1} s", wait.elapsed().as_secs_f64());
@@ -368,7 +369,7 @@ impl ColdReader {
         }
     }
 
-    /// Asks the current place, and checks and unpacks what comes.
+    /// Asks the current place, and checks and unpacks the chunks that come.
     fn attempt(&mut self, wanted: &[u32], each: &mut dyn FnMut(u32, &[u8]) -> Flow) -> Result<(), Broken> {
         let ColdReader { pool, slots, current, decoder, pages, .. } = self;
         let (place, counters) = &pool.places[*current];
@@ -389,7 +390,7 @@ impl ColdReader {
             if crc32c::crc32c(stored) != chunk.checksum {
                 return Err(Broken::Damaged(format!("chunk {number} does not have the bytes that its checksum is of")));
             }
-            // What is stored raw is not copied for that: an index in which its length differs was refused.
+            // A raw chunk is not copied: an index in which its length differs was refused.
             let pages = if chunk.compression == Compression::Raw {
                 stored
             } else {
@@ -405,7 +406,8 @@ impl ColdReader {
         })
     }
 
-    /// Takes note of a failure of the current place and goes on to the next that is not dead. What failed, for people.
+    /// Notes a failure of the current place and goes on to the next that is not dead. Returns a description of the
+    /// failure.
     fn note(&mut self, broken: Broken) -> String {
         let (place, counters) = &self.pool.places[self.current];
         let slot = &mut self.slots[self.current];
@@ -431,7 +433,7 @@ impl ColdReader {
                 tracing::warn!(why = said, instead = self.pool.places[other].0.name(), "A cold pool has failed");
                 self.current = other;
             }
-            // The report counts it; if nothing comes of it, the error says it.
+            // The report counts the failure; if no place can give the chunk, the error says why.
             None => tracing::info!(why = said, "A cold pool has failed"),
         }
         said
@@ -444,12 +446,12 @@ impl ColdReader {
     }
 }
 
-/// Pages of a chunk that are wanted somewhere.
+/// Wanted pages of one chunk.
 struct Piece {
     chunk: u32,
-    /// Within the chunk's pages, bytes.
+    /// Offset within the chunk's pages, bytes.
     from: usize,
-    /// Within what is to be filled, bytes.
+    /// Offset within the buffer to be filled, bytes.
     to: usize,
     len: usize,
 }
@@ -460,7 +462,7 @@ impl Piece {
     }
 }
 
-/// The pieces of chunks that make up `[offset, offset + len)` of the memory file, ascending; what lies between them is
+/// The pieces of chunks that make up `[offset, offset + len)` of the memory file, ascending; pages between them are
 /// zero.
 fn pieces(index: &Index, offset: u64, len: u64) -> io::Result<Vec<Piece>> {
     let mut pieces = Vec::new();
@@ -493,15 +495,15 @@ fn extents(layout: &MemoryLayout, offset: u64, len: u64) -> io::Result<Vec<Exten
     Ok(layout.ranges().iter().filter_map(part).collect())
 }
 
-/// A thread of its own pays from so many bytes on.
+/// The least bytes for which another thread pays.
 const BYTES_PER_THREAD: u64 = 8 << 20;
-/// Unpacking and copying keep so many CPUs busy at most.
+/// The most CPUs that unpacking and copying keep busy.
 const THREADS: usize = 4;
 
 /// Parts of a chunk's pages, each with its offset in them.
 type Targets<'m> = Vec<(usize, &'m mut [u8])>;
 
-/// Fills memory: each slice with the pages from its offset in the memory file on. Returns how many threads did it.
+/// Fills memory: each slice with the pages from its offset in the memory file on. Returns the number of threads used.
 ///
 /// # Errors
 /// As for [`ColdReader::stream`].
@@ -541,7 +543,7 @@ fn fill_share(pool: &Arc<ColdPool>, number: usize, share: &mut [(u32, Targets)])
     let chunks: Vec<u32> = share.iter().map(|(chunk, _)| *chunk).collect();
     let mut share = share.iter_mut();
     ColdReader::new(pool, number).stream(&chunks, &mut |_, pages| {
-        // Chunks come in the order in which they were asked for.
+        // Chunks come in the order in which they were requested.
         for (from, part) in share.next().map(|(_, parts)| parts).into_iter().flatten() {
             part.copy_from_slice(&pages[*from..*from + part.len()]);
         }

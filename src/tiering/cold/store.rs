@@ -1,5 +1,5 @@
-//! A cold pool in a directory: its manifest, and per snapshot a data object and an index. Objects are immutable; one is
-//! there when its index is, which gets its name last.
+//! A cold pool in a directory: its manifest, and per snapshot a data object and an index. Objects are immutable. The
+//! index gets its name last, so an object exists once its index does.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
@@ -23,18 +23,20 @@ pub const MANIFEST: &str = "cold-pool.json";
 pub const OBJECTS: &str = "objects";
 const MANIFEST_LIMIT: u64 = 64 << 10;
 
-/// What a pool is made for.
+/// The parameters of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`FORMAT`].
     pub format: u32,
     /// Guest memory under one chunk, KiB.
     pub chunk_kib: u64,
-    /// What the link to the pool is taken to carry, MB/s.
+    /// The expected bandwidth of the link to the pool, MB/s.
     pub bandwidth_mbps: u64,
 }
 
 impl Manifest {
+    /// Checks the parameters of a new pool.
+    ///
     /// # Errors
     /// [`ChunkError::ChunkSize`].
     pub fn new(chunk_kib: u64, bandwidth_mbps: u64) -> Result<Manifest, ChunkError> {
@@ -71,7 +73,7 @@ impl Manifest {
         self.chunk_kib.saturating_mul(1024) / PAGE_SIZE
     }
 
-    /// How snapshots are packed here; `hot` pages first.
+    /// The parameters for packing a snapshot into this pool; `hot` pages come first.
     pub fn pack_spec(&self, hot: Option<PageSet>) -> PackSpec {
         PackSpec { chunk_pages: self.chunk_pages(), bandwidth_mbps: self.bandwidth_mbps, hot }
     }
@@ -89,16 +91,16 @@ pub struct Store {
     manifest: Manifest,
 }
 
-/// What checking an object found.
+/// The result of checking an object.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
     pub chunks: u64,
-    /// Numbers of the chunks whose bytes are wrong, the first of them.
+    /// Numbers of the first chunks whose bytes are wrong.
     pub bad: Vec<u32>,
     pub bad_chunks: u64,
 }
 
-/// How many bad chunks are named.
+/// The most bad chunks that are named.
 const MAX_NAMED: usize = 16;
 
 impl Checked {
@@ -128,6 +130,8 @@ impl Store {
         Ok(Store { dir: dir.to_path_buf(), manifest })
     }
 
+    /// Opens the pool in `dir`.
+    ///
     /// # Errors
     /// [`ChunkError::NotAPool`] and [`ChunkError::FutureFormat`].
     pub fn open(dir: &Path) -> Result<Store, ChunkError> {
@@ -158,7 +162,7 @@ impl Store {
         self.dir.join(object_names(snapshot).1)
     }
 
-    /// Keeps others from writing as long as the result lives.
+    /// Keeps other processes from writing as long as the result lives.
     fn lock(&self) -> Result<File, ChunkError> {
         let path = self.dir.join(MANIFEST);
         let file = File::open(&path).map_err(ChunkError::file("open", &path))?;
@@ -169,7 +173,7 @@ impl Store {
         }
     }
 
-    /// Packs the tip of `chain`, `hot` pages first. It is there under its name only when it is complete and on disk.
+    /// Packs the tip of `chain`, `hot` pages first. The object gets its name when it is complete and on disk.
     ///
     /// # Errors
     /// [`ChunkError::AlreadyHeld`], [`ChunkError::Busy`], and those of [`pack`]; then nothing was added.
@@ -207,7 +211,7 @@ impl Store {
         Ok(packed)
     }
 
-    /// The snapshots that are held, in the order of their ids.
+    /// The snapshots in the pool, in the order of their ids.
     pub fn list(&self) -> Result<Vec<SnapshotId>, ChunkError> {
         let objects = self.dir.join(OBJECTS);
         let entries = fs::read_dir(&objects).map_err(ChunkError::file("read", &objects))?;
@@ -234,7 +238,7 @@ impl Store {
         Index::parse(&self.index_path(snapshot).display().to_string(), self.index_bytes(snapshot)?, snapshot)
     }
 
-    /// The data object of `index`, which must be as long as that says.
+    /// The data object of `index`, which must have the length that the index says.
     pub fn open_data(&self, index: &Index) -> Result<File, ChunkError> {
         let path = self.data_path(index.snapshot());
         let file = File::open(&path).map_err(ChunkError::file("open", &path))?;
@@ -246,19 +250,19 @@ impl Store {
         Err(ChunkError::Index { object: path.display().to_string(), problem })
     }
 
-    /// Takes a snapshot out. Who reads it goes on: an open file lives until it is closed.
+    /// Removes a snapshot. A reader of it goes on: an open file lives until it is closed.
     pub fn remove(&self, snapshot: SnapshotId) -> Result<(), ChunkError> {
         let _lock = self.lock()?;
         let (index, data) = (self.index_path(snapshot), self.data_path(snapshot));
         if !index.exists() {
             return Err(ChunkError::NotHeld { path: self.dir.clone(), snapshot });
         }
-        // The index first: without it, the object is not there.
+        // The index first: without its index the object does not exist.
         fs::remove_file(&index).map_err(ChunkError::file("remove", &index))?;
         fs::remove_file(&data).map_err(ChunkError::file("remove", &data))
     }
 
-    /// Removes what belongs to no object: what an interrupted `add` or `remove` left. Bytes that were freed.
+    /// Removes files that belong to no object, left by an interrupted `add` or `remove`. Returns the bytes freed.
     pub fn collect(&self) -> Result<u64, ChunkError> {
         let _lock = self.lock()?;
         let objects = self.dir.join(OBJECTS);
@@ -270,7 +274,7 @@ impl Store {
             let of_held = |suffix: &str| {
                 name.strip_suffix(suffix).and_then(|id| id.parse().ok()).is_some_and(|id| held.contains(&id))
             };
-            // A temporary that is still there is being written; `*.partial` is what versions before 0.2 wrote to.
+            // A temporary that is still there is being written; versions before 0.2 wrote to `*.partial`.
             let is_ours =
                 !is_partial(&entry.file_name()) && [".chunks", ".partial"].iter().any(|end| name.ends_with(end));
             if of_held(".index") || of_held(".chunks") || !is_ours {

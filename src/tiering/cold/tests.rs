@@ -31,7 +31,8 @@ pub struct Sample {
     _dir: TempDir,
 }
 
-/// Two layers; pages up to 1100 with zeros between them, some of which compress and some of which do not, and page 4000.
+/// Two layers; pages up to 1100 with zeros between them, some of which compress and some of which do not, and page
+/// 4000.
 pub fn sample() -> Sample {
     sample_with(None)
 }
@@ -77,13 +78,13 @@ fn sample_with(hot: Option<PageSet>) -> Sample {
     Sample { index: Arc::new(packed.index), index_bytes, data, memory, chain, _dir: dir }
 }
 
-/// What a place does when it is asked for chunks.
+/// The answer of a place to a request for chunks.
 #[derive(Clone, Copy, Debug)]
 enum Behaviour {
     Good,
-    /// Goes away after so many chunks, each time.
+    /// Goes away after this many chunks, each time.
     BreaksAfter(usize),
-    /// Flips a bit of this chunk, so many times.
+    /// Flips a bit of this chunk, this many times.
     Lies(u32, usize),
     Refuses,
     Gone,
@@ -95,7 +96,7 @@ struct Fake {
     index: Vec<u8>,
     data: Arc<Vec<u8>>,
     lies: Arc<AtomicUsize>,
-    /// Chunks that were asked for here.
+    /// Chunks requested here.
     asked: Arc<Mutex<Vec<u32>>>,
 }
 
@@ -263,7 +264,7 @@ fn place_that_breaks_is_asked_again_and_nothing_is_missed() {
 #[test]
 fn wrong_bytes_are_never_taken() {
     let sample = sample();
-    // Once may be the way here: the same place gives the right bytes the second time.
+    // A single error may be the network's: the same place gives the right bytes the second time.
     let pool = open(&sample, vec![Fake::of(&sample, "a", Behaviour::Lies(4, 1))]).unwrap();
     read_all(&sample, &pool).unwrap();
     assert_eq!(pool.counts().places[0].damaged, 1);
@@ -379,7 +380,7 @@ fn pool_in_a_directory_holds_a_snapshot_once_and_finds_flipped_bits() {
 }
 
 #[test]
-fn what_an_interrupted_writer_left_is_collected_and_nothing_else() {
+fn only_the_remains_of_an_interrupted_writer_are_collected() {
     let (sample, dir) = (sample(), tempfile::tempdir().unwrap());
     let store = store(&dir.path().join("pool"));
     let id = sample.index.snapshot();

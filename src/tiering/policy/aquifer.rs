@@ -1,12 +1,12 @@
 //! `aquifer` (Hu, Li, Yang, "Aquifer: Hierarchical Memory Pooling with CXL and RDMA for MicroVM Snapshots", arXiv
-//! 2606.24079, 2026; its abstract is what was read). A snapshot is laid out by hotness: zero pages are not stored, the
+//! 2606.24079, 2026; only its abstract was read). A snapshot is laid out by hotness: zero pages are not stored, the
 //! hot working set is in the CXL pool and copied into local memory before the VM resumes, cold pages are in the RDMA
 //! pool and demand-paged asynchronously.
 //!
-//! Where tvmm differs: hot pages are copied from an image of the loading set in whatever tier that lies, cold pages come
-//! from the snapshot's files. "Asynchronously" is rendered as a second thread that installs the cold pages in order of
-//! address while faults are answered at once. The abstract does not say how much one fault fetches; 16 pages (64 KiB)
-//! are tvmm's choice, the snapshot's own checksum chunk.
+//! Differences in tvmm: hot pages are copied from an image of the loading set in any tier, cold pages come from the
+//! snapshot's files. "Asynchronously" is rendered as a second thread that installs the cold pages in order of address
+//! while faults are answered at once. The abstract does not say how much one fault fetches; 16 pages (64 KiB) are
+//! tvmm's choice, the snapshot's own checksum chunk.
 
 use super::place::{Packed, lay_over};
 use super::{Ground, place};

@@ -1,4 +1,4 @@
-//! Every policy, on random chains: plans can be carried out, and what they describe is the snapshot.
+//! Every policy, on random chains: plans can be carried out, and describe exactly the snapshot.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -48,7 +48,7 @@ fn assert_reproduces(policy: Policy, chain: &Chain, expected: &Model) {
     planned.sort();
     let wanted: Vec<(Gfn, Vec<u8>)> = (0..expected.pages.len()).map(|i| (expected.gfn(i), expected.page(i))).collect();
     assert!(planned == wanted, "{policy} does not reproduce the snapshot");
-    // What each policy promises by its name.
+    // The placements that each policy promises by its name.
     for item in &plan.extents {
         let kept = match policy {
             Policy::Eager => matches!(item.placement, Placement::Zero | Placement::Preload),

@@ -1,6 +1,6 @@
 //! `eager`: the whole image is read into local DRAM before the guest runs, as QEMU and Cloud Hypervisor restore by
-//! default. No fault costs more than an anonymous page; start-up pays for pages nobody will touch. Zero pages are not
-//! read: they are anonymous memory.
+//! default. No fault costs more than an anonymous page; start-up pays for pages that are never touched. Zero pages are
+//! not read: they are anonymous memory.
 
 use super::{Ground, place};
 use crate::snapshot::{Fill, PlannedExtent};

@@ -1,4 +1,4 @@
-//! What a plan is expected to cost, whichever policy made it.
+//! The expected cost of a plan of any policy.
 
 use serde::{Deserialize, Serialize};
 
@@ -25,12 +25,12 @@ pub struct Estimate {
     pub vmas: u64,
     /// Pages of local memory filled before the guest runs.
     pub pages_preloaded: u64,
-    /// Of those, the ones that the profile does not expect to be written.
+    /// Those of them that the profile does not expect to be written.
     pub pages_preloaded_unwritten: u64,
 }
 
 impl Estimate {
-    /// All of it.
+    /// The sum.
     pub fn total_ns(&self) -> f64 {
         self.map_ns + self.preload_ns + self.fault_ns
     }
@@ -86,11 +86,11 @@ struct Walk<'a> {
     block: Block,
     cost: Cost,
     estimate: Estimate,
-    /// Where the last read of a file ended.
+    /// The end of the last read of a file.
     read_to: Option<PageSource>,
 }
 
-/// What `plan` is expected to cost where `touches` is what is expected of its pages.
+/// The expected cost of `plan` with the expected touches `touches`.
 pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estimate {
     let is_shared = |_: &PlannedExtent, source: PageSource| ground.access(source.layer) == Some(TierAccess::MapShared);
     let mut walk = Walk {
@@ -214,7 +214,7 @@ impl Walk<'_> {
     }
 }
 
-/// What is expected of the pages of `extent`. `at` moves on.
+/// The expected touches of the pages of `extent`. Advances `at`.
 pub fn tally(extent: Extent, touches: &[Touch], at: &mut usize) -> Tally {
     let mut tally = Tally::default();
     pieces(extent, touches, at, |piece, touch| match touch {

@@ -6,9 +6,9 @@
 //! The groups are the layers of a `mincore` recording. From a recording with exact order tvmm makes groups of 1,024
 //! pages as touched, as FaaSnap does when it emulates them from faults; without any order there is one group.
 //!
-//! Where tvmm differs: FaaSnap maps bottom-up, each region over the one below; a plan says what is seen at the end, and
-//! the engine makes the same mappings without the overlaps. In a chain, regions are those of one layer, and only the
-//! tip's take in zero pages (other files may have old data there).
+//! Differences in tvmm: FaaSnap maps bottom-up, each region over the one below; a plan has the final mappings, and the
+//! engine makes them without the overlaps. In a chain, regions are those of one layer, and only the tip's take in zero
+//! pages (other files may have old data there).
 
 use super::place::{Packed, lay_over, merge_gaps};
 use super::{Ground, place};

@@ -1,7 +1,8 @@
 //! `firecracker`: the memory file is mapped private and pages come from the page cache when they are touched
-//! (Firecracker `docs/snapshotting/snapshot-support.md`, `mem_backend` File: `MAP_PRIVATE | MAP_NORESERVE`, no prefault).
+//! (Firecracker `docs/snapshotting/snapshot-support.md`, `mem_backend` File: `MAP_PRIVATE | MAP_NORESERVE`, no
+//! prefault).
 //!
-//! Where tvmm differs: Firecracker merges diffs into one file before it loads it; here a chain is mapped as it is, one
+//! Differences in tvmm: Firecracker merges diffs into one file before it loads it; here a chain is mapped as it is, one
 //! mapping for each run of pages that one layer holds.
 
 use super::{Ground, place};

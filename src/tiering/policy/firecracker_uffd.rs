@@ -2,9 +2,9 @@
 //! `docs/snapshotting/handling-page-faults-on-snapshot-resume.md`, `mem_backend` Uffd, with the example handler that
 //! answers one page at a time).
 //!
-//! Where tvmm differs: the handler is a thread of the VMM, not another process. As in Firecracker zero pages of a full
-//! snapshot are faults too (its memory file has them as holes). In a chain they are anonymous memory: which of several
-//! files would have the hole is not for the handler to find out.
+//! Differences in tvmm: the handler is a thread of the VMM, not another process. As in Firecracker, zero pages of a
+//! full snapshot are faults too (its memory file has them as holes). In a chain they are anonymous memory: the handler
+//! is not to search several files for the hole.
 
 use super::{Ground, place};
 use crate::snapshot::{Placement, PlannedExtent};

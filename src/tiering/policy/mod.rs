@@ -1,4 +1,4 @@
-//! The restore policies by name. One file each; `docs/policies.md` says what their papers do and what tvmm does.
+//! The restore policies by name. One file each; `docs/policies.md` describes their papers and tvmm's versions.
 
 mod aquifer;
 mod catalyzer;
@@ -60,16 +60,16 @@ pub enum Policy {
     Tiered,
 }
 
-/// How much memory of each kind a plan may use. `None`: as much as it likes. Only `tiered` makes choices that a budget
-/// can change; the other policies do what their papers do.
+/// The most memory of each kind that a plan may use. `None`: unlimited. Only `tiered` makes choices that a budget can
+/// change; the other policies do what their papers do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Budget {
-    /// Pages of local memory: what is preloaded, and what the request will write.
+    /// Pages of local memory: those preloaded, and those that the request will write.
     pub dram_pages: Option<u64>,
     /// Pages mapped in place from a pool.
     pub cxl_pages: Option<u64>,
-    /// By how many ns a request may take longer to save a page of local memory that it does not write. 0: time is all
-    /// that counts.
+    /// The worth of a page of local memory that the request does not write, as extra ns that a request may take to save
+    /// it. 0 optimises time only.
     pub dram_page_ns: u64,
 }
 
@@ -81,16 +81,16 @@ impl Budget {
     }
 }
 
-/// What users give a MiB of local memory for, unless they say otherwise: µs of a request's time. 200 ns for a page, less
-/// than a page fault, more than copying it in a huge page.
+/// The default worth of a MiB of local memory: µs of a request's time. 200 ns for a page, less than a page fault, more
+/// than copying it in a huge page.
 pub const DRAM_PRICE_US: u64 = 50;
 
-/// A price per MiB as a price per page.
+/// Converts a price per MiB to a price per page.
 fn page_price_ns(us_per_mib: u64) -> u64 {
     us_per_mib.saturating_mul(1000) / ((1 << 20) / PAGE_SIZE)
 }
 
-/// What a policy looks at.
+/// The inputs of a policy.
 #[derive(Clone, Copy, Debug)]
 pub struct PolicyInput<'a> {
     /// The snapshot to be restored.
@@ -100,11 +100,11 @@ pub struct PolicyInput<'a> {
     pub resolved: &'a [ResolvedRun],
     /// The tiers that `resolved` refers to, in the order of their index.
     pub tiers: &'a [TierSource],
-    /// What a recorded run did.
+    /// The record of a run.
     pub profile: Option<&'a Profile>,
-    /// What things cost on this host.
+    /// The costs of this host.
     pub costs: &'a Costs,
-    /// What the plan may use.
+    /// The limits of the plan.
     pub budget: Budget,
 }
 
@@ -121,25 +121,25 @@ impl<'a> PolicyInput<'a> {
         }
     }
 
-    /// What `plan` is expected to cost. Without a profile nothing is expected to be touched.
+    /// The expected cost of `plan`. Without a profile no touches are expected.
     pub fn estimate(&self, plan: &RestorePlan) -> Estimate {
         let touches = self.profile.map(|profile| touches::expected(profile, self.resolved)).unwrap_or_default();
         estimate::estimate(plan, &self.ground(), &touches)
     }
 }
 
-/// What policies make of a chain: its facts, without its files.
+/// The facts that policies use of a chain, without its files.
 #[derive(Clone, Copy)]
 struct Ground<'a> {
     snapshot: SnapshotId,
     layout: &'a MemoryLayout,
-    /// How many layers and tiers; never 0. Images are numbered after them.
+    /// Number of layers and tiers; never 0. Images are numbered after them.
     layers: usize,
-    /// Those that are tiers.
+    /// The tiers among them.
     tiers: &'a [TierSource],
     resolved: &'a [ResolvedRun],
     costs: &'a Costs,
-    /// What a page of local memory is worth that no profiled write needs.
+    /// The worth, ns, of a page of local memory that no profiled write needs.
     page_ns: f64,
 }
 
@@ -148,19 +148,19 @@ impl<'a> Ground<'a> {
         RestorePlan { tiers: self.tiers.to_vec(), ..RestorePlan::new(self.snapshot, policy, Vec::new()) }
     }
 
-    /// Where a page that is zero in the snapshot can be read as zeros: a hole of the tip's memory file. `None` with tiers:
-    /// memory files may not even be there.
+    /// The source of zeros for a page that is zero in the snapshot: a hole of the tip's memory file. `None` with tiers,
+    /// because memory files may not exist then.
     fn hole(&self, first: Gfn) -> Option<PageSource> {
         let tip = self.layers.checked_sub(1).filter(|_| self.tiers.is_empty())?;
         place::hole(self.layout, tip, first)
     }
 
-    /// The access of the tier with this index, if it is one.
+    /// The access of the tier with this index; `None` if the index is not a tier's.
     fn access(&self, layer: usize) -> Option<TierAccess> {
         self.tiers.get((layer + self.tiers.len()).checked_sub(self.layers)?).map(|tier| tier.access)
     }
 
-    /// Pages mapped on demand: as `cow-file` where the kernel copies what is written, else in place.
+    /// Pages mapped on demand: as `cow-file` where the kernel copies written pages, else in place.
     fn mapped(&self, extent: Extent, source: PageSource) -> PlannedExtent {
         let placement = match self.access(source.layer) {
             None | Some(TierAccess::MapPrivate) => Placement::CowFile,
@@ -176,8 +176,8 @@ impl<'a> Ground<'a> {
         PlannedExtent::from(extent, if is_mapped { Placement::InPlace } else { Placement::Lazy }, source)
     }
 
-    /// What the pages of an image are placed as: taken from the image, or, with tiers, from where they are, for a pool is
-    /// an image already.
+    /// The placed pages of an image: taken from the image, or, with tiers, from where they are, because a pool is an
+    /// image already.
     fn placed(&self, packed: &place::Packed, place: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<Labelled> {
         if self.tiers.is_empty() {
             return packed.placed(self.layers, place);
@@ -200,12 +200,12 @@ impl<'a> Ground<'a> {
         placed
     }
 
-    /// Whether all pages come from the memory file of one full snapshot.
+    /// True if all pages come from the memory file of one full snapshot.
     fn is_one_file(&self) -> bool {
         self.layers == 1 && self.tiers.is_empty()
     }
 
-    /// The plan's list of images: none, if the image would be empty, or there are tiers.
+    /// The plan's list of images: empty if the image would be empty, or there are tiers.
     fn images(&self, packed: place::Packed) -> Vec<crate::snapshot::ImageSpec> {
         let is_empty = !self.tiers.is_empty() || packed.spec.extents.iter().all(Extent::is_empty);
         if is_empty { Vec::new() } else { vec![packed.spec] }
@@ -244,18 +244,18 @@ impl Policy {
         }
     }
 
-    /// Whether the policy is nothing without a recorded run.
+    /// True if the policy needs a recorded run.
     pub fn needs_profile(self) -> bool {
         matches!(self, Policy::Reap | Policy::Faasnap | Policy::Aquifer | Policy::Tiered)
     }
 
-    /// Whether the plan depends on what memory operations cost, and so on how the memory is cached. The other policies do
+    /// True if the plan depends on what memory operations cost, and so on how the memory is cached. The other policies do
     /// what their papers do.
     pub fn weighs_costs(self) -> bool {
         self == Policy::Tiered
     }
 
-    /// Whether the policy looks at which pages are zero, so that the page maps of `chain` have to be read.
+    /// True if the policy needs to know which pages are zero, so that the page maps of `chain` have to be read.
     pub fn needs_pages(self, chain: &Chain, tiers: &[TierSource]) -> bool {
         let is_one_file = tiers.is_empty() && chain.layers().len() == 1;
         !(is_one_file && matches!(self, Policy::Firecracker | Policy::FirecrackerUffd))
@@ -282,7 +282,7 @@ impl Policy {
             (Policy::Tiered, Some(profile)) => return tiered::plan(ground, profile, budget),
             (_, None) => return Err(Error::NeedsProfile { policy: self.name() }),
         };
-        // The one policy of which everything is in memory before the guest runs: it can be checked on the way.
+        // The one policy that has everything in memory before the guest runs, so that its reads can be verified.
         let verify = self == Policy::Eager;
         Ok(RestorePlan { extents, verify, ..ground.empty_plan(self.name()) })
     }

@@ -1,4 +1,4 @@
-//! The cost model: what the pages of one block cost, before the guest runs and while it does. The formulae are in
+//! The cost model: the cost of the pages of one block, before the guest runs and while it does. The formulae are in
 //! `docs/policies.md`; the numbers come from [`Costs`].
 
 use super::place::BLOCK_PAGES;
@@ -6,8 +6,9 @@ use super::touches::Touch;
 use crate::snapshot::{Extent, Gfn};
 use crate::tiering::costs::{Costs, SourceCache};
 
-/// How likely a page is touched that no recorded run touched. Recorded working sets differ by a few percent from run to
-/// run (REAP's Figure 5: 97 % of the pages are the same for most functions), spread over all that is left.
+/// The probability that a request touches a page that no recorded run touched. Recorded working sets differ by a few
+/// percent from run to run (REAP's Figure 5: 97 % of the pages are the same for most functions), spread over all that
+/// is left.
 const SURPRISE: f64 = 1e-4;
 /// Pages between two touched pages that the host's readahead crosses (128 KiB).
 const READAHEAD_PAGES: u64 = 32;
@@ -30,7 +31,7 @@ impl Cost {
     }
 }
 
-/// What is expected of some pages.
+/// The expectation for some pages.
 #[derive(Clone, Copy, Debug)]
 pub struct Tally {
     pub pages: u64,
@@ -38,7 +39,7 @@ pub struct Tally {
     pub reads: f64,
     /// Pages expected to be written.
     pub writes: f64,
-    /// Of both, those that are zero in the snapshot.
+    /// Pages of both kinds that are zero in the snapshot.
     pub zeros: f64,
     /// Pages that no recorded run wrote.
     pub unwritten: u64,
@@ -46,9 +47,9 @@ pub struct Tally {
     pub clean: f64,
     /// The probability that none is touched.
     pub idle: f64,
-    /// Reads that do not follow the one before.
+    /// Reads that do not follow the read before.
     pub seeks: f64,
-    /// Groups all of whose pages are here, and of which one is touched.
+    /// Groups with all of their pages here, of which one is touched.
     groups: f64,
     /// Pages expected to be touched in such groups.
     grouped: f64,
@@ -68,7 +69,7 @@ struct Group {
     idle: f64,
 }
 
-/// What the guest's first touches of a whole group cost, if the pages are small ones in the host's page tables.
+/// The guest's first touches of a whole group, if the pages are small ones in the host's page tables.
 pub fn group_ns(costs: &Costs) -> u64 {
     costs.populated_touch_ns.saturating_mul(GROUP_PAGES)
 }
@@ -97,16 +98,16 @@ fn power(base: f64, exponent: u64) -> f64 {
     match exponent {
         0 => 1.0,
         1 => base,
-        // Most pages are touched in every run, or nobody knows of them.
+        // Most pages are touched in every run, or are unknown.
         _ if base <= 0.0 => 0.0,
-        // As good as exact, and most of the rest.
+        // Nearly exact, and covers most of the others.
         _ if (1.0 - base) * (exponent as f64) < 1e-3 => 1.0 - (1.0 - base) * exponent as f64,
         _ => base.powi(exponent.min(i32::MAX as u64) as i32),
     }
 }
 
 impl Tally {
-    /// Pages of which the profile says nothing.
+    /// Adds pages that the profile does not have.
     pub fn add_rest(&mut self, part: Extent) {
         let pages = part.pages;
         let each = SURPRISE * pages as f64;
@@ -120,7 +121,7 @@ impl Tally {
         self.seeks += each;
     }
 
-    /// Pages of which the profile says something.
+    /// Adds pages that the profile has.
     pub fn add(&mut self, part: Extent, touch: &Touch) {
         let pages = part.pages as f64;
         self.pages += part.pages;
@@ -174,28 +175,28 @@ impl Tally {
         self.reads + self.writes
     }
 
-    /// What the guest's first touches cost if the pages are small ones in the host's page tables, writable.
+    /// The guest's first touches, if the pages are small ones in the host's page tables, writable.
     fn populated_touches(&self, costs: &Costs) -> f64 {
         times(group_ns(costs), self.groups) + times(costs.populated_alone_ns, (self.touched() - self.grouped).max(0.0))
     }
 }
 
-/// The pages of one block that one private file mapping shows.
+/// The pages of one block that one private file mapping covers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FileBlock {
     /// Pages left as they are.
     pub open: Tally,
     /// Pages whose copy-on-write is broken ahead.
     pub broken: Tally,
-    /// In so many calls.
+    /// Number of calls that break it.
     pub calls: u64,
     /// The mapping wants huge folios.
     pub wants_huge: bool,
     /// Guest and file addresses agree modulo 2 MiB.
     pub aligned: bool,
-    /// The kernel does not copy what is written: the monitor promotes it.
+    /// The kernel does not copy written pages: the monitor promotes them.
     pub promoted: bool,
-    /// Somebody reads the file ahead while the guest runs.
+    /// A second thread reads the file ahead while the guest runs.
     pub read_ahead: bool,
 }
 
@@ -206,7 +207,7 @@ pub struct AnonBlock {
     /// The first touch of a zero page brings the whole block.
     pub huge: bool,
     pub copied: Tally,
-    /// Reads that fill it and do not go on where the one before ended: those that do are one with it.
+    /// Reads that fill it and do not continue the read before: a continuing read is one with it.
     pub calls: u64,
     /// One read fills the whole block.
     pub whole: bool,
@@ -236,7 +237,7 @@ impl FileBlock {
             SourceCache::Small => false,
             SourceCache::Cold => huge_io && broken.pages == 0,
         };
-        // A promotion leaves the guest and comes back, as a fault that a userfaultfd answers does.
+        // A promotion is an exit from the guest and an entry, as is a fault that a userfaultfd answers.
         let cow_ns = if self.promoted { costs.uffd_fault_ns } else { costs.cow_fault_ns };
         let mut cost = Cost {
             before: times(costs.populate_write_call_ns, self.calls as f64)
@@ -274,19 +275,18 @@ impl FileBlock {
         cost.before += page(broken.pages as f64) + seek(self.calls as f64);
         let touched = page(open.touched() - open.zeros.min(open.touched()));
         if self.read_ahead {
-            // Somebody reads all of it in order; a guest that touches pages in another order waits for that.
+            // The second thread reads all of it in order; a guest that touches pages in another order waits for it.
             cost.during += page(open.pages as f64);
             return;
         }
-        // A fault reads a window around it; what lies in the window of another is there already, so that in the end no
-        // more is read than there is.
+        // A fault reads a window around it. Windows overlap, so that in the end no more is read than there is.
         let around = seek(1.0) + page(costs.readahead_pages as f64);
         let all = page(open.pages as f64) + seek(1.0);
         cost.during += (touched + open.seeks * around).min((1.0 - open.idle) * all.max(around));
     }
 }
 
-/// What copying a page costs. What is not cached is read past the cache: the device writes to memory that the CPU has
+/// The cost of copying a page. Uncached pages are read past the cache: the device writes to memory that the CPU has
 /// made ready meanwhile.
 pub fn copied_page_ns(costs: &Costs, whole_block: bool) -> u64 {
     let page = if whole_block { costs.read_huge_page_ns } else { costs.read_small_page_ns };
@@ -333,7 +333,7 @@ impl LazyBlock {
         };
         let fault = costs.uffd_fault_ns + (around - 1).saturating_mul(costs.uffd_copy_ns);
         let mut cost = Cost {
-            // Past the page cache, whatever is in it.
+            // Read past the page cache, even if the file is cached.
             before: times(costs.uffd_copy_ns + costs.device_sequential_page_ns, installed.pages as f64)
                 + times(costs.uffd_call_ns, self.calls as f64),
             during: installed.populated_touches(costs) + times(fault, faults),
@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(cost(&[touch(16, 3, 1.0), touch(19, 5, 1.0)]), group);
         assert_eq!(cost(&[touch(16, 7, 1.0)]), 7 * alone);
         assert_eq!(cost(&[touch(15, 34, 1.0)]), 4 * group + 2 * alone);
-        // One of its pages is enough, and half of the times there is one.
+        // One of its pages is enough, and in half of the cases there is one.
         assert_eq!(cost(&[touch(16, 1, 0.5), touch(17, 7, 0.0)]), group / 2);
         assert_eq!(cost(&[touch(7, 1, 1.0), touch(9, 1, 0.5)]), alone + alone / 2);
     }

@@ -1,13 +1,13 @@
-//! What policies have in common: cutting extents, laying some over others, packing pages into an image.
+//! Helpers that policies share: cutting extents, laying some over others, packing pages into an image.
 
 use crate::snapshot::{
     Content, Extent, Gfn, ImageSpec, MemoryLayout, PAGE_SIZE, PageSource, Placement, PlannedExtent, ResolvedRun,
 };
 
-/// 2 MiB in pages: what one huge page shows.
+/// 2 MiB in pages: the size of a huge page.
 pub const BLOCK_PAGES: u64 = 512;
 
-/// Places every held run as `held` says and every zero run as zero.
+/// Places every held run by `held` and every zero run as zero.
 pub fn by_content(resolved: &[ResolvedRun], held: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<PlannedExtent> {
     let place = |run: &ResolvedRun| match run.content {
         Content::Zero => PlannedExtent::zero(run.extent),
@@ -25,7 +25,7 @@ pub fn whole_file(layout: &MemoryLayout, placement: Placement) -> Vec<PlannedExt
     layout.ranges().iter().map(place).collect()
 }
 
-/// `source` `pages` pages further on.
+/// The source `pages` pages further on.
 pub fn advance(source: PageSource, pages: u64) -> PageSource {
     PageSource { layer: source.layer, offset: source.offset.saturating_add(pages.saturating_mul(PAGE_SIZE)) }
 }
@@ -37,7 +37,7 @@ pub fn cut(item: &PlannedExtent, part: Extent) -> PlannedExtent {
 }
 
 /// Calls `piece(part, label)` for every piece of `extent`, ascending: the parts that `labels` (ascending, disjoint)
-/// have, with their index, and what is between them. `at` is the first label that may matter; it moves on.
+/// have, with their index, and the parts between them. `at` is the first label that may matter; it moves on.
 pub fn pieces(
     extent: Extent,
     labels: &[impl AsRef<Extent>],
@@ -73,7 +73,7 @@ impl AsRef<Extent> for Labelled {
     }
 }
 
-/// `base` with the pages of `over` (ascending, disjoint) placed as `over` says.
+/// `base` with the pages of `over` (ascending, disjoint) placed as in `over`.
 pub fn lay_over(base: &[PlannedExtent], over: &[Labelled]) -> Vec<PlannedExtent> {
     let mut out = Vec::with_capacity(base.len() + 2 * over.len());
     let mut at = 0;
@@ -105,7 +105,7 @@ impl Packed {
         packed
     }
 
-    /// Every extent of the image as `place` says, ascending.
+    /// Every extent of the image, placed by `place`, ascending.
     pub fn placed(&self, layer: usize, place: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<Labelled> {
         let each = self.spec.extents.iter().zip(&self.offsets);
         let mut placed: Vec<Labelled> =
@@ -115,8 +115,8 @@ impl Packed {
     }
 }
 
-/// Joins runs (ascending) that are fewer than `gap` pages apart and in one range, as far as `free` says that the pages
-/// between may be taken in.
+/// Joins runs (ascending) that are fewer than `gap` pages apart and in one range, if `free` allows the pages between to
+/// be taken in.
 pub fn merge_gaps(
     runs: impl IntoIterator<Item = Extent>,
     gap: u64,
@@ -138,8 +138,8 @@ pub fn merge_gaps(
     out
 }
 
-/// Where a page that is zero in the snapshot can be read as zeros: a hole of the tip's memory file. A page that is
-/// zero is not held by the tip, and what a layer does not hold is a hole of its file.
+/// The source of zeros for a page that is zero in the snapshot: a hole of the tip's memory file. The tip does not hold
+/// a zero page, and a page that a layer does not hold is a hole of its file.
 pub fn hole(layout: &MemoryLayout, tip: usize, first: Gfn) -> Option<PageSource> {
     Some(PageSource { layer: tip, offset: layout.file_offset(first)? })
 }

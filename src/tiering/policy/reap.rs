@@ -6,7 +6,7 @@
 //! As in vHive the file is sorted by address (its `trace.go` sorts the trace before it writes the file), so that
 //! neighbours are installed by one call, and it has *every* page that faulted: REAP knows no zero pages.
 //!
-//! Where tvmm differs: the handler is a thread of the VMM; in a chain, zero pages that no run touched are anonymous
+//! Differences in tvmm: the handler is a thread of the VMM; in a chain, zero pages that no run touched are anonymous
 //! memory, as in `firecracker-uffd`.
 
 use super::place::{Packed, lay_over};

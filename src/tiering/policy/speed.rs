@@ -1,4 +1,4 @@
-//! How long planning takes, printed: `cargo test --release --lib planning_time -- --ignored --nocapture`.
+//! Prints the time that planning takes: `cargo test --release --lib planning_time -- --ignored --nocapture`.
 
 use std::time::Instant;
 

@@ -23,12 +23,12 @@ fn layout() -> MemoryLayout {
     MemoryLayout::from_gpa_ranges(&[pages(0, FIRST), pages(HIGH, SECOND)]).unwrap()
 }
 
-/// What each layer says about each page, by place in the file.
+/// The state of each page in each layer, by place in the file.
 #[derive(Clone, Debug)]
 struct World {
     layout: MemoryLayout,
     base: Vec<bool>,
-    /// `None`: there is one layer. Else held, zero, or the base's business.
+    /// `None`: there is one layer. Else held, zero, or the base's.
     tip: Option<Vec<Option<bool>>>,
 }
 
@@ -41,7 +41,7 @@ impl World {
         self.layout.gfn_at(page as u64 * PAGE_SIZE).unwrap()
     }
 
-    /// What a page of a layer's file stands for; 0 is a hole.
+    /// The content of a page of a layer's file; 0 is a hole.
     fn in_file(&self, layer: usize, page: usize) -> u64 {
         let held = match (layer, &self.tip) {
             (0, _) => self.base[page],
@@ -349,7 +349,7 @@ fn aquifer_copies_hot_pages_and_fetches_cold_ones_in_the_background() {
 }
 
 #[test]
-fn catalyzer_and_trenv_map_what_is_held_and_copy_nothing() {
+fn catalyzer_and_trenv_map_held_pages_and_copy_none() {
     for policy in [Policy::Catalyzer, Policy::Trenv] {
         let placed: Vec<_> =
             example().plan(policy).extents.iter().map(|item| (item.extent.first.0, item.placement)).collect();
@@ -423,7 +423,7 @@ fn tiered_copies_whole_blocks_where_writes_are_dense() {
         plan.extents.iter().map(|item| (item.extent.first.0, item.extent.pages, item.placement)).collect();
     assert_eq!(placed, expected);
     assert_eq!(plan.extents[1].fill, Fill::Copy);
-    // With no memory to spare only what is written is preloaded.
+    // With no memory to spare only written pages are preloaded.
     let budget = Budget { dram_pages: Some(512), cxl_pages: None, ..Budget::default() };
     let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &budget).unwrap();
     assert!(plan.counts().preload <= 512, "{:?}", plan.counts());

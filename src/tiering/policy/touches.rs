@@ -1,13 +1,13 @@
-//! What a profile expects of each page, as numbers: how likely it is touched, how likely it is written.
+//! The expectation of a profile for each page, as numbers: the probabilities of a touch and of a write.
 
 use super::place::pieces;
 use crate::snapshot::{Content, Extent, PageSet, ResolvedRun};
 use crate::tiering::profile::Profile;
 
-/// A recorder that cannot tell reads from writes leaves it at even odds.
+/// The odds of a write, if the recorder cannot tell reads from writes.
 const UNCLASSIFIED_WRITTEN: f64 = 0.5;
 
-/// Pages of which the same is expected.
+/// Pages with the same expectation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Touch {
     pub extent: Extent,
@@ -15,7 +15,7 @@ pub struct Touch {
     pub touched: f64,
     /// The probability that it writes it; not more than `touched`.
     pub written: f64,
-    /// Whether they are zero in the snapshot.
+    /// True if the pages are zero in the snapshot.
     pub zero: bool,
 }
 
@@ -25,7 +25,7 @@ impl AsRef<Extent> for Touch {
     }
 }
 
-/// A run with what a set says about its pages.
+/// A run with the share that a set gives its pages.
 #[derive(Clone, Copy)]
 struct Odds(Extent, f64);
 
@@ -35,7 +35,7 @@ impl AsRef<Extent> for Odds {
     }
 }
 
-/// All touched pages, ascending, cut where what is expected changes.
+/// All touched pages, ascending, cut where the expectation changes.
 pub fn expected(profile: &Profile, resolved: &[ResolvedRun]) -> Vec<Touch> {
     let classes = [(&profile.read, 0.0), (&profile.written, 1.0), (&profile.unclassified, UNCLASSIFIED_WRITTEN)];
     let mut touches: Vec<Touch> = Vec::new();

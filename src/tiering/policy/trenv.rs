@@ -2,7 +2,7 @@
 //! "TrEnv: Transparently Share Serverless Execution Environments Across Different Functions and Nodes", SOSP 2024; its
 //! `mm-template` maps device DAX read-only in 4 KiB pages, RDMA lazily).
 //!
-//! Where tvmm differs: no kernel patch, the pages that are zero are anonymous memory, and where the image is a file in
+//! Differences in tvmm: no kernel patch, the pages that are zero are anonymous memory, and where the image is a file in
 //! the page cache it is mapped in 2 MiB folios. Sandboxes are not reused.
 
 use super::{Ground, place};

@@ -1,5 +1,5 @@
-//! Adding a snapshot: its pages are hashed, what the pool has is shared where that pays, the rest is stored, checked and
-//! only then published. Until the last write the pool is as it was.
+//! Adds a snapshot to a pool. Its pages are hashed; pages that the pool has are shared where that pays; the rest is
+//! stored, checked and only then published. Until the last write the pool is as it was.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -21,19 +21,19 @@ pub type Hash = [u8; HASH_LEN as usize];
 
 /// Pages read, hashed and written at once: a block.
 const PIECE_PAGES: u64 = BLOCK_PAGES;
-/// Pages flushed at once where other hosts have to hear meanwhile that the writer lives: 32 MiB.
+/// Pages flushed between two heartbeats of the writer, on a medium that other hosts share: 32 MiB.
 const FLUSH_PAGES: u64 = 16 * BLOCK_PAGES;
 /// Pages whose hashes are read at once: of 1 GiB.
 const HASH_PAGES: u64 = 512 * BLOCK_PAGES;
 
-/// What is added, and by what it is weighed.
+/// A snapshot to be added, and the facts that sharing is weighed by.
 pub struct Added<'a> {
     pub chain: &'a Chain,
-    /// What the snapshot is to be called.
+    /// Its name in the pool.
     pub name: &'a str,
     pub profile: Option<&'a Profile>,
     pub costs: &'a Costs,
-    /// How often it will be restored, about.
+    /// The expected number of its restores.
     pub restores: u64,
 }
 
@@ -83,7 +83,7 @@ impl Writer<'_> {
         let runs = plan.runs(&placed);
         let stats = stats(layout, &pages, &plan, &runs);
         if let Err(error) = self.store(added.chain, &resolved, &placed, progress) {
-            // What was written is of no use; the error is that of the writing.
+            // The bytes written are of no use; the error is the write's.
             let _ = self.space().and_then(|space| self.discard(&space));
             return Err(error);
         }
@@ -103,7 +103,7 @@ impl Writer<'_> {
         Ok(self.state.heads[at].clone())
     }
 
-    /// All pages that are not zero, and where the pool has them.
+    /// All pages that are not zero, each with its place in the pool, if it has one.
     fn read_pages(
         &mut self,
         chain: &Chain,
@@ -156,7 +156,7 @@ impl Writer<'_> {
                 let bytes = &mut buffer[..piece.bytes() as usize];
                 read_guest(chain, resolved, piece, bytes)?;
                 let at = run.at + (piece.first.0 - run.gfn);
-                // Right before the write: who was ousted meanwhile must not write where its successor may have.
+                // Checked right before the write: an ousted writer must not write where its successor may have written.
                 self.beat()?;
                 medium.write(geometry.page(at), bytes).map_err(writing())?;
                 let (mut sums, mut hashes) = (Vec::new(), Vec::new());
@@ -199,7 +199,7 @@ fn read_guest(
     Ok(())
 }
 
-/// What the profile says of a page.
+/// The class that the profile gives a page.
 fn page_class(profile: Option<&Profile>, gfn: u64) -> Class {
     match profile {
         Some(profile) if profile.written.contains(Gfn(gfn)) || profile.unclassified.contains(Gfn(gfn)) => {
@@ -210,7 +210,7 @@ fn page_class(profile: Option<&Profile>, gfn: u64) -> Class {
     }
 }
 
-/// What the profile says of a block: written if any page is.
+/// The class that the profile gives a block: written if any page is.
 fn block_class(profile: Option<&Profile>, block: u64) -> Class {
     let extent = Extent { first: Gfn(block * BLOCK_PAGES), pages: BLOCK_PAGES };
     match profile {
@@ -220,10 +220,10 @@ fn block_class(profile: Option<&Profile>, block: u64) -> Class {
     }
 }
 
-/// What is done with every page.
+/// The choice for every page.
 struct Layout {
     stretches: Vec<Stretch>,
-    /// Runs if everything known were shared.
+    /// The number of runs if every known page were shared.
     all_shared: u64,
 }
 
@@ -243,7 +243,7 @@ impl Layout {
         stored.map(|stretch| stretch.extent).collect()
     }
 
-    /// The entry's runs: what is shared, and what was placed.
+    /// The entry's runs: the shared ones, and the placed ones.
     fn runs(&self, placed: &[Run]) -> Vec<Run> {
         let shared = self.stretches.iter().filter_map(|stretch| match stretch.choice {
             Choice::Share(at) => Some(Run { gfn: stretch.extent.first.0, pages: stretch.extent.pages, at }),
@@ -284,10 +284,10 @@ fn stats(layout: &MemoryLayout, pages: &[Page], plan: &Layout, runs: &[Run]) -> 
     }
 }
 
-/// Where the pool has which bytes.
+/// The pages of a pool by hash.
 pub struct Index {
     by_hash: HashMap<Hash, u64>,
-    /// By page of data; zeros for those that are not used.
+    /// Hashes by page of data; zeros for unused pages.
     hashes: Vec<Hash>,
 }
 
@@ -312,8 +312,8 @@ impl Index {
         Ok(Index { by_hash, hashes })
     }
 
-    /// Where the pool has this page: if it can be after `before`, else anywhere. What has the hash and other bytes is
-    /// damaged, and not shared.
+    /// The place of this page in the pool: right after `before` if the pool has it there, else anywhere. A page with
+    /// the same hash and other bytes is damaged, and not shared.
     fn find(
         &self,
         medium: &dyn Medium,
@@ -355,7 +355,7 @@ pub fn read_hashes(medium: &dyn Medium, geometry: &Geometry, start: u64, len: u6
     Ok(bytes.chunks_exact(HASH_LEN as usize).map(|hash| hash.try_into().unwrap_or_default()).collect())
 }
 
-/// What a snapshot is called in a pool: as its directory is.
+/// The name of a snapshot in a pool: that of its directory.
 pub fn name_of(path: &Path) -> String {
     let name = std::fs::canonicalize(path)
         .ok()

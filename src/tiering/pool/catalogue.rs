@@ -1,4 +1,4 @@
-//! What a pool holds: a directory of entries, one for each snapshot, and how a new state of it is published.
+//! The catalogue of a pool: a directory of entries, one for each snapshot. Publishes new states of it.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,42 +13,42 @@ use super::medium::Medium;
 use super::space::Space;
 use crate::snapshot::{Digest, Extent, Gfn, MAX_GUEST_ADDRESS, PAGE_SIZE, SnapshotId};
 
-/// Blobs start at multiples of that: a cache line.
+/// Blobs start at multiples of this: a cache line.
 const BLOB_ALIGN: u64 = 64;
 
 /// A snapshot in the pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
     pub snapshot: SnapshotId,
-    /// What the snapshot's directory was called.
+    /// The name of the snapshot's directory when it was added.
     pub name: String,
-    /// Its [`Entry`]. The digest is what plans name it by.
+    /// Its [`Entry`]. Plans name the entry by this digest.
     pub entry: Blob,
-    /// When it was added, seconds since 1970.
+    /// Time of adding, seconds since 1970.
     pub added: u64,
-    /// Removed, but maybe still mapped: nobody may start to use it, and its pages stay until [gc](super::writer).
+    /// Removed, but maybe still mapped: no VM may start to use it, and its pages stay until [gc](super::writer).
     pub retired: bool,
     pub stats: Stats,
 }
 
-/// What adding a snapshot came to.
+/// The result of adding a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
     /// Pages of guest memory.
     pub guest_pages: u64,
     /// Pages that are not zero.
     pub nonzero: u64,
-    /// Of those, the ones that were in the pool already and are shared.
+    /// Pages that the pool had already and that are shared.
     pub shared: u64,
-    /// Of those, the ones that were in the pool already and were stored again, to keep mappings long.
+    /// Pages that the pool had already and that were stored again, to keep mappings long.
     pub again: u64,
     /// Zero pages that were stored to keep mappings long.
     pub padding: u64,
-    /// Runs: the mappings it takes to show everything in place.
+    /// Runs: the mappings needed to show everything in place.
     pub runs: u64,
     /// Runs there would be if every page that the pool has were shared.
     pub runs_if_all_shared: u64,
-    /// Whole blocks of 2 MiB that one huge page can show.
+    /// Whole blocks of 2 MiB that one huge page can map.
     pub huge_blocks: u64,
 }
 
@@ -68,11 +68,11 @@ impl Run {
     }
 }
 
-/// Where the pages of one snapshot are.
+/// The places of the pages of one snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     pub snapshot: SnapshotId,
-    /// Ascending by guest page, disjoint. What is in none is zero.
+    /// Ascending by guest page, disjoint. Pages in no run are zero.
     pub runs: Vec<Run>,
 }
 
@@ -151,7 +151,7 @@ impl Catalogue {
         Ok(entry)
     }
 
-    /// The one entry that `what` names: a name, an id, or how one starts.
+    /// The one entry that `what` names: by its name, its id, or the start of its id.
     ///
     /// # Errors
     /// [`Error::NoSnapshot`], [`Error::Ambiguous`].
@@ -172,7 +172,7 @@ impl Catalogue {
     }
 
     /// Makes `heads` the state of the pool, with blobs for `fresh` entries (by their place in `heads`). `older`: states
-    /// whose blobs must stay, because a reader, or who recovers from a torn write, may still come from them.
+    /// whose blobs must stay, because a reader, or a recovery from a torn write, may still use them.
     ///
     /// # Errors
     /// [`Error::CatalogueFull`] before anything is changed; [`Error::Ousted`], [`Error::StoodStill`], [`Error::Io`].
@@ -227,7 +227,7 @@ impl Catalogue {
     }
 }
 
-/// How often a state that changes under the reader is read again.
+/// Reads of a state that changes under the reader.
 const READS: usize = 4;
 
 fn padded(len: u64) -> u64 {

@@ -1,28 +1,29 @@
-//! Which pages of a snapshot are shared with the pool and which are stored, once more if need be.
+//! Decides which pages of a snapshot are shared with the pool and which are stored, even if the pool has them already.
 //!
-//! A page that the pool has costs nothing to share, but every place where a mapping has to stop and another to begin costs
-//! every restore. So a run that is in the pool is shared only if its bytes are worth more than the splits it makes; zero
-//! pages between stored ones are stored where a hole would cost more. The cheapest choice for all stretches together is
-//! searched (Viterbi: three states, the price of a stretch in its state, the price of going from one to the next).
+//! A page that the pool has costs nothing to share, but every place where one mapping stops and another begins costs
+//! every restore. So a run that is in the pool is shared only if its bytes are worth more than the splits it makes;
+//! zero pages between stored ones are stored where a hole would cost more. The search finds the cheapest choice for all
+//! stretches together (Viterbi: three states, the price of a stretch in its state, the price of going from one to the
+//! next).
 
 use crate::snapshot::{Extent, Gfn, MemoryLayout};
 use crate::tiering::costs::Costs;
 
 use super::format::BLOCK_PAGES;
 
-/// What a page of the pool is worth, in time that all restores of the snapshot together may take longer to save it.
+/// The worth of a page of the pool: time that all restores of the snapshot together may take longer to save it.
 const PAGE_RENT_NS: f64 = 100_000.0;
 
-/// What sharing and storing are weighed by.
+/// Prices of sharing and storing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Prices {
-    /// One mapping more, in all restores that are expected.
+    /// One more mapping, in all expected restores.
     pub split: f64,
     /// A page of the pool.
     pub page: f64,
-    /// A touched page that is shown alone, in all restores.
+    /// A touched page that is mapped alone, in all restores.
     pub touch: f64,
-    /// A touched block that one huge page shows, in all restores.
+    /// A touched block that one huge page maps, in all restores.
     pub huge: f64,
 }
 
@@ -37,18 +38,18 @@ impl Prices {
         }
     }
 
-    /// Runs that are shorter are stored again rather than shared, if sharing would make two splits.
+    /// The shortest run that is shared at the price of two splits; shorter ones are stored again.
     pub fn least_run(&self) -> u64 {
         (2.0 * self.split / self.page).ceil() as u64
     }
 }
 
-/// What a profile says of a page.
+/// The class that a profile gives a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
     Read,
     Written,
-    /// Not touched, or nobody knows.
+    /// Not touched, or unknown.
     #[default]
     Cold,
 }
@@ -57,14 +58,14 @@ pub enum Class {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Page {
     pub gfn: u64,
-    /// Where the pool has it.
+    /// Its place in the pool, if the pool has it.
     pub known: Option<u64>,
 }
 
-/// What is done with a stretch.
+/// The choice for a stretch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
-    /// Shared with what is at this page of the pool.
+    /// Shared with the pages of the pool from this one on.
     Share(u64),
     Store,
     /// Zero, and not stored.
@@ -78,20 +79,20 @@ pub struct Stretch {
     pub choice: Choice,
 }
 
-/// A stretch before it is decided: within one block.
+/// A stretch within one block, before it is decided.
 #[derive(Clone, Copy, Debug)]
 struct Part {
     extent: Extent,
     /// `None`: zero. `Some(None)`: the pool does not have it.
     content: Option<Option<u64>>,
-    /// Stored, whatever it costs.
+    /// To be stored, whatever it costs.
     forced: bool,
     /// First of a range of guest memory: no mapping crosses that.
     fresh: bool,
 }
 
-/// Decides for all of guest memory: every page once, ascending, zero stretches included. `pages` ascend; `class` says
-/// what will be done to a page.
+/// Decides for all of guest memory: every page once, ascending, zero stretches included. `pages` ascend; `class` is the
+/// expected use of a page.
 pub fn decide(layout: &MemoryLayout, pages: &[Page], class: &dyn Fn(u64) -> Class, prices: &Prices) -> Vec<Stretch> {
     let mut parts = Vec::new();
     let mut at = 0;
@@ -142,10 +143,10 @@ fn push_parts(parts: &mut Vec<Part>, block: Extent, pages: &[Page], at: &mut usi
     debug_assert!(parts.len() > start);
 }
 
-/// Whether a block is worth being stored whole, zero pages included, so that one huge page shows it.
+/// True if it pays to store a block whole, zero pages included, so that one huge page maps it.
 fn whole_pays(parts: &[Part], held: &[Page], class: &dyn Fn(u64) -> Class, prices: &Prices) -> bool {
     if let [Part { extent, content, .. }] = parts {
-        // One stretch already: zero, new, or shared where a huge page shows it too.
+        // One stretch already: zero, new, or shared where a huge page maps it too.
         let aligned = |at: &u64| at % BLOCK_PAGES == extent.first.0 % BLOCK_PAGES;
         if content.is_none_or(|known| known.as_ref().is_none_or(aligned)) {
             return false;
@@ -160,7 +161,7 @@ fn whole_pays(parts: &[Part], held: &[Page], class: &dyn Fn(u64) -> Class, price
     touched * prices.touch - prices.huge + splits * prices.split > more * prices.page
 }
 
-/// Whether two stretches are one in the pool, or both zero.
+/// True if two stretches are contiguous in the pool, or both zero, or both new.
 fn follows(a: &Part, b: &Part) -> bool {
     match (a.content, b.content) {
         (None, None) | (Some(None), Some(None)) => true,
@@ -286,7 +287,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_page_is_decided_once_and_can_be_what_is_decided(
+        fn every_page_is_decided_once_and_validly(
             pages in prop::collection::vec((0_u8..4, 0_u64..4), 1200),
             classes in prop::collection::vec(0_u8..3, 3),
         ) {

@@ -1,11 +1,11 @@
-//! What can go wrong with a pool.
+//! The errors of a pool.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::snapshot::PAGE_SIZE;
 
-/// Each says which pool, and what to do if something can be done.
+/// Each names the pool, and the remedy if there is one.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("Cannot {doing} pool {path}", path = path.display())]

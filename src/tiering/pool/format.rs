@@ -2,15 +2,15 @@
 //!
 //! ```text
 //! 0        superblock 0 │ 4096 superblock 1 │ 8192 writer │ 65536 leases (2048 × 128 bytes)
-//! 2 MiB    catalogue: blobs, written where nothing is, named by the superblock
+//! 2 MiB    catalogue: blobs, written to free space, named by the superblock
 //!          sums: CRC-32C of each page of data, 4 bytes
 //!          hashes: the first 16 bytes of BLAKE3 of each page of data
 //!          data: pages
 //! ```
 //!
-//! Every part starts and ends at a multiple of 2 MiB, so that page and file offsets of the data agree modulo 2 MiB. Of the
-//! two superblocks the valid one with the higher generation counts; a new state is written to the other one after all it
-//! names is durable, so that a torn write leaves the state before. All numbers are little-endian.
+//! Every part starts and ends at a multiple of 2 MiB, so that page and file offsets of the data agree modulo 2 MiB. Of
+//! the two superblocks the valid one with the higher generation counts. A new state is written to the other one after
+//! everything it names is durable, so that a torn write leaves the state before. All numbers are little-endian.
 
 use std::path::Path;
 
@@ -25,15 +25,15 @@ pub const VERSION: u32 = 1;
 pub const MAGIC: [u8; 8] = *b"TVMMPOOL";
 /// Bytes of a superblock's slot.
 pub const SLOT: u64 = 4096;
-/// Magic, version, CRC-32C of what follows, its length.
+/// Magic, version, CRC-32C of the payload, length of the payload.
 const PREFIX: usize = 8 + 4 + 4 + 4;
-/// Where the writer says who it is; also the byte that it locks.
+/// Offset of the writer's record; also the byte that the writer locks.
 pub const WRITER: u64 = 2 * SLOT;
-/// Where leases start; each locks the first byte of its slot.
+/// Offset of the leases; each lease locks the first byte of its slot.
 pub const LEASES: u64 = 64 << 10;
 pub const LEASE_LEN: u64 = 128;
 pub const LEASE_SLOTS: u64 = 2048;
-/// Every part is a multiple of that.
+/// Every part is a multiple of this.
 pub const BLOCK: u64 = 2 << 20;
 pub const BLOCK_PAGES: u64 = BLOCK / PAGE_SIZE;
 pub const SUM_LEN: u64 = 4;
@@ -46,7 +46,7 @@ pub struct Part {
     pub len: u64,
 }
 
-/// Where the parts are.
+/// The places of the parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Geometry {
     pub catalogue: Part,
@@ -66,7 +66,7 @@ impl Geometry {
             return Err(Error::TooSmall { path: path.to_path_buf(), have: len, need: Geometry::LEAST });
         }
         let catalogue = (len / 128).next_multiple_of(BLOCK).max(2 * BLOCK);
-        // Sums and hashes for as many pages as there could be: a little more than there are.
+        // Sums and hashes for the most pages there could be: slightly more than there are.
         let pages = (len - BLOCK - catalogue) / PAGE_SIZE;
         let (sums, hashes) = ((pages * SUM_LEN).next_multiple_of(BLOCK), (pages * HASH_LEN).next_multiple_of(BLOCK));
         let mut offset = BLOCK;
@@ -84,12 +84,12 @@ impl Geometry {
         self.data.len / PAGE_SIZE
     }
 
-    /// Where a page of data is on the medium, bytes.
+    /// The offset of a page of data on the medium, bytes.
     pub fn page(&self, page: u64) -> u64 {
         self.data.offset + page * PAGE_SIZE
     }
 
-    /// Whether it is what [`Geometry::of`] makes of a medium that is no longer than `len`.
+    /// True if [`Geometry::of`] gives the same for a medium that is no longer than `len`.
     fn is_sound(&self, len: u64) -> bool {
         let end = self.data.offset.checked_add(self.data.len);
         end.is_some_and(|end| end <= len && Geometry::of(end, Path::new("")).is_ok_and(|own| own == *self))
@@ -99,7 +99,7 @@ impl Geometry {
 /// A blob of the catalogue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blob {
-    /// On the medium, bytes.
+    /// Offset on the medium, bytes.
     pub offset: u64,
     pub len: u64,
     /// BLAKE3 of its bytes.
@@ -112,7 +112,7 @@ pub struct Superblock {
     pub id: PoolId,
     /// Counts states: each is one more than the one before.
     pub generation: u64,
-    /// When the pool was made, seconds since 1970.
+    /// Time of making the pool, seconds since 1970.
     pub created: u64,
     pub geometry: Geometry,
     pub directory: Blob,
@@ -150,10 +150,10 @@ impl Superblock {
     }
 }
 
-/// The superblocks that are whole, newest first, with the number of their slot.
+/// The valid superblocks, newest first, with the number of their slot.
 ///
 /// # Errors
-/// [`Error::NotAPool`]; [`Error::Newer`]; [`Error::Damaged`] if there were some and none is whole.
+/// [`Error::NotAPool`]; [`Error::Newer`]; [`Error::Damaged`] if there were superblocks and none is valid.
 pub fn superblocks(medium: &dyn Medium) -> Result<Vec<(u64, Superblock)>, Error> {
     let path = medium.path();
     if medium.size() < Geometry::LEAST {

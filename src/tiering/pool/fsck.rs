@@ -1,4 +1,4 @@
-//! Whether a pool is what was written to it.
+//! Checks that a pool still holds what was written to it.
 
 use super::add::{hash_of, read_hashes, taken};
 use super::catalogue::Catalogue;
@@ -9,20 +9,21 @@ use super::medium::Medium;
 use super::space::Space;
 use crate::snapshot::PAGE_SIZE;
 
-/// What was found.
+/// The result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
     pub generation: u64,
-    /// Whether both superblocks are whole; one is while the other is being written, or was when its writer died.
+    /// True if both superblocks are valid. Only one is valid while the other is being written, or if its writer died
+    /// then.
     pub both_states: bool,
     pub snapshots: u64,
     /// Pages of data that were compared with their checksums.
     pub pages: u64,
-    /// Those that differ, ascending.
+    /// Pages that differ, ascending.
     pub bad_pages: Vec<u64>,
     /// Names of the snapshots that have such pages.
     pub bad_snapshots: Vec<String>,
-    /// What is wrong with entries.
+    /// Descriptions of faulty entries.
     pub problems: Vec<String>,
     pub live_leases: u64,
 }
@@ -33,7 +34,7 @@ impl Checked {
     }
 }
 
-/// Compares everything that a checksum says something about.
+/// Compares everything that has a checksum with it.
 ///
 /// # Errors
 /// As for [`Catalogue::read`]: there is no state to check.

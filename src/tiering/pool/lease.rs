@@ -1,15 +1,16 @@
-//! Leases: which VM uses which entry, so that its pages are not freed.
+//! Leases: a lease says which VM uses which entry, so that the entry's pages are not freed.
 //!
-//! A lease on a medium that other hosts share is a slot of the pool and the lock of the slot's first byte. (On a medium of
-//! this host it is a set of [locks](super::readers), and nothing is written. VMs of tvmm before that have slots there too.) On one host the lock says whether its holder
-//! lives: the kernel drops it with the process. Other hosts see only the slot and its heart beat.
+//! On a medium that other hosts share, a lease is a slot of the pool and the lock of the slot's first byte. (On a
+//! medium of this host a lease is a set of [locks](super::readers), and nothing is written. VMs of earlier versions
+//! have slots there too.) On one host the lock tells that the holder lives: the kernel drops it with the process. Other
+//! hosts see only the slot and its heartbeat.
 //!
-//! Whoever takes a lease writes it first and looks at the directory then; who frees pages retires their entry first and
-//! looks at the leases then. So one of the two always sees the other.
+//! A holder first writes its lease and then reads the directory; `collect` first retires an entry and then reads the
+//! leases. So one of the two always sees the other.
 //!
-//! Clocks of hosts differ. So a lease is not abandoned because its last beat looks old: whoever wants to free what it
-//! protects watches it for longer than a heart takes to beat, and [wipes](abandon) it before anything is freed. A holder that
-//! finds its slot wiped has [lost](Error::LeaseLost) it, and must not go on.
+//! Clocks of hosts differ, so an old heartbeat alone does not end a lease. Before pages are freed, `collect` watches
+//! the lease for longer than a heartbeat takes, and [wipes](abandon) it. A holder that finds its slot wiped has
+//! [lost](Error::LeaseLost) the lease, and must not go on.
 
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,23 +25,23 @@ use super::readers;
 use crate::snapshot::{Digest, SnapshotId};
 use crate::sys::bounded_wait::Wait;
 
-/// A lease of another host is suspected when its last beat is so many seconds away, unless told otherwise.
+/// Age in seconds at which another host's last heartbeat makes its lease suspect, unless told otherwise.
 pub const EXPIRY_S: u64 = 600;
-/// How often a heart beats.
+/// Time between two heartbeats.
 pub const BEAT: Duration = Duration::from_secs(10);
-/// How long a suspected lease is watched. Tests beat faster.
+/// Time for which a suspected lease is watched. Tests beat faster.
 const WATCH: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(25) };
-/// How long it takes at most until one host's write is seen by another that was about to write there.
+/// Upper bound of the time until one host's write is seen by another host that was about to write to the same place.
 pub(super) const SETTLE: Duration = Duration::from_millis(200);
-/// How often, and after what pause, is read again what is not whole: its owner may be writing it.
+/// Reads of a torn record, whose owner may be writing it, and the pause between them.
 pub(super) const READS: usize = 5;
 pub(super) const PAUSE: Duration = Duration::from_millis(5);
 
-/// Who asks: this boot of this host, and the process.
+/// The identity of a lease holder or writer: this boot of this host, and the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
     /// Differs between hosts, between boots of one, and between device nodes of one device (a container has its own):
-    /// within it, locks tell who lives.
+    /// within one value, locks tell which holders live.
     pub host: u64,
     pub pid: u32,
 }
@@ -54,19 +55,19 @@ impl Holder {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&boot).update(&file.dev().to_le_bytes()).update(&file.ino().to_le_bytes());
         let host = hasher.finalize().as_bytes().iter().take(8).fold(0, |host, byte| host << 8 | u64::from(*byte));
-        // 0 is nobody.
+        // 0 stands for no holder.
         Ok(Holder { host: host.max(1), pid: std::process::id() })
     }
 }
 
-/// What a lease says, pages by placement included: what its VM was planned to have.
+/// The content of a lease, with the pages by placement that its VM's plan has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
     pub holder: Holder,
     /// Seconds since 1970.
     pub beat: u64,
     pub snapshot: SnapshotId,
-    /// The start of the entry's digest: 16 bytes of it, or, of a lease that is locks, 4 and zeros.
+    /// The start of the entry's digest: 16 bytes of it, or 4 and zeros for a lease that is locks.
     pub entry: [u8; 16],
     /// Pages planned in place, in local memory, zero, and lazy.
     pub planned: [u32; 4],
@@ -89,8 +90,9 @@ pub(super) fn uptime() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
-/// Whether who read at `read` that something is its own, and has changed it by now, may have changed what was another's: it
-/// stood still meanwhile, and nobody has heard of it since `said`, which others may have watched for `watch`.
+/// True if a write just made may have hit another holder's record. The caller read at `read` that the record was its
+/// own, and wrote it since. It stood still in between, and its last heartbeat `said` is so old that other hosts may
+/// have watched it for `watch`.
 pub(super) fn stood_still(read: Duration, said: Duration, watch: Duration) -> bool {
     let now = uptime();
     now.saturating_sub(read) > SETTLE && now.saturating_sub(said) + SETTLE > watch
@@ -99,17 +101,17 @@ pub(super) fn stood_still(read: Duration, said: Duration, watch: Duration) -> bo
 /// The bytes of a slot.
 type Bytes = [u8; LEASE_LEN as usize];
 
-/// What a slot says.
+/// The content of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Slot {
     Free,
-    /// Being written, or its writer died meanwhile: nobody knows whose it is.
+    /// Being written, or its writer died while writing: the owner is unknown.
     Torn(Bytes),
     Of(Lease),
 }
 
 impl Lease {
-    /// Whether it is a lease of the entry with this digest, as far as it says.
+    /// True if it may be a lease of the entry with this digest.
     pub fn is_of(&self, entry: Digest) -> bool {
         let entry = short(entry);
         self.entry == entry || self.entry[4..] == [0; 12] && self.entry[..4] == entry[..4]
@@ -153,13 +155,13 @@ fn offset(slot: u64) -> u64 {
     LEASES + slot * LEASE_LEN
 }
 
-/// All leases whose holder lives, as far as locks and clocks tell, with their slots. `expiry_s`: leases of other hosts whose
-/// last beat is further away are not among them.
+/// All leases whose holder lives, as far as locks and clocks tell, with their slots. Leases of other hosts whose last
+/// heartbeat is more than `expiry_s` away are not among them.
 pub fn live(medium: &dyn Medium, expiry_s: u64) -> Result<Vec<(u64, Lease)>, Error> {
     Ok(sort(medium, expiry_s)?.0)
 }
 
-/// Those that live, and those of other hosts that have not been heard of for `expiry_s`, or are not whole.
+/// Live leases, and suspects: leases of other hosts that have been silent for `expiry_s`, and torn slots.
 type Sorted = (Vec<(u64, Lease)>, Vec<(u64, Slot)>);
 
 fn sort(medium: &dyn Medium, expiry_s: u64) -> Result<Sorted, Error> {
@@ -171,7 +173,7 @@ fn sort(medium: &dyn Medium, expiry_s: u64) -> Result<Sorted, Error> {
         match found {
             Slot::Free => {}
             Slot::Torn(_) if locked => return Err(unknown(medium, slot)),
-            // Without its lock a lease of this host is nobody's.
+            // Without its lock a lease of this host has no owner.
             Slot::Torn(_) if shared => suspected.push((slot, found)),
             Slot::Torn(_) => {}
             Slot::Of(lease) if locked || lease.holder == me => live.push((slot, lease)),
@@ -191,8 +193,8 @@ fn unknown(medium: &dyn Medium, slot: u64) -> Error {
     Error::damaged(medium.path(), format!("lease {slot} is in use, and does not say by whom; try again"))
 }
 
-/// All leases whose holder lives, after those that have not been heard of for `expiry_s`, and those that are not whole, have
-/// been watched and, if they are silent, wiped. `beat` is called every now and then meanwhile.
+/// Returns all leases whose holder lives. First watches the suspects (silent for `expiry_s`, or torn), and wipes those
+/// that stay silent. Calls `beat` from time to time meanwhile.
 ///
 /// # Errors
 /// [`Error::Damaged`] if a lease is in use and never whole, [`Error::StoodStill`], [`Error::Io`].
@@ -221,20 +223,20 @@ pub fn abandon(
         }
         write(medium, slot, None)?;
         if uptime().saturating_sub(looked) > SETTLE {
-            // Its heart may have beaten meanwhile: what it protects is not freed now.
+            // The suspect may have sent a heartbeat meanwhile: its pages are not freed now.
             return Err(Error::StoodStill { path: medium.path().to_path_buf() });
         }
         suspected.append(&mut silent);
     }
     if !suspected.is_empty() {
-        // Its heart may have been about to beat.
+        // The suspect may have been about to send a heartbeat.
         std::thread::sleep(SETTLE);
         wake(medium, &mut suspected, &mut live, |_| Slot::Free)?;
     }
     Ok(live)
 }
 
-/// Moves those of `suspected` that do not say what they are expected to any more to `live`.
+/// Moves suspects whose slot differs from `expected` to `live`.
 fn wake(
     medium: &dyn Medium,
     suspected: &mut Vec<(u64, Slot)>,
@@ -243,7 +245,7 @@ fn wake(
 ) -> Result<(), Error> {
     let slots: Vec<(u64, Slot)> = std::mem::take(suspected);
     for (slot, before) in slots {
-        // What has not changed need not be read again, even if it is not whole: a medium may be full of that.
+        // An unchanged slot need not be read again, even if it is torn: a medium may be full of torn slots.
         let found = match read_once(medium, slot)? {
             found if found == expected(&before) => found,
             _ => read(medium, slot)?,
@@ -252,14 +254,14 @@ fn wake(
             found if found == expected(&before) => suspected.push((slot, before)),
             Slot::Of(found) => live.push((slot, found)),
             Slot::Torn(_) => return Err(unknown(medium, slot)),
-            // It was given back.
+            // The lease was given back.
             Slot::Free => {}
         }
     }
     Ok(())
 }
 
-/// All slots; those that are not whole have been read several times.
+/// All slots; torn ones have been read several times.
 fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Slot)>, Error> {
     let mut bytes = vec![0; (LEASE_SLOTS * LEASE_LEN) as usize];
     let mut slots = Vec::new();
@@ -274,11 +276,11 @@ fn read_all(medium: &dyn Medium) -> Result<Vec<(u64, Slot)>, Error> {
     Ok(slots)
 }
 
-/// A slot; one that is not whole has been read several times.
+/// A slot; a torn one has been read several times.
 fn read(medium: &dyn Medium, slot: u64) -> Result<Slot, Error> {
     for _ in 1..READS {
         match read_once(medium, slot)? {
-            // A holder that found it torn and did not read again would take it for lost.
+            // A holder that found its slot torn and did not read again would take the lease for lost.
             Slot::Torn(_) => std::thread::sleep(PAUSE),
             found => return Ok(found),
         }
@@ -296,7 +298,7 @@ fn write(medium: &dyn Medium, slot: u64, lease: Option<&Lease>) -> Result<(), Er
     let failed = || Error::io("write a lease of", medium.path());
     let bytes = lease.map_or([0; LEASE_LEN as usize], Lease::encode);
     medium.write(offset(slot), &bytes).map_err(failed())?;
-    // Only other hosts need that: a lease does not outlive its process.
+    // Only other hosts need a flush: a lease does not outlive its process.
     match medium.facts().shared_between_hosts {
         true => medium.flush(offset(slot), LEASE_LEN).map_err(failed()),
         false => Ok(()),
@@ -310,20 +312,20 @@ pub struct Held {
     state: Mutex<State>,
 }
 
-/// Where a lease is, and what it says.
+/// The place and the content of a lease.
 #[derive(Clone, Copy, Debug)]
 struct State {
     slot: u64,
     lease: Lease,
-    /// When it was about to be written last, by [`uptime`].
+    /// Time of its last write, taken just before, by [`uptime`].
     said: Duration,
-    /// Whether it was still there when everybody who had found the slot free must have written.
+    /// True if the lease was still there when every host that had found the slot free must have written.
     settled: bool,
 }
 
 impl Held {
-    /// Takes a lease. The medium's handle holds it. Another host may have taken the same slot at the same moment: so
-    /// [`settle`](Self::settle) is to be called [`SETTLE`] later.
+    /// Takes a lease, held by the medium's handle. Another host may have taken the same slot at the same moment, so the
+    /// caller must call [`settle`](Self::settle) [`SETTLE`] later.
     ///
     /// # Errors
     /// [`Error::NoLease`], [`Error::Io`].
@@ -335,9 +337,9 @@ impl Held {
         Ok(Held { medium: medium.clone(), state: Mutex::new(state) })
     }
 
-    /// Looks whether another host has taken the same slot at the same moment, and takes another one then. `is_there`: whether
-    /// the entry still is what the pool has, so that nobody has freed its pages while no lease stood. Returns whether the
-    /// lease stands for good; if not, this has to be called again [`SETTLE`] later.
+    /// Checks whether another host has taken the same slot at the same moment, and takes another slot then. `is_there`
+    /// returns whether the pool still has the entry; if not, its pages may have been freed while no lease stood.
+    /// Returns whether the lease is settled; if not, the caller must call this again [`SETTLE`] later.
     ///
     /// # Errors
     /// [`Error::LeaseLost`], and as for [`take`](Self::take).
@@ -357,11 +359,11 @@ impl Held {
         let failed = Error::io("take a lease of", self.medium.path());
         self.medium.unlock(offset(state.slot)).map_err(failed)?;
         *state = claim(self.medium.as_ref(), state.lease)?;
-        // Who cannot be told that it is there must not go on as if it were.
+        // A holder that cannot learn that its entry is there must not go on.
         if is_there().unwrap_or(false) { Ok(false) } else { Err(self.lost()) }
     }
 
-    /// Says that the holder lives.
+    /// Writes a heartbeat.
     ///
     /// # Errors
     /// [`Error::LeaseLost`], [`Error::Io`].
@@ -369,7 +371,7 @@ impl Held {
         self.update(|_| {})
     }
 
-    /// Changes what the lease says.
+    /// Changes the content of the lease.
     ///
     /// # Errors
     /// As for [`beat`](Self::beat).
@@ -389,7 +391,7 @@ impl Held {
         state.lease.beat = now();
         write(self.medium.as_ref(), state.slot, Some(&state.lease))?;
         if self.medium.facts().shared_between_hosts && stood_still(looked, state.said, WATCH) {
-            // It may have been wiped after it was looked at: what it says now says nothing.
+            // The slot may have been wiped after it was read: its content now proves nothing.
             return Err(self.lost());
         }
         if state.settled {
@@ -403,10 +405,10 @@ impl Held {
     }
 }
 
-/// Takes a lease of a medium that may only be read.
+/// Takes a lease of a medium that is open for reading only.
 ///
 /// # Errors
-/// [`Error::ReadOnly`] where other hosts have to see it.
+/// [`Error::ReadOnly`] on a medium that other hosts share, because they have to see the lease.
 fn read_only(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
     let path = medium.path();
     if medium.facts().shared_between_hosts {
@@ -429,8 +431,8 @@ fn claim(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
             continue;
         }
         let said = uptime();
-        // Only who collects garbage may decide that another host is gone.
-        // Once: what is not whole is another's, and 2048 of them would take a minute to read again.
+        // Only garbage collection may decide that another host is gone. Read once: a torn slot belongs to another
+        // holder, and 2048 of them would take a minute to read again.
         let is_others = match read_once(medium, slot)? {
             Slot::Free => false,
             Slot::Torn(_) => shared,
@@ -439,7 +441,7 @@ fn claim(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
         if !is_others {
             write(medium, slot, Some(&lease))?;
             if read(medium, slot)? == Slot::Of(lease) {
-                // Another host that found it free has written by the time of `settle`.
+                // Another host that found the slot free has written by the time of `settle`.
                 return Ok(State { slot, lease, said, settled: false });
             }
         }
@@ -456,7 +458,8 @@ impl Drop for Held {
             let _ = readers::give_back(self.medium.as_ref(), &lease);
             return;
         }
-        // If that fails, the lock ends with the handle, which says the same. Another's lease is left alone.
+        // If that fails, the lock ends with the handle, which has the same effect. Another holder's lease is left
+        // alone.
         if read(self.medium.as_ref(), slot).is_ok_and(|found| found == Slot::Of(lease)) {
             let _ = write(self.medium.as_ref(), slot, None);
         }

@@ -1,4 +1,4 @@
-//! Who may change a pool: one process of one host.
+//! The lock that lets one process of one host change a pool.
 
 use std::time::Duration;
 
@@ -10,31 +10,33 @@ use crate::sys::bounded_wait::Wait;
 
 /// Bytes of the writer's record: host, pid, heartbeat, checksum.
 const RECORD: usize = 24;
-/// How often a writer says that it lives.
+/// Time between two heartbeats of a writer.
 const BEAT: Duration = Duration::from_secs(5);
-/// A writer of another host is suspected when its last beat is so many seconds away.
+/// Age in seconds at which another host's last heartbeat makes its writer suspect.
 const SUSPECT_S: u64 = 60;
-/// How long it is watched then: clocks of hosts differ.
+/// Time for which a suspected writer is watched: clocks of hosts differ.
 const WATCH: Duration = if cfg!(test) { Duration::from_secs(3) } else { Duration::from_secs(20) };
-/// How often the right is tried to be had in time.
+/// Attempts to write the record within half of `SETTLE`.
 const TRIES: usize = 8;
 
 /// The right to write. Given back on drop.
 ///
-/// Hosts that share a medium have no lock in common, and no operation that would make one. So the right is had as in
-/// Fischer's algorithm (L. Lamport, "A Fast Mutual Exclusion Algorithm", ACM TOCS 5(1), 1987): who finds no writer says that
-/// it is the writer, waits until everybody who found none has said so too, and is the writer if it still says so. That takes
-/// that nobody needs longer than the wait to say so: who needs more than half of it starts again. Whoever was stopped between
-/// the two for longer still takes the right from who has it; so it is looked at before every piece that is written, and once
-/// more before anything is published.
+/// Hosts that share a medium have no lock in common, and no operation that would make one. So writers use Fischer's
+/// algorithm (L. Lamport, "A Fast Mutual Exclusion Algorithm", ACM TOCS 5(1), 1987): if the record is free, write our
+/// id, sleep `SETTLE`, and own the lock if our id is still there. It is safe only if every host writes within `SETTLE`
+/// of its read, so a writer that needed more than half of it starts again. A host that stood still for longer between
+/// its read and its write can still take the lock from its owner. So the owner checks the record before every piece
+/// that it writes, and once more before it publishes.
 pub(super) struct Lock<'m> {
     medium: &'m dyn Medium,
     me: Holder,
-    /// When it was about to say that it lives, by [`uptime`].
+    /// Time of the last heartbeat, taken just before its write, by [`uptime`].
     said: Duration,
 }
 
 impl<'m> Lock<'m> {
+    /// Takes the lock; waits for suspected writers of other hosts.
+    ///
     /// # Errors
     /// [`Error::Busy`], [`Error::Io`].
     pub fn take(medium: &'m dyn Medium) -> Result<Lock<'m>, Error> {
@@ -49,7 +51,7 @@ impl<'m> Lock<'m> {
             }));
         }
         let unlock = |who: String| {
-            // It ends with the handle, too.
+            // The lock ends with the handle, too.
             let _ = medium.unlock(WRITER);
             busy(who)
         };
@@ -79,7 +81,7 @@ impl<'m> Lock<'m> {
         Err(unlock("another host, or this one is too slow to say in time that it writes".to_string()))
     }
 
-    /// Looks whether this is still the writer, and says that it lives, if that was long ago.
+    /// Checks that this process is still the writer, and writes a heartbeat if the last one is old.
     ///
     /// # Errors
     /// [`Error::Ousted`], [`Error::StoodStill`], [`Error::Io`].
@@ -93,10 +95,11 @@ impl<'m> Lock<'m> {
         Ok(())
     }
 
-    /// Does what others see, as the writer.
+    /// Makes a change that other hosts see, as the writer.
     ///
     /// # Errors
-    /// [`Error::Ousted`] before it is done; [`Error::StoodStill`] after it, if it may have come too late; its own.
+    /// [`Error::Ousted`] before the change; [`Error::StoodStill`] after it, if it may have come too late; those of
+    /// `change`.
     pub fn as_writer(&mut self, change: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
         self.beat()?;
         let looked = uptime();
@@ -120,7 +123,7 @@ impl<'m> Lock<'m> {
         Ok(matches!(read_record(self.medium)?, Record::Of(writer, _) if writer == self.me))
     }
 
-    /// Whether this is still the writer.
+    /// Checks that this process is still the writer.
     ///
     /// # Errors
     /// [`Error::Ousted`], [`Error::Io`].
@@ -151,20 +154,20 @@ impl<'m> Lock<'m> {
     }
 }
 
-/// What the record says.
+/// The content of the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Record {
     Nobody,
-    /// Being written, or its writer died meanwhile.
+    /// Being written, or its writer died while writing.
     Torn([u8; RECORD]),
-    /// Who, and the last beat, seconds since 1970.
+    /// The writer, and its last heartbeat, seconds since 1970.
     Of(Holder, u64),
 }
 
-/// What became of writers of other hosts.
+/// The result of waiting for writers of other hosts.
 enum Awaited {
     Lives(String),
-    /// None lives: that is what the record says.
+    /// None lives; the record's content.
     Gone(Record),
 }
 
@@ -198,7 +201,7 @@ fn await_others(medium: &dyn Medium, me: Holder) -> Result<Awaited, Error> {
     Ok(Awaited::Gone(before))
 }
 
-/// What is not whole is read several times.
+/// Reads the record; a torn one several times.
 fn read_record(medium: &dyn Medium) -> Result<Record, Error> {
     let mut record = [0; RECORD];
     for reads in 1.. {
@@ -225,7 +228,7 @@ fn decode(record: &[u8; RECORD]) -> Record {
 
 impl Drop for Lock<'_> {
     fn drop(&mut self) {
-        // If that fails, the lock itself still ends with its handle. Another's record is left alone.
+        // If that fails, the lock itself still ends with its handle. Another writer's record is left alone.
         if self.check().is_ok() {
             let _ = self.write(Holder { host: 0, pid: 0 });
         }

@@ -1,8 +1,9 @@
-//! Pools: the pages of many snapshots in one tier, shared by all VMs of the host, or of several. `docs/pools.md` has the
-//! format and its reasons.
+//! Pools: the pages of many snapshots in one tier, shared by all VMs of the host, or of several. `docs/pools.md` has
+//! the format and its reasons.
 //!
-//! One writer at a time changes a pool; many readers map it meanwhile. What is sealed never changes: a writer stores new
-//! pages where nothing is, and then publishes a new state by one write. [`lease`]s keep what a VM maps from being freed.
+//! One writer at a time changes a pool; many readers map it meanwhile. A sealed page never changes: a writer stores new
+//! pages in free space, and then publishes a new state by one write. [`lease`]s keep pages that a VM maps from being
+//! freed.
 
 pub mod add;
 pub mod catalogue;

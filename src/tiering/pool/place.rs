@@ -1,5 +1,6 @@
-//! Where stored pages go in the pool: long runs, in the guest's order, congruent to guest addresses modulo 2 MiB where
-//! they have whole blocks, and what is read together lies together, apart from what will be written and what is cold.
+//! Chooses the places of stored pages in the pool: long runs, in the guest's order. Runs with whole blocks are
+//! congruent to guest addresses modulo 2 MiB. Pages that are read together lie together, apart from written and cold
+//! ones.
 
 use super::catalogue::Run;
 use super::dedup::Class;
@@ -7,11 +8,11 @@ use super::format::BLOCK_PAGES;
 use super::space::Space;
 use crate::snapshot::{Extent, Gfn};
 
-/// Blocks of one class in a row that are worth a place of their own: each place is a mapping more.
+/// The least blocks of one class in a row that get a place of their own: each place is one more mapping.
 const LEAST_BLOCKS: u64 = 4;
 
-/// Finds room for `stored` (ascending, disjoint). `class`: of the 2 MiB block with this number. `None`: there is not
-/// enough; `space` may be changed then.
+/// Finds room for `stored` (ascending, disjoint). `class` gives the class of the 2 MiB block with a number. Returns
+/// `None` if there is not enough room; `space` may be changed then.
 pub fn place(stored: &[Extent], class: &dyn Fn(u64) -> Class, space: &mut Space) -> Option<Vec<Run>> {
     if stored.iter().map(|extent| extent.pages).sum::<u64>() > space.free() {
         return None;
@@ -26,7 +27,7 @@ pub fn place(stored: &[Extent], class: &dyn Fn(u64) -> Class, space: &mut Space)
     Some(runs)
 }
 
-/// Cuts a run at block boundaries where the class changes for good.
+/// Cuts a run at block boundaries where the class changes for long enough.
 fn by_class(extent: Extent, class: &dyn Fn(u64) -> Class) -> Vec<(Class, Extent)> {
     let mut groups: Vec<(Class, Extent)> = Vec::new();
     for part in extent.chunks(BLOCK_PAGES) {
@@ -52,7 +53,7 @@ fn by_class(extent: Extent, class: &dyn Fn(u64) -> Class) -> Vec<(Class, Extent)
     out
 }
 
-/// Places one extent: in one run, or, where there is no room for that, in parts.
+/// Places one extent: in one run, or in parts if there is no room for one run.
 fn put(extent: Extent, space: &mut Space, runs: &mut Vec<Run>) -> Option<()> {
     let first = extent.first.0;
     let has_block = first.next_multiple_of(BLOCK_PAGES) + BLOCK_PAGES <= first + extent.pages;

@@ -14,24 +14,24 @@ use super::medium::Medium;
 use crate::snapshot::{PAGE_SIZE, PlacementCounts, SnapshotId, TierAccess, TierSource};
 use crate::tiering::tier::{Mappable, Tier, TierRun};
 
-/// A snapshot in a pool. Its pages stay where they are while this lives.
+/// A snapshot in a pool. Its pages stay in place while this lives.
 #[derive(Debug)]
 pub struct PoolTier {
     medium: Arc<dyn Medium>,
     catalogue: Catalogue,
     head: Head,
     entry: OnceLock<Entry>,
-    /// Before the lease: it stops first.
+    /// Before the lease: dropped, and so stopped, first.
     _heart: Option<Heart>,
     lease: Option<Arc<Held>>,
 }
 
-/// Told that the lease is lost: what is mapped may be freed, and used for something else.
+/// Called once when the lease is lost: pages that the VM maps may be freed and reused.
 pub type OnLost = Box<dyn FnOnce(Error) + Send>;
 
 impl PoolTier {
-    /// Opens a snapshot of the pool on `medium`. `leased`: its bytes will be mapped, and who is told should others end the
-    /// lease.
+    /// Opens a snapshot of the pool on `medium`. `leased` is given if its bytes will be mapped: the callback for a
+    /// lease that another host ends.
     ///
     /// # Errors
     /// [`Error::NoSnapshot`], [`Error::NoLease`], and as for [`Catalogue::read`].
@@ -43,7 +43,7 @@ impl PoolTier {
         let mut lease = None;
         while leased.is_some() && lease.is_none() {
             let held = Held::take(&medium, snapshot, head.entry.digest)?;
-            // Only now nobody can free its pages; until now somebody could.
+            // From here on the lease keeps the entry's pages; before, a collection could free them.
             catalogue = Catalogue::read(medium.as_ref())?;
             let now = catalogue.live(snapshot).cloned();
             match now.as_ref().is_some_and(|now| now.entry == head.entry) {
@@ -58,7 +58,7 @@ impl PoolTier {
         Ok(PoolTier { medium, catalogue, head, entry: OnceLock::new(), _heart, lease })
     }
 
-    /// Notes in the lease what the VM was planned to have, for who looks at the pool.
+    /// Writes the VM's planned pages into the lease, for `tvmm pool show`.
     pub fn note_plan(&self, counts: &PlacementCounts) -> Result<(), Error> {
         let Some(lease) = &self.lease else { return Ok(()) };
         let pages = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
@@ -81,7 +81,7 @@ impl PoolTier {
     }
 }
 
-/// Whether the pool still has the entry for whoever asks.
+/// Returns a function that tells whether the pool still has the entry.
 fn is_there(medium: &Arc<dyn Medium>, head: &Head) -> impl Fn() -> Result<bool, Error> + Send + use<> {
     let (medium, snapshot, entry) = (medium.clone(), head.snapshot, head.entry);
     move || Ok(Catalogue::read(medium.as_ref())?.live(snapshot).is_some_and(|now| now.entry == entry))
@@ -143,7 +143,7 @@ impl Tier for PoolTier {
     }
 }
 
-/// Beats for a lease that other hosts look at.
+/// Sends the heartbeats of a lease that other hosts watch.
 #[derive(Debug)]
 struct Heart {
     stop: Arc<AtomicBool>,
@@ -171,7 +171,7 @@ impl Heart {
                 };
                 match beaten {
                     Ok(()) => {}
-                    // Where none is to be had, nothing protects its pages.
+                    // Without a lease nothing protects its pages.
                     Err(error @ (Error::LeaseLost { .. } | Error::NoLease { .. })) => return on_lost(error),
                     Err(error) => tracing::error!(%error, "The lease of a pool cannot be kept alive"),
                 }

@@ -1,10 +1,10 @@
-//! Leases of VMs that open their pool only to read it, as all do whose pool is a file: nothing is written, the lease is a
-//! set of locks (fcntl(2), "Open file description locks").
+//! Leases of VMs that open their pool only to read it, as all VMs do whose pool is a file. Nothing is written: the
+//! lease is a set of locks (fcntl(2), "Open file description locks").
 //!
-//! Bytes from 2^62 on, which no pool has, are names of facts: the lock of byte `2^62 + kind · 2^54 + process · 2^32 + value`
-//! says that the process maps an entry (kind 0: the first four bytes of its digest), or how many pages of a kind its plan
-//! has (1 to 4: in place, local, zero, lazy). Locks are shared, so that VMs of one snapshot do not keep each other out, and
-//! end with their process. A user with the right to read the pool can hold one; `gc` finds them all.
+//! Bytes from 2^62 on, which no pool has, stand for facts. The lock of byte `2^62 + kind · 2^54 + process · 2^32 +
+//! value` says that the process maps an entry (kind 0: the first four bytes of its digest), or how many pages of a kind
+//! its plan has (1 to 4: in place, local, zero, lazy). Locks are shared, so that VMs of one snapshot do not keep each
+//! other out, and end with their process. A user with the right to read the pool can hold one; `gc` finds them all.
 
 use std::io;
 use std::ops::Range;
@@ -19,10 +19,10 @@ const PROCESS: u32 = 32;
 /// Process ids are smaller (`PID_MAX_LIMIT`, Linux `include/linux/threads.h`).
 const PROCESSES: u64 = 1 << 22;
 const KINDS: u64 = 5;
-/// More locks are not looked at: a single lock of all bytes would be one at each.
+/// The most locks that are looked at: a single lock of all bytes would be one at each.
 const MAX_FACTS: usize = 1 << 16;
 
-/// The byte whose lock says this.
+/// The byte whose lock states this fact.
 fn fact(kind: u64, pid: u32, value: u32) -> u64 {
     FACTS + (kind << KIND) + ((u64::from(pid) % PROCESSES) << PROCESS) + u64::from(value)
 }
@@ -32,16 +32,16 @@ fn prefix(entry: [u8; 16]) -> u32 {
     u32::from_be_bytes([entry[0], entry[1], entry[2], entry[3]])
 }
 
-/// Takes the lease of an entry. `false`: another process has locked the byte for itself.
+/// Takes the lease of an entry. Returns `false` if another process has an exclusive lock of the byte.
 pub fn take(medium: &dyn Medium, lease: &Lease) -> io::Result<bool> {
     medium.try_lock_shared(fact(0, lease.holder.pid, prefix(lease.entry)))
 }
 
-/// Says what the plan of the lease's VM has, instead of what was said `before`.
+/// Replaces the planned pages of `before` by those of `lease`.
 pub fn note(medium: &dyn Medium, before: &Lease, lease: &Lease) -> io::Result<()> {
     for (kind, (old, new)) in (1..).zip(before.planned.into_iter().zip(lease.planned)) {
         medium.unlock(fact(kind, before.holder.pid, old))?;
-        // `tvmm pool show` prints the number, and nothing depends on it.
+        // Failure to lock is ignored: `tvmm pool show` prints the number, and nothing depends on it.
         medium.try_lock_shared(fact(kind, lease.holder.pid, new))?;
     }
     Ok(())
@@ -55,7 +55,7 @@ pub fn give_back(medium: &dyn Medium, lease: &Lease) -> io::Result<()> {
     medium.unlock(fact(0, lease.holder.pid, prefix(lease.entry)))
 }
 
-/// The leases that other handles of this host hold. They name their entry only by the start of its digest.
+/// The leases that other handles of this host hold. They know only the start of their entry's digest.
 pub fn all(medium: &dyn Medium, host: u64) -> io::Result<Vec<Lease>> {
     let mut facts = Vec::new();
     let mut ranges = Vec::from([Range { start: FACTS, end: FACTS + (KINDS << KIND) }]);

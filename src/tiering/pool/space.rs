@@ -1,4 +1,4 @@
-//! Which stretches of a line of numbered units are free: pages of data, or bytes of the catalogue.
+//! Free stretches of a line of numbered units: pages of data, or bytes of the catalogue.
 
 use std::collections::BTreeMap;
 
@@ -10,14 +10,14 @@ pub struct Space {
 }
 
 impl Space {
-    /// All of `[start, end)` is free.
+    /// A space in which all of `[start, end)` is free.
     pub fn new(start: u64, end: u64) -> Space {
         let mut space = Space::default();
         space.release(start, end.saturating_sub(start));
         space
     }
 
-    /// Units that are free.
+    /// The number of free units.
     pub fn free(&self) -> u64 {
         self.total
     }
@@ -27,7 +27,7 @@ impl Space {
         self.free.iter().map(|(start, len)| (*start, *len))
     }
 
-    /// Makes `[start, start + len)` used, whatever of it is free.
+    /// Makes `[start, start + len)` used; parts of it may be used already.
     pub fn take(&mut self, start: u64, len: u64) {
         let end = start.saturating_add(len);
         let before = self.free.range(..start).next_back().map(|(start, len)| (*start, *len));
@@ -48,7 +48,7 @@ impl Space {
         }
     }
 
-    /// Makes `[start, start + len)`, of which nothing is free, free.
+    /// Frees `[start, start + len)`, all of which must be used.
     pub fn release(&mut self, start: u64, len: u64) {
         if len == 0 {
             return;
@@ -66,7 +66,7 @@ impl Space {
         self.free.insert(start, len);
     }
 
-    /// Takes the first free `len` units of which the start is congruent to `phase` modulo `modulus`; returns the start.
+    /// Takes the first `len` free units whose start is congruent to `phase` modulo `modulus`; returns the start.
     pub fn allocate(&mut self, len: u64, phase: u64, modulus: u64) -> Option<u64> {
         let fit = |(start, free): (u64, u64)| {
             let skipped = (phase + modulus - start % modulus) % modulus;
@@ -86,7 +86,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn space_is_what_a_bitmap_says(steps in prop::collection::vec((0_u8..3, 0_u64..200, 1_u64..40), 1..60)) {
+        fn space_agrees_with_a_bitmap(steps in prop::collection::vec((0_u8..3, 0_u64..200, 1_u64..40), 1..60)) {
             let mut space = Space::new(0, 200);
             let mut free = [true; 200];
             for (what, at, len) in steps {

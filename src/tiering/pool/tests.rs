@@ -1,4 +1,4 @@
-//! Pools on memory that forgets what was not flushed.
+//! Pools on a fake medium that loses unflushed writes in a crash.
 
 use std::fs::File;
 use std::io;
@@ -26,15 +26,15 @@ const LEN: usize = 16 << 20;
 
 #[derive(Debug)]
 struct Memory {
-    /// As processes see it.
+    /// The bytes as processes see them.
     now: Vec<u8>,
-    /// As it is after a crash.
+    /// The bytes as they are after a crash.
     durable: Vec<u8>,
-    /// Written since the last flush.
+    /// Writes since the last flush.
     pending: Vec<(usize, Vec<u8>)>,
-    /// Writes until the power goes; none: it stays.
+    /// Writes until the power fails; `None`: it does not.
     left: Option<usize>,
-    /// The next write there stops for so long before it is done.
+    /// The next write at this offset stops for so long before it is done.
     stop: Option<(u64, Duration)>,
 }
 
@@ -65,7 +65,7 @@ impl FakeMedium {
         medium
     }
 
-    /// One that hosts share, as two of them have it.
+    /// The handles of two hosts on a medium that they share.
     fn of_two_hosts() -> [Arc<FakeMedium>; 2] {
         let one = FakeMedium { shared: true, ..FakeMedium::formatted() };
         let other = one.of_host(LEN);
@@ -83,7 +83,7 @@ impl FakeMedium {
         }
     }
 
-    /// Who writes there next stops for so long.
+    /// The next write at `offset` stops for so long.
     fn stop_at(&self, offset: u64, time: Duration) {
         self.memory.lock().unwrap().stop = Some((offset, time));
     }
@@ -92,7 +92,7 @@ impl FakeMedium {
         self.memory.lock().unwrap().left = Some(writes);
     }
 
-    /// The power goes: of what was not flushed, each write is there, or a part of it, or nothing.
+    /// The power fails: of each unflushed write all, a part, or nothing is kept.
     fn crash(&self, fates: &[u16]) {
         let mut memory = self.memory.lock().unwrap();
         let pending = std::mem::take(&mut memory.pending);
@@ -250,7 +250,7 @@ const BASE: &[(u64, u64, u64)] = &[(100, 500, 1)];
 const CHILD: &[(u64, u64, u64)] = &[(100, 300, 1), (400, 80, 2), (480, 120, 1), (620, 20, 3)];
 
 #[test]
-fn snapshots_share_what_they_have_in_common_and_read_back_as_they_were() {
+fn snapshots_share_common_pages_and_read_back_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
     let medium = Arc::new(FakeMedium::formatted());
@@ -267,7 +267,7 @@ fn snapshots_share_what_they_have_in_common_and_read_back_as_they_were() {
 }
 
 #[test]
-fn pages_of_a_removed_snapshot_are_freed_when_nobody_needs_them() {
+fn pages_of_a_removed_snapshot_are_freed_once_unused() {
     let dir = tempfile::tempdir().unwrap();
     let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
     let medium = Arc::new(FakeMedium::formatted());
@@ -289,7 +289,7 @@ fn pages_of_a_removed_snapshot_are_freed_when_nobody_needs_them() {
     assert!(fsck::check(medium.as_ref(), &mut |_, _| {}).unwrap().is_good());
 }
 
-/// A lease of a snapshot that there need not be.
+/// A lease of a snapshot that need not exist.
 fn hold(medium: &Arc<FakeMedium>) -> Held {
     let medium: Arc<dyn Medium> = medium.clone();
     Held::take(&medium, Default::default(), Digest::default()).unwrap()
@@ -306,7 +306,7 @@ fn a_lease_of_another_host_is_ended_when_it_is_old_and_silent() {
     assert_eq!(lease::live(one.as_ref(), EXPIRY_S).unwrap().len(), 2);
     std::thread::sleep(Duration::from_millis(1100));
     assert_eq!(lease::live(one.as_ref(), 0).unwrap().len(), 1, "its own does not age");
-    // A clock that differs makes it look old, too: its heart beats.
+    // A clock that differs makes the lease look old, but its heart beats.
     std::thread::scope(|scope| {
         scope.spawn(|| {
             std::thread::sleep(Duration::from_millis(1500));
@@ -324,7 +324,7 @@ fn a_lease_of_another_host_is_ended_when_it_is_old_and_silent() {
 }
 
 #[test]
-fn who_has_lost_a_lease_leaves_the_slot_to_whom_it_is_now() {
+fn a_lost_lease_does_not_clear_the_slot_of_its_new_holder() {
     let [one, other] = FakeMedium::of_two_hosts();
     let lost = hold(&one);
     let slot = lease::live(one.as_ref(), EXPIRY_S).unwrap()[0].0;
@@ -349,7 +349,7 @@ fn of_two_hosts_one_writes() {
     let mut writer = Writer::open(one.as_ref()).unwrap();
     let busy = Writer::open(other.as_ref()).err().unwrap();
     assert!(matches!(busy, Error::Busy { .. }), "{busy}");
-    // As if it had been silent for long, and the other had watched it.
+    // As if the writer had been silent for long, and the other host had watched it.
     other.write(WRITER, &[0; 64]).unwrap();
     let mut taken = Writer::open(other.as_ref()).unwrap();
     let ousted = writer.remove("base").unwrap_err();
@@ -372,13 +372,13 @@ fn a_pool_that_vms_of_another_host_run_from_is_not_formatted() {
     writer::create(one.as_ref(), PoolId([8; 32]), Some("fake"), "fake").unwrap();
 }
 
-/// Where the only lease is.
+/// The offset of the only lease.
 fn only_slot(medium: &FakeMedium) -> u64 {
     LEASES + lease::live(medium, EXPIRY_S).unwrap()[0].0 * LEASE_LEN
 }
 
 #[test]
-fn leases_count_whatever_the_size_is_and_the_superblocks_say() {
+fn leases_count_with_any_size_and_any_superblocks() {
     let [one, other] = FakeMedium::of_two_hosts();
     let held = hold(&other);
     let format = |medium: &FakeMedium| writer::create(medium, PoolId([8; 32]), Some("fake"), "fake").unwrap_err();
@@ -417,7 +417,7 @@ fn a_torn_lease_is_watched_and_a_pool_in_use_is_put_back() {
 }
 
 #[test]
-fn a_holder_that_stops_before_it_beats_has_lost_what_was_wiped_meanwhile() {
+fn a_holder_that_stood_still_has_lost_a_lease_wiped_meanwhile() {
     let [one, other] = FakeMedium::of_two_hosts();
     let held = hold(&one);
     std::thread::sleep(Duration::from_millis(1100));
@@ -451,7 +451,7 @@ fn of_two_hosts_that_take_one_lease_the_first_takes_another() {
     assert!(first.settle(&|| Ok(false)).unwrap(), "it is not asked: nothing was lost");
     first.beat().unwrap();
     second.beat().unwrap();
-    // If the pages may have been freed before another lease stood, it is lost.
+    // If the pages may have been freed before another lease stood, the lease is lost.
     let late = hold(&one);
     let is_known = |at: &u64| [slot, seconds].contains(at);
     let before: Vec<u64> = lease::live(&*one, EXPIRY_S).unwrap().iter().map(|(slot, _)| *slot).collect();
@@ -472,7 +472,7 @@ fn a_writer_that_was_ousted_writes_no_page() {
     let added = Added { chain: &base, name: "base", profile: None, costs: &costs, restores: 1000 };
     let mut writer = Writer::open(one.as_ref()).unwrap();
     let before = one.memory.lock().unwrap().now[2 << 20..].to_vec();
-    // When all has been read, and nothing been written.
+    // Ousted after all pages were read, and before anything was written.
     let ousted = writer.add(&added, &mut |done, all| {
         if done * 2 >= all {
             other.write(WRITER, &[0; 64]).unwrap();
@@ -489,7 +489,7 @@ fn a_writer_that_stops_before_it_publishes_says_that_it_may_have_come_too_late()
     let [one, _] = FakeMedium::of_two_hosts();
     add(&one, &base, "base").unwrap();
     let mut writer = Writer::open(one.as_ref()).unwrap();
-    // Where the next superblock goes.
+    // The offset of the next superblock.
     let slot = writer.catalogue().superblock.generation % 2;
     one.stop_at(slot * 4096, Duration::from_millis(3500));
     let late = writer.remove("base").unwrap_err();
@@ -497,7 +497,7 @@ fn a_writer_that_stops_before_it_publishes_says_that_it_may_have_come_too_late()
 }
 
 #[test]
-fn a_torn_record_of_a_writer_is_not_nobodys() {
+fn a_torn_record_of_a_writer_has_an_owner() {
     let [one, other] = FakeMedium::of_two_hosts();
     let writer = Writer::open(one.as_ref()).unwrap();
     one.flip(WRITER + 20);
@@ -510,12 +510,12 @@ fn a_torn_record_of_a_writer_is_not_nobodys() {
     });
     one.flip(WRITER + 20);
     drop(writer);
-    // What stays torn is given up after a while.
+    // A record that stays torn is given up after a while.
     Writer::open(other.as_ref()).unwrap();
 }
 
 #[test]
-fn who_is_slow_to_say_that_it_writes_says_so_again() {
+fn a_writer_that_is_slow_to_write_its_record_starts_again() {
     let [one, other] = FakeMedium::of_two_hosts();
     one.stop_at(WRITER, Duration::from_millis(600));
     std::thread::scope(|scope| {
@@ -588,7 +588,7 @@ fn flipped_bits_are_found_wherever_they_are() {
 }
 
 #[test]
-fn what_is_not_ours_is_not_formatted_without_its_name() {
+fn a_foreign_medium_is_not_formatted_without_its_name() {
     let medium = FakeMedium::new();
     medium.flip(40_000);
     let create = |name| writer::create(&medium, PoolId([1; 32]), name, "fake");
@@ -601,7 +601,7 @@ fn what_is_not_ours_is_not_formatted_without_its_name() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
-    /// Nothing sealed is lost, and what is there is whole, wherever the writer dies.
+    /// A crash of the writer at any point loses nothing sealed, and everything in the pool is whole.
     #[test]
     fn a_crash_leaves_the_state_before_or_after(
         step in 0_u8..3,
@@ -635,7 +635,7 @@ proptest! {
                 prop_assert!(content(&medium, &child) == wanted(CHILD));
             }
         }
-        // And it goes on from there.
+        // And the pool can be changed again.
         if !has(&child) {
             add(&medium, &child, "child").unwrap();
         }
@@ -664,7 +664,7 @@ fn lease_area_full_of_garbage_costs_no_minute() {
     let medium: Arc<dyn Medium> = one.clone();
     let refused = Held::take(&medium, Default::default(), Digest::default()).unwrap_err();
     assert!(matches!(refused, Error::NoLease { .. }), "{refused}");
-    // Read again five times each, 5 ms apart, the leases alone would take 51 s each time they are looked at.
+    // With five reads each, 5 ms apart, looking at the leases alone would take 51 s each time.
     match lease::abandon(one.as_ref(), EXPIRY_S, &mut || Ok(())) {
         Ok(left) => assert!(left.is_empty(), "{left:?}"),
         // On a busy host, which may stand still between two steps.

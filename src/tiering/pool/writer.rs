@@ -1,4 +1,4 @@
-//! The one process that changes a pool: makes it, removes snapshots, collects what nobody uses.
+//! The writer of a pool, one process at a time: makes the pool, removes snapshots, collects unused pages.
 
 use super::catalogue::{Catalogue, Entry, Head, Run};
 use super::error::Error;
@@ -9,8 +9,8 @@ use super::medium::Medium;
 use super::space::Space;
 use crate::snapshot::PoolId;
 
-/// Makes a pool of `medium`. `format`: the name of the medium, if the user gave one to have it formatted whatever is on it;
-/// `name` is what that must be. `is_blank`: nothing else can be on it.
+/// Makes a pool of `medium`. `format`: the medium's name, if the user gave one to have it formatted whatever is on it;
+/// it must equal `name`. `is_blank`: nothing else can be on it.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::Foreign`], [`Error::InUse`], [`Error::TooSmall`], [`Error::Io`].
@@ -28,20 +28,21 @@ pub fn create(medium: &dyn Medium, id: PoolId, format: Option<&str>, name: &str)
     let in_use = |vms: usize| if vms > 0 { Err(Error::InUse { path: path.clone(), vms }) } else { Ok(()) };
     in_use(lease::live(medium, EXPIRY_S)?.len())?;
     let writing = || Error::io("format", &path);
-    // Whatever the superblocks say, VMs may run from it. Without them no VM starts to: who has its lease looks at them then.
+    // VMs may run from the pool even if its superblocks are damaged. Once they are zero no VM starts: it takes its
+    // lease first, and reads the superblocks then.
     let mut before = vec![0; 2 * SLOT as usize];
     medium.read(0, &mut before).map_err(writing())?;
     let put = |bytes: &[u8]| medium.write(0, bytes).and_then(|()| medium.flush(0, 2 * SLOT)).map_err(writing());
     lock.as_writer(|| put(&vec![0; before.len()]))?;
     let unused = lease::abandon(medium, EXPIRY_S, &mut || lock.beat()).and_then(|vms| in_use(vms.len()));
     if let Err(error) = unused {
-        // Who was ousted leaves the pool to the other.
+        // An ousted writer leaves the pool to its successor.
         if lock.check().is_ok() {
             put(&before)?;
         }
         return Err(error);
     }
-    // No older state may come back, and no lease.
+    // Wiped, so that no older state comes back, and no lease.
     let zeros = vec![0; 64 << 10];
     for at in (zeros.len() as u64..BLOCK).step_by(zeros.len()) {
         lock.beat()?;
@@ -80,7 +81,7 @@ pub struct Writer<'m> {
     lock: Lock<'m>,
 }
 
-/// What a collection freed.
+/// The result of a collection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Collected {
     /// Removed snapshots whose pages are free now.
@@ -91,10 +92,12 @@ pub struct Collected {
 }
 
 impl<'m> Writer<'m> {
+    /// Opens the pool on `medium` for changes.
+    ///
     /// # Errors
     /// [`Error::Busy`], and as for [`Catalogue::read`].
     pub fn open(medium: &'m dyn Medium) -> Result<Writer<'m>, Error> {
-        // Not a pool: nothing is written to it.
+        // Fails before anything is written, if the medium is no pool.
         superblocks(medium)?;
         let lock = Lock::take(medium)?;
         let mut states = Catalogue::read_all(medium)?.into_iter().filter_map(Result::ok);
@@ -106,7 +109,7 @@ impl<'m> Writer<'m> {
         &self.state
     }
 
-    /// Looks whether this is still the writer, and says that it lives, if that was long ago.
+    /// Checks that this process is still the writer, and writes a heartbeat if the last one is old.
     pub(super) fn beat(&mut self) -> Result<(), Error> {
         self.lock.beat()
     }
@@ -128,7 +131,7 @@ impl<'m> Writer<'m> {
         Ok(space)
     }
 
-    /// Removes a snapshot: nobody can start to use it any more. Its pages stay until [`collect`](Self::collect).
+    /// Removes a snapshot: no VM can start to use it any more. Its pages stay until [`collect`](Self::collect).
     ///
     /// # Errors
     /// As for [`Catalogue::find`]; [`Error::Io`].
@@ -141,7 +144,7 @@ impl<'m> Writer<'m> {
     }
 
     /// Frees the pages of removed snapshots that no VM maps, and ends leases of other hosts that have been silent for
-    /// `expiry_s`, after they have been watched.
+    /// `expiry_s`, after watching them.
     pub fn collect(&mut self, expiry_s: Option<u64>) -> Result<Collected, Error> {
         let before = self.space()?.free();
         let leases = lease::abandon(self.medium, expiry_s.unwrap_or(EXPIRY_S), &mut || self.lock.beat())?;
@@ -154,7 +157,7 @@ impl<'m> Writer<'m> {
             return Ok(done);
         }
         heads.extend(keep);
-        // Twice, so that no state is left that needs the pages.
+        // Published twice, so that neither state needs the pages.
         self.publish(heads.clone(), &[])?;
         self.publish(heads, &[])?;
         let space = self.space()?;

@@ -1,4 +1,4 @@
-//! Bit streams, least significant bit first, and LEB128 numbers: what the sections of a profile are packed with.
+//! Bit streams, least significant bit first, and LEB128 numbers: the encodings of a profile's sections.
 
 /// Bits on their way into bytes.
 #[derive(Debug, Default)]
@@ -70,7 +70,7 @@ impl<'a> BitReader<'a> {
         Some(1 << rest | self.bits(rest)?)
     }
 
-    /// Whether nothing follows but the zeros that fill the last byte.
+    /// True if nothing follows but the zeros that fill the last byte.
     pub fn is_finished(&mut self) -> bool {
         let left = self.bytes.len() as u64 * 8 - self.at;
         left < 8 && self.bits(left as u32) == Some(0)

@@ -1,9 +1,10 @@
-//! What a page is part of, by the layer of the chain that holds it.
+//! Classifies pages by the layer of the chain that holds them.
 
 use crate::snapshot::{Content, PageSet, ResolvedRun};
 
-/// The pages of a guest by origin (FaaSMem's buckets): a chain's base is the booted runtime, what later layers changed
-/// is the function's initialisation, and what no layer holds comes into being while a request is executed.
+/// The pages of a guest by origin (FaaSMem's buckets): a chain's base is the booted runtime, later layers have the
+/// pages changed by the function's initialisation, and pages that no layer holds are first written while a request is
+/// executed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Buckets {
     /// Held by the base layer.

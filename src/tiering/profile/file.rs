@@ -35,12 +35,12 @@ impl Profile {
     /// Reads and checks a profile.
     ///
     /// # Errors
-    /// Whatever the container or its content is wrong with; a file is never trusted.
+    /// Errors of the container or its content; a file is never trusted.
     pub fn load(path: &Path) -> Result<Profile, Error> {
         decode(&Container::read(path, FILE_LIMIT)?)
     }
 
-    /// The bytes of a profile's file, unchecked but bounded: what a plan made from it can be told apart by.
+    /// The bytes of a profile's file, unchecked but bounded; a plan's name has their digest.
     ///
     /// # Errors
     /// [`crate::snapshot::Error::Io`], or that it is no regular file or too large.
@@ -198,7 +198,7 @@ fn decode(container: &Container) -> Result<Profile, Error> {
         written: decode_sets(container, SectionKind::ProfileWrittenIn)?,
     };
     profile.check().map_err(malformed)?;
-    // What a reader would silently drop does not belong into the file.
+    // A section that a reader would silently drop does not belong in the file.
     if sections_of(&profile).len() != container.sections().len() {
         return Err(malformed("it has sections that contradict its header".to_string()));
     }

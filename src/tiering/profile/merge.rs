@@ -1,4 +1,4 @@
-//! Several runs of a function made into one profile, and how much they agree.
+//! Merges profiles of several runs of a function into one, and measures how much they agree.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,7 +8,7 @@ use super::{Frequency, MAX_RUNS, Order, Profile, RecorderKind};
 use crate::snapshot::{Extent, Gfn, PageSet};
 use crate::tiering::Error;
 
-/// Which pages of several profiles are in the merged one.
+/// The rule for the pages of a merged profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MergeKind {
     /// Those of any profile.
@@ -30,7 +30,7 @@ impl MergeKind {
         }
     }
 
-    /// Whether a page seen in `count` of `runs` runs stays.
+    /// True if the rule keeps a page seen in `count` of `runs` runs.
     fn keeps(self, count: u32, runs: u32) -> bool {
         match self {
             MergeKind::Union => count > 0,
@@ -57,7 +57,8 @@ impl FromStr for MergeKind {
     }
 }
 
-/// How much two profiles agree: the size of the intersection over the size of the union (Jaccard), 1 for two empty sets.
+/// The agreement of two profiles: the size of the intersection over the size of the union (Jaccard), 1 for two empty
+/// sets.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PairAgreement {
     /// Indices of the two profiles.
@@ -69,7 +70,7 @@ pub struct PairAgreement {
     pub written: f64,
 }
 
-/// How much profiles agree, pair by pair.
+/// The agreement of profiles, pair by pair.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Agreement {
     /// Every pair once. None for a single profile.
@@ -104,12 +105,12 @@ fn jaccard(a: &PageSet, b: &PageSet) -> f64 {
 /// Merges profiles of one snapshot.
 ///
 /// Pages are kept by the number of runs that touched them. A kept page is `written` if the same rule holds for the runs
-/// that wrote it; else `read` if any run could tell what was done to it; else unclassified. How often each page was
-/// touched and written is in [`Profile::frequency`].
+/// that wrote it; else `read` if any run could tell reads from writes; else unclassified. [`Profile::frequency`] counts
+/// the runs that touched and wrote each page.
 ///
 /// The order is exact if that of all profiles is: pages by their mean rank over the profiles that have them, in pieces
-/// that are contiguous in all of them. If all know layers at least, it is by the first layer in which any run saw a
-/// page. Otherwise it is unknown. Times are not kept.
+/// that are contiguous in all of them. If all profiles have layers at least, the order is by the first layer in which
+/// any run saw a page. Otherwise it is unknown. Times are not kept.
 ///
 /// # Errors
 /// None given, more than [`MAX_RUNS`] runs in all, or profiles of different snapshots.
@@ -206,7 +207,7 @@ fn count<'a>(profiles: impl Iterator<Item = (u32, &'a PageSet, &'a [(u32, PageSe
     counts.into_iter().collect()
 }
 
-/// The counts of `pages` that are not of all runs.
+/// The counts of `pages` that not all runs have.
 fn some_runs(counts: &[(u32, PageSet)], runs: u32, pages: &PageSet) -> Vec<(u32, PageSet)> {
     let some = counts.iter().filter(|(count, _)| *count < runs);
     let within = some.map(|(count, set)| (*count, set.intersection(pages)));

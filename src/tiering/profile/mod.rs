@@ -1,8 +1,8 @@
-//! What a run of a function did to each page of a restored guest: pure data, no system calls.
+//! Profiles: a record of what a run of a function did to each page of a restored guest. Pure data, no system calls.
 //!
-//! A profile says what its recorder saw and nothing more. A recorder that cannot tell reads from writes leaves pages
+//! A profile has what its recorder saw and nothing more. A recorder that cannot tell reads from writes leaves pages
 //! *unclassified*, one that sees no order says [`Order::Unknown`]: policies ask [`Profile::knows_classes`] and
-//! [`Profile::knows_order`] instead of trusting data that was made up. `docs/profiles.md` has the file byte by byte.
+//! [`Profile::knows_order`] instead of trusting made-up data. `docs/profiles.md` has the file byte by byte.
 
 mod bits;
 mod buckets;
@@ -29,14 +29,14 @@ pub const PAGES_PER_TIME: u64 = 64;
 /// The most runs one profile can stand for.
 pub const MAX_RUNS: u32 = 1024;
 
-/// Who saw what the profile says.
+/// The recorder of a profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RecorderKind {
     /// userfaultfd: every first touch and every first write, in order.
     Uffd,
     /// Residency of the memory file in the host's page cache, in layers (FaaSnap).
     Mincore,
-    /// The kernel's page map of this process: pages it copied are pages the guest wrote.
+    /// The kernel's page map of this process: copied pages are pages the guest wrote.
     Pagemap,
     /// KVM's dirty log: pages written, nothing about reads.
     DirtyLog,
@@ -63,7 +63,7 @@ impl RecorderKind {
         }
     }
 
-    /// Whether pages that are only read show up at all.
+    /// True if the recorder sees pages that are only read.
     pub fn sees_reads(self) -> bool {
         self != RecorderKind::DirtyLog
     }
@@ -78,7 +78,7 @@ impl fmt::Display for RecorderKind {
 impl FromStr for RecorderKind {
     type Err = Error;
 
-    /// The name of a recorder that can be started; `merged` is none.
+    /// Parses the name of a recorder that can be started; `merged` is none.
     fn from_str(name: &str) -> Result<Self, Error> {
         let mut recorders = RecorderKind::ALL.into_iter().filter(|kind| *kind != RecorderKind::Merged);
         let known = || RecorderKind::ALL.map(RecorderKind::name)[..4].join(", ");
@@ -88,7 +88,7 @@ impl FromStr for RecorderKind {
     }
 }
 
-/// In which order pages were touched first.
+/// The order in which pages were touched first.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
     /// Every page of the working set once, in the order of its first touch.
@@ -100,7 +100,7 @@ pub enum Order {
     Unknown,
 }
 
-/// In how many of a merged profile's runs its pages were touched and written.
+/// The number of a merged profile's runs in which its pages were touched and written.
 ///
 /// Each entry is `(n, pages seen in exactly n runs)` with `0 < n < runs`, ascending in `n`, the sets disjoint. A page
 /// of the profile in none of `touched` was touched in all runs. A page in none of `written` was written in all runs if
@@ -111,17 +111,18 @@ pub struct Frequency {
     pub written: Vec<(u32, PageSet)>,
 }
 
-/// What one run of a function, or several merged, did to the pages of a restored snapshot.
+/// The use that one run of a function, or several merged, made of the pages of a restored snapshot.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Profile {
     /// The snapshot that was restored. The profile is of no use for any other.
     pub snapshot: SnapshotId,
     pub recorder: RecorderKind,
-    /// What was run: `name key=value…`.
+    /// The function that was run: `name key=value…`.
     pub function: String,
-    /// How many runs the profile stands for; at least 1.
+    /// Number of runs the profile stands for; at least 1.
     pub runs: u32,
-    /// Whether pages that were only read would be here. Without that `read` is empty because nobody looked.
+    /// True if pages that were only read would be here. If false, `read` is empty because the recorder could not see
+    /// reads.
     pub sees_reads: bool,
     /// Touched and never written.
     pub read: PageSet,
@@ -130,9 +131,10 @@ pub struct Profile {
     /// Touched, but the recorder cannot tell a read from a write.
     pub unclassified: PageSet,
     pub order: Order,
-    /// When every 64th page of an exact order was touched ([`PAGES_PER_TIME`]), in ns since the first. Empty if unknown.
+    /// The time of the touch of every 64th page of an exact order ([`PAGES_PER_TIME`]), in ns since the first. Empty if
+    /// unknown.
     pub times_ns: Vec<u64>,
-    /// For merged profiles: how often. Empty if all runs agreed or there was one.
+    /// Counts of a merged profile's runs by page. Empty if all runs agreed or there was one.
     pub frequency: Frequency,
 }
 
@@ -166,8 +168,8 @@ impl Profile {
         self.working_set().intersection(nonzero)
     }
 
-    /// The working set, each page once, in the order in which it is best brought in: as touched if that is known, layer
-    /// by layer (ascending addresses within) if only that is, else by address.
+    /// The working set, each page once, in the order in which to bring it in: as touched if that is known, layer by
+    /// layer (ascending addresses within) if only that is, else by address.
     pub fn in_order(&self) -> Vec<Extent> {
         match &self.order {
             Order::Exact(extents) => extents.clone(),
@@ -176,12 +178,12 @@ impl Profile {
         }
     }
 
-    /// Whether `read` and `written` are all there is: every page seen, and each told read from written.
+    /// True if `read` and `written` are complete: the recorder saw every page, and told reads from writes.
     pub fn knows_classes(&self) -> bool {
         self.sees_reads && self.unclassified.is_empty()
     }
 
-    /// Whether the order of first touches is known page by page.
+    /// True if the order of first touches is known page by page.
     pub fn knows_order(&self) -> bool {
         matches!(self.order, Order::Exact(_))
     }
@@ -204,7 +206,8 @@ impl Profile {
         }
     }
 
-    /// Refuses a profile that was recorded on another snapshot, or that has pages the snapshot's guest does not.
+    /// Refuses a profile that was recorded on another snapshot, or that has pages that the snapshot's guest does not
+    /// have.
     pub fn check_for(&self, snapshot: &Snapshot) -> Result<(), Error> {
         if self.snapshot != snapshot.id() {
             return Err(Error::ProfileOfOther { made_for: self.snapshot, given: snapshot.id() });
@@ -217,7 +220,7 @@ impl Profile {
         }
     }
 
-    /// What no recorder produces: overlapping classes, an order of other pages, impossible counts.
+    /// Refuses profiles that no recorder produces: overlapping classes, an order of other pages, impossible counts.
     fn check(&self) -> Result<(), String> {
         let disjoint = self.read.is_disjoint(&self.written)
             && self.read.is_disjoint(&self.unclassified)

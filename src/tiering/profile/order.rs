@@ -1,4 +1,4 @@
-//! Orders of pages: whether they are of the right pages, and how an exact one is packed.
+//! Orders of pages: checks that they are of the right pages, and packs exact ones.
 //!
 //! An exact order is a permutation of the working set. Pages are written by their rank in the set (the lowest page has
 //! rank 0), which takes `log2(pages)` bits however far apart they are: less than two bytes a page up to 32,768 pages,
@@ -8,7 +8,7 @@ use super::Order;
 use super::bits::{BitReader, BitWriter};
 use crate::snapshot::{Extent, Gfn, PageSet};
 
-/// Whether `order` is one of exactly `pages`.
+/// Checks that `order` is one of exactly `pages`.
 pub fn check(order: &Order, pages: &PageSet) -> Result<(), String> {
     let mut seen = PageSet::new();
     let mut total = 0_u64;
@@ -59,7 +59,7 @@ impl Ranks {
         Ranks { runs, pages }
     }
 
-    /// How many pages the set has.
+    /// The number of pages in the set.
     pub fn pages(&self) -> u64 {
         self.pages
     }
@@ -88,8 +88,8 @@ impl Ranks {
     }
 }
 
-/// Runs of ranks in the order in which they were touched, and what the next is expected to be: as long as the last, and
-/// as far from it as that was from the one before.
+/// Runs of ranks in the order in which they were touched, with a guess of the next: as long as the last, and as far
+/// from it as that was from the one before.
 #[derive(Default)]
 struct Stride {
     last: Option<(u64, u64)>,
@@ -150,7 +150,7 @@ fn take_run(bits: &mut BitReader<'_>, width: u32, stride: &Stride) -> Option<(u6
     Some((bits.bits(width)?, bits.gamma()?.checked_add(1)?))
 }
 
-/// Unpacks an exact order; every page once, or an error.
+/// Unpacks an exact order; fails unless it has every page once.
 pub fn decode(bytes: &[u8], ranks: &Ranks) -> Result<Vec<Extent>, String> {
     let (mut bits, mut stride) = (BitReader::new(bytes), Stride::default());
     let (mut seen, mut done) = (PageSet::new(), 0_u64);

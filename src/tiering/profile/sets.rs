@@ -10,8 +10,8 @@ pub const MAX_SET_RUNS: u64 = 1 << 23;
 /// Frame numbers end here.
 const END: u64 = 1 << 32;
 
-/// The number of runs as a varint; then for each run the number of pages since the end of the one before (for the first:
-/// since page 0, plus one) and its length, both in gamma code.
+/// The number of runs as a varint; then for each run the number of pages since the end of the one before (for the
+/// first: since page 0, plus one) and its length, both in gamma code.
 pub fn encode(set: &PageSet) -> Vec<u8> {
     let mut out = Vec::new();
     put_varint(&mut out, set.runs().count() as u64);

@@ -91,7 +91,7 @@ proptest! {
         prop_assert!(Profile::from_bytes(bytes[..cut.index(bytes.len())].to_vec()).is_err());
     }
 
-    /// Checksums are no defence against who can compute them: payloads are hostile too.
+    /// Checksums are no defence against an attacker, who can compute them: payloads are hostile too.
     #[test]
     fn hostile_payloads_are_read_or_refused_without_panic(
         profile in any_profile(), which in any::<prop::sample::Index>(), at in any::<prop::sample::Index>(),
@@ -119,7 +119,7 @@ proptest! {
     }
 
     #[test]
-    fn merging_keeps_what_it_says(parts in prop::collection::vec(any_touches(), 1..6)) {
+    fn each_merge_kind_keeps_its_pages(parts in prop::collection::vec(any_touches(), 1..6)) {
         let profiles: Vec<Profile> = parts.iter().map(|touches| profile_of(touches)).collect();
         let runs = profiles.len() as u32;
         for kind in MergeKind::ALL {

@@ -30,7 +30,7 @@ impl FaultLog {
         FaultLog::default()
     }
 
-    /// The profile of what was touched up to `until_ns` (CLOCK_MONOTONIC).
+    /// The profile of the pages touched up to `until_ns` (CLOCK_MONOTONIC).
     ///
     /// Two vCPUs that touch a missing page at once fault twice; the page counts once, and as written if either wrote.
     pub fn profile(&self, snapshot: SnapshotId, function: &str, until_ns: u64) -> Profile {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_after_the_answer_does_not_count() {
+    fn faults_after_the_answer_do_not_count() {
         let log = FaultLog::new();
         let mut observer = log.clone();
         observer.fault(Gfn(1), FaultKind::Read, 10);

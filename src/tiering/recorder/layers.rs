@@ -1,4 +1,4 @@
-//! FaaSnap's recorder: what is in the host's page cache, in layers.
+//! FaaSnap's recorder: pages that come into the host's page cache, in layers.
 
 use crate::snapshot::{PageSet, SnapshotId};
 use crate::tiering::profile::{MAX_LAYERS, Order, Profile, RecorderKind};
@@ -18,7 +18,7 @@ impl Layering {
         Layering::default()
     }
 
-    /// What is resident now: a new layer if that is [`LAYER_PAGES`] pages more than when the last layer was closed.
+    /// Takes the pages resident now: a new layer if they are [`LAYER_PAGES`] more than when the last layer was closed.
     pub fn look(&mut self, resident: &PageSet) {
         let new = resident.difference(&self.seen);
         if new.len() >= LAYER_PAGES {
@@ -35,7 +35,7 @@ impl Layering {
         }
     }
 
-    /// What is resident when the function has ended is the last layer, however small. Pages that are zero in the
+    /// Makes the pages resident at the function's end the last layer, however small. Pages that are zero in the
     /// snapshot (not in `nonzero`) are left out, as FaaSnap leaves them: reading a hole of the memory file fills the
     /// page cache too.
     pub fn finish(mut self, resident: &PageSet, nonzero: &PageSet) -> Vec<PageSet> {
@@ -46,7 +46,7 @@ impl Layering {
     }
 }
 
-/// A profile of layers. Nothing tells reads from writes.
+/// A profile of layers. Its pages are unclassified, because residency does not tell reads from writes.
 pub fn from_layers(snapshot: SnapshotId, function: &str, layers: Vec<PageSet>) -> Profile {
     let mut profile = Profile::new(snapshot, RecorderKind::Mincore, function);
     profile.unclassified = layers.iter().fold(PageSet::new(), |all, layer| all.union(layer));
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_layer_takes_what_is_too_much() {
+    fn the_last_layer_takes_the_excess() {
         let mut layering = Layering::new();
         for index in 1..=MAX_LAYERS as u64 + 5 {
             layering.look(&pages(0, index * LAYER_PAGES));

@@ -1,6 +1,7 @@
-//! Recorders, the part without system calls: what they ask of the kernel, and how its answers become a profile.
+//! The part of recorders without system calls: traits for the kernel's answers, and profiles made of them.
 //!
-//! Each recorder says what it saw and leaves the rest unknown. `vmm::record` runs the function and asks the kernel.
+//! Each recorder reports what it saw and leaves the rest unknown. `session::record` runs the function and asks the
+//! kernel.
 
 mod faults;
 mod layers;
@@ -15,21 +16,22 @@ use crate::snapshot::{PageSet, SnapshotId};
 
 /// The host's page cache of a snapshot's memory files.
 ///
-/// Asked every few milliseconds while the guest runs, by a thread of its own.
+/// A thread of its own asks every few milliseconds while the guest runs.
 pub trait ResidentPages: Send {
-    /// Guest pages whose bytes are in the page cache now: those that were touched, those read ahead, and those that
+    /// Returns the guest pages whose bytes are in the page cache now: touched pages, pages read ahead, and pages that
     /// were there before.
     fn resident(&mut self) -> io::Result<PageSet>;
 }
 
-/// What a process has mapped of a guest's memory, which was all private mappings of files (or anonymous) at first.
+/// The pages that a process has mapped of a guest's memory, which was all private mappings of files (or anonymous) at
+/// first.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MappedPages {
-    /// Pages of a file, or the zero page, as they are: somebody may have read them.
+    /// Pages of a file, or the zero page, as they are: the guest may have read them.
     pub shared: PageSet,
-    /// Private copies: somebody wrote them.
+    /// Private copies: the guest wrote them.
     pub own: PageSet,
-    /// Whether the kernel mapped nothing but what was touched. If not, `shared` has neighbours of touched pages too
+    /// True if the kernel mapped only touched pages. If not, `shared` has neighbours of touched pages too
     /// (fault-around, huge folios).
     pub only_touched: bool,
 }
@@ -46,7 +48,7 @@ pub fn from_mapped(snapshot: SnapshotId, function: &str, mapped: MappedPages) ->
     profile
 }
 
-/// A profile of KVM's dirty log: the written half.
+/// A profile of KVM's dirty log: the written pages only.
 pub fn from_dirty(snapshot: SnapshotId, function: &str, dirty: PageSet) -> Profile {
     Profile { written: dirty, ..Profile::new(snapshot, RecorderKind::DirtyLog, function) }
 }

@@ -1,4 +1,5 @@
-//! Tiers whose mappings start and end at huge pages only (device DAX with its default alignment, hugetlbfs).
+//! Fits plans to tiers whose mappings start and end at huge pages only (device DAX with its default alignment,
+//! hugetlbfs).
 
 use std::sync::Arc;
 
@@ -6,11 +7,11 @@ use super::Tier;
 use crate::snapshot::{Extent, Gfn, MemoryLayout, PAGE_SIZE, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::policy::advance;
 
-/// Pages fetched around a fault on what cannot be mapped: 64 KiB.
+/// Pages fetched around a fault on pages that cannot be mapped: 64 KiB.
 const FAULT_PAGES: u64 = 16;
 
-/// Makes `plan` one that these tiers can carry out: of what is in place, only whole aligned stretches stay mapped, the rest
-/// is fetched when it is touched. `first`: the index of the first tier.
+/// Makes `plan` one that these tiers can carry out: of the pages in place, only whole aligned stretches stay mapped,
+/// the rest is fetched when it is touched. `first`: the index of the first tier.
 pub fn align(plan: &mut RestorePlan, layout: &MemoryLayout, first: usize, tiers: &[Arc<dyn Tier>]) {
     let aligns: Vec<u64> =
         tiers.iter().map(|tier| tier.mapping().map_or(1, |mapping| mapping.align / PAGE_SIZE)).collect();
@@ -38,7 +39,7 @@ pub fn align(plan: &mut RestorePlan, layout: &MemoryLayout, first: usize, tiers:
     plan.coalesce(layout);
 }
 
-/// What is before the first aligned page, the aligned middle, and what is after it.
+/// The part before the first aligned page, the aligned middle, and the part after it.
 fn pieces(item: &PlannedExtent, align: u64) -> Vec<PlannedExtent> {
     let (extent, source) = (item.extent, item.source.unwrap_or(crate::snapshot::PageSource { layer: 0, offset: 0 }));
     let (first, end) = (extent.first.0, extent.end().0);

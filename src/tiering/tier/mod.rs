@@ -1,7 +1,7 @@
-//! Tiers: where the pages of a snapshot are besides its own files.
+//! Tiers: places that have a snapshot's pages besides its own files.
 //!
-//! A tier is opened for one snapshot. Those that are byte-addressable are mapped, all of them can be read; the system
-//! calls for that are made in `vmm`.
+//! A tier is opened for one snapshot. A byte-addressable tier can be mapped, every tier can be read; `backends` makes
+//! the system calls.
 
 mod align;
 
@@ -15,34 +15,34 @@ use crate::snapshot::{Chain, Content, Error, Extent, PAGE_SIZE, PageSet, PageSou
 
 pub use align::align;
 
-/// A pool that is open for one snapshot. Whatever it holds of it stays as it is while this lives.
+/// A pool that is open for one snapshot. The pool keeps the snapshot's pages as they are while this lives.
 pub trait Tier: Send + Sync + fmt::Debug {
-    /// What plans say of it.
+    /// The description of the tier in plans.
     fn source(&self) -> TierSource;
 
-    /// What it is called in messages.
+    /// Its name in messages.
     fn path(&self) -> &Path;
 
-    /// Which pages of the snapshot it has, and where: ascending.
+    /// The pages of the snapshot that the tier has, with their offsets: ascending.
     ///
     /// # Errors
-    /// What it says cannot be read, or cannot be.
+    /// The catalogue cannot be read, or is damaged.
     fn runs(&self) -> Result<Vec<TierRun>, super::Error>;
 
-    /// Whether every page of the snapshot that it does not have is zero.
+    /// True if every page of the snapshot that the tier does not have is zero.
     fn is_complete(&self) -> bool;
 
-    /// How it is mapped, if it is byte-addressable.
+    /// The file to map, if the tier is byte-addressable.
     fn mapping(&self) -> Option<Mappable<'_>>;
 
-    /// Fills `bytes` (whole pages) from `offset` of its data on. Never returns wrong bytes: what does not match its
-    /// checksum is an error.
+    /// Fills `bytes` (whole pages) from `offset` of its data on. Must never return wrong bytes: bytes that do not match
+    /// their checksum are an error.
     ///
     /// # Errors
-    /// Bytes that cannot be had.
+    /// The bytes cannot be read, or are damaged.
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()>;
 
-    /// Checks whole pages that somebody else has copied from `offset` on, one part after the other.
+    /// Checks whole pages that the caller has copied from `offset` on, one part after the other.
     ///
     /// # Errors
     /// They do not match their checksums.
@@ -53,7 +53,7 @@ pub trait Tier: Send + Sync + fmt::Debug {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TierRun {
     pub extent: Extent,
-    /// Of the first, bytes.
+    /// Offset of the first page in the tier's data, bytes.
     pub offset: u64,
 }
 
@@ -61,16 +61,16 @@ pub struct TierRun {
 #[derive(Clone, Copy, Debug)]
 pub struct Mappable<'a> {
     pub file: &'a File,
-    /// Where its data starts in the file, bytes.
+    /// Offset of its data in the file, bytes.
     pub base: u64,
-    /// What offset, address and length of a mapping are multiples of, bytes.
+    /// Offset, address and length of a mapping are multiples of this, bytes.
     pub align: u64,
-    /// Whether it can be mapped private, so that the kernel copies what is written. If not, it is mapped shared and
+    /// True if the file can be mapped private, so that the kernel copies written pages. If not, it is mapped shared and
     /// read-only.
     pub copy_on_write: bool,
-    /// Whether it is made of huge pages: one fault shows 2 MiB.
+    /// True if it is made of huge pages: one fault maps 2 MiB.
     pub huge: bool,
-    /// Whether read(2) works on it.
+    /// True if read(2) works on it.
     pub readable: bool,
 }
 

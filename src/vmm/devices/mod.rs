@@ -21,6 +21,7 @@ use crate::devices::Bus;
 use crate::devices::virtio::{MmioDevice, VirtioDevice};
 use crate::memory;
 use crate::sys::guest_memory::Memory;
+use crate::sys::worker::Worker;
 use crate::vmm::restore::StateError;
 
 pub use balloon::none as no_balloon;
@@ -29,12 +30,10 @@ pub use drives::{WritableDrive, root_args};
 pub use pmem::{images as pmem_images, pmem_root_args};
 pub use saved::SavedDevice;
 
-use thread::DeviceThread;
-
 /// The virtio devices of a machine. Dropped before VM and memory: its thread works on both.
 #[derive(Default)]
 pub struct VirtioDevices {
-    thread: Option<DeviceThread>,
+    thread: Option<Worker>,
     devices: Vec<Arc<MmioDevice>>,
     /// What the devices were made from, and what it was changed to since.
     configs: DeviceConfigs,
@@ -86,7 +85,7 @@ impl VirtioDevices {
     /// Starts the thread that works for the devices, if there are any. They stay quiet until [`go_on`](Self::go_on).
     pub fn start(&mut self) -> Result<(), Error> {
         if !self.devices.is_empty() && self.thread.is_none() {
-            self.thread = Some(DeviceThread::start(&self.devices)?);
+            self.thread = Some(thread::start(&self.devices)?);
         }
         Ok(())
     }

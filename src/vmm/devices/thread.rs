@@ -3,14 +3,13 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Instant;
+use std::thread::Builder;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::devices::virtio::{MmioDevice, Source};
-use crate::memory::fault_service::ended;
+use crate::sys::worker::Worker;
 use crate::vmm::error::Error;
 
 /// What an event's number means: this, a queue above `QUEUE`, or a source's token above `SOURCE`.
@@ -19,53 +18,27 @@ const QUEUE: u32 = 1;
 const SOURCE: u32 = 1 << 16;
 const STOP: u32 = u32::MAX;
 
-/// Stops when dropped.
-pub struct DeviceThread {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl DeviceThread {
-    pub fn start(devices: &[Arc<MmioDevice>]) -> Result<Self, Error> {
-        let stop = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?);
-        let stopped = Arc::new(AtomicBool::new(false));
-        let mut manager = EventManager::<Subscriber>::new().map_err(|error| failed(&error))?;
-        manager.add_subscriber(Subscriber::Stop { event: stop.clone(), stopped: stopped.clone() });
-        for device in devices {
-            let queues = device.queue_events().map_err(Error::os("copy an eventfd"))?;
-            let sources = device.sources();
-            manager.add_subscriber(Subscriber::Device { device: device.clone(), queues, sources });
-        }
-        let work = move || {
-            while !stopped.load(Ordering::Relaxed) {
-                if let Err(error) = manager.run() {
-                    tracing::error!(%error, "The thread of the devices cannot wait for events");
-                    return;
-                }
+/// Starts the thread of `devices`.
+pub fn start(devices: &[Arc<MmioDevice>]) -> Result<Worker, Error> {
+    let stop = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?);
+    let stopped = Arc::new(AtomicBool::new(false));
+    let mut manager = EventManager::<Subscriber>::new().map_err(|error| failed(&error))?;
+    manager.add_subscriber(Subscriber::Stop { event: stop.clone(), stopped: stopped.clone() });
+    for device in devices {
+        let queues = device.queue_events().map_err(Error::os("copy an eventfd"))?;
+        let sources = device.sources();
+        manager.add_subscriber(Subscriber::Device { device: device.clone(), queues, sources });
+    }
+    let work = move || {
+        while !stopped.load(Ordering::Relaxed) {
+            if let Err(error) = manager.run() {
+                tracing::error!(%error, "The thread of the devices cannot wait for events");
+                return;
             }
-        };
-        let thread = std::thread::Builder::new().name("devices".into()).spawn(work);
-        let thread = thread.map_err(Error::os("start the thread of the devices"))?;
-        Ok(DeviceThread { stop, thread: Some(thread) })
-    }
-}
-
-impl DeviceThread {
-    /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
-    pub fn finish(&self, deadline: Instant) -> bool {
-        let _ = self.stop.write(1);
-        ended(self.thread.as_ref(), deadline)
-    }
-}
-
-impl Drop for DeviceThread {
-    fn drop(&mut self) {
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
         }
-    }
+    };
+    let worker = Worker::start(Builder::new().name("devices".into()), move || drop(stop.write(1)), work);
+    worker.map_err(Error::os("start the thread of the devices"))
 }
 
 fn failed(error: &event_manager::Error) -> Error {

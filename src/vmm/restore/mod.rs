@@ -80,6 +80,18 @@ struct SavedState {
 }
 
 impl SavedState {
+    /// The shape of the machine, if it has the memory of the manifest's `layout`.
+    fn shape(&self, layout: &crate::snapshot::MemoryLayout, track_dirty_pages: bool) -> Result<Shape, Error> {
+        let MachineState { vcpu_count, mem_size_mib, .. } = self.machine;
+        let shape = Shape { vcpu_count, mem_size_mib, track_dirty_pages };
+        let is_possible = mem_size_mib <= config::MAX_MEM_SIZE_MIB;
+        if !is_possible || !shape.layout().is_ok_and(|own| own == *layout) {
+            let what = format!("{mem_size_mib} MiB of memory do not fit the manifest's layout");
+            return Err(StateError::Section { section: "Machine".into(), what }.into());
+        }
+        Ok(shape)
+    }
+
     /// Whether the guest has a virtio device of this type.
     fn has_device(&self, device_type: u32) -> bool {
         self.virtio.iter().any(|device| device.device_type == device_type)
@@ -150,17 +162,8 @@ impl Machine<Built> {
         let chain = spec.sources.chain.clone();
         let tip = chain.tip();
         let saved = SavedState::read(tip)?;
-        let shape = Shape {
-            vcpu_count: saved.machine.vcpu_count,
-            mem_size_mib: saved.machine.mem_size_mib,
-            track_dirty_pages: spec.track_dirty_pages,
-        };
         let layout = tip.layout();
-        let is_possible = shape.mem_size_mib <= config::MAX_MEM_SIZE_MIB;
-        if !is_possible || !shape.layout().is_ok_and(|own| own == *layout) {
-            let what = format!("{} MiB of memory do not fit the manifest's layout", shape.mem_size_mib);
-            return Err(StateError::Section { section: "Machine".into(), what }.into());
-        }
+        let shape = saved.shape(layout, spec.track_dirty_pages)?;
         let kvm = open_kvm()?;
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;

@@ -1,4 +1,4 @@
-//! What CPUID says about this machine.
+//! CPUID's facts about this machine.
 
 use super::trap::cpuid as subleaf;
 use core::arch::asm;
@@ -40,13 +40,13 @@ pub fn processors() -> u32 {
     (leaf(1).ebx >> 16 & 0xff).max(1)
 }
 
-/// Whether KVM offers kvmclock at the MSRs 0x4b564d00 and 0x4b564d01.
+/// True if KVM offers kvmclock at the MSRs 0x4b564d00 and 0x4b564d01.
 pub fn has_kvmclock() -> bool {
     if leaf(1).ecx & HYPERVISOR == 0 {
         return false;
     }
     let l = leaf(0x4000_0000);
-    // An old KVM says 0 here and means 0x40000001.
+    // An old KVM has 0 here and means 0x40000001.
     bytes([l.ebx, l.ecx, l.edx]) == KVM_SIGNATURE
         && (l.eax == 0 || l.eax > 0x4000_0000)
         && leaf(0x4000_0001).eax & KVM_FEATURE_CLOCKSOURCE2 != 0

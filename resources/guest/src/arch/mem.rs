@@ -67,11 +67,11 @@ pub unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
     unsafe { memcmp(a, b, n) }
 }
 
-/// The precompiled `core` refers to it; with panic=abort nobody calls it.
+/// The precompiled `core` refers to it; with panic=abort there are no calls.
 #[unsafe(no_mangle)]
 pub extern "C" fn rust_eh_personality() {}
 
-/// The precompiled `alloc` refers to it; with panic=abort nobody calls it.
+/// The precompiled `alloc` refers to it; with panic=abort there are no calls.
 #[cfg(feature = "functions")]
 #[unsafe(no_mangle)]
 pub extern "C" fn _Unwind_Resume() -> ! {

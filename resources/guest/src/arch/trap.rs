@@ -82,16 +82,16 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
     CpuidResult { eax, ebx, ecx, edx }
 }
 
-/// Stores at CPL0 to the two pages at `pages`: `which` says which ones (boot.s).
+/// Stores at CPL0 to the two pages at `pages`; `which` selects the stores (boot.s).
 ///
 /// # Safety
-/// Nobody else refers to the pages.
+/// Nothing else refers to the pages.
 pub unsafe fn kernel_stores(pages: u64, which: u32) {
     // SAFETY: by the caller.
     unsafe { trap(STORES, pages, which) };
 }
 
-/// Shuts the machine down the hard way.
+/// Shuts the machine down by a triple fault.
 pub fn triple_fault() -> ! {
     loop {
         // SAFETY: it does not come back.

@@ -193,8 +193,8 @@ impl Balloon {
     }
 }
 
-/// `balloon op=status|inflate|deflate|follow|report|hint|statistics [pages=N | filled=1]`: with `filled=1`, the host is told
-/// to take the filled pages, which the guest goes on using.
+/// `balloon op=status|inflate|deflate|follow|report|hint|statistics [pages=N | filled=1]`: with `filled=1`, the host is
+/// told to take the filled pages, which the guest goes on using.
 pub fn balloon(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let op = args.get("op").unwrap_or("");
     let filled = args.number_in("filled", 0..=1, 0)? == 1;

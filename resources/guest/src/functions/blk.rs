@@ -54,7 +54,7 @@ impl State {
     }
 }
 
-/// What is asked.
+/// The requested work.
 #[derive(Clone, Copy)]
 struct Job {
     sector: u64,
@@ -69,15 +69,15 @@ struct Job {
     irq: bool,
 }
 
-/// What came of it.
+/// The results.
 #[derive(Default)]
 struct Tally {
     requests: u64,
     failed: u64,
     unsupported: u64,
-    /// Sectors that are not what was written to them.
+    /// Sectors that differ from what was written to them.
     bad: u64,
-    /// Completions that nobody waited for, or of the wrong length.
+    /// Completions of no known request, or of the wrong length.
     strange: u64,
     interrupts: u64,
 }
@@ -90,7 +90,7 @@ struct Memory {
 }
 
 /// `blk op=info|id|read|write|check|stress|flush|discard|zero nth=0 …`: `read` and `check` read, `check` and `stress`
-/// compare with what `write` with the same seed has written. The digest of `read` is that of the bytes.
+/// compare with the data that `write` with the same seed has written. The digest of `read` is that of the bytes.
 pub fn blk(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let nth = args.number_in("nth", 0..=DISKS as u64 - 1, 0)? as usize;
     let mut job = Job {
@@ -134,8 +134,8 @@ pub fn blk(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
         other => Err(message!("no op '{}'", tvmm_guest::args::short(other))),
     };
     let keys = (disk.queue.kicks - kicks, disk.describe());
-    // SAFETY: nothing is in flight, so the device has given everything back, and nobody else knows the pages. After an
-    // error something may be, and the pages are lost.
+    // SAFETY: nothing is in flight, so the device has given everything back, and only this function knows the pages.
+    // After an error requests may be in flight, and the pages are lost.
     result.and_then(|()| unsafe { ctx.pages.free(run) }.map_err(|e| message!("{e}")))?;
     let Tally { requests, failed, unsupported, bad, strange, interrupts } = tally;
     let (kicks, info) = keys;
@@ -160,7 +160,7 @@ fn find(ctx: &mut Ctx, nth: usize) -> Result<(), Message> {
     Ok(())
 }
 
-/// Word `index` of `sector` as `write` writes it.
+/// Word `index` of `sector` in the pattern of `write`.
 fn pattern(seed: u64, sector: u64, index: u64) -> u64 {
     mix2(seed, sector * (SECTOR / 8) + index)
 }
@@ -169,7 +169,7 @@ struct Disk<'a> {
     device: &'a Device,
     queue: &'a mut Queue,
     memory: Memory,
-    /// Which slot's request a head belongs to.
+    /// The slot of the request of each head.
     slots: [u16; QUEUE_SIZE as usize],
 }
 
@@ -218,7 +218,7 @@ impl Disk<'_> {
         Ok(())
     }
 
-    /// Waits for a request; its slot and how many bytes the device says it wrote.
+    /// Waits for a request; returns its slot and the number of bytes that the device reports as written.
     fn wait(&mut self, irq: bool, tally: &mut Tally) -> Result<(u64, u32), Message> {
         let mut polls = 0u64;
         loop {
@@ -254,8 +254,8 @@ impl Disk<'_> {
         false
     }
 
-    /// Reads or writes all sectors of the job, with up to `depth` requests in flight; `done` gets each request's first
-    /// sector, bytes, and sectors, if it went well.
+    /// Reads or writes all sectors of the job, with up to `depth` requests in flight; calls `done` with each successful
+    /// request's first sector, bytes, and sectors.
     fn transfer(
         &mut self,
         job: Job,

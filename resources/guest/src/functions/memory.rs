@@ -139,9 +139,8 @@ pub fn touch(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
             let page = order.at(i);
             let hash = mix2(seed, page);
             let word = (filled.page(page) + (hash >> 32) % PAGE_WORDS * 8) as *mut u64;
-            // SAFETY: a filled page: RAM, mapped, and nobody holds a reference into it. Volatile,
-            // so that there is exactly this one access: a written page is never read first, a read
-            // page never written.
+            // SAFETY: a filled page: RAM, mapped, and without references into it. Volatile, so that there is exactly
+            // this one access: a written page is never read first, a read page never written.
             unsafe {
                 if hash % 100 < write {
                     word.write_volatile(hash | 1);
@@ -159,8 +158,8 @@ pub fn touch(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
 /// Words of a cache line.
 const LINE_WORDS: u64 = 8;
 
-/// `scan pages=N [lines=L] [passes=K] [line_ns=T]`: reads one word of each of L cache lines (a power of two) of the first N
-/// filled pages, K times over, and waits T ns after each line, as a load from farther memory would take longer.
+/// `scan pages=N [lines=L] [passes=K] [line_ns=T]`: reads one word of each of L cache lines (a power of two) of the
+/// first N filled pages, K times over, and waits T ns after each line, as a load from farther memory would take longer.
 pub fn scan(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let count = args.number_in("pages", 1..=ctx.filled.pages().max(1), 0)?;
     if ctx.filled.pages() == 0 {
@@ -180,7 +179,7 @@ pub fn scan(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
         rounds = rounds_of(line_ns, slot);
         for _ in 0..passes {
             for frame in filled.runs().iter().flat_map(|run| frames(*run)).take(count as usize) {
-                // SAFETY: a filled page: RAM, mapped, and nobody writes it meanwhile.
+                // SAFETY: a filled page: RAM, mapped, and not written meanwhile.
                 let page = unsafe { &*((frame * PAGE_SIZE) as *const Page) };
                 let mut sum = 0_u64;
                 for word in page.iter().step_by(step) {
@@ -195,7 +194,7 @@ pub fn scan(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     Ok(Reply::new(digest.finish(), format_args!("loads={loads} rounds={rounds}")))
 }
 
-/// Turns a loop that nothing can leave out.
+/// Turns a loop that no compiler or CPU can leave out.
 #[inline]
 fn wait(rounds: u64) {
     if rounds > 0 {
@@ -204,7 +203,7 @@ fn wait(rounds: u64) {
     }
 }
 
-/// How often [`wait`] turns in `ns`, measured now.
+/// The number of rounds of [`wait`] in `ns`, measured now.
 fn rounds_of(ns: u64, slot: usize) -> u64 {
     const MEASURED: u64 = 1 << 22;
     let start = clock::now_ns(slot);
@@ -220,7 +219,7 @@ pub fn check(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let mut digest = PageDigest::new();
     ctx.on_cpu(args, &mut |_| {
         for frame in filled.runs().iter().flat_map(|r| frames(*r)) {
-            // SAFETY: a filled page: RAM, mapped, and nobody writes it meanwhile.
+            // SAFETY: a filled page: RAM, mapped, and not written meanwhile.
             digest.page(unsafe { &*((frame * PAGE_SIZE) as *const Page) });
         }
     })?;

@@ -28,7 +28,7 @@ use tvmm_guest::digest::Digest;
 use tvmm_guest::frames;
 use tvmm_guest::text::Text;
 
-/// What a function returns.
+/// The result of a function.
 pub struct Reply {
     pub digest: u64,
     /// `key=value` pairs with a space between.
@@ -113,7 +113,7 @@ pub fn find(name: &str) -> Option<&'static Function> {
     FUNCTIONS.iter().chain(more).find(|f| f.name == name)
 }
 
-/// What functions share, and what stays between calls.
+/// Resources that functions share, and state that stays between calls.
 pub struct Ctx {
     pub pages: Pages,
     pub cpus: Cpus,
@@ -169,8 +169,8 @@ impl Ctx {
     #[cfg(feature = "functions")]
     fn init_heap(&mut self) -> Result<(), frames::Error> {
         let run = self.pages.alloc(self.pages.longest() / 8 * 7)?;
-        // SAFETY: once, on the boot CPU; the pages were just taken out of the books of all others. They are mapped: now, or
-        // when the page tables are complete, before anything is allocated.
+        // SAFETY: once, on the boot CPU; the pages were just taken out of the books of all others. They are mapped:
+        // now, or when the page tables are complete, before anything is allocated.
         unsafe { crate::heap::HEAP.init(run, self.config.init_on_free) }
     }
 

@@ -56,7 +56,7 @@ struct Card {
     /// The buffer of each descriptor.
     rx_at: [u64; SLOTS],
     tx_slot: [u8; SLOTS],
-    /// Transmit slots that nobody uses.
+    /// Free transmit slots.
     free: [u8; SLOTS],
     free_len: usize,
     tx_base: u64,
@@ -174,7 +174,7 @@ impl Card {
         self.free_len == SLOTS
     }
 
-    /// For loops that wait for the device: it may be broken.
+    /// Called in loops that wait for the device, which may be broken.
     fn poll(&self, polls: &mut u64) -> Result<(), Message> {
         *polls += 1;
         match polls.is_multiple_of(1 << 20) && self.device.is_broken() {
@@ -183,7 +183,7 @@ impl Card {
         }
     }
 
-    /// A transmit buffer that is free: its slot, and where the frame goes.
+    /// A free transmit buffer: its slot, and the address of the frame.
     fn take_slot(&mut self) -> Option<(u8, u64)> {
         self.take_back();
         self.free_len = self.free_len.checked_sub(1)?;
@@ -207,7 +207,7 @@ impl Card {
     }
 
     /// Waits for a frame until `deadline_ns`: its buffers and its length without the header. With `irq` the deadline is
-    /// looked at when there was an interrupt.
+    /// checked only after an interrupt.
     fn receive(&mut self, irq: bool, deadline_ns: u64) -> Option<Frame> {
         let mut polls = 0u32;
         loop {
@@ -252,14 +252,14 @@ impl Card {
 
 const PARTS: usize = 8;
 
-/// A frame in its buffers: where each is, and how many bytes are in it; the first begins with the header.
+/// A frame in its buffers: the address and bytes of each; the first begins with the header.
 struct Frame {
     parts: [(u64, u64); PARTS],
     count: usize,
 }
 
 impl Frame {
-    /// Where the frame begins, and how many bytes of it lie there.
+    /// Address of the frame, and the number of its bytes in the first buffer.
     fn head(&self) -> (u64, u64) {
         (self.parts[0].0 + HEADER, self.parts[0].1.saturating_sub(HEADER))
     }
@@ -273,7 +273,7 @@ impl Frame {
         (len >= SEQUENCE_END && half(at + 12) == EXPERIMENT).then(|| u64::from_le_bytes(bytes(at + ETHERNET)))
     }
 
-    /// Whether everything after the sequence number is the pattern.
+    /// True if everything after the sequence number is the pattern.
     fn is_intact(&self, seed: u64, sequence: u64) -> bool {
         let mut offset = 0;
         for (index, (at, len)) in self.parts[..self.count].iter().enumerate() {
@@ -320,7 +320,7 @@ fn hex(mac: [u8; 6]) -> Text<24> {
     Text::of(format_args!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"))
 }
 
-/// `net_info`: what the device says of itself now; announces this address if it asks for that.
+/// `net_info`: the device's present state; announces this address if the device asks for it.
 pub fn info(_: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let card = card(&mut ctx.net, &mut ctx.pages)?;
     let changes = card.device.acknowledge() >> 1;
@@ -335,7 +335,7 @@ pub fn info(_: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
 }
 
 /// `net_answer ip=0x0a000002 frames=N ms=10000 irq=0`: answers ARP and ICMP echo requests for `ip`, and sends UDP
-/// datagrams back to where they came from, until `frames` frames other than ARP were answered.
+/// datagrams back to their sender, until `frames` frames other than ARP were answered.
 pub fn answer(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let ip = args.number_in("ip", 0..=u64::from(u32::MAX), 0)? as u32;
     let frames = args.number_in("frames", 1..=u64::MAX, 1)?;
@@ -403,7 +403,7 @@ fn turn_round(card: &mut Card, frame: &Frame, ip: [u8; 4]) -> Option<usize> {
     Some(kind)
 }
 
-/// `net_send count=N size=1514 batch=16 seed=0`: frames to everybody. The digest is that of their numbers.
+/// `net_send count=N size=1514 batch=16 seed=0`: broadcast frames. The digest is that of their numbers.
 pub fn send(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let count = args.number_in("count", 1..=u64::MAX, 1)?;
     let size = args.number_in("size", 60..=SIZE_MAX, 1514)?;

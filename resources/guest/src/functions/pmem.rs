@@ -14,8 +14,8 @@ const UNANSWERED: u32 = u32::MAX;
 
 type Page = [u64; PAGE_WORDS as usize];
 
-/// `pmem nth=0 [first=0] [pages=all] [write=SEED]`: the digest is that of the pages; with `write=` they are written before,
-/// and flushed: `ret` is the host's answer.
+/// `pmem nth=0 [first=0] [pages=all] [write=SEED]`: the digest is that of the pages. With `write=` the pages are
+/// written and flushed first: `ret` is the host's answer.
 pub fn pmem(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let device = Device::find(PMEM, args.number_in("nth", 0..=18, 0)? as u32, 0)?;
     let field = |at| u64::from(device.config(at)) | u64::from(device.config(at + 4)) << 32;
@@ -29,7 +29,7 @@ pub fn pmem(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     if let Some(seed) = args.number("write")? {
         for index in 0..count {
             let key = page_key(seed, index);
-            // SAFETY: mapped just now, and nobody else's.
+            // SAFETY: mapped just now, without any other user.
             unsafe { page(index).write_volatile(core::array::from_fn(|word| pattern(key, word as u64))) };
         }
         answer = flush(device, ctx)?;
@@ -42,13 +42,13 @@ pub fn pmem(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     Ok(Reply::new(digest.finish(), format_args!("gpa={start:#x} size={size} pages={count} ret={answer}")))
 }
 
-/// Asks the host to make durable what was written; its answer.
+/// Asks the host to make the writes durable; returns its answer.
 fn flush(device: Device, ctx: &mut Ctx) -> Result<u32, Message> {
     let mut queue = device.queue(0, 8, &mut ctx.pages)?;
     device.start();
     let run = virtio::buffers(&mut ctx.pages, 1)?;
     let at = address(run);
-    // SAFETY: just allocated, nobody else's.
+    // SAFETY: just allocated, without any other user.
     unsafe {
         (at as *mut u32).write_volatile(FLUSH);
         ((at + 8) as *mut u32).write_volatile(UNANSWERED);

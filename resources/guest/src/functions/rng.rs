@@ -37,7 +37,7 @@ pub fn rng(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     if result.is_ok() {
         // SAFETY: `wanted` bytes of `run`, which is mapped; the device has given them back.
         digest.bytes(unsafe { core::slice::from_raw_parts(address(run) as *const u8, wanted as usize) });
-        // SAFETY: the device has given the buffer back, nobody else knows it.
+        // SAFETY: the device has given the buffer back, and only this function knows it.
         let _ = unsafe { ctx.pages.free(run) };
     }
     let kicks = result?;
@@ -57,7 +57,7 @@ fn fill(ctx: &mut Ctx, mut at: u64, mut left: u64, irq: bool) -> Result<u64, Mes
     Ok(queue.kicks - before)
 }
 
-/// `rng_break rounds=N`: resets the device and breaks it, again and again, as a driver may that wants to harm its host.
+/// `rng_break rounds=N`: resets the device and breaks it, again and again, as a hostile driver may.
 pub fn rng_break(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let rounds = args.number_in("rounds", 1..=u64::MAX, 1)?;
     ctx.rng.device = None;

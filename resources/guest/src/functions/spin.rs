@@ -20,7 +20,7 @@ const REGISTER_WORDS: usize = 8;
 
 type Registers = [[u64; REGISTER_WORDS]; REGISTERS];
 
-/// What one CPU's loop needs and finds; spin.s knows this layout.
+/// Inputs and results of one CPU's loop; spin.s knows this layout.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 struct Loop {
@@ -129,8 +129,8 @@ fn one_cpu(state: &mut Loop, slot: usize, seed: u64, ms: u64, timer_count: u32, 
         apic::start_timer(timer_count);
         trap::enable_interrupts();
     }
-    // SAFETY: `state` has the layout that spin.s knows and is this CPU's alone; `simd` says which
-    // registers exist. The functions keep to the System V ABI.
+    // SAFETY: `state` has the layout that spin.s knows and is this CPU's alone; `simd` selects registers that exist.
+    // The functions keep to the System V ABI.
     unsafe {
         match simd {
             Simd::Sse => spin_sse(state),

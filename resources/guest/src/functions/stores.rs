@@ -1,5 +1,5 @@
-//! `stores`: writes to filled pages by every kind of instruction, each kind to two pages of its own, and looks whether
-//! exactly the right bytes have changed. For monitors that find out from the instruction what the guest wrote.
+//! `stores`: writes to filled pages by every kind of instruction, each kind to two pages of its own, and checks that
+//! exactly the right bytes have changed. For monitors that decode the guest's write from its instruction.
 
 use super::{Ctx, Reply};
 use crate::alloc::address;
@@ -27,7 +27,7 @@ unsafe extern "C" {
 
 type Pair = [u8; PAIR];
 
-/// Two pages as they were, and two as they should be.
+/// Two pages as they are, and as they should be.
 pub struct State {
     expected: Pair,
     found: Pair,
@@ -39,7 +39,7 @@ impl State {
     }
 }
 
-/// One run of `stores`: pages that were not written yet, and what became of those that were.
+/// One run of `stores`: the pages not written yet, and the results of the others.
 struct Run<'a> {
     state: &'a mut State,
     next: u64,
@@ -52,8 +52,8 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Lets `store` write to fresh pages. `expect` makes of the old bytes what should be there then; what it cannot know
-    /// it takes from the bytes that are there.
+    /// Lets `store` write to fresh pages. `expect` turns the old bytes into the expected ones; bytes that it cannot
+    /// know it takes from the pages.
     fn kind(&mut self, name: &'static str, store: impl FnOnce(*mut u8), expect: impl FnOnce(&mut Pair, &Pair)) {
         if self.next + PAIR as u64 > self.end {
             (self.bad, self.first_bad) = (self.bad + 1, "pages");
@@ -63,7 +63,7 @@ impl Run<'_> {
         self.last = self.next as *mut u8;
         self.next += PAIR as u64;
         self.kinds += 1;
-        // SAFETY: two filled pages that nobody refers to.
+        // SAFETY: two filled pages without references into them.
         unsafe { core::ptr::copy_nonoverlapping(page, &mut self.state.expected, 1) };
         store(page.cast());
         // SAFETY: as above.
@@ -79,7 +79,7 @@ impl Run<'_> {
 }
 
 impl Run<'_> {
-    /// Zeroes what the last kind wrote that differs from run to run.
+    /// Zeroes bytes of the last kind that differ from run to run.
     fn forget(&mut self, at: usize, len: usize) {
         // SAFETY: inside the two pages of the last kind.
         unsafe { core::ptr::write_bytes(self.last.add(at), 0, len) };
@@ -114,7 +114,7 @@ macro_rules! one {
     };
 }
 
-/// As `one`; what is there afterwards is `$new` of what was there as a word at `$at`.
+/// As `one`; the expected value is `$new` of the old word at `$at`.
 macro_rules! modify {
     ($run:expr, $name:literal, $code:literal, $at:expr, $new:expr) => {
         $run.kind(
@@ -130,8 +130,8 @@ macro_rules! modify {
     };
 }
 
-/// With the stack pointer at 512 bytes into the second page; what is pushed is whatever it is, in the 64 bytes below, and
-/// not what was there.
+/// With the stack pointer at 512 bytes into the second page. The pushed value is not known; it lies in the 64 bytes
+/// below, and must differ from the old bytes.
 macro_rules! stack {
     ($run:expr, $name:literal, $($code:literal),+; $len:expr) => {
         $run.kind(
@@ -177,7 +177,7 @@ pub fn stores(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
             run.kinds = paging::unmark(start, filled.pages * PAGE_SIZE);
         }
         "rsp0" => {
-            // SAFETY: the top of a filled page, which nobody uses otherwise, becomes the stack for interrupts.
+            // SAFETY: the top of a filled page without any other use becomes the stack for interrupts.
             unsafe { TSS_RSP0.write_unaligned(end) };
         }
         "interrupts" => run.kinds = interrupts(),
@@ -241,7 +241,7 @@ fn stacks(run: &mut Run) {
     stack!(run, "enter", "push rbp", "enter 32, 0", "leave", "pop rbp"; 16);
     run.kind(
         "pop_memory",
-        // SAFETY: the stack pointer is put back; what is popped comes from the first page and goes into the second.
+        // SAFETY: the stack pointer is put back; the popped value comes from the first page and goes into the second.
         |p| unsafe {
             asm!("mov {s}, rsp", "lea rsp, [{p} + 64]", "pop qword ptr [rsp + 4096]", "mov rsp, {s}", p = in(reg) p,
                  s = out(reg) _)
@@ -314,7 +314,7 @@ fn state(run: &mut Run) {
         ($name:literal, $code:literal, $at:expr, $len:expr) => {
             run.kind(
                 $name,
-                // SAFETY: the area is inside the pages and aligned; what FNSAVE resets is loaded again.
+                // SAFETY: the area is inside the pages and aligned; the state that FNSAVE resets is loaded again.
                 |p| unsafe { asm!($code, p = in(reg) p, in("eax") 7, in("edx") 0, options(nostack)) },
                 |page, found| take(page, found, $at, $len),
             );
@@ -407,7 +407,7 @@ fn vectors(run: &mut Run) {
     );
 }
 
-/// By string input from a port, which every KVM emulates.
+/// String input from a port, which every KVM emulates.
 fn ports(run: &mut Run) {
     port::write(SCRATCH, 0x5a);
     run.kind(
@@ -450,7 +450,7 @@ fn kernel(run: &mut Run) {
     run.forget(PAGE, 16);
 }
 
-/// Takes timer interrupts at CPL3; how many.
+/// Takes timer interrupts at CPL3; returns their number.
 fn interrupts() -> u64 {
     // SAFETY: a counter that the interrupt stub counts up.
     let ticks = || unsafe { (&raw const irq_timer).read_volatile() };

@@ -20,8 +20,8 @@ pub fn clock(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {
     Ok(Reply::named("clock", keys))
 }
 
-/// `murmur times=N ms=T`: writes a byte to the serial port and computes for T ms, N times, then ends the line. It asks for no line status and
-/// nothing else that leaves the guest.
+/// `murmur times=N ms=T`: writes a byte to the serial port and computes for T ms, N times, then ends the line. It does
+/// not read the line status, nor do anything else that leaves the guest.
 pub fn murmur(args: &Args, _: &mut Ctx) -> Result<Reply, Message> {
     const TRANSMIT: u16 = 0x3f8;
     let times = args.number_in("times", 1..=1000, 1)?;
@@ -63,7 +63,7 @@ pub fn metadata(_: &Args, _: &mut Ctx) -> Result<Reply, Message> {
     Ok(Reply::new(digest.finish(), format_args!("json={}", core::str::from_utf8(&text[..len]).unwrap_or("?"))))
 }
 
-/// What this kernel is and found.
+/// Facts about this kernel and its machine.
 pub fn info(_: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let vendor = cpuid::vendor();
     let vendor = Text::<64>::of(format_args!("{}", vendor.trim_ascii().escape_ascii()));

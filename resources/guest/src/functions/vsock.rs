@@ -43,9 +43,9 @@ struct Connection {
     open: bool,
     host: u32,
     guest: u32,
-    /// Where received bytes stay until they were sent back.
+    /// Keeps received bytes until they were sent back.
     ring: Run,
-    /// Bytes received, and bytes of them that were dealt with.
+    /// Bytes received, and bytes of them that were handled.
     received: u64,
     done: u64,
     told: u64,
@@ -54,7 +54,7 @@ struct Connection {
     peer_done: u32,
     /// The host sends no more.
     ended: bool,
-    /// It was said that this end sends no more.
+    /// The host was told that this end sends no more.
     shut: bool,
 }
 
@@ -110,7 +110,7 @@ impl Connection {
         }
     }
 
-    /// Sends back what was received.
+    /// Sends received bytes back.
     fn echo(&mut self, driver: &mut Vsock) -> Result<(), Message> {
         while self.done < self.received {
             let offset = self.done % self.window();
@@ -150,7 +150,7 @@ impl Connection {
     }
 }
 
-/// A digest that does not depend on how the bytes were cut.
+/// A digest that does not depend on the sizes of the packets.
 struct Stream {
     digest: Digest,
     word: u64,
@@ -224,7 +224,7 @@ pub fn connect(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     result
 }
 
-/// Sends and receives; the digests of both.
+/// Sends and receives; returns the digests of both.
 fn exchange(
     driver: &mut Vsock,
     connection: &mut Connection,
@@ -281,7 +281,7 @@ fn exchange(
                 connection.send(driver, SHUTDOWN, SHUT_SEND)?;
             }
             if connection.ended {
-                // Answered by a reset, which nobody waits for.
+                // The host answers with a reset, which is not waited for.
                 connection.send(driver, SHUTDOWN, SHUT_BOTH)?;
                 return Ok((out.finish(), back.finish()));
             }
@@ -292,7 +292,7 @@ fn exchange(
     }
 }
 
-/// What a server does for its connections.
+/// The service of a server to its connections.
 struct Server {
     port: u32,
     window: u64,
@@ -303,8 +303,8 @@ struct Server {
     bytes: u64,
 }
 
-/// `vsock_serve port=P`: sends back what connections send, or (`lines=1`) answers their requests one at a time, until
-/// `closed` of them are over (0: for ever).
+/// `vsock_serve port=P`: sends the bytes of connections back, or (`lines=1`) answers their requests one at a time,
+/// until `closed` of them are over (0: for ever).
 pub fn serve(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     let port = args.number_in("port", 0..=u64::from(u32::MAX), 0)? as u32;
     let window = args.number_in("window", 4..=1024, 64)? * KIB;

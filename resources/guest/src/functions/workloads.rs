@@ -1,4 +1,4 @@
-//! The twelve functions of docs/functions.md as the protocol has them: `prepare` before the snapshot, then each by its name.
+//! The twelve functions of docs/functions.md in the protocol: `prepare` before the snapshot, then each by its name.
 
 use super::{Ctx, Function, Reply, function};
 use crate::heap::HEAP;
@@ -65,7 +65,7 @@ fn invoke<const INDEX: usize>(args: &Args, ctx: &mut Ctx) -> Result<Reply, Messa
     Ok(Reply::new(outcome.digest, keys))
 }
 
-/// Refuses what the heap has no room for: running out of it in the middle is the end of the guest.
+/// Refuses a request that the heap has no room for: running out of it in the middle ends the guest.
 fn check_memory(bytes: u64) -> Result<(), Message> {
     let free = HEAP.longest_free();
     if bytes > free {

@@ -1,5 +1,5 @@
-//! `pyaes`: AES-128-CTR, encryption and decryption, in an interpreter, as FunctionBench's `pyaes` (Python without a native
-//! cipher). The cipher is the program `aes.txt`.
+//! `pyaes`: AES-128-CTR, encryption and decryption, in an interpreter, as FunctionBench's `pyaes` (Python without a
+//! native cipher). The cipher is the program `aes.txt`.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -49,7 +49,7 @@ fn ctr(
     Ok(out)
 }
 
-/// Encrypts and decrypts `len` bytes of text; the digest of the encrypted bytes.
+/// Encrypts and decrypts `len` bytes of text; returns the digest of the encrypted bytes.
 pub fn run(len: u64, seed: u64, pace: &mut Pace) -> Result<u64, Message> {
     let mut random = Random::new(seed);
     let mut block = || random.word().to_le_bytes().repeat(2);

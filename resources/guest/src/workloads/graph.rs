@@ -73,7 +73,7 @@ impl Graph {
 
     /// The ranks; their sum is 1. Every node must have a neighbour.
     pub fn pagerank(&self, pace: &mut Pace) -> Vec<f64> {
-        // How often it comes round with damping 0.85, for the progress alone.
+        // The expected number of rounds with damping 0.85, only for the progress.
         const EXPECTED: u64 = 24;
         let nodes = self.nodes();
         let mut ranks = vec![1.0 / nodes as f64; nodes];
@@ -99,7 +99,7 @@ impl Graph {
     }
 }
 
-/// Makes the graph, ranks it; the digest of the ranks.
+/// Makes the graph and ranks it; returns the digest of the ranks.
 pub fn run(nodes: u64, seed: u64, pace: &mut Pace) -> u64 {
     let graph = Graph::barabasi_albert(nodes, seed);
     let mut digest = Digest::new();

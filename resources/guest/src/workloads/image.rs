@@ -15,7 +15,7 @@ use crate::args::Message;
 use crate::digest::Digest;
 use crate::message;
 
-/// Quality of what is encoded: Pillow's default.
+/// Quality of the encoded pictures: Pillow's default.
 const QUALITY: u8 = 75;
 
 /// An input: its size in pixels and about how many bytes its JPEG has.
@@ -73,7 +73,7 @@ impl Picture {
         &self.bytes[at..at + 3]
     }
 
-    /// Turned clockwise by so many quarters.
+    /// Turned clockwise by this many quarters.
     pub fn rotated(&self, quarters: u32) -> Self {
         let (w, h) = (usize::from(self.width), usize::from(self.height));
         let (width, height) = if quarters % 2 == 1 { (self.height, self.width) } else { (self.width, self.height) };
@@ -100,7 +100,7 @@ impl Picture {
         Self { bytes, ..*self }
     }
 
-    /// As a baseline JPEG with 4:2:0 chroma; `kind` says what the bytes are.
+    /// As a baseline JPEG with 4:2:0 chroma; `kind` is the format of the bytes.
     pub fn encode(&self, kind: ColorType, quality: u8) -> Result<Vec<u8>, Message> {
         let mut out = Vec::new();
         let mut encoder = Encoder::new(&mut out, quality);
@@ -138,13 +138,13 @@ impl Picture {
     }
 }
 
-/// The JPEG that an input is.
+/// The JPEG of an input.
 pub fn prepare(shape: Shape, seed: u64) -> Result<Vec<u8>, Message> {
     let picture = Picture::synthetic(shape.width, shape.height, 24, seed);
     Ok(picture.encode_within(ColorType::Rgb, shape.bytes)?.0)
 }
 
-/// Decodes, rotates and encodes; the digest of the three files, and the bytes they have.
+/// Decodes, rotates and encodes; returns the digest of the three files, and the number of their bytes.
 pub fn run(jpeg: &[u8], pace: &mut Pace) -> Result<(u64, u64), Message> {
     let picture = Picture::decode(jpeg, ColorSpace::RGB)?;
     pace.at(1, 7);

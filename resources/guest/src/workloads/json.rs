@@ -105,7 +105,7 @@ fn print(value: &Value, depth: usize, out: &mut String) {
             new_line(false, depth - 1, out);
             out.push('}');
         }
-        // Numbers, strings with their escapes, and what is empty.
+        // Numbers, strings with their escapes, and empty lists and objects.
         other => out.push_str(&other.to_string()),
     }
 }

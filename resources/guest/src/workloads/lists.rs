@@ -37,7 +37,7 @@ pub fn store(mib: u64, seed: u64, pace: &mut Pace) -> u64 {
     for (done, part) in pages.chunks_mut(step).enumerate() {
         for (page, byte) in part.iter_mut().step_by(4096).enumerate() {
             let byte = byte.write(mix2(seed, (done * step + page * 4096) as u64) as u8);
-            // Else the memory that nobody reads would not be written either.
+            // Otherwise the memory, which is never read, would not be written either.
             digest.word(u64::from(*black_box(byte)));
         }
         pace.at(done as u64 + 1, STEPS as u64);

@@ -1,5 +1,5 @@
-//! Dense matrix product in blocks that fit the caches (Goto and van de Geijn 2008), for `matmul` (f64) and the convolutions
-//! of `recognition` (f32). No fused multiply-add and a fixed order of sums: the same bits on every CPU.
+//! Dense matrix product in blocks that fit the caches (Goto and van de Geijn 2008), for `matmul` (f64) and the
+//! convolutions of `recognition` (f32). No fused multiply-add and a fixed order of sums: the same bits on every CPU.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -19,7 +19,7 @@ const NC: usize = 512;
 pub const NR_F64: usize = 4;
 pub const NR_F32: usize = 8;
 
-/// What matrices are made of.
+/// The elements of a matrix.
 pub trait Real: Copy + Default + Add<Output = Self> + Mul<Output = Self> {}
 impl Real for f64 {}
 impl Real for f32 {}
@@ -32,7 +32,8 @@ pub struct Shape {
     pub n: usize,
 }
 
-/// `c += a · b`, all in rows one after the other. `step` is told after each block how many of how many are done.
+/// `c += a · b`, all in rows one after the other. Calls `step` after each block with the number of blocks done and to
+/// do.
 pub fn multiply_add<T: Real, const NR: usize>(
     a: &[T],
     b: &[T],
@@ -105,7 +106,7 @@ fn kernel<T: Real, const NR: usize>(a: &[T], b: &[T]) -> [[T; NR]; MR] {
     sums
 }
 
-/// `matmul`: two matrices of n × n random numbers in 0..1, multiplied; the digest of the product.
+/// `matmul`: multiplies two matrices of n × n random numbers in 0..1; returns the digest of the product.
 pub fn matmul(n: u64, seed: u64, pace: &mut Pace) -> u64 {
     let n = n as usize;
     let mut random = Random::new(seed);

@@ -1,9 +1,9 @@
-//! The twelve functions that serverless research measures restores with (FaaSnap's set: FunctionBench and two that only touch
-//! memory), written anew: what is computed is real, what goes in is made here. docs/functions.md has all parameters and their
-//! sources.
+//! The twelve functions with which serverless research measures restores (FaaSnap's set: FunctionBench and two that
+//! only touch memory), written anew: the computation is real, the inputs are made here. docs/functions.md has all
+//! parameters and their sources.
 //!
-//! What a real function has before its snapshot (a runtime, inputs, weights) is made by [`State::prepare`] and stays; what
-//! an invocation makes ([`State::invoke`]) is given back.
+//! [`State::prepare`] makes the memory that a real function has before its snapshot (a runtime, inputs, weights), which
+//! stays. The memory of an invocation ([`State::invoke`]) is given back.
 
 mod aes;
 mod graph;
@@ -31,14 +31,14 @@ pub use runtime::DEFAULT_MIB as RUNTIME_MIB;
 
 const MIB: u64 = 1 << 20;
 
-/// Which input a function gets.
+/// The input of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
-    /// The smaller one of the two that everybody uses.
+    /// The smaller of the two usual inputs.
     A,
     /// The larger one.
     B,
-    /// One of another size, in the function's unit.
+    /// An input of another size, in the function's unit.
     Size(u64),
 }
 
@@ -52,7 +52,7 @@ impl Input {
         }
     }
 
-    /// Its size, where A and B have these.
+    /// The input's size, if A and B have these sizes.
     fn size(self, a: u64, b: u64) -> u64 {
         match self {
             Self::A => a,
@@ -79,14 +79,14 @@ enum Kind {
     PageRank,
 }
 
-/// What there is to know about a function before it runs.
+/// The facts known of a function before it runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Workload {
     pub name: &'static str,
     kind: Kind,
-    /// What it does to the runtime image.
+    /// Its touches of the runtime image.
     touches: Touches,
-    /// Least and largest `size`; none if it has no other sizes.
+    /// Least and largest `size`; `None` if it has no other sizes.
     sizes: Option<(u64, u64)>,
 }
 
@@ -133,17 +133,17 @@ pub fn find(name: &str) -> Option<&'static Workload> {
     WORKLOADS.iter().find(|workload| workload.name == name)
 }
 
-/// What an invocation came to.
+/// The result of an invocation.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
     pub digest: u64,
-    /// What it made or saw, in a unit of its own: bytes, elements, nodes, a class.
+    /// Amount of output or of input, in a unit of the function's: bytes, elements, nodes, a class.
     pub result: u64,
     /// Pages of the runtime image that were read and written.
     pub runtime: (u64, u64),
 }
 
-/// What was made before the snapshot.
+/// The memory made before the snapshot.
 pub struct State {
     runtime: Option<(u64, Runtime)>,
     inputs: Vec<(Kind, Input, Vec<u8>)>,
@@ -156,7 +156,7 @@ impl State {
         Self { runtime: None, inputs: Vec::new(), list: None, weights: None }
     }
 
-    /// Bytes that `prepare` with the same arguments needs at most, those included that it gives back.
+    /// Upper bound of the bytes that `prepare` with the same arguments needs, including those that it gives back.
     pub fn prepare_needs(&self, workload: &Workload, runtime_mib: Option<u64>, size: Option<u64>) -> u64 {
         let runtime = if self.runtime.is_some() { 0 } else { runtime_mib.unwrap_or(RUNTIME_MIB) * MIB };
         let own = match workload.kind {
@@ -170,8 +170,8 @@ impl State {
         runtime + own + MIB
     }
 
-    /// Makes the runtime image (of `runtime_mib` MiB, 0 for none) and what `workload` needs: its inputs A and B, and the
-    /// one of `size`. What is there already stays.
+    /// Makes the runtime image (of `runtime_mib` MiB, 0 for none) and the inputs of `workload`: A and B, and the one of
+    /// `size`. Keeps those that exist already.
     pub fn prepare(&mut self, workload: &Workload, runtime_mib: Option<u64>, size: Option<u64>) -> Result<(), Message> {
         workload.check_size(size)?;
         match (&self.runtime, runtime_mib) {
@@ -212,7 +212,7 @@ impl State {
         }
     }
 
-    /// Bytes that were made by `prepare`.
+    /// Bytes made by `prepare`.
     pub fn bytes(&self) -> u64 {
         let runtime = self.runtime.as_ref().map_or(0, |(_, runtime)| runtime.pages() * crate::PAGE_SIZE);
         let inputs: usize = self.inputs.iter().map(|(_, _, bytes)| bytes.len()).sum();
@@ -225,7 +225,7 @@ impl State {
         found.map(|(_, _, bytes)| &bytes[..])
     }
 
-    /// Bytes that `invoke` with the same arguments needs at most.
+    /// Upper bound of the bytes that `invoke` with the same arguments needs.
     pub fn invoke_needs(&self, workload: &Workload, input: Input) -> u64 {
         let size = |a, b| input.size(a, b);
         MIB + match workload.kind {
@@ -259,7 +259,7 @@ impl State {
         name.bytes(workload.name.as_bytes());
         let runtime = runtime.as_mut().map(|(_, runtime)| runtime);
         let mut pace = Pace::begin(runtime, workload.touches, name.finish(), input.key());
-        // As a request's body is: a copy in memory of its own.
+        // As a request's body arrives: a copy in memory of its own.
         let received = || {
             let kind = input_of(workload.kind);
             let found = inputs.iter().find(|(of, which, _)| (*of, *which) == (kind, input));
@@ -325,7 +325,7 @@ fn table_shape(input: Input) -> table::Shape {
     }
 }
 
-/// A picture of `bytes` bytes of JPEG and two more of the same size, and what is encoded.
+/// The bytes of a picture of `bytes` bytes of JPEG, of two more of the same size, and of the encoded files.
 fn image_needs(bytes: u64) -> u64 {
     60 * bytes + 8 * MIB
 }
@@ -348,7 +348,7 @@ fn read_list(
     Ok((lists::read(list, first, pace), mib * MIB / crate::PAGE_SIZE))
 }
 
-/// `compression` works on what `json` does, `recognition` on what `image` does.
+/// `compression` takes the inputs of `json`, `recognition` those of `image`.
 fn input_of(kind: Kind) -> Kind {
     match kind {
         Kind::Compression => Kind::Json,
@@ -357,7 +357,7 @@ fn input_of(kind: Kind) -> Kind {
     }
 }
 
-/// The bytes of an input; none if the function makes its input itself.
+/// The bytes of an input; `None` if the function makes its input itself.
 fn make_input(kind: Kind, input: Input) -> Result<Option<Vec<u8>>, Message> {
     let seed = input.key();
     Ok(match kind {
@@ -397,7 +397,7 @@ fn of_bytes(bytes: &[u8]) -> (u64, u64) {
 mod tests {
     use super::*;
 
-    /// Sizes that run in a blink also without optimisation.
+    /// Sizes that run quickly even without optimisation.
     const SMALL: [(&str, u64); 10] = [
         ("readlist", 1),
         ("mmap", 1),
@@ -412,7 +412,7 @@ mod tests {
     ];
 
     #[test]
-    fn digest_is_that_of_the_input_and_not_of_what_ran_before() {
+    fn digest_depends_on_the_input_and_not_on_earlier_runs() {
         let mut state = State::new();
         for (name, size) in SMALL {
             state.prepare(find(name).unwrap(), Some(4), Some(size)).unwrap();
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_out_of_range_is_said() {
+    fn missing_and_out_of_range_inputs_are_errors() {
         let mut state = State::new();
         let error = |result: Result<Outcome, Message>| result.unwrap_err().as_str().to_string();
         for name in ["readlist", "image", "json", "ffmpeg", "compression", "recognition"] {
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn preparing_twice_keeps_what_is_there() {
+    fn preparing_twice_keeps_the_first_result() {
         let mut state = State::new();
         let json = find("json").unwrap();
         state.prepare(json, Some(1), Some(5000)).unwrap();

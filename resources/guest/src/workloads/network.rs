@@ -1,7 +1,7 @@
-//! `recognition`: one picture through a network of the shape of ResNet-50 (He, Zhang, Ren, Sun 2016, table 1; stride in the
-//! 3×3 convolutions, as today's frameworks have it). 25.5 million weights, 102 MB; they are random, so what it sees
-//! means nothing, but what it computes and which memory it touches is that of the real network. Batch normalisation is folded
-//! into the weights, as for inference.
+//! `recognition`: one picture through a network of the shape of ResNet-50 (He, Zhang, Ren, Sun 2016, table 1; stride in
+//! the 3×3 convolutions, as in today's frameworks). 25.5 million weights, 102 MB. The weights are random, so the
+//! recognised class means nothing, but the computation and the memory it touches are those of the real network. Batch
+//! normalisation is folded into the weights, as for inference.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -97,8 +97,8 @@ const DEVIATIONS: [f32; 3] = [0.229, 0.224, 0.225];
 const RESIZED: f32 = 256.0;
 
 impl Planes {
-    /// The middle of a picture (RGB), as a square of `side` pixels, after its shorter side was made 8/7 of that (256 for
-    /// 224), with channels in units of their deviation. In between, by the four nearest pixels.
+    /// The middle of a picture (RGB), as a square of `side` pixels, after its shorter side was made 8/7 of that (256
+    /// for 224), with channels in units of their deviation. In between, by the four nearest pixels.
     pub fn of(picture: &Picture, side: usize) -> Self {
         let (width, height) = (usize::from(picture.width), usize::from(picture.height));
         let step = width.min(height) as f32 / (RESIZED * side as f32 / SIDE as f32);
@@ -156,7 +156,7 @@ impl Weights {
         Self(values)
     }
 
-    /// How many there are.
+    /// The number of weights.
     pub fn count() -> usize {
         let convs = blocks().flat_map(|(from, inner, stride)| {
             let (main, short) = block(from, inner, stride);
@@ -171,7 +171,7 @@ impl Weights {
     }
 }
 
-/// How a convolution is computed: of planes by weights and biases.
+/// A convolution: of planes by weights and biases.
 type Compute = fn(Conv, &Planes, &[f32], &[f32]) -> Planes;
 
 /// A run through the network.
@@ -285,7 +285,7 @@ fn windows(conv: Conv, input: &Planes, side: usize) -> Vec<f32> {
     columns
 }
 
-/// Looks at a JPEG; the digest of the values of all classes, and the class that has the largest.
+/// Classifies a JPEG; returns the digest of the values of all classes, and the class with the largest.
 pub fn run(weights: &Weights, jpeg: &[u8], pace: &mut Pace) -> Result<(u64, u64), Message> {
     let picture = Planes::of(&Picture::decode(jpeg, ColorSpace::RGB)?, SIDE);
     let mut run = Run { weights: &weights.0, compute: convolve, done: 0, pace };
@@ -359,7 +359,8 @@ mod tests {
 
     #[test]
     fn network_has_the_published_number_of_weights() {
-        // 25,557,032 with two numbers of each of 26,560 batch normalisations, of which one is left when they are folded.
+        // 25,557,032 with two numbers of each of 26,560 batch normalisations, of which one is left when they are
+        // folded.
         assert_eq!(Weights::count(), 25_557_032 - 26_560);
         assert_eq!(blocks().count(), 16);
     }

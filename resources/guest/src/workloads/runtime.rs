@@ -1,4 +1,4 @@
-//! The runtime image: what an interpreter and its libraries are to a real function. A tiny kernel has no such pages, and
+//! The runtime image stands for a real function's interpreter and libraries. A tiny kernel has no such pages, and
 //! without them the share of pages that functions only read would be far too small.
 //!
 //! Pages are touched as REAP measured it (Ustiugov et al., ASPLOS 2021): in runs of 2 to 5 consecutive
@@ -15,7 +15,7 @@ use crate::permute::Shuffle;
 pub const DEFAULT_MIB: u64 = 96;
 /// Pages of the image that every function touches: the interpreter itself.
 pub const CORE_PAGES: u64 = 2048;
-/// Each run has a slot of so many pages for itself, so that runs never touch.
+/// Each run has a slot of this many pages for itself, so that runs never touch each other.
 const SLOT: u64 = 8;
 const RUN_MIN: u64 = 2;
 const RUN_MAX: u64 = 5;
@@ -27,10 +27,10 @@ const KINDS: u64 = 192;
 
 type Page = [u64; PAGE_WORDS as usize];
 
-/// What one function does to an image of [`DEFAULT_MIB`].
+/// A function's touches of an image of [`DEFAULT_MIB`].
 #[derive(Clone, Copy, Debug)]
 pub struct Touches {
-    /// Pages it touches, [`CORE_PAGES`] at least.
+    /// Pages touched, [`CORE_PAGES`] at least.
     pub pages: u64,
     /// Runs in 100 that are written, not read.
     pub written_percent: u64,
@@ -42,8 +42,8 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// An image of `mib` MiB. No page is zero; deflate makes it half as large, roughly what it does to the text and data of
-    /// a real runtime: lines of 64 bytes, half of which are of 192 kinds.
+    /// An image of `mib` MiB. No page is zero. Deflate halves it, roughly as it does the text and data of a real
+    /// runtime: lines of 64 bytes, half of which are of 192 kinds.
     pub fn new(mib: u64) -> Self {
         let mut random = Random::new(mix2(CORE_SEED, mib));
         let lines: Vec<[u64; 8]> = (0..KINDS).map(|_| core::array::from_fn(|_| symbols(&mut random))).collect();
@@ -70,8 +70,8 @@ impl Runtime {
         self.pages() / SLOT
     }
 
-    /// Touches one run. Reads see the first half of a page and writes change the second, so that what is read never
-    /// depends on who wrote before.
+    /// Touches one run. Reads see the first half of a page and writes change the second, so that the bytes read never
+    /// depend on earlier writes.
     fn touch(&mut self, run: Run, tally: &mut Tally) {
         let pages = &mut self.pages[run.first as usize..(run.first + run.pages) as usize];
         for page in pages {
@@ -100,7 +100,7 @@ struct Run {
     key: u64,
 }
 
-/// What was touched so far.
+/// The touches so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     pub digest: Digest,
@@ -108,8 +108,8 @@ pub struct Tally {
     pub written: u64,
 }
 
-/// Which runs one invocation touches, in order. The core first, as an interpreter that takes a request up, the rest
-/// while the function makes progress.
+/// The runs that one invocation touches, in order. The core first, as in an interpreter that receives a request, the
+/// rest while the function makes progress.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     slots: u64,
@@ -179,7 +179,7 @@ impl<'a> Pace<'a> {
         self.advance(until);
     }
 
-    /// Ends the invocation: touches what is left.
+    /// Ends the invocation: touches the remaining runs.
     pub fn end(mut self) -> Tally {
         self.at(1, 1);
         self.tally

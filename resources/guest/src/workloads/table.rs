@@ -48,7 +48,7 @@ enum Value {
     List(Rc<Vec<Value>>),
 }
 
-/// The nodes up to `{end}` or the end of `source`, and what is left after it.
+/// The nodes up to `{end}` or the end of `source`, and the rest of `source` after it.
 fn parse(mut source: &str, inner: bool) -> Result<(Vec<Node>, &str), Message> {
     let mut nodes = Vec::new();
     loop {
@@ -148,7 +148,7 @@ mod tests {
     use crate::workloads::runtime::Touches;
 
     #[test]
-    fn table_is_what_nested_loops_write() {
+    fn table_equals_the_output_of_nested_loops() {
         let shape = Shape { rows: 3, columns: 4 };
         let mut pace = Pace::begin(None, Touches { pages: 0, written_percent: 0 }, 0, 0);
         let mut expected = String::from("<table xmlns=\"http://www.w3.org/1999/xhtml\">\n");

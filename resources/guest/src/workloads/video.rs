@@ -1,5 +1,5 @@
-//! `ffmpeg`: decode a film, exchange left and right, encode it again, as FaaSnap's `ffmpeg` (`hflip`). The codec is Motion
-//! JPEG with 4:2:0 chroma: every frame by itself.
+//! `ffmpeg`: decode a film, exchange left and right, encode it again, as FaaSnap's `ffmpeg` (`hflip`). The codec is
+//! Motion JPEG with 4:2:0 chroma: every frame by itself.
 
 use alloc::vec::Vec;
 
@@ -15,7 +15,8 @@ use crate::message;
 pub const WIDTH: u16 = 1080;
 pub const HEIGHT: u16 = 460;
 pub const FRAMES: u64 = 48;
-/// Bytes of FaaSnap's inputs, which code the differences between frames. Without that the same film takes [`TIMES`] as many.
+/// Bytes of FaaSnap's inputs, which code the differences between frames. Without that the same film takes [`TIMES`] as
+/// many.
 pub const BYTES_A: u64 = 345_454;
 pub const BYTES_B: u64 = 389_930;
 pub const TIMES: u64 = 3;
@@ -25,7 +26,8 @@ pub fn frames_of(bytes: u64) -> u64 {
     (bytes * FRAMES / BYTES_A).max(1)
 }
 
-/// A film of `frames` frames in about `bytes` bytes: its quality, then each frame's length and JPEG. The picture moves sideways.
+/// A film of `frames` frames in about `bytes` bytes: its quality, then each frame's length and JPEG. The picture moves
+/// sideways.
 pub fn prepare(frames: u64, bytes: u64, seed: u64) -> Result<Vec<u8>, Message> {
     let scene = Picture::synthetic(WIDTH, HEIGHT, 6, seed);
     let (_, quality) = scene.encode_within(ColorType::Ycbcr, bytes / frames)?;
@@ -37,7 +39,7 @@ pub fn prepare(frames: u64, bytes: u64, seed: u64) -> Result<Vec<u8>, Message> {
 }
 
 impl Picture {
-    /// The picture moved left by `pixels`, what goes out comes in on the right; with a block of another brightness.
+    /// The picture moved left by `pixels`, its left edge comes in on the right; with a block of another brightness.
     fn shifted(&self, pixels: u64, spot: u64) -> Self {
         let row_len = usize::from(self.width) * 3;
         let shift = (pixels as usize * 3) % row_len;

@@ -3,7 +3,7 @@
 
 use alloc::vec::Vec;
 
-/// What Python's zlib takes for "default".
+/// The level that Python's zlib takes for "default".
 const LEVEL: u8 = 6;
 const DEFLATED: u16 = 8;
 const VERSION: u16 = 20;
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn archive_inflates_to_what_went_in() {
+    fn archive_inflates_to_its_input() {
         let data = document(50_000, 1);
         let zip = archive("json", &data);
         assert!(zip.len() * 3 < data.len(), "{}", zip.len());

@@ -1,14 +1,14 @@
-//! The memory balloon (VIRTIO 1.2, 5.5): pages that the guest gives back to the host, and takes again.
+//! The memory balloon (VIRTIO 1.2, 5.5): the guest gives pages back to the host, and takes them again.
 //!
 //! ```text
 //!  inflate ─► page numbers ─► runs ─┐
 //!  hint, report ─► ranges ──────────┴─► ReleasePages ─► they leave the host's memory, and the snapshot
 //!  deflate ─► nothing to do: the next touch of a page brings a zero page
-//!  statistics ─► the driver's buffer is kept, and given back when the timer says that new ones are wanted
+//!  statistics ─► the driver's buffer is kept, and given back when the timer expires
 //! ```
 //!
-//! Optional queues follow each other without gaps in the order statistics, hints, reports, as Linux numbers them: by the
-//! features that the driver accepted.
+//! Optional queues follow each other without gaps in the order statistics, hints, reports, as Linux numbers them: by
+//! the features that the driver accepted.
 
 mod hinting;
 mod statistics;
@@ -41,7 +41,7 @@ const VIRTIO_BALLOON_F_REPORTING: u32 = 5;
 const PAGES_PER_MIB: u32 = 256;
 /// Page numbers in one request. Linux sends 256.
 const NUMBERS_MAX: usize = 4096;
-/// Runs of pages that are as much work as a chain is expected to be.
+/// Runs of pages that cost as much work as an ordinary chain.
 const RUNS_PER_CHAIN: u32 = 16;
 
 /// Configuration space (VIRTIO 1.2, 5.5.4): `num_pages`, `actual`, `free_page_hint_cmd_id`, `poison_val`.
@@ -50,10 +50,10 @@ const CONFIG_ACTUAL: u64 = 4;
 
 const TOKEN_TIMER: u32 = 0;
 
-/// What a balloon is made from.
+/// The parameters of a balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonParams {
-    /// What the guest is asked to give up, MiB.
+    /// Memory that the guest is asked to give up, MiB.
     pub amount_mib: u32,
     pub deflate_on_oom: bool,
     /// 0: no statistics.
@@ -83,7 +83,7 @@ struct Counters {
     refused: u64,
 }
 
-/// What a queue is for.
+/// The role of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Inflate,
@@ -98,7 +98,7 @@ pub struct Balloon {
     params: BalloonParams,
     /// The driver is ready, and accepted free page hinting.
     takes_hints: bool,
-    /// Pages that the driver says it has given up.
+    /// Pages given up, as the driver reports them.
     actual_pages: u32,
     statistics: Statistics,
     hinting: Hinting,
@@ -107,8 +107,10 @@ pub struct Balloon {
 }
 
 impl Balloon {
+    /// Makes the balloon of a guest that boots.
+    ///
     /// # Errors
-    /// If there can be no timer.
+    /// There can be no timer.
     pub fn new(params: BalloonParams, release: Box<dyn ReleasePages>) -> Result<Self, Error> {
         let statistics = Statistics::new(StatisticsState::default())?;
         let hinting = Hinting::new(HintingState::default());
@@ -123,6 +125,8 @@ impl Balloon {
         })
     }
 
+    /// Makes the balloon of a restored guest.
+    ///
     /// # Errors
     /// As for [`new`](Self::new), and for a state that no balloon has.
     pub fn restore(state: BalloonState, release: Box<dyn ReleasePages>) -> Result<Self, Error> {
@@ -138,20 +142,20 @@ impl Balloon {
         &self.params
     }
 
-    /// Asks the guest for another amount. The guest is to be told that the configuration space has changed.
+    /// Asks the guest for another amount. The caller then tells the guest that the configuration space has changed.
     pub fn set_amount(&mut self, amount_mib: u32) {
         self.params.amount_mib = amount_mib;
     }
 
-    /// Asks for statistics in another interval, which is not 0 and was not.
+    /// Asks for statistics in another interval. Neither the old nor the new interval may be 0.
     pub fn set_interval(&mut self, interval_s: u16) {
         self.params.stats_polling_interval_s = interval_s;
         self.statistics.set_interval(interval_s);
     }
 
-    /// Begins a round of hints: the guest names the pages that are free. The guest is to be told that the configuration
-    /// space has changed. `acknowledge_on_stop`: when it has named all, it may use them again at once. Returns false
-    /// if there is no driver that could do it.
+    /// Begins a round of hints, in which the guest names its free pages. The caller then tells the guest that the
+    /// configuration space has changed. `acknowledge_on_stop`: when the guest has named all, it may use them again at
+    /// once. Returns false if there is no driver that could do it.
     pub fn start_hinting(&mut self, acknowledge_on_stop: bool) -> bool {
         if self.takes_hints {
             self.hinting.start(acknowledge_on_stop);
@@ -159,8 +163,8 @@ impl Balloon {
         self.takes_hints
     }
 
-    /// Ends a round of hints: the guest may use the pages again. It is to be told that the configuration space has
-    /// changed.
+    /// Ends a round of hints: the guest may use the pages again. The caller then tells it that the configuration space
+    /// has changed.
     pub fn stop_hinting(&mut self) {
         self.hinting.stop();
     }
@@ -171,7 +175,7 @@ impl Balloon {
         json!({ "host_cmd": host_cmd, "guest_cmd": guest_cmd })
     }
 
-    /// `GET /balloon/statistics`: sizes, and what the guest has last said.
+    /// `GET /balloon/statistics`: sizes, and the guest's last statistics.
     pub fn statistics(&self) -> serde_json::Value {
         let mut all = self.statistics.named();
         all.insert("target_pages".into(), self.target_pages().into());
@@ -185,7 +189,7 @@ impl Balloon {
         self.params.amount_mib.saturating_mul(PAGES_PER_MIB)
     }
 
-    /// What `queue` is for, to a driver that accepted `features`.
+    /// The role of `queue`, for a driver that accepted `features`.
     fn role(queue: usize, features: u64) -> Option<Role> {
         let optional = [
             (VIRTIO_BALLOON_F_STATS_VQ, Role::Statistics),
@@ -200,7 +204,7 @@ impl Balloon {
         (0..QUEUES.len()).find(|&queue| Self::role(queue, features) == Some(Role::Statistics))
     }
 
-    /// Takes page numbers as long as there are some.
+    /// Takes page numbers until the queue is empty.
     fn process_numbers(&mut self, queue: usize, io: &mut Io<'_>) -> Result<(), Broken> {
         io.drain(queue, |io| {
             while let Some(chain) = io.pop(queue)? {
@@ -218,7 +222,7 @@ impl Balloon {
         })
     }
 
-    /// Takes ranges of free pages as long as there are some: reported ones, or hints and the commands around them.
+    /// Takes ranges of free pages until the queue is empty: reported ones, or hints and the commands around them.
     fn process_ranges(&mut self, queue: usize, role: Role, io: &mut Io<'_>) -> Result<(), Broken> {
         io.drain(queue, |io| {
             while let Some(ranges) = io.pop_ranges(queue)? {
@@ -250,7 +254,7 @@ impl Balloon {
         io.drain(queue, |io| {
             let mut returned = false;
             while let Some(chain) = io.pop(queue)? {
-                // The driver has one buffer; what more comes is given back at once.
+                // The driver has one buffer; any further one is given back at once.
                 if let Some(older) = self.statistics.take(&chain) {
                     io.push(queue, older, 0)?;
                     returned = true;
@@ -268,7 +272,7 @@ impl Balloon {
     }
 }
 
-/// The pages that a chain of 32-bit page numbers names, as runs, and how many numbers there were.
+/// The pages that a chain of 32-bit page numbers names, as runs, and the count of numbers.
 fn runs_of(chain: &Chain<'_>) -> Result<(Vec<Extent>, u64), Broken> {
     let len = chain.readable.len();
     if !len.is_multiple_of(4) || len / 4 > NUMBERS_MAX {

@@ -1,5 +1,5 @@
-//! Memory statistics (VIRTIO 1.2, 5.5.6.3): the driver fills a buffer and hands it over; it gets the buffer back when the
-//! host wants to know again.
+//! Memory statistics (VIRTIO 1.2, 5.5.6.3): the driver fills a buffer and hands it over; it gets the buffer back when
+//! the host wants new statistics.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::devices::Error;
 use crate::devices::virtio::{Chain, Source};
 
-/// What the tags mean, in Firecracker's words (VIRTIO 1.2, 5.5.6.4, and Linux `include/uapi/linux/virtio_balloon.h`).
+/// Names of the tags, as Firecracker has them (VIRTIO 1.2, 5.5.6.4, and Linux `include/uapi/linux/virtio_balloon.h`).
 const NAMES: [&str; 16] = [
     "swap_in",
     "swap_out",
@@ -31,13 +31,13 @@ const NAMES: [&str; 16] = [
 ];
 /// A statistic: its tag (16 bits), its value (64 bits), packed.
 const ENTRY: usize = 10;
-/// More entries than there are tags: a driver may know new ones.
+/// The most entries that are read: more than there are tags, because a driver may know new ones.
 const ENTRIES_MAX: usize = 64;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatisticsState {
     values: [Option<u64>; NAMES.len()],
-    /// The driver's buffer.
+    /// The head of the driver's buffer.
     buffer: Option<u16>,
 }
 
@@ -60,7 +60,7 @@ impl Statistics {
         self.state.clone()
     }
 
-    /// Times that the driver has sent statistics.
+    /// The number of times that the driver has sent statistics.
     pub fn updates(&self) -> u64 {
         self.updates
     }
@@ -69,7 +69,7 @@ impl Statistics {
         Source { fd: self.timer.as_raw_fd(), token }
     }
 
-    /// Wants new statistics every so many seconds from now on; 0: never.
+    /// Requests new statistics every `seconds` from now on; 0: never.
     pub fn set_interval(&mut self, seconds: u16) {
         let interval = Timespec { tv_sec: seconds.into(), tv_nsec: 0 };
         let timer = Itimerspec { it_interval: interval, it_value: interval };
@@ -79,13 +79,14 @@ impl Statistics {
         }
     }
 
-    /// The driver's buffers are its own again.
+    /// Forgets the driver's buffer, which is its own again.
     pub fn reset(&mut self) {
         self.set_interval(0);
         self.state = StatisticsState::default();
     }
 
-    /// Reads what the driver has sent and keeps its buffer. Returns the one it had sent before, if that is still here.
+    /// Reads the driver's statistics and keeps its buffer. Returns the buffer that it had sent before, if it is still
+    /// here.
     pub fn take(&mut self, chain: &Chain<'_>) -> Option<u16> {
         let mut bytes = vec![0; chain.readable.len().min(ENTRY * ENTRIES_MAX)];
         chain.readable.read_at(0, &mut bytes);
@@ -99,15 +100,15 @@ impl Statistics {
         self.state.buffer.replace(chain.head)
     }
 
-    /// The buffer to give back now because new statistics are wanted.
+    /// The buffer to give back now, because the timer has expired.
     pub fn wanted(&mut self) -> Option<u16> {
         let mut expirations = [0; 8];
-        // An error says that the timer has not expired.
+        // An error means that the timer has not expired.
         let has_expired = rustix::io::read(&self.timer, &mut expirations).is_ok();
         if has_expired { self.state.buffer.take() } else { None }
     }
 
-    /// What the driver has said so far, by name.
+    /// The driver's statistics so far, by name.
     pub fn named(&self) -> serde_json::Map<String, serde_json::Value> {
         let known = NAMES.iter().zip(self.state.values);
         known.filter_map(|(name, value)| Some(((*name).to_owned(), value?.into()))).collect()

@@ -19,7 +19,7 @@ const USED: u64 = 0x800;
 const STEP: u64 = 0x1000;
 const CONFIG: u64 = 0x100;
 
-/// Takes note of what it is to release; RAM are the first 4 MiB.
+/// Records the pages that it is to release; RAM is the first 4 MiB.
 #[derive(Clone, Default)]
 struct Recorded(Arc<Mutex<Vec<Extent>>>);
 
@@ -56,7 +56,7 @@ struct Driver {
 }
 
 impl Driver {
-    /// Accepts of the balloon's features those of `wanted`.
+    /// Accepts the features of `wanted` that the balloon offers.
     fn start(params: BalloonParams, wanted: u32) -> Self {
         let released = Recorded::default();
         let device = Balloon::new(params, Box::new(released.clone())).unwrap();
@@ -114,7 +114,7 @@ impl Driver {
         self.send(queue, BUFFERS, 4 * numbers.len() as u32, false);
     }
 
-    /// Whether a chain has come back since this was last asked.
+    /// True if a chain has come back since the last call.
     fn came_back(&mut self, queue: usize) -> bool {
         let index: u16 = self.memory.read_obj(GuestAddress(DESCRIPTORS + queue as u64 * STEP + USED + 2)).unwrap();
         let came = index != self.used[queue];

@@ -1,4 +1,4 @@
-//! What a drive's bytes are kept in: a file or a block device of the host, locked while it is in use.
+//! The image of a drive: a file or a block device of the host, locked while it is in use.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -13,8 +13,8 @@ use super::SECTOR;
 use super::sys::{self, Direction, Pieces};
 use crate::devices::Error;
 
-/// What tells whether a file is still what it was: its length and when it was last written. Of a block device only its
-/// length: it has no such time.
+/// Facts that tell whether a file has changed: its length and the time of its last write. For a block device only its
+/// length, because it has no such time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     /// Bytes.
@@ -30,7 +30,7 @@ pub struct Backing {
     path: PathBuf,
     read_only: bool,
     is_block_device: bool,
-    /// What the guest sees: whole sectors.
+    /// The size that the guest sees: whole sectors.
     bytes: u64,
     inode: (u64, u64),
 }
@@ -40,11 +40,12 @@ impl Backing {
     /// readers. The lock (flock(2)) ends with the process.
     ///
     /// # Errors
-    /// If it cannot be opened, is no file or block device, has less than one sector, or somebody else has locked it.
+    /// The image cannot be opened, is no file or block device, has less than one sector, or another process has locked
+    /// it.
     pub fn open(id: &str, path: &Path, read_only: bool) -> Result<Self, Error> {
         let failed = |doing| move |source| Error::DriveFile { doing, id: id.into(), path: path.into(), source };
         let unfit = |what: &str| Error::Drive { id: id.into(), path: path.into(), what: what.into() };
-        // A FIFO must not make the VMM wait for somebody to open its other end.
+        // Without the flag, opening a FIFO would wait for its other end.
         let flags = OFlags::NONBLOCK.bits() as i32;
         let file = OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
         let file = file.map_err(failed("open"))?;
@@ -110,12 +111,12 @@ impl Backing {
         &self.path
     }
 
-    /// What the guest sees, in bytes: a multiple of the sector size.
+    /// The size that the guest sees, in bytes: a multiple of the sector size.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// What tells later whether it is still the same.
+    /// The facts by which a later check sees that the image has not changed.
     pub fn facts(&self) -> io::Result<Facts> {
         let len = length(&self.file, self.is_block_device)?;
         let metadata = self.file.metadata()?;
@@ -123,8 +124,8 @@ impl Backing {
         Ok(Facts { len, mtime })
     }
 
-    /// Whether the guest's disk is still all there. A write to a file that somebody has cut would make it longer again,
-    /// with zeros where the guest's data was.
+    /// Checks that the file still has all of the guest's disk. A write to a file that was cut would make it longer
+    /// again, with zeros where the guest's data was.
     pub fn check_not_cut(&self) -> io::Result<()> {
         let cut = !self.is_block_device && self.file.metadata()?.len() < self.bytes;
         if cut { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
@@ -138,12 +139,12 @@ impl Backing {
         sys::transfer(&self.file, direction, pieces, offset)
     }
 
-    /// Makes durable what was written.
+    /// Makes all writes durable.
     pub fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
-    /// Gives space back. What is read there afterwards is not defined.
+    /// Gives space back. Reads there are undefined afterwards.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_not_cut()?;
         match self.is_block_device {
@@ -172,7 +173,7 @@ impl Backing {
     }
 }
 
-/// Locks without waiting. Where the file system has no locks there is nothing to be had; Firecracker never locks.
+/// Locks without waiting. On a file system without locks it does nothing; Firecracker never locks.
 fn lock(file: &File, shared: bool) -> Result<(), TryLockError> {
     let locked = if shared { file.try_lock_shared() } else { file.try_lock() };
     match locked {

@@ -6,8 +6,8 @@ use super::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, SEGMENTS_MAX};
 const LEN: usize = 57;
 /// The largest buffer of a request.
 const SEGMENT_BYTES_MAX: u32 = 4 << 20;
-/// What the page cache of the host works in, as a power of two of sectors. Not asked of the host: a guest that moves
-/// must find it again.
+/// The block size of the host's page cache, as a power of two of sectors. A constant, because a guest that moves to
+/// another host must find it again.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 const SECTORS_PER_BLOCK: u32 = 1 << PHYSICAL_BLOCK_EXP;
 
@@ -31,7 +31,7 @@ fn space(bytes: u64) -> [u8; LEN] {
     space
 }
 
-/// Reads the space at `offset`; what lies outside it stays as it is in `data`.
+/// Reads the space at `offset`; bytes of `data` outside of it stay as they are.
 pub fn read(bytes: u64, offset: u64, data: &mut [u8]) {
     let space = space(bytes);
     let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();

@@ -5,8 +5,7 @@
 //!                                          └► Async: io_uring ─► eventfd ─► answered
 //! ```
 //!
-//! No bytes are copied on the way. Whatever goes wrong with the image is an I/O error for the guest, never the end of
-//! the machine.
+//! No bytes are copied on the way. Any error of the image is an I/O error for the guest, never the end of the machine.
 
 mod backing;
 mod config_space;
@@ -39,7 +38,7 @@ use request::{Disk, Operation, Request, Status};
 use sys::{Direction, PIECES_MAX, Pieces};
 use uring::{Done, Job, Uring, Work};
 
-/// What sizes and offsets are counted in, whatever the block size (VIRTIO 1.2, 5.2.4).
+/// The unit of sizes and offsets, whatever the block size (VIRTIO 1.2, 5.2.4).
 const SECTOR: u64 = 512;
 const QUEUE_SIZES: [u16; 1] = [256];
 /// Data buffers in one request: the queue without header and status.
@@ -53,7 +52,7 @@ const QUEUE: usize = 0;
 const TOKEN_LIMITER: u32 = 0;
 const TOKEN_DONE: u32 = 1;
 
-/// How requests reach the image.
+/// The way in which requests reach the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Engine {
     /// One system call each, in the device thread.
@@ -62,16 +61,16 @@ pub enum Engine {
     Async,
 }
 
-/// What a drive is made from.
+/// The parameters of a drive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockParams {
     pub id: String,
     pub path: PathBuf,
     pub read_only: bool,
-    /// Whether the guest can flush; else it is told that there is no cache.
+    /// True if the guest can flush; if false, the device tells it that there is no cache.
     pub writeback: bool,
     pub engine: Engine,
-    /// For the config only: what the kernel's command line said.
+    /// For the config only: the settings that the kernel's command line was made from.
     pub is_root: bool,
     pub partuuid: Option<String>,
 }
@@ -84,12 +83,12 @@ pub struct BlockState {
     pub facts: Facts,
 }
 
-/// Which image a restored drive gets.
+/// The image that a restored drive gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Image<'a> {
-    /// The one it had, which must not have changed.
+    /// The drive's own, which must not have changed.
     Own,
-    /// Another one of the same size, or the same in whatever state it is.
+    /// Another one of the same size, or the drive's own in whatever state it is.
     Instead(&'a Path),
 }
 
@@ -110,11 +109,11 @@ struct Counters {
 pub struct Block {
     params: BlockParams,
     backing: Backing,
-    /// Of the asynchronous engine. Dropped before guest memory is: it waits for the kernel.
+    /// The ring of the asynchronous engine. Dropped before guest memory is: it waits for the kernel.
     uring: Option<Uring>,
     limiter: RateLimiter,
     counters: Counters,
-    /// Chains given back since the driver was last told.
+    /// Chains were given back since the driver was last interrupted.
     given_back: bool,
 }
 
@@ -127,10 +126,10 @@ impl Block {
         Block::with_limiter(params, RateLimiter::new(limits)?)
     }
 
-    /// Opens a drive again. The image must have the size it had; `Image::Own` must be as it was left.
+    /// Opens a drive again. The image must have its old size; `Image::Own` must be unchanged.
     ///
     /// # Errors
-    /// As for [`new`](Self::new), and for an image that is not what the guest knows.
+    /// As for [`new`](Self::new), and for an image other than the guest knows.
     pub fn restore(state: BlockState, image: Image<'_>) -> Result<Self, Error> {
         let BlockState { mut params, limiter, facts } = state;
         if let Image::Instead(path) = image {
@@ -162,7 +161,7 @@ impl Block {
         Ok(Block { params, backing, uring, limiter, counters: Counters::default(), given_back: false })
     }
 
-    /// What it was made from, with the path it now has.
+    /// The drive's parameters, with its present path.
     pub fn params(&self) -> &BlockParams {
         &self.params
     }
@@ -171,15 +170,15 @@ impl Block {
         self.limiter.limits()
     }
 
-    /// Replaces the limits that are named.
+    /// Replaces the limits that `limits` has.
     pub fn change_limits(&mut self, limits: RateLimits) {
         self.limiter.change(limits);
     }
 
-    /// Takes another image. What is in flight still goes to the old one. The guest is to be told.
+    /// Opens another image. Requests in flight still go to the old one. The caller tells the guest.
     ///
     /// # Errors
-    /// As for [`new`](Self::new); the drive then keeps the image it has.
+    /// As for [`new`](Self::new); the drive then keeps its image.
     pub fn change_image(&mut self, path: &Path) -> Result<(), Error> {
         self.backing.replace(&self.params.id, path)?;
         self.params.path = self.backing.path().to_owned();
@@ -191,7 +190,7 @@ impl Block {
         self.backing.file()
     }
 
-    /// Bytes that the guest sees.
+    /// The size that the guest sees, in bytes.
     pub fn bytes(&self) -> u64 {
         self.backing.bytes()
     }
@@ -208,7 +207,7 @@ impl Block {
         Disk { bytes: self.backing.bytes(), read_only: self.params.read_only, can_flush: self.params.writeback }
     }
 
-    /// Works on what waits in the queue. Returns false if something has to stay there.
+    /// Serves the requests in the queue. Returns false if some have to stay there.
     fn serve(&mut self, io: &mut Io<'_>) -> Result<bool, Broken> {
         let mut go_on = true;
         while go_on {
@@ -239,13 +238,13 @@ impl Block {
             Operation::Transfer { direction, offset, data } => {
                 self.count(direction, data.len());
                 let written = if direction == Direction::Read { data.len() } else { 0 };
-                // Before the bytes arrive, for they may do so at any time from now on; captures happen when nothing is
-                // in flight.
+                // Marked before the bytes arrive, because they may arrive at any time from now on; captures happen when
+                // no request is in flight.
                 data.mark_written(written);
                 let pieces = Pieces::of(&data);
                 if let Some(uring) = self.uring.as_mut().filter(|_| data.slices().len() <= PIECES_MAX) {
-                    // SAFETY: guest memory is unmapped only after the devices are gone, and `uring` does not go before
-                    // the kernel is done.
+                    // SAFETY: guest memory is unmapped only after the devices are gone, and dropping `uring` waits
+                    // until the kernel is done.
                     let pieces = unsafe { pieces.outliving() };
                     let whole = if direction == Direction::Write { self.backing.check_not_cut() } else { Ok(()) };
                     let (file, written) = (self.backing.file().clone(), written as u32 + 1);
@@ -303,13 +302,13 @@ impl Block {
         *sum += bytes as u64;
     }
 
-    /// Tells the driver how a request went.
+    /// Gives the result of a request to the driver.
     fn answer(&mut self, done: Done, io: &mut Io<'_>) -> Result<(), Broken> {
         let status = match &done.result {
             Ok(()) => Status::Ok,
             Err(error) if is_unsupported(error) => Status::Unsupported,
             Err(error) => {
-                // One line for the first: a disk that is full or gone would fill the log.
+                // Only the first failure is logged: a disk that is full or gone would fill the log.
                 if self.counters.failed == 0 {
                     let (drive, path) = (&self.params.id, self.params.path.display());
                     tracing::warn!(drive, %path, %error, "A request of the guest failed; later ones are only counted");
@@ -335,7 +334,7 @@ impl Block {
         io.push(QUEUE, head, written)
     }
 
-    /// Interrupts the driver if something was given back.
+    /// Interrupts the driver if chains were given back.
     fn tell(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
         if std::mem::take(&mut self.given_back) { io.signal(QUEUE) } else { Ok(()) }
     }
@@ -361,7 +360,7 @@ fn start(uring: &mut Uring, job: Job) -> Result<(), Broken> {
     uring.start(job).map_err(full)
 }
 
-/// Whether a file system or device cannot do it at all, which is not a failure of the disk.
+/// True if the file system or device lacks the operation, which is not a failure of the disk.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS))
 }
@@ -420,7 +419,7 @@ impl VirtioDevice for Block {
             let done = self.uring.as_mut().map(Uring::completed).unwrap_or_default();
             self.answer_all(done, io)?;
         }
-        // Something may have waited for this.
+        // Requests in the queue may have waited for this.
         self.process_queue(QUEUE, io)
     }
 

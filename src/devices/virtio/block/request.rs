@@ -10,7 +10,7 @@ use super::sys::Direction;
 use super::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR};
 use crate::devices::virtio::{Broken, Buffers, Chain};
 
-/// How a request went (VIRTIO 1.2, 5.2.6).
+/// The status of a request (VIRTIO 1.2, 5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
@@ -30,7 +30,7 @@ pub struct Range {
     pub may_unmap: bool,
 }
 
-/// What is asked.
+/// The requested operation.
 #[derive(Debug)]
 pub enum Operation<'m> {
     Transfer {
@@ -42,7 +42,7 @@ pub enum Operation<'m> {
     Discard(Vec<Range>),
     WriteZeroes(Vec<Range>),
     GetId(Buffers<'m>),
-    /// It cannot be done, for this reason.
+    /// A refused request, with its status.
     Refused(Status),
 }
 
@@ -50,12 +50,12 @@ pub enum Operation<'m> {
 #[derive(Debug)]
 pub struct Request<'m> {
     pub head: u16,
-    /// Where its status goes.
+    /// The address of its status.
     pub status: GuestAddress,
     pub operation: Operation<'m>,
 }
 
-/// What a request is checked against.
+/// The properties of the disk that a request is checked against.
 #[derive(Clone, Copy, Debug)]
 pub struct Disk {
     pub bytes: u64,
@@ -64,7 +64,7 @@ pub struct Disk {
 }
 
 impl<'m> Request<'m> {
-    /// Takes a chain apart. One without a whole header or a place for the status cannot be answered and is an error.
+    /// Parses a chain. One without a whole header or room for the status cannot be answered and is an error.
     pub fn parse(chain: &Chain<'m>, disk: Disk) -> Result<Self, Broken> {
         let mut header = [0; HEADER_BYTES];
         if chain.readable.read_at(0, &mut header) != HEADER_BYTES {
@@ -93,7 +93,7 @@ impl<'m> Request<'m> {
         Ok(Request { head: chain.head, status, operation })
     }
 
-    /// What a rate limiter counts.
+    /// The bytes that a rate limiter counts.
     pub fn bytes(&self) -> u64 {
         match &self.operation {
             Operation::Transfer { data, .. } => data.len() as u64,
@@ -111,7 +111,7 @@ impl Disk {
         }
     }
 
-    /// Where `sector` is, if `len` bytes from there on are whole sectors of the disk.
+    /// The byte offset of `sector`, if `len` bytes from there on are whole sectors of the disk.
     fn offset(self, sector: u64, len: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR)?;
         let end = offset.checked_add(len)?;

@@ -17,7 +17,7 @@ pub const PIECES_MAX: usize = 1024;
 const BLKDISCARD: u64 = 0x1277;
 const BLKZEROOUT: u64 = 0x127f;
 
-/// Which way the bytes go.
+/// The direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the file into guest memory.
@@ -26,7 +26,7 @@ pub enum Direction {
     Write,
 }
 
-/// Pieces of guest memory as the kernel takes them, without what has been transferred already.
+/// Pieces of guest memory as the kernel takes them, without the part already transferred.
 #[derive(Debug)]
 pub struct Pieces<'m> {
     iovecs: Vec<libc::iovec>,
@@ -52,13 +52,13 @@ impl<'m> Pieces<'m> {
         self.left
     }
 
-    /// What is left, at most [`PIECES_MAX`] of it.
+    /// The rest, at most [`PIECES_MAX`] pieces of it.
     pub fn iovecs(&self) -> &[libc::iovec] {
         let rest = &self.iovecs[self.first.min(self.iovecs.len())..];
         &rest[..rest.len().min(PIECES_MAX)]
     }
 
-    /// Leaves out the next `done` bytes.
+    /// Removes the next `done` bytes.
     pub fn advance(&mut self, done: usize) {
         let mut done = done.min(self.left);
         self.left -= done;
@@ -73,17 +73,17 @@ impl<'m> Pieces<'m> {
         }
     }
 
-    /// What a failed transfer of them was: `error`, unless it is that memory cannot be had, which ends the guest here.
+    /// The error of a failed transfer of the pieces: `error`, unless guest memory is lost, which ends the guest here.
     pub fn error(&self, error: io::Error) -> io::Error {
         if error.raw_os_error() == Some(libc::EFAULT) {
-            // SAFETY: the pieces are guest memory that lives as long as 'm (`Pieces::of`, `outliving`), and `advance` only
-            // shortens them.
+            // SAFETY: the pieces are guest memory that lives as long as 'm (`Pieces::of`, `outliving`), and `advance`
+            // only shortens them.
             unsafe { touch_pieces(self.iovecs()) };
         }
         error
     }
 
-    /// For the kernel to work on after this call returns.
+    /// Lets the kernel work on the pieces after this call returns.
     ///
     /// # Safety
     /// Guest memory stays mapped until the kernel is done with the pieces and they are dropped.
@@ -101,14 +101,14 @@ pub unsafe fn touch_pieces(pieces: &[libc::iovec]) {
     touch(pieces.iter().map(|piece| unsafe { VolatileSlice::<()>::new(piece.iov_base.cast(), piece.iov_len) }));
 }
 
-/// Transfers all of `pieces` from or to `offset`. A file that ends before is an error.
+/// Transfers all of `pieces` from or to `offset`. Fails at the end of the file.
 pub fn transfer(file: &File, direction: Direction, pieces: &mut Pieces<'_>, mut offset: u64) -> io::Result<()> {
     while pieces.left() > 0 {
         let (fd, iovecs, at) = (file.as_raw_fd(), pieces.iovecs(), offset as libc::off64_t);
         let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as libc::c_int);
         let done = match direction {
             // SAFETY: the pieces are guest memory that lives as long as `pieces`; the guest may see the bytes while
-            // they arrive, as it may with any device, and nothing in this process has a reference to them.
+            // they arrive, as with any device, and this process has no reference to them.
             Direction::Read => unsafe { libc::preadv64(fd, pointer, count, at) },
             // SAFETY: as above; the kernel only reads.
             Direction::Write => unsafe { libc::pwritev64(fd, pointer, count, at) },

@@ -66,7 +66,7 @@ fn begin(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, bool)])
     driver.kick();
 }
 
-/// Does one request; its status and how many bytes were written.
+/// Does one request; returns its status and the number of bytes written.
 fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u8, u32) {
     begin(driver, kind, sector, data);
     let (_, written) = driver.wait_used();
@@ -166,7 +166,7 @@ fn discard_and_write_zeroes_change_exactly_their_range() {
             let status = range(&mut driver, kind, (sector, 8, flags));
             let mut wanted = before.clone();
             wanted[sector as usize * 512..][..4096].fill(0);
-            // A file system without the operation says so; then nothing has changed.
+            // A file system without the operation gives an error; then nothing has changed.
             assert_eq!(fixture.bytes(), if status == 0 { wanted } else { before });
             assert!([0, 2].contains(&status), "{status}");
         }
@@ -283,14 +283,14 @@ fn many_requests_at_once_all_come_back_once() {
 }
 
 #[test]
-fn quiesce_finishes_what_is_in_flight_and_another_device_goes_on() {
+fn quiesce_finishes_requests_in_flight_and_another_device_goes_on() {
     for engine in ENGINES {
         let fixture = Fixture::new();
         let mut driver = fixture.drive(engine);
         begin(&mut driver, 0, 5, &[(DATA, 512, true)]);
         driver.device.quiesce();
         assert_eq!(driver.used(), Some((0, 513)));
-        // Not looked at any more: it waits for whoever goes on.
+        // The device no longer serves the queue: the request waits for the restored device.
         begin(&mut driver, 0, 6, &[(DATA, 512, true)]);
         assert_eq!(driver.used(), None);
         let (_, bytes) = driver.device.save().unwrap();
@@ -351,7 +351,7 @@ fn change_of_the_image_shows_in_the_configuration_and_a_bad_one_changes_nothing(
         larger.file().set_len(BYTES * 3).unwrap();
         change(&driver, &larger.path).unwrap();
         assert_eq!(driver.read_register(0x100), 192);
-        // The old image is free again.
+        // The old image is unlocked again.
         drop(Block::new(fixture.params(engine), RateLimits::default()).unwrap());
     }
 }

@@ -1,4 +1,4 @@
-//! The asynchronous engine: requests go to the kernel through an io_uring, and an eventfd says when some are done.
+//! The asynchronous engine: requests go to the kernel through an io_uring, and an eventfd reports that some are done.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,7 @@ use crate::devices::Error;
 /// Requests in flight at once; more wait in the driver's queue.
 pub const DEPTH: usize = 128;
 
-/// What the kernel does.
+/// The kernel's part of a request.
 #[derive(Debug)]
 pub enum Work {
     Transfer { direction: Direction, pieces: Pieces<'static>, offset: u64 },
@@ -27,7 +27,7 @@ pub enum Work {
 pub struct Job {
     pub head: u16,
     pub status: GuestAddress,
-    /// Bytes that are written to guest memory if it goes well.
+    /// Bytes that are written to guest memory on success.
     pub written: u32,
     pub file: Arc<File>,
     pub work: Work,
@@ -73,7 +73,7 @@ impl Uring {
         !self.free.is_empty()
     }
 
-    /// Queues a request; [`submit`](Self::submit) gives it to the kernel. A job for which there is no room comes back.
+    /// Queues a request; [`submit`](Self::submit) gives it to the kernel. Returns the job if there is no room for it.
     pub fn start(&mut self, job: Job) -> Result<(), Job> {
         let Some(slot) = self.free.pop() else { return Err(job) };
         let entry = entry(&job).user_data(slot as u64);
@@ -88,7 +88,7 @@ impl Uring {
         Ok(())
     }
 
-    /// Gives what was queued to the kernel.
+    /// Gives the queued requests to the kernel.
     pub fn submit(&mut self) -> io::Result<()> {
         loop {
             if self.ring.submission().is_empty() {
@@ -101,7 +101,7 @@ impl Uring {
         }
     }
 
-    /// Takes what is done.
+    /// Takes the requests that are done.
     pub fn completed(&mut self) -> Vec<Done> {
         let _ = self.event.read();
         let results: Vec<(u64, i32)> =
@@ -117,13 +117,13 @@ impl Uring {
         done
     }
 
-    /// Leaves `count` places fewer.
+    /// Removes `count` free places.
     #[cfg(test)]
     pub fn take_places_for_test(&mut self, count: usize) {
         self.free.truncate(DEPTH - count);
     }
 
-    /// Waits until nothing is in flight; what is done by then.
+    /// Waits until nothing is in flight; returns the requests done by then.
     pub fn wait_all(&mut self) -> io::Result<Vec<Done>> {
         let mut done = self.completed();
         while self.jobs.iter().any(Option::is_some) {
@@ -139,7 +139,7 @@ impl Uring {
 impl Drop for Uring {
     fn drop(&mut self) {
         if let Err(error) = self.wait_all() {
-            // Guest memory is about to be unmapped, and the kernel may still write to where it was.
+            // Guest memory is about to be unmapped, and the kernel may still write to its address.
             tracing::error!(%error, "Requests in flight cannot be waited for");
             std::process::abort();
         }
@@ -162,7 +162,7 @@ fn entry(job: &Job) -> squeue::Entry {
 }
 
 impl Job {
-    /// Turns the kernel's result into the request's. What the kernel did only in part is finished here: it is rare.
+    /// Turns the kernel's result into the request's. Finishes a partial transfer here, because that is rare.
     fn finish(self, result: i32) -> Done {
         let Job { head, status, written, file, work } = self;
         let again = matches!(-result, libc::EINTR | libc::EAGAIN);

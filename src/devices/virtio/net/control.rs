@@ -1,4 +1,5 @@
-//! The control queue (VIRTIO 1.2, 5.1.6.5): the driver says that it has announced its address. Nothing else is offered.
+//! The control queue (VIRTIO 1.2, 5.1.6.5): the driver reports that it has announced its address. Nothing else is
+//! offered.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_ERR, VIRTIO_NET_OK,

@@ -5,8 +5,8 @@
 //!  transmit kick ─► transmit: writev straight from the driver's buffers ─► tap
 //! ```
 //!
-//! Frames keep the virtio-net header all the way, so that checksums and segmentation are left to whoever does them
-//! last. What the tap holds when a snapshot is taken stays with the tap.
+//! Frames keep the virtio-net header all the way, so that the last hop does checksums and segmentation. Frames that the
+//! tap holds when a snapshot is taken stay with the tap.
 
 mod control;
 mod receive;
@@ -36,7 +36,8 @@ use transmit::Transmitter;
 /// `struct virtio_net_hdr_v1` (VIRTIO 1.2, 5.1.6): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset,
 /// num_buffers.
 const HEADER_LEN: usize = 12;
-/// The largest frame with its header: 64 KiB of IP, Ethernet with a VLAN tag, and what VIRTIO 1.2, 5.1.6.3.1 rounds to.
+/// The largest frame with its header: 64 KiB of IP, Ethernet with a VLAN tag, and the rounding of VIRTIO 1.2,
+/// 5.1.6.3.1.
 const FRAME_MAX: usize = 65_562 + 4;
 
 const RX: usize = 0;
@@ -52,21 +53,21 @@ mod token {
     pub const AGAIN: u32 = 3;
 }
 
-/// What a network interface is made from.
+/// The parameters of a network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetParams {
     pub id: String,
     /// The name of the tap.
     pub tap: String,
-    /// The guest's address; without one it chooses.
+    /// The guest's address; without one the guest chooses it.
     pub mac: Option<[u8; 6]>,
-    /// What the guest is told of the network's MTU.
+    /// The MTU of the network that the guest is given.
     pub mtu: Option<u16>,
     pub rx_limits: RateLimits,
     pub tx_limits: RateLimits,
 }
 
-/// What a restored interface is to have instead of what it had.
+/// Settings that a restored interface has instead of its old ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetOverride {
     pub tap: Option<String>,
@@ -90,11 +91,11 @@ pub struct Net {
     tap: Tap,
     rx: Receiver,
     tx: Transmitter,
-    /// Written when there is more to do than one turn allows, or limits have changed.
+    /// Written when there is more work than one turn allows, or limits have changed.
     again: EventFd,
     /// The tap has been deleted.
     tap_gone: bool,
-    /// The driver is asked to announce its address to the network (VIRTIO 1.2, 5.1.6.5.4).
+    /// The driver shall announce its address to the network (VIRTIO 1.2, 5.1.6.5.4).
     announce: bool,
     restored: bool,
 }
@@ -107,7 +108,7 @@ impl Net {
         Net::with_tap(params, tap, rx, tx)
     }
 
-    /// Makes an interface again, with what `overrides` says for its id.
+    /// Makes an interface again, with the settings of `overrides` for its id.
     pub fn restore(state: NetState, overrides: impl FnOnce(&str) -> NetOverride) -> Result<Self, Error> {
         let overrides = overrides(&state.id);
         if overrides.mac.is_some() && state.mac.is_none() {
@@ -140,12 +141,12 @@ impl Net {
         })
     }
 
-    /// What it is made from now.
+    /// Its present parameters.
     pub fn params(&self) -> &NetParams {
         &self.params
     }
 
-    /// Changes the limits that are given.
+    /// Changes the given limits.
     pub fn set_limits(&mut self, rx: RateLimits, tx: RateLimits) {
         self.rx.limiter.change(rx);
         self.tx.limiter.change(tx);
@@ -153,9 +154,9 @@ impl Net {
         self.look_again();
     }
 
-    /// What waits behind a limit, or for another turn, is looked at soon.
+    /// Makes the device thread look again at frames that wait behind a limit, or for another turn.
     fn look_again(&self) {
-        // A full counter means that it will be.
+        // A full counter means that it will.
         let _ = self.again.write(1);
     }
 
@@ -185,12 +186,13 @@ impl Net {
     }
 }
 
-/// Whether the kernel says that the tap behind a descriptor has been deleted.
+/// True if the error says that the tap behind a descriptor has been deleted.
 fn is_gone(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
 }
 
-/// What the kernel may leave to a driver that accepted `features`. Segmentation needs checksums (VIRTIO 1.2, 5.1.3.1).
+/// The offloads that the kernel may leave to a driver that accepted `features`. Segmentation needs checksums (VIRTIO
+/// 1.2, 5.1.3.1).
 fn offload(features: u64) -> u32 {
     let has = |feature: u32| features & 1 << feature != 0;
     if !has(VIRTIO_NET_F_GUEST_CSUM) {
@@ -253,7 +255,7 @@ impl VirtioDevice for Net {
             Err(error) if is_gone(&error) => self.lose_tap(io),
             result => result.map_err(|source| Broken::Host { doing: "set the offloads of the tap", source })?,
         }
-        // The network must learn where the guest is now, and the guest may have another address than it had.
+        // The network must learn the guest's new place, and the guest may have a new address.
         if std::mem::take(&mut self.restored) {
             self.announce = io.has_feature(VIRTIO_NET_F_GUEST_ANNOUNCE);
             io.signal_config();

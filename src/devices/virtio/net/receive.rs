@@ -1,8 +1,8 @@
 //! From the tap to the driver's buffers.
 //!
-//! How long the next frame is shows only when it has been read. So buffers are gathered for the frames that are to be
-//! expected, and a reserve takes what does not fit: with mergeable buffers it is copied on into further ones. A frame
-//! for which there are too few waits until the driver has brought more. It is lost if the driver has never had more.
+//! The length of a frame is known only after it was read. So buffers are gathered for the expected frame, and a reserve
+//! takes the bytes that do not fit: with mergeable buffers they are copied on into further ones. A frame for which
+//! there are too few buffers waits until the driver has brought more. It is lost if the driver has never had more.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -15,9 +15,9 @@ use super::super::{Broken, Io, RateLimiter};
 use super::tap::BUFFERS_MAX;
 use super::{FRAME_MAX, HEADER_LEN, Net, QUEUE_SIZES, RX, is_gone};
 
-/// What is gathered for a frame that is not segmented.
+/// Bytes gathered for a frame that is not segmented.
 const FRAME_SMALL: usize = HEADER_LEN + 1522;
-/// After so many small frames in a row, large ones are not expected any more.
+/// The number of small frames in a row after which large ones are no longer expected.
 const SMALL_IN_A_ROW: u32 = 64;
 
 /// Room for any frame, and a byte that shows that there was a longer one.
@@ -30,11 +30,11 @@ const NUM_BUFFERS: usize = 10;
 /// The receiving half.
 pub(super) struct Receiver {
     pub limiter: RateLimiter,
-    /// Takes what does not fit into the buffers that were gathered. Filled by the first frame.
+    /// Takes the bytes that do not fit into the gathered buffers. Allocated by the first frame.
     reserve: Vec<u8>,
     /// A frame that waits for buffers.
     waiting: Option<Vec<u8>>,
-    /// The most buffers that the driver was seen to have made available at a time.
+    /// The most buffers that the driver had available at a time.
     most_buffers: usize,
     /// Small frames in a row.
     small: u32,
@@ -49,7 +49,7 @@ struct Counts {
     bytes: u64,
     /// The queue was empty although there may have been frames.
     no_buffers: u64,
-    /// Frames that did not fit into what the driver made available.
+    /// Frames that did not fit into the driver's available buffers.
     fails: u64,
     /// Frames of which a part was copied.
     copied: u64,
@@ -113,7 +113,7 @@ struct Gathered<'m> {
 
 impl<'m> Gathered<'m> {
     /// Pops chains until there is room for `wanted` bytes, or, without mergeable buffers, one. Returns whether there is
-    /// that room.
+    /// room for `wanted`.
     fn gather(&mut self, io: &mut Io<'m>, wanted: usize) -> Result<bool, Broken> {
         let mergeable = io.has_feature(VIRTIO_NET_F_MRG_RXBUF);
         self.is_full = false;
@@ -123,7 +123,7 @@ impl<'m> Gathered<'m> {
             if len < HEADER_LEN {
                 return Err(Broken::Chain("a receive buffer is shorter than a header"));
             }
-            // One is for the reserve.
+            // One piece is left for the reserve.
             if self.pieces + pieces >= BUFFERS_MAX {
                 io.unpop(RX);
                 self.is_full = true;
@@ -153,7 +153,7 @@ impl<'m> Gathered<'m> {
         data
     }
 
-    /// The kernel has written the first `len` bytes.
+    /// Marks the first `len` bytes, which the kernel has written.
     fn mark_written(&self, mut len: usize) {
         for chain in &self.chains {
             chain.writable.mark_written(len);
@@ -174,7 +174,8 @@ impl<'m> Gathered<'m> {
         }
         if let Some(first) = first {
             first.write_at(NUM_BUFFERS, &(used.len() as u16).to_le_bytes());
-            // The kernel tells of checksums that it has verified; only such a driver may hear of it (5.1.6.4.1).
+            // The kernel reports checksums that it has verified; only a driver with this feature may be told
+            // (5.1.6.4.1).
             if !io.has_feature(VIRTIO_NET_F_GUEST_CSUM) {
                 first.write_at(FLAGS, &[0]);
             }
@@ -182,28 +183,28 @@ impl<'m> Gathered<'m> {
         io.push_all(RX, &used)
     }
 
-    /// Puts what is left back into the queue.
+    /// Puts the remaining chains back into the queue.
     fn give_back(self, io: &mut Io<'m>) {
         self.chains.iter().for_each(|_| io.unpop(RX));
     }
 }
 
-/// Why receiving stopped.
+/// The reason why receiving stopped.
 enum Stop {
-    /// The tap has no more, or is no more.
+    /// The tap has no more frames, or was deleted.
     Idle,
     /// The queue is empty.
     NoBuffers,
-    /// A frame waits for more buffers than there are, so many.
+    /// A frame waits for more buffers than these, which are all that are available.
     TooFewBuffers(u16),
     /// Other devices have their turn.
     Turn,
-    /// The limiter's timer will say when to go on.
+    /// The limiter's timer will fire when it may go on.
     Limited,
 }
 
 impl Net {
-    /// Reads frames as long as there are any, and buffers for them. `kicked`: the driver may have brought buffers.
+    /// Reads frames as long as there are frames and buffers. `kicked`: the driver may have brought buffers.
     pub(super) fn receive(&mut self, io: &mut Io<'_>, kicked: bool) -> Result<(), Broken> {
         let failed = |source| Broken::Queue { queue: RX, source };
         if self.tap_gone || self.rx.waiting.is_some() && !kicked {
@@ -237,7 +238,7 @@ impl Net {
     }
 
     fn receive_some<'m>(&mut self, io: &mut Io<'m>, gathered: &mut Gathered<'m>) -> Result<Stop, Broken> {
-        // Gathering takes at most the whole queue, and must not end for lack of anything else.
+        // Gathering takes at most the whole queue, and must not end for lack of budget.
         let is_over = |io: &Io<'_>| io.budget <= u32::from(QUEUE_SIZES[RX]);
         if is_over(io) {
             return Ok(Stop::Turn);
@@ -266,7 +267,7 @@ impl Net {
         Ok(Stop::Turn)
     }
 
-    /// Reads a frame into what was gathered, and the reserve. `None` if there is none.
+    /// Reads a frame into the gathered buffers, and the reserve. `None` if there is none.
     fn read_frame(&mut self, io: &mut Io<'_>, gathered: &Gathered<'_>) -> Option<usize> {
         self.rx.reserve.resize(RESERVE, 0);
         let buffers = gathered.chains.iter().flat_map(|chain| chain.writable.slices());
@@ -317,7 +318,7 @@ impl Net {
         Ok(self.wait_or_lose(gathered, frame))
     }
 
-    /// All buffers there are were gathered and are too few for `frame`.
+    /// All available buffers were gathered and are too few for `frame`.
     fn wait_or_lose(&mut self, gathered: &Gathered<'_>, frame: Vec<u8>) -> Option<Stop> {
         let seen = gathered.chains.len();
         if gathered.is_full || seen >= self.rx.most_buffers {

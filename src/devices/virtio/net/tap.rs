@@ -15,7 +15,7 @@ use crate::devices::Error;
 use crate::devices::virtio::block::touch_pieces;
 use crate::devices::virtio::chain::Slice;
 
-/// Offloads of a tap (linux/if_tun.h): what the kernel may leave undone in frames that are read from it.
+/// Offloads of a tap (linux/if_tun.h): work that the kernel may leave undone in frames that are read from it.
 pub const TUN_F_CSUM: u32 = 1;
 pub const TUN_F_TSO4: u32 = 2;
 pub const TUN_F_TSO6: u32 = 4;
@@ -39,8 +39,8 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Opens the tap `name` for the network interface `id`. It must exist: one that were made here would be connected
-    /// to nothing, and gone with this process.
+    /// Opens the tap `name` for the network interface `id`. It must exist: a tap made here would be connected to
+    /// nothing, and would vanish with this process.
     pub fn open(id: &str, name: &str) -> Result<Self, Error> {
         let failed = |why: String, source| Error::Tap { id: id.to_owned(), tap: name.to_owned(), why, source };
         // IFNAMSIZ with its NUL (netdevice(7)).
@@ -62,7 +62,7 @@ impl Tap {
         let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
         let file = opened.map_err(|error| failed(why_not_open(&error).into(), error))?;
         set_interface(&file, name).map_err(|error| failed(why_not_attached(name, &error), error))?;
-        // Unknown: another process may have set some.
+        // The present offloads are unknown: another process may have set some.
         let mut tap = Tap { file, name: name.to_owned(), has_ufo: true, offload: u32::MAX };
         tap.set_header_len().map_err(|error| failed("its header size cannot be set".into(), error))?;
         // Kernels from 4.14 on may be without UFO.
@@ -90,7 +90,7 @@ impl Tap {
         self.file.as_raw_fd()
     }
 
-    /// Says what the kernel may leave undone in frames that are read: `TUN_F_…`.
+    /// Sets the work that the kernel may leave undone in frames that are read: `TUN_F_…`.
     pub fn set_offload(&mut self, offload: u32) -> io::Result<()> {
         if offload != self.offload {
             // SAFETY: the argument is a number; no memory is involved.
@@ -106,13 +106,14 @@ impl Tap {
         checked(unsafe { ioctl_with_ref(&self.file, TUNSETVNETHDRSZ(), &len) })
     }
 
-    /// Reads one frame with its header into `buffers` and, what does not fit, into `tail`. Returns its length, at most
-    /// the length of all buffers. At most [`BUFFERS_MAX`]` - 1` buffers. Nothing is marked as written.
+    /// Reads one frame with its header into `buffers`, at most [`BUFFERS_MAX`]` - 1` of them, and the rest into `tail`.
+    /// Returns its length, at most the length of all buffers. Does not mark pages as written.
     pub fn read<'a, 'm: 'a>(&self, buffers: impl Iterator<Item = &'a Slice<'m>>, tail: &mut [u8]) -> io::Result<usize> {
         let mut vectors = vectors(buffers);
         vectors.push(libc::iovec { iov_base: tail.as_mut_ptr().cast(), iov_len: tail.len() });
         // SAFETY: each entry but the last is a slice of guest memory, which outlives the call (`'m`) and which the
-        // guest, too, may write at any time: nobody holds references into it. The last is `tail`, borrowed for the call.
+        // guest, too, may write at any time: there are no references into it. The last is `tail`, borrowed for the
+        // call.
         let result = unsafe { libc::readv(self.fd(), vectors.as_ptr(), vectors.len() as libc::c_int) };
         usize::try_from(result).map_err(|_| error_of(&vectors))
     }
@@ -148,7 +149,7 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// TUNSETIFF makes a tap that does not exist, if it may.
+/// Fails if the tap does not exist: TUNSETIFF would make it, if permitted.
 fn check_exists(name: &str) -> io::Result<()> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)
         .or_else(|_| rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None))?;

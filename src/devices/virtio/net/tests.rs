@@ -13,7 +13,7 @@ use crate::devices::BusDevice;
 const RAM: usize = 4 << 20;
 const SIZE: u16 = 256;
 const MAC: [u8; 6] = [6, 0, 0xac, 16, 0, 2];
-/// Where queue `q` has its rings, and buffers begin.
+/// Addresses of the rings of queue `q`, and of buffers.
 const RINGS: u64 = 0x1_0000;
 const BUFFERS: u64 = 0x10_0000;
 
@@ -33,12 +33,12 @@ fn params() -> NetParams {
     NetParams { id, tap, mac: Some(MAC), mtu: Some(1400), rx_limits: limits, tx_limits: limits }
 }
 
-/// A device, the driver's side of it, and what is on the other side of the "tap".
+/// A device, its driver, and the other end of the "tap".
 struct Bench {
     device: MmioDevice,
     memory: Memory,
     wire: UnixDatagram,
-    /// Indices of the avail rings, and of the used rings as far as they were looked at.
+    /// Indices of the avail rings, and of the used rings as far as they were read.
     avail: [u16; 3],
     used: [u16; 3],
 }
@@ -69,7 +69,7 @@ impl Bench {
     fn start(&self, features: u64) {
         let features = features | 1 << 32;
         let [low, high] = [features as u32, (features >> 32) as u32];
-        // A reset, but not of a device that is as it was made.
+        // Resets the device, unless it is new.
         let mut status = [0; 4];
         self.device.read(0x70, &mut status);
         if status != [0; 4] {
@@ -141,7 +141,7 @@ impl Bench {
         self.wire.send(&[&[0u8; HEADER_LEN], frame].concat()).unwrap();
     }
 
-    /// What the guest has sent, without its header.
+    /// The guest's next sent frame, without its header.
     fn sent(&self) -> Option<Vec<u8>> {
         let mut frame = vec![0; 1 << 17];
         match self.wire.recv(&mut frame) {
@@ -353,7 +353,7 @@ fn configuration_says_address_link_and_mtu_and_the_driver_announces_after_a_rest
     let mut bench = Bench::with(NetParams { mac: None, mtu: None, ..params() }, true, ANNOUNCE);
     assert_eq!(bench.config(), [0, 0, 0, 0, 0, 0, 3, 0, 1, 0, 0, 0]);
     assert_eq!(bench.interrupt(), 2);
-    // An unknown command, then that it has announced.
+    // An unknown command, then the one that acknowledges the announcement.
     for (index, command) in [[1u8, 0], [3, 0]].into_iter().enumerate() {
         let at = BUFFERS + 0x100 * index as u64;
         bench.memory.write_slice(&command, GuestAddress(at)).unwrap();
@@ -414,7 +414,7 @@ enum Act {
     /// Writes the rings.
     Ring(u64, u64),
     Descriptor(u64, u64, u32, u32),
-    /// Makes so many chains available.
+    /// Makes this many chains available.
     Avail(usize, u16),
     Kick(usize),
     Event(u32),
@@ -484,7 +484,7 @@ proptest! {
 }
 
 impl Bench {
-    /// Takes a datagram that the device has sent; whether there was one.
+    /// Takes a datagram that the device has sent; returns whether there was one.
     fn sent_raw(&self) -> bool {
         self.wire.recv(&mut [0; 16]).is_ok()
     }

@@ -44,17 +44,17 @@ impl Transmitter {
     }
 }
 
-/// Why transmitting stopped with frames left.
+/// The reason why transmitting stopped with frames left.
 enum Left {
     Nothing,
     /// Other devices have their turn; the transport calls again.
     Turn,
-    /// The limiter's timer will say when to go on.
+    /// The limiter's timer will fire when it may go on.
     Limited,
 }
 
 impl Net {
-    /// Writes what the driver has made available to the tap.
+    /// Writes the driver's available frames to the tap.
     pub(super) fn transmit(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
         let failed = |source| Broken::Queue { queue: TX, source };
         loop {

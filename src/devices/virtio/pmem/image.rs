@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::PmemParams;
 use crate::devices::Error;
 
-/// The largest image: far more than anybody has, far less than there is address space.
+/// The largest image: far larger than any in use, far smaller than the address space.
 const LEN_MAX: u64 = 1 << 40;
 
-/// What tells whether a file is still what it was: its length, and when it was last written.
+/// Facts that tell whether a file has changed: its length, and the time of its last write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     pub len: u64,
@@ -32,7 +32,7 @@ impl Facts {
 #[derive(Debug)]
 pub struct Image {
     file: Arc<File>,
-    /// When it was opened. It must not shrink.
+    /// The length when it was opened. The file must not shrink.
     len: u64,
 }
 
@@ -41,7 +41,7 @@ impl Image {
     pub fn open(params: &PmemParams) -> Result<Self, Error> {
         let PmemParams { id, path, read_only, .. } = params;
         let failed = |doing| move |source| Error::PmemFile { doing, id: id.clone(), path: path.clone(), source };
-        // A FIFO must not make the VMM wait for somebody to open its other end.
+        // Without the flag, opening a FIFO would wait for its other end.
         let file = OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(path);
         let file = file.map_err(failed("open"))?;
         let metadata = file.metadata().map_err(failed("ask about"))?;
@@ -75,7 +75,7 @@ impl Image {
         Facts::of(&self.file)
     }
 
-    /// Refuses an image that is not what the guest of the snapshot knows.
+    /// Refuses an image other than the guest of the snapshot knows.
     pub fn check(&self, params: &PmemParams, then: Facts, must_be_unchanged: bool) -> Result<(), Error> {
         let PmemParams { id, path, .. } = params;
         let failed = |source| Error::PmemFile { doing: "ask about", id: id.clone(), path: path.clone(), source };

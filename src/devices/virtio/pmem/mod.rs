@@ -1,8 +1,8 @@
 //! Persistent memory (VIRTIO 1.2, 5.19): an image that the guest sees as memory, without a copy of its own.
 //!
-//! The image is mapped shared into the guest's physical address space by who builds the machine (see [`Pmem::image`]), so
-//! all guests of one image use the same pages of the host's page cache. What is left for the device is to say where it
-//! lies, and to make what the guest has written durable when it asks for that.
+//! The builder of the machine maps the image shared into the guest's physical address space (see [`Pmem::image`]), so
+//! that all guests of one image use the same pages of the host's page cache. The device itself only reports the
+//! address, and makes the guest's writes durable on request.
 
 mod image;
 #[cfg(test)]
@@ -29,18 +29,18 @@ const DONE: u32 = 0;
 const FAILED: u32 = 1;
 const RESPONSE: usize = 4;
 
-/// Guests map memory in such steps; so do hosts that have huge pages.
+/// The step in which guests map memory; so do hosts that have huge pages.
 pub const ALIGNMENT: u64 = 2 << 20;
 
-/// What a pmem device is made from.
+/// The parameters of a pmem device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PmemParams {
     pub id: String,
     pub path: PathBuf,
     pub read_only: bool,
-    /// For the config only: what the kernel's command line said.
+    /// For the config only: the setting that the kernel's command line was made from.
     pub is_root: bool,
-    /// Where the guest sees it: a multiple of 2 MiB.
+    /// Guest-physical address: a multiple of 2 MiB.
     pub gpa: u64,
 }
 
@@ -59,7 +59,7 @@ impl PmemState {
     }
 }
 
-/// What is to be mapped, and where.
+/// The mapping that the device needs.
 #[derive(Clone, Debug)]
 pub struct PmemImage {
     pub file: Arc<File>,
@@ -87,19 +87,19 @@ pub struct Pmem {
 }
 
 impl Pmem {
-    /// Opens an image and locks it: for itself if the guest may write it, else together with other readers.
+    /// Opens an image and locks it: exclusively if the guest may write it, else together with other readers.
     ///
     /// # Errors
-    /// If it cannot be opened, is no file, is empty or too large, or somebody else has locked it.
+    /// The image cannot be opened, is no file, is empty or too large, or another process has locked it.
     pub fn new(params: PmemParams, limits: RateLimits) -> Result<Self, Error> {
         Pmem::with_limiter(params, RateLimiter::new(limits)?)
     }
 
-    /// Opens an image again. It must have the size it had and not have been written since; if it is `instead` another
-    /// one, or the same in whatever state it is, only the size counts.
+    /// Opens an image again. It must have its old size and not have been written since. If `instead` names a file,
+    /// which may be the same one, only the size counts.
     ///
     /// # Errors
-    /// As for [`new`](Self::new), and for an image that is not what the guest knows.
+    /// As for [`new`](Self::new), and for an image other than the guest knows.
     pub fn restore(state: PmemState, instead: Option<&Path>) -> Result<Self, Error> {
         let PmemState { mut params, limiter, facts } = state;
         if let Some(path) = instead {
@@ -127,7 +127,7 @@ impl Pmem {
         self.limiter.change(limits);
     }
 
-    /// What is to be mapped, and where.
+    /// The mapping that the device needs.
     pub fn image(&self) -> PmemImage {
         let len = self.image.len();
         let (gpa, read_only) = (self.params.gpa, self.params.read_only);
@@ -166,7 +166,7 @@ impl Pmem {
         Ok(admitted)
     }
 
-    /// Makes durable what the guest has written.
+    /// Makes the guest's writes durable.
     fn flush(&mut self) -> u32 {
         self.counters.flushes += 1;
         match self.sync() {
@@ -225,7 +225,7 @@ impl VirtioDevice for Pmem {
         self.process_queue(QUEUE, io)
     }
 
-    /// So that the image is on the disk as the snapshot knows it, and later writes of this guest change its time.
+    /// Syncs, so that the disk has the image as the snapshot knows it, and later writes of this guest change its time.
     fn quiesce(&mut self, _io: &mut Io<'_>) -> Result<(), Broken> {
         self.sync().map_err(|source| Broken::Host { doing: "sync a pmem image", source })
     }

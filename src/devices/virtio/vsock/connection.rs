@@ -17,19 +17,19 @@ use super::header::{Header, Ports, op, shut};
 
 /// Bytes that the guest may have sent and the program has not taken: the most a connection ever buffers here.
 pub const BUF_ALLOC: u32 = 128 << 10;
-/// The guest is told of room that it does not know of when it is this much: each telling may cost it an interrupt.
+/// The least room unknown to the guest that is reported to it: each report may cost the guest an interrupt.
 const TELL_AT: u32 = BUF_ALLOC / 2;
 
-/// How far a connection has come.
+/// The phase of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// A program has connected and has not said to which port yet.
+    /// A program has connected and has not named a port yet.
     Greeting,
-    /// The guest has been asked, or will be.
+    /// The guest has got a request, or will get one.
     Requested,
-    /// Both ends are there.
+    /// Both ends exist.
     Established,
-    /// The guest's end is gone. What it sent before still goes to the program.
+    /// The guest's end is gone. Bytes that it sent before still go to the program.
     Lingering,
 }
 
@@ -37,36 +37,36 @@ pub enum Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Violation;
 
-/// What a connection has for the guest.
+/// The next thing that a connection has for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     Packet(Header),
     Nothing,
-    /// It is over: the guest is to be told by a reset.
+    /// The connection is over: the guest gets a reset.
     Reset,
 }
 
-/// What a packet of the guest's means for its connection.
+/// The effect of a guest's packet on its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
     GoesOn,
-    /// The guest will neither send nor receive: it is answered with a reset.
+    /// The guest will neither send nor receive: the device answers with a reset.
     GuestClosed,
 }
 
-/// What the guest has room for, by its own account.
+/// The guest's receive room, as the guest reports it.
 #[derive(Debug, Default)]
 struct Credit {
     buf_alloc: u32,
     fwd_cnt: u32,
     sent: u32,
-    /// It was asked for news and has not given any.
+    /// The guest was asked for an update and has not sent one.
     asked: bool,
 }
 
 impl Credit {
     fn left(&self) -> u32 {
-        // A guest that says that more has left its buffer than was sent gets nothing.
+        // A guest that reports more bytes taken than were sent to it gets nothing.
         self.buf_alloc.saturating_sub(self.sent.wrapping_sub(self.fwd_cnt))
     }
 }
@@ -76,7 +76,7 @@ impl Credit {
 pub struct Connection {
     pub phase: Phase,
     pub ports: Ports,
-    /// When the table gives it up, if nothing happens before; the table's business alone.
+    /// The time at which the table gives it up, if nothing happens before. Only the table uses it.
     pub deadline: Option<Instant>,
     /// It is in the list of connections that have something for the guest.
     pub queued: bool,
@@ -85,16 +85,16 @@ pub struct Connection {
     stream: UnixStream,
     /// There may be bytes to read; `false` until the kernel says so again.
     readable: bool,
-    /// The program will send no more than what can be read now.
+    /// The program will send nothing beyond the bytes that can be read now.
     closing: bool,
     /// The program has closed its end.
     gone: bool,
-    /// Everything that the guest will be given has been read.
+    /// All bytes that the guest will be given were read.
     at_end: bool,
-    /// The stream is of no use any more.
+    /// The stream is broken.
     failed: bool,
     credit: Credit,
-    /// Bytes of the guest's that the program has not taken.
+    /// Bytes from the guest that the program has not taken.
     waiting: VecDeque<u8>,
     /// The program takes no more bytes.
     refused: bool,
@@ -105,17 +105,17 @@ pub struct Connection {
     guest_shut: u32,
     host_shut: u32,
     told_shut: u32,
-    /// REQUEST or RESPONSE, still to be sent.
+    /// REQUEST or RESPONSE, if it is still to be sent.
     opening: Option<u16>,
 }
 
 impl Connection {
-    /// A program that has connected.
+    /// The connection of a program that has connected.
     pub fn accepted(stream: UnixStream) -> Self {
         Connection::new(stream, Phase::Greeting, Ports { host: 0, guest: 0 })
     }
 
-    /// A connection that the guest has asked for in `request`.
+    /// The connection that the guest has asked for in `request`.
     pub fn connected(stream: UnixStream, request: &Header) -> Self {
         let mut connection = Connection::new(stream, Phase::Established, request.ports());
         connection.hear(request);
@@ -157,18 +157,18 @@ impl Connection {
     /// The events to wait for.
     pub fn wanted_events(&self) -> EventFlags {
         let always = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
-        // Only while bytes wait: the kernel tells of every byte that the program takes.
+        // OUT only while bytes wait: the kernel reports every byte that the program takes.
         if self.waiting.is_empty() { always } else { always | EventFlags::OUT }
     }
 
-    /// The program wants to talk to `ports.guest`.
+    /// Requests a connection to `ports.guest` for the program.
     pub fn request(&mut self, ports: Ports) {
         self.phase = Phase::Requested;
         self.ports = ports;
         self.opening = Some(op::REQUEST);
     }
 
-    /// Whether the guest knows of the connection, so that its end must be told.
+    /// True if the guest knows of the connection, so that it must be told of its end.
     pub fn is_known(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Lingering => false,
@@ -177,12 +177,12 @@ impl Connection {
         }
     }
 
-    /// Whether the guest has been told that both directions are over, and is to confirm it by a reset.
+    /// True if the guest has been told that both directions are over, and is to confirm it by a reset.
     pub fn awaits_reset(&self) -> bool {
         self.phase == Phase::Established && self.told_shut == shut::BOTH
     }
 
-    /// Nothing is left to do here.
+    /// True if nothing is left to do here.
     pub fn is_done(&self) -> bool {
         match self.phase {
             Phase::Greeting => false,
@@ -193,7 +193,7 @@ impl Connection {
         }
     }
 
-    /// Takes note of what the kernel says about the stream.
+    /// Notes the kernel's events of the stream.
     pub fn host_event(&mut self, events: EventFlags) {
         if events.intersects(EventFlags::IN | EventFlags::ERR) {
             self.readable = true;
@@ -211,7 +211,7 @@ impl Connection {
         }
     }
 
-    /// Whether [`next_packet`](Self::next_packet) may have something.
+    /// True if [`next_packet`](Self::next_packet) may have something.
     pub fn wants_to_send(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Lingering => false,
@@ -235,7 +235,7 @@ impl Connection {
         self.credit_due || self.forwarded.wrapping_sub(self.told_forwarded) >= TELL_AT
     }
 
-    /// The next packet for the guest; a payload has been put at the beginning of `room`.
+    /// The next packet for the guest; its payload is already at the beginning of `room`.
     pub fn next_packet(&mut self, room: &Buffers<'_>) -> Result<Next, Broken> {
         if let Some(operation) = self.opening.take() {
             return Ok(self.packet(operation, 0));
@@ -265,7 +265,7 @@ impl Connection {
         Ok(Next::Nothing)
     }
 
-    /// Reads what the program has sent, as far as the guest has room.
+    /// Reads the program's bytes, as far as the guest has room.
     fn read_packet(&mut self, room: &Buffers<'_>) -> Result<Option<Next>, Broken> {
         if room.is_empty() {
             return Err(Broken::Chain("a receive buffer has no room for data"));
@@ -290,7 +290,7 @@ impl Connection {
                 Ok(count) => {
                     done += count;
                     if count < slice.len() {
-                        // All there was. The end, if it came meanwhile, is still to be seen.
+                        // All bytes were read. The end, if it came meanwhile, is still to be noticed.
                         self.readable = self.closing;
                         break;
                     }
@@ -313,12 +313,12 @@ impl Connection {
         Ok(Some(self.packet(op::RW, done as u32)))
     }
 
-    /// Whether nothing is left to read of a program that sends no more.
+    /// True if the program sends no more and all its bytes were read.
     fn is_drained(&self) -> bool {
         matches!(rustix::net::recv(&self.stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT), Ok((0, _)))
     }
 
-    /// Tells the guest what the program's end of sending means for it.
+    /// Sets the shutdown flags that the guest gets after the program's end of sending.
     fn note_end(&mut self) {
         if self.at_end {
             self.host_shut |= shut::SEND;
@@ -336,7 +336,7 @@ impl Connection {
         Next::Packet(Header { len, flags, buf_alloc: BUF_ALLOC, fwd_cnt: self.forwarded, ..header })
     }
 
-    /// Takes note of the credit that every packet of the guest's tells.
+    /// Notes the credit that every packet of the guest's carries.
     fn hear(&mut self, header: &Header) {
         self.credit.buf_alloc = header.buf_alloc;
         self.credit.fwd_cnt = header.fwd_cnt;
@@ -345,7 +345,7 @@ impl Connection {
         }
     }
 
-    /// A packet of the guest's, other than a reset.
+    /// Handles a packet of the guest's, other than a reset.
     pub fn guest_packet(&mut self, header: &Header, data: &Buffers<'_>) -> Result<After, Violation> {
         self.hear(header);
         match (self.phase, header.op) {
@@ -368,9 +368,9 @@ impl Connection {
     fn guest_shutdown(&mut self, flags: u32) -> After {
         self.guest_shut |= flags & shut::BOTH;
         if self.guest_shut & shut::RECEIVE != 0 {
-            // What the program may still send has nowhere to go.
+            // Bytes that the program may still send have no receiver.
             self.at_end = true;
-            // The program may have gone; then it needs no telling.
+            // The program may be gone; then it need not be told.
             let _ = self.stream.shutdown(Shutdown::Read);
         }
         self.note_end();
@@ -378,7 +378,7 @@ impl Connection {
         if self.guest_shut == shut::BOTH { After::GuestClosed } else { After::GoesOn }
     }
 
-    /// Passes bytes of the guest's on; what the program does not take now waits.
+    /// Passes the guest's bytes on; those that the program does not take now wait.
     fn receive(&mut self, data: &Buffers<'_>) -> Result<(), Violation> {
         let len = u32::try_from(data.len()).map_err(|_| Violation)?;
         let fits = self.waiting.len() as u64 + u64::from(len) <= u64::from(BUF_ALLOC);
@@ -411,7 +411,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Writes what waits, as far as the program takes it now; then passes on that the guest sends no more.
+    /// Writes waiting bytes, as far as the program takes them now; then passes on that the guest sends no more.
     fn flush(&mut self) {
         while !self.waiting.is_empty() {
             match (&self.stream).write(self.waiting.as_slices().0) {
@@ -424,7 +424,7 @@ impl Connection {
         if self.waiting.is_empty() {
             self.waiting = VecDeque::new();
             if self.guest_shut & shut::SEND != 0 {
-                // The program may have gone; then it needs no telling.
+                // The program may be gone; then it need not be told.
                 let _ = self.stream.shutdown(Shutdown::Write);
             }
         }
@@ -433,7 +433,7 @@ impl Connection {
     fn note_write_error(&mut self, error: &io::Error) {
         match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => return,
-            // The program has closed its end, or takes no more; it may still have sent something.
+            // The program has closed its end, or takes no more; bytes that it sent before may still be unread.
             io::ErrorKind::BrokenPipe => self.host_shut |= shut::RECEIVE,
             _ => self.failed = true,
         }
@@ -441,7 +441,7 @@ impl Connection {
         self.waiting.clear();
     }
 
-    /// The guest's end is gone. What waits stays for the program.
+    /// The guest's end is gone. Waiting bytes stay for the program.
     pub fn linger(&mut self) {
         self.phase = Phase::Lingering;
     }

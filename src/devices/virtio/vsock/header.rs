@@ -8,7 +8,7 @@ pub const LEN: usize = 44;
 /// The context id of the host (VIRTIO 1.2, 5.10.4).
 pub const HOST_CID: u64 = 2;
 
-/// Stream sockets, the only kind there is here.
+/// Stream sockets, the only kind supported here.
 pub const TYPE_STREAM: u16 = 1;
 
 /// Operations (VIRTIO 1.2, 5.10.6).
@@ -22,7 +22,7 @@ pub mod op {
     pub const CREDIT_REQUEST: u16 = 7;
 }
 
-/// Flags of SHUTDOWN (VIRTIO 1.2, 5.10.6.5): what the sender of the packet will not do any more.
+/// Flags of SHUTDOWN (VIRTIO 1.2, 5.10.6.5): operations that the sender of the packet will not do any more.
 pub mod shut {
     pub const RECEIVE: u32 = 1;
     pub const SEND: u32 = 2;
@@ -107,7 +107,7 @@ impl Header {
         Ports { host: self.dst_port, guest: self.src_port }
     }
 
-    /// A packet from the host's end of `ports`, without payload; the context ids are the sender's business.
+    /// A packet from the host's end of `ports`, without payload; the sender sets the context ids.
     pub fn to_guest(ports: Ports, op: u16) -> Self {
         Header { src_port: ports.host, dst_port: ports.guest, kind: TYPE_STREAM, op, ..Header::default() }
     }
@@ -118,7 +118,7 @@ impl Header {
     }
 }
 
-/// The first `N` bytes of `rest`, which has them.
+/// Takes the first `N` bytes of `rest`, which must have them.
 fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
     let mut field = [0; N];
     let (head, tail) = rest.split_at(N);

@@ -1,5 +1,6 @@
-//! The host's side of the device: the socket that host programs connect to, and theirs that the guest reaches
-//! (Firecracker's convention: `CONNECT <port>\n` on `uds_path`; `<uds_path>_<port>` for the guest's connections).
+//! The host's side of the device: the socket that host programs connect to, and the programs' sockets that the guest
+//! reaches (Firecracker's convention: `CONNECT <port>\n` on `uds_path`; `<uds_path>_<port>` for the guest's
+//! connections).
 
 use std::ffi::OsString;
 use std::io;
@@ -18,7 +19,7 @@ const PATH_MAX: usize = 108 - 1 - "_4294967295".len();
 /// The longest `CONNECT <port>\n`.
 const LINE_MAX: usize = 32;
 
-/// The listening socket; its file is removed when it is dropped, unless somebody has put another there.
+/// The listening socket; dropping it removes its file, unless another file has taken the path.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
@@ -28,7 +29,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`, where nothing may be.
+    /// Listens at `path`, which must be free.
     pub fn bind(path: &Path) -> Result<Self, Error> {
         if path.as_os_str().len() > PATH_MAX {
             return Err(Error::VsockPathLong { path: path.to_owned(), max: PATH_MAX });
@@ -44,7 +45,7 @@ impl Listener {
         Ok(listener)
     }
 
-    /// The next program that has connected. `WouldBlock`: there is none.
+    /// The next program that has connected; `WouldBlock` if there is none.
     pub fn accept(&self) -> io::Result<UnixStream> {
         let (stream, _) = self.socket.accept()?;
         stream.set_nonblocking(true)?;
@@ -61,7 +62,7 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if self.file.is_some() && identity(&self.path) == self.file {
-            // Nobody is left to be told.
+            // Best effort: a drop cannot report an error.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -81,18 +82,18 @@ pub fn connect(uds_path: &Path, port: u32) -> io::Result<UnixStream> {
     Ok(UnixStream::from(socket))
 }
 
-/// What a program that has connected has said so far.
+/// The input so far of a program that has connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Greeting {
     /// `CONNECT <port>`.
     Connect(u32),
-    /// Not the whole line yet.
+    /// A part of the line.
     Partial,
-    /// Something else, or it has gone.
+    /// Other bytes, or the program has gone.
     Invalid,
 }
 
-/// Takes the line that opens a connection, and nothing of what follows it.
+/// Takes the line that opens a connection, and no byte after it.
 pub fn greeting(stream: &UnixStream) -> Greeting {
     let mut bytes = [0; LINE_MAX];
     let seen = match rustix::net::recv(stream, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
@@ -103,7 +104,7 @@ pub fn greeting(stream: &UnixStream) -> Greeting {
     };
     let greeting = parse(&bytes[..seen]);
     if let (Greeting::Connect(_), Some(end)) = (greeting, bytes.iter().position(|byte| *byte == b'\n')) {
-        // These bytes were just seen there, and nobody else reads them.
+        // These bytes were just peeked at, and only this thread reads them.
         let taken = rustix::net::recv(stream, &mut bytes[..=end], RecvFlags::DONTWAIT);
         if taken.is_err() {
             return Greeting::Invalid;
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn socket_file_of_somebody_else_is_left_alone() {
+    fn foreign_socket_file_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let listener = Listener::bind(&path).unwrap();

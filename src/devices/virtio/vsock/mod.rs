@@ -7,8 +7,9 @@
 //!  program ◄── <uds_path>_<port> ────────── connect() ─┘                            └── TX queue ◄─ guest
 //! ```
 //!
-//! Payload goes between stream and guest memory without a copy, except for what a program does not take at once. Nothing
-//! here waits: a guest without receive buffers and a program that does not read make their own connections stand still.
+//! Payload goes between stream and guest memory without a copy, except for bytes that a program does not take at once.
+//! Nothing here waits: a guest without receive buffers and a program that does not read stop only their own
+//! connections.
 
 mod connection;
 mod header;
@@ -46,45 +47,45 @@ const F_STREAM: u64 = 1;
 /// VIRTIO 1.2, 5.10.6.7: the guest's connections are gone, its listeners are not.
 const EVENT_TRANSPORT_RESET: u32 = 0;
 
-/// How long a program may take to say where it wants to: a person may be typing.
+/// Time for a program to name its port: a person may be typing.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long the guest may take to answer a request, or to confirm that a connection is over. Firecracker has 2 s; a
-/// guest that was just restored may have to fetch all it needs for the answer.
+/// Time for the guest to answer a request, or to confirm that a connection is over. Firecracker has 2 s; a guest that
+/// was just restored may have to fetch all the memory that it needs for the answer.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(8);
-/// How long packets are held back for a guest that does not say that it has seen the reset of its transport.
+/// Time for which packets are held back for a guest that has not acknowledged the reset of its transport.
 const RESET_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Programs accepted in one go.
 const ACCEPT_MAX: usize = 64;
 
-/// The state of the device: connections are not part of it, for their programs are not part of the snapshot.
+/// The state of the device. Connections are not part of it, because their programs are not part of the snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
     pub guest_cid: u32,
     /// The bytes of a path.
     pub uds_path: Vec<u8>,
-    /// Where the ports of the host's side go on: the guest may still know the old ones.
+    /// The next port of the host's side: the guest may still know the old ones.
     pub next_port: u32,
 }
 
-/// What the device is made from.
+/// The parameters of the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VsockParams {
     pub guest_cid: u32,
     /// The Unix socket that programs connect to.
     pub uds_path: PathBuf,
     next_port: u32,
-    /// The guest may know connections that are no more.
+    /// The guest may know connections that no longer exist.
     restored: bool,
 }
 
 impl VsockParams {
-    /// For a guest that boots.
+    /// The parameters for a guest that boots.
     pub fn new(guest_cid: u32, uds_path: PathBuf) -> Self {
         VsockParams { guest_cid, uds_path, next_port: Table::FIRST_PORT, restored: false }
     }
 
-    /// For a guest that is restored.
+    /// The parameters for a guest that is restored.
     pub fn restored(state: VsockState) -> Result<Self, Error> {
         let possible = state.guest_cid > 2 && !state.uds_path.is_empty() && Table::is_host_port(state.next_port);
         if !possible {
@@ -95,25 +96,25 @@ impl VsockParams {
     }
 }
 
-/// Counters; to the guest is `rx`, from it is `tx`, as in Firecracker.
+/// Counters; `rx` is to the guest, `tx` from it, as in Firecracker.
 #[derive(Debug, Default, Serialize)]
 struct Counters {
     rx_packets_count: u64,
     rx_bytes_count: u64,
     tx_packets_count: u64,
     tx_bytes_count: u64,
-    /// The guest had no receive buffer when there was something for it.
+    /// The guest had no receive buffer for a waiting packet.
     rx_starved_count: u64,
     conns_added: u64,
-    /// Of those removed: for a time-out, or because the guest broke the protocol.
+    /// Connections removed for a time-out, or because the guest broke the protocol.
     conns_killed: u64,
-    /// Not made: too many, no program listens, no descriptor free.
+    /// Connections not made: too many, no program listens, no descriptor free.
     conns_refused: u64,
     /// Packets with context ids that are not the guest's and the host's.
     packets_dropped: u64,
-    /// The guest has answered the event that a restore had reset its connections.
+    /// Restored guests that acknowledged the reset of their connections.
     resets_seen: u64,
-    /// It had not within `RESET_TIMEOUT`, and what was for it waited that long.
+    /// Restored guests that did not within `RESET_TIMEOUT`, so that their packets waited that long.
     resets_expired: u64,
 }
 
@@ -124,15 +125,16 @@ pub struct Vsock {
     uds_path: PathBuf,
     listener: Listener,
     table: Table,
-    /// Resets for connections that are no more. While there are many, no packets are taken from the guest.
+    /// Resets for connections that no longer exist. While there are many, no packets are taken from the guest.
     resets: VecDeque<Header>,
     /// A program may be waiting to be accepted.
     accepts: bool,
     /// The guest must be told that its connections are gone.
     transport_reset: bool,
-    /// Packets for the guest wait until it has seen that: until the number of its event buffers is no longer this one.
+    /// Set while packets for the guest wait until it has seen that: until the number of its event buffers differs from
+    /// this.
     hold: Option<u16>,
-    /// The driver is asked to tell of new receive buffers.
+    /// The driver will kick for new receive buffers.
     rx_notified: bool,
     restored: bool,
     guest_timeout: Duration,
@@ -167,7 +169,7 @@ impl Vsock {
         })
     }
 
-    /// Takes what has happened on the host's side.
+    /// Handles the events of the host's side.
     fn take_host_events(&mut self) -> Result<(), Broken> {
         let (accepts, timeout) = (&mut self.accepts, self.guest_timeout);
         let taken = self.table.take_events(|table, token, events| {
@@ -209,7 +211,7 @@ impl Vsock {
                     self.accepts = false;
                     return;
                 }
-                // It went away again, or no descriptor is free: the next event tries again.
+                // The program went away again, or no descriptor is free: the next event tries again.
                 Err(_) => return,
             };
             let full = self.table.len() >= table::CONNECTIONS_MAX;
@@ -226,7 +228,7 @@ impl Vsock {
         }
     }
 
-    /// Gives up what has waited too long.
+    /// Gives up connections whose deadline has passed.
     fn expire(&mut self) {
         while let Some(token) = self.table.next_expired() {
             match token {
@@ -246,7 +248,7 @@ impl Vsock {
         }
     }
 
-    /// Moves what can be moved.
+    /// Moves packets in both directions, as far as possible now.
     fn work(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
         if let Some(since) = self.quiet_since.take() {
             self.table.postpone(since.elapsed());
@@ -263,14 +265,14 @@ impl Vsock {
         self.table.arm().map_err(host_failed("set a timer"))
     }
 
-    /// Tells a restored guest that its connections are gone. What is then for the guest waits until it has made another
-    /// event buffer available, as drivers do when they have acted on an event: Linux resets every connection it finds
-    /// then, and would find new ones.
+    /// Tells a restored guest that its connections are gone. Packets for the guest then wait until it has made another
+    /// event buffer available, as drivers do when they have acted on an event: Linux then resets every connection it
+    /// finds, and would find new ones.
     ///
-    /// The buffers are counted, and the driver is asked to tell of the next one, before the event is given to it: a
-    /// driver that polls acts on it at once, and what is counted afterwards would include its answer. Other event
-    /// buffers wait in the queue, so the driver is asked to tell of a buffer beyond those: with EVENT_IDX it stays
-    /// silent about any other.
+    /// The buffers are counted, and the driver is asked to kick for the next one, before the event is given to it. A
+    /// driver that polls acts on the event at once, and a later count would include its answer. Other event buffers
+    /// wait in the queue, so the driver is asked to kick for a buffer beyond those: with EVENT_IDX it stays silent
+    /// about any other.
     fn tell_transport_reset(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
         let failed = |source| Broken::Queue { queue: EVENT, source };
         if !io.queues[EVENT].is_ready() {
@@ -300,7 +302,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Takes an event buffer. If there is none, the driver is asked to tell of the next.
+    /// Takes an event buffer. If there is none, asks the driver to kick for the next.
     fn event_buffer<'m>(&self, io: &mut Io<'m>) -> Result<Option<Chain<'m>>, Broken> {
         loop {
             if let Some(chain) = io.pop(EVENT)? {
@@ -308,7 +310,7 @@ impl Vsock {
             }
             let failed = |source| Broken::Queue { queue: EVENT, source };
             let came = io.queues[EVENT].enable_notification(io.memory).map_err(failed)?;
-            // At the end of its turn the device is called again.
+            // At the end of its turn the transport calls the device again.
             if !came || io.budget == 0 {
                 return Ok(None);
             }

@@ -1,8 +1,8 @@
-//! All connections of a device, and what the kernel is asked to tell of them.
+//! All connections of a device, and their registrations with the kernel.
 //!
-//! One epoll descriptor holds everything that the device waits for, and is itself waited for by the device thread,
+//! One epoll descriptor holds everything that the device waits for. The device thread waits for that descriptor,
 //! edge-triggered. All its members are edge-triggered too and every round takes all events, so that the next one is an
-//! edge; what an edge said is kept in flags until it has been dealt with.
+//! edge; flags keep the content of an edge until it has been handled.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
@@ -17,17 +17,17 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-/// The most connections, those included whose guest end is not there yet or not there any more (as Firecracker).
+/// The most connections, including those whose guest end does not exist yet or any more (as Firecracker).
 pub const CONNECTIONS_MAX: usize = 1023;
 
 /// Ports of the host's end of connections that programs make (as Firecracker).
 const HOST_PORTS: std::ops::Range<u32> = 1 << 30..1 << 31;
 
-/// What an event is about: one of these, or a connection from `FIRST` on. Numbers are not used twice.
+/// The subject of an event: one of these, or a connection from `FIRST` on. Numbers are not used twice.
 pub const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
 const MORE: u64 = 2;
-/// In the list of deadlines: the device's own.
+/// The device's own entry in the list of deadlines.
 pub const DEVICE: u64 = 3;
 const FIRST: u64 = 16;
 
@@ -39,7 +39,7 @@ const EVENTS: usize = 64;
 pub struct Table {
     epoll: OwnedFd,
     timer: OwnedFd,
-    /// Makes the device thread come back.
+    /// Wakes the device thread again.
     more: OwnedFd,
     connections: HashMap<u64, Connection>,
     by_ports: HashMap<Ports, u64>,
@@ -53,7 +53,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// An empty table; `next_port` is where host ports go on.
+    /// An empty table; `next_port` is the next host port.
     pub fn new(next_port: u32) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
@@ -95,13 +95,13 @@ impl Table {
         Ok(epoll::add(&self.epoll, fd, EventData::new_u64(token), events)?)
     }
 
-    /// Makes the device thread come back soon.
+    /// Wakes the device thread again soon.
     pub fn come_back(&self) {
-        // A full counter is as good.
+        // A full counter has the same effect.
         let _ = rustix::io::write(&self.more, &1u64.to_ne_bytes());
     }
 
-    /// Connections that are no more.
+    /// The number of connections removed so far.
     pub fn removed(&self) -> u64 {
         self.removed
     }
@@ -110,7 +110,7 @@ impl Table {
         self.connections.len()
     }
 
-    /// Everything that has happened, for `each`.
+    /// Takes all events, and calls `each` with them.
     pub fn take_events(&mut self, mut each: impl FnMut(&mut Self, u64, EventFlags)) -> io::Result<()> {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut events = Vec::with_capacity(EVENTS);
@@ -175,7 +175,7 @@ impl Table {
         }
     }
 
-    /// Forgets a connection; its stream is closed. Returns it.
+    /// Removes and returns a connection, and deregisters its stream.
     pub fn remove(&mut self, token: u64) -> Option<Connection> {
         self.set_deadline(token, None);
         let connection = self.connections.remove(&token)?;
@@ -212,8 +212,8 @@ impl Table {
         self.deadlines.clear();
     }
 
-    /// Looks at a connection that something has happened to: whether it is in the list, what it waits for, and whether
-    /// it is over.
+    /// Updates a connection after an event: its entry in the list, the events it waits for, and its removal if it is
+    /// over.
     pub fn note(&mut self, token: u64) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         if connection.is_done() {
@@ -227,7 +227,7 @@ impl Table {
         let wanted = connection.wanted_events();
         if wanted != connection.interest {
             connection.interest = wanted;
-            // It is registered, and nothing else can fail.
+            // The stream is registered, and nothing else can fail.
             let _ = epoll::modify(&self.epoll, &*connection, EventData::new_u64(token), wanted);
         }
     }
@@ -263,7 +263,7 @@ impl Table {
         self.deadlines.insert((Instant::now() + timeout, DEVICE));
     }
 
-    /// The next whose time is up; it has no deadline any more.
+    /// The next connection whose time is up; removes its deadline.
     pub fn next_expired(&mut self) -> Option<u64> {
         let (at, token) = *self.deadlines.first()?;
         if at > Instant::now() {
@@ -276,7 +276,7 @@ impl Table {
         Some(token)
     }
 
-    /// Time has stood still for the guest: all deadlines move.
+    /// Moves all deadlines, because time has stood still for the guest.
     pub fn postpone(&mut self, by: Duration) {
         self.deadlines = std::mem::take(&mut self.deadlines).into_iter().map(|(at, token)| (at + by, token)).collect();
         for connection in self.connections.values_mut() {

@@ -1,15 +1,14 @@
-//! Packets: taking them from the guest, and giving them to it.
+//! Packet exchange: takes packets from the guest, and gives packets to it.
 
 use super::super::{Broken, Chain, Io};
 use super::connection::{After, Connection, Next};
 use super::header::{self, HOST_CID, Header, TYPE_STREAM, op};
 use super::{RX, TX, Vsock, host, table};
 
-/// Packets taken from the guest, and packets given to it, before other devices have their turn: together less than the
-/// transport allows in one.
+/// Packets taken from the guest, and packets given to it, in one turn: together fewer than the transport allows in one.
 const PACKETS_MAX: usize = 256;
 
-/// While so many resets wait for receive buffers, no more packets are taken that could cause more.
+/// The number of resets that wait for receive buffers at which no more packets are taken that could cause more.
 pub const RESETS_MAX: usize = 256;
 
 impl Vsock {
@@ -97,7 +96,7 @@ impl Vsock {
         }
     }
 
-    /// The guest wants to talk to a program.
+    /// Connects the guest to a program.
     fn connect(&mut self, request: &Header) {
         let full = self.table.len() >= table::CONNECTIONS_MAX;
         let stream = if full { None } else { host::connect(&self.uds_path, request.dst_port).ok() };
@@ -109,8 +108,8 @@ impl Vsock {
         }
     }
 
-    /// Gives the guest what there is for it, as far as it has receive buffers. Returns whether something is left that it
-    /// has buffers for.
+    /// Gives waiting packets to the guest, as far as it has receive buffers. Returns whether packets are left for which
+    /// it has buffers.
     pub(super) fn give_packets(&mut self, io: &mut Io<'_>) -> Result<bool, Broken> {
         if self.hold.is_some() || !io.queues[RX].is_ready() {
             return Ok(false);
@@ -151,7 +150,7 @@ impl Vsock {
         !self.resets.is_empty() || self.table.has_ready()
     }
 
-    /// Puts the next packet into `chain`; its length, if there is one.
+    /// Puts the next packet into `chain`; returns its length, if there is one.
     fn fill(&mut self, chain: &Chain<'_>) -> Result<Option<u32>, Broken> {
         if chain.writable.len() < header::LEN {
             return Err(Broken::Chain("a receive buffer is too short for a packet header"));
@@ -168,7 +167,7 @@ impl Vsock {
         Ok(Some(header::LEN as u32 + header.len))
     }
 
-    /// The next packet of a connection; its payload has been put after the place of its header.
+    /// The next packet of a connection; its payload is already behind the room for its header.
     fn next_packet(&mut self, chain: &Chain<'_>) -> Result<Option<Header>, Broken> {
         let room = chain.writable.part(header::LEN, usize::MAX);
         while let Some(token) = self.table.next_ready() {

@@ -1,9 +1,9 @@
-//! Which zero memory is to come in huge pages: one fault then brings 512 pages, and
-//! those of them that nobody needs cost nothing but local memory.
+//! Chooses the zero memory that comes in huge pages: one fault then brings 512 pages, and the unused ones of them cost
+//! nothing but local memory.
 //!
-//! That pays where a profile says that enough of a block will be written, and it may pay where memory that was never used
-//! begins behind pages that are written: an allocator goes on there when an input is larger than the recorded one, of
-//! which a recording says nothing. What nobody touches costs nothing: huge pages, too, come with the first touch.
+//! That pays where a profile expects that enough of a block will be written. It may pay where unused memory begins
+//! behind written pages: if an input is larger than the recorded one, an allocator goes on there, and the recording
+//! does not show it. Untouched memory costs nothing: huge pages, too, come with the first touch.
 
 use super::super::Ground;
 use super::super::estimate::tally;
@@ -12,13 +12,13 @@ use super::super::place::BLOCK_PAGES;
 use super::super::touches::Touch;
 use crate::snapshot::{Extent, Gfn, Placement, PlannedExtent};
 
-/// How near to its end a run must have written for zero memory to be where it goes on: a block.
+/// The longest distance from the last written page to a zero extent for an allocator to go on there: a block.
 const NEAR_PAGES: u64 = BLOCK_PAGES;
 
-/// The blocks of `extents` that are zero memory and had better come whole, as ascending runs.
+/// The blocks of `extents` that are zero memory and should come whole, as ascending runs.
 pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> Vec<Extent> {
     let is_written = |touch: &&Touch| touch.written >= 0.5;
-    // As much again as was written when it was recorded.
+    // As many pages again as the recorded run wrote.
     let growth = touches.iter().filter(is_written).map(|touch| touch.extent.pages).sum::<u64>();
     let mut out: Vec<Extent> = Vec::new();
     let mut at = 0;
@@ -45,7 +45,7 @@ pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> 
     out
 }
 
-/// Whether the pages of `block` that a profile expects cost more one by one.
+/// True if the expected pages of `block` cost more one by one.
 fn pays(ground: &Ground, touches: &[Touch], block: Extent, at: usize) -> bool {
     if touches.get(at).is_none_or(|touch| touch.extent.first >= block.end()) {
         return false;
@@ -87,14 +87,14 @@ mod tests {
     #[test]
     fn blocks_that_will_be_written_come_whole_and_at_a_price_only_the_full_ones() {
         let touches = [touch(extent(4096, 3), 1.0), touch(extent(5120, 400), 1.0), touch(extent(6144, 60), 1.0)];
-        // What is behind them follows: they are written.
+        // The blocks behind them follow, because they are written.
         assert_eq!(chosen(&touches, 0.0), [extent(4608, 2560)]);
         assert_eq!(chosen(&touches, 1000.0), [extent(4608, 1536), extent(6656, 512)]);
         assert_eq!(chosen(&[], 0.0), []);
     }
 
     #[test]
-    fn memory_behind_what_is_written_comes_whole_as_much_again_as_was_written() {
+    fn zero_memory_behind_written_pages_comes_whole_as_much_as_was_written() {
         // 1,100 pages in all: three blocks begin within as many pages behind them.
         let grown = [touch(extent(100, 664), 1.0), touch(extent(3650, 436), 1.0)];
         assert_eq!(chosen(&grown, 1e6), [extent(4096, 1536)]);

@@ -1,5 +1,5 @@
-//! The budget of the CXL tier: no more pages are mapped in place from pools than it has. What is least likely to be touched
-//! goes first: it is fetched when it is touched after all.
+//! The budget of the CXL tier: no more pages are mapped in place from pools than the tier has. The pages least likely
+//! to be touched leave first, and are fetched if they are touched after all.
 
 use super::super::Ground;
 use super::super::place::{Labelled, cut, lay_over, pieces};
@@ -9,8 +9,8 @@ use crate::snapshot::{Extent, Fill, Placement, PlannedExtent, RestorePlan};
 /// Pages fetched around a fault, as in `packed`.
 const FAULT_PAGES: u64 = 16;
 
-/// Takes pages out of pools' places until no more than `limit` are in place. Those that are likely to be touched are copied
-/// instead, as long as `room` pages of local memory last; the others are left to faults.
+/// Takes pages out of their place in pools until no more than `limit` are mapped in place. Pages likely to be touched
+/// are copied, as long as `room` pages of local memory last; the others are left to faults.
 pub fn limit(plan: &mut RestorePlan, ground: &Ground, touches: &[Touch], (limit, mut room): (u64, u64)) {
     let is_in_place = |item: &&PlannedExtent| {
         let mapped = matches!(item.placement, Placement::InPlace | Placement::CowFile);
@@ -49,7 +49,7 @@ pub fn limit(plan: &mut RestorePlan, ground: &Ground, touches: &[Touch], (limit,
     plan.coalesce(ground.layout);
 }
 
-/// Pages that are touched at least in every second run are worth a copy.
+/// The least probability of a touch for which a page is worth a copy: every second run.
 const LIKELY: f64 = 0.5;
 
 #[cfg(test)]
@@ -61,7 +61,7 @@ mod tests {
     use crate::tiering::costs::Costs;
 
     #[test]
-    fn no_more_is_in_place_than_the_budget_has_and_what_is_touched_stays_longest() {
+    fn in_place_pages_fit_the_budget_and_likely_ones_stay_longest() {
         let layout = MemoryLayout::from_gpa_ranges(&[(0, 1000 * PAGE_SIZE)]).unwrap();
         let extent = |first, pages| Extent { first: Gfn(first), pages };
         let source = PageSource { layer: 1, offset: 0 };

@@ -1,6 +1,7 @@
-//! `tiered`: tvmm's own. What is only read is mapped in place, what will be written has its private copy before the
-//! guest runs, zero pages are anonymous memory, and what costs less another way goes that way: every choice is made by
-//! expected time to the end of the first request, from the costs of this host and the odds of the profile.
+//! `tiered`: tvmm's own policy. Pages that are only read are mapped in place, pages that will be written get a private
+//! copy before the guest runs, zero pages are anonymous memory. Any page is placed another way if that costs less:
+//! every choice minimises the expected time to the end of the first request, from the costs of this host and the odds
+//! of the profile.
 //!
 //! The cheapest way through memory is searched block by block ([`path`]), with the ways of each stretch priced by one
 //! model ([`super::model`]). The shapes of the other policies are priced by the same model; where one is cheaper, that
@@ -26,14 +27,14 @@ use crate::tiering::profile::Profile;
 
 pub const NAME: &str = "tiered";
 
-/// How often the price of local memory is doubled, and then halved in, to meet a budget.
+/// Steps of the search for the price of local memory that meets a budget: doublings, then halvings of the interval.
 const DOUBLINGS: u32 = 40;
 const BISECTIONS: u32 = 6;
 
 pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<RestorePlan, Error> {
     let touches = expected(profile, ground.resolved);
     let written = touches.iter().filter(|touch| touch.written > 0.0).map(|touch| touch.extent.pages).sum();
-    // Written pages need local memory whenever they come; what is preloaded besides must fit into the rest.
+    // Written pages need local memory whenever they are read; pages preloaded besides must fit into the rest.
     let limit = budget.dram_pages.unwrap_or(u64::MAX);
     let Some(extra_limit) = limit.checked_sub(written) else {
         return Err(Error::BudgetTooSmall { pages: limit, least: written });
@@ -41,19 +42,19 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     let ground = &Ground { page_ns: budget.dram_page_ns as f64, ..*ground };
     let search = Search { touches: &touches, extra_limit };
     let mut best = search.within_budget(ground);
-    // Time, and what local memory is worth besides.
+    // Time, and the worth of local memory.
     let worth = |expected: &Estimate| expected.total_ns() + ground.page_ns * expected.pages_preloaded_unwritten as f64;
     if ground.page_ns > 0.0 {
-        // Stretch by stretch local memory may look dearer than it comes to in the end.
+        // Priced stretch by stretch, local memory may seem dearer than it is in the whole plan.
         let fastest = search.at_price(ground, 0.0);
         if search.fits(&fastest.1) && worth(&fastest.1) < worth(&best.1) {
             best = fastest;
         }
     }
     let floors = Floors::of(ground, &touches);
-    // Each shape with the least it can cost: making and pricing one takes as long as the whole search above. What the
-    // search cannot come to are images (Aquifer's shape is `packed` without extras), and one userfaultfd over everything,
-    // zero pages included, which needs the fewest mappings.
+    // Each shape with the least it can cost: making and pricing one takes as long as the whole search above. The search
+    // itself cannot find images (Aquifer's shape is `packed` without extras), nor one userfaultfd over everything, zero
+    // pages included, which needs the fewest mappings.
     let shapes: [(f64, &dyn Fn() -> RestorePlan); 6] = [
         (floors.eager, &|| RestorePlan { extents: eager::plan(ground), ..ground.empty_plan(NAME) }),
         (floors.regions, &|| faasnap::plan(ground, profile)),
@@ -83,15 +84,15 @@ pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<Resto
     Ok(RestorePlan { policy: NAME.to_string(), huge, ..best.0 })
 }
 
-/// How much more a plan may cost for what the model does not see.
+/// Factor by which a plan may cost more, for effects that the model does not have.
 const UNSEEN: f64 = 1.04;
 
-/// Nothing is cached: what is copied is read past the page cache, and mappings want huge folios. One that does not makes
-/// the kernel read ahead in small folios, far into the blocks of its neighbours, which the model does not see: measured,
-/// a few such faults made a dense read of 64 MiB three times slower.
+/// For uncached files: reads copied pages past the page cache, and makes mappings want huge folios. A mapping that does
+/// not makes the kernel read ahead in small folios, far into the blocks of its neighbours, which the model does not
+/// have: measured, a few such faults made a dense read of 64 MiB three times slower.
 fn for_cold_files(best: &mut (RestorePlan, Estimate), ground: &Ground, touches: &[Touch]) {
     best.0.direct = true;
-    // Images are mapped as they are: their pages do not lie where the guest's huge pages do.
+    // Images are mapped as they are: their pages are not aligned with the guest's huge pages.
     let is_plain = |item: &PlannedExtent| {
         item.placement == Placement::CowFile && item.source.is_some_and(|source| source.layer < ground.layers)
     };
@@ -107,7 +108,7 @@ fn for_cold_files(best: &mut (RestorePlan, Estimate), ground: &Ground, touches: 
     }
 }
 
-/// What plans of other shapes cost at the very least.
+/// Lower bounds of the cost of plans of other shapes.
 struct Floors {
     /// Everything held is copied.
     eager: f64,
@@ -115,7 +116,7 @@ struct Floors {
     install: f64,
     /// The loading set is copied from an image.
     copy: f64,
-    /// What is touched is installed from an image, zero pages too.
+    /// Touched pages are installed from an image, zero pages too.
     reap: f64,
     /// The loading set is mapped from an image, each region a mapping.
     regions: f64,
@@ -147,8 +148,8 @@ impl Floors {
         let expected = |touch: &Touch| touch.extent.pages as f64 * touch.touched;
         let touched: f64 = held_touches().map(expected).sum();
         let small_touches = loading().map(expected).sum::<f64>() * costs.populated_touch_ns as f64;
-        // Pages in groups that are not whole are faults of their own, or their groups are completed; if they are
-        // touched in every run, that is known.
+        // Each page of a group that is not whole is a fault of its own, or its group is completed. That is certain only
+        // for pages that are touched in every run.
         let always = loading().all(|touch| touch.touched >= 1.0);
         let alone = |(_, pages): (u64, u64)| {
             let apart = pages * (costs.populated_alone_ns.saturating_sub(costs.populated_touch_ns));
@@ -176,7 +177,7 @@ impl Floors {
 
 struct Search<'a> {
     touches: &'a [Touch],
-    /// Pages that may be preloaded besides those that are written.
+    /// Pages that may be preloaded besides the written ones.
     extra_limit: u64,
 }
 
@@ -195,7 +196,8 @@ impl Search<'_> {
         (plan, expected)
     }
 
-    /// The cheapest plan that fits the budget: local memory gets the lowest price, from the ground's on, at which it does.
+    /// The cheapest plan that fits the budget: local memory gets the lowest price, from the ground's on, at which the
+    /// plan fits.
     fn within_budget(&self, ground: &Ground) -> (RestorePlan, Estimate) {
         let least = ground.page_ns;
         let mut best = self.at_price(ground, least);

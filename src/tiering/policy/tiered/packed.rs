@@ -8,20 +8,20 @@ use super::super::touches::Touch;
 use crate::snapshot::{Content, Extent, Fill, Gfn, Placement, PlannedExtent, ResolvedRun, RestorePlan};
 use crate::tiering::costs::Costs;
 
-/// Pages fetched around a fault: nobody expects these pages, but where one is wanted its neighbours may be.
+/// Pages fetched around a fault: these pages are not expected to be touched, but if one is, its neighbours may be.
 const FAULT_PAGES: u64 = 16;
 
-/// Whether the image has these pages: what is held, and zero pages where reading them costs less than their faults.
+/// True if the image has these pages: held pages, and zero pages where reading them costs less than their faults.
 pub fn is_packed(costs: &Costs, touch: &Touch) -> bool {
     !touch.zero || copied_page_ns(costs, false) + costs.populated_touch_ns < costs.anon_read_fault_ns
 }
 
-/// What an image has besides the pages that are held and touched.
+/// The pages of an image besides the held and touched ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extras {
-    /// Zero pages, and the rest of groups, where the costs of one page say that it pays.
+    /// Zero pages, and the rest of groups, where that pays by the costs of one page.
     Paying,
-    /// Nothing: as `reap` and `aquifer` have it. Each page for itself may pay and all together not.
+    /// None, as in `reap` and `aquifer`. Extras may pay page by page and yet not all together.
     None,
 }
 
@@ -52,7 +52,7 @@ pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill, extras: Extras) -> R
     plan
 }
 
-/// Ascending pages as runs that cross no range's end; what comes twice counts once.
+/// Ascending pages as runs that cross no range's end; a page added twice counts once.
 struct PageRuns<'a> {
     ground: &'a Ground<'a>,
     runs: Vec<Extent>,
@@ -63,7 +63,7 @@ impl<'a> PageRuns<'a> {
         PageRuns { ground, runs: Vec::new() }
     }
 
-    /// Adds pages that start at or after the start of those before.
+    /// Adds pages that start at or after the start of the last ones.
     fn push(&mut self, extent: Extent) {
         let layout = self.ground.layout;
         match self.runs.last_mut() {
@@ -77,13 +77,13 @@ impl<'a> PageRuns<'a> {
     }
 }
 
-/// What the pages of a group cost more if the group is completed; less than 0 where that pays.
+/// The extra cost of the pages of a group if the group is completed; less than 0 where that pays.
 pub fn completing_ns(costs: &Costs, pages: u64) -> f64 {
     let more = (GROUP_PAGES - pages) * copied_page_ns(costs, false) + group_ns(costs);
     more as f64 - (pages * costs.populated_alone_ns) as f64
 }
 
-/// How many pages the runs (ascending) have of the groups that they do not have whole, ascending by group.
+/// The number of pages that the runs (ascending) have of each group that they do not have whole, ascending by group.
 pub fn parts_of_groups(runs: &[Extent]) -> Vec<(u64, u64)> {
     let mut parts: Vec<(u64, u64)> = Vec::new();
     let mut add = |number: u64, pages: u64| match parts.last_mut() {

@@ -1,5 +1,5 @@
-//! The cheapest way through all of memory: block by block, on one of three backings, where changing the backing costs a
-//! mapping.
+//! The cheapest way through all of memory: block by block, on one of three backings, where a change of the backing
+//! costs a mapping.
 
 use super::super::Ground;
 use super::super::place::BLOCK_PAGES;
@@ -10,7 +10,7 @@ use crate::snapshot::{Extent, PlannedExtent, ResolvedRun};
 /// The price so far of ending on each backing.
 type Front = [f64; 3];
 
-/// How a block was entered and crossed to end on a backing.
+/// The way in which a block was entered and crossed to end on a backing.
 #[derive(Clone, Copy, Debug, Default)]
 struct Step {
     /// As one unit, or unit by unit.
@@ -96,7 +96,7 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// What it costs to go from one backing to the next between two units.
+    /// The cost of a change of the backing between two units.
     fn change(&self, from: usize, to: usize, last: &Unit, next: &Unit) -> f64 {
         let same_file = || match (last.source, next.source) {
             (Some(a), Some(b)) => a.layer == b.layer,

@@ -1,4 +1,4 @@
-//! What `tiered` can do with a stretch of memory that lies within one block, and what each way costs.
+//! The ways in which `tiered` can place a stretch of memory within one block, and their costs.
 
 use super::super::Ground;
 use super::super::estimate::tally;
@@ -8,19 +8,19 @@ use super::super::touches::Touch;
 use crate::snapshot::{Content, Extent, Fill, PAGE_SIZE, PageSource, Placement, PlannedExtent, TierAccess};
 use crate::tiering::costs::{Costs, SourceCache};
 
-/// What a stretch is mapped to. Neighbours with the same backing need no mapping of their own.
+/// The backing of a stretch. Neighbours with the same backing need no mapping of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
     Anonymous,
-    /// A file of which huge folios are wanted.
+    /// A file mapping that wants huge folios.
     InPlace,
-    /// A file, page by page.
+    /// A file mapping by small pages.
     CowFile,
 }
 
 pub const BACKINGS: [Backing; 3] = [Backing::Anonymous, Backing::InPlace, Backing::CowFile];
 
-/// What a way costs: time, and pages of local memory that no profiled write needs.
+/// The price of a way: time, and pages of local memory that no profiled write needs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Price {
     pub ns: f64,
@@ -34,16 +34,16 @@ impl Price {
     }
 }
 
-/// A stretch within one block of which each page has the same kind of source: one resolved run's part, or a whole block
-/// whose pages one file can show.
+/// A stretch within one block whose pages all have the same kind of source: a part of one resolved run, or a whole
+/// block whose pages one file has.
 #[derive(Clone, Copy, Debug)]
 pub struct Unit {
     pub extent: Extent,
-    /// Where the file that can show all of it has the first page; `None` if it is zero and no file has it.
+    /// The place of the first page in the file that has all pages; `None` if they are zero and no file has them.
     pub source: Option<PageSource>,
     /// Zero in the snapshot, so that it needs no source.
     pub zero: bool,
-    /// The first touch that may matter.
+    /// Index of the first touch that may be in it.
     pub touch: usize,
 }
 
@@ -62,7 +62,7 @@ impl Unit {
         }
     }
 
-    /// The access of the tier it comes from, if it comes from one.
+    /// The access of its tier; `None` if it comes from no tier.
     fn access(&self, ground: &Ground) -> Option<TierAccess> {
         ground.access(self.source?.layer)
     }
@@ -76,7 +76,7 @@ impl Unit {
         self.source.is_some_and(|source| source.offset % block == self.extent.gpa() % block)
     }
 
-    /// What each backing would cost.
+    /// The price of each backing.
     pub fn ways(&self, ground: &Ground, touches: &[Touch]) -> Ways {
         let costs = ground.costs;
         let all = tally(self.extent, touches, &mut self.touch.clone());
@@ -93,11 +93,11 @@ impl Unit {
         [Some(self.anonymous(&all, ground).0), Some(mapped(Backing::InPlace)), small]
     }
 
-    /// Zero pages left to faults, or everything read ahead; and whether it is the latter.
+    /// The price of leaving zero pages to faults, or of reading everything ahead, and true for the latter.
     fn anonymous(&self, all: &Tally, ground: &Ground) -> (Price, bool) {
         let costs = ground.costs;
         let zero = self.zero_price(all, costs);
-        // Fewer zero pages than a block are not worth a read.
+        // Zero pages in less than a block are not worth a read.
         if self.zero && !self.is_block() {
             return (zero, false);
         }
@@ -116,7 +116,7 @@ impl Unit {
         FileBlock { open, broken, calls, wants_huge, aligned: self.is_aligned(), promoted, read_ahead: false }
     }
 
-    /// The price of a mapped file, and whether copy-on-write is broken ahead for it.
+    /// The price of a mapped file, and true if copy-on-write is broken ahead for it.
     fn mapped_price(&self, all: &Tally, broken: Option<&Broken>, backing: Backing, ground: &Ground) -> (Price, bool) {
         let promoted = self.access(ground) == Some(TierAccess::MapShared);
         let open = self.file(*all, Tally::default(), 0, backing, promoted).cost(ground.costs).total();
@@ -127,7 +127,7 @@ impl Unit {
         if price.at(ground.page_ns) < open.ns { (price, true) } else { (open, false) }
     }
 
-    /// Copy-on-write broken ahead where that pays; `None` if nowhere.
+    /// The unit with copy-on-write broken ahead where that pays; `None` if it pays nowhere.
     fn broken(&self, ground: &Ground, touches: &[Touch]) -> Option<Broken> {
         if self.access(ground).is_some_and(|access| access != TierAccess::MapPrivate) {
             return None;
@@ -150,8 +150,8 @@ impl Unit {
         Some(Broken { runs, open, broken })
     }
 
-    /// Where copy-on-write is broken ahead, if it is broken anywhere in the block: what is more likely written than it
-    /// costs, with short gaps taken in where a call costs more.
+    /// The runs whose copy-on-write is broken ahead, if any is broken in the block: pages whose expected write costs
+    /// more than the break, joined over short gaps where another call costs more.
     fn breaks(&self, ground: &Ground, touches: &[Touch]) -> Vec<Part> {
         let costs = ground.costs;
         let mut runs: Vec<Part> = Vec::new();
@@ -211,12 +211,12 @@ impl Unit {
 /// A unit with copy-on-write broken in some runs.
 struct Broken {
     runs: Vec<Part>,
-    /// What is left as it is.
+    /// The pages left as they are.
     open: Tally,
     broken: Tally,
 }
 
-/// What breaking copy-on-write of some pages ahead saves, the call not counted.
+/// The time saved by breaking copy-on-write of some pages ahead, without the cost of the call.
 fn gain(piece: Extent, touch: &Touch, costs: &Costs) -> f64 {
     if touch.written <= 0.0 {
         return f64::MIN;
@@ -227,13 +227,13 @@ fn gain(piece: Extent, touch: &Touch, costs: &Costs) -> f64 {
     piece.pages as f64 * (later - ahead)
 }
 
-/// What a first touch of one of `pages` pages costs whose copy-on-write was broken.
+/// The cost of the first touch of one of `pages` pages whose copy-on-write was broken.
 fn touch_ns(pages: u64, costs: &Costs) -> f64 {
     let ns = if pages < GROUP_PAGES { costs.populated_alone_ns } else { costs.populated_touch_ns };
     ns as f64
 }
 
-/// Whether two runs are cheaper as one, with the pages between them.
+/// True if two runs cost less as one, with the pages between them.
 fn gap_pays(last: Extent, next: Extent, gap: &Tally, ground: &Ground) -> bool {
     let costs = ground.costs;
     let pages = (next.first.0 - last.end().0) as f64;

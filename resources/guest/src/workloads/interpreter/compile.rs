@@ -22,7 +22,7 @@ const LEVELS: &[&[(&str, Operator)]] = &[
 /// Compiles a program. A function may call itself and those after it.
 pub fn compile(source: &str) -> Result<Program, Message> {
     let words = words(source)?;
-    // First what there is to call.
+    // First the functions that can be called.
     let mut known = Vec::new();
     for (at, pair) in words.windows(2).enumerate() {
         if let [Word::Name("fn"), Word::Name(name)] = pair {
@@ -41,7 +41,7 @@ pub fn compile(source: &str) -> Result<Program, Message> {
 struct Compiler<'a> {
     words: &'a [Word<'a>],
     at: usize,
-    /// Names and how many parameters they have.
+    /// Names and their numbers of parameters.
     known: &'a [(&'a str, usize)],
     locals: Vec<&'a str>,
     code: Vec<Code>,
@@ -58,7 +58,7 @@ impl<'a> Compiler<'a> {
         Ok(word)
     }
 
-    /// Whether `word` comes next; if so, it is taken.
+    /// Takes `word` if it comes next; returns whether it did.
     fn take(&mut self, word: Word) -> bool {
         let found = self.peek() == Some(word);
         self.at += usize::from(found);

@@ -1,8 +1,9 @@
 //! A small language, for `pyaes`: source text is compiled to bytecode, and a stack machine with tagged values and
 //! reference-counted lists runs it, as CPython runs Python.
 //!
-//! `fn name(a, b) { … }`, `name = …;`, `list[i] = …;`, `while … { … }`, `if … { … } else { … }`, `return …;`, integers, names,
-//! calls, `list(n)` (n zeros), `len(list)`, `list[i]`, and operators by precedence: `|`, `^`, `&`, `< ==`, `<< >>`, `+ -`, `* %`.
+//! `fn name(a, b) { … }`, `name = …;`, `list[i] = …;`, `while … { … }`, `if … { … } else { … }`, `return …;`, integers,
+//! names, calls, `list(n)` (n zeros), `len(list)`, `list[i]`, and operators by precedence: `|`, `^`, `&`, `< ==`, `<<
+//! >>`, `+ -`, `* %`.
 
 mod compile;
 mod lex;
@@ -17,7 +18,7 @@ use core::cell::RefCell;
 
 pub use compile::compile;
 
-/// What variables hold.
+/// The value of a variable.
 #[derive(Clone, Debug)]
 pub enum Value {
     Number(i64),

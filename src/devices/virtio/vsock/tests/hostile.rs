@@ -1,10 +1,10 @@
-//! Anything a driver can put into its queues, and any way programs can behave.
+//! Arbitrary content of the driver's queues, and arbitrary behaviour of programs.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// Something that a hostile guest, or a program, does.
+/// An action of a hostile guest, or of a program.
 #[derive(Clone, Debug)]
 enum Act {
     Packet { header: Header, len: usize, lie: i8 },
@@ -46,7 +46,7 @@ fn acts() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Programs that do this and that.
+/// Programs with arbitrary behaviour.
 struct Programs {
     listener: UnixListener,
     streams: Vec<UnixStream>,
@@ -85,7 +85,7 @@ proptest! {
         listener.set_nonblocking(true).unwrap();
         let mut programs = Programs { listener, streams: Vec::new() };
         let path = driver.dir.path().join("v");
-        // Nobody names this page as a buffer.
+        // No descriptor names this page as a buffer.
         let untouched = GuestAddress(RAM as u64 - 4096);
         for act in acts {
             match act {

@@ -23,7 +23,7 @@ const CID: u32 = 7;
 const SIZE: u16 = 64;
 /// Queue `q` has its descriptors, driver area and device area in these pages.
 const QUEUES: u64 = 0x10_000;
-/// Receive buffers, a page each, and where packets to send are put.
+/// Receive buffers, a page each, and the buffers of packets to send.
 const RX_AT: u64 = 0x100_000;
 const TX_AT: u64 = 0x200_000;
 const EVENT_AT: u64 = 0x50_000;
@@ -131,14 +131,14 @@ impl Driver {
         self.run();
     }
 
-    /// Lets the device work until it has nothing to do.
+    /// Runs the device until it has nothing to do.
     fn run(&self) {
         for _ in 0..8 {
             self.device.look_at_all();
         }
     }
 
-    /// What came next: header and payload.
+    /// The next packet: header and payload.
     fn next(&mut self) -> Option<(Header, Vec<u8>)> {
         self.run();
         let ring = Driver::at(RX, 2);

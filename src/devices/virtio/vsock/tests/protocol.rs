@@ -1,4 +1,4 @@
-//! Drivers that follow the specification, and what is answered to those that do not.
+//! Drivers that follow the specification, and answers to those that do not.
 
 use super::*;
 
@@ -116,7 +116,7 @@ fn program_that_reads_late_gets_everything_after_the_guest_has_closed() {
 }
 
 #[test]
-fn what_is_not_understood_is_reset_or_dropped() {
+fn unknown_packets_are_reset_or_dropped() {
     let mut driver = Driver::booted();
     driver.give(32);
     driver.send(packet(81, 9, op::REQUEST), &[]);
@@ -196,7 +196,7 @@ fn guest_that_does_not_answer_is_given_up() {
     program.write_all(b"CONNECT 52\n").unwrap();
     driver.give(8);
     assert_eq!(driver.next_op(1 << 30, 52), Some(op::REQUEST));
-    // A machine that stands still does not use up its time.
+    // The time limit does not run while the machine stands still.
     driver.device.quiesce();
     std::thread::sleep(Duration::from_millis(80));
     driver.device.go_on();

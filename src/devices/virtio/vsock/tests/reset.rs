@@ -1,4 +1,5 @@
-//! A restored guest is told that its connections are gone, and its next packets follow as soon as it has seen that.
+//! A restored guest learns that its connections are gone, and gets its next packets as soon as it has acknowledged
+//! that.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,7 +10,7 @@ const EVENT_BUFFERS: u16 = 8;
 const EVENT_IDX: u32 = 1 << 29;
 const HOST_PORT: u32 = (1 << 30) + 5;
 
-/// A restored device whose driver had given it `event_buffers`, and a program that wants to talk to port 52.
+/// A restored device whose driver had given it `event_buffers`, and a program that connects to port 52.
 fn restored(features: u32, event_buffers: u16) -> (Driver, UnixStream) {
     let mut driver = Driver::booted();
     driver.start_with(features);
@@ -34,7 +35,8 @@ fn add_event_buffer(driver: &mut Driver, buffer: u16) {
     driver.add(EVENT, EVENT_AT + u64::from(buffer) * 8, 8, true);
 }
 
-/// What a driver does after it has made one chain available (VIRTIO 1.2, 2.7.7.1 and 2.7.10.1); whether it kicked.
+/// The driver's step after it has made one chain available (VIRTIO 1.2, 2.7.7.1 and 2.7.10.1); returns whether it
+/// kicked.
 fn kick_if_asked(driver: &Driver, queue: usize, event_idx: bool) -> bool {
     let used = Driver::at(queue, 2);
     let asked = if event_idx {
@@ -49,7 +51,7 @@ fn kick_if_asked(driver: &Driver, queue: usize, event_idx: bool) -> bool {
     asked
 }
 
-/// The next packet, if it is there already: the device does not get to look again.
+/// True if the next packet is there already, without another turn of the device.
 fn next_without_looking(driver: &mut Driver) -> bool {
     driver.used_of(RX) != driver.used[RX]
 }
@@ -75,7 +77,7 @@ fn restored_guest_is_told_and_gets_nothing_else_before_it_has_seen_that() {
 fn driver_without_event_buffers_is_asked_for_one() {
     for features in [0, EVENT_IDX] {
         let (mut driver, _program) = restored(features, 0);
-        // Where the driver was before the snapshot is not where the device asked last.
+        // The driver's position before the snapshot differs from the device's last request.
         let stale = Driver::at(EVENT, 2) + 4 + 8 * u64::from(SIZE);
         driver.memory.write_obj(1000u16, GuestAddress(stale)).unwrap();
         driver.device.go_on();
@@ -89,7 +91,7 @@ fn driver_without_event_buffers_is_asked_for_one() {
     }
 }
 
-/// A driver that polls the used ring answers while the device is still at work. Its answer must count, whenever it comes.
+/// A driver that polls the used ring answers while the device is still at work. Its answer must count at any time.
 #[test]
 fn answer_that_comes_at_once_is_not_taken_for_a_buffer_that_was_there() {
     for round in 0..200 {
