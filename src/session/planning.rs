@@ -1,4 +1,4 @@
-//! Which plan a restore is carried out by: what a request says, put to the planner.
+//! Puts the plan options of a restore request to the planner.
 
 use crate::config::request::LoadSnapshot;
 use crate::session::Error;

@@ -65,8 +65,8 @@ pub fn look(location: &Location, pools: &[PathBuf], cold: &[String]) -> Result<S
     memory(location, pools, &cold, DEFAULT_FAULT_TIMEOUT, None)
 }
 
-/// The snapshot at `location` with what its memory comes from: pools, else cold pools, else its own files. `leased`: see
-/// [`pooled`].
+/// Opens the snapshot at `location` with the sources of its memory: pools, else cold pools, else its own files. `leased`:
+/// see [`pooled`].
 fn memory(
     location: &Location,
     pools: &[PathBuf],

@@ -1,4 +1,4 @@
-//! What plans need to know of the host's page cache.
+//! The facts about the host's page cache that plans depend on.
 
 use std::fs::File;
 use std::io;

@@ -1,15 +1,15 @@
-//! The mappings that a plan makes of guest memory: the restore engine makes them, and the estimate of a plan counts them.
+//! The mappings that a plan makes of guest memory. The restore engine makes them, the estimate of a plan counts them.
 
 use std::ops::Range;
 
 use super::{Extent, Fill, MemoryLayout, PageSource, Placement, PlannedExtent, RestorePlan};
 
-/// In which folios the bytes of a file are to come into the page cache.
+/// The folios in which the bytes of a mapped file should come into the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Folios {
-    /// As the kernel likes.
+    /// The kernel's choice.
     Usual,
-    /// Of 2 MiB.
+    /// Folios of 2 MiB.
     Huge,
     /// Either will do.
     Any,
@@ -24,12 +24,12 @@ impl Folios {
     }
 }
 
-/// What a mapping shows.
+/// The content of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum View {
     /// Anonymous memory.
     Anonymous,
-    /// A file, from `source` on.
+    /// The bytes of a file from `source` on.
     File {
         source: PageSource,
         folios: Folios,
@@ -88,8 +88,8 @@ impl PlannedExtent {
 }
 
 impl RestorePlan {
-    /// Returns the fewest mappings that show everything, ascending. `is_shared`: whether an extent's source has to be mapped
-    /// read-only. The plan is valid for `layout`.
+    /// Returns the fewest mappings that show everything, ascending. `is_shared` says of an extent whether its source has
+    /// to be mapped read-only. The plan is valid for `layout`.
     pub fn mappings<'a>(
         &'a self,
         layout: &'a MemoryLayout,

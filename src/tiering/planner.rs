@@ -1,7 +1,7 @@
-//! The one planner: which plan a restore is carried out by. `tvmm plan` shows what the same planner would give the restore.
+//! The one planner: chooses the plan that a restore carries out, and makes the one that `tvmm plan` shows.
 //!
-//! A plan comes from a file, from those kept beside the snapshot, or from a policy. A policy's plan is fitted to where memory
-//! comes from: aligned to what its tiers can map, and, as the last step, lowered to a cold pool if there is one.
+//! A plan comes from a file, from the plans kept beside the snapshot, or from a policy. A policy's plan is fitted to
+//! the sources of memory: aligned to the mappings that its tiers can have, and, as the last step, lowered to a cold pool.
 
 use std::fs::File;
 use std::path::Path;
@@ -22,7 +22,7 @@ use crate::snapshot::{
     self, CacheLookup, Chain, ImageSpec, ResolvedRun, RestorePlan, TierSource, bound_derived, create_private_dir, lru,
 };
 
-/// What a plan is asked for by.
+/// A request for a plan of a policy.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanRequest<'a> {
     pub policy: Policy,
@@ -31,11 +31,11 @@ pub struct PlanRequest<'a> {
     /// The file with the costs of the host; `None`: the host's last measurement, or the built-in numbers.
     pub costs: Option<&'a Path>,
     pub budget: Budget,
-    /// How the memory is found when the plan is carried out; `None`: as it is found now.
+    /// The cache state that the memory will have when the plan is carried out; `None`: the state it has now.
     pub cache: Option<SourceCache>,
 }
 
-/// Where a plan came from.
+/// The origin of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PlanOrigin {
@@ -47,32 +47,32 @@ pub enum PlanOrigin {
     Made,
 }
 
-/// A plan to be carried out, and where it came from.
+/// A plan to be carried out, with its origin.
 #[derive(Clone, Debug)]
 pub struct Planned {
     pub plan: RestorePlan,
     pub origin: PlanOrigin,
-    /// How the memory is expected to be found, if the policy works from a profile.
+    /// The cache state that the plan counts on, if its policy works from a profile.
     pub source_cache: Option<SourceCache>,
     /// The costs the plan was made by, if its policy weighs any.
     pub costs: Option<CostsUsed>,
-    /// How the plan fits the profile it was made from.
+    /// The fit of the plan to the profile it was made from.
     pub fit: Option<Fit>,
 }
 
-/// Makes plans for one snapshot, opened with what its memory comes from.
+/// Makes plans for one snapshot, opened with the sources of its memory.
 #[derive(Clone, Copy)]
 pub struct Planner<'a> {
     pub chain: &'a Chain,
     /// In the order of their index.
     pub tiers: &'a [Arc<dyn Tier>],
-    /// Of the cold pool that stands in for the chain's memory files.
+    /// The index of the cold pool that stands in for the chain's memory files.
     pub cold: Option<&'a Index>,
     /// The host's page cache.
     pub page_cache: &'a dyn CacheLookup,
 }
 
-/// What a policy is given besides the snapshot.
+/// The inputs of a policy besides the snapshot.
 struct Basis<'a> {
     profile: Option<&'a Profile>,
     costs: &'a Costs,
@@ -80,8 +80,8 @@ struct Basis<'a> {
 }
 
 impl Planner<'_> {
-    /// Returns the plan that a restore carries out: a kept one, or one made now, which is then kept for the next restore.
-    /// Policies that work from no profile are so fast that their plans are not kept.
+    /// Returns the plan that a restore carries out: a kept one, or one made now, which is then kept for the next
+    /// restore. Policies that work from no profile are so fast that their plans are not kept.
     ///
     /// # Errors
     /// A profile or costs that cannot be read, a budget that is too small, page maps that cannot be read.
@@ -104,8 +104,7 @@ impl Planner<'_> {
         self.lowered(planned(file, PlanOrigin::File, None))
     }
 
-    /// Returns the plan that [`Planner::plan`] would return, with what it is expected to cost where the memory is as `request`
-    /// says. Keeps nothing.
+    /// Returns the plan that [`Planner::plan`] would return, with its expected cost. Keeps nothing.
     ///
     /// # Errors
     /// As for [`Planner::plan`].
@@ -225,13 +224,12 @@ impl Planner<'_> {
         Ok(costs)
     }
 
-    /// How the memory is found, as far as the plan depends on it: looking costs time, which a restore spends for a policy
-    /// that weighs costs only.
+    /// The cache state that the plan depends on. A restore spends the time to look only for a policy that weighs costs.
     fn expected_cache(&self, request: &PlanRequest) -> Result<SourceCache, Error> {
         if request.policy.weighs_costs() { self.cache(request) } else { Ok(SourceCache::default()) }
     }
 
-    /// How the memory is found: as `request` says, else as it is now.
+    /// The cache state of the memory: the requested one, else the one it has now.
     fn cache(&self, request: &PlanRequest) -> Result<SourceCache, Error> {
         match request.cache {
             Some(cache) => Ok(cache),
@@ -241,18 +239,18 @@ impl Planner<'_> {
         }
     }
 
-    /// How the tiers' data is found: memory, in huge pages or not.
+    /// The cache state of the tiers' data, which is memory: in huge pages or not.
     fn cache_of_tiers(&self) -> SourceCache {
         let is_huge = self.tiers.iter().filter_map(|tier| tier.mapping()).all(|mapping| mapping.huge);
         if is_huge { SourceCache::Huge } else { SourceCache::Small }
     }
 
-    /// How the chain's memory files are cached.
+    /// The cache state of the chain's memory files.
     fn cache_of_files(&self) -> Result<SourceCache, Error> {
         if self.is_cold()? {
             return Ok(SourceCache::Cold);
         }
-        // Bases are shared by many snapshots and large; what they are in decides.
+        // Bases are shared by many snapshots and large: their folios decide.
         for layer in self.chain.layers() {
             let failed = snapshot::Error::io("look at the cached part of", layer.memory_path());
             if let Some(huge) = self.page_cache.is_in_huge_folios(layer.memory()).map_err(failed)? {
@@ -262,7 +260,8 @@ impl Planner<'_> {
         Ok(SourceCache::Huge)
     }
 
-    /// Whether less than half of what the layers hold is in the page cache. Kernels that cannot tell count as warm.
+    /// True if less than half of the pages that the layers hold is in the page cache. Kernels that cannot tell count
+    /// as warm.
     fn is_cold(&self) -> Result<bool, Error> {
         let mut held = 0;
         let mut cached = 0;
@@ -299,7 +298,8 @@ impl Planner<'_> {
             .and_then(|()| bound_derived(self.chain, path).map_err(|error| error.to_string()));
         if let Err(error) = saved {
             // The restore itself does not need it; the next one is slower.
-            tracing::warn!(%error, path = %path.display(), "The plan cannot be kept; --plan-dir names another place for it");
+            let path = path.display();
+            tracing::warn!(%error, %path, "The plan cannot be kept; --plan-dir names another place for it");
         }
     }
 }

@@ -36,7 +36,7 @@ impl Estimate {
     }
 }
 
-/// Whether anonymous pages lie behind a userfaultfd: each change of it within a mapping splits the mapping in two.
+/// The userfaultfd that anonymous pages are registered with. Each change of it within a mapping splits the mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Behind {
     Userfaultfd,
@@ -80,7 +80,7 @@ struct Walk<'a> {
     fault_pages: u64,
     huge: &'a [Extent],
     ground: &'a Ground<'a>,
-    /// What the mapping shows that is walked through, and where it starts.
+    /// The content of the mapping that is walked through, and its first page.
     view: View,
     start: Gfn,
     block: Block,

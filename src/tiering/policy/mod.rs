@@ -249,8 +249,8 @@ impl Policy {
         matches!(self, Policy::Reap | Policy::Faasnap | Policy::Aquifer | Policy::Tiered)
     }
 
-    /// True if the plan depends on what memory operations cost, and so on how the memory is cached. The other policies do
-    /// what their papers do.
+    /// True if the plan depends on the costs of memory operations, and so on the cache state of the memory. The other
+    /// policies do what their papers do.
     pub fn weighs_costs(self) -> bool {
         self == Policy::Tiered
     }
