@@ -79,7 +79,6 @@ struct Walk<'a> {
     read_ahead: bool,
     fault_pages: u64,
     huge: &'a [Extent],
-    ground: &'a Ground<'a>,
     /// The content of the mapping that is walked through, and its first page.
     view: View,
     start: Gfn,
@@ -98,7 +97,6 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
         touches,
         at: 0,
         layers: ground.layers,
-        ground,
         read_ahead: plan.background.iter().any(|step| step.action == BackgroundAction::ReadAhead),
         fault_pages: plan.fault_pages,
         huge: &plan.huge,
