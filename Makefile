@@ -25,17 +25,15 @@ agent: setup
 demo: build
 	@resources/demo.sh $(BINARY)
 
-# The debug build first (with overflow checks), then the same integration tests against the binary that ships.
+# The debug build first (with overflow checks), then the same integration tests against the binary that ships. Ends with
+# `N passed, N failed, N skipped: KIND N, ...`. TVMM_REQUIRE=KIND,... makes skips of those kinds failures.
 test: build
-	cargo test --locked
-	TVMM_BINARY=$(CURDIR)/$(BINARY) cargo test --locked --test integration
-	cargo test --locked --lib --features functions --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests
+	TVMM_BINARY=$(CURDIR)/$(BINARY) tests/run.sh debug release guest
 
 # What is not in every build: cold pools in object stores, spans for a collector.
 FEATURES := object-store,otel
 test-features: setup
-	cargo test --locked --features $(FEATURES) --lib otlp
-	cargo test --locked --features $(FEATURES) --test integration -- object_store:: otlp::
+	FEATURES=$(FEATURES) tests/run.sh features
 
 # Every device, behind its real transport, against CASES random drivers each, with overflow checks. A finding is printed with
 # the shortest driver that shows it, and kept in proptest-regressions/ for `make test`; SEED=N makes a run repeatable.

@@ -18,3 +18,8 @@ pub mod session;
 pub mod snapshot;
 pub mod tiering;
 pub mod vmm;
+
+/// Unit tests and integration tests count what they skip in one way.
+#[cfg(test)]
+#[path = "../tests/integration/support/skip.rs"]
+mod skip;

@@ -13,19 +13,19 @@ use tokio::net::UnixStream;
 
 use crate::sys::bounded_wait::Wait;
 
-/// An answer larger than this is not one of ours.
+/// Limit on an answer; a larger one is not tvmm's.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
 
-/// Why a request got no good answer.
+/// The reason why a request got no good answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nothing at the path.
+    /// The path does not exist.
     #[error("API socket {} does not exist. Is the VMM running, and with --api-sock?", path.display())]
     NoSocket {
         /// The path.
         path: PathBuf,
     },
-    /// A socket nobody listens at.
+    /// No process listens at the socket.
     #[error("API socket {} is not served: its VMM has ended.", path.display())]
     NotServed {
         /// The path.
@@ -36,17 +36,17 @@ pub enum ClientError {
     Connect {
         /// The path.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// The answer took too long.
+    /// The answer did not come within the time limit.
     #[error("{method} {path} was not answered within {} ms.", timeout.as_millis())]
     TimedOut {
         /// The method.
         method: String,
         /// The path asked for.
         path: String,
-        /// The time allowed.
+        /// The time limit.
         timeout: Duration,
     },
     /// The request cannot be written as HTTP.
@@ -56,17 +56,17 @@ pub enum ClientError {
         method: String,
         /// The path asked for.
         path: String,
-        /// What is wrong with it.
+        /// The defect.
         reason: String,
     },
-    /// The connection ended, or what came back is not HTTP.
+    /// The connection ended, or the answer is not HTTP.
     #[error("{method} {path} was not answered.")]
     NoAnswer {
         /// The method.
         method: String,
         /// The path asked for.
         path: String,
-        /// What happened.
+        /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The answer is HTTP but its body is not JSON.
@@ -78,10 +78,10 @@ pub enum ClientError {
         path: String,
         /// The status.
         status: u16,
-        /// Why it is not.
+        /// The defect of the JSON.
         source: serde_json::Error,
     },
-    /// The VMM said no; this is what it said.
+    /// The VMM refused the request, with this message.
     #[error("{message}")]
     Fault {
         /// The status.
@@ -92,7 +92,7 @@ pub enum ClientError {
     /// The client could not be set up.
     #[error("API client cannot be set up.")]
     Setup {
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
 }
@@ -104,12 +104,12 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the VMM that serves `socket_path`. Connects when asked.
+    /// A client of the VMM that serves `socket_path`. Connects with each request.
     pub fn new(socket_path: impl Into<PathBuf>) -> Self {
         Self { socket_path: socket_path.into() }
     }
 
-    /// Where it connects.
+    /// The socket that it connects to.
     pub fn socket_path(&self) -> &Path {
         &self.socket_path
     }

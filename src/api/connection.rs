@@ -1,4 +1,4 @@
-//! Connections: how many are served at once, how long each may take, and how they end.
+//! Connections: their number, their time limits, and their ends.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -21,15 +21,15 @@ use tokio::time::{Sleep, sleep, timeout};
 
 use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, Phase, Step, WatchedStream};
 
-/// Connections served at once; more are turned away with 503.
+/// Limit on concurrent connections; more are refused with 503.
 pub(super) const MAX_CONNECTIONS: u32 = 64;
-/// A client that takes longer to send the head of a request, once it has begun, is cut off.
+/// Time for a client to send the head of a request, once it has begun; then the connection is closed.
 pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long answers under way may take when the server stops.
+/// Time for answers under way when the server stops.
 const GRACE: Duration = Duration::from_millis(500);
-/// How long the process that holds a machine's only connection may take for an answer: the machine ends with it.
+/// Time for the process that holds a machine's only connection to take an answer: the machine ends with the connection.
 const OWNER_TIME: Duration = Duration::from_secs(3600);
-/// How long to wait when the kernel cannot accept (no file descriptors left).
+/// Pause when the kernel cannot accept (no file descriptors left).
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 /// Room for the head of a request and the first part of its body.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -38,27 +38,27 @@ const TURNED_AWAY: &str = "HTTP/1.1 503 Service Unavailable\r\nServer: tvmm API\
                            Content-Type: application/json\r\nContent-Length: 46\r\n\r\n\
                            {\"fault_message\":\"Too many open connections.\"}";
 
-/// The listening end and what its connections get.
+/// The listening socket, and the settings of its connections.
 pub(super) struct Acceptor {
     pub(super) listener: UnixListener,
     pub(super) router: Router,
-    /// Turns true when the server shall stop.
+    /// Turns true when the server must stop.
     pub(super) stopped: watch::Receiver<bool>,
     pub(super) times: Times,
 }
 
-/// How long clients may take.
+/// Time limits for clients.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     /// For the head of a request, once it has begun.
     pub(super) head: Duration,
     /// For an answer ([`WatchedStream`]).
     pub(super) answer: Duration,
-    /// Between requests, when another client wants the place.
+    /// Between requests, if another client waits for a connection.
     pub(super) idle: Duration,
 }
 
-/// What any client gets.
+/// The limits for ordinary clients.
 pub(super) const TIMES: Times = Times { head: HEAD_TIMEOUT, answer: ANSWER_TIME, idle: IDLE_RIGHT };
 
 impl Acceptor {
@@ -101,7 +101,7 @@ impl Acceptor {
     }
 }
 
-/// Waits until the server is told to stop, or whoever could tell it is gone.
+/// Waits until the server is told to stop, or the sender of that message is dropped.
 async fn stop(stopped: &mut watch::Receiver<bool>) {
     let _ = stopped.wait_for(|stopped| *stopped).await;
 }
@@ -126,7 +126,7 @@ async fn serve_one(
 ) {
     let io = TokioIo::new(WatchedStream::new(stream, phase.clone(), times.answer));
     let service = WatchedService { service, phase: phase.clone(), stopped: stopped.clone() };
-    // hyper's own head time-out also ends idle connections, which Firecracker's clients keep open: hence ours.
+    // hyper's own head time-out also ends idle connections, which Firecracker's clients keep open, so it is not used.
     let connection =
         http1::Builder::new().header_read_timeout(None).max_buf_size(BUFFER_BYTES).serve_connection(io, service);
     let mut connection = pin!(connection);

@@ -13,7 +13,7 @@ use crate::config::{DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, Net
 /// Turns the id in a path and a body into a command.
 pub(super) type ParseAt = fn(&str, &[u8]) -> Result<Parsed, Fault>;
 
-/// A command that puts one device; what no machine could have is refused here already.
+/// A command that puts one device. Values that no machine could have are refused here already.
 fn put(device: DeviceConfig) -> Result<Parsed, Fault> {
     DeviceConfigs::default().put(device.clone())?;
     Ok(Command::PutDevice(device).into())
@@ -90,13 +90,13 @@ pub(super) fn patch_balloon_statistics(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(change_balloon(BalloonPatch::Interval(stats_polling_interval_s)))
 }
 
-/// The body may be left out.
+/// Starts hinting. The body may be left out.
 pub(super) fn start_hinting(body: &[u8]) -> Result<Parsed, Fault> {
     let StartHintingPatch { acknowledge_on_stop } = json(if body.is_empty() { b"{}" } else { body })?;
     Ok(change_balloon(BalloonPatch::StartHinting { acknowledge_on_stop }))
 }
 
-/// There is nothing to say.
+/// Stops hinting. There is no body.
 pub(super) fn stop_hinting(body: &[u8]) -> Result<Parsed, Fault> {
     match body {
         b"" | b"{}" => Ok(change_balloon(BalloonPatch::StopHinting)),

@@ -26,7 +26,7 @@ use self::connection::{Acceptor, Times};
 use crate::config::control::ControlSender;
 use crate::sys::unix_socket::{SocketError, SocketFile, bind};
 
-/// Why the API server could not be started.
+/// The reason why the API server could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     #[error(transparent)]
@@ -34,7 +34,7 @@ pub enum ApiError {
     /// The thread could not be started.
     #[error("API server thread cannot be started.")]
     Thread {
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
 }
@@ -47,8 +47,8 @@ pub struct ApiServer {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Serves the API at `socket_path`. When this returns, clients can connect; what they ask waits until the machine's
-/// main loop takes it from the other end of `control`.
+/// Serves the API at `socket_path`. When this returns, clients can connect; their requests wait until the machine's
+/// main loop takes them from the other end of `control`.
 ///
 /// Process start is part of restore time, so only the socket is made here; all else starts on the new thread.
 pub fn serve(socket_path: &Path, control: ControlSender, instance_id: &str) -> Result<ApiServer, ApiError> {
@@ -73,7 +73,7 @@ fn serve_with(
 }
 
 /// Serves the API on one connection alone, and ends this process when its other end closes: first by SIGTERM, then, if
-/// the machine does not stop in time, at once. Whoever holds the other end so never leaves a VM behind.
+/// the machine does not stop in time, at once. So the process that holds the other end never leaves a VM behind.
 pub fn serve_stream(stream: UnixStream, control: ControlSender, instance_id: &str) -> Result<ApiServer, ApiError> {
     let (stop, stopped) = watch::channel(false);
     let instance_id = instance_id.to_owned();
@@ -85,15 +85,15 @@ pub fn serve_stream(stream: UnixStream, control: ControlSender, instance_id: &st
 }
 
 impl ApiServer {
-    /// Where clients connect; `None` if the server has one connection alone.
+    /// The socket that clients connect to; `None` if the server has one connection alone.
     pub fn socket_path(&self) -> Option<&Path> {
         self.socket.as_ref().map(SocketFile::path)
     }
 
     /// Removes the socket, lets answers under way reach their clients, and ends the thread.
     ///
-    /// Drop the [`ControlReceiver`](crate::config::control::ControlReceiver) first: requests the machine will not answer
-    /// any more are then answered with an error at once; otherwise they are waited for for a short time.
+    /// Drop the [`ControlReceiver`](crate::config::control::ControlReceiver) first: requests that the machine will not
+    /// answer are then answered with an error at once. Otherwise the server waits for them for a short time.
     pub fn shutdown(self) {}
 }
 
@@ -118,12 +118,12 @@ fn run(listener: UnixListener, acceptor: impl FnOnce(tokio::net::UnixListener) -
         })
     });
     if let Err(error) = served {
-        // The listener is closed, so clients are refused instead of left waiting.
+        // The listener is closed, so that clients are refused instead of left waiting.
         tracing::error!(instance_id, %error, "API server cannot be started.");
     }
 }
 
-/// How long a machine may take to stop when its only connection is gone.
+/// Time for a machine to stop after its only connection has closed.
 const ORPHAN_GRACE: Duration = Duration::from_secs(3);
 
 /// The server thread of one connection.

@@ -1,4 +1,4 @@
-//! Request bodies and the commands they mean.
+//! Parses request bodies into commands.
 
 use std::path::PathBuf;
 
@@ -11,11 +11,11 @@ use crate::config::{
     BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, snapshot_paths,
 };
 
-/// A body that was understood.
+/// A parsed body.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Parsed {
     pub(super) command: Command,
-    /// Whether the body has a field Firecracker calls deprecated; the answer then says so in a header.
+    /// True if the body has a field that Firecracker calls deprecated; the answer then says so in a header.
     pub(super) is_deprecated: bool,
 }
 
@@ -25,7 +25,7 @@ impl From<Command> for Parsed {
     }
 }
 
-/// Turns the body of one method and path into a command.
+/// Parses the body of one method and path into a command.
 pub(super) type Parse = fn(&[u8]) -> Result<Parsed, Fault>;
 
 pub(super) fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
@@ -55,7 +55,7 @@ pub(super) fn patch_machine_config(body: &[u8]) -> Result<Parsed, Fault> {
     if patch.is_empty() {
         return Err(Fault::bad_request("Empty PATCH request."));
     }
-    // Refuse here what no machine config could take; the machine checks the outcome again.
+    // Values that no machine config could have are refused here; the machine checks the result again.
     MachineConfig::default().patched(&patch)?;
     let is_deprecated = patch.cpu_template.is_some();
     Ok(Parsed { command: Command::PatchMachineConfig(patch), is_deprecated })
@@ -122,14 +122,14 @@ enum SnapshotType {
     Diff,
 }
 
-/// What Firecracker's body has no field for.
+/// Fields that Firecracker's body does not have.
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct CreateExtension {
-    /// Let the machine run on afterwards.
+    /// Resume the machine afterwards.
     #[serde(default)]
     resume: bool,
-    /// Take copies of the drives that the guest can write.
+    /// Copy the drives that the guest can write.
     #[serde(default)]
     copy_drives: bool,
     /// Answer only after the memory was read back from the disk and compared with what was written.

@@ -1,4 +1,4 @@
-//! The paths of the API: what each takes, which command it gives, and how the reply is told.
+//! The paths of the API: the bodies and commands of each, and the form of the answers.
 
 use std::time::Duration;
 
@@ -22,10 +22,10 @@ use crate::config::unbuilt_section_error;
 
 /// The largest body (Firecracker's default).
 pub(super) const MAX_BODY_BYTES: usize = 51_200;
-/// A client that takes longer to send its body is not served.
+/// Time for a client to send its body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Firecracker's paths for devices tvmm cannot build yet, and the section of the config each belongs to.
+/// Firecracker's paths for devices that tvmm does not have, each with its section of the config.
 const UNBUILT_PATHS: &[(&str, &str)] =
     &[("/hotplug/memory", "memory-hotplug"), ("/mmds", "mmds-config"), ("/mmds/config", "mmds-config")];
 
@@ -160,14 +160,14 @@ impl<S: Sync> FromRequest<S> for Body {
     }
 }
 
-/// Asks the machine and tells its reply.
+/// Asks the machine and turns its reply into an answer.
 async fn answer(control: &ControlSender, parsed: Result<Parsed, Fault>) -> Response {
     let Parsed { command, is_deprecated } = match parsed {
         Ok(parsed) => parsed,
         Err(fault) => return fault.into_response(),
     };
     tracing::debug!(?command, "API request was received.");
-    // Firecracker's clients expect no body; only who asked for a snapshot directory is told what is in it.
+    // Firecracker's clients expect no body; only a request for a snapshot directory is answered with its contents.
     let tells_snapshot = matches!(&command, Command::CreateSnapshot(create) if create.location.memory.is_none());
     let mut response = match ask(control, command).await {
         Ok(Reply::Snapshot(_)) if !tells_snapshot => StatusCode::NO_CONTENT.into_response(),
@@ -183,7 +183,7 @@ async fn answer(control: &ControlSender, parsed: Result<Parsed, Fault>) -> Respo
 /// Sends a command to the machine and waits for its reply, however long the machine takes.
 async fn ask(control: &ControlSender, command: Command) -> Result<Reply, Fault> {
     let (respond, reply) = oneshot::channel();
-    // The client may have left by the time the machine answers; then nobody listens, and that is fine.
+    // The client may have disconnected by the time the machine answers; then the answer is dropped.
     let respond = Box::new(move |reply| drop(respond.send(reply)));
     control.send(Request { command, respond })?;
     let gone = |_| Err(Refused::internal("The VMM ended before it answered."));
@@ -194,7 +194,7 @@ fn told(reply: &Reply) -> Response {
     match reply {
         Reply::Empty => StatusCode::NO_CONTENT.into_response(),
         Reply::InstanceInfo(info) => json_response(StatusCode::OK, info),
-        // Clients look for Firecracker's key; ours says whose version it is.
+        // Clients look for Firecracker's key; a key of tvmm's says whose version it is.
         Reply::Version(version) => {
             let body = serde_json::json!({ "firecracker_version": version, "tvmm_version": version });
             json_response(StatusCode::OK, &body)

@@ -1,4 +1,4 @@
-//! What can go wrong with a place where pools and cold pools live.
+//! Errors of the places of pools and cold pools.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::snapshot;
 use crate::tiering;
 
-/// The one error of the room `backends`. Each variant says what was being done to what; causes are chained.
+/// The one error of the room `backends`. Each variant names the action and its object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("`{text}` is no cold pool: {problem}")]

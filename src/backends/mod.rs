@@ -1,9 +1,9 @@
-//! Where pools and cold pools live.
+//! The places of pools and cold pools.
 //!
-//! Owns: the media of pools (device DAX, directories, NUMA nodes), the places of cold pools (files, page servers over TCP and
-//! RDMA, object stores), the page server, and the cache of chunks. Each implements a trait of `tiering`.
-//! Must not know: guest memory, KVM, which policy made a plan.
-//! Start reading: `pool_media.rs`, then `cold/mod.rs` (how a place is named and opened) and `cold/file.rs` (the smallest place).
+//! Owns: the media of pools (device DAX, directories, NUMA nodes), the places of cold pools (files, page servers over
+//! TCP and RDMA, object stores), the page server, and the cache of chunks. Each implements a trait of `tiering`. Must
+//! not know: guest memory, KVM, or which policy made a plan. Start reading: `pool_media.rs`, then `cold/mod.rs` (naming
+//! and opening a place) and `cold/file.rs` (the smallest place).
 
 pub mod cold;
 mod error;

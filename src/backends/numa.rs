@@ -1,11 +1,11 @@
-//! Pools on a NUMA node: a tmpfs of huge pages, written by a thread whose memory comes from that node only. `mpol=bind:N` of
-//! tmpfs(5) would do that too, and have the pages that guests copy on write come from the node as well.
+//! Pools on a NUMA node: a tmpfs of huge pages, written by a thread whose memory comes from that node only.
+//! `mpol=bind:N` of tmpfs(5) is not used: it would also place the pages that guests copy on write on the node.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why there is none.
+/// The reason why a node cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("This host has no NUMA node {0} with memory; /sys/devices/system/node/has_memory says which have")]
@@ -22,7 +22,7 @@ fn dir_of(node: u32) -> PathBuf {
     PathBuf::from(format!("/run/tvmm/numa-{node}"))
 }
 
-/// Where the tmpfs of a node is mounted, if it is.
+/// Returns the directory in which the node's tmpfs is mounted, if it is.
 pub fn mounted(node: u32) -> Result<Option<PathBuf>, Error> {
     let (dir, path) = (dir_of(node), Path::new("/proc/self/mountinfo"));
     let mounts = fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
@@ -30,7 +30,7 @@ pub fn mounted(node: u32) -> Result<Option<PathBuf>, Error> {
     Ok(is_here.then_some(dir))
 }
 
-/// Mounts the tmpfs of a node with room for `size` bytes, unless it is there.
+/// Mounts the tmpfs of a node with room for `size` bytes, unless it is mounted already.
 pub fn mount(node: u32, size: u64) -> Result<PathBuf, Error> {
     if !nodes_with_memory()?.contains(&node) {
         return Err(Error::NoNode(node));
@@ -62,7 +62,7 @@ fn nodes_with_memory() -> Result<Vec<u32>, Error> {
     Ok(parse_list(text.trim()))
 }
 
-/// Memory of a node that is free; as much as one likes where the kernel does not tell.
+/// Free memory of a node; no limit if the kernel does not tell.
 fn free_bytes(node: u32) -> u64 {
     let text = fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo")).unwrap_or_default();
     let free = text.lines().find_map(|line| line.split_once("MemFree:")?.1.trim().strip_suffix(" kB")?.parse().ok());

@@ -1,4 +1,4 @@
-//! The media that pools are kept on, by what the user calls them: a device-DAX device, a directory, a NUMA node.
+//! The media of pools, by their names for users: a device-DAX device, a directory, a NUMA node.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,7 +21,7 @@ const TMPFS: u64 = 0x0102_1994;
 const HUGETLBFS: u64 = 0x9584_58f6;
 const HUGE: u64 = 2 << 20;
 
-/// Why a medium cannot be had.
+/// The reason why a medium cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("Cannot {doing} {path}", path = path.display())]
@@ -49,7 +49,7 @@ impl Error {
     }
 }
 
-/// Where a pool is.
+/// The place of a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Place {
     Dax(PathBuf),
@@ -72,7 +72,7 @@ impl Place {
     }
 }
 
-/// Bytes reached by system calls, or by a mapping where those do not work.
+/// Bytes that are accessed by system calls, or by a mapping where those do not work.
 #[derive(Debug)]
 pub struct PoolMedium {
     name: PathBuf,
@@ -80,27 +80,27 @@ pub struct PoolMedium {
     len: u64,
     facts: Facts,
     map: Option<SharedMap>,
-    /// The node that its pages are to be on.
+    /// The node that its pages are allocated on.
     node: Option<u32>,
     is_writable: bool,
     /// The directories that [`create`] made for it, the outermost first.
     made: Vec<PathBuf>,
 }
 
-/// What a pool is opened for.
+/// The purpose of opening a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// To look at it.
+    /// Read only.
     Look,
-    /// To map its pages for a VM, under a lease. The lease of a device that other hosts share is written, so the device is
-    /// opened for writing where that is allowed; that of a file is a lock, for which reading is enough.
+    /// Map its pages for a VM, under a lease. The lease of a device that other hosts share is written, so the device is
+    /// opened for writing if permissions allow it; that of a file is a lock, for which reading is enough.
     Lease,
-    /// To change it.
+    /// Change its contents.
     Change,
 }
 
 impl Access {
-    /// Opens a file or device of a pool, and says whether it can be written.
+    /// Opens a file or device of a pool. Returns it, and whether it can be written.
     fn open(self, path: &Path, is_device: bool) -> io::Result<(File, bool)> {
         let read_only = || File::open(path).map(|file| (file, false));
         match (self, File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC)) {
@@ -121,7 +121,7 @@ fn is_refusal(error: &io::Error) -> bool {
 /// Opens the medium of an existing pool.
 ///
 /// # Errors
-/// [`Error::NoPool`] if there can be none; what the host says.
+/// [`Error::NoPool`] if there can be none; errors of the host.
 pub fn open(name: &Path, access: Access) -> Result<PoolMedium, Error> {
     match Place::of(name)? {
         Place::Dax(device) => open_dax(name, &device, access),
@@ -133,11 +133,11 @@ pub fn open(name: &Path, access: Access) -> Result<PoolMedium, Error> {
     }
 }
 
-/// Makes the medium of a new pool, and the directory for it if there is none; what it is formatted with is not its
-/// business. `size`: bytes, needed unless it is a device.
+/// Makes the medium of a new pool, and its directory if it does not exist; the caller formats it. `size` in bytes is
+/// required unless it is a device.
 ///
 /// # Errors
-/// [`Error::Exists`], [`Error::NoSize`], [`Error::TooSmall`]; what the host says.
+/// [`Error::Exists`], [`Error::NoSize`], [`Error::TooSmall`]; errors of the host.
 pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
     let path = || name.to_path_buf();
     let place = match Place::of(name) {
@@ -172,12 +172,12 @@ pub fn create(name: &Path, size: Option<u64>) -> Result<PoolMedium, Error> {
     }
 }
 
-/// Whether a name that is not there is a directory's: devices and URLs are not made.
+/// Returns whether a missing name can be made as a directory: devices and URLs cannot.
 fn may_be_made(name: &Path) -> bool {
     name.parent() != Some(Path::new("/dev")) && !name.to_string_lossy().contains("://")
 }
 
-/// Makes a directory and those that lead there; those it made, the outermost first.
+/// Makes a directory and its missing parents. Returns those it made, the outermost first.
 fn make_dirs(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let is_missing = |dir: &&Path| !dir.as_os_str().is_empty() && dir.symlink_metadata().is_err();
     let mut made: Vec<PathBuf> = dir.ancestors().take_while(is_missing).map(Path::to_path_buf).collect();
@@ -186,14 +186,14 @@ fn make_dirs(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(made)
 }
 
-/// Removes directories that have been made in vain. What other processes have put into them stays.
+/// Removes directories made for a pool that failed. Directories that other processes have used meanwhile stay.
 fn remove_dirs(made: &[PathBuf]) {
     for dir in made.iter().rev() {
         let _ = fs::remove_dir(dir);
     }
 }
 
-/// What the user has to say to have the medium formatted whatever is on it.
+/// The text by which the user confirms that the medium is formatted whatever is on it.
 pub fn format_name(name: &Path) -> String {
     name.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
@@ -210,12 +210,12 @@ fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<Po
         made => made.map_err(making())?,
     };
     let sized = file.set_len(size).and_then(|()| match magic(&file)? {
-        // Pages that a mapping cannot have later would kill who touches them.
+        // Reserved now: a page that is missing at a later touch would kill the process.
         HUGETLBFS => Ok(rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size)?),
         _ => Ok(()),
     });
     if let Err(error) = sized {
-        // Of no use to anybody.
+        // Best effort: the file is not needed any more.
         let _ = fs::remove_file(&path);
         return Err(making()(error));
     }
@@ -243,7 +243,7 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>, access: Access) -> Resul
     let facts = Facts {
         kind: if node.is_some() { "numa" } else { "dir" },
         align: if hugetlb { HUGE } else { 4096 },
-        // A copy would take a huge page that nobody has reserved: without one the guest would be killed.
+        // A copy would take a huge page that is not reserved; without a free one the guest would be killed.
         copy_on_write: !hugetlb,
         huge: hugetlb || mounted_huge(metadata.dev(), magic == TMPFS),
         readable: true,
@@ -253,8 +253,9 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>, access: Access) -> Resul
     Ok(PoolMedium { name: name.to_path_buf(), file, len, facts, map, node, is_writable, made: Vec::new() })
 }
 
-/// Whether the file system with this device number is made of huge pages: a tmpfs mounted so (`huge=` of tmpfs(5)), or one
-/// on persistent memory (`dax`). What the page cache of others is made of nobody promises.
+/// Returns whether the file system with this device number consists of huge pages: a tmpfs mounted so (`huge=` of
+/// tmpfs(5)), or one on persistent memory (`dax`). Other file systems promise nothing about the folios of their page
+/// cache.
 fn mounted_huge(device: u64, is_tmpfs: bool) -> bool {
     let wanted = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -265,7 +266,7 @@ fn mounted_huge(device: u64, is_tmpfs: bool) -> bool {
     })
 }
 
-/// A device-DAX device: what sysfs says of it, and a mapping of all of it.
+/// Opens a device-DAX device: its properties in sysfs, and a mapping of all of it.
 fn open_dax(name: &Path, device: &Path, access: Access) -> Result<PoolMedium, Error> {
     let bad = |problem: String| Error::Dax { path: name.to_path_buf(), problem };
     let number = fs::metadata(device).map_err(Error::io("look at", device))?.rdev();
@@ -303,13 +304,13 @@ impl PoolMedium {
     /// Removes what [`create`] made, after formatting it has failed.
     pub fn abandon(&self) {
         if let Ok(Place::Dir(dir)) = Place::of(&self.name) {
-            // What is left is no pool, and says so.
+            // A file that stays is marked as no pool.
             let _ = fs::remove_file(dir.join(POOL_FILE));
         }
         remove_dirs(&self.made);
     }
 
-    /// Sees to it that whole blocks are huge pages where the medium is to be made of them.
+    /// Makes whole blocks huge pages if the medium should consist of them.
     fn settle(&self, offset: u64, len: u64) -> io::Result<()> {
         let (start, end) = (offset.next_multiple_of(HUGE), (offset + len) / HUGE * HUGE);
         if !self.facts.huge || magic(&self.file)? != TMPFS || start >= end {
@@ -354,7 +355,7 @@ impl Medium for PoolMedium {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        // By the policy of who writes: one of the mount would also hold for the pages that guests copy on write.
+        // Bound by this thread's policy: a policy of the mount would also hold for the pages that guests copy on write.
         let _bound = self.node.map(mempolicy::bind).transpose()?;
         match &self.map {
             Some(map) => map.write(offset, bytes),
@@ -373,7 +374,7 @@ impl Medium for PoolMedium {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        // Reserved memory is not given back: hugetlbfs has to have it when it is written next.
+        // Reserved memory is not given back: hugetlbfs must have it at the next write.
         if self.map.is_some() {
             return Ok(());
         }

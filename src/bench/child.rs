@@ -1,4 +1,4 @@
-//! Child processes that are waited for: each for a time that has an end, and after a second with a word.
+//! Child processes with a time limit; a wait of more than a second is logged.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,14 +12,13 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
 
-/// How long a process may take to be gone after SIGKILL: one that waits in the kernel for a device is gone only then.
+/// Time for a process to end after SIGKILL: one that waits in the kernel for a device ends only after that.
 const KILLED: Duration = Duration::from_secs(10);
 
-/// Runs a command without input to its end, for which it has `limit`, and returns what it said. One that takes longer is
-/// killed.
+/// Runs a command without input to its end within `limit`, and returns its output. A slower one is killed.
 ///
 /// # Errors
-/// That it cannot be started, and that it took too long.
+/// The command cannot be started, or took too long.
 pub fn output(command: &mut Command, limit: Duration) -> Result<Output, BoxError> {
     let program = command.get_program().display().to_string();
     let first = command.get_args().next().map(|arg| format!(" {}", arg.display())).unwrap_or_default();
@@ -36,7 +35,7 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<Output, BoxError
     }
 }
 
-/// What a child says until its end; `None` if that does not come in time.
+/// Reads a child's output until its end; `None` if that does not come in time.
 fn said(child: &mut Child, mut wait: Wait) -> io::Result<Option<Output>> {
     let end = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     let file = |stream: Option<OwnedFd>| stream.map(File::from);
@@ -73,7 +72,7 @@ fn said(child: &mut Child, mut wait: Wait) -> io::Result<Option<Output>> {
     }
 }
 
-/// Kills a child and waits until it is gone, but not for ever.
+/// Kills a child and waits until it has ended, but not for ever.
 pub fn end(child: &mut Child) {
     // It may have ended already.
     let _ = child.kill();

@@ -1,9 +1,9 @@
-//! `tvmm bench crossover`: is it better to copy the read set to local memory, or to read it where it is? That depends on
-//! how often each page is read again, and on how far away it is.
+//! `tvmm bench crossover`: is it better to copy the read set to local memory, or to read it in place? The answer
+//! depends on how often each page is read again, and on the latency of the far tier.
 //!
-//! Far memory is emulated by the guest: after each load from a page in place it waits for as long as the load would have
-//! taken longer, and loads of copied pages wait for nothing. So every load is one that the next depends on and that misses
-//! the CPU's caches: pointers being followed, not a stream, of which a CPU has many loads on their way at once.
+//! The guest emulates far memory: after each load from a page in place it waits for the additional latency of such a
+//! load; loads from copied pages do not wait. This models loads that depend on each other and miss the CPU's caches
+//! (following pointers), not a stream, of which a CPU has many loads under way at once.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,7 +28,7 @@ pub struct CrossoverArgs {
     /// Loads from each page of it; each from a cache line of its own up to 64, then all lines again and again
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8,16,32,64,256", value_name = "NUMBERS")]
     loads: Vec<u32>,
-    /// How much longer a load from the far tier takes, ns
+    /// Additional latency of a load from the far tier, ns
     #[arg(long, value_delimiter = ',', default_value = "0,150,300", value_name = "NS",
         value_parser = clap::value_parser!(u32).range(0..=100_000))]
     far_ns: Vec<u32>,
@@ -43,7 +43,7 @@ pub struct CrossoverArgs {
     json: Option<PathBuf>,
 }
 
-/// A way to have the read set: copied, or in place at a distance.
+/// A placement of the read set: copied, or in place at a distance.
 struct Way {
     name: String,
     policy: Policy,
@@ -54,7 +54,7 @@ const PER_MIB: u64 = 256;
 /// Cache lines of a page.
 const LINES: u32 = 64;
 const MOST_LOADS: u32 = 1 << 16;
-/// What the guest has besides the set, MiB.
+/// Guest memory in addition to the set, MiB.
 const REST_MIB: u64 = 64;
 
 pub fn run(args: &CrossoverArgs) -> Result<ExitCode, BoxError> {
@@ -125,7 +125,7 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
     })
 }
 
-/// From how many loads on a copy pays.
+/// The number of loads from which on a copy pays.
 fn crossing(args: &CrossoverArgs, results: &[Vec<Summary>], way: usize) -> String {
     let pays =
         |row: &Vec<Summary>| row.first().zip(row.get(way)).is_some_and(|(copy, place)| copy.median < place.median);

@@ -1,9 +1,9 @@
-//! What can go wrong while a host or another VMM is measured.
+//! Errors of measuring a host or another VMM.
 
 use std::io;
 use std::path::PathBuf;
 
-/// The one error of the room `bench`. Each variant says what was being done to what; causes are chained.
+/// The one error of the room `bench`. Each variant names the action and its object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("The page-fault handler cannot go on: {0}")]

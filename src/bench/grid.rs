@@ -49,7 +49,7 @@ pub struct GridArgs {
     /// Add each snapshot to this pool, with its profile, and take memory from there; it is removed again
     #[arg(long, value_name = "POOL")]
     pool: Option<PathBuf>,
-    /// Where snapshots are made; default: the directory for temporary files
+    /// Directory for the snapshots; default: the directory for temporary files
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// Keep all numbers in this file
@@ -59,7 +59,7 @@ pub struct GridArgs {
 
 /// Pages per MiB.
 const PER_MIB: u64 = 256;
-/// What the guest keeps for itself, MiB, rounded up generously.
+/// The guest's own memory, MiB, rounded up generously.
 const GUEST_OWN: u64 = 16;
 
 /// One working set.
@@ -82,7 +82,7 @@ impl Case {
     }
 
     fn function(&self) -> String {
-        // With a seed the guest visits pages in random order all over what was filled; without, one after the other.
+        // With a seed the guest visits pages in random order over the whole filled range; without, one after the other.
         let seed = if self.scattered { " seed=7" } else { "" };
         format!("touch pages={} write={}{seed}", self.set * PER_MIB, self.written)
     }
@@ -132,7 +132,7 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the grid is made of.
+/// The axes of the grid.
 struct Axes {
     sets: Vec<u64>,
     written: Vec<u64>,
@@ -157,7 +157,7 @@ fn axes(args: &GridArgs) -> Axes {
 /// Per policy: each run's time to the answer in µs, and fault-ins, of the last run, by reads and by writes.
 type Numbers = BTreeMap<&'static str, Value>;
 
-/// Boots a guest, lets it fill memory, snapshots it, and records what the function does.
+/// Boots a guest, lets it fill memory, snapshots it, and records a run of the function.
 fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> {
     let exe = std::env::current_exe()?;
     let config = json!({
@@ -189,7 +189,7 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
     })
 }
 
-/// No two benchmarks have the same scratch directory, and no two cases.
+/// A name that differs between benchmarks and between cases: it comes from the scratch directory.
 fn name_in_pool(dir: &Path) -> String {
     dir.components().rev().take(2).map(|part| part.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("-")
 }
@@ -206,7 +206,8 @@ fn measure(
     let mut numbers = Numbers::new();
     let mut order = policies.to_vec();
     for round in 0..=args.runs {
-        // There and back: what one restore leaves behind (free memory in huge pages or in small ones) is found by the next.
+        // Forth and back: a restore leaves a state behind (free memory in huge or in small pages) that the next one
+        // finds.
         order.reverse();
         for &policy in &order {
             let report = trial.run(policy, cache)?;

@@ -1,4 +1,4 @@
-//! A VM in a process of its own, driven over its console, as its users drive it.
+//! A VM in a separate process, driven over its console, as users drive it.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -12,20 +12,20 @@ use super::{BoxError, child, refuse};
 use crate::api::client::Client;
 use crate::sys::bounded_wait::Wait;
 
-/// How long a guest may take for anything.
+/// Time limit for any action of a guest.
 pub const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Ended when dropped.
+/// A VMM and its guest. Ended when dropped.
 pub struct Guest {
     child: Child,
     stdin: ChildStdin,
     lines: Receiver<String>,
-    /// What runs it.
+    /// The VMM's program.
     program: String,
     asked: u32,
 }
 
-/// An answer, and when it was complete.
+/// An answer, and the time at which it was complete.
 pub struct Answered {
     /// Without `ok` and the id: the digest, the guest's own µs, and more.
     pub rest: String,
@@ -33,7 +33,7 @@ pub struct Answered {
 }
 
 impl Answered {
-    /// What the function computed.
+    /// The digest of the function's result.
     pub fn digest(&self) -> &str {
         self.rest.split(' ').next().unwrap_or_default()
     }
@@ -49,7 +49,7 @@ impl Guest {
             return refuse("The guest's console cannot be reached");
         };
         let (sender, lines) = channel();
-        // Made first, so that it ends the VMM should no thread read its console.
+        // Made first, so that its drop ends the VMM if the reader thread cannot be started.
         let guest = Guest { child, stdin, lines, program, asked: 0 };
         let reads = move || forward(stdout, |line| sender.send(line).is_ok());
         let reading = std::thread::Builder::new().name("console".into()).spawn(reads);
@@ -70,7 +70,7 @@ impl Guest {
         self.child.id()
     }
 
-    /// Whether its VMM has ended.
+    /// Returns whether its VMM has ended.
     pub fn has_ended(&mut self) -> Result<bool, BoxError> {
         Ok(self.child.try_wait()?.is_some())
     }
@@ -84,7 +84,7 @@ impl Guest {
         self.answer(&id)
     }
 
-    /// Sends a request; its id.
+    /// Sends a request; returns its id.
     pub fn ask(&mut self, function: &str) -> Result<String, BoxError> {
         self.asked += 1;
         let id = format!("b{}", self.asked);
@@ -143,8 +143,8 @@ pub fn snapshot(client: &Client, body: &Value) -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Pauses the tvmm behind `client` and snapshots it to the directory `dir`. The memory file then lies in the page cache in
-/// large folios, as a VM that is not killed leaves it.
+/// Pauses the tvmm behind `client` and snapshots it to the directory `dir`. Afterwards the memory file lies in the page
+/// cache in large folios, as after a VM that is not killed.
 pub fn snapshot_to(client: &Client, dir: &Path) -> Result<(), BoxError> {
     snapshot(client, &json!({ "snapshot_path": dir, "tvmm": { "verify": true } }))
 }

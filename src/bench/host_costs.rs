@@ -1,4 +1,4 @@
-//! What the device and userfaultfd cost on this host. Everything else is measured through restores, by `tvmm calibrate`.
+//! The costs of the device and of userfaultfd on this host. `tvmm calibrate` measures all others through restores.
 
 use std::fs::File;
 use std::io;
@@ -20,8 +20,8 @@ const PAGES: usize = LEN / PAGE;
 /// Single pages read from the device.
 const SEEKS: usize = 256;
 
-/// Measures what the host's side alone can tell, with a file in `dir`, and notes it in `costs`. Returns what could not
-/// be measured, and why; those numbers stay what they were.
+/// Measures the costs that need no guest, with a file in `dir`, and writes them to `costs`. Returns the numbers that
+/// could not be measured, with the reasons; those stay as they were.
 pub fn host(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<Vec<(&'static str, String)>, Error> {
     let path = dir.join(format!("tvmm-calibrate-{}", std::process::id()));
     let file = Scratch::new(&path).map_err(|source| Error::File { doing: "write", path: path.clone(), source })?;
@@ -39,17 +39,17 @@ pub fn host(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<Vec<(&'stati
     Ok(left)
 }
 
-/// A file that is removed when it is no longer used.
+/// A file that is removed at the end.
 struct Scratch(File);
 
 impl Scratch {
     fn new(path: &Path) -> io::Result<Scratch> {
         let file = File::options().read(true).write(true).create_new(true).open(path)?;
-        // Nobody else needs the name.
+        // The open descriptor is enough.
         std::fs::remove_file(path)?;
         let mut piece = vec![0u8; 1 << 20];
         for at in (0..LEN).step_by(piece.len()) {
-            // Not compressible to nothing, in case the file system tries.
+            // Random bytes, in case the file system compresses.
             let mut state = at as u64 + 1;
             for byte in &mut piece {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -68,7 +68,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Ns per operation, from some rounds. `run` prepares, times, and says how long `operations` took.
+    /// Ns per operation, from some rounds. `run` prepares, runs `operations`, and returns their time.
     fn rounds(&self, operations: usize, mut run: impl FnMut() -> io::Result<u64>) -> io::Result<f64> {
         let all: Vec<u64> = (0..self.rounds.max(1)).map(|_| run()).collect::<io::Result<_>>()?;
         Ok(median(all.iter().map(|ns| *ns as f64).collect()) / operations as f64)
@@ -95,7 +95,7 @@ impl Bench<'_> {
         let result = self.rounds(SEEKS, || {
             self.evict()?;
             let mut page = [0; PAGE];
-            // A stride that is prime to the number of pages visits no page twice.
+            // A stride that is coprime to the number of pages visits no page twice.
             timed(|| (0..SEEKS).try_for_each(|i| self.file.read_exact_at(&mut page, (i * 4099 % PAGES * PAGE) as u64)))
         });
         rustix::fs::fadvise(self.file, 0, None, Advice::Normal)?;

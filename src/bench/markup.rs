@@ -1,6 +1,6 @@
-//! What HTML and SVG pages have in common.
+//! Escaping for HTML and SVG pages.
 
-/// Text that came from a file, as text.
+/// Escapes text from a file.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,9 +1,9 @@
-//! `tvmm bench` and `tvmm calibrate`: what restores and hosts cost, measured side by side.
+//! `tvmm bench` and `tvmm calibrate`: the costs of restores and hosts, measured side by side.
 //!
-//! Owns: experiments and their report, the page-fault handler that a measured VMM needs, the costs of a host, and waiting for
-//! child processes.
-//! Must not know: the machine. Each measured VM is a fresh process, asked through `api`'s client; rivals are interleaved.
-//! Start reading: `study/mod.rs`, `study/flow.rs` (what is compared), `restore.rs` (where the time of one restore goes).
+//! Owns: experiments and their report, the page-fault handler that a measured VMM needs, the costs of a host, and
+//! waiting for child processes.
+//! Must not know: the machine. Each measured VM is a fresh process, driven by `api`'s client; rivals are interleaved.
+//! Start reading: `study/mod.rs`, `study/flow.rs` (the compared ways), `restore.rs` (the time slices of one restore).
 
 pub(crate) mod calibrate;
 pub(crate) mod child;
@@ -45,13 +45,13 @@ pub struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum BenchCommand {
-    /// Restore a snapshot again and again, policies interleaved, and show where the time goes
+    /// Restore a snapshot repeatedly, policies interleaved, and show the time of each slice
     Restore(restore::RestoreBenchArgs),
     /// Compare policies over a grid of working sets: size, share written, dense or scattered, cached or not
     Grid(grid::GridArgs),
     /// Measure functions over every policy, in the experiments of the papers, and draw the results
     Run(study::RunArgs),
-    /// Copying the read set to local memory against reading it in place: which pays, by how often pages are read again
+    /// Compare copying the read set to local memory with reading it in place, by the number of reads per page
     Crossover(crossover::CrossoverArgs),
     /// Draw results again
     Report(report::ReportArgs),
@@ -70,15 +70,15 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
     }
 }
 
-/// What is done to the page cache before each restore.
+/// The change to the page cache before each restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Cache {
-    /// Nothing: after the first run the snapshot is cached.
+    /// No change: after the first run the snapshot is cached.
     Warm,
     /// The snapshot's files are dropped from it.
     Evicted,
-    /// The memory file is in it page by page, as if it had just been written in small pieces: it is evicted and written
-    /// again over itself, a page a call, and made durable.
+    /// The memory file is cached page by page, as if just written in small pieces: it is evicted, written again over
+    /// itself one page a call, and synced.
     AsWritten,
 }
 
@@ -92,7 +92,7 @@ impl Cache {
     }
 }
 
-/// The policies of these names; `all` is all of them.
+/// The policies of these names; `all` means all of them.
 fn policies(names: &[String]) -> Result<Vec<Policy>, BoxError> {
     match names {
         [all] if all == "all" => Ok(Policy::ALL.to_vec()),
@@ -100,25 +100,25 @@ fn policies(names: &[String]) -> Result<Vec<Policy>, BoxError> {
     }
 }
 
-/// One restore to be measured, in a process of its own.
+/// One restore to measure, in a separate process.
 #[derive(Clone)]
 struct Trial {
     exe: PathBuf,
     snapshot: PathBuf,
     profile: Option<PathBuf>,
-    /// The pool that memory comes from, if not from the snapshot's files.
+    /// The pool that serves memory; `None`: the snapshot's files.
     pool: Option<PathBuf>,
     function: String,
-    /// Where the guest takes requests, if it is not the serial line.
+    /// The vsock port on which the guest takes requests; `None`: the serial line.
     run_port: Option<u32>,
     with_api: bool,
-    /// More arguments.
+    /// Additional arguments.
     more: Vec<String>,
     scratch: PathBuf,
 }
 
 impl Trial {
-    /// What restores, without a request.
+    /// The restore command, without a request.
     fn command(&self, policy: Policy) -> Command {
         let mut command = Command::new(&self.exe);
         command.arg("restore").arg("--snapshot").arg(&self.snapshot);
@@ -132,7 +132,7 @@ impl Trial {
         command
     }
 
-    /// Restores once. The process's report, with the time measured from outside added.
+    /// Restores once. Returns the process's report with the time measured from outside added.
     fn run(&self, policy: Policy, cache: Cache) -> Result<Value, BoxError> {
         if cache == Cache::Evicted {
             evict(&self.snapshot)?;
@@ -160,7 +160,7 @@ impl Trial {
     }
 }
 
-/// Records what `function` does, with tvmm in a process of its own; the profile's path, which is `out`.
+/// Records a run of `function` with tvmm in a separate process. Returns the profile's path, which is `out`.
 fn record(exe: &Path, snapshot: &Path, function: &str, recorder: &str, out: &Path) -> Result<PathBuf, BoxError> {
     let mut command = Command::new(exe);
     command.args(["profile", "record", "--recorder", recorder, "--run", function]);
@@ -169,7 +169,7 @@ fn record(exe: &Path, snapshot: &Path, function: &str, recorder: &str, out: &Pat
     Ok(out.to_owned())
 }
 
-/// Adds a snapshot to a pool, laid out by what its profile says, with tvmm in a process of its own.
+/// Adds a snapshot to a pool, laid out by its profile, with tvmm in a separate process.
 fn add_to_pool(exe: &Path, pool: &Path, snapshot: &Path, profile: &Path, name: &str) -> Result<(), BoxError> {
     let mut command = Command::new(exe);
     to_end(command.args(["pool", "add", "--name", name, "--profile"]).args([profile, pool, snapshot]))
@@ -181,7 +181,7 @@ fn remove_from_pool(exe: &Path, pool: &Path, name: &str) -> Result<(), BoxError>
     to_end(Command::new(exe).args(["pool", "gc"]).arg(pool))
 }
 
-/// How long a command may take that packs or copies a large snapshot.
+/// Time limit of a command that packs or copies a large snapshot.
 const LONG: Duration = Duration::from_secs(3600);
 
 /// Runs a command that must succeed.
@@ -193,7 +193,7 @@ fn to_end(command: &mut Command) -> Result<(), BoxError> {
     }
 }
 
-/// When a slice ended, µs since process start.
+/// The end of a slice, µs since process start.
 fn end_of(report: &Value, name: &str) -> Option<f64> {
     let slice = report["slices"].as_array()?.iter().find(|slice| slice["slice"] == name)?;
     Some(slice["start_us"].as_f64()? + slice["length_us"].as_f64()?)
@@ -203,7 +203,7 @@ fn median(sorted: &[f64]) -> Option<f64> {
     sorted.get((sorted.len().max(1) - 1) / 2).copied()
 }
 
-/// Brings the snapshot into a state of the page cache, before the first of some restores.
+/// Brings the snapshot into a state of the page cache. Called before the first restore of a series.
 fn prepare(snapshot: &Path, cache: Cache) -> Result<(), BoxError> {
     evict(snapshot)?;
     let path = snapshot.join("memory");
@@ -215,7 +215,7 @@ fn prepare(snapshot: &Path, cache: Cache) -> Result<(), BoxError> {
     }
 }
 
-/// Reads the memory file in folios of 2 MiB, where that much is there, as sealing leaves it.
+/// Reads the memory file in folios of 2 MiB, if it has that much data in one place, as sealing leaves it.
 fn load(snapshot: &Path) -> std::io::Result<()> {
     const HUGE: u64 = 2 << 20;
     let file = File::open(snapshot.join("memory"))?;
@@ -228,11 +228,11 @@ fn load(snapshot: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Writes the file over itself, a page a call. Its modification time stays: plans are bound to it.
+/// Writes the file over itself, a page a call. Its modification time stays, because plans are bound to it.
 fn rewrite(path: &Path) -> std::io::Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     let modified = file.metadata()?.modified()?;
-    // No reading ahead: it would bring what follows in larger folios.
+    // No readahead: it would bring the following pages in larger folios.
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)?;
     let mut piece = vec![0; 1 << 20];
     for (start, end) in data(&file)? {
@@ -249,7 +249,7 @@ fn rewrite(path: &Path) -> std::io::Result<()> {
     file.set_modified(modified)
 }
 
-/// Where the file is not a hole: offsets of start and end.
+/// The start and end offsets of the file's data, without its holes.
 fn data(file: &File) -> std::io::Result<Vec<(u64, u64)>> {
     let (mut found, mut at) = (Vec::new(), 0);
     loop {
@@ -266,7 +266,7 @@ fn data(file: &File) -> std::io::Result<Vec<(u64, u64)>> {
 /// Drops the snapshot's files, and those derived from it, from the page cache.
 ///
 /// # Errors
-/// If some of it stays: what is measured next would not be what it is called.
+/// A part of them stays: the next measurement would not be of an evicted snapshot.
 fn evict(snapshot: &Path) -> Result<(), BoxError> {
     let mut paths: Vec<PathBuf> =
         ["memory", "vmstate", "pages", "manifest.json"].map(|name| snapshot.join(name)).to_vec();
@@ -275,8 +275,7 @@ fn evict(snapshot: &Path) -> Result<(), BoxError> {
     paths.iter().try_for_each(|path| evict_file(path))
 }
 
-/// How often, and how long after each other, it is tried to drop a file that does not go: what is being written or looked
-/// at just now stays.
+/// Number of attempts to drop a file, and the pause between them: pages being written or read at the moment stay.
 const EVICTIONS: u32 = 20;
 const EVICTION_PAUSE: Duration = Duration::from_millis(5);
 
@@ -304,7 +303,7 @@ fn evict_file(path: &Path) -> Result<(), BoxError> {
 struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Makes one in `parent`, or in the directory for temporary files.
+    /// Makes a directory in `parent`, or in the directory for temporary files.
     fn new(parent: Option<&Path>) -> Result<Self, BoxError> {
         let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
         let path = parent.join(format!("tvmm-bench-{}", std::process::id()));
@@ -321,7 +320,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What is left in a temporary directory does no harm.
+        // Best effort: files left in a temporary directory do no harm.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -1,6 +1,7 @@
-//! The other side of Firecracker's page-fault protocol (`docs/snapshotting/handling-page-faults-on-snapshot-resume.md`, with
-//! its two example handlers): a VMM connects, says where guest memory is mapped, hands over its userfaultfd, and has
-//! its faults answered from the memory file. tvmm plays it where another VMM's `Uffd` back end is measured.
+//! The handler's side of Firecracker's page-fault protocol
+//! (`docs/snapshotting/handling-page-faults-on-snapshot-resume.md`, with its two example handlers): a VMM connects,
+//! sends the addresses of guest memory and its userfaultfd, and its faults are answered from the memory file. Used to
+//! measure another VMM's `Uffd` back end.
 
 use crate::sys::handshake::Mapping;
 use std::fs::File;
@@ -20,10 +21,10 @@ use crate::sys::uffd::{Told, Uffd};
 use crate::sys::wait::either_readable;
 
 const PAGE: usize = 4096;
-/// The longest message that says where memory is mapped.
+/// Longest message with the addresses of memory.
 const MAX_MESSAGE: usize = 64 << 10;
 
-/// What a fault is answered with.
+/// The answer to a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// Its page (Firecracker's on-demand example).
@@ -32,7 +33,7 @@ pub enum Answer {
     All,
 }
 
-/// What a handler has done.
+/// Counts of a handler.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Served {
     pub faults: u64,
@@ -74,7 +75,7 @@ impl Handler {
         Ok(Handler { stop, thread: Some(thread) })
     }
 
-    /// Ends it; what it has done, or why it could not.
+    /// Ends the handler. Returns its counts, or the reason for its failure.
     pub fn finish(mut self) -> Result<Served, Error> {
         // The counter is written once, or the thread is gone.
         let _ = self.stop.write(1);
@@ -85,10 +86,10 @@ impl Handler {
 
 impl Drop for Handler {
     fn drop(&mut self) {
-        // As above.
+        // See `finish`.
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
-            // Nobody has asked what came of it.
+            // The handler was dropped without `finish`: its result is not wanted.
             let _ = thread.join();
         }
     }
@@ -119,7 +120,7 @@ fn run(listener: &UnixListener, socket: &Path, stop: &EventFd, mut memory: Memor
     Ok(memory.served)
 }
 
-/// Where guest memory is mapped, checked against the length of the memory file.
+/// Parses the addresses of guest memory, checked against the length of the memory file.
 fn understand(message: &[u8], len: usize) -> Result<Vec<Mapping>, String> {
     let mappings: Vec<Mapping> = serde_json::from_slice(message)
         .map_err(|error| format!("what the VMM says of its memory is not understood: {error}"))?;
@@ -129,7 +130,7 @@ fn understand(message: &[u8], len: usize) -> Result<Vec<Mapping>, String> {
             .iter()
             .all(|number| number.is_multiple_of(PAGE as u64));
         let last = mapping.base_host_virt_addr.checked_add(mapping.size as u64);
-        // Firecracker before 1.10 does not say the first, before 1.7 neither.
+        // Firecracker before 1.10 omits the first field, before 1.7 both.
         let is_small = [mapping.page_size, mapping.page_size_kib].iter().all(|size| [0, PAGE].contains(size));
         if !is_small || !is_aligned || last.is_none() || end.is_none_or(|end| end > len) {
             let message =
@@ -140,26 +141,26 @@ fn understand(message: &[u8], len: usize) -> Result<Vec<Mapping>, String> {
     Ok(mappings)
 }
 
-/// What faults are answered from.
+/// The memory that faults are answered from.
 struct Memory {
     source: Reservation,
     zeros: Reservation,
     /// Bytes of the memory file.
     len: usize,
     answer: Answer,
-    /// Whether a fault has been answered with all of memory.
+    /// True once a fault has been answered with all of memory.
     is_all_there: bool,
-    /// Addresses that the VMM has given back: they come as zeros.
+    /// Addresses that the VMM has given back; they are answered with zeros.
     removed: Vec<Range<usize>>,
     served: Served,
 }
 
 impl Memory {
-    /// Answers until told to stop.
+    /// Answers faults until told to stop.
     fn serve(&mut self, uffd: &Uffd, mappings: &[Mapping], stop: &EventFd) -> Result<(), Error> {
         let mut waiting: Vec<usize> = Vec::new();
         loop {
-            // What could not be answered is tried again when the VMM has gone on with what it tells.
+            // A fault that could not be answered is tried again once the VMM has gone on with its removal.
             match waiting.is_empty() {
                 true => either_readable(uffd, stop).map_err(Error::os("wait for page faults"))?,
                 false => std::thread::yield_now(),
@@ -181,7 +182,7 @@ impl Memory {
         }
     }
 
-    /// Whether the fault could be answered now.
+    /// Returns whether the fault could be answered now.
     fn answer(&mut self, uffd: &Uffd, mappings: &[Mapping], address: usize) -> Result<bool, Error> {
         let place = mappings.iter().find(|mapping| {
             address.checked_sub(mapping.base_host_virt_addr as usize).is_some_and(|offset| offset < mapping.size)
@@ -216,7 +217,7 @@ impl Memory {
         self.removed.iter().any(|range| range.contains(&address))
     }
 
-    /// Installs `[address, address + len)` but for what was removed. Whether that could be done now.
+    /// Installs `[address, address + len)` without the removed parts. Returns whether that could be done now.
     fn install_range(&mut self, uffd: &Uffd, address: usize, offset: usize, len: usize) -> Result<bool, Error> {
         let mut done = 0;
         while done < len {
@@ -235,7 +236,7 @@ impl Memory {
         Ok(true)
     }
 
-    /// Installs bytes of the memory file, or zeros. Whether that could be done now.
+    /// Installs bytes of the memory file, or zeros. Returns whether that could be done now.
     fn install(&mut self, uffd: &Uffd, address: usize, offset: Option<usize>, len: usize) -> Result<bool, Error> {
         let (source, offset) = offset.map_or((&self.zeros, 0), |offset| (&self.source, offset));
         match uffd.install_from(address, source, offset, len) {
@@ -244,7 +245,7 @@ impl Memory {
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            // The VMM is gone, or has unmapped the memory: nobody waits.
+            // The VMM has ended or unmapped the memory: no thread waits.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => Ok(true),
             Err(source) => Err(Error::Os { doing: "install pages in the VMM", source }),
         }

@@ -1,4 +1,4 @@
-//! `tvmm bench restore`: how long restores take, policy by policy, each in a fresh process.
+//! `tvmm bench restore`: measures restores policy by policy, each in a fresh process.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ pub struct RestoreBenchArgs {
     /// Policies to compare, or `all`
     #[arg(long, value_delimiter = ',', default_value = "eager,firecracker", value_name = "NAMES")]
     policies: Vec<String>,
-    /// What a recorded run did to each page, for policies that need it
+    /// Profile of a recorded run, for policies that need one
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// Take memory from this pool, which has the snapshot
@@ -47,7 +47,7 @@ pub struct RestoreBenchArgs {
     json: Option<PathBuf>,
 }
 
-/// Rows of the table: the name, and where the number is in a report.
+/// Rows of the table: the name, and the number's place in a report.
 const ROWS: [(&str, Row); 20] = [
     ("spawn", Row::Slice("spawn")),
     ("setup", Row::Slice("setup")),
@@ -131,7 +131,7 @@ pub fn run(args: &RestoreBenchArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The numbers that plans were made by, if any was made by some.
+/// The cost numbers used for plans, if a policy used any.
 fn costs(reports: &BTreeMap<&str, Vec<Value>>) -> Option<CostsUsed> {
     let used = reports.values().flatten().map(|report| report["restore"]["costs"].clone());
     used.filter_map(|costs| serde_json::from_value(costs).ok()?).next()
@@ -170,7 +170,7 @@ fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, 
             let all = reports.get(policy.name()).into_iter().flatten();
             let mut values: Vec<f64> = all.filter_map(|report| value(report, row)).collect();
             values.sort_by(f64::total_cmp);
-            // More columns than a terminal is wide: the spread is in the JSON.
+            // More columns than a terminal is wide: the ranges are in the JSON.
             cells.push(if policies.len() > WIDE {
                 median(&values).map_or("–".to_string(), |value| format!("{value:.0}"))
             } else {
@@ -185,7 +185,7 @@ fn table(args: &RestoreBenchArgs, policies: &[Policy], reports: &BTreeMap<&str, 
     table
 }
 
-/// The most policies whose spread is shown.
+/// With more policies than this their ranges are not shown.
 const WIDE: usize = 3;
 
 /// "median (p5–p95)" of sorted values.

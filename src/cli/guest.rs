@@ -11,10 +11,10 @@ use crate::sys::errors::BoxError;
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub struct GuestArgs {
-    /// Where to write the ELF of the guest that boots by default
+    /// Write the ELF of the guest that boots by default to this file
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Where to write the ELF of the guest with the twelve functions
+    /// Write the ELF of the guest with the twelve functions to this file
     #[arg(long, value_name = "FILE")]
     functions: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! What a file is that a command cannot read, and which command shows it.
+//! Identifies a file that a command cannot read, and names the command that can.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -10,14 +10,14 @@ use crate::snapshot::{CONTAINER_MAGIC, Container, DIR_FILES, PAGE_SIZE, SectionK
 use crate::tiering::cold::store;
 use crate::tiering::pool::format::MAGIC as POOL_MAGIC;
 
-/// A path that a command was given, and how the command uses it.
+/// A path in a command's arguments, and its use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputPath {
     path: PathBuf,
     role: Role,
 }
 
-/// How a command uses a path.
+/// A command's use of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// A snapshot's directory.
@@ -53,13 +53,13 @@ impl InputPath {
         InputPath { path: path.to_path_buf(), role }
     }
 
-    /// A snapshot, which is in two files if there is a `memory` file.
+    /// The path or paths of a snapshot: two files if there is a `memory` file.
     pub fn snapshot(path: &Path, memory: Option<&Path>) -> Vec<InputPath> {
         let Some(memory) = memory else { return vec![InputPath::new(path, Role::Snapshot)] };
         vec![InputPath::new(path, Role::StateFile), InputPath::new(memory, Role::MemoryFile)]
     }
 
-    /// Says what the path is if it is recognised as something that the command cannot take.
+    /// Explains the misuse if the path is recognised as something that the command cannot take.
     pub fn misuse(&self) -> Option<String> {
         let found = Kind::of(&self.path)?;
         if found.is_for(self.role) {
@@ -70,7 +70,7 @@ impl InputPath {
     }
 }
 
-/// What can be told apart by a name or by the first bytes.
+/// Kinds of files that a name or the first bytes tell apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
     Snapshot,
@@ -88,22 +88,22 @@ enum Kind {
     Elf,
     BzImage,
     Json,
-    /// A file without a form of its own, as long as memory is.
+    /// A file without a format, at least as long as the smallest memory.
     Bytes,
 }
 
 /// The first 8 bytes of Firecracker's state files, little-endian, without the 16 bits that are zero
 /// (`SNAPSHOT_MAGIC_ID`): x86-64, aarch64.
 const FIRECRACKER_MAGICS: [u64; 2] = [0x0710_1984_8664_0000, 0x0710_1984_AAAA_0000];
-/// As many bytes as tell what a file is.
+/// Enough bytes to tell the kind of a file.
 const HEAD_LEN: usize = 0x210;
-/// The least memory that a machine has.
+/// The smallest memory of a machine.
 const LEAST_MEMORY: u64 = 1 << 20;
-/// The largest container that is read to tell what it is.
+/// The largest container that is read to identify it.
 const CONTAINER_LIMIT: u64 = 512 << 20;
 
 impl Kind {
-    /// What is at `path`; `None` if there is nothing, or nothing known.
+    /// The kind of the file at `path`; `None` if it is missing or unknown.
     fn of(path: &Path) -> Option<Kind> {
         let metadata = path.metadata().ok()?;
         if metadata.is_dir() {
@@ -128,7 +128,7 @@ impl Kind {
         dir.join(POOL_FILE).is_file().then_some(Kind::Pool)
     }
 
-    /// What a file is that lies where only such files lie.
+    /// The kind of a file in a directory that only holds such files.
     fn by_name(path: &Path) -> Option<Kind> {
         let dir = path.parent()?;
         let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
@@ -174,7 +174,7 @@ impl Kind {
         (!is_blank && len >= LEAST_MEMORY && len.is_multiple_of(PAGE_SIZE)).then_some(Kind::Bytes)
     }
 
-    /// What a file of tvmm's is, by its sections; `None` if it is damaged.
+    /// The kind of a container of tvmm by its sections; `None` if it is damaged.
     fn of_container(path: &Path) -> Option<Kind> {
         let container = Container::read(path, CONTAINER_LIMIT).ok()?;
         let has = |kind| container.sections().iter().any(|info| info.kind == kind);
@@ -187,7 +187,7 @@ impl Kind {
         has(SectionKind::Manifest).then_some(Kind::StateFile)
     }
 
-    /// Whether a command that fails has another reason than this kind.
+    /// Returns true if this kind suits the command, whose failure must have another reason.
     fn is_for(&self, role: Role) -> bool {
         match self {
             Kind::Snapshot => role == Role::Snapshot,
@@ -221,7 +221,7 @@ impl Kind {
         }
     }
 
-    /// Which command shows the file at `path`, or uses it.
+    /// Names the command that shows or uses the file at `path`.
     fn advice(&self, path: &Path) -> String {
         let path = path.display();
         match self {

@@ -14,7 +14,7 @@ use crate::sys::page_cache::PageCache;
 
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// The snapshots: one whose parents are found by themselves, or all of them from the base to the tip
+    /// The snapshots: one, whose parents are found automatically, or all of them from the base to the tip
     #[arg(required = true, value_name = "DIR")]
     dirs: Vec<PathBuf>,
     /// The directory to make: it must not exist
@@ -46,7 +46,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A progress bar over bytes on standard error; nothing is drawn where that is no terminal.
+/// A progress bar over bytes on standard error; not drawn if that is no terminal.
 pub fn bytes_bar(what: &'static str) -> ProgressBar {
     let bar = ProgressBar::new(0).with_message(what);
     if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}") {

@@ -1,8 +1,8 @@
 //! The command line.
 //!
 //! Owns: arguments, progress, exit codes, drawing, and printing an error's chain once.
-//! Must not know: KVM, guest memory. It hands requests to `session`, `serve` and `bench`, and works on snapshots and pools
-//! directly.
+//! Must not know: KVM, guest memory. It hands requests to `session`, `serve` and `bench`, and works on snapshots and
+//! pools directly.
 //! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
 mod guest;
@@ -34,7 +34,7 @@ use crate::sys::signals;
 
 /// A microVM monitor with tiered snapshot restore built in.
 ///
-/// Without a command: boots the machine of --config, or waits on --api-sock to be told what to do.
+/// Without a command: boots the machine of --config, or waits for commands on --api-sock.
 #[derive(Debug, Parser)]
 #[command(name = "tvmm", version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
 struct Cli {
@@ -53,7 +53,7 @@ struct BootArgs {
     session: SessionArgs,
 }
 
-/// What boot and restore have in common.
+/// Arguments that boot and restore share.
 #[derive(Debug, Args)]
 struct SessionArgs {
     /// Serve Firecracker's HTTP API on this Unix socket
@@ -62,34 +62,34 @@ struct SessionArgs {
     /// Serve the API on this inherited descriptor, a connected Unix socket; the VM ends when its other end closes
     #[arg(long, value_name = "FD", conflicts_with = "api_sock")]
     api_fd: Option<i32>,
-    /// The name of this instance, as the API tells it
+    /// Name of this instance in answers of the API
     #[arg(long, default_value = "anonymous-instance", value_name = "ID")]
     id: String,
-    /// Run one function of the guest (`name key=value…`), print its answer, and end
+    /// Run one function of the guest (`name key=value…`), print its answer, and exit
     #[arg(long, value_name = "FUNCTION")]
     run: Option<String>,
     /// Make the request of --run on this vsock port of the guest, instead of on its serial line
     #[arg(long, requires = "run", value_name = "PORT")]
     run_port: Option<u32>,
-    /// How long --run waits for the answer
+    /// Time limit for the answer to --run, s
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
-    /// How long a restore, or a restored guest, may wait for a page (a source that hangs or drips, a page-fault handler that
-    /// does not answer) before it is ended
+    /// Longest wait of a restore, or of a restored guest, for a page (a source that hangs or drips, a page-fault
+    /// handler that does not answer) before the VM is ended, s
     #[arg(long, default_value_t = DEFAULT_FAULT_TIMEOUT.as_secs(), value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     fault_timeout: u64,
-    /// Write where the time went, and what the VM cost, as JSON
+    /// Write the time slices and the VM's memory costs to this file as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Write the time slices in Chrome's trace format (chrome://tracing, Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Send the time slices to this OpenTelemetry collector (OTLP over HTTP) at the end, http://HOST:4318; in builds with
-    /// the feature otel
+    /// Send the time slices to this OpenTelemetry collector (OTLP over HTTP) at the end, http://HOST:4318; in builds
+    /// with the feature otel
     #[arg(long, value_name = "URL")]
     otlp: Option<String>,
-    /// When the process was spawned, in µs of CLOCK_MONOTONIC; without it, CPU time since the fork stands in
+    /// Time of the process's spawn, in µs of CLOCK_MONOTONIC; default: the CPU time since the fork counts instead
     #[arg(long, value_name = "US")]
     start_time_us: Option<u64>,
 }
@@ -100,15 +100,15 @@ enum Command {
     Snapshot(snapshot::SnapshotArgs),
     /// Restore a VM from a snapshot
     Restore(Box<vm::RestoreArgs>),
-    /// Show what a snapshot is, and verify it
+    /// Show a snapshot's contents, and verify it
     Inspect(inspect::InspectArgs),
-    /// Record, show and merge profiles: what a function does to the pages of a snapshot
+    /// Record, show and merge profiles of the pages that a function uses
     Profile(profile::ProfileArgs),
-    /// Measure what memory operations cost on this host
+    /// Measure the costs of memory operations on this host
     Calibrate(crate::bench::calibrate::CalibrateArgs),
-    /// Show what a policy would do with a snapshot, or write it to a file
+    /// Show the plan that a policy makes for a snapshot, or write it to a file
     Plan(plan::PlanArgs),
-    /// Keep the pages of snapshots in memory that VMs map: make pools, add and remove snapshots, look inside
+    /// Keep the pages of snapshots in memory that VMs map: make pools, add, remove, list and check snapshots
     Pool(pool::PoolArgs),
     /// Serve a cold pool to VMs on other hosts
     ServePages(serve_pages::ServeArgs),
@@ -116,23 +116,23 @@ enum Command {
     Guest(guest::GuestArgs),
     /// Serve functions, VMs and snapshots over HTTP
     Serve(Box<serve::ServeArgs>),
-    /// Measure
+    /// Benchmark restores and policies
     Bench(crate::bench::BenchArgs),
 }
 
 impl Command {
-    /// Whether no VM runs in this process.
+    /// Returns whether no VM runs in this process.
     fn only_prints(&self) -> bool {
         match self {
             Command::Restore(_) | Command::Serve(_) => false,
             Command::Profile(args) => !args.runs_a_vm(),
-            // It outlives who reads where it listens.
+            // It must outlive the reader of its output.
             Command::ServePages(_) => false,
             _ => true,
         }
     }
 
-    /// The files that it reads and that have a format of their own.
+    /// The input files that have a format of their own.
     fn inputs(&self) -> Vec<InputPath> {
         match self {
             Command::Restore(args) => args.inputs(),
@@ -147,13 +147,13 @@ impl Command {
     }
 }
 
-/// Guest memory cannot be had any more, or is not what was captured; the process ends with [`lost::EXIT_CODE`].
+/// Guest memory cannot be read any more, or differs from what was captured. The process ends with [`lost::EXIT_CODE`].
 #[derive(Debug, thiserror::Error)]
 #[error("{CANNOT_GO_ON}: {0}")]
 struct MemoryLost(String);
 
-/// Runs the command line. Exit code 0: what was asked for was done; 1: it was not; 2: it was not understood;
-/// [`lost::EXIT_CODE`]: memory that is mapped from a file was lost.
+/// Runs the command line. Exit code 0: success; 1: failure; 2: the arguments were not understood; [`lost::EXIT_CODE`]:
+/// memory that is mapped from a file was lost.
 pub fn main() -> ExitCode {
     heap::use_one_for_all_threads();
     let cli = Cli::parse();
@@ -169,7 +169,7 @@ pub fn main() -> ExitCode {
     let result = run(&cli);
     let result = result.and_then(|code| crate::sys::print::finish().map(|()| code).map_err(Into::into));
     let failure = result.as_ref().err().map(|error| {
-        // A file of another format explains any error that reading it led to.
+        // A file of another format explains any error from reading it.
         let inputs = match &cli.command {
             Some(command) => command.inputs(),
             None => cli.boot.config.iter().map(|path| InputPath::new(path, Role::Config)).collect(),

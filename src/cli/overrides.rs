@@ -1,4 +1,4 @@
-//! What a restored VM's devices are to have on this host instead of what they had.
+//! Host-side settings of a restored VM's devices that replace those in the snapshot.
 
 use std::path::PathBuf;
 
@@ -9,19 +9,19 @@ use crate::config::parse_mac;
 
 #[derive(Debug, Args)]
 pub struct OverrideArgs {
-    /// Connect network interface ID to another tap, give it another MAC address, or both; may be repeated
+    /// Connect network interface ID to another tap, give it another MAC address, or both (repeatable)
     #[arg(long, value_name = "ID=TAP[,mac=MAC] | ID=mac=MAC", value_parser = network)]
     net: Vec<NetworkOverride>,
-    /// Give a drive another image than it had (repeatable); one named here may have changed since the snapshot
+    /// Give a drive another image (repeatable); an image named here may have changed since the snapshot
     #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
     drive: Vec<(String, PathBuf)>,
-    /// Where to make this VM's own copies of drives, for a snapshot taken with --copy-drives
+    /// Directory for this VM's own copies of drives, for a snapshot taken with --copy-drives
     #[arg(long, value_name = "DIR")]
     drive_dir: Option<PathBuf>,
-    /// Tell this clone something: a key of its metadata, and its value (repeatable)
+    /// Set a key of this clone's metadata to a value (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     metadata: Vec<(String, String)>,
-    /// The Unix socket the vsock device is to have from now on
+    /// Unix socket of the vsock device, instead of the one in the snapshot
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
 }

@@ -15,10 +15,10 @@ use crate::sys::print;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Print the OpenAPI document of the service, and end
+    /// Print the OpenAPI document of the service, and exit
     #[arg(long, exclusive = true)]
     openapi: bool,
-    /// Where functions, snapshots and profiles are kept; made if it is not there
+    /// Directory for functions, snapshots and profiles; made if it does not exist
     #[arg(long, value_name = "DIR", required_unless_present = "openapi")]
     dir: Option<PathBuf>,
     /// Listen on this TCP address (there is no authentication: use loopback, or a network you trust)
@@ -27,66 +27,69 @@ pub struct ServeArgs {
     /// Listen on this Unix socket, which only this user can connect to
     #[arg(long, value_name = "PATH")]
     listen_unix: Option<PathBuf>,
-    /// VMs that live at once
+    /// Limit on concurrent VMs
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = at_least_one)]
     max_vms: usize,
-    /// Guest memory that all VMs may have together, MiB; a start beyond it is refused [default: four fifths of what the
-    /// host, or the control group of this process, has left]
+    /// Limit on the guest memory of all VMs together, MiB; a start beyond it is refused [default: four fifths of the
+    /// free memory of the host, or of this process's control group]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     memory: Option<u64>,
-    /// Let clients name files in this directory, or this file (kernels, images, pools, caches, plans); repeatable. They
-    /// may always name what is in --dir, and what --pool, --cold and --cold-cache name
+    /// Let clients name files in this directory, or this file (kernels, images, pools, caches, plans); repeatable.
+    /// Paths in --dir, and those of --pool, --cold and --cold-cache, are always allowed
     #[arg(long, value_name = "PATH")]
     allow_path: Vec<PathBuf>,
-    /// Let clients restore from this cold pool of other hosts, or from those below this URL; repeatable. They may always
-    /// name those of --cold
+    /// Let clients restore from this cold pool of other hosts, or from those below this URL; repeatable. The pools of
+    /// --cold are always allowed
     #[arg(long, value_name = "ADDRESS", value_parser = cold_name)]
     allow_cold: Vec<String>,
     /// Answer TCP clients that call the service by this name, and pages of this site, besides loopback names and the
     /// address that a client connects to; repeatable
     #[arg(long, value_name = "NAME", value_parser = host_name)]
     host: Vec<String>,
-    /// Invocations that run at once; default: twice the host's CPUs
+    /// Limit on concurrent invocations; default: twice the host's CPUs
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_running: Option<usize>,
-    /// Invocations that wait for their turn; more are answered 429
+    /// Limit on invocations waiting for their turn; more are answered 429
     #[arg(long, default_value_t = 1024, value_name = "N")]
     max_queue: usize,
-    /// Connections that are open at once; more are answered 429
+    /// Limit on open connections; more are answered 429
     #[arg(long, default_value_t = 4096, value_name = "N", value_parser = at_least_one)]
     max_connections: usize,
-    /// How long an invocation may take, if it does not say
+    /// Time limit of an invocation that names none, s
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-    /// How long a VM that an invocation has left behind may be idle
+    /// Idle time after which a VM left by an invocation is ended, s
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     idle_timeout: u64,
-    /// What a guest may write before it answers, KiB
+    /// Limit on the output of a guest before its answer, KiB
     #[arg(long, default_value_t = 4096, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     max_output: u64,
-    /// VM processes that are kept ready, so that a restore does not wait for a process to start
+    /// VM processes kept ready, so that a restore does not wait for a process to start
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = at_most_many)]
     shells: usize,
-    /// How long invocations may go on when the service is told to stop
+    /// Time for running invocations to end when the service is stopped, s
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     grace: u64,
-    /// Restore from this pool instead of the snapshots' files, unless an invocation says otherwise; several: from the first
-    /// that has the snapshot
+    /// Restore from this pool instead of the snapshots' files, unless an invocation says otherwise; several: from the
+    /// first that has the snapshot
     #[arg(long, value_name = "POOL")]
     pool: Vec<PathBuf>,
-    /// Restore from a cold pool, unless an invocation says otherwise (see `tvmm restore --help`); repeatable, nearest first
+    /// Restore from a cold pool, unless an invocation says otherwise (see `tvmm restore --help`); repeatable, nearest
+    /// first
     #[arg(long, value_name = "POOL", value_parser = cold_name)]
     cold: Vec<String>,
     /// Keep chunks that come from other hosts in this directory
     #[arg(long, value_name = "DIR", requires = "cold")]
     cold_cache: Option<PathBuf>,
-    /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
+    /// Limit on the size of that directory, MiB; chunks used longest ago go first [default: 1024]
     #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
     cold_cache_size: Option<u64>,
-    /// Local memory for what a restore preloads or its guest will write, MiB, where neither function nor invocation says
+    /// Local memory for preloaded pages and pages that the guest will write, MiB, unless function or invocation names
+    /// it
     #[arg(long, value_name = "MIB")]
     dram: Option<u64>,
-    /// How much longer a request may take to save a MiB of local memory that it does not write, µs; only `tiered` weighs that
+    /// Latency to trade for memory: additional µs per request that saving 1 MiB of preloaded local memory is worth;
+    /// only `tiered` weighs it
     #[arg(long, value_name = "US")]
     dram_price: Option<u64>,
     /// Memory in the CXL tier, MiB
@@ -95,12 +98,13 @@ pub struct ServeArgs {
     /// Write all traces to this file in Chrome's trace format (chrome://tracing, Perfetto)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Send all traces to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318; in builds with the feature otel
+    /// Send all traces to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318; in builds with the feature
+    /// otel
     #[arg(long, value_name = "URL")]
     otlp: Option<String>,
 }
 
-/// More would be processes for nothing, or a number that nothing is counted in.
+/// Upper bound for counts: more would be idle processes, or numbers beyond any use.
 const MANY: usize = 65_536;
 
 fn at_most_many(text: &str) -> Result<usize, String> {
@@ -111,7 +115,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     at_most_many(text).ok().filter(|&number| number > 0).ok_or_else(|| format!("a number from 1 to {MANY} is needed"))
 }
 
-/// A cold pool's name, if it is one that a restore understands.
+/// Parses a cold pool's name as a restore does.
 fn cold_name(text: &str) -> Result<String, String> {
     ColdSpec::parse(text).map(|_| text.to_string())
 }
@@ -128,7 +132,7 @@ fn host_name(text: &str) -> Result<String, String> {
     }
 }
 
-/// What the arguments say of restores.
+/// The restore options in the arguments.
 fn load_options(args: &ServeArgs) -> LoadOptions {
     LoadOptions {
         pools: Some(args.pool.clone()).filter(|pools| !pools.is_empty()),
@@ -142,7 +146,7 @@ fn load_options(args: &ServeArgs) -> LoadOptions {
     }
 }
 
-/// Four fifths of what is left, MiB: the rest is for the daemon, its processes, and the page cache.
+/// Four fifths of the free memory, MiB: the rest is for the daemon, its processes, and the page cache.
 fn default_memory_mib() -> Result<u64, BoxError> {
     match available_memory() {
         Ok(bytes) => Ok(((bytes / 5 * 4) >> 20).max(1)),

@@ -17,17 +17,17 @@ pub struct ServeArgs {
     /// The cold pool (`tvmm pool create --tier remote`)
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Where to listen: tcp:HOST:PORT, or with RDMA built in rdma:HOST:PORT, an address of an RDMA device, so that clients read
-    /// this host's memory; port 0 lets the system choose one
+    /// Address to listen at: tcp:HOST:PORT, or with RDMA built in rdma:HOST:PORT, an address of an RDMA device, so that
+    /// clients read this host's memory; port 0 lets the system choose one
     #[arg(long, value_name = "tcp:HOST:PORT")]
     listen: String,
-    /// How many connections are served at once; each VM has one to three
+    /// Limit on concurrent connections; each VM has one to three
     #[arg(long, value_name = "COUNT", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     max_connections: u32,
-    /// Memory for the indexes of the snapshots that are open, MiB
+    /// Memory for the indexes of open snapshots, MiB
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     memory: u32,
-    /// How long a connection may be idle, unless it is read by RDMA; clients connect again
+    /// Idle time after which a connection is closed, s, unless it is read by RDMA; clients connect again
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     idle_timeout: u64,
     /// Memory that clients may read by RDMA, MiB: the data of the snapshots that they have open, which stays in memory
@@ -43,7 +43,7 @@ impl ServeArgs {
     }
 }
 
-/// What clients may read by RDMA when nobody says otherwise, MiB.
+/// Default memory that clients may read by RDMA, MiB.
 #[cfg(feature = "rdma")]
 const REGISTERED_MIB: u32 = 4096;
 
@@ -68,7 +68,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         PageServer::listen(open_store(&args.dir)?, address, limits)?
     };
     out!("{scheme}:{}", server.address()?);
-    // Its reader may be gone; the server outlives that, and says so at its end.
+    // The reader of the output may have ended; the server outlives it, and reports that at its end.
     let _ = print::finish();
     server.run(&mut signals)?;
     Ok(ExitCode::SUCCESS)

@@ -26,14 +26,14 @@ pub struct SnapshotArgs {
     /// Only the pages changed since the VM's last snapshot, or since the one it was restored from
     #[arg(long)]
     diff: bool,
-    /// Let the VM run on; without it, the VM stays paused
+    /// Resume the VM afterwards; default: the VM stays paused
     #[arg(long)]
     resume: bool,
-    /// Take copies of the drives that the guest can write (reflinks where the file system has them)
+    /// Copy the drives that the guest can write (by reflink where the file system has it)
     #[arg(long)]
     copy_drives: bool,
     /// Return only after the memory was read back from the disk and compared with what was written; without it, the VM
-    /// does that after this command has returned, and says in `GET /tvmm/report` what came of it
+    /// compares after this command has returned, and reports the outcome in `GET /tvmm/report`
     #[arg(long)]
     verify: bool,
 }
@@ -53,7 +53,7 @@ enum SnapshotCommand {
     Merge(merge::MergeArgs),
 }
 
-/// Reading and writing a large guest's memory and syncing it to a slow disk takes its time.
+/// Enough for reading and writing a large guest's memory and syncing it to a slow disk.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -66,7 +66,7 @@ pub fn run(args: &SnapshotArgs) -> Result<ExitCode, BoxError> {
 }
 
 fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<ExitCode, BoxError> {
-    // The VMM may have another current directory.
+    // The VMM's current directory may be another.
     let out = std::path::absolute(out)?;
     let info = client.request("GET", "/", None, REQUEST_TIMEOUT)?.1.unwrap_or_default();
     let was_running = info["state"] == "Running";
@@ -82,7 +82,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
     let taken = match taken {
         Ok((_, taken)) => taken.unwrap_or(Value::Null),
         Err(error) => {
-            // A VM that ran before goes on running, whatever became of its snapshot.
+            // A VM that ran before is resumed, whatever the outcome of its snapshot.
             let resumed = json!({ "state": "Resumed" });
             if was_running && let Err(also) = client.request("PATCH", "/vm", Some(&resumed), REQUEST_TIMEOUT) {
                 return refuse(format!("{} The VM cannot be resumed either: {}", chain(&error), chain(&also)));

@@ -1,9 +1,8 @@
-//! The control vocabulary: what can be asked of a running tvmm, and how a question reaches the thread that owns
-//! the machine.
+//! The control channel: the requests to a running tvmm, and their way to the thread that owns the machine.
 //!
-//! Whoever asks (the HTTP API, a test) holds a [`ControlSender`]; the machine's main loop holds the
-//! [`ControlReceiver`], waits on its eventfd beside its other events, and answers every [`Request`] once. A request
-//! that is dropped unanswered tells its sender that the VMM is gone.
+//! A client (the HTTP API, a test) holds a [`ControlSender`]. The machine's main loop holds the [`ControlReceiver`],
+//! waits on its eventfd beside its other events, and answers every [`Request`] once. A request that is dropped
+//! unanswered tells its sender that the VMM has ended.
 
 use crate::config::refusal::Refused;
 use crate::config::request::Command;
@@ -23,14 +22,14 @@ pub use crate::config::patch::{
 };
 use crate::config::{MachineConfig, VmConfig};
 
-/// What `app_name` says.
+/// The value of `app_name`.
 pub const APP_NAME: &str = "tvmm";
 
-/// Requests that may wait for the machine. Senders wait for their answer before they ask again, so this bounds the
-/// number of askers that are served at once.
+/// Requests that may wait for the machine. A sender waits for its answer before it asks again, so this bounds the
+/// number of clients that are served at once.
 const QUEUE_LENGTH: usize = 64;
 
-/// What a machine is doing.
+/// The state of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum VmState {
     /// Not built yet.
@@ -42,12 +41,12 @@ pub enum VmState {
     Paused,
 }
 
-/// Who a tvmm is and what it does.
+/// Identity and state of a tvmm.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct InstanceInfo {
     /// The id given at start.
     pub id: String,
-    /// What the machine is doing.
+    /// The state of the machine.
     pub state: VmState,
     /// The version of tvmm.
     pub vmm_version: String,
@@ -68,18 +67,18 @@ impl InstanceInfo {
 pub struct SnapshotTaken {
     /// The snapshot's id.
     pub id: String,
-    /// Where it is.
+    /// The snapshot's directory.
     pub path: PathBuf,
-    /// The bytes of guest memory it holds itself.
+    /// Bytes of guest memory in its own layer.
     pub memory_bytes: u64,
-    /// How long the machine stood still for it, µs.
+    /// Time for which the machine stood still, µs.
     pub capture_us: u64,
 }
 
-/// What is answered.
+/// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
-    /// Done, nothing to say.
+    /// Done; no data.
     Empty,
     /// To [`Command::InstanceInfo`].
     InstanceInfo(InstanceInfo),
@@ -89,7 +88,7 @@ pub enum Reply {
     MachineConfig(MachineConfig),
     /// To [`Command::GetVmConfig`].
     VmConfig(Box<VmConfig>),
-    /// To [`Command::AskBalloon`]: what the API says.
+    /// To [`Command::AskBalloon`]: the JSON of the API.
     Balloon(serde_json::Value),
     /// To [`Command::Report`]: as `--report` writes it.
     Report(serde_json::Value),
@@ -99,9 +98,9 @@ pub enum Reply {
 
 /// A command on its way to the machine.
 pub struct Request {
-    /// What is asked.
+    /// The command.
     pub command: Command,
-    /// To be called once with the answer. Never blocks.
+    /// Called once with the answer. Never blocks.
     pub respond: Box<dyn FnOnce(Result<Reply, Refused>) + Send>,
 }
 
@@ -111,7 +110,7 @@ impl fmt::Debug for Request {
     }
 }
 
-/// Why a request did not reach the machine.
+/// The reason why a request did not reach the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
     /// The receiver was dropped.
@@ -122,7 +121,7 @@ pub enum SendError {
     Full,
 }
 
-/// The asking end. Cheap to clone.
+/// The client's end. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ControlSender {
     queue: SyncSender<Request>,
@@ -136,13 +135,13 @@ impl ControlSender {
             TrySendError::Full(_) => SendError::Full,
             TrySendError::Disconnected(_) => SendError::Gone,
         })?;
-        // It can only fail because the counter is full, and then the receiver is awake already.
+        // The write fails only if the counter is full, and then the receiver is awake already.
         let _ = self.wake.write(1);
         Ok(())
     }
 }
 
-/// The answering end: belongs to the thread that owns the machine.
+/// The machine's end: belongs to the thread that owns the machine.
 #[derive(Debug)]
 pub struct ControlReceiver {
     queue: Receiver<Request>,
@@ -155,10 +154,10 @@ impl ControlReceiver {
         &self.wake
     }
 
-    /// Takes the requests that wait, oldest first. Never blocks.
+    /// Takes the waiting requests, oldest first. Never blocks.
     pub fn drain(&self) -> Vec<Request> {
-        // First the eventfd, then the queue: what is queued in between is taken now or wakes us again. It fails
-        // when nobody has written, which is no reason not to look.
+        // First the eventfd, then the queue: a request queued in between is taken now or wakes this thread again. The
+        // read fails if there was no write; the queue is read all the same.
         let _ = self.wake.read();
         self.queue.try_iter().take(QUEUE_LENGTH).collect()
     }

@@ -1,5 +1,5 @@
-//! `cpu-config`: where the guest's CPU is to differ from what the host's KVM offers, so that a snapshot can be restored
-//! on hosts that offer less (the schema of Firecracker's custom CPU templates for x86).
+//! `cpu-config`: the differences of the guest's CPU from the one that the host's KVM offers, so that a snapshot can be
+//! restored on hosts that offer less (the schema of Firecracker's custom CPU templates for x86).
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,11 +7,11 @@ use std::fmt;
 use serde::de::{Error as _, Unexpected};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A CPU template. Modifiers are applied in their order.
+/// A CPU template. Modifiers are applied in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpuConfig {
-    /// What the host's KVM must have, beyond what tvmm needs.
+    /// Capabilities that the host's KVM must have in addition to those that tvmm needs.
     pub kvm_capabilities: Vec<KvmCapability>,
     /// Changes of CPUID.
     pub cpuid_modifiers: Vec<CpuidModifier>,
@@ -19,12 +19,12 @@ pub struct CpuConfig {
     pub msr_modifiers: Vec<MsrModifier>,
 }
 
-/// A KVM capability by its number: `"121"` must be there; `"!56"` need not be, as far as tvmm does not need it itself.
+/// A KVM capability by its number: `"121"` is required; `"!56"` is not, unless tvmm itself needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvmCapability {
     /// The number in `linux/kvm.h`.
     pub number: u32,
-    /// Whether the host must have it.
+    /// True if the host must have it.
     pub is_required: bool,
 }
 
@@ -40,7 +40,7 @@ pub struct CpuidModifier {
     pub subleaf: u32,
     /// KVM's flags of the entry: 1 if the subleaf matters.
     pub flags: u32,
-    /// What changes.
+    /// The changes.
     pub modifiers: Vec<RegisterModifier>,
 }
 
@@ -48,7 +48,7 @@ pub struct CpuidModifier {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegisterModifier {
-    /// Which one.
+    /// The register.
     pub register: CpuidRegister,
     /// Its bits.
     pub bitmap: Bitmap<32>,
@@ -76,17 +76,18 @@ pub struct MsrModifier {
     pub bitmap: Bitmap<64>,
 }
 
-/// Bits of a register of `BITS` bits: `"0bx10"` sets bit 1, clears bit 0 and leaves the others. `_` may separate digits.
+/// Bits of a register of `BITS` bits: `"0bx10"` sets bit 1, clears bit 0 and leaves the others. `_` may separate
+/// digits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Bitmap<const BITS: u32> {
     /// The bits that are set or cleared.
     pub filter: u64,
-    /// What they become.
+    /// Their new values.
     pub value: u64,
 }
 
 impl<const BITS: u32> Bitmap<BITS> {
-    /// The register with the bits changed.
+    /// Returns `register` with the bits changed.
     pub fn apply(self, register: u64) -> u64 {
         register & !self.filter | self.value
     }
@@ -157,7 +158,7 @@ impl<'de> Deserialize<'de> for KvmCapability {
     }
 }
 
-/// Numbers as Firecracker writes them: strings, hexadecimal with `0x`, binary with `0b`, or decimal.
+/// Numbers in Firecracker's form: strings, hexadecimal with `0x`, binary with `0b`, or decimal.
 mod hex32 {
     use super::*;
 

@@ -9,7 +9,7 @@ use super::ConfigError;
 /// The most virtio devices a machine can have: one interrupt line of the IOAPIC each.
 pub const MAX_DEVICES: usize = 19;
 
-/// `rate_limiter` and its like: at most `size` tokens each `refill_time`.
+/// `rate_limiter` and similar keys: at most `size` tokens each `refill_time`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
@@ -27,27 +27,27 @@ pub struct RateLimiterConfig {
 pub struct TokenBucketConfig {
     /// Tokens the bucket holds.
     pub size: u64,
-    /// Tokens there are once, before the bucket.
+    /// Tokens available once, before those of the bucket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub one_time_burst: Option<u64>,
     /// Time in which an empty bucket fills, ms.
     pub refill_time: u64,
 }
 
-/// Whether a flush reaches the disk.
+/// The effect of a guest's flush.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheType {
-    /// The guest is not offered flushes.
+    /// Flushes are not offered to the guest.
     #[default]
     Unsafe,
     /// A flush is an fsync.
     Writeback,
 }
 
-/// How requests reach the backing file.
+/// The way in which requests reach the backing file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IoEngine {
-    /// One system call each.
+    /// One system call for each request.
     #[default]
     Sync,
     /// io_uring.
@@ -100,9 +100,9 @@ pub struct NetworkConfig {
 pub struct VsockConfig {
     /// The guest's context id, 3 or more.
     pub guest_cid: u32,
-    /// The Unix socket the host connects to; connections of the guest go to `<uds_path>_<port>`.
+    /// The Unix socket that the host connects to; connections of the guest go to `<uds_path>_<port>`.
     pub uds_path: PathBuf,
-    /// Deprecated in Firecracker: accepted, means nothing.
+    /// Deprecated in Firecracker: accepted, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
 }
@@ -111,11 +111,11 @@ pub struct VsockConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonConfig {
-    /// What the guest is asked to give up.
+    /// Memory that the guest is asked to give up.
     pub amount_mib: u32,
-    /// Whether the guest may take pages back rather than run out of memory.
+    /// True if the guest may take pages back rather than run out of memory.
     pub deflate_on_oom: bool,
-    /// How often the guest is asked for statistics; 0: never.
+    /// Interval at which the guest is asked for statistics; 0: never.
     #[serde(default)]
     pub stats_polling_interval_s: u16,
     #[serde(default)]
@@ -158,7 +158,7 @@ pub struct DeviceConfigs {
     pub pmem: Vec<PmemConfig>,
 }
 
-/// One device, as it is put through the API.
+/// One device, as a request puts it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeviceConfig {
     Drive(DriveConfig),
@@ -186,14 +186,14 @@ impl DeviceConfigs {
         Ok(())
     }
 
-    /// How many there are.
+    /// The number of devices.
     pub fn count(&self) -> usize {
         let single = [self.vsock.is_some(), self.balloon.is_some(), self.entropy.is_some()];
         let single = single.into_iter().filter(|there| *there).count();
         self.drives.len() + self.network_interfaces.len() + self.pmem.len() + single
     }
 
-    /// Refuses what no machine could have. Whether files and taps exist is checked when they are opened.
+    /// Refuses values that no machine could have. The existence of files and taps is checked when they are opened.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.count() > MAX_DEVICES {
             return Err(ConfigError::TooManyDevices { count: self.count() });
@@ -231,14 +231,14 @@ impl DeviceConfigs {
     }
 }
 
-/// The six bytes of a MAC address as it is written in configs.
+/// Parses a MAC address in the form of configs.
 pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let byte = |part: &str| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok()).flatten();
     let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
     bytes?.try_into().ok()
 }
 
-/// A MAC address as it is written in configs.
+/// Formats a MAC address in the form of configs.
 pub fn format_mac(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
@@ -258,7 +258,7 @@ impl NetworkConfig {
         if name.is_empty() || name.len() > 15 || name.iter().any(|byte| !byte.is_ascii_graphic() || *byte == b'/') {
             return Err(device_error("Network interface", &self.iface_id, "host_dev_name is no interface name"));
         }
-        // IPv4's least (RFC 791), and what a 16-bit length can say.
+        // IPv4's minimum (RFC 791), and the maximum of a 16-bit length.
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return Err(device_error("Network interface", &self.iface_id, "mtu must be at least 68"));
         }

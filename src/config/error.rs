@@ -1,4 +1,4 @@
-//! Why a config, or a part of one, is refused.
+//! Reasons for refusing a config or a part of one.
 
 use std::borrow::Cow;
 use std::io;
@@ -8,7 +8,7 @@ use super::MAX_FILE_BYTES;
 use super::devices::MAX_DEVICES;
 use super::sections::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 
-/// Why a config was refused.
+/// The reason for refusing a config.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -16,7 +16,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
     /// The file is too large to be a config.
@@ -25,12 +25,12 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// The file was read but what it says is refused.
+    /// The file was read, and its contents are refused.
     #[error("Config file {} is refused.", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         source: Box<ConfigError>,
     },
     /// Not JSON, or not of the schema.
@@ -42,7 +42,7 @@ pub enum ConfigError {
         line: usize,
         /// Counted from 1.
         column: usize,
-        /// The parser's own words.
+        /// The parser's message.
         reason: String,
     },
     /// vcpu_count out of range.
@@ -66,20 +66,20 @@ pub enum ConfigError {
     /// More devices than there are interrupt lines.
     #[error("There are {count} devices, but at most {MAX_DEVICES} can be attached.")]
     TooManyDevices {
-        /// How many are asked for.
+        /// The number in the config.
         count: usize,
     },
-    /// A device that cannot be.
+    /// An impossible device.
     #[error("{kind} `{id}` is refused: {what}.")]
     Device {
         /// Its kind.
         kind: &'static str,
         /// Its id.
         id: String,
-        /// Why.
+        /// The reason.
         what: &'static str,
     },
-    /// The built-in guest has no use for it.
+    /// The built-in guest uses no initrd.
     #[error("Boot source's initrd_path needs a kernel_image_path: the built-in guest takes no initrd.")]
     InitrdWithoutKernel,
     /// A machine to boot, and a snapshot to load.
@@ -100,10 +100,10 @@ pub enum ConfigError {
     /// Six bytes are needed.
     #[error("`{text}` is no MAC address.")]
     Mac {
-        /// What was given.
+        /// The text given.
         text: String,
     },
-    /// Two keys of a load that contradict each other.
+    /// Two keys of a load exclude each other.
     #[error("Snapshot load has both {key} and {other}; leave one out.")]
     LoadConflict {
         /// One.
@@ -111,21 +111,21 @@ pub enum ConfigError {
         /// The other.
         other: &'static str,
     },
-    /// A key of a load that means nothing alone.
+    /// A key of a load needs another.
     #[error("Snapshot load has {key}, which needs {needed}.")]
     LoadNeeds {
-        /// The key that is there.
+        /// The key that is present.
         key: &'static str,
-        /// The one that is not.
+        /// The key that is missing.
         needed: &'static str,
     },
-    /// A cache for nothing.
+    /// A cache without a cold pool.
     #[error("Snapshot load's tvmm.cold_cache_mib must be 1 or more.")]
     EmptyCache,
-    /// Two guests at once.
+    /// Both a built-in guest and a kernel image.
     #[error("There is both a kernel_image_path and tvmm.guest, a built-in guest; leave one out.")]
     TwoGuests,
-    /// A command line that would end early.
+    /// A command line with a NUL, which would end it early.
     #[error("Boot source's boot_args contain a NUL byte.")]
     NulInBootArgs,
     /// Firecracker has it, tvmm does not.

@@ -1,5 +1,5 @@
-//! The built-in guests: a small kernel that speaks the function protocol on COM1 (`resources/guest/README.md`), without and
-//! with the functions of `docs/functions.md`.
+//! The built-in guests: a small kernel that speaks the function protocol on COM1 (`resources/guest/README.md`), without
+//! and with the functions of `docs/functions.md`.
 
 use super::Guest;
 
@@ -9,7 +9,7 @@ pub static ELF: &[u8] = include_bytes!(env!("TVMM_GUEST_ELF"));
 pub static FUNCTIONS_ELF: &[u8] = include_bytes!(env!("TVMM_FUNCTIONS_ELF"));
 
 impl Guest {
-    /// Its ELF image, and what messages call it.
+    /// Its ELF image, and its name in messages.
     pub fn elf(self) -> (&'static [u8], &'static str) {
         match self {
             Guest::Tiny => (ELF, "built-in guest"),

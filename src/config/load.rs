@@ -1,5 +1,5 @@
-//! How a snapshot is loaded, in Firecracker's words and `tvmm`'s: the body of `PUT /snapshot/load`, and `snapshot-load` of
-//! a config.
+//! The loading of a snapshot, in Firecracker's keys and `tvmm`'s: the body of `PUT /snapshot/load`, and `snapshot-load`
+//! of a config.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use crate::config::request::ColdPools;
 use crate::config::request::{DEFAULT_POLICY, LoadSnapshot, SnapshotPaths};
 use crate::snapshot::{InPlaceMapping, Verify};
 
-/// What the text says, before it is checked.
+/// The body as parsed, before it is checked.
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "Fields")]
 pub struct LoadBody(Fields);
@@ -57,35 +57,35 @@ struct MacOverrideBody {
     guest_mac: String,
 }
 
-/// What Firecracker's body has no field for.
+/// Fields that Firecracker's body does not have.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Extension {
     /// The name of the restore policy.
     policy: Option<String>,
-    /// The profile the policy works from.
+    /// The profile that the policy uses.
     profile: Option<PathBuf>,
-    /// A plan made before, instead of a policy's.
+    /// A plan from a file, instead of a policy's.
     plan: Option<PathBuf>,
-    /// Where plans and working-set images are kept, instead of beside the snapshot.
+    /// Directory for plans and working-set images, instead of beside the snapshot.
     plan_dir: Option<PathBuf>,
-    /// What things cost on this host.
+    /// File of this host's costs.
     costs: Option<PathBuf>,
     /// Budgets, MiB.
     dram_mib: Option<u64>,
     cxl_mib: Option<u64>,
     /// µs that a request may take longer to save a MiB of local memory.
     dram_price: Option<u64>,
-    /// How pages in place are mapped.
+    /// Mapping of pages in place.
     #[serde(default)]
     in_place_mapping: InPlaceMapping,
-    /// When the memory is compared with the snapshot's checksums.
+    /// The time at which the memory is compared with the snapshot's checksums.
     #[serde(default)]
     verify: Verify,
     /// Cold pools that hold the snapshot's memory, nearest first.
     #[serde(default)]
     cold_pools: Vec<String>,
-    /// Where chunks that come from other hosts are kept, and how many MiB of them.
+    /// Directory for chunks from other hosts, and its limit in MiB.
     cold_cache: Option<PathBuf>,
     cold_cache_mib: Option<u64>,
     /// Pools to take guest memory from, in order of preference.
@@ -94,9 +94,9 @@ struct Extension {
     /// Other backing files for drives.
     #[serde(default)]
     drive_overrides: Vec<DriveOverrideBody>,
-    /// Where this clone's copies of drives go, for a snapshot that has copies.
+    /// Directory for this clone's copies of drives, for a snapshot that contains copies.
     drive_dir: Option<PathBuf>,
-    /// Metadata that are new or have other values.
+    /// Metadata to add or replace.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
     /// Other MAC addresses for network interfaces.
@@ -140,15 +140,15 @@ impl TryFrom<Fields> for LoadBody {
 }
 
 impl LoadBody {
-    /// Whether it has a field that Firecracker calls deprecated.
+    /// Returns whether it has a field that Firecracker calls deprecated.
     pub fn is_deprecated(&self) -> bool {
         self.0.mem_file_path.is_some() || self.0.enable_diff_snapshots
     }
 
-    /// What is asked for, as far as can be said without looking at the host.
+    /// Returns the request after all checks that need no look at the host.
     ///
     /// # Errors
-    /// Empty paths, MAC addresses that are none, and keys that contradict each other or mean nothing alone.
+    /// Empty paths, invalid MAC addresses, and keys that exclude each other or miss a key that they need.
     pub fn check(self) -> Result<LoadSnapshot, ConfigError> {
         let LoadBody(mut fields) = self;
         let overrides = overrides(&mut fields)?;
@@ -216,7 +216,7 @@ impl Extension {
     }
 }
 
-/// What the clone's devices are to have on the host's side.
+/// The host-side settings of the clone's devices.
 fn overrides(fields: &mut Fields) -> Result<Overrides, ConfigError> {
     let tap = |body: NetworkOverrideBody| NetworkOverride {
         iface_id: body.iface_id,
@@ -240,7 +240,7 @@ fn overrides(fields: &mut Fields) -> Result<Overrides, ConfigError> {
     Ok(Overrides { drives, drive_dir, networks, metadata, vsock })
 }
 
-/// Where a snapshot is or goes; refuses empty paths, which would otherwise be reported as a missing file without a name.
+/// The paths of a snapshot. Refuses empty ones, which would otherwise be reported as a missing file without a name.
 pub fn snapshot_paths(
     snapshot: PathBuf,
     memory: Option<PathBuf>,

@@ -1,10 +1,10 @@
-//! What users may ask: parsed once, checked once.
+//! The requests of users: parsed once, checked once.
 //!
-//! Owns: `vm.json` (Firecracker's `--config-file` plus one key, `tvmm`), the configs of devices, the commands and answers of a
-//! VM's control channel, restore requests, overrides, patches, and refusals. Unknown keys are errors everywhere: a misspelt key
-//! must not silently give another machine than the one asked for.
+//! Owns: `vm.json` (Firecracker's `--config-file` plus one key, `tvmm`), the configs of devices, the commands and
+//! answers of a VM's control channel, restore requests, overrides, patches, and refusals. Unknown keys are errors
+//! everywhere: a misspelt key must not silently give another machine than the one asked for.
 //! Must not know: how anything is done. It imports only `snapshot` and `sys`.
-//! Start reading: `mod.rs`, `request.rs` (commands and restore requests), `control.rs` (how they reach the main loop).
+//! Start reading: `mod.rs`, `request.rs` (commands and restore requests), `control.rs` (their way to the main loop).
 
 pub mod control;
 mod cpu;
@@ -50,22 +50,22 @@ pub use sections::{
 /// A config file larger than this is not a config file.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// A section of Firecracker's schema that tvmm cannot build yet. It may be absent, `null` or `[]`.
+/// A section of Firecracker's schema that tvmm does not support. It may be absent, `null` or `[]`.
 struct UnbuiltSection {
     key: &'static str,
-    /// What stands before "not supported yet." in the error.
+    /// The subject of "not supported yet." in the error.
     subject: &'static str,
-    /// Whether Firecracker prints it as `[]` (else `null`) when the machine has none.
+    /// True if Firecracker prints it as `[]`, false if as `null`, when the machine has none.
     is_list: bool,
 }
 
-/// Building a device removes its row here and gives it a field in [`VmConfig`].
+/// A change that adds a device removes its row here and gives it a field in [`VmConfig`].
 const UNBUILT_SECTIONS: &[UnbuiltSection] = &[
     UnbuiltSection { key: "memory-hotplug", subject: "Memory hotplug is", is_list: false },
     UnbuiltSection { key: "mmds-config", subject: "MMDS is", is_list: false },
 ];
 
-/// Every key a config may have at its top, for the error about one it may not have.
+/// Every key that a config may have at its top, for the error about an unknown one.
 const KEYS: &[&str] = &[
     "balloon",
     "boot-source",
@@ -84,31 +84,31 @@ const KEYS: &[&str] = &[
     "vsock",
 ];
 
-/// What a config that loads a snapshot may have besides: all else would shape the machine, which the snapshot does.
+/// Keys allowed in a config that loads a snapshot: all others shape the machine, and the snapshot does that.
 const KEYS_BESIDE_LOAD: &[&str] = &["logger", "metrics", "snapshot-load"];
 
-/// The error for a section of Firecracker's schema that tvmm cannot build yet; none if `key` is not such a section.
+/// The error for a section of Firecracker's schema that tvmm does not support; `None` for other keys.
 pub fn unbuilt_section_error(key: &str) -> Option<ConfigError> {
     let section = UNBUILT_SECTIONS.iter().find(|section| section.key == key)?;
     Some(ConfigError::not_supported(section.subject))
 }
 
-/// A validated config: what it holds can be built, as far as can be said without looking at the host.
+/// A validated config: it can be built, as far as can be checked without looking at the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmConfig {
-    /// What the guest boots.
+    /// The guest's kernel, initrd and command line.
     pub boot_source: BootSource,
     /// The shape of the machine.
     pub machine: MachineConfig,
-    /// How its CPUs differ from the host's.
+    /// The differences of its CPUs from the host's.
     pub cpu: Option<CpuConfig>,
-    /// Where messages go.
+    /// The destination of messages.
     pub logger: Option<LoggerConfig>,
-    /// Where metrics go.
+    /// The destination of metrics.
     pub metrics: Option<MetricsConfig>,
     /// Virtio devices.
     pub devices: DeviceConfigs,
-    /// What Firecracker has no key for.
+    /// Settings that Firecracker has no key for.
     pub tvmm: TvmmConfig,
     /// The snapshot to restore instead of booting.
     pub snapshot_load: Option<Box<LoadSnapshot>>,
@@ -150,7 +150,7 @@ impl VmConfig {
 fn read(path: &Path) -> Result<String, ConfigError> {
     let read_error = |source| ConfigError::Read { path: path.to_owned(), source };
     let mut text = String::new();
-    // Bounded: the path may name a device without end.
+    // Bounded, because the path may name a device without end.
     let file = File::open(path).map_err(read_error)?;
     file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(read_error)?;
     if text.len() as u64 > MAX_FILE_BYTES {
@@ -163,7 +163,7 @@ fn in_file(path: &Path, error: ConfigError) -> ConfigError {
     ConfigError::File { path: path.to_owned(), source: Box::new(error) }
 }
 
-/// Parses JSON, and on failure says at which key.
+/// Parses JSON. An error names the key at which it occurred.
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
     serde_json::from_str(text).map_err(|error| {
         let (line, column) = (error.line(), error.column());
@@ -173,13 +173,13 @@ fn parse<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
     })
 }
 
-/// What the text says, before it is checked.
+/// The config as parsed, before it is checked.
 #[derive(Default)]
 struct Parsed {
     config: VmConfig,
-    /// Where the CPU template is, if the config names a file (as Firecracker's does).
+    /// File of the CPU template, if the config names one (as Firecracker's does).
     cpu_config_path: Option<PathBuf>,
-    /// The first section that asks for something tvmm cannot build.
+    /// The first section with values that tvmm does not support.
     unbuilt: Option<&'static UnbuiltSection>,
     load: Option<LoadBody>,
     /// The first section that is not empty and shapes the machine.
@@ -193,7 +193,7 @@ impl<'de> Deserialize<'de> for Parsed {
 }
 
 impl Parsed {
-    /// Reads the value of a key that there is; whether it says something.
+    /// Reads the value of a key. Returns whether it is other than empty.
     fn take_section<'de, A: MapAccess<'de>>(&mut self, key: &'static str, map: &mut A) -> Result<bool, A::Error> {
         let config = &mut self.config;
         let devices = &mut config.devices;
@@ -276,7 +276,7 @@ impl<'de> Deserialize<'de> for CpuConfigSource {
     }
 }
 
-/// By hand, because serde's untagged enums do not say what is wrong with the template.
+/// Written by hand because serde's untagged enums do not name the defect of the template.
 struct CpuConfigVisitor;
 
 impl<'de> Visitor<'de> for CpuConfigVisitor {
@@ -295,14 +295,15 @@ impl<'de> Visitor<'de> for CpuConfigVisitor {
     }
 }
 
-/// Reads a section; whether it is there. `null` is as good as absent, because `GET /vm/config` prints absent sections so.
+/// Reads a section. Returns whether it is there: `null` counts as absent, because `GET /vm/config` prints absent
+/// sections so.
 fn set<'de, T: Deserialize<'de>, A: MapAccess<'de>>(section: &mut T, map: &mut A) -> Result<bool, A::Error> {
     let Some(value) = map.next_value()? else { return Ok(false) };
     *section = value;
     Ok(true)
 }
 
-/// The same, where a machine may have none.
+/// As [`set`], for a section that a machine may lack.
 fn set_some<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
     section: &mut Option<T>,
     map: &mut A,
@@ -311,9 +312,9 @@ fn set_some<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
     Ok(section.is_some())
 }
 
-/// Firecracker's `GET /vm/config`: every section, those without a device as `null` or `[]`. `tvmm` is printed only
-/// when it says something, so that a machine without extensions prints exactly what Firecracker would; `snapshot-load` never,
-/// as it tells how a machine came to be and not what it is.
+/// Firecracker's `GET /vm/config`: every section, those without a device as `null` or `[]`. `tvmm` is printed only if
+/// it is not empty, so that a machine without extensions prints exactly what Firecracker would. `snapshot-load` is
+/// never printed: it tells how a machine was made, not its shape.
 impl Serialize for VmConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let has_extension = self.tvmm != TvmmConfig::default();

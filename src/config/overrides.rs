@@ -1,19 +1,19 @@
-//! What a restored VM has in place of what its snapshot recorded.
+//! Settings of a restored VM that replace those in its snapshot.
 
 use crate::config::DeviceConfigs;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// What a restored device is to have instead of what it had: the host's side differs from clone to clone.
+/// Settings of restored devices that replace those in the snapshot: the host's side differs from clone to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Overrides {
     /// Id of a drive or a pmem device → backing file.
     pub drives: Vec<(String, PathBuf)>,
-    /// Where the clone's own copies of drives go, for a snapshot that has copies.
+    /// Directory for the clone's own copies of drives, for a snapshot that contains copies.
     pub drive_dir: Option<PathBuf>,
-    /// Interface id → tap, and the MAC address to have from now on.
+    /// Interface id → tap and MAC address.
     pub networks: Vec<NetworkOverride>,
-    /// Metadata that are new or have other values; the others stay.
+    /// Metadata to add or replace; other keys stay.
     pub metadata: BTreeMap<String, String>,
     /// The Unix socket of the vsock device.
     pub vsock: Option<PathBuf>,
@@ -37,12 +37,12 @@ pub struct NoSuchDevice {
 }
 
 impl Overrides {
-    /// What the network interface `id` is to have.
+    /// The override of network interface `id`.
     pub(crate) fn network(&self, id: &str) -> Option<&NetworkOverride> {
         self.networks.iter().find(|network| network.iface_id == id)
     }
 
-    /// Every override must have a device to override.
+    /// Checks that every override has a device.
     pub(crate) fn check(&self, configs: &DeviceConfigs) -> Result<(), NoSuchDevice> {
         let drives = configs.drives.iter().map(|drive| drive.drive_id.as_str());
         let drives: Vec<&str> = drives.chain(configs.pmem.iter().map(|pmem| pmem.id.as_str())).collect();

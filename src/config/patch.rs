@@ -1,4 +1,4 @@
-//! Changes to the devices of a running VM, in the words of the API.
+//! Changes to the devices of a running VM, in the form of the API.
 
 use crate::config::RateLimiterConfig;
 use serde::Deserialize;
@@ -13,17 +13,17 @@ pub enum DevicePatch {
     Pmem(PmemPatch),
 }
 
-/// `PATCH /drives/{id}`; what is absent stays.
+/// `PATCH /drives/{id}`; absent fields stay.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DrivePatch {
     pub drive_id: String,
-    /// Opens this file instead; the guest is told of its size.
+    /// Opens this file instead; the guest is notified of its size.
     pub path_on_host: Option<PathBuf>,
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 
-/// `PATCH /network-interfaces/{id}`; what is absent stays.
+/// `PATCH /network-interfaces/{id}`; absent fields stay.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkPatch {
@@ -32,7 +32,7 @@ pub struct NetworkPatch {
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 
-/// `PATCH /pmem/{id}`; what is absent stays.
+/// `PATCH /pmem/{id}`; absent fields stay.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmemPatch {
@@ -43,13 +43,13 @@ pub struct PmemPatch {
 /// A change to the balloon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BalloonPatch {
-    /// What the guest is asked to give up, MiB.
+    /// Memory that the guest is asked to give up, MiB.
     Amount(u32),
-    /// How often it is asked for statistics, s.
+    /// Interval at which it is asked for statistics, s.
     Interval(u16),
     /// Begin a round of free page hinting.
     StartHinting { acknowledge_on_stop: bool },
-    /// End it.
+    /// End the round.
     StopHinting,
 }
 
@@ -79,7 +79,7 @@ pub struct IntervalPatch {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StartHintingPatch {
-    /// Whether the guest gets its pages back as soon as it has named all.
+    /// True if the guest gets its pages back as soon as it has named all.
     #[serde(default = "yes")]
     pub acknowledge_on_stop: bool,
 }

@@ -1,18 +1,18 @@
-//! Which key of a JSON text a line and column belong to.
+//! Finds the key of a JSON text that a line and column belong to.
 //!
-//! serde says where in the text a value is wrong but, for a wrong type, not which key it belongs to.
+//! serde reports the place of a wrong value but, for a wrong type, not its key.
 
 /// One open object or array.
 struct Frame {
     /// The key whose value is being read; empty in arrays and before the first key.
     key: String,
     is_object: bool,
-    /// Whether the next string is a key.
+    /// True if the next string is a key.
     expects_key: bool,
 }
 
-/// The dotted path of the key at a place of `text` (both counted from 1, as serde does). The text may be broken at
-/// that place; what stands before it is what the parser accepted.
+/// The dotted path of the key at a place of `text` (both counted from 1, as serde does). The text may be broken at that
+/// place; the parser has accepted the part before it.
 pub(crate) fn key_at(text: &str, line: usize, column: usize) -> String {
     let mut frames: Vec<Frame> = Vec::new();
     let mut string: Option<Vec<u8>> = None;

@@ -1,46 +1,46 @@
-//! Refusals: why a request cannot be carried out, in one sentence.
+//! Refusals: the reason why a request cannot be carried out, in one sentence.
 
 use std::error::Error;
 
 use crate::config::ConfigError;
 use crate::sys::errors::error_chain;
 
-/// Whose fault a refusal is.
+/// The party at fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RefusedKind {
-    /// The asker's: what was asked cannot be done, or not now.
+    /// The client: the request cannot be carried out, or not now.
     BadRequest,
-    /// Ours or the host's.
+    /// tvmm or the host.
     Internal,
 }
 
-/// Why a command was not carried out.
+/// The reason why a command was not carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Refused {
-    /// Whose fault it is.
+    /// The party at fault.
     pub kind: RefusedKind,
-    /// A whole sentence for a person.
+    /// A whole sentence for users.
     pub message: String,
 }
 
 impl Refused {
-    /// The asker's fault.
+    /// The client's fault.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self { kind: RefusedKind::BadRequest, message: message.into() }
     }
 
-    /// The asker's fault; the message is the whole chain of the error.
+    /// The client's fault; the message is the whole chain of the error.
     pub fn bad_request_because(error: &(dyn Error + 'static)) -> Self {
         Self::bad_request(error_chain(error))
     }
 
-    /// Our fault or the host's.
+    /// The fault of tvmm or the host.
     pub fn internal(message: impl Into<String>) -> Self {
         Self { kind: RefusedKind::Internal, message: message.into() }
     }
 
-    /// Our fault or the host's; the message is the whole chain of the error.
+    /// The fault of tvmm or the host; the message is the whole chain of the error.
     pub fn internal_because(error: &(dyn Error + 'static)) -> Self {
         Self::internal(error_chain(error))
     }

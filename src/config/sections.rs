@@ -1,4 +1,4 @@
-//! The sections of the config: what each may hold, and which values are refused.
+//! The sections of the config: their values, and the checks on them.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,15 +11,15 @@ use super::ConfigError;
 pub const MAX_VCPU_COUNT: u8 = 32;
 /// The vCPUs of a machine whose config has no `machine-config`.
 pub const DEFAULT_VCPU_COUNT: u8 = 1;
-/// The most guest memory, 1 TiB: more is a slip of the unit, and the page bitmaps are sized for this.
+/// The most guest memory, 1 TiB: a larger value is a wrong unit, and the page bitmaps are sized for this.
 pub const MAX_MEM_SIZE_MIB: u64 = 1 << 20;
 /// The guest memory of a machine whose config has no `machine-config`.
 pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
-/// The kernel command line when `boot_args` is absent: no probing for hardware that is not there.
+/// The kernel command line when `boot_args` is absent: no probing for absent hardware.
 pub const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 pci=off nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
                                      i8042.dumbkbd";
 
-/// `boot-source`: what the guest boots. All absent means the built-in guest.
+/// `boot-source`: the guest's kernel, initrd and command line. All absent means the built-in guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
@@ -47,7 +47,7 @@ impl BootSource {
         source
     }
 
-    /// Refuses what no machine could boot. Whether the paths exist is checked when the machine opens them.
+    /// Refuses values that no machine could boot. The existence of the paths is checked when the machine opens them.
     pub fn validate(&self) -> Result<(), ConfigError> {
         for (key, path) in [("kernel_image_path", &self.kernel_image_path), ("initrd_path", &self.initrd_path)] {
             if path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
@@ -75,7 +75,7 @@ pub enum HugePages {
     Hugetlbfs2M,
 }
 
-/// `machine-config.cpu_template`: the names Firecracker knows; only `None` is supported.
+/// `machine-config.cpu_template`: Firecracker's names; only `None` is supported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub enum CpuTemplate {
@@ -96,13 +96,13 @@ pub struct MachineConfig {
     pub vcpu_count: u8,
     /// Guest memory in MiB, 1 to [`MAX_MEM_SIZE_MIB`].
     pub mem_size_mib: u64,
-    /// Whether vCPUs are shown to the guest as hyper-threads (not supported yet).
+    /// True if vCPUs are shown to the guest as hyper-threads (not supported yet).
     #[serde(default)]
     pub smt: bool,
     /// The CPU template; `None` and absent mean the same.
     #[serde(default, skip_serializing_if = "is_no_template")]
     pub cpu_template: Option<CpuTemplate>,
-    /// Whether KVM logs the pages the guest writes, which diff snapshots need.
+    /// True if KVM logs the pages that the guest writes; diff snapshots need this.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// The pages behind guest memory.
@@ -153,7 +153,7 @@ impl MachineConfig {
         }
     }
 
-    /// This config with the fields the patch names replaced; refused as a whole if the result is refused.
+    /// Returns this config with the fields in the patch replaced; an error if the result is refused.
     pub fn patched(&self, patch: &MachineConfigPatch) -> Result<MachineConfig, ConfigError> {
         let patched = MachineConfig {
             vcpu_count: patch.vcpu_count.unwrap_or(self.vcpu_count),
@@ -168,7 +168,7 @@ impl MachineConfig {
     }
 }
 
-/// The fields of `machine-config` to change; what is absent stays.
+/// The fields of `machine-config` to change; absent fields stay.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
@@ -182,7 +182,7 @@ pub struct MachineConfigPatch {
 }
 
 impl MachineConfigPatch {
-    /// Whether nothing would change.
+    /// Returns whether the patch changes nothing.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -206,7 +206,7 @@ pub enum LogLevel {
     Trace,
 }
 
-/// `logger`: where messages go and how they look; what is absent stays as it is.
+/// `logger`: the destination and form of messages; absent fields stay as they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoggerConfig {
@@ -214,15 +214,15 @@ pub struct LoggerConfig {
     pub log_path: Option<PathBuf>,
     /// The least severe message that is logged.
     pub level: Option<LogLevel>,
-    /// Whether each line says its level.
+    /// True if each line has its level.
     pub show_level: Option<bool>,
-    /// Whether each line says the source file and line it comes from.
+    /// True if each line has its source file and line.
     pub show_log_origin: Option<bool>,
-    /// Log only what comes from modules whose path starts so.
+    /// Log only messages of modules whose path starts so.
     pub module: Option<String>,
 }
 
-/// `metrics`: where metrics go.
+/// `metrics`: the destination of metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MetricsConfig {
@@ -241,11 +241,11 @@ pub enum Guest {
     Functions,
 }
 
-/// How the kernel is entered.
+/// The entry protocol of the kernel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootProtocol {
-    /// PVH where the kernel image has a PVH note, else the 64-bit Linux boot protocol.
+    /// PVH if the kernel image has a PVH note, else the 64-bit Linux boot protocol.
     #[default]
     Auto,
     /// The 64-bit Linux boot protocol.
@@ -254,20 +254,20 @@ pub enum BootProtocol {
     Pvh,
 }
 
-/// `tvmm`: what Firecracker has no key for.
+/// `tvmm`: settings that Firecracker has no key for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TvmmConfig {
-    /// Which built-in guest boots where there is no kernel image; absent means [`Guest::Tiny`].
+    /// The built-in guest to boot without a kernel image; absent means [`Guest::Tiny`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
-    /// How the kernel is entered.
+    /// The entry protocol of the kernel.
     pub boot_protocol: BootProtocol,
-    /// Whether ACPI tables describe the machine. Without them the kernel finds processors and interrupts by the MP
+    /// True if ACPI tables describe the machine. Without them the kernel finds processors and interrupts by the MP
     /// table and virtio devices by `virtio_mmio.device=` on its command line; it has no VM generation id and cannot
     /// turn the machine off, only reset it.
     pub acpi: bool,
-    /// What the guest is told: keys and values.
+    /// Metadata for the guest: keys and values.
     pub metadata: BTreeMap<String, String>,
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 
-/// The whole error as a person sees it.
+/// The whole error as a user sees it.
 fn refusal(text: &str) -> String {
     VmConfig::from_json(text).expect_err(text).to_string()
 }

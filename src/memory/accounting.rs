@@ -1,10 +1,10 @@
-//! What a run cost in pages: who brought them in, by reading or by writing, and from where.
+//! Page counts of a run: which pages came in by a read, which by a write, and from where.
 //!
-//! The fault service counts its faults itself. Pages of mappings are faulted in by the kernel without telling anybody,
-//! so they are read off this process's page tables at the end: in a private mapping of a file, a page of its own is one
-//! that was written (copied), a page of the page cache is one that was mapped for reading (touched, or the neighbour of
-//! one that was: the kernel maps up to 16 at once, or a whole huge folio). In anonymous memory a page of its own was
-//! written, the kernel's zero page was read.
+//! The fault service counts its own faults. The kernel faults in pages of mappings without a notification, so these are
+//! counted from this process's page tables at the end. In a private mapping of a file, a page of its own was written
+//! (copied); a page of the page cache was mapped for reading (touched, or the neighbour of a touched page: the kernel
+//! maps up to 16 at once, or a whole huge folio). In anonymous memory a page of its own was written, the kernel's zero
+//! page was read.
 
 use serde::Serialize;
 
@@ -15,7 +15,7 @@ use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 use crate::sys::pagemap::Pagemap;
 use crate::sys::pagemap_scan::{Mapped, mapped_runs};
 
-/// Pages brought in since the machine was built, by tier and by what brought them in.
+/// Pages brought in since the machine was built, by tier and by kind of access.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct FaultIns {
     /// Pages of mapped files that are mapped for reading, neighbours included.
@@ -28,7 +28,7 @@ pub struct FaultIns {
     pub zero_written: u64,
     /// Pages put into local memory before the guest ran.
     pub preloaded: u64,
-    /// What the fault service served.
+    /// Faults that the fault service answered.
     pub served: FaultCounts,
     /// Page faults of the vCPU threads that needed no I/O, as the kernel counts them.
     pub minor_faults: u64,
@@ -37,7 +37,7 @@ pub struct FaultIns {
 }
 
 impl FaultIns {
-    /// Pages that came in because the guest read them, as far as the kernel lets anybody know.
+    /// Pages that came in because the guest read them, as far as the kernel tells.
     pub fn by_read(&self) -> u64 {
         self.file_mapped + self.zero_read + self.served.read
     }
@@ -48,7 +48,7 @@ impl FaultIns {
     }
 }
 
-/// Counts now. `None` before Linux 6.7, which cannot tell (PAGEMAP_SCAN).
+/// Counts now. Returns `None` before Linux 6.7, which has no PAGEMAP_SCAN.
 pub fn count(ram: &GuestRam, served: FaultCounts) -> Result<Option<FaultIns>, Error> {
     let mut counts = FaultIns { served, ..FaultIns::default() };
     let pagemap = Pagemap::open().map_err(Error::os("open /proc/self/pagemap"))?;
@@ -89,7 +89,7 @@ fn add(counts: &mut FaultIns, ram: &GuestRam, pagemap: &Pagemap, run: Extent, wh
             (Backing::Anon, Mapped::Shared) => &mut counts.zero_read,
             (Backing::Anon, Mapped::Own) => &mut counts.zero_written,
             (Backing::Preloaded, _) => &mut counts.preloaded,
-            // The service has counted these by what brought them in.
+            // The fault service has counted these by kind of access.
             (Backing::Lazy, _) => continue,
         };
         *counter += part.pages;
@@ -103,11 +103,11 @@ fn vcpu_faults() -> std::io::Result<(u64, u64)> {
     for entry in std::fs::read_dir("/proc/self/task")? {
         let stat = match std::fs::read_to_string(entry?.path().join("stat")) {
             Ok(stat) => stat,
-            // A thread that ended meanwhile (ESRCH if it was just being read): no vCPU's.
+            // The thread has ended meanwhile (ESRCH: while it was being read). It is no vCPU's.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => continue,
             Err(error) => return Err(error),
         };
-        // The name stands in parentheses and may hold anything.
+        // The name stands in parentheses and may contain any character.
         let (Some(open), Some(close)) = (stat.find('('), stat.rfind(')')) else { continue };
         if !stat[open + 1..close].starts_with("vcpu") {
             continue;

@@ -1,4 +1,4 @@
-//! The second thread: what a plan wants done while the guest already runs, in the plan's order.
+//! The background thread: carries out a plan's background steps while the guest already runs, in the plan's order.
 
 use std::io;
 use std::sync::Arc;
@@ -29,22 +29,22 @@ struct Step {
     part: Extent,
     lazy: LazyExtent,
     action: Action,
-    /// Installed from a cold pool: whole, chunk by chunk.
+    /// The bytes come from a cold pool, whole chunk by whole chunk.
     is_far: bool,
 }
 
 enum Action {
     ReadAhead,
     BreakCow(Populator),
-    /// The same where the kernel does not copy.
+    /// As `BreakCow`, on a tier where the kernel does not copy on write.
     Promote(Arc<InPlace>),
     Install,
 }
 
-/// The userfaultfd that steps install through, and who counts what they install.
+/// The userfaultfd that steps install through, and the counters of what they install.
 type Installer = (Arc<Uffd>, Arc<FaultCounters>);
 
-/// Read or fetched at once: large against a system call, small against the guest's patience.
+/// Bytes read or fetched at once: large against a system call, small against the guest's patience.
 const PIECE: u64 = 1 << 20;
 
 /// The running thread. Stops when dropped.
@@ -83,7 +83,7 @@ impl BackgroundWork {
                     return;
                 }
             }
-            // One for all steps: fresh memory would cost a fault for each of its pages.
+            // One buffer for all steps: fresh memory would cost a fault for each of its pages.
             let mut buffer = Vec::new();
             for (index, step) in steps.into_iter().enumerate() {
                 if stopped.load(Ordering::Relaxed) {
@@ -107,13 +107,13 @@ impl BackgroundWork {
         Ok(Some(BackgroundWork { compared, worker }))
     }
 
-    /// Whether pages that are mapped from images are still to be compared with their checksums.
+    /// Returns whether pages that are mapped from images are still to be compared with their checksums.
     pub fn is_comparing(&self) -> bool {
         !self.worker.has_ended() && !self.compared.load(Ordering::Acquire)
     }
 
-    /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may be
-    /// damaged.
+    /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may
+    /// be damaged.
     pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
         while self.is_comparing() {
             if Instant::now() >= deadline {
@@ -127,14 +127,14 @@ impl BackgroundWork {
         }
     }
 
-    /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
+    /// Asks the thread to end and waits for it until `deadline`. Returns whether it has ended.
     pub fn finish(&self, deadline: Instant) -> bool {
         self.worker.finish(deadline)
     }
 }
 
-/// The pages that are mapped from images and that no step of the plan reads: they are read too, because reading an image
-/// compares its pages with their checksums.
+/// The pages that are mapped from images and that no step of the plan reads. They are read too, because reading an
+/// image compares its pages with their checksums.
 fn unread(plan: &RestorePlan, files: &Files) -> Vec<Background> {
     if plan.images.is_empty() {
         return Vec::new();
@@ -192,7 +192,8 @@ fn pieces(extent: Extent) -> impl Iterator<Item = Extent> {
     })
 }
 
-/// Installing from a cold pool: chunks are asked for ahead of each other, and each is installed as soon as it is there.
+/// Installs from a cold pool: chunks are requested ahead of each other, and each is installed as soon as it has
+/// arrived.
 struct FarInstall<'a> {
     uffd: &'a Uffd,
     counters: &'a FaultCounters,
@@ -216,7 +217,7 @@ impl FarInstall<'_> {
         let Some(first) = steps.first() else { return Ok(()) };
         let mut _reads = Some(self.activity.reads(first.part, first.lazy.source_of(first.part)));
         reader.stream(&wanted, &mut |number, pages| {
-            // The chunk is there: what is waited for from now on is the next.
+            // The chunk has arrived; the wait from here on is for the next one.
             _reads = None;
             for (run, at) in index.runs(number) {
                 let start = by_gfn.partition_point(|step| step.part.end() <= run.first);
@@ -244,7 +245,7 @@ impl FarInstall<'_> {
     }
 }
 
-/// Leaves pages alone that the guest has given back.
+/// Carries out one step. Pages that the guest has given back are left alone.
 fn carry_out(
     step: Step,
     files: &mut Files,
@@ -273,7 +274,7 @@ fn carry_out(
             }
             Ok(())
         }
-        // Nothing lies behind a userfaultfd.
+        // The machine has no userfaultfd.
         (Action::Install, None) => Ok(()),
     }
 }

@@ -1,18 +1,19 @@
-//! Pages that the guest has given back (balloon, free page reporting and hinting): they leave the host's memory, read as
-//! zeros from then on, and leave the snapshot.
+//! Balloon release: pages that the guest gives back (balloon, free page reporting and hinting) leave the host's memory,
+//! read as zeros from then on, and leave the snapshot.
 //!
-//! What gives a page back depends on what backs it:
+//! The way depends on the backing of the page:
 //!
-//! | backing | how |
-//! |---|---|
-//! | anonymous memory | `MADV_DONTNEED`: the next touch gets a zero page |
-//! | a private mapping of a layer's file | that would bring the file's bytes back: anonymous memory is mapped over it, whole runs at once |
-//! | a mapping in place on a shared tier | the same; what cannot be cut out of it is promoted before |
-//! | memory behind the userfaultfd of this process | `MADV_DONTNEED`: the next touch is a fault again; the fault service and the background thread ask [`Released`], and then install zeros |
-//! | memory behind a handler's userfaultfd | `MADV_DONTNEED`, of which the handler is told (`UFFD_EVENT_REMOVE`); what it answers with is up to it |
+//! - Anonymous memory: `MADV_DONTNEED`. The next touch gets a zero page.
+//! - A private mapping of a layer's file: `MADV_DONTNEED` would bring the file's bytes back, so anonymous memory is
+//!   mapped over it, whole runs at once.
+//! - A mapping in place on a shared tier: the same. Pages that cannot be cut out of the mapping are promoted before.
+//! - Memory behind this process's userfaultfd: `MADV_DONTNEED`. The next touch is a fault again; the fault service and
+//!   the background thread ask [`Released`] and install zeros.
+//! - Memory behind a handler's userfaultfd: `MADV_DONTNEED`. The handler is notified (`UFFD_EVENT_REMOVE`) and decides
+//!   what it answers the next fault with.
 //!
 //! Mapping over files costs VMAs, of which a process may have 65530 (`vm.max_map_count`). A guest that gives back every
-//! other page gets no more than its share of them; then file pages stay where they are, and are counted.
+//! other page gets at most `MAPPINGS_MAX` of them; further file pages stay where they are, and are counted.
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -22,35 +23,36 @@ use crate::snapshot::{Extent, Gfn, GuestRange, PAGE_SIZE, PageSet};
 use crate::sys::guest_memory::{Outcome, ReleasePages};
 use crate::sys::mapping::{Reservation, count_mappings};
 
-/// Mappings that this process may come to have for the guest's sake: half of the kernel's default limit.
+/// Mappings that balloon release may add up to: half of the kernel's default limit.
 const MAPPINGS_MAX: usize = 32 << 10;
-/// Fewer than so many more are not worth counting all mappings for.
+/// With fewer free mappings than this, counting all mappings again is not worth its time.
 const REMAPS_WORTHWHILE: usize = 512;
 /// A mapping put into the middle of another makes three of one.
 const MAPPINGS_PER_REMAP: usize = 2;
-/// Mapped over before mappings are first counted.
+/// Runs mapped over before mappings are first counted.
 const REMAPS_FIRST: usize = 4 << 10;
 
-/// The books about pages that were given back, shared by who releases them, who installs pages, and who captures.
+/// The record of pages given back. Shared by the releaser, the threads that install pages, and the capture.
 #[derive(Debug, Default)]
 pub struct Released(RwLock<Books>);
 
 /// See [`Released`].
 #[derive(Debug, Default)]
 pub struct Books {
-    /// Given back at some time: what the layers say of these pages no longer counts.
+    /// Given back at some time: the layers' bytes for these pages no longer count.
     ever: PageSet,
     /// Given back since a capture last asked.
     fresh: PageSet,
 }
 
 impl Released {
-    /// The books. While the result lives, nothing is released: whoever installs pages asks and installs under it.
+    /// Locks the record for reading. Nothing is released while the result lives, so a thread that installs pages asks
+    /// and installs under it.
     pub fn read(&self) -> RwLockReadGuard<'_, Books> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the pages that were given back since this was last asked.
+    /// Takes the pages that were given back since the last call.
     pub fn take_fresh(&self) -> PageSet {
         let mut books = self.0.write().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut books.fresh)
@@ -90,12 +92,12 @@ pub struct Releaser {
     ranges: Vec<(GuestRange, Arc<Reservation>)>,
     /// Pages under a private mapping of a file.
     file_mapped: PageSet,
-    /// Nothing lies behind a userfaultfd: what is between file pages may be mapped over with them.
+    /// The machine has no userfaultfd: anonymous pages between file pages may be mapped over with them.
     may_join: bool,
     remaps_left: usize,
     mappings_max: usize,
     released: Arc<Released>,
-    /// A handler outside may not take note, and then this waits.
+    /// Notes each release in a restored VM: if a handler outside does not read the notification, the release waits.
     activity: Option<Activity>,
     in_place: Option<Arc<InPlace>>,
 }
@@ -113,13 +115,13 @@ impl Releaser {
         Releaser { ranges, file_mapped, may_join, remaps_left, mappings_max, released, activity, in_place }
     }
 
-    /// Some of the files' pages may lie in place, and those who promote them keep books, too.
+    /// Adds the record of the pages in place, which promotion keeps.
     pub fn with_in_place(self, in_place: Option<Arc<InPlace>>) -> Self {
         Releaser { in_place, ..self }
     }
 
-    /// Whether one more run may be mapped over. When the allowance is used up, mappings are counted: neighbours that
-    /// were mapped one by one are one mapping by now.
+    /// Returns whether one more run may be mapped over. When the allowance is used up, mappings are counted again:
+    /// neighbours that were mapped one by one have become one mapping.
     fn may_remap(&mut self) -> bool {
         if self.remaps_left == 0 {
             let there = count_mappings().unwrap_or(self.mappings_max);
@@ -150,7 +152,7 @@ impl Releaser {
                 (None, true) => memory.map_anon(offset, len),
                 (_, false) => memory.discard(offset, len),
             };
-            // Even if it went wrong: pages may have changed.
+            // Recorded even after a failure: pages may have changed.
             books.fresh.insert_run(run);
             match done {
                 Ok(()) => {
@@ -205,7 +207,7 @@ mod tests {
         Extent { first: Gfn(first), pages }
     }
 
-    /// 64 pages from guest page 16 on: 32 of a file that holds 7, then 32 anonymous ones that hold 9.
+    /// 64 pages from guest page 16 on: 32 of a file full of 7s, then 32 anonymous ones full of 9s.
     fn releaser() -> (Releaser, GuestRam) {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&vec![7; 32 * PAGE_SIZE as usize], 0).unwrap();

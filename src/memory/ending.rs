@@ -1,28 +1,28 @@
-//! Why a guest is over, and the signal that tells the main loop so.
+//! The reason why a guest ended, and the signal that tells the main loop.
 
 use crate::sys::lost;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Why a guest is over.
+/// The reason why a guest ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// The guest pulled the reset line.
     Reset,
     /// The guest turned itself off.
     PowerOff,
-    /// A triple fault: how `reboot=t` resets, and how a lost guest dies.
+    /// A triple fault: `reboot=t` resets by one, and a guest whose memory or stack is lost ends in one.
     TripleFault,
     /// KVM cannot go on.
     Failed(String),
-    /// Guest memory cannot be had any more, or is not what was captured.
+    /// Guest memory cannot be read any more, or differs from what was captured.
     MemoryLost(String),
 }
 
-/// Called when the guest is over.
+/// Called when the guest ends.
 pub(crate) type OnEnd = Box<dyn FnOnce() + Send>;
 
-/// Where vCPU threads and devices tell the main loop that the guest is over. The first reason stands.
+/// Tells the main loop that the guest has ended. vCPU threads and devices call it; the first reason stands.
 pub struct EndingSignal {
     ending: Mutex<Option<Ending>>,
     event: EventFd,
@@ -44,7 +44,7 @@ impl EndingSignal {
         &self.event
     }
 
-    /// The reason, if the guest is over. An eventfd pulled without a reason is the reset line's.
+    /// Returns the reason if the guest has ended. An eventfd pulled without a reason is the reset line's.
     pub fn take(&self) -> Option<Ending> {
         let pulled = self.event.read().is_ok();
         if let Some(reason) = lost::touched() {
@@ -59,13 +59,13 @@ impl EndingSignal {
         self.ending.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ending);
         // A full counter means that the main loop has been told already.
         let _ = self.event.write(1);
-        // After the reason is there: who is let go by this looks for it.
+        // Called after the reason is set, because the thread that this call releases looks for it.
         if let Some(call) = self.lock_on_end().take() {
             call();
         }
     }
 
-    /// What else is to happen at the end, once, on the thread that ends the guest.
+    /// Sets a call to make once when the guest ends, on the thread that ends it.
     pub fn on_end(&self, call: Option<OnEnd>) {
         *self.lock_on_end() = call;
     }

@@ -1,4 +1,4 @@
-//! What can go wrong with guest memory.
+//! Errors of guest memory.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::snapshot;
 use crate::tiering;
 
-/// The one error of the room `memory`. Each variant says what was being done to what; causes are chained.
+/// The one error of the room `memory`. Each variant names the action and its object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("Cannot reserve {mib} MiB of address space for guest memory")]

@@ -1,6 +1,6 @@
-//! A page-fault handler outside the VMM, by Firecracker's protocol (`docs/snapshotting/handling-page-faults-on-snapshot-
-//! resume.md`): tvmm connects to the handler's Unix socket and sends one message, a JSON array that says where guest
-//! memory is mapped, with the userfaultfd as SCM_RIGHTS.
+//! A page-fault handler outside the VMM, by Firecracker's protocol
+//! (`docs/snapshotting/handling-page-faults-on-snapshot-resume.md`): tvmm connects to the handler's Unix socket and
+//! sends one message, a JSON array that says where guest memory is mapped, with the userfaultfd as SCM_RIGHTS.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -24,13 +24,13 @@ use crate::sys::handshake::Mapping;
 use crate::sys::uffd::Uffd;
 use crate::sys::worker::Worker;
 
-/// A handler that serves this VM's memory. It is watched: should it end, so does the guest, which would otherwise wait
-/// for ever.
+/// A handler that serves this VM's memory. Its process is watched: if it ends, the guest is ended too, because it would
+/// wait for ever.
 pub struct ExternalHandler {
     has_failed: Arc<AtomicBool>,
     /// Its thread ends first.
     _watch: Worker,
-    /// Kept open: the handler learns from its end that the VM is gone.
+    /// Kept open: the handler sees the end of this stream when the VM has ended.
     _stream: UnixStream,
 }
 
@@ -90,17 +90,16 @@ impl ExternalHandler {
         Ok(ExternalHandler { has_failed, _watch: watch, _stream: stream })
     }
 
-    /// Whether the handler's process has ended: all who wait for pages wait for ever.
+    /// Returns whether the handler's process has ended: threads that wait for its pages wait for ever.
     pub fn has_failed(&self) -> bool {
         self.has_failed.load(Ordering::SeqCst)
     }
 }
 
-/// How often a full socket is tried again.
+/// Pause between two attempts at a full socket.
 const CONNECT_AGAIN: Duration = Duration::from_millis(10);
 
-/// Connects to a Unix socket. One whose owner does not accept lets nobody in once its backlog is full, and connect(2) would
-/// wait for ever.
+/// Connects to a Unix socket. If the listener does not accept and its backlog is full, connect(2) would wait for ever.
 fn connect_within(limit: Duration, path: &Path) -> io::Result<UnixStream> {
     let deadline = Instant::now() + limit;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;

@@ -1,11 +1,10 @@
-//! When the fault service was busy: faults in batches, for traces.
+//! Batches of faults: when the fault service was busy, for traces.
 
 use serde::Serialize;
 
-/// Batches that are kept. When there are more, two neighbours become one: those that make the
-/// shortest.
+/// Batches kept. When there are more, the two neighbours that make the shortest batch become one.
 const MAX_BATCHES: usize = 64;
-/// Faults that follow each other within this time are one batch, ns: a guest that touches page after page.
+/// Faults that follow each other within this time are one batch, ns: the guest touches page after page.
 const GAP_NS: u64 = 200_000;
 
 /// Faults that came one after the other. Times are ns of `CLOCK_MONOTONIC`.

@@ -1,4 +1,4 @@
-//! The fault service: a thread inside the VMM that fetches pages of lazy extents when the guest touches them.
+//! The fault service: a thread of the VMM that fetches pages of lazy extents when the guest touches them.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,7 +22,7 @@ use crate::sys::uffd::{Fault, Install, Touch, Uffd};
 use crate::sys::worker::Worker;
 use crate::tiering::fault::{FaultKind, FaultObserver, PageReader};
 
-/// A run of lazy pages: where it is mapped, and where its bytes are (`None`: they are zero).
+/// A run of lazy pages: its mapping, and the source of its bytes (`None`: zeros).
 #[derive(Clone, Copy, Debug)]
 pub struct LazyExtent {
     pub extent: Extent,
@@ -31,12 +31,12 @@ pub struct LazyExtent {
 }
 
 impl LazyExtent {
-    /// Host address of the page `gfn` of it.
+    /// Returns the host address of page `gfn` of the extent.
     pub fn host_of(&self, gfn: Gfn) -> usize {
         self.host + ((gfn.0 - self.extent.first.0) * PAGE_SIZE) as usize
     }
 
-    /// Where the bytes of `part` of it are.
+    /// Returns the source of the bytes of `part`, which lies in the extent.
     pub fn source_of(&self, part: Extent) -> Option<PageSource> {
         let offset = (part.first.0 - self.extent.first.0) * PAGE_SIZE;
         self.source.map(|source| PageSource { offset: source.offset + offset, ..source })
@@ -81,7 +81,7 @@ impl FaultCounters {
         }
     }
 
-    /// When the service was busy.
+    /// Returns the times at which the service was busy.
     pub fn batches(&self) -> Vec<FaultBatch> {
         self.batches.lock().unwrap_or_else(PoisonError::into_inner).kept().to_vec()
     }
@@ -95,24 +95,24 @@ impl FaultCounters {
     }
 }
 
-/// Is told of every first touch, in order.
+/// Told of every first touch, in order.
 pub type Observer = Box<dyn FaultObserver>;
 
-/// What the service works with.
+/// Everything that the fault service needs.
 pub struct FaultWork {
     pub uffd: Arc<Uffd>,
     /// Ascending by host address.
     pub extents: Vec<LazyExtent>,
     /// Pages fetched around a fault: a power of two.
     pub fault_pages: u64,
-    /// All lazy extents within the aligned block around a fault are served with it, not only the one it is in.
+    /// A fault is served with all lazy extents within the aligned block around it, not only the one that it hit.
     pub whole_blocks: bool,
     pub reader: Box<dyn PageReader>,
     pub observer: Option<Observer>,
     pub counters: Arc<FaultCounters>,
-    /// Pages that the guest has given back: they come as zeros.
+    /// Pages that the guest has given back; they are installed as zeros.
     pub released: Arc<Released>,
-    /// Where what is being read is noted, so that a source that hangs is noticed.
+    /// The service notes its reads here, so that the stall watch notices a source that hangs.
     pub activity: Activity,
 }
 
@@ -123,7 +123,7 @@ pub struct FaultService {
 }
 
 impl FaultService {
-    /// Starts serving. If a page cannot be had, the guest is ended with the reason: it never runs on wrong bytes, and
+    /// Starts serving. If a page cannot be read, the guest is ended with the reason: it never runs on wrong bytes, and
     /// never waits for ever.
     pub fn start(mut work: FaultWork, ending: Arc<EndingSignal>) -> Result<Self, Error> {
         let stop = EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?;
@@ -142,19 +142,19 @@ impl FaultService {
         Ok(FaultService { has_failed, worker: worker.map_err(Error::os("start the fault service"))? })
     }
 
-    /// Whether a page could not be had: all who wait for pages wait for ever.
+    /// Returns whether a page could not be read: threads that wait for pages wait for ever.
     pub fn has_failed(&self) -> bool {
         self.has_failed.load(Ordering::SeqCst)
     }
 
-    /// Asks the thread to end, and waits for it until `deadline`. Whether it has ended.
+    /// Asks the thread to end and waits for it until `deadline`. Returns whether it has ended.
     pub fn finish(&self, deadline: Instant) -> bool {
         self.worker.finish(deadline)
     }
 }
 
 impl FaultWork {
-    /// Serves until asked to stop. The error says what could not be done, for which page.
+    /// Serves until asked to stop. The error names the failed action and its page.
     fn serve(&mut self, stop: &EventFd) -> Result<(), Ending> {
         let failed = |error: io::Error| Ending::Failed(format!("The fault service cannot wait for faults: {error}"));
         let mut buffer = vec![0; (self.fault_pages * PAGE_SIZE) as usize];
@@ -208,7 +208,7 @@ impl FaultWork {
         if !self.whole_blocks {
             return Ok(());
         }
-        // The guest goes on already; what else came with the page is installed before anybody asks for it.
+        // The guest already goes on; neighbours of the page are installed before a fault asks for them.
         let window = Extent { first: Gfn(gfn.0 / self.fault_pages * self.fault_pages), pages: self.fault_pages };
         for other in neighbours(&self.extents, at, window) {
             let first = other.extent.first.max(window.first);
@@ -226,7 +226,7 @@ impl FaultWork {
             let _reads = self.activity.reads(block, lazy.source_of(block));
             fetch(self.reader.as_mut(), lazy, block, bytes).map_err(|error| failed("fetch", error))?;
         }
-        // Pages may have been given back while they were read; none are while the books are held.
+        // Pages may have been given back during the read; none are given back while the record is locked.
         let books = self.released.read();
         for run in books.still_snapshot(block) {
             let start = ((run.first.0 - block.first.0) * PAGE_SIZE) as usize;
@@ -240,7 +240,7 @@ impl FaultWork {
         Ok(())
     }
 
-    /// Installs a run of pages; those that are zero without memory of their own.
+    /// Installs a run of pages; zero pages get no memory of their own.
     fn install_sparse(&self, lazy: &LazyExtent, run: Extent, bytes: &[u8]) -> io::Result<u64> {
         let mut installed = 0;
         let pages: Vec<&[u8]> = bytes.chunks_exact(PAGE_SIZE as usize).collect();
@@ -261,7 +261,7 @@ impl FaultWork {
         Ok(installed)
     }
 
-    /// Answers a fault on a page that the guest has given back. It is no touch of the snapshot: no observer is told.
+    /// Answers a fault on a page that the guest has given back. The snapshot is not touched, so no observer is told.
     fn install_zero(&self, lazy: &LazyExtent, gfn: Gfn) -> io::Result<()> {
         let installed = self.uffd.install_zero(lazy.host_of(gfn))?;
         self.counters.installed.fetch_add(u64::from(installed), Ordering::Relaxed);
@@ -269,7 +269,7 @@ impl FaultWork {
     }
 }
 
-/// Why a guest whose page `gfn` cannot be had is over.
+/// Returns the reason for ending a guest whose page `gfn` cannot be read.
 pub fn unavailable(doing: &str, lazy: &LazyExtent, gfn: Gfn, error: &io::Error) -> Ending {
     let offset = lazy.source_of(Extent { first: gfn, pages: 1 }).map_or(0, |source| source.offset);
     match error.get_ref().and_then(|cause| cause.downcast_ref::<Unreadable>()) {
@@ -289,7 +289,7 @@ pub fn fetch(reader: &mut dyn PageReader, lazy: &LazyExtent, part: Extent, bytes
     Ok(())
 }
 
-/// Which lazy extent is at a host address, and which of its pages that is.
+/// Returns the lazy extent at a host address, and the page within it.
 fn find(extents: &[LazyExtent], address: usize) -> Option<(usize, u64)> {
     let at = extents.partition_point(|lazy| lazy.host <= address).checked_sub(1)?;
     let lazy = extents[at];
@@ -297,7 +297,7 @@ fn find(extents: &[LazyExtent], address: usize) -> Option<(usize, u64)> {
     (index < lazy.extent.pages).then_some((at, index))
 }
 
-/// The lazy extents besides that at `at` that have pages of `window`.
+/// Returns the lazy extents other than `at` that have pages of `window`.
 fn neighbours(extents: &[LazyExtent], at: usize, window: Extent) -> Vec<LazyExtent> {
     let has = |lazy: &&LazyExtent| lazy.extent.intersection(&window).is_some();
     let before = extents[..at].iter().rev().take_while(has);
@@ -306,11 +306,11 @@ fn neighbours(extents: &[LazyExtent], at: usize, window: Extent) -> Vec<LazyExte
 }
 
 fn is_zero(page: &[u8]) -> bool {
-    // As fast as memory: words, without a branch for each.
+    // Compares words without a branch for each: as fast as memory.
     page.as_chunks::<16>().0.iter().fold(0, |any, bytes| any | u128::from_ne_bytes(*bytes)) == 0
 }
 
-/// The aligned block of `pages` that holds `gfn`, as far as the extent reaches.
+/// The aligned block of `pages` around `gfn`, cut to the extent.
 fn block_around(lazy: &LazyExtent, gfn: Gfn, pages: u64) -> Extent {
     let start = Gfn(gfn.0 / pages * pages);
     Extent { first: start, pages }.intersection(&lazy.extent).unwrap_or(Extent { first: gfn, pages: 1 })

@@ -1,4 +1,4 @@
-//! What a plan takes pages from: the chain's layers, then the plan's tiers, then its images.
+//! The sources of a plan's pages: the chain's layers, then the plan's tiers, then its images.
 
 use std::fs::File;
 use std::io;
@@ -21,34 +21,35 @@ pub struct Files {
     chain: Arc<Chain>,
     tiers: Vec<Arc<dyn Tier>>,
     images: Vec<Arc<Image>>,
-    /// Has the bytes of the layers' memory files, which are not there then.
+    /// Serves the bytes of the layers' memory files, which need not exist then.
     cold: Option<ColdReader>,
 }
 
-/// A file to be mapped, and what is known of it.
+/// A file to be mapped, and the limits of its mappings.
 #[derive(Clone, Copy, Debug)]
 pub struct Mapped<'a> {
     pub file: &'a File,
-    /// What is added to the offset of a source, bytes.
+    /// Added to the offset of a source, bytes.
     pub base: u64,
-    /// Whether the kernel copies what is written; if not, it is mapped shared and read-only.
+    /// True if the kernel copies written pages; otherwise the file is mapped shared and read-only.
     pub copy_on_write: bool,
-    /// What offset, address and length of its mappings are multiples of, bytes.
+    /// Offset, address and length of a mapping are multiples of this, bytes.
     pub align: u64,
 }
 
-/// What the pages of a restored guest come from.
+/// The sources of a restored guest's pages.
 #[derive(Clone)]
 pub struct Sources {
     pub chain: Arc<Chain>,
-    /// The tiers that the plan counts on, in its order.
+    /// The tiers that the plan names, in its order.
     pub tiers: Vec<Arc<dyn Tier>>,
-    /// Has the bytes of the chain's memory files, which need not be there then. The plan is for it (`lower`).
+    /// The cold pool with the chain's memory, whose files need not exist then. The plan has been lowered for it
+    /// (`lower`).
     pub cold: Option<Arc<ColdPool>>,
 }
 
 impl Files {
-    /// Opens what `plan` needs; images that were never made are made now.
+    /// Opens the sources of `plan`. Images that do not exist yet are made.
     pub fn open(sources: Sources, plan: &RestorePlan) -> Result<Self, Error> {
         let Sources { chain, tiers, cold } = sources;
         let images = plan.images.iter().map(|spec| open_image(&chain, spec)).collect::<Result<_, _>>()?;
@@ -56,17 +57,17 @@ impl Files {
         Ok(Files { chain, tiers, images, cold })
     }
 
-    /// The pool that has the chain's memory, if its files do not.
+    /// The cold pool that serves the chain's memory in place of its files.
     pub fn cold(&self) -> Option<&Arc<ColdPool>> {
         self.cold.as_ref().map(ColdReader::pool)
     }
 
-    /// The pool that has the bytes of this source, if one does.
+    /// The cold pool that serves the bytes of this source.
     pub fn cold_source(&self, index: usize) -> Option<&Arc<ColdPool>> {
         self.cold().filter(|_| index < self.chain.layers().len())
     }
 
-    /// Connects to the cold pool, if there is one, so that the first read does not have to.
+    /// Connects to the cold pool, if there is one, so that the first read need not.
     pub fn connect(&mut self) -> Result<(), Error> {
         let Some(cold) = &mut self.cold else { return Ok(()) };
         let path = PathBuf::from(cold.pool().name());
@@ -82,7 +83,7 @@ impl Files {
         &self.chain
     }
 
-    /// The tiers, for who outlives the restore: they must not change while their bytes are mapped.
+    /// The tiers. A caller that outlives the restore holds them: they must not change while their bytes are mapped.
     pub fn tiers(&self) -> &[Arc<dyn Tier>] {
         &self.tiers
     }
@@ -92,26 +93,26 @@ impl Files {
         self.chain.layers().len() + self.tiers.len()
     }
 
-    /// The tier of this index, if it is one.
+    /// The tier with this index, if the index is a tier's.
     pub fn tier(&self, index: usize) -> Option<&Arc<dyn Tier>> {
         self.tiers.get(index.checked_sub(self.chain.layers().len())?)
     }
 
-    /// The image of this index, if it is one.
+    /// The image with this index, if the index is an image's.
     pub fn image(&self, index: usize) -> Option<&Image> {
         self.images.get(index.checked_sub(self.first_image())?).map(AsRef::as_ref)
     }
 
-    /// Compares pages that came from `source` on with their checksums, if the source is an image. Other sources are
-    /// compared elsewhere.
+    /// Compares pages from `source` on with their checksums if the source is an image. Other sources are compared by
+    /// [`verify`](super::verify).
     pub fn verify_image(&self, source: PageSource, parts: &[&[u8]]) -> Result<(), Error> {
         let Some(image) = self.image(source.layer) else { return Ok(()) };
         Ok(image.verify(source.offset, parts)?)
     }
 
-    /// The file of a source that is one, and its path.
+    /// The file of a source and its path, if the source is a file.
     fn get(&self, index: usize) -> Option<(&File, &Path)> {
-        // What stands in for a memory file that is elsewhere is never read.
+        // The placeholder of a memory file that a cold pool serves is never read.
         if self.cold_source(index).is_some() {
             return None;
         }
@@ -121,19 +122,19 @@ impl Files {
         }
     }
 
-    /// What is mapped for a source.
+    /// The file that is mapped for a source.
     pub fn mapping(&self, index: usize) -> Result<Mapped<'_>, Error> {
         let Some(tier) = self.tier(index) else {
             let (file, _) = self.require(index)?;
             return Ok(Mapped { file, base: 0, copy_on_write: true, align: PAGE_SIZE });
         };
-        // A validated plan maps no others.
+        // A validated plan maps no other source.
         let mapping = tier.mapping().ok_or_else(no_such_source)?;
         let Mappable { file, base, copy_on_write, align, .. } = mapping;
         Ok(Mapped { file, base, copy_on_write, align: align.max(PAGE_SIZE) })
     }
 
-    /// The files of `mapped` by their numbers; `None` for those that are not mapped.
+    /// The files of `mapped` by their numbers; `None` for files that are not mapped.
     pub fn mapped_files(&self, mapped: &[FileMapping]) -> Result<Vec<Option<MappedFile>>, Error> {
         let paths = self.paths();
         let mut files: Vec<Option<MappedFile>> = Vec::new();
@@ -169,8 +170,8 @@ impl Files {
         self.verify_image(source, &[bytes])
     }
 
-    /// Reads `bytes` (whole pages) from `source` on past the page cache. File systems that cannot do that are read through
-    /// it; returns whether it was past it. Pages of an image are not compared with their checksums here.
+    /// Reads `bytes` (whole pages) from `source` on past the page cache. Returns false if the file system cannot do
+    /// that and the page cache was used. Pages of an image are not compared with their checksums here.
     pub fn read_direct(&self, source: PageSource, bytes: &mut [u8]) -> Result<bool, Error> {
         if self.tier(source.layer).is_some() {
             return self.read(source, bytes).map(|()| false);
@@ -183,12 +184,12 @@ impl Files {
         }
     }
 
-    /// Opens a file to be read past the page cache; EINVAL where its file system cannot.
+    /// Opens a file to be read past the page cache; EINVAL if its file system cannot.
     pub fn open_direct(path: &Path) -> io::Result<File> {
         std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
     }
 
-    /// The file of a source that is one, and its path; a validated plan names no others.
+    /// The file of a source and its path; a validated plan names only files here.
     pub fn require(&self, index: usize) -> Result<(&File, &Path), Error> {
         self.get(index).ok_or_else(no_such_source)
     }
@@ -203,7 +204,7 @@ fn open_image(chain: &Chain, spec: &ImageSpec) -> Result<Arc<Image>, Error> {
     Ok(Arc::new(image))
 }
 
-/// A local file or pool whose bytes cannot be had.
+/// A local file or pool whose bytes cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: {cause}", path = path.display())]
 pub struct Unreadable {

@@ -22,7 +22,7 @@ use crate::sys::lost::{MappedFile, Mapping, Watched};
 use crate::sys::mapping::{Populator, Reservation};
 use crate::sys::uffd::Uffd;
 
-/// What backs a piece of guest memory.
+/// The backing of a piece of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Backing {
@@ -35,7 +35,7 @@ pub enum Backing {
     InPlace { layer: usize },
     /// Local memory that was filled before the guest ran.
     Preloaded,
-    /// Anonymous memory whose first touches are answered by the fault service, or by a handler outside.
+    /// Anonymous memory whose first touches the fault service or a handler outside answers.
     Lazy,
 }
 
@@ -60,11 +60,11 @@ pub struct FileMapping {
 #[derive(Debug)]
 pub struct GuestRam {
     layout: MemoryLayout,
-    /// What is mapped from files, for who finds that it cannot be had.
+    /// The file mappings by which a lost page is named (`sys::lost`).
     watched: Option<Watched>,
     reservations: Vec<Arc<Reservation>>,
     pieces: Vec<Piece>,
-    /// What was mapped from files, and whether anything lies behind a userfaultfd.
+    /// Extents mapped from files, and whether any memory lies behind a userfaultfd.
     file_mapped: Vec<Extent>,
     is_served: bool,
     in_place: Option<Arc<InPlace>>,
@@ -120,17 +120,17 @@ impl GuestRam {
         &self.pieces
     }
 
-    /// The VMM's window to guest memory, bounds-checked at every access; what is written through it is made writable.
+    /// The VMM's window to guest memory, bounds-checked at every access. Its write gate promotes pages in place.
     pub fn view(&self) -> &Memory {
         &self.view
     }
 
-    /// The window for loaders of kernels, which know no gate: only for memory that is local everywhere.
+    /// The window for kernel loaders, which have no write gate. An error unless all memory is local.
     pub fn boot_view(&self) -> Result<&UnguardedMemory, Error> {
         self.view.unguarded().ok_or_else(|| Error::MemoryView("some of it lies in place on a shared tier".into()))
     }
 
-    /// Takes the pages that were written through [`view`](Self::view) since they were taken last.
+    /// Takes the pages that were written through [`view`](Self::view) since the last call.
     pub fn take_written(&self) -> PageSet {
         let mut pages = PageSet::new();
         for (range, marks) in self.layout.ranges().iter().zip(self.view.take_marks()) {
@@ -144,18 +144,19 @@ impl GuestRam {
         self.layout.ranges().iter().zip(&self.reservations).map(|(range, memory)| (*range, memory.base()))
     }
 
-    /// Says what backs the memory now, after it was mapped: ascending, each page once.
+    /// Sets the backing of the memory after it was mapped: pieces ascending, each page once.
     pub fn set_pieces(&mut self, pieces: Vec<Piece>) {
         self.pieces = pieces;
     }
 
-    /// Says where files are mapped, and whether anything lies behind a userfaultfd: what giving pages back depends on.
+    /// Records where files are mapped and whether any memory lies behind a userfaultfd: balloon release depends on
+    /// both.
     pub fn set_mapped(&mut self, file_mapped: Vec<Extent>, is_served: bool) {
         (self.file_mapped, self.is_served) = (file_mapped, is_served);
     }
 
-    /// Says what was mapped in place ([`map_in_place`](Self::map_in_place)): from now on whoever writes through
-    /// [`view`](Self::view) has it promoted first.
+    /// Records the extents mapped in place ([`map_in_place`](Self::map_in_place)). From now on the write gate of
+    /// [`view`](Self::view) promotes their pages before a write.
     pub fn guard(&mut self, mapped: &[InPlaceExtent]) -> Result<(), Error> {
         let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned());
         let in_place =
@@ -166,22 +167,22 @@ impl GuestRam {
         Ok(())
     }
 
-    /// The pages in place that only a promotion makes writable, if there ever were any.
+    /// The pages in place that only a promotion makes writable; `None` if the plan mapped none.
     pub fn in_place(&self) -> Option<&Arc<InPlace>> {
         self.in_place.as_ref()
     }
 
-    /// What became of the pages in place, for reports; nothing if there never were any.
+    /// Counts of pages in place and of promotions, for reports; `None` if the plan mapped none.
     pub fn promotion(&self) -> Option<serde_json::Value> {
         self.in_place.as_ref().map(|in_place| in_place.json())
     }
 
-    /// The books about pages that the guest has given back.
+    /// The record of pages that the guest has given back.
     pub fn released(&self) -> &Arc<Released> {
         &self.released
     }
 
-    /// Who gives pages back for the guest. `activity`: where it is noted that this may wait for somebody.
+    /// Returns the releaser of pages for the balloon. `activity`: set if a release may wait for a handler.
     pub fn releaser(&self, activity: Option<Activity>) -> Releaser {
         let ranges = self.layout.ranges().iter().copied().zip(self.reservations.iter().cloned()).collect();
         let file_mapped = self.file_mapped.iter().copied().collect();
@@ -202,15 +203,15 @@ impl GuestRam {
         memory.map_file_private(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
     }
 
-    /// Backs `extent` with a shared mapping of `file` from `file_offset` that nobody can write; [`guard`](Self::guard)
-    /// has to be told.
+    /// Backs `extent` with a shared read-only mapping of `file` from `file_offset`. The caller must pass the extent to
+    /// [`guard`](Self::guard).
     pub fn map_in_place(&self, extent: Extent, file: &File, file_offset: u64) -> Result<(), Error> {
         let (memory, offset) = self.locate(extent)?;
         let len = extent.bytes() as usize;
         memory.map_file_read_only(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
     }
 
-    /// Lists mappings of files, so that a page that cannot be had is named.
+    /// Lists mappings of files, so that a lost page is reported with its file.
     pub fn watch(&mut self, files: Vec<Option<MappedFile>>, mapped: &[FileMapping]) -> Result<(), Error> {
         let mapping = |mapped: &FileMapping| {
             let FileMapping { extent, file, offset } = *mapped;
@@ -229,8 +230,8 @@ impl GuestRam {
         uffd.register(memory, offset, len, write_protect).map_err(|source| map_failed(extent, source))
     }
 
-    /// Makes the kernel map only pages that are touched, where it can be made to (Linux 6.7): no fault-around and no
-    /// huge pages as long as the result lives.
+    /// Makes the kernel map only the pages that are touched (Linux 6.7; `None` before): no fault-around and no huge
+    /// pages while the result lives.
     pub fn map_single_pages(&self) -> Result<Option<Uffd>, Error> {
         let Some(uffd) = Uffd::open_silent().map_err(Error::Userfaultfd)? else { return Ok(None) };
         for (extent, memory) in self.layout.extents().zip(&self.reservations) {
@@ -279,7 +280,8 @@ impl GuestRam {
         unsafe { memory.bytes_mut(offset, extent.bytes() as usize) }.map_err(|source| map_failed(extent, source))
     }
 
-    /// The reservation that holds `extent`, and where in it. An extent outside RAM or across two ranges is an error.
+    /// Returns the reservation that holds `extent`, and its offset there. An extent outside RAM or across two ranges is
+    /// an error.
     fn locate(&self, extent: Extent) -> Result<(&Reservation, usize), Error> {
         let outside = || Error::OutsideRam { gpa: extent.first.0.saturating_mul(PAGE_SIZE), pages: extent.pages };
         if extent.pages == 0 || !self.layout.contains(extent) {

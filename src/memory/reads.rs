@@ -1,9 +1,10 @@
-//! Filling memory from files in the fewest reads: what follows on in a file is read by one call wherever its pages go in
-//! memory, and large amounts are read by several threads at once.
+//! Fills memory from files in the fewest reads: bytes that follow one another in a file are read by one call wherever
+//! their pages go in memory, and large amounts are read by several threads.
 //!
-//! Cached files are read by vectored calls straight into place. So are large parts past the page cache; small ones go
-//! through a buffer of each thread: for the device, thousands of single pages are thousands of transfers (measured: 64 MiB
-//! of single pages take 41 ms straight into place, and 16 ms into a buffer while the other thread copies).
+//! Cached files are read by vectored calls straight into place. So are large parts past the page cache. Small parts go
+//! through a buffer of each thread, because for the device thousands of single pages are thousands of transfers
+//! (measured: 64 MiB of single pages take 41 ms straight into place, and 16 ms into a buffer while the other thread
+//! copies).
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -26,7 +27,7 @@ pub struct Wanted<'m> {
     pub bytes: &'m mut [u8],
 }
 
-/// What filling came to.
+/// The result of filling memory.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Filled {
     /// System calls that read.
@@ -39,15 +40,15 @@ pub struct Filled {
 
 /// Parts of one vectored read (`UIO_MAXIOV`, Linux `include/uapi/linux/uio.h`).
 const PARTS: usize = 1024;
-/// A thread of its own pays from so many bytes on: making one costs about as long as reading half of that.
+/// An additional thread pays from so many bytes on: starting one costs about as long as reading half of that.
 const BYTES_PER_THREAD: usize = 2 << 20;
-/// More threads only wait for memory, or for the device.
+/// More threads would only wait for memory or for the device.
 const THREADS: usize = 4;
 /// Cached files are read in pieces of this size, so that no thread has to wait long for the last one.
 const CACHED_PIECE: usize = 4 << 20;
 /// Parts that are shorter than this are small.
 const SMALL: usize = 64 << 10;
-/// The device is kept busiest by the longest calls; what the kernel takes in one is a little under 2 GiB.
+/// Long calls keep the device busiest; the kernel takes a little under 2 GiB in one.
 const DIRECT_PIECE: usize = 1 << 30;
 
 /// Bytes that follow one another in a file.
@@ -101,7 +102,7 @@ fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fil
     Ok(Filled { calls, threads: threads as u64, direct })
 }
 
-/// Joins what follows on in a file, up to `piece` bytes and [`PARTS`] parts at once.
+/// Joins parts that follow one another in a file, up to `piece` bytes and [`PARTS`] parts each.
 fn batches(mut wanted: Vec<Wanted<'_>>, piece: usize) -> Vec<Batch<'_>> {
     wanted.sort_unstable_by_key(|wanted| (wanted.source.layer, wanted.source.offset));
     let mut out: Vec<Batch> = Vec::new();
@@ -185,7 +186,7 @@ impl Work<'_, '_> {
                 false => self.read_parts(direct, &mut batch),
             };
             match result {
-                // The file system opens files so and then cannot read them so.
+                // The file system accepts the open and refuses the read.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 result => {
                     result.map_err(|error| failed("read directly", path, error))?;
@@ -222,7 +223,7 @@ impl Work<'_, '_> {
             Some(buffer) => buffer,
             None => buffer.insert(Buffer::new(CACHED_PIECE)?),
         };
-        // Batches of small parts are no longer than that.
+        // A batch of small parts is no longer than the buffer.
         let mut bytes = &mut buffer.bytes_mut()[..batch.len];
         self.read_all(file, &mut [IoSliceMut::new(bytes)], batch.source.offset)?;
         for part in &mut batch.parts {

@@ -12,10 +12,10 @@ use crate::tiering::tier::Tier;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What works on guest memory while the guest runs. Ends when dropped.
+/// The services of guest memory while the guest runs. They end when dropped.
 #[derive(Default)]
 pub struct MemoryServices {
-    /// First of all: nobody waits for a pool that is closed.
+    /// Dropped first: a closed pool wakes the threads that wait for it.
     pub(crate) cold: Option<CloseCold>,
     pub(crate) verifier: Option<Verifier>,
     pub(crate) background: Option<BackgroundWork>,
@@ -23,7 +23,7 @@ pub struct MemoryServices {
     pub(crate) handler: Option<ExternalHandler>,
     pub(crate) uffd: Option<Arc<Uffd>>,
     pub(crate) counters: Arc<FaultCounters>,
-    /// What the guest's memory is mapped from: stays as it is while this lives.
+    /// The tiers that guest memory is mapped from; they must not change while this lives.
     pub(crate) tiers_held: Vec<Arc<dyn Tier>>,
     /// Keeps the kernel from mapping neighbours of touched pages while it lives.
     pub(crate) single_pages: Option<Uffd>,
@@ -35,7 +35,7 @@ impl MemoryServices {
         &self.tiers_held
     }
 
-    /// When the fault service was busy.
+    /// Returns the times at which the fault service was busy.
     pub fn fault_batches(&self) -> Vec<FaultBatch> {
         self.counters.batches()
     }
@@ -44,7 +44,7 @@ impl MemoryServices {
         self.counters.counts()
     }
 
-    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    /// Returns whether pages that the guest can read from images are still being compared with their checksums.
     pub fn is_comparing(&self) -> bool {
         self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
     }
@@ -58,12 +58,12 @@ impl MemoryServices {
         self.cold.as_ref().map(|cold| cold.0.counts())
     }
 
-    /// How much of the memory has been compared with checksums.
+    /// The share of memory that has been compared with checksums, for reports.
     pub fn verification(&self) -> serde_json::Value {
         self.verifier.as_ref().map(Verifier::json).unwrap_or_default()
     }
 
-    /// Whether lazy memory is served no more: all who wait for it wait for ever.
+    /// Returns whether lazy memory is no longer served: threads that wait for it wait for ever.
     pub fn have_failed(&self) -> bool {
         self.service.as_ref().is_some_and(FaultService::has_failed)
             || self.handler.as_ref().is_some_and(ExternalHandler::has_failed)
@@ -73,7 +73,8 @@ impl MemoryServices {
         self.single_pages.is_some()
     }
 
-    /// Asks everybody to end, and waits until `deadline`. An error names who has not: it waits for memory in the kernel.
+    /// Asks all threads to end and waits until `deadline`. An error names the thread that still waits for memory in the
+    /// kernel.
     pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
         self.cold.iter().for_each(|cold| cold.0.close());
         if !self.background.as_ref().is_none_or(|work| work.finish(deadline)) {
@@ -86,7 +87,7 @@ impl MemoryServices {
     }
 }
 
-/// Closes a cold pool when the machine goes.
+/// Closes a cold pool when the machine is dropped.
 pub(crate) struct CloseCold(pub(crate) Arc<ColdPool>);
 
 impl Drop for CloseCold {

@@ -1,4 +1,4 @@
-//! What a VM costs the host in memory, read from `/proc/self/smaps` (kernel `Documentation/filesystems/proc.rst`).
+//! The memory that a VM costs the host, read from `/proc/self/smaps` (kernel `Documentation/filesystems/proc.rst`).
 
 use std::io::{BufRead, BufReader};
 
@@ -19,7 +19,7 @@ pub struct Usage {
     pub guest_private_kib: u64,
     /// Of guest RAM, pages of files and pools that are mapped where they are, and cost no local DRAM of this VM.
     pub guest_in_place_kib: u64,
-    /// Of guest RAM, what is not there: never touched, or lazy and not yet fetched.
+    /// Of guest RAM, absent pages: never touched, or lazy and not yet fetched.
     pub guest_absent_kib: u64,
     /// Mappings that make up guest RAM.
     pub guest_vmas: u64,
@@ -45,7 +45,7 @@ pub fn read(ram: &GuestRam) -> Result<Usage, Error> {
             match (name, vmas.last_mut().filter(|_| in_guest)) {
                 ("Pss", Some(_)) => usage.guest_pss_kib += kib,
                 ("Rss", Some(vma)) => vma.rss_kib = kib,
-                // Not what is private and dirty: pages of a tmpfs that nobody else maps are that, too.
+                // `Private_Dirty` would be wrong: it also counts tmpfs pages that no other process maps.
                 ("Anonymous", Some(vma)) => vma.anonymous_kib = kib,
                 ("Shared_Hugetlb" | "Private_Hugetlb", Some(vma)) => vma.hugetlb_kib += kib,
                 ("Pss", None) => usage.vmm_pss_kib += kib,
@@ -66,13 +66,13 @@ pub fn read(ram: &GuestRam) -> Result<Usage, Error> {
     Ok(usage)
 }
 
-/// A mapping, and what the kernel counts of it.
+/// A mapping, and the kernel's counts for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Vma {
     start: u64,
     /// Bytes.
     len: u64,
-    /// Whether it is of a file.
+    /// True for a mapping of a file.
     of_file: bool,
     rss_kib: u64,
     anonymous_kib: u64,
@@ -80,7 +80,7 @@ struct Vma {
 }
 
 impl Vma {
-    /// What `line` says, if it is the first of a mapping (`start-end mode offset device inode path`).
+    /// Parses `line` if it is the first of a mapping (`start-end mode offset device inode path`).
     fn parse(line: &str) -> Option<Vma> {
         let (start, rest) = line.split_once('-')?;
         let (end, rest) = rest.split_once(' ')?;
@@ -89,7 +89,8 @@ impl Vma {
         Some(Vma { start, len: end.checked_sub(start)?, of_file, ..Vma::default() })
     }
 
-    /// What it shows of its file. The kernel does not count device memory (DAX): that is looked for where it counts nothing.
+    /// KiB of its file that it shows. The kernel does not count device memory (DAX), which is counted here from the
+    /// page map.
     fn in_place_kib(&self, pagemap: &Pagemap) -> std::io::Result<u64> {
         match (self.rss_kib + self.hugetlb_kib).saturating_sub(self.anonymous_kib) {
             0 if self.of_file => Ok(pagemap.shown_pages(self.start, self.len / PAGE_SIZE)? * PAGE_SIZE / 1024),

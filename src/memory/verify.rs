@@ -1,10 +1,10 @@
-//! Whether the bytes that a guest is restored from are those that were captured.
+//! Verification: compares the bytes that a guest is restored from with those that were captured.
 //!
-//! The page map has a checksum for every 64 KiB of a memory file, pools have one for every page. A thread compares some of
-//! them while the machine is built, and the guest does not run before they match; it compares the rest once the guest has
-//! settled. Bytes that do not match refuse the restore, or end the guest.
+//! The page map has a checksum for every 64 KiB of a memory file, pools have one for every page. A thread compares a
+//! sample while the machine is built, and the guest does not run before the sample matches; the thread compares the
+//! rest once the guest has settled. A mismatch refuses the restore, or ends the guest.
 //!
-//! The comparison leaves the page cache as it is: samples that are cached are read from there, anything else past the page
+//! The comparison leaves the page cache as it is: cached samples are read from there, everything else past the page
 //! cache, so that files stay evicted, or in the folios that they were read into.
 
 use std::borrow::Cow;
@@ -32,21 +32,21 @@ use crate::sys::worker::Worker;
 use crate::sys::{idle, lost, page_cache, verity};
 use crate::tiering::tier::Tier;
 
-/// Chunks that are compared before the guest runs: so many of the whole chain, and at least some of each layer. The first
-/// and the last of a layer are among them, the others are chosen anew by every restore.
+/// Chunks of the whole chain compared before the guest runs, and at least some of each layer. The first and the last
+/// chunk of a layer are always among them; every restore chooses the others anew.
 const SAMPLES: usize = 6;
 const SAMPLES_PER_LAYER_MIN: usize = 2;
-/// From the restore until the rest is compared.
+/// Time from the restore until the rest is compared.
 const SETTLED: Duration = Duration::from_secs(1);
-/// The rest is compared at 64 MiB/s: so many chunks, and then so long nothing.
+/// The rest is compared at 64 MiB/s: so many chunks, then a pause.
 const CHUNKS_AT_ONCE: usize = 16;
 const PAUSE: Duration = Duration::from_millis(16);
-/// How often is looked whether another VM is done with the same file.
+/// Pause between two looks whether another VM is done with the same file.
 const TURN: Duration = Duration::from_millis(500);
-/// How long the end of a machine waits for the thread. It does not hold guest memory.
+/// Time that the end of a machine waits for the thread, which does not hold guest memory.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How far the comparison has come.
+/// Progress of the comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// Before the guest may run.
@@ -77,13 +77,13 @@ struct Shared {
     mode: Verify,
     lock: Mutex<Locked>,
     changed: Condvar,
-    /// Something compares what is compared before the guest runs.
+    /// A thread has begun the comparison that comes before the guest runs.
     claimed: AtomicBool,
     /// Set when the machine is built.
     ending: OnceLock<Arc<EndingSignal>>,
     pages: AtomicU64,
     verified: AtomicU64,
-    /// Files whose pages the kernel checks, and their digests.
+    /// Files whose pages the kernel checks (fs-verity), and their digests.
     verity: Mutex<Vec<(PathBuf, String)>>,
 }
 
@@ -100,14 +100,14 @@ pub struct Verifier {
 }
 
 impl Verifier {
-    /// Begins to compare what `plan` takes from files and pools; nothing, if there is nothing to compare: a cold pool's
-    /// chunks are compared as they arrive, and a page-fault handler outside has the bytes itself. `is_copied`: the plan is
-    /// carried out as it says.
+    /// Begins to compare the bytes that `plan` takes from files and pools; `None` if there are none: a cold pool's
+    /// chunks are compared as they arrive, and a page-fault handler outside has the bytes itself. `is_copied`: the
+    /// plan's copies are made as it says.
     pub fn start(files: &Files, plan: &RestorePlan, mode: Verify, is_copied: bool) -> Result<Option<Self>, Error> {
         if files.cold().is_some() {
             return Ok(None);
         }
-        // A plan that verifies does so with every page that is copied, and it copies all.
+        // A plan with `verify` copies all pages and compares each of them while copying.
         let is_done = plan.verify && is_copied;
         let state = match mode {
             _ if is_done => State::Done,
@@ -138,14 +138,14 @@ impl Verifier {
         };
         let builder = Builder::new().name("verify".into()).stack_size(128 * 1024);
         let thread = Worker::start(builder, stop, move || work.run(&chain, &tiers));
-        // Then the main thread compares samples, and nothing compares the rest.
+        // Without the thread the main thread compares the sample, and the rest is not compared.
         let failed = |error: &io::Error| tracing::warn!(%error, "No thread can be started to verify memory while the guest runs");
         Ok(Some(Verifier { shared, thread: thread.inspect_err(failed).ok() }))
     }
 
     /// Waits until the guest may run. From then on a mismatch ends it by `ending`.
     pub fn wait_checked(&self, files: &Files, ending: &Arc<EndingSignal>) -> Result<(), Error> {
-        // It is set once: machines are built once.
+        // Set once: a machine is built once.
         let _ = self.shared.ending.set(ending.clone());
         let is_checking = self.shared.lock().state == State::Checking;
         if is_checking && self.shared.claim() {
@@ -168,7 +168,7 @@ impl Verifier {
         let verity: Vec<Value> =
             verity.iter().map(|(path, digest)| json!({ "file": path, "digest": digest })).collect();
         let state = if shared.mode == Verify::Off && verified == 0 { "off" } else { shared.lock().state.name() };
-        // Without looking at the page map it is not known how many there are.
+        // The number is unknown without reading the page map.
         let unverified = (state != "off").then(|| pages.saturating_sub(verified));
         json!({
             "mode": shared.mode,
@@ -183,7 +183,7 @@ impl Verifier {
 
 impl Drop for Verifier {
     fn drop(&mut self) {
-        // A thread that waits for a file that hangs is left alone: it does not touch guest memory.
+        // A thread that waits for a hanging file is left alone: it does not touch guest memory.
         if let Some(thread) = self.thread.take() {
             thread.abandon(Instant::now() + PATIENCE);
         }
@@ -195,8 +195,8 @@ impl Shared {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is done before the guest runs is done by the first who asks: the thread, or the main thread where a busy host has
-    /// not let the thread run until then.
+    /// Returns true for the first caller, which makes the comparison that comes before the guest runs: the thread, or
+    /// the main thread if a busy host has not run the thread until then.
     fn claim(&self) -> bool {
         !self.claimed.swap(true, Ordering::SeqCst)
     }
@@ -250,7 +250,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Compares what is compared before the guest runs: samples, which are returned for each source, or everything.
+    /// Compares before the guest runs: a sample of each source, which is returned, or everything.
     fn check_before<'c>(&self, chain: &'c Chain, tiers: &[Arc<dyn Tier>]) -> Result<Compared<'c>, Error> {
         let mut sources = self.sources(chain, tiers)?;
         let per_source = (SAMPLES / sources.len().max(1)).max(SAMPLES_PER_LAYER_MIN);
@@ -273,7 +273,7 @@ impl Shared {
         Ok((sources, sampled))
     }
 
-    /// What pages come from.
+    /// The sources of the guest's pages.
     fn sources<'c>(&self, chain: &'c Chain, tiers: &[Arc<dyn Tier>]) -> Result<Vec<Box<dyn Source + 'c>>, Error> {
         let mut sources: Vec<Box<dyn Source + 'c>> = Vec::new();
         for tier in tiers {
@@ -299,13 +299,13 @@ impl Shared {
         Ok(())
     }
 
-    /// Compares what was not sampled. Returns whether it came to the end: the machine may end before.
+    /// Compares the pages outside the sample. Returns false if the machine ended before.
     fn compare_rest(&self, source: &mut dyn Source, sampled: &[Piece]) -> Result<bool, Error> {
         if source.is_checked_by_the_kernel() {
             return Ok(true);
         }
         source.read_past_the_cache();
-        // As long as it lives, other VMs leave the file alone: they would read the same bytes from the same disk.
+        // While it is held, other VMs leave the file alone: they would read the same bytes from the same disk.
         let Some(_turn) = self.wait_for_turn(source) else { return Ok(false) };
         let mut count = 0_usize;
         let mut goes_on = true;
@@ -330,7 +330,7 @@ impl Shared {
 
     /// Waits until no other VM compares the file; `None` if the machine ends before.
     fn wait_for_turn(&self, source: &dyn Source) -> Option<Option<File>> {
-        // Without a lock of its own it is compared at the same time as others.
+        // If no lock can be had, the file is compared at the same time as by other VMs.
         let Some(file) = source.file().and_then(|file| reopened(file, 0).ok()) else { return Some(None) };
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -348,14 +348,14 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Waits; whether to go on.
+    /// Waits. Returns whether to go on.
     fn wait(&self, time: Duration) -> bool {
         let waited = self.changed.wait_timeout_while(self.lock(), time, |locked| !locked.stop);
         !waited.unwrap_or_else(PoisonError::into_inner).0.stop
     }
 }
 
-/// At most [`CHUNK_PAGES`] pages that are compared at once, and where their source has them.
+/// At most [`CHUNK_PAGES`] pages that are compared at once, and their place in the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
     extent: Extent,
@@ -365,37 +365,37 @@ struct Piece {
 /// Sources, and for each the pieces of it that were compared.
 type Compared<'c> = (Vec<Box<dyn Source + 'c>>, Vec<Vec<Piece>>);
 
-/// Called with each piece of a source; whether to go on.
+/// Called with each piece of a source. Returns whether to go on.
 type EachPiece<'e> = &'e mut dyn FnMut(&mut dyn Source, Piece) -> Result<bool, Error>;
 
-/// Bytes that pages come from.
+/// A source of guest pages. The verification thread calls all methods, or, before the guest runs, the main thread.
 trait Source {
-    /// Pages in all.
+    /// Returns the number of its pages.
     fn pages(&self) -> u64;
 
-    /// The first and the last piece, and others by chance; `count` of them, fewer if there are fewer.
+    /// Returns the first and the last piece and random others, `count` in all, or all if there are no more.
     fn samples(&self, count: usize) -> Result<Vec<Piece>, Error>;
 
     /// Calls `each` with every piece.
     fn each(&mut self, each: EachPiece<'_>) -> Result<(), Error>;
 
-    /// Compares a piece with its checksums. Returns how many pages that were.
+    /// Compares a piece with its checksums. Returns the number of pages.
     fn compare(&mut self, piece: Piece) -> Result<u64, Error>;
 
-    /// Compares with zeros what the source has where it holds no page and a mapping of it shows it all the same. Calls
-    /// `goes_on` after each piece; whether to go on.
+    /// Compares with zeros the bytes that the source's file has outside its pages and that a mapping shows. Calls
+    /// `goes_on` after each piece and stops if it returns false. Returns whether to go on.
     fn check_unheld(&mut self, _goes_on: &mut dyn FnMut() -> bool) -> Result<(), Error> {
         Ok(())
     }
 
-    /// From now on everything is read past the page cache. Reading cached folios one after the other makes the kernel read
-    /// ahead of them, whatever it was advised.
+    /// Called once before the rest is compared. Everything is read past the page cache from then on: reading cached
+    /// folios one after the other makes the kernel read ahead of them, whatever it was advised.
     fn read_past_the_cache(&mut self) {}
 
-    /// What is locked while all of it is compared.
+    /// The file that is locked while all of it is compared.
     fn file(&self) -> Option<&File>;
 
-    /// Whether the kernel refuses to show any other bytes than those that were there when the file was sealed (fs-verity).
+    /// Returns whether the kernel (fs-verity) refuses to show bytes other than those of the sealed file.
     fn is_checked_by_the_kernel(&self) -> bool {
         false
     }
@@ -480,7 +480,7 @@ impl Source for LayerSource<'_> {
     }
 }
 
-/// What a failure to read `pages` of a layer's memory file means for the guest.
+/// Turns a failure to read `pages` of a layer's memory file into the guest's error.
 fn unreadable(layer: &Snapshot, pages: Extent, error: snapshot::Error) -> Error {
     match error {
         snapshot::Error::Io { path, source, .. } => {
@@ -560,7 +560,7 @@ fn chunk_buffer() -> Result<Buffer, Error> {
     Buffer::new((CHUNK_PAGES * PAGE_SIZE) as usize).map_err(Error::os("make a read buffer"))
 }
 
-/// The first and the last of `len` indices, and by chance others, `count` in all; all, if there are no more. Ascending.
+/// Returns `count` of `len` indices, ascending: the first, the last, and random others; all, if there are no more.
 fn chosen(len: usize, count: usize) -> Result<Vec<usize>, Error> {
     if len <= count {
         return Ok((0..len).collect());
@@ -576,7 +576,7 @@ fn chosen(len: usize, count: usize) -> Result<Vec<usize>, Error> {
     Ok(chosen)
 }
 
-/// Opens the same file again: with flags, readahead and locks of its own, whatever has become of its name.
+/// Opens the same file again, with its own flags, readahead and locks, even if its name has changed.
 fn reopened(file: &File, flags: i32) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -586,24 +586,23 @@ fn reopened(file: &File, flags: i32) -> io::Result<File> {
 /// `FUSE_SUPER_MAGIC` of statfs(2).
 const FUSE: i64 = 0x6573_5546;
 
-/// Reads a file without changing what the page cache has of it.
+/// Reads a file without changing its state in the page cache.
 struct Reader {
     cached: File,
-    /// None where the file system has no direct I/O, or none that can be interrupted.
+    /// `None` if the file system has no direct I/O, or none that can be interrupted.
     direct: Option<File>,
-    /// What is cached is read from the page cache: faster than from any disk.
+    /// True: cached bytes are read from the page cache, which is faster than any disk.
     uses_cache: bool,
 }
 
 impl Reader {
     fn open(file: &File) -> io::Result<Self> {
         let cached = reopened(file, 0)?;
-        // No readahead, and pages that are read are not more worth keeping than before. Kernels without these read all the
-        // same.
+        // No readahead, and reading does not mark pages as worth keeping. Kernels without these read all the same.
         let _ = rustix::fs::fadvise(&cached, 0, None, Advice::Random);
         let _ = rustix::fs::fadvise(&cached, 0, None, Advice::NoReuse);
         let direct = match reopened(file, libc::O_DIRECT) {
-            // Not even SIGKILL ends a direct read that a FUSE server does not answer.
+            // A direct read that a FUSE server does not answer is not even ended by SIGKILL.
             Ok(direct) => rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type != FUSE).then_some(direct),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
             Err(error) => return Err(error),
@@ -612,12 +611,12 @@ impl Reader {
     }
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        // Where the kernel does not tell what is cached, everything is read past the cache.
+        // If the kernel does not tell which pages are cached, everything is read past the cache.
         let resident = || page_cache::resident_in(&self.cached, offset, bytes.len() as u64).ok().flatten();
         let is_cached = self.uses_cache && resident() == Some(bytes.len() as u64 / PAGE_SIZE);
         if let Some(direct) = self.direct.as_ref().filter(|_| !is_cached) {
             match direct.read_exact_at(bytes, offset) {
-                // The file system opens files so and then cannot read them so.
+                // The file system accepts the open and refuses the read.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 result => return result,
             }

@@ -1,5 +1,5 @@
-//! What clients may name: files and directories of the host, and cold pools of other hosts. Only the command line says so
-//! (`docs/serve.md`).
+//! The files and directories of the host, and the cold pools of other hosts, that clients may name. Only the command
+//! line allows them (`docs/serve.md`).
 
 use std::fs;
 use std::io;
@@ -15,7 +15,7 @@ use super::functions::Function;
 use super::load::{LoadOptions, cold_dir};
 use super::store;
 
-/// What is done with a file that a client names.
+/// The use of a file that a client names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
     Read,
@@ -31,21 +31,21 @@ struct Named {
     access: Access,
 }
 
-/// What clients may name.
+/// Everything that clients may name.
 #[derive(Clone, Debug)]
 pub(super) struct Allowed {
     /// The daemon's directory, without symbolic links.
     dir: PathBuf,
     /// Directories and files, without symbolic links.
     roots: Vec<PathBuf>,
-    /// Pools that are no paths (`numa:N`).
+    /// Pools that are not paths (`numa:N`).
     nodes: Vec<PathBuf>,
     /// Cold pools of other hosts.
     cold: Vec<String>,
 }
 
 impl Allowed {
-    /// What the command line says. `dir`: the daemon's directory.
+    /// Collects the allowances of the command line. `dir`: the daemon's directory.
     pub(super) fn new(dir: &Path, options: &Options) -> Result<Allowed, ServeError> {
         let load = &options.load;
         let own = load.on_this_host().into_iter().map(|(path, _)| path).chain(load.cold_cache.clone());
@@ -56,7 +56,7 @@ impl Allowed {
                 allowed.nodes.push(path);
                 continue;
             }
-            // A directory that is not there may be made later (a cache); it is looked up by the same name then.
+            // A missing directory may be made later (a cache); it is then looked up by the same name.
             let path = std::path::absolute(&path).unwrap_or(path);
             let resolved = resolve(&path).map_err(|source| ServeError::Directory { path, source })?;
             allowed.roots.push(resolved);
@@ -72,7 +72,7 @@ impl Allowed {
         Ok(allowed)
     }
 
-    /// The path without symbolic links, if it is one that clients may name. Blocks for the disk.
+    /// Returns the path without symbolic links if clients may name it. Blocks for the disk.
     fn check(&self, named: &Named) -> Result<PathBuf, Fault> {
         let Named { key, path, access } = named;
         let shown = path.display();
@@ -93,7 +93,7 @@ impl Allowed {
         Ok(resolved)
     }
 
-    /// Whether clients may restore from a cold pool at this address.
+    /// Returns whether clients may restore from a cold pool at this address.
     fn knows_address(&self, text: &str) -> bool {
         let servers = |text: &str| {
             let (scheme, list) = text.split_once(':')?;
@@ -111,7 +111,7 @@ impl Allowed {
                     let rest = text.strip_prefix(known.trim_end_matches('/'));
                     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
                 };
-                // Nothing in it is to lead out of what is allowed, whatever a store makes of it.
+                // No part of the text may lead outside the allowed URL, whatever a store makes of it.
                 let is_plain = !text.contains(['?', '#', '%', '\\']) && !text.split('/').any(|part| part == "..");
                 is_plain && self.cold.iter().any(is_below)
             }
@@ -119,15 +119,15 @@ impl Allowed {
     }
 }
 
-/// Whether a pool is a NUMA node's memory.
+/// Returns whether a pool is a NUMA node's memory.
 pub(super) fn is_node(path: &Path) -> bool {
     path.to_str().is_some_and(|text| text.starts_with("numa:"))
 }
 
-/// The path without symbolic links. What is not there yet is taken as it is named.
+/// The path without symbolic links. A path that does not exist yet stays as it is.
 fn resolve(path: &Path) -> io::Result<PathBuf> {
     match fs::canonicalize(path) {
-        // A link to nowhere would lead somewhere once that is made.
+        // A dangling link is refused: it would lead to its target once that is made.
         Err(error) if error.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(path).is_err() => {
             match (path.parent(), path.file_name()) {
                 (Some(parent), Some(name)) => Ok(resolve(parent)?.join(name)),
@@ -147,10 +147,10 @@ impl Daemon {
         blocking(move || named.iter().map(|named| allowed.check(named)).collect()).await?
     }
 
-    /// The function with its files as they are on the host, without symbolic links.
+    /// Returns the function with the paths of its files free of symbolic links.
     ///
     /// # Errors
-    /// It names a file that clients may not name.
+    /// The function names a file that clients may not name.
     pub(super) async fn confined_function(&self, mut function: Function) -> Result<Function, Fault> {
         let mut files =
             vec![("image", &mut function.image), ("kernel", &mut function.kernel), ("initrd", &mut function.initrd)];
@@ -165,10 +165,10 @@ impl Daemon {
         Ok(function)
     }
 
-    /// What a request says of a restore, with files and directories as they are on the host.
+    /// Returns the restore options with the paths of files and directories free of symbolic links.
     ///
     /// # Errors
-    /// It names something that clients may not name.
+    /// The options name something that clients may not name.
     pub(super) async fn confined(&self, mut options: LoadOptions) -> Result<LoadOptions, Fault> {
         for text in options.cold_pools.iter().flatten().filter(|text| cold_dir(text).is_none()) {
             if !self.allowed.knows_address(text) {

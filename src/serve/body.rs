@@ -1,4 +1,4 @@
-//! What comes in with a request: bodies within limits of size and time, queries, names.
+//! Parses requests: bodies within limits of size and time, queries, names.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,12 +12,13 @@ use super::fault::Fault;
 
 /// The largest body.
 const MAX_BODY_BYTES: usize = 64 << 10;
-/// A client that takes longer to send its body is not served.
+/// Time for a client to send its body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest name of a function, snapshot or namespace.
 const MAX_NAME: usize = 64;
 
-/// A JSON body. Its content type must say so, which also keeps pages of other origins from asking in a browser's name.
+/// A JSON body. Its content type must say so, which also keeps pages of other origins from sending requests by a
+/// browser.
 pub(super) struct Body<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
@@ -49,7 +50,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
     }
 }
 
-/// The keys of a query, all of which must be known.
+/// The keys of a query; unknown keys are errors.
 pub(super) fn query(uri: &Uri, known: &[&str]) -> Result<BTreeMap<String, String>, Fault> {
     let mut found = BTreeMap::new();
     for pair in uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
@@ -87,7 +88,7 @@ pub(super) fn number(query: &BTreeMap<String, String>, key: &str) -> Result<Opti
     parsed.transpose().map_err(|_| Fault::bad(format!("`{key}` must be a number.")))
 }
 
-/// Refuses what cannot be the name of a file in the daemon's directory.
+/// Refuses a text that cannot be the name of a file in the daemon's directory.
 pub(super) fn check_name(kind: &str, name: &str) -> Result<(), Fault> {
     let good = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
     if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || !name.chars().all(good) {
@@ -99,7 +100,7 @@ pub(super) fn check_name(kind: &str, name: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Refuses what would be more than one line to a guest.
+/// Refuses a text that would be more than one line for a guest.
 pub(super) fn check_line(what: &str, text: &str) -> Result<(), Fault> {
     const MAX_LINE: usize = 960;
     if text.len() > MAX_LINE || !text.chars().all(|c| c == ' ' || c.is_ascii_graphic()) {

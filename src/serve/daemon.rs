@@ -1,4 +1,4 @@
-//! What the daemon knows, and how it starts VMs.
+//! The state of the daemon, and the start of VMs.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -32,7 +32,7 @@ use crate::sys::clock;
 use crate::sys::netns::Netns;
 use crate::tiering::policy::Policy;
 
-/// How long a VM may take to boot or to be restored, where no invocation sets a limit.
+/// Time limit for booting or restoring a VM, unless an invocation sets a limit.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The state of the service.
@@ -44,7 +44,7 @@ pub(super) struct Daemon {
     functions: Mutex<BTreeMap<String, Function>>,
     snapshots: Mutex<BTreeMap<String, SnapshotRecord>>,
     networks: Mutex<BTreeMap<String, Network>>,
-    /// Names of snapshots that are being made, and the snapshots that each of them needs.
+    /// Names of snapshots being made, and the snapshots that each of them needs.
     pub(super) names: Arc<Mutex<BTreeMap<String, Vec<String>>>>,
     pub(super) vms: Arc<Table>,
     pub(super) shells: Arc<Shells>,
@@ -55,13 +55,13 @@ pub(super) struct Daemon {
     pub(super) counters: Counters,
 }
 
-/// Work that may block, on a thread for that.
+/// Runs work that may block on a thread for that.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Fault::internal("The work was given up."))
 }
 
 impl Daemon {
-    /// Finds what an earlier daemon has left.
+    /// Loads the state that an earlier daemon has left.
     pub(super) fn open(options: Options) -> Result<Daemon, ServeError> {
         let store = Store::open(&options.dir)?;
         let functions = store.load_all(Kind::Functions)?;
@@ -122,7 +122,7 @@ impl Daemon {
         })
     }
 
-    /// How a snapshot is restored: as `options` and `wanted` say, then as its function and the daemon do.
+    /// The restore of a snapshot: by `options` and `wanted` first, then by its function's and the daemon's settings.
     pub(super) fn restore_spec(
         &self,
         snapshot: &SnapshotRecord,
@@ -158,20 +158,20 @@ impl Daemon {
         })
     }
 
-    /// Makes a VM, within the limits. The index of its span in `recording`.
+    /// Makes a VM, within the limits. Also returns the index of its span in `recording`.
     pub(super) async fn start_vm(
         &self,
         spec: &StartSpec,
         recording: &mut Recording,
     ) -> Result<(Arc<Vm>, usize), Fault> {
-        // The function may be older than what clients may name, and what is at a path may have changed.
+        // The function may be older than the present allowances, and the file at a path may have changed.
         let spec = &self.confined_spec(spec).await?;
         let slot = self.vms.reserve(spec.function.mem_size).await?;
         let id = random_hex(8);
         let drives = self.own_drives(&id, spec, recording).await?;
         let asked_ns = clock::monotonic_ns();
         let shell = self.shell(spec.network.as_ref()).await?;
-        // Ahead of time or just now.
+        // The shell was spawned ahead of time or just now.
         recording.span("spawn", 0, shell.spawned_ns.0.max(asked_ns), shell.spawned_ns.1.max(asked_ns));
         let vsock = spec.function.port.map(|_| self.store.vsock_path(&id));
         let start_ns = clock::monotonic_ns();
@@ -184,7 +184,7 @@ impl Daemon {
         let vm = self.vms.add(vm, slot, vsock);
         if let (None, Some(prepare)) = (&spec.restore, &spec.function.prepare) {
             let prepare_ns = clock::monotonic_ns();
-            // Given up midway, it is of no use to anybody.
+            // A VM whose start is given up midway is killed.
             let mut unprepared = Unprepared(Some(vm.clone()));
             let using = vm.claim();
             let answer = vm.ask(prepare, self.options.limits.max_output_bytes).await;
@@ -204,7 +204,7 @@ impl Daemon {
         Ok((vm, span))
     }
 
-    /// How a VM comes to be, with the function's files as they are on the host.
+    /// The start of a VM, with the function's file paths free of symbolic links.
     async fn confined_spec<'a>(&self, spec: &'a StartSpec) -> Result<Cow<'a, StartSpec>, Fault> {
         let Function { image, kernel, initrd, .. } = &spec.function;
         if image.is_none() && kernel.is_none() && initrd.is_none() {
@@ -214,12 +214,12 @@ impl Daemon {
         Ok(Cow::Owned(StartSpec { function, ..spec.clone() }))
     }
 
-    /// A process that becomes the VM: one that is ready, or one that starts in the network namespace of its tap.
+    /// A process that becomes the VM: a ready one, or one that starts in the network namespace of its tap.
     async fn shell(&self, network: Option<&Network>) -> Result<Shell, Fault> {
         let Some(name) = network.and_then(|network| network.netns.as_deref()) else {
             return self.shells.take(None).await.map_err(|error| Fault::of(&error));
         };
-        // Whose fault it is: the host lacks what the network interface was said to be in.
+        // The client's fault: the host lacks the network namespace that the interface was given.
         let refused = |error: &(dyn std::error::Error + 'static)| {
             Fault::said(StatusCode::UNPROCESSABLE_ENTITY, Fault::of(error).message)
         };
@@ -227,7 +227,7 @@ impl Daemon {
         self.shells.take(Some(netns)).await.map_err(|error| refused(&error))
     }
 
-    /// Copies the drives that the VM is to write to, if there are any.
+    /// Copies the drives that the VM may write, if there are any.
     async fn own_drives(&self, id: &str, spec: &StartSpec, recording: &mut Recording) -> Result<OwnDrives, Fault> {
         let source = match (&spec.restore, &spec.function.image) {
             (Some(restore), _) if restore.has_drive_copies => DriveSource::Snapshot(restore.dir.clone()),
@@ -249,14 +249,14 @@ impl Daemon {
         Ok(own)
     }
 
-    /// The snapshot that invocations of a function are restored from: its last one.
+    /// The snapshot that a function's invocations are restored from: its last one.
     pub(super) fn latest_snapshot(&self, func_name: &str) -> Option<SnapshotRecord> {
         let snapshots = self.snapshots();
         let of_function = snapshots.values().filter(|snapshot| snapshot.function.func_name == func_name);
         of_function.max_by_key(|snapshot| snapshot.created_unix_ms).cloned()
     }
 
-    /// Where a snapshot is.
+    /// The directory of a snapshot.
     pub(super) fn snapshot_dir(&self, id: &str) -> PathBuf {
         self.store.snapshot_dir(id)
     }
@@ -276,7 +276,7 @@ impl Drop for Unprepared {
 fn refused(what: &str, error: &ControlError) -> Fault {
     let text = format!("The VM's {what} failed: {}.", error.to_string().trim_end_matches('.'));
     match error {
-        // What it was given is the function's or the snapshot's, not this request's.
+        // The refused setting comes from the function or the snapshot, not from this request.
         ControlError::Refused { .. } => Fault::said(StatusCode::UNPROCESSABLE_ENTITY, text),
         ControlError::Gone(_) => Fault::said(StatusCode::BAD_GATEWAY, text),
     }

@@ -1,5 +1,6 @@
-//! Images that one VM alone writes to: copies of its function's image if it is booted, of those that its snapshot has if it
-//! is restored. They go with the VM; what a daemon that was killed has left goes with `run/` at the next start.
+//! Drive images that only one VM writes: copies of its function's image if it is booted, or of the images in its
+//! snapshot if it is restored. They are removed with the VM; images left by a killed daemon are removed with `run/` at
+//! the next start.
 
 use std::fs::{self, File};
 use std::io;
@@ -19,10 +20,10 @@ use super::fault::Fault;
 use super::store::gone_is_fine;
 use crate::snapshot::{self, Location, Snapshot, copy_drive_while};
 
-/// Starts whose images are copied at once. Fewer than there are threads for disks: whatever else needs one gets one.
+/// Starts whose images are copied at once. Fewer than the threads for disks, so that other work gets a thread.
 const MAX_COPYING: usize = 4;
 
-/// The drive that a function's image is.
+/// The drive id of a function's image.
 pub(super) const ROOT_DRIVE: &str = "root";
 
 /// A VM's own image of a drive.
@@ -33,16 +34,16 @@ pub(super) struct OwnDrive {
     pub(super) path_on_host: PathBuf,
     /// Its length, bytes.
     pub(super) len: u64,
-    /// How it was copied: `reflink` (blocks are shared until they are written), `copy_file_range`, or `read_write`.
+    /// The way it was copied: `reflink` (blocks are shared until they are written), `copy_file_range`, or `read_write`.
     pub(super) method: String,
 }
 
-/// What a VM's images are copied from.
+/// The source of a VM's images.
 #[derive(Clone, Debug)]
 pub(super) enum DriveSource {
     /// A function's image.
     Image(PathBuf),
-    /// A snapshot's directory, which has copies.
+    /// A snapshot's directory, which contains copies.
     Snapshot(PathBuf),
 }
 
@@ -53,10 +54,10 @@ pub(super) struct OwnDrives {
     drives: Vec<OwnDrive>,
 }
 
-/// Who may copy: few at once, and nobody for a start that was given up.
+/// Bounds the number of concurrent copies, and refuses those for a start that was given up.
 #[derive(Debug)]
 pub(super) struct Copies {
-    /// Held by the thread that copies, for as long as it does: a disk that is slow gets no more to do meanwhile.
+    /// Held by the thread that copies, for as long as it does, so that a slow disk gets no more work meanwhile.
     turns: Arc<Semaphore>,
     is_over: Arc<AtomicBool>,
 }
@@ -66,7 +67,7 @@ impl Copies {
         Copies { turns: Arc::new(Semaphore::new(MAX_COPYING)), is_over: Arc::default() }
     }
 
-    /// Copies what `source` has into a new directory. If this is dropped before it is done, the copy ends too.
+    /// Copies the images of `source` into a new directory. If this is dropped before it is done, the copy ends too.
     pub(super) async fn make(&self, source: DriveSource, dir: PathBuf) -> Result<snapshot::Result<OwnDrives>, Fault> {
         let stopping = |_| Fault::new(StatusCode::SERVICE_UNAVAILABLE, "The service is stopping.");
         let turn = self.turns.clone().acquire_owned().await.map_err(stopping)?;
@@ -81,7 +82,7 @@ impl Copies {
         made
     }
 
-    /// Ends all copies, and lets none begin.
+    /// Ends all copies, and lets no new one begin.
     pub(super) fn stop(&self) {
         self.turns.close();
         self.is_over.store(true, Ordering::Relaxed);
@@ -89,7 +90,7 @@ impl Copies {
 }
 
 impl OwnDrives {
-    /// Copies what `source` has into a new directory, as long as it is wanted. Blocks for the disk.
+    /// Copies the images of `source` into a new directory while they are wanted. Blocks for the disk.
     fn make(source: &DriveSource, dir: PathBuf, is_wanted: &dyn Fn() -> bool) -> snapshot::Result<OwnDrives> {
         if !is_wanted() {
             return Err(io_error("make", &dir)(io::Error::other("it was given up")));
@@ -130,7 +131,7 @@ impl OwnDrives {
         &self.drives
     }
 
-    /// Where a VM's image of a drive is.
+    /// The path of a VM's image of a drive.
     pub(super) fn path(&self, id: &str) -> Option<&Path> {
         self.drives.iter().find(|drive| drive.drive_id == id).map(|drive| drive.path_on_host.as_path())
     }
@@ -144,15 +145,15 @@ impl Drop for OwnDrives {
     }
 }
 
-/// Removes a directory of images that are of use no more. What is gone already (all of `run/` is, when the daemon ends)
-/// need not be removed.
+/// Removes a directory of images that are no longer needed. A missing directory is no error: all of `run/` is removed
+/// when the daemon ends.
 pub(super) fn remove_images(dir: PathBuf) {
     let remove = move || {
         if let Err(error) = gone_is_fine(fs::remove_dir_all(&dir)) {
             tracing::warn!(%error, path = %dir.display(), "The images of a VM that is over cannot be removed");
         }
     };
-    // Removing a large image takes its time; requests are not to wait for it.
+    // Removing a large image takes time, and requests must not wait for it.
     match tokio::runtime::Handle::try_current() {
         Ok(runtime) => drop(runtime.spawn_blocking(remove)),
         Err(_) => remove(),
@@ -164,10 +165,10 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> snap
     move |source| snapshot::Error::Io { action, path, source }
 }
 
-/// Opens an image, a file or a block device, and tells its length. The path is one without symbolic links: a link that
-/// has been put in since the path was checked is refused.
+/// Opens an image, a file or a block device, and returns its length. The path is free of symbolic links: a link put
+/// there since the path was checked is refused.
 fn open_image(path: &Path) -> io::Result<(File, u64)> {
-    // A FIFO would wait for a writer otherwise.
+    // Without O_NONBLOCK the open of a FIFO would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let image = rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
     let image = File::from(image);

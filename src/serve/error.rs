@@ -1,10 +1,10 @@
-//! Why the service cannot start.
+//! Reasons why the service cannot start.
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// Why the service cannot start.
+/// The reason why the service cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The state directory cannot be used.
@@ -12,16 +12,16 @@ pub enum ServeError {
     Directory {
         /// The part of it that cannot.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// Another daemon has it.
+    /// Another daemon uses the directory.
     #[error("{} is served by another tvmm: stop that one, or choose another --dir", path.display())]
     InUse {
         /// The directory.
         path: PathBuf,
     },
-    /// The directory has things in it, and is none of `tvmm serve`'s.
+    /// The directory is not empty, and is none of `tvmm serve`'s.
     #[error(
         "Cannot use {}: it is not empty and not a directory of tvmm serve. Choose a new or an empty directory by --dir",
         path.display()
@@ -30,7 +30,7 @@ pub enum ServeError {
         /// The directory.
         path: PathBuf,
     },
-    /// A file where none should be.
+    /// A file in a place for none.
     #[error("{} is not a file of tvmm's: move it away", path.display())]
     Stranger {
         /// The file.
@@ -41,18 +41,18 @@ pub enum ServeError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The defect.
         source: serde_json::Error,
     },
     /// A state file cannot be read.
     #[error(transparent)]
     File(#[from] crate::snapshot::Error),
-    /// A pool that restores are to take memory from cannot be looked into.
+    /// A pool that restores take memory from by default cannot be opened.
     #[error("Cannot restore from {pool}: {said}")]
     Pool {
-        /// As it was named.
+        /// Its name in the arguments.
         pool: String,
-        /// Why.
+        /// The reason.
         said: String,
     },
     /// The TCP address cannot be listened on.
@@ -60,7 +60,7 @@ pub enum ServeError {
     Listen {
         /// The address.
         address: SocketAddr,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
     /// The Unix socket cannot be listened on.
@@ -71,18 +71,18 @@ pub enum ServeError {
     TraceFile {
         /// The file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// The collector's address is of no use, or this build has no OpenTelemetry.
+    /// The collector's address is unusable, or this build has no OpenTelemetry.
     #[error(transparent)]
     Collector(#[from] crate::sys::otlp::Unusable),
-    /// Something else the kernel refused.
+    /// The kernel refused something else.
     #[error("Cannot {doing}")]
     Os {
-        /// What.
+        /// The refused action.
         doing: &'static str,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
 }

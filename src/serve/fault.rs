@@ -1,4 +1,4 @@
-//! What the service says no with: a status and one sentence.
+//! The service's refusals: a status and one sentence.
 
 use std::io;
 
@@ -12,14 +12,14 @@ use utoipa::ToSchema;
 pub(super) struct Fault {
     pub(super) status: StatusCode,
     pub(super) message: String,
-    /// When it may be worth trying again.
+    /// Seconds after which trying again may help.
     pub(super) retry_after_s: Option<u32>,
 }
 
 /// The body of every answer with a status of 400 or more.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(super) struct FaultBody {
-    /// What is wrong, in one sentence.
+    /// The fault in one sentence.
     pub(super) message: String,
 }
 
@@ -28,7 +28,7 @@ impl Fault {
         Fault { status, message: message.into(), retry_after_s: None }
     }
 
-    /// What was asked makes no sense.
+    /// The request makes no sense.
     pub(super) fn bad(message: impl Into<String>) -> Fault {
         Fault::new(StatusCode::BAD_REQUEST, message)
     }
@@ -37,12 +37,12 @@ impl Fault {
         Fault::new(StatusCode::NOT_FOUND, format!("There is no {kind} `{id}`."))
     }
 
-    /// It makes sense, but not in the state things are in.
+    /// The request makes sense, but not in the present state.
     pub(super) fn conflict(message: impl Into<String>) -> Fault {
         Fault::new(StatusCode::CONFLICT, message)
     }
 
-    /// Too much at once.
+    /// Too many requests at once.
     pub(super) fn busy(message: impl Into<String>) -> Fault {
         Fault { retry_after_s: Some(1), ..Fault::new(StatusCode::TOO_MANY_REQUESTS, message) }
     }
@@ -51,17 +51,17 @@ impl Fault {
         Fault::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
 
-    /// The VM did not do its part.
+    /// The VM failed.
     pub(super) fn bad_gateway(message: impl Into<String>) -> Fault {
         Fault::new(StatusCode::BAD_GATEWAY, message)
     }
 
-    /// The VM did not do its part in time.
+    /// The VM did not answer in time.
     pub(super) fn timed_out(message: impl Into<String>) -> Fault {
         Fault::new(StatusCode::GATEWAY_TIMEOUT, message)
     }
 
-    /// A failure of the host's, with its causes. A full disk is told apart.
+    /// A failure of the host, with its causes. A full disk has its own status.
     pub(super) fn of(error: &(dyn std::error::Error + 'static)) -> Fault {
         let (mut text, mut full, mut cause) = (error.to_string(), is_full(error), error.source());
         while let Some(error) = cause {
@@ -75,7 +75,7 @@ impl Fault {
         Fault::said(if full { StatusCode::INSUFFICIENT_STORAGE } else { StatusCode::INTERNAL_SERVER_ERROR }, text)
     }
 
-    /// A sentence of another process's, which may be about a full disk.
+    /// A sentence from another process, which may be about a full disk.
     pub(super) fn said(status: StatusCode, text: String) -> Fault {
         let is_full = text.contains("os error 28") || text.contains("os error 122");
         Fault::new(if is_full { StatusCode::INSUFFICIENT_STORAGE } else { status }, text)
@@ -108,7 +108,7 @@ pub(super) fn json(status: StatusCode, body: &impl Serialize) -> Response {
     }
 }
 
-/// A good answer.
+/// A successful answer.
 #[derive(Debug)]
 pub(super) struct Reply<T>(pub(super) T);
 

@@ -1,4 +1,4 @@
-//! `/functions`: what can be run, and in which machine.
+//! `/functions`: the functions, and the machine of each.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use super::fault::{Fault, FaultBody, Reply};
 use super::store::Kind;
 use crate::tiering::policy::Policy;
 
-/// The most guest memory one function may ask for, MiB.
+/// The most guest memory of one function, MiB.
 const MAX_MEM_MIB: u64 = 1 << 20;
 
 /// A function and the machine it runs in.
@@ -38,22 +38,22 @@ pub(super) struct Function {
     pub(super) initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub(super) boot_args: Option<String>,
-    /// Whether the guest may not write to the image. If it may, each VM writes to a copy of its own, which ends with it.
+    /// True if the guest may not write to the image. Otherwise each VM writes to its own copy, which ends with it.
     #[serde(default = "yes")]
     pub(super) image_read_only: bool,
     /// The vsock port on which the guest takes requests. None: its serial line.
     pub(super) port: Option<u32>,
-    /// The name by which the guest knows the function. None: `func_name`.
+    /// The guest's name of the function. None: `func_name`.
     pub(super) call: Option<String>,
-    /// A request made of each VM that was booted, before any invocation: `name key=value…`.
+    /// A request made of each booted VM before any invocation: `name key=value…`.
     pub(super) prepare: Option<String>,
     /// The restore policy of invocations that name none.
     pub(super) policy: Option<String>,
-    /// Local memory for what a restore preloads, MiB, for policies that weigh it.
+    /// Local memory for the pages that a restore preloads, MiB, for policies that weigh it.
     pub(super) dram_mib: Option<u64>,
-    /// How long an invocation may take, ms, if it does not say. None: the daemon's limit.
+    /// Time limit of an invocation that names none, ms. None: the daemon's limit.
     pub(super) timeout_ms: Option<u64>,
-    /// Whether KVM logs the pages the guest writes, for diff snapshots.
+    /// True if KVM logs the pages that the guest writes, for diff snapshots.
     #[serde(default)]
     pub(super) track_dirty_pages: bool,
 }
@@ -95,19 +95,19 @@ impl Function {
         self.policy.as_deref().map_or(Ok(()), |name| known_policy(name).map(drop))
     }
 
-    /// Whether each VM needs an image of its own.
+    /// Returns whether each VM needs its own image.
     pub(super) fn writes_image(&self) -> bool {
         self.image.is_some() && !self.image_read_only
     }
 
-    /// The line a guest is asked with, without `run <id>`.
+    /// The request line for a guest, without `run <id>`.
     pub(super) fn line(&self, params: &str) -> String {
         let call = self.call.as_deref().unwrap_or(&self.func_name);
         format!("{call} {params}").trim().to_string()
     }
 }
 
-/// A policy's name, understood.
+/// Parses a policy's name.
 pub(super) fn known_policy(name: &str) -> Result<Policy, Fault> {
     name.parse::<Policy>().map_err(|error| Fault::bad(error.to_string()))
 }
@@ -119,7 +119,7 @@ pub(super) async fn get_functions(State(daemon): State<Shared>) -> Reply<Vec<Fun
     Reply(daemon.functions().values().cloned().collect())
 }
 
-/// Makes a function known, or replaces it. VMs and snapshots that exist stay as they are.
+/// Adds or replaces a function. Existing VMs and snapshots stay as they are.
 #[utoipa::path(post, path = "/functions", tag = "functions", request_body = Function,
     responses((status = 200, description = "It is kept", body = Function), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 403, body = FaultBody, description = "It names a file that clients may not name"),
@@ -152,7 +152,7 @@ pub(super) async fn get_function(
     daemon.function(&name).map(Reply)
 }
 
-/// Forgets a function. Its VMs and snapshots stay.
+/// Removes a function. Its VMs and snapshots stay.
 #[utoipa::path(delete, path = "/functions/{name}", tag = "functions", params(("name" = String, Path)),
     responses((status = 200, description = "It was this", body = Function), (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn delete_function(

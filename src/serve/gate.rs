@@ -1,4 +1,4 @@
-//! How much happens at once: invocations that run, invocations that wait, VMs that live.
+//! Limits on concurrency: running invocations, and waiting ones.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::fault::Fault;
 
-/// Lets some in, lets some wait, and turns away the rest.
+/// Admits some invocations, lets some wait, and turns away the rest.
 #[derive(Debug)]
 pub(super) struct Gate {
     running: Arc<Semaphore>,
@@ -18,7 +18,7 @@ pub(super) struct Gate {
     max_queue: usize,
 }
 
-/// Takes a place in the queue back, however the wait ends.
+/// Gives the place in the queue back, however the wait ends.
 struct Queued<'a>(&'a AtomicUsize);
 
 impl Drop for Queued<'_> {
@@ -52,12 +52,12 @@ impl Gate {
         }
     }
 
-    /// Lets nobody in any more.
+    /// Admits no further invocation.
     pub(super) fn close(&self) {
         self.running.close();
     }
 
-    /// Invocations that run, and that wait.
+    /// Numbers of running and of waiting invocations.
     pub(super) fn load(&self) -> (usize, usize) {
         (self.max_running.saturating_sub(self.running.available_permits()), self.queued.load(Ordering::Relaxed))
     }

@@ -1,5 +1,5 @@
-//! Turns away requests that a web page of another site has made a browser send: by the name that the browser has used for
-//! this service (`Host`), and by the site of the page (`Origin`).
+//! Refuses requests that a web page of another site makes a browser send. It checks the name by which the browser has
+//! called this service (`Host`), and the site of the page (`Origin`).
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -17,10 +17,10 @@ use hyper_util::service::TowerToHyperService;
 use super::fault::Fault;
 use crate::sys::timed_stream::{Phase, Step};
 
-/// By which names a service may be called.
+/// The names by which clients may call a service.
 #[derive(Clone, Debug)]
 pub(super) struct Names {
-    /// Names besides those of loopback.
+    /// Names in addition to those of loopback.
     pub(super) more: Arc<[String]>,
     /// The address that the client has connected to; none: a Unix socket, to which no browser connects.
     pub(super) local: Option<IpAddr>,
@@ -73,7 +73,7 @@ impl Names {
     }
 }
 
-/// The host of `HOST[:PORT]`, if it is like that.
+/// Returns the host of `HOST[:PORT]` if the text has this form.
 fn is_host(text: &str) -> Option<&str> {
     let authority = text.parse::<Authority>().ok()?;
     let host = authority.host().len();

@@ -1,4 +1,4 @@
-//! How VMs are restored, in the words of `/snapshot/load`: what a request says, and the daemon's defaults.
+//! The restore options of VMs, with the keys of `/snapshot/load`: those of a request, and the daemon's defaults.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use super::allowed::is_node;
 use super::fault::Fault;
 
-/// How pages in place are mapped where the tier leaves the choice.
+/// Mapping of pages in place on a tier that allows more than one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mapping {
@@ -47,39 +47,39 @@ pub struct MacOverride {
 pub(super) struct TapOverride {
     /// The interface.
     pub(super) iface_id: String,
-    /// The tap, in the network namespace that the VM's process is in.
+    /// The tap, in the network namespace of the VM's process.
     pub(super) host_dev_name: String,
 }
 
-/// Where a restore takes memory from, what it may cost, and what the clone gets. The keys are those of `tvmm` in `PUT
+/// The sources of memory, the budgets, and the clone's settings of a restore. The keys are those of `tvmm` in `PUT
 /// /snapshot/load`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadOptions {
-    /// Pools to take memory from instead of the snapshot's files; several: from the first that has the snapshot. `[]`: its
-    /// files, whatever the daemon's default.
+    /// Pools to take memory from instead of the snapshot's files; several: from the first that has the snapshot. `[]`:
+    /// its files, whatever the daemon's default.
     #[schema(value_type = Option<Vec<String>>)]
     pub pools: Option<Vec<PathBuf>>,
-    /// Cold pools, nearest first. With `pools` too, they stand by for a snapshot that no pool has.
+    /// Cold pools, nearest first. With `pools` too, they are used for a snapshot that no pool has.
     pub cold_pools: Option<Vec<String>>,
-    /// Where chunks that come from other hosts are kept.
+    /// Directory for chunks from other hosts.
     #[schema(value_type = Option<String>)]
     pub cold_cache: Option<PathBuf>,
-    /// The most it may hold, MiB.
+    /// Its limit, MiB.
     pub cold_cache_mib: Option<u64>,
-    /// Local memory for what is preloaded or will be written, MiB.
+    /// Local memory for preloaded pages and pages that the guest will write, MiB.
     pub dram_mib: Option<u64>,
     /// Memory in the CXL tier, MiB.
     pub cxl_mib: Option<u64>,
     /// µs that a request may take longer to save a MiB of local memory, for policy `tiered`.
     pub dram_price: Option<u64>,
-    /// A plan made before (`tvmm plan --out`), a file of the host, instead of a policy's and of the budgets.
+    /// A plan (`tvmm plan --out`), a file of the host, instead of a policy and its budgets.
     #[schema(value_type = Option<String>)]
     pub plan: Option<PathBuf>,
-    /// What things cost on this host (`tvmm calibrate --out`), a file of the host.
+    /// Costs of this host (`tvmm calibrate --out`), a file of the host.
     #[schema(value_type = Option<String>)]
     pub costs: Option<PathBuf>,
-    /// How pages in place are mapped.
+    /// Mapping of pages in place.
     pub in_place_mapping: Option<Mapping>,
     /// Other images for drives.
     #[serde(default)]
@@ -87,13 +87,13 @@ pub struct LoadOptions {
     /// Other MAC addresses for network interfaces.
     #[serde(default)]
     pub mac_overrides: Vec<MacOverride>,
-    /// Metadata that the clone reads besides the snapshot's, or instead of them: keys and values.
+    /// Metadata that the clone reads in addition to the snapshot's, or instead of them: keys and values.
     #[serde(default)]
     pub metadata: BTreeMap<String, String>,
 }
 
 impl LoadOptions {
-    /// Refuses what depends on where the daemon was started, and what means nothing alone.
+    /// Refuses paths that depend on the daemon's current directory, and options that lack another one.
     pub(super) fn check(&self) -> Result<(), Fault> {
         let is_place = |path: &Path| path.is_absolute() || is_node(path);
         for pool in self.pools.iter().flatten() {
@@ -135,11 +135,11 @@ impl LoadOptions {
         }
     }
 
-    /// What is said here, and of what is not, what `others` say.
+    /// Returns these options, with missing ones filled in from `others`.
     pub(super) fn or(self, others: &LoadOptions) -> LoadOptions {
-        // A cache belongs to the cold pools that were said with it.
+        // A cache belongs to the cold pools given with it.
         let cold = if self.cold_pools.is_some() { &self } else { others };
-        // A plan takes the place of what budgets would decide.
+        // A plan replaces the budgets.
         let budgets = if self.plan.is_some() { &LoadOptions::default() } else { others };
         LoadOptions {
             cold_pools: cold.cold_pools.clone(),
@@ -153,7 +153,7 @@ impl LoadOptions {
         }
     }
 
-    /// The pools, and the cold pools that are directories of this host; of each whether it is to be a cold one.
+    /// The pools, and the cold pools that are directories of this host; true for a cold one.
     pub(super) fn on_this_host(&self) -> Vec<(PathBuf, bool)> {
         let pools = self.pools.iter().flatten().map(|pool| (pool.clone(), false));
         let cold = self.cold_pools.iter().flatten().filter_map(|text| Some((cold_dir(text)?.into(), true)));
@@ -180,7 +180,7 @@ impl LoadOptions {
     }
 }
 
-/// What a request says of the VM that it restores, besides the snapshot and the policy.
+/// A request's settings of the VM that it restores, other than the snapshot and the policy.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Wanted {
     /// `tvmm` of the request.
@@ -193,14 +193,14 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    /// Whether the request says anything that only a restore can do.
+    /// Returns whether the request has a setting that only a restore can carry out.
     pub(super) fn is_for_restores(&self) -> bool {
         let Wanted { tvmm, metadata, network_overrides, track_dirty_pages, clock_realtime } = self;
         let has_switch = track_dirty_pages.is_some() || clock_realtime.is_some();
         tvmm.is_some() || has_switch || !metadata.is_empty() || !network_overrides.is_empty()
     }
 
-    /// `tvmm`, checked, with `metadata` in it.
+    /// `tvmm`, checked, with `metadata` added.
     pub(super) fn options(&self) -> Result<LoadOptions, Fault> {
         let mut options = self.tvmm.clone().unwrap_or_default();
         options.check()?;
@@ -212,7 +212,7 @@ impl Wanted {
     }
 }
 
-/// The directory that a cold pool is in, if it is one of this host, however it is read (`docs/remote.md`).
+/// Returns the directory of a cold pool if it is on this host, however it is read (`docs/remote.md`).
 pub(super) fn cold_dir(text: &str) -> Option<&str> {
     if let Some(direct) = text.strip_prefix("direct:") {
         return Some(direct.rsplit_once(",depth=").map_or(direct, |(dir, _)| dir));

@@ -16,7 +16,7 @@ use crate::snapshot::CopyMethod;
 const BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, f64::INFINITY];
 
-/// Where the VM of an invocation came from.
+/// The origin of an invocation's VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Origin {
     /// It ran already.
@@ -48,7 +48,7 @@ struct Histogram {
     sum_us: AtomicU64,
 }
 
-/// What has happened since the daemon began.
+/// Counts of events since the daemon began.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     durations: [Histogram; 4],
@@ -68,7 +68,7 @@ impl Counters {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// An invocation was answered well, after so long.
+    /// Counts a successful answer after `us`.
     pub(super) fn took(&self, origin: Origin, us: u64) {
         let histogram = &self.durations[origin as usize];
         let bucket = BUCKETS.iter().position(|&end| us as f64 / 1e6 <= end).unwrap_or(BUCKETS.len() - 1);
@@ -76,12 +76,12 @@ impl Counters {
         histogram.sum_us.fetch_add(us, Ordering::Relaxed);
     }
 
-    /// An invocation was answered with this status.
+    /// Counts an answer with this status.
     pub(super) fn answered(&self, status: u16) {
         *self.statuses.lock().unwrap_or_else(PoisonError::into_inner).entry(status).or_default() += 1;
     }
 
-    /// A VM was given an image of its own.
+    /// Counts a VM's own image.
     pub(super) fn copied_drive(&self, method: &str) {
         let methods = CopyMethod::ALL.iter().zip(&self.drive_copies);
         methods.filter(|(known, _)| known.name() == method).for_each(|(_, counter)| Counters::count(counter));

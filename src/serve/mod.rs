@@ -1,9 +1,11 @@
 //! `tvmm serve`: functions, VMs, snapshots and invocations over HTTP, in FaaSnap's resources.
 //!
-//! Owns: the daemon's store, its VMs (each a `tvmm` process of its own), snapshots, drives, networks, traces, metrics, and what
-//! clients may do. It is single-threaded but for the threads that spawn processes, wait for disks and write traces.
+//! Owns: the daemon's store, its VMs (each a `tvmm` process of its own), snapshots, drives, networks, traces, metrics,
+//! and the allowances of clients. It is single-threaded but for the threads that spawn processes, wait for disks and
+//! write traces.
 //! Must not know: KVM, guest memory, how a restore is carried out.
-//! Start reading: `routes.rs`, `invocations.rs` (a request from start to end), `vm/process.rs` (what a VM is to the daemon).
+//! Start reading: `routes.rs`, `invocations.rs` (a request from start to end), `vm/process.rs` (a VM as a child
+//! process).
 
 mod allowed;
 mod body;
@@ -55,43 +57,43 @@ use crate::sys::watched;
 use crate::sys::worker;
 use crate::tiering::cold::store::MANIFEST;
 
-/// How long the end waits for a collector.
+/// Longest wait for a collector at the end.
 const FLUSH: Duration = Duration::from_secs(2);
-/// How long the end waits for the disk, for each thing.
+/// Longest wait for the disk at the end, for each step.
 const DISK: Duration = Duration::from_secs(10);
 
-/// What handlers share.
+/// The state that handlers share.
 type Shared = Arc<Daemon>;
 
-/// How much there may be of everything.
+/// Limits of the service.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// VMs that live at once.
+    /// Concurrent VMs.
     pub max_vms: usize,
-    /// Guest memory that they may have together, MiB.
+    /// Guest memory of all of them together, MiB.
     pub memory_mib: u64,
-    /// Invocations and starts of VMs that run at once.
+    /// Concurrent invocations and starts of VMs.
     pub max_running: usize,
-    /// Invocations that wait for their turn.
+    /// Invocations waiting for their turn.
     pub max_queue: usize,
-    /// Connections that are open at once.
+    /// Open connections.
     pub max_connections: usize,
-    /// How long an invocation may take that sets no limit.
+    /// Time limit of an invocation that sets none.
     pub timeout: Duration,
-    /// How long a VM that an invocation has left behind may be idle.
+    /// Idle time after which a VM left by an invocation is ended.
     pub idle_timeout: Duration,
-    /// Bytes that a guest may write before it answers.
+    /// Bytes that a guest may write before its answer.
     pub max_output_bytes: u64,
-    /// VM processes that are kept ready.
+    /// VM processes kept ready.
     pub shells: usize,
-    /// How long invocations may go on when the service is told to stop.
+    /// Time for running invocations to end when the service is stopped.
     pub grace: Duration,
 }
 
-/// What to serve, and where.
+/// The settings of the service.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where state is kept.
+    /// Directory for the state.
     pub dir: PathBuf,
     /// A TCP address to listen on.
     pub listen: Option<SocketAddr>,
@@ -99,30 +101,30 @@ pub struct Options {
     pub listen_unix: Option<PathBuf>,
     /// Limits.
     pub limits: Limits,
-    /// Where restores take memory from that do not say.
+    /// Default options of restores.
     pub load: LoadOptions,
-    /// Where all traces go, in Chrome's trace format.
+    /// File for all traces, in Chrome's trace format.
     pub trace: Option<PathBuf>,
-    /// The OpenTelemetry collector that all traces go to, `http://HOST:PORT`.
+    /// OpenTelemetry collector for all traces, `http://HOST:PORT`.
     pub otlp: Option<String>,
-    /// Names besides those of loopback by which clients call the service, and by which pages of it are known.
+    /// Names other than those of loopback by which clients call the service, and that identify its own pages.
     pub hosts: Vec<String>,
-    /// Directories and files of the host that clients may name, besides those of `dir` and `load`.
+    /// Directories and files of the host that clients may name, in addition to those of `dir` and `load`.
     pub allow_paths: Vec<PathBuf>,
-    /// Cold pools of other hosts that clients may name, besides those of `load`.
+    /// Cold pools of other hosts that clients may name, in addition to those of `load`.
     pub allow_cold: Vec<String>,
 }
 
 /// Serves until SIGTERM, SIGINT or SIGHUP; then lets invocations finish, and ends all VMs.
 pub fn run(options: Options) -> Result<(), ServeError> {
-    // Before any thread exists, so that none of them takes the signals.
+    // Taken before any thread exists, so that none of them gets the signals.
     let signals = EndSignals::take().map_err(ServeError::os("take signals"))?;
     // Each VM has four descriptors here, each connection one.
     raise_open_files(64 + 8 * options.limits.max_vms as u64 + 2 * options.limits.max_connections as u64 + 8192);
     let runtime = worker::runtime(tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16));
     let runtime = runtime.map_err(ServeError::os("start the runtime"))?;
     let served = runtime.block_on(serve(options, signals));
-    // Threads that wait for a disk are not waited for: all that matters was.
+    // Threads still waiting for a disk are left: the important ones have been waited for.
     runtime.shutdown_background();
     served
 }
@@ -155,7 +157,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     chores.spawn(daemon.shells.clone().keep_ready());
     chores.spawn(end_idle(daemon.clone(), idle));
     chores.spawn(write_vms(daemon.clone()));
-    // Whoever started us may not want to know.
+    // Best effort: the parent process may have closed the output.
     let _ = std::io::stdout().write_all(told.as_bytes()).and_then(|()| std::io::stdout().flush());
     let mut signals = Signals::new(signals).map_err(ServeError::os("wait for signals"))?;
     signals.wait().await?;
@@ -165,20 +167,20 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     let finished = async {
         tokio::select! {
             () = finish(&daemon, &server, grace) => Ok(()),
-            // A second signal means at once.
+            // A second signal ends everything at once.
             signalled = signals.wait() => signalled,
         }
     };
     finished.await?;
     chores.shutdown().await;
     daemon.shells.clear();
-    // Nobody waits for the VMs any more that they are for.
+    // Cancels drive copies: the VMs that they were for will not start.
     daemon.copies.stop();
     end_all(&daemon).await;
     if tokio::time::timeout(DISK, save_vms(&daemon)).await.is_err() {
         tracing::warn!("The VMs that lived are not written down: the disk takes too long");
     }
-    // The rest of what is to be told of the last invocations goes on meanwhile. A thread for it may not be free.
+    // The last traces are sent meanwhile. A thread for that may not be free.
     let flushed = daemon.clone();
     let flush = blocking(move || flushed.traces.exporter.as_ref().map(|exporter| exporter.finish(FLUSH)));
     let _ = tokio::time::timeout(2 * FLUSH, flush).await;
@@ -186,8 +188,8 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     Ok(())
 }
 
-/// Removes sockets and images of VMs that are over; who would remove each may not come to it any more. What cannot be
-/// removed goes at the next start.
+/// Removes sockets and images of ended VMs, whose own tasks may not run any more. A path that cannot be removed is
+/// removed at the next start.
 async fn clear_run(daemon: &Arc<Daemon>) {
     let daemon = daemon.clone();
     match tokio::time::timeout(DISK, blocking(move || daemon.store.clear_run())).await {
@@ -200,7 +202,7 @@ async fn clear_run(daemon: &Arc<Daemon>) {
     }
 }
 
-/// Looks into the pools that restores are to take memory from by default: a slip is told at once, and not to each client.
+/// Opens the default pools of restores: a misspelt name is reported at the start, not to each client.
 async fn check_pools(daemon: &Daemon) -> Result<(), ServeError> {
     const MAX_PRINTED: usize = 64 << 20;
     for (path, is_cold) in daemon.options.load.on_this_host() {
@@ -221,7 +223,7 @@ async fn check_pools(daemon: &Daemon) -> Result<(), ServeError> {
     Ok(())
 }
 
-/// Like the standard library's, with a longer queue, and an address that is free again at once.
+/// As the standard library's, with a longer queue, and an address that can be reused at once.
 fn listen_tcp(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
     use socket2::{Domain, Socket, Type};
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
@@ -232,12 +234,12 @@ fn listen_tcp(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// Removes a socket that no process serves any more. A file of another kind refuses connections too, and stays.
+/// Removes a socket that no process serves any more. A file of another kind also refuses connections, and stays.
 fn remove_stale(path: &Path) {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
     let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
     if is_socket && UnixStream::connect(path).is_err_and(refused) {
-        // What cannot be removed is told when it is bound.
+        // A failure shows when the address is bound.
         let _ = std::fs::remove_file(path);
     }
 }
@@ -266,14 +268,14 @@ impl Signals {
     }
 }
 
-/// Lets what runs finish; what takes too long is ended, and told.
+/// Lets running invocations finish; those that take too long are ended, and logged.
 async fn finish(daemon: &Arc<Daemon>, server: &Server, grace: Duration) {
     let all = u32::try_from(daemon.options.limits.max_connections).unwrap_or(u32::MAX);
     if tokio::time::timeout(grace, server.slots.acquire_many(all)).await.is_ok() {
         return;
     }
     end_all(daemon).await;
-    // The answers to whoever waited for them.
+    // Time for the last answers to be sent.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.slots.acquire_many(all)).await;
 }
 
@@ -285,7 +287,7 @@ async fn end_all(daemon: &Arc<Daemon>) {
     ending.join_all().await;
 }
 
-/// Ends VMs that invocations have left behind, when they have been idle too long.
+/// Ends VMs left by invocations that have been idle for too long.
 async fn end_idle(daemon: Arc<Daemon>, limit: Duration) {
     let pause = (limit / 4).clamp(Duration::from_millis(50), Duration::from_secs(5));
     loop {
@@ -297,12 +299,12 @@ async fn end_idle(daemon: Arc<Daemon>, limit: Duration) {
     }
 }
 
-/// Writes down which VMs live whenever that changes, so that a restart can tell what became of them.
+/// Writes the list of living VMs whenever it changes, so that a restart can report their end.
 async fn write_vms(daemon: Arc<Daemon>) {
     loop {
         daemon.vms.changed.notified().await;
         save_vms(&daemon).await;
-        // Many changes, one file.
+        // Many changes go into one file.
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }

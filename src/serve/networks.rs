@@ -1,4 +1,4 @@
-//! `/net-ifaces/{namespace}`: which tap a VM's network interface is on, and in which network namespace.
+//! `/net-ifaces/{namespace}`: the tap of a VM's network interface, and its network namespace.
 
 use axum::extract::{Path, State};
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use super::store::Kind;
 /// A network interface for one VM at a time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(super) struct Network {
-    /// The name VMs are given it by.
+    /// The name by which VMs ask for it.
     pub(super) namespace: String,
     /// The tap on the host.
     pub(super) host_dev_name: String,
@@ -31,7 +31,7 @@ pub(super) struct Network {
 pub(super) struct NetworkBody {
     /// The tap, in the network namespace of this name (`ip netns add`).
     host_dev_name: String,
-    /// The tap is in the daemon's own network namespace, and `namespace` is but a name.
+    /// True: the tap is in the daemon's own network namespace, and `namespace` is only a name.
     #[serde(default)]
     host_netns: bool,
     /// The interface's name in the machine.
@@ -65,7 +65,7 @@ pub(super) async fn get_network(
     daemon.network(&namespace).map(Reply)
 }
 
-/// Says which tap VMs of this namespace are on. Namespace and tap must exist when a VM is started.
+/// Sets the tap of the VMs of this namespace. Namespace and tap must exist when a VM is started.
 #[utoipa::path(put, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
     request_body = NetworkBody,
     responses((status = 200, description = "It is kept", body = Network), (status = 400, body = FaultBody, description = "It makes no sense")))]
@@ -82,7 +82,7 @@ pub(super) async fn put_network(
              Leave them out.",
         ));
     }
-    // The kernel's limit of a device's name (IFNAMSIZ), its end included.
+    // The kernel's limit of a device's name (IFNAMSIZ), its NUL included.
     if body.host_dev_name.is_empty() || body.host_dev_name.len() > 15 || body.host_dev_name.contains(['/', '\0', ' ']) {
         return Err(Fault::bad("`host_dev_name` must be the name of a tap: 1 to 15 characters."));
     }
@@ -109,7 +109,7 @@ fn is_mac(text: &str) -> bool {
     bytes.len() == 6 && bytes.iter().all(|byte| byte.len() == 2 && byte.chars().all(|c| c.is_ascii_hexdigit()))
 }
 
-/// Forgets a network interface.
+/// Removes a network interface.
 #[utoipa::path(delete, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
     responses((status = 200, description = "It was this", body = Network), (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn delete_network(

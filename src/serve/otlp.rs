@@ -1,4 +1,4 @@
-//! Traces of invocations as a collector gets them.
+//! Traces of invocations in a collector's form.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use super::traces::{Span, Trace};
 use crate::sys::otlp;
 
 impl Trace {
-    /// The same, for a collector. Names of attributes are OpenTelemetry's where it has some, else begin with `tvmm.`.
+    /// This trace for a collector. Attributes have OpenTelemetry's names if it defines them, else names with `tvmm.`.
     pub(super) fn exported(&self) -> otlp::Trace {
         let mut spans: Vec<otlp::Span> = self.spans.iter().map(exported).collect();
         let root = &self.spans.first().map(|root| &root.attributes);
@@ -22,7 +22,7 @@ impl Trace {
                 ("tvmm.vm_id".to_string(), json!(self.vm_id)),
             ]);
         }
-        // The ids are random_hex's, or have been checked as they came in.
+        // The ids come from random_hex, or were checked on arrival.
         let hex = |text: &str| u64::from_str_radix(text, 16).unwrap_or(0);
         otlp::Trace {
             trace_id: u128::from_str_radix(&self.trace_id, 16).unwrap_or(0),
@@ -30,7 +30,7 @@ impl Trace {
             caller_id: self.parent_span_id.as_deref().map(hex),
             is_request: true,
             begun: UNIX_EPOCH + Duration::from_micros(self.start_unix_us),
-            // What the client did wrong is no failure of ours (semantic conventions for HTTP servers).
+            // A client's error is no failure of the service (semantic conventions for HTTP servers).
             error: (self.status >= 500).then(|| message.unwrap_or_default().to_string()),
             spans,
         }

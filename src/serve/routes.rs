@@ -1,4 +1,4 @@
-//! All paths, and the OpenAPI document that is made of them.
+//! All paths, and the OpenAPI document made from them.
 
 use axum::Router;
 use axum::extract::State;
@@ -56,13 +56,13 @@ pub fn openapi() -> String {
         let operations = [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete];
         operations.into_iter().flatten().for_each(add_refusals);
     }
-    // The document has only strings as keys.
+    // The document's keys are all strings.
     let mut text = document.to_pretty_json().unwrap_or_default();
     text.push('\n');
     text
 }
 
-/// What any body and any query can be refused with (`body.rs`).
+/// The refusals that any body and any query can get (`body.rs`).
 fn add_refusals(operation: &mut Operation) {
     let has_body = operation.request_body.is_some();
     let has_query = operation
@@ -108,7 +108,7 @@ async fn get_openapi() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/json")], openapi())
 }
 
-/// A page that shows functions, VMs and where their memory is, and recent traces.
+/// A page that shows functions, VMs with the place of their memory, and recent traces.
 #[utoipa::path(get, path = "/ui", tag = "service",
     responses((status = 200, description = "A page", body = String, content_type = "text/html")))]
 async fn get_ui() -> Html<&'static str> {
@@ -117,10 +117,10 @@ async fn get_ui() -> Html<&'static str> {
 
 /// VMs whose memory the page shows.
 const VMS_SHOWN: usize = 32;
-/// Traces and VMs that are over which it shows.
+/// Traces and ended VMs that it shows.
 const RECENT: usize = 20;
 
-/// What the page shows.
+/// The data of the page.
 #[utoipa::path(get, path = "/ui/data", tag = "service",
     responses((status = 200, description = "What the page shows", body = Object)))]
 async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {

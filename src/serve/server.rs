@@ -1,4 +1,4 @@
-//! Listening, on TCP and on a Unix socket; how many connections are served at once, and how they end.
+//! Listening on TCP and on a Unix socket; the number of connections, and their ends.
 
 use std::future::poll_fn;
 use std::io;
@@ -20,23 +20,23 @@ use super::guard::{Guarded, Names};
 use super::metrics::Counters;
 use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
 
-/// A client that takes longer to send the head of a request, or leaves a connection idle for longer, is cut off.
+/// Time for a client to send the head of a request, and longest idle time of a connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long to wait when the kernel cannot accept (no file descriptors left).
+/// Pause when the kernel cannot accept (no file descriptors left).
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
-/// Clients turned away that are waited for, so that they can read why.
+/// Refused clients that are waited for, so that they can read the reason.
 const MAX_LINGERING: usize = 4096;
-/// How long each of them is waited for.
+/// Longest wait for each of them.
 const LINGER: Duration = Duration::from_secs(2);
 
 const TURNED_AWAY: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nConnection: close\r\n\
     Content-Type: application/json\r\nContent-Length: 57\r\n\r\n\
     {\"message\":\"Too many open connections: try again later.\"}";
 
-/// Something that can be connected to.
+/// A socket that clients connect to.
 pub(super) trait Listener {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
-    /// A connection, and the address that its client has connected to, if it has one.
+    /// Accepts a connection. Also returns the address that its client has connected to, if it has one.
     fn accept_one(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
 }
 
@@ -45,7 +45,7 @@ impl Listener for TcpListener {
 
     async fn accept_one(&self) -> io::Result<(TcpStream, Option<IpAddr>)> {
         let (stream, _) = self.accept().await?;
-        // Answers are written at once; waiting for more to send helps nobody.
+        // Answers are written at once; delaying them for more data only costs time.
         stream.set_nodelay(true)?;
         let local = stream.local_addr()?.ip().to_canonical();
         Ok((stream, Some(local)))
@@ -60,7 +60,7 @@ impl Listener for UnixListener {
     }
 }
 
-/// What all listeners share.
+/// The state that all listeners share.
 #[derive(Clone)]
 pub(super) struct Server {
     pub(super) daemon: Arc<Daemon>,
@@ -110,7 +110,7 @@ impl Server {
         }
     }
 
-    /// The right to one more connection. If there are as many as may be, one that is idle makes room.
+    /// A slot for one more connection. If none is free, an idle connection is closed for it.
     async fn slot(&self) -> Option<OwnedSemaphorePermit> {
         let slot = self.slots.clone().try_acquire_owned().ok();
         if slot.is_none() && self.connections.make_room(IDLE_RIGHT) {
@@ -124,7 +124,7 @@ impl Server {
         Counters::count(&self.daemon.counters.connections_refused);
         let Ok(place) = self.lingering.clone().try_acquire_owned() else { return };
         tokio::spawn(async move {
-            // Closing with a request unread would reset the connection, and with it the answer.
+            // Closing with a request unread would reset the connection, and lose the answer.
             let _ = tokio::time::timeout(LINGER, async {
                 let written = poll_fn(|context| Pin::new(&mut stream).poll_write(context, TURNED_AWAY)).await;
                 if !written.is_ok_and(|count| count == TURNED_AWAY.len()) {
@@ -146,7 +146,7 @@ impl Server {
     }
 }
 
-/// Waits until the server is told to stop, or whoever could tell it is gone.
+/// Waits until the server is told to stop, or the sender of that message is dropped.
 async fn stop(stopped: &mut watch::Receiver<bool>) {
     let _ = stopped.wait_for(|stopped| *stopped).await;
 }

@@ -1,4 +1,4 @@
-//! `/snapshots`: taken of VMs, copied, brought into the page cache and out of it, forgotten.
+//! `/snapshots`: taking them of VMs, copying, caching and deleting them.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -28,42 +28,42 @@ use crate::snapshot::{
     self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, copy_drive, derived_dir, is_partial, random_hex,
 };
 
-/// A snapshot that is kept.
+/// A stored snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(super) struct SnapshotRecord {
     #[serde(rename = "ssId")]
     pub(super) ss_id: String,
-    /// The VM it was taken of.
+    /// The VM that it was taken of.
     #[serde(rename = "vmId")]
     pub(super) vm_id: String,
     /// `Full` or `Diff`.
     pub(super) snapshot_type: String,
     /// The snapshot that this diff builds on.
     pub(super) parent: Option<String>,
-    /// Whether a full one was taken although a diff was asked for, because the chain had become long.
+    /// True if it is full although a diff was asked for, because the chain had become long.
     #[serde(default)]
     pub(super) compacted: bool,
-    /// Where it is a copy of another.
+    /// The snapshot that it is a copy of.
     pub(super) copy_of: Option<String>,
-    /// What it is: the identity to which plans and profiles are bound. Copies share it.
+    /// The identity that plans and profiles are bound to. Copies share it.
     pub(super) identity: String,
     /// Bytes of guest memory it holds.
     pub(super) memory_bytes: u64,
-    /// How long the VM stood still for it, µs.
+    /// Time for which the VM stood still, µs.
     pub(super) capture_us: u64,
     pub(super) created_unix_ms: u64,
-    /// The drives it has copies of: each VM that is restored from it gets its own.
+    /// The drives that it contains copies of: each VM restored from it gets its own.
     #[serde(default)]
     pub(super) drive_copies: Vec<String>,
-    /// The function as it was then.
+    /// The function at that time.
     pub(super) function: Function,
 }
 
 impl SnapshotRecord {
-    /// Whether VMs that are restored from it get images of their own.
+    /// Returns whether VMs restored from it get their own images.
     ///
     /// # Errors
-    /// They would need one, and there is nothing to copy (it was taken by a daemon that took no copies): the guest would
+    /// They would need images and the snapshot has none (it was taken by a daemon that took no copies): the guest would
     /// write to the function's image itself.
     pub(super) fn has_drive_copies(&self) -> Result<bool, Fault> {
         let has_copies = !self.drive_copies.is_empty();
@@ -83,27 +83,27 @@ impl SnapshotRecord {
 pub(super) struct SnapshotBody {
     #[serde(rename = "vmId")]
     vm_id: String,
-    /// What to call it; none: a new name.
+    /// Name of the snapshot; none: a new name.
     #[serde(rename = "ssId")]
     ss_id: Option<String>,
-    /// `Full` (the default), or `Diff`: the pages written since the VM's last snapshot. On top of 16 layers, the daemon takes
-    /// a full one in place of a diff, and says so by `compacted`.
+    /// `Full` (the default), or `Diff`: the pages written since the VM's last snapshot. On top of 16 layers, the daemon
+    /// takes a full one instead of a diff, and sets `compacted`.
     snapshot_type: Option<String>,
-    /// Refused: snapshots are kept in the daemon's directory.
+    /// Refused: the daemon's directory holds the snapshots.
     snapshot_path: Option<String>,
     /// Refused for the same reason.
     mem_file_path: Option<String>,
     /// Refused: there is one format.
     version: Option<String>,
-    /// FaaSnap: record which regions are not zero. A snapshot always does; false is refused.
+    /// FaaSnap: record the regions that are not zero. A snapshot always does; false is refused.
     record_regions: Option<bool>,
     /// FaaSnap: regions smaller than this are left out. Only 0.
     size_threshold: Option<u64>,
-    /// FaaSnap: gaps smaller than this many pages are taken in. Only 32, FaaSnap's own.
+    /// FaaSnap: gaps smaller than this many pages are included. Only 32, FaaSnap's own.
     interval_threshold: Option<u64>,
 }
 
-/// What to do with a snapshot's files.
+/// Changes to a snapshot's files.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SnapshotPatch {
@@ -117,12 +117,12 @@ pub(super) struct SnapshotPatch {
     drop_cache: bool,
 }
 
-/// What of a snapshot's files is in the page cache.
+/// The cached part of a snapshot's files.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct CacheState {
     /// Pages of 4 KiB; none if the kernel cannot say.
     pub(super) cached_pages: Option<u64>,
-    /// Bytes that the files take on the disk.
+    /// Bytes of the files on the disk.
     pub(super) disk_bytes: u64,
 }
 
@@ -183,7 +183,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     let compacted = layers >= COMPACT_LAYERS;
     let kind = if compacted { "Full" } else { kind };
     if let Some(parent) = parent.filter(|_| !compacted) {
-        // From here on, until the diff is kept or given up, its parent cannot be deleted, whatever becomes of the VM.
+        // From here until the diff is kept or given up, its parent cannot be deleted, even if the VM ends.
         claim.need(parent);
     }
     if compacted {
@@ -224,17 +224,17 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     Ok(record)
 }
 
-/// How many layers a chain may have in which the next snapshot is a diff: each makes restores slower, and no restore opens
-/// more than [`MAX_CHAIN_DEPTH`].
+/// Most layers of a chain on which a diff is taken: each makes restores slower, and no restore opens more than
+/// [`MAX_CHAIN_DEPTH`].
 const COMPACT_LAYERS: usize = MAX_CHAIN_DEPTH / 4;
 
-/// How many layers the chain of a kept snapshot has.
+/// The number of layers in the chain of a stored snapshot.
 fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize {
     let parent_of = |record: &&SnapshotRecord| record.parent.as_ref().and_then(|parent| snapshots.get(parent));
     std::iter::successors(snapshots.get(ss_id), parent_of).take(MAX_CHAIN_DEPTH).count()
 }
 
-/// Pauses the VM, takes the snapshot, and lets the VM run on whatever came of it.
+/// Pauses the VM, takes the snapshot, and resumes the VM whatever the outcome.
 async fn capture(vm: &Vm, kind: &str, dir: &FilePath) -> Result<serde_json::Value, Fault> {
     let refused = |error: super::vm::control::ControlError| {
         let text = format!("The snapshot cannot be taken: {}.", error.to_string().trim_end_matches('.'));
@@ -250,14 +250,14 @@ async fn capture(vm: &Vm, kind: &str, dir: &FilePath) -> Result<serde_json::Valu
     taken.map_err(refused)
 }
 
-/// Writes a snapshot down; if that cannot be done there is no snapshot.
+/// Stores a snapshot's record; if that fails, the snapshot is removed.
 async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRecord, Fault> {
     let kept = blocking({
         let (daemon, record) = (daemon.clone(), record.clone());
         move || {
             let kept = daemon.store.save(Kind::Snapshots, &record.ss_id, &record);
             if kept.is_err() {
-                // Best effort: what is left has no record, and is removed at the next start.
+                // Best effort: files without a record are removed at the next start.
                 let _ = fs::remove_dir_all(daemon.snapshot_dir(&record.ss_id));
             }
             kept
@@ -269,7 +269,7 @@ async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRe
     Ok(record)
 }
 
-/// A name that no other request gives to a snapshot meanwhile. What the snapshot needs cannot be deleted while it lives.
+/// Reserves a name for a snapshot. The snapshots that it needs cannot be deleted while this lives.
 struct Claim {
     id: String,
     names: Arc<Mutex<BTreeMap<String, Vec<String>>>>,
@@ -336,10 +336,10 @@ async fn copy(daemon: &Arc<Daemon>, uri: &Uri) -> Result<SnapshotRecord, Fault> 
             let (to, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
             let copied = copy_dir(&daemon.snapshot_dir(&from), &to)
                 .and_then(|()| copy_dir(&daemon.store.profiles_dir(&from), &profiles))
-                // As a restore opens it.
+                // Opened as a restore does.
                 .and_then(|()| Chain::open(&Location::Dir(to.clone())).map(drop));
             if copied.is_err() {
-                // What is left has no record, and is removed at the next start.
+                // Best effort: files without a record are removed at the next start.
                 let _ = fs::remove_dir_all(&profiles).and_then(|()| fs::remove_dir_all(&to));
             }
             copied
@@ -350,7 +350,7 @@ async fn copy(daemon: &Arc<Daemon>, uri: &Uri) -> Result<SnapshotRecord, Fault> 
     keep(daemon, record).await
 }
 
-/// Copies the files of a directory, holes and all, without its folders (which hold what can be made again).
+/// Copies the files of a directory, holes and all, without its folders (whose files can be made again).
 fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
     let io = |action: &'static str, path: &FilePath| {
         let path = path.to_owned();
@@ -403,7 +403,7 @@ pub(super) async fn patch_snapshot(
     changed.await?.map(Reply).map_err(|error| Fault::of(&error))
 }
 
-/// Forgets a snapshot and its profiles.
+/// Deletes a snapshot and its profiles.
 #[utoipa::path(delete, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
     responses((status = 200, description = "It was this", body = SnapshotRecord), (status = 404, body = FaultBody, description = "There is none"),
         (status = 409, body = FaultBody, description = "A VM runs from it or its next diff builds on it, or another snapshot needs it")))]
@@ -412,9 +412,9 @@ pub(super) async fn delete_snapshot(
     Path(id): Path<String>,
 ) -> Result<Reply<SnapshotRecord>, Fault> {
     let record = daemon.snapshot(&id)?;
-    // No other request comes between these checks and the removal from the list: nothing is waited for.
+    // No other request runs between these checks and the removal from the list: there is no await.
     check_unneeded(&daemon, &id)?;
-    // First out of sight, so that no VM is restored from half of it.
+    // Removed from the list first, so that no VM is restored from half of it.
     daemon.snapshots().remove(&id);
     let removed = blocking({
         let daemon = daemon.clone();
@@ -454,8 +454,8 @@ fn check_unneeded(daemon: &Daemon, id: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Removes snapshots that never got their record, or whose record was removed first; profiles of snapshots that are gone;
-/// and what writers that were killed have left.
+/// Removes snapshots without a record (it was never written, or removed first), profiles of missing snapshots, and
+/// files left by killed writers.
 pub(super) fn sweep(daemon: &Daemon) -> io::Result<()> {
     snapshot::sweep(daemon.store.dir());
     snapshot::sweep(&daemon.store.snapshots_dir());
@@ -486,7 +486,7 @@ fn sweep_snapshots(daemon: &Daemon) -> io::Result<()> {
     Ok(())
 }
 
-/// Where what was derived from a snapshot is.
+/// The directory of files derived from a snapshot.
 pub(super) fn derived(dir: &FilePath) -> std::path::PathBuf {
     derived_dir(&Location::Dir(dir.to_owned()))
 }

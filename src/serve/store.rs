@@ -1,4 +1,4 @@
-//! The daemon's directory: what a restart finds again. JSON files, written beside, made durable and renamed.
+//! The daemon's directory: the state that a restart finds again. JSON files, written beside, synced and renamed.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
@@ -14,20 +14,20 @@ use serde::de::DeserializeOwned;
 use super::error::ServeError;
 use crate::snapshot::{self, read_limited, write_limited};
 
-/// The file that says that a directory is one of `tvmm serve`'s.
+/// The file that marks a directory as one of `tvmm serve`'s.
 const MARK: &str = "tvmm-serve";
-/// What is in it.
+/// Its text.
 const MARK_TEXT: &str =
     "This directory belongs to tvmm serve, which removes what it does not know in run/ and snapshots/.\nFormat 1\n";
 /// The file that a daemon locks while it uses the directory.
 const LOCK: &str = "lock";
-/// The VMs that lived when they were last written down.
+/// The list of living VMs when it was last written.
 const VMS: &str = "vms.json";
 
-/// No file of ours is larger.
+/// No file of the daemon is larger.
 const MAX_JSON_BYTES: u64 = 16 << 20;
 
-/// Kinds of things kept as one JSON file each.
+/// Kinds of objects that are stored in one JSON file each.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     Functions,
@@ -35,25 +35,25 @@ pub(super) enum Kind {
     Networks,
 }
 
-/// Whose a directory is.
+/// The owner of a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owner {
-    /// Nothing is in it, except the lock of a daemon that is about to use it.
+    /// The directory is empty, except for the lock of a daemon that is about to use it.
     Nobody,
-    /// It has the mark.
+    /// The directory has the mark.
     Marked,
-    /// It has no mark, but what each version of `tvmm serve` before the mark made at its start.
+    /// No mark, but the folders that each version of `tvmm serve` before the mark made at its start.
     Unmarked,
-    /// Something else is in it.
+    /// The directory has other contents.
     Another,
 }
 
 impl Owner {
-    /// Looks, and changes nothing.
+    /// Finds the owner, and changes nothing.
     fn of(dir: &Path) -> io::Result<Owner> {
         match fs::symlink_metadata(dir.join(MARK)) {
             Ok(metadata) if metadata.is_file() && metadata.len() <= MARK_TEXT.len() as u64 => {
-                // A daemon that was killed while it wrote the mark has left the beginning of it.
+                // A daemon that was killed while it wrote the mark has left its beginning.
                 let is_ours = MARK_TEXT.as_bytes().starts_with(&fs::read(dir.join(MARK))?);
                 return Ok(if is_ours { Owner::Marked } else { Owner::Another });
             }
@@ -89,12 +89,12 @@ impl Kind {
 pub(super) struct Store {
     dir: PathBuf,
     _lock: File,
-    /// Who writes: two writers would meet in the file beside.
+    /// Serialises writers: two would use the same temporary file.
     writing: Mutex<()>,
 }
 
 impl Store {
-    /// Opens or makes the directory and what is in it, and clears what an earlier daemon has left running things in.
+    /// Opens or makes the directory and its folders, and clears the files of an earlier daemon's VMs.
     pub(super) fn open(dir: &Path) -> Result<Store, ServeError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -103,7 +103,7 @@ impl Store {
         let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed(path));
         make(dir)?;
         let dir = fs::canonicalize(dir).map_err(failed(dir))?;
-        // Before anything is made in it.
+        // Checked before anything is made in it.
         let owner = |dir: &Path| match Owner::of(dir).map_err(failed(dir))? {
             Owner::Another => Err(ServeError::NotOurs { path: dir.to_owned() }),
             owner => Ok(owner),
@@ -131,13 +131,13 @@ impl Store {
         Ok(store)
     }
 
-    /// Removes what VMs have left: sockets and images.
+    /// Removes the sockets and images of ended VMs.
     pub(super) fn clear_run(&self) -> Result<(), ServeError> {
         let run = self.dir.join("run");
         gone_is_fine(fs::remove_dir_all(&run)).map_err(|source| ServeError::Directory { path: run, source })
     }
 
-    /// All things of a kind. A file that cannot be understood is an error: it is not ours to drop.
+    /// All objects of a kind. A file that cannot be parsed is an error, and is not removed.
     pub(super) fn load_all<T: DeserializeOwned>(&self, kind: Kind) -> Result<BTreeMap<String, T>, ServeError> {
         let folder = self.dir.join(kind.folder());
         let failed = |source| ServeError::Directory { path: folder.clone(), source };
@@ -148,7 +148,7 @@ impl Store {
                 (Some(name), Some(extension)) if extension == "json" => {
                     found.insert(name.to_string(), load(&path)?);
                 }
-                // What was being written when an earlier daemon ended never got its name.
+                // A file that an earlier daemon was writing at its end never got its name.
                 (_, Some(extension)) if extension == "partial" => fs::remove_file(&path).map_err(failed)?,
                 _ => return Err(ServeError::Stranger { path }),
             }
@@ -160,30 +160,30 @@ impl Store {
         self.dir.join(kind.folder()).join(format!("{name}.json"))
     }
 
-    /// Keeps one thing. Blocks for the disk.
+    /// Stores one object. Blocks for the disk.
     pub(super) fn save(&self, kind: Kind, name: &str, what: &impl Serialize) -> snapshot::Result<()> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         save(&self.path(kind, name), what)
     }
 
-    /// Writes down the VMs as they are when it is this writer's turn.
+    /// Writes the list of VMs. The records are taken when it is this writer's turn.
     pub(super) fn save_vms<T: Serialize>(&self, records: impl FnOnce() -> Vec<T>) -> snapshot::Result<()> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         save(&self.vms_path(), &records())
     }
 
-    /// Forgets one thing, if it is there.
+    /// Removes one object, if it is there.
     pub(super) fn remove(&self, kind: Kind, name: &str) -> io::Result<()> {
         gone_is_fine(fs::remove_file(self.path(kind, name)))
     }
 
-    /// The VMs that lived when they were last written down.
+    /// The list of living VMs when it was last written.
     pub(super) fn load_vms<T: DeserializeOwned>(&self) -> Result<Vec<T>, ServeError> {
         let path = self.vms_path();
         if path.exists() { load(&path) } else { Ok(Vec::new()) }
     }
 
-    /// Where the VMs that live are written down.
+    /// The file of the list of living VMs.
     fn vms_path(&self) -> PathBuf {
         self.dir.join(VMS)
     }
@@ -213,18 +213,18 @@ impl Store {
         self.profiles_root().join(id)
     }
 
-    /// Where a VM's own images of drives are.
+    /// The directory of a VM's own drive images.
     pub(super) fn drives_dir(&self, vm: &str) -> PathBuf {
         self.dir.join("run").join(format!("{vm}.drives"))
     }
 
-    /// Where a VM's vsock device has its socket.
+    /// The socket of a VM's vsock device.
     pub(super) fn vsock_path(&self, vm: &str) -> PathBuf {
         self.dir.join("run").join(format!("{vm}.vsock"))
     }
 }
 
-/// Whether a path in the directory is one that the daemon itself writes; the directory is too.
+/// Returns whether a path in the directory is one that the daemon itself writes; the directory is too.
 pub(super) fn is_the_daemons(path: &Path) -> bool {
     let folders = [Kind::Functions, Kind::Snapshots, Kind::Networks].map(Kind::folder);
     let first = path.iter().next().and_then(|name| name.to_str());
@@ -241,12 +241,12 @@ fn write_mark(path: &Path) -> io::Result<()> {
 
 /// Writes JSON durably.
 fn save(path: &Path, what: &impl Serialize) -> snapshot::Result<()> {
-    // Only keys and values that JSON has are ever given.
+    // Serialising cannot fail: all keys are strings.
     let bytes = serde_json::to_vec_pretty(what).unwrap_or_default();
     write_limited(path, &bytes, MAX_JSON_BYTES)
 }
 
-/// Nothing to remove is as good as removed.
+/// Treats a missing file as removed.
 pub(super) fn gone_is_fine(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -1,4 +1,4 @@
-//! The header `traceparent`: which span of the caller's an invocation is part of (W3C Trace Context, 3.2).
+//! The header `traceparent`: the caller's span that an invocation is part of (W3C Trace Context, 3.2).
 
 use axum::http::HeaderMap;
 
@@ -9,11 +9,11 @@ pub(super) struct Caller {
     pub(super) trace_id: String,
     /// 16 hexadecimal digits.
     pub(super) span_id: String,
-    /// Whether the caller may have sent its part of the trace to a collector.
+    /// True if the caller may have sent its part of the trace to a collector.
     pub(super) is_sampled: bool,
 }
 
-/// Who calls. What is not valid is as good as not there (3.2.3: the trace then begins here).
+/// Parses the caller's span. An invalid header counts as absent (3.2.3: the trace then begins here).
 pub(super) fn caller(headers: &HeaderMap) -> Option<Caller> {
     let mut values = headers.get_all("traceparent").iter();
     match (values.next(), values.next()) {

@@ -1,5 +1,5 @@
-//! Traces: one per invocation, with a span for each thing that took time, from the request down to the slices of the
-//! restore (`docs/architecture.md`, "Time slices").
+//! Traces: one per invocation, with a span for each step, from the request down to the slices of the restore
+//! (`docs/architecture.md`, "Time slices").
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
@@ -27,18 +27,18 @@ use crate::sys::clock;
 use crate::sys::otlp::Exporter;
 use crate::sys::timeline::chrome_event;
 
-/// Traces that are kept; older ones go.
+/// Traces kept in memory; older ones are dropped.
 const MAX_TRACES: usize = 512;
 /// Traces that may wait for the trace file's disk; more are dropped and counted.
 const MAX_WAITING: usize = 4096;
-/// How long a reader waits for a trace to be complete.
+/// Longest wait of a reader for a trace to be complete.
 const COMPLETION: Duration = Duration::from_secs(3);
 
-/// Something that took time.
+/// A step that took time.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub(super) struct Span {
     pub(super) name: String,
-    /// Index of the span it is part of; none: the whole.
+    /// Index of the span that contains it; none: the whole invocation.
     pub(super) parent: Option<usize>,
     /// µs since the trace began.
     pub(super) start_us: f64,
@@ -48,7 +48,7 @@ pub(super) struct Span {
     pub(super) attributes: BTreeMap<String, Value>,
 }
 
-/// What one invocation did when.
+/// The steps of one invocation.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub(super) struct Trace {
     #[serde(rename = "traceId")]
@@ -56,21 +56,21 @@ pub(super) struct Trace {
     /// The id of the first span.
     #[serde(rename = "spanId")]
     pub(super) span_id: String,
-    /// The span of the caller's that it is part of, by the header `traceparent`.
+    /// The caller's span that it is part of, by the header `traceparent`.
     #[serde(rename = "parentSpanId")]
     pub(super) parent_span_id: Option<String>,
     pub(super) func_name: String,
     #[serde(rename = "vmId")]
     pub(super) vm_id: Option<String>,
-    /// The HTTP status it was answered with.
+    /// The HTTP status of the answer.
     pub(super) status: u16,
     /// µs since 1970.
     pub(super) start_unix_us: u64,
-    /// Whether the VM's own spans are in.
+    /// True if the VM's own spans are included.
     pub(super) complete: bool,
     /// The first is the whole invocation.
     pub(super) spans: Vec<Span>,
-    /// Whether a collector is to have it.
+    /// True if it is sent to a collector.
     #[serde(skip)]
     pub(super) is_sampled: bool,
 }
@@ -80,7 +80,7 @@ pub(super) struct Trace {
 pub(super) struct TraceSummary {
     #[serde(rename = "traceId")]
     trace_id: String,
-    /// The id of the first span: its own, where a caller's trace has several invocations.
+    /// The id of the first span: unique even if a caller's trace has several invocations.
     #[serde(rename = "spanId")]
     span_id: String,
     func_name: String,
@@ -91,7 +91,7 @@ pub(super) struct TraceSummary {
     length_us: f64,
 }
 
-/// A trace in the making.
+/// A trace being made.
 #[derive(Debug)]
 pub(super) struct Recording {
     pub(super) trace: Trace,
@@ -99,7 +99,7 @@ pub(super) struct Recording {
 }
 
 impl Recording {
-    /// `caller`: who has begun the trace, if not we.
+    /// `caller`: the caller's span, if the caller has begun the trace.
     pub(super) fn begin(func_name: &str, caller: Option<Caller>) -> Recording {
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let root = Span {
@@ -124,7 +124,7 @@ impl Recording {
         Recording { trace, start_ns: clock::monotonic_ns() }
     }
 
-    /// A part of the span `parent`, by the clock. Its index.
+    /// Adds a part of the span `parent`. Returns its index.
     pub(super) fn span(&mut self, name: &str, parent: usize, start_ns: u64, end_ns: u64) -> usize {
         let start_us = (start_ns as f64 - self.start_ns as f64) / 1000.0;
         let length_us = end_ns.saturating_sub(start_ns) as f64 / 1000.0;
@@ -133,7 +133,7 @@ impl Recording {
         self.trace.spans.len() - 1
     }
 
-    /// A part of the span `parent` that began at `start_ns` and ends now.
+    /// Adds a part of the span `parent` that began at `start_ns` and ends now.
     pub(super) fn lap(&mut self, name: &str, parent: usize, start_ns: u64) -> usize {
         self.span(name, parent, start_ns, clock::monotonic_ns())
     }
@@ -144,7 +144,7 @@ impl Recording {
         }
     }
 
-    /// The invocation has been answered. How long it took, µs.
+    /// Ends the trace with the answer's status. Returns its length, µs.
     pub(super) fn answered(&mut self, status: u16) -> u64 {
         let length_us = clock::monotonic_ns().saturating_sub(self.start_ns) as f64 / 1000.0;
         self.trace.status = status;
@@ -154,16 +154,16 @@ impl Recording {
         length_us.round() as u64
     }
 
-    /// The recording, to go on with elsewhere.
+    /// A copy of the recording, to continue elsewhere.
     pub(super) fn taken(&self) -> Recording {
         Recording { trace: self.trace.clone(), start_ns: self.start_ns }
     }
 
-    /// Takes in what the VM says of itself. `parent`: the span in which it was made; `execute`: that of the request.
+    /// Adds the spans of the VM's report. `parent`: the span in which it was made; `execute`: that of the request.
     pub(super) fn add_report(&mut self, report: &Value, parent: usize, execute: usize) {
         let begin_ns = report["start_monotonic_ns"].as_u64().unwrap_or(0);
         let list = |key: &str| report[key].as_array().map(Vec::as_slice).unwrap_or_default();
-        // When it began and ended. What a shell did while it was made ready costs no invocation anything.
+        // Clipped to the trace: the time in which a shell was made ready costs no invocation.
         let earliest_ns = self.start_ns;
         let times = |part: &Value| {
             let start_ns = begin_ns + (part["start_us"].as_f64()? * 1000.0) as u64;
@@ -178,7 +178,7 @@ impl Recording {
         let asked_us = self.trace.spans.get(execute).map_or(0.0, |execute| execute.start_us);
         for batch in list("fault_batches") {
             let Some((start_ns, end_ns)) = times(batch) else { continue };
-            // The restore itself touches pages, and the guest does before it is asked.
+            // The restore itself touches pages, and the guest does before its request.
             let is_early = ((start_ns - earliest_ns) as f64) < asked_us * 1000.0;
             let span = self.span("faults", if is_early { parent } else { execute }, start_ns, end_ns);
             for key in ["faults", "pages"] {
@@ -211,7 +211,7 @@ impl Trace {
         }
     }
 
-    /// Events of Chrome's trace format. Each trace is a thread of its own.
+    /// Events of Chrome's trace format. Each trace is a separate thread.
     fn chrome_events(&self) -> Vec<Value> {
         let thread = u32::from_str_radix(self.trace_id.get(..6).unwrap_or_default(), 16).unwrap_or(0);
         let event = |span: &Span| {
@@ -231,20 +231,20 @@ impl Trace {
     }
 }
 
-/// The last traces, and the file they all go to.
+/// The last traces, and the file for all of them.
 #[derive(Debug)]
 pub(super) struct Traces {
     kept: Mutex<VecDeque<Arc<Trace>>>,
     completed: Notify,
     file: Option<SyncSender<String>>,
-    /// Traces that did not get into the file.
+    /// Traces that are missing in the file.
     pub(super) lost: Arc<AtomicU64>,
     /// To the collector.
     pub(super) exporter: Option<Exporter>,
 }
 
 impl Traces {
-    /// `path`: a file in Chrome's trace format, made new. `collector`: where an OpenTelemetry collector listens.
+    /// `path`: a new file in Chrome's trace format. `collector`: the address of an OpenTelemetry collector.
     pub(super) fn new(path: Option<&FilePath>, collector: Option<&str>) -> Result<Traces, ServeError> {
         let lost = Arc::new(AtomicU64::new(0));
         let file = path.map(|path| start_file(path, lost.clone())).transpose()?;
@@ -256,7 +256,7 @@ impl Traces {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a trace, so that it can be asked for. Its VM's spans may come later, by [`Traces::complete`].
+    /// Keeps a trace for readers. Its VM's spans may come later, by [`Traces::complete`].
     pub(super) fn keep(&self, trace: Trace) {
         let mut kept = self.kept();
         kept.push_back(Arc::new(trace));
@@ -287,12 +287,13 @@ impl Traces {
         self.completed.notify_waiters();
     }
 
-    /// By the id of the first span, or of the trace: then the newest, if a caller's trace has several invocations.
+    /// Finds a trace by the id of its first span, or by its own: then the newest, if a caller's trace has several
+    /// invocations.
     fn find(&self, id: &str) -> Option<Arc<Trace>> {
         self.kept().iter().rev().find(|trace| trace.span_id == id || trace.trace_id == id).cloned()
     }
 
-    /// A trace, complete if it becomes so in time.
+    /// Waits for a trace to be complete, within a limit.
     async fn wait_for(&self, id: &str) -> Option<Arc<Trace>> {
         let complete = async {
             loop {
@@ -313,11 +314,11 @@ impl Traces {
     }
 }
 
-/// Writes lines to the trace file on a thread of its own: no invocation waits for its disk.
+/// Writes lines to the trace file on its own thread: no invocation waits for its disk.
 fn start_file(path: &FilePath, lost: Arc<AtomicU64>) -> Result<SyncSender<String>, ServeError> {
     let failed = |source| ServeError::TraceFile { path: path.to_owned(), source };
     let mut file = overwrite_private(path).map_err(failed)?;
-    // The format's array may lack its end, so that what was written when a process was killed can be read.
+    // The format's array may lack its end, so the file of a killed process can be read.
     file.write_all(b"[\n").map_err(failed)?;
     let (sender, lines) = sync_channel::<String>(MAX_WAITING);
     let path = path.to_owned();
@@ -340,8 +341,8 @@ pub(super) async fn get_traces(State(daemon): State<Shared>) -> Reply<Vec<TraceS
     Reply(daemon.traces.summaries(MAX_TRACES))
 }
 
-/// One trace, with its spans: by its `spanId`, or by its `traceId`, which invocations of one caller may share (the newest
-/// then).
+/// One trace with its spans: by its `spanId`, or by its `traceId`, which invocations of one caller may share (the
+/// newest then).
 #[utoipa::path(get, path = "/traces/{id}", tag = "traces",
     params(("id" = String, Path), ("format" = Option<String>, Query, description = "`chrome`: Chrome's trace format")),
     responses((status = 200, description = "The trace", body = Trace),

@@ -1,4 +1,4 @@
-//! The serial line's other end: standard input and output, or one scripted request.
+//! The other end of the serial line: standard input and output, or one scripted request.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,17 +16,17 @@ use crate::sys::timeline::Moments;
 use crate::vmm::machine::Outside;
 
 const CTRL_A: u8 = 1;
-/// Bytes read at once; what the guest has not taken waits here, so this bounds it too.
+/// Bytes read at once. Bytes that the guest has not taken wait here, so this bounds them too.
 const READ_MAX: usize = 4096;
 
-/// What a person typed that is not for the guest.
+/// Input of a person that is not for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Typed {
     /// Ctrl-A X.
     Quit,
-    /// Standard input is at its end.
+    /// Standard input has ended.
     End,
-    /// Nothing of that kind.
+    /// None of these.
     Nothing,
 }
 
@@ -44,25 +44,25 @@ impl Input {
         Ok(Input { terminal: RawTerminal::enter()?, ..Input::default() })
     }
 
-    /// Bytes given beforehand.
+    /// Fixed bytes.
     pub fn script(bytes: &[u8]) -> Self {
         Input { pending: bytes.iter().copied().collect(), ..Input::default() }
     }
 
-    /// Whether more should be read: the guest has taken all there was. A terminal is read ahead of the guest, so that
-    /// Ctrl-A X ends a machine whose guest takes nothing.
+    /// Returns whether more should be read: the guest has taken all bytes so far. A terminal is read ahead of the
+    /// guest, so that Ctrl-A X ends a machine whose guest takes nothing.
     pub fn wants_more(&self) -> bool {
         self.pending.is_empty() || self.terminal.is_some() && self.pending.len() < READ_MAX
     }
 
-    /// Reads standard input once. Call when it is readable.
+    /// Reads standard input once. Called when it is readable.
     pub fn read(&mut self) -> io::Result<Typed> {
         let mut buffer = [0; READ_MAX];
-        // Not through `Stdin`: what its buffer holds back, nobody is told about.
+        // Not through `Stdin`: bytes held in its buffer would not make the descriptor readable.
         let count = match rustix::io::read(io::stdin(), &mut buffer) {
             Ok(0) => return Ok(Typed::End),
             Ok(count) => count,
-            // EAGAIN: another process made it non-blocking, and took what was there.
+            // EAGAIN: another process made it non-blocking and took the bytes.
             Err(Errno::INTR | Errno::AGAIN) => return Ok(Typed::Nothing),
             // EIO: the terminal went away.
             Err(Errno::IO) => return Ok(Typed::End),
@@ -71,7 +71,7 @@ impl Input {
         Ok(self.take(&buffer[..count]))
     }
 
-    /// Keeps Ctrl-A sequences of a terminal from the guest: X ends tvmm, A or Ctrl-A sends Ctrl-A.
+    /// Filters a terminal's Ctrl-A sequences: X ends tvmm, A or Ctrl-A sends Ctrl-A.
     fn take(&mut self, bytes: &[u8]) -> Typed {
         if self.terminal.is_none() {
             self.pending.extend(bytes);
@@ -89,8 +89,8 @@ impl Input {
         Typed::Nothing
     }
 
-    /// Gives the guest as much as its FIFO takes.
-    /// `receive` takes a first part of the bytes it is given, and returns how many those are.
+    /// Passes the guest as many bytes as its FIFO takes. `receive` takes a first part of the bytes and returns its
+    /// length.
     pub fn feed<E>(&mut self, mut receive: impl FnMut(&[u8]) -> Result<usize, E>) -> Result<(), E> {
         while !self.pending.is_empty() {
             let taken = receive(self.pending.as_slices().0)?;
@@ -103,7 +103,7 @@ impl Input {
     }
 }
 
-/// Notes the first byte of output, then passes on.
+/// Notes the time of the first byte of output, and passes all bytes on.
 pub struct TimedSink<S> {
     pub inner: S,
     pub moments: Arc<Moments>,
@@ -116,7 +116,7 @@ impl<S: Sink> Sink for TimedSink<S> {
     }
 }
 
-/// The answer to a scripted request, when it has come.
+/// The answer to a scripted request, once it has come.
 #[derive(Debug)]
 pub struct Answer {
     event: EventFd,
@@ -129,17 +129,17 @@ impl Answer {
         Ok(Arc::new(Answer { event: EventFd::new(EFD_NONBLOCK)?, got: Mutex::new(None), failure: Mutex::new(None) }))
     }
 
-    /// Readable when the answer is there, or will not come.
+    /// Readable when the answer has come, or will not come.
     pub fn event(&self) -> &EventFd {
         &self.event
     }
 
-    /// The line, and when its last byte came, in ns of CLOCK_MONOTONIC.
+    /// The answer line, and the time of its last byte in ns of CLOCK_MONOTONIC.
     pub fn get(&self) -> Option<(String, u64)> {
         self.got.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Why no answer will come.
+    /// The reason why no answer will come.
     pub fn failure(&self) -> Option<String> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -159,7 +159,7 @@ impl Answer {
 /// Longest answer line kept; a guest that writes a longer one has not answered.
 const ANSWER_MAX: usize = 4096;
 
-/// Looks for the answer line of one request among the output.
+/// Looks for the answer line of one request in the output.
 pub struct AnswerWatch {
     id: String,
     line: Vec<u8>,
@@ -192,7 +192,7 @@ impl Witness for AnswerWatch {
     }
 }
 
-/// Connects a machine's console to standard output. `watched`: the id of a request, and where its answer is noted.
+/// Connects a machine's console to standard output. `watched`: the id of a request, and the place for its answer.
 ///
 /// # Errors
 /// Those of dup(2) and eventfd(2).

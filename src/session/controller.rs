@@ -1,4 +1,4 @@
-//! Commands to the machine: which are allowed in which state, and what they do.
+//! Commands to the machine: the states in which each is allowed, and its effect.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,27 +51,27 @@ use crate::vmm::vcpu::STOP_TIMEOUT;
 
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
-/// The machine in whatever state it is.
+/// The machine, in any of its states.
 enum Phase {
     NotStarted,
     Running(Machine<Running>),
     Paused(Machine<Paused>),
 }
 
-/// What was restored, for the report.
+/// Facts about the restore, for the report.
 #[derive(Clone, Debug)]
 pub struct Restored {
     pub snapshot: String,
     pub policy: String,
     pub plan: PlanOrigin,
-    /// The page cache state the plan counts on.
+    /// The page cache state that the plan assumes.
     pub source_cache: Option<SourceCache>,
-    /// The numbers the plan was made by, if its policy weighs any.
+    /// The cost numbers used for the plan, if its policy weighs any.
     pub costs: Option<CostsUsed>,
-    /// How the plan fits the profile it was made from.
+    /// The plan compared with the profile it was made from.
     pub fit: Option<Fit>,
     pub layers: usize,
-    /// The pools that memory comes from instead of the layers' files, by the names they were given.
+    /// The pools that serve memory instead of the layers' files, by their names in the request.
     pub pools: Vec<PathBuf>,
     pub engine: EngineReport,
 }
@@ -80,7 +80,7 @@ pub struct Restored {
 pub struct Controller {
     id: String,
     config: VmConfig,
-    /// Something about the machine to boot was set, so a snapshot can no longer be loaded (as in Firecracker).
+    /// A part of the machine to boot was configured, so a snapshot can no longer be loaded (as in Firecracker).
     configured: bool,
     phase: Phase,
     outside: Outside,
@@ -93,21 +93,22 @@ pub struct Controller {
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
     read_backs: ReadBacks,
-    /// Watches a restored machine for memory that does not come. After `phase`: it outlives the machine.
+    /// Watches a restored machine for memory that does not come. Declared after `phase`, because it outlives the
+    /// machine.
     stalls: Option<StallWatch>,
 }
 
-/// What the thread that seals a snapshot tells.
+/// Messages of the thread that seals a snapshot.
 enum SealNews {
     Sealed {
         result: Result<Sealed, Error>,
         capture_us: u64,
     },
-    /// The disk did not keep what was written.
+    /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
 }
 
-/// How long the end of the process waits for snapshots that are being read back; then they stay unverified.
+/// Time that the end of the process waits for snapshots being read back; after it they stay unverified.
 const READ_BACK_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Controller {
@@ -132,7 +133,7 @@ impl Controller {
         })
     }
 
-    /// Readable when a snapshot has been sealed, or could not be.
+    /// Readable when the sealing of a snapshot has ended, either way.
     pub fn seal_event(&self) -> &EventFd {
         &self.seal_event
     }
@@ -141,7 +142,7 @@ impl Controller {
         self.restored.as_ref()
     }
 
-    /// How the plan that was carried out fits the run of `profile`.
+    /// Compares the plan that was carried out with the run of `profile`.
     ///
     /// # Errors
     /// [`tiering::Error::ProfileOfOther`] for a profile of another snapshot.
@@ -162,12 +163,12 @@ impl Controller {
         &self.outside.moments
     }
 
-    /// The virtio devices the machine has, or is to have.
+    /// The virtio devices of the machine, running or to be booted.
     pub fn devices(&self) -> &DeviceConfigs {
         &self.config.devices
     }
 
-    /// The serial port, once there is a machine.
+    /// The serial port; `None` before there is a machine.
     pub fn serial(&self) -> Option<&SerialPort> {
         match &self.phase {
             Phase::NotStarted => None,
@@ -176,7 +177,7 @@ impl Controller {
         }
     }
 
-    /// Console bytes that KVM collects, once there is a machine.
+    /// Console bytes that KVM collects; `None` before there is a machine.
     pub fn console(&self) -> Option<&Arc<ConsoleRing>> {
         match &self.phase {
             Phase::NotStarted => None,
@@ -185,7 +186,7 @@ impl Controller {
         }
     }
 
-    /// Calls `with` with the machine's parts that do not depend on its state.
+    /// Returns the parts of the machine that do not depend on its state.
     pub fn machine_parts(&self) -> Option<Parts<'_>> {
         match &self.phase {
             Phase::NotStarted => None,
@@ -194,7 +195,7 @@ impl Controller {
         }
     }
 
-    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    /// Returns whether pages that the guest can read from images are still being compared with their checksums.
     pub fn is_comparing(&self) -> bool {
         match &self.phase {
             Phase::NotStarted => false,
@@ -212,7 +213,7 @@ impl Controller {
         }
     }
 
-    /// Answers one request, now or (for a snapshot) when it is sealed.
+    /// Answers one request: at once, or (a snapshot) when it is sealed.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
         if let Command::CreateSnapshot(create) = command {
@@ -272,7 +273,7 @@ impl Controller {
             Command::Pause => self.pause().map(|()| Reply::Empty),
             Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
-            // Answered by `handle`, when it is sealed.
+            // `handle` answers this command when the snapshot is sealed.
             Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
         }
     }
@@ -332,7 +333,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Restores a machine; running or paused. After an error everything is as before.
+    /// Restores a machine, running or paused. After an error everything is as before.
     pub fn restore(
         &mut self,
         load: &LoadSnapshot,
@@ -416,7 +417,7 @@ impl Controller {
     fn pause(&mut self) -> Result<(), Refused> {
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
-            // As in Firecracker, pausing what is paused is no error.
+            // As in Firecracker, pausing a paused machine is no error.
             paused @ Phase::Paused(_) => (paused, Ok(())),
             Phase::Running(machine) => match machine.pause() {
                 Ok(machine) => (Phase::Paused(machine), Ok(())),
@@ -446,7 +447,7 @@ impl Controller {
         result
     }
 
-    /// Captures the paused machine, lets it run on if asked to, and seals the snapshot on a thread of its own.
+    /// Captures the paused machine, resumes it if asked to, and seals the snapshot on its own thread.
     fn begin_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Refused> {
         let machine = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
@@ -464,7 +465,7 @@ impl Controller {
         if create.resume
             && let Err(refused) = self.resume()
         {
-            // The snapshot is good nonetheless, and the machine is still paused; both are told.
+            // The snapshot is good nonetheless, and the machine is still paused; both are reported.
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
         let is_first = create.verify || self.read_backs.are_many();
@@ -476,7 +477,7 @@ impl Controller {
         let (read_backs, capture_us) = (self.read_backs.clone(), captured.capture_us);
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
             let tell = |news| {
-                // The receiver lives as long as the controller, and what asked for the snapshot no longer.
+                // A failure means that the controller, and with it the requester, has ended.
                 let _ = sender.send(news);
                 let _ = event.write(1);
             };
@@ -503,7 +504,7 @@ impl Controller {
         })
     }
 
-    /// Takes note of sealed snapshots and answers who asked for them. Call when `seal_event` is readable.
+    /// Records sealed snapshots and answers their requests. Called when `seal_event` is readable.
     pub fn finish_seals(&mut self) {
         let _ = self.seal_event.read();
         while let Ok(news) = self.seals.1.try_recv() {
@@ -528,7 +529,7 @@ impl Controller {
         }
     }
 
-    /// Whether a snapshot is being sealed; the process should not end before it is.
+    /// Returns whether a snapshot is being sealed; the process should not end before that is over.
     pub fn is_sealing(&self) -> bool {
         self.seal_reply.is_some()
     }
@@ -549,7 +550,7 @@ impl Controller {
         }
     }
 
-    /// What became of reading snapshots back, for reports.
+    /// The outcomes of reading snapshots back, for reports.
     pub fn read_backs(&self) -> serde_json::Value {
         self.read_backs.json()
     }
@@ -589,11 +590,11 @@ impl Controller {
         }
     }
 
-    /// Ends the machine: vCPU threads first, then VM and memory. An error says who did not stop; the process should end
-    /// then.
+    /// Ends the machine: vCPU threads first, then VM and memory. An error names the thread that did not stop; the
+    /// process should end then.
     pub fn stop(&mut self) -> Result<(), Error> {
         let is_stalled = self.stalls.as_ref().is_some_and(|watch| watch.stalls().is_stalled());
-        // A thread that waits for memory that does not come, or has touched lost memory, will not stop.
+        // A thread that waits for memory that does not come, or has touched lost memory, does not stop.
         let patience = if is_stalled || lost::touched().is_some() { Duration::ZERO } else { STOP_TIMEOUT };
         let stopped = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => Ok(()),
@@ -608,18 +609,18 @@ impl Controller {
     }
 }
 
-/// What a machine has in every state.
+/// The parts that a machine has in every state.
 pub struct Parts<'a> {
     pub ram: &'a crate::memory::guest_ram::GuestRam,
     pub ending: &'a Arc<crate::memory::ending::EndingSignal>,
     pub msrs_refused: &'a [u32],
     pub faults: FaultCounts,
     pub fault_batches: Vec<FaultBatch>,
-    /// What the cold pool was asked for, if there is one.
+    /// Counts of the requests to the cold pool, if there is one.
     pub cold: Option<ColdCounts>,
-    /// How much of the memory has been compared with the snapshot's checksums; null if that is not this process's to do.
+    /// The share of memory that has been compared with the snapshot's checksums; null if this process does not compare.
     pub verification: serde_json::Value,
-    /// Whether the kernel maps only pages that were touched.
+    /// True if the kernel maps only pages that were touched.
     pub single_pages: bool,
     virtio: &'a VirtioDevices,
     counters: &'a crate::vmm::exit_counters::ExitCounters,
@@ -627,7 +628,7 @@ pub struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    /// What KVM has mapped for the guest; `None` on kernels that do not count.
+    /// KVM's counts of mapped pages; `None` on kernels without them.
     pub fn translations(&self) -> Result<Option<Translations>, Error> {
         kvm_stats::translations(self.vm).map_err(Error::os("read KVM's statistics"))
     }

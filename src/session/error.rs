@@ -1,4 +1,4 @@
-//! What can go wrong while a VM is prepared, run, recorded or reported on.
+//! Errors of preparing, running, recording and reporting on a VM.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use crate::snapshot;
 use crate::tiering;
 use crate::vmm;
 
-/// The one error of the room `session`. Each variant says what was being done to what; causes are chained.
+/// The one error of the room `session`. Each variant names the action and its object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("The request is to be made over vsock, but the machine has no vsock device")]

@@ -6,7 +6,7 @@ use super::Error;
 use crate::config::{LogLevel, LoggerConfig};
 use crate::sys::logging::{self, LogChange, open_to_append};
 
-/// Changes the log; what `config` leaves out stays as it is.
+/// Changes the log; fields that `config` omits keep their value.
 ///
 /// # Errors
 /// [`Error::File`] if the log cannot be opened.

@@ -23,24 +23,24 @@ use crate::sys::output::ConsoleOutput;
 use crate::sys::signals::EndSignals;
 use crate::vmm;
 
-/// How a session ended.
+/// The way in which a session ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The guest ended.
     Guest(Ending),
-    /// The machine could not go on, because of this.
+    /// The machine could not go on, for this reason.
     Failed(String),
-    /// Memory of the guest was lost, or is not what was captured.
+    /// Guest memory was lost, or differs from what was captured.
     MemoryLost(String),
-    /// A signal asked for it.
+    /// A signal ended the session.
     Signal(i32),
-    /// Ctrl-A X.
+    /// Ctrl-A X was typed.
     Quit,
     /// The scripted request was answered.
     Answered,
-    /// It cannot be.
+    /// The scripted request cannot be answered.
     NoAnswer(String),
-    /// It was not, in time.
+    /// The scripted request was not answered in time.
     TimedOut,
 }
 
@@ -54,7 +54,7 @@ impl From<Ending> for Outcome {
     }
 }
 
-/// What the session is to begin with.
+/// The first action of the session.
 pub enum Begin {
     /// Wait for the control socket to configure a machine.
     Wait,
@@ -62,19 +62,19 @@ pub enum Begin {
     Boot,
     /// Restore a snapshot.
     Restore(LoadSnapshot),
-    /// Restore a snapshot and watch what the guest does to its memory.
+    /// Restore a snapshot and watch the guest's use of its memory.
     Record(LoadSnapshot, Watch),
 }
 
-/// What the main loop listens to besides the machine.
+/// The event sources of the main loop other than the machine.
 pub struct Surroundings {
     pub input: Input,
-    /// Whether standard input is read (not while a scripted request is run).
+    /// True if standard input is read (not while a scripted request runs).
     pub reads_stdin: bool,
     pub control: Option<ControlReceiver>,
     pub signals: EndSignals,
     pub answer: Option<Arc<Answer>>,
-    /// The scripted request, if it is made over vsock and not by `input`.
+    /// The scripted request, if it goes over vsock and not by `input`.
     pub request: Option<PortRequest>,
     pub timeout: Option<Duration>,
 }
@@ -90,24 +90,24 @@ const ENDING: u32 = 7;
 const FIFO: u32 = 8;
 const CONSOLE: u32 = 9;
 
-/// When nothing has happened for so long, the VM has started, and what only that took is let go. Not before: it costs a
-/// restore some 60 µs.
+/// After this time without an event the VM has started, and resources needed only for that are freed. Not earlier:
+/// freeing them costs a restore some 60 µs.
 const SETTLED: Duration = Duration::from_millis(100);
 
 /// One VM's main loop.
 struct Session {
     controller: Controller,
     around: Surroundings,
-    /// Standard input cannot be waited for (a regular file, /dev/null): it is read whenever the guest wants more.
+    /// Standard input cannot be polled (a regular file, /dev/null): it is read whenever the guest wants more.
     stdin_always_ready: bool,
     stdin_open: bool,
     stdin_watched: bool,
-    /// The machine's own events are registered, and the handler of SIGBUS knows of them.
+    /// The machine's own events are registered, and the SIGBUS handler knows the event to signal.
     machine_watched: bool,
     listening: Option<Listening>,
-    /// What only starting took has been let go.
+    /// Resources needed only for starting have been freed.
     is_slim: bool,
-    /// When the last event came, ticks of the console aside.
+    /// Time of the last event other than ticks of the console.
     busy_at: Instant,
     /// The scripted request was answered.
     is_answered: bool,
@@ -115,10 +115,10 @@ struct Session {
     failure: Option<Error>,
 }
 
-/// How often a session looks whether the memory that an answer may rest on was compared with its checksums.
+/// Interval of the looks whether the memory that an answer may rest on was compared with its checksums.
 const COMPARED_POLL: Duration = Duration::from_millis(1);
 
-/// Boots or restores the machine, if that is what the session begins with, and makes the scripted request of it.
+/// Boots or restores the machine if the session begins so, and makes the scripted request.
 fn begin_machine(
     controller: &mut Controller,
     begin: Begin,
@@ -135,7 +135,7 @@ fn begin_machine(
     }
 }
 
-/// Runs a VM until it ends. Returns how, and the controller with whatever is left of the machine.
+/// Runs a VM until it ends. Returns the outcome, and the controller with the rest of the machine.
 pub fn run(
     mut controller: Controller,
     begin: Begin,
@@ -188,7 +188,7 @@ pub fn run(
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
-            // The answer came, and its reader does not read.
+            // The answer has come, and its reader does not read.
             let is_unread = session.is_answered && !session.controller.is_comparing();
             let late = if is_unread { Outcome::Answered } else { Outcome::TimedOut };
             session.outcome.get_or_insert(late);
@@ -207,7 +207,7 @@ fn restore(
     watch: Watch,
     around: &mut Surroundings,
 ) -> Result<Option<Requesting>, Error> {
-    // A request given beforehand is in the FIFO, or waits at the vsock device, before the guest runs: one wake-up less.
+    // A scripted request is in the FIFO, or at the vsock device, before the guest runs: this saves a wake-up.
     let mut requesting = None;
     let output = controller.output().clone();
     controller.restore(load, watch, |serial, devices| {
@@ -218,7 +218,7 @@ fn restore(
     Ok(requesting)
 }
 
-/// Makes the scripted request, if it goes over vsock.
+/// Makes the scripted request if it goes over vsock.
 fn begin_request(
     around: &Surroundings,
     devices: &DeviceConfigs,
@@ -245,7 +245,7 @@ impl Session {
         self.watch_machine(ops)
     }
 
-    /// Registers the events of a machine that has come into being.
+    /// Registers the events of a new machine.
     fn watch_machine(&mut self, ops: &mut EventOps) -> Result<(), Error> {
         if self.machine_watched {
             return Ok(());
@@ -264,13 +264,13 @@ impl Session {
         self.feed(ops)
     }
 
-    /// Whether only the comparison of memory is waited for: its end is no event.
+    /// Returns whether the session waits only for the comparison of memory, whose end is no event.
     fn awaits_comparison(&self) -> bool {
         self.is_answered && self.outcome.is_none() && !self.controller.output().has_backlog()
     }
 
     /// Ends the session once the request is answered, the output is written, and the memory that the answer may rest on
-    /// was compared with its checksums. If that found damage, the answer does not count.
+    /// was compared with its checksums. If the comparison found damage, the answer does not count.
     fn conclude(&mut self) {
         let is_under_way = self.controller.output().has_backlog() || self.controller.is_comparing();
         if !self.is_answered || self.outcome.is_some() || is_under_way {
@@ -348,7 +348,7 @@ impl Session {
         self.feed(ops)
     }
 
-    /// Gives the guest what waits, and watches standard input exactly while more is wanted.
+    /// Passes waiting input to the guest, and watches standard input exactly while more is wanted.
     fn feed(&mut self, ops: &mut EventOps) -> Result<(), Error> {
         let Some(serial) = self.controller.serial().cloned() else { return Ok(()) };
         loop {
@@ -382,7 +382,7 @@ impl Session {
         Ok(())
     }
 
-    /// Writes what waits for standard output, and watches it while something still does.
+    /// Writes waiting output to standard output, and watches the descriptor while output waits.
     fn drain_output(&mut self, token: u32, ops: &mut EventOps) -> Result<(), Error> {
         let waiting = self.controller.output().drain();
         let stdout = std::io::stdout();
@@ -393,7 +393,7 @@ impl Session {
             _ => Ok(()),
         };
         match result {
-            // It is watched already: more bytes began to wait before it was writable.
+            // Watched already: more bytes began to wait before it was writable.
             Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EEXIST => Ok(()),
             Err(event_manager::Error::FdAlreadyRegistered) => Ok(()),
             result => result.map_err(|error| event_error(&error)),

@@ -11,7 +11,7 @@ use crate::session::Error;
 use crate::sys::lines::{Lines, Target};
 use crate::sys::logging::open_to_append;
 
-/// The file metrics are appended to, one JSON object per line.
+/// The file that metrics are appended to, one JSON object per line.
 #[derive(Debug)]
 pub struct MetricsFile {
     path: PathBuf,
@@ -19,11 +19,11 @@ pub struct MetricsFile {
     lines: Arc<Lines>,
 }
 
-/// How long the main loop waits for the reader of metrics.
+/// Longest wait of the main loop for the reader of metrics.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl MetricsFile {
-    /// Opens a file or named pipe for appending; made if it is missing.
+    /// Opens a file or named pipe for appending; makes the file if it is missing.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = open_to_append(path).map_err(|source| Error::File {
             doing: "open the metrics file",
@@ -36,7 +36,7 @@ impl MetricsFile {
     /// Writes one line with the time and `metrics`.
     ///
     /// # Errors
-    /// A reader that does not take the line within [`PATIENCE`]: the line is written when it does.
+    /// The reader does not take the line within [`PATIENCE`]; the line is written when it does.
     pub fn write(&mut self, metrics: &Value) -> Result<(), Error> {
         let failed = |source| Error::File { doing: "write to the metrics file", path: self.path.clone(), source };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

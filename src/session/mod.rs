@@ -1,10 +1,10 @@
 //! One VM from its start to its end.
 //!
-//! Owns: the main loop, what each command does in each state, the console, planning and opening what a restore needs, recording
-//! profiles, reports and metrics.
+//! Owns: the main loop, the effect of each command in each state, the console, planning a restore and opening its
+//! sources, recording profiles, reports and metrics.
 //! Must not know: HTTP, command lines. Commands come through `config::control`.
-//! Start reading: `main_loop.rs` (what wakes a VM's process), `controller.rs` (which command is allowed when), `planning.rs`
-//! (which plan a restore gets), `sources.rs` (what it takes memory from).
+//! Start reading: `main_loop.rs` (the events of a VM's process), `controller.rs` (the states in which a command is
+//! allowed), `planning.rs` (choosing a restore's plan), `sources.rs` (opening a restore's sources of memory).
 
 pub mod console;
 pub mod controller;

@@ -1,5 +1,5 @@
-//! Where plans and working-set images of a snapshot are kept: beside it, or, where this user may not write, in a cache
-//! directory of the user's own.
+//! The directory of a snapshot's plans and working-set images: beside the snapshot, or, if this user may not write
+//! there, in a cache directory of the user's own.
 
 use std::path::{Path, PathBuf};
 
@@ -10,10 +10,10 @@ use crate::snapshot::{Chain, create_private_dir};
 use crate::sys::own_dir::check_owner;
 use crate::tiering::costs::cache_home;
 
-/// Where root keeps what can be made again (Filesystem Hierarchy Standard 3.0, `/var/cache`).
+/// Root's directory for data that can be made again (Filesystem Hierarchy Standard 3.0, `/var/cache`).
 const OF_ROOT: &str = "/var/cache/tvmm";
 
-/// The directory for what is derived from `chain`, if it is not the one beside the snapshot: a folder of `given`, or else of
+/// The directory for files derived from `chain`, unless it is the one beside the snapshot: a folder of `given`, or of
 /// the cache directory if the one beside the snapshot cannot be written. The folder is named after the snapshot's id.
 ///
 /// # Errors
@@ -27,7 +27,7 @@ pub fn choose(given: Option<&Path>, chain: &Chain) -> Result<Option<PathBuf>, Er
         return Ok(None);
     }
     let Some(dir) = default_dir() else { return Ok(None) };
-    // A plan can do without; where an image has to be made, its error says where that was tried.
+    // A plan need not be kept; an image must be made, and its error then names this place.
     let prepared = prepare(&dir, &id).inspect_err(
         |error| tracing::warn!(%error, dir = %dir.display(), "Plans cannot be kept in the cache directory"),
     );
@@ -47,7 +47,7 @@ fn prepare(dir: &Path, id: &str) -> std::io::Result<PathBuf> {
     Ok(folder)
 }
 
-/// Whether this process may make files in `dir`, or make `dir` itself.
+/// Returns whether this process may make files in `dir`, or make `dir` itself.
 fn is_writable(dir: &Path) -> bool {
     let may = |path: &Path| {
         let wanted = Access::WRITE_OK | Access::EXEC_OK;

@@ -1,4 +1,4 @@
-//! One scripted request over vsock: what `--run` does for guests that listen there instead of on the serial line.
+//! One scripted request over vsock: `--run` for guests that listen there instead of on the serial line.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -15,13 +15,13 @@ use crate::session::Error;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::worker::Worker;
 
-/// The guest may not listen yet: it is asked again after this.
+/// Pause before the guest, which may not listen yet, is asked again.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// Longest line of the device's or the guest's that is looked at.
+/// Longest line of the device or the guest that is read.
 const LINE_MAX: u64 = 4096;
 
-/// A request that is to be made of a guest on a vsock port.
+/// A request for a guest's vsock port.
 #[derive(Clone, Debug)]
 pub struct PortRequest {
     pub port: u32,
@@ -32,12 +32,12 @@ pub struct PortRequest {
     pub answer: Arc<Answer>,
 }
 
-/// A request that is under way. Given up when dropped.
+/// A request under way. Given up when dropped.
 pub struct Requesting {
     _worker: Worker,
 }
 
-/// What came of one attempt.
+/// The outcome of one attempt.
 enum Attempt {
     Answered(String),
     /// The guest does not listen on the port (yet).
@@ -45,7 +45,7 @@ enum Attempt {
 }
 
 impl PortRequest {
-    /// Begins to ask the machine with these devices; what the guest says goes to `output` as well.
+    /// Begins to ask the machine with these devices; the guest's lines go to `output` as well.
     pub fn begin(&self, devices: &DeviceConfigs, output: Arc<ConsoleOutput>) -> Result<Requesting, Error> {
         let path = devices.vsock.as_ref().ok_or(Error::NoVsock)?.uds_path.clone();
         let (stop, stopped) = channel();
@@ -60,7 +60,7 @@ impl PortRequest {
             // Nothing listens once the request has been answered.
             let _ = stop.send(());
             if let Some(stream) = stream.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                // Ends what the thread waits for; it may have ended already.
+                // Ends the thread's wait; the stream may have ended already.
                 let _ = stream.shutdown(Shutdown::Both);
             }
         };
@@ -68,7 +68,7 @@ impl PortRequest {
         Ok(Requesting { _worker: worker.map_err(Error::os("start the thread of the request"))? })
     }
 
-    /// The answer; None if it was stopped before.
+    /// Returns the answer; `None` if stopped before.
     fn ask_until_answered(
         &self,
         path: &Path,
@@ -111,7 +111,7 @@ impl PortRequest {
     }
 }
 
-/// A line without its end; None at the end of the stream.
+/// Reads a line without its end; `None` at the end of the stream.
 fn read_line(reader: &mut impl BufRead) -> io::Result<Option<String>> {
     let mut bytes = Vec::new();
     reader.by_ref().take(LINE_MAX).read_until(b'\n', &mut bytes)?;

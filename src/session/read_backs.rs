@@ -1,7 +1,7 @@
 //! Snapshots that are acknowledged and still to be read back from the disk.
 //!
-//! A snapshot is durable and valid when it is acknowledged. Reading its memory back finds out what the disk made of it,
-//! and leaves it in the page cache in large folios. This takes several times as long as writing it, so it comes after.
+//! A snapshot is durable and valid when it is acknowledged. Reading its memory back shows whether the disk kept it, and
+//! leaves it in the page cache in large folios. This takes several times as long as writing it, so it comes after.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ const PENDING_MAX: usize = 4;
 /// Failures that are kept for reports; all are counted and logged.
 const FAILURES_MAX: usize = 16;
 
-/// The books about what is being read back. Cheap to clone.
+/// The record of snapshots being read back. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct ReadBacks(Arc<Shared>);
 
@@ -25,7 +25,7 @@ pub struct ReadBacks(Arc<Shared>);
 struct Shared {
     books: Mutex<Books>,
     changed: Condvar,
-    /// Held while one is read: two at once would only take the disk from each other.
+    /// Held while one snapshot is read: two at once would only slow down the disk.
     turn: Mutex<()>,
 }
 
@@ -37,7 +37,7 @@ struct Books {
     failures: Vec<(PathBuf, String)>,
 }
 
-/// A snapshot that is to be read back, counted as pending until this is dropped.
+/// A snapshot to be read back; it counts as pending until this is dropped.
 pub struct Pending {
     read_back: ReadBack,
     path: PathBuf,
@@ -45,12 +45,12 @@ pub struct Pending {
 }
 
 impl ReadBacks {
-    /// Whether so many wait that the next snapshot is to be read back before it is acknowledged.
+    /// Returns true if so many wait that the next snapshot must be read back before it is acknowledged.
     pub fn are_many(&self) -> bool {
         self.books().pending >= PENDING_MAX
     }
 
-    /// Counts the snapshot at `path` as one that is to be read back.
+    /// Counts the snapshot at `path` as pending.
     pub fn add(&self, path: PathBuf, read_back: ReadBack) -> Pending {
         self.books().pending += 1;
         Pending { read_back, path, books: self.clone() }
@@ -61,7 +61,7 @@ impl ReadBacks {
         self.books().good += 1;
     }
 
-    /// Waits until nothing is left to be read back, at most for `patience`. Returns whether that is so.
+    /// Waits, at most for `patience`, until no snapshot is pending. Returns whether none is.
     pub fn wait(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         let mut books = self.books();
@@ -89,10 +89,10 @@ impl ReadBacks {
 }
 
 impl Pending {
-    /// Reads the snapshot back and takes note of what came of it.
+    /// Reads the snapshot back and records the outcome.
     ///
     /// # Errors
-    /// As for [`ReadBack::run`].
+    /// Those of [`ReadBack::run`].
     pub fn run(self) -> Result<()> {
         let result = {
             let _turn = self.books.0.turn.lock().unwrap_or_else(PoisonError::into_inner);

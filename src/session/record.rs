@@ -1,5 +1,5 @@
-//! Recording a profile: restores a snapshot in this process, runs one function of the guest, and asks the kernel what
-//! became of the pages. What a recorder can know is the business of `tiering::recorder`.
+//! Recording a profile: restores a snapshot in this process, runs one function of the guest, and asks the kernel about
+//! its pages. `tiering::recorder` says what each recorder can see.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,33 +31,33 @@ use crate::tiering::profile::{Profile, RecorderKind, nonzero};
 use crate::tiering::recorder::{FaultLog, Layering, MappedPages, ResidentPages, from_dirty, from_layers, from_mapped};
 use crate::vmm::machine::Outside;
 
-/// How a restored machine is watched from its first touch of memory on.
+/// The observation of a restored machine from its first touch of memory on.
 #[derive(Default)]
 pub struct Watch {
-    /// Is told of every first touch.
+    /// Told of every first touch.
     pub observer: Option<Box<dyn FaultObserver>>,
-    /// The kernel is to map only pages that are touched, not their neighbours, if it can be made to.
+    /// True: the kernel maps only pages that are touched, not their neighbours, if it can.
     pub single_pages: bool,
 }
 
-/// What is to be recorded.
+/// The parameters of a recording.
 #[derive(Clone, Debug)]
 pub struct RecordSpec {
     pub snapshot: SnapshotPaths,
     pub recorder: RecorderKind,
     /// One function of the guest: `name key=value…`.
     pub function: String,
-    /// The vsock port where the guest takes requests, if it is not the serial line.
+    /// The vsock port on which the guest takes requests; `None`: the serial line.
     pub port: Option<u32>,
-    /// How long the function may take.
+    /// Time limit of the function.
     pub timeout: Duration,
-    /// How long the guest may wait for a page.
+    /// Longest wait of the guest for a page.
     pub fault_timeout: Duration,
-    /// Where the run's own copies of drives are made, for a snapshot that has copies.
+    /// Directory for the run's own copies of drives, for a snapshot that contains copies.
     pub drive_dir: Option<PathBuf>,
 }
 
-/// A run that was recorded.
+/// A recorded run.
 #[derive(Clone, Debug)]
 pub struct Recorded {
     pub profile: Profile,
@@ -68,10 +68,10 @@ pub struct Recorded {
 }
 
 const RUN_ID: &str = "record";
-/// FaaSnap's daemon looks as often.
+/// FaaSnap's daemon uses the same interval.
 const POLL: Duration = Duration::from_millis(4);
 
-/// Records one run. `signals` come back for the next.
+/// Records one run. Returns `signals` for the next.
 pub fn record(spec: &RecordSpec, signals: EndSignals) -> Result<(Recorded, EndSignals), Error> {
     let chain = Arc::new(Chain::open(&sources::location(&spec.snapshot))?);
     let snapshot = chain.tip().id();
@@ -108,7 +108,7 @@ pub fn record(spec: &RecordSpec, signals: EndSignals) -> Result<(Recorded, EndSi
     Ok((Recorded { profile, answer, execute_ns }, signals))
 }
 
-/// A function that has answered, and the machine it ran in.
+/// A function that has answered, and its machine.
 struct Run {
     controller: Controller,
     answer: String,
@@ -116,7 +116,7 @@ struct Run {
     execute_ns: u64,
 }
 
-/// Output nobody reads: the answer is caught before.
+/// Discards output: the answer is taken before it.
 struct Nowhere;
 
 impl Sink for Nowhere {
@@ -179,7 +179,7 @@ fn failed<T>(what: String) -> Result<T, Error> {
     Err(Error::Record(what))
 }
 
-/// What is mapped of guest memory now.
+/// The pages of guest memory that are mapped now.
 fn mapped_pages(controller: &Controller) -> Result<MappedPages, Error> {
     let Some(parts) = controller.machine_parts() else { return failed("the machine is gone".to_string()) };
     let mut mapped = MappedPages { only_touched: parts.single_pages, ..MappedPages::default() };
@@ -201,12 +201,12 @@ fn mapped_pages(controller: &Controller) -> Result<MappedPages, Error> {
 struct CacheOfChain {
     chain: Arc<Chain>,
     views: Vec<CacheView>,
-    /// Guest pages by the layer they come from; zero pages belong to whoever has them as holes.
+    /// Guest pages by the layer they come from; a zero page belongs to the layer that has it as a hole.
     from_layer: Vec<PageSet>,
 }
 
 impl CacheOfChain {
-    /// Views on the layers' memory files, after they were dropped from the page cache.
+    /// Views of the layers' memory files, which are dropped from the page cache first.
     fn evicted(chain: &Arc<Chain>) -> Result<Self, Error> {
         let mut by_layer: BTreeMap<usize, PageSet> = BTreeMap::new();
         for run in chain.resolve()? {
@@ -284,7 +284,7 @@ impl Poller {
     }
 
     fn finish(self) -> Result<(Layering, PageSet), Error> {
-        // A thread that failed no longer listens; its result says why.
+        // A failure means that the thread has failed and ended; its result holds the reason.
         let _ = self.stop.send(());
         let result = self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
         result.map_err(Error::os("ask which pages are in the page cache"))

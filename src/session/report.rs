@@ -23,9 +23,9 @@ use crate::tiering::profile::Profile;
 /// A report being put together.
 pub struct Report(Value);
 
-/// Everything that needs the machine alive.
+/// Collects everything that needs the machine alive.
 ///
-/// `against`: the profile of a run to hold the plan against.
+/// `against`: the profile of a run to compare the plan with.
 pub fn collect(
     controller: &Controller,
     operation: &str,
@@ -80,7 +80,7 @@ pub fn collect(
     })))
 }
 
-/// The report of a machine that lives, as far as it has come.
+/// The report of a running machine so far.
 pub fn live(controller: &Controller) -> Result<Value, Error> {
     let operation = if controller.restored().is_some() { "restore" } else { "boot" };
     let mut timeline = controller.timeline.clone();
@@ -89,7 +89,7 @@ pub fn live(controller: &Controller) -> Result<Value, Error> {
 }
 
 impl Report {
-    /// Adds why it is over.
+    /// Adds the reason of the end.
     pub fn ended(mut self, outcome: &Outcome) -> Self {
         self.0["ending"] = json!(match outcome {
             Outcome::Guest(Ending::Reset) => "reset",
@@ -112,7 +112,7 @@ impl Report {
     }
 
     fn timed(mut self, controller: &Controller, timeline: &Timeline) -> Self {
-        // After the tear-down, which waits for them.
+        // Read after the tear-down, which waits for them.
         self.0["read_backs"] = controller.read_backs();
         let moments = controller.moments();
         let since = |ns: Option<u64>| ns.map(|ns| timeline.since_start_us(ns));
@@ -129,7 +129,7 @@ impl Report {
         write_text(path, &format!("{:#}\n", self.0))
     }
 
-    /// The slices and the fault batches, for a collector: parts of one span, faults parts of the request.
+    /// The time slices and fault batches for a collector, as parts of one span; fault batches are parts of the request.
     pub fn spans(&self, trace_id: u128, root_id: u64) -> otlp::Trace {
         let list = |key: &str| self.0[key].as_array().map(Vec::as_slice).unwrap_or_default();
         let operation = self.0["operation"].as_str().unwrap_or_default();
@@ -151,7 +151,7 @@ impl Report {
         for batch in list("fault_batches") {
             let counts = ["faults", "pages"].map(|key| (format!("tvmm.{key}"), batch[key].clone()));
             let mut batch = span("faults", Some(0), batch, counts.to_vec());
-            // The restore itself touches pages.
+            // Faults before the request belong to the restore, which touches pages itself.
             batch.parent = Some(if batch.start_ns < spans[request].start_ns { 0 } else { request });
             spans.push(batch);
         }
@@ -178,7 +178,7 @@ impl Report {
     }
 }
 
-/// A new file is its owner's only: addresses and times of page faults tell what the guest did.
+/// Writes a file. A new one is readable by its owner only: addresses and times of page faults tell what the guest did.
 fn write_text(path: &Path, text: &str) -> Result<(), Error> {
     let written = overwrite_private(path).and_then(|mut file| file.write_all(text.as_bytes()));
     written.map_err(|source| Error::File { doing: "write", path: path.to_owned(), source })

@@ -1,4 +1,4 @@
-//! What a restore takes guest memory from: the snapshot's files, or pools that have it.
+//! The sources of guest memory for a restore: the snapshot's files, or pools that have it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,14 +18,14 @@ use crate::tiering::cold::ColdPool;
 use crate::tiering::pool::{self, OnLost, PoolTier};
 use crate::tiering::tier::Tier;
 
-/// What pages come from.
+/// The sources of guest pages.
 pub struct Sources {
     pub chain: Arc<Chain>,
     /// In the order of their index.
     pub tiers: Vec<Arc<dyn Tier>>,
-    /// Those of them that are pools.
+    /// The tiers that are pools.
     pub pools: Vec<Arc<PoolTier>>,
-    /// Has the bytes of the chain's memory files, which need not be there then.
+    /// Serves the bytes of the chain's memory files, which need not exist then.
     pub cold: Option<Arc<ColdPool>>,
 }
 
@@ -35,8 +35,9 @@ impl Sources {
     }
 }
 
-/// Opens what `load` names. With pools, neither memory files nor parents are opened; a cold pool stands by for a snapshot
-/// that none of them has. `fault_timeout`: how long a guest may wait for a page; `stalls` ends it should a pool's lease be lost.
+/// Opens the sources in `load`. With pools, neither memory files nor parents are opened; a cold pool is the source for
+/// a snapshot that none of them has. `fault_timeout`: longest wait of a guest for a page; `stalls` ends the guest if a
+/// pool's lease is lost.
 pub fn open(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
     let mut sources = open_memory(load, fault_timeout, stalls)?;
     let is_derived_from = load.profile.is_some() || load.plan.is_some();
@@ -91,8 +92,8 @@ fn memory(
     Ok(Sources { cold, ..Sources::files(chain) })
 }
 
-/// The snapshot at `location`, from the first of `pools` that has it; from its own files without any. `leased`: it will be
-/// mapped, and who ends the guest should others end the lease.
+/// Opens the snapshot at `location` from the first of `pools` that has it, or from its own files without pools.
+/// `leased`: its pages will be mapped, and this ends the guest if the lease is ended by others.
 fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) -> Result<Sources, Error> {
     if pools.is_empty() {
         return Ok(Sources::files(Chain::open(location)?));
@@ -104,7 +105,7 @@ fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) 
         let medium = Arc::new(pool_media::open(path, access)?);
         let on_lost = leased.cloned().map(|stalls| -> OnLost { Box::new(move |error| stalls.end(error.to_string())) });
         match PoolTier::open(medium, chain.tip().id(), on_lost) {
-            // It has every page: those after it are not needed.
+            // The pool has every page: no other is needed.
             Ok(tier) => {
                 let tier = Arc::new(tier);
                 return Ok(Sources {
@@ -118,11 +119,11 @@ fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) 
             Err(error) => return Err(Error::Tiering(error.into())),
         }
     }
-    // There is a pool, so there is a reason.
+    // There is a pool, so the loop has set a reason.
     Err(missing.map_or(Error::PoolAndHandler, |error| Error::Tiering(error.into())))
 }
 
-/// Where a snapshot is.
+/// The location of a snapshot.
 pub fn location(paths: &SnapshotPaths) -> Location {
     match &paths.memory {
         None => Location::Dir(paths.snapshot.clone()),

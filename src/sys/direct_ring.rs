@@ -141,7 +141,7 @@ mod tests {
         match File::options().read(true).custom_flags(libc::O_DIRECT).open(file.path()) {
             Ok(direct) => Some((bytes, direct, file)),
             Err(error) => {
-                println!("skipped: the file system cannot be read past the page cache: {error}");
+                crate::skip::skip!("direct-io", "the file system cannot be read past the page cache: {error}");
                 None
             }
         }

@@ -16,8 +16,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts `work` on a thread made by `builder`. `stop` makes `work` return soon; it may be called several times, and
-    /// after `work` has returned.
+    /// Starts `work` on a thread made by `builder`. `stop` makes `work` return soon; it may be called several times,
+    /// and after `work` has returned.
     ///
     /// # Errors
     /// Those of pthread_create(3).
@@ -41,7 +41,8 @@ impl Worker {
         wait_for(self.thread.as_ref(), deadline)
     }
 
-    /// Asks the thread to end, as a drop does, but waits only until `deadline`. A thread that runs longer is left alone.
+    /// Asks the thread to end, as a drop does, but waits only until `deadline`. A thread that runs longer is left
+    /// alone.
     pub fn abandon(mut self, deadline: Instant) {
         self.finish(deadline);
         self.thread = None;

@@ -1,9 +1,9 @@
-//! Capturing a paused machine.
+//! Capture of a paused machine.
 //!
-//! What must happen while the guest stands still is kept short: vCPU and device state, the dirty log, and one pass over
-//! the pages that can be anything but zero, written straight from guest memory. Everything slow (checksummed page map,
-//! fsync, rename) is [`Captured::seal`], which needs no machine and runs after the guest may go on. Reading the memory
-//! back from the disk is slower still, and comes after the snapshot was acknowledged (`read_backs.rs`).
+//! The part during which the guest stands still is kept short: vCPU and device state, the dirty log, and one pass over
+//! the pages that may not be zero, written straight from guest memory. Everything slow (checksummed page map, fsync,
+//! rename) is [`Captured::seal`], which needs no machine and runs while the guest may go on. Reading the memory back
+//! from the disk is slower still, and comes after the snapshot was acknowledged (`read_backs.rs`).
 
 use std::time::{Duration, Instant};
 
@@ -25,21 +25,21 @@ use crate::sys::page_cache::PageCache;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::pagemap_scan::mapped_runs;
 
-/// A machine's state at one instant, its memory written, not yet sealed.
+/// A machine's state at one instant with its memory written; not sealed yet.
 pub struct Captured {
     writer: SnapshotWriter,
     state: Vec<Section>,
     host: HostFacts,
     machine: MachineFacts,
-    /// Drives that stay where they are: what the guest believes to be on them is made durable with its memory.
+    /// Drives that the snapshot does not copy: data that the guest believes to be on them is synced with its memory.
     drives: Vec<WritableDrive>,
-    /// Pages of a diff that may be as they were in its parent, which is there.
+    /// Pages of a diff that may equal those of its parent, and the parent.
     doubtful: Option<(Parent, PageSet)>,
-    /// How long reading state and writing memory took, µs. The guest stood still for this and its stopping.
+    /// Time for reading state and writing memory, µs. The guest stood still for it and for its stopping.
     pub capture_us: u64,
 }
 
-/// When a snapshot's memory is read back from the disk.
+/// The time at which a snapshot's memory is read back from the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadBackWhen {
     /// Before the snapshot has its name.
@@ -49,7 +49,7 @@ pub enum ReadBackWhen {
 }
 
 impl Captured {
-    /// Makes the snapshot final: everything on disk under its name, and verified or still to be.
+    /// Makes the snapshot final: everything is on disk under its name, and verified or still to be.
     pub fn seal(mut self, when: ReadBackWhen) -> Result<(Sealed, Option<ReadBack>), Error> {
         for drive in &self.drives {
             drive.image.sync_data().map_err(Error::os("make a drive durable"))?;
@@ -68,16 +68,16 @@ impl Captured {
     }
 }
 
-/// Takes those of `pages` out of the diff that are as they were in `parent`.
+/// Removes the pages of `pages` that equal those of `parent` from the diff.
 fn drop_unchanged(writer: &mut SnapshotWriter, parent: &Parent, pages: &PageSet) -> Result<(), Error> {
     match Chain::open(&parent.location) {
         Ok(chain) if chain.tip().id() == parent.id => Ok(writer.drop_unchanged(Doubtful { parent: &chain, pages })?),
-        // The parent's memory is elsewhere (a pool), or it was moved: the diff is right with these pages in it.
+        // The parent's memory is elsewhere (in a pool), or was moved: the diff is right with these pages in it.
         _ => Ok(()),
     }
 }
 
-/// A capture waits so long for the comparison of images with their checksums.
+/// Limit on the wait of a capture for the comparison of images with their checksums.
 const COMPARED_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Machine<Paused> {
@@ -90,12 +90,12 @@ impl Machine<Paused> {
         if self.core.lineage.is_sealing() {
             return Err(Error::SnapshotInProgress);
         }
-        // Reading such pages would end the process before the caller has an answer.
+        // Reading such pages would end the process before the caller gets an answer.
         if let Some(why) = lost::behind_an_end() {
             self.core.ending.end(Ending::MemoryLost(why.clone()));
             return Err(memory::Error::Lost(why).into());
         }
-        // Damage must not get a fresh checksum.
+        // Damaged pages must not get a fresh checksum.
         self.core.services.wait_until_compared(Instant::now() + COMPARED_TIMEOUT)?;
         let parent = match kind {
             SnapshotKind::Full => None,
@@ -110,9 +110,10 @@ impl Machine<Paused> {
             }
         }
         let log = self.core.read_dirty_log()?;
-        // KVM does not see what devices write. Into the lineage at once: taking the marks clears them.
+        // KVM does not see the writes of devices. They go into the lineage at once, because taking the marks clears
+        // them.
         self.core.lineage.add_changed(&self.core.ram.take_written());
-        // Nor what the guest gave back: these pages have become zero.
+        // KVM does not see balloon releases either: these pages have become zero.
         let released = self.core.ram.released().take_fresh();
         self.core.lineage.add_changed(&released);
         let mut doubtful = None;
@@ -126,7 +127,7 @@ impl Machine<Paused> {
                 let gone = self.core.unpopulated(&released)?;
                 let mut changed = self.core.lineage.add_changed(&log.pages).clone();
                 changed.subtract(&gone);
-                // Known to be zero: reading them would bring them back.
+                // These pages are zero; reading them would bring them back.
                 let gone = gone.runs().flat_map(|run| self.core.ram.layout().split(run).collect::<Vec<_>>());
                 gone.into_iter().try_for_each(|extent| writer.mark_zero(extent))?;
                 write_pages(&self.core, &changed, &mut writer, true)?;
@@ -134,7 +135,7 @@ impl Machine<Paused> {
                 doubtful = parent.filter(|_| !pages.is_empty()).map(|parent| (parent, pages));
             }
         }
-        // Only now: had writing failed, KVM's log would still hold the pages.
+        // Cleared only now: if a write had failed, KVM's log would still hold the pages.
         self.core.clear_dirty_log(&log)?;
         self.core.lineage.begin_seal();
         let shape = &self.core.shape;
@@ -174,12 +175,12 @@ impl Machine<Paused> {
 }
 
 impl<S> Machine<S> {
-    /// The pages that KVM's log has; it keeps them.
+    /// The pages in KVM's log, which keeps them.
     pub fn dirty_pages(&self) -> Result<PageSet, Error> {
         Ok(self.core.read_dirty_log()?.pages)
     }
 
-    /// Tells the machine how the sealing of its last capture went.
+    /// Called with the outcome of sealing the last capture.
     pub fn seal_finished(&mut self, sealed: Option<&Sealed>) {
         match sealed {
             Some(sealed) => {
@@ -190,7 +191,7 @@ impl<S> Machine<S> {
         }
     }
 
-    /// Tells the machine that a snapshot does not read back from the disk as it was written.
+    /// Called when a snapshot read back from the disk differs from what was written.
     pub fn snapshot_damaged(&mut self, id: SnapshotId) {
         self.core.lineage.damaged(id);
     }
@@ -235,8 +236,8 @@ impl Core {
         Ok(())
     }
 
-    /// Pages that can hold anything but zeros: those this process has populated, and those that a layer holds under a
-    /// piece that is a mapping of its file and may never have been touched.
+    /// Pages that may not be zero: those that this process has populated, and those that a layer or tier holds under a
+    /// mapping of it, which may never have been touched.
     fn maybe_nonzero(&self) -> Result<PageSet, Error> {
         let mut pages = self.populated()?;
         if let Some(chain) = self.lineage.origin() {
@@ -244,7 +245,7 @@ impl Core {
             for piece in self.ram.pieces().iter().filter(|piece| piece.backing != Backing::Anon) {
                 mapped.insert_run(piece.extent);
             }
-            // What the guest has given back is populated if it was touched since, and zero otherwise.
+            // A released page is populated if it was touched since, and zero otherwise.
             mapped.subtract(self.ram.released().read().ever());
             if !self.services.tiers().is_empty() {
                 for tier in self.services.tiers() {
@@ -264,7 +265,7 @@ impl Core {
         Ok(pages)
     }
 
-    /// Those of `released` that nobody has touched since: they are zero.
+    /// The pages of `released` that have not been touched since: they are zero.
     fn unpopulated(&self, released: &PageSet) -> Result<PageSet, Error> {
         match released.is_empty() {
             true => Ok(PageSet::new()),
@@ -295,15 +296,16 @@ impl Core {
     }
 }
 
-/// Pages written with one call at most: 4 MiB.
+/// Most pages written with one call: 4 MiB.
 const RUN_PAGES: u64 = 1024;
 
-/// Writes the pages of `candidates` that are not zero. Zero ones are recorded if `mark_zero`: in a diff they hide the
-/// parent's.
+/// Writes the pages of `candidates` that are not zero. With `mark_zero`, zero pages are recorded: in a diff they hide
+/// the parent's.
 fn write_pages(core: &Core, candidates: &PageSet, writer: &mut SnapshotWriter, mark_zero: bool) -> Result<(), Error> {
     for run in candidates.runs() {
         for extent in core.ram.layout().split(run) {
-            // SAFETY: the machine is paused (only `Machine<Paused>` gets here), its devices are quiet, and pieces are not remapped while `core` is borrowed.
+            // SAFETY: the machine is paused (only `Machine<Paused>` gets here), its devices are quiet, and pieces are
+            // not remapped while `core` is borrowed.
             let bytes = unsafe { core.ram.bytes(extent) }?;
             write_extent(extent, bytes, writer, mark_zero)?;
         }

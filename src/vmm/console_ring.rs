@@ -1,9 +1,9 @@
-//! Console bytes that KVM collects without an exit, and when they are taken out of its ring: at each exit of a vCPU, and by
-//! the main loop while a vCPU may have written some and does not come out.
+//! Console bytes that KVM collects in a ring without an exit. They are taken out at each exit of a vCPU, and by the
+//! main loop while a vCPU runs for long without an exit.
 //!
-//! KVM tells nobody of bytes in the ring, so a timer asks. It is armed by the exits of vCPUs (a driver asks for the line
-//! status, an exit, before it writes), goes on while bytes come or vCPUs use the CPU, and stops when the guest halts: an
-//! idle VM costs nothing.
+//! KVM does not notify about bytes in the ring, so a timer polls it. Exits of vCPUs arm the timer (a driver reads the
+//! line status, an exit, before it writes). It keeps going while bytes come or vCPUs use the CPU, and stops when the
+//! guest halts: an idle VM costs nothing.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -20,12 +20,12 @@ use super::vcpu::Buses;
 use crate::sys::clock::ThreadClock;
 use crate::sys::coalesced::CoalescedRing;
 
-/// The longest that a byte waits for the main loop while its guest computes.
+/// Longest time that a byte waits for the main loop while its guest computes.
 const PERIOD: Duration = Duration::from_millis(8);
-/// vCPUs that use less than this share of a period are taken for halted.
+/// vCPUs that use less than this share of a period count as halted.
 const IDLE_SHARE: u32 = 50;
 
-/// The ring, and the timer that asks for it.
+/// The ring, and the timer that polls it.
 pub struct ConsoleRing {
     ring: CoalescedRing,
     buses: Arc<Buses>,
@@ -44,7 +44,7 @@ impl ConsoleRing {
         Ok(ConsoleRing { ring, buses, counters, timer, is_armed: AtomicBool::new(false), clocks, used_ns: 0.into() })
     }
 
-    /// Gives what waits to the serial port, in order. Returns whether there was anything.
+    /// Passes the bytes in the ring to the serial port, in order. Returns whether there were any.
     pub fn drain(&self) -> bool {
         self.ring.drain(|port, data| self.counters.io_coalesced.count(self.buses.pio.write(port, data)))
     }
@@ -61,7 +61,7 @@ impl ConsoleRing {
         if !self.is_armed.load(Ordering::Relaxed) && !self.is_armed.swap(true, Ordering::Relaxed) {
             let value = Timespec { tv_sec: 0, tv_nsec: PERIOD.as_nanos() as i64 };
             let times = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-            // It fails for invalid times only.
+            // The call fails only for invalid times.
             let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &times);
         }
     }

@@ -1,4 +1,4 @@
-//! What can go wrong while a machine is built, run, captured or restored.
+//! Errors of building, running, capturing and restoring a machine.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use super::kvm_error::KvmError;
 use super::restore::StateError;
 use crate::{devices, memory, snapshot};
 
-/// The one error of the vmm room. Each says what was being done to what; causes are chained.
+/// The one error of the vmm room. Each variant names the action and its object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("A device failed")]

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Exits of one kind: how many, and how many of them no device answered.
+/// Exits of one kind: their number, and how many of them no device answered.
 #[derive(Debug, Default)]
 pub struct ExitCounter {
     all: AtomicU64,

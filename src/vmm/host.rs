@@ -1,4 +1,4 @@
-//! What a host can do, as far as a snapshot depends on it.
+//! The features of a host that a snapshot depends on.
 
 use std::arch::x86_64::__cpuid_count;
 
@@ -24,7 +24,7 @@ const FEATURE_WORDS: [(u32, u32, &str); 12] = [
     (0x8000_0008, 0, "ebx"),
     (0x8000_0021, 0, "eax"),
 ];
-/// CPUID.1:ECX bit 27 mirrors CR4.OSXSAVE; it says what runs now, not what the CPU can do.
+/// CPUID.1:ECX bit 27 mirrors CR4.OSXSAVE: a fact about the running kernel, not about the CPU.
 const OSXSAVE: u32 = 1 << 27;
 
 /// Capabilities of KVM that a restore uses.
@@ -48,7 +48,8 @@ fn register(words: &std::arch::x86_64::CpuidResult, name: &str) -> u32 {
 }
 
 fn cpuid(leaf: u32, subleaf: u32) -> std::arch::x86_64::CpuidResult {
-    // A leaf above the maximum returns another leaf's words (Intel SDM, CPUID): read it as nothing instead.
+    // CPUID answers for a leaf above the maximum with another leaf's words (Intel SDM, CPUID); such a leaf counts as
+    // zero.
     if __cpuid_count(leaf & 0x8000_0000, 0).eax < leaf {
         return std::arch::x86_64::CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
     }
@@ -98,8 +99,8 @@ pub fn facts(kvm: &Kvm) -> HostFacts {
     }
 }
 
-/// Checks that this host can honour what the guest has seen on the host of the snapshot. What the guest never saw
-/// (`guest_cpuid`) is not asked for. The error lists every difference.
+/// Checks that this host has every feature that the guest has seen on the host of the snapshot. Features that the guest
+/// never saw (`guest_cpuid`) are not needed. The error lists all differences.
 pub fn check(recorded: &HostFacts, guest_cpuid: &[kvm_cpuid_entry2], guest_xcr0: u64, kvm: &Kvm) -> Result<(), Error> {
     let mut differences = Vec::new();
     let vendor = vendor();
@@ -138,8 +139,8 @@ pub fn check(recorded: &HostFacts, guest_cpuid: &[kvm_cpuid_entry2], guest_xcr0:
     if differences.is_empty() { Ok(()) } else { Err(StateError::Host(differences).into()) }
 }
 
-/// Whether KVM runs guests on page tables of their own, with a second stage below them (EPT, NPT). Elsewhere it walks and
-/// marks the guest's page tables itself, and may deliver events to it by software.
+/// Returns whether KVM runs guests on their own page tables with a second stage below them (EPT, NPT). Other kinds of
+/// KVM walk and mark the guest's page tables themselves, and may deliver events by software.
 pub fn has_second_stage_paging() -> bool {
     let is_on = |path| std::fs::read(path).is_ok_and(|text| matches!(text.first(), Some(b'Y' | b'1')));
     is_on("/sys/module/kvm_intel/parameters/ept") || is_on("/sys/module/kvm_amd/parameters/npt")

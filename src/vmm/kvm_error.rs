@@ -1,8 +1,8 @@
-//! What can go wrong between a machine and KVM.
+//! Errors between a machine and KVM.
 
 use std::io;
 
-/// KVM refuses, or is not there.
+/// KVM is absent or refuses a request.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     #[error(

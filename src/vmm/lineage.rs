@@ -1,8 +1,8 @@
-//! Which snapshot a running VM's memory is a change of, and which pages changed since.
+//! Lineage: the snapshot that a running VM's memory is a change of, and the pages changed since.
 //!
-//! A diff holds the pages written since its parent. KVM's log is read and cleared while the VM is paused, but the
-//! snapshot made of it may still fail to be sealed later (a full disk). Then nothing may be lost: the pages go back
-//! and are part of the next diff.
+//! A diff holds the pages written since its parent. KVM's log is read and cleared while the VM is paused, but sealing
+//! the snapshot may still fail later (a full disk). No page may be lost then: the pages go back and are part of the
+//! next diff.
 
 use std::sync::Arc;
 
@@ -12,21 +12,21 @@ use crate::snapshot::{Chain, PageSet, Parent, SnapshotId};
 /// Ancestry of one VM's memory.
 #[derive(Debug, Default)]
 pub struct Lineage {
-    /// The last snapshot sealed of, or restored into, this VM.
+    /// The last snapshot sealed from, or restored into, this VM.
     parent: Option<Parent>,
-    /// Pages known to have changed since `parent`, without those KVM's log still holds.
+    /// Pages known to have changed since `parent`, without those still in KVM's log.
     changed: PageSet,
     /// Pages of the snapshot that is being sealed.
     in_flight: Option<PageSet>,
-    /// The layers this VM was restored from: some of its pieces are still mappings of their files.
+    /// The layers that this VM was restored from: some of its pieces still map their files.
     origin: Option<Arc<Chain>>,
-    /// Pages of a restored VM that the host makes writable only when they are written: of these, KVM's log is exact.
+    /// Pages of a restored VM that the host makes writable only when they are written: KVM's log is exact for these.
     exact: PageSet,
 }
 
 impl Lineage {
-    /// The lineage of a VM that was just restored from `chain`. `exact`: pages that the host makes writable only when they
-    /// are written.
+    /// The lineage of a VM that was just restored from `chain`. `exact`: pages that the host makes writable only when
+    /// they are written.
     pub fn restored(chain: Arc<Chain>, exact: PageSet) -> Self {
         let tip = chain.tip();
         let parent = Parent { id: tip.manifest().id, location: tip.location().clone() };
@@ -37,13 +37,13 @@ impl Lineage {
         self.origin.as_ref()
     }
 
-    /// The snapshot a diff taken now would be a change of.
+    /// The snapshot that a diff taken now would be a change of.
     pub fn parent(&self) -> Result<&Parent, Error> {
         self.parent.as_ref().ok_or_else(|| Error::Diff("this VM has no earlier snapshot; take a full one first".into()))
     }
 
-    /// The pages of `changed` that may only have been read: KVM counts a read of a page as a write where it finds the page
-    /// writable, as memory is that was filled for a restore.
+    /// The pages of `changed` that may only have been read. If KVM finds a page writable, as memory filled for a
+    /// restore is, it counts a read as a write.
     pub fn doubtful(&self, changed: &PageSet) -> PageSet {
         match self.origin {
             Some(_) => changed.difference(&self.exact),
@@ -51,7 +51,7 @@ impl Lineage {
         }
     }
 
-    /// The snapshot `id` has turned out to be damaged on the disk: no diff may be relative to it.
+    /// Called when the snapshot `id` is found damaged on the disk: no diff may be relative to it.
     pub fn damaged(&mut self, id: SnapshotId) {
         if self.parent.as_ref().is_some_and(|parent| parent.id == id) {
             self.parent = None;
@@ -62,24 +62,24 @@ impl Lineage {
         self.in_flight.is_some()
     }
 
-    /// Adds pages read from KVM's log, and returns all that changed since the parent.
+    /// Adds pages read from KVM's log. Returns all pages changed since the parent.
     pub fn add_changed(&mut self, pages: &PageSet) -> &PageSet {
         self.changed.union_with(pages);
         &self.changed
     }
 
-    /// A snapshot of this instant is being sealed: changes count from now on.
+    /// Called when the sealing of a snapshot of this instant begins: changes count from now on.
     pub fn begin_seal(&mut self) {
         self.in_flight = Some(std::mem::take(&mut self.changed));
     }
 
-    /// It was sealed: it is the parent of the next diff.
+    /// Called when it was sealed: it is the parent of the next diff.
     pub fn seal_done(&mut self, parent: Parent) {
         self.in_flight = None;
         self.parent = Some(parent);
     }
 
-    /// It was not: its pages are still changes against the old parent.
+    /// Called when sealing failed: its pages are still changes against the old parent.
     pub fn seal_failed(&mut self) {
         if let Some(pages) = self.in_flight.take() {
             self.changed.union_with(&pages);

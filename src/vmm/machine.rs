@@ -53,7 +53,7 @@ use crate::vmm::kvm_error::KvmError;
 use crate::vmm::pmem::PmemMemory;
 use crate::vmm::restore::StateError;
 
-/// What a machine is built from, whether it boots or is restored.
+/// The construction parameters of a machine, booted or restored.
 #[derive(Clone, Debug)]
 pub struct Shape {
     pub vcpu_count: u8,
@@ -71,32 +71,32 @@ impl Shape {
     }
 }
 
-/// The serial port of a machine, which its main loop feeds.
+/// The serial port of a machine. The main loop passes input to it.
 pub type SerialPort = Arc<Serial>;
 
-/// What the machine is connected to outside.
+/// The machine's connections to the rest of the process.
 #[derive(Clone)]
 pub struct Outside {
-    /// Where the serial port writes.
+    /// Output of the serial port.
     pub output: Arc<ConsoleOutput>,
-    /// How long a restored guest may wait for a page before it is ended.
+    /// Longest wait of a restored guest for a page before it is ended.
     pub fault_timeout: Duration,
-    /// Where moments of the guest are noted.
+    /// Records moments of the guest.
     pub moments: Arc<Moments>,
 }
 
-/// The devices of a machine: those that every one has, and what its config adds.
+/// The devices of a machine: the built-in ones, and those of its config.
 pub struct Devices {
     pub serial: Arc<Serial>,
     pub i8042: Arc<I8042>,
-    /// What the host tells the guest.
+    /// The metadata device, through which the host passes data to the guest.
     pub fw_cfg: Arc<FwCfg>,
-    /// Machines without ACPI have none: the guest could not find it.
+    /// `None` without ACPI: the guest could not find it.
     pub vmgenid: Option<VmGenId>,
     pub virtio: VirtioDevices,
 }
 
-/// Devices that differ from machine to machine, and the config the virtio ones were made from.
+/// The devices that differ between machines, and the configs of the virtio ones.
 #[derive(Default)]
 pub struct DeviceSet {
     pub virtio: Vec<Box<dyn VirtioDevice>>,
@@ -104,27 +104,27 @@ pub struct DeviceSet {
     pub fw_cfg: FwCfgState,
 }
 
-/// What outlives the machine's states. Fields drop in this order: the VM before the memory under its slots.
+/// The part of a machine that all states share. Fields drop in this order: the VM before the memory under its slots.
 pub(crate) struct Core {
-    /// Before memory is gone, so are those who work on it; devices first, for they wait for memory services.
+    /// Dropped before `ram`, which both use. Devices first: they may be blocked on a fault that `services` answers.
     pub devices: Devices,
     pub services: MemoryServices,
     pub kvm: Kvm,
     pub vm: VmFd,
     pub ram: GuestRam,
-    /// Kept for as long as the VM has slots over it.
+    /// Kept while the VM has slots over it.
     _pmem: Vec<PmemMemory>,
     pub shape: Shape,
     pub lineage: Lineage,
     pub counters: Arc<ExitCounters>,
-    /// Console bytes that KVM collects, where it can.
+    /// Console bytes that KVM collects, if this KVM can.
     pub console: Option<Arc<ConsoleRing>>,
     pub ending: Arc<EndingSignal>,
-    /// MSRs a restore could not set and the guest does without.
+    /// MSRs that KVM refused at the restore and that the guest does without.
     pub msrs_refused: Vec<u32>,
 }
 
-/// vCPUs exist and no thread runs them.
+/// vCPUs exist, and no thread runs them.
 pub struct Built {
     vcpus: Vec<Vcpu>,
 }
@@ -141,12 +141,12 @@ pub struct Paused {
 
 /// A machine in state `S`.
 pub struct Machine<S> {
-    // Before `core`: threads must be gone before memory and VM are.
+    // Dropped before `core`: threads must end before memory and VM go.
     pub(crate) state: S,
     pub(crate) core: Core,
 }
 
-/// Opens /dev/kvm and checks that it is one tvmm can use.
+/// Opens /dev/kvm and checks that tvmm can use this KVM.
 pub fn open_kvm() -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
@@ -155,13 +155,13 @@ pub fn open_kvm() -> Result<Kvm, Error> {
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
-        // The ioctl failed: whatever this is, it does not speak KVM.
+        // The ioctl failed: the device does not speak KVM.
         -1 => Err(KvmError::NoDevice(kind_of_kvm()).into()),
         other => Err(KvmError::Version(other).into()),
     }
 }
 
-/// What /dev/kvm is, in words.
+/// Describes the file at /dev/kvm.
 fn kind_of_kvm() -> &'static str {
     match std::fs::metadata("/dev/kvm").map(|metadata| metadata.file_type()) {
         Ok(kind) if kind.is_file() => "an ordinary file",
@@ -296,7 +296,7 @@ impl Machine<Built> {
         Ok(())
     }
 
-    /// The vCPU that boots, as long as no thread has it.
+    /// The boot vCPU, while no thread has it.
     pub(crate) fn boot_vcpu(&self) -> Option<&VcpuFd> {
         self.state.vcpus.first().map(|vcpu| &vcpu.fd)
     }
@@ -320,7 +320,7 @@ impl Machine<Built> {
 }
 
 impl Machine<Running> {
-    /// As [`Machine::<Paused>::stop`].
+    /// See [`Machine::<Paused>::stop`].
     pub fn stop(self, patience: Duration) -> Result<(), Error> {
         Machine { state: Paused { threads: self.state.threads }, core: self.core }.stop(patience)
     }
@@ -333,23 +333,24 @@ impl Machine<Running> {
             threads.iter().for_each(VcpuThread::resume);
             return Err(Box::new((self, error)));
         }
-        // vCPUs first: what they have asked of devices is then finished, and nobody asks for more.
+        // vCPUs have stopped before: their requests to devices are finished, and no new ones come.
         self.core.devices.virtio.quiesce();
         Ok(Machine { state: Paused { threads: self.state.threads }, core: self.core })
     }
 }
 
 impl Machine<Paused> {
-    /// Ends vCPU threads and whoever works on guest memory, then gives back VM and memory. If one of the threads does
-    /// not end within `patience` it still uses them: then they stay until the process ends, which should be at once.
+    /// Ends the vCPU threads and the services of guest memory, then frees VM and memory. If one of the threads does not
+    /// end within `patience`, VM and memory stay, because the thread still uses them; the caller should end the process
+    /// at once.
     pub fn stop(self, patience: Duration) -> Result<(), Error> {
-        // A guest whose memory is served no more will not stop however long one waits.
+        // A guest whose memory is no longer served does not stop, however long the wait.
         let patience = if self.core.services.have_failed() { Duration::ZERO } else { patience };
         let deadline = Instant::now() + patience;
         let threads = &self.state.threads;
         threads.iter().for_each(VcpuThread::ask_to_exit);
         let parked = threads.iter().try_for_each(|thread| thread.wait_parked_until(deadline));
-        // Devices before who serves the memory that they may be waiting for.
+        // Devices before the services that they may be waiting for.
         let stopped = parked.and_then(|()| self.core.devices.virtio.finish(deadline));
         let stopped = stopped.and_then(|()| Ok(self.core.services.finish(deadline)?));
         if stopped.is_err() {
@@ -358,7 +359,8 @@ impl Machine<Paused> {
         stopped
     }
 
-    /// Lets all vCPUs go on (or returns the machine with the error), and tells the guest's clock that they were stopped.
+    /// Lets all vCPUs go on and tells the guest's clock that they were stopped. On an error the machine comes back with
+    /// it.
     pub fn resume(self) -> Result<Machine<Running>, Box<(Machine<Paused>, Error)>> {
         for thread in &self.state.threads {
             let vcpu = thread.vcpu();
@@ -391,7 +393,7 @@ impl<S> Machine<S> {
         &self.core.devices.virtio
     }
 
-    /// Changes a device; returns what the configs of all devices are then.
+    /// Changes a device. Returns the new configs of all devices.
     pub fn patch_device(&mut self, patch: DevicePatch) -> Result<&DeviceConfigs, Refused> {
         self.core.devices.virtio.patch(patch, self.core.ram.layout())?;
         Ok(self.core.devices.virtio.configs())
@@ -406,12 +408,12 @@ impl<S> Machine<S> {
         self.core.console.as_ref()
     }
 
-    /// Where vCPUs and devices say that the guest is over.
+    /// The signal by which vCPUs and devices report that the guest has ended.
     pub fn ending(&self) -> &Arc<EndingSignal> {
         &self.core.ending
     }
 
-    /// Whether the kernel maps only pages that were touched, not their neighbours.
+    /// Returns whether the kernel maps only the pages that were touched, not their neighbours.
     pub fn maps_single_pages(&self) -> bool {
         self.core.services.maps_single_pages()
     }
@@ -420,7 +422,7 @@ impl<S> Machine<S> {
         &self.core.vm
     }
 
-    /// When the fault service was busy.
+    /// Returns the times at which the fault service was busy.
     pub fn fault_batches(&self) -> Vec<FaultBatch> {
         self.core.services.fault_batches()
     }
@@ -430,7 +432,7 @@ impl<S> Machine<S> {
         self.core.services.fault_counts()
     }
 
-    /// Whether pages that the guest can read from images are still being compared with their checksums.
+    /// Returns whether pages that the guest can read from images are still being compared with their checksums.
     pub fn is_comparing(&self) -> bool {
         self.core.services.is_comparing()
     }
@@ -440,12 +442,12 @@ impl<S> Machine<S> {
         &self.core.services
     }
 
-    /// How much of the memory has been compared with the snapshot's checksums.
+    /// The share of memory that has been compared with the snapshot's checksums, for reports.
     pub fn verification(&self) -> serde_json::Value {
         self.core.services.verification()
     }
 
-    /// MSRs that KVM refused at restore and the guest does without.
+    /// MSRs that KVM refused at the restore and that the guest does without.
     pub fn msrs_refused(&self) -> &[u32] {
         &self.core.msrs_refused
     }
@@ -453,14 +455,14 @@ impl<S> Machine<S> {
 
 impl Core {
     fn spawn(&self, mut vcpus: Vec<Vcpu>, parked: bool) -> Result<Vec<VcpuThread>, Error> {
-        // Machines with ACPI have a VM generation id, and no 8259 that their kernels would know of.
+        // A machine with ACPI has a VM generation id, and no 8259 that its kernel knows of.
         if let Some(boot) = vcpus.first_mut() {
             boot.has_pic = self.devices.vmgenid.is_none();
         }
         vcpus.into_iter().map(|vcpu| VcpuThread::spawn(vcpu, parked, &self.ending)).collect()
     }
 
-    /// Gives the machine a VM generation id at the place of `state`, and a new value.
+    /// Gives the machine a VM generation id with a new value, at the place in `state`.
     pub fn attach_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
         let vmgenid = VmGenId::new(state)?;
         vmgenid.renew(self.ram.view())?;
@@ -476,8 +478,8 @@ impl Core {
     }
 }
 
-/// KVM emulates some instructions for the guest, and cannot if they write to pages in place: then the VMM is to know, and
-/// the guest not to get an exception for it. Where KVM cannot do that (before Linux 5.14), the guest ends.
+/// Makes KVM exit to the VMM when it cannot emulate an instruction because it writes to pages in place; without this
+/// the guest would get an exception. A KVM that cannot exit so (before Linux 5.14) ends the guest.
 fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
     cap.args[0] = 1;
@@ -550,7 +552,7 @@ fn build_devices(
     Ok((Devices { serial, i8042, fw_cfg, vmgenid: None, virtio }, Arc::new(buses)))
 }
 
-/// Makes a vCPU what its kernel expects at its first instruction; returns the CPUID it was given.
+/// Sets a vCPU to the state that its kernel expects at its first instruction. Returns its CPUID.
 fn set_boot_state(
     vcpu: &Vcpu,
     supported: &kvm_bindings::CpuId,
@@ -566,7 +568,7 @@ fn set_boot_state(
     fd.set_cpuid2(&table).map_err(failed("set the CPUID"))?;
     state::set_msrs(fd, vcpu.index, &msr::boot_entries())?;
     fd.set_fpu(&registers::fpu()).map_err(failed("set the FPU"))?;
-    // KVM_PVM runs guests with the host's idea of XCR0 until it is set; elsewhere the guest's XSETBV does.
+    // KVM_PVM runs guests with the host's XCR0 until it is set; on other kinds of KVM the guest's XSETBV sets it.
     let mut xcrs = fd.get_xcrs().map_err(failed("read XCR0"))?;
     xcrs.nr_xcrs = 1;
     xcrs.xcrs[0] = kvm_bindings::kvm_xcr { xcr: 0, reserved: 0, value: xcr0(&table) };
@@ -590,7 +592,7 @@ fn vcpu_cpuid(vcpu: &Vcpu) -> Result<kvm_bindings::CpuId, Error> {
     read.map_err(|source| vcpu_error("read the CPUID", vcpu.index, source))
 }
 
-/// x87, SSE, AVX and AVX-512 as far as the guest's CPUID.0xD has them; x87 alone without XSAVE.
+/// x87, SSE, AVX and AVX-512 as far as the guest's CPUID.0xD lists them; x87 alone without XSAVE.
 fn xcr0(table: &kvm_bindings::CpuId) -> u64 {
     const X87_SSE_AVX_AVX512: u32 = 0xe7;
     let leaf = table.as_slice().iter().find(|entry| entry.function == 0xd && entry.index == 0);

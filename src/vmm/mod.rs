@@ -1,10 +1,10 @@
 //! The KVM machine.
 //!
-//! Owns: vCPUs and their run loop, boot, the construction of devices from config, memory slots, capture, restore, the saved
-//! state, and the check that a host can run a snapshot.
-//! Must not know: HTTP, policies, where pools live. It is handed a plan and its sources.
-//! Start reading: `machine.rs` (the states of a machine and the one way it is built), `vcpu.rs` (the run loop), `restore/mod.rs`
-//! (a restore from top to bottom), `capture.rs` (what happens while the guest stands still).
+//! Owns: vCPUs and their run loop, boot, the construction of devices from config, memory slots, capture, restore, the
+//! saved state, and the check that a host can run a snapshot.
+//! Must not know: HTTP, policies, or the places of pools. It is handed a plan and its sources.
+//! Start reading: `machine.rs` (the states of a machine and the one way it is built), `vcpu.rs` (the run loop),
+//! `restore/mod.rs` (a restore from top to bottom), `capture.rs` (the steps while the guest stands still).
 
 pub(crate) mod arch;
 mod boot;

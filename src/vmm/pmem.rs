@@ -19,14 +19,14 @@ use crate::sys::mapping::Reservation;
 #[derive(Debug)]
 pub struct PmemMemory {
     memory: Reservation,
-    /// Names the image should it be cut while it is mapped.
+    /// Names the image if it is cut while it is mapped.
     _watched: Option<Watched>,
     pub gpa: u64,
     pub read_only: bool,
 }
 
 impl PmemMemory {
-    /// Maps an image. What lies behind its end are zeros (written ones are lost with the VM).
+    /// Maps an image. The bytes behind its end are zeros (writes to them are lost with the VM).
     pub fn map(image: &PmemImage) -> Result<Self, memory::Error> {
         let failed = |source| memory::Error::Map { gpa: image.gpa, pages: image.size / PAGE_SIZE, source };
         let too_large = |_| failed(std::io::ErrorKind::OutOfMemory.into());

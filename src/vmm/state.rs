@@ -1,7 +1,7 @@
-//! Saved state of KVM's half of the machine, as it is written into the snapshot's sections.
+//! Saved state of KVM's half of the machine, in the form of the snapshot's sections.
 //!
-//! KVM's structs are kept as the bytes the kernel ABI defines, and every length is checked when they are read back: a
-//! struct of another size is refused, never padded or cut.
+//! KVM's structs are kept as the bytes of the kernel ABI. Every length is checked when they are read back: a struct of
+//! another size is refused, never padded or cut.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -27,7 +27,7 @@ const VERSION: u32 = 1;
 const TABLE_MAX: usize = 256;
 const IRQCHIPS: usize = 3;
 
-/// What the machine is built from: checked against limits before anything is allocated.
+/// The construction parameters of the machine, checked against limits before anything is allocated.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineState {
     pub vcpu_count: u8,
@@ -41,7 +41,7 @@ pub struct VmState {
     pit: Vec<u8>,
     /// kvmclock, ns since the guest booted, when the vCPUs stopped.
     pub clock_ns: u64,
-    /// Host wall clock at the same moment, ns since the epoch; 0 in old snapshots where KVM did not tell it.
+    /// Host wall clock at the same moment, ns since the epoch; 0 in old snapshots of hosts whose KVM did not report it.
     pub realtime_ns: u64,
 }
 
@@ -113,14 +113,14 @@ impl VmState {
             irqchips.push(raw(&chip));
         }
         let pit = raw(&vm.get_pit2().map_err(Error::kvm("read the PIT"))?);
-        // KVM tells the two times together only while the TSC is its master clock (KVM API 4.29), which at times it is
-        // not. The host's clock read beside the guest's is then later by the time of a system call.
+        // KVM returns the two times together only while the TSC is its master clock (KVM API 4.29), which it is not
+        // always. Otherwise the host's clock is read after the guest's, later by the time of a system call.
         let together = clock.flags & KVM_CLOCK_REALTIME != 0;
         let realtime_ns = if together { clock.realtime } else { beside.as_nanos() as u64 };
         Ok(VmState { irqchips, pit, clock_ns: clock.clock, realtime_ns })
     }
 
-    /// Sets interrupt controllers and PIT. Before the vCPUs' state.
+    /// Sets interrupt controllers and PIT. Called before the vCPUs' state is set.
     pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
         if self.irqchips.len() != IRQCHIPS {
             let what = format!("{} interrupt controllers, not {IRQCHIPS}", self.irqchips.len());
@@ -138,8 +138,9 @@ impl VmState {
         vm.set_pit2(&pit).map_err(Error::kvm("set the PIT"))
     }
 
-    /// Lets kvmclock go on from where it stopped, or from where it would be had it not (`KVM_CLOCK_REALTIME`, KVM API
-    /// 4.30: the host adds the wall-clock time since the save). After the vCPUs' state.
+    /// Starts kvmclock from the time at which it stopped, or, with `to_present`, from the time it would have reached
+    /// (`KVM_CLOCK_REALTIME`, KVM API 4.30: the host adds the wall-clock time since the save). Called after the vCPUs'
+    /// state.
     pub fn restore_clock(&self, vm: &VmFd, to_present: bool) -> Result<(), Error> {
         let mut clock = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
         if to_present {
@@ -149,8 +150,8 @@ impl VmState {
         vm.set_clock(&clock).map_err(Error::kvm("set the clock"))
     }
 
-    /// The wall-clock time since the state was saved; none if the host's clock stands before that. An error if the host
-    /// of the snapshot could not tell the time together with the guest's.
+    /// The wall-clock time since the state was saved; none if the host's clock is behind that. An error if the host of
+    /// the snapshot could not read the time together with the guest's.
     pub fn time_since_saved(&self) -> Result<Duration, Error> {
         if self.realtime_ns == 0 {
             return Err(StateError::NoRealtime.into());
@@ -165,7 +166,7 @@ impl VcpuState {
     /// MSRs that can be saved.
     pub fn save(vcpu: &VcpuFd, index: u8, msr_indices: &[u32]) -> Result<Self, Error> {
         let failed = |doing| move |source| KvmError::Vcpu { doing, vcpu: index, source };
-        // First: reading the MP state lets KVM accept pending INIT and SIPI, which changes the rest.
+        // Read first: reading the MP state lets KVM accept pending INIT and SIPI, which changes the rest.
         let mp_state = raw(&vcpu.get_mp_state().map_err(failed("read the MP state"))?);
         let cpuid = vcpu.get_cpuid2(TABLE_MAX).map_err(failed("read the CPUID"))?;
         Ok(VcpuState {
@@ -185,7 +186,7 @@ impl VcpuState {
         })
     }
 
-    /// Sets CPUID and TSC frequency: what must come before every other state.
+    /// Sets CPUID and TSC frequency, which must come before all other state.
     pub fn restore_cpuid(&self, vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
         let failed = |doing| move |source| KvmError::Vcpu { doing, vcpu: index, source };
         let entries: Vec<kvm_cpuid_entry2> = unraw_table("CPUID", &self.cpuid)?;
@@ -200,8 +201,8 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Sets everything else, in the order in which KVM's pieces depend on each other. Returns the MSRs that were
-    /// refused and that the guest can do without. The TSC has counted on for the time `slept`.
+    /// Sets all other state, in the order in which KVM's pieces depend on each other. Returns the MSRs that KVM refused
+    /// and that the guest can do without. The TSC is advanced by the time `slept`.
     pub fn restore(&self, vcpu: &VcpuFd, index: u8, slept: Duration) -> Result<Vec<u32>, Error> {
         let failed = |doing| move |source| KvmError::Vcpu { doing, vcpu: index, source };
         let mp_state: kvm_mp_state = unraw("MP state", &self.mp_state)?;
@@ -226,7 +227,7 @@ impl VcpuState {
         Ok(refused)
     }
 
-    /// What the vCPU will have that says which pages are written for it.
+    /// The state that tells which pages KVM writes for this vCPU.
     pub fn ahead(&self) -> Result<VcpuAhead, Error> {
         let (regs, sregs) = (unraw("registers", &self.regs)?, unraw("special registers", &self.sregs)?);
         Ok(VcpuAhead { regs, sregs, msrs: self.msrs()? })
@@ -260,8 +261,8 @@ impl VcpuState {
     }
 }
 
-/// Tells the guest that it was stopped, so that its soft-lockup watchdog forgives it (KVM API 4.71). A guest without
-/// kvmclock has nowhere to be told.
+/// Tells the guest that it was stopped, so that its soft-lockup watchdog does not fire (KVM API 4.71). A guest without
+/// kvmclock has no place for this flag.
 pub fn notify_clock(vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
     match vcpu.kvmclock_ctrl() {
         Ok(()) => Ok(()),

@@ -25,34 +25,34 @@ use crate::sys::kick::{Alarm, ImmediateExit};
 use crate::sys::lost;
 use crate::sys::timeline::Moments;
 
-/// The buses a vCPU's exits lead to.
+/// The buses that a vCPU's exits go to.
 #[derive(Default)]
 pub struct Buses {
     pub pio: Bus,
     pub mmio: Bus,
 }
 
-/// A vCPU and what its exits need.
+/// A vCPU, and the objects that its exits need.
 pub struct Vcpu {
     pub index: u8,
     pub fd: VcpuFd,
     pub buses: Arc<Buses>,
     pub counters: Arc<ExitCounters>,
     pub moments: Arc<Moments>,
-    /// Console bytes that KVM collected; taken before every exit is handled, so that order is kept.
+    /// Console bytes that KVM collected; taken before every exit is handled, which keeps the order.
     pub console: Option<Arc<ConsoleRing>>,
-    /// Whether interrupts of the 8259 may reach it: on a machine without ACPI, the boot vCPU.
+    /// True if interrupts of the 8259 may reach it: the boot vCPU of a machine without ACPI.
     pub has_pic: bool,
-    /// To look at the instruction a kicked guest stands behind. Whoever owns the memory outlives the vCPU's thread.
+    /// Guest memory, to read the instruction before RIP of a kicked guest. Its owner outlives the vCPU's thread.
     pub memory: Memory,
-    /// Pages that the guest can only write once they are promoted.
+    /// Pages that the guest can write only after their promotion.
     pub in_place: Option<Arc<InPlace>>,
 }
 
-/// How often a kicked vCPU is sent on because of a trap; after that it is a guest that does nothing else.
+/// Times that a kicked vCPU is sent on because of a trap; after that the guest does nothing but trap.
 const TRAP_RETRIES: u32 = 20;
 
-/// How long KVM may refuse to enter the guest for want of a resource.
+/// Time that KVM may refuse to enter the guest for want of a resource.
 const ENTER_TIMEOUT: Duration = Duration::from_secs(2);
 
 enum Left {
@@ -134,13 +134,13 @@ impl Vcpu {
         }
     }
 
-    /// KVM has refused to enter the guest for now. Waits a little, longer each time, so that it is not asked without end;
-    /// `refused` is when it refused first. Ends the guest if that goes on.
+    /// Waits when KVM refuses to enter the guest for now, longer each time. `refused` is the time of the first refusal.
+    /// Ends the guest after [`ENTER_TIMEOUT`].
     fn wait_to_enter(&mut self, refused: &mut Option<Instant>) -> Option<Left> {
         if ImmediateExit::of(&mut self.fd).get() {
             return Some(Left::Kicked);
         }
-        // A vCPU that its guest has not started yet: KVM has waited until it was woken (`kvm_arch_vcpu_ioctl_run`).
+        // The guest has not started this vCPU yet: KVM has waited until it was woken (`kvm_arch_vcpu_ioctl_run`).
         if self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED) {
             return None;
         }
@@ -157,7 +157,8 @@ impl Vcpu {
         None
     }
 
-    /// Makes writable what the guest could not write, if that is what stopped it; else the guest is over because of `what`.
+    /// Promotes the page that the guest could not write, if that stopped it; otherwise ends the guest because of
+    /// `what`.
     fn promote(&self, cause: Cause, generation: u64, what: &str) -> Result<(), Ending> {
         let failed = |error: Error| self.failed(&error_chain(&error));
         let Some(in_place) = &self.in_place else {
@@ -175,8 +176,8 @@ impl Vcpu {
         }
     }
 
-    /// A triple fault, for reasons of the guest's own, because its page tables or stacks are lost, or because KVM could not
-    /// deliver an event (see `promote::ahead`).
+    /// Returns the ending for a triple fault: the guest's own doing, lost page tables or stacks, or an event that KVM
+    /// could not deliver (see `promote::ahead`).
     fn shut_down(&self) -> Ending {
         if let Ok(Some(lost)) = fault::lost_memory(&self.fd, &self.memory, Cause::Emulation) {
             return Ending::MemoryLost(lost);
@@ -189,7 +190,7 @@ impl Vcpu {
         }
     }
 
-    /// Lets a kicked guest go on if it must not be stopped here; it is kicked again.
+    /// Returns whether a kicked guest must go on, because it cannot be stopped here; it is kicked again.
     fn goes_on(&mut self, retries: &mut u32) -> bool {
         *retries += 1;
         let goes_on = *retries <= TRAP_RETRIES && self.trap_may_be_queued();
@@ -199,10 +200,10 @@ impl Vcpu {
         goes_on
     }
 
-    /// Whether the guest stands right behind an `int3` or `int n` that KVM may have queued and not delivered yet.
-    /// `KVM_GET_VCPU_EVENTS` tells of no such software exceptions and interrupts, because RIP still stands at the
-    /// instruction and will raise it again (Linux `kvm_vcpu_ioctl_x86_get_vcpu_events`). KVM_PVM has moved RIP on by
-    /// then: saved here, the trap would be lost.
+    /// Returns whether the guest stands right behind an `int3` or `int n` that KVM may have queued and not delivered
+    /// yet. `KVM_GET_VCPU_EVENTS` does not report such software exceptions and interrupts, because RIP still stands at
+    /// the instruction and will raise it again (Linux `kvm_vcpu_ioctl_x86_get_vcpu_events`). KVM_PVM has moved RIP on
+    /// by then: a state saved here would lose the trap.
     fn trap_may_be_queued(&self) -> bool {
         const INT3: u8 = 0xcc;
         const INT_N: u8 = 0xcd;
@@ -215,14 +216,15 @@ impl Vcpu {
         events.exception.nr == 3 && before(1) == Some(INT3) || queued_int_n()
     }
 
-    /// An interrupt of the 8259 that came while the guest had LINT0 masked waits for ever, and all later ones behind it:
-    /// KVM does not look again when LINT0 is unmasked (Linux `kvm_lapic_reg_write`), but does when any MP state is set.
+    /// Makes KVM look for interrupts of the 8259. One that came while the guest had LINT0 masked waits for ever, and
+    /// all later ones behind it: KVM does not look again when LINT0 is unmasked (Linux `kvm_lapic_reg_write`), but does
+    /// when any MP state is set.
     fn look_for_interrupts(&self) {
         if !self.has_pic {
             return;
         }
         if let Ok(state) = self.fd.get_mp_state() {
-            // Refused, it leaves everything as it was.
+            // A refused call leaves the state as it was.
             let _ = self.fd.set_mp_state(state);
         }
     }
@@ -243,8 +245,8 @@ fn collect_console(console: Option<&ConsoleRing>, exit: &Result<VcpuExit<'_>, kv
     }
 }
 
-/// KVM's emulator takes memory that it cannot reach for a device's: whether an access that no device claimed was one to lost
-/// memory.
+/// Returns the ending if an access that no device claimed was one to lost memory: KVM's emulator takes memory that it
+/// cannot reach for a device's.
 fn emulated_in_vain(is_claimed: bool, address: u64) -> Option<Ending> {
     if is_claimed { None } else { lost::at_gpa(address).map(Ending::MemoryLost) }
 }
@@ -256,7 +258,7 @@ enum Wanted {
     Exit,
 }
 
-/// What the thread should do, and whether it is out of the guest.
+/// The state that the thread should be in, and whether it is out of the guest.
 struct Gate {
     state: Mutex<(Wanted, bool)>,
     changed: Condvar,
@@ -268,7 +270,7 @@ impl Gate {
     }
 }
 
-/// A vCPU on a thread of its own. While parked, the vCPU can be borrowed with [`vcpu`](Self::vcpu).
+/// A vCPU on its own thread. While parked, the vCPU can be borrowed with [`vcpu`](Self::vcpu).
 pub struct VcpuThread {
     index: u8,
     vcpu: Arc<Mutex<Vcpu>>,
@@ -279,13 +281,13 @@ pub struct VcpuThread {
 }
 
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long an interrupt of the 8259 may go unnoticed: see [`Vcpu::look_for_interrupts`].
+/// Longest time that an interrupt of the 8259 stays unnoticed: see [`Vcpu::look_for_interrupts`].
 const PIC_PERIOD: Duration = Duration::from_millis(100);
-/// A kick is repeated if the thread has not parked by then; one is enough unless it sat in a system call of ours.
+/// A kick is repeated if the thread has not parked by then; one is enough unless it was in a system call of tvmm.
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
 impl VcpuThread {
-    /// Starts the thread, in the guest at once or parked.
+    /// Starts the thread, parked or in the guest.
     pub fn spawn(mut vcpu: Vcpu, parked: bool, ending: &Arc<EndingSignal>) -> Result<Self, Error> {
         let index = vcpu.index;
         let immediate_exit = Arc::new(ImmediateExit::of(&mut vcpu.fd));
@@ -352,7 +354,7 @@ impl VcpuThread {
         self.gate.changed.notify_all();
     }
 
-    /// The vCPU. Blocks while the guest runs, so park first.
+    /// Borrows the vCPU. Blocks while the guest runs, so park it first.
     pub fn vcpu(&self) -> MutexGuard<'_, Vcpu> {
         self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -375,7 +377,7 @@ impl Drop for VcpuThread {
     fn drop(&mut self) {
         self.ask(Wanted::Exit);
         if let Err(error) = self.wait_parked() {
-            // The memory it runs in is about to be unmapped.
+            // The memory that the thread runs in is about to be unmapped.
             stall::give_up(&error.to_string());
         }
         if let Some(thread) = self.thread.take() {

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::skip::skip;
 use crate::support::{Answer, scratch};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -28,7 +29,7 @@ pub fn agent() -> PathBuf {
     target.join(TARGET).join("debug/tvmm-agent")
 }
 
-/// What the agent answers to these lines, after its greeting.
+/// Returns the agent's answers to these lines, without its greeting.
 fn answers(functions: &Path, lines: &str) -> Vec<String> {
     let mut command = Command::new(agent());
     command.arg("--console").arg("--functions").arg(functions);
@@ -89,7 +90,7 @@ fn agent_answers_as_the_tiny_guest_does_and_runs_programs() {
 #[test]
 fn agent_keeps_python_modules_warm() {
     if !Command::new("python3").arg("-c").arg("").status().is_ok_and(|status| status.success()) {
-        println!("skipped: there is no python3");
+        skip!("python", "there is no python3");
         return;
     }
     let dir = scratch();

@@ -303,7 +303,7 @@ fn client_that_leaves_during_a_snapshot_does_not_stop_it() {
         client.write_all(format!("{head} {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
         std::thread::sleep(Duration::from_millis(wait));
         drop(client);
-        // A request that was gone before anybody read it may be ignored; one that was begun is finished.
+        // The VMM may ignore a request whose client left before it was read; a request that was begun is finished.
         let deadline = Instant::now() + if wait == 0 { Duration::from_secs(1) } else { TIMEOUT };
         while !out.exists() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));

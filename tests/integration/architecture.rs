@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Each room and the rooms it may import, from the ground floor up (`docs/architecture.md`). A room imports only rooms that
-/// stand before it.
+/// Each room and the rooms it may import, from the ground floor up (`docs/architecture.md`). A room imports only rooms
+/// that stand before it.
 const ROOMS: [(&str, &[&str]); 13] = [
     ("snapshot", &[]),
     ("sys", &["snapshot"]),
@@ -24,7 +24,7 @@ const ROOMS: [(&str, &[&str]); 13] = [
 /// The rooms that every other may know: what a snapshot is, and what a process needs from its host.
 const GROUND_FLOOR: [&str; 2] = ["snapshot", "sys"];
 
-fn sources(folder: &Path) -> Vec<PathBuf> {
+pub fn sources(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -37,7 +37,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -194,8 +194,8 @@ fn unsafe_is_rare_and_argued() {
 }
 
 /// `println!` and its kin end the process when their reader is gone; `out!` and `say!` of the command line do not.
-/// `std::thread::spawn` and `Scope::spawn` end it at a limit of threads; `Builder` returns an error, `worker::share` does
-/// with fewer.
+/// `std::thread::spawn` and `Scope::spawn` end it at a limit of threads; `Builder` returns an error, `worker::share`
+/// does with fewer.
 #[test]
 fn nothing_is_printed_or_spawned_by_what_panics() {
     let mut wrong = Vec::new();

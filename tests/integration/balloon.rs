@@ -21,7 +21,7 @@ fn all_features() -> Value {
     json!({ "stats_polling_interval_s": 1, "free_page_hinting": true, "free_page_reporting": true })
 }
 
-/// What this process has in memory, MiB.
+/// The resident memory of the VM's process, MiB.
 fn resident_mib(vm: &Vm) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::{Answer, Vm, config, finish, refusal, scratch, text, tvmm};
 
 const MIB: u64 = 1 << 20;
@@ -44,7 +45,7 @@ impl Loop {
         match Command::new("losetup").args(["--find", "--show"]).arg(image).output() {
             Ok(done) if done.status.success() => Some(Loop(String::from_utf8(done.stdout).unwrap().trim().to_owned())),
             other => {
-                println!("skipped: no loop device can be had: {other:?}");
+                skip!("loop", "no loop device can be had: {other:?}");
                 None
             }
         }

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 use crate::support::{finish, refusal, run, run_err, run_ok, scratch, text, tvmm};
 
-/// What tvmm says to a config with this text.
+/// Returns tvmm's refusal of a config with this text.
 fn refused_text(config: &[u8]) -> String {
     let dir = scratch();
     let path = dir.path().join("vm.json");
@@ -21,7 +21,7 @@ fn refused(config: &Value) -> String {
     refused_text(config.to_string().as_bytes())
 }
 
-/// What tvmm says to a machine with this `boot-source`.
+/// Returns tvmm's refusal of a machine with this `boot-source`.
 fn boot_refused(boot_source: &Value) -> String {
     let dir = scratch();
     let path = dir.path().join("vm.json");
@@ -44,7 +44,7 @@ fn guest_elf() -> (TempDir, PathBuf, Vec<u8>) {
     (dir, path, bytes)
 }
 
-/// Where the first program header of type PT_LOAD is in an ELF file (System V ABI, ELF-64: `e_phoff`, `Elf64_Phdr`).
+/// Offset of the first program header of type PT_LOAD in an ELF file (System V ABI, ELF-64: `e_phoff`, `Elf64_Phdr`).
 fn load_header(elf: &[u8]) -> usize {
     const PT_LOAD: u32 = 1;
     let at = |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().unwrap()) as usize;

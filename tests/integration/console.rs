@@ -65,7 +65,7 @@ impl Bare {
         restored.call("check").digest
     }
 
-    /// Bytes of output dropped because nobody reads them.
+    /// Bytes of output that the VMM dropped because its reader does not read.
     fn dropped(&self) -> u64 {
         let path = self.dir.path().join("metrics");
         self.api("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#);
@@ -318,7 +318,7 @@ impl Pty {
             // SAFETY: both were just opened by openpty, which cannot set close-on-exec itself.
             unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
         }
-        // SAFETY: openpty gave us both descriptors, and nobody else has them.
+        // SAFETY: openpty gave us both descriptors, and nothing else owns them.
         unsafe { Pty { master: File::from_raw_fd(master), slave: OwnedFd::from_raw_fd(slave) } }
     }
 

@@ -1,5 +1,5 @@
-//! A VMM that is killed while it writes a snapshot, and disks that are full: what is under a snapshot's name is whole, or
-//! nothing is there.
+//! A VMM that is killed while it writes a snapshot, and disks that are full: what is under a snapshot's name is whole,
+//! or nothing is there.
 
 use std::fs;
 use std::io::Write;
@@ -12,6 +12,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::skip::skip;
 use crate::support::{TIMEOUT, Vm, config, run_err, run_ok, scratch, signal, text};
 
 /// A full snapshot whose restored copies are killed while they are snapshotted.
@@ -203,7 +204,7 @@ impl SmallDisk {
         match rustix::mount::mount("tmpfs", dir.path(), "tmpfs", MountFlags::empty(), Some(size.as_c_str())) {
             Ok(()) => Some(SmallDisk { dir }),
             Err(error) => {
-                println!("skipped: a tmpfs cannot be mounted here: {error}");
+                skip!("mount", "a tmpfs cannot be mounted here: {error}");
                 None
             }
         }

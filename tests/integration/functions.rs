@@ -1,4 +1,5 @@
-//! The functions guest: what each of the twelve functions computes is the same after a restore, and depends on its input.
+//! The functions guest: what each of the twelve functions computes is the same after a restore, and depends on its
+//! input.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +13,7 @@ fn functions_config(mib: u64) -> Value {
     config
 }
 
-/// What is prepared, and requests with which of them that must have answers of their own.
+/// Returns requests that prepare data, and requests that use it; each of these must get an answer unlike all others.
 fn requests() -> (Vec<String>, Vec<String>) {
     let sized = [
         ("readlist", 16),

@@ -1,4 +1,4 @@
-//! What a restore must not let a guest miss: that it is a clone (VM generation id), and what time it is.
+//! A restore must let the guest notice that it is a clone (VM generation id) and what time it is.
 
 use std::collections::HashSet;
 use std::os::unix::fs::FileExt;
@@ -29,7 +29,7 @@ fn every_boot_and_every_restore_has_its_own_generation_id_whatever_backs_its_pag
     for (index, policy) in ["eager", "firecracker", "firecracker-uffd", "catalyzer", "trenv"].iter().enumerate() {
         let mut clone = Vm::restore(&full, policy);
         clone.call("hello");
-        // Nobody but tvmm wrote the page: the diff has it all the same.
+        // Only tvmm wrote the page; the diff has it all the same.
         let diff = dir.path().join(format!("diff{index}"));
         clone.snapshot(&diff, &["--diff"]);
         assert!(ids.insert(id_in(&diff)), "{policy}");

@@ -3,6 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 
+use crate::skip::skip;
 use crate::support::{Vm, config, finish, refusal, scratch, text, tvmm};
 
 /// Runs tvmm in a mount namespace of its own, after the shell commands `prepare` changed it. `None`, with the reason
@@ -10,7 +11,7 @@ use crate::support::{Vm, config, finish, refusal, scratch, text, tvmm};
 fn with_other_mounts(prepare: &str, args: &[&str], uid: Option<u32>) -> Option<Output> {
     let probe = finish(Command::new("unshare").args(["--mount", "--propagation", "private", "sh", "-c", prepare]));
     if !probe.status.success() {
-        println!("skipped: a mount namespace cannot be made here: {}", String::from_utf8_lossy(&probe.stderr));
+        skip!("namespaces", "a mount namespace cannot be made here: {}", String::from_utf8_lossy(&probe.stderr));
         return None;
     }
     let run = match uid {
@@ -101,7 +102,7 @@ fn without_userfaultfd(device: &str, args: &[&str]) -> Option<String> {
 fn userfaultfd_that_is_not_permitted_is_refused_with_the_remedy() {
     let permitted = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
     if permitted.is_ok_and(|text| text.trim() == "1") {
-        println!("skipped: vm.unprivileged_userfaultfd=1 permits it to everybody");
+        skip!("unprivileged-uffd", "vm.unprivileged_userfaultfd=1 permits it to everybody");
         return;
     }
     let dir = scratch();

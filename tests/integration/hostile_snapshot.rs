@@ -21,7 +21,7 @@ const POLICIES: [&str; 2] = ["eager", "firecracker"];
 /// A good full snapshot to be harmed.
 struct Victim {
     dir: TempDir,
-    /// Where the guest's filled pages begin.
+    /// Guest-physical address of the first page that the guest filled.
     filled_gpa: u64,
 }
 
@@ -55,7 +55,7 @@ impl Victim {
         self.path("full").join(name)
     }
 
-    /// What tvmm says to the snapshot `name`, by every policy the same.
+    /// Returns tvmm's refusal of the snapshot `name`, which is the same by every policy.
     fn refused(&self, name: &str) -> String {
         let snapshot = self.path(name);
         let say = |policy| run_err(&["restore", "--snapshot", text(&snapshot), "--policy", policy, "--run", "hello"]);
@@ -65,7 +65,7 @@ impl Victim {
         said[0].clone()
     }
 
-    /// Replaces a file of the snapshot; what tvmm says to that. The file is good again afterwards.
+    /// Replaces a file of the snapshot and returns tvmm's refusal. The file is good again afterwards.
     fn refused_with(&self, name: &str, bytes: &[u8]) -> String {
         let good = fs::read(self.file(name)).unwrap();
         fs::write(self.file(name), bytes).unwrap();
@@ -74,8 +74,8 @@ impl Victim {
         said
     }
 
-    /// What tvmm says to the snapshot whose file `name` is bad. The page map of a full snapshot is read by who needs
-    /// it: the policy `firecracker` maps the memory file whole, as Firecracker does, and never looks.
+    /// Returns tvmm's refusal of the snapshot whose file `name` is bad. Not every policy reads the page map of a full
+    /// snapshot: `firecracker` maps the memory file whole, as Firecracker does, and never looks.
     fn refused_for(&self, name: &str) -> String {
         if name != "pages" {
             return self.refused("full");
@@ -106,7 +106,7 @@ impl Victim {
         writer.seal(SealInput { state, host, machine: manifest.machine.clone(), cache: &NoCache }).unwrap();
     }
 
-    /// What tvmm says to such a forgery.
+    /// Returns tvmm's refusal of such a forgery.
     fn forged(&self, change: impl FnOnce(&mut Vec<Section>, &mut HostFacts)) -> String {
         self.forge("forged", change);
         let said = self.refused("forged");
@@ -135,7 +135,7 @@ fn reseal(bytes: &mut [u8]) {
     bytes[60..64].copy_from_slice(&header.to_le_bytes());
 }
 
-/// Where the sections of a container begin and end.
+/// Offsets at which the parts of a container begin and end.
 fn boundaries(bytes: &[u8]) -> Vec<usize> {
     let container = Container::parse(bytes.to_vec()).unwrap();
     let mut at = HEADER + ENTRY * container.sections().len();
@@ -357,7 +357,7 @@ fn flipped_byte_of_memory_is_refused_by_eager_and_found_by_inspect_with_its_addr
     assert_eq!(json["memory"]["chunks_bad"], 1);
     assert_eq!(output.status.code(), Some(1));
 
-    // Lazy mapping does not look at what nobody touches.
+    // Lazy mapping does not check pages that the guest does not touch.
     let lazy = ["restore", "--snapshot", text(&snapshot), "--policy", "firecracker", "--verify", "off"];
     run_ok(&[&lazy[..], &["--run", "hello"]].concat());
     // And damage never gets a fresh checksum.
@@ -405,7 +405,7 @@ fn parent_that_is_missing_is_refused_and_the_diff_can_still_be_inspected() {
 #[test]
 fn parents_that_lead_back_to_the_child_are_refused() {
     let victim = Victim::with_diffs();
-    // The location is not part of the identity: anybody may point it elsewhere.
+    // The location is not part of the identity: a user may point it elsewhere.
     for (from, to) in [("../full", "../d2"), ("../d2", "."), (".", "../d1"), ("../d1", "/dev")] {
         let path = victim.path("d1").join("manifest.json");
         let json = fs::read_to_string(&path).unwrap();

@@ -54,7 +54,7 @@ impl Victim {
         run(&args)
     }
 
-    /// What `inspect --json` of the tip tells, and what it says on standard error.
+    /// Returns what `inspect --json` of the tip prints, and what it says on standard error.
     fn inspect(&self) -> (Value, String) {
         let output = run(&["inspect", "--json", text(&self.path("tip"))]);
         let stderr = String::from_utf8(output.stderr).unwrap();
@@ -165,7 +165,7 @@ fn files_below(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Where a byte of `path` is flipped: anywhere, in memory files mostly where pages are held.
+/// Offset of the byte of `path` to flip: any byte; in memory files mostly a byte of a page that is held.
 fn place(path: &Path, random: &mut Random) -> u64 {
     if !path.ends_with("memory") || random.below(4) == 0 {
         return random.below(fs::metadata(path).unwrap().len());
@@ -200,7 +200,8 @@ fn a_byte_flipped_anywhere_is_found_by_inspect_and_no_restore_shows_it() {
         if victim.inspect().1.is_empty() {
             wrong.push(format!("{what}: inspect finds nothing"));
         }
-        // Pages that a policy maps from a memory file are not compared with their checksums before the guest reads them.
+        // Pages that a policy maps from a memory file are not compared with their checksums before the guest reads
+        // them.
         if policy == "eager" || !path.ends_with("memory") {
             let output = victim.restore(policy);
             let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

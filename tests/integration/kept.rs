@@ -1,5 +1,5 @@
-//! Every snapshot that was acknowledged can be restored: chains at their limit, parents that are deleted, names that are
-//! alike, writers that are killed, and random sequences of all of these against a model.
+//! Every snapshot that was acknowledged can be restored: chains at their limit, parents that are deleted, names that
+//! are alike, writers that are killed, and random sequences of all of these against a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -199,7 +199,7 @@ fn service_takes_full_snapshots_long_before_a_chain_is_too_long() {
         assert_eq!(found, digests[round - 1], "{round}");
         end(&service, &restored);
     }
-    // What came before the last full one is not needed any more.
+    // Snapshots before the last full one are not needed any more.
     (0..32).rev().for_each(|round| drop(service.ok("DELETE", &format!("/snapshots/s{round}"), None)));
     assert_eq!(restore(&service, "s36").0, digests[35]);
 }
@@ -264,7 +264,7 @@ fn what_killed_writers_and_gone_profiles_leave_is_removed_at_the_next_start() {
     wait_until("no temporary is left", || temporaries(&state).is_empty());
     assert!(!old.exists());
     assert!(!state.join("profiles/gone").exists());
-    // What was derived is still there, and goes with the profile that it was made from.
+    // Plans and images derived from a profile are still there. They go when that profile is replaced or deleted.
     let derived = |extension: &str| {
         let paths = fs::read_dir(&plan).into_iter().flatten().flatten().map(|entry| entry.path());
         paths.filter(|path| path.extension().is_some_and(|found| found == extension)).count()
@@ -312,20 +312,20 @@ fn folder_of_plans_and_images_is_bounded_and_what_was_used_last_stays() {
     assert!(made > 0 && last > LIMIT / 2, "{last} bytes: the limit was never near");
 }
 
-/// What a snapshot must be.
+/// The state that a snapshot must have.
 #[derive(Clone)]
 struct Known {
     digest: String,
     parent: Option<String>,
 }
 
-/// What a VM must be.
+/// The state that a VM must have.
 struct Living {
     id: String,
     digest: String,
     /// The snapshot it was restored from.
     from: Option<String>,
-    /// What its next diff builds on.
+    /// The snapshot that its next diff builds on.
     diff_parent: Option<String>,
 }
 

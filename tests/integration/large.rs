@@ -40,7 +40,7 @@ fn memory_above_the_mmio_gap_survives() {
         for (snapshot, digest) in [(&full, &before), (&diff, &after)] {
             let mut restored = Vm::restore(snapshot, policy);
             assert_eq!(restored.call("check").digest, *digest, "{policy} {}", snapshot.display());
-            // And memory nobody had touched can be used: more than is left below the gap.
+            // The guest can use memory that it had not touched before: more than is left below the gap.
             assert!(address(&restored.call("fill pages=3000 seed=4 cpu=1")) >= 4 * GIB);
         }
     }

@@ -1,11 +1,13 @@
-//! Stock Linux kernels as guests. `TVMM_LINUX_GUEST` names a directory with `vmlinuz-VERSION` and `initrd-VERSION.cpio`,
-//! as the testbed makes it (`tests/testbed/`). A KVM that emulates kernel code (KVM_PVM) cannot run them.
+//! Stock Linux kernels as guests. `TVMM_LINUX_GUEST` names a directory with `vmlinuz-VERSION` and
+//! `initrd-VERSION.cpio`, as the testbed makes it (`tests/testbed/`). A KVM that emulates kernel code (KVM_PVM) cannot
+//! run them.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::scratch;
 use crate::support::shell::Shell;
 
@@ -15,7 +17,7 @@ const VERSIONS: [&str; 2] = ["6.1", "6.12"];
 fn guests() -> Option<PathBuf> {
     let dir = std::env::var_os("TVMM_LINUX_GUEST").map(PathBuf::from);
     if dir.is_none() {
-        println!("skipped: TVMM_LINUX_GUEST does not name a directory with Linux kernels");
+        skip!("linux", "TVMM_LINUX_GUEST does not name a directory with Linux kernels");
     }
     dir
 }

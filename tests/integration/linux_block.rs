@@ -7,9 +7,10 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::{Vm, run_ok, scratch, text};
 
-/// What the guest does: every line that it prints is one that was checked.
+/// The script that the guest runs: each line that it prints tells of a check that passed.
 const SCRIPT: &str = r#"
 set -e
 for d in vda vdb; do
@@ -42,7 +43,7 @@ echo "blk: all checked"
 fn guest() -> Option<PathBuf> {
     let guest = std::env::var_os("TVMM_LINUX_GUEST").map(PathBuf::from);
     if guest.is_none() {
-        eprintln!("skipped: TVMM_LINUX_GUEST is not set");
+        skip!("linux", "TVMM_LINUX_GUEST does not name a directory with Linux kernels");
     }
     guest
 }
@@ -126,7 +127,7 @@ fn stock_linux_keeps_its_file_system_over_snapshots_under_load_with_either_engin
         let check = check.or_else(|_| Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(&disk).output());
         match check {
             Ok(check) => assert!(check.status.success(), "{engine}: {check:?}"),
-            Err(error) => eprintln!("skipped: the file system check: e2fsck cannot be run: {error}"),
+            Err(error) => skip!("e2fsck", "the file system check: e2fsck cannot be run: {error}"),
         }
     }
 }

@@ -8,16 +8,17 @@ use std::path::{Path, PathBuf};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::shell::Shell;
 use crate::support::{Answer, Vm, run_err, run_ok, scratch, signal, text};
 
 const KERNELS: [&str; 2] = ["vmlinux", "bzImage"];
 
-/// Where the kernel and the root image are, or why the test that asks is skipped.
+/// The directory with the kernel and the root image. Without one it prints why the calling test is skipped.
 fn built() -> Option<PathBuf> {
     let dir = std::env::var_os("TVMM_LINUX_DIR").map(PathBuf::from);
     if dir.is_none() {
-        eprintln!("skipped: TVMM_LINUX_DIR is not set (make linux-kernel linux-rootfs; docs/linux-guests.md)");
+        skip!("linux-image", "TVMM_LINUX_DIR is not set (make linux-kernel linux-rootfs; docs/linux-guests.md)");
     }
     dir
 }

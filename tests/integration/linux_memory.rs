@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::artefact::pages;
 use crate::support::shell::Shell;
 use crate::support::{TIMEOUT, scratch};
@@ -24,7 +25,7 @@ fn linux_config(dir: &Path) -> Value {
 fn guests() -> Option<PathBuf> {
     let dir = std::env::var_os("TVMM_LINUX_GUEST").map(PathBuf::from);
     if dir.is_none() {
-        println!("skipped: TVMM_LINUX_GUEST does not name a directory with Linux kernels");
+        skip!("linux", "TVMM_LINUX_GUEST does not name a directory with Linux kernels");
     }
     dir
 }
@@ -105,7 +106,7 @@ fn linux_sees_a_pmem_image_as_a_disk_and_writes_to_another_last() {
     assert_eq!(shell.ask("grep -o 'root=.*' /proc/cmdline"), "root=/dev/pmem0 ro");
     let check = format!("{CONTENT} | cmp - /dev/pmem0 && echo same");
     if shell.ask("modprobe nd_pmem 2>/run/why && echo there") != "there" {
-        println!("skipped: the guest has no nd_pmem: {}", shell.ask("cat /run/why"));
+        skip!("guest-pmem", "the guest has no nd_pmem: {}", shell.ask("cat /run/why"));
         return;
     }
     assert_eq!(shell.ask(&check), "same");

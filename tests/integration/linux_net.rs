@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::network::{Network, with_network};
 use crate::support::{TIMEOUT, Vm, scratch, text};
 
 const MIB: u32 = 12;
 
-/// Where kernel and initrd are, or why the test is skipped.
+/// The directory with kernel and initrd. Without one it prints why the calling test is skipped.
 fn guest() -> Option<PathBuf> {
     let dir = std::env::var_os("TVMM_LINUX_GUEST").map(PathBuf::from);
     if dir.is_none() {
-        println!("skipped: TVMM_LINUX_GUEST is not set (make testbed-build; tests/testbed/README.md)");
+        skip!("linux", "TVMM_LINUX_GUEST does not name a directory with Linux kernels");
     }
     dir
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::agent::agent;
+use crate::skip::skip;
 use crate::support::{Answer, TIMEOUT, Vm, run, scratch, text};
 
 const PORT: u32 = 52;
@@ -59,7 +60,7 @@ fn initrd(base: &Path, dir: &Path) -> PathBuf {
     path
 }
 
-/// One request on a connection of its own; None: nobody listens.
+/// Sends one request on a connection of its own; None: no process listens on the guest's port.
 fn ask(path: &Path, line: &str) -> Option<String> {
     let mut stream = UnixStream::connect(path).ok()?;
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
@@ -84,7 +85,7 @@ fn ask_until_there(path: &Path, line: &str) -> String {
 #[test]
 fn agent_in_a_stock_kernel_answers_over_vsock_before_and_after_restores() {
     let Some(guests) = std::env::var_os("TVMM_LINUX_GUEST").map(PathBuf::from) else {
-        println!("skipped: TVMM_LINUX_GUEST does not name a directory with Linux kernels");
+        skip!("linux", "TVMM_LINUX_GUEST does not name a directory with Linux kernels");
         return;
     };
     let dir = scratch();

@@ -65,6 +65,7 @@ mod serve_tiers;
 mod serve_ui;
 mod smp;
 mod soak;
+mod style;
 mod support;
 mod threads;
 mod uffd_handler;
@@ -72,3 +73,5 @@ mod unread;
 mod verify;
 mod virtio;
 mod vsock;
+
+use support::skip;

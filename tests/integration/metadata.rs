@@ -1,4 +1,4 @@
-//! What the host tells a VM, and each clone of its own.
+//! Metadata that the host gives to a VM, and to each clone its own.
 
 use serde_json::{Value, json};
 

@@ -184,7 +184,7 @@ fn snapshot_under_traffic_goes_on_here_and_in_clones() {
                 healthy(&receiver.finish(&receiving));
                 assert!(sender.finish(&sending).contains("frames=60000"));
             }
-            // What was on the way is over; now nothing may be lost.
+            // First receive the frames that were on the way. From here on no frame may be lost.
             while clone.call("net_receive count=1000000000 ms=200").number("frames") > 0 {}
             let id = clone.begin("net_receive count=300 ms=30000");
             let sent = sender.call("net_send count=300 size=700");
@@ -300,7 +300,7 @@ fn limits_slow_frames_down_lose_none_and_can_be_changed() {
             ["tap0", "tap1"].iter().for_each(|tap| network.wait_for(tap));
             for limited_sends in [true, false] {
                 let (from, to) = if limited_sends { (&mut *limited, &mut other) } else { (&mut other, &mut *limited) };
-                // What is left of earlier exchanges.
+                // Receive the frames that are left of earlier exchanges.
                 while to.call("net_receive count=1000000 ms=50").number("frames") > 0 {}
                 let id = to.begin("net_receive count=100 ms=50000");
                 let sent = from.call("net_send count=100 size=1000");

@@ -1,5 +1,5 @@
-//! Cold pools in object stores: a build with the feature `object-store`, against a real S3-compatible server (`moto_server` of
-//! the Python package moto[server]) where there is one.
+//! Cold pools in object stores: a build with the feature `object-store`, against a real S3-compatible server
+//! (`moto_server` of the Python package moto[server]) where there is one.
 
 #[cfg(not(feature = "object-store"))]
 mod without {
@@ -26,6 +26,7 @@ mod with {
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 
+    use crate::skip::skip;
     use crate::support::cold::Scene;
     use crate::support::{TIMEOUT, finish, text, tvmm};
 
@@ -47,7 +48,7 @@ mod with {
             let child = match command.spawn() {
                 Ok(child) => child,
                 Err(error) => {
-                    println!("skipped: {program} (Python package moto[server]) cannot be started: {error}");
+                    skip!("object-store", "{program} (Python package moto[server]) cannot be started: {error}");
                     return None;
                 }
             };

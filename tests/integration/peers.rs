@@ -15,7 +15,7 @@ const BOUND: Duration = Duration::from_secs(120);
 /// In the middle of the first chunk on a connection for chunks, and of the index on one for that.
 const MIDDLE: u64 = 600;
 
-/// What a peer may do instead of serving: from its first byte, after the greeting, and in the middle of a unit.
+/// Faults of a peer that does not serve: from its first byte, after the greeting, and in the middle of a unit.
 fn faults() -> Vec<Spoil> {
     let every = Duration::from_millis(30);
     let mut faults = Vec::new();

@@ -1,4 +1,5 @@
-//! What other users of the host may read, write and plant; and what a user may do with a snapshot or a pool of another.
+//! Limits on other users of the host: which files they may read, write and plant, and what they may do with another
+//! user's snapshot or pool.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -9,6 +10,7 @@ use std::process::{Command, Output};
 use rustix::fs::{FileType, Mode, mknodat};
 use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
 
+use crate::skip::skip;
 use crate::support::cold::Scene;
 use crate::support::pool::{Pool, filled};
 use crate::support::{Vm, config, finish, run_err, run_ok, scratch, service, text, tvmm};
@@ -142,7 +144,7 @@ impl ReadOnly<'_> {
     /// `None`, with the reason printed, where this user may not mount.
     fn mount(path: &Path) -> Option<ReadOnly<'_>> {
         if let Err(error) = mount_bind(path, path) {
-            println!("skipped: a directory cannot be mounted: {error}");
+            skip!("mount", "a directory cannot be mounted: {error}");
             return None;
         }
         let mounted = ReadOnly(path);
@@ -223,7 +225,7 @@ fn sockets_follow_the_umask_and_the_api_is_the_owners() {
     }
 }
 
-/// Makes a node in `dir` for the same device as `device`, which everybody may open.
+/// Makes a node in `dir` for the same device as `device`, which every user may open.
 fn open_node(device: &Path, dir: &Path) -> std::io::Result<()> {
     let node = dir.join(device.file_name().unwrap());
     if node.exists() {
@@ -235,12 +237,12 @@ fn open_node(device: &Path, dir: &Path) -> std::io::Result<()> {
     fs::set_permissions(&node, Permissions::from_mode(0o666))
 }
 
-/// `tvmm` as the user nobody, who may open /dev/kvm and /dev/userfaultfd, and has `home` to write to. `None`, with the reason
-/// printed, where that cannot be had.
+/// `tvmm` as the user `nobody`, who may open /dev/kvm and /dev/userfaultfd, and has `home` to write to. `None`, with
+/// the reason printed, if this host cannot start such a process.
 fn as_nobody(home: &Path, args: &[&str]) -> Option<Command> {
     for device in ["/dev/kvm", "/dev/userfaultfd"].map(Path::new) {
         if let Err(error) = open_node(device, home) {
-            println!("skipped: no node for {} can be made: {error}", device.display());
+            skip!("user", "no node for {} can be made: {error}", device.display());
             return None;
         }
     }
@@ -255,7 +257,7 @@ fn as_nobody(home: &Path, args: &[&str]) -> Option<Command> {
     };
     let probe = unshared(&["sh".as_ref(), "-c".as_ref(), "exec 3<>/dev/kvm 4<>/dev/userfaultfd".as_ref()]).output();
     if !probe.as_ref().is_ok_and(|output| output.status.success()) {
-        println!("skipped: no process of the user nobody can be started with /dev/kvm: {probe:?}");
+        skip!("user", "no process of the user nobody can be started with /dev/kvm: {probe:?}");
         return None;
     }
     let program = tvmm().get_program().to_owned();

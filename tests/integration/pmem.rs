@@ -1,4 +1,5 @@
-//! Images as guest memory: shared with the host's page cache, kept out of snapshots, refused when they are not the same.
+//! Images as guest memory: shared with the host's page cache, kept out of snapshots, refused when they are not the
+//! same.
 
 use std::path::{Path, PathBuf};
 

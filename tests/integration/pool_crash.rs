@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use crate::skip::skip;
 use crate::support::pool::{Pool, filled};
 use crate::support::{rounds, run_err, run_ok, scratch, text, tvmm};
 
@@ -103,7 +104,7 @@ fn a_pool_whose_file_system_is_full_is_as_it_was() {
     let (dir, small) = (scratch(), scratch());
     let mounted = rustix::mount::mount("tvmm", small.path(), "tmpfs", rustix::mount::MountFlags::empty(), c"size=24m");
     if let Err(error) = mounted {
-        return eprintln!("skipped: cannot mount a tmpfs: {error}");
+        return skip!("mount", "cannot mount a tmpfs: {error}");
     }
     let at = text(small.path());
     let [first, second] = ["first", "second"].map(|name| dir.path().join(name));

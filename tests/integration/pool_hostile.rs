@@ -10,7 +10,7 @@ use tvmm::sys::locks;
 use crate::support::pool::{Pool, filled};
 use crate::support::{Vm, finish, refusal, run, run_err, run_ok, scratch, text, tvmm};
 
-/// Where the writer's lock is, and the version of the superblocks (`docs/pools.md`).
+/// Offsets of the writer's lock and of the version in a superblock (`docs/pools.md`).
 const WRITER: u64 = 8192;
 const VERSION: u64 = 8;
 

@@ -1,5 +1,5 @@
-//! Pools on the media of real hosts: device DAX, a NUMA node without CPUs, persistent memory with a file system (these are
-//! there in the testbed), huge pages that are reserved.
+//! Pools on the media of real hosts: device DAX, a NUMA node without CPUs, persistent memory with a file system (these
+//! are there in the testbed), huge pages that are reserved.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -10,6 +10,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::skip::skip;
 use crate::support::pool::{DEVICE, far_memory, filled, take_memory_away};
 use crate::support::{Vm, finish, is_emulated, run_err, run_ok, scratch, text, tvmm};
 
@@ -96,7 +97,8 @@ struct Nodes {
 }
 
 impl Nodes {
-    /// Asks move_pages(2), which without nodes to go to only says where each page is, and `/proc/PID/pagemap` whose it is.
+    /// Asks move_pages(2), which without nodes to go to only says where each page is, and `/proc/PID/pagemap` whose it
+    /// is.
     fn of(pid: u32) -> Nodes {
         const PAGE: u64 = 4096;
         let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
@@ -125,8 +127,8 @@ impl Nodes {
 fn nodes_of_pages(pid: u32, pages: &[u64]) -> Vec<i32> {
     let mut nodes = vec![-1; pages.len()];
     let nowhere = std::ptr::null::<i32>();
-    // SAFETY: the kernel reads as many addresses and writes as many numbers as there are pages; without nodes to move to it
-    // moves nothing.
+    // SAFETY: the kernel reads as many addresses and writes as many numbers as there are pages; without nodes to move
+    // to it moves nothing.
     let result = unsafe {
         libc::syscall(libc::SYS_move_pages, pid, pages.len(), pages.as_ptr(), nowhere, nodes.as_mut_ptr(), 0)
     };
@@ -137,7 +139,10 @@ fn nodes_of_pages(pid: u32, pages: &[u64]) -> Vec<i32> {
 #[test]
 fn a_pool_on_a_far_node_stays_there_and_copies_do_not() {
     // It mounts a tmpfs, and turns the device: not on a machine that is somebody's.
-    let Some(_far) = far_memory().filter(|_| is_emulated()) else { return };
+    if !is_emulated() {
+        return skip!("dax", "the test binds {DEVICE} to another driver, which only the testbed's device is for");
+    }
+    let Some(_far) = far_memory() else { return };
     let dir = scratch();
     let out = dir.path().join("full");
     let digest = filled(&out, 3000, 7);
@@ -160,8 +165,8 @@ fn a_pool_on_a_far_node_stays_there_and_copies_do_not() {
     assert_eq!(again.call("check").digest, digest);
 }
 
-/// Restores from a pool at `at` with everything in place, reads, writes half of 1000 pages, and compares with what a restore
-/// without the pool comes to; the report.
+/// Restores from a pool at `at` with everything in place, reads, writes half of 1000 pages, and compares with what a
+/// restore without the pool comes to; the report.
 fn written_in_place(at: &Path) -> Value {
     const TOUCH: &str = "touch pages=1000 write=50 seed=3";
     let dir = scratch();
@@ -188,7 +193,7 @@ fn written_in_place(at: &Path) -> Value {
     report
 }
 
-/// Where a file system is mounted on persistent memory, past the page cache.
+/// Mount point of a file system on persistent memory that bypasses the page cache.
 fn dax_mount() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mut lines = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
@@ -199,7 +204,7 @@ fn dax_mount() -> Option<PathBuf> {
 #[test]
 fn the_kernel_copies_what_is_written_of_a_pool_on_fsdax() {
     let Some(mounted) = dax_mount() else {
-        return println!("skipped: no file system is mounted with -o dax (tests/testbed/run -p)");
+        return skip!("fsdax", "no file system is mounted with -o dax (tests/testbed/run -p)");
     };
     let dir = tempfile::Builder::new().prefix("tvmm-test-").tempdir_in(mounted).unwrap();
     run_ok(&["pool", "create", "--tier", "cxl", "--at", text(dir.path()), "--size", "0.1"]);
@@ -249,7 +254,7 @@ impl Drop for HugePages {
 fn a_pool_of_reserved_huge_pages_is_promoted_in_whole_blocks() {
     let pages = match HugePages::reserve(40) {
         Ok(pages) => pages,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skip!("huge-pages", "{why}"),
     };
     let at = pages.dir.path();
     let create = |gib: &str| ["pool", "create", "--tier", "cxl", "--at", text(at), "--size", gib].map(str::to_string);

@@ -1,7 +1,8 @@
 //! Profiles: what recorders say about a function whose reads and writes are known.
 //!
-//! The filled region of the guest is the ground truth: `touch` accesses each of its pages as a formula says, and nothing
-//! else in the guest does. Outside of it (the guest's kernel, stacks, page tables) recorders are compared with `uffd`.
+//! The filled region of the guest is the ground truth: `touch` accesses each of its pages as a formula says, and
+//! nothing else in the guest does. Outside of it (the guest's kernel, stacks, page tables) recorders are compared with
+//! `uffd`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -25,7 +26,7 @@ fn mix2(a: u64, b: u64) -> u64 {
     mix(mix(a.wrapping_add(GOLDEN)) ^ b.wrapping_mul(GOLDEN))
 }
 
-/// What `touch` does: `pages` pages with `write` percent written, by stride or (with a seed) shuffled.
+/// Arguments of `touch`: it touches `pages` pages and writes `write` percent, by stride or (with a seed) shuffled.
 #[derive(Clone, Copy, Debug)]
 struct Touch {
     pages: u64,

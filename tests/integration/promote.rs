@@ -1,4 +1,4 @@
-//! Pages in place that are mapped read-only: whoever writes them, they are promoted before.
+//! Promotion: pages in place are mapped read-only, and are promoted before the guest, KVM or the VMM writes to them.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, UdpSocket};
@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::skip::skip;
 use crate::support::artefact::pages;
 use crate::support::network::{HOST, with_network};
 use crate::support::pool::{DEVICE, far_memory};
 use crate::support::{Answer, TIMEOUT, Vm, config, refusal, run, run_ok, scratch, text};
 
 const FILLED: u64 = 600;
-/// What leads to promotions besides operands and pages that KVM named; the last two are guesses.
+/// Reasons for promotions besides operands and pages that KVM named; the last two are guesses.
 const GUESSED: [&str; 5] = ["page_tables", "stack", "descriptors", "near", "all"];
 
 /// A machine whose filled pages lie in a snapshot.
@@ -177,7 +178,7 @@ fn guest_that_switches_to_a_stack_in_place_goes_on_or_is_told_of() {
 #[test]
 fn descriptors_in_place_are_marked() {
     if !has_second_stage() {
-        println!("skipped: this KVM does not load the guest's segments as a CPU does");
+        skip!("nested-paging", "this KVM does not load the guest's segments as a CPU does");
         return;
     }
     let filled = Filled::with(config(1, 64), "", &["stores op=descriptor"]);

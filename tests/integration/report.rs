@@ -104,7 +104,7 @@ fn assert_sound(report: &Value, wanted: &[&str], outside_us: f64) {
     assert!(slices.iter().all(|&(_, start, end)| start >= 0.0 && end >= start && end <= outside_us), "{report:#}");
     assert_eq!(slices[0].0, "spawn");
     assert_eq!(slices[0].1, 0.0);
-    // What prepares the guest begins in the order it is told in, and is over when the guest is entered.
+    // Slices that prepare the guest begin in the order of the report, and are over when the guest is entered.
     let guest = slices.iter().position(|slice| slice.0 == "resume").unwrap();
     assert!(slices[..guest].windows(2).all(|pair| pair[0].1 <= pair[1].1), "{report:#}");
     let [exit, output] = ["first_exit_us", "first_output_us"].map(|key| report[key].as_f64().unwrap());
@@ -194,7 +194,7 @@ fn vmm_costs_at_most_5_mib_besides_guest_memory() {
         let args = ["restore", "--snapshot", text(&out), "--policy", policy];
         let mut vm = Vm::spawn_of(Command::new(&binary), scratch(), &args);
         vm.call("check");
-        // What only starting took is let go when nothing has happened for a while.
+        // The VMM gives back memory that only its start needed when nothing has happened for a while.
         let deadline = Instant::now() + TIMEOUT;
         loop {
             std::thread::sleep(Duration::from_millis(500));

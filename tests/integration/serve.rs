@@ -64,7 +64,7 @@ fn a_function_is_booted_snapshotted_and_restored_by_every_policy() {
     assert_eq!(chrome["traceEvents"][0]["name"], "invocation");
     assert_eq!(service.get("/traces").as_array().unwrap()[0]["func_name"], "touch");
 
-    // What was kept can be asked again, and ended; what was not is over.
+    // A VM that was kept can be invoked again, and ended; a VM that was not kept is over.
     let vms = service.get("/vms");
     let kept: Vec<&Value> = vms.as_array().unwrap().iter().filter(|vm| vm["policy"] == "eager").collect();
     assert_eq!((kept.len(), &kept[0]["state"]), (1, &json!("running")));
@@ -194,7 +194,7 @@ fn restart_finds_functions_and_snapshots_and_tells_what_became_of_vms() {
     service.kill();
     wait_until_gone(pid);
 
-    // What a writer left midway is cleared away.
+    // The daemon clears away files that a writer left midway.
     std::fs::write(state.join("functions/x.json.1.partial"), "{").unwrap();
     std::fs::create_dir(state.join("snapshots/half")).unwrap();
     let service = Service::start(&state, &[]);
@@ -268,6 +268,13 @@ fn malformed_requests_are_refused_by_every_path() {
             }
         }
     }
+}
+
+#[test]
+fn requests_that_cannot_be_are_refused_with_their_status() {
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    let vm = service.snapshot_touch("base");
     for (status, method, path, body) in [
         (404, "GET", "/nothing", None),
         (405, "DELETE", "/functions", None),

@@ -1,4 +1,5 @@
-//! What clients of `tvmm serve` and of a VM's API may name, take, and how long: files, addresses, memory, places.
+//! Limits on clients of `tvmm serve` and of a VM's API: which files and addresses they may name, how much memory and
+//! how many places they may take, and for how long.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -35,7 +36,7 @@ fn clients_of_the_service_that_do_not_read_lose_their_place() {
         (0..8).map(|_| deaf(service.socket(), "GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")).collect();
     // As many others get a place, so none of these has one any more.
     let others: Vec<UnixStream> = (0..8).map(|_| idle_client(service.socket(), "/functions")).collect();
-    // What was on the way comes, and then the end.
+    // The client gets the bytes that were on the way, and then the end.
     for mut stream in deaf {
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let mut answers = Vec::new();
@@ -184,15 +185,14 @@ fn clients_name_only_files_that_they_may_name() {
     assert!(listener.accept().is_err(), "the service has connected to it");
     assert_eq!(std::fs::read_to_string(outside.join("theirs.chunk")).unwrap(), "kept");
     assert!(!outside.join("made").exists());
-    let said = refusal(&run(&[
-        "serve",
-        "--dir",
-        text(&dir.path().join("x")),
-        "--listen",
-        "127.0.0.1:0",
-        "--allow-path",
-        "/nonexistent/\u{7f}/..",
-    ]));
+}
+
+#[test]
+fn directory_that_is_not_there_cannot_be_allowed() {
+    let dir = scratch();
+    let state = dir.path().join("x");
+    let serve = ["serve", "--dir", text(&state), "--listen", "127.0.0.1:0", "--allow-path", "/nonexistent/\u{7f}/.."];
+    let said = refusal(&run(&serve));
     assert!(said.contains("/nonexistent"), "{said}");
 }
 
@@ -212,7 +212,7 @@ fn vms_have_no_more_memory_together_than_they_may() {
     let invoke = || service.invoke(json!({ "func_name": "touch", "params": "pages=1" }));
     let idle = invoke();
     assert_eq!(service.get("/ui/data")["load"]["memory_mib"], 192);
-    // What an invocation has left behind makes room, and nothing else does.
+    // Only a VM that an invocation has left behind makes room.
     let next = invoke();
     wait_until("the idle VM is over", || {
         service.get(&format!("/vms/{}", idle["vmId"].as_str().unwrap()))["state"] == "ended"

@@ -6,6 +6,7 @@ use std::process::Command;
 use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::service::{Service, wait_until, wait_until_gone};
 use crate::support::{finish, scratch, text};
 
@@ -128,7 +129,7 @@ fn images_of_a_daemon_that_was_killed_are_removed_and_vms_that_cannot_start_leav
     service.refused(422, "POST", "/vms", Some(body));
     wait_until("nothing is left", || entries(&state.join("run")) == 0);
 
-    // Whoever ends leaves none.
+    // A daemon that is told to end leaves no image.
     let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "disk", "ssId": "base" })));
     assert!(own_image(&vm).exists());
     assert!(service.terminate().success());
@@ -179,7 +180,7 @@ fn an_image_that_does_not_fit_is_told_as_a_full_disk_and_one_of_another_file_sys
     let small = dir.path().join("small");
     std::fs::create_dir(&small).unwrap();
     if let Err(error) = rustix::mount::mount("tvmm-test", &small, "tmpfs", MountFlags::empty(), Some(c"size=6m")) {
-        return println!("skipped: a small file system cannot be mounted: {error}");
+        return skip!("mount", "a small file system cannot be mounted: {error}");
     }
     let _mounted = Mounted(small.clone());
     let service = Service::start(&small.join("state"), &[]);
@@ -200,13 +201,13 @@ fn images_are_reflinks_where_the_file_system_has_them() {
     std::fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
     std::fs::create_dir(&at).unwrap();
     if Command::new("mkfs.xfs").arg("-V").output().is_err() {
-        return println!("skipped: there is no `mkfs.xfs` (package xfsprogs)");
+        return skip!("xfs", "there is no `mkfs.xfs` (package xfsprogs)");
     }
     let made = finish(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1", text(&file)]));
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let mounted = finish(Command::new("mount").args(["-o", "loop", text(&file), text(&at)]));
     if !mounted.status.success() {
-        return println!("skipped: xfs cannot be mounted: {}", String::from_utf8_lossy(&mounted.stderr));
+        return skip!("xfs", "xfs cannot be mounted: {}", String::from_utf8_lossy(&mounted.stderr));
     }
     let _mounted = Mounted(at.clone());
     let service = Service::start(&at.join("state"), &[]);

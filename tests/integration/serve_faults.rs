@@ -11,6 +11,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::service::{Service, is_served, wait_until, wait_until_gone};
 use crate::support::{TIMEOUT, refusal, rounds, run, scratch, signal, text, tvmm};
 
@@ -55,7 +56,7 @@ fn guest_that_never_answers_is_ended_and_its_place_is_free_again() {
     // The only place is taken by what the invocation left behind: it makes room.
     let second = service.invoke(json!({ "func_name": "spin", "params": "ms=1" }));
     assert_ne!(answer["vmId"], second["vmId"]);
-    // A VM that somebody asked for does not.
+    // A VM that a client asked for does not.
     service.ok("DELETE", &format!("/vms/{}", second["vmId"].as_str().unwrap()), None);
     wait_until("its place is free", || service.children().is_empty());
     service.ok("POST", "/vms", Some(json!({ "func_name": "spin" })));
@@ -85,7 +86,7 @@ fn guest_that_floods_its_line_or_says_only_garbage_is_ended() {
     let service = Service::start(&dir.path().join("state"), &["--max-output", "64"]);
     // mov dx, 0x3f8; mov al, 'x'; out dx, al; jmp -3
     let endless = b"\x66\xba\xf8\x03\xb0x\xee\xeb\xfd";
-    // The same with `ok - ` and newlines: lines that are answers to nobody.
+    // The same with `ok - ` and newlines: lines that answer no request.
     let lines = b"\x66\xba\xf8\x03\xb0o\xee\xb0k\xee\xb0 \xee\xb0-\xee\xb0 \xee\xb0\n\xee\xeb\xec";
     for (name, code) in [("endless", &endless[..]), ("lines", &lines[..])] {
         let kernel = dir.path().join(name);
@@ -194,7 +195,7 @@ fn full_disk_is_told_and_leaves_what_was_there() {
     std::fs::create_dir(&small).unwrap();
     let options = Some(c"size=6m");
     if let Err(error) = rustix::mount::mount("tvmm-test", &small, "tmpfs", MountFlags::empty(), options) {
-        println!("skipped: a small file system cannot be mounted: {error}");
+        skip!("mount", "a small file system cannot be mounted: {error}");
         return;
     }
     let told = std::panic::catch_unwind(|| {

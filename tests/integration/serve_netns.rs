@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::skip::skip;
 use crate::support::service::Service;
 use crate::support::{TIMEOUT, finish, scratch};
 
@@ -46,7 +47,7 @@ impl Namespace {
             let mut answer = [0; 100];
             loop {
                 assert!(Instant::now() < deadline, "the guest does not answer");
-                // Until the guest looks there is nobody to answer, not even for its hardware address.
+                // Until the guest polls its device it answers nothing, not even ARP for its hardware address.
                 let _ = socket.send_to(&data, (GUEST, 7));
                 if let Ok((len, from)) = socket.recv_from(&mut answer) {
                     assert_eq!((&answer[..len], from.ip().to_string().as_str()), (&data[..], GUEST));
@@ -87,7 +88,7 @@ fn vms_with_taps_of_one_name_live_in_their_network_namespaces() {
     let made = Namespace::make(0).and_then(|first| Ok([first, Namespace::make(1)?]));
     let namespaces = match made {
         Ok(namespaces) => namespaces,
-        Err(why) => return println!("skipped: {why}"),
+        Err(why) => return skip!("namespaces", "{why}"),
     };
     let dir = scratch();
     let service = Service::start(&dir.path().join("state"), &[]);

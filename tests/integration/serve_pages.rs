@@ -1,5 +1,5 @@
-//! Restores whose memory comes from a page server, and what happens when that is killed, slow, lying, restarted, or no page
-//! server at all.
+//! Restores whose memory comes from a page server, and what happens when that is killed, slow, lying, restarted, or no
+//! page server at all.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -345,7 +345,7 @@ fn hostile_clients_are_dropped_and_the_others_served() {
         let text = String::from_utf8_lossy(&answer);
         assert!(text.contains(says), "{says}: {text:?}");
     }
-    // Who greets and then says nothing keeps nobody from being served.
+    // Clients that greet and then say nothing do not keep others from being served.
     let mut idle: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(&server.address).unwrap()).collect();
     idle.iter_mut().for_each(|stream| stream.write_all(&greeting).unwrap());
     checked(&scene, "eager", &[&server.cold()], &[]);

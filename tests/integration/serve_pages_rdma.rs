@@ -1,5 +1,5 @@
-//! Restores whose memory is read by RDMA from a page server, where the binary can do it and this host has a device with RoCE
-//! v2 (soft-RoCE does; the testbed has one), and what is said where not.
+//! Restores whose memory is read by RDMA from a page server, where the binary can do it and this host has a device with
+//! RoCE v2 (soft-RoCE does; the testbed has one), and what is said where not.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::serve_pages::{QUICK, checked, ends_with, ends_without, exchange, frame, greeting, number};
+use crate::skip::skip;
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
 use crate::support::{TIMEOUT, finish, run, run_err, run_ok, signal, stop, text};
 
@@ -42,11 +43,11 @@ fn address_of_a_device() -> Option<IpAddr> {
 /// A scene and where it can be served by RDMA; `None`, with the reason printed, where it cannot.
 fn scene() -> Option<(Scene, String)> {
     if !is_built_in() {
-        println!("skipped: the binary is built without --features rdma");
+        skip!("rdma", "the binary is built without --features rdma");
         return None;
     }
     let Some(address) = address_of_a_device() else {
-        println!("skipped: no RDMA device of this host has an IPv4 address (RoCE v2)");
+        skip!("rdma", "no RDMA device of this host has an IPv4 address (RoCE v2)");
         return None;
     };
     Some((Scene::make(), format!("{address}:0")))
@@ -163,7 +164,7 @@ fn spoilt_connections_are_made_again_and_lies_refused() {
     }
     let mut vm = scene.restore("firecracker-uffd", &[&server.cold()], &[]);
     vm.call("hello");
-    // Chunks that are not what was stored: whoever writes to the object changes what is lent.
+    // Chunks that are not as stored: a write to the object's file changes the memory that the server lends.
     let object = File::options().write(true).open(scene.object(".chunks")).unwrap();
     let len = object.metadata().unwrap().len();
     object.write_all_at(&vec![0x5a; len as usize], 0).unwrap();
@@ -205,7 +206,7 @@ fn queue_pairs() -> Vec<(String, u32)> {
 fn client_that_disappears_leaves_no_queue_pair_behind() {
     let Some((scene, address)) = scene() else { return };
     if Command::new("rdma").arg("-V").output().is_err() {
-        println!("skipped: no program rdma (iproute2) that tells of queue pairs");
+        skip!("rdma-tool", "no program rdma (iproute2) that tells of queue pairs");
         return;
     }
     let server = serve(&scene, &address);
@@ -267,7 +268,7 @@ fn loan_that_ends_leaves_nothing_registered_and_the_connection_idle() {
         }
     };
     let server = serve(&scene, &address);
-    // Who only has the object open keeps nothing registered.
+    // A client that only has the object open keeps no memory registered.
     let _by_tcp = connect(&server, &[&open]);
     let reader = connect(&server, &[&open, &attach]);
     until(server.pid(), |pinned| pinned > 0);

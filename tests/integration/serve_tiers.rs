@@ -14,7 +14,7 @@ fn touch(more: Value) -> Value {
     body
 }
 
-/// What the report of the VM of an invocation says.
+/// Returns the report of the VM of the invocation with this answer.
 fn report(service: &Service, answer: &Value) -> Value {
     service.get(&format!("/vms/{}/report", answer["vmId"].as_str().unwrap()))
 }

@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::skip::skip;
 use crate::support::service::Service;
 use crate::support::{TIMEOUT, scratch};
 
 const BROWSERS: [&str; 3] = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"];
 
-/// What a page looks like after its scripts have run for a while.
+/// Returns the DOM of a page after its scripts have run for a while.
 fn rendered(browser: &str, url: &str) -> String {
     let profile = scratch();
     let mut child = Command::new(browser)
@@ -45,7 +46,7 @@ fn rendered(browser: &str, url: &str) -> String {
 #[test]
 fn page_shows_functions_vms_their_memory_and_traces() {
     let Some(browser) = BROWSERS.into_iter().find(|path| std::path::Path::new(path).exists()) else {
-        println!("skipped: there is no Chromium");
+        skip!("chromium", "there is no Chromium");
         return;
     };
     let dir = scratch();

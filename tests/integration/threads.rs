@@ -3,7 +3,9 @@
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::skip::skip;
 use crate::support::{Vm, config, finish, run_ok, scratch, text, tvmm};
 
 /// A control group that bounds the threads of what runs in it. Removed when dropped.
@@ -12,8 +14,10 @@ struct Bounded(PathBuf);
 impl Bounded {
     /// `None`, with the reason printed, where this user may not make one.
     fn new() -> Option<Bounded> {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("tvmm-test-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         for root in ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"] {
-            let path = Path::new(root).join(format!("tvmm-test-{}", std::process::id()));
+            let path = Path::new(root).join(&name);
             if std::fs::create_dir(&path).is_err() {
                 continue;
             }
@@ -22,7 +26,7 @@ impl Bounded {
                 return Some(group);
             }
         }
-        println!("skipped: no control group can be made that bounds threads");
+        skip!("cgroup", "no control group can be made that bounds threads");
         None
     }
 
@@ -92,7 +96,7 @@ fn restores_with_few_threads_answer_or_say_what_is_missing() {
 fn memory_is_loaded_by_fewer_threads_where_there_may_be_no_more() {
     let Some(group) = Bounded::new() else { return };
     if std::thread::available_parallelism().map_or(1, std::num::NonZero::get) < 2 {
-        println!("skipped: one CPU loads memory by one thread anyway");
+        skip!("cpus", "one CPU loads memory by one thread anyway");
         return;
     }
     let dir = scratch();

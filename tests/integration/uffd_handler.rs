@@ -29,7 +29,7 @@ fn handler_process() {
     let mut message = vec![0; 4096];
     let (count, fd) = stream.recv_with_fd(&mut message).unwrap();
     let mappings: Value = serde_json::from_slice(&message[..count]).unwrap();
-    // SAFETY: the descriptor came with the message and nobody else owns it.
+    // SAFETY: the descriptor came with the message, and nothing else owns it.
     let uffd = unsafe { Uffd::from_raw_fd(fd.expect("a userfaultfd comes with the message").into_raw_fd()) };
     let mut removed: Vec<std::ops::Range<u64>> = Vec::new();
     for _ in 0..faults_max {
@@ -336,7 +336,7 @@ fn handler_that_does_not_answer_while_the_snapshot_is_loaded_fails_the_load_with
         handler.kill().unwrap();
         handler.wait().unwrap();
     }
-    // The handler listens, and accepts nobody.
+    // The handler listens, and accepts no connection.
     let silent = dir.path().join("silent");
     let listener = UnixListener::bind(&silent).unwrap();
     let (status, answer) = load(&vm, &full, &silent);
@@ -379,7 +379,7 @@ fn a_handler_that_is_not_there_is_refused() {
     assert_eq!(status, 400);
     let said = answer["fault_message"].as_str().unwrap();
     assert!(said.contains("page-fault handler") && said.contains("nobody"), "{said}");
-    // A socket that nobody listens on any more.
+    // A socket that no process listens on any more.
     let dead = dir.path().join("dead");
     drop(UnixListener::bind(&dead).unwrap());
     assert_eq!(load(&waiting, &full, &dead).0, 400);

@@ -1,5 +1,5 @@
-//! Nobody reads: what tvmm logs, prints and counts goes to pipes that are full, closed or broken, while a hostile guest
-//! makes it say more. The machine, its API and its end must not depend on a reader.
+//! Output without a reader: log, standard output and metrics of tvmm go to pipes that are full, closed or broken, while
+//! a hostile guest makes it say more. The machine, its API and its end must not depend on a reader.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -88,7 +88,7 @@ impl Hostile {
         self.api("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#)
     }
 
-    /// What the metrics file says about the log.
+    /// The counts of the log in the metrics file.
     fn log_counts(&self) -> Value {
         assert_eq!(self.flush_metrics().0, 204);
         let lines = std::fs::read_to_string(self.dir.path().join("metrics")).unwrap();

@@ -1,4 +1,4 @@
-//! What all virtio devices share: found by the driver, alive across snapshots, overrides checked.
+//! Properties that all virtio devices share: the driver finds them, they live across snapshots, overrides are checked.
 
 use std::collections::HashSet;
 

@@ -66,7 +66,7 @@ fn echo(stream: UnixStream) {
 fn try_connect(path: &Path, port: u32) -> Option<UnixStream> {
     let mut stream = UnixStream::connect(path).ok()?;
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-    // Refused at once: there may be nobody left to write to.
+    // The VMM may refuse at once and close the connection: then the write fails.
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).ok()?;
     let mut line = Vec::new();
     let mut byte = [0];
@@ -83,7 +83,7 @@ fn try_connect(path: &Path, port: u32) -> Option<UnixStream> {
 }
 
 /// Connects to a port where the guest will listen.
-fn connect(path: &Path, port: u32) -> UnixStream {
+pub fn connect(path: &Path, port: u32) -> UnixStream {
     let deadline = Instant::now() + TIMEOUT;
     loop {
         if let Some(stream) = try_connect(path, port) {
@@ -94,7 +94,7 @@ fn connect(path: &Path, port: u32) -> UnixStream {
     }
 }
 
-fn ask(mut stream: &UnixStream, line: &str) -> String {
+pub fn ask(mut stream: &UnixStream, line: &str) -> String {
     stream.write_all(format!("{line}\n").as_bytes()).unwrap();
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).unwrap();

@@ -11,5 +11,5 @@ echo "testbed: building the unit tests"
 built=$(cargo test --locked --features rdma --lib --no-run 2>&1) || fail "the tests do not build: $built"
 tests=$(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' <<<"$built" | tail -n 1)
 [ -n "$tests" ] || fail "cargo did not say where the tests are: $built"
-"$HERE/run" -r -- "$(readlink -f "$tests")" sys::rdma
+"$HERE/run" -r -- "$(readlink -f "$tests")" backends::verbs
 exec "$HERE/integration.sh" "$1" serve_pages_rdma::

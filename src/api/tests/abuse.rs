@@ -1,4 +1,4 @@
-//! Clients that misbehave, clients in crowds, and a VMM that goes away.
+//! Clients that misbehave, crowds of clients, and a VMM that ends.
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::mpsc;
@@ -156,7 +156,7 @@ fn connections_over_the_limit_are_turned_away_until_one_ends() {
     let body = answer.split("\r\n\r\n").nth(1).unwrap();
     assert_eq!(body, r#"{"fault_message":"Too many open connections."}"#);
     assert!(answer.contains(&format!("Content-Length: {}\r\n", body.len())));
-    // One that is within the limit still works, idle or not.
+    // A connection within the limit still works, idle or not.
     let mut last = open.pop().unwrap();
     last.write_all(b"GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
     last.read_to_string(&mut answer).unwrap();

@@ -1,4 +1,4 @@
-//! Every path: what it takes, what the VMM sees, what the client is told.
+//! Every path: its request, the VMM's command, and the client's answer.
 
 use serde_json::json;
 
@@ -33,8 +33,7 @@ fn get_paths_tell_the_reply() {
 }
 
 #[test]
-fn put_and_patch_paths_give_their_command() {
-    let fixture = Fixture::new();
+fn boot_sources_give_their_command() {
     let cases = [
         (
             "PUT",
@@ -57,6 +56,21 @@ fn put_and_patch_paths_give_their_command() {
                 boot_args: None,
             }),
         ),
+    ];
+    gives(cases);
+}
+
+fn gives<const N: usize>(cases: [(&str, &str, Value, Command); N]) {
+    let fixture = Fixture::new();
+    for (method, path, body, command) in cases {
+        assert_eq!(fixture.request(method, path, Some(body)).unwrap(), (204, None), "{method} {path}");
+        assert_eq!(fixture.seen(), [command]);
+    }
+}
+
+#[test]
+fn put_and_patch_paths_give_their_command() {
+    let cases = [
         ("PUT", "/cpu-config", json!({}), Command::PutCpuConfig(CpuConfig::default())),
         (
             "PUT",
@@ -101,10 +115,7 @@ fn put_and_patch_paths_give_their_command() {
         ("PATCH", "/vm", json!({"state": "Paused"}), Command::Pause),
         ("PATCH", "/vm", json!({"state": "Resumed"}), Command::Resume),
     ];
-    for (method, path, body, command) in cases {
-        assert_eq!(fixture.request(method, path, Some(body)).unwrap(), (204, None), "{method} {path}");
-        assert_eq!(fixture.seen(), [command]);
-    }
+    gives(cases);
 }
 
 fn two_files() -> SnapshotPaths {
@@ -187,10 +198,20 @@ fn put_snapshot_load_forms_give_their_command() {
     }
 }
 
+const JSON: &str = "An error occurred when deserializing the json body of a request: ";
+
+fn refuses<const N: usize>(cases: [(&str, &str, Value, String); N]) {
+    let fixture = Fixture::new();
+    for (method, path, body, expected) in cases {
+        let (status, message) = fixture.fault(method, path, Some(body.clone()));
+        assert_eq!(status, 400);
+        assert!(message.starts_with(&expected), "{method} {path} {body}: {message}");
+    }
+    assert_eq!(fixture.seen(), []);
+}
+
 #[test]
 fn bad_bodies_are_refused_and_never_reach_the_vmm() {
-    const JSON: &str = "An error occurred when deserializing the json body of a request: ";
-    let fixture = Fixture::new();
     let cases = [
         ("PUT", "/boot-source", json!({"kernel": "k"}), format!("{JSON}unknown field `kernel`")),
         (
@@ -219,6 +240,13 @@ fn bad_bodies_are_refused_and_never_reach_the_vmm() {
         ("PUT", "/actions", json!({"action_type": "Explode"}), format!("{JSON}unknown variant `Explode`")),
         ("PUT", "/actions", json!([]), format!("{JSON}invalid length 0")),
         ("PATCH", "/vm", json!({"state": "Running"}), format!("{JSON}unknown variant `Running`")),
+    ];
+    refuses(cases);
+}
+
+#[test]
+fn bad_bodies_of_snapshots_and_devices_are_refused_and_never_reach_the_vmm() {
+    let cases = [
         ("PUT", "/snapshot/create", json!({"mem_file_path": "m"}), format!("{JSON}missing field `snapshot_path`")),
         ("PUT", "/snapshot/create", json!({"snapshot_path": ""}), "Snapshot's snapshot_path is empty.".into()),
         (
@@ -272,12 +300,7 @@ fn bad_bodies_are_refused_and_never_reach_the_vmm() {
             format!("{JSON}invalid value: string \"0b2\""),
         ),
     ];
-    for (method, path, body, expected) in cases {
-        let (status, message) = fixture.fault(method, path, Some(body.clone()));
-        assert_eq!(status, 400);
-        assert!(message.starts_with(&expected), "{method} {path} {body}: {message}");
-    }
-    assert_eq!(fixture.seen(), []);
+    refuses(cases);
 }
 
 #[test]

@@ -23,7 +23,7 @@ use crate::config::refusal::Refused;
 use crate::config::request::Command;
 use crate::config::{MachineConfig, VmConfig};
 
-/// Long enough for a loaded host, and only waited for when a test fails.
+/// Long enough for a loaded host; a passing test does not wait for it.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 type Answer = fn(&Command) -> Result<Reply, Refused>;
@@ -75,7 +75,7 @@ impl Fixture {
         }
     }
 
-    /// The commands the VMM has seen since last asked.
+    /// The commands that the VMM has seen since the last call.
     fn seen(&self) -> Vec<Command> {
         std::mem::take(&mut self.seen.lock().unwrap())
     }
@@ -90,7 +90,7 @@ impl Fixture {
     /// Sends bytes on a new connection and reads until the server closes it.
     fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect();
-        // The server may close before it has read all; what it said first is still there to read.
+        // The server may close before it has read all; its earlier bytes can still be read.
         let _ = stream.write_all(bytes);
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);

@@ -1,5 +1,5 @@
-//! Reads and writes of a page server that end in time, in all and not per byte: a client that sends or takes a byte now
-//! and then counts as one that stands still.
+//! Reads and writes of a page server with a time limit for the whole, not per byte: a client that sends or takes a byte
+//! now and then counts as one that stands still.
 
 use std::fs::File;
 use std::io;
@@ -11,20 +11,20 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-/// How long a client may take for an answer, however small.
+/// Time for a client to take an answer, however small.
 const ANSWER_TIME: Duration = Duration::from_secs(15);
-/// A client that takes this many bytes in a second takes them in time.
+/// A client that takes this many bytes per second is fast enough.
 const SLOWEST: u64 = 256 << 10;
-/// The most that one call waits in, before the clock is looked at.
+/// Longest wait of one call before the clock is looked at.
 pub const STEP: Duration = Duration::from_secs(1);
-/// Bytes that one `sendfile` is given: each 64 KiB of them may wait for [`STEP`].
+/// Bytes passed to one `sendfile`: each 64 KiB of them may wait for [`STEP`].
 const AT_ONCE: usize = 256 << 10;
 
 fn late(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, what)
 }
 
-/// Until when a client has to have taken an answer of `len` bytes.
+/// The time by which a client must have taken an answer of `len` bytes.
 pub fn answered_by(len: usize) -> Instant {
     Instant::now() + ANSWER_TIME + Duration::from_secs(len as u64 / SLOWEST)
 }
@@ -57,7 +57,8 @@ fn wait_readable(stream: &TcpStream, deadline: Instant) -> io::Result<()> {
     }
 }
 
-/// Counts what `some` sends until all of `left` bytes are sent. A call that has waited for [`STEP`] in vain sends none.
+/// Counts the bytes that `some` sends until all `left` are sent. A call that has waited for [`STEP`] in vain sends
+/// none.
 fn send_all(mut left: usize, deadline: Instant, mut some: impl FnMut(usize) -> Result<usize, Errno>) -> io::Result<()> {
     while left > 0 {
         match some(left) {

@@ -1,7 +1,7 @@
-//! A local directory that keeps chunks fetched from far away: of bounded size, the ones used longest ago go first. Several
-//! processes of a user may share it, and no other user may change it: chunks are guest memory. A chunk is a file of its stored
-//! bytes, named by the object's digest and its number; a damaged one is noticed by its checksum and fetched again. Symbolic
-//! links in it are not followed, and files whose names are not those of chunks are left alone.
+//! A local directory that keeps chunks fetched from other hosts, of bounded size: the chunks used longest ago go first.
+//! Several processes of a user may share it, and no other user may change it: chunks are guest memory. A chunk is a
+//! file of its stored bytes, named by the object's digest and its number; a damaged one is noticed by its checksum and
+//! fetched again. Symbolic links in it are not followed, and files whose names are not those of chunks are left alone.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -18,10 +18,10 @@ use crate::tiering::cold::{Broken, ChunkSource, EachChunk, Flow, Index, Place, S
 
 /// Digits of an object's digest in the names of its chunks.
 const DIGEST_DIGITS: usize = 32;
-/// How full the directory is after old chunks were removed.
+/// The part of the limit that old chunks are removed down to.
 const LOW: (u64, u64) = (3, 4);
 
-/// Whether a file name is one that [`Cache::path`] gives: other files in the directory are not the cache's.
+/// Returns whether [`Cache::path`] gives this file name: other files in the directory are not the cache's.
 fn is_chunk_name(name: &OsStr) -> bool {
     let parts = name.to_str().and_then(|name| name.strip_suffix(".chunk")?.split_once('-'));
     parts.is_some_and(|(digest, number)| {
@@ -34,12 +34,12 @@ fn is_chunk_name(name: &OsStr) -> bool {
 pub struct Cache {
     dir: PathBuf,
     limit: u64,
-    /// Bytes there are, as far as this process knows.
+    /// Bytes in the directory, as far as this process knows.
     held: AtomicU64,
 }
 
 impl Cache {
-    /// Uses `dir`, which is made if need be, for up to `limit` bytes.
+    /// Uses `dir` for up to `limit` bytes, and makes it if it does not exist.
     pub fn open(dir: &Path, limit: u64) -> Result<Arc<Cache>, Error> {
         let failed = |doing| move |source| Error::File { doing, path: dir.to_path_buf(), source };
         create_private_dir(dir).map_err(failed("make the cache directory"))?;
@@ -49,7 +49,7 @@ impl Cache {
             lru::cached_bytes(dir, is_chunk_name).map_err(failed("read the cache directory"))?,
             Ordering::Relaxed,
         );
-        // Found now rather than at every chunk.
+        // The test file finds a missing permission now rather than at every chunk.
         sweep(dir);
         PartialFile::create(dir)?;
         Ok(Arc::new(cache))
@@ -59,7 +59,7 @@ impl Cache {
         self.dir.join(format!("{}-{number}.chunk", &digest.to_string()[..DIGEST_DIGITS]))
     }
 
-    /// The stored bytes of a chunk, if they are here and whole.
+    /// Returns the stored bytes of a chunk if the cache has them whole.
     fn get(&self, digest: Digest, number: u32, index: &Index) -> Option<Vec<u8>> {
         let (path, chunk) = (self.path(digest, number), &index.chunks()[number as usize]);
         let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path).ok()?;
@@ -74,7 +74,7 @@ impl Cache {
         Some(bytes)
     }
 
-    /// Keeps a chunk. That it cannot be kept is told and harms nobody.
+    /// Keeps a chunk. A failure is logged, and the chunk is fetched again next time.
     fn put(&self, digest: Digest, number: u32, bytes: &[u8]) {
         let len = bytes.len() as u64;
         if len > self.limit {

@@ -13,16 +13,16 @@ use crate::tiering;
 use crate::tiering::cold::store::Store;
 use crate::tiering::cold::{Broken, ChunkError, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
 
-/// Read by one call at most.
+/// Most bytes read by one call.
 const READ_BYTES: u64 = 1 << 20;
 
-/// Read at once past the page cache: large enough for any device, and as long as the longest chunk.
+/// Bytes of one read past the page cache: large enough for any device, and as long as the longest chunk.
 const DIRECT_BYTES: u64 = 256 << 10;
 
 pub struct FilePlace {
     name: String,
     store: Store,
-    /// Reads under way at once past the page cache; `None`: through it.
+    /// Concurrent reads past the page cache; `None`: reads go through it.
     direct: Option<usize>,
 }
 
@@ -33,7 +33,7 @@ impl FilePlace {
     }
 }
 
-/// What a pool in a directory says no to, it will say no to again.
+/// A permanent failure: a directory that has refused a request will refuse it again.
 fn refused(error: ChunkError) -> Broken {
     let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
     Broken::Refused(format!("{error}{cause}"))
@@ -106,7 +106,7 @@ impl ChunkSource for FileSource {
 
 struct DirectSource {
     file: File,
-    /// Made by the first fetch, and again by one that can keep more reads under way. Behind a lock that nobody waits for.
+    /// Made by the first fetch, and again by one that can keep more reads under way. The lock is never contended.
     ring: Mutex<Option<DirectRing>>,
     depth: usize,
     index: Arc<Index>,
@@ -114,7 +114,7 @@ struct DirectSource {
 }
 
 impl DirectSource {
-    /// A ring that keeps as many reads under way as `reads` can, up to the depth.
+    /// A ring that keeps as many reads under way as `reads` needs, up to the depth.
     fn ring(&mut self, reads: usize) -> Result<&mut DirectRing, Broken> {
         let ring = self.ring.get_mut().unwrap_or_else(PoisonError::into_inner);
         let depth = reads.clamp(1, self.depth);

@@ -1,4 +1,4 @@
-//! Where cold pools are: directories, page servers, object stores; and the server itself.
+//! The places of cold pools: directories, page servers, object stores. And the page server itself.
 
 mod bounded;
 mod cache;
@@ -22,21 +22,21 @@ use crate::tiering::cold::store::{Checked, Manifest, Store};
 use crate::tiering::cold::{ChunkError, ColdPool, Index, Packed, Place};
 use cache::{Cache, CachedPlace};
 
-/// The part of `--fault-timeout` after which no place is asked again. An attempt takes at most half as long, and a quarter of
-/// that until it is noticed, so that all of it ends within the time-out, and before the watch for stalls, which only knows
-/// that it waits.
+/// The part of `--fault-timeout` after which no place is asked again. An attempt takes at most half of this part, and
+/// its end is noticed within a quarter of an attempt. So all attempts end within the time-out, and before the stall
+/// watch ends the VM with a reason that does not name the place.
 const PATIENCE: (u32, u32) = (9, 16);
-/// What a build without object stores says of them.
+/// The error of a build without object stores.
 #[cfg(not(feature = "object-store"))]
 pub const NO_OBJECT_STORES: &str =
     "this build of tvmm has no object stores: build it with `cargo build --release --features object-store`";
-/// What a build without RDMA says of it.
+/// The error of a build without RDMA.
 #[cfg(not(feature = "rdma"))]
 pub const NO_RDMA: &str = "this build of tvmm has no RDMA: build it with `cargo build --release --features rdma`";
-/// Reads past the page cache under way at once when nobody says otherwise (measured: `docs/remote.md`).
+/// Default number of concurrent reads past the page cache (measured: `docs/remote.md`).
 const DEFAULT_DEPTH: usize = 8;
 
-/// Where a cold pool is that is filled or looked at.
+/// The place of a cold pool that is filled or listed.
 pub enum AnyPool {
     Dir(Store),
     #[cfg(feature = "object-store")]
@@ -44,7 +44,7 @@ pub enum AnyPool {
 }
 
 impl AnyPool {
-    /// Makes a pool at a directory, or in an object store.
+    /// Makes a pool in a directory or an object store.
     pub fn create(at: &str, manifest: Manifest) -> Result<AnyPool, ChunkError> {
         if !is_object_url(at) {
             return Ok(AnyPool::Dir(Store::create(Path::new(at), manifest)?));
@@ -111,7 +111,7 @@ impl AnyPool {
         }
     }
 
-    /// Removes what belongs to no snapshot. Bytes that were freed.
+    /// Removes data that belongs to no snapshot. Returns the bytes freed.
     pub fn collect(&self) -> Result<u64, ChunkError> {
         match self {
             AnyPool::Dir(store) => store.collect(),
@@ -130,12 +130,12 @@ impl AnyPool {
     }
 }
 
-/// One `--cold`: places that are equally near.
+/// The value of one `--cold`: equivalent places.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ColdSpec {
     /// A pool in a directory, read through the page cache.
     Dir(PathBuf),
-    /// The same, read past the page cache, with so many reads under way at once.
+    /// A directory read past the page cache, with so many concurrent reads.
     Direct(PathBuf, usize),
     /// Page servers, `HOST:PORT` each.
     Tcp(Vec<String>),
@@ -150,12 +150,12 @@ pub enum ColdSpec {
 /// The schemes of object stores.
 pub const OBJECT_SCHEMES: [&str; 5] = ["s3", "gs", "az", "http", "https"];
 
-/// Whether this is the URL of a pool in an object store, which not every build can reach.
+/// Returns whether this is the URL of a pool in an object store, which not every build can reach.
 pub fn is_object_url(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| OBJECT_SCHEMES.contains(&scheme))
 }
 
-/// The page servers in `HOST:PORT[,HOST:PORT…]`.
+/// Parses the page servers in `HOST:PORT[,HOST:PORT…]`.
 fn servers_of(text: &str) -> Result<Vec<String>, String> {
     let servers: Vec<String> = text.trim_start_matches("//").split(',').map(str::to_owned).collect();
     let is_address = |server: &String| {
@@ -168,11 +168,11 @@ fn servers_of(text: &str) -> Result<Vec<String>, String> {
 }
 
 impl ColdSpec {
-    /// Understands `DIR`, `file:///DIR`, `direct:DIR[,depth=N]`, `tcp:` and `rdma:HOST:PORT[,HOST:PORT…]`, and the URLs of
+    /// Parses `DIR`, `file:///DIR`, `direct:DIR[,depth=N]`, `tcp:` and `rdma:HOST:PORT[,HOST:PORT…]`, and the URLs of
     /// object stores.
     ///
     /// # Errors
-    /// What is not understood, for people.
+    /// The part that is not understood, as a sentence for users.
     pub fn parse(text: &str) -> Result<ColdSpec, String> {
         if let Some(servers) = text.strip_prefix("tcp:") {
             return Ok(ColdSpec::Tcp(servers_of(servers)?));
@@ -208,7 +208,7 @@ impl ColdSpec {
         if text.is_empty() { Err("it is empty".to_string()) } else { Ok(ColdSpec::Dir(text.into())) }
     }
 
-    /// Whether its chunks are worth keeping on this host.
+    /// Returns whether its chunks are worth caching on this host.
     fn is_far(&self) -> bool {
         !matches!(self, ColdSpec::Dir(_) | ColdSpec::Direct(..))
     }
@@ -230,22 +230,22 @@ impl ColdSpec {
     }
 }
 
-/// What a cache holds if its limit is not said, MiB.
+/// Default limit of a cache, MiB.
 const CACHE_MIB: u64 = 1024;
 
-/// Where chunks that came from other hosts are kept.
+/// The cache of chunks from other hosts.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheAt<'a> {
     pub dir: &'a Path,
-    /// The most it may hold, MiB; 1,024 if it is not said.
+    /// Limit in MiB; [`CACHE_MIB`] if `None`.
     pub limit_mib: Option<u64>,
 }
 
-/// Opens the object of the chain's tip in the first of `pools` that has it; the others stand by. `fault_timeout`: how long
-/// a guest may wait for a page.
+/// Opens the object of the chain's tip in the first of `pools` that has it; the others stand by. `fault_timeout`: the
+/// longest that a guest may wait for a page.
 ///
 /// # Errors
-/// A spec that is not understood, no pool that has it, an object that is not this snapshot's.
+/// A spec that cannot be parsed, no pool with the object, or an object of another snapshot.
 pub fn open(
     pools: &[String],
     cache: Option<CacheAt<'_>>,
@@ -271,7 +271,7 @@ pub fn open(
     }
     let tip = chain.tip();
     let pool = ColdPool::open(places, alike, (tip.id(), tip.layout()), patience).map_err(tiering::Error::from)?;
-    // Of a full snapshot it is known how many pages there are without reading its page map.
+    // For a full snapshot the number of pages is known without reading its page map.
     let held = tip.manifest().pages_held;
     if chain.layers().len() == 1 && pool.index().pages() != held {
         let problem = format!("it has {} pages, the snapshot holds {held}", pool.index().pages());

@@ -1,7 +1,7 @@
-//! Cold pools in object stores, through the `object_store` crate: s3, gs, az, http(s) and (for tests) file. Credentials and
-//! endpoints come from the environment, as the crate reads them (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT`, …).
+//! Cold pools in object stores, through the `object_store` crate: s3, gs, az, http(s) and (for tests) file. Credentials
+//! and endpoints come from the environment, as the crate reads them (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT`, …).
 //!
-//! Every reader has a runtime and a client of its own: they work only while somebody waits for them.
+//! Every reader has its own runtime and client. They make progress only while a thread waits for them.
 
 use std::io::Read;
 use std::path::Path;
@@ -19,16 +19,16 @@ use crate::sys::worker;
 use crate::tiering::cold::store::{Checked, MANIFEST, Manifest, OBJECTS, Store, object_names};
 use crate::tiering::cold::{Broken, ChunkError, ChunkSource, EachChunk, Flow, Index, Packed, Place, SourceCounters};
 
-/// Read by one request at most, and how many are under way at once.
+/// Most bytes read by one request, and the number of concurrent requests.
 const READ_BYTES: u64 = 1 << 20;
 const READS: usize = 8;
-/// Parts of an upload, and how many are under way at once.
+/// Bytes of a part of an upload, and the number of concurrent parts.
 const PART_BYTES: usize = 8 << 20;
 const PARTS: usize = 4;
-/// How long a store may take for a small object when a pool is made or changed.
+/// Time for a store to answer for a small object when a pool is made or changed.
 const ADMIN_TIME: Duration = Duration::from_secs(60);
 
-/// A store, the pool's place in it, and who waits for its answers.
+/// A store, the pool's path in it, and the runtime that waits for its answers.
 struct Client {
     /// The pool's URL.
     name: String,
@@ -39,10 +39,10 @@ struct Client {
 }
 
 impl Client {
-    /// Of a pool's URL. Nothing is asked yet.
+    /// The client for a pool's URL. Sends no request yet.
     fn new(url: &str, patience: Duration) -> Result<Client, String> {
         let failed = |what: &dyn std::fmt::Display| format!("it cannot be used: {what}");
-        // Who has done it before has done it the same way.
+        // An error means that a provider is installed already: the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let parsed = url::Url::parse(url).map_err(|error| failed(&error))?;
         let seconds = format!("{} ms", patience.as_millis());
@@ -59,7 +59,7 @@ impl Client {
         name.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
     }
 
-    /// Waits for a whole answer, but not for ever: bytes of it do not prolong the wait.
+    /// Waits for a whole answer within the time limit: single bytes of it do not prolong the wait.
     fn wait<T>(&self, answer: impl Future<Output = object_store::Result<T>>) -> Result<T, Broken> {
         let mut wait = Wait::new(self.name.as_str(), self.patience);
         match self.runtime.block_on(async { wait.answered(answer).await }) {
@@ -75,7 +75,7 @@ impl Client {
     }
 }
 
-/// A store that says no to a request will say it again; what else fails may be better the next time.
+/// A refusal by the store is permanent; other failures may be transient.
 fn broken(error: object_store::Error) -> Broken {
     use object_store::Error::*;
     let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
@@ -90,7 +90,7 @@ fn broken(error: object_store::Error) -> Broken {
     }
 }
 
-/// Where readers look.
+/// An object store as a place that readers fetch from.
 pub struct ObjectPlace {
     url: String,
     patience: Duration,
@@ -148,7 +148,7 @@ impl ChunkSource for ObjectSource {
         counters.round_trips.fetch_add(1, Ordering::Relaxed);
         let store = &client.store;
         let requests = spans.iter().map(|span| store.get_range(data, index.span(span.clone())));
-        // In order, the next ones under way meanwhile.
+        // Answers in order, while the next requests are under way.
         let mut answers = futures_util::stream::iter(requests).buffered(READS);
         for span in &spans {
             let next = async { answers.try_next().await };
@@ -178,7 +178,7 @@ fn failed(url: &str, broken: Broken) -> ChunkError {
 }
 
 impl ObjectPool {
-    /// Makes a pool where there is none.
+    /// Makes a pool where none exists.
     pub fn create(url: &str, manifest: Manifest) -> Result<ObjectPool, ChunkError> {
         let client = Client::new(url, ADMIN_TIME).map_err(|why| failed(url, Broken::Refused(why)))?;
         match client.get(MANIFEST) {
@@ -192,7 +192,7 @@ impl ObjectPool {
     }
 
     /// # Errors
-    /// [`ChunkError::ObjectStore`] for what is not there, those of [`Manifest::parse`].
+    /// [`ChunkError::ObjectStore`] if the pool is not there, and the errors of [`Manifest::parse`].
     pub fn open(url: &str) -> Result<ObjectPool, ChunkError> {
         let client = Client::new(url, ADMIN_TIME).map_err(|why| failed(url, Broken::Refused(why)))?;
         let bytes = client.get(MANIFEST).map_err(|broken| failed(url, broken))?;
@@ -203,8 +203,8 @@ impl ObjectPool {
         self.manifest
     }
 
-    /// Packs the tip of `chain` in a directory of this host (`TMPDIR`), and uploads it: the data first, so that what has an
-    /// index is complete.
+    /// Packs the tip of `chain` in a directory of this host (`TMPDIR`), and uploads it. The data goes first, so that an
+    /// object with an index is complete.
     pub fn add(
         &self,
         packed: (&Chain, Option<PageSet>),
@@ -212,7 +212,7 @@ impl ObjectPool {
     ) -> Result<Packed, ChunkError> {
         let scratch = std::env::temp_dir().join(format!("tvmm-pack-{}-{}", std::process::id(), packed.0.tip().id()));
         let added = self.add_through(packed, &scratch, progress);
-        // What is left of it is of no use to anybody.
+        // Best effort: the scratch files are not needed any more.
         let _ = std::fs::remove_dir_all(&scratch);
         added
     }
@@ -237,7 +237,7 @@ impl ObjectPool {
         Ok(packed)
     }
 
-    /// In parts; each may take as long as an answer may.
+    /// Uploads in parts; each may take as long as an answer.
     fn upload(&self, from: &Path, name: &str) -> Result<(), ChunkError> {
         let wait = |broken| failed(&self.url, broken);
         let mut file = std::fs::File::open(from).map_err(ChunkError::file("open", from))?;
@@ -266,7 +266,7 @@ impl ObjectPool {
         client.wait(async { write.finish().await }).map(drop).map_err(wait)
     }
 
-    /// The snapshots that are held, in the order of their ids.
+    /// The snapshots in the pool, in the order of their ids.
     pub fn list(&self) -> Result<Vec<SnapshotId>, ChunkError> {
         let prefix = self.client.path(OBJECTS);
         let answer = async { self.client.store.list(Some(&prefix)).try_collect::<Vec<_>>().await };
@@ -283,8 +283,8 @@ impl ObjectPool {
         Index::parse(&format!("{}/{name}", self.url), bytes, snapshot)
     }
 
-    /// Removes data objects without an index: what an interrupted upload left. Nobody may be adding meanwhile. Bytes that
-    /// were freed.
+    /// Removes data objects without an index, which an interrupted upload leaves behind. The caller makes sure that no
+    /// upload is running. Returns the bytes freed.
     pub fn collect(&self) -> Result<u64, ChunkError> {
         let held = self.list()?;
         let wait = |broken| failed(&self.url, broken);

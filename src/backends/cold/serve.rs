@@ -1,5 +1,6 @@
-//! `tvmm serve-pages`: a read-only server of a cold pool's objects (`docs/remote.md`). One thread per connection, no bytes
-//! of pages in this process: chunks go from the page cache to the socket. All waits for a client end in time (`bounded.rs`).
+//! `tvmm serve-pages`: a read-only server of a cold pool's objects (`docs/remote.md`). Each connection has a thread.
+//! Page bytes do not pass through this process: chunks go from the page cache to the socket. All waits for a client
+//! have a limit (`bounded.rs`).
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -26,17 +27,17 @@ use crate::tiering;
 use crate::tiering::cold::store::Store;
 use crate::tiering::cold::{ChunkError, Index};
 
-/// How long a client may take to greet, in all.
+/// Time for a client to send its whole greeting.
 const GREETING_TIME: Duration = Duration::from_secs(5);
-/// How long a client may take for a request, from its first byte on.
+/// Time for a client to send a request, from its first byte on.
 const REQUEST_TIME: Duration = Duration::from_secs(10);
-/// Connections whose clients have not greeted. One more, and the oldest is closed: clients that say nothing keep out no
-/// client that speaks.
+/// Connections whose clients have not greeted. With one more, the oldest is closed: silent clients do not keep out
+/// others.
 const MAX_SILENT: usize = 64;
-/// Threads besides those that serve: for clients that have not greeted, and for those that are being turned away.
+/// Threads in addition to the serving ones: for clients that have not greeted, and for those being turned away.
 const MORE_THREADS: usize = 2 * MAX_SILENT;
 const STACK: usize = 256 << 10;
-/// A client that reads by RDMA says nothing: how often it is looked whether its host is there, and how often in vain.
+/// A client that reads by RDMA sends nothing: the interval of the probes of its host, and how many may fail.
 #[cfg(feature = "rdma")]
 const PROBES: (Duration, u32) = (Duration::from_secs(10), 3);
 
@@ -49,7 +50,7 @@ pub struct Limits {
     pub connections: usize,
     /// Bytes of indexes held at once.
     pub index_bytes: usize,
-    /// How long a connection may be idle.
+    /// Longest time that a connection may be idle.
     pub idle: Duration,
 }
 
@@ -65,9 +66,9 @@ struct Shared {
     connections: AtomicUsize,
     threads: AtomicUsize,
     silent: Mutex<Silent>,
-    /// Objects that some connection has open.
+    /// Objects that a connection has open.
     objects: Mutex<HashMap<SnapshotId, Weak<Object>>>,
-    /// Where clients may read by RDMA.
+    /// Set if clients may read by RDMA.
     #[cfg(feature = "rdma")]
     lender: Option<Lender>,
 }
@@ -96,7 +97,7 @@ impl PageServer {
         Ok(PageServer { listener, shared: Arc::new(Shared::new(store, limits)) })
     }
 
-    /// Listens at `address`, which an RDMA device must have, and lets clients read by RDMA what it serves, up to
+    /// Listens at `address`, which must belong to an RDMA device, and lets clients read the pool by RDMA, up to
     /// `registered` bytes of it at once.
     #[cfg(feature = "rdma")]
     pub fn listen_rdma(store: Store, address: &str, limits: Limits, registered: u64) -> Result<PageServer, Error> {
@@ -107,12 +108,12 @@ impl PageServer {
         Ok(PageServer { listener, shared: Arc::new(shared) })
     }
 
-    /// Where it listens: the port, if the system chose it.
+    /// Returns the address that it listens at, with the port that the system chose.
     pub fn address(&self) -> Result<SocketAddr, Error> {
         self.listener.local_addr().map_err(Error::os("ask for the address of the server"))
     }
 
-    /// Serves until a signal ends it; its number.
+    /// Serves until a signal ends it; returns the signal's number.
     pub fn run(&self, signals: &mut EndSignals) -> Result<i32, Error> {
         loop {
             either_readable(&self.listener, signals).map_err(Error::os("wait for connections"))?;
@@ -122,7 +123,7 @@ impl PageServer {
             match self.listener.accept() {
                 Ok((stream, peer)) => self.start(stream, peer),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // Out of descriptors, or a client that has gone already: others go on.
+                // Out of descriptors, or the client has gone already: other connections go on.
                 Err(error) => {
                     tracing::warn!(%error, "A connection cannot be accepted");
                     std::thread::sleep(Duration::from_millis(20));
@@ -156,17 +157,17 @@ impl PageServer {
     }
 }
 
-/// A place among a bounded number of them.
+/// A slot among a bounded number.
 struct Share {
     shared: Arc<Shared>,
     counter: fn(&Shared) -> &AtomicUsize,
 }
 
 impl Share {
-    /// Takes a place if fewer than `most` are taken.
+    /// Takes a slot if fewer than `most` are taken.
     fn take(shared: &Arc<Shared>, counter: fn(&Shared) -> &AtomicUsize, most: usize) -> Option<Share> {
         let share = Share { shared: shared.clone(), counter };
-        // If it is none, its drop takes it back.
+        // If none was free, dropping the share takes the count back.
         (counter(shared).fetch_add(1, Ordering::Relaxed) < most).then_some(share)
     }
 }
@@ -192,14 +193,14 @@ struct Greeting {
 }
 
 impl Greeting {
-    /// Takes in a connection. If there are too many, the oldest is closed.
+    /// Registers a connection. If there are too many, the oldest is closed.
     fn begin(shared: &Arc<Shared>, stream: &TcpStream) -> io::Result<Greeting> {
         let stream = stream.try_clone()?;
         let mut silent = shared.silent.lock().unwrap_or_else(PoisonError::into_inner);
         if silent.streams.len() >= MAX_SILENT
             && let Some((_, oldest)) = silent.streams.pop_front()
         {
-            // Its thread then reads the end, and ends. One that is closed already needs nothing.
+            // The oldest's thread reads the end of its stream and ends. A failure means that it is closed already.
             let _ = oldest.shutdown(Shutdown::Both);
         }
         let number = silent.next;
@@ -278,14 +279,14 @@ impl Object {
 struct Connection<'a> {
     stream: TcpStream,
     shared: &'a Shared,
-    /// The way by which the client reads, while it does so by RDMA. Before the object it is of: dropped first.
+    /// The client's RDMA connection, while it reads so. Dropped before the object.
     #[cfg(feature = "rdma")]
     loan: Option<Loan>,
     open: Option<Arc<Object>>,
 }
 
 impl<'a> Connection<'a> {
-    /// Serves until the client has nothing more to ask. The error says why it ended otherwise.
+    /// Serves until the client closes the connection. The error is the reason for any other end.
     fn serve(stream: TcpStream, greeting: Greeting, shared: &'a Arc<Shared>) -> io::Result<()> {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
@@ -316,10 +317,10 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// Answers the next request. `false`: there is none.
+    /// Answers the next request. Returns false if there is none.
     fn request(&mut self) -> io::Result<bool> {
         let mut bytes = [0; wire::HEADER_LEN];
-        // Between requests a client may be idle; once a request has begun it has to come.
+        // Between requests a client may be idle; a request that has begun must arrive in time.
         let begun = loop {
             match self.stream.read(&mut bytes) {
                 Ok(0) => return Ok(false),
@@ -332,7 +333,7 @@ impl<'a> Connection<'a> {
         read_by(&self.stream, &mut bytes[begun..], deadline)?;
         let header = match Header::parse(&bytes) {
             Ok(header) => header,
-            // Nobody knows where the next frame begins.
+            // The start of the next frame is unknown.
             Err(what) => return self.refuse(0, Why::BadRequest, &what).and(Err(io::Error::other(what))),
         };
         let mut payload = vec![0; header.len as usize];
@@ -398,7 +399,7 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// From now on the client has to ask for something in time again.
+    /// Ends the client's RDMA connection: from now on it must send requests in time again.
     #[cfg(feature = "rdma")]
     fn end_loan(&mut self) -> io::Result<()> {
         self.loan = None;
@@ -410,20 +411,20 @@ impl<'a> Connection<'a> {
         self.refuse(id, Why::Never, NOT_BY_RDMA)
     }
 
-    /// Lets the client read the open object by RDMA, until it opens another or goes.
+    /// Lets the client read the open object by RDMA until it opens another or disconnects.
     #[cfg(feature = "rdma")]
     fn attach(&mut self, id: u64, payload: &[u8]) -> io::Result<()> {
         let Some(lender) = &self.shared.lender else { return self.refuse(id, Why::Never, NOT_BY_RDMA) };
         let (Some(reader), Some(object)) = (wire::Endpoint::parse(payload), self.open.clone()) else {
             return self.refuse(id, Why::BadRequest, "the request makes no sense");
         };
-        // One way at a time.
+        // A client has one RDMA connection at a time.
         self.end_loan()?;
         let peer = self.stream.peer_addr()?;
         match lender.lend((&object.data, object.index.data_len()), &object.registered, (peer, reader)) {
             Ok((loan, attached)) => {
                 self.loan = Some(loan);
-                // What it reads is not seen here: it is there as long as its host answers.
+                // The server does not see RDMA reads, so the client counts as present while its host answers.
                 self.stream.set_read_timeout(None)?;
                 let probes = TcpKeepalive::new().with_time(PROBES.0).with_interval(PROBES.0).with_retries(PROBES.1);
                 SockRef::from(&self.stream).set_tcp_keepalive(&probes)?;
@@ -433,7 +434,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Straight from the page cache: who asked compares the bytes with the checksums of its index.
+    /// Sends chunks straight from the page cache: the client compares the bytes with the checksums of its index.
     fn send_chunks(&mut self, header: Header, first: u32, object: &Object) -> io::Result<()> {
         let deadline = answered_by(header.len as usize);
         write_by(&self.stream, &header.to_bytes(), SendFlags::MORE, deadline)?;
@@ -450,7 +451,7 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// Opens the pool that is to be served.
+/// Opens the pool to serve.
 pub fn open_store(dir: &std::path::Path) -> Result<Store, Error> {
     Ok(Store::open(dir).map_err(tiering::Error::from)?)
 }

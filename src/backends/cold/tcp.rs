@@ -1,4 +1,4 @@
-//! The client of the page service (`docs/remote.md`): requests are pipelined, answers come in their order.
+//! The client of the page service (`docs/remote.md`): requests are pipelined, answers come in order.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
@@ -16,27 +16,27 @@ use crate::snapshot::{Digest, SnapshotId};
 use crate::sys::bounded_wait::Wait;
 use crate::tiering::cold::{Broken, ChunkSource, EachChunk, Flow, Index, MAX_INDEX_LEN, Place, SourceCounters};
 
-/// Stored bytes asked for by one request.
+/// Stored bytes requested at once.
 const READ_BYTES: u64 = 1 << 20;
-/// Stored bytes that are asked for and have not come: enough for 10 Gbit/s over 3 ms.
+/// Stored bytes requested and not yet received: enough for 10 Gbit/s over 3 ms.
 const WINDOW_BYTES: u64 = 4 << 20;
-/// Requests under way at once; all of them fit a socket's buffer.
+/// Concurrent requests; all of them fit a socket's buffer.
 const WINDOW_REQUESTS: usize = 256;
-/// Bytes of an answer taken from the socket at once: a few chunks, which stay in the CPU's cache until they are used.
+/// Bytes taken from the socket at once: a few chunks, which stay in the CPU's cache until they are used.
 const READ_AT_ONCE: usize = 512 << 10;
 /// A piece of an index.
 const INDEX_PIECE: u32 = 1 << 20;
-/// Idle connections are probed so often, so that one whose server has vanished is noticed.
+/// Interval of the probes of idle connections, by which a vanished server is noticed.
 const KEEPALIVE: Duration = Duration::from_secs(15);
-/// How long a connection may take; then it is tried again, as long as there is patience.
+/// Time for one attempt at a connection; attempts are repeated within the patience.
 const CONNECT_TIME: Duration = Duration::from_secs(2);
-/// How often who waits for bytes looks whether anybody still wants them.
+/// Interval at which a waiting thread looks whether its bytes are still wanted.
 pub(crate) const LOOK: Duration = Duration::from_millis(200);
 
 pub struct TcpPlace {
     name: String,
     server: String,
-    /// How long a server may take for one unit: an answer, a piece of an index, a chunk.
+    /// Time for a server to send one unit: an answer, a piece of an index, a chunk.
     patience: Duration,
 }
 
@@ -45,9 +45,9 @@ impl TcpPlace {
         TcpPlace { name: format!("tcp:{server}"), server, patience }
     }
 
-    /// A connection on which greeting and `Open` are under way.
+    /// Opens a connection and sends greeting and `Open` without waiting for the answers.
     pub(crate) fn connect(&self, snapshot: SnapshotId, counters: &Arc<SourceCounters>) -> Result<Connection, Broken> {
-        // A name may have many addresses: the time is for all of them.
+        // A name may have many addresses; they share this time.
         let mut wait = Wait::new(format!("a connection to {}", self.name), self.patience);
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         for address in self.addresses(&mut wait)? {
@@ -69,7 +69,7 @@ impl TcpPlace {
         Err(Broken::Transient(format!("it cannot be connected to: {last}")))
     }
 
-    /// The addresses of the server. A name is looked up on a thread of its own: getaddrinfo(3) takes as long as it likes.
+    /// The addresses of the server. A name is looked up on its own thread, because getaddrinfo(3) has no time limit.
     fn addresses(&self, wait: &mut Wait) -> Result<Vec<SocketAddr>, Broken> {
         if let Ok(address) = self.server.parse() {
             return Ok(vec![address]);
@@ -78,7 +78,7 @@ impl TcpPlace {
         let (found, answer) = channel();
         let server = self.server.clone();
         let look_up = move || {
-            // The answer comes too late if its receiver is gone.
+            // If the receiver is gone, the answer has come too late.
             let _ = found.send(server.to_socket_addrs().map(Iterator::collect));
         };
         std::thread::Builder::new().name("resolver".into()).spawn(look_up).map_err(failed)?;
@@ -106,7 +106,7 @@ impl Place for TcpPlace {
         if opened.index_len > MAX_INDEX_LEN {
             return Err(Broken::Refused(format!("its index would have {} bytes", opened.index_len)));
         }
-        // One for greeting and `Open`, one for the pieces.
+        // One round trip for greeting and `Open`, one for the pieces.
         counters.round_trips.fetch_add(2, Ordering::Relaxed);
         let piece = |offset: u64| (opened.index_len - offset).min(u64::from(INDEX_PIECE)) as u32;
         let offsets = (0..opened.index_len).step_by(INDEX_PIECE as usize);
@@ -143,10 +143,10 @@ impl Place for TcpPlace {
     }
 }
 
-/// A connection, and what both ends have to say on it before chunks come.
+/// A connection, up to the point where chunks are requested.
 pub(crate) struct Connection {
     stream: TcpStream,
-    /// For the unit that comes next.
+    /// The time limit of the next unit.
     wait: Wait,
     next_id: u64,
     counters: Arc<SourceCounters>,
@@ -184,7 +184,7 @@ impl Connection {
         })
     }
 
-    /// Sends requests. The time for what is to be answered begins.
+    /// Sends requests. The time limit of their answers begins.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<(), Broken> {
         self.wait.restart();
         let mut rest = bytes;
@@ -199,13 +199,13 @@ impl Connection {
         Ok(())
     }
 
-    /// The next unit has the full time from now on.
+    /// Starts the time limit of the next unit anew.
     #[cfg(feature = "rdma")]
     pub(crate) fn restart(&mut self) {
         self.wait.restart();
     }
 
-    /// Ends a wait that is over, or for a pool that is closed.
+    /// Returns an error if the time is up or the pool is closed.
     pub(crate) fn check_time(&mut self) -> Result<(), Broken> {
         match self.wait.is_over() || self.counters.closed.load(Ordering::Relaxed) {
             true => Err(self.lost(io::ErrorKind::TimedOut.into())),
@@ -221,8 +221,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads what there is, at least a byte. The time is that of the unit: a server that sends a byte now and then has no
-    /// more of it than a silent one.
+    /// Reads available bytes, at least one. The time limit is the unit's: a server that sends a byte now and then gets
+    /// no more time than a silent one.
     fn read_some(&mut self, bytes: &mut [u8]) -> Result<usize, Broken> {
         loop {
             self.check_time()?;
@@ -235,7 +235,7 @@ impl Connection {
         }
     }
 
-    /// The answers to greeting and `Open`.
+    /// Reads the answers to greeting and `Open`.
     pub(crate) fn opened(&mut self) -> Result<Opened, Broken> {
         self.wait.restart();
         let mut answer = [0; wire::GREETING_LEN];
@@ -247,7 +247,8 @@ impl Connection {
         Opened::parse(&payload).ok_or_else(|| Broken::Damaged("its answer to an open makes no sense".to_string()))
     }
 
-    /// The header of the next answer, which must be this one. The time for the whole answer begins.
+    /// Reads the header of the next answer, which must have this kind and id. The time limit of the whole answer
+    /// begins.
     pub(crate) fn header(&mut self, kind: Kind, id: u64) -> Result<Header, Broken> {
         self.wait.restart();
         let mut bytes = [0; wire::HEADER_LEN];
@@ -276,7 +277,7 @@ impl Connection {
         }
     }
 
-    /// A payload of just `bytes`.
+    /// Reads a payload whose length is that of `bytes`.
     pub(crate) fn payload(&mut self, header: Header, bytes: &mut [u8]) -> Result<(), Broken> {
         if header.len as usize != bytes.len() {
             return Err(Broken::Damaged(format!("it answers {} bytes instead of {}", header.len, bytes.len())));
@@ -293,7 +294,7 @@ impl Connection {
 struct TcpSource {
     connection: Connection,
     digest: Digest,
-    /// Greeting and `Open` have been answered.
+    /// True: greeting and `Open` have been answered.
     is_open: bool,
     index: Arc<Index>,
     counters: Arc<SourceCounters>,
@@ -339,7 +340,7 @@ impl TcpSource {
     fn take(&mut self, span: Range<u32>, id: u64, each: &mut EachChunk) -> Result<Flow, Broken> {
         let header = self.connection.header(Kind::Chunks, id)?;
         let (first, count) = (span.start, span.end - span.start);
-        // Each chunk is compared with the same index, so that the payload needs no checksum of its own.
+        // Each chunk is compared with the same index, so the payload's checksum need not be computed from its bytes.
         if wire::chunks_checksum(&self.index, first, count) != Some((header.len, header.checksum)) {
             let what = format!("what it answers for chunks {first} to {} is not what was stored", span.end - 1);
             return Err(Broken::Damaged(what));
@@ -348,7 +349,7 @@ impl TcpSource {
         for number in span {
             let len = self.index.chunks()[number as usize].stored_len as usize;
             while ready.len() < len {
-                // What there is of the chunk goes to the front, and as much behind it as is there already.
+                // Moves the part of the chunk that has arrived to the front, and reads available bytes behind it.
                 self.buffer.copy_within(ready.clone(), 0);
                 ready = 0..ready.len();
                 if self.buffer.len() < len.max(READ_AT_ONCE) {
@@ -376,7 +377,7 @@ impl ChunkSource for TcpSource {
         let (mut sent, mut ahead) = (0, 0);
         self.counters.round_trips.fetch_add(1, Ordering::Relaxed);
         for (at, span) in spans.iter().enumerate() {
-            // Half a window at a time, so that requests go out many at once.
+            // Refills half a window at a time, so that many requests go out at once.
             if sent <= at || ahead <= WINDOW_BYTES / 2 {
                 self.request(&spans, &mut sent, (at, &mut ahead))?;
             }

@@ -1,4 +1,4 @@
-//! The page service's protocol: what goes over the wire, as bytes. `docs/remote.md` specifies it.
+//! The page service's protocol as bytes on the wire. `docs/remote.md` specifies it.
 //!
 //! A client greets with [`greeting`], a server answers with [`answer`]; then frames go both ways, each a header of
 //! [`HEADER_LEN`] bytes and a payload. A connection serves one object at a time, the one opened last.
@@ -13,14 +13,14 @@ pub const VERSION: u16 = 1;
 pub const GREETING_LEN: usize = 16;
 /// Bytes of a frame's header.
 pub const HEADER_LEN: usize = 24;
-/// The most payload of a request, bytes.
+/// Longest payload of a request, bytes.
 pub const MAX_REQUEST: u32 = 64;
-/// The most payload of an answer, bytes; a read that has more stored bytes is refused, unless it is of one chunk.
+/// Longest payload of an answer, bytes. A read of more stored bytes is refused, unless it is of one chunk.
 pub const MAX_ANSWER: u32 = 2 << 20;
 /// The longest text of a refusal, bytes.
 pub const MAX_TEXT: usize = 512;
 
-/// What a frame is.
+/// The type of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Kind {
@@ -28,7 +28,7 @@ pub enum Kind {
     Open = 1,
     /// Asks for bytes of the index: offset (u64), length (u32).
     ReadIndex = 2,
-    /// Asks for stored chunks: the first (u32), how many (u32).
+    /// Asks for stored chunks: the first (u32), their number (u32).
     Read = 3,
     /// Asks to read the data by RDMA from a queue pair: an [`Endpoint`].
     Attach = 4,
@@ -40,7 +40,7 @@ pub enum Kind {
     Chunks = 0x83,
     /// Answers `Attach`: [`Attached`].
     Attached = 0x84,
-    /// Answers anything: why not (u16), and a text.
+    /// Answers any request: a reason (u16) and a text.
     Refused = 0xff,
 }
 
@@ -56,21 +56,21 @@ const KINDS: [Kind; 9] = [
     Kind::Refused,
 ];
 
-/// Why a request was refused.
+/// The reason for refusing a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Why {
-    /// Too many connections: come again.
+    /// Too many connections; the client may try again.
     Busy = 1,
     /// The snapshot is not there.
     NotHeld = 2,
-    /// The request makes no sense.
+    /// The request is malformed.
     BadRequest = 3,
-    /// What is there is damaged.
+    /// The snapshot's object is damaged.
     Damaged = 4,
-    /// The server could not read what is there.
+    /// The server could not read the object.
     Failed = 5,
-    /// The server does not do that.
+    /// The server does not support the request.
     Never = 6,
 }
 
@@ -86,7 +86,7 @@ impl Why {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     pub kind: Kind,
-    /// Chosen by who asks, repeated by who answers.
+    /// Chosen by the client, repeated in the answer.
     pub id: u64,
     /// Bytes of the payload.
     pub len: u32,
@@ -107,7 +107,7 @@ impl Header {
     }
 
     /// # Errors
-    /// What is wrong with the bytes.
+    /// The defect of the bytes.
     pub fn parse(bytes: &[u8; HEADER_LEN]) -> Result<Header, String> {
         let [l0, l1, l2, l3, k0, k1, z0, z1, id @ .., c0, c1, c2, c3, h0, h1, h2, h3] = *bytes;
         if crc32c::crc32c(&bytes[..20]) != u32::from_le_bytes([h0, h1, h2, h3]) {
@@ -152,12 +152,12 @@ fn parse_greeting(bytes: &[u8; GREETING_LEN]) -> Option<(u16, u16)> {
     (is_ours && is_whole).then(|| (u16::from_le_bytes([a0, a1]), u16::from_le_bytes([b0, b1])))
 }
 
-/// What a client says first: the lowest and the highest version it speaks.
+/// A client's first bytes: the lowest and the highest version that it speaks.
 pub fn greeting() -> [u8; GREETING_LEN] {
     greet(VERSION, VERSION)
 }
 
-/// What a server answers: the version that is spoken from now on, or 0 and that it will close. `None`: this is no client.
+/// A server's answer: the version spoken from now on, or 0 and true if it will close. `None`: the peer is no client.
 pub fn answer(greeting: &[u8; GREETING_LEN]) -> Option<([u8; GREETING_LEN], bool)> {
     let (lowest, highest) = parse_greeting(greeting)?;
     let spoken = (lowest..=highest).contains(&VERSION);
@@ -165,7 +165,7 @@ pub fn answer(greeting: &[u8; GREETING_LEN]) -> Option<([u8; GREETING_LEN], bool
 }
 
 /// # Errors
-/// Why the server that answered so cannot be talked to.
+/// The reason why this server cannot be used.
 pub fn check_answer(bytes: &[u8; GREETING_LEN]) -> Result<(), String> {
     match parse_greeting(bytes) {
         Some((VERSION, _)) => Ok(()),
@@ -221,8 +221,8 @@ pub fn parse_read(payload: &[u8]) -> Option<(u32, u32)> {
     Some((u32::from_le_bytes(*first), u32::from_le_bytes(count.try_into().ok()?)))
 }
 
-/// One end of an RDMA connection (reliable connected queue pairs over RoCE v2): the payload of [`Kind::Attach`]. Where it
-/// is is no part of it: at the address of the TCP connection that it comes by.
+/// One end of an RDMA connection (reliable connected queue pairs over RoCE v2): the payload of [`Kind::Attach`]. Its IP
+/// address is not included: it is that of the TCP connection that carries it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Number of the queue pair, 24 bits.
@@ -231,7 +231,7 @@ pub struct Endpoint {
     pub sequence: u32,
     /// Bytes of a packet that its path carries: 256 to 4096, a power of two.
     pub mtu: u32,
-    /// How many reads it makes, or answers, at once: 1 to 255.
+    /// Number of concurrent reads that it makes, or answers: 1 to 255.
     pub reads: u8,
 }
 
@@ -248,7 +248,7 @@ impl Endpoint {
         bytes
     }
 
-    /// `None` for what no queue pair can be.
+    /// `None` for values that no queue pair can have.
     pub fn parse(bytes: &[u8]) -> Option<Endpoint> {
         let ([queue_pair, sequence, mtu, reads], []) = bytes.as_chunks::<4>() else { return None };
         let [queue_pair, sequence, mtu, reads] =
@@ -263,7 +263,7 @@ impl Endpoint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attached {
     pub endpoint: Endpoint,
-    /// Where the data object begins, for RDMA reads.
+    /// Start address of the data object for RDMA reads.
     pub address: u64,
     /// Its length, bytes.
     pub len: u64,
@@ -277,7 +277,7 @@ impl Attached {
         [&self.endpoint.to_bytes()[..], &self.address.to_le_bytes(), &self.len.to_le_bytes(), &key].concat()
     }
 
-    /// `None` for what makes no sense, among it memory that would reach past the end of the address space.
+    /// `None` for impossible values, such as memory that reaches past the end of the address space.
     pub fn parse(bytes: &[u8]) -> Option<Attached> {
         let (endpoint, rest) = bytes.split_first_chunk::<ENDPOINT_LEN>()?;
         let ([address, len], key) = rest.as_chunks::<8>() else { return None };
@@ -303,9 +303,9 @@ pub fn parse_refusal(payload: &[u8]) -> Option<(Option<Why>, String)> {
     Some((Why::from_number(u16::from_le_bytes(*why)), text))
 }
 
-/// The checksum of the payload that answers a read of chunks `[first, first + count)`: from the checksums of the chunks,
-/// so that a server need not touch the bytes. `None` if the index does not have them all, or they are too many for one
-/// answer.
+/// The checksum of the payload that answers a read of chunks `[first, first + count)`. It is computed from the
+/// checksums of the chunks, so a server need not touch the bytes. `None` if the index lacks some of them, or they are
+/// too many for one answer.
 pub fn chunks_checksum(index: &Index, first: u32, count: u32) -> Option<(u32, u32)> {
     let chunks = index.chunks().get(first as usize..first.checked_add(count)? as usize)?;
     let (mut len, mut checksum) = (0_u64, 0);

@@ -1,4 +1,4 @@
-//! Lending a file: its pages, pinned in the page cache, are there for the other side to read.
+//! Lends a file for RDMA: its pages, pinned in the page cache, can be read by the peer.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use super::queue_pair::{Pair, Queue};
 use super::{Port, accept, new_sequence, queue_pair, told};
 use crate::backends::cold::wire::{Attached, Endpoint};
 
-/// A read-only mapping that nobody in this process touches.
+/// A read-only mapping that this process does not touch.
 struct View {
     base: NonNull<libc::c_void>,
     len: usize,
@@ -47,14 +47,14 @@ impl Drop for View {
     }
 }
 
-/// A file whose bytes are lent, read only, to whoever is connected to it. A protection domain of its own: who reads one
-/// file cannot read another, whatever key is guessed.
+/// A file whose bytes connected peers may read. It has its own protection domain: a reader of one file cannot read
+/// another, whatever key it guesses.
 pub struct Lent {
     port: Port,
-    /// Before the mapping it is of: dropped first.
+    /// Dropped before the mapping that it registers.
     region: Arc<MemoryRegion>,
     domain: Arc<ProtectionDomain>,
-    /// Nothing ever completes on it: a lender only answers.
+    /// Never gets a completion: a lender only answers.
     queue: Arc<Queue>,
     view: View,
 }
@@ -63,7 +63,7 @@ impl Lent {
     /// Lends the first `len` bytes of `file`, which stay in memory from now on.
     ///
     /// # Errors
-    /// The limit for locked memory, no more regions, a file system whose pages cannot be pinned (DAX).
+    /// The limit for locked memory, no free region, or a file system whose pages cannot be pinned (DAX).
     pub fn new(port: &Port, file: &File, len: u64) -> io::Result<Lent> {
         let view = View::of(file, len)?;
         let domain = port.context.alloc_pd().map_err(|error| told("make a protection domain", &error))?;
@@ -75,7 +75,7 @@ impl Lent {
         Ok(Lent { port: port.clone(), region, domain, queue, view })
     }
 
-    /// A connection for the reader at `address`, until the result is dropped; and what to tell it.
+    /// Connects the reader at `address` until the result is dropped. Also returns the answer for it.
     pub fn lend(self: &Arc<Lent>, address: IpAddr, reader: Endpoint) -> io::Result<(Loan, Attached)> {
         let allows = (&self.port, ibv_access_flags::IBV_ACCESS_REMOTE_READ);
         let mut pair = queue_pair((&self.domain, &self.queue), allows, 1, self.clone())?;
@@ -87,5 +87,5 @@ impl Lent {
     }
 }
 
-/// One reader's connection, and what it lends.
+/// One reader's connection, and the file lent to it.
 pub struct Loan(#[expect(dead_code, reason = "it is there to be dropped")] Pair<Arc<Lent>>);

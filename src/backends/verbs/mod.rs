@@ -1,8 +1,8 @@
-//! RDMA over Converged Ethernet (RoCE v2) through libibverbs, which is loaded when it is first used: reliable connections
-//! on which one side lends memory (`lend`) and the other reads it (`read`) without the lender's CPU.
+//! RDMA over Converged Ethernet (RoCE v2) through libibverbs, which is loaded when it is first used: reliable
+//! connections on which one side lends memory (`lend`) and the other reads it (`read`) without the lender's CPU.
 //!
-//! Verbs, states of a queue pair and their attributes: InfiniBand Architecture Specification, volume 1, chapters 10 and 11;
-//! ibv_modify_qp(3), ibv_reg_mr(3). Addresses: annex A17 (RoCE v2), in which a GID is an IP address.
+//! Verbs, states of a queue pair and their attributes: InfiniBand Architecture Specification, volume 1, chapters 10 and
+//! 11; ibv_modify_qp(3), ibv_reg_mr(3). Addresses: annex A17 (RoCE v2), in which a GID is an IP address.
 
 mod lend;
 mod queue_pair;
@@ -33,23 +33,23 @@ compile_error!(
     "the feature `rdma` loads libibverbs when it runs, which a static binary cannot: build without crt-static"
 );
 
-/// The most reads at once on a connection, whatever the devices could do.
+/// Most concurrent reads on a connection, whatever the devices support.
 const MOST_READS: u8 = 16;
-/// Packets of a connection go so many hops.
+/// Hop limit of a connection's packets.
 const HOPS: u8 = 64;
-/// The receiver of a message that nobody wants asks for it again after 0.64 ms; nothing here sends messages.
+/// Delay (0.64 ms) after which a receiver without a buffer asks for a message again; no messages are sent here.
 const NOT_READY_TIMER: u8 = 12;
 
-/// What went wrong, with its causes: they say no more than the kernel's error number.
+/// An error with its causes in the text, because the kernel's error number alone says too little.
 fn told(doing: &str, error: &dyn Error) -> io::Error {
     let causes = std::iter::successors(error.source(), |cause| (*cause).source()).map(|cause| format!(": {cause}"));
     io::Error::other(format!("{doing}: {error}{}", causes.collect::<String>()))
 }
 
-/// The devices of this host, at least one.
+/// The RDMA devices of this host, at least one.
 ///
 /// # Errors
-/// That there are none, or no libibverbs, and what to do.
+/// The host has no device or no libibverbs; the text says what to do.
 pub fn devices() -> io::Result<DeviceList> {
     let none = |why: String| io::Error::new(io::ErrorKind::NotFound, format!("this host has no RDMA device{why}"));
     match DeviceList::new() {
@@ -67,12 +67,12 @@ pub fn devices() -> io::Result<DeviceList> {
 pub struct Port {
     context: Arc<DeviceContext>,
     number: u8,
-    /// Where in the port's table the address stands.
+    /// Index of the address in the port's table.
     gid_index: u8,
     mtu: u32,
-    /// Reads at once that the device answers.
+    /// Concurrent reads that the device answers.
     answers: u8,
-    /// Reads at once that the device makes.
+    /// Concurrent reads that the device makes.
     makes: u8,
 }
 
@@ -80,12 +80,12 @@ impl Port {
     /// The port that has an address of this host.
     ///
     /// # Errors
-    /// No device has it; the port is down; what the driver says.
+    /// No device has the address; the port is down; errors of the driver.
     pub fn at(address: IpAddr) -> io::Result<Port> {
         let (wanted, mut names) = (gid(address), Vec::new());
         for device in &devices()? {
             let opened = device.open().map_err(|error| told("open it", &error));
-            // A device that cannot be asked is no reason not to use another.
+            // A device that cannot be queried must not keep another from being used.
             let (context, table) = match opened.and_then(|context| Ok((addresses(&context)?, context))) {
                 Ok((table, context)) => (context, table),
                 Err(error) => {
@@ -122,7 +122,7 @@ impl Port {
     }
 }
 
-/// How RoCE v2 writes an IP address.
+/// The form of an IP address in RoCE v2.
 fn gid(address: IpAddr) -> [u8; 16] {
     match address.to_canonical() {
         IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
@@ -137,12 +137,12 @@ fn octets(entry: &ibv_gid_entry) -> [u8; 16] {
 
 fn new_sequence() -> io::Result<u32> {
     let mut bytes = [0; 4];
-    // Up to 256 bytes are never cut short (getrandom(2)).
+    // getrandom(2) never cuts a request of up to 256 bytes short.
     rustix::rand::getrandom(&mut bytes[1..], rustix::rand::GetRandomFlags::empty())?;
     Ok(u32::from_be_bytes(bytes))
 }
 
-/// A queue pair in the state INIT, for up to `depth` requests at once, through which `memory` is reached.
+/// A queue pair in the state INIT, for up to `depth` concurrent requests, with access to `memory`.
 fn queue_pair<M>(
     (domain, queue): (&Arc<ProtectionDomain>, &Arc<Queue>),
     (port, allows): (&Port, ibv_access_flags),

@@ -1,5 +1,5 @@
-//! The objects of libibverbs whose end a device can refuse, when it is reset or unplugged. Nothing panics here then: what
-//! a device may still reach stays in memory, and everything else goes with the device's descriptor.
+//! libibverbs objects that a device may refuse to destroy, when it is reset or unplugged. Nothing panics then: memory
+//! that a device may still reach stays allocated, and everything else goes with the device's descriptor.
 
 use std::io;
 use std::mem::ManuallyDrop;
@@ -46,7 +46,7 @@ pub fn addresses(context: &DeviceContext) -> io::Result<Vec<ibv_gid_entry>> {
     Ok(entries)
 }
 
-/// What tells that there is something in a queue; it does not block.
+/// A non-blocking channel that reports completions in a queue.
 pub struct Channel {
     channel: NonNull<ibv_comp_channel>,
     context: Arc<DeviceContext>,
@@ -77,7 +77,7 @@ impl AsFd for Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // SAFETY: nobody has it any more. What is refused stays until the device is closed.
+        // SAFETY: nothing refers to the channel any more. If the device refuses, it stays until the device is closed.
         unsafe { ibv_destroy_comp_channel(self.channel.as_ptr()) };
     }
 }
@@ -95,12 +95,12 @@ unsafe impl Send for Queue {}
 unsafe impl Sync for Queue {}
 
 impl Queue {
-    /// Of `len` completions, of which nobody is told.
+    /// A queue of `len` completions without notification.
     pub fn silent(context: &Arc<DeviceContext>, len: u32) -> io::Result<Queue> {
         Queue::make(context, len, None)
     }
 
-    /// Of `len` completions, of which `channel` tells.
+    /// A queue of `len` completions that `channel` reports.
     pub fn told_by(channel: Channel, len: u32) -> io::Result<Queue> {
         Queue::make(&channel.context.clone(), len, Some(channel))
     }
@@ -112,18 +112,18 @@ impl Queue {
         Ok(Queue { queue: made("completion queue", queue)?, channel, _context: context.clone() })
     }
 
-    /// Has the channel told of the next completion.
+    /// Asks the channel to report the next completion.
     pub fn request(&self) -> io::Result<()> {
         // SAFETY: the queue lives as long as `self`.
         checked("ask to be told of reads", unsafe { ibv_req_notify_cq(self.queue.as_ptr(), 0) })
     }
 
-    /// The descriptor of the channel: readable when it has something to tell.
+    /// The descriptor of the channel: readable when it has an event.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.channel.as_ref().map(Channel::as_fd)
     }
 
-    /// Takes what the channel has to tell, if anything: only that there is something in this queue.
+    /// Takes the channel's event, if there is one. It says only that this queue has a completion.
     pub fn take_event(&self) {
         let Some(channel) = &self.channel else { return };
         let (mut queue, mut context) = (null_mut(), null_mut());
@@ -149,13 +149,14 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        // SAFETY: nobody has it any more: pairs keep theirs. What is refused stays until the device is closed.
+        // SAFETY: nothing refers to the queue any more: pairs keep theirs. If the device refuses, it stays until the
+        // device is closed.
         unsafe { ibv_destroy_cq(self.queue.as_ptr()) };
     }
 }
 
-/// A queue pair of a reliable connection, and the memory that is reached through it. If the device refuses to end the
-/// pair, nobody knows that it does not reach for the memory any more: then that is never freed.
+/// A queue pair of a reliable connection, and the memory that is reached through it. If the device refuses to destroy
+/// the pair, it may still write to the memory, which is then never freed.
 pub struct Pair<M> {
     pair: NonNull<ibv_qp>,
     memory: ManuallyDrop<M>,
@@ -169,7 +170,7 @@ unsafe impl<M: Send> Send for Pair<M> {}
 unsafe impl<M: Sync> Sync for Pair<M> {}
 
 impl<M> Pair<M> {
-    /// In the state RESET; for up to `depth` requests at once.
+    /// A pair in the state RESET, for up to `depth` concurrent requests.
     pub fn new(domain: &Arc<ProtectionDomain>, queue: &Arc<Queue>, depth: u32, memory: M) -> io::Result<Pair<M>> {
         let (cq, srq) = (queue.queue.as_ptr(), null_mut());
         let cap =
@@ -186,7 +187,7 @@ impl<M> Pair<M> {
         unsafe { (*self.pair.as_ptr()).qp_num }
     }
 
-    /// Sets the attributes that `set` sets and names.
+    /// Sets the attributes that `set` fills in and names.
     pub fn modify(&mut self, doing: &str, set: impl FnOnce(&mut ibv_qp_attr) -> ibv_qp_attr_mask) -> io::Result<()> {
         // SAFETY: integers, and a union of such, which may all be 0.
         let mut attributes: ibv_qp_attr = unsafe { std::mem::zeroed() };
@@ -195,10 +196,10 @@ impl<M> Pair<M> {
         checked(doing, unsafe { ibv_modify_qp(self.pair.as_ptr(), &mut attributes, named as i32) })
     }
 
-    /// Begins request `id`: to read what is at the peer's address `from`, of the region `key`, into `to`.
+    /// Begins request `id`: reads from the peer's address `from`, of the region `key`, into `to`.
     ///
     /// # Safety
-    /// `to` is registered memory, which is in `M` and in nobody's use until the request is complete.
+    /// `to` is registered memory that is in `M` and not otherwise used until the request is complete.
     pub unsafe fn read(&mut self, id: u64, (key, from): (u32, u64), mut to: ibv_sge) -> io::Result<()> {
         // SAFETY: integers, unions of such and null pointers, which may all be 0.
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
@@ -207,7 +208,8 @@ impl<M> Pair<M> {
         request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
         request.wr.rdma = rdma_t { remote_addr: from, rkey: key };
         let mut refused = null_mut();
-        // SAFETY: the pair is there as long as `self`; request and list are copied by the call; the caller vouches for `to`.
+        // SAFETY: the pair is there as long as `self`; request and list are copied by the call; the caller vouches for
+        // `to`.
         checked("begin a read", unsafe { ibv_post_send(self.pair.as_ptr(), &mut request, &mut refused) })
     }
 }
@@ -228,7 +230,7 @@ impl<M> DerefMut for Pair<M> {
 
 impl<M> Drop for Pair<M> {
     fn drop(&mut self) {
-        // SAFETY: nobody has the pair any more.
+        // SAFETY: nothing refers to the pair any more.
         let refused = unsafe { ibv_destroy_qp(self.pair.as_ptr()) };
         if refused == 0 {
             // SAFETY: it is not used again.

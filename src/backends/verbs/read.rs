@@ -1,4 +1,4 @@
-//! Reading what is lent: several RDMA reads under way at once, into registered memory, completed in their order.
+//! Reads lent memory: several RDMA reads under way at once, into registered memory, completed in order.
 
 use std::io;
 use std::net::IpAddr;
@@ -17,58 +17,58 @@ use super::{Port, accept, new_sequence, queue_pair, told};
 use crate::backends::cold::wire::{Attached, Endpoint};
 use crate::sys::mapping::Buffer;
 
-/// What is not acknowledged for 4.096 µs · 2^16 (0.27 s) is sent again, so often; then the connection is lost. (Soft-RoCE
-/// takes 7 for ever.)
+/// A packet that is not acknowledged within 4.096 µs · 2^16 (0.27 s) is sent again, `RETRIES` times; then the
+/// connection is lost. (Soft-RoCE takes 7 for ever.)
 const ACKNOWLEDGE_TIMEOUT: u8 = 16;
 const RETRIES: u8 = 6;
 
 /// Registered memory that reads go to.
 struct Slots {
-    /// Before the memory it is of: dropped first.
+    /// Dropped before the memory that it registers.
     region: Arc<MemoryRegion>,
-    /// Where the memory begins.
+    /// Start of the memory.
     base: *mut u8,
     _memory: Buffer,
-    /// Bytes of one.
+    /// Bytes of one slot.
     len: usize,
     count: usize,
 }
 
 // SAFETY: the address is of memory that the object owns.
 unsafe impl Send for Slots {}
-// SAFETY: as above; what is read through it is lent by `Reader::bytes` only.
+// SAFETY: as above; only `Reader::bytes` hands out references to the memory.
 unsafe impl Sync for Slots {}
 
-/// What waiting for a read came to.
+/// The outcome of waiting for a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waited {
     /// The oldest read is complete.
     Read,
     /// The other descriptor is readable, or at its end.
     Other,
-    /// Neither, all the time.
+    /// The time was over first.
     Neither,
 }
 
-/// A connection to what somebody lends.
+/// A connection to lent memory.
 pub struct Reader {
-    /// With the memory its reads go to.
+    /// The queue pair, with the memory that its reads go to.
     pair: Pair<Option<Slots>>,
     queue: Arc<Queue>,
     domain: Arc<ProtectionDomain>,
     port: Port,
     sequence: u32,
     depth: usize,
-    /// What is lent, once that is known.
+    /// The lent memory, once it is known.
     lent: Option<Attached>,
-    /// Reads that were begun, are complete, and whose slot is free again: `freed <= complete <= begun`.
+    /// Counts of reads begun, complete, and with a free slot again: `freed <= complete <= begun`.
     begun: u64,
     complete: u64,
     freed: u64,
 }
 
 impl Reader {
-    /// Not connected yet; up to `depth` reads at once.
+    /// A reader that is not connected yet, for up to `depth` concurrent reads.
     pub fn new(port: &Port, depth: usize) -> io::Result<Reader> {
         let domain = port.context.alloc_pd().map_err(|error| told("make a protection domain", &error))?;
         let queue = Arc::new(Queue::told_by(Channel::new(&port.context)?, depth as u32)?);
@@ -78,7 +78,7 @@ impl Reader {
         Ok(Reader { pair, queue, domain, port, sequence, depth, lent: None, begun: 0, complete: 0, freed: 0 })
     }
 
-    /// This end, for the lender.
+    /// This end's endpoint, for the lender.
     pub fn endpoint(&self) -> Endpoint {
         let (mtu, reads) = (self.port.mtu, self.port.makes);
         Endpoint { queue_pair: self.pair.number(), sequence: self.sequence, mtu, reads }
@@ -98,7 +98,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Has memory for `count` reads of up to `len` bytes each, or for as many as there may be at once; how many.
+    /// Registers memory for `count` reads of up to `len` bytes each, or for as many as may be under way. Returns the
+    /// number.
     ///
     /// # Errors
     /// Reads are under way; the limit for locked memory.
@@ -110,7 +111,7 @@ impl Reader {
         if let Some(slots) = self.pair.as_ref().filter(|slots| slots.count >= count && slots.len >= len) {
             return Ok(slots.count);
         }
-        // The old ones first: together they might be too much.
+        // The old slots are freed first: both together might exceed the limit.
         *self.pair = None;
         let mut memory = Buffer::new(count * len)?;
         let base = memory.bytes_mut().as_mut_ptr();
@@ -122,10 +123,10 @@ impl Reader {
         Ok(count)
     }
 
-    /// Begins to read `range` of what is lent.
+    /// Begins to read `range` of the lent memory.
     ///
     /// # Errors
-    /// No free slot, a range that is longer than one or lies outside; what the driver says.
+    /// No free slot; a range that is longer than one or lies outside; errors of the driver.
     pub fn begin(&mut self, range: &Range<u64>) -> io::Result<()> {
         let len = range.end.saturating_sub(range.start);
         let (Some(slots), Some(lent)) = (&*self.pair, &self.lent) else {
@@ -138,7 +139,7 @@ impl Reader {
         let at = (self.begun % slots.count as u64) as usize * slots.len;
         let (to, lkey) = (slots.base as u64 + at as u64, slots.region.lkey());
         let to = ibv_sge { addr: to, length: len as u32, lkey };
-        // SAFETY: the slot is registered, as long as what is read, and in nobody's use until the read is complete and
+        // SAFETY: the slot is registered, as long as the range, and not otherwise used until the read is complete and
         // the slot is freed.
         unsafe { self.pair.read(self.begun, (lent.key, lent.address + range.start), to)? };
         self.begun += 1;
@@ -148,13 +149,13 @@ impl Reader {
     /// Waits until the oldest read is complete, `other` is readable, or the time is over.
     ///
     /// # Errors
-    /// That a read failed: the connection is of no use any more.
+    /// A read failed: the connection cannot be used any more.
     pub fn wait(&mut self, other: BorrowedFd<'_>, time: Duration) -> io::Result<Waited> {
         if self.is_complete()? {
             return Ok(Waited::Read);
         }
         self.queue.request()?;
-        // What completed before the device was asked to tell.
+        // Reads may have completed before the device was asked to notify.
         if self.is_complete()? {
             return Ok(Waited::Read);
         }
@@ -175,7 +176,7 @@ impl Reader {
         Ok(if fds[1].revents != 0 { Waited::Other } else { Waited::Neither })
     }
 
-    /// Whether the oldest read is complete.
+    /// Returns whether the oldest read is complete.
     fn is_complete(&mut self) -> io::Result<bool> {
         if self.complete > self.freed {
             return Ok(true);
@@ -196,18 +197,18 @@ impl Reader {
     pub fn bytes(&self, len: usize) -> Option<&[u8]> {
         let slots = self.pair.as_ref().filter(|slots| self.complete > self.freed && len <= slots.len)?;
         let at = (self.freed % slots.count as u64) as usize * slots.len;
-        // SAFETY: the slot lies within the memory; its read is complete, so that the device does not write to it until it
-        // is freed, which needs `self` exclusively. The other slots, which it writes to, are not part of the slice.
+        // SAFETY: the slot lies within the memory; its read is complete, so that the device does not write to it until
+        // it is freed, which needs `self` exclusively. The other slots, which it writes to, are not part of the slice.
         Some(unsafe { std::slice::from_raw_parts(slots.base.add(at), len) })
     }
 
-    /// Lets the slot of the oldest complete read be used again.
+    /// Frees the slot of the oldest complete read.
     pub fn free(&mut self) {
         self.freed = self.complete.min(self.freed + 1);
     }
 }
 
-/// Why a read failed (the status of a work completion).
+/// The reason for a failed read (the status of a work completion).
 fn failure(status: u32) -> String {
     match status {
         ibv_wc_status::IBV_WC_RETRY_EXC_ERR => "its device does not answer reads any more".to_string(),

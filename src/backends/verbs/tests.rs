@@ -1,4 +1,4 @@
-//! On whatever device of this host has an IPv4 address: what is lent can be read, and nothing else can.
+//! Tests on any device of this host with an IPv4 address: lent memory can be read, and nothing else can.
 
 use std::fs::File;
 use std::net::Ipv6Addr;
@@ -12,7 +12,7 @@ use crate::backends::cold::wire::Attached;
 
 const LEN: u64 = 3 << 20;
 
-/// An address of this host that a device has; `None`, with the reason printed, without one.
+/// An address of this host that a device has. Without one, prints the reason and returns `None`.
 fn address() -> Option<IpAddr> {
     let addresses = devices().ok().into_iter().flat_map(|devices| {
         let tables = devices.iter().filter_map(|device| {
@@ -24,7 +24,7 @@ fn address() -> Option<IpAddr> {
     });
     let found = addresses.into_iter().next();
     if found.is_none() {
-        println!("skipped: no RDMA device of this host has an IPv4 address (RoCE v2)");
+        crate::skip::skip!("rdma", "no RDMA device of this host has an IPv4 address (RoCE v2)");
     }
     found
 }
@@ -40,7 +40,7 @@ fn lent(port: &Port, seed: u64) -> Arc<Lent> {
     Arc::new(Lent::new(port, &File::open(file.path()).unwrap(), LEN).unwrap())
 }
 
-/// A reader of it, which believes of it what `lie` makes of the truth.
+/// A reader of it, whose facts about it are changed by `lie`.
 fn reader(port: &Port, address: IpAddr, lent: &Arc<Lent>, lie: impl Fn(Attached) -> Attached) -> (Reader, Loan) {
     let mut reader = Reader::new(port, 4).unwrap();
     let (loan, attached) = lent.lend(address, reader.endpoint()).unwrap();
@@ -49,7 +49,7 @@ fn reader(port: &Port, address: IpAddr, lent: &Arc<Lent>, lie: impl Fn(Attached)
     (reader, loan)
 }
 
-/// What becomes of one read.
+/// The outcome of one read.
 fn outcome(reader: &mut Reader, range: Range<u64>) -> Result<Vec<u8>, String> {
     let (_other, silent) = UnixStream::pair().unwrap();
     reader.begin(&range).map_err(|error| error.to_string())?;
@@ -98,7 +98,7 @@ fn what_is_not_lent_to_a_reader_cannot_be_read() {
     let lies: [&dyn Fn(Attached) -> Attached; 4] = [
         &|truth| Attached { len: u64::MAX - truth.address, ..truth },
         &|truth| Attached { key: truth.key ^ 1, ..truth },
-        // What another object has, with its own key.
+        // The address of another object, with its own key.
         &|_| another,
         &|truth| Attached { address: truth.address - (1 << 20), ..truth },
     ];

@@ -1,5 +1,6 @@
-//! `tvmm calibrate`: what memory operations cost on this host. The host's own side is measured in this process; what a
-//! guest's touches cost is read from the built-in guest, restored again and again from a snapshot of its own.
+//! `tvmm calibrate`: measures the costs of memory operations on this host. The host's own side is measured in this
+//! process; the cost of a guest's touches is read from the built-in guest, restored again and again from its own
+//! snapshot.
 
 mod restores;
 
@@ -20,13 +21,13 @@ use crate::tiering::costs::Costs;
 
 #[derive(Debug, Args)]
 pub struct CalibrateArgs {
-    /// Where the numbers go; default: where `tvmm plan` and `tvmm restore` look for them
+    /// File for the numbers; default: the one that `tvmm plan` and `tvmm restore` read
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// A directory on the device that snapshots are on; default: that of --out
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// How often each is measured; the median counts
+    /// Number of measurements of each value; the median counts
     #[arg(long, default_value_t = 7, value_name = "N")]
     rounds: usize,
 }
@@ -55,7 +56,7 @@ pub fn run(args: &CalibrateArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Numbers that come from the guest's own clock.
+/// Numbers measured by the guest's own clock.
 const FROM_GUEST: [&str; 8] = [
     "anon_write_fault_ns",
     "populated_touch_ns",
@@ -88,7 +89,7 @@ fn table(costs: &Costs) -> Table {
 /// Pages the guest fills: 32 MiB, whole blocks.
 const PAGES: u64 = 8192;
 const BLOCK_PAGES: u64 = 512;
-/// Where they are: the guest gives out memory from 4 MiB on (`resources/guest/README.md`).
+/// The pages' place: the guest hands out memory from 4 MiB on (`resources/guest/README.md`).
 const FILLED: Extent = Extent { first: Gfn(1024), pages: PAGES };
 const UFFD_PAGES: u64 = 256;
 
@@ -97,7 +98,7 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
     let sealed = dir.join("snapshot");
     let fill_us = snapshot(&exe, dir, &sealed)?;
     costs.set_measured("anon_write_fault_ns", per(fill_us, PAGES));
-    // A copy is in small folios, as files are that were just written.
+    // A copy lies in small folios, like any file that was just written.
     let copy = dir.join("copy");
     std::fs::create_dir(&copy)?;
     for name in ["manifest.json", "vmstate", "pages", "memory"] {
@@ -107,7 +108,7 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
     let blocks = PAGES / BLOCK_PAGES;
     let all = format!("touch pages={PAGES}");
     let each_block = format!("touch pages={blocks} stride={BLOCK_PAGES}");
-    // A function that touches one page has the costs of every function: what else it needs faults too.
+    // The time of one touched page is part of every function: its other accesses fault too.
     let mut one = trial(&sealed, "firecracker", "touch pages=1");
     let mut one_lazy = trial(&sealed, "firecracker-uffd", "touch pages=1");
     let mut huge = trial(&sealed, "firecracker", &each_block);
@@ -116,7 +117,8 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
     let mut cow = trial(&copy, "firecracker", &format!("{all} write=100"));
     let mut lazy = trial(&sealed, "firecracker-uffd", &format!("touch pages={UFFD_PAGES} stride=31"));
     let mut engine = Engine::new(&exe, &sealed, dir)?;
-    // One more comes first: it makes what is made once. What else runs on the host comes and goes: each round has all.
+    // The first round is extra: it makes the derived files. Each round runs all trials, because load on the host comes
+    // and goes.
     for round in 0..=rounds.max(1) {
         let policies = [&mut one, &mut one_lazy, &mut huge, &mut split, &mut read, &mut cow, &mut lazy];
         policies.into_iter().try_for_each(Trial::run)?;
@@ -138,7 +140,7 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
     Ok(())
 }
 
-/// µs for `count` operations, as ns for one.
+/// Converts µs for `count` operations to ns for one.
 fn per(us: f64, count: u64) -> u64 {
     (us * 1000.0 / count as f64).round().max(1.0) as u64
 }
@@ -175,7 +177,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What is left in a scratch directory does no harm.
+        // Best effort: files left in a scratch directory do no harm.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -1,5 +1,5 @@
-//! What a restore and its guest pay, measured through restores by plans made for that: each does one thing to many
-//! pages, by the engine that restores are carried out by, in a process of its own, and the guest touches what came of it.
+//! Costs of a restore and of its guest, measured by restores with special plans. Each plan does one thing to many
+//! pages. The ordinary restore engine carries it out in a separate process, and the guest then touches the pages.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,7 +18,7 @@ use crate::sys::page_cache::PageCache;
 use crate::tiering::costs::Costs;
 use crate::tiering::planner::Planner;
 
-/// One restore that is measured again and again.
+/// One restore that is measured repeatedly.
 pub struct Trial<'a> {
     exe: &'a Path,
     snapshot: &'a Path,
@@ -28,7 +28,7 @@ pub struct Trial<'a> {
     rounds: Vec<Round>,
 }
 
-/// What one restore took, µs.
+/// Times of one restore, µs.
 #[derive(Clone, Copy, Default)]
 struct Round {
     map: f64,
@@ -66,7 +66,7 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
-    /// As if it had not run yet.
+    /// Drops all measurements.
     pub fn forget(&mut self) {
         self.rounds.clear();
     }
@@ -93,7 +93,7 @@ impl<'a> Trial<'a> {
 struct HandMade {
     chain: Chain,
     resolved: Vec<ResolvedRun>,
-    /// Where the first filled page is in the memory file.
+    /// Offset of the first filled page in the memory file.
     offset: u64,
 }
 
@@ -111,7 +111,8 @@ impl HandMade {
         PageSource { layer: 0, offset: self.offset + (extent.gpa() - FILLED.gpa()) }
     }
 
-    /// Filled pages in runs of `run`, one every `step`, each as `place` says; everything else is mapped from the file.
+    /// A plan for filled pages in runs of `run`, one every `step`, each placed by `place`; all others are mapped from
+    /// the file.
     fn plan(&self, run: u64, step: u64, place: impl Fn(Extent) -> PlannedExtent) -> RestorePlan {
         let mut plan = RestorePlan::new(self.chain.tip().id(), "calibrate", Vec::new());
         let mapped = |extent: Extent| PlannedExtent::from(extent, Placement::CowFile, self.in_file(extent));
@@ -146,8 +147,7 @@ impl HandMade {
         self.plan(run, step, |extent| PlannedExtent::preload(extent, self.in_file(extent), fill))
     }
 
-    /// As [`out_of_file`](Self::out_of_file), out of an image; `swapped`: with neighbours in each
-    /// other's place.
+    /// As [`out_of_file`](Self::out_of_file), from an image; `swapped`: each two neighbours have changed places.
     fn out_of_image(&self, run: u64, step: u64, fill: Fill, swapped: bool) -> RestorePlan {
         let place = |extent: Extent| {
             let index = ((extent.first.0 - FILLED.first.0) / step) ^ u64::from(swapped);
@@ -169,13 +169,13 @@ impl HandMade {
     }
 }
 
-/// Single pages are one in so many: each in a group of its own would leave too few to measure.
+/// Distance of single pages: with each in a group of its own, too few would be left to measure.
 const STEP: u64 = 2;
-/// Long runs, and how far apart they start.
+/// Length of long runs, and the distance of their starts.
 const RUN: u64 = 16;
 const RUN_STEP: u64 = RUN * STEP;
 
-/// The trials, and what they say.
+/// The trials, and the costs that follow from them.
 pub struct Engine<'a> {
     copied_alone: Trial<'a>,
     copied_from_file: Trial<'a>,
@@ -202,7 +202,7 @@ impl<'a> Engine<'a> {
         Ok(Engine {
             copied_alone: trial("copied-alone", plans.out_of_image(1, STEP, Fill::Copy, false), every_second)?,
             copied_from_file: trial("copied-from-file", plans.out_of_file(1, STEP, Fill::Copy), one())?,
-            // Halves of blocks that do not follow on in the image stay small pages.
+            // Halves of blocks that are not adjacent in the image stay small pages.
             copied_groups: trial(
                 "copied-groups",
                 plans.out_of_image(half, half, Fill::Copy, true),
@@ -229,17 +229,17 @@ impl<'a> Engine<'a> {
         ]
     }
 
-    /// Each of them once.
+    /// Runs each trial once.
     pub fn run(&mut self) -> Result<(), BoxError> {
         self.trials().into_iter().try_for_each(Trial::run)
     }
 
-    /// As if none had run yet.
+    /// Drops the measurements of all trials.
     pub fn forget(&mut self) {
         self.trials().into_iter().for_each(Trial::forget);
     }
 
-    /// Notes what was measured. `one_us`: what a function that touches one page takes.
+    /// Writes the measured costs to `costs`. `one_us`: the time of a function that touches one page.
     pub fn note(&self, costs: &mut Costs, one_us: f64) {
         let mut set = |name: &str, us: f64, count: u64| costs.set_measured(name, super::per(us, count));
         let singles = PAGES / STEP;

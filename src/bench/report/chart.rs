@@ -1,4 +1,4 @@
-//! Charts as SVG: no scripts, no fonts, nothing from a network.
+//! Charts as SVG, without scripts, fonts or network access.
 
 use crate::bench::markup::escape;
 
@@ -12,7 +12,7 @@ const LEFT: f64 = 150.0;
 const RIGHT: f64 = 20.0;
 const WIDTH: f64 = 900.0;
 
-/// A series of values: its name, and which colour it has, so that it has the same one in all charts.
+/// A series of values: its name, and its colour, the same in all charts.
 #[derive(Clone, Debug)]
 pub struct Series {
     pub name: String,
@@ -25,7 +25,7 @@ impl Series {
     }
 }
 
-/// One bar: a median, and what it spans.
+/// One bar: a median and its range.
 #[derive(Clone, Copy, Debug)]
 pub struct Bar {
     pub value: f64,

@@ -19,7 +19,7 @@ pub struct DiffArgs {
     /// Other results
     #[arg(value_name = "AFTER")]
     after: PathBuf,
-    /// Which number to compare
+    /// Number to compare
     #[arg(long, default_value = "answer_ms", value_name = "NAME")]
     value: String,
 }
@@ -66,7 +66,7 @@ impl Row {
         (self.before.median > 0.0 && self.after.median > 0.0).then(|| self.after.median / self.before.median)
     }
 
-    /// More or less only if no round of the one lies among the rounds of the other.
+    /// Returns more or less only if the rounds of the two do not overlap.
     fn verdict(&self) -> &'static str {
         if self.after.min > self.before.max {
             "more"

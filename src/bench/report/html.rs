@@ -1,4 +1,4 @@
-//! The page: tables and charts in one file, no scripts, nothing from a network.
+//! The page: tables and charts in one file, without scripts or network access.
 
 use super::super::study::stats::failures;
 use super::super::study::store::Results;
@@ -46,7 +46,7 @@ fn row(cells: &[&String]) -> String {
     format!("<tr>{cells}</tr>\n")
 }
 
-/// What could not be measured.
+/// The failed measurements.
 fn failed(results: &Results) -> String {
     let failures = failures(results);
     if failures.is_empty() {

@@ -1,4 +1,4 @@
-//! What came of a study: tables on the screen, charts in files, and one HTML page.
+//! The report of a study: tables on the screen, charts in files, and one HTML page.
 
 pub mod chart;
 mod diff;
@@ -23,7 +23,7 @@ pub struct ReportArgs {
     /// The directory of `tvmm bench run --out`, or its file of results
     #[arg(value_name = "DIR")]
     results: PathBuf,
-    /// Where charts and the page are written; default: the directory of the results
+    /// Directory for charts and the page; default: the directory of the results
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }

@@ -13,7 +13,7 @@ pub struct Cells {
     pub rows: Vec<Vec<String>>,
 }
 
-/// What of an experiment is put into tables: the name of the number, and what it is.
+/// The numbers of an experiment that have a table: name and title.
 fn numbers(experiment: Experiment) -> &'static [(&'static str, &'static str)] {
     match experiment {
         Experiment::E1 | Experiment::E2 | Experiment::E4 => &[("answer_ms", "ms to the answer")],
@@ -67,7 +67,7 @@ fn table(results: &Results, experiment: Experiment, (number, what): (&str, &str)
         rows.push(std::iter::once(case.clone()).chain(flows.iter().map(cell)).collect());
     }
     if cases.len() > 1 {
-        // Only cases that every flow has, so that the means are of the same.
+        // Only cases that every flow has, so that all means are over the same cases.
         let whole: Vec<&String> =
             cases.iter().filter(|case| flows.iter().all(|flow| of(case, flow).is_some())).collect();
         let mean = |flow: &String| {
@@ -87,7 +87,7 @@ fn header(flows: &[String]) -> Vec<String> {
     std::iter::once(String::new()).chain(flows.iter().cloned()).collect()
 }
 
-/// Where the time goes: the slices of a restore, mean over the functions.
+/// The time slices of a restore, mean over the functions.
 fn slices(results: &Results, experiment: Experiment) -> Cells {
     const SLICES: [&str; 10] = [
         "spawn_ms",
@@ -127,7 +127,7 @@ fn span(median: f64, min: f64, max: f64) -> String {
     }
 }
 
-/// Three digits, as far as they mean something.
+/// Three significant digits.
 fn number_text(number: f64) -> String {
     match number {
         number if number == number.round() && number.abs() < 1e9 => format!("{number:.0}"),

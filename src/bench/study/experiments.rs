@@ -1,4 +1,4 @@
-//! The experiments: what is restored how often, in which order.
+//! The experiments: their restores, in order.
 
 use std::time::Instant;
 
@@ -15,10 +15,10 @@ use super::workload::Workload;
 use super::{From, Study, Values, guest_us};
 use crate::tiering::profile::RecorderKind;
 
-/// Shares of the read set that fit local memory besides the write set (E7), percent.
+/// Shares of the read set that fit local memory in addition to the write set (E7), percent.
 const BUDGETS: [u64; 5] = [0, 25, 50, 75, 100];
 
-/// How many measurements there will be, for the progress bar.
+/// Number of measurements, for the progress bar.
 pub fn trials(settings: &Settings) -> u64 {
     let each = settings.workloads.len() as u64;
     let flows = settings.flows.len() as u64;
@@ -52,7 +52,7 @@ impl Study {
         Ok(())
     }
 
-    /// The workload's snapshot, to be asked for input B after a recording of input A.
+    /// The workload's snapshot, asked for input B after a recording of input A.
     pub fn from(&self, workload: &'static Workload) -> Result<From, BoxError> {
         let snapshot = self.stage.snapshot(workload, false)?;
         Ok(From { workload, snapshot, sizes: false, recorded: workload.a(), asked: workload.b(), more: Vec::new() })
@@ -78,7 +78,7 @@ impl Study {
 
     fn on_slow_medium(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let Some(dir) = self.settings.slow_dir.clone() else { return Ok(()) };
-        // Profiles and derived files lie beside the snapshot: all of it is on the slow medium.
+        // Profiles and derived files lie beside the snapshot, so all of them are on the slow medium.
         let slow = Stage::new(&self.exe, dir.join("tvmm-bench"));
         let usual = std::mem::replace(&mut self.stage, slow);
         let result = self.record_one_ask_another(Experiment::E4, workload);
@@ -110,15 +110,15 @@ impl Study {
         Ok(())
     }
 
-    /// MiB that a recorded run read, and that it wrote.
+    /// MiB that a recorded run read, and MiB that it wrote.
     fn working_set_mib(&self, profile: &std::path::Path) -> Result<(f64, f64), BoxError> {
         let profile = crate::tiering::profile::Profile::load(profile)?;
         let mib = |pages: u64| pages as f64 / 256.0;
         Ok((mib(profile.read.len()), mib(profile.written.len())))
     }
 
-    /// All flows, round after round: those that find nothing cached, then those that find everything cached, then the
-    /// VM that is kept. The first round is not counted: files that policies derive from a snapshot are made in it.
+    /// Runs all flows, round after round: those with nothing cached, then those with everything cached, then the VM
+    /// that is kept. The first round is not counted: it makes the files that policies derive from a snapshot.
     fn rounds(
         &mut self,
         experiment: Experiment,
@@ -145,11 +145,11 @@ impl Study {
                 prepare(&from.snapshot, Cache::Warm)?;
             }
             for round in 0..=runs {
-                // There and back: what one restore leaves behind is found by the next.
+                // Forth and back: a restore leaves a state behind that the next one finds.
                 order.reverse();
                 for &flow in &order {
                     match round.checked_sub(1) {
-                        // Whatever is wrong shows in the rounds that count.
+                        // Failures also show in the rounds that count.
                         None => drop(self.once(from, flow)),
                         Some(round) => self.measure(key(flow, round), |study| study.once(from, flow))?,
                     }
@@ -175,7 +175,7 @@ impl Study {
         }
     }
 
-    /// The VM that has run the function runs it again.
+    /// Runs the function again in the VM that has run it.
     fn warm(&mut self, from: &From, key: impl Fn(u32) -> Key, runs: u32) -> Result<(), BoxError> {
         if (0..runs).all(|round| self.store.has(&key(round))) {
             self.bar.inc(u64::from(runs));

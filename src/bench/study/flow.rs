@@ -1,4 +1,4 @@
-//! The ways to bring a function up that are compared, by the names FaaSnap's harness gave them.
+//! The compared ways of starting a function, by the names of FaaSnap's harness.
 
 use std::fmt;
 use std::str::FromStr;
@@ -50,26 +50,26 @@ pub enum Flow {
     FirecrackerUffdAllCache,
 }
 
-/// How another VMM of Firecracker's API gets its memory.
+/// The way in which another VMM of Firecracker's API gets its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
     File,
     Uffd(Answer),
 }
 
-/// How a flow restores.
+/// The restore of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Restore {
     pub policy: Policy,
-    /// Whose profile it uses, if it needs one.
+    /// The recorder of its profile, if it needs one.
     pub recorder: RecorderKind,
     pub cached: bool,
-    /// Whether memory comes from the pool.
+    /// True if memory comes from the pool.
     pub pooled: bool,
 }
 
 impl Flow {
-    /// Those that need nothing but tvmm.
+    /// The flows that need nothing but tvmm.
     pub const OWN: [Flow; 10] = [
         Flow::Vanilla,
         Flow::VanillaCache,
@@ -82,9 +82,9 @@ impl Flow {
         Flow::TieredCache,
         Flow::Warm,
     ];
-    /// Those that need a pool: the methods for byte-addressable tiers.
+    /// The flows that need a pool: the methods for byte-addressable tiers.
     pub const POOLED: [Flow; 3] = [Flow::TrenvPool, Flow::AquiferPool, Flow::TieredPool];
-    /// Those of another VMM that are measured when there is one: serving all memory takes long, and is to be asked for.
+    /// The flows of another VMM that are measured by default. Serving all memory takes long, so it is on request only.
     pub const FOREIGN: [Flow; 4] =
         [Flow::Firecracker, Flow::FirecrackerCache, Flow::FirecrackerUffd, Flow::FirecrackerUffdCache];
     const ALL: [Flow; 19] = [
@@ -133,12 +133,12 @@ impl Flow {
         }
     }
 
-    /// The place of the flow of this name among all, if there is one.
+    /// The index of the flow of this name among all, if there is one.
     pub fn place(name: &str) -> Option<usize> {
         Flow::ALL.iter().position(|flow| flow.name() == name)
     }
 
-    /// How tvmm restores for it; `None` where it does not.
+    /// The restore by tvmm; `None` for the other flows.
     pub fn restore(self) -> Option<Restore> {
         let (policy, recorder, cached) = match self {
             Flow::Vanilla => (Policy::Firecracker, RecorderKind::Uffd, false),
@@ -161,12 +161,12 @@ impl Flow {
         Some(Restore { policy, recorder, cached, pooled: self.is_pooled() })
     }
 
-    /// Whether it needs a pool.
+    /// Returns whether it needs a pool.
     pub fn is_pooled(self) -> bool {
         Flow::POOLED.contains(&self)
     }
 
-    /// Whether its snapshot is in the page cache when it begins.
+    /// Returns whether its snapshot is in the page cache at the start.
     pub fn is_cached(self) -> bool {
         matches!(
             self,
@@ -178,7 +178,7 @@ impl Flow {
         )
     }
 
-    /// How it gets its memory, if it is another VMM's.
+    /// The back end of another VMM; `None` for tvmm's flows.
     pub fn backend(self) -> Option<Backend> {
         match self {
             Flow::Firecracker | Flow::FirecrackerCache => Some(Backend::File),

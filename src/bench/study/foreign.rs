@@ -1,5 +1,5 @@
-//! Another VMM with Firecracker's command line and API, measured beside tvmm: the same guest kernel, the same requests, a
-//! snapshot of its own, restored from its memory file (`mem_backend` File) or by a page-fault handler (Uffd), which is this
+//! Another VMM with Firecracker's command line and API, measured beside tvmm: the same guest kernel and requests, and a
+//! snapshot of its own, restored from its memory file (`mem_backend` File) or by a page-fault handler (Uffd) in this
 //! process.
 
 use std::path::{Path, PathBuf};
@@ -19,12 +19,12 @@ use crate::api::client::Client;
 use crate::bench::page_fault_handler::Handler;
 use crate::sys::bounded_wait::Wait;
 
-/// How often a socket that is not there yet is tried.
+/// Interval of the attempts at a socket that does not exist yet.
 const POLL: Duration = Duration::from_micros(200);
-/// How long the VMM may take to serve its socket, and to answer a request that sets it up.
+/// Time for the VMM to serve its socket, and to answer a request that configures it.
 const START: Duration = Duration::from_secs(30);
 
-/// Whether a program listens at a socket: one that does not accept does, too. Never waits.
+/// Returns whether a program listens at a socket, even if it does not accept. Never waits.
 fn is_served(socket: &Path) -> Result<bool, BoxError> {
     let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     probe.set_nonblocking(true)?;
@@ -40,12 +40,12 @@ pub struct Foreign {
     state: PathBuf,
     memory: PathBuf,
     socket: PathBuf,
-    /// Where its page-fault handler listens.
+    /// The socket of its page-fault handler.
     faults: PathBuf,
 }
 
 impl Foreign {
-    /// Finds its snapshot, beside tvmm's, or makes it.
+    /// Finds the VMM's snapshot beside tvmm's, or makes it.
     pub fn new(vmm: &Path, from: &From) -> Result<Foreign, BoxError> {
         let dir = from.snapshot.with_file_name("firecracker");
         std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
@@ -94,7 +94,7 @@ impl Foreign {
             remove(path)?;
         }
         snapshot(&client, &json!({ "snapshot_path": self.state, "mem_file_path": self.memory }))?;
-        // A file as written lies in the page cache in small pieces; one that was read back does not.
+        // A written file lies in the page cache in small folios; one that was read back does not.
         self.evict()
     }
 
@@ -107,7 +107,7 @@ impl Foreign {
         Ok(())
     }
 
-    /// Restores, and asks for a function; the numbers, and the digest of the answer.
+    /// Restores and asks for a function. Returns the numbers, and the digest of the answer.
     pub fn restore(&self, asked: &str, backend: Backend, cached: bool) -> Result<(Values, String), BoxError> {
         match cached {
             false => self.evict()?,
@@ -117,7 +117,7 @@ impl Foreign {
         remove(&self.faults)?;
         let handler = Handler::start(&self.faults, &self.memory, answer)?;
         let measured = self.measure(asked, "Uffd", &self.faults);
-        // Why the handler has ended is why the VMM did not go on.
+        // A failure of the handler is the reason why the VMM did not go on.
         let served = handler.finish()?;
         let (mut values, digest) = measured?;
         values.insert("handler_faults".to_string(), served.faults as f64);

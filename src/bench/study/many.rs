@@ -17,11 +17,11 @@ use super::workload::Workload;
 use super::{From, Study, Values, scratch_of, values_of};
 use crate::snapshot::PartialDir;
 
-/// Different snapshots at most: they take disk space.
+/// Most different snapshots: they take disk space.
 const SNAPSHOTS: u32 = 16;
 
 impl Study {
-    /// E3: of one snapshot, and each of its own (of as many as there are).
+    /// E3: restores at once, of one snapshot, and of a snapshot each (as many as there are).
     pub fn at_once(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let from = self.from(workload)?;
         for same in [true, false] {
@@ -77,7 +77,7 @@ impl Study {
         Ok(all)
     }
 
-    /// `count` restores begun together; their times from when the first was begun.
+    /// Begins `count` restores together. Returns their times from the start of the first.
     fn burst(&mut self, all: &[From], count: u32, flow: Flow, restore: Restore) -> Result<Values, BoxError> {
         let mut trials = Vec::new();
         for index in 0..count as usize {
@@ -86,7 +86,7 @@ impl Study {
             trials.push(self.trial(from, restore, scratch)?);
         }
         for (index, from) in all.iter().enumerate() {
-            // What is derived from a snapshot is made before, and everything is brought into the state that is wanted.
+            // Files derived from a snapshot are made before, and everything is brought into the wanted state.
             if let Some(trial) = trials.get(index) {
                 trial.run(restore.policy, Cache::Warm)?;
             }
@@ -113,7 +113,7 @@ impl Study {
             let (report, done_ms) = report?;
             let from = &all[0];
             let digest = digest_of(&report).ok_or("A report has no answer")?;
-            // Copies hold the same, so they come to the same.
+            // Copies have the same contents, so their answers must be the same.
             self.stage.check_digest(&from.snapshot, &from.asked, &digest)?;
             answers.extend(values_of(&report).get("answer_ms").copied());
             all_done = all_done.max(done_ms);
@@ -127,7 +127,7 @@ impl Study {
         ]))
     }
 
-    /// E6: as many VMs of one snapshot that have answered and live on.
+    /// E6: VMs of one snapshot that have answered and live on.
     pub fn alive(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let from = self.from(workload)?;
         for count in self.settings.vms.clone() {

@@ -61,7 +61,7 @@ impl Study {
         Ok(Study { settings, exe, store, stage, scratch: Scratch::new(None)?, bar })
     }
 
-    /// Measures what has not been measured. A measurement that fails is kept as such, and the study goes on.
+    /// Measures what has not been measured yet. A failed measurement is stored as such, and the study goes on.
     fn measure(
         &mut self,
         key: Key,
@@ -80,7 +80,7 @@ impl Study {
         self.store.add(sample)
     }
 
-    /// Removes what was made to measure with, writes the report, and says what failed.
+    /// Removes the files of the measurements, writes the report, and lists the failures.
     fn finish(mut self) -> Result<ExitCode, BoxError> {
         self.bar.finish_and_clear();
         if let Some(pool) = &self.settings.pool {
@@ -98,7 +98,7 @@ impl Study {
         Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
-    /// One restore by tvmm in a process of its own, asked for `asked`.
+    /// One restore by tvmm in a separate process, with the request `asked`.
     fn restore(&mut self, from: &From, flow: Flow, restore: Restore) -> Result<Values, BoxError> {
         let trial = self.trial(from, restore, self.scratch.path().to_owned())?;
         let cache = if flow.is_cached() { Cache::Warm } else { Cache::Evicted };
@@ -107,7 +107,7 @@ impl Study {
         Ok(values_of(&report))
     }
 
-    /// A restore that is ready to be run: with its profile recorded, its snapshot in the pool.
+    /// Prepares a restore: its profile is recorded, its snapshot is in the pool.
     fn trial(&mut self, from: &From, restore: Restore, scratch: PathBuf) -> Result<Trial, BoxError> {
         let needs_profile = restore.policy.needs_profile() || restore.pooled;
         let profile = match needs_profile {
@@ -138,22 +138,22 @@ impl Study {
     }
 }
 
-/// What is restored and asked.
+/// A snapshot to restore, and its requests.
 #[derive(Clone)]
 struct From {
     workload: &'static Workload,
     snapshot: PathBuf,
-    /// Whether it has inputs of other sizes than A and B.
+    /// True if it has inputs of other sizes than A and B.
     sizes: bool,
-    /// The run that profiles are of.
+    /// The request of the recorded run.
     recorded: String,
-    /// The run that is measured.
+    /// The request of the measured run.
     asked: String,
-    /// More arguments of `tvmm restore`.
+    /// Additional arguments of `tvmm restore`.
     more: Vec<String>,
 }
 
-/// Under the directory of results, while a study runs.
+/// Folder in the directory of results; it exists while a study runs.
 const STAGE: &str = "stage";
 
 /// The numbers of a report.
@@ -188,12 +188,12 @@ fn values_of(report: &Value) -> Values {
     values
 }
 
-/// How long the function ran, as the guest measured it: the fourth word of `ok ID DIGEST US …`.
+/// The time of the function by the guest's clock: the fourth word of `ok ID DIGEST US …`.
 fn guest_us(answer: &str) -> Option<f64> {
     answer.split(' ').nth(3)?.parse().ok()
 }
 
-/// What host it is that numbers are measured on.
+/// Facts about the host of the measurements.
 fn host() -> BTreeMap<String, String> {
     let first = |path: &str, key: &str| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -209,7 +209,7 @@ fn host() -> BTreeMap<String, String> {
     ])
 }
 
-/// Where a scratch file of the `index`th of several restores at once is.
+/// The directory for scratch files of the `index`th of several concurrent restores.
 fn scratch_of(scratch: &Path, index: usize) -> Result<PathBuf, BoxError> {
     let dir = scratch.join(index.to_string());
     std::fs::create_dir_all(&dir)?;

@@ -1,4 +1,4 @@
-//! What a study is asked to measure.
+//! The settings of a study.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,16 +11,16 @@ use super::workload::{WORKLOADS, Workload};
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Which experiments, or `all`: E1 record with input A, test with B; E2 six sizes of input; E3 many restores at
-    /// once; E4 snapshots on a slow medium (--slow-dir); E5 what brought pages in; E6 memory against the number of VMs;
-    /// E7 policies under budgets of local memory
+    /// Experiments, or `all`: E1 record with input A, test with B; E2 six sizes of input; E3 many restores at once; E4
+    /// snapshots on a slow medium (--slow-dir); E5 causes of page loads; E6 memory against the number of VMs; E7
+    /// policies under budgets of local memory
     #[arg(value_delimiter = ',', default_value = "E1,E5", value_name = "EXPERIMENTS")]
     experiments: Vec<String>,
     /// Functions, or `all`
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     functions: Vec<String>,
-    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm, and
-    /// with --pool trenv-pool, aquifer-pool, tiered-pool
+    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm,
+    /// and with --pool trenv-pool, aquifer-pool, tiered-pool
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     flows: Vec<String>,
     /// Rounds; one more comes first and is not counted
@@ -46,7 +46,7 @@ pub struct RunArgs {
     /// A VMM with Firecracker's command line and API, to be measured beside tvmm
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
-    /// Where results are kept; if some are there that were measured the same way, the run goes on where it ended
+    /// Directory for the results; a run goes on from results there that were measured with the same settings
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Keep the snapshots, so that another run need not make them again
@@ -54,7 +54,7 @@ pub struct RunArgs {
     keep: bool,
 }
 
-/// What is measured.
+/// An experiment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Experiment {
     E1,
@@ -89,7 +89,7 @@ impl Experiment {
         }
     }
 
-    /// What it shows, in a line.
+    /// Its title in one line.
     pub fn title(self) -> &'static str {
         match self {
             Experiment::E1 => "Recorded with input A, asked with input B",
@@ -119,14 +119,14 @@ pub struct Settings {
     pub keep: bool,
 }
 
-/// What --quick measures: functions whose snapshots are small.
+/// The functions of --quick: their snapshots are small.
 const QUICK: [&str; 4] = ["hello", "json", "chameleon", "pyaes"];
 const RUNS: u32 = 5;
 const QUICK_RUNS: u32 = 3;
 
 impl Settings {
     /// # Errors
-    /// Names that are none, and experiments that lack what they need.
+    /// Unknown names, and experiments that lack an argument.
     pub fn from(args: &RunArgs) -> Result<Settings, BoxError> {
         let experiments = experiments(args)?;
         let mut flows: Vec<Flow> = match args.flows.as_slice() {
@@ -171,7 +171,8 @@ impl Settings {
         })
     }
 
-    /// What measurements depend on, for the header: not what is measured, which may grow from run to run.
+    /// The settings that measurements depend on, for the header. The list of measurements is not among them: it may
+    /// grow from run to run.
     pub fn described(&self) -> BTreeMap<String, String> {
         let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
         let named = [

@@ -17,9 +17,9 @@ use crate::tiering::profile::RecorderKind;
 pub struct Stage {
     exe: PathBuf,
     dir: PathBuf,
-    /// What this stage has added to the pool: by id, the names they have there.
+    /// The snapshots that this stage has added to the pool: their names there, by id.
     pooled: BTreeMap<SnapshotId, String>,
-    /// What functions computed, by snapshot and function: every flow must come to the same.
+    /// Results of functions, by snapshot and function: every flow must compute the same.
     digests: BTreeMap<String, String>,
 }
 
@@ -37,7 +37,7 @@ impl Stage {
     pub fn snapshot(&self, workload: &Workload, sizes: bool) -> Result<PathBuf, BoxError> {
         let dir = self.dir_of(workload).join(if sizes { "sizes" } else { "two" });
         let snapshot_dir = dir.join("snapshot");
-        // A snapshot has its name when it is whole.
+        // A snapshot gets its name when it is complete.
         if snapshot_dir.exists() {
             return Ok(snapshot_dir);
         }
@@ -73,9 +73,9 @@ impl Stage {
         record(&self.exe, snapshot, function, &recorder.to_string(), &path)
     }
 
-    /// Sees to it that the pool has the snapshot, laid out by what `profile` says.
+    /// Adds the snapshot to the pool, laid out by `profile`, unless it is there.
     pub fn add_to_pool(&mut self, pool: &Path, snapshot: &Path, profile: &Path) -> Result<(), BoxError> {
-        // Copies of a snapshot have its id.
+        // Copies of a snapshot share its id.
         let id = Snapshot::open(&Location::Dir(snapshot.to_owned()))?.id();
         if !self.pooled.contains_key(&id) {
             let name = format!("tvmm-bench-{}-{}", std::process::id(), self.pooled.len());
@@ -85,16 +85,16 @@ impl Stage {
         Ok(())
     }
 
-    /// Removes from the pool what this stage has added.
+    /// Removes from the pool the snapshots that this stage has added.
     pub fn leave_pool(&mut self, pool: &Path) -> Result<(), BoxError> {
         let names = std::mem::take(&mut self.pooled).into_values();
         names.into_iter().try_for_each(|name| remove_from_pool(&self.exe, pool, &name))
     }
 
-    /// Notes what `function` came to on `snapshot`.
+    /// Records the result of `function` on `snapshot`.
     ///
     /// # Errors
-    /// If it came to something else before: a restored guest that computes wrongly is not one to be measured.
+    /// The result differs from an earlier one: a restored guest that computes wrongly must not be measured.
     pub fn check_digest(&mut self, snapshot: &Path, function: &str, digest: &str) -> Result<(), BoxError> {
         let key = format!("{} {function}", snapshot.display());
         let known = self.digests.entry(key).or_insert_with(|| digest.to_string());

@@ -1,11 +1,11 @@
-//! Medians and what goes with them.
+//! Medians and related statistics.
 
 use std::collections::BTreeMap;
 
 use super::flow::Flow;
 use super::store::{Results, Sample};
 
-/// Numbers, summed up.
+/// Statistics of some numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
     pub count: usize,
@@ -16,7 +16,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// `None` of no numbers.
+    /// `None` without numbers.
     pub fn of(mut numbers: Vec<f64>) -> Option<Summary> {
         numbers.sort_by(f64::total_cmp);
         // Nearest rank.
@@ -31,7 +31,7 @@ impl Summary {
     }
 }
 
-/// The numbers called `name` of a flow in a case of an experiment, summed up.
+/// The statistics of number `name` of a flow in a case of an experiment.
 pub fn summary(results: &Results, experiment: &str, case: &str, flow: &str, name: &str) -> Option<Summary> {
     let is_it = |sample: &&Sample| {
         (sample.key.experiment.as_str(), sample.key.case.as_str(), sample.key.flow.as_str()) == (experiment, case, flow)
@@ -40,7 +40,7 @@ pub fn summary(results: &Results, experiment: &str, case: &str, flow: &str, name
     Summary::of(numbers.collect())
 }
 
-/// The geometric mean; `None` of no numbers.
+/// The geometric mean; `None` without numbers.
 pub fn geomean(numbers: &[f64]) -> Option<f64> {
     let logs: f64 = numbers.iter().map(|number| number.ln()).sum();
     (!numbers.is_empty()).then(|| (logs / numbers.len() as f64).exp())
@@ -61,7 +61,7 @@ pub fn axes(results: &Results, experiment: &str) -> (Vec<String>, Vec<String>) {
     (cases, flows)
 }
 
-/// How many measurements of each flow failed, and why the first did.
+/// The number of failed measurements of each flow, and the reason of the first.
 pub fn failures(results: &Results) -> BTreeMap<(String, String, String), (usize, String)> {
     let mut failed = BTreeMap::new();
     for sample in &results.samples {

@@ -1,4 +1,4 @@
-//! Where measurements are kept: one JSON object per line, appended as they are made, so that an interrupted run goes on.
+//! The file of measurements: one JSON object per line, appended at once, so that an interrupted run can go on.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
@@ -13,14 +13,14 @@ use super::super::{BoxError, refuse};
 pub const FILE: &str = "results.jsonl";
 const FORMAT: u32 = 1;
 
-/// What was measured how, in the first line.
+/// The settings and the host of the measurements, in the first line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Header {
     pub format: u32,
     pub tvmm_version: String,
-    /// What the numbers depend on, name by name; a run goes on only where all are the same.
+    /// The settings that the numbers depend on, by name; a run goes on only if all are the same.
     pub settings: BTreeMap<String, String>,
-    /// What host it was.
+    /// Facts about the host.
     pub host: BTreeMap<String, String>,
 }
 
@@ -30,14 +30,14 @@ impl Header {
     }
 }
 
-/// What one measurement is of.
+/// Identifies a measurement.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {
     /// `E1` to `E7`.
     pub experiment: String,
-    /// What was restored: a function, or a point on an axis.
+    /// The restored function, or a point on an axis.
     pub case: String,
-    /// How.
+    /// The flow, by name.
     pub flow: String,
     /// Counts from 0.
     pub round: u32,
@@ -50,7 +50,7 @@ pub struct Sample {
     pub key: Key,
     /// Numbers by name; the name ends in the unit.
     pub values: BTreeMap<String, f64>,
-    /// Why there are none.
+    /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
 }
@@ -74,8 +74,7 @@ impl Results {
     /// Reads a file of results, or the one in a directory.
     ///
     /// # Errors
-    /// What is wrong with which line. A last line without its end was being written when the run was interrupted, and
-    /// does not count.
+    /// The defect and its line. An incomplete last line does not count: the run was interrupted while writing it.
     pub fn read(path: &Path) -> Result<Results, BoxError> {
         let path = if path.is_dir() { path.join(FILE) } else { path.to_owned() };
         let mut text = String::new();
@@ -85,7 +84,7 @@ impl Results {
     }
 }
 
-/// The results, and how many bytes they are.
+/// Parses the results. Returns their length in bytes, too.
 fn parse(text: &str, path: &Path) -> Result<(Results, usize), BoxError> {
     let whole = text.rfind('\n').map_or(0, |end| end + 1);
     let mut lines = text[..whole].lines().enumerate();
@@ -105,7 +104,7 @@ impl Store {
     /// Opens the results in `dir`, or begins them.
     ///
     /// # Errors
-    /// If results are there that were measured in another way, or on another host: they cannot go on here.
+    /// The results there were measured with other settings or on another host: they cannot go on here.
     pub fn open(dir: &Path, header: Header) -> Result<Store, BoxError> {
         let path = dir.join(FILE);
         let failed = |error: std::io::Error| format!("Cannot keep results in {}: {error}", path.display());
@@ -133,7 +132,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Whether this was measured before.
+    /// Returns whether this was measured before.
     pub fn has(&self, key: &Key) -> bool {
         self.done.contains(key)
     }
@@ -146,7 +145,7 @@ impl Store {
         Ok(())
     }
 
-    /// One write, so that a line is there or is torn at the very end.
+    /// Writes in one call, so that a line is complete or is torn at the very end.
     fn append(&mut self, line: &str) -> Result<(), BoxError> {
         let written = self.file.write_all(format!("{line}\n").as_bytes());
         Ok(written.map_err(|error| format!("Cannot write {}: {error}", self.path.display()))?)

@@ -1,5 +1,5 @@
-//! The functions that are measured: what is done before the snapshot, and the requests. docs/functions.md says what they
-//! compute; the sizes are those of FaaSnap's six inputs.
+//! The measured functions: the requests before the snapshot, and those after. docs/functions.md says what they compute;
+//! the sizes are those of FaaSnap's six inputs.
 
 use serde_json::{Value, json};
 
@@ -10,9 +10,9 @@ const MEM_MIB: u64 = 1024;
 #[derive(Debug)]
 pub struct Workload {
     pub name: &'static str,
-    /// Five or six sizes of input, ascending, in the function's own unit; none where size means nothing.
+    /// Five or six sizes of input, ascending, in the function's own unit; empty if it has no size.
     pub sizes: &'static [u64],
-    /// Whether inputs are made before the snapshot.
+    /// True if inputs are made before the snapshot.
     input_is_made_before: bool,
 }
 
@@ -23,7 +23,7 @@ const fn workload(name: &'static str, input_is_made_before: bool, sizes: &'stati
 const JSON_BYTES: &[u64] = &[200_000, 400_000, 750_000, 759_000, 1_500_000, 3_000_000];
 const IMAGE_BYTES: &[u64] = &[100_000, 200_000, 400_000, 409_000, 800_000, 1_600_000];
 
-/// All of them, in the order of FaaSnap's list. Where two of its six inputs have one size, five are left.
+/// All of them, in the order of FaaSnap's list. If two of the six inputs have one size, five are left.
 pub static WORKLOADS: [Workload; 12] = [
     workload("hello", false, &[]),
     workload("readlist", false, &[]),
@@ -40,13 +40,13 @@ pub static WORKLOADS: [Workload; 12] = [
 ];
 
 impl Workload {
-    /// The machine, as Firecracker's `machine-config` has it.
+    /// The machine in the form of Firecracker's `machine-config`.
     pub fn machine(&self) -> Value {
         json!({ "vcpu_count": 1, "mem_size_mib": MEM_MIB })
     }
 
-    /// The requests before the snapshot, an invocation among them, as in FaaSnap's harness: what is snapshotted is an
-    /// instance that has run. `sizes`: the guest is to be asked for other sizes than A and B.
+    /// The requests before the snapshot, an invocation among them as in FaaSnap's harness: the snapshot is of an
+    /// instance that has run. `sizes`: the guest will be asked for other sizes than A and B.
     pub fn prepare(&self, sizes: bool) -> Vec<String> {
         let mut requests = vec![format!("prepare function={}", self.name), self.a()];
         if sizes && self.input_is_made_before {
@@ -55,12 +55,12 @@ impl Workload {
         requests
     }
 
-    /// The smaller input, which is recorded.
+    /// The smaller input, for the recorded run.
     pub fn a(&self) -> String {
         format!("{} input=a", self.name)
     }
 
-    /// The larger one, which is asked for.
+    /// The larger input, for the measured run.
     pub fn b(&self) -> String {
         format!("{} input=b", self.name)
     }

@@ -1,5 +1,5 @@
-//! Files derived from a snapshot: kept plans, images of its pages, profiles of its runs. Each is read whole and compared
-//! with its checksums.
+//! Files derived from a snapshot: kept plans, images of its pages, profiles of its runs. Each is read whole and
+//! compared with its checksums.
 
 use std::fs;
 use std::io;
@@ -22,7 +22,7 @@ pub struct Derived {
 /// The state of a derived file.
 pub enum State {
     Intact(String),
-    /// No restore uses it as it is, and it is not damaged.
+    /// Valid, but restores do not use it as it is.
     Unused(String),
     /// The error, with its causes.
     Damaged(String),
@@ -38,7 +38,7 @@ impl Derived {
         json!({ "path": self.path, "kind": self.kind, "state": state, "told": told })
     }
 
-    /// One line for people.
+    /// One line for the screen.
     pub fn line(&self) -> String {
         let name = self.path.file_name().unwrap_or_default().display();
         let told = match &self.state {
@@ -50,7 +50,7 @@ impl Derived {
     }
 }
 
-/// Checks all files that were derived from `snapshot`.
+/// Checks all files derived from `snapshot`.
 pub fn check_all(snapshot: &Snapshot) -> Result<Vec<Derived>, BoxError> {
     let dir = derived_dir(snapshot.location());
     let (mut found, mut specs) = (Vec::new(), Vec::new());
@@ -72,7 +72,7 @@ pub fn check_all(snapshot: &Snapshot) -> Result<Vec<Derived>, BoxError> {
     Ok(found)
 }
 
-/// The files of a directory with this extension, by name; none if there is no directory.
+/// The files of a directory with this extension, by name; none if the directory is missing.
 fn files_in(dir: &Path, extension: &str) -> Result<Vec<PathBuf>, BoxError> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -1,5 +1,4 @@
-//! `tvmm inspect`: what a snapshot is, drawn, and whether it, its parents and what was derived from it are still what
-//! was written.
+//! `tvmm inspect`: shows and draws a snapshot, and verifies the snapshot, its parents and the files derived from it.
 
 mod derived;
 
@@ -25,7 +24,7 @@ pub struct InspectArgs {
     /// The memory file of the two-file form
     #[arg(long, value_name = "FILE")]
     mem_file: Option<PathBuf>,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -41,7 +40,7 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {
         None => Location::Dir(args.snapshot.clone()),
         Some(memory) => Location::Files { snapshot: args.snapshot.clone(), memory: memory.clone() },
     };
-    // The snapshot itself comes first: it can be told about when its parents cannot be opened.
+    // The snapshot is opened first: it can be described even if its parents cannot be opened.
     let snapshot = Snapshot::open(&location)?;
     let map = snapshot.page_map()?;
     let chain = Chain::open(&location);
@@ -74,7 +73,7 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {
     }
 }
 
-/// A layer of the chain, all of it read.
+/// A layer of the chain, read whole.
 struct Layer<'a> {
     snapshot: &'a Snapshot,
     verified: crate::snapshot::Result<VerifyReport>,
@@ -134,7 +133,7 @@ impl Layer<'_> {
     }
 }
 
-/// Copies of drives that are not there, or cut. Their bytes have no checksums.
+/// Copies of drives that are missing or cut. Their bytes have no checksums.
 fn missing_drives(snapshot: &Snapshot) -> Vec<String> {
     let drives = snapshot.manifest().drives.iter();
     drives
@@ -143,7 +142,7 @@ fn missing_drives(snapshot: &Snapshot) -> Vec<String> {
         .collect()
 }
 
-/// The facts that are told about a snapshot.
+/// The facts printed about a snapshot.
 struct Told<'a> {
     snapshot: &'a Snapshot,
     map: &'a PageMap,
@@ -233,7 +232,7 @@ fn cell_pages(snapshot: &Snapshot) -> u64 {
     snapshot.layout().pages().div_ceil(COLUMNS * ROWS).next_power_of_two()
 }
 
-/// One line per row of cells: how much of each cell the layer holds.
+/// One line per row of cells: the share of each cell that the layer holds.
 fn draw(map: &PageMap, range: Extent, cell: u64) {
     let mut at = range.first.0;
     while at < range.end().0 {

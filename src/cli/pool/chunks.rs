@@ -15,22 +15,22 @@ use crate::tiering::cold::store::{MANIFEST, Manifest};
 use crate::tiering::cold::{Compression, DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES, Index, Packed};
 use crate::tiering::profile::{Profile, nonzero};
 
-/// Guest memory under one chunk when nobody says otherwise, KiB.
+/// Default size of guest memory under one chunk, KiB.
 const DEFAULT_CHUNK_KIB: u64 = (DEFAULT_CHUNK_PAGES * PAGE_SIZE) >> 10;
 
-/// What only pools of chunks have.
+/// Arguments of pools of compressed chunks only.
 #[derive(Debug, Args)]
 pub struct ChunkArgs {
     /// Compressed chunks: guest memory under one, KiB, a power of two from 64 to 2048 [default: 128]
     #[arg(long, value_name = "KIB")]
     chunk: Option<u64>,
-    /// Compressed chunks: what the way to the pool carries, MB/s, which decides what compression pays [default: 1200]
+    /// Compressed chunks: bandwidth of the path to the pool, MB/s, by which the compression is chosen [default: 1200]
     #[arg(long, value_name = "MBPS", value_parser = clap::value_parser!(u64).range(1..))]
     bandwidth: Option<u64>,
 }
 
 impl ChunkArgs {
-    /// Byte-addressable pools have no chunks.
+    /// Refuses these arguments for byte-addressable pools, which have no chunks.
     pub fn refuse_for_cxl(&self) -> Result<(), BoxError> {
         match (self.chunk, self.bandwidth) {
             (None, None) => Ok(()),
@@ -39,12 +39,13 @@ impl ChunkArgs {
     }
 }
 
-/// Whether there is a pool of chunks at `pool`; anything else is for who opens it to judge.
+/// Returns whether there is a pool of chunks at `pool`. Otherwise opening it as a byte-addressable pool gives the
+/// error.
 pub fn is_one(pool: &Path) -> bool {
     is_object_url(&pool.to_string_lossy()) || pool.join(MANIFEST).exists()
 }
 
-/// Makes a pool of an empty or missing directory.
+/// Makes a pool in an empty or missing directory.
 pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
     let (chunk_kib, bandwidth_mbps) =
         (args.chunk.unwrap_or(DEFAULT_CHUNK_KIB), args.bandwidth.unwrap_or(DEFAULT_BANDWIDTH_MBPS));
@@ -62,7 +63,7 @@ fn text(pool: &Path) -> Result<&str, BoxError> {
     }
 }
 
-/// Adds a snapshot with everything it is relative to.
+/// Adds a snapshot with all its parents.
 pub fn add(pool: &Path, snapshot: &Path, profile: Option<&Path>, as_json: bool) -> Result<ExitCode, BoxError> {
     let store = AnyPool::open(text(pool)?)?;
     let chain = Chain::open(&Location::Dir(snapshot.to_path_buf()))?;
@@ -80,7 +81,7 @@ pub fn add(pool: &Path, snapshot: &Path, profile: Option<&Path>, as_json: bool) 
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a profile touches.
+/// The pages that a profile's run touches.
 fn hot_pages(profile: &Path, chain: &Chain) -> Result<PageSet, BoxError> {
     let profile = Profile::load(profile)?;
     profile.check_for(chain.tip())?;
@@ -134,7 +135,7 @@ pub fn list(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Shows how much each snapshot takes.
+/// Shows the size of each snapshot.
 pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let store = AnyPool::open(text(pool)?)?;
     let indexes = store.list()?.into_iter().map(|id| store.index(id)).collect::<Result<Vec<_>, _>>()?;
@@ -164,7 +165,7 @@ pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The one snapshot in the pool whose id begins so.
+/// The only snapshot in the pool whose id begins with `text`.
 fn find(store: &AnyPool, pool: &Path, text: &str) -> Result<SnapshotId, BoxError> {
     let held = store.list()?;
     let mut found = held.iter().filter(|id| !text.is_empty() && id.to_string().starts_with(text));
@@ -175,7 +176,7 @@ fn find(store: &AnyPool, pool: &Path, text: &str) -> Result<SnapshotId, BoxError
     }
 }
 
-/// Takes a snapshot out. VMs that run from it go on, as long as whoever serves them has it open.
+/// Removes a snapshot. VMs that run from it go on while their page server has it open.
 pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
     let store = AnyPool::open(text(pool)?)?;
     let id = find(&store, pool, snapshot)?;
@@ -184,7 +185,7 @@ pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Removes what belongs to no snapshot.
+/// Removes data that belongs to no snapshot.
 pub fn collect(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let freed = AnyPool::open(text(pool)?)?.collect()?;
     match as_json {

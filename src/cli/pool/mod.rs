@@ -27,7 +27,7 @@ pub struct PoolArgs {
     command: PoolCommand,
 }
 
-/// What kind of memory a pool is on.
+/// The kind of memory of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum TierName {
     /// Byte-addressable: mapped in place
@@ -42,14 +42,14 @@ enum TierName {
 enum PoolCommand {
     /// Make a pool
     Create {
-        /// What kind of memory it is
+        /// Kind of memory
         #[arg(long, value_enum)]
         tier: TierName,
-        /// Where: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system; made if it is not there), or numa:N;
-        /// for compressed chunks a directory or s3://BUCKET/PREFIX, gs://, az://, http(s)://
+        /// Place: /dev/daxX.Y, a directory (tmpfs, hugetlbfs, fsdax, any file system; made if it does not exist), or
+        /// numa:N; for compressed chunks a directory or s3://BUCKET/PREFIX, gs://, az://, http(s)://
         #[arg(long, value_name = "PATH")]
         at: PathBuf,
-        /// How large, in GiB (0.5 is half a GiB); a device is taken whole without it
+        /// Size in GiB (0.5 is half a GiB); default for a device: all of it
         #[arg(long, value_name = "GIB")]
         size: Option<f64>,
         /// Format the device of this name, whatever is on it
@@ -58,17 +58,17 @@ enum PoolCommand {
         #[command(flatten)]
         chunks: chunks::ChunkArgs,
     },
-    /// Add a snapshot: store the pages that the pool does not have
+    /// Add a snapshot: store the pages that are not yet in the pool
     Add {
         pool: PathBuf,
         snapshot: PathBuf,
-        /// A profile: what is read is packed together in 2 MiB blocks, apart from what is written
+        /// Profile of a run: pages that it reads are packed in 2 MiB blocks, apart from pages that it writes
         #[arg(long, value_name = "FILE")]
         profile: Option<PathBuf>,
-        /// What to call it; default: as its directory
+        /// Name of the snapshot in the pool; default: the name of its directory
         #[arg(long)]
         name: Option<String>,
-        /// About how often it will be restored: the more often, the fewer mappings it may cost to share a page
+        /// Expected number of restores: with more restores, fewer mappings are spent on sharing a page
         #[arg(long, default_value_t = 100, value_name = "COUNT")]
         restores: u64,
         #[arg(long)]
@@ -80,7 +80,7 @@ enum PoolCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Draw what is in a pool, who shares it, and where the memory of running VMs is
+    /// Draw a pool's contents, the snapshots that share them, and the memory of running VMs
     Show {
         pool: PathBuf,
         #[arg(long)]
@@ -91,14 +91,14 @@ enum PoolCommand {
     /// Free the pages of removed snapshots
     Gc {
         pool: PathBuf,
-        /// VMs of other hosts are suspected to be gone when they have not been heard of for so long; those that stay silent
-        /// for another 25 s are
+        /// Time without a sign of life, s, after which VMs of other hosts are suspected to have ended; those that stay
+        /// silent for another 25 s are taken for ended
         #[arg(long, default_value_t = 600, value_name = "SECONDS")]
         lease_expiry: u64,
         #[arg(long)]
         json: bool,
     },
-    /// Compare everything in a pool with its checksums
+    /// Compare all bytes of a pool with their checksums
     Fsck {
         pool: PathBuf,
         #[arg(long)]

@@ -1,4 +1,4 @@
-//! What is in a pool: in numbers, and drawn.
+//! The contents of a pool: in numbers, and drawn.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
@@ -38,7 +38,7 @@ pub fn head_json(head: &Head) -> Value {
     })
 }
 
-/// What was shared, and what not, and why.
+/// Pages that were shared, pages that were not, and the reasons.
 pub fn print_added(head: &Head) {
     let stats = &head.stats;
     out!("snapshot   {} as {}", head.snapshot, head.name);
@@ -94,9 +94,9 @@ pub fn list(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the pool's pages are used for.
+/// The use of the pool's pages.
 struct Occupancy {
-    /// By page of data: how many snapshots have it.
+    /// Number of snapshots that have the page, by page of data.
     users: Vec<u16>,
 }
 
@@ -132,7 +132,7 @@ impl Occupancy {
         space.runs().map(|(_, len)| len).max().unwrap_or(0)
     }
 
-    /// The pool as rows of cells: how full each is, and `+` where most of what is used is shared.
+    /// The pool as rows of cells: the used share of each, and `+` if most of the used pages are shared.
     fn draw(&self) {
         let cell = (self.users.len() as u64).div_ceil(COLUMNS * ROWS).next_power_of_two() as usize;
         out!(
@@ -209,7 +209,7 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Who holds leases, and where the memory of those on this host is.
+/// The holders of leases, and the memory of those on this host.
 fn vms(medium: &PoolMedium, catalogue: &Catalogue) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> {
     let metadata = medium.file().metadata()?;
     let file = (metadata.dev(), metadata.ino());

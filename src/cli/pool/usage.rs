@@ -1,4 +1,4 @@
-//! Where the memory of running VMs is, as the kernel tells it (`/proc/PID/smaps`).
+//! The memory of running VMs by place, as the kernel reports it (`/proc/PID/smaps`).
 
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
@@ -13,20 +13,21 @@ use crate::sys::pagemap::Pagemap;
 pub struct Resident {
     /// Pages of the pool that are mapped in place.
     pub pool_kib: u64,
-    /// Pages that only this process has: copied from the pool on write, preloaded, zero pages that were written, and the
-    /// monitor's own.
+    /// Pages that only this process has: copied from the pool on write, preloaded, zero pages that were written, and
+    /// the monitor's own.
     pub local_kib: u64,
     /// Its share of everything (proportional set size).
     pub pss_kib: u64,
 }
 
-/// Reads the usage of a process that maps the file `(device, inode)`; `None` if it is gone or not ours to see.
+/// Reads the usage of a process that maps the file `(device, inode)`; `None` if it has ended or belongs to another
+/// user.
 pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
     let file = std::fs::File::open(format!("/proc/{pid}/smaps")).ok()?;
     let pool = format!(" {:02x}:{:02x} {inode}", rustix::fs::major(device), rustix::fs::minor(device));
     let mut usage = Resident::default();
     let pagemap = Pagemap::of(pid).ok()?;
-    // The mapping that the lines are of, if it is of the pool: where, and what the kernel counts of it.
+    // The current mapping, if it is of the pool: its range, and the kernel's count.
     let (mut mapped, mut rss): (Option<Range<u64>>, u64) = (None, 0);
     for line in BufReader::new(file).lines() {
         let line = line.ok()?;
@@ -57,7 +58,7 @@ pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
     Some(usage)
 }
 
-/// Where the mapping is that `line` begins with.
+/// The range of the mapping that `line` begins with.
 fn range(line: &str) -> Option<Range<u64>> {
     let (start, end) = line.split(' ').next()?.split_once('-')?;
     let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);

@@ -1,20 +1,20 @@
-//! The heat map of a profile: guest memory in cells, each with how much of it was read and written and when first.
+//! The heat map of a profile: guest memory in cells, each with its share of read and written pages and its first touch.
 
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSet};
 use crate::tiering::profile::{Order, Profile};
 
 pub const COLUMNS: u64 = 64;
-/// Rows of cells at most, over all of touched memory.
+/// Most rows of cells, over all of touched memory.
 const ROWS: u64 = 32;
 
-/// A stretch of guest memory of equal size as all others.
+/// A stretch of guest memory; all cells have the same size.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cell {
     pub first: Gfn,
     pub read: u64,
     pub written: u64,
     pub unclassified: u64,
-    /// When its first page was touched: 0 first of all, 1 last. `None` if the order is not known.
+    /// Time of the first touch in it: 0 is first of all, 1 last. `None` if the order is unknown.
     pub when: Option<f64>,
 }
 
@@ -62,7 +62,7 @@ impl Map {
         }
     }
 
-    /// A line per row. Between rows that do not follow each other stands a line of its own.
+    /// A line per row. A separate line stands between rows that are not adjacent.
     pub fn text(&self) -> String {
         let mut out = String::new();
         let mut expected = None;
@@ -84,7 +84,7 @@ impl Map {
     }
 }
 
-/// Small enough for detail, large enough that not more than `ROWS` rows are touched.
+/// Pages of a cell: few for detail, but enough that at most `ROWS` rows are touched.
 fn cell_pages(set: &PageSet) -> u64 {
     let mut cell = 1;
     loop {

@@ -1,4 +1,4 @@
-//! A profile as one HTML file: no scripts, no fonts, nothing from a network.
+//! A profile as one HTML file, without scripts, fonts or network access.
 
 use super::draw::{COLUMNS, Cell, Map};
 use super::show::{Shown, facts};

@@ -1,4 +1,4 @@
-//! `tvmm profile`: records what a function does to the pages of a snapshot, shows it, and merges several runs.
+//! `tvmm profile`: records the pages that a function reads and writes, shows profiles, and merges several runs.
 
 mod draw;
 mod html;
@@ -27,7 +27,7 @@ pub struct ProfileArgs {
 }
 
 impl ProfileArgs {
-    /// Whether a VM runs in this process.
+    /// Returns whether a VM runs in this process.
     pub fn runs_a_vm(&self) -> bool {
         matches!(self.command, ProfileCommand::Record(_))
     }
@@ -45,11 +45,11 @@ impl ProfileArgs {
 
 #[derive(Debug, Subcommand)]
 enum ProfileCommand {
-    /// Restore a snapshot, run one function, and record what it does to each page
+    /// Restore a snapshot, run one function, and record its use of each page
     Record(RecordArgs),
-    /// Show what a profile says
+    /// Show the contents of a profile
     Show(show::ShowArgs),
-    /// Make one profile of several, and say how much they agree
+    /// Merge several profiles into one, and show how far they agree
     Merge(MergeArgs),
 }
 
@@ -61,7 +61,7 @@ struct RecordArgs {
     /// The memory file of the two-file form
     #[arg(long, value_name = "FILE")]
     mem_file: Option<PathBuf>,
-    /// Who looks: uffd (exact, slow), pagemap (cheap, no order), mincore (as FaaSnap), dirty-log (writes only)
+    /// Recorder: uffd (exact, slow), pagemap (cheap, no order), mincore (as FaaSnap), dirty-log (writes only)
     #[arg(long, default_value = "uffd", value_name = "NAME")]
     recorder: String,
     /// The function of the guest to run (`name key=value…`)
@@ -70,26 +70,26 @@ struct RecordArgs {
     /// Make the request on this vsock port of the guest, instead of on its serial line
     #[arg(long, value_name = "PORT")]
     run_port: Option<u32>,
-    /// How long one run may take
+    /// Time limit of one run, s
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     run_timeout: u64,
-    /// How long the guest may wait for a page before it is ended
+    /// Longest wait of the guest for a page before it is ended, s
     #[arg(long, default_value_t = DEFAULT_FAULT_TIMEOUT.as_secs(), value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     fault_timeout: u64,
-    /// How many times to restore and run; several runs are merged
+    /// Number of restores and runs; several runs are merged
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     repeat: u32,
-    /// How several runs are merged: union, intersection or majority
+    /// Merge of several runs: union, intersection or majority
     #[arg(long, default_value = "union", value_name = "KIND")]
     by: String,
-    /// Where to make each run's own copies of drives, for a snapshot taken with --copy-drives; they are removed after it
+    /// Directory for each run's own copies of drives, for a snapshot taken with --copy-drives; removed after the run
     #[arg(long, value_name = "DIR")]
     drive_dir: Option<PathBuf>,
     /// The profile to write; an older one is replaced
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Print the answers and what was recorded as JSON
+    /// Print the answers and the recording as JSON
     #[arg(long)]
     json: bool,
 }
@@ -99,7 +99,7 @@ struct MergeArgs {
     /// The profiles, all of one snapshot
     #[arg(required = true, value_name = "FILE")]
     profiles: Vec<PathBuf>,
-    /// Which pages stay: those of any run (union), of all (intersection), of more than half (majority)
+    /// Pages to keep: those of any run (union), of all (intersection), of more than half (majority)
     #[arg(long, default_value = "union", value_name = "KIND")]
     by: String,
     /// The profile to write; an older one is replaced
@@ -130,7 +130,7 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         timeout: Duration::from_secs(args.run_timeout),
         fault_timeout: Duration::from_secs(args.fault_timeout),
     };
-    // Before any thread exists, so that none of them takes the signals.
+    // Taken before any thread exists, so that none of them gets the signals.
     let mut signals = EndSignals::take()?;
     kick::install_handler()?;
     let (mut runs, mut told) = (Vec::new(), Vec::new());
@@ -152,7 +152,7 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
     Ok(code)
 }
 
-/// Where one run's copies of drives are.
+/// The directory of one run's copies of drives.
 struct RunDrives(PathBuf);
 
 impl RunDrives {
@@ -179,7 +179,7 @@ fn run_merge(args: &MergeArgs) -> Result<ExitCode, BoxError> {
     write(&profiles, by, &args.out, true)
 }
 
-/// Merges if there is something to merge, saves, and says what came of it; `names`: also prints where it is.
+/// Merges several profiles, saves the result, and prints a summary; `names`: also prints its path.
 fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool) -> Result<ExitCode, BoxError> {
     let (merged, agreement) = merge(profiles, by)?;
     if profiles.len() > 1 {

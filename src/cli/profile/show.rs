@@ -24,10 +24,10 @@ pub struct ShowArgs {
     /// The memory file of the two-file form
     #[arg(long, value_name = "FILE", requires = "snapshot")]
     mem_file: Option<PathBuf>,
-    /// As JSON
+    /// Print JSON
     #[arg(long, conflicts_with = "html")]
     json: bool,
-    /// Write a page with a heat map that any browser shows, offline
+    /// Write an HTML page with a heat map, which works offline
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
 }
@@ -39,7 +39,7 @@ impl ShowArgs {
     }
 }
 
-/// A profile and what the snapshot adds to it.
+/// A profile, and facts from its snapshot.
 pub struct Shown {
     pub profile: Profile,
     pub file_bytes: u64,
@@ -106,7 +106,7 @@ fn size(pages: u64) -> String {
     format!("{pages} pages, {:.1} MiB", pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20))
 }
 
-/// What there is to say, name by name.
+/// The facts to print, by name.
 pub fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
     let profile = &shown.profile;
     let working_set = profile.working_set();

@@ -1,8 +1,8 @@
-//! What is promoted before the guest runs, because nobody would be told that it cannot be written.
+//! Promotion before the guest runs of pages whose failed writes would not be reported.
 //!
-//! KVM writes some pages on its own account (clocks, steal time): if it cannot, it silently does not. Where KVM has no second
-//! stage of paging to run guests with, it also sets accessed and dirty bits, and some delivers events by writing to the
-//! guest's stack: the guest gets a page fault, or a triple fault, for what it could not have known.
+//! KVM itself writes some pages (clocks, steal time); if it cannot, it silently does not. A KVM without a second stage
+//! of paging also sets accessed and dirty bits, and some kinds of it push interrupt frames on the guest's stack by such
+//! writes. If these fail, the guest gets a page fault or a triple fault for no fault of its own.
 
 use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_sregs};
 
@@ -13,10 +13,10 @@ use crate::memory::Error;
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 use crate::sys::guest_memory::Memory;
 
-/// An MSR that holds the guest-physical address of something KVM writes.
+/// An MSR with the guest-physical address of a structure that KVM writes.
 struct Pointer {
     msr: u32,
-    /// The bits that say that it is in use; none: always, if the address is not 0.
+    /// The bits that say that the structure is in use; none: in use whenever the address is not 0.
     enabled: u64,
     /// The bits that are not part of the address.
     flags: u64,
@@ -56,14 +56,15 @@ fn kernel_written(msrs: &[kvm_msr_entry]) -> Vec<Extent> {
     written.collect()
 }
 
-/// What a vCPU will have when it goes into the guest.
+/// The state of a vCPU before it first enters the guest.
 pub struct VcpuAhead {
     pub regs: kvm_regs,
     pub sregs: kvm_sregs,
     pub msrs: Vec<kvm_msr_entry>,
 }
 
-/// Promotes what is written for this vCPU in silence. With `by_software`, KVM runs guests without a second stage of paging.
+/// Promotes the pages that are written for this vCPU without a report. `by_software`: KVM runs guests without a second
+/// stage of paging.
 pub fn promote(in_place: &InPlace, memory: &Memory, vcpu: &VcpuAhead, by_software: bool) -> Result<(), Error> {
     let mut pages = kernel_written(&vcpu.msrs);
     if by_software {

@@ -1,20 +1,20 @@
-//! How pages in place came to be promoted.
+//! Counts of promotions by cause.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-/// What found the pages to promote.
+/// The way in which the pages to promote were found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resort {
-    /// They are known to be written: by KVM, at the restore; by a background step.
+    /// Known to be written: by KVM at the restore, or by a background step.
     Ahead,
     /// A VMM thread was about to write.
     Device,
-    /// KVM said which page it was.
+    /// KVM named the page.
     Told,
-    /// KVM's emulator gave the VMM the write as if there were no memory.
+    /// KVM's emulator passed the write to the VMM as if it were one to a device.
     Emulated,
     /// An operand of the instruction.
     Operand,
@@ -35,19 +35,19 @@ impl Resort {
         ["ahead", "device", "told", "emulated", "operand", "page_tables", "stack", "descriptors", "near", "all"];
 }
 
-/// Promotions by what led to them.
+/// Promotions by the way in which the page was found.
 #[derive(Debug, Default)]
 pub struct Counts {
     times: [AtomicU64; Resort::NAMES.len()],
     pages: [AtomicU64; Resort::NAMES.len()],
-    /// Exits that another vCPU had dealt with already.
+    /// Exits whose page another vCPU had promoted already.
     raced: AtomicU64,
-    /// Between the exits of vCPUs and their way back into the guest.
+    /// Time between the exits of vCPUs and their return into the guest.
     nanoseconds: AtomicU64,
 }
 
 impl Counts {
-    /// Counts a promotion, if there was one.
+    /// Counts a promotion of at least one page.
     pub fn add(&self, resort: Resort, pages: u64) {
         if pages > 0 {
             self.times[resort as usize].fetch_add(1, Ordering::Relaxed);

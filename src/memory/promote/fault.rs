@@ -1,10 +1,10 @@
-//! A vCPU that cannot go on because the guest wrote to a page in place: which one it was.
+//! Finds the page in place that the guest wrote when a vCPU cannot go on.
 //!
-//! KVM says it at best. Else the instruction at RIP is decoded: what it writes is the culprit, as a rule. If nothing of that
-//! lies in place, the CPU wrote something that the instruction does not name: accessed and dirty bits in page tables, a
-//! stack while it delivered an interrupt, a descriptor. After that whatever lies near all of these, and at last everything:
-//! each step promotes something or leads to the next, so that the guest makes progress or, when nothing lies in place any
-//! more, the cause was another.
+//! At best KVM names the page. Otherwise the instruction at RIP is decoded: as a rule one of its written operands is
+//! the cause. If none of them lies in place, the CPU wrote something that the instruction does not name: accessed and
+//! dirty bits in page tables, a stack while it delivered an interrupt, a descriptor. After these come all pages near
+//! them, and at last everything. Each step promotes a page or leads to the next, so the guest makes progress; when no
+//! page lies in place any more, the cause was another.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -17,32 +17,32 @@ use crate::snapshot::Extent;
 use crate::sys::guest_memory::Memory;
 use crate::sys::lost;
 
-/// How KVM said that it cannot go on.
+/// KVM's report that a vCPU cannot go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// This page could not be written.
+    /// KVM could not write this page.
     Told { gpa: u64 },
-    /// Something could not be written.
+    /// KVM could not write a page that it does not name.
     Untold,
-    /// An instruction could not be emulated: because of its operands or the descriptors it loads, or not because of any page.
+    /// KVM could not emulate an instruction: because of its operands, the descriptors it loads, or for no page's sake.
     Emulation,
 }
 
-/// A vCPU out of the guest, and the memory it works on.
+/// A vCPU that has left the guest, and the memory it works on.
 pub struct Stuck<'a> {
     pub vcpu: &'a VcpuFd,
     pub memory: &'a Memory,
     pub in_place: &'a InPlace,
-    /// [`InPlace::generation`] before the vCPU went into the guest.
+    /// [`InPlace::generation`] before the vCPU entered the guest.
     pub generation: u64,
 }
 
-/// What became of a vCPU that could not go on.
+/// The outcome for a vCPU that could not go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resolution {
-    /// It may go on.
+    /// The vCPU may enter the guest again.
     Promoted,
-    /// The guest touched a page that cannot be had, for this reason.
+    /// The guest touched a page that cannot be read, for this reason.
     Lost(String),
     /// No page was the cause.
     Unknown,
@@ -54,8 +54,8 @@ impl From<bool> for Resolution {
     }
 }
 
-/// Why guest memory that a stopped vCPU needs cannot be had, if that is so: the page that KVM names, else the pages of its
-/// instruction and what the CPU itself reads, else any page behind the end of its file.
+/// Returns the reason if memory that a stopped vCPU needs is lost. Looks at the page that KVM names, then at the pages
+/// of its instruction and those that the CPU itself reads, then at any page behind the end of its file.
 pub fn lost_memory(vcpu: &VcpuFd, memory: &Memory, cause: Cause) -> Result<Option<String>, Error> {
     if let Cause::Told { gpa } = cause
         && let Some(why) = lost::at_gpa(gpa)
@@ -73,7 +73,7 @@ fn lost_page(seen: &Seen) -> Option<String> {
 }
 
 impl Stuck<'_> {
-    /// Promotes what the guest wrote.
+    /// Promotes the page that the guest wrote.
     pub fn resolve(&self, cause: Cause) -> Result<Resolution, Error> {
         if let Cause::Told { gpa } = cause {
             if self.promote(Resort::Told, &[page_of(gpa)])? {
@@ -116,7 +116,7 @@ impl Stuck<'_> {
         Ok((self.promote(Resort::Near, &near)? || self.promote_all()?).into())
     }
 
-    /// Whether a stack lies in place that an event would be delivered to.
+    /// Returns whether a stack to which an event would be delivered lies in place.
     pub fn is_stack_in_place(&self) -> Result<bool, Error> {
         let (regs, sregs) = registers(self.vcpu)?;
         let (cpu, view) =
@@ -142,7 +142,7 @@ fn registers(vcpu: &VcpuFd) -> Result<(kvm_regs, kvm_sregs), Error> {
     Ok((vcpu.get_regs().map_err(failed)?, vcpu.get_sregs().map_err(failed)?))
 }
 
-/// Vector registers, and how much XSAVE writes.
+/// The vector registers, and the number of bytes that XSAVE writes.
 fn extended(vcpu: &VcpuFd) -> Option<Extended> {
     const XSAVE_LEAF: u32 = 0xd;
     const COMPONENTS: [u32; 3] = [2, 6, 7];
@@ -150,21 +150,21 @@ fn extended(vcpu: &VcpuFd) -> Option<Extended> {
     let leaf = |index| table.as_slice().iter().find(|entry| entry.function == XSAVE_LEAF && entry.index == index);
     let offset = |index| leaf(index).map_or(usize::MAX / 2, |entry| entry.ebx as usize);
     let [ymm_high, zmm_high, zmm_16_to_31] = COMPONENTS.map(offset);
-    // What is enabled now, in the standard format and (with the supervisor's state) in the compacted one.
+    // The components enabled now: in the standard format, and (with supervisor state) in the compacted one.
     let area_len = u64::from(leaf(0).map_or(512, |entry| entry.ebx).max(leaf(1).map_or(0, |entry| entry.ebx)));
     let area = vcpu.get_xsave().ok()?;
     let xsave = area.region.iter().flat_map(|word| word.to_le_bytes()).collect();
     Some(Extended { xsave, ymm_high, zmm_high, zmm_16_to_31, area_len })
 }
 
-/// What the instruction at RIP does; nothing, if there is none.
+/// The memory accesses of the instruction at RIP; none if it cannot be decoded.
 fn accesses(cpu: &Cpu, view: &LinearView) -> Accesses {
     let mut bytes = [0; INSTRUCTION_MAX];
     let got = view.read(cpu.code(cpu.regs.rip), &mut bytes);
     operands::accesses(cpu, &bytes[..got]).unwrap_or_default()
 }
 
-/// Looks for everything that the CPU may have written besides.
+/// Collects all other pages that the CPU may have written.
 fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> Seen {
     let mut tables = Vec::new();
     let mut pages = |spans: &[Span]| {
@@ -182,13 +182,13 @@ fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> Seen {
     }
 }
 
-/// The pages that may have been written, by what would have written them.
+/// The pages that may have been written, by the kind of access.
 #[derive(Debug, Default)]
 struct Seen {
     tables: Vec<Extent>,
     stacks: Vec<Extent>,
     descriptors: Vec<Extent>,
-    /// Not written, as far as is known.
+    /// Only read, as far as is known.
     others: Vec<Extent>,
 }
 

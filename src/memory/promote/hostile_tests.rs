@@ -1,5 +1,5 @@
-//! Guests on the real KVM that write wherever they like: into their own code, their page tables, outside memory. Whatever
-//! they do, each exit promotes something or is the last.
+//! Guests on the real KVM that write to random places: their own code, their page tables, outside memory. Each exit
+//! must promote a page or be the last.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,10 +16,10 @@ const RAM: u64 = 4 << 20;
 const TABLES: u64 = 0x1000;
 const CODE: u64 = 0x1_0000;
 const HLT: u8 = 0xf4;
-/// What is written: whatever it lands in, it does nothing there.
+/// The value stored: code that it lands in turns to NOPs.
 const NOPS: u64 = 0x9090_9090_9090_9090;
 
-/// Stores by rax (NOPS) to where rdi points, and what moves rdi on.
+/// Stores of rax (NOPS) to [rdi], and instructions that move rdi on.
 const STORES: [&[u8]; 14] = [
     &[0x88, 0x07],
     &[0x48, 0x89, 0x07],
@@ -46,7 +46,8 @@ impl Random {
     }
 }
 
-/// Page tables at `TABLES` that map RAM onto itself, some entries without accessed and dirty bits, and random stores from
+/// Page tables at `TABLES` that map RAM onto itself, some entries without accessed and dirty bits, and random stores
+/// from
 /// `CODE` on.
 fn image(random: &mut Random) -> File {
     let file = tempfile::tempfile().unwrap();
@@ -82,7 +83,7 @@ fn vcpu(vm: &kvm_ioctls::VmFd, random: &mut Random) -> VcpuFd {
     (sregs.ds, sregs.es) = (sregs.ss, sregs.ss);
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8000_0033, TABLES, 0x620, 0x500);
     fd.set_sregs(&sregs).unwrap();
-    // Now and then a place that is no memory, or not mapped.
+    // Sometimes an address outside memory, or one that is not mapped.
     let wild = [0x40_0000, 0x7f_ffff_f000, RAM - 2, 0xfee0_0000, 1 << 47];
     let rdi = if random.below(4) == 0 { wild[random.below(5) as usize] } else { random.below(RAM) & !15 };
     let rip = if random.below(8) == 0 { wild[random.below(5) as usize] } else { CODE };
@@ -91,7 +92,7 @@ fn vcpu(vm: &kvm_ioctls::VmFd, random: &mut Random) -> VcpuFd {
     fd
 }
 
-/// Runs one guest to its end; how many pages were promoted.
+/// Runs one guest to its end. Returns the number of promoted pages.
 fn run(seed: u64) -> u64 {
     let mut random = Random(seed);
     let layout = MemoryLayout::from_gpa_ranges(&[(0, RAM)]).unwrap();
@@ -137,8 +138,7 @@ fn run(seed: u64) -> u64 {
 #[test]
 fn whatever_the_guest_writes_it_gets_on_or_ends() {
     if Kvm::new().is_err() {
-        println!("skipped: there is no /dev/kvm");
-        return;
+        return crate::skip::skip!("kvm", "there is no /dev/kvm");
     }
     let promoted: Vec<u64> = (0..64).map(run).collect();
     assert!(promoted.iter().sum::<u64>() > 30, "{promoted:?}");

@@ -1,10 +1,10 @@
 //! Pages in place on a tier that cannot copy on write (device DAX), and their promotion to local memory.
 //!
-//! Such pages are mapped shared and read-only. Who wants to write one has it promoted first: a copy in local memory takes
-//! its place. VMM threads ask the [write gate](crate::sys::guest_memory::WriteGate), which is this. The guest asks nobody: its
-//! write ends KVM_RUN, mostly without an address, and [`fault`] finds out what it was that the guest wrote. `operands` knows
-//! what an instruction writes, `walk` the guest's page tables, `view` the rest of what a CPU looks at, and `ahead` what is
-//! written without anybody being told.
+//! Such pages are mapped shared and read-only. Before the first write a page is promoted: a copy in local memory takes
+//! its place. VMM threads go through the [write gate](crate::sys::guest_memory::WriteGate), which [`InPlace`]
+//! implements. A write of the guest ends KVM_RUN, mostly without an address, and [`fault`] finds the page. `operands`
+//! lists the memory that an instruction writes, `walk` the guest's page tables, `view` the other structures that a CPU
+//! reads and writes, and `ahead` the pages that KVM writes without a report.
 //!
 //! A page that is promoted, or given back by the guest, never lies in place again.
 
@@ -28,9 +28,9 @@ use crate::sys::mapping::{Reservation, count_mappings};
 
 pub use counts::{Counts, Resort};
 
-/// 2 MiB in pages: what is promoted at once where mappings run out, and copied at once.
+/// 2 MiB in pages: the unit of promotion when mappings run out, and of copying.
 const BLOCK_PAGES: u64 = 512;
-/// Mappings that this process may come to have for the guest's sake: half of the kernel's default limit.
+/// Mappings that promotion may add up to: half of the kernel's default limit.
 const MAPPINGS_MAX: usize = 32 << 10;
 /// A copy put into the middle of a mapping makes three of one.
 const MAPPINGS_PER_COPY: usize = 2;
@@ -45,7 +45,7 @@ pub struct InPlaceExtent {
     pub align_pages: u64,
 }
 
-/// A range of guest RAM, and memory as long as it where copies are made.
+/// A range of guest RAM, and a staging area of the same length where copies are made.
 #[derive(Debug)]
 struct Part {
     range: GuestRange,
@@ -53,13 +53,13 @@ struct Part {
     stage: Reservation,
 }
 
-/// What lies in place, and what is needed to change that.
+/// The pages in place, and the allowance of mappings.
 #[derive(Debug)]
 struct Books {
     pages: PageSet,
-    /// Mappings of which no single pages can be replaced.
+    /// Mappings that can be cut only at multiples of more than one page.
     coarse: Vec<InPlaceExtent>,
-    /// Copies that may be made before mappings are counted again; none: whole blocks are promoted.
+    /// Copies that may be made before mappings are counted again; 0: whole blocks are promoted.
     copies_left: usize,
     mappings_max: usize,
 }
@@ -69,15 +69,15 @@ struct Books {
 pub struct InPlace {
     parts: Vec<Part>,
     books: Mutex<Books>,
-    /// Grows with every promotion: who finds it changed since he looked need not look for the culprit.
+    /// Grows with every promotion: a vCPU that finds it changed since its exit enters the guest again without a search.
     generation: AtomicU64,
-    /// Pages that lay in place at first.
+    /// Pages in place at the start.
     mapped_pages: u64,
     counts: Counts,
 }
 
 impl InPlace {
-    /// The books of `mapped`, which was mapped shared and read-only into the memory of `ranges`.
+    /// Records `mapped`, which was mapped shared and read-only into the memory of `ranges`.
     pub fn new(
         ranges: impl Iterator<Item = (GuestRange, Arc<Reservation>)>,
         mapped: &[InPlaceExtent],
@@ -101,12 +101,12 @@ impl InPlace {
         &self.counts
     }
 
-    /// Pages that lie in place now.
+    /// Returns the number of pages in place now.
     pub fn pages(&self) -> u64 {
         self.lock().pages.len()
     }
 
-    /// How many pages lay in place, how many do, and how the others were promoted (or given back).
+    /// Counts for reports: pages in place at the start and now, and promotions by cause (or given back).
     pub fn json(&self) -> serde_json::Value {
         let mut json = self.counts.json();
         json["mapped_pages"] = self.mapped_pages.into();
@@ -114,12 +114,13 @@ impl InPlace {
         json
     }
 
-    /// Changes whenever something was promoted.
+    /// Changes with every promotion.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::SeqCst)
     }
 
-    /// Promotes what of `wanted` lies in place, and what cannot be told apart from it. Returns how many pages.
+    /// Promotes the pages of `wanted` in place, and those that its mappings cannot be cut from. Returns the number of
+    /// pages.
     pub fn promote(&self, wanted: &[Extent]) -> io::Result<u64> {
         let mut books = self.lock();
         let mut done = 0;
@@ -139,27 +140,27 @@ impl InPlace {
         Ok(())
     }
 
-    /// Whether something of `extent` lies in place.
+    /// Returns whether a page of `extent` lies in place.
     pub fn has(&self, extent: Extent) -> bool {
         self.lock().pages.len_in(extent) > 0
     }
 
-    /// Promotes everything. Returns how many pages.
+    /// Promotes all pages. Returns their number.
     pub fn promote_all(&self) -> io::Result<u64> {
         let all: Vec<Extent> = self.parts.iter().map(|part| part.range.extent()).collect();
         self.promote(&all)
     }
 
-    /// Promotes what of `extent` lies in place.
+    /// Promotes the pages of `extent` in place.
     fn promote_runs(&self, books: &mut Books, extent: Extent) -> io::Result<u64> {
         let runs: Vec<Extent> = books.pages.runs_in(extent).collect();
         let mut done = 0;
         for piece in runs.iter().flat_map(|run| run.chunks(BLOCK_PAGES)) {
             let Some(part) = self.parts.iter().find(|part| part.range.extent().contains(piece.first)) else { continue };
             let offset = (piece.gpa() - part.range.gpa) as usize;
-            // SAFETY: what is in the books is mapped read-only, so that nobody can write it, and only who holds the lock
-            // on the books changes that. The mapping covers whole runs: parts are disjoint ranges of the layout, and the
-            // extents that were mapped lie within one each.
+            // SAFETY: pages in the books are mapped read-only, so nothing can write them, and only the holder of the
+            // lock on the books changes that. The mapping covers whole runs: parts are disjoint ranges of the layout,
+            // and each extent that was mapped lies within one of them.
             unsafe { part.memory.copy_locally(&part.stage, offset, piece.bytes() as usize)? };
             books.pages.remove_run(piece);
             books.copies_left = books.copies_left.saturating_sub(1);
@@ -169,7 +170,8 @@ impl InPlace {
         Ok(done)
     }
 
-    /// A write that KVM's emulator could not do, and takes for one to a device. Whether it was to RAM, where it is now.
+    /// Takes a write that KVM's emulator reports as one to a device. Returns true if it was to RAM and has been done
+    /// there.
     pub fn take_emulated(&self, memory: &Memory, gpa: u64, data: &[u8]) -> bool {
         let at = GuestAddress(gpa);
         if !memory.check_range(at, data.len(), Permissions::Write) {
@@ -181,8 +183,8 @@ impl InPlace {
         memory.write_slice(data, at).is_ok()
     }
 
-    /// Puts zero pages in the place of `run`, which lies within one range of RAM, for a guest that gives it back. What of
-    /// its mappings cannot be cut there is promoted before.
+    /// Puts zero pages in the place of `run`, which lies within one range of RAM, for the balloon. Pages whose mapping
+    /// cannot be cut there are promoted before.
     pub fn replace_by_zeros(&self, run: Extent) -> io::Result<()> {
         let mut books = self.lock();
         let last = Extent { first: Gfn(run.end().0.saturating_sub(1)), pages: 1 };
@@ -216,14 +218,14 @@ impl WriteGate for InPlace {
 }
 
 impl Books {
-    /// `run` and what its mapping cannot be cut from.
+    /// `run`, extended to where its mapping can be cut.
     fn align(&self, run: Extent) -> Extent {
         let meets = |coarse: &&InPlaceExtent| coarse.extent.intersection(&run).is_some();
         let align = self.coarse.iter().filter(meets).map(|coarse| coarse.align_pages).max().unwrap_or(1);
         whole_blocks(run, align)
     }
 
-    /// What is promoted for the sake of `run`: whole blocks where mappings run out.
+    /// The pages to promote for `run`: whole blocks when mappings run out.
     fn grow(&mut self, run: Extent) -> Extent {
         if self.copies_left == 0 {
             let there = count_mappings().unwrap_or(self.mappings_max);

@@ -1,4 +1,4 @@
-//! What an instruction writes, as linear addresses: its operands, and what it writes without naming it.
+//! The memory that an instruction accesses, as linear addresses: its operands, and accesses that it does not name.
 
 use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess, OpKind, Register,
@@ -8,7 +8,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 
 /// The longest instruction, bytes (Intel SDM vol. 2, 2.3.11).
 pub const INSTRUCTION_MAX: usize = 15;
-/// A string instruction goes on for longer than anybody wants to copy ahead of it.
+/// Limit for a string instruction, bytes: its repeat count may ask for any amount.
 const STRING_BYTES_MAX: u64 = 256 << 10;
 
 /// Bytes at a linear address. They may wrap around.
@@ -18,26 +18,26 @@ pub struct Span {
     pub len: u64,
 }
 
-/// What an instruction does to memory.
+/// The memory accesses of an instruction.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Accesses {
-    /// What it writes, or may write.
+    /// Bytes that it writes, or may write.
     pub written: Vec<Span>,
-    /// What it only reads.
+    /// Bytes that it only reads.
     pub read: Vec<Span>,
 }
 
-/// What only few instructions need to be known of the CPU.
+/// CPU state that only few instructions depend on.
 #[derive(Clone, Debug, Default)]
 pub struct Extended {
     /// The XSAVE area in the standard format.
     pub xsave: Vec<u8>,
-    /// Where in it are bits 128 to 255 of vector registers 0 to 15, bits 256 to 511 of those, and registers 16 to 31
-    /// (CPUID leaf 0xD).
+    /// Offsets in it of bits 128 to 255 of vector registers 0 to 15, of their bits 256 to 511, and of registers 16 to
+    /// 31 (CPUID leaf 0xD).
     pub ymm_high: usize,
     pub zmm_high: usize,
     pub zmm_16_to_31: usize,
-    /// What XSAVE and its kin write at most, bytes.
+    /// Bytes that XSAVE and its relatives write at most.
     pub area_len: u64,
 }
 
@@ -45,7 +45,7 @@ pub struct Extended {
 pub struct Cpu<'a> {
     pub regs: &'a kvm_regs,
     pub sregs: &'a kvm_sregs,
-    /// Asked for when an instruction needs it.
+    /// Called when an instruction needs it.
     pub extended: &'a dyn Fn() -> Option<Extended>,
 }
 
@@ -68,7 +68,7 @@ impl Cpu<'_> {
         if self.bitness() == 64 { offset } else { self.sregs.cs.base.wrapping_add(offset) & 0xffff_ffff }
     }
 
-    /// The linear address that the stack pointer stands at.
+    /// The linear address of the stack pointer.
     pub fn stack(&self) -> u64 {
         match self.bitness() {
             64 => self.regs.rsp,
@@ -135,7 +135,7 @@ impl Extended {
     }
 }
 
-/// What the instruction in `bytes` (at RIP) does. `None` if it is none, or not all of it is there.
+/// The memory accesses of the instruction in `bytes` (at RIP). `None` if it is invalid or incomplete.
 pub fn accesses(cpu: &Cpu, bytes: &[u8]) -> Option<Accesses> {
     let mut decoder = Decoder::with_ip(cpu.bitness(), bytes, cpu.regs.rip, DecoderOptions::NONE);
     let instruction = decoder.decode();
@@ -166,10 +166,10 @@ fn spans(cpu: &Cpu, instruction: &Instruction, memory: &UsedMemory) -> Vec<Span>
         MemorySize::Xsave | MemorySize::Xsave64 => (cpu.extended)().map_or(0, |extended| extended.area_len),
         size => size.size() as u64,
     }
-    // What the decoder knows no size of lies at its start.
+    // An operand without a size known to the decoder starts at its address.
     .max(1);
     if instruction.is_string_instruction() {
-        // Of what is repeated the decoder does not say how much.
+        // The decoder gives one element of a repeated instruction, not the whole length.
         let len = (instruction.memory_size().size() as u64).max(1);
         return string(cpu, instruction, memory, Span { start, len });
     }
@@ -180,7 +180,7 @@ fn spans(cpu: &Cpu, instruction: &Instruction, memory: &UsedMemory) -> Vec<Span>
     vec![Span { start, len }]
 }
 
-/// A bit's number may lead far away from where the operand seems to be (Intel SDM vol. 2, `BTS`).
+/// A bit number may address memory far from the operand (Intel SDM vol. 2, `BTS`).
 fn bit_offset(cpu: &Cpu, instruction: &Instruction, len: u64) -> u64 {
     if instruction.op1_kind() != OpKind::Register {
         return 0;
@@ -209,7 +209,7 @@ fn string(cpu: &Cpu, instruction: &Instruction, memory: &UsedMemory, first: Span
     }
 }
 
-/// Every element of a scatter or gather, those too that its mask leaves out.
+/// All elements of a scatter or gather, masked ones included.
 fn elements(cpu: &Cpu, instruction: &Instruction, memory: &UsedMemory) -> Vec<Span> {
     let Some(extended) = (cpu.extended)() else { return Vec::new() };
     let len = memory.memory_size().element_size().max(1);

@@ -79,7 +79,7 @@ fn mappings_that_cannot_be_cut_are_promoted_in_blocks() {
     let ram = in_place(512);
     ram.view().write_obj(5_u64, GuestAddress(600 * 4096)).unwrap();
     assert_eq!((left(&ram), mappings(&ram)), (2048 - 512, 3));
-    // Given back: what is no whole block is promoted, and the rest of the block stays what it was.
+    // Given back: a part of a block is promoted first, and the rest of the block keeps its bytes.
     let mut releaser = ram.releaser(None);
     use crate::sys::guest_memory::ReleasePages;
     assert_eq!(releaser.release(extent(1030, 10)).released, 10);

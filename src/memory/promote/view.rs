@@ -1,4 +1,4 @@
-//! Guest memory by the guest's own addresses, and what the CPU itself reads and writes there.
+//! Guest memory by the guest's own addresses, and the structures that the CPU itself reads and writes there.
 
 use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
@@ -8,7 +8,7 @@ use super::walk::{Paging, Walk};
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 use crate::sys::guest_memory::Memory;
 
-/// Below a stack pointer, what an interrupt pushes with room to spare; above it, what is being pushed.
+/// Bytes below a stack pointer that an interrupt may push, with room to spare, and above it that are being pushed.
 const PUSHED: u64 = 128;
 const BEING_PUSHED: u64 = 16;
 
@@ -31,7 +31,7 @@ impl<'a> LinearView<'a> {
         })
     }
 
-    /// The pages that spans lie in, and those of the page tables on the way.
+    /// Returns the pages of the spans, and those of the page tables on the way.
     pub fn pages(&self, spans: &[Span]) -> (Vec<Extent>, Vec<Extent>) {
         let walks: Vec<Walk> = spans.iter().flat_map(addresses).map(|linear| self.walk(linear)).collect();
         let mut tables: Vec<Extent> = walks.iter().flat_map(|walk| &walk.entries).map(|&at| page_of(at)).collect();
@@ -39,7 +39,7 @@ impl<'a> LinearView<'a> {
         (walks.iter().filter_map(|walk| walk.gpa).map(page_of).collect(), tables)
     }
 
-    /// Reads at a linear address; how many bytes can be.
+    /// Reads at a linear address. Returns the number of bytes that could be read.
     pub fn read(&self, linear: u64, bytes: &mut [u8]) -> usize {
         let mut done = 0;
         while done < bytes.len() {
@@ -108,7 +108,7 @@ fn table(table: kvm_dtable) -> Span {
     Span { start: table.base, len: u64::from(table.limit) + 1 }
 }
 
-/// A system segment, of which the CPU writes nothing beyond 64 KiB.
+/// A system segment; the CPU writes nothing beyond its first 64 KiB.
 fn segment(segment: kvm_segment) -> Span {
     const WRITTEN_MAX: u32 = 0xffff;
     let len = if segment.present == 0 { 0 } else { u64::from(segment.limit.min(WRITTEN_MAX)) + 1 };

@@ -1,5 +1,5 @@
-//! The guest's page tables, read as the CPU reads them (Intel SDM vol. 3 ch. 4; AMD APM vol. 2 ch. 5). KVM_TRANSLATE will
-//! not do: on some hosts it sets accessed bits, which is what cannot be written.
+//! The guest's page tables, read as the CPU reads them (Intel SDM vol. 3 ch. 4; AMD APM vol. 2 ch. 5). KVM_TRANSLATE
+//! cannot be used: on some hosts it sets accessed bits, which may be the very write that failed.
 
 use kvm_bindings::kvm_sregs;
 
@@ -12,7 +12,7 @@ const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
 const FRAME: u64 = 0xf_ffff_ffff_f000;
 
-/// Where a linear address leads.
+/// The result of following a linear address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Walk {
     /// The guest-physical address; `None` if nothing is mapped there, or the tables lie outside RAM.
@@ -21,14 +21,14 @@ pub struct Walk {
     pub entries: Vec<u64>,
 }
 
-/// How the guest's addresses are translated.
+/// The mode in which the guest's addresses are translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Paging {
     root: u64,
     /// Levels of tables, and bytes of an entry. No levels: no paging.
     levels: u32,
     entry: u64,
-    /// Whether entries of this level may be large pages.
+    /// The levels whose entries may be large pages.
     large_from: u32,
     large_to: u32,
 }
@@ -49,7 +49,7 @@ impl Paging {
         }
     }
 
-    /// Follows `linear`; `read` gives the bytes of an entry at a guest-physical address, as many as it was asked for.
+    /// Follows `linear`; `read` returns the bytes of an entry at a guest-physical address, as many as asked for.
     pub fn walk(self, linear: u64, read: impl Fn(u64, usize) -> Option<u64>) -> Walk {
         let mut walk = Walk::default();
         let bits_per_level = if self.entry == 8 { 9 } else { 10 };
@@ -90,15 +90,15 @@ impl Paging {
         walk
     }
 
-    /// The guest-physical addresses of all tables that can be reached and of which some entry lets the CPU write an
-    /// accessed or dirty bit. `read` gives the entries of a table.
+    /// The guest-physical addresses of all reachable tables with an entry in which the CPU may set an accessed or dirty
+    /// bit. `read` returns the entries of a table.
     pub fn tables_to_be_written(self, read: impl Fn(u64) -> Option<Vec<u64>>) -> Vec<u64> {
         const ACCESSED: u64 = 1 << 5;
         const WRITABLE_NOT_DIRTY: (u64, u64) = (1 << 1 | 1 << 6, 1 << 1);
-        // More tables than this are no more than a guest of 1 TiB has; a loop of tables ends there.
+        // A guest of 1 TiB has no more tables than this; a loop of tables ends here.
         const TABLES_MAX: usize = 1 << 20;
         let (mut found, mut seen) = (Vec::new(), std::collections::HashSet::new());
-        // Tables of other kinds are small, and old.
+        // Other paging modes have few tables.
         if self.levels < 4 {
             return found;
         }
@@ -190,7 +190,7 @@ mod tests {
             };
             Some(entries.to_vec())
         };
-        // Levels count down: what is a table at one level is a page at the lowest.
+        // Levels count down: a table at one level is a page at the lowest.
         let mut found = Paging { levels: 4, ..long(0x1000, false) }.tables_to_be_written(read);
         found.sort_unstable();
         assert!(found.contains(&0x2000) && found.contains(&0x4000) && !found.contains(&0x3000), "{found:x?}");
@@ -203,7 +203,7 @@ mod tests {
             let garbage = |at: u64| (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
             let walk = paging.walk(linear, |at, _| Some(garbage(at)));
             prop_assert!(walk.entries.len() <= 5);
-            // A small memory in which every table leads to others, itself among them.
+            // A small memory in which every table leads to others, itself included.
             let read = |table: u64| (table < 64 << 12).then(|| (0..512).map(|i| garbage(table + i) & 0x3_ffff).collect());
             prop_assert!(paging.tables_to_be_written(read).len() <= 64 * 5);
         }

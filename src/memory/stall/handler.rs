@@ -1,4 +1,4 @@
-//! Whether a page-fault handler outside answers.
+//! Watches whether a page-fault handler outside answers.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,13 +11,13 @@ use crate::sys::uffd::Uffd;
 /// A range of guest memory and its host address, which is only looked up in the page map.
 type Range = (GuestRange, usize);
 
-/// The userfaultfd that a handler outside serves, and what it serves.
+/// The userfaultfd that a handler outside serves, and its memory.
 pub struct HandlerProbe {
     uffd: Arc<Uffd>,
     socket: PathBuf,
     process: i32,
     ranges: Vec<Range>,
-    /// Since when somebody has waited without any page coming, and the pages that were there then.
+    /// The time since which a thread has waited without any page coming, and the pages that were there then.
     waiting: Option<(Instant, u64)>,
 }
 
@@ -38,8 +38,8 @@ impl HandlerProbe {
         HandlerProbe { uffd, socket, process, ranges, waiting: None }
     }
 
-    /// What is wrong, once somebody has waited for `limit` and no page has come meanwhile. What cannot be read is taken
-    /// for an answer: it must not end a guest.
+    /// Returns the fault once a thread has waited for `limit` and no page has come meanwhile. A count that cannot be
+    /// read is taken for an answer: a failed probe must not end a guest.
     pub fn look(&mut self, now: Instant, limit: Duration) -> Option<String> {
         if self.uffd.waiters().unwrap_or(0) == 0 {
             self.waiting = None;
@@ -65,7 +65,7 @@ impl HandlerProbe {
     }
 
     fn describe(&self, limit: Duration) -> String {
-        // Faults the handler has not even read can be read here: the guest is over.
+        // Faults that the handler has not even read can be read here: the guest ends anyway.
         let unread = self.uffd.faults().unwrap_or_default().into_iter().find_map(|fault| {
             let at = |(range, host): &Range| Some(range.gpa + (fault.address.checked_sub(*host)? as u64));
             let inside = |(range, host): &&Range| (*host..*host + range.len as usize).contains(&fault.address);

@@ -1,19 +1,20 @@
-//! Memory that does not come: a layer on a file system that hangs, a page-fault handler that lives and does not answer.
+//! The watch for memory that does not come: a layer on a file system that hangs, or a page-fault handler that lives and
+//! does not answer.
 //!
-//! A thread blocked in the kernel cannot be called back, so a thread of its own looks, a few times per time-out, whether
-//! somebody has been waiting for memory for too long, and ends the VM with the reason:
+//! A thread blocked in the kernel cannot be called back. So a thread of its own looks a few times per time-out whether
+//! some thread has waited for memory for too long, and ends the VM with the reason:
 //!
-//! | who waits | how it is known |
+//! | waiting thread | sign |
 //! |---|---|
 //! | the fault service, the background thread | they note what they read, and since when |
 //! | a vCPU, on a handler outside | the userfaultfd has waiters (`/proc/self/fdinfo`), and no page has come |
-//! | the device thread, on a handler outside | it notes what it gives back, and since when |
+//! | the device thread, on a handler outside | it notes the pages it gives back, and since when |
 //! | a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
-//! | the main thread | in a page fault, it has not run; while it restores, nobody has run |
+//! | the main thread | in a page fault, it has not run; during a restore, no thread has run |
 //!
-//! The same thread ends a VM whose memory may not be its own any more, when who finds that out says so ([`Stalls::end`]).
+//! The same thread ends a VM whose memory may not be its own any more, when a lease reports that ([`Stalls::end`]).
 //!
-//! If the main loop does not take the reason (it may be the one that waits), the process is ended from here.
+//! If the main loop does not take the reason (the main loop may be the waiting thread), this thread ends the process.
 
 mod handler;
 mod threads;
@@ -34,20 +35,20 @@ use crate::sys::lost::CANNOT_GO_ON;
 use crate::sys::worker::Worker;
 use threads::SleepingThreads;
 
-/// How often the watch looks within one time-out.
+/// Looks of the watch within one time-out.
 const LOOKS: u32 = 4;
-/// How long the main loop has to take the reason, write its report and end the process.
+/// Time for the main loop to take the reason, write its report and end the process.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// What a thread of the VMM does for the guest.
+/// Work of a VMM thread for the guest.
 #[derive(Clone, Copy, Debug)]
 enum Work {
     Reads(Option<PageSource>),
-    /// Gives pages back; a handler outside must take note of that.
+    /// Gives pages back; a handler outside must read the notification.
     GivesBack,
 }
 
-/// What a thread of the VMM works on for the guest, and since when.
+/// The work of a VMM thread for the guest, and its start.
 #[derive(Clone, Copy, Debug)]
 struct Reading {
     pages: Extent,
@@ -55,17 +56,17 @@ struct Reading {
     since: Instant,
 }
 
-/// Where a thread of the VMM notes what it does for the guest.
+/// A VMM thread notes its work for the guest here.
 #[derive(Clone, Debug, Default)]
 pub struct Activity(Arc<Mutex<Option<Reading>>>);
 
 impl Activity {
-    /// The thread reads `pages` until the result is dropped.
+    /// Notes that the thread reads `pages`, until the result is dropped.
     pub fn reads(&self, pages: Extent, source: Option<PageSource>) -> impl Drop + use<> {
         self.begin(pages, Work::Reads(source))
     }
 
-    /// The thread gives `pages` back to the host until the result is dropped.
+    /// Notes that the thread gives `pages` back to the host, until the result is dropped.
     pub fn gives_back(&self, pages: Extent) -> impl Drop + use<> {
         self.begin(pages, Work::GivesBack)
     }
@@ -88,11 +89,11 @@ impl Drop for Done {
     }
 }
 
-/// Why the VM waits, once it has waited for too long.
+/// The watch's state, and the reason once the VM has waited for too long.
 #[derive(Debug)]
 pub struct Stalls {
     limit: Duration,
-    /// The main thread restores: nobody listens for an ending yet.
+    /// The main thread restores: the main loop does not listen for an ending yet.
     restoring: AtomicBool,
     reason: OnceLock<String>,
     state: Mutex<State>,
@@ -102,19 +103,19 @@ pub struct Stalls {
 #[derive(Debug, Default)]
 struct State {
     stopped: bool,
-    /// What somebody else has found out.
+    /// A reason reported by another thread ([`Stalls::end`]).
     told: Option<String>,
     /// The files of the plan, as `PageSource::layer` counts them.
     sources: Vec<PathBuf>,
     activities: Vec<Activity>,
     handler: Option<HandlerProbe>,
     ending: Option<Arc<EndingSignal>>,
-    /// Its end fails the restore of a machine whose memory a handler outside serves.
+    /// The ending signal that fails the restore of a machine whose memory a handler outside serves.
     rescue: Option<Arc<EndingSignal>>,
 }
 
 impl Stalls {
-    /// A place for a thread to note what it reads.
+    /// Returns a slot in which a thread notes its reads.
     pub fn activity(&self) -> Activity {
         let activity = Activity::default();
         lock(&self.state).activities.push(activity.clone());
@@ -126,55 +127,55 @@ impl Stalls {
         lock(&self.state).sources = sources;
     }
 
-    /// How long a guest may wait for a page.
+    /// Returns the time that a guest may wait for a page.
     pub fn limit(&self) -> Duration {
         self.limit
     }
 
-    /// Watches a page-fault handler outside. While the machine is restored, `rescue` lets go of the threads that wait for it.
+    /// Watches a page-fault handler outside. While the machine is restored, `rescue` releases the threads that wait for
+    /// it.
     pub fn watch_handler(&self, probe: HandlerProbe, rescue: Arc<EndingSignal>) {
         let mut state = lock(&self.state);
         state.handler = Some(probe);
         state.rescue = Some(rescue);
     }
 
-    /// The machine is restored: from now on the main loop is told.
+    /// Called when the machine is restored: from now on the main loop is told.
     pub fn restored(&self, ending: Arc<EndingSignal>) {
         lock(&self.state).ending = Some(ending);
         self.restoring.store(false, Ordering::SeqCst);
     }
 
-    /// The guest cannot go on, for this reason.
+    /// Ends the guest for this reason.
     pub fn end(&self, reason: String) {
         lock(&self.state).told.get_or_insert(reason);
         self.stop.notify_all();
     }
 
-    /// Whether the VM has waited for too long: who waits will not come back.
+    /// Returns whether the VM has waited for too long: its waiting threads will not come back.
     pub fn is_stalled(&self) -> bool {
         self.reason.get().is_some()
     }
 
     fn look(&self, threads: &mut SleepingThreads) -> Option<String> {
-        let (now, seconds) = (Instant::now(), self.limit.as_secs_f64());
+        let now = Instant::now();
         let mut state = lock(&self.state);
         if state.told.is_some() {
             return state.told.clone();
         }
-        for reading in state.activities.iter().filter_map(Activity::now) {
-            if now.saturating_duration_since(reading.since) >= self.limit {
-                return Some(state.describe(reading, seconds));
-            }
+        if let Some(reason) = state.stalled_activity(now, self.limit) {
+            return Some(reason);
         }
         let handler = state.handler.as_mut().and_then(|probe| probe.look(now, self.limit));
         if handler.is_some() {
             return handler;
         }
         let waits = threads.look(now, self.limit, self.restoring.load(Ordering::SeqCst))?;
+        let seconds = self.limit.as_secs_f64();
         Some(format!("{waits} has waited {seconds} s (--fault-timeout) for a page of {}", state.mapped_files()))
     }
 
-    /// Looks until told to stop, or until somebody has waited for too long.
+    /// Looks until told to stop, or until a thread has waited for too long.
     fn watch(&self) {
         let mut threads = SleepingThreads::default();
         let every = self.limit / LOOKS;
@@ -206,6 +207,13 @@ impl Stalls {
 }
 
 impl State {
+    /// The reason, if a thread's activity has taken `limit` at `now`.
+    fn stalled_activity(&self, now: Instant, limit: Duration) -> Option<String> {
+        let mut readings = self.activities.iter().filter_map(Activity::now);
+        let stalled = readings.find(|reading| now.saturating_duration_since(reading.since) >= limit)?;
+        Some(self.describe(stalled, limit.as_secs_f64()))
+    }
+
     fn describe(&self, reading: Reading, seconds: f64) -> String {
         let pages = reading.pages;
         let source = match reading.work {
@@ -242,14 +250,14 @@ impl State {
     }
 }
 
-/// Ends the process: somebody waits in the kernel and nobody can call it back.
+/// Ends the process: a thread waits in the kernel and cannot be called back.
 pub fn give_up(reason: &str) -> ! {
     crate::sys::terminal::restore();
     logging::say(&format!("tvmm: {CANNOT_GO_ON}: {reason}"));
     std::process::exit(1);
 }
 
-/// The thread that looks. Ends when dropped.
+/// The thread of the watch. Ends when dropped.
 pub struct StallWatch {
     stalls: Arc<Stalls>,
     _worker: Worker,
@@ -299,11 +307,6 @@ mod tests {
         stalls.restored(ending.clone());
         let activity = stalls.activity();
         let source = Some(PageSource { layer: 1, offset: 0x5000 });
-        for _ in 0..20 {
-            let _reading = activity.reads(Extent { first: Gfn(7), pages: 16 }, source);
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        assert!(!stalls.is_stalled(), "many short reads are no long one");
         let _reading = activity.reads(Extent { first: Gfn(7), pages: 16 }, source);
         let deadline = Instant::now() + Duration::from_secs(20);
         let reason = loop {
@@ -317,6 +320,28 @@ mod tests {
             assert!(reason.contains(part), "{reason}");
         }
         assert!(stalls.is_stalled());
+    }
+
+    #[test]
+    fn many_short_reads_are_no_long_one() {
+        let activity = Activity::default();
+        let state = State { activities: vec![activity.clone()], ..Default::default() };
+        let limit = Duration::from_secs(3600);
+        // The test says what time it is, so a slow host changes nothing.
+        let mut now = Instant::now();
+        for _ in 0..20 {
+            now += limit - Duration::from_nanos(1);
+            let reading = activity.reads(Extent { first: Gfn(7), pages: 16 }, None);
+            lock(&activity.0).as_mut().unwrap().since = now;
+            for (elapsed, is_stalled) in
+                [(Duration::ZERO, false), (limit - Duration::from_nanos(1), false), (limit, true)]
+            {
+                let reason = state.stalled_activity(now + elapsed, limit);
+                assert_eq!(reason.is_some(), is_stalled, "{elapsed:?}: {reason:?}");
+            }
+            drop(reading);
+            assert_eq!(state.stalled_activity(now + 2 * limit, limit), None, "no thread reads");
+        }
     }
 
     #[test]

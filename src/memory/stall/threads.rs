@@ -1,4 +1,4 @@
-//! Threads of this process that sleep in the kernel and do not come back (proc(5), `/proc/pid/task/tid/status`).
+//! Threads of this process that sleep in the kernel for too long (proc(5), `/proc/pid/task/tid/status`).
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -19,18 +19,18 @@ struct Task {
     switches: u64,
 }
 
-/// Who works on a restore: the main thread and whoever reads for it.
+/// The key under which all threads that work on a restore count as one: the main thread and its readers.
 const RESTORE: u32 = 0;
-/// Threads that work for others.
+/// Threads that take no part in a restore.
 const BYSTANDERS: [&str; 2] = ["stalls", "api"];
 
-/// Threads that were asleep when they were last looked at, by id.
+/// The sleeping threads of the last look, by id.
 #[derive(Debug, Default)]
 pub struct SleepingThreads(HashMap<u32, Seen>);
 
 impl SleepingThreads {
-    /// Who is found to have slept for `limit` where it must not: a vCPU uninterruptibly (an idle one sleeps
-    /// interruptibly), the main thread in a page fault, and, while it is `restoring`, everybody at once.
+    /// Names a thread that has slept for `limit` and must not: a vCPU uninterruptibly (an idle vCPU sleeps
+    /// interruptibly), the main thread in a page fault, and, while `restoring`, all threads at once.
     pub fn look(&mut self, now: Instant, limit: Duration, restoring: bool) -> Option<String> {
         let tasks = tasks();
         let mut stuck = None;
@@ -56,7 +56,7 @@ impl SleepingThreads {
         stuck
     }
 
-    /// For how long it is known to have slept; `switches` are its context switches so far.
+    /// Returns for how long the thread is known to have slept; `switches` are its context switches so far.
     fn has_slept(&mut self, id: u32, switches: u64, now: Instant) -> Duration {
         let seen = self.0.entry(id).or_insert(Seen { switches, since: now });
         if seen.switches != switches {
@@ -75,7 +75,7 @@ fn tasks() -> Vec<(u32, Task)> {
     ids.filter_map(|id| Some((id, task(id)?))).collect()
 }
 
-/// Whether a thread that sleeps does so outside of any system call (proc(5), `/proc/pid/syscall`).
+/// Returns whether a sleeping thread is outside of any system call (proc(5), `/proc/pid/syscall`).
 fn is_in_a_page_fault(id: u32) -> bool {
     std::fs::read_to_string(format!("/proc/self/task/{id}/syscall")).is_ok_and(|text| text.starts_with("-1 "))
 }

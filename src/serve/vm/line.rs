@@ -10,17 +10,17 @@ use tokio::net::unix::pipe;
 
 /// A longer line is no answer.
 const MAX_LINE: usize = 64 << 10;
-/// What is thrown away at most before a request: what pipes and the VM's own backlog can hold.
+/// The most bytes thrown away before a request: as many as pipes and the VM's own backlog can hold.
 const MAX_STALE: usize = 256 << 10;
 /// A guest that does not listen on its port yet is asked again after this.
 const AGAIN: Duration = Duration::from_millis(10);
 
-/// What the guest answered.
+/// The guest's answer to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::serve) struct GuestAnswer {
     /// Whether it is `ok`.
     pub(in crate::serve) ok: bool,
-    /// What follows the id.
+    /// The text after the id.
     pub(in crate::serve) text: String,
 }
 
@@ -86,7 +86,7 @@ impl Line for UnixStream {
     }
 }
 
-/// Throws away what was said before: what is not an answer to anybody.
+/// Throws away what the guest said before the request: it answers no request.
 pub(in crate::serve) fn drain(line: &impl Line) {
     let mut buffer = [0; 16 << 10];
     let mut left = MAX_STALE;
@@ -120,7 +120,7 @@ pub(in crate::serve) async fn ask(
 }
 
 /// Asks over a vsock port of the guest: Firecracker's convention, `CONNECT <port>` on the device's socket. A guest that
-/// does not listen yet is asked again; whoever calls bounds the time.
+/// does not listen yet is asked again; the caller bounds the time.
 pub(in crate::serve) async fn ask_port(
     socket: &Path,
     port: u32,
@@ -224,7 +224,7 @@ mod tests {
         let answer = runtime.block_on(async {
             let listener = tokio::net::UnixListener::bind(&path).unwrap();
             let guest = tokio::spawn(async move {
-                // Nobody listens on the port: the device closes. Then the agent does.
+                // No process listens on the port: the device closes the connection. Then the agent listens.
                 drop(listener.accept().await.unwrap());
                 let (stream, _) = listener.accept().await.unwrap();
                 let mut reader = Reader { line: &stream, budget: 4096, seen: 0, kept: Vec::new() };

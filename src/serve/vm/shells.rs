@@ -50,7 +50,7 @@ impl Shells {
             self.taken.notify_one();
             match ready {
                 Some(shell) if shell.process.ended().is_none() => return Ok(shell),
-                // Somebody ended it: the next one.
+                // This shell has ended: take the next one.
                 Some(_) => {}
                 None => return self.spawn(None).await,
             }

@@ -21,14 +21,14 @@ const MAX_OVER: usize = 256;
 pub(in crate::serve) struct Table {
     live: Mutex<BTreeMap<String, Arc<Vm>>>,
     over: Mutex<VecDeque<VmRecord>>,
-    /// What VMs that live or are being made take.
+    /// The places and the memory of VMs that live or are being made.
     taken: Arc<Mutex<Taken>>,
     max: Taken,
     /// Something changed that a restart should find.
     pub(in crate::serve) changed: Notify,
 }
 
-/// What VMs take, or may take.
+/// Places and memory that VMs take, or may take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::serve) struct Taken {
     pub(in crate::serve) vms: usize,
@@ -109,7 +109,7 @@ impl Table {
                 )));
             };
             vm.process.stop().await;
-            // Whoever waits for its end runs before this goes on.
+            // The task that waits for the VM's end runs first: it gives back the VM's place.
             tokio::task::yield_now().await;
         }
     }
@@ -123,7 +123,7 @@ impl Table {
         })
     }
 
-    /// Taken out of the table, so that nobody else finds it.
+    /// Takes the VM that was idle longest out of the table, so that no other request finds it.
     fn longest_idle(&self) -> Option<Arc<Vm>> {
         let mut live = self.live();
         let idle = live.values().filter(|vm| vm.from_invocation);
@@ -169,7 +169,7 @@ impl Table {
         self.live().values().cloned().collect()
     }
 
-    /// What there is to say of a VM, living or not.
+    /// The record of a VM that lives or is over.
     pub(in crate::serve) fn record(&self, id: &str) -> Option<VmRecord> {
         let living = self.get(id).map(|vm| vm.record());
         living.or_else(|| self.over().iter().rev().find(|record| record.vm_id == id).cloned())
@@ -195,13 +195,13 @@ impl Table {
         found
     }
 
-    /// VMs that invocations have left behind and nobody has used for `limit`.
+    /// VMs that invocations have left behind and that no request has used for `limit`.
     pub(in crate::serve) fn idle_longer_than(&self, limit: Duration) -> Vec<Arc<Vm>> {
         let is_idle = |vm: &Arc<Vm>| vm.from_invocation && vm.idle_for().is_some_and(|idle| idle >= limit);
         self.all().into_iter().filter(is_idle).collect()
     }
 
-    /// What VMs that live or are being made take.
+    /// The places and the memory of VMs that live or are being made.
     pub(in crate::serve) fn taken(&self) -> Taken {
         *lock(&self.taken)
     }

@@ -21,7 +21,7 @@ use crate::tiering::profile::{MAX_LAYERS, Order, Profile, RecorderKind, nonzero}
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::serve) struct MincoreState {
     nlayers: u64,
-    /// Regions that are not zero, gaps of less than 32 pages taken in.
+    /// Regions that are not zero, gaps of less than 32 pages included.
     n_nz_regions: u64,
     nz_region_size: u64,
     /// Regions of the working-set file.
@@ -35,25 +35,25 @@ pub(in crate::serve) struct MincoreState {
 pub(in crate::serve) struct LayerBody {
     /// Its index among the layers, from 0; none: after the last.
     position: Option<usize>,
-    /// Its pages are those that this diff snapshot of the same machine holds; none: those of the memory files that are in
-    /// the page cache now.
+    /// Its pages are those that this diff snapshot of the same machine holds; none: the pages of the memory files that
+    /// are in the page cache now.
     #[serde(rename = "fromDiff")]
     from_diff: Option<String>,
 }
 
-/// What is done to a snapshot's layers, in this order.
+/// Changes to a snapshot's layers, in this order.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(in crate::serve) struct MincorePatch {
     /// Replace the layers by those of a recorded run, each of so many pages in the order of their first touch.
     from_records_size: Option<u64>,
-    /// Take pages that are zero in the snapshot out of the layers.
+    /// Remove pages that are zero in the snapshot from the layers.
     #[serde(default)]
     trim_regions: bool,
-    /// Make the working-set file now, and not when it is first needed.
+    /// Make the working-set file now, not when it is first needed.
     #[serde(default)]
     to_ws_file: bool,
-    /// Refused: the file holds what the layers hold.
+    /// Refused: the file holds exactly the layers' pages.
     #[serde(default)]
     inactive_ws: bool,
     /// Refused: zero pages are anonymous memory.
@@ -106,7 +106,7 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
     Ok(MincoreState { nlayers, n_nz_regions, nz_region_size, n_ws_regions: regions().count() as u64, ws_region_size })
 }
 
-/// How many layers there are, and of which size the regions are that are mapped.
+/// The number of layers, and the number of regions that are mapped.
 #[utoipa::path(get, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The state", body = MincoreState), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
 pub(in crate::serve) async fn get_mincore(
@@ -118,7 +118,7 @@ pub(in crate::serve) async fn get_mincore(
     blocking(move || state(&dir, &profiles)).await?.map(Reply)
 }
 
-/// Carries the layers of another snapshot of the same machine over.
+/// Copies the layers of another snapshot of the same machine.
 #[utoipa::path(put, path = "/snapshots/{id}/mincore", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose layers are taken")),
     responses((status = 200, description = "The state now", body = MincoreState), (status = 404, body = FaultBody, description = "There is no such snapshot"),
@@ -147,7 +147,7 @@ pub(in crate::serve) async fn put_mincore(
     carried.await?.map(Reply)
 }
 
-/// Adds a layer: what is in the page cache now, or what a diff snapshot holds.
+/// Adds a layer: the pages in the page cache now, or those of a diff snapshot.
 #[utoipa::path(post, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)), request_body = LayerBody,
     responses((status = 200, description = "The state now", body = MincoreState), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "Too many layers")))]
@@ -199,7 +199,7 @@ fn held_by_tip(ground: &Ground) -> PageSet {
     ground.resolved.iter().filter(|run| held(run.content)).map(|run| run.extent).collect()
 }
 
-/// Pages whose place in the memory files is in the page cache.
+/// Guest pages whose place in the memory files is in the page cache.
 fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
     let mut found = PageSet::new();
     for (index, layer) in ground.chain.layers().iter().enumerate() {
@@ -221,7 +221,7 @@ fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
             if source.layer != index {
                 continue;
             }
-            // Pages of the file, and from there back to those of the guest.
+            // Maps pages of the file back to those of the guest.
             let first = source.offset / PAGE_SIZE;
             let in_file = Extent { first: crate::snapshot::Gfn(first), pages: run.extent.pages };
             for part in cached.runs_in(in_file) {
@@ -233,7 +233,7 @@ fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
     Ok(found)
 }
 
-/// Makes layers from a recorded run, trims them, makes their working-set file, or changes what is cached.
+/// Makes layers from a recorded run, trims them, makes their working-set file, or changes their caching.
 #[utoipa::path(patch, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)), request_body = MincorePatch,
     responses((status = 200, description = "The state now", body = MincoreState), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "There is no record, or no layer")))]
@@ -315,7 +315,7 @@ fn from_record(record: Profile, size: u64) -> Result<Profile, Fault> {
     Ok(of_layers(record, layers))
 }
 
-/// Reads the pages of a layer where they are in the memory files.
+/// Reads the pages of a layer from the memory files.
 fn read_layer(ground: &Ground, layer: &PageSet) -> crate::snapshot::Result<()> {
     use std::os::unix::fs::FileExt;
     let mut buffer = vec![0; 1 << 20];

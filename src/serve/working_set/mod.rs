@@ -1,4 +1,4 @@
-//! What is known of the memory that a snapshot's functions touch, and the files made of it.
+//! Profiles of a snapshot's functions, and the working-set files made from them.
 
 pub(super) mod mincore;
 pub(super) mod profile;
@@ -21,13 +21,13 @@ use crate::tiering::planner::Planner;
 use crate::tiering::policy::Policy;
 use crate::tiering::profile::{Order, Profile, RecorderKind};
 
-/// FaaSnap's gap, pages: what its policy takes in.
+/// FaaSnap's gap, pages: its policy includes smaller ones.
 pub(super) const GAP_PAGES: u64 = 32;
 
 /// The profiles that a snapshot can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slot {
-    /// What was recorded for `/snapshots/{id}/profile`.
+    /// Recorded for `/snapshots/{id}/profile`.
     Run,
     /// FaaSnap's layers.
     Mincore,
@@ -44,17 +44,17 @@ impl Slot {
         }
     }
 
-    /// Where the profile is, or is to be.
+    /// The path of the profile, which may not exist yet.
     pub(super) fn path(self, profiles: &Path) -> PathBuf {
         profiles.join(self.file_name())
     }
 
-    /// Where it is, if there is one.
+    /// The path of the profile if it exists.
     pub(super) fn existing(self, profiles: &Path) -> Option<PathBuf> {
         Some(self.path(profiles)).filter(|path| path.exists())
     }
 
-    /// Where what this recorder sees belongs.
+    /// The slot for this recorder's profiles.
     pub(super) fn of_recorder(name: &str) -> Result<Slot, Fault> {
         match name.parse::<RecorderKind>() {
             Ok(RecorderKind::Mincore) => Ok(Slot::Mincore),
@@ -63,7 +63,7 @@ impl Slot {
         }
     }
 
-    /// The profile that a policy works from: its own if there is one, else what there is.
+    /// The profile for a policy: its own if there is one, else any other.
     pub(super) fn for_policy(policy: Policy, profiles: &Path) -> Result<PathBuf, Fault> {
         let order = match policy {
             Policy::Reap => [Slot::Reap, Slot::Run, Slot::Mincore],
@@ -79,7 +79,7 @@ impl Slot {
     }
 }
 
-/// Refuses thresholds that the policy does not have.
+/// Refuses thresholds other than the policy's.
 pub(super) fn check_thresholds(size: Option<u64>, interval: Option<u64>) -> Result<(), Fault> {
     if size.is_some_and(|size| size != 0) {
         return Err(Fault::bad("`size_threshold` can only be 0: no region is too small to be mapped."));
@@ -105,7 +105,7 @@ pub(super) fn check_all_layers(profile: &Path, wanted: &[u64]) -> Result<(), Fau
     Ok(())
 }
 
-/// Page cache and files, in the words of the snapshot room's errors.
+/// An error of the page cache or a file as one of the snapshot room.
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> crate::snapshot::Error {
     let path = path.to_owned();
     move |source| crate::snapshot::Error::Io { action, path, source }
@@ -140,7 +140,7 @@ fn regular_files(dir: &Path) -> crate::snapshot::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Drops files from the page cache. What is mapped by a VM stays.
+/// Drops files from the page cache. Pages mapped by a VM stay.
 pub(super) fn drop_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
     for path in files {
         let file = File::open(path).map_err(io_error("open", path))?;
@@ -150,13 +150,13 @@ pub(super) fn drop_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
     Ok(())
 }
 
-/// Brings files into the page cache, in folios of 2 MiB where they are that large and not sparse.
+/// Brings files into the page cache, in folios of 2 MiB if they are that large and not sparse.
 pub(super) fn load_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
     let mut buffer = vec![0; 1 << 20];
     for path in files {
         let mut file = File::open(path).map_err(io_error("open", path))?;
         let mut at = 0;
-        // The data between the holes; where holes are not known, all of it.
+        // The data between the holes; the whole file if holes are not known.
         while let Ok(start) = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at)) {
             let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(start));
             let end = end.map_err(|errno| io_error("look for holes in", path)(errno.into()))?;
@@ -184,7 +184,7 @@ fn load_huge_blocks(file: &File, start: u64, end: u64) -> io::Result<()> {
     if start < end { PageCache.load_huge(file, start, end - start) } else { Ok(()) }
 }
 
-/// How files are cached.
+/// The caching of files.
 pub(super) fn cache_state(files: &[PathBuf]) -> crate::snapshot::Result<CacheState> {
     let mut state = CacheState { cached_pages: Some(0), disk_bytes: 0 };
     for path in files {
@@ -196,7 +196,7 @@ pub(super) fn cache_state(files: &[PathBuf]) -> crate::snapshot::Result<CacheSta
     Ok(state)
 }
 
-/// A snapshot with its profile, opened to be worked with.
+/// A snapshot with its profile, opened for a change.
 struct Ground {
     chain: Chain,
     resolved: Vec<ResolvedRun>,
@@ -215,7 +215,7 @@ impl Ground {
         planner.images(policy, profile).map_err(|error| Fault::of(&error))
     }
 
-    /// Makes the working-set files that a policy would use with this profile, if they are not there, and opens them.
+    /// Makes the working-set files that a policy would use with this profile, unless they exist, and opens them.
     fn make_images(&self, policy: Policy, profile: &Profile) -> Result<Vec<PathBuf>, Fault> {
         let specs = self.images(policy, profile)?;
         let open = |spec| Image::open(&self.chain, spec, &PageCache).map(|(image, _)| image.path().to_path_buf());
@@ -223,10 +223,10 @@ impl Ground {
     }
 }
 
-/// Who changes layers and records: they are read, changed and written.
+/// Serialises changes of layers and records, which are read, changed and written.
 static CHANGING: Mutex<()> = Mutex::new(());
 
-/// Waits for the turn to change layers and records. For threads that may block.
+/// Locks layers and records for a change. For threads that may block.
 fn exclusively() -> MutexGuard<'static, ()> {
     CHANGING.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -236,14 +236,14 @@ fn load(slot: Slot, profiles: &Path) -> Result<Option<Profile>, Fault> {
     slot.existing(profiles).map(|path| Profile::load(&path)).transpose().map_err(|error| Fault::of(&error))
 }
 
-/// Keeps a profile of the snapshot in `dir`.
+/// Stores a profile of the snapshot in `dir`.
 fn save(slot: Slot, dir: &Path, profiles: &Path, profile: &Profile) -> Result<(), Fault> {
     fs::create_dir_all(profiles).map_err(|error| Fault::of(&error))?;
     profile.save(&slot.path(profiles)).map(drop).map_err(|error| Fault::of(&error))?;
     remove_unneeded(dir, profiles)
 }
 
-/// Removes the plans and working-set files of a snapshot that were made from profiles which are gone or have changed.
+/// Removes the plans and working-set files of a snapshot whose profiles are missing or have changed.
 fn remove_unneeded(dir: &Path, profiles: &Path) -> Result<(), Fault> {
     if !derived(dir).is_dir() {
         return Ok(());

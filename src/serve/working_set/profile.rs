@@ -1,5 +1,5 @@
-//! `/snapshots/{id}/profile` and `/plan`: what a run does to each page, and what a policy would make of it. Both are made
-//! by `tvmm` processes: this one runs no guest.
+//! `/snapshots/{id}/profile` and `/plan`: the pages that a run uses, and the plan that a policy makes from them. Both
+//! are made by `tvmm` processes, because this one runs no guest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +27,7 @@ use crate::snapshot::random_hex;
 use crate::sys::clock;
 use crate::tiering::profile::Profile;
 
-/// More than a plan of many extents takes as JSON.
+/// More than the JSON of a plan of many extents.
 const MAX_PRINTED: usize = 64 << 20;
 
 /// A run to be recorded.
@@ -39,13 +39,13 @@ pub(in crate::serve) struct ProfileBody {
     params: String,
     /// uffd (exact, slow), pagemap (cheap, no order), mincore (as FaaSnap) or dirty-log (writes only).
     recorder: Option<String>,
-    /// How often to run; several runs are merged by union.
+    /// Number of runs; several are merged by union.
     repeat: Option<u32>,
-    /// How long one run may take, ms.
+    /// Time limit of one run, ms.
     timeout_ms: Option<u64>,
 }
 
-/// What a profile says. Sizes are in pages of 4 KiB.
+/// The contents of a profile. Sizes are in pages of 4 KiB.
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::serve) struct ProfileState {
     recorder: String,
@@ -72,7 +72,7 @@ impl ProfileState {
     }
 }
 
-/// What is to be recorded.
+/// A recording to make.
 pub(in crate::serve) struct Record {
     pub(in crate::serve) snapshot: SnapshotRecord,
     pub(in crate::serve) slot: Slot,
@@ -80,7 +80,7 @@ pub(in crate::serve) struct Record {
     pub(in crate::serve) repeat: u32,
 }
 
-/// Where a recorder makes its copies of drives; what one that was killed has left is removed.
+/// The directory of a recorder's copies of drives; removed at the end, even if the recorder was killed.
 struct RunDir(std::path::PathBuf);
 
 impl Drop for RunDir {
@@ -89,7 +89,7 @@ impl Drop for RunDir {
     }
 }
 
-/// Runs `tvmm profile record`; what the guest answered first.
+/// Runs `tvmm profile record`. Returns the guest's first answer.
 async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Duration) -> Result<(bool, String), Fault> {
     // The recorder opens the image that the snapshot names.
     daemon.confined_function(record.snapshot.function.clone()).await?;
@@ -158,7 +158,7 @@ pub(in crate::serve) async fn record_invocation(
     Ok(done)
 }
 
-/// What was recorded.
+/// The recorded profile, in numbers.
 #[utoipa::path(get, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The profile, in numbers", body = ProfileState), (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
 pub(in crate::serve) async fn get_profile(
@@ -172,7 +172,7 @@ pub(in crate::serve) async fn get_profile(
     Ok(Reply(ProfileState::of(&profile)))
 }
 
-/// Records a run of the snapshot's function, in a VM of its own.
+/// Records a run of the snapshot's function, in a separate VM.
 #[utoipa::path(post, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)), request_body = ProfileBody,
     responses((status = 200, description = "The profile, in numbers", body = ProfileState), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "It lacks copies of its drives"),
@@ -210,7 +210,7 @@ pub(in crate::serve) async fn post_profile(
     Ok(Reply(ProfileState::of(&profile)))
 }
 
-/// Carries a profile of another snapshot with the same identity (a copy, or its original) over.
+/// Copies a profile of another snapshot with the same identity (a copy, or its original).
 #[utoipa::path(put, path = "/snapshots/{id}/profile", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose profile is taken")),
     responses((status = 200, description = "The profile, in numbers", body = ProfileState), (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it"),
@@ -240,7 +240,7 @@ pub(in crate::serve) async fn put_profile(
     Ok(Reply(ProfileState::of(&profile)))
 }
 
-/// Forgets the profile.
+/// Removes the profile.
 #[utoipa::path(delete, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "It was this", body = ProfileState), (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
 pub(in crate::serve) async fn delete_profile(
@@ -284,7 +284,7 @@ pub(in crate::serve) async fn get_plan(
     if policy.needs_profile() {
         path("--profile", Slot::for_policy(policy, &daemon.store.profiles_dir(&id))?);
     }
-    // As a restore has it that says nothing of tiers.
+    // The options of a restore whose request names no tier.
     let of_function = LoadOptions { dram_mib: snapshot.function.dram_mib, ..LoadOptions::default() };
     let tiers = of_function.or(&daemon.options.load);
     for pool in tiers.pools.iter().flatten() {

@@ -16,19 +16,19 @@ use crate::tiering::policy::Policy;
 /// The state of a snapshot's record for REAP. Sizes are in pages of 4 KiB.
 #[derive(Debug, Serialize, ToSchema)]
 pub(in crate::serve) struct ReapState {
-    /// Whether there is one. Without it, an invocation with `enableReap` makes one.
+    /// True if there is one. Without it, an invocation with `enableReap` makes one.
     recorded: bool,
-    /// The function that was recorded.
+    /// The recorded function.
     function: Option<String>,
     pages_read: u64,
     pages_written: u64,
     /// The pages of the working-set file.
     ws_pages: u64,
-    /// How the working-set file is cached, once it was made.
+    /// The caching of the working-set file, once it was made.
     ws_cache: Option<CacheState>,
 }
 
-/// What is recorded for REAP.
+/// The state of REAP's record.
 #[utoipa::path(get, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The state", body = ReapState), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
 pub(in crate::serve) async fn get_reap(
@@ -57,7 +57,7 @@ pub(in crate::serve) async fn get_reap(
     told.await?.map(Reply)
 }
 
-/// Brings the working-set file into the page cache (`true`, making it if it is not there), or drops it (`false`).
+/// Brings the working-set file into the page cache (`true`, making it if it is missing), or drops it (`false`).
 #[utoipa::path(patch, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)), request_body = bool,
     responses((status = 200, description = "How it is cached now", body = CacheState), (status = 404, body = FaultBody, description = "There is no such snapshot"),
         (status = 409, body = FaultBody, description = "Nothing is recorded")))]
@@ -80,7 +80,7 @@ pub(in crate::serve) async fn patch_reap(
     changed.await?.map(Reply)
 }
 
-/// Forgets the record and its working-set file.
+/// Removes the record and its working-set file.
 #[utoipa::path(delete, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "Nothing is recorded any more", body = Object), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
 pub(in crate::serve) async fn delete_reap(

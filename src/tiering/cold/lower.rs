@@ -63,9 +63,9 @@ impl Lowering<'_> {
         let end = item.extent.end();
         for run in self.held.runs_in(item.extent) {
             let gap = run.first.0 - next.0;
-            // Zero pages at either end are joined with those beyond it before it is decided what becomes of them.
+            // Zero pages at either end are joined with those beyond it first: the length of the whole run decides.
             if gap >= ZERO_RUN || (gap > 0 && next == item.extent.first) {
-                out.push(PlannedExtent::zero(Extent { first: next, pages: run.first.0 - next.0 }));
+                out.push(PlannedExtent::zero(Extent { first: next, pages: gap }));
                 next = run.first;
             }
             let pages = run.end().0 - next.0;

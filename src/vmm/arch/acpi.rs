@@ -1,7 +1,7 @@
 //! ACPI tables (ACPI Specification 6.5): a hardware-reduced machine whose devices are all in the DSDT.
 //!
-//! Hardware-reduced means: no PIC, no PM timer, no SCI. Events come through a generic event device, power off and reset
-//! through registers that the FADT names.
+//! A hardware-reduced machine has no PIC, PM timer or SCI. Events come through a generic event device, power off and
+//! reset through registers that the FADT names.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -24,8 +24,8 @@ const OEM_REVISION: u32 = 1;
 /// Tables begin at multiples of this, as readers map them.
 const ALIGN: u64 = 16;
 
-/// FADT IA-PC boot architecture flags (ACPI 6.5, 5.2.9.3). Without the flag that says there is one, no keyboard
-/// controller is probed for.
+/// FADT IA-PC boot architecture flags (ACPI 6.5, 5.2.9.3). Without the keyboard controller's flag, kernels do not probe
+/// for one.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_MSI: u16 = 1 << 3;
 const BOOT_ARCH_NO_RTC: u16 = 1 << 5;
@@ -45,11 +45,11 @@ pub fn tables(platform: Platform<'_>) -> Vec<u8> {
     bytes
 }
 
-/// Tables one behind the other, from [`layout::RSDP`] on.
+/// Tables one after the other, from [`layout::RSDP`] on.
 struct Block(Vec<u8>);
 
 impl Block {
-    /// The guest-physical address at which the table then is.
+    /// Appends a table. Returns its guest-physical address.
     fn append(&mut self, table: &[u8]) -> u64 {
         let offset = (self.0.len() as u64).next_multiple_of(ALIGN);
         self.0.resize(offset as usize, 0);
@@ -70,7 +70,7 @@ fn fadt(dsdt: u64) -> impl Aml {
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        // Set means: no such button among the fixed hardware.
+        // A set flag means: no such button in the fixed hardware.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_MSI | BOOT_ARCH_NO_RTC).into();
@@ -102,7 +102,7 @@ fn dsdt(virtio: &[VirtioMmioSlot]) -> Sdt {
         virtio_mmio(index, slot, &mut aml);
     }
     let mut body = Scope::raw("\\_SB_".into(), aml);
-    // Power off is the one sleep state: `SLP_TYP` and the three values behind it that only fixed hardware uses.
+    // Power off is the only sleep state: `SLP_TYP`, and three values that only fixed hardware uses.
     Name::new("\\_S5_".into(), &Package::new(vec![&SLEEP_TYPE_OFF, &0_u8, &0_u8, &0_u8])).to_aml_bytes(&mut body);
     const HEADER: u32 = 36;
     let mut dsdt = Sdt::new(*b"DSDT", HEADER, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -110,7 +110,7 @@ fn dsdt(virtio: &[VirtioMmioSlot]) -> Sdt {
     dsdt
 }
 
-/// Edge-triggered, active high, nobody else's.
+/// Edge-triggered, active high, not shared.
 fn edge(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
@@ -147,7 +147,7 @@ fn metadata(aml: &mut Vec<u8>) {
 }
 
 /// The VM generation id (Microsoft, "Virtual Machine Generation ID", 2012) and the event device (ACPI 6.5, 5.6.9) that
-/// tells of its change.
+/// signals its change.
 fn vm_generation(aml: &mut Vec<u8>) {
     /// The notification value of the id's specification.
     const CHANGED: u8 = 0x80;

@@ -1,4 +1,4 @@
-//! What CPUID tells the guest: what KVM supports, with the topology of this VM.
+//! The guest's CPUID: the features that KVM supports, with the topology of this VM.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use vmm_sys_util::fam;
@@ -43,7 +43,7 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
             entry.ecx &= !(LEAF1_ECX_OSXSAVE | LEAF1_ECX_VMX);
             entry.edx = if count > 1 { entry.edx | LEAF1_EDX_HTT } else { entry.edx & !LEAF1_EDX_HTT };
         }
-        // Intel's cache leaf: ids per package, and caches shared by nobody or by all.
+        // Intel's cache leaf: ids per package; each cache is shared by no other core or by all.
         0x4 => {
             let level = (entry.eax >> 5) & 7;
             let sharing = if level >= 3 { u32::from(count) - 1 } else { 0 };

@@ -69,11 +69,11 @@ pub fn ram_ranges(mem_size: u64) -> Vec<(u64, u64)> {
     }
 }
 
-/// What persistent memory is aligned to: a guest maps it in the largest pages, and it shares no section of Linux's memory
+/// Alignment of persistent memory: a guest can map it in its largest pages, and it shares no section of Linux's memory
 /// model with RAM.
 const PMEM_STEP: u64 = 1 << 30;
 
-/// Where persistent memory begins, above what ends at `end`.
+/// Start of persistent memory above RAM or an image that ends at `end`.
 pub fn pmem_after(end: u64) -> u64 {
     end.max(MMIO_GAP_END).next_multiple_of(PMEM_STEP)
 }

@@ -1,4 +1,4 @@
-//! x86-64: where things are in guest-physical memory, and what a vCPU looks like before its first instruction.
+//! x86-64: the guest-physical memory map, and the state of a vCPU before its first instruction.
 
 pub mod acpi;
 pub mod cpuid;
@@ -8,7 +8,7 @@ pub mod msr;
 pub mod registers;
 pub mod template;
 
-/// Where a virtio-mmio device is, as firmware tables or the kernel command line tell the guest.
+/// The place of a virtio-mmio device, as firmware tables or the kernel command line give it to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMmioSlot {
     pub gpa: u64,
@@ -18,7 +18,7 @@ pub struct VirtioMmioSlot {
 }
 
 impl VirtioMmioSlot {
-    /// The place of device `index`; none if the interrupt controller has no input left for it.
+    /// Returns the place of device `index`; `None` if the interrupt controller has no input left for it.
     pub fn of(index: usize) -> Option<Self> {
         let index = u32::try_from(index).ok()?;
         let gsi = index.checked_add(layout::VIRTIO_GSI_FIRST).filter(|gsi| *gsi < layout::GSI_COUNT)?;
@@ -27,11 +27,11 @@ impl VirtioMmioSlot {
     }
 }
 
-/// What the guest is told about the machine it is on.
+/// The facts about the machine that the guest is given at boot.
 #[derive(Clone, Copy, Debug)]
 pub struct Platform<'a> {
     pub vcpu_count: u8,
     pub virtio: &'a [VirtioMmioSlot],
-    /// Tell by ACPI tables; otherwise by the MP table and the kernel command line alone.
+    /// True: in ACPI tables. False: only in the MP table and on the kernel command line.
     pub acpi: bool,
 }

@@ -1,4 +1,4 @@
-//! The MP table (Intel MultiProcessor Specification 1.4), by which kernels without ACPI find processors and interrupts.
+//! The MP table (Intel MultiProcessor Specification 1.4), in which kernels without ACPI find processors and interrupts.
 
 use super::layout;
 
@@ -29,7 +29,7 @@ pub fn table(vcpu_count: u8) -> Vec<u8> {
         let boot = if index == 0 { CPU_BOOT } else { 0 };
         let mut processor = [0; 20];
         processor[1..4].copy_from_slice(&[index, LAPIC_VERSION, CPU_ENABLED | boot]);
-        // Family 6, and that it has an FPU and an APIC: kernels ask CPUID for the truth.
+        // Family 6 with FPU and APIC; kernels ask CPUID for the details.
         processor[4..8].copy_from_slice(&0x600_u32.to_le_bytes());
         processor[8..12].copy_from_slice(&FEATURE_FPU_APIC.to_le_bytes());
         add(&processor);
@@ -72,7 +72,7 @@ fn header(entries_len: usize, count: u16, entries: &[u8]) -> [u8; HEADER_LEN] {
     header
 }
 
-/// What makes the sum of all bytes zero.
+/// The byte that makes the sum of all bytes zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0_u8, |sum, &byte| sum.wrapping_add(byte)).wrapping_neg()
 }

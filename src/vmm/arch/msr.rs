@@ -1,4 +1,4 @@
-//! Model-specific registers: what a vCPU starts with, and which are saved and put back.
+//! Model-specific registers: their values at boot, and the rules for saving and restoring them.
 
 use kvm_bindings::kvm_msr_entry;
 
@@ -17,7 +17,7 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// MTRRs on, memory is write-back unless one says otherwise.
 const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// What firmware would have set before it hands over to a kernel.
+/// The values that firmware would have set before it starts a kernel.
 pub fn boot_entries() -> Vec<kvm_msr_entry> {
     [
         (IA32_SYSENTER_CS, 0),
@@ -32,15 +32,16 @@ pub fn boot_entries() -> Vec<kvm_msr_entry> {
 }
 
 /// Puts saved MSRs into the order in which they must be set: the TSC-deadline timer compares with the TSC, so it is
-/// armed last. The wall clock's are left out: a write to them is no state but a request to write the time to an address
-/// once (KVM `Documentation/virt/kvm/x86/msr.rst`), which may have become somebody else's memory since.
+/// armed last. The wall clock's MSRs are left out: a write to one is not state but a request to write the time to an
+/// address once (KVM `Documentation/virt/kvm/x86/msr.rst`), and the guest may use that memory for something else by
+/// now.
 pub fn order_for_restore(entries: &mut Vec<kvm_msr_entry>) {
     entries.retain(|entry| !matches!(entry.index, KVM_WALL_CLOCK | KVM_WALL_CLOCK_NEW));
     entries.sort_by_key(|entry| entry.index == IA32_TSC_DEADLINE);
 }
 
-/// Whether a guest can do without an MSR that this host's KVM refuses to set: registers that are read-only facts about
-/// the CPU, or that held nothing when the snapshot was taken.
+/// Returns whether a guest can do without an MSR that this host's KVM refuses to set: a register of read-only facts
+/// about the CPU, or one that was 0 in the snapshot.
 pub fn may_be_refused(entry: &kvm_msr_entry) -> bool {
     entry.index == IA32_ARCH_CAPABILITIES || entry.data == 0
 }

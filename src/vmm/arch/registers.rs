@@ -11,7 +11,7 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
-/// How the kernel is entered.
+/// The entry protocol of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// 64-bit boot protocol (Linux `Documentation/arch/x86/boot.rst`): long mode, RSI = boot_params.
@@ -20,7 +20,7 @@ pub enum Entry {
     Pvh { rip: u64 },
 }
 
-/// A GDT as 8-byte descriptors, for the boot protocol that wants one in memory.
+/// A GDT as 8-byte descriptors, for the boot protocol that needs one in memory.
 pub const BOOT_GDT: [u64; 4] = [
     0,
     0x00af_9b00_0000_ffff, // 0x08: 64-bit code
@@ -59,7 +59,7 @@ pub fn general(entry: Entry) -> kvm_regs {
     }
 }
 
-/// Changes the reset state `sregs` into what `entry` asks for.
+/// Changes the reset state `sregs` into the one that `entry` requires.
 pub fn special(entry: Entry, sregs: &mut kvm_sregs) {
     let long = matches!(entry, Entry::Linux64 { .. });
     let (code, data) = (segment(0x8, 11, long, false), segment(0x10, 3, false, false));

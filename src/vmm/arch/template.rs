@@ -1,4 +1,4 @@
-//! Carrying out a CPU template.
+//! Applies a CPU template.
 
 use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -11,7 +11,7 @@ fn refused(what: String) -> Error {
     KvmError::CpuTemplate(what).into()
 }
 
-/// Checks that this host's KVM has what the template asks for, and can save what it changes.
+/// Checks that this host's KVM has the registers that the template changes, and can save them.
 pub fn check_host(template: &CpuConfig, kvm: &Kvm, savable_msrs: &[u32]) -> Result<(), Error> {
     for capability in template.kvm_capabilities.iter().filter(|capability| capability.is_required) {
         if kvm.check_extension_raw(capability.number.into()) <= 0 {
@@ -46,7 +46,7 @@ fn register(entry: &mut kvm_cpuid_entry2, name: CpuidRegister) -> &mut u32 {
     }
 }
 
-/// Changes what KVM supports into what the template wants of it.
+/// Changes the CPUID that KVM supports into the one that the template asks for.
 pub fn apply_cpuid(template: &CpuConfig, table: &mut CpuId) -> Result<(), Error> {
     for modifier in &template.cpuid_modifiers {
         let entry = entry_of(table, modifier)?;
@@ -58,21 +58,21 @@ pub fn apply_cpuid(template: &CpuConfig, table: &mut CpuId) -> Result<(), Error>
     Ok(())
 }
 
-/// Who can undo what a template wants.
+/// The component that can override the template.
 #[derive(Clone, Copy, Debug)]
 pub enum Decider {
-    /// Topology, hypervisor, nested virtualisation are the machine's.
+    /// The machine sets topology, hypervisor and nested virtualisation bits.
     Machine,
-    /// KVM_PVM runs user code of the guest natively on CPUs that may not trap CPUID, and shows what that code sees.
+    /// KVM_PVM runs user code of the guest natively on CPUs that may not trap CPUID; such code sees KVM's values.
     Kvm,
 }
 
-/// Checks that `table` has what the template wants, after `decider` had its say. Of changes to the same bit the last
+/// Checks that `table` has the template's bits after `decider` has changed it. Of changes to the same bit the last
 /// counts.
 pub fn check_cpuid(template: &CpuConfig, table: &CpuId, decider: Decider) -> Result<(), Error> {
     let mut wanted = table.clone();
     for modifier in &template.cpuid_modifiers {
-        // The machine leaves out leaves that it has no use for; then the template's bits are not there either.
+        // The machine leaves out leaves that it does not use, and the template's bits with them.
         let Ok(entry) = entry_of(&mut wanted, modifier) else { continue };
         for change in &modifier.modifiers {
             let word = register(entry, change.register);

@@ -1,4 +1,4 @@
-//! What can go wrong while a guest is given its kernel, initrd, command line and tables.
+//! Errors of loading a kernel, initrd, command line and tables.
 
 use std::io;
 use std::path::PathBuf;

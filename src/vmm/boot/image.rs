@@ -17,16 +17,16 @@ use crate::config::{BootProtocol, Guest};
 use crate::memory::guest_ram::GuestRam;
 use crate::vmm::boot::BootError;
 
-/// A kernel that is in guest memory.
+/// A kernel loaded into guest memory.
 pub struct Image {
     name: String,
     linux64: u64,
     pvh: Option<u64>,
-    /// The first address behind it, memory that it wants zeroed and the file does not have included.
+    /// The first address behind it, including memory that it wants zeroed and that is not in the file.
     pub end: u64,
     /// The highest address that a byte of an initrd may have.
     pub initrd_max: u64,
-    /// What a bzImage says of itself.
+    /// The setup header of a bzImage.
     pub setup: Option<setup_header>,
 }
 
@@ -35,7 +35,7 @@ pub struct Image {
 const INITRD_MAX: u64 = 0x7fff_ffff;
 
 impl Image {
-    /// How `protocol` enters it.
+    /// Returns the entry point for `protocol`.
     pub fn entry(&self, protocol: BootProtocol) -> Result<Entry, Error> {
         match (protocol, self.pvh) {
             (BootProtocol::Auto | BootProtocol::Pvh, Some(rip)) => Ok(Entry::Pvh { rip }),
@@ -57,7 +57,7 @@ pub fn load(path: Option<&Path>, guest: Guest, ram: &GuestRam) -> Result<Image, 
         let (elf, name) = guest.elf();
         return load_elf(name.to_string(), &mut Cursor::new(elf), ram);
     };
-    // A FIFO is refused when it is read, not waited for when it is opened.
+    // A FIFO is refused at the read; the open does not wait for a writer.
     let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let mut file = opened.map_err(|source| BootError::KernelOpen { path: path.to_owned(), source })?;
     let name = path.display().to_string();
@@ -71,7 +71,7 @@ pub fn load(path: Option<&Path>, guest: Guest, ram: &GuestRam) -> Result<Image, 
     load_elf(name, &mut file, ram)
 }
 
-/// As many bytes as hold the setup header of a bzImage and the header of an ELF file.
+/// Enough bytes for the setup header of a bzImage and the header of an ELF file.
 const HEAD_LEN: usize = 0x280;
 
 fn read_head(file: &File, head: &mut [u8]) -> io::Result<usize> {
@@ -87,7 +87,7 @@ fn read_head(file: &File, head: &mut [u8]) -> io::Result<usize> {
     Ok(len)
 }
 
-/// A little-endian number of `len` bytes; none if the file ends before it.
+/// Reads a little-endian number of `len` bytes; `None` if the file ends before it.
 fn field(head: &[u8], at: usize, len: usize) -> Option<u64> {
     let bytes = head.get(at..at + len)?;
     Some(bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
@@ -113,7 +113,7 @@ fn check_elf(head: &[u8]) -> Result<(), &'static str> {
 fn load_elf<F: Read + ReadVolatile + Seek>(name: String, image: &mut F, ram: &GuestRam) -> Result<Image, Error> {
     let loaded = Elf::load(ram.boot_view()?, None, image, Some(GuestAddress(layout::HIMEM)))
         .map_err(|error| BootError::KernelLoad { name: name.clone(), what: load_problem(&error) })?;
-    // The loader has written what is in the file; a kernel runs only if the rest of it is memory too.
+    // The loader has written the file's bytes; the rest of the kernel must lie in memory too.
     check_end(&name, loaded.kernel_end, ram)?;
     let pvh = match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
@@ -141,20 +141,20 @@ fn check_end(name: &str, end: u64, ram: &GuestRam) -> Result<(), Error> {
 const SETUP_MAGIC_AT: usize = 0x202;
 const SETUP_MAGIC: u64 = u32::from_le_bytes(*b"HdrS") as u64;
 
-/// Where a setup header puts the kernel (Linux `Documentation/arch/x86/boot.rst`).
+/// The place of the kernel by its setup header (Linux `Documentation/arch/x86/boot.rst`).
 struct Setup {
     load: u64,
-    /// The first address behind what it unpacks itself to.
+    /// The first address behind the unpacked kernel.
     end: u64,
     initrd_max: u64,
-    /// By how many bytes, beyond rounding up, `syssize` is more than the file has.
+    /// Bytes, beyond rounding up, by which `syssize` exceeds the file.
     missing: u64,
 }
 
-/// Reads a setup header as QEMU and GRUB do, which start kernels whose other fields are wrong: the length of the
-/// protected-mode kernel is what the file has behind the setup sectors, not `syssize` (memtest86+ rounds it up past the
-/// end of its file); `pref_address` counts only for a relocatable kernel and only above 1 MiB, where all others are
-/// loaded, and `code32_start` is not looked at.
+/// Reads a setup header as QEMU and GRUB do, which start kernels whose other fields are wrong. The protected-mode
+/// kernel is as long as the file behind the setup sectors, whatever `syssize` says (memtest86+ rounds it up past the
+/// end of its file). `pref_address` counts only for a relocatable kernel and only above 1 MiB, where all others are
+/// loaded. `code32_start` is not used.
 fn read_setup(head: &[u8], file_len: u64) -> Result<Setup, &'static str> {
     const CUT: &str = "it is cut short";
     const PROTOCOL_2_12: u64 = 0x20c;
@@ -181,7 +181,7 @@ fn read_setup(head: &[u8], file_len: u64) -> Result<Setup, &'static str> {
     Ok(Setup { load, end, initrd_max: get(0x22c, 4)?, missing })
 }
 
-/// The bytes before the protected-mode kernel: the boot sector and the setup sectors, of which 0 means 4.
+/// Bytes before the protected-mode kernel: the boot sector and the setup sectors (0 means 4).
 fn setup_len(head: &[u8]) -> Option<u64> {
     let sectors = match field(head, 0x1f1, 1)? {
         0 => 4,
@@ -201,7 +201,7 @@ fn load_bzimage(name: String, head: &[u8], file: &mut File, ram: &GuestRam) -> R
     if setup.missing > 0 {
         tracing::warn!(kernel = %name, missing = setup.missing, "The header of the kernel image says more bytes than its file has; the file may be cut short");
     }
-    // Without a lowest address: the loader would compare it with `code32_start`.
+    // No lowest address: the loader would compare it with `code32_start`.
     let loaded = BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, None)
         .map_err(|error| failed(load_problem(&error)))?;
     let end = setup.end.max(loaded.kernel_end);

@@ -1,4 +1,4 @@
-//! The initial RAM disk: as high in low memory as the kernel reaches.
+//! The initial RAM disk: placed as high in low memory as the kernel can reach.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,7 +12,7 @@ use crate::memory::guest_ram::GuestRam;
 use crate::snapshot::PAGE_SIZE;
 use crate::vmm::boot::BootError;
 
-/// Where an initrd is in guest memory. Address and size fit the 32 bits that the boot protocols have for them.
+/// The place of an initrd in guest memory. Address and size fit the 32 bits of the boot protocols.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Initrd {
     pub gpa: u32,
@@ -20,11 +20,11 @@ pub struct Initrd {
 }
 
 impl Initrd {
-    /// Reads `path` to where `kernel` can use it.
+    /// Reads `path` into memory that `kernel` can reach.
     pub fn load(path: &Path, kernel: &Image, ram: &GuestRam) -> Result<Self, Error> {
         let failed = |source| Error::File { doing: "read the initrd", path: path.to_owned(), source };
         let unusable = |what| BootError::Initrd { path: path.to_owned(), what };
-        // A FIFO is refused, not waited for.
+        // A FIFO is refused; the open does not wait for a writer.
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         let mut file = opened.map_err(failed)?;
         let facts = file.metadata().map_err(failed)?;

@@ -1,4 +1,4 @@
-//! Loading a kernel into guest memory, and telling it about its machine.
+//! Loads a kernel into guest memory and describes the machine to it.
 
 mod error;
 mod image;
@@ -22,8 +22,8 @@ use crate::sys::guest_memory::UnguardedMemory;
 
 use initrd::Initrd;
 
-/// Loads the kernel and initrd of `source` and writes everything its boot protocol (`config`) wants, and the tables that describe
-/// `platform`, into `ram`. Returns how the boot vCPU enters it.
+/// Loads the kernel and initrd of `source` into `ram`, with the structures of the boot protocol in `config` and the
+/// tables that describe `platform`. Returns the boot vCPU's entry point.
 pub fn load(source: &BootSource, config: &TvmmConfig, platform: Platform<'_>, ram: &GuestRam) -> Result<Entry, Error> {
     let image = image::load(source.kernel_image_path.as_deref(), config.guest.unwrap_or_default(), ram)?;
     let entry = image.entry(config.boot_protocol)?;
@@ -38,7 +38,7 @@ pub fn load(source: &BootSource, config: &TvmmConfig, platform: Platform<'_>, ra
     Ok(entry)
 }
 
-/// Writes the command line; returns its length. Without ACPI it is also where the guest learns of virtio devices.
+/// Writes the command line; returns its length. Without ACPI it also describes the virtio devices.
 fn write_cmdline(args: &str, platform: Platform<'_>, memory: &UnguardedMemory) -> Result<u32, Error> {
     if args.len() >= layout::CMDLINE_MAX {
         return Err(BootError::CmdlineTooLong { len: args.len() }.into());

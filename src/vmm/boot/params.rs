@@ -1,4 +1,4 @@
-//! What a kernel is told at its entry: memory map, command line, initrd, ACPI.
+//! Boot parameters: memory map, command line, initrd, ACPI.
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
@@ -19,7 +19,7 @@ use crate::vmm::boot::BootError;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// What both protocols tell.
+/// The parameters of both protocols.
 pub struct MachineParams {
     pub initrd: Option<Initrd>,
     /// There is an RSDP.
@@ -53,7 +53,7 @@ pub fn write_linux64(image: &Image, machine: &MachineParams, ram: &GuestRam) -> 
     const LOADER_UNDEFINED: u8 = 0xff;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
-    // What a bzImage says here is the most it takes.
+    // A bzImage states the longest command line that it accepts.
     let most = image.setup.map_or(layout::CMDLINE_MAX as u32, |setup| setup.cmdline_size);
     if machine.cmdline_len > most {
         return Err(
@@ -78,7 +78,7 @@ pub fn write_linux64(image: &Image, machine: &MachineParams, ram: &GuestRam) -> 
     Ok(())
 }
 
-/// The setup header that an ELF kernel does not bring along.
+/// A setup header for an ELF kernel, which has none.
 fn elf_header() -> bootparam::setup_header {
     const BOOT_FLAG: u16 = 0xaa55;
     const HEADER: u32 = u32::from_le_bytes(*b"HdrS");
@@ -113,7 +113,7 @@ fn write_u64(ram: &GuestRam, what: &'static str, gpa: u64, value: u64) -> Result
     ram.view().write_obj(value, GuestAddress(gpa)).map_err(|source| BootError::GuestAccess { what, gpa, source })
 }
 
-/// PVH: start info, memory map and modules; the GDT is only a convenience, segments are loaded by KVM.
+/// PVH: start info, memory map and modules. The GDT is optional, because KVM loads the segments.
 pub fn write_pvh(machine: &MachineParams, ram: &GuestRam) -> Result<(), Error> {
     let map: Vec<hvm_memmap_table_entry> = e820(ram.layout())
         .into_iter()

@@ -1,4 +1,4 @@
-//! The balloon between the config's form and the device's, and what is asked of it.
+//! The balloon: its config, and the questions about it.
 
 use crate::config::patch::{BalloonPatch, BalloonQuestion};
 
@@ -40,7 +40,7 @@ pub fn check_amount(amount_mib: u32, layout: &MemoryLayout) -> Result<(), device
     }
 }
 
-/// Why there is nothing to ask or change. (Firecracker's sentence: clients match it.)
+/// The refusal when there is no balloon. (Firecracker's sentence: clients match it.)
 pub fn none() -> Refused {
     Refused::bad_request("No balloon device found.")
 }
@@ -83,7 +83,7 @@ impl VirtioDevices {
         self.with("balloon", change).ok_or_else(none)?
     }
 
-    /// Answers a question about the balloon other than what its config is.
+    /// Answers a question about the balloon, other than the one about its config.
     pub fn ask_balloon(&self, question: BalloonQuestion) -> Result<serde_json::Value, Refused> {
         let config = self.configs.balloon.as_ref().ok_or_else(none)?;
         match question {

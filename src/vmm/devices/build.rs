@@ -1,4 +1,4 @@
-//! Making devices, from a config or from saved state: one path each, so that a device knows one constructor.
+//! Makes devices from a config or from saved state: one path for each, so that a device has one constructor.
 
 use crate::config::overrides::Overrides;
 use crate::devices::virtio::NetOverride;
@@ -40,7 +40,7 @@ pub fn from_configs(configs: &DeviceConfigs, ram: &GuestRam) -> Result<Vec<Box<d
     Ok(devices)
 }
 
-/// Descriptors of everything else in the process.
+/// Descriptors that the rest of the process needs.
 const DESCRIPTORS_BESIDES: u64 = 256;
 
 fn make_vsock(params: VsockParams) -> Result<Vsock, Error> {
@@ -48,7 +48,7 @@ fn make_vsock(params: VsockParams) -> Result<Vsock, Error> {
     Ok(Vsock::new(params)?)
 }
 
-/// Makes devices again from their saved state, for a machine with `ram`, and the config they now have.
+/// Makes devices from their saved state for a machine with `ram`. Returns them with their present config.
 pub fn from_saved(
     saved: &[SavedDevice],
     overrides: &Overrides,
@@ -120,7 +120,7 @@ fn net_params(config: &NetworkConfig) -> NetParams {
     }
 }
 
-/// The config of the interface that is now.
+/// The present config of the interface.
 pub fn net_config(params: &NetParams) -> NetworkConfig {
     NetworkConfig {
         iface_id: params.id.clone(),

@@ -1,4 +1,4 @@
-//! Drives: from the config to the device and back.
+//! Drives: from config to device and back.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -12,28 +12,28 @@ use crate::devices;
 use crate::devices::virtio::RateLimits;
 use crate::devices::virtio::block::{Block, BlockParams, BlockState, Engine, Image};
 
-/// A drive that the guest can write, for whoever saves it.
+/// A drive that the guest can write, with the facts that saving it needs.
 pub struct WritableDrive {
     pub id: String,
     pub image: Arc<File>,
-    /// What the guest sees.
+    /// Size that the guest sees.
     pub bytes: u64,
 }
 
-/// Opens the drives of a config; the root device first, for the guest is told that it is the first.
+/// Opens the drives of a config. The root device comes first, because the kernel command line names it /dev/vda.
 pub fn open(configs: &DeviceConfigs) -> Result<Vec<Block>, devices::Error> {
     let (root, others): (Vec<_>, Vec<_>) = configs.drives.iter().partition(|drive| drive.is_root_device);
     let open = |config: &DriveConfig| Block::new(params(config), limits_of(config));
     root.into_iter().chain(others).map(open).collect()
 }
 
-/// Makes a drive again.
+/// Makes a drive from its saved state.
 pub fn restore(state: BlockState, overrides: &Overrides) -> Result<Block, devices::Error> {
     let given = overrides.drives.iter().find(|(id, _)| *id == state.params.id);
     Block::restore(state, given.map_or(Image::Own, |(_, path)| Image::Instead(path)))
 }
 
-/// What the kernel's command line says of the root device (as in Firecracker); empty if there is none.
+/// The kernel command line's arguments for the root device (as in Firecracker); empty if there is none.
 pub fn root_args(configs: &DeviceConfigs) -> String {
     let Some(root) = configs.drives.iter().find(|drive| drive.is_root_device) else { return String::new() };
     let mode = if root.is_read_only { "ro" } else { "rw" };
@@ -80,7 +80,7 @@ pub fn config_of(block: &Block) -> DriveConfig {
     }
 }
 
-/// Changes a drive; returns the config it now has, and whether the guest is to be told.
+/// Changes a drive. Returns its new config, and whether the guest must be told.
 pub fn patch(block: &mut Block, patch: &DrivePatch) -> (Result<DriveConfig, devices::Error>, bool) {
     if let Some(path) = &patch.path_on_host
         && let Err(error) = block.change_image(path)

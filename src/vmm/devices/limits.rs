@@ -1,4 +1,4 @@
-//! Rate limiters between the config's form and the devices'.
+//! Rate limiters: from config to device and back.
 
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
 use crate::devices::virtio::{BucketLimit, RateLimits};
@@ -14,7 +14,7 @@ impl From<RateLimiterConfig> for RateLimits {
     }
 }
 
-/// The config's form of `limits`; none if there are none.
+/// The config form of `limits`; `None` if there are none.
 pub fn config_of(limits: RateLimits) -> Option<RateLimiterConfig> {
     let bucket = |limit: BucketLimit| TokenBucketConfig {
         size: limit.size,

@@ -1,4 +1,4 @@
-//! The virtio devices of a machine: where they are, how KVM reaches them, and the thread that works for them.
+//! The virtio devices of a machine: their places, their connection to KVM, and the thread that works for them.
 
 mod balloon;
 mod build;
@@ -30,12 +30,12 @@ pub use drives::{WritableDrive, root_args};
 pub use pmem::{images as pmem_images, pmem_root_args};
 pub use saved::SavedDevice;
 
-/// The virtio devices of a machine. Dropped before VM and memory: its thread works on both.
+/// The virtio devices of a machine. Dropped before VM and memory, which its thread uses.
 #[derive(Default)]
 pub struct VirtioDevices {
     thread: Option<Worker>,
     devices: Vec<Arc<MmioDevice>>,
-    /// What the devices were made from, and what it was changed to since.
+    /// The configs of the devices, with later changes.
     configs: DeviceConfigs,
 }
 
@@ -69,7 +69,7 @@ impl VirtioDevices {
         Ok(VirtioDevices { thread: None, devices: attached, configs })
     }
 
-    /// The places of all devices, for the tables that tell the guest.
+    /// The places of all devices, for the tables that describe them to the guest.
     pub fn slots(&self) -> Vec<VirtioMmioSlot> {
         (0..self.devices.len()).map_while(VirtioMmioSlot::of).collect()
     }
@@ -90,17 +90,17 @@ impl VirtioDevices {
         Ok(())
     }
 
-    /// Ends what is in flight; afterwards no device touches guest memory. vCPUs must have stopped.
+    /// Finishes requests in flight; afterwards no device touches guest memory. Called after the vCPUs have stopped.
     pub fn quiesce(&self) {
         self.devices.iter().for_each(|device| device.quiesce());
     }
 
-    /// Lets devices work. Before vCPUs go on.
+    /// Lets devices work. Called before vCPUs go on.
     pub fn go_on(&self) {
         self.devices.iter().for_each(|device| device.go_on());
     }
 
-    /// Ends the thread that works for the devices, which may be waiting for guest memory until `deadline`.
+    /// Ends the thread that works for the devices; it may wait for guest memory until `deadline`.
     pub fn finish(&self, deadline: Instant) -> Result<(), Error> {
         match self.thread.as_ref().is_none_or(|thread| thread.finish(deadline)) {
             true => Ok(()),
@@ -108,17 +108,17 @@ impl VirtioDevices {
         }
     }
 
-    /// The state of all devices, after `quiesce`.
+    /// The state of all devices. Called after `quiesce`.
     pub fn save(&self) -> Result<Vec<SavedDevice>, Error> {
         self.devices.iter().map(|device| SavedDevice::of(device)).collect()
     }
 
-    /// Gives devices their transports' saved state; they were made from their own.
+    /// Restores the transports' saved state. The devices themselves were made from their own.
     pub fn restore(&self, saved: &[SavedDevice]) -> Result<(), Error> {
         self.devices.iter().zip(saved).try_for_each(|(device, saved)| Ok(device.restore(&saved.transport)?))
     }
 
-    /// Lends the device called `name`, if it is a `D`, to `work`, which returns whether its configuration space has
+    /// Passes the device called `name`, if it is a `D`, to `work`, which returns whether its configuration space has
     /// changed.
     pub fn with<D: VirtioDevice, R>(&self, name: &str, work: impl FnOnce(&mut D) -> (R, bool)) -> Option<R> {
         let mut work = Some(work);

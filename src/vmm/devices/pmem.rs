@@ -1,4 +1,4 @@
-//! Pmem devices between the config's form and the devices'.
+//! Pmem devices: from config to device and back.
 
 use std::any::Any;
 
@@ -13,7 +13,7 @@ use crate::snapshot::MemoryLayout;
 use crate::vmm::arch::layout::pmem_after;
 use crate::vmm::devices::patch::no_such;
 
-/// Opens the images of a config; the root device first, for the guest is told that it is the first.
+/// Opens the images of a config. The root device comes first, because the kernel command line names it /dev/pmem0.
 pub fn open(configs: &DeviceConfigs, layout: &MemoryLayout) -> Result<Vec<Pmem>, devices::Error> {
     let (root, others): (Vec<_>, Vec<_>) = configs.pmem.iter().partition(|config| config.root_device);
     let mut end = ram_end(layout);
@@ -32,10 +32,10 @@ pub fn open(configs: &DeviceConfigs, layout: &MemoryLayout) -> Result<Vec<Pmem>,
     root.into_iter().chain(others).map(open).collect()
 }
 
-/// Makes a pmem device again, at the place that the guest knows. `end`: of what lies below it, moved up.
+/// Makes a pmem device from its saved state, at its old place. `end`: the end of the memory below, which is moved up.
 pub fn restore(state: PmemState, overrides: &Overrides, end: &mut u64) -> Result<Pmem, devices::Error> {
     let (gpa, size) = (state.params.gpa, state.size());
-    // Places come from the snapshot file: they must be such as `open` gives.
+    // Places come from the snapshot file, so they must be such as `open` assigns.
     if gpa != pmem_after(*end) || size == 0 || gpa.checked_add(size).is_none() {
         return Err(devices::Error::State { device: "pmem device", what: "it lies where no pmem device lies" });
     }
@@ -44,18 +44,18 @@ pub fn restore(state: PmemState, overrides: &Overrides, end: &mut u64) -> Result
     Pmem::restore(state, given.map(|(_, path)| path.as_path()))
 }
 
-/// Where RAM ends.
+/// The end of RAM.
 pub fn ram_end(layout: &MemoryLayout) -> u64 {
     layout.ranges().last().map_or(0, |range| range.gpa + range.len)
 }
 
-/// What is to be mapped for `devices`.
+/// The images to map for `devices`.
 pub fn images(devices: &[Box<dyn VirtioDevice>]) -> Vec<PmemImage> {
     let pmem = devices.iter().filter_map(|device| (&**device as &dyn Any).downcast_ref::<Pmem>());
     pmem.map(Pmem::image).collect()
 }
 
-/// What the kernel's command line says of a root device that is a pmem device (as in Firecracker); empty if there is none.
+/// The kernel command line's arguments for a pmem root device (as in Firecracker); empty if there is none.
 pub fn pmem_root_args(configs: &DeviceConfigs) -> &'static str {
     match configs.pmem.iter().find(|config| config.root_device) {
         Some(root) if root.read_only => "root=/dev/pmem0 ro",

@@ -1,4 +1,4 @@
-//! A device as it is written into the snapshot.
+//! The saved form of a device in a snapshot.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,13 +6,13 @@ use crate::devices::virtio::{MmioDevice, TransportState};
 use crate::vmm::error::Error;
 use crate::vmm::restore::StateError;
 
-/// One virtio device. Its place is its section's instance.
+/// One virtio device. The section's instance is the device's place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedDevice {
-    /// VIRTIO 1.2, 5: which device's state follows.
+    /// The device type by VIRTIO 1.2, 5.
     pub device_type: u32,
     pub transport: TransportState,
-    /// The device's own state, by its own encoding.
+    /// The device's own state in the device's own encoding.
     pub device: Vec<u8>,
 }
 
@@ -22,7 +22,7 @@ impl SavedDevice {
         Ok(SavedDevice { device_type: device.device_type(), transport, device: state })
     }
 
-    /// The device's own state; bytes left over are an error.
+    /// Decodes the device's own state; bytes left over are an error.
     pub fn decode<T: serde::de::DeserializeOwned>(&self) -> Result<T, Error> {
         let section = || format!("Virtio (device type {})", self.device_type);
         let invalid = |what: String| Error::from(StateError::Section { section: section(), what });

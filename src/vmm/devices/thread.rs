@@ -1,4 +1,4 @@
-//! The thread that works for all virtio devices of a machine: it waits for kicks and for the devices' own descriptors.
+//! The thread that serves all virtio devices of a machine: it waits for kicks and for the devices' own descriptors.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::devices::virtio::{MmioDevice, Source};
 use crate::sys::worker::Worker;
 use crate::vmm::error::Error;
 
-/// What an event's number means: this, a queue above `QUEUE`, or a source's token above `SOURCE`.
+/// Event numbers: `KICK`, a queue above `QUEUE`, or a source's token above `SOURCE`.
 const KICK: u32 = 0;
 const QUEUE: u32 = 1;
 const SOURCE: u32 = 1 << 16;

@@ -1,4 +1,4 @@
-//! A clone's own copies of the drives that its snapshot has taken along.
+//! A clone's own copies of the drives that its snapshot contains.
 
 use std::path::PathBuf;
 
@@ -7,19 +7,19 @@ use crate::snapshot::{Snapshot, copy_drive};
 use crate::vmm::error::Error;
 use crate::vmm::restore::StateError;
 
-/// Copies that were made for a clone; removed again unless the restore succeeds.
+/// Copies made for a clone; removed again unless the restore succeeds.
 #[derive(Default)]
 pub struct PlacedDrives {
     made: Vec<PathBuf>,
 }
 
 impl PlacedDrives {
-    /// Makes a copy (a reflink where the file system has them) of each drive that `tip` has a copy of and `overrides`
-    /// names no image for. Returns the overrides that lead to them.
+    /// Copies (by reflink where the file system has it) each drive that `tip` contains and for which `overrides` names
+    /// no image. Returns overrides that name the copies.
     ///
     /// # Errors
-    /// If the snapshot has copies and nobody said where the clone's are to be, or the other way round; if one cannot
-    /// be made, for example because there is a file of its name.
+    /// If the snapshot contains drives and the caller gave no directory for the clone's, or the other way round; if a
+    /// copy cannot be made, for example because a file of its name exists.
     pub fn make(tip: &Snapshot, overrides: &Overrides) -> Result<(Self, Overrides), Error> {
         let (mut placed, mut overrides) = (PlacedDrives::default(), overrides.clone());
         let named = |id: &String| overrides.drives.iter().any(|(named, _)| named == id);
@@ -41,7 +41,7 @@ impl PlacedDrives {
         Ok((placed, overrides))
     }
 
-    /// The clone has them now.
+    /// Called when the restore has succeeded: the copies stay.
     pub fn keep(mut self) {
         self.made.clear();
     }
@@ -50,7 +50,7 @@ impl PlacedDrives {
 impl Drop for PlacedDrives {
     fn drop(&mut self) {
         for path in &self.made {
-            // Best effort: what went wrong before is what is told.
+            // Best effort: the earlier error is the one to report.
             let _ = std::fs::remove_file(path);
         }
     }

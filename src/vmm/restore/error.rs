@@ -1,4 +1,4 @@
-//! What can go wrong between a snapshot's state and a machine that is made of it.
+//! Errors of making a machine from a snapshot's state.
 
 use crate::config::overrides::NoSuchDevice;
 

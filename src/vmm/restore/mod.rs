@@ -1,4 +1,4 @@
-//! Restoring a machine: its state from the snapshot, its memory by a plan.
+//! Restore of a machine: its state comes from the snapshot, its memory from a plan.
 
 mod drives;
 mod error;
@@ -43,27 +43,27 @@ use crate::memory::verify::Verifier;
 use drives::PlacedDrives;
 use rescue::Rescue;
 
-/// What is restored, and how.
+/// The parameters of a restore.
 pub struct RestoreSpec<'a> {
     pub sources: Sources,
     pub plan: &'a RestorePlan,
     /// Log the pages the guest writes from now on.
     pub track_dirty_pages: bool,
-    /// Is told of every first touch; memory is then served page by page, whatever the plan says.
+    /// Told of every first touch; memory is then served page by page, whatever the plan says.
     pub observer: Option<Observer>,
-    /// The kernel is to map only pages that are touched, not their neighbours, if it can be made to.
+    /// True: the kernel maps only pages that are touched, not their neighbours, if it can.
     pub single_pages: bool,
-    /// How pages in place are mapped where the tier leaves the choice.
+    /// Mapping of pages in place on a tier that allows more than one.
     pub in_place_mapping: InPlaceMapping,
-    /// When what memory is taken from is compared with the snapshot's checksums.
+    /// The time at which the sources of memory are compared with the snapshot's checksums.
     pub verify: Verify,
     /// The socket of a page-fault handler outside that serves all memory (Firecracker's `mem_backend: Uffd`).
     pub handler: Option<&'a Path>,
-    /// What this clone's devices are to have on the host's side.
+    /// The host-side settings of this clone's devices.
     pub overrides: &'a Overrides,
-    /// Who watches for memory that does not come.
+    /// The watch for memory that does not come.
     pub stalls: &'a Stalls,
-    /// The guest's clock goes on to the present.
+    /// True: the guest's clock is moved to the present.
     pub clock_realtime: bool,
 }
 
@@ -92,7 +92,7 @@ impl SavedState {
         Ok(shape)
     }
 
-    /// Whether the guest has a virtio device of this type.
+    /// Returns whether the guest has a virtio device of this type.
     fn has_device(&self, device_type: u32) -> bool {
         self.virtio.iter().any(|device| device.device_type == device_type)
     }
@@ -128,13 +128,13 @@ fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
     if known { Ok(Some(state)) } else { Err(StateError::Section { section: "VmGenId".into(), what }.into()) }
 }
 
-/// The only section of a kind that not every snapshot has.
+/// The section of an optional kind, of which a snapshot has at most one.
 fn optional<T: DeserializeOwned>(snapshot: &Snapshot, kind: SectionKind) -> Result<Option<T>, Error> {
     let there = snapshot.sections().iter().any(|section| section.kind == kind);
     if there { state::decode(snapshot, kind, 0).map(Some) } else { Ok(None) }
 }
 
-/// A section this build does not know may be a device the guest depends on.
+/// Refuses a section that this build does not know: it may be a device that the guest depends on.
 fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
     let known = match section.kind {
         SectionKind::Machine
@@ -194,7 +194,7 @@ impl Machine<Built> {
         machine.core.services.cold = files.cold().cloned().map(CloseCold);
         machine.core.services.tiers_held = files.tiers().to_vec();
         let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
-        // Before state is applied: KVM may touch guest memory for it.
+        // Before state is applied, because KVM may touch guest memory while applying it.
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
@@ -248,14 +248,14 @@ impl Core {
         Ok(())
     }
 
-    /// Gives all memory to a handler outside.
+    /// Passes all memory to a handler outside.
     fn hand_over(&mut self, socket: &Path, uffd: Arc<Uffd>, stalls: &Stalls) -> Result<(), Error> {
         let told = (self.ending.clone(), stalls);
         self.services.handler = Some(ExternalHandler::connect(socket, &self.ram, uffd, told)?);
         Ok(())
     }
 
-    /// The guest gets a VM generation id that no other restore has, and is told.
+    /// Gives the guest a new VM generation id, which no other restore has, and notifies the guest.
     fn renew_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
         self.attach_vmgenid(state)?;
         self.devices.vmgenid.iter().try_for_each(VmGenId::notify)?;

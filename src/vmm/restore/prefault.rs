@@ -1,8 +1,8 @@
-//! Preloaded memory, mapped into the second-stage page tables before the guest runs, where KVM can do that
-//! (`KVM_PRE_FAULT_MEMORY`): the guest then finds its working set without a single fault.
+//! Maps preloaded memory into the second-stage page tables before the guest runs, if KVM can do that
+//! (`KVM_PRE_FAULT_MEMORY`): the guest then takes no fault on its working set.
 //!
-//! Only what the plan puts into local memory: there the host's pages are writable, so that KVM maps them writable too.
-//! Pages in place are mapped read-only and would fault again at the first write.
+//! Only memory that the plan preloads is mapped: its host pages are writable, so KVM maps them writable too. Pages in
+//! place are mapped read-only and would fault again at the first write.
 
 use crate::memory;
 use crate::memory::engine::{PrefaultOutcome, PrefaultReport};
@@ -13,7 +13,8 @@ use crate::vmm::error::Error;
 use crate::vmm::machine::{Built, Machine};
 
 impl Machine<Built> {
-    /// Maps what `plan` preloads, on the boot vCPU, whose state must be set: it decides which page tables KVM fills.
+    /// Maps the preloaded memory of `plan` on the boot vCPU. Its state must be set: it decides which page tables KVM
+    /// fills.
     pub(crate) fn prefault(&self, plan: &RestorePlan) -> Result<PrefaultReport, Error> {
         let runs = preloaded_runs(plan);
         let Some(vcpu) = self.boot_vcpu().filter(|_| !runs.is_empty()) else {

@@ -1,5 +1,5 @@
-//! While a machine is restored, tvmm and KVM touch its memory on the thread that everything else waits for. Should who
-//! serves that memory fail or die then, the touch must not wait for ever.
+//! Releases the main thread if its memory server dies during a restore. While a machine is restored, tvmm and KVM touch
+//! its memory on the main thread. If the fault service or the handler fails then, that touch must not wait for ever.
 
 use std::sync::Arc;
 
@@ -11,20 +11,21 @@ use crate::sys::uffd::Uffd;
 use crate::vmm::error::Error;
 use crate::vmm::machine::Core;
 
-/// As long as it lives, the end of the machine lets go of whoever waits for lazy memory: they find zeros and come to
-/// [`finish`](Self::finish), which refuses the machine. Afterwards only the guest waits, and the end stops that.
+/// While it lives, an ending signal releases all threads that wait for lazy memory. They read zeros and come to
+/// [`finish`](Self::finish), which refuses the machine. Afterwards only the guest waits, and the ending stops that
+/// wait.
 pub struct Rescue {
     ending: Arc<EndingSignal>,
 }
 
 impl Rescue {
-    /// Before `uffd` is served. Without one nothing is to be done.
+    /// Called before `uffd` is served. Without a userfaultfd it does nothing.
     pub fn prepare(uffd: Option<&Arc<Uffd>>, core: &Core) -> Self {
         if let Some(uffd) = uffd.cloned() {
             let lazy = lazy_memory(core);
             core.ending.on_end(Some(Box::new(move || {
                 for &(address, len) in &lazy {
-                    // Memory that cannot be let go keeps its waiters, as it would have without this.
+                    // Memory that cannot be unregistered keeps its waiters, as it would without this call.
                     let _ = uffd.unregister(address, len);
                 }
             })));
@@ -32,7 +33,7 @@ impl Rescue {
         Rescue { ending: core.ending.clone() }
     }
 
-    /// The guest may run, unless who serves its memory has ended.
+    /// Lets the guest run, unless the server of its memory has failed.
     pub fn finish(self) -> Result<(), Error> {
         self.ending.on_end(None);
         match self.ending.take() {

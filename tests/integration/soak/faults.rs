@@ -96,7 +96,7 @@ pub fn failing_disk(world: &mut World, rng: &mut Rng) {
     {
         let Some(file) = SlowFile::over(&memory) else { return world.count("failing disks skipped: no FUSE") };
         file.fail_after(reads);
-        // What was derived from the original is of no use here.
+        // The restore is of the copy: plans and images derived from the original are of no use to it.
         let snap = Snap { path: path.clone(), ..snap };
         let policy = policy(&snap, rng);
         world.check_or_refused(&snap, &policy);

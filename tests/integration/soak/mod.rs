@@ -1,5 +1,6 @@
-//! Random operations with kills, full disks and failing disks, against a model: every snapshot that tvmm acknowledged is
-//! there with the memory it was taken of, whatever happened since. `make soak SECONDS=600`; `SEED=N` repeats a sequence.
+//! Random operations with kills, full disks and failing disks, against a model: every snapshot that tvmm acknowledged
+//! is there with the memory it was taken of, whatever happened since. `make soak SECONDS=600`; `SEED=N` repeats a
+//! sequence.
 //!
 //! A step draws from a generator of its own, made of the seed and the step's number, so that the outcome of a race does
 //! not change what later steps do.

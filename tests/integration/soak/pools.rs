@@ -1,5 +1,5 @@
-//! Pools in place and cold pools: adding, removing, collecting, killed at any moment; restores from them, by page servers
-//! that are killed too.
+//! Pools in place and cold pools: adding, removing, collecting, killed at any moment; restores from them, by page
+//! servers that are killed too.
 
 use std::path::PathBuf;
 use std::process::Output;

@@ -1,5 +1,5 @@
-//! `tvmm serve`: invocations, snapshots, copies and deletions, and the daemon killed among them. What it has acknowledged is
-//! there when it starts again, and nothing of what it ran is.
+//! `tvmm serve`: invocations, snapshots, copies and deletions, and the daemon killed among them. When it starts again,
+//! all that it had acknowledged is there, and the VMs that it ran are gone.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};

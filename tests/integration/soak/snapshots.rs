@@ -99,7 +99,7 @@ fn snapshot(world: &mut World, rng: &mut Rng, kind: &'static str) {
     settle(world, snap, true);
 }
 
-/// What a writer that may have been killed has left: if it is there it is whole, and it is there if it was acknowledged.
+/// Checks the snapshot of a writer that may have been killed: it is there if acknowledged, and whole if it is there.
 fn settle(world: &mut World, snap: Snap, acknowledged: bool) {
     if !snap.path.exists() {
         assert!(!acknowledged, "{} was acknowledged and is not there", snap.path.display());
@@ -139,7 +139,7 @@ pub fn kill_a_restore(world: &mut World, rng: &mut Rng) {
     args.extend(policy(&snap, rng));
     args.extend(words(&["--run", "check"]));
     world.run("restore", &args, Some(rng));
-    // What it may have derived is whole, or made anew.
+    // A plan or image that it may have derived is whole, or made anew.
     let policy = policy(&snap, rng);
     world.check(&snap, &policy);
 }
@@ -193,7 +193,7 @@ pub fn profile(world: &mut World, rng: &mut Rng) {
     args.extend(snap.location());
     args.extend(words(&["--recorder", recorder, "--run", &function, "--out", text(&out)]));
     let done = world.run("profile", &args, kills.then_some(rng));
-    // What another VM maps stays in the page cache, which is what this recorder looks at.
+    // The recorder `mincore` looks at the page cache. Pages that another VM maps stay there.
     let told = done.as_ref().map_or(String::new(), |output| String::from_utf8_lossy(&output.stderr).into_owned());
     if recorder == "mincore" && told.contains("cannot be dropped from the page cache") {
         assert!(!out.exists(), "{} was refused and is there", out.display());

@@ -1,4 +1,4 @@
-//! What there is and what it must be: the model that operations change and check.
+//! The model that operations change and check: which snapshots and VMs there are, and the state that each must have.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -22,7 +22,7 @@ pub struct Snap {
     /// The memory file of the two-file form.
     pub memory: Option<PathBuf>,
     pub parent: Option<PathBuf>,
-    /// What `check` answers in a guest restored from it.
+    /// The digest that `check` answers in a guest restored from it.
     pub digest: String,
     pub profile: Option<PathBuf>,
     /// How many layers it has.

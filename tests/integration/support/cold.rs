@@ -120,7 +120,7 @@ impl Drop for Server {
     }
 }
 
-/// What a proxy does with what a server sends.
+/// A fault that a proxy makes in the bytes that a server sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spoil {
     Nothing,
@@ -160,7 +160,7 @@ pub enum Spoil {
 pub struct Proxy {
     pub address: String,
     scheme: &'static str,
-    /// What is done, and to which connections: those from this number on.
+    /// The number of the first connection with the fault, and the fault.
     spoil: Arc<Mutex<(usize, Spoil)>>,
     /// Connections that went through it.
     pub connections: Arc<AtomicUsize>,
@@ -175,7 +175,7 @@ impl Proxy {
     /// In front of any server at `address`, which `scheme` reaches.
     pub fn to(scheme: &'static str, address: &str, spoil: Spoil) -> Proxy {
         let to = address.parse::<SocketAddr>().unwrap();
-        // Where the server is: RDMA goes to the address that the connection goes to.
+        // The proxy has the server's IP address, because RDMA goes to the address that the connection goes to.
         let listener = TcpListener::bind((to.ip(), 0)).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (spoil, connections) = (Arc::new(Mutex::new((0, spoil))), Arc::new(AtomicUsize::new(0)));

@@ -33,7 +33,7 @@ impl Span {
     }
 }
 
-/// What it got, and where it listens.
+/// A collector of traces: the port that it listens on, and the spans that it got.
 pub struct Collector {
     pub port: u16,
     spans: Arc<Mutex<Vec<Span>>>,

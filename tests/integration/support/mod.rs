@@ -1,12 +1,14 @@
 //! A VM under test: a tvmm process with its console and control socket at hand.
 
 pub mod artefact;
+pub mod cached;
 pub mod cold;
 pub mod collector;
 pub mod network;
 pub mod pool;
 pub mod service;
 pub mod shell;
+pub mod skip;
 pub mod slow_file;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -298,7 +300,7 @@ impl Vm {
         answer["fault_message"].as_str().expect("a fault_message").to_string()
     }
 
-    /// What `GET /` says the machine does.
+    /// The machine's state by `GET /`.
     pub fn state(&self) -> String {
         self.api_ok("GET", "/", None)["state"].as_str().expect("a state").to_string()
     }

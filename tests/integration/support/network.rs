@@ -3,6 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::skip::skip;
 use super::{TIMEOUT, finish};
 
 /// The host's address on the bridge.
@@ -16,15 +17,15 @@ pub fn with_network(test: impl FnOnce(&Network) + Send + 'static) {
     let run = move || {
         // SAFETY: only this thread gets another network namespace; it shares no network state with others.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
-            println!("skipped: a network namespace cannot be made here: {}", std::io::Error::last_os_error());
+            skip!("net", "a network namespace cannot be made here: {}", std::io::Error::last_os_error());
             return;
         }
         if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
-            println!("skipped: /dev/net/tun cannot be opened: {error}");
+            skip!("net", "/dev/net/tun cannot be opened: {error}");
             return;
         }
         if Command::new("ip").arg("-V").output().is_err() {
-            println!("skipped: there is no `ip` (package iproute2)");
+            skip!("net", "there is no `ip` (package iproute2)");
             return;
         }
         let network = Network;
@@ -34,7 +35,10 @@ pub fn with_network(test: impl FnOnce(&Network) + Send + 'static) {
         network.ip("link set br0 up");
         test(&network);
     };
-    if let Err(panic) = std::thread::spawn(run).join() {
+    // A skip goes by the name of the thread.
+    let name = std::thread::current().name().unwrap_or("?").to_owned();
+    let thread = std::thread::Builder::new().name(name).spawn(run).unwrap();
+    if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
 }
@@ -47,12 +51,12 @@ impl Network {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Waits until the bridge forwards to and from `tap`: the kernel notices on its own time that somebody has opened it.
+    /// Waits until the bridge forwards to and from `tap`: the kernel takes its time to notice that a VMM has opened it.
     pub fn wait_for(&self, tap: &str) {
         self.wait_for_state(tap, "forwarding");
     }
 
-    /// Waits until the bridge has noticed that nobody has `tap` open any more.
+    /// Waits until the bridge has noticed that no process has `tap` open any more.
     pub fn wait_closed(&self, tap: &str) {
         self.wait_for_state(tap, "disabled");
     }

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::skip::skip;
 use super::{Vm, config, run_err, run_ok, scratch, text};
 
 /// A pool in a directory of its own.
@@ -76,7 +77,7 @@ pub fn far_memory() -> Option<MutexGuard<'static, ()>> {
     // A test that failed leaves nothing that the next one minds.
     let guard = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     if !Path::new(DEVICE).exists() {
-        println!("skipped: no {DEVICE} (make testbed)");
+        skip!("dax", "no {DEVICE} (make testbed)");
         return None;
     }
     Some(guard)

@@ -51,14 +51,14 @@ impl Service {
         http(&self.socket, method, path, &body.map(|body| body.to_string()).unwrap_or_default())
     }
 
-    /// What must be answered well.
+    /// Sends a request that must succeed; returns the answer.
     pub fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
         let (status, answer) = self.ask(method, path, body);
         assert_eq!(status, 200, "{method} {path}: {answer}");
         answer
     }
 
-    /// What must be refused with this status; the reason.
+    /// Sends a request that must be refused with this status; returns the reason.
     pub fn refused(&self, status: u16, method: &str, path: &str, body: Option<Value>) -> String {
         let (got, answer) = self.ask(method, path, body);
         assert_eq!(got, status, "{method} {path}: {answer}");
@@ -146,7 +146,7 @@ pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-/// Whether somebody listens at a socket.
+/// Returns whether a process listens at a socket.
 pub fn is_served(socket: &Path) -> bool {
     UnixStream::connect(socket).is_ok()
 }

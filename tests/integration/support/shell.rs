@@ -50,7 +50,7 @@ impl Shell {
         panic!("the guest's shell does not answer");
     }
 
-    /// What a command prints, its lines joined by `~`.
+    /// Runs a command and returns what it prints, its lines joined by `~`.
     pub fn ask(&mut self, command: &str) -> String {
         self.asked += 1;
         let (id, mark) = (self.asked, format!("=q{}: ", self.asked));

@@ -1,5 +1,5 @@
-//! A file whose reads can be made to hang or to fail: a file system of one file, served by the test through /dev/fuse (Linux
-//! `include/uapi/linux/fuse.h`), mounted over the file it shows.
+//! A file whose reads can be made to hang or to fail: a file system of one file, served by the test through /dev/fuse
+//! (Linux `include/uapi/linux/fuse.h`), mounted over the file it shows.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Read, Write};
@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use super::skip::skip;
 
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
@@ -29,7 +31,7 @@ const HEADER: usize = 40;
 const EIO: i32 = 5;
 const ENOSYS: i32 = 38;
 
-/// What becomes of reads.
+/// Tells which reads of the file hang and which fail.
 struct Fate {
     hangs: AtomicBool,
     /// How many more are answered before all others fail.
@@ -56,14 +58,14 @@ impl SlowFile {
         let device = match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
             Ok(device) => device,
             Err(error) => {
-                println!("skipped: /dev/fuse cannot be opened: {error}");
+                skip!("fuse", "/dev/fuse cannot be opened: {error}");
                 return None;
             }
         };
         let options = format!("fd={},rootmode=100644,user_id=0,group_id=0,allow_other", device.as_raw_fd());
         let options = std::ffi::CString::new(options).unwrap();
         if let Err(error) = mount("tvmm-test", path, "fuse", MountFlags::NOSUID, Some(options.as_c_str())) {
-            println!("skipped: a FUSE file system cannot be mounted: {error}");
+            skip!("fuse", "a FUSE file system cannot be mounted: {error}");
             return None;
         }
         let fate = Arc::new(Fate { hangs: AtomicBool::new(false), good: AtomicU64::new(u64::MAX) });

@@ -1,5 +1,5 @@
-//! Cold pools that are read by RDMA: the page service (`docs/remote.md`) says over TCP what there is and where it lies in the
-//! server's memory; the chunks are read from there by one-sided reads, of which the server's CPU knows nothing.
+//! Cold pools that are read by RDMA. The page service (`docs/remote.md`) tells over TCP which objects there are and at
+//! which address of the server's memory; the chunks are read from there by one-sided reads, without the server's CPU.
 
 pub mod serve;
 
@@ -16,15 +16,15 @@ use crate::backends::verbs::{Port, Reader, Waited, devices};
 use crate::snapshot::{Digest, SnapshotId};
 use crate::tiering::cold::{Broken, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
 
-/// Read at once, unless a chunk is longer.
+/// Bytes of one read, unless a chunk is longer.
 const READ_BYTES: u64 = 256 << 10;
-/// Reads under way at once: 2 MiB, enough for 100 Gbit/s over 0.1 ms.
+/// Concurrent reads: 2 MiB, enough for 100 Gbit/s over 0.1 ms.
 const DEPTH: usize = 8;
 
 /// A page server that is read by RDMA.
 struct RdmaPlace {
     name: String,
-    /// The service that says where the bytes are.
+    /// The page service that tells the address of the bytes.
     service: TcpPlace,
     patience: Duration,
 }
@@ -47,7 +47,7 @@ fn transient(error: io::Error) -> Broken {
 }
 
 impl RdmaPlace {
-    /// Says at the connection where this end is, and takes where the server's is.
+    /// Sends this end's queue pair on the connection, and takes the server's.
     fn attach(&self, connection: &mut Connection, index: &Index, digest: Digest) -> Result<Reader, Broken> {
         let stream = connection.stream();
         let (here, there) = stream.local_addr().and_then(|here| Ok((here, stream.peer_addr()?))).map_err(transient)?;
@@ -88,7 +88,7 @@ impl Place for RdmaPlace {
         counters: Arc<SourceCounters>,
     ) -> Result<Box<dyn ChunkSource>, Broken> {
         let mut connection = self.service.connect(index.snapshot(), &counters)?;
-        // Greeting, `Open` and `Attach` together.
+        // One round trip for greeting, `Open` and `Attach` together.
         counters.round_trips.fetch_add(1, Ordering::Relaxed);
         let mut reader = self.attach(&mut connection, index, digest)?;
         let longest = index.chunks().iter().map(|chunk| u64::from(chunk.stored_len)).max().unwrap_or(0);
@@ -102,7 +102,7 @@ impl Place for RdmaPlace {
 
 struct RdmaSource {
     reader: Reader,
-    /// Says no more; its end is the server's.
+    /// Carries no more requests; its end means that the server has ended.
     connection: Connection,
     patience: Duration,
     /// Bytes of the longest read.

@@ -1,5 +1,5 @@
-//! What the page server lends to clients that read by RDMA: the data objects, each registered once and as long as somebody
-//! reads it, all of them together within a bound.
+//! The page server's lending of memory to clients that read by RDMA: each data object is registered once, for as long
+//! as a client reads it, and all of them together within a bound.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
@@ -9,7 +9,7 @@ use crate::backends::cold::wire::{Attached, Endpoint, Why};
 use crate::backends::verbs;
 use crate::backends::verbs::{Lent, Port};
 
-/// What a server can lend.
+/// The server's RDMA port and its bound on registered memory.
 pub struct Lender {
     port: Port,
     /// Bytes that may be registered at once.
@@ -17,7 +17,7 @@ pub struct Lender {
     registered: Arc<Mutex<u64>>,
 }
 
-/// Bytes that count as registered as long as this lives.
+/// Counts its bytes as registered while it lives.
 struct Share {
     of: Arc<Mutex<u64>>,
     bytes: u64,
@@ -29,7 +29,7 @@ impl Drop for Share {
     }
 }
 
-/// A registered object, and what it counts.
+/// A registered object, and its share of the bound.
 struct Kept {
     lent: Arc<Lent>,
     _share: Share,
@@ -39,9 +39,9 @@ struct Kept {
 #[derive(Default)]
 pub struct Registered(Mutex<Weak<Kept>>);
 
-/// One reader's connection, and what keeps registered what it reads.
+/// One reader's connection, and the registration of the object that it reads.
 pub struct Loan {
-    /// Before what it lends: dropped first.
+    /// Dropped before the registration that it uses.
     _connection: verbs::Loan,
     _kept: Arc<Kept>,
 }
@@ -70,7 +70,7 @@ impl Lender {
     /// Lends `data`, of `len` bytes, to the client at `peer`.
     ///
     /// # Errors
-    /// What to refuse it with.
+    /// The reason for refusing the client.
     pub fn lend(
         &self,
         (data, len): (&File, u64),
@@ -79,7 +79,7 @@ impl Lender {
     ) -> Result<(Loan, Attached), (Why, String)> {
         let failed =
             |doing: &'static str| move |error: std::io::Error| (Why::Failed, format!("cannot {doing}: {error}"));
-        // Who else wants the same object waits until it is registered.
+        // Held while the object is registered: other clients of the same object wait.
         let mut registered = registered.0.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = match registered.upgrade() {
             Some(kept) => kept,
