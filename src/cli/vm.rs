@@ -43,17 +43,17 @@ pub struct RestoreArgs {
     mem_file: Option<PathBuf>,
     #[command(flatten)]
     options: RestoreOptions,
-    /// Log the pages the guest writes from now on, for diff snapshots
+    /// Log the pages that the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
-    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    /// Move the guest's clock to the present; default: no time has passed for the guest since the snapshot
     #[arg(long)]
     clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
-    /// The profile of a run that does the same: --report then counts what the plan brought ahead and this run never
-    /// touched
+    /// Profile of a run of the same function: --report then counts the pages that the plan brought ahead and this run
+    /// never touched
     #[arg(long, value_name = "FILE", requires = "report")]
     against: Option<PathBuf>,
     #[command(flatten)]
@@ -105,7 +105,7 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
 pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.session.start_time_us);
     let load = request(args).unwrap_or_else(|invalid| contradiction(&invalid.in_flags()));
-    // Before the guest runs: a profile that is none is refused at once.
+    // Loaded before the guest runs: an invalid profile is refused at once.
     let against = args.against.as_deref().map(Profile::load).transpose()?;
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })
 }
@@ -125,7 +125,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, InvalidRestore> {
     })
 }
 
-/// What the report is about.
+/// The subject of the report.
 struct Operation {
     name: &'static str,
     against: Option<Profile>,
@@ -145,11 +145,11 @@ fn run(
     }
     // Refused before anything runs.
     args.otlp.as_deref().map(otlp::endpoint).transpose()?;
-    // Before any thread exists, so that none of them takes the signals.
+    // Taken before any thread exists, so that none of them gets the signals.
     let signals = EndSignals::take()?;
     kick::install_handler()?;
     let (control, receiver) = control::channel()?;
-    // First thing that can fail for reasons of the caller's, and the first a client may wait for.
+    // The first step that can fail by the caller's fault, and the first that a client may wait for.
     let server = match (&args.api_sock, args.api_fd) {
         (Some(path), _) => Some(api::serve(path, control, &args.id)?),
         (None, Some(fd)) => Some(api::serve_stream(inherit::stream(fd)?, control, &args.id)?),
@@ -192,7 +192,7 @@ fn run(
     Ok(code)
 }
 
-/// How long the end of a VM's process waits for a collector.
+/// Longest wait for a collector at the end of a VM's process.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(7);
 
 /// Sends a report's spans to a collector.
@@ -228,7 +228,7 @@ fn request_line(function: &str) -> String {
     format!("run {RUN_ID} {}", function.trim())
 }
 
-/// The request of --run, if --run-port says that it goes over vsock.
+/// The request of --run, if it goes over vsock (--run-port).
 fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
     let (port, function, answer) = (args.run_port?, args.run.as_ref()?, answer?.clone());
     Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })

@@ -38,7 +38,7 @@ pub struct MemBackend {
 pub struct NetworkOverrideBody {
     /// The interface.
     pub iface_id: String,
-    /// The tap, in the network namespace that the VM's process is in.
+    /// The tap, in the network namespace of the VM's process.
     pub host_dev_name: String,
 }
 

@@ -1,4 +1,4 @@
-//! The commands of the API, and how a snapshot is taken. `restore.rs` says how one is loaded.
+//! The commands of the API, and the taking of a snapshot. `restore.rs` has the request that loads one.
 
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::restore::RestoreRequest;
@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long a guest may wait for a page when nobody says otherwise.
+/// Default limit of a guest's wait for a page.
 pub const DEFAULT_FAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What can be asked.
+/// A command to a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// Who are you and what do you do? → [`Reply::InstanceInfo`]
+    /// Identity and state. → [`Reply::InstanceInfo`]
     InstanceInfo,
     /// → [`Reply::Version`]
     Version,
@@ -23,7 +23,7 @@ pub enum Command {
     GetMachineConfig,
     /// → [`Reply::VmConfig`]
     GetVmConfig,
-    /// Replace what the guest boots. Already validated.
+    /// Replace the boot source. Already validated.
     PutBootSource(BootSource),
     /// Replace the shape of the machine. Already validated.
     PutMachineConfig(MachineConfig),
@@ -31,13 +31,13 @@ pub enum Command {
     PatchMachineConfig(MachineConfigPatch),
     /// Add a device to the machine that will boot, or replace the one with its id. Validated as part of the whole.
     PutDevice(DeviceConfig),
-    /// Change a device of the machine that runs.
+    /// Change a device of the running machine.
     PatchDevice(DevicePatch),
     /// Replace the CPU template.
     PutCpuConfig(CpuConfig),
     /// → [`Reply::Balloon`]
     AskBalloon(BalloonQuestion),
-    /// What the machine costs and where its time went. → [`Reply::Report`]
+    /// Costs and time slices of the machine. → [`Reply::Report`]
     Report,
     /// Set up logging.
     PutLogger(LoggerConfig),
@@ -59,7 +59,7 @@ pub enum Command {
     LoadSnapshot(Box<RestoreRequest>),
 }
 
-/// Where a snapshot is.
+/// The location of a snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SnapshotPaths {
     /// The snapshot directory, or, if `memory` is given, the file of the VM state.
@@ -68,7 +68,7 @@ pub struct SnapshotPaths {
     pub memory: Option<PathBuf>,
 }
 
-/// Which pages a snapshot holds.
+/// The kind of a snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnapshotKind {
     /// All pages that are not zero.
@@ -78,17 +78,17 @@ pub enum SnapshotKind {
     Diff,
 }
 
-/// How to save a machine.
+/// A request to save a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateSnapshot {
-    /// Where to.
+    /// The new snapshot's location.
     pub location: SnapshotPaths,
-    /// Which pages.
+    /// The kind of the snapshot.
     pub kind: SnapshotKind,
-    /// Whether the machine runs on afterwards; if not it stays paused.
+    /// True: the machine runs on afterwards; false: it stays paused.
     pub resume: bool,
-    /// Whether the snapshot takes copies of the drives that the guest can write.
+    /// True: the snapshot gets copies of the drives that the guest can write.
     pub copy_drives: bool,
-    /// Whether the answer waits until the memory was read back from the disk and compared.
+    /// True: the answer comes only after the memory was read back from the disk and compared.
     pub verify: bool,
 }

@@ -21,8 +21,8 @@ use crate::snapshot::{ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, Verify};
 #[serde(deny_unknown_fields, default)]
 #[schema(as = LoadOptions)]
 pub struct RestoreOptions {
-    /// How guest memory is restored: eager, firecracker, firecracker-uffd, catalyzer, trenv, or with --profile reap,
-    /// faasnap, aquifer, tiered [default: firecracker]
+    /// Restore policy: eager, firecracker, firecracker-uffd, catalyzer, trenv, or with --profile reap, faasnap,
+    /// aquifer, tiered [default: firecracker]
     #[arg(long, value_name = "NAME")]
     #[schema(ignore)]
     pub policy: Option<Policy>,
@@ -53,8 +53,8 @@ pub struct RestoreOptions {
     /// Memory in the CXL tier, MiB
     #[arg(long = "cxl", value_name = "MIB")]
     pub cxl_mib: Option<u64>,
-    /// How pages in place are mapped: private, the kernel copies what is written; shared, tvmm does, as it must where a
-    /// tier has no copy-on-write [default: private]
+    /// Mapping of pages in place: private, the kernel copies written pages; shared, tvmm copies them, as it must on a
+    /// tier without copy-on-write [default: private]
     #[arg(long, value_name = "HOW")]
     pub in_place_mapping: Option<InPlaceMapping>,
     /// When memory is compared with the snapshot's checksums: off; sample, a few chunks before the guest runs;
@@ -116,7 +116,7 @@ pub struct MacOverride {
     pub guest_mac: String,
 }
 
-/// How to restore a machine: [`RestoreOptions`] that fit together, and the other fields of Firecracker's request.
+/// A request to restore a machine: [`RestoreOptions`] that fit together, and the other fields of Firecracker's request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RestoreRequest {
     /// The snapshot directory or, where memory is in a file of its own, the file of the VM state.
@@ -133,11 +133,11 @@ pub struct RestoreRequest {
     pub verify: Verify,
     /// The host-side settings of the clone's devices.
     pub overrides: Overrides,
-    /// Whether KVM logs the pages the guest writes from now on.
+    /// True: KVM logs the pages that the guest writes from now on.
     pub track_dirty_pages: bool,
-    /// Whether the guest's clock goes on to the present; if not, no time has passed for it.
+    /// True: the guest's clock is moved to the present; false: no time has passed for it.
     pub clock_realtime: bool,
-    /// Whether the machine runs afterwards; if not it is paused.
+    /// True: the machine runs afterwards; false: it is paused.
     pub resume: bool,
 }
 

@@ -1,4 +1,4 @@
-//! How VMs are restored: what a request may say of it, and what the daemon's command line says.
+//! The restore options of VMs: those of a request, and those of the daemon's command line.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! `/vms`: machines that run, and what became of those that do not.
+//! `/vms`: running and ended machines.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,16 +32,16 @@ pub(super) struct VmBody {
     /// The policy to restore by; none: the function's.
     #[schema(value_type = Option<String>)]
     policy: Option<Policy>,
-    /// How it is restored; what is left out: as the daemon was told.
+    /// The VM's restore options; missing ones have the daemon's values.
     tvmm: Option<RestoreOptions>,
-    /// Whether the guest's clocks go on to the present (the default), or from where they stood in the snapshot.
+    /// True (the default): the guest's clocks are moved to the present; false: they go on from the snapshot's time.
     clock_realtime: Option<bool>,
-    /// Whether KVM logs the pages the guest writes, for diff snapshots; none: as the function says.
+    /// True: KVM logs the pages that the guest writes, for diff snapshots; none: the function's setting.
     track_dirty_pages: Option<bool>,
     /// Other taps for network interfaces.
     #[serde(default)]
     network_overrides: Vec<NetworkOverrideBody>,
-    /// What the clone is told: the same as `tvmm.metadata`.
+    /// Metadata of the clone: the same as `tvmm.metadata`.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
 }
@@ -58,7 +58,7 @@ impl VmBody {
     }
 }
 
-/// All VMs: those that live, then those that are over, the last first.
+/// All VMs: living ones, then ended ones, the last first.
 #[utoipa::path(get, path = "/vms", tag = "vms",
     responses((status = 200, description = "Those that live, then those that are over", body = Vec<VmRecord>)))]
 pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>> {
@@ -111,14 +111,14 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     Ok(vm.record())
 }
 
-/// One VM, living or over.
+/// One VM, living or ended.
 #[utoipa::path(get, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "The VM", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn get_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
     daemon.vms.record(&id).map(Reply).ok_or_else(|| Fault::not_found("VM", &id))
 }
 
-/// Ends a VM that lives; forgets one that is over.
+/// Ends a living VM; removes an ended one from the list.
 #[utoipa::path(delete, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "It is over", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
@@ -135,7 +135,7 @@ pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<Strin
     }
 }
 
-/// Where a VM's memory is and where its time went: the report of its VMM.
+/// The report of a VM: the place of its memory, and its time slices.
 #[utoipa::path(get, path = "/vms/{id}/report", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "As `tvmm restore --report` writes it", body = Object), (status = 404, body = FaultBody, description = "There is none"),
         (status = 502, body = FaultBody, description = "It does not answer")))]
@@ -159,7 +159,7 @@ pub(super) async fn post_vmm() -> Fault {
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct PolicyRecord {
     name: String,
-    /// Whether it works from the profile of a recorded run.
+    /// True if it works from the profile of a recorded run.
     needs_profile: bool,
 }
 

@@ -1,4 +1,4 @@
-//! The API of one VM, over the only connection it has.
+//! The API of one VM, over its only connection.
 
 use axum::http::StatusCode;
 use http_body_util::{BodyExt, Full, Limited};
@@ -15,13 +15,13 @@ use tokio::sync::Mutex;
 use crate::config::refusal::{FaultBody, FaultCode};
 use crate::serve::fault::Fault;
 
-/// An answer larger than this is not one of a VM's.
+/// Limit on an answer; a larger one is not a VM's.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
 
-/// Why a VM did not do what it was asked.
+/// The reason why a VM did not carry out a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(in crate::serve) enum ControlError {
-    /// It said no.
+    /// The VM refused it.
     #[error("{message}")]
     Refused {
         /// The kind of the reason.
@@ -29,7 +29,7 @@ pub(in crate::serve) enum ControlError {
         /// Its reason.
         message: String,
     },
-    /// It said nothing that can be understood, and will say nothing more.
+    /// The answer cannot be understood, and the connection is of no further use.
     #[error("the VM's API is gone ({0})")]
     Gone(String),
 }
@@ -45,7 +45,7 @@ impl ControlError {
     }
 }
 
-/// Asks one VM, one thing at a time.
+/// Sends requests to one VM, one at a time.
 #[derive(Debug)]
 pub(in crate::serve) struct Control(Mutex<SendRequest<Full<Bytes>>>);
 
@@ -58,7 +58,7 @@ impl Control {
         stream.set_nonblocking(true).map_err(gone)?;
         let stream = UnixStream::from_std(stream).map_err(gone)?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(gone)?;
-        // Its errors come to whoever waits for an answer.
+        // The pending request gets the connection's errors.
         tokio::spawn(connection);
         Ok(Control(Mutex::new(sender)))
     }

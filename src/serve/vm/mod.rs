@@ -1,4 +1,4 @@
-//! One VM: a `tvmm` process of its own, told what to do over the one connection it serves, asked over its serial line
+//! One VM: a separate `tvmm` process, controlled over the one connection that it serves, and asked over its serial line
 //! or a vsock port.
 
 pub(super) mod control;
@@ -31,7 +31,7 @@ use crate::config::{
     VsockConfig, VsockOverrideBody,
 };
 
-/// What a VM is doing.
+/// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum VmState {
@@ -39,13 +39,13 @@ pub(super) enum VmState {
     Running,
     /// It runs a request.
     Busy,
-    /// It is over.
+    /// It has ended.
     Ended,
-    /// It lived when the daemon before this one ended, and ended with it.
+    /// It was living when the previous daemon ended, and ended with it.
     Lost,
 }
 
-/// What came of a VM: from the start of a function, or from a snapshot.
+/// The record of a VM, booted or restored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(super) struct VmRecord {
     #[serde(rename = "vmId")]
@@ -67,9 +67,9 @@ pub(super) struct VmRecord {
     pub(super) pid: u32,
     pub(super) created_unix_ms: u64,
     pub(super) invocations: u64,
-    /// Whether an invocation started it: such VMs are ended when room is needed, or after the idle time.
+    /// True if an invocation started it: such VMs are ended when room is needed, or after the idle time.
     pub(super) from_invocation: bool,
-    /// Why it is over.
+    /// The reason of its end.
     pub(super) reason: Option<String>,
 }
 
@@ -81,7 +81,7 @@ pub(super) struct VmConf {
     pub(super) mem_size: u64,
 }
 
-/// How a VM comes to be.
+/// The parameters of a VM's start.
 #[derive(Clone, Debug)]
 pub(super) struct StartSpec {
     pub(super) function: Function,
@@ -91,13 +91,13 @@ pub(super) struct StartSpec {
     pub(super) from_invocation: bool,
 }
 
-/// How a VM is restored.
+/// The parameters of a VM's restore.
 #[derive(Clone, Debug)]
 pub(super) struct RestoreSpec {
     pub(super) ss_id: String,
-    /// The body of the VM's `/snapshot/load`, without what the VM gets of its own: drives, tap and socket.
+    /// The body of the VM's `/snapshot/load`, without the VM's own drives, tap and socket.
     pub(super) load: LoadFields,
-    /// Whether the snapshot has copies of drives.
+    /// True if the snapshot contains copies of drives.
     pub(super) has_drive_copies: bool,
 }
 
@@ -108,7 +108,7 @@ impl RestoreSpec {
     }
 }
 
-/// A VM that runs.
+/// A running VM.
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) id: String,
@@ -130,7 +130,7 @@ pub(super) struct Vm {
     diff_parent: Mutex<Option<String>>,
 }
 
-/// Who uses a VM.
+/// The use of a VM.
 #[derive(Debug)]
 struct Use {
     requests: usize,
@@ -155,7 +155,7 @@ impl Drop for Using<'_> {
 }
 
 impl Vm {
-    /// Makes a VM of a shell. Dropped midway, the shell is killed.
+    /// Makes a VM of a shell. If this is dropped midway, the shell is killed.
     pub(super) async fn start(
         id: String,
         shell: Shell,
@@ -200,7 +200,7 @@ impl Vm {
         parent.filter(|_| self.function.track_dirty_pages)
     }
 
-    /// A snapshot was taken of the VM: its next diff builds on that.
+    /// Called when a snapshot was taken of the VM: its next diff builds on that.
     pub(super) fn was_snapshotted(&self, ss_id: &str) {
         *self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner) = Some(ss_id.to_string());
     }
@@ -214,7 +214,7 @@ impl Vm {
         })
     }
 
-    /// Since when nobody uses it.
+    /// The time since which no request uses it.
     pub(super) fn idle_for(&self) -> Option<Duration> {
         let use_ = self.lock();
         (use_.requests == 0).then(|| use_.since.elapsed())
@@ -232,12 +232,12 @@ impl Vm {
         }
     }
 
-    /// Waits until no request runs, and keeps new ones waiting as long as the guard lives.
+    /// Waits until no request runs, and keeps new ones waiting while the guard lives.
     pub(super) async fn quiet(&self) -> impl Sized + '_ {
         self.console.lock().await
     }
 
-    /// What `GET /tvmm/report` says: where its memory is, and where its time went.
+    /// The VM's `GET /tvmm/report`: the place of its memory, and its time slices.
     pub(super) async fn report(&self) -> Result<Value, ControlError> {
         const PATIENCE: Duration = Duration::from_secs(5);
         let asked = tokio::time::timeout(PATIENCE, self.control.get("/tvmm/report")).await;

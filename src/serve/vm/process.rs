@@ -1,4 +1,4 @@
-//! Child processes: one thread spawns them, a pidfd tells when they end, and what they said last is kept.
+//! Child processes: one thread spawns them, a pidfd reports their end, and their last output is kept.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,14 +20,14 @@ use crate::sys::{clock, pdeathsig, watched};
 
 /// The end of standard error that is kept: a fault, with paths in it.
 const SAID_BYTES: usize = 8 << 10;
-/// How long a child may take to end by itself.
+/// Time for a child to end by itself.
 pub(in crate::serve) const STOP_GRACE: Duration = Duration::from_secs(3);
 
-/// What is to be spawned.
+/// A child to spawn.
 pub(in crate::serve) enum Job {
     /// `tvmm` that waits for its API at the other end of a socket pair.
     Shell {
-        /// The id it tells.
+        /// Its id in answers.
         id: String,
         /// The network namespace it starts in; none: the daemon's.
         netns: Option<Netns>,
@@ -36,7 +36,7 @@ pub(in crate::serve) enum Job {
     Tool(Vec<String>),
 }
 
-/// A child just spawned, and our ends of what it reads and writes.
+/// A child just spawned, and the daemon's ends of its pipes.
 pub(in crate::serve) struct Spawned {
     child: Child,
     pub(in crate::serve) stdin: OwnedFd,
@@ -50,8 +50,8 @@ pub(in crate::serve) struct Spawned {
 
 type Answer = oneshot::Sender<io::Result<Spawned>>;
 
-/// Spawns on a thread of its own: fork is slow, and only one thread may have descriptors open that a child is to
-/// inherit. Children that are tied to this thread end with it, that is with the daemon.
+/// Spawns on its own thread: fork is slow, and only one thread may have descriptors open that a child inherits.
+/// Children that are tied to this thread end with it, that is with the daemon.
 #[derive(Clone, Debug)]
 pub(in crate::serve) struct Spawner(Sender<(Job, Answer)>);
 
@@ -72,7 +72,7 @@ impl Spawner {
 
 fn spawn_all(jobs: &Receiver<(Job, Answer)>) {
     for (job, answer) in jobs {
-        // Who asked may have left; the child then ends with the descriptors that are dropped here.
+        // The requester may have gone; the child then ends with the descriptors that are dropped here.
         if let Err(Ok(mut spawned)) = answer.send(spawn(job)) {
             let _ = spawned.child.kill();
             let _ = spawned.child.wait();
@@ -82,7 +82,7 @@ fn spawn_all(jobs: &Receiver<(Job, Answer)>) {
 
 fn spawn(job: Job) -> io::Result<Spawned> {
     let before = clock::monotonic_ns();
-    // The very file this process runs from, also if another one has its name by now.
+    // The file that this process runs from, even if another one has its name by now.
     let mut command = Command::new("/proc/self/exe");
     let (mut api, mut theirs, mut entered) = (None, None, None);
     match job {
@@ -123,7 +123,7 @@ fn spawn(job: Job) -> io::Result<Spawned> {
     })
 }
 
-/// What the child is called in process lists.
+/// Sets the child's name in process lists.
 trait Named {
     fn arg0_tvmm(&mut self) -> &mut Self;
 }
@@ -134,7 +134,7 @@ impl Named for Command {
     }
 }
 
-/// How a child ended.
+/// The end of a child.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::serve) struct Ended {
     /// The exit code; `None` if a signal ended it.
@@ -146,7 +146,7 @@ pub(in crate::serve) struct Ended {
 }
 
 impl Ended {
-    /// Tools say why they failed by a fault in JSON, other children in words.
+    /// Tools report their failure as a fault in JSON, other children in words.
     fn new(code: Option<i32>, line: &str) -> Ended {
         let said = line.trim_start_matches("tvmm: ");
         match serde_json::from_str(said) {
@@ -155,14 +155,14 @@ impl Ended {
         }
     }
 
-    /// In half a sentence.
+    /// The reason as a clause.
     pub(in crate::serve) fn why(&self) -> String {
         let how = self.code.map_or("ended by a signal".to_string(), |code| format!("ended with exit code {code}"));
         if self.said.is_empty() { how } else { format!("{how}: {}", self.said.trim_end_matches('.')) }
     }
 }
 
-/// A child that runs. It is killed when this is dropped.
+/// A running child. It is killed when this is dropped.
 #[derive(Debug)]
 pub(in crate::serve) struct Process {
     pid: u32,
@@ -185,7 +185,7 @@ impl Process {
             let _ = handle.readable().await.map(drop);
             let code = child.wait().ok().and_then(|status| status.code());
             let said = tokio::time::timeout(Duration::from_millis(500), said).await;
-            // Nobody may be interested any more.
+            // A failure means that no receiver is left.
             let _ = sender.send(Some(Ended::new(code, &said.ok().and_then(Result::ok).unwrap_or_default())));
         });
         Ok(Process { pid, pidfd, ended })
@@ -195,7 +195,7 @@ impl Process {
         self.pid
     }
 
-    /// How it ended, if it has.
+    /// Its end, if it has ended.
     pub(in crate::serve) fn ended(&self) -> Option<Ended> {
         self.ended.borrow().clone()
     }
@@ -234,7 +234,7 @@ impl Drop for Process {
 }
 
 impl Spawned {
-    /// Splits into the process, watched, and our ends.
+    /// Splits into the watched process and the daemon's ends.
     pub(in crate::serve) fn watch(self) -> io::Result<(Process, Ends)> {
         let process = Process::watch(self.child, self.stderr)?;
         let ends = Ends {
@@ -246,7 +246,7 @@ impl Spawned {
     }
 }
 
-/// Our ends of a child's pipes and of its API.
+/// The daemon's ends of a child's pipes and of its API.
 pub(in crate::serve) struct Ends {
     pub(in crate::serve) stdin: pipe::Sender,
     pub(in crate::serve) stdout: pipe::Receiver,
@@ -277,7 +277,7 @@ async fn last_line(stderr: pipe::Receiver) -> String {
     line.to_string()
 }
 
-/// Runs `tvmm` with `args` to its end; what it printed, at most `limit` bytes.
+/// Runs `tvmm` with `args` to its end. Returns its output, at most `limit` bytes.
 pub(in crate::serve) async fn run_tool(
     spawner: &Spawner,
     args: Vec<String>,
