@@ -8,20 +8,18 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::identify::{InputPath, Role};
+use crate::session::planning::planner;
 use crate::session::sources;
-use crate::session::sources::Sources;
-use crate::snapshot::{
-    Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan, TierSource,
-};
-use crate::sys::errors::{BoxError, refuse};
-use crate::tiering::costs::{Costs, SourceCache};
+use crate::snapshot::{Chain, ColdSpec, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan};
+use crate::sys::errors::BoxError;
+use crate::tiering::costs::SourceCache;
 use crate::tiering::fit::Fit;
-use crate::tiering::plan_file::{CostsUsed, PlanFile};
-use crate::tiering::policy::{Budget, DRAM_PRICE_US, Estimate, Policy, PolicyInput, page_price_ns};
+use crate::tiering::plan_file::PlanFile;
+use crate::tiering::planner::PlanRequest;
+use crate::tiering::policy::{Budget, DRAM_PRICE_US, Estimate};
 use crate::tiering::profile::Profile;
-use crate::tiering::tier;
 
-/// How the snapshot's files are cached when the plan is carried out.
+/// How the snapshot's memory is found when the plan is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Cache {
     /// In folios of 2 MiB, as tvmm leaves a snapshot
@@ -30,6 +28,16 @@ enum Cache {
     Small,
     /// Not at all
     Cold,
+}
+
+impl From<Cache> for SourceCache {
+    fn from(cache: Cache) -> SourceCache {
+        match cache {
+            Cache::Huge => SourceCache::Huge,
+            Cache::Small => SourceCache::Small,
+            Cache::Cold => SourceCache::Cold,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -56,12 +64,15 @@ pub struct PlanArgs {
     /// Take pages from this pool instead of the snapshot's files; several: from the first that has the snapshot
     #[arg(long, value_name = "POOL")]
     pool: Vec<PathBuf>,
+    /// Take pages from this cold pool, as `tvmm restore --cold` does; repeatable, nearest first, the next stands by
+    #[arg(long, value_name = "POOL")]
+    cold: Vec<ColdSpec>,
     /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
     costs: Option<PathBuf>,
-    /// How the snapshot's files will be cached
-    #[arg(long, value_enum, default_value = "huge")]
-    cache: Cache,
+    /// How the snapshot's memory will be cached; default: as a restore would find it now
+    #[arg(long, value_enum)]
+    cache: Option<Cache>,
     /// The profile of a run to hold the plan against: which pages it brings ahead that this run does not touch, and which
     /// it leaves that this run touches
     #[arg(long, value_name = "FILE")]
@@ -77,47 +88,24 @@ pub struct PlanArgs {
 impl PlanArgs {
     pub fn inputs(&self) -> Vec<InputPath> {
         let profiles = self.profile.iter().chain(&self.against).map(|path| InputPath::new(path, Role::Profile));
-        let pools = self.pool.iter().map(|path| InputPath::new(path, Role::Pool));
+        let cold = self.cold.iter().filter_map(ColdSpec::dir).map(|dir| InputPath::new(dir, Role::Pool));
+        let pools = self.pool.iter().map(|path| InputPath::new(path, Role::Pool)).chain(cold);
         std::iter::once(InputPath::new(&self.snapshot, Role::Snapshot)).chain(profiles).chain(pools).collect()
     }
 }
 
 pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
-    let policy: Policy = args.policy.parse()?;
-    let profile = args.profile.as_deref().map(Profile::load).transpose()?;
-    let costs = match &args.costs {
-        Some(path) => Costs::load(path)?,
-        None => Costs::of_this_host()?,
-    };
-    let costs = costs.with_cache(match args.cache {
-        Cache::Huge => SourceCache::Huge,
-        Cache::Small => SourceCache::Small,
-        Cache::Cold => SourceCache::Cold,
-    });
-    let Sources { chain, tiers: opened, .. } =
-        sources::pooled(&Location::Dir(args.snapshot.clone()), &args.pool, None)?;
-    let resolved = tier::resolve(&chain, &opened)?;
-    let tiers: Vec<TierSource> = opened.iter().map(|tier| tier.source()).collect();
-    let budget = Budget {
-        dram_pages: pages_of(args.dram)?,
-        cxl_pages: pages_of(args.cxl)?,
-        dram_page_ns: page_price_ns(args.dram_price),
-    };
-    let input = PolicyInput {
-        chain: &chain,
-        resolved: &resolved,
-        tiers: &tiers,
-        profile: profile.as_ref(),
-        costs: &costs,
-        budget,
-    };
-    let mut plan = policy.plan(&input)?;
-    tier::align(&mut plan, chain.layout(), chain.layers().len(), &opened);
-    plan.validate(chain.layout(), &chain.layer_file_lens())?;
-    let estimate = input.estimate(&plan);
-    let used = CostsUsed::new(&costs, args.costs.as_deref());
-    let file = PlanFile::new(plan, estimate, &chain)?.made_from(used, profile.as_ref());
-    let against = args.against.as_deref().map(|path| against(path, &file.plan, &chain)).transpose()?;
+    let policy = args.policy.parse()?;
+    let sources = sources::look(&Location::Dir(args.snapshot.clone()), &args.pool, &args.cold)?;
+    let chain = &sources.chain;
+    let file = planner(&sources).describe(&PlanRequest {
+        policy,
+        profile: args.profile.as_deref(),
+        costs: args.costs.as_deref(),
+        budget: Budget::of_mib(args.dram, args.cxl, args.dram_price),
+        cache: args.cache.map(SourceCache::from),
+    })?;
+    let against = args.against.as_deref().map(|path| against(path, &file.plan, chain)).transpose()?;
     if let Some(path) = &args.out {
         write(&file, path)?;
     }
@@ -131,13 +119,6 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
         draw(&file.plan, chain.layout());
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn pages_of(mib: Option<u64>) -> Result<Option<u64>, BoxError> {
-    match mib.map(|mib| mib.checked_mul((1 << 20) / PAGE_SIZE)) {
-        Some(None) => refuse("A budget is given in MiB, and no host has so many"),
-        other => Ok(other.flatten()),
-    }
 }
 
 fn write(file: &PlanFile, path: &Path) -> Result<(), BoxError> {

@@ -15,8 +15,8 @@ use crate::memory::guest_ram::{Backing, FileMapping, GuestRam, Piece};
 use crate::memory::promote::{InPlaceExtent, Resort};
 use crate::snapshot::InPlaceMapping;
 use crate::snapshot::{
-    BackgroundAction, CHUNK_PAGES, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Placement,
-    PlacementCounts, PlannedExtent, RestorePlan, Snapshot, chunk_of,
+    BackgroundAction, CHUNK_PAGES, Extent, Fill, Folios, Gfn, Mapping, MemoryLayout, PAGE_SIZE, PageSet, PageSource,
+    Placement, PlacementCounts, PlannedExtent, RestorePlan, Snapshot, View, chunk_of,
 };
 use crate::sys::lost;
 use crate::sys::mapping::Buffer;
@@ -124,24 +124,6 @@ pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mu
     Ok(Built { ram, report, lazy: Some((Arc::new(uffd), Vec::new())) })
 }
 
-/// What one mapping shows.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum View {
-    Anonymous,
-    /// A file from an offset; `huge` is `None` where either will do. `shared`: read-only, what is written is promoted.
-    File {
-        index: usize,
-        offset: u64,
-        huge: Option<bool>,
-        shared: bool,
-    },
-}
-
-struct Run {
-    extent: Extent,
-    view: View,
-}
-
 struct Engine<'a> {
     files: &'a Files,
     plan: &'a RestorePlan,
@@ -150,86 +132,34 @@ struct Engine<'a> {
     report: EngineReport,
 }
 
-fn view_of(planned: &PlannedExtent) -> View {
-    let file = |huge| match planned.source {
-        Some(source) => View::File { index: source.layer, offset: source.offset, huge, shared: false },
-        // `validate` has made sure that only zero extents have no source.
-        None => View::Anonymous,
-    };
-    match (planned.placement, planned.fill) {
-        (Placement::CowFile, _) => file(Some(false)),
-        (Placement::InPlace, _) => file(Some(true)),
-        (Placement::Preload, Fill::BreakCow) => file(None),
-        (Placement::Zero | Placement::Lazy | Placement::Preload, _) => View::Anonymous,
-    }
-}
-
-/// The mapping that shows both, if one can.
-fn joined(run: &Run, next: View) -> Option<View> {
-    match (run.view, next) {
-        (View::Anonymous, View::Anonymous) => Some(View::Anonymous),
-        (
-            View::File { index, offset, huge, shared },
-            View::File { index: next_index, offset: next_offset, huge: next_huge, shared: next_shared },
-        ) => {
-            let continues = index == next_index && offset.checked_add(run.extent.bytes()) == Some(next_offset);
-            let compatible = huge.is_none() || next_huge.is_none() || huge == next_huge;
-            let compatible = compatible && shared == next_shared;
-            (continues && compatible).then_some(View::File { index, offset, huge: huge.or(next_huge), shared })
-        }
-        _ => None,
-    }
-}
-
 impl Engine<'_> {
-    /// The fewest mappings that show everything.
-    fn runs(&self) -> Result<Vec<Run>, Error> {
-        let mut runs: Vec<Run> = Vec::new();
-        for planned in &self.plan.extents {
-            let view = self.view_of(planned)?;
-            if let Some(last) = runs.last_mut() {
-                let both = Extent { first: last.extent.first, pages: last.extent.pages + planned.extent.pages };
-                if last.extent.end() == planned.extent.first
-                    && self.layout.contains(both)
-                    && let Some(view) = joined(last, view)
-                {
-                    *last = Run { extent: both, view };
-                    continue;
-                }
-            }
-            runs.push(Run { extent: planned.extent, view });
-        }
-        Ok(runs)
-    }
-
-    /// What shows an extent, and how: read-only where the kernel would not copy what is written, or is not to.
-    fn view_of(&self, planned: &PlannedExtent) -> Result<View, Error> {
-        let view = view_of(planned);
-        let View::File { index, offset, huge, .. } = view else { return Ok(view) };
-        let wanted = self.in_place == InPlaceMapping::Shared && planned.placement == Placement::InPlace;
-        let shared = wanted || !self.files.mapping(index)?.copy_on_write;
-        Ok(View::File { index, offset, huge, shared })
-    }
-
     /// Makes the mappings. Returns those in place that cannot be written, and all that show files.
     fn map(&mut self, ram: &GuestRam) -> Result<(Vec<InPlaceExtent>, Vec<FileMapping>), Error> {
         let mut in_place = Vec::new();
         let mut mapped = Vec::new();
-        for run in self.runs()? {
+        let files = self.files;
+        let in_place_mapping = self.in_place;
+        // Read-only where the kernel would not copy what is written, or is not to.
+        let is_shared = move |planned: &PlannedExtent, source: PageSource| {
+            let wanted = in_place_mapping == InPlaceMapping::Shared && planned.placement == Placement::InPlace;
+            // A source that cannot be mapped is refused when it is to be.
+            wanted || files.mapping(source.layer).is_ok_and(|mapped| !mapped.copy_on_write)
+        };
+        for Mapping { extent, view, .. } in self.plan.mappings(self.layout, is_shared) {
             self.report.mmap_calls += 1;
-            match run.view {
-                View::Anonymous => ram.map_anon(run.extent)?,
-                View::File { index, offset, huge, shared } => {
-                    let Mapped { file, base, align, .. } = self.files.mapping(index)?;
-                    mapped.push(FileMapping { extent: run.extent, file: index, offset: base + offset });
+            match view {
+                View::Anonymous => ram.map_anon(extent)?,
+                View::File { source: PageSource { layer, offset }, folios, shared } => {
+                    let Mapped { file, base, align, .. } = files.mapping(layer)?;
+                    mapped.push(FileMapping { extent, file: layer, offset: base + offset });
                     if shared {
-                        ram.map_in_place(run.extent, file, base + offset)?;
-                        in_place.push(InPlaceExtent { extent: run.extent, align_pages: align / PAGE_SIZE });
+                        ram.map_in_place(extent, file, base + offset)?;
+                        in_place.push(InPlaceExtent { extent, align_pages: align / PAGE_SIZE });
                     } else {
-                        ram.map_file_private(run.extent, file, base + offset)?;
+                        ram.map_file_private(extent, file, base + offset)?;
                     }
-                    if huge == Some(true) {
-                        self.advise_huge(ram, run.extent)?;
+                    if folios == Folios::Huge {
+                        self.advise_huge(ram, extent)?;
                     }
                 }
             }
@@ -486,7 +416,7 @@ fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
 
 /// The extents under a mapping of a file.
 fn file_mapped(plan: &RestorePlan) -> Vec<Extent> {
-    let mapped = plan.extents.iter().filter(|planned| matches!(view_of(planned), View::File { .. }));
+    let mapped = plan.extents.iter().filter(|planned| planned.mapped().is_some());
     mapped.map(|planned| planned.extent).collect()
 }
 

@@ -62,12 +62,6 @@ pub(super) fn on_this_host(options: &RestoreOptions) -> Vec<(PathBuf, bool)> {
     pools.chain(cold).collect()
 }
 
-/// Returns whether there are cold pools and no others.
-pub(super) fn is_cold_alone(options: &RestoreOptions) -> bool {
-    let has_pools = options.pools.as_ref().is_some_and(|pools| !pools.is_empty());
-    options.cold_pools.as_ref().is_some_and(|pools| !pools.is_empty()) && !has_pools
-}
-
 /// A request's settings of the VM that it restores, other than the snapshot and the policy.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Wanted {
@@ -128,10 +122,9 @@ mod tests {
     fn pools_of_this_host_are_found_whichever_way_they_are_read() {
         let all =
             json!({ "pools": ["/a", "numa:1"], "cold_pools": ["/c", "direct:/d,depth=3", "file:///e", "tcp:h:1"] });
-        let found = on_this_host(&tiers(all.clone()));
+        let found = on_this_host(&tiers(all));
         let expected = [("/a", false), ("numa:1", false), ("/c", true), ("/d", true), ("/e", true)];
         assert_eq!(found, expected.map(|(dir, is_cold)| (PathBuf::from(dir), is_cold)));
-        assert!(!is_cold_alone(&tiers(all)) && is_cold_alone(&tiers(json!({ "pools": [], "cold_pools": ["/c"] }))));
     }
 
     #[test]

@@ -9,11 +9,11 @@ use crate::backends::cold;
 use crate::backends::cold::CacheAt;
 use crate::backends::pool_media;
 use crate::backends::pool_media::Access;
-use crate::config::request::SnapshotPaths;
+use crate::config::request::{DEFAULT_FAULT_TIMEOUT, SnapshotPaths};
 use crate::config::restore::{Cold, MemoryFrom, PlanFrom, RestoreRequest};
 use crate::memory::stall::Stalls;
 use crate::session::Error;
-use crate::snapshot::{Chain, Location};
+use crate::snapshot::{Chain, ColdSpec, Location};
 use crate::tiering;
 use crate::tiering::cold::ColdPool;
 use crate::tiering::pool::{self, OnLost, PoolTier};
@@ -61,13 +61,35 @@ fn open_memory(request: &RestoreRequest, fault_timeout: Duration, stalls: &Arc<S
         MemoryFrom::Handler(_) => Ok(Sources::files(Chain::open_without_memory(&request.snapshot)?)),
         MemoryFrom::Files { .. } => Ok(Sources::files(Chain::open(&location)?)),
         MemoryFrom::Cold(cold) => from_cold(&location, cold, fault_timeout),
-        MemoryFrom::Pools { pools, fallback } => match (pooled(&location, pools, Some(stalls)), fallback) {
-            (Err(Error::Tiering(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))), Some(cold)) => {
-                tracing::warn!(%error, "The cold pool is used instead");
-                from_cold(&location, cold, fault_timeout)
-            }
-            (result, _) => result,
-        },
+        MemoryFrom::Pools { pools, fallback } => {
+            from_pools(&location, pools, fallback.as_ref(), fault_timeout, Some(stalls))
+        }
+    }
+}
+
+/// Opens a snapshot as a restore would, to look at: neither leases nor caches of chunks are taken.
+pub fn look(location: &Location, pools: &[PathBuf], cold: &[ColdSpec]) -> Result<Sources, Error> {
+    let cold = (!cold.is_empty()).then(|| Cold { pools: cold.to_vec(), cache: None });
+    match &cold {
+        Some(cold) if pools.is_empty() => from_cold(location, cold, DEFAULT_FAULT_TIMEOUT),
+        cold => from_pools(location, pools, cold.as_ref(), DEFAULT_FAULT_TIMEOUT, None),
+    }
+}
+
+/// The snapshot at `location` as [`pooled`] opens it; from cold pools if none of `pools` has it.
+fn from_pools(
+    location: &Location,
+    pools: &[PathBuf],
+    fallback: Option<&Cold>,
+    fault_timeout: Duration,
+    leased: Option<&Arc<Stalls>>,
+) -> Result<Sources, Error> {
+    match (pooled(location, pools, leased), fallback) {
+        (Err(Error::Tiering(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))), Some(cold)) => {
+            tracing::warn!(%error, "The cold pool is used instead");
+            from_cold(location, cold, fault_timeout)
+        }
+        (result, _) => result,
     }
 }
 
@@ -81,7 +103,7 @@ fn from_cold(location: &Location, cold: &Cold, fault_timeout: Duration) -> Resul
 
 /// Opens the snapshot at `location` from the first of `pools` that has it, or from its own files without pools.
 /// `leased`: its pages will be mapped, and this ends the guest if the lease is ended by others.
-pub fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) -> Result<Sources, Error> {
+fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) -> Result<Sources, Error> {
     if pools.is_empty() {
         return Ok(Sources::files(Chain::open(location)?));
     }

@@ -19,7 +19,6 @@ use crate::serve::drives::remove_images;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::serve::functions::known_policy;
 use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
-use crate::serve::load::is_cold_alone;
 use crate::serve::snapshots::SnapshotRecord;
 use crate::serve::store::gone_is_fine;
 use crate::serve::traces::Recording;
@@ -255,14 +254,13 @@ pub(in crate::serve) async fn delete_profile(
     Ok(told)
 }
 
-/// The plan that a policy makes for the snapshot, as `tvmm plan --json` prints it: with the pools, budgets and price of
-/// the daemon, and the function's local memory. Of cold pools, a plan knows only that the snapshot's memory is not
-/// cached.
+/// The plan that a restore of the snapshot by a policy would carry out, as `tvmm plan --json` shows it: with the pools, cold
+/// pools, budgets and price of the daemon, and the function's local memory.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
     params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
         ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use; none: the function's, else the daemon's"),
         ("cxl_mib" = Option<u64>, Query, description = "Memory in the CXL tier it may use"),
-        ("cache" = Option<String>, Query, description = "How the snapshot's files will be cached: huge, small or cold; none: huge, or cold where the daemon has cold pools alone")),
+        ("cache" = Option<String>, Query, description = "How the snapshot's memory will be cached: huge, small or cold; none: as a restore would find it now")),
     responses((status = 200, description = "The plan", body = Object), (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "The policy needs a profile")))]
 pub(in crate::serve) async fn get_plan(
@@ -288,6 +286,9 @@ pub(in crate::serve) async fn get_plan(
     for pool in tiers.pools.iter().flatten() {
         path("--pool", pool.clone());
     }
+    for pool in tiers.cold_pools.iter().flatten() {
+        path("--cold", pool.to_string().into());
+    }
     if let Some(price) = tiers.dram_price {
         args.extend(["--dram-price".into(), price.to_string()]);
     }
@@ -297,7 +298,6 @@ pub(in crate::serve) async fn get_plan(
         }
     }
     match query.get("cache").map(String::as_str) {
-        None if is_cold_alone(&tiers) => args.extend(["--cache".into(), "cold".into()]),
         None => {}
         Some(cache @ ("huge" | "small" | "cold")) => args.extend(["--cache".into(), cache.to_string()]),
         Some(other) => return Err(Fault::bad(format!("There is no cache state `{other}`: huge, small or cold."))),

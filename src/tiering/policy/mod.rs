@@ -48,8 +48,16 @@ pub struct Budget {
     pub dram_page_ns: u64,
 }
 
+impl Budget {
+    /// A budget in MiB, with a price in µs per MiB. More MiB than can be counted in pages are no limit.
+    pub fn of_mib(dram: Option<u64>, cxl: Option<u64>, dram_price_us: u64) -> Budget {
+        let pages = |mib: Option<u64>| mib.map(|mib| mib.saturating_mul((1 << 20) / PAGE_SIZE));
+        Budget { dram_pages: pages(dram), cxl_pages: pages(cxl), dram_page_ns: page_price_ns(dram_price_us) }
+    }
+}
+
 /// Converts a price per MiB to a price per page.
-pub fn page_price_ns(us_per_mib: u64) -> u64 {
+fn page_price_ns(us_per_mib: u64) -> u64 {
     us_per_mib.saturating_mul(1000) / ((1 << 20) / PAGE_SIZE)
 }
 
@@ -181,6 +189,12 @@ impl<'a> Ground<'a> {
 }
 
 impl Policy {
+    /// True if the plan depends on the costs of memory operations, and so on the cache state of the memory. The other
+    /// policies do what their papers do.
+    pub fn weighs_costs(self) -> bool {
+        self == Policy::Tiered
+    }
+
     /// True if the policy needs to know which pages are zero, so that the page maps of `chain` have to be read.
     pub fn needs_pages(self, chain: &Chain, tiers: &[TierSource]) -> bool {
         let is_one_file = tiers.is_empty() && chain.layers().len() == 1;
