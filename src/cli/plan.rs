@@ -45,17 +45,17 @@ pub struct PlanArgs {
     /// The snapshot directory
     #[arg(long, value_name = "DIR")]
     snapshot: PathBuf,
-    /// What a recorded run did (`tvmm profile record`)
+    /// Profile of a recorded run, for policies that need one (`tvmm profile record`)
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// The policy that makes the plan
     #[arg(long, value_name = "NAME")]
     policy: String,
-    /// Local memory for what is preloaded or will be written, MiB
+    /// Local memory for preloaded pages and pages that the guest will write, MiB
     #[arg(long, value_name = "MIB")]
     dram: Option<u64>,
-    /// How much longer a request may take to save a MiB of local memory that it does not write, µs; only `tiered` weighs
-    /// that
+    /// Latency to trade for memory: additional µs per request that saving 1 MiB of preloaded local memory is worth (0
+    /// optimises latency only); only `tiered` weighs it
     #[arg(long, default_value_t = DRAM_PRICE_US, value_name = "US")]
     dram_price: u64,
     /// Memory in the CXL tier, MiB
@@ -67,14 +67,14 @@ pub struct PlanArgs {
     /// Take pages from this cold pool, as `tvmm restore --cold` does; repeatable, nearest first, the next stands by
     #[arg(long, value_name = "POOL")]
     cold: Vec<ColdSpec>,
-    /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
+    /// Costs of this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
     costs: Option<PathBuf>,
     /// How the snapshot's memory will be cached; default: as a restore would find it now
     #[arg(long, value_enum)]
     cache: Option<Cache>,
-    /// The profile of a run to hold the plan against: which pages it brings ahead that this run does not touch, and which
-    /// it leaves that this run touches
+    /// The profile of a run to hold the plan against: which pages it brings ahead that this run does not touch, and
+    /// which it leaves that this run touches
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
     /// As JSON
@@ -232,7 +232,7 @@ fn table(plan: &RestorePlan) -> Table {
     table
 }
 
-/// What the run of a profile does to the pages of each placement.
+/// Prints what the run of a profile does to the pages of each placement.
 fn print_fit(fit: &Fit) {
     let runs = if fit.runs == 1 { "one run".to_string() } else { format!("any of {} runs", fit.runs) };
     out!("against    {runs} of `{}`, recorded by {}:", fit.function, fit.recorder);

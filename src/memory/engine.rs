@@ -23,7 +23,7 @@ use crate::sys::mapping::Buffer;
 use crate::sys::timeline::{Slice, Timeline};
 use crate::sys::uffd::{Install, Uffd};
 
-/// What carrying out a plan came to.
+/// Counts of the work that carried out a plan.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct EngineReport {
     /// Pages by placement.
@@ -41,7 +41,7 @@ pub struct EngineReport {
     pub bytes_preloaded: u64,
     /// Whether images were read past the page cache, where the plan asked for it.
     pub direct_reads: bool,
-    /// What of it KVM mapped for the guest ahead.
+    /// The part of it that KVM mapped for the guest ahead.
     pub prefault: PrefaultReport,
 }
 
@@ -91,7 +91,8 @@ pub fn build(
         timeline.lap(Slice::Map);
         engine.copy(&ram)?;
         engine.break_cow(&ram)?;
-        // After the copies: those between lazy pages are taken in, and nobody waits on himself for them.
+        // After the copies, because memory copied between lazy pages is registered too. A copy into registered memory
+        // would fault and wait for this thread itself.
         let lazy = engine.register_lazy(&ram)?;
         if let Some((uffd, _)) = &lazy {
             engine.install(&ram, uffd)?;
@@ -104,8 +105,8 @@ pub fn build(
     Ok(Built { ram, report: engine.report, lazy })
 }
 
-/// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd. `tells_removals`: the handler is to
-/// learn of pages that the guest gives back.
+/// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd. `tells_removals`: the handler is
+/// to learn of pages that the guest gives back.
 pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mut Timeline) -> Result<Built, Error> {
     let mut ram = GuestRam::reserve(layout)?;
     let uffd = if tells_removals { Uffd::open_telling_removals() } else { Uffd::open(false) };
@@ -192,8 +193,8 @@ impl Engine<'_> {
         Ok(Some((Arc::new(uffd), sorted(lazy))))
     }
 
-    /// Hands lazy extents, and those installed ahead into the same memory, to a userfaultfd. What was copied between
-    /// them goes along: nothing of it is missing, and it need not be cut out.
+    /// Hands lazy extents, and those installed ahead into the same memory, to a userfaultfd. Pages copied between them
+    /// are registered too: none of them is missing, so they need not be cut out.
     fn register_lazy(&mut self, ram: &GuestRam) -> Result<Option<Served>, Error> {
         let served = served_runs(self.plan, self.layout);
         if served.is_empty() {
@@ -260,7 +261,7 @@ impl Engine<'_> {
                 Some(why) => Error::Lost(why),
                 None => Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source },
             };
-            // What the kernel cannot copy is promoted.
+            // Pages that the kernel cannot copy are promoted.
             match ram.in_place().filter(|in_place| in_place.has(planned.extent)) {
                 Some(in_place) => in_place.promote_as(Resort::Ahead, planned.extent),
                 None => ram.populator(planned.extent)?.populate_write(),
@@ -275,8 +276,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages; those of layers and
-    /// tiers extent by extent.
+    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages; those of layers
+    /// and tiers extent by extent.
     fn install(&mut self, ram: &GuestRam, uffd: &Uffd) -> Result<(), Error> {
         let plan = self.plan;
         let mut bytes = Vec::new();
@@ -305,8 +306,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Installs the extents of one image, whose `bytes` were read, while another thread compares them with their checksums:
-    /// the guest does not run yet, so both need only be done before it does.
+    /// Installs the extents of one image, whose `bytes` were read, while another thread compares them with their
+    /// checksums: the guest does not run yet, so both need only be done before it does.
     fn install_image(
         &mut self,
         ram: &GuestRam,
@@ -326,7 +327,7 @@ impl Engine<'_> {
             let compared = match comparing {
                 // A panic of the thread goes on here.
                 Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                // Where no thread is to be had, this one compares.
+                // If no thread can be started, this one compares.
                 Err(_) => compare(),
             };
             compared.and(installed)
@@ -490,7 +491,7 @@ fn verify(ram: &GuestRam, layer: &Snapshot, pages: &PageSet) -> Result<(), Error
     Ok(())
 }
 
-/// What mapping preloaded memory for the guest came to.
+/// The result of mapping preloaded memory for the guest ahead.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct PrefaultReport {
     pub outcome: PrefaultOutcome,
