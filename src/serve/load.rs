@@ -28,8 +28,8 @@ pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
     })
 }
 
-/// Refuses options that the daemon decides, paths that depend on the daemon's current directory, and options that exclude
-/// each other or miss an option that they need.
+/// Refuses options that the daemon decides, paths that depend on the daemon's current directory, and options that
+/// exclude each other or miss an option that they need.
 pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
     let said = [
         options.policy.is_some(),
