@@ -45,7 +45,7 @@ pub struct PlanArgs {
     /// The snapshot directory
     #[arg(long, value_name = "DIR")]
     snapshot: PathBuf,
-    /// Profile of a recorded run (`tvmm profile record`)
+    /// Profile of a recorded run, for policies that need one (`tvmm profile record`)
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// The policy that makes the plan

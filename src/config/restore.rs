@@ -63,9 +63,10 @@ pub struct RestoreOptions {
     #[arg(long, value_name = "WHEN")]
     #[schema(ignore)]
     pub verify: Option<Verify>,
-    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N] (past
-    /// the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with object
-    /// stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands by
+    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
+    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with
+    /// object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands
+    /// by
     #[arg(long = "cold", value_name = "POOL")]
     #[schema(value_type = Option<Vec<String>>)]
     pub cold_pools: Option<Vec<ColdSpec>>,

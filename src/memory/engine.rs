@@ -91,8 +91,8 @@ pub fn build(
         timeline.lap(Slice::Map);
         engine.copy(&ram)?;
         engine.break_cow(&ram)?;
-        // After the copies: those between lazy pages are registered too, and this thread must not fault on its own
-        // registration.
+        // After the copies, because memory copied between lazy pages is registered too. A copy into registered memory
+        // would fault and wait for this thread itself.
         let lazy = engine.register_lazy(&ram)?;
         if let Some((uffd, _)) = &lazy {
             engine.install(&ram, uffd)?;

@@ -254,8 +254,8 @@ pub(in crate::serve) async fn delete_profile(
     Ok(told)
 }
 
-/// The plan that a restore of the snapshot by a policy would carry out, as `tvmm plan --json` shows it: with the pools, cold
-/// pools, budgets and price of the daemon, and the function's local memory.
+/// The plan that a restore of the snapshot by a policy would carry out, as `tvmm plan --json` shows it: with the pools,
+/// cold pools, budgets and price of the daemon, and the function's local memory.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
     params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
         ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use; none: the function's, else the daemon's"),
