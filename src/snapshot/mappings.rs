@@ -142,13 +142,13 @@ mod tests {
             PlannedExtent::zero(extent(80, 20)),
             PlannedExtent::zero(extent(100, 100)),
         ];
-        let shown: Vec<(Range<usize>, Option<(PageSource, Folios)>)> = plan
+        let shown = plan
             .mappings(&layout, |_, _| false)
             .map(|mapping| match mapping.view {
                 View::Anonymous => (mapping.items, None),
                 View::File { source, folios, .. } => (mapping.items, Some((source, folios))),
             })
-            .collect();
+            .collect::<Vec<_>>();
         let expected = [
             (0..2, Some((source(0, 0), Folios::Huge))),
             (2..3, Some((source(0, 20), Folios::Usual))),

@@ -63,8 +63,9 @@ impl Lowering<'_> {
         let end = item.extent.end();
         for run in self.held.runs_in(item.extent) {
             let gap = run.first.0 - next.0;
-            // Zero pages at either end are joined with those beyond it first: the length of the whole run decides.
-            if gap >= ZERO_RUN || (gap > 0 && next == item.extent.first) {
+            // Zero pages before lazy ones are joined with those before them first: the length of the whole run decides.
+            let is_open = placement == Placement::Lazy && next == item.extent.first;
+            if gap >= ZERO_RUN || (gap > 0 && is_open) {
                 out.push(PlannedExtent::zero(Extent { first: next, pages: gap }));
                 next = run.first;
             }
