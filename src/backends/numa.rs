@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 pub enum Error {
     #[error("This host has no NUMA node {0} with memory; /sys/devices/system/node/has_memory says which have")]
     NoNode(u32),
-    #[error("Cannot mount a tmpfs on NUMA node {node} at {path}: that needs root (CAP_SYS_ADMIN)", path = path.display())]
+    #[error(
+        "Cannot mount a tmpfs on NUMA node {node} at {path}: that needs root (CAP_SYS_ADMIN)",
+        path = path.display()
+    )]
     Mount { node: u32, path: PathBuf, source: io::Error },
     #[error("NUMA node {node} has {free_mib} MiB free, {size_mib} were asked for")]
     Full { node: u32, size_mib: u64, free_mib: u64 },

@@ -28,9 +28,15 @@ pub enum Error {
     Io { doing: &'static str, path: PathBuf, source: io::Error },
     #[error("{path} is neither a directory nor a device-DAX device (/dev/daxX.Y) nor numa:N", path = path.display())]
     What { path: PathBuf },
-    #[error("There is no pool at {path}; make one with `tvmm pool create --at {path} --size GiB`", path = path.display())]
+    #[error(
+        "There is no pool at {path}; make one with `tvmm pool create --at {path} --size GiB`",
+        path = path.display()
+    )]
     NoPool { path: PathBuf },
-    #[error("There is a pool at {path} already; to make it anew, remove {file} first", path = path.display(), file = file.display())]
+    #[error(
+        "There is a pool at {path} already; to make it anew, remove {file} first",
+        path = path.display(), file = file.display()
+    )]
     Exists { path: PathBuf, file: PathBuf },
     #[error("Say with --size how large the pool in {path} is to be", path = path.display())]
     NoSize { path: PathBuf },
@@ -319,7 +325,8 @@ impl PoolMedium {
         let small = make_huge(&self.file, start, end - start)?;
         if small > 0 {
             let pool = self.name.display();
-            tracing::warn!(%pool, blocks = small, "The host has no memory in one piece for 2 MiB pages: blocks stay in small pages");
+            tracing::warn!(%pool, blocks = small, "The host has no memory in one piece for 2 MiB pages: blocks stay \
+                                                   in small pages");
         }
         Ok(())
     }

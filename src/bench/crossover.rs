@@ -173,7 +173,8 @@ fn keep(args: &CrossoverArgs, ways: &[Way], results: &[Vec<Summary>]) -> Result<
     if let Some(path) = &args.json {
         let rows = args.loads.iter().zip(results).map(|(loads, row)| {
             let ways = ways.iter().zip(row).map(|(way, all)| {
-                json!({ "way": way.name, "far_ns": way.far_ns, "median_ms": all.median, "min_ms": all.min, "max_ms": all.max })
+                json!({ "way": way.name, "far_ns": way.far_ns, "median_ms": all.median, "min_ms": all.min,
+                "max_ms": all.max })
             });
             json!({ "loads_per_page": loads, "ways": ways.collect::<Vec<_>>() })
         });

@@ -163,7 +163,10 @@ fn grouped(plan: &RestorePlan) -> [(u64, u64); 7] {
 
 fn to_json(file: &PlanFile, against: Option<&Fit>) -> Value {
     let plan = &file.plan;
-    let group = |(index, (pages, extents)): (usize, &(u64, u64))| json!({ "what": GROUPS[index].0, "pages": pages, "extents": extents });
+    let group = |(index, (pages, extents)): (usize, &(u64, u64))| {
+        json!({ "what": GROUPS[index].0, "pages": pages,
+    "extents": extents })
+    };
     json!({
         "policy": plan.policy,
         "snapshot": plan.snapshot,
@@ -172,7 +175,8 @@ fn to_json(file: &PlanFile, against: Option<&Fit>) -> Value {
         "expected": file.expected,
         "fit_expected": file.fit,
         "fit_against": against,
-        "images": plan.images.iter().map(|image| json!({ "bytes": image.file_len(), "extents": image.extents.len() })).collect::<Vec<_>>(),
+        "images": plan.images.iter().map(|image| json!({ "bytes": image.file_len(),
+        "extents": image.extents.len() })).collect::<Vec<_>>(),
         "background_steps": plan.background.len(),
         "fault_pages": plan.fault_pages,
         "plan": plan,

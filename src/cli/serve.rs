@@ -59,10 +59,12 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 4096, value_name = "N", value_parser = at_least_one)]
     max_connections: usize,
     /// Time limit of an invocation that names none, s
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, default_value_t = 60, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
     /// Idle time after which a VM left by an invocation is ended, s
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, default_value_t = 60, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
     idle_timeout: u64,
     /// Limit on the output of a guest before its answer, KiB
     #[arg(long, default_value_t = 4096, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]

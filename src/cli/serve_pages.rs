@@ -28,7 +28,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     memory: u32,
     /// Idle time after which a connection is closed, s, unless it is read by RDMA; clients connect again
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600,
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
     idle_timeout: u64,
     /// Memory that clients may read by RDMA, MiB: the data of the snapshots that they have open, which stays in memory
     /// meanwhile [default: 4096]

@@ -85,8 +85,8 @@ pub enum ConfigError {
     InitrdWithoutKernel,
     /// A machine to boot, and a snapshot to load.
     #[error(
-        "Config has both snapshot-load and {key}: the machine is the snapshot's, so leave {key} out. How it is restored \
-         is said in snapshot-load.tvmm."
+        "Config has both snapshot-load and {key}: the machine is the snapshot's, so leave {key} out. How it is \
+         restored is said in snapshot-load.tvmm."
     )]
     BootAndLoad {
         /// The key that shapes a machine.

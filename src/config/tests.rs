@@ -311,7 +311,8 @@ fn from_json_cpu_config_may_be_a_template_or_name_its_file() {
 fn snapshot_load_is_read_and_shuts_out_what_shapes_a_machine() {
     let text = r#"{"logger": {"level": "Info"}, "metrics": {"metrics_path": "m"}, "drives": [], "vsock": null,
         "snapshot-load": {"snapshot_path": "s", "resume_vm": true, "tvmm": {"policy": "tiered", "pools": ["a", "b"],
-            "cold_pools": ["c"], "cold_cache": "d", "cold_cache_mib": 7, "dram_price": 3, "costs": "e", "plan_dir": "f"}}}"#;
+            "cold_pools": ["c"], "cold_cache": "d", "cold_cache_mib": 7, "dram_price": 3, "costs": "e",
+            "plan_dir": "f"}}}"#;
     let config = VmConfig::from_json(text).unwrap();
     let load = config.snapshot_load.as_deref().unwrap();
     assert_eq!((load.snapshot.as_path(), load.resume), (Path::new("s"), true));
@@ -371,7 +372,8 @@ fn snapshot_load_that_makes_no_sense_is_refused() {
         (r#""snapshot_path": "s", "tvmm": {"dram_price": -1}"#, "at snapshot-load.tvmm.dram_price", "invalid value"),
         (r#""resume_vm": true"#, "at snapshot-load", "missing field `snapshot_path`"),
         (
-            r#""snapshot_path": "s", "mem_file_path": "m", "mem_backend": {"backend_type": "File", "backend_path": "m"}"#,
+            r#""snapshot_path": "s", "mem_file_path": "m", "mem_backend": {
+                "backend_type": "File", "backend_path": "m"}"#,
             "line 1",
             "too many fields",
         ),

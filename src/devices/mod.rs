@@ -44,7 +44,8 @@ pub enum Error {
     Drive { id: String, path: PathBuf, what: String },
     /// The host refuses the asynchronous engine.
     #[error(
-        "Drive `{id}` cannot have io_engine Async: io_uring cannot be used here (the sysctl kernel.io_uring_disabled, a seccomp filter, or a limit on locked memory forbids it); use io_engine Sync"
+        "Drive `{id}` cannot have io_engine Async: io_uring cannot be used here (the sysctl kernel.io_uring_disabled, \
+         a seccomp filter, or a limit on locked memory forbids it); use io_engine Sync"
     )]
     IoUring { id: String, source: io::Error },
     /// A tap device that cannot be used; `why` says what to do.
@@ -52,7 +53,8 @@ pub enum Error {
     Tap { id: String, tap: String, why: String, source: io::Error },
     /// A new MAC address for a guest that cannot learn of it.
     #[error(
-        "Network interface `{id}` cannot have another MAC address: it had no guest_mac, so the guest chose its own; give it one before it boots"
+        "Network interface `{id}` cannot have another MAC address: it had no guest_mac, so the guest chose its own; \
+         give it one before it boots"
     )]
     NoMac { id: String },
     /// A pmem image cannot be opened or examined.
@@ -69,7 +71,8 @@ pub enum Error {
     State { device: &'static str, what: &'static str },
     /// The path of the vsock device's socket is taken.
     #[error(
-        "Cannot listen on the vsock device's socket {path}: the path is taken. Give another `uds_path` (at restore: `--vsock PATH`, `vsock_override`); if a VM that has ended left the file, delete it"
+        "Cannot listen on the vsock device's socket {path}: the path is taken. Give another `uds_path` (at restore: \
+         `--vsock PATH`, `vsock_override`); if a VM that has ended left the file, delete it"
     )]
     VsockPathTaken { path: PathBuf },
     /// With the port of a guest's connection the path would not fit a socket address.

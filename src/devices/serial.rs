@@ -234,7 +234,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_driver_makes_the_serial_port_panic_or_its_state_unusable(
-            acts in proptest::collection::vec((0u8..4, 0u64..10, proptest::collection::vec(any::<u8>(), 0..20)), 1..100),
+            acts in proptest::collection::vec((0u8..4, 0u64..10, proptest::collection::vec(any::<u8>(), 0..20)),
+            1..100),
         ) {
             let (serial, _reader) = serial();
             for (act, offset, mut bytes) in acts {

@@ -22,13 +22,15 @@ pub enum Error {
     #[error("The {0} did not stop in time: it waits for memory from a file that hangs")]
     Stuck(&'static str),
     #[error(
-        "Cannot use userfaultfd. Run as root, or give this user access to /dev/userfaultfd (it is enough that the file can be opened); on kernels without that file set vm.unprivileged_userfaultfd=1"
+        "Cannot use userfaultfd. Run as root, or give this user access to /dev/userfaultfd (it is enough that the \
+         file can be opened); on kernels without that file set vm.unprivileged_userfaultfd=1"
     )]
     Userfaultfd(#[source] io::Error),
     #[error("{0}")]
     Lost(String),
     #[error(
-        "Cannot trust pool {path}: {bytes} bytes for guest-physical {gpa:#x} do not match their checksums. Restore without the pool, or remove the snapshot from it and add it again (`tvmm pool fsck` tells what is damaged)"
+        "Cannot trust pool {path}: {bytes} bytes for guest-physical {gpa:#x} do not match their checksums. Restore \
+         without the pool, or remove the snapshot from it and add it again (`tvmm pool fsck` tells what is damaged)"
     )]
     PoolMemory { path: PathBuf, gpa: u64, bytes: u64 },
     #[error("Cannot take a snapshot: memory that the guest reads from an image {0}")]

@@ -139,7 +139,10 @@ impl Verifier {
         let builder = Builder::new().name("verify".into()).stack_size(128 * 1024);
         let thread = Worker::start(builder, stop, move || work.run(&chain, &tiers));
         // Without the thread the main thread compares the sample, and the rest is not compared.
-        let failed = |error: &io::Error| tracing::warn!(%error, "No thread can be started to verify memory while the guest runs");
+        let failed = |error: &io::Error| {
+            tracing::warn!(%error, "No thread can be started to verify memory while the \
+                                                            guest runs")
+        };
         Ok(Some(Verifier { shared, thread: thread.inspect_err(failed).ok() }))
     }
 

@@ -163,17 +163,20 @@ pub(super) struct InvocationAnswer {
 
 /// Runs a function: in a running VM, in one restored from a snapshot, or in one that is booted.
 #[utoipa::path(post, path = "/invocations", tag = "invocations", request_body = InvocationBody,
-    params(("traceparent" = Option<String>, Header, description = "The caller's span (W3C Trace Context): the trace goes on here")),
+    params(("traceparent" = Option<String>, Header,
+        description = "The caller's span (W3C Trace Context): the trace goes on here")),
     responses((status = 200, description = "The guest answered", body = InvocationAnswer),
         (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 403, body = FaultBody, description = "It names what clients may not name"),
         (status = 404, body = FaultBody, description = "No such function, VM, snapshot or namespace"),
-        (status = 409, body = FaultBody, description = "The VM is over, or the snapshot lacks the profile the policy needs"),
+        (status = 409, body = FaultBody,
+        description = "The VM is over, or the snapshot lacks the profile the policy needs"),
         (status = 422, body = FaultBody, description = "The VM cannot be booted or restored"),
         (status = 429, body = FaultBody, description = "Too much at once: see Retry-After"),
         (status = 502, body = FaultBody, description = "The VM ended, or its guest said nothing that is an answer"),
         (status = 504, body = FaultBody, description = "The guest did not answer in time, and was ended"),
-        (status = 507, body = FaultBody, description = "The VM needs more memory than all VMs may have, or the disk is full")))]
+        (status = 507, body = FaultBody,
+        description = "The VM needs more memory than all VMs may have, or the disk is full")))]
 pub(super) async fn post_invocation(
     State(daemon): State<Shared>,
     headers: HeaderMap,

@@ -18,7 +18,8 @@ use super::{Shared, functions, invocations, metrics, networks, snapshots, traces
 #[derive(OpenApi)]
 #[openapi(info(
     title = "tvmm serve",
-    description = "Functions in microVMs, restored from snapshots by policy. Resources are FaaSnap's, with tvmm's added."
+    description = "Functions in microVMs, restored from snapshots by policy. Resources are FaaSnap's, with tvmm's \
+                   added."
 ))]
 struct ApiDoc;
 

@@ -138,7 +138,8 @@ pub(super) async fn get_snapshots(State(daemon): State<Shared>) -> Reply<Vec<Sna
 
 /// One snapshot.
 #[utoipa::path(get, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
-    responses((status = 200, description = "The snapshot", body = SnapshotRecord), (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The snapshot", body = SnapshotRecord),
+        (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn get_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -148,9 +149,12 @@ pub(super) async fn get_snapshot(
 
 /// Takes a snapshot of a VM, between its requests. The VM runs on.
 #[utoipa::path(post, path = "/snapshots", tag = "snapshots", request_body = SnapshotBody,
-    responses((status = 200, description = "It is kept", body = SnapshotRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such VM"), (status = 409, body = FaultBody, description = "The name is taken, or the VM is over"),
-        (status = 422, body = FaultBody, description = "The VM refuses"), (status = 507, body = FaultBody, description = "The disk is full")))]
+    responses((status = 200, description = "It is kept", body = SnapshotRecord),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such VM"),
+        (status = 409, body = FaultBody, description = "The name is taken, or the VM is over"),
+        (status = 422, body = FaultBody, description = "The VM refuses"),
+        (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn post_snapshot(
     State(daemon): State<Shared>,
     Body(body): Body<SnapshotBody>,
@@ -163,8 +167,8 @@ pub(super) async fn post_snapshot(
 async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord, Fault> {
     if body.snapshot_path.is_some() || body.mem_file_path.is_some() || body.version.is_some() {
         return Err(Fault::bad(
-            "Snapshots are kept in the daemon's directory, in one format: leave out `snapshot_path`, `mem_file_path` and \
-             `version`.",
+            "Snapshots are kept in the daemon's directory, in one format: leave out `snapshot_path`, `mem_file_path` \
+             and `version`.",
         ));
     }
     if body.record_regions == Some(false) {
@@ -319,9 +323,12 @@ fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<Claim, Fault> {
 /// Copies a snapshot, its profiles included: clones of different snapshots share no page cache.
 #[utoipa::path(put, path = "/snapshots", tag = "snapshots",
     params(("from_snapshot" = String, Query), ("ssId" = Option<String>, Query, description = "What to call the copy"),
-        ("mem_file_path" = Option<String>, Query, description = "Refused: snapshots are kept in the daemon's directory")),
-    responses((status = 200, description = "The copy", body = SnapshotRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 507, body = FaultBody, description = "The disk is full")))]
+        ("mem_file_path" = Option<String>, Query, description = "Refused: snapshots are kept in the daemon's \
+                                                            directory")),
+    responses((status = 200, description = "The copy", body = SnapshotRecord),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+        (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn copy_snapshot(State(daemon): State<Shared>, uri: Uri) -> Result<Reply<SnapshotRecord>, Fault> {
     let task = tokio::spawn(async move { copy(&daemon, &uri).await });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The copy was given up."))).map(Reply)
@@ -382,8 +389,10 @@ fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
 }
 
 /// Brings a snapshot's files into the page cache, or drops them from it.
-#[utoipa::path(patch, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)), request_body = SnapshotPatch,
-    responses((status = 200, description = "How it is cached now", body = CacheState), (status = 400, body = FaultBody, description = "It makes no sense"),
+#[utoipa::path(patch, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
+    request_body = SnapshotPatch,
+    responses((status = 200, description = "How it is cached now", body = CacheState),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn patch_snapshot(
     State(daemon): State<Shared>,
@@ -412,8 +421,10 @@ pub(super) async fn patch_snapshot(
 
 /// Deletes a snapshot and its profiles.
 #[utoipa::path(delete, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
-    responses((status = 200, description = "It was this", body = SnapshotRecord), (status = 404, body = FaultBody, description = "There is none"),
-        (status = 409, body = FaultBody, description = "A VM runs from it or its next diff builds on it, or another snapshot needs it")))]
+    responses((status = 200, description = "It was this", body = SnapshotRecord),
+        (status = 404, body = FaultBody, description = "There is none"),
+        (status = 409, body = FaultBody,
+        description = "A VM runs from it or its next diff builds on it, or another snapshot needs it")))]
 pub(super) async fn delete_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

@@ -67,14 +67,17 @@ pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>
 
 /// Boots or restores a VM. It lives until it is deleted.
 #[utoipa::path(post, path = "/vms", tag = "vms", request_body = VmBody,
-    responses((status = 200, description = "It runs", body = VmRecord), (status = 400, body = FaultBody, description = "It makes no sense"),
+    responses((status = 200, description = "It runs", body = VmRecord),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 403, body = FaultBody, description = "It names what clients may not name"),
         (status = 404, body = FaultBody, description = "No such function, snapshot or namespace"),
-        (status = 409, body = FaultBody, description = "The snapshot lacks the profile the policy needs, or copies of its drives"),
+        (status = 409, body = FaultBody,
+        description = "The snapshot lacks the profile the policy needs, or copies of its drives"),
         (status = 422, body = FaultBody, description = "It cannot be booted or restored"),
         (status = 429, body = FaultBody, description = "Too many VMs live, or too much of their memory is taken"),
         (status = 502, body = FaultBody, description = "It ended"),
-        (status = 507, body = FaultBody, description = "It needs more memory than all VMs may have, or the disk is full")))]
+        (status = 507, body = FaultBody,
+        description = "It needs more memory than all VMs may have, or the disk is full")))]
 pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBody>) -> Result<Reply<VmRecord>, Fault> {
     let task = tokio::spawn(async move { start(&daemon, body).await });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The start was given up."))).map(Reply)
@@ -89,8 +92,8 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     let spec = match &body.ss_id {
         None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),
         None if wanted.is_for_restores() => {
-            let message = "`tvmm`, `metadata`, `clock_realtime`, `track_dirty_pages` and `network_overrides` say how to \
-                           restore: they need `ssId`.";
+            let message = "`tvmm`, `metadata`, `clock_realtime`, `track_dirty_pages` and `network_overrides` say how \
+                           to restore: they need `ssId`.";
             return Err(Fault::bad(message));
         }
         None => StartSpec { function, network, restore: None, from_invocation: false },
@@ -113,14 +116,16 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
 
 /// One VM, living or ended.
 #[utoipa::path(get, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
-    responses((status = 200, description = "The VM", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The VM", body = VmRecord),
+        (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn get_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
     daemon.vms.record(&id).map(Reply).ok_or_else(|| Fault::not_found("VM", &id))
 }
 
 /// Ends a living VM; removes an ended one from the list.
 #[utoipa::path(delete, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
-    responses((status = 200, description = "It is over", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "It is over", body = VmRecord),
+        (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
     let record = daemon.vms.record(&id).ok_or_else(|| Fault::not_found("VM", &id))?;
     match daemon.vms.get(&id) {
@@ -137,7 +142,8 @@ pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<Strin
 
 /// The report of a VM: the place of its memory, and its time slices.
 #[utoipa::path(get, path = "/vms/{id}/report", tag = "vms", params(("id" = String, Path)),
-    responses((status = 200, description = "As `tvmm restore --report` writes it", body = Object), (status = 404, body = FaultBody, description = "There is none"),
+    responses((status = 200, description = "As `tvmm restore --report` writes it", body = Object),
+        (status = 404, body = FaultBody, description = "There is none"),
         (status = 502, body = FaultBody, description = "It does not answer")))]
 pub(super) async fn get_report(
     State(daemon): State<Shared>,

@@ -87,18 +87,21 @@ pub enum Error {
     BadMemory { object: String, bad: u64, first: Extent },
     /// A memory file whose bytes are not those that were captured.
     #[error(
-        "Cannot trust {path}: {bytes} bytes for guest-physical {gpa:#x} are not those that were captured. Restore from an \
-         intact copy (`tvmm inspect` tells what is damaged), or take the snapshot again",
+        "Cannot trust {path}: {bytes} bytes for guest-physical {gpa:#x} are not those that were captured. Restore \
+         from an intact copy (`tvmm inspect` tells what is damaged), or take the snapshot again",
         path = path.display(), gpa = extent.gpa(), bytes = extent.bytes()
     )]
     OtherMemory { path: PathBuf, extent: Extent },
     /// An image whose end is damaged, or that has other pages than its name says.
-    #[error("Cannot use the image {path}. Delete it; the next restore that needs it makes it again", path = path.display())]
+    #[error(
+        "Cannot use the image {path}. Delete it; the next restore that needs it makes it again",
+        path = path.display()
+    )]
     Image { path: PathBuf, source: Box<Error> },
     /// A damaged page of an image; `gpa` is its guest-physical address, if that is known.
     #[error(
-        "Cannot use the image {path}: it is damaged, {page} at offset {offset:#x} does not match its checksum. Delete the \
-         file; the next restore that needs it makes it again",
+        "Cannot use the image {path}: it is damaged, {page} at offset {offset:#x} does not match its checksum. Delete \
+         the file; the next restore that needs it makes it again",
         path = path.display(), page = named(*gpa)
     )]
     BadImagePage { path: PathBuf, offset: u64, gpa: Option<u64> },
@@ -120,14 +123,14 @@ pub enum Error {
     Parent { child: String, source: Box<Error> },
     /// A diff of no use: its parent cannot be read any more.
     #[error(
-        "Cannot write the diff {object}: its parent is not what it was when the VM was snapshotted or restored. Take a full \
-         snapshot"
+        "Cannot write the diff {object}: its parent is not what it was when the VM was snapshotted or restored. Take \
+         a full snapshot"
     )]
     NoParent { object: String, source: Box<Error> },
     /// A diff that no restore would accept.
     #[error(
-        "Cannot write the diff {object}: its chain would have more than {limit} layers, and no restore accepts that. Take a \
-         full snapshot"
+        "Cannot write the diff {object}: its chain would have more than {limit} layers, and no restore accepts that. \
+         Take a full snapshot"
     )]
     ChainFull { object: String, limit: usize },
     /// The writer wrote something that the reader refuses.

@@ -21,8 +21,8 @@ pub fn check_owner(dir: &Path) -> io::Result<()> {
     }
     if metadata.mode() & 0o022 != 0 {
         return refuse(format!(
-            "its mode is {:o}: other users may put other bytes there. Take their right with chmod go-w, or give another \
-             directory",
+            "its mode is {:o}: other users may put other bytes there. Take their right with chmod go-w, or give \
+             another directory",
             metadata.mode() & 0o7777
         ));
     }

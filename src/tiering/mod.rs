@@ -36,11 +36,13 @@ pub enum Error {
     #[error("{object} is not a valid profile: {problem}")]
     Profile { object: String, problem: String },
     #[error(
-        "Policy {policy} needs a profile: record one with `tvmm profile record --snapshot DIR --recorder uffd --run FUNCTION --out FILE`, and give it with --profile FILE"
+        "Policy {policy} needs a profile: record one with `tvmm profile record --snapshot DIR --recorder uffd --run \
+         FUNCTION --out FILE`, and give it with --profile FILE"
     )]
     NeedsProfile { policy: &'static str },
     #[error(
-        "A budget of {pages} pages ({mib:.1} MiB) of local memory is too small: the request writes {least} pages, so the least that works is {least_mib} MiB",
+        "A budget of {pages} pages ({mib:.1} MiB) of local memory is too small: the request writes {least} pages, so \
+         the least that works is {least_mib} MiB",
         mib = *pages as f64 / 256.0, least_mib = least.div_ceil(256)
     )]
     BudgetTooSmall { pages: u64, least: u64 },

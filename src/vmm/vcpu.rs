@@ -147,8 +147,8 @@ impl Vcpu {
         let since = refused.get_or_insert_with(Instant::now).elapsed();
         if since >= ENTER_TIMEOUT {
             let what = format!(
-                "KVM cannot enter the guest: it lacks a resource (EAGAIN) since {} s, most likely a kernel thread beyond the \
-                 limit of processes. Raise pids.max of the cgroup or RLIMIT_NPROC",
+                "KVM cannot enter the guest: it lacks a resource (EAGAIN) since {} s, most likely a kernel thread \
+                 beyond the limit of processes. Raise pids.max of the cgroup or RLIMIT_NPROC",
                 ENTER_TIMEOUT.as_secs()
             );
             return Some(Left::Ended(self.failed(&what)));
@@ -185,7 +185,10 @@ impl Vcpu {
         let Some(in_place) = &self.in_place else { return Ending::TripleFault };
         let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation: 0 };
         match stuck.is_stack_in_place() {
-            Ok(true) => self.failed("an interrupt or exception was lost: its stack lies in place on a tier that is not written, and this kind of KVM delivers events by writing there"),
+            Ok(true) => self.failed(
+                "an interrupt or exception was lost: its stack lies in place on a tier that is \
+                                     not written, and this kind of KVM delivers events by writing there",
+            ),
             _ => Ending::TripleFault,
         }
     }

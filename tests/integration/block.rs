@@ -308,7 +308,8 @@ fn clones_of_a_snapshot_with_copies_have_disks_of_their_own() {
     // Firecracker's two files have no place for copies.
     vm.pause();
     let files = json!({
-        "snapshot_path": dir.path().join("state"), "mem_file_path": dir.path().join("mem"), "tvmm": { "copy_drives": true },
+        "snapshot_path": dir.path().join("state"), "mem_file_path": dir.path().join("mem"),
+        "tvmm": { "copy_drives": true },
     });
     assert!(vm.api_fault("PUT", "/snapshot/create", Some(files)).contains("need a snapshot directory"));
     vm.resume();

@@ -16,7 +16,8 @@ const MIB: u64 = 1 << 20;
 fn with_drive(path: &Path, engine: &str) -> Value {
     let mut config = config(1, 128);
     config["drives"] = json!([{
-        "drive_id": "disk", "path_on_host": path, "is_root_device": false, "cache_type": "Writeback", "io_engine": engine,
+        "drive_id": "disk", "path_on_host": path, "is_root_device": false, "cache_type": "Writeback",
+        "io_engine": engine,
     }]);
     config
 }

@@ -109,7 +109,8 @@ fn config_that_cannot_be_loaded_is_refused_with_the_reason() {
         (json!({ "tvmm": { "cold_pools": ["/nonexistent/cold"] } }), "/nonexistent/cold"),
         (json!({ "snapshot_path": "/nonexistent/snapshot" }), "/nonexistent/snapshot"),
         (
-            json!({ "tvmm": { "pools": [pool.path()] }, "mem_backend": { "backend_type": "Uffd", "backend_path": "/x" } }),
+            json!({ "tvmm": { "pools": [pool.path()] }, "mem_backend": { "backend_type": "Uffd",
+            "backend_path": "/x" } }),
             "page-fault handler",
         ),
     ] {

@@ -15,7 +15,10 @@ use crate::support::{Random, Vm, config, run_err, run_ok, scratch, signal, text}
 /// A service with a function that changes its memory and one that checks it, both in VMs of `touch`.
 fn serve(state: &Path) -> Service {
     let service = Service::start(state, &["--max-vms", "8"]);
-    let function = |name: &str| json!({ "func_name": name, "mem_size": 64, "prepare": "fill pages=300 seed=1", "track_dirty_pages": true });
+    let function = |name: &str| {
+        json!({ "func_name": name, "mem_size": 64, "prepare": "fill pages=300 seed=1",
+    "track_dirty_pages": true })
+    };
     for name in ["touch", "check"] {
         service.ok("POST", "/functions", Some(function(name)));
     }

@@ -207,8 +207,8 @@ fn linux_reaches_programs_on_the_host_by_vsock_before_and_after_a_restore() {
     let dir = scratch();
     let (first, second) = (dir.path().join("v.sock"), dir.path().join("w.sock"));
     let mut shell = Shell::boot(&with_vsock(machine(&built, "vmlinux", 2, ""), &first));
-    let echo = "python3 -c 'import socket,threading; s=socket.socket(40,1); s.connect((2,700)); d=bytes(range(256))*4096; \
-        threading.Thread(target=lambda:(s.sendall(d),s.shutdown(1))).start(); \
+    let echo = "python3 -c 'import socket,threading; s=socket.socket(40,1); s.connect((2,700)); \
+                d=bytes(range(256))*4096; threading.Thread(target=lambda:(s.sendall(d),s.shutdown(1))).start(); \
         print(b\"\".join(iter(lambda:s.recv(65536),b\"\"))==d)'";
     let refused = "python3 -c 'import socket; print(socket.socket(40,1).connect_ex((2,701)))'";
     echo_programs(&first, 700);
@@ -254,7 +254,8 @@ fn linux_gets_io_errors_from_a_drive_that_is_cut_and_lives() {
         let mut shell = Shell::boot(&config);
         let copy = |from: &str, to: &str, skip: u32| {
             format!(
-                "echo 3 >/proc/sys/vm/drop_caches; dd if={from} of={to} bs=1M skip={skip} count=8 conv=fsync 2>/dev/null; echo $?"
+                "echo 3 >/proc/sys/vm/drop_caches; dd if={from} of={to} bs=1M skip={skip} count=8 conv=fsync \
+                 2>/dev/null; echo $?"
             )
         };
         assert_eq!(shell.ask(&copy("/dev/vdb", "/tmp/half", 8)), "0", "{engine}");

@@ -67,8 +67,8 @@ mod with {
             let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
             let request = format!(
                 "PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: 0\r\n\
-                 Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, \
-                 Signature=0\r\n\r\n"
+                 Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, \
+                 SignedHeaders=host, Signature=0\r\n\r\n"
             );
             stream.write_all(request.as_bytes()).unwrap();
             let mut answer = String::new();

@@ -20,7 +20,10 @@ fn image(dir: &Path, name: &str, len: u64) -> PathBuf {
 
 fn with_pmem(mib: u64, images: &[(&Path, bool)]) -> Value {
     let mut config = config(1, mib);
-    let device = |(index, (path, read_only)): (usize, &(&Path, bool))| json!({ "id": format!("p{index}"), "path_on_host": path, "read_only": read_only });
+    let device = |(index, (path, read_only)): (usize, &(&Path, bool))| {
+        json!({ "id": format!("p{index}"),
+    "path_on_host": path, "read_only": read_only })
+    };
     config["pmem"] = images.iter().enumerate().map(device).collect();
     config
 }

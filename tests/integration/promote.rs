@@ -238,7 +238,10 @@ fn devices_write_into_pages_in_place() {
     )
     .unwrap();
     let socket = dir.path().join("v");
-    let drive = |id: &str, engine: &str| json!({ "drive_id": id, "path_on_host": image, "is_root_device": false, "is_read_only": true, "io_engine": engine });
+    let drive = |id: &str, engine: &str| {
+        json!({ "drive_id": id, "path_on_host": image, "is_root_device": false,
+    "is_read_only": true, "io_engine": engine })
+    };
     let mut config = config(1, 64);
     config["drives"] = json!([drive("a", "Sync"), drive("b", "Async")]);
     config["vsock"] = json!({ "guest_cid": 3, "uds_path": socket });

@@ -77,7 +77,8 @@ fn override_of_a_device_that_is_not_in_the_snapshot_is_refused() {
     vm.snapshot(&out, &[]);
     drop(vm);
     let vm = Vm::wait_for_api();
-    let load = json!({ "snapshot_path": text(&out), "tvmm": { "drive_overrides": [{ "drive_id": "a", "path_on_host": "/x" }] } });
+    let load = json!({ "snapshot_path": text(&out),
+    "tvmm": { "drive_overrides": [{ "drive_id": "a", "path_on_host": "/x" }] } });
     let said = vm.api_fault("PUT", "/snapshot/load", Some(load));
     assert!(said.contains("no drive `a`"), "{said}");
 }

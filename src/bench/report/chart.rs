@@ -136,7 +136,8 @@ impl Lines<'_> {
             );
             for (x, y, value) in points {
                 out += &format!(
-                    "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{}\"><title>{}: {value:.3} {}</title></circle>\n",
+                    "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{}\"><title>{}: {value:.3} \
+                     {}</title></circle>\n",
                     series.colour(),
                     escape(&series.name),
                     escape(self.y_unit),
@@ -188,8 +189,8 @@ impl Log {
 
 fn open(title: &str, height: f64) -> String {
     format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
-         role=\"img\" font-family=\"system-ui, sans-serif\" font-size=\"11\">\n<title>{0}</title>\n\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
+         height=\"{height}\" role=\"img\" font-family=\"system-ui, sans-serif\" font-size=\"11\">\n<title>{0}</title>\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n\
          <text x=\"{LEFT}\" y=\"18\" font-size=\"14\" font-weight=\"600\">{0}</text>\n",
         escape(title)

@@ -13,13 +13,13 @@ pub fn page(results: &Results, drawn: &[Drawn]) -> String {
     let sections: String = drawn.iter().map(|drawn| section(results, drawn)).collect();
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>tvmm bench</title>\n<style>\n\
-         body {{ font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; background: #fff }}\n\
-         table {{ border-collapse: collapse; margin: .5em 0 1.5em; font-variant-numeric: tabular-nums }}\n\
+         body {{ font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; background: \
+         #fff }}\ntable {{ border-collapse: collapse; margin: .5em 0 1.5em; font-variant-numeric: tabular-nums }}\n\
          th, td {{ border-bottom: 1px solid #ddd; padding: .2em .6em; text-align: right; white-space: nowrap }}\n\
-         th:first-child, td:first-child {{ text-align: left }} .wide {{ overflow-x: auto }} svg {{ max-width: 100%; height: auto }}\n\
-         </style></head><body>\n<h1>Restores, measured</h1>\n\
-         <p>tvmm {}. Each number is the median of its rounds, with the least and the most; flows are interleaved; bars and \
-         lines stand on logarithmic axes. Every answer of the guests was compared with the others'.</p>\n\
+         th:first-child, td:first-child {{ text-align: left }} .wide {{ overflow-x: auto }} svg {{ max-width: 100%; \
+         height: auto }}\n</style></head><body>\n<h1>Restores, measured</h1>\n\
+         <p>tvmm {}. Each number is the median of its rounds, with the least and the most; flows are interleaved; \
+         bars and lines stand on logarithmic axes. Every answer of the guests was compared with the others'.</p>\n\
          <table>{facts}</table>\n{sections}{}</body></html>\n",
         escape(&header.tvmm_version),
         failed(results),

@@ -114,8 +114,8 @@ fn slices(results: &Results, experiment: Experiment) -> Cells {
         };
         rows.push(std::iter::once(slice.to_string()).chain(flows.iter().map(mean)).collect());
     }
-    let title = "Where the time goes: means over the functions of each median; execute is from the first entry into the \
-                 guest to the answer, guest what the guest measured itself";
+    let title = "Where the time goes: means over the functions of each median; execute is from the first entry into \
+                 the guest to the answer, guest what the guest measured itself";
     Cells { title: title.to_string(), header: header(&flows), rows }
 }
 

@@ -101,7 +101,8 @@ impl Layer<'_> {
             return verified.clone().into_result(self.snapshot.object()).err().map(|error| with_causes(&error));
         };
         Some(format!(
-            "{} is damaged: {} of {} chunks of its memory are not what was written, the first at guest-physical {:#x} (+{} bytes)",
+            "{} is damaged: {} of {} chunks of its memory are not what was written, the first at guest-physical {:#x} \
+             (+{} bytes)",
             self.snapshot.object(),
             verified.bad_chunks,
             verified.chunks,
@@ -155,7 +156,10 @@ struct Told<'a> {
 
 impl Told<'_> {
     fn to_json(&self, is_whole: bool) -> Value {
-        let section = |info: &SectionInfo| json!({ "kind": format!("{:?}", info.kind), "instance": info.instance, "version": info.version, "bytes": info.len() });
+        let section = |info: &SectionInfo| {
+            json!({ "kind": format!("{:?}", info.kind),
+        "instance": info.instance, "version": info.version, "bytes": info.len() })
+        };
         let tip = self.layers.last().map(Layer::to_json).unwrap_or_default();
         json!({
             "manifest": self.snapshot.manifest(),

@@ -27,8 +27,8 @@ pub fn page(shown: &Shown) -> String {
          </style></head><body>\n<h1>Profile of {title}</h1>\n<table>\n{rows}</table>\n\
          <p class=\"key\"><span style=\"background:#3b7dd8\"></span>read\n\
          <span style=\"background:#d8483b\"></span>written\n<span style=\"background:#8a4fc0\"></span>both\n\
-         <span style=\"background:#999\"></span>read or written. Each cell is {kib} KiB; the fuller, the stronger.</p>\n\
-         {classes}\n<p>Bright is early, dark is late.</p>\n{order}\n</body></html>\n",
+         <span style=\"background:#999\"></span>read or written. Each cell is {kib} KiB; the fuller, the \
+         stronger.</p>\n{classes}\n<p>Bright is early, dark is late.</p>\n{order}\n</body></html>\n",
         title = escape(&shown.profile.function),
         kib = map.cell_kib(),
     )
@@ -53,7 +53,8 @@ fn drawing(map: &Map, name: &str, colour: impl Fn(&Cell) -> Option<String>) -> S
                 cell.unclassified
             );
             out += &format!(
-                "<rect x=\"{}\" y=\"{top}\" width=\"{side}\" height=\"{side}\" fill=\"{fill}\"><title>{title}</title></rect>\n",
+                "<rect x=\"{}\" y=\"{top}\" width=\"{side}\" height=\"{side}\" \
+                 fill=\"{fill}\"><title>{title}</title></rect>\n",
                 LABEL_PX + x * CELL_PX,
                 side = CELL_PX - 1,
             );

@@ -148,9 +148,11 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     let register = (0u64..0x50).prop_map(|index| index * 4);
     let act = prop_oneof![
         4 => (register, value).prop_map(|(register, value)| Act::Register(register, value.to_le_bytes().to_vec())),
-        1 => (0u64..0x1000, proptest::collection::vec(any::<u8>(), 0..9)).prop_map(|(at, data)| Act::Register(at, data)),
+        1 => (0u64..0x1000, proptest::collection::vec(any::<u8>(),
+        0..9)).prop_map(|(at, data)| Act::Register(at, data)),
         1 => (0u64..0x1000, 0usize..9).prop_map(|(at, len)| Act::Read(at, len)),
-        6 => (0u64..0x600, prop_oneof![any::<u64>(), 0u64..0x10_0000]).prop_map(|(at, v)| Act::Memory(0x1000 + at * 8, v)),
+        6 => (0u64..0x600, prop_oneof![any::<u64>(),
+        0u64..0x10_0000]).prop_map(|(at, v)| Act::Memory(0x1000 + at * 8, v)),
         2 => Just(Act::Start),
         3 => Just(Act::Kick),
         1 => Just(Act::LookAtAll),

@@ -204,7 +204,8 @@ mod tests {
             let walk = paging.walk(linear, |at, _| Some(garbage(at)));
             prop_assert!(walk.entries.len() <= 5);
             // A small memory in which every table leads to others, itself included.
-            let read = |table: u64| (table < 64 << 12).then(|| (0..512).map(|i| garbage(table + i) & 0x3_ffff).collect());
+            let entries = |table: u64| (0..512).map(|i| garbage(table + i) & 0x3_ffff).collect();
+            let read = |table: u64| (table < 64 << 12).then(|| entries(table));
             prop_assert!(paging.tables_to_be_written(read).len() <= 64 * 5);
         }
     }

@@ -220,8 +220,8 @@ impl State {
             Work::Reads(source) => source,
             Work::GivesBack => {
                 return format!(
-                    "Giving back {} KiB at guest-physical {:#x} has taken {seconds} s (--fault-timeout): the page-fault handler \
-                     does not read that they are gone",
+                    "Giving back {} KiB at guest-physical {:#x} has taken {seconds} s (--fault-timeout): the \
+                     page-fault handler does not read that they are gone",
                     pages.bytes() / 1024,
                     pages.gpa()
                 );
@@ -233,8 +233,8 @@ impl State {
         };
         let (kib, gpa) = (pages.bytes() / 1024, pages.gpa());
         format!(
-            "Reading {kib} KiB for the page at guest-physical {gpa:#x} from {from} has taken {seconds} s (--fault-timeout): \
-             the source hangs"
+            "Reading {kib} KiB for the page at guest-physical {gpa:#x} from {from} has taken {seconds} s \
+             (--fault-timeout): the source hangs"
         )
     }
 

@@ -108,7 +108,8 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
 
 /// The number of layers, and the number of regions that are mapped.
 #[utoipa::path(get, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The state", body = MincoreState), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The state", body = MincoreState),
+        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
 pub(in crate::serve) async fn get_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -121,7 +122,8 @@ pub(in crate::serve) async fn get_mincore(
 /// Copies the layers of another snapshot of the same machine.
 #[utoipa::path(put, path = "/snapshots/{id}/mincore", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose layers are taken")),
-    responses((status = 200, description = "The state now", body = MincoreState), (status = 404, body = FaultBody, description = "There is no such snapshot"),
+    responses((status = 200, description = "The state now", body = MincoreState),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"),
         (status = 409, body = FaultBody, description = "The source has no layers, or is of another machine")))]
 pub(in crate::serve) async fn put_mincore(
     State(daemon): State<Shared>,
@@ -148,9 +150,12 @@ pub(in crate::serve) async fn put_mincore(
 }
 
 /// Adds a layer: the pages in the page cache now, or those of a diff snapshot.
-#[utoipa::path(post, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)), request_body = LayerBody,
-    responses((status = 200, description = "The state now", body = MincoreState), (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "Too many layers")))]
+#[utoipa::path(post, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
+    request_body = LayerBody,
+    responses((status = 200, description = "The state now", body = MincoreState),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+        (status = 409, body = FaultBody, description = "Too many layers")))]
 pub(in crate::serve) async fn post_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -234,9 +239,12 @@ fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
 }
 
 /// Makes layers from a recorded run, trims them, makes their working-set file, or changes their caching.
-#[utoipa::path(patch, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)), request_body = MincorePatch,
-    responses((status = 200, description = "The state now", body = MincoreState), (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "There is no record, or no layer")))]
+#[utoipa::path(patch, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
+    request_body = MincorePatch,
+    responses((status = 200, description = "The state now", body = MincoreState),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+        (status = 409, body = FaultBody, description = "There is no record, or no layer")))]
 pub(in crate::serve) async fn patch_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -246,8 +254,8 @@ pub(in crate::serve) async fn patch_mincore(
     check_thresholds(patch.size_threshold, patch.interval_threshold)?;
     if patch.inactive_ws || patch.zero_ws {
         return Err(Fault::bad(
-            "`inactive_ws` and `zero_ws` cannot be true: the working-set file holds the layers' pages that are not zero; zero \
-             pages are anonymous memory.",
+            "`inactive_ws` and `zero_ws` cannot be true: the working-set file holds the layers' pages that are not \
+             zero; zero pages are anonymous memory.",
         ));
     }
     let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));

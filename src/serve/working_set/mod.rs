@@ -72,8 +72,8 @@ impl Slot {
         };
         order.into_iter().find_map(|slot| slot.existing(profiles)).ok_or_else(|| {
             Fault::conflict(format!(
-                "Policy `{policy}` needs a profile: record one by POST /snapshots/{{id}}/profile, or by an invocation with \
-                 `record`."
+                "Policy `{policy}` needs a profile: record one by POST /snapshots/{{id}}/profile, or by an invocation \
+                 with `record`."
             ))
         })
     }

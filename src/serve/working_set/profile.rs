@@ -156,7 +156,8 @@ pub(in crate::serve) async fn record_invocation(
 
 /// The recorded profile, in numbers.
 #[utoipa::path(get, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState), (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
+    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
+        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
 pub(in crate::serve) async fn get_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -169,11 +170,15 @@ pub(in crate::serve) async fn get_profile(
 }
 
 /// Records a run of the snapshot's function, in a separate VM.
-#[utoipa::path(post, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)), request_body = ProfileBody,
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState), (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "It lacks copies of its drives"),
+#[utoipa::path(post, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
+    request_body = ProfileBody,
+    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+        (status = 409, body = FaultBody, description = "It lacks copies of its drives"),
         (status = 422, body = FaultBody, description = "The run failed"),
-        (status = 429, body = FaultBody, description = "Too much at once"), (status = 504, body = FaultBody, description = "The guest did not answer in time")))]
+        (status = 429, body = FaultBody, description = "Too much at once"),
+        (status = 504, body = FaultBody, description = "The guest did not answer in time")))]
 pub(in crate::serve) async fn post_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -209,7 +214,8 @@ pub(in crate::serve) async fn post_profile(
 /// Copies a profile of another snapshot with the same identity (a copy, or its original).
 #[utoipa::path(put, path = "/snapshots/{id}/profile", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose profile is taken")),
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState), (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it"),
+    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
+        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it"),
         (status = 409, body = FaultBody, description = "The snapshots differ")))]
 pub(in crate::serve) async fn put_profile(
     State(daemon): State<Shared>,
@@ -238,7 +244,8 @@ pub(in crate::serve) async fn put_profile(
 
 /// Removes the profile.
 #[utoipa::path(delete, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "It was this", body = ProfileState), (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
+    responses((status = 200, description = "It was this", body = ProfileState),
+        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
 pub(in crate::serve) async fn delete_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -258,11 +265,15 @@ pub(in crate::serve) async fn delete_profile(
 /// cold pools, budgets and price of the daemon, and the function's local memory.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
     params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
-        ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use; none: the function's, else the daemon's"),
+        ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use; none: the function's, else \
+                                                         the daemon's"),
         ("cxl_mib" = Option<u64>, Query, description = "Memory in the CXL tier it may use"),
-        ("cache" = Option<String>, Query, description = "How the snapshot's memory will be cached: huge, small or cold; none: as a restore would find it now")),
-    responses((status = 200, description = "The plan", body = Object), (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"), (status = 409, body = FaultBody, description = "The policy needs a profile")))]
+        ("cache" = Option<String>, Query, description = "How the snapshot's memory will be cached: huge, small or \
+                                                         cold; none: as a restore would find it now")),
+    responses((status = 200, description = "The plan", body = Object),
+        (status = 400, body = FaultBody, description = "It makes no sense"),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+        (status = 409, body = FaultBody, description = "The policy needs a profile")))]
 pub(in crate::serve) async fn get_plan(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

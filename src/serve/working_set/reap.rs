@@ -30,7 +30,8 @@ pub(in crate::serve) struct ReapState {
 
 /// The state of REAP's record.
 #[utoipa::path(get, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The state", body = ReapState), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The state", body = ReapState),
+        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
 pub(in crate::serve) async fn get_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -58,8 +59,10 @@ pub(in crate::serve) async fn get_reap(
 }
 
 /// Brings the working-set file into the page cache (`true`, making it if it is missing), or drops it (`false`).
-#[utoipa::path(patch, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)), request_body = bool,
-    responses((status = 200, description = "How it is cached now", body = CacheState), (status = 404, body = FaultBody, description = "There is no such snapshot"),
+#[utoipa::path(patch, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
+    request_body = bool,
+    responses((status = 200, description = "How it is cached now", body = CacheState),
+        (status = 404, body = FaultBody, description = "There is no such snapshot"),
         (status = 409, body = FaultBody, description = "Nothing is recorded")))]
 pub(in crate::serve) async fn patch_reap(
     State(daemon): State<Shared>,
@@ -82,7 +85,8 @@ pub(in crate::serve) async fn patch_reap(
 
 /// Removes the record and its working-set file.
 #[utoipa::path(delete, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "Nothing is recorded any more", body = Object), (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "Nothing is recorded any more", body = Object),
+        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
 pub(in crate::serve) async fn delete_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

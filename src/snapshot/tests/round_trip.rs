@@ -95,7 +95,8 @@ proptest! {
 
         let direct = last.write_full(dir(base.path(), "direct"));
         let direct = Chain::open(&direct.location).unwrap();
-        let merged = merge(&chain, dir(base.path(), "merged"), &NoCache, &mut |done, total| assert!(done <= total)).unwrap();
+        let merged = merge(&chain, dir(base.path(), "merged"),
+        &NoCache, &mut |done, total| assert!(done <= total)).unwrap();
         let merged = Chain::open(&merged.location).unwrap();
         last.assert_is(&merged);
         prop_assert_eq!(merged.tip().page_map().unwrap(), direct.tip().page_map().unwrap());

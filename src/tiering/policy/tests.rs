@@ -210,7 +210,8 @@ proptest! {
     }
 
     #[test]
-    fn tiered_keeps_within_its_budget(world in any_world(), profile in any_profile(), costs in any_costs(), spare in 0_u64..1000) {
+    fn tiered_keeps_within_its_budget(world in any_world(), profile in any_profile(), costs in any_costs(),
+    spare in 0_u64..1000) {
         let resolved = world.resolved();
         let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
         let touches = expected(&profile, &resolved);

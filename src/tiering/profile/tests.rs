@@ -82,7 +82,8 @@ proptest! {
 
     #[test]
     fn damaged_profile_is_refused_without_panic(
-        profile in any_profile(), at in any::<prop::sample::Index>(), bit in 0_u8..8, cut in any::<prop::sample::Index>(),
+        profile in any_profile(), at in any::<prop::sample::Index>(),
+        bit in 0_u8..8, cut in any::<prop::sample::Index>(),
     ) {
         let bytes = profile.to_bytes().unwrap();
         let mut flipped = bytes.clone();

@@ -103,7 +103,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_sequence_makes_a_profile_that_can_be_saved(events in prop::collection::vec((0_u64..100, 0_usize..3), 0..400)) {
+        fn any_sequence_makes_a_profile_that_can_be_saved(events in prop::collection::vec((0_u64..100, 0_usize..3),
+        0..400)) {
             let kinds = [FaultKind::Read, FaultKind::Write, FaultKind::WriteProtect];
             let events: Vec<_> = events.into_iter().map(|(gfn, kind)| (gfn, kinds[kind])).collect();
             let profile = profile_of(&events);

@@ -14,7 +14,10 @@ pub enum BootError {
     KernelLoad { name: String, what: String },
     #[error("The kernel {name} does not fit into guest memory: it ends at {end:#x}, memory already at {ram_end:#x}")]
     KernelTooLarge { name: String, end: u64, ram_end: u64 },
-    #[error("The kernel command line is {len} bytes long, at most {max} fit", max = crate::vmm::arch::layout::CMDLINE_MAX - 1)]
+    #[error(
+        "The kernel command line is {len} bytes long, at most {max} fit",
+        max = crate::vmm::arch::layout::CMDLINE_MAX - 1
+    )]
     CmdlineTooLong { len: usize },
     #[error("The kernel command line cannot be used: {0}")]
     Cmdline(String),

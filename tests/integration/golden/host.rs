@@ -127,7 +127,7 @@ impl Host {
         }
     }
 
-    /// Restores with `args` and runs the guest's `check`, which must answer `digest`; on a host that lacks what the
+    /// Restores with `args` and runs the guest's `check`, which must answer `digest`. On a host that lacks what the
     /// guest has seen, the restore must be refused for exactly that.
     pub fn restores_or_refuses(&self, args: &[&str], digest: &str) {
         let output = run(&[&["restore"], args, &["--run", "check"]].concat());

@@ -29,7 +29,8 @@ const POLICIES: [&str; 5] = ["eager", "firecracker", "firecracker-uffd", "cataly
 impl Daemon {
     fn start(dir: PathBuf) -> Daemon {
         let service = Service::start(&dir, &["--shells", "1", "--max-vms", "6"]);
-        let function = json!({ "func_name": "touch", "mem_size": 64, "prepare": "fill pages=512 seed=1", "track_dirty_pages": true });
+        let function = json!({ "func_name": "touch", "mem_size": 64, "prepare": "fill pages=512 seed=1",
+        "track_dirty_pages": true });
         service.ok("POST", "/functions", Some(function));
         Daemon { service, dir, snaps: BTreeMap::new(), next: 0 }
     }

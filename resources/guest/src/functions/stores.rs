@@ -108,7 +108,8 @@ macro_rules! one {
         $run.kind(
             $name,
             // SAFETY: the instruction writes inside the two pages and changes no register but rax, rdx and the flags.
-            |p| unsafe { asm!($code, "/* {v} */", p = in(reg) p, v = in(reg) VALUE, out("rax") _, out("rdx") _, options(nostack)) },
+            |p| unsafe { asm!($code, "/* {v} */", p = in(reg) p, v = in(reg) VALUE, out("rax") _, out("rdx") _,
+            options(nostack)) },
             |page, _| put(page, $at, &VALUE.to_le_bytes()[..$len]),
         )
     };
@@ -120,7 +121,8 @@ macro_rules! modify {
         $run.kind(
             $name,
             // SAFETY: as above.
-            |p| unsafe { asm!($code, "/* {v} */", p = in(reg) p, v = in(reg) VALUE, out("rax") _, out("rdx") _, options(nostack)) },
+            |p| unsafe { asm!($code, "/* {v} */", p = in(reg) p, v = in(reg) VALUE, out("rax") _, out("rdx") _,
+            options(nostack)) },
             |page, _| {
                 let new: fn(u64) -> u64 = $new;
                 let old = word(page, $at);
@@ -138,7 +140,8 @@ macro_rules! stack {
             $name,
             // SAFETY: the stack pointer is put back; no interrupt comes that would use it (CPL3, and IF=0).
             |p| unsafe {
-                asm!("mov {s}, rsp", "lea rsp, [{p} + 4608] /* {v} */", $($code),+, "mov rsp, {s}", p = in(reg) p, v = in(reg) VALUE,
+                asm!("mov {s}, rsp", "lea rsp, [{p} + 4608] /* {v} */", $($code),+, "mov rsp, {s}", p = in(reg) p,
+                v = in(reg) VALUE,
                      s = out(reg) _, out("rax") _)
             },
             |page, found| {
@@ -346,7 +349,8 @@ fn vectors(run: &mut Run) {
                 $name,
                 // SAFETY: inside the pages; the registers are free for the taking. VEX code clears the upper halves.
                 |p| unsafe {
-                    asm!("movq xmm1, {v}", "punpcklqdq xmm1, xmm1", $code, p = in(reg) p, v = in(reg) VALUE, out("xmm1") _,
+                    asm!("movq xmm1, {v}", "punpcklqdq xmm1, xmm1", $code, p = in(reg) p, v = in(reg) VALUE,
+                    out("xmm1") _,
                          out("xmm2") _, out("xmm3") _, out("rdi") _, options(nostack))
                 },
                 |page, _| {

@@ -59,7 +59,8 @@ fn record(text: &mut String, id: u64, random: &mut Random) {
     // Writing to a string cannot fail.
     let _ = write!(
         text,
-        "{{\"id\":{id},\"name\":\"{first} {last}\",\"mail\":\"{first}.{last}{id}@example.org\",\"score\":{score}.{cents:03},\
+        "{{\"id\":{id},\"name\":\"{first} {last}\",\"mail\":\"{first}.{last}{id}@example.org\",\
+         \"score\":{score}.{cents:03},\
          \"active\":{},\"address\":{{\"street\":\"{} {street} road\",\"city\":\"{city}\",\"geo\":[{}.{:03},{}.{:03}]}},\
          \"tags\":[\"{}\",\"{}\",\"{}\"],\"note\":null}}",
         score % 2 == 0,

@@ -59,7 +59,8 @@ impl Backing {
         lock(&file, read_only).map_err(|error| match error {
             TryLockError::WouldBlock if read_only => unfit("another process has locked it to write to it"),
             TryLockError::WouldBlock => unfit(
-                "another process has locked it; a second writer would destroy its file system: stop the other VM, or use a copy",
+                "another process has locked it; a second writer would destroy its file system: stop the other VM, or \
+                 use a copy",
             ),
             TryLockError::Error(source) => failed("lock")(source),
         })?;
@@ -69,7 +70,8 @@ impl Backing {
             return Err(unfit("it has less than one sector of 512 bytes"));
         }
         if bytes != len {
-            tracing::warn!(drive = id, path = %path.display(), len, bytes, "The end of an image is no whole sector and is left out");
+            tracing::warn!(drive = id, path = %path.display(), len, bytes, "The end of an image is no whole sector \
+                                                            and is left out");
         }
         let inode = (metadata.dev(), metadata.ino());
         Ok(Backing { file: Arc::new(file), path: path.to_owned(), read_only, is_block_device, bytes, inode })

@@ -183,7 +183,8 @@ fn why_not_attached(name: &str, error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EBUSY) => "another process has it; give every VM a tap of its own".into(),
         Some(libc::EPERM) => format!(
-            "it belongs to another user; make it with `ip tuntap add dev {name} mode tap user NAME`, or run with CAP_NET_ADMIN"
+            "it belongs to another user; make it with `ip tuntap add dev {name} mode tap user NAME`, or run with \
+             CAP_NET_ADMIN"
         ),
         Some(libc::EINVAL) => {
             format!("it is no tap, or one of several queues; make one with `ip tuntap add dev {name} mode tap`")

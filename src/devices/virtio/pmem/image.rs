@@ -87,7 +87,8 @@ impl Image {
         if must_be_unchanged && now.mtime != then.mtime {
             return Err(unfit(
                 params,
-                "it was written since the snapshot was taken, and the guest would see another content than it remembers; name it (or a copy of what it was) in drive_overrides to use it nevertheless",
+                "it was written since the snapshot was taken, and the guest would see another content than it \
+                 remembers; name it (or a copy of what it was) in drive_overrides to use it nevertheless",
             ));
         }
         Ok(())

@@ -116,7 +116,8 @@ proptest! {
     #[test]
     fn no_driver_makes_pmem_panic_or_hang(
         chains in proptest::collection::vec(
-            proptest::collection::vec((prop_oneof![any::<u64>(), BUFFERS..BUFFERS + 0x1000], any::<u32>(), any::<bool>()), 0..5),
+            proptest::collection::vec((prop_oneof![any::<u64>(), BUFFERS..BUFFERS + 0x1000], any::<u32>(),
+            any::<bool>()), 0..5),
             1..30,
         ),
     ) {

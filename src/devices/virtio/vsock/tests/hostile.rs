@@ -38,7 +38,8 @@ fn acts() -> impl Strategy<Value = Act> {
             .prop_map(|(header, len, lie)| Act::Packet { header, len, lie }),
         1 => (0usize..3, 0..SIZE, address(), any::<u32>(), 0u16..8, 0..SIZE)
             .prop_map(|(queue, index, at, len, flags, next)| Act::Descriptor { queue, index, at, len, flags, next }),
-        1 => (0usize..3, any::<u16>(), 0u16..SIZE).prop_map(|(queue, index, count)| Act::Available { queue, index, count }),
+        1 => (0usize..3, any::<u16>(),
+        0u16..SIZE).prop_map(|(queue, index, count)| Act::Available { queue, index, count }),
         4 => (1u16..8).prop_map(Act::Buffers),
         1 => (0usize..64).prop_map(Act::ShortBuffer),
         6 => any::<u8>().prop_map(Act::Program),
