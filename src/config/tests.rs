@@ -374,7 +374,7 @@ fn snapshot_load_that_makes_no_sense_is_refused() {
         (
             r#""snapshot_path": "s", "mem_file_path": "m", "mem_backend": {
                 "backend_type": "File", "backend_path": "m"}"#,
-            "line 1",
+            "line 2",
             "too many fields",
         ),
     ] {
