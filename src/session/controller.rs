@@ -9,7 +9,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::metrics::MetricsFile;
-use super::planning::{self, Chosen};
+use super::planning;
 use super::read_backs::ReadBacks;
 use super::record::Watch;
 use super::report;
@@ -17,7 +17,8 @@ use super::sources::{self, Sources, location};
 use crate::config::control::{InstanceInfo, Reply, Request, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
-use crate::config::request::{Command, CreateSnapshot, LoadSnapshot, SnapshotKind};
+use crate::config::request::{Command, CreateSnapshot, SnapshotKind};
+use crate::config::restore::RestoreRequest;
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::engine::EngineReport;
 use crate::memory::fault_batches::FaultBatch;
@@ -34,9 +35,11 @@ use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::timeline::{Moments, Timeline};
 use crate::tiering;
-use crate::tiering::cold::{ColdCounts, lower};
+use crate::tiering::cold::ColdCounts;
+use crate::tiering::costs::SourceCache;
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::CostsUsed;
+use crate::tiering::planner::{PlanOrigin, Planned};
 use crate::tiering::profile::Profile;
 use crate::tiering::tier::Tier;
 use crate::vmm::capture::{Captured, ReadBackWhen};
@@ -61,10 +64,9 @@ enum Phase {
 pub struct Restored {
     pub snapshot: String,
     pub policy: String,
-    /// Origin of the plan: `file`, `cache` or `made`.
-    pub plan: &'static str,
+    pub plan: PlanOrigin,
     /// The page cache state that the plan assumes.
-    pub source_cache: Option<&'static str>,
+    pub source_cache: Option<SourceCache>,
     /// The cost numbers used for the plan, if its policy weighs any.
     pub costs: Option<CostsUsed>,
     /// The plan compared with the profile it was made from.
@@ -335,7 +337,7 @@ impl Controller {
     /// Restores a machine, running or paused. After an error everything is as before.
     pub fn restore(
         &mut self,
-        load: &LoadSnapshot,
+        load: &RestoreRequest,
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
@@ -348,17 +350,14 @@ impl Controller {
 
     fn try_restore(
         &mut self,
-        load: &LoadSnapshot,
+        load: &RestoreRequest,
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let Sources { chain, tiers, pools, cold } = sources::open(load, self.outside.fault_timeout, &stalls)?;
-        let Chosen { plan, origin, source_cache, costs, fit } = planning::choose(&chain, &tiers, load)?;
-        let plan = match &cold {
-            Some(pool) => lower(&plan, chain.layers().len(), chain.layout(), pool.index())?,
-            None => plan,
-        };
+        let opened = sources::open(load, self.outside.fault_timeout, &stalls)?;
+        let Planned { plan, origin, source_cache, costs, fit } = planning::choose(&opened, load)?;
+        let Sources { chain, tiers, pools, cold } = opened;
         let layers = chain.layers().len();
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
@@ -369,7 +368,7 @@ impl Controller {
             single_pages: watch.single_pages,
             in_place_mapping: load.in_place_mapping,
             verify: load.verify,
-            handler: load.handler.as_deref(),
+            handler: load.handler(),
             overrides: &load.overrides,
             stalls: &stalls,
             clock_realtime: load.clock_realtime,
@@ -405,7 +404,7 @@ impl Controller {
         Ok(())
     }
 
-    fn load(&mut self, load: &LoadSnapshot) -> Result<(), Refused> {
+    fn load(&mut self, load: &RestoreRequest) -> Result<(), Refused> {
         self.before_start()?;
         if self.configured {
             return Err(Refused::bad_request(

@@ -7,7 +7,9 @@
 //! believed before it was checked against the real file.
 //! Start reading: `types.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
 
+mod cache_lookup;
 mod chain;
+mod cold_spec;
 mod container;
 mod drives;
 mod error;
@@ -16,6 +18,7 @@ mod ids;
 mod image;
 pub mod lru;
 mod manifest;
+mod mappings;
 mod memory_check;
 mod merge;
 mod page_map;
@@ -32,7 +35,9 @@ mod writer;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use cache_lookup::CacheLookup;
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun};
+pub use cold_spec::{ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
 };
@@ -47,6 +52,7 @@ pub use manifest::{
     DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
     is_snapshot_dir,
 };
+pub use mappings::{Folios, Mapping, View};
 pub use memory_check::{BadChunk, ReadAt, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
@@ -58,7 +64,7 @@ pub use plan::{
 };
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
-pub use restore_choice::{InPlaceMapping, Verify};
+pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, UnknownPolicy, Verify};
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};

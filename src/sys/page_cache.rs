@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use super::mapping::Reservation;
 use super::pagemap_scan;
-use crate::snapshot::LoadHuge;
+use crate::snapshot::{CacheLookup, LoadHuge};
 
 /// This host's page cache.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +34,20 @@ impl LoadHuge for PageCache {
             done += window as u64;
         }
         Ok(())
+    }
+}
+
+impl CacheLookup for PageCache {
+    fn resident_pages(&self, file: &File) -> io::Result<Option<u64>> {
+        resident_pages(file)
+    }
+
+    fn is_in_huge_folios(&self, file: &File) -> io::Result<Option<bool>> {
+        is_in_huge_folios(file)
+    }
+
+    fn readahead_pages(&self, file: &File) -> Option<u64> {
+        readahead_pages(file)
     }
 }
 
@@ -125,7 +139,7 @@ const CANDIDATES: u64 = 32;
 /// True if `file` is cached in folios of 2 MiB, so that a fault maps as much: maps some blocks that are wholly cached,
 /// touches one page of each, and looks whether its neighbours were mapped too. `None` if no block tells: none is
 /// cached, or the kernel has no such interface.
-pub fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
+fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
     let blocks = file.metadata()?.len() / HUGE_BLOCK;
     let (mut huge, mut small) = (0, 0);
     for index in 0..CANDIDATES.min(blocks) {
@@ -164,7 +178,7 @@ fn is_block_cached(file: &File, offset: u64) -> io::Result<bool> {
 
 /// The read-ahead window of the device that `file` is on, in pages, if the kernel tells (sysfs,
 /// `Documentation/ABI/testing/sysfs-class-bdi`).
-pub fn readahead_pages(file: &File) -> Option<u64> {
+fn readahead_pages(file: &File) -> Option<u64> {
     use std::os::unix::fs::MetadataExt;
     let device = file.metadata().ok()?.dev();
     let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", libc::major(device), libc::minor(device));

@@ -4,7 +4,8 @@
 //! pools (`cold/`), and the traits that back ends implement (`tier::Tier`, `pool::Medium`, `cold::Place`).
 //! Must not know: KVM, guest memory, devices, HTTP. A policy is a pure function from a snapshot, a profile, costs and
 //! budgets to a [`RestorePlan`](crate::snapshot::RestorePlan), so all of them are tested without a machine.
-//! Start reading: `policy/mod.rs`, then `policy/reap.rs` (the smallest with a profile) and `costs.rs`.
+//! Start reading: `planner.rs` (chooses a restore's plan), `policy/mod.rs`, then `policy/reap.rs` (the smallest with a
+//! profile) and `costs.rs`.
 
 pub mod cold;
 pub mod costs;
@@ -12,6 +13,7 @@ pub mod fault;
 pub mod fit;
 pub mod plan_cache;
 pub mod plan_file;
+pub mod planner;
 pub mod policy;
 pub mod pool;
 pub mod profile;
@@ -25,8 +27,6 @@ use crate::snapshot::{self, PoolId, SnapshotId};
 /// Errors of making a plan.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("There is no policy {name:?}; there are: {known}")]
-    UnknownPolicy { name: String, known: String },
     #[error("There is no recorder {name:?}; there are: {known}")]
     UnknownRecorder { name: String, known: String },
     #[error("Profiles cannot be merged by {name:?}, only by: {known}")]

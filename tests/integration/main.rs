@@ -40,6 +40,7 @@ mod object_store;
 mod otlp;
 mod peers;
 mod permissions;
+mod planner;
 mod plans;
 mod platform;
 mod pmem;

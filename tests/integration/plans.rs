@@ -137,10 +137,15 @@ fn a_thousand_random_plans_restore_the_snapshot() {
     let tip = dir.path().join("tip");
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
     let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x9e37_79b9_7f4a_7c15));
+    let report = dir.path().join("report.json");
     for round in 0..rounds(1000) {
         save(&chain, random_plan(&chain, &mut random), &plan_path);
-        let answer = run_ok(&["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"]);
+        let args = ["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--run", "check"];
+        let answer = run_ok(&[&args[..], &["--report", text(&report)]].concat());
         assert_eq!(answer.split(' ').nth(2), Some(digest.as_str()), "plan {round}: {answer}");
+        let report: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
+        let expected = PlanFile::load(&plan_path).unwrap().expected;
+        assert_eq!(report["restore"]["engine"]["mmap_calls"], expected.vmas, "plan {round}");
         // Images are as random as their plans: none is used twice.
         fs::remove_dir_all(tip.join("plan")).ok();
     }

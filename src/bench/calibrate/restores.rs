@@ -14,9 +14,9 @@ use crate::snapshot::{
     Chain, Content, Extent, Fill, Gfn, ImageSpec, Location, PageSource, Placement, PlannedExtent, ResolvedRun,
     RestorePlan,
 };
+use crate::sys::page_cache::PageCache;
 use crate::tiering::costs::Costs;
-use crate::tiering::plan_file::PlanFile;
-use crate::tiering::policy::{Budget, PolicyInput};
+use crate::tiering::planner::Planner;
 
 /// One restore that is measured repeatedly.
 pub struct Trial<'a> {
@@ -89,22 +89,22 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// Makes plans over the pages that the guest filled.
-struct Planner {
+/// Plans made by hand over the pages that the guest filled.
+struct HandMade {
     chain: Chain,
     resolved: Vec<ResolvedRun>,
     /// Offset of the first filled page in the memory file.
     offset: u64,
 }
 
-impl Planner {
-    fn new(snapshot: &Path) -> Result<Planner, BoxError> {
+impl HandMade {
+    fn new(snapshot: &Path) -> Result<HandMade, BoxError> {
         let chain = Chain::open(&Location::Dir(snapshot.to_path_buf()))?;
         let resolved = chain.resolve()?;
         let Some(offset) = chain.layout().file_offset(FILLED.first) else {
             return refuse("The guest's filled pages are not where they should be");
         };
-        Ok(Planner { chain, resolved, offset })
+        Ok(HandMade { chain, resolved, offset })
     }
 
     fn in_file(&self, extent: Extent) -> PageSource {
@@ -163,11 +163,8 @@ impl Planner {
     }
 
     fn save(&self, plan: RestorePlan, path: &Path) -> Result<(), BoxError> {
-        let costs = Costs::default();
-        let (resolved, budget) = (&self.resolved[..], Budget::default());
-        let input = PolicyInput { chain: &self.chain, resolved, tiers: &[], profile: None, costs: &costs, budget };
-        let expected = input.estimate(&plan);
-        PlanFile::new(plan, expected, &self.chain)?.save(path)?;
+        let planner = Planner { chain: &self.chain, tiers: &[], cold: None, page_cache: &PageCache };
+        planner.own(plan)?.save(path)?;
         Ok(())
     }
 }
@@ -192,10 +189,10 @@ pub struct Engine<'a> {
 
 impl<'a> Engine<'a> {
     pub fn new(exe: &'a Path, snapshot: &'a Path, dir: &Path) -> Result<Engine<'a>, BoxError> {
-        let planner = Planner::new(snapshot)?;
+        let plans = HandMade::new(snapshot)?;
         let trial = |name: &str, plan: RestorePlan, function: String| -> Result<Trial<'a>, BoxError> {
             let path = dir.join(format!("{name}.plan"));
-            planner.save(plan, &path)?;
+            plans.save(plan, &path)?;
             let how = ["--plan".to_string(), path.display().to_string()];
             Ok(Trial::new(exe, snapshot, how, function, dir))
         };
@@ -203,19 +200,19 @@ impl<'a> Engine<'a> {
         let every_second = format!("touch pages={} stride={STEP}", PAGES / STEP);
         let half = BLOCK_PAGES / 2;
         Ok(Engine {
-            copied_alone: trial("copied-alone", planner.out_of_image(1, STEP, Fill::Copy, false), every_second)?,
-            copied_from_file: trial("copied-from-file", planner.out_of_file(1, STEP, Fill::Copy), one())?,
+            copied_alone: trial("copied-alone", plans.out_of_image(1, STEP, Fill::Copy, false), every_second)?,
+            copied_from_file: trial("copied-from-file", plans.out_of_file(1, STEP, Fill::Copy), one())?,
             // Halves of blocks that are not adjacent in the image stay small pages.
             copied_groups: trial(
                 "copied-groups",
-                planner.out_of_image(half, half, Fill::Copy, true),
+                plans.out_of_image(half, half, Fill::Copy, true),
                 format!("touch pages={PAGES}"),
             )?,
-            copied_blocks: trial("copied-blocks", planner.out_of_file(BLOCK_PAGES, BLOCK_PAGES, Fill::Copy), one())?,
-            broken_alone: trial("broken-alone", planner.out_of_file(1, STEP, Fill::BreakCow), one())?,
-            broken_runs: trial("broken-runs", planner.out_of_file(RUN, RUN_STEP, Fill::BreakCow), one())?,
-            installed_alone: trial("installed-alone", planner.out_of_image(1, STEP, Fill::Install, false), one())?,
-            installed_runs: trial("installed-runs", planner.out_of_image(RUN, RUN_STEP, Fill::Install, false), one())?,
+            copied_blocks: trial("copied-blocks", plans.out_of_file(BLOCK_PAGES, BLOCK_PAGES, Fill::Copy), one())?,
+            broken_alone: trial("broken-alone", plans.out_of_file(1, STEP, Fill::BreakCow), one())?,
+            broken_runs: trial("broken-runs", plans.out_of_file(RUN, RUN_STEP, Fill::BreakCow), one())?,
+            installed_alone: trial("installed-alone", plans.out_of_image(1, STEP, Fill::Install, false), one())?,
+            installed_runs: trial("installed-runs", plans.out_of_image(RUN, RUN_STEP, Fill::Install, false), one())?,
         })
     }
 

@@ -16,9 +16,9 @@ use super::fault::Fault;
 use super::snapshots::{CacheState, derived};
 use crate::snapshot::{Chain, Image, ImageSpec, Location, ResolvedRun, image_name};
 use crate::sys::page_cache::{PageCache, resident_pages};
-use crate::tiering::costs::Costs;
 use crate::tiering::plan_cache::{self, profile_mark};
-use crate::tiering::policy::{Budget, Policy, PolicyInput};
+use crate::tiering::planner::Planner;
+use crate::tiering::policy::Policy;
 use crate::tiering::profile::{Order, Profile, RecorderKind};
 
 /// FaaSnap's gap, pages: its policy includes smaller ones.
@@ -211,16 +211,8 @@ impl Ground {
 
     /// The working-set files that a policy would use with this profile.
     fn images(&self, policy: Policy, profile: &Profile) -> Result<Vec<ImageSpec>, Fault> {
-        let costs = Costs::of_this_host().map_err(|error| Fault::of(&error))?;
-        let input = PolicyInput {
-            chain: &self.chain,
-            resolved: &self.resolved,
-            tiers: &[],
-            profile: Some(profile),
-            costs: &costs,
-            budget: Budget::default(),
-        };
-        Ok(policy.plan(&input).map_err(|error| Fault::of(&error))?.images)
+        let planner = Planner { chain: &self.chain, tiers: &[], cold: None, page_cache: &PageCache };
+        planner.images(policy, profile).map_err(|error| Fault::of(&error))
     }
 
     /// Makes the working-set files that a policy would use with this profile, unless they exist, and opens them.

@@ -25,9 +25,11 @@ pub fn lower(plan: &RestorePlan, layers: usize, layout: &MemoryLayout, index: &I
     for item in &plan.extents {
         lowering.place(item, &mut extents)?;
     }
-    lowering.join_small_zeros(&mut extents);
     let mut lowered = RestorePlan { extents, images: Vec::new(), verify: false, direct: false, ..plan.clone() };
     lowered.fault_pages = plan.fault_pages.max(index.chunk_pages());
+    // Whole runs of zero pages are small or not: so a plan that was lowered before stays as it is.
+    lowered.coalesce(layout);
+    lowering.join_small_zeros(&mut lowered.extents);
     lowered.coalesce(layout);
     lowered.background = background(plan, &lowered);
     Ok(lowered)
@@ -60,8 +62,10 @@ impl Lowering<'_> {
         let mut next = item.extent.first;
         let end = item.extent.end();
         for run in self.held.runs_in(item.extent) {
-            if run.first.0 - next.0 >= ZERO_RUN {
-                out.push(PlannedExtent::zero(Extent { first: next, pages: run.first.0 - next.0 }));
+            let gap = run.first.0 - next.0;
+            // Zero pages at either end are joined with those beyond it first: the length of the whole run decides.
+            if gap >= ZERO_RUN || (gap > 0 && next == item.extent.first) {
+                out.push(PlannedExtent::zero(Extent { first: next, pages: gap }));
                 next = run.first;
             }
             let pages = run.end().0 - next.0;
@@ -160,6 +164,7 @@ mod tests {
         assert!(counts.zero > 2000, "{counts:?}");
         assert!(lowered.background.iter().all(|step| step.action == BackgroundAction::Install));
         assert_eq!(lowered.background.iter().map(|step| step.extent.pages).sum::<u64>(), 64);
+        assert_eq!(lower(&lowered, 1, sample.index.layout(), &sample.index).unwrap(), lowered, "lowered twice");
     }
 
     #[test]

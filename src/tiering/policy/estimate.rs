@@ -7,8 +7,8 @@ use super::model::{AnonBlock, Cost, FileBlock, LazyBlock, Tally};
 use super::place::{BLOCK_PAGES, pieces};
 use super::touches::Touch;
 use crate::snapshot::{
-    BackgroundAction, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageSource, Placement, PlannedExtent, RestorePlan,
-    TierAccess,
+    BackgroundAction, Extent, Fill, Folios, Gfn, PAGE_SIZE, PageSource, Placement, PlannedExtent, RestorePlan,
+    TierAccess, View,
 };
 use crate::tiering::costs::Costs;
 
@@ -21,7 +21,7 @@ pub struct Estimate {
     pub preload_ns: f64,
     /// Faults while the request is executed.
     pub fault_ns: f64,
-    /// Mappings that guest memory is made of.
+    /// Mappings that the restore makes for guest memory. A userfaultfd splits some of them: that is in `map_ns` only.
     pub vmas: u64,
     /// Pages of local memory filled before the guest runs.
     pub pages_preloaded: u64,
@@ -36,44 +36,28 @@ impl Estimate {
     }
 }
 
-/// The content of a mapping. Neighbours with the same content, continued, are one mapping.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum View {
-    /// `served`: behind a userfaultfd, or not; `None` where either will do.
-    Anonymous { served: Option<bool> },
-    /// `huge` is `None` where either will do.
-    File { layer: usize, base: i128, huge: Option<bool> },
+/// The userfaultfd that anonymous pages are registered with. Each change of it within a mapping splits the mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Behind {
+    Userfaultfd,
+    Nothing,
+    /// Either will do.
+    Any,
 }
 
-impl View {
-    fn of(item: &PlannedExtent) -> View {
-        let file = |source: Option<PageSource>, huge| match source {
-            Some(PageSource { layer, offset }) => {
-                View::File { layer, base: i128::from(offset) - i128::from(item.extent.gpa()), huge }
-            }
-            None => View::Anonymous { served: Some(false) },
-        };
+impl Behind {
+    fn of(item: &PlannedExtent) -> Behind {
         match (item.placement, item.fill) {
-            (Placement::CowFile, _) => file(item.source, Some(false)),
-            (Placement::InPlace, _) => file(item.source, Some(true)),
-            (Placement::Preload, Fill::BreakCow) => file(item.source, None),
-            (Placement::Preload, Fill::Install) | (Placement::Lazy, _) => View::Anonymous { served: Some(true) },
-            (Placement::Preload, Fill::Copy) => View::Anonymous { served: None },
-            (Placement::Zero, _) => View::Anonymous { served: Some(false) },
+            (Placement::Lazy, _) | (Placement::Preload, Fill::Install) => Behind::Userfaultfd,
+            (Placement::Preload, Fill::Copy) => Behind::Any,
+            (Placement::Zero | Placement::InPlace | Placement::CowFile | Placement::Preload, _) => Behind::Nothing,
         }
     }
 
-    fn joined(self, next: View) -> Option<View> {
+    fn joined(self, next: Behind) -> Option<Behind> {
         match (self, next) {
-            (View::File { layer, base, huge }, View::File { layer: l, base: b, huge: h }) => {
-                let same = layer == l && base == b && (huge.is_none() || h.is_none() || huge == h);
-                same.then_some(View::File { layer, base, huge: huge.or(h) })
-            }
-            (View::Anonymous { served }, View::Anonymous { served: s }) => {
-                let same = served.is_none() || s.is_none() || served == s;
-                same.then_some(View::Anonymous { served: served.or(s) })
-            }
-            _ => None,
+            (Behind::Any, other) | (other, Behind::Any) => Some(other),
+            (one, other) => (one == other).then_some(one),
         }
     }
 }
@@ -95,8 +79,9 @@ struct Walk<'a> {
     read_ahead: bool,
     fault_pages: u64,
     huge: &'a [Extent],
-    ground: &'a Ground<'a>,
+    /// The content of the mapping that is walked through, and its first page.
     view: View,
+    start: Gfn,
     block: Block,
     cost: Cost,
     estimate: Estimate,
@@ -106,59 +91,62 @@ struct Walk<'a> {
 
 /// The expected cost of `plan` with the expected touches `touches`.
 pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estimate {
+    let is_shared = |_: &PlannedExtent, source: PageSource| ground.access(source.layer) == Some(TierAccess::MapShared);
     let mut walk = Walk {
         costs: ground.costs,
         touches,
         at: 0,
         layers: ground.layers,
-        ground,
         read_ahead: plan.background.iter().any(|step| step.action == BackgroundAction::ReadAhead),
         fault_pages: plan.fault_pages,
         huge: &plan.huge,
-        view: View::Anonymous { served: None },
+        view: View::Anonymous,
+        start: Gfn(0),
         block: Block::default(),
         cost: Cost::default(),
         estimate: Estimate::default(),
         read_to: None,
     };
-    let mut last: Option<Extent> = None;
-    for item in &plan.extents {
-        let view = View::of(item);
-        let joined =
-            walk.view.joined(view).filter(|_| last.is_some_and(|last| adjoin(ground.layout, last, item.extent)));
-        if joined.is_none() {
-            walk.flush();
-            walk.estimate.vmas += 1;
+    let mut splits = 0;
+    for mapping in plan.mappings(ground.layout, is_shared) {
+        walk.flush();
+        walk.estimate.vmas += 1;
+        walk.view = mapping.view;
+        walk.start = mapping.extent.first;
+        let mut behind = Behind::Any;
+        for item in &plan.extents[mapping.items] {
+            let next = Behind::of(item);
+            let joined = behind.joined(next);
+            if joined.is_none() {
+                walk.flush();
+                splits += 1;
+            }
+            behind = joined.unwrap_or(next);
+            walk.add(item);
         }
-        walk.view = joined.unwrap_or(view);
-        walk.add(item);
-        last = Some(item.extent);
     }
     walk.flush();
     let Walk { mut estimate, cost, .. } = walk;
-    estimate.map_ns = estimate.vmas as f64 * ground.costs.vma_ns as f64;
+    estimate.map_ns = (estimate.vmas + splits) as f64 * ground.costs.vma_ns as f64;
     (estimate.preload_ns, estimate.fault_ns) = (cost.before, cost.during);
     estimate
-}
-
-fn adjoin(layout: &MemoryLayout, last: Extent, next: Extent) -> bool {
-    last.end() == next.first && layout.contains(Extent { first: Gfn(next.first.0 - 1), pages: 2 })
 }
 
 impl Walk<'_> {
     fn flush(&mut self) {
         let block = std::mem::take(&mut self.block);
         match self.view {
-            View::Anonymous { .. } => {
+            View::Anonymous => {
                 self.cost.add(block.anon.cost(self.costs));
                 self.cost.add(block.lazy.cost(self.costs));
             }
-            View::File { layer, base, huge } => {
+            View::File { source, folios, shared } => {
+                let block_bytes = BLOCK_PAGES * PAGE_SIZE;
                 let file = FileBlock {
-                    wants_huge: huge == Some(true),
-                    aligned: base.rem_euclid(i128::from(BLOCK_PAGES * PAGE_SIZE)) == 0,
-                    read_ahead: self.read_ahead && layer >= self.layers,
-                    promoted: self.ground.access(layer) == Some(TierAccess::MapShared),
+                    wants_huge: folios == Folios::Huge,
+                    aligned: source.offset % block_bytes == self.start.gpa() % block_bytes,
+                    read_ahead: self.read_ahead && source.layer >= self.layers,
+                    promoted: shared,
                     ..block.file
                 };
                 self.cost.add(file.cost(self.costs));

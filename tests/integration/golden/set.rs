@@ -16,7 +16,7 @@ use crate::vsock;
 
 /// In the order in which they were taken; `merged` is `full` and `diff` in one, `child` is a diff over `diff`.
 const SNAPSHOTS: [&str; 4] = ["full", "diff", "merged", "child"];
-/// What the guest of `set1` is known to have seen: AVX2.
+/// The feature of the CPU that the guest of `set1` is known to have seen: AVX2.
 const SEEN: Feature = Feature { leaf: 7, subleaf: 0, register: "ebx", bits: 1 << 5 };
 const TAP: &str = "tap0";
 const POOL_LEN: &str = "0.02";
@@ -57,7 +57,7 @@ fn sections(snapshot: &Path) -> Vec<Value> {
     sections.map(|section| json!([section["kind"], section["instance"], section["version"]])).collect()
 }
 
-/// What a plan says: pages by placement, and what it is for.
+/// The facts that a plan must keep: pages by placement, and what it is for.
 fn plan_facts(path: &Path) -> Value {
     let plan = PlanFile::load(path).unwrap().plan;
     let pages = |placement| {
@@ -175,7 +175,7 @@ fn golden_set_restores_where_the_host_allows_and_is_refused_elsewhere_with_what_
     });
 }
 
-/// What a restored VM has of its own, in place of what the golden one had.
+/// The disk, image, tap and socket of a restored VM, in place of those that the golden one had.
 struct Own([String; 8]);
 
 impl Own {
@@ -313,7 +313,7 @@ fn make_derived(dir: &Path, target: &Path, expected: &mut Value) {
     let bytes = fs::read(pool.join("pool.tvmm")).unwrap();
     write_packed(&target.join("pool.packed.zst"), &bytes);
     let mut shown: Value = serde_json::from_str(&run_ok(&["pool", "show", text(&pool), "--json"])).unwrap();
-    // What follows from the file system that the pool is on.
+    // These depend on the host: the file system that the pool is on, and the VMs that run from it.
     shown.as_object_mut().unwrap().retain(|name, _| name != "medium" && name != "vms");
     expected["pool"] = json!({ "len": bytes.len(), "shown": shown });
     let cold = dir.join("cold");
