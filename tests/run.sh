@@ -59,7 +59,7 @@ skips=$(sort -u "$TVMM_SKIPS" |
     awk -F '\t' 'pass == 1 { seen[$1, $2] = 1; next } !seen[$1, $2]++' pass=1 "$failed" pass=2 -)
 counted() { cut -f"$1" <<<"$skips" | grep . | sort | uniq -c | sort -k1,1nr -k2; }
 total() { # total passed|failed
-    awk -v word="$1;" '/^test result:/ { for (n = 2; n <= NF; n++) if ($n == word) sum += $(n - 1) } END { print sum + 0 }' "$log"
+    sed -n "s/^test result: .* \([0-9]*\) $1;.*/\1/p" "$log" | awk '{ sum += $1 } END { print sum + 0 }'
 }
 passed=$(total passed) failures=$(total failed) skipped=$(grep -c . <<<"$skips")
 kinds=$(counted 3 | awk '{ printf "%s%s %s", n++ ? ", " : ": ", $2, $1 }')

@@ -1,4 +1,5 @@
-//! The answer to a request that was not carried out: a status and `{"fault_message": "..."}`.
+//! The answer to a request that was not carried out: a status and `{"fault_message": "...", "code": "..."}`. Faults of
+//! HTTP itself have no code.
 
 use axum::http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
@@ -6,18 +7,19 @@ use serde::Serialize;
 
 use crate::config::ConfigError;
 use crate::config::control::SendError;
-use crate::config::refusal::{Refused, RefusedKind};
+use crate::config::refusal::{FaultBody, FaultCode, Refused, RefusedKind};
 
 /// A request that was not carried out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) status: StatusCode,
     pub(super) message: String,
+    pub(super) code: Option<FaultCode>,
 }
 
 impl Fault {
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into() }
+        Self { status, message: message.into(), code: None }
     }
 
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
@@ -31,7 +33,7 @@ impl From<Refused> for Fault {
             RefusedKind::BadRequest => StatusCode::BAD_REQUEST,
             RefusedKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        Self::new(status, refused.message)
+        Self { code: Some(refused.code), ..Self::new(status, refused.message) }
     }
 }
 
@@ -54,7 +56,7 @@ impl From<SendError> for Fault {
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
         tracing::warn!(status = self.status.as_u16(), fault = self.message, "API request was refused.");
-        json_response(self.status, &serde_json::json!({ "fault_message": self.message }))
+        json_response(self.status, &FaultBody { fault_message: self.message, code: self.code })
     }
 }
 

@@ -1,11 +1,10 @@
-//! The HTTP API of one VM: Firecracker's paths, bodies and answers on a Unix socket, and a client for it.
+//! The HTTP API of one VM: Firecracker's paths, bodies and answers on a Unix socket. `sys/api_client.rs` is the client.
 //!
 //! Owns: routes, request bodies, faults, connections and their time-outs. Each request becomes a
 //! [`Command`](crate::config::request::Command); the connection waits for the reply.
 //! Must not know: the machine. The server has its own thread, and async stays on it.
 //! Start reading: `routes.rs`, then `requests.rs` (bodies to commands) and `connection.rs`.
 
-pub mod client;
 mod connection;
 mod devices;
 mod fault;

@@ -1,12 +1,10 @@
 //! Parses request bodies into commands.
 
-use std::path::PathBuf;
-
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
-use crate::config::request::{Command, CreateSnapshot, SnapshotKind};
+use crate::config::bodies::{ActionBody, ActionType, CreateBody, CreateExtension, VmBody, WantedState};
+use crate::config::request::{Command, CreateSnapshot};
 use crate::config::{
     BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, snapshot_paths,
 };
@@ -73,21 +71,8 @@ pub(super) fn put_metrics(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Command::PutMetrics(json::<MetricsConfig>(body)?).into())
 }
 
-#[derive(Deserialize)]
-enum ActionType {
-    InstanceStart,
-    SendCtrlAltDel,
-    FlushMetrics,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Action {
-    action_type: ActionType,
-}
-
 pub(super) fn put_actions(body: &[u8]) -> Result<Parsed, Fault> {
-    let command = match json::<Action>(body)?.action_type {
+    let command = match json::<ActionBody>(body)?.action_type {
         ActionType::InstanceStart => Command::InstanceStart,
         ActionType::SendCtrlAltDel => Command::SendCtrlAltDel,
         ActionType::FlushMetrics => Command::FlushMetrics,
@@ -95,67 +80,18 @@ pub(super) fn put_actions(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(command.into())
 }
 
-#[derive(Deserialize)]
-enum WantedState {
-    Paused,
-    Resumed,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Vm {
-    state: WantedState,
-}
-
 pub(super) fn patch_vm(body: &[u8]) -> Result<Parsed, Fault> {
-    let command = match json::<Vm>(body)?.state {
+    let command = match json::<VmBody>(body)?.state {
         WantedState::Paused => Command::Pause,
         WantedState::Resumed => Command::Resume,
     };
     Ok(command.into())
 }
 
-#[derive(Default, Deserialize)]
-enum SnapshotType {
-    #[default]
-    Full,
-    Diff,
-}
-
-/// Fields that Firecracker's body does not have.
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CreateExtension {
-    /// Resume the machine afterwards.
-    #[serde(default)]
-    resume: bool,
-    /// Copy the drives that the guest can write.
-    #[serde(default)]
-    copy_drives: bool,
-    /// Answer only after the memory was read back from the disk and compared with what was written.
-    #[serde(default)]
-    verify: bool,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Create {
-    snapshot_path: PathBuf,
-    /// Required by Firecracker; here its absence means that `snapshot_path` is a snapshot directory.
-    mem_file_path: Option<PathBuf>,
-    #[serde(default)]
-    snapshot_type: SnapshotType,
-    #[serde(default)]
-    tvmm: CreateExtension,
-}
-
 pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
-    let create: Create = json(body)?;
+    let create: CreateBody = json(body)?;
     let location = snapshot_paths(create.snapshot_path, create.mem_file_path, "mem_file_path")?;
-    let kind = match create.snapshot_type {
-        SnapshotType::Full => SnapshotKind::Full,
-        SnapshotType::Diff => SnapshotKind::Diff,
-    };
+    let kind = create.snapshot_type;
     let CreateExtension { resume, copy_drives, verify } = create.tvmm;
     Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives, verify }).into())
 }

@@ -9,8 +9,8 @@ use crate::tiering;
 /// The one error of the room `backends`. Each variant names the action and its object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("`{text}` is no cold pool: {problem}")]
-    ColdSpec { text: String, problem: String },
+    #[error(transparent)]
+    ColdSpec(#[from] snapshot::NoColdPool),
     #[error("Cannot listen at {address}")]
     Listen { address: String, source: io::Error },
     #[error("Cannot {doing}")]

@@ -17,7 +17,7 @@ use super::guest::{Guest, snapshot_to};
 use super::report::chart::{Lines, Series};
 use super::study::stats::Summary;
 use super::{BoxError, Cache, Scratch, Trial, end_of, prepare, refuse};
-use crate::api::client::Client;
+use crate::sys::api_client::Client;
 use crate::tiering::policy::Policy;
 
 #[derive(Debug, Args)]

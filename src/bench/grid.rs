@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::guest::{self, Guest};
 use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
-use crate::api::client::Client;
+use crate::sys::api_client::Client;
 use crate::tiering::policy::Policy;
 
 #[derive(Debug, Args)]

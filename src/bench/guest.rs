@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::{BoxError, child, refuse};
-use crate::api::client::Client;
+use crate::sys::api_client::Client;
 use crate::sys::bounded_wait::Wait;
 
 /// Time limit for any action of a guest.

@@ -2,7 +2,7 @@
 //!
 //! Owns: experiments and their report, the page-fault handler that a measured VMM needs, the costs of a host, and
 //! waiting for child processes.
-//! Must not know: the machine. Each measured VM is a fresh process, driven by `api`'s client; rivals are interleaved.
+//! Must not know: the machine. Each measured VM is a fresh process, driven over its API socket; rivals are interleaved.
 //! Start reading: `study/mod.rs`, `study/flow.rs` (the compared ways), `restore.rs` (the time slices of one restore).
 
 pub(crate) mod calibrate;

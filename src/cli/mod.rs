@@ -20,13 +20,18 @@ mod vm;
 
 use crate::sys::errors::{BoxError, chain};
 use crate::sys::heap;
+use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use self::identify::{InputPath, Role};
+use crate::config::refusal::{FAULTS_VARIABLE, FaultBody, FaultCode};
 use crate::config::request::DEFAULT_FAULT_TIMEOUT;
+use crate::session;
+use crate::snapshot::{NoColdPool, UnknownPolicy};
 use crate::sys::logging::{self, LogChange};
 use crate::sys::lost;
 use crate::sys::lost::CANNOT_GO_ON;
@@ -147,6 +152,26 @@ impl Command {
     }
 }
 
+/// Parses the arguments. Ends the process if they are not understood, or ask for help.
+///
+/// # Errors
+/// An unknown policy or cold pool. Like a missing snapshot it ends the process with exit code 1, as the arguments were
+/// understood.
+fn arguments() -> Result<Cli, String> {
+    Cli::try_parse().or_else(|error| {
+        let cause = error.source().filter(|cause| cause.is::<UnknownPolicy>() || cause.is::<NoColdPool>());
+        match cause {
+            Some(unknown) => Err(unknown.to_string()),
+            None => error.exit(),
+        }
+    })
+}
+
+/// Ends the process as clap does for arguments that exclude each other.
+fn contradiction(what: &str) -> ! {
+    Cli::command().error(ErrorKind::ArgumentConflict, what).exit()
+}
+
 /// Guest memory cannot be read any more, or differs from what was captured. The process ends with [`lost::EXIT_CODE`].
 #[derive(Debug, thiserror::Error)]
 #[error("{CANNOT_GO_ON}: {0}")]
@@ -156,7 +181,13 @@ struct MemoryLost(String);
 /// memory that is mapped from a file was lost.
 pub fn main() -> ExitCode {
     heap::use_one_for_all_threads();
-    let cli = Cli::parse();
+    let cli = match arguments() {
+        Ok(cli) => cli,
+        Err(unknown) => {
+            crate::sys::print::end(Some(&unknown));
+            return ExitCode::FAILURE;
+        }
+    };
     signals::outlive_file_size_limit();
     if let Err(error) = lost::install_handler() {
         crate::sys::print::end(Some(&format!("Cannot install the handler of SIGBUS: {error}")));
@@ -175,13 +206,26 @@ pub fn main() -> ExitCode {
             None => cli.boot.config.iter().map(|path| InputPath::new(path, Role::Config)).collect(),
         };
         let misused = inputs.iter().find_map(InputPath::misuse);
-        misused.unwrap_or_else(|| chain(error.as_ref()))
+        told(error, misused.unwrap_or_else(|| chain(error.as_ref())))
     });
     crate::sys::print::end(failure.as_deref());
     result.unwrap_or_else(|error| match error.is::<MemoryLost>() {
         true => ExitCode::from(lost::EXIT_CODE),
         false => ExitCode::FAILURE,
     })
+}
+
+/// Formats a failure for standard error: a sentence for people, or a [`FaultBody`] for the service.
+fn told(error: &BoxError, fault_message: String) -> String {
+    if std::env::var_os(FAULTS_VARIABLE).is_none_or(|format| format != "json") {
+        return fault_message;
+    }
+    let code = match error.downcast_ref() {
+        Some(session::Error::NoAnswer(_)) => Some(FaultCode::GuestTimeout),
+        _ => FaultCode::of(error.as_ref()),
+    };
+    let body = FaultBody { fault_message, code };
+    serde_json::to_string(&body).unwrap_or(body.fault_message)
 }
 
 fn run(cli: &Cli) -> Result<ExitCode, BoxError> {

@@ -1,4 +1,4 @@
-//! `tvmm plan`: what a policy would do with a snapshot, in numbers and drawn, or in a file.
+//! `tvmm plan`: shows the plan that a policy makes for a snapshot, in numbers and drawn, or writes it to a file.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::identify::{InputPath, Role};
 use crate::session::planning::planner;
 use crate::session::sources;
-use crate::snapshot::{Chain, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan};
+use crate::snapshot::{Chain, ColdSpec, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan};
 use crate::sys::errors::BoxError;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::fit::Fit;
@@ -19,12 +19,12 @@ use crate::tiering::planner::PlanRequest;
 use crate::tiering::policy::{Budget, DRAM_PRICE_US, Estimate};
 use crate::tiering::profile::Profile;
 
-/// How the snapshot's memory is found when the plan is carried out.
+/// The caching of the snapshot's memory when the plan is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Cache {
     /// In folios of 2 MiB, as tvmm leaves a snapshot
     Huge,
-    /// In small folios, as files are that were just written
+    /// In small folios, like files that were just written
     Small,
     /// Not at all
     Cold,
@@ -45,17 +45,17 @@ pub struct PlanArgs {
     /// The snapshot directory
     #[arg(long, value_name = "DIR")]
     snapshot: PathBuf,
-    /// What a recorded run did (`tvmm profile record`)
+    /// Profile of a recorded run, for policies that need one (`tvmm profile record`)
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
     /// The policy that makes the plan
     #[arg(long, value_name = "NAME")]
     policy: String,
-    /// Local memory for what is preloaded or will be written, MiB
+    /// Local memory for preloaded pages and pages that the guest will write, MiB
     #[arg(long, value_name = "MIB")]
     dram: Option<u64>,
-    /// How much longer a request may take to save a MiB of local memory that it does not write, µs; only `tiered` weighs
-    /// that
+    /// Latency to trade for memory: additional µs per request that saving 1 MiB of preloaded local memory is worth (0
+    /// optimises latency only); only `tiered` weighs it
     #[arg(long, default_value_t = DRAM_PRICE_US, value_name = "US")]
     dram_price: u64,
     /// Memory in the CXL tier, MiB
@@ -66,18 +66,18 @@ pub struct PlanArgs {
     pool: Vec<PathBuf>,
     /// Take pages from this cold pool, as `tvmm restore --cold` does; repeatable, nearest first, the next stands by
     #[arg(long, value_name = "POOL")]
-    cold: Vec<String>,
-    /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
+    cold: Vec<ColdSpec>,
+    /// Costs of this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
     #[arg(long, value_name = "FILE")]
     costs: Option<PathBuf>,
-    /// How the snapshot's memory will be cached; default: as a restore would find it now
+    /// Caching of the snapshot's memory; default: as a restore would find it now
     #[arg(long, value_enum)]
     cache: Option<Cache>,
-    /// The profile of a run to hold the plan against: which pages it brings ahead that this run does not touch, and which
-    /// it leaves that this run touches
+    /// Profile of a run to compare the plan with: counts pages that it brings ahead and this run does not touch, and
+    /// pages that it leaves out and this run touches
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
     /// Write the plan to this file, for `tvmm restore --plan`
@@ -88,7 +88,7 @@ pub struct PlanArgs {
 impl PlanArgs {
     pub fn inputs(&self) -> Vec<InputPath> {
         let profiles = self.profile.iter().chain(&self.against).map(|path| InputPath::new(path, Role::Profile));
-        let cold = self.cold.iter().map(|pool| InputPath::new(Path::new(pool), Role::Pool));
+        let cold = self.cold.iter().filter_map(ColdSpec::dir).map(|dir| InputPath::new(dir, Role::Pool));
         let pools = self.pool.iter().map(|path| InputPath::new(path, Role::Pool)).chain(cold);
         std::iter::once(InputPath::new(&self.snapshot, Role::Snapshot)).chain(profiles).chain(pools).collect()
     }
@@ -127,14 +127,14 @@ fn write(file: &PlanFile, path: &Path) -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Holds the plan against the run of the profile in `path`.
+/// Compares the plan with the run of the profile in `path`.
 fn against(path: &Path, plan: &RestorePlan, chain: &Chain) -> Result<Fit, BoxError> {
     let profile = Profile::load(path)?;
     profile.check_for(chain.tip())?;
     Ok(Fit::of(plan, &profile))
 }
 
-/// The groups that are told apart when a plan is shown: a name, what draws it, and which extents belong to it.
+/// The groups of extents in a drawn plan: name, symbol, placement and fill.
 const GROUPS: [(&str, char, Placement, Option<Fill>); 7] = [
     ("preload, copied", '█', Placement::Preload, Some(Fill::Copy)),
     ("preload, installed", '▓', Placement::Preload, Some(Fill::Install)),
@@ -232,7 +232,7 @@ fn table(plan: &RestorePlan) -> Table {
     table
 }
 
-/// What the run of a profile does to the pages of each placement.
+/// Prints the use that a profile's run makes of each placement's pages.
 fn print_fit(fit: &Fit) {
     let runs = if fit.runs == 1 { "one run".to_string() } else { format!("any of {} runs", fit.runs) };
     out!("against    {runs} of `{}`, recorded by {}:", fit.function, fit.recorder);
@@ -253,7 +253,7 @@ fn print_fit(fit: &Fit) {
 const COLUMNS: u64 = 64;
 const ROWS: u64 = 16;
 
-/// Guest memory by placement: each cell shows what most of its pages are, but any preloaded page shows.
+/// Draws guest memory by placement: each cell shows the placement of most of its pages, but any preloaded page shows.
 fn draw(plan: &RestorePlan, layout: &MemoryLayout) {
     let cell = layout.pages().div_ceil(COLUMNS * ROWS).next_power_of_two();
     out!(
@@ -281,7 +281,7 @@ fn symbol(plan: &RestorePlan, part: Extent, at: &mut usize) -> char {
         }
         *at += 1;
     }
-    // Preloaded pages are few and what a plan is about.
+    // Preloaded pages are few, and the main subject of a plan.
     let first_preloaded = pages[..3].iter().position(|pages| *pages > 0);
     let most = || (0..pages.len()).rev().max_by_key(|group| pages[*group]).unwrap_or(pages.len() - 1);
     GROUPS[first_preloaded.unwrap_or_else(most)].1

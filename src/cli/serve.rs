@@ -7,8 +7,11 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::backends::cold::ColdSpec;
-use crate::serve::{self, Limits, LoadOptions, Options};
+use super::contradiction;
+use crate::backends::cold;
+use crate::config::restore::RestoreOptions;
+use crate::serve::{self, Limits, Options};
+use crate::snapshot::{ColdSpec, NoColdPool};
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::print;
@@ -41,7 +44,7 @@ pub struct ServeArgs {
     /// Let clients restore from this cold pool of other hosts, or from those below this URL; repeatable. The pools of
     /// --cold are always allowed
     #[arg(long, value_name = "ADDRESS", value_parser = cold_name)]
-    allow_cold: Vec<String>,
+    allow_cold: Vec<ColdSpec>,
     /// Answer TCP clients that call the service by this name, and pages of this site, besides loopback names and the
     /// address that a client connects to; repeatable
     #[arg(long, value_name = "NAME", value_parser = host_name)]
@@ -77,12 +80,12 @@ pub struct ServeArgs {
     /// Restore from a cold pool, unless an invocation says otherwise (see `tvmm restore --help`); repeatable, nearest
     /// first
     #[arg(long, value_name = "POOL", value_parser = cold_name)]
-    cold: Vec<String>,
+    cold: Vec<ColdSpec>,
     /// Keep chunks that come from other hosts in this directory
-    #[arg(long, value_name = "DIR", requires = "cold")]
+    #[arg(long, value_name = "DIR")]
     cold_cache: Option<PathBuf>,
     /// Limit on the size of that directory, MiB; chunks used longest ago go first [default: 1024]
-    #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MIB")]
     cold_cache_size: Option<u64>,
     /// Local memory for preloaded pages and pages that the guest will write, MiB, unless function or invocation names
     /// it
@@ -115,9 +118,11 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     at_most_many(text).ok().filter(|&number| number > 0).ok_or_else(|| format!("a number from 1 to {MANY} is needed"))
 }
 
-/// Parses a cold pool's name as a restore does.
-fn cold_name(text: &str) -> Result<String, String> {
-    ColdSpec::parse(text).map(|_| text.to_string())
+/// Parses the name of a cold pool that this build can restore from.
+fn cold_name(text: &str) -> Result<ColdSpec, String> {
+    let spec: ColdSpec = text.parse().map_err(|error: NoColdPool| error.problem)?;
+    cold::check_reachable(&spec)?;
+    Ok(spec)
 }
 
 /// A host's name or address, without a port.
@@ -133,8 +138,8 @@ fn host_name(text: &str) -> Result<String, String> {
 }
 
 /// The restore options in the arguments.
-fn load_options(args: &ServeArgs) -> LoadOptions {
-    LoadOptions {
+fn load_options(args: &ServeArgs) -> RestoreOptions {
+    RestoreOptions {
         pools: Some(args.pool.clone()).filter(|pools| !pools.is_empty()),
         cold_pools: Some(args.cold.clone()).filter(|pools| !pools.is_empty()),
         cold_cache: args.cold_cache.clone(),
@@ -142,7 +147,7 @@ fn load_options(args: &ServeArgs) -> LoadOptions {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         dram_price: args.dram_price,
-        ..LoadOptions::default()
+        ..RestoreOptions::default()
     }
 }
 
@@ -167,13 +172,15 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         Some(mib) => mib,
         None => default_memory_mib()?,
     };
+    let load = load_options(args);
+    load.check().unwrap_or_else(|invalid| contradiction(&invalid.in_flags()));
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     serve::run(Options {
         dir,
         listen: args.listen,
         listen_unix: args.listen_unix.clone(),
         trace: args.trace.clone(),
-        load: load_options(args),
+        load,
         otlp: args.otlp.clone(),
         hosts: args.host.clone(),
         allow_paths: args.allow_path.clone(),

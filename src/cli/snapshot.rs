@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::identify::InputPath;
 use super::merge;
-use crate::api::client::Client;
+use crate::sys::api_client::Client;
 use crate::sys::errors::{BoxError, chain, refuse};
 
 #[derive(Debug, Args)]

@@ -9,12 +9,11 @@ use clap::Args;
 
 use super::identify::{InputPath, Role};
 use super::overrides::OverrideArgs;
-use super::{MemoryLost, SessionArgs};
+use super::{MemoryLost, SessionArgs, contradiction};
 use crate::api;
 use crate::config::VmConfig;
 use crate::config::control;
-use crate::config::request::ColdPools;
-use crate::config::request::{LoadSnapshot, SnapshotPaths};
+use crate::config::restore::{InvalidRestore, MemorySaid, RestoreOptions, RestoreRequest};
 use crate::session::console::{self, Answer, Input};
 use crate::session::controller::Controller;
 use crate::session::log;
@@ -23,7 +22,7 @@ use crate::session::main_loop::{Begin, Outcome, Surroundings};
 use crate::session::port_request::PortRequest;
 use crate::session::report;
 use crate::session::report::Report;
-use crate::snapshot::{InPlaceMapping, Verify};
+use crate::snapshot::ColdSpec;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::lost::CANNOT_GO_ON;
 use crate::sys::otlp;
@@ -32,7 +31,6 @@ use crate::sys::output::ConsoleOutput;
 use crate::sys::signals::EndSignals;
 use crate::sys::timeline::{Slice, Timeline};
 use crate::sys::{clock, inherit, kick};
-use crate::tiering::policy::DRAM_PRICE_US;
 use crate::tiering::profile::Profile;
 
 #[derive(Debug, Args)]
@@ -43,66 +41,19 @@ pub struct RestoreArgs {
     /// The memory file of the two-file form (`mem_file_path`)
     #[arg(long, value_name = "FILE")]
     mem_file: Option<PathBuf>,
-    /// How guest memory is restored: eager, firecracker, firecracker-uffd, catalyzer, trenv, or with --profile reap,
-    /// faasnap, aquifer, tiered
-    #[arg(long, default_value = crate::config::request::DEFAULT_POLICY, value_name = "NAME")]
-    policy: String,
-    /// What a recorded run did to each page, for policies that need it (`tvmm profile record`)
-    #[arg(long, value_name = "FILE")]
-    profile: Option<PathBuf>,
-    /// A plan made by `tvmm plan --out`, instead of a policy
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["policy", "profile", "costs", "dram", "dram_price", "cxl"])]
-    plan: Option<PathBuf>,
-    /// Keep plans and working-set images in a folder of this directory. Default: beside the snapshot, or where that cannot be
-    /// written in $XDG_CACHE_HOME/tvmm/plans or ~/.cache/tvmm/plans (root: /var/cache/tvmm/plans)
-    #[arg(long, value_name = "DIR")]
-    plan_dir: Option<PathBuf>,
-    /// What things cost on this host (`tvmm calibrate`); default: its last measurement, else built-in numbers
-    #[arg(long, value_name = "FILE")]
-    costs: Option<PathBuf>,
-    /// Local memory for what is preloaded or will be written, MiB
-    #[arg(long, value_name = "MIB")]
-    dram: Option<u64>,
-    /// How much longer a request may take to save a MiB of local memory that it does not write, µs (0: time is all that
-    /// counts); only `tiered` weighs that
-    #[arg(long, default_value_t = DRAM_PRICE_US, value_name = "US")]
-    dram_price: u64,
-    /// Memory in the CXL tier, MiB
-    #[arg(long, value_name = "MIB")]
-    cxl: Option<u64>,
-    /// How pages in place are mapped: private, the kernel copies what is written; shared, tvmm does, as it must where a
-    /// tier has no copy-on-write
-    #[arg(long, value_name = "HOW", default_value = "private")]
-    in_place_mapping: InPlaceMapping,
-    /// When memory is compared with the snapshot's checksums: off; sample, a few chunks before the guest runs; background,
-    /// a few chunks before, and the rest while the guest runs; full, everything before
-    #[arg(long, value_name = "WHEN", default_value = "background")]
-    verify: Verify,
-    /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
-    /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with object stores
-    /// built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands by
-    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
-    cold: Vec<String>,
-    /// Keep chunks that come from other hosts in this directory
-    #[arg(long, value_name = "DIR", requires = "cold")]
-    cold_cache: Option<PathBuf>,
-    /// The most that directory may hold, MiB; what was used longest ago goes first [default: 1024]
-    #[arg(long, value_name = "MIB", requires = "cold_cache", value_parser = clap::value_parser!(u64).range(1..))]
-    cold_cache_size: Option<u64>,
-    /// Take guest memory from this pool instead of the snapshot's files; several: from the first that has the snapshot
-    #[arg(long, value_name = "POOL", conflicts_with = "mem_file")]
-    pool: Vec<PathBuf>,
-    /// Log the pages the guest writes from now on, for diff snapshots
+    #[command(flatten)]
+    options: RestoreOptions,
+    /// Log the pages that the guest writes from now on, for diff snapshots
     #[arg(long)]
     track_dirty_pages: bool,
-    /// Move the guest's clock on to the present; without it, no time has passed for the guest since the snapshot
+    /// Move the guest's clock to the present; default: no time has passed for the guest since the snapshot
     #[arg(long)]
     clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with = "run")]
     paused: bool,
-    /// The profile of a run that does the same: --report then counts what the plan brought ahead and this run never
-    /// touched
+    /// Profile of a run of the same function: --report then counts the pages that the plan brought ahead and this run
+    /// never touched
     #[arg(long, value_name = "FILE", requires = "report")]
     against: Option<PathBuf>,
     #[command(flatten)]
@@ -113,10 +64,12 @@ pub struct RestoreArgs {
 
 impl RestoreArgs {
     pub fn inputs(&self) -> Vec<InputPath> {
-        let profiles = self.profile.iter().chain(&self.against).map(|path| InputPath::new(path, Role::Profile));
-        let plans = self.plan.iter().map(|path| InputPath::new(path, Role::Plan));
-        let cold = self.cold.iter().map(|pool| InputPath::new(Path::new(pool), Role::Pool));
-        let pools = self.pool.iter().map(|path| InputPath::new(path, Role::Pool)).chain(cold);
+        let options = &self.options;
+        let profiles = options.profile.iter().chain(&self.against).map(|path| InputPath::new(path, Role::Profile));
+        let plans = options.plan.iter().map(|path| InputPath::new(path, Role::Plan));
+        let cold = options.cold_pools.iter().flatten().filter_map(ColdSpec::dir);
+        let pools = options.pools.iter().flatten().map(PathBuf::as_path).chain(cold);
+        let pools = pools.map(|path| InputPath::new(path, Role::Pool));
         let mut inputs = InputPath::snapshot(&self.snapshot, self.mem_file.as_deref());
         inputs.extend(profiles.chain(plans).chain(pools));
         inputs
@@ -151,32 +104,28 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
 /// Restores a snapshot.
 pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.session.start_time_us);
-    let load = LoadSnapshot {
-        location: SnapshotPaths { snapshot: args.snapshot.clone(), memory: args.mem_file.clone() },
-        policy: args.policy.clone(),
-        profile: args.profile.clone(),
-        plan: args.plan.clone(),
-        plan_dir: args.plan_dir.clone(),
-        costs: args.costs.clone(),
-        dram_mib: args.dram,
-        cxl_mib: args.cxl,
-        dram_price_us: Some(args.dram_price),
-        in_place_mapping: args.in_place_mapping,
-        verify: args.verify,
-        cold: ColdPools { pools: args.cold.clone(), cache: args.cold_cache.clone(), cache_mib: args.cold_cache_size },
-        pools: args.pool.clone(),
-        handler: None,
-        overrides: args.overrides.overrides(),
-        track_dirty_pages: args.track_dirty_pages,
-        clock_realtime: args.clock_realtime,
-        resume: !args.paused,
-    };
-    // Before the guest runs: a profile that is none is refused at once.
+    let load = request(args).unwrap_or_else(|invalid| contradiction(&invalid.in_flags()));
+    // Loaded before the guest runs: an invalid profile is refused at once.
     let against = args.against.as_deref().map(Profile::load).transpose()?;
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })
 }
 
-/// What the report is about.
+/// The request that the arguments make.
+fn request(args: &RestoreArgs) -> Result<RestoreRequest, InvalidRestore> {
+    let memory = match &args.mem_file {
+        Some(path) => MemorySaid::File { path: path.clone(), key: "--mem-file" },
+        None => MemorySaid::Nothing,
+    };
+    Ok(RestoreRequest {
+        overrides: args.overrides.overrides(),
+        track_dirty_pages: args.track_dirty_pages,
+        clock_realtime: args.clock_realtime,
+        resume: !args.paused,
+        ..RestoreRequest::new(args.snapshot.clone(), memory, args.options.clone())?
+    })
+}
+
+/// The subject of the report.
 struct Operation {
     name: &'static str,
     against: Option<Profile>,
@@ -196,11 +145,11 @@ fn run(
     }
     // Refused before anything runs.
     args.otlp.as_deref().map(otlp::endpoint).transpose()?;
-    // Before any thread exists, so that none of them takes the signals.
+    // Taken before any thread exists, so that none of them gets the signals.
     let signals = EndSignals::take()?;
     kick::install_handler()?;
     let (control, receiver) = control::channel()?;
-    // First thing that can fail for reasons of the caller's, and the first a client may wait for.
+    // The first step that can fail by the caller's fault, and the first that a client may wait for.
     let server = match (&args.api_sock, args.api_fd) {
         (Some(path), _) => Some(api::serve(path, control, &args.id)?),
         (None, Some(fd)) => Some(api::serve_stream(inherit::stream(fd)?, control, &args.id)?),
@@ -243,7 +192,7 @@ fn run(
     Ok(code)
 }
 
-/// How long the end of a VM's process waits for a collector.
+/// Longest wait for a collector at the end of a VM's process.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(7);
 
 /// Sends a report's spans to a collector.
@@ -279,7 +228,7 @@ fn request_line(function: &str) -> String {
     format!("run {RUN_ID} {}", function.trim())
 }
 
-/// The request of --run, if --run-port says that it goes over vsock.
+/// The request of --run, if it goes over vsock (--run-port).
 fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
     let (port, function, answer) = (args.run_port?, args.run.as_ref()?, answer?.clone());
     Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })

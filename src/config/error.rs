@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::MAX_FILE_BYTES;
 use super::devices::MAX_DEVICES;
+use super::restore::InvalidRestore;
 use super::sections::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 
 /// The reason for refusing a config.
@@ -103,25 +104,9 @@ pub enum ConfigError {
         /// The text given.
         text: String,
     },
-    /// Two keys of a load exclude each other.
-    #[error("Snapshot load has both {key} and {other}; leave one out.")]
-    LoadConflict {
-        /// One.
-        key: &'static str,
-        /// The other.
-        other: &'static str,
-    },
-    /// A key of a load needs another.
-    #[error("Snapshot load has {key}, which needs {needed}.")]
-    LoadNeeds {
-        /// The key that is present.
-        key: &'static str,
-        /// The key that is missing.
-        needed: &'static str,
-    },
-    /// A cache without a cold pool.
-    #[error("Snapshot load's tvmm.cold_cache_mib must be 1 or more.")]
-    EmptyCache,
+    /// Options of a restore that exclude each other, or miss an option that they need.
+    #[error(transparent)]
+    Restore(#[from] InvalidRestore),
     /// Both a built-in guest and a kernel image.
     #[error("There is both a kernel_image_path and tvmm.guest, a built-in guest; leave one out.")]
     TwoGuests,

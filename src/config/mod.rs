@@ -4,8 +4,10 @@
 //! answers of a VM's control channel, restore requests, overrides, patches, and refusals. Unknown keys are errors
 //! everywhere: a misspelt key must not silently give another machine than the one asked for.
 //! Must not know: how anything is done. It imports only `snapshot` and `sys`.
-//! Start reading: `mod.rs`, `request.rs` (commands and restore requests), `control.rs` (their way to the main loop).
+//! Start reading: `mod.rs`, `request.rs` (commands), `restore.rs` (restore requests), `control.rs` (their way to the
+//! main loop).
 
+pub mod bodies;
 pub mod control;
 mod cpu;
 mod devices;
@@ -17,6 +19,7 @@ pub(crate) mod patch;
 mod place;
 pub(crate) mod refusal;
 pub(crate) mod request;
+pub mod restore;
 mod sections;
 #[cfg(test)]
 mod tests;
@@ -32,7 +35,7 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::config::request::LoadSnapshot;
+use crate::config::restore::RestoreRequest;
 
 pub use cpu::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
 pub use devices::{
@@ -40,7 +43,9 @@ pub use devices::{
     NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
 };
 pub use error::ConfigError;
-pub use load::{LoadBody, snapshot_paths};
+pub use load::{
+    LoadBody, LoadFields, MemBackend, MemBackendType, NetworkOverrideBody, VsockOverrideBody, snapshot_paths,
+};
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,
     HugePages, LogLevel, LoggerConfig, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigPatch,
@@ -111,7 +116,7 @@ pub struct VmConfig {
     /// Settings that Firecracker has no key for.
     pub tvmm: TvmmConfig,
     /// The snapshot to restore instead of booting.
-    pub snapshot_load: Option<Box<LoadSnapshot>>,
+    pub snapshot_load: Option<Box<RestoreRequest>>,
 }
 
 impl VmConfig {

@@ -1,24 +1,21 @@
-//! What can be asked of a VM: the commands of the API, and how a snapshot is taken or loaded.
+//! The commands of the API, and the taking of a snapshot. `restore.rs` has the request that loads one.
 
-use crate::config::overrides::Overrides;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
+use crate::config::restore::RestoreRequest;
 use crate::config::{
     BootSource, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
 };
-use crate::snapshot::{InPlaceMapping, Verify};
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long a guest may wait for a page when nobody says otherwise.
+/// Default limit of a guest's wait for a page.
 pub const DEFAULT_FAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The restore policy when none is asked for.
-pub const DEFAULT_POLICY: &str = "firecracker";
-
-/// What can be asked.
+/// A command to a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// Who are you and what do you do? → [`Reply::InstanceInfo`]
+    /// Identity and state. → [`Reply::InstanceInfo`]
     InstanceInfo,
     /// → [`Reply::Version`]
     Version,
@@ -26,7 +23,7 @@ pub enum Command {
     GetMachineConfig,
     /// → [`Reply::VmConfig`]
     GetVmConfig,
-    /// Replace what the guest boots. Already validated.
+    /// Replace the boot source. Already validated.
     PutBootSource(BootSource),
     /// Replace the shape of the machine. Already validated.
     PutMachineConfig(MachineConfig),
@@ -34,13 +31,13 @@ pub enum Command {
     PatchMachineConfig(MachineConfigPatch),
     /// Add a device to the machine that will boot, or replace the one with its id. Validated as part of the whole.
     PutDevice(DeviceConfig),
-    /// Change a device of the machine that runs.
+    /// Change a device of the running machine.
     PatchDevice(DevicePatch),
     /// Replace the CPU template.
     PutCpuConfig(CpuConfig),
     /// → [`Reply::Balloon`]
     AskBalloon(BalloonQuestion),
-    /// What the machine costs and where its time went. → [`Reply::Report`]
+    /// Costs and time slices of the machine. → [`Reply::Report`]
     Report,
     /// Set up logging.
     PutLogger(LoggerConfig),
@@ -59,10 +56,10 @@ pub enum Command {
     /// Save a paused machine. → [`Reply::Snapshot`]
     CreateSnapshot(CreateSnapshot),
     /// Become the machine of a snapshot.
-    LoadSnapshot(Box<LoadSnapshot>),
+    LoadSnapshot(Box<RestoreRequest>),
 }
 
-/// Where a snapshot is.
+/// The location of a snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SnapshotPaths {
     /// The snapshot directory, or, if `memory` is given, the file of the VM state.
@@ -71,8 +68,8 @@ pub struct SnapshotPaths {
     pub memory: Option<PathBuf>,
 }
 
-/// Which pages a snapshot holds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// The kind of a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnapshotKind {
     /// All pages that are not zero.
     #[default]
@@ -81,67 +78,17 @@ pub enum SnapshotKind {
     Diff,
 }
 
-/// How to save a machine.
+/// A request to save a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateSnapshot {
-    /// Where to.
+    /// The new snapshot's location.
     pub location: SnapshotPaths,
-    /// Which pages.
+    /// The kind of the snapshot.
     pub kind: SnapshotKind,
-    /// Whether the machine runs on afterwards; if not it stays paused.
+    /// True: the machine runs on afterwards; false: it stays paused.
     pub resume: bool,
-    /// Whether the snapshot takes copies of the drives that the guest can write.
+    /// True: the snapshot gets copies of the drives that the guest can write.
     pub copy_drives: bool,
-    /// Whether the answer waits until the memory was read back from the disk and compared.
+    /// True: the answer comes only after the memory was read back from the disk and compared.
     pub verify: bool,
-}
-
-/// How to restore a machine.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LoadSnapshot {
-    /// Where from.
-    pub location: SnapshotPaths,
-    /// The name of the restore policy.
-    pub policy: String,
-    /// The profile the policy works from.
-    pub profile: Option<PathBuf>,
-    /// A plan made before (`tvmm plan --out`), instead of a policy's.
-    pub plan: Option<PathBuf>,
-    /// Where plans and working-set images are kept, instead of beside the snapshot.
-    pub plan_dir: Option<PathBuf>,
-    /// What things cost on this host, instead of the last calibration or the built-in numbers.
-    pub costs: Option<PathBuf>,
-    /// The most local memory a plan may use, MiB.
-    pub dram_mib: Option<u64>,
-    /// The most memory of the CXL tier a plan may use, MiB.
-    pub cxl_mib: Option<u64>,
-    /// µs that a request may take longer to save a MiB of local memory; if it is not said, what the policy takes by default.
-    pub dram_price_us: Option<u64>,
-    /// How pages in place are mapped.
-    pub in_place_mapping: InPlaceMapping,
-    /// When the memory is compared with the snapshot's checksums.
-    pub verify: Verify,
-    /// Cold pools that hold the snapshot's memory, nearest first: the memory files are not read then.
-    pub cold: ColdPools,
-    /// Pools to take guest memory from instead of the snapshot's files, in order of preference.
-    pub pools: Vec<PathBuf>,
-    /// The socket of a page-fault handler outside that serves guest memory instead of any policy.
-    pub handler: Option<PathBuf>,
-    /// What this clone's devices are to have on the host's side.
-    pub overrides: Overrides,
-    /// Whether KVM logs the pages the guest writes from now on.
-    pub track_dirty_pages: bool,
-    /// Whether the guest's clock goes on to the present; if not, no time has passed for it.
-    pub clock_realtime: bool,
-    /// Whether the machine runs afterwards; if not it is paused.
-    pub resume: bool,
-}
-
-/// The cold pools of a restore, nearest first, and where what comes from other hosts is kept.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ColdPools {
-    pub pools: Vec<String>,
-    pub cache: Option<PathBuf>,
-    /// The most the cache may hold, MiB.
-    pub cache_mib: Option<u64>,
 }

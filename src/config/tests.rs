@@ -1,4 +1,6 @@
+use super::restore::{Cold, ColdCache, MemoryFrom, PlanFrom, PolicyChoice};
 use super::*;
+use crate::snapshot::{ColdSpec, Policy};
 
 /// The whole error as a user sees it.
 fn refusal(text: &str) -> String {
@@ -312,10 +314,12 @@ fn snapshot_load_is_read_and_shuts_out_what_shapes_a_machine() {
             "cold_pools": ["c"], "cold_cache": "d", "cold_cache_mib": 7, "dram_price": 3, "costs": "e", "plan_dir": "f"}}}"#;
     let config = VmConfig::from_json(text).unwrap();
     let load = config.snapshot_load.as_deref().unwrap();
-    assert_eq!((load.location.snapshot.as_path(), load.resume), (Path::new("s"), true));
-    assert_eq!(load.pools, [Path::new("a"), Path::new("b")]);
-    assert_eq!((load.cold.pools.as_slice(), load.cold.cache_mib), (&["c".to_owned()][..], Some(7)));
-    assert_eq!((load.dram_price_us, load.costs.as_deref()), (Some(3), Some(Path::new("e"))));
+    assert_eq!((load.snapshot.as_path(), load.resume), (Path::new("s"), true));
+    let cache = Some(ColdCache { dir: "d".into(), limit_mib: Some(7) });
+    let fallback = Some(Cold { pools: vec![ColdSpec::Dir("c".into())], cache });
+    assert_eq!(load.memory, MemoryFrom::Pools { pools: vec!["a".into(), "b".into()], fallback });
+    let choice = PolicyChoice { dram_price_us: 3, costs: Some("e".into()), ..PolicyChoice::default() };
+    assert_eq!(load.plan, PlanFrom::Policy(PolicyChoice { policy: Policy::Tiered, ..choice }));
     assert_eq!(load.plan_dir.as_deref(), Some(Path::new("f")));
     assert_eq!(VmConfig::from_json(r#"{"snapshot-load": null}"#).unwrap(), VmConfig::default());
     let load = r#""snapshot-load": {"snapshot_path": "s"}"#;

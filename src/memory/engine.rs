@@ -1,7 +1,7 @@
 //! The restore engine: carries out any plan, and knows no policy's name.
 //!
-//! Mappings first, as few as possible (neighbours that can share one do), then what must be in local memory before the
-//! guest runs; the rest is left to page faults, the fault service and the second thread.
+//! Mappings come first, as few as possible (neighbours that can share one do), then the memory that must be local
+//! before the guest runs. The rest is left to page faults, the fault service and the background thread.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ use crate::sys::mapping::Buffer;
 use crate::sys::timeline::{Slice, Timeline};
 use crate::sys::uffd::{Install, Uffd};
 
-/// What carrying out a plan came to.
+/// Counts and times of carrying out a plan.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct EngineReport {
     /// Pages by placement.
@@ -39,13 +39,13 @@ pub struct EngineReport {
     pub uffd_calls: u64,
     /// Bytes put into local DRAM before the vCPUs start.
     pub bytes_preloaded: u64,
-    /// Whether images were read past the page cache, where the plan asked for it.
+    /// True if images were read past the page cache, where the plan asked for it.
     pub direct_reads: bool,
-    /// What of it KVM mapped for the guest ahead.
+    /// The part of it that KVM mapped for the guest ahead.
     pub prefault: PrefaultReport,
 }
 
-/// Guest memory as the plan wants it, and what is left to be done while the guest runs.
+/// Guest memory as the plan places it, and the work left while the guest runs.
 pub struct Built {
     pub ram: GuestRam,
     pub report: EngineReport,
@@ -56,12 +56,12 @@ pub struct Built {
 /// A userfaultfd and the pages behind it.
 pub type Served = (Arc<Uffd>, Vec<LazyExtent>);
 
-/// How a plan is carried out, beyond what it says.
+/// Options of carrying out a plan that the plan does not contain.
 #[derive(Clone, Copy, Debug)]
 pub struct How {
-    /// Every page, whatever its placement, is to be served by the fault service page by page (for recording).
+    /// The fault service serves every page, whatever its placement, page by page (for recording).
     pub observed: bool,
-    /// How pages in place are mapped where the tier leaves the choice.
+    /// Mapping of pages in place on a tier that allows more than one.
     pub in_place: InPlaceMapping,
 }
 
@@ -91,7 +91,8 @@ pub fn build(
         timeline.lap(Slice::Map);
         engine.copy(&ram)?;
         engine.break_cow(&ram)?;
-        // After the copies: those between lazy pages are taken in, and nobody waits on himself for them.
+        // After the copies, because memory copied between lazy pages is registered too. A copy into registered memory
+        // would fault and wait for this thread itself.
         let lazy = engine.register_lazy(&ram)?;
         if let Some((uffd, _)) = &lazy {
             engine.install(&ram, uffd)?;
@@ -104,8 +105,8 @@ pub fn build(
     Ok(Built { ram, report: engine.report, lazy })
 }
 
-/// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd. `tells_removals`: the handler is to
-/// learn of pages that the guest gives back.
+/// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd. `tells_removals`: the handler is
+/// notified of pages that the guest gives back.
 pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mut Timeline) -> Result<Built, Error> {
     let mut ram = GuestRam::reserve(layout)?;
     let uffd = if tells_removals { Uffd::open_telling_removals() } else { Uffd::open(false) };
@@ -133,16 +134,16 @@ struct Engine<'a> {
 }
 
 impl Engine<'_> {
-    /// Makes the mappings. Returns those in place that cannot be written, and all that show files.
+    /// Makes the mappings. Returns those in place that cannot be written, and all mappings of files.
     fn map(&mut self, ram: &GuestRam) -> Result<(Vec<InPlaceExtent>, Vec<FileMapping>), Error> {
         let mut in_place = Vec::new();
         let mut mapped = Vec::new();
         let files = self.files;
         let in_place_mapping = self.in_place;
-        // Read-only where the kernel would not copy what is written, or is not to.
+        // Read-only if the kernel would not copy written pages, or must not.
         let is_shared = move |planned: &PlannedExtent, source: PageSource| {
             let wanted = in_place_mapping == InPlaceMapping::Shared && planned.placement == Placement::InPlace;
-            // A source that cannot be mapped is refused when it is to be.
+            // A source that cannot be mapped is refused when it is mapped.
             wanted || files.mapping(source.layer).is_ok_and(|mapped| !mapped.copy_on_write)
         };
         for Mapping { extent, view, .. } in self.plan.mappings(self.layout, is_shared) {
@@ -179,7 +180,7 @@ impl Engine<'_> {
         }
     }
 
-    /// Everything anonymous and behind one userfaultfd, writes told apart from reads.
+    /// Maps everything anonymous and behind one userfaultfd, with writes told apart from reads.
     fn map_observed(&mut self, ram: &GuestRam) -> Result<Option<Served>, Error> {
         let uffd = Uffd::open(true).map_err(Error::Userfaultfd)?;
         for extent in self.layout.extents() {
@@ -192,8 +193,8 @@ impl Engine<'_> {
         Ok(Some((Arc::new(uffd), sorted(lazy))))
     }
 
-    /// Hands lazy extents, and those installed ahead into the same memory, to a userfaultfd. What was copied between
-    /// them goes along: nothing of it is missing, and it need not be cut out.
+    /// Registers lazy extents, and those installed ahead into the same memory, with a userfaultfd. Copies between them
+    /// are registered too: none of their pages is missing, so they need not be cut out.
     fn register_lazy(&mut self, ram: &GuestRam) -> Result<Option<Served>, Error> {
         let served = served_runs(self.plan, self.layout);
         if served.is_empty() {
@@ -239,7 +240,7 @@ impl Engine<'_> {
         if plan.verify { self.verify_copied(ram, &runs) } else { Ok(()) }
     }
 
-    /// Checks what was copied from the chain's layers.
+    /// Checks the pages copied from the chain's layers.
     fn verify_copied(&self, ram: &GuestRam, runs: &[(Extent, PageSource)]) -> Result<(), Error> {
         let layers = self.files.chain().layers();
         let mut per_layer = vec![PageSet::new(); layers.len()];
@@ -260,7 +261,7 @@ impl Engine<'_> {
                 Some(why) => Error::Lost(why),
                 None => Error::Map { gpa: planned.extent.gpa(), pages: planned.extent.pages, source },
             };
-            // What the kernel cannot copy is promoted.
+            // Pages that the kernel cannot copy are promoted.
             match ram.in_place().filter(|in_place| in_place.has(planned.extent)) {
                 Some(in_place) => in_place.promote_as(Resort::Ahead, planned.extent),
                 None => ram.populator(planned.extent)?.populate_write(),
@@ -275,8 +276,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Reads each image that is to be installed in one go, past the page cache, and installs its pages; those of layers and
-    /// tiers extent by extent.
+    /// Reads each image to install in one go, past the page cache, and installs its pages; pages of layers and tiers
+    /// are installed extent by extent.
     fn install(&mut self, ram: &GuestRam, uffd: &Uffd) -> Result<(), Error> {
         let plan = self.plan;
         let mut bytes = Vec::new();
@@ -305,8 +306,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Installs the extents of one image, whose `bytes` were read, while another thread compares them with their checksums:
-    /// the guest does not run yet, so both need only be done before it does.
+    /// Installs the extents of one image, whose `bytes` were read, while another thread compares them with their
+    /// checksums: both must only be done before the guest runs.
     fn install_image(
         &mut self,
         ram: &GuestRam,
@@ -326,7 +327,7 @@ impl Engine<'_> {
             let compared = match comparing {
                 // A panic of the thread goes on here.
                 Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                // Where no thread is to be had, this one compares.
+                // If no thread can be started, this one compares.
                 Err(_) => compare(),
             };
             compared.and(installed)
@@ -342,7 +343,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// The whole of a file in one read past the page cache.
+    /// Reads a whole file at once, past the page cache.
     fn read_direct(&mut self, index: usize, len: usize) -> Result<Buffer, Error> {
         let mut buffer = Buffer::new(len).map_err(Error::os("make a read buffer"))?;
         self.report.read_calls += 1;
@@ -356,15 +357,15 @@ fn is_preload(planned: &PlannedExtent, fill: Fill) -> bool {
     planned.placement == Placement::Preload && planned.fill == fill
 }
 
-/// Whether the extent lies behind the userfaultfd.
+/// Returns whether the extent lies behind the userfaultfd.
 fn is_served(planned: &PlannedExtent) -> bool {
     planned.placement == Placement::Lazy || is_preload(planned, Fill::Install)
 }
 
-/// The runs that lie behind the userfaultfd, with what is copied between two served extents.
+/// The runs that lie behind the userfaultfd, including copies between two served extents.
 fn served_runs(plan: &RestorePlan, layout: &MemoryLayout) -> Vec<Extent> {
     let mut runs: Vec<Extent> = Vec::new();
-    // Up to where nothing but copied extents follows the last run.
+    // End of the copied extents that follow the last run without a gap.
     let mut reach = Gfn(0);
     for planned in &plan.extents {
         let extent = planned.extent;
@@ -420,7 +421,7 @@ fn file_mapped(plan: &RestorePlan) -> Vec<Extent> {
     mapped.map(|planned| planned.extent).collect()
 }
 
-/// The pages that nothing but a write of the guest makes writable in the host's page tables.
+/// The pages that only a write of the guest makes writable in the host's page tables.
 pub fn writable_when_written(plan: &RestorePlan) -> PageSet {
     let mapped = plan.extents.iter().filter(|planned| {
         matches!(planned.placement, Placement::CowFile | Placement::InPlace) && planned.source.is_some()
@@ -490,7 +491,7 @@ fn verify(ram: &GuestRam, layer: &Snapshot, pages: &PageSet) -> Result<(), Error
     Ok(())
 }
 
-/// What mapping preloaded memory for the guest came to.
+/// The outcome of mapping preloaded memory for the guest.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct PrefaultReport {
     pub outcome: PrefaultOutcome,
@@ -503,7 +504,7 @@ pub struct PrefaultReport {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PrefaultOutcome {
-    /// The plan preloads nothing, or others serve its memory.
+    /// The plan preloads nothing, or a handler serves its memory.
     #[default]
     NothingToDo,
     /// This KVM does not have the call (before Linux 6.11, or another kind of KVM).

@@ -12,23 +12,18 @@ use super::daemon::{Daemon, blocking};
 use super::error::ServeError;
 use super::fault::Fault;
 use super::functions::Function;
-use super::load::{LoadOptions, cold_dir};
+use super::load::on_this_host;
 use super::store;
-
-/// The use of a file that a client names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Access {
-    Read,
-    Write,
-}
+use crate::config::restore::{FileUse, NamedFile, RestoreOptions};
+use crate::snapshot::ColdSpec;
 
 /// A file or directory that a client names.
 #[derive(Clone, Debug)]
 struct Named {
     /// The key that names it.
-    key: &'static str,
+    key: String,
     path: PathBuf,
-    access: Access,
+    access: FileUse,
 }
 
 /// Everything that clients may name.
@@ -48,7 +43,7 @@ impl Allowed {
     /// Collects the allowances of the command line. `dir`: the daemon's directory.
     pub(super) fn new(dir: &Path, options: &Options) -> Result<Allowed, ServeError> {
         let load = &options.load;
-        let own = load.on_this_host().into_iter().map(|(path, _)| path).chain(load.cold_cache.clone());
+        let own = on_this_host(load).into_iter().map(|(path, _)| path).chain(load.cold_cache.clone());
         let mut allowed =
             Allowed { dir: dir.to_owned(), roots: vec![dir.to_owned()], nodes: Vec::new(), cold: Vec::new() };
         for path in own.chain(options.allow_paths.clone()) {
@@ -62,11 +57,9 @@ impl Allowed {
             allowed.roots.push(resolved);
         }
         let cold = load.cold_pools.iter().flatten().chain(&options.allow_cold);
-        allowed.cold = cold.filter(|text| cold_dir(text).is_none()).cloned().collect();
-        let dirs = options.allow_cold.iter().filter_map(|text| cold_dir(text));
-        for dir in dirs {
-            let dir = PathBuf::from(dir);
-            let resolved = resolve(&dir).map_err(|source| ServeError::Directory { path: dir, source })?;
+        allowed.cold = cold.filter(|spec| spec.dir().is_none()).map(ColdSpec::to_string).collect();
+        for dir in options.allow_cold.iter().filter_map(ColdSpec::dir) {
+            let resolved = resolve(dir).map_err(|source| ServeError::Directory { path: dir.to_owned(), source })?;
             allowed.roots.push(resolved);
         }
         Ok(allowed)
@@ -87,7 +80,7 @@ impl Allowed {
             return Err(refused(why.to_string()));
         }
         let is_the_daemons = resolved.strip_prefix(&self.dir).is_ok_and(store::is_the_daemons);
-        if *access == Access::Write && is_the_daemons {
+        if *access == FileUse::Write && is_the_daemons {
             return Err(refused("it is where the daemon keeps its own files. Choose another".to_string()));
         }
         Ok(resolved)
@@ -155,9 +148,9 @@ impl Daemon {
         let mut files =
             vec![("image", &mut function.image), ("kernel", &mut function.kernel), ("initrd", &mut function.initrd)];
         files.retain(|(_, path)| path.is_some());
-        let named = files
-            .iter()
-            .filter_map(|(key, path)| Some(Named { key, path: path.as_ref()?.clone(), access: Access::Read }));
+        let named = files.iter().filter_map(|(key, path)| {
+            Some(Named { key: (*key).to_owned(), path: path.as_ref()?.clone(), access: FileUse::Read })
+        });
         let resolved = self.check_all(named.collect()).await?;
         for ((_, path), resolved) in files.into_iter().zip(resolved) {
             *path = Some(resolved);
@@ -169,9 +162,10 @@ impl Daemon {
     ///
     /// # Errors
     /// The options name something that clients may not name.
-    pub(super) async fn confined(&self, mut options: LoadOptions) -> Result<LoadOptions, Fault> {
-        for text in options.cold_pools.iter().flatten().filter(|text| cold_dir(text).is_none()) {
-            if !self.allowed.knows_address(text) {
+    pub(super) async fn confined(&self, mut options: RestoreOptions) -> Result<RestoreOptions, Fault> {
+        for spec in options.cold_pools.iter().flatten().filter(|spec| spec.dir().is_none()) {
+            let text = spec.to_string();
+            if !self.allowed.knows_address(&text) {
                 let text = text.escape_default();
                 let why = "it is not among those that clients of this service may name. Start the service with \
                            --allow-cold for it";
@@ -179,35 +173,15 @@ impl Daemon {
                 return Err(Fault::new(StatusCode::FORBIDDEN, message));
             }
         }
-        let mut named = Vec::new();
-        let mut places: Vec<Box<dyn FnOnce(PathBuf) + Send + '_>> = Vec::new();
-        for pool in options.pools.iter_mut().flatten() {
-            named.push(Named { key: "tvmm.pools", path: pool.clone(), access: Access::Read });
-            places.push(Box::new(move |resolved| *pool = resolved));
-        }
-        for text in options.cold_pools.iter_mut().flatten() {
-            let Some(dir) = cold_dir(text).map(str::to_string) else { continue };
-            named.push(Named { key: "tvmm.cold_pools", path: dir.clone().into(), access: Access::Read });
-            places.push(Box::new(move |resolved| *text = text.replacen(&dir, &resolved.to_string_lossy(), 1)));
-        }
-        let files = [
-            ("tvmm.cold_cache", &mut options.cold_cache, Access::Write),
-            ("tvmm.plan", &mut options.plan, Access::Read),
-            ("tvmm.costs", &mut options.costs, Access::Read),
-        ];
-        for (key, place, access) in files {
-            let Some(path) = place.clone() else { continue };
-            named.push(Named { key, path, access });
-            places.push(Box::new(move |resolved| *place = Some(resolved)));
-        }
-        for drive in &mut options.drive_overrides {
-            let path = drive.path_on_host.clone();
-            named.push(Named { key: "tvmm.drive_overrides", path, access: Access::Write });
-            places.push(Box::new(move |resolved| drive.path_on_host = resolved));
-        }
-        let resolved = self.check_all(named).await?;
-        for (place, resolved) in places.into_iter().zip(resolved) {
-            place(resolved);
+        let files = options.files_mut();
+        let named = files.iter().map(|NamedFile { key, path, how }| Named {
+            key: format!("tvmm.{key}"),
+            path: path.to_path_buf(),
+            access: *how,
+        });
+        let resolved = self.check_all(named.collect()).await?;
+        for (file, resolved) in files.into_iter().zip(resolved) {
+            *file.path = resolved;
         }
         Ok(options)
     }
@@ -241,7 +215,7 @@ mod tests {
         }
         std::os::unix::fs::symlink(inside.join("loop"), inside.join("loop")).unwrap();
         let allowed = allowed(&dir, &[dir.clone(), inside.clone()], &[]);
-        let check = |path: PathBuf, access| allowed.check(&Named { key: "k", path, access });
+        let check = |path: PathBuf, access| allowed.check(&Named { key: "k".to_owned(), path, access });
         for (path, resolved) in [
             (inside.join("file"), Some(inside.join("file"))),
             (inside.join("in/in/file"), Some(inside.join("file"))),
@@ -263,14 +237,14 @@ mod tests {
             ("/nul\0".into(), None),
         ] {
             let shown = path.display().to_string();
-            let checked = check(path, Access::Read);
+            let checked = check(path, FileUse::Read);
             assert_eq!(checked.as_ref().ok(), resolved.as_ref(), "{shown}: {checked:?}");
             assert!(checked.is_ok() || checked.is_err_and(|fault| fault.status == StatusCode::FORBIDDEN));
         }
-        check(dir.join("snapshots/x"), Access::Read).unwrap();
-        check(dir.join("images/x"), Access::Write).unwrap();
+        check(dir.join("snapshots/x"), FileUse::Read).unwrap();
+        check(dir.join("images/x"), FileUse::Write).unwrap();
         for own in ["snapshots/x", "snapshots", "lock", "vms.json", ""] {
-            check(dir.join(own), Access::Write).unwrap_err();
+            check(dir.join(own), FileUse::Write).unwrap_err();
         }
     }
 

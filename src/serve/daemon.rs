@@ -14,7 +14,7 @@ use super::drives::{Copies, DriveSource, OwnDrives};
 use super::fault::Fault;
 use super::functions::Function;
 use super::gate::Gate;
-use super::load::{DriveOverride, LoadOptions, Wanted};
+use super::load::{Wanted, contradiction};
 use super::metrics::Counters;
 use super::networks::Network;
 use super::snapshots::SnapshotRecord;
@@ -27,10 +27,11 @@ use super::vm::table::Table;
 use super::vm::{RestoreSpec, StartSpec, Vm, VmRecord};
 use super::working_set::Slot;
 use super::{Options, ServeError};
-use crate::snapshot::random_hex;
+use crate::config::LoadFields;
+use crate::config::restore::{DriveOverride, RestoreOptions};
+use crate::snapshot::{Policy, random_hex};
 use crate::sys::clock;
 use crate::sys::netns::Netns;
-use crate::tiering::policy::Policy;
 
 /// Time limit for booting or restoring a VM, unless an invocation sets a limit.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);
@@ -127,12 +128,11 @@ impl Daemon {
         &self,
         snapshot: &SnapshotRecord,
         policy: Option<Policy>,
-        options: LoadOptions,
+        options: RestoreOptions,
         wanted: Wanted,
     ) -> Result<RestoreSpec, Fault> {
-        if policy.is_some() && options.plan.is_some() {
-            return Err(Fault::bad("`policy` and `tvmm.plan` contradict each other: leave one out."));
-        }
+        let options = RestoreOptions { policy, ..options };
+        options.check().map_err(contradiction)?;
         let id = &snapshot.ss_id;
         let has_drive_copies = snapshot.has_drive_copies()?;
         let own = |drive: &DriveOverride| has_drive_copies && snapshot.drive_copies.contains(&drive.drive_id);
@@ -144,18 +144,18 @@ impl Daemon {
         let profiles = self.store.profiles_dir(id);
         let profile = policy.filter(|policy| policy.needs_profile());
         let profile = profile.map(|policy| Slot::for_policy(policy, &profiles)).transpose()?;
-        let of_function = LoadOptions { dram_mib: snapshot.function.dram_mib, ..LoadOptions::default() };
-        Ok(RestoreSpec {
-            ss_id: id.clone(),
-            dir: self.snapshot_dir(id),
-            policy: policy.map(|policy| policy.name().to_string()),
-            profile,
-            options: options.or(&of_function).or(&self.options.load),
-            taps: wanted.network_overrides,
+        let of_function = RestoreOptions { dram_mib: snapshot.function.dram_mib, ..RestoreOptions::default() };
+        let options = options.or(&of_function).or(&self.options.load);
+        let load = LoadFields {
+            snapshot_path: self.snapshot_dir(id),
+            resume_vm: true,
             track_dirty_pages: wanted.track_dirty_pages.unwrap_or(snapshot.function.track_dirty_pages),
             clock_realtime: wanted.clock_realtime.unwrap_or(true),
-            has_drive_copies,
-        })
+            network_overrides: wanted.network_overrides,
+            tvmm: RestoreOptions { profile, ..options },
+            ..LoadFields::default()
+        };
+        Ok(RestoreSpec { ss_id: id.clone(), load, has_drive_copies })
     }
 
     /// Makes a VM, within the limits. Also returns the index of its span in `recording`.
@@ -220,9 +220,8 @@ impl Daemon {
             return self.shells.take(None).await.map_err(|error| Fault::of(&error));
         };
         // The client's fault: the host lacks the network namespace that the interface was given.
-        let refused = |error: &(dyn std::error::Error + 'static)| {
-            Fault::said(StatusCode::UNPROCESSABLE_ENTITY, Fault::of(error).message)
-        };
+        let refused =
+            |error: &(dyn std::error::Error + 'static)| Fault::because(StatusCode::UNPROCESSABLE_ENTITY, error);
         let netns = Netns::open(name).map_err(|error| refused(&error))?;
         self.shells.take(Some(netns)).await.map_err(|error| refused(&error))
     }
@@ -230,7 +229,7 @@ impl Daemon {
     /// Copies the drives that the VM may write, if there are any.
     async fn own_drives(&self, id: &str, spec: &StartSpec, recording: &mut Recording) -> Result<OwnDrives, Fault> {
         let source = match (&spec.restore, &spec.function.image) {
-            (Some(restore), _) if restore.has_drive_copies => DriveSource::Snapshot(restore.dir.clone()),
+            (Some(restore), _) if restore.has_drive_copies => DriveSource::Snapshot(restore.load.snapshot_path.clone()),
             (None, Some(image)) if spec.function.writes_image() => DriveSource::Image(image.clone()),
             _ => return Ok(OwnDrives::default()),
         };
@@ -239,8 +238,8 @@ impl Daemon {
         let own = self.copies.make(source, dir).await?;
         let span = recording.lap("drives", 0, begin_ns);
         let own = own.map_err(|error| {
-            let why = Fault::of(&error).message;
-            Fault::said(StatusCode::UNPROCESSABLE_ENTITY, format!("The VM's drives cannot be copied: {why}"))
+            let fault = Fault::because(StatusCode::UNPROCESSABLE_ENTITY, &error);
+            Fault { message: format!("The VM's drives cannot be copied: {}", fault.message), ..fault }
         })?;
         for drive in own.all() {
             self.counters.copied_drive(&drive.method);
@@ -275,9 +274,5 @@ impl Drop for Unprepared {
 
 fn refused(what: &str, error: &ControlError) -> Fault {
     let text = format!("The VM's {what} failed: {}.", error.to_string().trim_end_matches('.'));
-    match error {
-        // The refused setting comes from the function or the snapshot, not from this request.
-        ControlError::Refused { .. } => Fault::said(StatusCode::UNPROCESSABLE_ENTITY, text),
-        ControlError::Gone(_) => Fault::said(StatusCode::BAD_GATEWAY, text),
-    }
+    error.fault(text)
 }

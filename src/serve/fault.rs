@@ -1,11 +1,12 @@
 //! The service's refusals: a status and one sentence.
 
-use std::io;
-
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+use crate::config::refusal::FaultCode;
+use crate::sys::errors::chain;
 
 /// A refusal, or a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,28 +64,23 @@ impl Fault {
 
     /// A failure of the host, with its causes. A full disk has its own status.
     pub(super) fn of(error: &(dyn std::error::Error + 'static)) -> Fault {
-        let (mut text, mut full, mut cause) = (error.to_string(), is_full(error), error.source());
-        while let Some(error) = cause {
-            let sentence = error.to_string();
-            if !text.ends_with(&sentence) {
-                text = format!("{}: {sentence}", text.trim_end_matches('.'));
-            }
-            full |= is_full(error);
-            cause = error.source();
-        }
-        Fault::said(if full { StatusCode::INSUFFICIENT_STORAGE } else { StatusCode::INTERNAL_SERVER_ERROR }, text)
+        Fault::because(StatusCode::INTERNAL_SERVER_ERROR, error)
     }
 
-    /// A sentence from another process, which may be about a full disk.
-    pub(super) fn said(status: StatusCode, text: String) -> Fault {
-        let is_full = text.contains("os error 28") || text.contains("os error 122");
-        Fault::new(if is_full { StatusCode::INSUFFICIENT_STORAGE } else { status }, text)
+    /// The same with another status, unless a full disk is the cause.
+    pub(super) fn because(status: StatusCode, error: &(dyn std::error::Error + 'static)) -> Fault {
+        Fault::coded(status, FaultCode::of(error), chain(error))
     }
-}
 
-fn is_full(error: &(dyn std::error::Error + 'static)) -> bool {
-    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-    matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+    /// A refusal of another process: `status`, unless the code decides.
+    pub(super) fn coded(status: StatusCode, code: Option<FaultCode>, message: impl Into<String>) -> Fault {
+        let status = match code {
+            Some(FaultCode::StorageFull) => StatusCode::INSUFFICIENT_STORAGE,
+            Some(FaultCode::GuestTimeout) => StatusCode::GATEWAY_TIMEOUT,
+            Some(FaultCode::BadRequest | FaultCode::Internal) | None => status,
+        };
+        Fault::new(status, message)
+    }
 }
 
 impl IntoResponse for Fault {

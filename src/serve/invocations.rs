@@ -1,4 +1,4 @@
-//! `/invocations`: restore or boot a VM, or take one that runs; ask it; answer.
+//! `/invocations`: restores or boots a VM, or takes a running one; asks it; answers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,7 +16,7 @@ use super::body::{Body, check_line};
 use super::daemon::Daemon;
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
-use super::load::{LoadOptions, TapOverride, Wanted};
+use super::load::{self, Wanted};
 use super::metrics::{Counters, Origin};
 use super::snapshots::SnapshotRecord;
 use super::traceparent;
@@ -24,19 +24,21 @@ use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{StartSpec, Vm};
 use super::working_set::{Record, Slot};
+use crate::config::NetworkOverrideBody;
+use crate::config::restore::RestoreOptions;
+use crate::snapshot::Policy;
 use crate::sys::clock;
-use crate::tiering::policy::Policy;
 use crate::tiering::recorder::LAYER_PAGES;
 
 /// The longest time-out, ms.
 const MAX_TIMEOUT_MS: u64 = 3_600_000;
 
-/// An invocation. FaaSnap's fields say by their combination what `policy` says by name.
+/// An invocation. Combinations of FaaSnap's fields stand for a `policy`.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct InvocationBody {
     func_name: String,
-    /// A VM that runs.
+    /// A running VM.
     #[serde(rename = "vmId")]
     vm_id: Option<String>,
     /// The snapshot to restore. Neither this nor `vmId`: the function's last snapshot, or a boot if it has none.
@@ -46,39 +48,40 @@ pub(super) struct InvocationBody {
     #[serde(default)]
     params: String,
     /// The restore policy: see `GET /policies`.
-    policy: Option<String>,
-    /// Record what the run does to its memory: uffd, mincore, pagemap or dirty-log. Needs a snapshot; the VM ends with it.
+    #[schema(value_type = Option<String>)]
+    policy: Option<Policy>,
+    /// Record the run's use of memory: uffd, mincore, pagemap or dirty-log. Needs a snapshot; the VM ends with the run.
     record: Option<String>,
-    /// Whether a VM that this starts lives on. It is then ended when room is needed, or after the idle time.
+    /// True: a VM started by this invocation lives on. It is then ended when room is needed, or after the idle time.
     #[serde(default = "yes")]
     keep: bool,
-    /// How long it may take, ms, its wait included. A guest that has not answered then is ended.
+    /// Time limit, ms, including the wait for its turn. A guest that has not answered by then is ended.
     timeout_ms: Option<u64>,
-    /// Local memory for what the restore preloads, MiB; the same as `tvmm.dram_mib`.
+    /// Local memory for pages that the restore preloads, MiB; the same as `tvmm.dram_mib`.
     dram_mib: Option<u64>,
     /// Memory in the CXL tier, MiB; the same as `tvmm.cxl_mib`.
     cxl_mib: Option<u64>,
-    /// How the VM is restored; what is left out: as the daemon was told.
-    tvmm: Option<LoadOptions>,
-    /// Whether the guest's clocks go on to the present (the default), or from where they stood in the snapshot.
+    /// The VM's restore options; missing ones have the daemon's values.
+    tvmm: Option<RestoreOptions>,
+    /// True (the default): the guest's clocks are moved to the present; false: they go on from the snapshot's time.
     clock_realtime: Option<bool>,
-    /// Whether KVM logs the pages the guest writes, for diff snapshots; none: as the function says.
+    /// True: KVM logs the pages that the guest writes, for diff snapshots; none: the function's setting.
     track_dirty_pages: Option<bool>,
     /// Other taps for network interfaces.
     #[serde(default)]
-    network_overrides: Vec<TapOverride>,
-    /// What the clone is told: the same as `tvmm.metadata`.
+    network_overrides: Vec<NetworkOverrideBody>,
+    /// Metadata of the clone: the same as `tvmm.metadata`.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
     namespace: Option<String>,
     /// FaaSnap: with a record, restore by `reap`; without one, record for it.
     #[serde(rename = "enableReap", default)]
     enable_reap: bool,
-    /// FaaSnap: -1, its default, is all that is supported: layers are closed by size.
+    /// FaaSnap: only -1, its default, is supported: layers are closed by size.
     mincore: Option<i64>,
     /// FaaSnap: record layers of so many pages (1,024).
     mincore_size: Option<u64>,
-    /// FaaSnap: restore by `faasnap`, with these layers, which must be all there are, from 1.
+    /// FaaSnap: restore by `faasnap`, with these layers, which must be all existing ones, from 1.
     #[serde(rename = "loadMincore")]
     load_mincore: Option<Vec<u64>>,
     /// FaaSnap: restore by `firecracker`: the memory file mapped as it is.
@@ -90,12 +93,12 @@ pub(super) struct InvocationBody {
     /// FaaSnap: restore by `faasnap`.
     #[serde(default)]
     use_ws_file: bool,
-    /// FaaSnap: `faasnap` reads its working-set file in the VMM always; false contradicts it.
+    /// FaaSnap: `faasnap` always reads its working-set file in the VMM; false contradicts it.
     vmm_load_ws: Option<bool>,
-    /// FaaSnap: `reap` reads past the page cache always; false contradicts it.
+    /// FaaSnap: `reap` always reads past the page cache; false contradicts it.
     #[serde(rename = "wsFileDirectIo")]
     ws_file_direct_io: Option<bool>,
-    /// FaaSnap: `reap` reads its working set in one go always; false contradicts it.
+    /// FaaSnap: `reap` always reads its working set in one go; false contradicts it.
     #[serde(rename = "wsSingleRead")]
     ws_single_read: Option<bool>,
 }
@@ -105,7 +108,7 @@ fn yes() -> bool {
 }
 
 impl InvocationBody {
-    /// What it says of the VM that it restores.
+    /// Its settings of the VM that it restores.
     fn wanted(&self) -> Wanted {
         Wanted {
             tvmm: self.tvmm.clone(),
@@ -116,8 +119,8 @@ impl InvocationBody {
         }
     }
 
-    /// The same with the budgets, which may stand beside `tvmm` too.
-    fn options(&self, wanted: &Wanted) -> Result<LoadOptions, Fault> {
+    /// These options with the budgets, which may also stand beside `tvmm`.
+    fn options(&self, wanted: &Wanted) -> Result<RestoreOptions, Fault> {
         let mut options = wanted.options()?;
         let budgets =
             [("dram_mib", self.dram_mib, &mut options.dram_mib), ("cxl_mib", self.cxl_mib, &mut options.cxl_mib)];
@@ -127,19 +130,19 @@ impl InvocationBody {
             }
             *there = here.or(*there);
         }
-        options.check()?;
+        load::check(&options)?;
         Ok(options)
     }
 }
 
-/// What came of an invocation.
+/// The answer to an invocation.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct InvocationAnswer {
-    /// From the request's arrival to the guest's answer, µs.
+    /// Time from the request's arrival to the guest's answer, µs.
     duration: u64,
-    /// Whether the function says that it did what it was asked (`ok`, or `err`).
+    /// True if the function reports success (`ok`, not `err`).
     ok: bool,
-    /// What the function answered, after `ok` or `err`.
+    /// The function's answer after `ok` or `err`.
     result: String,
     /// The VM it ran in.
     #[serde(rename = "vmId")]
@@ -152,13 +155,13 @@ pub(super) struct InvocationAnswer {
     /// The snapshot the VM was restored from, by this invocation or before.
     #[serde(rename = "ssId")]
     ss_id: Option<String>,
-    /// `vm` (it ran already), `snapshot`, `boot` or `recording`.
+    /// `vm` (it was running already), `snapshot`, `boot` or `recording`.
     origin: String,
     /// The policy of this restore.
     policy: Option<String>,
 }
 
-/// Runs a function: in a VM that runs, in one restored from a snapshot, or in one that is booted.
+/// Runs a function: in a running VM, in one restored from a snapshot, or in one that is booted.
 #[utoipa::path(post, path = "/invocations", tag = "invocations", request_body = InvocationBody,
     params(("traceparent" = Option<String>, Header, description = "The caller's span (W3C Trace Context): the trace goes on here")),
     responses((status = 200, description = "The guest answered", body = InvocationAnswer),
@@ -177,7 +180,7 @@ pub(super) async fn post_invocation(
     Body(body): Body<InvocationBody>,
 ) -> Result<Reply<InvocationAnswer>, Fault> {
     let caller = traceparent::caller(&headers);
-    // A client that leaves does not stop what it began halfway.
+    // An action that has begun is finished even if the client disconnects.
     let task = tokio::spawn(async move {
         let mut recording = Recording::begin(&body.func_name, caller);
         let answer = invoke(&daemon, body, &mut recording).await;
@@ -220,7 +223,7 @@ async fn invoke(
     }
 }
 
-/// How long an invocation may take.
+/// The time limit of an invocation.
 #[derive(Clone, Copy)]
 pub(super) struct Limit {
     pub(super) total: Duration,
@@ -228,7 +231,7 @@ pub(super) struct Limit {
 }
 
 impl Limit {
-    /// What is left.
+    /// The remaining time.
     pub(super) fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(tokio::time::Instant::now())
     }
@@ -238,7 +241,7 @@ impl Limit {
     }
 }
 
-/// What an invocation needs done.
+/// The action that an invocation needs.
 enum Plan {
     Vm(Arc<Vm>),
     Start(Box<StartSpec>),
@@ -287,14 +290,14 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
         (policy, _) => Some(policy.unwrap_or(Policy::Firecracker)),
     };
     let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
-    if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.profile) {
+    if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.load.tvmm.profile) {
         super::working_set::check_all_layers(profile, layers)?;
     }
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
     Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
 }
 
-/// The recorder that is asked for, by name or as FaaSnap's clients do, and where its profile goes.
+/// The requested recorder, by name or by FaaSnap's fields, and the slot of its profile.
 fn recorder(body: &InvocationBody, profiles: &Path) -> Result<Option<(Slot, String)>, Fault> {
     let records_reap = body.enable_reap && Slot::Reap.existing(profiles).is_none();
     Ok(match (&body.record, body.mincore_size) {
@@ -305,7 +308,7 @@ fn recorder(body: &InvocationBody, profiles: &Path) -> Result<Option<(Slot, Stri
     })
 }
 
-/// The policy that is asked for, by name or as FaaSnap's clients do.
+/// The requested policy, by name or by FaaSnap's fields.
 fn asked_policy(body: &InvocationBody) -> Result<Option<Policy>, Fault> {
     if body.mincore.is_some_and(|mincore| mincore != -1) {
         return Err(Fault::bad("`mincore` can only be -1: layers are closed when they are large enough."));
@@ -324,10 +327,7 @@ fn asked_policy(body: &InvocationBody) -> Result<Option<Policy>, Fault> {
         }
     }
     let is_faasnap = body.overlay_regions || body.use_ws_file || body.load_mincore.is_some();
-    let mut asked: Vec<Policy> = Vec::new();
-    if let Some(name) = &body.policy {
-        asked.push(known_policy(name)?);
-    }
+    let mut asked: Vec<Policy> = body.policy.into_iter().collect();
     asked.extend(body.enable_reap.then_some(Policy::Reap));
     asked.extend(is_faasnap.then_some(Policy::Faasnap));
     asked.extend(body.use_mem_file.then_some(Policy::Firecracker));
@@ -371,7 +371,7 @@ async fn start_and_ask(
     let trace = recording.trace.clone();
     daemon.traces.keep(trace);
     let (daemon, mut recording) = (daemon.clone(), recording.taken());
-    // What the client does not wait for: the VM's own account of it, and its end.
+    // The client does not wait for these: the VM's own report, and its end.
     tokio::spawn(async move {
         match vm.report().await {
             Ok(report) => recording.add_report(&report, made, execute),
@@ -385,7 +385,7 @@ async fn start_and_ask(
     Ok(done)
 }
 
-/// Asks a VM. If it does not answer as it should it is ended, and its end is waited for.
+/// Asks a VM. A VM that does not answer as it should is ended, and its end is waited for.
 async fn ask(
     daemon: &Daemon,
     vm: &Vm,
@@ -438,7 +438,7 @@ fn answered(
     }
 }
 
-/// What is told of an invocation that ran in a recorder.
+/// The answer to an invocation that ran in a recorder.
 pub(super) fn recorded(
     daemon: &Daemon,
     snapshot: &SnapshotRecord,

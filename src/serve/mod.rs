@@ -46,10 +46,11 @@ use tokio::sync::watch;
 
 use self::daemon::{Daemon, START_TIMEOUT, blocking};
 pub use self::error::ServeError;
-pub use self::load::LoadOptions;
 pub use self::routes::openapi;
 use self::server::Server;
 use self::vm::process::run_tool;
+use crate::config::restore::RestoreOptions;
+use crate::snapshot::ColdSpec;
 use crate::sys::limits::raise_open_files;
 use crate::sys::signals::EndSignals;
 use crate::sys::unix_socket;
@@ -102,7 +103,7 @@ pub struct Options {
     /// Limits.
     pub limits: Limits,
     /// Default options of restores.
-    pub load: LoadOptions,
+    pub load: RestoreOptions,
     /// File for all traces, in Chrome's trace format.
     pub trace: Option<PathBuf>,
     /// OpenTelemetry collector for all traces, `http://HOST:PORT`.
@@ -112,7 +113,7 @@ pub struct Options {
     /// Directories and files of the host that clients may name, in addition to those of `dir` and `load`.
     pub allow_paths: Vec<PathBuf>,
     /// Cold pools of other hosts that clients may name, in addition to those of `load`.
-    pub allow_cold: Vec<String>,
+    pub allow_cold: Vec<ColdSpec>,
 }
 
 /// Serves until SIGTERM, SIGINT or SIGHUP; then lets invocations finish, and ends all VMs.
@@ -205,7 +206,7 @@ async fn clear_run(daemon: &Arc<Daemon>) {
 /// Opens the default pools of restores: a misspelt name is reported at the start, not to each client.
 async fn check_pools(daemon: &Daemon) -> Result<(), ServeError> {
     const MAX_PRINTED: usize = 64 << 20;
-    for (path, is_cold) in daemon.options.load.on_this_host() {
+    for (path, is_cold) in load::on_this_host(&daemon.options.load) {
         let pool = path.to_string_lossy().into_owned();
         let args = ["pool", "ls", "--json", "--", &pool].map(String::from).into();
         let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, START_TIMEOUT).await;

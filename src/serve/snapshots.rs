@@ -10,9 +10,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, Uri};
+use axum::http::Uri;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use utoipa::ToSchema;
 
 use super::Shared;
@@ -23,7 +22,11 @@ use super::functions::Function;
 use super::metrics::Counters;
 use super::store::Kind;
 use super::vm::Vm;
+use super::vm::control::ControlError;
 use super::working_set;
+use crate::config::bodies::{CreateBody, CreateExtension, VmBody, WantedState};
+use crate::config::control::SnapshotTaken;
+use crate::config::request::SnapshotKind;
 use crate::snapshot::{
     self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, copy_drive, derived_dir, is_partial, random_hex,
 };
@@ -169,8 +172,8 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     }
     working_set::check_thresholds(body.size_threshold, body.interval_threshold)?;
     let kind = match body.snapshot_type.as_deref() {
-        None | Some("Full") => "Full",
-        Some("Diff") => "Diff",
+        None | Some("Full") => SnapshotKind::Full,
+        Some("Diff") => SnapshotKind::Diff,
         Some(other) => return Err(Fault::bad(format!("There is no snapshot type `{other}`: Full or Diff."))),
     };
     let vm = daemon.vm(&body.vm_id)?;
@@ -178,10 +181,10 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{}`.", vm.id)))?;
     let _quiet = vm.quiet().await;
     let dir = daemon.snapshot_dir(&claim.id);
-    let parent = vm.diff_parent().filter(|_| kind == "Diff");
+    let parent = vm.diff_parent().filter(|_| kind == SnapshotKind::Diff);
     let layers = parent.as_ref().map_or(0, |parent| layers_of(&daemon.snapshots(), parent));
     let compacted = layers >= COMPACT_LAYERS;
-    let kind = if compacted { "Full" } else { kind };
+    let kind = if compacted { SnapshotKind::Full } else { kind };
     if let Some(parent) = parent.filter(|_| !compacted) {
         // From here until the diff is kept or given up, its parent cannot be deleted, even if the VM ends.
         claim.need(parent);
@@ -206,13 +209,13 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     let record = SnapshotRecord {
         ss_id: claim.id.clone(),
         vm_id: vm.id.clone(),
-        snapshot_type: kind.to_string(),
+        snapshot_type: format!("{kind:?}"),
         parent: parent.and_then(|dir| Some(dir.file_name()?.to_str()?.to_string())),
         compacted,
         copy_of: None,
         identity: opened.id().to_string(),
-        memory_bytes: taken["memory_bytes"].as_u64().unwrap_or(0),
-        capture_us: taken["capture_us"].as_u64().unwrap_or(0),
+        memory_bytes: taken.memory_bytes,
+        capture_us: taken.capture_us,
         created_unix_ms: opened.manifest().created_unix_ms,
         drive_copies: opened.manifest().drives.iter().map(|copy| copy.drive_id.clone()).collect(),
         function: vm.function.clone(),
@@ -235,17 +238,21 @@ fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize
 }
 
 /// Pauses the VM, takes the snapshot, and resumes the VM whatever the outcome.
-async fn capture(vm: &Vm, kind: &str, dir: &FilePath) -> Result<serde_json::Value, Fault> {
-    let refused = |error: super::vm::control::ControlError| {
-        let text = format!("The snapshot cannot be taken: {}.", error.to_string().trim_end_matches('.'));
-        Fault::said(StatusCode::UNPROCESSABLE_ENTITY, text)
+async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
+    let refused = |error: ControlError| {
+        error.fault(format!("The snapshot cannot be taken: {}.", error.to_string().trim_end_matches('.')))
     };
-    vm.control.ask("PATCH", "/vm", Some(&json!({ "state": "Paused" }))).await.map_err(refused)?;
-    let tvmm = json!({ "resume": true, "copy_drives": vm.function.writes_image() });
-    let body = json!({ "snapshot_path": dir, "snapshot_type": kind, "tvmm": tvmm });
-    let taken = vm.control.ask("PUT", "/snapshot/create", Some(&body)).await;
+    let body = |state| VmBody { state };
+    vm.control.send::<()>("PATCH", "/vm", &body(WantedState::Paused)).await.map_err(refused)?;
+    let create = CreateBody {
+        snapshot_path: dir.to_owned(),
+        mem_file_path: None,
+        snapshot_type: kind,
+        tvmm: CreateExtension { resume: true, copy_drives: vm.function.writes_image(), verify: false },
+    };
+    let taken = vm.control.send("PUT", "/snapshot/create", &create).await;
     if taken.is_err() {
-        vm.control.ask("PATCH", "/vm", Some(&json!({ "state": "Resumed" }))).await.map_err(refused)?;
+        vm.control.send::<()>("PATCH", "/vm", &body(WantedState::Resumed)).await.map_err(refused)?;
     }
     taken.map_err(refused)
 }

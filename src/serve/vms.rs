@@ -1,4 +1,4 @@
-//! `/vms`: machines that run, and what became of those that do not.
+//! `/vms`: running and ended machines.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,10 +13,12 @@ use super::body::Body;
 use super::daemon::{Daemon, START_TIMEOUT};
 use super::fault::{Fault, FaultBody, Reply};
 use super::functions::{Function, known_policy};
-use super::load::{LoadOptions, TapOverride, Wanted};
+use super::load::Wanted;
 use super::traces::Recording;
 use super::vm::{StartSpec, VmRecord};
-use crate::tiering::policy::Policy;
+use crate::config::NetworkOverrideBody;
+use crate::config::restore::RestoreOptions;
+use crate::snapshot::Policy;
 
 /// A VM to be started.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -28,17 +30,18 @@ pub(super) struct VmBody {
     ss_id: Option<String>,
     namespace: Option<String>,
     /// The policy to restore by; none: the function's.
-    policy: Option<String>,
-    /// How it is restored; what is left out: as the daemon was told.
-    tvmm: Option<LoadOptions>,
-    /// Whether the guest's clocks go on to the present (the default), or from where they stood in the snapshot.
+    #[schema(value_type = Option<String>)]
+    policy: Option<Policy>,
+    /// The VM's restore options; missing ones have the daemon's values.
+    tvmm: Option<RestoreOptions>,
+    /// True (the default): the guest's clocks are moved to the present; false: they go on from the snapshot's time.
     clock_realtime: Option<bool>,
-    /// Whether KVM logs the pages the guest writes, for diff snapshots; none: as the function says.
+    /// True: KVM logs the pages that the guest writes, for diff snapshots; none: the function's setting.
     track_dirty_pages: Option<bool>,
     /// Other taps for network interfaces.
     #[serde(default)]
-    network_overrides: Vec<TapOverride>,
-    /// What the clone is told: the same as `tvmm.metadata`.
+    network_overrides: Vec<NetworkOverrideBody>,
+    /// Metadata of the clone: the same as `tvmm.metadata`.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
 }
@@ -55,7 +58,7 @@ impl VmBody {
     }
 }
 
-/// All VMs: those that live, then those that are over, the last first.
+/// All VMs: living ones, then ended ones, the last first.
 #[utoipa::path(get, path = "/vms", tag = "vms",
     responses((status = 200, description = "Those that live, then those that are over", body = Vec<VmRecord>)))]
 pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>> {
@@ -80,8 +83,8 @@ pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBod
 async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     let function = daemon.function(&body.func_name)?;
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
-    let named = body.policy.as_ref().or(function.policy.as_ref());
-    let policy = named.map_or(Ok(Policy::Firecracker), |name| known_policy(name))?;
+    let of_function = function.policy.as_deref().map(known_policy).transpose()?;
+    let policy = body.policy.or(of_function).unwrap_or_default();
     let wanted = body.wanted();
     let spec = match &body.ss_id {
         None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),
@@ -108,14 +111,14 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     Ok(vm.record())
 }
 
-/// One VM, living or over.
+/// One VM, living or ended.
 #[utoipa::path(get, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "The VM", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn get_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
     daemon.vms.record(&id).map(Reply).ok_or_else(|| Fault::not_found("VM", &id))
 }
 
-/// Ends a VM that lives; forgets one that is over.
+/// Ends a living VM; removes an ended one from the list.
 #[utoipa::path(delete, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "It is over", body = VmRecord), (status = 404, body = FaultBody, description = "There is none")))]
 pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
@@ -132,7 +135,7 @@ pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<Strin
     }
 }
 
-/// Where a VM's memory is and where its time went: the report of its VMM.
+/// The report of a VM: the place of its memory, and its time slices.
 #[utoipa::path(get, path = "/vms/{id}/report", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "As `tvmm restore --report` writes it", body = Object), (status = 404, body = FaultBody, description = "There is none"),
         (status = 502, body = FaultBody, description = "It does not answer")))]
@@ -156,7 +159,7 @@ pub(super) async fn post_vmm() -> Fault {
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct PolicyRecord {
     name: String,
-    /// Whether it works from the profile of a recorded run.
+    /// True if it works from the profile of a recorded run.
     needs_profile: bool,
 }
 

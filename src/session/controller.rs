@@ -17,7 +17,8 @@ use super::sources::{self, Sources, location};
 use crate::config::control::{InstanceInfo, Reply, Request, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
-use crate::config::request::{Command, CreateSnapshot, LoadSnapshot, SnapshotKind};
+use crate::config::request::{Command, CreateSnapshot, SnapshotKind};
+use crate::config::restore::RestoreRequest;
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::engine::EngineReport;
 use crate::memory::fault_batches::FaultBatch;
@@ -336,7 +337,7 @@ impl Controller {
     /// Restores a machine, running or paused. After an error everything is as before.
     pub fn restore(
         &mut self,
-        load: &LoadSnapshot,
+        load: &RestoreRequest,
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
@@ -349,7 +350,7 @@ impl Controller {
 
     fn try_restore(
         &mut self,
-        load: &LoadSnapshot,
+        load: &RestoreRequest,
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
@@ -367,7 +368,7 @@ impl Controller {
             single_pages: watch.single_pages,
             in_place_mapping: load.in_place_mapping,
             verify: load.verify,
-            handler: load.handler.as_deref(),
+            handler: load.handler(),
             overrides: &load.overrides,
             stalls: &stalls,
             clock_realtime: load.clock_realtime,
@@ -403,7 +404,7 @@ impl Controller {
         Ok(())
     }
 
-    fn load(&mut self, load: &LoadSnapshot) -> Result<(), Refused> {
+    fn load(&mut self, load: &RestoreRequest) -> Result<(), Refused> {
         self.before_start()?;
         if self.configured {
             return Err(Refused::bad_request(

@@ -15,10 +15,12 @@ use crate::vmm;
 pub enum Error {
     #[error("The request is to be made over vsock, but the machine has no vsock device")]
     NoVsock,
-    #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
-    PoolAndHandler,
+    #[error("Cannot restore from pools: there is none")]
+    NoPool,
     #[error("The run cannot be recorded: {0}")]
     Record(String),
+    #[error("The run cannot be recorded: the guest did not answer{0}")]
+    NoAnswer(String),
     #[error("Cannot keep plans and working-set images in {path}", path = path.display())]
     PlanDir { path: PathBuf, source: io::Error },
     #[error("Cannot {doing}")]

@@ -12,7 +12,7 @@ use super::port_request::{PortRequest, Requesting};
 use super::record::Watch;
 use crate::config::DeviceConfigs;
 use crate::config::control::ControlReceiver;
-use crate::config::request::LoadSnapshot;
+use crate::config::restore::RestoreRequest;
 use crate::memory::ending::Ending;
 use crate::session::Error;
 use crate::session::controller::Controller;
@@ -61,9 +61,9 @@ pub enum Begin {
     /// Boot the configured machine.
     Boot,
     /// Restore a snapshot.
-    Restore(LoadSnapshot),
+    Restore(RestoreRequest),
     /// Restore a snapshot and watch the guest's use of its memory.
-    Record(LoadSnapshot, Watch),
+    Record(RestoreRequest, Watch),
 }
 
 /// The event sources of the main loop other than the machine.
@@ -203,7 +203,7 @@ pub fn run(
 
 fn restore(
     controller: &mut Controller,
-    load: &LoadSnapshot,
+    load: &RestoreRequest,
     watch: Watch,
     around: &mut Surroundings,
 ) -> Result<Option<Requesting>, Error> {

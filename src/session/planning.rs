@@ -1,23 +1,24 @@
 //! Puts the plan options of a restore request to the planner.
 
-use crate::config::request::LoadSnapshot;
+use crate::config::restore::{PlanFrom, RestoreRequest};
 use crate::session::Error;
 use crate::session::sources::Sources;
 use crate::sys::page_cache::PageCache;
 use crate::tiering::planner::{PlanRequest, Planned, Planner};
-use crate::tiering::policy::{Budget, DRAM_PRICE_US};
+use crate::tiering::policy::Budget;
 
-/// Finds or makes the plan that `load` asks for.
-pub fn choose(sources: &Sources, load: &LoadSnapshot) -> Result<Planned, Error> {
+/// Finds or makes the plan that `request` asks for.
+pub fn choose(sources: &Sources, request: &RestoreRequest) -> Result<Planned, Error> {
     let planner = planner(sources);
-    if let Some(path) = &load.plan {
-        return Ok(planner.read(path)?);
-    }
+    let choice = match &request.plan {
+        PlanFrom::File(path) => return Ok(planner.read(path)?),
+        PlanFrom::Policy(choice) => choice,
+    };
     let request = PlanRequest {
-        policy: load.policy.parse()?,
-        profile: load.profile.as_deref(),
-        costs: load.costs.as_deref(),
-        budget: Budget::of_mib(load.dram_mib, load.cxl_mib, load.dram_price_us.unwrap_or(DRAM_PRICE_US)),
+        policy: choice.policy,
+        profile: choice.profile.as_deref(),
+        costs: choice.costs.as_deref(),
+        budget: Budget::of_mib(choice.dram_mib, choice.cxl_mib, choice.dram_price_us),
         cache: None,
     };
     Ok(planner.plan(&request)?)

@@ -16,7 +16,8 @@ use super::port_request::PortRequest;
 use super::sources;
 use crate::config::VmConfig;
 use crate::config::overrides::Overrides;
-use crate::config::request::{LoadSnapshot, SnapshotPaths};
+use crate::config::request::SnapshotPaths;
+use crate::config::restore::{MemoryFrom, RestoreRequest};
 use crate::session::Error;
 use crate::session::controller::Controller;
 use crate::snapshot::{Chain, Content, Extent, Gfn, PAGE_SIZE, PageSet, Snapshot};
@@ -132,13 +133,13 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let output = ConsoleOutput::watched(Box::new(Nowhere), Some(witness));
     let output = Arc::new(output.map_err(Error::os("make an eventfd"))?);
     let outside = Outside { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
-    let load = LoadSnapshot {
-        location: spec.snapshot.clone(),
-        policy: "firecracker".to_string(),
+    let load = RestoreRequest {
+        snapshot: spec.snapshot.snapshot.clone(),
+        memory: MemoryFrom::Files { memory_file: spec.snapshot.memory.clone() },
         track_dirty_pages: dirty,
         overrides: Overrides { drive_dir: spec.drive_dir.clone(), ..Overrides::default() },
         resume: true,
-        ..LoadSnapshot::default()
+        ..RestoreRequest::default()
     };
     let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
     let line = format!("run {RUN_ID} {}", spec.function);
@@ -158,11 +159,11 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     *signals = Some(around.signals);
     match outcome {
         Outcome::Answered => {}
-        Outcome::TimedOut => return failed(format!("the guest did not answer within {} s", spec.timeout.as_secs())),
+        Outcome::TimedOut => return Err(Error::NoAnswer(format!(" within {} s", spec.timeout.as_secs()))),
         Outcome::Failed(what) | Outcome::MemoryLost(what) => return failed(what),
         Outcome::Guest(ending) => return failed(format!("the guest ended before it answered: {ending:?}")),
         Outcome::Signal(number) => return failed(format!("signal {number} came first")),
-        Outcome::NoAnswer(why) => return failed(format!("the guest did not answer: {why}")),
+        Outcome::NoAnswer(why) => return Err(Error::NoAnswer(format!(": {why}"))),
         Outcome::Quit => return failed("it was ended".to_string()),
     }
     match (answer.get(), moments.first_run_ns()) {

@@ -9,10 +9,11 @@ use crate::backends::cold;
 use crate::backends::cold::CacheAt;
 use crate::backends::pool_media;
 use crate::backends::pool_media::Access;
-use crate::config::request::{ColdPools, DEFAULT_FAULT_TIMEOUT, LoadSnapshot, SnapshotPaths};
+use crate::config::request::{DEFAULT_FAULT_TIMEOUT, SnapshotPaths};
+use crate::config::restore::{Cold, MemoryFrom, PlanFrom, RestoreRequest};
 use crate::memory::stall::Stalls;
 use crate::session::Error;
-use crate::snapshot::{Chain, Location};
+use crate::snapshot::{Chain, ColdSpec, Location};
 use crate::tiering;
 use crate::tiering::cold::ColdPool;
 use crate::tiering::pool::{self, OnLost, PoolTier};
@@ -35,59 +36,67 @@ impl Sources {
     }
 }
 
-/// Opens the sources in `load`. With pools, neither memory files nor parents are opened; a cold pool is the source for
-/// a snapshot that none of them has. `fault_timeout`: longest wait of a guest for a page; `stalls` ends the guest if a
-/// pool's lease is lost.
-pub fn open(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
-    let mut sources = open_memory(load, fault_timeout, stalls)?;
-    let is_derived_from = load.profile.is_some() || load.plan.is_some();
+/// Opens the sources in `request`. With pools, neither memory files nor parents are opened; a cold pool is the source
+/// for a snapshot that none of them has. `fault_timeout`: longest wait of a guest for a page; `stalls` ends the guest
+/// if a pool's lease is lost.
+pub fn open(request: &RestoreRequest, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
+    let mut sources = open_memory(request, fault_timeout, stalls)?;
+    let is_derived_from = match &request.plan {
+        PlanFrom::File(_) => true,
+        PlanFrom::Policy(choice) => choice.profile.is_some(),
+    };
     if is_derived_from
         && let Some(chain) = Arc::get_mut(&mut sources.chain)
-        && let Some(dir) = plan_dir::choose(load.plan_dir.as_deref(), chain)?
+        && let Some(dir) = plan_dir::choose(request.plan_dir.as_deref(), chain)?
     {
         chain.derive_in(dir);
     }
     Ok(sources)
 }
 
-fn open_memory(load: &LoadSnapshot, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
-    if load.handler.is_some() {
-        return match load.cold.pools.is_empty() && load.pools.is_empty() {
-            true => Ok(Sources::files(Chain::open_without_memory(&load.location.snapshot)?)),
-            false => Err(Error::PoolAndHandler),
-        };
+fn open_memory(request: &RestoreRequest, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
+    let paths = SnapshotPaths { snapshot: request.snapshot.clone(), memory: request.memory_file().map(Into::into) };
+    let location = location(&paths);
+    match &request.memory {
+        MemoryFrom::Handler(_) => Ok(Sources::files(Chain::open_without_memory(&request.snapshot)?)),
+        MemoryFrom::Files { .. } => Ok(Sources::files(Chain::open(&location)?)),
+        MemoryFrom::Cold(cold) => from_cold(&location, cold, fault_timeout),
+        MemoryFrom::Pools { pools, fallback } => {
+            from_pools(&location, pools, fallback.as_ref(), fault_timeout, Some(stalls))
+        }
     }
-    memory(&location(&load.location), &load.pools, &load.cold, fault_timeout, Some(stalls))
 }
 
 /// Opens a snapshot as a restore would, to look at: neither leases nor caches of chunks are taken.
-pub fn look(location: &Location, pools: &[PathBuf], cold: &[String]) -> Result<Sources, Error> {
-    let cold = ColdPools { pools: cold.to_vec(), ..ColdPools::default() };
-    memory(location, pools, &cold, DEFAULT_FAULT_TIMEOUT, None)
+pub fn look(location: &Location, pools: &[PathBuf], cold: &[ColdSpec]) -> Result<Sources, Error> {
+    let cold = (!cold.is_empty()).then(|| Cold { pools: cold.to_vec(), cache: None });
+    match &cold {
+        Some(cold) if pools.is_empty() => from_cold(location, cold, DEFAULT_FAULT_TIMEOUT),
+        cold => from_pools(location, pools, cold.as_ref(), DEFAULT_FAULT_TIMEOUT, None),
+    }
 }
 
-/// Opens the snapshot at `location` with the sources of its memory: pools, else cold pools, else its own files. `leased`:
-/// see [`pooled`].
-fn memory(
+/// The snapshot at `location` as [`pooled`] opens it; from cold pools if none of `pools` has it.
+fn from_pools(
     location: &Location,
     pools: &[PathBuf],
-    cold: &ColdPools,
+    fallback: Option<&Cold>,
     fault_timeout: Duration,
     leased: Option<&Arc<Stalls>>,
 ) -> Result<Sources, Error> {
-    if cold.pools.is_empty() {
-        return pooled(location, pools, leased);
-    }
-    if !pools.is_empty() {
-        match pooled(location, pools, leased) {
-            Err(Error::Tiering(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))) => {
-                tracing::warn!(%error, "The cold pool is used instead");
-            }
-            result => return result,
+    match (pooled(location, pools, leased), fallback) {
+        (Err(Error::Tiering(tiering::Error::Pool(error @ pool::Error::NoSnapshot { .. }))), Some(cold)) => {
+            tracing::warn!(%error, "The cold pool is used instead");
+            from_cold(location, cold, fault_timeout)
         }
+        (result, _) => result,
     }
+}
+
+/// The snapshot at `location`, with its memory in cold pools.
+fn from_cold(location: &Location, cold: &Cold, fault_timeout: Duration) -> Result<Sources, Error> {
     let chain = Chain::open_elsewhere(location)?;
-    let cache = cold.cache.as_deref().map(|dir| CacheAt { dir, limit_mib: cold.cache_mib });
+    let cache = cold.cache.as_ref().map(|cache| CacheAt { dir: &cache.dir, limit_mib: cache.limit_mib });
     let cold = cold::open(&cold.pools, cache, &chain, fault_timeout)?;
     Ok(Sources { cold, ..Sources::files(chain) })
 }
@@ -120,7 +129,7 @@ fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) 
         }
     }
     // There is a pool, so the loop has set a reason.
-    Err(missing.map_or(Error::PoolAndHandler, |error| Error::Tiering(error.into())))
+    Err(missing.map_or(Error::NoPool, |error| Error::Tiering(error.into())))
 }
 
 /// The location of a snapshot.

@@ -9,6 +9,7 @@
 
 mod cache_lookup;
 mod chain;
+mod cold_spec;
 mod container;
 mod drives;
 mod error;
@@ -36,6 +37,7 @@ pub(crate) mod tests;
 
 pub use cache_lookup::CacheLookup;
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun};
+pub use cold_spec::{ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
 };
@@ -62,7 +64,7 @@ pub use plan::{
 };
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
-pub use restore_choice::{InPlaceMapping, Verify};
+pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, UnknownPolicy, Verify};
 pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};

@@ -1,6 +1,9 @@
 //! Errors on their way to the user: makes one text of an error and its causes.
 
 use std::error::Error;
+use std::io;
+
+use rustix::io::Errno;
 
 /// An error and all its causes as one text, each sentence once.
 pub(crate) fn error_chain(error: &(dyn Error + 'static)) -> String {
@@ -38,4 +41,14 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
         cause = error.source();
     }
     text
+}
+
+/// Whether an error, or one of its causes, is that a disk is full or a quota used up.
+pub(crate) fn is_storage_full(error: &(dyn Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |&error| error.source()).any(|error| {
+        let io = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        let errno = error.downcast_ref::<Errno>().copied();
+        matches!(io, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+            || matches!(errno, Some(Errno::NOSPC | Errno::DQUOT))
+    })
 }

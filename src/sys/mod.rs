@@ -16,6 +16,7 @@ pub mod timed_stream;
 pub mod unix_socket;
 #[macro_use]
 pub(crate) mod print;
+pub mod api_client;
 pub mod available_memory;
 pub mod bounded_wait;
 pub mod clock;

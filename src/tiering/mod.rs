@@ -27,8 +27,6 @@ use crate::snapshot::{self, PoolId, SnapshotId};
 /// Errors of making a plan.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("There is no policy {name:?}; there are: {known}")]
-    UnknownPolicy { name: String, known: String },
     #[error("There is no recorder {name:?}; there are: {known}")]
     UnknownRecorder { name: String, known: String },
     #[error("Profiles cannot be merged by {name:?}, only by: {known}")]

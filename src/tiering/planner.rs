@@ -1,7 +1,8 @@
 //! The one planner: chooses the plan that a restore carries out, and makes the one that `tvmm plan` shows.
 //!
 //! A plan comes from a file, from the plans kept beside the snapshot, or from a policy. A policy's plan is fitted to
-//! the sources of memory: aligned to the mappings that its tiers can have, and, as the last step, lowered to a cold pool.
+//! the sources of memory: aligned to the mappings that its tiers can have, and, as the last step, lowered to a cold
+//! pool.
 
 use std::fs::File;
 use std::path::Path;

@@ -104,6 +104,16 @@ fn verbs_that_need_a_machine_are_refused_before_start() {
 }
 
 #[test]
+fn refusals_have_a_code_for_programs() {
+    let vm = Vm::wait_for_api();
+    let (status, answer) = vm.api("PATCH", "/vm", Some(json!({ "state": "Paused" })));
+    assert_eq!((status, &answer["code"]), (400, &json!("bad_request")), "{answer}");
+    // A fault of HTTP has its status alone.
+    let (status, answer) = vm.api("GET", "/nowhere", None);
+    assert_eq!((status, &answer["code"]), (400, &json!(null)), "{answer}");
+}
+
+#[test]
 fn verbs_that_shape_the_machine_are_refused_after_start() {
     let vm = Vm::boot(&config(1, 64));
     let load = json!({ "snapshot_path": "/nonexistent" });

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 use crate::support::cold::Scene;
 use crate::support::pool::{Pool, filled, take_memory_away};
-use crate::support::{Vm, run_err, run_ok, scratch, text};
+use crate::support::{Vm, run, run_err, run_ok, scratch, text};
 
 /// A config that loads `snapshot`, with this `tvmm` in it.
 fn written(dir: &Path, snapshot: &Path, tvmm: Value) -> PathBuf {
@@ -123,4 +123,32 @@ fn config_that_cannot_be_loaded_is_refused_with_the_reason() {
     assert!(refused(paused.clone(), &[]).contains("resume_vm"));
     let sock = dir.path().join("api.sock");
     assert!(refused(paused, &["--api-sock", text(&sock), "--run", "hello"]).contains("resume_vm"));
+}
+
+#[test]
+fn flags_that_contradict_each_other_are_refused_by_the_rules_of_the_api() {
+    let dir = scratch();
+    let [snapshot, other] = ["snapshot", "other"].map(|name| text(&dir.path().join(name)).to_string());
+    for (more, said) in [
+        (vec!["--plan", &other, "--policy", "eager"], "--plan cannot be used with --policy"),
+        (vec!["--plan", &other, "--policy", "firecracker"], "--plan cannot be used with --policy"),
+        (vec!["--plan", &other, "--dram", "1"], "--plan cannot be used with --dram"),
+        (vec!["--plan", &other, "--dram-price", "50"], "--plan cannot be used with --dram-price"),
+        (vec!["--mem-file", &other, "--pool", &other], "a pool cannot be used with --mem-file"),
+        (vec!["--mem-file", &other, "--cold", &other], "a pool cannot be used with --mem-file"),
+        (vec!["--cold-cache", &other], "--cold-cache needs --cold"),
+        (vec!["--cold", &other, "--cold-cache-size", "1"], "--cold-cache-size needs --cold-cache"),
+        (
+            vec!["--cold", &other, "--cold-cache", &other, "--cold-cache-size", "0"],
+            "--cold-cache-size must be 1 or more",
+        ),
+    ] {
+        let output = run(&[&["restore", "--snapshot", &snapshot][..], &more].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {stderr}");
+        assert!(stderr.contains(said), "{more:?}: {stderr}");
+    }
+    // An unknown policy is refused like a missing snapshot.
+    let said = run_err(&["restore", "--snapshot", &snapshot, "--policy", "magic"]);
+    assert!(said.contains("There is no policy \"magic\""), "{said}");
 }

@@ -89,7 +89,7 @@ impl Scene {
     }
 }
 
-/// What a report says of the plan that was carried out, compared with the plan that was shown.
+/// Checks the report of a restore: it carried out the plan that was shown.
 fn assert_carried_out(restored: &Value, shown: &PlanFile, what: &str) {
     let engine = &restored["engine"];
     assert_eq!(restored["policy"], shown.plan.policy.as_str(), "{what}");

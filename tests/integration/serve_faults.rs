@@ -40,6 +40,22 @@ fn spin(more: Value) -> Value {
     body
 }
 
+/// The recorder is a process of its own: its code says that the guest did not answer, whatever its message says.
+#[test]
+fn recorded_run_that_does_not_end_is_a_timeout_and_one_that_fails_is_not() {
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    service.ok("POST", "/functions", Some(json!({ "func_name": "spin", "mem_size": 64 })));
+    let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "spin" })))["vmId"].clone();
+    service.ok("POST", "/snapshots", Some(json!({ "vmId": vm, "ssId": "base" })));
+    // Three runs may take three times as long, and the first ends them.
+    let record = |params: &str| json!({ "params": params, "timeout_ms": 2000, "repeat": 3 });
+    let slow = service.refused(504, "POST", "/snapshots/base/profile", Some(record("ms=600000")));
+    assert!(slow.contains("did not"), "{slow}");
+    let failed = service.refused(422, "POST", "/snapshots/base/profile", Some(record("nonsense=1")));
+    assert!(failed.contains("The run cannot be recorded"), "{failed}");
+}
+
 #[test]
 fn guest_that_never_answers_is_ended_and_its_place_is_free_again() {
     let dir = scratch();

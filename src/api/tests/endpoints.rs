@@ -3,9 +3,10 @@
 use serde_json::json;
 
 use super::*;
-use crate::config::request::{CreateSnapshot, LoadSnapshot, SnapshotKind, SnapshotPaths};
+use crate::config::request::{CreateSnapshot, SnapshotKind, SnapshotPaths};
+use crate::config::restore::{MemoryFrom, PlanFrom, PolicyChoice, RestoreRequest};
 use crate::config::{BootSource, CpuConfig, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
-use crate::snapshot::InPlaceMapping;
+use crate::snapshot::{InPlaceMapping, Policy};
 
 #[test]
 fn get_paths_tell_the_reply() {
@@ -151,45 +152,47 @@ fn put_snapshot_create_directory_form_tells_the_snapshot() {
 #[test]
 fn put_snapshot_load_forms_give_their_command() {
     let fixture = Fixture::new();
-    let load = |location, track_dirty_pages, resume| LoadSnapshot {
-        location,
-        policy: "firecracker".to_owned(),
+    let load = |memory_file: Option<&str>, track_dirty_pages, resume| RestoreRequest {
+        snapshot: "s".into(),
+        memory: MemoryFrom::Files { memory_file: memory_file.map(Into::into) },
         track_dirty_pages,
         resume,
-        ..LoadSnapshot::default()
+        ..RestoreRequest::default()
     };
+    let by = |policy| PlanFrom::Policy(PolicyChoice { policy, ..PolicyChoice::default() });
+    assert_eq!(load(None, false, false).plan, by(Policy::Firecracker));
     let file = json!({"backend_type": "File", "backend_path": "m"});
     let cases = [
-        (json!({"snapshot_path": "s", "mem_backend": file}), load(two_files(), false, false)),
-        (json!({"snapshot_path": "s", "mem_file_path": "m"}), load(two_files(), false, false)),
+        (json!({"snapshot_path": "s", "mem_backend": file}), load(Some("m"), false, false)),
+        (json!({"snapshot_path": "s", "mem_file_path": "m"}), load(Some("m"), false, false)),
         (
             json!({"snapshot_path": "s", "mem_file_path": "m", "enable_diff_snapshots": true}),
-            load(two_files(), true, false),
+            load(Some("m"), true, false),
         ),
-        (json!({"snapshot_path": "s", "track_dirty_pages": true, "resume_vm": true}), load(directory(), true, true)),
+        (json!({"snapshot_path": "s", "track_dirty_pages": true, "resume_vm": true}), load(None, true, true)),
         (
             json!({"snapshot_path": "s", "network_overrides": [], "vsock_override": null, "clock_realtime": false}),
-            load(directory(), false, false),
+            load(None, false, false),
         ),
         (
             json!({"snapshot_path": "s", "mem_backend": {"backend_type": "Uffd", "backend_path": "u"}}),
-            LoadSnapshot { handler: Some("u".into()), ..load(directory(), false, false) },
+            RestoreRequest { memory: MemoryFrom::Handler("u".into()), ..load(None, false, false) },
         ),
         (
             json!({"snapshot_path": "s", "tvmm": {"policy": "eager"}}),
-            LoadSnapshot { policy: "eager".to_owned(), ..load(directory(), false, false) },
+            RestoreRequest { plan: by(Policy::Eager), ..load(None, false, false) },
         ),
         (
             json!({"snapshot_path": "s", "tvmm": {"policy": "trenv", "in_place_mapping": "shared"}}),
-            LoadSnapshot {
-                policy: "trenv".to_owned(),
+            RestoreRequest {
+                plan: by(Policy::Trenv),
                 in_place_mapping: InPlaceMapping::Shared,
-                ..load(directory(), false, false)
+                ..load(None, false, false)
             },
         ),
         (
             json!({"snapshot_path": "s", "clock_realtime": true}),
-            LoadSnapshot { clock_realtime: true, ..load(directory(), false, false) },
+            RestoreRequest { clock_realtime: true, ..load(None, false, false) },
         ),
     ];
     for (body, expected) in cases {

@@ -15,13 +15,13 @@ use std::time::Duration;
 use serde_json::Value;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::client::{Client, ClientError};
 use super::{ApiServer, serve};
 use crate::config::control;
 use crate::config::control::{ControlReceiver, InstanceInfo, Reply, SnapshotTaken, VmState};
 use crate::config::refusal::Refused;
 use crate::config::request::Command;
 use crate::config::{MachineConfig, VmConfig};
+use crate::sys::api_client::{Client, ClientError};
 
 /// Long enough for a loaded host; a passing test does not wait for it.
 const TIMEOUT: Duration = Duration::from_secs(20);

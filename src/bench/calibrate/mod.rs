@@ -13,9 +13,9 @@ use restores::{Engine, Trial};
 
 use super::guest;
 use super::guest::Guest;
-use crate::api::client::Client;
 use crate::bench::host_costs;
 use crate::snapshot::{Extent, Gfn};
+use crate::sys::api_client::Client;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::costs::Costs;
 

@@ -15,8 +15,8 @@ use super::super::{BoxError, refuse};
 use super::flow::Backend;
 use super::stage::{remove, write_kernel};
 use super::{From, Values, guest_us};
-use crate::api::client::Client;
 use crate::bench::page_fault_handler::Handler;
+use crate::sys::api_client::Client;
 use crate::sys::bounded_wait::Wait;
 
 /// Interval of the attempts at a socket that does not exist yet.

@@ -9,8 +9,8 @@ use serde_json::json;
 use super::super::guest::{Guest, snapshot_to};
 use super::super::{BoxError, add_to_pool, record, refuse, remove_from_pool, to_end};
 use super::workload::Workload;
-use crate::api::client::Client;
 use crate::snapshot::{Location, Snapshot, SnapshotId};
+use crate::sys::api_client::Client;
 use crate::tiering::profile::RecorderKind;
 
 /// A directory of snapshots, with the profiles recorded on them.

@@ -7,9 +7,9 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
-use crate::backends::cold::{AnyPool, is_object_url};
+use crate::backends::cold::AnyPool;
 use crate::cli::merge::bytes_bar;
-use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, SnapshotId};
+use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, SnapshotId, is_object_url};
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::cold::store::{MANIFEST, Manifest};
 use crate::tiering::cold::{Compression, DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES, Index, Packed};

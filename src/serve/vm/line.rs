@@ -8,29 +8,29 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 
-/// A longer line is no answer.
+/// Limit on a line; a longer one is no answer.
 const MAX_LINE: usize = 64 << 10;
 /// The most bytes thrown away before a request: as many as pipes and the VM's own backlog can hold.
 const MAX_STALE: usize = 256 << 10;
-/// A guest that does not listen on its port yet is asked again after this.
+/// Pause before a guest that does not listen on its port yet is asked again.
 const AGAIN: Duration = Duration::from_millis(10);
 
 /// The guest's answer to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::serve) struct GuestAnswer {
-    /// Whether it is `ok`.
+    /// True for `ok`.
     pub(in crate::serve) ok: bool,
     /// The text after the id.
     pub(in crate::serve) text: String,
 }
 
-/// Why there is no answer.
+/// The reason why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::serve) enum LineError {
     /// The other end is closed, or broken.
     #[error("the line to the guest is closed")]
     Closed(#[source] io::Error),
-    /// Too much came that is no answer.
+    /// Too many bytes came that are no answer.
     #[error("the guest sent {0} bytes without an answer")]
     Flooded(u64),
 }
@@ -150,7 +150,7 @@ async fn write_all(line: &impl Line, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Cuts what comes into lines.
+/// Cuts the input into lines.
 struct Reader<'a, L> {
     line: &'a L,
     budget: u64,
@@ -176,7 +176,7 @@ impl<L: Line> Reader<'_, L> {
                 Ok(count) => {
                     self.seen += count as u64;
                     self.kept.extend(&buffer[..count]);
-                    // The beginning of a line that is too long stays, so that it is cut and not taken for another.
+                    // The beginning of a line that is too long stays, so that it is cut and not taken for another line.
                     if self.kept.len() > 2 * MAX_LINE && !self.kept.contains(&b'\n') {
                         self.kept.truncate(MAX_LINE + 1);
                     }
@@ -194,7 +194,7 @@ impl<L: Line> Reader<'_, L> {
 mod tests {
     use super::*;
 
-    /// Asks a guest that says `said`, whatever it is asked.
+    /// Asks a guest whose output is `said`, whatever the request.
     fn asked(said: &'static [u8], budget: u64) -> Result<GuestAnswer, LineError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -1,4 +1,4 @@
-//! One VM: a `tvmm` process of its own, told what to do over the one connection it serves, asked over its serial line
+//! One VM: a separate `tvmm` process, controlled over the one connection that it serves, and asked over its serial line
 //! or a vsock port.
 
 pub(super) mod control;
@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::Mutex as AsyncMutex;
 use utoipa::ToSchema;
 
@@ -23,10 +23,15 @@ use self::process::Process;
 use self::shells::Shell;
 use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
 use super::functions::Function;
-use super::load::{LoadOptions, TapOverride};
 use super::networks::Network;
+use crate::config::bodies::{ActionBody, ActionType};
+use crate::config::restore::{DriveOverride, MacOverride};
+use crate::config::{
+    BootSource, CacheType, DriveConfig, IoEngine, LoadFields, MachineConfig, NetworkConfig, NetworkOverrideBody,
+    VsockConfig, VsockOverrideBody,
+};
 
-/// What a VM is doing.
+/// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum VmState {
@@ -34,13 +39,13 @@ pub(super) enum VmState {
     Running,
     /// It runs a request.
     Busy,
-    /// It is over.
+    /// It has ended.
     Ended,
-    /// It lived when the daemon before this one ended, and ended with it.
+    /// It was living when the previous daemon ended, and ended with it.
     Lost,
 }
 
-/// What came of a VM: from the start of a function, or from a snapshot.
+/// The record of a VM, booted or restored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(super) struct VmRecord {
     #[serde(rename = "vmId")]
@@ -62,9 +67,9 @@ pub(super) struct VmRecord {
     pub(super) pid: u32,
     pub(super) created_unix_ms: u64,
     pub(super) invocations: u64,
-    /// Whether an invocation started it: such VMs are ended when room is needed, or after the idle time.
+    /// True if an invocation started it: such VMs are ended when room is needed, or after the idle time.
     pub(super) from_invocation: bool,
-    /// Why it is over.
+    /// The reason of its end.
     pub(super) reason: Option<String>,
 }
 
@@ -76,7 +81,7 @@ pub(super) struct VmConf {
     pub(super) mem_size: u64,
 }
 
-/// How a VM comes to be.
+/// The parameters of a VM's start.
 #[derive(Clone, Debug)]
 pub(super) struct StartSpec {
     pub(super) function: Function,
@@ -86,26 +91,24 @@ pub(super) struct StartSpec {
     pub(super) from_invocation: bool,
 }
 
-/// How a VM is restored.
+/// The parameters of a VM's restore.
 #[derive(Clone, Debug)]
 pub(super) struct RestoreSpec {
     pub(super) ss_id: String,
-    pub(super) dir: PathBuf,
-    /// The policy; none: a plan that `options` names.
-    pub(super) policy: Option<String>,
-    pub(super) profile: Option<PathBuf>,
-    pub(super) options: LoadOptions,
-    /// Taps of network interfaces, besides that of the VM's namespace.
-    pub(super) taps: Vec<TapOverride>,
-    /// Whether KVM logs the pages the guest writes.
-    pub(super) track_dirty_pages: bool,
-    /// Whether the guest's clocks go on to the present.
-    pub(super) clock_realtime: bool,
-    /// Whether the snapshot has copies of drives.
+    /// The body of the VM's `/snapshot/load`, without the VM's own drives, tap and socket.
+    pub(super) load: LoadFields,
+    /// True if the snapshot contains copies of drives.
     pub(super) has_drive_copies: bool,
 }
 
-/// A VM that runs.
+impl RestoreSpec {
+    /// The policy; none: a plan that the request names.
+    fn policy(&self) -> Option<String> {
+        self.load.tvmm.policy.map(|policy| policy.name().to_owned())
+    }
+}
+
+/// A running VM.
 #[derive(Debug)]
 pub(super) struct Vm {
     pub(super) id: String,
@@ -127,7 +130,7 @@ pub(super) struct Vm {
     diff_parent: Mutex<Option<String>>,
 }
 
-/// Who uses a VM.
+/// The use of a VM.
 #[derive(Debug)]
 struct Use {
     requests: usize,
@@ -135,6 +138,8 @@ struct Use {
     since: Instant,
 }
 
+/// The context id of a guest that has a vsock device: the lowest that a guest may have.
+const GUEST_CID: u32 = 3;
 /// Requests that may wait for one VM.
 const MAX_WAITING: usize = 16;
 
@@ -150,7 +155,7 @@ impl Drop for Using<'_> {
 }
 
 impl Vm {
-    /// Makes a VM of a shell. Dropped midway, the shell is killed.
+    /// Makes a VM of a shell. If this is dropped midway, the shell is killed.
     pub(super) async fn start(
         id: String,
         shell: Shell,
@@ -161,7 +166,7 @@ impl Vm {
         match &spec.restore {
             Some(restore) => {
                 let body = load_body(restore, spec, vsock.as_deref(), drives.all());
-                shell.control.ask("PUT", "/snapshot/load", Some(&body)).await?;
+                shell.control.send::<()>("PUT", "/snapshot/load", &body).await?;
             }
             None => boot(&shell.control, spec, vsock.as_deref(), &drives).await?,
         }
@@ -170,7 +175,7 @@ impl Vm {
             id,
             function: spec.function.clone(),
             ss_id: spec.restore.as_ref().map(|restore| restore.ss_id.clone()),
-            policy: spec.restore.as_ref().and_then(|restore| restore.policy.clone()),
+            policy: spec.restore.as_ref().and_then(RestoreSpec::policy),
             namespace: spec.network.as_ref().map(|network| network.namespace.clone()),
             from_invocation: spec.from_invocation,
             created_unix_ms: since_epoch.as_millis() as u64,
@@ -195,7 +200,7 @@ impl Vm {
         parent.filter(|_| self.function.track_dirty_pages)
     }
 
-    /// A snapshot was taken of the VM: its next diff builds on that.
+    /// Called when a snapshot was taken of the VM: its next diff builds on that.
     pub(super) fn was_snapshotted(&self, ss_id: &str) {
         *self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner) = Some(ss_id.to_string());
     }
@@ -209,7 +214,7 @@ impl Vm {
         })
     }
 
-    /// Since when nobody uses it.
+    /// The time since which no request uses it.
     pub(super) fn idle_for(&self) -> Option<Duration> {
         let use_ = self.lock();
         (use_.requests == 0).then(|| use_.since.elapsed())
@@ -227,15 +232,15 @@ impl Vm {
         }
     }
 
-    /// Waits until no request runs, and keeps new ones waiting as long as the guard lives.
+    /// Waits until no request runs, and keeps new ones waiting while the guard lives.
     pub(super) async fn quiet(&self) -> impl Sized + '_ {
         self.console.lock().await
     }
 
-    /// What `GET /tvmm/report` says: where its memory is, and where its time went.
+    /// The VM's `GET /tvmm/report`: the place of its memory, and its time slices.
     pub(super) async fn report(&self) -> Result<Value, ControlError> {
         const PATIENCE: Duration = Duration::from_secs(5);
-        let asked = tokio::time::timeout(PATIENCE, self.control.ask("GET", "/tvmm/report", None)).await;
+        let asked = tokio::time::timeout(PATIENCE, self.control.get("/tvmm/report")).await;
         asked.unwrap_or_else(|_| Err(ControlError::Gone("it does not answer".into())))
     }
 
@@ -268,39 +273,22 @@ impl Vm {
 }
 
 /// The body of the VM's `/snapshot/load`.
-fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&Path>, drives: &[OwnDrive]) -> Value {
-    let mut body = json!({
-        "snapshot_path": restore.dir,
-        "resume_vm": true,
-        "track_dirty_pages": restore.track_dirty_pages,
-        "clock_realtime": restore.clock_realtime,
-        "network_overrides": restore.taps,
-        "tvmm": restore.options.load_body(),
-    });
-    body["tvmm"]["policy"] = json!(restore.policy);
-    body["tvmm"]["profile"] = json!(restore.profile);
-    for drive in drives {
-        let own = json!({ "drive_id": drive.drive_id, "path_on_host": drive.path_on_host });
-        push(&mut body["tvmm"]["drive_overrides"], own);
-    }
+fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&Path>, drives: &[OwnDrive]) -> LoadFields {
+    let mut body = restore.load.clone();
+    let own = drives
+        .iter()
+        .map(|drive| DriveOverride { drive_id: drive.drive_id.clone(), path_on_host: drive.path_on_host.clone() });
+    body.tvmm.drive_overrides.extend(own);
     if let Some(network) = &spec.network {
-        let tap = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });
-        push(&mut body["network_overrides"], tap);
-        if let Some(mac) = &network.guest_mac {
-            let mac = json!({ "iface_id": network.iface_id, "guest_mac": mac });
-            push(&mut body["tvmm"]["mac_overrides"], mac);
-        }
+        let iface_id = network.iface_id.clone();
+        let host_dev_name = network.host_dev_name.clone();
+        body.network_overrides.push(NetworkOverrideBody { iface_id, host_dev_name });
+        let mac = network.guest_mac.clone();
+        let mac = mac.map(|guest_mac| MacOverride { iface_id: network.iface_id.clone(), guest_mac });
+        body.tvmm.mac_overrides.extend(mac);
     }
-    if let Some(path) = vsock {
-        body["vsock_override"] = json!({ "uds_path": path });
-    }
+    body.vsock_override = vsock.map(|path| VsockOverrideBody { uds_path: path.to_owned() });
     body
-}
-
-fn push(list: &mut Value, one: Value) {
-    if let Some(list) = list.as_array_mut() {
-        list.push(one);
-    }
 }
 
 /// Configures and starts a machine.
@@ -311,41 +299,46 @@ async fn boot(
     drives: &OwnDrives,
 ) -> Result<(), ControlError> {
     let function = &spec.function;
-    let machine = json!({
-        "vcpu_count": function.vcpu,
-        "mem_size_mib": function.mem_size,
-        "track_dirty_pages": function.track_dirty_pages,
-    });
-    control.ask("PUT", "/machine-config", Some(&machine)).await?;
-    let source: serde_json::Map<String, Value> = [
-        ("kernel_image_path", json!(function.kernel)),
-        ("initrd_path", json!(function.initrd)),
-        ("boot_args", json!(function.boot_args)),
-    ]
-    .into_iter()
-    .filter(|(_, value)| !value.is_null())
-    .map(|(key, value)| (key.to_string(), value))
-    .collect();
-    control.ask("PUT", "/boot-source", Some(&Value::Object(source))).await?;
+    let machine = MachineConfig {
+        vcpu_count: function.vcpu,
+        mem_size_mib: function.mem_size,
+        track_dirty_pages: function.track_dirty_pages,
+        ..MachineConfig::default()
+    };
+    control.send::<()>("PUT", "/machine-config", &machine).await?;
+    let source = BootSource {
+        kernel_image_path: function.kernel.clone(),
+        initrd_path: function.initrd.clone(),
+        boot_args: function.boot_args.clone(),
+    };
+    control.send::<()>("PUT", "/boot-source", &source).await?;
     if let Some(image) = &function.image {
-        let drive = json!({
-            "drive_id": ROOT_DRIVE,
-            "path_on_host": drives.path(ROOT_DRIVE).unwrap_or(image),
-            "is_root_device": true,
-            "is_read_only": function.image_read_only,
-        });
-        control.ask("PUT", &format!("/drives/{ROOT_DRIVE}"), Some(&drive)).await?;
+        let drive = DriveConfig {
+            drive_id: ROOT_DRIVE.to_owned(),
+            is_root_device: true,
+            path_on_host: drives.path(ROOT_DRIVE).unwrap_or(image).to_owned(),
+            is_read_only: function.image_read_only,
+            partuuid: None,
+            cache_type: CacheType::default(),
+            io_engine: IoEngine::default(),
+            rate_limiter: None,
+        };
+        control.send::<()>("PUT", &format!("/drives/{ROOT_DRIVE}"), &drive).await?;
     }
     if let Some(network) = &spec.network {
-        let mut iface = json!({ "iface_id": network.iface_id, "host_dev_name": network.host_dev_name });
-        if let Some(mac) = &network.guest_mac {
-            iface["guest_mac"] = json!(mac);
-        }
-        control.ask("PUT", &format!("/network-interfaces/{}", network.iface_id), Some(&iface)).await?;
+        let iface = NetworkConfig {
+            iface_id: network.iface_id.clone(),
+            host_dev_name: network.host_dev_name.clone(),
+            guest_mac: network.guest_mac.clone(),
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        };
+        control.send::<()>("PUT", &format!("/network-interfaces/{}", network.iface_id), &iface).await?;
     }
     if let Some(path) = vsock {
-        control.ask("PUT", "/vsock", Some(&json!({ "guest_cid": 3, "uds_path": path }))).await?;
+        let vsock = VsockConfig { guest_cid: GUEST_CID, uds_path: path.to_owned(), vsock_id: None };
+        control.send::<()>("PUT", "/vsock", &vsock).await?;
     }
-    control.ask("PUT", "/actions", Some(&json!({ "action_type": "InstanceStart" }))).await?;
-    Ok(())
+    control.send("PUT", "/actions", &ActionBody { action_type: ActionType::InstanceStart }).await
 }

@@ -1,4 +1,4 @@
-//! Child processes: one thread spawns them, a pidfd tells when they end, and what they said last is kept.
+//! Child processes: one thread spawns them, a pidfd reports their end, and their last output is kept.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,19 +14,20 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 
+use crate::config::refusal::{FAULTS_VARIABLE, FaultBody, FaultCode};
 use crate::sys::netns::Netns;
 use crate::sys::{clock, pdeathsig, watched};
 
-/// The end of standard error that is kept.
-const SAID_BYTES: usize = 2048;
-/// How long a child may take to end by itself.
+/// The end of standard error that is kept: a fault, with paths in it.
+const SAID_BYTES: usize = 8 << 10;
+/// Time for a child to end by itself.
 pub(in crate::serve) const STOP_GRACE: Duration = Duration::from_secs(3);
 
-/// What is to be spawned.
+/// A child to spawn.
 pub(in crate::serve) enum Job {
     /// `tvmm` that waits for its API at the other end of a socket pair.
     Shell {
-        /// The id it tells.
+        /// Its id in answers.
         id: String,
         /// The network namespace it starts in; none: the daemon's.
         netns: Option<Netns>,
@@ -35,7 +36,7 @@ pub(in crate::serve) enum Job {
     Tool(Vec<String>),
 }
 
-/// A child just spawned, and our ends of what it reads and writes.
+/// A child just spawned, and the daemon's ends of its pipes.
 pub(in crate::serve) struct Spawned {
     child: Child,
     pub(in crate::serve) stdin: OwnedFd,
@@ -49,8 +50,8 @@ pub(in crate::serve) struct Spawned {
 
 type Answer = oneshot::Sender<io::Result<Spawned>>;
 
-/// Spawns on a thread of its own: fork is slow, and only one thread may have descriptors open that a child is to
-/// inherit. Children that are tied to this thread end with it, that is with the daemon.
+/// Spawns on its own thread: fork is slow, and only one thread may have descriptors open that a child inherits.
+/// Children that are tied to this thread end with it, that is with the daemon.
 #[derive(Clone, Debug)]
 pub(in crate::serve) struct Spawner(Sender<(Job, Answer)>);
 
@@ -71,7 +72,7 @@ impl Spawner {
 
 fn spawn_all(jobs: &Receiver<(Job, Answer)>) {
     for (job, answer) in jobs {
-        // Who asked may have left; the child then ends with the descriptors that are dropped here.
+        // The requester may have gone; the child then ends with the descriptors that are dropped here.
         if let Err(Ok(mut spawned)) = answer.send(spawn(job)) {
             let _ = spawned.child.kill();
             let _ = spawned.child.wait();
@@ -81,7 +82,7 @@ fn spawn_all(jobs: &Receiver<(Job, Answer)>) {
 
 fn spawn(job: Job) -> io::Result<Spawned> {
     let before = clock::monotonic_ns();
-    // The very file this process runs from, also if another one has its name by now.
+    // The file that this process runs from, even if another one has its name by now.
     let mut command = Command::new("/proc/self/exe");
     let (mut api, mut theirs, mut entered) = (None, None, None);
     match job {
@@ -97,7 +98,7 @@ fn spawn(job: Job) -> io::Result<Spawned> {
             }
         }
         Job::Tool(args) => {
-            command.args(args);
+            command.args(args).env(FAULTS_VARIABLE, "json");
             pdeathsig::to_parent(&mut command);
         }
     }
@@ -122,7 +123,7 @@ fn spawn(job: Job) -> io::Result<Spawned> {
     })
 }
 
-/// What the child is called in process lists.
+/// Sets the child's name in process lists.
 trait Named {
     fn arg0_tvmm(&mut self) -> &mut Self;
 }
@@ -133,24 +134,35 @@ impl Named for Command {
     }
 }
 
-/// How a child ended.
+/// The end of a child.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::serve) struct Ended {
     /// The exit code; `None` if a signal ended it.
     pub(in crate::serve) code: Option<i32>,
     /// The last line on standard error.
     pub(in crate::serve) said: String,
+    /// The kind of failure that a tool names.
+    pub(in crate::serve) fault: Option<FaultCode>,
 }
 
 impl Ended {
-    /// In half a sentence.
+    /// Tools report their failure as a fault in JSON, other children in words.
+    fn new(code: Option<i32>, line: &str) -> Ended {
+        let said = line.trim_start_matches("tvmm: ");
+        match serde_json::from_str(said) {
+            Ok(FaultBody { fault_message, code: fault }) => Ended { code, said: fault_message, fault },
+            Err(_) => Ended { code, said: said.to_string(), fault: None },
+        }
+    }
+
+    /// The reason as a clause.
     pub(in crate::serve) fn why(&self) -> String {
         let how = self.code.map_or("ended by a signal".to_string(), |code| format!("ended with exit code {code}"));
         if self.said.is_empty() { how } else { format!("{how}: {}", self.said.trim_end_matches('.')) }
     }
 }
 
-/// A child that runs. It is killed when this is dropped.
+/// A running child. It is killed when this is dropped.
 #[derive(Debug)]
 pub(in crate::serve) struct Process {
     pid: u32,
@@ -173,8 +185,8 @@ impl Process {
             let _ = handle.readable().await.map(drop);
             let code = child.wait().ok().and_then(|status| status.code());
             let said = tokio::time::timeout(Duration::from_millis(500), said).await;
-            // Nobody may be interested any more.
-            let _ = sender.send(Some(Ended { code, said: said.ok().and_then(Result::ok).unwrap_or_default() }));
+            // A failure means that no receiver is left.
+            let _ = sender.send(Some(Ended::new(code, &said.ok().and_then(Result::ok).unwrap_or_default())));
         });
         Ok(Process { pid, pidfd, ended })
     }
@@ -183,7 +195,7 @@ impl Process {
         self.pid
     }
 
-    /// How it ended, if it has.
+    /// Its end, if it has ended.
     pub(in crate::serve) fn ended(&self) -> Option<Ended> {
         self.ended.borrow().clone()
     }
@@ -222,7 +234,7 @@ impl Drop for Process {
 }
 
 impl Spawned {
-    /// Splits into the process, watched, and our ends.
+    /// Splits into the watched process and the daemon's ends.
     pub(in crate::serve) fn watch(self) -> io::Result<(Process, Ends)> {
         let process = Process::watch(self.child, self.stderr)?;
         let ends = Ends {
@@ -234,7 +246,7 @@ impl Spawned {
     }
 }
 
-/// Our ends of a child's pipes and of its API.
+/// The daemon's ends of a child's pipes and of its API.
 pub(in crate::serve) struct Ends {
     pub(in crate::serve) stdin: pipe::Sender,
     pub(in crate::serve) stdout: pipe::Receiver,
@@ -262,10 +274,10 @@ async fn last_line(stderr: pipe::Receiver) -> String {
     }
     let text = String::from_utf8_lossy(&kept);
     let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    line.trim_start_matches("tvmm: ").to_string()
+    line.to_string()
 }
 
-/// Runs `tvmm` with `args` to its end; what it printed, at most `limit` bytes.
+/// Runs `tvmm` with `args` to its end. Returns its output, at most `limit` bytes.
 pub(in crate::serve) async fn run_tool(
     spawner: &Spawner,
     args: Vec<String>,
@@ -290,5 +302,30 @@ pub(in crate::serve) async fn run_tool(
     match tokio::time::timeout(timeout, async { Ok((read.await?, process.end().await)) }).await {
         Ok(done) => done.map(|(printed, ended)| (ended, printed)),
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it took too long")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+
+    use super::*;
+    use crate::serve::fault::Fault;
+
+    #[test]
+    fn a_tools_fault_decides_by_its_code_and_never_by_its_words() {
+        let status = |line: &str| {
+            let ended = Ended::new(Some(1), line);
+            let fault = Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, ended.why());
+            assert!(fault.message.ends_with("exit code 1: it did not answer (os error 28)"), "{}", fault.message);
+            fault.status
+        };
+        let words = "tvmm: it did not answer (os error 28).";
+        let said =
+            |code: &str| format!(r#"tvmm: {{"fault_message":"it did not answer (os error 28).","code":"{code}"}}"#);
+        assert_eq!(status(words), StatusCode::UNPROCESSABLE_ENTITY);
+        assert_eq!(status(&said("bad_request")), StatusCode::UNPROCESSABLE_ENTITY);
+        assert_eq!(status(&said("guest_timeout")), StatusCode::GATEWAY_TIMEOUT);
+        assert_eq!(status(&said("storage_full")), StatusCode::INSUFFICIENT_STORAGE);
     }
 }

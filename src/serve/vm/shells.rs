@@ -18,11 +18,11 @@ pub(in crate::serve) struct Shell {
     pub(in crate::serve) process: Process,
     pub(in crate::serve) control: Control,
     pub(in crate::serve) console: Console,
-    /// When it was spawned: begin and end, ns of CLOCK_MONOTONIC.
+    /// Time of its spawn: begin and end, ns of CLOCK_MONOTONIC.
     pub(in crate::serve) spawned_ns: (u64, u64),
 }
 
-/// The shells that are ready.
+/// The ready shells.
 #[derive(Debug)]
 pub(in crate::serve) struct Shells {
     spawner: Spawner,
@@ -40,7 +40,7 @@ impl Shells {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One that is ready, or a new one. Those that are ready are in the daemon's network namespace.
+    /// Returns a ready shell, or a new one. Ready shells are in the daemon's network namespace.
     pub(in crate::serve) async fn take(&self, netns: Option<Netns>) -> io::Result<Shell> {
         if netns.is_some() {
             return self.spawn(netns).await;
@@ -67,7 +67,7 @@ impl Shells {
         Ok(Shell { process, control, console, spawned_ns })
     }
 
-    /// Keeps as many ready as wanted, for ever.
+    /// Keeps the wanted number ready, for ever.
     pub(in crate::serve) async fn keep_ready(self: Arc<Self>) {
         loop {
             while self.lock().len() < self.wanted {
@@ -83,12 +83,12 @@ impl Shells {
         }
     }
 
-    /// How many are ready.
+    /// The number of ready shells.
     pub(in crate::serve) fn len(&self) -> usize {
         self.lock().len()
     }
 
-    /// Ends those that are ready.
+    /// Ends the ready shells.
     pub(in crate::serve) fn clear(&self) {
         self.lock().clear();
     }

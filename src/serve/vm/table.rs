@@ -1,4 +1,4 @@
-//! All VMs: how many may live, which one makes room, what became of those that are over.
+//! All VMs: their limits, the choice of one that makes room, and the records of ended ones.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -13,7 +13,7 @@ use super::{Vm, VmRecord, VmState};
 use crate::serve::fault::Fault;
 use crate::serve::store;
 
-/// VMs that are over, of which the last ones are told.
+/// Ended VMs that are kept for clients; older ones are dropped.
 const MAX_OVER: usize = 256;
 
 /// The VMs of this daemon.
@@ -24,7 +24,7 @@ pub(in crate::serve) struct Table {
     /// The places and the memory of VMs that live or are being made.
     taken: Arc<Mutex<Taken>>,
     max: Taken,
-    /// Something changed that a restart should find.
+    /// Notified of changes that a restart should find.
     pub(in crate::serve) changed: Notify,
 }
 
@@ -36,7 +36,7 @@ pub(in crate::serve) struct Taken {
     pub(in crate::serve) memory_mib: u64,
 }
 
-/// The right to have one VM.
+/// The allowance for one VM.
 #[derive(Debug)]
 pub(in crate::serve) struct Slot {
     taken: Arc<Mutex<Taken>>,
@@ -56,7 +56,7 @@ fn lock(taken: &Mutex<Taken>) -> MutexGuard<'_, Taken> {
 }
 
 impl Table {
-    /// `lost`: VMs that lived when an earlier daemon ended.
+    /// `lost`: VMs that were living when an earlier daemon ended.
     pub(in crate::serve) fn new(vms: usize, memory_mib: u64, lost: Vec<VmRecord>) -> Table {
         let over = lost.into_iter().map(|record| match record.state {
             VmState::Lost | VmState::Ended => record,
@@ -83,8 +83,8 @@ impl Table {
         self.over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The right to one more VM with so much guest memory. If that is more than there may be, the VM that has been idle
-    /// longest among those that invocations have left behind makes room.
+    /// Returns the allowance for one more VM with this much guest memory. If the limits do not permit it, the VM left
+    /// by an invocation that has been idle longest makes room.
     pub(in crate::serve) async fn reserve(&self, memory_mib: u64) -> Result<Slot, Fault> {
         let limit = self.max.memory_mib;
         if memory_mib > limit {
@@ -131,7 +131,7 @@ impl Table {
         live.remove(&id)
     }
 
-    /// Takes in a VM, and out again when it has ended.
+    /// Adds a VM, and removes it when it has ended.
     pub(in crate::serve) fn add(self: &Arc<Self>, vm: Vm, slot: Slot, vsock: Option<std::path::PathBuf>) -> Arc<Vm> {
         let vm = Arc::new(vm);
         self.live().insert(vm.id.clone(), vm.clone());
@@ -159,12 +159,12 @@ impl Table {
         self.changed.notify_one();
     }
 
-    /// A VM that lives.
+    /// A living VM.
     pub(in crate::serve) fn get(&self, id: &str) -> Option<Arc<Vm>> {
         self.live().get(id).cloned()
     }
 
-    /// All VMs that live.
+    /// All living VMs.
     pub(in crate::serve) fn all(&self) -> Vec<Arc<Vm>> {
         self.live().values().cloned().collect()
     }
@@ -175,14 +175,14 @@ impl Table {
         living.or_else(|| self.over().iter().rev().find(|record| record.vm_id == id).cloned())
     }
 
-    /// All that can be told: those that live, then those that are over, the last first.
+    /// All records: living VMs, then ended ones, the last first.
     pub(in crate::serve) fn records(&self) -> Vec<VmRecord> {
         let mut records: Vec<VmRecord> = self.all().iter().map(|vm| vm.record()).collect();
         records.extend(self.over().iter().rev().cloned());
         records
     }
 
-    /// Forgets a VM that is over.
+    /// Removes an ended VM's record.
     pub(in crate::serve) fn forget(&self, id: &str) -> bool {
         let mut over = self.over();
         let before = over.len();

@@ -11,6 +11,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::{Slot, exclusively, load, remove_unneeded, save};
+use crate::config::restore::RestoreOptions;
 use crate::serve::Shared;
 use crate::serve::body::{Body, check_line, number, query};
 use crate::serve::daemon::{Daemon, START_TIMEOUT, blocking};
@@ -18,7 +19,6 @@ use crate::serve::drives::remove_images;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::serve::functions::known_policy;
 use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
-use crate::serve::load::LoadOptions;
 use crate::serve::snapshots::SnapshotRecord;
 use crate::serve::store::gone_is_fine;
 use crate::serve::traces::Recording;
@@ -121,11 +121,7 @@ async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Durat
     })?;
     if ended.code != Some(0) {
         let text = format!("The run cannot be recorded: it {}.", ended.why());
-        let status = match text.contains("did not answer") {
-            true => StatusCode::GATEWAY_TIMEOUT,
-            false => StatusCode::UNPROCESSABLE_ENTITY,
-        };
-        return Err(Fault::said(status, text));
+        return Err(Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, text));
     }
     let dir = daemon.snapshot_dir(&record.snapshot.ss_id);
     let removed = blocking(move || {
@@ -258,8 +254,8 @@ pub(in crate::serve) async fn delete_profile(
     Ok(told)
 }
 
-/// The plan that a restore of the snapshot by a policy would carry out, as `tvmm plan --json` shows it: with the pools, cold
-/// pools, budgets and price of the daemon, and the function's local memory.
+/// The plan that a restore of the snapshot by a policy would carry out, as `tvmm plan --json` shows it: with the pools,
+/// cold pools, budgets and price of the daemon, and the function's local memory.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
     params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
         ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use; none: the function's, else the daemon's"),
@@ -285,13 +281,13 @@ pub(in crate::serve) async fn get_plan(
         path("--profile", Slot::for_policy(policy, &daemon.store.profiles_dir(&id))?);
     }
     // The options of a restore whose request names no tier.
-    let of_function = LoadOptions { dram_mib: snapshot.function.dram_mib, ..LoadOptions::default() };
+    let of_function = RestoreOptions { dram_mib: snapshot.function.dram_mib, ..RestoreOptions::default() };
     let tiers = of_function.or(&daemon.options.load);
     for pool in tiers.pools.iter().flatten() {
         path("--pool", pool.clone());
     }
     for pool in tiers.cold_pools.iter().flatten() {
-        path("--cold", pool.into());
+        path("--cold", pool.to_string().into());
     }
     if let Some(price) = tiers.dram_price {
         args.extend(["--dram-price".into(), price.to_string()]);
@@ -310,7 +306,7 @@ pub(in crate::serve) async fn get_plan(
     let (ended, printed) = ran;
     if ended.code != Some(0) {
         let text = format!("The plan cannot be made: it {}.", ended.why());
-        return Err(Fault::said(StatusCode::UNPROCESSABLE_ENTITY, text));
+        return Err(Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, text));
     }
     serde_json::from_slice(&printed).map(Reply).map_err(|error| Fault::of(&error))
 }

@@ -21,9 +21,6 @@ mod speed;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
-use std::str::FromStr;
-
 use super::Error;
 use super::costs::Costs;
 use super::profile::Profile;
@@ -35,30 +32,8 @@ use crate::snapshot::{
 use place::Labelled;
 pub(super) use place::advance;
 
+pub use crate::snapshot::{DRAM_PRICE_US, Policy};
 pub use estimate::Estimate;
-
-/// A restore policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
-    /// Everything is read and verified before the guest runs.
-    Eager,
-    /// One private mapping of the memory file, pages on demand.
-    Firecracker,
-    /// Nothing is mapped; each page is installed when it is touched.
-    FirecrackerUffd,
-    /// The image mapped in place, private pages on demand.
-    Catalyzer,
-    /// The recorded working set installed from a compact file, the rest page by page.
-    Reap,
-    /// The loading set mapped from a compact file that is read concurrently.
-    Faasnap,
-    /// The image mapped in place, copied on write.
-    Trenv,
-    /// The hot set copied before the guest runs, cold pages fetched asynchronously.
-    Aquifer,
-    /// tvmm's own.
-    Tiered,
-}
 
 /// The most memory of each kind that a plan may use. `None`: unlimited. Only `tiered` makes choices that a budget can
 /// change; the other policies do what their papers do.
@@ -80,10 +55,6 @@ impl Budget {
         Budget { dram_pages: pages(dram), cxl_pages: pages(cxl), dram_page_ns: page_price_ns(dram_price_us) }
     }
 }
-
-/// The default worth of a MiB of local memory: µs of a request's time. 200 ns for a page, less than a page fault, more
-/// than copying it in a huge page.
-pub const DRAM_PRICE_US: u64 = 50;
 
 /// Converts a price per MiB to a price per page.
 fn page_price_ns(us_per_mib: u64) -> u64 {
@@ -218,37 +189,6 @@ impl<'a> Ground<'a> {
 }
 
 impl Policy {
-    pub const ALL: [Policy; 9] = [
-        Policy::Eager,
-        Policy::Firecracker,
-        Policy::FirecrackerUffd,
-        Policy::Catalyzer,
-        Policy::Reap,
-        Policy::Faasnap,
-        Policy::Trenv,
-        Policy::Aquifer,
-        Policy::Tiered,
-    ];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Policy::Eager => "eager",
-            Policy::Firecracker => "firecracker",
-            Policy::FirecrackerUffd => "firecracker-uffd",
-            Policy::Catalyzer => "catalyzer",
-            Policy::Reap => "reap",
-            Policy::Faasnap => "faasnap",
-            Policy::Trenv => "trenv",
-            Policy::Aquifer => "aquifer",
-            Policy::Tiered => "tiered",
-        }
-    }
-
-    /// True if the policy needs a recorded run.
-    pub fn needs_profile(self) -> bool {
-        matches!(self, Policy::Reap | Policy::Faasnap | Policy::Aquifer | Policy::Tiered)
-    }
-
     /// True if the plan depends on the costs of memory operations, and so on the cache state of the memory. The other
     /// policies do what their papers do.
     pub fn weighs_costs(self) -> bool {
@@ -285,22 +225,5 @@ impl Policy {
         // The one policy that has everything in memory before the guest runs, so that its reads can be verified.
         let verify = self == Policy::Eager;
         Ok(RestorePlan { extents, verify, ..ground.empty_plan(self.name()) })
-    }
-}
-
-impl fmt::Display for Policy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Policy {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self, Error> {
-        Policy::ALL.into_iter().find(|policy| policy.name() == name).ok_or_else(|| Error::UnknownPolicy {
-            name: name.to_string(),
-            known: Policy::ALL.map(Policy::name).join(", "),
-        })
     }
 }

@@ -21,7 +21,7 @@ const OSXSAVE: u32 = 1 << 27;
 /// The host that a snapshot was taken on, compared with this one.
 pub struct Host {
     recorded: Value,
-    /// What its guest is known to have seen.
+    /// A feature of the CPU that its guest is known to have seen.
     seen: Feature,
 }
 
@@ -102,7 +102,7 @@ impl Host {
     }
 
     /// Whether the guest cannot go on here, because it has seen something that this host lacks.
-    fn must_refuse(&self) -> bool {
+    pub fn must_refuse(&self) -> bool {
         let Feature { leaf, subleaf, register, bits } = self.seen;
         vendor() != self.vendor() || self.lacks(leaf, subleaf, register) & bits != 0
     }
@@ -127,8 +127,8 @@ impl Host {
         }
     }
 
-    /// Restores with `args` and runs the guest's `check`, which must answer `digest`; on a host that lacks what the guest has
-    /// seen, the restore must be refused for exactly that.
+    /// Restores with `args` and runs the guest's `check`, which must answer `digest`; on a host that lacks what the
+    /// guest has seen, the restore must be refused for exactly that.
     pub fn restores_or_refuses(&self, args: &[&str], digest: &str) {
         let output = run(&[&["restore"], args, &["--run", "check"]].concat());
         if output.status.success() {

@@ -1,6 +1,7 @@
 //! Golden artefacts: snapshots that released formats have left behind, see `tests/golden/README.md`.
 
 mod host;
+mod set;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -202,6 +203,10 @@ fn golden_artefacts_stay_small() {
     let v1 = golden().join("v1");
     let total: u64 = ["", "full", "diff"].iter().map(|name| bytes(&v1.join(name))).sum();
     assert!(total < 300 << 10, "{total} bytes");
+    let set1 = golden().join("set1");
+    let total: u64 =
+        ["", "full", "diff", "merged", "child", "cold/objects"].iter().map(|name| bytes(&set1.join(name))).sum();
+    assert!(total < 800 << 10, "{total} bytes");
 }
 
 /// How `v1` was made, and the next format's will be. Refuses to touch what exists.

@@ -1,4 +1,4 @@
-//! A small blocking client of the API, for the command line.
+//! A small blocking client of a VMM's API socket, for the command line and benchmarks: JSON over HTTP.
 
 use std::io;
 use std::path::{Path, PathBuf};
