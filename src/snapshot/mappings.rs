@@ -88,8 +88,8 @@ impl PlannedExtent {
 }
 
 impl RestorePlan {
-    /// Returns the fewest mappings that show everything, ascending. `is_shared` says of an extent whether its source has
-    /// to be mapped read-only. The plan is valid for `layout`.
+    /// Returns the fewest mappings that show everything, ascending. `is_shared` says of an extent whether its source
+    /// has to be mapped read-only. The plan is valid for `layout`.
     pub fn mappings<'a>(
         &'a self,
         layout: &'a MemoryLayout,
