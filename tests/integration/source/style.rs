@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::architecture::{root, sources};
+use crate::source::architecture::{root, sources};
 
 const FUNCTION_MAX: usize = 70;
 const LINE_MAX: usize = 120;

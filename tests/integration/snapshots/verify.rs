@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::crash::SmallDisk;
+use crate::snapshots::crash::SmallDisk;
 use crate::support::pool::{Pool, filled};
 use crate::support::service::wait_until;
 use crate::support::{Vm, run, run_err, run_ok, scratch, text};

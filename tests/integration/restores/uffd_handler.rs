@@ -79,7 +79,7 @@ fn handler_process() {
 /// A handler that answers `faults` faults and `then` ends, sleeps, or reads one more.
 fn start_handler(socket: &Path, memory: &Path, faults: u64, then: &str) -> Child {
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "uffd_handler::handler_process", "--ignored"])
+        .args(["--exact", "restores::uffd_handler::handler_process", "--ignored"])
         .env("HANDLER_SOCKET", socket)
         .env("HANDLER_MEMORY", memory)
         .env("HANDLER_FAULTS", faults.to_string())

@@ -10,9 +10,9 @@ use tvmm::tiering::plan_file::PlanFile;
 
 use super::host::{Feature, Host};
 use super::{expand, facts, golden, pack, packed, unpack, written};
+use crate::devices::vsock;
 use crate::support::network::{Network, with_network};
 use crate::support::{Vm, config, run_ok, scratch, text};
-use crate::vsock;
 
 /// In the order in which they were taken; `merged` is `full` and `diff` in one, `child` is a diff over `diff`.
 const SNAPSHOTS: [&str; 4] = ["full", "diff", "merged", "child"];

@@ -66,6 +66,6 @@ fn page_shows_functions_vms_their_memory_and_traces() {
     assert!(page.contains("local DRAM") && page.contains("page cache, shared"), "{page}");
     assert!(page.contains("/&lt;b&gt;img&lt;/b&gt;") && !page.contains("<b>img</b>"), "{page}");
     // Nothing is fetched from anywhere else.
-    let source = include_str!("../../src/serve/ui.html");
+    let source = include_str!("../../../src/serve/ui.html");
     assert!(!source.contains("http://") && !source.contains("https://"));
 }

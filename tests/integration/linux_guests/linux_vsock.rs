@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::agent::agent;
+use crate::linux_guests::agent::agent;
 use crate::skip::skip;
 use crate::support::{Answer, TIMEOUT, Vm, run, scratch, text};
 

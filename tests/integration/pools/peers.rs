@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::serve_pages::ends_with;
+use crate::pools::serve_pages::ends_with;
 use crate::support::cold::{Proxy, Scene, Spoil};
 use crate::support::slow_file::SlowFile;
 use crate::support::{run, run_ok, text, without_progress};

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::serve_pages::{QUICK, checked, ends_with, ends_without, exchange, frame, greeting, number};
+use crate::pools::serve_pages::{QUICK, checked, ends_with, ends_without, exchange, frame, greeting, number};
 use crate::skip::skip;
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
 use crate::support::{TIMEOUT, finish, run, run_err, run_ok, signal, stop, text};

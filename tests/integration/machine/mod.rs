@@ -1,0 +1,18 @@
+//! Booting a machine, its console, its CPUs, and what it tells about itself.
+
+mod boot;
+mod config;
+mod config_load;
+mod console;
+mod cycles;
+mod generation;
+mod guest_elf;
+mod host;
+mod large;
+mod metadata;
+mod platform;
+mod prefault;
+mod report;
+mod smp;
+mod threads;
+mod unread;

@@ -1,0 +1,12 @@
+//! Restores: policies, plans, profiles, faults.
+
+mod bench;
+mod functions;
+mod hanging;
+mod permissions;
+mod planner;
+mod plans;
+mod profile;
+mod promote;
+mod restore;
+mod uffd_handler;

@@ -1,0 +1,11 @@
+//! The API of a VM, and `tvmm serve`.
+
+mod api;
+mod otlp;
+mod serve;
+mod serve_doors;
+mod serve_drives;
+mod serve_faults;
+mod serve_netns;
+mod serve_tiers;
+mod serve_ui;

@@ -1,0 +1,13 @@
+//! Snapshots: taking, merging, verifying, and refusing damaged ones.
+
+pub mod crash;
+mod diff;
+mod golden;
+mod hostile_snapshot;
+mod identify;
+mod images;
+mod inspect;
+mod kept;
+mod memory_lost;
+mod read_back;
+mod verify;

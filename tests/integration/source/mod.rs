@@ -1,0 +1,4 @@
+//! The source itself: rooms, imports, style.
+
+pub mod architecture;
+mod style;
