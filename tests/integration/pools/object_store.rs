@@ -22,7 +22,8 @@ mod without {
 
 #[cfg(feature = "object-store")]
 mod with {
-    use std::net::TcpStream;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 
@@ -42,7 +43,7 @@ mod with {
         /// `None`, with the reason printed, where none is installed.
         fn start() -> Option<S3> {
             let program = std::env::var("TVMM_TEST_MOTO").unwrap_or_else(|_| "moto_server".to_string());
-            let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
             let mut command = Command::new(&program);
             command.args(["-H", "127.0.0.1", "-p", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
             let child = match command.spawn() {
@@ -63,7 +64,6 @@ mod with {
         }
 
         fn make_bucket(&self, port: u16) {
-            use std::io::{Read, Write};
             let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
             let request = format!(
                 "PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: 0\r\n\
@@ -76,17 +76,8 @@ mod with {
             assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         }
 
-        /// Runs `tvmm` with this server in its environment: exit code, standard output, standard error.
         fn tvmm(&self, args: &[&str]) -> (Option<i32>, String, String) {
-            let mut command = tvmm();
-            command.args(args).env("AWS_ENDPOINT", &self.endpoint).env("AWS_ALLOW_HTTP", "true");
-            command
-                .env("AWS_ACCESS_KEY_ID", "test")
-                .env("AWS_SECRET_ACCESS_KEY", "test")
-                .env("AWS_REGION", "us-east-1");
-            let output = finish(&mut command);
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            (output.status.code(), text(&output.stdout), text(&output.stderr))
+            tvmm_with(&self.endpoint, args)
         }
 
         fn ok(&self, args: &[&str]) -> String {
@@ -99,6 +90,75 @@ mod with {
             let (code, _, stderr) = self.tvmm(args);
             assert_eq!(code, Some(1), "{args:?}: {stderr}");
             stderr
+        }
+    }
+
+    /// Runs `tvmm` with a server in its environment: exit code, standard output, standard error.
+    fn tvmm_with(endpoint: &str, args: &[&str]) -> (Option<i32>, String, String) {
+        let mut command = tvmm();
+        command.args(args).env("AWS_ENDPOINT", endpoint).env("AWS_ALLOW_HTTP", "true");
+        command.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "test").env("AWS_REGION", "us-east-1");
+        let output = finish(&mut command);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    }
+
+    /// Answers of a store that completes no object.
+    #[derive(Clone, Copy, Debug)]
+    enum Fault {
+        Silence,
+        Drip,
+        Cut,
+        Garbage,
+    }
+
+    impl Fault {
+        /// Meets every connection from now on; returns the endpoint.
+        fn serve(self) -> String {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let endpoint = format!("http://{}", listener.local_addr().unwrap());
+            std::thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    std::thread::spawn(move || self.meet(stream));
+                }
+            });
+            endpoint
+        }
+
+        fn meet(self, mut stream: TcpStream) {
+            const HEAD: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\nETag: \"a\"\r\n\
+                Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n";
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request);
+            match self {
+                // Until the client gives up.
+                Fault::Silence => while stream.read(&mut request).is_ok_and(|count| count > 0) {},
+                Fault::Drip => {
+                    let _ = stream.write_all(HEAD);
+                    while stream.write_all(&[7]).is_ok() {
+                        std::thread::sleep(Duration::from_millis(30));
+                    }
+                }
+                Fault::Cut => drop(stream.write_all(&[HEAD, &[7; 1000]].concat())),
+                Fault::Garbage => drop(stream.write_all(&[0xf7; 5000])),
+            }
+        }
+    }
+
+    #[test]
+    fn store_that_completes_no_object_ends_the_restore_in_time() {
+        // Far above the fault time-out, and far below the 3,000 s that all of the object would drip for.
+        const BOUND: Duration = Duration::from_secs(120);
+        let scene = Scene::make();
+        let pool = format!("s3://{BUCKET}/far/pool");
+        for fault in [Fault::Silence, Fault::Drip, Fault::Cut, Fault::Garbage] {
+            let args = ["restore", "--snapshot", text(&scene.bare), "--run", "check", "--cold", &pool];
+            let began = Instant::now();
+            let endpoint = fault.serve();
+            let (code, _, said) = tvmm_with(&endpoint, &[&args[..], &["--fault-timeout", "1"]].concat());
+            assert_eq!(code, Some(1), "{fault:?}: {said}");
+            assert!(said.contains(&pool) && !said.contains("panicked"), "{fault:?}: {said}");
+            assert!(began.elapsed() < BOUND, "{fault:?}: it took {:?}", began.elapsed());
         }
     }
 
