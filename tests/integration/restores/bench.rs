@@ -165,7 +165,7 @@ fn another_vmm_that_never_answers_ends_in_time_and_its_wait_is_told() {
     let (out, vmm) = (dir.path().join("results"), dir.path().join("vmm"));
     let test = std::env::current_exe().unwrap();
     // Called as `vmm --api-sock PATH`.
-    let script = "#!/bin/sh\nSILENT_SOCKET=$2 exec TEST --exact bench::silent_vmm_process --ignored\n";
+    let script = "#!/bin/sh\nSILENT_SOCKET=$2 exec TEST --exact restores::bench::silent_vmm_process --ignored\n";
     std::fs::write(&vmm, script.replace("TEST", text(&test))).unwrap();
     std::fs::set_permissions(&vmm, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let mut args = study(&out, &["--firecracker", text(&vmm)]);
