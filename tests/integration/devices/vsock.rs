@@ -267,11 +267,14 @@ fn connection_of_the_guests_that_a_snapshot_cuts_is_reset() {
     let mut pair = Pair::boot();
     let out = pair.path("snapshot");
     let (go, wait) = std::sync::mpsc::channel::<()>();
+    let (connected, is_connected) = std::sync::mpsc::channel::<()>();
     let program = pair.listen(5000, move |stream| {
+        connected.send(()).unwrap();
         wait.recv().unwrap();
         echo(stream);
     });
     let request = pair.vm.begin("vsock_connect port=5000 bytes=3000000 irq=1");
+    is_connected.recv_timeout(crate::support::TIMEOUT).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     pair.vm.snapshot(&out, &[]);
     let mut clone = Vm::restore_with(&out, "firecracker", &["--vsock", text(&pair.path("w"))]);
