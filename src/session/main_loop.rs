@@ -27,7 +27,7 @@ use crate::vmm;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The guest ended.
-    Guest(Ending),
+    Guest(GuestEnd),
     /// The machine could not go on, for this reason.
     Failed(String),
     /// Guest memory was lost, or differs from what was captured.
@@ -44,12 +44,22 @@ pub enum Outcome {
     TimedOut,
 }
 
+/// The way in which a guest ended by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    Reset,
+    PowerOff,
+    TripleFault,
+}
+
 impl From<Ending> for Outcome {
     fn from(ending: Ending) -> Self {
         match ending {
             Ending::Failed(what) => Outcome::Failed(what),
             Ending::MemoryLost(what) => Outcome::MemoryLost(what),
-            ending => Outcome::Guest(ending),
+            Ending::Reset => Outcome::Guest(GuestEnd::Reset),
+            Ending::PowerOff => Outcome::Guest(GuestEnd::PowerOff),
+            Ending::TripleFault => Outcome::Guest(GuestEnd::TripleFault),
         }
     }
 }

@@ -7,8 +7,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::console::Answer;
-use super::main_loop::Outcome;
-use crate::memory::ending::Ending;
+use super::main_loop::{GuestEnd, Outcome};
 use crate::memory::fault_batches::FaultBatch;
 use crate::memory::{accounting, usage};
 use crate::session::Error;
@@ -92,11 +91,11 @@ impl Report {
     /// Adds the reason of the end.
     pub fn ended(mut self, outcome: &Outcome) -> Self {
         self.0["ending"] = json!(match outcome {
-            Outcome::Guest(Ending::Reset) => "reset",
-            Outcome::Guest(Ending::PowerOff) => "power-off",
-            Outcome::Guest(Ending::TripleFault) => "triple-fault",
-            Outcome::Failed(_) | Outcome::Guest(Ending::Failed(_)) => "failed",
-            Outcome::MemoryLost(_) | Outcome::Guest(Ending::MemoryLost(_)) => "memory-lost",
+            Outcome::Guest(GuestEnd::Reset) => "reset",
+            Outcome::Guest(GuestEnd::PowerOff) => "power-off",
+            Outcome::Guest(GuestEnd::TripleFault) => "triple-fault",
+            Outcome::Failed(_) => "failed",
+            Outcome::MemoryLost(_) => "memory-lost",
             Outcome::Signal(_) => "signal",
             Outcome::Quit => "quit",
             Outcome::Answered => "answered",
