@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::config::overrides::Overrides;
-use crate::snapshot::{ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, Verify};
+use crate::snapshot::{Cold, ColdCache, ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, Verify};
 
 /// The sources of memory, the budgets, and the clone's settings of a restore. The keys are those of `tvmm` in `PUT
 /// /snapshot/load`.
@@ -162,22 +162,6 @@ impl Default for MemoryFrom {
     }
 }
 
-/// Cold pools, and the cache of chunks from other hosts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cold {
-    /// Nearest first; there is one at least.
-    pub pools: Vec<ColdSpec>,
-    pub cache: Option<ColdCache>,
-}
-
-/// The cache of chunks from other hosts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ColdCache {
-    pub dir: PathBuf,
-    /// Limit on its size, MiB.
-    pub limit_mib: Option<u64>,
-}
-
 /// The source of the plan that places guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlanFrom {
@@ -319,15 +303,6 @@ impl RestoreRequest {
     pub fn handler(&self) -> Option<&Path> {
         match &self.memory {
             MemoryFrom::Handler(socket) => Some(socket),
-            _ => None,
-        }
-    }
-
-    /// Cold pools that the request names, even if they only stand by.
-    pub fn cold(&self) -> Option<&Cold> {
-        match &self.memory {
-            MemoryFrom::Cold(cold) => Some(cold),
-            MemoryFrom::Pools { fallback, .. } => fallback.as_ref(),
             _ => None,
         }
     }

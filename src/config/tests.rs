@@ -1,6 +1,6 @@
-use super::restore::{Cold, ColdCache, MemoryFrom, PlanFrom, PolicyChoice};
+use super::restore::{MemoryFrom, PlanFrom, PolicyChoice};
 use super::*;
-use crate::snapshot::{ColdSpec, Policy};
+use crate::snapshot::{Cold, ColdCache, ColdSpec, Policy};
 
 /// The whole error as a user sees it.
 fn refusal(text: &str) -> String {

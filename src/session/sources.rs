@@ -6,14 +6,13 @@ use std::time::Duration;
 
 use super::plan_dir;
 use crate::backends::cold;
-use crate::backends::cold::CacheAt;
 use crate::backends::pool_media;
 use crate::backends::pool_media::Access;
 use crate::config::request::{DEFAULT_FAULT_TIMEOUT, SnapshotPaths};
-use crate::config::restore::{Cold, MemoryFrom, PlanFrom, RestoreRequest};
+use crate::config::restore::{MemoryFrom, PlanFrom, RestoreRequest};
 use crate::memory::stall::Stalls;
 use crate::session::Error;
-use crate::snapshot::{Chain, ColdSpec, Location};
+use crate::snapshot::{Chain, Cold, ColdSpec, Location};
 use crate::tiering;
 use crate::tiering::cold::ColdPool;
 use crate::tiering::pool::{self, OnLost, PoolTier};
@@ -96,8 +95,7 @@ fn from_pools(
 /// The snapshot at `location`, with its memory in cold pools.
 fn from_cold(location: &Location, cold: &Cold, fault_timeout: Duration) -> Result<Sources, Error> {
     let chain = Chain::open_elsewhere(location)?;
-    let cache = cold.cache.as_ref().map(|cache| CacheAt { dir: &cache.dir, limit_mib: cache.limit_mib });
-    let cold = cold::open(&cold.pools, cache, &chain, fault_timeout)?;
+    let cold = cold::open(cold, &chain, fault_timeout)?;
     Ok(Sources { cold, ..Sources::files(chain) })
 }
 

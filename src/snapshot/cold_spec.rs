@@ -1,4 +1,4 @@
-//! The names of cold pools as users write them.
+//! Cold pools as users name them.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -26,6 +26,22 @@ pub enum ColdSpec {
     Rdma(Vec<String>),
     /// An object store, by its URL.
     Object(String),
+}
+
+/// Cold pools, and the cache of chunks from other hosts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cold {
+    /// Nearest first; there is one at least.
+    pub pools: Vec<ColdSpec>,
+    pub cache: Option<ColdCache>,
+}
+
+/// The cache of chunks from other hosts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ColdCache {
+    pub dir: PathBuf,
+    /// Limit on its size, MiB; `None`: the default of the cache.
+    pub limit_mib: Option<u64>,
 }
 
 /// A text that names no cold pool.

@@ -37,7 +37,7 @@ pub(crate) mod tests;
 
 pub use cache_lookup::CacheLookup;
 pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun};
-pub use cold_spec::{ColdSpec, NoColdPool, is_object_url};
+pub use cold_spec::{Cold, ColdCache, ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
 };

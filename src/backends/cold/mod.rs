@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backends::Error;
-use crate::snapshot::{Chain, ColdSpec, NoColdPool, PageSet, SnapshotId, is_object_url};
+use crate::snapshot::{Chain, Cold, ColdCache, ColdSpec, NoColdPool, PageSet, SnapshotId, is_object_url};
 use crate::tiering;
 use crate::tiering::cold::store::{Checked, Manifest, Store};
 use crate::tiering::cold::{ChunkError, ColdPool, Index, Packed, Place};
@@ -170,31 +170,18 @@ fn places_of(spec: &ColdSpec, attempt: Duration) -> Result<Vec<Box<dyn Place>>, 
 /// Default limit of a cache, MiB.
 const CACHE_MIB: u64 = 1024;
 
-/// The cache of chunks from other hosts.
-#[derive(Clone, Copy, Debug)]
-pub struct CacheAt<'a> {
-    pub dir: &'a Path,
-    /// Limit in MiB; [`CACHE_MIB`] if `None`.
-    pub limit_mib: Option<u64>,
-}
-
-/// Opens the object of the chain's tip in the first of `pools` that has it; the others stand by. `fault_timeout`: the
+/// Opens the object of the chain's tip in the first of the pools that has it; the others stand by. `fault_timeout`: the
 /// longest that a guest may wait for a page.
 ///
 /// # Errors
 /// A pool that this build cannot reach, no pool that has it, an object that is not this snapshot's.
-pub fn open(
-    pools: &[ColdSpec],
-    cache: Option<CacheAt<'_>>,
-    chain: &Chain,
-    fault_timeout: Duration,
-) -> Result<Option<Arc<ColdPool>>, Error> {
-    let limit = |at: CacheAt<'_>| at.limit_mib.unwrap_or(CACHE_MIB).saturating_mul(1 << 20);
-    let cache = cache.map(|at| Cache::open(at.dir, limit(at))).transpose()?;
+pub fn open(cold: &Cold, chain: &Chain, fault_timeout: Duration) -> Result<Option<Arc<ColdPool>>, Error> {
+    let limit = |cache: &ColdCache| cache.limit_mib.unwrap_or(CACHE_MIB).saturating_mul(1 << 20);
+    let cache = cold.cache.as_ref().map(|cache| Cache::open(&cache.dir, limit(cache))).transpose()?;
     let patience = fault_timeout * PATIENCE.0 / PATIENCE.1;
     let mut places: Vec<Box<dyn Place>> = Vec::new();
     let mut alike = 0;
-    for spec in pools {
+    for spec in &cold.pools {
         let of_spec = places_of(spec, patience / 2)?.into_iter();
         places.extend(of_spec.map(|place| match cache.clone().filter(|_| is_far(spec)) {
             Some(cache) => Box::new(CachedPlace { place, cache }) as Box<dyn Place>,
