@@ -6,7 +6,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::support::{run, run_err, run_ok, scratch, signal, text, tvmm};
+use crate::support::{run, run_err, run_ok, scratch, signal, test_name, text, tvmm};
 
 const FLOWS: &str = "vanilla,reap,tiered,tiered-cache,warm";
 
@@ -164,9 +164,10 @@ fn another_vmm_that_never_answers_ends_in_time_and_its_wait_is_told() {
     let dir = scratch();
     let (out, vmm) = (dir.path().join("results"), dir.path().join("vmm"));
     let test = std::env::current_exe().unwrap();
+    let name = test_name(module_path!(), "silent_vmm_process");
     // Called as `vmm --api-sock PATH`.
-    let script = "#!/bin/sh\nSILENT_SOCKET=$2 exec TEST --exact restores::bench::silent_vmm_process --ignored\n";
-    std::fs::write(&vmm, script.replace("TEST", text(&test))).unwrap();
+    let script = "#!/bin/sh\nSILENT_SOCKET=$2 exec TEST --exact NAME --ignored\n";
+    std::fs::write(&vmm, script.replace("TEST", text(&test)).replace("NAME", &name)).unwrap();
     std::fs::set_permissions(&vmm, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let mut args = study(&out, &["--firecracker", text(&vmm)]);
     (args[2], args[6]) = ("E1", "firecracker");

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use userfaultfd::{Event, Uffd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::support::{TIMEOUT, Vm, config, exchange, finish, scratch, stop, text, tvmm};
+use crate::support::{TIMEOUT, Vm, config, exchange, finish, scratch, stop, test_name, text, tvmm};
 
 const PAGE: u64 = 4096;
 
@@ -79,7 +79,7 @@ fn handler_process() {
 /// A handler that answers `faults` faults and `then` ends, sleeps, or reads one more.
 fn start_handler(socket: &Path, memory: &Path, faults: u64, then: &str) -> Child {
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "restores::uffd_handler::handler_process", "--ignored"])
+        .args(["--exact", &test_name(module_path!(), "handler_process"), "--ignored"])
         .env("HANDLER_SOCKET", socket)
         .env("HANDLER_MEMORY", memory)
         .env("HANDLER_FAULTS", faults.to_string())

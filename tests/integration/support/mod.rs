@@ -24,6 +24,12 @@ use tempfile::TempDir;
 /// Generous: these are limits against hanging, not measurements, and the testbed emulates every instruction.
 pub const TIMEOUT: Duration = Duration::from_secs(300);
 
+/// The name by which libtest knows the test `test` of `module` (`module_path!()`), for a test that starts another.
+pub fn test_name(module: &str, test: &str) -> String {
+    let (_crate_name, inside) = module.split_once("::").unwrap();
+    format!("{inside}::{test}")
+}
+
 /// Whether this host is the testbed's, which emulates every instruction.
 pub fn is_emulated() -> bool {
     std::env::var_os("TESTBED").is_some()
