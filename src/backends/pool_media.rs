@@ -325,8 +325,9 @@ impl PoolMedium {
         let small = make_huge(&self.file, start, end - start)?;
         if small > 0 {
             let pool = self.name.display();
-            tracing::warn!(%pool, blocks = small, "The host has no memory in one piece for 2 MiB pages: blocks stay \
-                                                   in small pages");
+            tracing::warn!(
+                %pool, blocks = small, "The host has no memory in one piece for 2 MiB pages: blocks stay in small pages"
+            );
         }
         Ok(())
     }

@@ -167,9 +167,12 @@ fn arguments() -> Result<Cli, String> {
     })
 }
 
-/// Ends the process as clap does for arguments that exclude each other.
-fn contradiction(what: &str) -> ! {
-    Cli::command().error(ErrorKind::ArgumentConflict, what).exit()
+/// Ends the process as clap does for arguments of `command` that exclude each other.
+fn contradiction(command: &str, what: &str) -> ! {
+    let mut cli = Cli::command();
+    cli.build();
+    let command = cli.find_subcommand_mut(command).expect("callers name a command that there is");
+    command.error(ErrorKind::ArgumentConflict, what).exit()
 }
 
 /// Guest memory cannot be read any more, or differs from what was captured. The process ends with [`lost::EXIT_CODE`].

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use super::identify::{InputPath, Role};
 use crate::session::planning::planner;
 use crate::session::sources;
-use crate::snapshot::{Chain, ColdSpec, Extent, Fill, Gfn, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan};
+use crate::snapshot::{
+    Chain, ColdSpec, Extent, Fill, Gfn, ImageSpec, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan,
+};
 use crate::sys::errors::BoxError;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::fit::Fit;
@@ -163,20 +165,20 @@ fn grouped(plan: &RestorePlan) -> [(u64, u64); 7] {
 
 fn to_json(file: &PlanFile, against: Option<&Fit>) -> Value {
     let plan = &file.plan;
-    let group = |(index, (pages, extents)): (usize, &(u64, u64))| {
-        json!({ "what": GROUPS[index].0, "pages": pages,
-    "extents": extents })
-    };
+    let mut groups = Vec::new();
+    for ((what, ..), (pages, extents)) in GROUPS.iter().zip(grouped(plan)) {
+        groups.push(json!({ "what": what, "pages": pages, "extents": extents }));
+    }
+    let image = |image: &ImageSpec| json!({ "bytes": image.file_len(), "extents": image.extents.len() });
     json!({
         "policy": plan.policy,
         "snapshot": plan.snapshot,
         "costs": file.costs,
-        "groups": grouped(plan).iter().enumerate().map(group).collect::<Vec<_>>(),
+        "groups": groups,
         "expected": file.expected,
         "fit_expected": file.fit,
         "fit_against": against,
-        "images": plan.images.iter().map(|image| json!({ "bytes": image.file_len(),
-        "extents": image.extents.len() })).collect::<Vec<_>>(),
+        "images": plan.images.iter().map(image).collect::<Vec<_>>(),
         "background_steps": plan.background.len(),
         "fault_pages": plan.fault_pages,
         "plan": plan,

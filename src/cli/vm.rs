@@ -104,7 +104,7 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
 /// Restores a snapshot.
 pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.session.start_time_us);
-    let load = request(args).unwrap_or_else(|invalid| contradiction(&invalid.in_flags()));
+    let load = request(args).unwrap_or_else(|invalid| contradiction("restore", &invalid.in_flags()));
     // Loaded before the guest runs: an invalid profile is refused at once.
     let against = args.against.as_deref().map(Profile::load).transpose()?;
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })

@@ -160,8 +160,8 @@ impl Releaser {
                     outcome.released += run.pages;
                 }
                 Err(error) => {
-                    tracing::warn!(gpa = run.gpa(), pages = run.pages, %error, "Pages cannot be given back to the \
-                                                            host");
+                    let (gpa, pages) = (run.gpa(), run.pages);
+                    tracing::warn!(gpa, pages, %error, "Pages cannot be given back to the host");
                     outcome.refused += run.pages;
                     continue;
                 }

@@ -140,8 +140,7 @@ impl Verifier {
         let thread = Worker::start(builder, stop, move || work.run(&chain, &tiers));
         // Without the thread the main thread compares the sample, and the rest is not compared.
         let failed = |error: &io::Error| {
-            tracing::warn!(%error, "No thread can be started to verify memory while the \
-                                                            guest runs")
+            tracing::warn!(%error, "No thread can be started to verify memory while the guest runs");
         };
         Ok(Some(Verifier { shared, thread: thread.inspect_err(failed).ok() }))
     }
@@ -311,20 +310,22 @@ impl Shared {
         // While it is held, other VMs leave the file alone: they would read the same bytes from the same disk.
         let Some(_turn) = self.wait_for_turn(source) else { return Ok(false) };
         let mut count = 0_usize;
+        let mut pause = || {
+            count += 1;
+            !count.is_multiple_of(CHUNKS_AT_ONCE) || self.wait(PAUSE)
+        };
         let mut goes_on = true;
         source.each(&mut |source, piece| {
             if sampled.contains(&piece) {
                 return Ok(true);
             }
             self.compare(source, piece)?;
-            count += 1;
-            goes_on = !count.is_multiple_of(CHUNKS_AT_ONCE) || self.wait(PAUSE);
+            goes_on = pause();
             Ok(goes_on)
         })?;
         if goes_on {
             source.check_unheld(&mut || {
-                count += 1;
-                goes_on = !count.is_multiple_of(CHUNKS_AT_ONCE) || self.wait(PAUSE);
+                goes_on = pause();
                 goes_on
             })?;
         }
@@ -386,7 +387,7 @@ trait Source {
     fn compare(&mut self, piece: Piece) -> Result<u64, Error>;
 
     /// Compares with zeros the bytes that the source's file has outside its pages and that a mapping shows. Calls
-    /// `goes_on` after each piece and stops if it returns false. Returns whether to go on.
+    /// `goes_on` after each piece and stops if it returns false.
     fn check_unheld(&mut self, _goes_on: &mut dyn FnMut() -> bool) -> Result<(), Error> {
         Ok(())
     }

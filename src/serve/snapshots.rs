@@ -323,8 +323,8 @@ fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<Claim, Fault> {
 /// Copies a snapshot, its profiles included: clones of different snapshots share no page cache.
 #[utoipa::path(put, path = "/snapshots", tag = "snapshots",
     params(("from_snapshot" = String, Query), ("ssId" = Option<String>, Query, description = "What to call the copy"),
-        ("mem_file_path" = Option<String>, Query, description = "Refused: snapshots are kept in the daemon's \
-                                                            directory")),
+        ("mem_file_path" = Option<String>, Query,
+        description = "Refused: snapshots are kept in the daemon's directory")),
     responses((status = 200, description = "The copy", body = SnapshotRecord),
         (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"),

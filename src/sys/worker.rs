@@ -32,13 +32,19 @@ impl Worker {
 
     /// True if the thread has ended.
     pub fn has_ended(&self) -> bool {
-        has_ended(self.thread.as_ref())
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Asks the thread to end, and waits for it until `deadline`. Returns whether it has ended.
     pub fn finish(&self, deadline: Instant) -> bool {
         (self.stop)();
-        wait_for(self.thread.as_ref(), deadline)
+        while !self.has_ended() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+        true
     }
 
     /// Asks the thread to end, as a drop does, but waits only until `deadline`. A thread that runs longer is left
@@ -63,20 +69,6 @@ impl fmt::Debug for Worker {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.debug_tuple("Worker").field(&self.thread).finish()
     }
-}
-
-fn has_ended(thread: Option<&JoinHandle<()>>) -> bool {
-    thread.is_none_or(JoinHandle::is_finished)
-}
-
-fn wait_for(thread: Option<&JoinHandle<()>>, deadline: Instant) -> bool {
-    while !has_ended(thread) {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(LOOK);
-    }
-    true
 }
 
 /// Runs `work` on `wanted` threads, this one included; on fewer if the system allows no more. `work` takes items from a

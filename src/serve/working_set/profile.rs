@@ -265,11 +265,12 @@ pub(in crate::serve) async fn delete_profile(
 /// cold pools, budgets and price of the daemon, and the function's local memory.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
     params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
-        ("dram_mib" = Option<u64>, Query, description = "Local memory the plan may use; none: the function's, else \
-                                                         the daemon's"),
+        ("dram_mib" = Option<u64>, Query,
+        description = "Local memory the plan may use; none: the function's, else the daemon's"),
         ("cxl_mib" = Option<u64>, Query, description = "Memory in the CXL tier it may use"),
-        ("cache" = Option<String>, Query, description = "How the snapshot's memory will be cached: huge, small or \
-                                                         cold; none: as a restore would find it now")),
+        ("cache" = Option<String>, Query,
+        description = "How the snapshot's memory will be cached: huge, small or cold; none: as a restore would find it \
+                       now")),
     responses((status = 200, description = "The plan", body = Object),
         (status = 400, body = FaultBody, description = "It makes no sense"),
         (status = 404, body = FaultBody, description = "There is no such snapshot"),

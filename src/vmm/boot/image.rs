@@ -199,8 +199,10 @@ fn load_bzimage(name: String, head: &[u8], file: &mut File, ram: &GuestRam) -> R
     let setup = read_setup(head, file_len).map_err(|what| failed(what.to_string()))?;
     check_end(&name, setup.end, ram)?;
     if setup.missing > 0 {
-        tracing::warn!(kernel = %name, missing = setup.missing, "The header of the kernel image says more bytes than \
-                                                            its file has; the file may be cut short");
+        tracing::warn!(
+            kernel = %name, missing = setup.missing,
+            "The header of the kernel image says more bytes than its file has; the file may be cut short"
+        );
     }
     // No lowest address: the loader would compare it with `code32_start`.
     let loaded = BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, None)

@@ -70,8 +70,8 @@ impl Backing {
             return Err(unfit("it has less than one sector of 512 bytes"));
         }
         if bytes != len {
-            tracing::warn!(drive = id, path = %path.display(), len, bytes, "The end of an image is no whole sector \
-                                                            and is left out");
+            let path = path.display();
+            tracing::warn!(drive = id, %path, len, bytes, "The end of an image is no whole sector and is left out");
         }
         let inode = (metadata.dev(), metadata.ino());
         Ok(Backing { file: Arc::new(file), path: path.to_owned(), read_only, is_block_device, bytes, inode })
