@@ -65,6 +65,13 @@ impl FwCfg {
         Ok(FwCfg { inner: Mutex::new(inner) })
     }
 
+    /// Takes on a saved state. Fails if the metadata do not fit their file.
+    pub fn restore(&self, state: FwCfgState) -> Result<(), Error> {
+        let FwCfg { inner } = FwCfg::new(state)?;
+        *self.lock() = inner.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(())
+    }
+
     pub fn save(&self) -> FwCfgState {
         self.lock().state.clone()
     }

@@ -52,6 +52,11 @@ impl Released {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Forgets all pages given back: they hold the snapshot's bytes again.
+    pub fn clear(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Books::default();
+    }
+
     /// Takes the pages that were given back since the last call.
     pub fn take_fresh(&self) -> PageSet {
         let mut books = self.0.write().unwrap_or_else(PoisonError::into_inner);

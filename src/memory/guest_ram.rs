@@ -247,6 +247,12 @@ impl GuestRam {
         memory.populator(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
     }
 
+    /// Gives the memory of `extent` back to the host: it shows its backing again, zeros or the bytes of a file.
+    pub fn discard(&self, extent: Extent) -> Result<(), Error> {
+        let (memory, offset) = self.locate(extent)?;
+        memory.discard(offset, extent.bytes() as usize).map_err(|source| map_failed(extent, source))
+    }
+
     /// Asks for huge pages under `extent`.
     pub fn advise_huge(&self, extent: Extent) -> Result<(), Error> {
         let (memory, offset) = self.locate(extent)?;
@@ -272,7 +278,7 @@ impl GuestRam {
     /// The bytes of `extent`, to be filled.
     ///
     /// # Safety
-    /// Only while the memory is being built: nothing else refers to it yet.
+    /// Only while the memory is being built, or no vCPU runs and all devices are quiet: nothing else refers to it.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn bytes_mut(&self, extent: Extent) -> Result<&mut [u8], Error> {
         let (memory, offset) = self.locate(extent)?;

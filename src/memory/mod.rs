@@ -19,6 +19,7 @@ pub(crate) mod files;
 pub(crate) mod guest_ram;
 pub(crate) mod promote;
 pub(crate) mod reads;
+pub(crate) mod rewind;
 pub(crate) mod services;
 pub mod stall;
 pub mod usage;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Digest, Error, Extent, MemoryLayout, PAGE_SIZE, PoolId, Result, SnapshotId};
+use super::{Digest, Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PoolId, Result, SnapshotId};
 
 /// The way a page gets into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -139,6 +139,12 @@ impl PlannedExtent {
     /// Pages from `source`.
     pub fn from(extent: Extent, placement: Placement, source: PageSource) -> Self {
         PlannedExtent { extent, placement, source: Some(source), fill: Fill::Copy }
+    }
+
+    /// The source of `page`, which lies in the extent; `None` for zero pages.
+    pub fn source_at(&self, page: Gfn) -> Option<PageSource> {
+        let skipped = (page.0 - self.extent.first.0) * PAGE_SIZE;
+        self.source.map(|source| PageSource { offset: source.offset + skipped, ..source })
     }
 
     /// Pages from `source`, in local memory before the guest runs.

@@ -198,8 +198,8 @@ impl<S> Machine<S> {
 }
 
 /// One reading of KVM's dirty log: the pages, and the raw bitmaps to clear it with.
-struct DirtyLog {
-    pages: PageSet,
+pub(super) struct DirtyLog {
+    pub pages: PageSet,
     bitmaps: Vec<Vec<u64>>,
 }
 
@@ -214,7 +214,7 @@ impl Core {
         Ok(self.lineage.parent()?.clone())
     }
 
-    fn read_dirty_log(&self) -> Result<DirtyLog, Error> {
+    pub(super) fn read_dirty_log(&self) -> Result<DirtyLog, Error> {
         let mut log = DirtyLog { pages: PageSet::new(), bitmaps: Vec::new() };
         if !self.shape.track_dirty_pages {
             return Ok(log);
@@ -228,7 +228,7 @@ impl Core {
         Ok(log)
     }
 
-    fn clear_dirty_log(&self, log: &DirtyLog) -> Result<(), Error> {
+    pub(super) fn clear_dirty_log(&self, log: &DirtyLog) -> Result<(), Error> {
         for (slot, (bitmap, range)) in log.bitmaps.iter().zip(self.ram.layout().ranges()).enumerate() {
             dirty_log::clear(&self.vm, slot as u32, range.len / PAGE_SIZE, bitmap)
                 .map_err(Error::os("clear the dirty log"))?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::boot::BootError;
 use super::kvm_error::KvmError;
 use super::restore::StateError;
+use super::rewind::NotRewindable;
 use crate::{devices, memory, snapshot};
 
 /// The one error of the vmm room. Each variant names the action and its object; causes are chained.
@@ -24,6 +25,10 @@ pub enum Error {
     #[error("Another snapshot of this VM is still being sealed")]
     SnapshotInProgress,
     #[error(transparent)]
+    Rewind(#[from] NotRewindable),
+    #[error("The machine is not as its snapshot: {}", first_of(.0))]
+    NotAsSaved(Vec<String>),
+    #[error(transparent)]
     Memory(#[from] memory::Error),
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -40,5 +45,15 @@ impl Error {
 
     pub(crate) fn os(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Os { doing, source }
+    }
+}
+
+/// The first few of `differences`, and the number of the others.
+fn first_of(differences: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let shown = differences.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("; ");
+    match differences.len().checked_sub(SHOWN) {
+        Some(more @ 1..) => format!("{shown}; and {more} more"),
+        _ => shown,
     }
 }

@@ -62,6 +62,17 @@ impl Lineage {
         self.in_flight.is_some()
     }
 
+    /// Returns whether [`changed`](Self::changed) and KVM's log together have every change since the restore.
+    pub fn is_relative_to_origin(&self) -> bool {
+        let origin = self.origin.as_ref().map(|chain| chain.tip().manifest().id);
+        self.parent.as_ref().map(|parent| parent.id) == origin && origin.is_some()
+    }
+
+    /// Pages known to have changed since the parent, without those still in KVM's log.
+    pub fn changed(&self) -> &PageSet {
+        &self.changed
+    }
+
     /// Adds pages read from KVM's log. Returns all pages changed since the parent.
     pub fn add_changed(&mut self, pages: &PageSet) -> &PageSet {
         self.changed.union_with(pages);

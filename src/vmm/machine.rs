@@ -30,6 +30,7 @@ use super::error::Error;
 use super::exit_counters::ExitCounters;
 use super::host;
 use super::lineage::Lineage;
+use super::origin::Origin;
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::vcpu::{Buses, Vcpu, VcpuThread};
 use crate::config::patch::DevicePatch;
@@ -122,6 +123,8 @@ pub(crate) struct Core {
     pub ending: Arc<EndingSignal>,
     /// MSRs that KVM refused at the restore and that the guest does without.
     pub msrs_refused: Vec<u32>,
+    /// The snapshot that the machine was restored from; `None` if it was booted.
+    pub origin: Option<Box<Origin>>,
 }
 
 /// vCPUs exist, and no thread runs them.
@@ -223,6 +226,7 @@ impl Machine<Built> {
             console,
             ending,
             msrs_refused,
+            origin: None,
         };
         Ok(Machine { state: Built { vcpus }, core })
     }
@@ -274,7 +278,6 @@ impl Machine<Built> {
 
     /// Applies the saved state of a machine of the same shape.
     pub(crate) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
-        let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
         if let Some(in_place) = self.core.ram.in_place() {
             let (memory, by_software) = (self.core.ram.view(), !host::has_second_stage_paging());
             for state in vcpus {
@@ -284,15 +287,8 @@ impl Machine<Built> {
         for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
             state.restore_cpuid(&vcpu.fd, vcpu.index)?;
         }
-        vm.restore(&self.core.vm)?;
-        for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
-            let refused = state.restore(&vcpu.fd, vcpu.index, slept)?;
-            self.core.msrs_refused.extend(refused);
-        }
-        vm.restore_clock(&self.core.vm, clock_realtime)?;
-        for vcpu in &self.state.vcpus {
-            state::notify_clock(&vcpu.fd, vcpu.index)?;
-        }
+        let fds: Vec<&VcpuFd> = self.state.vcpus.iter().map(|vcpu| &vcpu.fd).collect();
+        self.core.msrs_refused = self.core.load(&fds, vm, vcpus, clock_realtime)?;
         Ok(())
     }
 
@@ -454,6 +450,28 @@ impl<S> Machine<S> {
 }
 
 impl Core {
+    /// Sets the state of interrupt controllers, timer, clock and vCPUs, whose descriptors are `fds`. No vCPU runs.
+    /// Returns the MSRs that KVM refused and that the guest can do without.
+    pub fn load(
+        &self,
+        fds: &[&VcpuFd],
+        vm: &VmState,
+        vcpus: &[VcpuState],
+        clock_realtime: bool,
+    ) -> Result<Vec<u32>, Error> {
+        let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
+        let mut refused = Vec::new();
+        vm.restore(&self.vm)?;
+        for (index, (fd, state)) in (0..).zip(fds.iter().zip(vcpus)) {
+            refused.extend(state.restore(fd, index, slept)?);
+        }
+        vm.restore_clock(&self.vm, clock_realtime)?;
+        for (index, fd) in (0..).zip(fds) {
+            state::notify_clock(fd, index)?;
+        }
+        Ok(refused)
+    }
+
     fn spawn(&self, mut vcpus: Vec<Vcpu>, parked: bool) -> Result<Vec<VcpuThread>, Error> {
         // A machine with ACPI has a VM generation id, and no 8259 that its kernel knows of.
         if let Some(boot) = vcpus.first_mut() {

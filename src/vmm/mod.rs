@@ -17,8 +17,11 @@ pub(crate) mod host;
 pub(crate) mod kvm_error;
 pub(crate) mod lineage;
 pub mod machine;
+mod origin;
 mod pmem;
 pub(crate) mod restore;
+pub(crate) mod rewind;
+mod saved_state;
 pub(crate) mod state;
 pub(crate) mod vcpu;
 

@@ -16,8 +16,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::arch::msr;
 use super::error::Error;
-use crate::memory::promote::ahead::VcpuAhead;
-use crate::snapshot::{Section, SectionKind, Snapshot};
+use crate::memory::promote::ahead::{VcpuAhead, kernel_written};
+use crate::snapshot::{Extent, Section, SectionKind, Snapshot};
 use crate::vmm::kvm_error::KvmError;
 use crate::vmm::restore::StateError;
 
@@ -150,6 +150,25 @@ impl VmState {
         vm.set_clock(&clock).map_err(Error::kvm("set the clock"))
     }
 
+    /// The names of the parts that differ from `saved`, but for clocks.
+    pub fn differences(&self, saved: &VmState) -> Result<Vec<String>, Error> {
+        let mut differing = Vec::new();
+        for (index, (now, saved)) in self.irqchips.iter().zip(&saved.irqchips).enumerate() {
+            if now != saved {
+                differing.push(format!("interrupt controller {index}"));
+            }
+        }
+        let without_times = |bytes: &[u8]| -> Result<kvm_pit_state2, Error> {
+            let mut pit: kvm_pit_state2 = unraw("PIT", bytes)?;
+            pit.channels.iter_mut().for_each(|channel| channel.count_load_time = 0);
+            Ok(pit)
+        };
+        if raw(&without_times(&self.pit)?) != raw(&without_times(&saved.pit)?) {
+            differing.push("PIT".into());
+        }
+        Ok(differing)
+    }
+
     /// The wall-clock time since the state was saved; none if the host's clock is behind that. An error if the host of
     /// the snapshot could not read the time together with the guest's.
     pub fn time_since_saved(&self) -> Result<Duration, Error> {
@@ -233,6 +252,43 @@ impl VcpuState {
         Ok(VcpuAhead { regs, sregs, msrs: self.msrs()? })
     }
 
+    /// Sets the MSRs of the wall clock, which [`restore`](Self::restore) leaves out because KVM then writes the time to
+    /// guest memory. Called before guest memory is taken back.
+    pub fn rewind_wall_clock(&self, vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
+        let entries: Vec<_> = self.msrs()?.into_iter().filter(|entry| msr::is_wall_clock(entry.index)).collect();
+        set_msrs(vcpu, index, &entries).map(drop)
+    }
+
+    /// The pages that KVM itself writes for this vCPU: clocks, steal time.
+    pub fn kernel_written(&self) -> Result<Vec<Extent>, Error> {
+        Ok(kernel_written(&self.msrs()?))
+    }
+
+    /// The names of the parts that differ from `saved`, but for those that change with time: the TSC, and the count of
+    /// the local timer.
+    pub fn differences(&self, saved: &VcpuState) -> Result<Vec<String>, Error> {
+        let parts = [
+            ("MP state", self.mp_state == saved.mp_state),
+            ("registers", self.regs == saved.regs),
+            ("special registers", self.sregs == saved.sregs),
+            ("XCR0", self.xcrs == saved.xcrs),
+            ("XSAVE area", self.xsave == saved.xsave),
+            ("debug registers", self.debug_regs == saved.debug_regs),
+            ("LAPIC", without_timer_count(&self.lapic) == without_timer_count(&saved.lapic)),
+            ("pending events", self.events == saved.events),
+        ];
+        let mut differing: Vec<String> =
+            parts.into_iter().filter(|(_, is_equal)| !is_equal).map(|(name, _)| name.to_owned()).collect();
+        let saved = saved.msrs()?;
+        let is_saved = |now: &kvm_msr_entry| {
+            let entry = saved.iter().find(|entry| entry.index == now.index);
+            msr::changes_with_time(now.index) || entry.is_none_or(|entry| entry.data == now.data)
+        };
+        let msrs = self.msrs()?;
+        differing.extend(msrs.iter().filter(|now| !is_saved(now)).map(|now| format!("MSR {:#x}", now.index)));
+        Ok(differing)
+    }
+
     /// The saved MSRs.
     fn msrs(&self) -> Result<Vec<kvm_msr_entry>, Error> {
         unraw_table("MSRs", &self.msrs)
@@ -259,6 +315,14 @@ impl VcpuState {
     pub fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, Error> {
         unraw_table("CPUID", &self.cpuid)
     }
+}
+
+/// A LAPIC's registers without the count of its timer (SDM volume 3, 10.5.4: offset 0x390).
+fn without_timer_count(lapic: &[u8]) -> Vec<u8> {
+    const CURRENT_COUNT: std::ops::Range<usize> = 0x390..0x394;
+    let mut registers = lapic.to_vec();
+    registers.get_mut(CURRENT_COUNT).into_iter().for_each(|count| count.fill(0));
+    registers
 }
 
 /// Tells the guest that it was stopped, so that its soft-lockup watchdog does not fire (KVM API 4.71). A guest without

@@ -4,7 +4,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
+use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, decode, id};
 use crate::devices::Error;
 
 const QUEUE_SIZES: [u16; 1] = [256];
@@ -100,6 +100,14 @@ impl VirtioDevice for Entropy {
 
     fn save(&self) -> Result<Vec<u8>, postcard::Error> {
         postcard::to_stdvec(&EntropyState { limiter: self.limiter.save() })
+    }
+
+    fn rewind(&mut self, state: &[u8]) -> Result<(), Error> {
+        let state: EntropyState = decode("entropy device", state)?;
+        self.limiter.rewind(&state.limiter);
+        // The former guest's random bytes.
+        self.buffer = Vec::new();
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

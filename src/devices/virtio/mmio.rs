@@ -98,6 +98,15 @@ pub struct TransportState {
     queues: Vec<QueueState>,
 }
 
+impl TransportState {
+    /// Returns whether this is the state `other`, but for interrupts and the changes of the configuration space that
+    /// they announce.
+    pub fn is_as(&self, other: &TransportState) -> bool {
+        let TransportState { interrupt_status, config_generation, .. } = *other;
+        TransportState { interrupt_status, config_generation, ..self.clone() } == *other
+    }
+}
+
 /// The driver's settings, and the device.
 struct Inner {
     device: Box<dyn VirtioDevice>,
@@ -291,6 +300,21 @@ impl MmioDevice {
         }
         inner.with_io(self, |device, io| device.activate(io));
         Ok(())
+    }
+
+    /// Takes device and transport back to the saved state that they were restored from. Called after `quiesce`.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore) and [`VirtioDevice::rewind`]; the device must not be used afterwards.
+    pub fn rewind(&self, transport: &TransportState, device: &[u8]) -> Result<(), Error> {
+        let mut inner = self.lock();
+        inner.device.rewind(device)?;
+        for queue in &inner.queues {
+            // Kicks for the chains of the former guest.
+            let _ = queue.event().read();
+        }
+        drop(inner);
+        self.restore(transport)
     }
 
     pub fn metrics(&self) -> serde_json::Value {

@@ -27,6 +27,10 @@ mod vsock;
 use std::any::Any;
 use std::os::fd::RawFd;
 
+use serde::de::DeserializeOwned;
+
+use crate::devices::Error;
+
 pub use crate::sys::guest_memory::{Memory, region_bitmap};
 pub use balloon::{Balloon, BalloonParams, BalloonState};
 pub use chain::{Buffers, Chain, Ranges};
@@ -48,6 +52,14 @@ pub mod id {
     pub const BALLOON: u32 = 5;
     pub const VSOCK: u32 = 19;
     pub const PMEM: u32 = 27;
+}
+
+/// Decodes the state that `device` saved; bytes left over are an error.
+fn decode<T: DeserializeOwned>(device: &'static str, state: &[u8]) -> Result<T, Error> {
+    match postcard::take_from_bytes(state) {
+        Ok((state, [])) => Ok(state),
+        _ => Err(Error::State { device, what: "it cannot be decoded" }),
+    }
 }
 
 /// A fault after which a device cannot go on: an error of the driver, or of the host. The transport answers with
@@ -226,6 +238,15 @@ pub trait VirtioDevice: Any + Send {
 
     /// Returns the device's own state, encoded; the transport saves queues and registers. Called after `quiesce`.
     fn save(&self) -> Result<Vec<u8>, postcard::Error>;
+
+    /// Goes back to the snapshot that the guest was restored from: forgets everything since, buffers and connections
+    /// included, and takes on `state`, which `save` wrote there. Host-side settings (paths, addresses) stay as the
+    /// restore left them. Called after `quiesce`; the transport then restores queues and registers and calls
+    /// `activate`.
+    ///
+    /// # Errors
+    /// The state is not one of this device, or a host-side resource cannot be had again.
+    fn rewind(&mut self, state: &[u8]) -> Result<(), Error>;
 
     /// Returns counters for the metrics file.
     fn metrics(&self) -> serde_json::Value {

@@ -180,6 +180,15 @@ impl RateLimiter {
         Ok(RateLimiter { bandwidth, ops, ..limiter })
     }
 
+    /// Continues from `state`, as a new limiter would; the timer stays the same.
+    pub fn rewind(&mut self, state: &RateLimiterState) {
+        let now = Instant::now();
+        self.limits = state.limits();
+        self.bandwidth = Bucket::restored(state.bandwidth, now);
+        self.ops = Bucket::restored(state.ops, now);
+        self.blocked = None;
+    }
+
     pub fn save(&self) -> RateLimiterState {
         // A limit that is none has no bucket, but it is part of the config.
         let state = |limit: Option<BucketLimit>, bucket: &Option<Bucket>| match bucket {

@@ -44,7 +44,7 @@ const fn pointer(msr: u32, enabled: u64, flags: u64, len: u64) -> Pointer {
 }
 
 /// The pages that KVM writes for a vCPU with these MSRs.
-fn kernel_written(msrs: &[kvm_msr_entry]) -> Vec<Extent> {
+pub fn kernel_written(msrs: &[kvm_msr_entry]) -> Vec<Extent> {
     let written = msrs.iter().filter_map(|entry| {
         let pointer = POINTERS.iter().find(|pointer| pointer.msr == entry.index)?;
         let gpa = entry.data & !pointer.flags;

@@ -31,12 +31,22 @@ pub fn boot_entries() -> Vec<kvm_msr_entry> {
     .to_vec()
 }
 
+/// Returns whether the register changes by itself: the TSC, and its deadline, which is 0 once it is past.
+pub fn changes_with_time(index: u32) -> bool {
+    matches!(index, IA32_TSC | IA32_TSC_DEADLINE)
+}
+
+/// Returns whether a write to the register makes KVM write the time to guest memory, once.
+pub fn is_wall_clock(index: u32) -> bool {
+    matches!(index, KVM_WALL_CLOCK | KVM_WALL_CLOCK_NEW)
+}
+
 /// Puts saved MSRs into the order in which they must be set: the TSC-deadline timer compares with the TSC, so it is
 /// armed last. The wall clock's MSRs are left out: a write to one is not state but a request to write the time to an
 /// address once (KVM `Documentation/virt/kvm/x86/msr.rst`), and the guest may use that memory for something else by
 /// now.
 pub fn order_for_restore(entries: &mut Vec<kvm_msr_entry>) {
-    entries.retain(|entry| !matches!(entry.index, KVM_WALL_CLOCK | KVM_WALL_CLOCK_NEW));
+    entries.retain(|entry| !is_wall_clock(entry.index));
     entries.sort_by_key(|entry| entry.index == IA32_TSC_DEADLINE);
 }
 

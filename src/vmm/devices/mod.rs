@@ -118,6 +118,19 @@ impl VirtioDevices {
         self.devices.iter().zip(saved).try_for_each(|(device, saved)| Ok(device.restore(&saved.transport)?))
     }
 
+    /// Takes all devices back to the saved state that they were restored from, and their configs to `configs`. Called
+    /// after `quiesce`.
+    ///
+    /// # Errors
+    /// A device cannot go back; none may be used afterwards.
+    pub fn rewind(&mut self, saved: &[SavedDevice], configs: &DeviceConfigs) -> Result<(), Error> {
+        self.configs = configs.clone();
+        self.devices.iter().zip(saved).try_for_each(|(device, saved)| {
+            device.rewind(&saved.transport, &saved.device)?;
+            Ok(())
+        })
+    }
+
     /// Passes the device called `name`, if it is a `D`, to `work`, which returns whether its configuration space has
     /// changed.
     pub fn with<D: VirtioDevice, R>(&self, name: &str, work: impl FnOnce(&mut D) -> (R, bool)) -> Option<R> {

@@ -22,6 +22,11 @@ impl SavedDevice {
         Ok(SavedDevice { device_type: device.device_type(), transport, device: state })
     }
 
+    /// Returns whether this is the state `saved`, but for an interrupt that announces the restore.
+    pub fn is_as(&self, saved: &SavedDevice) -> bool {
+        self.device_type == saved.device_type && self.transport.is_as(&saved.transport) && self.device == saved.device
+    }
+
     /// Decodes the device's own state; bytes left over are an error.
     pub fn decode<T: serde::de::DeserializeOwned>(&self) -> Result<T, Error> {
         let section = || format!("Virtio (device type {})", self.device_type);

@@ -1,16 +1,15 @@
 //! A clone's own copies of the drives that its snapshot contains.
 
-use std::path::PathBuf;
-
 use crate::config::overrides::Overrides;
 use crate::snapshot::{Snapshot, copy_drive};
 use crate::vmm::error::Error;
+use crate::vmm::origin::PlacedDrive;
 use crate::vmm::restore::StateError;
 
 /// Copies made for a clone; removed again unless the restore succeeds.
 #[derive(Default)]
 pub struct PlacedDrives {
-    made: Vec<PathBuf>,
+    made: Vec<PlacedDrive>,
 }
 
 impl PlacedDrives {
@@ -35,23 +34,23 @@ impl PlacedDrives {
             let Some((image, len)) = tip.open_drive_copy(&id)? else { continue };
             let path = dir.join(format!("{id}.img"));
             copy_drive(&image, len, &path)?;
-            placed.made.push(path.clone());
+            placed.made.push(PlacedDrive { id: id.clone(), path: path.clone() });
             overrides.drives.push((id, path));
         }
         Ok((placed, overrides))
     }
 
-    /// Called when the restore has succeeded: the copies stay.
-    pub fn keep(mut self) {
-        self.made.clear();
+    /// Called when the restore has succeeded: the copies stay. Returns them.
+    pub fn keep(mut self) -> Vec<PlacedDrive> {
+        std::mem::take(&mut self.made)
     }
 }
 
 impl Drop for PlacedDrives {
     fn drop(&mut self) {
-        for path in &self.made {
+        for drive in &self.made {
             // Best effort: the earlier error is the one to report.
-            let _ = std::fs::remove_file(path);
+            let _ = std::fs::remove_file(&drive.path);
         }
     }
 }

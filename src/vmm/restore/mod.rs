@@ -11,23 +11,21 @@ use crate::memory::services::CloseCold;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::de::DeserializeOwned;
-
-use super::arch::layout;
 use super::devices;
-use super::devices::SavedDevice;
 use super::error::Error;
 use super::host;
 use super::lineage::Lineage;
 use super::machine::{Built, Core, DeviceSet, Machine, Outside, Shape, open_kvm};
-use super::state::{self, MachineState, VcpuState, VmState};
+use super::origin::Origin;
+use super::saved_state::SavedState;
+use super::state::MachineState;
 use crate::config;
 use crate::config::overrides::Overrides;
 use crate::devices::virtio::id;
-use crate::devices::{FwCfgState, I8042State, SerialState, VmGenId, VmGenIdState};
+use crate::devices::{VmGenId, VmGenIdState};
 use crate::memory::stall::Stalls;
 use crate::snapshot::{InPlaceMapping, Verify};
-use crate::snapshot::{PageSet, RestorePlan, SectionInfo, SectionKind, Snapshot};
+use crate::snapshot::{MemoryLayout, PageSet, RestorePlan};
 use crate::sys::timeline::{Slice, Timeline};
 use crate::sys::uffd::Uffd;
 
@@ -67,89 +65,16 @@ pub struct RestoreSpec<'a> {
     pub clock_realtime: bool,
 }
 
-/// The state of a snapshot, decoded.
-struct SavedState {
-    machine: MachineState,
-    vm: VmState,
-    vcpus: Vec<VcpuState>,
-    serial: SerialState,
-    /// Machines without ACPI, and those of tvmm 0.1, have none.
-    vmgenid: Option<VmGenIdState>,
-    virtio: Vec<SavedDevice>,
-    fw_cfg: FwCfgState,
-}
-
-impl SavedState {
-    /// The shape of the machine, if it has the memory of the manifest's `layout`.
-    fn shape(&self, layout: &crate::snapshot::MemoryLayout, track_dirty_pages: bool) -> Result<Shape, Error> {
-        let MachineState { vcpu_count, mem_size_mib, .. } = self.machine;
-        let shape = Shape { vcpu_count, mem_size_mib, track_dirty_pages };
-        let is_possible = mem_size_mib <= config::MAX_MEM_SIZE_MIB;
-        if !is_possible || !shape.layout().is_ok_and(|own| own == *layout) {
-            let what = format!("{mem_size_mib} MiB of memory do not fit the manifest's layout");
-            return Err(StateError::Section { section: "Machine".into(), what }.into());
-        }
-        Ok(shape)
+/// The shape of the saved machine, if it has the memory of the manifest's `layout`.
+fn shape_of(saved: &SavedState, layout: &MemoryLayout, track_dirty_pages: bool) -> Result<Shape, Error> {
+    let MachineState { vcpu_count, mem_size_mib, .. } = saved.machine;
+    let shape = Shape { vcpu_count, mem_size_mib, track_dirty_pages };
+    let is_possible = mem_size_mib <= config::MAX_MEM_SIZE_MIB;
+    if !is_possible || !shape.layout().is_ok_and(|own| own == *layout) {
+        let what = format!("{mem_size_mib} MiB of memory do not fit the manifest's layout");
+        return Err(StateError::Section { section: "Machine".into(), what }.into());
     }
-
-    /// Returns whether the guest has a virtio device of this type.
-    fn has_device(&self, device_type: u32) -> bool {
-        self.virtio.iter().any(|device| device.device_type == device_type)
-    }
-
-    fn read(snapshot: &Snapshot) -> Result<Self, Error> {
-        let machine: MachineState = state::decode(snapshot, SectionKind::Machine, 0)?;
-        let count = machine.vcpu_count;
-        if !(1..=config::MAX_VCPU_COUNT).contains(&count) {
-            return Err(StateError::Section { section: "Machine".into(), what: format!("it has {count} vCPUs") }.into());
-        }
-        let vcpus = (0..u32::from(count)).map(|index| state::decode(snapshot, SectionKind::Vcpu, index));
-        let devices = snapshot.sections().iter().filter(|section| section.kind == SectionKind::Virtio).count();
-        let virtio = (0..devices as u32).map(|index| state::decode(snapshot, SectionKind::Virtio, index));
-        let state = SavedState {
-            vcpus: vcpus.collect::<Result<_, _>>()?,
-            vm: state::decode(snapshot, SectionKind::Vm, 0)?,
-            serial: state::decode(snapshot, SectionKind::Serial, 0)?,
-            vmgenid: decode_vmgenid(snapshot)?,
-            virtio: virtio.collect::<Result<_, _>>()?,
-            fw_cfg: optional(snapshot, SectionKind::Metadata)?.unwrap_or_default(),
-            machine,
-        };
-        let I8042State {} = state::decode(snapshot, SectionKind::I8042, 0)?;
-        snapshot.sections().iter().try_for_each(|section| check_known(section, count))?;
-        Ok(state)
-    }
-}
-
-fn decode_vmgenid(snapshot: &Snapshot) -> Result<Option<VmGenIdState>, Error> {
-    let Some(state) = optional::<VmGenIdState>(snapshot, SectionKind::VmGenId)? else { return Ok(None) };
-    let known = state.gsi < layout::GSI_COUNT;
-    let what = format!("the interrupt controller has no input {}", state.gsi);
-    if known { Ok(Some(state)) } else { Err(StateError::Section { section: "VmGenId".into(), what }.into()) }
-}
-
-/// The section of an optional kind, of which a snapshot has at most one.
-fn optional<T: DeserializeOwned>(snapshot: &Snapshot, kind: SectionKind) -> Result<Option<T>, Error> {
-    let there = snapshot.sections().iter().any(|section| section.kind == kind);
-    if there { state::decode(snapshot, kind, 0).map(Some) } else { Ok(None) }
-}
-
-/// Refuses a section that this build does not know: it may be a device that the guest depends on.
-fn check_known(section: &SectionInfo, vcpu_count: u8) -> Result<(), Error> {
-    let known = match section.kind {
-        SectionKind::Machine
-        | SectionKind::Vm
-        | SectionKind::Serial
-        | SectionKind::I8042
-        | SectionKind::VmGenId
-        | SectionKind::Metadata => section.instance == 0,
-        SectionKind::Vcpu => section.instance < u32::from(vcpu_count),
-        SectionKind::Virtio => section.instance < config::MAX_DEVICES as u32,
-        _ => false,
-    };
-    let what = "this build of tvmm does not know it; restore with the version that wrote it".to_string();
-    let name = || format!("{:?} {}", section.kind, section.instance);
-    if known { Ok(()) } else { Err(StateError::Section { section: name(), what }.into()) }
+    Ok(shape)
 }
 
 impl Machine<Built> {
@@ -163,7 +88,7 @@ impl Machine<Built> {
         let tip = chain.tip();
         let saved = SavedState::read(tip)?;
         let layout = tip.layout();
-        let shape = saved.shape(layout, spec.track_dirty_pages)?;
+        let shape = shape_of(&saved, layout, spec.track_dirty_pages)?;
         let kvm = open_kvm()?;
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &kvm)?;
@@ -186,15 +111,16 @@ impl Machine<Built> {
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &built.ram, spec.stalls)?;
-        let mut fw_cfg = saved.fw_cfg;
-        fw_cfg.metadata.extend(spec.overrides.metadata.clone());
-        let set = DeviceSet { virtio, configs, fw_cfg };
+        let mut saved = saved;
+        saved.fw_cfg.metadata.extend(spec.overrides.metadata.clone());
+        let set = DeviceSet { virtio, configs: configs.clone(), fw_cfg: saved.fw_cfg.clone() };
         let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
         machine.core.services.single_pages = single_pages;
         machine.core.services.cold = files.cold().cloned().map(CloseCold);
         machine.core.services.tiers_held = files.tiers().to_vec();
         let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied, because KVM may touch guest memory while applying it.
+        let observed = spec.observer.is_some();
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
@@ -217,7 +143,16 @@ impl Machine<Built> {
             verifier.wait_checked(&files, &machine.core.ending)?;
         }
         machine.core.services.verifier = verifier;
-        placed.keep();
+        let origin = Origin {
+            files,
+            saved,
+            configs,
+            placed_drives: placed.keep(),
+            clock_realtime: spec.clock_realtime,
+            is_served_outside: spec.handler.is_some(),
+            is_observed: observed,
+        };
+        machine.core.origin = Some(Box::new(origin));
         rescue.finish()?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))

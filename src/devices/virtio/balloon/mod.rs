@@ -18,7 +18,7 @@ mod tests;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Broken, Chain, Io, Source, VirtioDevice, id};
+use super::{Broken, Chain, Io, Source, VirtioDevice, decode, id};
 use crate::devices::Error;
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 use crate::sys::guest_memory::{Outcome, ReleasePages};
@@ -378,6 +378,16 @@ impl VirtioDevice for Balloon {
     fn save(&self) -> Result<Vec<u8>, postcard::Error> {
         let (statistics, hinting) = (self.statistics.state(), self.hinting.state());
         postcard::to_stdvec(&BalloonState { params: self.params, actual_pages: self.actual_pages, statistics, hinting })
+    }
+
+    fn rewind(&mut self, state: &[u8]) -> Result<(), Error> {
+        let BalloonState { params, actual_pages, statistics, hinting } = decode("balloon", state)?;
+        self.params = params;
+        self.takes_hints = false;
+        self.actual_pages = actual_pages;
+        self.statistics.rewind(statistics);
+        self.hinting = Hinting::new(hinting);
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

@@ -85,6 +85,12 @@ impl Statistics {
         self.state = StatisticsState::default();
     }
 
+    /// Takes on a saved state; the timer is set anew by [`set_interval`](Self::set_interval).
+    pub fn rewind(&mut self, state: StatisticsState) {
+        self.set_interval(0);
+        self.state = state;
+    }
+
     /// Reads the driver's statistics and keeps its buffer. Returns the buffer that it had sent before, if it is still
     /// here.
     pub fn take(&mut self, chain: &Chain<'_>) -> Option<u16> {

@@ -27,7 +27,7 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
+use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, decode, id};
 use crate::devices::Error;
 
 pub use backing::Facts;
@@ -109,6 +109,8 @@ struct Counters {
 pub struct Block {
     params: BlockParams,
     backing: Backing,
+    /// The image that the drive was opened with.
+    home: PathBuf,
     /// The ring of the asynchronous engine. Dropped before guest memory is: it waits for the kernel.
     uring: Option<Uring>,
     limiter: RateLimiter,
@@ -158,7 +160,8 @@ impl Block {
             Engine::Sync => None,
             Engine::Async => Some(Uring::new(&params.id)?),
         };
-        Ok(Block { params, backing, uring, limiter, counters: Counters::default(), given_back: false })
+        let home = params.path.clone();
+        Ok(Block { params, backing, home, uring, limiter, counters: Counters::default(), given_back: false })
     }
 
     /// The drive's parameters, with its present path.
@@ -431,6 +434,20 @@ impl VirtioDevice for Block {
     fn save(&self) -> Result<Vec<u8>, postcard::Error> {
         let facts = self.facts().map_err(|_| postcard::Error::SerializeBufferFull)?;
         postcard::to_stdvec(&BlockState { params: self.params.clone(), limiter: self.limiter.save(), facts })
+    }
+
+    /// Requests in flight have been answered by `quiesce`. The image is that of the restore again; one that the guest
+    /// can write is opened anew, because its caller has put a fresh copy there.
+    fn rewind(&mut self, state: &[u8]) -> Result<(), Error> {
+        let state: BlockState = decode("drive", state)?;
+        self.wait_all().map_err(|_| Error::State { device: "drive", what: "its requests do not end" })?;
+        let home = self.home.clone();
+        if !self.params.read_only || self.params.path != home {
+            self.change_image(&home)?;
+        }
+        self.limiter.rewind(&state.limiter);
+        self.given_back = false;
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

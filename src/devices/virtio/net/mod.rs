@@ -26,7 +26,7 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
+use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, decode, id};
 use crate::devices::Error;
 
 use receive::Receiver;
@@ -318,6 +318,19 @@ impl VirtioDevice for Net {
             rx_limiter: self.rx.limiter.save(),
             tx_limiter: self.tx.limiter.save(),
         })
+    }
+
+    fn rewind(&mut self, state: &[u8]) -> Result<(), Error> {
+        let state: NetState = decode("network interface", state)?;
+        self.rx.limiter.rewind(&state.rx_limiter);
+        self.tx.limiter.rewind(&state.tx_limiter);
+        (self.params.rx_limits, self.params.tx_limits) = (self.rx.limiter.limits(), self.tx.limiter.limits());
+        self.rx.forget();
+        self.announce = false;
+        self.restored = true;
+        // Frames that came for the former guest.
+        self.tap.drop_waiting();
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

@@ -76,6 +76,12 @@ impl Receiver {
         self.small = SMALL_IN_A_ROW;
     }
 
+    /// As [`reset`](Self::reset), and frees the buffer that held frames.
+    pub fn forget(&mut self) {
+        self.reset();
+        self.reserve = Vec::new();
+    }
+
     fn expected(&self) -> usize {
         if self.small < SMALL_IN_A_ROW { FRAME_MAX } else { FRAME_SMALL }
     }

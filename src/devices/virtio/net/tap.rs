@@ -118,6 +118,17 @@ impl Tap {
         usize::try_from(result).map_err(|_| error_of(&vectors))
     }
 
+    /// Drops the frames that wait to be read, up to [`DROPPED_MAX`] of them. Of a frame that is longer than the buffer
+    /// of a read, a tap drops the rest (Linux `drivers/net/tun.c`, `tun_put_user`).
+    pub fn drop_waiting(&self) {
+        let mut header = [0; HEADER_LEN];
+        for _ in 0..DROPPED_MAX {
+            if rustix::io::read(&self.file, &mut header).is_err() {
+                return;
+            }
+        }
+    }
+
     /// Writes one frame with its header. At most [`BUFFERS_MAX`] buffers.
     pub fn write<'a, 'm: 'a>(&self, buffers: impl Iterator<Item = &'a Slice<'m>>) -> io::Result<usize> {
         let vectors = vectors(buffers);
@@ -126,6 +137,9 @@ impl Tap {
         usize::try_from(result).map_err(|_| error_of(&vectors))
     }
 }
+
+/// More frames than a tap queues (`txqueuelen`, 500 by default).
+const DROPPED_MAX: usize = 8192;
 
 /// Addresses of guest memory for the kernel. The pointers are good as long as `'m`: guest memory is mapped for longer
 /// than any slice of it lives, and the guards of vm-memory do nothing for ordinary mappings.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
+use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, decode, id};
 use crate::devices::Error;
 
 use image::{Facts, Image};
@@ -233,6 +233,13 @@ impl VirtioDevice for Pmem {
     fn save(&self) -> Result<Vec<u8>, postcard::Error> {
         let facts = self.image.facts().map_err(|_| postcard::Error::SerializeBufferFull)?;
         postcard::to_stdvec(&PmemState { params: self.params.clone(), limiter: self.limiter.save(), facts })
+    }
+
+    /// The image keeps its bytes: a machine with one that the guest can write is not rewound.
+    fn rewind(&mut self, state: &[u8]) -> Result<(), Error> {
+        let state: PmemState = decode("pmem device", state)?;
+        self.limiter.rewind(&state.limiter);
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

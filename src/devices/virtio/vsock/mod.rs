@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 
-use super::{Broken, Chain, Io, Source, VirtioDevice, id};
+use super::{Broken, Chain, Io, Source, VirtioDevice, decode, id};
 use crate::devices::Error;
 
 use connection::{Connection, Phase};
@@ -392,6 +392,17 @@ impl VirtioDevice for Vsock {
             uds_path: self.uds_path.as_os_str().as_bytes().to_vec(),
             next_port: self.table.next_port(),
         })
+    }
+
+    /// Connections end; programs that wait to be accepted are for the guest that runs next.
+    fn rewind(&mut self, state: &[u8]) -> Result<(), Error> {
+        let state: VsockState = decode("vsock device", state)?;
+        self.reset();
+        self.table.rewind(VsockParams::restored(state)?.next_port);
+        self.accepts = true;
+        self.restored = true;
+        self.quiet_since = None;
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

@@ -212,6 +212,12 @@ impl Table {
         self.deadlines.clear();
     }
 
+    /// As [`clear`](Self::clear); the next port of the host's side is `next_port`.
+    pub fn rewind(&mut self, next_port: u32) {
+        self.clear();
+        self.next_port = next_port;
+    }
+
     /// Updates a connection after an event: its entry in the list, the events it waits for, and its removal if it is
     /// over.
     pub fn note(&mut self, token: u64) {
