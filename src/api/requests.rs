@@ -101,3 +101,7 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
     let is_deprecated = body.is_deprecated();
     Ok(Parsed { command: Command::LoadSnapshot(Box::new(body.check()?)), is_deprecated })
 }
+
+pub(super) fn put_rewind(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::Rewind(json(body)?).into())
+}

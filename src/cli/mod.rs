@@ -13,6 +13,7 @@ mod overrides;
 mod plan;
 mod pool;
 mod profile;
+mod rewind;
 mod serve;
 mod serve_pages;
 mod snapshot;
@@ -105,6 +106,8 @@ enum Command {
     Snapshot(snapshot::SnapshotArgs),
     /// Restore a VM from a snapshot
     Restore(Box<vm::RestoreArgs>),
+    /// Take a restored VM back to its snapshot, in place
+    Rewind(rewind::RewindArgs),
     /// Show a snapshot's contents, and verify it
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles of the pages that a function uses
@@ -147,7 +150,9 @@ impl Command {
             Command::Plan(args) => args.inputs(),
             Command::Pool(args) => args.inputs(),
             Command::ServePages(args) => args.inputs(),
-            Command::Calibrate(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
+            Command::Calibrate(_) | Command::Rewind(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => {
+                Vec::new()
+            }
         }
     }
 }
@@ -235,6 +240,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
     match &cli.command {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(args),
+        Some(Command::Rewind(args)) => rewind::run(args),
         Some(Command::Snapshot(args)) => snapshot::run(args),
         Some(Command::Inspect(args)) => inspect::run(args),
         Some(Command::Profile(args)) => profile::run(args),

@@ -75,6 +75,27 @@ pub struct SnapshotTaken {
     pub capture_us: u64,
 }
 
+/// A machine that went back to its snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rewound {
+    /// Pages copied over with the snapshot's bytes.
+    pub pages_copied: u64,
+    /// Zero pages cleared in place.
+    pub pages_cleared: u64,
+    /// Pages given back to the host.
+    pub pages_dropped: u64,
+    /// Pages that the guest had given to the balloon.
+    pub pages_returned: u64,
+    /// Time until all vCPUs stood and requests to devices were finished, µs.
+    pub stop_us: u64,
+    /// Time for devices, vCPUs and interrupt controllers, µs.
+    pub state_us: u64,
+    /// Time for guest memory, µs.
+    pub memory_us: u64,
+    /// Time from the request to the answer, without the comparison, µs.
+    pub total_us: u64,
+}
+
 /// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
@@ -94,6 +115,8 @@ pub enum Reply {
     Report(serde_json::Value),
     /// To [`Command::CreateSnapshot`].
     Snapshot(SnapshotTaken),
+    /// To [`Command::Rewind`].
+    Rewound(Rewound),
 }
 
 /// A command on its way to the machine.

@@ -57,6 +57,8 @@ pub enum Command {
     CreateSnapshot(CreateSnapshot),
     /// Become the machine of a snapshot.
     LoadSnapshot(Box<RestoreRequest>),
+    /// Go back to the snapshot that the machine was restored from. → [`Reply::Rewound`]
+    Rewind(RewindRequest),
 }
 
 /// The location of a snapshot.
@@ -76,6 +78,14 @@ pub enum SnapshotKind {
     Full,
     /// The pages changed since the snapshot before.
     Diff,
+}
+
+/// A request to take a machine back to its snapshot: the body of `PUT /tvmm/rewind`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RewindRequest {
+    /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine.
+    pub verify: bool,
 }
 
 /// A request to save a machine.

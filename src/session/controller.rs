@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -14,17 +14,20 @@ use super::read_backs::ReadBacks;
 use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
-use crate::config::control::{InstanceInfo, Reply, Request, SnapshotTaken, VmState};
+use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
-use crate::config::request::{Command, CreateSnapshot, SnapshotKind};
-use crate::config::restore::RestoreRequest;
+use crate::config::request::{Command, CreateSnapshot, RewindRequest, SnapshotKind};
+use crate::config::restore::{PlanFrom, RestoreRequest};
 use crate::config::{DeviceConfigs, VmConfig};
+use crate::memory::ending::Ending;
 use crate::memory::files;
+use crate::memory::rewind::TakenBack;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
 use crate::session::log;
 use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
+use crate::sys::errors::error_chain;
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
@@ -235,6 +238,7 @@ impl Controller {
             Command::Pause => self.pause().map(|()| Reply::Empty),
             Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
+            Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),
             // `handle` answers this command when the snapshot is sealed.
             Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
         }
@@ -360,6 +364,9 @@ impl Controller {
             pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
             engine,
             carried_out: plan,
+            keep_pages: keep_pages(load),
+            rewinds: 0,
+            last_rewind: None,
         });
         Ok(())
     }
@@ -373,6 +380,56 @@ impl Controller {
         }
         self.timeline.wake();
         self.restore(load, Watch::default(), |_, _| Ok(())).map_err(|error| Refused::bad_request_because(&error))
+    }
+
+    /// Takes the machine back to the snapshot that it was restored from. It runs afterwards if it ran before.
+    ///
+    /// After a failure half-way its memory is neither the old nor the snapshot's, so it ends.
+    fn rewind(&mut self, request: RewindRequest) -> Result<Rewound, Refused> {
+        let start = Instant::now();
+        let was_running = matches!(self.phase, Phase::Running(_));
+        let allowed = match &self.phase {
+            Phase::NotStarted => return Err(Refused::before_start()),
+            Phase::Running(machine) => machine.check_rewindable(),
+            Phase::Paused(machine) => machine.check_rewindable(),
+        };
+        allowed.map_err(|error| Refused::bad_request_because(&error))?;
+        self.pause()?;
+        let stop_us = start.elapsed().as_micros() as u64;
+        let (Phase::Paused(machine), Some(restored)) = (&mut self.phase, &mut self.restored) else {
+            return Err(Refused::internal("The machine to rewind is gone."));
+        };
+        let result = machine.rewind(&restored.carried_out, restored.keep_pages);
+        let rewound_us = start.elapsed().as_micros() as u64;
+        let result = result.and_then(|rewound| {
+            if request.verify {
+                machine.compare(&restored.carried_out)?;
+            }
+            machine.renew_id()?;
+            Ok(rewound)
+        });
+        let rewound = result.map_err(|error| {
+            machine.ending().end(Ending::Failed(format!("cannot rewind: {}", error_chain(&error))));
+            Refused::internal_because(&error)
+        })?;
+        self.config.devices = machine.virtio().configs().clone();
+        let TakenBack { copied, cleared, dropped, returned } = rewound.pages;
+        let rewound = Rewound {
+            pages_copied: copied,
+            pages_cleared: cleared,
+            pages_dropped: dropped,
+            pages_returned: returned,
+            stop_us,
+            state_us: rewound.state.as_micros() as u64,
+            memory_us: rewound.memory.as_micros() as u64,
+            total_us: rewound_us,
+        };
+        restored.rewinds += 1;
+        restored.last_rewind = Some(rewound);
+        if was_running {
+            self.resume()?;
+        }
+        Ok(rewound)
     }
 
     fn pause(&mut self) -> Result<(), Refused> {
@@ -570,4 +627,13 @@ fn anchor(location: &Location) -> PathBuf {
         Location::Dir(dir) => dir.clone(),
         Location::Files { snapshot, .. } => snapshot.clone(),
     }
+}
+
+/// The limit of `load` on the guest pages in local memory.
+fn keep_pages(load: &RestoreRequest) -> u64 {
+    let mib = match &load.plan {
+        PlanFrom::Policy(choice) => choice.dram_mib,
+        PlanFrom::File(_) => None,
+    };
+    mib.map_or(u64::MAX, |mib| (mib << 20) / PAGE_SIZE)
 }

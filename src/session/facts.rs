@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
+use crate::config::control::Rewound;
 use crate::memory::ending::EndingSignal;
 use crate::memory::engine::EngineReport;
 use crate::memory::fault_batches::FaultBatch;
@@ -56,6 +57,11 @@ pub struct Restored {
     pub engine: EngineReport,
     /// The plan that was carried out.
     pub carried_out: RestorePlan,
+    /// Limit on the pages that a rewind leaves in local memory: the budget of the restore.
+    pub keep_pages: u64,
+    /// The number of rewinds.
+    pub rewinds: u64,
+    pub last_rewind: Option<Rewound>,
 }
 
 impl Restored {

@@ -63,6 +63,8 @@ pub fn collect(
             "layers": restored.layers,
             "pools": restored.pools,
             "engine": restored.engine,
+            "rewinds": restored.rewinds,
+            "last_rewind": restored.last_rewind,
         })
     });
     Ok(Report(json!({

@@ -1,0 +1,47 @@
+//! `tvmm rewind`: takes a restored VM back to its snapshot, in place.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+
+use crate::config::control::Rewound;
+use crate::config::request::RewindRequest;
+use crate::sys::api_client::Client;
+use crate::sys::errors::BoxError;
+
+#[derive(Debug, Args)]
+pub struct RewindArgs {
+    /// The API socket of the VM, which was restored from a snapshot
+    #[arg(long, value_name = "PATH")]
+    api_sock: PathBuf,
+    /// Compare memory, vCPUs and devices with the snapshot afterwards; a difference ends the VM
+    #[arg(long)]
+    verify: bool,
+}
+
+/// Longest wait for the answer: a source of memory may be slow, and the VM has a limit of its own.
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+pub fn run(args: &RewindArgs) -> Result<ExitCode, BoxError> {
+    let body = json!(RewindRequest { verify: args.verify });
+    let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/rewind", Some(&body), TIMEOUT)?;
+    let rewound: Rewound = serde_json::from_value(answer.unwrap_or_default())?;
+    let ms = |us: u64| us as f64 / 1000.0;
+    say!(
+        "rewound in {:.2} ms (vCPUs stopped in {:.2}, state {:.2}, memory {:.2}): {} pages copied, {} cleared, {} \
+         dropped, {} back from the balloon{}",
+        ms(rewound.total_us),
+        ms(rewound.stop_us),
+        ms(rewound.state_us),
+        ms(rewound.memory_us),
+        rewound.pages_copied,
+        rewound.pages_cleared,
+        rewound.pages_dropped,
+        rewound.pages_returned,
+        if args.verify { "; the VM equals its snapshot" } else { "" }
+    );
+    Ok(ExitCode::SUCCESS)
+}
