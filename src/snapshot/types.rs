@@ -30,7 +30,8 @@ impl fmt::Display for Gfn {
     }
 }
 
-/// A run of pages: `[first, first + pages)`. Plain data; arithmetic saturates, [`super::MemoryLayout::contains`] judges.
+/// A run of pages: `[first, first + pages)`. Plain data; arithmetic saturates,
+/// [`MemoryLayout::contains`](super::MemoryLayout::contains) judges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Extent {
