@@ -19,8 +19,8 @@ use super::manifest::canonical;
 use super::memory_check::CheckedReader;
 use super::partial::{PartialFile, sweep_own};
 use super::{
-    Chain, Container, Content, Digest, Error, Extent, ImageSpec, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result,
-    Section, SectionKind, SnapshotId, files, lru, write_container,
+    Chain, Container, Content, Digest, Error, Extent, HUGE_PAGE_SIZE, ImageSpec, LoadHuge, Location, PAGE_SIZE,
+    ResolvedRun, Result, Section, SectionKind, SnapshotId, files, lru, write_container,
 };
 
 /// Pages copied at once.
@@ -355,14 +355,12 @@ fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn Lo
     partial.publish_durably(path)?;
     bound_derived(chain, path)?;
     files::evict(&file, path)?;
-    let huge = spec.file_len() / HUGE * HUGE;
+    let huge = spec.file_len() / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
     if huge > 0 {
         cache.load_huge(&file, 0, huge).map_err(Error::io("read back", path))?;
     }
     Ok(())
 }
-
-const HUGE: u64 = 2 << 20;
 
 fn write(chain: &Chain, spec: &ImageSpec, partial: &PartialFile) -> Result<()> {
     let runs = chain.resolve()?;

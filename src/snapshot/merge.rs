@@ -4,7 +4,7 @@ use super::memory_check::Progress;
 use super::writer::uses_file;
 use super::{
     Chain, Content, Digest, Error, Extent, Gfn, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result, SealInput, Sealed,
-    SnapshotKind, SnapshotWriter,
+    SnapshotKind, SnapshotWriter, is_zero,
 };
 
 /// Pages read at once.
@@ -121,9 +121,4 @@ pub(super) fn nonzero_runs(first: Gfn, bytes: &[u8]) -> Vec<Extent> {
         }
     }
     runs
-}
-
-/// Compares by pieces, which the compiler turns into vector code and which end early for most pages that are not zero.
-fn is_zero(page: &[u8]) -> bool {
-    page.chunks(256).all(|piece| piece.iter().fold(0, |bits, byte| bits | byte) == 0)
 }

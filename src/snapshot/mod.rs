@@ -65,6 +65,9 @@ pub use plan::{
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, UnknownPolicy, Verify};
-pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
+pub use types::{
+    Extent, Gfn, GuestRange, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE,
+    is_zero,
+};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};

@@ -9,11 +9,24 @@ use super::{Error, Result};
 /// Bytes in a page of guest memory, the unit of all counts of guest memory.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// Bytes in a huge page (2 MiB): the memory that one entry of a page directory maps, if it is aligned.
+pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
+
+/// Pages in a huge page.
+pub const HUGE_PAGE_PAGES: u64 = HUGE_PAGE_SIZE / PAGE_SIZE;
+
 /// Guest memory ends here (bytes, 16 TiB), so that a guest frame number always fits 32 bits.
 pub const MAX_GUEST_ADDRESS: u64 = 1 << 44;
 
 /// The most ranges a layout may have.
 pub const MAX_RANGES: usize = 16;
+
+/// True if every byte of `page` is zero. Compares by pieces, which the compiler turns into vector code, and ends at the
+/// first piece that is not zero.
+pub fn is_zero(page: &[u8]) -> bool {
+    let (pieces, rest) = page.as_chunks::<256>();
+    pieces.iter().all(|piece| piece.iter().fold(0, |bits, byte| bits | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+}
 
 /// A guest frame number: guest-physical address divided by [`PAGE_SIZE`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
@@ -254,6 +267,18 @@ mod tests {
 
     fn two_ranges() -> MemoryLayout {
         MemoryLayout::from_gpa_ranges(&[(0, 2 * MIB), (4 << 30, MIB)]).unwrap()
+    }
+
+    #[test]
+    fn is_zero_sees_every_byte() {
+        let mut page = vec![0; PAGE_SIZE as usize];
+        assert!(is_zero(&page));
+        for at in [0, 63, 64, 255, 256, 2047, 4095] {
+            page[at] = 1;
+            assert!(!is_zero(&page), "{at}");
+            page[at] = 0;
+        }
+        assert!(!is_zero(&[vec![0; 300], vec![1]].concat()), "the piece at the end");
     }
 
     #[test]
