@@ -18,8 +18,8 @@ use super::checked_reader::CheckedReader;
 use super::container::container_len_of;
 use super::partial::{PartialFile, sweep_own};
 use super::{
-    Chain, Container, Content, Digest, Error, Extent, ImageSpec, LoadHuge, PAGE_SIZE, ResolvedRun, Result, Section,
-    SectionKind, SnapshotId, files, lru, write_container,
+    Chain, Container, Content, Digest, Error, Extent, HUGE_PAGE_SIZE, ImageSpec, LoadHuge, PAGE_SIZE, ResolvedRun,
+    Result, Section, SectionKind, SnapshotId, files, lru, write_container,
 };
 
 /// Pages copied at once.
@@ -342,14 +342,12 @@ fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn Lo
     partial.publish_durably(path)?;
     bound_derived(chain, path)?;
     files::evict(&file, path)?;
-    let huge = spec.file_len() / HUGE * HUGE;
+    let huge = spec.file_len() / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
     if huge > 0 {
         cache.load_huge(&file, 0, huge).map_err(Error::io("read back", path))?;
     }
     Ok(())
 }
-
-const HUGE: u64 = 2 << 20;
 
 fn write(chain: &Chain, spec: &ImageSpec, partial: &PartialFile) -> Result<()> {
     let runs = chain.resolve()?;

@@ -8,10 +8,7 @@ use std::path::Path;
 
 use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap};
 use super::zero_pages::nonzero_runs;
-use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result, files};
-
-/// 2 MiB in pages: the size of a huge folio.
-const HUGE_PAGES: u64 = 512;
+use super::{Error, Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MemoryLayout, PAGE_SIZE, PageSet, Result, files};
 
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
 pub(crate) const READ_PAGES: u64 = 128;
@@ -159,10 +156,10 @@ impl MemoryFile<'_> {
     /// The 2 MiB blocks of which at least a quarter is held, joined: worth a huge folio each.
     pub(crate) fn dense_blocks(&self, map: &PageMap) -> Vec<Extent> {
         let mut dense: Vec<Extent> = Vec::new();
-        for block in self.layout.extents().flat_map(|range| range.chunks(HUGE_PAGES)) {
-            let whole = block.pages == HUGE_PAGES && block.first.0.is_multiple_of(HUGE_PAGES);
-            let aligned = self.layout.file_offset(block.first).is_some_and(|at| at % (HUGE_PAGES * PAGE_SIZE) == 0);
-            if !whole || !aligned || map.held().len_in(block) < HUGE_PAGES / 4 {
+        for block in self.layout.extents().flat_map(|range| range.chunks(HUGE_PAGE_PAGES)) {
+            let whole = block.pages == HUGE_PAGE_PAGES && block.first.0.is_multiple_of(HUGE_PAGE_PAGES);
+            let aligned = self.layout.file_offset(block.first).is_some_and(|at| at % HUGE_PAGE_SIZE == 0);
+            if !whole || !aligned || map.held().len_in(block) < HUGE_PAGE_PAGES / 4 {
                 continue;
             }
             match dense.last_mut() {

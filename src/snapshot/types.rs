@@ -7,6 +7,12 @@ use serde::{Deserialize, Serialize};
 /// Bytes in a page of guest memory, the unit of all counts of guest memory.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// Bytes in a huge page (2 MiB): the memory that one entry of a page directory maps, if it is aligned.
+pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
+
+/// Pages in a huge page.
+pub const HUGE_PAGE_PAGES: u64 = HUGE_PAGE_SIZE / PAGE_SIZE;
+
 /// A guest frame number: guest-physical address divided by [`PAGE_SIZE`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -17,7 +17,26 @@ pub(super) fn nonzero_runs(first: Gfn, bytes: &[u8]) -> Vec<Extent> {
     runs
 }
 
-/// Compares by pieces, which the compiler turns into vector code and which end early for most pages that are not zero.
-fn is_zero(page: &[u8]) -> bool {
-    page.chunks(256).all(|piece| piece.iter().fold(0, |bits, byte| bits | byte) == 0)
+/// True if every byte of `page` is zero. Compares by pieces, which the compiler turns into vector code, and ends at the
+/// first piece that is not zero.
+pub fn is_zero(page: &[u8]) -> bool {
+    let (pieces, rest) = page.as_chunks::<256>();
+    pieces.iter().all(|piece| piece.iter().fold(0, |bits, byte| bits | byte) == 0) && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_zero_sees_every_byte() {
+        let mut page = vec![0; PAGE_SIZE as usize];
+        assert!(is_zero(&page));
+        for at in [0, 63, 64, 255, 256, 2047, 4095] {
+            page[at] = 1;
+            assert!(!is_zero(&page), "{at}");
+            page[at] = 0;
+        }
+        assert!(!is_zero(&[vec![0; 300], vec![1]].concat()), "the piece at the end");
+    }
 }
