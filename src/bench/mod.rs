@@ -31,7 +31,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
-use crate::snapshot::{LoadHuge, Location, PAGE_SIZE, derived_dir};
+use crate::snapshot::{HUGE_PAGE_SIZE, LoadHuge, Location, PAGE_SIZE, derived_dir};
 use crate::sys::clock;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::page_cache::{PageCache, resident_pages};
@@ -217,10 +217,9 @@ fn prepare(snapshot: &Path, cache: Cache) -> Result<(), BoxError> {
 
 /// Reads the memory file in folios of 2 MiB, if it has that much data in one place, as sealing leaves it.
 fn load(snapshot: &Path) -> std::io::Result<()> {
-    const HUGE: u64 = 2 << 20;
     let file = File::open(snapshot.join("memory"))?;
     for (start, end) in data(&file)? {
-        let (start, end) = (start.next_multiple_of(HUGE), end / HUGE * HUGE);
+        let (start, end) = (start.next_multiple_of(HUGE_PAGE_SIZE), end / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE);
         if start < end {
             PageCache.load_huge(&file, start, end - start)?;
         }

@@ -14,7 +14,7 @@ use restores::{Engine, Trial};
 use super::guest;
 use super::guest::Guest;
 use crate::bench::host_costs;
-use crate::snapshot::{Extent, Gfn};
+use crate::snapshot::{Extent, Gfn, HUGE_PAGE_PAGES};
 use crate::sys::api_client::Client;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::costs::Costs;
@@ -88,7 +88,6 @@ fn table(costs: &Costs) -> Table {
 
 /// Pages the guest fills: 32 MiB, whole blocks.
 const PAGES: u64 = 8192;
-const BLOCK_PAGES: u64 = 512;
 /// The pages' place: the guest hands out memory from 4 MiB on (`resources/guest/README.md`).
 const FILLED: Extent = Extent { first: Gfn(1024), pages: PAGES };
 const UFFD_PAGES: u64 = 256;
@@ -105,9 +104,9 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
         std::fs::copy(sealed.join(name), copy.join(name))?;
     }
     let trial = |snapshot, policy, function: &str| Trial::by_policy(&exe, snapshot, policy, function.to_string(), dir);
-    let blocks = PAGES / BLOCK_PAGES;
+    let blocks = PAGES / HUGE_PAGE_PAGES;
     let all = format!("touch pages={PAGES}");
-    let each_block = format!("touch pages={blocks} stride={BLOCK_PAGES}");
+    let each_block = format!("touch pages={blocks} stride={HUGE_PAGE_PAGES}");
     // The time of one touched page is part of every function: its other accesses fault too.
     let mut one = trial(&sealed, "firecracker", "touch pages=1");
     let mut one_lazy = trial(&sealed, "firecracker-uffd", "touch pages=1");

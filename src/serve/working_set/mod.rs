@@ -178,9 +178,8 @@ pub(super) fn load_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
 }
 
 fn load_huge_blocks(file: &File, start: u64, end: u64) -> io::Result<()> {
-    use crate::snapshot::LoadHuge;
-    const HUGE: u64 = 2 << 20;
-    let (start, end) = (start.next_multiple_of(HUGE), end / HUGE * HUGE);
+    use crate::snapshot::{HUGE_PAGE_SIZE, LoadHuge};
+    let (start, end) = (start.next_multiple_of(HUGE_PAGE_SIZE), end / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE);
     if start < end { PageCache.load_huge(file, start, end - start) } else { Ok(()) }
 }
 
