@@ -97,6 +97,8 @@ pub struct Releaser {
     ranges: Vec<(GuestRange, Arc<Reservation>)>,
     /// Pages under a private mapping of a file.
     file_mapped: PageSet,
+    /// The same before the first release.
+    file_mapped_first: PageSet,
     /// The machine has no userfaultfd: anonymous pages between file pages may be mapped over with them.
     may_join: bool,
     remaps_left: usize,
@@ -117,7 +119,18 @@ impl Releaser {
     ) -> Self {
         let (remaps_left, mappings_max) = (REMAPS_FIRST, MAPPINGS_MAX);
         let in_place = None;
-        Releaser { ranges, file_mapped, may_join, remaps_left, mappings_max, released, activity, in_place }
+        let file_mapped_first = file_mapped.clone();
+        Releaser {
+            ranges,
+            file_mapped,
+            file_mapped_first,
+            may_join,
+            remaps_left,
+            mappings_max,
+            released,
+            activity,
+            in_place,
+        }
     }
 
     /// Adds the record of the pages in place, which promotion keeps.
@@ -181,6 +194,10 @@ impl Releaser {
 }
 
 impl ReleasePages for Releaser {
+    fn rewind(&mut self) {
+        self.file_mapped = self.file_mapped_first.clone();
+    }
+
     fn release(&mut self, extent: Extent) -> Outcome {
         let mut outcome = Outcome { outside: extent.pages, ..Outcome::default() };
         let released = self.released.clone();

@@ -103,4 +103,7 @@ pub struct Outcome {
 pub trait ReleasePages: Send {
     /// Must give back the RAM of `pages`, which may be any pages; leaves others alone and counts them.
     fn release(&mut self, pages: Extent) -> Outcome;
+
+    /// Called before guest memory is taken back to the snapshot: each page will have its first backing again.
+    fn rewind(&mut self);
 }

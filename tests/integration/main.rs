@@ -1,6 +1,7 @@
 //! Integration tests: each drives the real binary on the real /dev/kvm. One folder per capability.
 
 mod devices;
+mod lifecycle;
 mod linux_guests;
 mod machine;
 mod pools;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::devices::virtio::{MmioDevice, TransportState};
+use crate::devices::virtio::{MmioDevice, TransportState, id};
 use crate::vmm::error::Error;
 use crate::vmm::restore::StateError;
 
@@ -22,9 +22,12 @@ impl SavedDevice {
         Ok(SavedDevice { device_type: device.device_type(), transport, device: state })
     }
 
-    /// Returns whether this is the state `saved`, but for an interrupt that announces the restore.
+    /// Returns whether this is the state `saved`, but for an interrupt that announces the restore, and for paths and
+    /// addresses of the host, which a restore may have replaced.
     pub fn is_as(&self, saved: &SavedDevice) -> bool {
-        self.device_type == saved.device_type && self.transport.is_as(&saved.transport) && self.device == saved.device
+        let has_paths = matches!(self.device_type, id::BLOCK | id::NET | id::PMEM | id::VSOCK);
+        let is_same_device = has_paths || self.device == saved.device;
+        self.device_type == saved.device_type && self.transport.is_as(&saved.transport) && is_same_device
     }
 
     /// Decodes the device's own state; bytes left over are an error.

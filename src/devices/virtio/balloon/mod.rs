@@ -387,6 +387,7 @@ impl VirtioDevice for Balloon {
         self.actual_pages = actual_pages;
         self.statistics.rewind(statistics);
         self.hinting = Hinting::new(hinting);
+        self.release.rewind();
         Ok(())
     }
 

@@ -24,6 +24,8 @@ const CONFIG: u64 = 0x100;
 struct Recorded(Arc<Mutex<Vec<Extent>>>);
 
 impl ReleasePages for Recorded {
+    fn rewind(&mut self) {}
+
     fn release(&mut self, pages: Extent) -> Outcome {
         self.0.lock().unwrap().push(pages);
         let ram = Extent { first: Gfn(0), pages: RAM as u64 / PAGE_SIZE };

@@ -1,0 +1,3 @@
+//! The life of a VM after its restore.
+
+mod rewind;

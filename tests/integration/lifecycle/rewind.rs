@@ -1,0 +1,361 @@
+//! Rewind: a restored VM goes back to its snapshot in place, and nothing of the former run is left.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::devices::vsock::{ask, connect};
+use crate::support::artefact::content;
+use crate::support::pool::{Pool, filled};
+use crate::support::service::wait_until;
+use crate::support::{Random, Vm, config, rounds, run, run_err, scratch, text};
+
+/// Goes back, and lets the VM compare all of itself with the snapshot.
+fn rewind(vm: &Vm) -> Value {
+    vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": true })))
+}
+
+fn refused(vm: &Vm) -> String {
+    vm.api_fault("PUT", "/tvmm/rewind", Some(json!({})))
+}
+
+/// Restores of `snapshot` by each way to place memory.
+fn restores(snapshot: &Path) -> Vec<(String, Vm)> {
+    let ways: [&[&str]; 8] = [
+        &["--policy", "firecracker"],
+        &["--policy", "eager"],
+        &["--policy", "firecracker-uffd"],
+        &["--policy", "catalyzer"],
+        &["--policy", "trenv"],
+        &["--policy", "trenv", "--in-place-mapping", "shared"],
+        &["--policy", "firecracker", "--track-dirty-pages"],
+        &["--policy", "firecracker", "--dram", "1"],
+    ];
+    let restore = |way: &[&str]| (way.join(" "), Vm::restore_with(snapshot, way[1], &way[2..]));
+    ways.into_iter().map(restore).collect()
+}
+
+#[test]
+fn a_rewound_guest_is_the_snapshot_again_whatever_placed_its_memory() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 2000, 1);
+    for (way, mut vm) in restores(&snapshot) {
+        vm.wait_for_socket();
+        for round in 0..3 {
+            assert_eq!(vm.call("check").digest, digest, "{way}, round {round}");
+            vm.call(&format!("touch pages=700 write=100 seed={round}"));
+            vm.call(&format!("fill pages=1500 seed={}", round + 7));
+            assert_ne!(vm.call("check").digest, digest, "the guest has changed its memory");
+            let rewound = rewind(&vm);
+            let back = ["pages_copied", "pages_cleared", "pages_dropped"].map(|key| rewound[key].as_u64().unwrap());
+            assert!(back.iter().sum::<u64>() >= 2200, "{way}: {rewound}");
+            assert_eq!(vm.state(), "Running");
+        }
+        let report = vm.api_ok("GET", "/tvmm/report", None);
+        assert_eq!(report["restore"]["rewinds"], 3);
+    }
+}
+
+#[test]
+fn pages_beyond_the_budget_are_dropped_and_the_others_stay_local() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    filled(&snapshot, 100, 1);
+    let dropped_with = |more: &[&str]| {
+        let mut vm = Vm::restore_with(&snapshot, "catalyzer", more);
+        vm.call("fill pages=3000 seed=5");
+        rewind(&vm)["pages_dropped"].as_u64().unwrap()
+    };
+    assert_eq!(dropped_with(&[]), 0);
+    assert!(dropped_with(&["--dram", "4"]) >= 2500);
+}
+
+#[test]
+fn a_paused_vm_stays_paused_and_a_vm_on_several_cpus_goes_back() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let mut vm = Vm::boot(&config(2, 128));
+    vm.call("fill pages=500 seed=2 cpu=1");
+    let digest = vm.call("check").digest;
+    vm.snapshot(&snapshot, &[]);
+    drop(vm);
+    let mut vm = Vm::restore(&snapshot, "firecracker");
+    vm.call("spin ms=20 cpus=all");
+    vm.call("fill pages=900 seed=3 cpu=1");
+    vm.pause();
+    rewind(&vm);
+    assert_eq!(vm.state(), "Paused");
+    vm.resume();
+    assert_eq!(vm.call("check cpu=1").digest, digest);
+    // In the middle of work on both CPUs.
+    for _ in 0..5 {
+        vm.begin("spin ms=60000 cpus=all");
+        rewind(&vm);
+        assert_eq!(vm.call("check").digest, digest);
+    }
+}
+
+/// The bytes that a former guest could have left.
+const CANARY: &[u8] = b"CANARY-7f3e9a51c2d8";
+
+/// Whether a file has the canary.
+fn has_canary(path: &Path) -> bool {
+    let bytes = std::fs::read(path).unwrap();
+    bytes.windows(CANARY.len()).any(|window| window == CANARY)
+}
+
+#[test]
+fn a_canary_in_lines_metadata_and_memory_is_nowhere_afterwards() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    filled(&snapshot, 300, 1);
+    let mut vm = Vm::restore(&snapshot, "firecracker");
+    // Without its end, the line stays in the buffers of guest and serial port.
+    vm.send(CANARY);
+    let planted = dir.path().join("planted");
+    // The guest takes the bytes in its own time.
+    loop {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        vm.snapshot(&planted, &[]);
+        if has_canary(&planted.join("memory")) {
+            break;
+        }
+        std::fs::remove_dir_all(&planted).unwrap();
+    }
+    rewind(&vm);
+    let after = dir.path().join("after");
+    vm.snapshot(&after, &[]);
+    for entry in std::fs::read_dir(&after).unwrap() {
+        let path = entry.unwrap().path();
+        assert!(!has_canary(&path), "{}", path.display());
+    }
+    vm.call("hello");
+}
+
+#[test]
+fn memory_given_to_the_balloon_comes_back() {
+    let dir = scratch();
+    let mut config = config(1, 128);
+    config["balloon"] = json!({ "amount_mib": 0, "deflate_on_oom": false, "stats_polling_interval_s": 1,
+        "free_page_hinting": true, "free_page_reporting": true });
+    let mut vm = Vm::boot(&config);
+    vm.call("fill pages=3000 seed=3");
+    let digest = vm.call("check").digest;
+    vm.call("balloon op=status");
+    let snapshot = dir.path().join("snapshot");
+    vm.snapshot(&snapshot, &[]);
+    drop(vm);
+    for (way, mut vm) in restores(&snapshot) {
+        for op in ["report", "inflate"] {
+            vm.call(&format!("balloon op={op} filled=1"));
+            assert_ne!(vm.call("check").digest, digest, "{way}: the pages are zero");
+            let rewound = rewind(&vm);
+            assert!(rewound["pages_returned"].as_u64().unwrap() >= 3000, "{way}, {op}: {rewound}");
+            assert_eq!(vm.call("check").digest, digest, "{way}, {op}");
+        }
+        assert_eq!(vm.call("balloon op=status").number("held"), 0, "{way}");
+    }
+}
+
+#[test]
+fn connections_of_the_former_guest_are_closed_and_new_ones_work() {
+    let dir = scratch();
+    let path = dir.path().join("v");
+    let mut config = config(1, 128);
+    config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
+    let mut vm = Vm::boot(&config);
+    vm.begin("vsock_serve port=52 lines=1");
+    assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
+    let snapshot = dir.path().join("snapshot");
+    vm.snapshot(&snapshot, &[]);
+    drop(vm);
+    std::fs::remove_file(&path).unwrap();
+    let vm = Vm::restore(&snapshot, "firecracker");
+    for _ in 0..5 {
+        let mut stream = connect(&path, 52);
+        assert!(ask(&stream, "run a fill pages=50 seed=1").starts_with("ok a "));
+        stream.write_all(CANARY).unwrap();
+        rewind(&vm);
+        let mut rest = Vec::new();
+        // The end, or a reset: either way there is no guest behind it any more.
+        let _ = stream.read_to_end(&mut rest);
+        assert_eq!(rest, b"", "nothing of the former guest comes any more");
+        let stream: UnixStream = connect(&path, 52);
+        assert!(ask(&stream, "run b hello").starts_with("ok b "));
+    }
+}
+
+fn with_drive(image: &Path, read_only: bool) -> Value {
+    let mut config = config(1, 128);
+    config["drives"] = json!([{ "drive_id": "disk", "path_on_host": image, "is_root_device": false,
+        "is_read_only": read_only }]);
+    config
+}
+
+fn image(dir: &Path) -> PathBuf {
+    let path = dir.join("image");
+    std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+    path
+}
+
+#[test]
+fn own_copies_of_drives_go_back_and_shared_drives_are_refused() {
+    let dir = scratch();
+    let image = image(dir.path());
+    let mut vm = Vm::boot(&with_drive(&image, false));
+    vm.call("blk op=write sectors=64 seed=1 chunk=64");
+    let copied = dir.path().join("copied");
+    vm.snapshot(&copied, &["--copy-drives"]);
+    let shared = dir.path().join("shared");
+    vm.snapshot(&shared, &[]);
+    drop(vm);
+    let drives = dir.path().join("drives");
+    std::fs::create_dir(&drives).unwrap();
+    let mut vm = Vm::restore_with(&copied, "firecracker", &["--drive-dir", text(&drives)]);
+    for seed in [2, 3] {
+        assert_eq!(vm.call("blk op=check sectors=64 seed=1 chunk=64").number("bad"), 0);
+        vm.call(&format!("blk op=write sectors=64 seed={seed} chunk=64"));
+        rewind(&vm);
+    }
+    assert_eq!(vm.call("blk op=check sectors=64 seed=1 chunk=64").number("bad"), 0);
+    // In the middle of requests.
+    vm.begin("blk op=write sectors=1024 seed=9 chunk=64");
+    rewind(&vm);
+    assert_eq!(vm.call("blk op=check sectors=64 seed=1 chunk=64").number("bad"), 0);
+    drop(vm);
+    let vm = Vm::restore(&shared, "firecracker");
+    let refusal = refused(&vm);
+    assert!(refusal.starts_with("Cannot rewind the VM: the guest can write drive disk"), "{refusal}");
+    assert_eq!(vm.state(), "Running", "a refused rewind changes nothing");
+}
+
+#[test]
+fn a_drive_that_the_guest_only_reads_needs_no_copy() {
+    let dir = scratch();
+    let image = image(dir.path());
+    let mut vm = Vm::boot(&with_drive(&image, true));
+    vm.call("blk op=info");
+    let snapshot = dir.path().join("snapshot");
+    vm.snapshot(&snapshot, &[]);
+    drop(vm);
+    let mut vm = Vm::restore(&snapshot, "firecracker");
+    let read = vm.call("blk op=read sectors=64 chunk=64").digest;
+    rewind(&vm);
+    assert_eq!(vm.call("blk op=read sectors=64 chunk=64").digest, read);
+}
+
+#[test]
+fn a_vm_without_a_snapshot_to_go_back_to_says_so() {
+    let vm = Vm::boot(&config(1, 64));
+    vm.wait_for_socket();
+    assert!(refused(&vm).starts_with("Cannot rewind a VM that was booted"), "{}", refused(&vm));
+    let stderr = run_err(&["rewind", "--api-sock", text(vm.socket())]);
+    assert!(stderr.contains("Cannot rewind a VM that was booted"), "{stderr}");
+    let vm = Vm::wait_for_api();
+    vm.wait_for_socket();
+    assert!(refused(&vm).contains("not supported before starting the microVM"), "{}", refused(&vm));
+    let fault = vm.api_fault("PUT", "/tvmm/rewind", Some(json!({ "verfy": true })));
+    assert!(fault.contains("verfy"), "{fault}");
+}
+
+#[test]
+fn the_command_prints_times_and_counts() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    filled(&snapshot, 10, 1);
+    let vm = Vm::restore(&snapshot, "firecracker");
+    vm.wait_for_socket();
+    let output = run(&["rewind", "--api-sock", text(vm.socket()), "--verify"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.starts_with("rewound in ") && stderr.contains("the VM equals its snapshot"), "{stderr}");
+}
+
+#[test]
+fn a_snapshot_that_is_removed_can_still_be_gone_back_to() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 500, 1);
+    let mut vm = Vm::restore(&snapshot, "firecracker");
+    vm.call("touch pages=100 write=100");
+    std::fs::remove_dir_all(&snapshot).unwrap();
+    rewind(&vm);
+    assert_eq!(vm.call("check").digest, digest, "the VM holds the files open");
+}
+
+#[test]
+fn a_pool_serves_the_way_back() {
+    let dir = scratch();
+    let pool = Pool::create("1");
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 2000, 1);
+    pool.add(&snapshot);
+    for (policy, more) in [("trenv", &[][..]), ("trenv", &["--in-place-mapping", "shared"][..]), ("eager", &[][..])] {
+        let mut vm = pool.restore(&snapshot, policy, more);
+        for seed in [1, 2] {
+            vm.call(&format!("touch pages=1000 write=100 seed={seed}"));
+            rewind(&vm);
+            assert_eq!(vm.call("check").digest, digest, "{policy} {more:?}");
+        }
+    }
+}
+
+#[test]
+fn snapshots_of_a_rewound_vm_are_sound() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 1000, 1);
+    let mut vm = Vm::restore_with(&snapshot, "firecracker", &["--track-dirty-pages"]);
+    vm.call("fill pages=500 seed=4");
+    let between = dir.path().join("between");
+    vm.snapshot(&between, &["--diff"]);
+    vm.call("touch pages=300 write=100");
+    rewind(&vm);
+    let diff = dir.path().join("diff");
+    vm.snapshot(&diff, &["--diff"]);
+    let full = dir.path().join("full");
+    vm.snapshot(&full, &[]);
+    let mut vm = Vm::restore(&diff, "firecracker");
+    assert_eq!(vm.call("check").digest, digest, "the diff is one against the snapshot gone back to");
+    let mut vm = Vm::restore(&full, "eager");
+    assert_eq!(vm.call("check").digest, digest);
+    assert!(!content(&between).is_empty());
+}
+
+fn count(of: &str, vm: &Vm) -> usize {
+    std::fs::read_dir(format!("/proc/{}/{of}", vm.pid())).unwrap().count()
+}
+
+#[test]
+fn many_rewinds_of_random_programs_leave_no_descriptor_thread_or_memory_behind() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 1000, 1);
+    for (policy, more) in [("firecracker", &[][..]), ("firecracker-uffd", &[][..]), ("trenv", &[][..])] {
+        let mut vm = Vm::restore_with(&snapshot, policy, more);
+        let mut random = Random(41);
+        let mut step = |vm: &mut Vm| {
+            match random.below(4) {
+                0 => drop(vm.call(&format!("touch pages={} write=100", 1 + random.below(900)))),
+                1 => drop(vm.call(&format!("fill pages={} seed={}", 1 + random.below(400), random.below(99)))),
+                2 => drop(vm.begin("spin ms=60000")),
+                _ => {}
+            }
+            // The comparison takes most of the time.
+            let verify = random.below(8) == 0;
+            vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": verify })));
+        };
+        (0..20).for_each(|_| step(&mut vm));
+        let before = [count("fd", &vm), count("task", &vm)];
+        (0..rounds(150)).for_each(|_| step(&mut vm));
+        assert_eq!(vm.call("check").digest, digest, "{policy}");
+        // The connection of the last request may still be closing.
+        wait_until("descriptors and threads to be as before", || {
+            let now = [count("fd", &vm), count("task", &vm)];
+            now[0] <= before[0] && now[1] <= before[1]
+        });
+    }
+}
