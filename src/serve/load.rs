@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use super::allowed::is_node;
 use super::fault::Fault;
+use crate::config::InvalidRestore;
 use crate::config::NetworkOverrideBody;
-use crate::config::restore::{InvalidRestore, NamedFile, RestoreOptions};
+use crate::config::restore::{NamedFile, RestoreOptions};
 use crate::snapshot::ColdSpec;
 
 /// The options that the daemon decides: clients cannot give them in `tvmm`.

@@ -14,13 +14,12 @@ use std::sync::OnceLock;
 
 use rustix::fs::Advice;
 
+use super::checked_reader::CheckedReader;
 use super::container::container_len_of;
-use super::manifest::canonical;
-use super::memory_check::CheckedReader;
 use super::partial::{PartialFile, sweep_own};
 use super::{
-    Chain, Container, Content, Digest, Error, Extent, HUGE_PAGE_SIZE, ImageSpec, LoadHuge, Location, PAGE_SIZE,
-    ResolvedRun, Result, Section, SectionKind, SnapshotId, files, lru, write_container,
+    Chain, Container, Digest, Error, Extent, HUGE_PAGE_SIZE, ImageSpec, LoadHuge, PAGE_SIZE, ResolvedRun, Result,
+    Section, SectionKind, SnapshotId, files, lru, write_container,
 };
 
 /// Pages copied at once.
@@ -32,18 +31,6 @@ const MAGIC: &[u8; 8] = b"TVMMIMG2";
 const TAIL_LEN: usize = 16;
 /// The payload of the section that identifies an image: a snapshot, a digest, a number of pages.
 const HEAD_LEN: usize = 32 + 32 + 8;
-
-/// The folder that caches files derived from the snapshot at `location`.
-pub fn derived_dir(location: &Location) -> PathBuf {
-    match location {
-        Location::Dir(dir) => dir.join("plan"),
-        Location::Files { snapshot, .. } => {
-            let mut name = canonical(snapshot).into_os_string();
-            name.push(".plan");
-            PathBuf::from(name)
-        }
-    }
-}
 
 /// The way an image came to be open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -385,9 +372,12 @@ fn write(chain: &Chain, spec: &ImageSpec, partial: &PartialFile) -> Result<()> {
 }
 
 fn read(layers: &mut [CheckedReader], run: &ResolvedRun, piece: Extent, bytes: &mut [u8]) -> Result<()> {
-    match run.content {
-        Content::Zero => bytes.fill(0),
-        Content::Layer(source) => layers[source.layer].read(piece, bytes)?,
+    match run.content.layer() {
+        Some(layer) => layers[layer].read(piece, bytes),
+        // A page of a chain that no layer has is zero.
+        None => {
+            bytes.fill(0);
+            Ok(())
+        }
     }
-    Ok(())
 }

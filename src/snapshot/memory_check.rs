@@ -6,11 +6,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::merge::nonzero_runs;
-use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
-use super::{
-    Error, Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MemoryLayout, PAGE_SIZE, PageSet, Result, Snapshot, files,
-};
+use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap};
+use super::zero_pages::nonzero_runs;
+use super::{Error, Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MemoryLayout, PAGE_SIZE, PageSet, Result, files};
 
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
 pub(crate) const READ_PAGES: u64 = 128;
@@ -251,7 +249,7 @@ impl MemoryFile<'_> {
 
     /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many
     /// they are, and the checksum of what is there.
-    fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
+    pub(super) fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
         self.load_chunk_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
     }
 
@@ -277,48 +275,8 @@ impl MemoryFile<'_> {
     }
 }
 
-/// Reads held pages of a layer. Each chunk is compared with its checksum before any of it is handed out.
-pub(crate) struct CheckedReader<'a> {
-    layer: &'a Snapshot,
-    map: &'a PageMap,
-    buffer: Vec<u8>,
-    /// The chunk that `buffer` has.
-    loaded: Option<u64>,
-}
-
-impl<'a> CheckedReader<'a> {
-    pub(crate) fn new(layer: &'a Snapshot) -> Result<Self> {
-        let buffer = vec![0; (CHUNK_PAGES * PAGE_SIZE) as usize];
-        Ok(CheckedReader { layer, map: layer.page_map()?, buffer, loaded: None })
-    }
-
-    /// Fills `bytes` with the pages of `extent`, which the layer holds.
-    ///
-    /// # Errors
-    /// [`Error::BadMemory`] for a chunk that differs from the written one.
-    pub(crate) fn read(&mut self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
-        let mut rest = bytes;
-        for part in extent.chunks(CHUNK_PAGES) {
-            let chunk = chunk_of(part.first);
-            if self.loaded != Some(chunk) {
-                self.loaded = None;
-                let (_, computed) = self.layer.memory_file().load_chunk(self.map, chunk, &mut self.buffer)?;
-                if self.map.checksum(chunk) != Some(computed) {
-                    let (object, first) = (self.layer.object().to_string(), held_span(self.map, chunk));
-                    return Err(Error::BadMemory { object, bad: 1, first });
-                }
-                self.loaded = Some(chunk);
-            }
-            let (to, behind) = rest.split_at_mut(part.bytes() as usize);
-            to.copy_from_slice(&self.buffer[place_in(chunk, part)]);
-            rest = behind;
-        }
-        Ok(())
-    }
-}
-
 /// The place of a chunk's pages in a buffer with room for a chunk.
-fn place_in(chunk: u64, part: Extent) -> Range<usize> {
+pub(super) fn place_in(chunk: u64, part: Extent) -> Range<usize> {
     let at = (part.first.0 - chunk * CHUNK_PAGES) * PAGE_SIZE;
     at as usize..(at + part.bytes()) as usize
 }
@@ -332,7 +290,7 @@ fn chunk_extent(chunk: u64) -> Extent {
 }
 
 /// From the first held page of a chunk to the last.
-fn held_span(map: &PageMap, chunk: u64) -> Extent {
+pub(super) fn held_span(map: &PageMap, chunk: u64) -> Extent {
     let mut runs = map.chunk_runs(chunk);
     let Some(first) = runs.next() else { return chunk_extent(chunk) };
     let end = runs.last().unwrap_or(first).end();

@@ -2,9 +2,10 @@
 
 use super::memory_check::Progress;
 use super::writer::uses_file;
+use super::zero_pages::nonzero_runs;
 use super::{
-    Chain, Content, Digest, Error, Extent, Gfn, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result, SealInput, Sealed,
-    SnapshotKind, SnapshotWriter, is_zero,
+    Chain, Content, Digest, Error, Gfn, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result, SealInput, Sealed,
+    SnapshotKind, SnapshotWriter,
 };
 
 /// Pages read at once.
@@ -93,8 +94,7 @@ fn for_each_nonzero(
 ) -> Result<()> {
     let mut buffer = vec![0; (READ_PAGES * PAGE_SIZE) as usize];
     for run in runs {
-        let Content::Layer(source) = run.content else { continue };
-        let Some(layer) = chain.layers().get(source.layer) else { continue };
+        let Some(layer) = chain.layer_of(run.content) else { continue };
         for part in run.extent.chunks(READ_PAGES) {
             let bytes = &mut buffer[..part.bytes() as usize];
             layer.memory_file().read(part.first, bytes)?;
@@ -106,19 +106,4 @@ fn for_each_nonzero(
         }
     }
     Ok(())
-}
-
-/// The runs of pages that have a byte other than zero.
-pub(super) fn nonzero_runs(first: Gfn, bytes: &[u8]) -> Vec<Extent> {
-    let mut runs: Vec<Extent> = Vec::new();
-    for (page, gfn) in bytes.chunks(PAGE_SIZE as usize).zip(first.0..) {
-        if is_zero(page) {
-            continue;
-        }
-        match runs.last_mut() {
-            Some(run) if run.end().0 == gfn => run.pages += 1,
-            _ => runs.push(Extent { first: Gfn(gfn), pages: 1 }),
-        }
-    }
-    runs
 }

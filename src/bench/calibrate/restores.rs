@@ -11,8 +11,8 @@ use super::super::guest;
 use super::{BoxError, FILLED, PAGES, guest_us, refuse};
 use crate::bench::host_costs;
 use crate::snapshot::{
-    Chain, Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, ImageSpec, Location, PageSource, Placement, PlannedExtent,
-    ResolvedRun, RestorePlan,
+    Chain, Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, ImageSpec, Location, PageOrigin, PageSource, Placement,
+    PlannedExtent, ResolvedRun, RestorePlan,
 };
 use crate::sys::page_cache::PageCache;
 use crate::tiering::costs::Costs;
@@ -108,7 +108,7 @@ impl HandMade {
     }
 
     fn in_file(&self, extent: Extent) -> PageSource {
-        PageSource { layer: 0, offset: self.offset + (extent.gpa() - FILLED.gpa()) }
+        PageSource::layer(0, self.offset + (extent.gpa() - FILLED.gpa()))
     }
 
     /// A plan for filled pages in runs of `run`, one every `step`, each placed by `place`; all others are mapped from
@@ -118,7 +118,7 @@ impl HandMade {
         let mapped = |extent: Extent| PlannedExtent::from(extent, Placement::CowFile, self.in_file(extent));
         let between = |first: Gfn, end: Gfn| Extent { first, pages: end.0 - first.0 };
         for part in &self.resolved {
-            let Content::Layer(source) = part.content else {
+            let Content::Bytes(source) = part.content else {
                 plan.extents.push(PlannedExtent::zero(part.extent));
                 continue;
             };
@@ -152,10 +152,11 @@ impl HandMade {
         let place = |extent: Extent| {
             let index = ((extent.first.0 - FILLED.first.0) / step) ^ u64::from(swapped);
             let offset = index * run * crate::snapshot::PAGE_SIZE;
-            PlannedExtent::preload(extent, PageSource { layer: 1, offset }, fill)
+            PlannedExtent::preload(extent, PageSource::image(0, offset), fill)
         };
         let mut plan = self.plan(run, step, place);
-        let image = plan.extents.iter().filter(|item| item.source.is_some_and(|source| source.layer == 1));
+        let is_packed = |item: &&PlannedExtent| item.source.is_some_and(|source| source.origin == PageOrigin::Image(0));
+        let image = plan.extents.iter().filter(is_packed);
         let mut items: Vec<PlannedExtent> = image.copied().collect();
         items.sort_unstable_by_key(|item| item.source.map(|source| source.offset));
         plan.images = vec![ImageSpec { extents: items.iter().map(|item| item.extent).collect() }];

@@ -12,7 +12,7 @@ use crate::serve::Shared;
 use crate::serve::body::{Body, query};
 use crate::serve::daemon::blocking;
 use crate::serve::fault::{Fault, FaultBody, Reply};
-use crate::snapshot::{Content, Extent, PAGE_SIZE, PageSet};
+use crate::snapshot::{Content, Extent, PAGE_SIZE, PageOrigin, PageSet};
 use crate::sys::resident::CacheView;
 use crate::tiering::policy::Policy;
 use crate::tiering::profile::{MAX_LAYERS, Order, Profile, RecorderKind, nonzero};
@@ -199,9 +199,8 @@ pub(in crate::serve) async fn post_mincore(
 
 /// Pages that the last layer of a chain holds itself.
 fn held_by_tip(ground: &Ground) -> PageSet {
-    let tip = ground.chain.layers().len() - 1;
-    let held = |content| matches!(content, Content::Layer(source) if source.layer == tip);
-    ground.resolved.iter().filter(|run| held(run.content)).map(|run| run.extent).collect()
+    let tip = ground.chain.tip_index();
+    ground.resolved.iter().filter(|run| run.content.layer() == Some(tip)).map(|run| run.extent).collect()
 }
 
 /// Guest pages whose place in the memory files is in the page cache.
@@ -222,8 +221,8 @@ fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
         let insert = |first, pages| cached.insert_run(Extent { first: crate::snapshot::Gfn(first), pages });
         view.resident_runs(insert).map_err(failed)?;
         for run in &ground.resolved {
-            let Content::Layer(source) = run.content else { continue };
-            if source.layer != index {
+            let Content::Bytes(source) = run.content else { continue };
+            if source.origin != PageOrigin::Layer(index) {
                 continue;
             }
             // Maps pages of the file back to those of the guest.
@@ -328,8 +327,8 @@ fn read_layer(ground: &Ground, layer: &PageSet) -> crate::snapshot::Result<()> {
     use std::os::unix::fs::FileExt;
     let mut buffer = vec![0; 1 << 20];
     for run in &ground.resolved {
-        let Content::Layer(source) = run.content else { continue };
-        let snapshot = &ground.chain.layers()[source.layer];
+        let Content::Bytes(source) = run.content else { continue };
+        let Some(snapshot) = ground.chain.layer_of(run.content) else { continue };
         for part in layer.runs_in(run.extent) {
             let mut offset = source.offset + (part.first.0 - run.extent.first.0) * PAGE_SIZE;
             let end = offset + part.bytes();
