@@ -4,15 +4,16 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use axum::http::StatusCode;
 
-use super::Options;
-use super::daemon::{Daemon, blocking};
+use super::blocking::blocking;
 use super::error::ServeError;
 use super::fault::Fault;
-use super::functions::Function;
-use super::load::on_this_host;
+use super::function::Function;
+use super::load::{is_node, on_this_host};
+use super::options::Options;
 use super::store;
 use crate::config::restore::{FileUse, NamedFile, RestoreOptions};
 use crate::snapshot::ColdSpec;
@@ -112,11 +113,6 @@ impl Allowed {
     }
 }
 
-/// Returns whether a pool is a NUMA node's memory.
-pub(super) fn is_node(path: &Path) -> bool {
-    path.to_str().is_some_and(|text| text.starts_with("numa:"))
-}
-
 /// The path without symbolic links. A path that does not exist yet stays as it is.
 fn resolve(path: &Path) -> io::Result<PathBuf> {
     match fs::canonicalize(path) {
@@ -131,12 +127,12 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-impl Daemon {
-    async fn check_all(&self, named: Vec<Named>) -> Result<Vec<PathBuf>, Fault> {
+impl Allowed {
+    async fn check_all(self: &Arc<Self>, named: Vec<Named>) -> Result<Vec<PathBuf>, Fault> {
         if named.is_empty() {
             return Ok(Vec::new());
         }
-        let allowed = self.allowed.clone();
+        let allowed = self.clone();
         blocking(move || named.iter().map(|named| allowed.check(named)).collect()).await?
     }
 
@@ -144,7 +140,7 @@ impl Daemon {
     ///
     /// # Errors
     /// The function names a file that clients may not name.
-    pub(super) async fn confined_function(&self, mut function: Function) -> Result<Function, Fault> {
+    pub(super) async fn confined_function(self: &Arc<Self>, mut function: Function) -> Result<Function, Fault> {
         let mut files =
             vec![("image", &mut function.image), ("kernel", &mut function.kernel), ("initrd", &mut function.initrd)];
         files.retain(|(_, path)| path.is_some());
@@ -162,10 +158,10 @@ impl Daemon {
     ///
     /// # Errors
     /// The options name something that clients may not name.
-    pub(super) async fn confined(&self, mut options: RestoreOptions) -> Result<RestoreOptions, Fault> {
+    pub(super) async fn confined(self: &Arc<Self>, mut options: RestoreOptions) -> Result<RestoreOptions, Fault> {
         for spec in options.cold_pools.iter().flatten().filter(|spec| spec.dir().is_none()) {
             let text = spec.to_string();
-            if !self.allowed.knows_address(&text) {
+            if !self.knows_address(&text) {
                 let text = text.escape_default();
                 let why = "it is not among those that clients of this service may name. Start the service with \
                            --allow-cold for it";

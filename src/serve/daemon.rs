@@ -10,23 +10,24 @@ use axum::http::StatusCode;
 use serde_json::json;
 
 use super::allowed::Allowed;
+use super::counters::Counters;
 use super::drives::{Copies, DriveSource, OwnDrives};
+use super::error::ServeError;
 use super::fault::Fault;
-use super::functions::Function;
+use super::function::Function;
 use super::gate::Gate;
 use super::load::{Wanted, contradiction};
-use super::metrics::Counters;
-use super::networks::Network;
-use super::snapshots::SnapshotRecord;
+use super::network::Network;
+use super::options::Options;
+use super::snapshot_record::SnapshotRecord;
 use super::store::{Kind, Store};
-use super::traces::{Recording, Traces};
+use super::trace::{Recording, Traces};
 use super::vm::control::ControlError;
 use super::vm::process::Spawner;
 use super::vm::shells::{Shell, Shells};
 use super::vm::table::Table;
 use super::vm::{RestoreSpec, StartSpec, Vm, VmRecord};
 use super::working_set::Slot;
-use super::{Options, ServeError};
 use crate::config::LoadFields;
 use crate::config::restore::{DriveOverride, RestoreOptions};
 use crate::snapshot::{Policy, random_hex};
@@ -35,6 +36,9 @@ use crate::sys::netns::Netns;
 
 /// Time limit for booting or restoring a VM, unless an invocation sets a limit.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The state that handlers share.
+pub(super) type Shared = Arc<Daemon>;
 
 /// The state of the service.
 #[derive(Debug)]
@@ -54,11 +58,6 @@ pub(super) struct Daemon {
     pub(super) copies: Copies,
     pub(super) traces: Traces,
     pub(super) counters: Counters,
-}
-
-/// Runs work that may block on a thread for that.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Fault::internal("The work was given up."))
 }
 
 impl Daemon {
@@ -210,7 +209,7 @@ impl Daemon {
         if image.is_none() && kernel.is_none() && initrd.is_none() {
             return Ok(Cow::Borrowed(spec));
         }
-        let function = self.confined_function(spec.function.clone()).await?;
+        let function = self.allowed.confined_function(spec.function.clone()).await?;
         Ok(Cow::Owned(StartSpec { function, ..spec.clone() }))
     }
 

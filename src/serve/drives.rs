@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use utoipa::ToSchema;
 
-use super::daemon::blocking;
+use super::blocking::blocking;
 use super::fault::Fault;
 use super::store::gone_is_fine;
 use crate::snapshot::{self, Location, Snapshot, copy_drive_while};

@@ -8,22 +8,21 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::Shared;
 use super::body::{Body, check_line};
-use super::daemon::Daemon;
+use super::counters::{Counters, Origin};
+use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
-use super::functions::{Function, known_policy};
+use super::function::{Function, known_policy};
 use super::load::{self, Wanted};
-use super::metrics::{Counters, Origin};
-use super::snapshots::SnapshotRecord;
+use super::snapshot_record::SnapshotRecord;
+use super::trace::Recording;
 use super::traceparent;
-use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{StartSpec, Vm};
-use super::working_set::{Record, Slot};
+use super::working_set::{Record, Slot, check_all_layers, run_recorder};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
 use crate::snapshot::Policy;
@@ -222,24 +221,24 @@ async fn invoke(
     match plan {
         Plan::Vm(vm) => ask_running(daemon, vm, &line, limit, recording).await,
         Plan::Start(spec) => start_and_ask(daemon, &spec, &line, limit, body.keep, recording).await,
-        Plan::Record(record) => super::working_set::record_invocation(daemon, *record, &line, limit, recording).await,
+        Plan::Record(record) => record_invocation(daemon, *record, &line, limit, recording).await,
     }
 }
 
 /// The time limit of an invocation.
 #[derive(Clone, Copy)]
-pub(super) struct Limit {
-    pub(super) total: Duration,
-    pub(super) deadline: tokio::time::Instant,
+struct Limit {
+    total: Duration,
+    deadline: tokio::time::Instant,
 }
 
 impl Limit {
     /// The remaining time.
-    pub(super) fn left(&self) -> Duration {
+    fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(tokio::time::Instant::now())
     }
 
-    pub(super) fn fault(&self, what: &str) -> Fault {
+    fn fault(&self, what: &str) -> Fault {
         Fault::timed_out(format!("{what} within {} ms, and its VM was ended.", self.total.as_millis()))
     }
 }
@@ -286,7 +285,7 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
         }
         return Ok(Plan::Record(Box::new(Record { snapshot, slot, recorder, repeat: 1 })));
     }
-    let options = daemon.confined(body.options(&wanted)?).await?;
+    let options = daemon.allowed.confined(body.options(&wanted)?).await?;
     let policy = match (policy, &function.policy) {
         (None, _) if options.plan.is_some() => None,
         (None, Some(name)) => Some(known_policy(name)?),
@@ -294,7 +293,7 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
     };
     let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
     if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.load.tvmm.profile) {
-        super::working_set::check_all_layers(profile, layers)?;
+        check_all_layers(profile, layers)?;
     }
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
     Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
@@ -441,19 +440,38 @@ fn answered(
     }
 }
 
+/// An invocation whose run is recorded.
+async fn record_invocation(
+    daemon: &Arc<Daemon>,
+    record: Record,
+    line: &str,
+    limit: Limit,
+    recording: &mut Recording,
+) -> Result<InvocationAnswer, Fault> {
+    let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
+    let begin_ns = clock::monotonic_ns();
+    let answer = run_recorder(daemon, &record, line, limit.left()).await;
+    let span = recording.lap("record", 0, begin_ns);
+    recording.note(span, "recorder", Value::from(record.recorder.clone()));
+    let done = recorded(daemon, &record.snapshot, answer?, recording);
+    daemon.traces.keep(recording.trace.clone());
+    daemon.traces.complete(recording.trace.clone());
+    Ok(done)
+}
+
 /// The answer to an invocation that ran in a recorder.
-pub(super) fn recorded(
+fn recorded(
     daemon: &Daemon,
     snapshot: &SnapshotRecord,
-    answer: (bool, String),
+    answer: GuestAnswer,
     recording: &mut Recording,
 ) -> InvocationAnswer {
     let duration = recording.answered(200);
     daemon.counters.took(Origin::Recording, duration);
     InvocationAnswer {
         duration,
-        ok: answer.0,
-        result: answer.1,
+        ok: answer.ok,
+        result: answer.text,
         vm_id: None,
         trace_id: recording.trace.trace_id.clone(),
         span_id: recording.trace.span_id.clone(),

@@ -1,9 +1,8 @@
 //! The restore options of VMs: those of a request, and those of the daemon's command line.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::allowed::is_node;
 use super::fault::Fault;
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::{InvalidRestore, NamedFile, RestoreOptions};
@@ -53,6 +52,11 @@ pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
         }));
     }
     options.check().map_err(contradiction)
+}
+
+/// Returns whether a pool is a NUMA node's memory.
+pub(super) fn is_node(path: &Path) -> bool {
+    path.to_str().is_some_and(|text| text.starts_with("numa:"))
 }
 
 /// The pools, and the cold pools that are directories of this host; true for a cold one.

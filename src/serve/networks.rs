@@ -1,29 +1,15 @@
 //! `/net-ifaces/{namespace}`: the tap of a VM's network interface, and its network namespace.
 
 use axum::extract::{Path, State};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::Shared;
+use super::blocking::blocking;
 use super::body::{Body, check_name};
-use super::daemon::blocking;
+use super::daemon::Shared;
 use super::fault::{Fault, FaultBody, Reply};
+use super::network::Network;
 use super::store::Kind;
-
-/// A network interface for one VM at a time.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub(super) struct Network {
-    /// The name by which VMs ask for it.
-    pub(super) namespace: String,
-    /// The tap on the host.
-    pub(super) host_dev_name: String,
-    /// The interface's name in the machine; of a snapshot, that of the interface whose tap is replaced.
-    pub(super) iface_id: String,
-    pub(super) guest_mac: Option<String>,
-    /// The network namespace the tap is in and VMs start in; none: the daemon's.
-    #[serde(default)]
-    pub(super) netns: Option<String>,
-}
 
 /// The body of `PUT /net-ifaces/{namespace}`.
 #[derive(Debug, Deserialize, ToSchema)]

@@ -11,9 +11,10 @@ use utoipa::openapi::{Content, Ref, RefOr, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::daemon::Shared;
 use super::fault::{Fault, Reply};
 use super::working_set::{mincore, profile, reap};
-use super::{Shared, functions, invocations, metrics, networks, snapshots, traces, vms};
+use super::{functions, invocations, metrics, networks, snapshots, traces, vms};
 
 #[derive(OpenApi)]
 #[openapi(info(

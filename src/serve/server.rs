@@ -15,9 +15,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::counters::Counters;
 use super::daemon::Daemon;
 use super::guard::{Guarded, Names};
-use super::metrics::Counters;
 use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
 
 /// Time for a client to send the head of a request, and longest idle time of a connection.

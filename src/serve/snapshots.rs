@@ -11,74 +11,25 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Path, State};
 use axum::http::Uri;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::Shared;
+use super::blocking::blocking;
 use super::body::{Body, check_name, query};
-use super::daemon::{Daemon, blocking};
+use super::counters::Counters;
+use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
-use super::functions::Function;
-use super::metrics::Counters;
+use super::snapshot_record::{SnapshotRecord, derived};
 use super::store::Kind;
 use super::vm::Vm;
 use super::vm::control::ControlError;
-use super::working_set;
+use super::working_set::{self, CacheState};
 use crate::config::bodies::{CreateBody, CreateExtension, VmBody, WantedState};
 use crate::config::control::SnapshotTaken;
 use crate::config::request::SnapshotKind;
 use crate::snapshot::{
-    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, copy_drive, derived_dir, is_partial, random_hex,
+    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, copy_drive, is_partial, random_hex,
 };
-
-/// A stored snapshot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub(super) struct SnapshotRecord {
-    #[serde(rename = "ssId")]
-    pub(super) ss_id: String,
-    /// The VM that it was taken of.
-    #[serde(rename = "vmId")]
-    pub(super) vm_id: String,
-    /// `Full` or `Diff`.
-    pub(super) snapshot_type: String,
-    /// The snapshot that this diff builds on.
-    pub(super) parent: Option<String>,
-    /// True if it is full although a diff was asked for, because the chain had become long.
-    #[serde(default)]
-    pub(super) compacted: bool,
-    /// The snapshot that it is a copy of.
-    pub(super) copy_of: Option<String>,
-    /// The identity that plans and profiles are bound to. Copies share it.
-    pub(super) identity: String,
-    /// Bytes of guest memory it holds.
-    pub(super) memory_bytes: u64,
-    /// Time for which the VM stood still, µs.
-    pub(super) capture_us: u64,
-    pub(super) created_unix_ms: u64,
-    /// The drives that it contains copies of: each VM restored from it gets its own.
-    #[serde(default)]
-    pub(super) drive_copies: Vec<String>,
-    /// The function at that time.
-    pub(super) function: Function,
-}
-
-impl SnapshotRecord {
-    /// Returns whether VMs restored from it get their own images.
-    ///
-    /// # Errors
-    /// They would need images and the snapshot has none (it was taken by a daemon that took no copies): the guest would
-    /// write to the function's image itself.
-    pub(super) fn has_drive_copies(&self) -> Result<bool, Fault> {
-        let has_copies = !self.drive_copies.is_empty();
-        if self.function.writes_image() && !has_copies {
-            return Err(Fault::conflict(format!(
-                "Snapshot `{}` has no copy of the image that its guest writes to: take the snapshot again.",
-                self.ss_id
-            )));
-        }
-        Ok(has_copies)
-    }
-}
 
 /// A snapshot to be taken.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -118,15 +69,6 @@ pub(super) struct SnapshotPatch {
     /// Drop its files from the page cache.
     #[serde(default)]
     drop_cache: bool,
-}
-
-/// The cached part of a snapshot's files.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct CacheState {
-    /// Pages of 4 KiB; none if the kernel cannot say.
-    pub(super) cached_pages: Option<u64>,
-    /// Bytes of the files on the disk.
-    pub(super) disk_bytes: u64,
 }
 
 /// All snapshots.
@@ -502,9 +444,4 @@ fn sweep_snapshots(daemon: &Daemon) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The directory of files derived from a snapshot.
-pub(super) fn derived(dir: &FilePath) -> std::path::PathBuf {
-    derived_dir(&Location::Dir(dir.to_owned()))
 }

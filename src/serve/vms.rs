@@ -8,13 +8,12 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Shared;
 use super::body::Body;
-use super::daemon::{Daemon, START_TIMEOUT};
+use super::daemon::{Daemon, START_TIMEOUT, Shared};
 use super::fault::{Fault, FaultBody, Reply};
-use super::functions::{Function, known_policy};
+use super::function::{Function, known_policy};
 use super::load::Wanted;
-use super::traces::Recording;
+use super::trace::Recording;
 use super::vm::{StartSpec, VmRecord};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
@@ -99,7 +98,7 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
         None => StartSpec { function, network, restore: None, from_invocation: false },
         Some(id) => {
             let snapshot = daemon.snapshot(id)?;
-            let options = daemon.confined(wanted.options()?).await?;
+            let options = daemon.allowed.confined(wanted.options()?).await?;
             let policy = (body.policy.is_some() || options.plan.is_none()).then_some(policy);
             let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
             let function = Function { func_name: function.func_name, ..snapshot.function };

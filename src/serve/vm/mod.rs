@@ -22,8 +22,8 @@ use self::line::{Console, GuestAnswer, LineError};
 use self::process::Process;
 use self::shells::Shell;
 use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
-use super::functions::Function;
-use super::networks::Network;
+use super::function::Function;
+use super::network::Network;
 use crate::config::bodies::{ActionBody, ActionType};
 use crate::config::restore::{DriveOverride, MacOverride};
 use crate::config::{

@@ -20,6 +20,8 @@ use crate::sys::{clock, pdeathsig, watched};
 
 /// The end of standard error that is kept: a fault, with paths in it.
 const SAID_BYTES: usize = 8 << 10;
+/// The most bytes that a tool may print: more than the JSON of a plan of many extents.
+const MAX_PRINTED: usize = 64 << 20;
 /// Time for a child to end by itself.
 pub(in crate::serve) const STOP_GRACE: Duration = Duration::from_secs(3);
 
@@ -277,11 +279,10 @@ async fn last_line(stderr: pipe::Receiver) -> String {
     line.to_string()
 }
 
-/// Runs `tvmm` with `args` to its end. Returns its output, at most `limit` bytes.
+/// Runs `tvmm` with `args` to its end. Returns its output.
 pub(in crate::serve) async fn run_tool(
     spawner: &Spawner,
     args: Vec<String>,
-    limit: usize,
     timeout: Duration,
 ) -> io::Result<(Ended, Vec<u8>)> {
     let (process, ends) = spawner.spawn(Job::Tool(args)).await?.watch()?;
@@ -292,7 +293,9 @@ pub(in crate::serve) async fn run_tool(
         loop {
             match ends.stdout.try_read(&mut buffer) {
                 Ok(0) => return Ok(printed),
-                Ok(count) if printed.len() + count > limit => return Err(io::Error::other("it printed too much")),
+                Ok(count) if printed.len() + count > MAX_PRINTED => {
+                    return Err(io::Error::other("it printed too much"));
+                }
                 Ok(count) => printed.extend(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => ends.stdout.readable().await?,
                 Err(error) => return Err(error),

@@ -7,10 +7,14 @@ use axum::http::Uri;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{GAP_PAGES, Ground, Slot, check_thresholds, drop_cached, exclusively, images_of, load, save};
-use crate::serve::Shared;
+use super::caching::{drop_cached, images_of, io_error};
+use super::faasnap::{GAP_PAGES, check_thresholds};
+use super::images::ResolvedChain;
+use super::profiles::{exclusively, load, save};
+use super::slot::Slot;
+use crate::serve::blocking::blocking;
 use crate::serve::body::{Body, query};
-use crate::serve::daemon::blocking;
+use crate::serve::daemon::Shared;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::snapshot::{Content, Extent, PAGE_SIZE, PageSet};
 use crate::sys::resident::CacheView;
@@ -86,9 +90,9 @@ fn of_layers(like: Profile, layers: Vec<PageSet>) -> Profile {
 }
 
 fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
-    let ground = Ground::open(dir).map_err(|error| Fault::of(&error))?;
+    let snapshot = ResolvedChain::open(dir).map_err(|error| Fault::of(&error))?;
     let (mut n_nz_regions, mut nz_region_size, mut end) = (0, 0, None);
-    for run in nonzero(&ground.resolved).runs() {
+    for run in nonzero(&snapshot.resolved).runs() {
         match end {
             Some(end) if run.first.0 - end < GAP_PAGES => nz_region_size += run.first.0 - end,
             _ => n_nz_regions += 1,
@@ -99,7 +103,7 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
     let (mut nlayers, mut ws) = (0, Vec::new());
     if let Some(profile) = load(Slot::Mincore, profiles)? {
         nlayers = layers(&profile).len() as u64;
-        ws = ground.images(Policy::Faasnap, &profile)?;
+        ws = snapshot.images(Policy::Faasnap, &profile)?;
     }
     let regions = || ws.iter().flat_map(|image| &image.extents);
     let ws_region_size = regions().map(|region| region.pages).sum();
@@ -140,9 +144,9 @@ pub(in crate::serve) async fn put_mincore(
         let _turn = exclusively();
         let none = || Fault::conflict(format!("Snapshot `{source}` has no layers."));
         let mut profile = load(Slot::Mincore, &sources)?.ok_or_else(none)?;
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
-        profile.snapshot = ground.chain.tip().id();
-        profile.check_for(ground.chain.tip()).map_err(|error| Fault::conflict(error.to_string()))?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
+        profile.snapshot = snapshot.chain.tip().id();
+        profile.check_for(snapshot.chain.tip()).map_err(|error| Fault::conflict(error.to_string()))?;
         save(Slot::Mincore, &dir, &profiles, &profile)?;
         state(&dir, &profiles)
     });
@@ -161,7 +165,7 @@ pub(in crate::serve) async fn post_mincore(
     Path(id): Path<String>,
     Body(body): Body<LayerBody>,
 ) -> Result<Reply<MincoreState>, Fault> {
-    let snapshot = daemon.snapshot(&id)?;
+    let function = daemon.snapshot(&id)?.function;
     let diff = body.from_diff.map(|diff| daemon.snapshot(&diff)).transpose()?;
     if let Some(diff) = diff.as_ref().filter(|diff| diff.snapshot_type != "Diff") {
         return Err(Fault::bad(format!("Snapshot `{}` is no diff.", diff.ss_id)));
@@ -170,14 +174,14 @@ pub(in crate::serve) async fn post_mincore(
     let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
     let added = blocking(move || {
         let _turn = exclusively();
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
         let mut pages = match diff {
-            Some(diff) => held_by_tip(&Ground::open(&diff).map_err(|error| Fault::of(&error))?),
-            None => resident(&ground).map_err(|error| Fault::of(&error))?,
+            Some(diff) => held_by_tip(&ResolvedChain::open(&diff).map_err(|error| Fault::of(&error))?),
+            None => resident(&snapshot).map_err(|error| Fault::of(&error))?,
         };
-        pages.intersect_with(&nonzero(&ground.resolved));
-        let function = snapshot.function.line("");
-        let empty = || Profile::new(ground.chain.tip().id(), RecorderKind::Mincore, &function);
+        pages.intersect_with(&nonzero(&snapshot.resolved));
+        let call = function.line("");
+        let empty = || Profile::new(snapshot.chain.tip().id(), RecorderKind::Mincore, &call);
         let profile = load(Slot::Mincore, &profiles)?.unwrap_or_else(empty);
         let mut layers: Vec<PageSet> = layers(&profile).into_iter().filter(|layer| !layer.is_empty()).collect();
         let position = body.position.unwrap_or(layers.len());
@@ -198,16 +202,16 @@ pub(in crate::serve) async fn post_mincore(
 }
 
 /// Pages that the last layer of a chain holds itself.
-fn held_by_tip(ground: &Ground) -> PageSet {
-    let tip = ground.chain.layers().len() - 1;
+fn held_by_tip(snapshot: &ResolvedChain) -> PageSet {
+    let tip = snapshot.chain.layers().len() - 1;
     let held = |content| matches!(content, Content::Layer(source) if source.layer == tip);
-    ground.resolved.iter().filter(|run| held(run.content)).map(|run| run.extent).collect()
+    snapshot.resolved.iter().filter(|run| held(run.content)).map(|run| run.extent).collect()
 }
 
 /// Guest pages whose place in the memory files is in the page cache.
-fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
+fn resident(snapshot: &ResolvedChain) -> crate::snapshot::Result<PageSet> {
     let mut found = PageSet::new();
-    for (index, layer) in ground.chain.layers().iter().enumerate() {
+    for (index, layer) in snapshot.chain.layers().iter().enumerate() {
         let failed = |source| crate::snapshot::Error::Io {
             action: "ask for the cached part of",
             path: layer.memory_path().to_owned(),
@@ -221,7 +225,7 @@ fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
         let mut view = CacheView::new(layer.memory(), len).map_err(failed)?;
         let insert = |first, pages| cached.insert_run(Extent { first: crate::snapshot::Gfn(first), pages });
         view.resident_runs(insert).map_err(failed)?;
-        for run in &ground.resolved {
+        for run in &snapshot.resolved {
             let Content::Layer(source) = run.content else { continue };
             if source.layer != index {
                 continue;
@@ -265,7 +269,7 @@ pub(in crate::serve) async fn patch_mincore(
 fn change(dir: &FilePath, profiles: &FilePath, patch: &MincorePatch) -> Result<MincoreState, Fault> {
     let _turn = exclusively();
     let failed = |error: crate::snapshot::Error| Fault::of(&error);
-    let ground = Ground::open(dir).map_err(failed)?;
+    let snapshot = ResolvedChain::open(dir).map_err(failed)?;
     if let Some(size) = patch.from_records_size {
         let record = load(Slot::Reap, profiles)?.or(load(Slot::Run, profiles)?).filter(Profile::knows_order);
         let none = || Fault::conflict("No run was recorded in order: record one by POST /snapshots/{id}/profile.");
@@ -277,19 +281,19 @@ fn change(dir: &FilePath, profiles: &FilePath, patch: &MincorePatch) -> Result<M
     };
     if patch.trim_regions {
         let profile = layered()?;
-        let nonzero = nonzero(&ground.resolved);
+        let nonzero = nonzero(&snapshot.resolved);
         let trimmed = layers(&profile).iter().map(|layer| layer.intersection(&nonzero)).collect();
         save(Slot::Mincore, dir, profiles, &of_layers(profile, trimmed))?;
     }
     if patch.to_ws_file {
-        ground.make_images(Policy::Faasnap, &layered()?)?;
+        snapshot.make_images(Policy::Faasnap, &layered()?)?;
     }
     if !patch.mincore_cache.is_empty() {
         let layers = layers(&layered()?);
         for &number in &patch.mincore_cache {
             let layer = number.checked_sub(1).and_then(|index| layers.get(usize::try_from(index).ok()?));
             let none = || Fault::bad(format!("There is no layer {number}: 1 to {}.", layers.len()));
-            read_layer(&ground, layer.ok_or_else(none)?).map_err(failed)?;
+            read_layer(&snapshot, layer.ok_or_else(none)?).map_err(failed)?;
         }
     }
     if patch.drop_ws_cache {
@@ -324,19 +328,19 @@ fn from_record(record: Profile, size: u64) -> Result<Profile, Fault> {
 }
 
 /// Reads the pages of a layer from the memory files.
-fn read_layer(ground: &Ground, layer: &PageSet) -> crate::snapshot::Result<()> {
+fn read_layer(snapshot: &ResolvedChain, layer: &PageSet) -> crate::snapshot::Result<()> {
     use std::os::unix::fs::FileExt;
     let mut buffer = vec![0; 1 << 20];
-    for run in &ground.resolved {
+    for run in &snapshot.resolved {
         let Content::Layer(source) = run.content else { continue };
-        let snapshot = &ground.chain.layers()[source.layer];
+        let snapshot = &snapshot.chain.layers()[source.layer];
         for part in layer.runs_in(run.extent) {
             let mut offset = source.offset + (part.first.0 - run.extent.first.0) * PAGE_SIZE;
             let end = offset + part.bytes();
             while offset < end {
                 let piece = &mut buffer[..(end - offset).min(1 << 20) as usize];
                 let read = snapshot.memory().read_exact_at(piece, offset);
-                read.map_err(super::io_error("read", snapshot.memory_path()))?;
+                read.map_err(io_error("read", snapshot.memory_path()))?;
                 offset += piece.len() as u64;
             }
         }

@@ -1,7 +1,6 @@
 //! `/snapshots/{id}/profile` and `/plan`: the pages that a run uses, and the plan that a policy makes from them. Both
 //! are made by `tvmm` processes, because this one runs no guest.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Path, State};
@@ -10,25 +9,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Slot, exclusively, load, remove_unneeded, save};
+use super::profiles::{exclusively, load, remove_unneeded, save};
+use super::recorder::{Record, run_recorder};
+use super::slot::Slot;
 use crate::config::restore::RestoreOptions;
-use crate::serve::Shared;
+use crate::serve::blocking::blocking;
 use crate::serve::body::{Body, check_line, number, query};
-use crate::serve::daemon::{Daemon, START_TIMEOUT, blocking};
-use crate::serve::drives::remove_images;
+use crate::serve::daemon::{START_TIMEOUT, Shared};
 use crate::serve::fault::{Fault, FaultBody, Reply};
-use crate::serve::functions::known_policy;
-use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
-use crate::serve::snapshots::SnapshotRecord;
+use crate::serve::function::known_policy;
 use crate::serve::store::gone_is_fine;
-use crate::serve::traces::Recording;
 use crate::serve::vm::process::run_tool;
-use crate::snapshot::random_hex;
-use crate::sys::clock;
 use crate::tiering::profile::Profile;
-
-/// More than the JSON of a plan of many extents.
-const MAX_PRINTED: usize = 64 << 20;
 
 /// A run to be recorded.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -70,88 +62,6 @@ impl ProfileState {
             knows_order: profile.knows_order(),
         }
     }
-}
-
-/// A recording to make.
-pub(in crate::serve) struct Record {
-    pub(in crate::serve) snapshot: SnapshotRecord,
-    pub(in crate::serve) slot: Slot,
-    pub(in crate::serve) recorder: String,
-    pub(in crate::serve) repeat: u32,
-}
-
-/// The directory of a recorder's copies of drives; removed at the end, even if the recorder was killed.
-struct RunDir(std::path::PathBuf);
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        remove_images(std::mem::take(&mut self.0));
-    }
-}
-
-/// Runs `tvmm profile record`. Returns the guest's first answer.
-async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Duration) -> Result<(bool, String), Fault> {
-    // The recorder opens the image that the snapshot names.
-    daemon.confined_function(record.snapshot.function.clone()).await?;
-    let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
-    std::fs::create_dir_all(&profiles).map_err(|error| Fault::of(&error))?;
-    let utf8 = |path: std::path::PathBuf| {
-        path.into_os_string().into_string().map_err(|_| Fault::internal("The daemon's directory is not UTF-8."))
-    };
-    let mut args: Vec<String> =
-        ["profile", "record", "--json", "--recorder", &record.recorder].map(String::from).into();
-    args.extend(["--snapshot".into(), utf8(daemon.snapshot_dir(&record.snapshot.ss_id))?]);
-    args.extend(["--out".into(), utf8(record.slot.path(&profiles))?]);
-    args.extend(["--repeat".into(), record.repeat.to_string()]);
-    args.extend(["--run".into(), line.to_string()]);
-    args.extend(["--run-timeout".into(), limit.as_secs().max(1).to_string()]);
-    let own = RunDir(daemon.store.drives_dir(&random_hex(8)));
-    if record.snapshot.has_drive_copies()? {
-        std::fs::create_dir(&own.0).map_err(|error| Fault::of(&error))?;
-        args.extend(["--drive-dir".into(), utf8(own.0.clone())?]);
-    }
-    if let Some(port) = record.snapshot.function.port {
-        args.extend(["--run-port".into(), port.to_string()]);
-    }
-    let patience = limit.saturating_mul(record.repeat.max(1));
-    let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, patience).await;
-    let (ended, printed) = ran.map_err(|error| match error.kind() {
-        std::io::ErrorKind::TimedOut => Fault::timed_out("The recorded run did not end in time, and its VM was ended."),
-        _ => Fault::of(&error),
-    })?;
-    if ended.code != Some(0) {
-        let text = format!("The run cannot be recorded: it {}.", ended.why());
-        return Err(Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, text));
-    }
-    let dir = daemon.snapshot_dir(&record.snapshot.ss_id);
-    let removed = blocking(move || {
-        let _turn = exclusively();
-        remove_unneeded(&dir, &profiles)
-    });
-    removed.await??;
-    let told: Value = serde_json::from_slice(&printed).unwrap_or_default();
-    let answer = told["runs"][0]["answer"].as_str().unwrap_or_default();
-    let mut words = answer.splitn(3, ' ');
-    Ok((words.next() == Some("ok"), words.nth(1).unwrap_or_default().to_string()))
-}
-
-/// An invocation whose run is recorded.
-pub(in crate::serve) async fn record_invocation(
-    daemon: &Arc<Daemon>,
-    record: Record,
-    line: &str,
-    limit: Limit,
-    recording: &mut Recording,
-) -> Result<InvocationAnswer, Fault> {
-    let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
-    let begin_ns = clock::monotonic_ns();
-    let answer = run_recorder(daemon, &record, line, limit.left()).await;
-    let span = recording.lap("record", 0, begin_ns);
-    recording.note(span, "recorder", Value::from(record.recorder.clone()));
-    let done = recorded(daemon, &record.snapshot, answer?, recording);
-    daemon.traces.keep(recording.trace.clone());
-    daemon.traces.complete(recording.trace.clone());
-    Ok(done)
 }
 
 /// The recorded profile, in numbers.
@@ -314,7 +224,7 @@ pub(in crate::serve) async fn get_plan(
         Some(cache @ ("huge" | "small" | "cold")) => args.extend(["--cache".into(), cache.to_string()]),
         Some(other) => return Err(Fault::bad(format!("There is no cache state `{other}`: huge, small or cold."))),
     }
-    let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, START_TIMEOUT).await.map_err(|error| Fault::of(&error))?;
+    let ran = run_tool(&daemon.spawner, args, START_TIMEOUT).await.map_err(|error| Fault::of(&error))?;
     let (ended, printed) = ran;
     if ended.code != Some(0) {
         let text = format!("The plan cannot be made: it {}.", ended.why());

@@ -4,12 +4,14 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Ground, Slot, cache_state, drop_cached, exclusively, load, load_cached, remove_unneeded};
-use crate::serve::Shared;
+use super::caching::{CacheState, cache_state, drop_cached, images_of, load_cached};
+use super::images::ResolvedChain;
+use super::profiles::{exclusively, load, remove_unneeded};
+use super::slot::Slot;
+use crate::serve::blocking::blocking;
 use crate::serve::body::Body;
-use crate::serve::daemon::blocking;
+use crate::serve::daemon::Shared;
 use crate::serve::fault::{Fault, FaultBody, Reply};
-use crate::serve::snapshots::CacheState;
 use crate::serve::store::gone_is_fine;
 use crate::tiering::policy::Policy;
 
@@ -42,9 +44,9 @@ pub(in crate::serve) async fn get_reap(
         let nothing =
             ReapState { recorded: false, function: None, pages_read: 0, pages_written: 0, ws_pages: 0, ws_cache: None };
         let Some(profile) = load(Slot::Reap, &profiles)? else { return Ok(nothing) };
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
-        let ws_pages = ground.images(Policy::Reap, &profile)?.iter().map(|image| image.file_len() / 4096).sum();
-        let images = super::images_of(&dir).map_err(|error| Fault::of(&error))?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
+        let ws_pages = snapshot.images(Policy::Reap, &profile)?.iter().map(|image| image.file_len() / 4096).sum();
+        let images = images_of(&dir).map_err(|error| Fault::of(&error))?;
         let state = cache_state(&images).map_err(|error| Fault::of(&error))?;
         Ok(ReapState {
             recorded: true,
@@ -75,8 +77,8 @@ pub(in crate::serve) async fn patch_reap(
         let _turn = exclusively();
         let none = || Fault::conflict("Nothing is recorded for REAP: an invocation with `enableReap` does that.");
         let profile = load(Slot::Reap, &profiles)?.ok_or_else(none)?;
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
-        let images = ground.make_images(Policy::Reap, &profile)?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
+        let images = snapshot.make_images(Policy::Reap, &profile)?;
         let changed = if cached { load_cached(&images) } else { drop_cached(&images) };
         changed.and_then(|()| cache_state(&images)).map_err(|error| Fault::of(&error))
     });
