@@ -1,5 +1,5 @@
-//! A run that is recorded: `tvmm profile record` restores the snapshot and runs its function, because the daemon runs no
-//! guest itself.
+//! A run that is recorded: `tvmm profile record` restores the snapshot and runs its function, because the daemon runs
+//! no guest itself.
 
 use std::time::Duration;
 
