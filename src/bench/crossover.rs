@@ -13,11 +13,15 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::cache::{Cache, prepare};
+use super::commands::record;
 use super::guest::{Guest, snapshot_to};
 use super::report::chart::{Lines, Series};
+use super::scratch::Scratch;
 use super::study::stats::Summary;
-use super::{BoxError, Cache, Scratch, Trial, end_of, prepare, refuse};
+use super::trial::{Trial, end_of};
 use crate::sys::api_client::Client;
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::policy::Policy;
 
 #[derive(Debug, Args)]
@@ -111,7 +115,7 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
     snapshot_to(&Client::new(&socket), &snapshot_dir)?;
     drop(guest);
     let function = format!("scan pages={}", args.set * PER_MIB);
-    let profile = super::record(&exe, &snapshot_dir, &function, "uffd", &dir.join("run.profile"))?;
+    let profile = record(&exe, &snapshot_dir, &function, "uffd", &dir.join("run.profile"))?;
     Ok(Trial {
         exe,
         snapshot: snapshot_dir,

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{BoxError, child, refuse};
+use super::child;
 use crate::sys::api_client::Client;
 use crate::sys::bounded_wait::Wait;
+use crate::sys::errors::{BoxError, refuse};
 
 /// Time limit for any action of a guest.
 pub const TIMEOUT: Duration = Duration::from_secs(300);
@@ -134,6 +135,16 @@ impl Drop for Guest {
     fn drop(&mut self) {
         child::end(&mut self.child);
     }
+}
+
+/// The digest in an answer line `ok ID DIGEST US …`.
+pub fn digest_of(answer: &str) -> Option<&str> {
+    answer.split(' ').nth(2)
+}
+
+/// The time of the function by the guest's clock, µs, in an answer line `ok ID DIGEST US …`.
+pub fn guest_us(answer: &str) -> Option<f64> {
+    answer.split_whitespace().nth(3)?.parse().ok()
 }
 
 /// Pauses the VM behind `client` and snapshots it, with the body that `PUT /snapshot/create` takes.

@@ -6,14 +6,15 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::super::child;
-use super::super::guest;
-use super::{BLOCK_PAGES, BoxError, FILLED, PAGES, guest_us, refuse};
+use super::guest_pages::{BLOCK_PAGES, FILLED, PAGES, guest_us, per};
+use crate::bench::child;
+use crate::bench::guest;
 use crate::bench::host_costs;
 use crate::snapshot::{
     Chain, Content, Extent, Fill, Gfn, ImageSpec, Location, PageSource, Placement, PlannedExtent, ResolvedRun,
     RestorePlan,
 };
+use crate::sys::errors::{BoxError, refuse};
 use crate::sys::page_cache::PageCache;
 use crate::tiering::costs::Costs;
 use crate::tiering::planner::Planner;
@@ -241,7 +242,7 @@ impl<'a> Engine<'a> {
 
     /// Writes the measured costs to `costs`. `one_us`: the time of a function that touches one page.
     pub fn note(&self, costs: &mut Costs, one_us: f64) {
-        let mut set = |name: &str, us: f64, count: u64| costs.set_measured(name, super::per(us, count));
+        let mut set = |name: &str, us: f64, count: u64| costs.set_measured(name, per(us, count));
         let singles = PAGES / STEP;
         let runs = PAGES / RUN_STEP;
         set("read_small_page_ns", self.copied_alone.preload(), singles);

@@ -9,7 +9,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use super::super::study::Experiment;
 use super::super::study::stats::{Summary, axes, geomean, summary};
 use super::super::study::store::Results;
-use super::super::{BoxError, refuse};
+use crate::sys::errors::{BoxError, refuse};
 
 #[derive(Debug, Args)]
 pub struct DiffArgs {

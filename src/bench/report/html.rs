@@ -2,7 +2,7 @@
 
 use super::super::study::stats::failures;
 use super::super::study::store::Results;
-use super::Drawn;
+use super::charts::Drawn;
 use super::tables::{Cells, tables};
 use crate::bench::markup::escape;
 

@@ -6,11 +6,12 @@ use std::process::Command;
 
 use serde_json::json;
 
-use super::super::guest::{Guest, snapshot_to};
-use super::super::{BoxError, add_to_pool, record, refuse, remove_from_pool, to_end};
 use super::workload::Workload;
+use crate::bench::commands::{add_to_pool, record, remove_from_pool, to_end};
+use crate::bench::guest::{Guest, snapshot_to};
 use crate::snapshot::{Location, Snapshot, SnapshotId};
 use crate::sys::api_client::Client;
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::profile::RecorderKind;
 
 /// A directory of snapshots, with the profiles recorded on them.
@@ -98,10 +99,10 @@ impl Stage {
     pub fn check_digest(&mut self, snapshot: &Path, function: &str, digest: &str) -> Result<(), BoxError> {
         let key = format!("{} {function}", snapshot.display());
         let known = self.digests.entry(key).or_insert_with(|| digest.to_string());
-        match known == digest {
-            true => Ok(()),
-            false => refuse(format!("{function:?} came to {digest}, and to {known} before")),
+        if known != digest {
+            return refuse(format!("{function:?} came to {digest}, and to {known} before"));
         }
+        Ok(())
     }
 }
 

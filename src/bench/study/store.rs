@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::{BoxError, refuse};
+use crate::sys::errors::{BoxError, refuse};
 
 /// The file in the directory of results.
 pub const FILE: &str = "results.jsonl";
@@ -43,13 +43,16 @@ pub struct Key {
     pub round: u32,
 }
 
+/// Numbers by name.
+pub type Values = BTreeMap<String, f64>;
+
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     #[serde(flatten)]
     pub key: Key,
     /// Numbers by name; the name ends in the unit.
-    pub values: BTreeMap<String, f64>,
+    pub values: Values,
     /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
