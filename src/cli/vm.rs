@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::failure::{ArgumentConflict, MemoryLost};
 use super::identify::{InputPath, Role};
 use super::overrides::OverrideArgs;
-use super::{MemoryLost, SessionArgs, contradiction};
+use super::session_args::SessionArgs;
 use crate::api;
 use crate::config::VmConfig;
 use crate::config::control;
@@ -104,7 +105,7 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
 /// Restores a snapshot.
 pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.session.start_time_us);
-    let load = request(args).unwrap_or_else(|invalid| contradiction("restore", &invalid.in_flags()));
+    let load = request(args).map_err(|invalid| ArgumentConflict { command: "restore", message: invalid.in_flags() })?;
     // Loaded before the guest runs: an invalid profile is refused at once.
     let against = args.against.as_deref().map(Profile::load).transpose()?;
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })

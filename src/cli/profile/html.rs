@@ -1,7 +1,7 @@
 //! A profile as one HTML file, without scripts, fonts or network access.
 
 use super::draw::{COLUMNS, Cell, Map};
-use super::show::{Shown, facts};
+use super::facts::{Shown, facts};
 use crate::bench::markup::escape;
 
 const CELL_PX: u64 = 12;

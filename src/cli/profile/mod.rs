@@ -1,6 +1,7 @@
 //! `tvmm profile`: records the pages that a function reads and writes, shows profiles, and merges several runs.
 
 mod draw;
+mod facts;
 mod html;
 mod show;
 
