@@ -19,7 +19,8 @@ use crate::session::console::{self, Answer, Input};
 use crate::session::controller::Controller;
 use crate::session::log;
 use crate::session::main_loop;
-use crate::session::main_loop::{Begin, Outcome, Surroundings};
+use crate::session::main_loop::{Begin, EventSources};
+use crate::session::outcome::Outcome;
 use crate::session::port_request::PortRequest;
 use crate::session::report;
 use crate::session::report::Report;
@@ -159,7 +160,7 @@ fn run(
     let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
     let (outside, moments) =
         console::to_stdout(answer.as_ref().map(|answer| (RUN_ID, answer)), Duration::from_secs(args.fault_timeout))?;
-    let around = Surroundings {
+    let event_sources = EventSources {
         input: input(args)?,
         request: port_request(args, answer.as_ref()),
         reads_stdin: args.run.is_none(),
@@ -170,20 +171,20 @@ fn run(
     };
     timeline.lap(Slice::Setup);
     let controller = Controller::new(args.id.clone(), config, outside, timeline)?;
-    let (outcome, mut controller, around) = main_loop::run(controller, begin, around)?;
-    drop(around);
+    let (outcome, mut controller, event_sources) = main_loop::run(controller, begin, event_sources)?;
+    drop(event_sources);
     controller.timeline.note_moments(&moments, answer.as_deref().and_then(Answer::get).map(|(_, at)| at));
     if let Err(error) = controller.write_metrics() {
         tracing::warn!(error = crate::sys::errors::chain(&error), "The last metrics are lost.");
     }
     let report = (args.report.is_some() || args.trace.is_some() || args.otlp.is_some())
-        .then(|| report::collect(&controller, operation.name, answer.as_deref(), operation.against.as_ref()));
+        .then(|| report::collect(&controller.facts(), operation.name, answer.as_deref(), operation.against.as_ref()));
     let stopping = clock::monotonic_ns();
     let stopped = controller.stop();
     drop(server);
     controller.timeline.add(Slice::Stop, stopping, clock::monotonic_ns());
     if let Some(report) = report {
-        let report = report?.ended(&outcome).finish(&controller);
+        let report = report?.ended(&outcome).finish(&controller.facts());
         args.report.as_deref().map_or(Ok(()), |path| report.write(path))?;
         args.trace.as_deref().map_or(Ok(()), |path| report.write_trace(path))?;
         args.otlp.as_deref().map_or(Ok(()), |url| export(url, &report))?;

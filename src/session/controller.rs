@@ -5,46 +5,36 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::facts::{Facts, Parts, Restored};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
-use super::record::Watch;
 use super::report;
 use super::sources::{self, Sources, location};
+use super::watch::Watch;
 use crate::config::control::{InstanceInfo, Reply, Request, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, SnapshotKind};
 use crate::config::restore::RestoreRequest;
 use crate::config::{DeviceConfigs, VmConfig};
-use crate::memory::engine::EngineReport;
-use crate::memory::fault_batches::FaultBatch;
-use crate::memory::fault_service::FaultCounts;
 use crate::memory::files;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
 use crate::session::log;
-use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, RestorePlan, Sealed, SnapshotId};
-use crate::sys::kvm_stats;
-use crate::sys::kvm_stats::Translations;
+use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
-use crate::sys::timeline::{Moments, Timeline};
+use crate::sys::timeline::Timeline;
 use crate::tiering;
-use crate::tiering::cold::ColdCounts;
-use crate::tiering::costs::SourceCache;
-use crate::tiering::fit::Fit;
-use crate::tiering::plan_file::CostsUsed;
-use crate::tiering::planner::{PlanOrigin, Planned};
-use crate::tiering::profile::Profile;
+use crate::tiering::planner::Planned;
 use crate::tiering::tier::Tier;
 use crate::vmm::capture::{Captured, ReadBackWhen};
 use crate::vmm::console_ring::ConsoleRing;
-use crate::vmm::devices::{VirtioDevices, no_balloon};
+use crate::vmm::devices::no_balloon;
 use crate::vmm::machine::SerialPort;
 use crate::vmm::machine::{Machine, Outside, Paused, Running};
 use crate::vmm::restore::RestoreSpec;
@@ -59,24 +49,6 @@ enum Phase {
     Paused(Machine<Paused>),
 }
 
-/// Facts about the restore, for the report.
-#[derive(Clone, Debug)]
-pub struct Restored {
-    pub snapshot: String,
-    pub policy: String,
-    pub plan: PlanOrigin,
-    /// The page cache state that the plan assumes.
-    pub source_cache: Option<SourceCache>,
-    /// The cost numbers used for the plan, if its policy weighs any.
-    pub costs: Option<CostsUsed>,
-    /// The plan compared with the profile it was made from.
-    pub fit: Option<Fit>,
-    pub layers: usize,
-    /// The pools that serve memory instead of the layers' files, by their names in the request.
-    pub pools: Vec<PathBuf>,
-    pub engine: EngineReport,
-}
-
 /// Owns the machine and answers commands.
 pub struct Controller {
     id: String,
@@ -87,8 +59,6 @@ pub struct Controller {
     outside: Outside,
     pub timeline: Timeline,
     restored: Option<Restored>,
-    /// The plan of the restored machine.
-    plan: Option<RestorePlan>,
     metrics: Option<MetricsFile>,
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
@@ -124,7 +94,6 @@ impl Controller {
             outside,
             timeline,
             restored: None,
-            plan: None,
             metrics,
             seals: channel(),
             seal_event,
@@ -139,29 +108,19 @@ impl Controller {
         &self.seal_event
     }
 
-    pub fn restored(&self) -> Option<&Restored> {
-        self.restored.as_ref()
-    }
-
-    /// Compares the plan that was carried out with the run of `profile`.
-    ///
-    /// # Errors
-    /// [`tiering::Error::ProfileOfOther`] for a profile of another snapshot.
-    pub fn fit(&self, profile: &Profile) -> Result<Option<Fit>, Error> {
-        let Some(plan) = &self.plan else { return Ok(None) };
-        if plan.snapshot != profile.snapshot {
-            let (made_for, given) = (profile.snapshot, plan.snapshot);
-            return Err(tiering::Error::ProfileOfOther { made_for, given }.into());
+    /// The facts for a report on the machine as it is now.
+    pub fn facts(&self) -> Facts<'_> {
+        Facts {
+            parts: self.machine_parts(),
+            restored: self.restored.as_ref(),
+            timeline: &self.timeline,
+            moments: &self.outside.moments,
+            read_backs: self.read_backs.json(),
         }
-        Ok(Some(Fit::of(plan, profile)))
     }
 
     pub fn output(&self) -> &Arc<ConsoleOutput> {
         &self.outside.output
-    }
-
-    pub fn moments(&self) -> &Arc<Moments> {
-        &self.outside.moments
     }
 
     /// The virtio devices of the machine, running or to be booted.
@@ -248,7 +207,9 @@ impl Controller {
             }
             Command::PatchDevice(patch) => self.patch_device(patch),
             Command::AskBalloon(question) => self.ask_balloon(question).map(Reply::Balloon),
-            Command::Report => report::live(self).map(Reply::Report).map_err(|error| Refused::internal_because(&error)),
+            Command::Report => {
+                report::live(&self.facts()).map(Reply::Report).map_err(|error| Refused::internal_because(&error))
+            }
             Command::PutLogger(logger) => {
                 self.before_start()?;
                 log::configure(&logger).map_err(|error| Refused::bad_request_because(&error))?;
@@ -388,11 +349,9 @@ impl Controller {
         self.config.machine.track_dirty_pages = shape.track_dirty_pages;
         self.config.devices = configs.clone();
         self.phase = phase;
-        let policy = plan.policy.clone();
-        self.plan = Some(plan);
         self.restored = Some(Restored {
             snapshot,
-            policy,
+            policy: plan.policy.clone(),
             plan: origin,
             source_cache,
             costs,
@@ -400,6 +359,7 @@ impl Controller {
             layers,
             pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
             engine,
+            carried_out: plan,
         });
         Ok(())
     }
@@ -551,11 +511,6 @@ impl Controller {
         }
     }
 
-    /// The outcomes of reading snapshots back, for reports.
-    pub fn read_backs(&self) -> serde_json::Value {
-        self.read_backs.json()
-    }
-
     fn flush_metrics(&mut self) -> Result<Reply, Refused> {
         if matches!(self.phase, Phase::NotStarted) {
             return Err(Refused::before_start());
@@ -607,51 +562,6 @@ impl Controller {
             tracing::warn!("The process ends before its last snapshots were read back; `tvmm inspect` verifies them");
         }
         stopped
-    }
-}
-
-/// The parts that a machine has in every state.
-pub struct Parts<'a> {
-    pub ram: &'a crate::memory::guest_ram::GuestRam,
-    pub ending: &'a Arc<crate::memory::ending::EndingSignal>,
-    pub msrs_refused: &'a [u32],
-    pub faults: FaultCounts,
-    pub fault_batches: Vec<FaultBatch>,
-    /// Counts of the requests to the cold pool, if there is one.
-    pub cold: Option<ColdCounts>,
-    /// The share of memory that has been compared with the snapshot's checksums; null if this process does not compare.
-    pub verification: serde_json::Value,
-    /// True if the kernel maps only pages that were touched.
-    pub single_pages: bool,
-    virtio: &'a VirtioDevices,
-    counters: &'a crate::vmm::exit_counters::ExitCounters,
-    vm: &'a VmFd,
-}
-
-impl<'a> Parts<'a> {
-    /// KVM's counts of mapped pages; `None` on kernels without them.
-    pub fn translations(&self) -> Result<Option<Translations>, Error> {
-        kvm_stats::translations(self.vm).map_err(Error::os("read KVM's statistics"))
-    }
-
-    fn of<S>(machine: &'a Machine<S>) -> Self {
-        Parts {
-            ram: machine.ram(),
-            ending: machine.ending(),
-            msrs_refused: machine.msrs_refused(),
-            faults: machine.fault_counts(),
-            fault_batches: machine.fault_batches(),
-            cold: machine.services().cold_counts(),
-            verification: machine.verification(),
-            single_pages: machine.maps_single_pages(),
-            virtio: machine.virtio(),
-            counters: machine.counters(),
-            vm: machine.vm(),
-        }
-    }
-
-    pub fn counters_json(&self) -> serde_json::Value {
-        self.counters.json()
     }
 }
 

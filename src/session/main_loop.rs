@@ -8,8 +8,9 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Answer, Input, Typed};
+use super::outcome::Outcome;
 use super::port_request::{PortRequest, Requesting};
-use super::record::Watch;
+use super::watch::Watch;
 use crate::config::DeviceConfigs;
 use crate::config::control::ControlReceiver;
 use crate::config::restore::RestoreRequest;
@@ -22,47 +23,6 @@ use crate::sys::lost::Listening;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::signals::EndSignals;
 use crate::vmm;
-
-/// The way in which a session ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The guest ended.
-    Guest(GuestEnd),
-    /// The machine could not go on, for this reason.
-    Failed(String),
-    /// Guest memory was lost, or differs from what was captured.
-    MemoryLost(String),
-    /// A signal ended the session.
-    Signal(i32),
-    /// Ctrl-A X was typed.
-    Quit,
-    /// The scripted request was answered.
-    Answered,
-    /// The scripted request cannot be answered.
-    NoAnswer(String),
-    /// The scripted request was not answered in time.
-    TimedOut,
-}
-
-/// The way in which a guest ended by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GuestEnd {
-    Reset,
-    PowerOff,
-    TripleFault,
-}
-
-impl From<Ending> for Outcome {
-    fn from(ending: Ending) -> Self {
-        match ending {
-            Ending::Failed(what) => Outcome::Failed(what),
-            Ending::MemoryLost(what) => Outcome::MemoryLost(what),
-            Ending::Reset => Outcome::Guest(GuestEnd::Reset),
-            Ending::PowerOff => Outcome::Guest(GuestEnd::PowerOff),
-            Ending::TripleFault => Outcome::Guest(GuestEnd::TripleFault),
-        }
-    }
-}
 
 /// The first action of the session.
 pub enum Begin {
@@ -77,7 +37,7 @@ pub enum Begin {
 }
 
 /// The event sources of the main loop other than the machine.
-pub struct Surroundings {
+pub struct EventSources {
     pub input: Input,
     /// True if standard input is read (not while a scripted request runs).
     pub reads_stdin: bool,
@@ -107,7 +67,7 @@ const SETTLED: Duration = Duration::from_millis(100);
 /// One VM's main loop.
 struct Session {
     controller: Controller,
-    around: Surroundings,
+    event_sources: EventSources,
     /// Standard input cannot be polled (a regular file, /dev/null): it is read whenever the guest wants more.
     stdin_always_ready: bool,
     stdin_open: bool,
@@ -132,16 +92,16 @@ const COMPARED_POLL: Duration = Duration::from_millis(1);
 fn begin_machine(
     controller: &mut Controller,
     begin: Begin,
-    around: &mut Surroundings,
+    event_sources: &mut EventSources,
 ) -> Result<Option<Requesting>, Error> {
     match begin {
         Begin::Wait => Ok(None),
         Begin::Boot => {
             controller.boot()?;
-            begin_request(around, controller.devices(), controller.output())
+            begin_request(event_sources, controller.devices(), controller.output())
         }
-        Begin::Restore(load) => restore(controller, &load, Watch::default(), around),
-        Begin::Record(load, watch) => restore(controller, &load, watch, around),
+        Begin::Restore(load) => restore(controller, &load, Watch::default(), event_sources),
+        Begin::Record(load, watch) => restore(controller, &load, watch, event_sources),
     }
 }
 
@@ -149,14 +109,14 @@ fn begin_machine(
 pub fn run(
     mut controller: Controller,
     begin: Begin,
-    mut around: Surroundings,
-) -> Result<(Outcome, Controller, Surroundings), Error> {
-    let requesting = begin_machine(&mut controller, begin, &mut around)?;
-    let deadline = around.timeout.map(|timeout| Instant::now() + timeout);
-    let stdin_open = around.reads_stdin;
+    mut event_sources: EventSources,
+) -> Result<(Outcome, Controller, EventSources), Error> {
+    let requesting = begin_machine(&mut controller, begin, &mut event_sources)?;
+    let deadline = event_sources.timeout.map(|timeout| Instant::now() + timeout);
+    let stdin_open = event_sources.reads_stdin;
     let session = Session {
         controller,
-        around,
+        event_sources,
         stdin_always_ready: false,
         stdin_open,
         stdin_watched: false,
@@ -208,21 +168,21 @@ pub fn run(
     drop(requesting);
     // The loop only breaks with an outcome.
     let outcome = session.outcome.unwrap_or(Outcome::Quit);
-    Ok((outcome, session.controller, session.around))
+    Ok((outcome, session.controller, session.event_sources))
 }
 
 fn restore(
     controller: &mut Controller,
     load: &RestoreRequest,
     watch: Watch,
-    around: &mut Surroundings,
+    event_sources: &mut EventSources,
 ) -> Result<Option<Requesting>, Error> {
     // A scripted request is in the FIFO, or at the vsock device, before the guest runs: this saves a wake-up.
     let mut requesting = None;
     let output = controller.output().clone();
     controller.restore(load, watch, |serial, devices| {
-        around.input.feed(|bytes| serial.receive(bytes)).map_err(vmm::Error::from)?;
-        requesting = begin_request(around, devices, &output)?;
+        event_sources.input.feed(|bytes| serial.receive(bytes)).map_err(vmm::Error::from)?;
+        requesting = begin_request(event_sources, devices, &output)?;
         Ok(())
     })?;
     Ok(requesting)
@@ -230,11 +190,11 @@ fn restore(
 
 /// Makes the scripted request if it goes over vsock.
 fn begin_request(
-    around: &Surroundings,
+    event_sources: &EventSources,
     devices: &DeviceConfigs,
     output: &Arc<ConsoleOutput>,
 ) -> Result<Option<Requesting>, Error> {
-    around.request.as_ref().map(|request| request.begin(devices, output.clone())).transpose()
+    event_sources.request.as_ref().map(|request| request.begin(devices, output.clone())).transpose()
 }
 
 fn event_error(error: &event_manager::Error) -> Error {
@@ -243,11 +203,11 @@ fn event_error(error: &event_manager::Error) -> Error {
 
 impl Session {
     fn try_init(&mut self, ops: &mut EventOps) -> Result<(), Error> {
-        watch(ops, &self.around.signals, SIGNALS)?;
-        if let Some(control) = &self.around.control {
+        watch(ops, &self.event_sources.signals, SIGNALS)?;
+        if let Some(control) = &self.event_sources.control {
             watch_event(ops, control.eventfd(), CONTROL)?;
         }
-        if let Some(answer) = &self.around.answer {
+        if let Some(answer) = &self.event_sources.answer {
             watch_event(ops, answer.event(), ANSWER)?;
         }
         watch_event(ops, self.controller.seal_event(), SEALED)?;
@@ -300,24 +260,24 @@ impl Session {
         match token {
             STDIN => self.read_stdin(ops),
             CONTROL => {
-                let requests = self.around.control.as_ref().map(ControlReceiver::drain).unwrap_or_default();
+                let requests = self.event_sources.control.as_ref().map(ControlReceiver::drain).unwrap_or_default();
                 requests.into_iter().for_each(|request| self.controller.handle(request));
                 self.watch_machine(ops)
             }
             SIGNALS => {
-                if let Some(number) = self.around.signals.take_one() {
+                if let Some(number) = self.event_sources.signals.take_one() {
                     self.outcome.get_or_insert(Outcome::Signal(number));
                 }
                 Ok(())
             }
             ANSWER => {
-                match self.around.answer.as_ref().and_then(|answer| answer.failure()) {
+                match self.event_sources.answer.as_ref().and_then(|answer| answer.failure()) {
                     Some(why) => {
                         self.outcome.get_or_insert(Outcome::NoAnswer(why));
                     }
                     None => self.is_answered = true,
                 }
-                self.around.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();
+                self.event_sources.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();
                 Ok(())
             }
             SEALED => {
@@ -348,7 +308,7 @@ impl Session {
     }
 
     fn read_stdin(&mut self, ops: &mut EventOps) -> Result<(), Error> {
-        match self.around.input.read().map_err(Error::os("read standard input"))? {
+        match self.event_sources.input.read().map_err(Error::os("read standard input"))? {
             Typed::Quit => {
                 self.outcome.get_or_insert(Outcome::Quit);
             }
@@ -362,10 +322,10 @@ impl Session {
     fn feed(&mut self, ops: &mut EventOps) -> Result<(), Error> {
         let Some(serial) = self.controller.serial().cloned() else { return Ok(()) };
         loop {
-            self.around.input.feed(|bytes| serial.receive(bytes)).map_err(vmm::Error::from)?;
-            let wanted = self.stdin_open && self.around.input.wants_more();
+            self.event_sources.input.feed(|bytes| serial.receive(bytes)).map_err(vmm::Error::from)?;
+            let wanted = self.stdin_open && self.event_sources.input.wants_more();
             if wanted && self.stdin_always_ready && serial.room() > 0 {
-                if self.around.input.read().map_err(Error::os("read standard input"))? == Typed::End {
+                if self.event_sources.input.read().map_err(Error::os("read standard input"))? == Typed::End {
                     self.stdin_open = false;
                 }
                 continue;

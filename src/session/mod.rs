@@ -9,9 +9,11 @@
 pub mod console;
 pub mod controller;
 mod error;
+pub mod facts;
 pub(crate) mod log;
 pub mod main_loop;
 pub(crate) mod metrics;
+pub mod outcome;
 pub(crate) mod plan_dir;
 pub(crate) mod planning;
 pub mod port_request;
@@ -19,5 +21,6 @@ pub(crate) mod read_backs;
 pub mod record;
 pub mod report;
 pub mod sources;
+pub mod watch;
 
 pub use error::Error;

@@ -11,9 +11,11 @@ use std::time::Duration;
 
 use super::console::{Answer, AnswerWatch, Input};
 use super::main_loop;
-use super::main_loop::{Begin, Outcome, Surroundings};
+use super::main_loop::{Begin, EventSources};
+use super::outcome::Outcome;
 use super::port_request::PortRequest;
 use super::sources;
+use super::watch::Watch;
 use crate::config::VmConfig;
 use crate::config::overrides::Overrides;
 use crate::config::request::SnapshotPaths;
@@ -27,19 +29,9 @@ use crate::sys::pagemap_scan::Mapped;
 use crate::sys::resident::CacheView;
 use crate::sys::signals::EndSignals;
 use crate::sys::timeline::{Moments, Timeline};
-use crate::tiering::fault::FaultObserver;
 use crate::tiering::profile::{Profile, RecorderKind, nonzero};
 use crate::tiering::recorder::{FaultLog, Layering, MappedPages, ResidentPages, from_dirty, from_layers, from_mapped};
 use crate::vmm::machine::Outside;
-
-/// The observation of a restored machine from its first touch of memory on.
-#[derive(Default)]
-pub struct Watch {
-    /// Told of every first touch.
-    pub observer: Option<Box<dyn FaultObserver>>,
-    /// True: the kernel maps only pages that are touched, not their neighbours, if it can.
-    pub single_pages: bool,
-}
 
 /// The parameters of a recording.
 #[derive(Clone, Debug)]
@@ -145,7 +137,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let line = format!("run {RUN_ID} {}", spec.function);
     let (id, asked) = (RUN_ID.to_string(), answer.clone());
     let request = spec.port.map(|port| PortRequest { port, line: line.clone(), id, answer: asked });
-    let around = Surroundings {
+    let event_sources = EventSources {
         input: if request.is_some() { Input::default() } else { Input::script(format!("{line}\n").as_bytes()) },
         reads_stdin: false,
         control: None,
@@ -155,8 +147,8 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         timeout: Some(spec.timeout),
     };
     let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), outside, Timeline::begin(None))?;
-    let (outcome, controller, around) = main_loop::run(controller, Begin::Record(load, watch), around)?;
-    *signals = Some(around.signals);
+    let (outcome, controller, event_sources) = main_loop::run(controller, Begin::Record(load, watch), event_sources)?;
+    *signals = Some(event_sources.signals);
     match outcome {
         Outcome::Answered => {}
         Outcome::TimedOut => return Err(Error::NoAnswer(format!(" within {} s", spec.timeout.as_secs()))),

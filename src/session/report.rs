@@ -7,11 +7,11 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use super::console::Answer;
-use super::main_loop::{GuestEnd, Outcome};
+use super::facts::{Facts, Parts};
+use super::outcome::{GuestEnd, Outcome};
 use crate::memory::fault_batches::FaultBatch;
 use crate::memory::{accounting, usage};
 use crate::session::Error;
-use crate::session::controller::{Controller, Parts};
 use crate::snapshot::overwrite_private;
 use crate::sys::clock;
 use crate::sys::otlp;
@@ -26,14 +26,14 @@ pub struct Report(Value);
 ///
 /// `against`: the profile of a run to compare the plan with.
 pub fn collect(
-    controller: &Controller,
+    facts: &Facts,
     operation: &str,
     answer: Option<&Answer>,
     against: Option<&Profile>,
 ) -> Result<Report, Error> {
-    let parts = controller.machine_parts();
-    let memory = parts.as_ref().map(|parts| usage::read(parts.ram)).transpose()?;
-    let fault_ins = parts.as_ref().map(|parts| accounting::count(parts.ram, parts.faults)).transpose()?.flatten();
+    let parts = facts.parts.as_ref();
+    let memory = parts.map(|parts| usage::read(parts.ram)).transpose()?;
+    let fault_ins = parts.map(|parts| accounting::count(parts.ram, parts.faults)).transpose()?.flatten();
     let fault_ins = fault_ins.map(|counts| {
         let mut json = json!(counts);
         json["by_read"] = json!(counts.by_read());
@@ -42,13 +42,16 @@ pub fn collect(
     });
     let batch = |batch: &FaultBatch| {
         let mut json = json!(batch);
-        json["start_us"] = json!(controller.timeline.since_start_us(batch.start_ns));
+        json["start_us"] = json!(facts.timeline.since_start_us(batch.start_ns));
         json["length_us"] = json!((batch.end_ns - batch.start_ns) as f64 / 1000.0);
         json
     };
-    let fault_batches = parts.as_ref().map(|parts| parts.fault_batches.iter().map(batch).collect::<Vec<Value>>());
-    let against = against.map(|profile| controller.fit(profile)).transpose()?.flatten();
-    let restored = controller.restored().map(|restored| {
+    let fault_batches = parts.map(|parts| parts.fault_batches.iter().map(batch).collect::<Vec<Value>>());
+    let against = match (facts.restored, against) {
+        (Some(restored), Some(profile)) => Some(restored.fit_of(profile)?),
+        _ => None,
+    };
+    let restored = facts.restored.map(|restored| {
         json!({
             "snapshot": restored.snapshot,
             "policy": restored.policy,
@@ -70,21 +73,21 @@ pub fn collect(
         "memory": memory,
         "fault_ins": fault_ins,
         "fault_batches": fault_batches,
-        "promotion": parts.as_ref().and_then(|parts| parts.ram.promotion()),
-        "translations": parts.as_ref().map(Parts::translations).transpose()?,
-        "verification": parts.as_ref().map(|parts| &parts.verification),
-        "cold": parts.as_ref().and_then(|parts| parts.cold.as_ref()),
-        "exits": parts.as_ref().map(|parts| parts.counters_json()),
-        "msrs_refused": parts.as_ref().map(|parts| parts.msrs_refused),
+        "promotion": parts.and_then(|parts| parts.ram.promotion()),
+        "translations": parts.map(Parts::translations).transpose()?,
+        "verification": parts.map(|parts| &parts.verification),
+        "cold": parts.and_then(|parts| parts.cold.as_ref()),
+        "exits": parts.map(|parts| parts.counters_json()),
+        "msrs_refused": parts.map(|parts| parts.msrs_refused),
     })))
 }
 
 /// The report of a running machine so far.
-pub fn live(controller: &Controller) -> Result<Value, Error> {
-    let operation = if controller.restored().is_some() { "restore" } else { "boot" };
-    let mut timeline = controller.timeline.clone();
-    timeline.note_moments(controller.moments(), None);
-    Ok(collect(controller, operation, None, None)?.timed(controller, &timeline).0)
+pub fn live(facts: &Facts) -> Result<Value, Error> {
+    let operation = if facts.restored.is_some() { "restore" } else { "boot" };
+    let mut timeline = facts.timeline.clone();
+    timeline.note_moments(facts.moments, None);
+    Ok(collect(facts, operation, None, None)?.timed(facts, &timeline).0)
 }
 
 impl Report {
@@ -106,14 +109,15 @@ impl Report {
     }
 
     /// Adds the time slices, tear-down included.
-    pub fn finish(self, controller: &Controller) -> Self {
-        self.timed(controller, &controller.timeline)
+    ///
+    /// `facts`: taken after the tear-down, which waits for snapshots being read back.
+    pub fn finish(self, facts: &Facts) -> Self {
+        self.timed(facts, facts.timeline)
     }
 
-    fn timed(mut self, controller: &Controller, timeline: &Timeline) -> Self {
-        // Read after the tear-down, which waits for them.
-        self.0["read_backs"] = controller.read_backs();
-        let moments = controller.moments();
+    fn timed(mut self, facts: &Facts, timeline: &Timeline) -> Self {
+        self.0["read_backs"] = facts.read_backs.clone();
+        let moments = facts.moments;
         let since = |ns: Option<u64>| ns.map(|ns| timeline.since_start_us(ns));
         self.0["start_source"] = json!(timeline.start_source());
         self.0["start_monotonic_ns"] = json!(timeline.start_ns());
