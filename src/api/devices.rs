@@ -21,11 +21,12 @@ fn put(device: DeviceConfig) -> Result<Parsed, Fault> {
 
 /// Firecracker's sentence.
 fn same_id<'a>(path: &str, body: &'a str, kind: &str) -> Result<&'a str, Fault> {
-    match path == body {
-        true => Ok(body),
-        false => Err(Fault::bad_request(format!(
+    if path == body {
+        Ok(body)
+    } else {
+        Err(Fault::bad_request(format!(
             "The {kind} id from the path [{path}] does not match the id from the body [{body}]!"
-        ))),
+        )))
     }
 }
 

@@ -53,7 +53,8 @@ fn load(snapshot: &Path) -> std::io::Result<()> {
     const HUGE: u64 = 2 << 20;
     let file = File::open(snapshot.join("memory"))?;
     for (start, end) in data(&file)? {
-        let (start, end) = (start.next_multiple_of(HUGE), end / HUGE * HUGE);
+        let start = start.next_multiple_of(HUGE);
+        let end = end / HUGE * HUGE;
         if start < end {
             PageCache.load_huge(&file, start, end - start)?;
         }
@@ -84,7 +85,8 @@ fn rewrite(path: &Path) -> std::io::Result<()> {
 
 /// The start and end offsets of the file's data, without its holes.
 fn data(file: &File) -> std::io::Result<Vec<(u64, u64)>> {
-    let (mut found, mut at) = (Vec::new(), 0);
+    let mut found = Vec::new();
+    let mut at = 0;
     loop {
         let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(start) => start,

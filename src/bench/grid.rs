@@ -168,14 +168,16 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
         "boot-source": { "boot_args": format!("pt={}", args.tables) },
         "machine-config": { "vcpu_count": 1, "mem_size_mib": args.mem },
     });
-    let (config_path, socket) = (dir.join("vm.json"), dir.join("api.sock"));
+    let config_path = dir.join("vm.json");
+    let socket = dir.join("api.sock");
     std::fs::write(&config_path, config.to_string())?;
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", case.filled(args)))?;
     let snapshot = dir.join("snapshot");
     guest::snapshot_to(&Client::new(&socket), &snapshot)?;
     drop(guest);
-    let (profile, function) = (dir.join("run.profile"), case.function());
+    let profile = dir.join("run.profile");
+    let function = case.function();
     record(&exe, &snapshot, &function, "uffd", &profile)?;
     if let Some(pool) = &args.pool {
         add_to_pool(&exe, pool, &snapshot, &profile, &name_in_pool(dir))?;

@@ -83,9 +83,10 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
     let timeline = Timeline::begin(args.start_time_us);
     let has_api = args.api_sock.is_some() || args.api_fd.is_some();
     let Some(path) = config else {
-        return match has_api {
-            true => run(args, VmConfig::default(), Begin::Wait, timeline, Operation { name: "boot", against: None }),
-            false => refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
+        return if has_api {
+            run(args, VmConfig::default(), Begin::Wait, timeline, Operation { name: "boot", against: None })
+        } else {
+            refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later")
         };
     };
     let mut config = VmConfig::from_file(path)?;
@@ -200,7 +201,8 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(7);
 /// Sends a report's spans to a collector.
 fn export(url: &str, report: &Report) -> Result<(), BoxError> {
     let exporter = Exporter::start(url)?;
-    let (mut trace_id, mut root_id) = ([0; 16], [0; 8]);
+    let mut trace_id = [0; 16];
+    let mut root_id = [0; 8];
     for id in [&mut trace_id[..], &mut root_id[..]] {
         rustix::rand::getrandom(id, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
     }
@@ -232,7 +234,9 @@ fn request_line(function: &str) -> String {
 
 /// The request of --run, if it goes over vsock (--run-port).
 fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
-    let (port, function, answer) = (args.run_port?, args.run.as_ref()?, answer?.clone());
+    let port = args.run_port?;
+    let function = args.run.as_ref()?;
+    let answer = answer?.clone();
     Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })
 }
 

@@ -200,7 +200,9 @@ mod tests {
     fn links_and_dots_do_not_lead_out() {
         let scratch = tempfile::tempdir().unwrap();
         let base = fs::canonicalize(scratch.path()).unwrap();
-        let (dir, inside, outside) = (base.join("dir"), base.join("inside"), base.join("outside"));
+        let dir = base.join("dir");
+        let inside = base.join("inside");
+        let outside = base.join("outside");
         for made in [&dir, &inside, &outside, &dir.join("snapshots")] {
             fs::create_dir(made).unwrap();
         }

@@ -96,7 +96,8 @@ impl Counters {
             "Request to answer of invocations that were answered well, by origin of their VM",
         )?;
         for origin in Origin::ALL {
-            let (histogram, origin) = (&self.durations[origin as usize], origin.name());
+            let histogram = &self.durations[origin as usize];
+            let origin = origin.name();
             let mut sum = 0;
             for (end, count) in BUCKETS.iter().zip(&histogram.counts) {
                 sum += count.load(Ordering::Relaxed);
@@ -109,7 +110,8 @@ impl Counters {
         }
         head(text, "tvmm_drive_copies_total", "counter", "Drives copied for a VM, by how")?;
         for (method, counter) in CopyMethod::ALL.iter().zip(&self.drive_copies) {
-            let (method, count) = (method.name(), counter.load(Ordering::Relaxed));
+            let method = method.name();
+            let count = counter.load(Ordering::Relaxed);
             writeln!(text, "tvmm_drive_copies_total{{method=\"{method}\"}} {count}")?;
         }
         for (name, what, counter) in [

@@ -72,7 +72,8 @@ impl Copies {
         let stopping = |_| Fault::new(StatusCode::SERVICE_UNAVAILABLE, "The service is stopping.");
         let turn = self.turns.clone().acquire_owned().await.map_err(stopping)?;
         let wanted = Arc::new(());
-        let (waiting, is_over) = (Arc::downgrade(&wanted), self.is_over.clone());
+        let waiting = Arc::downgrade(&wanted);
+        let is_over = self.is_over.clone();
         let made = blocking(move || {
             let _turn = turn;
             OwnDrives::make(&source, dir, &|| waiting.strong_count() > 0 && !is_over.load(Ordering::Relaxed))
@@ -122,7 +123,8 @@ impl OwnDrives {
     ) -> snapshot::Result<()> {
         let path = dir.join(format!("{id}.img"));
         let (_, method) = copy_drive_while(image, len, &path, is_wanted)?;
-        let (drive_id, method) = (id.to_string(), method.name().to_string());
+        let drive_id = id.to_string();
+        let method = method.name().to_string();
         self.drives.push(OwnDrive { drive_id, path_on_host: path, len, method });
         Ok(())
     }
@@ -192,7 +194,8 @@ mod tests {
     fn copies_of_starts_that_were_given_up_are_not_made() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().max_blocking_threads(1).build();
         let dir = tempfile::tempdir().unwrap();
-        let (image, own) = (dir.path().join("image"), dir.path().join("own"));
+        let image = dir.path().join("image");
+        let own = dir.path().join("own");
         fs::write(&image, [7; 5000]).unwrap();
         let source = DriveSource::Image(image);
         runtime.unwrap().block_on(async {

@@ -29,7 +29,8 @@ pub(super) async fn post_function(
     function.check()?;
     daemon.allowed.confined_function(function.clone()).await?;
     let kept = blocking({
-        let (daemon, function) = (daemon.clone(), function.clone());
+        let daemon = daemon.clone();
+        let function = function.clone();
         move || {
             daemon.store.save(Kind::Functions, &function.func_name, &function)?;
             daemon.functions().insert(function.func_name.clone(), function);

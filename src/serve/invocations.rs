@@ -214,7 +214,8 @@ async fn invoke(
         return Err(Fault::bad(format!("`timeout_ms` must be 1 to {MAX_TIMEOUT_MS}.")));
     }
     let limit = limit_ms.map_or(daemon.options.limits.timeout, Duration::from_millis);
-    let (deadline, begin_ns) = (tokio::time::Instant::now() + limit, clock::monotonic_ns());
+    let deadline = tokio::time::Instant::now() + limit;
+    let begin_ns = clock::monotonic_ns();
     let _turn = daemon.gate.enter(limit).await?;
     recording.lap("queue", 0, begin_ns);
     let limit = Limit { total: limit, deadline };
@@ -372,7 +373,8 @@ async fn start_and_ask(
     let done = answered(daemon, &vm, answer, origin, recording);
     let trace = recording.trace.clone();
     daemon.traces.keep(trace);
-    let (daemon, mut recording) = (daemon.clone(), recording.taken());
+    let daemon = daemon.clone();
+    let mut recording = recording.taken();
     // The client does not wait for these: the VM's own report, and its end.
     tokio::spawn(async move {
         match vm.report().await {

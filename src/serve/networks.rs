@@ -81,7 +81,8 @@ pub(super) async fn put_network(
     let netns = (!host_netns).then(|| namespace.clone());
     let network = Network { namespace: namespace.clone(), host_dev_name, iface_id, guest_mac, netns };
     let kept = blocking({
-        let (daemon, network) = (daemon.clone(), network.clone());
+        let daemon = daemon.clone();
+        let network = network.clone();
         move || {
             daemon.store.save(Kind::Networks, &namespace, &network)?;
             daemon.networks().insert(namespace, network);

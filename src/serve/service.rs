@@ -49,7 +49,9 @@ pub fn run(options: Options) -> Result<(), ServeError> {
 }
 
 async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> {
-    let (listen, listen_unix, idle) = (options.listen, options.listen_unix.clone(), options.limits.idle_timeout);
+    let listen = options.listen;
+    let listen_unix = options.listen_unix.clone();
+    let idle = options.limits.idle_timeout;
     let grace = options.limits.grace;
     let daemon = Arc::new(Daemon::open(options)?);
     snapshots::sweep(&daemon).map_err(ServeError::os("remove unfinished snapshots"))?;

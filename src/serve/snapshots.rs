@@ -206,7 +206,8 @@ async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<Snapshot
 /// Stores a snapshot's record; if that fails, the snapshot is removed.
 async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRecord, Fault> {
     let kept = blocking({
-        let (daemon, record) = (daemon.clone(), record.clone());
+        let daemon = daemon.clone();
+        let record = record.clone();
         move || {
             let kept = daemon.store.save(Kind::Snapshots, &record.ss_id, &record);
             if kept.is_err() {
@@ -287,9 +288,12 @@ async fn copy(daemon: &Arc<Daemon>, uri: &Uri) -> Result<SnapshotRecord, Fault> 
     claim.need(from.ss_id.clone());
     from.parent.iter().for_each(|parent| claim.need(parent.clone()));
     let copied = blocking({
-        let (daemon, from, id) = (daemon.clone(), from.ss_id.clone(), claim.id.clone());
+        let daemon = daemon.clone();
+        let from = from.ss_id.clone();
+        let id = claim.id.clone();
         move || {
-            let (to, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+            let to = daemon.snapshot_dir(&id);
+            let profiles = daemon.store.profiles_dir(&id);
             let copied = copy_dir(&daemon.snapshot_dir(&from), &to)
                 .and_then(|()| copy_dir(&daemon.store.profiles_dir(&from), &profiles))
                 // Opened as a restore does.

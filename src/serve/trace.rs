@@ -122,7 +122,8 @@ impl Recording {
     pub(super) fn span(&mut self, name: &str, parent: usize, start_ns: u64, end_ns: u64) -> usize {
         let start_us = (start_ns as f64 - self.start_ns as f64) / 1000.0;
         let length_us = end_ns.saturating_sub(start_ns) as f64 / 1000.0;
-        let (name, attributes) = (name.to_string(), BTreeMap::new());
+        let name = name.to_string();
+        let attributes = BTreeMap::new();
         self.trace.spans.push(Span { name, parent: Some(parent), start_us, length_us, attributes });
         self.trace.spans.len() - 1
     }

@@ -140,7 +140,8 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
 
 /// Boots a guest, lets it fill its pages, and snapshots it. Returns how long the guest took to fill them, in µs.
 fn snapshot(exe: &Path, dir: &Path, out: &Path) -> Result<f64, BoxError> {
-    let (config, socket) = (dir.join("vm.json"), dir.join("api.sock"));
+    let config = dir.join("vm.json");
+    let socket = dir.join("api.sock");
     let machine = serde_json::json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 } });
     std::fs::write(&config, machine.to_string())?;
     let mut vm = Guest::boot(exe, &config, &socket)?;

@@ -66,7 +66,8 @@ impl Bars<'_> {
             out += &text(LEFT - 8.0, top + group_height / 2.0, "end", group);
             for (number, (series, bar)) in self.series.iter().zip(bars).enumerate() {
                 let Some(bar) = bar.filter(|bar| bar.value > 0.0) else { continue };
-                let (y, end) = (top + number as f64 * BAR, axis.x(bar.value));
+                let y = top + number as f64 * BAR;
+                let end = axis.x(bar.value);
                 out += &format!(
                     "<rect x=\"{LEFT}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{:.1}\" fill=\"{}\"><title>{}: {} {:.3} \
                      ({:.3} to {:.3}) {}</title></rect>\n",
@@ -208,7 +209,8 @@ fn line((x1, y1): (f64, f64), (x2, y2): (f64, f64), stroke: &str) -> String {
 fn legend(series: &[Series], top: f64) -> String {
     let mut out = String::new();
     for (index, series) in series.iter().enumerate() {
-        let (x, y) = (LEFT + (index % 5) as f64 * 145.0, top + (index / 5) as f64 * 16.0);
+        let x = LEFT + (index % 5) as f64 * 145.0;
+        let y = top + (index / 5) as f64 * 16.0;
         out +=
             &format!("<rect x=\"{x}\" y=\"{}\" width=\"10\" height=\"10\" fill=\"{}\"/>\n", y - 9.0, series.colour());
         out += &text(x + 14.0, y, "start", &series.name);

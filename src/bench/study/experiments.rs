@@ -60,16 +60,19 @@ impl Study {
 
     fn record_one_ask_another(&mut self, experiment: Experiment, workload: &'static Workload) -> Result<(), BoxError> {
         let subject = self.subject(workload)?;
-        let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
+        let flows = self.settings.flows.clone();
+        let runs = self.settings.runs;
         self.rounds(experiment, workload.name, &subject, &flows, runs)
     }
 
     fn sizes(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let Some(&recorded) = workload.sizes.get(2) else { return Ok(()) };
-        let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
+        let flows = self.settings.flows.clone();
+        let runs = self.settings.runs;
         let snapshot = self.stage.snapshot(workload, true)?;
         for &size in workload.sizes {
-            let (recorded, asked) = (workload.of_size(recorded), workload.of_size(size));
+            let recorded = workload.of_size(recorded);
+            let asked = workload.of_size(size);
             let subject =
                 Subject { workload, snapshot: snapshot.clone(), sizes: true, recorded, asked, more: Vec::new() };
             self.rounds(Experiment::E2, &format!("{} {size}", workload.name), &subject, &flows, runs)?;

@@ -50,7 +50,8 @@ impl Foreign {
     pub fn new(vmm: &Path, subject: &Subject) -> Result<Foreign, BoxError> {
         let dir = subject.snapshot.with_file_name("firecracker");
         std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
-        let (state, memory) = (dir.join("state"), dir.join("memory"));
+        let state = dir.join("state");
+        let memory = dir.join("memory");
         let foreign =
             Foreign { vmm: vmm.to_owned(), socket: dir.join("api.sock"), faults: dir.join("uffd.sock"), state, memory };
         let whole = dir.join("whole");
@@ -66,7 +67,8 @@ impl Foreign {
         let mut command = Command::new(&self.vmm);
         command.arg("--api-sock").arg(&self.socket);
         let mut guest = Guest::start(command)?;
-        let (vmm, socket) = (self.vmm.display(), self.socket.display());
+        let vmm = self.vmm.display();
+        let socket = self.socket.display();
         let mut wait = Wait::new(format!("{vmm} to serve {socket}"), START);
         while !is_served(&self.socket)? {
             if guest.has_ended()? {

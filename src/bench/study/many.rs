@@ -112,7 +112,8 @@ impl Study {
             });
             joined.collect()
         });
-        let (mut answers, mut all_done) = (Vec::new(), 0.0_f64);
+        let mut answers = Vec::new();
+        let mut all_done = 0.0_f64;
         for report in reports {
             let (report, done_ms) = report?;
             let subject = &all[0];

@@ -53,7 +53,8 @@ impl Stage {
     pub fn booted(&self, workload: &Workload, sizes: bool, socket: &Path) -> Result<Guest, BoxError> {
         let dir = self.dir_of(workload);
         make(&dir)?;
-        let (config, kernel) = (dir.join("vm.json"), write_kernel(&self.exe, &dir)?);
+        let config = dir.join("vm.json");
+        let kernel = write_kernel(&self.exe, &dir)?;
         let boot = json!({ "boot-source": { "kernel_image_path": kernel }, "machine-config": workload.machine() });
         std::fs::write(&config, boot.to_string())?;
         remove(socket)?;

@@ -48,7 +48,8 @@ pub fn geomean(numbers: &[f64]) -> Option<f64> {
 
 /// The cases of an experiment, in the order in which they were first measured, and its flows, in their usual order.
 pub fn axes(results: &Results, experiment: &str) -> (Vec<String>, Vec<String>) {
-    let (mut cases, mut flows) = (Vec::new(), Vec::new());
+    let mut cases = Vec::new();
+    let mut flows = Vec::new();
     for sample in results.samples.iter().filter(|sample| sample.key.experiment == experiment) {
         if !cases.contains(&sample.key.case) {
             cases.push(sample.key.case.clone());

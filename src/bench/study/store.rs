@@ -172,9 +172,10 @@ fn check_same(old: &Header, new: &Header, path: &Path) -> Result<(), BoxError> {
             return differs(name, &value(old), &value(new));
         }
     }
-    match old.host == new.host {
-        true => Ok(()),
-        false => refuse(format!("{} was measured on another host: give another --out", path.display())),
+    if old.host == new.host {
+        Ok(())
+    } else {
+        refuse(format!("{} was measured on another host: give another --out", path.display()))
     }
 }
 

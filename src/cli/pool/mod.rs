@@ -193,9 +193,10 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    match json {
-        true => out!("{:#}", show::head_json(&head)),
-        false => show::print_added(&head),
+    if json {
+        out!("{:#}", show::head_json(&head))
+    } else {
+        show::print_added(&head)
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -61,7 +61,8 @@ pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
 /// The range of the mapping that `line` begins with.
 fn range(line: &str) -> Option<Range<u64>> {
     let (start, end) = line.split(' ').next()?.split_once('-')?;
-    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    let start = u64::from_str_radix(start, 16).ok()?;
+    let end = u64::from_str_radix(end, 16).ok()?;
     (start <= end).then_some(start..end)
 }
 

@@ -58,7 +58,8 @@ pub fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
     }
     if profile.runs > 1 {
         let some = |counts: &[(u32, PageSet)]| counts.iter().map(|(_, pages)| pages.len()).sum::<u64>();
-        let (touched, written) = (some(&profile.frequency.touched), some(&profile.frequency.written));
+        let touched = some(&profile.frequency.touched);
+        let written = some(&profile.frequency.written);
         facts.push(("disagree", format!("{touched} pages touched and {written} written in some runs only")));
     }
     if let Some(of) = &shown.of_snapshot {
@@ -68,7 +69,9 @@ pub fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
             format!("{}; the working set is {share:.1} % of memory", size(of.loading_set.len())),
         ));
         let buckets = &of.buckets;
-        let (runtime, init, execution) = (buckets.runtime.len(), buckets.init.len(), buckets.execution.len());
+        let runtime = buckets.runtime.len();
+        let init = buckets.init.len();
+        let execution = buckets.execution.len();
         facts.push(("buckets", format!("runtime {runtime}, init {init}, execution {execution} pages")));
     }
     let per_page = shown.file_bytes as f64 / pages.max(1) as f64;

@@ -15,9 +15,10 @@ pub fn page(shown: &Shown) -> String {
         .collect();
     let map = Map::of(&shown.profile);
     let classes = drawing(&map, "What was done", |cell| class_colour(cell, map.cell));
-    let order = match shown.profile.order == crate::tiering::profile::Order::Unknown {
-        true => "<p>The recorder saw no order.</p>".to_string(),
-        false => drawing(&map, "When it was touched first", order_colour),
+    let order = if shown.profile.order == crate::tiering::profile::Order::Unknown {
+        "<p>The recorder saw no order.</p>".to_string()
+    } else {
+        drawing(&map, "When it was touched first", order_colour)
     };
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>Profile of {title}</title>\n<style>\n\
@@ -35,7 +36,8 @@ pub fn page(shown: &Shown) -> String {
 }
 
 fn drawing(map: &Map, name: &str, colour: impl Fn(&Cell) -> Option<String>) -> String {
-    let (width, height) = (LABEL_PX + COLUMNS * CELL_PX, map.rows.len() as u64 * CELL_PX);
+    let width = LABEL_PX + COLUMNS * CELL_PX;
+    let height = map.rows.len() as u64 * CELL_PX;
     let mut out = format!(
         "<h2>{}</h2>\n<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" role=\"img\">\n",
         escape(name)

@@ -134,13 +134,15 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
     // Taken before any thread exists, so that none of them gets the signals.
     let mut signals = EndSignals::take()?;
     kick::install_handler()?;
-    let (mut runs, mut told) = (Vec::new(), Vec::new());
+    let mut runs = Vec::new();
+    let mut told = Vec::new();
     for number in 1..=args.repeat {
         let drives = args.drive_dir.as_deref().map(|dir| RunDrives::make(dir, number)).transpose()?;
         spec.drive_dir = drives.as_ref().map(|drives| drives.0.clone());
         let (recorded, back) = record(&spec, signals)?;
         signals = back;
-        let (profile, ms) = (&recorded.profile, recorded.execute_ns as f64 / 1e6);
+        let profile = &recorded.profile;
+        let ms = recorded.execute_ns as f64 / 1e6;
         let answer = recorded.answer.trim_end();
         say!("run {number}: {answer}, {ms:.3} ms, {}", counts(profile));
         told.push(json!({ "answer": answer, "execute_us": recorded.execute_ns as f64 / 1e3 }));
@@ -204,16 +206,15 @@ fn print_agreement(agreement: &Agreement, by: MergeKind) {
     for pair in agreement.pairs.iter().take(PAIRS_SHOWN) {
         say!("  {} and {}: touched {:.4}, written {:.4}", pair.a + 1, pair.b + 1, pair.touched, pair.written);
     }
-    let (mean, least) = (agreement.mean(), agreement.least());
+    let mean = agreement.mean();
+    let least = agreement.least();
     say!("  mean:    touched {:.4}, written {:.4}", mean.0, mean.1);
     say!("  least:   touched {:.4}, written {:.4}", least.0, least.1);
 }
 
 fn counts(profile: &Profile) -> String {
-    let mut text = match profile.sees_reads {
-        true => format!("{} pages read", profile.read.len()),
-        false => "reads not seen".to_string(),
-    };
+    let mut text =
+        if profile.sees_reads { format!("{} pages read", profile.read.len()) } else { "reads not seen".to_string() };
     text += &format!(", {} written", profile.written.len());
     if !profile.unclassified.is_empty() {
         text += &format!(", {} read or written", profile.unclassified.len());

@@ -110,7 +110,9 @@ pub(in crate::serve) async fn ask(
     loop {
         let text = reader.next().await?;
         let mut words = text.splitn(3, ' ');
-        let (verdict, whose, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
+        let verdict = words.next();
+        let whose = words.next();
+        let rest = words.next().unwrap_or_default();
         if let (Some("ok" | "err"), Some(whose)) = (verdict, whose)
             && whose == id
         {

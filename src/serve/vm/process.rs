@@ -86,7 +86,9 @@ fn spawn(job: Job) -> io::Result<Spawned> {
     let before = clock::monotonic_ns();
     // The file that this process runs from, even if another one has its name by now.
     let mut command = Command::new("/proc/self/exe");
-    let (mut api, mut theirs, mut entered) = (None, None, None);
+    let mut api = None;
+    let mut theirs = None;
+    let mut entered = None;
     match job {
         Job::Shell { id, netns } => {
             let (ours, inherited) = UnixStream::pair()?;

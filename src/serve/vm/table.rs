@@ -136,7 +136,8 @@ impl Table {
         let vm = Arc::new(vm);
         self.live().insert(vm.id.clone(), vm.clone());
         self.changed.notify_one();
-        let (table, watched) = (self.clone(), vm.clone());
+        let table = self.clone();
+        let watched = vm.clone();
         tokio::spawn(async move {
             let ended = watched.process.end().await;
             table.is_over(&watched, &ended, vsock.as_deref());

@@ -95,7 +95,8 @@ pub(in crate::serve) fn load_cached(files: &[PathBuf]) -> crate::snapshot::Resul
 fn load_huge_blocks(file: &File, start: u64, end: u64) -> io::Result<()> {
     use crate::snapshot::LoadHuge;
     const HUGE: u64 = 2 << 20;
-    let (start, end) = (start.next_multiple_of(HUGE), end / HUGE * HUGE);
+    let start = start.next_multiple_of(HUGE);
+    let end = end / HUGE * HUGE;
     if start < end { PageCache.load_huge(file, start, end - start) } else { Ok(()) }
 }
 

@@ -91,7 +91,9 @@ fn of_layers(like: Profile, layers: Vec<PageSet>) -> Profile {
 
 fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
     let snapshot = ResolvedChain::open(dir).map_err(|error| Fault::of(&error))?;
-    let (mut n_nz_regions, mut nz_region_size, mut end) = (0, 0, None);
+    let mut n_nz_regions = 0;
+    let mut nz_region_size = 0;
+    let mut end = None;
     for run in nonzero(&snapshot.resolved).runs() {
         match end {
             Some(end) if run.first.0 - end < GAP_PAGES => nz_region_size += run.first.0 - end,
@@ -100,7 +102,8 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
         nz_region_size += run.pages;
         end = Some(run.end().0);
     }
-    let (mut nlayers, mut ws) = (0, Vec::new());
+    let mut nlayers = 0;
+    let mut ws = Vec::new();
     if let Some(profile) = load(Slot::Mincore, profiles)? {
         nlayers = layers(&profile).len() as u64;
         ws = snapshot.images(Policy::Faasnap, &profile)?;
@@ -119,7 +122,8 @@ pub(in crate::serve) async fn get_mincore(
     Path(id): Path<String>,
 ) -> Result<Reply<MincoreState>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     blocking(move || state(&dir, &profiles)).await?.map(Reply)
 }
 
@@ -138,7 +142,8 @@ pub(in crate::serve) async fn put_mincore(
     let source = query(&uri, &["source"])?.remove("source");
     let source = source.ok_or_else(|| Fault::bad("The query needs `source`: the snapshot whose layers are taken."))?;
     daemon.snapshot(&source)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let sources = daemon.store.profiles_dir(&source);
     let carried = blocking(move || {
         let _turn = exclusively();
@@ -171,7 +176,8 @@ pub(in crate::serve) async fn post_mincore(
         return Err(Fault::bad(format!("Snapshot `{}` is no diff.", diff.ss_id)));
     }
     let diff = diff.map(|diff| daemon.snapshot_dir(&diff.ss_id));
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let added = blocking(move || {
         let _turn = exclusively();
         let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
@@ -262,7 +268,8 @@ pub(in crate::serve) async fn patch_mincore(
              zero; zero pages are anonymous memory.",
         ));
     }
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     blocking(move || change(&dir, &profiles, &patch)).await?.map(Reply)
 }
 

@@ -140,7 +140,8 @@ pub(in crate::serve) async fn put_profile(
             format!("A profile is bound to its snapshot: `{source}` and `{id}` are not copies of each other.");
         return Err(Fault::conflict(message));
     }
-    let (from, to) = (daemon.store.profiles_dir(&source), daemon.store.profiles_dir(&id));
+    let from = daemon.store.profiles_dir(&source);
+    let to = daemon.store.profiles_dir(&id);
     let dir = daemon.snapshot_dir(&id);
     let carried = blocking(move || {
         let _turn = exclusively();
@@ -161,7 +162,8 @@ pub(in crate::serve) async fn delete_profile(
     Path(id): Path<String>,
 ) -> Result<Reply<ProfileState>, Fault> {
     let told = get_profile(State(daemon.clone()), Path(id.clone())).await?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let removed = blocking(move || {
         let _turn = exclusively();
         gone_is_fine(std::fs::remove_file(Slot::Run.path(&profiles))).map_err(|error| Fault::of(&error))?;

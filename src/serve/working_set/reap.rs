@@ -39,7 +39,8 @@ pub(in crate::serve) async fn get_reap(
     Path(id): Path<String>,
 ) -> Result<Reply<ReapState>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let told = blocking(move || {
         let nothing =
             ReapState { recorded: false, function: None, pages_read: 0, pages_written: 0, ws_pages: 0, ws_cache: None };
@@ -72,7 +73,8 @@ pub(in crate::serve) async fn patch_reap(
     Body(cached): Body<bool>,
 ) -> Result<Reply<CacheState>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let changed = blocking(move || {
         let _turn = exclusively();
         let none = || Fault::conflict("Nothing is recorded for REAP: an invocation with `enableReap` does that.");
@@ -94,7 +96,8 @@ pub(in crate::serve) async fn delete_reap(
     Path(id): Path<String>,
 ) -> Result<Reply<serde_json::Value>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let removed = blocking(move || {
         let _turn = exclusively();
         if load(Slot::Reap, &profiles)?.is_none() {
