@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FallocateFlags;
 
 use super::numa;
-use crate::snapshot::PRIVATE;
+use crate::snapshot::{HUGE_PAGE_SIZE, PAGE_SIZE, PRIVATE};
 use crate::sys::shared_map::{SharedMap, make_huge};
 use crate::sys::{locks, mempolicy};
 use crate::tiering::pool::{Facts, Medium};
@@ -19,7 +19,6 @@ pub const POOL_FILE: &str = "pool.tvmm";
 /// Magic numbers of file systems (statfs(2)).
 const TMPFS: u64 = 0x0102_1994;
 const HUGETLBFS: u64 = 0x9584_58f6;
-const HUGE: u64 = 2 << 20;
 
 /// The reason why a medium cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -206,7 +205,7 @@ pub fn format_name(name: &Path) -> String {
 
 fn create_in(name: &Path, dir: &Path, size: u64, node: Option<u32>) -> Result<PoolMedium, Error> {
     let path = dir.join(POOL_FILE);
-    let size = size / HUGE * HUGE;
+    let size = size / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
     let making = || Error::io("make", &path);
     let made = File::options().read(true).write(true).create_new(true).mode(PRIVATE).open(&path);
     let file = match made {
@@ -248,7 +247,7 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>, access: Access) -> Resul
     let (len, hugetlb) = (metadata.len(), magic == HUGETLBFS);
     let facts = Facts {
         kind: if node.is_some() { "numa" } else { "dir" },
-        align: if hugetlb { HUGE } else { 4096 },
+        align: if hugetlb { HUGE_PAGE_SIZE } else { PAGE_SIZE },
         // A copy would take a huge page that is not reserved; without a free one the guest would be killed.
         copy_on_write: !hugetlb,
         huge: hugetlb || mounted_huge(metadata.dev(), magic == TMPFS),
@@ -287,7 +286,7 @@ fn open_dax(name: &Path, device: &Path, access: Access) -> Result<PoolMedium, Er
         text.trim().parse::<u64>().map_err(|_| bad(format!("its {attribute} is {:?}", text.trim())))
     };
     let (len, align) = (attribute("size")?, attribute("align")?);
-    if !align.is_power_of_two() || !(4096..=HUGE).contains(&align) {
+    if !align.is_power_of_two() || !(PAGE_SIZE..=HUGE_PAGE_SIZE).contains(&align) {
         return Err(bad(format!("its alignment is {align} bytes; tvmm maps 4 KiB and 2 MiB")));
     }
     let (file, is_writable) = access.open(device, true).map_err(Error::io("open", device))?;
@@ -318,7 +317,7 @@ impl PoolMedium {
 
     /// Makes whole blocks huge pages if the medium should consist of them.
     fn settle(&self, offset: u64, len: u64) -> io::Result<()> {
-        let (start, end) = (offset.next_multiple_of(HUGE), (offset + len) / HUGE * HUGE);
+        let (start, end) = (offset.next_multiple_of(HUGE_PAGE_SIZE), (offset + len) / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE);
         if !self.facts.huge || magic(&self.file)? != TMPFS || start >= end {
             return Ok(());
         }

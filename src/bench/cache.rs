@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use rustix::fs::SeekFrom;
 
-use crate::snapshot::{LoadHuge, Location, PAGE_SIZE, derived_dir};
+use crate::snapshot::{HUGE_PAGE_SIZE, LoadHuge, Location, PAGE_SIZE, derived_dir};
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::page_cache::{PageCache, resident_pages};
 
@@ -50,11 +50,10 @@ pub(super) fn prepare(snapshot: &Path, cache: Cache) -> Result<(), BoxError> {
 
 /// Reads the memory file in folios of 2 MiB, if it has that much data in one place, as sealing leaves it.
 fn load(snapshot: &Path) -> std::io::Result<()> {
-    const HUGE: u64 = 2 << 20;
     let file = File::open(snapshot.join("memory"))?;
     for (start, end) in data(&file)? {
-        let start = start.next_multiple_of(HUGE);
-        let end = end / HUGE * HUGE;
+        let start = start.next_multiple_of(HUGE_PAGE_SIZE);
+        let end = end / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
         if start < end {
             PageCache.load_huge(&file, start, end - start)?;
         }

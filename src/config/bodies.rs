@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::request::SnapshotKind;
+use crate::snapshot::SnapshotKind;
 
 /// The states that `PATCH /vm` brings a machine to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,14 @@ pub struct CreateExtension {
     pub verify: bool,
 }
 
+/// The names of the kinds of snapshot in Firecracker's API.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SnapshotKind")]
+enum SnapshotType {
+    Full,
+    Diff,
+}
+
 /// The body of `PUT /snapshot/create`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -57,7 +65,7 @@ pub struct CreateBody {
     pub snapshot_path: PathBuf,
     /// Required by Firecracker; here its absence means that `snapshot_path` is a snapshot directory.
     pub mem_file_path: Option<PathBuf>,
-    #[serde(default)]
+    #[serde(default, with = "SnapshotType")]
     pub snapshot_type: SnapshotKind,
     #[serde(default)]
     pub tvmm: CreateExtension,

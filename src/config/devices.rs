@@ -4,10 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
-
-/// The most virtio devices a machine can have: one interrupt line of the IOAPIC each.
-pub const MAX_DEVICES: usize = 19;
+use super::error::ConfigError;
+use super::limits::MAX_DEVICES;
 
 /// `rate_limiter` and similar keys: at most `size` tokens each `refill_time`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,10 +4,7 @@ use std::borrow::Cow;
 use std::io;
 use std::path::PathBuf;
 
-use super::MAX_FILE_BYTES;
-use super::devices::MAX_DEVICES;
-use super::restore::InvalidRestore;
-use super::sections::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
+use super::limits::{MAX_DEVICES, MAX_FILE_BYTES, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 
 /// The reason for refusing a config.
 #[derive(Debug, thiserror::Error)]
@@ -125,4 +122,19 @@ impl ConfigError {
     pub(crate) fn not_supported(subject: impl Into<Cow<'static, str>>) -> Self {
         Self::NotSupported { subject: subject.into() }
     }
+}
+
+/// Options that exclude each other, or miss an option that they need. They are named by their JSON keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidRestore {
+    #[error("Snapshot load has both tvmm.{option} and tvmm.{other}; leave one out.")]
+    Both { option: &'static str, other: &'static str },
+    #[error("Snapshot load has tvmm.{option}, which needs tvmm.{needed}.")]
+    Needs { option: &'static str, needed: &'static str },
+    #[error("Snapshot load's tvmm.{option} must be 1 or more.")]
+    Zero { option: &'static str },
+    #[error("Snapshot load has both a pool and {key}; leave one out.")]
+    PoolAndMemoryFile { key: &'static str },
+    #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
+    PoolAndHandler,
 }

@@ -13,6 +13,7 @@ mod cpu;
 mod devices;
 mod error;
 pub mod guest;
+mod limits;
 mod load;
 pub(crate) mod overrides;
 pub(crate) mod patch;
@@ -35,25 +36,23 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+use crate::config::limits::MAX_FILE_BYTES;
 use crate::config::restore::RestoreRequest;
 
 pub use cpu::{CpuConfig, CpuidModifier, CpuidRegister, MsrModifier};
 pub use devices::{
-    BalloonConfig, CacheType, DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, IoEngine, MAX_DEVICES,
-    NetworkConfig, PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
+    BalloonConfig, CacheType, DeviceConfig, DeviceConfigs, DriveConfig, EntropyConfig, IoEngine, NetworkConfig,
+    PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
 };
-pub use error::ConfigError;
+pub use error::{ConfigError, InvalidRestore};
+pub use limits::{MAX_DEVICES, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 pub use load::{
     LoadBody, LoadFields, MemBackend, MemBackendType, NetworkOverrideBody, VsockOverrideBody, snapshot_paths,
 };
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,
-    HugePages, LogLevel, LoggerConfig, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigPatch,
-    MetricsConfig, TvmmConfig,
+    HugePages, LogLevel, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, TvmmConfig,
 };
-
-/// A config file larger than this is not a config file.
-const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// A section of Firecracker's schema that tvmm does not support. It may be absent, `null` or `[]`.
 struct UnbuiltSection {

@@ -5,7 +5,7 @@ use crate::config::restore::RestoreRequest;
 use crate::config::{
     BootSource, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
 };
-use serde::{Deserialize, Serialize};
+use crate::snapshot::SnapshotKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -66,16 +66,6 @@ pub struct SnapshotPaths {
     pub snapshot: PathBuf,
     /// The file of guest memory in Firecracker's two-file form; absent for a snapshot directory.
     pub memory: Option<PathBuf>,
-}
-
-/// The kind of a snapshot.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum SnapshotKind {
-    /// All pages that are not zero.
-    #[default]
-    Full,
-    /// The pages changed since the snapshot before.
-    Diff,
 }
 
 /// A request to save a machine.

@@ -12,6 +12,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::config::error::InvalidRestore;
 use crate::config::overrides::Overrides;
 use crate::snapshot::{Cold, ColdCache, ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, Verify};
 
@@ -216,21 +217,6 @@ pub enum MemorySaid {
     File { path: PathBuf, key: &'static str },
     /// The socket of a page-fault handler.
     Handler(PathBuf),
-}
-
-/// Options that exclude each other, or miss an option that they need. They are named by their JSON keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidRestore {
-    #[error("Snapshot load has both tvmm.{option} and tvmm.{other}; leave one out.")]
-    Both { option: &'static str, other: &'static str },
-    #[error("Snapshot load has tvmm.{option}, which needs tvmm.{needed}.")]
-    Needs { option: &'static str, needed: &'static str },
-    #[error("Snapshot load's tvmm.{option} must be 1 or more.")]
-    Zero { option: &'static str },
-    #[error("Snapshot load has both a pool and {key}; leave one out.")]
-    PoolAndMemoryFile { key: &'static str },
-    #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
-    PoolAndHandler,
 }
 
 impl InvalidRestore {

@@ -6,13 +6,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::limits::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 
-/// The most vCPUs a machine may have (Firecracker's limit).
-pub const MAX_VCPU_COUNT: u8 = 32;
 /// The vCPUs of a machine whose config has no `machine-config`.
 pub const DEFAULT_VCPU_COUNT: u8 = 1;
-/// The most guest memory, 1 TiB: a larger value is a wrong unit, and the page bitmaps are sized for this.
-pub const MAX_MEM_SIZE_MIB: u64 = 1 << 20;
 /// The guest memory of a machine whose config has no `machine-config`.
 pub const DEFAULT_MEM_SIZE_MIB: u64 = 128;
 /// The kernel command line when `boot_args` is absent: no probing for absent hardware.

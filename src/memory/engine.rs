@@ -15,8 +15,8 @@ use crate::memory::guest_ram::{Backing, FileMapping, GuestRam, Piece};
 use crate::memory::promote::{InPlaceExtent, Resort};
 use crate::snapshot::InPlaceMapping;
 use crate::snapshot::{
-    BackgroundAction, CHUNK_PAGES, Extent, Fill, Folios, Gfn, Mapping, MemoryLayout, PAGE_SIZE, PageSet, PageSource,
-    Placement, PlacementCounts, PlannedExtent, RestorePlan, Snapshot, View, chunk_of,
+    BackgroundAction, CHUNK_PAGES, Extent, Fill, Folios, Gfn, HUGE_PAGE_PAGES, Mapping, MemoryLayout, PAGE_SIZE,
+    PageSet, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan, Snapshot, View, chunk_of,
 };
 use crate::sys::lost;
 use crate::sys::mapping::Buffer;
@@ -451,12 +451,9 @@ fn copy_runs(plan: &RestorePlan, layout: &MemoryLayout) -> Vec<(Extent, PageSour
     runs
 }
 
-/// 2 MiB in pages.
-const HUGE_PAGES: u64 = 512;
-
 fn whole_huge_pages(extent: Extent) -> Option<Extent> {
-    let first = extent.first.0.next_multiple_of(HUGE_PAGES);
-    let end = extent.end().0 / HUGE_PAGES * HUGE_PAGES;
+    let first = extent.first.0.next_multiple_of(HUGE_PAGE_PAGES);
+    let end = extent.end().0 / HUGE_PAGE_PAGES * HUGE_PAGE_PAGES;
     (first < end).then(|| Extent { first: Gfn(first), pages: end - first })
 }
 

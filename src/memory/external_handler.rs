@@ -20,6 +20,7 @@ use crate::memory::Error;
 use crate::memory::ending::{Ending, EndingSignal};
 use crate::memory::guest_ram::GuestRam;
 use crate::memory::stall::{HandlerProbe, Stalls};
+use crate::snapshot::PAGE_SIZE;
 use crate::sys::handshake::Mapping;
 use crate::sys::uffd::Uffd;
 use crate::sys::worker::Worker;
@@ -50,8 +51,8 @@ impl ExternalHandler {
                 base_host_virt_addr: host as u64,
                 size: range.len as usize,
                 offset: range.file_offset,
-                page_size: 4096,
-                page_size_kib: 4096,
+                page_size: PAGE_SIZE as usize,
+                page_size_kib: PAGE_SIZE as usize,
             })
             .collect();
         let message = serde_json::to_vec(&mappings)

@@ -15,7 +15,7 @@ use crate::memory::Error;
 use crate::memory::balloon_release::Released;
 use crate::memory::ending::{Ending, EndingSignal};
 use crate::memory::stall::Activity;
-use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource};
+use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource, is_zero};
 use crate::sys::clock;
 use crate::sys::lost;
 use crate::sys::uffd::{Fault, Install, Touch, Uffd};
@@ -303,11 +303,6 @@ fn neighbours(extents: &[LazyExtent], at: usize, window: Extent) -> Vec<LazyExte
     let before = extents[..at].iter().rev().take_while(has);
     let after = extents[at + 1..].iter().take_while(has);
     before.chain(after).copied().collect()
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    // Compares words without a branch for each: as fast as memory.
-    page.as_chunks::<16>().0.iter().fold(0, |any, bytes| any | u128::from_ne_bytes(*bytes)) == 0
 }
 
 /// The aligned block of `pages` around `gfn`, cut to the extent.

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::fault::Fault;
+use crate::config::InvalidRestore;
 use crate::config::NetworkOverrideBody;
-use crate::config::restore::{InvalidRestore, NamedFile, RestoreOptions};
+use crate::config::restore::{NamedFile, RestoreOptions};
 use crate::snapshot::ColdSpec;
 
 /// The options that the daemon decides: clients cannot give them in `tvmm`.

@@ -26,9 +26,8 @@ use super::vm::control::ControlError;
 use super::working_set::{self, CacheState};
 use crate::config::bodies::{CreateBody, CreateExtension, VmBody, WantedState};
 use crate::config::control::SnapshotTaken;
-use crate::config::request::SnapshotKind;
 use crate::snapshot::{
-    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, copy_drive, is_partial, random_hex,
+    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, SnapshotKind, copy_drive, is_partial, random_hex,
 };
 
 /// A snapshot to be taken.

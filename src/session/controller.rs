@@ -17,14 +17,14 @@ use super::watch::Watch;
 use crate::config::control::{InstanceInfo, Reply, Request, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
-use crate::config::request::{Command, CreateSnapshot, SnapshotKind};
+use crate::config::request::{Command, CreateSnapshot};
 use crate::config::restore::RestoreRequest;
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::files;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
 use crate::session::log;
-use crate::snapshot::{self, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
+use crate::snapshot::{Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
@@ -417,11 +417,7 @@ impl Controller {
             }
             Phase::Paused(machine) => machine,
         };
-        let kind = match create.kind {
-            SnapshotKind::Full => snapshot::SnapshotKind::Full,
-            SnapshotKind::Diff => snapshot::SnapshotKind::Diff,
-        };
-        let captured = machine.capture(location(&create.location), kind, create.copy_drives);
+        let captured = machine.capture(location(&create.location), create.kind, create.copy_drives);
         let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
         if create.resume
             && let Err(refused) = self.resume()

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use super::manifest::canonical;
 use super::{
     Error, Extent, Location, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Parent, Result, Snapshot, SnapshotKind,
-    derived_dir,
 };
 
 /// The most layers that a chain may have to be restored. The writer refuses to make a longer one.
@@ -209,6 +209,18 @@ impl Chain {
         push_zero_runs(&mut runs, layout, &rest);
         runs.sort_unstable_by_key(|run| run.extent.first);
         Ok(joined(runs, layout))
+    }
+}
+
+/// The folder that caches files derived from the snapshot at `location`.
+pub fn derived_dir(location: &Location) -> PathBuf {
+    match location {
+        Location::Dir(dir) => dir.join("plan"),
+        Location::Files { snapshot, .. } => {
+            let mut name = canonical(snapshot).into_os_string();
+            name.push(".plan");
+            PathBuf::from(name)
+        }
     }
 }
 

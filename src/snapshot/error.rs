@@ -5,7 +5,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Extent, SnapshotId};
+use super::ids::{BadDigestText, SnapshotId};
+use super::types::Extent;
 
 /// The result of everything in this room.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -70,9 +71,8 @@ pub enum Error {
     /// Guest memory ranges that tvmm does not accept.
     #[error("The guest memory layout is invalid: {problem}")]
     BadLayout { problem: String },
-    /// Text that is not an identifier.
-    #[error("{text:?} is not a snapshot identifier or digest (64 lower-case hexadecimal digits)")]
-    BadDigestText { text: String },
+    #[error(transparent)]
+    BadDigestText(#[from] BadDigestText),
     /// A set of pages that is not canonical roaring.
     #[error("A page set cannot be decoded: {problem}")]
     PageSet { problem: String },

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Advice, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::partial::{self, PartialFile};
 use super::{Error, Result};
 
 /// Opens a regular file for reading and gives its length in bytes.
@@ -46,34 +45,6 @@ pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = create_new(path)?;
     file.write_all(bytes).map_err(Error::io("write", path))?;
     file.sync_all().map_err(Error::io("sync", path))
-}
-
-/// Writes a file beside `path`, makes it durable, and renames it to `path`; an older file of that name is replaced.
-/// Also removes the temporaries of dead writers beside it.
-///
-/// # Errors
-/// [`Error::Io`]; then `path` is as it was.
-pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    if path.file_name().is_none() {
-        return Err(Error::BadTarget { path: path.to_path_buf(), problem: "it has no file name" });
-    }
-    let dir = parent_dir(path);
-    partial::sweep(&dir);
-    let partial = PartialFile::create(&dir)?;
-    partial.file().write_all(bytes).map_err(Error::io("write", partial.path()))?;
-    partial.publish_durably(path)
-}
-
-/// As [`replace_file`], for a file that is read by [`read_limited`] with this limit.
-///
-/// # Errors
-/// [`Error::TooLarge`] before anything is written; [`Error::Io`].
-pub fn write_limited(path: &Path, bytes: &[u8], limit: u64) -> Result<()> {
-    let len = bytes.len() as u64;
-    if len > limit {
-        return Err(Error::TooLarge { object: path.display().to_string(), len, limit });
-    }
-    replace_file(path, bytes)
 }
 
 /// The mode of files that hold guest memory, device state, or the record of a guest's actions: only their owner reads

@@ -5,7 +5,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Result};
+/// Text that is not an identifier.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a snapshot identifier or digest (64 lower-case hexadecimal digits)")]
+pub struct BadDigestText {
+    /// The first 80 characters.
+    pub text: String,
+}
 
 macro_rules! hex_digest {
     ($(#[$doc:meta])* $name:ident) => {
@@ -27,17 +33,17 @@ macro_rules! hex_digest {
         }
 
         impl FromStr for $name {
-            type Err = Error;
+            type Err = BadDigestText;
 
-            fn from_str(text: &str) -> Result<$name> {
+            fn from_str(text: &str) -> Result<$name, BadDigestText> {
                 parse_hex(text).map($name)
             }
         }
 
         impl TryFrom<String> for $name {
-            type Error = Error;
+            type Error = BadDigestText;
 
-            fn try_from(text: String) -> Result<$name> {
+            fn try_from(text: String) -> Result<$name, BadDigestText> {
                 text.parse()
             }
         }
@@ -68,8 +74,8 @@ hex_digest! {
 }
 
 /// Upper case is refused: one snapshot has one spelling.
-fn parse_hex(text: &str) -> Result<[u8; 32]> {
-    let bad = || Error::BadDigestText { text: text.chars().take(80).collect() };
+fn parse_hex(text: &str) -> Result<[u8; 32], BadDigestText> {
+    let bad = || BadDigestText { text: text.chars().take(80).collect() };
     let digits = text.as_bytes();
     let mut out = [0; 32];
     if digits.len() != 2 * out.len() {
@@ -109,7 +115,7 @@ mod tests {
     #[test]
     fn id_text_invalid_is_refused() {
         for text in ["", "00", &"0".repeat(63), &"0".repeat(65), &"A".repeat(64), &"ä".repeat(32), &"g".repeat(64)] {
-            assert!(matches!(text.parse::<SnapshotId>(), Err(Error::BadDigestText { .. })), "{text}");
+            assert!(matches!(text.parse::<SnapshotId>(), Err(BadDigestText { .. })), "{text}");
         }
     }
 }

@@ -14,13 +14,12 @@ use std::sync::OnceLock;
 
 use rustix::fs::Advice;
 
+use super::checked_reader::CheckedReader;
 use super::container::container_len_of;
-use super::manifest::canonical;
-use super::memory_check::CheckedReader;
 use super::partial::{PartialFile, sweep_own};
 use super::{
-    Chain, Container, Content, Digest, Error, Extent, ImageSpec, LoadHuge, Location, PAGE_SIZE, ResolvedRun, Result,
-    Section, SectionKind, SnapshotId, files, lru, write_container,
+    Chain, Container, Content, Digest, Error, Extent, HUGE_PAGE_SIZE, ImageSpec, LoadHuge, PAGE_SIZE, ResolvedRun,
+    Result, Section, SectionKind, SnapshotId, files, lru, write_container,
 };
 
 /// Pages copied at once.
@@ -32,18 +31,6 @@ const MAGIC: &[u8; 8] = b"TVMMIMG2";
 const TAIL_LEN: usize = 16;
 /// The payload of the section that identifies an image: a snapshot, a digest, a number of pages.
 const HEAD_LEN: usize = 32 + 32 + 8;
-
-/// The folder that caches files derived from the snapshot at `location`.
-pub fn derived_dir(location: &Location) -> PathBuf {
-    match location {
-        Location::Dir(dir) => dir.join("plan"),
-        Location::Files { snapshot, .. } => {
-            let mut name = canonical(snapshot).into_os_string();
-            name.push(".plan");
-            PathBuf::from(name)
-        }
-    }
-}
 
 /// The way an image came to be open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -355,14 +342,12 @@ fn make(chain: &Chain, spec: &ImageSpec, dir: &Path, path: &Path, cache: &dyn Lo
     partial.publish_durably(path)?;
     bound_derived(chain, path)?;
     files::evict(&file, path)?;
-    let huge = spec.file_len() / HUGE * HUGE;
+    let huge = spec.file_len() / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
     if huge > 0 {
         cache.load_huge(&file, 0, huge).map_err(Error::io("read back", path))?;
     }
     Ok(())
 }
-
-const HUGE: u64 = 2 << 20;
 
 fn write(chain: &Chain, spec: &ImageSpec, partial: &PartialFile) -> Result<()> {
     let runs = chain.resolve()?;

@@ -49,10 +49,11 @@ pub struct Manifest {
 pub(crate) const MAX_STANDS_FOR: usize = 64;
 
 /// The two kinds of snapshot: one stands alone, the other needs its parent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SnapshotKind {
     /// Every page that is not held is zero.
+    #[default]
     Full,
     /// Every page that is neither held nor listed as zero is the parent's.
     Diff,

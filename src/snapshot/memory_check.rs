@@ -6,12 +6,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::merge::nonzero_runs;
-use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
-use super::{Error, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSet, Result, Snapshot, files};
-
-/// 2 MiB in pages: the size of a huge folio.
-const HUGE_PAGES: u64 = 512;
+use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap};
+use super::zero_pages::nonzero_runs;
+use super::{Error, Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MemoryLayout, PAGE_SIZE, PageSet, Result, files};
 
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
 pub(crate) const READ_PAGES: u64 = 128;
@@ -159,10 +156,10 @@ impl MemoryFile<'_> {
     /// The 2 MiB blocks of which at least a quarter is held, joined: worth a huge folio each.
     pub(crate) fn dense_blocks(&self, map: &PageMap) -> Vec<Extent> {
         let mut dense: Vec<Extent> = Vec::new();
-        for block in self.layout.extents().flat_map(|range| range.chunks(HUGE_PAGES)) {
-            let whole = block.pages == HUGE_PAGES && block.first.0.is_multiple_of(HUGE_PAGES);
-            let aligned = self.layout.file_offset(block.first).is_some_and(|at| at % (HUGE_PAGES * PAGE_SIZE) == 0);
-            if !whole || !aligned || map.held().len_in(block) < HUGE_PAGES / 4 {
+        for block in self.layout.extents().flat_map(|range| range.chunks(HUGE_PAGE_PAGES)) {
+            let whole = block.pages == HUGE_PAGE_PAGES && block.first.0.is_multiple_of(HUGE_PAGE_PAGES);
+            let aligned = self.layout.file_offset(block.first).is_some_and(|at| at % HUGE_PAGE_SIZE == 0);
+            if !whole || !aligned || map.held().len_in(block) < HUGE_PAGE_PAGES / 4 {
                 continue;
             }
             match dense.last_mut() {
@@ -252,7 +249,7 @@ impl MemoryFile<'_> {
 
     /// Reads the held pages of a chunk, each to its place in `buffer`, which has room for a chunk. Returns how many
     /// they are, and the checksum of what is there.
-    fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
+    pub(super) fn load_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8]) -> Result<(u64, u32)> {
         self.load_chunk_by(map, chunk, buffer, &mut |offset, bytes| self.file.read_exact_at(bytes, offset))
     }
 
@@ -278,48 +275,8 @@ impl MemoryFile<'_> {
     }
 }
 
-/// Reads held pages of a layer. Each chunk is compared with its checksum before any of it is handed out.
-pub(crate) struct CheckedReader<'a> {
-    layer: &'a Snapshot,
-    map: &'a PageMap,
-    buffer: Vec<u8>,
-    /// The chunk that `buffer` has.
-    loaded: Option<u64>,
-}
-
-impl<'a> CheckedReader<'a> {
-    pub(crate) fn new(layer: &'a Snapshot) -> Result<Self> {
-        let buffer = vec![0; (CHUNK_PAGES * PAGE_SIZE) as usize];
-        Ok(CheckedReader { layer, map: layer.page_map()?, buffer, loaded: None })
-    }
-
-    /// Fills `bytes` with the pages of `extent`, which the layer holds.
-    ///
-    /// # Errors
-    /// [`Error::BadMemory`] for a chunk that differs from the written one.
-    pub(crate) fn read(&mut self, extent: Extent, bytes: &mut [u8]) -> Result<()> {
-        let mut rest = bytes;
-        for part in extent.chunks(CHUNK_PAGES) {
-            let chunk = chunk_of(part.first);
-            if self.loaded != Some(chunk) {
-                self.loaded = None;
-                let (_, computed) = self.layer.memory_file().load_chunk(self.map, chunk, &mut self.buffer)?;
-                if self.map.checksum(chunk) != Some(computed) {
-                    let (object, first) = (self.layer.object().to_string(), held_span(self.map, chunk));
-                    return Err(Error::BadMemory { object, bad: 1, first });
-                }
-                self.loaded = Some(chunk);
-            }
-            let (to, behind) = rest.split_at_mut(part.bytes() as usize);
-            to.copy_from_slice(&self.buffer[place_in(chunk, part)]);
-            rest = behind;
-        }
-        Ok(())
-    }
-}
-
 /// The place of a chunk's pages in a buffer with room for a chunk.
-fn place_in(chunk: u64, part: Extent) -> Range<usize> {
+pub(super) fn place_in(chunk: u64, part: Extent) -> Range<usize> {
     let at = (part.first.0 - chunk * CHUNK_PAGES) * PAGE_SIZE;
     at as usize..(at + part.bytes()) as usize
 }
@@ -333,7 +290,7 @@ fn chunk_extent(chunk: u64) -> Extent {
 }
 
 /// From the first held page of a chunk to the last.
-fn held_span(map: &PageMap, chunk: u64) -> Extent {
+pub(super) fn held_span(map: &PageMap, chunk: u64) -> Extent {
     let mut runs = map.chunk_runs(chunk);
     let Some(first) = runs.next() else { return chunk_extent(chunk) };
     let end = runs.last().unwrap_or(first).end();

@@ -5,10 +5,11 @@
 //! byte.
 //! Must not know: any other room, KVM, tiers. A file it reads is taken to be hostile: no length, offset or count is
 //! believed before it was checked against the real file.
-//! Start reading: `types.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
+//! Start reading: `types.rs`, `layout.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
 
 mod cache_lookup;
 mod chain;
+mod checked_reader;
 mod cold_spec;
 mod container;
 mod drives;
@@ -16,6 +17,7 @@ mod error;
 mod files;
 mod ids;
 mod image;
+mod layout;
 pub mod lru;
 mod manifest;
 mod mappings;
@@ -31,23 +33,23 @@ mod restore_choice;
 mod types;
 mod unchanged;
 mod writer;
+mod zero_pages;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use cache_lookup::CacheLookup;
-pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun};
+pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun, derived_dir};
 pub use cold_spec::{Cold, ColdCache, ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
 };
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
-pub use files::{
-    PRIVATE, create_new, create_private_dir, overwrite_private, read_limited, replace_file, write_limited,
-};
-pub use ids::{Digest, PoolId, SnapshotId, TierId};
-pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, derived_dir, image_name};
+pub use files::{PRIVATE, create_new, create_private_dir, overwrite_private, read_limited};
+pub use ids::{BadDigestText, Digest, PoolId, SnapshotId, TierId};
+pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, image_name};
+pub use layout::{GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout};
 pub use manifest::{
     DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
     is_snapshot_dir,
@@ -57,7 +59,7 @@ pub use memory_check::{BadChunk, ReadAt, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 pub use page_set::PageSet;
-pub use partial::{PartialDir, PartialFile, is_partial, random_hex, sweep, sweep_own};
+pub use partial::{PartialDir, PartialFile, is_partial, random_hex, replace_file, sweep, sweep_own, write_limited};
 pub use plan::{
     Background, BackgroundAction, Fill, ImageSpec, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan,
     TierAccess, TierSource,
@@ -65,6 +67,7 @@ pub use plan::{
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, UnknownPolicy, Verify};
-pub use types::{Extent, Gfn, GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout, PAGE_SIZE};
+pub use types::{Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SIZE};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};
+pub use zero_pages::is_zero;

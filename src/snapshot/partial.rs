@@ -10,7 +10,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -168,6 +168,34 @@ impl PartialFile {
         self.publish(to)?;
         files::sync_dir(&files::parent_dir(to))
     }
+}
+
+/// Writes a file beside `path`, makes it durable, and renames it to `path`; an older file of that name is replaced.
+/// Also removes the temporaries of dead writers beside it.
+///
+/// # Errors
+/// [`Error::Io`]; then `path` is as it was.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    if path.file_name().is_none() {
+        return Err(Error::BadTarget { path: path.to_path_buf(), problem: "it has no file name" });
+    }
+    let dir = files::parent_dir(path);
+    sweep(&dir);
+    let partial = PartialFile::create(&dir)?;
+    partial.file().write_all(bytes).map_err(Error::io("write", partial.path()))?;
+    partial.publish_durably(path)
+}
+
+/// As [`replace_file`], for a file that is read by [`files::read_limited`] with this limit.
+///
+/// # Errors
+/// [`Error::TooLarge`] before anything is written; [`Error::Io`].
+pub fn write_limited(path: &Path, bytes: &[u8], limit: u64) -> Result<()> {
+    let len = bytes.len() as u64;
+    if len > limit {
+        return Err(Error::TooLarge { object: path.display().to_string(), len, limit });
+    }
+    replace_file(path, bytes)
 }
 
 /// True if a file name is that of a temporary, of this version or an earlier one that locked it.

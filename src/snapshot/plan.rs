@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Digest, Error, Extent, MemoryLayout, PAGE_SIZE, PoolId, Result, SnapshotId};
+use super::{Digest, Error, Extent, HUGE_PAGE_PAGES, MemoryLayout, PAGE_SIZE, PoolId, Result, SnapshotId};
 
 /// The way a page gets into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -289,7 +289,7 @@ impl RestorePlan {
 
     fn check_huge(&self, blocks: Extent) -> Result<(), String> {
         let Extent { first, pages } = blocks;
-        if !first.0.is_multiple_of(HUGE_PAGES) || !pages.is_multiple_of(HUGE_PAGES) {
+        if !first.0.is_multiple_of(HUGE_PAGE_PAGES) || !pages.is_multiple_of(HUGE_PAGE_PAGES) {
             return Err(format!("{blocks} is not made of whole blocks of 2 MiB"));
         }
         match self.extent_around(blocks) {
@@ -379,10 +379,8 @@ fn continues(last: &PlannedExtent, next: &PlannedExtent) -> bool {
     }
 }
 
-/// 2 MiB in pages.
-const HUGE_PAGES: u64 = 512;
 /// Faults do not fetch more than a huge page.
-const MAX_FAULT_PAGES: u64 = HUGE_PAGES;
+const MAX_FAULT_PAGES: u64 = HUGE_PAGE_PAGES;
 
 /// An image of the plan, by page: the extents sorted by guest frame, each with its offset in the image.
 struct Image {

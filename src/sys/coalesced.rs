@@ -10,7 +10,9 @@ use std::sync::{Mutex, PoisonError};
 use kvm_bindings::{kvm_coalesced_mmio, kvm_coalesced_mmio_ring};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 
-const PAGE: usize = 4096;
+use crate::snapshot::PAGE_SIZE;
+
+const PAGE: usize = PAGE_SIZE as usize;
 const ENTRIES: u32 = ((PAGE - size_of::<kvm_coalesced_mmio_ring>()) / size_of::<kvm_coalesced_mmio>()) as u32;
 
 /// The consumer's side of the ring.

@@ -16,7 +16,7 @@ use vm_memory::{
     Permissions,
 };
 
-use crate::snapshot::Extent;
+use crate::snapshot::{Extent, PAGE_SIZE};
 
 /// Makes read-only guest memory writable.
 pub trait WriteGate: Send + Sync + fmt::Debug {
@@ -80,7 +80,7 @@ impl GuestMemory for Memory {
     }
 }
 
-const PAGE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+const PAGE: NonZeroUsize = NonZeroUsize::new(PAGE_SIZE as usize).unwrap();
 
 /// The marks of a region of `len` bytes, one bit per page.
 pub fn region_bitmap(len: usize) -> AtomicBitmap {

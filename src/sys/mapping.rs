@@ -15,7 +15,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
-const HUGE_PAGE: usize = 2 << 20;
+use crate::snapshot::HUGE_PAGE_SIZE;
+
+const HUGE_PAGE: usize = HUGE_PAGE_SIZE as usize;
 
 /// A stretch of address space that belongs to one guest RAM range. Unmapped on drop.
 #[derive(Debug)]

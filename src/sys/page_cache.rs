@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use super::mapping::Reservation;
 use super::pagemap_scan;
-use crate::snapshot::{CacheLookup, LoadHuge};
+use crate::snapshot::{CacheLookup, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, LoadHuge, PAGE_SIZE};
 
 /// This host's page cache.
 #[derive(Clone, Copy, Debug)]
@@ -99,7 +99,7 @@ fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
             },
         }
     }
-    let held = metadata.blocks() * 512 / 4096;
+    let held = metadata.blocks() * 512 / PAGE_SIZE;
     Ok((asked > 0).then(|| held * cached / asked.max(1)))
 }
 
@@ -108,7 +108,7 @@ fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
 fn is_cached(file: &File, offset: u64) -> io::Result<Option<bool>> {
     let mut byte = [0];
     let mut parts = [io::IoSliceMut::new(&mut byte)];
-    match rustix::io::preadv2(file, &mut parts, offset / 4096 * 4096, rustix::io::ReadWriteFlags::NOWAIT) {
+    match rustix::io::preadv2(file, &mut parts, offset / PAGE_SIZE * PAGE_SIZE, rustix::io::ReadWriteFlags::NOWAIT) {
         Ok(read) => Ok(Some(read > 0)),
         Err(rustix::io::Errno::AGAIN) => Ok(Some(false)),
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => Ok(None),
@@ -140,16 +140,16 @@ const CANDIDATES: u64 = 32;
 /// touches one page of each, and looks whether its neighbours were mapped too. `None` if no block tells: none is
 /// cached, or the kernel has no such interface.
 fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
-    let blocks = file.metadata()?.len() / HUGE_BLOCK;
+    let blocks = file.metadata()?.len() / HUGE_PAGE_SIZE;
     let (mut huge, mut small) = (0, 0);
     for index in 0..CANDIDATES.min(blocks) {
-        let offset = index * blocks / CANDIDATES.min(blocks) * HUGE_BLOCK;
+        let offset = index * blocks / CANDIDATES.min(blocks) * HUGE_PAGE_SIZE;
         if !is_block_cached(file, offset)? {
             continue;
         }
-        let memory = Reservation::new(HUGE_BLOCK as usize)?;
-        memory.map_file_private(0, HUGE_BLOCK as usize, file, offset)?;
-        match memory.populate_read(0, 4096).and_then(|()| pagemap_scan::is_huge(memory.base())) {
+        let memory = Reservation::new(HUGE_PAGE_SIZE as usize)?;
+        memory.map_file_private(0, HUGE_PAGE_SIZE as usize, file, offset)?;
+        match memory.populate_read(0, PAGE_SIZE as usize).and_then(|()| pagemap_scan::is_huge(memory.base())) {
             Ok(true) => huge += 1,
             Ok(false) => small += 1,
             // Kernels before PAGEMAP_SCAN (6.7) or MADV_POPULATE_READ (5.14).
@@ -163,16 +163,14 @@ fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
     Ok((huge + small > 0).then_some(huge >= small))
 }
 
-const HUGE_BLOCK: u64 = 2 << 20;
-
 /// True if a block is wholly cached. If the kernel gives this user no count, its first and last page stand for it.
 fn is_block_cached(file: &File, offset: u64) -> io::Result<bool> {
-    match resident_in(file, offset, HUGE_BLOCK) {
+    match resident_in(file, offset, HUGE_PAGE_SIZE) {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-            let ends = [offset, offset + HUGE_BLOCK - 4096].map(|at| is_cached(file, at));
+            let ends = [offset, offset + HUGE_PAGE_SIZE - PAGE_SIZE].map(|at| is_cached(file, at));
             Ok(ends.into_iter().collect::<io::Result<Vec<_>>>()?.into_iter().all(|end| end == Some(true)))
         }
-        told => Ok(told? == Some(HUGE_BLOCK / 4096)),
+        told => Ok(told? == Some(HUGE_PAGE_PAGES)),
     }
 }
 

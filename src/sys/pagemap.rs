@@ -5,7 +5,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-const PAGE: usize = 4096;
+use crate::snapshot::PAGE_SIZE;
+
+const PAGE: usize = PAGE_SIZE as usize;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 /// Entries per read: 256 KiB of pagemap, 128 MiB of address space.

@@ -7,7 +7,7 @@ use std::io;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
-const PAGE: u64 = 4096;
+use crate::snapshot::PAGE_SIZE;
 
 /// `struct pm_scan_arg`.
 #[repr(C)]
@@ -64,7 +64,7 @@ pub fn is_huge(start: *const u8) -> io::Result<bool> {
     let mut scan = ScanArg {
         size: size_of::<ScanArg>() as u64,
         start: start as u64,
-        end: start as u64 + PAGE,
+        end: start as u64 + PAGE_SIZE,
         vec: &raw mut region as u64,
         vec_len: 1,
         category_mask: IS_PRESENT,
@@ -85,7 +85,7 @@ pub fn is_huge(start: *const u8) -> io::Result<bool> {
 pub fn mapped_runs(start: *const u8, pages: u64, mut found: impl FnMut(u64, u64, Mapped)) -> io::Result<()> {
     let file = File::open("/proc/self/pagemap")?;
     let base = start as u64;
-    let end = base + pages * PAGE;
+    let end = base + pages * PAGE_SIZE;
     let mut regions = vec![Region::default(); REGIONS];
     let mut at = base;
     while at < end {
@@ -107,7 +107,7 @@ pub fn mapped_runs(start: *const u8, pages: u64, mut found: impl FnMut(u64, u64,
         }
         for region in regions.iter().take(count as usize) {
             let what = if region.categories == 0 { Mapped::Own } else { Mapped::Shared };
-            found((region.start - base) / PAGE, (region.end - region.start) / PAGE, what);
+            found((region.start - base) / PAGE_SIZE, (region.end - region.start) / PAGE_SIZE, what);
         }
         // The kernel has made progress or is at the end; otherwise this would go on for ever.
         if scan.walk_end <= at {
@@ -125,9 +125,9 @@ mod tests {
 
     #[test]
     fn copies_files_and_the_zero_page_are_told_apart() {
-        let page = PAGE as usize;
+        let page = PAGE_SIZE as usize;
         let file = tempfile::tempfile().unwrap();
-        file.set_len(32 * PAGE).unwrap();
+        file.set_len(32 * PAGE_SIZE).unwrap();
         let memory = Reservation::new(64 * page).unwrap();
         memory.map_file_private(0, 32 * page, &file, 0).unwrap();
         memory.map_anon(32 * page, 32 * page).unwrap();

@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
-const PAGE: usize = 4096;
+use crate::snapshot::PAGE_SIZE;
+
+const PAGE: usize = PAGE_SIZE as usize;
 /// Bytes asked about at once: bounds the vector, not the file.
 const WINDOW: usize = 1 << 30;
 

@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 
 use super::lost::{self, MappedFile, Mapping, Watched};
 use super::mapping::Reservation;
+use crate::snapshot::HUGE_PAGE_SIZE;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -96,7 +97,7 @@ impl Drop for SharedMap {
 
 /// `MADV_COLLAPSE` of Linux `include/uapi/asm-generic/mman-common.h` (6.1).
 const MADV_COLLAPSE: i32 = 25;
-const HUGE: usize = 2 << 20;
+const HUGE: usize = HUGE_PAGE_SIZE as usize;
 
 /// Moves the pages of `[offset, offset + len)` of `file` (a tmpfs; multiples of 2 MiB) into huge pages, unless they are
 /// in some: the host may have had none when they were written. Returns the number of blocks that failed.

@@ -13,8 +13,9 @@ use vmm_sys_util::ioctl_iowr_nr;
 
 use super::mapping::Reservation;
 use super::wait::either_readable;
+use crate::snapshot::PAGE_SIZE;
 
-const PAGE: usize = 4096;
+const PAGE: usize = PAGE_SIZE as usize;
 
 /// `struct uffdio_copy`. The crate's `copy` has neither write protection nor the length of a partial copy.
 #[repr(C)]

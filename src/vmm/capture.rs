@@ -17,7 +17,7 @@ use crate::memory::ending::Ending;
 use crate::memory::guest_ram::Backing;
 use crate::snapshot::{
     Chain, Doubtful, Extent, Gfn, HostFacts, Location, MachineFacts, PAGE_SIZE, PageSet, Parent, ReadBack, SealInput,
-    Sealed, Section, SectionKind, SnapshotId, SnapshotKind, SnapshotWriter,
+    Sealed, Section, SectionKind, SnapshotId, SnapshotKind, SnapshotWriter, is_zero,
 };
 use crate::sys::dirty_log;
 use crate::sys::lost;
@@ -334,25 +334,4 @@ fn write_extent(extent: Extent, bytes: &[u8], writer: &mut SnapshotWriter, mark_
         index = end;
     }
     Ok(())
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    let (blocks, rest) = page.as_chunks::<64>();
-    blocks.iter().all(|block| block.iter().fold(0, |acc, byte| acc | byte) == 0) && rest.iter().all(|&byte| byte == 0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn is_zero_sees_every_byte() {
-        let mut page = vec![0u8; 4096];
-        assert!(is_zero(&page));
-        for at in [0, 63, 64, 2047, 4095] {
-            page[at] = 1;
-            assert!(!is_zero(&page), "{at}");
-            page[at] = 0;
-        }
-    }
 }

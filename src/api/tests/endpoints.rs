@@ -3,10 +3,10 @@
 use serde_json::json;
 
 use super::*;
-use crate::config::request::{CreateSnapshot, SnapshotKind, SnapshotPaths};
+use crate::config::request::{CreateSnapshot, SnapshotPaths};
 use crate::config::restore::{MemoryFrom, PlanFrom, PolicyChoice, RestoreRequest};
 use crate::config::{BootSource, CpuConfig, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
-use crate::snapshot::{InPlaceMapping, Policy};
+use crate::snapshot::{InPlaceMapping, Policy, SnapshotKind};
 
 #[test]
 fn get_paths_tell_the_reply() {

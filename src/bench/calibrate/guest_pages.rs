@@ -6,7 +6,6 @@ use crate::sys::errors::{BoxError, refuse};
 
 /// Pages the guest fills: 32 MiB, whole blocks.
 pub(super) const PAGES: u64 = 8192;
-pub(super) const BLOCK_PAGES: u64 = 512;
 /// The pages' place: the guest hands out memory from 4 MiB on (`resources/guest/README.md`).
 pub(super) const FILLED: Extent = Extent { first: Gfn(1024), pages: PAGES };
 

@@ -10,13 +10,14 @@ use std::process::ExitCode;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
-use guest_pages::{BLOCK_PAGES, PAGES, guest_us, per};
+use guest_pages::{PAGES, guest_us, per};
 use restores::{Engine, Trial};
 
 use super::guest;
 use super::guest::Guest;
 use super::scratch::Scratch;
 use crate::bench::host_costs;
+use crate::snapshot::HUGE_PAGE_PAGES;
 use crate::sys::api_client::Client;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::costs::Costs;
@@ -103,9 +104,9 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
         std::fs::copy(sealed.join(name), copy.join(name))?;
     }
     let trial = |snapshot, policy, function: &str| Trial::by_policy(&exe, snapshot, policy, function.to_string(), dir);
-    let blocks = PAGES / BLOCK_PAGES;
+    let blocks = PAGES / HUGE_PAGE_PAGES;
     let all = format!("touch pages={PAGES}");
-    let each_block = format!("touch pages={blocks} stride={BLOCK_PAGES}");
+    let each_block = format!("touch pages={blocks} stride={HUGE_PAGE_PAGES}");
     // The time of one touched page is part of every function: its other accesses fault too.
     let mut one = trial(&sealed, "firecracker", "touch pages=1");
     let mut one_lazy = trial(&sealed, "firecracker-uffd", "touch pages=1");

@@ -6,13 +6,13 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::guest_pages::{BLOCK_PAGES, FILLED, PAGES, guest_us, per};
+use super::guest_pages::{FILLED, PAGES, guest_us, per};
 use crate::bench::child;
 use crate::bench::guest;
 use crate::bench::host_costs;
 use crate::snapshot::{
-    Chain, Content, Extent, Fill, Gfn, ImageSpec, Location, PageSource, Placement, PlannedExtent, ResolvedRun,
-    RestorePlan,
+    Chain, Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, ImageSpec, Location, PageSource, Placement, PlannedExtent,
+    ResolvedRun, RestorePlan,
 };
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::page_cache::PageCache;
@@ -199,7 +199,7 @@ impl<'a> Engine<'a> {
         };
         let one = || "touch pages=1".to_string();
         let every_second = format!("touch pages={} stride={STEP}", PAGES / STEP);
-        let half = BLOCK_PAGES / 2;
+        let half = HUGE_PAGE_PAGES / 2;
         Ok(Engine {
             copied_alone: trial("copied-alone", plans.out_of_image(1, STEP, Fill::Copy, false), every_second)?,
             copied_from_file: trial("copied-from-file", plans.out_of_file(1, STEP, Fill::Copy), one())?,
@@ -209,7 +209,11 @@ impl<'a> Engine<'a> {
                 plans.out_of_image(half, half, Fill::Copy, true),
                 format!("touch pages={PAGES}"),
             )?,
-            copied_blocks: trial("copied-blocks", plans.out_of_file(BLOCK_PAGES, BLOCK_PAGES, Fill::Copy), one())?,
+            copied_blocks: trial(
+                "copied-blocks",
+                plans.out_of_file(HUGE_PAGE_PAGES, HUGE_PAGE_PAGES, Fill::Copy),
+                one(),
+            )?,
             broken_alone: trial("broken-alone", plans.out_of_file(1, STEP, Fill::BreakCow), one())?,
             broken_runs: trial("broken-runs", plans.out_of_file(RUN, RUN_STEP, Fill::BreakCow), one())?,
             installed_alone: trial("installed-alone", plans.out_of_image(1, STEP, Fill::Install, false), one())?,

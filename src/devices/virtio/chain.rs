@@ -5,6 +5,7 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap, BitmapSlice, RefSlice};
 use vm_memory::{Address, ByteValued, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::{Broken, Memory};
+use crate::snapshot::PAGE_SIZE;
 
 /// A piece of guest memory that marks its page when it is written.
 pub type Slice<'m> = VolatileSlice<'m, RefSlice<'m, AtomicBitmap>>;
@@ -15,7 +16,7 @@ const MAX_BYTES: usize = 1 << 30;
 /// Touches each page of `slices`, for which the kernel has returned EFAULT. A lost page (its file was cut, its disk
 /// fails) thereby ends the guest with the reason, instead of passing for an error of the device.
 pub fn touch<'m, B: BitmapSlice>(slices: impl Iterator<Item = VolatileSlice<'m, B>>) {
-    const PAGE: usize = 4096;
+    const PAGE: usize = PAGE_SIZE as usize;
     for slice in slices {
         // From the end of one page to that of the next, wherever the slice begins.
         let ends = (0..slice.len()).step_by(PAGE).chain(slice.len().checked_sub(1));

@@ -22,14 +22,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::memory::Error;
-use crate::snapshot::{Extent, Gfn, GuestRange, PageSet};
+use crate::snapshot::{Extent, Gfn, GuestRange, HUGE_PAGE_PAGES, PageSet};
 use crate::sys::guest_memory::{Memory, WriteGate};
 use crate::sys::mapping::{Reservation, count_mappings};
 
 pub use counts::{Counts, Resort};
 
-/// 2 MiB in pages: the unit of promotion when mappings run out, and of copying.
-const BLOCK_PAGES: u64 = 512;
+/// The unit of promotion when mappings run out, and of copying.
+const BLOCK_PAGES: u64 = HUGE_PAGE_PAGES;
 /// Mappings that promotion may add up to: half of the kernel's default limit.
 const MAPPINGS_MAX: usize = 32 << 10;
 /// A copy put into the middle of a mapping makes three of one.

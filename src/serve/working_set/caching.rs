@@ -93,10 +93,9 @@ pub(in crate::serve) fn load_cached(files: &[PathBuf]) -> crate::snapshot::Resul
 }
 
 fn load_huge_blocks(file: &File, start: u64, end: u64) -> io::Result<()> {
-    use crate::snapshot::LoadHuge;
-    const HUGE: u64 = 2 << 20;
-    let start = start.next_multiple_of(HUGE);
-    let end = end / HUGE * HUGE;
+    use crate::snapshot::{HUGE_PAGE_SIZE, LoadHuge};
+    let start = start.next_multiple_of(HUGE_PAGE_SIZE);
+    let end = end / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
     if start < end { PageCache.load_huge(file, start, end - start) } else { Ok(()) }
 }
 

@@ -13,6 +13,7 @@ use crate::serve::body::Body;
 use crate::serve::daemon::Shared;
 use crate::serve::fault::{Fault, FaultBody, Reply};
 use crate::serve::store::gone_is_fine;
+use crate::snapshot::PAGE_SIZE;
 use crate::tiering::policy::Policy;
 
 /// The state of a snapshot's record for REAP. Sizes are in pages of 4 KiB.
@@ -46,7 +47,7 @@ pub(in crate::serve) async fn get_reap(
             ReapState { recorded: false, function: None, pages_read: 0, pages_written: 0, ws_pages: 0, ws_cache: None };
         let Some(profile) = load(Slot::Reap, &profiles)? else { return Ok(nothing) };
         let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
-        let ws_pages = snapshot.images(Policy::Reap, &profile)?.iter().map(|image| image.file_len() / 4096).sum();
+        let ws_pages = snapshot.images(Policy::Reap, &profile)?.iter().map(|image| image.file_len() / PAGE_SIZE).sum();
         let images = images_of(&dir).map_err(|error| Fault::of(&error))?;
         let state = cache_state(&images).map_err(|error| Fault::of(&error))?;
         Ok(ReapState {

@@ -4,11 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use super::Ground;
 use super::model::{AnonBlock, Cost, FileBlock, LazyBlock, Tally};
-use super::place::{BLOCK_PAGES, pieces};
+use super::place::pieces;
 use super::touches::Touch;
 use crate::snapshot::{
-    BackgroundAction, Extent, Fill, Folios, Gfn, PAGE_SIZE, PageSource, Placement, PlannedExtent, RestorePlan,
-    TierAccess, View,
+    BackgroundAction, Extent, Fill, Folios, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PageSource, Placement, PlannedExtent,
+    RestorePlan, TierAccess, View,
 };
 use crate::tiering::costs::Costs;
 
@@ -141,10 +141,9 @@ impl Walk<'_> {
                 self.cost.add(block.lazy.cost(self.costs));
             }
             View::File { source, folios, shared } => {
-                let block_bytes = BLOCK_PAGES * PAGE_SIZE;
                 let file = FileBlock {
                     wants_huge: folios == Folios::Huge,
-                    aligned: source.offset % block_bytes == self.start.gpa() % block_bytes,
+                    aligned: source.offset % HUGE_PAGE_SIZE == self.start.gpa() % HUGE_PAGE_SIZE,
                     read_ahead: self.read_ahead && source.layer >= self.layers,
                     promoted: shared,
                     ..block.file
@@ -167,8 +166,8 @@ impl Walk<'_> {
         if let (true, Some(source)) = (is_preload, item.source) {
             self.read_to = Some(super::place::advance(source, item.extent.pages));
         }
-        for (index, part) in item.extent.chunks(BLOCK_PAGES).enumerate() {
-            let number = part.first.0 / BLOCK_PAGES;
+        for (index, part) in item.extent.chunks(HUGE_PAGE_PAGES).enumerate() {
+            let number = part.first.0 / HUGE_PAGE_PAGES;
             if number != self.block.number {
                 self.flush();
                 self.block.number = number;
@@ -176,7 +175,7 @@ impl Walk<'_> {
             let (tally, calls) = match (item.placement, item.fill) {
                 (Placement::Preload, Fill::BreakCow) => (&mut self.block.file.broken, Some(&mut self.block.file.calls)),
                 (Placement::Preload, Fill::Copy) => {
-                    self.block.anon.whole = part.pages == BLOCK_PAGES;
+                    self.block.anon.whole = part.pages == HUGE_PAGE_PAGES;
                     (&mut self.block.anon.copied, (!sequential).then_some(&mut self.block.anon.calls))
                 }
                 (Placement::Preload, Fill::Install) => {

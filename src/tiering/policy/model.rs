@@ -1,9 +1,8 @@
 //! The cost model: the cost of the pages of one block, before the guest runs and while it does. The formulae are in
 //! `docs/policies.md`; the numbers come from [`Costs`].
 
-use super::place::BLOCK_PAGES;
 use super::touches::Touch;
-use crate::snapshot::{Extent, Gfn};
+use crate::snapshot::{Extent, Gfn, HUGE_PAGE_PAGES};
 use crate::tiering::costs::{Costs, SourceCache};
 
 /// The probability that a request touches a page that no recorded run touched. Recorded working sets differ by a few
@@ -230,7 +229,7 @@ fn times(ns: u64, times: f64) -> f64 {
 impl FileBlock {
     pub fn cost(&self, costs: &Costs) -> Cost {
         let (open, broken) = (&self.open, &self.broken);
-        let whole = self.aligned && open.pages + broken.pages == BLOCK_PAGES;
+        let whole = self.aligned && open.pages + broken.pages == HUGE_PAGE_PAGES;
         let huge_io = whole && self.wants_huge;
         let huge = match costs.cache {
             SourceCache::Huge => whole && broken.pages == 0,
@@ -264,7 +263,7 @@ impl FileBlock {
         let page = |pages: f64| times(costs.device_sequential_page_ns, pages);
         let seek = |seeks: f64| times(costs.device_seek_ns, seeks);
         if huge_io {
-            let block = page(BLOCK_PAGES as f64) + seek(1.0);
+            let block = page(HUGE_PAGE_PAGES as f64) + seek(1.0);
             if broken.pages > 0 {
                 cost.before += block
             } else {
@@ -315,7 +314,7 @@ impl AnonBlock {
         let zero = &self.zero;
         if self.huge {
             // Writing zeros takes no longer than copying.
-            let whole = costs.huge_fault_ns + costs.read_huge_page_ns.saturating_mul(BLOCK_PAGES);
+            let whole = costs.huge_fault_ns + costs.read_huge_page_ns.saturating_mul(HUGE_PAGE_PAGES);
             return times(whole, 1.0 - zero.idle);
         }
         times(costs.anon_read_fault_ns, zero.reads) + times(costs.anon_write_fault_ns, zero.writes)

@@ -4,9 +4,6 @@ use crate::snapshot::{
     Content, Extent, Gfn, ImageSpec, MemoryLayout, PAGE_SIZE, PageSource, Placement, PlannedExtent, ResolvedRun,
 };
 
-/// 2 MiB in pages: the size of a huge page.
-pub const BLOCK_PAGES: u64 = 512;
-
 /// Places every held run by `held` and every zero run as zero.
 pub fn by_content(resolved: &[ResolvedRun], held: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<PlannedExtent> {
     let place = |run: &ResolvedRun| match run.content {

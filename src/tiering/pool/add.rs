@@ -12,7 +12,7 @@ use super::lease::now;
 use super::medium::Medium;
 use super::place::place;
 use super::writer::Writer;
-use crate::snapshot::{Chain, Content, Extent, Gfn, MemoryLayout, PAGE_SIZE, ResolvedRun};
+use crate::snapshot::{Chain, Content, Extent, Gfn, MemoryLayout, PAGE_SIZE, ResolvedRun, is_zero};
 use crate::tiering::costs::Costs;
 use crate::tiering::profile::Profile;
 
@@ -121,7 +121,7 @@ impl Writer<'_> {
                 let bytes = &mut buffer[..piece.bytes() as usize];
                 chain.layers()[source.layer].memory_file().read(piece.first, bytes)?;
                 for (gfn, page) in (piece.first.0..).zip(bytes.chunks_exact(PAGE_SIZE as usize)) {
-                    if page.iter().all(|byte| *byte == 0) {
+                    if is_zero(page) {
                         continue;
                     }
                     let before = pages.last().filter(|last| last.gfn + 1 == gfn).and_then(|last| last.known);

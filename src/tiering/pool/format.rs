@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 use super::medium::Medium;
-use crate::snapshot::{Digest, PAGE_SIZE, PoolId};
+use crate::snapshot::{Digest, HUGE_PAGE_SIZE, PAGE_SIZE, PoolId};
 
 /// The version of the format.
 pub const VERSION: u32 = 1;
@@ -33,8 +33,8 @@ pub const WRITER: u64 = 2 * SLOT;
 pub const LEASES: u64 = 64 << 10;
 pub const LEASE_LEN: u64 = 128;
 pub const LEASE_SLOTS: u64 = 2048;
-/// Every part is a multiple of this.
-pub const BLOCK: u64 = 2 << 20;
+/// Every part is a multiple of this, so that huge pages can map it.
+pub const BLOCK: u64 = HUGE_PAGE_SIZE;
 pub const BLOCK_PAGES: u64 = BLOCK / PAGE_SIZE;
 pub const SUM_LEN: u64 = 4;
 pub const HASH_LEN: u64 = 16;

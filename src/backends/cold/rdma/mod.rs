@@ -13,7 +13,7 @@ use super::tcp::{Connection, LOOK, TcpPlace};
 use crate::backends::cold::wire;
 use crate::backends::cold::wire::{Attached, Kind};
 use crate::backends::verbs::{Port, Reader, Waited, devices};
-use crate::snapshot::{Digest, SnapshotId};
+use crate::snapshot::{Digest, PAGE_SIZE, SnapshotId};
 use crate::tiering::cold::{Broken, ChunkSource, EachChunk, Flow, Index, Place, SourceCounters};
 
 /// Bytes of one read, unless a chunk is longer.
@@ -92,7 +92,7 @@ impl Place for RdmaPlace {
         counters.round_trips.fetch_add(1, Ordering::Relaxed);
         let mut reader = self.attach(&mut connection, index, digest)?;
         let longest = index.chunks().iter().map(|chunk| u64::from(chunk.stored_len)).max().unwrap_or(0);
-        let longest = longest.max(READ_BYTES).next_multiple_of(4096) as usize;
+        let longest = longest.max(READ_BYTES).next_multiple_of(PAGE_SIZE) as usize;
         // Registered now, so that the first fault does not wait for it.
         reader.prepare(1, longest).map_err(transient)?;
         let (index, patience) = (index.clone(), self.patience);

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
 use crate::devices::Error;
+use crate::snapshot::HUGE_PAGE_SIZE;
 
 use image::{Facts, Image};
 
@@ -30,7 +31,7 @@ const FAILED: u32 = 1;
 const RESPONSE: usize = 4;
 
 /// The step in which guests map memory; so do hosts that have huge pages.
-pub const ALIGNMENT: u64 = 2 << 20;
+pub const ALIGNMENT: u64 = HUGE_PAGE_SIZE;
 
 /// The parameters of a pmem device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,12 +8,11 @@
 use super::super::Ground;
 use super::super::estimate::tally;
 use super::super::model::AnonBlock;
-use super::super::place::BLOCK_PAGES;
 use super::super::touches::Touch;
-use crate::snapshot::{Extent, Gfn, Placement, PlannedExtent};
+use crate::snapshot::{Extent, Gfn, HUGE_PAGE_PAGES, Placement, PlannedExtent};
 
 /// The longest distance from the last written page to a zero extent for an allocator to go on there: a block.
-const NEAR_PAGES: u64 = BLOCK_PAGES;
+const NEAR_PAGES: u64 = HUGE_PAGE_PAGES;
 
 /// The blocks of `extents` that are zero memory and should come whole, as ascending runs.
 pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> Vec<Extent> {
@@ -24,9 +23,9 @@ pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> 
     let mut at = 0;
     let mut written_end = None;
     for zero in extents.iter().filter(|item| item.placement == Placement::Zero).map(|item| item.extent) {
-        let (first, end) = (zero.first.0.next_multiple_of(BLOCK_PAGES), zero.end().0);
-        for number in first / BLOCK_PAGES..end / BLOCK_PAGES {
-            let block = Extent { first: Gfn(number * BLOCK_PAGES), pages: BLOCK_PAGES };
+        let (first, end) = (zero.first.0.next_multiple_of(HUGE_PAGE_PAGES), zero.end().0);
+        for number in first / HUGE_PAGE_PAGES..end / HUGE_PAGE_PAGES {
+            let block = Extent { first: Gfn(number * HUGE_PAGE_PAGES), pages: HUGE_PAGE_PAGES };
             while let Some(touch) = touches.get(at).filter(|touch| touch.extent.end() <= block.first) {
                 written_end = if is_written(&touch) { Some(touch.extent.end().0) } else { written_end };
                 at += 1;

@@ -17,10 +17,9 @@ use packed::Extras;
 
 use super::estimate::{Estimate, estimate};
 use super::model::copied_page_ns;
-use super::place::BLOCK_PAGES;
 use super::touches::{Touch, expected};
 use super::{Budget, Ground, eager, faasnap, reap};
-use crate::snapshot::{Content, Extent, Fill, Placement, PlannedExtent, RestorePlan};
+use crate::snapshot::{Content, Extent, Fill, HUGE_PAGE_PAGES, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::Profile;
@@ -158,8 +157,8 @@ impl Floors {
         let parts = if always { packed::parts_of_groups(&runs) } else { Vec::new() };
         let faults: f64 = small_touches + parts.into_iter().map(alone).sum::<f64>();
         // Only a run that has a whole block is read into huge pages.
-        let is_small = runs.iter().all(|run| run.pages < BLOCK_PAGES);
-        let copy = |run: &Extent| times(if run.pages < BLOCK_PAGES { small_page } else { read_page }, run.pages);
+        let is_small = runs.iter().all(|run| run.pages < HUGE_PAGE_PAGES);
+        let copy = |run: &Extent| times(if run.pages < HUGE_PAGE_PAGES { small_page } else { read_page }, run.pages);
         let file_page = costs.file_read_fault_ns.min(costs.cow_fault_ns);
         Floors {
             eager: times(read_page, held.sum()),

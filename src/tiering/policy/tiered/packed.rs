@@ -3,9 +3,11 @@
 
 use super::super::Ground;
 use super::super::model::{GROUP_PAGES, copied_page_ns, group_ns};
-use super::super::place::{BLOCK_PAGES, Packed, lay_over};
+use super::super::place::{Packed, lay_over};
 use super::super::touches::Touch;
-use crate::snapshot::{Content, Extent, Fill, Gfn, Placement, PlannedExtent, ResolvedRun, RestorePlan};
+use crate::snapshot::{
+    Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, Placement, PlannedExtent, ResolvedRun, RestorePlan,
+};
 use crate::tiering::costs::Costs;
 
 /// Pages fetched around a fault: these pages are not expected to be touched, but if one is, its neighbours may be.
@@ -130,7 +132,7 @@ fn rest(ground: &Ground, run: &ResolvedRun, is_touched: bool) -> PlannedExtent {
     match run.content {
         Content::Layer(source) => PlannedExtent::from(run.extent, Placement::Lazy, source),
         Content::Zero => {
-            let keep = run.extent.pages >= BLOCK_PAGES || is_touched;
+            let keep = run.extent.pages >= HUGE_PAGE_PAGES || is_touched;
             match ground.hole(run.extent.first) {
                 Some(source) if !keep => PlannedExtent::from(run.extent, Placement::Lazy, source),
                 _ => PlannedExtent::zero(run.extent),

@@ -2,10 +2,9 @@
 //! costs a mapping.
 
 use super::super::Ground;
-use super::super::place::BLOCK_PAGES;
 use super::super::touches::Touch;
 use super::units::{BACKINGS, Backing, Unit, Ways};
-use crate::snapshot::{Extent, PlannedExtent, ResolvedRun};
+use crate::snapshot::{Extent, HUGE_PAGE_PAGES, PlannedExtent, ResolvedRun};
 
 /// The price so far of ending on each backing.
 type Front = [f64; 3];
@@ -46,7 +45,7 @@ impl<'a> Field<'a> {
                 last.end() != run.extent.first
                     || ground.layout.range_of(last.first) != ground.layout.range_of(run.extent.first)
             });
-            for (index, part) in run.extent.chunks(BLOCK_PAGES).enumerate() {
+            for (index, part) in run.extent.chunks(HUGE_PAGE_PAGES).enumerate() {
                 let fresh = fresh_run && index == 0;
                 field.push(run, part, fresh, &mut at);
             }
@@ -64,11 +63,11 @@ impl<'a> Field<'a> {
         let ways = unit.ways(self.ground, self.touches);
         let next = self.units.len();
         self.units.push((unit, ways));
-        let number = part.first.0 / BLOCK_PAGES;
+        let number = part.first.0 / HUGE_PAGE_PAGES;
         let same = self
             .blocks
             .last()
-            .is_some_and(|block| !fresh && self.units[block.units.start].0.extent.first.0 / BLOCK_PAGES == number);
+            .is_some_and(|block| !fresh && self.units[block.units.start].0.extent.first.0 / HUGE_PAGE_PAGES == number);
         match self.blocks.last_mut() {
             Some(block) if same => block.units.end = next + 1,
             _ => self.blocks.push(Block { units: next..next + 1, whole: None, fresh }),
@@ -86,7 +85,7 @@ impl<'a> Field<'a> {
             let pages: u64 = units.iter().map(|(unit, _)| unit.extent.pages).sum();
             let shown =
                 units.iter().all(|(unit, _)| unit.zero || unit.source.is_some_and(|source| source.layer == tip));
-            let (Some((first, _)), true) = (units.first(), units.len() > 1 && shown && pages == BLOCK_PAGES) else {
+            let (Some((first, _)), true) = (units.first(), units.len() > 1 && shown && pages == HUGE_PAGE_PAGES) else {
                 continue;
             };
             let extent = Extent { first: first.extent.first, pages };

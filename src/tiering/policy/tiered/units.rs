@@ -3,9 +3,11 @@
 use super::super::Ground;
 use super::super::estimate::tally;
 use super::super::model::{AnonBlock, FileBlock, GROUP_PAGES, Tally};
-use super::super::place::{BLOCK_PAGES, advance, pieces};
+use super::super::place::{advance, pieces};
 use super::super::touches::Touch;
-use crate::snapshot::{Content, Extent, Fill, PAGE_SIZE, PageSource, Placement, PlannedExtent, TierAccess};
+use crate::snapshot::{
+    Content, Extent, Fill, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PageSource, Placement, PlannedExtent, TierAccess,
+};
 use crate::tiering::costs::{Costs, SourceCache};
 
 /// The backing of a stretch. Neighbours with the same backing need no mapping of their own.
@@ -68,12 +70,11 @@ impl Unit {
     }
 
     fn is_block(&self) -> bool {
-        self.extent.pages == BLOCK_PAGES
+        self.extent.pages == HUGE_PAGE_PAGES
     }
 
     fn is_aligned(&self) -> bool {
-        let block = BLOCK_PAGES * PAGE_SIZE;
-        self.source.is_some_and(|source| source.offset % block == self.extent.gpa() % block)
+        self.source.is_some_and(|source| source.offset % HUGE_PAGE_SIZE == self.extent.gpa() % HUGE_PAGE_SIZE)
     }
 
     /// The price of each backing.
