@@ -76,10 +76,12 @@ fn table(costs: &Costs) -> Table {
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header(["cost", "ns", "from"]);
     for (name, ns) in costs.fields() {
-        let from = match costs.is_measured(name) {
-            false => "built-in",
-            true if FROM_GUEST.contains(&name) => "a guest",
-            true => "the host",
+        let from = if !costs.is_measured(name) {
+            "built-in"
+        } else if FROM_GUEST.contains(&name) {
+            "a guest"
+        } else {
+            "the host"
         };
         table.add_row([name.to_string(), ns.to_string(), from.to_string()]);
     }

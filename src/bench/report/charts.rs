@@ -23,14 +23,18 @@ pub(super) fn charts(results: &Results, experiment: Experiment) -> Vec<(String, 
             (name("by-read"), bars(results, experiment, "by_read_pages", "pages brought in by reads")),
             (name("by-write"), bars(results, experiment, "by_write_pages", "pages brought in by writes")),
         ],
-        Experiment::E2 => lines(results, experiment, "answer_ms", ("request", "ms to the answer")),
-        Experiment::E7 => lines(results, experiment, "answer_ms", ("local memory for reads", "ms to the answer")),
+        Experiment::E2 => lines(results, experiment, "answer_ms", Units { x: "request", y: "ms to the answer" }),
+        Experiment::E7 => {
+            lines(results, experiment, "answer_ms", Units { x: "local memory for reads", y: "ms to the answer" })
+        }
         Experiment::E3 => {
-            let mut charts = lines(results, experiment, "answer_ms", ("restores at once", "ms, median"));
-            charts.extend(lines(results, experiment, "answer_p95_ms", ("restores at once", "ms, p95")));
+            let mut charts = lines(results, experiment, "answer_ms", Units { x: "restores at once", y: "ms, median" });
+            charts.extend(lines(results, experiment, "answer_p95_ms", Units { x: "restores at once", y: "ms, p95" }));
             charts
         }
-        Experiment::E6 => lines(results, experiment, "local_mib_per_vm", ("VMs alive", "local MiB per VM")),
+        Experiment::E6 => {
+            lines(results, experiment, "local_mib_per_vm", Units { x: "VMs alive", y: "local MiB per VM" })
+        }
     };
     drawn.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect()
 }
@@ -51,13 +55,15 @@ fn bars(results: &Results, experiment: Experiment, value: &str, unit: &str) -> O
     Bars { title: experiment.title(), unit, groups: &cases, series: &series(&flows), bars }.svg()
 }
 
+/// The words beside the axes of a chart with lines.
+#[derive(Clone, Copy)]
+struct Units<'a> {
+    x: &'a str,
+    y: &'a str,
+}
+
 /// A chart per function: its cases begin with its name.
-fn lines(
-    results: &Results,
-    experiment: Experiment,
-    value: &str,
-    (x_unit, y_unit): (&str, &str),
-) -> Vec<(String, Option<String>)> {
+fn lines(results: &Results, experiment: Experiment, value: &str, units: Units) -> Vec<(String, Option<String>)> {
     let (cases, flows) = axes(results, experiment.name());
     let function = |case: &String| case.split(' ').next().unwrap_or_default().to_string();
     let mut functions: Vec<String> = cases.iter().map(function).collect();
@@ -69,7 +75,8 @@ fn lines(
         let labels: Vec<String> = points.iter().map(|case| case[name.len()..].trim().to_string()).collect();
         let title = format!("{}: {name}", experiment.title());
         let series = series(&flows);
-        let svg = Lines { title: &title, x_unit, y_unit, points: &labels, series: &series, values }.svg();
+        let svg =
+            Lines { title: &title, x_unit: units.x, y_unit: units.y, points: &labels, series: &series, values }.svg();
         (format!("{}-{name}-{value}", experiment.name().to_lowercase()), svg)
     };
     functions.into_iter().map(chart).collect()

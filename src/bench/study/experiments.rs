@@ -9,7 +9,7 @@ use super::settings::{Experiment, Settings};
 use super::stage::Stage;
 use super::store::{Key, Values};
 use super::subject::Subject;
-use super::workload::Workload;
+use super::workload::{Inputs, Workload};
 use crate::bench::cache::{Cache, prepare};
 use crate::bench::guest::guest_us;
 use crate::sys::errors::BoxError;
@@ -54,8 +54,15 @@ impl Study {
 
     /// The workload's snapshot, asked for input B after a recording of input A.
     pub fn subject(&self, workload: &'static Workload) -> Result<Subject, BoxError> {
-        let snapshot = self.stage.snapshot(workload, false)?;
-        Ok(Subject { workload, snapshot, sizes: false, recorded: workload.a(), asked: workload.b(), more: Vec::new() })
+        let snapshot = self.stage.snapshot(workload, Inputs::Two)?;
+        Ok(Subject {
+            workload,
+            snapshot,
+            inputs: Inputs::Two,
+            recorded: workload.a(),
+            asked: workload.b(),
+            more: Vec::new(),
+        })
     }
 
     fn record_one_ask_another(&mut self, experiment: Experiment, workload: &'static Workload) -> Result<(), BoxError> {
@@ -69,12 +76,18 @@ impl Study {
         let Some(&recorded) = workload.sizes.get(2) else { return Ok(()) };
         let flows = self.settings.flows.clone();
         let runs = self.settings.runs;
-        let snapshot = self.stage.snapshot(workload, true)?;
+        let snapshot = self.stage.snapshot(workload, Inputs::Sizes)?;
         for &size in workload.sizes {
             let recorded = workload.of_size(recorded);
             let asked = workload.of_size(size);
-            let subject =
-                Subject { workload, snapshot: snapshot.clone(), sizes: true, recorded, asked, more: Vec::new() };
+            let subject = Subject {
+                workload,
+                snapshot: snapshot.clone(),
+                inputs: Inputs::Sizes,
+                recorded,
+                asked,
+                more: Vec::new(),
+            };
             self.rounds(Experiment::E2, &format!("{} {size}", workload.name), &subject, &flows, runs)?;
         }
         Ok(())
@@ -185,7 +198,7 @@ impl Study {
             self.bar.inc(u64::from(runs));
             return Ok(());
         }
-        let mut guest = self.stage.booted(subject.workload, subject.sizes, &self.scratch.path().join("warm.sock"))?;
+        let mut guest = self.stage.booted(subject.workload, subject.inputs, &self.scratch.path().join("warm.sock"))?;
         for round in 0..runs {
             self.measure(key(round), |study| {
                 guest.call(&subject.recorded)?;

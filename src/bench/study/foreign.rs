@@ -90,7 +90,7 @@ impl Foreign {
         put("/machine-config", subject.workload.machine())?;
         put("/actions", json!({ "action_type": "InstanceStart" }))?;
         guest.wait_for("ready ")?;
-        for request in subject.workload.prepare(subject.sizes) {
+        for request in subject.workload.prepare(subject.inputs) {
             guest.call(&request)?;
         }
         for path in [&self.state, &self.memory] {

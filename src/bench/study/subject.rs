@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use super::workload::Workload;
+use super::workload::{Inputs, Workload};
 
 /// A snapshot to restore, and its requests.
 #[derive(Clone)]
 pub(super) struct Subject {
     pub(super) workload: &'static Workload,
     pub(super) snapshot: PathBuf,
-    /// True if it has inputs of other sizes than A and B.
-    pub(super) sizes: bool,
+    /// The inputs that its guest is prepared for.
+    pub(super) inputs: Inputs,
     /// The request of the recorded run.
     pub(super) recorded: String,
     /// The request of the measured run.

@@ -28,7 +28,8 @@ pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
     let mut usage = Resident::default();
     let pagemap = Pagemap::of(pid).ok()?;
     // The current mapping, if it is of the pool: its range, and the kernel's count.
-    let (mut mapped, mut rss): (Option<Range<u64>>, u64) = (None, 0);
+    let mut mapped: Option<Range<u64>> = None;
+    let mut rss = 0_u64;
     for line in BufReader::new(file).lines() {
         let line = line.ok()?;
         let Some((name, rest)) = line.split_once(':') else { continue };

@@ -148,11 +148,13 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
         told.push(json!({ "answer": answer, "execute_us": recorded.execute_ns as f64 / 1e3 }));
         runs.push(recorded.profile);
     }
-    let code = write(&runs, by, &args.out, !args.json)?;
+    write(&runs, by, &args.out)?;
     if args.json {
         out!("{:#}", json!({ "profile": args.out, "runs": told }));
+    } else {
+        out!("{}", args.out.display());
     }
-    Ok(code)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The directory of one run's copies of drives.
@@ -179,11 +181,13 @@ impl Drop for RunDrives {
 fn run_merge(args: &MergeArgs) -> Result<ExitCode, BoxError> {
     let by: MergeKind = args.by.parse()?;
     let profiles = args.profiles.iter().map(|path| Profile::load(path)).collect::<Result<Vec<_>, _>>()?;
-    write(&profiles, by, &args.out, true)
+    write(&profiles, by, &args.out)?;
+    out!("{}", args.out.display());
+    Ok(ExitCode::SUCCESS)
 }
 
-/// Merges several profiles, saves the result, and prints a summary; `names`: also prints its path.
-fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool) -> Result<ExitCode, BoxError> {
+/// Merges several profiles, saves the result, and logs a summary.
+fn write(profiles: &[Profile], by: MergeKind, out: &Path) -> Result<(), BoxError> {
     let (merged, agreement) = merge(profiles, by)?;
     if profiles.len() > 1 {
         print_agreement(&agreement, by);
@@ -192,10 +196,7 @@ fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool
     let pages = merged.working_set().len();
     let per_page = bytes as f64 / pages.max(1) as f64;
     say!("profile of {} run(s): {}, {bytes} bytes, {per_page:.2} per page", merged.runs, counts(&merged));
-    if names {
-        out!("{}", out.display());
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Profiles of up to this many are compared pair by pair on the screen.
