@@ -27,13 +27,13 @@ pub struct Guest {
 }
 
 /// An answer, and the time at which it was complete.
-pub struct Answered {
+pub struct GuestAnswer {
     /// Without `ok` and the id: the digest, the guest's own µs, and more.
     pub rest: String,
     pub at: Instant,
 }
 
-impl Answered {
+impl GuestAnswer {
     /// The digest of the function's result.
     pub fn digest(&self) -> &str {
         self.rest.split(' ').next().unwrap_or_default()
@@ -80,7 +80,7 @@ impl Guest {
     ///
     /// # Errors
     /// If the guest refuses it, ends, or does not answer in time.
-    pub fn call(&mut self, function: &str) -> Result<Answered, BoxError> {
+    pub fn call(&mut self, function: &str) -> Result<GuestAnswer, BoxError> {
         let id = self.ask(function)?;
         self.answer(&id)
     }
@@ -95,9 +95,9 @@ impl Guest {
     }
 
     /// Waits for the answer to a request.
-    pub fn answer(&self, id: &str) -> Result<Answered, BoxError> {
+    pub fn answer(&self, id: &str) -> Result<GuestAnswer, BoxError> {
         let (line, at) = self.wait_for(&format!("ok {id} "))?;
-        Ok(Answered { rest: line.splitn(3, ' ').nth(2).unwrap_or_default().to_string(), at })
+        Ok(GuestAnswer { rest: line.splitn(3, ' ').nth(2).unwrap_or_default().to_string(), at })
     }
 
     pub fn wait_for(&self, wanted: &str) -> Result<(String, Instant), BoxError> {

@@ -9,14 +9,14 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use serde_json::json;
 
-use super::allowed::Allowed;
+use super::allowances::Allowances;
 use super::counters::Counters;
 use super::drives::{Copies, DriveSource, OwnDrives};
 use super::error::ServeError;
 use super::fault::Fault;
 use super::function::Function;
 use super::gate::Gate;
-use super::load::{Wanted, contradiction};
+use super::load::{RestoreSettings, contradiction};
 use super::network::Network;
 use super::options::Options;
 use super::snapshot_record::SnapshotRecord;
@@ -45,7 +45,7 @@ pub(super) type Shared = Arc<Daemon>;
 pub(super) struct Daemon {
     pub(super) options: Options,
     pub(super) store: Store,
-    pub(super) allowed: Arc<Allowed>,
+    pub(super) allowances: Arc<Allowances>,
     functions: Mutex<BTreeMap<String, Function>>,
     snapshots: Mutex<BTreeMap<String, SnapshotRecord>>,
     networks: Mutex<BTreeMap<String, Network>>,
@@ -69,10 +69,10 @@ impl Daemon {
         let snapshots = store.load_all(Kind::Snapshots)?;
         let lost: Vec<VmRecord> = store.load_vms()?;
         let spawner = Spawner::start().map_err(ServeError::os("start the thread that spawns"))?;
-        let allowed = Arc::new(Allowed::new(store.dir(), &options)?);
+        let allowances = Arc::new(Allowances::new(store.dir(), &options)?);
         Ok(Daemon {
             store,
-            allowed,
+            allowances,
             functions: Mutex::new(functions),
             snapshots: Mutex::new(snapshots),
             networks: Mutex::new(networks),
@@ -122,13 +122,14 @@ impl Daemon {
         })
     }
 
-    /// The restore of a snapshot: by `options` and `wanted` first, then by its function's and the daemon's settings.
+    /// The restore of a snapshot: by `options` and the request's `settings` first, then by those of
+    /// its function and of the daemon.
     pub(super) fn restore_spec(
         &self,
         snapshot: &SnapshotRecord,
         policy: Option<Policy>,
         options: RestoreOptions,
-        wanted: Wanted,
+        settings: RestoreSettings,
     ) -> Result<RestoreSpec, Fault> {
         let options = RestoreOptions { policy, ..options };
         options.check().map_err(contradiction)?;
@@ -148,9 +149,9 @@ impl Daemon {
         let load = LoadFields {
             snapshot_path: self.snapshot_dir(id),
             resume_vm: true,
-            track_dirty_pages: wanted.track_dirty_pages.unwrap_or(snapshot.function.track_dirty_pages),
-            clock_realtime: wanted.clock_realtime.unwrap_or(true),
-            network_overrides: wanted.network_overrides,
+            track_dirty_pages: settings.track_dirty_pages.unwrap_or(snapshot.function.track_dirty_pages),
+            clock_realtime: settings.clock_realtime.unwrap_or(true),
+            network_overrides: settings.network_overrides,
             tvmm: RestoreOptions { profile, ..options },
             ..LoadFields::default()
         };
@@ -184,7 +185,7 @@ impl Daemon {
         if let (None, Some(prepare)) = (&spec.restore, &spec.function.prepare) {
             let prepare_ns = clock::monotonic_ns();
             // A VM whose start is given up midway is killed.
-            let mut unprepared = Unprepared(Some(vm.clone()));
+            let mut unprepared = KillGuard(Some(vm.clone()));
             let using = vm.claim();
             let answer = vm.ask(prepare, self.options.limits.max_output_bytes).await;
             drop(using);
@@ -209,7 +210,7 @@ impl Daemon {
         if image.is_none() && kernel.is_none() && initrd.is_none() {
             return Ok(Cow::Borrowed(spec));
         }
-        let function = self.allowed.confined_function(spec.function.clone()).await?;
+        let function = self.allowances.confined_function(spec.function.clone()).await?;
         Ok(Cow::Owned(StartSpec { function, ..spec.clone() }))
     }
 
@@ -261,9 +262,9 @@ impl Daemon {
 }
 
 /// A VM that is killed unless it is taken out in time.
-struct Unprepared(Option<Arc<Vm>>);
+struct KillGuard(Option<Arc<Vm>>);
 
-impl Drop for Unprepared {
+impl Drop for KillGuard {
     fn drop(&mut self) {
         if let Some(vm) = &self.0 {
             vm.process.signal(rustix::process::Signal::KILL);

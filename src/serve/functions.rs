@@ -18,16 +18,17 @@ pub(super) async fn get_functions(State(daemon): State<Shared>) -> Reply<Vec<Fun
 
 /// Adds or replaces a function. Existing VMs and snapshots stay as they are.
 #[utoipa::path(post, path = "/functions", tag = "functions", request_body = Function,
-    responses((status = 200, description = "It is kept", body = Function),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 403, body = FaultBody, description = "It names a file that clients may not name"),
+    responses((status = 200, description = "The function as it is stored", body = Function),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 403, body = FaultBody,
+        description = "The function names a file that clients of this service may not name"),
         (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn post_function(
     State(daemon): State<Shared>,
     Body(function): Body<Function>,
 ) -> Result<Reply<Function>, Fault> {
     function.check()?;
-    daemon.allowed.confined_function(function.clone()).await?;
+    daemon.allowances.confined_function(function.clone()).await?;
     let kept = blocking({
         let daemon = daemon.clone();
         let function = function.clone();
@@ -44,7 +45,7 @@ pub(super) async fn post_function(
 /// One function.
 #[utoipa::path(get, path = "/functions/{name}", tag = "functions", params(("name" = String, Path)),
     responses((status = 200, description = "The function", body = Function),
-        (status = 404, body = FaultBody, description = "There is none")))]
+        (status = 404, body = FaultBody, description = "The function does not exist")))]
 pub(super) async fn get_function(
     State(daemon): State<Shared>,
     Path(name): Path<String>,
@@ -54,8 +55,8 @@ pub(super) async fn get_function(
 
 /// Removes a function. Its VMs and snapshots stay.
 #[utoipa::path(delete, path = "/functions/{name}", tag = "functions", params(("name" = String, Path)),
-    responses((status = 200, description = "It was this", body = Function),
-        (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The removed function", body = Function),
+        (status = 404, body = FaultBody, description = "The function does not exist")))]
 pub(super) async fn delete_function(
     State(daemon): State<Shared>,
     Path(name): Path<String>,

@@ -69,7 +69,7 @@ pub(super) fn on_this_host(options: &RestoreOptions) -> Vec<(PathBuf, bool)> {
 
 /// A request's settings of the VM that it restores, other than the snapshot and the policy.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Wanted {
+pub(super) struct RestoreSettings {
     /// `tvmm` of the request.
     pub(super) tvmm: Option<RestoreOptions>,
     /// `metadata` of the request: the same as `tvmm.metadata`.
@@ -79,10 +79,10 @@ pub(super) struct Wanted {
     pub(super) clock_realtime: Option<bool>,
 }
 
-impl Wanted {
+impl RestoreSettings {
     /// Returns whether the request has a setting that only a restore can carry out.
     pub(super) fn is_for_restores(&self) -> bool {
-        let Wanted { tvmm, metadata, network_overrides, track_dirty_pages, clock_realtime } = self;
+        let RestoreSettings { tvmm, metadata, network_overrides, track_dirty_pages, clock_realtime } = self;
         let has_switch = track_dirty_pages.is_some() || clock_realtime.is_some();
         tvmm.is_some() || has_switch || !metadata.is_empty() || !network_overrides.is_empty()
     }

@@ -12,7 +12,8 @@ use super::daemon::Shared;
 
 /// Counters and gauges in Prometheus' text format.
 #[utoipa::path(get, path = "/metrics", tag = "service",
-    responses((status = 200, description = "Prometheus' text format", body = String, content_type = "text/plain")))]
+    responses((status = 200,
+        description = "All metrics in Prometheus' text format", body = String, content_type = "text/plain")))]
 pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoResponse {
     let mut text = String::new();
     let (running, queued) = daemon.gate.load();

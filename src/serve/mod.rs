@@ -8,7 +8,7 @@
 //! process). A file with a plural name handles the requests under that path; the noun has a file of its own
 //! (`function.rs`, `functions.rs`), which the daemon and the VMs use.
 
-mod allowed;
+mod allowances;
 mod blocking;
 mod body;
 mod counters;

@@ -44,7 +44,7 @@ pub(super) async fn get_networks(State(daemon): State<Shared>) -> Reply<Vec<Netw
 /// One network interface.
 #[utoipa::path(get, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
     responses((status = 200, description = "The interface", body = Network),
-        (status = 404, body = FaultBody, description = "There is none")))]
+        (status = 404, body = FaultBody, description = "The interface does not exist")))]
 pub(super) async fn get_network(
     State(daemon): State<Shared>,
     Path(namespace): Path<String>,
@@ -55,8 +55,8 @@ pub(super) async fn get_network(
 /// Sets the tap of the VMs of this namespace. Namespace and tap must exist when a VM is started.
 #[utoipa::path(put, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
     request_body = NetworkBody,
-    responses((status = 200, description = "It is kept", body = Network),
-        (status = 400, body = FaultBody, description = "It makes no sense")))]
+    responses((status = 200, description = "The interface as it is stored", body = Network),
+        (status = 400, body = FaultBody, description = "The request is invalid")))]
 pub(super) async fn put_network(
     State(daemon): State<Shared>,
     Path(namespace): Path<String>,
@@ -100,8 +100,8 @@ fn is_mac(text: &str) -> bool {
 
 /// Removes a network interface.
 #[utoipa::path(delete, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
-    responses((status = 200, description = "It was this", body = Network),
-        (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The removed interface", body = Network),
+        (status = 404, body = FaultBody, description = "The interface does not exist")))]
 pub(super) async fn delete_network(
     State(daemon): State<Shared>,
     Path(namespace): Path<String>,

@@ -73,7 +73,7 @@ fn add_refusals(operation: &mut Operation) {
         .flatten()
         .any(|one| matches!(one, RefOr::T(one) if one.parameter_in == ParameterIn::Query));
     for (status, description) in [
-        ("400", "It makes no sense"),
+        ("400", "The request is invalid"),
         ("408", "The body was not received in time"),
         ("413", "The body is too large"),
         ("415", "The body does not say that it is JSON"),
@@ -105,14 +105,14 @@ async fn not_allowed(method: Method, uri: Uri) -> Fault {
 
 /// This document.
 #[utoipa::path(get, path = "/openapi.json", tag = "service",
-    responses((status = 200, description = "OpenAPI 3.1", body = Object)))]
+    responses((status = 200, description = "The document (OpenAPI 3.1)", body = Object)))]
 async fn get_openapi() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/json")], openapi())
 }
 
 /// A page that shows functions, VMs with the place of their memory, and recent traces.
 #[utoipa::path(get, path = "/ui", tag = "service",
-    responses((status = 200, description = "A page", body = String, content_type = "text/html")))]
+    responses((status = 200, description = "The page", body = String, content_type = "text/html")))]
 async fn get_ui() -> Html<&'static str> {
     Html(include_str!("ui.html"))
 }
@@ -124,7 +124,7 @@ const RECENT: usize = 20;
 
 /// The data of the page.
 #[utoipa::path(get, path = "/ui/data", tag = "service",
-    responses((status = 200, description = "What the page shows", body = Object)))]
+    responses((status = 200, description = "The data of the page", body = Object)))]
 async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {
     let (running, queued) = daemon.gate.load();
     let living = daemon.vms.all();

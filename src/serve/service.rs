@@ -207,7 +207,7 @@ async fn end_all(daemon: &Arc<Daemon>) {
     ending.join_all().await;
 }
 
-/// Ends VMs left by invocations that have been idle for too long.
+/// ChildPipes VMs left by invocations that have been idle for too long.
 async fn end_idle(daemon: Arc<Daemon>, limit: Duration) {
     let pause = (limit / 4).clamp(Duration::from_millis(50), Duration::from_secs(5));
     loop {

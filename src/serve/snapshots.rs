@@ -80,7 +80,7 @@ pub(super) async fn get_snapshots(State(daemon): State<Shared>) -> Reply<Vec<Sna
 /// One snapshot.
 #[utoipa::path(get, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
     responses((status = 200, description = "The snapshot", body = SnapshotRecord),
-        (status = 404, body = FaultBody, description = "There is none")))]
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(super) async fn get_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -90,11 +90,11 @@ pub(super) async fn get_snapshot(
 
 /// Takes a snapshot of a VM, between its requests. The VM runs on.
 #[utoipa::path(post, path = "/snapshots", tag = "snapshots", request_body = SnapshotBody,
-    responses((status = 200, description = "It is kept", body = SnapshotRecord),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such VM"),
-        (status = 409, body = FaultBody, description = "The name is taken, or the VM is over"),
-        (status = 422, body = FaultBody, description = "The VM refuses"),
+    responses((status = 200, description = "The record of the snapshot", body = SnapshotRecord),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The VM does not exist"),
+        (status = 409, body = FaultBody, description = "A snapshot of that name exists, or the VM has ended"),
+        (status = 422, body = FaultBody, description = "The VM refuses the snapshot"),
         (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn post_snapshot(
     State(daemon): State<Shared>,
@@ -264,12 +264,13 @@ fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<Claim, Fault> {
 
 /// Copies a snapshot, its profiles included: clones of different snapshots share no page cache.
 #[utoipa::path(put, path = "/snapshots", tag = "snapshots",
-    params(("from_snapshot" = String, Query), ("ssId" = Option<String>, Query, description = "What to call the copy"),
+    params(("from_snapshot" = String, Query), ("ssId" = Option<String>, Query,
+        description = "The name of the copy; none: a new name"),
         ("mem_file_path" = Option<String>, Query,
         description = "Refused: snapshots are kept in the daemon's directory")),
-    responses((status = 200, description = "The copy", body = SnapshotRecord),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+    responses((status = 200, description = "The record of the copy", body = SnapshotRecord),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn copy_snapshot(State(daemon): State<Shared>, uri: Uri) -> Result<Reply<SnapshotRecord>, Fault> {
     let task = tokio::spawn(async move { copy(&daemon, &uri).await });
@@ -336,9 +337,9 @@ fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
 /// Brings a snapshot's files into the page cache, or drops them from it.
 #[utoipa::path(patch, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
     request_body = SnapshotPatch,
-    responses((status = 200, description = "How it is cached now", body = CacheState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The cached part of the files after the change", body = CacheState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(super) async fn patch_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -366,10 +367,10 @@ pub(super) async fn patch_snapshot(
 
 /// Deletes a snapshot and its profiles.
 #[utoipa::path(delete, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
-    responses((status = 200, description = "It was this", body = SnapshotRecord),
-        (status = 404, body = FaultBody, description = "There is none"),
+    responses((status = 200, description = "The record of the deleted snapshot", body = SnapshotRecord),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody,
-        description = "A VM runs from it or its next diff builds on it, or another snapshot needs it")))]
+        description = "A VM or another snapshot needs the snapshot")))]
 pub(super) async fn delete_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

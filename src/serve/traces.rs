@@ -21,9 +21,9 @@ pub(super) async fn get_traces(State(daemon): State<Shared>) -> Reply<Vec<TraceS
 /// newest then).
 #[utoipa::path(get, path = "/traces/{id}", tag = "traces",
     params(("id" = String, Path), ("format" = Option<String>, Query, description = "`chrome`: Chrome's trace format")),
-    responses((status = 200, description = "The trace", body = Trace),
-        (status = 400, body = FaultBody, description = "No such format"),
-        (status = 404, body = FaultBody, description = "There is none, any more")))]
+    responses((status = 200, description = "The trace with its spans", body = Trace),
+        (status = 400, body = FaultBody, description = "The format is unknown"),
+        (status = 404, body = FaultBody, description = "The trace does not exist, or is no longer kept")))]
 pub(super) async fn get_trace(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

@@ -6,7 +6,7 @@ use crate::bench::study::store::Results;
 use crate::bench::study::{Experiment, Flow};
 
 /// One experiment, drawn.
-pub(super) struct Drawn {
+pub(super) struct ExperimentCharts {
     pub(super) experiment: Experiment,
     pub(super) charts: Vec<(String, String)>,
 }

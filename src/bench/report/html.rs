@@ -2,11 +2,11 @@
 
 use super::super::study::stats::failures;
 use super::super::study::store::Results;
-use super::charts::Drawn;
+use super::charts::ExperimentCharts;
 use super::tables::{Cells, tables};
 use crate::bench::markup::escape;
 
-pub fn page(results: &Results, drawn: &[Drawn]) -> String {
+pub fn page(results: &Results, drawn: &[ExperimentCharts]) -> String {
     let header = &results.header;
     let fact = |(name, value): (&String, &String)| row(&[name, value]);
     let facts: String = header.host.iter().chain(&header.settings).map(fact).collect();
@@ -26,7 +26,7 @@ pub fn page(results: &Results, drawn: &[Drawn]) -> String {
     )
 }
 
-fn section(results: &Results, drawn: &Drawn) -> String {
+fn section(results: &Results, drawn: &ExperimentCharts) -> String {
     let experiment = drawn.experiment;
     let charts: String = drawn.charts.iter().map(|(_, svg)| svg.as_str()).collect();
     let tables: String = tables(results, experiment).iter().map(table).collect();

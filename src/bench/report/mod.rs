@@ -15,7 +15,7 @@ use super::study::Experiment;
 use super::study::stats::axes;
 use super::study::store::Results;
 use crate::sys::errors::BoxError;
-use charts::{Drawn, charts};
+use charts::{ExperimentCharts, charts};
 
 pub use diff::{DiffArgs, run as run_diff};
 
@@ -45,7 +45,7 @@ pub fn publish(results: &Results, dir: &Path) -> Result<(), BoxError> {
             continue;
         }
         out!("{}: {}\n{}\n", experiment.name(), experiment.title(), tables::text(results, experiment));
-        drawn.push(Drawn { experiment, charts: charts(results, experiment) });
+        drawn.push(ExperimentCharts { experiment, charts: charts(results, experiment) });
     }
     std::fs::create_dir_all(dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
     for (name, svg) in drawn.iter().flat_map(|drawn| &drawn.charts) {

@@ -193,7 +193,7 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    if json {
+    if *json {
         out!("{:#}", show::head_json(&head))
     } else {
         show::print_added(&head)

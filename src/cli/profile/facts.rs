@@ -4,13 +4,13 @@ use crate::snapshot::{PAGE_SIZE, PageSet};
 use crate::tiering::profile::{Buckets, Order, Profile};
 
 /// A profile, and facts from its snapshot.
-pub struct Shown {
+pub struct ProfileView {
     pub profile: Profile,
     pub file_bytes: u64,
-    pub of_snapshot: Option<OfSnapshot>,
+    pub of_snapshot: Option<SnapshotFacts>,
 }
 
-pub struct OfSnapshot {
+pub struct SnapshotFacts {
     pub loading_set: PageSet,
     pub buckets: Buckets,
     /// Pages of the guest.
@@ -30,7 +30,7 @@ fn size(pages: u64) -> String {
 }
 
 /// The facts to print, by name.
-pub fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
+pub fn facts(shown: &ProfileView) -> Vec<(&'static str, String)> {
     let profile = &shown.profile;
     let working_set = profile.working_set();
     let pages = working_set.len();

@@ -1,14 +1,14 @@
 //! A profile as one HTML file, without scripts, fonts or network access.
 
 use super::draw::{COLUMNS, Cell, Map};
-use super::facts::{Shown, facts};
+use super::facts::{ProfileView, facts};
 use crate::bench::markup::escape;
 
 const CELL_PX: u64 = 12;
 const LABEL_PX: u64 = 110;
 
 /// The page.
-pub fn page(shown: &Shown) -> String {
+pub fn page(shown: &ProfileView) -> String {
     let rows: String = facts(shown)
         .iter()
         .map(|(name, value)| format!("<tr><th>{}</th><td>{}</td></tr>\n", escape(name), escape(value)))
@@ -91,7 +91,7 @@ mod tests {
     fn text_from_the_profile_is_escaped_and_nothing_is_fetched() {
         let mut profile = Profile::new(SnapshotId::default(), RecorderKind::DirtyLog, "<script>alert('\"&')</script>");
         profile.written.insert(Gfn(5));
-        let html = page(&Shown { profile, file_bytes: 1, of_snapshot: None });
+        let html = page(&ProfileView { profile, file_bytes: 1, of_snapshot: None });
         assert!(!html.contains("<script") && html.contains("&lt;script&gt;alert(&#39;&quot;&amp;&#39;)"), "{html}");
         assert_eq!(html.matches("http").count(), html.matches("http://www.w3.org/2000/svg").count());
         assert_eq!(html.matches("<rect").count(), 64);

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::draw::Map;
-use super::facts::{OfSnapshot, Shown, facts, order_name};
+use super::facts::{ProfileView, SnapshotFacts, facts, order_name};
 use super::html;
 use crate::cli::identify::{InputPath, Role};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, replace_file};
@@ -47,7 +47,7 @@ pub fn run(args: &ShowArgs) -> Result<ExitCode, BoxError> {
         Some(path) => Some(of_snapshot(&profile, path, args.mem_file.as_ref())?),
     };
     let file_bytes = std::fs::metadata(&args.profile)?.len();
-    let shown = Shown { profile, file_bytes, of_snapshot };
+    let shown = ProfileView { profile, file_bytes, of_snapshot };
     if args.json {
         out!("{:#}", to_json(&shown));
     } else if let Some(path) = &args.html {
@@ -66,7 +66,7 @@ pub fn run(args: &ShowArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn of_snapshot(profile: &Profile, path: &std::path::Path, memory: Option<&PathBuf>) -> Result<OfSnapshot, BoxError> {
+fn of_snapshot(profile: &Profile, path: &std::path::Path, memory: Option<&PathBuf>) -> Result<SnapshotFacts, BoxError> {
     let location = match memory {
         None => Location::Dir(path.to_path_buf()),
         Some(memory) => Location::Files { snapshot: path.to_path_buf(), memory: memory.clone() },
@@ -74,14 +74,14 @@ fn of_snapshot(profile: &Profile, path: &std::path::Path, memory: Option<&PathBu
     let chain = Chain::open(&location)?;
     profile.check_for(chain.tip())?;
     let runs = chain.resolve()?;
-    Ok(OfSnapshot {
+    Ok(SnapshotFacts {
         loading_set: profile.loading_set(&nonzero(&runs)),
         buckets: Buckets::of(&runs).within(&profile.working_set()),
         pages: chain.layout().pages(),
     })
 }
 
-fn to_json(shown: &Shown) -> Value {
+fn to_json(shown: &ProfileView) -> Value {
     let profile = &shown.profile;
     let runs = |set: &PageSet| set.runs().map(|run| [run.first.0, run.pages]).collect::<Vec<_>>();
     let counts = |counts: &[(u32, PageSet)]| {

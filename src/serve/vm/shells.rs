@@ -88,7 +88,7 @@ impl Shells {
         self.lock().len()
     }
 
-    /// Ends the ready shells.
+    /// ChildPipes the ready shells.
     pub(in crate::serve) fn clear(&self) {
         self.lock().clear();
     }

@@ -115,8 +115,8 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
 
 /// The number of layers, and the number of regions that are mapped.
 #[utoipa::path(get, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The state", body = MincoreState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The snapshot's layers and regions", body = MincoreState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(in crate::serve) async fn get_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -130,8 +130,8 @@ pub(in crate::serve) async fn get_mincore(
 /// Copies the layers of another snapshot of the same machine.
 #[utoipa::path(put, path = "/snapshots/{id}/mincore", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose layers are taken")),
-    responses((status = 200, description = "The state now", body = MincoreState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+    responses((status = 200, description = "The snapshot's layers and regions after the change", body = MincoreState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody, description = "The source has no layers, or is of another machine")))]
 pub(in crate::serve) async fn put_mincore(
     State(daemon): State<Shared>,
@@ -161,10 +161,10 @@ pub(in crate::serve) async fn put_mincore(
 /// Adds a layer: the pages in the page cache now, or those of a diff snapshot.
 #[utoipa::path(post, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
     request_body = LayerBody,
-    responses((status = 200, description = "The state now", body = MincoreState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "Too many layers")))]
+    responses((status = 200, description = "The snapshot's layers and regions after the change", body = MincoreState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot has as many layers as it may have")))]
 pub(in crate::serve) async fn post_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -251,10 +251,10 @@ fn resident(snapshot: &ResolvedChain) -> crate::snapshot::Result<PageSet> {
 /// Makes layers from a recorded run, trims them, makes their working-set file, or changes their caching.
 #[utoipa::path(patch, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
     request_body = MincorePatch,
-    responses((status = 200, description = "The state now", body = MincoreState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "There is no record, or no layer")))]
+    responses((status = 200, description = "The snapshot's layers and regions after the change", body = MincoreState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot has no recorded run, or no layers")))]
 pub(in crate::serve) async fn patch_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

@@ -66,8 +66,8 @@ impl ProfileState {
 
 /// The recorded profile, in numbers.
 #[utoipa::path(get, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
+    responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile")))]
 pub(in crate::serve) async fn get_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -82,12 +82,13 @@ pub(in crate::serve) async fn get_profile(
 /// Records a run of the snapshot's function, in a separate VM.
 #[utoipa::path(post, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
     request_body = ProfileBody,
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "It lacks copies of its drives"),
-        (status = 422, body = FaultBody, description = "The run failed"),
-        (status = 429, body = FaultBody, description = "Too much at once"),
+    responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot lacks copies of its drives"),
+        (status = 422, body = FaultBody, description = "The recorded run failed"),
+        (status = 429, body = FaultBody,
+        description = "Too many invocations wait, or too many VMs live: try again after `Retry-After` seconds"),
         (status = 504, body = FaultBody, description = "The guest did not answer in time")))]
 pub(in crate::serve) async fn post_profile(
     State(daemon): State<Shared>,
@@ -124,9 +125,9 @@ pub(in crate::serve) async fn post_profile(
 /// Copies a profile of another snapshot with the same identity (a copy, or its original).
 #[utoipa::path(put, path = "/snapshots/{id}/profile", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose profile is taken")),
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it"),
-        (status = 409, body = FaultBody, description = "The snapshots differ")))]
+    responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile"),
+        (status = 409, body = FaultBody, description = "The snapshots are not copies of each other")))]
 pub(in crate::serve) async fn put_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -155,8 +156,8 @@ pub(in crate::serve) async fn put_profile(
 
 /// Removes the profile.
 #[utoipa::path(delete, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "It was this", body = ProfileState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
+    responses((status = 200, description = "The removed profile", body = ProfileState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile")))]
 pub(in crate::serve) async fn delete_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -176,17 +177,18 @@ pub(in crate::serve) async fn delete_profile(
 /// The plan that a restore of the snapshot by a policy would carry out, as `tvmm plan --json` shows it: with the pools,
 /// cold pools, budgets and price of the daemon, and the function's local memory.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
-    params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
+    params(("id" = String, Path), ("policy" = String, Query, description = "The policy, one of `GET /policies`"),
         ("dram_mib" = Option<u64>, Query,
-        description = "Local memory the plan may use; none: the function's, else the daemon's"),
-        ("cxl_mib" = Option<u64>, Query, description = "Memory in the CXL tier it may use"),
+        description = "Local memory that the plan may use, MiB; none: the function's, else the daemon's"),
+        ("cxl_mib" = Option<u64>, Query,
+        description = "Memory in the CXL tier that the plan may use, MiB; none: the daemon's"),
         ("cache" = Option<String>, Query,
         description = "How the snapshot's memory will be cached: huge, small or cold; none: as a restore would find it \
                        now")),
-    responses((status = 200, description = "The plan", body = Object),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "The policy needs a profile")))]
+    responses((status = 200, description = "The plan, as `tvmm plan --json` prints it", body = Object),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The policy needs a profile, and the snapshot has none")))]
 pub(in crate::serve) async fn get_plan(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

@@ -33,8 +33,8 @@ pub(in crate::serve) struct ReapState {
 
 /// The state of REAP's record.
 #[utoipa::path(get, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The state", body = ReapState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The snapshot's record for REAP", body = ReapState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(in crate::serve) async fn get_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -65,9 +65,9 @@ pub(in crate::serve) async fn get_reap(
 /// Brings the working-set file into the page cache (`true`, making it if it is missing), or drops it (`false`).
 #[utoipa::path(patch, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
     request_body = bool,
-    responses((status = 200, description = "How it is cached now", body = CacheState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "Nothing is recorded")))]
+    responses((status = 200, description = "The cached part of the files after the change", body = CacheState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot has no record for REAP")))]
 pub(in crate::serve) async fn patch_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -90,8 +90,8 @@ pub(in crate::serve) async fn patch_reap(
 
 /// Removes the record and its working-set file.
 #[utoipa::path(delete, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "Nothing is recorded any more", body = Object),
-        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The key `removed` is true if there was a record", body = Object),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(in crate::serve) async fn delete_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,

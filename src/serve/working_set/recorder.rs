@@ -42,7 +42,7 @@ pub(in crate::serve) async fn run_recorder(
     limit: Duration,
 ) -> Result<GuestAnswer, Fault> {
     // The recorder opens the image that the snapshot names.
-    daemon.allowed.confined_function(record.snapshot.function.clone()).await?;
+    daemon.allowances.confined_function(record.snapshot.function.clone()).await?;
     let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
     std::fs::create_dir_all(&profiles).map_err(|error| Fault::of(&error))?;
     let utf8 = |path: std::path::PathBuf| {

@@ -20,7 +20,7 @@ use crate::snapshot::ColdSpec;
 
 /// A file or directory that a client names.
 #[derive(Clone, Debug)]
-struct Named {
+struct NamedPath {
     /// The key that names it.
     key: String,
     path: PathBuf,
@@ -29,7 +29,7 @@ struct Named {
 
 /// Everything that clients may name.
 #[derive(Clone, Debug)]
-pub(super) struct Allowed {
+pub(super) struct Allowances {
     /// The daemon's directory, without symbolic links.
     dir: PathBuf,
     /// Directories and files, without symbolic links.
@@ -40,13 +40,13 @@ pub(super) struct Allowed {
     cold: Vec<String>,
 }
 
-impl Allowed {
+impl Allowances {
     /// Collects the allowances of the command line. `dir`: the daemon's directory.
-    pub(super) fn new(dir: &Path, options: &Options) -> Result<Allowed, ServeError> {
+    pub(super) fn new(dir: &Path, options: &Options) -> Result<Allowances, ServeError> {
         let load = &options.load;
         let own = on_this_host(load).into_iter().map(|(path, _)| path).chain(load.cold_cache.clone());
         let mut allowed =
-            Allowed { dir: dir.to_owned(), roots: vec![dir.to_owned()], nodes: Vec::new(), cold: Vec::new() };
+            Allowances { dir: dir.to_owned(), roots: vec![dir.to_owned()], nodes: Vec::new(), cold: Vec::new() };
         for path in own.chain(options.allow_paths.clone()) {
             if is_node(&path) {
                 allowed.nodes.push(path);
@@ -67,8 +67,8 @@ impl Allowed {
     }
 
     /// Returns the path without symbolic links if clients may name it. Blocks for the disk.
-    fn check(&self, named: &Named) -> Result<PathBuf, Fault> {
-        let Named { key, path, access } = named;
+    fn check(&self, named: &NamedPath) -> Result<PathBuf, Fault> {
+        let NamedPath { key, path, access } = named;
         let shown = path.display();
         let refused = |why: String| Fault::new(StatusCode::FORBIDDEN, format!("Cannot use `{key}` {shown}: {why}."));
         if self.nodes.contains(path) {
@@ -127,8 +127,8 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-impl Allowed {
-    async fn check_all(self: &Arc<Self>, named: Vec<Named>) -> Result<Vec<PathBuf>, Fault> {
+impl Allowances {
+    async fn check_all(self: &Arc<Self>, named: Vec<NamedPath>) -> Result<Vec<PathBuf>, Fault> {
         if named.is_empty() {
             return Ok(Vec::new());
         }
@@ -145,7 +145,7 @@ impl Allowed {
             vec![("image", &mut function.image), ("kernel", &mut function.kernel), ("initrd", &mut function.initrd)];
         files.retain(|(_, path)| path.is_some());
         let named = files.iter().filter_map(|(key, path)| {
-            Some(Named { key: (*key).to_owned(), path: path.as_ref()?.clone(), access: FileUse::Read })
+            Some(NamedPath { key: (*key).to_owned(), path: path.as_ref()?.clone(), access: FileUse::Read })
         });
         let resolved = self.check_all(named.collect()).await?;
         for ((_, path), resolved) in files.into_iter().zip(resolved) {
@@ -170,7 +170,7 @@ impl Allowed {
             }
         }
         let files = options.files_mut();
-        let named = files.iter().map(|NamedFile { key, path, how }| Named {
+        let named = files.iter().map(|NamedFile { key, path, how }| NamedPath {
             key: format!("tvmm.{key}"),
             path: path.to_path_buf(),
             access: *how,
@@ -187,8 +187,8 @@ impl Allowed {
 mod tests {
     use super::*;
 
-    fn allowed(dir: &Path, roots: &[PathBuf], cold: &[&str]) -> Allowed {
-        Allowed {
+    fn allowed(dir: &Path, roots: &[PathBuf], cold: &[&str]) -> Allowances {
+        Allowances {
             dir: dir.to_owned(),
             roots: roots.to_vec(),
             nodes: vec!["numa:1".into()],
@@ -213,7 +213,7 @@ mod tests {
         }
         std::os::unix::fs::symlink(inside.join("loop"), inside.join("loop")).unwrap();
         let allowed = allowed(&dir, &[dir.clone(), inside.clone()], &[]);
-        let check = |path: PathBuf, access| allowed.check(&Named { key: "k".to_owned(), path, access });
+        let check = |path: PathBuf, access| allowed.check(&NamedPath { key: "k".to_owned(), path, access });
         for (path, resolved) in [
             (inside.join("file"), Some(inside.join("file"))),
             (inside.join("in/in/file"), Some(inside.join("file"))),
