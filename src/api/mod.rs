@@ -31,7 +31,7 @@ pub enum ApiError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The thread could not be started.
-    #[error("API server thread cannot be started.")]
+    #[error("Cannot start the API server's thread")]
     Thread {
         /// The error of the kernel.
         source: io::Error,

@@ -47,7 +47,7 @@ impl Guest {
         let program = command.get_program().display().to_string();
         let mut child = spawned.map_err(|error| format!("Cannot start {program}: {error}"))?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return refuse("The guest's console cannot be reached");
+            return refuse("Cannot reach the guest's console: the VMM was started without pipes");
         };
         let (sender, lines) = channel();
         // Made first, so that its drop ends the VMM if the reader thread cannot be started.
@@ -90,7 +90,7 @@ impl Guest {
         self.asked += 1;
         let id = format!("b{}", self.asked);
         let sent = writeln!(self.stdin, "run {id} {function}");
-        sent.map_err(|error| format!("The guest cannot be asked for {function:?}: {error}"))?;
+        sent.map_err(|error| format!("Cannot ask the guest for {function:?}: {error}"))?;
         Ok(id)
     }
 

@@ -16,11 +16,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::bench::Error;
+use crate::snapshot::PAGE_SIZE;
 use crate::sys::mapping::Reservation;
 use crate::sys::uffd::{Told, Uffd};
 use crate::sys::wait::either_readable;
 
-const PAGE: usize = 4096;
+const PAGE: usize = PAGE_SIZE as usize;
 /// Longest message with the addresses of memory.
 const MAX_MESSAGE: usize = 64 << 10;
 

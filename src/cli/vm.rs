@@ -176,7 +176,7 @@ fn run(
     drop(event_sources);
     controller.timeline.note_moments(&moments, answer.as_deref().and_then(Answer::get).map(|(_, at)| at));
     if let Err(error) = controller.write_metrics() {
-        tracing::warn!(error = crate::sys::errors::chain(&error), "The last metrics are lost.");
+        tracing::warn!(error = crate::sys::errors::chain(&error), "Cannot write the last metrics");
     }
     let report = (args.report.is_some() || args.trace.is_some() || args.otlp.is_some())
         .then(|| report::collect(&controller.facts(), operation.name, answer.as_deref(), operation.against.as_ref()));

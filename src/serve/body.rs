@@ -40,7 +40,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
                 let message = format!("The body is larger than {MAX_BODY_BYTES} bytes.");
                 return Err(Fault::new(StatusCode::PAYLOAD_TOO_LARGE, message));
             }
-            Ok(Err(error)) => return Err(Fault::bad(format!("The body cannot be read: {error}."))),
+            Ok(Err(error)) => return Err(Fault::bad(format!("Cannot read the body: {error}."))),
             Err(_) => {
                 let message = format!("The body was not received within {} s.", BODY_TIMEOUT.as_secs());
                 return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));

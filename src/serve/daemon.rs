@@ -172,7 +172,8 @@ impl Daemon {
         let asked_ns = clock::monotonic_ns();
         let shell = self.shell(spec.network.as_ref()).await?;
         // The shell was spawned ahead of time or just now.
-        recording.span("spawn", 0, shell.spawned_ns.0.max(asked_ns), shell.spawned_ns.1.max(asked_ns));
+        let spawned = &shell.spawned_ns;
+        recording.span("spawn", 0, spawned.start.max(asked_ns), spawned.end.max(asked_ns));
         let vsock = spec.function.port.map(|_| self.store.vsock_path(&id));
         let start_ns = clock::monotonic_ns();
         let started = Vm::start(id, shell, spec, vsock.clone(), drives).await;
@@ -198,7 +199,7 @@ impl Daemon {
             };
             if let Some(why) = why {
                 vm.process.stop().await;
-                return Err(Fault::bad_gateway(format!("The VM could not be prepared by `{prepare}`: {why}.")));
+                return Err(Fault::bad_gateway(format!("Cannot prepare the VM by `{prepare}`: {why}.")));
             }
         }
         Ok((vm, span))
@@ -239,7 +240,7 @@ impl Daemon {
         let span = recording.lap("drives", 0, begin_ns);
         let own = own.map_err(|error| {
             let fault = Fault::because(StatusCode::UNPROCESSABLE_ENTITY, &error);
-            Fault { message: format!("The VM's drives cannot be copied: {}", fault.message), ..fault }
+            Fault { message: format!("Cannot copy the VM's drives: {}", fault.message), ..fault }
         })?;
         for drive in own.all() {
             self.counters.copied_drive(&drive.method);
@@ -273,6 +274,6 @@ impl Drop for KillGuard {
 }
 
 fn refused(what: &str, error: &ControlError) -> Fault {
-    let text = format!("The VM's {what} failed: {}.", error.to_string().trim_end_matches('.'));
+    let text = format!("Cannot {what} the VM: {}.", error.to_string().trim_end_matches('.'));
     error.fault(text)
 }

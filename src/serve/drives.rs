@@ -101,13 +101,13 @@ impl OwnDrives {
         match source {
             DriveSource::Image(path) => {
                 let (image, len) = open_image(path).map_err(io_error("open image", path))?;
-                own.copy(ROOT_DRIVE, &dir, (&image, len), is_wanted)?;
+                own.copy(ROOT_DRIVE, &dir, &image, len, is_wanted)?;
             }
             DriveSource::Snapshot(path) => {
                 let snapshot = Snapshot::open_without_memory(&Location::Dir(path.clone()))?;
                 for copy in &snapshot.manifest().drives {
                     let Some((image, len)) = snapshot.open_drive_copy(&copy.drive_id)? else { continue };
-                    own.copy(&copy.drive_id, &dir, (&image, len), is_wanted)?;
+                    own.copy(&copy.drive_id, &dir, &image, len, is_wanted)?;
                 }
             }
         }
@@ -118,7 +118,8 @@ impl OwnDrives {
         &mut self,
         id: &str,
         dir: &Path,
-        (image, len): (&File, u64),
+        image: &File,
+        len: u64,
         is_wanted: &dyn Fn() -> bool,
     ) -> snapshot::Result<()> {
         let path = dir.join(format!("{id}.img"));
@@ -152,7 +153,7 @@ impl Drop for OwnDrives {
 pub(super) fn remove_images(dir: PathBuf) {
     let remove = move || {
         if let Err(error) = gone_is_fine(fs::remove_dir_all(&dir)) {
-            tracing::warn!(%error, path = %dir.display(), "The images of a VM that is over cannot be removed");
+            tracing::warn!(%error, path = %dir.display(), "Cannot remove the images of a VM that has ended");
         }
     };
     // Removing a large image takes time, and requests must not wait for it.

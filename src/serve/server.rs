@@ -103,7 +103,7 @@ impl Server {
                 }
                 (Ok((stream, _)), None) => self.turn_away(stream),
                 (Err(error), _) => {
-                    tracing::warn!(%error, "A connection cannot be accepted");
+                    tracing::warn!(%error, "Cannot accept a connection");
                     tokio::time::sleep(ACCEPT_RETRY).await;
                 }
             }

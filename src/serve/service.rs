@@ -99,7 +99,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     daemon.copies.stop();
     end_all(&daemon).await;
     if tokio::time::timeout(DISK, save_vms(&daemon)).await.is_err() {
-        tracing::warn!("The VMs that lived are not written down: the disk takes too long");
+        tracing::warn!("Cannot write the list of VMs that lived: the disk takes too long");
     }
     // The last traces are sent meanwhile. A thread for that may not be free.
     let flushed = daemon.clone();
@@ -117,9 +117,9 @@ async fn clear_run(daemon: &Arc<Daemon>) {
         Ok(Ok(Ok(()))) => {}
         Ok(Ok(Err(error))) => {
             let error = Fault::of(&error).message;
-            tracing::warn!(error, "What VMs have left cannot be removed");
+            tracing::warn!(error, "Cannot remove the files that VMs have left");
         }
-        Ok(Err(_)) | Err(_) => tracing::warn!("What VMs have left is not removed: the disk takes too long"),
+        Ok(Err(_)) | Err(_) => tracing::warn!("Cannot remove the files that VMs have left: the disk takes too long"),
     }
 }
 
@@ -234,6 +234,6 @@ async fn save_vms(daemon: &Arc<Daemon>) {
     let saved = blocking(move || writer.store.save_vms(|| writer.vms.records())).await;
     if let Ok(Err(error)) = saved {
         let error = Fault::of(&error).message;
-        tracing::warn!(error, "The VMs that live cannot be written down");
+        tracing::warn!(error, "Cannot write the list of living VMs");
     }
 }

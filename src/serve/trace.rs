@@ -320,7 +320,7 @@ fn start_file(path: &Path, lost: Arc<AtomicU64>) -> Result<SyncSender<String>, S
     let write = move || {
         for text in lines {
             if let Err(error) = file.write_all(text.as_bytes()) {
-                tracing::warn!(%error, path = %path.display(), "A trace cannot be written");
+                tracing::warn!(%error, path = %path.display(), "Cannot write a trace");
                 lost.fetch_add(1, Ordering::Relaxed);
             }
         }

@@ -152,7 +152,10 @@ pub(super) async fn get_report(
     Path(id): Path<String>,
 ) -> Result<Reply<serde_json::Value>, Fault> {
     let vm = daemon.vm(&id)?;
-    vm.report().await.map(Reply).map_err(|error| Fault::bad_gateway(format!("VM `{id}` gives no report: {error}.")))
+    vm.report()
+        .await
+        .map(Reply)
+        .map_err(|error| Fault::bad_gateway(format!("Cannot get the report of VM `{id}`: {error}.")))
 }
 
 /// FaaSnap's way to start a VMM ahead of its VM.

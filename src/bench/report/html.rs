@@ -54,7 +54,10 @@ fn failed(results: &Results) -> String {
     }
     let rows: String = failures
         .iter()
-        .map(|((experiment, case, flow), (count, why))| row(&[experiment, case, flow, &count.to_string(), why]))
+        .map(|failure| {
+            let count = failure.count.to_string();
+            row(&[&failure.experiment, &failure.case, &failure.flow, &count, &failure.reason])
+        })
         .collect();
     format!("<h2>Failed</h2>\n<table>{rows}</table>\n")
 }

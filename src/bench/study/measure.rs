@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::flow::{Flow, Restore};
 use super::settings::Settings;
 use super::stage::Stage;
-use super::stats;
+use super::stats::{Failure, failures};
 use super::store::{Key, Sample, Store, Values};
 use super::subject::Subject;
 use crate::bench::cache::Cache;
@@ -71,9 +71,9 @@ impl Study {
             std::fs::remove_dir_all(&dir).map_err(|error| format!("Cannot remove {}: {error}", dir.display()))?;
         }
         publish(&self.store.results, &self.settings.out)?;
-        let failures = stats::failures(&self.store.results);
-        for ((experiment, case, flow), (count, why)) in &failures {
-            say!("tvmm: {experiment}, {case}, {flow}: {count} failed, the first because: {why}");
+        let failures = failures(&self.store.results);
+        for Failure { experiment, case, flow, count, reason } in &failures {
+            say!("tvmm: {experiment}, {case}, {flow}: {count} failed, the first because: {reason}");
         }
         Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

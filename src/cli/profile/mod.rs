@@ -173,7 +173,7 @@ impl RunDrives {
 impl Drop for RunDrives {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!(%error, path = %self.0.display(), "The copies of drives of a run cannot be removed");
+            tracing::warn!(%error, path = %self.0.display(), "Cannot remove a run's copies of drives");
         }
     }
 }

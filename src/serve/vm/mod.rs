@@ -18,7 +18,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use utoipa::ToSchema;
 
 use self::control::{Control, ControlError};
-use self::line::{Console, GuestAnswer, LineError};
+use self::line::{Console, GuestAnswer, GuestRequest, LineError};
 use self::process::Process;
 use self::shells::Shell;
 use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
@@ -225,10 +225,11 @@ impl Vm {
         let console = self.console.lock().await;
         self.lock().invocations += 1;
         let id = format!("i{}", self.next_request.fetch_add(1, Ordering::Relaxed));
+        let request = GuestRequest { id: &id, function };
         line::drain(&*console);
         match (self.function.port, &self.vsock) {
-            (Some(port), Some(socket)) => line::ask_port(socket, port, (&id, function), budget).await,
-            _ => line::ask(&*console, &id, function, budget).await,
+            (Some(port), Some(socket)) => line::ask_port(socket, port, request, budget).await,
+            _ => line::ask(&*console, request, budget).await,
         }
     }
 

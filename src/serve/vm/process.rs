@@ -1,6 +1,7 @@
 //! Child processes: one thread spawns them, a pidfd reports their end, and their last output is kept.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -47,8 +48,8 @@ pub(in crate::serve) struct NewChild {
     stderr: OwnedFd,
     /// The API's connection, of a shell.
     pub(in crate::serve) api: Option<UnixStream>,
-    /// ns of CLOCK_MONOTONIC, before and after.
-    pub(in crate::serve) spawned_ns: (u64, u64),
+    /// Begin and end of the spawn, ns of CLOCK_MONOTONIC.
+    pub(in crate::serve) spawned_ns: Range<u64>,
 }
 
 type Answer = oneshot::Sender<io::Result<NewChild>>;
@@ -126,7 +127,7 @@ fn spawn(job: Job) -> io::Result<NewChild> {
         stdout: our_stdout.into(),
         stderr: our_stderr.into(),
         api,
-        spawned_ns: (before, clock::monotonic_ns()),
+        spawned_ns: before..clock::monotonic_ns(),
     })
 }
 

@@ -155,7 +155,7 @@ impl Table {
         over.drain(..too_many);
         drop(over);
         if let Some(error) = vsock.and_then(|path| store::gone_is_fine(std::fs::remove_file(path)).err()) {
-            tracing::warn!(%error, vm = vm.id, "The socket of a VM that is over cannot be removed");
+            tracing::warn!(%error, vm = vm.id, "Cannot remove the socket of a VM that has ended");
         }
         self.changed.notify_one();
     }

@@ -231,7 +231,7 @@ pub(in crate::serve) async fn get_plan(
     let ran = run_tool(&daemon.spawner, args, START_TIMEOUT).await.map_err(|error| Fault::of(&error))?;
     let (ended, printed) = ran;
     if ended.code != Some(0) {
-        let text = format!("The plan cannot be made: it {}.", ended.why());
+        let text = format!("Cannot make the plan: `tvmm plan` {}.", ended.why());
         return Err(Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, text));
     }
     serde_json::from_slice(&printed).map(Reply).map_err(|error| Fault::of(&error))
