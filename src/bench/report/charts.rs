@@ -8,11 +8,18 @@ use crate::bench::study::{Experiment, Flow};
 /// One experiment, drawn.
 pub(super) struct ExperimentCharts {
     pub(super) experiment: Experiment,
-    pub(super) charts: Vec<(String, String)>,
+    pub(super) charts: Vec<ChartFile>,
 }
 
-/// The charts of an experiment, each with the name of its file.
-pub(super) fn charts(results: &Results, experiment: Experiment) -> Vec<(String, String)> {
+/// A chart in a file.
+pub(super) struct ChartFile {
+    /// The name of the file, without its extension.
+    pub(super) name: String,
+    pub(super) svg: String,
+}
+
+/// The charts of an experiment.
+pub(super) fn charts(results: &Results, experiment: Experiment) -> Vec<ChartFile> {
     let name = |what: &str| format!("{}-{what}", experiment.name().to_lowercase());
     let drawn = match experiment {
         Experiment::E1 | Experiment::E4 => vec![
@@ -36,7 +43,7 @@ pub(super) fn charts(results: &Results, experiment: Experiment) -> Vec<(String, 
             lines(results, experiment, "local_mib_per_vm", Units { x: "VMs alive", y: "local MiB per VM" })
         }
     };
-    drawn.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect()
+    drawn.into_iter().filter_map(|(name, svg)| Some(ChartFile { name, svg: svg? })).collect()
 }
 
 fn series(flows: &[String]) -> Vec<Series> {

@@ -28,7 +28,7 @@ pub fn page(results: &Results, drawn: &[ExperimentCharts]) -> String {
 
 fn section(results: &Results, drawn: &ExperimentCharts) -> String {
     let experiment = drawn.experiment;
-    let charts: String = drawn.charts.iter().map(|(_, svg)| svg.as_str()).collect();
+    let charts: String = drawn.charts.iter().map(|chart| chart.svg.as_str()).collect();
     let tables: String = tables(results, experiment).iter().map(table).collect();
     let title = escape(experiment.title());
     format!("<h2>{}: {title}</h2>\n{charts}{tables}", experiment.name())

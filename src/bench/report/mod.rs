@@ -15,7 +15,7 @@ use super::study::Experiment;
 use super::study::stats::axes;
 use super::study::store::Results;
 use crate::sys::errors::BoxError;
-use charts::{ExperimentCharts, charts};
+use charts::{ChartFile, ExperimentCharts, charts};
 
 pub use diff::{DiffArgs, run as run_diff};
 
@@ -48,7 +48,7 @@ pub fn publish(results: &Results, dir: &Path) -> Result<(), BoxError> {
         drawn.push(ExperimentCharts { experiment, charts: charts(results, experiment) });
     }
     std::fs::create_dir_all(dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
-    for (name, svg) in drawn.iter().flat_map(|drawn| &drawn.charts) {
+    for ChartFile { name, svg } in drawn.iter().flat_map(|drawn| &drawn.charts) {
         write(&dir.join(format!("{name}.svg")), svg)?;
     }
     let page = dir.join("report.html");

@@ -1,7 +1,6 @@
 //! The contents of a pool: in numbers, and drawn.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -214,9 +213,9 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
 /// The holders of leases, and the memory of those on this host.
 fn vms(medium: &PoolMedium, catalogue: &Catalogue) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> {
     let metadata = medium.file().metadata()?;
-    let file = (metadata.dev(), metadata.ino());
     let me = Holder::of(medium)?;
-    let usage = |lease: &Lease| if lease.holder.host == me.host { usage::of(lease.holder.pid, file) } else { None };
+    let usage =
+        |lease: &Lease| if lease.holder.host == me.host { usage::of(lease.holder.pid, &metadata) } else { None };
     let leases = lease::live(medium, EXPIRY_S)?;
     let named = |lease: Lease| {
         let head = catalogue.heads.iter().find(|head| lease.is_of(head.entry.digest));
