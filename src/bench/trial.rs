@@ -71,7 +71,7 @@ impl Trial {
         let end = clock::monotonic_ns();
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            return refuse(format!("A restore by {policy} failed: {}", said.trim()));
+            return refuse(format!("Cannot restore by {policy}: {}", said.trim()));
         }
         let mut report: Value = serde_json::from_slice(&std::fs::read(&report_path)?)?;
         report["outside_us"] = json!((end - start) as f64 / 1000.0);

@@ -119,7 +119,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     let kind = match body.snapshot_type.as_deref() {
         None | Some("Full") => SnapshotKind::Full,
         Some("Diff") => SnapshotKind::Diff,
-        Some(other) => return Err(Fault::bad(format!("There is no snapshot type `{other}`: Full or Diff."))),
+        Some(other) => return Err(Fault::bad(format!("Unknown snapshot type `{other}`; known: Full, Diff."))),
     };
     let vm = daemon.vm(&body.vm_id)?;
     let mut claim = claim_name(daemon, body.ss_id)?;

@@ -34,6 +34,6 @@ pub(super) async fn get_trace(
     match query.get("format").map(String::as_str) {
         None | Some("json") => Ok(Reply(&*trace).into_response()),
         Some("chrome") => Ok(Reply(json!({ "traceEvents": trace.chrome_events() })).into_response()),
-        Some(other) => Err(Fault::bad(format!("There is no format `{other}`: json or chrome."))),
+        Some(other) => Err(Fault::bad(format!("Unknown format `{other}`; known: json, chrome."))),
     }
 }

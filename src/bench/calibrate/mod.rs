@@ -37,7 +37,7 @@ pub struct CalibrateArgs {
 
 pub fn run(args: &CalibrateArgs) -> Result<ExitCode, BoxError> {
     let Some(out) = args.out.clone().or_else(Costs::default_path) else {
-        return refuse("Neither XDG_CACHE_HOME nor HOME is set: say with --out where the numbers go");
+        return refuse("Cannot choose a file for the numbers: neither XDG_CACHE_HOME nor HOME is set. Give --out FILE");
     };
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).map_err(|error| format!("Cannot make {}: {error}", parent.display()))?;

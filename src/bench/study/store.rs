@@ -175,7 +175,7 @@ fn check_same(old: &Header, new: &Header, path: &Path) -> Result<(), BoxError> {
     if old.host == new.host {
         Ok(())
     } else {
-        refuse(format!("{} was measured on another host: give another --out", path.display()))
+        refuse(format!("Cannot go on with {}: it was measured on another host. Give another --out", path.display()))
     }
 }
 

@@ -59,7 +59,7 @@ pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
 fn text(pool: &Path) -> Result<&str, BoxError> {
     match pool.to_str() {
         Some(text) => Ok(text),
-        None => refuse(format!("{} is not UTF-8", pool.display())),
+        None => refuse(format!("Cannot use {}: the path is not UTF-8", pool.display())),
     }
 }
 

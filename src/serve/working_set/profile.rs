@@ -226,7 +226,7 @@ pub(in crate::serve) async fn get_plan(
     match query.get("cache").map(String::as_str) {
         None => {}
         Some(cache @ ("huge" | "small" | "cold")) => args.extend(["--cache".into(), cache.to_string()]),
-        Some(other) => return Err(Fault::bad(format!("There is no cache state `{other}`: huge, small or cold."))),
+        Some(other) => return Err(Fault::bad(format!("Unknown cache state `{other}`; known: huge, small, cold."))),
     }
     let ran = run_tool(&daemon.spawner, args, START_TIMEOUT).await.map_err(|error| Fault::of(&error))?;
     let (ended, printed) = ran;
