@@ -170,7 +170,7 @@ impl Planner<'_> {
     /// The policy's plan, aligned to the tiers.
     fn make(&self, policy: Policy, resolved: &[ResolvedRun], basis: &Basis) -> Result<RestorePlan, Error> {
         let mut plan = policy.plan(&self.input(resolved, &self.tier_sources(), basis))?;
-        tier::align(&mut plan, self.chain.layout(), self.chain.layers().len(), self.tiers);
+        tier::align(&mut plan, self.chain.layout(), self.tiers);
         Ok(plan)
     }
 
@@ -206,7 +206,7 @@ impl Planner<'_> {
 
     fn lower(&self, plan: RestorePlan) -> Result<RestorePlan, Error> {
         match self.cold {
-            Some(index) => Ok(lower(&plan, self.chain.layers().len(), self.chain.layout(), index)?),
+            Some(index) => Ok(lower(&plan, self.chain.tip_index(), self.chain.layout(), index)?),
             None => Ok(plan),
         }
     }

@@ -11,8 +11,8 @@ use crate::bench::child;
 use crate::bench::guest;
 use crate::bench::host_costs;
 use crate::snapshot::{
-    Chain, Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, ImageSpec, Location, PAGE_SIZE, PageSource, Placement,
-    PlannedExtent, ResolvedRun, RestorePlan,
+    Chain, Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, ImageSpec, Location, PAGE_SIZE, PageOrigin, PageSource,
+    Placement, PlannedExtent, ResolvedRun, RestorePlan,
 };
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::page_cache::PageCache;
@@ -118,7 +118,7 @@ impl HandMade {
     }
 
     fn in_file(&self, extent: Extent) -> PageSource {
-        PageSource { layer: 0, offset: self.offset + (extent.gpa() - FILLED.gpa()) }
+        PageSource::layer(0, self.offset + (extent.gpa() - FILLED.gpa()))
     }
 
     /// A plan for filled pages in runs of `run`, one every `step`, each placed by `place`; all others are mapped from
@@ -128,7 +128,7 @@ impl HandMade {
         let mapped = |extent: Extent| PlannedExtent::from(extent, Placement::CowFile, self.in_file(extent));
         let between = |first: Gfn, end: Gfn| Extent { first, pages: end.0 - first.0 };
         for part in &self.resolved {
-            let Content::Layer(source) = part.content else {
+            let Content::Bytes(source) = part.content else {
                 plan.extents.push(PlannedExtent::zero(part.extent));
                 continue;
             };
@@ -162,10 +162,11 @@ impl HandMade {
         let place = |extent: Extent| {
             let index = ((extent.first.0 - FILLED.first.0) / step) ^ u64::from(order == ImageOrder::Swapped);
             let offset = index * run * PAGE_SIZE;
-            PlannedExtent::preload(extent, PageSource { layer: 1, offset }, fill)
+            PlannedExtent::preload(extent, PageSource::image(0, offset), fill)
         };
         let mut plan = self.plan(run, step, place);
-        let image = plan.extents.iter().filter(|item| item.source.is_some_and(|source| source.layer == 1));
+        let is_packed = |item: &&PlannedExtent| item.source.is_some_and(|source| source.origin == PageOrigin::Image(0));
+        let image = plan.extents.iter().filter(is_packed);
         let mut items: Vec<PlannedExtent> = image.copied().collect();
         items.sort_unstable_by_key(|item| item.source.map(|source| source.offset));
         plan.images = vec![ImageSpec { extents: items.iter().map(|item| item.extent).collect() }];

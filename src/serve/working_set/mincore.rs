@@ -16,7 +16,7 @@ use crate::serve::blocking::blocking;
 use crate::serve::body::{Body, query};
 use crate::serve::daemon::Shared;
 use crate::serve::fault::{Fault, FaultBody, Reply};
-use crate::snapshot::{Content, Extent, PAGE_SIZE, PageSet};
+use crate::snapshot::{Content, Extent, PAGE_SIZE, PageOrigin, PageSet};
 use crate::sys::resident::CacheView;
 use crate::tiering::policy::Policy;
 use crate::tiering::profile::{MAX_LAYERS, Order, Profile, RecorderKind, nonzero};
@@ -209,9 +209,8 @@ pub(in crate::serve) async fn post_mincore(
 
 /// Pages that the last layer of a chain holds itself.
 fn held_by_tip(snapshot: &ResolvedChain) -> PageSet {
-    let tip = snapshot.chain.layers().len() - 1;
-    let held = |content| matches!(content, Content::Layer(source) if source.layer == tip);
-    snapshot.resolved.iter().filter(|run| held(run.content)).map(|run| run.extent).collect()
+    let tip = snapshot.chain.tip_index();
+    snapshot.resolved.iter().filter(|run| run.content.layer() == Some(tip)).map(|run| run.extent).collect()
 }
 
 /// Guest pages whose place in the memory files is in the page cache.
@@ -232,8 +231,8 @@ fn resident(snapshot: &ResolvedChain) -> crate::snapshot::Result<PageSet> {
         let insert = |first, pages| cached.insert_run(Extent { first: crate::snapshot::Gfn(first), pages });
         view.resident_runs(insert).map_err(failed)?;
         for run in &snapshot.resolved {
-            let Content::Layer(source) = run.content else { continue };
-            if source.layer != index {
+            let Content::Bytes(source) = run.content else { continue };
+            if source.origin != PageOrigin::Layer(index) {
                 continue;
             }
             // Maps pages of the file back to those of the guest.
@@ -339,15 +338,15 @@ fn read_layer(snapshot: &ResolvedChain, layer: &PageSet) -> crate::snapshot::Res
     use std::os::unix::fs::FileExt;
     let mut buffer = vec![0; 1 << 20];
     for run in &snapshot.resolved {
-        let Content::Layer(source) = run.content else { continue };
-        let snapshot = &snapshot.chain.layers()[source.layer];
+        let Content::Bytes(source) = run.content else { continue };
+        let Some(holder) = snapshot.chain.layer_of(run.content) else { continue };
         for part in layer.runs_in(run.extent) {
             let mut offset = source.offset + (part.first.0 - run.extent.first.0) * PAGE_SIZE;
             let end = offset + part.bytes();
             while offset < end {
                 let piece = &mut buffer[..(end - offset).min(1 << 20) as usize];
-                let read = snapshot.memory().read_exact_at(piece, offset);
-                read.map_err(io_error("read", snapshot.memory_path()))?;
+                let read = holder.memory().read_exact_at(piece, offset);
+                read.map_err(io_error("read", holder.memory_path()))?;
                 offset += piece.len() as u64;
             }
         }

@@ -12,9 +12,7 @@
 
 use super::place::{Packed, lay_over, merge_gaps};
 use super::{Ground, place};
-use crate::snapshot::{
-    Background, BackgroundAction, Content, Extent, PageSet, PageSource, Placement, PlannedExtent, RestorePlan,
-};
+use crate::snapshot::{Background, BackgroundAction, Content, Extent, PageSet, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::profile::{Order, Profile, nonzero};
 
 /// FaaSnap's `interval_threshold`.
@@ -88,10 +86,7 @@ fn nonzero_regions(ground: &Ground) -> Vec<PlannedExtent> {
         return base;
     }
     let tip = ground.layers - 1;
-    let of_tip = |run: &&crate::snapshot::ResolvedRun| match run.content {
-        Content::Layer(PageSource { layer, .. }) => layer == tip,
-        Content::Zero => false,
-    };
+    let of_tip = |run: &&crate::snapshot::ResolvedRun| run.content.layer() == Some(tip);
     let others: PageSet = ground
         .resolved
         .iter()

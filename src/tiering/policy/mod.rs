@@ -25,8 +25,8 @@ use super::Error;
 use super::costs::Costs;
 use super::profile::Profile;
 use crate::snapshot::{
-    Chain, Content, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSource, Placement, PlannedExtent, ResolvedRun,
-    RestorePlan, SnapshotId, TierAccess, TierSource,
+    Chain, Content, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageOrigin, PageSource, Placement, PlannedExtent,
+    ResolvedRun, RestorePlan, SnapshotId, TierAccess, TierSource,
 };
 
 use place::Labelled;
@@ -84,7 +84,7 @@ impl<'a> PolicyInput<'a> {
         Ground {
             snapshot: self.chain.tip().id(),
             layout: self.chain.layout(),
-            layers: self.chain.layers().len() + self.tiers.len(),
+            layers: self.chain.layers().len(),
             tiers: self.tiers,
             resolved: self.resolved,
             costs: self.costs,
@@ -104,9 +104,8 @@ impl<'a> PolicyInput<'a> {
 struct Ground<'a> {
     snapshot: SnapshotId,
     layout: &'a MemoryLayout,
-    /// Number of layers and tiers; never 0. Images are numbered after them.
+    /// Number of layers; never 0.
     layers: usize,
-    /// The tiers among them.
     tiers: &'a [TierSource],
     resolved: &'a [ResolvedRun],
     costs: &'a Costs,
@@ -126,14 +125,14 @@ impl<'a> Ground<'a> {
         place::hole(self.layout, tip, first)
     }
 
-    /// The access of the tier with this index; `None` if the index is not a tier's.
-    fn access(&self, layer: usize) -> Option<TierAccess> {
-        self.tiers.get((layer + self.tiers.len()).checked_sub(self.layers)?).map(|tier| tier.access)
+    /// The access of the tier with these bytes; `None` if no tier has them.
+    fn access(&self, origin: PageOrigin) -> Option<TierAccess> {
+        TierSource::access_of(self.tiers, origin)
     }
 
     /// Pages mapped on demand: as `cow-file` where the kernel copies written pages, else in place.
     fn mapped(&self, extent: Extent, source: PageSource) -> PlannedExtent {
-        let placement = match self.access(source.layer) {
+        let placement = match self.access(source.origin) {
             None | Some(TierAccess::MapPrivate) => Placement::CowFile,
             Some(TierAccess::MapShared) => Placement::InPlace,
             Some(TierAccess::Fetch) => Placement::Lazy,
@@ -143,7 +142,7 @@ impl<'a> Ground<'a> {
 
     /// Pages in place where their source can be mapped.
     fn in_place(&self, extent: Extent, source: PageSource) -> PlannedExtent {
-        let is_mapped = self.access(source.layer) != Some(TierAccess::Fetch);
+        let is_mapped = self.access(source.origin) != Some(TierAccess::Fetch);
         PlannedExtent::from(extent, if is_mapped { Placement::InPlace } else { Placement::Lazy }, source)
     }
 
@@ -151,7 +150,7 @@ impl<'a> Ground<'a> {
     /// image already.
     fn placed(&self, packed: &place::Packed, place: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<Labelled> {
         if self.tiers.is_empty() {
-            return packed.placed(self.layers, place);
+            return packed.placed(place);
         }
         let mut extents = packed.spec.extents.clone();
         extents.sort_unstable_by_key(|extent| extent.first);
@@ -162,7 +161,7 @@ impl<'a> Ground<'a> {
                 at += 1;
             }
             for run in self.resolved[at..].iter().take_while(|run| run.extent.first < extent.end()) {
-                if let (Content::Layer(source), Some(part)) = (run.content, run.extent.intersection(&extent)) {
+                if let (Content::Bytes(source), Some(part)) = (run.content, run.extent.intersection(&extent)) {
                     let source = place::advance(source, part.first.0 - run.extent.first.0);
                     placed.push(Labelled(place(part, source)));
                 }

@@ -20,8 +20,8 @@ fn resolved(held: u64, zero: u64) -> Vec<ResolvedRun> {
             if extent.is_empty() {
                 continue;
             }
-            let source = PageSource { layer: 0, offset: at * PAGE_SIZE };
-            let content = if is_held { Content::Layer(source) } else { Content::Zero };
+            let source = PageSource::layer(0, at * PAGE_SIZE);
+            let content = if is_held { Content::Bytes(source) } else { Content::Zero };
             runs.push(ResolvedRun { extent, content });
             at = extent.end().0;
         }

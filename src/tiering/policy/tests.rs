@@ -5,7 +5,9 @@ use proptest::prelude::*;
 use super::estimate::estimate;
 use super::touches::expected;
 use super::*;
-use crate::snapshot::{BackgroundAction, Content, Fill, Gfn, PAGE_SIZE, PageSet, PageSource, Placement, PlannedExtent};
+use crate::snapshot::{
+    BackgroundAction, Content, Fill, Gfn, PAGE_SIZE, PageOrigin, PageSet, PageSource, Placement, PlannedExtent,
+};
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::{Order, RecorderKind};
 
@@ -52,7 +54,7 @@ impl World {
     }
 
     fn decided(&self, page: usize) -> Content {
-        let from = |layer| Content::Layer(PageSource { layer, offset: page as u64 * PAGE_SIZE });
+        let from = |layer| Content::Bytes(PageSource::layer(layer, page as u64 * PAGE_SIZE));
         match self.tip.as_ref().and_then(|tip| tip[page]) {
             Some(true) => from(1),
             Some(false) => Content::Zero,
@@ -62,10 +64,7 @@ impl World {
     }
 
     fn content(&self, page: usize) -> u64 {
-        match self.decided(page) {
-            Content::Zero => 0,
-            Content::Layer(source) => self.in_file(source.layer, page),
-        }
+        self.decided(page).layer().map_or(0, |layer| self.in_file(layer, page))
     }
 
     fn resolved(&self) -> Vec<ResolvedRun> {
@@ -76,7 +75,7 @@ impl World {
                 && last.extent.end() == gfn
                 && match (last.content, content) {
                     (Content::Zero, Content::Zero) => true,
-                    (Content::Layer(a), Content::Layer(b)) => a.layer == b.layer,
+                    (Content::Bytes(a), Content::Bytes(b)) => a.origin == b.origin,
                     _ => false,
                 }
             {
@@ -105,8 +104,10 @@ impl World {
 
     fn read(&self, plan: &RestorePlan, source: PageSource, index: u64) -> u64 {
         let mut page = source.offset / PAGE_SIZE + index;
-        let Some(image) = source.layer.checked_sub(self.layers()) else {
-            return self.in_file(source.layer, page as usize);
+        let image = match source.origin {
+            PageOrigin::Layer(layer) => return self.in_file(layer, page as usize),
+            PageOrigin::Tier(_) => panic!("the plan has no tiers"),
+            PageOrigin::Image(image) => image,
         };
         for extent in &plan.images[image].extents {
             if page < extent.pages {
@@ -241,7 +242,7 @@ fn small(pages: u64, held: &[(u64, u64)]) -> Small {
     let layout = MemoryLayout::from_gpa_ranges(&[(0, pages * PAGE_SIZE)]).unwrap();
     let held: PageSet = held.iter().map(|(first, pages)| extent(*first, *pages)).collect();
     let all: PageSet = layout.extents().collect();
-    let layer = |run: Extent| Content::Layer(PageSource { layer: 0, offset: run.gpa() });
+    let layer = |run: Extent| Content::Bytes(PageSource::layer(0, run.gpa()));
     let runs = held.runs().map(|run| ResolvedRun { extent: run, content: layer(run) });
     let zero = all.difference(&held);
     let mut resolved: Vec<_> =
@@ -274,19 +275,19 @@ fn example() -> Small {
     small
 }
 
-fn from(first: u64, pages: u64, placement: Placement, layer: usize, page: u64) -> PlannedExtent {
-    PlannedExtent::from(extent(first, pages), placement, PageSource { layer, offset: page * PAGE_SIZE })
+fn from(first: u64, pages: u64, placement: Placement, origin: PageOrigin, page: u64) -> PlannedExtent {
+    PlannedExtent::from(extent(first, pages), placement, PageSource { origin, offset: page * PAGE_SIZE })
 }
 
 fn preload(first: u64, pages: u64, fill: Fill, page: u64) -> PlannedExtent {
-    PlannedExtent::preload(extent(first, pages), PageSource { layer: 1, offset: page * PAGE_SIZE }, fill)
+    PlannedExtent::preload(extent(first, pages), PageSource::image(0, page * PAGE_SIZE), fill)
 }
 
 #[test]
 fn reap_installs_every_page_that_faulted_from_one_file_by_address() {
     let plan = example().plan(Policy::Reap);
     assert_eq!(plan.images[0].extents, [extent(10, 1), extent(12, 1), extent(305, 1), extent(400, 1)]);
-    let lazy = |first, pages| from(first, pages, Placement::Lazy, 0, first);
+    let lazy = |first, pages| from(first, pages, Placement::Lazy, PageOrigin::Layer(0), first);
     let expected = [
         lazy(0, 10),
         preload(10, 1, Fill::Install, 0),
@@ -307,13 +308,15 @@ fn faasnap_maps_its_loading_set_over_its_nonzero_regions() {
     let mut example = example();
     let plan = example.plan(Policy::Faasnap);
     // Ten zero pages lie within one region, and page 11 within one of the loading set.
-    let cow = |first, pages, layer, page| from(first, pages, Placement::CowFile, layer, page);
+    let cow = |first, pages, origin, page| from(first, pages, Placement::CowFile, origin, page);
+    let layer = PageOrigin::Layer(0);
+    let image = PageOrigin::Image(0);
     let expected = [
-        cow(0, 10, 0, 0),
-        cow(10, 3, 1, 0),
-        cow(13, 387, 0, 13),
-        cow(400, 1, 1, 3),
-        cow(401, 299, 0, 401),
+        cow(0, 10, layer, 0),
+        cow(10, 3, image, 0),
+        cow(13, 387, layer, 13),
+        cow(400, 1, image, 3),
+        cow(401, 299, layer, 401),
         PlannedExtent::zero(extent(700, 324)),
     ];
     assert_eq!(plan.extents, expected);
@@ -331,7 +334,7 @@ fn faasnap_maps_its_loading_set_over_its_nonzero_regions() {
 fn aquifer_copies_hot_pages_and_fetches_cold_ones_in_the_background() {
     let plan = example().plan(Policy::Aquifer);
     assert_eq!(plan.images[0].extents, [extent(10, 1), extent(12, 1), extent(400, 1)]);
-    let lazy = |first, pages| from(first, pages, Placement::Lazy, 0, first);
+    let lazy = |first, pages| from(first, pages, Placement::Lazy, PageOrigin::Layer(0), first);
     let expected = [
         lazy(0, 10),
         preload(10, 1, Fill::Copy, 0),

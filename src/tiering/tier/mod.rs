@@ -86,11 +86,11 @@ pub fn resolve(chain: &Chain, tiers: &[Arc<dyn Tier>]) -> Result<Vec<ResolvedRun
     let mut rest: PageSet = layout.extents().collect();
     let mut runs: Vec<ResolvedRun> = Vec::new();
     for (index, tier) in tiers.iter().enumerate() {
-        let (layer, known) = (chain.layers().len() + index, runs.len());
+        let known = runs.len();
         for TierRun { extent, offset } in tier.runs()? {
             for part in rest.runs_in(extent) {
                 let offset = offset + (part.first.0 - extent.first.0) * PAGE_SIZE;
-                runs.push(ResolvedRun { extent: part, content: Content::Layer(PageSource { layer, offset }) });
+                runs.push(ResolvedRun { extent: part, content: Content::Bytes(PageSource::tier(index, offset)) });
             }
         }
         runs[known..].iter().for_each(|run| rest.remove_run(run.extent));
@@ -105,7 +105,7 @@ pub fn resolve(chain: &Chain, tiers: &[Arc<dyn Tier>]) -> Result<Vec<ResolvedRun
             let skipped = (part.first.0 - run.extent.first.0) * PAGE_SIZE;
             let content = match run.content {
                 Content::Zero => Content::Zero,
-                Content::Layer(from) => Content::Layer(PageSource { offset: from.offset + skipped, ..from }),
+                Content::Bytes(from) => Content::Bytes(PageSource { offset: from.offset + skipped, ..from }),
             };
             runs.push(ResolvedRun { extent: part, content });
         }

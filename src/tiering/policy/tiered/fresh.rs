@@ -72,9 +72,9 @@ mod tests {
     /// The blocks of a guest of 16 blocks, the first 8 of which hold something.
     fn chosen(touches: &[Touch], page_ns: f64) -> Vec<Extent> {
         let layout = MemoryLayout::from_gpa_ranges(&[(0, 8192 * PAGE_SIZE)]).unwrap();
-        let source = PageSource { layer: 0, offset: 0 };
+        let source = PageSource::layer(0, 0);
         let resolved = [
-            ResolvedRun { extent: extent(0, 4096), content: Content::Layer(source) },
+            ResolvedRun { extent: extent(0, 4096), content: Content::Bytes(source) },
             ResolvedRun { extent: extent(4096, 4096), content: Content::Zero },
         ];
         let costs = Costs::default();

@@ -14,7 +14,7 @@ const FAULT_PAGES: u64 = 16;
 pub fn limit(plan: &mut RestorePlan, ground: &Ground, touches: &[Touch], (limit, mut room): (u64, u64)) {
     let is_in_place = |item: &&PlannedExtent| {
         let mapped = matches!(item.placement, Placement::InPlace | Placement::CowFile);
-        mapped && item.source.is_some_and(|source| ground.access(source.layer).is_some())
+        mapped && item.source.is_some_and(|source| ground.access(source.origin).is_some())
     };
     let mapped: u64 = plan.extents.iter().filter(is_in_place).map(|item| item.extent.pages).sum();
     let Some(mut surplus) = mapped.checked_sub(limit).filter(|surplus| *surplus > 0) else { return };
@@ -64,12 +64,12 @@ mod tests {
     fn in_place_pages_fit_the_budget_and_likely_ones_stay_longest() {
         let layout = MemoryLayout::from_gpa_ranges(&[(0, 1000 * PAGE_SIZE)]).unwrap();
         let extent = |first, pages| Extent { first: Gfn(first), pages };
-        let source = PageSource { layer: 1, offset: 0 };
-        let resolved = [ResolvedRun { extent: extent(0, 1000), content: Content::Layer(source) }];
+        let source = PageSource::tier(0, 0);
+        let resolved = [ResolvedRun { extent: extent(0, 1000), content: Content::Bytes(source) }];
         let (pool, entry, len) = (PoolId::default(), Digest::default(), 1000 * PAGE_SIZE);
         let tiers = [TierSource { pool, entry, access: TierAccess::MapPrivate, len }];
         let costs = Costs::default();
-        let ground = Ground { tiers: &tiers, ..Ground::bare(&layout, 2, &resolved, &costs) };
+        let ground = Ground { tiers: &tiers, ..Ground::bare(&layout, 1, &resolved, &costs) };
         let touches = [Touch { extent: extent(300, 200), touched: 1.0, written: 0.0, zero: false }];
         for (budget, room, expected) in
             [(1000, 0, [1000, 0, 0]), (200, 0, [200, 0, 800]), (50, 0, [50, 0, 950]), (50, 1000, [50, 150, 800])]

@@ -19,7 +19,9 @@ use super::estimate::{Estimate, estimate};
 use super::model::copied_page_ns;
 use super::touches::{Touch, expected};
 use super::{Budget, Ground, eager, faasnap, reap};
-use crate::snapshot::{Content, Extent, Fill, HUGE_PAGE_PAGES, Placement, PlannedExtent, RestorePlan};
+use crate::snapshot::{
+    Content, Extent, Fill, HUGE_PAGE_PAGES, PageOrigin, PageSource, Placement, PlannedExtent, RestorePlan,
+};
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::Profile;
@@ -93,7 +95,8 @@ fn for_cold_files(best: &mut (RestorePlan, Estimate), ground: &Ground, touches: 
     best.0.direct = true;
     // Images are mapped as they are: their pages are not aligned with the guest's huge pages.
     let is_plain = |item: &PlannedExtent| {
-        item.placement == Placement::CowFile && item.source.is_some_and(|source| source.layer < ground.layers)
+        let is_packed = |source: PageSource| matches!(source.origin, PageOrigin::Image(_));
+        item.placement == Placement::CowFile && item.source.is_some_and(|source| !is_packed(source))
     };
     if !best.0.extents.iter().any(is_plain) {
         return;

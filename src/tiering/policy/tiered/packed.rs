@@ -130,7 +130,7 @@ fn with_groups(ground: &Ground, runs: Vec<Extent>) -> Vec<Extent> {
 /// Zero runs stay anonymous where they are long or touched; short ones would only cut the userfaultfd's range.
 fn rest(ground: &Ground, run: &ResolvedRun, is_touched: bool) -> PlannedExtent {
     match run.content {
-        Content::Layer(source) => PlannedExtent::from(run.extent, Placement::Lazy, source),
+        Content::Bytes(source) => PlannedExtent::from(run.extent, Placement::Lazy, source),
         Content::Zero => {
             let keep = run.extent.pages >= HUGE_PAGE_PAGES || is_touched;
             match ground.hole(run.extent.first) {

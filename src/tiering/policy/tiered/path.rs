@@ -4,7 +4,7 @@
 use super::super::Ground;
 use super::super::touches::Touch;
 use super::units::{BACKINGS, Backing, Unit, Ways};
-use crate::snapshot::{Extent, HUGE_PAGE_PAGES, PlannedExtent, ResolvedRun};
+use crate::snapshot::{Extent, HUGE_PAGE_PAGES, PageOrigin, PlannedExtent, ResolvedRun};
 
 /// The price so far of ending on each backing.
 type Front = [f64; 3];
@@ -79,12 +79,12 @@ impl<'a> Field<'a> {
         if !self.ground.tiers.is_empty() {
             return;
         }
-        let tip = self.ground.layers - 1;
+        let tip = PageOrigin::Layer(self.ground.layers - 1);
         for block in &mut self.blocks {
             let units = &self.units[block.units.clone()];
             let pages: u64 = units.iter().map(|(unit, _)| unit.extent.pages).sum();
             let shown =
-                units.iter().all(|(unit, _)| unit.zero || unit.source.is_some_and(|source| source.layer == tip));
+                units.iter().all(|(unit, _)| unit.zero || unit.source.is_some_and(|source| source.origin == tip));
             let (Some((first, _)), true) = (units.first(), units.len() > 1 && shown && pages == HUGE_PAGE_PAGES) else {
                 continue;
             };
@@ -98,7 +98,7 @@ impl<'a> Field<'a> {
     /// The cost of a change of the backing between two units.
     fn change(&self, from: usize, to: usize, last: &Unit, next: &Unit) -> f64 {
         let same_file = || match (last.source, next.source) {
-            (Some(a), Some(b)) => a.layer == b.layer,
+            (Some(a), Some(b)) => a.origin == b.origin,
             _ => false,
         };
         let stays = from == to && (BACKINGS[to] == Backing::Anonymous || same_file());

@@ -57,7 +57,7 @@ impl Unit {
     pub fn of(ground: &Ground, content: Content, run: Extent, part: Extent, touch: usize) -> Unit {
         match content {
             Content::Zero => Unit { extent: part, source: ground.hole(part.first), zero: true, touch },
-            Content::Layer(source) => {
+            Content::Bytes(source) => {
                 let source = advance(source, part.first.0 - run.first.0);
                 Unit { extent: part, source: Some(source), zero: false, touch }
             }
@@ -66,7 +66,7 @@ impl Unit {
 
     /// The access of its tier; `None` if it comes from no tier.
     fn access(&self, ground: &Ground) -> Option<TierAccess> {
-        ground.access(self.source?.layer)
+        ground.access(self.source?.origin)
     }
 
     fn is_block(&self) -> bool {
