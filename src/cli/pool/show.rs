@@ -11,7 +11,8 @@ use crate::backends::pool_media::PoolMedium;
 use crate::snapshot::PAGE_SIZE;
 use crate::sys::errors::BoxError;
 use crate::tiering::pool::catalogue::{Catalogue, Head};
-use crate::tiering::pool::lease::{self, EXPIRY_S, Holder, Lease};
+use crate::tiering::pool::lease::{self, EXPIRY_S};
+use crate::tiering::pool::lease_record::{Holder, Lease};
 use crate::tiering::pool::{Medium, Space};
 
 pub fn mib(pages: u64) -> f64 {
