@@ -131,7 +131,7 @@ fn background(plan: &RestorePlan, lowered: &RestorePlan) -> Vec<crate::snapshot:
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Sample, sample};
+    use super::super::sample::{Sample, sample};
     use super::*;
     use crate::snapshot::{Background, Fill, Gfn, ImageSpec, PAGE_SIZE};
 

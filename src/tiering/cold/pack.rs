@@ -4,8 +4,8 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use super::codec::{Compression, Encoder};
-use super::index::{Index, NewChunk};
-use super::{CHUNK_PAGES_RANGE, ChunkError};
+use super::error::ChunkError;
+use super::index::{CHUNK_PAGES_RANGE, Index, NewChunk};
 use crate::snapshot::{Chain, Content, Digest, Extent, PAGE_SIZE, PageSet, ResolvedRun};
 
 /// The parameters of packing an object.

@@ -8,7 +8,7 @@ use super::catalogue::{Entry, Head, Run, Stats};
 use super::dedup::{Choice, Class, Page, Prices, Stretch, decide};
 use super::error::Error;
 use super::format::{BLOCK_PAGES, Blob, Geometry, HASH_LEN, SUM_LEN};
-use super::lease::now;
+use super::lease_record::now;
 use super::medium::Medium;
 use super::place::place;
 use super::writer::Writer;

@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::snapshot::{Content, Gfn, PAGE_SIZE, PageSource, ResolvedRun, SectionKind, write_container};
+use crate::snapshot::{
+    Content, Extent, Gfn, PAGE_SIZE, PageSet, PageSource, ResolvedRun, SectionKind, SnapshotId, write_container,
+};
 
 const ID: SnapshotId = SnapshotId([7; 32]);
 

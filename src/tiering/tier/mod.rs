@@ -3,7 +3,7 @@
 //! A tier is opened for one snapshot. A byte-addressable tier can be mapped, every tier can be read; `backends` makes
 //! the system calls.
 
-mod align;
+pub mod align;
 
 use std::fmt;
 use std::fs::File;
@@ -12,8 +12,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::snapshot::{Chain, Content, Error, Extent, PAGE_SIZE, PageSet, PageSource, ResolvedRun, TierSource};
-
-pub use align::align;
 
 /// A pool that is open for one snapshot. The pool keeps the snapshot's pages as they are while this lives.
 pub trait Tier: Send + Sync + fmt::Debug {
