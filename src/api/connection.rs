@@ -89,7 +89,7 @@ impl Acceptor {
                 }
                 (Ok((stream, _)), None) => turn_away(stream),
                 (Err(error), _) => {
-                    tracing::warn!(%error, "API connection cannot be accepted.");
+                    tracing::warn!(%error, "Cannot accept a connection to the API");
                     sleep(ACCEPT_RETRY).await;
                 }
             }

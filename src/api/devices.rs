@@ -21,12 +21,12 @@ fn put(device: DeviceConfig) -> Result<Parsed, Fault> {
 
 /// Firecracker's sentence.
 fn same_id<'a>(path: &str, body: &'a str, kind: &str) -> Result<&'a str, Fault> {
-    match path == body {
-        true => Ok(body),
-        false => Err(Fault::bad_request(format!(
-            "The {kind} id from the path [{path}] does not match the id from the body [{body}]!"
-        ))),
+    if path == body {
+        return Ok(body);
     }
+    Err(Fault::bad_request(format!(
+        "The {kind} id from the path [{path}] does not match the id from the body [{body}]!"
+    )))
 }
 
 fn at<T: DeserializeOwned>(path: &str, body: &[u8], kind: &str, id: fn(&T) -> &str) -> Result<T, Fault> {

@@ -66,7 +66,7 @@ pub(super) fn json_response(status: StatusCode, body: &impl Serialize) -> Respon
         Ok(body) => (status, [(CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response(),
         // Only a path that is not UTF-8 cannot be JSON.
         Err(error) => {
-            Fault::new(StatusCode::INTERNAL_SERVER_ERROR, format!("Answer cannot be written as JSON: {error}."))
+            Fault::new(StatusCode::INTERNAL_SERVER_ERROR, format!("Cannot write the answer as JSON: {error}."))
                 .into_response()
         }
     }

@@ -16,7 +16,7 @@ mod tests;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::thread::{self, JoinHandle};
+use std::thread::Builder;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use self::connection::{Acceptor, Times};
 use crate::config::control::ControlSender;
 use crate::sys::unix_socket::{SocketError, SocketFile, bind};
+use crate::sys::worker::Worker;
 
 /// The reason why the API server could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +32,7 @@ pub enum ApiError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The thread could not be started.
-    #[error("API server thread cannot be started.")]
+    #[error("Cannot start the API server's thread")]
     Thread {
         /// The error of the kernel.
         source: io::Error,
@@ -41,9 +42,9 @@ pub enum ApiError {
 /// A running API server. Dropping it is [`ApiServer::shutdown`].
 #[derive(Debug)]
 pub struct ApiServer {
+    // Dropped, and so removed, before the thread ends: no client connects to a server that is stopping.
     socket: Option<SocketFile>,
-    stop: watch::Sender<bool>,
-    thread: Option<JoinHandle<()>>,
+    _thread: Worker,
 }
 
 /// Serves the API at `socket_path`. When this returns, clients can connect; their requests wait until the machine's
@@ -64,11 +65,8 @@ fn serve_with(
     let (stop, stopped) = watch::channel(false);
     let instance_id = instance_id.to_owned();
     let acceptor = move |listener| Acceptor { listener, router: routes::router(control), stopped, times };
-    let thread = thread::Builder::new()
-        .name("api".to_owned())
-        .spawn(move || run(listener, acceptor, &instance_id))
-        .map_err(|source| ApiError::Thread { source })?;
-    Ok(ApiServer { socket: Some(socket), stop, thread: Some(thread) })
+    let thread = start_thread(stop, move || run(listener, acceptor, &instance_id))?;
+    Ok(ApiServer { socket: Some(socket), _thread: thread })
 }
 
 /// Serves the API on one connection alone, and ends this process when its other end closes: first by SIGTERM, then, if
@@ -76,11 +74,17 @@ fn serve_with(
 pub fn serve_stream(stream: UnixStream, control: ControlSender, instance_id: &str) -> Result<ApiServer, ApiError> {
     let (stop, stopped) = watch::channel(false);
     let instance_id = instance_id.to_owned();
-    let thread = thread::Builder::new()
-        .name("api".to_owned())
-        .spawn(move || run_stream(stream, routes::router(control), stopped, &instance_id))
-        .map_err(|source| ApiError::Thread { source })?;
-    Ok(ApiServer { socket: None, stop, thread: Some(thread) })
+    let thread = start_thread(stop, move || run_stream(stream, routes::router(control), stopped, &instance_id))?;
+    Ok(ApiServer { socket: None, _thread: thread })
+}
+
+/// Starts the server's thread, which ends when `stop` says true.
+fn start_thread(stop: watch::Sender<bool>, work: impl FnOnce() + Send + 'static) -> Result<Worker, ApiError> {
+    let stop = move || {
+        // An error means that the thread has ended.
+        let _ = stop.send(true);
+    };
+    Worker::start(Builder::new().name("api".to_owned()), stop, work).map_err(|source| ApiError::Thread { source })
 }
 
 impl ApiServer {
@@ -96,16 +100,6 @@ impl ApiServer {
     pub fn shutdown(self) {}
 }
 
-impl Drop for ApiServer {
-    fn drop(&mut self) {
-        self.socket.take().into_iter().for_each(|mut socket| socket.remove());
-        let _ = self.stop.send(true);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 /// The server thread.
 fn run(listener: UnixListener, acceptor: impl FnOnce(tokio::net::UnixListener) -> Acceptor, instance_id: &str) {
     let served = tokio::runtime::Builder::new_current_thread().enable_all().build().and_then(|runtime| {
@@ -118,7 +112,7 @@ fn run(listener: UnixListener, acceptor: impl FnOnce(tokio::net::UnixListener) -
     });
     if let Err(error) = served {
         // The listener is closed, so that clients are refused instead of left waiting.
-        tracing::error!(instance_id, %error, "API server cannot be started.");
+        tracing::error!(instance_id, %error, "Cannot start the API server");
     }
 }
 
@@ -144,6 +138,6 @@ fn run_stream(stream: UnixStream, router: axum::Router, mut stopped: watch::Rece
         })
     });
     if let Err(error) = served {
-        tracing::error!(instance_id, %error, "API server cannot be started.");
+        tracing::error!(instance_id, %error, "Cannot start the API server");
     }
 }

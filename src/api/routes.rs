@@ -152,7 +152,7 @@ impl<S: Sync> FromRequest<S> for Body {
                 StatusCode::PAYLOAD_TOO_LARGE,
                 format!("Request body is larger than {MAX_BODY_BYTES} bytes."),
             )),
-            Ok(Err(error)) => Err(Fault::bad_request(format!("Request body cannot be read: {error}."))),
+            Ok(Err(error)) => Err(Fault::bad_request(format!("Cannot read the request body: {error}."))),
             Err(_) => Err(Fault::new(
                 StatusCode::REQUEST_TIMEOUT,
                 format!("Request body was not received within {} s.", BODY_TIMEOUT.as_secs()),

@@ -13,11 +13,15 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::cache::{Cache, prepare};
+use super::commands::record;
 use super::guest::{Guest, snapshot_to};
 use super::report::chart::{Lines, Series};
+use super::scratch::Scratch;
 use super::study::stats::Summary;
-use super::{BoxError, Cache, Scratch, Trial, end_of, prepare, refuse};
+use super::trial::{Trial, end_of};
 use crate::sys::api_client::Client;
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::policy::Policy;
 
 #[derive(Debug, Args)]
@@ -74,7 +78,8 @@ pub fn run(args: &CrossoverArgs) -> Result<ExitCode, BoxError> {
         let mut times: Vec<Vec<f64>> = vec![Vec::new(); ways.len()];
         for round in 0..=args.runs {
             for (way, times) in ways.iter().zip(&mut times) {
-                let (lines, passes) = (loads.min(LINES), loads.div_ceil(LINES));
+                let lines = loads.min(LINES);
+                let passes = loads.div_ceil(LINES);
                 let pages = args.set * PER_MIB;
                 let function = format!("scan pages={pages} lines={lines} passes={passes} line_ns={}", way.far_ns);
                 let report = Trial { function, ..trial.clone() }.run(way.policy, Cache::Warm)?;
@@ -103,7 +108,8 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
         "boot-source": {},
         "machine-config": { "vcpu_count": 1, "mem_size_mib": args.set + REST_MIB },
     });
-    let (config_path, socket) = (dir.join("vm.json"), dir.join("api.sock"));
+    let config_path = dir.join("vm.json");
+    let socket = dir.join("api.sock");
     std::fs::write(&config_path, config.to_string())?;
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", args.set * PER_MIB))?;
@@ -111,7 +117,7 @@ fn ready(args: &CrossoverArgs, dir: &Path) -> Result<Trial, BoxError> {
     snapshot_to(&Client::new(&socket), &snapshot_dir)?;
     drop(guest);
     let function = format!("scan pages={}", args.set * PER_MIB);
-    let profile = super::record(&exe, &snapshot_dir, &function, "uffd", &dir.join("run.profile"))?;
+    let profile = record(&exe, &snapshot_dir, &function, "uffd", &dir.join("run.profile"))?;
     Ok(Trial {
         exe,
         snapshot: snapshot_dir,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 /// The one error of the room `bench`. Each variant names the action and its object; causes are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("The page-fault handler cannot go on: {0}")]
+    #[error("Cannot serve page faults: {0}")]
     Handler(String),
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },

@@ -9,9 +9,13 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::cache::{self, Cache};
+use super::commands::{add_to_pool, record, remove_from_pool};
 use super::guest::{self, Guest};
-use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
+use super::scratch::Scratch;
+use super::trial::{Trial, end_of, median, policies};
 use crate::sys::api_client::Client;
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::policy::Policy;
 
 #[derive(Debug, Args)]
@@ -116,7 +120,7 @@ pub fn run(args: &GridArgs) -> Result<ExitCode, BoxError> {
             results.push((format!("{}, {}", case.name(), cache.name()), numbers));
         }
         if let Some(pool) = &args.pool {
-            super::remove_from_pool(&trial.exe, pool, &name_in_pool(&dir))?;
+            remove_from_pool(&trial.exe, pool, &name_in_pool(&dir))?;
         }
         std::fs::remove_dir_all(&dir)?;
     }
@@ -164,17 +168,19 @@ fn prepare(args: &GridArgs, case: &Case, dir: &Path) -> Result<Trial, BoxError> 
         "boot-source": { "boot_args": format!("pt={}", args.tables) },
         "machine-config": { "vcpu_count": 1, "mem_size_mib": args.mem },
     });
-    let (config_path, socket) = (dir.join("vm.json"), dir.join("api.sock"));
+    let config_path = dir.join("vm.json");
+    let socket = dir.join("api.sock");
     std::fs::write(&config_path, config.to_string())?;
     let mut guest = Guest::boot(&exe, &config_path, &socket)?;
     guest.call(&format!("fill pages={} seed=1", case.filled(args)))?;
     let snapshot = dir.join("snapshot");
     guest::snapshot_to(&Client::new(&socket), &snapshot)?;
     drop(guest);
-    let (profile, function) = (dir.join("run.profile"), case.function());
-    super::record(&exe, &snapshot, &function, "uffd", &profile)?;
+    let profile = dir.join("run.profile");
+    let function = case.function();
+    record(&exe, &snapshot, &function, "uffd", &profile)?;
     if let Some(pool) = &args.pool {
-        super::add_to_pool(&exe, pool, &snapshot, &profile, &name_in_pool(dir))?;
+        add_to_pool(&exe, pool, &snapshot, &profile, &name_in_pool(dir))?;
     }
     Ok(Trial {
         exe,
@@ -201,7 +207,7 @@ fn measure(
     cache: Cache,
     bar: &ProgressBar,
 ) -> Result<Numbers, BoxError> {
-    super::prepare(&trial.snapshot, cache)?;
+    cache::prepare(&trial.snapshot, cache)?;
     let mut times: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
     let mut numbers = Numbers::new();
     let mut order = policies.to_vec();

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{BoxError, child, refuse};
+use super::child;
 use crate::sys::api_client::Client;
 use crate::sys::bounded_wait::Wait;
+use crate::sys::errors::{BoxError, refuse};
 
 /// Time limit for any action of a guest.
 pub const TIMEOUT: Duration = Duration::from_secs(300);
@@ -26,13 +27,13 @@ pub struct Guest {
 }
 
 /// An answer, and the time at which it was complete.
-pub struct Answered {
+pub struct GuestAnswer {
     /// Without `ok` and the id: the digest, the guest's own µs, and more.
     pub rest: String,
     pub at: Instant,
 }
 
-impl Answered {
+impl GuestAnswer {
     /// The digest of the function's result.
     pub fn digest(&self) -> &str {
         self.rest.split(' ').next().unwrap_or_default()
@@ -46,7 +47,7 @@ impl Guest {
         let program = command.get_program().display().to_string();
         let mut child = spawned.map_err(|error| format!("Cannot start {program}: {error}"))?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return refuse("The guest's console cannot be reached");
+            return refuse("Cannot reach the guest's console: the VMM was started without pipes");
         };
         let (sender, lines) = channel();
         // Made first, so that its drop ends the VMM if the reader thread cannot be started.
@@ -79,7 +80,7 @@ impl Guest {
     ///
     /// # Errors
     /// If the guest refuses it, ends, or does not answer in time.
-    pub fn call(&mut self, function: &str) -> Result<Answered, BoxError> {
+    pub fn call(&mut self, function: &str) -> Result<GuestAnswer, BoxError> {
         let id = self.ask(function)?;
         self.answer(&id)
     }
@@ -89,14 +90,14 @@ impl Guest {
         self.asked += 1;
         let id = format!("b{}", self.asked);
         let sent = writeln!(self.stdin, "run {id} {function}");
-        sent.map_err(|error| format!("The guest cannot be asked for {function:?}: {error}"))?;
+        sent.map_err(|error| format!("Cannot ask the guest for {function:?}: {error}"))?;
         Ok(id)
     }
 
     /// Waits for the answer to a request.
-    pub fn answer(&self, id: &str) -> Result<Answered, BoxError> {
+    pub fn answer(&self, id: &str) -> Result<GuestAnswer, BoxError> {
         let (line, at) = self.wait_for(&format!("ok {id} "))?;
-        Ok(Answered { rest: line.splitn(3, ' ').nth(2).unwrap_or_default().to_string(), at })
+        Ok(GuestAnswer { rest: line.splitn(3, ' ').nth(2).unwrap_or_default().to_string(), at })
     }
 
     pub fn wait_for(&self, wanted: &str) -> Result<(String, Instant), BoxError> {
@@ -134,6 +135,16 @@ impl Drop for Guest {
     fn drop(&mut self) {
         child::end(&mut self.child);
     }
+}
+
+/// The digest in an answer line `ok ID DIGEST US …`.
+pub fn digest_of(answer: &str) -> Option<&str> {
+    answer.split(' ').nth(2)
+}
+
+/// The time of the function by the guest's clock, µs, in an answer line `ok ID DIGEST US …`.
+pub fn guest_us(answer: &str) -> Option<f64> {
+    answer.split_whitespace().nth(3)?.parse().ok()
 }
 
 /// Pauses the VM behind `client` and snapshots it, with the body that `PUT /snapshot/create` takes.

@@ -8,12 +8,13 @@ use std::path::Path;
 use rustix::fs::Advice;
 
 use crate::bench::Error;
+use crate::snapshot::PAGE_SIZE;
 use crate::sys::clock;
 use crate::sys::mapping::Reservation;
 use crate::sys::uffd::{Install, Uffd};
 use crate::tiering::costs::Costs;
 
-const PAGE: usize = 4096;
+const PAGE: usize = PAGE_SIZE as usize;
 /// Bytes of memory in each measurement.
 const LEN: usize = 32 << 20;
 const PAGES: usize = LEN / PAGE;

@@ -16,11 +16,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::bench::Error;
+use crate::snapshot::PAGE_SIZE;
 use crate::sys::mapping::Reservation;
 use crate::sys::uffd::{Told, Uffd};
 use crate::sys::wait::either_readable;
 
-const PAGE: usize = 4096;
+const PAGE: usize = PAGE_SIZE as usize;
 /// Longest message with the addresses of memory.
 const MAX_MESSAGE: usize = 64 << 10;
 
@@ -65,7 +66,8 @@ impl Handler {
         let listener = UnixListener::bind(socket).map_err(failed("listen for a VMM at", socket))?;
         let stop = EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?;
         let asked = stop.try_clone().map_err(Error::os("copy an eventfd"))?;
-        let (removed, served) = (Vec::new(), Served::default());
+        let removed = Vec::new();
+        let served = Served::default();
         let memory = Memory { source, zeros, len, answer, is_all_there: false, removed, served };
         let socket = socket.to_owned();
         let thread = std::thread::Builder::new()
@@ -161,9 +163,10 @@ impl Memory {
         let mut waiting: Vec<usize> = Vec::new();
         loop {
             // A fault that could not be answered is tried again once the VMM has gone on with its removal.
-            match waiting.is_empty() {
-                true => either_readable(uffd, stop).map_err(Error::os("wait for page faults"))?,
-                false => std::thread::yield_now(),
+            if waiting.is_empty() {
+                either_readable(uffd, stop).map_err(Error::os("wait for page faults"))?
+            } else {
+                std::thread::yield_now()
             }
             if stop.read().is_ok() {
                 return Ok(());
@@ -224,10 +227,7 @@ impl Memory {
             let run = |removed: bool| {
                 (done..len).step_by(PAGE).take_while(|at| self.is_removed(address + at) == removed).count() * PAGE
             };
-            let (kept, gone) = match self.removed.is_empty() {
-                true => (len - done, 0),
-                false => (run(false), run(true)),
-            };
+            let (kept, gone) = if self.removed.is_empty() { (len - done, 0) } else { (run(false), run(true)) };
             if kept > 0 && !self.install(uffd, address + done, Some(offset + done), kept)? {
                 return Ok(false);
             }
@@ -263,7 +263,8 @@ mod tests {
     fn handler_answers_from_the_file_and_with_zeros_what_was_given_back() {
         for (answer, pages) in [(Answer::Page, 5), (Answer::All, 6)] {
             let dir = tempfile::tempdir().unwrap();
-            let (file, socket) = (dir.path().join("memory"), dir.path().join("socket"));
+            let file = dir.path().join("memory");
+            let socket = dir.path().join("socket");
             std::fs::write(&file, (1..=4).flat_map(|page| [page; PAGE]).collect::<Vec<u8>>()).unwrap();
             let handler = Handler::start(&socket, &file, answer).unwrap();
             let memory = Reservation::new(4 * PAGE).unwrap();
@@ -271,7 +272,9 @@ mod tests {
             let uffd = Uffd::open_telling_removals().unwrap();
             uffd.register(&memory, 0, 4 * PAGE, false).unwrap();
             let base_host_virt_addr = memory.base() as u64;
-            let (offset, page_size, page_size_kib) = (0, PAGE, PAGE);
+            let offset = 0;
+            let page_size = PAGE;
+            let page_size_kib = PAGE;
             let mapping = Mapping { base_host_virt_addr, size: 4 * PAGE, offset, page_size, page_size_kib };
             let stream = UnixStream::connect(&socket).unwrap();
             stream.send_with_fd(&serde_json::to_vec(&[mapping]).unwrap()[..], uffd.as_raw_fd()).unwrap();

@@ -9,7 +9,10 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use super::{BoxError, Cache, Scratch, Trial, end_of, median, policies, refuse};
+use super::cache::Cache;
+use super::scratch::Scratch;
+use super::trial::{Trial, end_of, median, policies};
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::plan_file::CostsUsed;
 use crate::tiering::policy::Policy;
 

@@ -5,6 +5,7 @@
 //! pools directly.
 //! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
+mod failure;
 mod guest;
 mod identify;
 mod inspect;
@@ -16,6 +17,7 @@ mod profile;
 mod rewind;
 mod serve;
 mod serve_pages;
+mod session_args;
 mod snapshot;
 mod vm;
 
@@ -28,14 +30,14 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use self::failure::{ArgumentConflict, MemoryLost};
 use self::identify::{InputPath, Role};
+use self::session_args::SessionArgs;
 use crate::config::refusal::{FAULTS_VARIABLE, FaultBody, FaultCode};
-use crate::config::request::DEFAULT_FAULT_TIMEOUT;
 use crate::session;
 use crate::snapshot::{NoColdPool, UnknownPolicy};
 use crate::sys::logging::{self, LogChange};
 use crate::sys::lost;
-use crate::sys::lost::CANNOT_GO_ON;
 use crate::sys::signals;
 
 /// A microVM monitor with tiered snapshot restore built in.
@@ -57,47 +59,6 @@ struct BootArgs {
     config: Option<PathBuf>,
     #[command(flatten)]
     session: SessionArgs,
-}
-
-/// Arguments that boot and restore share.
-#[derive(Debug, Args)]
-struct SessionArgs {
-    /// Serve Firecracker's HTTP API on this Unix socket
-    #[arg(long, value_name = "PATH")]
-    api_sock: Option<PathBuf>,
-    /// Serve the API on this inherited descriptor, a connected Unix socket; the VM ends when its other end closes
-    #[arg(long, value_name = "FD", conflicts_with = "api_sock")]
-    api_fd: Option<i32>,
-    /// Name of this instance in answers of the API
-    #[arg(long, default_value = "anonymous-instance", value_name = "ID")]
-    id: String,
-    /// Run one function of the guest (`name key=value…`), print its answer, and exit
-    #[arg(long, value_name = "FUNCTION")]
-    run: Option<String>,
-    /// Make the request of --run on this vsock port of the guest, instead of on its serial line
-    #[arg(long, requires = "run", value_name = "PORT")]
-    run_port: Option<u32>,
-    /// Time limit for the answer to --run, s
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
-    run_timeout: u64,
-    /// Longest wait of a restore, or of a restored guest, for a page (a source that hangs or drips, a page-fault
-    /// handler that does not answer) before the VM is ended, s
-    #[arg(long, default_value_t = DEFAULT_FAULT_TIMEOUT.as_secs(), value_name = "SECONDS",
-        value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    fault_timeout: u64,
-    /// Write the time slices and the VM's memory costs to this file as JSON
-    #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
-    /// Write the time slices in Chrome's trace format (chrome://tracing, Perfetto)
-    #[arg(long, value_name = "FILE")]
-    trace: Option<PathBuf>,
-    /// Send the time slices to this OpenTelemetry collector (OTLP over HTTP) at the end, http://HOST:4318; in builds
-    /// with the feature otel
-    #[arg(long, value_name = "URL")]
-    otlp: Option<String>,
-    /// Time of the process's spawn, in µs of CLOCK_MONOTONIC; default: the CPU time since the fork counts instead
-    #[arg(long, value_name = "US")]
-    start_time_us: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -172,18 +133,13 @@ fn arguments() -> Result<Cli, String> {
     })
 }
 
-/// Ends the process as clap does for arguments of `command` that exclude each other.
-fn contradiction(command: &str, what: &str) -> ! {
+/// Ends the process as clap does for arguments that exclude each other.
+fn end_by_conflict(conflict: &ArgumentConflict) -> ! {
     let mut cli = Cli::command();
     cli.build();
-    let command = cli.find_subcommand_mut(command).expect("callers name a command that there is");
-    command.error(ErrorKind::ArgumentConflict, what).exit()
+    let command = cli.find_subcommand_mut(conflict.command).expect("callers name a command that there is");
+    command.error(ErrorKind::ArgumentConflict, &conflict.message).exit()
 }
-
-/// Guest memory cannot be read any more, or differs from what was captured. The process ends with [`lost::EXIT_CODE`].
-#[derive(Debug, thiserror::Error)]
-#[error("{CANNOT_GO_ON}: {0}")]
-struct MemoryLost(String);
 
 /// Runs the command line. Exit code 0: success; 1: failure; 2: the arguments were not understood; [`lost::EXIT_CODE`]:
 /// memory that is mapped from a file was lost.
@@ -206,6 +162,9 @@ pub fn main() -> ExitCode {
     }
     logging::init(LogChange::default());
     let result = run(&cli);
+    if let Some(conflict) = result.as_ref().err().and_then(|error| error.downcast_ref()) {
+        end_by_conflict(conflict);
+    }
     let result = result.and_then(|code| crate::sys::print::finish().map(|()| code).map_err(Into::into));
     let failure = result.as_ref().err().map(|error| {
         // A file of another format explains any error from reading it.
@@ -217,10 +176,11 @@ pub fn main() -> ExitCode {
         told(error, misused.unwrap_or_else(|| chain(error.as_ref())))
     });
     crate::sys::print::end(failure.as_deref());
-    result.unwrap_or_else(|error| match error.is::<MemoryLost>() {
-        true => ExitCode::from(lost::EXIT_CODE),
-        false => ExitCode::FAILURE,
-    })
+    result.unwrap_or_else(
+        |error| {
+            if error.is::<MemoryLost>() { ExitCode::from(lost::EXIT_CODE) } else { ExitCode::FAILURE }
+        },
+    )
 }
 
 /// Formats a failure for standard error: a sentence for people, or a [`FaultBody`] for the service.

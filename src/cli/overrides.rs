@@ -40,10 +40,7 @@ impl OverrideArgs {
 
 fn key_value(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("it is not like KEY=VALUE")?;
-    match key.is_empty() {
-        true => Err("the key is empty".to_owned()),
-        false => Ok((key.to_owned(), value.to_owned())),
-    }
+    if key.is_empty() { Err("the key is empty".to_owned()) } else { Ok((key.to_owned(), value.to_owned())) }
 }
 
 fn drive_override(text: &str) -> Result<(String, PathBuf), String> {

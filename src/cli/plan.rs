@@ -181,7 +181,7 @@ fn to_json(file: &PlanFile, against: Option<&Fit>) -> Value {
         "images": plan.images.iter().map(image).collect::<Vec<_>>(),
         "background_steps": plan.background.len(),
         "fault_pages": plan.fault_pages,
-        "plan": plan,
+        "plan": file.stored_plan(),
     })
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::contradiction;
+use super::failure::ArgumentConflict;
 use crate::backends::cold;
 use crate::config::restore::RestoreOptions;
 use crate::serve::{self, Limits, Options};
@@ -175,7 +175,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         None => default_memory_mib()?,
     };
     let load = load_options(args);
-    load.check().unwrap_or_else(|invalid| contradiction("serve", &invalid.in_flags()));
+    load.check().map_err(|invalid| ArgumentConflict { command: "serve", message: invalid.in_flags() })?;
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     serve::run(Options {
         dir,

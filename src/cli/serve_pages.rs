@@ -51,7 +51,12 @@ const REGISTERED_MIB: u32 = 4096;
 pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     let (scheme, address) = match args.listen.split_once(':') {
         Some((scheme @ ("tcp" | "rdma"), address)) => (scheme, address),
-        _ => return refuse(format!("tvmm listens at tcp:HOST:PORT or rdma:HOST:PORT, not at `{}`", args.listen)),
+        _ => {
+            return refuse(format!(
+                "Cannot listen at `{}`: it is neither tcp:HOST:PORT nor rdma:HOST:PORT",
+                args.listen
+            ));
+        }
     };
     let mut signals = EndSignals::take()?;
     let limits = Limits {
@@ -64,7 +69,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     } else {
         #[cfg(feature = "rdma")]
         if args.registered.is_some() {
-            return refuse("nothing is read by RDMA at a tcp: address: --registered is for rdma:HOST:PORT");
+            return refuse("Cannot register memory for a tcp: address: --registered is for rdma:HOST:PORT");
         }
         PageServer::listen(open_store(&args.dir)?, address, limits)?
     };
@@ -83,5 +88,5 @@ fn listen_rdma(args: &ServeArgs, address: &str, limits: Limits) -> Result<PageSe
 
 #[cfg(not(feature = "rdma"))]
 fn listen_rdma(args: &ServeArgs, _: &str, _: Limits) -> Result<PageServer, BoxError> {
-    refuse(format!("tvmm cannot listen at `{}`: {}", args.listen, crate::backends::cold::NO_RDMA))
+    refuse(format!("Cannot listen at `{}`: {}", args.listen, crate::backends::cold::NO_RDMA))
 }

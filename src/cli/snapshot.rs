@@ -85,7 +85,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
             // A VM that ran before is resumed, whatever the outcome of its snapshot.
             let resumed = json!({ "state": "Resumed" });
             if was_running && let Err(also) = client.request("PATCH", "/vm", Some(&resumed), REQUEST_TIMEOUT) {
-                return refuse(format!("{} The VM cannot be resumed either: {}", chain(&error), chain(&also)));
+                return refuse(format!("{} Cannot resume the VM either: {}", chain(&error), chain(&also)));
             }
             return Err(error.into());
         }

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::failure::{ArgumentConflict, MemoryLost};
 use super::identify::{InputPath, Role};
 use super::overrides::OverrideArgs;
-use super::{MemoryLost, SessionArgs, contradiction};
+use super::session_args::SessionArgs;
 use crate::api;
 use crate::config::control;
 use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest};
@@ -82,9 +83,10 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
     let timeline = Timeline::begin(args.start_time_us);
     let has_api = args.api_sock.is_some() || args.api_fd.is_some();
     let Some(path) = config else {
-        return match has_api {
-            true => run(args, VmConfig::default(), Begin::Wait, timeline, Operation { name: "boot", against: None }),
-            false => refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later"),
+        return if has_api {
+            run(args, VmConfig::default(), Begin::Wait, timeline, Operation { name: "boot", against: None })
+        } else {
+            refuse("Nothing to boot: give --config FILE, or --api-sock PATH to be told later")
         };
     };
     let mut config = VmConfig::from_file(path)?;
@@ -105,7 +107,7 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
 /// Restores a snapshot.
 pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.session.start_time_us);
-    let load = request(args).unwrap_or_else(|invalid| contradiction("restore", &invalid.in_flags()));
+    let load = request(args).map_err(|invalid| ArgumentConflict { command: "restore", message: invalid.in_flags() })?;
     // Loaded before the guest runs: an invalid profile is refused at once.
     let against = args.against.as_deref().map(Profile::load).transpose()?;
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })
@@ -174,7 +176,7 @@ fn run(
     drop(event_sources);
     controller.timeline.note_moments(&moments, answer.as_deref().and_then(Answer::get).map(|(_, at)| at));
     if let Err(error) = controller.write_metrics() {
-        tracing::warn!(error = crate::sys::errors::chain(&error), "The last metrics are lost.");
+        tracing::warn!(error = crate::sys::errors::chain(&error), "Cannot write the last metrics");
     }
     let report = (args.report.is_some() || args.trace.is_some() || args.otlp.is_some())
         .then(|| report::collect(&controller.facts(), operation.name, answer.as_deref(), operation.against.as_ref()));
@@ -199,7 +201,8 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(7);
 /// Sends a report's spans to a collector.
 fn export(url: &str, report: &Report) -> Result<(), BoxError> {
     let exporter = Exporter::start(url)?;
-    let (mut trace_id, mut root_id) = ([0; 16], [0; 8]);
+    let mut trace_id = [0; 16];
+    let mut root_id = [0; 8];
     for id in [&mut trace_id[..], &mut root_id[..]] {
         rustix::rand::getrandom(id, rustix::rand::GetRandomFlags::empty()).map_err(std::io::Error::from)?;
     }
@@ -231,7 +234,9 @@ fn request_line(function: &str) -> String {
 
 /// The request of --run, if it goes over vsock (--run-port).
 fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
-    let (port, function, answer) = (args.run_port?, args.run.as_ref()?, answer?.clone());
+    let port = args.run_port?;
+    let function = args.run.as_ref()?;
+    let answer = answer?.clone();
     Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })
 }
 

@@ -75,8 +75,8 @@ fn add(counts: &mut FaultIns, ram: &GuestRam, pagemap: &Pagemap, run: Extent, wh
     for piece in pieces[start..].iter().take_while(|piece| piece.extent.first < run.end()) {
         let Some(part) = piece.extent.intersection(&run) else { continue };
         let counter = match (piece.backing, what) {
-            (Backing::FilePrivate { .. } | Backing::InPlace { .. }, Mapped::Shared) => &mut counts.file_mapped,
-            (Backing::FilePrivate { .. } | Backing::InPlace { .. }, Mapped::Own) => {
+            (Backing::FilePrivate | Backing::InPlace, Mapped::Shared) => &mut counts.file_mapped,
+            (Backing::FilePrivate | Backing::InPlace, Mapped::Own) => {
                 // Persistent memory (DAX) looks like a copy to PAGEMAP_SCAN.
                 let shown = match ram.host_address(part.first) {
                     Ok(address) => pagemap.shown_pages(address as u64, part.pages)?,

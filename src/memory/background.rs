@@ -69,7 +69,7 @@ impl BackgroundWork {
         }
         let mut steps = steps(plan, &wanted, ram, files)?;
         let far: Vec<Step> = steps.extract_if(.., |step| step.is_far).collect();
-        let compares = |step: &Step| step.lazy.source.is_some_and(|source| files.image(source.layer).is_some());
+        let compares = |step: &Step| step.lazy.source.is_some_and(|source| files.image(source.origin).is_some());
         let last_compared = steps.iter().rposition(compares);
         let stop = Arc::new(AtomicBool::new(false));
         let compared = Arc::new(AtomicBool::new(last_compared.is_none()));
@@ -143,7 +143,7 @@ fn unread(plan: &RestorePlan, files: &Files) -> Vec<Background> {
     let read: PageSet = plan.background.iter().filter(is_read).map(|step| step.extent).collect();
     let is_mapped = |planned: &&PlannedExtent| {
         matches!(planned.placement, Placement::CowFile | Placement::InPlace)
-            && planned.source.is_some_and(|source| files.image(source.layer).is_some())
+            && planned.source.is_some_and(|source| files.image(source.origin).is_some())
     };
     let mapped: Vec<Extent> = plan.extents.iter().filter(is_mapped).map(|planned| planned.extent).collect();
     let left = mapped.iter().copied().collect::<PageSet>().difference(&read);
@@ -164,7 +164,7 @@ fn steps(plan: &RestorePlan, wanted: &[Background], ram: &GuestRam, files: &File
             host: ram.populator(planned.extent)?.address(),
             source: planned.source,
         };
-        let from_far = planned.source.is_some_and(|source| files.cold_source(source.layer).is_some());
+        let from_far = planned.source.is_some_and(|source| files.cold_source(source.origin).is_some());
         if from_far && background.action == BackgroundAction::Install {
             steps.push(Step { part: background.extent, lazy, action: Action::Install, is_far: true });
             continue;

@@ -16,7 +16,7 @@ use crate::memory::promote::{InPlaceExtent, Resort};
 use crate::snapshot::InPlaceMapping;
 use crate::snapshot::{
     BackgroundAction, CHUNK_PAGES, Extent, Fill, Folios, Gfn, HUGE_PAGE_PAGES, Mapping, MemoryLayout, PAGE_SIZE,
-    PageSet, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan, Snapshot, View, chunk_of,
+    PageOrigin, PageSet, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan, Snapshot, View, chunk_of,
 };
 use crate::sys::lost;
 use crate::sys::mapping::Buffer;
@@ -139,20 +139,13 @@ impl Engine<'_> {
         let mut in_place = Vec::new();
         let mut mapped = Vec::new();
         let files = self.files;
-        let in_place_mapping = self.in_place;
-        // Read-only if the kernel would not copy written pages, or must not.
-        let is_shared = move |planned: &PlannedExtent, source: PageSource| {
-            let wanted = in_place_mapping == InPlaceMapping::Shared && planned.placement == Placement::InPlace;
-            // A source that cannot be mapped is refused when it is mapped.
-            wanted || files.mapping(source.layer).is_ok_and(|mapped| !mapped.copy_on_write)
-        };
-        for Mapping { extent, view, .. } in self.plan.mappings(self.layout, is_shared) {
+        for Mapping { extent, view, .. } in self.plan.mappings(self.layout, self.in_place) {
             self.report.mmap_calls += 1;
             match view {
                 View::Anonymous => ram.map_anon(extent)?,
-                View::File { source: PageSource { layer, offset }, folios, shared } => {
-                    let Mapped { file, base, align, .. } = files.mapping(layer)?;
-                    mapped.push(FileMapping { extent, file: layer, offset: base + offset });
+                View::File { source: PageSource { origin, offset }, folios, shared } => {
+                    let Mapped { file, base, align, .. } = files.mapping(origin)?;
+                    mapped.push(FileMapping { extent, origin, offset: base + offset });
                     if shared {
                         ram.map_in_place(extent, file, base + offset)?;
                         in_place.push(InPlaceExtent { extent, align_pages: align / PAGE_SIZE });
@@ -245,7 +238,9 @@ impl Engine<'_> {
         let layers = self.files.chain().layers();
         let mut per_layer = vec![PageSet::new(); layers.len()];
         for (extent, source) in runs {
-            if let Some(pages) = per_layer.get_mut(source.layer) {
+            if let PageOrigin::Layer(index) = source.origin
+                && let Some(pages) = per_layer.get_mut(index)
+            {
                 pages.insert_run(*extent);
             }
         }
@@ -267,7 +262,7 @@ impl Engine<'_> {
                 None => ram.populator(planned.extent)?.populate_write(),
             }
             .map_err(failed)?;
-            if let Some(source) = planned.source.filter(|source| self.files.image(source.layer).is_some()) {
+            if let Some(source) = planned.source.filter(|source| self.files.image(source.origin).is_some()) {
                 // SAFETY: the machine does not exist yet; nothing else refers to this memory.
                 self.files.verify_image(source, &[unsafe { ram.bytes(planned.extent) }?])?;
             }
@@ -282,7 +277,7 @@ impl Engine<'_> {
         let plan = self.plan;
         let mut bytes = Vec::new();
         for planned in plan.extents.iter().filter(|planned| is_preload(planned, Fill::Install)) {
-            let Some(source) = planned.source.filter(|source| source.layer < self.files.first_image()) else {
+            let Some(source) = planned.source.filter(|source| self.files.image(source.origin).is_none()) else {
                 continue;
             };
             bytes.resize(planned.extent.bytes() as usize, 0);
@@ -290,17 +285,16 @@ impl Engine<'_> {
             self.files.read(source, &mut bytes)?;
             self.install_extent(ram, uffd, planned.extent, &bytes)?;
         }
-        let images = self.files.first_image();
-        for index in images..images + plan.images.len() {
+        for (index, image) in plan.images.iter().enumerate() {
+            let origin = PageOrigin::Image(index);
             let from_here = |planned: &&PlannedExtent| {
-                is_preload(planned, Fill::Install) && planned.source.is_some_and(|source| source.layer == index)
+                is_preload(planned, Fill::Install) && planned.source.is_some_and(|source| source.origin == origin)
             };
             let wanted: Vec<&PlannedExtent> = plan.extents.iter().filter(from_here).collect();
             if wanted.is_empty() {
                 continue;
             }
-            let len = plan.images[index - images].file_len() as usize;
-            let buffer = self.read_direct(index, len)?;
+            let buffer = self.read_direct(origin, image.file_len() as usize)?;
             self.install_image(ram, uffd, &wanted, buffer.bytes())?;
         }
         Ok(())
@@ -344,10 +338,10 @@ impl Engine<'_> {
     }
 
     /// Reads a whole file at once, past the page cache.
-    fn read_direct(&mut self, index: usize, len: usize) -> Result<Buffer, Error> {
+    fn read_direct(&mut self, origin: PageOrigin, len: usize) -> Result<Buffer, Error> {
         let mut buffer = Buffer::new(len).map_err(Error::os("make a read buffer"))?;
         self.report.read_calls += 1;
-        let source = PageSource { layer: index, offset: 0 };
+        let source = PageSource { origin, offset: 0 };
         self.report.direct_reads = self.files.read_direct(source, buffer.bytes_mut())?;
         Ok(buffer)
     }
@@ -407,8 +401,8 @@ fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
     let backing = |planned: &PlannedExtent| match (planned.placement, planned.source) {
         _ if observed => Backing::Lazy,
         (Placement::Lazy, _) => Backing::Lazy,
-        (Placement::InPlace, Some(source)) => Backing::InPlace { layer: source.layer },
-        (Placement::CowFile, Some(source)) => Backing::FilePrivate { layer: source.layer },
+        (Placement::InPlace, Some(_)) => Backing::InPlace,
+        (Placement::CowFile, Some(_)) => Backing::FilePrivate,
         (Placement::Preload, _) => Backing::Preloaded,
         _ => Backing::Anon,
     };
@@ -440,7 +434,7 @@ fn copy_runs(plan: &RestorePlan, layout: &MemoryLayout) -> Vec<(Extent, PageSour
         let Some(source) = planned.source else { continue };
         if let Some((last, from)) = runs.last_mut() {
             let both = Extent { first: last.first, pages: last.pages + planned.extent.pages };
-            let continues = from.layer == source.layer && from.offset + last.bytes() == source.offset;
+            let continues = from.continues_at(last.bytes(), source);
             if continues && last.end() == planned.extent.first && layout.contains(both) {
                 *last = both;
                 continue;

@@ -1,5 +1,7 @@
 //! The sources of a plan's pages: the chain's layers, then the plan's tiers, then its images.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -8,14 +10,14 @@ use std::sync::Arc;
 
 use crate::memory::Error;
 use crate::memory::guest_ram::FileMapping;
-use crate::snapshot::{Chain, Image, ImageOrigin, ImageSpec, PAGE_SIZE, PageSource, RestorePlan, Snapshot};
+use crate::snapshot::{Chain, Image, ImageOrigin, ImageSpec, PAGE_SIZE, PageOrigin, PageSource, RestorePlan, Snapshot};
 use crate::sys::lost::MappedFile;
 use crate::sys::page_cache::PageCache;
 use crate::tiering::cold::{ColdPool, ColdReader};
 use crate::tiering::fault::PageReader;
 use crate::tiering::tier::{Mappable, Tier};
 
-/// Sources by the index that plans use.
+/// The files and tiers of a plan's pages, by origin.
 #[derive(Clone)]
 pub struct Files {
     chain: Arc<Chain>,
@@ -29,10 +31,9 @@ pub struct Files {
 #[derive(Clone, Copy, Debug)]
 pub struct Mapped<'a> {
     pub file: &'a File,
+    pub path: &'a Path,
     /// Added to the offset of a source, bytes.
     pub base: u64,
-    /// True if the kernel copies written pages; otherwise the file is mapped shared and read-only.
-    pub copy_on_write: bool,
     /// Offset, address and length of a mapping are multiples of this, bytes.
     pub align: u64,
 }
@@ -62,9 +63,9 @@ impl Files {
         self.cold.as_ref().map(ColdReader::pool)
     }
 
-    /// The cold pool that serves the bytes of this source.
-    pub fn cold_source(&self, index: usize) -> Option<&Arc<ColdPool>> {
-        self.cold().filter(|_| index < self.chain.layers().len())
+    /// The cold pool that serves the bytes of this origin.
+    pub fn cold_source(&self, origin: PageOrigin) -> Option<&Arc<ColdPool>> {
+        self.cold().filter(|_| matches!(origin, PageOrigin::Layer(_)))
     }
 
     /// Connects to the cold pool, if there is one, so that the first read need not.
@@ -88,73 +89,70 @@ impl Files {
         &self.tiers
     }
 
-    /// The index of the plan's first image.
-    pub fn first_image(&self) -> usize {
-        self.chain.layers().len() + self.tiers.len()
+    /// The tier, if the origin is one.
+    pub fn tier(&self, origin: PageOrigin) -> Option<&Arc<dyn Tier>> {
+        let PageOrigin::Tier(index) = origin else { return None };
+        self.tiers.get(index)
     }
 
-    /// The tier with this index, if the index is a tier's.
-    pub fn tier(&self, index: usize) -> Option<&Arc<dyn Tier>> {
-        self.tiers.get(index.checked_sub(self.chain.layers().len())?)
-    }
-
-    /// The image with this index, if the index is an image's.
-    pub fn image(&self, index: usize) -> Option<&Image> {
-        self.images.get(index.checked_sub(self.first_image())?).map(AsRef::as_ref)
+    /// The image, if the origin is one.
+    pub fn image(&self, origin: PageOrigin) -> Option<&Image> {
+        let PageOrigin::Image(index) = origin else { return None };
+        self.images.get(index).map(AsRef::as_ref)
     }
 
     /// Compares pages from `source` on with their checksums if the source is an image. Other sources are compared by
     /// [`verify`](super::verify).
     pub fn verify_image(&self, source: PageSource, parts: &[&[u8]]) -> Result<(), Error> {
-        let Some(image) = self.image(source.layer) else { return Ok(()) };
+        let Some(image) = self.image(source.origin) else { return Ok(()) };
         Ok(image.verify(source.offset, parts)?)
     }
 
-    /// The file of a source and its path, if the source is a file.
-    fn get(&self, index: usize) -> Option<(&File, &Path)> {
-        // The placeholder of a memory file that a cold pool serves is never read.
-        if self.cold_source(index).is_some() {
-            return None;
-        }
-        match self.chain.layers().get(index) {
-            Some(layer) => Some((layer.memory(), layer.memory_path())),
-            None => self.image(index).map(|image| (image.file(), image.path())),
+    /// The file of an origin and its path, if the origin is a file.
+    fn get(&self, origin: PageOrigin) -> Option<(&File, &Path)> {
+        match origin {
+            // The placeholder of a memory file that a cold pool serves is never read.
+            PageOrigin::Layer(_) if self.cold.is_some() => None,
+            PageOrigin::Layer(index) => {
+                self.chain.layers().get(index).map(|layer| (layer.memory(), layer.memory_path()))
+            }
+            PageOrigin::Tier(_) => None,
+            PageOrigin::Image(index) => self.images.get(index).map(|image| (image.file(), image.path())),
         }
     }
 
-    /// The file that is mapped for a source.
-    pub fn mapping(&self, index: usize) -> Result<Mapped<'_>, Error> {
-        let Some(tier) = self.tier(index) else {
-            let (file, _) = self.require(index)?;
-            return Ok(Mapped { file, base: 0, copy_on_write: true, align: PAGE_SIZE });
+    /// The file that is mapped for an origin.
+    pub fn mapping(&self, origin: PageOrigin) -> Result<Mapped<'_>, Error> {
+        let Some(tier) = self.tier(origin) else {
+            let (file, path) = self.require(origin)?;
+            return Ok(Mapped { file, path, base: 0, align: PAGE_SIZE });
         };
         // A validated plan maps no other source.
         let mapping = tier.mapping().ok_or_else(no_such_source)?;
-        let Mappable { file, base, copy_on_write, align, .. } = mapping;
-        Ok(Mapped { file, base, copy_on_write, align: align.max(PAGE_SIZE) })
+        let Mappable { file, base, align, .. } = mapping;
+        Ok(Mapped { file, path: tier.path(), base, align: align.max(PAGE_SIZE) })
     }
 
-    /// The files of `mapped` by their numbers; `None` for files that are not mapped.
-    pub fn mapped_files(&self, mapped: &[FileMapping]) -> Result<Vec<Option<MappedFile>>, Error> {
-        let paths = self.paths();
-        let mut files: Vec<Option<MappedFile>> = Vec::new();
-        files.resize_with(paths.len(), || None);
-        for FileMapping { file: index, .. } in mapped {
-            if files[*index].is_none() {
-                let file = MappedFile::new(self.mapping(*index)?.file, &paths[*index]);
-                files[*index] = Some(file.map_err(Error::os("copy a file descriptor"))?);
+    /// The files of `mapped`.
+    pub fn mapped_files(&self, mapped: &[FileMapping]) -> Result<BTreeMap<PageOrigin, MappedFile>, Error> {
+        let mut files = BTreeMap::new();
+        for FileMapping { origin, .. } in mapped {
+            if let Entry::Vacant(entry) = files.entry(*origin) {
+                let Mapped { file, path, .. } = self.mapping(*origin)?;
+                entry.insert(MappedFile::new(file, path).map_err(Error::os("copy a file descriptor"))?);
             }
         }
         Ok(files)
     }
 
-    /// The paths of all sources, in the order of their index.
-    pub fn paths(&self) -> Vec<PathBuf> {
+    /// The paths of all origins.
+    pub fn paths(&self) -> BTreeMap<PageOrigin, PathBuf> {
         let cold = self.cold().map(|pool| PathBuf::from(pool.name()));
         let path = |layer: &Snapshot| cold.clone().unwrap_or_else(|| layer.memory_path().to_owned());
-        let layers = self.chain.layers().iter().map(path);
-        let tiers = self.tiers.iter().map(|tier| tier.path().to_owned());
-        layers.chain(tiers).chain(self.images.iter().map(|image| image.path().to_owned())).collect()
+        let layers = (0..).map(PageOrigin::Layer).zip(self.chain.layers().iter().map(path));
+        let tiers = (0..).map(PageOrigin::Tier).zip(self.tiers.iter().map(|tier| tier.path().to_owned()));
+        let images = (0..).map(PageOrigin::Image).zip(self.images.iter().map(|image| image.path().to_owned()));
+        layers.chain(tiers).chain(images).collect()
     }
 
     /// Reads `bytes` from `source` on.
@@ -162,10 +160,10 @@ impl Files {
         let read = |path: &Path, result: io::Result<()>| {
             result.map_err(|source| Error::File { doing: "read guest memory from", path: path.to_owned(), source })
         };
-        if let Some(tier) = self.tier(source.layer) {
+        if let Some(tier) = self.tier(source.origin) {
             return read(tier.path(), tier.read(source.offset, bytes));
         }
-        let (file, path) = self.require(source.layer)?;
+        let (file, path) = self.require(source.origin)?;
         read(path, file.read_exact_at(bytes, source.offset))?;
         self.verify_image(source, &[bytes])
     }
@@ -173,10 +171,10 @@ impl Files {
     /// Reads `bytes` (whole pages) from `source` on past the page cache. Returns false if the file system cannot do
     /// that and the page cache was used. Pages of an image are not compared with their checksums here.
     pub fn read_direct(&self, source: PageSource, bytes: &mut [u8]) -> Result<bool, Error> {
-        if self.tier(source.layer).is_some() {
+        if self.tier(source.origin).is_some() {
             return self.read(source, bytes).map(|()| false);
         }
-        let (_, path) = self.require(source.layer)?;
+        let (_, path) = self.require(source.origin)?;
         match Files::open_direct(path).and_then(|file| file.read_exact_at(bytes, source.offset)) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.read(source, bytes).map(|()| false),
@@ -189,9 +187,9 @@ impl Files {
         std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
     }
 
-    /// The file of a source and its path; a validated plan names only files here.
-    pub fn require(&self, index: usize) -> Result<(&File, &Path), Error> {
-        self.get(index).ok_or_else(no_such_source)
+    /// The file of an origin and its path; a validated plan names only files here.
+    pub fn require(&self, origin: PageOrigin) -> Result<(&File, &Path), Error> {
+        self.get(origin).ok_or_else(no_such_source)
     }
 }
 
@@ -218,13 +216,13 @@ fn no_such_source() -> Error {
 
 impl PageReader for Files {
     fn read(&mut self, source: PageSource, bytes: &mut [u8]) -> io::Result<()> {
-        if let Some(cold) = self.cold.as_mut().filter(|_| source.layer < self.chain.layers().len()) {
+        if let Some(cold) = self.cold.as_mut().filter(|_| matches!(source.origin, PageOrigin::Layer(_))) {
             return cold.read(source.offset, bytes);
         }
-        let (path, result) = match self.tier(source.layer) {
+        let (path, result) = match self.tier(source.origin) {
             Some(tier) => (tier.path(), tier.read(source.offset, bytes)),
             None => {
-                let (file, path) = self.get(source.layer).ok_or(io::ErrorKind::NotFound)?;
+                let (file, path) = self.get(source.origin).ok_or(io::ErrorKind::NotFound)?;
                 (path, file.read_exact_at(bytes, source.offset))
             }
         };

@@ -3,6 +3,7 @@
 //! Tiers are VMAs under a memslot, never memslots: changing what backs a page is an `mmap(MAP_FIXED)` in the
 //! reservation, and KVM's MMU notifier drops the old translation.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use super::balloon_release::{Released, Releaser};
 use super::promote::{InPlace, InPlaceExtent};
 use super::stall::Activity;
 use crate::memory::Error;
-use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE, PageSet};
+use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE, PageOrigin, PageSet};
 use crate::sys::guest_memory::{Memory, UnguardedMemory, region_bitmap};
 use crate::sys::lost;
 use crate::sys::lost::{MappedFile, Mapping, Watched};
@@ -28,11 +29,10 @@ use crate::sys::uffd::Uffd;
 pub enum Backing {
     /// Anonymous memory of this process.
     Anon,
-    /// A private mapping of the memory file of one layer (its index in the chain, base first): clean pages are the
-    /// page cache's, written ones this process's.
-    FilePrivate { layer: usize },
+    /// A private mapping of a file: clean pages are the page cache's, written ones this process's.
+    FilePrivate,
     /// As `FilePrivate`, with faults that want huge pages.
-    InPlace { layer: usize },
+    InPlace,
     /// Local memory that was filled before the guest ran.
     Preloaded,
     /// Anonymous memory whose first touches the fault service or a handler outside answers.
@@ -50,8 +50,8 @@ pub struct Piece {
 #[derive(Clone, Copy, Debug)]
 pub struct FileMapping {
     pub extent: Extent,
-    /// The file by the number that plans give it.
-    pub file: usize,
+    /// The layer, tier or image whose file it is.
+    pub origin: PageOrigin,
     /// Of the first page, bytes.
     pub offset: u64,
 }
@@ -211,15 +211,16 @@ impl GuestRam {
         memory.map_file_read_only(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
     }
 
-    /// Lists mappings of files, so that a lost page is reported with its file.
-    pub fn watch(&mut self, files: Vec<Option<MappedFile>>, mapped: &[FileMapping]) -> Result<(), Error> {
-        let mapping = |mapped: &FileMapping| {
-            let FileMapping { extent, file, offset } = *mapped;
+    /// Lists mappings of `files`, so that a lost page is reported with its file.
+    pub fn watch(&mut self, files: BTreeMap<PageOrigin, MappedFile>, mapped: &[FileMapping]) -> Result<(), Error> {
+        let numbers: BTreeMap<PageOrigin, usize> = files.keys().copied().zip(0..).collect();
+        let mut mappings = Vec::with_capacity(mapped.len());
+        for FileMapping { extent, origin, offset } in mapped {
             let address = self.host_address(extent.first)? as usize;
-            Ok::<_, Error>(Mapping { address, len: extent.bytes() as usize, file, offset, gpa: Some(extent.gpa()) })
-        };
-        let mappings = mapped.iter().map(mapping).collect::<Result<Vec<_>, _>>()?;
-        self.watched = lost::watch(files, mappings);
+            let len = extent.bytes() as usize;
+            mappings.push(Mapping { address, len, file: numbers[origin], offset: *offset, gpa: Some(extent.gpa()) });
+        }
+        self.watched = lost::watch(files.into_values().collect(), mappings);
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 //! (measured: 64 MiB of single pages take 41 ms straight into place, and 16 ms into a buffer while the other thread
 //! copies).
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZero;
@@ -15,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::files::Files;
 use crate::memory::Error;
-use crate::snapshot::{PAGE_SIZE, PageSource};
+use crate::snapshot::{PAGE_SIZE, PageOrigin, PageSource};
 use crate::sys::mapping::Buffer;
 use crate::sys::worker;
 use crate::tiering::cold;
@@ -70,7 +71,7 @@ impl Batch<'_> {
 pub fn fill(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Filled, Error> {
     let Some(pool) = files.cold() else { return fill_near(files, wanted, direct) };
     let (far, near): (Vec<_>, Vec<_>) =
-        wanted.into_iter().partition(|wanted| files.cold_source(wanted.source.layer).is_some());
+        wanted.into_iter().partition(|wanted| files.cold_source(wanted.source.origin).is_some());
     let far = far.into_iter().map(|Wanted { source, bytes }| (source.offset, bytes)).collect();
     let failed = |source| Error::File { doing: "fetch guest memory from", path: pool.name().into(), source };
     let threads = cold::fill(pool, far).map_err(failed)? as u64;
@@ -92,7 +93,7 @@ fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fil
     let threads = threads.min(batches.len().max(1));
     let work = Work {
         files,
-        direct: if direct { open_direct(files, &batches)? } else { Vec::new() },
+        direct: if direct { open_direct(files, &batches)? } else { BTreeMap::new() },
         batches: Mutex::new(batches.into_iter()),
         calls: AtomicU64::new(0),
         all_direct: AtomicBool::new(direct),
@@ -104,7 +105,7 @@ fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fil
 
 /// Joins parts that follow one another in a file, up to `piece` bytes and [`PARTS`] parts each.
 fn batches(mut wanted: Vec<Wanted<'_>>, piece: usize) -> Vec<Batch<'_>> {
-    wanted.sort_unstable_by_key(|wanted| (wanted.source.layer, wanted.source.offset));
+    wanted.sort_unstable_by_key(|wanted| (wanted.source.origin, wanted.source.offset));
     let mut out: Vec<Batch> = Vec::new();
     for Wanted { mut source, bytes } in wanted {
         let small = bytes.len() < SMALL;
@@ -113,7 +114,7 @@ fn batches(mut wanted: Vec<Wanted<'_>>, piece: usize) -> Vec<Batch<'_>> {
         while !rest.is_empty() {
             let open = out.last_mut().filter(|last| {
                 let follows = last.source.offset + last.len as u64 == source.offset;
-                let alike = last.source.layer == source.layer && last.small == small;
+                let alike = last.source.origin == source.origin && last.small == small;
                 alike && follows && last.parts.len() < PARTS && last.len < piece
             });
             let room = open.as_ref().map_or(piece, |last| piece - last.len);
@@ -134,28 +135,27 @@ fn batches(mut wanted: Vec<Wanted<'_>>, piece: usize) -> Vec<Batch<'_>> {
 }
 
 /// The files of the batches, opened to be read past the page cache; `None` where the file system cannot.
-fn open_direct(files: &Files, batches: &[Batch]) -> Result<Vec<Option<File>>, Error> {
-    let mut opened: Vec<Option<File>> = Vec::new();
-    // Ascending by file.
+fn open_direct(files: &Files, batches: &[Batch]) -> Result<BTreeMap<PageOrigin, Option<File>>, Error> {
+    let mut opened = BTreeMap::new();
     for batch in batches {
-        let index = batch.source.layer;
-        if opened.len() > index || files.tier(index).is_some() {
+        let origin = batch.source.origin;
+        if opened.contains_key(&origin) || files.tier(origin).is_some() {
             continue;
         }
-        opened.resize_with(index + 1, || None);
-        let (_, path) = files.require(index)?;
-        match Files::open_direct(path) {
-            Ok(file) => opened[index] = Some(file),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+        let (_, path) = files.require(origin)?;
+        let file = match Files::open_direct(path) {
+            Ok(file) => Some(file),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => None,
             Err(source) => return Err(Error::File { doing: "open directly", path: path.to_owned(), source }),
-        }
+        };
+        opened.insert(origin, file);
     }
     Ok(opened)
 }
 
 struct Work<'a, 'm> {
     files: &'a Files,
-    direct: Vec<Option<File>>,
+    direct: BTreeMap<PageOrigin, Option<File>>,
     batches: Mutex<std::vec::IntoIter<Batch<'m>>>,
     calls: AtomicU64,
     all_direct: AtomicBool,
@@ -175,12 +175,12 @@ impl Work<'_, '_> {
     }
 
     fn read(&self, mut batch: Batch, buffer: &mut Option<Buffer>) -> Result<(), Error> {
-        if let Some(tier) = self.files.tier(batch.source.layer) {
+        if let Some(tier) = self.files.tier(batch.source.origin) {
             return self.read_tier(tier.as_ref(), batch);
         }
-        let (file, path) = self.files.require(batch.source.layer)?;
+        let (file, path) = self.files.require(batch.source.origin)?;
         let failed = |doing, path: &Path, source| Error::File { doing, path: path.to_owned(), source };
-        if let Some(direct) = self.direct.get(batch.source.layer).and_then(Option::as_ref) {
+        if let Some(direct) = self.direct.get(&batch.source.origin).and_then(Option::as_ref) {
             let result = match batch.small && batch.parts.len() > 1 {
                 true => self.read_through(direct, &mut batch, buffer),
                 false => self.read_parts(direct, &mut batch),
@@ -263,7 +263,7 @@ mod tests {
     use super::*;
 
     fn source(layer: usize, offset: u64) -> PageSource {
-        PageSource { layer, offset }
+        PageSource::layer(layer, offset)
     }
 
     fn shape(batches: &[Batch]) -> Vec<(PageSource, Vec<usize>)> {

@@ -139,7 +139,7 @@ impl Rewind<'_> {
             self.keep_pages = self.keep_pages.saturating_sub(part.pages);
             return Way::Copy(source);
         }
-        let is_far = self.files.cold_source(source.layer).is_some();
+        let is_far = self.files.cold_source(source.origin).is_some();
         if !is_far && self.may_keep(part) { Way::Copy(source) } else { Way::Drop }
     }
 
@@ -160,7 +160,7 @@ impl Rewind<'_> {
             return self.ram.discard(part);
         };
         if planned.mapped().is_some() && self.ram.in_place().is_none() {
-            let Mapped { file, base, .. } = self.files.mapping(source.layer)?;
+            let Mapped { file, base, .. } = self.files.mapping(source.origin)?;
             return self.ram.map_file_private(part, file, base + source.offset);
         }
         match (planned.placement, planned.fill) {

@@ -40,7 +40,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
                 let message = format!("The body is larger than {MAX_BODY_BYTES} bytes.");
                 return Err(Fault::new(StatusCode::PAYLOAD_TOO_LARGE, message));
             }
-            Ok(Err(error)) => return Err(Fault::bad(format!("The body cannot be read: {error}."))),
+            Ok(Err(error)) => return Err(Fault::bad(format!("Cannot read the body: {error}."))),
             Err(_) => {
                 let message = format!("The body was not received within {} s.", BODY_TIMEOUT.as_secs());
                 return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
@@ -68,12 +68,14 @@ pub(super) fn query(uri: &Uri, known: &[&str]) -> Result<BTreeMap<String, String
 
 /// Undoes percent-encoding.
 fn decoded(text: &str) -> Option<String> {
-    let (mut bytes, mut rest) = (Vec::new(), text.bytes());
+    let mut bytes = Vec::new();
+    let mut rest = text.bytes();
     while let Some(byte) = rest.next() {
         bytes.push(match byte {
             b'+' => b' ',
             b'%' => {
-                let (high, low) = (char::from(rest.next()?).to_digit(16)?, char::from(rest.next()?).to_digit(16)?);
+                let high = char::from(rest.next()?).to_digit(16)?;
+                let low = char::from(rest.next()?).to_digit(16)?;
                 (high * 16 + low) as u8
             }
             byte => byte,

@@ -9,24 +9,25 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use serde_json::json;
 
-use super::allowed::Allowed;
+use super::allowances::Allowances;
+use super::counters::Counters;
 use super::drives::{Copies, DriveSource, OwnDrives};
+use super::error::ServeError;
 use super::fault::Fault;
-use super::functions::Function;
+use super::function::Function;
 use super::gate::Gate;
-use super::load::{Wanted, contradiction};
-use super::metrics::Counters;
-use super::networks::Network;
-use super::snapshots::SnapshotRecord;
+use super::load::{RestoreSettings, contradiction};
+use super::network::Network;
+use super::options::Options;
+use super::snapshot_record::SnapshotRecord;
 use super::store::{Kind, Store};
-use super::traces::{Recording, Traces};
+use super::trace::{Recording, Traces};
 use super::vm::control::ControlError;
 use super::vm::process::Spawner;
 use super::vm::shells::{Shell, Shells};
 use super::vm::table::Table;
 use super::vm::{RestoreSpec, StartSpec, Vm, VmRecord};
 use super::working_set::Slot;
-use super::{Options, ServeError};
 use crate::config::LoadFields;
 use crate::config::restore::{DriveOverride, RestoreOptions};
 use crate::snapshot::{Policy, random_hex};
@@ -36,12 +37,15 @@ use crate::sys::netns::Netns;
 /// Time limit for booting or restoring a VM, unless an invocation sets a limit.
 pub(super) const START_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// The state that handlers share.
+pub(super) type Shared = Arc<Daemon>;
+
 /// The state of the service.
 #[derive(Debug)]
 pub(super) struct Daemon {
     pub(super) options: Options,
     pub(super) store: Store,
-    pub(super) allowed: Arc<Allowed>,
+    pub(super) allowances: Arc<Allowances>,
     functions: Mutex<BTreeMap<String, Function>>,
     snapshots: Mutex<BTreeMap<String, SnapshotRecord>>,
     networks: Mutex<BTreeMap<String, Network>>,
@@ -56,11 +60,6 @@ pub(super) struct Daemon {
     pub(super) counters: Counters,
 }
 
-/// Runs work that may block on a thread for that.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Fault::internal("The work was given up."))
-}
-
 impl Daemon {
     /// Loads the state that an earlier daemon has left.
     pub(super) fn open(options: Options) -> Result<Daemon, ServeError> {
@@ -70,10 +69,10 @@ impl Daemon {
         let snapshots = store.load_all(Kind::Snapshots)?;
         let lost: Vec<VmRecord> = store.load_vms()?;
         let spawner = Spawner::start().map_err(ServeError::os("start the thread that spawns"))?;
-        let allowed = Arc::new(Allowed::new(store.dir(), &options)?);
+        let allowances = Arc::new(Allowances::new(store.dir(), &options)?);
         Ok(Daemon {
             store,
-            allowed,
+            allowances,
             functions: Mutex::new(functions),
             snapshots: Mutex::new(snapshots),
             networks: Mutex::new(networks),
@@ -123,13 +122,14 @@ impl Daemon {
         })
     }
 
-    /// The restore of a snapshot: by `options` and `wanted` first, then by its function's and the daemon's settings.
+    /// The restore of a snapshot: by `options` and the request's `settings` first, then by those of
+    /// its function and of the daemon.
     pub(super) fn restore_spec(
         &self,
         snapshot: &SnapshotRecord,
         policy: Option<Policy>,
         options: RestoreOptions,
-        wanted: Wanted,
+        settings: RestoreSettings,
     ) -> Result<RestoreSpec, Fault> {
         let options = RestoreOptions { policy, ..options };
         options.check().map_err(contradiction)?;
@@ -149,9 +149,9 @@ impl Daemon {
         let load = LoadFields {
             snapshot_path: self.snapshot_dir(id),
             resume_vm: true,
-            track_dirty_pages: wanted.track_dirty_pages.unwrap_or(snapshot.function.track_dirty_pages),
-            clock_realtime: wanted.clock_realtime.unwrap_or(true),
-            network_overrides: wanted.network_overrides,
+            track_dirty_pages: settings.track_dirty_pages.unwrap_or(snapshot.function.track_dirty_pages),
+            clock_realtime: settings.clock_realtime.unwrap_or(true),
+            network_overrides: settings.network_overrides,
             tvmm: RestoreOptions { profile, ..options },
             ..LoadFields::default()
         };
@@ -172,7 +172,8 @@ impl Daemon {
         let asked_ns = clock::monotonic_ns();
         let shell = self.shell(spec.network.as_ref()).await?;
         // The shell was spawned ahead of time or just now.
-        recording.span("spawn", 0, shell.spawned_ns.0.max(asked_ns), shell.spawned_ns.1.max(asked_ns));
+        let spawned = &shell.spawned_ns;
+        recording.span("spawn", 0, spawned.start.max(asked_ns), spawned.end.max(asked_ns));
         let vsock = spec.function.port.map(|_| self.store.vsock_path(&id));
         let start_ns = clock::monotonic_ns();
         let started = Vm::start(id, shell, spec, vsock.clone(), drives).await;
@@ -185,7 +186,7 @@ impl Daemon {
         if let (None, Some(prepare)) = (&spec.restore, &spec.function.prepare) {
             let prepare_ns = clock::monotonic_ns();
             // A VM whose start is given up midway is killed.
-            let mut unprepared = Unprepared(Some(vm.clone()));
+            let mut unprepared = KillGuard(Some(vm.clone()));
             let using = vm.claim();
             let answer = vm.ask(prepare, self.options.limits.max_output_bytes).await;
             drop(using);
@@ -198,7 +199,7 @@ impl Daemon {
             };
             if let Some(why) = why {
                 vm.process.stop().await;
-                return Err(Fault::bad_gateway(format!("The VM could not be prepared by `{prepare}`: {why}.")));
+                return Err(Fault::bad_gateway(format!("Cannot prepare the VM by `{prepare}`: {why}.")));
             }
         }
         Ok((vm, span))
@@ -210,7 +211,7 @@ impl Daemon {
         if image.is_none() && kernel.is_none() && initrd.is_none() {
             return Ok(Cow::Borrowed(spec));
         }
-        let function = self.confined_function(spec.function.clone()).await?;
+        let function = self.allowances.confined_function(spec.function.clone()).await?;
         Ok(Cow::Owned(StartSpec { function, ..spec.clone() }))
     }
 
@@ -239,7 +240,7 @@ impl Daemon {
         let span = recording.lap("drives", 0, begin_ns);
         let own = own.map_err(|error| {
             let fault = Fault::because(StatusCode::UNPROCESSABLE_ENTITY, &error);
-            Fault { message: format!("The VM's drives cannot be copied: {}", fault.message), ..fault }
+            Fault { message: format!("Cannot copy the VM's drives: {}", fault.message), ..fault }
         })?;
         for drive in own.all() {
             self.counters.copied_drive(&drive.method);
@@ -262,9 +263,9 @@ impl Daemon {
 }
 
 /// A VM that is killed unless it is taken out in time.
-struct Unprepared(Option<Arc<Vm>>);
+struct KillGuard(Option<Arc<Vm>>);
 
-impl Drop for Unprepared {
+impl Drop for KillGuard {
     fn drop(&mut self) {
         if let Some(vm) = &self.0 {
             vm.process.signal(rustix::process::Signal::KILL);
@@ -273,6 +274,6 @@ impl Drop for Unprepared {
 }
 
 fn refused(what: &str, error: &ControlError) -> Fault {
-    let text = format!("The VM's {what} failed: {}.", error.to_string().trim_end_matches('.'));
+    let text = format!("Cannot {what} the VM: {}.", error.to_string().trim_end_matches('.'));
     error.fault(text)
 }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use utoipa::ToSchema;
 
-use super::daemon::blocking;
+use super::blocking::blocking;
 use super::fault::Fault;
 use super::store::gone_is_fine;
 use crate::snapshot::{self, Location, Snapshot, copy_drive_while};
@@ -72,7 +72,8 @@ impl Copies {
         let stopping = |_| Fault::new(StatusCode::SERVICE_UNAVAILABLE, "The service is stopping.");
         let turn = self.turns.clone().acquire_owned().await.map_err(stopping)?;
         let wanted = Arc::new(());
-        let (waiting, is_over) = (Arc::downgrade(&wanted), self.is_over.clone());
+        let waiting = Arc::downgrade(&wanted);
+        let is_over = self.is_over.clone();
         let made = blocking(move || {
             let _turn = turn;
             OwnDrives::make(&source, dir, &|| waiting.strong_count() > 0 && !is_over.load(Ordering::Relaxed))
@@ -100,13 +101,13 @@ impl OwnDrives {
         match source {
             DriveSource::Image(path) => {
                 let (image, len) = open_image(path).map_err(io_error("open image", path))?;
-                own.copy(ROOT_DRIVE, &dir, (&image, len), is_wanted)?;
+                own.copy(ROOT_DRIVE, &dir, &image, len, is_wanted)?;
             }
             DriveSource::Snapshot(path) => {
                 let snapshot = Snapshot::open_without_memory(&Location::Dir(path.clone()))?;
                 for copy in &snapshot.manifest().drives {
                     let Some((image, len)) = snapshot.open_drive_copy(&copy.drive_id)? else { continue };
-                    own.copy(&copy.drive_id, &dir, (&image, len), is_wanted)?;
+                    own.copy(&copy.drive_id, &dir, &image, len, is_wanted)?;
                 }
             }
         }
@@ -117,12 +118,14 @@ impl OwnDrives {
         &mut self,
         id: &str,
         dir: &Path,
-        (image, len): (&File, u64),
+        image: &File,
+        len: u64,
         is_wanted: &dyn Fn() -> bool,
     ) -> snapshot::Result<()> {
         let path = dir.join(format!("{id}.img"));
         let (_, method) = copy_drive_while(image, len, &path, is_wanted)?;
-        let (drive_id, method) = (id.to_string(), method.name().to_string());
+        let drive_id = id.to_string();
+        let method = method.name().to_string();
         self.drives.push(OwnDrive { drive_id, path_on_host: path, len, method });
         Ok(())
     }
@@ -150,7 +153,7 @@ impl Drop for OwnDrives {
 pub(super) fn remove_images(dir: PathBuf) {
     let remove = move || {
         if let Err(error) = gone_is_fine(fs::remove_dir_all(&dir)) {
-            tracing::warn!(%error, path = %dir.display(), "The images of a VM that is over cannot be removed");
+            tracing::warn!(%error, path = %dir.display(), "Cannot remove the images of a VM that has ended");
         }
     };
     // Removing a large image takes time, and requests must not wait for it.
@@ -192,7 +195,8 @@ mod tests {
     fn copies_of_starts_that_were_given_up_are_not_made() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().max_blocking_threads(1).build();
         let dir = tempfile::tempdir().unwrap();
-        let (image, own) = (dir.path().join("image"), dir.path().join("own"));
+        let image = dir.path().join("image");
+        let own = dir.path().join("own");
         fs::write(&image, [7; 5000]).unwrap();
         let source = DriveSource::Image(image);
         runtime.unwrap().block_on(async {

@@ -16,7 +16,7 @@ pub enum ServeError {
         source: io::Error,
     },
     /// Another daemon uses the directory.
-    #[error("{} is served by another tvmm: stop that one, or choose another --dir", path.display())]
+    #[error("Cannot use {}: it is served by another tvmm. Stop that one, or choose another --dir", path.display())]
     InUse {
         /// The directory.
         path: PathBuf,
@@ -31,13 +31,13 @@ pub enum ServeError {
         path: PathBuf,
     },
     /// A file in a place for none.
-    #[error("{} is not a file of tvmm's: move it away", path.display())]
+    #[error("Cannot use {}: it is not a file of tvmm's. Move it away", path.display())]
     Stranger {
         /// The file.
         path: PathBuf,
     },
     /// A state file is damaged.
-    #[error("{} is not what tvmm has written: repair it or move it away", path.display())]
+    #[error("Cannot read {}: it is not what tvmm has written. Repair it or move it away", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,

@@ -98,7 +98,7 @@ pub(super) fn json(status: StatusCode, body: &impl Serialize) -> Response {
     match serde_json::to_vec(body) {
         Ok(bytes) => (status, [(header::CONTENT_TYPE, "application/json")], bytes).into_response(),
         Err(error) => {
-            tracing::error!(%error, "An answer cannot be written as JSON");
+            tracing::error!(%error, "Cannot write an answer as JSON");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
     }

@@ -19,9 +19,9 @@ pub(super) struct Gate {
 }
 
 /// Gives the place in the queue back, however the wait ends.
-struct Queued<'a>(&'a AtomicUsize);
+struct QueuePlace<'a>(&'a AtomicUsize);
 
-impl Drop for Queued<'_> {
+impl Drop for QueuePlace<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -42,7 +42,7 @@ impl Gate {
             let message = format!("{} invocations run and {} wait: try again later.", self.max_running, self.max_queue);
             return Err(Fault::busy(message));
         }
-        let _queued = Queued(&self.queued);
+        let _queued = QueuePlace(&self.queued);
         match tokio::time::timeout(patience, self.running.clone().acquire_owned()).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) => Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, "The service is stopping.")),

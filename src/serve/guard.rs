@@ -81,13 +81,13 @@ fn is_host(text: &str) -> Option<&str> {
 }
 
 /// The service on one connection.
-pub(super) struct Guarded {
+pub(super) struct GuardedService {
     pub(super) service: TowerToHyperService<Router>,
     pub(super) names: Names,
     pub(super) phase: Arc<Phase>,
 }
 
-impl Service<Request<Incoming>> for Guarded {
+impl Service<Request<Incoming>> for GuardedService {
     type Response = Response<axum::body::Body>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;

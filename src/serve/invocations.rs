@@ -8,22 +8,21 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::Shared;
 use super::body::{Body, check_line};
-use super::daemon::Daemon;
+use super::counters::{Counters, Origin};
+use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
-use super::functions::{Function, known_policy};
-use super::load::{self, Wanted};
-use super::metrics::{Counters, Origin};
-use super::snapshots::SnapshotRecord;
+use super::function::{Function, known_policy};
+use super::load::{self, RestoreSettings};
+use super::snapshot_record::SnapshotRecord;
+use super::trace::Recording;
 use super::traceparent;
-use super::traces::Recording;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{StartSpec, Vm};
-use super::working_set::{Record, Slot};
+use super::working_set::{Record, Slot, check_all_layers, run_recorder};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
 use crate::snapshot::Policy;
@@ -109,8 +108,8 @@ fn yes() -> bool {
 
 impl InvocationBody {
     /// Its settings of the VM that it restores.
-    fn wanted(&self) -> Wanted {
-        Wanted {
+    fn settings(&self) -> RestoreSettings {
+        RestoreSettings {
             tvmm: self.tvmm.clone(),
             metadata: self.metadata.clone(),
             network_overrides: self.network_overrides.clone(),
@@ -120,8 +119,8 @@ impl InvocationBody {
     }
 
     /// These options with the budgets, which may also stand beside `tvmm`.
-    fn options(&self, wanted: &Wanted) -> Result<RestoreOptions, Fault> {
-        let mut options = wanted.options()?;
+    fn options(&self, settings: &RestoreSettings) -> Result<RestoreOptions, Fault> {
+        let mut options = settings.options()?;
         let budgets =
             [("dram_mib", self.dram_mib, &mut options.dram_mib), ("cxl_mib", self.cxl_mib, &mut options.cxl_mib)];
         for (key, here, there) in budgets {
@@ -164,17 +163,21 @@ pub(super) struct InvocationAnswer {
 /// Runs a function: in a running VM, in one restored from a snapshot, or in one that is booted.
 #[utoipa::path(post, path = "/invocations", tag = "invocations", request_body = InvocationBody,
     params(("traceparent" = Option<String>, Header,
-        description = "The caller's span (W3C Trace Context): the trace goes on here")),
+        description = "The caller's span (W3C Trace Context), which the invocation becomes a part of")),
     responses((status = 200, description = "The guest answered", body = InvocationAnswer),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 403, body = FaultBody, description = "It names what clients may not name"),
-        (status = 404, body = FaultBody, description = "No such function, VM, snapshot or namespace"),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 403, body = FaultBody,
+        description = "The request names a path or an address that clients of this service may not name"),
+        (status = 404, body = FaultBody,
+        description = "The function, the VM, the snapshot or the namespace does not exist"),
         (status = 409, body = FaultBody,
-        description = "The VM is over, or the snapshot lacks the profile the policy needs"),
+        description = "The VM has ended, or the snapshot lacks the profile that the policy needs"),
         (status = 422, body = FaultBody, description = "The VM cannot be booted or restored"),
-        (status = 429, body = FaultBody, description = "Too much at once: see Retry-After"),
-        (status = 502, body = FaultBody, description = "The VM ended, or its guest said nothing that is an answer"),
-        (status = 504, body = FaultBody, description = "The guest did not answer in time, and was ended"),
+        (status = 429, body = FaultBody,
+        description = "Too many invocations wait, or too many VMs live: try again after `Retry-After` seconds"),
+        (status = 502, body = FaultBody,
+        description = "The VM ended before its guest answered, or the guest wrote too much without an answer"),
+        (status = 504, body = FaultBody, description = "The guest did not answer in time, and its VM was ended"),
         (status = 507, body = FaultBody,
         description = "The VM needs more memory than all VMs may have, or the disk is full")))]
 pub(super) async fn post_invocation(
@@ -215,31 +218,32 @@ async fn invoke(
         return Err(Fault::bad(format!("`timeout_ms` must be 1 to {MAX_TIMEOUT_MS}.")));
     }
     let limit = limit_ms.map_or(daemon.options.limits.timeout, Duration::from_millis);
-    let (deadline, begin_ns) = (tokio::time::Instant::now() + limit, clock::monotonic_ns());
+    let deadline = tokio::time::Instant::now() + limit;
+    let begin_ns = clock::monotonic_ns();
     let _turn = daemon.gate.enter(limit).await?;
     recording.lap("queue", 0, begin_ns);
     let limit = Limit { total: limit, deadline };
     match plan {
         Plan::Vm(vm) => ask_running(daemon, vm, &line, limit, recording).await,
         Plan::Start(spec) => start_and_ask(daemon, &spec, &line, limit, body.keep, recording).await,
-        Plan::Record(record) => super::working_set::record_invocation(daemon, *record, &line, limit, recording).await,
+        Plan::Record(record) => record_invocation(daemon, *record, &line, limit, recording).await,
     }
 }
 
 /// The time limit of an invocation.
 #[derive(Clone, Copy)]
-pub(super) struct Limit {
-    pub(super) total: Duration,
-    pub(super) deadline: tokio::time::Instant,
+struct Limit {
+    total: Duration,
+    deadline: tokio::time::Instant,
 }
 
 impl Limit {
     /// The remaining time.
-    pub(super) fn left(&self) -> Duration {
+    fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(tokio::time::Instant::now())
     }
 
-    pub(super) fn fault(&self, what: &str) -> Fault {
+    fn fault(&self, what: &str) -> Fault {
         Fault::timed_out(format!("{what} within {} ms, and its VM was ended.", self.total.as_millis()))
     }
 }
@@ -254,10 +258,10 @@ enum Plan {
 async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function) -> Result<Plan, Fault> {
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
     let policy = asked_policy(body)?;
-    let wanted = body.wanted();
+    let settings = body.settings();
     if let Some(id) = &body.vm_id {
         let restores = body.ss_id.is_some() || body.policy.is_some() || body.record.is_some();
-        if restores || network.is_some() || wanted.is_for_restores() {
+        if restores || network.is_some() || settings.is_for_restores() {
             return Err(Fault::bad("`vmId` names a VM that runs: there is nothing to restore, record or connect."));
         }
         return Ok(Plan::Vm(daemon.vm(id)?));
@@ -267,7 +271,7 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
         None => daemon.latest_snapshot(&function.func_name),
     };
     let Some(snapshot) = snapshot else {
-        if body.policy.is_some() || body.record.is_some() || body.enable_reap || wanted.is_for_restores() {
+        if body.policy.is_some() || body.record.is_some() || body.enable_reap || settings.is_for_restores() {
             let message = format!("Function `{}` has no snapshot to restore or record.", function.func_name);
             return Err(Fault::conflict(message));
         }
@@ -279,22 +283,22 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
         if network.is_some() {
             return Err(Fault::bad("A recorded run has no network: leave `namespace` out."));
         }
-        if wanted.is_for_restores() {
+        if settings.is_for_restores() {
             let message = "A run is recorded on the snapshot's own files, of the VM as it was: leave out `tvmm`, \
                            `metadata`, `clock_realtime`, `track_dirty_pages` and `network_overrides`.";
             return Err(Fault::bad(message));
         }
         return Ok(Plan::Record(Box::new(Record { snapshot, slot, recorder, repeat: 1 })));
     }
-    let options = daemon.confined(body.options(&wanted)?).await?;
+    let options = daemon.allowances.confined(body.options(&settings)?).await?;
     let policy = match (policy, &function.policy) {
         (None, _) if options.plan.is_some() => None,
         (None, Some(name)) => Some(known_policy(name)?),
         (policy, _) => Some(policy.unwrap_or(Policy::Firecracker)),
     };
-    let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
+    let restore = daemon.restore_spec(&snapshot, policy, options, settings)?;
     if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.load.tvmm.profile) {
-        super::working_set::check_all_layers(profile, layers)?;
+        check_all_layers(profile, layers)?;
     }
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
     Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
@@ -373,7 +377,8 @@ async fn start_and_ask(
     let done = answered(daemon, &vm, answer, origin, recording);
     let trace = recording.trace.clone();
     daemon.traces.keep(trace);
-    let (daemon, mut recording) = (daemon.clone(), recording.taken());
+    let daemon = daemon.clone();
+    let mut recording = recording.taken();
     // The client does not wait for these: the VM's own report, and its end.
     tokio::spawn(async move {
         match vm.report().await {
@@ -441,19 +446,38 @@ fn answered(
     }
 }
 
+/// An invocation whose run is recorded.
+async fn record_invocation(
+    daemon: &Arc<Daemon>,
+    record: Record,
+    line: &str,
+    limit: Limit,
+    recording: &mut Recording,
+) -> Result<InvocationAnswer, Fault> {
+    let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
+    let begin_ns = clock::monotonic_ns();
+    let answer = run_recorder(daemon, &record, line, limit.left()).await;
+    let span = recording.lap("record", 0, begin_ns);
+    recording.note(span, "recorder", Value::from(record.recorder.clone()));
+    let done = recorded(daemon, &record.snapshot, answer?, recording);
+    daemon.traces.keep(recording.trace.clone());
+    daemon.traces.complete(recording.trace.clone());
+    Ok(done)
+}
+
 /// The answer to an invocation that ran in a recorder.
-pub(super) fn recorded(
+fn recorded(
     daemon: &Daemon,
     snapshot: &SnapshotRecord,
-    answer: (bool, String),
+    answer: GuestAnswer,
     recording: &mut Recording,
 ) -> InvocationAnswer {
     let duration = recording.answered(200);
     daemon.counters.took(Origin::Recording, duration);
     InvocationAnswer {
         duration,
-        ok: answer.0,
-        result: answer.1,
+        ok: answer.ok,
+        result: answer.text,
         vm_id: None,
         trace_id: recording.trace.trace_id.clone(),
         span_id: recording.trace.span_id.clone(),

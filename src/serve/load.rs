@@ -1,9 +1,8 @@
 //! The restore options of VMs: those of a request, and those of the daemon's command line.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::allowed::is_node;
 use super::fault::Fault;
 use crate::config::InvalidRestore;
 use crate::config::NetworkOverrideBody;
@@ -56,6 +55,11 @@ pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
     options.check().map_err(contradiction)
 }
 
+/// Returns whether a pool is a NUMA node's memory.
+pub(super) fn is_node(path: &Path) -> bool {
+    path.to_str().is_some_and(|text| text.starts_with("numa:"))
+}
+
 /// The pools, and the cold pools that are directories of this host; true for a cold one.
 pub(super) fn on_this_host(options: &RestoreOptions) -> Vec<(PathBuf, bool)> {
     let pools = options.pools.iter().flatten().map(|pool| (pool.clone(), false));
@@ -65,7 +69,7 @@ pub(super) fn on_this_host(options: &RestoreOptions) -> Vec<(PathBuf, bool)> {
 
 /// A request's settings of the VM that it restores, other than the snapshot and the policy.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Wanted {
+pub(super) struct RestoreSettings {
     /// `tvmm` of the request.
     pub(super) tvmm: Option<RestoreOptions>,
     /// `metadata` of the request: the same as `tvmm.metadata`.
@@ -75,10 +79,10 @@ pub(super) struct Wanted {
     pub(super) clock_realtime: Option<bool>,
 }
 
-impl Wanted {
+impl RestoreSettings {
     /// Returns whether the request has a setting that only a restore can carry out.
     pub(super) fn is_for_restores(&self) -> bool {
-        let Wanted { tvmm, metadata, network_overrides, track_dirty_pages, clock_realtime } = self;
+        let RestoreSettings { tvmm, metadata, network_overrides, track_dirty_pages, clock_realtime } = self;
         let has_switch = track_dirty_pages.is_some() || clock_realtime.is_some();
         tvmm.is_some() || has_switch || !metadata.is_empty() || !network_overrides.is_empty()
     }

@@ -1,29 +1,15 @@
 //! `/net-ifaces/{namespace}`: the tap of a VM's network interface, and its network namespace.
 
 use axum::extract::{Path, State};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::Shared;
+use super::blocking::blocking;
 use super::body::{Body, check_name};
-use super::daemon::blocking;
+use super::daemon::Shared;
 use super::fault::{Fault, FaultBody, Reply};
+use super::network::Network;
 use super::store::Kind;
-
-/// A network interface for one VM at a time.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub(super) struct Network {
-    /// The name by which VMs ask for it.
-    pub(super) namespace: String,
-    /// The tap on the host.
-    pub(super) host_dev_name: String,
-    /// The interface's name in the machine; of a snapshot, that of the interface whose tap is replaced.
-    pub(super) iface_id: String,
-    pub(super) guest_mac: Option<String>,
-    /// The network namespace the tap is in and VMs start in; none: the daemon's.
-    #[serde(default)]
-    pub(super) netns: Option<String>,
-}
 
 /// The body of `PUT /net-ifaces/{namespace}`.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -58,7 +44,7 @@ pub(super) async fn get_networks(State(daemon): State<Shared>) -> Reply<Vec<Netw
 /// One network interface.
 #[utoipa::path(get, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
     responses((status = 200, description = "The interface", body = Network),
-        (status = 404, body = FaultBody, description = "There is none")))]
+        (status = 404, body = FaultBody, description = "The interface does not exist")))]
 pub(super) async fn get_network(
     State(daemon): State<Shared>,
     Path(namespace): Path<String>,
@@ -69,8 +55,8 @@ pub(super) async fn get_network(
 /// Sets the tap of the VMs of this namespace. Namespace and tap must exist when a VM is started.
 #[utoipa::path(put, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
     request_body = NetworkBody,
-    responses((status = 200, description = "It is kept", body = Network),
-        (status = 400, body = FaultBody, description = "It makes no sense")))]
+    responses((status = 200, description = "The interface as it is stored", body = Network),
+        (status = 400, body = FaultBody, description = "The request is invalid")))]
 pub(super) async fn put_network(
     State(daemon): State<Shared>,
     Path(namespace): Path<String>,
@@ -95,7 +81,8 @@ pub(super) async fn put_network(
     let netns = (!host_netns).then(|| namespace.clone());
     let network = Network { namespace: namespace.clone(), host_dev_name, iface_id, guest_mac, netns };
     let kept = blocking({
-        let (daemon, network) = (daemon.clone(), network.clone());
+        let daemon = daemon.clone();
+        let network = network.clone();
         move || {
             daemon.store.save(Kind::Networks, &namespace, &network)?;
             daemon.networks().insert(namespace, network);
@@ -113,8 +100,8 @@ fn is_mac(text: &str) -> bool {
 
 /// Removes a network interface.
 #[utoipa::path(delete, path = "/net-ifaces/{namespace}", tag = "net-ifaces", params(("namespace" = String, Path)),
-    responses((status = 200, description = "It was this", body = Network),
-        (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The removed interface", body = Network),
+        (status = 404, body = FaultBody, description = "The interface does not exist")))]
 pub(super) async fn delete_network(
     State(daemon): State<Shared>,
     Path(namespace): Path<String>,

@@ -4,7 +4,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::traces::{Span, Trace};
+use super::trace::{Span, Trace};
 use crate::sys::otlp;
 
 impl Trace {

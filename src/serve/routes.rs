@@ -11,9 +11,10 @@ use utoipa::openapi::{Content, Ref, RefOr, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::daemon::Shared;
 use super::fault::{Fault, Reply};
 use super::working_set::{mincore, profile, reap};
-use super::{Shared, functions, invocations, metrics, networks, snapshots, traces, vms};
+use super::{functions, invocations, metrics, networks, snapshots, traces, vms};
 
 #[derive(OpenApi)]
 #[openapi(info(
@@ -72,7 +73,7 @@ fn add_refusals(operation: &mut Operation) {
         .flatten()
         .any(|one| matches!(one, RefOr::T(one) if one.parameter_in == ParameterIn::Query));
     for (status, description) in [
-        ("400", "It makes no sense"),
+        ("400", "The request is invalid"),
         ("408", "The body was not received in time"),
         ("413", "The body is too large"),
         ("415", "The body does not say that it is JSON"),
@@ -104,14 +105,14 @@ async fn not_allowed(method: Method, uri: Uri) -> Fault {
 
 /// This document.
 #[utoipa::path(get, path = "/openapi.json", tag = "service",
-    responses((status = 200, description = "OpenAPI 3.1", body = Object)))]
+    responses((status = 200, description = "The document (OpenAPI 3.1)", body = Object)))]
 async fn get_openapi() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/json")], openapi())
 }
 
 /// A page that shows functions, VMs with the place of their memory, and recent traces.
 #[utoipa::path(get, path = "/ui", tag = "service",
-    responses((status = 200, description = "A page", body = String, content_type = "text/html")))]
+    responses((status = 200, description = "The page", body = String, content_type = "text/html")))]
 async fn get_ui() -> Html<&'static str> {
     Html(include_str!("ui.html"))
 }
@@ -123,7 +124,7 @@ const RECENT: usize = 20;
 
 /// The data of the page.
 #[utoipa::path(get, path = "/ui/data", tag = "service",
-    responses((status = 200, description = "What the page shows", body = Object)))]
+    responses((status = 200, description = "The data of the page", body = Object)))]
 async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {
     let (running, queued) = daemon.gate.load();
     let living = daemon.vms.all();

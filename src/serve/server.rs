@@ -15,9 +15,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::counters::Counters;
 use super::daemon::Daemon;
-use super::guard::{Guarded, Names};
-use super::metrics::Counters;
+use super::guard::{GuardedService, Names};
 use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
 
 /// Time for a client to send the head of a request, and longest idle time of a connection.
@@ -95,7 +95,7 @@ impl Server {
                     let io = WatchedStream::new(stream, phase.clone(), ANSWER_TIME);
                     let names = Names { more: self.hosts.clone(), local };
                     let service = TowerToHyperService::new(self.router.clone());
-                    let connection = serve_one(io, Guarded { service, names, phase }, self.stopped.clone());
+                    let connection = serve_one(io, GuardedService { service, names, phase }, self.stopped.clone());
                     tokio::spawn(async move {
                         connection.await;
                         drop(slot);
@@ -103,7 +103,7 @@ impl Server {
                 }
                 (Ok((stream, _)), None) => self.turn_away(stream),
                 (Err(error), _) => {
-                    tracing::warn!(%error, "A connection cannot be accepted");
+                    tracing::warn!(%error, "Cannot accept a connection");
                     tokio::time::sleep(ACCEPT_RETRY).await;
                 }
             }
@@ -154,7 +154,7 @@ async fn stop(stopped: &mut watch::Receiver<bool>) {
 /// Serves one connection, request after request.
 async fn serve_one(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    service: Guarded,
+    service: GuardedService,
     mut stopped: watch::Receiver<bool>,
 ) {
     let phase = service.phase.clone();

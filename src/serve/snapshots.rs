@@ -11,74 +11,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{Path, State};
 use axum::http::Uri;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::Shared;
+use super::blocking::blocking;
 use super::body::{Body, check_name, query};
-use super::daemon::{Daemon, blocking};
+use super::counters::Counters;
+use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
-use super::functions::Function;
-use super::metrics::Counters;
+use super::snapshot_record::{SnapshotRecord, derived};
 use super::store::Kind;
 use super::vm::Vm;
 use super::vm::control::ControlError;
-use super::working_set;
+use super::working_set::{self, CacheState};
 use crate::config::bodies::{CreateBody, CreateExtension, VmBody, WantedState};
 use crate::config::control::SnapshotTaken;
 use crate::snapshot::{
-    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, SnapshotKind, copy_drive, derived_dir, is_partial,
-    random_hex,
+    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, SnapshotKind, copy_drive, is_partial, random_hex,
 };
-
-/// A stored snapshot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub(super) struct SnapshotRecord {
-    #[serde(rename = "ssId")]
-    pub(super) ss_id: String,
-    /// The VM that it was taken of.
-    #[serde(rename = "vmId")]
-    pub(super) vm_id: String,
-    /// `Full` or `Diff`.
-    pub(super) snapshot_type: String,
-    /// The snapshot that this diff builds on.
-    pub(super) parent: Option<String>,
-    /// True if it is full although a diff was asked for, because the chain had become long.
-    #[serde(default)]
-    pub(super) compacted: bool,
-    /// The snapshot that it is a copy of.
-    pub(super) copy_of: Option<String>,
-    /// The identity that plans and profiles are bound to. Copies share it.
-    pub(super) identity: String,
-    /// Bytes of guest memory it holds.
-    pub(super) memory_bytes: u64,
-    /// Time for which the VM stood still, µs.
-    pub(super) capture_us: u64,
-    pub(super) created_unix_ms: u64,
-    /// The drives that it contains copies of: each VM restored from it gets its own.
-    #[serde(default)]
-    pub(super) drive_copies: Vec<String>,
-    /// The function at that time.
-    pub(super) function: Function,
-}
-
-impl SnapshotRecord {
-    /// Returns whether VMs restored from it get their own images.
-    ///
-    /// # Errors
-    /// They would need images and the snapshot has none (it was taken by a daemon that took no copies): the guest would
-    /// write to the function's image itself.
-    pub(super) fn has_drive_copies(&self) -> Result<bool, Fault> {
-        let has_copies = !self.drive_copies.is_empty();
-        if self.function.writes_image() && !has_copies {
-            return Err(Fault::conflict(format!(
-                "Snapshot `{}` has no copy of the image that its guest writes to: take the snapshot again.",
-                self.ss_id
-            )));
-        }
-        Ok(has_copies)
-    }
-}
 
 /// A snapshot to be taken.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -120,15 +70,6 @@ pub(super) struct SnapshotPatch {
     drop_cache: bool,
 }
 
-/// The cached part of a snapshot's files.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct CacheState {
-    /// Pages of 4 KiB; none if the kernel cannot say.
-    pub(super) cached_pages: Option<u64>,
-    /// Bytes of the files on the disk.
-    pub(super) disk_bytes: u64,
-}
-
 /// All snapshots.
 #[utoipa::path(get, path = "/snapshots", tag = "snapshots",
     responses((status = 200, description = "All snapshots", body = Vec<SnapshotRecord>)))]
@@ -139,7 +80,7 @@ pub(super) async fn get_snapshots(State(daemon): State<Shared>) -> Reply<Vec<Sna
 /// One snapshot.
 #[utoipa::path(get, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
     responses((status = 200, description = "The snapshot", body = SnapshotRecord),
-        (status = 404, body = FaultBody, description = "There is none")))]
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(super) async fn get_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -149,11 +90,11 @@ pub(super) async fn get_snapshot(
 
 /// Takes a snapshot of a VM, between its requests. The VM runs on.
 #[utoipa::path(post, path = "/snapshots", tag = "snapshots", request_body = SnapshotBody,
-    responses((status = 200, description = "It is kept", body = SnapshotRecord),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such VM"),
-        (status = 409, body = FaultBody, description = "The name is taken, or the VM is over"),
-        (status = 422, body = FaultBody, description = "The VM refuses"),
+    responses((status = 200, description = "The record of the snapshot", body = SnapshotRecord),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The VM does not exist"),
+        (status = 409, body = FaultBody, description = "A snapshot of that name exists, or the VM has ended"),
+        (status = 422, body = FaultBody, description = "The VM refuses the snapshot"),
         (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn post_snapshot(
     State(daemon): State<Shared>,
@@ -178,7 +119,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     let kind = match body.snapshot_type.as_deref() {
         None | Some("Full") => SnapshotKind::Full,
         Some("Diff") => SnapshotKind::Diff,
-        Some(other) => return Err(Fault::bad(format!("There is no snapshot type `{other}`: Full or Diff."))),
+        Some(other) => return Err(Fault::bad(format!("Unknown snapshot type `{other}`; known: Full, Diff."))),
     };
     let vm = daemon.vm(&body.vm_id)?;
     let mut claim = claim_name(daemon, body.ss_id)?;
@@ -244,7 +185,7 @@ fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize
 /// Pauses the VM, takes the snapshot, and resumes the VM whatever the outcome.
 async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
     let refused = |error: ControlError| {
-        error.fault(format!("The snapshot cannot be taken: {}.", error.to_string().trim_end_matches('.')))
+        error.fault(format!("Cannot take the snapshot: {}.", error.to_string().trim_end_matches('.')))
     };
     let body = |state| VmBody { state };
     vm.control.send::<()>("PATCH", "/vm", &body(WantedState::Paused)).await.map_err(refused)?;
@@ -264,7 +205,8 @@ async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<Snapshot
 /// Stores a snapshot's record; if that fails, the snapshot is removed.
 async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRecord, Fault> {
     let kept = blocking({
-        let (daemon, record) = (daemon.clone(), record.clone());
+        let daemon = daemon.clone();
+        let record = record.clone();
         move || {
             let kept = daemon.store.save(Kind::Snapshots, &record.ss_id, &record);
             if kept.is_err() {
@@ -322,12 +264,13 @@ fn claim_name(daemon: &Daemon, wanted: Option<String>) -> Result<Claim, Fault> {
 
 /// Copies a snapshot, its profiles included: clones of different snapshots share no page cache.
 #[utoipa::path(put, path = "/snapshots", tag = "snapshots",
-    params(("from_snapshot" = String, Query), ("ssId" = Option<String>, Query, description = "What to call the copy"),
+    params(("from_snapshot" = String, Query), ("ssId" = Option<String>, Query,
+        description = "The name of the copy; none: a new name"),
         ("mem_file_path" = Option<String>, Query,
         description = "Refused: snapshots are kept in the daemon's directory")),
-    responses((status = 200, description = "The copy", body = SnapshotRecord),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+    responses((status = 200, description = "The record of the copy", body = SnapshotRecord),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn copy_snapshot(State(daemon): State<Shared>, uri: Uri) -> Result<Reply<SnapshotRecord>, Fault> {
     let task = tokio::spawn(async move { copy(&daemon, &uri).await });
@@ -345,9 +288,12 @@ async fn copy(daemon: &Arc<Daemon>, uri: &Uri) -> Result<SnapshotRecord, Fault> 
     claim.need(from.ss_id.clone());
     from.parent.iter().for_each(|parent| claim.need(parent.clone()));
     let copied = blocking({
-        let (daemon, from, id) = (daemon.clone(), from.ss_id.clone(), claim.id.clone());
+        let daemon = daemon.clone();
+        let from = from.ss_id.clone();
+        let id = claim.id.clone();
         move || {
-            let (to, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+            let to = daemon.snapshot_dir(&id);
+            let profiles = daemon.store.profiles_dir(&id);
             let copied = copy_dir(&daemon.snapshot_dir(&from), &to)
                 .and_then(|()| copy_dir(&daemon.store.profiles_dir(&from), &profiles))
                 // Opened as a restore does.
@@ -391,9 +337,9 @@ fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
 /// Brings a snapshot's files into the page cache, or drops them from it.
 #[utoipa::path(patch, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
     request_body = SnapshotPatch,
-    responses((status = 200, description = "How it is cached now", body = CacheState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The cached part of the files after the change", body = CacheState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(super) async fn patch_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -421,10 +367,10 @@ pub(super) async fn patch_snapshot(
 
 /// Deletes a snapshot and its profiles.
 #[utoipa::path(delete, path = "/snapshots/{id}", tag = "snapshots", params(("id" = String, Path)),
-    responses((status = 200, description = "It was this", body = SnapshotRecord),
-        (status = 404, body = FaultBody, description = "There is none"),
+    responses((status = 200, description = "The record of the deleted snapshot", body = SnapshotRecord),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody,
-        description = "A VM runs from it or its next diff builds on it, or another snapshot needs it")))]
+        description = "A VM or another snapshot needs the snapshot")))]
 pub(super) async fn delete_snapshot(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -502,9 +448,4 @@ fn sweep_snapshots(daemon: &Daemon) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The directory of files derived from a snapshot.
-pub(super) fn derived(dir: &FilePath) -> std::path::PathBuf {
-    derived_dir(&Location::Dir(dir.to_owned()))
 }

@@ -24,7 +24,10 @@ pub(super) fn caller(headers: &HeaderMap) -> Option<Caller> {
 
 fn parse(text: &str) -> Option<Caller> {
     let mut parts = text.split('-');
-    let (version, trace_id, span_id, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let version = parts.next()?;
+    let trace_id = parts.next()?;
+    let span_id = parts.next()?;
+    let flags = parts.next()?;
     let is_hex = |part: &str, digits: usize| {
         part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
     };

@@ -8,13 +8,12 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Shared;
 use super::body::Body;
-use super::daemon::{Daemon, START_TIMEOUT};
+use super::daemon::{Daemon, START_TIMEOUT, Shared};
 use super::fault::{Fault, FaultBody, Reply};
-use super::functions::{Function, known_policy};
-use super::load::Wanted;
-use super::traces::Recording;
+use super::function::{Function, known_policy};
+use super::load::RestoreSettings;
+use super::trace::Recording;
 use super::vm::{StartSpec, VmRecord};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
@@ -47,8 +46,8 @@ pub(super) struct VmBody {
 }
 
 impl VmBody {
-    fn wanted(&self) -> Wanted {
-        Wanted {
+    fn settings(&self) -> RestoreSettings {
+        RestoreSettings {
             tvmm: self.tvmm.clone(),
             metadata: self.metadata.clone(),
             network_overrides: self.network_overrides.clone(),
@@ -60,24 +59,27 @@ impl VmBody {
 
 /// All VMs: living ones, then ended ones, the last first.
 #[utoipa::path(get, path = "/vms", tag = "vms",
-    responses((status = 200, description = "Those that live, then those that are over", body = Vec<VmRecord>)))]
+    responses((status = 200,
+        description = "The VMs that live, then the VMs that have ended, the last first", body = Vec<VmRecord>)))]
 pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>> {
     Reply(daemon.vms.records())
 }
 
 /// Boots or restores a VM. It lives until it is deleted.
 #[utoipa::path(post, path = "/vms", tag = "vms", request_body = VmBody,
-    responses((status = 200, description = "It runs", body = VmRecord),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 403, body = FaultBody, description = "It names what clients may not name"),
-        (status = 404, body = FaultBody, description = "No such function, snapshot or namespace"),
+    responses((status = 200, description = "The VM, which runs", body = VmRecord),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 403, body = FaultBody,
+        description = "The request names a path or an address that clients of this service may not name"),
+        (status = 404, body = FaultBody, description = "The function, the snapshot or the namespace does not exist"),
         (status = 409, body = FaultBody,
         description = "The snapshot lacks the profile the policy needs, or copies of its drives"),
-        (status = 422, body = FaultBody, description = "It cannot be booted or restored"),
-        (status = 429, body = FaultBody, description = "Too many VMs live, or too much of their memory is taken"),
-        (status = 502, body = FaultBody, description = "It ended"),
+        (status = 422, body = FaultBody, description = "The VM cannot be booted or restored"),
+        (status = 429, body = FaultBody,
+        description = "Too many VMs live, or they take too much memory: try again after `Retry-After` seconds"),
+        (status = 502, body = FaultBody, description = "The VM ended, or could not be prepared"),
         (status = 507, body = FaultBody,
-        description = "It needs more memory than all VMs may have, or the disk is full")))]
+        description = "The VM needs more memory than all VMs may have, or the disk is full")))]
 pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBody>) -> Result<Reply<VmRecord>, Fault> {
     let task = tokio::spawn(async move { start(&daemon, body).await });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The start was given up."))).map(Reply)
@@ -88,10 +90,10 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
     let of_function = function.policy.as_deref().map(known_policy).transpose()?;
     let policy = body.policy.or(of_function).unwrap_or_default();
-    let wanted = body.wanted();
+    let settings = body.settings();
     let spec = match &body.ss_id {
         None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),
-        None if wanted.is_for_restores() => {
+        None if settings.is_for_restores() => {
             let message = "`tvmm`, `metadata`, `clock_realtime`, `track_dirty_pages` and `network_overrides` say how \
                            to restore: they need `ssId`.";
             return Err(Fault::bad(message));
@@ -99,9 +101,9 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
         None => StartSpec { function, network, restore: None, from_invocation: false },
         Some(id) => {
             let snapshot = daemon.snapshot(id)?;
-            let options = daemon.confined(wanted.options()?).await?;
+            let options = daemon.allowances.confined(settings.options()?).await?;
             let policy = (body.policy.is_some() || options.plan.is_none()).then_some(policy);
-            let restore = daemon.restore_spec(&snapshot, policy, options, wanted)?;
+            let restore = daemon.restore_spec(&snapshot, policy, options, settings)?;
             let function = Function { func_name: function.func_name, ..snapshot.function };
             StartSpec { function, network, restore: Some(restore), from_invocation: false }
         }
@@ -117,15 +119,15 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
 /// One VM, living or ended.
 #[utoipa::path(get, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "The VM", body = VmRecord),
-        (status = 404, body = FaultBody, description = "There is none")))]
+        (status = 404, body = FaultBody, description = "The VM does not exist")))]
 pub(super) async fn get_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
     daemon.vms.record(&id).map(Reply).ok_or_else(|| Fault::not_found("VM", &id))
 }
 
 /// Ends a living VM; removes an ended one from the list.
 #[utoipa::path(delete, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
-    responses((status = 200, description = "It is over", body = VmRecord),
-        (status = 404, body = FaultBody, description = "There is none")))]
+    responses((status = 200, description = "The VM, which has ended", body = VmRecord),
+        (status = 404, body = FaultBody, description = "The VM does not exist")))]
 pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
     let record = daemon.vms.record(&id).ok_or_else(|| Fault::not_found("VM", &id))?;
     match daemon.vms.get(&id) {
@@ -142,20 +144,24 @@ pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<Strin
 
 /// The report of a VM: the place of its memory, and its time slices.
 #[utoipa::path(get, path = "/vms/{id}/report", tag = "vms", params(("id" = String, Path)),
-    responses((status = 200, description = "As `tvmm restore --report` writes it", body = Object),
-        (status = 404, body = FaultBody, description = "There is none"),
-        (status = 502, body = FaultBody, description = "It does not answer")))]
+    responses((status = 200, description = "The report, as `tvmm restore --report` writes it", body = Object),
+        (status = 404, body = FaultBody, description = "The VM does not exist"),
+        (status = 502, body = FaultBody, description = "The VM does not answer")))]
 pub(super) async fn get_report(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<serde_json::Value>, Fault> {
     let vm = daemon.vm(&id)?;
-    vm.report().await.map(Reply).map_err(|error| Fault::bad_gateway(format!("VM `{id}` gives no report: {error}.")))
+    vm.report()
+        .await
+        .map(Reply)
+        .map_err(|error| Fault::bad_gateway(format!("Cannot get the report of VM `{id}`: {error}.")))
 }
 
 /// FaaSnap's way to start a VMM ahead of its VM.
 #[utoipa::path(post, path = "/vmms", tag = "vms",
-    responses((status = 400, body = FaultBody, description = "Always: the daemon keeps VMMs ready by itself")))]
+    responses((status = 400, body = FaultBody,
+        description = "The answer to every request: the daemon keeps VMMs ready by itself")))]
 pub(super) async fn post_vmm() -> Fault {
     let message = "VMMs are not started by hand: the daemon keeps some ready (`tvmm serve --shells N`).";
     Fault::new(StatusCode::BAD_REQUEST, message)

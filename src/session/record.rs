@@ -22,7 +22,7 @@ use crate::config::request::SnapshotPaths;
 use crate::config::restore::{MemoryFrom, RestoreRequest};
 use crate::session::Error;
 use crate::session::controller::Controller;
-use crate::snapshot::{Chain, Content, Extent, Gfn, PAGE_SIZE, PageSet, Snapshot};
+use crate::snapshot::{Chain, Extent, Gfn, PAGE_SIZE, PageSet, Snapshot};
 use crate::sys::output::{ConsoleOutput, Sink};
 use crate::sys::pagemap_scan;
 use crate::sys::pagemap_scan::Mapped;
@@ -203,8 +203,8 @@ impl CacheOfChain {
     fn evicted(chain: &Arc<Chain>) -> Result<Self, Error> {
         let mut by_layer: BTreeMap<usize, PageSet> = BTreeMap::new();
         for run in chain.resolve()? {
-            if let Content::Layer(source) = run.content {
-                by_layer.entry(source.layer).or_default().insert_run(run.extent);
+            if let Some(layer) = run.content.layer() {
+                by_layer.entry(layer).or_default().insert_run(run.extent);
             }
         }
         let from_layer = (0..chain.layers().len()).map(|layer| by_layer.remove(&layer).unwrap_or_default()).collect();

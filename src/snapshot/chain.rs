@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::manifest::canonical;
 use super::{
-    Error, Extent, Location, MemoryLayout, PAGE_SIZE, PageSet, PageSource, Parent, Result, Snapshot, SnapshotKind,
+    Error, Extent, Location, MemoryLayout, PageOrigin, PageSet, PageSource, Parent, Result, Snapshot, SnapshotKind,
 };
 
 /// The most layers that a chain may have to be restored. The writer refuses to make a longer one.
@@ -28,8 +28,18 @@ pub struct Chain {
 pub enum Content {
     /// Zeros.
     Zero,
-    /// Bytes of a layer's memory file, contiguous for the whole run.
-    Layer(PageSource),
+    /// Bytes of a layer or of a tier, contiguous for the whole run.
+    Bytes(PageSource),
+}
+
+impl Content {
+    /// Returns the index of the layer that has the bytes; `None` for zeros and for bytes of a tier.
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            Content::Bytes(PageSource { origin: PageOrigin::Layer(index), .. }) => Some(index),
+            _ => None,
+        }
+    }
 }
 
 /// A maximal run of pages with contiguous content. Never crosses the end of a range of the layout.
@@ -167,15 +177,25 @@ impl Chain {
         Ok(Chain { layers, derived: None })
     }
 
-    /// The layers, base first. [`PageSource::layer`] is an index into this.
+    /// The layers, base first. [`PageOrigin::Layer`] has an index into this.
     pub fn layers(&self) -> &[Snapshot] {
         &self.layers
+    }
+
+    /// Returns the layer that has the bytes of `content`; `None` for zeros and for bytes of a tier.
+    pub fn layer_of(&self, content: Content) -> Option<&Snapshot> {
+        self.layers.get(content.layer()?)
     }
 
     /// The snapshot the chain was opened for.
     pub fn tip(&self) -> &Snapshot {
         // Proven: both constructors refuse to make an empty chain.
         self.layers.last().expect("a chain has a layer")
+    }
+
+    /// The index of the tip in [`layers`](Chain::layers).
+    pub fn tip_index(&self) -> usize {
+        self.layers.len() - 1
     }
 
     /// Guest RAM, the same for all layers.
@@ -270,7 +290,7 @@ fn check_pair(child: &Snapshot, parent: &Snapshot) -> Result<()> {
 fn push_layer_runs(runs: &mut Vec<ResolvedRun>, layout: &MemoryLayout, held: &PageSet, layer: usize) {
     for extent in held.runs().flat_map(|run| layout.split(run)) {
         if let Some(offset) = layout.file_offset(extent.first) {
-            runs.push(ResolvedRun { extent, content: Content::Layer(PageSource { layer, offset }) });
+            runs.push(ResolvedRun { extent, content: Content::Bytes(PageSource::layer(layer, offset)) });
         }
     }
 }
@@ -300,9 +320,7 @@ fn joined(runs: Vec<ResolvedRun>, layout: &MemoryLayout) -> Vec<ResolvedRun> {
 fn continues(a: &ResolvedRun, b: &ResolvedRun) -> bool {
     match (a.content, b.content) {
         (Content::Zero, Content::Zero) => true,
-        (Content::Layer(a_from), Content::Layer(b_from)) => {
-            a_from.layer == b_from.layer && a_from.offset + a.extent.pages * PAGE_SIZE == b_from.offset
-        }
+        (Content::Bytes(a_from), Content::Bytes(b_from)) => a_from.continues_at(a.extent.bytes(), b_from),
         _ => false,
     }
 }

@@ -18,8 +18,8 @@ use super::checked_reader::CheckedReader;
 use super::container::container_len_of;
 use super::partial::{PartialFile, sweep_own};
 use super::{
-    Chain, Container, Content, Digest, Error, Extent, HUGE_PAGE_SIZE, ImageSpec, LoadHuge, PAGE_SIZE, ResolvedRun,
-    Result, Section, SectionKind, SnapshotId, files, lru, write_container,
+    Chain, Container, Digest, Error, Extent, HUGE_PAGE_SIZE, ImageSpec, LoadHuge, PAGE_SIZE, ResolvedRun, Result,
+    Section, SectionKind, SnapshotId, files, lru, write_container,
 };
 
 /// Pages copied at once.
@@ -372,9 +372,12 @@ fn write(chain: &Chain, spec: &ImageSpec, partial: &PartialFile) -> Result<()> {
 }
 
 fn read(layers: &mut [CheckedReader], run: &ResolvedRun, piece: Extent, bytes: &mut [u8]) -> Result<()> {
-    match run.content {
-        Content::Zero => bytes.fill(0),
-        Content::Layer(source) => layers[source.layer].read(piece, bytes)?,
+    match run.content.layer() {
+        Some(layer) => layers[layer].read(piece, bytes),
+        // A page of a chain that no layer has is zero.
+        None => {
+            bytes.fill(0);
+            Ok(())
+        }
     }
-    Ok(())
 }

@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use super::{Extent, Fill, MemoryLayout, PageSource, Placement, PlannedExtent, RestorePlan};
+use super::{
+    Extent, Fill, InPlaceMapping, MemoryLayout, PageSource, Placement, PlannedExtent, RestorePlan, TierAccess,
+    TierSource,
+};
 
 /// The folios in which the bytes of a mapped file should come into the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +59,7 @@ impl Mapping {
                 View::File { source, folios, shared },
                 View::File { source: next_source, folios: next_folios, shared: next_shared },
             ) => {
-                let continues = source.layer == next_source.layer
-                    && source.offset.checked_add(self.extent.bytes()) == Some(next_source.offset);
+                let continues = source.continues_at(self.extent.bytes(), next_source);
                 let folios = folios.joined(next_folios).filter(|_| continues && shared == next_shared);
                 folios.map(|folios| View::File { source, folios, shared })
             }
@@ -88,15 +90,19 @@ impl PlannedExtent {
 }
 
 impl RestorePlan {
-    /// Returns the fewest mappings that show everything, ascending. `is_shared` says of an extent whether its source
-    /// has to be mapped read-only. The plan is valid for `layout`.
+    /// Returns the fewest mappings that show everything, ascending. `in_place` is the mapping of pages placed in place
+    /// where their tier leaves the choice. The plan is valid for `layout`.
     pub fn mappings<'a>(
         &'a self,
         layout: &'a MemoryLayout,
-        is_shared: impl Fn(&PlannedExtent, PageSource) -> bool + 'a,
+        in_place: InPlaceMapping,
     ) -> impl Iterator<Item = Mapping> + 'a {
         let view_of = move |item: &PlannedExtent| match item.mapped() {
-            Some((source, folios)) => View::File { source, folios, shared: is_shared(item, source) },
+            Some((source, folios)) => {
+                let is_chosen = in_place == InPlaceMapping::Shared && item.placement == Placement::InPlace;
+                let access = TierSource::access_of(&self.tiers, source.origin);
+                View::File { source, folios, shared: is_chosen || access == Some(TierAccess::MapShared) }
+            }
             None => View::Anonymous,
         };
         let mut at = 0;
@@ -122,7 +128,7 @@ mod tests {
     }
 
     fn source(layer: usize, page: u64) -> PageSource {
-        PageSource { layer, offset: page * PAGE_SIZE }
+        PageSource::layer(layer, page * PAGE_SIZE)
     }
 
     #[test]
@@ -143,7 +149,7 @@ mod tests {
             PlannedExtent::zero(extent(100, 100)),
         ];
         let shown = plan
-            .mappings(&layout, |_, _| false)
+            .mappings(&layout, InPlaceMapping::Private)
             .map(|mapping| match mapping.view {
                 View::Anonymous => (mapping.items, None),
                 View::File { source, folios, .. } => (mapping.items, Some((source, folios))),
@@ -160,7 +166,7 @@ mod tests {
         ];
         assert_eq!(shown, expected);
         // One extent of a mapping that has to be read-only.
-        let mappings = plan.mappings(&layout, |item, _| item.placement == Placement::InPlace);
+        let mappings = plan.mappings(&layout, InPlaceMapping::Shared);
         assert_eq!(mappings.count(), expected.len() + 1);
     }
 }

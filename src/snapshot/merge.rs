@@ -94,8 +94,7 @@ fn for_each_nonzero(
 ) -> Result<()> {
     let mut buffer = vec![0; (READ_PAGES * PAGE_SIZE) as usize];
     for run in runs {
-        let Content::Layer(source) = run.content else { continue };
-        let Some(layer) = chain.layers().get(source.layer) else { continue };
+        let Some(layer) = chain.layer_of(run.content) else { continue };
         for part in run.extent.chunks(READ_PAGES) {
             let bytes = &mut buffer[..part.bytes() as usize];
             layer.memory_file().read(part.first, bytes)?;

@@ -25,8 +25,10 @@ mod memory_check;
 mod merge;
 mod page_map;
 mod page_set;
+mod page_source;
 mod partial;
 mod plan;
+mod plan_codec;
 mod read_back;
 mod reader;
 mod restore_choice;
@@ -59,11 +61,13 @@ pub use memory_check::{BadChunk, ReadAt, VerifyReport};
 pub use merge::{merge, page_digest};
 pub use page_map::{CHUNK_PAGES, ChunkHasher, PageMap, chunk_of};
 pub use page_set::PageSet;
+pub use page_source::{PageOrigin, PageSource};
 pub use partial::{PartialDir, PartialFile, is_partial, random_hex, replace_file, sweep, sweep_own, write_limited};
 pub use plan::{
-    Background, BackgroundAction, Fill, ImageSpec, PageSource, Placement, PlacementCounts, PlannedExtent, RestorePlan,
-    TierAccess, TierSource,
+    Background, BackgroundAction, Fill, ImageSpec, Placement, PlacementCounts, PlannedExtent, RestorePlan, TierAccess,
+    TierSource,
 };
+pub use plan_codec::StoredPlan;
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, UnknownPolicy, Verify};

@@ -42,8 +42,8 @@ impl Doubtful<'_> {
             match run.content {
                 // A held page has a byte that is not zero.
                 Content::Zero => zero.runs_in(run.extent).for_each(|same| found.zero.insert_run(same)),
-                Content::Layer(source) => {
-                    let Some(layer) = self.parent.layers().get(source.layer) else { continue };
+                Content::Bytes(_) => {
+                    let Some(layer) = self.parent.layer_of(run.content) else { continue };
                     let has_memory = !layer.is_elsewhere() && layer.memory_len() >= layer.layout().file_len();
                     if !has_memory {
                         continue;

@@ -76,7 +76,7 @@ impl MappedFile {
 }
 
 struct Table {
-    files: Vec<Option<MappedFile>>,
+    files: Vec<MappedFile>,
     /// Ascending by address.
     mappings: Vec<Mapping>,
 }
@@ -94,7 +94,7 @@ static REASON: Reason = Reason { state: AtomicU8::new(Reason::NONE), text: Unsaf
 pub struct Watched(usize);
 
 /// Lists mappings of files. If all slots are taken, the mappings stay unlisted, and an error about them names no file.
-pub fn watch(files: Vec<Option<MappedFile>>, mut mappings: Vec<Mapping>) -> Option<Watched> {
+pub fn watch(files: Vec<MappedFile>, mut mappings: Vec<Mapping>) -> Option<Watched> {
     mappings.sort_unstable_by_key(|mapping| mapping.address);
     let table = Box::into_raw(Box::new(Table { files, mappings }));
     let free =
@@ -202,7 +202,7 @@ pub fn sentence(gpa: u64, name: &Path, offset: u64, cause: &dyn fmt::Display) ->
 
 impl Table {
     fn file(&self, mapping: &Mapping) -> Option<&MappedFile> {
-        self.files.get(mapping.file)?.as_ref()
+        self.files.get(mapping.file)
     }
 
     fn name(&self, mapping: &Mapping) -> &str {
@@ -503,7 +503,7 @@ mod tests {
         memory.map_file_private(0, 4 * PAGE, file.as_file(), 4 * PAGE_SIZE).unwrap();
         let mapping =
             Mapping { address: memory.base() as usize, len: 4 * PAGE, file: 0, offset: 4 * PAGE_SIZE, gpa: Some(GPA) };
-        let watched = watch(vec![Some(MappedFile::new(file.as_file(), file.path()).unwrap())], vec![mapping]).unwrap();
+        let watched = watch(vec![MappedFile::new(file.as_file(), file.path()).unwrap()], vec![mapping]).unwrap();
         assert_eq!(at_gpa(GPA + 3 * PAGE_SIZE), None);
         file.as_file().set_len(6 * PAGE_SIZE + 1).unwrap();
         // The last page that the file has in part is zeros behind the end.

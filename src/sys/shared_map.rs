@@ -41,7 +41,7 @@ impl SharedMap {
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let mapping = Mapping { address: base.as_ptr() as usize, len, file: 0, offset: 0, gpa: None };
         let mut map = SharedMap { base, len, is_writable, _watched: None };
-        map._watched = lost::watch(vec![Some(MappedFile::unnamed(file)?)], vec![mapping]);
+        map._watched = lost::watch(vec![MappedFile::unnamed(file)?], vec![mapping]);
         Ok(map)
     }
 

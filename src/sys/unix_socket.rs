@@ -36,12 +36,11 @@ pub enum SocketError {
     },
 }
 
-/// The file of a socket we bound.
+/// The file of a socket we bound. It is removed when this is dropped.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
-    is_removed: bool,
 }
 
 impl SocketFile {
@@ -49,24 +48,17 @@ impl SocketFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    /// Removes the file, once, unless another one has taken its place. The inode tells them apart only as long as the
-    /// socket is open, because a freed inode may be used again.
-    pub fn remove(&mut self) {
-        if std::mem::replace(&mut self.is_removed, true) {
-            return;
-        }
-        let is_ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode);
-        if is_ours && let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "API socket cannot be removed.");
-        }
-    }
 }
 
 impl Drop for SocketFile {
+    /// Removes the file, unless another one has taken its place. The inode tells them apart only as long as the socket
+    /// is open, because a freed inode may be used again.
     fn drop(&mut self) {
-        self.remove();
+        let is_ours = fs::symlink_metadata(&self.path)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode);
+        if is_ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "Cannot remove the API socket");
+        }
     }
 }
 
@@ -84,8 +76,7 @@ pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
     let socket = Socket::from(OwnedFd::from(file));
     socket.bind(&address).map_err(error)?;
     let metadata = fs::symlink_metadata(path).map_err(error)?;
-    let file =
-        SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()), is_removed: false };
+    let file = SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()) };
     socket.listen(BACKLOG).map_err(error)?;
     socket.set_nonblocking(true).map_err(error)?;
     Ok((UnixListener::from(OwnedFd::from(socket)), file))

@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn every_page_is_counted_by_placement_and_by_the_runs_use() {
-        let source = PageSource { layer: 0, offset: 0 };
+        let source = PageSource::layer(0, 0);
         let extents = vec![
             PlannedExtent::preload(extent(0, 10), source, Fill::Copy),
             PlannedExtent::from(extent(10, 10), Placement::InPlace, source),

@@ -17,7 +17,8 @@ use super::fit::Fit;
 use super::policy::Estimate;
 use super::profile::Profile;
 use crate::snapshot::{
-    Chain, Container, RestorePlan, Section, SectionKind, Snapshot, TierSource, write_container, write_limited,
+    Chain, Container, RestorePlan, Section, SectionKind, Snapshot, StoredPlan, TierSource, write_container,
+    write_limited,
 };
 
 /// The version of the section. A plan of another version is not read but made again.
@@ -84,6 +85,7 @@ impl fmt::Display for CostsUsed {
 
 /// A plan and its inputs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Stored", into = "Stored")]
 pub struct PlanFile {
     pub plan: RestorePlan,
     /// Its expected cost.
@@ -94,6 +96,31 @@ pub struct PlanFile {
     pub fit: Option<Fit>,
     /// The memory file of each layer, base first.
     pub sources: Vec<SourceFile>,
+}
+
+/// A [`PlanFile`], field by field, as the section has it.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    plan: StoredPlan,
+    expected: Estimate,
+    costs: Option<CostsUsed>,
+    fit: Option<Fit>,
+    sources: Vec<SourceFile>,
+}
+
+impl From<PlanFile> for Stored {
+    fn from(file: PlanFile) -> Stored {
+        let PlanFile { plan, expected, costs, fit, sources } = file;
+        let plan = StoredPlan::new(plan, sources.len());
+        Stored { plan, expected, costs, fit, sources }
+    }
+}
+
+impl From<Stored> for PlanFile {
+    fn from(stored: Stored) -> PlanFile {
+        let Stored { plan, expected, costs, fit, sources } = stored;
+        PlanFile { plan: plan.into_plan(sources.len()), expected, costs, fit, sources }
+    }
 }
 
 impl PlanFile {
@@ -109,6 +136,11 @@ impl PlanFile {
         self.costs = Some(costs);
         self.fit = profile.map(|profile| Fit::of(&self.plan, profile));
         self
+    }
+
+    /// The plan as files and JSON have it.
+    pub fn stored_plan(&self) -> StoredPlan {
+        StoredPlan::new(self.plan.clone(), self.sources.len())
     }
 
     /// Reads what [`PlanFile::save`] wrote. The caller must still check the plan: see [`PlanFile::check_for`].

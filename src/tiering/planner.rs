@@ -18,6 +18,7 @@ use super::plan_cache::plan_name;
 use super::plan_file::{CostsUsed, PlanFile};
 use super::policy::{Budget, Policy, PolicyInput};
 use super::profile::Profile;
+use super::tier::align::align;
 use super::tier::{self, Tier};
 use crate::snapshot::{
     self, CacheLookup, Chain, ImageSpec, ResolvedRun, RestorePlan, TierSource, bound_derived, create_private_dir, lru,
@@ -170,7 +171,7 @@ impl Planner<'_> {
     /// The policy's plan, aligned to the tiers.
     fn make(&self, policy: Policy, resolved: &[ResolvedRun], basis: &Basis) -> Result<RestorePlan, Error> {
         let mut plan = policy.plan(&self.input(resolved, &self.tier_sources(), basis))?;
-        tier::align(&mut plan, self.chain.layout(), self.chain.layers().len(), self.tiers);
+        align(&mut plan, self.chain.layout(), self.tiers);
         Ok(plan)
     }
 
@@ -206,7 +207,7 @@ impl Planner<'_> {
 
     fn lower(&self, plan: RestorePlan) -> Result<RestorePlan, Error> {
         match self.cold {
-            Some(index) => Ok(lower(&plan, self.chain.layers().len(), self.chain.layout(), index)?),
+            Some(index) => Ok(lower(&plan, self.chain.tip_index(), self.chain.layout(), index)?),
             None => Ok(plan),
         }
     }

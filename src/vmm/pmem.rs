@@ -40,7 +40,7 @@ impl PmemMemory {
         let mapping =
             Mapping { address: memory.base() as usize, len: file_end, file: 0, offset: 0, gpa: Some(image.gpa) };
         let file = MappedFile::unnamed(&image.file).map_err(failed)?;
-        let _watched = lost::watch(vec![Some(file)], vec![mapping]);
+        let _watched = lost::watch(vec![file], vec![mapping]);
         Ok(PmemMemory { memory, _watched, gpa: image.gpa, read_only: image.read_only })
     }
 

@@ -144,7 +144,8 @@ fn put_snapshot_create_directory_form_tells_the_snapshot() {
     let body = json!({"snapshot_path": "s", "tvmm": {"resume": true, "copy_drives": true, "verify": true}});
     let expected = json!({"id": "abc", "path": "s", "memory_bytes": 4096, "capture_us": 7});
     assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (200, Some(expected)));
-    let (location, kind) = (directory(), SnapshotKind::Full);
+    let location = directory();
+    let kind = SnapshotKind::Full;
     let expected = CreateSnapshot { location, kind, resume: true, copy_drives: true, verify: true };
     assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
 }

@@ -49,7 +49,8 @@ impl Fixture {
         let is_stopping = Arc::new(AtomicBool::new(false));
         let seen = Arc::new(Mutex::new(Vec::new()));
         let vmm = {
-            let (is_stopping, seen) = (is_stopping.clone(), seen.clone());
+            let is_stopping = is_stopping.clone();
+            let seen = seen.clone();
             thread::spawn(move || fake_vmm(&receiver, answer, &is_stopping, &seen))
         };
         Self { server: Some(server), is_stopping, vmm: Some(vmm), seen, dir }

@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn checksum_of_an_answer_is_that_of_its_bytes() {
-        let sample = crate::tiering::cold::tests::sample();
+        let sample = crate::tiering::cold::sample::sample();
         for (first, count) in [(0, 1), (0, 9), (5, 7)] {
             let span = sample.index.span(first..first + count);
             let bytes = &sample.data[span.start as usize..span.end as usize];

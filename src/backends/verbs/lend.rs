@@ -12,8 +12,9 @@ use sideway::ibverbs::AccessFlags;
 use sideway::ibverbs::memory_region::MemoryRegion;
 use sideway::ibverbs::protection_domain::ProtectionDomain;
 
-use super::queue_pair::{Pair, Queue};
-use super::{Port, accept, new_sequence, queue_pair, told};
+use super::connection::{accept, new_sequence, queue_pair};
+use super::port::Port;
+use super::queue_pair::{Pair, Queue, told};
 use crate::backends::cold::wire::{Attached, Endpoint};
 
 /// A read-only mapping that this process does not touch.

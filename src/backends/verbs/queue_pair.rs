@@ -1,6 +1,7 @@
 //! libibverbs objects that a device may refuse to destroy, when it is reset or unplugged. Nothing panics then: memory
 //! that a device may still reach stays allocated, and everything else goes with the device's descriptor.
 
+use std::error::Error;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
@@ -12,7 +13,11 @@ use rdma_mummy_sys::*;
 use sideway::ibverbs::device_context::DeviceContext;
 use sideway::ibverbs::protection_domain::ProtectionDomain;
 
-use super::told;
+/// An error with its causes in the text, because the kernel's error number alone says too little.
+pub(super) fn told(doing: &str, error: &dyn Error) -> io::Error {
+    let causes = std::iter::successors(error.source(), |cause| (*cause).source()).map(|cause| format!(": {cause}"));
+    io::Error::other(format!("{doing}: {error}{}", causes.collect::<String>()))
+}
 
 /// The result of a call that gives an error number.
 fn checked(doing: &str, number: i32) -> io::Result<()> {

@@ -1,12 +1,17 @@
 //! Tests on any device of this host with an IPv4 address: lent memory can be read, and nothing else can.
 
 use std::fs::File;
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
+use rdma_mummy_sys::ibv_gid_entry;
+
+use super::port::octets;
+use super::queue_pair::addresses;
 use super::*;
 use crate::backends::cold::wire::Attached;
 

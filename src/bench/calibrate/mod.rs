@@ -2,6 +2,7 @@
 //! process; the cost of a guest's touches is read from the built-in guest, restored again and again from its own
 //! snapshot.
 
+mod guest_pages;
 mod restores;
 
 use std::path::{Path, PathBuf};
@@ -9,12 +10,14 @@ use std::process::ExitCode;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
+use guest_pages::{PAGES, guest_us, per};
 use restores::{Engine, Trial};
 
 use super::guest;
 use super::guest::Guest;
+use super::scratch::Scratch;
 use crate::bench::host_costs;
-use crate::snapshot::{Extent, Gfn, HUGE_PAGE_PAGES};
+use crate::snapshot::HUGE_PAGE_PAGES;
 use crate::sys::api_client::Client;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::costs::Costs;
@@ -34,15 +37,15 @@ pub struct CalibrateArgs {
 
 pub fn run(args: &CalibrateArgs) -> Result<ExitCode, BoxError> {
     let Some(out) = args.out.clone().or_else(Costs::default_path) else {
-        return refuse("Neither XDG_CACHE_HOME nor HOME is set: say with --out where the numbers go");
+        return refuse("Cannot choose a file for the numbers: neither XDG_CACHE_HOME nor HOME is set. Give --out FILE");
     };
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).map_err(|error| format!("Cannot make {}: {error}", parent.display()))?;
     let dir = args.dir.as_deref().unwrap_or(parent);
     let mut costs = Costs::default();
     let mut left = host_costs::host(&mut costs, dir, args.rounds)?;
-    let scratch = Scratch::new(dir)?;
-    if let Err(error) = measure_guest(&mut costs, &scratch.0, args.rounds) {
+    let scratch = Scratch::make(dir.join(format!("tvmm-calibrate-{}.d", std::process::id())))?;
+    if let Err(error) = measure_guest(&mut costs, scratch.path(), args.rounds) {
         left.push(("what only a guest can tell", error.to_string()));
     }
     let implausible = costs.make_plausible();
@@ -73,10 +76,12 @@ fn table(costs: &Costs) -> Table {
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header(["cost", "ns", "from"]);
     for (name, ns) in costs.fields() {
-        let from = match costs.is_measured(name) {
-            false => "built-in",
-            true if FROM_GUEST.contains(&name) => "a guest",
-            true => "the host",
+        let from = if !costs.is_measured(name) {
+            "built-in"
+        } else if FROM_GUEST.contains(&name) {
+            "a guest"
+        } else {
+            "the host"
         };
         table.add_row([name.to_string(), ns.to_string(), from.to_string()]);
     }
@@ -86,10 +91,7 @@ fn table(costs: &Costs) -> Table {
     table
 }
 
-/// Pages the guest fills: 32 MiB, whole blocks.
-const PAGES: u64 = 8192;
-/// The pages' place: the guest hands out memory from 4 MiB on (`resources/guest/README.md`).
-const FILLED: Extent = Extent { first: Gfn(1024), pages: PAGES };
+/// Pages that the guest touches while a page-fault handler serves them.
 const UFFD_PAGES: u64 = 256;
 
 fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), BoxError> {
@@ -139,44 +141,14 @@ fn measure_guest(costs: &mut Costs, dir: &Path, rounds: usize) -> Result<(), Box
     Ok(())
 }
 
-/// Converts µs for `count` operations to ns for one.
-fn per(us: f64, count: u64) -> u64 {
-    (us * 1000.0 / count as f64).round().max(1.0) as u64
-}
-
 /// Boots a guest, lets it fill its pages, and snapshots it. Returns how long the guest took to fill them, in µs.
 fn snapshot(exe: &Path, dir: &Path, out: &Path) -> Result<f64, BoxError> {
-    let (config, socket) = (dir.join("vm.json"), dir.join("api.sock"));
+    let config = dir.join("vm.json");
+    let socket = dir.join("api.sock");
     let machine = serde_json::json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 } });
     std::fs::write(&config, machine.to_string())?;
     let mut vm = Guest::boot(exe, &config, &socket)?;
     let answered = vm.call(&format!("fill pages={PAGES}"))?;
     guest::snapshot(&Client::new(&socket), &serde_json::json!({ "snapshot_path": out }))?;
     guest_us(&format!("ok fill {}", answered.rest))
-}
-
-/// The guest's µs in `ok <id> <digest> <guest µs> …`.
-fn guest_us(line: &str) -> Result<f64, BoxError> {
-    match line.split_whitespace().nth(3).and_then(|us| us.parse().ok()) {
-        Some(us) => Ok(us),
-        None => refuse(format!("{line:?} is not an answer of the guest")),
-    }
-}
-
-/// A directory that is removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(dir: &Path) -> Result<Self, BoxError> {
-        let path = dir.join(format!("tvmm-calibrate-{}.d", std::process::id()));
-        std::fs::create_dir(&path).map_err(|error| format!("Cannot make {}: {error}", path.display()))?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Best effort: files left in a scratch directory do no harm.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }

@@ -6,14 +6,15 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::super::child;
-use super::super::guest;
-use super::{BoxError, FILLED, PAGES, guest_us, refuse};
+use super::guest_pages::{FILLED, PAGES, guest_us, per};
+use crate::bench::child;
+use crate::bench::guest;
 use crate::bench::host_costs;
 use crate::snapshot::{
-    Chain, Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, ImageSpec, Location, PageSource, Placement, PlannedExtent,
-    ResolvedRun, RestorePlan,
+    Chain, Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, ImageSpec, Location, PAGE_SIZE, PageOrigin, PageSource,
+    Placement, PlannedExtent, ResolvedRun, RestorePlan,
 };
+use crate::sys::errors::{BoxError, refuse};
 use crate::sys::page_cache::PageCache;
 use crate::tiering::costs::Costs;
 use crate::tiering::planner::Planner;
@@ -89,6 +90,15 @@ impl<'a> Trial<'a> {
     }
 }
 
+/// The order of runs in an image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ImageOrder {
+    /// Their order in guest memory.
+    OfGuest,
+    /// The same, but each two neighbours have changed places.
+    Swapped,
+}
+
 /// Plans made by hand over the pages that the guest filled.
 struct HandMade {
     chain: Chain,
@@ -108,7 +118,7 @@ impl HandMade {
     }
 
     fn in_file(&self, extent: Extent) -> PageSource {
-        PageSource { layer: 0, offset: self.offset + (extent.gpa() - FILLED.gpa()) }
+        PageSource::layer(0, self.offset + (extent.gpa() - FILLED.gpa()))
     }
 
     /// A plan for filled pages in runs of `run`, one every `step`, each placed by `place`; all others are mapped from
@@ -118,7 +128,7 @@ impl HandMade {
         let mapped = |extent: Extent| PlannedExtent::from(extent, Placement::CowFile, self.in_file(extent));
         let between = |first: Gfn, end: Gfn| Extent { first, pages: end.0 - first.0 };
         for part in &self.resolved {
-            let Content::Layer(source) = part.content else {
+            let Content::Bytes(source) = part.content else {
                 plan.extents.push(PlannedExtent::zero(part.extent));
                 continue;
             };
@@ -147,15 +157,16 @@ impl HandMade {
         self.plan(run, step, |extent| PlannedExtent::preload(extent, self.in_file(extent), fill))
     }
 
-    /// As [`out_of_file`](Self::out_of_file), from an image; `swapped`: each two neighbours have changed places.
-    fn out_of_image(&self, run: u64, step: u64, fill: Fill, swapped: bool) -> RestorePlan {
+    /// As [`out_of_file`](Self::out_of_file), from an image.
+    fn out_of_image(&self, run: u64, step: u64, fill: Fill, order: ImageOrder) -> RestorePlan {
         let place = |extent: Extent| {
-            let index = ((extent.first.0 - FILLED.first.0) / step) ^ u64::from(swapped);
-            let offset = index * run * crate::snapshot::PAGE_SIZE;
-            PlannedExtent::preload(extent, PageSource { layer: 1, offset }, fill)
+            let index = ((extent.first.0 - FILLED.first.0) / step) ^ u64::from(order == ImageOrder::Swapped);
+            let offset = index * run * PAGE_SIZE;
+            PlannedExtent::preload(extent, PageSource::image(0, offset), fill)
         };
         let mut plan = self.plan(run, step, place);
-        let image = plan.extents.iter().filter(|item| item.source.is_some_and(|source| source.layer == 1));
+        let is_packed = |item: &&PlannedExtent| item.source.is_some_and(|source| source.origin == PageOrigin::Image(0));
+        let image = plan.extents.iter().filter(is_packed);
         let mut items: Vec<PlannedExtent> = image.copied().collect();
         items.sort_unstable_by_key(|item| item.source.map(|source| source.offset));
         plan.images = vec![ImageSpec { extents: items.iter().map(|item| item.extent).collect() }];
@@ -200,12 +211,16 @@ impl<'a> Engine<'a> {
         let every_second = format!("touch pages={} stride={STEP}", PAGES / STEP);
         let half = HUGE_PAGE_PAGES / 2;
         Ok(Engine {
-            copied_alone: trial("copied-alone", plans.out_of_image(1, STEP, Fill::Copy, false), every_second)?,
+            copied_alone: trial(
+                "copied-alone",
+                plans.out_of_image(1, STEP, Fill::Copy, ImageOrder::OfGuest),
+                every_second,
+            )?,
             copied_from_file: trial("copied-from-file", plans.out_of_file(1, STEP, Fill::Copy), one())?,
             // Halves of blocks that are not adjacent in the image stay small pages.
             copied_groups: trial(
                 "copied-groups",
-                plans.out_of_image(half, half, Fill::Copy, true),
+                plans.out_of_image(half, half, Fill::Copy, ImageOrder::Swapped),
                 format!("touch pages={PAGES}"),
             )?,
             copied_blocks: trial(
@@ -215,8 +230,16 @@ impl<'a> Engine<'a> {
             )?,
             broken_alone: trial("broken-alone", plans.out_of_file(1, STEP, Fill::BreakCow), one())?,
             broken_runs: trial("broken-runs", plans.out_of_file(RUN, RUN_STEP, Fill::BreakCow), one())?,
-            installed_alone: trial("installed-alone", plans.out_of_image(1, STEP, Fill::Install, false), one())?,
-            installed_runs: trial("installed-runs", plans.out_of_image(RUN, RUN_STEP, Fill::Install, false), one())?,
+            installed_alone: trial(
+                "installed-alone",
+                plans.out_of_image(1, STEP, Fill::Install, ImageOrder::OfGuest),
+                one(),
+            )?,
+            installed_runs: trial(
+                "installed-runs",
+                plans.out_of_image(RUN, RUN_STEP, Fill::Install, ImageOrder::OfGuest),
+                one(),
+            )?,
         })
     }
 
@@ -245,7 +268,7 @@ impl<'a> Engine<'a> {
 
     /// Writes the measured costs to `costs`. `one_us`: the time of a function that touches one page.
     pub fn note(&self, costs: &mut Costs, one_us: f64) {
-        let mut set = |name: &str, us: f64, count: u64| costs.set_measured(name, super::per(us, count));
+        let mut set = |name: &str, us: f64, count: u64| costs.set_measured(name, per(us, count));
         let singles = PAGES / STEP;
         let runs = PAGES / RUN_STEP;
         set("read_small_page_ns", self.copied_alone.preload(), singles);

@@ -57,7 +57,7 @@ impl Bars<'_> {
         let legend_rows = self.series.len().div_ceil(5) as f64;
         let mut out = open(self.title, bottom + 40.0 + legend_rows * 16.0);
         for (x, label) in axis.ticks() {
-            out += &line((x, TOP - 6.0), (x, bottom), "#ddd");
+            out += &line(Point { x, y: TOP - 6.0 }, Point { x, y: bottom }, "#ddd");
             out += &text(x, bottom + 12.0, "middle", &label);
         }
         out += &text(WIDTH - RIGHT, bottom + 26.0, "end", self.unit);
@@ -66,7 +66,8 @@ impl Bars<'_> {
             out += &text(LEFT - 8.0, top + group_height / 2.0, "end", group);
             for (number, (series, bar)) in self.series.iter().zip(bars).enumerate() {
                 let Some(bar) = bar.filter(|bar| bar.value > 0.0) else { continue };
-                let (y, end) = (top + number as f64 * BAR, axis.x(bar.value));
+                let y = top + number as f64 * BAR;
+                let end = axis.x(bar.value);
                 out += &format!(
                     "<rect x=\"{LEFT}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{:.1}\" fill=\"{}\"><title>{}: {} {:.3} \
                      ({:.3} to {:.3}) {}</title></rect>\n",
@@ -81,7 +82,7 @@ impl Bars<'_> {
                     escape(self.unit),
                 );
                 let middle = y + (BAR - 1.0) / 2.0;
-                out += &line((axis.x(bar.low), middle), (axis.x(bar.high), middle), "#000");
+                out += &line(Point { x: axis.x(bar.low), y: middle }, Point { x: axis.x(bar.high), y: middle }, "#000");
             }
         }
         out += &legend(self.series, bottom + 44.0);
@@ -114,7 +115,7 @@ impl Lines<'_> {
         let legend_rows = self.series.len().div_ceil(5) as f64;
         let mut out = open(self.title, bottom + 44.0 + legend_rows * 16.0);
         for (at, label) in axis.ticks() {
-            out += &line((LEFT, bottom - at), (WIDTH - RIGHT, bottom - at), "#ddd");
+            out += &line(Point { x: LEFT, y: bottom - at }, Point { x: WIDTH - RIGHT, y: bottom - at }, "#ddd");
             out += &text(LEFT - 8.0, bottom - at + 3.0, "end", &label);
         }
         out += &text(LEFT - 8.0, TOP - 12.0, "end", self.y_unit);
@@ -201,14 +202,24 @@ fn text(x: f64, y: f64, anchor: &str, what: &str) -> String {
     format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{}</text>\n", escape(what))
 }
 
-fn line((x1, y1): (f64, f64), (x2, y2): (f64, f64), stroke: &str) -> String {
-    format!("<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" stroke=\"{stroke}\"/>\n")
+/// A place in a chart, pixels from its upper left corner.
+struct Point {
+    x: f64,
+    y: f64,
+}
+
+fn line(from: Point, to: Point, stroke: &str) -> String {
+    format!(
+        "<line x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\" stroke=\"{stroke}\"/>\n",
+        from.x, from.y, to.x, to.y
+    )
 }
 
 fn legend(series: &[Series], top: f64) -> String {
     let mut out = String::new();
     for (index, series) in series.iter().enumerate() {
-        let (x, y) = (LEFT + (index % 5) as f64 * 145.0, top + (index / 5) as f64 * 16.0);
+        let x = LEFT + (index % 5) as f64 * 145.0;
+        let y = top + (index / 5) as f64 * 16.0;
         out +=
             &format!("<rect x=\"{x}\" y=\"{}\" width=\"10\" height=\"10\" fill=\"{}\"/>\n", y - 9.0, series.colour());
         out += &text(x + 14.0, y, "start", &series.name);

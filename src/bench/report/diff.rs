@@ -9,7 +9,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use super::super::study::Experiment;
 use super::super::study::stats::{Summary, axes, geomean, summary};
 use super::super::study::store::Results;
-use super::super::{BoxError, refuse};
+use crate::sys::errors::{BoxError, refuse};
 
 #[derive(Debug, Args)]
 pub struct DiffArgs {
@@ -25,7 +25,8 @@ pub struct DiffArgs {
 }
 
 pub fn run(args: &DiffArgs) -> Result<ExitCode, BoxError> {
-    let (before, after) = (Results::read(&args.before)?, Results::read(&args.after)?);
+    let before = Results::read(&args.before)?;
+    let after = Results::read(&args.after)?;
     let rows = compare(&before, &after, &args.value);
     if rows.is_empty() {
         return refuse(format!("No {} was measured in both for the same case and flow", args.value));
@@ -38,7 +39,8 @@ pub fn run(args: &DiffArgs) -> Result<ExitCode, BoxError> {
     table.set_header(["experiment", "case", "flow", "before", "after", "after / before", ""]);
     for row in &rows {
         let verdict = row.verdict();
-        let (before, after) = (format!("{:.3}", row.before.median), format!("{:.3}", row.after.median));
+        let before = format!("{:.3}", row.before.median);
+        let after = format!("{:.3}", row.after.median);
         let ratio = row.ratio().map_or("–".to_string(), |ratio| format!("{ratio:.3}"));
         table.add_row([row.experiment, &row.case, &row.flow, &before, &after, &ratio, verdict]);
     }

@@ -2,11 +2,11 @@
 
 use super::super::study::stats::failures;
 use super::super::study::store::Results;
-use super::Drawn;
+use super::charts::ExperimentCharts;
 use super::tables::{Cells, tables};
 use crate::bench::markup::escape;
 
-pub fn page(results: &Results, drawn: &[Drawn]) -> String {
+pub fn page(results: &Results, drawn: &[ExperimentCharts]) -> String {
     let header = &results.header;
     let fact = |(name, value): (&String, &String)| row(&[name, value]);
     let facts: String = header.host.iter().chain(&header.settings).map(fact).collect();
@@ -26,9 +26,9 @@ pub fn page(results: &Results, drawn: &[Drawn]) -> String {
     )
 }
 
-fn section(results: &Results, drawn: &Drawn) -> String {
+fn section(results: &Results, drawn: &ExperimentCharts) -> String {
     let experiment = drawn.experiment;
-    let charts: String = drawn.charts.iter().map(|(_, svg)| svg.as_str()).collect();
+    let charts: String = drawn.charts.iter().map(|chart| chart.svg.as_str()).collect();
     let tables: String = tables(results, experiment).iter().map(table).collect();
     let title = escape(experiment.title());
     format!("<h2>{}: {title}</h2>\n{charts}{tables}", experiment.name())
@@ -54,7 +54,10 @@ fn failed(results: &Results) -> String {
     }
     let rows: String = failures
         .iter()
-        .map(|((experiment, case, flow), (count, why))| row(&[experiment, case, flow, &count.to_string(), why]))
+        .map(|failure| {
+            let count = failure.count.to_string();
+            row(&[&failure.experiment, &failure.case, &failure.flow, &count, &failure.reason])
+        })
         .collect();
     format!("<h2>Failed</h2>\n<table>{rows}</table>\n")
 }

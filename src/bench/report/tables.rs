@@ -13,28 +13,40 @@ pub struct Cells {
     pub rows: Vec<Vec<String>>,
 }
 
-/// The numbers of an experiment that have a table: name and title.
-fn numbers(experiment: Experiment) -> &'static [(&'static str, &'static str)] {
+/// A number that has a table.
+struct Number {
+    name: &'static str,
+    title: &'static str,
+}
+
+/// The numbers of an experiment that have a table.
+fn numbers(experiment: Experiment) -> &'static [Number] {
     match experiment {
-        Experiment::E1 | Experiment::E2 | Experiment::E4 => &[("answer_ms", "ms to the answer")],
-        Experiment::E3 => &[("answer_ms", "ms to the answer, median"), ("answer_p95_ms", "ms to the answer, p95")],
+        Experiment::E1 | Experiment::E2 | Experiment::E4 => &[Number { name: "answer_ms", title: "ms to the answer" }],
+        Experiment::E3 => &[
+            Number { name: "answer_ms", title: "ms to the answer, median" },
+            Number { name: "answer_p95_ms", title: "ms to the answer, p95" },
+        ],
         Experiment::E5 => &[
-            ("by_read_pages", "pages brought in by reads"),
-            ("by_write_pages", "pages brought in by writes"),
-            ("preloaded_pages", "pages preloaded"),
-            ("major_faults", "vCPU faults that waited for I/O"),
+            Number { name: "by_read_pages", title: "pages brought in by reads" },
+            Number { name: "by_write_pages", title: "pages brought in by writes" },
+            Number { name: "preloaded_pages", title: "pages preloaded" },
+            Number { name: "major_faults", title: "vCPU faults that waited for I/O" },
         ],
         Experiment::E6 => &[
-            ("local_mib_per_vm", "local MiB per VM, page tables included"),
-            ("all_mib", "MiB in all, shared pages once"),
+            Number { name: "local_mib_per_vm", title: "local MiB per VM, page tables included" },
+            Number { name: "all_mib", title: "MiB in all, shared pages once" },
         ],
-        Experiment::E7 => &[("answer_ms", "ms to the answer"), ("local_dram_kib", "KiB of local memory")],
+        Experiment::E7 => &[
+            Number { name: "answer_ms", title: "ms to the answer" },
+            Number { name: "local_dram_kib", title: "KiB of local memory" },
+        ],
     }
 }
 
 /// The tables of an experiment.
 pub fn tables(results: &Results, experiment: Experiment) -> Vec<Cells> {
-    let mut all: Vec<Cells> = numbers(experiment).iter().map(|number| table(results, experiment, *number)).collect();
+    let mut all: Vec<Cells> = numbers(experiment).iter().map(|number| table(results, experiment, number)).collect();
     if experiment == Experiment::E1 {
         all.push(slices(results, experiment));
     }
@@ -58,9 +70,9 @@ pub fn text(results: &Results, experiment: Experiment) -> String {
     drawn.collect::<Vec<_>>().join("\n\n")
 }
 
-fn table(results: &Results, experiment: Experiment, (number, what): (&str, &str)) -> Cells {
+fn table(results: &Results, experiment: Experiment, number: &Number) -> Cells {
     let (cases, flows) = axes(results, experiment.name());
-    let of = |case: &str, flow: &str| summary(results, experiment.name(), case, flow, number);
+    let of = |case: &str, flow: &str| summary(results, experiment.name(), case, flow, number.name);
     let mut rows = Vec::new();
     for case in &cases {
         let cell = |flow: &String| of(case, flow).map_or("–".to_string(), |all| span(all.median, all.min, all.max));
@@ -79,7 +91,7 @@ fn table(results: &Results, experiment: Experiment, (number, what): (&str, &str)
         rows.push(std::iter::once(name).chain(flows.iter().map(mean)).collect());
     }
     let rounds = results.samples.iter().map(|sample| sample.key.round + 1).max().unwrap_or_default();
-    let title = format!("{what}: median (least–most) of up to {rounds}");
+    let title = format!("{}: median (least–most) of up to {rounds}", number.title);
     Cells { title, header: header(&flows), rows }
 }
 

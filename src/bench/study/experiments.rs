@@ -2,17 +2,17 @@
 
 use std::time::Instant;
 
-use serde_json::Value;
-
-use super::super::Cache;
-use super::super::{BoxError, prepare};
 use super::flow::Flow;
 use super::foreign::Foreign;
+use super::measure::Study;
 use super::settings::{Experiment, Settings};
 use super::stage::Stage;
-use super::store::Key;
-use super::workload::Workload;
-use super::{From, Study, Values, guest_us};
+use super::store::{Key, Values};
+use super::subject::Subject;
+use super::workload::{Inputs, Workload};
+use crate::bench::cache::{Cache, prepare};
+use crate::bench::guest::guest_us;
+use crate::sys::errors::BoxError;
 use crate::tiering::profile::RecorderKind;
 
 /// Shares of the read set that fit local memory in addition to the write set (E7), percent.
@@ -53,25 +53,42 @@ impl Study {
     }
 
     /// The workload's snapshot, asked for input B after a recording of input A.
-    pub fn from(&self, workload: &'static Workload) -> Result<From, BoxError> {
-        let snapshot = self.stage.snapshot(workload, false)?;
-        Ok(From { workload, snapshot, sizes: false, recorded: workload.a(), asked: workload.b(), more: Vec::new() })
+    pub fn subject(&self, workload: &'static Workload) -> Result<Subject, BoxError> {
+        let snapshot = self.stage.snapshot(workload, Inputs::Two)?;
+        Ok(Subject {
+            workload,
+            snapshot,
+            inputs: Inputs::Two,
+            recorded: workload.a(),
+            asked: workload.b(),
+            more: Vec::new(),
+        })
     }
 
     fn record_one_ask_another(&mut self, experiment: Experiment, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload)?;
-        let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
-        self.rounds(experiment, workload.name, &from, &flows, runs)
+        let subject = self.subject(workload)?;
+        let flows = self.settings.flows.clone();
+        let runs = self.settings.runs;
+        self.rounds(experiment, workload.name, &subject, &flows, runs)
     }
 
     fn sizes(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let Some(&recorded) = workload.sizes.get(2) else { return Ok(()) };
-        let (flows, runs) = (self.settings.flows.clone(), self.settings.runs);
-        let snapshot = self.stage.snapshot(workload, true)?;
+        let flows = self.settings.flows.clone();
+        let runs = self.settings.runs;
+        let snapshot = self.stage.snapshot(workload, Inputs::Sizes)?;
         for &size in workload.sizes {
-            let (recorded, asked) = (workload.of_size(recorded), workload.of_size(size));
-            let from = From { workload, snapshot: snapshot.clone(), sizes: true, recorded, asked, more: Vec::new() };
-            self.rounds(Experiment::E2, &format!("{} {size}", workload.name), &from, &flows, runs)?;
+            let recorded = workload.of_size(recorded);
+            let asked = workload.of_size(size);
+            let subject = Subject {
+                workload,
+                snapshot: snapshot.clone(),
+                inputs: Inputs::Sizes,
+                recorded,
+                asked,
+                more: Vec::new(),
+            };
+            self.rounds(Experiment::E2, &format!("{} {size}", workload.name), &subject, &flows, runs)?;
         }
         Ok(())
     }
@@ -91,21 +108,21 @@ impl Study {
     }
 
     fn fault_ins(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload)?;
+        let subject = self.subject(workload)?;
         let flows: Vec<Flow> = self.settings.flows.iter().copied().filter(|flow| flow.restore().is_some()).collect();
-        self.rounds(Experiment::E5, workload.name, &from, &flows, 1)
+        self.rounds(Experiment::E5, workload.name, &subject, &flows, 1)
     }
 
     fn budgets(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload)?;
-        let profile = self.stage.profile(&from.snapshot, RecorderKind::Uffd, &from.recorded)?;
+        let subject = self.subject(workload)?;
+        let profile = self.stage.profile(&subject.snapshot, RecorderKind::Uffd, &subject.recorded)?;
         let (read, written) = self.working_set_mib(&profile)?;
         let flows: Vec<Flow> = self.settings.flows.iter().copied().filter(|flow| flow.restore().is_some()).collect();
         for share in BUDGETS {
             let mib = (written + read * share as f64 / 100.0).ceil() as u64;
             let more = vec!["--dram".to_string(), mib.to_string()];
             let case = format!("{} +{share} %", workload.name);
-            self.rounds(Experiment::E7, &case, &From { more, ..from.clone() }, &flows, self.settings.runs)?;
+            self.rounds(Experiment::E7, &case, &Subject { more, ..subject.clone() }, &flows, self.settings.runs)?;
         }
         Ok(())
     }
@@ -123,7 +140,7 @@ impl Study {
         &mut self,
         experiment: Experiment,
         case: &str,
-        from: &From,
+        subject: &Subject,
         flows: &[Flow],
         runs: u32,
     ) -> Result<(), BoxError> {
@@ -142,7 +159,7 @@ impl Study {
                 continue;
             }
             if cached {
-                prepare(&from.snapshot, Cache::Warm)?;
+                prepare(&subject.snapshot, Cache::Warm)?;
             }
             for round in 0..=runs {
                 // Forth and back: a restore leaves a state behind that the next one finds.
@@ -150,25 +167,25 @@ impl Study {
                 for &flow in &order {
                     match round.checked_sub(1) {
                         // Failures also show in the rounds that count.
-                        None => drop(self.once(from, flow)),
-                        Some(round) => self.measure(key(flow, round), |study| study.once(from, flow))?,
+                        None => drop(self.once(subject, flow)),
+                        Some(round) => self.measure(key(flow, round), |study| study.once(subject, flow))?,
                     }
                 }
             }
         }
         if flows.contains(&Flow::Warm) {
-            self.warm(from, |round| key(Flow::Warm, round), runs)?;
+            self.warm(subject, |round| key(Flow::Warm, round), runs)?;
         }
         Ok(())
     }
 
-    fn once(&mut self, from: &From, flow: Flow) -> Result<Values, BoxError> {
+    fn once(&mut self, subject: &Subject, flow: Flow) -> Result<Values, BoxError> {
         match (flow.restore(), flow.backend().zip(self.settings.firecracker.clone())) {
-            (Some(restore), _) => self.restore(from, flow, restore),
+            (Some(restore), _) => self.restore(subject, flow, restore),
             (None, Some((backend, vmm))) => {
-                let foreign = Foreign::new(&vmm, from)?;
-                let (values, digest) = foreign.restore(&from.asked, backend, flow.is_cached())?;
-                self.stage.check_digest(&from.snapshot, &from.asked, &digest)?;
+                let foreign = Foreign::new(&vmm, subject)?;
+                let (values, digest) = foreign.restore(&subject.asked, backend, flow.is_cached())?;
+                self.stage.check_digest(&subject.snapshot, &subject.asked, &digest)?;
                 Ok(values)
             }
             (None, None) => Err(format!("{flow} needs --firecracker PATH").into()),
@@ -176,18 +193,18 @@ impl Study {
     }
 
     /// Runs the function again in the VM that has run it.
-    fn warm(&mut self, from: &From, key: impl Fn(u32) -> Key, runs: u32) -> Result<(), BoxError> {
+    fn warm(&mut self, subject: &Subject, key: impl Fn(u32) -> Key, runs: u32) -> Result<(), BoxError> {
         if (0..runs).all(|round| self.store.has(&key(round))) {
             self.bar.inc(u64::from(runs));
             return Ok(());
         }
-        let mut guest = self.stage.booted(from.workload, from.sizes, &self.scratch.path().join("warm.sock"))?;
+        let mut guest = self.stage.booted(subject.workload, subject.inputs, &self.scratch.path().join("warm.sock"))?;
         for round in 0..runs {
             self.measure(key(round), |study| {
-                guest.call(&from.recorded)?;
+                guest.call(&subject.recorded)?;
                 let start = Instant::now();
-                let answered = guest.call(&from.asked)?;
-                study.stage.check_digest(&from.snapshot, &from.asked, answered.digest())?;
+                let answered = guest.call(&subject.asked)?;
+                study.stage.check_digest(&subject.snapshot, &subject.asked, answered.digest())?;
                 let mut values = Values::new();
                 values.insert("answer_ms".into(), (answered.at - start).as_secs_f64() * 1000.0);
                 if let Some(us) = guest_us(&format!("ok id {}", answered.rest)) {
@@ -198,9 +215,4 @@ impl Study {
         }
         Ok(())
     }
-}
-
-/// The digest in an answer line `ok ID DIGEST …`.
-pub fn digest_of(report: &Value) -> Option<String> {
-    Some(report["answer"].as_str()?.split(' ').nth(2)?.to_string())
 }

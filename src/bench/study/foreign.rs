@@ -10,14 +10,15 @@ use rustix::fs::Advice;
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::super::guest::{Guest, TIMEOUT, snapshot};
-use super::super::{BoxError, refuse};
 use super::flow::Backend;
 use super::stage::{remove, write_kernel};
-use super::{From, Values, guest_us};
+use super::store::Values;
+use super::subject::Subject;
+use crate::bench::guest::{Guest, TIMEOUT, guest_us, snapshot};
 use crate::bench::page_fault_handler::Handler;
 use crate::sys::api_client::Client;
 use crate::sys::bounded_wait::Wait;
+use crate::sys::errors::{BoxError, refuse};
 
 /// Interval of the attempts at a socket that does not exist yet.
 const POLL: Duration = Duration::from_micros(200);
@@ -46,15 +47,16 @@ pub struct Foreign {
 
 impl Foreign {
     /// Finds the VMM's snapshot beside tvmm's, or makes it.
-    pub fn new(vmm: &Path, from: &From) -> Result<Foreign, BoxError> {
-        let dir = from.snapshot.with_file_name("firecracker");
+    pub fn new(vmm: &Path, subject: &Subject) -> Result<Foreign, BoxError> {
+        let dir = subject.snapshot.with_file_name("firecracker");
         std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
-        let (state, memory) = (dir.join("state"), dir.join("memory"));
+        let state = dir.join("state");
+        let memory = dir.join("memory");
         let foreign =
             Foreign { vmm: vmm.to_owned(), socket: dir.join("api.sock"), faults: dir.join("uffd.sock"), state, memory };
         let whole = dir.join("whole");
         if !whole.exists() {
-            foreign.prepare(&dir, from)?;
+            foreign.prepare(&dir, subject)?;
             std::fs::write(&whole, "")?;
         }
         Ok(foreign)
@@ -65,7 +67,8 @@ impl Foreign {
         let mut command = Command::new(&self.vmm);
         command.arg("--api-sock").arg(&self.socket);
         let mut guest = Guest::start(command)?;
-        let (vmm, socket) = (self.vmm.display(), self.socket.display());
+        let vmm = self.vmm.display();
+        let socket = self.socket.display();
         let mut wait = Wait::new(format!("{vmm} to serve {socket}"), START);
         while !is_served(&self.socket)? {
             if guest.has_ended()? {
@@ -79,15 +82,15 @@ impl Foreign {
         Ok((guest, Client::new(&self.socket)))
     }
 
-    fn prepare(&self, dir: &Path, from: &From) -> Result<(), BoxError> {
+    fn prepare(&self, dir: &Path, subject: &Subject) -> Result<(), BoxError> {
         let kernel = write_kernel(&std::env::current_exe()?, dir)?;
         let (mut guest, client) = self.start()?;
         let put = |path: &str, body: Value| client.request("PUT", path, Some(&body), START);
         put("/boot-source", json!({ "kernel_image_path": kernel, "boot_args": "" }))?;
-        put("/machine-config", from.workload.machine())?;
+        put("/machine-config", subject.workload.machine())?;
         put("/actions", json!({ "action_type": "InstanceStart" }))?;
         guest.wait_for("ready ")?;
-        for request in from.workload.prepare(from.sizes) {
+        for request in subject.workload.prepare(subject.inputs) {
             guest.call(&request)?;
         }
         for path in [&self.state, &self.memory] {
@@ -109,9 +112,10 @@ impl Foreign {
 
     /// Restores and asks for a function. Returns the numbers, and the digest of the answer.
     pub fn restore(&self, asked: &str, backend: Backend, cached: bool) -> Result<(Values, String), BoxError> {
-        match cached {
-            false => self.evict()?,
-            true => drop(std::fs::read(&self.memory)?),
+        if cached {
+            drop(std::fs::read(&self.memory)?);
+        } else {
+            self.evict()?;
         }
         let Backend::Uffd(answer) = backend else { return self.measure(asked, "File", &self.memory) };
         remove(&self.faults)?;

@@ -6,16 +6,20 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::super::guest::Guest;
-use super::super::{BoxError, Cache, LONG, child, evict, refuse};
-use super::experiments::digest_of;
 use super::flow::{Flow, Restore};
+use super::measure::{Study, scratch_of, values_of};
 use super::settings::Experiment;
 use super::stats::Summary;
-use super::store::Key;
+use super::store::{Key, Values};
+use super::subject::Subject;
 use super::workload::Workload;
-use super::{From, Study, Values, scratch_of, values_of};
+use crate::bench::cache::{Cache, evict};
+use crate::bench::child;
+use crate::bench::commands::LONG;
+use crate::bench::guest::{Guest, digest_of};
+use crate::bench::trial::Trial;
 use crate::snapshot::PartialDir;
+use crate::sys::errors::{BoxError, refuse};
 
 /// Most different snapshots: they take disk space.
 const SNAPSHOTS: u32 = 16;
@@ -23,7 +27,7 @@ const SNAPSHOTS: u32 = 16;
 impl Study {
     /// E3: restores at once, of one snapshot, and of a snapshot each (as many as there are).
     pub fn at_once(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload)?;
+        let subject = self.subject(workload)?;
         for same in [true, false] {
             for count in self.settings.parallel.clone() {
                 let wanted = if same { 1 } else { count.min(SNAPSHOTS) };
@@ -42,7 +46,7 @@ impl Study {
                     self.bar.inc(u64::from(runs) * restored.len() as u64);
                     continue;
                 }
-                let all = self.copies(&from, wanted)?;
+                let all = self.copies(&subject, wanted)?;
                 for round in 0..runs {
                     for &(flow, restore) in &restored {
                         self.measure(keys(flow, round), |study| study.burst(&all, count, flow, restore))?;
@@ -54,10 +58,10 @@ impl Study {
     }
 
     /// The snapshot and copies of it, as many as `wanted`.
-    fn copies(&self, from: &From, wanted: u32) -> Result<Vec<From>, BoxError> {
-        let mut all = vec![from.clone()];
+    fn copies(&self, subject: &Subject, wanted: u32) -> Result<Vec<Subject>, BoxError> {
+        let mut all = vec![subject.clone()];
         for number in 1..wanted {
-            let dir = self.stage.dir_of(from.workload).join(format!("copy{number}"));
+            let dir = self.stage.dir_of(subject.workload).join(format!("copy{number}"));
             let snapshot = dir.join("snapshot");
             if !snapshot.exists() {
                 std::fs::create_dir_all(&dir)?;
@@ -65,38 +69,38 @@ impl Study {
                 // cp keeps holes, and shares blocks where the file system can.
                 let mut copy = Command::new("cp");
                 copy.args(["-rT", "--sparse=always", "--reflink=auto", "--preserve=timestamps"]);
-                let output = child::output(copy.arg(&from.snapshot).arg(partial.path()), LONG)?;
+                let output = child::output(copy.arg(&subject.snapshot).arg(partial.path()), LONG)?;
                 if !output.status.success() {
                     let said = String::from_utf8_lossy(&output.stderr);
-                    return refuse(format!("Cannot copy {}: {}", from.snapshot.display(), said.trim()));
+                    return refuse(format!("Cannot copy {}: {}", subject.snapshot.display(), said.trim()));
                 }
                 partial.publish(&snapshot)?;
             }
-            all.push(From { snapshot, ..from.clone() });
+            all.push(Subject { snapshot, ..subject.clone() });
         }
         Ok(all)
     }
 
     /// Begins `count` restores together. Returns their times from the start of the first.
-    fn burst(&mut self, all: &[From], count: u32, flow: Flow, restore: Restore) -> Result<Values, BoxError> {
+    fn burst(&mut self, all: &[Subject], count: u32, flow: Flow, restore: Restore) -> Result<Values, BoxError> {
         let mut trials = Vec::new();
         for index in 0..count as usize {
-            let from = &all[index % all.len()];
+            let subject = &all[index % all.len()];
             let scratch = scratch_of(self.scratch.path(), index)?;
-            trials.push(self.trial(from, restore, scratch)?);
+            trials.push(self.trial(subject, restore, scratch)?);
         }
-        for (index, from) in all.iter().enumerate() {
+        for (index, subject) in all.iter().enumerate() {
             // Files derived from a snapshot are made before, and everything is brought into the wanted state.
             if let Some(trial) = trials.get(index) {
                 trial.run(restore.policy, Cache::Warm)?;
             }
             if !flow.is_cached() {
-                evict(&from.snapshot)?;
+                evict(&subject.snapshot)?;
             }
         }
         let begun = Instant::now();
         let reports: Vec<Result<(Value, f64), BoxError>> = std::thread::scope(|scope| {
-            let run = |trial: &super::Trial| {
+            let run = |trial: &Trial| {
                 let report = trial.run(restore.policy, Cache::Warm)?;
                 Ok((report, begun.elapsed().as_secs_f64() * 1000.0))
             };
@@ -108,13 +112,14 @@ impl Study {
             });
             joined.collect()
         });
-        let (mut answers, mut all_done) = (Vec::new(), 0.0_f64);
+        let mut answers = Vec::new();
+        let mut all_done = 0.0_f64;
         for report in reports {
             let (report, done_ms) = report?;
-            let from = &all[0];
-            let digest = digest_of(&report).ok_or("A report has no answer")?;
+            let subject = &all[0];
+            let digest = report["answer"].as_str().and_then(digest_of).ok_or("A report has no answer")?;
             // Copies have the same contents, so their answers must be the same.
-            self.stage.check_digest(&from.snapshot, &from.asked, &digest)?;
+            self.stage.check_digest(&subject.snapshot, &subject.asked, digest)?;
             answers.extend(values_of(&report).get("answer_ms").copied());
             all_done = all_done.max(done_ms);
         }
@@ -129,7 +134,7 @@ impl Study {
 
     /// E6: VMs of one snapshot that have answered and live on.
     pub fn alive(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
-        let from = self.from(workload)?;
+        let subject = self.subject(workload)?;
         for count in self.settings.vms.clone() {
             let flows = self.settings.flows.clone();
             for (flow, restore) in flows.into_iter().filter_map(|flow| Some((flow, flow.restore()?))) {
@@ -139,19 +144,19 @@ impl Study {
                     flow: flow.name().to_string(),
                     round: 0,
                 };
-                self.measure(key, |study| study.crowd(&from, count, restore))?;
+                self.measure(key, |study| study.crowd(&subject, count, restore))?;
             }
         }
         Ok(())
     }
 
-    fn crowd(&mut self, from: &From, count: u32, restore: Restore) -> Result<Values, BoxError> {
-        let trial = self.trial(from, restore, self.scratch.path().to_owned())?;
+    fn crowd(&mut self, subject: &Subject, count: u32, restore: Restore) -> Result<Values, BoxError> {
+        let trial = self.trial(subject, restore, self.scratch.path().to_owned())?;
         let mut guests = Vec::new();
         for _ in 0..count {
             let mut guest = Guest::start(trial.command(restore.policy))?;
-            let answered = guest.call(&from.asked)?;
-            self.stage.check_digest(&from.snapshot, &from.asked, answered.digest())?;
+            let answered = guest.call(&subject.asked)?;
+            self.stage.check_digest(&subject.snapshot, &subject.asked, answered.digest())?;
             guests.push(guest);
         }
         let mut sum = Memory::default();

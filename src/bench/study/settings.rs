@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::super::{BoxError, refuse};
 use super::flow::Flow;
 use super::workload::{WORKLOADS, Workload};
+use crate::sys::errors::{BoxError, refuse};
 
 #[derive(Debug, Args)]
 pub struct RunArgs {

@@ -6,11 +6,12 @@ use std::process::Command;
 
 use serde_json::json;
 
-use super::super::guest::{Guest, snapshot_to};
-use super::super::{BoxError, add_to_pool, record, refuse, remove_from_pool, to_end};
-use super::workload::Workload;
+use super::workload::{Inputs, Workload};
+use crate::bench::commands::{add_to_pool, record, remove_from_pool, to_end};
+use crate::bench::guest::{Guest, snapshot_to};
 use crate::snapshot::{Location, Snapshot, SnapshotId};
 use crate::sys::api_client::Client;
+use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::profile::RecorderKind;
 
 /// A directory of snapshots, with the profiles recorded on them.
@@ -33,9 +34,12 @@ impl Stage {
         self.dir.join(workload.name)
     }
 
-    /// The snapshot of a guest that is ready to run the function. `sizes`: with inputs of other sizes than A and B.
-    pub fn snapshot(&self, workload: &Workload, sizes: bool) -> Result<PathBuf, BoxError> {
-        let dir = self.dir_of(workload).join(if sizes { "sizes" } else { "two" });
+    /// The snapshot of a guest that is ready to run the function with these inputs.
+    pub fn snapshot(&self, workload: &Workload, inputs: Inputs) -> Result<PathBuf, BoxError> {
+        let dir = self.dir_of(workload).join(match inputs {
+            Inputs::Two => "two",
+            Inputs::Sizes => "sizes",
+        });
         let snapshot_dir = dir.join("snapshot");
         // A snapshot gets its name when it is complete.
         if snapshot_dir.exists() {
@@ -43,21 +47,22 @@ impl Stage {
         }
         make(&dir)?;
         let socket = dir.join("api.sock");
-        let _guest = self.booted(workload, sizes, &socket)?;
+        let _guest = self.booted(workload, inputs, &socket)?;
         snapshot_to(&Client::new(&socket), &snapshot_dir)?;
         Ok(snapshot_dir)
     }
 
-    /// A guest that is ready to run the function.
-    pub fn booted(&self, workload: &Workload, sizes: bool, socket: &Path) -> Result<Guest, BoxError> {
+    /// A guest that is ready to run the function with these inputs.
+    pub fn booted(&self, workload: &Workload, inputs: Inputs, socket: &Path) -> Result<Guest, BoxError> {
         let dir = self.dir_of(workload);
         make(&dir)?;
-        let (config, kernel) = (dir.join("vm.json"), write_kernel(&self.exe, &dir)?);
+        let config = dir.join("vm.json");
+        let kernel = write_kernel(&self.exe, &dir)?;
         let boot = json!({ "boot-source": { "kernel_image_path": kernel }, "machine-config": workload.machine() });
         std::fs::write(&config, boot.to_string())?;
         remove(socket)?;
         let mut guest = Guest::boot(&self.exe, &config, socket)?;
-        for request in workload.prepare(sizes) {
+        for request in workload.prepare(inputs) {
             guest.call(&request)?;
         }
         Ok(guest)
@@ -98,10 +103,10 @@ impl Stage {
     pub fn check_digest(&mut self, snapshot: &Path, function: &str, digest: &str) -> Result<(), BoxError> {
         let key = format!("{} {function}", snapshot.display());
         let known = self.digests.entry(key).or_insert_with(|| digest.to_string());
-        match known == digest {
-            true => Ok(()),
-            false => refuse(format!("{function:?} came to {digest}, and to {known} before")),
+        if known != digest {
+            return refuse(format!("{function:?} came to {digest}, and to {known} before"));
         }
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::flow::Flow;
-use super::store::{Results, Sample};
+use super::store::{Key, Results, Sample};
 
 /// Statistics of some numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,7 +48,8 @@ pub fn geomean(numbers: &[f64]) -> Option<f64> {
 
 /// The cases of an experiment, in the order in which they were first measured, and its flows, in their usual order.
 pub fn axes(results: &Results, experiment: &str) -> (Vec<String>, Vec<String>) {
-    let (mut cases, mut flows) = (Vec::new(), Vec::new());
+    let mut cases = Vec::new();
+    let mut flows = Vec::new();
     for sample in results.samples.iter().filter(|sample| sample.key.experiment == experiment) {
         if !cases.contains(&sample.key.case) {
             cases.push(sample.key.case.clone());
@@ -61,16 +62,29 @@ pub fn axes(results: &Results, experiment: &str) -> (Vec<String>, Vec<String>) {
     (cases, flows)
 }
 
-/// The number of failed measurements of each flow, and the reason of the first.
-pub fn failures(results: &Results) -> BTreeMap<(String, String, String), (usize, String)> {
-    let mut failed = BTreeMap::new();
+/// The failed measurements of a flow in a case of an experiment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failure {
+    pub experiment: String,
+    pub case: String,
+    pub flow: String,
+    pub count: usize,
+    /// The reason of the first.
+    pub reason: String,
+}
+
+/// The failures by experiment, case and flow.
+pub fn failures(results: &Results) -> Vec<Failure> {
+    let mut failures: BTreeMap<_, Failure> = BTreeMap::new();
     for sample in &results.samples {
-        if let Some(why) = &sample.failed {
-            let key = (sample.key.experiment.clone(), sample.key.case.clone(), sample.key.flow.clone());
-            failed.entry(key).or_insert_with(|| (0, why.clone())).0 += 1;
+        if let Some(reason) = &sample.failed {
+            let Key { experiment, case, flow, .. } = sample.key.clone();
+            let key = (experiment.clone(), case.clone(), flow.clone());
+            let none = || Failure { experiment, case, flow, count: 0, reason: reason.clone() };
+            failures.entry(key).or_insert_with(none).count += 1;
         }
     }
-    failed
+    failures.into_values().collect()
 }
 
 #[cfg(test)]

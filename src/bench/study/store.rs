@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::{BoxError, refuse};
+use crate::sys::errors::{BoxError, refuse};
 
 /// The file in the directory of results.
 pub const FILE: &str = "results.jsonl";
@@ -43,13 +43,16 @@ pub struct Key {
     pub round: u32,
 }
 
+/// Numbers by name.
+pub type Values = BTreeMap<String, f64>;
+
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     #[serde(flatten)]
     pub key: Key,
     /// Numbers by name; the name ends in the unit.
-    pub values: BTreeMap<String, f64>,
+    pub values: Values,
     /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
@@ -169,9 +172,10 @@ fn check_same(old: &Header, new: &Header, path: &Path) -> Result<(), BoxError> {
             return differs(name, &value(old), &value(new));
         }
     }
-    match old.host == new.host {
-        true => Ok(()),
-        false => refuse(format!("{} was measured on another host: give another --out", path.display())),
+    if old.host == new.host {
+        Ok(())
+    } else {
+        refuse(format!("Cannot go on with {}: it was measured on another host. Give another --out", path.display()))
     }
 }
 

@@ -12,12 +12,29 @@ pub struct Workload {
     pub name: &'static str,
     /// Five or six sizes of input, ascending, in the function's own unit; empty if it has no size.
     pub sizes: &'static [u64],
-    /// True if inputs are made before the snapshot.
-    input_is_made_before: bool,
+    input: Input,
 }
 
-const fn workload(name: &'static str, input_is_made_before: bool, sizes: &'static [u64]) -> Workload {
-    Workload { name, sizes, input_is_made_before }
+/// The time at which the guest makes a function's input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Input {
+    /// Before the snapshot, by a request of its own.
+    MadeBefore,
+    /// In the request that uses it.
+    MadeInRequest,
+}
+
+/// The inputs that a workload's guest is prepared for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inputs {
+    /// A and B.
+    Two,
+    /// Also those of all sizes.
+    Sizes,
+}
+
+const fn workload(name: &'static str, input: Input, sizes: &'static [u64]) -> Workload {
+    Workload { name, sizes, input }
 }
 
 const JSON_BYTES: &[u64] = &[200_000, 400_000, 750_000, 759_000, 1_500_000, 3_000_000];
@@ -25,18 +42,18 @@ const IMAGE_BYTES: &[u64] = &[100_000, 200_000, 400_000, 409_000, 800_000, 1_600
 
 /// All of them, in the order of FaaSnap's list. If two of the six inputs have one size, five are left.
 pub static WORKLOADS: [Workload; 12] = [
-    workload("hello", false, &[]),
-    workload("readlist", false, &[]),
-    workload("mmap", false, &[]),
-    workload("image", true, IMAGE_BYTES),
-    workload("json", true, JSON_BYTES),
-    workload("pyaes", false, &[5_000, 10_000, 20_000, 40_000, 80_000]),
-    workload("chameleon", false, &[10_000, 20_000, 40_000, 80_000, 160_000]),
-    workload("matmul", false, &[500, 700, 1000, 1400, 2000]),
-    workload("ffmpeg", true, &[100_000, 200_000, 399_000, 400_000, 800_000, 1_500_000]),
-    workload("compression", true, JSON_BYTES),
-    workload("recognition", true, IMAGE_BYTES),
-    workload("pagerank", false, &[25_000, 50_000, 100_000, 200_000, 400_000]),
+    workload("hello", Input::MadeInRequest, &[]),
+    workload("readlist", Input::MadeInRequest, &[]),
+    workload("mmap", Input::MadeInRequest, &[]),
+    workload("image", Input::MadeBefore, IMAGE_BYTES),
+    workload("json", Input::MadeBefore, JSON_BYTES),
+    workload("pyaes", Input::MadeInRequest, &[5_000, 10_000, 20_000, 40_000, 80_000]),
+    workload("chameleon", Input::MadeInRequest, &[10_000, 20_000, 40_000, 80_000, 160_000]),
+    workload("matmul", Input::MadeInRequest, &[500, 700, 1000, 1400, 2000]),
+    workload("ffmpeg", Input::MadeBefore, &[100_000, 200_000, 399_000, 400_000, 800_000, 1_500_000]),
+    workload("compression", Input::MadeBefore, JSON_BYTES),
+    workload("recognition", Input::MadeBefore, IMAGE_BYTES),
+    workload("pagerank", Input::MadeInRequest, &[25_000, 50_000, 100_000, 200_000, 400_000]),
 ];
 
 impl Workload {
@@ -46,10 +63,10 @@ impl Workload {
     }
 
     /// The requests before the snapshot, an invocation among them as in FaaSnap's harness: the snapshot is of an
-    /// instance that has run. `sizes`: the guest will be asked for other sizes than A and B.
-    pub fn prepare(&self, sizes: bool) -> Vec<String> {
+    /// instance that has run.
+    pub fn prepare(&self, inputs: Inputs) -> Vec<String> {
         let mut requests = vec![format!("prepare function={}", self.name), self.a()];
-        if sizes && self.input_is_made_before {
+        if inputs == Inputs::Sizes && self.input == Input::MadeBefore {
             requests.extend(self.sizes.iter().map(|size| format!("prepare function={} size={size}", self.name)));
         }
         requests

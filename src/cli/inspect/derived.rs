@@ -53,7 +53,8 @@ impl Derived {
 /// Checks all files derived from `snapshot`.
 pub fn check_all(snapshot: &Snapshot) -> Result<Vec<Derived>, BoxError> {
     let dir = derived_dir(snapshot.location());
-    let (mut found, mut specs) = (Vec::new(), Vec::new());
+    let mut found = Vec::new();
+    let mut specs = Vec::new();
     for path in files_in(&dir, "plan")? {
         let (state, images) = check_plan(&path, snapshot);
         specs.extend(images);

@@ -59,7 +59,7 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {
         State::Damaged(told) => Some(told.clone()),
         State::Intact(_) | State::Unused(_) => None,
     }));
-    let told = Told { snapshot: &snapshot, map, layers: &layers, derived: &derived, damage: &damage, content };
+    let told = Findings { snapshot: &snapshot, map, layers: &layers, derived: &derived, damage: &damage, content };
     if args.json {
         out!("{:#}", told.to_json(chain.is_ok()));
     } else {
@@ -144,7 +144,7 @@ fn missing_drives(snapshot: &Snapshot) -> Vec<String> {
 }
 
 /// The facts printed about a snapshot.
-struct Told<'a> {
+struct Findings<'a> {
     snapshot: &'a Snapshot,
     map: &'a PageMap,
     /// The whole chain, base first, or the snapshot alone if its parents cannot be opened.
@@ -154,7 +154,7 @@ struct Told<'a> {
     content: Option<String>,
 }
 
-impl Told<'_> {
+impl Findings<'_> {
     fn to_json(&self, is_whole: bool) -> Value {
         let section = |info: &SectionInfo| {
             json!({ "kind": format!("{:?}", info.kind),

@@ -47,8 +47,8 @@ pub fn is_one(pool: &Path) -> bool {
 
 /// Makes a pool in an empty or missing directory.
 pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
-    let (chunk_kib, bandwidth_mbps) =
-        (args.chunk.unwrap_or(DEFAULT_CHUNK_KIB), args.bandwidth.unwrap_or(DEFAULT_BANDWIDTH_MBPS));
+    let chunk_kib = args.chunk.unwrap_or(DEFAULT_CHUNK_KIB);
+    let bandwidth_mbps = args.bandwidth.unwrap_or(DEFAULT_BANDWIDTH_MBPS);
     AnyPool::create(text(at)?, Manifest::new(chunk_kib, bandwidth_mbps)?)?;
     out!("{}", at.display());
     say!("cold pool: chunks of {chunk_kib} KiB, compressed for {bandwidth_mbps} MB/s");
@@ -59,7 +59,7 @@ pub fn create(at: &Path, args: &ChunkArgs) -> Result<ExitCode, BoxError> {
 fn text(pool: &Path) -> Result<&str, BoxError> {
     match pool.to_str() {
         Some(text) => Ok(text),
-        None => refuse(format!("{} is not UTF-8", pool.display())),
+        None => refuse(format!("Cannot use {}: the path is not UTF-8", pool.display())),
     }
 }
 
@@ -74,9 +74,10 @@ pub fn add(pool: &Path, snapshot: &Path, profile: Option<&Path>, as_json: bool) 
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    match as_json {
-        true => out!("{:#}", packed_json(&packed)),
-        false => print_packed(&packed),
+    if as_json {
+        out!("{:#}", packed_json(&packed))
+    } else {
+        print_packed(&packed)
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -115,7 +116,8 @@ fn mib(bytes: u64) -> f64 {
 fn print_packed(packed: &Packed) {
     let index = &packed.index;
     out!("snapshot   {}", index.snapshot());
-    let (bytes, stored) = (index.pages() * PAGE_SIZE, index.data_len());
+    let bytes = index.pages() * PAGE_SIZE;
+    let stored = index.data_len();
     out!("pages      {} ({:.1} MiB) in {} chunks", index.pages(), mib(bytes), index.chunks().len());
     out!("stored     {:.1} MiB, {:.0} %", mib(stored), 100.0 * stored as f64 / bytes.max(1) as f64);
     for (method, (chunks, bytes, stored)) in Compression::ALL.iter().zip(packed.methods) {
@@ -128,9 +130,10 @@ fn print_packed(packed: &Packed) {
 /// Lists the snapshots.
 pub fn list(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let held = AnyPool::open(text(pool)?)?.list()?;
-    match as_json {
-        true => out!("{:#}", json!(held)),
-        false => held.iter().for_each(|snapshot| out!("{snapshot}")),
+    if as_json {
+        out!("{:#}", json!(held))
+    } else {
+        held.iter().for_each(|snapshot| out!("{snapshot}"))
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -149,7 +152,8 @@ pub fn show(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(["snapshot", "MiB", "stored", "%", "chunks", "raw/lz4/zstd"]);
     for index in &indexes {
-        let (bytes, stored) = (index.pages() * PAGE_SIZE, index.data_len());
+        let bytes = index.pages() * PAGE_SIZE;
+        let stored = index.data_len();
         let count = |method| index.chunks().iter().filter(|chunk| chunk.compression == method).count();
         table.add_row([
             index.snapshot().to_string()[..16].to_string(),
@@ -188,9 +192,10 @@ pub fn remove(pool: &Path, snapshot: &str) -> Result<ExitCode, BoxError> {
 /// Removes data that belongs to no snapshot.
 pub fn collect(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let freed = AnyPool::open(text(pool)?)?.collect()?;
-    match as_json {
-        true => out!("{:#}", json!({ "bytes": freed })),
-        false => out!("freed      {:.1} MiB", mib(freed)),
+    if as_json {
+        out!("{:#}", json!({ "bytes": freed }))
+    } else {
+        out!("freed      {:.1} MiB", mib(freed))
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -198,7 +203,8 @@ pub fn collect(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
 /// Compares every chunk with its checksum.
 pub fn check(pool: &Path, as_json: bool) -> Result<ExitCode, BoxError> {
     let store = AnyPool::open(text(pool)?)?;
-    let (mut results, mut bad) = (Vec::new(), 0);
+    let mut results = Vec::new();
+    let mut bad = 0;
     for id in store.list()? {
         let problem = match store.check(id) {
             Ok(checked) if checked.bad_chunks == 0 => None,

@@ -156,7 +156,9 @@ pub fn run(args: &PoolArgs) -> Result<ExitCode, BoxError> {
 fn create(at: &std::path::Path, gib: Option<f64>, format: Option<&str>) -> Result<ExitCode, BoxError> {
     let size = match gib {
         Some(gib) if !(gib > 0.0 && gib < f64::from(1 << 20)) => {
-            return refuse(format!("A pool of {gib} GiB cannot be"));
+            return refuse(format!(
+                "A pool of {gib} GiB cannot be made: its size must be more than 0 and less than 1,048,576 GiB"
+            ));
         }
         gib => gib.map(|gib| (gib * f64::from(1 << 30)) as u64),
     };
@@ -178,7 +180,7 @@ fn create(at: &std::path::Path, gib: Option<f64>, format: Option<&str>) -> Resul
 
 fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
     let PoolCommand::Add { pool, snapshot, profile, name, restores, json } = command else {
-        return refuse("Nothing to add");
+        return refuse("Cannot add: no snapshot is named");
     };
     let medium = pool_media::open(pool, Access::Change)?;
     let profile = profile.as_deref().map(Profile::load).transpose()?;
@@ -193,9 +195,10 @@ fn add(command: &PoolCommand) -> Result<ExitCode, BoxError> {
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    match json {
-        true => out!("{:#}", show::head_json(&head)),
-        false => show::print_added(&head),
+    if *json {
+        out!("{:#}", show::head_json(&head))
+    } else {
+        show::print_added(&head)
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,6 @@
 //! The contents of a pool: in numbers, and drawn.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -12,7 +11,8 @@ use crate::backends::pool_media::PoolMedium;
 use crate::snapshot::PAGE_SIZE;
 use crate::sys::errors::BoxError;
 use crate::tiering::pool::catalogue::{Catalogue, Head};
-use crate::tiering::pool::lease::{self, EXPIRY_S, Holder, Lease};
+use crate::tiering::pool::lease::{self, EXPIRY_S};
+use crate::tiering::pool::lease_record::{Holder, Lease};
 use crate::tiering::pool::{Medium, Space};
 
 pub fn mib(pages: u64) -> f64 {
@@ -80,7 +80,8 @@ pub fn list(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
         return Ok(ExitCode::SUCCESS);
     }
     let rows = catalogue.heads.iter().map(|head| {
-        let (stats, state) = (&head.stats, if head.retired { " (removed)" } else { "" });
+        let stats = &head.stats;
+        let state = if head.retired { " (removed)" } else { "" };
         vec![
             format!("{}{state}", head.name),
             head.snapshot.to_string()[..16].to_string(),
@@ -168,7 +169,8 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
     let me = Holder::of(medium)?;
     let facts = medium.facts();
     let pages = catalogue.geometry().pages();
-    let (used, shared) = (occupancy.used(), occupancy.shared());
+    let used = occupancy.used();
+    let shared = occupancy.shared();
     let nonzero: u64 = catalogue.heads.iter().map(|head| head.stats.nonzero).sum();
     if json {
         let vm = |(lease, resident): &(Lease, Option<Resident>)| {
@@ -212,12 +214,9 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
 /// The holders of leases, and the memory of those on this host.
 fn vms(medium: &PoolMedium, catalogue: &Catalogue) -> Result<Vec<(Lease, Option<Resident>)>, BoxError> {
     let metadata = medium.file().metadata()?;
-    let file = (metadata.dev(), metadata.ino());
     let me = Holder::of(medium)?;
-    let usage = |lease: &Lease| match lease.holder.host == me.host {
-        true => usage::of(lease.holder.pid, file),
-        false => None,
-    };
+    let usage =
+        |lease: &Lease| if lease.holder.host == me.host { usage::of(lease.holder.pid, &metadata) } else { None };
     let leases = lease::live(medium, EXPIRY_S)?;
     let named = |lease: Lease| {
         let head = catalogue.heads.iter().find(|head| lease.is_of(head.entry.digest));

@@ -1,7 +1,9 @@
 //! The memory of running VMs by place, as the kernel reports it (`/proc/PID/smaps`).
 
+use std::fs::Metadata;
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 use serde::Serialize;
 
@@ -20,15 +22,17 @@ pub struct Resident {
     pub pss_kib: u64,
 }
 
-/// Reads the usage of a process that maps the file `(device, inode)`; `None` if it has ended or belongs to another
+/// Reads the usage of a process that maps the file with this `metadata`; `None` if it has ended or belongs to another
 /// user.
-pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
+pub fn of(pid: u32, metadata: &Metadata) -> Option<Resident> {
+    let device = metadata.dev();
     let file = std::fs::File::open(format!("/proc/{pid}/smaps")).ok()?;
-    let pool = format!(" {:02x}:{:02x} {inode}", rustix::fs::major(device), rustix::fs::minor(device));
+    let pool = format!(" {:02x}:{:02x} {}", rustix::fs::major(device), rustix::fs::minor(device), metadata.ino());
     let mut usage = Resident::default();
     let pagemap = Pagemap::of(pid).ok()?;
     // The current mapping, if it is of the pool: its range, and the kernel's count.
-    let (mut mapped, mut rss): (Option<Range<u64>>, u64) = (None, 0);
+    let mut mapped: Option<Range<u64>> = None;
+    let mut rss = 0_u64;
     for line in BufReader::new(file).lines() {
         let line = line.ok()?;
         let Some((name, rest)) = line.split_once(':') else { continue };
@@ -61,23 +65,22 @@ pub fn of(pid: u32, (device, inode): (u64, u64)) -> Option<Resident> {
 /// The range of the mapping that `line` begins with.
 fn range(line: &str) -> Option<Range<u64>> {
     let (start, end) = line.split(' ').next()?.split_once('-')?;
-    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    let start = u64::from_str_radix(start, 16).ok()?;
+    let end = u64::from_str_radix(end, 16).ok()?;
     (start <= end).then_some(start..end)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]
     fn this_process_has_local_memory_and_nothing_of_a_file_that_nobody_maps() {
         let file = tempfile::tempfile().unwrap();
         let metadata = file.metadata().unwrap();
-        let usage = of(std::process::id(), (metadata.dev(), metadata.ino())).unwrap();
+        let usage = of(std::process::id(), &metadata).unwrap();
         assert_eq!(usage.pool_kib, 0);
         assert!(usage.local_kib > 0 && usage.pss_kib >= usage.local_kib);
-        assert_eq!(of(u32::MAX, (0, 0)), None);
+        assert_eq!(of(u32::MAX, &metadata), None);
     }
 }

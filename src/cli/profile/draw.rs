@@ -89,7 +89,8 @@ fn cell_pages(set: &PageSet) -> u64 {
     let mut cell = 1;
     loop {
         let row_pages = cell * COLUMNS;
-        let (mut rows, mut next) = (0_u64, 0);
+        let mut rows = 0_u64;
+        let mut next = 0;
         for run in set.runs() {
             let last = (run.end().0 - 1) / row_pages;
             rows += (last + 1).saturating_sub(next.max(run.first.0 / row_pages));

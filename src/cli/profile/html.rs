@@ -1,23 +1,24 @@
 //! A profile as one HTML file, without scripts, fonts or network access.
 
 use super::draw::{COLUMNS, Cell, Map};
-use super::show::{Shown, facts};
+use super::facts::{ProfileView, facts};
 use crate::bench::markup::escape;
 
 const CELL_PX: u64 = 12;
 const LABEL_PX: u64 = 110;
 
 /// The page.
-pub fn page(shown: &Shown) -> String {
+pub fn page(shown: &ProfileView) -> String {
     let rows: String = facts(shown)
         .iter()
         .map(|(name, value)| format!("<tr><th>{}</th><td>{}</td></tr>\n", escape(name), escape(value)))
         .collect();
     let map = Map::of(&shown.profile);
     let classes = drawing(&map, "What was done", |cell| class_colour(cell, map.cell));
-    let order = match shown.profile.order == crate::tiering::profile::Order::Unknown {
-        true => "<p>The recorder saw no order.</p>".to_string(),
-        false => drawing(&map, "When it was touched first", order_colour),
+    let order = if shown.profile.order == crate::tiering::profile::Order::Unknown {
+        "<p>The recorder saw no order.</p>".to_string()
+    } else {
+        drawing(&map, "When it was touched first", order_colour)
     };
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>Profile of {title}</title>\n<style>\n\
@@ -35,7 +36,8 @@ pub fn page(shown: &Shown) -> String {
 }
 
 fn drawing(map: &Map, name: &str, colour: impl Fn(&Cell) -> Option<String>) -> String {
-    let (width, height) = (LABEL_PX + COLUMNS * CELL_PX, map.rows.len() as u64 * CELL_PX);
+    let width = LABEL_PX + COLUMNS * CELL_PX;
+    let height = map.rows.len() as u64 * CELL_PX;
     let mut out = format!(
         "<h2>{}</h2>\n<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" role=\"img\">\n",
         escape(name)
@@ -89,7 +91,7 @@ mod tests {
     fn text_from_the_profile_is_escaped_and_nothing_is_fetched() {
         let mut profile = Profile::new(SnapshotId::default(), RecorderKind::DirtyLog, "<script>alert('\"&')</script>");
         profile.written.insert(Gfn(5));
-        let html = page(&Shown { profile, file_bytes: 1, of_snapshot: None });
+        let html = page(&ProfileView { profile, file_bytes: 1, of_snapshot: None });
         assert!(!html.contains("<script") && html.contains("&lt;script&gt;alert(&#39;&quot;&amp;&#39;)"), "{html}");
         assert_eq!(html.matches("http").count(), html.matches("http://www.w3.org/2000/svg").count());
         assert_eq!(html.matches("<rect").count(), 64);

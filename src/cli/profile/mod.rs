@@ -1,6 +1,7 @@
 //! `tvmm profile`: records the pages that a function reads and writes, shows profiles, and merges several runs.
 
 mod draw;
+mod facts;
 mod html;
 mod show;
 
@@ -133,23 +134,27 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
     // Taken before any thread exists, so that none of them gets the signals.
     let mut signals = EndSignals::take()?;
     kick::install_handler()?;
-    let (mut runs, mut told) = (Vec::new(), Vec::new());
+    let mut runs = Vec::new();
+    let mut told = Vec::new();
     for number in 1..=args.repeat {
         let drives = args.drive_dir.as_deref().map(|dir| RunDrives::make(dir, number)).transpose()?;
         spec.drive_dir = drives.as_ref().map(|drives| drives.0.clone());
         let (recorded, back) = record(&spec, signals)?;
         signals = back;
-        let (profile, ms) = (&recorded.profile, recorded.execute_ns as f64 / 1e6);
+        let profile = &recorded.profile;
+        let ms = recorded.execute_ns as f64 / 1e6;
         let answer = recorded.answer.trim_end();
         say!("run {number}: {answer}, {ms:.3} ms, {}", counts(profile));
         told.push(json!({ "answer": answer, "execute_us": recorded.execute_ns as f64 / 1e3 }));
         runs.push(recorded.profile);
     }
-    let code = write(&runs, by, &args.out, !args.json)?;
+    write(&runs, by, &args.out)?;
     if args.json {
         out!("{:#}", json!({ "profile": args.out, "runs": told }));
+    } else {
+        out!("{}", args.out.display());
     }
-    Ok(code)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The directory of one run's copies of drives.
@@ -168,7 +173,7 @@ impl RunDrives {
 impl Drop for RunDrives {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!(%error, path = %self.0.display(), "The copies of drives of a run cannot be removed");
+            tracing::warn!(%error, path = %self.0.display(), "Cannot remove a run's copies of drives");
         }
     }
 }
@@ -176,11 +181,13 @@ impl Drop for RunDrives {
 fn run_merge(args: &MergeArgs) -> Result<ExitCode, BoxError> {
     let by: MergeKind = args.by.parse()?;
     let profiles = args.profiles.iter().map(|path| Profile::load(path)).collect::<Result<Vec<_>, _>>()?;
-    write(&profiles, by, &args.out, true)
+    write(&profiles, by, &args.out)?;
+    out!("{}", args.out.display());
+    Ok(ExitCode::SUCCESS)
 }
 
-/// Merges several profiles, saves the result, and prints a summary; `names`: also prints its path.
-fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool) -> Result<ExitCode, BoxError> {
+/// Merges several profiles, saves the result, and logs a summary.
+fn write(profiles: &[Profile], by: MergeKind, out: &Path) -> Result<(), BoxError> {
     let (merged, agreement) = merge(profiles, by)?;
     if profiles.len() > 1 {
         print_agreement(&agreement, by);
@@ -189,10 +196,7 @@ fn write(profiles: &[Profile], by: MergeKind, out: &std::path::Path, names: bool
     let pages = merged.working_set().len();
     let per_page = bytes as f64 / pages.max(1) as f64;
     say!("profile of {} run(s): {}, {bytes} bytes, {per_page:.2} per page", merged.runs, counts(&merged));
-    if names {
-        out!("{}", out.display());
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Profiles of up to this many are compared pair by pair on the screen.
@@ -203,16 +207,15 @@ fn print_agreement(agreement: &Agreement, by: MergeKind) {
     for pair in agreement.pairs.iter().take(PAIRS_SHOWN) {
         say!("  {} and {}: touched {:.4}, written {:.4}", pair.a + 1, pair.b + 1, pair.touched, pair.written);
     }
-    let (mean, least) = (agreement.mean(), agreement.least());
+    let mean = agreement.mean();
+    let least = agreement.least();
     say!("  mean:    touched {:.4}, written {:.4}", mean.0, mean.1);
     say!("  least:   touched {:.4}, written {:.4}", least.0, least.1);
 }
 
 fn counts(profile: &Profile) -> String {
-    let mut text = match profile.sees_reads {
-        true => format!("{} pages read", profile.read.len()),
-        false => "reads not seen".to_string(),
-    };
+    let mut text =
+        if profile.sees_reads { format!("{} pages read", profile.read.len()) } else { "reads not seen".to_string() };
     text += &format!(", {} written", profile.written.len());
     if !profile.unclassified.is_empty() {
         text += &format!(", {} read or written", profile.unclassified.len());

@@ -7,12 +7,13 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::draw::Map;
+use super::facts::{ProfileView, SnapshotFacts, facts, order_name};
 use super::html;
 use crate::cli::identify::{InputPath, Role};
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, replace_file};
 use crate::sys::errors::BoxError;
 use crate::sys::print;
-use crate::tiering::profile::{Buckets, Order, Profile, nonzero};
+use crate::tiering::profile::{Buckets, Profile, nonzero};
 
 #[derive(Debug, Args)]
 pub struct ShowArgs {
@@ -39,20 +40,6 @@ impl ShowArgs {
     }
 }
 
-/// A profile, and facts from its snapshot.
-pub struct Shown {
-    pub profile: Profile,
-    pub file_bytes: u64,
-    pub of_snapshot: Option<OfSnapshot>,
-}
-
-pub struct OfSnapshot {
-    pub loading_set: PageSet,
-    pub buckets: Buckets,
-    /// Pages of the guest.
-    pub pages: u64,
-}
-
 pub fn run(args: &ShowArgs) -> Result<ExitCode, BoxError> {
     let profile = Profile::load(&args.profile)?;
     let of_snapshot = match &args.snapshot {
@@ -60,7 +47,7 @@ pub fn run(args: &ShowArgs) -> Result<ExitCode, BoxError> {
         Some(path) => Some(of_snapshot(&profile, path, args.mem_file.as_ref())?),
     };
     let file_bytes = std::fs::metadata(&args.profile)?.len();
-    let shown = Shown { profile, file_bytes, of_snapshot };
+    let shown = ProfileView { profile, file_bytes, of_snapshot };
     if args.json {
         out!("{:#}", to_json(&shown));
     } else if let Some(path) = &args.html {
@@ -79,7 +66,7 @@ pub fn run(args: &ShowArgs) -> Result<ExitCode, BoxError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn of_snapshot(profile: &Profile, path: &std::path::Path, memory: Option<&PathBuf>) -> Result<OfSnapshot, BoxError> {
+fn of_snapshot(profile: &Profile, path: &std::path::Path, memory: Option<&PathBuf>) -> Result<SnapshotFacts, BoxError> {
     let location = match memory {
         None => Location::Dir(path.to_path_buf()),
         Some(memory) => Location::Files { snapshot: path.to_path_buf(), memory: memory.clone() },
@@ -87,73 +74,14 @@ fn of_snapshot(profile: &Profile, path: &std::path::Path, memory: Option<&PathBu
     let chain = Chain::open(&location)?;
     profile.check_for(chain.tip())?;
     let runs = chain.resolve()?;
-    Ok(OfSnapshot {
+    Ok(SnapshotFacts {
         loading_set: profile.loading_set(&nonzero(&runs)),
         buckets: Buckets::of(&runs).within(&profile.working_set()),
         pages: chain.layout().pages(),
     })
 }
 
-pub fn order_name(order: &Order) -> &'static str {
-    match order {
-        Order::Exact(_) => "exact",
-        Order::Layers(_) => "layers",
-        Order::Unknown => "unknown",
-    }
-}
-
-fn size(pages: u64) -> String {
-    format!("{pages} pages, {:.1} MiB", pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20))
-}
-
-/// The facts to print, by name.
-pub fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
-    let profile = &shown.profile;
-    let working_set = profile.working_set();
-    let pages = working_set.len();
-    let mut facts = vec![
-        ("function", profile.function.clone()),
-        ("snapshot", profile.snapshot.to_string()),
-        ("recorder", format!("{}, {} run(s)", profile.recorder, profile.runs)),
-        ("working set", format!("{}, {} runs of pages", size(pages), working_set.runs().count())),
-    ];
-    let read = if profile.sees_reads { size(profile.read.len()) } else { "not seen by this recorder".to_string() };
-    facts.push(("read", read));
-    facts.push(("written", size(profile.written.len())));
-    if !profile.unclassified.is_empty() {
-        let what = "read or written, this recorder cannot tell";
-        facts.push(("unclassed", format!("{} ({what})", size(profile.unclassified.len()))));
-    }
-    let order = match &profile.order {
-        Order::Exact(extents) => format!("exact, {} runs", extents.len()),
-        Order::Layers(layers) => format!("{} layers, unknown within a layer", layers.len()),
-        Order::Unknown => "unknown".to_string(),
-    };
-    facts.push(("order", order));
-    if let (Some(last), true) = (profile.times_ns.last(), pages > 0) {
-        facts.push(("touched in", format!("{:.1} ms while recording", *last as f64 / 1e6)));
-    }
-    if profile.runs > 1 {
-        let some = |counts: &[(u32, PageSet)]| counts.iter().map(|(_, pages)| pages.len()).sum::<u64>();
-        let (touched, written) = (some(&profile.frequency.touched), some(&profile.frequency.written));
-        facts.push(("disagree", format!("{touched} pages touched and {written} written in some runs only")));
-    }
-    if let Some(of) = &shown.of_snapshot {
-        let share = pages as f64 * 100.0 / of.pages.max(1) as f64;
-        facts.push((
-            "loading set",
-            format!("{}; the working set is {share:.1} % of memory", size(of.loading_set.len())),
-        ));
-        let buckets = &of.buckets;
-        let (runtime, init, execution) = (buckets.runtime.len(), buckets.init.len(), buckets.execution.len());
-        facts.push(("buckets", format!("runtime {runtime}, init {init}, execution {execution} pages")));
-    }
-    let per_page = shown.file_bytes as f64 / pages.max(1) as f64;
-    facts.push(("file", format!("{} bytes, {per_page:.2} per touched page", shown.file_bytes)));
-    facts
-}
-
-fn to_json(shown: &Shown) -> Value {
+fn to_json(shown: &ProfileView) -> Value {
     let profile = &shown.profile;
     let runs = |set: &PageSet| set.runs().map(|run| [run.first.0, run.pages]).collect::<Vec<_>>();
     let counts = |counts: &[(u32, PageSet)]| {

@@ -4,8 +4,9 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, decode, id};
+use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
 use crate::devices::Error;
+use crate::devices::virtio::device::decode;
 
 const QUEUE_SIZES: [u16; 1] = [256];
 const QUEUE: usize = 0;

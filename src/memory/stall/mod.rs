@@ -19,6 +19,7 @@
 mod handler;
 mod threads;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -29,7 +30,7 @@ pub use handler::HandlerProbe;
 
 use super::ending::{Ending, EndingSignal};
 use crate::memory::Error;
-use crate::snapshot::{Extent, PageSource};
+use crate::snapshot::{Extent, PageOrigin, PageSource};
 use crate::sys::logging;
 use crate::sys::lost::CANNOT_GO_ON;
 use crate::sys::worker::Worker;
@@ -105,8 +106,8 @@ struct State {
     stopped: bool,
     /// A reason reported by another thread ([`Stalls::end`]).
     told: Option<String>,
-    /// The files of the plan, as `PageSource::layer` counts them.
-    sources: Vec<PathBuf>,
+    /// The files of the plan.
+    sources: BTreeMap<PageOrigin, PathBuf>,
     activities: Vec<Activity>,
     handler: Option<HandlerProbe>,
     ending: Option<Arc<EndingSignal>>,
@@ -123,7 +124,7 @@ impl Stalls {
     }
 
     /// Names the files that pages come from.
-    pub fn name_sources(&self, sources: Vec<PathBuf>) {
+    pub fn name_sources(&self, sources: BTreeMap<PageOrigin, PathBuf>) {
         lock(&self.state).sources = sources;
     }
 
@@ -227,7 +228,7 @@ impl State {
                 );
             }
         };
-        let from = match source.map(|source| (source, self.sources.get(source.layer))) {
+        let from = match source.map(|source| (source, self.sources.get(&source.origin))) {
             Some((source, Some(path))) => format!("{} at offset {:#x}", path.display(), source.offset),
             _ => "memory".to_string(),
         };
@@ -239,13 +240,11 @@ impl State {
     }
 
     fn mapped_files(&self) -> String {
-        match self.sources.split_last() {
+        let paths: Vec<String> = self.sources.values().map(|path| path.display().to_string()).collect();
+        match paths.split_last() {
             None => "the snapshot: the source hangs".to_string(),
-            Some((only, [])) => format!("{}: the source hangs", only.display()),
-            Some((last, others)) => {
-                let others: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
-                format!("{} or {}: the source hangs", others.join(", "), last.display())
-            }
+            Some((only, [])) => format!("{only}: the source hangs"),
+            Some((last, others)) => format!("{} or {last}: the source hangs", others.join(", ")),
         }
     }
 }
@@ -303,10 +302,13 @@ mod tests {
         let watch = StallWatch::start(Duration::from_millis(80)).unwrap();
         let ending = Arc::new(EndingSignal::new().unwrap());
         let stalls = watch.stalls();
-        stalls.name_sources(vec!["/base".into(), "/diff".into()]);
+        stalls.name_sources(BTreeMap::from([
+            (PageOrigin::Layer(0), "/base".into()),
+            (PageOrigin::Layer(1), "/diff".into()),
+        ]));
         stalls.restored(ending.clone());
         let activity = stalls.activity();
-        let source = Some(PageSource { layer: 1, offset: 0x5000 });
+        let source = Some(PageSource::layer(1, 0x5000));
         let _reading = activity.reads(Extent { first: Gfn(7), pages: 16 }, source);
         let deadline = Instant::now() + Duration::from_secs(20);
         let reason = loop {

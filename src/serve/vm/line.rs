@@ -98,19 +98,30 @@ pub(in crate::serve) fn drain(line: &impl Line) {
     }
 }
 
+/// A request to a guest.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::serve) struct GuestRequest<'a> {
+    /// The id that the answer repeats.
+    pub(in crate::serve) id: &'a str,
+    /// The function with its arguments.
+    pub(in crate::serve) function: &'a str,
+}
+
 /// Sends `run <id> <function>` and waits for its answer, reading at most `budget` bytes.
 pub(in crate::serve) async fn ask(
     line: &impl Line,
-    id: &str,
-    function: &str,
+    request: GuestRequest<'_>,
     budget: u64,
 ) -> Result<GuestAnswer, LineError> {
+    let GuestRequest { id, function } = request;
     write_all(line, format!("run {id} {function}\n").as_bytes()).await.map_err(LineError::Closed)?;
     let mut reader = Reader { line, budget, seen: 0, kept: Vec::new() };
     loop {
         let text = reader.next().await?;
         let mut words = text.splitn(3, ' ');
-        let (verdict, whose, rest) = (words.next(), words.next(), words.next().unwrap_or_default());
+        let verdict = words.next();
+        let whose = words.next();
+        let rest = words.next().unwrap_or_default();
         if let (Some("ok" | "err"), Some(whose)) = (verdict, whose)
             && whose == id
         {
@@ -124,7 +135,7 @@ pub(in crate::serve) async fn ask(
 pub(in crate::serve) async fn ask_port(
     socket: &Path,
     port: u32,
-    request: (&str, &str),
+    request: GuestRequest<'_>,
     budget: u64,
 ) -> Result<GuestAnswer, LineError> {
     loop {
@@ -132,7 +143,7 @@ pub(in crate::serve) async fn ask_port(
         write_all(&stream, format!("CONNECT {port}\n").as_bytes()).await.map_err(LineError::Closed)?;
         let mut reader = Reader { line: &stream, budget: 256, seen: 0, kept: Vec::new() };
         match reader.next().await {
-            Ok(line) if line.starts_with("OK ") => return ask(&stream, request.0, request.1, budget).await,
+            Ok(line) if line.starts_with("OK ") => return ask(&stream, request, budget).await,
             Ok(_) | Err(LineError::Closed(_)) => tokio::time::sleep(AGAIN).await,
             Err(error) => return Err(error),
         }
@@ -202,7 +213,7 @@ mod tests {
             let guest = tokio::spawn(async move {
                 let _ = write_all(&theirs, said).await;
             });
-            let answer = ask(&ours, "7", "hello", budget).await;
+            let answer = ask(&ours, GuestRequest { id: "7", function: "hello" }, budget).await;
             guest.abort();
             answer
         })
@@ -233,7 +244,7 @@ mod tests {
                 assert_eq!(reader.next().await.unwrap(), "run 3 hello a=b");
                 write_all(&stream, b"ok 3 done\n").await.unwrap();
             });
-            let answer = ask_port(&path, 52, ("3", "hello a=b"), 4096).await.unwrap();
+            let answer = ask_port(&path, 52, GuestRequest { id: "3", function: "hello a=b" }, 4096).await.unwrap();
             guest.await.unwrap();
             answer
         });

@@ -18,12 +18,12 @@ use tokio::sync::Mutex as AsyncMutex;
 use utoipa::ToSchema;
 
 use self::control::{Control, ControlError};
-use self::line::{Console, GuestAnswer, LineError};
+use self::line::{Console, GuestAnswer, GuestRequest, LineError};
 use self::process::Process;
 use self::shells::Shell;
 use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
-use super::functions::Function;
-use super::networks::Network;
+use super::function::Function;
+use super::network::Network;
 use crate::config::bodies::{ActionBody, ActionType};
 use crate::config::restore::{DriveOverride, MacOverride};
 use crate::config::{
@@ -125,14 +125,14 @@ pub(super) struct Vm {
     vsock: Option<PathBuf>,
     drives: OwnDrives,
     next_request: AtomicU64,
-    use_: Mutex<Use>,
+    usage: Mutex<Usage>,
     /// The snapshot that the VM's next diff builds on: the last one taken of it, or the one it was restored from.
     diff_parent: Mutex<Option<String>>,
 }
 
 /// The use of a VM.
 #[derive(Debug)]
-struct Use {
+struct Usage {
     requests: usize,
     invocations: u64,
     since: Instant,
@@ -144,13 +144,13 @@ const GUEST_CID: u32 = 3;
 const MAX_WAITING: usize = 16;
 
 /// A request to a VM, from the wait for its turn on.
-pub(super) struct Using<'a>(&'a Vm);
+pub(super) struct RequestGuard<'a>(&'a Vm);
 
-impl Drop for Using<'_> {
+impl Drop for RequestGuard<'_> {
     fn drop(&mut self) {
-        let mut use_ = self.0.lock();
-        use_.requests -= 1;
-        use_.since = Instant::now();
+        let mut usage = self.0.lock();
+        usage.requests -= 1;
+        usage.since = Instant::now();
     }
 }
 
@@ -186,12 +186,12 @@ impl Vm {
             drives,
             next_request: AtomicU64::new(1),
             diff_parent: Mutex::new(spec.restore.as_ref().map(|restore| restore.ss_id.clone())),
-            use_: Mutex::new(Use { requests: 0, invocations: 0, since: Instant::now() }),
+            usage: Mutex::new(Usage { requests: 0, invocations: 0, since: Instant::now() }),
         })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Use> {
-        self.use_.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The snapshot that the VM's next diff builds on, if the VM can have one.
@@ -206,18 +206,18 @@ impl Vm {
     }
 
     /// Claims a place in the VM's queue; `None` if it is full.
-    pub(super) fn claim(&self) -> Option<Using<'_>> {
-        let mut use_ = self.lock();
-        (use_.requests <= MAX_WAITING).then(|| {
-            use_.requests += 1;
-            Using(self)
+    pub(super) fn claim(&self) -> Option<RequestGuard<'_>> {
+        let mut usage = self.lock();
+        (usage.requests <= MAX_WAITING).then(|| {
+            usage.requests += 1;
+            RequestGuard(self)
         })
     }
 
     /// The time since which no request uses it.
     pub(super) fn idle_for(&self) -> Option<Duration> {
-        let use_ = self.lock();
-        (use_.requests == 0).then(|| use_.since.elapsed())
+        let usage = self.lock();
+        (usage.requests == 0).then(|| usage.since.elapsed())
     }
 
     /// Asks the guest, when it is this request's turn.
@@ -225,10 +225,11 @@ impl Vm {
         let console = self.console.lock().await;
         self.lock().invocations += 1;
         let id = format!("i{}", self.next_request.fetch_add(1, Ordering::Relaxed));
+        let request = GuestRequest { id: &id, function };
         line::drain(&*console);
         match (self.function.port, &self.vsock) {
-            (Some(port), Some(socket)) => line::ask_port(socket, port, (&id, function), budget).await,
-            _ => line::ask(&*console, &id, function, budget).await,
+            (Some(port), Some(socket)) => line::ask_port(socket, port, request, budget).await,
+            _ => line::ask(&*console, request, budget).await,
         }
     }
 
@@ -246,8 +247,8 @@ impl Vm {
 
     pub(super) fn record(&self) -> VmRecord {
         let (requests, invocations) = {
-            let use_ = self.lock();
-            (use_.requests, use_.invocations)
+            let usage = self.lock();
+            (usage.requests, usage.invocations)
         };
         let ended = self.process.ended();
         VmRecord {

@@ -1,8 +1,10 @@
 //! Child processes: one thread spawns them, a pidfd reports their end, and their last output is kept.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -20,6 +22,8 @@ use crate::sys::{clock, pdeathsig, watched};
 
 /// The end of standard error that is kept: a fault, with paths in it.
 const SAID_BYTES: usize = 8 << 10;
+/// The most bytes that a tool may print: more than the JSON of a plan of many extents.
+const MAX_PRINTED: usize = 64 << 20;
 /// Time for a child to end by itself.
 pub(in crate::serve) const STOP_GRACE: Duration = Duration::from_secs(3);
 
@@ -37,18 +41,18 @@ pub(in crate::serve) enum Job {
 }
 
 /// A child just spawned, and the daemon's ends of its pipes.
-pub(in crate::serve) struct Spawned {
+pub(in crate::serve) struct NewChild {
     child: Child,
     pub(in crate::serve) stdin: OwnedFd,
     pub(in crate::serve) stdout: OwnedFd,
     stderr: OwnedFd,
     /// The API's connection, of a shell.
     pub(in crate::serve) api: Option<UnixStream>,
-    /// ns of CLOCK_MONOTONIC, before and after.
-    pub(in crate::serve) spawned_ns: (u64, u64),
+    /// Begin and end of the spawn, ns of CLOCK_MONOTONIC.
+    pub(in crate::serve) spawned_ns: Range<u64>,
 }
 
-type Answer = oneshot::Sender<io::Result<Spawned>>;
+type Answer = oneshot::Sender<io::Result<NewChild>>;
 
 /// Spawns on its own thread: fork is slow, and only one thread may have descriptors open that a child inherits.
 /// Children that are tied to this thread end with it, that is with the daemon.
@@ -62,7 +66,7 @@ impl Spawner {
         Ok(Spawner(sender))
     }
 
-    pub(in crate::serve) async fn spawn(&self, job: Job) -> io::Result<Spawned> {
+    pub(in crate::serve) async fn spawn(&self, job: Job) -> io::Result<NewChild> {
         let (answer, spawned) = oneshot::channel();
         let gone = || io::Error::other("the thread that spawns is gone");
         self.0.send((job, answer)).map_err(|_| gone())?;
@@ -80,11 +84,13 @@ fn spawn_all(jobs: &Receiver<(Job, Answer)>) {
     }
 }
 
-fn spawn(job: Job) -> io::Result<Spawned> {
+fn spawn(job: Job) -> io::Result<NewChild> {
     let before = clock::monotonic_ns();
     // The file that this process runs from, even if another one has its name by now.
     let mut command = Command::new("/proc/self/exe");
-    let (mut api, mut theirs, mut entered) = (None, None, None);
+    let mut api = None;
+    let mut theirs = None;
+    let mut entered = None;
     match job {
         Job::Shell { id, netns } => {
             let (ours, inherited) = UnixStream::pair()?;
@@ -106,37 +112,28 @@ fn spawn(job: Job) -> io::Result<Spawned> {
     let (our_stdout, stdout) = std::io::pipe()?;
     let (our_stderr, stderr) = std::io::pipe()?;
     // A group of its own: Ctrl-C at a terminal is for the daemon, which ends its VMs in order.
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let child = command.arg0_tvmm().stdin(stdin).stdout(stdout).stderr(stderr).spawn();
+    command.process_group(0);
+    // Its name in process lists.
+    command.arg0("tvmm");
+    let child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn();
     let child = child.map_err(|error| match entered.as_ref().and_then(|netns| netns.why(&error)) {
         Some(why) => io::Error::other(why),
         None => error,
     })?;
     drop(theirs);
-    Ok(Spawned {
+    Ok(NewChild {
         child,
         stdin: our_stdin.into(),
         stdout: our_stdout.into(),
         stderr: our_stderr.into(),
         api,
-        spawned_ns: (before, clock::monotonic_ns()),
+        spawned_ns: before..clock::monotonic_ns(),
     })
-}
-
-/// Sets the child's name in process lists.
-trait Named {
-    fn arg0_tvmm(&mut self) -> &mut Self;
-}
-
-impl Named for Command {
-    fn arg0_tvmm(&mut self) -> &mut Self {
-        std::os::unix::process::CommandExt::arg0(self, "tvmm")
-    }
 }
 
 /// The end of a child.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::serve) struct Ended {
+pub(in crate::serve) struct ChildExit {
     /// The exit code; `None` if a signal ended it.
     pub(in crate::serve) code: Option<i32>,
     /// The last line on standard error.
@@ -145,13 +142,13 @@ pub(in crate::serve) struct Ended {
     pub(in crate::serve) fault: Option<FaultCode>,
 }
 
-impl Ended {
+impl ChildExit {
     /// Tools report their failure as a fault in JSON, other children in words.
-    fn new(code: Option<i32>, line: &str) -> Ended {
+    fn new(code: Option<i32>, line: &str) -> ChildExit {
         let said = line.trim_start_matches("tvmm: ");
         match serde_json::from_str(said) {
-            Ok(FaultBody { fault_message, code: fault }) => Ended { code, said: fault_message, fault },
-            Err(_) => Ended { code, said: said.to_string(), fault: None },
+            Ok(FaultBody { fault_message, code: fault }) => ChildExit { code, said: fault_message, fault },
+            Err(_) => ChildExit { code, said: said.to_string(), fault: None },
         }
     }
 
@@ -167,7 +164,7 @@ impl Ended {
 pub(in crate::serve) struct Process {
     pid: u32,
     pidfd: Arc<AsyncFd<OwnedFd>>,
-    ended: watch::Receiver<Option<Ended>>,
+    ended: watch::Receiver<Option<ChildExit>>,
 }
 
 impl Process {
@@ -186,7 +183,7 @@ impl Process {
             let code = child.wait().ok().and_then(|status| status.code());
             let said = tokio::time::timeout(Duration::from_millis(500), said).await;
             // A failure means that no receiver is left.
-            let _ = sender.send(Some(Ended::new(code, &said.ok().and_then(Result::ok).unwrap_or_default())));
+            let _ = sender.send(Some(ChildExit::new(code, &said.ok().and_then(Result::ok).unwrap_or_default())));
         });
         Ok(Process { pid, pidfd, ended })
     }
@@ -196,12 +193,12 @@ impl Process {
     }
 
     /// Its end, if it has ended.
-    pub(in crate::serve) fn ended(&self) -> Option<Ended> {
+    pub(in crate::serve) fn ended(&self) -> Option<ChildExit> {
         self.ended.borrow().clone()
     }
 
     /// Waits for its end.
-    pub(in crate::serve) async fn end(&self) -> Ended {
+    pub(in crate::serve) async fn end(&self) -> ChildExit {
         let mut ended = self.ended.clone();
         let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
         ended.ok().flatten().unwrap_or_default()
@@ -213,7 +210,7 @@ impl Process {
     }
 
     /// Asks it to end, and ends it if it does not.
-    pub(in crate::serve) async fn stop(&self) -> Ended {
+    pub(in crate::serve) async fn stop(&self) -> ChildExit {
         self.signal(Signal::TERM);
         match tokio::time::timeout(STOP_GRACE, self.end()).await {
             Ok(ended) => ended,
@@ -233,11 +230,11 @@ impl Drop for Process {
     }
 }
 
-impl Spawned {
+impl NewChild {
     /// Splits into the watched process and the daemon's ends.
-    pub(in crate::serve) fn watch(self) -> io::Result<(Process, Ends)> {
+    pub(in crate::serve) fn watch(self) -> io::Result<(Process, ChildPipes)> {
         let process = Process::watch(self.child, self.stderr)?;
-        let ends = Ends {
+        let ends = ChildPipes {
             stdin: pipe::Sender::from_owned_fd(self.stdin)?,
             stdout: pipe::Receiver::from_owned_fd(self.stdout)?,
             api: self.api,
@@ -247,7 +244,7 @@ impl Spawned {
 }
 
 /// The daemon's ends of a child's pipes and of its API.
-pub(in crate::serve) struct Ends {
+pub(in crate::serve) struct ChildPipes {
     pub(in crate::serve) stdin: pipe::Sender,
     pub(in crate::serve) stdout: pipe::Receiver,
     pub(in crate::serve) api: Option<UnixStream>,
@@ -277,13 +274,12 @@ async fn last_line(stderr: pipe::Receiver) -> String {
     line.to_string()
 }
 
-/// Runs `tvmm` with `args` to its end. Returns its output, at most `limit` bytes.
+/// Runs `tvmm` with `args` to its end. Returns its output.
 pub(in crate::serve) async fn run_tool(
     spawner: &Spawner,
     args: Vec<String>,
-    limit: usize,
     timeout: Duration,
-) -> io::Result<(Ended, Vec<u8>)> {
+) -> io::Result<(ChildExit, Vec<u8>)> {
     let (process, ends) = spawner.spawn(Job::Tool(args)).await?.watch()?;
     drop(ends.stdin);
     let read = async {
@@ -292,7 +288,9 @@ pub(in crate::serve) async fn run_tool(
         loop {
             match ends.stdout.try_read(&mut buffer) {
                 Ok(0) => return Ok(printed),
-                Ok(count) if printed.len() + count > limit => return Err(io::Error::other("it printed too much")),
+                Ok(count) if printed.len() + count > MAX_PRINTED => {
+                    return Err(io::Error::other("it printed too much"));
+                }
                 Ok(count) => printed.extend(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => ends.stdout.readable().await?,
                 Err(error) => return Err(error),
@@ -315,7 +313,7 @@ mod tests {
     #[test]
     fn a_tools_fault_decides_by_its_code_and_never_by_its_words() {
         let status = |line: &str| {
-            let ended = Ended::new(Some(1), line);
+            let ended = ChildExit::new(Some(1), line);
             let fault = Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, ended.why());
             assert!(fault.message.ends_with("exit code 1: it did not answer (os error 28)"), "{}", fault.message);
             fault.status

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Notify;
@@ -18,8 +19,8 @@ pub(in crate::serve) struct Shell {
     pub(in crate::serve) process: Process,
     pub(in crate::serve) control: Control,
     pub(in crate::serve) console: Console,
-    /// Time of its spawn: begin and end, ns of CLOCK_MONOTONIC.
-    pub(in crate::serve) spawned_ns: (u64, u64),
+    /// Begin and end of its spawn, ns of CLOCK_MONOTONIC.
+    pub(in crate::serve) spawned_ns: Range<u64>,
 }
 
 /// The ready shells.
@@ -59,7 +60,7 @@ impl Shells {
 
     async fn spawn(&self, netns: Option<Netns>) -> io::Result<Shell> {
         let spawned = self.spawner.spawn(Job::Shell { id: "tvmm-serve".into(), netns }).await?;
-        let spawned_ns = spawned.spawned_ns;
+        let spawned_ns = spawned.spawned_ns.clone();
         let (process, ends) = spawned.watch()?;
         let api = ends.api.ok_or_else(|| io::Error::other("a shell has no API"))?;
         let control = Control::connect(api).await.map_err(io::Error::other)?;
@@ -74,7 +75,7 @@ impl Shells {
                 match self.spawn(None).await {
                     Ok(shell) => self.lock().push_back(shell),
                     Err(error) => {
-                        tracing::warn!(%error, "A VM process cannot be started ahead");
+                        tracing::warn!(%error, "Cannot start a VM process ahead");
                         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
                     }
                 }
@@ -88,7 +89,7 @@ impl Shells {
         self.lock().len()
     }
 
-    /// Ends the ready shells.
+    /// ChildPipes the ready shells.
     pub(in crate::serve) fn clear(&self) {
         self.lock().clear();
     }

@@ -8,12 +8,12 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use tokio::sync::Notify;
 
-use super::process::Ended;
+use super::process::ChildExit;
 use super::{Vm, VmRecord, VmState};
 use crate::serve::fault::Fault;
 use crate::serve::store;
 
-/// Ended VMs that are kept for clients; older ones are dropped.
+/// ChildExit VMs that are kept for clients; older ones are dropped.
 const MAX_OVER: usize = 256;
 
 /// The VMs of this daemon.
@@ -22,15 +22,15 @@ pub(in crate::serve) struct Table {
     live: Mutex<BTreeMap<String, Arc<Vm>>>,
     over: Mutex<VecDeque<VmRecord>>,
     /// The places and the memory of VMs that live or are being made.
-    taken: Arc<Mutex<Taken>>,
-    max: Taken,
+    taken: Arc<Mutex<Capacity>>,
+    max: Capacity,
     /// Notified of changes that a restart should find.
     pub(in crate::serve) changed: Notify,
 }
 
 /// Places and memory that VMs take, or may take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(in crate::serve) struct Taken {
+pub(in crate::serve) struct Capacity {
     pub(in crate::serve) vms: usize,
     /// Guest memory, MiB.
     pub(in crate::serve) memory_mib: u64,
@@ -39,7 +39,7 @@ pub(in crate::serve) struct Taken {
 /// The allowance for one VM.
 #[derive(Debug)]
 pub(in crate::serve) struct Slot {
-    taken: Arc<Mutex<Taken>>,
+    taken: Arc<Mutex<Capacity>>,
     memory_mib: u64,
 }
 
@@ -51,7 +51,7 @@ impl Drop for Slot {
     }
 }
 
-fn lock(taken: &Mutex<Taken>) -> MutexGuard<'_, Taken> {
+fn lock(taken: &Mutex<Capacity>) -> MutexGuard<'_, Capacity> {
     taken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -70,7 +70,7 @@ impl Table {
             live: Mutex::default(),
             over: Mutex::new(over.collect()),
             taken: Arc::default(),
-            max: Taken { vms, memory_mib },
+            max: Capacity { vms, memory_mib },
             changed: Notify::new(),
         }
     }
@@ -99,7 +99,7 @@ impl Table {
                 return Ok(slot);
             }
             let Some(vm) = self.longest_idle() else {
-                let Taken { vms, memory_mib: taken } = self.taken();
+                let Capacity { vms, memory_mib: taken } = self.taken();
                 if vms >= self.max.vms {
                     return Err(Fault::busy(format!("{} VMs live, which is all there may be.", self.max.vms)));
                 }
@@ -116,7 +116,7 @@ impl Table {
 
     fn try_reserve(&self, memory_mib: u64) -> Option<Slot> {
         let mut taken = lock(&self.taken);
-        let wanted = Taken { vms: taken.vms + 1, memory_mib: taken.memory_mib.saturating_add(memory_mib) };
+        let wanted = Capacity { vms: taken.vms + 1, memory_mib: taken.memory_mib.saturating_add(memory_mib) };
         (wanted.vms <= self.max.vms && wanted.memory_mib <= self.max.memory_mib).then(|| {
             *taken = wanted;
             Slot { taken: self.taken.clone(), memory_mib }
@@ -136,7 +136,8 @@ impl Table {
         let vm = Arc::new(vm);
         self.live().insert(vm.id.clone(), vm.clone());
         self.changed.notify_one();
-        let (table, watched) = (self.clone(), vm.clone());
+        let table = self.clone();
+        let watched = vm.clone();
         tokio::spawn(async move {
             let ended = watched.process.end().await;
             table.is_over(&watched, &ended, vsock.as_deref());
@@ -145,7 +146,7 @@ impl Table {
         vm
     }
 
-    fn is_over(&self, vm: &Vm, ended: &Ended, vsock: Option<&Path>) {
+    fn is_over(&self, vm: &Vm, ended: &ChildExit, vsock: Option<&Path>) {
         let record = VmRecord { state: VmState::Ended, reason: Some(ended.why()), ..vm.record() };
         self.live().remove(&vm.id);
         let mut over = self.over();
@@ -154,7 +155,7 @@ impl Table {
         over.drain(..too_many);
         drop(over);
         if let Some(error) = vsock.and_then(|path| store::gone_is_fine(std::fs::remove_file(path)).err()) {
-            tracing::warn!(%error, vm = vm.id, "The socket of a VM that is over cannot be removed");
+            tracing::warn!(%error, vm = vm.id, "Cannot remove the socket of a VM that has ended");
         }
         self.changed.notify_one();
     }
@@ -202,7 +203,7 @@ impl Table {
     }
 
     /// The places and the memory of VMs that live or are being made.
-    pub(in crate::serve) fn taken(&self) -> Taken {
+    pub(in crate::serve) fn taken(&self) -> Capacity {
         *lock(&self.taken)
     }
 }

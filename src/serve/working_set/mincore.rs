@@ -7,12 +7,16 @@ use axum::http::Uri;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{GAP_PAGES, Ground, Slot, check_thresholds, drop_cached, exclusively, images_of, load, save};
-use crate::serve::Shared;
+use super::caching::{drop_cached, images_of, io_error};
+use super::faasnap::{GAP_PAGES, check_thresholds};
+use super::images::ResolvedChain;
+use super::profiles::{exclusively, load, save};
+use super::slot::Slot;
+use crate::serve::blocking::blocking;
 use crate::serve::body::{Body, query};
-use crate::serve::daemon::blocking;
+use crate::serve::daemon::Shared;
 use crate::serve::fault::{Fault, FaultBody, Reply};
-use crate::snapshot::{Content, Extent, PAGE_SIZE, PageSet};
+use crate::snapshot::{Content, Extent, PAGE_SIZE, PageOrigin, PageSet};
 use crate::sys::resident::CacheView;
 use crate::tiering::policy::Policy;
 use crate::tiering::profile::{MAX_LAYERS, Order, Profile, RecorderKind, nonzero};
@@ -86,9 +90,11 @@ fn of_layers(like: Profile, layers: Vec<PageSet>) -> Profile {
 }
 
 fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
-    let ground = Ground::open(dir).map_err(|error| Fault::of(&error))?;
-    let (mut n_nz_regions, mut nz_region_size, mut end) = (0, 0, None);
-    for run in nonzero(&ground.resolved).runs() {
+    let snapshot = ResolvedChain::open(dir).map_err(|error| Fault::of(&error))?;
+    let mut n_nz_regions = 0;
+    let mut nz_region_size = 0;
+    let mut end = None;
+    for run in nonzero(&snapshot.resolved).runs() {
         match end {
             Some(end) if run.first.0 - end < GAP_PAGES => nz_region_size += run.first.0 - end,
             _ => n_nz_regions += 1,
@@ -96,10 +102,11 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
         nz_region_size += run.pages;
         end = Some(run.end().0);
     }
-    let (mut nlayers, mut ws) = (0, Vec::new());
+    let mut nlayers = 0;
+    let mut ws = Vec::new();
     if let Some(profile) = load(Slot::Mincore, profiles)? {
         nlayers = layers(&profile).len() as u64;
-        ws = ground.images(Policy::Faasnap, &profile)?;
+        ws = snapshot.images(Policy::Faasnap, &profile)?;
     }
     let regions = || ws.iter().flat_map(|image| &image.extents);
     let ws_region_size = regions().map(|region| region.pages).sum();
@@ -108,22 +115,23 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
 
 /// The number of layers, and the number of regions that are mapped.
 #[utoipa::path(get, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The state", body = MincoreState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The snapshot's layers and regions", body = MincoreState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(in crate::serve) async fn get_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<MincoreState>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     blocking(move || state(&dir, &profiles)).await?.map(Reply)
 }
 
 /// Copies the layers of another snapshot of the same machine.
 #[utoipa::path(put, path = "/snapshots/{id}/mincore", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose layers are taken")),
-    responses((status = 200, description = "The state now", body = MincoreState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
+    responses((status = 200, description = "The snapshot's layers and regions after the change", body = MincoreState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody, description = "The source has no layers, or is of another machine")))]
 pub(in crate::serve) async fn put_mincore(
     State(daemon): State<Shared>,
@@ -134,15 +142,16 @@ pub(in crate::serve) async fn put_mincore(
     let source = query(&uri, &["source"])?.remove("source");
     let source = source.ok_or_else(|| Fault::bad("The query needs `source`: the snapshot whose layers are taken."))?;
     daemon.snapshot(&source)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let sources = daemon.store.profiles_dir(&source);
     let carried = blocking(move || {
         let _turn = exclusively();
         let none = || Fault::conflict(format!("Snapshot `{source}` has no layers."));
         let mut profile = load(Slot::Mincore, &sources)?.ok_or_else(none)?;
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
-        profile.snapshot = ground.chain.tip().id();
-        profile.check_for(ground.chain.tip()).map_err(|error| Fault::conflict(error.to_string()))?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
+        profile.snapshot = snapshot.chain.tip().id();
+        profile.check_for(snapshot.chain.tip()).map_err(|error| Fault::conflict(error.to_string()))?;
         save(Slot::Mincore, &dir, &profiles, &profile)?;
         state(&dir, &profiles)
     });
@@ -152,32 +161,33 @@ pub(in crate::serve) async fn put_mincore(
 /// Adds a layer: the pages in the page cache now, or those of a diff snapshot.
 #[utoipa::path(post, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
     request_body = LayerBody,
-    responses((status = 200, description = "The state now", body = MincoreState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "Too many layers")))]
+    responses((status = 200, description = "The snapshot's layers and regions after the change", body = MincoreState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot has as many layers as it may have")))]
 pub(in crate::serve) async fn post_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     Body(body): Body<LayerBody>,
 ) -> Result<Reply<MincoreState>, Fault> {
-    let snapshot = daemon.snapshot(&id)?;
+    let function = daemon.snapshot(&id)?.function;
     let diff = body.from_diff.map(|diff| daemon.snapshot(&diff)).transpose()?;
     if let Some(diff) = diff.as_ref().filter(|diff| diff.snapshot_type != "Diff") {
         return Err(Fault::bad(format!("Snapshot `{}` is no diff.", diff.ss_id)));
     }
     let diff = diff.map(|diff| daemon.snapshot_dir(&diff.ss_id));
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let added = blocking(move || {
         let _turn = exclusively();
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
         let mut pages = match diff {
-            Some(diff) => held_by_tip(&Ground::open(&diff).map_err(|error| Fault::of(&error))?),
-            None => resident(&ground).map_err(|error| Fault::of(&error))?,
+            Some(diff) => held_by_tip(&ResolvedChain::open(&diff).map_err(|error| Fault::of(&error))?),
+            None => resident(&snapshot).map_err(|error| Fault::of(&error))?,
         };
-        pages.intersect_with(&nonzero(&ground.resolved));
-        let function = snapshot.function.line("");
-        let empty = || Profile::new(ground.chain.tip().id(), RecorderKind::Mincore, &function);
+        pages.intersect_with(&nonzero(&snapshot.resolved));
+        let call = function.line("");
+        let empty = || Profile::new(snapshot.chain.tip().id(), RecorderKind::Mincore, &call);
         let profile = load(Slot::Mincore, &profiles)?.unwrap_or_else(empty);
         let mut layers: Vec<PageSet> = layers(&profile).into_iter().filter(|layer| !layer.is_empty()).collect();
         let position = body.position.unwrap_or(layers.len());
@@ -198,16 +208,15 @@ pub(in crate::serve) async fn post_mincore(
 }
 
 /// Pages that the last layer of a chain holds itself.
-fn held_by_tip(ground: &Ground) -> PageSet {
-    let tip = ground.chain.layers().len() - 1;
-    let held = |content| matches!(content, Content::Layer(source) if source.layer == tip);
-    ground.resolved.iter().filter(|run| held(run.content)).map(|run| run.extent).collect()
+fn held_by_tip(snapshot: &ResolvedChain) -> PageSet {
+    let tip = snapshot.chain.tip_index();
+    snapshot.resolved.iter().filter(|run| run.content.layer() == Some(tip)).map(|run| run.extent).collect()
 }
 
 /// Guest pages whose place in the memory files is in the page cache.
-fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
+fn resident(snapshot: &ResolvedChain) -> crate::snapshot::Result<PageSet> {
     let mut found = PageSet::new();
-    for (index, layer) in ground.chain.layers().iter().enumerate() {
+    for (index, layer) in snapshot.chain.layers().iter().enumerate() {
         let failed = |source| crate::snapshot::Error::Io {
             action: "ask for the cached part of",
             path: layer.memory_path().to_owned(),
@@ -221,9 +230,9 @@ fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
         let mut view = CacheView::new(layer.memory(), len).map_err(failed)?;
         let insert = |first, pages| cached.insert_run(Extent { first: crate::snapshot::Gfn(first), pages });
         view.resident_runs(insert).map_err(failed)?;
-        for run in &ground.resolved {
-            let Content::Layer(source) = run.content else { continue };
-            if source.layer != index {
+        for run in &snapshot.resolved {
+            let Content::Bytes(source) = run.content else { continue };
+            if source.origin != PageOrigin::Layer(index) {
                 continue;
             }
             // Maps pages of the file back to those of the guest.
@@ -241,10 +250,10 @@ fn resident(ground: &Ground) -> crate::snapshot::Result<PageSet> {
 /// Makes layers from a recorded run, trims them, makes their working-set file, or changes their caching.
 #[utoipa::path(patch, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
     request_body = MincorePatch,
-    responses((status = 200, description = "The state now", body = MincoreState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "There is no record, or no layer")))]
+    responses((status = 200, description = "The snapshot's layers and regions after the change", body = MincoreState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot has no recorded run, or no layers")))]
 pub(in crate::serve) async fn patch_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -258,14 +267,15 @@ pub(in crate::serve) async fn patch_mincore(
              zero; zero pages are anonymous memory.",
         ));
     }
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     blocking(move || change(&dir, &profiles, &patch)).await?.map(Reply)
 }
 
 fn change(dir: &FilePath, profiles: &FilePath, patch: &MincorePatch) -> Result<MincoreState, Fault> {
     let _turn = exclusively();
     let failed = |error: crate::snapshot::Error| Fault::of(&error);
-    let ground = Ground::open(dir).map_err(failed)?;
+    let snapshot = ResolvedChain::open(dir).map_err(failed)?;
     if let Some(size) = patch.from_records_size {
         let record = load(Slot::Reap, profiles)?.or(load(Slot::Run, profiles)?).filter(Profile::knows_order);
         let none = || Fault::conflict("No run was recorded in order: record one by POST /snapshots/{id}/profile.");
@@ -277,19 +287,19 @@ fn change(dir: &FilePath, profiles: &FilePath, patch: &MincorePatch) -> Result<M
     };
     if patch.trim_regions {
         let profile = layered()?;
-        let nonzero = nonzero(&ground.resolved);
+        let nonzero = nonzero(&snapshot.resolved);
         let trimmed = layers(&profile).iter().map(|layer| layer.intersection(&nonzero)).collect();
         save(Slot::Mincore, dir, profiles, &of_layers(profile, trimmed))?;
     }
     if patch.to_ws_file {
-        ground.make_images(Policy::Faasnap, &layered()?)?;
+        snapshot.make_images(Policy::Faasnap, &layered()?)?;
     }
     if !patch.mincore_cache.is_empty() {
         let layers = layers(&layered()?);
         for &number in &patch.mincore_cache {
             let layer = number.checked_sub(1).and_then(|index| layers.get(usize::try_from(index).ok()?));
             let none = || Fault::bad(format!("There is no layer {number}: 1 to {}.", layers.len()));
-            read_layer(&ground, layer.ok_or_else(none)?).map_err(failed)?;
+            read_layer(&snapshot, layer.ok_or_else(none)?).map_err(failed)?;
         }
     }
     if patch.drop_ws_cache {
@@ -324,19 +334,19 @@ fn from_record(record: Profile, size: u64) -> Result<Profile, Fault> {
 }
 
 /// Reads the pages of a layer from the memory files.
-fn read_layer(ground: &Ground, layer: &PageSet) -> crate::snapshot::Result<()> {
+fn read_layer(snapshot: &ResolvedChain, layer: &PageSet) -> crate::snapshot::Result<()> {
     use std::os::unix::fs::FileExt;
     let mut buffer = vec![0; 1 << 20];
-    for run in &ground.resolved {
-        let Content::Layer(source) = run.content else { continue };
-        let snapshot = &ground.chain.layers()[source.layer];
+    for run in &snapshot.resolved {
+        let Content::Bytes(source) = run.content else { continue };
+        let Some(holder) = snapshot.chain.layer_of(run.content) else { continue };
         for part in layer.runs_in(run.extent) {
             let mut offset = source.offset + (part.first.0 - run.extent.first.0) * PAGE_SIZE;
             let end = offset + part.bytes();
             while offset < end {
                 let piece = &mut buffer[..(end - offset).min(1 << 20) as usize];
-                let read = snapshot.memory().read_exact_at(piece, offset);
-                read.map_err(super::io_error("read", snapshot.memory_path()))?;
+                let read = holder.memory().read_exact_at(piece, offset);
+                read.map_err(io_error("read", holder.memory_path()))?;
                 offset += piece.len() as u64;
             }
         }

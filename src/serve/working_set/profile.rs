@@ -1,7 +1,6 @@
 //! `/snapshots/{id}/profile` and `/plan`: the pages that a run uses, and the plan that a policy makes from them. Both
 //! are made by `tvmm` processes, because this one runs no guest.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Path, State};
@@ -10,25 +9,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Slot, exclusively, load, remove_unneeded, save};
+use super::profiles::{exclusively, load, remove_unneeded, save};
+use super::recorder::{Record, run_recorder};
+use super::slot::Slot;
 use crate::config::restore::RestoreOptions;
-use crate::serve::Shared;
+use crate::serve::blocking::blocking;
 use crate::serve::body::{Body, check_line, number, query};
-use crate::serve::daemon::{Daemon, START_TIMEOUT, blocking};
-use crate::serve::drives::remove_images;
+use crate::serve::daemon::{START_TIMEOUT, Shared};
 use crate::serve::fault::{Fault, FaultBody, Reply};
-use crate::serve::functions::known_policy;
-use crate::serve::invocations::{InvocationAnswer, Limit, recorded};
-use crate::serve::snapshots::SnapshotRecord;
+use crate::serve::function::known_policy;
 use crate::serve::store::gone_is_fine;
-use crate::serve::traces::Recording;
 use crate::serve::vm::process::run_tool;
-use crate::snapshot::random_hex;
-use crate::sys::clock;
 use crate::tiering::profile::Profile;
-
-/// More than the JSON of a plan of many extents.
-const MAX_PRINTED: usize = 64 << 20;
 
 /// A run to be recorded.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -72,92 +64,10 @@ impl ProfileState {
     }
 }
 
-/// A recording to make.
-pub(in crate::serve) struct Record {
-    pub(in crate::serve) snapshot: SnapshotRecord,
-    pub(in crate::serve) slot: Slot,
-    pub(in crate::serve) recorder: String,
-    pub(in crate::serve) repeat: u32,
-}
-
-/// The directory of a recorder's copies of drives; removed at the end, even if the recorder was killed.
-struct RunDir(std::path::PathBuf);
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        remove_images(std::mem::take(&mut self.0));
-    }
-}
-
-/// Runs `tvmm profile record`. Returns the guest's first answer.
-async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Duration) -> Result<(bool, String), Fault> {
-    // The recorder opens the image that the snapshot names.
-    daemon.confined_function(record.snapshot.function.clone()).await?;
-    let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
-    std::fs::create_dir_all(&profiles).map_err(|error| Fault::of(&error))?;
-    let utf8 = |path: std::path::PathBuf| {
-        path.into_os_string().into_string().map_err(|_| Fault::internal("The daemon's directory is not UTF-8."))
-    };
-    let mut args: Vec<String> =
-        ["profile", "record", "--json", "--recorder", &record.recorder].map(String::from).into();
-    args.extend(["--snapshot".into(), utf8(daemon.snapshot_dir(&record.snapshot.ss_id))?]);
-    args.extend(["--out".into(), utf8(record.slot.path(&profiles))?]);
-    args.extend(["--repeat".into(), record.repeat.to_string()]);
-    args.extend(["--run".into(), line.to_string()]);
-    args.extend(["--run-timeout".into(), limit.as_secs().max(1).to_string()]);
-    let own = RunDir(daemon.store.drives_dir(&random_hex(8)));
-    if record.snapshot.has_drive_copies()? {
-        std::fs::create_dir(&own.0).map_err(|error| Fault::of(&error))?;
-        args.extend(["--drive-dir".into(), utf8(own.0.clone())?]);
-    }
-    if let Some(port) = record.snapshot.function.port {
-        args.extend(["--run-port".into(), port.to_string()]);
-    }
-    let patience = limit.saturating_mul(record.repeat.max(1));
-    let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, patience).await;
-    let (ended, printed) = ran.map_err(|error| match error.kind() {
-        std::io::ErrorKind::TimedOut => Fault::timed_out("The recorded run did not end in time, and its VM was ended."),
-        _ => Fault::of(&error),
-    })?;
-    if ended.code != Some(0) {
-        let text = format!("The run cannot be recorded: it {}.", ended.why());
-        return Err(Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, text));
-    }
-    let dir = daemon.snapshot_dir(&record.snapshot.ss_id);
-    let removed = blocking(move || {
-        let _turn = exclusively();
-        remove_unneeded(&dir, &profiles)
-    });
-    removed.await??;
-    let told: Value = serde_json::from_slice(&printed).unwrap_or_default();
-    let answer = told["runs"][0]["answer"].as_str().unwrap_or_default();
-    let mut words = answer.splitn(3, ' ');
-    Ok((words.next() == Some("ok"), words.nth(1).unwrap_or_default().to_string()))
-}
-
-/// An invocation whose run is recorded.
-pub(in crate::serve) async fn record_invocation(
-    daemon: &Arc<Daemon>,
-    record: Record,
-    line: &str,
-    limit: Limit,
-    recording: &mut Recording,
-) -> Result<InvocationAnswer, Fault> {
-    let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
-    let begin_ns = clock::monotonic_ns();
-    let answer = run_recorder(daemon, &record, line, limit.left()).await;
-    let span = recording.lap("record", 0, begin_ns);
-    recording.note(span, "recorder", Value::from(record.recorder.clone()));
-    let done = recorded(daemon, &record.snapshot, answer?, recording);
-    daemon.traces.keep(recording.trace.clone());
-    daemon.traces.complete(recording.trace.clone());
-    Ok(done)
-}
-
 /// The recorded profile, in numbers.
 #[utoipa::path(get, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
+    responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile")))]
 pub(in crate::serve) async fn get_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -172,12 +82,13 @@ pub(in crate::serve) async fn get_profile(
 /// Records a run of the snapshot's function, in a separate VM.
 #[utoipa::path(post, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
     request_body = ProfileBody,
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "It lacks copies of its drives"),
-        (status = 422, body = FaultBody, description = "The run failed"),
-        (status = 429, body = FaultBody, description = "Too much at once"),
+    responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot lacks copies of its drives"),
+        (status = 422, body = FaultBody, description = "The recorded run failed"),
+        (status = 429, body = FaultBody,
+        description = "Too many invocations wait, or too many VMs live: try again after `Retry-After` seconds"),
         (status = 504, body = FaultBody, description = "The guest did not answer in time")))]
 pub(in crate::serve) async fn post_profile(
     State(daemon): State<Shared>,
@@ -214,9 +125,9 @@ pub(in crate::serve) async fn post_profile(
 /// Copies a profile of another snapshot with the same identity (a copy, or its original).
 #[utoipa::path(put, path = "/snapshots/{id}/profile", tag = "working sets",
     params(("id" = String, Path), ("source" = String, Query, description = "The snapshot whose profile is taken")),
-    responses((status = 200, description = "The profile, in numbers", body = ProfileState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it"),
-        (status = 409, body = FaultBody, description = "The snapshots differ")))]
+    responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile"),
+        (status = 409, body = FaultBody, description = "The snapshots are not copies of each other")))]
 pub(in crate::serve) async fn put_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -230,7 +141,8 @@ pub(in crate::serve) async fn put_profile(
             format!("A profile is bound to its snapshot: `{source}` and `{id}` are not copies of each other.");
         return Err(Fault::conflict(message));
     }
-    let (from, to) = (daemon.store.profiles_dir(&source), daemon.store.profiles_dir(&id));
+    let from = daemon.store.profiles_dir(&source);
+    let to = daemon.store.profiles_dir(&id);
     let dir = daemon.snapshot_dir(&id);
     let carried = blocking(move || {
         let _turn = exclusively();
@@ -244,14 +156,15 @@ pub(in crate::serve) async fn put_profile(
 
 /// Removes the profile.
 #[utoipa::path(delete, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "It was this", body = ProfileState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot, or no profile of it")))]
+    responses((status = 200, description = "The removed profile", body = ProfileState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile")))]
 pub(in crate::serve) async fn delete_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<ProfileState>, Fault> {
     let told = get_profile(State(daemon.clone()), Path(id.clone())).await?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let removed = blocking(move || {
         let _turn = exclusively();
         gone_is_fine(std::fs::remove_file(Slot::Run.path(&profiles))).map_err(|error| Fault::of(&error))?;
@@ -264,17 +177,18 @@ pub(in crate::serve) async fn delete_profile(
 /// The plan that a restore of the snapshot by a policy would carry out, as `tvmm plan --json` shows it: with the pools,
 /// cold pools, budgets and price of the daemon, and the function's local memory.
 #[utoipa::path(get, path = "/snapshots/{id}/plan", tag = "working sets",
-    params(("id" = String, Path), ("policy" = String, Query, description = "See `GET /policies`"),
+    params(("id" = String, Path), ("policy" = String, Query, description = "The policy, one of `GET /policies`"),
         ("dram_mib" = Option<u64>, Query,
-        description = "Local memory the plan may use; none: the function's, else the daemon's"),
-        ("cxl_mib" = Option<u64>, Query, description = "Memory in the CXL tier it may use"),
+        description = "Local memory that the plan may use, MiB; none: the function's, else the daemon's"),
+        ("cxl_mib" = Option<u64>, Query,
+        description = "Memory in the CXL tier that the plan may use, MiB; none: the daemon's"),
         ("cache" = Option<String>, Query,
         description = "How the snapshot's memory will be cached: huge, small or cold; none: as a restore would find it \
                        now")),
-    responses((status = 200, description = "The plan", body = Object),
-        (status = 400, body = FaultBody, description = "It makes no sense"),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "The policy needs a profile")))]
+    responses((status = 200, description = "The plan, as `tvmm plan --json` prints it", body = Object),
+        (status = 400, body = FaultBody, description = "The request is invalid"),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The policy needs a profile, and the snapshot has none")))]
 pub(in crate::serve) async fn get_plan(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
@@ -312,12 +226,12 @@ pub(in crate::serve) async fn get_plan(
     match query.get("cache").map(String::as_str) {
         None => {}
         Some(cache @ ("huge" | "small" | "cold")) => args.extend(["--cache".into(), cache.to_string()]),
-        Some(other) => return Err(Fault::bad(format!("There is no cache state `{other}`: huge, small or cold."))),
+        Some(other) => return Err(Fault::bad(format!("Unknown cache state `{other}`; known: huge, small, cold."))),
     }
-    let ran = run_tool(&daemon.spawner, args, MAX_PRINTED, START_TIMEOUT).await.map_err(|error| Fault::of(&error))?;
+    let ran = run_tool(&daemon.spawner, args, START_TIMEOUT).await.map_err(|error| Fault::of(&error))?;
     let (ended, printed) = ran;
     if ended.code != Some(0) {
-        let text = format!("The plan cannot be made: it {}.", ended.why());
+        let text = format!("Cannot make the plan: `tvmm plan` {}.", ended.why());
         return Err(Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, ended.fault, text));
     }
     serde_json::from_slice(&printed).map(Reply).map_err(|error| Fault::of(&error))

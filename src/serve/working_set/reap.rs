@@ -4,12 +4,14 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Ground, Slot, cache_state, drop_cached, exclusively, load, load_cached, remove_unneeded};
-use crate::serve::Shared;
+use super::caching::{CacheState, cache_state, drop_cached, images_of, load_cached};
+use super::images::ResolvedChain;
+use super::profiles::{exclusively, load, remove_unneeded};
+use super::slot::Slot;
+use crate::serve::blocking::blocking;
 use crate::serve::body::Body;
-use crate::serve::daemon::blocking;
+use crate::serve::daemon::Shared;
 use crate::serve::fault::{Fault, FaultBody, Reply};
-use crate::serve::snapshots::CacheState;
 use crate::serve::store::gone_is_fine;
 use crate::snapshot::PAGE_SIZE;
 use crate::tiering::policy::Policy;
@@ -31,21 +33,22 @@ pub(in crate::serve) struct ReapState {
 
 /// The state of REAP's record.
 #[utoipa::path(get, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "The state", body = ReapState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The snapshot's record for REAP", body = ReapState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(in crate::serve) async fn get_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<ReapState>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let told = blocking(move || {
         let nothing =
             ReapState { recorded: false, function: None, pages_read: 0, pages_written: 0, ws_pages: 0, ws_cache: None };
         let Some(profile) = load(Slot::Reap, &profiles)? else { return Ok(nothing) };
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
-        let ws_pages = ground.images(Policy::Reap, &profile)?.iter().map(|image| image.file_len() / PAGE_SIZE).sum();
-        let images = super::images_of(&dir).map_err(|error| Fault::of(&error))?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
+        let ws_pages = snapshot.images(Policy::Reap, &profile)?.iter().map(|image| image.file_len() / PAGE_SIZE).sum();
+        let images = images_of(&dir).map_err(|error| Fault::of(&error))?;
         let state = cache_state(&images).map_err(|error| Fault::of(&error))?;
         Ok(ReapState {
             recorded: true,
@@ -62,22 +65,23 @@ pub(in crate::serve) async fn get_reap(
 /// Brings the working-set file into the page cache (`true`, making it if it is missing), or drops it (`false`).
 #[utoipa::path(patch, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
     request_body = bool,
-    responses((status = 200, description = "How it is cached now", body = CacheState),
-        (status = 404, body = FaultBody, description = "There is no such snapshot"),
-        (status = 409, body = FaultBody, description = "Nothing is recorded")))]
+    responses((status = 200, description = "The cached part of the files after the change", body = CacheState),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist"),
+        (status = 409, body = FaultBody, description = "The snapshot has no record for REAP")))]
 pub(in crate::serve) async fn patch_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     Body(cached): Body<bool>,
 ) -> Result<Reply<CacheState>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let changed = blocking(move || {
         let _turn = exclusively();
         let none = || Fault::conflict("Nothing is recorded for REAP: an invocation with `enableReap` does that.");
         let profile = load(Slot::Reap, &profiles)?.ok_or_else(none)?;
-        let ground = Ground::open(&dir).map_err(|error| Fault::of(&error))?;
-        let images = ground.make_images(Policy::Reap, &profile)?;
+        let snapshot = ResolvedChain::open(&dir).map_err(|error| Fault::of(&error))?;
+        let images = snapshot.make_images(Policy::Reap, &profile)?;
         let changed = if cached { load_cached(&images) } else { drop_cached(&images) };
         changed.and_then(|()| cache_state(&images)).map_err(|error| Fault::of(&error))
     });
@@ -86,14 +90,15 @@ pub(in crate::serve) async fn patch_reap(
 
 /// Removes the record and its working-set file.
 #[utoipa::path(delete, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
-    responses((status = 200, description = "Nothing is recorded any more", body = Object),
-        (status = 404, body = FaultBody, description = "There is no such snapshot")))]
+    responses((status = 200, description = "The key `removed` is true if there was a record", body = Object),
+        (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
 pub(in crate::serve) async fn delete_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<serde_json::Value>, Fault> {
     daemon.snapshot(&id)?;
-    let (dir, profiles) = (daemon.snapshot_dir(&id), daemon.store.profiles_dir(&id));
+    let dir = daemon.snapshot_dir(&id);
+    let profiles = daemon.store.profiles_dir(&id);
     let removed = blocking(move || {
         let _turn = exclusively();
         if load(Slot::Reap, &profiles)?.is_none() {

@@ -81,10 +81,10 @@ impl Model {
             assert_eq!(run.extent, self.layout.split(run.extent).next().unwrap());
             let bytes = match run.content {
                 Content::Zero => vec![0; run.extent.bytes() as usize],
-                Content::Layer(source) => {
+                Content::Bytes(source) => {
                     let mut bytes = vec![0; run.extent.bytes() as usize];
                     use std::os::unix::fs::FileExt;
-                    chain.layers()[source.layer].memory().read_exact_at(&mut bytes, source.offset).unwrap();
+                    chain.layer_of(run.content).unwrap().memory().read_exact_at(&mut bytes, source.offset).unwrap();
                     bytes
                 }
             };

@@ -121,7 +121,7 @@ fn resolved_runs_are_maximal() {
     let child = after.write_diff(&before, &parent, dir(base.path(), "c"));
     let chain = Chain::open(&child.location).unwrap();
     let runs: Vec<_> = chain.resolve().unwrap().iter().map(|run| (run.extent.pages, run.content)).collect();
-    let from = |layer, page: u64| Content::Layer(PageSource { layer, offset: page * PAGE_SIZE });
+    let from = |layer, page: u64| Content::Bytes(PageSource::layer(layer, page * PAGE_SIZE));
     let expected = [(10, from(0, 0)), (10, Content::Zero), (10, from(1, 20)), (70, from(0, 30)), (30, from(0, 100))];
     assert_eq!(runs, expected);
 }

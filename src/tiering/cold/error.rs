@@ -19,10 +19,9 @@ pub enum ChunkError {
     #[error("{path} is not a cold pool: {problem}", path = path.display())]
     NotAPool { path: PathBuf, problem: String },
     #[error(
-        "{path} was made by a later tvmm in format {format}, this build reads {reads}", path = path.display(),
-        reads = super::store::FORMAT
+        "{path} was made by a later tvmm in format {format}, this build reads {reads}", path = path.display()
     )]
-    FutureFormat { path: PathBuf, format: u32 },
+    FutureFormat { path: PathBuf, format: u32, reads: u32 },
     #[error("A cold pool cannot be made at {path}: {problem}", path = path.display())]
     CannotMake { path: PathBuf, problem: &'static str },
     #[error("A chunk cannot hold {kib} KiB of guest memory, only a power of two from 64 to 2048")]

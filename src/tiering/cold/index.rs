@@ -1,17 +1,19 @@
 //! The index of an object: for each chunk its pages, place, compression and checksum. It comes from another host, so
 //! nothing in it is believed before it was checked.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use serde::{Deserialize, Serialize};
 
 use super::codec::Compression;
-use super::reader::{Broken, EachChunk, Flow};
-use super::{CHUNK_PAGES_RANGE, ChunkError};
+use super::delivery::{Broken, EachChunk, Flow};
+use super::error::ChunkError;
 use crate::snapshot::{
     Container, Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, Section, SectionKind, SnapshotId, write_container,
 };
 
+/// The sizes of a chunk's window that a user can choose, in pages: 64 KiB to 2 MiB.
+pub(super) const CHUNK_PAGES_RANGE: RangeInclusive<u64> = 16..=512;
 /// The largest index, in bytes: of 1 TiB of guest memory in chunks of 64 KiB.
 pub const MAX_INDEX_LEN: u64 = 256 << 20;
 /// Section kinds of an index.

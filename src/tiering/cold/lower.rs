@@ -6,21 +6,22 @@
 
 use super::index::Index;
 use crate::snapshot::{
-    BackgroundAction, Error, Extent, MemoryLayout, PageSet, PageSource, Placement, PlannedExtent, RestorePlan, Result,
+    BackgroundAction, Error, Extent, MemoryLayout, PageOrigin, PageSet, PageSource, Placement, PlannedExtent,
+    RestorePlan, Result,
 };
 
 /// Zero pages in smaller runs than this are fetched with the pages around them: a mapping of their own costs more.
 const ZERO_RUN: u64 = 512;
 
-/// Returns `plan` with everything that came from the chain's `layers` files, or from images of them, fetched from the
-/// chunks of `index`. Pages from other tiers stay as they are.
+/// Returns `plan` with everything that came from the chain's memory files, or from images of them, fetched from the
+/// chunks of `index`. Pages from other tiers stay as they are. `tip` is the index of the chain's last layer.
 ///
 /// # Errors
 /// [`Error::BadPlan`] if the plan takes pages from a place where they are not in a memory file.
-pub fn lower(plan: &RestorePlan, layers: usize, layout: &MemoryLayout, index: &Index) -> Result<RestorePlan> {
+pub fn lower(plan: &RestorePlan, tip: usize, layout: &MemoryLayout, index: &Index) -> Result<RestorePlan> {
     let held: PageSet =
         (0..index.chunks().len() as u32).flat_map(|chunk| index.runs(chunk)).map(|(run, _)| run).collect();
-    let lowering = Lowering { plan, layers, layout, held };
+    let lowering = Lowering { plan, tip, layout, held };
     let mut extents = Vec::with_capacity(plan.extents.len());
     for item in &plan.extents {
         lowering.place(item, &mut extents)?;
@@ -37,18 +38,19 @@ pub fn lower(plan: &RestorePlan, layers: usize, layout: &MemoryLayout, index: &I
 
 struct Lowering<'a> {
     plan: &'a RestorePlan,
-    layers: usize,
+    tip: usize,
     layout: &'a MemoryLayout,
     held: PageSet,
 }
 
 impl Lowering<'_> {
     fn place(&self, item: &PlannedExtent, out: &mut Vec<PlannedExtent>) -> Result<()> {
-        let Some(source) = item.source.filter(|source| self.is_cold(*source)) else {
+        let Some(source) = item.source.filter(|source| is_cold(*source)) else {
             out.push(*item);
             return Ok(());
         };
-        if source.layer < self.layers && self.layout.file_offset(item.extent.first) != Some(source.offset) {
+        let is_of_layer = matches!(source.origin, PageOrigin::Layer(_));
+        if is_of_layer && self.layout.file_offset(item.extent.first) != Some(source.offset) {
             let problem = format!(
                 "{} comes from offset {} of a memory file, which has other pages there",
                 item.extent, source.offset
@@ -79,20 +81,16 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    fn is_cold(&self, source: PageSource) -> bool {
-        source.layer < self.layers || source.layer >= self.layers + self.plan.tiers.len()
-    }
-
     /// The pool has a page of any layer at its offset in the memory file.
     fn cold(&self, extent: Extent, placement: Placement) -> Option<PlannedExtent> {
         let offset = self.layout.file_offset(extent.first)?;
-        Some(PlannedExtent::from(extent, placement, PageSource { layer: self.layers - 1, offset }))
+        Some(PlannedExtent::from(extent, placement, PageSource::layer(self.tip, offset)))
     }
 
     /// Zero pages next to lazy ones become lazy too if they are few.
     fn join_small_zeros(&self, extents: &mut [PlannedExtent]) {
         let is_lazy = |item: Option<&PlannedExtent>| {
-            item.is_some_and(|item| item.placement == Placement::Lazy && item.source.is_some_and(|s| self.is_cold(s)))
+            item.is_some_and(|item| item.placement == Placement::Lazy && item.source.is_some_and(is_cold))
         };
         for at in 0..extents.len() {
             let item = extents[at];
@@ -106,6 +104,11 @@ impl Lowering<'_> {
             }
         }
     }
+}
+
+/// Returns true for the bytes of memory files and of their images, which the pool has.
+fn is_cold(source: PageSource) -> bool {
+    matches!(source.origin, PageOrigin::Layer(_) | PageOrigin::Image(_))
 }
 
 /// The plan's steps, cut to the new extents, each with the action that fits its extent.
@@ -128,7 +131,7 @@ fn background(plan: &RestorePlan, lowered: &RestorePlan) -> Vec<crate::snapshot:
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Sample, sample};
+    use super::super::sample::{Sample, sample};
     use super::*;
     use crate::snapshot::{Background, Fill, Gfn, ImageSpec, PAGE_SIZE};
 
@@ -138,12 +141,12 @@ mod tests {
 
     /// A plan with one extent of each kind over the sample's pages.
     fn plan(sample: &Sample) -> RestorePlan {
-        let source = |first: u64| PageSource { layer: 0, offset: first * PAGE_SIZE };
+        let source = |first: u64| PageSource::layer(0, first * PAGE_SIZE);
         let mut plan = RestorePlan::new(sample.index.snapshot(), "test", vec![]);
         plan.images = vec![ImageSpec { extents: vec![extent(64, 64)] }];
         plan.extents = vec![
             PlannedExtent::from(extent(0, 64), Placement::InPlace, source(0)),
-            PlannedExtent::preload(extent(64, 64), PageSource { layer: 1, offset: 0 }, Fill::Install),
+            PlannedExtent::preload(extent(64, 64), PageSource::image(0, 0), Fill::Install),
             PlannedExtent::from(extent(128, 3968), Placement::CowFile, source(128)),
         ];
         plan.background = vec![Background { action: BackgroundAction::ReadAhead, extent: extent(0, 64) }];
@@ -153,7 +156,7 @@ mod tests {
     #[test]
     fn mapped_pages_are_fetched_and_long_zero_runs_are_not() {
         let sample = sample();
-        let lowered = lower(&plan(&sample), 1, sample.index.layout(), &sample.index).unwrap();
+        let lowered = lower(&plan(&sample), 0, sample.index.layout(), &sample.index).unwrap();
         lowered.validate(sample.index.layout(), &[4096 * PAGE_SIZE]).unwrap();
         assert!(lowered.images.is_empty());
         assert_eq!(lowered.fault_pages, sample.index.chunk_pages());
@@ -165,14 +168,14 @@ mod tests {
         assert!(counts.zero > 2000, "{counts:?}");
         assert!(lowered.background.iter().all(|step| step.action == BackgroundAction::Install));
         assert_eq!(lowered.background.iter().map(|step| step.extent.pages).sum::<u64>(), 64);
-        assert_eq!(lower(&lowered, 1, sample.index.layout(), &sample.index).unwrap(), lowered, "lowered twice");
+        assert_eq!(lower(&lowered, 0, sample.index.layout(), &sample.index).unwrap(), lowered, "lowered twice");
     }
 
     #[test]
     fn plan_with_pages_from_elsewhere_in_a_memory_file_is_refused() {
         let sample = sample();
         let mut plan = plan(&sample);
-        plan.extents[0].source = Some(PageSource { layer: 0, offset: PAGE_SIZE });
-        assert!(matches!(lower(&plan, 1, sample.index.layout(), &sample.index), Err(Error::BadPlan { .. })));
+        plan.extents[0].source = Some(PageSource::layer(0, PAGE_SIZE));
+        assert!(matches!(lower(&plan, 0, sample.index.layout(), &sample.index), Err(Error::BadPlan { .. })));
     }
 }

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use super::codec::{Compression, Encoder};
-use super::index::{Index, NewChunk};
-use super::{CHUNK_PAGES_RANGE, ChunkError};
+use super::error::ChunkError;
+use super::index::{CHUNK_PAGES_RANGE, Index, NewChunk};
 use crate::snapshot::{Chain, Content, Digest, Extent, PAGE_SIZE, PageSet, ResolvedRun};
 
 /// The parameters of packing an object.
@@ -45,8 +45,7 @@ pub fn pack(
         verify(layer)?;
     }
     let runs = chain.resolve()?;
-    let held: PageSet =
-        runs.iter().filter(|run| matches!(run.content, Content::Layer(_))).map(|run| run.extent).collect();
+    let held: PageSet = runs.iter().filter(|run| run.content != Content::Zero).map(|run| run.extent).collect();
     let hot = spec.hot.as_ref().map(|hot| held.intersection(hot)).unwrap_or_default();
     let mut cold = held.clone();
     cold.subtract(&hot);
@@ -139,10 +138,9 @@ impl Packer<'_> {
     fn read(&self, extent: Extent, pages: &mut Vec<u8>) -> Result<(), ChunkError> {
         let at = self.runs.partition_point(|run| run.extent.end() <= extent.first);
         for run in self.runs[at..].iter().take_while(|run| run.extent.first < extent.end()) {
-            let (Content::Layer(source), Some(part)) = (run.content, run.extent.intersection(&extent)) else {
-                continue;
-            };
-            let layer = &self.chain.layers()[source.layer];
+            let Content::Bytes(source) = run.content else { continue };
+            let Some(layer) = self.chain.layer_of(run.content) else { continue };
+            let Some(part) = run.extent.intersection(&extent) else { continue };
             let start = pages.len();
             pages.resize(start + part.bytes() as usize, 0);
             let offset = source.offset + (part.first.0 - run.extent.first.0) * PAGE_SIZE;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,95 +10,12 @@ use serde::Serialize;
 
 use super::ChunkError;
 use super::codec::{Compression, Decoder};
+use super::delivery::{Broken, Flow};
 use super::index::{Index, MAX_INDEX_LEN};
+use super::place::{ChunkSource, Place, SourceCounters, SourceCounts};
 use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, SnapshotId};
 use crate::sys::bounded_wait::Wait;
 use crate::sys::worker;
-
-/// The reason why a place did not give a chunk or an index.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Broken {
-    /// The place may give it next time: it could not be reached, was slow, went away.
-    Transient(String),
-    /// The place gave other bytes.
-    Damaged(String),
-    /// The place will not give it: it does not have it, or speaks another protocol.
-    Refused(String),
-}
-
-/// The receiver's answer: more chunks are wanted, or none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flow {
-    Continue,
-    Stop,
-}
-
-/// Called by a source with the number and the stored bytes of each chunk; answers whether more are wanted.
-pub type EachChunk<'a> = dyn FnMut(u32, &[u8]) -> Result<Flow, Broken> + 'a;
-
-/// One thread's connection to the chunks of one object at one place.
-pub trait ChunkSource: Send + Sync {
-    /// Called by `ColdReader`, one call at a time. Must give the stored bytes of the chunks `wanted` to `each`, each
-    /// once, in this order, and return early if `each` stops or fails. After a failure the caller asks for the rest
-    /// again.
-    fn fetch(&mut self, wanted: &[u32], each: &mut EachChunk) -> Result<(), Broken>;
-}
-
-/// A place that has objects: a directory, a page server, an object store.
-pub trait Place: Send + Sync {
-    /// Its name in errors and reports.
-    fn name(&self) -> &str;
-    /// Returns the bytes of the index of `snapshot`, at most [`MAX_INDEX_LEN`].
-    fn index(&self, snapshot: SnapshotId, counters: &Arc<SourceCounters>) -> Result<Vec<u8>, Broken>;
-    /// Opens a source of the chunks of `index`, whose bytes have the digest `digest`. Must refuse another object.
-    fn open(
-        &self,
-        index: &Arc<Index>,
-        digest: Digest,
-        counters: Arc<SourceCounters>,
-    ) -> Result<Box<dyn ChunkSource>, Broken>;
-}
-
-/// Counts of the requests to one place.
-#[derive(Debug, Default)]
-pub struct SourceCounters {
-    /// Set when the pool is closed: waits for this place end.
-    pub closed: AtomicBool,
-    pub requests: AtomicU64,
-    pub round_trips: AtomicU64,
-    pub connections: AtomicU64,
-    /// Chunks found in a cache of this host.
-    pub cached: AtomicU64,
-    chunks: AtomicU64,
-    stored: AtomicU64,
-    pages: AtomicU64,
-    retries: AtomicU64,
-    damaged: AtomicU64,
-}
-
-/// [`SourceCounters`] at one moment.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct SourceCounts {
-    pub place: String,
-    /// Chunks that the place gave.
-    pub chunks: u64,
-    /// Bytes fetched, as they are stored.
-    pub bytes_stored: u64,
-    /// Bytes of pages unpacked from them.
-    pub bytes_pages: u64,
-    /// Messages or reads that asked for chunks.
-    pub requests: u64,
-    /// Waits for an answer with no other request under way.
-    pub round_trips: u64,
-    /// Connections made.
-    pub connections: u64,
-    /// Chunks given that were in this host's cache directory.
-    pub cached: u64,
-    /// Failed attempts that were made again, at this place or another.
-    pub retries: u64,
-    /// Chunks that came with other bytes than were stored.
-    pub damaged: u64,
-}
 
 /// Counts of a pool's requests, for reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::index::{Index, MAX_INDEX_LEN};
+use super::error::ChunkError;
+use super::index::{CHUNK_PAGES_RANGE, Index, MAX_INDEX_LEN};
 use super::pack::{PackSpec, Packed, pack};
-use super::{CHUNK_PAGES_RANGE, ChunkError};
 use crate::snapshot::{
     Chain, Digest, PAGE_SIZE, PageSet, PartialFile, SnapshotId, is_partial, read_limited, replace_file, sweep,
     write_limited,
@@ -58,7 +58,7 @@ impl Manifest {
         };
         let Format { format } = serde_json::from_slice(bytes).map_err(not)?;
         if format != FORMAT {
-            return Err(ChunkError::FutureFormat { path: path.to_path_buf(), format });
+            return Err(ChunkError::FutureFormat { path: path.to_path_buf(), format, reads: FORMAT });
         }
         let manifest: Manifest = serde_json::from_slice(bytes).map_err(not)?;
         Manifest::new(manifest.chunk_kib, manifest.bandwidth_mbps)?;

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::snapshot::tests::{Model, any_pages, dir, two_files};
-use crate::snapshot::{Chain, Gfn, PAGE_SIZE, Placement, PlannedExtent, Sealed};
+use crate::snapshot::{Chain, Content, Gfn, PAGE_SIZE, Placement, PlannedExtent, Sealed};
 
 /// A chain of snapshots in both forms, each the memory after one more change.
 fn write_chain(base: &Path, history: &[Model]) -> Sealed {
@@ -27,7 +27,7 @@ fn write_chain(base: &Path, history: &[Model]) -> Sealed {
 fn contents(chain: &Chain, item: &PlannedExtent) -> Vec<(Gfn, Vec<u8>)> {
     let mut bytes = vec![0; item.extent.bytes() as usize];
     if let Some(source) = item.source {
-        chain.layers()[source.layer].memory().read_exact_at(&mut bytes, source.offset).unwrap();
+        chain.layer_of(Content::Bytes(source)).unwrap().memory().read_exact_at(&mut bytes, source.offset).unwrap();
     }
     let page = |(index, bytes): (usize, &[u8])| (Gfn(item.extent.first.0 + index as u64), bytes.to_vec());
     bytes.chunks(PAGE_SIZE as usize).enumerate().map(page).collect()

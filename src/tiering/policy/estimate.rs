@@ -2,13 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Ground;
+use super::facts::PolicyFacts;
 use super::model::{AnonBlock, Cost, FileBlock, LazyBlock, Tally};
 use super::place::pieces;
 use super::touches::Touch;
 use crate::snapshot::{
-    BackgroundAction, Extent, Fill, Folios, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PageSource, Placement, PlannedExtent,
-    RestorePlan, TierAccess, View,
+    BackgroundAction, Extent, Fill, Folios, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, InPlaceMapping, PageOrigin,
+    PageSource, Placement, PlannedExtent, RestorePlan, View,
 };
 use crate::tiering::costs::Costs;
 
@@ -75,7 +75,6 @@ struct Walk<'a> {
     costs: &'a Costs,
     touches: &'a [Touch],
     at: usize,
-    layers: usize,
     read_ahead: bool,
     fault_pages: u64,
     huge: &'a [Extent],
@@ -90,13 +89,11 @@ struct Walk<'a> {
 }
 
 /// The expected cost of `plan` with the expected touches `touches`.
-pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estimate {
-    let is_shared = |_: &PlannedExtent, source: PageSource| ground.access(source.layer) == Some(TierAccess::MapShared);
+pub fn estimate(plan: &RestorePlan, facts: &PolicyFacts, touches: &[Touch]) -> Estimate {
     let mut walk = Walk {
-        costs: ground.costs,
+        costs: facts.costs,
         touches,
         at: 0,
-        layers: ground.layers,
         read_ahead: plan.background.iter().any(|step| step.action == BackgroundAction::ReadAhead),
         fault_pages: plan.fault_pages,
         huge: &plan.huge,
@@ -108,7 +105,7 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
         read_to: None,
     };
     let mut splits = 0;
-    for mapping in plan.mappings(ground.layout, is_shared) {
+    for mapping in plan.mappings(facts.layout, InPlaceMapping::Private) {
         walk.flush();
         walk.estimate.vmas += 1;
         walk.view = mapping.view;
@@ -127,7 +124,7 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
     }
     walk.flush();
     let Walk { mut estimate, cost, .. } = walk;
-    estimate.map_ns = (estimate.vmas + splits) as f64 * ground.costs.vma_ns as f64;
+    estimate.map_ns = (estimate.vmas + splits) as f64 * facts.costs.vma_ns as f64;
     (estimate.preload_ns, estimate.fault_ns) = (cost.before, cost.during);
     estimate
 }
@@ -144,7 +141,7 @@ impl Walk<'_> {
                 let file = FileBlock {
                     wants_huge: folios == Folios::Huge,
                     aligned: source.offset % HUGE_PAGE_SIZE == self.start.gpa() % HUGE_PAGE_SIZE,
-                    read_ahead: self.read_ahead && source.layer >= self.layers,
+                    read_ahead: self.read_ahead && matches!(source.origin, PageOrigin::Image(_)),
                     promoted: shared,
                     ..block.file
                 };

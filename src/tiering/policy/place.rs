@@ -8,7 +8,7 @@ use crate::snapshot::{
 pub fn by_content(resolved: &[ResolvedRun], held: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<PlannedExtent> {
     let place = |run: &ResolvedRun| match run.content {
         Content::Zero => PlannedExtent::zero(run.extent),
-        Content::Layer(source) => held(run.extent, source),
+        Content::Bytes(source) => held(run.extent, source),
     };
     resolved.iter().map(place).collect()
 }
@@ -17,14 +17,14 @@ pub fn by_content(resolved: &[ResolvedRun], held: impl Fn(Extent, PageSource) ->
 /// page map need not even be read.
 pub fn whole_file(layout: &MemoryLayout, placement: Placement) -> Vec<PlannedExtent> {
     let place = |range: &crate::snapshot::GuestRange| {
-        PlannedExtent::from(range.extent(), placement, PageSource { layer: 0, offset: range.file_offset })
+        PlannedExtent::from(range.extent(), placement, PageSource::layer(0, range.file_offset))
     };
     layout.ranges().iter().map(place).collect()
 }
 
 /// The source `pages` pages further on.
 pub fn advance(source: PageSource, pages: u64) -> PageSource {
-    PageSource { layer: source.layer, offset: source.offset.saturating_add(pages.saturating_mul(PAGE_SIZE)) }
+    PageSource { offset: source.offset.saturating_add(pages.saturating_mul(PAGE_SIZE)), ..source }
 }
 
 /// The part of `item` that is `part`, which lies within it.
@@ -102,11 +102,11 @@ impl Packed {
         packed
     }
 
-    /// Every extent of the image, placed by `place`, ascending.
-    pub fn placed(&self, layer: usize, place: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<Labelled> {
+    /// Every extent of the image, which is the plan's first, placed by `place`, ascending.
+    pub fn placed(&self, place: impl Fn(Extent, PageSource) -> PlannedExtent) -> Vec<Labelled> {
         let each = self.spec.extents.iter().zip(&self.offsets);
         let mut placed: Vec<Labelled> =
-            each.map(|(extent, offset)| Labelled(place(*extent, PageSource { layer, offset: *offset }))).collect();
+            each.map(|(extent, offset)| Labelled(place(*extent, PageSource::image(0, *offset)))).collect();
         placed.sort_unstable_by_key(|item| item.0.extent.first);
         placed
     }
@@ -138,7 +138,7 @@ pub fn merge_gaps(
 /// The source of zeros for a page that is zero in the snapshot: a hole of the tip's memory file. The tip does not hold
 /// a zero page, and a page that a layer does not hold is a hole of its file.
 pub fn hole(layout: &MemoryLayout, tip: usize, first: Gfn) -> Option<PageSource> {
-    Some(PageSource { layer: tip, offset: layout.file_offset(first)? })
+    Some(PageSource::layer(tip, layout.file_offset(first)?))
 }
 
 #[cfg(test)]
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn laying_over_cuts_and_keeps_sources_in_step() {
         let from = |first, pages, layer, offset: u64| {
-            let source = PageSource { layer, offset: offset * PAGE_SIZE };
+            let source = PageSource::layer(layer, offset * PAGE_SIZE);
             PlannedExtent::from(extent(first, pages), Placement::CowFile, source)
         };
         let base = [from(0, 10, 0, 0), from(10, 10, 1, 10)];

@@ -5,7 +5,10 @@ use proptest::prelude::*;
 use super::estimate::estimate;
 use super::touches::expected;
 use super::*;
-use crate::snapshot::{BackgroundAction, Content, Fill, Gfn, PAGE_SIZE, PageSet, PageSource, Placement, PlannedExtent};
+use crate::snapshot::{
+    BackgroundAction, Content, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageOrigin, PageSet, PageSource, Placement,
+    PlannedExtent, SnapshotId,
+};
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::{Order, RecorderKind};
 
@@ -52,7 +55,7 @@ impl World {
     }
 
     fn decided(&self, page: usize) -> Content {
-        let from = |layer| Content::Layer(PageSource { layer, offset: page as u64 * PAGE_SIZE });
+        let from = |layer| Content::Bytes(PageSource::layer(layer, page as u64 * PAGE_SIZE));
         match self.tip.as_ref().and_then(|tip| tip[page]) {
             Some(true) => from(1),
             Some(false) => Content::Zero,
@@ -62,10 +65,7 @@ impl World {
     }
 
     fn content(&self, page: usize) -> u64 {
-        match self.decided(page) {
-            Content::Zero => 0,
-            Content::Layer(source) => self.in_file(source.layer, page),
-        }
+        self.decided(page).layer().map_or(0, |layer| self.in_file(layer, page))
     }
 
     fn resolved(&self) -> Vec<ResolvedRun> {
@@ -76,7 +76,7 @@ impl World {
                 && last.extent.end() == gfn
                 && match (last.content, content) {
                     (Content::Zero, Content::Zero) => true,
-                    (Content::Layer(a), Content::Layer(b)) => a.layer == b.layer,
+                    (Content::Bytes(a), Content::Bytes(b)) => a.origin == b.origin,
                     _ => false,
                 }
             {
@@ -105,8 +105,10 @@ impl World {
 
     fn read(&self, plan: &RestorePlan, source: PageSource, index: u64) -> u64 {
         let mut page = source.offset / PAGE_SIZE + index;
-        let Some(image) = source.layer.checked_sub(self.layers()) else {
-            return self.in_file(source.layer, page as usize);
+        let image = match source.origin {
+            PageOrigin::Layer(layer) => return self.in_file(layer, page as usize),
+            PageOrigin::Tier(_) => panic!("the plan has no tiers"),
+            PageOrigin::Image(image) => image,
         };
         for extent in &plan.images[image].extents {
             if page < extent.pages {
@@ -192,14 +194,14 @@ proptest! {
     #[test]
     fn every_policy_restores_the_snapshot(world in any_world(), profile in any_profile(), costs in any_costs()) {
         let resolved = world.resolved();
-        let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
+        let facts = PolicyFacts::bare(&world.layout, world.layers(), &resolved, &costs);
         let touches = expected(&profile, &resolved);
         let mut total = f64::INFINITY;
         for policy in Policy::ALL {
-            let plan = policy.plan_on(&ground, Some(&profile), &Budget::default()).unwrap();
+            let plan = policy.plan_on(&facts, Some(&profile), &Budget::default()).unwrap();
             world.check(&plan);
             prop_assert_eq!(&plan.policy, policy.name());
-            let expects = estimate(&plan, &ground, &touches);
+            let expects = estimate(&plan, &facts, &touches);
             prop_assert!(expects.total_ns().is_finite() && expects.vmas > 0);
             // `tiered` comes last.
             if policy == Policy::Tiered {
@@ -213,16 +215,16 @@ proptest! {
     fn tiered_keeps_within_its_budget(world in any_world(), profile in any_profile(), costs in any_costs(),
     spare in 0_u64..1000) {
         let resolved = world.resolved();
-        let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
+        let facts = PolicyFacts::bare(&world.layout, world.layers(), &resolved, &costs);
         let touches = expected(&profile, &resolved);
         let written: u64 = touches.iter().filter(|t| t.written > 0.0).map(|t| t.extent.pages).sum();
         let budget = Budget { dram_pages: Some(written + spare), cxl_pages: None, ..Budget::default() };
-        let plan = Policy::Tiered.plan_on(&ground, Some(&profile), &budget).unwrap();
+        let plan = Policy::Tiered.plan_on(&facts, Some(&profile), &budget).unwrap();
         world.check(&plan);
-        prop_assert!(estimate(&plan, &ground, &touches).pages_preloaded_unwritten <= spare);
+        prop_assert!(estimate(&plan, &facts, &touches).pages_preloaded_unwritten <= spare);
         if written > 0 {
             let budget = Budget { dram_pages: Some(written - 1), cxl_pages: None, ..Budget::default() };
-            let refused = Policy::Tiered.plan_on(&ground, Some(&profile), &budget);
+            let refused = Policy::Tiered.plan_on(&facts, Some(&profile), &budget);
             let refused = matches!(refused, Err(Error::BudgetTooSmall { least, .. }) if least == written);
             prop_assert!(refused);
         }
@@ -241,7 +243,7 @@ fn small(pages: u64, held: &[(u64, u64)]) -> Small {
     let layout = MemoryLayout::from_gpa_ranges(&[(0, pages * PAGE_SIZE)]).unwrap();
     let held: PageSet = held.iter().map(|(first, pages)| extent(*first, *pages)).collect();
     let all: PageSet = layout.extents().collect();
-    let layer = |run: Extent| Content::Layer(PageSource { layer: 0, offset: run.gpa() });
+    let layer = |run: Extent| Content::Bytes(PageSource::layer(0, run.gpa()));
     let runs = held.runs().map(|run| ResolvedRun { extent: run, content: layer(run) });
     let zero = all.difference(&held);
     let mut resolved: Vec<_> =
@@ -252,12 +254,12 @@ fn small(pages: u64, held: &[(u64, u64)]) -> Small {
 }
 
 impl Small {
-    fn ground(&self) -> Ground<'_> {
-        Ground::bare(&self.layout, 1, &self.resolved, &self.costs)
+    fn facts(&self) -> PolicyFacts<'_> {
+        PolicyFacts::bare(&self.layout, 1, &self.resolved, &self.costs)
     }
 
     fn plan(&self, policy: Policy) -> RestorePlan {
-        let plan = policy.plan_on(&self.ground(), Some(&self.profile), &Budget::default()).unwrap();
+        let plan = policy.plan_on(&self.facts(), Some(&self.profile), &Budget::default()).unwrap();
         plan.validate(&self.layout, &[self.layout.file_len()]).unwrap();
         plan
     }
@@ -274,19 +276,19 @@ fn example() -> Small {
     small
 }
 
-fn from(first: u64, pages: u64, placement: Placement, layer: usize, page: u64) -> PlannedExtent {
-    PlannedExtent::from(extent(first, pages), placement, PageSource { layer, offset: page * PAGE_SIZE })
+fn from(first: u64, pages: u64, placement: Placement, origin: PageOrigin, page: u64) -> PlannedExtent {
+    PlannedExtent::from(extent(first, pages), placement, PageSource { origin, offset: page * PAGE_SIZE })
 }
 
 fn preload(first: u64, pages: u64, fill: Fill, page: u64) -> PlannedExtent {
-    PlannedExtent::preload(extent(first, pages), PageSource { layer: 1, offset: page * PAGE_SIZE }, fill)
+    PlannedExtent::preload(extent(first, pages), PageSource::image(0, page * PAGE_SIZE), fill)
 }
 
 #[test]
 fn reap_installs_every_page_that_faulted_from_one_file_by_address() {
     let plan = example().plan(Policy::Reap);
     assert_eq!(plan.images[0].extents, [extent(10, 1), extent(12, 1), extent(305, 1), extent(400, 1)]);
-    let lazy = |first, pages| from(first, pages, Placement::Lazy, 0, first);
+    let lazy = |first, pages| from(first, pages, Placement::Lazy, PageOrigin::Layer(0), first);
     let expected = [
         lazy(0, 10),
         preload(10, 1, Fill::Install, 0),
@@ -307,13 +309,15 @@ fn faasnap_maps_its_loading_set_over_its_nonzero_regions() {
     let mut example = example();
     let plan = example.plan(Policy::Faasnap);
     // Ten zero pages lie within one region, and page 11 within one of the loading set.
-    let cow = |first, pages, layer, page| from(first, pages, Placement::CowFile, layer, page);
+    let cow = |first, pages, origin, page| from(first, pages, Placement::CowFile, origin, page);
+    let layer = PageOrigin::Layer(0);
+    let image = PageOrigin::Image(0);
     let expected = [
-        cow(0, 10, 0, 0),
-        cow(10, 3, 1, 0),
-        cow(13, 387, 0, 13),
-        cow(400, 1, 1, 3),
-        cow(401, 299, 0, 401),
+        cow(0, 10, layer, 0),
+        cow(10, 3, image, 0),
+        cow(13, 387, layer, 13),
+        cow(400, 1, image, 3),
+        cow(401, 299, layer, 401),
         PlannedExtent::zero(extent(700, 324)),
     ];
     assert_eq!(plan.extents, expected);
@@ -331,7 +335,7 @@ fn faasnap_maps_its_loading_set_over_its_nonzero_regions() {
 fn aquifer_copies_hot_pages_and_fetches_cold_ones_in_the_background() {
     let plan = example().plan(Policy::Aquifer);
     assert_eq!(plan.images[0].extents, [extent(10, 1), extent(12, 1), extent(400, 1)]);
-    let lazy = |first, pages| from(first, pages, Placement::Lazy, 0, first);
+    let lazy = |first, pages| from(first, pages, Placement::Lazy, PageOrigin::Layer(0), first);
     let expected = [
         lazy(0, 10),
         preload(10, 1, Fill::Copy, 0),
@@ -364,7 +368,7 @@ fn catalyzer_and_trenv_map_held_pages_and_copy_none() {
 fn policy_without_its_profile_says_how_to_record_one() {
     let example = example();
     for policy in Policy::ALL {
-        let plan = policy.plan_on(&example.ground(), None, &Budget::default());
+        let plan = policy.plan_on(&example.facts(), None, &Budget::default());
         assert_eq!(plan.is_err(), policy.needs_profile(), "{policy}");
         if let Err(error) = plan {
             assert!(error.to_string().contains("tvmm profile record"), "{error}");
@@ -391,7 +395,7 @@ fn tiered_breaks_copy_on_write_of_sparse_writes_under_one_mapping() {
     let broken: PageSet =
         plan.extents.iter().filter(|item| item.fill == Fill::BreakCow).map(|item| item.extent).collect();
     assert_eq!(broken, small.profile.written);
-    assert_eq!(estimate(&plan, &small.ground(), &[]).vmas, 1);
+    assert_eq!(estimate(&plan, &small.facts(), &[]).vmas, 1);
 }
 
 #[test]
@@ -403,7 +407,7 @@ fn tiered_copies_blocks_for_a_few_pages_only_where_local_memory_costs_nothing() 
     }
     let preloaded = |dram_page_ns| {
         let budget = Budget { dram_page_ns, ..Budget::default() };
-        let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &budget).unwrap();
+        let plan = Policy::Tiered.plan_on(&small.facts(), Some(&small.profile), &budget).unwrap();
         plan.validate(&small.layout, &[small.layout.file_len()]).unwrap();
         plan.counts().preload
     };
@@ -426,7 +430,7 @@ fn tiered_copies_whole_blocks_where_writes_are_dense() {
     assert_eq!(plan.extents[1].fill, Fill::Copy);
     // With no memory to spare only written pages are preloaded.
     let budget = Budget { dram_pages: Some(512), cxl_pages: None, ..Budget::default() };
-    let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &budget).unwrap();
+    let plan = Policy::Tiered.plan_on(&small.facts(), Some(&small.profile), &budget).unwrap();
     assert!(plan.counts().preload <= 512, "{:?}", plan.counts());
 }
 

@@ -8,7 +8,7 @@ use super::catalogue::{Entry, Head, Run, Stats};
 use super::dedup::{Choice, Class, Page, Prices, Stretch, decide};
 use super::error::Error;
 use super::format::{BLOCK_PAGES, Blob, Geometry, HASH_LEN, SUM_LEN};
-use super::lease::now;
+use super::lease_record::now;
 use super::medium::Medium;
 use super::place::place;
 use super::writer::Writer;
@@ -116,10 +116,10 @@ impl Writer<'_> {
         let mut pages: Vec<Page> = Vec::with_capacity((held / PAGE_SIZE) as usize);
         let mut buffer = vec![0; (PIECE_PAGES * PAGE_SIZE) as usize];
         for run in resolved {
-            let Content::Layer(source) = run.content else { continue };
+            let Some(layer) = chain.layer_of(run.content) else { continue };
             for piece in run.extent.chunks(PIECE_PAGES) {
                 let bytes = &mut buffer[..piece.bytes() as usize];
-                chain.layers()[source.layer].memory_file().read(piece.first, bytes)?;
+                layer.memory_file().read(piece.first, bytes)?;
                 for (gfn, page) in (piece.first.0..).zip(bytes.chunks_exact(PAGE_SIZE as usize)) {
                     if is_zero(page) {
                         continue;
@@ -191,10 +191,11 @@ fn read_guest(
     bytes.fill(0);
     let first = resolved.partition_point(|run| run.extent.end() <= extent.first);
     for run in resolved[first..].iter().take_while(|run| run.extent.first < extent.end()) {
-        let (Some(part), Content::Layer(source)) = (run.extent.intersection(&extent), run.content) else { continue };
+        let Some(part) = run.extent.intersection(&extent) else { continue };
+        let Some(layer) = chain.layer_of(run.content) else { continue };
         let start = ((part.first.0 - extent.first.0) * PAGE_SIZE) as usize;
         let bytes = &mut bytes[start..start + part.bytes() as usize];
-        chain.layers()[source.layer].memory_file().read(part.first, bytes)?;
+        layer.memory_file().read(part.first, bytes)?;
     }
     Ok(())
 }

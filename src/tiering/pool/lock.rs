@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::error::Error;
 use super::format::WRITER;
-use super::lease::{Holder, PAUSE, READS, SETTLE, now, stood_still, uptime};
+use super::lease::{PAUSE, READS, SETTLE, stood_still, uptime};
+use super::lease_record::{Holder, now};
 use super::medium::Medium;
 use crate::sys::bounded_wait::Wait;
 

@@ -12,6 +12,7 @@ pub mod error;
 pub mod format;
 pub mod fsck;
 pub mod lease;
+pub mod lease_record;
 mod lock;
 pub mod medium;
 mod place;

@@ -9,7 +9,7 @@
 use std::io;
 use std::ops::Range;
 
-use super::lease::{Lease, now};
+use super::lease_record::{Holder, Lease, now};
 use super::medium::Medium;
 use crate::snapshot::SnapshotId;
 
@@ -77,7 +77,7 @@ pub fn all(medium: &dyn Medium, host: u64) -> io::Result<Vec<Lease>> {
         let mut entry = [0; 16];
         entry[..4].copy_from_slice(&value_of(fact).to_be_bytes());
         Lease {
-            holder: super::lease::Holder { host, pid: pid as u32 },
+            holder: Holder { host, pid: pid as u32 },
             beat: now(),
             snapshot: SnapshotId::default(),
             entry,

@@ -3,7 +3,8 @@
 use super::catalogue::{Catalogue, Entry, Head, Run};
 use super::error::Error;
 use super::format::{BLOCK, BLOCK_PAGES, Geometry, LEASES, SLOT, Superblock, superblocks};
-use super::lease::{self, EXPIRY_S, now};
+use super::lease::{self, EXPIRY_S};
+use super::lease_record::now;
 use super::lock::Lock;
 use super::medium::Medium;
 use super::space::Space;

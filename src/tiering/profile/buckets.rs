@@ -1,6 +1,6 @@
 //! Classifies pages by the layer of the chain that holds them.
 
-use crate::snapshot::{Content, PageSet, ResolvedRun};
+use crate::snapshot::{Content, PageOrigin, PageSet, ResolvedRun};
 
 /// The pages of a guest by origin (FaaSMem's buckets): a chain's base is the booted runtime, later layers have the
 /// pages changed by the function's initialisation, and pages that no layer holds are first written while a request is
@@ -22,8 +22,8 @@ impl Buckets {
         for run in runs {
             let bucket = match run.content {
                 Content::Zero => &mut buckets.execution,
-                Content::Layer(source) if source.layer == 0 => &mut buckets.runtime,
-                Content::Layer(_) => &mut buckets.init,
+                Content::Bytes(source) if source.origin == PageOrigin::Layer(0) => &mut buckets.runtime,
+                Content::Bytes(_) => &mut buckets.init,
             };
             bucket.insert_run(run.extent);
         }

@@ -4,18 +4,17 @@
 use std::path::Path;
 
 use super::bits::{BitReader, BitWriter, put_varint, take_varint};
-use super::order::{self, Ranks};
-use super::{Frequency, MAX_RUNS, Order, Profile, RecorderKind, sets};
+use super::contents::{Frequency, MAX_RUNS, Profile};
+use super::order::{MAX_LAYERS, Order};
+use super::order_code::{self, Ranks};
+use super::recorder_kind::RecorderKind;
+use super::sets;
 use crate::snapshot::{
     Container, Extent, Gfn, PageSet, Section, SectionInfo, SectionKind, SnapshotId, read_limited, write_container,
     write_limited,
 };
 use crate::tiering::Error;
 
-/// The longest function, in bytes of UTF-8.
-pub const MAX_FUNCTION_BYTES: usize = 4096;
-/// The most layers a profile can have; recorders that see more put the rest into the last.
-pub const MAX_LAYERS: usize = 1024;
 /// The largest profile, in bytes.
 const FILE_LIMIT: u64 = 64 << 20;
 const VERSION: u32 = 1;
@@ -90,7 +89,9 @@ pub(super) fn sections_of(profile: &Profile) -> Vec<Section> {
     ];
     match &profile.order {
         Order::Unknown => {}
-        Order::Exact(extents) => sections.push(section(SectionKind::ProfileOrder, 0, order::encode(extents, &ranks))),
+        Order::Exact(extents) => {
+            sections.push(section(SectionKind::ProfileOrder, 0, order_code::encode(extents, &ranks)))
+        }
         Order::Layers(layers) => {
             let layer = |(index, layer): (usize, &PageSet)| {
                 section(SectionKind::ProfileLayer, index as u32, sets::encode(layer))
@@ -183,7 +184,7 @@ fn decode(container: &Container) -> Result<Profile, Error> {
         0 => Order::Unknown,
         1 => {
             let bytes = container.section(SectionKind::ProfileOrder, 0)?;
-            Order::Exact(order::decode(bytes, &ranks).map_err(malformed)?)
+            Order::Exact(order_code::decode(bytes, &ranks).map_err(malformed)?)
         }
         2 => {
             Order::Layers(decode_sets(container, SectionKind::ProfileLayer)?.into_iter().map(|(_, set)| set).collect())

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Frequency, MAX_RUNS, Order, Profile, RecorderKind};
+use super::contents::{Frequency, MAX_FUNCTION_BYTES, MAX_RUNS, Profile};
+use super::order::{MAX_LAYERS, Order};
+use super::recorder_kind::RecorderKind;
 use crate::snapshot::{Extent, Gfn, PageSet};
 use crate::tiering::Error;
 
@@ -169,7 +171,7 @@ fn common_function(profiles: &[Profile]) -> String {
     names.sort_unstable();
     names.dedup();
     let all = names.join(" | ");
-    if all.len() <= super::file::MAX_FUNCTION_BYTES { all } else { format!("{} functions", names.len()) }
+    if all.len() <= MAX_FUNCTION_BYTES { all } else { format!("{} functions", names.len()) }
 }
 
 /// The pages of several runs by the number of runs that have them: ascending, disjoint, without zero.
@@ -252,7 +254,7 @@ fn layers_of(profile: &Profile) -> Vec<PageSet> {
         Order::Exact(extents) => {
             let mut layers = vec![PageSet::new()];
             for part in extents.iter().flat_map(|extent| extent.chunks(LAYER_PAGES)) {
-                let is_last = layers.len() == super::file::MAX_LAYERS;
+                let is_last = layers.len() == MAX_LAYERS;
                 match layers.last_mut() {
                     Some(layer) if layer.len() < LAYER_PAGES || is_last => layer.insert_run(part),
                     _ => layers.push([part].into_iter().collect()),

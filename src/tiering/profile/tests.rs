@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::snapshot::{Content, Gfn, PAGE_SIZE, PageSource, ResolvedRun, SectionKind, write_container};
+use crate::snapshot::{
+    Content, Extent, Gfn, PAGE_SIZE, PageSet, PageSource, ResolvedRun, SectionKind, SnapshotId, write_container,
+};
 
 const ID: SnapshotId = SnapshotId([7; 32]);
 
@@ -253,7 +255,7 @@ fn a_saved_profile_replaces_the_old_one_and_leaves_nothing_beside() {
 
 #[test]
 fn buckets_follow_the_layers() {
-    let layer = |layer| Content::Layer(PageSource { layer, offset: 8 * PAGE_SIZE });
+    let layer = |layer| Content::Bytes(PageSource::layer(layer, 8 * PAGE_SIZE));
     let run = |first, pages, content| ResolvedRun { extent: extent(first, pages), content };
     let runs = [run(0, 10, layer(0)), run(10, 5, Content::Zero), run(15, 5, layer(2)), run(20, 5, layer(1))];
     let buckets = Buckets::of(&runs).within(&set(&[(5, 12)]));

@@ -4,15 +4,17 @@
 use std::sync::Arc;
 
 use super::Tier;
-use crate::snapshot::{Extent, Gfn, MemoryLayout, PAGE_SIZE, Placement, PlannedExtent, RestorePlan};
+use crate::snapshot::{
+    Extent, Gfn, MemoryLayout, PAGE_SIZE, PageOrigin, PageSource, Placement, PlannedExtent, RestorePlan,
+};
 use crate::tiering::policy::advance;
 
 /// Pages fetched around a fault on pages that cannot be mapped: 64 KiB.
 const FAULT_PAGES: u64 = 16;
 
 /// Makes `plan` one that these tiers can carry out: of the pages in place, only whole aligned stretches stay mapped,
-/// the rest is fetched when it is touched. `first`: the index of the first tier.
-pub fn align(plan: &mut RestorePlan, layout: &MemoryLayout, first: usize, tiers: &[Arc<dyn Tier>]) {
+/// the rest is fetched when it is touched.
+pub fn align(plan: &mut RestorePlan, layout: &MemoryLayout, tiers: &[Arc<dyn Tier>]) {
     let aligns: Vec<u64> =
         tiers.iter().map(|tier| tier.mapping().map_or(1, |mapping| mapping.align / PAGE_SIZE)).collect();
     if aligns.iter().all(|align| *align <= 1) {
@@ -23,12 +25,19 @@ pub fn align(plan: &mut RestorePlan, layout: &MemoryLayout, first: usize, tiers:
     let mut cut_any = false;
     for item in &plan.extents {
         let is_mapped = matches!(item.placement, Placement::InPlace | Placement::CowFile);
-        let align = item.source.and_then(|source| aligns.get(source.layer.checked_sub(first)?)).copied().unwrap_or(1);
-        if !is_mapped || align <= 1 {
+        let Some(source) = item.source.filter(|_| is_mapped) else {
+            out.push(*item);
+            continue;
+        };
+        let align = match source.origin {
+            PageOrigin::Tier(index) => aligns.get(index).copied().unwrap_or(1),
+            PageOrigin::Layer(_) | PageOrigin::Image(_) => 1,
+        };
+        if align <= 1 {
             out.push(*item);
             continue;
         }
-        let pieces = pieces(item, align);
+        let pieces = pieces(item, source, align);
         cut_any |= pieces.iter().any(|piece| piece.placement == Placement::Lazy);
         out.extend(pieces);
     }
@@ -40,9 +49,9 @@ pub fn align(plan: &mut RestorePlan, layout: &MemoryLayout, first: usize, tiers:
 }
 
 /// The part before the first aligned page, the aligned middle, and the part after it.
-fn pieces(item: &PlannedExtent, align: u64) -> Vec<PlannedExtent> {
-    let (extent, source) = (item.extent, item.source.unwrap_or(crate::snapshot::PageSource { layer: 0, offset: 0 }));
-    let (first, end) = (extent.first.0, extent.end().0);
+fn pieces(item: &PlannedExtent, source: PageSource, align: u64) -> Vec<PlannedExtent> {
+    let first = item.extent.first.0;
+    let end = item.extent.end().0;
     let is_congruent = first % align == source.offset / PAGE_SIZE % align;
     let (start, stop) = (first.next_multiple_of(align), end / align * align);
     let (start, stop) = if is_congruent && start < stop { (start, stop) } else { (end, end) };
@@ -58,16 +67,15 @@ fn pieces(item: &PlannedExtent, align: u64) -> Vec<PlannedExtent> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::PageSource;
 
     #[test]
     fn only_whole_aligned_stretches_stay_in_place() {
         let item = |first, pages, offset: u64| {
-            let source = PageSource { layer: 1, offset: offset * PAGE_SIZE };
+            let source = PageSource::tier(0, offset * PAGE_SIZE);
             PlannedExtent::from(Extent { first: Gfn(first), pages }, Placement::InPlace, source)
         };
         let shape = |item: PlannedExtent| -> Vec<(u64, u64, Placement, u64)> {
-            let pieces = pieces(&item, 512);
+            let pieces = pieces(&item, item.source.unwrap(), 512);
             let offset = |piece: &PlannedExtent| piece.source.unwrap().offset / PAGE_SIZE;
             pieces.iter().map(|p| (p.extent.first.0, p.extent.pages, p.placement, offset(p))).collect()
         };

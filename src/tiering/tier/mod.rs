@@ -3,7 +3,7 @@
 //! A tier is opened for one snapshot. A byte-addressable tier can be mapped, every tier can be read; `backends` makes
 //! the system calls.
 
-mod align;
+pub mod align;
 
 use std::fmt;
 use std::fs::File;
@@ -12,8 +12,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::snapshot::{Chain, Content, Error, Extent, PAGE_SIZE, PageSet, PageSource, ResolvedRun, TierSource};
-
-pub use align::align;
 
 /// A pool that is open for one snapshot. The pool keeps the snapshot's pages as they are while this lives.
 pub trait Tier: Send + Sync + fmt::Debug {
@@ -86,11 +84,11 @@ pub fn resolve(chain: &Chain, tiers: &[Arc<dyn Tier>]) -> Result<Vec<ResolvedRun
     let mut rest: PageSet = layout.extents().collect();
     let mut runs: Vec<ResolvedRun> = Vec::new();
     for (index, tier) in tiers.iter().enumerate() {
-        let (layer, known) = (chain.layers().len() + index, runs.len());
+        let known = runs.len();
         for TierRun { extent, offset } in tier.runs()? {
             for part in rest.runs_in(extent) {
                 let offset = offset + (part.first.0 - extent.first.0) * PAGE_SIZE;
-                runs.push(ResolvedRun { extent: part, content: Content::Layer(PageSource { layer, offset }) });
+                runs.push(ResolvedRun { extent: part, content: Content::Bytes(PageSource::tier(index, offset)) });
             }
         }
         runs[known..].iter().for_each(|run| rest.remove_run(run.extent));
@@ -105,7 +103,7 @@ pub fn resolve(chain: &Chain, tiers: &[Arc<dyn Tier>]) -> Result<Vec<ResolvedRun
             let skipped = (part.first.0 - run.extent.first.0) * PAGE_SIZE;
             let content = match run.content {
                 Content::Zero => Content::Zero,
-                Content::Layer(from) => Content::Layer(PageSource { offset: from.offset + skipped, ..from }),
+                Content::Bytes(from) => Content::Bytes(PageSource { offset: from.offset + skipped, ..from }),
             };
             runs.push(ResolvedRun { extent: part, content });
         }

@@ -64,7 +64,7 @@ impl Scene {
         let args = [&self.args("plan", policy, from)[..], &["--json", "--out", text(&path)]].concat();
         let shown: Value = serde_json::from_str(&run_ok(&args)).unwrap();
         let file = PlanFile::load(&path).unwrap();
-        assert_eq!(shown["plan"], serde_json::to_value(&file.plan).unwrap(), "{policy}");
+        assert_eq!(shown["plan"], serde_json::to_value(file.stored_plan()).unwrap(), "{policy}");
         assert_eq!(shown["expected"]["vmas"], file.expected.vmas, "{policy}");
         (path, file)
     }

@@ -23,7 +23,6 @@ fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
     plan.fault_pages = 1 << random.below(7);
     plan.verify = random.below(2) == 0;
     plan.direct = random.below(4) == 0;
-    let image = chain.layers().len();
     let mut packed: Vec<usize> = Vec::new();
     for run in chain.resolve().unwrap() {
         let mut at = run.extent.first.0;
@@ -31,7 +30,7 @@ fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
             let longest = [3, 40, 700][random.below(3) as usize];
             let pages = (1 + random.below(longest)).min(run.extent.end().0 - at);
             let extent = Extent { first: Gfn(at), pages };
-            let Content::Layer(source) = run.content else {
+            let Content::Bytes(source) = run.content else {
                 plan.extents.push(PlannedExtent::zero(extent));
                 at += pages;
                 continue;
@@ -46,7 +45,7 @@ fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
                 other => {
                     packed.push(plan.extents.len());
                     // The offset follows when the order of the image is known.
-                    let source = PageSource { layer: image, offset: 0 };
+                    let source = PageSource::image(0, 0);
                     match other {
                         5 => PlannedExtent::preload(extent, source, Fill::Install),
                         6 => PlannedExtent::preload(extent, source, Fill::Copy),
@@ -203,16 +202,16 @@ fn pages_given_back_are_zero_under_every_policy_and_random_plans() {
 /// Every second held page of `chain` copied out of an image, the others lazy.
 fn alternating_plan(chain: &Chain) -> RestorePlan {
     let mut plan = RestorePlan::new(chain.tip().id(), "alternating", Vec::new());
-    let (image, mut spec) = (chain.layers().len(), ImageSpec::default());
+    let mut spec = ImageSpec::default();
     for run in chain.resolve().unwrap() {
-        let Content::Layer(source) = run.content else {
+        let Content::Bytes(source) = run.content else {
             plan.extents.push(PlannedExtent::zero(run.extent));
             continue;
         };
         for (index, extent) in run.extent.chunks(1).enumerate() {
             let source = PageSource { offset: source.offset + index as u64 * 4096, ..source };
             if index % 2 == 0 {
-                let packed = PageSource { layer: image, offset: spec.file_len() };
+                let packed = PageSource::image(0, spec.file_len());
                 spec.extents.push(extent);
                 plan.extents.push(PlannedExtent::preload(extent, packed, Fill::Copy));
             } else {

@@ -55,7 +55,7 @@ impl Filled {
         let chain = Chain::open(&Location::Dir(self.base())).unwrap();
         let mut plan = RestorePlan::new(chain.tip().id(), "image", Vec::new());
         for run in chain.resolve().unwrap() {
-            let Content::Layer(source) = run.content else {
+            let Content::Bytes(source) = run.content else {
                 plan.extents.push(PlannedExtent::zero(run.extent));
                 continue;
             };
@@ -71,7 +71,7 @@ impl Filled {
                     plan.extents.push(PlannedExtent::from(extent, Placement::CowFile, source));
                     continue;
                 }
-                plan.extents.push(place(extent, PageSource { layer: 1, offset: 0 }));
+                plan.extents.push(place(extent, PageSource::image(0, 0)));
                 plan.images = vec![ImageSpec { extents: vec![extent] }];
                 plan.background = steps.iter().map(|&action| Background { action, extent }).collect();
             }

@@ -18,8 +18,9 @@ mod tests;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Broken, Chain, Io, Source, VirtioDevice, decode, id};
+use super::{Broken, Chain, Io, Source, VirtioDevice, id};
 use crate::devices::Error;
+use crate::devices::virtio::device::decode;
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 use crate::sys::guest_memory::{Outcome, ReleasePages};
 

@@ -120,7 +120,11 @@ fn golden_profile_plan_and_costs_are_read_as_they_were_written_and_plans_are_mad
     }
     assert_eq!(plan_facts(&plan), expected["plan"]);
     let chain = Chain::open(&Location::Dir(full.clone())).unwrap();
-    PlanFile::load(&plan).unwrap().check_for(&chain, &[], &plan).unwrap();
+    let loaded = PlanFile::load(&plan).unwrap();
+    loaded.check_for(&chain, &[], &plan).unwrap();
+    let saved = dir.path().join("saved");
+    loaded.save(&saved).unwrap();
+    assert!(fs::read(&saved).unwrap() == fs::read(&plan).unwrap(), "a golden plan is written as it was");
     let made = dir.path().join("made");
     make_plan(&full, &profile, &costs, &made);
     assert_eq!(plan_facts(&made)["snapshot"], expected["plan"]["snapshot"]);

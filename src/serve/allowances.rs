@@ -4,22 +4,23 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use axum::http::StatusCode;
 
-use super::Options;
-use super::daemon::{Daemon, blocking};
+use super::blocking::blocking;
 use super::error::ServeError;
 use super::fault::Fault;
-use super::functions::Function;
-use super::load::on_this_host;
+use super::function::Function;
+use super::load::{is_node, on_this_host};
+use super::options::Options;
 use super::store;
 use crate::config::restore::{FileUse, NamedFile, RestoreOptions};
 use crate::snapshot::ColdSpec;
 
 /// A file or directory that a client names.
 #[derive(Clone, Debug)]
-struct Named {
+struct NamedPath {
     /// The key that names it.
     key: String,
     path: PathBuf,
@@ -28,7 +29,7 @@ struct Named {
 
 /// Everything that clients may name.
 #[derive(Clone, Debug)]
-pub(super) struct Allowed {
+pub(super) struct Allowances {
     /// The daemon's directory, without symbolic links.
     dir: PathBuf,
     /// Directories and files, without symbolic links.
@@ -39,13 +40,13 @@ pub(super) struct Allowed {
     cold: Vec<String>,
 }
 
-impl Allowed {
+impl Allowances {
     /// Collects the allowances of the command line. `dir`: the daemon's directory.
-    pub(super) fn new(dir: &Path, options: &Options) -> Result<Allowed, ServeError> {
+    pub(super) fn new(dir: &Path, options: &Options) -> Result<Allowances, ServeError> {
         let load = &options.load;
         let own = on_this_host(load).into_iter().map(|(path, _)| path).chain(load.cold_cache.clone());
         let mut allowed =
-            Allowed { dir: dir.to_owned(), roots: vec![dir.to_owned()], nodes: Vec::new(), cold: Vec::new() };
+            Allowances { dir: dir.to_owned(), roots: vec![dir.to_owned()], nodes: Vec::new(), cold: Vec::new() };
         for path in own.chain(options.allow_paths.clone()) {
             if is_node(&path) {
                 allowed.nodes.push(path);
@@ -66,8 +67,8 @@ impl Allowed {
     }
 
     /// Returns the path without symbolic links if clients may name it. Blocks for the disk.
-    fn check(&self, named: &Named) -> Result<PathBuf, Fault> {
-        let Named { key, path, access } = named;
+    fn check(&self, named: &NamedPath) -> Result<PathBuf, Fault> {
+        let NamedPath { key, path, access } = named;
         let shown = path.display();
         let refused = |why: String| Fault::new(StatusCode::FORBIDDEN, format!("Cannot use `{key}` {shown}: {why}."));
         if self.nodes.contains(path) {
@@ -112,11 +113,6 @@ impl Allowed {
     }
 }
 
-/// Returns whether a pool is a NUMA node's memory.
-pub(super) fn is_node(path: &Path) -> bool {
-    path.to_str().is_some_and(|text| text.starts_with("numa:"))
-}
-
 /// The path without symbolic links. A path that does not exist yet stays as it is.
 fn resolve(path: &Path) -> io::Result<PathBuf> {
     match fs::canonicalize(path) {
@@ -131,12 +127,12 @@ fn resolve(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-impl Daemon {
-    async fn check_all(&self, named: Vec<Named>) -> Result<Vec<PathBuf>, Fault> {
+impl Allowances {
+    async fn check_all(self: &Arc<Self>, named: Vec<NamedPath>) -> Result<Vec<PathBuf>, Fault> {
         if named.is_empty() {
             return Ok(Vec::new());
         }
-        let allowed = self.allowed.clone();
+        let allowed = self.clone();
         blocking(move || named.iter().map(|named| allowed.check(named)).collect()).await?
     }
 
@@ -144,12 +140,12 @@ impl Daemon {
     ///
     /// # Errors
     /// The function names a file that clients may not name.
-    pub(super) async fn confined_function(&self, mut function: Function) -> Result<Function, Fault> {
+    pub(super) async fn confined_function(self: &Arc<Self>, mut function: Function) -> Result<Function, Fault> {
         let mut files =
             vec![("image", &mut function.image), ("kernel", &mut function.kernel), ("initrd", &mut function.initrd)];
         files.retain(|(_, path)| path.is_some());
         let named = files.iter().filter_map(|(key, path)| {
-            Some(Named { key: (*key).to_owned(), path: path.as_ref()?.clone(), access: FileUse::Read })
+            Some(NamedPath { key: (*key).to_owned(), path: path.as_ref()?.clone(), access: FileUse::Read })
         });
         let resolved = self.check_all(named.collect()).await?;
         for ((_, path), resolved) in files.into_iter().zip(resolved) {
@@ -162,10 +158,10 @@ impl Daemon {
     ///
     /// # Errors
     /// The options name something that clients may not name.
-    pub(super) async fn confined(&self, mut options: RestoreOptions) -> Result<RestoreOptions, Fault> {
+    pub(super) async fn confined(self: &Arc<Self>, mut options: RestoreOptions) -> Result<RestoreOptions, Fault> {
         for spec in options.cold_pools.iter().flatten().filter(|spec| spec.dir().is_none()) {
             let text = spec.to_string();
-            if !self.allowed.knows_address(&text) {
+            if !self.knows_address(&text) {
                 let text = text.escape_default();
                 let why = "it is not among those that clients of this service may name. Start the service with \
                            --allow-cold for it";
@@ -174,7 +170,7 @@ impl Daemon {
             }
         }
         let files = options.files_mut();
-        let named = files.iter().map(|NamedFile { key, path, how }| Named {
+        let named = files.iter().map(|NamedFile { key, path, how }| NamedPath {
             key: format!("tvmm.{key}"),
             path: path.to_path_buf(),
             access: *how,
@@ -191,8 +187,8 @@ impl Daemon {
 mod tests {
     use super::*;
 
-    fn allowed(dir: &Path, roots: &[PathBuf], cold: &[&str]) -> Allowed {
-        Allowed {
+    fn allowed(dir: &Path, roots: &[PathBuf], cold: &[&str]) -> Allowances {
+        Allowances {
             dir: dir.to_owned(),
             roots: roots.to_vec(),
             nodes: vec!["numa:1".into()],
@@ -204,7 +200,9 @@ mod tests {
     fn links_and_dots_do_not_lead_out() {
         let scratch = tempfile::tempdir().unwrap();
         let base = fs::canonicalize(scratch.path()).unwrap();
-        let (dir, inside, outside) = (base.join("dir"), base.join("inside"), base.join("outside"));
+        let dir = base.join("dir");
+        let inside = base.join("inside");
+        let outside = base.join("outside");
         for made in [&dir, &inside, &outside, &dir.join("snapshots")] {
             fs::create_dir(made).unwrap();
         }
@@ -215,7 +213,7 @@ mod tests {
         }
         std::os::unix::fs::symlink(inside.join("loop"), inside.join("loop")).unwrap();
         let allowed = allowed(&dir, &[dir.clone(), inside.clone()], &[]);
-        let check = |path: PathBuf, access| allowed.check(&Named { key: "k".to_owned(), path, access });
+        let check = |path: PathBuf, access| allowed.check(&NamedPath { key: "k".to_owned(), path, access });
         for (path, resolved) in [
             (inside.join("file"), Some(inside.join("file"))),
             (inside.join("in/in/file"), Some(inside.join("file"))),

@@ -1,0 +1,58 @@
+//! The settings of the service, from its command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::restore::RestoreOptions;
+use crate::snapshot::ColdSpec;
+
+/// Limits of the service.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Concurrent VMs.
+    pub max_vms: usize,
+    /// Guest memory of all of them together, MiB.
+    pub memory_mib: u64,
+    /// Concurrent invocations and starts of VMs.
+    pub max_running: usize,
+    /// Invocations waiting for their turn.
+    pub max_queue: usize,
+    /// Open connections.
+    pub max_connections: usize,
+    /// Time limit of an invocation that sets none.
+    pub timeout: Duration,
+    /// Idle time after which a VM left by an invocation is ended.
+    pub idle_timeout: Duration,
+    /// Bytes that a guest may write before its answer.
+    pub max_output_bytes: u64,
+    /// VM processes kept ready.
+    pub shells: usize,
+    /// Time for running invocations to end when the service is stopped.
+    pub grace: Duration,
+}
+
+/// The settings of the service.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Directory for the state.
+    pub dir: PathBuf,
+    /// A TCP address to listen on.
+    pub listen: Option<SocketAddr>,
+    /// A Unix socket to listen on.
+    pub listen_unix: Option<PathBuf>,
+    /// Limits.
+    pub limits: Limits,
+    /// Default options of restores.
+    pub load: RestoreOptions,
+    /// File for all traces, in Chrome's trace format.
+    pub trace: Option<PathBuf>,
+    /// OpenTelemetry collector for all traces, `http://HOST:PORT`.
+    pub otlp: Option<String>,
+    /// Names other than those of loopback by which clients call the service, and that identify its own pages.
+    pub hosts: Vec<String>,
+    /// Directories and files of the host that clients may name, in addition to those of `dir` and `load`.
+    pub allow_paths: Vec<PathBuf>,
+    /// Cold pools of other hosts that clients may name, in addition to those of `load`.
+    pub allow_cold: Vec<ColdSpec>,
+}
