@@ -1,8 +1,8 @@
 //! Guest RAM and everything that works on it.
 //!
 //! Owns: the mappings of guest RAM, the restore engine that carries out any plan, the page-fault service, background
-//! loading, verification, promotion of pages in place, balloon release, the watch for memory that does not come, and
-//! usage figures.
+//! loading, verification, promotion of pages in place, balloon release, rewind, the watch for memory that does not
+//! come, and usage figures.
 //! Must not know: KVM's VM and vCPUs beyond what a fault needs, devices, or which policy made a plan.
 //! Start reading: `guest_ram.rs`, `engine.rs` (plan to mappings), `fault_service.rs` (a lazy fault from start to end).
 
