@@ -163,7 +163,8 @@ impl FaultWork {
             if stop.read().is_ok() {
                 return Ok(());
             }
-            let (start_ns, before) = (clock::monotonic_ns(), self.counters.installed.load(Ordering::Relaxed));
+            let start_ns = clock::monotonic_ns();
+            let before = self.counters.installed.load(Ordering::Relaxed);
             let faults = self.uffd.faults().map_err(failed)?;
             let count = faults.len() as u64;
             for fault in faults {

@@ -99,7 +99,8 @@ fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fil
         all_direct: AtomicBool::new(direct),
     };
     let threads = worker::share("reads", threads, || work.run())?;
-    let (calls, direct) = (work.calls.into_inner(), work.all_direct.into_inner());
+    let calls = work.calls.into_inner();
+    let direct = work.all_direct.into_inner();
     Ok(Filled { calls, threads: threads as u64, direct })
 }
 
@@ -272,7 +273,10 @@ mod tests {
 
     #[test]
     fn what_follows_on_in_a_file_is_one_read_wherever_it_goes() {
-        let (mut a, mut b, mut c, mut d) = ([0; 3], [0; 3], [0; 4], [0; 1]);
+        let mut a = [0; 3];
+        let mut b = [0; 3];
+        let mut c = [0; 4];
+        let mut d = [0; 1];
         let wanted = vec![
             Wanted { source: source(1, 5), bytes: &mut c },
             Wanted { source: source(1, 2), bytes: &mut b },

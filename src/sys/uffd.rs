@@ -158,7 +158,8 @@ impl Uffd {
     pub fn install(&self, address: usize, bytes: &[u8], how: Install) -> io::Result<u64> {
         let mut mode = if how.wake { 0 } else { COPY_MODE_DONTWAKE };
         mode |= if how.write_protect { COPY_MODE_WP } else { 0 };
-        let (mut done, mut installed) = (0, 0);
+        let mut done = 0;
+        let mut installed = 0;
         while done < bytes.len() {
             let rest = &bytes[done..];
             let error = match self.copy(address + done, rest.as_ptr() as usize, rest.len(), mode) {
@@ -196,7 +197,9 @@ impl Uffd {
         if offset.checked_add(len).is_none_or(|end| end > source.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let (from, mut done, mut installed) = (source.base() as usize + offset, 0, 0);
+        let from = source.base() as usize + offset;
+        let mut done = 0;
+        let mut installed = 0;
         while done < len {
             match self.copy(address + done, from + done, len - done, 0) {
                 Ok(copied) => {

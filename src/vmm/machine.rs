@@ -197,13 +197,18 @@ impl Machine<Built> {
         vm.create_pit2(pit).map_err(Error::kvm("create the PIT"))?;
         let ending = Arc::new(EndingSignal::new().map_err(Error::os("make an eventfd"))?);
         let (devices, buses) = build_devices(&vm, &ram, set, outside.output, &ending)?;
-        let (counters, moments) = (Arc::new(ExitCounters::default()), outside.moments);
+        let counters = Arc::new(ExitCounters::default());
+        let moments = outside.moments;
         let mut vcpus = Vec::with_capacity(usize::from(shape.vcpu_count));
         for index in 0..shape.vcpu_count {
             let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
-            let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
-            let (memory, in_place) = (ram.view().clone(), ram.in_place().cloned());
-            let (console, has_pic) = (None, false);
+            let buses = buses.clone();
+            let counters = counters.clone();
+            let moments = moments.clone();
+            let memory = ram.view().clone();
+            let in_place = ram.in_place().cloned();
+            let console = None;
+            let has_pic = false;
             vcpus.push(Vcpu { index, fd, buses, counters, moments, console, has_pic, memory, in_place });
         }
         let console = coalesce_console(&kvm, &vm, &mut vcpus)?;
@@ -277,7 +282,8 @@ impl Machine<Built> {
     pub(crate) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
         let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
         if let Some(in_place) = self.core.ram.in_place() {
-            let (memory, by_software) = (self.core.ram.view(), !host::has_second_stage_paging());
+            let memory = self.core.ram.view();
+            let by_software = !host::has_second_stage_paging();
             for state in vcpus {
                 ahead::promote(in_place, memory, &state.ahead()?, by_software)?;
             }

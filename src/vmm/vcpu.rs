@@ -295,7 +295,10 @@ impl VcpuThread {
             .name(format!("vcpu{index}"))
             .stack_size(256 * 1024)
             .spawn({
-                let (vcpu, gate, flag, ending) = (vcpu.clone(), gate.clone(), immediate_exit.clone(), ending.clone());
+                let vcpu = vcpu.clone();
+                let gate = gate.clone();
+                let flag = immediate_exit.clone();
+                let ending = ending.clone();
                 move || {
                     let alarm = has_pic.then(|| Alarm::for_this_thread(PIC_PERIOD)).transpose();
                     if let Err(error) = &alarm {

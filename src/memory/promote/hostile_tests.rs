@@ -87,7 +87,8 @@ fn vcpu(vm: &kvm_ioctls::VmFd, random: &mut Random) -> VcpuFd {
     let wild = [0x40_0000, 0x7f_ffff_f000, RAM - 2, 0xfee0_0000, 1 << 47];
     let rdi = if random.below(4) == 0 { wild[random.below(5) as usize] } else { random.below(RAM) & !15 };
     let rip = if random.below(8) == 0 { wild[random.below(5) as usize] } else { CODE };
-    let (rsp, rcx) = (random.below(RAM) & !7, random.below(10_000));
+    let rsp = random.below(RAM) & !7;
+    let rcx = random.below(10_000);
     fd.set_regs(&kvm_regs { rip, rax: NOPS, rdi, rsp, rcx, rflags: 2, ..Default::default() }).unwrap();
     fd
 }

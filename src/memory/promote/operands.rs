@@ -79,7 +79,9 @@ impl Cpu<'_> {
 
     /// A general register, or the base of a segment.
     fn register(&self, register: Register) -> Option<u64> {
-        let (regs, sregs, is_64) = (self.regs, self.sregs, self.bitness() == 64);
+        let regs = self.regs;
+        let sregs = self.sregs;
+        let is_64 = self.bitness() == 64;
         let flat = |base| if is_64 { 0 } else { base };
         let full = match register.full_register() {
             Register::RAX => regs.rax,
@@ -143,7 +145,8 @@ pub fn accesses(cpu: &Cpu, bytes: &[u8]) -> Option<Accesses> {
         return None;
     }
     let mut factory = InstructionInfoFactory::new();
-    let (mut accesses, is_64) = (Accesses::default(), cpu.bitness() == 64);
+    let mut accesses = Accesses::default();
+    let is_64 = cpu.bitness() == 64;
     for memory in factory.info(&instruction).used_memory() {
         let to = if is_write(memory.access()) { &mut accesses.written } else { &mut accesses.read };
         let limit = |span: Span| Span { start: if is_64 { span.start } else { span.start & 0xffff_ffff }, ..span };

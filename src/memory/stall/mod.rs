@@ -232,7 +232,8 @@ impl State {
             Some((source, Some(path))) => format!("{} at offset {:#x}", path.display(), source.offset),
             _ => "memory".to_string(),
         };
-        let (kib, gpa) = (pages.bytes() / 1024, pages.gpa());
+        let kib = pages.bytes() / 1024;
+        let gpa = pages.gpa();
         format!(
             "Reading {kib} KiB for the page at guest-physical {gpa:#x} from {from} has taken {seconds} s \
              (--fault-timeout): the source hangs"
@@ -272,7 +273,8 @@ impl StallWatch {
             state: Mutex::default(),
             stop: Condvar::new(),
         });
-        let (watched, told) = (stalls.clone(), stalls.clone());
+        let watched = stalls.clone();
+        let told = stalls.clone();
         let stop = move || {
             lock(&told.state).stopped = true;
             told.stop.notify_all();

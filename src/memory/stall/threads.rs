@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn who_is_switched_to_has_not_slept() {
-        let (mut threads, start) = (SleepingThreads::default(), Instant::now());
+        let mut threads = SleepingThreads::default();
+        let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let seen: Vec<u64> = [(5, 0), (5, 10), (6, 20), (6, 25)]
             .into_iter()
@@ -116,7 +117,8 @@ mod tests {
 
     #[test]
     fn process_that_works_is_not_stuck() {
-        let (mut threads, start) = (SleepingThreads::default(), Instant::now());
+        let mut threads = SleepingThreads::default();
+        let start = Instant::now();
         for _ in 0..3 {
             // This thread runs while it looks.
             assert_eq!(threads.look(start, Duration::ZERO, true), None);

@@ -18,7 +18,8 @@ pub fn make(
 ) -> Result<Balloon, devices::Error> {
     check_amount(config.amount_mib, layout)?;
     let BalloonConfig { amount_mib, deflate_on_oom, stats_polling_interval_s, .. } = *config;
-    let (free_page_hinting, free_page_reporting) = (config.free_page_hinting, config.free_page_reporting);
+    let free_page_hinting = config.free_page_hinting;
+    let free_page_reporting = config.free_page_reporting;
     let params =
         BalloonParams { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_hinting, free_page_reporting };
     Balloon::new(params, release)

@@ -129,9 +129,11 @@ impl Block {
             params.path = path.to_owned();
         }
         let block = Block::with_limiter(params, RateLimiter::restore(&limiter)?)?;
-        let (id, path) = (&block.params.id, &block.params.path);
+        let id = &block.params.id;
+        let path = &block.params.path;
         let unfit = |what| Err(Error::Drive { id: id.clone(), path: path.clone(), what });
-        let (had, has) = (facts.len - facts.len % SECTOR, block.backing.bytes());
+        let had = facts.len - facts.len % SECTOR;
+        let has = block.backing.bytes();
         if had != has {
             return unfit(format!("the guest knows a disk of {had} bytes, this one has {has}"));
         }
@@ -240,7 +242,8 @@ impl Block {
                     // until the kernel is done.
                     let pieces = unsafe { pieces.outliving() };
                     let whole = if direction == Direction::Write { self.backing.check_not_cut() } else { Ok(()) };
-                    let (file, written) = (self.backing.file().clone(), written as u32 + 1);
+                    let file = self.backing.file().clone();
+                    let written = written as u32 + 1;
                     let work = Work::Transfer { direction, pieces, offset };
                     match whole {
                         Ok(()) => return start(uring, Job { head, status, written, file, work }),
@@ -303,7 +306,8 @@ impl Block {
             Err(error) => {
                 // Only the first failure is logged: a disk that is full or gone would fill the log.
                 if self.counters.failed == 0 {
-                    let (drive, path) = (&self.params.id, self.params.path.display());
+                    let drive = &self.params.id;
+                    let path = self.params.path.display();
                     tracing::warn!(drive, %path, %error, "A request of the guest failed; later ones are only counted");
                 }
                 self.counters.failed += 1;

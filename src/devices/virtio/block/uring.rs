@@ -151,7 +151,8 @@ fn entry(job: &Job) -> squeue::Entry {
     match &job.work {
         Work::Transfer { direction, pieces, offset } => {
             let iovecs = pieces.iovecs();
-            let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as u32);
+            let pointer = iovecs.as_ptr();
+            let count = iovecs.len() as u32;
             match direction {
                 Direction::Read => opcode::Readv::new(fd, pointer, count).offset(*offset).build(),
                 Direction::Write => opcode::Writev::new(fd, pointer, count).offset(*offset).build(),

@@ -174,7 +174,8 @@ impl Vsock {
 
     /// Handles the events of the host's side.
     fn take_host_events(&mut self) -> Result<(), Broken> {
-        let (accepts, timeout) = (&mut self.accepts, self.guest_timeout);
+        let accepts = &mut self.accepts;
+        let timeout = self.guest_timeout;
         let taken = self.table.take_events(|table, token, events| {
             if token == table::LISTENER {
                 *accepts = true;
