@@ -124,10 +124,10 @@ impl BackgroundWork {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        match self.compared.load(Ordering::Acquire) {
-            true => Ok(()),
-            false => Err(Error::Uncompared("does not match its checksums, or could not be read")),
+        if !self.compared.load(Ordering::Acquire) {
+            return Err(Error::Uncompared("does not match its checksums, or could not be read"));
         }
+        Ok(())
     }
 
     /// Asks the thread to end and waits for it until `deadline`. Returns whether it has ended.

@@ -182,9 +182,10 @@ impl Work<'_, '_> {
         let (file, path) = self.files.require(batch.source.origin)?;
         let failed = |doing, path: &Path, source| Error::File { doing, path: path.to_owned(), source };
         if let Some(direct) = self.direct.get(&batch.source.origin).and_then(Option::as_ref) {
-            let result = match batch.small && batch.parts.len() > 1 {
-                true => self.read_through(direct, &mut batch, buffer),
-                false => self.read_parts(direct, &mut batch),
+            let result = if batch.small && batch.parts.len() > 1 {
+                self.read_through(direct, &mut batch, buffer)
+            } else {
+                self.read_parts(direct, &mut batch)
             };
             match result {
                 // The file system accepts the open and refuses the read.

@@ -143,10 +143,12 @@ impl<'m> Chain<'m> {
             if descriptor.is_write_only() && descriptor.len() > 0 {
                 parsed.last_writable = descriptor.addr().checked_add(u64::from(descriptor.len()) - 1);
             }
-            let (buffers, access) = match descriptor.is_write_only() {
-                true => (&mut parsed.writable, Permissions::Write),
-                false if parsed.writable.is_empty() => (&mut parsed.readable, Permissions::Read),
-                false => return Err(Broken::Chain("a readable buffer follows a writable one")),
+            let (buffers, access) = if descriptor.is_write_only() {
+                (&mut parsed.writable, Permissions::Write)
+            } else if parsed.writable.is_empty() {
+                (&mut parsed.readable, Permissions::Read)
+            } else {
+                return Err(Broken::Chain("a readable buffer follows a writable one"));
             };
             for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize, access)? {
                 buffers.add(slice?)?;

@@ -401,9 +401,11 @@ impl Inner {
             queue.queue.set_event_idx(event_idx);
             valid &= !queue.is_ready() || queue.queue.is_valid(&transport.memory);
         }
-        self.with_io(transport, |device, io| match valid {
-            true => device.activate(io),
-            false => Err(Broken::Chain("a queue lies outside guest memory")),
+        self.with_io(transport, |device, io| {
+            if !valid {
+                return Err(Broken::Chain("a queue lies outside guest memory"));
+            }
+            device.activate(io)
         });
         // Kicks may have come before: the driver may fill queues as soon as they are ready.
         let _ = transport.kick.write(1);

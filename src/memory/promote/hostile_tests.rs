@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
-use super::fault::{Cause, Resolution, Stuck};
+use super::fault::{Cause, Resolution, StoppedVcpu};
 use super::*;
 use crate::memory::guest_ram::GuestRam;
 use crate::snapshot::MemoryLayout;
@@ -122,13 +122,13 @@ fn run(seed: u64) -> u64 {
                 data.fill(HLT);
                 continue;
             }
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => Cause::Told { gpa },
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Cause::Page { gpa },
             Ok(VcpuExit::InternalError) => Cause::Emulation,
-            Err(error) if error.errno() == libc::EFAULT => Cause::Untold,
+            Err(error) if error.errno() == libc::EFAULT => Cause::UnknownPage,
             _ => return all.pages - before.0,
         };
-        let stuck = Stuck { vcpu: &fd, memory: ram.view(), in_place: &in_place, generation: before.1 };
-        if stuck.resolve(cause).unwrap() != Resolution::Promoted {
+        let stopped = StoppedVcpu { vcpu: &fd, memory: ram.view(), in_place: &in_place, generation: before.1 };
+        if stopped.resolve(cause).unwrap() != Resolution::Promoted {
             return all.pages - before.0;
         }
         assert!(in_place.pages() < before.0, "seed {seed}: it goes on and nothing was promoted");

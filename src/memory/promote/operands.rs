@@ -218,9 +218,8 @@ fn elements(cpu: &Cpu, instruction: &Instruction, memory: &UsedMemory) -> Vec<Sp
     let len = memory.memory_size().element_size().max(1);
     let data = instruction.op1_register().size().max(len) / len;
     let count = data.min(memory.index().size() / memory.vsib_size() as usize);
-    let value = |register: Register, element, size| match register.is_vector_register() {
-        true => extended.lane(register, element, size),
-        false => cpu.register(register),
+    let value = |register: Register, element, size| {
+        if register.is_vector_register() { extended.lane(register, element, size) } else { cpu.register(register) }
     };
     let starts = (0..count).filter_map(|element| memory.virtual_address(element, value));
     starts.map(|start| Span { start, len: len as u64 }).collect()

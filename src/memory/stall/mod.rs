@@ -72,9 +72,9 @@ impl Activity {
         self.begin(pages, Work::GivesBack)
     }
 
-    fn begin(&self, pages: Extent, work: Work) -> Done {
+    fn begin(&self, pages: Extent, work: Work) -> ReadingGuard {
         *lock(&self.0) = Some(Reading { pages, work, since: Instant::now() });
-        Done(self.clone())
+        ReadingGuard(self.clone())
     }
 
     fn now(&self) -> Option<Reading> {
@@ -82,9 +82,10 @@ impl Activity {
     }
 }
 
-struct Done(Activity);
+/// Ends the reading when it is dropped.
+struct ReadingGuard(Activity);
 
-impl Drop for Done {
+impl Drop for ReadingGuard {
     fn drop(&mut self) {
         *lock(&self.0.0) = None;
     }

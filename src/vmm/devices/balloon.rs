@@ -35,10 +35,10 @@ pub fn config_of(balloon: &Balloon) -> BalloonConfig {
 /// Refuses a balloon larger than the guest.
 pub fn check_amount(amount_mib: u32, layout: &MemoryLayout) -> Result<(), devices::Error> {
     let ram_mib = (layout.pages() * PAGE_SIZE) >> 20;
-    match u64::from(amount_mib) > ram_mib {
-        true => Err(devices::Error::BalloonTooLarge { amount_mib, ram_mib }),
-        false => Ok(()),
+    if u64::from(amount_mib) > ram_mib {
+        return Err(devices::Error::BalloonTooLarge { amount_mib, ram_mib });
     }
+    Ok(())
 }
 
 /// The refusal when there is no balloon. (Firecracker's sentence: clients match it.)

@@ -38,7 +38,7 @@ use backing::Backing;
 use limits::SECTOR;
 use request::{Disk, Operation, Request, Status};
 use sys::{Direction, PIECES_MAX, Pieces};
-use uring::{Done, Job, Uring, Work};
+use uring::{Completion, Job, Uring, Work};
 
 const QUEUE_SIZES: [u16; 1] = [256];
 const QUEUE: usize = 0;
@@ -277,7 +277,7 @@ impl Block {
                 return self.give_back(head, status, refusal, 1, io);
             }
         };
-        self.answer(Done { head, status, written: written as u32 + 1, result }, io)
+        self.answer(Completion { head, status, written: written as u32 + 1, result }, io)
     }
 
     /// The disk's serial number: the start of its id, which is the same wherever the guest is restored.
@@ -299,7 +299,7 @@ impl Block {
     }
 
     /// Gives the result of a request to the driver.
-    fn answer(&mut self, done: Done, io: &mut Io<'_>) -> Result<(), Broken> {
+    fn answer(&mut self, done: Completion, io: &mut Io<'_>) -> Result<(), Broken> {
         let status = match &done.result {
             Ok(()) => Status::Ok,
             Err(error) if is_unsupported(error) => Status::Unsupported,
@@ -341,12 +341,12 @@ impl Block {
         self.uring.as_mut().map_or(Ok(()), |uring| uring.submit().map_err(failed))
     }
 
-    fn wait_all(&mut self) -> Result<Vec<Done>, Broken> {
+    fn wait_all(&mut self) -> Result<Vec<Completion>, Broken> {
         let failed = |source| Broken::Host { doing: "wait for requests in flight", source };
         self.uring.as_mut().map_or(Ok(Vec::new()), |uring| uring.wait_all().map_err(failed))
     }
 
-    fn answer_all(&mut self, done: Vec<Done>, io: &mut Io<'_>) -> Result<(), Broken> {
+    fn answer_all(&mut self, done: Vec<Completion>, io: &mut Io<'_>) -> Result<(), Broken> {
         done.into_iter().try_for_each(|done| self.answer(done, io))?;
         self.tell(io)
     }
@@ -380,9 +380,10 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY;
-        features |= match self.params.read_only {
-            true => 1 << VIRTIO_BLK_F_RO,
-            false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+        features |= if self.params.read_only {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         };
         if self.params.writeback {
             features |= 1 << VIRTIO_BLK_F_FLUSH;

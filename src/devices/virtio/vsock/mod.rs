@@ -226,10 +226,8 @@ impl Vsock {
     }
 
     fn count_added(&mut self, added: bool) {
-        match added {
-            true => self.counters.conns_added += 1,
-            false => self.counters.conns_refused += 1,
-        }
+        let counter = if added { &mut self.counters.conns_added } else { &mut self.counters.conns_refused };
+        *counter += 1;
     }
 
     /// Gives up connections whose deadline has passed.
