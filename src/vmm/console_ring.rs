@@ -15,8 +15,8 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
+use super::buses::Buses;
 use super::exit_counters::ExitCounters;
-use super::vcpu::Buses;
 use crate::sys::clock::ThreadClock;
 use crate::sys::coalesced::CoalescedRing;
 

@@ -8,6 +8,7 @@
 
 pub(crate) mod arch;
 mod boot;
+mod buses;
 pub(crate) mod capture;
 pub(crate) mod console_ring;
 pub(crate) mod devices;

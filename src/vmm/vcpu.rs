@@ -10,10 +10,10 @@ use kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::buses::Buses;
 use super::console_ring::ConsoleRing;
 use super::error::Error;
 use super::exit_counters::ExitCounters;
-use crate::devices::Bus;
 use crate::memory::promote::InPlace;
 use crate::memory::promote::fault;
 use crate::memory::promote::fault::{Cause, Resolution, Stuck};
@@ -24,13 +24,6 @@ use crate::sys::kick;
 use crate::sys::kick::{Alarm, ImmediateExit};
 use crate::sys::lost;
 use crate::sys::timeline::Moments;
-
-/// The buses that a vCPU's exits go to.
-#[derive(Default)]
-pub struct Buses {
-    pub pio: Bus,
-    pub mmio: Bus,
-}
 
 /// A vCPU, and the objects that its exits need.
 pub struct Vcpu {

@@ -4,17 +4,17 @@
 //! request that the device thread is working on.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
-use vm_superio::Trigger;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Broken, CHAINS_PER_TURN, Io, Memory, QueueState, Source, VirtQueue, VirtioDevice};
+use super::interrupt::Interrupt;
+use super::io::CHAINS_PER_TURN;
+use super::{Broken, Io, Memory, QueueState, Source, VirtQueue, VirtioDevice};
 use crate::devices::{BusDevice, Error, InterruptLine};
 
 /// Registers (VIRTIO 1.2, table 4.1).
@@ -59,32 +59,6 @@ mod status {
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VENDOR: u32 = u32::from_le_bytes(*b"tvmm");
-
-const INTERRUPT_USED_BUFFER: u32 = 1;
-const INTERRUPT_CONFIG_CHANGE: u32 = 2;
-
-/// The interrupt line and the causes of the last interrupt.
-#[derive(Debug)]
-pub(super) struct Interrupt {
-    line: InterruptLine,
-    status: AtomicU32,
-}
-
-impl Interrupt {
-    pub fn used_buffer(&self) {
-        self.raise(INTERRUPT_USED_BUFFER);
-    }
-
-    pub fn config_change(&self) {
-        self.raise(INTERRUPT_CONFIG_CHANGE);
-    }
-
-    fn raise(&self, why: u32) {
-        self.status.fetch_or(why, Ordering::SeqCst);
-        // A full counter means that the interrupt is pending already.
-        let _ = self.line.trigger();
-    }
-}
 
 /// The transport's registers and queues, as saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,7 +114,7 @@ impl MmioDevice {
             config_generation: 0,
             quiet: true,
         };
-        let interrupt = Interrupt { line: InterruptLine::new().map_err(failed)?, status: AtomicU32::new(0) };
+        let interrupt = Interrupt::new().map_err(failed)?;
         let kick = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
         Ok(MmioDevice { inner: Mutex::new(inner), interrupt, memory, kick, name, device_type })
     }
@@ -154,7 +128,7 @@ impl MmioDevice {
     }
 
     pub fn interrupt_line(&self) -> &InterruptLine {
-        &self.interrupt.line
+        self.interrupt.line()
     }
 
     /// The register by which the guest kicks queues: writes to this offset go to the queues' eventfds.
@@ -192,9 +166,7 @@ impl MmioDevice {
         let mut inner = self.lock();
         inner.quiet = false;
         // An interrupt that was on its way when the machine stopped may not have arrived; one too many does no harm.
-        if self.interrupt.status.load(Ordering::SeqCst) != 0 {
-            self.interrupt.raise(0);
-        }
+        self.interrupt.raise_pending();
         if inner.is_live() {
             let _ = self.kick.write(1);
         }
@@ -257,7 +229,7 @@ impl MmioDevice {
             features: inner.features,
             features_sel: [inner.device_features_sel, inner.driver_features_sel],
             queue_sel: inner.queue_sel,
-            interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
+            interrupt_status: self.interrupt.causes(),
             config_generation: inner.config_generation,
             queues: inner.queues.iter().map(VirtQueue::save).collect(),
         };
@@ -284,7 +256,7 @@ impl MmioDevice {
         [inner.device_features_sel, inner.driver_features_sel] = state.features_sel;
         inner.queue_sel = state.queue_sel;
         inner.config_generation = state.config_generation;
-        self.interrupt.status.store(state.interrupt_status, Ordering::SeqCst);
+        self.interrupt.set_causes(state.interrupt_status);
         if inner.is_live() && !inner.queues.iter().all(|queue| !queue.is_ready() || queue.queue.is_valid(&self.memory))
         {
             return Err(invalid("a queue lies outside guest memory"));
@@ -349,7 +321,7 @@ impl Inner {
             reg::DEVICE_FEATURES => half(self.offered(), self.device_features_sel),
             reg::QUEUE_NUM_MAX => queue.map_or(0, |queue| u32::from(queue.queue.max_size())),
             reg::QUEUE_READY => queue.map_or(0, |queue| u32::from(queue.is_ready())),
-            reg::INTERRUPT_STATUS => transport.interrupt.status.load(Ordering::SeqCst),
+            reg::INTERRUPT_STATUS => transport.interrupt.causes(),
             reg::STATUS => self.status,
             reg::CONFIG_GENERATION => self.config_generation,
             // No shared memory regions: length -1 (VIRTIO 1.2, 4.2.2.1).
@@ -445,7 +417,7 @@ impl Inner {
         self.device_features_sel = 0;
         self.driver_features_sel = 0;
         self.queue_sel = 0;
-        transport.interrupt.status.store(0, Ordering::SeqCst);
+        transport.interrupt.set_causes(0);
     }
 }
 
@@ -454,7 +426,7 @@ impl BusDevice for MmioDevice {
         data.fill(0);
         match (offset, data.len()) {
             (reg::INTERRUPT_STATUS, 4) => {
-                data.copy_from_slice(&self.interrupt.status.load(Ordering::SeqCst).to_le_bytes());
+                data.copy_from_slice(&self.interrupt.causes().to_le_bytes());
             }
             (reg::CONFIG.., _) => self.lock().device.read_config(offset - reg::CONFIG, data),
             (_, 4) => data.copy_from_slice(&self.lock().read(offset, self).to_le_bytes()),
@@ -471,7 +443,7 @@ impl BusDevice for MmioDevice {
         let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else { return };
         match offset {
             reg::INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+                self.interrupt.acknowledge(value);
             }
             _ => self.lock().write(offset, value, self),
         }

@@ -1,6 +1,7 @@
 //! The thread that sends traces to a collector. No thread waits for it: traces that do not fit its queue are dropped,
 //! and counted.
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,7 +11,10 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter as _};
 use tokio::sync::mpsc;
 
-use super::{Counts, Ordering, Trace, Unusable, endpoint, spans};
+use super::counts::Counts;
+use super::endpoint::{Unusable, endpoint};
+use super::spans;
+use super::trace::Trace;
 
 /// Traces that may wait for the collector; more are dropped.
 const MAX_WAITING: usize = 4096;

@@ -7,7 +7,7 @@ use opentelemetry::{InstrumentationScope, KeyValue};
 use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, SpanData, SpanEvents, SpanLinks};
 use serde_json::Value;
 
-use super::{Span, Trace};
+use super::trace::{Span, Trace};
 
 /// The spans of a trace, the first first.
 pub fn of(trace: Trace) -> Vec<SpanData> {

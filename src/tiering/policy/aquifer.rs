@@ -8,24 +8,24 @@
 //! while faults are answered at once. The abstract does not say how much one fault fetches; 16 pages (64 KiB) are
 //! tvmm's choice, the snapshot's own checksum chunk.
 
+use super::facts::PolicyFacts;
+use super::place;
 use super::place::{Packed, lay_over};
-use super::{Ground, place};
 use crate::snapshot::{Background, BackgroundAction, CHUNK_PAGES, Fill, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::profile::{Profile, nonzero};
 
-pub fn plan(ground: &Ground, profile: &Profile) -> RestorePlan {
-    let hot = profile.loading_set(&nonzero(ground.resolved));
-    let image = Packed::new(hot.runs().flat_map(|run| ground.layout.split(run)));
-    let copied = ground.placed(&image, |extent, source| PlannedExtent::preload(extent, source, Fill::Copy));
-    let cold =
-        place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::Lazy, source));
-    let mut plan = ground.empty_plan("aquifer");
+pub fn plan(facts: &PolicyFacts, profile: &Profile) -> RestorePlan {
+    let hot = profile.loading_set(&nonzero(facts.resolved));
+    let image = Packed::new(hot.runs().flat_map(|run| facts.layout.split(run)));
+    let copied = facts.placed(&image, |extent, source| PlannedExtent::preload(extent, source, Fill::Copy));
+    let cold = place::by_content(facts.resolved, |extent, source| PlannedExtent::from(extent, Placement::Lazy, source));
+    let mut plan = facts.empty_plan("aquifer");
     plan.extents = lay_over(&cold, &copied);
-    plan.coalesce(ground.layout);
+    plan.coalesce(facts.layout);
     let is_cold = |item: &&PlannedExtent| item.placement == Placement::Lazy;
     let install = |item: &PlannedExtent| Background { action: BackgroundAction::Install, extent: item.extent };
     plan.background = plan.extents.iter().filter(is_cold).map(install).collect();
-    plan.images = ground.images(image);
+    plan.images = facts.images(image);
     plan.fault_pages = CHUNK_PAGES;
     plan
 }

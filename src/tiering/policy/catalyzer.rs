@@ -7,9 +7,10 @@
 //! the base mapping is the layer's file in place, in huge folios where it has them, and the private pages are the
 //! kernel's copy-on-write. As long as all tiers are files its plan is that of `trenv`.
 
-use super::{Ground, place};
+use super::facts::PolicyFacts;
+use super::place;
 use crate::snapshot::PlannedExtent;
 
-pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    place::by_content(ground.resolved, |extent, source| ground.in_place(extent, source))
+pub fn plan(facts: &PolicyFacts) -> Vec<PlannedExtent> {
+    place::by_content(facts.resolved, |extent, source| facts.in_place(extent, source))
 }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::snapshot::tests::{Model, any_pages, dir, two_files};
-use crate::snapshot::{Chain, Gfn, PAGE_SIZE, Placement, PlannedExtent, Sealed};
+use crate::snapshot::{Chain, Content, Gfn, PAGE_SIZE, Placement, PlannedExtent, Sealed};
 
 /// A chain of snapshots in both forms, each the memory after one more change.
 fn write_chain(base: &Path, history: &[Model]) -> Sealed {

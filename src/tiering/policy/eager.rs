@@ -2,9 +2,10 @@
 //! default. No fault costs more than an anonymous page; start-up pays for pages that are never touched. Zero pages are
 //! not read: they are anonymous memory.
 
-use super::{Ground, place};
+use super::facts::PolicyFacts;
+use super::place;
 use crate::snapshot::{Fill, PlannedExtent};
 
-pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    place::by_content(ground.resolved, |extent, source| PlannedExtent::preload(extent, source, Fill::Copy))
+pub fn plan(facts: &PolicyFacts) -> Vec<PlannedExtent> {
+    place::by_content(facts.resolved, |extent, source| PlannedExtent::preload(extent, source, Fill::Copy))
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Ground;
+use super::facts::PolicyFacts;
 use super::model::{AnonBlock, Cost, FileBlock, LazyBlock, Tally};
 use super::place::pieces;
 use super::touches::Touch;
@@ -89,9 +89,9 @@ struct Walk<'a> {
 }
 
 /// The expected cost of `plan` with the expected touches `touches`.
-pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estimate {
+pub fn estimate(plan: &RestorePlan, facts: &PolicyFacts, touches: &[Touch]) -> Estimate {
     let mut walk = Walk {
-        costs: ground.costs,
+        costs: facts.costs,
         touches,
         at: 0,
         read_ahead: plan.background.iter().any(|step| step.action == BackgroundAction::ReadAhead),
@@ -105,7 +105,7 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
         read_to: None,
     };
     let mut splits = 0;
-    for mapping in plan.mappings(ground.layout, InPlaceMapping::Private) {
+    for mapping in plan.mappings(facts.layout, InPlaceMapping::Private) {
         walk.flush();
         walk.estimate.vmas += 1;
         walk.view = mapping.view;
@@ -124,7 +124,7 @@ pub fn estimate(plan: &RestorePlan, ground: &Ground, touches: &[Touch]) -> Estim
     }
     walk.flush();
     let Walk { mut estimate, cost, .. } = walk;
-    estimate.map_ns = (estimate.vmas + splits) as f64 * ground.costs.vma_ns as f64;
+    estimate.map_ns = (estimate.vmas + splits) as f64 * facts.costs.vma_ns as f64;
     (estimate.preload_ns, estimate.fault_ns) = (cost.before, cost.during);
     estimate
 }

@@ -10,8 +10,9 @@
 //! engine makes them without the overlaps. In a chain, regions are those of one layer, and only the tip's take in zero
 //! pages (other files may have old data there).
 
+use super::facts::PolicyFacts;
+use super::place;
 use super::place::{Packed, lay_over, merge_gaps};
-use super::{Ground, place};
 use crate::snapshot::{Background, BackgroundAction, Content, Extent, PageSet, Placement, PlannedExtent, RestorePlan};
 use crate::tiering::profile::{Order, Profile, nonzero};
 
@@ -20,19 +21,19 @@ pub const GAP_PAGES: u64 = 32;
 /// FaaSnap's `mincore_size`: pages in a group.
 const GROUP_PAGES: u64 = 1024;
 
-pub fn plan(ground: &Ground, profile: &Profile) -> RestorePlan {
-    let loading = profile.loading_set(&nonzero(ground.resolved));
-    let image = Packed::new(regions(ground, &groups(profile), &loading));
-    let over = ground.placed(&image, |extent, source| ground.mapped(extent, source));
-    let mut plan = ground.empty_plan("faasnap");
-    plan.extents = lay_over(&nonzero_regions(ground), &over);
+pub fn plan(facts: &PolicyFacts, profile: &Profile) -> RestorePlan {
+    let loading = profile.loading_set(&nonzero(facts.resolved));
+    let image = Packed::new(regions(facts, &groups(profile), &loading));
+    let over = facts.placed(&image, |extent, source| facts.mapped(extent, source));
+    let mut plan = facts.empty_plan("faasnap");
+    plan.extents = lay_over(&nonzero_regions(facts), &over);
     // A region may cross from one layer's pages to the next, but from the image it comes in one piece.
-    plan.coalesce(ground.layout);
+    plan.coalesce(facts.layout);
     let read_ahead = |extent: &Extent| Background { action: BackgroundAction::ReadAhead, extent: *extent };
-    if ground.tiers.is_empty() {
+    if facts.tiers.is_empty() {
         plan.background = image.spec.extents.iter().map(read_ahead).collect();
     }
-    plan.images = ground.images(image);
+    plan.images = facts.images(image);
     plan
 }
 
@@ -65,14 +66,14 @@ fn groups(profile: &Profile) -> Vec<PageSet> {
 }
 
 /// The image's extents: group by group, by address within, short gaps taken in, no page twice.
-fn regions(ground: &Ground, groups: &[PageSet], loading: &PageSet) -> Vec<Extent> {
+fn regions(facts: &PolicyFacts, groups: &[PageSet], loading: &PageSet) -> Vec<Extent> {
     let mut taken = PageSet::new();
     let mut regions = Vec::new();
     for group in groups {
         let mut pages = group.intersection(loading);
         pages.subtract(&taken);
-        let runs = pages.runs().flat_map(|run| ground.layout.split(run));
-        let merged = merge_gaps(runs, GAP_PAGES, ground.layout, |gap| taken.len_in(gap) == 0);
+        let runs = pages.runs().flat_map(|run| facts.layout.split(run));
+        let merged = merge_gaps(runs, GAP_PAGES, facts.layout, |gap| taken.len_in(gap) == 0);
         merged.iter().for_each(|region| taken.insert_run(*region));
         regions.extend(merged);
     }
@@ -80,23 +81,23 @@ fn regions(ground: &Ground, groups: &[PageSet], loading: &PageSet) -> Vec<Extent
 }
 
 /// Anonymous memory with the non-zero regions over it.
-fn nonzero_regions(ground: &Ground) -> Vec<PlannedExtent> {
-    let base = place::by_content(ground.resolved, |extent, source| ground.mapped(extent, source));
-    if !ground.tiers.is_empty() {
+fn nonzero_regions(facts: &PolicyFacts) -> Vec<PlannedExtent> {
+    let base = place::by_content(facts.resolved, |extent, source| facts.mapped(extent, source));
+    if !facts.tiers.is_empty() {
         return base;
     }
-    let tip = ground.layers - 1;
+    let tip = facts.layers - 1;
     let of_tip = |run: &&crate::snapshot::ResolvedRun| run.content.layer() == Some(tip);
-    let others: PageSet = ground
+    let others: PageSet = facts
         .resolved
         .iter()
         .filter(|run| run.content != Content::Zero && !of_tip(run))
         .map(|run| run.extent)
         .collect();
-    let runs = ground.resolved.iter().filter(of_tip).map(|run| run.extent);
-    let merged = merge_gaps(runs, GAP_PAGES, ground.layout, |gap| others.len_in(gap) == 0);
+    let runs = facts.resolved.iter().filter(of_tip).map(|run| run.extent);
+    let merged = merge_gaps(runs, GAP_PAGES, facts.layout, |gap| others.len_in(gap) == 0);
     let mapped = merged.into_iter().filter_map(|extent| {
-        let source = place::hole(ground.layout, tip, extent.first)?;
+        let source = place::hole(facts.layout, tip, extent.first)?;
         Some(place::Labelled(PlannedExtent::from(extent, Placement::CowFile, source)))
     });
     lay_over(&base, &mapped.collect::<Vec<_>>())

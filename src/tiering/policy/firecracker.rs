@@ -5,12 +5,13 @@
 //! Differences in tvmm: Firecracker merges diffs into one file before it loads it; here a chain is mapped as it is, one
 //! mapping for each run of pages that one layer holds.
 
-use super::{Ground, place};
+use super::facts::PolicyFacts;
+use super::place;
 use crate::snapshot::{Placement, PlannedExtent};
 
-pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    if ground.is_one_file() {
-        return place::whole_file(ground.layout, Placement::CowFile);
+pub fn plan(facts: &PolicyFacts) -> Vec<PlannedExtent> {
+    if facts.is_one_file() {
+        return place::whole_file(facts.layout, Placement::CowFile);
     }
-    place::by_content(ground.resolved, |extent, source| ground.mapped(extent, source))
+    place::by_content(facts.resolved, |extent, source| facts.mapped(extent, source))
 }

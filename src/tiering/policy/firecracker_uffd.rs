@@ -6,12 +6,13 @@
 //! full snapshot are faults too (its memory file has them as holes). In a chain they are anonymous memory: the handler
 //! is not to search several files for the hole.
 
-use super::{Ground, place};
+use super::facts::PolicyFacts;
+use super::place;
 use crate::snapshot::{Placement, PlannedExtent};
 
-pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    if ground.is_one_file() {
-        return place::whole_file(ground.layout, Placement::Lazy);
+pub fn plan(facts: &PolicyFacts) -> Vec<PlannedExtent> {
+    if facts.is_one_file() {
+        return place::whole_file(facts.layout, Placement::Lazy);
     }
-    place::by_content(ground.resolved, |extent, source| PlannedExtent::from(extent, Placement::Lazy, source))
+    place::by_content(facts.resolved, |extent, source| PlannedExtent::from(extent, Placement::Lazy, source))
 }

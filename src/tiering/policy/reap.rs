@@ -9,17 +9,18 @@
 //! Differences in tvmm: the handler is a thread of the VMM; in a chain, zero pages that no run touched are anonymous
 //! memory, as in `firecracker-uffd`.
 
+use super::facts::PolicyFacts;
+use super::firecracker_uffd;
 use super::place::{Packed, lay_over};
-use super::{Ground, firecracker_uffd};
 use crate::snapshot::{Fill, PlannedExtent, RestorePlan};
 use crate::tiering::profile::Profile;
 
-pub fn plan(ground: &Ground, profile: &Profile) -> RestorePlan {
+pub fn plan(facts: &PolicyFacts, profile: &Profile) -> RestorePlan {
     let touched = profile.working_set();
-    let image = Packed::new(touched.runs().flat_map(|run| ground.layout.split(run)));
-    let install = ground.placed(&image, |extent, source| PlannedExtent::preload(extent, source, Fill::Install));
-    let mut plan = ground.empty_plan("reap");
-    plan.extents = lay_over(&firecracker_uffd::plan(ground), &install);
-    plan.images = ground.images(image);
+    let image = Packed::new(touched.runs().flat_map(|run| facts.layout.split(run)));
+    let install = facts.placed(&image, |extent, source| PlannedExtent::preload(extent, source, Fill::Install));
+    let mut plan = facts.empty_plan("reap");
+    plan.extents = lay_over(&firecracker_uffd::plan(facts), &install);
+    plan.images = facts.images(image);
     plan
 }

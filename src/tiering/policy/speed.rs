@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::*;
-use crate::snapshot::{Content, Gfn, PAGE_SIZE, PageSource, PlacementCounts};
+use crate::snapshot::{Content, Extent, Gfn, MemoryLayout, PAGE_SIZE, PageSource, PlacementCounts, SnapshotId};
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::{Order, RecorderKind};
 
@@ -59,12 +59,12 @@ fn planning_time_of_4_gib() {
     for (name, resolved, profile) in &cases {
         for cache in SourceCache::ALL {
             let costs = Costs::default().with_cache(cache);
-            let ground = Ground::bare(&layout, 1, resolved, &costs);
+            let facts = PolicyFacts::bare(&layout, 1, resolved, &costs);
             let mut times = Vec::new();
             let mut counts = (PlacementCounts::default(), 0);
             for _ in 0..9 {
                 let start = Instant::now();
-                let plan = Policy::Tiered.plan_on(&ground, Some(profile), &Budget::default()).unwrap();
+                let plan = Policy::Tiered.plan_on(&facts, Some(profile), &Budget::default()).unwrap();
                 times.push(start.elapsed());
                 counts = (plan.counts(), plan.extents.len());
             }

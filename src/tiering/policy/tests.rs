@@ -6,7 +6,8 @@ use super::estimate::estimate;
 use super::touches::expected;
 use super::*;
 use crate::snapshot::{
-    BackgroundAction, Content, Fill, Gfn, PAGE_SIZE, PageOrigin, PageSet, PageSource, Placement, PlannedExtent,
+    BackgroundAction, Content, Extent, Fill, Gfn, MemoryLayout, PAGE_SIZE, PageOrigin, PageSet, PageSource, Placement,
+    PlannedExtent, SnapshotId,
 };
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::{Order, RecorderKind};
@@ -193,14 +194,14 @@ proptest! {
     #[test]
     fn every_policy_restores_the_snapshot(world in any_world(), profile in any_profile(), costs in any_costs()) {
         let resolved = world.resolved();
-        let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
+        let facts = PolicyFacts::bare(&world.layout, world.layers(), &resolved, &costs);
         let touches = expected(&profile, &resolved);
         let mut total = f64::INFINITY;
         for policy in Policy::ALL {
-            let plan = policy.plan_on(&ground, Some(&profile), &Budget::default()).unwrap();
+            let plan = policy.plan_on(&facts, Some(&profile), &Budget::default()).unwrap();
             world.check(&plan);
             prop_assert_eq!(&plan.policy, policy.name());
-            let expects = estimate(&plan, &ground, &touches);
+            let expects = estimate(&plan, &facts, &touches);
             prop_assert!(expects.total_ns().is_finite() && expects.vmas > 0);
             // `tiered` comes last.
             if policy == Policy::Tiered {
@@ -214,16 +215,16 @@ proptest! {
     fn tiered_keeps_within_its_budget(world in any_world(), profile in any_profile(), costs in any_costs(),
     spare in 0_u64..1000) {
         let resolved = world.resolved();
-        let ground = Ground::bare(&world.layout, world.layers(), &resolved, &costs);
+        let facts = PolicyFacts::bare(&world.layout, world.layers(), &resolved, &costs);
         let touches = expected(&profile, &resolved);
         let written: u64 = touches.iter().filter(|t| t.written > 0.0).map(|t| t.extent.pages).sum();
         let budget = Budget { dram_pages: Some(written + spare), cxl_pages: None, ..Budget::default() };
-        let plan = Policy::Tiered.plan_on(&ground, Some(&profile), &budget).unwrap();
+        let plan = Policy::Tiered.plan_on(&facts, Some(&profile), &budget).unwrap();
         world.check(&plan);
-        prop_assert!(estimate(&plan, &ground, &touches).pages_preloaded_unwritten <= spare);
+        prop_assert!(estimate(&plan, &facts, &touches).pages_preloaded_unwritten <= spare);
         if written > 0 {
             let budget = Budget { dram_pages: Some(written - 1), cxl_pages: None, ..Budget::default() };
-            let refused = Policy::Tiered.plan_on(&ground, Some(&profile), &budget);
+            let refused = Policy::Tiered.plan_on(&facts, Some(&profile), &budget);
             let refused = matches!(refused, Err(Error::BudgetTooSmall { least, .. }) if least == written);
             prop_assert!(refused);
         }
@@ -253,12 +254,12 @@ fn small(pages: u64, held: &[(u64, u64)]) -> Small {
 }
 
 impl Small {
-    fn ground(&self) -> Ground<'_> {
-        Ground::bare(&self.layout, 1, &self.resolved, &self.costs)
+    fn facts(&self) -> PolicyFacts<'_> {
+        PolicyFacts::bare(&self.layout, 1, &self.resolved, &self.costs)
     }
 
     fn plan(&self, policy: Policy) -> RestorePlan {
-        let plan = policy.plan_on(&self.ground(), Some(&self.profile), &Budget::default()).unwrap();
+        let plan = policy.plan_on(&self.facts(), Some(&self.profile), &Budget::default()).unwrap();
         plan.validate(&self.layout, &[self.layout.file_len()]).unwrap();
         plan
     }
@@ -367,7 +368,7 @@ fn catalyzer_and_trenv_map_held_pages_and_copy_none() {
 fn policy_without_its_profile_says_how_to_record_one() {
     let example = example();
     for policy in Policy::ALL {
-        let plan = policy.plan_on(&example.ground(), None, &Budget::default());
+        let plan = policy.plan_on(&example.facts(), None, &Budget::default());
         assert_eq!(plan.is_err(), policy.needs_profile(), "{policy}");
         if let Err(error) = plan {
             assert!(error.to_string().contains("tvmm profile record"), "{error}");
@@ -394,7 +395,7 @@ fn tiered_breaks_copy_on_write_of_sparse_writes_under_one_mapping() {
     let broken: PageSet =
         plan.extents.iter().filter(|item| item.fill == Fill::BreakCow).map(|item| item.extent).collect();
     assert_eq!(broken, small.profile.written);
-    assert_eq!(estimate(&plan, &small.ground(), &[]).vmas, 1);
+    assert_eq!(estimate(&plan, &small.facts(), &[]).vmas, 1);
 }
 
 #[test]
@@ -406,7 +407,7 @@ fn tiered_copies_blocks_for_a_few_pages_only_where_local_memory_costs_nothing() 
     }
     let preloaded = |dram_page_ns| {
         let budget = Budget { dram_page_ns, ..Budget::default() };
-        let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &budget).unwrap();
+        let plan = Policy::Tiered.plan_on(&small.facts(), Some(&small.profile), &budget).unwrap();
         plan.validate(&small.layout, &[small.layout.file_len()]).unwrap();
         plan.counts().preload
     };
@@ -429,7 +430,7 @@ fn tiered_copies_whole_blocks_where_writes_are_dense() {
     assert_eq!(plan.extents[1].fill, Fill::Copy);
     // With no memory to spare only written pages are preloaded.
     let budget = Budget { dram_pages: Some(512), cxl_pages: None, ..Budget::default() };
-    let plan = Policy::Tiered.plan_on(&small.ground(), Some(&small.profile), &budget).unwrap();
+    let plan = Policy::Tiered.plan_on(&small.facts(), Some(&small.profile), &budget).unwrap();
     assert!(plan.counts().preload <= 512, "{:?}", plan.counts());
 }
 

@@ -5,9 +5,10 @@
 //! Differences in tvmm: no kernel patch, the pages that are zero are anonymous memory, and where the image is a file in
 //! the page cache it is mapped in 2 MiB folios. Sandboxes are not reused.
 
-use super::{Ground, place};
+use super::facts::PolicyFacts;
+use super::place;
 use crate::snapshot::PlannedExtent;
 
-pub fn plan(ground: &Ground) -> Vec<PlannedExtent> {
-    place::by_content(ground.resolved, |extent, source| ground.in_place(extent, source))
+pub fn plan(facts: &PolicyFacts) -> Vec<PlannedExtent> {
+    place::by_content(facts.resolved, |extent, source| facts.in_place(extent, source))
 }

@@ -2,7 +2,7 @@
 
 use crate::config::patch::{BalloonPatch, BalloonQuestion};
 
-use super::VirtioDevices;
+use super::virtio_devices::VirtioDevices;
 use crate::config::BalloonConfig;
 use crate::config::refusal::Refused;
 use crate::devices;

@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use super::VirtioDevices;
 use super::limits;
+use super::virtio_devices::VirtioDevices;
 use crate::config::overrides::Overrides;
 use crate::config::patch::DrivePatch;
 use crate::config::{CacheType, DeviceConfigs, DriveConfig, IoEngine};

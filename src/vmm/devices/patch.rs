@@ -1,12 +1,13 @@
 //! Changes to the devices of a machine that has started.
 
-use crate::config::patch::{DevicePatch, DrivePatch, NetworkPatch};
+use crate::config::patch::{DevicePatch, DrivePatch, NetworkPatch, PmemPatch};
 
 use super::build::net_config;
-use super::{VirtioDevices, drives};
+use super::virtio_devices::VirtioDevices;
+use super::{drives, pmem};
 use crate::config::refusal::Refused;
-use crate::devices::virtio::Net;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::{Net, Pmem};
 use crate::snapshot::MemoryLayout;
 
 impl VirtioDevices {
@@ -43,8 +44,16 @@ impl VirtioDevices {
         });
         Ok(())
     }
+
+    fn patch_pmem(&mut self, patch: &PmemPatch) -> Result<(), Refused> {
+        let changed = self.with(&patch.id, |device: &mut Pmem| (pmem::patch(device, patch), false));
+        let config = changed.ok_or_else(|| no_such("pmem device", &patch.id))?;
+        let known = self.configs.pmem.iter_mut().find(|known| known.id == patch.id);
+        known.into_iter().for_each(|known| *known = config.clone());
+        Ok(())
+    }
 }
 
-pub(super) fn no_such(kind: &str, id: &str) -> Refused {
+fn no_such(kind: &str, id: &str) -> Refused {
     Refused::bad_request(format!("There is no {kind} `{id}`."))
 }

@@ -2,16 +2,14 @@
 
 use std::any::Any;
 
-use super::{VirtioDevices, limits};
+use super::limits;
 use crate::config::overrides::Overrides;
 use crate::config::patch::PmemPatch;
-use crate::config::refusal::Refused;
 use crate::config::{DeviceConfigs, PmemConfig};
 use crate::devices;
 use crate::devices::virtio::{Pmem, PmemImage, PmemParams, PmemState, RateLimits, VirtioDevice};
 use crate::snapshot::MemoryLayout;
 use crate::vmm::arch::layout::pmem_after;
-use crate::vmm::devices::patch::no_such;
 
 /// Opens the images of a config. The root device comes first, because the kernel command line names it /dev/pmem0.
 pub fn open(configs: &DeviceConfigs, layout: &MemoryLayout) -> Result<Vec<Pmem>, devices::Error> {
@@ -71,17 +69,10 @@ pub fn config_of(pmem: &Pmem) -> PmemConfig {
     PmemConfig { id, path_on_host: path, root_device: is_root, read_only, rate_limiter }
 }
 
-impl VirtioDevices {
-    pub(super) fn patch_pmem(&mut self, patch: &PmemPatch) -> Result<(), Refused> {
-        let change = |pmem: &mut Pmem| {
-            pmem.change_limits(patch.rate_limiter.map(RateLimits::from).unwrap_or_default());
-            (config_of(pmem), false)
-        };
-        let config = self.with(&patch.id, change).ok_or_else(|| no_such("pmem device", &patch.id))?;
-        let known = self.configs.pmem.iter_mut().find(|known| known.id == patch.id);
-        known.into_iter().for_each(|known| *known = config.clone());
-        Ok(())
-    }
+/// Changes a pmem device. Returns its new config.
+pub fn patch(pmem: &mut Pmem, patch: &PmemPatch) -> PmemConfig {
+    pmem.change_limits(patch.rate_limiter.map(RateLimits::from).unwrap_or_default());
+    config_of(pmem)
 }
 
 #[cfg(test)]

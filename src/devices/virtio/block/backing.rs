@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use serde::{Deserialize, Serialize};
 
-use super::SECTOR;
+use super::limits::SECTOR;
 use super::sys::{self, Direction, Pieces};
 use crate::devices::Error;
 

@@ -1,6 +1,6 @@
 //! The configuration space of a block device (VIRTIO 1.2, 5.2.4).
 
-use super::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, SEGMENTS_MAX};
+use super::limits::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, SEGMENTS_MAX};
 
 /// Bytes up to and with `write_zeroes_may_unmap`.
 const LEN: usize = 57;

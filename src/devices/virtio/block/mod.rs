@@ -9,6 +9,7 @@
 
 mod backing;
 mod config_space;
+mod limits;
 mod request;
 mod sys;
 #[cfg(test)]
@@ -34,20 +35,12 @@ pub use backing::Facts;
 pub use sys::touch_pieces;
 
 use backing::Backing;
+use limits::SECTOR;
 use request::{Disk, Operation, Request, Status};
 use sys::{Direction, PIECES_MAX, Pieces};
 use uring::{Done, Job, Uring, Work};
 
-/// The unit of sizes and offsets, whatever the block size (VIRTIO 1.2, 5.2.4).
-const SECTOR: u64 = 512;
 const QUEUE_SIZES: [u16; 1] = [256];
-/// Data buffers in one request: the queue without header and status.
-const SEGMENTS_MAX: u32 = 254;
-/// Ranges in one discard or write-zeroes request.
-const RANGES_MAX: usize = 16;
-/// Sectors in one such range: 1 GiB, so that a request does not take for ever.
-const RANGE_SECTORS_MAX: u32 = 1 << 21;
-
 const QUEUE: usize = 0;
 const TOKEN_LIMITER: u32 = 0;
 const TOKEN_DONE: u32 = 1;

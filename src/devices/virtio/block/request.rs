@@ -6,8 +6,8 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::GuestAddress;
 
+use super::limits::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR};
 use super::sys::Direction;
-use super::{RANGE_SECTORS_MAX, RANGES_MAX, SECTOR};
 use crate::devices::virtio::{Broken, Buffers, Chain};
 
 /// The status of a request (VIRTIO 1.2, 5.2.6).

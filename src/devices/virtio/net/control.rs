@@ -6,7 +6,10 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::super::{Broken, Io};
-use super::{CONTROL, Net};
+use super::Net;
+
+/// The queue of commands.
+pub const CONTROL: usize = 2;
 
 impl Net {
     /// Answers all commands.

@@ -9,6 +9,8 @@
 //! tap holds when a snapshot is taken stay with the tap.
 
 mod control;
+mod frame;
+mod link;
 mod receive;
 mod tap;
 #[cfg(test)]
@@ -24,26 +26,16 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
     VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
 use crate::devices::Error;
 
-use receive::Receiver;
+use link::Link;
+use receive::{RX, Receiver};
 use tap::Tap;
-use transmit::Transmitter;
+use transmit::{TX, Transmitter};
 
-/// `struct virtio_net_hdr_v1` (VIRTIO 1.2, 5.1.6): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset,
-/// num_buffers.
-const HEADER_LEN: usize = 12;
-/// The largest frame with its header: 64 KiB of IP, Ethernet with a VLAN tag, and the rounding of VIRTIO 1.2,
-/// 5.1.6.3.1.
-const FRAME_MAX: usize = 65_562 + 4;
-
-const RX: usize = 0;
-const TX: usize = 1;
-const CONTROL: usize = 2;
-const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+const QUEUE_SIZES: [u16; 3] = [receive::QUEUE_SIZE, 256, 16];
 
 /// Sources of the device's own.
 mod token {
@@ -88,13 +80,9 @@ pub struct NetState {
 /// A network interface.
 pub struct Net {
     params: NetParams,
-    tap: Tap,
+    link: Link,
     rx: Receiver,
     tx: Transmitter,
-    /// Written when there is more work than one turn allows, or limits have changed.
-    again: EventFd,
-    /// The tap has been deleted.
-    tap_gone: bool,
     /// The driver shall announce its address to the network (VIRTIO 1.2, 5.1.6.5.4).
     announce: bool,
     restored: bool,
@@ -103,7 +91,8 @@ pub struct Net {
 impl Net {
     /// Opens the tap.
     pub fn new(params: NetParams) -> Result<Self, Error> {
-        let (rx, tx) = (RateLimiter::new(params.rx_limits)?, RateLimiter::new(params.tx_limits)?);
+        let rx = RateLimiter::new(params.rx_limits)?;
+        let tx = RateLimiter::new(params.tx_limits)?;
         let tap = Tap::open(&params.id, &params.tap)?;
         Net::with_tap(params, tap, rx, tx)
     }
@@ -114,7 +103,8 @@ impl Net {
         if overrides.mac.is_some() && state.mac.is_none() {
             return Err(Error::NoMac { id: state.id });
         }
-        let (rx, tx) = (RateLimiter::restore(&state.rx_limiter)?, RateLimiter::restore(&state.tx_limiter)?);
+        let rx = RateLimiter::restore(&state.rx_limiter)?;
+        let tx = RateLimiter::restore(&state.tx_limiter)?;
         let params = NetParams {
             id: state.id,
             tap: overrides.tap.unwrap_or(state.tap),
@@ -128,14 +118,11 @@ impl Net {
     }
 
     fn with_tap(params: NetParams, tap: Tap, rx: RateLimiter, tx: RateLimiter) -> Result<Self, Error> {
-        let failed = |source| Error::Event { doing: "make an eventfd", device: "network interface", source };
         Ok(Net {
-            tap,
+            link: Link::new(&params.id, tap)?,
             params,
             rx: Receiver::new(rx),
             tx: Transmitter::new(tx),
-            again: EventFd::new(EFD_NONBLOCK).map_err(failed)?,
-            tap_gone: false,
             announce: false,
             restored: false,
         })
@@ -150,18 +137,13 @@ impl Net {
     pub fn set_limits(&mut self, rx: RateLimits, tx: RateLimits) {
         self.rx.limiter.change(rx);
         self.tx.limiter.change(tx);
-        (self.params.rx_limits, self.params.tx_limits) = (self.rx.limiter.limits(), self.tx.limiter.limits());
-        self.look_again();
-    }
-
-    /// Makes the device thread look again at frames that wait behind a limit, or for another turn.
-    fn look_again(&self) {
-        // A full counter means that it will.
-        let _ = self.again.write(1);
+        self.params.rx_limits = self.rx.limiter.limits();
+        self.params.tx_limits = self.tx.limiter.limits();
+        self.link.look_again();
     }
 
     fn status(&self) -> u16 {
-        let link = if self.tap_gone { 0 } else { VIRTIO_NET_S_LINK_UP };
+        let link = if self.link.is_lost() { 0 } else { VIRTIO_NET_S_LINK_UP };
         let announce = if self.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
         (link | announce) as u16
     }
@@ -176,19 +158,6 @@ impl Net {
         config[10..].copy_from_slice(&self.params.mtu.unwrap_or_default().to_le_bytes());
         config
     }
-
-    /// The tap has been deleted: the guest's cable is out, for as long as this process lives.
-    fn lose_tap(&mut self, io: &mut Io<'_>) {
-        if !std::mem::replace(&mut self.tap_gone, true) {
-            tracing::warn!(interface = self.params.id, tap = self.tap.name(), "The tap is gone; the link is down");
-            io.signal_config();
-        }
-    }
-}
-
-/// True if the error says that the tap behind a descriptor has been deleted.
-fn is_gone(error: &std::io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EBADFD)
 }
 
 /// The offloads that the kernel may leave to a driver that accepted `features`. Segmentation needs checksums (VIRTIO
@@ -237,7 +206,7 @@ impl VirtioDevice for Net {
         let sometimes = [
             (VIRTIO_NET_F_MAC, self.params.mac.is_some()),
             (VIRTIO_NET_F_MTU, self.params.mtu.is_some()),
-            (VIRTIO_NET_F_GUEST_UFO, self.tap.has_ufo()),
+            (VIRTIO_NET_F_GUEST_UFO, self.link.tap.has_ufo()),
         ];
         let sometimes = sometimes.iter().filter(|(_, has)| *has).map(|(feature, _)| *feature);
         always.into_iter().chain(sometimes).fold(0, |all, feature| all | 1 << feature)
@@ -251,8 +220,8 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
-        match self.tap.set_offload(offload(io.features)) {
-            Err(error) if is_gone(&error) => self.lose_tap(io),
+        match self.link.tap.set_offload(offload(io.features)) {
+            Err(error) if tap::is_gone(&error) => self.link.lose(io),
             result => result.map_err(|source| Broken::Host { doing: "set the offloads of the tap", source })?,
         }
         // The network must learn the guest's new place, and the guest may have a new address.
@@ -273,11 +242,11 @@ impl VirtioDevice for Net {
         match queue {
             RX => {
                 self.rx.count_kick();
-                self.receive(io, true)
+                self.rx.receive(&mut self.link, io)
             }
             TX => {
                 self.tx.count_kick();
-                self.transmit(io)
+                self.tx.transmit(&mut self.link, io)
             }
             _ => self.control(io),
         }
@@ -285,10 +254,10 @@ impl VirtioDevice for Net {
 
     fn sources(&self) -> Vec<Source> {
         vec![
-            Source { fd: self.tap.fd(), token: token::TAP },
+            Source { fd: self.link.tap.fd(), token: token::TAP },
             self.rx.limiter.source(token::RX_TIMER),
             self.tx.limiter.source(token::TX_TIMER),
-            Source { fd: self.again.as_raw_fd(), token: token::AGAIN },
+            Source { fd: self.link.again().as_raw_fd(), token: token::AGAIN },
         ]
     }
 
@@ -296,14 +265,14 @@ impl VirtioDevice for Net {
         match token {
             token::TAP => {
                 self.rx.count_tap_event();
-                self.receive(io, false)
+                self.rx.receive_unless_waiting(&mut self.link, io)
             }
-            token::RX_TIMER => self.receive(io, false),
-            token::TX_TIMER => self.transmit(io),
+            token::RX_TIMER => self.rx.receive_unless_waiting(&mut self.link, io),
+            token::TX_TIMER => self.tx.transmit(&mut self.link, io),
             _ => {
-                let _ = self.again.read();
-                self.receive(io, true)?;
-                self.transmit(io)
+                let _ = self.link.again().read();
+                self.rx.receive(&mut self.link, io)?;
+                self.tx.transmit(&mut self.link, io)
             }
         }
     }
@@ -321,7 +290,7 @@ impl VirtioDevice for Net {
     }
 
     fn metrics(&self) -> serde_json::Value {
-        let mut metrics = serde_json::json!({ "tap_gone": self.tap_gone });
+        let mut metrics = serde_json::json!({ "tap_gone": self.link.is_lost() });
         if let Some(all) = metrics.as_object_mut() {
             all.extend(self.rx.metrics());
             all.extend(self.tx.metrics());

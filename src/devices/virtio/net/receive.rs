@@ -12,8 +12,13 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBU
 
 use super::super::chain::Chain;
 use super::super::{Broken, Io, RateLimiter};
-use super::tap::BUFFERS_MAX;
-use super::{FRAME_MAX, HEADER_LEN, Net, QUEUE_SIZES, RX, is_gone};
+use super::frame::{FRAME_MAX, HEADER_LEN};
+use super::link::Link;
+use super::tap::{BUFFERS_MAX, is_gone};
+
+/// The queue of receive buffers, and its size.
+pub const RX: usize = 0;
+pub const QUEUE_SIZE: u16 = 256;
 
 /// Bytes gathered for a frame that is not segmented.
 const FRAME_SMALL: usize = HEADER_LEN + 1522;
@@ -28,7 +33,7 @@ const FLAGS: usize = 0;
 const NUM_BUFFERS: usize = 10;
 
 /// The receiving half.
-pub(super) struct Receiver {
+pub struct Receiver {
     pub limiter: RateLimiter,
     /// Takes the bytes that do not fit into the gathered buffers. Allocated by the first frame.
     reserve: Vec<u8>,
@@ -163,7 +168,9 @@ impl<'m> Gathered<'m> {
 
     /// Gives the chains that hold the first `len` bytes to the driver, as one frame.
     fn publish(&mut self, io: &mut Io<'m>, len: usize) -> Result<(), Broken> {
-        let (mut used, mut left, mut first) = (Vec::with_capacity(1), len, None);
+        let mut used = Vec::with_capacity(1);
+        let mut left = len;
+        let mut first = None;
         while left > 0 {
             let Some(chain) = self.chains.pop_front() else { break };
             let room = chain.writable.len();
@@ -203,30 +210,36 @@ enum Stop {
     Limited,
 }
 
-impl Net {
-    /// Reads frames as long as there are frames and buffers. `kicked`: the driver may have brought buffers.
-    pub(super) fn receive(&mut self, io: &mut Io<'_>, kicked: bool) -> Result<(), Broken> {
+impl Receiver {
+    /// Reads frames as long as there are frames and buffers. Called when there may be frames, but no new buffers: does
+    /// nothing while a frame waits for buffers.
+    pub fn receive_unless_waiting(&mut self, link: &mut Link, io: &mut Io<'_>) -> Result<(), Broken> {
+        if self.waiting.is_some() { Ok(()) } else { self.receive(link, io) }
+    }
+
+    /// Reads frames as long as there are frames and buffers. Called when the driver may have brought buffers.
+    pub fn receive(&mut self, link: &mut Link, io: &mut Io<'_>) -> Result<(), Broken> {
         let failed = |source| Broken::Queue { queue: RX, source };
-        if self.tap_gone || self.rx.waiting.is_some() && !kicked {
+        if link.is_lost() {
             return Ok(());
         }
         let available = io.queues[RX].waiting(io.memory).map_err(failed)?;
-        self.rx.most_buffers = self.rx.most_buffers.max(usize::from(available));
+        self.most_buffers = self.most_buffers.max(usize::from(available));
         loop {
             io.queues[RX].disable_notification(io.memory).map_err(failed)?;
             let mut gathered = Gathered::default();
-            let stop = self.receive_some(io, &mut gathered);
+            let stop = self.receive_some(link, io, &mut gathered);
             gathered.give_back(io);
             let stop = stop?;
             io.signal(RX)?;
             let more = match stop {
                 Stop::NoBuffers => {
-                    self.rx.counts.no_buffers += 1;
+                    self.counts.no_buffers += 1;
                     io.queues[RX].enable_notification(io.memory).map_err(failed)?
                 }
                 Stop::TooFewBuffers(seen) => io.queues[RX].ask_for_more(io.memory, seen).map_err(failed)?,
                 Stop::Turn => {
-                    self.look_again();
+                    link.look_again();
                     false
                 }
                 Stop::Idle | Stop::Limited => false,
@@ -237,13 +250,18 @@ impl Net {
         }
     }
 
-    fn receive_some<'m>(&mut self, io: &mut Io<'m>, gathered: &mut Gathered<'m>) -> Result<Stop, Broken> {
+    fn receive_some<'m>(
+        &mut self,
+        link: &mut Link,
+        io: &mut Io<'m>,
+        gathered: &mut Gathered<'m>,
+    ) -> Result<Stop, Broken> {
         // Gathering takes at most the whole queue, and must not end for lack of budget.
-        let is_over = |io: &Io<'_>| io.budget <= u32::from(QUEUE_SIZES[RX]);
+        let is_over = |io: &Io<'_>| io.budget <= u32::from(QUEUE_SIZE);
         if is_over(io) {
             return Ok(Stop::Turn);
         }
-        if let Some(frame) = self.rx.waiting.take() {
+        if let Some(frame) = self.waiting.take() {
             if gathered.gather(io, frame.len())? {
                 gathered.write_at(0, &frame);
                 self.publish(io, gathered, frame.len())?;
@@ -252,14 +270,14 @@ impl Net {
             }
         }
         while !is_over(io) {
-            if !self.rx.limiter.may_begin() {
+            if !self.limiter.may_begin() {
                 return Ok(Stop::Limited);
             }
-            gathered.gather(io, self.rx.expected())?;
+            gathered.gather(io, self.expected())?;
             if gathered.chains.is_empty() {
                 return Ok(Stop::NoBuffers);
             }
-            let Some(len) = self.read_frame(io, gathered) else { return Ok(Stop::Idle) };
+            let Some(len) = self.read_frame(link, io, gathered) else { return Ok(Stop::Idle) };
             if let Some(stop) = self.deliver(io, gathered, len)? {
                 return Ok(stop);
             }
@@ -268,21 +286,21 @@ impl Net {
     }
 
     /// Reads a frame into the gathered buffers, and the reserve. `None` if there is none.
-    fn read_frame(&mut self, io: &mut Io<'_>, gathered: &Gathered<'_>) -> Option<usize> {
-        self.rx.reserve.resize(RESERVE, 0);
+    fn read_frame(&mut self, link: &mut Link, io: &mut Io<'_>, gathered: &Gathered<'_>) -> Option<usize> {
+        self.reserve.resize(RESERVE, 0);
         let buffers = gathered.chains.iter().flat_map(|chain| chain.writable.slices());
-        match self.tap.read(buffers, &mut self.rx.reserve) {
+        match link.tap.read(buffers, &mut self.reserve) {
             Ok(len) => {
                 gathered.mark_written(len);
-                self.rx.limiter.pay(len.saturating_sub(HEADER_LEN) as u64);
-                self.rx.learn(len);
+                self.limiter.pay(len.saturating_sub(HEADER_LEN) as u64);
+                self.learn(len);
                 Some(len)
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => None,
             Err(error) => {
-                self.rx.counts.read_fails += 1;
+                self.counts.read_fails += 1;
                 if is_gone(&error) {
-                    self.lose_tap(io);
+                    link.lose(io);
                 }
                 None
             }
@@ -304,34 +322,34 @@ impl Net {
         // A full reserve may mean that there was even more.
         let rest = len - room;
         if !io.has_feature(VIRTIO_NET_F_MRG_RXBUF) || rest >= RESERVE {
-            self.rx.counts.fails += 1;
+            self.counts.fails += 1;
             return Ok(None);
         }
-        self.rx.counts.copied += 1;
+        self.counts.copied += 1;
         if gathered.gather(io, len)? {
-            gathered.write_at(room, &self.rx.reserve[..rest]);
+            gathered.write_at(room, &self.reserve[..rest]);
             self.publish(io, gathered, len)?;
             return Ok(None);
         }
         let mut frame = gathered.read(room);
-        frame.extend_from_slice(&self.rx.reserve[..rest]);
+        frame.extend_from_slice(&self.reserve[..rest]);
         Ok(self.wait_or_lose(gathered, frame))
     }
 
     /// All available buffers were gathered and are too few for `frame`.
     fn wait_or_lose(&mut self, gathered: &Gathered<'_>, frame: Vec<u8>) -> Option<Stop> {
         let seen = gathered.chains.len();
-        if gathered.is_full || seen >= self.rx.most_buffers {
-            self.rx.counts.fails += 1;
+        if gathered.is_full || seen >= self.most_buffers {
+            self.counts.fails += 1;
             return None;
         }
-        self.rx.waiting = Some(frame);
+        self.waiting = Some(frame);
         Some(Stop::TooFewBuffers(seen as u16))
     }
 
     fn publish<'m>(&mut self, io: &mut Io<'m>, gathered: &mut Gathered<'m>, len: usize) -> Result<(), Broken> {
-        self.rx.counts.frames += 1;
-        self.rx.counts.bytes += len.saturating_sub(HEADER_LEN) as u64;
+        self.counts.frames += 1;
+        self.counts.bytes += len.saturating_sub(HEADER_LEN) as u64;
         gathered.publish(io, len)
     }
 }

@@ -10,7 +10,7 @@ use rustix::net::{AddressFamily, SocketType, netdevice};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::HEADER_LEN;
+use super::frame::HEADER_LEN;
 use crate::devices::Error;
 use crate::devices::virtio::block::touch_pieces;
 use crate::devices::virtio::chain::Slice;
@@ -143,6 +143,11 @@ fn error_of(vectors: &[libc::iovec]) -> io::Error {
         unsafe { touch_pieces(vectors) };
     }
     error
+}
+
+/// True if the error says that the tap behind a descriptor has been deleted.
+pub fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBADFD)
 }
 
 fn checked(result: libc::c_int) -> io::Result<()> {

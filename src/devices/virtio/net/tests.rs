@@ -7,6 +7,8 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::super::{BucketLimit, Memory, MmioDevice, region_bitmap};
+use super::control::CONTROL;
+use super::frame::{FRAME_MAX, HEADER_LEN};
 use super::*;
 use crate::devices::BusDevice;
 
@@ -338,7 +340,7 @@ fn limits_hold_frames_back_and_a_change_lets_them_go() {
     let none = RateLimits { bandwidth: None, ops: Some(BucketLimit { size: 0, one_time_burst: 0, refill_time_ms: 0 }) };
     bench.device.with_device(|net: &mut Net| {
         net.set_limits(none, none);
-        assert!(net.again.read().is_ok(), "the device thread is woken");
+        assert!(net.link.again().read().is_ok(), "the device thread is woken");
         ((), false)
     });
     bench.device.source_ready(token::TX_TIMER);

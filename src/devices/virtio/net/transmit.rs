@@ -4,14 +4,18 @@ use serde_json::{Map, Value, json};
 
 use super::super::chain::Chain;
 use super::super::{Broken, Io, RateLimiter};
-use super::tap::BUFFERS_MAX;
-use super::{FRAME_MAX, HEADER_LEN, Net, TX, is_gone};
+use super::frame::{FRAME_MAX, HEADER_LEN};
+use super::link::Link;
+use super::tap::{BUFFERS_MAX, is_gone};
+
+/// The queue of frames to transmit.
+pub const TX: usize = 1;
 
 /// Ethernet's header.
 const ETHERNET_LEN: usize = 14;
 
 /// The transmitting half.
-pub(super) struct Transmitter {
+pub struct Transmitter {
     pub limiter: RateLimiter,
     kicks: u64,
     frames: u64,
@@ -44,60 +48,62 @@ impl Transmitter {
     }
 }
 
-/// The reason why transmitting stopped with frames left.
-enum Left {
-    Nothing,
+/// The reason why transmitting stopped.
+enum Stop {
+    /// The queue is empty.
+    Idle,
     /// Other devices have their turn; the transport calls again.
     Turn,
     /// The limiter's timer will fire when it may go on.
     Limited,
 }
 
-impl Net {
+impl Transmitter {
     /// Writes the driver's available frames to the tap.
-    pub(super) fn transmit(&mut self, io: &mut Io<'_>) -> Result<(), Broken> {
+    pub fn transmit(&mut self, link: &mut Link, io: &mut Io<'_>) -> Result<(), Broken> {
         let failed = |source| Broken::Queue { queue: TX, source };
         loop {
             io.queues[TX].disable_notification(io.memory).map_err(failed)?;
-            let left = self.transmit_some(io)?;
+            let stop = self.transmit_some(link, io)?;
             io.signal(TX)?;
-            match left {
-                Left::Nothing if io.queues[TX].enable_notification(io.memory).map_err(failed)? => {}
+            match stop {
+                Stop::Idle if io.queues[TX].enable_notification(io.memory).map_err(failed)? => {}
                 _ => return Ok(()),
             }
         }
     }
 
-    fn transmit_some(&mut self, io: &mut Io<'_>) -> Result<Left, Broken> {
+    fn transmit_some(&mut self, link: &mut Link, io: &mut Io<'_>) -> Result<Stop, Broken> {
         while io.budget > 0 {
-            let Some(chain) = io.pop(TX)? else { return Ok(Left::Nothing) };
-            if !self.tx.limiter.admit(chain.readable.len().saturating_sub(HEADER_LEN) as u64) {
+            let Some(chain) = io.pop(TX)? else { return Ok(Stop::Idle) };
+            if !self.limiter.admit(chain.readable.len().saturating_sub(HEADER_LEN) as u64) {
                 io.unpop(TX);
-                return Ok(Left::Limited);
+                return Ok(Stop::Limited);
             }
-            self.transmit_frame(&chain, io);
+            self.transmit_frame(&chain, link, io);
             io.push(TX, chain.head, 0)?;
         }
-        Ok(Left::Turn)
+        Ok(Stop::Turn)
     }
 
-    fn transmit_frame(&mut self, chain: &Chain<'_>, io: &mut Io<'_>) {
-        let (len, pieces) = (chain.readable.len(), chain.readable.slices());
+    fn transmit_frame(&mut self, chain: &Chain<'_>, link: &mut Link, io: &mut Io<'_>) {
+        let len = chain.readable.len();
+        let pieces = chain.readable.slices();
         if !(HEADER_LEN + ETHERNET_LEN..=FRAME_MAX).contains(&len) || pieces.len() > BUFFERS_MAX {
-            self.tx.malformed += 1;
+            self.malformed += 1;
             return;
         }
-        match self.tap.write(pieces.iter()) {
+        match link.tap.write(pieces.iter()) {
             Ok(_) => {
-                self.tx.frames += 1;
-                self.tx.bytes += (len - HEADER_LEN) as u64;
+                self.frames += 1;
+                self.bytes += (len - HEADER_LEN) as u64;
             }
             Err(error) => {
                 // A link that is down (EIO), a header that makes no sense (EINVAL), no memory: the frame is lost, as on
                 // any network.
-                self.tx.fails += 1;
+                self.fails += 1;
                 if is_gone(&error) {
-                    self.lose_tap(io);
+                    link.lose(io);
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::PmemParams;
+use super::params::PmemParams;
 use crate::devices::Error;
 
 /// The largest image: far larger than any in use, far smaller than the address space.

@@ -5,11 +5,12 @@
 //! address, and makes the guest's writes durable on request.
 
 mod image;
+mod params;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use super::{Broken, Io, RateLimiter, RateLimiterState, RateLimits, Source, VirtioDevice, id};
 use crate::devices::Error;
 use crate::snapshot::HUGE_PAGE_SIZE;
+
+pub use params::PmemParams;
 
 use image::{Facts, Image};
 
@@ -32,18 +35,6 @@ const RESPONSE: usize = 4;
 
 /// The step in which guests map memory; so do hosts that have huge pages.
 pub const ALIGNMENT: u64 = HUGE_PAGE_SIZE;
-
-/// The parameters of a pmem device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PmemParams {
-    pub id: String,
-    pub path: PathBuf,
-    pub read_only: bool,
-    /// For the config only: the setting that the kernel's command line was made from.
-    pub is_root: bool,
-    /// Guest-physical address: a multiple of 2 MiB.
-    pub gpa: u64,
-}
 
 /// A pmem device as saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -58,6 +58,9 @@ const RESET_TIMEOUT: Duration = Duration::from_secs(1);
 /// Programs accepted in one go.
 const ACCEPT_MAX: usize = 64;
 
+/// The number of resets that wait for receive buffers at which no more packets are taken that could cause more.
+const RESETS_MAX: usize = 256;
+
 /// The state of the device. Connections are not part of it, because their programs are not part of the snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
@@ -257,7 +260,7 @@ impl Vsock {
         self.tell_transport_reset(io)?;
         let more = self.take_packets(io)?;
         let more = self.give_packets(io)? | more;
-        let is_blocked = self.resets.len() >= traffic::RESETS_MAX;
+        let is_blocked = self.resets.len() >= RESETS_MAX;
         let has_room = self.accepts && self.table.len() < before;
         if (more && !is_blocked) || has_room {
             self.table.come_back();

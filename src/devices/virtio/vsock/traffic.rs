@@ -3,13 +3,10 @@
 use super::super::{Broken, Chain, Io};
 use super::connection::{After, Connection, Next};
 use super::header::{self, HOST_CID, Header, TYPE_STREAM, op};
-use super::{RX, TX, Vsock, host, table};
+use super::{RESETS_MAX, RX, TX, Vsock, host, table};
 
 /// Packets taken from the guest, and packets given to it, in one turn: together fewer than the transport allows in one.
 const PACKETS_MAX: usize = 256;
-
-/// The number of resets that wait for receive buffers at which no more packets are taken that could cause more.
-pub const RESETS_MAX: usize = 256;
 
 impl Vsock {
     /// Takes packets from the guest. Returns whether some are left.

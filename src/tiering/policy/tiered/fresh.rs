@@ -5,8 +5,8 @@
 //! behind written pages: if an input is larger than the recorded one, an allocator goes on there, and the recording
 //! does not show it. Untouched memory costs nothing: huge pages, too, come with the first touch.
 
-use super::super::Ground;
 use super::super::estimate::tally;
+use super::super::facts::PolicyFacts;
 use super::super::model::AnonBlock;
 use super::super::touches::Touch;
 use crate::snapshot::{Extent, Gfn, HUGE_PAGE_PAGES, Placement, PlannedExtent};
@@ -15,7 +15,7 @@ use crate::snapshot::{Extent, Gfn, HUGE_PAGE_PAGES, Placement, PlannedExtent};
 const NEAR_PAGES: u64 = HUGE_PAGE_PAGES;
 
 /// The blocks of `extents` that are zero memory and should come whole, as ascending runs.
-pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> Vec<Extent> {
+pub fn blocks(facts: &PolicyFacts, touches: &[Touch], extents: &[PlannedExtent]) -> Vec<Extent> {
     let is_written = |touch: &&Touch| touch.written >= 0.5;
     // As many pages again as the recorded run wrote.
     let growth = touches.iter().filter(is_written).map(|touch| touch.extent.pages).sum::<u64>();
@@ -32,7 +32,7 @@ pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> 
             }
             let near = written_end.filter(|end| zero.first.0.saturating_sub(*end) <= NEAR_PAGES);
             let grows = near.is_some_and(|end| block.first.0 - end.max(zero.first.0) < growth.max(NEAR_PAGES));
-            if !(grows || pays(ground, touches, block, at)) {
+            if !(grows || pays(facts, touches, block, at)) {
                 continue;
             }
             match out.last_mut() {
@@ -45,14 +45,14 @@ pub fn blocks(ground: &Ground, touches: &[Touch], extents: &[PlannedExtent]) -> 
 }
 
 /// True if the expected pages of `block` cost more one by one.
-fn pays(ground: &Ground, touches: &[Touch], block: Extent, at: usize) -> bool {
+fn pays(facts: &PolicyFacts, touches: &[Touch], block: Extent, at: usize) -> bool {
     if touches.get(at).is_none_or(|touch| touch.extent.first >= block.end()) {
         return false;
     }
     let zero = tally(block, touches, &mut at.clone());
-    let cost = |huge| AnonBlock { zero, huge, ..AnonBlock::default() }.cost(ground.costs).total();
+    let cost = |huge| AnonBlock { zero, huge, ..AnonBlock::default() }.cost(facts.costs).total();
     let unwritten = (1.0 - zero.idle) * zero.unwritten as f64;
-    cost(true) + ground.page_ns * unwritten < cost(false)
+    cost(true) + facts.page_ns * unwritten < cost(false)
 }
 
 #[cfg(test)]
@@ -78,9 +78,9 @@ mod tests {
             ResolvedRun { extent: extent(4096, 4096), content: Content::Zero },
         ];
         let costs = Costs::default();
-        let ground = Ground { page_ns, ..Ground::bare(&layout, 1, &resolved, &costs) };
+        let facts = PolicyFacts { page_ns, ..PolicyFacts::bare(&layout, 1, &resolved, &costs) };
         let held = PlannedExtent::from(extent(0, 4096), Placement::CowFile, source);
-        blocks(&ground, touches, &[held, PlannedExtent::zero(extent(4096, 4096))])
+        blocks(&facts, touches, &[held, PlannedExtent::zero(extent(4096, 4096))])
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The budget of the CXL tier: no more pages are mapped in place from pools than the tier has. The pages least likely
 //! to be touched leave first, and are fetched if they are touched after all.
 
-use super::super::Ground;
+use super::super::facts::PolicyFacts;
 use super::super::place::{Labelled, cut, lay_over, pieces};
 use super::super::touches::Touch;
 use crate::snapshot::{Extent, Fill, Placement, PlannedExtent, RestorePlan};
@@ -11,10 +11,10 @@ const FAULT_PAGES: u64 = 16;
 
 /// Takes pages out of their place in pools until no more than `limit` are mapped in place. Pages likely to be touched
 /// are copied, as long as `room` pages of local memory last; the others are left to faults.
-pub fn limit(plan: &mut RestorePlan, ground: &Ground, touches: &[Touch], (limit, mut room): (u64, u64)) {
+pub fn limit(plan: &mut RestorePlan, facts: &PolicyFacts, touches: &[Touch], (limit, mut room): (u64, u64)) {
     let is_in_place = |item: &&PlannedExtent| {
         let mapped = matches!(item.placement, Placement::InPlace | Placement::CowFile);
-        mapped && item.source.is_some_and(|source| ground.access(source.origin).is_some())
+        mapped && item.source.is_some_and(|source| facts.access(source.origin).is_some())
     };
     let mapped: u64 = plan.extents.iter().filter(is_in_place).map(|item| item.extent.pages).sum();
     let Some(mut surplus) = mapped.checked_sub(limit).filter(|surplus| *surplus > 0) else { return };
@@ -46,7 +46,7 @@ pub fn limit(plan: &mut RestorePlan, ground: &Ground, touches: &[Touch], (limit,
     moved.sort_unstable_by_key(|item| item.0.extent.first);
     plan.extents = lay_over(&plan.extents, &moved);
     plan.fault_pages = FAULT_PAGES;
-    plan.coalesce(ground.layout);
+    plan.coalesce(facts.layout);
 }
 
 /// The least probability of a touch for which a page is worth a copy: every second run.
@@ -69,14 +69,14 @@ mod tests {
         let (pool, entry, len) = (PoolId::default(), Digest::default(), 1000 * PAGE_SIZE);
         let tiers = [TierSource { pool, entry, access: TierAccess::MapPrivate, len }];
         let costs = Costs::default();
-        let ground = Ground { tiers: &tiers, ..Ground::bare(&layout, 1, &resolved, &costs) };
+        let facts = PolicyFacts { tiers: &tiers, ..PolicyFacts::bare(&layout, 1, &resolved, &costs) };
         let touches = [Touch { extent: extent(300, 200), touched: 1.0, written: 0.0, zero: false }];
         for (budget, room, expected) in
             [(1000, 0, [1000, 0, 0]), (200, 0, [200, 0, 800]), (50, 0, [50, 0, 950]), (50, 1000, [50, 150, 800])]
         {
-            let mut plan = ground.empty_plan("tiered");
+            let mut plan = facts.empty_plan("tiered");
             plan.extents = vec![PlannedExtent::from(extent(0, 1000), Placement::InPlace, source)];
-            limit(&mut plan, &ground, &touches, (budget, room));
+            limit(&mut plan, &facts, &touches, (budget, room));
             plan.validate(&layout, &[0]).unwrap();
             let counts = plan.counts();
             assert_eq!([counts.in_place, counts.preload, counts.lazy], expected, "{budget} {room}");

@@ -15,74 +15,74 @@ mod units;
 
 use packed::Extras;
 
+use super::budget::Budget;
 use super::estimate::{Estimate, estimate};
+use super::facts::PolicyFacts;
 use super::model::copied_page_ns;
 use super::touches::{Touch, expected};
-use super::{Budget, Ground, eager, faasnap, reap};
+use super::{eager, faasnap, reap};
 use crate::snapshot::{
-    Content, Extent, Fill, HUGE_PAGE_PAGES, PageOrigin, PageSource, Placement, PlannedExtent, RestorePlan,
+    Content, Extent, Fill, HUGE_PAGE_PAGES, PageOrigin, PageSource, Placement, PlannedExtent, Policy, RestorePlan,
 };
 use crate::tiering::Error;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::profile::Profile;
 
-pub const NAME: &str = "tiered";
-
 /// Steps of the search for the price of local memory that meets a budget: doublings, then halvings of the interval.
 const DOUBLINGS: u32 = 40;
 const BISECTIONS: u32 = 6;
 
-pub fn plan(ground: &Ground, profile: &Profile, budget: &Budget) -> Result<RestorePlan, Error> {
-    let touches = expected(profile, ground.resolved);
+pub fn plan(facts: &PolicyFacts, profile: &Profile, budget: &Budget) -> Result<RestorePlan, Error> {
+    let touches = expected(profile, facts.resolved);
     let written = touches.iter().filter(|touch| touch.written > 0.0).map(|touch| touch.extent.pages).sum();
     // Written pages need local memory whenever they are read; pages preloaded besides must fit into the rest.
     let limit = budget.dram_pages.unwrap_or(u64::MAX);
     let Some(extra_limit) = limit.checked_sub(written) else {
         return Err(Error::BudgetTooSmall { pages: limit, least: written });
     };
-    let ground = &Ground { page_ns: budget.dram_page_ns as f64, ..*ground };
+    let facts = &PolicyFacts { page_ns: budget.dram_page_ns as f64, ..*facts };
     let search = Search { touches: &touches, extra_limit };
-    let mut best = search.within_budget(ground);
+    let mut best = search.within_budget(facts);
     // Time, and the worth of local memory.
-    let worth = |expected: &Estimate| expected.total_ns() + ground.page_ns * expected.pages_preloaded_unwritten as f64;
-    if ground.page_ns > 0.0 {
+    let worth = |expected: &Estimate| expected.total_ns() + facts.page_ns * expected.pages_preloaded_unwritten as f64;
+    if facts.page_ns > 0.0 {
         // Priced stretch by stretch, local memory may seem dearer than it is in the whole plan.
-        let fastest = search.at_price(ground, 0.0);
+        let fastest = search.at_price(facts, 0.0);
         if search.fits(&fastest.1) && worth(&fastest.1) < worth(&best.1) {
             best = fastest;
         }
     }
-    let floors = Floors::of(ground, &touches);
+    let floors = Floors::of(facts, &touches);
     // Each shape with the least it can cost: making and pricing one takes as long as the whole search above. The search
     // itself cannot find images (Aquifer's shape is `packed` without extras), nor one userfaultfd over everything, zero
     // pages included, which needs the fewest mappings.
     let shapes: [(f64, &dyn Fn() -> RestorePlan); 6] = [
-        (floors.eager, &|| RestorePlan { extents: eager::plan(ground), ..ground.empty_plan(NAME) }),
-        (floors.regions, &|| faasnap::plan(ground, profile)),
-        (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy, Extras::Paying)),
-        (floors.copy, &|| packed::plan(ground, &touches, Fill::Copy, Extras::None)),
-        (floors.install, &|| packed::plan(ground, &touches, Fill::Install, Extras::Paying)),
-        (floors.reap, &|| reap::plan(ground, profile)),
+        (floors.eager, &|| RestorePlan { extents: eager::plan(facts), ..facts.empty_plan(Policy::Tiered.name()) }),
+        (floors.regions, &|| faasnap::plan(facts, profile)),
+        (floors.copy, &|| packed::plan(facts, &touches, Fill::Copy, Extras::Paying)),
+        (floors.copy, &|| packed::plan(facts, &touches, Fill::Copy, Extras::None)),
+        (floors.install, &|| packed::plan(facts, &touches, Fill::Install, Extras::Paying)),
+        (floors.reap, &|| reap::plan(facts, profile)),
     ];
     for (floor, make) in shapes {
         if floor >= worth(&best.1) {
             continue;
         }
         let plan = make();
-        let expected = estimate(&plan, ground, &touches);
+        let expected = estimate(&plan, facts, &touches);
         if search.fits(&expected) && worth(&expected) < worth(&best.1) {
             best = (plan, expected);
         }
     }
-    if ground.costs.cache == SourceCache::Cold {
-        for_cold_files(&mut best, ground, &touches);
+    if facts.costs.cache == SourceCache::Cold {
+        for_cold_files(&mut best, facts, &touches);
     }
     if let Some(limit) = budget.cxl_pages {
         let room = extra_limit.saturating_sub(best.1.pages_preloaded_unwritten);
-        in_place::limit(&mut best.0, ground, &touches, (limit, room));
+        in_place::limit(&mut best.0, facts, &touches, (limit, room));
     }
-    let huge = fresh::blocks(ground, &touches, &best.0.extents);
-    Ok(RestorePlan { policy: NAME.to_string(), huge, ..best.0 })
+    let huge = fresh::blocks(facts, &touches, &best.0.extents);
+    Ok(RestorePlan { policy: Policy::Tiered.name().to_string(), huge, ..best.0 })
 }
 
 /// Factor by which a plan may cost more, for effects that the model does not have.
@@ -91,7 +91,7 @@ const UNSEEN: f64 = 1.04;
 /// For uncached files: reads copied pages past the page cache, and makes mappings want huge folios. A mapping that does
 /// not makes the kernel read ahead in small folios, far into the blocks of its neighbours, which the model does not
 /// have: measured, a few such faults made a dense read of 64 MiB three times slower.
-fn for_cold_files(best: &mut (RestorePlan, Estimate), ground: &Ground, touches: &[Touch]) {
+fn for_cold_files(best: &mut (RestorePlan, Estimate), facts: &PolicyFacts, touches: &[Touch]) {
     best.0.direct = true;
     // Images are mapped as they are: their pages are not aligned with the guest's huge pages.
     let is_plain = |item: &PlannedExtent| {
@@ -103,8 +103,8 @@ fn for_cold_files(best: &mut (RestorePlan, Estimate), ground: &Ground, touches: 
     }
     let mut plan = best.0.clone();
     plan.extents.iter_mut().filter(|item| is_plain(item)).for_each(|item| item.placement = Placement::InPlace);
-    plan.coalesce(ground.layout);
-    let expected = estimate(&plan, ground, touches);
+    plan.coalesce(facts.layout);
+    let expected = estimate(&plan, facts, touches);
     if expected.total_ns() <= best.1.total_ns() * UNSEEN {
         *best = (plan, expected);
     }
@@ -125,9 +125,9 @@ struct Floors {
 }
 
 impl Floors {
-    fn of(ground: &Ground, touches: &[Touch]) -> Floors {
-        let costs = ground.costs;
-        let held = ground.resolved.iter().filter(|run| run.content != Content::Zero).map(|run| run.extent.pages);
+    fn of(facts: &PolicyFacts, touches: &[Touch]) -> Floors {
+        let costs = facts.costs;
+        let held = facts.resolved.iter().filter(|run| run.content != Content::Zero).map(|run| run.extent.pages);
         let held_touches = || touches.iter().filter(|touch| !touch.zero);
         let loading = || touches.iter().filter(|touch| packed::is_packed(costs, touch));
         let mut region_end: Option<u64> = None;
@@ -189,34 +189,34 @@ impl Search<'_> {
     }
 
     /// The cheapest plan with each extra page of local memory at `page_ns`.
-    fn at_price(&self, ground: &Ground, page_ns: f64) -> (RestorePlan, Estimate) {
-        let ground = Ground { page_ns, ..*ground };
-        let mut plan = ground.empty_plan(NAME);
-        plan.extents = path::Field::new(&ground, self.touches).cheapest();
-        plan.coalesce(ground.layout);
-        let expected = estimate(&plan, &ground, self.touches);
+    fn at_price(&self, facts: &PolicyFacts, page_ns: f64) -> (RestorePlan, Estimate) {
+        let facts = PolicyFacts { page_ns, ..*facts };
+        let mut plan = facts.empty_plan(Policy::Tiered.name());
+        plan.extents = path::Field::new(&facts, self.touches).cheapest();
+        plan.coalesce(facts.layout);
+        let expected = estimate(&plan, &facts, self.touches);
         (plan, expected)
     }
 
-    /// The cheapest plan that fits the budget: local memory gets the lowest price, from the ground's on, at which the
-    /// plan fits.
-    fn within_budget(&self, ground: &Ground) -> (RestorePlan, Estimate) {
-        let least = ground.page_ns;
-        let mut best = self.at_price(ground, least);
+    /// The cheapest plan that fits the budget: local memory gets the lowest price, from that of the facts on, at which
+    /// the plan fits.
+    fn within_budget(&self, facts: &PolicyFacts) -> (RestorePlan, Estimate) {
+        let least = facts.page_ns;
+        let mut best = self.at_price(facts, least);
         let (mut low, mut high) = (least, least.max(25.0) * 2.0);
         for _ in 0..DOUBLINGS {
             if self.fits(&best.1) {
                 break;
             }
             (low, high) = (high, high * 2.0);
-            best = self.at_price(ground, high);
+            best = self.at_price(facts, high);
         }
         if low == least {
             return best;
         }
         for _ in 0..BISECTIONS {
             let middle = (low + high) / 2.0;
-            let plan = self.at_price(ground, middle);
+            let plan = self.at_price(facts, middle);
             if self.fits(&plan.1) {
                 (best, high) = (plan, middle);
             } else {

@@ -1,12 +1,12 @@
 //! For files that are not cached: the loading set from a compact image in one sequential read, the rest behind a
 //! userfaultfd, so that a scattered set costs neither seeks nor mappings.
 
-use super::super::Ground;
+use super::super::facts::PolicyFacts;
 use super::super::model::{GROUP_PAGES, copied_page_ns, group_ns};
 use super::super::place::{Packed, lay_over};
 use super::super::touches::Touch;
 use crate::snapshot::{
-    Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, Placement, PlannedExtent, ResolvedRun, RestorePlan,
+    Content, Extent, Fill, Gfn, HUGE_PAGE_PAGES, Placement, PlannedExtent, Policy, ResolvedRun, RestorePlan,
 };
 use crate::tiering::costs::Costs;
 
@@ -28,46 +28,45 @@ pub enum Extras {
 }
 
 /// The plan with the image's pages brought in by `fill`.
-pub fn plan(ground: &Ground, touches: &[Touch], fill: Fill, extras: Extras) -> RestorePlan {
+pub fn plan(facts: &PolicyFacts, touches: &[Touch], fill: Fill, extras: Extras) -> RestorePlan {
     let is_packed = |touch: &Touch| match extras {
-        Extras::Paying => is_packed(ground.costs, touch),
+        Extras::Paying => is_packed(facts.costs, touch),
         Extras::None => !touch.zero,
     };
     let loading = touches.iter().filter(|touch| is_packed(touch)).map(|touch| touch.extent);
-    let mut runs = PageRuns::new(ground);
-    loading.flat_map(|extent| ground.layout.split(extent)).for_each(|extent| runs.push(extent));
-    let runs = if extras == Extras::Paying { with_groups(ground, runs.runs) } else { runs.runs };
+    let mut runs = PageRuns::new(facts);
+    loading.flat_map(|extent| facts.layout.split(extent)).for_each(|extent| runs.push(extent));
+    let runs = if extras == Extras::Paying { with_groups(facts, runs.runs) } else { runs.runs };
     let image = Packed::new(runs);
-    let over = ground.placed(&image, |extent, source| PlannedExtent::preload(extent, source, fill));
+    let over = facts.placed(&image, |extent, source| PlannedExtent::preload(extent, source, fill));
     let mut touched_zero = touches.iter().filter(|touch| !is_packed(touch)).map(|touch| touch.extent).peekable();
     let mut is_touched = |run: Extent| {
         while touched_zero.next_if(|zero| zero.end() <= run.first).is_some() {}
         touched_zero.peek().is_some_and(|zero| zero.first < run.end())
     };
-    let base: Vec<PlannedExtent> =
-        ground.resolved.iter().map(|run| rest(ground, run, is_touched(run.extent))).collect();
-    let mut plan = ground.empty_plan(super::NAME);
+    let base: Vec<PlannedExtent> = facts.resolved.iter().map(|run| rest(facts, run, is_touched(run.extent))).collect();
+    let mut plan = facts.empty_plan(Policy::Tiered.name());
     plan.extents = lay_over(&base, &over);
-    plan.coalesce(ground.layout);
-    plan.images = ground.images(image);
+    plan.coalesce(facts.layout);
+    plan.images = facts.images(image);
     plan.fault_pages = FAULT_PAGES;
     plan
 }
 
 /// Ascending pages as runs that cross no range's end; a page added twice counts once.
 struct PageRuns<'a> {
-    ground: &'a Ground<'a>,
+    facts: &'a PolicyFacts<'a>,
     runs: Vec<Extent>,
 }
 
 impl<'a> PageRuns<'a> {
-    fn new(ground: &'a Ground<'a>) -> Self {
-        PageRuns { ground, runs: Vec::new() }
+    fn new(facts: &'a PolicyFacts<'a>) -> Self {
+        PageRuns { facts, runs: Vec::new() }
     }
 
     /// Adds pages that start at or after the start of the last ones.
     fn push(&mut self, extent: Extent) {
-        let layout = self.ground.layout;
+        let layout = self.facts.layout;
         match self.runs.last_mut() {
             Some(last)
                 if extent.first <= last.end() && layout.range_of(last.first) == layout.range_of(extent.first) =>
@@ -107,16 +106,16 @@ pub fn parts_of_groups(runs: &[Extent]) -> Vec<(u64, u64)> {
 }
 
 /// The runs with groups completed where that pays: the guest's touches of a whole group are one fault.
-fn with_groups(ground: &Ground, runs: Vec<Extent>) -> Vec<Extent> {
-    let pays = |pages: u64| completing_ns(ground.costs, pages) + (GROUP_PAGES - pages) as f64 * ground.page_ns < 0.0;
+fn with_groups(facts: &PolicyFacts, runs: Vec<Extent>) -> Vec<Extent> {
+    let pays = |pages: u64| completing_ns(facts.costs, pages) + (GROUP_PAGES - pages) as f64 * facts.page_ns < 0.0;
     let parts = parts_of_groups(&runs);
     let group = |number: u64| Extent { first: Gfn(number * GROUP_PAGES), pages: GROUP_PAGES };
     let paying = parts.into_iter().filter(|(_, pages)| pays(*pages));
-    let mut groups = paying.map(|(number, _)| group(number)).filter(|group| ground.layout.contains(*group)).peekable();
+    let mut groups = paying.map(|(number, _)| group(number)).filter(|group| facts.layout.contains(*group)).peekable();
     if groups.peek().is_none() {
         return runs;
     }
-    let mut all = PageRuns::new(ground);
+    let mut all = PageRuns::new(facts);
     for run in runs {
         while let Some(group) = groups.next_if(|group| group.first <= run.first) {
             all.push(group);
@@ -128,12 +127,12 @@ fn with_groups(ground: &Ground, runs: Vec<Extent>) -> Vec<Extent> {
 }
 
 /// Zero runs stay anonymous where they are long or touched; short ones would only cut the userfaultfd's range.
-fn rest(ground: &Ground, run: &ResolvedRun, is_touched: bool) -> PlannedExtent {
+fn rest(facts: &PolicyFacts, run: &ResolvedRun, is_touched: bool) -> PlannedExtent {
     match run.content {
         Content::Bytes(source) => PlannedExtent::from(run.extent, Placement::Lazy, source),
         Content::Zero => {
             let keep = run.extent.pages >= HUGE_PAGE_PAGES || is_touched;
-            match ground.hole(run.extent.first) {
+            match facts.hole(run.extent.first) {
                 Some(source) if !keep => PlannedExtent::from(run.extent, Placement::Lazy, source),
                 _ => PlannedExtent::zero(run.extent),
             }

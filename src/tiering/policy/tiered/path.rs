@@ -1,7 +1,7 @@
 //! The cheapest way through all of memory: block by block, on one of three backings, where a change of the backing
 //! costs a mapping.
 
-use super::super::Ground;
+use super::super::facts::PolicyFacts;
 use super::super::touches::Touch;
 use super::units::{BACKINGS, Backing, Unit, Ways};
 use crate::snapshot::{Extent, HUGE_PAGE_PAGES, PageOrigin, PlannedExtent, ResolvedRun};
@@ -29,21 +29,21 @@ struct Block {
 
 /// Memory cut into blocks and units, each unit with the price of its ways.
 pub struct Field<'a> {
-    ground: &'a Ground<'a>,
+    facts: &'a PolicyFacts<'a>,
     touches: &'a [Touch],
     units: Vec<(Unit, Ways)>,
     blocks: Vec<Block>,
 }
 
 impl<'a> Field<'a> {
-    pub fn new(ground: &'a Ground<'a>, touches: &'a [Touch]) -> Field<'a> {
-        let mut field = Field { ground, touches, units: Vec::new(), blocks: Vec::new() };
+    pub fn new(facts: &'a PolicyFacts<'a>, touches: &'a [Touch]) -> Field<'a> {
+        let mut field = Field { facts, touches, units: Vec::new(), blocks: Vec::new() };
         let mut at = 0;
         let mut last: Option<Extent> = None;
-        for run in ground.resolved {
+        for run in facts.resolved {
             let fresh_run = last.is_none_or(|last| {
                 last.end() != run.extent.first
-                    || ground.layout.range_of(last.first) != ground.layout.range_of(run.extent.first)
+                    || facts.layout.range_of(last.first) != facts.layout.range_of(run.extent.first)
             });
             for (index, part) in run.extent.chunks(HUGE_PAGE_PAGES).enumerate() {
                 let fresh = fresh_run && index == 0;
@@ -59,8 +59,8 @@ impl<'a> Field<'a> {
         while self.touches.get(*at).is_some_and(|touch| touch.extent.end() <= part.first) {
             *at += 1;
         }
-        let unit = Unit::of(self.ground, run.content, run.extent, part, *at);
-        let ways = unit.ways(self.ground, self.touches);
+        let unit = Unit::of(self.facts, run.content, run.extent, part, *at);
+        let ways = unit.ways(self.facts, self.touches);
         let next = self.units.len();
         self.units.push((unit, ways));
         let number = part.first.0 / HUGE_PAGE_PAGES;
@@ -76,10 +76,10 @@ impl<'a> Field<'a> {
 
     /// A block of several units can also be taken as one if the tip's file shows all of it: its own pages, and holes.
     fn add_wholes(&mut self) {
-        if !self.ground.tiers.is_empty() {
+        if !self.facts.tiers.is_empty() {
             return;
         }
-        let tip = PageOrigin::Layer(self.ground.layers - 1);
+        let tip = PageOrigin::Layer(self.facts.layers - 1);
         for block in &mut self.blocks {
             let units = &self.units[block.units.clone()];
             let pages: u64 = units.iter().map(|(unit, _)| unit.extent.pages).sum();
@@ -89,9 +89,9 @@ impl<'a> Field<'a> {
                 continue;
             };
             let extent = Extent { first: first.extent.first, pages };
-            let source = self.ground.hole(extent.first);
+            let source = self.facts.hole(extent.first);
             let unit = Unit { extent, source, zero: false, touch: first.touch };
-            block.whole = Some((unit, unit.ways(self.ground, self.touches)));
+            block.whole = Some((unit, unit.ways(self.facts, self.touches)));
         }
     }
 
@@ -102,10 +102,10 @@ impl<'a> Field<'a> {
             _ => false,
         };
         let stays = from == to && (BACKINGS[to] == Backing::Anonymous || same_file());
-        if stays { 0.0 } else { self.ground.costs.vma_ns as f64 }
+        if stays { 0.0 } else { self.facts.costs.vma_ns as f64 }
     }
 
-    /// The cheapest plan, with each page of local memory that no profiled write needs at the ground's `page_ns`.
+    /// The cheapest plan, with each page of local memory that no profiled write needs at the `page_ns` of the facts.
     pub fn cheapest(&self) -> Vec<PlannedExtent> {
         let mut front: Front = [0.0; 3];
         let mut last: Option<&Unit> = None;
@@ -145,9 +145,9 @@ impl<'a> Field<'a> {
             for (before, so_far) in front.iter().enumerate() {
                 let change = match last {
                     Some(last) => self.change(before, to, last, unit),
-                    None => self.ground.costs.vma_ns as f64,
+                    None => self.facts.costs.vma_ns as f64,
                 };
-                let total = so_far + change + price.at(self.ground.page_ns);
+                let total = so_far + change + price.at(self.facts.page_ns);
                 if total < next[to] {
                     (next[to], from[to]) = (total, before);
                 }
@@ -176,7 +176,7 @@ impl<'a> Field<'a> {
         }
         let mut out = Vec::new();
         for (unit, backing) in chosen.iter().rev() {
-            unit.emit(self.ground, self.touches, *backing, &mut out);
+            unit.emit(self.facts, self.touches, *backing, &mut out);
         }
         out
     }
@@ -192,9 +192,9 @@ mod tests {
         let layout = crate::snapshot::MemoryLayout::from_gpa_ranges(&[(0, 64 << 20)]).unwrap();
         let resolved = [ResolvedRun { extent: Extent::new(crate::snapshot::Gfn(0), 16384), content: Content::Zero }];
         let costs = crate::tiering::costs::Costs::default();
-        let ground = Ground::bare(&layout, 1, &resolved, &costs);
-        let mut plan = ground.empty_plan("tiered");
-        plan.extents = Field::new(&ground, &[]).cheapest();
+        let facts = PolicyFacts::bare(&layout, 1, &resolved, &costs);
+        let mut plan = facts.empty_plan("tiered");
+        plan.extents = Field::new(&facts, &[]).cheapest();
         plan.coalesce(&layout);
         assert_eq!(plan.extents.len(), 1, "{:?}", plan.extents);
     }

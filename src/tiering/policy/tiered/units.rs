@@ -1,7 +1,7 @@
 //! The ways in which `tiered` can place a stretch of memory within one block, and their costs.
 
-use super::super::Ground;
 use super::super::estimate::tally;
+use super::super::facts::PolicyFacts;
 use super::super::model::{AnonBlock, FileBlock, GROUP_PAGES, Tally};
 use super::super::place::{advance, pieces};
 use super::super::touches::Touch;
@@ -54,9 +54,9 @@ pub type Ways = [Option<Price>; 3];
 
 impl Unit {
     /// The unit of a part of a resolved run.
-    pub fn of(ground: &Ground, content: Content, run: Extent, part: Extent, touch: usize) -> Unit {
+    pub fn of(facts: &PolicyFacts, content: Content, run: Extent, part: Extent, touch: usize) -> Unit {
         match content {
-            Content::Zero => Unit { extent: part, source: ground.hole(part.first), zero: true, touch },
+            Content::Zero => Unit { extent: part, source: facts.hole(part.first), zero: true, touch },
             Content::Bytes(source) => {
                 let source = advance(source, part.first.0 - run.first.0);
                 Unit { extent: part, source: Some(source), zero: false, touch }
@@ -65,8 +65,8 @@ impl Unit {
     }
 
     /// The access of its tier; `None` if it comes from no tier.
-    fn access(&self, ground: &Ground) -> Option<TierAccess> {
-        ground.access(self.source?.origin)
+    fn access(&self, facts: &PolicyFacts) -> Option<TierAccess> {
+        facts.access(self.source?.origin)
     }
 
     fn is_block(&self) -> bool {
@@ -78,25 +78,25 @@ impl Unit {
     }
 
     /// The price of each backing.
-    pub fn ways(&self, ground: &Ground, touches: &[Touch]) -> Ways {
-        let costs = ground.costs;
+    pub fn ways(&self, facts: &PolicyFacts, touches: &[Touch]) -> Ways {
+        let costs = facts.costs;
         let all = tally(self.extent, touches, &mut self.touch.clone());
         if self.source.is_none() {
             return [Some(self.zero_price(&all, costs)), None, None];
         }
-        if self.access(ground) == Some(TierAccess::Fetch) {
-            return [Some(self.anonymous(&all, ground).0), None, None];
+        if self.access(facts) == Some(TierAccess::Fetch) {
+            return [Some(self.anonymous(&all, facts).0), None, None];
         }
-        let broken = self.broken(ground, touches);
-        let mapped = |backing| self.mapped_price(&all, broken.as_ref(), backing, ground).0;
+        let broken = self.broken(facts, touches);
+        let mapped = |backing| self.mapped_price(&all, broken.as_ref(), backing, facts).0;
         let small =
-            (costs.cache == SourceCache::Cold && self.access(ground).is_none()).then(|| mapped(Backing::CowFile));
-        [Some(self.anonymous(&all, ground).0), Some(mapped(Backing::InPlace)), small]
+            (costs.cache == SourceCache::Cold && self.access(facts).is_none()).then(|| mapped(Backing::CowFile));
+        [Some(self.anonymous(&all, facts).0), Some(mapped(Backing::InPlace)), small]
     }
 
     /// The price of leaving zero pages to faults, or of reading everything ahead, and true for the latter.
-    fn anonymous(&self, all: &Tally, ground: &Ground) -> (Price, bool) {
-        let costs = ground.costs;
+    fn anonymous(&self, all: &Tally, facts: &PolicyFacts) -> (Price, bool) {
+        let costs = facts.costs;
         let zero = self.zero_price(all, costs);
         // Zero pages in less than a block are not worth a read.
         if self.zero && !self.is_block() {
@@ -104,7 +104,7 @@ impl Unit {
         }
         let block = AnonBlock { copied: *all, calls: 1, whole: self.is_block(), ..AnonBlock::default() };
         let copy = Price { ns: block.cost(costs).total(), extra_pages: all.unwritten };
-        if self.zero && zero.at(ground.page_ns) <= copy.at(ground.page_ns) { (zero, false) } else { (copy, true) }
+        if self.zero && zero.at(facts.page_ns) <= copy.at(facts.page_ns) { (zero, false) } else { (copy, true) }
     }
 
     fn zero_price(&self, all: &Tally, costs: &Costs) -> Price {
@@ -118,23 +118,29 @@ impl Unit {
     }
 
     /// The price of a mapped file, and true if copy-on-write is broken ahead for it.
-    fn mapped_price(&self, all: &Tally, broken: Option<&Broken>, backing: Backing, ground: &Ground) -> (Price, bool) {
-        let promoted = self.access(ground) == Some(TierAccess::MapShared);
-        let open = self.file(*all, Tally::default(), 0, backing, promoted).cost(ground.costs).total();
+    fn mapped_price(
+        &self,
+        all: &Tally,
+        broken: Option<&Broken>,
+        backing: Backing,
+        facts: &PolicyFacts,
+    ) -> (Price, bool) {
+        let promoted = self.access(facts) == Some(TierAccess::MapShared);
+        let open = self.file(*all, Tally::default(), 0, backing, promoted).cost(facts.costs).total();
         let open = Price { ns: open, extra_pages: 0 };
         let Some(Broken { runs, open: left, broken }) = broken else { return (open, false) };
         let block = self.file(*left, *broken, runs.len() as u64, backing, promoted);
-        let price = Price { ns: block.cost(ground.costs).total(), extra_pages: broken.unwritten };
-        if price.at(ground.page_ns) < open.ns { (price, true) } else { (open, false) }
+        let price = Price { ns: block.cost(facts.costs).total(), extra_pages: broken.unwritten };
+        if price.at(facts.page_ns) < open.ns { (price, true) } else { (open, false) }
     }
 
     /// The unit with copy-on-write broken ahead where that pays; `None` if it pays nowhere.
-    fn broken(&self, ground: &Ground, touches: &[Touch]) -> Option<Broken> {
-        if self.access(ground).is_some_and(|access| access != TierAccess::MapPrivate) {
+    fn broken(&self, facts: &PolicyFacts, touches: &[Touch]) -> Option<Broken> {
+        if self.access(facts).is_some_and(|access| access != TierAccess::MapPrivate) {
             return None;
         }
         let first = touches.get(self.touch).filter(|touch| touch.extent.first < self.extent.end());
-        let runs = if first.is_some() { self.breaks(ground, touches) } else { Vec::new() };
+        let runs = if first.is_some() { self.breaks(facts, touches) } else { Vec::new() };
         if runs.is_empty() {
             return None;
         }
@@ -153,8 +159,8 @@ impl Unit {
 
     /// The runs whose copy-on-write is broken ahead, if any is broken in the block: pages whose expected write costs
     /// more than the break, joined over short gaps where another call costs more.
-    fn breaks(&self, ground: &Ground, touches: &[Touch]) -> Vec<Part> {
-        let costs = ground.costs;
+    fn breaks(&self, facts: &PolicyFacts, touches: &[Touch]) -> Vec<Part> {
+        let costs = facts.costs;
         let mut runs: Vec<Part> = Vec::new();
         let mut pending = Tally::default();
         pieces(self.extent, touches, &mut self.touch.clone(), |piece, touch| {
@@ -163,7 +169,7 @@ impl Unit {
             if gain > 0.0 && (joins || gain > costs.populate_write_call_ns as f64) {
                 match runs.last_mut() {
                     Some(last) if joins => last.0.pages += piece.pages,
-                    Some(last) if gap_pays(last.0, piece, &pending, ground) => {
+                    Some(last) if gap_pays(last.0, piece, &pending, facts) => {
                         last.0.pages = piece.end().0 - last.0.first.0;
                     }
                     _ => runs.push(Part(piece)),
@@ -180,7 +186,7 @@ impl Unit {
     }
 
     /// The extents that carry out the unit on `backing`.
-    pub fn emit(&self, ground: &Ground, touches: &[Touch], backing: Backing, out: &mut Vec<PlannedExtent>) {
+    pub fn emit(&self, facts: &PolicyFacts, touches: &[Touch], backing: Backing, out: &mut Vec<PlannedExtent>) {
         let all = tally(self.extent, touches, &mut self.touch.clone());
         let Some(source) = self.source else {
             out.push(PlannedExtent::zero(self.extent));
@@ -188,7 +194,7 @@ impl Unit {
         };
         let placement = match backing {
             Backing::Anonymous => {
-                let copies = self.anonymous(&all, ground).1;
+                let copies = self.anonymous(&all, facts).1;
                 let copy = || PlannedExtent::preload(self.extent, source, Fill::Copy);
                 out.push(if copies { copy() } else { PlannedExtent::zero(self.extent) });
                 return;
@@ -196,8 +202,8 @@ impl Unit {
             Backing::InPlace => Placement::InPlace,
             Backing::CowFile => Placement::CowFile,
         };
-        let broken = self.broken(ground, touches);
-        let pays = self.mapped_price(&all, broken.as_ref(), backing, ground).1;
+        let broken = self.broken(facts, touches);
+        let pays = self.mapped_price(&all, broken.as_ref(), backing, facts).1;
         let breaks = broken.filter(|_| pays).map(|broken| broken.runs).unwrap_or_default();
         pieces(self.extent, &breaks, &mut 0, |part, broken| {
             let source = advance(source, part.first.0 - self.extent.first.0);
@@ -235,11 +241,11 @@ fn touch_ns(pages: u64, costs: &Costs) -> f64 {
 }
 
 /// True if two runs cost less as one, with the pages between them.
-fn gap_pays(last: Extent, next: Extent, gap: &Tally, ground: &Ground) -> bool {
-    let costs = ground.costs;
+fn gap_pays(last: Extent, next: Extent, gap: &Tally, facts: &PolicyFacts) -> bool {
+    let costs = facts.costs;
     let pages = (next.first.0 - last.end().0) as f64;
     let later = gap.reads * costs.file_read_fault_ns as f64 + gap.writes * costs.cow_fault_ns as f64;
-    let ahead = pages * (costs.populate_write_page_ns as f64 + ground.page_ns)
+    let ahead = pages * (costs.populate_write_page_ns as f64 + facts.page_ns)
         + gap.touched() * touch_ns(next.end().0 - last.first.0, costs);
     ahead < later + costs.populate_write_call_ns as f64
 }

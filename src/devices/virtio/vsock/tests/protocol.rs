@@ -149,7 +149,7 @@ fn guest_without_receive_buffers_is_not_read_from_for_ever() {
     }
     let sent = driver.added[TX];
     let taken = driver.used_of(TX);
-    assert_eq!(usize::from(taken), traffic::RESETS_MAX, "a reset for each, and no more");
+    assert_eq!(usize::from(taken), RESETS_MAX, "a reset for each, and no more");
     let mut got = 0;
     for _ in 0..32 {
         driver.give(32);
