@@ -78,7 +78,8 @@ impl Profile {
         set
     }
 
-    /// FaaSnap's loading set: touched pages that are not zero in the snapshot. [`nonzero`](super::nonzero) makes the argument.
+    /// FaaSnap's loading set: touched pages that are not zero in the snapshot. [`nonzero`](super::nonzero) makes the
+    /// argument.
     pub fn loading_set(&self, nonzero: &PageSet) -> PageSet {
         self.working_set().intersection(nonzero)
     }
