@@ -26,7 +26,7 @@ use crate::memory::Error;
 use crate::memory::ending::{Ending, EndingSignal};
 use crate::snapshot::Verify;
 use crate::snapshot::{self, CHUNK_PAGES, Chain, Extent, Gfn, PAGE_SIZE, PageMap, ReadAt, RestorePlan, Snapshot};
-use crate::sys::errors::error_chain;
+use crate::sys::errors;
 use crate::sys::mapping::Buffer;
 use crate::sys::worker::Worker;
 use crate::sys::{idle, lost, page_cache, verity};
@@ -213,7 +213,7 @@ impl Shared {
             locked.state = State::Failed;
             if let (false, Some(ending)) = (was_checking, self.ending.get()) {
                 drop(locked);
-                ending.end(Ending::MemoryLost(error_chain(&error)));
+                ending.end(Ending::MemoryLost(errors::chain(&error)));
                 return;
             }
             locked.error = Some(error);

@@ -430,8 +430,10 @@ impl Controller {
     }
 
     fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
-        let (sender, event) = (self.seals.0.clone(), self.seal_event.clone());
-        let (read_backs, capture_us) = (self.read_backs.clone(), captured.capture_us);
+        let sender = self.seals.0.clone();
+        let event = self.seal_event.clone();
+        let read_backs = self.read_backs.clone();
+        let capture_us = captured.capture_us;
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
             let tell = |news| {
                 // A failure means that the controller, and with it the requester, has ended.
@@ -520,7 +522,8 @@ impl Controller {
         let (written, dropped) = self.environment.output.counts();
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
-        let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
+        let vcpu = parts.as_ref().map(Parts::counters_json);
+        let faults = parts.as_ref().map(|parts| parts.faults);
         let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         let promotion = parts.as_ref().and_then(|parts| parts.ram.promotion());
         let read_backs = self.read_backs.json();
@@ -528,7 +531,8 @@ impl Controller {
             Some(file) => {
                 let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
                 let plan = fit.map(|fit| {
-                    let (preloaded, in_place) = (fit.preload, fit.in_place);
+                    let preloaded = fit.preload;
+                    let in_place = fit.in_place;
                     serde_json::json!({
                         "preloaded": preloaded.pages, "preloaded_unexpected": preloaded.untouched,
                         "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,

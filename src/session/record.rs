@@ -135,7 +135,8 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     };
     let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
     let line = format!("run {RUN_ID} {}", spec.function);
-    let (id, asked) = (RUN_ID.to_string(), answer.clone());
+    let id = RUN_ID.to_string();
+    let asked = answer.clone();
     let request = spec.port.map(|port| PortRequest { port, line: line.clone(), id, answer: asked });
     let event_sources = EventSources {
         input: if request.is_some() { Input::default() } else { Input::script(format!("{line}\n").as_bytes()) },
@@ -238,7 +239,8 @@ impl ResidentPages for CacheOfChain {
             view.resident_runs(|first, count| {
                 for range in layout.ranges() {
                     let from = range.file_offset / PAGE_SIZE;
-                    let (low, high) = (first.max(from), (first + count).min(from + range.len / PAGE_SIZE));
+                    let low = first.max(from);
+                    let high = (first + count).min(from + range.len / PAGE_SIZE);
                     if low < high {
                         let gfn = Gfn(range.gpa / PAGE_SIZE + (low - from));
                         pages.insert_run(Extent { first: gfn, pages: high - low });

@@ -5,18 +5,6 @@ use std::io;
 
 use rustix::io::Errno;
 
-/// An error and all its causes as one text, each sentence once.
-pub(crate) fn error_chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(if text.ends_with('.') { " " } else { ": " });
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
 /// Any room's error on its way to the user.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 

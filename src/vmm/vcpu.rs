@@ -18,7 +18,7 @@ use crate::memory::promote::InPlace;
 use crate::memory::promote::fault;
 use crate::memory::promote::fault::{Cause, Resolution, StoppedVcpu};
 use crate::memory::stall;
-use crate::sys::errors::error_chain;
+use crate::sys::errors::chain;
 use crate::sys::guest_memory::Memory;
 use crate::sys::kick;
 use crate::sys::kick::{Alarm, ImmediateExit};
@@ -153,7 +153,7 @@ impl Vcpu {
     /// Promotes the page that the guest could not write, if that stopped it; otherwise ends the guest because of
     /// `what`.
     fn promote(&self, cause: Cause, generation: u64, what: &str) -> Result<(), Ending> {
-        let failed = |error: Error| self.failed(&error_chain(&error));
+        let failed = |error: Error| self.failed(&chain(&error));
         let Some(in_place) = &self.in_place else {
             let lost = fault::lost_memory(&self.fd, &self.memory, cause).map_err(|error| failed(error.into()))?;
             return Err(lost.map_or_else(|| self.failed(what), Ending::MemoryLost));

@@ -170,7 +170,8 @@ impl Profile {
 impl Frequency {
     fn check(&self, runs: u32, pages: &PageSet) -> Result<(), String> {
         for counts in [&self.touched, &self.written] {
-            let (mut seen, mut last) = (PageSet::new(), 0);
+            let mut seen = PageSet::new();
+            let mut last = 0;
             for (count, set) in counts {
                 if *count <= last || *count >= runs {
                     return Err(format!("it counts {count} of {runs} runs"));
