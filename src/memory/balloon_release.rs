@@ -140,7 +140,10 @@ impl Releaser {
     fn release_part(&mut self, index: usize, part: Extent, books: &mut Books) -> Outcome {
         let mut outcome = Outcome::default();
         let mut files: Vec<Extent> = self.file_mapped.runs_in(part).collect();
-        if let (true, Some(first), Some(last)) = (self.may_join, files.first(), files.last()) {
+        if self.may_join
+            && let Some(first) = files.first()
+            && let Some(last) = files.last()
+        {
             files = vec![Extent { first: first.first, pages: last.end().0 - first.first.0 }];
         }
         let others = without(part, &files.iter().copied().collect());

@@ -211,7 +211,7 @@ impl Shared {
         if let Err(error) = result {
             let was_checking = locked.state == State::Checking;
             locked.state = State::Failed;
-            if let (false, Some(ending)) = (was_checking, self.ending.get()) {
+            if !was_checking && let Some(ending) = self.ending.get() {
                 drop(locked);
                 ending.end(Ending::MemoryLost(errors::chain(&error)));
                 return;
