@@ -27,7 +27,8 @@ fn dir_of(node: u32) -> PathBuf {
 
 /// Returns the directory in which the node's tmpfs is mounted, if it is.
 pub fn mounted(node: u32) -> Result<Option<PathBuf>, Error> {
-    let (dir, path) = (dir_of(node), Path::new("/proc/self/mountinfo"));
+    let dir = dir_of(node);
+    let path = Path::new("/proc/self/mountinfo");
     let mounts = fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
     let is_here = mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|at| Path::new(at) == dir));
     Ok(is_here.then_some(dir))

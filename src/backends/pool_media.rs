@@ -244,7 +244,8 @@ fn open_dir(name: &Path, dir: &Path, node: Option<u32>, access: Access) -> Resul
         return Err(Error::NoPool { path: name.to_path_buf() });
     }
     let magic = magic(&file).map_err(Error::io("inspect", &path))?;
-    let (len, hugetlb) = (metadata.len(), magic == HUGETLBFS);
+    let len = metadata.len();
+    let hugetlb = magic == HUGETLBFS;
     let facts = Facts {
         kind: if node.is_some() { "numa" } else { "dir" },
         align: if hugetlb { HUGE_PAGE_SIZE } else { PAGE_SIZE },
@@ -265,9 +266,8 @@ fn mounted_huge(device: u64, is_tmpfs: bool) -> bool {
     let wanted = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut mounts = mounts.lines().filter(|line| line.split(' ').nth(2) == Some(&wanted));
-    mounts.any(|line| match is_tmpfs {
-        true => line.contains("huge=always") || line.contains("huge=within_size"),
-        false => line.contains(",dax"),
+    mounts.any(|line| {
+        if is_tmpfs { line.contains("huge=always") || line.contains("huge=within_size") } else { line.contains(",dax") }
     })
 }
 
@@ -285,7 +285,8 @@ fn open_dax(name: &Path, device: &Path, access: Access) -> Result<PoolMedium, Er
             fs::read_to_string(sysfs.join(attribute)).map_err(Error::io("read the size and alignment of", device))?;
         text.trim().parse::<u64>().map_err(|_| bad(format!("its {attribute} is {:?}", text.trim())))
     };
-    let (len, align) = (attribute("size")?, attribute("align")?);
+    let len = attribute("size")?;
+    let align = attribute("align")?;
     if !align.is_power_of_two() || !(PAGE_SIZE..=HUGE_PAGE_SIZE).contains(&align) {
         return Err(bad(format!("its alignment is {align} bytes; tvmm maps 4 KiB and 2 MiB")));
     }
@@ -317,7 +318,8 @@ impl PoolMedium {
 
     /// Makes whole blocks huge pages if the medium should consist of them.
     fn settle(&self, offset: u64, len: u64) -> io::Result<()> {
-        let (start, end) = (offset.next_multiple_of(HUGE_PAGE_SIZE), (offset + len) / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE);
+        let start = offset.next_multiple_of(HUGE_PAGE_SIZE);
+        let end = (offset + len) / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
         if !self.facts.huge || magic(&self.file)? != TMPFS || start >= end {
             return Ok(());
         }

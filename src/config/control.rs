@@ -57,7 +57,8 @@ pub struct InstanceInfo {
 impl InstanceInfo {
     /// The info of this build of tvmm.
     pub fn new(id: impl Into<String>, state: VmState) -> Self {
-        let (vmm_version, app_name) = (env!("CARGO_PKG_VERSION").to_owned(), APP_NAME.to_owned());
+        let vmm_version = env!("CARGO_PKG_VERSION").to_owned();
+        let app_name = APP_NAME.to_owned();
         Self { id: id.into(), state, vmm_version, app_name }
     }
 }

@@ -212,9 +212,12 @@ impl DeviceConfigs {
         if roots + self.pmem.iter().filter(|pmem| pmem.root_device).count() > 1 {
             return Err(device_error("Device", "root", "there can be only one root device"));
         }
-        self.drives.iter().try_for_each(|drive| match drive.path_on_host.as_os_str().is_empty() {
-            true => Err(device_error("Drive", &drive.drive_id, "path_on_host is empty")),
-            false => Ok(()),
+        self.drives.iter().try_for_each(|drive| {
+            if drive.path_on_host.as_os_str().is_empty() {
+                Err(device_error("Drive", &drive.drive_id, "path_on_host is empty"))
+            } else {
+                Ok(())
+            }
         })?;
         self.network_interfaces.iter().try_for_each(NetworkConfig::validate)?;
         if let Some(vsock) = &self.vsock {

@@ -79,9 +79,10 @@ impl TryFrom<LoadFields> for LoadBody {
 
     /// Refuses what Firecracker's own parser refuses, in its words: clients match them.
     fn try_from(fields: LoadFields) -> Result<Self, &'static str> {
-        match fields.mem_backend.is_some() && fields.mem_file_path.is_some() {
-            true => Err("too many fields: either `mem_backend` or `mem_file_path` exclusively is required"),
-            false => Ok(LoadBody(fields)),
+        if fields.mem_backend.is_some() && fields.mem_file_path.is_some() {
+            Err("too many fields: either `mem_backend` or `mem_file_path` exclusively is required")
+        } else {
+            Ok(LoadBody(fields))
         }
     }
 }
@@ -142,7 +143,8 @@ fn overrides(fields: &mut LoadFields) -> Result<Overrides, ConfigError> {
     let drives = std::mem::take(&mut tvmm.drive_overrides);
     let drives = drives.into_iter().map(|body| (body.drive_id, body.path_on_host)).collect();
     let metadata = std::mem::take(&mut tvmm.metadata);
-    let (drive_dir, vsock) = (tvmm.drive_dir.take(), fields.vsock_override.take().map(|body| body.uds_path));
+    let drive_dir = tvmm.drive_dir.take();
+    let vsock = fields.vsock_override.take().map(|body| body.uds_path);
     Ok(Overrides { drives, drive_dir, networks, metadata, vsock })
 }
 

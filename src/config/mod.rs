@@ -170,7 +170,8 @@ fn in_file(path: &Path, error: ConfigError) -> ConfigError {
 /// Parses JSON. An error names the key at which it occurred.
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
     serde_json::from_str(text).map_err(|error| {
-        let (line, column) = (error.line(), error.column());
+        let line = error.line();
+        let column = error.column();
         let reason = error.to_string();
         let reason = reason.strip_suffix(&format!(" at line {line} column {column}")).unwrap_or(&reason).to_owned();
         ConfigError::Json { key: place::key_at(text, line, column), line, column, reason }

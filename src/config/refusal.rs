@@ -5,7 +5,7 @@ use std::error::Error;
 use serde::{Deserialize, Serialize};
 
 use crate::config::ConfigError;
-use crate::sys::errors::{error_chain, is_storage_full};
+use crate::sys::errors::{chain, is_storage_full};
 
 /// The kind of a failure, for programs. It crosses processes beside the message, which is for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +70,7 @@ impl Refused {
 
     /// The client's fault; the message is the whole chain of the error.
     pub fn bad_request_because(error: &(dyn Error + 'static)) -> Self {
-        Self::bad_request(error_chain(error)).because(error)
+        Self::bad_request(chain(error)).because(error)
     }
 
     /// The fault of tvmm or the host.
@@ -80,7 +80,7 @@ impl Refused {
 
     /// The fault of tvmm or the host; the message is the whole chain of the error.
     pub fn internal_because(error: &(dyn Error + 'static)) -> Self {
-        Self::internal(error_chain(error)).because(error)
+        Self::internal(chain(error)).because(error)
     }
 
     fn because(self, error: &(dyn Error + 'static)) -> Self {
@@ -116,11 +116,11 @@ mod tests {
         let source = io::Error::from(io::ErrorKind::NotFound);
         let refused = Refused::from(ConfigError::Read { path: "/x".into(), source });
         assert_eq!(refused.kind, RefusedKind::BadRequest);
-        assert_eq!(refused.message, "Config file /x cannot be read. entity not found");
+        assert_eq!(refused.message, "Config file /x cannot be read: entity not found");
         let error = ConfigError::File { path: "/y".into(), source: Box::new(ConfigError::TwoGuests) };
         assert_eq!(Refused::internal_because(&error).kind, RefusedKind::Internal);
         assert_eq!(Refused::internal_because(&error).code, FaultCode::Internal);
-        assert!(Refused::internal_because(&error).message.starts_with(&format!("{error}")));
+        assert!(Refused::internal_because(&error).message.starts_with("Config file /y is refused: "));
     }
 
     #[test]

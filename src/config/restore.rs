@@ -256,7 +256,7 @@ pub struct NamedFile<'a> {
     /// The option's JSON key.
     pub key: &'static str,
     pub path: &'a mut PathBuf,
-    pub how: FileUse,
+    pub access: FileUse,
 }
 
 impl RestoreRequest {
@@ -406,8 +406,8 @@ impl RestoreOptions {
             mac_overrides: _,
             metadata: _,
         } = self;
-        let read = |key, path| NamedFile { key, path, how: FileUse::Read };
-        let write = |key, path| NamedFile { key, path, how: FileUse::Write };
+        let read = |key, path| NamedFile { key, path, access: FileUse::Read };
+        let write = |key, path| NamedFile { key, path, access: FileUse::Write };
         let pools = pools.iter_mut().flatten().map(|pool| read("pools", pool));
         let cold = cold_pools.iter_mut().flatten().filter_map(ColdSpec::dir_mut).map(|dir| read("cold_pools", dir));
         let files = [

@@ -170,10 +170,10 @@ impl Allowances {
             }
         }
         let files = options.files_mut();
-        let named = files.iter().map(|NamedFile { key, path, how }| NamedPath {
+        let named = files.iter().map(|NamedFile { key, path, access }| NamedPath {
             key: format!("tvmm.{key}"),
             path: path.to_path_buf(),
-            access: *how,
+            access: *access,
         });
         let resolved = self.check_all(named.collect()).await?;
         for (file, resolved) in files.into_iter().zip(resolved) {

@@ -27,7 +27,7 @@ use crate::memory::stall::StallWatch;
 use crate::session::Error;
 use crate::session::log;
 use crate::snapshot::{Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
-use crate::sys::errors::error_chain;
+use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
@@ -39,7 +39,7 @@ use crate::vmm::capture::{Captured, ReadBackWhen};
 use crate::vmm::console_ring::ConsoleRing;
 use crate::vmm::devices::no_balloon;
 use crate::vmm::machine::SerialPort;
-use crate::vmm::machine::{Machine, Outside, Paused, Running};
+use crate::vmm::machine::{Environment, Machine, Paused, Running};
 use crate::vmm::restore::RestoreSpec;
 use crate::vmm::vcpu::STOP_TIMEOUT;
 
@@ -59,7 +59,7 @@ pub struct Controller {
     /// A part of the machine to boot was configured, so a snapshot can no longer be loaded (as in Firecracker).
     configured: bool,
     phase: Phase,
-    outside: Outside,
+    environment: Environment,
     pub timeline: Timeline,
     restored: Option<Restored>,
     metrics: Option<MetricsFile>,
@@ -86,7 +86,7 @@ enum SealNews {
 const READ_BACK_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Controller {
-    pub fn new(id: String, config: VmConfig, outside: Outside, timeline: Timeline) -> Result<Self, Error> {
+    pub fn new(id: String, config: VmConfig, environment: Environment, timeline: Timeline) -> Result<Self, Error> {
         let seal_event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?);
         let metrics = config.metrics.as_ref().map(|metrics| MetricsFile::open(&metrics.metrics_path)).transpose()?;
         Ok(Controller {
@@ -94,7 +94,7 @@ impl Controller {
             config,
             configured: false,
             phase: Phase::NotStarted,
-            outside,
+            environment,
             timeline,
             restored: None,
             metrics,
@@ -117,13 +117,13 @@ impl Controller {
             parts: self.machine_parts(),
             restored: self.restored.as_ref(),
             timeline: &self.timeline,
-            moments: &self.outside.moments,
+            moments: &self.environment.moments,
             read_backs: self.read_backs.json(),
         }
     }
 
     pub fn output(&self) -> &Arc<ConsoleOutput> {
-        &self.outside.output
+        &self.environment.output
     }
 
     /// The virtio devices of the machine, running or to be booted.
@@ -294,7 +294,7 @@ impl Controller {
 
     /// Boots the configured machine.
     pub fn boot(&mut self) -> Result<(), Error> {
-        let machine = Machine::boot(&self.config, self.outside.clone(), &mut self.timeline)?;
+        let machine = Machine::boot(&self.config, self.environment.clone(), &mut self.timeline)?;
         self.phase = Phase::Running(machine.start()?);
         Ok(())
     }
@@ -319,8 +319,8 @@ impl Controller {
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let opened = sources::open(load, self.outside.fault_timeout, &stalls)?;
+        let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
+        let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
         let Planned { plan, origin, source_cache, costs, fit } = planning::choose(&opened, load)?;
         let Sources { chain, tiers, pools, cold } = opened;
         let layers = chain.layers().len();
@@ -338,7 +338,7 @@ impl Controller {
             stalls: &stalls,
             clock_realtime: load.clock_realtime,
         };
-        let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
+        let (machine, engine) = Machine::restore(spec, self.environment.clone(), &mut self.timeline)?;
         pools.iter().try_for_each(|pool| pool.note_plan(&engine.planned)).map_err(tiering::Error::from)?;
         before_run(machine.serial(), machine.virtio().configs())?;
         stalls.restored(machine.ending().clone());
@@ -409,7 +409,7 @@ impl Controller {
             Ok(rewound)
         });
         let rewound = result.map_err(|error| {
-            machine.ending().end(Ending::Failed(format!("cannot rewind: {}", error_chain(&error))));
+            machine.ending().end(Ending::Failed(format!("cannot rewind: {}", chain(&error))));
             Refused::internal_because(&error)
         })?;
         self.config.devices = machine.virtio().configs().clone();
@@ -487,8 +487,10 @@ impl Controller {
     }
 
     fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
-        let (sender, event) = (self.seals.0.clone(), self.seal_event.clone());
-        let (read_backs, capture_us) = (self.read_backs.clone(), captured.capture_us);
+        let sender = self.seals.0.clone();
+        let event = self.seal_event.clone();
+        let read_backs = self.read_backs.clone();
+        let capture_us = captured.capture_us;
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
             let tell = |news| {
                 // A failure means that the controller, and with it the requester, has ended.
@@ -574,10 +576,11 @@ impl Controller {
 
     /// Appends a line of metrics to the metrics file, if there is one.
     pub fn write_metrics(&mut self) -> Result<(), Error> {
-        let (written, dropped) = self.outside.output.counts();
+        let (written, dropped) = self.environment.output.counts();
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
-        let (vcpu, faults) = (parts.as_ref().map(Parts::counters_json), parts.as_ref().map(|parts| parts.faults));
+        let vcpu = parts.as_ref().map(Parts::counters_json);
+        let faults = parts.as_ref().map(|parts| parts.faults);
         let devices = parts.as_ref().map(|parts| parts.virtio.metrics());
         let promotion = parts.as_ref().and_then(|parts| parts.ram.promotion());
         let read_backs = self.read_backs.json();
@@ -585,7 +588,8 @@ impl Controller {
             Some(file) => {
                 let fit = self.restored.as_ref().and_then(|restored| restored.fit.as_ref());
                 let plan = fit.map(|fit| {
-                    let (preloaded, in_place) = (fit.preload, fit.in_place);
+                    let preloaded = fit.preload;
+                    let in_place = fit.in_place;
                     serde_json::json!({
                         "preloaded": preloaded.pages, "preloaded_unexpected": preloaded.untouched,
                         "in_place": in_place.pages, "in_place_unexpected": in_place.untouched,

@@ -50,7 +50,8 @@ impl PortRequest {
         let path = devices.vsock.as_ref().ok_or(Error::NoVsock)?.uds_path.clone();
         let (stop, stopped) = channel();
         let stream = Arc::new(Mutex::new(None));
-        let (request, shared) = (self.clone(), stream.clone());
+        let request = self.clone();
+        let shared = stream.clone();
         let work = move || match request.ask_until_answered(&path, &output, &stopped, &shared) {
             Ok(Some(line)) => request.answer.set(line),
             Ok(None) => {}

@@ -144,7 +144,8 @@ mod tests {
     #[test]
     fn what_the_disk_did_not_keep_is_told_and_what_it_kept_is_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let (good, bad) = (dir.path().join("good"), dir.path().join("bad"));
+        let good = dir.path().join("good");
+        let bad = dir.path().join("bad");
         let books = ReadBacks::default();
         let good = books.add(good.clone(), sealed(good));
         let damaged = books.add(bad.clone(), sealed(bad.clone()));

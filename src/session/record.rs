@@ -31,7 +31,7 @@ use crate::sys::signals::EndSignals;
 use crate::sys::timeline::{Moments, Timeline};
 use crate::tiering::profile::{Profile, RecorderKind, nonzero};
 use crate::tiering::recorder::{FaultLog, Layering, MappedPages, ResidentPages, from_dirty, from_layers, from_mapped};
-use crate::vmm::machine::Outside;
+use crate::vmm::machine::Environment;
 
 /// The parameters of a recording.
 #[derive(Clone, Debug)]
@@ -124,7 +124,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let witness = Box::new(AnswerWatch::new(RUN_ID, answer.clone()));
     let output = ConsoleOutput::watched(Box::new(Nowhere), Some(witness));
     let output = Arc::new(output.map_err(Error::os("make an eventfd"))?);
-    let outside = Outside { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
+    let environment = Environment { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
     let load = RestoreRequest {
         snapshot: spec.snapshot.snapshot.clone(),
         memory: MemoryFrom::Files { memory_file: spec.snapshot.memory.clone() },
@@ -135,7 +135,8 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     };
     let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
     let line = format!("run {RUN_ID} {}", spec.function);
-    let (id, asked) = (RUN_ID.to_string(), answer.clone());
+    let id = RUN_ID.to_string();
+    let asked = answer.clone();
     let request = spec.port.map(|port| PortRequest { port, line: line.clone(), id, answer: asked });
     let event_sources = EventSources {
         input: if request.is_some() { Input::default() } else { Input::script(format!("{line}\n").as_bytes()) },
@@ -146,7 +147,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         request,
         timeout: Some(spec.timeout),
     };
-    let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), outside, Timeline::begin(None))?;
+    let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), environment, Timeline::begin(None))?;
     let (outcome, controller, event_sources) = main_loop::run(controller, Begin::Record(load, watch), event_sources)?;
     *signals = Some(event_sources.signals);
     match outcome {
@@ -238,7 +239,8 @@ impl ResidentPages for CacheOfChain {
             view.resident_runs(|first, count| {
                 for range in layout.ranges() {
                     let from = range.file_offset / PAGE_SIZE;
-                    let (low, high) = (first.max(from), (first + count).min(from + range.len / PAGE_SIZE));
+                    let low = first.max(from);
+                    let high = (first + count).min(from + range.len / PAGE_SIZE);
                     if low < high {
                         let gfn = Gfn(range.gpa / PAGE_SIZE + (low - from));
                         pages.insert_run(Extent { first: gfn, pages: high - low });

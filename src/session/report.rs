@@ -140,7 +140,8 @@ impl Report {
         let operation = self.0["operation"].as_str().unwrap_or_default();
         let span = |name: &str, parent, of: &Value, attributes| {
             let ns = |key: &str| (of[key].as_f64().unwrap_or(0.0) * 1000.0) as u64;
-            let (start_ns, length_ns) = (ns("start_us") as i64, ns("length_us"));
+            let start_ns = ns("start_us") as i64;
+            let length_ns = ns("length_us");
             otlp::Span { name: name.to_string(), parent, start_ns, length_ns, attributes }
         };
         let keys = ["restore.policy", "restore.plan", "restore.engine", "fault_ins", "memory", "ending"];

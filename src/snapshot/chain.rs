@@ -258,7 +258,8 @@ pub(crate) fn check_parent(object: &str, parent: &Parent, layout: &MemoryLayout)
     })?;
     let tip = chain.tip();
     if !tip.stands_for(parent.id) {
-        let (child, found) = (object.to_string(), tip.id());
+        let child = object.to_string();
+        let found = tip.id();
         let source = Error::WrongParent { child, parent: tip.object().to_string(), expected: parent.id, found };
         return Err(no_parent(source));
     }
@@ -278,7 +279,8 @@ fn check_pair(child: &Snapshot, parent: &Snapshot) -> Result<()> {
         None => return Err(Error::BadParentage { object: child.object().to_string() }),
     };
     if !parent.stands_for(expected) {
-        let (child, parent_name) = (child.object().to_string(), parent.object().to_string());
+        let child = child.object().to_string();
+        let parent_name = parent.object().to_string();
         return Err(Error::WrongParent { child, parent: parent_name, expected, found: parent.id() });
     }
     if parent.layout() != child.layout() {

@@ -31,7 +31,8 @@ impl<'a> CheckedReader<'a> {
                 self.loaded = None;
                 let (_, computed) = self.layer.memory_file().load_chunk(self.map, chunk, &mut self.buffer)?;
                 if self.map.checksum(chunk) != Some(computed) {
-                    let (object, first) = (self.layer.object().to_string(), held_span(self.map, chunk));
+                    let object = self.layer.object().to_string();
+                    let first = held_span(self.map, chunk);
                     return Err(Error::BadMemory { object, bad: 1, first });
                 }
                 self.loaded = Some(chunk);

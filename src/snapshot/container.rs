@@ -273,12 +273,15 @@ impl Header {
         }
         check_crc(object, || "header".to_string(), u32_at(header, 60), &header[..60])?;
         let writer = printable(&header[32..32 + VERSION_LEN]);
-        let (major, minor) = (u16_at(header, 8), u16_at(header, 10));
+        let major = u16_at(header, 8);
+        let minor = u16_at(header, 10);
         if major != FORMAT_MAJOR {
             let (format, reads) = (format!("{major}.{minor}"), format!("{FORMAT_MAJOR}.x"));
             return Err(Error::FutureFormat { object: object.to_string(), writer, format, reads });
         }
-        let (header_len, entry_len, file_len) = (u32_at(header, 12), u32_at(header, 20), u64_at(header, 24));
+        let header_len = u32_at(header, 12);
+        let entry_len = u32_at(header, 20);
+        let file_len = u64_at(header, 24);
         if header_len as usize != HEADER_LEN || entry_len as usize != ENTRY_LEN {
             return Err(Error::malformed(
                 object,
@@ -315,7 +318,8 @@ fn parse_table(object: &str, bytes: &[u8], header: &Header) -> Result<Vec<Sectio
     let mut seen = HashSet::with_capacity(count);
     let mut at = table_end;
     for (index, entry) in table.chunks_exact(ENTRY_LEN).enumerate() {
-        let (offset, length) = (u64_at(entry, 16), u64_at(entry, 24));
+        let offset = u64_at(entry, 16);
+        let length = u64_at(entry, 24);
         if u32_at(entry, 12) != 0 || u32_at(entry, 36) != 0 {
             return Err(Error::malformed(object, format!("reserved fields of section entry {index} are not zero")));
         }
@@ -326,7 +330,9 @@ fn parse_table(object: &str, bytes: &[u8], header: &Header) -> Result<Vec<Sectio
         let Some(end) = end.and_then(|end| usize::try_from(end).ok()) else {
             return Err(Error::malformed(object, format!("section entry {index} claims {length} bytes")));
         };
-        let (kind, version, instance) = (u32_at(entry, 0), u32_at(entry, 4), u32_at(entry, 8));
+        let kind = u32_at(entry, 0);
+        let version = u32_at(entry, 4);
+        let instance = u32_at(entry, 8);
         if !seen.insert((kind, instance)) {
             return Err(Error::malformed(object, format!("it has section {kind} instance {instance} twice")));
         }
@@ -402,7 +408,8 @@ pub(crate) fn container_len_of(payload_lens: impl Iterator<Item = u64>) -> u64 {
 pub(crate) fn check_sections(sections: &[Section]) -> Result<()> {
     let mut seen = HashSet::new();
     for section in sections {
-        let (kind, instance) = (section.kind.number(), section.instance);
+        let kind = section.kind.number();
+        let instance = section.instance;
         let bad = |problem| Err(Error::BadSection { kind, instance, problem });
         if section.kind.is_reserved() {
             return bad("kinds 16 to 63 belong to the snapshot room");

@@ -93,7 +93,8 @@ pub fn copy_drive_while(from: &File, len: u64, to: &Path, is_wanted: &dyn Fn() -
 
 fn copy_data(from: &File, len: u64, to: &File, is_wanted: &dyn Fn() -> bool) -> io::Result<CopyMethod> {
     let mut buffer = Vec::new();
-    let (mut at, mut method) = (0, CopyMethod::InKernel);
+    let mut at = 0;
+    let mut method = CopyMethod::InKernel;
     while at < len {
         // Without knowledge of holes (block devices, some file systems), everything is data.
         let data = match rustix::fs::seek(from, SeekFrom::Data(at)) {
@@ -128,7 +129,8 @@ fn copy_data(from: &File, len: u64, to: &File, is_wanted: &dyn Fn() -> bool) -> 
 /// The number of bytes the kernel has copied; none if it cannot between these files (two file systems, a block device).
 fn copy_in_kernel(from: &File, to: &File, at: u64, len: usize) -> io::Result<usize> {
     use rustix::io::Errno;
-    let (mut read_at, mut write_at) = (at, at);
+    let mut read_at = at;
+    let mut write_at = at;
     match rustix::fs::copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), len) {
         Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(0),
         copied => Ok(copied?),

@@ -104,7 +104,8 @@ impl Image {
         }
         // A hint; without it the checksums are read when they are needed.
         let _ = rustix::fs::fadvise(&file, data_len, NonZeroU64::new(len - data_len), Advice::WillNeed);
-        let (extents, sums) = (spec.extents.clone(), OnceLock::new());
+        let extents = spec.extents.clone();
+        let sums = OnceLock::new();
         Ok((Image { file, path, extents, snapshot: id, digest, sums }, origin))
     }
 
@@ -198,7 +199,8 @@ impl Trailer {
         let mut bytes = vec![0; expected as usize];
         file.read_exact_at(&mut bytes, at).map_err(Error::io("read", path))?;
         let container = Container::parse_named(object.clone(), bytes)?;
-        let (head, sums) = (section(&container, SectionKind::Image)?, section(&container, SectionKind::ImageSums)?);
+        let head = section(&container, SectionKind::Image)?;
+        let sums = section(&container, SectionKind::ImageSums)?;
         let (Some((snapshot, rest)), (words, [])) = (head.split_first_chunk::<32>(), sums.as_chunks::<4>()) else {
             return Err(malformed("its sections have wrong lengths"));
         };

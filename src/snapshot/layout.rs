@@ -50,7 +50,8 @@ impl MemoryLayout {
         if ranges.is_empty() || ranges.len() > MAX_RANGES {
             return bad(format!("it has {} ranges, allowed are 1 to {MAX_RANGES}", ranges.len()));
         }
-        let (mut gpa_end, mut file_end) = (0, 0);
+        let mut gpa_end = 0;
+        let mut file_end = 0;
         for (index, range) in ranges.iter().enumerate() {
             if range.gpa % PAGE_SIZE != 0 || range.len % PAGE_SIZE != 0 || range.len == 0 {
                 return bad(format!("range {index} is empty or not page aligned"));

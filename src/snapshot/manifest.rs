@@ -285,7 +285,8 @@ fn encode(object: &str, json: serde_json::Result<Vec<u8>>) -> Result<Vec<u8>> {
 
 fn future(object: &str, probe: &Probe) -> Error {
     let writer = probe.tvmm_version.chars().take(16).map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect();
-    let (format, reads) = (probe.format.to_string(), FORMAT_MAJOR.to_string());
+    let format = probe.format.to_string();
+    let reads = FORMAT_MAJOR.to_string();
     Error::FutureFormat { object: object.to_string(), writer, format, reads }
 }
 

@@ -112,9 +112,10 @@ impl MemoryFile<'_> {
     /// [`Error::OtherMemory`].
     pub(crate) fn check_chunk(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<u64> {
         let (pages, computed) = self.load_chunk_by(map, chunk, buffer, read)?;
-        match map.checksum(chunk) == Some(computed) {
-            true => Ok(pages),
-            false => Err(Error::OtherMemory { path: self.path.to_path_buf(), extent: held_span(map, chunk) }),
+        if map.checksum(chunk) == Some(computed) {
+            Ok(pages)
+        } else {
+            Err(Error::OtherMemory { path: self.path.to_path_buf(), extent: held_span(map, chunk) })
         }
     }
 
@@ -234,12 +235,14 @@ impl MemoryFile<'_> {
     fn data_pages(&self) -> Result<PageSet> {
         let mut pages = PageSet::new();
         for range in self.layout.ranges() {
-            let (start, end) = (range.file_offset, range.file_offset + range.len);
+            let start = range.file_offset;
+            let end = range.file_offset + range.len;
             let mut at = start;
             while let Some(data) =
                 files::data_in(self.file, at..end).map_err(Error::io("look for holes in", self.path))?
             {
-                let (first, last) = ((data.start - start) / PAGE_SIZE, (data.end - start).div_ceil(PAGE_SIZE));
+                let first = (data.start - start) / PAGE_SIZE;
+                let last = (data.end - start).div_ceil(PAGE_SIZE);
                 pages.insert_run(Extent { first: Gfn(range.gpa / PAGE_SIZE + first), pages: last - first });
                 at = data.end;
             }
@@ -256,7 +259,8 @@ impl MemoryFile<'_> {
     /// As [`load_chunk`](Self::load_chunk), with the bytes read by `read`, whole pages at multiples of pages in
     /// `buffer`.
     fn load_chunk_by(&self, map: &PageMap, chunk: u64, buffer: &mut [u8], read: ReadAt<'_>) -> Result<(u64, u32)> {
-        let (mut pages, mut crc) = (0, 0);
+        let mut pages = 0;
+        let mut crc = 0;
         for part in self.layout.split(chunk_extent(chunk)) {
             let runs: Vec<Extent> = map.held().runs_in(part).collect();
             let (Some(first), Some(last)) = (runs.first(), runs.last()) else { continue };

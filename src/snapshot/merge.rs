@@ -56,7 +56,8 @@ pub fn merge(
             writer.copy_drive(&drive.drive_id, &image, len)?;
         }
     }
-    let (host, machine) = (tip.manifest().host.clone(), tip.manifest().machine.clone());
+    let host = tip.manifest().host.clone();
+    let machine = tip.manifest().machine.clone();
     writer.seal(SealInput { state: tip.copy_state()?, host, machine, cache })
 }
 

@@ -58,7 +58,8 @@ impl PageMap {
     /// [`Error::MissingSection`], [`Error::Checksum`], [`Error::PageSet`], [`Error::Malformed`].
     pub(crate) fn from_container(container: &Container, layout: &MemoryLayout, kind: SnapshotKind) -> Result<PageMap> {
         let set = |kind| container.section(kind, 0).and_then(PageSet::deserialize);
-        let (held, zero) = (set(SectionKind::PagesHeld)?, set(SectionKind::PagesZero)?);
+        let held = set(SectionKind::PagesHeld)?;
+        let zero = set(SectionKind::PagesZero)?;
         let (words, rest) = container.section(SectionKind::ChunkChecksums, 0)?.as_chunks::<4>();
         let malformed = |problem: String| Error::malformed(container.object(), problem);
         if !rest.is_empty() {
@@ -212,7 +213,8 @@ mod tests {
         fn hasher_and_map_agree_however_the_bytes_come(gfns in prop::collection::btree_set(0_u64..256, 1..200)) {
             let held: PageSet = gfns.iter().map(|gfn| Gfn(*gfn)).collect();
             let page = |gfn: u64| vec![gfn as u8 ^ 0x5a; PAGE_SIZE as usize];
-            let (mut by_run, mut by_page) = (ChunkHasher::new(), ChunkHasher::new());
+            let mut by_run = ChunkHasher::new();
+            let mut by_page = ChunkHasher::new();
             for run in held.runs() {
                 let bytes: Vec<u8> = (run.first.0..run.end().0).flat_map(page).collect();
                 by_run.update(run.first, &bytes);

@@ -21,7 +21,8 @@ fn range_of(extent: Extent) -> Option<RangeInclusive<u32>> {
 }
 
 fn extent_of(range: &RangeInclusive<u32>) -> Extent {
-    let (first, last) = (u64::from(*range.start()), u64::from(*range.end()));
+    let first = u64::from(*range.start());
+    let last = u64::from(*range.end());
     Extent { first: Gfn(first), pages: last - first + 1 }
 }
 

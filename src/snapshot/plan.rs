@@ -215,7 +215,8 @@ impl PlacementCounts {
 impl RestorePlan {
     /// A plan of extents alone.
     pub fn new(snapshot: SnapshotId, policy: &str, extents: Vec<PlannedExtent>) -> Self {
-        let (images, background) = (Vec::new(), Vec::new());
+        let images = Vec::new();
+        let background = Vec::new();
         RestorePlan {
             snapshot,
             policy: policy.to_string(),
@@ -403,7 +404,8 @@ impl Image {
 
     /// True if the image has all pages of `extent`, contiguous from `offset` on.
     fn has(&self, extent: Extent, offset: u64) -> bool {
-        let (mut next, mut offset) = (extent.first, offset);
+        let mut next = extent.first;
+        let mut offset = offset;
         while next < extent.end() {
             let at = self.by_gfn.partition_point(|(piece, _)| piece.end() <= next);
             let Some((piece, start)) = self.by_gfn.get(at).filter(|(piece, _)| piece.contains(next)) else {
@@ -605,7 +607,9 @@ pub(super) mod tests {
         let extent = |first, pages| Extent { first: Gfn(first), pages };
         let place = |placement, offset: u64, access| {
             let mut plan = RestorePlan::new(SnapshotId::default(), "p", vec![]);
-            let (pool, entry, len) = (PoolId::default(), Digest::default(), 200 * PAGE_SIZE);
+            let pool = PoolId::default();
+            let entry = Digest::default();
+            let len = 200 * PAGE_SIZE;
             plan.tiers = vec![TierSource { pool, entry, access, len }];
             let source = PageSource::tier(0, offset * PAGE_SIZE);
             plan.extents = vec![

@@ -54,7 +54,8 @@ impl Snapshot {
     /// are not what was written; [`Error::Io`].
     pub fn open(location: &Location) -> Result<Snapshot> {
         let snapshot = Snapshot::open_state(location)?;
-        let (have, need) = (snapshot.memory_len, snapshot.manifest.layout.file_len());
+        let have = snapshot.memory_len;
+        let need = snapshot.manifest.layout.file_len();
         let object = || snapshot.memory_path.display().to_string();
         if have < need {
             return Err(Error::Truncated { object: object(), have, need });
@@ -92,7 +93,8 @@ impl Snapshot {
     /// As for [`open`](Snapshot::open).
     pub(crate) fn open_elsewhere(location: &Location) -> Result<Snapshot> {
         let snapshot = Snapshot::open_without_memory(location)?;
-        let (memory_len, memory_path) = (snapshot.layout().file_len(), location.memory_path());
+        let memory_len = snapshot.layout().file_len();
+        let memory_path = location.memory_path();
         Ok(Snapshot { memory_len, memory_path, is_elsewhere: true, ..snapshot })
     }
 

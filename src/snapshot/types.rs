@@ -87,7 +87,9 @@ impl Extent {
 
     /// Splits the extent at every multiple of `chunk_pages` frames (0 counts as 1), ascending.
     pub fn chunks(&self, chunk_pages: u64) -> impl Iterator<Item = Extent> + use<> {
-        let (mut at, end, chunk_pages) = (self.first.0, self.end().0, chunk_pages.max(1));
+        let mut at = self.first.0;
+        let end = self.end().0;
+        let chunk_pages = chunk_pages.max(1);
         std::iter::from_fn(move || {
             let first = at;
             let boundary = (first / chunk_pages).saturating_add(1).saturating_mul(chunk_pages);

@@ -33,7 +33,8 @@ impl Doubtful<'_> {
     /// As for [`Chain::resolve`]; [`Error::Io`] if a file cannot be read.
     pub(super) fn unchanged(&self, memory: MemoryFile<'_>, held: &PageSet, zero: &PageSet) -> Result<Unchanged> {
         let mut found = Unchanged::default();
-        let (held, zero) = (held.intersection(self.pages), zero.intersection(self.pages));
+        let held = held.intersection(self.pages);
+        let zero = zero.intersection(self.pages);
         if held.is_empty() && zero.is_empty() {
             return Ok(found);
         }

@@ -5,18 +5,6 @@ use std::io;
 
 use rustix::io::Errno;
 
-/// An error and all its causes as one text, each sentence once.
-pub(crate) fn error_chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(if text.ends_with('.') { " " } else { ": " });
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
 /// Any room's error on its way to the user.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
@@ -43,7 +31,7 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// Whether an error, or one of its causes, is that a disk is full or a quota used up.
+/// True if an error, or one of its causes, says that a disk is full or a quota is used up.
 pub(crate) fn is_storage_full(error: &(dyn Error + 'static)) -> bool {
     std::iter::successors(Some(error), |&error| error.source()).any(|error| {
         let io = error.downcast_ref::<io::Error>().map(io::Error::kind);

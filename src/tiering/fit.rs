@@ -32,7 +32,8 @@ impl Touched {
 
     fn of(pages: &PageSet, profile: &Profile) -> Touched {
         let shared = |class: &PageSet| pages.intersection(class).len();
-        let (read, written) = (shared(&profile.read), shared(&profile.written));
+        let read = shared(&profile.read);
+        let written = shared(&profile.written);
         let unclassified = shared(&profile.unclassified);
         let untouched = pages.len().saturating_sub(read + written + unclassified);
         Touched { pages: pages.len(), read, written, unclassified, untouched }

@@ -33,7 +33,8 @@ pub fn plan_name(snapshot: SnapshotId, policy: Policy, profile: &[u8], others: &
 /// Removes the plans in `dir` that were made from no profile of `marks`, and the images that neither a remaining plan
 /// nor `images` names. Returns the bytes freed.
 pub fn remove_unneeded(dir: &Path, marks: &BTreeSet<String>, images: &BTreeSet<String>) -> u64 {
-    let (mut freed, mut needed) = (0, images.clone());
+    let mut freed = 0;
+    let mut needed = images.clone();
     let plans = files_of(dir, "plan");
     for path in plans {
         let file = is_marked(&path, marks).then(|| PlanFile::load(&path).ok()).flatten();

@@ -242,7 +242,8 @@ mod tests {
     }
 
     fn planned(chain: &Chain) -> PlanFile {
-        let (resolved, costs) = (chain.resolve().unwrap(), Costs::default());
+        let resolved = chain.resolve().unwrap();
+        let costs = Costs::default();
         let input = PolicyInput {
             chain,
             resolved: &resolved,
@@ -260,8 +261,10 @@ mod tests {
     #[test]
     fn plan_survives_a_file_and_is_for_its_snapshot_only() {
         let dir = tempfile::tempdir().unwrap();
-        let (chain, other) = (snapshot(&dir.path().join("a"), 1), snapshot(&dir.path().join("b"), 2));
-        let (file, path) = (planned(&chain), dir.path().join("p.plan"));
+        let chain = snapshot(&dir.path().join("a"), 1);
+        let other = snapshot(&dir.path().join("b"), 2);
+        let file = planned(&chain);
+        let path = dir.path().join("p.plan");
         file.save(&path).unwrap();
         let back = PlanFile::load(&path).unwrap();
         assert_eq!(back, file);
@@ -305,7 +308,8 @@ mod tests {
     fn damaged_cut_and_forged_plans_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let chain = snapshot(&dir.path().join("a"), 1);
-        let (mut file, path) = (planned(&chain), dir.path().join("p.plan"));
+        let mut file = planned(&chain);
+        let path = dir.path().join("p.plan");
         file.save(&path).unwrap();
         let good = std::fs::read(&path).unwrap();
         for at in 0..good.len() {

@@ -153,7 +153,8 @@ impl Planner<'_> {
         let bytes = request.profile.map(Profile::read).transpose()?;
         let cache = self.expected_cache(request)?;
         let costs = self.costs(request, cache)?;
-        let (budget, sources) = (request.budget, self.tier_sources());
+        let budget = request.budget;
+        let sources = self.tier_sources();
         let others = format!("{costs:?} {budget:?} {sources:?}");
         let name = plan_name(self.chain.tip().id(), request.policy, bytes.as_deref().unwrap_or_default(), &others);
         if let Some(file) = self.kept(&self.chain.derived_file(&name)) {

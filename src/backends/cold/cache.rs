@@ -61,7 +61,8 @@ impl Cache {
 
     /// Returns the stored bytes of a chunk if the cache has them whole.
     fn get(&self, digest: Digest, number: u32, index: &Index) -> Option<Vec<u8>> {
-        let (path, chunk) = (self.path(digest, number), &index.chunks()[number as usize]);
+        let path = self.path(digest, number);
+        let chunk = &index.chunks()[number as usize];
         let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path).ok()?;
         let mut bytes = Vec::with_capacity(chunk.stored_len as usize + 1);
         (&file).take(u64::from(chunk.stored_len) + 1).read_to_end(&mut bytes).ok()?;

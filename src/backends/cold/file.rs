@@ -137,7 +137,8 @@ impl DirectSource {
 
 impl ChunkSource for DirectSource {
     fn fetch(&mut self, wanted: &[u32], each: &mut EachChunk) -> Result<(), Broken> {
-        let (index, counters) = (self.index.clone(), self.counters.clone());
+        let index = self.index.clone();
+        let counters = self.counters.clone();
         let spans = index.spans(wanted, DIRECT_BYTES);
         let ranges: Vec<_> = spans.iter().map(|span| index.span(span.clone())).collect();
         counters.requests.fetch_add(spans.len() as u64, Ordering::Relaxed);

@@ -241,7 +241,8 @@ impl ObjectPool {
     fn upload(&self, from: &Path, name: &str) -> Result<(), ChunkError> {
         let wait = |broken| failed(&self.url, broken);
         let mut file = std::fs::File::open(from).map_err(ChunkError::file("open", from))?;
-        let (client, path) = (&self.client, self.client.path(name));
+        let client = &self.client;
+        let path = self.client.path(name);
         let len = file.metadata().map_err(ChunkError::file("inspect", from))?.len();
         let mut part = vec![0; PART_BYTES.min(len as usize)];
         if len <= PART_BYTES as u64 {

@@ -19,7 +19,7 @@ use super::bounded::{STEP, answered_by, read_by, send_file_by, write_by};
 use super::rdma::serve::{Lender, Loan, Registered};
 use crate::backends::Error;
 use crate::backends::cold::wire;
-use crate::backends::cold::wire::{Header, Kind, Opened, Why};
+use crate::backends::cold::wire::{Header, Kind, Opened, RefusalReason};
 use crate::snapshot::{Digest, SnapshotId};
 use crate::sys::signals::EndSignals;
 use crate::sys::wait::either_readable;
@@ -231,7 +231,7 @@ impl Shared {
         }
     }
 
-    fn object(&self, snapshot: SnapshotId) -> Result<Arc<Object>, (Why, String)> {
+    fn object(&self, snapshot: SnapshotId) -> Result<Arc<Object>, (RefusalReason, String)> {
         let mut objects = self.objects.lock().unwrap_or_else(PoisonError::into_inner);
         objects.retain(|_, object| object.strong_count() > 0);
         if let Some(object) = objects.get(&snapshot).and_then(Weak::upgrade) {
@@ -240,17 +240,17 @@ impl Shared {
         let held: usize = objects.values().filter_map(Weak::upgrade).map(|object| object.index_bytes.len()).sum();
         let object = Object::load(&self.store, snapshot).map_err(|error| {
             let why = match &error {
-                ChunkError::NotHeld { .. } => Why::NotHeld,
+                ChunkError::NotHeld { .. } => RefusalReason::NotHeld,
                 ChunkError::Index { .. } | ChunkError::IndexContainer { .. } | ChunkError::OtherSnapshot { .. } => {
-                    Why::Damaged
+                    RefusalReason::Damaged
                 }
-                _ => Why::Failed,
+                _ => RefusalReason::Failed,
             };
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
             (why, format!("{error}{cause}"))
         })?;
         if held + object.index_bytes.len() > self.limits.index_bytes {
-            return Err((Why::Busy, "too many snapshots are open".to_string()));
+            return Err((RefusalReason::Busy, "too many snapshots are open".to_string()));
         }
         let object = Arc::new(object);
         objects.insert(snapshot, Arc::downgrade(&object));
@@ -309,7 +309,7 @@ impl<'a> Connection<'a> {
             return Err(io::Error::other("it speaks no version of the protocol that this build does"));
         }
         let Some(_held) = Share::take(shared, |shared| &shared.connections, shared.limits.connections) else {
-            connection.refuse(0, Why::Busy, "the page server has too many connections")?;
+            connection.refuse(0, RefusalReason::Busy, "the page server has too many connections")?;
             return Err(io::Error::other("there are too many"));
         };
         connection.stream.set_read_timeout(Some(shared.limits.idle))?;
@@ -334,13 +334,13 @@ impl<'a> Connection<'a> {
         let header = match Header::parse(&bytes) {
             Ok(header) => header,
             // The start of the next frame is unknown.
-            Err(what) => return self.refuse(0, Why::BadRequest, &what).and(Err(io::Error::other(what))),
+            Err(what) => return self.refuse(0, RefusalReason::BadRequest, &what).and(Err(io::Error::other(what))),
         };
         let mut payload = vec![0; header.len as usize];
         read_by(&self.stream, &mut payload, deadline)?;
         if crc32c::crc32c(&payload) != header.checksum {
             let what = "a request does not have its checksum";
-            return self.refuse(header.id, Why::BadRequest, what).and(Err(io::Error::other(what)));
+            return self.refuse(header.id, RefusalReason::BadRequest, what).and(Err(io::Error::other(what)));
         }
         self.answer(header, &payload).map(|()| true)
     }
@@ -359,7 +359,7 @@ impl<'a> Connection<'a> {
                     self.send(&wire::frame(Kind::Opened, header.id, &opened.to_bytes()))
                 }
                 Some(Err((why, what))) => self.refuse(header.id, why, &what),
-                None => self.refuse(header.id, Why::BadRequest, bad),
+                None => self.refuse(header.id, RefusalReason::BadRequest, bad),
             },
             Kind::ReadIndex => {
                 let object = self.open.clone();
@@ -370,7 +370,7 @@ impl<'a> Connection<'a> {
                 });
                 match part {
                     Some(part) => self.send(&wire::frame(Kind::IndexBytes, header.id, part)),
-                    None => self.refuse(header.id, Why::BadRequest, bad),
+                    None => self.refuse(header.id, RefusalReason::BadRequest, bad),
                 }
             }
             Kind::Read => {
@@ -382,12 +382,12 @@ impl<'a> Connection<'a> {
                 });
                 match found {
                     Some((answer, first, object)) => self.send_chunks(answer, first, &object),
-                    None => self.refuse(header.id, Why::BadRequest, bad),
+                    None => self.refuse(header.id, RefusalReason::BadRequest, bad),
                 }
             }
             Kind::Attach => self.attach(header.id, payload),
             Kind::Opened | Kind::IndexBytes | Kind::Chunks | Kind::Attached | Kind::Refused => {
-                self.refuse(header.id, Why::BadRequest, bad)
+                self.refuse(header.id, RefusalReason::BadRequest, bad)
             }
         }
     }
@@ -408,15 +408,15 @@ impl<'a> Connection<'a> {
 
     #[cfg(not(feature = "rdma"))]
     fn attach(&mut self, id: u64, _: &[u8]) -> io::Result<()> {
-        self.refuse(id, Why::Never, NOT_BY_RDMA)
+        self.refuse(id, RefusalReason::Never, NOT_BY_RDMA)
     }
 
     /// Lets the client read the open object by RDMA until it opens another or disconnects.
     #[cfg(feature = "rdma")]
     fn attach(&mut self, id: u64, payload: &[u8]) -> io::Result<()> {
-        let Some(lender) = &self.shared.lender else { return self.refuse(id, Why::Never, NOT_BY_RDMA) };
+        let Some(lender) = &self.shared.lender else { return self.refuse(id, RefusalReason::Never, NOT_BY_RDMA) };
         let (Some(reader), Some(object)) = (wire::Endpoint::parse(payload), self.open.clone()) else {
-            return self.refuse(id, Why::BadRequest, "the request makes no sense");
+            return self.refuse(id, RefusalReason::BadRequest, "the request makes no sense");
         };
         // A client has one RDMA connection at a time.
         self.end_loan()?;
@@ -446,7 +446,7 @@ impl<'a> Connection<'a> {
         write_by(&self.stream, bytes, SendFlags::empty(), answered_by(bytes.len()))
     }
 
-    fn refuse(&mut self, id: u64, why: Why, what: &str) -> io::Result<()> {
+    fn refuse(&mut self, id: u64, why: RefusalReason, what: &str) -> io::Result<()> {
         self.send(&wire::frame(Kind::Refused, id, &wire::refusal(why, what)))
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::backends::cold::wire;
-use crate::backends::cold::wire::{Header, Kind, Opened, Why};
+use crate::backends::cold::wire::{Header, Kind, Opened, RefusalReason};
 use crate::snapshot::{Digest, SnapshotId};
 use crate::sys::bounded_wait::Wait;
 use crate::tiering::cold::{Broken, ChunkSource, EachChunk, Flow, Index, MAX_INDEX_LEN, Place, SourceCounters};
@@ -138,7 +138,8 @@ impl Place for TcpPlace {
         counters: Arc<SourceCounters>,
     ) -> Result<Box<dyn ChunkSource>, Broken> {
         let connection = self.connect(index.snapshot(), &counters)?;
-        let (index, buffer) = (index.clone(), Vec::new());
+        let index = index.clone();
+        let buffer = Vec::new();
         Ok(Box::new(TcpSource { connection, digest, is_open: false, index, counters, buffer }))
     }
 }
@@ -207,9 +208,10 @@ impl Connection {
 
     /// Returns an error if the time is up or the pool is closed.
     pub(crate) fn check_time(&mut self) -> Result<(), Broken> {
-        match self.wait.is_over() || self.counters.closed.load(Ordering::Relaxed) {
-            true => Err(self.lost(io::ErrorKind::TimedOut.into())),
-            false => Ok(()),
+        if self.wait.is_over() || self.counters.closed.load(Ordering::Relaxed) {
+            Err(self.lost(io::ErrorKind::TimedOut.into()))
+        } else {
+            Ok(())
         }
     }
 
@@ -270,8 +272,8 @@ impl Connection {
             return broken;
         }
         match wire::parse_refusal(&payload) {
-            Some((Some(Why::Busy | Why::Failed), text)) => Broken::Transient(text),
-            Some((Some(Why::Damaged), text)) => Broken::Damaged(text),
+            Some((Some(RefusalReason::Busy | RefusalReason::Failed), text)) => Broken::Transient(text),
+            Some((Some(RefusalReason::Damaged), text)) => Broken::Damaged(text),
             Some((_, text)) => Broken::Refused(text),
             None => Broken::Damaged("its refusal makes no sense".to_string()),
         }
@@ -339,13 +341,15 @@ impl TcpSource {
     /// Takes the answer for one span.
     fn take(&mut self, span: Range<u32>, id: u64, each: &mut EachChunk) -> Result<Flow, Broken> {
         let header = self.connection.header(Kind::Chunks, id)?;
-        let (first, count) = (span.start, span.end - span.start);
+        let first = span.start;
+        let count = span.end - span.start;
         // Each chunk is compared with the same index, so the payload's checksum need not be computed from its bytes.
         if wire::chunks_checksum(&self.index, first, count) != Some((header.len, header.checksum)) {
             let what = format!("what it answers for chunks {first} to {} is not what was stored", span.end - 1);
             return Err(Broken::Damaged(what));
         }
-        let (mut left, mut ready) = (header.len as usize, 0..0);
+        let mut left = header.len as usize;
+        let mut ready = 0..0;
         for number in span {
             let len = self.index.chunks()[number as usize].stored_len as usize;
             while ready.len() < len {
@@ -374,7 +378,8 @@ impl ChunkSource for TcpSource {
     fn fetch(&mut self, wanted: &[u32], each: &mut EachChunk) -> Result<(), Broken> {
         let spans = self.index.spans(wanted, READ_BYTES);
         let first = self.connection.next_id;
-        let (mut sent, mut ahead) = (0, 0);
+        let mut sent = 0;
+        let mut ahead = 0;
         self.counters.round_trips.fetch_add(1, Ordering::Relaxed);
         for (at, span) in spans.iter().enumerate() {
             // Refills half a window at a time, so that many requests go out at once.

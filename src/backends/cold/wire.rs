@@ -59,7 +59,7 @@ const KINDS: [Kind; 9] = [
 /// The reason for refusing a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub enum Why {
+pub enum RefusalReason {
     /// Too many connections; the client may try again.
     Busy = 1,
     /// The snapshot is not there.
@@ -74,11 +74,18 @@ pub enum Why {
     Never = 6,
 }
 
-impl Why {
-    pub fn from_number(number: u16) -> Option<Why> {
-        [Why::Busy, Why::NotHeld, Why::BadRequest, Why::Damaged, Why::Failed, Why::Never]
-            .into_iter()
-            .find(|why| *why as u16 == number)
+impl RefusalReason {
+    pub fn from_number(number: u16) -> Option<RefusalReason> {
+        [
+            RefusalReason::Busy,
+            RefusalReason::NotHeld,
+            RefusalReason::BadRequest,
+            RefusalReason::Damaged,
+            RefusalReason::Failed,
+            RefusalReason::Never,
+        ]
+        .into_iter()
+        .find(|why| *why as u16 == number)
     }
 }
 
@@ -281,7 +288,8 @@ impl Attached {
     pub fn parse(bytes: &[u8]) -> Option<Attached> {
         let (endpoint, rest) = bytes.split_first_chunk::<ENDPOINT_LEN>()?;
         let ([address, len], key) = rest.as_chunks::<8>() else { return None };
-        let (address, len) = (u64::from_le_bytes(*address), u64::from_le_bytes(*len));
+        let address = u64::from_le_bytes(*address);
+        let len = u64::from_le_bytes(*len);
         address.checked_add(len)?;
         let key = u32::from_le_bytes(key.try_into().ok()?);
         Some(Attached { endpoint: Endpoint::parse(endpoint)?, address, len, key })
@@ -289,7 +297,7 @@ impl Attached {
 }
 
 /// The payload of [`Kind::Refused`].
-pub fn refusal(why: Why, text: &str) -> Vec<u8> {
+pub fn refusal(why: RefusalReason, text: &str) -> Vec<u8> {
     let mut end = text.len().min(MAX_TEXT);
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -297,10 +305,10 @@ pub fn refusal(why: Why, text: &str) -> Vec<u8> {
     [&(why as u16).to_le_bytes()[..], &text.as_bytes()[..end]].concat()
 }
 
-pub fn parse_refusal(payload: &[u8]) -> Option<(Option<Why>, String)> {
+pub fn parse_refusal(payload: &[u8]) -> Option<(Option<RefusalReason>, String)> {
     let (why, text) = payload.split_first_chunk::<2>()?;
     let text = String::from_utf8_lossy(text).chars().filter(|c| !c.is_control()).take(MAX_TEXT).collect();
-    Some((Why::from_number(u16::from_le_bytes(*why)), text))
+    Some((RefusalReason::from_number(u16::from_le_bytes(*why)), text))
 }
 
 /// The checksum of the payload that answers a read of chunks `[first, first + count)`. It is computed from the
@@ -308,7 +316,8 @@ pub fn parse_refusal(payload: &[u8]) -> Option<(Option<Why>, String)> {
 /// too many for one answer.
 pub fn chunks_checksum(index: &Index, first: u32, count: u32) -> Option<(u32, u32)> {
     let chunks = index.chunks().get(first as usize..first.checked_add(count)? as usize)?;
-    let (mut len, mut checksum) = (0_u64, 0);
+    let mut len = 0_u64;
+    let mut checksum = 0;
     for chunk in chunks {
         checksum = crc32c::crc32c_combine(checksum, chunk.checksum, chunk.stored_len as usize);
         len += u64::from(chunk.stored_len);

@@ -81,9 +81,11 @@ impl Lent {
         let allows = (&self.port, ibv_access_flags::IBV_ACCESS_REMOTE_READ);
         let mut pair = queue_pair((&self.domain, &self.queue), allows, 1, self.clone())?;
         accept(&mut pair, &self.port, (address, reader))?;
-        let (mtu, reads) = (self.port.mtu, self.port.answers.min(reader.reads));
+        let mtu = self.port.mtu;
+        let reads = self.port.answers.min(reader.reads);
         let endpoint = Endpoint { queue_pair: pair.number(), sequence: new_sequence()?, mtu, reads };
-        let (address, len) = (self.view.base.as_ptr() as u64, self.view.len as u64);
+        let address = self.view.base.as_ptr() as u64;
+        let len = self.view.len as u64;
         Ok((Loan(pair), Attached { endpoint, address, len, key: self.region.rkey() }))
     }
 }

@@ -49,7 +49,8 @@ impl Port {
     /// # Errors
     /// No device has the address; the port is down; errors of the driver.
     pub fn at(address: IpAddr) -> io::Result<Port> {
-        let (wanted, mut names) = (gid(address), Vec::new());
+        let wanted = gid(address);
+        let mut names = Vec::new();
         for device in &devices()? {
             let opened = device.open().map_err(|error| told("open it", &error));
             // A device that cannot be queried must not keep another from being used.
@@ -84,7 +85,8 @@ impl Port {
         let mtu = 128 << (port.active_mtu() as u32);
         let device = context.query_device().map_err(|error| told("ask for its limits", &error))?;
         let reads = |most: i32| most.clamp(1, i32::from(MOST_READS)) as u8;
-        let (answers, makes) = (reads(device.max_qp_rd_atom()), reads(device.max_qp_init_rd_atom()));
+        let answers = reads(device.max_qp_rd_atom());
+        let makes = reads(device.max_qp_init_rd_atom());
         Ok(Port { context, number, gid_index, mtu, answers, makes })
     }
 }

@@ -131,7 +131,8 @@ impl Queue {
     /// Takes the channel's event, if there is one. It says only that this queue has a completion.
     pub fn take_event(&self) {
         let Some(channel) = &self.channel else { return };
-        let (mut queue, mut context) = (null_mut(), null_mut());
+        let mut queue = null_mut();
+        let mut context = null_mut();
         // SAFETY: the channel lives as long as `self` and does not block; both pointers are this function's own.
         if unsafe { ibv_get_cq_event(channel.channel.as_ptr(), &mut queue, &mut context) } == 0 {
             // SAFETY: one event of the only queue of this channel was just taken.
@@ -177,10 +178,12 @@ unsafe impl<M: Sync> Sync for Pair<M> {}
 impl<M> Pair<M> {
     /// A pair in the state RESET, for up to `depth` concurrent requests.
     pub fn new(domain: &Arc<ProtectionDomain>, queue: &Arc<Queue>, depth: u32, memory: M) -> io::Result<Pair<M>> {
-        let (cq, srq) = (queue.queue.as_ptr(), null_mut());
+        let cq = queue.queue.as_ptr();
+        let srq = null_mut();
         let cap =
             ibv_qp_cap { max_send_wr: depth, max_recv_wr: 1, max_send_sge: 1, max_recv_sge: 1, max_inline_data: 0 };
-        let (qp_context, qp_type) = (null_mut(), ibv_qp_type::IBV_QPT_RC);
+        let qp_context = null_mut();
+        let qp_type = ibv_qp_type::IBV_QPT_RC;
         let mut wanted = ibv_qp_init_attr { qp_context, send_cq: cq, recv_cq: cq, srq, cap, qp_type, sq_sig_all: 0 };
         // SAFETY: domain and queue are there as long as the pair, which keeps both.
         let pair = made("queue pair", unsafe { ibv_create_qp(domain.pd().as_ptr(), &mut wanted) })?;

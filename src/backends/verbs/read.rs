@@ -75,20 +75,23 @@ impl Reader {
         let queue = Arc::new(Queue::told_by(Channel::new(&port.context)?, depth as u32)?);
         let allows = (port, ibv_access_flags(0));
         let pair = queue_pair((&domain, &queue), allows, depth as u32, None)?;
-        let (port, sequence) = (port.clone(), new_sequence()?);
+        let port = port.clone();
+        let sequence = new_sequence()?;
         Ok(Reader { pair, queue, domain, port, sequence, depth, lent: None, begun: 0, complete: 0, freed: 0 })
     }
 
     /// This end's endpoint, for the lender.
     pub fn endpoint(&self) -> Endpoint {
-        let (mtu, reads) = (self.port.mtu, self.port.makes);
+        let mtu = self.port.mtu;
+        let reads = self.port.makes;
         Endpoint { queue_pair: self.pair.number(), sequence: self.sequence, mtu, reads }
     }
 
     /// Connects to the lender at `address`.
     pub fn connect(&mut self, address: IpAddr, lent: Attached) -> io::Result<()> {
         accept(&mut self.pair, &self.port, (address, lent.endpoint))?;
-        let (reads, sequence) = (self.port.makes.min(lent.endpoint.reads), self.sequence);
+        let reads = self.port.makes.min(lent.endpoint.reads);
+        let sequence = self.sequence;
         self.pair.modify("start a queue pair", |set| {
             (set.qp_state, set.sq_psn, set.max_rd_atomic) = (ibv_qp_state::IBV_QPS_RTS, sequence, reads);
             (set.timeout, set.retry_cnt, set.rnr_retry) = (ACKNOWLEDGE_TIMEOUT, RETRIES, RETRIES);
@@ -138,7 +141,8 @@ impl Reader {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
         let at = (self.begun % slots.count as u64) as usize * slots.len;
-        let (to, lkey) = (slots.base as u64 + at as u64, slots.region.lkey());
+        let to = slots.base as u64 + at as u64;
+        let lkey = slots.region.lkey();
         let to = ibv_sge { addr: to, length: len as u32, lkey };
         // SAFETY: the slot is registered, as long as the range, and not otherwise used until the read is complete and
         // the slot is freed.

@@ -23,7 +23,8 @@ use crate::tiering::planner::Planner;
 pub struct Trial<'a> {
     exe: &'a Path,
     snapshot: &'a Path,
-    how: [String; 2],
+    /// The option of `tvmm restore` that chooses the plan, and its value.
+    plan_option: [String; 2],
     function: String,
     report: PathBuf,
     rounds: Vec<Round>,
@@ -43,20 +44,20 @@ impl<'a> Trial<'a> {
         Trial::new(exe, snapshot, ["--policy".to_string(), policy.to_string()], function, dir)
     }
 
-    fn new(exe: &'a Path, snapshot: &'a Path, how: [String; 2], function: String, dir: &Path) -> Trial<'a> {
-        Trial { exe, snapshot, how, function, report: dir.join("report.json"), rounds: Vec::new() }
+    fn new(exe: &'a Path, snapshot: &'a Path, plan_option: [String; 2], function: String, dir: &Path) -> Trial<'a> {
+        Trial { exe, snapshot, plan_option, function, report: dir.join("report.json"), rounds: Vec::new() }
     }
 
     /// Restores once more.
     pub fn run(&mut self) -> Result<(), BoxError> {
         let mut restore = Command::new(self.exe);
-        restore.arg("restore").arg("--snapshot").arg(self.snapshot).args(&self.how);
+        restore.arg("restore").arg("--snapshot").arg(self.snapshot).args(&self.plan_option);
         restore.args(["--run", &self.function]).arg("--report").arg(&self.report);
         let output = child::output(&mut restore, guest::TIMEOUT)?;
         let text = String::from_utf8_lossy(&output.stdout);
         let Some(answer) = text.lines().find(|line| line.starts_with("ok ")) else {
             let said = String::from_utf8_lossy(&output.stderr);
-            return refuse(format!("{} by {}: {}", self.function, self.how[1], said.trim()));
+            return refuse(format!("{} by {}: {}", self.function, self.plan_option[1], said.trim()));
         };
         let report: Value = serde_json::from_slice(&std::fs::read(&self.report)?)?;
         let slice = |name: &str| -> f64 {
@@ -204,8 +205,8 @@ impl<'a> Engine<'a> {
         let trial = |name: &str, plan: RestorePlan, function: String| -> Result<Trial<'a>, BoxError> {
             let path = dir.join(format!("{name}.plan"));
             plans.save(plan, &path)?;
-            let how = ["--plan".to_string(), path.display().to_string()];
-            Ok(Trial::new(exe, snapshot, how, function, dir))
+            let plan_option = ["--plan".to_string(), path.display().to_string()];
+            Ok(Trial::new(exe, snapshot, plan_option, function, dir))
         };
         let one = || "touch pages=1".to_string();
         let every_second = format!("touch pages={} stride={STEP}", PAGES / STEP);

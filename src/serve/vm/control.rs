@@ -20,7 +20,7 @@ const MAX_ANSWER_BYTES: usize = 1 << 20;
 
 /// The reason why a VM did not carry out a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(in crate::serve) enum ControlError {
+pub enum ControlError {
     /// The VM refused it.
     #[error("{message}")]
     Refused {
@@ -36,7 +36,7 @@ pub(in crate::serve) enum ControlError {
 
 impl ControlError {
     /// The fault that clients are told in these words.
-    pub(in crate::serve) fn fault(&self, text: String) -> Fault {
+    pub fn fault(&self, text: String) -> Fault {
         match self {
             // The refused setting comes from the function or the snapshot, not from this request.
             ControlError::Refused { code, .. } => Fault::coded(StatusCode::UNPROCESSABLE_ENTITY, *code, text),
@@ -47,14 +47,14 @@ impl ControlError {
 
 /// Sends requests to one VM, one at a time.
 #[derive(Debug)]
-pub(in crate::serve) struct Control(Mutex<SendRequest<Full<Bytes>>>);
+pub struct Control(Mutex<SendRequest<Full<Bytes>>>);
 
 fn gone(error: impl std::fmt::Display) -> ControlError {
     ControlError::Gone(error.to_string())
 }
 
 impl Control {
-    pub(in crate::serve) async fn connect(stream: std::os::unix::net::UnixStream) -> Result<Control, ControlError> {
+    pub async fn connect(stream: std::os::unix::net::UnixStream) -> Result<Control, ControlError> {
         stream.set_nonblocking(true).map_err(gone)?;
         let stream = UnixStream::from_std(stream).map_err(gone)?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(gone)?;
@@ -64,12 +64,12 @@ impl Control {
     }
 
     /// Asks without a body.
-    pub(in crate::serve) async fn get<A: DeserializeOwned>(&self, path: &str) -> Result<A, ControlError> {
+    pub async fn get<A: DeserializeOwned>(&self, path: &str) -> Result<A, ControlError> {
         self.exchange(Request::builder().method("GET").uri(path), Bytes::new()).await
     }
 
     /// Sends a body. An empty answer is read as `()`.
-    pub(in crate::serve) async fn send<A: DeserializeOwned>(
+    pub async fn send<A: DeserializeOwned>(
         &self,
         method: &str,
         path: &str,

@@ -17,16 +17,16 @@ const AGAIN: Duration = Duration::from_millis(10);
 
 /// The guest's answer to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::serve) struct GuestAnswer {
+pub struct GuestAnswer {
     /// True for `ok`.
-    pub(in crate::serve) ok: bool,
+    pub ok: bool,
     /// The text after the id.
-    pub(in crate::serve) text: String,
+    pub text: String,
 }
 
 /// The reason why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(in crate::serve) enum LineError {
+pub enum LineError {
     /// The other end is closed, or broken.
     #[error("the line to the guest is closed")]
     Closed(#[source] io::Error),
@@ -36,7 +36,7 @@ pub(in crate::serve) enum LineError {
 }
 
 /// Both directions of a line.
-pub(in crate::serve) trait Line {
+pub trait Line {
     fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize>;
     fn try_write(&self, bytes: &[u8]) -> io::Result<usize>;
     fn readable(&self) -> impl Future<Output = io::Result<()>> + Send;
@@ -45,9 +45,9 @@ pub(in crate::serve) trait Line {
 
 /// A VM's standard input and output: the serial line.
 #[derive(Debug)]
-pub(in crate::serve) struct Console {
-    pub(in crate::serve) input: pipe::Sender,
-    pub(in crate::serve) output: pipe::Receiver,
+pub struct Console {
+    pub input: pipe::Sender,
+    pub output: pipe::Receiver,
 }
 
 impl Line for Console {
@@ -87,7 +87,7 @@ impl Line for UnixStream {
 }
 
 /// Throws away what the guest said before the request: it answers no request.
-pub(in crate::serve) fn drain(line: &impl Line) {
+pub fn drain(line: &impl Line) {
     let mut buffer = [0; 16 << 10];
     let mut left = MAX_STALE;
     while let Ok(count @ 1..) = line.try_read(&mut buffer) {
@@ -100,19 +100,15 @@ pub(in crate::serve) fn drain(line: &impl Line) {
 
 /// A request to a guest.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::serve) struct GuestRequest<'a> {
+pub struct GuestRequest<'a> {
     /// The id that the answer repeats.
-    pub(in crate::serve) id: &'a str,
+    pub id: &'a str,
     /// The function with its arguments.
-    pub(in crate::serve) function: &'a str,
+    pub function: &'a str,
 }
 
 /// Sends `run <id> <function>` and waits for its answer, reading at most `budget` bytes.
-pub(in crate::serve) async fn ask(
-    line: &impl Line,
-    request: GuestRequest<'_>,
-    budget: u64,
-) -> Result<GuestAnswer, LineError> {
+pub async fn ask(line: &impl Line, request: GuestRequest<'_>, budget: u64) -> Result<GuestAnswer, LineError> {
     let GuestRequest { id, function } = request;
     write_all(line, format!("run {id} {function}\n").as_bytes()).await.map_err(LineError::Closed)?;
     let mut reader = Reader { line, budget, seen: 0, kept: Vec::new() };
@@ -132,7 +128,7 @@ pub(in crate::serve) async fn ask(
 
 /// Asks over a vsock port of the guest: Firecracker's convention, `CONNECT <port>` on the device's socket. A guest that
 /// does not listen yet is asked again; the caller bounds the time.
-pub(in crate::serve) async fn ask_port(
+pub async fn ask_port(
     socket: &Path,
     port: u32,
     request: GuestRequest<'_>,

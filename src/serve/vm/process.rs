@@ -25,10 +25,10 @@ const SAID_BYTES: usize = 8 << 10;
 /// The most bytes that a tool may print: more than the JSON of a plan of many extents.
 const MAX_PRINTED: usize = 64 << 20;
 /// Time for a child to end by itself.
-pub(in crate::serve) const STOP_GRACE: Duration = Duration::from_secs(3);
+pub const STOP_GRACE: Duration = Duration::from_secs(3);
 
 /// A child to spawn.
-pub(in crate::serve) enum Job {
+pub enum Job {
     /// `tvmm` that waits for its API at the other end of a socket pair.
     Shell {
         /// Its id in answers.
@@ -41,15 +41,15 @@ pub(in crate::serve) enum Job {
 }
 
 /// A child just spawned, and the daemon's ends of its pipes.
-pub(in crate::serve) struct NewChild {
+pub struct NewChild {
     child: Child,
-    pub(in crate::serve) stdin: OwnedFd,
-    pub(in crate::serve) stdout: OwnedFd,
+    pub stdin: OwnedFd,
+    pub stdout: OwnedFd,
     stderr: OwnedFd,
     /// The API's connection, of a shell.
-    pub(in crate::serve) api: Option<UnixStream>,
+    pub api: Option<UnixStream>,
     /// Begin and end of the spawn, ns of CLOCK_MONOTONIC.
-    pub(in crate::serve) spawned_ns: Range<u64>,
+    pub spawned_ns: Range<u64>,
 }
 
 type Answer = oneshot::Sender<io::Result<NewChild>>;
@@ -57,16 +57,16 @@ type Answer = oneshot::Sender<io::Result<NewChild>>;
 /// Spawns on its own thread: fork is slow, and only one thread may have descriptors open that a child inherits.
 /// Children that are tied to this thread end with it, that is with the daemon.
 #[derive(Clone, Debug)]
-pub(in crate::serve) struct Spawner(Sender<(Job, Answer)>);
+pub struct Spawner(Sender<(Job, Answer)>);
 
 impl Spawner {
-    pub(in crate::serve) fn start() -> io::Result<Spawner> {
+    pub fn start() -> io::Result<Spawner> {
         let (sender, jobs) = channel();
         std::thread::Builder::new().name("spawn".into()).spawn(move || spawn_all(&jobs))?;
         Ok(Spawner(sender))
     }
 
-    pub(in crate::serve) async fn spawn(&self, job: Job) -> io::Result<NewChild> {
+    pub async fn spawn(&self, job: Job) -> io::Result<NewChild> {
         let (answer, spawned) = oneshot::channel();
         let gone = || io::Error::other("the thread that spawns is gone");
         self.0.send((job, answer)).map_err(|_| gone())?;
@@ -133,13 +133,13 @@ fn spawn(job: Job) -> io::Result<NewChild> {
 
 /// The end of a child.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::serve) struct ChildExit {
+pub struct ChildExit {
     /// The exit code; `None` if a signal ended it.
-    pub(in crate::serve) code: Option<i32>,
+    pub code: Option<i32>,
     /// The last line on standard error.
-    pub(in crate::serve) said: String,
+    pub said: String,
     /// The kind of failure that a tool names.
-    pub(in crate::serve) fault: Option<FaultCode>,
+    pub fault: Option<FaultCode>,
 }
 
 impl ChildExit {
@@ -153,7 +153,7 @@ impl ChildExit {
     }
 
     /// The reason as a clause.
-    pub(in crate::serve) fn why(&self) -> String {
+    pub fn why(&self) -> String {
         let how = self.code.map_or("ended by a signal".to_string(), |code| format!("ended with exit code {code}"));
         if self.said.is_empty() { how } else { format!("{how}: {}", self.said.trim_end_matches('.')) }
     }
@@ -161,7 +161,7 @@ impl ChildExit {
 
 /// A running child. It is killed when this is dropped.
 #[derive(Debug)]
-pub(in crate::serve) struct Process {
+pub struct Process {
     pid: u32,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     ended: watch::Receiver<Option<ChildExit>>,
@@ -188,29 +188,29 @@ impl Process {
         Ok(Process { pid, pidfd, ended })
     }
 
-    pub(in crate::serve) fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.pid
     }
 
     /// Its end, if it has ended.
-    pub(in crate::serve) fn ended(&self) -> Option<ChildExit> {
+    pub fn ended(&self) -> Option<ChildExit> {
         self.ended.borrow().clone()
     }
 
     /// Waits for its end.
-    pub(in crate::serve) async fn end(&self) -> ChildExit {
+    pub async fn end(&self) -> ChildExit {
         let mut ended = self.ended.clone();
         let ended = ended.wait_for(Option::is_some).await.map(|ended| ended.clone());
         ended.ok().flatten().unwrap_or_default()
     }
 
-    pub(in crate::serve) fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         // It may have ended already; the pidfd keeps the number from meaning another process.
         let _ = pidfd_send_signal(self.pidfd.get_ref().as_fd(), signal);
     }
 
     /// Asks it to end, and ends it if it does not.
-    pub(in crate::serve) async fn stop(&self) -> ChildExit {
+    pub async fn stop(&self) -> ChildExit {
         self.signal(Signal::TERM);
         match tokio::time::timeout(STOP_GRACE, self.end()).await {
             Ok(ended) => ended,
@@ -232,7 +232,7 @@ impl Drop for Process {
 
 impl NewChild {
     /// Splits into the watched process and the daemon's ends.
-    pub(in crate::serve) fn watch(self) -> io::Result<(Process, ChildPipes)> {
+    pub fn watch(self) -> io::Result<(Process, ChildPipes)> {
         let process = Process::watch(self.child, self.stderr)?;
         let ends = ChildPipes {
             stdin: pipe::Sender::from_owned_fd(self.stdin)?,
@@ -244,10 +244,10 @@ impl NewChild {
 }
 
 /// The daemon's ends of a child's pipes and of its API.
-pub(in crate::serve) struct ChildPipes {
-    pub(in crate::serve) stdin: pipe::Sender,
-    pub(in crate::serve) stdout: pipe::Receiver,
-    pub(in crate::serve) api: Option<UnixStream>,
+pub struct ChildPipes {
+    pub stdin: pipe::Sender,
+    pub stdout: pipe::Receiver,
+    pub api: Option<UnixStream>,
 }
 
 /// Reads all of standard error, and keeps its last line.
@@ -275,11 +275,7 @@ async fn last_line(stderr: pipe::Receiver) -> String {
 }
 
 /// Runs `tvmm` with `args` to its end. Returns its output.
-pub(in crate::serve) async fn run_tool(
-    spawner: &Spawner,
-    args: Vec<String>,
-    timeout: Duration,
-) -> io::Result<(ChildExit, Vec<u8>)> {
+pub async fn run_tool(spawner: &Spawner, args: Vec<String>, timeout: Duration) -> io::Result<(ChildExit, Vec<u8>)> {
     let (process, ends) = spawner.spawn(Job::Tool(args)).await?.watch()?;
     drop(ends.stdin);
     let read = async {

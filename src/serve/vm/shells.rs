@@ -15,17 +15,17 @@ use crate::sys::netns::Netns;
 
 /// A process that waits to become a VM.
 #[derive(Debug)]
-pub(in crate::serve) struct Shell {
-    pub(in crate::serve) process: Process,
-    pub(in crate::serve) control: Control,
-    pub(in crate::serve) console: Console,
+pub struct Shell {
+    pub process: Process,
+    pub control: Control,
+    pub console: Console,
     /// Begin and end of its spawn, ns of CLOCK_MONOTONIC.
-    pub(in crate::serve) spawned_ns: Range<u64>,
+    pub spawned_ns: Range<u64>,
 }
 
 /// The ready shells.
 #[derive(Debug)]
-pub(in crate::serve) struct Shells {
+pub struct Shells {
     spawner: Spawner,
     ready: Mutex<VecDeque<Shell>>,
     wanted: usize,
@@ -33,7 +33,7 @@ pub(in crate::serve) struct Shells {
 }
 
 impl Shells {
-    pub(in crate::serve) fn new(spawner: Spawner, wanted: usize) -> Shells {
+    pub fn new(spawner: Spawner, wanted: usize) -> Shells {
         Shells { spawner, ready: Mutex::new(VecDeque::new()), wanted, taken: Notify::new() }
     }
 
@@ -42,7 +42,7 @@ impl Shells {
     }
 
     /// Returns a ready shell, or a new one. Ready shells are in the daemon's network namespace.
-    pub(in crate::serve) async fn take(&self, netns: Option<Netns>) -> io::Result<Shell> {
+    pub async fn take(&self, netns: Option<Netns>) -> io::Result<Shell> {
         if netns.is_some() {
             return self.spawn(netns).await;
         }
@@ -69,7 +69,7 @@ impl Shells {
     }
 
     /// Keeps the wanted number ready, for ever.
-    pub(in crate::serve) async fn keep_ready(self: Arc<Self>) {
+    pub async fn keep_ready(self: Arc<Self>) {
         loop {
             while self.lock().len() < self.wanted {
                 match self.spawn(None).await {
@@ -85,12 +85,12 @@ impl Shells {
     }
 
     /// The number of ready shells.
-    pub(in crate::serve) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.lock().len()
     }
 
     /// ChildPipes the ready shells.
-    pub(in crate::serve) fn clear(&self) {
+    pub fn clear(&self) {
         self.lock().clear();
     }
 }

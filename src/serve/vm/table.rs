@@ -18,32 +18,32 @@ const MAX_OVER: usize = 256;
 
 /// The VMs of this daemon.
 #[derive(Debug)]
-pub(in crate::serve) struct Table {
+pub struct Table {
     live: Mutex<BTreeMap<String, Arc<Vm>>>,
     over: Mutex<VecDeque<VmRecord>>,
     /// The places and the memory of VMs that live or are being made.
     taken: Arc<Mutex<Capacity>>,
     max: Capacity,
     /// Notified of changes that a restart should find.
-    pub(in crate::serve) changed: Notify,
+    pub changed: Notify,
 }
 
 /// Places and memory that VMs take, or may take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(in crate::serve) struct Capacity {
-    pub(in crate::serve) vms: usize,
+pub struct Capacity {
+    pub vms: usize,
     /// Guest memory, MiB.
-    pub(in crate::serve) memory_mib: u64,
+    pub memory_mib: u64,
 }
 
 /// The allowance for one VM.
 #[derive(Debug)]
-pub(in crate::serve) struct Slot {
+pub struct VmPermit {
     taken: Arc<Mutex<Capacity>>,
     memory_mib: u64,
 }
 
-impl Drop for Slot {
+impl Drop for VmPermit {
     fn drop(&mut self) {
         let mut taken = lock(&self.taken);
         taken.vms -= 1;
@@ -57,7 +57,7 @@ fn lock(taken: &Mutex<Capacity>) -> MutexGuard<'_, Capacity> {
 
 impl Table {
     /// `lost`: VMs that were living when an earlier daemon ended.
-    pub(in crate::serve) fn new(vms: usize, memory_mib: u64, lost: Vec<VmRecord>) -> Table {
+    pub fn new(vms: usize, memory_mib: u64, lost: Vec<VmRecord>) -> Table {
         let over = lost.into_iter().map(|record| match record.state {
             VmState::Lost | VmState::Ended => record,
             _ => VmRecord {
@@ -85,7 +85,7 @@ impl Table {
 
     /// Returns the allowance for one more VM with this much guest memory. If the limits do not permit it, the VM left
     /// by an invocation that has been idle longest makes room.
-    pub(in crate::serve) async fn reserve(&self, memory_mib: u64) -> Result<Slot, Fault> {
+    pub async fn reserve(&self, memory_mib: u64) -> Result<VmPermit, Fault> {
         let limit = self.max.memory_mib;
         if memory_mib > limit {
             let message = format!(
@@ -114,12 +114,12 @@ impl Table {
         }
     }
 
-    fn try_reserve(&self, memory_mib: u64) -> Option<Slot> {
+    fn try_reserve(&self, memory_mib: u64) -> Option<VmPermit> {
         let mut taken = lock(&self.taken);
         let wanted = Capacity { vms: taken.vms + 1, memory_mib: taken.memory_mib.saturating_add(memory_mib) };
         (wanted.vms <= self.max.vms && wanted.memory_mib <= self.max.memory_mib).then(|| {
             *taken = wanted;
-            Slot { taken: self.taken.clone(), memory_mib }
+            VmPermit { taken: self.taken.clone(), memory_mib }
         })
     }
 
@@ -132,7 +132,7 @@ impl Table {
     }
 
     /// Adds a VM, and removes it when it has ended.
-    pub(in crate::serve) fn add(self: &Arc<Self>, vm: Vm, slot: Slot, vsock: Option<std::path::PathBuf>) -> Arc<Vm> {
+    pub fn add(self: &Arc<Self>, vm: Vm, slot: VmPermit, vsock: Option<std::path::PathBuf>) -> Arc<Vm> {
         let vm = Arc::new(vm);
         self.live().insert(vm.id.clone(), vm.clone());
         self.changed.notify_one();
@@ -161,30 +161,30 @@ impl Table {
     }
 
     /// A living VM.
-    pub(in crate::serve) fn get(&self, id: &str) -> Option<Arc<Vm>> {
+    pub fn get(&self, id: &str) -> Option<Arc<Vm>> {
         self.live().get(id).cloned()
     }
 
     /// All living VMs.
-    pub(in crate::serve) fn all(&self) -> Vec<Arc<Vm>> {
+    pub fn all(&self) -> Vec<Arc<Vm>> {
         self.live().values().cloned().collect()
     }
 
     /// The record of a VM that lives or is over.
-    pub(in crate::serve) fn record(&self, id: &str) -> Option<VmRecord> {
+    pub fn record(&self, id: &str) -> Option<VmRecord> {
         let living = self.get(id).map(|vm| vm.record());
         living.or_else(|| self.over().iter().rev().find(|record| record.vm_id == id).cloned())
     }
 
     /// All records: living VMs, then ended ones, the last first.
-    pub(in crate::serve) fn records(&self) -> Vec<VmRecord> {
+    pub fn records(&self) -> Vec<VmRecord> {
         let mut records: Vec<VmRecord> = self.all().iter().map(|vm| vm.record()).collect();
         records.extend(self.over().iter().rev().cloned());
         records
     }
 
     /// Removes an ended VM's record.
-    pub(in crate::serve) fn forget(&self, id: &str) -> bool {
+    pub fn forget(&self, id: &str) -> bool {
         let mut over = self.over();
         let before = over.len();
         over.retain(|record| record.vm_id != id);
@@ -197,13 +197,13 @@ impl Table {
     }
 
     /// VMs that invocations have left behind and that no request has used for `limit`.
-    pub(in crate::serve) fn idle_longer_than(&self, limit: Duration) -> Vec<Arc<Vm>> {
+    pub fn idle_longer_than(&self, limit: Duration) -> Vec<Arc<Vm>> {
         let is_idle = |vm: &Arc<Vm>| vm.from_invocation && vm.idle_for().is_some_and(|idle| idle >= limit);
         self.all().into_iter().filter(is_idle).collect()
     }
 
     /// The places and the memory of VMs that live or are being made.
-    pub(in crate::serve) fn taken(&self) -> Capacity {
+    pub fn taken(&self) -> Capacity {
         *lock(&self.taken)
     }
 }

@@ -13,11 +13,11 @@ use crate::sys::page_cache::{PageCache, resident_pages};
 
 /// The cached part of a snapshot's files.
 #[derive(Debug, Serialize, ToSchema)]
-pub(in crate::serve) struct CacheState {
+pub struct CacheState {
     /// Pages of 4 KiB; none if the kernel cannot say.
-    pub(in crate::serve) cached_pages: Option<u64>,
+    pub cached_pages: Option<u64>,
     /// Bytes of the files on the disk.
-    pub(in crate::serve) disk_bytes: u64,
+    pub disk_bytes: u64,
 }
 
 /// An error of the page cache or a file as one of the snapshot room.
@@ -27,14 +27,14 @@ pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Err
 }
 
 /// A snapshot's own files, and those derived from it.
-pub(in crate::serve) fn files_of(dir: &Path) -> crate::snapshot::Result<Vec<PathBuf>> {
+pub fn files_of(dir: &Path) -> crate::snapshot::Result<Vec<PathBuf>> {
     let mut files = regular_files(dir)?;
     files.extend(regular_files(&derived(dir))?);
     Ok(files)
 }
 
 /// The working-set files made from a snapshot.
-pub(in crate::serve) fn images_of(dir: &Path) -> crate::snapshot::Result<Vec<PathBuf>> {
+pub fn images_of(dir: &Path) -> crate::snapshot::Result<Vec<PathBuf>> {
     let mut files = regular_files(&derived(dir))?;
     files.retain(|path| path.extension().is_some_and(|extension| extension == "image"));
     Ok(files)
@@ -56,7 +56,7 @@ fn regular_files(dir: &Path) -> crate::snapshot::Result<Vec<PathBuf>> {
 }
 
 /// Drops files from the page cache. Pages mapped by a VM stay.
-pub(in crate::serve) fn drop_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
+pub fn drop_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
     for path in files {
         let file = File::open(path).map_err(io_error("open", path))?;
         let dropped = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
@@ -66,7 +66,7 @@ pub(in crate::serve) fn drop_cached(files: &[PathBuf]) -> crate::snapshot::Resul
 }
 
 /// Brings files into the page cache, in folios of 2 MiB if they are that large and not sparse.
-pub(in crate::serve) fn load_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
+pub fn load_cached(files: &[PathBuf]) -> crate::snapshot::Result<()> {
     let mut buffer = vec![0; 1 << 20];
     for path in files {
         let mut file = File::open(path).map_err(io_error("open", path))?;
@@ -100,7 +100,7 @@ fn load_huge_blocks(file: &File, start: u64, end: u64) -> io::Result<()> {
 }
 
 /// The caching of files.
-pub(in crate::serve) fn cache_state(files: &[PathBuf]) -> crate::snapshot::Result<CacheState> {
+pub fn cache_state(files: &[PathBuf]) -> crate::snapshot::Result<CacheState> {
     let mut state = CacheState { cached_pages: Some(0), disk_bytes: 0 };
     for path in files {
         let file = File::open(path).map_err(io_error("open", path))?;

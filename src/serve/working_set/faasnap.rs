@@ -6,10 +6,10 @@ use crate::serve::fault::Fault;
 use crate::tiering::profile::{Order, Profile};
 
 /// FaaSnap's gap, pages: its policy includes smaller ones.
-pub(in crate::serve) const GAP_PAGES: u64 = 32;
+pub const GAP_PAGES: u64 = 32;
 
 /// Refuses thresholds other than the policy's.
-pub(in crate::serve) fn check_thresholds(size: Option<u64>, interval: Option<u64>) -> Result<(), Fault> {
+pub fn check_thresholds(size: Option<u64>, interval: Option<u64>) -> Result<(), Fault> {
     if size.is_some_and(|size| size != 0) {
         return Err(Fault::bad("`size_threshold` can only be 0: no region is too small to be mapped."));
     }
@@ -20,7 +20,7 @@ pub(in crate::serve) fn check_thresholds(size: Option<u64>, interval: Option<u64
 }
 
 /// Refuses anything but all layers of a profile, counted from 1.
-pub(in crate::serve) fn check_all_layers(profile: &Path, wanted: &[u64]) -> Result<(), Fault> {
+pub fn check_all_layers(profile: &Path, wanted: &[u64]) -> Result<(), Fault> {
     let profile = Profile::load(profile).map_err(|error| Fault::of(&error))?;
     let count = match &profile.order {
         Order::Layers(layers) => layers.len() as u64,

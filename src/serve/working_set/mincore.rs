@@ -23,7 +23,7 @@ use crate::tiering::profile::{MAX_LAYERS, Order, Profile, RecorderKind, nonzero}
 
 /// The state of a snapshot's layers, in FaaSnap's words. Sizes are in pages of 4 KiB.
 #[derive(Debug, Serialize, ToSchema)]
-pub(in crate::serve) struct MincoreState {
+pub struct MincoreState {
     nlayers: u64,
     /// Regions that are not zero, gaps of less than 32 pages included.
     n_nz_regions: u64,
@@ -36,7 +36,7 @@ pub(in crate::serve) struct MincoreState {
 /// A layer to be added.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(in crate::serve) struct LayerBody {
+pub struct LayerBody {
     /// Its index among the layers, from 0; none: after the last.
     position: Option<usize>,
     /// Its pages are those that this diff snapshot of the same machine holds; none: the pages of the memory files that
@@ -48,7 +48,7 @@ pub(in crate::serve) struct LayerBody {
 /// Changes to a snapshot's layers, in this order.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(in crate::serve) struct MincorePatch {
+pub struct MincorePatch {
     /// Replace the layers by those of a recorded run, each of so many pages in the order of their first touch.
     from_records_size: Option<u64>,
     /// Remove pages that are zero in the snapshot from the layers.
@@ -117,10 +117,7 @@ fn state(dir: &FilePath, profiles: &FilePath) -> Result<MincoreState, Fault> {
 #[utoipa::path(get, path = "/snapshots/{id}/mincore", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The snapshot's layers and regions", body = MincoreState),
         (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
-pub(in crate::serve) async fn get_mincore(
-    State(daemon): State<Shared>,
-    Path(id): Path<String>,
-) -> Result<Reply<MincoreState>, Fault> {
+pub async fn get_mincore(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<MincoreState>, Fault> {
     daemon.snapshot(&id)?;
     let dir = daemon.snapshot_dir(&id);
     let profiles = daemon.store.profiles_dir(&id);
@@ -133,7 +130,7 @@ pub(in crate::serve) async fn get_mincore(
     responses((status = 200, description = "The snapshot's layers and regions after the change", body = MincoreState),
         (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody, description = "The source has no layers, or is of another machine")))]
-pub(in crate::serve) async fn put_mincore(
+pub async fn put_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     uri: Uri,
@@ -165,7 +162,7 @@ pub(in crate::serve) async fn put_mincore(
         (status = 400, body = FaultBody, description = "The request is invalid"),
         (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody, description = "The snapshot has as many layers as it may have")))]
-pub(in crate::serve) async fn post_mincore(
+pub async fn post_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     Body(body): Body<LayerBody>,
@@ -254,7 +251,7 @@ fn resident(snapshot: &ResolvedChain) -> crate::snapshot::Result<PageSet> {
         (status = 400, body = FaultBody, description = "The request is invalid"),
         (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody, description = "The snapshot has no recorded run, or no layers")))]
-pub(in crate::serve) async fn patch_mincore(
+pub async fn patch_mincore(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     Body(patch): Body<MincorePatch>,

@@ -25,7 +25,7 @@ use crate::tiering::profile::Profile;
 /// A run to be recorded.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(in crate::serve) struct ProfileBody {
+pub struct ProfileBody {
     /// The function's arguments, `key=value …`.
     #[serde(default)]
     params: String,
@@ -39,7 +39,7 @@ pub(in crate::serve) struct ProfileBody {
 
 /// The contents of a profile. Sizes are in pages of 4 KiB.
 #[derive(Debug, Serialize, ToSchema)]
-pub(in crate::serve) struct ProfileState {
+pub struct ProfileState {
     recorder: String,
     function: String,
     runs: u32,
@@ -68,10 +68,7 @@ impl ProfileState {
 #[utoipa::path(get, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
         (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile")))]
-pub(in crate::serve) async fn get_profile(
-    State(daemon): State<Shared>,
-    Path(id): Path<String>,
-) -> Result<Reply<ProfileState>, Fault> {
+pub async fn get_profile(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<ProfileState>, Fault> {
     daemon.snapshot(&id)?;
     let profiles = daemon.store.profiles_dir(&id);
     let profile = blocking(move || load(Slot::Run, &profiles)).await??;
@@ -90,7 +87,7 @@ pub(in crate::serve) async fn get_profile(
         (status = 429, body = FaultBody,
         description = "Too many invocations wait, or too many VMs live: try again after `Retry-After` seconds"),
         (status = 504, body = FaultBody, description = "The guest did not answer in time")))]
-pub(in crate::serve) async fn post_profile(
+pub async fn post_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     Body(body): Body<ProfileBody>,
@@ -128,7 +125,7 @@ pub(in crate::serve) async fn post_profile(
     responses((status = 200, description = "The number of pages in each part of the profile", body = ProfileState),
         (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile"),
         (status = 409, body = FaultBody, description = "The snapshots are not copies of each other")))]
-pub(in crate::serve) async fn put_profile(
+pub async fn put_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     uri: Uri,
@@ -158,7 +155,7 @@ pub(in crate::serve) async fn put_profile(
 #[utoipa::path(delete, path = "/snapshots/{id}/profile", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The removed profile", body = ProfileState),
         (status = 404, body = FaultBody, description = "The snapshot does not exist, or has no profile")))]
-pub(in crate::serve) async fn delete_profile(
+pub async fn delete_profile(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<ProfileState>, Fault> {
@@ -189,11 +186,7 @@ pub(in crate::serve) async fn delete_profile(
         (status = 400, body = FaultBody, description = "The request is invalid"),
         (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody, description = "The policy needs a profile, and the snapshot has none")))]
-pub(in crate::serve) async fn get_plan(
-    State(daemon): State<Shared>,
-    Path(id): Path<String>,
-    uri: Uri,
-) -> Result<Reply<Value>, Fault> {
+pub async fn get_plan(State(daemon): State<Shared>, Path(id): Path<String>, uri: Uri) -> Result<Reply<Value>, Fault> {
     let snapshot = daemon.snapshot(&id)?;
     let query = query(&uri, &["policy", "dram_mib", "cxl_mib", "cache"])?;
     let name = query.get("policy").ok_or_else(|| Fault::bad("The query needs `policy`."))?;

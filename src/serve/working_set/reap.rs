@@ -18,7 +18,7 @@ use crate::tiering::policy::Policy;
 
 /// The state of a snapshot's record for REAP. Sizes are in pages of 4 KiB.
 #[derive(Debug, Serialize, ToSchema)]
-pub(in crate::serve) struct ReapState {
+pub struct ReapState {
     /// True if there is one. Without it, an invocation with `enableReap` makes one.
     recorded: bool,
     /// The recorded function.
@@ -35,10 +35,7 @@ pub(in crate::serve) struct ReapState {
 #[utoipa::path(get, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The snapshot's record for REAP", body = ReapState),
         (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
-pub(in crate::serve) async fn get_reap(
-    State(daemon): State<Shared>,
-    Path(id): Path<String>,
-) -> Result<Reply<ReapState>, Fault> {
+pub async fn get_reap(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<ReapState>, Fault> {
     daemon.snapshot(&id)?;
     let dir = daemon.snapshot_dir(&id);
     let profiles = daemon.store.profiles_dir(&id);
@@ -68,7 +65,7 @@ pub(in crate::serve) async fn get_reap(
     responses((status = 200, description = "The cached part of the files after the change", body = CacheState),
         (status = 404, body = FaultBody, description = "The snapshot does not exist"),
         (status = 409, body = FaultBody, description = "The snapshot has no record for REAP")))]
-pub(in crate::serve) async fn patch_reap(
+pub async fn patch_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
     Body(cached): Body<bool>,
@@ -92,7 +89,7 @@ pub(in crate::serve) async fn patch_reap(
 #[utoipa::path(delete, path = "/snapshots/{id}/reap", tag = "working sets", params(("id" = String, Path)),
     responses((status = 200, description = "The key `removed` is true if there was a record", body = Object),
         (status = 404, body = FaultBody, description = "The snapshot does not exist")))]
-pub(in crate::serve) async fn delete_reap(
+pub async fn delete_reap(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<serde_json::Value>, Fault> {

@@ -18,11 +18,11 @@ use crate::serve::vm::process::run_tool;
 use crate::snapshot::random_hex;
 
 /// A recording to make.
-pub(in crate::serve) struct Record {
-    pub(in crate::serve) snapshot: SnapshotRecord,
-    pub(in crate::serve) slot: Slot,
-    pub(in crate::serve) recorder: String,
-    pub(in crate::serve) repeat: u32,
+pub struct Record {
+    pub snapshot: SnapshotRecord,
+    pub slot: Slot,
+    pub recorder: String,
+    pub repeat: u32,
 }
 
 /// The directory of a recorder's copies of drives; removed at the end, even if the recorder was killed.
@@ -35,12 +35,7 @@ impl Drop for RunDir {
 }
 
 /// Runs `tvmm profile record`. Returns the guest's first answer.
-pub(in crate::serve) async fn run_recorder(
-    daemon: &Daemon,
-    record: &Record,
-    line: &str,
-    limit: Duration,
-) -> Result<GuestAnswer, Fault> {
+pub async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: Duration) -> Result<GuestAnswer, Fault> {
     // The recorder opens the image that the snapshot names.
     daemon.allowances.confined_function(record.snapshot.function.clone()).await?;
     let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);

@@ -8,7 +8,7 @@ use crate::tiering::profile::RecorderKind;
 
 /// The profiles that a snapshot can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::serve) enum Slot {
+pub enum Slot {
     /// Recorded for `/snapshots/{id}/profile`.
     Run,
     /// FaaSnap's layers.
@@ -27,17 +27,17 @@ impl Slot {
     }
 
     /// The path of the profile, which may not exist yet.
-    pub(in crate::serve) fn path(self, profiles: &Path) -> PathBuf {
+    pub fn path(self, profiles: &Path) -> PathBuf {
         profiles.join(self.file_name())
     }
 
     /// The path of the profile if it exists.
-    pub(in crate::serve) fn existing(self, profiles: &Path) -> Option<PathBuf> {
+    pub fn existing(self, profiles: &Path) -> Option<PathBuf> {
         Some(self.path(profiles)).filter(|path| path.exists())
     }
 
     /// The slot for this recorder's profiles.
-    pub(in crate::serve) fn of_recorder(name: &str) -> Result<Slot, Fault> {
+    pub fn of_recorder(name: &str) -> Result<Slot, Fault> {
         match name.parse::<RecorderKind>() {
             Ok(RecorderKind::Mincore) => Ok(Slot::Mincore),
             Ok(_) => Ok(Slot::Run),
@@ -46,7 +46,7 @@ impl Slot {
     }
 
     /// The profile for a policy: its own if there is one, else any other.
-    pub(in crate::serve) fn for_policy(policy: Policy, profiles: &Path) -> Result<PathBuf, Fault> {
+    pub fn for_policy(policy: Policy, profiles: &Path) -> Result<PathBuf, Fault> {
         let order = match policy {
             Policy::Reap => [Slot::Reap, Slot::Run, Slot::Mincore],
             Policy::Faasnap => [Slot::Mincore, Slot::Run, Slot::Reap],

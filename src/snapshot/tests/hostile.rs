@@ -344,7 +344,8 @@ fn page_map_that_claims_all_pages_there_can_be_is_refused_cheaply() {
 
 /// A full snapshot, and a diff to it.
 fn pair(base: &Path) -> (Sealed, Sealed) {
-    let (before, mut after) = (sample(), sample());
+    let before = sample();
+    let mut after = sample();
     after.pages[9] ^= 3;
     let parent = before.write_full(dir(base, "p"));
     let child = after.write_diff(&before, &parent, dir(base, "c"));

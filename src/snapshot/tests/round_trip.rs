@@ -147,7 +147,8 @@ fn held_zero_page_does_not_change_the_digest_and_is_dropped_by_merge() {
 fn directories_moved_together_still_open() {
     let base = tempfile::tempdir().unwrap();
     fs::create_dir_all(base.path().join("old/deep")).unwrap();
-    let (before, mut after) = (sample(), sample());
+    let before = sample();
+    let mut after = sample();
     after.pages[3] ^= 1;
     let parent = before.write_full(dir(&base.path().join("old"), "p"));
     let child = after.write_diff(&before, &parent, dir(&base.path().join("old/deep"), "c"));

@@ -164,7 +164,9 @@ impl Index {
             Err(error) => return Err(bad(error.to_string())),
         };
         if head.snapshot != snapshot {
-            let (object, expected, found) = (object.to_string(), snapshot, head.snapshot);
+            let object = object.to_string();
+            let expected = snapshot;
+            let found = head.snapshot;
             return Err(ChunkError::OtherSnapshot { object, expected, found });
         }
         build(head, container.section(CHUNKS, 0).map_err(in_container)?).map_err(bad)
@@ -285,7 +287,8 @@ fn entry_len(chunk_pages: u64) -> usize {
 
 /// The runs of set bits: first bit, number of bits.
 fn mask_runs(mask: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
-    let (mut at, end) = (0, mask.len() as u64 * 64);
+    let mut at = 0;
+    let end = mask.len() as u64 * 64;
     let is_set = |bit: u64| mask[bit as usize / 64] >> (bit % 64) & 1 == 1;
     std::iter::from_fn(move || {
         let first = (at..end).find(|bit| is_set(*bit))?;
@@ -305,11 +308,15 @@ fn build(head: Head, table: &[u8]) -> Result<Index, String> {
     }
     let words = mask_words(head.chunk_pages);
     let count = table.len() / entry_len;
-    let (mut chunks, mut masks) = (Vec::with_capacity(count), Vec::with_capacity(count * words));
-    let (mut offset, mut pages) = (0_u64, 0_u64);
+    let mut chunks = Vec::with_capacity(count);
+    let mut masks = Vec::with_capacity(count * words);
+    let mut offset = 0_u64;
+    let mut pages = 0_u64;
     for (number, entry) in table.chunks_exact(entry_len).enumerate() {
         let word = |at: usize| entry[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-        let (window, stored_len, checksum) = (word(0), word(4), word(8));
+        let window = word(0);
+        let stored_len = word(4);
+        let checksum = word(8);
         let compression = Compression::from_number(entry[12])
             .ok_or_else(|| format!("chunk {number} has compression {}", entry[12]))?;
         let start = masks.len();

@@ -59,7 +59,8 @@ pub fn pack(
         methods: Default::default(),
         data,
     };
-    let (mut done, total) = (0, held.len() * PAGE_SIZE);
+    let mut done = 0;
+    let total = held.len() * PAGE_SIZE;
     for set in [&hot, &cold] {
         let mut window: Vec<Extent> = Vec::new();
         for part in set.runs().flat_map(|run| run.chunks(spec.chunk_pages)) {

@@ -66,7 +66,8 @@ impl ColdPool {
             let problem = "it describes another layout of guest memory".to_string();
             return Err(ChunkError::OtherMemory { object: place.name().to_string(), problem });
         }
-        let (cached_reads, alike) = (AtomicU64::new(0), alike.clamp(1, places.len()));
+        let cached_reads = AtomicU64::new(0);
+        let alike = alike.clamp(1, places.len());
         let awaited = format!("a chunk from {name}").into();
         Ok(Arc::new(ColdPool { index, digest, places, alike, cached_reads, awaited, patience }))
     }
@@ -241,11 +242,14 @@ impl ColdReader {
     /// # Errors
     /// The error of `each`, or the reason why no place gives a chunk.
     pub fn stream(&mut self, wanted: &[u32], each: &mut dyn FnMut(u32, &[u8]) -> io::Result<Flow>) -> io::Result<()> {
-        let (mut done, mut failures, mut pause) = (0, 0_u32, FIRST_PAUSE);
+        let mut done = 0;
+        let mut failures = 0_u32;
+        let mut pause = FIRST_PAUSE;
         let mut wait = Wait::new(self.pool.awaited.clone(), self.pool.patience);
         loop {
             let before = done;
-            let (mut local, mut stopped) = (None, false);
+            let mut local = None;
+            let mut stopped = false;
             let result = self.attempt(&wanted[done..], &mut |chunk, pages| {
                 done += 1;
                 let flow = each(chunk, pages).unwrap_or_else(|error| {
@@ -405,7 +409,8 @@ fn extents(layout: &MemoryLayout, offset: u64, len: u64) -> io::Result<Vec<Exten
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "these are no pages of the snapshot"));
     };
     let part = |range: &crate::snapshot::GuestRange| {
-        let (first, last) = (offset.max(range.file_offset), end.min(range.file_offset + range.len));
+        let first = offset.max(range.file_offset);
+        let last = end.min(range.file_offset + range.len);
         let gpa = range.gpa + first.saturating_sub(range.file_offset);
         (first < last).then(|| Extent { first: Gfn::containing(gpa), pages: (last - first) / PAGE_SIZE })
     };
@@ -427,7 +432,8 @@ type Targets<'m> = Vec<(usize, &'m mut [u8])>;
 pub fn fill(pool: &Arc<ColdPool>, wanted: Vec<(u64, &mut [u8])>) -> io::Result<usize> {
     let mut targets: BTreeMap<u32, Targets> = BTreeMap::new();
     for (offset, bytes) in wanted {
-        let (mut rest, mut at) = (bytes, 0);
+        let mut rest = bytes;
+        let mut at = 0;
         for piece in pieces(&pool.index, offset, rest.len() as u64)? {
             let (gap, behind) = rest.split_at_mut(piece.to - at);
             gap.fill(0);

@@ -185,7 +185,8 @@ impl Store {
     ) -> Result<Packed, ChunkError> {
         let _lock = self.lock()?;
         let snapshot = chain.tip().id();
-        let (index_path, data_path) = (self.index_path(snapshot), self.data_path(snapshot));
+        let index_path = self.index_path(snapshot);
+        let data_path = self.data_path(snapshot);
         if index_path.exists() {
             return Err(ChunkError::AlreadyHeld { path: self.dir.clone(), snapshot });
         }
@@ -253,7 +254,8 @@ impl Store {
     /// Removes a snapshot. A reader of it goes on: an open file lives until it is closed.
     pub fn remove(&self, snapshot: SnapshotId) -> Result<(), ChunkError> {
         let _lock = self.lock()?;
-        let (index, data) = (self.index_path(snapshot), self.data_path(snapshot));
+        let index = self.index_path(snapshot);
+        let data = self.data_path(snapshot);
         if !index.exists() {
             return Err(ChunkError::NotHeld { path: self.dir.clone(), snapshot });
         }
@@ -294,7 +296,9 @@ impl Store {
         let index = self.index(snapshot)?;
         let path = self.data_path(snapshot);
         let mut data = std::io::BufReader::with_capacity(1 << 20, self.open_data(&index)?);
-        let (mut checked, mut hasher, mut bytes) = (Checked::default(), blake3::Hasher::new(), Vec::new());
+        let mut checked = Checked::default();
+        let mut hasher = blake3::Hasher::new();
+        let mut bytes = Vec::new();
         for (number, chunk) in index.chunks().iter().enumerate() {
             bytes.resize(chunk.stored_len as usize, 0);
             data.read_exact(&mut bytes).map_err(ChunkError::file("read", &path))?;

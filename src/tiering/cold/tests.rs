@@ -37,7 +37,8 @@ struct Fake {
 
 impl Fake {
     fn of(sample: &Sample, name: &'static str, behaviour: Behaviour) -> Fake {
-        let (index, data) = (sample.index_bytes.clone(), Arc::new(sample.data.clone()));
+        let index = sample.index_bytes.clone();
+        let data = Arc::new(sample.data.clone());
         Fake { name, behaviour, index, data, lies: Arc::default(), asked: Arc::default() }
     }
 }
@@ -233,7 +234,8 @@ fn places_are_taken_in_order_and_failures_are_told() {
 
 #[test]
 fn place_with_another_object_of_the_snapshot_is_refused() {
-    let (sample, other) = (sample(), sample_with(Some([Extent::new(Gfn(7), 9)].into_iter().collect())));
+    let sample = sample();
+    let other = sample_with(Some([Extent::new(Gfn(7), 9)].into_iter().collect()));
     let breaks = Fake::of(&sample, "a", Behaviour::BreaksAfter(0));
     let pool = open(&sample, vec![breaks, Fake::of(&other, "b", Behaviour::Good)]).unwrap();
     let error = read_all(&sample, &pool).unwrap_err().to_string();
@@ -243,7 +245,8 @@ fn place_with_another_object_of_the_snapshot_is_refused() {
 #[test]
 fn damaged_cut_and_forged_indexes_are_refused() {
     let sample = sample();
-    let (good, snapshot) = (&sample.index_bytes, sample.index.snapshot());
+    let good = &sample.index_bytes;
+    let snapshot = sample.index.snapshot();
     let parse = |bytes: Vec<u8>| Index::parse("x", bytes, snapshot);
     assert_eq!(parse(good.clone()).unwrap(), *sample.index);
     for at in 0..good.len() {
@@ -294,7 +297,8 @@ fn store(dir: &Path) -> Store {
 
 #[test]
 fn pool_in_a_directory_holds_a_snapshot_once_and_finds_flipped_bits() {
-    let (sample, dir) = (sample(), tempfile::tempdir().unwrap());
+    let sample = sample();
+    let dir = tempfile::tempdir().unwrap();
     let id = sample.index.snapshot();
     let store = store(&dir.path().join("pool"));
     assert!(matches!(store.index(id), Err(ChunkError::NotHeld { .. })));
@@ -316,7 +320,8 @@ fn pool_in_a_directory_holds_a_snapshot_once_and_finds_flipped_bits() {
 
 #[test]
 fn only_the_remains_of_an_interrupted_writer_are_collected() {
-    let (sample, dir) = (sample(), tempfile::tempdir().unwrap());
+    let sample = sample();
+    let dir = tempfile::tempdir().unwrap();
     let store = store(&dir.path().join("pool"));
     let id = sample.index.snapshot();
     store.add(&sample.chain, None, &mut |_, _| {}).unwrap();
@@ -333,7 +338,8 @@ fn only_the_remains_of_an_interrupted_writer_are_collected() {
 
 #[test]
 fn damaged_snapshot_is_not_added_and_two_writers_do_not_meet() {
-    let (sample, dir) = (sample(), tempfile::tempdir().unwrap());
+    let sample = sample();
+    let dir = tempfile::tempdir().unwrap();
     let store = store(&dir.path().join("pool"));
     let lock = std::fs::File::open(store.dir().join(MANIFEST)).unwrap();
     lock.lock().unwrap();

@@ -35,7 +35,9 @@ fn contents(chain: &Chain, item: &PlannedExtent) -> Vec<(Gfn, Vec<u8>)> {
 
 /// The plan of a policy that needs no profile.
 fn planned(policy: Policy, chain: &Chain) -> RestorePlan {
-    let (resolved, costs, budget) = (chain.resolve().unwrap(), Costs::default(), Budget::default());
+    let resolved = chain.resolve().unwrap();
+    let costs = Costs::default();
+    let budget = Budget::default();
     policy.plan(&PolicyInput { chain, resolved: &resolved, tiers: &[], profile: None, costs: &costs, budget }).unwrap()
 }
 

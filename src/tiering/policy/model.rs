@@ -139,12 +139,15 @@ impl Tally {
 
     /// Counts pages, each touched with probability `touched`, into their groups.
     fn add_groups(&mut self, part: Extent, touched: f64) {
-        let (first, end) = (part.first.0, part.end().0);
-        let (number, last) = (first / GROUP_PAGES, end / GROUP_PAGES);
+        let first = part.first.0;
+        let end = part.end().0;
+        let number = first / GROUP_PAGES;
+        let last = end / GROUP_PAGES;
         if number == last {
             return self.add_to_group(number, part.pages, touched);
         }
-        let (whole, tail) = (first.div_ceil(GROUP_PAGES), end % GROUP_PAGES);
+        let whole = first.div_ceil(GROUP_PAGES);
+        let tail = end % GROUP_PAGES;
         if number < whole {
             self.add_to_group(number, whole * GROUP_PAGES - first, touched);
         }
@@ -228,7 +231,8 @@ fn times(ns: u64, times: f64) -> f64 {
 
 impl FileBlock {
     pub fn cost(&self, costs: &Costs) -> Cost {
-        let (open, broken) = (&self.open, &self.broken);
+        let open = &self.open;
+        let broken = &self.broken;
         let whole = self.aligned && open.pages + broken.pages == HUGE_PAGE_PAGES;
         let huge_io = whole && self.wants_huge;
         let huge = match costs.cache {
@@ -259,7 +263,8 @@ impl FileBlock {
     }
 
     fn add_device(&self, costs: &Costs, huge_io: bool, cost: &mut Cost) {
-        let (open, broken) = (&self.open, &self.broken);
+        let open = &self.open;
+        let broken = &self.broken;
         let page = |pages: f64| times(costs.device_sequential_page_ns, pages);
         let seek = |seeks: f64| times(costs.device_seek_ns, seeks);
         if huge_io {
@@ -323,7 +328,8 @@ impl AnonBlock {
 
 impl LazyBlock {
     pub fn cost(&self, costs: &Costs) -> Cost {
-        let (lazy, installed) = (&self.lazy, &self.installed);
+        let lazy = &self.lazy;
+        let installed = &self.installed;
         let around = self.fault_pages.max(1);
         let faults = if around == 1 {
             lazy.touched()
@@ -358,7 +364,8 @@ mod tests {
             touches.iter().for_each(|touch| tally.add(touch.extent, touch));
             tally.populated_touches(&costs).round() as u64
         };
-        let (group, alone) = (group_ns(&costs), costs.populated_alone_ns);
+        let group = group_ns(&costs);
+        let alone = costs.populated_alone_ns;
         assert_eq!(cost(&[touch(16, 8, 1.0)]), group);
         assert_eq!(cost(&[touch(16, 3, 1.0), touch(19, 5, 1.0)]), group);
         assert_eq!(cost(&[touch(16, 7, 1.0)]), 7 * alone);

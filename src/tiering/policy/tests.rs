@@ -71,7 +71,8 @@ impl World {
     fn resolved(&self) -> Vec<ResolvedRun> {
         let mut runs: Vec<ResolvedRun> = Vec::new();
         for page in 0..self.base.len() {
-            let (gfn, content) = (self.gfn(page), self.decided(page));
+            let gfn = self.gfn(page);
+            let content = self.decided(page);
             if let Some(last) = runs.last_mut()
                 && last.extent.end() == gfn
                 && match (last.content, content) {
@@ -149,7 +150,8 @@ fn any_profile() -> impl Strategy<Value = Profile> {
     (any_runs(8), 0_u8..3).prop_map(|(classes, order)| {
         let mut profile = Profile::new(SnapshotId::default(), RecorderKind::Merged, "f");
         profile.runs = 4;
-        let (mut sometimes, mut seldom) = (PageSet::new(), PageSet::new());
+        let mut sometimes = PageSet::new();
+        let mut seldom = PageSet::new();
         for (page, class) in classes.iter().enumerate() {
             let gfn = layout().gfn_at(page as u64 * PAGE_SIZE).unwrap();
             match class {

@@ -53,7 +53,8 @@ impl Writer<'_> {
     /// [`Error::Known`], [`Error::Full`], [`Error::CatalogueFull`]; damage of the snapshot or of the pool. The pool is
     /// unchanged then.
     pub fn add(&mut self, added: &Added, progress: Progress) -> Result<Head, super::super::Error> {
-        let (tip, path) = (added.chain.tip(), self.medium.path().to_path_buf());
+        let tip = added.chain.tip();
+        let path = self.medium.path().to_path_buf();
         if self.state.live(tip.id()).is_some() {
             return Err(Error::Known { path, what: tip.id().to_string() }.into());
         }
@@ -145,7 +146,8 @@ impl Writer<'_> {
         placed: &[Run],
         progress: Progress,
     ) -> Result<(), super::super::Error> {
-        let (medium, geometry) = (self.medium, *self.state.geometry());
+        let medium = self.medium;
+        let geometry = *self.state.geometry();
         let path = medium.path().to_path_buf();
         let writing = || Error::io("write pages of", &path);
         let all: u64 = placed.iter().map(|run| run.pages * PAGE_SIZE).sum();
@@ -159,7 +161,8 @@ impl Writer<'_> {
                 // Checked right before the write: an ousted writer must not write where its successor may have written.
                 self.beat()?;
                 medium.write(geometry.page(at), bytes).map_err(writing())?;
-                let (mut sums, mut hashes) = (Vec::new(), Vec::new());
+                let mut sums = Vec::new();
+                let mut hashes = Vec::new();
                 for page in bytes.chunks_exact(PAGE_SIZE as usize) {
                     sums.extend(crc32c::crc32c(page).to_le_bytes());
                     hashes.extend(hash_of(page));
@@ -269,9 +272,12 @@ fn stats(layout: &MemoryLayout, pages: &[Page], plan: &Layout, runs: &[Run]) -> 
     let stored: u64 = plan.stored().iter().map(|extent| extent.pages).sum();
     let nonzero = pages.len() as u64;
     let known = pages.iter().filter(|page| page.known.is_some()).count() as u64;
-    let blocks = |run: &Run| match run.gfn % BLOCK_PAGES == run.at % BLOCK_PAGES {
-        true => ((run.gfn + run.pages) / BLOCK_PAGES).saturating_sub(run.gfn.div_ceil(BLOCK_PAGES)),
-        false => 0,
+    let blocks = |run: &Run| {
+        if run.gfn % BLOCK_PAGES == run.at % BLOCK_PAGES {
+            ((run.gfn + run.pages) / BLOCK_PAGES).saturating_sub(run.gfn.div_ceil(BLOCK_PAGES))
+        } else {
+            0
+        }
     };
     Stats {
         guest_pages: layout.pages(),
@@ -296,7 +302,8 @@ impl Index {
     fn of(writer: &mut Writer) -> Result<Index, Error> {
         let geometry = *writer.state.geometry();
         let mut used = super::space::Space::new(0, geometry.pages());
-        let (mut by_hash, mut hashes) = (HashMap::new(), Vec::new());
+        let mut by_hash = HashMap::new();
+        let mut hashes = Vec::new();
         for run in writer.state.used(writer.medium)? {
             used.take(run.at, run.pages);
         }

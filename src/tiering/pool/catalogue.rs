@@ -140,7 +140,8 @@ impl Catalogue {
         }
         let mut next = 0;
         for run in &entry.runs {
-            let (end, at_end) = (run.gfn.checked_add(run.pages), run.at.checked_add(run.pages));
+            let end = run.gfn.checked_add(run.pages);
+            let at_end = run.at.checked_add(run.pages);
             let fits = end.is_some_and(|end| end <= MAX_GUEST_ADDRESS / PAGE_SIZE)
                 && at_end.is_some_and(|end| end <= self.geometry().pages());
             if run.pages == 0 || run.gfn < next || !fits {

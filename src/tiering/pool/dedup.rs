@@ -184,7 +184,8 @@ fn cheapest(parts: &[Part], prices: &Prices) -> Vec<Stretch> {
             pages * prices.page,
             if part.content.is_none() { 0.0 } else { f64::INFINITY },
         ];
-        let (mut next, mut from) = ([f64::INFINITY; 3], [0; 3]);
+        let mut next = [f64::INFINITY; 3];
+        let mut from = [0; 3];
         for to in 0..3 {
             for (before, so_far) in front.iter().enumerate() {
                 let stays = match index.checked_sub(1).map(|last| &parts[last]).filter(|_| !part.fresh) {

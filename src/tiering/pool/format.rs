@@ -68,14 +68,17 @@ impl Geometry {
         let catalogue = (len / 128).next_multiple_of(BLOCK).max(2 * BLOCK);
         // Sums and hashes for the most pages there could be: slightly more than there are.
         let pages = (len - BLOCK - catalogue) / PAGE_SIZE;
-        let (sums, hashes) = ((pages * SUM_LEN).next_multiple_of(BLOCK), (pages * HASH_LEN).next_multiple_of(BLOCK));
+        let sums = (pages * SUM_LEN).next_multiple_of(BLOCK);
+        let hashes = (pages * HASH_LEN).next_multiple_of(BLOCK);
         let mut offset = BLOCK;
         let mut part = |len| {
             let part = Part { offset, len };
             offset += len;
             part
         };
-        let (catalogue, sums, hashes) = (part(catalogue), part(sums), part(hashes));
+        let catalogue = part(catalogue);
+        let sums = part(sums);
+        let hashes = part(hashes);
         Ok(Geometry { catalogue, sums, hashes, data: Part { offset, len: len - offset } })
     }
 
@@ -138,7 +141,9 @@ impl Superblock {
             return Ok(None);
         }
         let number = |at: usize| u32::from_le_bytes([slot[at], slot[at + 1], slot[at + 2], slot[at + 3]]);
-        let (version, sum, len) = (number(8), number(12), number(16) as usize);
+        let version = number(8);
+        let sum = number(12);
+        let len = number(16) as usize;
         if version > VERSION {
             return Err(Error::Newer { path: path.to_path_buf(), version, known: VERSION });
         }

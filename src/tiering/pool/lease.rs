@@ -67,7 +67,8 @@ type Sorted = (Vec<(u64, Lease)>, Vec<(u64, Slot)>);
 fn sort(medium: &dyn Medium, expiry_s: u64) -> Result<Sorted, Error> {
     let me = Holder::of(medium)?;
     let shared = medium.facts().shared_between_hosts;
-    let (mut live, mut suspected) = (Vec::new(), Vec::new());
+    let mut live = Vec::new();
+    let mut suspected = Vec::new();
     for (slot, found) in read_all(medium)? {
         let locked = medium.is_locked(offset(slot)).map_err(Error::io("look at the leases of", medium.path()))?;
         match found {
@@ -199,10 +200,7 @@ fn write(medium: &dyn Medium, slot: u64, lease: Option<&Lease>) -> Result<(), Er
     let bytes = lease.map_or([0; LEASE_LEN as usize], Lease::encode);
     medium.write(offset(slot), &bytes).map_err(failed())?;
     // Only other hosts need a flush: a lease does not outlive its process.
-    match medium.facts().shared_between_hosts {
-        true => medium.flush(offset(slot), LEASE_LEN).map_err(failed()),
-        false => Ok(()),
-    }
+    if medium.facts().shared_between_hosts { medium.flush(offset(slot), LEASE_LEN).map_err(failed()) } else { Ok(()) }
 }
 
 /// A lease of this process. Given back on drop.
@@ -314,16 +312,18 @@ fn read_only(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
     if medium.facts().shared_between_hosts {
         return Err(Error::ReadOnly { path: path.to_path_buf() });
     }
-    match readers::take(medium, &lease).map_err(Error::io("take a lease of", path))? {
-        true => Ok(State { slot: LEASE_SLOTS, lease, said: uptime(), settled: true }),
-        false => Err(Error::Busy { path: path.to_path_buf(), who: "a process that keeps readers out".to_string() }),
+    if readers::take(medium, &lease).map_err(Error::io("take a lease of", path))? {
+        Ok(State { slot: LEASE_SLOTS, lease, said: uptime(), settled: true })
+    } else {
+        Err(Error::Busy { path: path.to_path_buf(), who: "a process that keeps readers out".to_string() })
     }
 }
 
 /// Writes `lease` to a slot that is free, and locks it.
 fn claim(medium: &dyn Medium, lease: Lease) -> Result<State, Error> {
     let failed = || Error::io("take a lease of", medium.path());
-    let (holder, shared) = (lease.holder, medium.facts().shared_between_hosts);
+    let holder = lease.holder;
+    let shared = medium.facts().shared_between_hosts;
     // Hosts, and processes of a host, start to look at different places.
     let start = holder.host.wrapping_add(u64::from(holder.pid)) % LEASE_SLOTS;
     for slot in (0..LEASE_SLOTS).map(|step| (start + step) % LEASE_SLOTS) {

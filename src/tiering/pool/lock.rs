@@ -74,9 +74,10 @@ impl<'m> Lock<'m> {
                 continue;
             }
             std::thread::sleep(SETTLE);
-            return match lock.is_mine()? {
-                true => Ok(lock),
-                false => Err(unlock("another host, which came at the same moment".to_string())),
+            return if lock.is_mine()? {
+                Ok(lock)
+            } else {
+                Err(unlock("another host, which came at the same moment".to_string()))
             };
         }
         Err(unlock("another host, or this one is too slow to say in time that it writes".to_string()))
@@ -87,7 +88,8 @@ impl<'m> Lock<'m> {
     /// # Errors
     /// [`Error::Ousted`], [`Error::StoodStill`], [`Error::Io`].
     pub fn beat(&mut self) -> Result<(), Error> {
-        let (looked, said) = (uptime(), self.said);
+        let looked = uptime();
+        let said = self.said;
         self.check()?;
         if looked.saturating_sub(said) > BEAT {
             self.write(self.me)?;
@@ -110,9 +112,10 @@ impl<'m> Lock<'m> {
     }
 
     fn stood_still(&self, looked: Duration, said: Duration) -> Result<(), Error> {
-        match self.medium.facts().shared_between_hosts && stood_still(looked, said, WATCH) {
-            true => Err(Error::StoodStill { path: self.medium.path().to_path_buf() }),
-            false => Ok(()),
+        if self.medium.facts().shared_between_hosts && stood_still(looked, said, WATCH) {
+            Err(Error::StoodStill { path: self.medium.path().to_path_buf() })
+        } else {
+            Ok(())
         }
     }
 
@@ -219,11 +222,12 @@ fn decode(record: &[u8; RECORD]) -> Record {
     let long = |at: usize| u64::from_le_bytes(record[at..at + 8].try_into().unwrap_or_default());
     let word = |at: usize| u32::from_le_bytes(record[at..at + 4].try_into().unwrap_or_default());
     let whole = crc32c::crc32c(&record[..20]) == word(20);
-    match whole {
-        _ if record.iter().all(|byte| *byte == 0) => Record::Nobody,
-        true if long(0) == 0 => Record::Nobody,
-        true => Record::Of(Holder { host: long(0), pid: word(8) }, long(12)),
-        false => Record::Torn(*record),
+    if record.iter().all(|byte| *byte == 0) || whole && long(0) == 0 {
+        Record::Nobody
+    } else if whole {
+        Record::Of(Holder { host: long(0), pid: word(8) }, long(12))
+    } else {
+        Record::Torn(*record)
     }
 }
 

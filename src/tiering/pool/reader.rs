@@ -2,9 +2,9 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
+use std::thread::Builder;
 
 use super::catalogue::{Catalogue, Entry, Head};
 use super::error::Error;
@@ -12,6 +12,7 @@ use super::format::{Geometry, SUM_LEN};
 use super::lease::{BEAT, Held, SETTLE};
 use super::medium::Medium;
 use crate::snapshot::{PAGE_SIZE, PlacementCounts, SnapshotId, TierAccess, TierSource};
+use crate::sys::worker::Worker;
 use crate::tiering::tier::{Mappable, Tier, TierRun};
 
 /// A snapshot in a pool. Its pages stay in place while this lives.
@@ -22,7 +23,7 @@ pub struct PoolTier {
     head: Head,
     entry: OnceLock<Entry>,
     /// Before the lease: dropped, and so stopped, first.
-    _heart: Option<Heart>,
+    _heart: Option<Worker>,
     lease: Option<Arc<Held>>,
 }
 
@@ -46,14 +47,15 @@ impl PoolTier {
             // From here on the lease keeps the entry's pages; before, a collection could free them.
             catalogue = Catalogue::read(medium.as_ref())?;
             let now = catalogue.live(snapshot).cloned();
-            match now.as_ref().is_some_and(|now| now.entry == head.entry) {
-                true => lease = Some(Arc::new(held)),
-                false => head = now.ok_or_else(missing)?,
+            if now.as_ref().is_some_and(|now| now.entry == head.entry) {
+                lease = Some(Arc::new(held));
+            } else {
+                head = now.ok_or_else(missing)?;
             }
         }
         let beats = lease.clone().zip(leased).filter(|_| medium.facts().shared_between_hosts);
         let is_there = is_there(&medium, &head);
-        let heart = beats.map(|(held, on_lost)| Heart::start(held, is_there, on_lost)).transpose();
+        let heart = beats.map(|(held, on_lost)| start_heart(held, is_there, on_lost)).transpose();
         let _heart = heart.map_err(Error::io("keep a lease of", &path))?;
         Ok(PoolTier { medium, catalogue, head, entry: OnceLock::new(), _heart, lease })
     }
@@ -83,14 +85,17 @@ impl PoolTier {
 
 /// Returns a function that tells whether the pool still has the entry.
 fn is_there(medium: &Arc<dyn Medium>, head: &Head) -> impl Fn() -> Result<bool, Error> + Send + use<> {
-    let (medium, snapshot, entry) = (medium.clone(), head.snapshot, head.entry);
+    let medium = medium.clone();
+    let snapshot = head.snapshot;
+    let entry = head.entry;
     move || Ok(Catalogue::read(medium.as_ref())?.live(snapshot).is_some_and(|now| now.entry == entry))
 }
 
 impl Tier for PoolTier {
     fn source(&self) -> TierSource {
         let access = if self.medium.facts().copy_on_write { TierAccess::MapPrivate } else { TierAccess::MapShared };
-        let (pool, entry) = (self.catalogue.superblock.id, self.head.entry.digest);
+        let pool = self.catalogue.superblock.id;
+        let entry = self.head.entry.digest;
         TierSource { pool, entry, access, len: self.geometry().data.len }
     }
 
@@ -143,52 +148,28 @@ impl Tier for PoolTier {
     }
 }
 
-/// Sends the heartbeats of a lease that other hosts watch.
-#[derive(Debug)]
-struct Heart {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Heart {
-    fn start(
-        lease: Arc<Held>,
-        is_there: impl Fn() -> Result<bool, Error> + Send + 'static,
-        on_lost: OnLost,
-    ) -> io::Result<Heart> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let beat = move || {
-            let mut settled = false;
-            loop {
-                std::thread::park_timeout(if settled { BEAT } else { SETTLE });
-                if stopped.load(Ordering::Relaxed) {
-                    return;
-                }
-                let beaten = match settled {
-                    true => lease.beat(),
-                    false => lease.settle(&is_there).map(|stands| settled = stands),
-                };
-                match beaten {
-                    Ok(()) => {}
-                    // Without a lease nothing protects its pages.
-                    Err(error @ (Error::LeaseLost { .. } | Error::NoLease { .. })) => return on_lost(error),
-                    Err(error) => tracing::error!(%error, "The lease of a pool cannot be kept alive"),
-                }
+/// Starts the thread that sends the heartbeats of a lease that other hosts watch.
+fn start_heart(
+    lease: Arc<Held>,
+    is_there: impl Fn() -> Result<bool, Error> + Send + 'static,
+    on_lost: OnLost,
+) -> io::Result<Worker> {
+    let (stop, stopped) = channel();
+    let beat = move || {
+        let mut settled = false;
+        while stopped.recv_timeout(if settled { BEAT } else { SETTLE }) == Err(RecvTimeoutError::Timeout) {
+            let beaten = if settled { lease.beat() } else { lease.settle(&is_there).map(|stands| settled = stands) };
+            match beaten {
+                Ok(()) => {}
+                // Without a lease nothing protects its pages.
+                Err(error @ (Error::LeaseLost { .. } | Error::NoLease { .. })) => return on_lost(error),
+                Err(error) => tracing::error!(%error, "The lease of a pool cannot be kept alive"),
             }
-        };
-        let thread = std::thread::Builder::new().name("lease".into()).spawn(beat)?;
-        Ok(Heart { stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for Heart {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            // A panic of the thread has been reported by the panic hook.
-            let _ = thread.join();
         }
-    }
+    };
+    let stop = move || {
+        // A failure means that the thread has ended.
+        let _ = stop.send(());
+    };
+    Worker::start(Builder::new().name("lease".into()), stop, beat)
 }

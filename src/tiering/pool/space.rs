@@ -33,7 +33,8 @@ impl Space {
         let before = self.free.range(..start).next_back().map(|(start, len)| (*start, *len));
         let inside: Vec<(u64, u64)> = self.free.range(start..end).map(|(start, len)| (*start, *len)).collect();
         for (at, len) in before.into_iter().chain(inside) {
-            let (from, to) = (at.max(start), (at + len).min(end));
+            let from = at.max(start);
+            let to = (at + len).min(end);
             if from >= to {
                 continue;
             }
@@ -54,7 +55,8 @@ impl Space {
             return;
         }
         self.total += len;
-        let (mut start, mut len) = (start, len);
+        let mut start = start;
+        let mut len = len;
         if let Some((before, before_len)) = self.free.range(..start).next_back().map(|(at, len)| (*at, *len))
             && before + before_len == start
         {

@@ -115,7 +115,9 @@ impl Medium for FakeMedium {
     }
 
     fn facts(&self) -> Facts {
-        let (kind, align, shared_between_hosts) = ("dir", 4096, self.shared);
+        let kind = "dir";
+        let align = 4096;
+        let shared_between_hosts = self.shared;
         Facts { kind, align, copy_on_write: true, huge: true, readable: true, shared_between_hosts }
     }
 
@@ -153,7 +155,8 @@ impl Medium for FakeMedium {
 
     fn flush(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut memory = self.memory.lock().unwrap();
-        let (start, end) = (offset as usize, (offset + len) as usize);
+        let start = offset as usize;
+        let end = (offset + len) as usize;
         let pending = std::mem::take(&mut memory.pending);
         for (at, bytes) in pending {
             if at < end && start < at + bytes.len() {
@@ -252,7 +255,8 @@ const CHILD: &[(u64, u64, u64)] = &[(100, 300, 1), (400, 80, 2), (480, 120, 1), 
 #[test]
 fn snapshots_share_common_pages_and_read_back_unchanged() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
+    let base = snapshot(dir.path(), "base", BASE);
+    let child = snapshot(dir.path(), "child", CHILD);
     let medium = Arc::new(FakeMedium::formatted());
     let first = add(&medium, &base, "base").unwrap();
     assert_eq!((first.nonzero, first.shared, first.runs), (500, 0, 1));
@@ -269,7 +273,8 @@ fn snapshots_share_common_pages_and_read_back_unchanged() {
 #[test]
 fn pages_of_a_removed_snapshot_are_freed_once_unused() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
+    let base = snapshot(dir.path(), "base", BASE);
+    let child = snapshot(dir.path(), "child", CHILD);
     let medium = Arc::new(FakeMedium::formatted());
     add(&medium, &base, "base").unwrap();
     add(&medium, &child, "child").unwrap();
@@ -302,7 +307,8 @@ fn lasting(medium: &FakeMedium, expiry_s: u64) -> usize {
 #[test]
 fn a_lease_of_another_host_is_ended_when_it_is_old_and_silent() {
     let [one, other] = FakeMedium::of_two_hosts();
-    let (own, others) = (hold(&one), hold(&other));
+    let own = hold(&one);
+    let others = hold(&other);
     assert_eq!(lease::live(one.as_ref(), EXPIRY_S).unwrap().len(), 2);
     std::thread::sleep(Duration::from_millis(1100));
     assert_eq!(lease::live(one.as_ref(), 0).unwrap().len(), 1, "its own does not age");
@@ -554,7 +560,8 @@ fn flipped_bits_are_found_wherever_they_are() {
     let medium = Arc::new(FakeMedium::formatted());
     add(&medium, &base, "base").unwrap();
     let state = Catalogue::read(medium.as_ref()).unwrap();
-    let (geometry, head) = (*state.geometry(), state.heads[0].clone());
+    let geometry = *state.geometry();
+    let head = state.heads[0].clone();
     let at = state.entry(medium.as_ref(), &head).unwrap().runs[0].at;
     let check = || fsck::check(medium.as_ref(), &mut |_, _| {});
     for offset in [geometry.page(at) + 5000, geometry.sums.offset + at * 4 + 4, geometry.hashes.offset + at * 16 + 16] {
@@ -609,7 +616,8 @@ proptest! {
         fates in prop::collection::vec(any::<u16>(), 1..8),
     ) {
         let dir = tempfile::tempdir().unwrap();
-        let (base, child) = (snapshot(dir.path(), "base", BASE), snapshot(dir.path(), "child", CHILD));
+        let base = snapshot(dir.path(), "base", BASE);
+        let child = snapshot(dir.path(), "child", CHILD);
         let other = snapshot(dir.path(), "other", &[(0, 100, 9)]);
         let medium = Arc::new(FakeMedium::formatted());
         add(&medium, &base, "base").unwrap();

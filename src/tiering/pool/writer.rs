@@ -57,7 +57,8 @@ pub fn create(medium: &dyn Medium, id: PoolId, format: Option<&str>, name: &str)
 }
 
 fn refuse_what_is_there(medium: &dyn Medium, name: &str) -> Result<(), Error> {
-    let (path, name) = (medium.path().to_path_buf(), name.to_string());
+    let path = medium.path().to_path_buf();
+    let name = name.to_string();
     match superblocks(medium) {
         Ok(_) => {
             let snapshots = Catalogue::read(medium).map_or(0, |catalogue| catalogue.heads.len());

@@ -113,14 +113,16 @@ mod tests {
     proptest! {
         #[test]
         fn numbers_come_back(values in prop::collection::vec((1_u64.., 1_u32..=64), 0..50)) {
-            let (mut bits, mut bytes) = (BitWriter::default(), Vec::new());
+            let mut bits = BitWriter::default();
+            let mut bytes = Vec::new();
             for &(value, count) in &values {
                 bits.bits(value, count);
                 bits.gamma(value);
                 put_varint(&mut bytes, value);
             }
             let packed = bits.finish();
-            let (mut reader, mut rest) = (BitReader::new(&packed), bytes.as_slice());
+            let mut reader = BitReader::new(&packed);
+            let mut rest = bytes.as_slice();
             for &(value, count) in &values {
                 prop_assert_eq!(reader.bits(count), Some(value & u64::MAX >> (64 - count)));
                 prop_assert_eq!(reader.gamma(), Some(value));

@@ -78,7 +78,8 @@ impl Profile {
         set
     }
 
-    /// FaaSnap's loading set: touched pages that are not zero in the snapshot. [`nonzero`](super::nonzero) makes the argument.
+    /// FaaSnap's loading set: touched pages that are not zero in the snapshot. [`nonzero`](super::nonzero) makes the
+    /// argument.
     pub fn loading_set(&self, nonzero: &PageSet) -> PageSet {
         self.working_set().intersection(nonzero)
     }
@@ -169,7 +170,8 @@ impl Profile {
 impl Frequency {
     fn check(&self, runs: u32, pages: &PageSet) -> Result<(), String> {
         for counts in [&self.touched, &self.written] {
-            let (mut seen, mut last) = (PageSet::new(), 0);
+            let mut seen = PageSet::new();
+            let mut last = 0;
             for (count, set) in counts {
                 if *count <= last || *count >= runs {
                     return Err(format!("it counts {count} of {runs} runs"));

@@ -158,7 +158,8 @@ fn encode_class(class: &PageSet, ranks: &Ranks) -> Vec<u8> {
 }
 
 fn encode_times(times_ns: &[u64]) -> Vec<u8> {
-    let (mut out, mut last) = (Vec::new(), 0);
+    let mut out = Vec::new();
+    let mut last = 0;
     for &time in times_ns {
         put_varint(&mut out, time.saturating_sub(last));
         last = time;
@@ -282,7 +283,8 @@ fn class_of_bits(bytes: &[u8], ranks: &Ranks) -> Result<PageSet, String> {
 }
 
 fn decode_times(mut bytes: &[u8]) -> Result<Vec<u64>, String> {
-    let (mut times, mut last) = (Vec::new(), 0_u64);
+    let mut times = Vec::new();
+    let mut last = 0_u64;
     while !bytes.is_empty() {
         let delta = take_varint(&mut bytes).ok_or("its times are malformed")?;
         last = last.checked_add(delta).ok_or("its times are malformed")?;

@@ -232,7 +232,8 @@ fn merged_order(profiles: &[Profile], pages: &PageSet) -> Order {
     }
     let layered: Vec<Vec<PageSet>> = profiles.iter().map(layers_of).collect();
     let depth = layered.iter().map(Vec::len).max().unwrap_or(0);
-    let (mut layers, mut seen) = (Vec::new(), PageSet::new());
+    let mut layers = Vec::new();
+    let mut seen = PageSet::new();
     for index in 0..depth {
         let at = layered.iter().filter_map(|layers| layers.get(index));
         let layer = at.fold(PageSet::new(), |all, layer| all.union(layer)).intersection(pages).difference(&seen);

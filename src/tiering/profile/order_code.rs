@@ -91,7 +91,8 @@ pub fn encode(extents: &[Extent], ranks: &Ranks) -> Vec<u8> {
             _ => runs.push((rank, extent.pages)),
         }
     }
-    let (mut bits, mut stride) = (BitWriter::default(), Stride::default());
+    let mut bits = BitWriter::default();
+    let mut stride = Stride::default();
     for (first, count) in runs {
         if stride.expected() == Some((first, count)) {
             bits.bits(0b10, 2);
@@ -120,8 +121,10 @@ fn take_run(bits: &mut BitReader<'_>, width: u32, stride: &Stride) -> Option<(u6
 
 /// Unpacks an exact order; fails unless it has every page once.
 pub fn decode(bytes: &[u8], ranks: &Ranks) -> Result<Vec<Extent>, String> {
-    let (mut bits, mut stride) = (BitReader::new(bytes), Stride::default());
-    let (mut seen, mut done) = (PageSet::new(), 0_u64);
+    let mut bits = BitReader::new(bytes);
+    let mut stride = Stride::default();
+    let mut seen = PageSet::new();
+    let mut done = 0_u64;
     let mut extents: Vec<Extent> = Vec::new();
     while done < ranks.pages() {
         let run = take_run(&mut bits, ranks.width(), &stride);

@@ -34,7 +34,8 @@ pub fn decode(mut bytes: &[u8]) -> Result<PageSet, String> {
         return Err(format!("a set of pages has {runs} runs, at most {MAX_SET_RUNS} are allowed"));
     }
     let mut bits = BitReader::new(bytes);
-    let (mut set, mut end) = (PageSet::new(), None);
+    let mut set = PageSet::new();
+    let mut end = None;
     for _ in 0..runs {
         let distance = bits.gamma().ok_or_else(early)?;
         let pages = bits.gamma().ok_or_else(early)?;

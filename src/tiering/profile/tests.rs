@@ -152,7 +152,8 @@ proptest! {
 #[test]
 fn order_of_a_merge_is_by_mean_rank() {
     let read = |pages: &[u64]| profile_of(&pages.iter().map(|page| (*page, 0)).collect::<Vec<_>>());
-    let (a, b) = (read(&[5, 6, 7, 1, 2]), read(&[6, 7, 5, 2, 1, 9]));
+    let a = read(&[5, 6, 7, 1, 2]);
+    let b = read(&[6, 7, 5, 2, 1, 9]);
     let (merged, agreement) = merge(&[a, b], MergeKind::Union).unwrap();
     // Ranks: 5 → 1, 6 and 7 (one piece, together in both) → 0.5, 1 → 3.5, 2 → 3.5, 9 → 5.
     assert_eq!(merged.order, order_of([6, 7, 5, 1, 2, 9]));

@@ -36,7 +36,9 @@ impl FaultLog {
     pub fn profile(&self, snapshot: SnapshotId, function: &str, until_ns: u64) -> Profile {
         let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         let mut profile = Profile::new(snapshot, RecorderKind::Uffd, function);
-        let (mut seen, mut order, mut start_ns) = (PageSet::new(), Vec::<Extent>::new(), 0);
+        let mut seen = PageSet::new();
+        let mut order = Vec::<Extent>::new();
+        let mut start_ns = 0;
         for event in events.iter().filter(|event| event.at_ns <= until_ns) {
             if event.kind != FaultKind::Read {
                 profile.written.insert(event.gfn);

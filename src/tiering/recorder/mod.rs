@@ -41,9 +41,10 @@ pub fn from_mapped(snapshot: SnapshotId, function: &str, mapped: MappedPages) ->
     let mut profile = Profile::new(snapshot, RecorderKind::Pagemap, function);
     let shared = mapped.shared.difference(&mapped.own);
     profile.written = mapped.own;
-    match mapped.only_touched {
-        true => profile.read = shared,
-        false => profile.unclassified = shared,
+    if mapped.only_touched {
+        profile.read = shared;
+    } else {
+        profile.unclassified = shared;
     }
     profile
 }

@@ -53,7 +53,8 @@ fn pieces(item: &PlannedExtent, source: PageSource, align: u64) -> Vec<PlannedEx
     let first = item.extent.first.0;
     let end = item.extent.end().0;
     let is_congruent = first % align == source.offset / PAGE_SIZE % align;
-    let (start, stop) = (first.next_multiple_of(align), end / align * align);
+    let start = first.next_multiple_of(align);
+    let stop = end / align * align;
     let (start, stop) = if is_congruent && start < stop { (start, stop) } else { (end, end) };
     let part = |from: u64, to: u64, placement| {
         let extent = Extent { first: Gfn(from), pages: to - from };

@@ -95,7 +95,8 @@ impl Place for RdmaPlace {
         let longest = longest.max(READ_BYTES).next_multiple_of(PAGE_SIZE) as usize;
         // Registered now, so that the first fault does not wait for it.
         reader.prepare(1, longest).map_err(transient)?;
-        let (index, patience) = (index.clone(), self.patience);
+        let index = index.clone();
+        let patience = self.patience;
         Ok(Box::new(RdmaSource { reader, connection, patience, longest, index, counters }))
     }
 }

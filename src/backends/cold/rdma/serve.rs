@@ -5,7 +5,7 @@ use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::backends::cold::wire::{Attached, Endpoint, Why};
+use crate::backends::cold::wire::{Attached, Endpoint, RefusalReason};
 use crate::backends::verbs;
 use crate::backends::verbs::{Lent, Port};
 
@@ -52,16 +52,16 @@ impl Lender {
         Ok(Lender { port: Port::at(address)?, limit, registered: Arc::default() })
     }
 
-    fn share(&self, bytes: u64) -> Result<Share, (Why, String)> {
+    fn share(&self, bytes: u64) -> Result<Share, (RefusalReason, String)> {
         let limit = self.limit >> 20;
         if bytes > self.limit {
             let why =
                 format!("the snapshot has {} MiB, the page server may register {limit} MiB", bytes.div_ceil(1 << 20));
-            return Err((Why::Never, why));
+            return Err((RefusalReason::Never, why));
         }
         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
         if *registered + bytes > self.limit {
-            return Err((Why::Busy, format!("the page server has registered the {limit} MiB it may")));
+            return Err((RefusalReason::Busy, format!("the page server has registered the {limit} MiB it may")));
         }
         *registered += bytes;
         Ok(Share { of: self.registered.clone(), bytes })
@@ -76,9 +76,10 @@ impl Lender {
         (data, len): (&File, u64),
         registered: &Registered,
         (peer, reader): (SocketAddr, Endpoint),
-    ) -> Result<(Loan, Attached), (Why, String)> {
-        let failed =
-            |doing: &'static str| move |error: std::io::Error| (Why::Failed, format!("cannot {doing}: {error}"));
+    ) -> Result<(Loan, Attached), (RefusalReason, String)> {
+        let failed = |doing: &'static str| {
+            move |error: std::io::Error| (RefusalReason::Failed, format!("cannot {doing}: {error}"))
+        };
         // Held while the object is registered: other clients of the same object wait.
         let mut registered = registered.0.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = match registered.upgrade() {

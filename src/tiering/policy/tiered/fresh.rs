@@ -23,7 +23,8 @@ pub fn blocks(facts: &PolicyFacts, touches: &[Touch], extents: &[PlannedExtent])
     let mut at = 0;
     let mut written_end = None;
     for zero in extents.iter().filter(|item| item.placement == Placement::Zero).map(|item| item.extent) {
-        let (first, end) = (zero.first.0.next_multiple_of(HUGE_PAGE_PAGES), zero.end().0);
+        let first = zero.first.0.next_multiple_of(HUGE_PAGE_PAGES);
+        let end = zero.end().0;
         for number in first / HUGE_PAGE_PAGES..end / HUGE_PAGE_PAGES {
             let block = Extent { first: Gfn(number * HUGE_PAGE_PAGES), pages: HUGE_PAGE_PAGES };
             while let Some(touch) = touches.get(at).filter(|touch| touch.extent.end() <= block.first) {

@@ -38,9 +38,10 @@ pub fn limit(plan: &mut RestorePlan, facts: &PolicyFacts, touches: &[Touch], (li
         let Some(source) = part.source else { continue };
         let copied = touched >= LIKELY && pages <= room;
         room -= if copied { pages } else { 0 };
-        moved.push(Labelled(match copied {
-            true => PlannedExtent::preload(part.extent, source, Fill::Copy),
-            false => PlannedExtent::from(part.extent, Placement::Lazy, source),
+        moved.push(Labelled(if copied {
+            PlannedExtent::preload(part.extent, source, Fill::Copy)
+        } else {
+            PlannedExtent::from(part.extent, Placement::Lazy, source)
         }));
     }
     moved.sort_unstable_by_key(|item| item.0.extent.first);
@@ -66,7 +67,9 @@ mod tests {
         let extent = |first, pages| Extent { first: Gfn(first), pages };
         let source = PageSource::tier(0, 0);
         let resolved = [ResolvedRun { extent: extent(0, 1000), content: Content::Bytes(source) }];
-        let (pool, entry, len) = (PoolId::default(), Digest::default(), 1000 * PAGE_SIZE);
+        let pool = PoolId::default();
+        let entry = Digest::default();
+        let len = 1000 * PAGE_SIZE;
         let tiers = [TierSource { pool, entry, access: TierAccess::MapPrivate, len }];
         let costs = Costs::default();
         let facts = PolicyFacts { tiers: &tiers, ..PolicyFacts::bare(&layout, 1, &resolved, &costs) };

@@ -203,7 +203,8 @@ impl Search<'_> {
     fn within_budget(&self, facts: &PolicyFacts) -> (RestorePlan, Estimate) {
         let least = facts.page_ns;
         let mut best = self.at_price(facts, least);
-        let (mut low, mut high) = (least, least.max(25.0) * 2.0);
+        let mut low = least;
+        let mut high = least.max(25.0) * 2.0;
         for _ in 0..DOUBLINGS {
             if self.fits(&best.1) {
                 break;

@@ -92,8 +92,10 @@ pub fn parts_of_groups(runs: &[Extent]) -> Vec<(u64, u64)> {
         _ => parts.push((number, pages)),
     };
     for run in runs {
-        let (first, end) = (run.first.0, run.end().0);
-        let (head, tail) = (first.next_multiple_of(GROUP_PAGES).min(end), end / GROUP_PAGES * GROUP_PAGES);
+        let first = run.first.0;
+        let end = run.end().0;
+        let head = first.next_multiple_of(GROUP_PAGES).min(end);
+        let tail = end / GROUP_PAGES * GROUP_PAGES;
         if first < head {
             add(first / GROUP_PAGES, head - first);
         }

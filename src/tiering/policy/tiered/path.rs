@@ -139,7 +139,8 @@ impl<'a> Field<'a> {
 
     /// One unit further: the new front, and for each backing the one it was reached from.
     fn advance(&self, front: &Front, last: Option<&Unit>, unit: &Unit, ways: &Ways) -> (Front, [usize; 3]) {
-        let (mut next, mut from) = ([f64::INFINITY; 3], [0; 3]);
+        let mut next = [f64::INFINITY; 3];
+        let mut from = [0; 3];
         for to in 0..BACKINGS.len() {
             let Some(price) = ways[to] else { continue };
             for (before, so_far) in front.iter().enumerate() {

@@ -144,7 +144,9 @@ impl Unit {
         if runs.is_empty() {
             return None;
         }
-        let (mut open, mut broken, mut run) = (Tally::default(), Tally::default(), 0);
+        let mut open = Tally::default();
+        let mut broken = Tally::default();
+        let mut run = 0;
         pieces(self.extent, touches, &mut self.touch.clone(), |piece, touch| {
             pieces(piece, &runs, &mut run, |part, inside| {
                 let tally = if inside.is_some() { &mut broken } else { &mut open };
