@@ -11,7 +11,7 @@ use crate::bench::Error;
 use crate::snapshot::PAGE_SIZE;
 use crate::sys::clock;
 use crate::sys::mapping::Reservation;
-use crate::sys::uffd::{Install, Uffd};
+use crate::sys::uffd::{FaultKinds, Install, Uffd};
 use crate::tiering::costs::Costs;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -108,8 +108,8 @@ impl Bench<'_> {
         self.rounds(PAGES, || {
             let memory = Reservation::new(LEN)?;
             memory.map_anon(0, LEN)?;
-            let uffd = Uffd::open(false)?;
-            uffd.register(&memory, 0, LEN, false)?;
+            let uffd = Uffd::open(FaultKinds::Missing)?;
+            uffd.register(&memory, 0, LEN, FaultKinds::Missing)?;
             timed(|| uffd.install(memory.base() as usize, &bytes, Install::default()).map(drop))
         })
     }

@@ -18,7 +18,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::bench::Error;
 use crate::snapshot::PAGE_SIZE;
 use crate::sys::mapping::Reservation;
-use crate::sys::uffd::{Told, Uffd};
+use crate::sys::uffd::{Message, Uffd};
 use crate::sys::wait::either_readable;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -171,10 +171,10 @@ impl Memory {
             if stop.read().is_ok() {
                 return Ok(());
             }
-            for told in uffd.told().map_err(Error::os("read page faults"))? {
-                match told {
-                    Told::Fault(fault) => waiting.push(fault.address),
-                    Told::Removed(range) => self.removed.push(range),
+            for message in uffd.messages().map_err(Error::os("read page faults"))? {
+                match message {
+                    Message::Fault(fault) => waiting.push(fault.address),
+                    Message::Removed(range) => self.removed.push(range),
                 }
             }
             for address in std::mem::take(&mut waiting) {
@@ -258,6 +258,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::sys::uffd::FaultKinds;
 
     #[test]
     fn handler_answers_from_the_file_and_with_zeros_what_was_given_back() {
@@ -270,7 +271,7 @@ mod tests {
             let memory = Reservation::new(4 * PAGE).unwrap();
             memory.map_anon(0, 4 * PAGE).unwrap();
             let uffd = Uffd::open_telling_removals().unwrap();
-            uffd.register(&memory, 0, 4 * PAGE, false).unwrap();
+            uffd.register(&memory, 0, 4 * PAGE, FaultKinds::Missing).unwrap();
             let base_host_virt_addr = memory.base() as u64;
             let offset = 0;
             let page_size = PAGE;

@@ -86,7 +86,8 @@ mod tests {
     #[test]
     fn accesses_reach_the_device_that_covers_the_address() {
         let mut bus = Bus::default();
-        let (low, high) = (Arc::new(Recorder::default()), Arc::new(Recorder::default()));
+        let low = Arc::new(Recorder::default());
+        let high = Arc::new(Recorder::default());
         bus.insert(0x60, 8, low.clone()).unwrap();
         bus.insert(0x3f8, 8, high.clone()).unwrap();
         let mut data = [0u8; 2];

@@ -99,7 +99,8 @@ fn add(counts: &mut FaultIns, ram: &GuestRam, pagemap: &Pagemap, run: Extent, wh
 
 /// Minor and major faults of the vCPU threads (proc(5), `/proc/pid/task/tid/stat`, fields 10 and 12).
 fn vcpu_faults() -> std::io::Result<(u64, u64)> {
-    let (mut minor, mut major) = (0, 0);
+    let mut minor = 0;
+    let mut major = 0;
     for entry in std::fs::read_dir("/proc/self/task")? {
         let stat = match std::fs::read_to_string(entry?.path().join("stat")) {
             Ok(stat) => stat,

@@ -74,7 +74,9 @@ impl BackgroundWork {
         let stop = Arc::new(AtomicBool::new(false));
         let compared = Arc::new(AtomicBool::new(last_compared.is_none()));
         let is_compared = compared.clone();
-        let (stopped, mut files, released) = (stop.clone(), files.clone(), ram.released().clone());
+        let stopped = stop.clone();
+        let mut files = files.clone();
+        let released = ram.released().clone();
         let work = move || {
             if let (Some(reader), Some((uffd, counters))) = (files.cold_reader(), &lazy) {
                 let work = FarInstall { uffd, counters, released: &released, activity: &activity, stop: &stopped };
@@ -89,7 +91,8 @@ impl BackgroundWork {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                let (part, from) = (step.part, step.lazy);
+                let part = step.part;
+                let from = step.lazy;
                 let _reads = activity.reads(part, from.source_of(part));
                 if let Err(error) = carry_out(step, &mut files, lazy.as_ref(), &released, &mut buffer) {
                     let lost = lost::within(part).map(Ending::MemoryLost);
@@ -121,10 +124,10 @@ impl BackgroundWork {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        match self.compared.load(Ordering::Acquire) {
-            true => Ok(()),
-            false => Err(Error::Uncompared("does not match its checksums, or could not be read")),
+        if !self.compared.load(Ordering::Acquire) {
+            return Err(Error::Uncompared("does not match its checksums, or could not be read"));
         }
+        Ok(())
     }
 
     /// Asks the thread to end and waits for it until `deadline`. Returns whether it has ended.

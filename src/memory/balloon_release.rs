@@ -79,7 +79,8 @@ fn without(extent: Extent, pages: &PageSet) -> Vec<Extent> {
     if pages.len_in(extent) == 0 {
         return vec![extent];
     }
-    let (mut runs, mut at) = (Vec::new(), extent.first);
+    let mut runs = Vec::new();
+    let mut at = extent.first;
     let end = Extent { first: extent.end(), pages: 0 };
     for run in pages.runs_in(extent).chain([end]) {
         if at < run.first {
@@ -113,7 +114,8 @@ impl Releaser {
         released: Arc<Released>,
         activity: Option<Activity>,
     ) -> Self {
-        let (remaps_left, mappings_max) = (REMAPS_FIRST, MAPPINGS_MAX);
+        let remaps_left = REMAPS_FIRST;
+        let mappings_max = MAPPINGS_MAX;
         let in_place = None;
         Releaser { ranges, file_mapped, may_join, remaps_left, mappings_max, released, activity, in_place }
     }
@@ -138,7 +140,10 @@ impl Releaser {
     fn release_part(&mut self, index: usize, part: Extent, books: &mut Books) -> Outcome {
         let mut outcome = Outcome::default();
         let mut files: Vec<Extent> = self.file_mapped.runs_in(part).collect();
-        if let (true, Some(first), Some(last)) = (self.may_join, files.first(), files.last()) {
+        if self.may_join
+            && let Some(first) = files.first()
+            && let Some(last) = files.last()
+        {
             files = vec![Extent { first: first.first, pages: last.end().0 - first.first.0 }];
         }
         let others = without(part, &files.iter().copied().collect());
@@ -149,7 +154,8 @@ impl Releaser {
                 continue;
             }
             let (range, memory) = &self.ranges[index];
-            let (offset, len) = ((run.gpa() - range.gpa) as usize, run.bytes() as usize);
+            let offset = (run.gpa() - range.gpa) as usize;
+            let len = run.bytes() as usize;
             let done = match (&self.in_place, is_file) {
                 (Some(in_place), true) => in_place.replace_by_zeros(run),
                 (None, true) => memory.map_anon(offset, len),
@@ -163,7 +169,8 @@ impl Releaser {
                     outcome.released += run.pages;
                 }
                 Err(error) => {
-                    let (gpa, pages) = (run.gpa(), run.pages);
+                    let gpa = run.gpa();
+                    let pages = run.pages;
                     tracing::warn!(gpa, pages, %error, "Pages cannot be given back to the host");
                     outcome.refused += run.pages;
                     continue;

@@ -21,7 +21,7 @@ use crate::snapshot::{
 use crate::sys::lost;
 use crate::sys::mapping::Buffer;
 use crate::sys::timeline::{Slice, Timeline};
-use crate::sys::uffd::{Install, Uffd};
+use crate::sys::uffd::{FaultKinds, Install, Uffd};
 
 /// Counts and times of carrying out a plan.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -58,7 +58,7 @@ pub type Served = (Arc<Uffd>, Vec<LazyExtent>);
 
 /// Options of carrying out a plan that the plan does not contain.
 #[derive(Clone, Copy, Debug)]
-pub struct How {
+pub struct BuildOptions {
     /// The fault service serves every page, whatever its placement, page by page (for recording).
     pub observed: bool,
     /// Mapping of pages in place on a tier that allows more than one.
@@ -70,15 +70,15 @@ pub fn build(
     files: &Files,
     plan: &RestorePlan,
     layout: &MemoryLayout,
-    how: How,
+    options: BuildOptions,
     timeline: &mut Timeline,
 ) -> Result<Built, Error> {
     plan.validate(layout, &files.chain().layer_file_lens())?;
     let mut ram = GuestRam::reserve(layout)?;
-    let mut engine = Engine { files, plan, layout, in_place: how.in_place, report: EngineReport::default() };
+    let mut engine = Engine { files, plan, layout, in_place: options.in_place, report: EngineReport::default() };
     engine.report.planned = plan.counts();
     engine.report.extents = plan.extents.len() as u64;
-    let lazy = if how.observed {
+    let lazy = if options.observed {
         let lazy = engine.map_observed(&ram)?;
         timeline.lap(Slice::Map);
         lazy
@@ -99,8 +99,8 @@ pub fn build(
         }
         lazy
     };
-    ram.set_pieces(pieces(plan, how.observed));
-    ram.set_mapped(if how.observed { Vec::new() } else { file_mapped(plan) }, lazy.is_some());
+    ram.set_pieces(pieces(plan, options.observed));
+    ram.set_mapped(if options.observed { Vec::new() } else { file_mapped(plan) }, lazy.is_some());
     timeline.lap(Slice::Preload);
     Ok(Built { ram, report: engine.report, lazy })
 }
@@ -109,7 +109,7 @@ pub fn build(
 /// notified of pages that the guest gives back.
 pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mut Timeline) -> Result<Built, Error> {
     let mut ram = GuestRam::reserve(layout)?;
-    let uffd = if tells_removals { Uffd::open_telling_removals() } else { Uffd::open(false) };
+    let uffd = if tells_removals { Uffd::open_telling_removals() } else { Uffd::open(FaultKinds::Missing) };
     let uffd = uffd.map_err(Error::Userfaultfd)?;
     let mut report = EngineReport::default();
     for extent in layout.extents() {
@@ -117,7 +117,7 @@ pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mu
         report.uffd_calls += 1;
         report.planned.lazy += extent.pages;
         ram.map_anon(extent)?;
-        ram.register(extent, &uffd, false)?;
+        ram.register(extent, &uffd, FaultKinds::Missing)?;
     }
     ram.set_pieces(layout.extents().map(|extent| Piece { extent, backing: Backing::Lazy }).collect());
     ram.set_mapped(Vec::new(), true);
@@ -175,12 +175,12 @@ impl Engine<'_> {
 
     /// Maps everything anonymous and behind one userfaultfd, with writes told apart from reads.
     fn map_observed(&mut self, ram: &GuestRam) -> Result<Option<Served>, Error> {
-        let uffd = Uffd::open(true).map_err(Error::Userfaultfd)?;
+        let uffd = Uffd::open(FaultKinds::MissingAndProtected).map_err(Error::Userfaultfd)?;
         for extent in self.layout.extents() {
             self.report.mmap_calls += 1;
             self.report.uffd_calls += 1;
             ram.map_anon(extent)?;
-            ram.register(extent, &uffd, true)?;
+            ram.register(extent, &uffd, FaultKinds::MissingAndProtected)?;
         }
         let lazy = self.plan.extents.iter().map(|planned| lazy_extent(ram, planned)).collect::<Result<_, _>>()?;
         Ok(Some((Arc::new(uffd), sorted(lazy))))
@@ -193,10 +193,10 @@ impl Engine<'_> {
         if served.is_empty() {
             return Ok(None);
         }
-        let uffd = Uffd::open(false).map_err(Error::Userfaultfd)?;
+        let uffd = Uffd::open(FaultKinds::Missing).map_err(Error::Userfaultfd)?;
         for run in &served {
             self.report.uffd_calls += 1;
-            ram.register(*run, &uffd, false)?;
+            ram.register(*run, &uffd, FaultKinds::Missing)?;
         }
         let inside = items_in(self.plan, &served);
         let lazy = inside.map(|planned| lazy_extent(ram, planned)).collect::<Result<_, _>>()?;

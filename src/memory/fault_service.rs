@@ -163,7 +163,8 @@ impl FaultWork {
             if stop.read().is_ok() {
                 return Ok(());
             }
-            let (start_ns, before) = (clock::monotonic_ns(), self.counters.installed.load(Ordering::Relaxed));
+            let start_ns = clock::monotonic_ns();
+            let before = self.counters.installed.load(Ordering::Relaxed);
             let faults = self.uffd.faults().map_err(failed)?;
             let count = faults.len() as u64;
             for fault in faults {
@@ -231,9 +232,10 @@ impl FaultWork {
         for run in books.still_snapshot(block) {
             let start = ((run.first.0 - block.first.0) * PAGE_SIZE) as usize;
             let bytes = &bytes[start..start + run.bytes() as usize];
-            let installed = match self.whole_blocks {
-                true => self.install_sparse(lazy, run, bytes),
-                false => self.uffd.install(lazy.host_of(run.first), bytes, Install { wake: true, write_protect }),
+            let installed = if self.whole_blocks {
+                self.install_sparse(lazy, run, bytes)
+            } else {
+                self.uffd.install(lazy.host_of(run.first), bytes, Install { wake: true, write_protect })
             };
             self.counters.installed.fetch_add(installed.map_err(|error| failed("install", error))?, Ordering::Relaxed);
         }

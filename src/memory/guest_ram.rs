@@ -21,7 +21,7 @@ use crate::sys::guest_memory::{Memory, UnguardedMemory, region_bitmap};
 use crate::sys::lost;
 use crate::sys::lost::{MappedFile, Mapping, Watched};
 use crate::sys::mapping::{Populator, Reservation};
-use crate::sys::uffd::Uffd;
+use crate::sys::uffd::{FaultKinds, Uffd};
 
 /// The backing of a piece of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -224,11 +224,11 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Lets `uffd` answer first touches of `extent`, which is anonymous memory.
-    pub fn register(&self, extent: Extent, uffd: &Uffd, write_protect: bool) -> Result<(), Error> {
+    /// Lets `uffd` answer `faults` of `extent`, which is anonymous memory.
+    pub fn register(&self, extent: Extent, uffd: &Uffd, faults: FaultKinds) -> Result<(), Error> {
         let (memory, offset) = self.locate(extent)?;
         let len = extent.bytes() as usize;
-        uffd.register(memory, offset, len, write_protect).map_err(|source| map_failed(extent, source))
+        uffd.register(memory, offset, len, faults).map_err(|source| map_failed(extent, source))
     }
 
     /// Makes the kernel map only the pages that are touched (Linux 6.7; `None` before): no fault-around and no huge

@@ -99,7 +99,8 @@ fn fill_near(files: &Files, wanted: Vec<Wanted<'_>>, direct: bool) -> Result<Fil
         all_direct: AtomicBool::new(direct),
     };
     let threads = worker::share("reads", threads, || work.run())?;
-    let (calls, direct) = (work.calls.into_inner(), work.all_direct.into_inner());
+    let calls = work.calls.into_inner();
+    let direct = work.all_direct.into_inner();
     Ok(Filled { calls, threads: threads as u64, direct })
 }
 
@@ -181,9 +182,10 @@ impl Work<'_, '_> {
         let (file, path) = self.files.require(batch.source.origin)?;
         let failed = |doing, path: &Path, source| Error::File { doing, path: path.to_owned(), source };
         if let Some(direct) = self.direct.get(&batch.source.origin).and_then(Option::as_ref) {
-            let result = match batch.small && batch.parts.len() > 1 {
-                true => self.read_through(direct, &mut batch, buffer),
-                false => self.read_parts(direct, &mut batch),
+            let result = if batch.small && batch.parts.len() > 1 {
+                self.read_through(direct, &mut batch, buffer)
+            } else {
+                self.read_parts(direct, &mut batch)
             };
             match result {
                 // The file system accepts the open and refuses the read.
@@ -272,7 +274,10 @@ mod tests {
 
     #[test]
     fn what_follows_on_in_a_file_is_one_read_wherever_it_goes() {
-        let (mut a, mut b, mut c, mut d) = ([0; 3], [0; 3], [0; 4], [0; 1]);
+        let mut a = [0; 3];
+        let mut b = [0; 3];
+        let mut c = [0; 4];
+        let mut d = [0; 1];
         let wanted = vec![
             Wanted { source: source(1, 5), bytes: &mut c },
             Wanted { source: source(1, 2), bytes: &mut b },

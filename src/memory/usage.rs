@@ -32,7 +32,8 @@ pub struct Usage {
 pub fn read(ram: &GuestRam) -> Result<Usage, Error> {
     let guest: Vec<(u64, u64)> = ram.slots().map(|(range, host)| (host as u64, host as u64 + range.len)).collect();
     let file = std::fs::File::open("/proc/self/smaps").map_err(Error::os("open /proc/self/smaps"))?;
-    let (mut usage, mut vmas) = (Usage::default(), Vec::new());
+    let mut usage = Usage::default();
+    let mut vmas = Vec::new();
     let mut in_guest = false;
     for line in BufReader::new(file).lines() {
         let line = line.map_err(Error::os("read /proc/self/smaps"))?;
@@ -84,7 +85,8 @@ impl Vma {
     fn parse(line: &str) -> Option<Vma> {
         let (start, rest) = line.split_once('-')?;
         let (end, rest) = rest.split_once(' ')?;
-        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        let start = u64::from_str_radix(start, 16).ok()?;
+        let end = u64::from_str_radix(end, 16).ok()?;
         let of_file = rest.split(' ').nth(3)? != "0";
         Some(Vma { start, len: end.checked_sub(start)?, of_file, ..Vma::default() })
     }

@@ -129,7 +129,8 @@ impl Verifier {
         if state != State::Checking {
             return Ok(Some(Verifier { shared, thread: None }));
         }
-        let (chain, tiers) = (files.chain().clone(), files.tiers().to_vec());
+        let chain = files.chain().clone();
+        let tiers = files.tiers().to_vec();
         let work = shared.clone();
         let told = shared.clone();
         let stop = move || {
@@ -165,7 +166,8 @@ impl Verifier {
     /// For reports.
     pub fn json(&self) -> Value {
         let shared = &self.shared;
-        let (pages, verified) = (shared.pages.load(Ordering::Relaxed), shared.verified.load(Ordering::Relaxed));
+        let pages = shared.pages.load(Ordering::Relaxed);
+        let verified = shared.verified.load(Ordering::Relaxed);
         let verity = shared.verity.lock().unwrap_or_else(PoisonError::into_inner);
         let verity: Vec<Value> =
             verity.iter().map(|(path, digest)| json!({ "file": path, "digest": digest })).collect();
@@ -209,7 +211,7 @@ impl Shared {
         if let Err(error) = result {
             let was_checking = locked.state == State::Checking;
             locked.state = State::Failed;
-            if let (false, Some(ending)) = (was_checking, self.ending.get()) {
+            if !was_checking && let Some(ending) = self.ending.get() {
                 drop(locked);
                 ending.end(Ending::MemoryLost(errors::chain(&error)));
                 return;

@@ -13,7 +13,7 @@ use crate::sys::clock;
 use crate::sys::output::{ConsoleOutput, FdSink, Sink, Witness};
 use crate::sys::terminal::RawTerminal;
 use crate::sys::timeline::Moments;
-use crate::vmm::machine::Outside;
+use crate::vmm::machine::Environment;
 
 const CTRL_A: u8 = 1;
 /// Bytes read at once. Bytes that the guest has not taken wait here, so this bounds them too.
@@ -199,13 +199,13 @@ impl Witness for AnswerWatch {
 pub fn to_stdout(
     watched: Option<(&str, &Arc<Answer>)>,
     fault_timeout: Duration,
-) -> io::Result<(Outside, Arc<Moments>)> {
+) -> io::Result<(Environment, Arc<Moments>)> {
     let moments = Arc::new(Moments::default());
     let stdout = io::stdout().as_fd().try_clone_to_owned()?;
     let timed = TimedSink { inner: FdSink::new(stdout), moments: moments.clone() };
     let witness = watched.map(|(id, answer)| Box::new(AnswerWatch::new(id, answer.clone())) as Box<dyn Witness>);
     let output = Arc::new(ConsoleOutput::watched(Box::new(timed), witness)?);
-    Ok((Outside { output, fault_timeout, moments: moments.clone() }, moments))
+    Ok((Environment { output, fault_timeout, moments: moments.clone() }, moments))
 }
 
 #[cfg(test)]

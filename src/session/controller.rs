@@ -36,7 +36,7 @@ use crate::vmm::capture::{Captured, ReadBackWhen};
 use crate::vmm::console_ring::ConsoleRing;
 use crate::vmm::devices::no_balloon;
 use crate::vmm::machine::SerialPort;
-use crate::vmm::machine::{Machine, Outside, Paused, Running};
+use crate::vmm::machine::{Environment, Machine, Paused, Running};
 use crate::vmm::restore::RestoreSpec;
 use crate::vmm::vcpu::STOP_TIMEOUT;
 
@@ -56,7 +56,7 @@ pub struct Controller {
     /// A part of the machine to boot was configured, so a snapshot can no longer be loaded (as in Firecracker).
     configured: bool,
     phase: Phase,
-    outside: Outside,
+    environment: Environment,
     pub timeline: Timeline,
     restored: Option<Restored>,
     metrics: Option<MetricsFile>,
@@ -83,7 +83,7 @@ enum SealNews {
 const READ_BACK_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Controller {
-    pub fn new(id: String, config: VmConfig, outside: Outside, timeline: Timeline) -> Result<Self, Error> {
+    pub fn new(id: String, config: VmConfig, environment: Environment, timeline: Timeline) -> Result<Self, Error> {
         let seal_event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?);
         let metrics = config.metrics.as_ref().map(|metrics| MetricsFile::open(&metrics.metrics_path)).transpose()?;
         Ok(Controller {
@@ -91,7 +91,7 @@ impl Controller {
             config,
             configured: false,
             phase: Phase::NotStarted,
-            outside,
+            environment,
             timeline,
             restored: None,
             metrics,
@@ -114,13 +114,13 @@ impl Controller {
             parts: self.machine_parts(),
             restored: self.restored.as_ref(),
             timeline: &self.timeline,
-            moments: &self.outside.moments,
+            moments: &self.environment.moments,
             read_backs: self.read_backs.json(),
         }
     }
 
     pub fn output(&self) -> &Arc<ConsoleOutput> {
-        &self.outside.output
+        &self.environment.output
     }
 
     /// The virtio devices of the machine, running or to be booted.
@@ -290,7 +290,7 @@ impl Controller {
 
     /// Boots the configured machine.
     pub fn boot(&mut self) -> Result<(), Error> {
-        let machine = Machine::boot(&self.config, self.outside.clone(), &mut self.timeline)?;
+        let machine = Machine::boot(&self.config, self.environment.clone(), &mut self.timeline)?;
         self.phase = Phase::Running(machine.start()?);
         Ok(())
     }
@@ -315,8 +315,8 @@ impl Controller {
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let stalls = self.stalls.insert(StallWatch::start(self.outside.fault_timeout)?).stalls().clone();
-        let opened = sources::open(load, self.outside.fault_timeout, &stalls)?;
+        let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
+        let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
         let Planned { plan, origin, source_cache, costs, fit } = planning::choose(&opened, load)?;
         let Sources { chain, tiers, pools, cold } = opened;
         let layers = chain.layers().len();
@@ -334,7 +334,7 @@ impl Controller {
             stalls: &stalls,
             clock_realtime: load.clock_realtime,
         };
-        let (machine, engine) = Machine::restore(spec, self.outside.clone(), &mut self.timeline)?;
+        let (machine, engine) = Machine::restore(spec, self.environment.clone(), &mut self.timeline)?;
         pools.iter().try_for_each(|pool| pool.note_plan(&engine.planned)).map_err(tiering::Error::from)?;
         before_run(machine.serial(), machine.virtio().configs())?;
         stalls.restored(machine.ending().clone());
@@ -519,7 +519,7 @@ impl Controller {
 
     /// Appends a line of metrics to the metrics file, if there is one.
     pub fn write_metrics(&mut self) -> Result<(), Error> {
-        let (written, dropped) = self.outside.output.counts();
+        let (written, dropped) = self.environment.output.counts();
         let uart = serde_json::json!({ "write_count": written, "dropped_count": dropped });
         let parts = self.machine_parts();
         let vcpu = parts.as_ref().map(Parts::counters_json);

@@ -31,7 +31,7 @@ use crate::sys::signals::EndSignals;
 use crate::sys::timeline::{Moments, Timeline};
 use crate::tiering::profile::{Profile, RecorderKind, nonzero};
 use crate::tiering::recorder::{FaultLog, Layering, MappedPages, ResidentPages, from_dirty, from_layers, from_mapped};
-use crate::vmm::machine::Outside;
+use crate::vmm::machine::Environment;
 
 /// The parameters of a recording.
 #[derive(Clone, Debug)]
@@ -124,7 +124,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let witness = Box::new(AnswerWatch::new(RUN_ID, answer.clone()));
     let output = ConsoleOutput::watched(Box::new(Nowhere), Some(witness));
     let output = Arc::new(output.map_err(Error::os("make an eventfd"))?);
-    let outside = Outside { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
+    let environment = Environment { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
     let load = RestoreRequest {
         snapshot: spec.snapshot.snapshot.clone(),
         memory: MemoryFrom::Files { memory_file: spec.snapshot.memory.clone() },
@@ -147,7 +147,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         request,
         timeout: Some(spec.timeout),
     };
-    let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), outside, Timeline::begin(None))?;
+    let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), environment, Timeline::begin(None))?;
     let (outcome, controller, event_sources) = main_loop::run(controller, Begin::Record(load, watch), event_sources)?;
     *signals = Some(event_sources.signals);
     match outcome {

@@ -64,7 +64,8 @@ impl CoalescedRing {
             return false;
         }
         let _consumer = self.consumer.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut port, mut bytes) = (0, Vec::new());
+        let mut port = 0;
+        let mut bytes = Vec::new();
         let mut first = self.first().load(Ordering::Acquire);
         // Only the present entries: another vCPU may write without end.
         let last = self.last().load(Ordering::Acquire);

@@ -67,7 +67,8 @@ impl DirectRing {
 
     fn read_in_order(&mut self, wanted: &[Range<u64>], each: &mut dyn FnMut(usize, &[u8]) -> bool) -> io::Result<()> {
         let mut results: Vec<Option<i32>> = vec![None; self.depth];
-        let (mut sent, depth) = (0, self.depth);
+        let mut sent = 0;
+        let depth = self.depth;
         for (at, range) in wanted.iter().enumerate() {
             while sent < wanted.len() && sent < at + depth {
                 self.start(sent % depth, &wanted[sent])?;

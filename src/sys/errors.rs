@@ -31,7 +31,7 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// Whether an error, or one of its causes, is that a disk is full or a quota used up.
+/// True if an error, or one of its causes, says that a disk is full or a quota is used up.
 pub(crate) fn is_storage_full(error: &(dyn Error + 'static)) -> bool {
     std::iter::successors(Some(error), |&error| error.source()).any(|error| {
         let io = error.downcast_ref::<io::Error>().map(io::Error::kind);

@@ -39,8 +39,10 @@ pub fn translations(vm: &VmFd) -> io::Result<Option<Translations>> {
     let mut header = [0; HEADER];
     file.read_exact_at(&mut header, 0)?;
     let word = |bytes: &[u8], at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    let (name_len, count) = (word(&header, 4).min(256) as usize, word(&header, 8).min(MOST) as usize);
-    let (descriptions, data) = (u64::from(word(&header, 16)), u64::from(word(&header, 20)));
+    let name_len = word(&header, 4).min(256) as usize;
+    let count = word(&header, 8).min(MOST) as usize;
+    let descriptions = u64::from(word(&header, 16));
+    let data = u64::from(word(&header, 20));
     let mut bytes = vec![0; count * (DESCRIPTION + name_len)];
     file.read_exact_at(&mut bytes, descriptions)?;
     let mut found = Translations::default();

@@ -71,7 +71,8 @@ mod tests {
     fn a_lock_is_of_one_byte_and_one_open_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let open = || File::options().read(true).write(true).open(file.path()).unwrap();
-        let (a, b) = (open(), open());
+        let a = open();
+        let b = open();
         let readers = [(); 2].map(|()| File::open(file.path()).unwrap());
         assert!(readers.iter().all(|reader| try_lock_shared(reader, 99).unwrap()));
         assert!(!try_lock(&a, 99).unwrap());

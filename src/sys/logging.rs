@@ -165,7 +165,8 @@ impl Subscriber for Subscribed {
     }
 
     fn event(&self, event: &Event<'_>) {
-        let (metadata, now) = (event.metadata(), Instant::now());
+        let metadata = event.metadata();
+        let now = Instant::now();
         let admitted =
             lock(&SOURCES).entry(metadata.callsite()).or_insert_with(|| Source::new(metadata, now)).admit(now);
         let Some(left_out) = admitted else { return };

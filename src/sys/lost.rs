@@ -308,7 +308,8 @@ fn text_of(lost: Lost<'_>) -> String {
 
 /// The error of a touch of the page at `address`, if one fails (madvise(2), `MADV_POPULATE_READ`, Linux 5.14).
 fn probe(address: usize) -> Option<i32> {
-    let (page, len) = (address as *mut libc::c_void, PAGE_SIZE as usize);
+    let page = address as *mut libc::c_void;
+    let len = PAGE_SIZE as usize;
     // SAFETY: populating for reading changes no contents of whatever is mapped there, and fails where nothing is.
     let result = unsafe { libc::madvise(page, len, libc::MADV_POPULATE_READ) };
     if result == 0 { None } else { io::Error::last_os_error().raw_os_error() }
@@ -351,7 +352,8 @@ impl Reason {
 
     /// Lets `write` write the reason, unless there is one. Returns whether this call did.
     fn set(&self, write: impl FnOnce(&mut Text)) -> bool {
-        let (none, writing) = (Self::NONE, Self::BEING_WRITTEN);
+        let none = Self::NONE;
+        let writing = Self::BEING_WRITTEN;
         if self.state.compare_exchange(none, writing, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return false;
         }

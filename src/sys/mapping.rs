@@ -105,7 +105,8 @@ impl Reservation {
         self.check(offset, len)?;
         // SAFETY: as in `map_fixed`.
         let address = unsafe {
-            let (start, flags) = (self.base.as_ptr().add(offset).cast(), libc::MAP_SHARED | libc::MAP_FIXED);
+            let start = self.base.as_ptr().add(offset).cast();
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
             libc::mmap(start, len, libc::PROT_READ, flags, file.as_raw_fd(), file_offset)
         };
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -127,7 +128,8 @@ impl Reservation {
         // uses. mremap(2) then moves pages from one to the other and touches nothing else: with MREMAP_DONTUNMAP the
         // stage stays mapped.
         let moved = unsafe {
-            let (to, aside) = (self.base.as_ptr().add(offset), stage.base.as_ptr().add(offset));
+            let to = self.base.as_ptr().add(offset);
+            let aside = stage.base.as_ptr().add(offset);
             std::ptr::copy_nonoverlapping(to.cast_const(), aside, len);
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
             libc::mremap(aside.cast(), len, len, flags, to.cast::<libc::c_void>())

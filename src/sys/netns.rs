@@ -61,7 +61,8 @@ impl Netns {
     /// # Errors
     /// [`Error::Missing`] or [`Error::Open`].
     pub fn open(name: &str) -> Result<Netns, Error> {
-        let (name, path) = (name.to_owned(), PathBuf::from(FOLDER).join(name));
+        let path = PathBuf::from(FOLDER).join(name);
+        let name = name.to_owned();
         match File::open(&path) {
             Ok(file) => Ok(Netns { name, path, file }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Missing { name, path }),

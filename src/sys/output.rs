@@ -253,9 +253,9 @@ mod tests {
         assert!(!output.drain());
     }
 
-    struct Seen(std::sync::Arc<Mutex<Vec<u8>>>);
+    struct Recorder(std::sync::Arc<Mutex<Vec<u8>>>);
 
-    impl Witness for Seen {
+    impl Witness for Recorder {
         fn see(&mut self, bytes: &[u8]) {
             self.0.lock().unwrap().extend(bytes);
         }
@@ -266,10 +266,10 @@ mod tests {
         for has_reader in [true, false] {
             let (reader, writer) = io::pipe().unwrap();
             let _reader = has_reader.then_some(reader);
-            let seen = Seen(Default::default());
-            let all = seen.0.clone();
+            let recorder = Recorder(Default::default());
+            let all = recorder.0.clone();
             let sink = Box::new(FdSink::new(OwnedFd::from(writer)));
-            let output = ConsoleOutput::watched(sink, Some(Box::new(seen))).unwrap();
+            let output = ConsoleOutput::watched(sink, Some(Box::new(recorder))).unwrap();
             let bytes: Vec<u8> = (0..300_000u32).map(|index| index as u8).collect();
             bytes.chunks(1000).for_each(|chunk| output.put(chunk));
             assert!(output.loss().is_some());

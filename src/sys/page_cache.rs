@@ -87,7 +87,8 @@ const SAMPLES: u64 = 32;
 fn estimated_pages(file: &File) -> io::Result<Option<u64>> {
     use std::os::unix::fs::MetadataExt;
     let metadata = file.metadata()?;
-    let (mut asked, mut cached) = (0, 0);
+    let mut asked = 0;
+    let mut cached = 0;
     for sample in 0..SAMPLES {
         let offset = metadata.len() / SAMPLES * sample;
         // Holes are skipped: they say nothing about the data.
@@ -141,7 +142,8 @@ const CANDIDATES: u64 = 32;
 /// cached, or the kernel has no such interface.
 fn is_in_huge_folios(file: &File) -> io::Result<Option<bool>> {
     let blocks = file.metadata()?.len() / HUGE_PAGE_SIZE;
-    let (mut huge, mut small) = (0, 0);
+    let mut huge = 0;
+    let mut small = 0;
     for index in 0..CANDIDATES.min(blocks) {
         let offset = index * blocks / CANDIDATES.min(blocks) * HUGE_PAGE_SIZE;
         if !is_block_cached(file, offset)? {

@@ -36,7 +36,8 @@ impl Pagemap {
     /// in memory or in swap, with `first` counted in pages from `start`. Pages never touched are neither; a page of
     /// a mapped file counts as present once it was touched.
     pub fn populated_runs(&self, start: *const u8, pages: u64, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
-        let (mut run_start, mut run_len) = (0u64, 0u64);
+        let mut run_start = 0u64;
+        let mut run_len = 0u64;
         self.entries(start as u64, pages, |page, entry| {
             if entry & (PRESENT | SWAPPED) == 0 {
                 return;

@@ -51,10 +51,19 @@ pub struct Fault {
 
 /// A message of a userfaultfd.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum Message {
     Fault(Fault),
     /// These addresses were given back, and hold zeros when they are touched again.
     Removed(Range<usize>),
+}
+
+/// The faults that a userfaultfd reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKinds {
+    /// First touches.
+    Missing,
+    /// First touches, and writes to pages that were installed write-protected.
+    MissingAndProtected,
 }
 
 /// Options of an installation.
@@ -80,9 +89,12 @@ const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
 impl Uffd {
-    /// Opens one; `write_protect` if pages will be installed write-protected.
-    pub fn open(write_protect: bool) -> io::Result<Self> {
-        Uffd::with_features(if write_protect { FeatureFlags::PAGEFAULT_FLAG_WP } else { FeatureFlags::empty() })
+    /// Opens one that can report `faults`.
+    pub fn open(faults: FaultKinds) -> io::Result<Self> {
+        Uffd::with_features(match faults {
+            FaultKinds::Missing => FeatureFlags::empty(),
+            FaultKinds::MissingAndProtected => FeatureFlags::PAGEFAULT_FLAG_WP,
+        })
     }
 
     /// Opens one whose reader is told of pages that are given back (`MADV_DONTNEED`). The thread that gives them back
@@ -120,14 +132,15 @@ impl Uffd {
         Ok(Uffd { uffd, events: Mutex::new(EventBuffer::new(EVENTS)) })
     }
 
-    /// Takes over first touches of `[offset, offset + len)` of `memory`, and, with `write_protect`, writes to
-    /// write-protected pages too.
-    pub fn register(&self, memory: &Reservation, offset: usize, len: usize, write_protect: bool) -> io::Result<()> {
+    /// Takes over `faults` of `[offset, offset + len)` of `memory`.
+    pub fn register(&self, memory: &Reservation, offset: usize, len: usize, faults: FaultKinds) -> io::Result<()> {
         if offset.checked_add(len).is_none_or(|end| end > memory.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let mode =
-            if write_protect { RegisterMode::MISSING | RegisterMode::WRITE_PROTECT } else { RegisterMode::MISSING };
+        let mode = match faults {
+            FaultKinds::Missing => RegisterMode::MISSING,
+            FaultKinds::MissingAndProtected => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
+        };
         let start = memory.base().wrapping_add(offset).cast();
         self.uffd.register_with_mode(start, len, mode).map(drop).map_err(to_io)
     }
@@ -158,7 +171,8 @@ impl Uffd {
     pub fn install(&self, address: usize, bytes: &[u8], how: Install) -> io::Result<u64> {
         let mut mode = if how.wake { 0 } else { COPY_MODE_DONTWAKE };
         mode |= if how.write_protect { COPY_MODE_WP } else { 0 };
-        let (mut done, mut installed) = (0, 0);
+        let mut done = 0;
+        let mut installed = 0;
         while done < bytes.len() {
             let rest = &bytes[done..];
             let error = match self.copy(address + done, rest.as_ptr() as usize, rest.len(), mode) {
@@ -191,12 +205,14 @@ impl Uffd {
     ///
     /// # Errors
     /// `WouldBlock` (EAGAIN): memory is being given back, and the message about it must be read first
-    /// ([`told`](Self::told)).
+    /// ([`messages`](Self::messages)).
     pub fn install_from(&self, address: usize, source: &Reservation, offset: usize, len: usize) -> io::Result<u64> {
         if offset.checked_add(len).is_none_or(|end| end > source.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let (from, mut done, mut installed) = (source.base() as usize + offset, 0, 0);
+        let from = source.base() as usize + offset;
+        let mut done = 0;
+        let mut installed = 0;
         while done < len {
             match self.copy(address + done, from + done, len - done, 0) {
                 Ok(copied) => {
@@ -263,7 +279,7 @@ impl Uffd {
         either_readable(&self.uffd, stop)
     }
 
-    /// The number of faults that wait for their answer, already read by `told` or not (Linux
+    /// The number of faults that wait for their answer, already read by `messages` or not (Linux
     /// `userfaultfd_show_fdinfo`).
     pub fn waiters(&self) -> io::Result<u64> {
         let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd()))?;
@@ -273,15 +289,15 @@ impl Uffd {
 
     /// The faults that wait now; empty if there are none. Memory that was given back needs no answer.
     pub fn faults(&self) -> io::Result<Vec<Fault>> {
-        let faults = self.told()?.into_iter().filter_map(|told| match told {
-            Told::Fault(fault) => Some(fault),
-            Told::Removed(_) => None,
+        let faults = self.messages()?.into_iter().filter_map(|message| match message {
+            Message::Fault(fault) => Some(fault),
+            Message::Removed(_) => None,
         });
         Ok(faults.collect())
     }
 
     /// The messages that can be read now; empty if there are none.
-    pub fn told(&self) -> io::Result<Vec<Told>> {
+    pub fn messages(&self) -> io::Result<Vec<Message>> {
         let mut buffer = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let events = match self.uffd.read_events(&mut buffer) {
             Ok(events) => events,
@@ -290,7 +306,7 @@ impl Uffd {
                 return if error.kind() == io::ErrorKind::WouldBlock { Ok(Vec::new()) } else { Err(error) };
             }
         };
-        let mut told = Vec::new();
+        let mut messages = Vec::new();
         for event in events {
             match event.map_err(to_io)? {
                 Event::Pagefault { kind, rw, addr } => {
@@ -299,13 +315,13 @@ impl Uffd {
                         (_, ReadWrite::Write) => Touch::Write,
                         (_, ReadWrite::Read) => Touch::Read,
                     };
-                    told.push(Told::Fault(Fault { address: addr as usize & !(PAGE - 1), touch }));
+                    messages.push(Message::Fault(Fault { address: addr as usize & !(PAGE - 1), touch }));
                 }
-                Event::Remove { start, end } => told.push(Told::Removed(start as usize..end as usize)),
+                Event::Remove { start, end } => messages.push(Message::Removed(start as usize..end as usize)),
                 _ => {}
             }
         }
-        Ok(told)
+        Ok(messages)
     }
 }
 
@@ -334,8 +350,8 @@ mod tests {
     fn registered(pages: usize) -> (Reservation, Arc<Uffd>) {
         let memory = Reservation::new(pages * PAGE).unwrap();
         memory.map_anon(0, pages * PAGE).unwrap();
-        let uffd = Uffd::open(true).unwrap();
-        uffd.register(&memory, 0, pages * PAGE, true).unwrap();
+        let uffd = Uffd::open(FaultKinds::MissingAndProtected).unwrap();
+        uffd.register(&memory, 0, pages * PAGE, FaultKinds::MissingAndProtected).unwrap();
         (memory, Arc::new(uffd))
     }
 
@@ -384,7 +400,7 @@ mod tests {
     #[test]
     fn register_outside_the_reservation_is_refused() {
         let (memory, uffd) = registered(1);
-        assert!(uffd.register(&memory, 0, 2 * PAGE, false).is_err());
-        assert!(uffd.register(&memory, usize::MAX, PAGE, false).is_err());
+        assert!(uffd.register(&memory, 0, 2 * PAGE, FaultKinds::Missing).is_err());
+        assert!(uffd.register(&memory, usize::MAX, PAGE, FaultKinds::Missing).is_err());
     }
 }

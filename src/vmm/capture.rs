@@ -121,7 +121,7 @@ impl Machine<Paused> {
             SnapshotKind::Full => {
                 self.core.lineage.add_changed(&log.pages);
                 let candidates = self.core.maybe_nonzero()?;
-                write_pages(&self.core, &candidates, &mut writer, false)?;
+                write_pages(&self.core, &candidates, &mut writer, ZeroPages::LeaveOut)?;
             }
             SnapshotKind::Diff => {
                 let gone = self.core.unpopulated(&released)?;
@@ -130,7 +130,7 @@ impl Machine<Paused> {
                 // These pages are zero; reading them would bring them back.
                 let gone = gone.runs().flat_map(|run| self.core.ram.layout().split(run).collect::<Vec<_>>());
                 gone.into_iter().try_for_each(|extent| writer.mark_zero(extent))?;
-                write_pages(&self.core, &changed, &mut writer, true)?;
+                write_pages(&self.core, &changed, &mut writer, ZeroPages::Record)?;
                 let pages = self.core.lineage.doubtful(&changed);
                 doubtful = parent.filter(|_| !pages.is_empty()).map(|parent| (parent, pages));
             }
@@ -267,13 +267,11 @@ impl Core {
 
     /// The pages of `released` that have not been touched since: they are zero.
     fn unpopulated(&self, released: &PageSet) -> Result<PageSet, Error> {
-        match released.is_empty() {
-            true => Ok(PageSet::new()),
-            false => {
-                let gone = self.ram.released().read().ever().intersection(released);
-                Ok(gone.difference(&self.populated()?))
-            }
+        if released.is_empty() {
+            return Ok(PageSet::new());
         }
+        let gone = self.ram.released().read().ever().intersection(released);
+        Ok(gone.difference(&self.populated()?))
     }
 
     /// Pages that this process has populated.
@@ -299,36 +297,43 @@ impl Core {
 /// Most pages written with one call: 4 MiB.
 const RUN_PAGES: u64 = 1024;
 
-/// Writes the pages of `candidates` that are not zero. With `mark_zero`, zero pages are recorded: in a diff they hide
-/// the parent's.
-fn write_pages(core: &Core, candidates: &PageSet, writer: &mut SnapshotWriter, mark_zero: bool) -> Result<(), Error> {
+/// The treatment of pages that are zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ZeroPages {
+    LeaveOut,
+    /// In a diff, a record of a zero page hides the parent's page.
+    Record,
+}
+
+/// Writes the pages of `candidates` that are not zero.
+fn write_pages(core: &Core, candidates: &PageSet, writer: &mut SnapshotWriter, zero: ZeroPages) -> Result<(), Error> {
     for run in candidates.runs() {
         for extent in core.ram.layout().split(run) {
             // SAFETY: the machine is paused (only `Machine<Paused>` gets here), its devices are quiet, and pieces are
             // not remapped while `core` is borrowed.
             let bytes = unsafe { core.ram.bytes(extent) }?;
-            write_extent(extent, bytes, writer, mark_zero)?;
+            write_extent(extent, bytes, writer, zero)?;
         }
     }
     Ok(())
 }
 
-fn write_extent(extent: Extent, bytes: &[u8], writer: &mut SnapshotWriter, mark_zero: bool) -> Result<(), Error> {
+fn write_extent(extent: Extent, bytes: &[u8], writer: &mut SnapshotWriter, zero: ZeroPages) -> Result<(), Error> {
     let page = PAGE_SIZE as usize;
     let at = |index: u64| Gfn(extent.first.0 + index);
     let mut index = 0;
     while index < extent.pages {
-        let zero = is_zero(&bytes[index as usize * page..][..page]);
+        let run_is_zero = is_zero(&bytes[index as usize * page..][..page]);
         let mut end = index + 1;
         while end < extent.pages
-            && (zero || end - index < RUN_PAGES)
-            && is_zero(&bytes[end as usize * page..][..page]) == zero
+            && (run_is_zero || end - index < RUN_PAGES)
+            && is_zero(&bytes[end as usize * page..][..page]) == run_is_zero
         {
             end += 1;
         }
-        if !zero {
+        if !run_is_zero {
             writer.write_run(at(index), &bytes[index as usize * page..end as usize * page])?;
-        } else if mark_zero {
+        } else if zero == ZeroPages::Record {
             writer.mark_zero(Extent { first: at(index), pages: end - index })?;
         }
         index = end;

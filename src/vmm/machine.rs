@@ -32,7 +32,7 @@ use super::exit_counters::ExitCounters;
 use super::host;
 use super::lineage::Lineage;
 use super::state::{self, MachineState, VcpuState, VmState};
-use super::vcpu::{Vcpu, VcpuThread};
+use super::vcpu::{Order, Vcpu, VcpuThread};
 use crate::config::patch::DevicePatch;
 use crate::config::refusal::Refused;
 use crate::config::{DeviceConfigs, VmConfig};
@@ -77,7 +77,7 @@ pub type SerialPort = Arc<Serial>;
 
 /// The machine's connections to the rest of the process.
 #[derive(Clone)]
-pub struct Outside {
+pub struct Environment {
     /// Output of the serial port.
     pub output: Arc<ConsoleOutput>,
     /// Longest wait of a restored guest for a page before it is ended.
@@ -179,7 +179,7 @@ impl Machine<Built> {
         ram: GuestRam,
         shape: Shape,
         set: DeviceSet,
-        outside: Outside,
+        environment: Environment,
         timeline: &mut Timeline,
     ) -> Result<Self, Error> {
         let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
@@ -196,14 +196,19 @@ impl Machine<Built> {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(Error::kvm("create the PIT"))?;
         let ending = Arc::new(EndingSignal::new().map_err(Error::os("make an eventfd"))?);
-        let (devices, buses) = build_devices(&vm, &ram, set, outside.output, &ending)?;
-        let (counters, moments) = (Arc::new(ExitCounters::default()), outside.moments);
+        let (devices, buses) = build_devices(&vm, &ram, set, environment.output, &ending)?;
+        let counters = Arc::new(ExitCounters::default());
+        let moments = environment.moments;
         let mut vcpus = Vec::with_capacity(usize::from(shape.vcpu_count));
         for index in 0..shape.vcpu_count {
             let fd = vm.create_vcpu(u64::from(index)).map_err(|source| vcpu_error("create", index, source))?;
-            let (buses, counters, moments) = (buses.clone(), counters.clone(), moments.clone());
-            let (memory, in_place) = (ram.view().clone(), ram.in_place().cloned());
-            let (console, has_pic) = (None, false);
+            let buses = buses.clone();
+            let counters = counters.clone();
+            let moments = moments.clone();
+            let memory = ram.view().clone();
+            let in_place = ram.in_place().cloned();
+            let console = None;
+            let has_pic = false;
             vcpus.push(Vcpu { index, fd, buses, counters, moments, console, has_pic, memory, in_place });
         }
         let console = coalesce_console(&kvm, &vm, &mut vcpus)?;
@@ -229,7 +234,7 @@ impl Machine<Built> {
     }
 
     /// Builds a machine and loads the kernel of `config` into it.
-    pub fn boot(config: &VmConfig, outside: Outside, timeline: &mut Timeline) -> Result<Self, Error> {
+    pub fn boot(config: &VmConfig, environment: Environment, timeline: &mut Timeline) -> Result<Self, Error> {
         let machine_config = &config.machine;
         let shape = Shape {
             vcpu_count: machine_config.vcpu_count,
@@ -242,7 +247,7 @@ impl Machine<Built> {
         let configs = config.devices.clone();
         let fw_cfg = FwCfgState::new(config.tvmm.metadata.clone());
         let set = DeviceSet { virtio: devices::from_configs(&configs, &ram)?, configs, fw_cfg };
-        let mut machine = Machine::build(kvm, ram, shape, set, outside, timeline)?;
+        let mut machine = Machine::build(kvm, ram, shape, set, environment, timeline)?;
         let slots = machine.virtio().slots();
         let platform = Platform { vcpu_count: machine_config.vcpu_count, virtio: &slots, acpi: config.tvmm.acpi };
         let boot_source = config.boot_source.with_args(&devices::root_args(&config.devices));
@@ -277,7 +282,8 @@ impl Machine<Built> {
     pub(crate) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
         let slept = if clock_realtime { vm.time_since_saved()? } else { Duration::ZERO };
         if let Some(in_place) = self.core.ram.in_place() {
-            let (memory, by_software) = (self.core.ram.view(), !host::has_second_stage_paging());
+            let memory = self.core.ram.view();
+            let by_software = !host::has_second_stage_paging();
             for state in vcpus {
                 ahead::promote(in_place, memory, &state.ahead()?, by_software)?;
             }
@@ -306,14 +312,14 @@ impl Machine<Built> {
     pub fn start(mut self) -> Result<Machine<Running>, Error> {
         self.core.devices.virtio.start()?;
         self.core.devices.virtio.go_on();
-        let threads = self.core.spawn(self.state.vcpus, false)?;
+        let threads = self.core.spawn(self.state.vcpus, Order::Run)?;
         Ok(Machine { state: Running { threads }, core: self.core })
     }
 
     /// Makes the vCPU threads, parked.
     pub fn start_paused(mut self) -> Result<Machine<Paused>, Error> {
         self.core.devices.virtio.start()?;
-        let threads = self.core.spawn(self.state.vcpus, true)?;
+        let threads = self.core.spawn(self.state.vcpus, Order::Park)?;
         let machine = Machine { state: Paused { threads }, core: self.core };
         machine.state.threads.iter().try_for_each(VcpuThread::wait_parked)?;
         Ok(machine)
@@ -455,12 +461,12 @@ impl<S> Machine<S> {
 }
 
 impl Core {
-    fn spawn(&self, mut vcpus: Vec<Vcpu>, parked: bool) -> Result<Vec<VcpuThread>, Error> {
+    fn spawn(&self, mut vcpus: Vec<Vcpu>, order: Order) -> Result<Vec<VcpuThread>, Error> {
         // A machine with ACPI has a VM generation id, and no 8259 that its kernel knows of.
         if let Some(boot) = vcpus.first_mut() {
             boot.has_pic = self.devices.vmgenid.is_none();
         }
-        vcpus.into_iter().map(|vcpu| VcpuThread::spawn(vcpu, parked, &self.ending)).collect()
+        vcpus.into_iter().map(|vcpu| VcpuThread::spawn(vcpu, order, &self.ending)).collect()
     }
 
     /// Gives the machine a VM generation id with a new value, at the place in `state`.

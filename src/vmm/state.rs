@@ -229,7 +229,8 @@ impl VcpuState {
 
     /// The state that tells which pages KVM writes for this vCPU.
     pub fn ahead(&self) -> Result<VcpuAhead, Error> {
-        let (regs, sregs) = (unraw("registers", &self.regs)?, unraw("special registers", &self.sregs)?);
+        let regs = unraw("registers", &self.regs)?;
+        let sregs = unraw("special registers", &self.sregs)?;
         Ok(VcpuAhead { regs, sregs, msrs: self.msrs()? })
     }
 

@@ -16,7 +16,7 @@ use super::error::Error;
 use super::exit_counters::ExitCounters;
 use crate::memory::promote::InPlace;
 use crate::memory::promote::fault;
-use crate::memory::promote::fault::{Cause, Resolution, Stuck};
+use crate::memory::promote::fault::{Cause, Resolution, StoppedVcpu};
 use crate::memory::stall;
 use crate::sys::errors::chain;
 use crate::sys::guest_memory::Memory;
@@ -48,7 +48,7 @@ const TRAP_RETRIES: u32 = 20;
 /// Time that KVM may refuse to enter the guest for want of a resource.
 const ENTER_TIMEOUT: Duration = Duration::from_secs(2);
 
-enum Left {
+enum RunEnd {
     Kicked,
     Ended(Ending),
 }
@@ -56,7 +56,7 @@ enum Left {
 impl Vcpu {
     /// Runs the guest until it is kicked or ends. Returns with no I/O half done: KVM completes what is pending before
     /// it looks at `immediate_exit` (KVM API 5, `immediate_exit`).
-    fn run(&mut self) -> Left {
+    fn run(&mut self) -> RunEnd {
         self.moments.guest_entered();
         self.look_for_interrupts();
         let mut retries = 0;
@@ -96,7 +96,7 @@ impl Vcpu {
                 Ok(VcpuExit::Shutdown) => ending = Some(self.shut_down()),
                 Ok(VcpuExit::Intr) => is_interrupted = true,
                 Ok(VcpuExit::MemoryFault { gpa, .. }) => {
-                    ending = self.promote(Cause::Told { gpa }, generation, "a page cannot be accessed").err();
+                    ending = self.promote(Cause::Page { gpa }, generation, "a page cannot be accessed").err();
                 }
                 Ok(VcpuExit::InternalError) => {
                     ending = self.promote(Cause::Emulation, generation, "InternalError").err();
@@ -113,25 +113,25 @@ impl Vcpu {
                         }
                     }
                     libc::EFAULT | libc::EHWPOISON => {
-                        ending = self.promote(Cause::Untold, generation, &error.to_string()).err();
+                        ending = self.promote(Cause::UnknownPage, generation, &error.to_string()).err();
                     }
                     _ => ending = Some(self.failed(&error.to_string())),
                 },
             }
             if is_interrupted && !self.goes_on(&mut retries) {
-                return Left::Kicked;
+                return RunEnd::Kicked;
             }
             if let Some(ending) = ending {
-                return Left::Ended(ending);
+                return RunEnd::Ended(ending);
             }
         }
     }
 
     /// Waits when KVM refuses to enter the guest for now, longer each time. `refused` is the time of the first refusal.
     /// Ends the guest after [`ENTER_TIMEOUT`].
-    fn wait_to_enter(&mut self, refused: &mut Option<Instant>) -> Option<Left> {
+    fn wait_to_enter(&mut self, refused: &mut Option<Instant>) -> Option<RunEnd> {
         if ImmediateExit::of(&mut self.fd).get() {
-            return Some(Left::Kicked);
+            return Some(RunEnd::Kicked);
         }
         // The guest has not started this vCPU yet: KVM has waited until it was woken (`kvm_arch_vcpu_ioctl_run`).
         if self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED) {
@@ -144,7 +144,7 @@ impl Vcpu {
                  beyond the limit of processes. Raise pids.max of the cgroup or RLIMIT_NPROC",
                 ENTER_TIMEOUT.as_secs()
             );
-            return Some(Left::Ended(self.failed(&what)));
+            return Some(RunEnd::Ended(self.failed(&what)));
         }
         std::thread::sleep((since / 4).clamp(Duration::from_micros(100), Duration::from_millis(50)));
         None
@@ -159,8 +159,8 @@ impl Vcpu {
             return Err(lost.map_or_else(|| self.failed(what), Ending::MemoryLost));
         };
         let start = Instant::now();
-        let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation };
-        let resolution = stuck.resolve(cause).map_err(|error| failed(error.into()))?;
+        let stopped = StoppedVcpu { vcpu: &self.fd, memory: &self.memory, in_place, generation };
+        let resolution = stopped.resolve(cause).map_err(|error| failed(error.into()))?;
         in_place.counts().add_time(start.elapsed());
         match resolution {
             Resolution::Promoted => Ok(()),
@@ -176,11 +176,11 @@ impl Vcpu {
             return Ending::MemoryLost(lost);
         }
         let Some(in_place) = &self.in_place else { return Ending::TripleFault };
-        let stuck = Stuck { vcpu: &self.fd, memory: &self.memory, in_place, generation: 0 };
-        match stuck.is_stack_in_place() {
+        let stopped = StoppedVcpu { vcpu: &self.fd, memory: &self.memory, in_place, generation: 0 };
+        match stopped.is_stack_in_place() {
             Ok(true) => self.failed(
-                "an interrupt or exception was lost: its stack lies in place on a tier that is \
-                                     not written, and this kind of KVM delivers events by writing there",
+                "an interrupt or exception was lost: its stack lies in place on a tier that is not written, and this \
+                 kind of KVM delivers events by writing there",
             ),
             _ => Ending::TripleFault,
         }
@@ -247,21 +247,28 @@ fn emulated_in_vain(is_claimed: bool, address: u64) -> Option<Ending> {
     if is_claimed { None } else { lost::at_gpa(address).map(Ending::MemoryLost) }
 }
 
+/// The order that the thread of a vCPU has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
+pub enum Order {
     Run,
     Park,
     Exit,
 }
 
-/// The state that the thread should be in, and whether it is out of the guest.
+struct GateState {
+    order: Order,
+    /// The thread is out of the guest, and stays out until its order is to run.
+    is_parked: bool,
+}
+
+/// The place where the thread gets its orders.
 struct Gate {
-    state: Mutex<(Wanted, bool)>,
+    state: Mutex<GateState>,
     changed: Condvar,
 }
 
 impl Gate {
-    fn lock(&self) -> MutexGuard<'_, (Wanted, bool)> {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -283,19 +290,22 @@ const PIC_PERIOD: Duration = Duration::from_millis(100);
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
 impl VcpuThread {
-    /// Starts the thread, parked or in the guest.
-    pub fn spawn(mut vcpu: Vcpu, parked: bool, ending: &Arc<EndingSignal>) -> Result<Self, Error> {
+    /// Starts the thread; its first order is `order`.
+    pub fn spawn(mut vcpu: Vcpu, order: Order, ending: &Arc<EndingSignal>) -> Result<Self, Error> {
         let index = vcpu.index;
         let immediate_exit = Arc::new(ImmediateExit::of(&mut vcpu.fd));
         let has_pic = vcpu.has_pic;
-        let wanted = if parked { Wanted::Park } else { Wanted::Run };
-        let gate = Arc::new(Gate { state: Mutex::new((wanted, false)), changed: Condvar::new() });
+        let state = Mutex::new(GateState { order, is_parked: false });
+        let gate = Arc::new(Gate { state, changed: Condvar::new() });
         let vcpu = Arc::new(Mutex::new(vcpu));
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(256 * 1024)
             .spawn({
-                let (vcpu, gate, flag, ending) = (vcpu.clone(), gate.clone(), immediate_exit.clone(), ending.clone());
+                let vcpu = vcpu.clone();
+                let gate = gate.clone();
+                let flag = immediate_exit.clone();
+                let ending = ending.clone();
                 move || {
                     let alarm = has_pic.then(|| Alarm::for_this_thread(PIC_PERIOD)).transpose();
                     if let Err(error) = &alarm {
@@ -313,12 +323,12 @@ impl VcpuThread {
 
     /// Asks the thread to leave the guest; [`wait_parked`](Self::wait_parked) waits for it.
     pub fn ask_to_park(&self) {
-        self.ask(Wanted::Park);
+        self.ask(Order::Park);
     }
 
     /// Asks the thread to leave the guest and end; [`wait_parked_until`](Self::wait_parked_until) waits for it.
     pub fn ask_to_exit(&self) {
-        self.ask(Wanted::Exit);
+        self.ask(Order::Exit);
     }
 
     /// Waits until the thread is out of the guest.
@@ -329,14 +339,14 @@ impl VcpuThread {
     /// Waits until the thread is out of the guest, or `deadline` is past.
     pub fn wait_parked_until(&self, deadline: Instant) -> Result<(), Error> {
         let mut state = self.gate.lock();
-        while !state.1 {
+        while !state.is_parked {
             if Instant::now() > deadline {
                 return Err(KvmError::VcpuStuck(self.index).into());
             }
             let (guard, wait) =
                 self.gate.changed.wait_timeout(state, KICK_AGAIN).unwrap_or_else(PoisonError::into_inner);
             state = guard;
-            if wait.timed_out() && !state.1 {
+            if wait.timed_out() && !state.is_parked {
                 self.kick();
             }
         }
@@ -346,7 +356,7 @@ impl VcpuThread {
     /// Lets a parked thread enter the guest again.
     pub fn resume(&self) {
         let mut state = self.gate.lock();
-        *state = (Wanted::Run, false);
+        *state = GateState { order: Order::Run, is_parked: false };
         self.gate.changed.notify_all();
     }
 
@@ -355,8 +365,8 @@ impl VcpuThread {
         self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn ask(&self, wanted: Wanted) {
-        self.gate.lock().0 = wanted;
+    fn ask(&self, order: Order) {
+        self.gate.lock().order = order;
         self.gate.changed.notify_all();
         self.kick();
     }
@@ -371,7 +381,7 @@ impl VcpuThread {
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
-        self.ask(Wanted::Exit);
+        self.ask(Order::Exit);
         if let Err(error) = self.wait_parked() {
             // The memory that the thread runs in is about to be unmapped.
             stall::give_up(&error.to_string());
@@ -387,27 +397,27 @@ fn run_thread(vcpu: &Mutex<Vcpu>, gate: &Gate, immediate_exit: &ImmediateExit, e
     loop {
         let mut state = gate.lock();
         loop {
-            match state.0 {
-                Wanted::Run => break,
-                Wanted::Park => {}
-                Wanted::Exit => {
-                    state.1 = true;
+            match state.order {
+                Order::Run => break,
+                Order::Park => {}
+                Order::Exit => {
+                    state.is_parked = true;
                     gate.changed.notify_all();
                     return;
                 }
             }
-            state.1 = true;
+            state.is_parked = true;
             gate.changed.notify_all();
             state = gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        state.1 = false;
+        state.is_parked = false;
         drop(state);
-        let left = vcpu.lock().unwrap_or_else(PoisonError::into_inner).run();
+        let end = vcpu.lock().unwrap_or_else(PoisonError::into_inner).run();
         immediate_exit.set(false);
-        if let Left::Ended(reason) = left {
+        if let RunEnd::Ended(reason) = end {
             let mut state = gate.lock();
-            if state.0 == Wanted::Run {
-                state.0 = Wanted::Park;
+            if state.order == Order::Run {
+                state.order = Order::Park;
             }
             drop(state);
             ending.end(reason);

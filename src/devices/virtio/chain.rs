@@ -58,7 +58,8 @@ impl<'m> Buffers<'m> {
 
     /// The part `[offset, offset + len)`, or as much of it as there is.
     pub fn part(&self, offset: usize, len: usize) -> Buffers<'m> {
-        let (mut skip, mut left) = (offset, len);
+        let mut skip = offset;
+        let mut left = len;
         let mut part = Buffers::default();
         for slice in &self.slices {
             if skip >= slice.len() {
@@ -135,16 +136,19 @@ impl<'m> Chain<'m> {
     /// Walks a chain. A buffer outside RAM, a writable one before a readable one (VIRTIO 1.2, 2.7.4.2), or more bytes
     /// than any request has are errors. A loop ends after as many descriptors as the queue has entries.
     pub(super) fn parse(chain: DescriptorChain<&'m Memory>, memory: &'m Memory) -> Result<Self, Broken> {
-        let (readable, writable) = (Buffers::default(), Buffers::default());
+        let readable = Buffers::default();
+        let writable = Buffers::default();
         let mut parsed = Chain { head: chain.head_index(), readable, writable, last_writable: None };
         for descriptor in chain {
             if descriptor.is_write_only() && descriptor.len() > 0 {
                 parsed.last_writable = descriptor.addr().checked_add(u64::from(descriptor.len()) - 1);
             }
-            let (buffers, access) = match descriptor.is_write_only() {
-                true => (&mut parsed.writable, Permissions::Write),
-                false if parsed.writable.is_empty() => (&mut parsed.readable, Permissions::Read),
-                false => return Err(Broken::Chain("a readable buffer follows a writable one")),
+            let (buffers, access) = if descriptor.is_write_only() {
+                (&mut parsed.writable, Permissions::Write)
+            } else if parsed.writable.is_empty() {
+                (&mut parsed.readable, Permissions::Read)
+            } else {
+                return Err(Broken::Chain("a readable buffer follows a writable one"));
             };
             for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize, access)? {
                 buffers.add(slice?)?;

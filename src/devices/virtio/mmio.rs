@@ -102,7 +102,8 @@ impl MmioDevice {
     pub fn new(device: Box<dyn VirtioDevice>, memory: Memory) -> Result<Self, Error> {
         let failed = |source| Error::Event { doing: "make an eventfd", device: "virtio transport", source };
         let queues = device.queue_sizes().iter().map(|&size| VirtQueue::new(size)).collect::<io::Result<Vec<_>>>();
-        let (name, device_type) = (device.name().to_owned(), device.device_type());
+        let name = device.name().to_owned();
+        let device_type = device.device_type();
         let inner = Inner {
             device,
             queues: queues.map_err(failed)?,
@@ -296,9 +297,11 @@ impl Inner {
         if !self.is_live() {
             return;
         }
-        let (memory, interrupt) = (&transport.memory, &transport.interrupt);
+        let memory = &transport.memory;
+        let interrupt = &transport.interrupt;
         let budget = CHAINS_PER_TURN;
-        let (queues, config_generation) = (&mut self.queues, &mut self.config_generation);
+        let queues = &mut self.queues;
+        let config_generation = &mut self.config_generation;
         let mut io = Io { queues, memory, features: self.features, interrupt, config_generation, budget };
         let result = work(&mut *self.device, &mut io);
         if io.budget == 0 {
@@ -398,9 +401,11 @@ impl Inner {
             queue.queue.set_event_idx(event_idx);
             valid &= !queue.is_ready() || queue.queue.is_valid(&transport.memory);
         }
-        self.with_io(transport, |device, io| match valid {
-            true => device.activate(io),
-            false => Err(Broken::Chain("a queue lies outside guest memory")),
+        self.with_io(transport, |device, io| {
+            if !valid {
+                return Err(Broken::Chain("a queue lies outside guest memory"));
+            }
+            device.activate(io)
         });
         // Kicks may have come before: the driver may fill queues as soon as they are ready.
         let _ = transport.kick.write(1);

@@ -78,7 +78,8 @@ impl VirtQueue {
     /// Gives chains back, heads and bytes written, so that the driver sees all of them or none.
     pub fn push_all(&mut self, memory: &Memory, used: &[(u16, u32)]) -> Result<(), Error> {
         let Some((&(last_head, last_len), others)) = used.split_last() else { return Ok(()) };
-        let (size, mut next) = (self.queue.size(), Wrapping(self.queue.next_used()));
+        let size = self.queue.size();
+        let mut next = Wrapping(self.queue.next_used());
         if used.len() > usize::from(size) || others.iter().any(|&(head, _)| head >= size) {
             return Err(Error::InvalidDescriptorIndex);
         }

@@ -108,7 +108,8 @@ impl Bucket {
     /// Adds the tokens accrued since the last call.
     fn refill(&mut self, now: Instant) {
         let elapsed = now.saturating_duration_since(self.at).as_nanos();
-        let (size, time) = (u128::from(self.limit.size), self.refill_time_ns());
+        let size = u128::from(self.limit.size);
+        let time = self.refill_time_ns();
         let accrued = elapsed.saturating_mul(size).saturating_add(self.fraction);
         let tokens = self.tokens.saturating_add(i128::try_from(accrued / time).unwrap_or(i128::MAX));
         let full = i128::from(self.limit.size);
@@ -176,7 +177,8 @@ impl RateLimiter {
     pub fn restore(state: &RateLimiterState) -> Result<Self, Error> {
         let now = Instant::now();
         let limiter = RateLimiter::new(state.limits())?;
-        let (bandwidth, ops) = (Bucket::restored(state.bandwidth, now), Bucket::restored(state.ops, now));
+        let bandwidth = Bucket::restored(state.bandwidth, now);
+        let ops = Bucket::restored(state.ops, now);
         Ok(RateLimiter { bandwidth, ops, ..limiter })
     }
 

@@ -21,15 +21,15 @@ use crate::sys::lost;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
     /// KVM could not write this page.
-    Told { gpa: u64 },
+    Page { gpa: u64 },
     /// KVM could not write a page that it does not name.
-    Untold,
+    UnknownPage,
     /// KVM could not emulate an instruction: because of its operands, the descriptors it loads, or for no page's sake.
     Emulation,
 }
 
 /// A vCPU that has left the guest, and the memory it works on.
-pub struct Stuck<'a> {
+pub struct StoppedVcpu<'a> {
     pub vcpu: &'a VcpuFd,
     pub memory: &'a Memory,
     pub in_place: &'a InPlace,
@@ -57,7 +57,7 @@ impl From<bool> for Resolution {
 /// Returns the reason if memory that a stopped vCPU needs is lost. Looks at the page that KVM names, then at the pages
 /// of its instruction and those that the CPU itself reads, then at any page behind the end of its file.
 pub fn lost_memory(vcpu: &VcpuFd, memory: &Memory, cause: Cause) -> Result<Option<String>, Error> {
-    if let Cause::Told { gpa } = cause
+    if let Cause::Page { gpa } = cause
         && let Some(why) = lost::at_gpa(gpa)
     {
         return Ok(Some(why));
@@ -68,14 +68,14 @@ pub fn lost_memory(vcpu: &VcpuFd, memory: &Memory, cause: Cause) -> Result<Optio
     Ok(lost_page(&look(&cpu, &view, &accesses(&cpu, &view))))
 }
 
-fn lost_page(seen: &Seen) -> Option<String> {
+fn lost_page(seen: &SuspectPages) -> Option<String> {
     seen.all().find_map(|page| lost::within(*page)).or_else(lost::behind_an_end)
 }
 
-impl Stuck<'_> {
+impl StoppedVcpu<'_> {
     /// Promotes the page that the guest wrote.
     pub fn resolve(&self, cause: Cause) -> Result<Resolution, Error> {
-        if let Cause::Told { gpa } = cause {
+        if let Cause::Page { gpa } = cause {
             if self.promote(Resort::Told, &[page_of(gpa)])? {
                 return Ok(Resolution::Promoted);
             }
@@ -165,7 +165,7 @@ fn accesses(cpu: &Cpu, view: &LinearView) -> Accesses {
 }
 
 /// Collects all other pages that the CPU may have written.
-fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> Seen {
+fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> SuspectPages {
     let mut tables = Vec::new();
     let mut pages = |spans: &[Span]| {
         let (pages, entries) = view.pages(spans);
@@ -174,7 +174,7 @@ fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> Seen {
     };
     let code = Span { start: cpu.code(cpu.regs.rip), len: INSTRUCTION_MAX as u64 };
     let others = [code, view::interrupt_table(cpu.sregs)];
-    Seen {
+    SuspectPages {
         others: [pages(&accesses.written), pages(&accesses.read), pages(&others)].concat(),
         stacks: pages(&view.stacks(cpu)),
         descriptors: pages(&view::descriptors(cpu.sregs)),
@@ -184,7 +184,7 @@ fn look(cpu: &Cpu, view: &LinearView, accesses: &Accesses) -> Seen {
 
 /// The pages that may have been written, by the kind of access.
 #[derive(Debug, Default)]
-struct Seen {
+struct SuspectPages {
     tables: Vec<Extent>,
     stacks: Vec<Extent>,
     descriptors: Vec<Extent>,
@@ -192,7 +192,7 @@ struct Seen {
     others: Vec<Extent>,
 }
 
-impl Seen {
+impl SuspectPages {
     fn all(&self) -> impl Iterator<Item = &Extent> {
         [&self.tables, &self.stacks, &self.descriptors, &self.others].into_iter().flatten()
     }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
-use super::fault::{Cause, Resolution, Stuck};
+use super::fault::{Cause, Resolution, StoppedVcpu};
 use super::*;
 use crate::memory::guest_ram::GuestRam;
 use crate::snapshot::MemoryLayout;
@@ -87,7 +87,8 @@ fn vcpu(vm: &kvm_ioctls::VmFd, random: &mut Random) -> VcpuFd {
     let wild = [0x40_0000, 0x7f_ffff_f000, RAM - 2, 0xfee0_0000, 1 << 47];
     let rdi = if random.below(4) == 0 { wild[random.below(5) as usize] } else { random.below(RAM) & !15 };
     let rip = if random.below(8) == 0 { wild[random.below(5) as usize] } else { CODE };
-    let (rsp, rcx) = (random.below(RAM) & !7, random.below(10_000));
+    let rsp = random.below(RAM) & !7;
+    let rcx = random.below(10_000);
     fd.set_regs(&kvm_regs { rip, rax: NOPS, rdi, rsp, rcx, rflags: 2, ..Default::default() }).unwrap();
     fd
 }
@@ -121,13 +122,13 @@ fn run(seed: u64) -> u64 {
                 data.fill(HLT);
                 continue;
             }
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => Cause::Told { gpa },
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Cause::Page { gpa },
             Ok(VcpuExit::InternalError) => Cause::Emulation,
-            Err(error) if error.errno() == libc::EFAULT => Cause::Untold,
+            Err(error) if error.errno() == libc::EFAULT => Cause::UnknownPage,
             _ => return all.pages - before.0,
         };
-        let stuck = Stuck { vcpu: &fd, memory: ram.view(), in_place: &in_place, generation: before.1 };
-        if stuck.resolve(cause).unwrap() != Resolution::Promoted {
+        let stopped = StoppedVcpu { vcpu: &fd, memory: ram.view(), in_place: &in_place, generation: before.1 };
+        if stopped.resolve(cause).unwrap() != Resolution::Promoted {
             return all.pages - before.0;
         }
         assert!(in_place.pages() < before.0, "seed {seed}: it goes on and nothing was promoted");

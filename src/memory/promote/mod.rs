@@ -93,7 +93,8 @@ impl InPlace {
         let mapped_pages = pages.len();
         let coarse = mapped.iter().copied().filter(|mapped| mapped.align_pages > 1).collect();
         let books = Books { pages, coarse, copies_left: COPIES_FIRST, mappings_max: MAPPINGS_MAX };
-        let (books, generation) = (Mutex::new(books), AtomicU64::new(0));
+        let books = Mutex::new(books);
+        let generation = AtomicU64::new(0);
         Ok(InPlace { parts, books, generation, mapped_pages, counts: Counts::default() })
     }
 

@@ -79,7 +79,9 @@ impl Cpu<'_> {
 
     /// A general register, or the base of a segment.
     fn register(&self, register: Register) -> Option<u64> {
-        let (regs, sregs, is_64) = (self.regs, self.sregs, self.bitness() == 64);
+        let regs = self.regs;
+        let sregs = self.sregs;
+        let is_64 = self.bitness() == 64;
         let flat = |base| if is_64 { 0 } else { base };
         let full = match register.full_register() {
             Register::RAX => regs.rax,
@@ -143,7 +145,8 @@ pub fn accesses(cpu: &Cpu, bytes: &[u8]) -> Option<Accesses> {
         return None;
     }
     let mut factory = InstructionInfoFactory::new();
-    let (mut accesses, is_64) = (Accesses::default(), cpu.bitness() == 64);
+    let mut accesses = Accesses::default();
+    let is_64 = cpu.bitness() == 64;
     for memory in factory.info(&instruction).used_memory() {
         let to = if is_write(memory.access()) { &mut accesses.written } else { &mut accesses.read };
         let limit = |span: Span| Span { start: if is_64 { span.start } else { span.start & 0xffff_ffff }, ..span };
@@ -215,9 +218,8 @@ fn elements(cpu: &Cpu, instruction: &Instruction, memory: &UsedMemory) -> Vec<Sp
     let len = memory.memory_size().element_size().max(1);
     let data = instruction.op1_register().size().max(len) / len;
     let count = data.min(memory.index().size() / memory.vsib_size() as usize);
-    let value = |register: Register, element, size| match register.is_vector_register() {
-        true => extended.lane(register, element, size),
-        false => cpu.register(register),
+    let value = |register: Register, element, size| {
+        if register.is_vector_register() { extended.lane(register, element, size) } else { cpu.register(register) }
     };
     let starts = (0..count).filter_map(|element| memory.virtual_address(element, value));
     starts.map(|start| Span { start, len: len as u64 }).collect()

@@ -43,7 +43,8 @@ fn left(ram: &GuestRam) -> u64 {
 /// Mappings of this process within the memory of `ram`.
 fn mappings(ram: &GuestRam) -> usize {
     let (range, base) = ram.slots().next().unwrap();
-    let (start, end) = (base as u64, base as u64 + range.len);
+    let start = base as u64;
+    let end = base as u64 + range.len;
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let starts = maps.lines().filter_map(|line| u64::from_str_radix(line.split('-').next()?, 16).ok());
     starts.filter(|at| (start..end).contains(at)).count()

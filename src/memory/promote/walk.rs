@@ -97,7 +97,8 @@ impl Paging {
         const WRITABLE_NOT_DIRTY: (u64, u64) = (1 << 1 | 1 << 6, 1 << 1);
         // A guest of 1 TiB has no more tables than this; a loop of tables ends here.
         const TABLES_MAX: usize = 1 << 20;
-        let (mut found, mut seen) = (Vec::new(), std::collections::HashSet::new());
+        let mut found = Vec::new();
+        let mut seen = std::collections::HashSet::new();
         // Other paging modes have few tables.
         if self.levels < 4 {
             return found;

@@ -72,9 +72,9 @@ impl Activity {
         self.begin(pages, Work::GivesBack)
     }
 
-    fn begin(&self, pages: Extent, work: Work) -> Done {
+    fn begin(&self, pages: Extent, work: Work) -> ReadingGuard {
         *lock(&self.0) = Some(Reading { pages, work, since: Instant::now() });
-        Done(self.clone())
+        ReadingGuard(self.clone())
     }
 
     fn now(&self) -> Option<Reading> {
@@ -82,9 +82,10 @@ impl Activity {
     }
 }
 
-struct Done(Activity);
+/// Ends the reading when it is dropped.
+struct ReadingGuard(Activity);
 
-impl Drop for Done {
+impl Drop for ReadingGuard {
     fn drop(&mut self) {
         *lock(&self.0.0) = None;
     }
@@ -232,7 +233,8 @@ impl State {
             Some((source, Some(path))) => format!("{} at offset {:#x}", path.display(), source.offset),
             _ => "memory".to_string(),
         };
-        let (kib, gpa) = (pages.bytes() / 1024, pages.gpa());
+        let kib = pages.bytes() / 1024;
+        let gpa = pages.gpa();
         format!(
             "Reading {kib} KiB for the page at guest-physical {gpa:#x} from {from} has taken {seconds} s \
              (--fault-timeout): the source hangs"
@@ -272,7 +274,8 @@ impl StallWatch {
             state: Mutex::default(),
             stop: Condvar::new(),
         });
-        let (watched, told) = (stalls.clone(), stalls.clone());
+        let watched = stalls.clone();
+        let told = stalls.clone();
         let stop = move || {
             lock(&told.state).stopped = true;
             told.stop.notify_all();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 /// A thread as it was when it was last seen to run.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
+struct LastRun {
     switches: u64,
     since: Instant,
 }
@@ -26,7 +26,7 @@ const BYSTANDERS: [&str; 2] = ["stalls", "api"];
 
 /// The sleeping threads of the last look, by id.
 #[derive(Debug, Default)]
-pub struct SleepingThreads(HashMap<u32, Seen>);
+pub struct SleepingThreads(HashMap<u32, LastRun>);
 
 impl SleepingThreads {
     /// Names a thread that has slept for `limit` and must not: a vCPU uninterruptibly (an idle vCPU sleeps
@@ -35,16 +35,17 @@ impl SleepingThreads {
         let tasks = tasks();
         let mut stuck = None;
         for (id, task) in &tasks {
-            let who = match *id == std::process::id() {
-                true if !restoring && task.state != 'R' && is_in_a_page_fault(*id) => "The main loop".to_string(),
-                false if task.state == 'D' && task.name.starts_with("vcpu") => task.name.replace("vcpu", "vCPU "),
-                _ => {
-                    self.0.remove(id);
-                    continue;
-                }
+            let is_main = *id == std::process::id();
+            let name = if is_main && !restoring && task.state != 'R' && is_in_a_page_fault(*id) {
+                "The main loop".to_string()
+            } else if !is_main && task.state == 'D' && task.name.starts_with("vcpu") {
+                task.name.replace("vcpu", "vCPU ")
+            } else {
+                self.0.remove(id);
+                continue;
             };
             if self.has_slept(*id, task.switches, now) >= limit {
-                stuck.get_or_insert(who);
+                stuck.get_or_insert(name);
             }
         }
         let workers = || tasks.iter().map(|(_, task)| task).filter(|task| !BYSTANDERS.contains(&task.name.as_str()));
@@ -58,9 +59,9 @@ impl SleepingThreads {
 
     /// Returns for how long the thread is known to have slept; `switches` are its context switches so far.
     fn has_slept(&mut self, id: u32, switches: u64, now: Instant) -> Duration {
-        let seen = self.0.entry(id).or_insert(Seen { switches, since: now });
+        let seen = self.0.entry(id).or_insert(LastRun { switches, since: now });
         if seen.switches != switches {
-            *seen = Seen { switches, since: now };
+            *seen = LastRun { switches, since: now };
         }
         now.saturating_duration_since(seen.since)
     }
@@ -105,7 +106,8 @@ mod tests {
 
     #[test]
     fn who_is_switched_to_has_not_slept() {
-        let (mut threads, start) = (SleepingThreads::default(), Instant::now());
+        let mut threads = SleepingThreads::default();
+        let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let seen: Vec<u64> = [(5, 0), (5, 10), (6, 20), (6, 25)]
             .into_iter()
@@ -116,7 +118,8 @@ mod tests {
 
     #[test]
     fn process_that_works_is_not_stuck() {
-        let (mut threads, start) = (SleepingThreads::default(), Instant::now());
+        let mut threads = SleepingThreads::default();
+        let start = Instant::now();
         for _ in 0..3 {
             // This thread runs while it looks.
             assert_eq!(threads.look(start, Duration::ZERO, true), None);

@@ -19,7 +19,8 @@ pub fn of(trace: Trace) -> Vec<SpanData> {
     let scope = InstrumentationScope::builder("tvmm").with_version(env!("CARGO_PKG_VERSION")).build();
     let span = |(index, span): (usize, Span)| {
         let start_time = at(trace.begun, span.start_ns);
-        let (is_root, caller) = (index == 0, trace.caller_id.filter(|_| index == 0));
+        let is_root = index == 0;
+        let caller = trace.caller_id.filter(|_| index == 0);
         let parent = span.parent.and_then(|parent| ids.get(parent).copied()).or(caller.map(SpanId::from));
         SpanData {
             span_context: SpanContext::new(trace_id, ids[index], TraceFlags::SAMPLED, false, TraceState::default()),

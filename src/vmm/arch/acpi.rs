@@ -162,7 +162,8 @@ fn vm_generation(aml: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(aml);
-    let (vgen, which) = (Path::new("\\_SB_.VGEN"), Arg(0));
+    let vgen = Path::new("\\_SB_.VGEN");
+    let which = Arg(0);
     let is_change = Equal::new(&which, &layout::VMGENID_GSI);
     let notify = Notify::new(&vgen, &CHANGED);
     let tell = If::new(&is_change, vec![&notify]);
@@ -224,7 +225,8 @@ mod tests {
         assert_eq!(&block[..8], b"RSD PTR ");
         assert_eq!((sum(&block[..20]), sum(&block[..36])), (0, 0));
         let xsdt = table(&block, number(&block, 24, 8));
-        let (fadt, madt) = (table(&block, number(xsdt, 36, 8)), table(&block, number(xsdt, 44, 8)));
+        let fadt = table(&block, number(xsdt, 36, 8));
+        let madt = table(&block, number(xsdt, 44, 8));
         assert_eq!((&fadt[..4], &madt[..4]), (&b"FACP"[..], &b"APIC"[..]));
         assert_eq!(fadt.len(), 276);
         assert_eq!(madt.len(), 44 + 32 * 8 + 12);

@@ -62,7 +62,8 @@ pub fn general(entry: Entry) -> kvm_regs {
 /// Changes the reset state `sregs` into the one that `entry` requires.
 pub fn special(entry: Entry, sregs: &mut kvm_sregs) {
     let long = matches!(entry, Entry::Linux64 { .. });
-    let (code, data) = (segment(0x8, 11, long, false), segment(0x10, 3, false, false));
+    let code = segment(0x8, 11, long, false);
+    let data = segment(0x10, 3, false, false);
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = kvm_segment { limit: if long { 0xf_ffff } else { 0x67 }, g: 0, ..segment(0x18, 11, false, true) };

@@ -119,7 +119,8 @@ fn load_elf<F: Read + ReadVolatile + Seek>(name: String, image: &mut F, ram: &Gu
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),
         _ => None,
     };
-    let (linux64, end) = (loaded.kernel_load.0, loaded.kernel_end);
+    let linux64 = loaded.kernel_load.0;
+    let end = loaded.kernel_end;
     Ok(Image { name, linux64, pvh, end, initrd_max: INITRD_MAX, setup: None })
 }
 
@@ -208,7 +209,8 @@ fn load_bzimage(name: String, head: &[u8], file: &mut File, ram: &GuestRam) -> R
     let loaded = BzImage::load(ram.boot_view()?, Some(GuestAddress(setup.load)), file, None)
         .map_err(|error| failed(load_problem(&error)))?;
     let end = setup.end.max(loaded.kernel_end);
-    let (linux64, header) = (setup.load + ENTRY_64, loaded.setup_header);
+    let linux64 = setup.load + ENTRY_64;
+    let header = loaded.setup_header;
     Ok(Image { name, linux64, pvh: None, end, initrd_max: setup.initrd_max, setup: header })
 }
 

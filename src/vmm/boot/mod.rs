@@ -50,7 +50,8 @@ fn write_cmdline(args: &str, platform: Platform<'_>, memory: &UnguardedMemory) -
     let mut cmdline = Cmdline::try_from(args, layout::CMDLINE_MAX).map_err(|error| failed(&error))?;
     if !platform.acpi {
         for slot in platform.virtio {
-            let (base, gsi) = (GuestAddress(slot.gpa), slot.gsi);
+            let base = GuestAddress(slot.gpa);
+            let gsi = slot.gsi;
             cmdline.add_virtio_mmio_device(slot.len, base, gsi, None).map_err(|error| failed(&error))?;
         }
     }

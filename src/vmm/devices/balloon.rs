@@ -18,7 +18,8 @@ pub fn make(
 ) -> Result<Balloon, devices::Error> {
     check_amount(config.amount_mib, layout)?;
     let BalloonConfig { amount_mib, deflate_on_oom, stats_polling_interval_s, .. } = *config;
-    let (free_page_hinting, free_page_reporting) = (config.free_page_hinting, config.free_page_reporting);
+    let free_page_hinting = config.free_page_hinting;
+    let free_page_reporting = config.free_page_reporting;
     let params =
         BalloonParams { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_hinting, free_page_reporting };
     Balloon::new(params, release)
@@ -34,10 +35,10 @@ pub fn config_of(balloon: &Balloon) -> BalloonConfig {
 /// Refuses a balloon larger than the guest.
 pub fn check_amount(amount_mib: u32, layout: &MemoryLayout) -> Result<(), devices::Error> {
     let ram_mib = (layout.pages() * PAGE_SIZE) >> 20;
-    match u64::from(amount_mib) > ram_mib {
-        true => Err(devices::Error::BalloonTooLarge { amount_mib, ram_mib }),
-        false => Ok(()),
+    if u64::from(amount_mib) > ram_mib {
+        return Err(devices::Error::BalloonTooLarge { amount_mib, ram_mib });
     }
+    Ok(())
 }
 
 /// The refusal when there is no balloon. (Firecracker's sentence: clients match it.)

@@ -97,7 +97,8 @@ pub fn from_saved(
                 if let Some(path) = &overrides.vsock {
                     params.uds_path = path.clone();
                 }
-                let (guest_cid, uds_path) = (params.guest_cid, params.uds_path.clone());
+                let guest_cid = params.guest_cid;
+                let uds_path = params.uds_path.clone();
                 configs.vsock = Some(VsockConfig { guest_cid, uds_path, vsock_id: None });
                 devices.push(Box::new(make_vsock(params)?));
             }

@@ -98,7 +98,8 @@ impl VirtioDevices {
     pub fn writable_drives(&self) -> Vec<WritableDrive> {
         let drive = |config: &DriveConfig| {
             self.with(&config.drive_id, |block: &mut Block| {
-                let (id, image) = (config.drive_id.clone(), block.image().clone());
+                let id = config.drive_id.clone();
+                let image = block.image().clone();
                 (WritableDrive { id, image, bytes: block.bytes() }, false)
             })
         };

@@ -32,7 +32,8 @@ pub fn open(configs: &DeviceConfigs, layout: &MemoryLayout) -> Result<Vec<Pmem>,
 
 /// Makes a pmem device from its saved state, at its old place. `end`: the end of the memory below, which is moved up.
 pub fn restore(state: PmemState, overrides: &Overrides, end: &mut u64) -> Result<Pmem, devices::Error> {
-    let (gpa, size) = (state.params.gpa, state.size());
+    let gpa = state.params.gpa;
+    let size = state.size();
     // Places come from the snapshot file, so they must be such as `open` assigns.
     if gpa != pmem_after(*end) || size == 0 || gpa.checked_add(size).is_none() {
         return Err(devices::Error::State { device: "pmem device", what: "it lies where no pmem device lies" });
@@ -82,7 +83,8 @@ mod tests {
     #[test]
     fn root_args_are_those_of_firecracker() {
         let args = |root_device, read_only| {
-            let (id, path_on_host) = ("p".to_owned(), "/p".into());
+            let id = "p".to_owned();
+            let path_on_host = "/p".into();
             let pmem = vec![PmemConfig { id, path_on_host, root_device, read_only, rate_limiter: None }];
             pmem_root_args(&DeviceConfigs { pmem, ..DeviceConfigs::default() })
         };

@@ -21,7 +21,8 @@ impl PlacedDrives {
     /// If the snapshot contains drives and the caller gave no directory for the clone's, or the other way round; if a
     /// copy cannot be made, for example because a file of its name exists.
     pub fn make(tip: &Snapshot, overrides: &Overrides) -> Result<(Self, Overrides), Error> {
-        let (mut placed, mut overrides) = (PlacedDrives::default(), overrides.clone());
+        let mut placed = PlacedDrives::default();
+        let mut overrides = overrides.clone();
         let named = |id: &String| overrides.drives.iter().any(|(named, _)| named == id);
         let copies = tip.manifest().drives.iter().map(|copy| &copy.drive_id);
         let wanted: Vec<String> = copies.filter(|id| !named(id)).cloned().collect();

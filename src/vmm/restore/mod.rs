@@ -19,7 +19,7 @@ use super::devices::SavedDevice;
 use super::error::Error;
 use super::host;
 use super::lineage::Lineage;
-use super::machine::{Built, Core, DeviceSet, Machine, Outside, Shape, open_kvm};
+use super::machine::{Built, Core, DeviceSet, Environment, Machine, Shape, open_kvm};
 use super::state::{self, MachineState, VcpuState, VmState};
 use crate::config;
 use crate::config::overrides::Overrides;
@@ -34,7 +34,7 @@ use crate::sys::uffd::Uffd;
 pub use crate::memory::engine::EngineReport;
 
 use crate::memory::background::BackgroundWork;
-use crate::memory::engine::{How, Served};
+use crate::memory::engine::{BuildOptions, Served};
 use crate::memory::external_handler::ExternalHandler;
 use crate::memory::fault_service::Observer;
 use crate::memory::fault_service::{FaultService, FaultWork};
@@ -156,7 +156,7 @@ impl Machine<Built> {
     /// Builds the machine of the chain's tip with its memory placed as the plan says.
     pub fn restore(
         spec: RestoreSpec<'_>,
-        outside: Outside,
+        environment: Environment,
         timeline: &mut Timeline,
     ) -> Result<(Self, EngineReport), Error> {
         let chain = spec.sources.chain.clone();
@@ -176,8 +176,8 @@ impl Machine<Built> {
         timeline.lap(Slice::StateLoad);
         let mut built = match spec.handler {
             None => {
-                let how = How { observed: spec.observer.is_some(), in_place: spec.in_place_mapping };
-                crate::memory::engine::build(&files, spec.plan, layout, how, timeline)?
+                let options = BuildOptions { observed: spec.observer.is_some(), in_place: spec.in_place_mapping };
+                crate::memory::engine::build(&files, spec.plan, layout, options, timeline)?
             }
             Some(_) => crate::memory::engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
@@ -189,7 +189,7 @@ impl Machine<Built> {
         let mut fw_cfg = saved.fw_cfg;
         fw_cfg.metadata.extend(spec.overrides.metadata.clone());
         let set = DeviceSet { virtio, configs, fw_cfg };
-        let mut machine = Machine::build(kvm, built.ram, shape, set, outside, timeline)?;
+        let mut machine = Machine::build(kvm, built.ram, shape, set, environment, timeline)?;
         machine.core.services.single_pages = single_pages;
         machine.core.services.cold = files.cold().cloned().map(CloseCold);
         machine.core.services.tiers_held = files.tiers().to_vec();

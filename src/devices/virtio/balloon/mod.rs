@@ -376,7 +376,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn save(&self) -> Result<Vec<u8>, postcard::Error> {
-        let (statistics, hinting) = (self.statistics.state(), self.hinting.state());
+        let statistics = self.statistics.state();
+        let hinting = self.hinting.state();
         postcard::to_stdvec(&BalloonState { params: self.params, actual_pages: self.actual_pages, statistics, hinting })
     }
 

@@ -72,7 +72,8 @@ impl Driver {
         driver.write(0x70, 11);
         for queue in 0..5u32 {
             let at = (DESCRIPTORS + u64::from(queue) * STEP) as u32;
-            let (available, used) = (at + AVAILABLE as u32, at + USED as u32);
+            let available = at + AVAILABLE as u32;
+            let used = at + USED as u32;
             for (register, value) in
                 [(0x30, queue), (0x38, SIZE.into()), (0x80, at), (0x90, available), (0xa0, used), (0x44, 1)]
             {

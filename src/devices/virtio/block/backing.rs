@@ -149,20 +149,20 @@ impl Backing {
     /// Gives space back. Reads there are undefined afterwards.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_not_cut()?;
-        match self.is_block_device {
-            true => sys::discard(&self.file, offset, len),
-            false => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
+        if self.is_block_device {
+            return sys::discard(&self.file, offset, len);
         }
+        self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len)
     }
 
     /// Makes a range read as zeros, and gives its space back if it `may_unmap`.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.check_not_cut()?;
-        match (self.is_block_device, may_unmap) {
-            (true, _) => sys::zero_out(&self.file, offset, len),
-            (false, true) => self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len),
-            (false, false) => self.fallocate(FallocateFlags::ZERO_RANGE, offset, len),
+        if self.is_block_device {
+            return sys::zero_out(&self.file, offset, len);
         }
+        let way = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+        self.fallocate(way, offset, len)
     }
 
     fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -188,9 +188,9 @@ fn lock(file: &File, shared: bool) -> Result<(), TryLockError> {
 }
 
 fn length(file: &File, is_block_device: bool) -> io::Result<u64> {
-    match is_block_device {
+    if is_block_device {
         // stat(2) says 0 for it. All I/O names its offset, so moving the file's own does no harm.
-        true => Ok(rustix::fs::seek(file, SeekFrom::End(0))?),
-        false => Ok(file.metadata()?.len()),
+        return Ok(rustix::fs::seek(file, SeekFrom::End(0))?);
     }
+    Ok(file.metadata()?.len())
 }

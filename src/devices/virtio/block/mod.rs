@@ -38,7 +38,7 @@ use backing::Backing;
 use limits::SECTOR;
 use request::{Disk, Operation, Request, Status};
 use sys::{Direction, PIECES_MAX, Pieces};
-use uring::{Done, Job, Uring, Work};
+use uring::{Completion, Job, Uring, Work};
 
 const QUEUE_SIZES: [u16; 1] = [256];
 const QUEUE: usize = 0;
@@ -129,9 +129,11 @@ impl Block {
             params.path = path.to_owned();
         }
         let block = Block::with_limiter(params, RateLimiter::restore(&limiter)?)?;
-        let (id, path) = (&block.params.id, &block.params.path);
+        let id = &block.params.id;
+        let path = &block.params.path;
         let unfit = |what| Err(Error::Drive { id: id.clone(), path: path.clone(), what });
-        let (had, has) = (facts.len - facts.len % SECTOR, block.backing.bytes());
+        let had = facts.len - facts.len % SECTOR;
+        let has = block.backing.bytes();
         if had != has {
             return unfit(format!("the guest knows a disk of {had} bytes, this one has {has}"));
         }
@@ -240,7 +242,8 @@ impl Block {
                     // until the kernel is done.
                     let pieces = unsafe { pieces.outliving() };
                     let whole = if direction == Direction::Write { self.backing.check_not_cut() } else { Ok(()) };
-                    let (file, written) = (self.backing.file().clone(), written as u32 + 1);
+                    let file = self.backing.file().clone();
+                    let written = written as u32 + 1;
                     let work = Work::Transfer { direction, pieces, offset };
                     match whole {
                         Ok(()) => return start(uring, Job { head, status, written, file, work }),
@@ -274,7 +277,7 @@ impl Block {
                 return self.give_back(head, status, refusal, 1, io);
             }
         };
-        self.answer(Done { head, status, written: written as u32 + 1, result }, io)
+        self.answer(Completion { head, status, written: written as u32 + 1, result }, io)
     }
 
     /// The disk's serial number: the start of its id, which is the same wherever the guest is restored.
@@ -296,14 +299,15 @@ impl Block {
     }
 
     /// Gives the result of a request to the driver.
-    fn answer(&mut self, done: Done, io: &mut Io<'_>) -> Result<(), Broken> {
+    fn answer(&mut self, done: Completion, io: &mut Io<'_>) -> Result<(), Broken> {
         let status = match &done.result {
             Ok(()) => Status::Ok,
             Err(error) if is_unsupported(error) => Status::Unsupported,
             Err(error) => {
                 // Only the first failure is logged: a disk that is full or gone would fill the log.
                 if self.counters.failed == 0 {
-                    let (drive, path) = (&self.params.id, self.params.path.display());
+                    let drive = &self.params.id;
+                    let path = self.params.path.display();
                     tracing::warn!(drive, %path, %error, "A request of the guest failed; later ones are only counted");
                 }
                 self.counters.failed += 1;
@@ -337,12 +341,12 @@ impl Block {
         self.uring.as_mut().map_or(Ok(()), |uring| uring.submit().map_err(failed))
     }
 
-    fn wait_all(&mut self) -> Result<Vec<Done>, Broken> {
+    fn wait_all(&mut self) -> Result<Vec<Completion>, Broken> {
         let failed = |source| Broken::Host { doing: "wait for requests in flight", source };
         self.uring.as_mut().map_or(Ok(Vec::new()), |uring| uring.wait_all().map_err(failed))
     }
 
-    fn answer_all(&mut self, done: Vec<Done>, io: &mut Io<'_>) -> Result<(), Broken> {
+    fn answer_all(&mut self, done: Vec<Completion>, io: &mut Io<'_>) -> Result<(), Broken> {
         done.into_iter().try_for_each(|done| self.answer(done, io))?;
         self.tell(io)
     }
@@ -376,9 +380,10 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY;
-        features |= match self.params.read_only {
-            true => 1 << VIRTIO_BLK_F_RO,
-            false => 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES,
+        features |= if self.params.read_only {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         };
         if self.params.writeback {
             features |= 1 << VIRTIO_BLK_F_FLUSH;

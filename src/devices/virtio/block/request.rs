@@ -133,7 +133,8 @@ impl Disk {
     fn range(self, bytes: &[u8; RANGE_BYTES], zeroes: bool) -> Result<Range, Status> {
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let sector = u64::from(u32_at(0)) | u64::from(u32_at(4)) << 32;
-        let (sectors, flags) = (u32_at(8), u32_at(12));
+        let sectors = u32_at(8);
+        let flags = u32_at(12);
         let allowed = if zeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         if flags & !allowed != 0 {
             return Err(Status::Unsupported);

@@ -104,8 +104,11 @@ pub unsafe fn touch_pieces(pieces: &[libc::iovec]) {
 /// Transfers all of `pieces` from or to `offset`. Fails at the end of the file.
 pub fn transfer(file: &File, direction: Direction, pieces: &mut Pieces<'_>, mut offset: u64) -> io::Result<()> {
     while pieces.left() > 0 {
-        let (fd, iovecs, at) = (file.as_raw_fd(), pieces.iovecs(), offset as libc::off64_t);
-        let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as libc::c_int);
+        let fd = file.as_raw_fd();
+        let iovecs = pieces.iovecs();
+        let at = offset as libc::off64_t;
+        let pointer = iovecs.as_ptr();
+        let count = iovecs.len() as libc::c_int;
         let done = match direction {
             // SAFETY: the pieces are guest memory that lives as long as `pieces`; the guest may see the bytes while
             // they arrive, as with any device, and this process has no reference to them.

@@ -40,7 +40,8 @@ impl Fixture {
 
     fn params(&self, engine: Engine) -> BlockParams {
         let path = self.path.clone();
-        let (is_root, partuuid) = (false, None);
+        let is_root = false;
+        let partuuid = None;
         BlockParams { id: "disk".into(), path, read_only: false, writeback: true, engine, is_root, partuuid }
     }
 
@@ -329,7 +330,8 @@ fn restore_refuses_an_image_that_changed_and_one_of_another_size() {
 #[test]
 fn change_of_the_image_shows_in_the_configuration_and_a_bad_one_changes_nothing() {
     for engine in ENGINES {
-        let (fixture, larger) = (Fixture::new(), Fixture::with_len(BYTES * 2));
+        let fixture = Fixture::new();
+        let larger = Fixture::with_len(BYTES * 2);
         let mut driver = fixture.drive(engine);
         let change = |driver: &Driver, path: &Path| {
             let work = |block: &mut Block| {

@@ -35,7 +35,7 @@ pub struct Job {
 
 /// A request that is done.
 #[derive(Debug)]
-pub struct Done {
+pub struct Completion {
     pub head: u16,
     pub status: GuestAddress,
     pub written: u32,
@@ -102,7 +102,7 @@ impl Uring {
     }
 
     /// Takes the requests that are done.
-    pub fn completed(&mut self) -> Vec<Done> {
+    pub fn completed(&mut self) -> Vec<Completion> {
         let _ = self.event.read();
         let results: Vec<(u64, i32)> =
             self.ring.completion().map(|entry| (entry.user_data(), entry.result())).collect();
@@ -124,7 +124,7 @@ impl Uring {
     }
 
     /// Waits until nothing is in flight; returns the requests done by then.
-    pub fn wait_all(&mut self) -> io::Result<Vec<Done>> {
+    pub fn wait_all(&mut self) -> io::Result<Vec<Completion>> {
         let mut done = self.completed();
         while self.jobs.iter().any(Option::is_some) {
             match self.ring.submit_and_wait(1) {
@@ -151,7 +151,8 @@ fn entry(job: &Job) -> squeue::Entry {
     match &job.work {
         Work::Transfer { direction, pieces, offset } => {
             let iovecs = pieces.iovecs();
-            let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as u32);
+            let pointer = iovecs.as_ptr();
+            let count = iovecs.len() as u32;
             match direction {
                 Direction::Read => opcode::Readv::new(fd, pointer, count).offset(*offset).build(),
                 Direction::Write => opcode::Writev::new(fd, pointer, count).offset(*offset).build(),
@@ -163,7 +164,7 @@ fn entry(job: &Job) -> squeue::Entry {
 
 impl Job {
     /// Turns the kernel's result into the request's. Finishes a partial transfer here, because that is rare.
-    fn finish(self, result: i32) -> Done {
+    fn finish(self, result: i32) -> Completion {
         let Job { head, status, written, file, work } = self;
         let again = matches!(-result, libc::EINTR | libc::EAGAIN);
         let result = match (work, usize::try_from(result)) {
@@ -180,6 +181,6 @@ impl Job {
                 sys::transfer(&file, direction, &mut pieces, offset + done as u64)
             }
         };
-        Done { head, status, written, result }
+        Completion { head, status, written, result }
     }
 }

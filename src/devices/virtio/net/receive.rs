@@ -124,7 +124,8 @@ impl<'m> Gathered<'m> {
         self.is_full = false;
         while self.chains.is_empty() || mergeable && self.bytes < wanted {
             let Some(chain) = io.pop(RX)? else { break };
-            let (len, pieces) = (chain.writable.len(), chain.writable.slices().len());
+            let len = chain.writable.len();
+            let pieces = chain.writable.slices().len();
             if len < HEADER_LEN {
                 return Err(Broken::Chain("a receive buffer is shorter than a header"));
             }

@@ -31,7 +31,8 @@ fn memory() -> Memory {
 
 fn params() -> NetParams {
     let limits = RateLimits::default();
-    let (id, tap) = ("eth0".to_owned(), "test".to_owned());
+    let id = "eth0".to_owned();
+    let tap = "test".to_owned();
     NetParams { id, tap, mac: Some(MAC), mtu: Some(1400), rx_limits: limits, tx_limits: limits }
 }
 
@@ -54,7 +55,8 @@ impl Bench {
         let (wire, tap) = UnixDatagram::pair().unwrap();
         wire.set_nonblocking(true).unwrap();
         tap.set_nonblocking(true).unwrap();
-        let (rx, tx) = (RateLimiter::new(params.rx_limits).unwrap(), RateLimiter::new(params.tx_limits).unwrap());
+        let rx = RateLimiter::new(params.rx_limits).unwrap();
+        let tx = RateLimiter::new(params.tx_limits).unwrap();
         let net = Net { restored, ..Net::with_tap(params, Tap::over(tap.into()), rx, tx).unwrap() };
         let memory = memory();
         let device = MmioDevice::new(Box::new(net), memory.clone()).unwrap();

@@ -122,7 +122,8 @@ impl Pmem {
     /// The mapping that the device needs.
     pub fn image(&self) -> PmemImage {
         let len = self.image.len();
-        let (gpa, read_only) = (self.params.gpa, self.params.read_only);
+        let gpa = self.params.gpa;
+        let read_only = self.params.read_only;
         PmemImage { file: self.image.file().clone(), len, size: self.size(), gpa, read_only }
     }
 

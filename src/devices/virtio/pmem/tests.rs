@@ -81,7 +81,8 @@ const LEN_MAX: u64 = 1 << 40;
 fn readers_share_an_image_and_a_writer_has_it_for_itself() {
     let file = file(4096);
     let open = |read_only| Pmem::new(params(file.path(), read_only), RateLimits::default());
-    let (first, second) = (open(true).unwrap(), open(true).unwrap());
+    let first = open(true).unwrap();
+    let second = open(true).unwrap();
     assert!(refused(open(false)).contains("locked"));
     drop((first, second));
     let writer = open(false).unwrap();

@@ -48,7 +48,7 @@ pub enum Next {
 
 /// The effect of a guest's packet on its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
+pub enum Effect {
     GoesOn,
     /// The guest will neither send nor receive: the device answers with a reset.
     GuestClosed,
@@ -346,7 +346,7 @@ impl Connection {
     }
 
     /// Handles a packet of the guest's, other than a reset.
-    pub fn guest_packet(&mut self, header: &Header, data: &Buffers<'_>) -> Result<After, Violation> {
+    pub fn guest_packet(&mut self, header: &Header, data: &Buffers<'_>) -> Result<Effect, Violation> {
         self.hear(header);
         match (self.phase, header.op) {
             (Phase::Requested, op::RESPONSE) if self.opening.is_none() => {
@@ -362,10 +362,10 @@ impl Connection {
             (Phase::Established, op::SHUTDOWN) => return Ok(self.guest_shutdown(header.flags)),
             _ => return Err(Violation),
         }
-        Ok(After::GoesOn)
+        Ok(Effect::GoesOn)
     }
 
-    fn guest_shutdown(&mut self, flags: u32) -> After {
+    fn guest_shutdown(&mut self, flags: u32) -> Effect {
         self.guest_shut |= flags & shut::BOTH;
         if self.guest_shut & shut::RECEIVE != 0 {
             // Bytes that the program may still send have no receiver.
@@ -375,7 +375,7 @@ impl Connection {
         }
         self.note_end();
         self.flush();
-        if self.guest_shut == shut::BOTH { After::GuestClosed } else { After::GoesOn }
+        if self.guest_shut == shut::BOTH { Effect::GuestClosed } else { Effect::GoesOn }
     }
 
     /// Passes the guest's bytes on; those that the program does not take now wait.

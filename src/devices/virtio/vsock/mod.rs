@@ -174,7 +174,8 @@ impl Vsock {
 
     /// Handles the events of the host's side.
     fn take_host_events(&mut self) -> Result<(), Broken> {
-        let (accepts, timeout) = (&mut self.accepts, self.guest_timeout);
+        let accepts = &mut self.accepts;
+        let timeout = self.guest_timeout;
         let taken = self.table.take_events(|table, token, events| {
             if token == table::LISTENER {
                 *accepts = true;
@@ -225,10 +226,8 @@ impl Vsock {
     }
 
     fn count_added(&mut self, added: bool) {
-        match added {
-            true => self.counters.conns_added += 1,
-            false => self.counters.conns_refused += 1,
-        }
+        let counter = if added { &mut self.counters.conns_added } else { &mut self.counters.conns_refused };
+        *counter += 1;
     }
 
     /// Gives up connections whose deadline has passed.

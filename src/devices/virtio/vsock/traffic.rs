@@ -1,7 +1,7 @@
 //! Packet exchange: takes packets from the guest, and gives packets to it.
 
 use super::super::{Broken, Chain, Io};
-use super::connection::{After, Connection, Next};
+use super::connection::{Connection, Effect, Next};
 use super::header::{self, HOST_CID, Header, TYPE_STREAM, op};
 use super::{RESETS_MAX, RX, TX, Vsock, host, table};
 
@@ -71,14 +71,14 @@ impl Vsock {
         }
         let Some(connection) = self.table.get(token) else { return Ok(()) };
         match connection.guest_packet(&header, &data) {
-            Ok(After::GoesOn) => {
+            Ok(Effect::GoesOn) => {
                 self.counters.tx_bytes_count += u64::from(header.len);
                 if header.op == op::RESPONSE {
                     self.table.set_deadline(token, None);
                 }
                 self.table.note(token);
             }
-            Ok(After::GuestClosed) => {
+            Ok(Effect::GuestClosed) => {
                 self.answer_with_reset(&header);
                 self.table.linger(token);
             }

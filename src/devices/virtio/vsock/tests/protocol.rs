@@ -59,7 +59,9 @@ fn guest_is_told_of_room_and_stopped_when_it_takes_more() {
     let mut driver = Driver::booted();
     let program = driver.connected(65536);
     let chunk = vec![7; 32 << 10];
-    let (mut sent, mut told, mut reset) = (0u32, 0, false);
+    let mut sent = 0u32;
+    let mut told = 0;
+    let mut reset = false;
     // The program reads nothing: its socket fills first, then the connection's own room.
     for _ in 0..100 {
         driver.send(packet(80, 9, op::RW), &chunk);

@@ -98,7 +98,8 @@ fn answer_that_comes_at_once_is_not_taken_for_a_buffer_that_was_there() {
         let (mut driver, _program) = restored(EVENT_IDX, EVENT_BUFFERS);
         let polls = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let (device, polls) = (&driver.device, &polls);
+            let device = &driver.device;
+            let polls = &polls;
             let memory = driver.memory.clone();
             let added = driver.added[EVENT];
             scope.spawn(move || {
