@@ -52,7 +52,7 @@ pub struct NoColdPool {
     pub problem: String,
 }
 
-/// Whether this is the URL of a pool in an object store, which not every build can reach.
+/// Returns true for the URL of a pool in an object store, which not every build can reach.
 pub fn is_object_url(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| OBJECT_SCHEMES.contains(&scheme))
 }

@@ -81,7 +81,7 @@ impl AnyPool {
         match self {
             AnyPool::Dir(store) => store.add(chain, hot, progress),
             #[cfg(feature = "object-store")]
-            AnyPool::Object(pool) => pool.add((chain, hot), progress),
+            AnyPool::Object(pool) => pool.add(chain, hot, progress),
         }
     }
 
@@ -193,7 +193,7 @@ pub fn open(cold: &Cold, chain: &Chain, fault_timeout: Duration) -> Result<Optio
         return Ok(None);
     }
     let tip = chain.tip();
-    let pool = ColdPool::open(places, alike, (tip.id(), tip.layout()), patience).map_err(tiering::Error::from)?;
+    let pool = ColdPool::open(places, alike, tip.id(), tip.layout(), patience).map_err(tiering::Error::from)?;
     // For a full snapshot the number of pages is known without reading its page map.
     let held = tip.manifest().pages_held;
     if chain.layers().len() == 1 && pool.index().pages() != held {

@@ -207,11 +207,12 @@ impl ObjectPool {
     /// object with an index is complete.
     pub fn add(
         &self,
-        packed: (&Chain, Option<PageSet>),
+        chain: &Chain,
+        hot: Option<PageSet>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Packed, ChunkError> {
-        let scratch = std::env::temp_dir().join(format!("tvmm-pack-{}-{}", std::process::id(), packed.0.tip().id()));
-        let added = self.add_through(packed, &scratch, progress);
+        let scratch = std::env::temp_dir().join(format!("tvmm-pack-{}-{}", std::process::id(), chain.tip().id()));
+        let added = self.add_through(chain, hot, &scratch, progress);
         // Best effort: the scratch files are not needed any more.
         let _ = std::fs::remove_dir_all(&scratch);
         added
@@ -219,7 +220,8 @@ impl ObjectPool {
 
     fn add_through(
         &self,
-        (chain, hot): (&Chain, Option<PageSet>),
+        chain: &Chain,
+        hot: Option<PageSet>,
         scratch: &Path,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Packed, ChunkError> {

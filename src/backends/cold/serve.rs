@@ -421,7 +421,7 @@ impl<'a> Connection<'a> {
         // A client has one RDMA connection at a time.
         self.end_loan()?;
         let peer = self.stream.peer_addr()?;
-        match lender.lend((&object.data, object.index.data_len()), &object.registered, (peer, reader)) {
+        match lender.lend(&object.data, object.index.data_len(), &object.registered, peer, reader) {
             Ok((loan, attached)) => {
                 self.loan = Some(loan);
                 // The server does not see RDMA reads, so the client counts as present while its host answers.

@@ -305,12 +305,7 @@ struct TcpSource {
 
 impl TcpSource {
     /// Sends requests for spans from `*sent` on, as many as may be under way; `ahead` counts their bytes.
-    fn request(
-        &mut self,
-        spans: &[Range<u32>],
-        sent: &mut usize,
-        (at, ahead): (usize, &mut u64),
-    ) -> Result<(), Broken> {
+    fn request(&mut self, spans: &[Range<u32>], sent: &mut usize, at: usize, ahead: &mut u64) -> Result<(), Broken> {
         let mut requests = Vec::new();
         while let Some(span) = spans.get(*sent) {
             let bytes = self.index.span(span.clone());
@@ -384,7 +379,7 @@ impl ChunkSource for TcpSource {
         for (at, span) in spans.iter().enumerate() {
             // Refills half a window at a time, so that many requests go out at once.
             if sent <= at || ahead <= WINDOW_BYTES / 2 {
-                self.request(&spans, &mut sent, (at, &mut ahead))?;
+                self.request(&spans, &mut sent, at, &mut ahead)?;
             }
             self.check_open()?;
             let bytes = self.index.span(span.clone());

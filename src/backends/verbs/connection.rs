@@ -25,8 +25,10 @@ pub(super) fn new_sequence() -> io::Result<u32> {
 
 /// A queue pair in the state INIT, for up to `depth` concurrent requests, with access to `memory`.
 pub(super) fn queue_pair<M>(
-    (domain, queue): (&Arc<ProtectionDomain>, &Arc<Queue>),
-    (port, allows): (&Port, ibv_access_flags),
+    domain: &Arc<ProtectionDomain>,
+    queue: &Arc<Queue>,
+    port: &Port,
+    allows: ibv_access_flags,
     depth: u32,
     memory: M,
 ) -> io::Result<Pair<M>> {
@@ -40,7 +42,7 @@ pub(super) fn queue_pair<M>(
 }
 
 /// Connects a queue pair to its peer, which is at `address`; it answers requests from now on.
-pub(super) fn accept<M>(pair: &mut Pair<M>, port: &Port, (address, peer): (IpAddr, Endpoint)) -> io::Result<()> {
+pub(super) fn accept<M>(pair: &mut Pair<M>, port: &Port, address: IpAddr, peer: Endpoint) -> io::Result<()> {
     let dgid = ibv_gid { raw: gid(address) };
     let grh = ibv_global_route { dgid, flow_label: 0, sgid_index: port.gid_index, hop_limit: HOPS, traffic_class: 0 };
     pair.modify(&format!("connect a queue pair to {address}"), |set| {

@@ -78,9 +78,9 @@ impl Lent {
 
     /// Connects the reader at `address` until the result is dropped. Also returns the answer for it.
     pub fn lend(self: &Arc<Lent>, address: IpAddr, reader: Endpoint) -> io::Result<(Loan, Attached)> {
-        let allows = (&self.port, ibv_access_flags::IBV_ACCESS_REMOTE_READ);
-        let mut pair = queue_pair((&self.domain, &self.queue), allows, 1, self.clone())?;
-        accept(&mut pair, &self.port, (address, reader))?;
+        let allows = ibv_access_flags::IBV_ACCESS_REMOTE_READ;
+        let mut pair = queue_pair(&self.domain, &self.queue, &self.port, allows, 1, self.clone())?;
+        accept(&mut pair, &self.port, address, reader)?;
         let mtu = self.port.mtu;
         let reads = self.port.answers.min(reader.reads);
         let endpoint = Endpoint { queue_pair: pair.number(), sequence: new_sequence()?, mtu, reads };

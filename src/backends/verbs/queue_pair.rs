@@ -208,7 +208,7 @@ impl<M> Pair<M> {
     ///
     /// # Safety
     /// `to` is registered memory that is in `M` and not otherwise used until the request is complete.
-    pub unsafe fn read(&mut self, id: u64, (key, from): (u32, u64), mut to: ibv_sge) -> io::Result<()> {
+    pub unsafe fn read(&mut self, id: u64, key: u32, from: u64, mut to: ibv_sge) -> io::Result<()> {
         // SAFETY: integers, unions of such and null pointers, which may all be 0.
         let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
         (request.wr_id, request.sg_list, request.num_sge) = (id, &mut to, 1);

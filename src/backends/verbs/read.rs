@@ -73,8 +73,7 @@ impl Reader {
     pub fn new(port: &Port, depth: usize) -> io::Result<Reader> {
         let domain = port.context.alloc_pd().map_err(|error| told("make a protection domain", &error))?;
         let queue = Arc::new(Queue::told_by(Channel::new(&port.context)?, depth as u32)?);
-        let allows = (port, ibv_access_flags(0));
-        let pair = queue_pair((&domain, &queue), allows, depth as u32, None)?;
+        let pair = queue_pair(&domain, &queue, port, ibv_access_flags(0), depth as u32, None)?;
         let port = port.clone();
         let sequence = new_sequence()?;
         Ok(Reader { pair, queue, domain, port, sequence, depth, lent: None, begun: 0, complete: 0, freed: 0 })
@@ -89,7 +88,7 @@ impl Reader {
 
     /// Connects to the lender at `address`.
     pub fn connect(&mut self, address: IpAddr, lent: Attached) -> io::Result<()> {
-        accept(&mut self.pair, &self.port, (address, lent.endpoint))?;
+        accept(&mut self.pair, &self.port, address, lent.endpoint)?;
         let reads = self.port.makes.min(lent.endpoint.reads);
         let sequence = self.sequence;
         self.pair.modify("start a queue pair", |set| {
@@ -146,7 +145,7 @@ impl Reader {
         let to = ibv_sge { addr: to, length: len as u32, lkey };
         // SAFETY: the slot is registered, as long as the range, and not otherwise used until the read is complete and
         // the slot is freed.
-        unsafe { self.pair.read(self.begun, (lent.key, lent.address + range.start), to)? };
+        unsafe { self.pair.read(self.begun, lent.key, lent.address + range.start, to)? };
         self.begun += 1;
         Ok(())
     }

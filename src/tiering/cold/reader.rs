@@ -54,7 +54,8 @@ impl ColdPool {
     pub fn open(
         places: Vec<Box<dyn Place>>,
         alike: usize,
-        (snapshot, layout): (SnapshotId, &MemoryLayout),
+        snapshot: SnapshotId,
+        layout: &MemoryLayout,
         patience: Duration,
     ) -> Result<Arc<ColdPool>, ChunkError> {
         let places: Vec<_> = places.into_iter().map(|place| (place, Arc::new(SourceCounters::default()))).collect();

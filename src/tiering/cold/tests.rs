@@ -112,8 +112,7 @@ impl ChunkSource for FakeSource {
 
 fn open(sample: &Sample, places: Vec<Fake>) -> Result<Arc<ColdPool>, ChunkError> {
     let places = places.into_iter().map(|place| Box::new(place) as Box<dyn Place>).collect();
-    let of = (sample.index.snapshot(), sample.index.layout());
-    ColdPool::open(places, 1, of, Duration::from_millis(60))
+    ColdPool::open(places, 1, sample.index.snapshot(), sample.index.layout(), Duration::from_millis(60))
 }
 
 fn read_all(sample: &Sample, pool: &Arc<ColdPool>) -> std::io::Result<()> {

@@ -171,7 +171,8 @@ fn image_that_is_cut_gives_the_guest_errors_and_the_machine_lives() {
 #[test]
 fn patch_changes_the_image_and_the_limits_of_a_running_machine() {
     let dir = scratch();
-    let (path, larger) = (image(dir.path(), "a", MIB), image(dir.path(), "b", 2 * MIB));
+    let path = image(dir.path(), "a", MIB);
+    let larger = image(dir.path(), "b", 2 * MIB);
     let metrics = dir.path().join("metrics");
     let mut config = one_drive(&path, "Async");
     config["metrics"] = json!({ "metrics_path": metrics });
@@ -272,7 +273,9 @@ fn clones_of_a_snapshot_with_copies_have_disks_of_their_own() {
     let read_only = drive("shared", &shared, json!({ "is_read_only": true }));
     let mut vm = Vm::boot(&with_drives(&[drive("disk", &path, json!({})), read_only]));
     blk(&mut vm, "op=write sectors=8192 seed=5 chunk=64 depth=4");
-    let (base, tip, merged) = (dir.path().join("base"), dir.path().join("tip"), dir.path().join("merged"));
+    let base = dir.path().join("base");
+    let tip = dir.path().join("tip");
+    let merged = dir.path().join("merged");
     vm.snapshot(&base, &[]);
     blk(&mut vm, "op=write sector=8 sectors=8 seed=6");
     vm.snapshot(&tip, &["--diff", "--copy-drives"]);

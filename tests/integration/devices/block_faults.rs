@@ -143,8 +143,9 @@ fn host_that_forbids_io_uring_is_told_of_the_other_engine() {
 /// As container runtimes do: io_uring_setup(2) answers EPERM.
 fn forbid_io_uring() -> std::io::Result<()> {
     let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
-    let (load, equal, end) =
-        (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::BPF_RET);
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let end = libc::BPF_RET;
     let mut filter = [
         step(load, 0, 0, 0),
         step(equal, 0, 1, libc::SYS_io_uring_setup as u32),

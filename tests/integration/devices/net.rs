@@ -133,7 +133,8 @@ fn two_guests_on_a_bridge_exchange_frames_of_every_size() {
             network.ip(&format!("link set {tap} mtu 9000"));
         }
         network.ip("link set br0 mtu 9000");
-        let (mut a, mut b) = (Vm::boot(&with_tap("tap0", 2)), Vm::boot(&with_tap("tap1", 3)));
+        let mut a = Vm::boot(&with_tap("tap0", 2));
+        let mut b = Vm::boot(&with_tap("tap1", 3));
         ["tap0", "tap1"].iter().for_each(|tap| network.wait_for(tap));
         // 9014 bytes are five of the receiver's buffers.
         for (size, batch, irq) in [(60, 1, 1), (1514, 16, 0), (2036, 3, 1), (2037, 3, 0), (9014, 64, 1)] {
@@ -158,12 +159,14 @@ fn snapshot_under_traffic_goes_on_here_and_in_clones() {
     with_network(|network| {
         let dir = scratch();
         ["tap0", "tap1", "tap2"].iter().for_each(|tap| network.tap(tap));
-        let (mut sender, mut receiver) = (Vm::boot(&with_tap("tap0", 2)), Vm::boot(&with_tap("tap1", 3)));
+        let mut sender = Vm::boot(&with_tap("tap0", 2));
+        let mut receiver = Vm::boot(&with_tap("tap1", 3));
         receiver.call("net_info");
         ["tap0", "tap1"].iter().for_each(|tap| network.wait_for(tap));
         let receiving = receiver.begin("net_receive count=1000000000 ms=4000");
         let sending = sender.begin("net_send count=60000 size=1000");
-        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        let first = dir.path().join("first");
+        let second = dir.path().join("second");
         receiver.snapshot(&first, &[]);
         sender.snapshot(&dir.path().join("sender"), &[]);
         receiver.snapshot(&second, &["--diff"]);
@@ -295,7 +298,8 @@ fn limits_slow_frames_down_lose_none_and_can_be_changed() {
         config["network-interfaces"][0]["tx_rate_limiter"] = ops(10);
         config["network-interfaces"][0]["rx_rate_limiter"] =
             json!({ "bandwidth": { "size": 20000, "refill_time": 20 } });
-        let (mut limited, mut other) = (Vm::boot(&config), Vm::boot(&with_tap("tap1", 3)));
+        let mut limited = Vm::boot(&config);
+        let mut other = Vm::boot(&with_tap("tap1", 3));
         let mut exchange = |limited: &mut Vm| {
             ["tap0", "tap1"].iter().for_each(|tap| network.wait_for(tap));
             for limited_sends in [true, false] {

@@ -226,7 +226,8 @@ fn guest_that_is_busy_gets_what_was_sent_meanwhile() {
 #[test]
 fn snapshot_resets_the_clones_connections_and_leaves_its_listener_and_the_original_alone() {
     let mut pair = Pair::boot();
-    let (path, out) = (pair.path("v"), pair.path("snapshot"));
+    let path = pair.path("v");
+    let out = pair.path("snapshot");
     let request = pair.vm.begin("vsock_serve port=52 closed=2");
     let stream = connect(&path, 52);
     // Half of it is under way when the machine stops.
@@ -294,7 +295,8 @@ fn connection_of_the_guests_that_a_snapshot_cuts_is_reset() {
 #[test]
 fn request_over_vsock_is_answered_as_one_over_the_serial_line() {
     let pair = Pair::answering();
-    let (out, other) = (pair.path("snapshot"), pair.path("w"));
+    let out = pair.path("snapshot");
+    let other = pair.path("w");
     pair.vm.snapshot(&out, &[]);
     let restore = |more: &[&str]| {
         let mut args = vec!["restore", "--snapshot", text(&out), "--vsock", text(&other)];
@@ -329,7 +331,8 @@ fn first_request_after_a_restore_waits_for_the_guest_and_for_nothing_else() {
     let out = pair.path("snapshot");
     pair.vm.snapshot(&out, &[]);
     for round in 0..10 {
-        let (path, metrics) = (pair.path(&format!("w{round}")), pair.path(&format!("metrics{round}")));
+        let path = pair.path(&format!("w{round}"));
+        let metrics = pair.path(&format!("metrics{round}"));
         let clone = Vm::wait_for_api();
         clone.api_ok("PUT", "/metrics", Some(json!({ "metrics_path": metrics })));
         let load = json!({ "snapshot_path": out, "vsock_override": { "uds_path": path }, "resume_vm": true });
@@ -383,7 +386,8 @@ fn socket_path_that_cannot_be_had_is_refused_and_left_as_it_is() {
 #[test]
 fn api_makes_the_device_and_overrides_its_path() {
     let dir = scratch();
-    let (out, path) = (dir.path().join("snapshot"), dir.path().join("v"));
+    let out = dir.path().join("snapshot");
+    let path = dir.path().join("v");
     let vm = Vm::wait_for_api();
     assert!(vm.api_fault("PUT", "/vsock", Some(json!({ "guest_cid": 2, "uds_path": path }))).contains("guest_cid"));
     vm.api_ok("PUT", "/vsock", Some(json!({ "guest_cid": 5, "uds_path": path })));

@@ -97,7 +97,8 @@ fn linux_goes_on_after_restore_with_its_own_random_numbers_and_the_right_time() 
             assert!(!random.contains(&urandom), "{place}");
             random.push(urandom);
             assert_eq!(clone.ask("cat /run/kept /proc/sys/kernel/random/boot_id"), format!("kept~{boot_id}"));
-            let (first, second) = (clone.uptime(), clone.uptime());
+            let first = clone.uptime();
+            let second = clone.uptime();
             assert!(before <= first && first <= second, "{place}: {before} {first} {second}");
             if more.contains(&"--clock-realtime") {
                 let (least, most) = clock_ahead(&mut clone);

@@ -205,7 +205,8 @@ fn echo_programs(path: &Path, port: u32) {
 fn linux_reaches_programs_on_the_host_by_vsock_before_and_after_a_restore() {
     let Some(built) = built() else { return };
     let dir = scratch();
-    let (first, second) = (dir.path().join("v.sock"), dir.path().join("w.sock"));
+    let first = dir.path().join("v.sock");
+    let second = dir.path().join("w.sock");
     let mut shell = Shell::boot(&with_vsock(machine(&built, "vmlinux", 2, ""), &first));
     let echo = "python3 -c 'import socket,threading; s=socket.socket(40,1); s.connect((2,700)); \
                 d=bytes(range(256))*4096; threading.Thread(target=lambda:(s.sendall(d),s.shutdown(1))).start(); \

@@ -69,7 +69,8 @@ fn linux_guests_ping_each_other_and_a_transfer_goes_on_between_restored_ones() {
     let Some(dir) = guest() else { return };
     with_network(move |network| {
         ["tap0", "tap1", "tap2", "tap3", "tap4", "tap5"].iter().for_each(|tap| network.tap(tap));
-        let (mut server, mut client) = (up(&dir, "tap0", 2), up(&dir, "tap1", 3));
+        let mut server = up(&dir, "tap0", 2);
+        let mut client = up(&dir, "tap1", 3);
         ["tap0", "tap1"].iter().for_each(|tap| network.wait_for(tap));
         shell(&mut client, "ping -c 3 -w 30 10.77.0.2");
         shell(&mut server, "ping -c 1 -w 30 -s 8000 10.77.0.3");

@@ -89,7 +89,9 @@ fn agent_in_a_stock_kernel_answers_over_vsock_before_and_after_restores() {
         return;
     };
     let dir = scratch();
-    let (path, out, other) = (dir.path().join("v"), dir.path().join("snapshot"), dir.path().join("w"));
+    let path = dir.path().join("v");
+    let out = dir.path().join("snapshot");
+    let other = dir.path().join("w");
     let config = json!({
         "boot-source": {
             "kernel_image_path": guests.join("vmlinuz-6.12"),

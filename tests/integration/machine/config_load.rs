@@ -23,7 +23,8 @@ fn report(path: &Path) -> Value {
 
 /// A snapshot without its memory, which a pool has; and the digest of what its guest filled.
 fn pooled() -> (TempDir, PathBuf, Pool, String) {
-    let (dir, pool) = (scratch(), Pool::create("0.25"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
     let out = dir.path().join("full");
     let digest = filled(&out, 3000, 7);
     pool.add(&out);
@@ -62,7 +63,8 @@ fn config_with_two_pools_restores_from_the_first_that_has_the_snapshot() {
 fn config_restores_from_a_cold_pool_and_the_vm_is_like_any_other() {
     let scene = Scene::make();
     let empty = Pool::create("0.1");
-    let (dir, said) = (scene.dir.path(), scene.dir.path().join("report.json"));
+    let dir = scene.dir.path();
+    let said = scene.dir.path().join("report.json");
     let cold = [text(&scene.pool)];
     // The pool lacks it, so the cold pool is used.
     let tvmm = json!({ "policy": "eager", "pools": [empty.path()], "cold_pools": cold });

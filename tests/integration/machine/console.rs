@@ -122,7 +122,9 @@ fn bytes_appear_while_the_guest_computes() {
         command.args(["restore", "--snapshot", text(&full), "--run", "murmur times=3 ms=4000"]);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let mut stdout = child.stdout.take().unwrap();
-        let (mut seen, mut buffer, mut first) = (Vec::new(), [0; 64], None);
+        let mut seen = Vec::new();
+        let mut buffer = [0; 64];
+        let mut first = None;
         loop {
             let count = stdout.read(&mut buffer).unwrap();
             if count == 0 {
@@ -309,7 +311,8 @@ struct Pty {
 
 impl Pty {
     fn new() -> Pty {
-        let (mut master, mut slave) = (-1, -1);
+        let mut master = -1;
+        let mut slave = -1;
         let null = std::ptr::null_mut();
         // SAFETY: both integers are valid to write to; name, mode and size are not asked for.
         let result = unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), null.cast()) };

@@ -9,7 +9,9 @@ use crate::support::{Vm, config, rounds, scratch, text, tvmm};
 #[test]
 fn two_hundred_restores_leave_nothing_behind() {
     let dir = scratch();
-    let (out, temporary, socket) = (dir.path().join("full"), dir.path().join("tmp"), dir.path().join("api.sock"));
+    let out = dir.path().join("full");
+    let temporary = dir.path().join("tmp");
+    let socket = dir.path().join("api.sock");
     std::fs::create_dir(&temporary).unwrap();
     let mut vm = Vm::boot(&config(1, 64));
     vm.call("fill pages=100 seed=7");
@@ -36,7 +38,9 @@ fn two_hundred_restores_leave_nothing_behind() {
 fn vmm_anonymous_kib(pid: u32, guest_kib: u64) -> u64 {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let number = |line: &str| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
-    let (mut total, mut in_guest, mut found) = (0, false, 0);
+    let mut total = 0;
+    let mut in_guest = false;
+    let mut found = 0;
     for line in smaps.lines() {
         if line.starts_with("Size:") {
             in_guest = number(line) == guest_kib;

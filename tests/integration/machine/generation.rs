@@ -102,7 +102,8 @@ fn clock_stands_still_over_a_snapshot_or_goes_on_to_the_present() {
 fn guest_that_turns_itself_off_or_resets_ends_the_vm_and_the_report_says_which() {
     // The built-in guest does neither by itself; that a signal and an answer are told apart shows the key.
     let dir = scratch();
-    let (config_path, report) = (dir.path().join("vm.json"), dir.path().join("r.json"));
+    let config_path = dir.path().join("vm.json");
+    let report = dir.path().join("r.json");
     std::fs::write(&config_path, config(1, 64).to_string()).unwrap();
     run_ok(&["--config", text(&config_path), "--run", "hello", "--report", text(&report)]);
     let told: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();

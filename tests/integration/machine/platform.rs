@@ -47,7 +47,8 @@ const ZERO_PAGE: u64 = 0x7000;
 
 /// A config that boots the built-in guest from a file, with an initrd if `initrd` has bytes.
 fn config_with_files(dir: &Path, initrd: &[u8], mib: u64) -> Value {
-    let (kernel, image) = (dir.join("kernel"), dir.join("initrd"));
+    let kernel = dir.join("kernel");
+    let image = dir.join("initrd");
     run_ok(&["guest", "--out", text(&kernel)]);
     std::fs::write(&image, initrd).unwrap();
     let mut config = config(1, mib);
@@ -159,13 +160,17 @@ fn bzimage() -> Vec<u8> {
 
 #[test]
 fn kernels_of_the_wrong_kind_are_refused() {
-    let (dir, mut elf32) = (scratch(), b"\x7fELF\x01".to_vec());
+    let dir = scratch();
+    let mut elf32 = b"\x7fELF\x01".to_vec();
     elf32.resize(4096, 0);
-    let (mut arm, path) = (elf32.clone(), dir.path().join("kernel"));
+    let mut arm = elf32.clone();
+    let path = dir.path().join("kernel");
     (arm[4], arm[18]) = (2, 183);
     // This image ends where its entry point would be.
     let cut = bzimage()[..1024 + 512].to_vec();
-    let (mut bz32, mut old, mut huge) = (bzimage(), bzimage(), bzimage());
+    let mut bz32 = bzimage();
+    let mut old = bzimage();
+    let mut huge = bzimage();
     bz32[0x236] = 0;
     old[0x206] = 0;
     huge[0x263] = 0x7f;
@@ -207,7 +212,8 @@ fn bzimage_that_says_hi() -> Vec<u8> {
 #[test]
 fn kernels_with_wrong_header_fields_that_no_loader_reads_boot() {
     let dir = scratch();
-    let (path, config) = (dir.path().join("kernel"), dir.path().join("vm.json"));
+    let path = dir.path().join("kernel");
+    let config = dir.path().join("vm.json");
     std::fs::write(&config, json!({ "boot-source": { "kernel_image_path": path } }).to_string()).unwrap();
     for (at, bytes, warned) in [
         (0x1f4, &256_u32.to_le_bytes()[..], false),
@@ -236,7 +242,7 @@ fn without_leaf1_ecx(bitmap: &str) -> Value {
     json!({ "cpuid_modifiers": [{ "leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [modifier] }] })
 }
 
-/// Whether KVM keeps a feature of leaf 1's ECX hidden that a vCPU's table of CPUID leaves out.
+/// Returns true if KVM keeps a feature of leaf 1's ECX hidden that a vCPU's table of CPUID leaves out.
 fn hides_cpuid(feature: u32) -> bool {
     let kvm = kvm_ioctls::Kvm::new().expect("/dev/kvm can be opened");
     let vm = kvm.create_vm().unwrap();

@@ -41,7 +41,8 @@ fn preloaded_memory_is_mapped_before_the_guest_runs() {
     drop(vm);
     let (before, tracked) = restored(&snapshot, "eager", &["--track-dirty-pages"]);
     let (mapped, engine) = restored(&snapshot, "eager", &[]);
-    let (prefault, preloaded) = (&engine["prefault"], engine["planned"]["preload"].as_u64().unwrap());
+    let prefault = &engine["prefault"];
+    let preloaded = engine["planned"]["preload"].as_u64().unwrap();
     let kvm = kvm_ioctls::Kvm::new().expect("/dev/kvm can be opened");
     if kvm.check_extension_raw(kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY.into()) <= 0 {
         assert_eq!(prefault["outcome"], "unavailable", "{engine:#}");

@@ -83,11 +83,12 @@ fn slices(report: &Value) -> Vec<(String, f64, f64)> {
     report["slices"].as_array().unwrap().iter().map(slice).collect()
 }
 
-/// How much of `[0, until)` the slices cover, µs.
+/// The part of `[0, until)` that the slices cover, µs.
 fn covered(slices: &[(String, f64, f64)], until: f64) -> f64 {
     let mut parts: Vec<(f64, f64)> = slices.iter().map(|&(_, start, end)| (start, end.min(until))).collect();
     parts.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let (mut sum, mut at) = (0.0, 0.0_f64);
+    let mut sum = 0.0;
+    let mut at = 0.0_f64;
     for (start, end) in parts {
         sum += (end - start.max(at)).max(0.0);
         at = at.max(end);

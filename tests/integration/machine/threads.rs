@@ -57,7 +57,8 @@ impl Drop for Bounded {
 fn restores_with_few_threads_answer_or_say_what_is_missing() {
     let Some(group) = Bounded::new() else { return };
     let dir = scratch();
-    let (full, cold) = (dir.path().join("full"), dir.path().join("cold"));
+    let full = dir.path().join("full");
+    let cold = dir.path().join("cold");
     let mut vm = Vm::boot(&config(1, 64));
     vm.call("fill pages=8000 seed=4");
     vm.snapshot(&full, &[]);

@@ -72,7 +72,8 @@ impl Hostile {
 
     fn read_until(&mut self, wanted: &str) -> String {
         let stdout = self.child.stdout.as_mut().unwrap();
-        let (mut seen, mut byte) = (String::new(), [0]);
+        let mut seen = String::new();
+        let mut byte = [0];
         while !(seen.contains(wanted) && seen.ends_with('\n')) {
             assert_eq!(stdout.read(&mut byte).unwrap(), 1, "tvmm ended; seen: {seen}");
             seen.push(char::from(byte[0]));

@@ -16,7 +16,8 @@ fn report(path: &Path) -> Value {
 #[test]
 fn every_policy_restores_without_the_memory_file_and_the_bytes_are_the_same() {
     let scene = Scene::make();
-    let (profile, out) = (scene.dir.path().join("p.profile"), scene.dir.path().join("report.json"));
+    let profile = scene.dir.path().join("p.profile");
+    let out = scene.dir.path().join("report.json");
     let snapshot = text(&scene.snapshot);
     run_ok(&["profile", "record", "--snapshot", snapshot, "--run", "check", "--out", text(&profile)]);
     for policy in
@@ -31,7 +32,8 @@ fn every_policy_restores_without_the_memory_file_and_the_bytes_are_the_same() {
         assert!(said.contains(&scene.digest), "{policy}: {said}");
         let report = report(&out);
         let place = &report["cold"]["places"][0];
-        let (bytes, stored) = (place["bytes_pages"].as_u64().unwrap(), place["bytes_stored"].as_u64().unwrap());
+        let bytes = place["bytes_pages"].as_u64().unwrap();
+        let stored = place["bytes_stored"].as_u64().unwrap();
         // 6000 pages were filled, and `check` reads them all.
         assert!(bytes >= 6000 * 4096 && stored <= bytes, "{policy}: {place}");
         assert_eq!((&place["retries"], &place["damaged"]), (&json!(0), &json!(0)), "{policy}");
@@ -107,7 +109,8 @@ fn vm_restored_from_a_pool_can_be_snapshotted_in_full_and_as_a_diff() {
     let mut vm = scene.restore("firecracker", &[text(&scene.pool)], &["--track-dirty-pages"]);
     vm.call("fill pages=50 seed=77");
     let digest = vm.call("check").digest;
-    let (diff, full) = (scene.dir.path().join("diff"), scene.dir.path().join("again"));
+    let diff = scene.dir.path().join("diff");
+    let full = scene.dir.path().join("again");
     vm.snapshot(&diff, &["--diff"]);
     vm.snapshot(&full, &[]);
     drop(vm);
@@ -120,7 +123,8 @@ fn vm_restored_from_a_pool_can_be_snapshotted_in_full_and_as_a_diff() {
 #[test]
 fn pages_given_a_profile_are_stored_apart_and_fetched_without_the_rest() {
     let scene = Scene::make();
-    let (profile, out) = (scene.dir.path().join("p.profile"), scene.dir.path().join("report.json"));
+    let profile = scene.dir.path().join("p.profile");
+    let out = scene.dir.path().join("report.json");
     let snapshot = text(&scene.snapshot);
     run_ok(&["profile", "record", "--snapshot", snapshot, "--run", "hello", "--out", text(&profile)]);
     let packed = scene.dir.path().join("packed");
@@ -131,7 +135,8 @@ fn pages_given_a_profile_are_stored_apart_and_fetched_without_the_rest() {
         run_ok(&[&args[..], &["--run", "hello", "--cold", text(pool), "--report", text(&out)]].concat());
         report(&out)["cold"]["places"][0]["bytes_pages"].as_u64().unwrap()
     };
-    let (apart, together) = (fetched(&packed), fetched(&scene.pool));
+    let apart = fetched(&packed);
+    let together = fetched(&scene.pool);
     assert!(apart < together, "{apart} bytes of pages, {together} where nothing is apart");
     let mut vm = scene.restore("firecracker", &[text(&packed)], &[]);
     assert_eq!(vm.call("check").digest, scene.digest);
@@ -187,7 +192,8 @@ fn second_pool_is_used_where_the_first_is_damaged_or_gone() {
 #[test]
 fn objects_that_are_not_what_they_should_be_are_refused() {
     let scene = Scene::make();
-    let (pool, index) = (text(&scene.pool), scene.object(".index"));
+    let pool = text(&scene.pool);
+    let index = scene.object(".index");
     let refused = || run_err(&["restore", "--snapshot", text(&scene.bare), "--run", "hello", "--cold", pool]);
     let good = std::fs::read(&index).unwrap();
     for (bytes, says) in [

@@ -189,7 +189,8 @@ mod with {
         s3.ok(&["pool", "fsck", &pool]);
         s3.ok(&["pool", "gc", &pool]);
         assert!(restore("eager", &[]).contains(&scene.digest));
-        let (cache, out) = (scene.dir.path().join("cache"), scene.dir.path().join("r.json"));
+        let cache = scene.dir.path().join("cache");
+        let out = scene.dir.path().join("r.json");
         let more = ["--cold-cache", text(&cache), "--report", text(&out)];
         for cached in [false, true] {
             assert!(restore("firecracker-uffd", &more).contains(&scene.digest));

@@ -8,8 +8,10 @@ use crate::support::{Vm, config, run_err, run_ok, scratch, text};
 
 #[test]
 fn every_policy_restores_from_a_pool_without_the_memory_file() {
-    let (dir, pool) = (scratch(), Pool::create("0.25"));
-    let (out, profile) = (dir.path().join("full"), dir.path().join("p.profile"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
+    let out = dir.path().join("full");
+    let profile = dir.path().join("p.profile");
     let digest = filled(&out, 6000, 7);
     let touch = "touch pages=3000 write=30 seed=5";
     run_ok(&["profile", "record", "--snapshot", text(&out), "--run", touch, "--out", text(&profile)]);
@@ -31,7 +33,8 @@ fn every_policy_restores_from_a_pool_without_the_memory_file() {
 
 #[test]
 fn a_chain_is_restored_from_its_tip_alone_and_snapshotted_again() {
-    let (dir, pool) = (scratch(), Pool::create("0.25"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
     let [base, diff, again] = ["base", "diff", "again"].map(|name| dir.path().join(name));
     let mut vm = Vm::boot(&config(1, 64));
     vm.call("fill pages=5000 seed=3");
@@ -56,7 +59,8 @@ fn a_chain_is_restored_from_its_tip_alone_and_snapshotted_again() {
 
 #[test]
 fn snapshots_of_functions_on_one_base_share_it() {
-    let (dir, pool) = (scratch(), Pool::create("0.5"));
+    let dir = scratch();
+    let pool = Pool::create("0.5");
     let base = dir.path().join("base");
     filled(&base, 8000, 1);
     for function in 1..=10 {
@@ -67,17 +71,20 @@ fn snapshots_of_functions_on_one_base_share_it() {
         pool.add(&out);
     }
     let shown = pool.json("show", &[]);
-    let (used, all) = (shown["used_pages"].as_u64().unwrap(), shown["nonzero_pages_of_all"].as_u64().unwrap());
+    let used = shown["used_pages"].as_u64().unwrap();
+    let all = shown["nonzero_pages_of_all"].as_u64().unwrap();
     assert!(used * 100 <= all * 35, "{used} of {all} pages");
     for head in shown["snapshots"].as_array().unwrap() {
-        let (runs, shredded) = (head["runs"].as_u64().unwrap(), head["runs_if_all_shared"].as_u64().unwrap());
+        let runs = head["runs"].as_u64().unwrap();
+        let shredded = head["runs_if_all_shared"].as_u64().unwrap();
         assert!(runs <= shredded, "{head}");
     }
 }
 
 #[test]
 fn vms_share_a_pool_and_it_says_where_their_memory_is() {
-    let (dir, pool) = (scratch(), Pool::create("0.25"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
     let out = dir.path().join("full");
     let digest = filled(&out, 6000, 7);
     pool.add(&out);
@@ -102,7 +109,9 @@ fn vms_share_a_pool_and_it_says_where_their_memory_is() {
 
 #[test]
 fn the_api_takes_pools_and_the_first_that_has_the_snapshot_serves_it() {
-    let (dir, empty, pool) = (scratch(), Pool::create("0.1"), Pool::create("0.25"));
+    let dir = scratch();
+    let empty = Pool::create("0.1");
+    let pool = Pool::create("0.25");
     let out = dir.path().join("full");
     let digest = filled(&out, 3000, 7);
     pool.add(&out);
@@ -118,8 +127,11 @@ fn the_api_takes_pools_and_the_first_that_has_the_snapshot_serves_it() {
 
 #[test]
 fn no_more_is_in_place_than_the_budget_allows() {
-    let (dir, pool) = (scratch(), Pool::create("0.25"));
-    let (out, profile, report) = (dir.path().join("full"), dir.path().join("p.profile"), dir.path().join("report"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
+    let out = dir.path().join("full");
+    let profile = dir.path().join("p.profile");
+    let report = dir.path().join("report");
     filled(&out, 8000, 7);
     let touch = "touch pages=6000 write=0";
     run_ok(&["profile", "record", "--snapshot", text(&out), "--run", touch, "--out", text(&profile)]);
@@ -140,7 +152,9 @@ fn no_more_is_in_place_than_the_budget_allows() {
 
 #[test]
 fn a_plan_is_for_one_state_of_one_pool() {
-    let (dir, pool, other) = (scratch(), Pool::create("0.25"), Pool::create("0.25"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
+    let other = Pool::create("0.25");
     let [out, between, plan] = ["full", "between", "plan"].map(|name| dir.path().join(name));
     let digest = filled(&out, 3000, 7);
     filled(&between, 3000, 8);
@@ -149,8 +163,8 @@ fn a_plan_is_for_one_state_of_one_pool() {
     let make = ["plan", "--snapshot", text(&out), "--policy", "trenv", "--pool", pool.path(), "--out", text(&plan)];
     run_ok(&make);
     let base = ["restore", "--snapshot", text(&out), "--plan", text(&plan), "--run", "check"];
-    let (own, others) =
-        ([&base[..], &["--pool", pool.path()]].concat(), [&base[..], &["--pool", other.path()]].concat());
+    let own = [&base[..], &["--pool", pool.path()]].concat();
+    let others = [&base[..], &["--pool", other.path()]].concat();
     let answer = run_ok(&own);
     assert!(answer.contains(&digest), "{answer}");
     assert!(run_err(&base).contains("takes pages from pool"));

@@ -19,7 +19,8 @@ fn kill_after(args: &[&str], usual: Duration, share: f64) {
 
 #[test]
 fn a_pool_survives_writers_that_are_killed() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
     let digests = [filled(&first, 2000, 7), filled(&second, 3000, 8)];
     pool.add(&first);
@@ -55,7 +56,8 @@ fn a_pool_survives_writers_that_are_killed() {
 
 #[test]
 fn a_torn_superblock_leaves_the_state_before() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
     let digest = filled(&first, 1000, 7);
     filled(&second, 1000, 8);
@@ -84,7 +86,8 @@ fn a_torn_superblock_leaves_the_state_before() {
 
 #[test]
 fn vms_that_are_killed_while_they_map_leave_no_lease() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     let digest = filled(&out, 2000, 7);
     pool.add(&out);
@@ -101,7 +104,8 @@ fn vms_that_are_killed_while_they_map_leave_no_lease() {
 
 #[test]
 fn a_pool_whose_file_system_is_full_is_as_it_was() {
-    let (dir, small) = (scratch(), scratch());
+    let dir = scratch();
+    let small = scratch();
     let mounted = rustix::mount::mount("tvmm", small.path(), "tmpfs", rustix::mount::MountFlags::empty(), c"size=24m");
     if let Err(error) = mounted {
         return skip!("mount", "cannot mount a tmpfs: {error}");

@@ -29,7 +29,8 @@ fn data_of(pool: &Pool) -> (u64, Vec<u64>) {
 
 #[test]
 fn flipped_bits_are_found_and_never_run() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     filled(&out, 3000, 7);
     pool.add(&out);
@@ -111,7 +112,8 @@ fn directory_that_is_not_there_is_made_and_taken_away_again_in_vain() {
 
 #[test]
 fn a_newer_or_cut_pool_is_refused_and_left_alone() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     filled(&out, 1000, 7);
     pool.add(&out);
@@ -134,7 +136,8 @@ fn a_newer_or_cut_pool_is_refused_and_left_alone() {
 
 #[test]
 fn a_second_writer_is_refused_and_readers_are_not() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     filled(&out, 1000, 7);
     pool.add(&out);
@@ -153,7 +156,8 @@ fn a_second_writer_is_refused_and_readers_are_not() {
 
 #[test]
 fn a_full_pool_refuses_and_keeps_what_it_has() {
-    let (dir, pool) = (scratch(), Pool::create("0.03"));
+    let dir = scratch();
+    let pool = Pool::create("0.03");
     let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
     let digest = filled(&first, 3000, 7);
     filled(&second, 4000, 8);
@@ -170,7 +174,8 @@ fn a_full_pool_refuses_and_keeps_what_it_has() {
 
 #[test]
 fn what_a_vm_maps_is_not_freed_until_it_is_gone() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     let digest = filled(&out, 3000, 7);
     pool.add(&out);
@@ -193,7 +198,8 @@ fn what_a_vm_maps_is_not_freed_until_it_is_gone() {
 
 #[test]
 fn a_forged_catalogue_is_an_error_and_no_crash() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     filled(&out, 500, 7);
     pool.add(&out);

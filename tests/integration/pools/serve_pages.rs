@@ -90,7 +90,8 @@ pub fn ends_without(scene: &Scene, mut server: Server) {
 #[test]
 fn other_servers_take_over_and_share_the_load() {
     let scene = Scene::make();
-    let (mut first, second) = (scene.serve("127.0.0.1:0"), scene.serve("127.0.0.1:0"));
+    let mut first = scene.serve("127.0.0.1:0");
+    let second = scene.serve("127.0.0.1:0");
     let both = format!("tcp:{},{}", first.address, second.address);
     let mut vm = scene.restore("firecracker-uffd", &[&both], &QUICK);
     vm.call("hello");
@@ -150,7 +151,8 @@ fn liar_is_left_for_another_server() {
 fn connections_that_break_or_close_by_half_are_made_again() {
     let scene = Scene::make();
     let server = scene.serve("127.0.0.1:0");
-    let (after, connections) = (150_000, 6);
+    let after = 150_000;
+    let connections = 6;
     for spoil in [Spoil::Cut { after, connections }, Spoil::HalfClose { after, connections }] {
         for policy in ["firecracker-uffd", "eager"] {
             let proxy = Proxy::before(&server, spoil);

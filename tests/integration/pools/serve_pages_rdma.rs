@@ -14,7 +14,7 @@ use crate::skip::skip;
 use crate::support::cold::{Proxy, Scene, Server, Spoil};
 use crate::support::{TIMEOUT, finish, run, run_err, run_ok, signal, stop, text};
 
-/// Whether the binary under test was built with RDMA.
+/// Returns true if the binary under test was built with RDMA.
 fn is_built_in() -> bool {
     let said = run(&["serve-pages", "--dir", "/proc/nowhere", "--listen", "rdma:127.0.0.1:0"]).stderr;
     !String::from_utf8_lossy(&said).contains("--features rdma")
@@ -120,7 +120,8 @@ fn server_that_is_killed_is_waited_for_and_then_named() {
 #[test]
 fn other_servers_take_over_by_rdma_or_tcp() {
     let Some((scene, address)) = scene() else { return };
-    let (mut first, mut second) = (serve(&scene, &address), serve(&scene, &address));
+    let mut first = serve(&scene, &address);
+    let mut second = serve(&scene, &address);
     let both = format!("rdma:{},{}", first.address, second.address);
     let third = scene.serve("127.0.0.1:0");
     let mut vm = scene.restore("firecracker-uffd", &[&both, &third.cold()], &QUICK);
@@ -253,7 +254,8 @@ fn pinned(pid: u32) -> u64 {
 #[test]
 fn loan_that_ends_leaves_nothing_registered_and_the_connection_idle() {
     let Some((scene, address)) = scene() else { return };
-    let (open, attach) = (open(&scene), attach(endpoint([17, 5, 1024, 16])));
+    let open = open(&scene);
+    let attach = attach(endpoint([17, 5, 1024, 16]));
     let connect = |server: &Server, requests: &[&[u8]]| {
         let mut stream = TcpStream::connect(&server.address).unwrap();
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();

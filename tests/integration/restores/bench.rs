@@ -162,7 +162,8 @@ fn silent_vmm_process() {
 #[test]
 fn another_vmm_that_never_answers_ends_in_time_and_its_wait_is_told() {
     let dir = scratch();
-    let (out, vmm) = (dir.path().join("results"), dir.path().join("vmm"));
+    let out = dir.path().join("results");
+    let vmm = dir.path().join("vmm");
     let test = std::env::current_exe().unwrap();
     let name = test_name(module_path!(), "silent_vmm_process");
     // Called as `vmm --api-sock PATH`.

@@ -82,7 +82,8 @@ fn runtime_image_is_touched_as_the_answer_says() {
     let mut vm = Vm::boot(&functions_config(128));
     vm.call("prepare function=hello runtime=32");
     let answer = vm.call("hello");
-    let (read, written) = (answer.number("runtime_read"), answer.number("runtime_written"));
+    let read = answer.number("runtime_read");
+    let written = answer.number("runtime_written");
     let dir = scratch();
     let [snapshot, profile] = ["snapshot", "profile"].map(|name| dir.path().join(name));
     vm.snapshot(&snapshot, &[]);

@@ -68,14 +68,17 @@ fn files_with_guest_memory_are_their_owners_only_whatever_the_umask() {
     vm.call("fill pages=3000 seed=4");
     let state = serde_json::json!({ "state": "Paused" });
     vm.api_ok("PATCH", "/vm", Some(state));
-    let (two, full) = (out("two"), out("full"));
+    let two = out("two");
+    let full = out("full");
     fs::create_dir(&two).unwrap();
     let body = serde_json::json!({ "snapshot_path": two.join("state"), "mem_file_path": two.join("memory") });
     vm.api_ok("PUT", "/snapshot/create", Some(body));
     vm.resume();
     ok(permissive(&["snapshot", "--api-sock", text(vm.socket()), "--out", text(&full)]));
     drop(vm);
-    let (profile, report, trace) = (out("p.profile"), out("report.json"), out("trace.json"));
+    let profile = out("p.profile");
+    let report = out("report.json");
+    let trace = out("trace.json");
     let run = "touch pages=400 write=30 seed=5";
     let record = ["profile", "record", "--snapshot", text(&full), "--run", run, "--out", text(&profile)];
     ok(permissive(&record));
@@ -83,7 +86,9 @@ fn files_with_guest_memory_are_their_owners_only_whatever_the_umask() {
     let reports = ["--policy", "reap", "--report", text(&report), "--trace", text(&trace)];
     ok(permissive(&[&restore[..], &reports[..]].concat()));
     ok(permissive(&[&restore[..], &["--policy", "tiered"]].concat()));
-    let (pool, cold, cache) = (out("pool"), out("cold"), out("cache"));
+    let pool = out("pool");
+    let cold = out("cold");
+    let cache = out("cache");
     fs::create_dir(&pool).unwrap();
     ok(permissive(&["pool", "create", "--tier", "cxl", "--at", text(&pool), "--size", "0.1"]));
     ok(permissive(&["pool", "create", "--tier", "remote", "--at", text(&cold)]));
@@ -161,7 +166,8 @@ impl Drop for ReadOnly<'_> {
 
 #[test]
 fn vms_open_a_pool_to_read_only_and_hold_its_pages_without_writing_a_byte() {
-    let (dir, pool) = (scratch(), Pool::create("0.25"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
     let out = dir.path().join("full");
     let digest = filled(&out, 6000, 7);
     pool.add(&out);
@@ -271,7 +277,8 @@ const POLICIES: [&str; 9] =
 #[test]
 fn user_who_may_only_read_a_snapshot_restores_it_by_every_policy() {
     let dir = scratch();
-    let (snapshot, home) = (dir.path().join("full"), dir.path().join("home"));
+    let snapshot = dir.path().join("full");
+    let home = dir.path().join("home");
     let digest = filled(&snapshot, 3000, 7);
     let profile = dir.path().join("p.profile");
     let run = "touch pages=900 write=30 seed=5";
@@ -319,7 +326,8 @@ fn user_who_may_only_read_a_snapshot_restores_it_by_every_policy() {
 #[test]
 fn plan_dir_keeps_plans_and_images_by_snapshot() {
     let dir = scratch();
-    let (snapshot, plans) = (dir.path().join("full"), dir.path().join("plans"));
+    let snapshot = dir.path().join("full");
+    let plans = dir.path().join("plans");
     let digest = filled(&snapshot, 3000, 7);
     let profile = dir.path().join("p.profile");
     let run = "touch pages=900 write=30 seed=5";

@@ -66,7 +66,8 @@ fn random_plan(chain: &Chain, random: &mut Random) -> RestorePlan {
 /// Some of the zero blocks come in huge pages.
 fn huge(plan: &mut RestorePlan, random: &mut Random) {
     for item in plan.extents.iter().filter(|item| item.placement == Placement::Zero) {
-        let (first, end) = (item.extent.first.0.next_multiple_of(512), item.extent.end().0 / 512 * 512);
+        let first = item.extent.first.0.next_multiple_of(512);
+        let end = item.extent.end().0 / 512 * 512;
         if first < end && random.below(2) == 0 {
             let skip = random.below((end - first) / 512) * 512;
             plan.huge.push(Extent { first: Gfn(first + skip), pages: end - first - skip });
@@ -107,7 +108,8 @@ fn background(plan: &mut RestorePlan, random: &mut Random) {
 }
 
 fn save(chain: &Chain, plan: RestorePlan, path: &Path) {
-    let (resolved, costs) = (chain.resolve().unwrap(), Costs::default());
+    let resolved = chain.resolve().unwrap();
+    let costs = Costs::default();
     let budget = Budget::default();
     let input = PolicyInput { chain, resolved: &resolved, tiers: &[], profile: None, costs: &costs, budget };
     let expected = input.estimate(&plan);
@@ -135,7 +137,8 @@ fn a_thousand_random_plans_restore_the_snapshot() {
     let digest = chain_of_two(dir.path());
     let tip = dir.path().join("tip");
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
-    let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x9e37_79b9_7f4a_7c15));
+    let plan_path = dir.path().join("random.plan");
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let report = dir.path().join("report.json");
     for round in 0..rounds(1000) {
         save(&chain, random_plan(&chain, &mut random), &plan_path);
@@ -174,7 +177,9 @@ fn pages_given_back_are_zero_under_every_policy_and_random_plans() {
         "amount_mib": 0, "deflate_on_oom": false, "free_page_reporting": true, "free_page_hinting": true,
     });
     chain_of_two_with(dir.path(), &config);
-    let (tip, profile, diff) = (dir.path().join("tip"), dir.path().join("p.profile"), dir.path().join("diff"));
+    let tip = dir.path().join("tip");
+    let profile = dir.path().join("p.profile");
+    let diff = dir.path().join("diff");
     let zeros = {
         let mut vm = Vm::restore(&tip, "eager");
         vm.call("balloon op=report filled=1");
@@ -189,7 +194,8 @@ fn pages_given_back_are_zero_under_every_policy_and_random_plans() {
         give_back(vm, ways.next().unwrap(), &zeros, &diff, policy.name());
     }
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
-    let (plan_path, mut random) = (dir.path().join("random.plan"), Random(0x1234_5678_9abc_def1));
+    let plan_path = dir.path().join("random.plan");
+    let mut random = Random(0x1234_5678_9abc_def1);
     for round in 0..rounds(60) {
         save(&chain, random_plan(&chain, &mut random), &plan_path);
         let args = ["restore", "--snapshot", text(&tip), "--plan", text(&plan_path), "--track-dirty-pages"];
@@ -227,8 +233,9 @@ fn alternating_plan(chain: &Chain) -> RestorePlan {
 fn pages_of_one_image_are_copied_by_one_call_and_need_no_mappings_of_their_own() {
     let dir = scratch();
     let digest = chain_of_two(dir.path());
-    let (tip, plan_path, report) =
-        (dir.path().join("tip"), dir.path().join("alternating.plan"), dir.path().join("report.json"));
+    let tip = dir.path().join("tip");
+    let plan_path = dir.path().join("alternating.plan");
+    let report = dir.path().join("report.json");
     let chain = Chain::open(&Location::Dir(tip.clone())).unwrap();
     let held = chain.resolve().unwrap().iter().filter(|run| run.content != Content::Zero).count() as u64;
     for direct in [false, true] {
@@ -258,7 +265,9 @@ fn tiered_tells_how_the_memory_file_is_cached() {
     let dir = scratch();
     let mut vm = Vm::boot(&config(1, 64));
     vm.call("fill pages=8192 seed=3");
-    let (base, profile, report) = (dir.path().join("base"), dir.path().join("p.profile"), dir.path().join("r.json"));
+    let base = dir.path().join("base");
+    let profile = dir.path().join("p.profile");
+    let report = dir.path().join("r.json");
     vm.snapshot(&base, &[]);
     let function = "touch pages=2048";
     run_ok(&["profile", "record", "--snapshot", text(&base), "--run", function, "--out", text(&profile)]);
@@ -300,7 +309,9 @@ fn tiered_tells_how_the_memory_file_is_cached() {
 fn a_plan_for_another_snapshot_or_of_a_changed_one_is_refused() {
     let dir = scratch();
     chain_of_two(dir.path());
-    let (base, tip, plan) = (dir.path().join("base"), dir.path().join("tip"), dir.path().join("a.plan"));
+    let base = dir.path().join("base");
+    let tip = dir.path().join("tip");
+    let plan = dir.path().join("a.plan");
     run_ok(&["plan", "--snapshot", text(&base), "--policy", "trenv", "--out", text(&plan)]);
     let said = run_err(&["restore", "--snapshot", text(&tip), "--plan", text(&plan), "--run", "check"]);
     assert!(said.contains("plan") && said.contains("snapshot"), "{said}");
@@ -316,7 +327,8 @@ fn a_plan_for_another_snapshot_or_of_a_changed_one_is_refused() {
 fn a_damaged_plan_is_refused_wherever_it_is_damaged() {
     let dir = scratch();
     chain_of_two(dir.path());
-    let (tip, plan) = (dir.path().join("tip"), dir.path().join("a.plan"));
+    let tip = dir.path().join("tip");
+    let plan = dir.path().join("a.plan");
     run_ok(&["plan", "--snapshot", text(&tip), "--policy", "trenv", "--out", text(&plan)]);
     let good = fs::read(&plan).unwrap();
     for at in (0..good.len()).step_by(good.len() / 40 + 1) {
@@ -333,7 +345,8 @@ fn a_damaged_plan_is_refused_wherever_it_is_damaged() {
 fn every_policy_restores_and_a_budget_too_small_is_told_the_least_that_works() {
     let dir = scratch();
     let digest = chain_of_two(dir.path());
-    let (tip, profile) = (dir.path().join("tip"), dir.path().join("p.profile"));
+    let tip = dir.path().join("tip");
+    let profile = dir.path().join("p.profile");
     let record = ["profile", "record", "--recorder", "uffd", "--run", "touch pages=600 write=40 seed=5"];
     run_ok(&[&record[..], &["--snapshot", text(&tip), "--out", text(&profile)]].concat());
     for policy in tvmm::tiering::policy::Policy::ALL {
@@ -427,7 +440,8 @@ fn plan_held_against_another_run_tells_what_it_brought_for_nothing_and_what_it_l
 fn report_and_plan_say_by_which_costs_a_plan_was_made() {
     let dir = scratch();
     chain_of_two(dir.path());
-    let (tip, profile) = (dir.path().join("tip"), dir.path().join("p.profile"));
+    let tip = dir.path().join("tip");
+    let profile = dir.path().join("p.profile");
     let touch = "touch pages=600 write=40 seed=5";
     run_ok(&["profile", "record", "--run", touch, "--snapshot", text(&tip), "--out", text(&profile)]);
     let costs = dir.path().join("costs.json");

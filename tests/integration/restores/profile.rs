@@ -54,7 +54,8 @@ impl Touch {
         let mut x = i;
         loop {
             let mask = (1 << half) - 1;
-            let (mut left, mut right) = (x >> half, x & mask);
+            let mut left = x >> half;
+            let mut right = x & mask;
             for round in 0..4 {
                 (left, right) = (right, left ^ mix2(self.seed.wrapping_add(round), right) & mask);
             }
@@ -114,7 +115,7 @@ fn set(shown: &Value, keys: &[&str]) -> BTreeSet<u64> {
     keys.iter().flat_map(|key| pages(&shown[*key])).collect()
 }
 
-/// How much of what was found is right, and how much of what is right was found.
+/// The share of the found pages that is right, and the share of the right pages that was found.
 fn precision_and_recall(found: &BTreeSet<u64>, right: &BTreeSet<u64>) -> (f64, f64) {
     let both = found.intersection(right).count() as f64;
     let share = |of: usize| if of == 0 { 1.0 } else { both / of as f64 };
@@ -200,7 +201,8 @@ fn repeated_runs_agree_and_merging_says_how_much() {
         let merged = path(by);
         run_ok(&["profile", "merge", text(&path("a")), text(&path("b")), "--by", by, "--out", text(&merged)]);
         let merged = show(&snapshot, &merged);
-        let (least, most) = (1000, larger["pages"]["working_set"].as_u64().unwrap() + 100);
+        let least = 1000;
+        let most = larger["pages"]["working_set"].as_u64().unwrap() + 100;
         assert!((least..most).contains(&merged["pages"]["working_set"].as_u64().unwrap()), "{by}");
         assert_eq!(merged["knows_order"], true);
     }
@@ -244,7 +246,8 @@ fn profile_of_another_snapshot_or_no_profile_is_refused() {
 #[test]
 fn pages_of_all_layers_of_a_chain_are_recorded() {
     let dir = scratch();
-    let (base, tip) = (dir.path().join("base"), dir.path().join("tip"));
+    let base = dir.path().join("base");
+    let tip = dir.path().join("tip");
     let mut vm = Vm::boot(&config(1, 128));
     let first = vm.call(&format!("fill pages={} seed=3", FILLED / 2));
     vm.snapshot(&base, &[]);

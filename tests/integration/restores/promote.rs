@@ -73,7 +73,7 @@ fn times(promotion: &Value, resort: &str) -> u64 {
     number(promotion, resort, "times")
 }
 
-/// Whether KVM runs guests on page tables of their own: then it tells the VMM of everything that cannot be written.
+/// Returns true if KVM runs guests on page tables of their own: then it reports every refused write to the VMM.
 fn has_second_stage() -> bool {
     let is_on = |path| std::fs::read(path).is_ok_and(|text: Vec<u8>| matches!(text.first(), Some(b'Y' | b'1')));
     is_on("/sys/module/kvm_intel/parameters/ept") || is_on("/sys/module/kvm_amd/parameters/npt")

@@ -221,7 +221,8 @@ fn request_in_the_receive_fifo_is_answered_after_restore() {
 
 #[test]
 fn answer_begun_before_the_snapshot_is_finished_after_it_and_no_byte_is_lost_or_doubled() {
-    let (mut split, mut cut) = (0, Vec::new());
+    let mut split = 0;
+    let mut cut = Vec::new();
     for round in 0..12 {
         let dir = scratch();
         let out = dir.path().join("full");

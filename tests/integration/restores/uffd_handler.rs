@@ -109,7 +109,9 @@ fn a_handler_serves_a_snapshot_of_either_form() {
     let mut vm = Vm::boot(&config(1, 128));
     vm.call("fill pages=500 seed=4");
     let before = vm.call("check").digest;
-    let (state, memory, full) = (dir.path().join("state"), dir.path().join("memory"), dir.path().join("full"));
+    let state = dir.path().join("state");
+    let memory = dir.path().join("memory");
+    let full = dir.path().join("full");
     vm.snapshot(&full, &[]);
     vm.api("PATCH", "/vm", Some(json!({ "state": "Paused" })));
     let body = json!({ "snapshot_path": state, "mem_file_path": memory, "snapshot_type": "Full" });
@@ -232,7 +234,7 @@ fn a_handler_that_lives_and_does_not_answer_ends_the_vm_with_the_reason() {
     }
 }
 
-/// Whether the load was answered: tvmm may end before.
+/// Returns true if the load was answered: tvmm may end before.
 fn try_load(vm: &Vm, snapshot: &Path, socket: &Path) -> bool {
     let backend = json!({ "backend_type": "Uffd", "backend_path": socket });
     let body = json!({ "snapshot_path": snapshot, "mem_backend": backend, "resume_vm": true }).to_string();
@@ -308,7 +310,8 @@ fn a_handler_that_ends_while_the_snapshot_is_loaded_fails_the_load_not_the_vmm()
     let full = dir.path().join("full");
     Vm::boot(&config(1, 128)).snapshot(&full, &[]);
     let mut restored = Vm::wait_for_api();
-    let (dying, serving) = (dir.path().join("dying"), dir.path().join("serving"));
+    let dying = dir.path().join("dying");
+    let serving = dir.path().join("serving");
     let mut handler = start_handler(&dying, &full.join("memory"), 0, "ends");
     let (status, answer) = load(&restored, &full, &dying);
     let said = answer["fault_message"].as_str().unwrap_or_default();

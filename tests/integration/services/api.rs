@@ -172,7 +172,8 @@ fn second_snapshot_while_one_is_sealed_is_refused_and_the_first_is_good() {
     vm.call("fill pages=30000 seed=5");
     let digest = vm.call("check").digest;
     vm.pause();
-    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let first = dir.path().join("first");
+    let second = dir.path().join("second");
     std::thread::scope(|scope| {
         let socket = vm.socket();
         let body = create(&first).unwrap().to_string();
@@ -353,7 +354,8 @@ fn api_socket_is_for_its_owner_and_is_removed_at_the_end() {
 #[test]
 fn api_socket_is_removed_when_the_guest_ends_and_when_boot_fails() {
     let dir = scratch();
-    let (socket, path) = (dir.path().join("s"), dir.path().join("vm.json"));
+    let socket = dir.path().join("s");
+    let path = dir.path().join("vm.json");
     std::fs::write(&path, json!({ "boot-source": { "boot_args": "pt=banana" } }).to_string()).unwrap();
     run_ok(&["--config", text(&path), "--api-sock", text(&socket)]);
     assert!(!socket.exists());
@@ -472,7 +474,8 @@ fn two_file_snapshots_load_in_a_new_process_running_or_paused() {
             assert_eq!(said, AFTER_START);
         }
     }
-    let (state, memory) = (dir.path().join("diff.state"), dir.path().join("diff.mem"));
+    let state = dir.path().join("diff.state");
+    let memory = dir.path().join("diff.mem");
     run_ok(&["inspect", text(&state), "--mem-file", text(&memory)]);
 }
 

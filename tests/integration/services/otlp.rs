@@ -9,7 +9,7 @@ use crate::support::collector::{Collector, Span};
 use crate::support::service::{Service, wait_until};
 use crate::support::{Vm, config, exchange, run_err, run_ok, scratch, text};
 
-/// Whether this build can send spans; the calling test is skipped if it cannot.
+/// Returns true if this build can send spans; the calling test is skipped if it cannot.
 fn has_otel() -> bool {
     let has = cfg!(feature = "otel");
     if !has {
@@ -49,7 +49,8 @@ fn named<'a>(spans: &'a [Span], name: &str) -> &'a Span {
 #[test]
 fn build_without_opentelemetry_says_so() {
     let dir = scratch();
-    let (state, socket) = (dir.path().join("state"), dir.path().join("socket"));
+    let state = dir.path().join("state");
+    let socket = dir.path().join("socket");
     for address in ["http://127.0.0.1:4318", "https://collector"] {
         let said = run_err(&["serve", "--dir", text(&state), "--listen-unix", text(&socket), "--otlp", address]);
         assert!(said.contains("--features otel") && said.contains(address), "{said}");
@@ -130,7 +131,8 @@ fn invocations_reach_a_collector_span_by_span() {
     assert_eq!(root.attributes["http.response.status_code"], "200");
     assert_eq!(root.attributes["tvmm.vm_id"], answer["vmId"].as_str().unwrap());
     // From the request down to the page faults, each within what it is part of.
-    let (restore, execute) = (named(&spans, "restore"), named(&spans, "execute"));
+    let restore = named(&spans, "restore");
+    let execute = named(&spans, "execute");
     assert_eq!(
         (restore.attributes["tvmm.policy"].as_str(), &restore.parent_span_id),
         ("firecracker-uffd", &root.span_id)
@@ -171,7 +173,8 @@ fn a_callers_trace_goes_on_in_the_invocation() {
     let service = Service::start(&dir.path().join("state"), &["--otlp", &format!("{}/", collector.url())]);
     let vm = service.snapshot_touch("base");
     let body = json!({ "func_name": "touch", "vmId": vm, "params": "pages=1" });
-    let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let span = "b7ad6b7169203331";
 
     // One whose sender keeps no trace is answered alike, and goes to no collector.
     let unsampled = "1af7651916cd43dd8448eb211c80319c";

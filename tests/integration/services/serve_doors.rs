@@ -22,7 +22,7 @@ fn deaf(socket: &Path, request: &str) -> UnixStream {
     stream
 }
 
-/// Whether a new client is answered.
+/// Returns true if a new client is answered.
 fn is_answered(socket: &Path, path: &str) -> bool {
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     exchange(socket, request.as_bytes()).starts_with("HTTP/1.1 200 ")
@@ -98,8 +98,10 @@ fn pages_of_other_sites_cannot_ask_through_a_browser() {
     let options = ["--listen", "127.0.0.1:0", "--host", "tvmm.example"];
     let service = Service::confined(&dir.path().join("state"), &options);
     let port = service.url.as_deref().unwrap().rsplit_once(':').unwrap().1.to_string();
-    let (own, named) = (format!("Host: localhost:{port}"), format!("Host: TVMM.example:{port}"));
-    let (from_own, from_other) = (format!("Origin: http://localhost:{port}"), "Origin: http://localhost:1");
+    let own = format!("Host: localhost:{port}");
+    let named = format!("Host: TVMM.example:{port}");
+    let from_own = format!("Origin: http://localhost:{port}");
+    let from_other = "Origin: http://localhost:1";
     for (expected, headers) in [
         (200, vec![own.as_str()]),
         (200, vec!["Host: 127.0.0.1"]),
@@ -126,7 +128,9 @@ fn pages_of_other_sites_cannot_ask_through_a_browser() {
 #[test]
 fn clients_name_only_files_that_they_may_name() {
     let dir = scratch();
-    let (state, allowed, outside) = (dir.path().join("state"), dir.path().join("allowed"), dir.path().join("outside"));
+    let state = dir.path().join("state");
+    let allowed = dir.path().join("allowed");
+    let outside = dir.path().join("outside");
     for made in [&allowed, &outside] {
         std::fs::create_dir(made).unwrap();
         std::fs::write(made.join("disk"), [7; 8192]).unwrap();

@@ -19,7 +19,7 @@ fn blk(service: &Service, vm: &Value, what: &str) -> Value {
     answer
 }
 
-/// Whether the disk has `sectors` of this seed.
+/// Returns true if the disk has `sectors` of this seed.
 fn has(service: &Service, vm: &Value, seed: u32) -> bool {
     let answer = blk(service, vm, &format!("op=check sectors=64 seed={seed}"));
     answer["result"].as_str().unwrap().split(' ').any(|word| word == "bad=0")
@@ -54,7 +54,8 @@ fn entries(dir: &Path) -> usize {
 #[test]
 fn vms_of_one_snapshot_write_to_their_own_images_at_once() {
     let dir = scratch();
-    let (state, image) = (dir.path().join("state"), image(dir.path()));
+    let state = dir.path().join("state");
+    let image = image(dir.path());
     let service = Service::start(&state, &[]);
     put_disk(&service, &image);
     let booted = service.ok("POST", "/vms", Some(json!({ "func_name": "disk" })));
@@ -108,7 +109,8 @@ fn vms_of_one_snapshot_write_to_their_own_images_at_once() {
 #[test]
 fn images_of_a_daemon_that_was_killed_are_removed_and_vms_that_cannot_start_leave_none() {
     let dir = scratch();
-    let (state, image) = (dir.path().join("state"), image(dir.path()));
+    let state = dir.path().join("state");
+    let image = image(dir.path());
     let mut service = Service::start(&state, &[]);
     put_disk(&service, &image);
     let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "disk" })));
@@ -139,7 +141,8 @@ fn images_of_a_daemon_that_was_killed_are_removed_and_vms_that_cannot_start_leav
 #[test]
 fn snapshots_that_took_no_copies_of_what_their_guest_writes_to_are_not_restored() {
     let dir = scratch();
-    let (state, image) = (dir.path().join("state"), image(dir.path()));
+    let state = dir.path().join("state");
+    let image = image(dir.path());
     let service = Service::start(&state, &[]);
     put_disk(&service, &image);
     let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "disk" })));
@@ -197,7 +200,8 @@ fn an_image_that_does_not_fit_is_told_as_a_full_disk_and_one_of_another_file_sys
 #[test]
 fn images_are_reflinks_where_the_file_system_has_them() {
     let dir = scratch();
-    let (file, at) = (dir.path().join("xfs.img"), dir.path().join("xfs"));
+    let file = dir.path().join("xfs.img");
+    let at = dir.path().join("xfs");
     std::fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
     std::fs::create_dir(&at).unwrap();
     if Command::new("mkfs.xfs").arg("-V").output().is_err() {

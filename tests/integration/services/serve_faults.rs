@@ -85,7 +85,8 @@ fn vm_that_dies_during_an_invocation_is_a_bad_gateway() {
     let service = Service::start(&dir.path().join("state"), &[]);
     service.ok("POST", "/functions", Some(json!({ "func_name": "spin", "mem_size": 64 })));
     let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "spin" })));
-    let (id, pid) = (vm["vmId"].as_str().unwrap(), vm["pid"].as_u64().unwrap() as u32);
+    let id = vm["vmId"].as_str().unwrap();
+    let pid = vm["pid"].as_u64().unwrap() as u32;
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| service.refused(502, "POST", "/invocations", Some(spin(json!({ "vmId": id })))));
         wait_until("it is busy", || service.get(&format!("/vms/{id}"))["state"] == "busy");
@@ -253,7 +254,9 @@ fn ten_thousand_requests_at_once_are_answered_or_turned_away() {
         body.len()
     );
     let total = rounds(10_000);
-    let (good, busy, begun) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    let good = AtomicUsize::new(0);
+    let busy = AtomicUsize::new(0);
+    let begun = AtomicUsize::new(0);
     // As many at a time as this test may have descriptors open.
     std::thread::scope(|scope| {
         for _ in 0..800 {
@@ -269,7 +272,8 @@ fn ten_thousand_requests_at_once_are_answered_or_turned_away() {
             });
         }
     });
-    let (good, busy) = (good.into_inner(), busy.into_inner());
+    let good = good.into_inner();
+    let busy = busy.into_inner();
     println!("{good} answered, {busy} turned away");
     assert_eq!(good + busy, total);
     assert!(good >= 1 && busy >= 1, "{good} answered, {busy} turned away");

@@ -77,7 +77,7 @@ fn ip(arguments: &[&str]) -> Result<(), String> {
     }
 }
 
-/// Whether a VM's process is in the namespace.
+/// Returns true if a VM's process is in the namespace.
 fn is_in(vm: &Value, namespace: &str) -> bool {
     let of_process = std::fs::metadata(format!("/proc/{}/ns/net", vm["pid"])).unwrap();
     std::fs::metadata(namespace).unwrap().ino() == of_process.ino()

@@ -25,7 +25,9 @@ fn in_place_kib(report: &Value) -> u64 {
 
 #[test]
 fn an_invocation_names_its_pools_and_its_memory_is_in_place() {
-    let (dir, empty, pool) = (scratch(), Pool::create("0.1"), Pool::create("0.25"));
+    let dir = scratch();
+    let empty = Pool::create("0.1");
+    let pool = Pool::create("0.25");
     let state = dir.path().join("state");
     let service = Service::start(&state, &[]);
     let vm = service.snapshot_touch("base");
@@ -93,8 +95,11 @@ fn kinds_of_pools_are_told_apart(dir: &Path, pool: &str, cold: &str) {
 
 #[test]
 fn the_daemons_pools_are_for_invocations_that_name_none() {
-    let (dir, pool, cold) = (scratch(), Pool::create("0.25"), scratch());
-    let (state, cold) = (dir.path().join("state"), cold.path().join("cold"));
+    let dir = scratch();
+    let pool = Pool::create("0.25");
+    let cold = scratch();
+    let state = dir.path().join("state");
+    let cold = cold.path().join("cold");
     run_ok(&["pool", "create", "--tier", "remote", "--at", text(&cold)]);
     let options = ["--pool", pool.path(), "--cold", text(&cold), "--dram", "64", "--dram-price", "5"];
     let service = Service::start(&state, &options);

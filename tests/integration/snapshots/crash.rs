@@ -47,7 +47,7 @@ impl Scene {
         (vm, digest)
     }
 
-    /// How long a snapshot with this request takes here and now.
+    /// The time that a snapshot with this request takes here and now.
     fn duration(&self, request: &Value) -> Duration {
         let (vm, _) = self.changed(1000);
         let start = Instant::now();
@@ -87,7 +87,8 @@ impl Scene {
         let request = json!({ "snapshot_path": out, "snapshot_type": kind });
         let duration = self.duration(&request);
         fs::remove_dir_all(&out).unwrap();
-        let (mut finished, mut abandoned) = (0, 0);
+        let mut finished = 0;
+        let mut abandoned = 0;
         for round in 0..rounds {
             let (vm, digest) = self.changed(u64::from(round));
             self.kill(vm, &request, moment(duration, round, rounds));
@@ -132,7 +133,8 @@ fn diff_snapshot_of_a_killed_vmm_is_whole_or_not_there() {
 fn two_file_snapshot_of_a_killed_vmm_is_the_old_one_or_the_new_one_or_not_there() {
     const ROUNDS: u32 = 12;
     let scene = Scene::new();
-    let (state, memory) = (scene.path("out.state"), scene.path("out.mem"));
+    let state = scene.path("out.state");
+    let memory = scene.path("out.mem");
     let request = json!({ "snapshot_path": state, "mem_file_path": memory });
     let duration = scene.duration(&request);
     let mut old = None;

@@ -115,7 +115,8 @@ fn diff_after_a_restore_by_any_policy_holds_what_was_written_and_little_else() {
     vm.call("fill pages=10000 seed=1");
     vm.snapshot(&path("full"), &[]);
     drop(vm);
-    let (full, profile) = (path("full"), path("profile"));
+    let full = path("full");
+    let profile = path("profile");
     let touch = "touch pages=3000 seed=5";
     run_ok(&["profile", "record", "--snapshot", text(&full), "--run", touch, "--out", text(&profile)]);
     let without = ["firecracker", "trenv", "catalyzer", "eager", "firecracker-uffd"].map(|name| (name, None));

@@ -94,7 +94,8 @@ impl Victim {
     fn forge(&self, name: &str, change: impl FnOnce(&mut Vec<Section>, &mut HostFacts)) {
         let good = self.open();
         let manifest = good.manifest();
-        let (mut state, mut host) = (good.copy_state().unwrap(), manifest.host.clone());
+        let mut state = good.copy_state().unwrap();
+        let mut host = manifest.host.clone();
         change(&mut state, &mut host);
         let target = Location::Dir(self.path(name));
         let mut writer = SnapshotWriter::create(target, manifest.layout.clone(), SnapshotKind::Full, None).unwrap();

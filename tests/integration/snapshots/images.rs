@@ -59,7 +59,8 @@ impl Filled {
                 plan.extents.push(PlannedExtent::zero(run.extent));
                 continue;
             };
-            let (mut first, end) = (run.extent.first, run.extent.end());
+            let mut first = run.extent.first;
+            let end = run.extent.end();
             while first < end {
                 let filled = self.filled;
                 let stop = [filled.first, filled.end(), end].into_iter().filter(|stop| *stop > first).min().unwrap();
@@ -77,10 +78,13 @@ impl Filled {
             }
         }
         assert_eq!(plan.images[0].file_len(), 600 * PAGE_SIZE);
-        let (resolved, costs, budget) = (chain.resolve().unwrap(), Costs::default(), Budget::default());
+        let resolved = chain.resolve().unwrap();
+        let costs = Costs::default();
+        let budget = Budget::default();
         let input =
             PolicyInput { chain: &chain, resolved: &resolved, tiers: &[], profile: None, costs: &costs, budget };
-        let (expected, path) = (input.estimate(&plan), self.dir.path().join("image.plan"));
+        let expected = input.estimate(&plan);
+        let path = self.dir.path().join("image.plan");
         PlanFile::new(plan, expected, &chain).unwrap().save(&path).unwrap();
         path
     }
@@ -158,7 +162,8 @@ fn an_image_without_checksums_of_an_older_version_is_made_again() {
     fs::File::options().write(true).open(&image).unwrap().set_len(600 * PAGE_SIZE).unwrap();
     flip(&image, 5 * PAGE_SIZE);
     let output = snapshot.restore(&["--plan", text(&plan)]);
-    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && stdout.contains(&snapshot.digest), "{stdout}{stderr}");
     assert!(stderr.contains("made again") && stderr.contains(text(&image)), "{stderr}");
     assert_eq!(fs::read(&image).unwrap(), good);
@@ -169,7 +174,8 @@ fn an_image_with_a_damaged_or_cut_end_is_refused() {
     let snapshot = Filled::new();
     let plan = snapshot.save_plan(|extent, source| PlannedExtent::preload(extent, source, Fill::Copy), &[]);
     assert!(snapshot.restore(&["--plan", text(&plan)]).status.success());
-    let (base, image) = (snapshot.base(), snapshot.image());
+    let base = snapshot.base();
+    let image = snapshot.image();
     let good = fs::read(&image).unwrap();
     let restore = ["restore", "--snapshot", text(&base), "--plan", text(&plan), "--run", "check"];
     let trailer = 600 * PAGE_SIZE as usize;

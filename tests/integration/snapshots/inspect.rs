@@ -31,7 +31,8 @@ impl Victim {
         let digest = vm.call("check").digest;
         let victim = Victim { dir, digest };
         fs::create_dir(victim.path("tip").join("profile")).unwrap();
-        let (tip, profile) = (victim.path("tip"), victim.profile());
+        let tip = victim.path("tip");
+        let profile = victim.profile();
         let record = ["profile", "record", "--recorder", "uffd", "--run", FUNCTION];
         run_ok(&[&record[..], &["--snapshot", text(&tip), "--out", text(&profile)]].concat());
         victim
@@ -46,7 +47,8 @@ impl Victim {
     }
 
     fn restore(&self, policy: &str) -> std::process::Output {
-        let (tip, profile) = (self.path("tip"), self.profile());
+        let tip = self.path("tip");
+        let profile = self.profile();
         let mut args = vec!["restore", "--snapshot", text(&tip), "--policy", policy, "--run", "check"];
         if policy.parse::<tvmm::tiering::policy::Policy>().unwrap().needs_profile() {
             args.extend(["--profile", text(&profile)]);
@@ -96,7 +98,8 @@ fn damage_in_every_layer_of_a_chain_is_found_and_no_digest_is_told() {
         assert!(said.contains(&format!("{name} is damaged: 1 of ")) && said.contains("guest-physical"), "{said}");
         assert_eq!(told["memory"]["content_digest"], Value::Null);
         let bad = &told["layers"][index]["bad"][0];
-        let (first, bytes) = (bad["gpa"].as_u64().unwrap(), bad["bytes"].as_u64().unwrap());
+        let first = bad["gpa"].as_u64().unwrap();
+        let bytes = bad["bytes"].as_u64().unwrap();
         assert!(first <= gpa && gpa < first + bytes, "{gpa:#x} is not in {bad}");
         flip(&victim.path(name).join("memory"), gpa + 9, 1);
     }
@@ -186,11 +189,13 @@ fn a_byte_flipped_anywhere_is_found_by_inspect_and_no_restore_shows_it() {
     let files = files_below(victim.dir.path());
     let of_kind = |extension: &str| files.iter().any(|path| path.extension().is_some_and(|found| found == extension));
     assert!(of_kind("image") && of_kind("plan") && of_kind("profile"), "{files:?}");
-    let (seed, mut wrong) = (0x00c0_ffee_1234_5678, Vec::new());
+    let seed = 0x00c0_ffee_1234_5678;
+    let mut wrong = Vec::new();
     let mut random = Random(seed);
     for round in 0..rounds(120) {
         let path = &files[round % files.len()];
-        let (at, bit) = (place(path, &mut random), 1 << random.below(8));
+        let at = place(path, &mut random);
+        let bit = 1 << random.below(8);
         let policy = policies[random.below(policies.len() as u64) as usize];
         let good = fs::metadata(path).unwrap();
         let kept = (path.extension().is_some_and(|found| found == "plan")).then(|| fs::read(path).unwrap());
@@ -204,7 +209,8 @@ fn a_byte_flipped_anywhere_is_found_by_inspect_and_no_restore_shows_it() {
         // them.
         if policy == "eager" || !path.ends_with("memory") {
             let output = victim.restore(policy);
-            let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            let stdout = String::from_utf8_lossy(&output.stdout);
+            let stderr = String::from_utf8_lossy(&output.stderr);
             match output.status.code() {
                 Some(0) if stdout.contains(&victim.digest) => {}
                 Some(1) if stderr.contains("tvmm: ") => {}

@@ -295,7 +295,8 @@ fn folder_of_plans_and_images_is_bounded_and_what_was_used_last_stays() {
         let files = fs::read_dir(base.join("plan")).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
         files.sum()
     };
-    let (mut made, mut last) = (0, 0);
+    let mut made = 0;
+    let mut last = 0;
     for pages in (2600..6000_u64).step_by(400) {
         let profile = dir.path().join(format!("{pages}.profile"));
         let run = format!("touch pages={pages}");
@@ -472,8 +473,10 @@ impl Model {
     fn kill(&mut self) {
         let name = self.new_name();
         let from = self.any_snapshot();
-        let (vm, after) = (self.vms[0].id.clone(), Duration::from_millis(self.random.below(120)));
-        let (pid, service) = (self.service.pid(), &self.service);
+        let vm = self.vms[0].id.clone();
+        let after = Duration::from_millis(self.random.below(120));
+        let pid = self.service.pid();
+        let service = &self.service;
         let socket = service.socket().to_path_buf();
         let request = match from {
             Some(from) if self.random.below(2) == 0 => {

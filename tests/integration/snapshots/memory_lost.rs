@@ -124,7 +124,8 @@ fn capture_of_lost_memory_ends_the_vm_and_leaves_no_snapshot() {
 
 #[test]
 fn pool_that_is_cut_under_a_guest_ends_the_vm() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     filled(&out, 3000, 7);
     pool.add(&out);

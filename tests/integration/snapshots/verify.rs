@@ -241,7 +241,8 @@ fn damage_in_a_parent_is_found() {
 
 #[test]
 fn damage_in_a_pool_is_found() {
-    let (dir, pool) = (scratch(), Pool::create("0.1"));
+    let dir = scratch();
+    let pool = Pool::create("0.1");
     let out = dir.path().join("full");
     filled(&out, 3000, 7);
     pool.add(&out);

@@ -46,7 +46,7 @@ const OPERATIONS: [Operation; 21] = [
     ("serve", 6, service::invocations),
 ];
 
-/// How long a run is.
+/// The length of a run.
 enum Length {
     Time(Duration),
     Steps(u64),

@@ -50,7 +50,7 @@ fn name_of(snap: &Snap) -> String {
     snap.path.file_name().unwrap().to_string_lossy().into_owned()
 }
 
-/// Whether an addition was refused because the pool has the snapshot.
+/// Returns true if an addition was refused because the pool has the snapshot.
 fn has_already(output: &Output) -> bool {
     let said = String::from_utf8_lossy(&output.stderr);
     !output.status.success() && said.contains("already")
@@ -143,7 +143,8 @@ pub fn cold_add(world: &mut World, rng: &mut Rng) {
 
 /// From the directory or by a page server, which may be killed meanwhile; from a copy of the snapshot without memory.
 pub fn cold_restore(world: &mut World, rng: &mut Rng) {
-    let (serves, kills) = (rng.bool(), rng.u32(..3) == 0);
+    let serves = rng.bool();
+    let kills = rng.u32(..3) == 0;
     let Some(snap) = world.any_dir(rng) else { return full(world, rng) };
     let cold = cold(world);
     let args = words(&["pool", "add", text(&cold), text(&snap.path)]);

@@ -173,7 +173,8 @@ fn kill(world: &mut World, daemon: &mut Daemon, rng: &mut Rng, policy: &str) {
     let mut answer = Vec::new();
     let _ = client.read_to_end(&mut answer);
     children.into_iter().for_each(wait_until_gone);
-    let (snaps, next) = (std::mem::take(&mut daemon.snaps), daemon.next);
+    let snaps = std::mem::take(&mut daemon.snaps);
+    let next = daemon.next;
     *daemon = Daemon { snaps, next, ..Daemon::start(daemon.dir.clone()) };
     let copied = path.starts_with("PUT") && answer.starts_with(b"HTTP/1.1 200");
     let there = daemon.service.get("/snapshots");

@@ -25,7 +25,7 @@ pub struct Snap {
     /// The digest that `check` answers in a guest restored from it.
     pub digest: String,
     pub profile: Option<PathBuf>,
-    /// How many layers it has.
+    /// The number of its layers.
     pub depth: usize,
 }
 
@@ -54,7 +54,7 @@ pub struct World {
     pub vms: Vec<Living>,
     pub service: Option<super::service::Daemon>,
     counts: BTreeMap<&'static str, u64>,
-    /// How long operations took that were not disturbed.
+    /// The times of operations that were not disturbed.
     took: HashMap<&'static str, Duration>,
     log: fs::File,
     next: u32,
@@ -152,7 +152,7 @@ impl World {
         path.and_then(|path| self.snap(path)).map_or(0, |snap| snap.depth)
     }
 
-    /// Whether something would miss the snapshot: a child, or a VM whose next diff is relative to it.
+    /// Returns true if something would miss the snapshot: a child, or a VM whose next diff is relative to it.
     pub fn is_needed(&self, path: &Path) -> bool {
         let is_parent = self.snaps.iter().any(|snap| snap.parent.as_deref() == Some(path));
         is_parent || self.vms.iter().any(|living| living.tip.as_deref() == Some(path))
@@ -223,7 +223,8 @@ impl World {
     pub fn check_or_refused(&mut self, snap: &Snap, more: &[String]) -> bool {
         let args = restore_args(snap, more);
         let output = self.run("restore", &args, None).expect("it is not killed");
-        let (out, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let out = String::from_utf8_lossy(&output.stdout);
+        let said = String::from_utf8_lossy(&output.stderr);
         if output.status.success() {
             assert_eq!(digest_of(&out).as_deref(), Some(&*snap.digest), "{} is another: {out}", args.join(" "));
             self.count("restores checked");

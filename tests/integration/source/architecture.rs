@@ -221,8 +221,8 @@ fn nothing_is_printed_or_spawned_by_what_panics() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Whether a line of code looks for words in a text: `contains`, `starts_with` or `ends_with`, and a literal with a
-/// blank between two words. Markers of protocols and files, such as `"OK "` or `"numa:"`, have no such blank.
+/// Returns true if a line of code looks for words in a text: `contains`, `starts_with` or `ends_with`, and a literal
+/// with a blank between two words. Markers of protocols and files, such as `"OK "` or `"numa:"`, have no such blank.
 fn looks_for_words(code: &str) -> bool {
     ["contains(\"", "starts_with(\"", "ends_with(\""].iter().any(|call| {
         let literals = code.match_indices(call).map(|(at, _)| code[at + call.len()..].split('"').next().unwrap_or(""));

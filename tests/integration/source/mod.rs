@@ -3,5 +3,6 @@
 pub mod architecture;
 mod arrows;
 mod circles;
+mod shapes;
 mod style;
 mod tokens;

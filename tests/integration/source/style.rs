@@ -4,13 +4,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::source::architecture::{root, sources};
+use super::architecture::{root, sources};
+use super::tokens::comments;
 
 const FUNCTION_MAX: usize = 70;
 const LINE_MAX: usize = 120;
 
 /// Words that begin a sentence without a subject, and words for people and things that have a name.
-const HEADLESS: [&str; 4] = ["What", "Who", "Whoever", "Where"];
+const HEADLESS: [&str; 7] = ["What", "Who", "Whoever", "Where", "How", "Whether", "Why"];
 const NAMELESS: [&str; 5] = ["somebody", "nobody", "whoever", "everybody", "anybody"];
 
 /// Sentences that read well although they begin so.
@@ -97,15 +98,21 @@ fn lines_fit_the_width_with_comments_and_strings() {
     assert!(long.is_empty(), "{}", long.join("\n"));
 }
 
-/// The sentences of the comments of a Rust file, each with the line in which it begins.
+/// The sentences of the comments of a Rust file, each with the line in which it begins. Comments in successive lines
+/// are one text; a comment behind code is a text of its own.
 fn sentences(text: &str) -> Vec<(usize, String)> {
     let mut found: Vec<(usize, String)> = Vec::new();
     let mut is_open = false;
-    for (index, line) in text.lines().enumerate() {
-        let Some(comment) = line.trim_start().strip_prefix("//") else {
-            is_open = false;
-            continue;
-        };
+    let mut counted = 0;
+    let mut index = 0;
+    // The line behind a comment that had its line for itself.
+    let mut next_line = None;
+    for (at, comment) in comments(text) {
+        index += text[counted..at].matches('\n').count();
+        counted = at;
+        let has_code = text[..at].rsplit('\n').next().is_some_and(|before| !before.trim().is_empty());
+        is_open &= !has_code && next_line == Some(index);
+        next_line = (!has_code).then_some(index + 1);
         let comment = comment.trim_start_matches(['/', '!']).trim();
         let is_item = comment.starts_with(['*', '-', '#', '|']) || comment.is_empty();
         is_open &= !is_item;
@@ -121,7 +128,7 @@ fn sentences(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// Why a sentence is not plain, if it is not.
+/// The complaint about a sentence that is not plain.
 fn complaint(sentence: &str) -> Option<String> {
     if ARGUED.iter().any(|argued| sentence.starts_with(argued)) {
         return None;
@@ -150,9 +157,14 @@ fn comments_are_sentences_with_a_subject_that_has_a_name() {
 
 #[test]
 fn sentences_without_a_subject_are_found() {
-    let text = "/// Returns it. What came of\n/// it. Fine.\nfn a() {} // no comment of its own\
+    let text = "/// Returns it. What came of\n/// it. Fine.\nfn a() {} // Whether\n// they\
                 \n    // * Where pools live\n\n// nobody\n\n// The user `nobody`.\n";
     let found: Vec<String> = sentences(text).iter().filter_map(|(_, sentence)| complaint(sentence)).collect();
-    let expected = ["begins with What: What came of it.", "begins with Where: Where pools live", "says nobody: nobody"];
+    let expected = [
+        "begins with What: What came of it.",
+        "begins with Whether: Whether",
+        "begins with Where: Where pools live",
+        "says nobody: nobody",
+    ];
     assert_eq!(found, expected);
 }

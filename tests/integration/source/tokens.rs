@@ -1,18 +1,36 @@
-//! Rust code as tokens: words, `::` and single marks, without comments and literals of text.
+//! Rust code as tokens (words, `::` and single marks), comments, and literals of text.
 
-/// The tokens of `code`, in order. Numbers are words.
-pub fn tokens(code: &str) -> Vec<&str> {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Token,
+    Comment,
+    Literal,
+}
+
+/// The pieces of `code` of one kind, in order, each with its offset.
+fn pieces(code: &str, kind: Kind) -> Vec<(usize, &str)> {
     let mut found = Vec::new();
     let mut rest = code.trim_start();
     while let Some(first) = rest.chars().next() {
-        let skipped = comment_len(rest).or_else(|| text_len(rest)).or_else(|| quoted_len(rest));
-        let len = skipped.unwrap_or_else(|| token_len(rest, first));
-        if skipped.is_none() {
-            found.push(&rest[..len]);
+        let comment = comment_len(rest).map(|len| (Kind::Comment, len));
+        let literal = || text_len(rest).or_else(|| quoted_len(rest)).map(|len| (Kind::Literal, len));
+        let (found_kind, len) = comment.or_else(literal).unwrap_or_else(|| (Kind::Token, token_len(rest, first)));
+        if found_kind == kind {
+            found.push((code.len() - rest.len(), &rest[..len]));
         }
         rest = rest[len..].trim_start();
     }
     found
+}
+
+/// The tokens of `code`, in order. Numbers are words.
+pub fn tokens(code: &str) -> Vec<&str> {
+    pieces(code, Kind::Token).into_iter().map(|(_, token)| token).collect()
+}
+
+/// The comments of `code`, in order, each with its offset.
+pub fn comments(code: &str) -> Vec<(usize, &str)> {
+    pieces(code, Kind::Comment)
 }
 
 pub fn is_word(token: &str) -> bool {

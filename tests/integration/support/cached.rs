@@ -1,4 +1,4 @@
-//! How the page cache has a file, found out without the code under test: mincore(2), and what a mapping's smaps say.
+//! Finds out without the code under test how the page cache has a file: mincore(2), and what a mapping's smaps say.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -30,7 +30,7 @@ impl Mapped {
         Mapped { reserved, start: start.cast(), len }
     }
 
-    /// Whether each page is in the page cache.
+    /// True for each page that is in the page cache.
     fn cached(&self) -> Vec<bool> {
         let mut cached = vec![0_u8; self.len.div_ceil(PAGE)];
         // SAFETY: the kernel writes one byte for each page of the mapping.
@@ -39,7 +39,7 @@ impl Mapped {
         cached.into_iter().map(|byte| byte & 1 == 1).collect()
     }
 
-    /// How many blocks of 2 MiB are mapped as one.
+    /// The number of blocks of 2 MiB that are mapped as one.
     fn huge_blocks(&self) -> usize {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let head = format!("{:x}-", self.start as usize);

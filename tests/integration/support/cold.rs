@@ -71,7 +71,7 @@ pub fn copy_bare(from: &Path, to: &Path) {
 /// A running `tvmm serve-pages`.
 pub struct Server {
     child: Child,
-    /// How it is reached: `tcp` or `rdma`.
+    /// Its transport: `tcp` or `rdma`.
     scheme: &'static str,
     /// `IP:PORT`.
     pub address: String,
@@ -178,13 +178,17 @@ impl Proxy {
         // The proxy has the server's IP address, because RDMA goes to the address that the connection goes to.
         let listener = TcpListener::bind((to.ip(), 0)).unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (spoil, connections) = (Arc::new(Mutex::new((0, spoil))), Arc::new(AtomicUsize::new(0)));
+        let spoil = Arc::new(Mutex::new((0, spoil)));
+        let connections = Arc::new(AtomicUsize::new(0));
         let open = Arc::new(Mutex::new(Vec::new()));
-        let (shared, count, streams) = (spoil.clone(), connections.clone(), open.clone());
+        let shared = spoil.clone();
+        let count = connections.clone();
+        let streams = open.clone();
         // Ends with the test's process.
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let (shared, number) = (shared.clone(), count.fetch_add(1, Ordering::SeqCst));
+                let shared = shared.clone();
+                let number = count.fetch_add(1, Ordering::SeqCst);
                 streams.lock().unwrap().push(client.try_clone().unwrap());
                 std::thread::spawn(move || pass(client, to, &shared, number));
             }
@@ -216,7 +220,8 @@ impl Proxy {
 
 fn pass(mut client: TcpStream, to: SocketAddr, spoil: &Mutex<(usize, Spoil)>, number: usize) {
     let Ok(mut server) = TcpStream::connect(to) else { return };
-    let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+    let mut from_client = client.try_clone().unwrap();
+    let mut to_server = server.try_clone().unwrap();
     std::thread::spawn(move || {
         let _ = std::io::copy(&mut from_client, &mut to_server);
         let _ = to_server.shutdown(Shutdown::Write);

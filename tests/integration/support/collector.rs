@@ -220,7 +220,8 @@ fn span(bytes: &[u8]) -> Span {
 
 /// A KeyValue, its value as text.
 fn attribute(bytes: &[u8]) -> (String, String) {
-    let (mut key, mut value) = (String::new(), String::new());
+    let mut key = String::new();
+    let mut value = String::new();
     for (number, field) in fields(bytes) {
         if number == 1 {
             key = field.text();

@@ -30,12 +30,12 @@ pub fn test_name(module: &str, test: &str) -> String {
     format!("{inside}::{test}")
 }
 
-/// Whether this host is the testbed's, which emulates every instruction.
+/// Returns true if this host is the testbed's, which emulates every instruction.
 pub fn is_emulated() -> bool {
     std::env::var_os("TESTBED").is_some()
 }
 
-/// How often a test does what it usually does `full` times. The testbed asks for one in `TVMM_TEST_SHARE`.
+/// The number of times a test does what it usually does `full` times. The testbed asks for one in `TVMM_TEST_SHARE`.
 pub fn rounds(full: usize) -> usize {
     let share = std::env::var("TVMM_TEST_SHARE").map_or(1, |text| text.parse().expect("TVMM_TEST_SHARE is a number"));
     (full / share).max(1)

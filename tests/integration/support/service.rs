@@ -31,7 +31,8 @@ impl Service {
         command.args(["serve", "--dir", text(dir), "--listen-unix", text(&socket)]).args(more);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("tvmm starts");
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let (mut url, wanted) = (None, 1 + usize::from(more.contains(&"--listen")));
+        let mut url = None;
+        let wanted = 1 + usize::from(more.contains(&"--listen"));
         for _ in 0..wanted {
             let line = lines.next().expect("tvmm serve ended").unwrap();
             url = url.or(line.split_once("listening on http").map(|(_, rest)| format!("http{rest}")));

@@ -53,7 +53,8 @@ impl Shell {
     /// Runs a command and returns what it prints, its lines joined by `~`.
     pub fn ask(&mut self, command: &str) -> String {
         self.asked += 1;
-        let (id, mark) = (self.asked, format!("=q{}: ", self.asked));
+        let id = self.asked;
+        let mark = format!("=q{}: ", self.asked);
         // The echo of what is typed has the mark only with quotes in it.
         self.vm.send(format!("echo \"=q\"\"{id}: $({command} 2>&1 | tr '\\n' '~')\"\n").as_bytes());
         let line = self.vm.wait_line(|line| line.starts_with(&mark));

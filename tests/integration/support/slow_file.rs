@@ -34,7 +34,7 @@ const ENOSYS: i32 = 38;
 /// Tells which reads of the file hang and which fail.
 struct Fate {
     hangs: AtomicBool,
-    /// How many more are answered before all others fail.
+    /// The number of reads that are still answered before all others fail.
     good: AtomicU64,
 }
 
@@ -104,7 +104,8 @@ fn serve(mut device: File, below: &File, fate: &Fate) {
         let number = |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap());
         let long = |at: usize| u64::from_le_bytes(request[at..at + 8].try_into().unwrap());
         assert!(len >= HEADER);
-        let (opcode, unique) = (number(4), long(8));
+        let opcode = number(4);
+        let unique = long(8);
         let answer = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
             READ if fate.hangs.load(Ordering::SeqCst) => continue,

@@ -73,9 +73,11 @@ impl Lender {
     /// The reason for refusing the client.
     pub fn lend(
         &self,
-        (data, len): (&File, u64),
+        data: &File,
+        len: u64,
         registered: &Registered,
-        (peer, reader): (SocketAddr, Endpoint),
+        peer: SocketAddr,
+        reader: Endpoint,
     ) -> Result<(Loan, Attached), (RefusalReason, String)> {
         let failed = |doing: &'static str| {
             move |error: std::io::Error| (RefusalReason::Failed, format!("cannot {doing}: {error}"))

@@ -1,4 +1,4 @@
-//! Whether this host can run a golden snapshot, found out without the code under test.
+//! Finds out without the code under test if this host can run a golden snapshot.
 
 use std::arch::x86_64::{__cpuid_count, CpuidResult};
 use std::path::Path;
@@ -101,7 +101,7 @@ impl Host {
             && capabilities.iter().all(|pair| pair[1] == 0 || kvm_has(pair[0].as_str().unwrap()))
     }
 
-    /// Whether the guest cannot go on here, because it has seen something that this host lacks.
+    /// Returns true if the guest cannot go on here, because it has seen something that this host lacks.
     pub fn must_refuse(&self) -> bool {
         let Feature { leaf, subleaf, register, bits } = self.seen;
         vendor() != self.vendor() || self.lacks(leaf, subleaf, register) & bits != 0

@@ -160,7 +160,8 @@ fn images_are_read_as_they_were_written_and_those_without_checksums_are_made_aga
     expand_all("v1", dir.path());
     let full = dir.path().join("full");
     let chain = Chain::open(&Location::Dir(full.clone())).unwrap();
-    let (spec, plans) = (golden_spec(&chain), full.join("plan"));
+    let spec = golden_spec(&chain);
+    let plans = full.join("plan");
     let pages = golden_pages(&chain, &spec);
     fs::create_dir(&plans).unwrap();
     let entry = fs::read_dir(golden().join("image2")).unwrap().next().unwrap().unwrap();
@@ -181,7 +182,7 @@ fn images_are_read_as_they_were_written_and_those_without_checksums_are_made_aga
     assert!(fs::read(&path).unwrap().starts_with(&pages));
 }
 
-/// How `image2` was made. Refuses to touch what exists.
+/// Makes an image as `image2` was made. Refuses to touch what exists.
 #[test]
 #[ignore = "makes a new golden image: set TVMM_GOLDEN to its folder"]
 fn make_golden_image() {
@@ -209,7 +210,7 @@ fn golden_artefacts_stay_small() {
     assert!(total < 800 << 10, "{total} bytes");
 }
 
-/// How `v1` was made, and the next format's will be. Refuses to touch what exists.
+/// Makes an artefact as `v1` was made, and the next format's will be. Refuses to touch what exists.
 #[test]
 #[ignore = "makes a new golden artefact: set TVMM_GOLDEN to its name"]
 fn make_golden_artefact() {

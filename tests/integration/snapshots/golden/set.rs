@@ -239,7 +239,7 @@ fn make_plan(snapshot: &Path, profile: &Path, costs: &Path, out: &Path) {
     run_ok(&[&["plan", "--snapshot", text(snapshot), "--policy", "tiered", "--out", text(out)], &from[..]].concat());
 }
 
-/// How `set1` was made. Refuses to touch what exists.
+/// Makes a set as `set1` was made. Refuses to touch what exists.
 #[test]
 #[ignore = "makes a new golden set: set TVMM_GOLDEN to its name"]
 fn make_golden_set() {
@@ -275,7 +275,8 @@ fn make_snapshots(network: &Network, dir: &Path, target: &Path) -> Value {
     run_ok(&["snapshot", "merge", text(&dir.join("diff")), "--out", text(&dir.join("merged"))]);
     expected["merged"] = json!({ "check": expected["diff"]["check"] });
     for name in SNAPSHOTS {
-        let (from, to) = (dir.join(name), target.join(name));
+        let from = dir.join(name);
+        let to = target.join(name);
         expected[name]["facts"] = facts(&from);
         expected[name]["sections"] = json!(sections(&from));
         fs::create_dir(&to).unwrap();
