@@ -4,13 +4,12 @@
 //! of (PAGEMAP_SCAN), or, if the caller tracked them, those that were written. Each goes back in the way that its
 //! placement allows:
 //!
-//! | placement | way back |
-//! |---|---|
-//! | `zero` | cleared, or dropped |
-//! | `cow-file`, `in-place`, `preload` by broken copy-on-write | the snapshot's bytes copied over it, or dropped: the file shows again |
-//! | the same, mapped shared and promoted | copied over |
-//! | `preload` by copy | copied over |
-//! | `lazy`, `preload` by installing | copied over, or dropped: the fault service serves it again. From a cold pool: dropped |
+//! - `zero`: cleared, or dropped.
+//! - `cow-file`, `in-place`, `preload` by broken copy-on-write: the snapshot's bytes are copied over it, or it is dropped
+//!   and the file shows again. Mapped shared and promoted: copied over.
+//! - `preload` by copy: copied over.
+//! - `lazy`, `preload` by installing: copied over, or dropped, and the fault service serves it again. From a cold pool:
+//!   dropped.
 //!
 //! A page that is copied over keeps its place in host memory and KVM's translation, so the next request has no fault
 //! for it. A page that is dropped costs no local memory. Copies are made up to a limit; the rest is dropped.
@@ -149,7 +148,7 @@ impl Rewind<'_> {
         left.is_some()
     }
 
-    /// Brings back `part`, which the guest gave to the balloon. What has to be copied goes to `copies`.
+    /// Brings back `part`, which the guest gave to the balloon. Pages that have to be copied go to `copies`.
     fn return_part(
         &self,
         planned: &PlannedExtent,

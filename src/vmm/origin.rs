@@ -1,9 +1,10 @@
 //! The origin of a restored machine: all that a rewind needs to bring it back there.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::saved_state::SavedState;
 use crate::config::DeviceConfigs;
+use crate::memory::fault_service::Observer;
 use crate::memory::files::Files;
 
 /// A drive of which the restore made a copy for this machine alone.
@@ -23,8 +24,26 @@ pub(crate) struct Origin {
     pub placed_drives: Vec<PlacedDrive>,
     /// True: the guest's clock was moved to the present.
     pub clock_realtime: bool,
-    /// A page-fault handler in another process serves guest memory.
-    pub is_served_outside: bool,
-    /// The guest's use of its memory is recorded, page by page.
-    pub is_observed: bool,
+    pub serves: PageServer,
+}
+
+/// The owner of guest memory's page faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageServer {
+    /// The kernel, and this process's fault service.
+    Own,
+    /// A fault service that records each page that the guest uses.
+    Recorder,
+    /// A page-fault handler in another process.
+    Handler,
+}
+
+impl PageServer {
+    pub fn of(handler: Option<&Path>, observer: Option<&Observer>) -> PageServer {
+        match (handler, observer) {
+            (Some(_), _) => PageServer::Handler,
+            (None, Some(_)) => PageServer::Recorder,
+            (None, None) => PageServer::Own,
+        }
+    }
 }

@@ -16,7 +16,7 @@ use super::error::Error;
 use super::host;
 use super::lineage::Lineage;
 use super::machine::{Built, Core, DeviceSet, Environment, Machine, Shape, open_kvm};
-use super::origin::Origin;
+use super::origin::{Origin, PageServer};
 use super::saved_state::SavedState;
 use super::state::MachineState;
 use crate::config;
@@ -86,7 +86,7 @@ impl Machine<Built> {
     ) -> Result<(Self, EngineReport), Error> {
         let chain = spec.sources.chain.clone();
         let tip = chain.tip();
-        let saved = SavedState::read(tip)?;
+        let mut saved = SavedState::read(tip)?;
         let layout = tip.layout();
         let shape = shape_of(&saved, layout, spec.track_dirty_pages)?;
         let kvm = open_kvm()?;
@@ -111,7 +111,6 @@ impl Machine<Built> {
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &built.ram, spec.stalls)?;
-        let mut saved = saved;
         saved.fw_cfg.metadata.extend(spec.overrides.metadata.clone());
         let set = DeviceSet { virtio, configs: configs.clone(), fw_cfg: saved.fw_cfg.clone() };
         let mut machine = Machine::build(kvm, built.ram, shape, set, environment, timeline)?;
@@ -120,19 +119,14 @@ impl Machine<Built> {
         machine.core.services.tiers_held = files.tiers().to_vec();
         let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied, because KVM may touch guest memory while applying it.
-        let observed = spec.observer.is_some();
+        let serves = PageServer::of(spec.handler, spec.observer.as_ref());
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
         }
-        machine.apply(&saved.vm, &saved.vcpus, spec.clock_realtime)?;
-        machine.serial().restore(&saved.serial)?;
-        machine.virtio().restore(&saved.virtio)?;
+        machine.take_on(&saved, spec.clock_realtime)?;
         machine.core.lineage = Lineage::restored(files.chain().clone(), exact);
-        if let Some(vmgenid) = saved.vmgenid {
-            machine.core.renew_vmgenid(vmgenid)?;
-        }
         timeline.lap(Slice::StateLoad);
         if is_ours {
             built.report.prefault = machine.prefault(spec.plan)?;
@@ -143,19 +137,21 @@ impl Machine<Built> {
             verifier.wait_checked(&files, &machine.core.ending)?;
         }
         machine.core.services.verifier = verifier;
-        let origin = Origin {
-            files,
-            saved,
-            configs,
-            placed_drives: placed.keep(),
-            clock_realtime: spec.clock_realtime,
-            is_served_outside: spec.handler.is_some(),
-            is_observed: observed,
-        };
+        let placed_drives = placed.keep();
+        let clock_realtime = spec.clock_realtime;
+        let origin = Origin { files, saved, configs, placed_drives, clock_realtime, serves };
         machine.core.origin = Some(Box::new(origin));
         rescue.finish()?;
         timeline.lap(Slice::StateLoad);
         Ok((machine, built.report))
+    }
+
+    /// Takes on the saved state of vCPUs, VM and devices.
+    fn take_on(&mut self, saved: &SavedState, clock_realtime: bool) -> Result<(), Error> {
+        self.apply(&saved.vm, &saved.vcpus, clock_realtime)?;
+        self.serial().restore(&saved.serial)?;
+        self.virtio().restore(&saved.virtio)?;
+        saved.vmgenid.map_or(Ok(()), |vmgenid| self.core.renew_vmgenid(vmgenid))
     }
 }
 

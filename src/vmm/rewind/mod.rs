@@ -18,7 +18,7 @@ use crate::snapshot::{PageSet, RestorePlan, copy_drive};
 use crate::vmm::error::Error;
 use crate::vmm::lineage::Lineage;
 use crate::vmm::machine::{Core, Machine, Paused};
-use crate::vmm::origin::Origin;
+use crate::vmm::origin::{Origin, PageServer};
 use crate::vmm::state::{self, VcpuState, VmState};
 
 /// A machine that went back.
@@ -39,11 +39,10 @@ impl<S> Machine<S> {
     pub fn check_rewindable(&self) -> Result<(), NotRewindable> {
         let core = &self.core;
         let Some(origin) = &core.origin else { return Err(NotRewindable::Booted) };
-        if origin.is_served_outside {
-            return Err(NotRewindable::Handler);
-        }
-        if origin.is_observed {
-            return Err(NotRewindable::Observed);
+        match origin.serves {
+            PageServer::Own => {}
+            PageServer::Recorder => return Err(NotRewindable::Observed),
+            PageServer::Handler => return Err(NotRewindable::Handler),
         }
         if core.lineage.is_sealing() {
             return Err(NotRewindable::Sealing);

@@ -101,7 +101,7 @@ fn a_paused_vm_stays_paused_and_a_vm_on_several_cpus_goes_back() {
 /// The bytes that a former guest could have left.
 const CANARY: &[u8] = b"CANARY-7f3e9a51c2d8";
 
-/// Whether a file has the canary.
+/// Returns whether a file has the canary.
 fn has_canary(path: &Path) -> bool {
     let bytes = std::fs::read(path).unwrap();
     bytes.windows(CANARY.len()).any(|window| window == CANARY)
