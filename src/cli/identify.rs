@@ -1,9 +1,12 @@
 //! Identifies a file that a command cannot read, and names the command that can.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use serde::de::IgnoredAny;
 
 use crate::backends::pool_media::POOL_FILE;
 use crate::snapshot::{CONTAINER_MAGIC, Container, DIR_FILES, PAGE_SIZE, SectionKind, is_snapshot_dir};
@@ -87,6 +90,9 @@ enum Kind {
     FirecrackerState,
     Elf,
     BzImage,
+    /// A machine's configuration, in JSON.
+    Config,
+    /// Other JSON.
     Json,
     /// A file without a format, at least as long as the smallest memory.
     Bytes,
@@ -101,6 +107,18 @@ const HEAD_LEN: usize = 0x210;
 const LEAST_MEMORY: u64 = 1 << 20;
 /// The largest container that is read to identify it.
 const CONTAINER_LIMIT: u64 = 512 << 20;
+
+/// The largest JSON file that is read to identify it.
+const JSON_LIMIT: u64 = 16 << 20;
+/// The keys of which a machine's configuration has one at least.
+const CONFIG_KEYS: [&str; 3] = ["boot-source", "machine-config", "snapshot-load"];
+
+/// Returns true for JSON of `len` bytes that has a key of a machine's configuration.
+fn is_config(path: &Path, len: u64) -> bool {
+    let text = if len <= JSON_LIMIT { std::fs::read(path).unwrap_or_default() } else { Vec::new() };
+    let keys: BTreeMap<String, IgnoredAny> = serde_json::from_slice(&text).unwrap_or_default();
+    CONFIG_KEYS.iter().any(|key| keys.contains_key(*key))
+}
 
 impl Kind {
     /// The kind of the file at `path`; `None` if it is missing or unknown.
@@ -168,7 +186,7 @@ impl Kind {
             return Some(Kind::BzImage);
         }
         if head[..have].trim_ascii_start().starts_with(b"{") {
-            return Some(Kind::Json);
+            return Some(if is_config(path, len) { Kind::Config } else { Kind::Json });
         }
         let is_blank = head[..have].iter().all(u8::is_ascii_whitespace);
         (!is_blank && len >= LEAST_MEMORY && len.is_multiple_of(PAGE_SIZE)).then_some(Kind::Bytes)
@@ -194,7 +212,8 @@ impl Kind {
             Kind::StateFile => role == Role::StateFile,
             Kind::PartOfSnapshot(_) => false,
             Kind::Bytes => role == Role::MemoryFile,
-            Kind::Json => role == Role::Config,
+            Kind::Config => role == Role::Config,
+            Kind::Json => matches!(role, Role::Config | Role::Plan),
             Kind::Profile => role == Role::Profile,
             Kind::Plan => role == Role::Plan,
             Kind::Pool | Kind::ColdPool => role == Role::Pool,
@@ -216,6 +235,7 @@ impl Kind {
             Kind::FirecrackerState => "Firecracker's state file of a snapshot",
             Kind::Elf => "an ELF file",
             Kind::BzImage => "a Linux kernel image (bzImage)",
+            Kind::Config => "a JSON file with a machine's configuration",
             Kind::Json => "a JSON file",
             Kind::Bytes => "a file without a header, as memory files and disk images are",
         }
@@ -241,6 +261,7 @@ impl Kind {
             Kind::Elf | Kind::BzImage => {
                 "If it is a kernel, `tvmm --config FILE` boots it (boot-source.kernel_image_path)".to_string()
             }
+            Kind::Config => "`tvmm --config FILE` boots it".to_string(),
             Kind::Json => "If it is a machine's configuration, `tvmm --config FILE` boots it".to_string(),
             Kind::Bytes => format!(
                 "If it is the memory file of a snapshot in two files, `tvmm inspect STATE --mem-file {path}` shows it"

@@ -11,7 +11,7 @@ use super::identify::{InputPath, Role};
 use crate::session::planning::planner;
 use crate::session::sources;
 use crate::snapshot::{
-    Chain, ColdSpec, Extent, Fill, Gfn, ImageSpec, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan,
+    Chain, ColdSpec, Extent, Fill, Gfn, ImageSpec, JsonPlan, Location, MemoryLayout, PAGE_SIZE, Placement, RestorePlan,
 };
 use crate::sys::errors::BoxError;
 use crate::tiering::costs::SourceCache;
@@ -79,7 +79,7 @@ pub struct PlanArgs {
     /// pages that it leaves out and this run touches
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
-    /// Print JSON
+    /// Print JSON, which `tvmm restore --plan` takes, too
     #[arg(long)]
     json: bool,
     /// Write the plan to this file, for `tvmm restore --plan`
@@ -180,7 +180,8 @@ fn to_json(file: &PlanFile, against: Option<&Fit>) -> Value {
         "images": plan.images.iter().map(image).collect::<Vec<_>>(),
         "background_steps": plan.background.len(),
         "fault_pages": plan.fault_pages,
-        "plan": file.stored_plan(),
+        "plan": JsonPlan::from(plan.clone()),
+        "sources": file.sources,
     })
 }
 

@@ -31,7 +31,7 @@ pub struct RestoreOptions {
     #[arg(long, value_name = "FILE")]
     #[schema(ignore)]
     pub profile: Option<PathBuf>,
-    /// A plan made by `tvmm plan --out`, instead of a policy
+    /// A plan made by `tvmm plan --out`, or in the JSON of `tvmm plan --json`, instead of a policy
     #[arg(long, value_name = "FILE")]
     #[schema(value_type = Option<String>)]
     pub plan: Option<PathBuf>,

@@ -67,7 +67,7 @@ pub use plan::{
     Background, BackgroundAction, Fill, ImageSpec, Placement, PlacementCounts, PlannedExtent, RestorePlan, TierAccess,
     TierSource,
 };
-pub use plan_codec::StoredPlan;
+pub use plan_codec::{JsonPlan, StoredPlan};
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, PolicyReason, UnknownPolicy, Verify};

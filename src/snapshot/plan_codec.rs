@@ -1,8 +1,8 @@
-//! The form of a plan in files and in JSON.
+//! The forms of a plan in files and in JSON. They differ in how they write the origin of an extent's pages.
 //!
-//! A stored plan numbers the origins of its pages through: the layers of the chain, then the plan's tiers, then its
-//! images. The number of layers is not part of a plan, so [`StoredPlan::new`] and [`StoredPlan::into_plan`] are given
-//! it. The rest of the program knows the origins by kind ([`PageOrigin`]).
+//! A [`StoredPlan`] numbers the origins through: the layers of the chain, then the plan's tiers, then its images. The
+//! number of layers is not part of a plan, so [`StoredPlan::new`] and [`StoredPlan::into_plan`] are given it. A
+//! [`JsonPlan`] writes the origins by kind, as the rest of the program knows them ([`PageOrigin`]).
 
 use serde::{Deserialize, Serialize};
 
@@ -11,17 +11,23 @@ use super::{
     TierSource,
 };
 
-/// A [`RestorePlan`], field by field, with numbered origins.
+/// A [`RestorePlan`] with numbered origins.
+pub type StoredPlan = PlanForm<NumberedSource>;
+
+/// A [`RestorePlan`] with origins by kind.
+pub type JsonPlan = PlanForm<NamedSource>;
+
+/// A [`RestorePlan`], field by field. `S`: the form of a page's source.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct StoredPlan {
+pub struct PlanForm<S> {
     snapshot: SnapshotId,
     policy: String,
     #[serde(default)]
     tiers: Vec<TierSource>,
     #[serde(default)]
     images: Vec<ImageSpec>,
-    extents: Vec<StoredExtent>,
+    extents: Vec<ExtentForm<S>>,
     #[serde(default)]
     huge: Vec<Extent>,
     #[serde(default)]
@@ -40,20 +46,64 @@ fn one() -> u64 {
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct StoredExtent {
+struct ExtentForm<S> {
     extent: Extent,
     placement: Placement,
-    source: Option<StoredSource>,
+    source: Option<S>,
     #[serde(default)]
     fill: Fill,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct StoredSource {
+pub struct NumberedSource {
     /// The number of the origin, whatever its kind.
     layer: usize,
     offset: u64,
+}
+
+/// A source with one of `layer`, `tier` and `image`: the index of the origin among those of its kind.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(try_from = "SourceFields", into = "SourceFields")]
+pub struct NamedSource(PageSource);
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SourceFields {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    layer: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tier: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    image: Option<usize>,
+    offset: u64,
+}
+
+impl From<NamedSource> for SourceFields {
+    fn from(NamedSource(source): NamedSource) -> SourceFields {
+        let mut fields = SourceFields { layer: None, tier: None, image: None, offset: source.offset };
+        match source.origin {
+            PageOrigin::Layer(index) => fields.layer = Some(index),
+            PageOrigin::Tier(index) => fields.tier = Some(index),
+            PageOrigin::Image(index) => fields.image = Some(index),
+        }
+        fields
+    }
+}
+
+impl TryFrom<SourceFields> for NamedSource {
+    type Error = String;
+
+    fn try_from(fields: SourceFields) -> Result<NamedSource, String> {
+        let SourceFields { layer, tier, image, offset } = fields;
+        let origin = match (layer, tier, image) {
+            (Some(index), None, None) => PageOrigin::Layer(index),
+            (None, Some(index), None) => PageOrigin::Tier(index),
+            (None, None, Some(index)) => PageOrigin::Image(index),
+            _ => return Err("a source has one of `layer`, `tier` and `image`".to_owned()),
+        };
+        Ok(NamedSource(PageSource { origin, offset }))
+    }
 }
 
 /// The numbers at which tiers and images begin.
@@ -68,17 +118,17 @@ impl Numbering {
         Numbering { first_tier: layers, first_image: layers.saturating_add(tiers) }
     }
 
-    fn store(self, source: PageSource) -> StoredSource {
+    fn store(self, source: PageSource) -> NumberedSource {
         let layer = match source.origin {
             PageOrigin::Layer(index) => index,
             PageOrigin::Tier(index) => self.first_tier + index,
             PageOrigin::Image(index) => self.first_image + index,
         };
-        StoredSource { layer, offset: source.offset }
+        NumberedSource { layer, offset: source.offset }
     }
 
-    fn load(self, stored: StoredSource) -> PageSource {
-        let StoredSource { layer: number, offset } = stored;
+    fn load(self, stored: NumberedSource) -> PageSource {
+        let NumberedSource { layer: number, offset } = stored;
         if number >= self.first_image {
             PageSource::image(number - self.first_image, offset)
         } else if number >= self.first_tier {
@@ -89,32 +139,53 @@ impl Numbering {
     }
 }
 
+impl<S> PlanForm<S> {
+    fn of(plan: RestorePlan, store: impl Fn(PageSource) -> S) -> Self {
+        let of_extent = |item: PlannedExtent| {
+            let PlannedExtent { extent, placement, source, fill } = item;
+            ExtentForm { extent, placement, source: source.map(&store), fill }
+        };
+        let RestorePlan { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages } =
+            plan;
+        let extents = extents.into_iter().map(of_extent).collect();
+        PlanForm { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages }
+    }
+
+    fn read(self, load: impl Fn(S) -> PageSource) -> RestorePlan {
+        let to_extent = |item: ExtentForm<S>| {
+            let ExtentForm { extent, placement, source, fill } = item;
+            PlannedExtent { extent, placement, source: source.map(&load), fill }
+        };
+        let PlanForm { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages } = self;
+        let extents = extents.into_iter().map(to_extent).collect();
+        RestorePlan { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages }
+    }
+}
+
 impl StoredPlan {
     /// The stored form of a plan for a chain of `layers` layers.
     pub fn new(plan: RestorePlan, layers: usize) -> Self {
         let numbering = Numbering::new(layers, plan.tiers.len());
-        let store = |item: PlannedExtent| {
-            let PlannedExtent { extent, placement, source, fill } = item;
-            StoredExtent { extent, placement, source: source.map(|source| numbering.store(source)), fill }
-        };
-        let RestorePlan { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages } =
-            plan;
-        let extents = extents.into_iter().map(store).collect();
-        StoredPlan { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages }
+        PlanForm::of(plan, |source| numbering.store(source))
     }
 
     /// The plan for a chain of `layers` layers. A number behind the last image becomes an image that the plan does not
     /// have, which [`RestorePlan::validate`] refuses.
     pub fn into_plan(self, layers: usize) -> RestorePlan {
         let numbering = Numbering::new(layers, self.tiers.len());
-        let load = |item: StoredExtent| {
-            let StoredExtent { extent, placement, source, fill } = item;
-            PlannedExtent { extent, placement, source: source.map(|stored| numbering.load(stored)), fill }
-        };
-        let StoredPlan { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages } =
-            self;
-        let extents = extents.into_iter().map(load).collect();
-        RestorePlan { snapshot, policy, tiers, images, extents, huge, background, verify, direct, fault_pages }
+        self.read(|stored| numbering.load(stored))
+    }
+}
+
+impl From<RestorePlan> for JsonPlan {
+    fn from(plan: RestorePlan) -> JsonPlan {
+        PlanForm::of(plan, NamedSource)
+    }
+}
+
+impl From<JsonPlan> for RestorePlan {
+    fn from(json: JsonPlan) -> RestorePlan {
+        json.read(|NamedSource(source)| source)
     }
 }
 
@@ -133,6 +204,12 @@ mod tests {
         fn plan_survives_its_stored_form(plan in any_plan()) {
             let json = serde_json::to_string(&StoredPlan::new(plan.clone(), LAYERS.len())).unwrap();
             prop_assert_eq!(serde_json::from_str::<StoredPlan>(&json).unwrap().into_plan(LAYERS.len()), plan);
+        }
+
+        #[test]
+        fn plan_survives_its_json(plan in any_plan()) {
+            let json = serde_json::to_string(&JsonPlan::from(plan.clone())).unwrap();
+            prop_assert_eq!(RestorePlan::from(serde_json::from_str::<JsonPlan>(&json).unwrap()), plan);
         }
     }
 

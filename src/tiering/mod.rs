@@ -14,6 +14,7 @@ pub mod fault;
 pub mod fit;
 pub mod plan_cache;
 pub mod plan_file;
+pub mod plan_json;
 pub mod planner;
 pub mod policy;
 pub mod pool;

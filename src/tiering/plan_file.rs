@@ -24,7 +24,7 @@ use crate::snapshot::{
 /// The version of the section. A plan of another version is not read but made again.
 const VERSION: u32 = 4;
 /// The largest plan, in bytes.
-const FILE_LIMIT: u64 = 256 << 20;
+pub const FILE_LIMIT: u64 = 256 << 20;
 
 /// A memory file as it was when the plan was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,11 +136,6 @@ impl PlanFile {
         self.costs = Some(costs);
         self.fit = profile.map(|profile| Fit::of(&self.plan, profile));
         self
-    }
-
-    /// The plan as files and JSON have it.
-    pub fn stored_plan(&self) -> StoredPlan {
-        StoredPlan::new(self.plan.clone(), self.sources.len())
     }
 
     /// Reads what [`PlanFile::save`] wrote. The caller must still check the plan: see [`PlanFile::check_for`].

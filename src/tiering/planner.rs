@@ -16,7 +16,8 @@ use super::costs::{Costs, SourceCache};
 use super::fit::Fit;
 use super::plan_cache::plan_name;
 use super::plan_file::{CostsUsed, PlanFile};
-use super::policy::{Budget, Policy, PolicyInput};
+use super::plan_json::{self, MemoryKind, PlanDocument};
+use super::policy::{Budget, Estimate, Policy, PolicyInput};
 use super::profile::Profile;
 use super::tier::align::align;
 use super::tier::{self, Tier};
@@ -96,11 +97,15 @@ impl Planner<'_> {
         self.lowered(planned)
     }
 
-    /// Returns the plan in a file, if it is for this snapshot and these tiers.
+    /// Returns the plan in a file, if it is for this snapshot and these tiers. A plan in JSON may be of any program, so
+    /// the place of each page is compared with the snapshot's.
     ///
     /// # Errors
-    /// As for [`PlanFile::load`] and [`PlanFile::check_for`].
+    /// As for [`PlanFile::load`], [`plan_json::load`], [`PlanFile::check_for`] and [`plan_json::check_pages`].
     pub fn read(&self, path: &Path) -> Result<Planned, Error> {
+        if let Some(json) = plan_json::load(path)? {
+            return self.lowered(planned(self.of_json(json, path)?, PlanOrigin::File, None));
+        }
         let file = PlanFile::load(path)?;
         file.check_for(self.chain, &self.tier_sources(), path)?;
         self.lowered(planned(file, PlanOrigin::File, None))
@@ -139,6 +144,19 @@ impl Planner<'_> {
         let costs = self.costs(&request, self.expected_cache(&request)?)?;
         let basis = Basis { profile: Some(profile), ..Basis::of(&costs) };
         Ok(self.make(policy, &tier::resolve(self.chain, self.tiers)?, &basis)?.images)
+    }
+
+    /// The file of a plan in JSON, whose pages are the snapshot's.
+    fn of_json(&self, json: PlanDocument, path: &Path) -> Result<PlanFile, Error> {
+        let PlanDocument { plan, sources } = json;
+        let mut file = PlanFile::new(plan, Estimate::default(), self.chain)?;
+        file.sources = sources.unwrap_or(file.sources);
+        file.check_for(self.chain, &self.tier_sources(), path)?;
+        let resolved = tier::resolve(self.chain, self.tiers)?;
+        let memory = if self.cold.is_some() { MemoryKind::ColdPool } else { MemoryKind::Files };
+        plan_json::check_pages(&file.plan, self.chain, &resolved, memory)
+            .map_err(|problem| Error::PlanFile { path: path.to_path_buf(), problem })?;
+        Ok(file)
     }
 
     fn made_without_profile(&self, policy: Policy) -> Result<Planned, Error> {

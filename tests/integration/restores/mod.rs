@@ -5,6 +5,7 @@ mod default_policy;
 mod functions;
 mod hanging;
 mod permissions;
+mod plan_json;
 mod planner;
 mod plans;
 mod profile;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tvmm::snapshot::RestorePlan;
+use tvmm::snapshot::{JsonPlan, RestorePlan};
 use tvmm::sys::page_cache::resident_pages;
 use tvmm::tiering::plan_file::PlanFile;
 use tvmm::tiering::policy::Policy;
@@ -62,9 +62,11 @@ impl Scene {
     fn planned(&self, policy: Policy, from: &[&str]) -> (PathBuf, PlanFile) {
         let path = self.dir.path().join("shown.plan");
         let args = [&self.args("plan", policy, from)[..], &["--json", "--out", text(&path)]].concat();
-        let shown: Value = serde_json::from_str(&run_ok(&args)).unwrap();
+        let printed = run_ok(&args);
+        fs::write(path.with_extension("json"), &printed).unwrap();
+        let shown: Value = serde_json::from_str(&printed).unwrap();
         let file = PlanFile::load(&path).unwrap();
-        assert_eq!(shown["plan"], serde_json::to_value(file.stored_plan()).unwrap(), "{policy}");
+        assert_eq!(shown["plan"], serde_json::to_value(JsonPlan::from(file.plan.clone())).unwrap(), "{policy}");
         assert_eq!(shown["expected"]["vmas"], file.expected.vmas, "{policy}");
         (path, file)
     }
@@ -115,8 +117,11 @@ fn compare(scene: &Scene, from: &[&str], what: &str, prepare: impl Fn()) -> Plan
             assert_eq!(kept, shown.plan, "{what}");
             assert_eq!(restored["fit_expected"], json!(shown.fit), "{what}");
         }
-        let by_file = ["restore", "--snapshot", text(&scene.tip), "--plan", text(&path)];
-        assert_carried_out(&scene.restored(&[&by_file[..], from].concat()), &shown, &format!("{what}, by its file"));
+        for plan in [&path, &path.with_extension("json")] {
+            let by_plan = ["restore", "--snapshot", text(&scene.tip), "--plan", text(plan)];
+            let restored = scene.restored(&[&by_plan[..], from].concat());
+            assert_carried_out(&restored, &shown, &format!("{what}, by {}", plan.display()));
+        }
         if policy == Policy::Tiered {
             assert_eq!(restored["source_cache"], shown.costs.as_ref().unwrap().cache.as_str(), "{what}");
             of_tiered = Some(shown);
