@@ -26,9 +26,9 @@ use crate::config::request::RewindRequest;
 pub(super) async fn post_rewind(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
-    body: Option<Body<RewindRequest>>,
+    body: Option<Body<Option<RewindRequest>>>,
 ) -> Result<Reply<Rewound>, Fault> {
-    let request = body.map(|Body(request)| request).unwrap_or_default();
+    let request = body.and_then(|Body(request)| request).unwrap_or_default();
     // Once begun it is finished, whether or not the client waits.
     let task = tokio::spawn(async move {
         let vm = daemon.vm(&id)?;
@@ -38,7 +38,8 @@ pub(super) async fn post_rewind(
     task.await.unwrap_or_else(|_| Err(Fault::internal("The rewind was given up."))).map(Reply)
 }
 
-/// Rewinds a VM, and counts how that ended. A VM whose rewind failed is ended: it is neither as it was nor its snapshot.
+/// Rewinds a VM, and counts how that ended. A VM whose rewind failed is neither as it was nor its snapshot: it is
+/// ended.
 async fn rewind(daemon: &Daemon, vm: &Vm, request: RewindRequest) -> Result<Rewound, Fault> {
     let error = match vm.rewind(request).await {
         Ok(rewound) => {

@@ -69,7 +69,7 @@ pub(super) struct VmRecord {
     pub(super) pid: u32,
     pub(super) created_unix_ms: u64,
     pub(super) invocations: u64,
-    /// How often it went back to its snapshot.
+    /// Rewinds to its snapshot.
     #[serde(default)]
     pub(super) rewinds: u64,
     /// True if an invocation started it: such VMs are ended when room is needed, or after the idle time.
