@@ -54,7 +54,7 @@ pub struct RestoreArgs {
     /// Restore, but leave the VM paused until the API resumes it
     #[arg(long, requires = "api_sock", conflicts_with_all = ["run", "standby"])]
     paused: bool,
-    /// Restore everything but the first instruction of the guest, and let it run when a request comes: bytes on standard
+    /// Restore everything but the guest's first instruction, and let it run when a request comes: bytes on standard
     /// input, a connection to its vsock device, or `PATCH /vm` with the state Resumed
     #[arg(long, conflicts_with = "run")]
     standby: bool,

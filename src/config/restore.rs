@@ -82,7 +82,7 @@ pub struct RestoreOptions {
     #[arg(long = "pool", value_name = "POOL")]
     #[schema(value_type = Option<Vec<String>>)]
     pub pools: Option<Vec<PathBuf>>,
-    /// Restore everything but the first instruction of the guest, and let it run when a request comes: bytes on standard
+    /// Restore everything but the guest's first instruction, and let it run when a request comes: bytes on standard
     /// input, a connection to its vsock device, or `PATCH /vm` with the state Resumed.
     #[arg(skip)]
     #[schema(ignore)]
