@@ -320,7 +320,7 @@ fn snapshot_load_is_read_and_shuts_out_what_shapes_a_machine() {
     let fallback = Some(Cold { pools: vec![ColdSpec::Dir("c".into())], cache });
     assert_eq!(load.memory, MemoryFrom::Pools { pools: vec!["a".into(), "b".into()], fallback });
     let choice = PolicyChoice { dram_price_us: 3, costs: Some("e".into()), ..PolicyChoice::default() };
-    assert_eq!(load.plan, PlanFrom::Policy(PolicyChoice { policy: Policy::Tiered, ..choice }));
+    assert_eq!(load.plan, PlanFrom::Policy(PolicyChoice { requested: Some(Policy::Tiered), ..choice }));
     assert_eq!(load.plan_dir.as_deref(), Some(Path::new("f")));
     assert_eq!(VmConfig::from_json(r#"{"snapshot-load": null}"#).unwrap(), VmConfig::default());
     let load = r#""snapshot-load": {"snapshot_path": "s"}"#;

@@ -364,6 +364,7 @@ impl Controller {
         self.restored = Some(Restored {
             snapshot,
             policy: plan.policy.clone(),
+            policy_reason: load.plan.policy_reason(),
             plan: origin,
             source_cache,
             costs,

@@ -160,8 +160,8 @@ fn put_snapshot_load_forms_give_their_command() {
         start: if resume { Start::Running } else { Start::Paused },
         ..RestoreRequest::default()
     };
-    let by = |policy| PlanFrom::Policy(PolicyChoice { policy, ..PolicyChoice::default() });
-    assert_eq!(load(None, false, false).plan, by(Policy::Firecracker));
+    let by = |policy| PlanFrom::Policy(PolicyChoice { requested: Some(policy), ..PolicyChoice::default() });
+    assert_eq!(PolicyChoice::default().policy(), Policy::Firecracker);
     let file = json!({"backend_type": "File", "backend_path": "m"});
     let cases = [
         (json!({"snapshot_path": "s", "mem_backend": file}), load(Some("m"), false, false)),
