@@ -18,7 +18,7 @@ use crate::tiering::costs::SourceCache;
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::PlanFile;
 use crate::tiering::planner::PlanRequest;
-use crate::tiering::policy::{Budget, DRAM_PRICE_US, Estimate};
+use crate::tiering::policy::{Budget, DRAM_PRICE_US, Estimate, Policy};
 use crate::tiering::profile::Profile;
 
 /// The caching of the snapshot's memory when the plan is carried out.
@@ -47,12 +47,12 @@ pub struct PlanArgs {
     /// The snapshot directory
     #[arg(long, value_name = "DIR")]
     snapshot: PathBuf,
-    /// Profile of a recorded run, for policies that need one (`tvmm profile record`)
+    /// Profile of a recorded run (`tvmm profile record`), for policies that need one; without --policy it means tiered
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
-    /// The policy that makes the plan
+    /// The policy that makes the plan [default: tiered with --profile, else firecracker]
     #[arg(long, value_name = "NAME")]
-    policy: String,
+    policy: Option<Policy>,
     /// Local memory for preloaded pages and pages that the guest will write, MiB
     #[arg(long, value_name = "MIB")]
     dram: Option<u64>,
@@ -97,11 +97,10 @@ impl PlanArgs {
 }
 
 pub fn run(args: &PlanArgs) -> Result<ExitCode, BoxError> {
-    let policy = args.policy.parse()?;
     let sources = sources::look(&Location::Dir(args.snapshot.clone()), &args.pool, &args.cold)?;
     let chain = &sources.chain;
     let file = planner(&sources).describe(&PlanRequest {
-        policy,
+        policy: args.policy.unwrap_or_else(|| Policy::default_for(args.profile.as_deref())),
         profile: args.profile.as_deref(),
         costs: args.costs.as_deref(),
         budget: Budget::of_mib(args.dram, args.cxl, args.dram_price),

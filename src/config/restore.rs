@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use crate::config::error::InvalidRestore;
 use crate::config::overrides::Overrides;
-use crate::snapshot::{Cold, ColdCache, ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, Verify};
+use crate::snapshot::{Cold, ColdCache, ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, PolicyReason, Verify};
 
 /// The sources of memory, the budgets, and the clone's settings of a restore. The keys are those of `tvmm` in `PUT
 /// /snapshot/load`.
@@ -23,11 +23,11 @@ use crate::snapshot::{Cold, ColdCache, ColdSpec, DRAM_PRICE_US, InPlaceMapping, 
 #[schema(as = LoadOptions)]
 pub struct RestoreOptions {
     /// Restore policy: eager, firecracker, firecracker-uffd, catalyzer, trenv, or with --profile reap, faasnap,
-    /// aquifer, tiered [default: firecracker]
+    /// aquifer, tiered [default: tiered with --profile, else firecracker]
     #[arg(long, value_name = "NAME")]
     #[schema(ignore)]
     pub policy: Option<Policy>,
-    /// Profile of a recorded run, for policies that need one (`tvmm profile record`)
+    /// Profile of a recorded run (`tvmm profile record`), for policies that need one; without --policy it means tiered
     #[arg(long, value_name = "FILE")]
     #[schema(ignore)]
     pub profile: Option<PathBuf>,
@@ -82,6 +82,11 @@ pub struct RestoreOptions {
     #[arg(long = "pool", value_name = "POOL")]
     #[schema(value_type = Option<Vec<String>>)]
     pub pools: Option<Vec<PathBuf>>,
+    /// Restore everything but the guest's first instruction, and let it run when a request comes: bytes on standard
+    /// input, a connection to its vsock device, or `PATCH /vm` with the state Resumed.
+    #[arg(skip)]
+    #[schema(ignore)]
+    pub standby: bool,
     /// Other images for drives.
     #[arg(skip)]
     pub drive_overrides: Vec<DriveOverride>,
@@ -139,8 +144,20 @@ pub struct RestoreRequest {
     pub track_dirty_pages: bool,
     /// True: the guest's clock is moved to the present; false: no time has passed for it.
     pub clock_realtime: bool,
-    /// True: the machine runs afterwards; false: it is paused.
-    pub resume: bool,
+    /// The state of the machine afterwards.
+    pub start: Start,
+}
+
+/// The state of a machine after its restore.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    /// vCPUs are stopped until the API resumes them.
+    #[default]
+    Paused,
+    /// vCPUs are stopped until a request comes.
+    Standby,
+    /// vCPUs run.
+    Running,
 }
 
 /// The source of guest memory.
@@ -181,7 +198,8 @@ impl Default for PlanFrom {
 /// A policy, and the inputs of its plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyChoice {
-    pub policy: Policy,
+    /// The policy that the request names. None: [`Policy::default_for`] the profile.
+    pub requested: Option<Policy>,
     /// The profile of a recorded run.
     pub profile: Option<PathBuf>,
     /// File of this host's costs, instead of the last calibration or the built-in numbers.
@@ -197,13 +215,32 @@ pub struct PolicyChoice {
 impl Default for PolicyChoice {
     fn default() -> PolicyChoice {
         PolicyChoice {
-            policy: Policy::default(),
+            requested: None,
             profile: None,
             costs: None,
             dram_mib: None,
             cxl_mib: None,
             dram_price_us: DRAM_PRICE_US,
         }
+    }
+}
+
+impl PlanFrom {
+    /// The reason for the policy of the plan.
+    pub fn policy_reason(&self) -> PolicyReason {
+        match self {
+            PlanFrom::File(_) => PolicyReason::PlanFile,
+            PlanFrom::Policy(PolicyChoice { requested: Some(_), .. }) => PolicyReason::Requested,
+            PlanFrom::Policy(PolicyChoice { profile: Some(_), .. }) => PolicyReason::Profile,
+            PlanFrom::Policy(_) => PolicyReason::NoProfile,
+        }
+    }
+}
+
+impl PolicyChoice {
+    /// The policy: the requested one, or the default.
+    pub fn policy(&self) -> Policy {
+        self.requested.unwrap_or_else(|| Policy::default_for(self.profile.as_deref()))
     }
 }
 
@@ -231,7 +268,8 @@ impl InvalidRestore {
             InvalidRestore::PoolAndMemoryFile { key } => {
                 format!("a pool cannot be used with {key}: leave one out")
             }
-            InvalidRestore::PoolAndHandler => self.to_string(),
+            // The flags of these exclude each other already.
+            InvalidRestore::ResumedAndStandby | InvalidRestore::PoolAndHandler => self.to_string(),
         }
     }
 }
@@ -260,8 +298,8 @@ pub struct NamedFile<'a> {
 }
 
 impl RestoreRequest {
-    /// Returns the request that `options` make for `snapshot`. It leaves the machine paused and its devices as they
-    /// were; callers set those fields.
+    /// Returns the request that `options` make for `snapshot`. It leaves the machine paused, or standing by, and its
+    /// devices as they were; callers set those fields.
     ///
     /// # Errors
     /// Options that exclude each other, or miss an option that they need.
@@ -273,6 +311,7 @@ impl RestoreRequest {
             plan_dir: options.plan_dir,
             in_place_mapping: options.in_place_mapping.unwrap_or_default(),
             verify: options.verify.unwrap_or_default(),
+            start: if options.standby { Start::Standby } else { Start::Paused },
             ..RestoreRequest::default()
         })
     }
@@ -333,7 +372,7 @@ impl RestoreOptions {
     fn plan_from(&self) -> Result<PlanFrom, InvalidRestore> {
         let Some(plan) = &self.plan else {
             return Ok(PlanFrom::Policy(PolicyChoice {
-                policy: self.policy.unwrap_or_default(),
+                requested: self.policy,
                 profile: self.profile.clone(),
                 costs: self.costs.clone(),
                 dram_mib: self.dram_mib,
@@ -353,6 +392,12 @@ impl RestoreOptions {
             Some((other, _)) => Err(InvalidRestore::Both { option: "plan", other }),
             None => Ok(PlanFrom::File(plan.clone())),
         }
+    }
+
+    /// The policy of a restore by these options. None: they have a plan.
+    pub fn policy(&self) -> Option<Policy> {
+        let default = || Policy::default_for(self.profile.as_deref());
+        if self.plan.is_some() { None } else { Some(self.policy.unwrap_or_else(default)) }
     }
 
     /// Returns these options, with missing ones filled in from `defaults`.
@@ -377,6 +422,7 @@ impl RestoreOptions {
             cold_cache_mib: cold.cold_cache_mib,
             pools: self.pools.or_else(|| defaults.pools.clone()),
             drive_overrides: self.drive_overrides,
+            standby: self.standby || defaults.standby,
             drive_dir: self.drive_dir,
             mac_overrides: self.mac_overrides,
             metadata: self.metadata,
@@ -403,6 +449,7 @@ impl RestoreOptions {
             in_place_mapping: _,
             verify: _,
             cold_cache_mib: _,
+            standby: _,
             mac_overrides: _,
             metadata: _,
         } = self;
@@ -431,9 +478,10 @@ mod tests {
     #[test]
     fn help_names_the_defaults() {
         let mut flags = RestoreOptions::augment_args(clap::Command::new("restore"));
+        let default = Policy::default_for;
         let help = flags.render_long_help().to_string().split_whitespace().collect::<Vec<_>>().join(" ");
         for default in [
-            format!("faasnap, aquifer, tiered [default: {}]", Policy::default()),
+            format!("tiered [default: {} with --profile, else {}]", default(Some(Path::new("p"))), default(None)),
             format!("weighs it [default: {DRAM_PRICE_US}]"),
             "copy-on-write [default: private]".to_owned(),
             "everything before [default: background]".to_owned(),

@@ -142,8 +142,11 @@ impl Daemon {
             return Err(Fault::bad(message));
         }
         let profiles = self.store.profiles_dir(id);
-        let profile = policy.filter(|policy| policy.needs_profile());
-        let profile = profile.map(|policy| Slot::for_policy(policy, &profiles)).transpose()?;
+        let profile = match policy {
+            Some(policy) if policy.needs_profile() => Some(Slot::for_policy(policy, &profiles)?),
+            None if options.plan.is_none() => Slot::any(&profiles),
+            _ => None,
+        };
         let of_function = RestoreOptions { dram_mib: snapshot.function.dram_mib, ..RestoreOptions::default() };
         let options = options.or(&of_function).or(&self.options.load);
         let load = LoadFields {

@@ -43,7 +43,8 @@ pub(super) struct Function {
     pub(super) call: Option<String>,
     /// A request made of each booted VM before any invocation: `name key=value…`.
     pub(super) prepare: Option<String>,
-    /// The restore policy of invocations that name none.
+    /// The restore policy of invocations that name none. None: `tiered` of a snapshot that has a profile, else
+    /// `firecracker`.
     pub(super) policy: Option<String>,
     /// Local memory for the pages that a restore preloads, MiB, for policies that weigh it.
     pub(super) dram_mib: Option<u64>,

@@ -46,7 +46,8 @@ pub(super) struct InvocationBody {
     /// The function's arguments, `key=value …`.
     #[serde(default)]
     params: String,
-    /// The restore policy: see `GET /policies`.
+    /// The restore policy: see `GET /policies`; none: the function's, else `tiered` if the snapshot has a profile, else
+    /// `firecracker`.
     #[schema(value_type = Option<String>)]
     policy: Option<Policy>,
     /// Record the run's use of memory: uffd, mincore, pagemap or dirty-log. Needs a snapshot; the VM ends with the run.
@@ -292,9 +293,8 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
     }
     let options = daemon.allowances.confined(body.options(&settings)?).await?;
     let policy = match (policy, &function.policy) {
-        (None, _) if options.plan.is_some() => None,
-        (None, Some(name)) => Some(known_policy(name)?),
-        (policy, _) => Some(policy.unwrap_or(Policy::Firecracker)),
+        (None, Some(name)) if options.plan.is_none() => Some(known_policy(name)?),
+        (policy, _) => policy,
     };
     let restore = daemon.restore_spec(&snapshot, policy, options, settings)?;
     if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.load.tvmm.profile) {

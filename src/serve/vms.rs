@@ -28,7 +28,8 @@ pub(super) struct VmBody {
     #[serde(rename = "ssId")]
     ss_id: Option<String>,
     namespace: Option<String>,
-    /// The policy to restore by; none: the function's.
+    /// The policy to restore by; none: the function's, else `tiered` if the snapshot has a profile, else
+    /// `firecracker`.
     #[schema(value_type = Option<String>)]
     policy: Option<Policy>,
     /// The VM's restore options; missing ones have the daemon's values.
@@ -89,7 +90,7 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     let function = daemon.function(&body.func_name)?;
     let network = body.namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
     let of_function = function.policy.as_deref().map(known_policy).transpose()?;
-    let policy = body.policy.or(of_function).unwrap_or_default();
+    let policy = body.policy.or(of_function);
     let settings = body.settings();
     let spec = match &body.ss_id {
         None if body.policy.is_some() => return Err(Fault::bad("`policy` says how to restore: it needs `ssId`.")),
@@ -102,7 +103,7 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
         Some(id) => {
             let snapshot = daemon.snapshot(id)?;
             let options = daemon.allowances.confined(settings.options()?).await?;
-            let policy = (body.policy.is_some() || options.plan.is_none()).then_some(policy);
+            let policy = if options.plan.is_some() { body.policy } else { policy };
             let restore = daemon.restore_spec(&snapshot, policy, options, settings)?;
             let function = Function { func_name: function.func_name, ..snapshot.function };
             StartSpec { function, network, restore: Some(restore), from_invocation: false }

@@ -12,7 +12,7 @@ use crate::memory::fault_batches::FaultBatch;
 use crate::memory::fault_service::FaultCounts;
 use crate::memory::guest_ram::GuestRam;
 use crate::session::Error;
-use crate::snapshot::RestorePlan;
+use crate::snapshot::{PolicyReason, RestorePlan};
 use crate::sys::kvm_stats;
 use crate::sys::kvm_stats::Translations;
 use crate::sys::timeline::{Moments, Timeline};
@@ -44,6 +44,7 @@ pub struct Facts<'a> {
 pub struct Restored {
     pub snapshot: String,
     pub policy: String,
+    pub policy_reason: PolicyReason,
     pub plan: PlanOrigin,
     /// The page cache state that the plan assumes.
     pub source_cache: Option<SourceCache>,

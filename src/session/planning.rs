@@ -15,7 +15,7 @@ pub fn choose(sources: &Sources, request: &RestoreRequest) -> Result<Planned, Er
         PlanFrom::Policy(choice) => choice,
     };
     let request = PlanRequest {
-        policy: choice.policy,
+        policy: choice.policy(),
         profile: choice.profile.as_deref(),
         costs: choice.costs.as_deref(),
         budget: Budget::of_mib(choice.dram_mib, choice.cxl_mib, choice.dram_price_us),

@@ -55,6 +55,7 @@ pub fn collect(
         json!({
             "snapshot": restored.snapshot,
             "policy": restored.policy,
+            "policy_reason": restored.policy_reason,
             "plan": restored.plan,
             "source_cache": restored.source_cache,
             "costs": restored.costs,

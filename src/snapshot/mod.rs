@@ -70,7 +70,7 @@ pub use plan::{
 pub use plan_codec::StoredPlan;
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
-pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, UnknownPolicy, Verify};
+pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, PolicyReason, UnknownPolicy, Verify};
 pub use types::{Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SIZE};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};

@@ -1,19 +1,19 @@
 //! Choices that a restore names: its policy, how pages in place are mapped, when memory is compared.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 /// A restore policy, by name. `tiering::policy` makes the plans.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "&'static str")]
 pub enum Policy {
     /// Everything is read and verified before the guest runs.
     Eager,
     /// One private mapping of the memory file, pages on demand.
-    #[default]
     Firecracker,
     /// Nothing is mapped; each page is installed when it is touched.
     FirecrackerUffd,
@@ -29,6 +29,20 @@ pub enum Policy {
     Aquifer,
     /// tvmm's own.
     Tiered,
+}
+
+/// The reason for which a restore has its policy, as its report names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PolicyReason {
+    /// The request names the policy.
+    Requested,
+    /// The request names none and has a profile, so the policy is `tiered`.
+    Profile,
+    /// The request names neither, so the policy is `firecracker`.
+    NoProfile,
+    /// The request has a plan, which a policy made before.
+    PlanFile,
 }
 
 /// A name that no policy has.
@@ -64,6 +78,11 @@ impl Policy {
             Policy::Aquifer => "aquifer",
             Policy::Tiered => "tiered",
         }
+    }
+
+    /// The policy of a restore that names none: `tiered` if it has a profile, else `firecracker`.
+    pub fn default_for(profile: Option<&Path>) -> Policy {
+        if profile.is_some() { Policy::Tiered } else { Policy::Firecracker }
     }
 
     /// True if the policy needs a recorded run.

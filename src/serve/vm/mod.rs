@@ -109,7 +109,7 @@ pub(super) struct RestoreSpec {
 impl RestoreSpec {
     /// The policy; none: a plan that the request names.
     fn policy(&self) -> Option<String> {
-        self.load.tvmm.policy.map(|policy| policy.name().to_owned())
+        self.load.tvmm.policy().map(|policy| policy.name().to_owned())
     }
 }
 

@@ -17,6 +17,9 @@ pub enum Slot {
     Reap,
 }
 
+/// The order of preference of a policy that prefers no slot of its own.
+const OF_RUNS_FIRST: [Slot; 3] = [Slot::Run, Slot::Reap, Slot::Mincore];
+
 impl Slot {
     fn file_name(self) -> &'static str {
         match self {
@@ -45,12 +48,17 @@ impl Slot {
         }
     }
 
+    /// The profile for a restore that names no policy, if there is one.
+    pub fn any(profiles: &Path) -> Option<PathBuf> {
+        OF_RUNS_FIRST.into_iter().find_map(|slot| slot.existing(profiles))
+    }
+
     /// The profile for a policy: its own if there is one, else any other.
     pub fn for_policy(policy: Policy, profiles: &Path) -> Result<PathBuf, Fault> {
         let order = match policy {
             Policy::Reap => [Slot::Reap, Slot::Run, Slot::Mincore],
             Policy::Faasnap => [Slot::Mincore, Slot::Run, Slot::Reap],
-            _ => [Slot::Run, Slot::Reap, Slot::Mincore],
+            _ => OF_RUNS_FIRST,
         };
         order.into_iter().find_map(|slot| slot.existing(profiles)).ok_or_else(|| {
             Fault::conflict(format!(

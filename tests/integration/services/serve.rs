@@ -85,6 +85,29 @@ fn a_function_is_booted_snapshotted_and_restored_by_every_policy() {
 }
 
 #[test]
+fn a_snapshot_with_a_profile_is_restored_by_tiered_unless_another_policy_is_named() {
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    let vm = service.snapshot_touch("base");
+    let warm = digest(&service.invoke(touch(json!({ "vmId": vm }))));
+    let restored = |more: Value| {
+        let mut body = json!({ "ssId": "base" });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = service.invoke(touch(body));
+        assert_eq!(digest(&answer), warm);
+        let report = service.get(&format!("/vms/{}/report", answer["vmId"].as_str().unwrap()));
+        [answer["policy"].clone(), report["restore"]["policy"].clone(), report["restore"]["policy_reason"].clone()]
+    };
+    assert_eq!(restored(json!({})), ["firecracker", "firecracker", "no-profile"]);
+    let params = "pages=256 stride=2 write=10";
+    service.ok("POST", "/snapshots/base/profile", Some(json!({ "params": params })));
+    assert_eq!(restored(json!({})), ["tiered", "tiered", "profile"]);
+    assert_eq!(restored(json!({ "policy": "firecracker" })), ["firecracker", "firecracker", "requested"]);
+    let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "touch", "ssId": "base" })));
+    assert_eq!(vm["policy"], "tiered", "{vm}");
+}
+
+#[test]
 fn faasnaps_flows_run_through_faasnaps_bodies() {
     let dir = scratch();
     let service = Service::start(&dir.path().join("state"), &[]);
