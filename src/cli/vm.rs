@@ -13,7 +13,7 @@ use super::overrides::OverrideArgs;
 use super::session_args::SessionArgs;
 use crate::api;
 use crate::config::control;
-use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest};
+use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest, Start};
 use crate::config::{InvalidRestore, VmConfig};
 use crate::session::console::{self, Answer, Input};
 use crate::session::controller::Controller;
@@ -52,8 +52,12 @@ pub struct RestoreArgs {
     #[arg(long)]
     clock_realtime: bool,
     /// Restore, but leave the VM paused until the API resumes it
-    #[arg(long, requires = "api_sock", conflicts_with = "run")]
+    #[arg(long, requires = "api_sock", conflicts_with_all = ["run", "standby"])]
     paused: bool,
+    /// Restore everything but the guest's first instruction, and let it run when a request comes: bytes on standard
+    /// input, a connection to its vsock device, or `PATCH /vm` with the state Resumed
+    #[arg(long, conflicts_with = "run")]
+    standby: bool,
     /// Profile of a run of the same function: --report then counts the pages that the plan brought ahead and this run
     /// never touched
     #[arg(long, value_name = "FILE", requires = "report")]
@@ -92,7 +96,7 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
     let mut config = VmConfig::from_file(path)?;
     let (name, begin) = match config.snapshot_load.take() {
         None => ("boot", Begin::Boot),
-        Some(load) if !load.resume && (args.run.is_some() || !has_api) => {
+        Some(load) if load.start != Start::Running && args.run.is_some() || load.start == Start::Paused && !has_api => {
             return refuse(format!(
                 "Config file {} leaves the VM paused: say \"resume_vm\": true in its snapshot-load, or give --api-sock \
                  PATH (and no --run), by which it can be resumed",
@@ -119,12 +123,14 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, InvalidRestore> {
         Some(path) => MemorySaid::File { path: path.clone(), key: "--mem-file" },
         None => MemorySaid::Nothing,
     };
+    let options = RestoreOptions { standby: args.standby, ..args.options.clone() };
+    let request = RestoreRequest::new(args.snapshot.clone(), memory, options)?;
     Ok(RestoreRequest {
         overrides: args.overrides.overrides(),
         track_dirty_pages: args.track_dirty_pages,
         clock_realtime: args.clock_realtime,
-        resume: !args.paused,
-        ..RestoreRequest::new(args.snapshot.clone(), memory, args.options.clone())?
+        start: if args.paused || args.standby { request.start } else { Start::Running },
+        ..request
     })
 }
 

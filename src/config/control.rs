@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use crate::config::overrides::{NetworkOverride, Overrides};
@@ -77,7 +78,7 @@ pub struct SnapshotTaken {
 }
 
 /// A machine that went back to its snapshot.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Rewound {
     /// Pages copied over with the snapshot's bytes.
     pub pages_copied: u64,

@@ -135,6 +135,8 @@ pub enum InvalidRestore {
     Zero { option: &'static str },
     #[error("Snapshot load has both a pool and {key}; leave one out.")]
     PoolAndMemoryFile { key: &'static str },
+    #[error("Snapshot load has both resume_vm and tvmm.standby; leave one out.")]
+    ResumedAndStandby,
     #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
     PoolAndHandler,
 }

@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{ConfigError, parse_mac};
+use crate::config::error::InvalidRestore;
 use crate::config::overrides::{NetworkOverride, Overrides};
 use crate::config::request::SnapshotPaths;
-use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest};
+use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest, Start};
 
 /// The body as parsed, before it is checked.
 #[derive(Debug, Deserialize)]
@@ -113,12 +114,16 @@ impl LoadBody {
         if let MemorySaid::File { path, key } = &memory {
             refuse_empty(key, path)?;
         }
+        let request = RestoreRequest::new(fields.snapshot_path, memory, fields.tvmm)?;
+        if fields.resume_vm && request.start == Start::Standby {
+            return Err(InvalidRestore::ResumedAndStandby.into());
+        }
         Ok(RestoreRequest {
             overrides,
             track_dirty_pages: fields.track_dirty_pages || fields.enable_diff_snapshots,
             clock_realtime: fields.clock_realtime,
-            resume: fields.resume_vm,
-            ..RestoreRequest::new(fields.snapshot_path, memory, fields.tvmm)?
+            start: if fields.resume_vm { Start::Running } else { request.start },
+            ..request
         })
     }
 }

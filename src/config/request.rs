@@ -9,6 +9,7 @@ use crate::snapshot::SnapshotKind;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
+use utoipa::ToSchema;
 
 /// Default limit of a guest's wait for a page.
 pub const DEFAULT_FAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -72,7 +73,7 @@ pub struct SnapshotPaths {
 }
 
 /// A request to take a machine back to its snapshot: the body of `PUT /tvmm/rewind`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewindRequest {
     /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine.

@@ -82,6 +82,11 @@ pub struct RestoreOptions {
     #[arg(long = "pool", value_name = "POOL")]
     #[schema(value_type = Option<Vec<String>>)]
     pub pools: Option<Vec<PathBuf>>,
+    /// Restore everything but the guest's first instruction, and let it run when a request comes: bytes on standard
+    /// input, a connection to its vsock device, or `PATCH /vm` with the state Resumed.
+    #[arg(skip)]
+    #[schema(ignore)]
+    pub standby: bool,
     /// Other images for drives.
     #[arg(skip)]
     pub drive_overrides: Vec<DriveOverride>,
@@ -139,8 +144,20 @@ pub struct RestoreRequest {
     pub track_dirty_pages: bool,
     /// True: the guest's clock is moved to the present; false: no time has passed for it.
     pub clock_realtime: bool,
-    /// True: the machine runs afterwards; false: it is paused.
-    pub resume: bool,
+    /// The state of the machine afterwards.
+    pub start: Start,
+}
+
+/// The state of a machine after its restore.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    /// vCPUs are stopped until the API resumes them.
+    #[default]
+    Paused,
+    /// vCPUs are stopped until a request comes.
+    Standby,
+    /// vCPUs run.
+    Running,
 }
 
 /// The source of guest memory.
@@ -251,7 +268,8 @@ impl InvalidRestore {
             InvalidRestore::PoolAndMemoryFile { key } => {
                 format!("a pool cannot be used with {key}: leave one out")
             }
-            InvalidRestore::PoolAndHandler => self.to_string(),
+            // The flags of these exclude each other already.
+            InvalidRestore::ResumedAndStandby | InvalidRestore::PoolAndHandler => self.to_string(),
         }
     }
 }
@@ -280,8 +298,8 @@ pub struct NamedFile<'a> {
 }
 
 impl RestoreRequest {
-    /// Returns the request that `options` make for `snapshot`. It leaves the machine paused and its devices as they
-    /// were; callers set those fields.
+    /// Returns the request that `options` make for `snapshot`. It leaves the machine paused, or standing by, and its
+    /// devices as they were; callers set those fields.
     ///
     /// # Errors
     /// Options that exclude each other, or miss an option that they need.
@@ -293,6 +311,7 @@ impl RestoreRequest {
             plan_dir: options.plan_dir,
             in_place_mapping: options.in_place_mapping.unwrap_or_default(),
             verify: options.verify.unwrap_or_default(),
+            start: if options.standby { Start::Standby } else { Start::Paused },
             ..RestoreRequest::default()
         })
     }
@@ -403,6 +422,7 @@ impl RestoreOptions {
             cold_cache_mib: cold.cold_cache_mib,
             pools: self.pools.or_else(|| defaults.pools.clone()),
             drive_overrides: self.drive_overrides,
+            standby: self.standby || defaults.standby,
             drive_dir: self.drive_dir,
             mac_overrides: self.mac_overrides,
             metadata: self.metadata,
@@ -429,6 +449,7 @@ impl RestoreOptions {
             in_place_mapping: _,
             verify: _,
             cold_cache_mib: _,
+            standby: _,
             mac_overrides: _,
             metadata: _,
         } = self;

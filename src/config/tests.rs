@@ -1,4 +1,4 @@
-use super::restore::{MemoryFrom, PlanFrom, PolicyChoice};
+use super::restore::{MemoryFrom, PlanFrom, PolicyChoice, Start};
 use super::*;
 use crate::snapshot::{Cold, ColdCache, ColdSpec, Policy};
 
@@ -315,7 +315,7 @@ fn snapshot_load_is_read_and_shuts_out_what_shapes_a_machine() {
             "plan_dir": "f"}}}"#;
     let config = VmConfig::from_json(text).unwrap();
     let load = config.snapshot_load.as_deref().unwrap();
-    assert_eq!((load.snapshot.as_path(), load.resume), (Path::new("s"), true));
+    assert_eq!((load.snapshot.as_path(), load.start), (Path::new("s"), Start::Running));
     let cache = Some(ColdCache { dir: "d".into(), limit_mib: Some(7) });
     let fallback = Some(Cold { pools: vec![ColdSpec::Dir("c".into())], cache });
     assert_eq!(load.memory, MemoryFrom::Pools { pools: vec!["a".into(), "b".into()], fallback });

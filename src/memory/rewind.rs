@@ -5,8 +5,8 @@
 //! placement allows:
 //!
 //! - `zero`: cleared, or dropped.
-//! - `cow-file`, `in-place`, `preload` by broken copy-on-write: the snapshot's bytes are copied over it, or it is dropped
-//!   and the file shows again. Mapped shared and promoted: copied over.
+//! - `cow-file`, `in-place`, `preload` by broken copy-on-write: the snapshot's bytes are copied over it, or it is
+//!   dropped and the file shows again. Mapped shared and promoted: copied over.
 //! - `preload` by copy: copied over.
 //! - `lazy`, `preload` by installing: copied over, or dropped, and the fault service serves it again. From a cold pool:
 //!   dropped.

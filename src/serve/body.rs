@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use axum::extract::{FromRequest, Request};
+use axum::extract::{FromRequest, OptionalFromRequest, Request};
 use axum::http::{StatusCode, Uri, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Body as _;
 use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
@@ -47,6 +48,18 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
             }
         };
         serde_json::from_slice(&bytes).map(Body).map_err(|error| Fault::bad(format!("The body is wrong: {error}.")))
+    }
+}
+
+/// A body that may be absent: a request without content and without a content type has none.
+impl<T: DeserializeOwned, S: Sync> OptionalFromRequest<S> for Body<T> {
+    type Rejection = Fault;
+
+    async fn from_request(request: Request, state: &S) -> Result<Option<Self>, Fault> {
+        if request.body().is_end_stream() && !request.headers().contains_key(header::CONTENT_TYPE) {
+            return Ok(None);
+        }
+        <Self as FromRequest<S>>::from_request(request, state).await.map(Some)
     }
 }
 

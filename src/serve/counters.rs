@@ -37,6 +37,29 @@ impl Origin {
     }
 }
 
+/// The end of a rewind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RewindEnd {
+    /// The VM is its snapshot again.
+    Done,
+    /// The VM cannot go back, and is as it was.
+    Refused,
+    /// The VM has ended.
+    Failed,
+}
+
+impl RewindEnd {
+    const ALL: [RewindEnd; 3] = [RewindEnd::Done, RewindEnd::Refused, RewindEnd::Failed];
+
+    fn name(self) -> &'static str {
+        match self {
+            RewindEnd::Done => "done",
+            RewindEnd::Refused => "refused",
+            RewindEnd::Failed => "failed",
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Histogram {
     counts: [AtomicU64; BUCKETS.len()],
@@ -54,6 +77,8 @@ pub(super) struct Counters {
     pub(super) snapshots_made: AtomicU64,
     pub(super) snapshots_compacted: AtomicU64,
     pub(super) connections_refused: AtomicU64,
+    /// Rewinds of VMs, by [`RewindEnd`].
+    rewinds: [AtomicU64; RewindEnd::ALL.len()],
     /// Drives copied for VMs, by [`CopyMethod`].
     drive_copies: [AtomicU64; CopyMethod::ALL.len()],
 }
@@ -74,6 +99,11 @@ impl Counters {
     /// Counts an answer with this status.
     pub(super) fn answered(&self, status: u16) {
         *self.statuses.lock().unwrap_or_else(PoisonError::into_inner).entry(status).or_default() += 1;
+    }
+
+    /// Counts a rewind.
+    pub(super) fn rewound(&self, end: RewindEnd) {
+        Counters::count(&self.rewinds[end as usize]);
     }
 
     /// Counts a VM's own image.
@@ -113,6 +143,11 @@ impl Counters {
             let method = method.name();
             let count = counter.load(Ordering::Relaxed);
             writeln!(text, "tvmm_drive_copies_total{{method=\"{method}\"}} {count}")?;
+        }
+        head(text, "tvmm_rewinds_total", "counter", "Rewinds of VMs to their snapshots, by their end")?;
+        for end in RewindEnd::ALL {
+            let count = self.rewinds[end as usize].load(Ordering::Relaxed);
+            writeln!(text, "tvmm_rewinds_total{{end=\"{}\"}} {count}", end.name())?;
         }
         for (name, what, counter) in [
             ("tvmm_vms_started_total", "VMs booted or restored", &self.vms_started),

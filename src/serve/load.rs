@@ -10,7 +10,7 @@ use crate::config::restore::{NamedFile, RestoreOptions};
 use crate::snapshot::ColdSpec;
 
 /// The options that the daemon decides: clients cannot give them in `tvmm`.
-const KEPT_FROM_CLIENTS: [&str; 5] = ["policy", "profile", "plan_dir", "verify", "drive_dir"];
+const KEPT_FROM_CLIENTS: [&str; 6] = ["policy", "profile", "plan_dir", "verify", "standby", "drive_dir"];
 
 /// Names options that exclude each other in the service's words.
 pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
@@ -23,8 +23,10 @@ pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
         }
         InvalidRestore::Needs { option, needed } => format!("`tvmm.{option}` needs `tvmm.{needed}`."),
         InvalidRestore::Zero { option } => format!("`tvmm.{option}` must be 1 or more."),
-        // The service names neither a memory file nor a handler.
-        InvalidRestore::PoolAndMemoryFile { .. } | InvalidRestore::PoolAndHandler => invalid.to_string(),
+        // The service names neither a memory file nor a handler, and decides itself when a VM runs.
+        InvalidRestore::PoolAndMemoryFile { .. }
+        | InvalidRestore::ResumedAndStandby
+        | InvalidRestore::PoolAndHandler => invalid.to_string(),
     })
 }
 
@@ -36,6 +38,7 @@ pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
         options.profile.is_some(),
         options.plan_dir.is_some(),
         options.verify.is_some(),
+        options.standby,
         options.drive_dir.is_some(),
     ];
     if let Some((key, _)) = KEPT_FROM_CLIENTS.iter().zip(said).find(|(_, is_said)| *is_said) {

@@ -27,6 +27,7 @@ mod network;
 mod networks;
 mod options;
 mod otlp;
+mod rewinds;
 mod routes;
 mod server;
 mod service;

@@ -1,5 +1,6 @@
 //! Commands to the machine: the states in which each is allowed, and its effect.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,7 +19,7 @@ use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTake
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
-use crate::config::restore::{PlanFrom, RestoreRequest};
+use crate::config::restore::{PlanFrom, RestoreRequest, Start};
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::ending::Ending;
 use crate::memory::files;
@@ -66,6 +67,8 @@ pub struct Controller {
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
+    /// The restored machine is paused and waits for its first request.
+    stands_by: bool,
     read_backs: ReadBacks,
     /// Watches a restored machine for memory that does not come. Declared after `phase`, because it outlives the
     /// machine.
@@ -101,6 +104,7 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
+            stands_by: false,
             read_backs: ReadBacks::default(),
             stalls: None,
         })
@@ -342,7 +346,11 @@ impl Controller {
         pools.iter().try_for_each(|pool| pool.note_plan(&engine.planned)).map_err(tiering::Error::from)?;
         before_run(machine.serial(), machine.virtio().configs())?;
         stalls.restored(machine.ending().clone());
-        let phase = if load.resume { Phase::Running(machine.start()?) } else { Phase::Paused(machine.start_paused()?) };
+        let phase = match load.start {
+            Start::Running => Phase::Running(machine.start()?),
+            Start::Paused | Start::Standby => Phase::Paused(machine.start_paused()?),
+        };
+        self.stands_by = load.start == Start::Standby;
         let (shape, configs) = match &phase {
             Phase::Running(machine) => (machine.shape(), machine.virtio().configs()),
             Phase::Paused(machine) => (machine.shape(), machine.virtio().configs()),
@@ -370,6 +378,25 @@ impl Controller {
             last_rewind: None,
         });
         Ok(())
+    }
+
+    /// The descriptors that become readable when a request comes for a machine that stands by; none otherwise.
+    pub fn standby_sources(&self) -> Vec<RawFd> {
+        match &self.phase {
+            Phase::Paused(machine) if self.stands_by => machine.virtio().connection_sources(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Called when a request comes: lets a machine that stands by run.
+    pub fn wake_standby(&mut self) -> Result<(), Error> {
+        if !std::mem::take(&mut self.stands_by) {
+            return Ok(());
+        }
+        self.resume().map_err(|refused| Error::Os {
+            doing: "let the VM run that stood by",
+            source: std::io::Error::other(refused.message),
+        })
     }
 
     fn load(&mut self, load: &RestoreRequest) -> Result<(), Refused> {
@@ -451,6 +478,7 @@ impl Controller {
     }
 
     fn resume(&mut self) -> Result<(), Refused> {
+        self.stands_by = false;
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
             running @ Phase::Running(_) => (running, Ok(())),

@@ -1,6 +1,6 @@
 //! The main loop: one thread waits for the console, the control socket, signals, and the guest's end.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use crate::sys::code;
 use crate::sys::lost;
 use crate::sys::lost::Listening;
 use crate::sys::output::ConsoleOutput;
+use crate::sys::raw_descriptor::RawDescriptor;
 use crate::sys::signals::EndSignals;
 use crate::vmm;
 
@@ -59,6 +60,7 @@ const STDOUT: u32 = 6;
 const ENDING: u32 = 7;
 const FIFO: u32 = 8;
 const CONSOLE: u32 = 9;
+const STANDBY: u32 = 10;
 
 /// After this time without an event the VM has started, and resources needed only for that are freed. Not earlier:
 /// freeing them costs a restore some 60 µs.
@@ -75,6 +77,8 @@ struct Session {
     /// The machine's own events are registered, and the SIGBUS handler knows the event to signal.
     machine_watched: bool,
     listening: Option<Listening>,
+    /// Descriptors at which the request for a machine that stands by arrives.
+    standby_watched: Vec<RawFd>,
     /// Resources needed only for starting have been freed.
     is_slim: bool,
     /// Time of the last event other than ticks of the console.
@@ -122,6 +126,7 @@ pub fn run(
         stdin_watched: false,
         machine_watched: false,
         listening: None,
+        standby_watched: Vec::new(),
         is_slim: false,
         busy_at: Instant::now(),
         is_answered: false,
@@ -230,6 +235,10 @@ impl Session {
         if let Some(console) = self.controller.console() {
             watch(ops, &**console, CONSOLE)?;
         }
+        for source in self.controller.standby_sources() {
+            watch(ops, &RawDescriptor(source), STANDBY)?;
+            self.standby_watched.push(source);
+        }
         self.machine_watched = true;
         self.feed(ops)
     }
@@ -290,6 +299,13 @@ impl Session {
                 }
                 Ok(())
             }
+            STANDBY => {
+                for source in std::mem::take(&mut self.standby_watched) {
+                    ops.remove(Events::new(&RawDescriptor(source), EventSet::IN))
+                        .map_err(|error| event_error(&error))?;
+                }
+                self.controller.wake_standby()
+            }
             BACKLOG | STDOUT => self.drain_output(token, ops),
             ENDING => {
                 if let Some(ending) = self.controller.machine_parts().and_then(|parts| parts.ending.take()) {
@@ -322,7 +338,16 @@ impl Session {
     fn feed(&mut self, ops: &mut EventOps) -> Result<(), Error> {
         let Some(serial) = self.controller.serial().cloned() else { return Ok(()) };
         loop {
-            self.event_sources.input.feed(|bytes| serial.receive(bytes)).map_err(vmm::Error::from)?;
+            let mut came = false;
+            let pass = |bytes: &[u8]| {
+                let taken = serial.receive(bytes);
+                came |= taken.as_ref().is_ok_and(|taken| *taken > 0);
+                taken
+            };
+            self.event_sources.input.feed(pass).map_err(vmm::Error::from)?;
+            if came {
+                self.controller.wake_standby()?;
+            }
             let wanted = self.stdin_open && self.event_sources.input.wants_more();
             if wanted && self.stdin_always_ready && serial.room() > 0 {
                 if self.event_sources.input.read().map_err(Error::os("read standard input"))? == Typed::End {

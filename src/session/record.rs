@@ -19,7 +19,7 @@ use super::watch::Watch;
 use crate::config::VmConfig;
 use crate::config::overrides::Overrides;
 use crate::config::request::SnapshotPaths;
-use crate::config::restore::{MemoryFrom, RestoreRequest};
+use crate::config::restore::{MemoryFrom, RestoreRequest, Start};
 use crate::session::Error;
 use crate::session::controller::Controller;
 use crate::snapshot::{Chain, Extent, Gfn, PAGE_SIZE, PageSet, Snapshot};
@@ -130,7 +130,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         memory: MemoryFrom::Files { memory_file: spec.snapshot.memory.clone() },
         track_dirty_pages: dirty,
         overrides: Overrides { drive_dir: spec.drive_dir.clone(), ..Overrides::default() },
-        resume: true,
+        start: Start::Running,
         ..RestoreRequest::default()
     };
     let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 use crate::config::request::{CreateSnapshot, SnapshotPaths};
-use crate::config::restore::{MemoryFrom, PlanFrom, PolicyChoice, RestoreRequest};
+use crate::config::restore::{MemoryFrom, PlanFrom, PolicyChoice, RestoreRequest, Start};
 use crate::config::{BootSource, CpuConfig, HugePages, LogLevel, LoggerConfig, MachineConfigPatch, MetricsConfig};
 use crate::snapshot::{InPlaceMapping, Policy, SnapshotKind};
 
@@ -157,7 +157,7 @@ fn put_snapshot_load_forms_give_their_command() {
         snapshot: "s".into(),
         memory: MemoryFrom::Files { memory_file: memory_file.map(Into::into) },
         track_dirty_pages,
-        resume,
+        start: if resume { Start::Running } else { Start::Paused },
         ..RestoreRequest::default()
     };
     let by = |policy| PlanFrom::Policy(PolicyChoice { requested: Some(policy), ..PolicyChoice::default() });

@@ -25,6 +25,8 @@ use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
 use super::function::Function;
 use super::network::Network;
 use crate::config::bodies::{ActionBody, ActionType};
+use crate::config::control::Rewound;
+use crate::config::request::RewindRequest;
 use crate::config::restore::{DriveOverride, MacOverride};
 use crate::config::{
     BootSource, CacheType, DriveConfig, IoEngine, LoadFields, MachineConfig, NetworkConfig, NetworkOverrideBody,
@@ -67,6 +69,9 @@ pub(super) struct VmRecord {
     pub(super) pid: u32,
     pub(super) created_unix_ms: u64,
     pub(super) invocations: u64,
+    /// Rewinds to its snapshot.
+    #[serde(default)]
+    pub(super) rewinds: u64,
     /// True if an invocation started it: such VMs are ended when room is needed, or after the idle time.
     pub(super) from_invocation: bool,
     /// The reason of its end.
@@ -135,6 +140,7 @@ pub(super) struct Vm {
 struct Usage {
     requests: usize,
     invocations: u64,
+    rewinds: u64,
     since: Instant,
 }
 
@@ -186,7 +192,7 @@ impl Vm {
             drives,
             next_request: AtomicU64::new(1),
             diff_parent: Mutex::new(spec.restore.as_ref().map(|restore| restore.ss_id.clone())),
-            usage: Mutex::new(Usage { requests: 0, invocations: 0, since: Instant::now() }),
+            usage: Mutex::new(Usage { requests: 0, invocations: 0, rewinds: 0, since: Instant::now() }),
         })
     }
 
@@ -238,6 +244,16 @@ impl Vm {
         self.console.lock().await
     }
 
+    /// Takes the VM back to the snapshot that it was restored from, between its requests.
+    pub(super) async fn rewind(&self, request: RewindRequest) -> Result<Rewound, ControlError> {
+        let _quiet = self.quiet().await;
+        let rewound = self.control.send("PUT", "/tvmm/rewind", &request).await?;
+        self.lock().rewinds += 1;
+        // Its next diff builds on that snapshot again.
+        (*self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner)).clone_from(&self.ss_id);
+        Ok(rewound)
+    }
+
     /// The VM's `GET /tvmm/report`: the place of its memory, and its time slices.
     pub(super) async fn report(&self) -> Result<Value, ControlError> {
         const PATIENCE: Duration = Duration::from_secs(5);
@@ -246,14 +262,11 @@ impl Vm {
     }
 
     pub(super) fn record(&self) -> VmRecord {
-        let (requests, invocations) = {
-            let usage = self.lock();
-            (usage.requests, usage.invocations)
-        };
         let ended = self.process.ended();
+        let usage = self.lock();
         VmRecord {
             vm_id: self.id.clone(),
-            state: match (&ended, requests) {
+            state: match (&ended, usage.requests) {
                 (Some(_), _) => VmState::Ended,
                 (None, 0) => VmState::Running,
                 (None, _) => VmState::Busy,
@@ -266,7 +279,8 @@ impl Vm {
             drives: self.drives.all().to_vec(),
             pid: self.process.pid(),
             created_unix_ms: self.created_unix_ms,
-            invocations,
+            invocations: usage.invocations,
+            rewinds: usage.rewinds,
             from_invocation: self.from_invocation,
             reason: ended.map(|ended| ended.why()),
         }

@@ -9,6 +9,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::devices::virtio::{MmioDevice, Source};
+use crate::sys::raw_descriptor::RawDescriptor;
 use crate::sys::worker::Worker;
 use crate::vmm::error::Error;
 
@@ -50,15 +51,6 @@ enum Subscriber {
     Stop { event: Arc<EventFd>, stopped: Arc<AtomicBool> },
 }
 
-/// A descriptor that its device owns.
-struct Borrowed(RawFd);
-
-impl AsRawFd for Borrowed {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0
-    }
-}
-
 impl MutEventSubscriber for Subscriber {
     fn process(&mut self, events: Events, _: &mut EventOps) {
         match (self, events.data()) {
@@ -71,7 +63,7 @@ impl MutEventSubscriber for Subscriber {
 
     fn init(&mut self, ops: &mut EventOps) {
         let mut watch = |fd: RawFd, token: u32, events: EventSet| {
-            if let Err(error) = ops.add(Events::with_data(&Borrowed(fd), token, events)) {
+            if let Err(error) = ops.add(Events::with_data(&RawDescriptor(fd), token, events)) {
                 tracing::error!(%error, "A device's events cannot be waited for");
             }
         };

@@ -1,5 +1,6 @@
 //! The virtio devices that are attached to a machine, and the thread that works for them.
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +10,7 @@ use super::saved::SavedDevice;
 use super::thread;
 use crate::config::{DeviceConfigs, MAX_DEVICES};
 use crate::devices::Bus;
-use crate::devices::virtio::{MmioDevice, VirtioDevice};
+use crate::devices::virtio::{MmioDevice, VirtioDevice, id};
 use crate::memory;
 use crate::sys::guest_memory::Memory;
 use crate::sys::worker::Worker;
@@ -75,6 +76,12 @@ impl VirtioDevices {
             self.thread = Some(thread::start(&self.devices)?);
         }
         Ok(())
+    }
+
+    /// The descriptors that become readable when a program connects to the guest, also while the devices are quiet.
+    pub fn connection_sources(&self) -> Vec<RawFd> {
+        let vsock = self.devices.iter().filter(|device| device.device_type() == id::VSOCK);
+        vsock.flat_map(|device| device.sources()).map(|source| source.fd).collect()
     }
 
     /// Finishes requests in flight; afterwards no device touches guest memory. Called after the vCPUs have stopped.

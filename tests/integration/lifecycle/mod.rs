@@ -1,3 +1,4 @@
 //! The life of a VM after its restore.
 
 mod rewind;
+mod standby;

@@ -7,5 +7,6 @@ mod serve_doors;
 mod serve_drives;
 mod serve_faults;
 mod serve_netns;
+mod serve_rewind;
 mod serve_tiers;
 mod serve_ui;

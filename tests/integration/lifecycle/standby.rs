@@ -1,0 +1,91 @@
+//! Standby: a VM that is restored but for the guest's first instruction, and runs when a request comes.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::devices::vsock::{ask, connect};
+use crate::support::pool::filled;
+use crate::support::{Vm, config, run, scratch};
+
+/// A time in which a guest that runs would have used its vCPU.
+const A_WHILE: Duration = Duration::from_millis(200);
+
+/// The time that vCPU 0 has run, in clock ticks.
+fn vcpu_ticks(vm: &Vm) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.pid())).unwrap();
+    let vcpu = tasks
+        .map(|task| task.unwrap().path())
+        .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "vcpu0"));
+    let stat = std::fs::read_to_string(vcpu.expect("a thread of vCPU 0").join("stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn a_request_on_the_serial_line_starts_a_vm_that_stands_by() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 500, 1);
+    for policy in ["firecracker", "eager", "firecracker-uffd"] {
+        let mut vm = Vm::restore_with(&snapshot, policy, &["--standby"]);
+        vm.wait_for_socket();
+        vm.wait_for_state("Paused");
+        std::thread::sleep(A_WHILE);
+        assert_eq!(vm.state(), "Paused");
+        assert!(vcpu_ticks(&vm) < 5, "the guest has not run");
+        assert_eq!(vm.call("check").digest, digest, "{policy}");
+        assert_eq!(vm.state(), "Running");
+        // From now on it is a VM like any other: a pause lasts until the API ends it.
+        vm.pause();
+        vm.begin("hello");
+        std::thread::sleep(A_WHILE);
+        assert_eq!(vm.state(), "Paused");
+        vm.resume();
+        vm.call("hello");
+    }
+}
+
+#[test]
+fn a_connection_or_the_api_starts_it_too_and_it_may_be_rewound_before() {
+    let dir = scratch();
+    let path = dir.path().join("v");
+    let mut config = config(1, 128);
+    config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
+    let mut vm = Vm::boot(&config);
+    vm.begin("vsock_serve port=52 lines=1");
+    assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
+    let snapshot = dir.path().join("snapshot");
+    vm.snapshot(&snapshot, &[]);
+    drop(vm);
+    std::fs::remove_file(&path).unwrap();
+    let vm = Vm::restore_with(&snapshot, "firecracker", &["--standby"]);
+    vm.wait_for_state("Paused");
+    vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": true })));
+    assert_eq!(vm.state(), "Paused", "it still stands by");
+    assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
+    assert_eq!(vm.state(), "Running");
+    drop(vm);
+    std::fs::remove_file(&path).unwrap();
+    let vm = Vm::wait_for_api();
+    vm.wait_for_socket();
+    let load =
+        |resume_vm: bool| json!({ "snapshot_path": snapshot, "resume_vm": resume_vm, "tvmm": { "standby": true } });
+    let fault = vm.api_fault("PUT", "/snapshot/load", Some(load(true)));
+    assert!(fault.contains("both resume_vm and tvmm.standby"), "{fault}");
+    vm.api_ok("PUT", "/snapshot/load", Some(load(false)));
+    assert_eq!(vm.state(), "Paused");
+    vm.resume();
+    assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
+}
+
+#[test]
+fn standby_excludes_a_pause_and_a_scripted_request() {
+    for other in [&["--paused", "--api-sock", "s"][..], &["--run", "hello"]] {
+        let args = [&["restore", "--snapshot", "x", "--standby"][..], other].concat();
+        let output = run(&args);
+        assert_eq!(output.status.code(), Some(2));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains("cannot be used with"), "{stderr}");
+    }
+}
