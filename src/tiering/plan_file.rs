@@ -28,6 +28,7 @@ pub const FILE_LIMIT: u64 = 256 << 20;
 
 /// A memory file as it was when the plan was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SourceFile {
     /// Bytes.
     pub len: u64,
