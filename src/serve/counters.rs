@@ -22,10 +22,12 @@ pub(super) enum Origin {
     Boot,
     /// It was restored to be recorded.
     Recording,
+    /// It stood by.
+    Standby,
 }
 
 impl Origin {
-    const ALL: [Origin; 4] = [Origin::Vm, Origin::Snapshot, Origin::Boot, Origin::Recording];
+    const ALL: [Origin; 5] = [Origin::Vm, Origin::Snapshot, Origin::Boot, Origin::Recording, Origin::Standby];
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -33,6 +35,7 @@ impl Origin {
             Origin::Snapshot => "snapshot",
             Origin::Boot => "boot",
             Origin::Recording => "recording",
+            Origin::Standby => "standby",
         }
     }
 }
@@ -69,7 +72,7 @@ struct Histogram {
 /// Counts of events since the daemon began.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    durations: [Histogram; 4],
+    durations: [Histogram; Origin::ALL.len()],
     /// Invocations by status.
     statuses: Mutex<std::collections::BTreeMap<u16, u64>>,
     pub(super) vms_started: AtomicU64,

@@ -20,13 +20,14 @@ use super::load::{RestoreSettings, contradiction};
 use super::network::Network;
 use super::options::Options;
 use super::snapshot_record::SnapshotRecord;
+use super::standby_counts::StandbyCounts;
 use super::store::{Kind, Store};
 use super::trace::{Recording, Traces};
 use super::vm::control::ControlError;
 use super::vm::process::Spawner;
 use super::vm::shells::{Shell, Shells};
-use super::vm::table::Table;
-use super::vm::{RestoreSpec, StartSpec, Vm, VmRecord};
+use super::vm::table::{Capacity, Table};
+use super::vm::{Purpose, RestoreSpec, StartSpec, Vm, VmRecord};
 use super::working_set::Slot;
 use crate::config::LoadFields;
 use crate::config::restore::{DriveOverride, RestoreOptions};
@@ -52,6 +53,7 @@ pub(super) struct Daemon {
     /// Names of snapshots being made, and the snapshots that each of them needs.
     pub(super) names: Arc<Mutex<BTreeMap<String, Vec<String>>>>,
     pub(super) vms: Arc<Table>,
+    pub(super) standby: Arc<StandbyCounts>,
     pub(super) shells: Arc<Shells>,
     pub(super) spawner: Spawner,
     pub(super) gate: Gate,
@@ -70,6 +72,8 @@ impl Daemon {
         let lost: Vec<VmRecord> = store.load_vms()?;
         let spawner = Spawner::start().map_err(ServeError::os("start the thread that spawns"))?;
         let allowances = Arc::new(Allowances::new(store.dir(), &options)?);
+        let standby = Arc::new(StandbyCounts::default());
+        let max = Capacity { vms: options.limits.max_vms, memory_mib: options.limits.memory_mib };
         Ok(Daemon {
             store,
             allowances,
@@ -77,7 +81,8 @@ impl Daemon {
             snapshots: Mutex::new(snapshots),
             networks: Mutex::new(networks),
             names: Arc::default(),
-            vms: Arc::new(Table::new(options.limits.max_vms, options.limits.memory_mib, lost)),
+            vms: Arc::new(Table::new(max, lost, standby.clone())),
+            standby,
             shells: Arc::new(Shells::new(spawner.clone(), options.limits.shells)),
             spawner,
             gate: Gate::new(options.limits.max_running, options.limits.max_queue),
@@ -112,7 +117,15 @@ impl Daemon {
         self.networks().get(namespace).cloned().ok_or_else(|| Fault::not_found("network interface", namespace))
     }
 
+    /// A living VM that clients may use.
     pub(super) fn vm(&self, id: &str) -> Result<Arc<Vm>, Fault> {
+        let vm = self.living_vm(id)?;
+        vm.check_serves()?;
+        Ok(vm)
+    }
+
+    /// A living VM, even one that stands by.
+    pub(super) fn living_vm(&self, id: &str) -> Result<Arc<Vm>, Fault> {
         self.vms.get(id).ok_or_else(|| match self.vms.record(id) {
             Some(record) => {
                 let why = record.reason.unwrap_or_default();
@@ -169,7 +182,10 @@ impl Daemon {
     ) -> Result<(Arc<Vm>, usize), Fault> {
         // The function may be older than the present allowances, and the file at a path may have changed.
         let spec = &self.confined_spec(spec).await?;
-        let slot = self.vms.reserve(spec.function.mem_size).await?;
+        let slot = match spec.purpose {
+            Purpose::Standby => self.vms.reserve_free(spec.function.mem_size)?,
+            Purpose::Client | Purpose::Invocation => self.vms.reserve(spec.function.mem_size).await?,
+        };
         let id = random_hex(8);
         let drives = self.own_drives(&id, spec, recording).await?;
         let asked_ns = clock::monotonic_ns();
@@ -190,7 +206,7 @@ impl Daemon {
             let prepare_ns = clock::monotonic_ns();
             // A VM whose start is given up midway is killed.
             let mut unprepared = KillGuard(Some(vm.clone()));
-            let using = vm.claim();
+            let using = vm.claim()?;
             let answer = vm.ask(prepare, self.options.limits.max_output_bytes).await;
             drop(using);
             unprepared.0 = None;

@@ -12,6 +12,30 @@ use crate::tiering::policy::Policy;
 /// The most guest memory of one function, MiB.
 const MAX_MEM_MIB: u64 = 1 << 20;
 
+/// The most VMs of one function that may stand by.
+const MAX_STANDBY: usize = 1024;
+
+/// VMs of a function that wait, restored and paused, for its invocations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Standby {
+    /// VMs that the service restores ahead and keeps ready.
+    pub(super) min: usize,
+    /// The most that may be ready: VMs that are rewound are added up to this.
+    pub(super) max: usize,
+}
+
+/// The fate of a VM that stood by, or could have, after the answer of its invocation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum After {
+    /// The VM ends.
+    #[default]
+    End,
+    /// The VM goes back to its snapshot, and stands by again.
+    Rewind,
+}
+
 /// A function and the machine it runs in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -53,6 +77,10 @@ pub(super) struct Function {
     /// True if KVM logs the pages that the guest writes, for diff snapshots.
     #[serde(default)]
     pub(super) track_dirty_pages: bool,
+    /// VMs of the function's last snapshot that stand by. None: each invocation restores its own.
+    pub(super) standby: Option<Standby>,
+    /// The fate of such a VM after its answer. None: `end`. Needs `standby`.
+    pub(super) after: Option<After>,
 }
 
 fn one() -> u8 {
@@ -90,7 +118,23 @@ impl Function {
                 }
             }
         }
-        self.policy.as_deref().map_or(Ok(()), |name| known_policy(name).map(drop))
+        match self.standby {
+            Some(Standby { min, max }) if max == 0 || max > MAX_STANDBY || min > max => {
+                return Err(Fault::bad(format!(
+                    "`standby.max` must be 1 to {MAX_STANDBY}, and `standby.min` not more than it."
+                )));
+            }
+            None if self.after.is_some() => {
+                return Err(Fault::bad("`after` says what becomes of standby VMs: it needs `standby`."));
+            }
+            _ => {}
+        }
+        self.own_policy().map(drop)
+    }
+
+    /// The function's policy of restores, if it has one.
+    pub(super) fn own_policy(&self) -> Result<Option<Policy>, Fault> {
+        self.policy.as_deref().map(known_policy).transpose()
     }
 
     /// Returns whether each VM needs its own image.

@@ -1,13 +1,36 @@
 //! `/functions`: the functions, and the machine of each.
 
 use axum::extract::{Path, State};
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::blocking::blocking;
 use super::body::Body;
 use super::daemon::Shared;
 use super::fault::{Fault, FaultBody, Reply};
 use super::function::Function;
+use super::standby;
+use super::standby_counts::StandbyTally;
 use super::store::Kind;
+
+/// A function, and its VMs that stand by.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct FunctionState {
+    #[serde(flatten)]
+    function: Function,
+    /// Of a function with `standby`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    standby_state: Option<StandbyState>,
+}
+
+/// The VMs of a function that stand by, and what has become of them since the daemon began.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct StandbyState {
+    /// VMs that stand by now.
+    ready: usize,
+    #[serde(flatten)]
+    tally: StandbyTally,
+}
 
 /// All functions.
 #[utoipa::path(get, path = "/functions", tag = "functions",
@@ -39,21 +62,26 @@ pub(super) async fn post_function(
         }
     });
     kept.await?.map_err(|error| Fault::of(&error))?;
+    daemon.standby.changed.notify_one();
     Ok(Reply(function))
 }
 
 /// One function.
 #[utoipa::path(get, path = "/functions/{name}", tag = "functions", params(("name" = String, Path)),
-    responses((status = 200, description = "The function", body = Function),
+    responses((status = 200, description = "The function", body = FunctionState),
         (status = 404, body = FaultBody, description = "The function does not exist")))]
 pub(super) async fn get_function(
     State(daemon): State<Shared>,
     Path(name): Path<String>,
-) -> Result<Reply<Function>, Fault> {
-    daemon.function(&name).map(Reply)
+) -> Result<Reply<FunctionState>, Fault> {
+    let function = daemon.function(&name)?;
+    let standby_state = function
+        .standby
+        .map(|_| StandbyState { ready: standby::count(&daemon, &name), tally: daemon.standby.of(&name) });
+    Ok(Reply(FunctionState { function, standby_state }))
 }
 
-/// Removes a function. Its VMs and snapshots stay.
+/// Removes a function. Its standby VMs end; other VMs and its snapshots stay.
 #[utoipa::path(delete, path = "/functions/{name}", tag = "functions", params(("name" = String, Path)),
     responses((status = 200, description = "The removed function", body = Function),
         (status = 404, body = FaultBody, description = "The function does not exist")))]
@@ -64,5 +92,7 @@ pub(super) async fn delete_function(
     let function = daemon.function(&name)?;
     daemon.store.remove(Kind::Functions, &name).map_err(|error| Fault::of(&error))?;
     daemon.functions().remove(&name);
+    standby::end_unwanted(&daemon).await;
+    daemon.standby.forget(&name);
     Ok(Reply(function))
 }

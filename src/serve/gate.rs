@@ -52,6 +52,12 @@ impl Gate {
         }
     }
 
+    /// Returns a turn if one is free and no invocation waits for one.
+    pub(super) fn free_turn(&self) -> Option<OwnedSemaphorePermit> {
+        let is_free = self.queued.load(Ordering::Relaxed) == 0;
+        is_free.then(|| self.running.clone().try_acquire_owned().ok()).flatten()
+    }
+
     /// Admits no further invocation.
     pub(super) fn close(&self) {
         self.running.close();

@@ -15,13 +15,14 @@ use super::body::{Body, check_line};
 use super::counters::{Counters, Origin};
 use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
-use super::function::{Function, known_policy};
+use super::function::Function;
 use super::load::{self, RestoreSettings};
 use super::snapshot_record::SnapshotRecord;
+use super::standby::{self, Next};
 use super::trace::Recording;
 use super::traceparent;
 use super::vm::line::{GuestAnswer, LineError};
-use super::vm::{StartSpec, Vm};
+use super::vm::{Purpose, StartSpec, Vm};
 use super::working_set::{Record, Slot, check_all_layers, run_recorder};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
@@ -52,9 +53,9 @@ pub(super) struct InvocationBody {
     policy: Option<Policy>,
     /// Record the run's use of memory: uffd, mincore, pagemap or dirty-log. Needs a snapshot; the VM ends with the run.
     record: Option<String>,
-    /// True: a VM started by this invocation lives on. It is then ended when room is needed, or after the idle time.
-    #[serde(default = "yes")]
-    keep: bool,
+    /// True: the VM of this invocation lives on. It is then ended when room is needed, or after the idle time. False:
+    /// it ends. None: as the function's `after` says of a VM that could stand by, and true of other VMs.
+    keep: Option<bool>,
     /// Time limit, ms, including the wait for its turn. A guest that has not answered by then is ended.
     timeout_ms: Option<u64>,
     /// Local memory for pages that the restore preloads, MiB; the same as `tvmm.dram_mib`.
@@ -101,10 +102,6 @@ pub(super) struct InvocationBody {
     /// FaaSnap: `reap` always reads its working set in one go; false contradicts it.
     #[serde(rename = "wsSingleRead")]
     ws_single_read: Option<bool>,
-}
-
-fn yes() -> bool {
-    true
 }
 
 impl InvocationBody {
@@ -155,7 +152,7 @@ pub(super) struct InvocationAnswer {
     /// The snapshot the VM was restored from, by this invocation or before.
     #[serde(rename = "ssId")]
     ss_id: Option<String>,
-    /// `vm` (it was running already), `snapshot`, `boot` or `recording`.
+    /// `vm` (it was running already), `standby`, `snapshot`, `boot` or `recording`.
     origin: String,
     /// The policy of this restore.
     policy: Option<String>,
@@ -200,6 +197,8 @@ pub(super) async fn post_invocation(
             daemon.traces.keep(recording.trace.clone());
             daemon.traces.complete(recording.trace);
         }
+        // A VM that stood by may have to be replaced.
+        daemon.standby.changed.notify_one();
         answer
     });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The invocation was given up."))).map(Reply)
@@ -277,7 +276,7 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
             return Err(Fault::conflict(message));
         }
         let function = function.clone();
-        return Ok(Plan::Start(Box::new(StartSpec { function, network, restore: None, from_invocation: true })));
+        return Ok(Plan::Start(Box::new(StartSpec { function, network, restore: None, purpose: Purpose::Invocation })));
     };
     let profiles = daemon.store.profiles_dir(&snapshot.ss_id);
     if let Some((slot, recorder)) = recorder(body, &profiles)? {
@@ -292,16 +291,13 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
         return Ok(Plan::Record(Box::new(Record { snapshot, slot, recorder, repeat: 1 })));
     }
     let options = daemon.allowances.confined(body.options(&settings)?).await?;
-    let policy = match (policy, &function.policy) {
-        (None, Some(name)) if options.plan.is_none() => Some(known_policy(name)?),
-        (policy, _) => policy,
-    };
+    let policy = if policy.is_none() && options.plan.is_none() { function.own_policy()? } else { policy };
     let restore = daemon.restore_spec(&snapshot, policy, options, settings)?;
     if let (Some(layers), Some(profile)) = (&body.load_mincore, &restore.load.tvmm.profile) {
         check_all_layers(profile, layers)?;
     }
     let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
-    Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), from_invocation: true })))
+    Ok(Plan::Start(Box::new(StartSpec { function, network, restore: Some(restore), purpose: Purpose::Invocation })))
 }
 
 /// The requested recorder, by name or by FaaSnap's fields, and the slot of its profile.
@@ -367,13 +363,12 @@ async fn start_and_ask(
     spec: &StartSpec,
     line: &str,
     limit: Limit,
-    keep: bool,
+    keep: Option<bool>,
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
-    let started = tokio::time::timeout_at(limit.deadline, daemon.start_vm(spec, recording)).await;
-    let (vm, made) = started.map_err(|_| limit.fault("The VM was not ready"))??;
+    let Made { vm, span: made, origin } = make(daemon, spec, limit, recording).await?;
     let (answer, execute) = ask(daemon, &vm, line, limit, recording).await?;
-    let origin = if spec.restore.is_some() { Origin::Snapshot } else { Origin::Boot };
+    let next = standby::next(daemon, &vm, keep);
     let done = answered(daemon, &vm, answer, origin, recording);
     let trace = recording.trace.clone();
     daemon.traces.keep(trace);
@@ -386,11 +381,35 @@ async fn start_and_ask(
             Err(error) => recording.note(made, "report", json!(error.to_string())),
         }
         daemon.traces.complete(recording.trace);
-        if !keep {
-            vm.process.stop().await;
+        match next {
+            Next::Keep => {}
+            Next::End => drop(vm.process.stop().await),
+            Next::Rewind => standby::give_back(&daemon, &vm).await,
         }
     });
     Ok(done)
+}
+
+/// A VM for an invocation.
+struct Made {
+    vm: Arc<Vm>,
+    /// The index of the span in which it was made.
+    span: usize,
+    origin: Origin,
+}
+
+/// Takes a VM that stands by, or else starts one.
+async fn make(daemon: &Arc<Daemon>, spec: &StartSpec, limit: Limit, recording: &mut Recording) -> Result<Made, Fault> {
+    let begin_ns = clock::monotonic_ns();
+    if let Some(vm) = standby::take(daemon, spec, limit.deadline).await {
+        let span = recording.lap("standby", 0, begin_ns);
+        recording.trace.vm_id = Some(vm.id.clone());
+        return Ok(Made { vm, span, origin: Origin::Standby });
+    }
+    let started = tokio::time::timeout_at(limit.deadline, daemon.start_vm(spec, recording)).await;
+    let (vm, span) = started.map_err(|_| limit.fault("The VM was not ready"))??;
+    let origin = if spec.restore.is_some() { Origin::Snapshot } else { Origin::Boot };
+    Ok(Made { vm, span, origin })
 }
 
 /// Asks a VM. A VM that does not answer as it should is ended, and its end is waited for.
@@ -401,7 +420,7 @@ async fn ask(
     limit: Limit,
     recording: &mut Recording,
 ) -> Result<(GuestAnswer, usize), Fault> {
-    let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{}`.", vm.id)))?;
+    let _using = vm.claim()?;
     let begin_ns = clock::monotonic_ns();
     let asked = tokio::time::timeout_at(limit.deadline, vm.ask(line, daemon.options.limits.max_output_bytes)).await;
     let execute = recording.lap("execute", 0, begin_ns);
@@ -442,7 +461,7 @@ fn answered(
         span_id: recording.trace.span_id.clone(),
         ss_id: vm.ss_id.clone(),
         origin: origin.name().to_string(),
-        policy: if origin == Origin::Snapshot { vm.policy.clone() } else { None },
+        policy: if matches!(origin, Origin::Snapshot | Origin::Standby) { vm.policy.clone() } else { None },
     }
 }
 

@@ -9,6 +9,7 @@ use axum::response::IntoResponse;
 
 use super::counters::head;
 use super::daemon::Shared;
+use super::standby;
 
 /// Counters and gauges in Prometheus' text format.
 #[utoipa::path(get, path = "/metrics", tag = "service",
@@ -31,6 +32,12 @@ pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoRespon
             head(&mut text, name, "gauge", what)?;
             writeln!(text, "{name} {value}")?;
         }
+        let functions = daemon.functions().clone();
+        head(&mut text, "tvmm_standby_ready", "gauge", "VMs that stand by, by function")?;
+        for name in functions.values().filter(|function| function.standby.is_some()).map(|known| &known.func_name) {
+            writeln!(text, "tvmm_standby_ready{{function=\"{name}\"}} {}", standby::count(&daemon, name))?;
+        }
+        daemon.standby.write(&mut text)?;
         head(&mut text, "tvmm_traces_lost_total", "counter", "Traces that did not get into the trace file")?;
         writeln!(text, "tvmm_traces_lost_total {}", daemon.traces.lost.load(Ordering::Relaxed))?;
         let Some(exporter) = &daemon.traces.exporter else { return Ok(()) };

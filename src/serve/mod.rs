@@ -33,6 +33,8 @@ mod server;
 mod service;
 mod snapshot_record;
 mod snapshots;
+mod standby;
+mod standby_counts;
 mod store;
 mod trace;
 mod traceparent;

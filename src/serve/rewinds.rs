@@ -32,7 +32,7 @@ pub(super) async fn post_rewind(
     // Once begun it is finished, whether or not the client waits.
     let task = tokio::spawn(async move {
         let vm = daemon.vm(&id)?;
-        let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{id}`.")))?;
+        let _using = vm.claim()?;
         rewind(&daemon, &vm, request).await
     });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The rewind was given up."))).map(Reply)
@@ -40,7 +40,7 @@ pub(super) async fn post_rewind(
 
 /// Rewinds a VM, and counts how that ended. A VM whose rewind failed is neither as it was nor its snapshot: it is
 /// ended.
-async fn rewind(daemon: &Daemon, vm: &Vm, request: RewindRequest) -> Result<Rewound, Fault> {
+pub(super) async fn rewind(daemon: &Daemon, vm: &Vm, request: RewindRequest) -> Result<Rewound, Fault> {
     let error = match vm.rewind(request).await {
         Ok(rewound) => {
             daemon.counters.rewound(RewindEnd::Done);

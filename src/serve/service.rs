@@ -21,6 +21,7 @@ use super::options::Options;
 use super::routes;
 use super::server::Server;
 use super::snapshots;
+use super::standby;
 use super::vm::process::run_tool;
 use crate::sys::limits::raise_open_files;
 use crate::sys::signals::EndSignals;
@@ -76,6 +77,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     }
     let mut chores = tokio::task::JoinSet::new();
     chores.spawn(daemon.shells.clone().keep_ready());
+    chores.spawn(standby::keep_ready(daemon.clone()));
     chores.spawn(end_idle(daemon.clone(), idle));
     chores.spawn(write_vms(daemon.clone()));
     // Best effort: the parent process may have closed the output.

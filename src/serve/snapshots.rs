@@ -20,11 +20,12 @@ use super::counters::Counters;
 use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
 use super::snapshot_record::{SnapshotRecord, derived};
+use super::standby;
 use super::store::Kind;
 use super::vm::Vm;
 use super::vm::control::ControlError;
 use super::working_set::{self, CacheState};
-use crate::config::bodies::{CreateBody, CreateExtension, VmBody, WantedState};
+use crate::config::bodies::{CreateBody, CreateExtension, WantedState};
 use crate::config::control::SnapshotTaken;
 use crate::snapshot::{
     self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, SnapshotKind, copy_drive, is_partial, random_hex,
@@ -123,7 +124,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     };
     let vm = daemon.vm(&body.vm_id)?;
     let mut claim = claim_name(daemon, body.ss_id)?;
-    let _using = vm.claim().ok_or_else(|| Fault::busy(format!("Too many requests wait for VM `{}`.", vm.id)))?;
+    let _using = vm.claim()?;
     let _quiet = vm.quiet().await;
     let dir = daemon.snapshot_dir(&claim.id);
     let parent = vm.diff_parent().filter(|_| kind == SnapshotKind::Diff);
@@ -187,8 +188,7 @@ async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<Snapshot
     let refused = |error: ControlError| {
         error.fault(format!("Cannot take the snapshot: {}.", error.to_string().trim_end_matches('.')))
     };
-    let body = |state| VmBody { state };
-    vm.control.send::<()>("PATCH", "/vm", &body(WantedState::Paused)).await.map_err(refused)?;
+    vm.set_state(WantedState::Paused).await.map_err(refused)?;
     let create = CreateBody {
         snapshot_path: dir.to_owned(),
         mem_file_path: None,
@@ -197,7 +197,7 @@ async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<Snapshot
     };
     let taken = vm.control.send("PUT", "/snapshot/create", &create).await;
     if taken.is_err() {
-        vm.control.send::<()>("PATCH", "/vm", &body(WantedState::Resumed)).await.map_err(refused)?;
+        vm.set_state(WantedState::Resumed).await.map_err(refused)?;
     }
     taken.map_err(refused)
 }
@@ -218,6 +218,7 @@ async fn keep(daemon: &Arc<Daemon>, record: SnapshotRecord) -> Result<SnapshotRe
     });
     kept.await?.map_err(|error| Fault::of(&error))?;
     daemon.snapshots().insert(record.ss_id.clone(), record.clone());
+    daemon.standby.changed.notify_one();
     daemon.counters.snapshots_made.fetch_add(1, Ordering::Relaxed);
     Ok(record)
 }
@@ -380,6 +381,7 @@ pub(super) async fn delete_snapshot(
     check_unneeded(&daemon, &id)?;
     // Removed from the list first, so that no VM is restored from half of it.
     daemon.snapshots().remove(&id);
+    standby::end_unwanted(&daemon).await;
     let removed = blocking({
         let daemon = daemon.clone();
         move || {
@@ -404,7 +406,8 @@ fn check_unneeded(daemon: &Daemon, id: &str) -> Result<(), Fault> {
     if let Some((made, _)) = made {
         return refused(format!("snapshot `{made}`, which is being made, needs it."));
     }
-    for vm in daemon.vms.all() {
+    // VMs that stand by end with their snapshot.
+    for vm in daemon.vms.all().into_iter().filter(|vm| !vm.stands_by()) {
         if vm.ss_id.as_deref() == Some(id) {
             return refused(format!("VM `{}` runs from it. End the VM first.", vm.id));
         }

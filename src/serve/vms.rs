@@ -14,7 +14,7 @@ use super::fault::{Fault, FaultBody, Reply};
 use super::function::{Function, known_policy};
 use super::load::RestoreSettings;
 use super::trace::Recording;
-use super::vm::{StartSpec, VmRecord};
+use super::vm::{Purpose, StartSpec, VmRecord};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
 use crate::snapshot::Policy;
@@ -99,14 +99,14 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
                            to restore: they need `ssId`.";
             return Err(Fault::bad(message));
         }
-        None => StartSpec { function, network, restore: None, from_invocation: false },
+        None => StartSpec { function, network, restore: None, purpose: Purpose::Client },
         Some(id) => {
             let snapshot = daemon.snapshot(id)?;
             let options = daemon.allowances.confined(settings.options()?).await?;
             let policy = if options.plan.is_some() { body.policy } else { policy };
             let restore = daemon.restore_spec(&snapshot, policy, options, settings)?;
             let function = Function { func_name: function.func_name, ..snapshot.function };
-            StartSpec { function, network, restore: Some(restore), from_invocation: false }
+            StartSpec { function, network, restore: Some(restore), purpose: Purpose::Client }
         }
     };
     let mut recording = Recording::begin(&body.func_name, None);
@@ -152,7 +152,7 @@ pub(super) async fn get_report(
     State(daemon): State<Shared>,
     Path(id): Path<String>,
 ) -> Result<Reply<serde_json::Value>, Fault> {
-    let vm = daemon.vm(&id)?;
+    let vm = daemon.living_vm(&id)?;
     vm.report()
         .await
         .map(Reply)

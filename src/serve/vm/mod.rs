@@ -22,9 +22,10 @@ use self::line::{Console, GuestAnswer, GuestRequest, LineError};
 use self::process::Process;
 use self::shells::Shell;
 use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
+use super::fault::Fault;
 use super::function::Function;
 use super::network::Network;
-use crate::config::bodies::{ActionBody, ActionType};
+use crate::config::bodies::{ActionBody, ActionType, VmBody, WantedState};
 use crate::config::control::Rewound;
 use crate::config::request::RewindRequest;
 use crate::config::restore::{DriveOverride, MacOverride};
@@ -41,6 +42,8 @@ pub(super) enum VmState {
     Running,
     /// It runs a request.
     Busy,
+    /// It waits, paused, for an invocation of its function, or goes back to do so.
+    Standby,
     /// It has ended.
     Ended,
     /// It was living when the previous daemon ended, and ended with it.
@@ -93,11 +96,35 @@ pub(super) struct StartSpec {
     pub(super) network: Option<Network>,
     /// Restore this instead of booting.
     pub(super) restore: Option<RestoreSpec>,
-    pub(super) from_invocation: bool,
+    pub(super) purpose: Purpose,
+}
+
+/// The purpose of a VM's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A client asked for it; it lives until it is deleted.
+    Client,
+    /// An invocation will run in it.
+    Invocation,
+    /// It will stand by: it is restored, and stays paused.
+    Standby,
+}
+
+/// The duty of a VM at present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Duty {
+    /// Clients may use it.
+    Serves,
+    /// It stands by.
+    StandsBy,
+    /// It begins or ceases to stand by.
+    Changes,
+    /// It goes back to its snapshot, to stand by.
+    Returns,
 }
 
 /// The parameters of a VM's restore.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RestoreSpec {
     pub(super) ss_id: String,
     /// The body of the VM's `/snapshot/load`, without the VM's own drives, tap and socket.
@@ -120,6 +147,8 @@ pub(super) struct Vm {
     pub(super) function: Function,
     pub(super) ss_id: Option<String>,
     pub(super) policy: Option<String>,
+    /// The restore that made it; none: it was booted.
+    pub(super) restore: Option<RestoreSpec>,
     namespace: Option<String>,
     pub(super) from_invocation: bool,
     created_unix_ms: u64,
@@ -138,6 +167,7 @@ pub(super) struct Vm {
 /// The use of a VM.
 #[derive(Debug)]
 struct Usage {
+    duty: Duty,
     requests: usize,
     invocations: u64,
     rewinds: u64,
@@ -176,14 +206,16 @@ impl Vm {
             }
             None => boot(&shell.control, spec, vsock.as_deref(), &drives).await?,
         }
+        let duty = if spec.purpose == Purpose::Standby { Duty::Changes } else { Duty::Serves };
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Ok(Vm {
             id,
             function: spec.function.clone(),
             ss_id: spec.restore.as_ref().map(|restore| restore.ss_id.clone()),
             policy: spec.restore.as_ref().and_then(RestoreSpec::policy),
+            restore: spec.restore.clone(),
             namespace: spec.network.as_ref().map(|network| network.namespace.clone()),
-            from_invocation: spec.from_invocation,
+            from_invocation: spec.purpose != Purpose::Client,
             created_unix_ms: since_epoch.as_millis() as u64,
             process: shell.process,
             control: shell.control,
@@ -192,7 +224,7 @@ impl Vm {
             drives,
             next_request: AtomicU64::new(1),
             diff_parent: Mutex::new(spec.restore.as_ref().map(|restore| restore.ss_id.clone())),
-            usage: Mutex::new(Usage { requests: 0, invocations: 0, rewinds: 0, since: Instant::now() }),
+            usage: Mutex::new(Usage { duty, requests: 0, invocations: 0, rewinds: 0, since: Instant::now() }),
         })
     }
 
@@ -211,19 +243,87 @@ impl Vm {
         *self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner) = Some(ss_id.to_string());
     }
 
-    /// Claims a place in the VM's queue; `None` if it is full.
-    pub(super) fn claim(&self) -> Option<RequestGuard<'_>> {
+    /// Claims a place in the VM's queue.
+    pub(super) fn claim(&self) -> Result<RequestGuard<'_>, Fault> {
+        self.check_serves()?;
         let mut usage = self.lock();
-        (usage.requests <= MAX_WAITING).then(|| {
-            usage.requests += 1;
-            RequestGuard(self)
-        })
+        if usage.requests > MAX_WAITING {
+            return Err(Fault::busy(format!("Too many requests wait for VM `{}`.", self.id)));
+        }
+        usage.requests += 1;
+        Ok(RequestGuard(self))
     }
 
-    /// The time since which no request uses it.
+    /// Refuses a VM that stands by to requests that name it.
+    pub(super) fn check_serves(&self) -> Result<(), Fault> {
+        if self.lock().duty == Duty::Serves {
+            return Ok(());
+        }
+        Err(Fault::conflict(format!(
+            "VM `{}` stands by for invocations of `{}`: leave `vmId` out.",
+            self.id, self.function.func_name
+        )))
+    }
+
+    /// The time since which no request uses it; `None` while it is used or stands by.
     pub(super) fn idle_for(&self) -> Option<Duration> {
         let usage = self.lock();
-        (usage.requests == 0).then(|| usage.since.elapsed())
+        (usage.requests == 0 && usage.duty == Duty::Serves).then(|| usage.since.elapsed())
+    }
+
+    /// The time since which it stands by, if it does.
+    pub(super) fn standing_by_for(&self) -> Option<Duration> {
+        let usage = self.lock();
+        (usage.duty == Duty::StandsBy).then(|| usage.since.elapsed())
+    }
+
+    pub(super) fn stands_by(&self) -> bool {
+        self.lock().duty == Duty::StandsBy && self.process.ended().is_none()
+    }
+
+    pub(super) fn has_network(&self) -> bool {
+        self.namespace.is_some()
+    }
+
+    fn change_duty(&self, from: Duty, to: Duty) -> bool {
+        let mut usage = self.lock();
+        let is_allowed = usage.duty == from && usage.requests == 0;
+        if is_allowed {
+            usage.duty = to;
+            usage.since = Instant::now();
+        }
+        is_allowed
+    }
+
+    /// Takes the VM from clients, so that it can be rewound; false if a request uses it.
+    pub(super) fn leave(&self) -> bool {
+        self.change_duty(Duty::Serves, Duty::Returns)
+    }
+
+    /// Returns whether the VM runs a request, or goes back to its snapshot.
+    pub(super) fn is_in_use(&self) -> bool {
+        let usage = self.lock();
+        usage.requests > 0 || matches!(usage.duty, Duty::Changes | Duty::Returns)
+    }
+
+    /// Takes the VM from those that stand by; false if it is none of them.
+    pub(super) fn retire(&self) -> bool {
+        self.change_duty(Duty::StandsBy, Duty::Changes)
+    }
+
+    /// Lets clients use the VM. Called after [`retire`](Self::retire).
+    pub(super) fn serve(&self) {
+        self.change_duty(Duty::Changes, Duty::Serves);
+    }
+
+    /// Adds the VM, paused at its snapshot, to those that stand by.
+    pub(super) fn stand_by(&self) {
+        let _ = self.change_duty(Duty::Changes, Duty::StandsBy) || self.change_duty(Duty::Returns, Duty::StandsBy);
+    }
+
+    /// Pauses or resumes the VM.
+    pub(super) async fn set_state(&self, state: WantedState) -> Result<(), ControlError> {
+        self.control.send("PATCH", "/vm", &VmBody { state }).await
     }
 
     /// Asks the guest, when it is this request's turn.
@@ -266,10 +366,11 @@ impl Vm {
         let usage = self.lock();
         VmRecord {
             vm_id: self.id.clone(),
-            state: match (&ended, usage.requests) {
+            state: match (&ended, usage.duty) {
                 (Some(_), _) => VmState::Ended,
-                (None, 0) => VmState::Running,
-                (None, _) => VmState::Busy,
+                (None, Duty::StandsBy | Duty::Changes | Duty::Returns) => VmState::Standby,
+                (None, Duty::Serves) if usage.requests == 0 => VmState::Running,
+                (None, Duty::Serves) => VmState::Busy,
             },
             func_name: self.function.func_name.clone(),
             ss_id: self.ss_id.clone(),
@@ -290,6 +391,7 @@ impl Vm {
 /// The body of the VM's `/snapshot/load`.
 fn load_body(restore: &RestoreSpec, spec: &StartSpec, vsock: Option<&Path>, drives: &[OwnDrive]) -> LoadFields {
     let mut body = restore.load.clone();
+    body.resume_vm = spec.purpose != Purpose::Standby;
     let own = drives
         .iter()
         .map(|drive| DriveOverride { drive_id: drive.drive_id.clone(), path_on_host: drive.path_on_host.clone() });

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use tokio::sync::Notify;
 use super::process::ChildExit;
 use super::{Vm, VmRecord, VmState};
 use crate::serve::fault::Fault;
+use crate::serve::standby_counts::{StandbyCounts, StandbyEvent};
 use crate::serve::store;
 
 /// ChildExit VMs that are kept for clients; older ones are dropped.
@@ -24,6 +26,9 @@ pub struct Table {
     /// The places and the memory of VMs that live or are being made.
     taken: Arc<Mutex<Capacity>>,
     max: Capacity,
+    /// Requests for which VMs make room at present.
+    waiting: AtomicUsize,
+    standby: Arc<StandbyCounts>,
     /// Notified of changes that a restart should find.
     pub changed: Notify,
 }
@@ -51,13 +56,22 @@ impl Drop for VmPermit {
     }
 }
 
+/// A request that waits for room, until it has it or is given up.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 fn lock(taken: &Mutex<Capacity>) -> MutexGuard<'_, Capacity> {
     taken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Table {
     /// `lost`: VMs that were living when an earlier daemon ended.
-    pub fn new(vms: usize, memory_mib: u64, lost: Vec<VmRecord>) -> Table {
+    pub fn new(max: Capacity, lost: Vec<VmRecord>, standby: Arc<StandbyCounts>) -> Table {
         let over = lost.into_iter().map(|record| match record.state {
             VmState::Lost | VmState::Ended => record,
             _ => VmRecord {
@@ -70,7 +84,9 @@ impl Table {
             live: Mutex::default(),
             over: Mutex::new(over.collect()),
             taken: Arc::default(),
-            max: Capacity { vms, memory_mib },
+            max,
+            waiting: AtomicUsize::new(0),
+            standby,
             changed: Notify::new(),
         }
     }
@@ -84,7 +100,7 @@ impl Table {
     }
 
     /// Returns the allowance for one more VM with this much guest memory. If the limits do not permit it, the VM left
-    /// by an invocation that has been idle longest makes room.
+    /// by an invocation that has been idle longest makes room, or else the one that has stood by longest.
     pub async fn reserve(&self, memory_mib: u64) -> Result<VmPermit, Fault> {
         let limit = self.max.memory_mib;
         if memory_mib > limit {
@@ -94,6 +110,8 @@ impl Table {
             );
             return Err(Fault::new(StatusCode::INSUFFICIENT_STORAGE, message));
         }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(&self.waiting);
         loop {
             if let Some(slot) = self.try_reserve(memory_mib) {
                 return Ok(slot);
@@ -114,6 +132,18 @@ impl Table {
         }
     }
 
+    /// Returns the allowance for one more VM if no other VM has to make room for it, and no request waits for room.
+    pub fn reserve_free(&self, memory_mib: u64) -> Result<VmPermit, Fault> {
+        let is_free = self.waiting.load(Ordering::Relaxed) == 0;
+        let permit = if is_free { self.try_reserve(memory_mib) } else { None };
+        permit.ok_or_else(|| Fault::busy("There is no room for a VM that stands by."))
+    }
+
+    /// Returns whether [`reserve_free`](Self::reserve_free) has an allowance.
+    pub fn has_room(&self, memory_mib: u64) -> bool {
+        self.reserve_free(memory_mib).is_ok()
+    }
+
     fn try_reserve(&self, memory_mib: u64) -> Option<VmPermit> {
         let mut taken = lock(&self.taken);
         let wanted = Capacity { vms: taken.vms + 1, memory_mib: taken.memory_mib.saturating_add(memory_mib) };
@@ -127,8 +157,14 @@ impl Table {
     fn longest_idle(&self) -> Option<Arc<Vm>> {
         let mut live = self.live();
         let idle = live.values().filter(|vm| vm.from_invocation);
-        let id = idle.filter_map(|vm| Some((vm.idle_for()?, &vm.id))).max()?.1.clone();
-        live.remove(&id)
+        let idle = idle.filter_map(|vm| Some((vm.idle_for()?, &vm.id))).max();
+        let waiting = || live.values().filter_map(|vm| Some((vm.standing_by_for()?, &vm.id))).max();
+        let id = idle.or_else(waiting)?.1.clone();
+        let vm = live.remove(&id)?;
+        if vm.retire() {
+            self.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
+        }
+        Some(vm)
     }
 
     /// Adds a VM, and removes it when it has ended.
@@ -149,6 +185,11 @@ impl Table {
     fn is_over(&self, vm: &Vm, ended: &ChildExit, vsock: Option<&Path>) {
         let record = VmRecord { state: VmState::Ended, reason: Some(ended.why()), ..vm.record() };
         self.live().remove(&vm.id);
+        if vm.retire() {
+            self.standby.count(&vm.function.func_name, StandbyEvent::Lost);
+        }
+        // There is room for another VM.
+        self.standby.changed.notify_one();
         let mut over = self.over();
         over.push_back(record);
         let too_many = over.len().saturating_sub(MAX_OVER);

@@ -8,5 +8,6 @@ mod serve_drives;
 mod serve_faults;
 mod serve_netns;
 mod serve_rewind;
+mod serve_standby;
 mod serve_tiers;
 mod serve_ui;

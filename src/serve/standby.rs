@@ -1,0 +1,221 @@
+//! Standby VMs: for functions that ask for them, some VMs are restored ahead of invocations, and wait paused.
+//!
+//! A VM belongs to the set of its function while its restore is the one that an invocation by the function's own
+//! settings would get. A change of the function, or a newer snapshot of it, ends the VMs of the old restore.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use rustix::process::Signal;
+use tokio::time::Instant;
+
+use super::daemon::{Daemon, START_TIMEOUT};
+use super::fault::Fault;
+use super::function::{After, Function, Standby};
+use super::load::RestoreSettings;
+use super::rewinds;
+use super::standby_counts::StandbyEvent;
+use super::trace::Recording;
+use super::vm::{Purpose, RestoreSpec, StartSpec, Vm};
+use crate::config::bodies::WantedState;
+use crate::config::request::RewindRequest;
+use crate::config::restore::RestoreOptions;
+
+/// Pause between two looks at all sets, unless an event asks for one.
+const TICK: Duration = Duration::from_secs(1);
+/// Pause before a restore that has failed is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// The start of a VM that will stand by; `None` if the function has no snapshot.
+fn start_of(daemon: &Daemon, function: &Function) -> Result<Option<StartSpec>, Fault> {
+    let Some(snapshot) = daemon.latest_snapshot(&function.func_name) else { return Ok(None) };
+    let policy = function.own_policy()?;
+    let restore = daemon.restore_spec(&snapshot, policy, RestoreOptions::default(), RestoreSettings::default())?;
+    let function = Function { func_name: function.func_name.clone(), ..snapshot.function };
+    Ok(Some(StartSpec { function, network: None, restore: Some(restore), purpose: Purpose::Standby }))
+}
+
+/// The set that VMs of `restore` belong to: that of the function of this name.
+fn set_of(daemon: &Daemon, func_name: &str, restore: Option<&RestoreSpec>) -> Option<(Standby, After)> {
+    let function = daemon.function(func_name).ok()?;
+    let standby = function.standby?;
+    // A set whose restore cannot be made has no VMs.
+    let own = start_of(daemon, &function).ok()??.restore;
+    (restore.is_some() && own.as_ref() == restore).then_some((standby, function.after.unwrap_or_default()))
+}
+
+/// The VMs of a function that stand by.
+fn ready(daemon: &Daemon, func_name: &str) -> Vec<Arc<Vm>> {
+    let mut all = daemon.vms.all();
+    all.retain(|vm| vm.stands_by() && vm.function.func_name == func_name);
+    all
+}
+
+/// The number of VMs of a function that stand by.
+pub(super) fn count(daemon: &Daemon, func_name: &str) -> usize {
+    ready(daemon, func_name).len()
+}
+
+/// Takes a standby VM for an invocation that would otherwise start a VM by `spec`, and lets it run.
+pub(super) async fn take(daemon: &Daemon, spec: &StartSpec, deadline: Instant) -> Option<Arc<Vm>> {
+    let func_name = &spec.function.func_name;
+    if spec.network.is_some() || set_of(daemon, func_name, spec.restore.as_ref()).is_none() {
+        return None;
+    }
+    let suits = |vm: &Arc<Vm>| vm.restore == spec.restore && vm.retire();
+    while let Some(vm) = ready(daemon, func_name).into_iter().find(suits) {
+        match tokio::time::timeout_at(deadline, vm.set_state(WantedState::Resumed)).await {
+            Ok(Ok(())) => {
+                vm.serve();
+                daemon.standby.count(func_name, StandbyEvent::Hit);
+                return Some(vm);
+            }
+            Ok(Err(error)) => tracing::warn!(%error, vm = vm.id, "Cannot resume a standby VM"),
+            Err(_) => tracing::warn!(vm = vm.id, "A standby VM does not resume in time"),
+        }
+        daemon.standby.count(func_name, StandbyEvent::Failed);
+        vm.process.signal(Signal::KILL);
+    }
+    daemon.standby.count(func_name, StandbyEvent::Miss);
+    None
+}
+
+/// The fate of a VM that an invocation has started or taken, after the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// It lives on, for other requests.
+    Keep,
+    /// It ends.
+    End,
+    /// It goes back to its snapshot, and stands by.
+    Rewind,
+}
+
+/// Decides by the wish of the invocation, then by the function's `after`. From now on, no client finds a VM that will
+/// be rewound; a VM that another request has found by then is kept.
+pub(super) fn next(daemon: &Daemon, vm: &Vm, keep: Option<bool>) -> Next {
+    if let Some(keep) = keep {
+        return if keep { Next::Keep } else { Next::End };
+    }
+    let set = set_of(daemon, &vm.function.func_name, vm.restore.as_ref()).filter(|_| !vm.has_network());
+    match set {
+        None => Next::Keep,
+        Some((_, After::End)) => Next::End,
+        Some((_, After::Rewind)) if vm.leave() => Next::Rewind,
+        Some((_, After::Rewind)) => Next::Keep,
+    }
+}
+
+/// Returns a VM to its function's set, or ends it if there is no place in it.
+pub(super) async fn give_back(daemon: &Daemon, vm: &Arc<Vm>) {
+    let func_name = &vm.function.func_name;
+    let has_place = || {
+        let set = set_of(daemon, func_name, vm.restore.as_ref());
+        set.is_some_and(|(standby, _)| count(daemon, func_name) < standby.max)
+    };
+    if has_place() {
+        match rewound(daemon, vm).await {
+            // Another VM may have taken the place meanwhile.
+            Ok(()) if has_place() => {
+                vm.stand_by();
+                daemon.standby.count(func_name, StandbyEvent::Rewind);
+                return;
+            }
+            Ok(()) => {}
+            Err(fault) => {
+                daemon.standby.count(func_name, StandbyEvent::Failed);
+                tracing::warn!(fault.message, vm = vm.id, "Cannot return a VM to those that stand by");
+            }
+        }
+    }
+    vm.process.stop().await;
+}
+
+/// Pauses a VM first: nothing of the former run goes on, and nothing of the next one begins.
+async fn rewound(daemon: &Daemon, vm: &Vm) -> Result<(), Fault> {
+    vm.set_state(WantedState::Paused).await.map_err(|error| Fault::bad_gateway(error.to_string()))?;
+    rewinds::rewind(daemon, vm, RewindRequest::default()).await.map(drop)
+}
+
+/// Restores VMs that are missing, and ends those that are no longer wanted, for ever.
+pub(super) async fn keep_ready(daemon: Arc<Daemon>) {
+    let mut failed = BTreeMap::new();
+    loop {
+        end_unwanted(&daemon).await;
+        let mut functions: Vec<Function> = daemon.functions().values().cloned().collect();
+        functions.retain(|function| function.standby.is_some());
+        for function in &functions {
+            refill(&daemon, function, &mut failed).await;
+        }
+        failed.retain(|_, until| *until > Instant::now());
+        let _ = tokio::time::timeout(TICK, daemon.standby.changed.notified()).await;
+    }
+}
+
+/// Restores one VM after the other until the function's set has as many as it keeps ready (VMs that will come back are
+/// counted), while there is room and no invocation waits for its turn. `failed`: functions whose restores are not tried
+/// again before a time.
+async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<String, Instant>) {
+    let name = &function.func_name;
+    let wanted = || daemon.function(name).ok().and_then(|function| function.standby).map_or(0, |standby| standby.min);
+    // With `rewind`, VMs in use will come back.
+    let comes_back = function.after == Some(After::Rewind);
+    let is_coming = |vm: &&Arc<Vm>| comes_back && vm.is_in_use() && vm.function.func_name == *name;
+    let coming = || daemon.vms.all().iter().filter(|vm| vm.restore.is_some()).filter(is_coming).count();
+    while count(daemon, name) + coming() < wanted() && !failed.contains_key(name) {
+        let Some(_turn) = daemon.gate.free_turn() else { return };
+        let started = match start_of(daemon, function) {
+            Ok(None) => return,
+            Ok(Some(spec)) if !daemon.vms.has_room(spec.function.mem_size) => return,
+            Ok(Some(spec)) => start(daemon, &spec).await,
+            Err(fault) => Err(fault),
+        };
+        match started {
+            Ok(vm) if set_of(daemon, name, vm.restore.as_ref()).is_some() => {
+                vm.stand_by();
+                daemon.standby.count(name, StandbyEvent::Refill);
+            }
+            // The function or its snapshot was changed or removed meanwhile.
+            Ok(vm) => {
+                vm.process.stop().await;
+                return;
+            }
+            // An invocation has taken the room meanwhile.
+            Err(fault) if fault.status == StatusCode::TOO_MANY_REQUESTS => return,
+            Err(fault) => {
+                daemon.standby.count(name, StandbyEvent::Failed);
+                tracing::warn!(fault.message, function = name, "Cannot restore a VM to stand by");
+                failed.insert(name.clone(), Instant::now() + RETRY);
+            }
+        }
+    }
+}
+
+async fn start(daemon: &Daemon, spec: &StartSpec) -> Result<Arc<Vm>, Fault> {
+    let mut recording = Recording::begin(&spec.function.func_name, None);
+    let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(spec, &mut recording)).await;
+    let slow = |_| Fault::timed_out(format!("The VM was not ready within {} s.", START_TIMEOUT.as_secs()));
+    started.map_err(slow)?.map(|(vm, _)| vm)
+}
+
+/// Ends the standby VMs of removed functions and snapshots, of former settings, and beyond the most of a set.
+pub(super) async fn end_unwanted(daemon: &Daemon) {
+    let mut ending = tokio::task::JoinSet::new();
+    let mut kept: BTreeMap<String, usize> = BTreeMap::new();
+    for vm in daemon.vms.all() {
+        if !vm.stands_by() {
+            continue;
+        }
+        let name = &vm.function.func_name;
+        let most = set_of(daemon, name, vm.restore.as_ref()).map_or(0, |(standby, _)| standby.max);
+        let kept = kept.entry(name.clone()).or_default();
+        if *kept < most {
+            *kept += 1;
+        } else if vm.retire() {
+            ending.spawn(async move { vm.process.stop().await });
+        }
+    }
+    ending.join_all().await;
+}
