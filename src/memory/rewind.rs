@@ -68,6 +68,8 @@ impl Rewind<'_> {
         let mut taken = TakenBack::default();
         let mut copies = Vec::new();
         let given_back = self.ram.released().read().ever().clone();
+        // First of all: from now on the threads that install pages install the snapshot's bytes, no longer zeros.
+        self.ram.released().clear();
         let mut pages = match self.written.take() {
             Some(written) => written,
             None => self.own_pages()?,
@@ -101,7 +103,6 @@ impl Rewind<'_> {
             wanted.push(Wanted { source, bytes: unsafe { self.ram.bytes_mut(part) }? });
         }
         reads::fill(self.files, wanted, false)?;
-        self.ram.released().clear();
         Ok(taken)
     }
 

@@ -239,7 +239,11 @@ impl Controller {
                 _ => Refused::bad_request("Ctrl+Alt+Del cannot be sent: this machine has no keyboard."),
             }),
             Command::FlushMetrics => self.flush_metrics(),
-            Command::Pause => self.pause().map(|()| Reply::Empty),
+            Command::Pause => {
+                // Only the API ends this pause.
+                self.stands_by = false;
+                self.pause().map(|()| Reply::Empty)
+            }
             Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
             Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),

@@ -1,5 +1,7 @@
 //! Standby: a VM that is restored but for the guest's first instruction, and runs when a request comes.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde_json::json;
@@ -74,6 +76,12 @@ fn a_connection_or_the_api_starts_it_too_and_it_may_be_rewound_before() {
     let fault = vm.api_fault("PUT", "/snapshot/load", Some(load(true)));
     assert!(fault.contains("both resume_vm and tvmm.standby"), "{fault}");
     vm.api_ok("PUT", "/snapshot/load", Some(load(false)));
+    assert_eq!(vm.state(), "Paused");
+    // A pause by the API lasts until the API ends it, whatever comes.
+    vm.pause();
+    let mut program = UnixStream::connect(&path).unwrap();
+    program.write_all(b"CONNECT 52\n").unwrap();
+    std::thread::sleep(A_WHILE);
     assert_eq!(vm.state(), "Paused");
     vm.resume();
     assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
