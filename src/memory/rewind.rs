@@ -176,14 +176,9 @@ impl Rewind<'_> {
     /// mapped show their backing.
     ///
     /// # Errors
-    /// As for [`take_back`](Self::take_back).
+    /// The page map of this process or a source cannot be read.
     pub fn differing(&self) -> Result<PageSet, Error> {
-        let mut mapped = PageSet::new();
-        for (range, host) in self.ram.slots() {
-            let first = range.gpa / PAGE_SIZE;
-            let add = |run, len, _| mapped.insert_run(Extent { first: Gfn(first + run), pages: len });
-            mapped_runs(host, range.len / PAGE_SIZE, add).map_err(Error::os("scan /proc/self/pagemap"))?;
-        }
+        let mapped = self.ram.populated()?;
         let mut differing = PageSet::new();
         let mut buffer = Vec::new();
         for (planned, part) in parts(self.plan, &mapped) {

@@ -22,8 +22,6 @@ use crate::snapshot::{
 use crate::sys::dirty_log;
 use crate::sys::lost;
 use crate::sys::page_cache::PageCache;
-use crate::sys::pagemap::Pagemap;
-use crate::sys::pagemap_scan::mapped_runs;
 
 /// A machine's state at one instant with its memory written; not sealed yet.
 pub struct Captured {
@@ -239,7 +237,7 @@ impl Core {
     /// Pages that may not be zero: those that this process has populated, and those that a layer or tier holds under a
     /// mapping of it, which may never have been touched.
     fn maybe_nonzero(&self) -> Result<PageSet, Error> {
-        let mut pages = self.populated()?;
+        let mut pages = self.ram.populated()?;
         if let Some(chain) = self.lineage.origin() {
             let mut mapped = PageSet::new();
             for piece in self.ram.pieces().iter().filter(|piece| piece.backing != Backing::Anon) {
@@ -271,26 +269,7 @@ impl Core {
             return Ok(PageSet::new());
         }
         let gone = self.ram.released().read().ever().intersection(released);
-        Ok(gone.difference(&self.populated()?))
-    }
-
-    /// Pages that this process has populated.
-    fn populated(&self) -> Result<PageSet, Error> {
-        let mut pages = PageSet::new();
-        for (range, host) in self.ram.slots() {
-            let first = range.gpa / PAGE_SIZE;
-            let mut insert = |run, len| pages.insert_run(Extent { first: Gfn(first + run), pages: len });
-            let scanned = mapped_runs(host, range.len / PAGE_SIZE, |run, len, _| insert(run, len));
-            let populated = match scanned {
-                // Before Linux 6.7 the same is read entry by entry.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {
-                    Pagemap::open().and_then(|map| map.populated_runs(host, range.len / PAGE_SIZE, insert))
-                }
-                scanned => scanned,
-            };
-            populated.map_err(Error::os("scan /proc/self/pagemap"))?;
-        }
-        Ok(pages)
+        Ok(gone.difference(&self.ram.populated()?))
     }
 }
 

@@ -106,7 +106,8 @@ impl Machine<Built> {
             }
             Some(_) => crate::memory::engine::build_external(layout, saved.has_device(id::BALLOON), timeline)?,
         };
-        let is_ours = spec.handler.is_none() && spec.observer.is_none();
+        let serves = PageServer::of(spec.handler, spec.observer.as_ref());
+        let is_ours = serves == PageServer::Own;
         let exact = if is_ours { crate::memory::engine::writable_when_written(spec.plan) } else { PageSet::new() };
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
@@ -119,7 +120,6 @@ impl Machine<Built> {
         machine.core.services.tiers_held = files.tiers().to_vec();
         let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied, because KVM may touch guest memory while applying it.
-        let serves = PageServer::of(spec.handler, spec.observer.as_ref());
         match (spec.handler, built.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,

@@ -19,7 +19,8 @@ struct Pair {
     dir: TempDir,
 }
 
-fn with_vsock(path: &Path) -> Value {
+/// A machine with a vsock device that programs reach at `path`.
+pub fn with_vsock(path: &Path) -> Value {
     let mut config = config(1, 128);
     config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
     config

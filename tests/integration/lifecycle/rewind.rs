@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::answering_on_vsock;
 use crate::devices::vsock::{ask, connect};
 use crate::support::artefact::content;
 use crate::support::pool::{Pool, filled};
@@ -163,16 +164,7 @@ fn memory_given_to_the_balloon_comes_back() {
 #[test]
 fn connections_of_the_former_guest_are_closed_and_new_ones_work() {
     let dir = scratch();
-    let path = dir.path().join("v");
-    let mut config = config(1, 128);
-    config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
-    let mut vm = Vm::boot(&config);
-    vm.begin("vsock_serve port=52 lines=1");
-    assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
-    let snapshot = dir.path().join("snapshot");
-    vm.snapshot(&snapshot, &[]);
-    drop(vm);
-    std::fs::remove_file(&path).unwrap();
+    let (snapshot, path) = answering_on_vsock(dir.path());
     let vm = Vm::restore(&snapshot, "firecracker");
     for _ in 0..5 {
         let mut stream = connect(&path, 52);

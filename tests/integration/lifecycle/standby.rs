@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::answering_on_vsock;
 use crate::devices::vsock::{ask, connect};
 use crate::support::pool::filled;
-use crate::support::{Vm, config, run, scratch};
+use crate::support::{Vm, run, scratch};
 
 /// A time in which a guest that runs would have used its vCPU.
 const A_WHILE: Duration = Duration::from_millis(200);
@@ -51,16 +52,7 @@ fn a_request_on_the_serial_line_starts_a_vm_that_stands_by() {
 #[test]
 fn a_connection_or_the_api_starts_it_too_and_it_may_be_rewound_before() {
     let dir = scratch();
-    let path = dir.path().join("v");
-    let mut config = config(1, 128);
-    config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
-    let mut vm = Vm::boot(&config);
-    vm.begin("vsock_serve port=52 lines=1");
-    assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
-    let snapshot = dir.path().join("snapshot");
-    vm.snapshot(&snapshot, &[]);
-    drop(vm);
-    std::fs::remove_file(&path).unwrap();
+    let (snapshot, path) = answering_on_vsock(dir.path());
     let vm = Vm::restore_with(&snapshot, "firecracker", &["--standby"]);
     vm.wait_for_state("Paused");
     vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": true })));
