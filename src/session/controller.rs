@@ -437,7 +437,7 @@ impl Controller {
             if request.verify {
                 machine.compare(&restored.carried_out)?;
             }
-            machine.renew_id()?;
+            machine.raise_events()?;
             Ok(rewound)
         });
         let rewound = result.map_err(|error| {

@@ -98,6 +98,15 @@ pub struct Devices {
     pub virtio: VirtioDevices,
 }
 
+impl Devices {
+    /// The interrupts of all devices: the eventfd that is registered as irqfd, and the input of the interrupt controller.
+    fn interrupts(&self) -> impl Iterator<Item = (&EventFd, u32)> {
+        let serial = (self.serial.interrupt_line().eventfd(), layout::COM1_IRQ);
+        let vmgenid = self.vmgenid.iter().map(|vmgenid| (vmgenid.interrupt_line().eventfd(), vmgenid.save().gsi));
+        std::iter::once(serial).chain(vmgenid).chain(self.virtio.interrupts())
+    }
+}
+
 /// The devices that differ between machines, and the configs of the virtio ones.
 #[derive(Default)]
 pub struct DeviceSet {
@@ -477,6 +486,15 @@ impl Core {
             state::notify_clock(fd, index)?;
         }
         Ok(refused)
+    }
+
+    /// Waits until the interrupts that devices have raised have reached the interrupt controllers. KVM passes those of
+    /// irqfds on in a worker thread, for which only the end of an irqfd waits (Linux `irqfd_shutdown`).
+    pub fn settle_interrupts(&self) -> Result<(), Error> {
+        self.devices.interrupts().try_for_each(|(event, gsi)| {
+            let again = self.vm.unregister_irqfd(event, gsi).and_then(|()| self.vm.register_irqfd(event, gsi));
+            again.map_err(Error::kvm("connect a device's interrupt again"))
+        })
     }
 
     fn spawn(&self, mut vcpus: Vec<Vcpu>, order: Order) -> Result<Vec<VcpuThread>, Error> {
