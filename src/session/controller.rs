@@ -1,5 +1,7 @@
 //! Commands to the machine: the states in which each is allowed, and its effect.
 
+mod live;
+
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use super::read_backs::ReadBacks;
 use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
-use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTaken, VmState};
+use crate::config::control::{InstanceInfo, LiveTaken, Reply, Request, Respond, Rewound, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
@@ -26,6 +28,7 @@ use crate::memory::files;
 use crate::memory::rewind::TakenBack;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
+use crate::session::live::{LiveSlot, taken};
 use crate::session::log;
 use crate::snapshot::{Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
 use crate::sys::errors::chain;
@@ -43,8 +46,6 @@ use crate::vmm::machine::SerialPort;
 use crate::vmm::machine::{Environment, Machine, Paused, Running};
 use crate::vmm::restore::RestoreSpec;
 use crate::vmm::vcpu::STOP_TIMEOUT;
-
-type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
 /// The machine, in any of its states.
 enum Phase {
@@ -67,6 +68,7 @@ pub struct Controller {
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
+    live: LiveSlot,
     /// The restored machine is paused and waits for its first request.
     stands_by: bool,
     read_backs: ReadBacks,
@@ -80,6 +82,7 @@ enum SealNews {
     Sealed {
         result: Result<Sealed, Error>,
         capture_us: u64,
+        live: Option<LiveTaken>,
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
@@ -104,6 +107,7 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
+            live: LiveSlot::new()?,
             stands_by: false,
             read_backs: ReadBacks::default(),
             stalls: None,
@@ -183,12 +187,19 @@ impl Controller {
     /// Answers one request: at once, or (a snapshot) when it is sealed.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
-        if let Command::CreateSnapshot(create) = command {
-            match self.begin_snapshot(create) {
-                Ok(()) => self.seal_reply = Some(respond),
-                Err(refused) => respond(Err(refused)),
+        match command {
+            Command::CreateSnapshot(create) if create.live && matches!(self.phase, Phase::Running(_)) => {
+                self.begin_live(create, respond);
+                return;
             }
-            return;
+            Command::CreateSnapshot(create) => {
+                match self.begin_snapshot(create) {
+                    Ok(()) => self.seal_reply = Some(respond),
+                    Err(refused) => respond(Err(refused)),
+                }
+                return;
+            }
+            _ => {}
         }
         respond(self.answer(command));
     }
@@ -426,6 +437,7 @@ impl Controller {
             Phase::Paused(machine) => machine.check_rewindable(),
         };
         allowed.map_err(|error| Refused::bad_request_because(&error))?;
+        self.check_no_live()?;
         self.pause()?;
         let stop_us = start.elapsed().as_micros() as u64;
         let (Phase::Paused(machine), Some(restored)) = (&mut self.phase, &mut self.restored) else {
@@ -500,6 +512,7 @@ impl Controller {
 
     /// Captures the paused machine, resumes it if asked to, and seals the snapshot on its own thread.
     fn begin_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Refused> {
+        self.check_no_live()?;
         let machine = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
             Phase::Running(_) => {
@@ -515,15 +528,18 @@ impl Controller {
             // The snapshot is good nonetheless, and the machine is still paused; both are reported.
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
-        let is_first = create.verify || self.read_backs.are_many();
-        self.spawn_seal(captured, if is_first { ReadBackWhen::First } else { ReadBackWhen::Later })
+        self.spawn_seal(captured, create.verify)
     }
 
-    fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
+    /// Seals the snapshot on a thread of its own. With `verify`, its memory is read back before that is done.
+    fn spawn_seal(&mut self, captured: Captured, verify: bool) -> Result<(), Refused> {
+        let is_first = verify || self.read_backs.are_many();
+        let when = if is_first { ReadBackWhen::First } else { ReadBackWhen::Later };
         let sender = self.seals.0.clone();
         let event = self.seal_event.clone();
         let read_backs = self.read_backs.clone();
         let capture_us = captured.capture_us;
+        let live = captured.live.map(taken);
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
             let tell = |news| {
                 // A failure means that the controller, and with it the requester, has ended.
@@ -540,7 +556,7 @@ impl Controller {
                 }
                 Err(error) => (Err(Error::from(error)), None),
             };
-            tell(SealNews::Sealed { result, capture_us });
+            tell(SealNews::Sealed { result, capture_us, live });
             if let Some((id, left)) = left
                 && left.run().is_err()
             {
@@ -557,8 +573,8 @@ impl Controller {
     pub fn finish_seals(&mut self) {
         let _ = self.seal_event.read();
         while let Ok(news) = self.seals.1.try_recv() {
-            let (result, capture_us) = match news {
-                SealNews::Sealed { result, capture_us } => (result, capture_us),
+            let (result, capture_us, live) = match news {
+                SealNews::Sealed { result, capture_us, live } => (result, capture_us, live),
                 SealNews::Damaged(id) => {
                     self.snapshot_damaged(id);
                     continue;
@@ -572,6 +588,7 @@ impl Controller {
                     path: anchor(&sealed.location),
                     memory_bytes: sealed.pages_held * PAGE_SIZE,
                     capture_us,
+                    live,
                 })),
                 Err(error) => Err(Refused::bad_request_because(&error)),
             });
@@ -639,6 +656,7 @@ impl Controller {
     /// Ends the machine: vCPU threads first, then VM and memory. An error names the thread that did not stop; the
     /// process should end then.
     pub fn stop(&mut self) -> Result<(), Error> {
+        self.abandon_live();
         let is_stalled = self.stalls.as_ref().is_some_and(|watch| watch.stalls().is_stalled());
         // A thread that waits for memory that does not come, or has touched lost memory, does not stop.
         let patience = if is_stalled || lost::touched().is_some() { Duration::ZERO } else { STOP_TIMEOUT };

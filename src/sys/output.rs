@@ -121,7 +121,8 @@ impl ConsoleOutput {
 
     /// As `new`, with a witness.
     pub fn watched(sink: Box<dyn Sink>, witness: Option<Box<dyn Witness>>) -> io::Result<Self> {
-        let state = State { sink, witness, backlog: VecDeque::new(), is_in_line: false, written: 0, dropped: 0, gone: None };
+        let state =
+            State { sink, witness, backlog: VecDeque::new(), is_in_line: false, written: 0, dropped: 0, gone: None };
         Ok(ConsoleOutput { state: Mutex::new(state), backlog_event: EventFd::new(EFD_NONBLOCK)? })
     }
 

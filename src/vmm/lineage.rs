@@ -28,16 +28,19 @@ impl Lineage {
     /// The lineage of a VM that was just restored from `chain`. `exact`: pages that the host makes writable only when
     /// they are written.
     pub fn restored(chain: Arc<Chain>, exact: PageSet) -> Self {
-        let tip = chain.tip();
-        let parent = Parent { id: tip.manifest().id, location: tip.location().clone() };
-        Lineage { parent: Some(parent), origin: Some(chain), exact, ..Lineage::default() }
+        Lineage { parent: Some(parent_of(&chain)), origin: Some(chain), exact, ..Lineage::default() }
     }
 
     pub fn origin(&self) -> Option<&Arc<Chain>> {
         self.origin.as_ref()
     }
 
-    /// The snapshot that a diff taken now would be a change of.
+    /// The snapshot that the VM was restored from.
+    pub fn origin_parent(&self) -> Option<Parent> {
+        self.origin.as_ref().map(|chain| parent_of(chain))
+    }
+
+    /// The last snapshot sealed from, or restored into, this VM.
     pub fn parent(&self) -> Result<&Parent, Error> {
         self.parent.as_ref().ok_or_else(|| Error::Diff("this VM has no earlier snapshot; take a full one first".into()))
     }
@@ -96,6 +99,12 @@ impl Lineage {
             self.changed.union_with(&pages);
         }
     }
+}
+
+/// The tip of `chain` as the parent of a diff.
+fn parent_of(chain: &Chain) -> Parent {
+    let tip = chain.tip();
+    Parent { id: tip.manifest().id, location: tip.location().clone() }
 }
 
 #[cfg(test)]

@@ -140,8 +140,8 @@ impl Machine<Paused> {
         if differences.is_empty() { Ok(()) } else { Err(Error::NotAsSaved(differences)) }
     }
 
-    /// Called last: raises the serial port's interrupts that were on their way when the snapshot was taken, and gives the
-    /// guest a new VM generation id, because another guest may have gone on from the same snapshot.
+    /// Called last: raises the serial port's interrupts that were on their way when the snapshot was taken, and gives
+    /// the guest a new VM generation id, because another guest may have gone on from the same snapshot.
     pub fn raise_events(&self) -> Result<(), Error> {
         if let Some(origin) = &self.core.origin {
             self.core.devices.serial.restore(&origin.saved.serial)?;
