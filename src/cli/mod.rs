@@ -14,6 +14,7 @@ mod overrides;
 mod plan;
 mod pool;
 mod profile;
+mod repurpose;
 mod rewind;
 mod serve;
 mod serve_pages;
@@ -69,6 +70,8 @@ enum Command {
     Restore(Box<vm::RestoreArgs>),
     /// Take a restored VM back to its snapshot, in place
     Rewind(rewind::RewindArgs),
+    /// Make a restored VM the VM of another snapshot, in place
+    Repurpose(Box<repurpose::RepurposeArgs>),
     /// Show a snapshot's contents, and verify it
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles of the pages that a function uses
@@ -105,6 +108,7 @@ impl Command {
     fn inputs(&self) -> Vec<InputPath> {
         match self {
             Command::Restore(args) => args.inputs(),
+            Command::Repurpose(args) => args.inputs(),
             Command::Snapshot(args) => args.inputs(),
             Command::Inspect(args) => args.inputs(),
             Command::Profile(args) => args.inputs(),
@@ -201,6 +205,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(args),
         Some(Command::Rewind(args)) => rewind::run(args),
+        Some(Command::Repurpose(args)) => repurpose::run(args),
         Some(Command::Snapshot(args)) => snapshot::run(args),
         Some(Command::Inspect(args)) => inspect::run(args),
         Some(Command::Profile(args)) => profile::run(args),

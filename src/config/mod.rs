@@ -47,7 +47,8 @@ pub use devices::{
 pub use error::{ConfigError, InvalidRestore};
 pub use limits::{MAX_DEVICES, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 pub use load::{
-    LoadBody, LoadFields, MemBackend, MemBackendType, NetworkOverrideBody, VsockOverrideBody, snapshot_paths,
+    LoadBody, LoadFields, MemBackend, MemBackendType, NetworkOverrideBody, RepurposeBody, VsockOverrideBody,
+    snapshot_paths,
 };
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,

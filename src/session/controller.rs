@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::facts::{Facts, Parts, Restored};
+use super::facts::{Facts, Opened, Parts, Restored};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
@@ -19,7 +19,7 @@ use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTake
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
-use crate::config::restore::{PlanFrom, RestoreRequest, Start};
+use crate::config::restore::{RestoreRequest, Start};
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::ending::Ending;
 use crate::memory::files;
@@ -34,8 +34,6 @@ use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::timeline::Timeline;
 use crate::tiering;
-use crate::tiering::planner::Planned;
-use crate::tiering::tier::Tier;
 use crate::vmm::capture::{Captured, ReadBackWhen};
 use crate::vmm::console_ring::ConsoleRing;
 use crate::vmm::devices::no_balloon;
@@ -47,7 +45,7 @@ use crate::vmm::vcpu::STOP_TIMEOUT;
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
 /// The machine, in any of its states.
-enum Phase {
+pub(super) enum Phase {
     NotStarted,
     Running(Machine<Running>),
     Paused(Machine<Paused>),
@@ -56,23 +54,23 @@ enum Phase {
 /// Owns the machine and answers commands.
 pub struct Controller {
     id: String,
-    config: VmConfig,
+    pub(super) config: VmConfig,
     /// A part of the machine to boot was configured, so a snapshot can no longer be loaded (as in Firecracker).
     configured: bool,
-    phase: Phase,
-    environment: Environment,
+    pub(super) phase: Phase,
+    pub(super) environment: Environment,
     pub timeline: Timeline,
-    restored: Option<Restored>,
+    pub(super) restored: Option<Restored>,
     metrics: Option<MetricsFile>,
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
     /// The restored machine is paused and waits for its first request.
-    stands_by: bool,
+    pub(super) stands_by: bool,
     read_backs: ReadBacks,
     /// Watches a restored machine for memory that does not come. Declared after `phase`, because it outlives the
     /// machine.
-    stalls: Option<StallWatch>,
+    pub(super) stalls: Option<StallWatch>,
 }
 
 /// Messages of the thread that seals a snapshot.
@@ -247,6 +245,7 @@ impl Controller {
             Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
             Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),
+            Command::Repurpose(request) => self.repurpose(&request).map(Reply::Repurposed),
             // `handle` answers this command when the snapshot is sealed.
             Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
         }
@@ -329,13 +328,12 @@ impl Controller {
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
         let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
-        let Planned { plan, origin, source_cache, costs, fit } = planning::choose(&opened, load)?;
+        let planned = planning::choose(&opened, load)?;
         let Sources { chain, tiers, pools, cold } = opened;
-        let layers = chain.layers().len();
-        let snapshot = chain.tip().manifest().id.to_string();
+        let origin = Opened::of(&chain, &pools);
         let spec = RestoreSpec {
             sources: files::Sources { chain, tiers, cold },
-            plan: &plan,
+            plan: &planned.plan,
             track_dirty_pages: load.track_dirty_pages,
             observer: watch.observer,
             single_pages: watch.single_pages,
@@ -365,22 +363,7 @@ impl Controller {
         self.config.machine.track_dirty_pages = shape.track_dirty_pages;
         self.config.devices = configs.clone();
         self.phase = phase;
-        self.restored = Some(Restored {
-            snapshot,
-            policy: plan.policy.clone(),
-            policy_reason: load.plan.policy_reason(),
-            plan: origin,
-            source_cache,
-            costs,
-            fit,
-            layers,
-            pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
-            engine,
-            carried_out: plan,
-            keep_pages: keep_pages(load),
-            rewinds: 0,
-            last_rewind: None,
-        });
+        self.restored = Some(Restored::new(load, planned, origin, engine));
         Ok(())
     }
 
@@ -464,7 +447,7 @@ impl Controller {
         Ok(rewound)
     }
 
-    fn pause(&mut self) -> Result<(), Refused> {
+    pub(super) fn pause(&mut self) -> Result<(), Refused> {
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
             // As in Firecracker, pausing a paused machine is no error.
@@ -481,7 +464,7 @@ impl Controller {
         result
     }
 
-    fn resume(&mut self) -> Result<(), Refused> {
+    pub(super) fn resume(&mut self) -> Result<(), Refused> {
         self.stands_by = false;
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
@@ -660,13 +643,4 @@ fn anchor(location: &Location) -> PathBuf {
         Location::Dir(dir) => dir.clone(),
         Location::Files { snapshot, .. } => snapshot.clone(),
     }
-}
-
-/// The limit of `load` on the guest pages in local memory.
-fn keep_pages(load: &RestoreRequest) -> u64 {
-    let mib = match &load.plan {
-        PlanFrom::Policy(choice) => choice.dram_mib,
-        PlanFrom::File(_) => None,
-    };
-    mib.map_or(u64::MAX, |mib| (mib << 20) / PAGE_SIZE)
 }
