@@ -26,14 +26,14 @@ use crate::vmm::restore::RestoreSpec;
 /// A machine that did not become another's.
 enum Failure {
     /// It is as it was.
-    Refused(Error),
+    Refused(Refused),
     /// It is between two guests and has been ended.
-    Ended(Error),
+    Ended(Refused),
 }
 
 impl Failure {
     fn refused(error: impl Into<Error>) -> Failure {
-        Failure::Refused(error.into())
+        Failure::Refused(Refused::bad_request_because(&error.into()))
     }
 }
 
@@ -47,12 +47,12 @@ impl Controller {
         let stop_us = start.elapsed().as_micros() as u64;
         let mut done = match self.become_other(request) {
             Ok(done) => done,
-            Err(Failure::Ended(error)) => return Err(Refused::internal_because(&error)),
-            Err(Failure::Refused(error)) => {
+            Err(Failure::Ended(why)) => return Err(why),
+            Err(Failure::Refused(why)) => {
                 if was_running {
                     self.resume()?;
                 }
-                return Err(Refused::bad_request_because(&error));
+                return Err(why);
             }
         };
         done.stop_us = stop_us;
@@ -71,11 +71,11 @@ impl Controller {
     fn become_other(&mut self, request: &RepurposeRequest) -> Result<Repurposed, Failure> {
         let start = Instant::now();
         let load = &request.load;
-        let Phase::Paused(machine) = &mut self.phase else { return Err(Failure::Refused(Error::NoMachine)) };
+        let Phase::Paused(machine) = &mut self.phase else { return Err(Failure::refused(Error::NoMachine)) };
         let watch = StallWatch::start(self.environment.fault_timeout).map_err(Failure::refused)?;
         let stalls = watch.stalls().clone();
-        let opened = sources::open(load, self.environment.fault_timeout, &stalls).map_err(Failure::Refused)?;
-        let planned = planning::choose(&opened, load).map_err(Failure::Refused)?;
+        let opened = sources::open(load, self.environment.fault_timeout, &stalls).map_err(Failure::refused)?;
+        let planned = planning::choose(&opened, load).map_err(Failure::refused)?;
         let Sources { chain, tiers, pools, cold } = opened;
         let facts = Opened::of(&chain, &pools);
         let snapshot = chain.tip().manifest().id.to_string();
@@ -106,7 +106,7 @@ impl Controller {
         });
         let repurposed = noted.map_err(|error| {
             machine.ending().end(Ending::Failed(format!("cannot repurpose: {}", errors::chain(&error))));
-            Failure::Ended(error)
+            Failure::Ended(Refused::internal_because(&error))
         })?;
         self.config.devices = machine.virtio().configs().clone();
         let count = self.restored.as_ref().map_or(0, |restored| restored.repurposed) + 1;

@@ -84,8 +84,8 @@ fn described_devices(devices: &[(u32, usize)]) -> String {
     if described.is_empty() { "empty".to_owned() } else { described.join(", ") }
 }
 
-/// The first leaf that differs between two CPUID tables. Bits that follow the guest's own settings are left out, because
-/// KVM changes them with the state that is loaded.
+/// The first leaf that differs between two CPUID tables. Bits that follow the guest's own settings are left out,
+/// because KVM changes them with the state that is loaded.
 fn differing_leaf(one: &[kvm_cpuid_entry2], other: &[kvm_cpuid_entry2]) -> Option<u32> {
     let differs = |(one, other): (&kvm_cpuid_entry2, &kvm_cpuid_entry2)| {
         (fixed_part(one) != fixed_part(other)).then_some(one.function)

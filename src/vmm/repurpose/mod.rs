@@ -1,9 +1,9 @@
 //! Repurposing: a restored machine becomes that of another snapshot, in place. Process, KVM VM, memslots, vCPU threads
 //! and interrupt lines stay. Guest memory, the back ends of devices and all state are the other snapshot's.
 //!
-//! [`Machine::prepare`] makes every check that can refuse the request, and changes nothing. [`Machine::repurpose`] first
-//! takes the former guest away: its devices end, the services of its memory end, and its memory becomes zero. From there
-//! on it does what a restore does.
+//! [`Machine::prepare`] makes every check that can refuse the request, and changes nothing. [`Machine::repurpose`]
+//! first takes the former guest away: its devices end, the services of its memory end, and its memory becomes zero.
+//! From there on it does what a restore does.
 
 mod error;
 mod fit;
