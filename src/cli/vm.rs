@@ -152,6 +152,9 @@ fn run(
     if let Some(logger) = &config.logger {
         log::configure(logger)?;
     }
+    if args.own_session {
+        rustix::process::setsid().map_err(std::io::Error::from)?;
+    }
     // Refused before anything runs.
     args.otlp.as_deref().map(otlp::endpoint).transpose()?;
     // Taken before any thread exists, so that none of them gets the signals.

@@ -89,6 +89,11 @@ impl TryFrom<LoadFields> for LoadBody {
 }
 
 impl LoadBody {
+    /// A body that was not parsed from JSON.
+    pub fn new(fields: LoadFields) -> LoadBody {
+        LoadBody(fields)
+    }
+
     /// Returns whether it has a field that Firecracker calls deprecated.
     pub fn is_deprecated(&self) -> bool {
         self.0.mem_file_path.is_some() || self.0.enable_diff_snapshots

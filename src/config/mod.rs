@@ -12,6 +12,7 @@ pub mod control;
 mod cpu;
 mod devices;
 mod error;
+pub mod fork;
 pub mod guest;
 mod limits;
 mod load;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::facts::{Facts, Parts, Restored};
+use super::fork::{Fork, ForkParent};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
@@ -16,6 +17,7 @@ use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTaken, VmState};
+use crate::config::fork::{ForkCounts, ForkRequest, Forked};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
@@ -27,11 +29,12 @@ use crate::memory::rewind::TakenBack;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
 use crate::session::log;
-use crate::snapshot::{Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
+use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId, SnapshotKind};
 use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
+use crate::sys::reap;
 use crate::sys::timeline::Timeline;
 use crate::tiering;
 use crate::tiering::planner::Planned;
@@ -67,6 +70,8 @@ pub struct Controller {
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
+    fork_reply: Option<Respond>,
+    forks: ForkCounts,
     /// The restored machine is paused and waits for its first request.
     stands_by: bool,
     read_backs: ReadBacks,
@@ -83,6 +88,24 @@ enum SealNews {
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
+    /// A fork point was written, or could not be.
+    ForkPointOver,
+    Forked(Result<Forked, Error>),
+}
+
+/// The controller's ears in other threads.
+#[derive(Clone)]
+struct SealTeller {
+    sender: Sender<SealNews>,
+    event: Arc<EventFd>,
+}
+
+impl SealTeller {
+    fn tell(&self, news: SealNews) {
+        // A failure means that the controller, and with it the requester, has ended.
+        let _ = self.sender.send(news);
+        let _ = self.event.write(1);
+    }
 }
 
 /// Time that the end of the process waits for snapshots being read back; after it they stay unverified.
@@ -104,6 +127,8 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
+            fork_reply: None,
+            forks: ForkCounts::default(),
             stands_by: false,
             read_backs: ReadBacks::default(),
             stalls: None,
@@ -123,6 +148,7 @@ impl Controller {
             timeline: &self.timeline,
             moments: &self.environment.moments,
             read_backs: self.read_backs.json(),
+            forks: self.forks,
         }
     }
 
@@ -180,12 +206,19 @@ impl Controller {
         }
     }
 
-    /// Answers one request: at once, or (a snapshot) when it is sealed.
+    /// Answers one request: at once, or a snapshot when it is sealed, and a fork when its children answer.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
         if let Command::CreateSnapshot(create) = command {
             match self.begin_snapshot(create) {
                 Ok(()) => self.seal_reply = Some(respond),
+                Err(refused) => respond(Err(refused)),
+            }
+            return;
+        }
+        if let Command::Fork(request) = command {
+            match self.begin_fork(&request) {
+                Ok(()) => self.fork_reply = Some(respond),
                 Err(refused) => respond(Err(refused)),
             }
             return;
@@ -247,8 +280,8 @@ impl Controller {
             Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
             Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),
-            // `handle` answers this command when the snapshot is sealed.
-            Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
+            // `handle` answers these commands later.
+            Command::CreateSnapshot(_) | Command::Fork(_) => Err(Refused::internal("A request got lost.")),
         }
     }
 
@@ -327,6 +360,7 @@ impl Controller {
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        let fork_point = ForkPoint::hold(&load.snapshot)?.map(Arc::new);
         let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
         let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
         let Planned { plan, origin, source_cache, costs, fit } = planning::choose(&opened, load)?;
@@ -380,6 +414,7 @@ impl Controller {
             keep_pages: keep_pages(load),
             rewinds: 0,
             last_rewind: None,
+            fork_point,
         });
         Ok(())
     }
@@ -520,16 +555,10 @@ impl Controller {
     }
 
     fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
-        let sender = self.seals.0.clone();
-        let event = self.seal_event.clone();
+        let teller = self.seal_teller();
         let read_backs = self.read_backs.clone();
         let capture_us = captured.capture_us;
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
-            let tell = |news| {
-                // A failure means that the controller, and with it the requester, has ended.
-                let _ = sender.send(news);
-                let _ = event.write(1);
-            };
             let (result, left) = match captured.seal(when) {
                 Ok((sealed, read_back)) => {
                     if read_back.is_none() {
@@ -540,11 +569,11 @@ impl Controller {
                 }
                 Err(error) => (Err(Error::from(error)), None),
             };
-            tell(SealNews::Sealed { result, capture_us });
+            teller.tell(SealNews::Sealed { result, capture_us });
             if let Some((id, left)) = left
                 && left.run().is_err()
             {
-                tell(SealNews::Damaged(id));
+                teller.tell(SealNews::Damaged(id));
             }
         });
         spawned.map(drop).map_err(|error| {
@@ -563,6 +592,15 @@ impl Controller {
                     self.snapshot_damaged(id);
                     continue;
                 }
+                SealNews::ForkPointOver => {
+                    // A fork point is no parent of diffs: it ends with its users.
+                    self.with_machine(None);
+                    continue;
+                }
+                SealNews::Forked(result) => {
+                    self.finish_fork(result);
+                    continue;
+                }
             };
             self.with_machine(result.as_ref().ok());
             let Some(respond) = self.seal_reply.take() else { continue };
@@ -578,9 +616,86 @@ impl Controller {
         }
     }
 
-    /// Returns whether a snapshot is being sealed; the process should not end before that is over.
+    /// Returns whether a snapshot is being sealed or children of a fork are being started; the process should not end
+    /// before that is over.
     pub fn is_sealing(&self) -> bool {
-        self.seal_reply.is_some()
+        self.seal_reply.is_some() || self.fork_reply.is_some()
+    }
+
+    fn seal_teller(&self) -> SealTeller {
+        SealTeller { sender: self.seals.0.clone(), event: self.seal_event.clone() }
+    }
+
+    /// Captures the machine into a fork point, lets it run on if it ran, and starts the children on a thread that then
+    /// waits for their ends.
+    fn begin_fork(&mut self, request: &ForkRequest) -> Result<(), Refused> {
+        if self.fork_reply.is_some() {
+            return Err(Refused::bad_request("Cannot fork the VM: it is being forked. Ask again after that answer."));
+        }
+        if matches!(self.phase, Phase::NotStarted) {
+            return Err(Refused::before_start());
+        }
+        let fault_timeout = self.environment.fault_timeout;
+        let mut fork = Fork::prepare(request, &ForkParent { id: &self.id, config: &self.config, fault_timeout })?;
+        let captured = match self.capture_fork(&mut fork) {
+            Ok(captured) => captured,
+            Err(refused) => {
+                fork.give_up();
+                return Err(refused);
+            }
+        };
+        let teller = self.seal_teller();
+        let spawned = std::thread::Builder::new().name("fork".into()).spawn(move || {
+            let sealed = captured.unsynced().seal(ReadBackWhen::Later);
+            teller.tell(SealNews::ForkPointOver);
+            let started = match sealed {
+                Ok((sealed, _)) => fork.start(sealed.pages_held * PAGE_SIZE),
+                Err(error) => {
+                    fork.give_up();
+                    Err(error.into())
+                }
+            };
+            match started {
+                Ok((forked, processes)) => {
+                    teller.tell(SealNews::Forked(Ok(forked)));
+                    reap::all(processes);
+                }
+                Err(error) => teller.tell(SealNews::Forked(Err(error))),
+            }
+        });
+        spawned.map(drop).map_err(|error| {
+            self.with_machine(None);
+            Refused::internal(format!("Cannot start the thread that starts the children: {error}"))
+        })
+    }
+
+    fn capture_fork(&mut self, fork: &mut Fork) -> Result<Captured, Refused> {
+        let begin = Instant::now();
+        let was_running = matches!(self.phase, Phase::Running(_));
+        self.pause()?;
+        let Phase::Paused(machine) = &mut self.phase else {
+            return Err(Refused::internal("The machine to fork is gone."));
+        };
+        let captured = machine.capture(fork.target(), SnapshotKind::Full, fork.copies_drives());
+        if was_running && let Err(refused) = self.resume() {
+            // The children are good nonetheless, and the parent is still paused; both are reported.
+            tracing::error!(fault = %refused.message, "The machine could not be resumed after its fork");
+        }
+        fork.stood_still = begin.elapsed();
+        captured.map_err(|error| Refused::bad_request_because(&error))
+    }
+
+    fn finish_fork(&mut self, result: Result<Forked, Error>) {
+        match &result {
+            Ok(forked) => {
+                self.forks.done += 1;
+                self.forks.children += forked.children.len() as u64;
+            }
+            Err(_) => self.forks.failed += 1,
+        }
+        if let Some(respond) = self.fork_reply.take() {
+            respond(result.map(Reply::Forked).map_err(|error| Refused::bad_request_because(&error)));
+        }
     }
 
     fn with_machine(&mut self, sealed: Option<&Sealed>) {

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use crate::config::control::Rewound;
+use crate::config::fork::ForkCounts;
 use crate::memory::ending::EndingSignal;
 use crate::memory::engine::EngineReport;
 use crate::memory::fault_batches::FaultBatch;
 use crate::memory::fault_service::FaultCounts;
 use crate::memory::guest_ram::GuestRam;
 use crate::session::Error;
-use crate::snapshot::{PolicyReason, RestorePlan};
+use crate::snapshot::{ForkPoint, PolicyReason, RestorePlan};
 use crate::sys::kvm_stats;
 use crate::sys::kvm_stats::Translations;
 use crate::sys::timeline::{Moments, Timeline};
@@ -37,6 +38,8 @@ pub struct Facts<'a> {
     pub moments: &'a Moments,
     /// The outcomes of reading snapshots back.
     pub read_backs: serde_json::Value,
+    /// The forks of the machine.
+    pub forks: ForkCounts,
 }
 
 /// Facts about the restore, for the report.
@@ -63,6 +66,8 @@ pub struct Restored {
     /// The number of rewinds.
     pub rewinds: u64,
     pub last_rewind: Option<Rewound>,
+    /// The fork point that the machine was restored from, if it was forked: this keeps it from being swept.
+    pub fork_point: Option<Arc<ForkPoint>>,
 }
 
 impl Restored {
