@@ -153,7 +153,8 @@ fn run(
         log::configure(logger)?;
     }
     if args.own_session {
-        rustix::process::setsid().map_err(std::io::Error::from)?;
+        let why = "it leads a process group already. Leave --own-session out";
+        rustix::process::setsid().map_err(|_| format!("Cannot run in a session of its own: {why}"))?;
     }
     // Refused before anything runs.
     args.otlp.as_deref().map(otlp::endpoint).transpose()?;

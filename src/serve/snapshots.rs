@@ -185,7 +185,7 @@ fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize
 }
 
 /// Pauses the VM, takes the snapshot, and resumes the VM whatever the outcome.
-async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
+pub(super) async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
     let refused = |error: ControlError| {
         error.fault(format!("Cannot take the snapshot: {}.", error.to_string().trim_end_matches('.')))
     };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::facts::{Facts, Parts, Restored};
-use super::fork::{Fork, ForkParent};
+use super::fork::{Fork, ForkNews, ForkParent, Forks};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
@@ -17,7 +17,7 @@ use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTaken, VmState};
-use crate::config::fork::{ForkCounts, ForkRequest, Forked};
+use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
@@ -34,7 +34,6 @@ use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
-use crate::sys::reap;
 use crate::sys::timeline::Timeline;
 use crate::tiering;
 use crate::tiering::planner::Planned;
@@ -70,8 +69,7 @@ pub struct Controller {
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
-    fork_reply: Option<Respond>,
-    forks: ForkCounts,
+    forks: Forks,
     /// The restored machine is paused and waits for its first request.
     stands_by: bool,
     read_backs: ReadBacks,
@@ -88,9 +86,7 @@ enum SealNews {
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
-    /// A fork point was written, or could not be.
-    ForkPointOver,
-    Forked(Result<Forked, Error>),
+    Fork(ForkNews),
 }
 
 /// The controller's ears in other threads.
@@ -127,8 +123,7 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
-            fork_reply: None,
-            forks: ForkCounts::default(),
+            forks: Forks::default(),
             stands_by: false,
             read_backs: ReadBacks::default(),
             stalls: None,
@@ -148,7 +143,7 @@ impl Controller {
             timeline: &self.timeline,
             moments: &self.environment.moments,
             read_backs: self.read_backs.json(),
-            forks: self.forks,
+            forks: self.forks.counts(),
         }
     }
 
@@ -218,7 +213,7 @@ impl Controller {
         }
         if let Command::Fork(request) = command {
             match self.begin_fork(&request) {
-                Ok(()) => self.fork_reply = Some(respond),
+                Ok(()) => self.forks.answer_later(respond),
                 Err(refused) => respond(Err(refused)),
             }
             return;
@@ -542,8 +537,12 @@ impl Controller {
             }
             Phase::Paused(machine) => machine,
         };
-        let captured = machine.capture(location(&create.location), create.kind, create.copy_drives);
-        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
+        let target = location(&create.location);
+        let captured = machine.capture(target.clone(), create.kind, create.copy_drives);
+        let mut captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
+        if ForkPoint::has(&target) {
+            captured = captured.unsynced();
+        }
         if create.resume
             && let Err(refused) = self.resume()
         {
@@ -564,6 +563,8 @@ impl Controller {
                     if read_back.is_none() {
                         read_backs.note_first();
                     }
+                    // A fork point may never reach a disk.
+                    let read_back = read_back.filter(|_| !ForkPoint::has(&sealed.location));
                     let left = read_back.map(|left| (sealed.id, read_backs.add(anchor(&sealed.location), left)));
                     (Ok(sealed), left)
                 }
@@ -592,17 +593,17 @@ impl Controller {
                     self.snapshot_damaged(id);
                     continue;
                 }
-                SealNews::ForkPointOver => {
-                    // A fork point is no parent of diffs: it ends with its users.
+                SealNews::Fork(ForkNews::PointOver) => {
                     self.with_machine(None);
                     continue;
                 }
-                SealNews::Forked(result) => {
-                    self.finish_fork(result);
+                SealNews::Fork(ForkNews::Over(result)) => {
+                    self.forks.finish(result);
                     continue;
                 }
             };
-            self.with_machine(result.as_ref().ok());
+            // A fork point is no parent of diffs: it ends with its users.
+            self.with_machine(result.as_ref().ok().filter(|sealed| !ForkPoint::has(&sealed.location)));
             let Some(respond) = self.seal_reply.take() else { continue };
             respond(match result {
                 Ok(sealed) => Ok(Reply::Snapshot(SnapshotTaken {
@@ -619,7 +620,7 @@ impl Controller {
     /// Returns whether a snapshot is being sealed or children of a fork are being started; the process should not end
     /// before that is over.
     pub fn is_sealing(&self) -> bool {
-        self.seal_reply.is_some() || self.fork_reply.is_some()
+        self.seal_reply.is_some() || self.forks.is_under_way()
     }
 
     fn seal_teller(&self) -> SealTeller {
@@ -629,9 +630,7 @@ impl Controller {
     /// Captures the machine into a fork point, lets it run on if it ran, and starts the children on a thread that then
     /// waits for their ends.
     fn begin_fork(&mut self, request: &ForkRequest) -> Result<(), Refused> {
-        if self.fork_reply.is_some() {
-            return Err(Refused::bad_request("Cannot fork the VM: it is being forked. Ask again after that answer."));
-        }
+        self.forks.check_free()?;
         if matches!(self.phase, Phase::NotStarted) {
             return Err(Refused::before_start());
         }
@@ -645,28 +644,8 @@ impl Controller {
             }
         };
         let teller = self.seal_teller();
-        let spawned = std::thread::Builder::new().name("fork".into()).spawn(move || {
-            let sealed = captured.unsynced().seal(ReadBackWhen::Later);
-            teller.tell(SealNews::ForkPointOver);
-            let started = match sealed {
-                Ok((sealed, _)) => fork.start(sealed.pages_held * PAGE_SIZE),
-                Err(error) => {
-                    fork.give_up();
-                    Err(error.into())
-                }
-            };
-            match started {
-                Ok((forked, processes)) => {
-                    teller.tell(SealNews::Forked(Ok(forked)));
-                    reap::all(processes);
-                }
-                Err(error) => teller.tell(SealNews::Forked(Err(error))),
-            }
-        });
-        spawned.map(drop).map_err(|error| {
-            self.with_machine(None);
-            Refused::internal(format!("Cannot start the thread that starts the children: {error}"))
-        })
+        let spawned = fork.spawn(captured, move |news| teller.tell(SealNews::Fork(news)));
+        spawned.inspect_err(|_| self.with_machine(None))
     }
 
     fn capture_fork(&mut self, fork: &mut Fork) -> Result<Captured, Refused> {
@@ -683,19 +662,6 @@ impl Controller {
         }
         fork.stood_still = begin.elapsed();
         captured.map_err(|error| Refused::bad_request_because(&error))
-    }
-
-    fn finish_fork(&mut self, result: Result<Forked, Error>) {
-        match &result {
-            Ok(forked) => {
-                self.forks.done += 1;
-                self.forks.children += forked.children.len() as u64;
-            }
-            Err(_) => self.forks.failed += 1,
-        }
-        if let Some(respond) = self.fork_reply.take() {
-            respond(result.map(Reply::Forked).map_err(|error| Refused::bad_request_because(&error)));
-        }
     }
 
     fn with_machine(&mut self, sealed: Option<&Sealed>) {

@@ -6,6 +6,7 @@
 
 mod child;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::time::{Duration, Instant};
@@ -14,11 +15,69 @@ use serde_json::json;
 
 use self::child::{Child, end_all};
 use crate::config::VmConfig;
-use crate::config::fork::{ChildSpec, ForkRequest, Forked};
+use crate::config::control::Reply;
+use crate::config::fork::{ChildSpec, ForkCounts, ForkRequest, Forked};
 use crate::config::refusal::Refused;
 use crate::session::Error;
-use crate::snapshot::{ForkPoint, Location, create_new, create_private_dir};
-use std::io::Write;
+use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, create_new, create_private_dir};
+use crate::sys::reap;
+use crate::vmm::capture::{Captured, ReadBackWhen};
+
+/// News of the thread that carries a fork out.
+pub enum ForkNews {
+    /// The fork point was written, or could not be.
+    PointOver,
+    /// All children answer, or none is left.
+    Over(Result<Forked, Error>),
+}
+
+type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
+
+/// The forks of one machine, one at a time.
+#[derive(Default)]
+pub struct Forks {
+    reply: Option<Respond>,
+    counts: ForkCounts,
+}
+
+impl Forks {
+    /// Refuses a fork while another is under way.
+    pub fn check_free(&self) -> Result<(), Refused> {
+        match self.reply {
+            Some(_) => {
+                Err(Refused::bad_request("Cannot fork the VM: it is being forked. Ask again after that answer."))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub fn is_under_way(&self) -> bool {
+        self.reply.is_some()
+    }
+
+    /// A fork has begun: `respond` is called when it is over.
+    pub fn answer_later(&mut self, respond: Respond) {
+        self.reply = Some(respond);
+    }
+
+    /// Counts a fork that is over, and answers its request.
+    pub fn finish(&mut self, result: Result<Forked, Error>) {
+        match &result {
+            Ok(forked) => {
+                self.counts.done += 1;
+                self.counts.children += forked.children.len() as u64;
+            }
+            Err(_) => self.counts.failed += 1,
+        }
+        if let Some(respond) = self.reply.take() {
+            respond(result.map(Reply::Forked).map_err(|error| Refused::bad_request_because(&error)));
+        }
+    }
+
+    pub fn counts(&self) -> ForkCounts {
+        self.counts
+    }
+}
 
 /// The machine to fork.
 pub struct ForkParent<'a> {
@@ -83,12 +142,36 @@ impl Fork {
         self.point.give_up();
     }
 
+    /// Seals the fork point, starts the children and waits for their ends, all on a thread of its own.
+    pub fn spawn(self, captured: Captured, tell: impl Fn(ForkNews) + Send + 'static) -> Result<(), Refused> {
+        let spawned = std::thread::Builder::new().name("fork".into()).spawn(move || {
+            let sealed = captured.unsynced().seal(ReadBackWhen::Later);
+            tell(ForkNews::PointOver);
+            let started = match sealed {
+                Ok((sealed, _)) => self.start(sealed.pages_held * PAGE_SIZE),
+                Err(error) => {
+                    self.give_up();
+                    Err(error.into())
+                }
+            };
+            match started {
+                Ok((forked, processes)) => {
+                    tell(ForkNews::Over(Ok(forked)));
+                    reap::all(processes);
+                }
+                Err(error) => tell(ForkNews::Over(Err(error))),
+            }
+        });
+        let failed = |error| Refused::internal(format!("Cannot start the thread that starts the children: {error}"));
+        spawned.map(drop).map_err(failed)
+    }
+
     /// Starts the children from the sealed fork point, and returns when all of them answer. Their processes are the
     /// caller's to reap.
     ///
     /// # Errors
     /// The reason why the first child failed; then all children have ended, and the fork point is removed.
-    pub fn start(self, memory_bytes: u64) -> Result<(Forked, Vec<process::Child>), Error> {
+    fn start(self, memory_bytes: u64) -> Result<(Forked, Vec<process::Child>), Error> {
         let mut started = Vec::with_capacity(self.children.len());
         let mut made = Vec::new();
         if let Err(error) = self.start_all(&mut started, &mut made) {
