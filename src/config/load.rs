@@ -4,11 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use super::{ConfigError, parse_mac};
 use crate::config::error::InvalidRestore;
-use crate::config::overrides::{NetworkOverride, Overrides};
+use crate::config::overrides::{NetworkOverride, NetworkOverrideBody, Overrides, VsockOverrideBody};
 use crate::config::request::SnapshotPaths;
 use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest, Start};
 
@@ -30,24 +29,6 @@ pub enum MemBackendType {
 pub struct MemBackend {
     pub backend_type: MemBackendType,
     pub backend_path: PathBuf,
-}
-
-/// Another tap for a network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(as = TapOverride)]
-pub struct NetworkOverrideBody {
-    /// The interface.
-    pub iface_id: String,
-    /// The tap, in the network namespace of the VM's process.
-    pub host_dev_name: String,
-}
-
-/// Another socket for the vsock device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockOverrideBody {
-    pub uds_path: PathBuf,
 }
 
 /// The body of `PUT /snapshot/load`, field by field: clients write it, and the service sends it to its VMs.

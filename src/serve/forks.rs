@@ -52,7 +52,8 @@ pub(super) struct ForkRecord {
     responses((status = 200, description = "The VMs, which run", body = ForkRecord),
         (status = 404, body = FaultBody, description = "The VM or a namespace does not exist"),
         (status = 409, body = FaultBody, description = "The VM has ended"),
-        (status = 422, body = FaultBody, description = "The VM cannot be forked, or one of the new VMs not be restored"),
+        (status = 422, body = FaultBody,
+        description = "The VM cannot be forked, or a new VM cannot be restored"),
         (status = 429, body = FaultBody,
         description = "Too many VMs live, or they take too much memory, or too many requests wait for the VM"),
         (status = 502, body = FaultBody, description = "The VM, or one of the new ones, has ended"),
@@ -105,7 +106,7 @@ fn networks(daemon: &Daemon, vm: &Vm, body: &ForkBody) -> Result<Vec<Option<Netw
     let wanted = if vm.has_network() { body.count as usize } else { 0 };
     if body.namespaces.len() != wanted {
         return Err(Fault::bad(format!(
-            "`namespaces` has {} names, but VM `{}` needs {wanted}: one for each new VM if it has a network, else none.",
+            "`namespaces` has {} names, but VM `{}` needs {wanted}: one for each new VM if it has a network.",
             body.namespaces.len(),
             vm.id
         )));

@@ -139,8 +139,8 @@ impl MemoryFile<'_> {
         Ok(hasher.finish().into_iter().map(|(_, crc)| crc).collect())
     }
 
-    /// Makes the file as durable as asked, and returns its [`checksums`](Self::checksums): both at once, if a thread can
-    /// be started.
+    /// Makes the file as durable as asked, and returns its [`checksums`](Self::checksums): both at once, if a thread
+    /// can be started.
     pub(crate) fn sync_and_checksum(&self, held: &PageSet, durability: Durability) -> Result<Vec<u32>> {
         if durability == Durability::Unsynced {
             return self.checksums(held);

@@ -147,8 +147,8 @@ impl SnapshotWriter {
         self.stands_for = snapshots.take(MAX_STANDS_FOR).collect();
     }
 
-    /// Leaves it to the kernel when the snapshot's files reach the disk: for a snapshot that need not survive a crash of
-    /// the host.
+    /// Leaves it to the kernel when the snapshot's files reach the disk: for a snapshot that need not survive a crash
+    /// of the host.
     pub fn leave_unsynced(&mut self) {
         self.durability = Durability::Unsynced;
     }

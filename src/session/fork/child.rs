@@ -11,8 +11,9 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
+use crate::config::ChildSpec;
 use crate::config::bodies::{VmBody, WantedState};
-use crate::config::fork::{ChildSpec, ForkedChild};
+use crate::config::fork::ForkedChild;
 use crate::session::Error;
 use crate::snapshot::PRIVATE;
 use crate::sys::api_client::{Client, ClientError};

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use self::child::{Child, end_all};
-use crate::config::VmConfig;
 use crate::config::control::Reply;
-use crate::config::fork::{ChildSpec, ForkCounts, ForkRequest, Forked};
+use crate::config::fork::{ForkCounts, ForkRequest, Forked};
 use crate::config::refusal::Refused;
+use crate::config::{ChildSpec, VmConfig};
 use crate::session::Error;
 use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, create_new, create_private_dir};
 use crate::sys::reap;
