@@ -6,7 +6,8 @@ use super::fault::Fault;
 use crate::config::bodies::{ActionBody, ActionType, CreateBody, CreateExtension, VmBody, WantedState};
 use crate::config::request::{Command, CreateSnapshot};
 use crate::config::{
-    BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, snapshot_paths,
+    BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, RepurposeBody,
+    snapshot_paths,
 };
 
 /// A parsed body.
@@ -100,6 +101,12 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
     let body: LoadBody = json(body)?;
     let is_deprecated = body.is_deprecated();
     Ok(Parsed { command: Command::LoadSnapshot(Box::new(body.check()?)), is_deprecated })
+}
+
+pub(super) fn put_repurpose(body: &[u8]) -> Result<Parsed, Fault> {
+    let body: RepurposeBody = json(body)?;
+    let is_deprecated = body.is_deprecated();
+    Ok(Parsed { command: Command::Repurpose(Box::new(body.check()?)), is_deprecated })
 }
 
 pub(super) fn put_rewind(body: &[u8]) -> Result<Parsed, Fault> {

@@ -71,6 +71,7 @@ pub(super) fn router(control: ControlSender) -> Router {
         .route("/tvmm/report", reads(|| Command::Report))
         .route("/tvmm/rewind", puts(requests::put_rewind))
         .route("/tvmm/fork", puts(requests::put_fork))
+        .route("/tvmm/repurpose", puts(requests::put_repurpose))
         .route("/serial", any(async || Fault::bad_request("Setting up serial output is not supported yet.")));
     for (path, section) in UNBUILT_PATHS {
         if let Some(error) = unbuilt_section_error(section) {
@@ -207,5 +208,6 @@ fn told(reply: &Reply) -> Response {
         Reply::Snapshot(snapshot) => json_response(StatusCode::OK, snapshot),
         Reply::Rewound(rewound) => json_response(StatusCode::OK, rewound),
         Reply::Forked(forked) => json_response(StatusCode::OK, forked),
+        Reply::Repurposed(repurposed) => json_response(StatusCode::OK, repurposed),
     }
 }

@@ -15,6 +15,7 @@ mod overrides;
 mod plan;
 mod pool;
 mod profile;
+mod repurpose;
 mod rewind;
 mod serve;
 mod serve_pages;
@@ -72,6 +73,8 @@ enum Command {
     Rewind(rewind::RewindArgs),
     /// Make copies of a running VM that go on from the same instant, each a VM of its own
     Fork(Box<fork::ForkArgs>),
+    /// Make a restored VM the VM of another snapshot, in place
+    Repurpose(Box<repurpose::RepurposeArgs>),
     /// Show a snapshot's contents, and verify it
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles of the pages that a function uses
@@ -108,6 +111,7 @@ impl Command {
     fn inputs(&self) -> Vec<InputPath> {
         match self {
             Command::Restore(args) => args.inputs(),
+            Command::Repurpose(args) => args.inputs(),
             Command::Snapshot(args) => args.inputs(),
             Command::Inspect(args) => args.inputs(),
             Command::Profile(args) => args.inputs(),
@@ -204,6 +208,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         Some(Command::Restore(args)) => vm::restore(args),
         Some(Command::Rewind(args)) => rewind::run(args),
         Some(Command::Fork(args)) => fork::run(args),
+        Some(Command::Repurpose(args)) => repurpose::run(args),
         Some(Command::Snapshot(args)) => snapshot::run(args),
         Some(Command::Inspect(args)) => inspect::run(args),
         Some(Command::Profile(args)) => profile::run(args),

@@ -108,6 +108,22 @@ impl GuestRam {
         Ok(ram)
     }
 
+    /// Takes all bytes of the guest away: each range becomes zero memory at the same addresses, and nothing is recorded
+    /// about it. No vCPU runs, no device works, and the services of the memory have ended.
+    ///
+    /// # Errors
+    /// The kernel cannot map memory. Part of the guest's bytes may be left, so the memory must not be used again.
+    pub fn clear(&mut self) -> Result<(), Error> {
+        self.watched = None;
+        self.layout.extents().try_for_each(|extent| self.map_anon(extent))?;
+        self.pieces = Vec::new();
+        self.file_mapped = Vec::new();
+        self.is_served = false;
+        self.released = Arc::default();
+        self.take_written();
+        Ok(())
+    }
+
     pub fn layout(&self) -> &MemoryLayout {
         &self.layout
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::facts::{Facts, Parts, Restored};
+use super::facts::{Facts, Opened, Parts, Restored};
 use super::fork::{Fork, ForkNews, ForkParent, Forks};
 use super::metrics::MetricsFile;
 use super::planning;
@@ -21,7 +21,7 @@ use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
-use crate::config::restore::{PlanFrom, RestoreRequest, Start};
+use crate::config::restore::{RestoreRequest, Start};
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::ending::Ending;
 use crate::memory::files;
@@ -36,8 +36,6 @@ use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::timeline::Timeline;
 use crate::tiering;
-use crate::tiering::planner::Planned;
-use crate::tiering::tier::Tier;
 use crate::vmm::capture::{Captured, ReadBackWhen};
 use crate::vmm::console_ring::ConsoleRing;
 use crate::vmm::devices::no_balloon;
@@ -49,7 +47,7 @@ use crate::vmm::vcpu::STOP_TIMEOUT;
 type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
 /// The machine, in any of its states.
-enum Phase {
+pub(super) enum Phase {
     NotStarted,
     Running(Machine<Running>),
     Paused(Machine<Paused>),
@@ -58,24 +56,24 @@ enum Phase {
 /// Owns the machine and answers commands.
 pub struct Controller {
     id: String,
-    config: VmConfig,
+    pub(super) config: VmConfig,
     /// A part of the machine to boot was configured, so a snapshot can no longer be loaded (as in Firecracker).
     configured: bool,
-    phase: Phase,
-    environment: Environment,
+    pub(super) phase: Phase,
+    pub(super) environment: Environment,
     pub timeline: Timeline,
-    restored: Option<Restored>,
+    pub(super) restored: Option<Restored>,
     metrics: Option<MetricsFile>,
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
     forks: Forks,
     /// The restored machine is paused and waits for its first request.
-    stands_by: bool,
+    pub(super) stands_by: bool,
     read_backs: ReadBacks,
     /// Watches a restored machine for memory that does not come. Declared after `phase`, because it outlives the
     /// machine.
-    stalls: Option<StallWatch>,
+    pub(super) stalls: Option<StallWatch>,
 }
 
 /// Messages of the thread that seals a snapshot.
@@ -275,6 +273,7 @@ impl Controller {
             Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
             Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),
+            Command::Repurpose(request) => self.repurpose(&request).map(Reply::Repurposed),
             // `handle` answers these commands later.
             Command::CreateSnapshot(_) | Command::Fork(_) => Err(Refused::internal("A request got lost.")),
         }
@@ -355,16 +354,14 @@ impl Controller {
         watch: Watch,
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let fork_point = ForkPoint::hold(&load.snapshot)?.map(Arc::new);
         let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
         let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
-        let Planned { plan, origin, source_cache, costs, fit } = planning::choose(&opened, load)?;
-        let Sources { chain, tiers, pools, cold } = opened;
-        let layers = chain.layers().len();
-        let snapshot = chain.tip().manifest().id.to_string();
+        let planned = planning::choose(&opened, load)?;
+        let Sources { chain, tiers, pools, cold, fork_point } = opened;
+        let origin = Opened::of(&chain, &pools, fork_point);
         let spec = RestoreSpec {
             sources: files::Sources { chain, tiers, cold },
-            plan: &plan,
+            plan: &planned.plan,
             track_dirty_pages: load.track_dirty_pages,
             observer: watch.observer,
             single_pages: watch.single_pages,
@@ -394,23 +391,7 @@ impl Controller {
         self.config.machine.track_dirty_pages = shape.track_dirty_pages;
         self.config.devices = configs.clone();
         self.phase = phase;
-        self.restored = Some(Restored {
-            snapshot,
-            policy: plan.policy.clone(),
-            policy_reason: load.plan.policy_reason(),
-            plan: origin,
-            source_cache,
-            costs,
-            fit,
-            layers,
-            pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
-            engine,
-            carried_out: plan,
-            keep_pages: keep_pages(load),
-            rewinds: 0,
-            last_rewind: None,
-            fork_point,
-        });
+        self.restored = Some(Restored::new(load, planned, origin, engine));
         Ok(())
     }
 
@@ -494,7 +475,7 @@ impl Controller {
         Ok(rewound)
     }
 
-    fn pause(&mut self) -> Result<(), Refused> {
+    pub(super) fn pause(&mut self) -> Result<(), Refused> {
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
             // As in Firecracker, pausing a paused machine is no error.
@@ -511,7 +492,7 @@ impl Controller {
         result
     }
 
-    fn resume(&mut self) -> Result<(), Refused> {
+    pub(super) fn resume(&mut self) -> Result<(), Refused> {
         self.stands_by = false;
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
@@ -741,13 +722,4 @@ fn anchor(location: &Location) -> PathBuf {
         Location::Dir(dir) => dir.clone(),
         Location::Files { snapshot, .. } => snapshot.clone(),
     }
-}
-
-/// The limit of `load` on the guest pages in local memory.
-fn keep_pages(load: &RestoreRequest) -> u64 {
-    let mib = match &load.plan {
-        PlanFrom::Policy(choice) => choice.dram_mib,
-        PlanFrom::File(_) => None,
-    };
-    mib.map_or(u64::MAX, |mib| (mib << 20) / PAGE_SIZE)
 }

@@ -17,6 +17,8 @@ pub enum Error {
     NoVsock,
     #[error("Cannot restore from pools: there is none")]
     NoPool,
+    #[error("The machine to repurpose is gone")]
+    NoMachine,
     #[error("The run cannot be recorded: {0}")]
     Record(String),
     #[error("The run cannot be recorded: the guest did not answer{0}")]

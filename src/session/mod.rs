@@ -21,6 +21,7 @@ pub mod port_request;
 pub(crate) mod read_backs;
 pub mod record;
 pub mod report;
+mod repurpose;
 pub mod sources;
 pub mod watch;
 

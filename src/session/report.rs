@@ -66,6 +66,8 @@ pub fn collect(
             "engine": restored.engine,
             "rewinds": restored.rewinds,
             "last_rewind": restored.last_rewind,
+            "repurposed": restored.repurposed,
+            "last_repurpose": restored.last_repurpose,
         })
     });
     Ok(Report(json!({
