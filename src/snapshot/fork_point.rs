@@ -1,8 +1,8 @@
 //! Fork points: snapshots that live as long as the VMs forked from them.
 //!
 //! A fork point is the snapshot `snapshot` in a directory `.tvmm-<32 random hexadecimal digits>.fork`. Each process
-//! that uses it holds a shared flock on that directory. The lock ends with the process however it dies, so a directory that
-//! can be locked exclusively has no users, and [`ForkPoint::sweep`] removes it with everything in it.
+//! that uses it holds a shared flock on that directory. The lock ends with the process however it dies, so a directory
+//! that can be locked exclusively has no users, and [`ForkPoint::sweep`] removes it with everything in it.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
