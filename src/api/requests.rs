@@ -112,3 +112,7 @@ pub(super) fn put_repurpose(body: &[u8]) -> Result<Parsed, Fault> {
 pub(super) fn put_rewind(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Command::Rewind(json(body)?).into())
 }
+
+pub(super) fn put_fork(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::Fork(Box::new(json(body)?)).into())
+}

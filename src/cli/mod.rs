@@ -6,6 +6,7 @@
 //! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
 mod failure;
+mod fork;
 mod guest;
 mod identify;
 mod inspect;
@@ -70,6 +71,8 @@ enum Command {
     Restore(Box<vm::RestoreArgs>),
     /// Take a restored VM back to its snapshot, in place
     Rewind(rewind::RewindArgs),
+    /// Make copies of a running VM that go on from the same instant, each a VM of its own
+    Fork(Box<fork::ForkArgs>),
     /// Make a restored VM the VM of another snapshot, in place
     Repurpose(Box<repurpose::RepurposeArgs>),
     /// Show a snapshot's contents, and verify it
@@ -115,9 +118,8 @@ impl Command {
             Command::Plan(args) => args.inputs(),
             Command::Pool(args) => args.inputs(),
             Command::ServePages(args) => args.inputs(),
-            Command::Calibrate(_) | Command::Rewind(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => {
-                Vec::new()
-            }
+            Command::Calibrate(_) | Command::Rewind(_) | Command::Fork(_) => Vec::new(),
+            Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
         }
     }
 }
@@ -205,6 +207,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(args),
         Some(Command::Rewind(args)) => rewind::run(args),
+        Some(Command::Fork(args)) => fork::run(args),
         Some(Command::Repurpose(args)) => repurpose::run(args),
         Some(Command::Snapshot(args)) => snapshot::run(args),
         Some(Command::Inspect(args)) => inspect::run(args),

@@ -4,6 +4,7 @@
 //! waits on its eventfd beside its other events, and answers every [`Request`] once. A request that is dropped
 //! unanswered tells its sender that the VMM has ended.
 
+use crate::config::fork::Forked;
 use crate::config::refusal::Refused;
 use crate::config::request::Command;
 use std::fmt;
@@ -138,6 +139,8 @@ pub enum Reply {
     Snapshot(SnapshotTaken),
     /// To [`Command::Rewind`].
     Rewound(Rewound),
+    /// To [`Command::Fork`].
+    Forked(Forked),
     /// To [`Command::Repurpose`].
     Repurposed(Repurposed),
 }

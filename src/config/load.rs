@@ -4,11 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use super::{ConfigError, format_mac, parse_mac};
 use crate::config::error::InvalidRestore;
-use crate::config::overrides::{NetworkOverride, Overrides};
+use crate::config::overrides::{NetworkOverride, NetworkOverrideBody, Overrides, VsockOverrideBody};
 use crate::config::request::{RepurposeRequest, SnapshotPaths};
 use crate::config::restore::{DriveOverride, MacOverride, MemorySaid, RestoreOptions, RestoreRequest, Start};
 
@@ -30,24 +29,6 @@ pub enum MemBackendType {
 pub struct MemBackend {
     pub backend_type: MemBackendType,
     pub backend_path: PathBuf,
-}
-
-/// Another tap for a network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(as = TapOverride)]
-pub struct NetworkOverrideBody {
-    /// The interface.
-    pub iface_id: String,
-    /// The tap, in the network namespace of the VM's process.
-    pub host_dev_name: String,
-}
-
-/// Another socket for the vsock device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockOverrideBody {
-    pub uds_path: PathBuf,
 }
 
 /// The body of `PUT /snapshot/load`, field by field: clients write it, and the service sends it to its VMs.
@@ -89,6 +70,11 @@ impl TryFrom<LoadFields> for LoadBody {
 }
 
 impl LoadBody {
+    /// A body that was not parsed from JSON.
+    pub fn new(fields: LoadFields) -> LoadBody {
+        LoadBody(fields)
+    }
+
     /// Returns whether it has a field that Firecracker calls deprecated.
     pub fn is_deprecated(&self) -> bool {
         self.0.mem_file_path.is_some() || self.0.enable_diff_snapshots

@@ -1,5 +1,6 @@
 //! The commands of the API, and the taking of a snapshot. `restore.rs` has the request that loads one.
 
+use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::restore::RestoreRequest;
 use crate::config::{
@@ -61,6 +62,8 @@ pub enum Command {
     LoadSnapshot(Box<RestoreRequest>),
     /// Go back to the snapshot that the machine was restored from. → [`Reply::Rewound`]
     Rewind(RewindRequest),
+    /// Make copies of the machine that run on from this instant. → [`Reply::Forked`]
+    Fork(Box<ForkRequest>),
     /// Become the machine of another snapshot, in place. → [`Reply::Repurposed`]
     Repurpose(Box<RepurposeRequest>),
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::facts::{Facts, Opened, Parts, Restored};
+use super::fork::{Fork, ForkNews, ForkParent, Forks};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
@@ -16,6 +17,7 @@ use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTaken, VmState};
+use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
@@ -27,7 +29,7 @@ use crate::memory::rewind::TakenBack;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
 use crate::session::log;
-use crate::snapshot::{Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
+use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId, SnapshotKind};
 use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
@@ -65,6 +67,7 @@ pub struct Controller {
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
+    forks: Forks,
     /// The restored machine is paused and waits for its first request.
     pub(super) stands_by: bool,
     read_backs: ReadBacks,
@@ -81,6 +84,22 @@ enum SealNews {
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
+    Fork(ForkNews),
+}
+
+/// The controller's ears in other threads.
+#[derive(Clone)]
+struct SealTeller {
+    sender: Sender<SealNews>,
+    event: Arc<EventFd>,
+}
+
+impl SealTeller {
+    fn tell(&self, news: SealNews) {
+        // A failure means that the controller, and with it the requester, has ended.
+        let _ = self.sender.send(news);
+        let _ = self.event.write(1);
+    }
 }
 
 /// Time that the end of the process waits for snapshots being read back; after it they stay unverified.
@@ -102,6 +121,7 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
+            forks: Forks::default(),
             stands_by: false,
             read_backs: ReadBacks::default(),
             stalls: None,
@@ -121,6 +141,7 @@ impl Controller {
             timeline: &self.timeline,
             moments: &self.environment.moments,
             read_backs: self.read_backs.json(),
+            forks: self.forks.counts(),
         }
     }
 
@@ -178,12 +199,19 @@ impl Controller {
         }
     }
 
-    /// Answers one request: at once, or (a snapshot) when it is sealed.
+    /// Answers one request: at once, or a snapshot when it is sealed, and a fork when its children answer.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
         if let Command::CreateSnapshot(create) = command {
             match self.begin_snapshot(create) {
                 Ok(()) => self.seal_reply = Some(respond),
+                Err(refused) => respond(Err(refused)),
+            }
+            return;
+        }
+        if let Command::Fork(request) = command {
+            match self.begin_fork(&request) {
+                Ok(()) => self.forks.answer_later(respond),
                 Err(refused) => respond(Err(refused)),
             }
             return;
@@ -246,8 +274,8 @@ impl Controller {
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
             Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),
             Command::Repurpose(request) => self.repurpose(&request).map(Reply::Repurposed),
-            // `handle` answers this command when the snapshot is sealed.
-            Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
+            // `handle` answers these commands later.
+            Command::CreateSnapshot(_) | Command::Fork(_) => Err(Refused::internal("A request got lost.")),
         }
     }
 
@@ -329,8 +357,8 @@ impl Controller {
         let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
         let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
         let planned = planning::choose(&opened, load)?;
-        let Sources { chain, tiers, pools, cold } = opened;
-        let origin = Opened::of(&chain, &pools);
+        let Sources { chain, tiers, pools, cold, fork_point } = opened;
+        let origin = Opened::of(&chain, &pools, fork_point);
         let spec = RestoreSpec {
             sources: files::Sources { chain, tiers, cold },
             plan: &planned.plan,
@@ -490,8 +518,12 @@ impl Controller {
             }
             Phase::Paused(machine) => machine,
         };
-        let captured = machine.capture(location(&create.location), create.kind, create.copy_drives);
-        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
+        let target = location(&create.location);
+        let captured = machine.capture(target.clone(), create.kind, create.copy_drives);
+        let mut captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
+        if ForkPoint::has(&target) {
+            captured = captured.unsynced();
+        }
         if create.resume
             && let Err(refused) = self.resume()
         {
@@ -503,31 +535,27 @@ impl Controller {
     }
 
     fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
-        let sender = self.seals.0.clone();
-        let event = self.seal_event.clone();
+        let teller = self.seal_teller();
         let read_backs = self.read_backs.clone();
         let capture_us = captured.capture_us;
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
-            let tell = |news| {
-                // A failure means that the controller, and with it the requester, has ended.
-                let _ = sender.send(news);
-                let _ = event.write(1);
-            };
             let (result, left) = match captured.seal(when) {
                 Ok((sealed, read_back)) => {
                     if read_back.is_none() {
                         read_backs.note_first();
                     }
+                    // A fork point may never reach a disk.
+                    let read_back = read_back.filter(|_| !ForkPoint::has(&sealed.location));
                     let left = read_back.map(|left| (sealed.id, read_backs.add(anchor(&sealed.location), left)));
                     (Ok(sealed), left)
                 }
                 Err(error) => (Err(Error::from(error)), None),
             };
-            tell(SealNews::Sealed { result, capture_us });
+            teller.tell(SealNews::Sealed { result, capture_us });
             if let Some((id, left)) = left
                 && left.run().is_err()
             {
-                tell(SealNews::Damaged(id));
+                teller.tell(SealNews::Damaged(id));
             }
         });
         spawned.map(drop).map_err(|error| {
@@ -546,8 +574,17 @@ impl Controller {
                     self.snapshot_damaged(id);
                     continue;
                 }
+                SealNews::Fork(ForkNews::PointOver) => {
+                    self.with_machine(None);
+                    continue;
+                }
+                SealNews::Fork(ForkNews::Over(result)) => {
+                    self.forks.finish(result);
+                    continue;
+                }
             };
-            self.with_machine(result.as_ref().ok());
+            // A fork point is no parent of diffs: it ends with its users.
+            self.with_machine(result.as_ref().ok().filter(|sealed| !ForkPoint::has(&sealed.location)));
             let Some(respond) = self.seal_reply.take() else { continue };
             respond(match result {
                 Ok(sealed) => Ok(Reply::Snapshot(SnapshotTaken {
@@ -561,9 +598,51 @@ impl Controller {
         }
     }
 
-    /// Returns whether a snapshot is being sealed; the process should not end before that is over.
+    /// Returns whether a snapshot is being sealed or children of a fork are being started; the process should not end
+    /// before that is over.
     pub fn is_sealing(&self) -> bool {
-        self.seal_reply.is_some()
+        self.seal_reply.is_some() || self.forks.is_under_way()
+    }
+
+    fn seal_teller(&self) -> SealTeller {
+        SealTeller { sender: self.seals.0.clone(), event: self.seal_event.clone() }
+    }
+
+    /// Captures the machine into a fork point, lets it run on if it ran, and starts the children on a thread that then
+    /// waits for their ends.
+    fn begin_fork(&mut self, request: &ForkRequest) -> Result<(), Refused> {
+        self.forks.check_free()?;
+        if matches!(self.phase, Phase::NotStarted) {
+            return Err(Refused::before_start());
+        }
+        let fault_timeout = self.environment.fault_timeout;
+        let mut fork = Fork::prepare(request, &ForkParent { id: &self.id, config: &self.config, fault_timeout })?;
+        let captured = match self.capture_fork(&mut fork) {
+            Ok(captured) => captured,
+            Err(refused) => {
+                fork.give_up();
+                return Err(refused);
+            }
+        };
+        let teller = self.seal_teller();
+        let spawned = fork.spawn(captured, move |news| teller.tell(SealNews::Fork(news)));
+        spawned.inspect_err(|_| self.with_machine(None))
+    }
+
+    fn capture_fork(&mut self, fork: &mut Fork) -> Result<Captured, Refused> {
+        let begin = Instant::now();
+        let was_running = matches!(self.phase, Phase::Running(_));
+        self.pause()?;
+        let Phase::Paused(machine) = &mut self.phase else {
+            return Err(Refused::internal("The machine to fork is gone."));
+        };
+        let captured = machine.capture(fork.target(), SnapshotKind::Full, fork.copies_drives());
+        if was_running && let Err(refused) = self.resume() {
+            // The children are good nonetheless, and the parent is still paused; both are reported.
+            tracing::error!(fault = %refused.message, "The machine could not be resumed after its fork");
+        }
+        fork.stood_still = begin.elapsed();
+        captured.map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn with_machine(&mut self, sealed: Option<&Sealed>) {

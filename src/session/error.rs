@@ -25,6 +25,11 @@ pub enum Error {
     NoAnswer(String),
     #[error("Cannot keep plans and working-set images in {path}", path = path.display())]
     PlanDir { path: PathBuf, source: io::Error },
+    #[error(
+        "Cannot fork the VM: the child for {socket} does not start: {why}. All children were ended",
+        socket = socket.display()
+    )]
+    Child { socket: PathBuf, why: String },
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 
 use crate::config::control::{Repurposed, Rewound};
+use crate::config::fork::ForkCounts;
 use crate::config::restore::{PlanFrom, RestoreRequest};
 use crate::memory::ending::EndingSignal;
 use crate::memory::engine::EngineReport;
@@ -13,7 +14,7 @@ use crate::memory::fault_batches::FaultBatch;
 use crate::memory::fault_service::FaultCounts;
 use crate::memory::guest_ram::GuestRam;
 use crate::session::Error;
-use crate::snapshot::{Chain, PAGE_SIZE, PolicyReason, RestorePlan};
+use crate::snapshot::{Chain, ForkPoint, PAGE_SIZE, PolicyReason, RestorePlan};
 use crate::sys::kvm_stats;
 use crate::sys::kvm_stats::Translations;
 use crate::sys::timeline::{Moments, Timeline};
@@ -40,6 +41,8 @@ pub struct Facts<'a> {
     pub moments: &'a Moments,
     /// The outcomes of reading snapshots back.
     pub read_backs: serde_json::Value,
+    /// The forks of the machine.
+    pub forks: ForkCounts,
 }
 
 /// Facts about the restore, for the report.
@@ -69,6 +72,8 @@ pub struct Restored {
     /// The number of times that the machine became another's.
     pub repurposed: u64,
     pub last_repurpose: Option<Repurposed>,
+    /// The fork point that the machine was restored from, if it was forked: this keeps it from being swept.
+    pub fork_point: Option<Arc<ForkPoint>>,
 }
 
 /// The snapshot that was opened for a restore.
@@ -76,14 +81,16 @@ pub struct Opened {
     snapshot: String,
     layers: usize,
     pools: Vec<PathBuf>,
+    fork_point: Option<Arc<ForkPoint>>,
 }
 
 impl Opened {
-    pub fn of(chain: &Chain, pools: &[Arc<PoolTier>]) -> Self {
+    pub fn of(chain: &Chain, pools: &[Arc<PoolTier>], fork_point: Option<Arc<ForkPoint>>) -> Self {
         Opened {
             snapshot: chain.tip().manifest().id.to_string(),
             layers: chain.layers().len(),
             pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
+            fork_point,
         }
     }
 }
@@ -109,6 +116,7 @@ impl Restored {
             last_rewind: None,
             repurposed: 0,
             last_repurpose: None,
+            fork_point: opened.fork_point,
         }
     }
 

@@ -10,6 +10,7 @@ pub mod console;
 pub mod controller;
 mod error;
 pub mod facts;
+mod fork;
 pub(crate) mod log;
 pub mod main_loop;
 pub(crate) mod metrics;

@@ -74,6 +74,7 @@ pub fn collect(
         "tvmm_version": env!("CARGO_PKG_VERSION"),
         "operation": operation,
         "restore": restored,
+        "forks": facts.forks,
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
         "fault_ins": fault_ins,

@@ -76,8 +76,8 @@ impl Controller {
         let stalls = watch.stalls().clone();
         let opened = sources::open(load, self.environment.fault_timeout, &stalls).map_err(Failure::refused)?;
         let planned = planning::choose(&opened, load).map_err(Failure::refused)?;
-        let Sources { chain, tiers, pools, cold } = opened;
-        let facts = Opened::of(&chain, &pools);
+        let Sources { chain, tiers, pools, cold, fork_point } = opened;
+        let facts = Opened::of(&chain, &pools, fork_point);
         let snapshot = chain.tip().manifest().id.to_string();
         let spec = RestoreSpec {
             sources: files::Sources { chain, tiers, cold },

@@ -47,6 +47,13 @@ pub enum ReadBackWhen {
 }
 
 impl Captured {
+    /// Makes the snapshot one that need not survive a crash of the host: nothing is synced to a disk.
+    pub fn unsynced(mut self) -> Captured {
+        self.writer.leave_unsynced();
+        self.drives.clear();
+        self
+    }
+
     /// Makes the snapshot final: everything is on disk under its name, and verified or still to be.
     pub fn seal(mut self, when: ReadBackWhen) -> Result<(Sealed, Option<ReadBack>), Error> {
         for drive in &self.drives {

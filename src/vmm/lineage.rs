@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::error::Error;
-use crate::snapshot::{Chain, PageSet, Parent, SnapshotId};
+use crate::snapshot::{Chain, ForkPoint, PageSet, Parent, SnapshotId};
 
 /// Ancestry of one VM's memory.
 #[derive(Debug, Default)]
@@ -38,8 +38,17 @@ impl Lineage {
     }
 
     /// The snapshot that a diff taken now would be a change of.
+    ///
+    /// # Errors
+    /// There is none, or it is a fork point: a diff needs its parent for longer than a fork point lives.
     pub fn parent(&self) -> Result<&Parent, Error> {
-        self.parent.as_ref().ok_or_else(|| Error::Diff("this VM has no earlier snapshot; take a full one first".into()))
+        let none = || Error::Diff("this VM has no earlier snapshot; take a full one first".into());
+        let parent = self.parent.as_ref().ok_or_else(none)?;
+        if ForkPoint::has(&parent.location) {
+            let why = "this VM was forked, and its fork point ends with the VMs that use it; take a full one first";
+            return Err(Error::Diff(why.into()));
+        }
+        Ok(parent)
     }
 
     /// The pages of `changed` that may only have been read. If KVM finds a page writable, as memory filled for a
