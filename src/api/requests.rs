@@ -6,7 +6,8 @@ use super::fault::Fault;
 use crate::config::bodies::{ActionBody, ActionType, CreateBody, CreateExtension, VmBody, WantedState};
 use crate::config::request::{Command, CreateSnapshot};
 use crate::config::{
-    BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, snapshot_paths,
+    BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, RepurposeBody,
+    snapshot_paths,
 };
 
 /// A parsed body.
@@ -106,6 +107,16 @@ pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Parsed { command: Command::LoadSnapshot(Box::new(body.check()?)), is_deprecated })
 }
 
+pub(super) fn put_repurpose(body: &[u8]) -> Result<Parsed, Fault> {
+    let body: RepurposeBody = json(body)?;
+    let is_deprecated = body.is_deprecated();
+    Ok(Parsed { command: Command::Repurpose(Box::new(body.check()?)), is_deprecated })
+}
+
 pub(super) fn put_rewind(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Command::Rewind(json(body)?).into())
+}
+
+pub(super) fn put_fork(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::Fork(Box::new(json(body)?)).into())
 }

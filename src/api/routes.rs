@@ -70,6 +70,8 @@ pub(super) fn router(control: ControlSender) -> Router {
         .route("/snapshot/load", puts(requests::put_snapshot_load))
         .route("/tvmm/report", reads(|| Command::Report))
         .route("/tvmm/rewind", puts(requests::put_rewind))
+        .route("/tvmm/fork", puts(requests::put_fork))
+        .route("/tvmm/repurpose", puts(requests::put_repurpose))
         .route("/serial", any(async || Fault::bad_request("Setting up serial output is not supported yet.")));
     for (path, section) in UNBUILT_PATHS {
         if let Some(error) = unbuilt_section_error(section) {
@@ -205,5 +207,7 @@ fn told(reply: &Reply) -> Response {
         Reply::Balloon(said) | Reply::Report(said) => json_response(StatusCode::OK, said),
         Reply::Snapshot(snapshot) => json_response(StatusCode::OK, snapshot),
         Reply::Rewound(rewound) => json_response(StatusCode::OK, rewound),
+        Reply::Forked(forked) => json_response(StatusCode::OK, forked),
+        Reply::Repurposed(repurposed) => json_response(StatusCode::OK, repurposed),
     }
 }

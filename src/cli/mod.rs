@@ -6,6 +6,7 @@
 //! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
 mod failure;
+mod fork;
 mod guest;
 mod identify;
 mod inspect;
@@ -14,6 +15,7 @@ mod overrides;
 mod plan;
 mod pool;
 mod profile;
+mod repurpose;
 mod rewind;
 mod serve;
 mod serve_pages;
@@ -69,6 +71,10 @@ enum Command {
     Restore(Box<vm::RestoreArgs>),
     /// Take a restored VM back to its snapshot, in place
     Rewind(rewind::RewindArgs),
+    /// Make copies of a running VM that go on from the same instant, each a VM of its own
+    Fork(Box<fork::ForkArgs>),
+    /// Make a restored VM the VM of another snapshot, in place
+    Repurpose(Box<repurpose::RepurposeArgs>),
     /// Show a snapshot's contents, and verify it
     Inspect(inspect::InspectArgs),
     /// Record, show and merge profiles of the pages that a function uses
@@ -105,15 +111,15 @@ impl Command {
     fn inputs(&self) -> Vec<InputPath> {
         match self {
             Command::Restore(args) => args.inputs(),
+            Command::Repurpose(args) => args.inputs(),
             Command::Snapshot(args) => args.inputs(),
             Command::Inspect(args) => args.inputs(),
             Command::Profile(args) => args.inputs(),
             Command::Plan(args) => args.inputs(),
             Command::Pool(args) => args.inputs(),
             Command::ServePages(args) => args.inputs(),
-            Command::Calibrate(_) | Command::Rewind(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => {
-                Vec::new()
-            }
+            Command::Calibrate(_) | Command::Rewind(_) | Command::Fork(_) => Vec::new(),
+            Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
         }
     }
 }
@@ -201,6 +207,8 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(args),
         Some(Command::Rewind(args)) => rewind::run(args),
+        Some(Command::Fork(args)) => fork::run(args),
+        Some(Command::Repurpose(args)) => repurpose::run(args),
         Some(Command::Snapshot(args)) => snapshot::run(args),
         Some(Command::Inspect(args)) => inspect::run(args),
         Some(Command::Profile(args)) => profile::run(args),

@@ -38,12 +38,12 @@ impl OverrideArgs {
     }
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
+pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("it is not like KEY=VALUE")?;
     if key.is_empty() { Err("the key is empty".to_owned()) } else { Ok((key.to_owned(), value.to_owned())) }
 }
 
-fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
+pub(super) fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
     match key_value(text)? {
         (_, path) if path.is_empty() => Err("the path is empty".to_owned()),
         (id, path) => Ok((id, path.into())),

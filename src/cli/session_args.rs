@@ -15,6 +15,9 @@ pub struct SessionArgs {
     /// Serve the API on this inherited descriptor, a connected Unix socket; the VM ends when its other end closes
     #[arg(long, value_name = "FD", conflicts_with = "api_sock")]
     pub api_fd: Option<i32>,
+    /// Run in a session of its own (setsid): the end of the terminal, and keys pressed there, do not reach the VM
+    #[arg(long)]
+    pub own_session: bool,
     /// Name of this instance in answers of the API
     #[arg(long, default_value = "anonymous-instance", value_name = "ID")]
     pub id: String,

@@ -152,6 +152,10 @@ fn run(
     if let Some(logger) = &config.logger {
         log::configure(logger)?;
     }
+    if args.own_session {
+        let why = "it leads a process group already. Leave --own-session out";
+        rustix::process::setsid().map_err(|_| format!("Cannot run in a session of its own: {why}"))?;
+    }
     // Refused before anything runs.
     args.otlp.as_deref().map(otlp::endpoint).transpose()?;
     // Taken before any thread exists, so that none of them gets the signals.

@@ -4,6 +4,7 @@
 //! waits on its eventfd beside its other events, and answers every [`Request`] once. A request that is dropped
 //! unanswered tells its sender that the VMM has ended.
 
+use crate::config::fork::Forked;
 use crate::config::refusal::Refused;
 use crate::config::request::Command;
 use std::fmt;
@@ -116,6 +117,25 @@ pub struct Rewound {
     pub total_us: u64,
 }
 
+/// A machine that became that of another snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repurposed {
+    /// The snapshot's id.
+    pub snapshot: String,
+    /// Time until all vCPUs stood and requests to devices were finished, µs.
+    pub stop_us: u64,
+    /// Time to open the snapshot, choose a plan and make all checks, µs.
+    pub prepare_us: u64,
+    /// Time to end the former guest's devices and memory services and to take its memory away, µs.
+    pub release_us: u64,
+    /// Time to map and fill memory, µs.
+    pub memory_us: u64,
+    /// Time for devices, vCPUs and interrupt controllers, µs.
+    pub state_us: u64,
+    /// Time from the request to the answer, without the comparison, µs.
+    pub total_us: u64,
+}
+
 /// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
@@ -137,6 +157,10 @@ pub enum Reply {
     Snapshot(SnapshotTaken),
     /// To [`Command::Rewind`].
     Rewound(Rewound),
+    /// To [`Command::Fork`].
+    Forked(Forked),
+    /// To [`Command::Repurpose`].
+    Repurposed(Repurposed),
 }
 
 /// Takes the answer to a request. Never blocks.

@@ -4,13 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
-use super::{ConfigError, parse_mac};
+use super::{ConfigError, format_mac, parse_mac};
 use crate::config::error::InvalidRestore;
-use crate::config::overrides::{NetworkOverride, Overrides};
-use crate::config::request::SnapshotPaths;
-use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest, Start};
+use crate::config::overrides::{NetworkOverride, NetworkOverrideBody, Overrides, VsockOverrideBody};
+use crate::config::request::{RepurposeRequest, SnapshotPaths};
+use crate::config::restore::{DriveOverride, MacOverride, MemorySaid, RestoreOptions, RestoreRequest, Start};
 
 /// The body as parsed, before it is checked.
 #[derive(Debug, Deserialize)]
@@ -30,24 +29,6 @@ pub enum MemBackendType {
 pub struct MemBackend {
     pub backend_type: MemBackendType,
     pub backend_path: PathBuf,
-}
-
-/// Another tap for a network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(as = TapOverride)]
-pub struct NetworkOverrideBody {
-    /// The interface.
-    pub iface_id: String,
-    /// The tap, in the network namespace of the VM's process.
-    pub host_dev_name: String,
-}
-
-/// Another socket for the vsock device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockOverrideBody {
-    pub uds_path: PathBuf,
 }
 
 /// The body of `PUT /snapshot/load`, field by field: clients write it, and the service sends it to its VMs.
@@ -89,6 +70,11 @@ impl TryFrom<LoadFields> for LoadBody {
 }
 
 impl LoadBody {
+    /// A body that was not parsed from JSON.
+    pub fn new(fields: LoadFields) -> LoadBody {
+        LoadBody(fields)
+    }
+
     /// Returns whether it has a field that Firecracker calls deprecated.
     pub fn is_deprecated(&self) -> bool {
         self.0.mem_file_path.is_some() || self.0.enable_diff_snapshots
@@ -125,6 +111,55 @@ impl LoadBody {
             start: if fields.resume_vm { Start::Running } else { request.start },
             ..request
         })
+    }
+}
+
+/// The body of `PUT /tvmm/repurpose`: that of `PUT /snapshot/load`, and beside it `compare`.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "serde_json::Map<String, serde_json::Value>")]
+pub struct RepurposeBody {
+    load: LoadBody,
+    compare: bool,
+}
+
+impl TryFrom<serde_json::Map<String, serde_json::Value>> for RepurposeBody {
+    type Error = serde_json::Error;
+
+    fn try_from(mut fields: serde_json::Map<String, serde_json::Value>) -> Result<Self, serde_json::Error> {
+        let compare = fields.remove("compare").map(serde_json::from_value).transpose()?;
+        let load = serde_json::from_value(fields.into())?;
+        Ok(RepurposeBody { load, compare: compare.unwrap_or(false) })
+    }
+}
+
+impl RepurposeBody {
+    pub fn is_deprecated(&self) -> bool {
+        self.load.is_deprecated()
+    }
+
+    /// See [`LoadBody::check`].
+    pub fn check(self) -> Result<RepurposeRequest, ConfigError> {
+        Ok(RepurposeRequest { load: self.load.check()?, compare: self.compare })
+    }
+}
+
+impl LoadFields {
+    /// Sets the fields of the clone's devices.
+    pub fn set_overrides(&mut self, overrides: Overrides) {
+        let Overrides { drives, drive_dir, networks, metadata, vsock } = overrides;
+        for NetworkOverride { iface_id, host_dev_name, guest_mac } in networks {
+            if let Some(guest_mac) = guest_mac.map(format_mac) {
+                self.tvmm.mac_overrides.push(MacOverride { iface_id: iface_id.clone(), guest_mac });
+            }
+            if let Some(host_dev_name) = host_dev_name {
+                self.network_overrides.push(NetworkOverrideBody { iface_id, host_dev_name });
+            }
+        }
+        let drive = |(drive_id, path_on_host)| DriveOverride { drive_id, path_on_host };
+        self.tvmm.drive_overrides = drives.into_iter().map(drive).collect();
+        self.tvmm.drive_dir = drive_dir;
+        self.tvmm.metadata = metadata;
+        self.vsock_override = vsock.map(|uds_path| VsockOverrideBody { uds_path });
     }
 }
 

@@ -12,6 +12,8 @@ pub mod control;
 mod cpu;
 mod devices;
 mod error;
+pub mod fork;
+mod fork_children;
 pub mod guest;
 mod limits;
 mod load;
@@ -45,10 +47,10 @@ pub use devices::{
     PmemConfig, RateLimiterConfig, TokenBucketConfig, VsockConfig, format_mac, parse_mac,
 };
 pub use error::{ConfigError, InvalidRestore};
+pub use fork_children::ChildSpec;
 pub use limits::{MAX_DEVICES, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
-pub use load::{
-    LoadBody, LoadFields, MemBackend, MemBackendType, NetworkOverrideBody, VsockOverrideBody, snapshot_paths,
-};
+pub use load::{LoadBody, LoadFields, MemBackend, MemBackendType, RepurposeBody, snapshot_paths};
+pub use overrides::{NetworkOverrideBody, VsockOverrideBody};
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,
     HugePages, LogLevel, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, TvmmConfig,

@@ -4,6 +4,9 @@ use crate::config::DeviceConfigs;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
 /// Settings of restored devices that replace those in the snapshot: the host's side differs from clone to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Overrides {
@@ -25,6 +28,24 @@ pub struct NetworkOverride {
     pub iface_id: String,
     pub host_dev_name: Option<String>,
     pub guest_mac: Option<[u8; 6]>,
+}
+
+/// Another tap for a network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = TapOverride)]
+pub struct NetworkOverrideBody {
+    /// The interface.
+    pub iface_id: String,
+    /// The tap, in the network namespace of the VM's process.
+    pub host_dev_name: String,
+}
+
+/// Another socket for the vsock device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverrideBody {
+    pub uds_path: PathBuf,
 }
 
 /// An override of a device that the snapshot does not have.

@@ -1,5 +1,6 @@
 //! The commands of the API, and the taking of a snapshot. `restore.rs` has the request that loads one.
 
+use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::restore::RestoreRequest;
 use crate::config::{
@@ -61,6 +62,10 @@ pub enum Command {
     LoadSnapshot(Box<RestoreRequest>),
     /// Go back to the snapshot that the machine was restored from. → [`Reply::Rewound`]
     Rewind(RewindRequest),
+    /// Make copies of the machine that run on from this instant. → [`Reply::Forked`]
+    Fork(Box<ForkRequest>),
+    /// Become the machine of another snapshot, in place. → [`Reply::Repurposed`]
+    Repurpose(Box<RepurposeRequest>),
 }
 
 /// The location of a snapshot.
@@ -78,6 +83,14 @@ pub struct SnapshotPaths {
 pub struct RewindRequest {
     /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine.
     pub verify: bool,
+}
+
+/// A request to a restored machine to become that of another snapshot, in place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RepurposeRequest {
+    pub load: RestoreRequest,
+    /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine.
+    pub compare: bool,
 }
 
 /// A request to save a machine.

@@ -54,6 +54,14 @@ impl EndingSignal {
         ending.or(pulled.then_some(Ending::Reset))
     }
 
+    /// Returns whether the guest has ended. The reason stays for [`take`](Self::take).
+    pub fn has_come(&self) -> bool {
+        match self.event.read() {
+            Ok(count) => self.event.write(count).is_ok(),
+            Err(_) => self.ending.lock().unwrap_or_else(PoisonError::into_inner).is_some(),
+        }
+    }
+
     /// Ends the guest for this reason, unless another came first.
     pub fn end(&self, ending: Ending) {
         self.ending.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(ending);

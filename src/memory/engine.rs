@@ -48,6 +48,11 @@ pub struct EngineReport {
 /// Guest memory as the plan places it, and the work left while the guest runs.
 pub struct Built {
     pub ram: GuestRam,
+    pub filled: Filled,
+}
+
+/// The outcome of filling guest memory.
+pub struct Filled {
     pub report: EngineReport,
     /// The userfaultfd and the pages behind it, if the plan has any.
     pub lazy: Option<Served>,
@@ -75,34 +80,48 @@ pub fn build(
 ) -> Result<Built, Error> {
     plan.validate(layout, &files.chain().layer_file_lens())?;
     let mut ram = GuestRam::reserve(layout)?;
+    let filled = fill(&mut ram, files, plan, options, timeline)?;
+    Ok(Built { ram, filled })
+}
+
+/// Fills `ram`, which was just reserved or cleared, by `plan`, which is valid for it. No vCPU runs, and nothing else
+/// refers to the memory.
+pub fn fill(
+    ram: &mut GuestRam,
+    files: &Files,
+    plan: &RestorePlan,
+    options: BuildOptions,
+    timeline: &mut Timeline,
+) -> Result<Filled, Error> {
+    let layout = &ram.layout().clone();
     let mut engine = Engine { files, plan, layout, in_place: options.in_place, report: EngineReport::default() };
     engine.report.planned = plan.counts();
     engine.report.extents = plan.extents.len() as u64;
     let lazy = if options.observed {
-        let lazy = engine.map_observed(&ram)?;
+        let lazy = engine.map_observed(ram)?;
         timeline.lap(Slice::Map);
         lazy
     } else {
-        let (in_place, mapped) = engine.map(&ram)?;
+        let (in_place, mapped) = engine.map(ram)?;
         ram.watch(files.mapped_files(&mapped)?, &mapped)?;
         if !in_place.is_empty() {
             ram.guard(&in_place)?;
         }
         timeline.lap(Slice::Map);
-        engine.copy(&ram)?;
-        engine.break_cow(&ram)?;
+        engine.copy(ram)?;
+        engine.break_cow(ram)?;
         // After the copies, because memory copied between lazy pages is registered too. A copy into registered memory
         // would fault and wait for this thread itself.
-        let lazy = engine.register_lazy(&ram)?;
+        let lazy = engine.register_lazy(ram)?;
         if let Some((uffd, _)) = &lazy {
-            engine.install(&ram, uffd)?;
+            engine.install(ram, uffd)?;
         }
         lazy
     };
     ram.set_pieces(pieces(plan, options.observed));
     ram.set_mapped(if options.observed { Vec::new() } else { file_mapped(plan) }, lazy.is_some());
     timeline.lap(Slice::Preload);
-    Ok(Built { ram, report: engine.report, lazy })
+    Ok(Filled { report: engine.report, lazy })
 }
 
 /// Memory that a handler outside serves: anonymous, all of it behind one userfaultfd. `tells_removals`: the handler is
@@ -122,7 +141,7 @@ pub fn build_external(layout: &MemoryLayout, tells_removals: bool, timeline: &mu
     ram.set_pieces(layout.extents().map(|extent| Piece { extent, backing: Backing::Lazy }).collect());
     ram.set_mapped(Vec::new(), true);
     timeline.lap(Slice::Map);
-    Ok(Built { ram, report, lazy: Some((Arc::new(uffd), Vec::new())) })
+    Ok(Built { ram, filled: Filled { report, lazy: Some((Arc::new(uffd), Vec::new())) } })
 }
 
 struct Engine<'a> {
@@ -221,8 +240,8 @@ impl Engine<'_> {
             if let Some(blocks) = whole_huge_pages(extent) {
                 self.advise_huge(ram, blocks)?;
             }
-            // SAFETY: the machine does not exist yet, so nothing else refers to this memory; the runs of a valid plan
-            // share no page.
+            // SAFETY: no vCPU runs and nothing else refers to this memory (see `fill`); the runs of a valid plan share
+            // no page.
             wanted.push(Wanted { source, bytes: unsafe { ram.bytes_mut(extent) }? });
             self.report.bytes_preloaded += extent.bytes();
         }
@@ -263,7 +282,7 @@ impl Engine<'_> {
             }
             .map_err(failed)?;
             if let Some(source) = planned.source.filter(|source| self.files.image(source.origin).is_some()) {
-                // SAFETY: the machine does not exist yet; nothing else refers to this memory.
+                // SAFETY: no vCPU runs; nothing else refers to this memory (see `fill`).
                 self.files.verify_image(source, &[unsafe { ram.bytes(planned.extent) }?])?;
             }
             self.report.bytes_preloaded += planned.extent.bytes();
@@ -466,7 +485,7 @@ fn verify(ram: &GuestRam, layer: &Snapshot, pages: &PageSet) -> Result<(), Error
         bytes.clear();
         for held in map.chunk_runs(chunk) {
             if pages.contains_run(held) {
-                // SAFETY: the machine does not exist yet; nothing else refers to this memory.
+                // SAFETY: no vCPU runs; nothing else refers to this memory (see `fill`).
                 bytes.extend_from_slice(unsafe { ram.bytes(held) }?);
                 continue;
             }

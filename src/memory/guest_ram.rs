@@ -108,6 +108,25 @@ impl GuestRam {
         Ok(ram)
     }
 
+    /// Takes all bytes of the guest away: each range becomes zero memory at the same addresses, and nothing is recorded
+    /// about it. No vCPU runs, no device works, and the services of the memory have ended. Holders of
+    /// [`view`](Self::view) and [`in_place`](Self::in_place) must take them anew once the memory is filled.
+    ///
+    /// # Errors
+    /// The kernel cannot map memory. Part of the guest's bytes may be left, so the memory must not be used again.
+    pub fn clear(&mut self) -> Result<(), Error> {
+        self.watched = None;
+        self.layout.extents().try_for_each(|extent| self.map_anon(extent))?;
+        self.pieces = Vec::new();
+        self.file_mapped = Vec::new();
+        self.is_served = false;
+        self.in_place = None;
+        self.released = Arc::default();
+        self.view = self.view.without_gate();
+        self.take_written();
+        Ok(())
+    }
+
     pub fn layout(&self) -> &MemoryLayout {
         &self.layout
     }

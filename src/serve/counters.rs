@@ -77,6 +77,8 @@ pub(super) struct Counters {
     statuses: Mutex<std::collections::BTreeMap<u16, u64>>,
     pub(super) vms_started: AtomicU64,
     pub(super) vms_killed: AtomicU64,
+    /// Forks, each of any number of VMs.
+    pub(super) vms_forked: AtomicU64,
     pub(super) snapshots_made: AtomicU64,
     pub(super) snapshots_compacted: AtomicU64,
     pub(super) connections_refused: AtomicU64,
@@ -155,6 +157,7 @@ impl Counters {
         for (name, what, counter) in [
             ("tvmm_vms_started_total", "VMs booted or restored", &self.vms_started),
             ("tvmm_vms_killed_total", "VMs ended because of what their guest did or did not do", &self.vms_killed),
+            ("tvmm_forks_total", "Forks of VMs", &self.vms_forked),
             ("tvmm_snapshots_made_total", "Snapshots taken", &self.snapshots_made),
             (
                 "tvmm_snapshots_compacted_total",

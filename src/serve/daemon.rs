@@ -27,7 +27,7 @@ use super::vm::control::ControlError;
 use super::vm::process::Spawner;
 use super::vm::shells::{Shell, Shells};
 use super::vm::table::{Capacity, Table};
-use super::vm::{Purpose, RestoreSpec, StartSpec, Vm, VmRecord};
+use super::vm::{Purpose, RestoreOrigin, RestoreSpec, StartSpec, Vm, VmRecord};
 use super::working_set::Slot;
 use crate::config::LoadFields;
 use crate::config::restore::{DriveOverride, RestoreOptions};
@@ -171,7 +171,7 @@ impl Daemon {
             tvmm: RestoreOptions { profile, ..options },
             ..LoadFields::default()
         };
-        Ok(RestoreSpec { ss_id: id.clone(), load, has_drive_copies })
+        Ok(RestoreSpec { origin: RestoreOrigin::Snapshot(id.clone()), load, has_drive_copies })
     }
 
     /// Makes a VM, within the limits. Also returns the index of its span in `recording`.

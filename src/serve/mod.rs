@@ -16,6 +16,7 @@ mod daemon;
 mod drives;
 mod error;
 mod fault;
+mod forks;
 mod function;
 mod functions;
 mod gate;

@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 use super::daemon::Shared;
 use super::fault::{Fault, Reply};
 use super::working_set::{mincore, profile, reap};
-use super::{functions, invocations, metrics, networks, rewinds, snapshots, traces, vms};
+use super::{forks, functions, invocations, metrics, networks, rewinds, snapshots, traces, vms};
 
 #[derive(OpenApi)]
 #[openapi(info(
@@ -33,6 +33,7 @@ fn documented() -> OpenApiRouter<Shared> {
         .routes(routes!(vms::get_vm, vms::delete_vm))
         .routes(routes!(vms::get_report))
         .routes(routes!(rewinds::post_rewind))
+        .routes(routes!(forks::post_fork))
         .routes(routes!(vms::post_vmm))
         .routes(routes!(vms::get_policies))
         .routes(routes!(snapshots::get_snapshots, snapshots::post_snapshot, snapshots::copy_snapshot))

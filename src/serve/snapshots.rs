@@ -28,7 +28,8 @@ use super::working_set::{self, CacheState};
 use crate::config::bodies::{CreateBody, CreateExtension, WantedState};
 use crate::config::control::SnapshotTaken;
 use crate::snapshot::{
-    self, Chain, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, SnapshotKind, copy_drive, is_partial, random_hex,
+    self, Chain, Durability, Location, MAX_CHAIN_DEPTH, PartialDir, Snapshot, SnapshotKind, copy_drive, is_partial,
+    random_hex,
 };
 
 /// A snapshot to be taken.
@@ -188,7 +189,7 @@ fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize
 }
 
 /// Pauses the VM, takes the snapshot, and resumes the VM whatever the outcome.
-async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
+pub(super) async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
     vm.set_state(WantedState::Paused).await.map_err(refused)?;
     let extension = CreateExtension { resume: true, copy_drives: vm.function.writes_image(), ..Default::default() };
     let taken = vm.control.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await;
@@ -342,7 +343,7 @@ fn copy_dir(from: &FilePath, to: &FilePath) -> crate::snapshot::Result<()> {
         let (copy, _) = copy_drive(&file, metadata.len(), &partial.path().join(name))?;
         copy.sync_all().map_err(io("sync the copy of", &path))?;
     }
-    partial.publish(to)
+    partial.publish(to, Durability::Synced)
 }
 
 /// Brings a snapshot's files into the page cache, or drops them from it.

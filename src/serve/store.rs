@@ -218,6 +218,11 @@ impl Store {
         self.dir.join("run").join(format!("{vm}.drives"))
     }
 
+    /// The directory of files that end with VMs.
+    pub(super) fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
+    }
+
     /// The socket of a VM's vsock device.
     pub(super) fn vsock_path(&self, vm: &str) -> PathBuf {
         self.dir.join("run").join(format!("{vm}.vsock"))

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::facts::{Facts, Parts, Restored};
+use super::facts::{Facts, Opened, Parts, Restored};
+use super::fork::{Fork, ForkNews, ForkParent, Forks};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
@@ -18,10 +19,11 @@ use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, LiveTaken, Reply, Request, Respond, Rewound, SnapshotTaken, VmState};
+use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
-use crate::config::restore::{PlanFrom, RestoreRequest, Start};
+use crate::config::restore::{RestoreRequest, Start};
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::ending::Ending;
 use crate::memory::files;
@@ -30,15 +32,13 @@ use crate::memory::stall::StallWatch;
 use crate::session::Error;
 use crate::session::live::{LiveSlot, taken};
 use crate::session::log;
-use crate::snapshot::{Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
+use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId, SnapshotKind};
 use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::timeline::Timeline;
 use crate::tiering;
-use crate::tiering::planner::Planned;
-use crate::tiering::tier::Tier;
 use crate::vmm::capture::{Captured, ReadBackWhen};
 use crate::vmm::console_ring::ConsoleRing;
 use crate::vmm::devices::no_balloon;
@@ -48,7 +48,7 @@ use crate::vmm::restore::RestoreSpec;
 use crate::vmm::vcpu::STOP_TIMEOUT;
 
 /// The machine, in any of its states.
-enum Phase {
+pub(super) enum Phase {
     NotStarted,
     Running(Machine<Running>),
     Paused(Machine<Paused>),
@@ -57,24 +57,25 @@ enum Phase {
 /// Owns the machine and answers commands.
 pub struct Controller {
     id: String,
-    config: VmConfig,
+    pub(super) config: VmConfig,
     /// A part of the machine to boot was configured, so a snapshot can no longer be loaded (as in Firecracker).
     configured: bool,
-    phase: Phase,
-    environment: Environment,
+    pub(super) phase: Phase,
+    pub(super) environment: Environment,
     pub timeline: Timeline,
-    restored: Option<Restored>,
+    pub(super) restored: Option<Restored>,
     metrics: Option<MetricsFile>,
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
     live: LiveSlot,
+    forks: Forks,
     /// The restored machine is paused and waits for its first request.
-    stands_by: bool,
+    pub(super) stands_by: bool,
     read_backs: ReadBacks,
     /// Watches a restored machine for memory that does not come. Declared after `phase`, because it outlives the
     /// machine.
-    stalls: Option<StallWatch>,
+    pub(super) stalls: Option<StallWatch>,
 }
 
 /// Messages of the thread that seals a snapshot.
@@ -86,6 +87,22 @@ enum SealNews {
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
+    Fork(ForkNews),
+}
+
+/// The controller's ears in other threads.
+#[derive(Clone)]
+struct SealTeller {
+    sender: Sender<SealNews>,
+    event: Arc<EventFd>,
+}
+
+impl SealTeller {
+    fn tell(&self, news: SealNews) {
+        // A failure means that the controller, and with it the requester, has ended.
+        let _ = self.sender.send(news);
+        let _ = self.event.write(1);
+    }
 }
 
 /// Time that the end of the process waits for snapshots being read back; after it they stay unverified.
@@ -108,6 +125,7 @@ impl Controller {
             seal_event,
             seal_reply: None,
             live: LiveSlot::new()?,
+            forks: Forks::default(),
             stands_by: false,
             read_backs: ReadBacks::default(),
             stalls: None,
@@ -127,6 +145,7 @@ impl Controller {
             timeline: &self.timeline,
             moments: &self.environment.moments,
             read_backs: self.read_backs.json(),
+            forks: self.forks.counts(),
         }
     }
 
@@ -184,7 +203,7 @@ impl Controller {
         }
     }
 
-    /// Answers one request: at once, or (a snapshot) when it is sealed.
+    /// Answers one request: at once, or a snapshot when it is sealed, and a fork when its children answer.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
         match command {
@@ -200,6 +219,13 @@ impl Controller {
                 return;
             }
             _ => {}
+        }
+        if let Command::Fork(request) = command {
+            match self.begin_fork(&request) {
+                Ok(()) => self.forks.answer_later(respond),
+                Err(refused) => respond(Err(refused)),
+            }
+            return;
         }
         respond(self.answer(command));
     }
@@ -258,8 +284,9 @@ impl Controller {
             Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
             Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),
-            // `handle` answers this command when the snapshot is sealed.
-            Command::CreateSnapshot(_) => Err(Refused::internal("A snapshot request got lost.")),
+            Command::Repurpose(request) => self.repurpose(&request).map(Reply::Repurposed),
+            // `handle` answers these commands later.
+            Command::CreateSnapshot(_) | Command::Fork(_) => Err(Refused::internal("A request got lost.")),
         }
     }
 
@@ -340,13 +367,12 @@ impl Controller {
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
         let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
-        let Planned { plan, origin, source_cache, costs, fit } = planning::choose(&opened, load)?;
-        let Sources { chain, tiers, pools, cold } = opened;
-        let layers = chain.layers().len();
-        let snapshot = chain.tip().manifest().id.to_string();
+        let planned = planning::choose(&opened, load)?;
+        let Sources { chain, tiers, pools, cold, fork_point } = opened;
+        let origin = Opened::of(&chain, &pools, fork_point);
         let spec = RestoreSpec {
             sources: files::Sources { chain, tiers, cold },
-            plan: &plan,
+            plan: &planned.plan,
             track_dirty_pages: load.track_dirty_pages,
             observer: watch.observer,
             single_pages: watch.single_pages,
@@ -376,22 +402,7 @@ impl Controller {
         self.config.machine.track_dirty_pages = shape.track_dirty_pages;
         self.config.devices = configs.clone();
         self.phase = phase;
-        self.restored = Some(Restored {
-            snapshot,
-            policy: plan.policy.clone(),
-            policy_reason: load.plan.policy_reason(),
-            plan: origin,
-            source_cache,
-            costs,
-            fit,
-            layers,
-            pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
-            engine,
-            carried_out: plan,
-            keep_pages: keep_pages(load),
-            rewinds: 0,
-            last_rewind: None,
-        });
+        self.restored = Some(Restored::new(load, planned, origin, engine));
         Ok(())
     }
 
@@ -476,7 +487,7 @@ impl Controller {
         Ok(rewound)
     }
 
-    fn pause(&mut self) -> Result<(), Refused> {
+    pub(super) fn pause(&mut self) -> Result<(), Refused> {
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
             // As in Firecracker, pausing a paused machine is no error.
@@ -493,7 +504,7 @@ impl Controller {
         result
     }
 
-    fn resume(&mut self) -> Result<(), Refused> {
+    pub(super) fn resume(&mut self) -> Result<(), Refused> {
         self.stands_by = false;
         let (phase, result) = match std::mem::replace(&mut self.phase, Phase::NotStarted) {
             Phase::NotStarted => (Phase::NotStarted, Err(Refused::before_start())),
@@ -520,8 +531,12 @@ impl Controller {
             }
             Phase::Paused(machine) => machine,
         };
-        let captured = machine.capture(location(&create.location), create.kind, create.copy_drives);
-        let captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
+        let target = location(&create.location);
+        let captured = machine.capture(target.clone(), create.kind, create.copy_drives);
+        let mut captured = captured.map_err(|error| Refused::bad_request_because(&error))?;
+        if ForkPoint::has(&target) {
+            captured = captured.unsynced();
+        }
         if create.resume
             && let Err(refused) = self.resume()
         {
@@ -535,32 +550,28 @@ impl Controller {
     fn spawn_seal(&mut self, captured: Captured, verify: bool) -> Result<(), Refused> {
         let is_first = verify || self.read_backs.are_many();
         let when = if is_first { ReadBackWhen::First } else { ReadBackWhen::Later };
-        let sender = self.seals.0.clone();
-        let event = self.seal_event.clone();
+        let teller = self.seal_teller();
         let read_backs = self.read_backs.clone();
         let capture_us = captured.capture_us;
         let live = captured.live.map(taken);
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
-            let tell = |news| {
-                // A failure means that the controller, and with it the requester, has ended.
-                let _ = sender.send(news);
-                let _ = event.write(1);
-            };
             let (result, left) = match captured.seal(when) {
                 Ok((sealed, read_back)) => {
                     if read_back.is_none() {
                         read_backs.note_first();
                     }
+                    // A fork point may never reach a disk.
+                    let read_back = read_back.filter(|_| !ForkPoint::has(&sealed.location));
                     let left = read_back.map(|left| (sealed.id, read_backs.add(anchor(&sealed.location), left)));
                     (Ok(sealed), left)
                 }
                 Err(error) => (Err(Error::from(error)), None),
             };
-            tell(SealNews::Sealed { result, capture_us, live });
+            teller.tell(SealNews::Sealed { result, capture_us, live });
             if let Some((id, left)) = left
                 && left.run().is_err()
             {
-                tell(SealNews::Damaged(id));
+                teller.tell(SealNews::Damaged(id));
             }
         });
         spawned.map(drop).map_err(|error| {
@@ -579,8 +590,17 @@ impl Controller {
                     self.snapshot_damaged(id);
                     continue;
                 }
+                SealNews::Fork(ForkNews::PointOver) => {
+                    self.with_machine(None);
+                    continue;
+                }
+                SealNews::Fork(ForkNews::Over(result)) => {
+                    self.forks.finish(result);
+                    continue;
+                }
             };
-            self.with_machine(result.as_ref().ok());
+            // A fork point is no parent of diffs: it ends with its users.
+            self.with_machine(result.as_ref().ok().filter(|sealed| !ForkPoint::has(&sealed.location)));
             let Some(respond) = self.seal_reply.take() else { continue };
             respond(match result {
                 Ok(sealed) => Ok(Reply::Snapshot(SnapshotTaken {
@@ -595,9 +615,52 @@ impl Controller {
         }
     }
 
-    /// Returns whether a snapshot is being sealed; the process should not end before that is over.
+    /// Returns whether a snapshot is being sealed or children of a fork are being started; the process should not end
+    /// before that is over.
     pub fn is_sealing(&self) -> bool {
-        self.seal_reply.is_some()
+        self.seal_reply.is_some() || self.forks.is_under_way()
+    }
+
+    fn seal_teller(&self) -> SealTeller {
+        SealTeller { sender: self.seals.0.clone(), event: self.seal_event.clone() }
+    }
+
+    /// Captures the machine into a fork point, lets it run on if it ran, and starts the children on a thread that then
+    /// waits for their ends.
+    fn begin_fork(&mut self, request: &ForkRequest) -> Result<(), Refused> {
+        self.forks.check_free()?;
+        self.check_no_live()?;
+        if matches!(self.phase, Phase::NotStarted) {
+            return Err(Refused::before_start());
+        }
+        let fault_timeout = self.environment.fault_timeout;
+        let mut fork = Fork::prepare(request, &ForkParent { id: &self.id, config: &self.config, fault_timeout })?;
+        let captured = match self.capture_fork(&mut fork) {
+            Ok(captured) => captured,
+            Err(refused) => {
+                fork.give_up();
+                return Err(refused);
+            }
+        };
+        let teller = self.seal_teller();
+        let spawned = fork.spawn(captured, move |news| teller.tell(SealNews::Fork(news)));
+        spawned.inspect_err(|_| self.with_machine(None))
+    }
+
+    fn capture_fork(&mut self, fork: &mut Fork) -> Result<Captured, Refused> {
+        let begin = Instant::now();
+        let was_running = matches!(self.phase, Phase::Running(_));
+        self.pause()?;
+        let Phase::Paused(machine) = &mut self.phase else {
+            return Err(Refused::internal("The machine to fork is gone."));
+        };
+        let captured = machine.capture(fork.target(), SnapshotKind::Full, fork.copies_drives());
+        if was_running && let Err(refused) = self.resume() {
+            // The children are good nonetheless, and the parent is still paused; both are reported.
+            tracing::error!(fault = %refused.message, "The machine could not be resumed after its fork");
+        }
+        fork.stood_still = begin.elapsed();
+        captured.map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn with_machine(&mut self, sealed: Option<&Sealed>) {
@@ -678,13 +741,4 @@ fn anchor(location: &Location) -> PathBuf {
         Location::Dir(dir) => dir.clone(),
         Location::Files { snapshot, .. } => snapshot.clone(),
     }
-}
-
-/// The limit of `load` on the guest pages in local memory.
-fn keep_pages(load: &RestoreRequest) -> u64 {
-    let mib = match &load.plan {
-        PlanFrom::Policy(choice) => choice.dram_mib,
-        PlanFrom::File(_) => None,
-    };
-    mib.map_or(u64::MAX, |mib| (mib << 20) / PAGE_SIZE)
 }

@@ -17,12 +17,19 @@ pub enum Error {
     NoVsock,
     #[error("Cannot restore from pools: there is none")]
     NoPool,
+    #[error("The machine to repurpose is gone")]
+    NoMachine,
     #[error("The run cannot be recorded: {0}")]
     Record(String),
     #[error("The run cannot be recorded: the guest did not answer{0}")]
     NoAnswer(String),
     #[error("Cannot keep plans and working-set images in {path}", path = path.display())]
     PlanDir { path: PathBuf, source: io::Error },
+    #[error(
+        "Cannot fork the VM: the child for {socket} does not start: {why}. All children were ended",
+        socket = socket.display()
+    )]
+    Child { socket: PathBuf, why: String },
     #[error("Cannot {doing}")]
     Os { doing: &'static str, source: io::Error },
     #[error("Cannot {doing} {path}")]

@@ -5,14 +5,16 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
-use crate::config::control::Rewound;
+use crate::config::control::{Repurposed, Rewound};
+use crate::config::fork::ForkCounts;
+use crate::config::restore::{PlanFrom, RestoreRequest};
 use crate::memory::ending::EndingSignal;
 use crate::memory::engine::EngineReport;
 use crate::memory::fault_batches::FaultBatch;
 use crate::memory::fault_service::FaultCounts;
 use crate::memory::guest_ram::GuestRam;
 use crate::session::Error;
-use crate::snapshot::{PolicyReason, RestorePlan};
+use crate::snapshot::{Chain, ForkPoint, PAGE_SIZE, PolicyReason, RestorePlan};
 use crate::sys::kvm_stats;
 use crate::sys::kvm_stats::Translations;
 use crate::sys::timeline::{Moments, Timeline};
@@ -21,8 +23,10 @@ use crate::tiering::cold::ColdCounts;
 use crate::tiering::costs::SourceCache;
 use crate::tiering::fit::Fit;
 use crate::tiering::plan_file::CostsUsed;
-use crate::tiering::planner::PlanOrigin;
+use crate::tiering::planner::{PlanOrigin, Planned};
+use crate::tiering::pool::PoolTier;
 use crate::tiering::profile::Profile;
+use crate::tiering::tier::Tier;
 use crate::vmm::devices::VirtioDevices;
 use crate::vmm::exit_counters::ExitCounters;
 use crate::vmm::machine::Machine;
@@ -37,6 +41,8 @@ pub struct Facts<'a> {
     pub moments: &'a Moments,
     /// The outcomes of reading snapshots back.
     pub read_backs: serde_json::Value,
+    /// The forks of the machine.
+    pub forks: ForkCounts,
 }
 
 /// Facts about the restore, for the report.
@@ -63,9 +69,57 @@ pub struct Restored {
     /// The number of rewinds.
     pub rewinds: u64,
     pub last_rewind: Option<Rewound>,
+    /// The number of times that the machine became another's.
+    pub repurposed: u64,
+    pub last_repurpose: Option<Repurposed>,
+    /// The fork point that the machine was restored from, if it was forked: this keeps it from being swept.
+    pub fork_point: Option<Arc<ForkPoint>>,
+}
+
+/// The snapshot that was opened for a restore.
+pub struct Opened {
+    snapshot: String,
+    layers: usize,
+    pools: Vec<PathBuf>,
+    fork_point: Option<Arc<ForkPoint>>,
+}
+
+impl Opened {
+    pub fn of(chain: &Chain, pools: &[Arc<PoolTier>], fork_point: Option<Arc<ForkPoint>>) -> Self {
+        Opened {
+            snapshot: chain.tip().manifest().id.to_string(),
+            layers: chain.layers().len(),
+            pools: pools.iter().map(|pool| pool.path().to_owned()).collect(),
+            fork_point,
+        }
+    }
 }
 
 impl Restored {
+    /// The facts about the restore that `load` asked for and `engine` has carried out.
+    pub fn new(load: &RestoreRequest, planned: Planned, opened: Opened, engine: EngineReport) -> Self {
+        let Planned { plan, origin, source_cache, costs, fit } = planned;
+        Restored {
+            snapshot: opened.snapshot,
+            policy: plan.policy.clone(),
+            policy_reason: load.plan.policy_reason(),
+            plan: origin,
+            source_cache,
+            costs,
+            fit,
+            layers: opened.layers,
+            pools: opened.pools,
+            engine,
+            carried_out: plan,
+            keep_pages: keep_pages(load),
+            rewinds: 0,
+            last_rewind: None,
+            repurposed: 0,
+            last_repurpose: None,
+            fork_point: opened.fork_point,
+        }
+    }
+
     /// Compares the plan that was carried out with the run of `profile`.
     ///
     /// # Errors
@@ -77,6 +131,15 @@ impl Restored {
         }
         Ok(Fit::of(&self.carried_out, profile))
     }
+}
+
+/// The limit of `load` on the guest pages in local memory.
+fn keep_pages(load: &RestoreRequest) -> u64 {
+    let mib = match &load.plan {
+        PlanFrom::Policy(choice) => choice.dram_mib,
+        PlanFrom::File(_) => None,
+    };
+    mib.map_or(u64::MAX, |mib| (mib << 20) / PAGE_SIZE)
 }
 
 /// The parts that a machine has in every state.

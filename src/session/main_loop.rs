@@ -219,7 +219,8 @@ impl Session {
         watch_event(ops, self.controller.seal_event(), SEALED)?;
         watch_event(ops, self.controller.live_event(), LIVE)?;
         watch_event(ops, self.controller.output().backlog_event(), BACKLOG)?;
-        self.watch_machine(ops)
+        self.watch_machine(ops)?;
+        self.watch_standby(ops)
     }
 
     /// Registers the events of a new machine.
@@ -237,12 +238,26 @@ impl Session {
         if let Some(console) = self.controller.console() {
             watch(ops, &**console, CONSOLE)?;
         }
+        self.machine_watched = true;
+        self.feed(ops)
+    }
+
+    /// Waits for a request to a machine that stands by.
+    fn watch_standby(&mut self, ops: &mut EventOps) -> Result<(), Error> {
         for source in self.controller.standby_sources() {
             watch(ops, &RawDescriptor(source), STANDBY)?;
             self.standby_watched.push(source);
         }
-        self.machine_watched = true;
-        self.feed(ops)
+        Ok(())
+    }
+
+    /// Called before the descriptors of [`watch_standby`](Self::watch_standby) may be closed, or when they are no
+    /// longer of interest.
+    fn unwatch_standby(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        for source in std::mem::take(&mut self.standby_watched) {
+            ops.remove(Events::new(&RawDescriptor(source), EventSet::IN)).map_err(|error| event_error(&error))?;
+        }
+        Ok(())
     }
 
     /// Returns whether the session waits only for the comparison of memory, whose end is no event.
@@ -272,8 +287,12 @@ impl Session {
             STDIN => self.read_stdin(ops),
             CONTROL => {
                 let requests = self.event_sources.control.as_ref().map(ControlReceiver::drain).unwrap_or_default();
+                self.unwatch_standby(ops)?;
                 requests.into_iter().for_each(|request| self.controller.handle(request));
-                self.watch_machine(ops)
+                self.watch_machine(ops)?;
+                // A command may have emptied the FIFO.
+                self.feed(ops)?;
+                self.watch_standby(ops)
             }
             SIGNALS => {
                 if let Some(number) = self.event_sources.signals.take_one() {
@@ -306,10 +325,7 @@ impl Session {
                 Ok(())
             }
             STANDBY => {
-                for source in std::mem::take(&mut self.standby_watched) {
-                    ops.remove(Events::new(&RawDescriptor(source), EventSet::IN))
-                        .map_err(|error| event_error(&error))?;
-                }
+                self.unwatch_standby(ops)?;
                 self.controller.wake_standby()
             }
             BACKLOG | STDOUT => self.drain_output(token, ops),

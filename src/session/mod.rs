@@ -10,6 +10,7 @@ pub mod console;
 pub mod controller;
 mod error;
 pub mod facts;
+mod fork;
 mod live;
 pub(crate) mod log;
 pub mod main_loop;
@@ -21,6 +22,7 @@ pub mod port_request;
 pub(crate) mod read_backs;
 pub mod record;
 pub mod report;
+mod repurpose;
 pub mod sources;
 pub mod watch;
 

@@ -66,12 +66,15 @@ pub fn collect(
             "engine": restored.engine,
             "rewinds": restored.rewinds,
             "last_rewind": restored.last_rewind,
+            "repurposed": restored.repurposed,
+            "last_repurpose": restored.last_repurpose,
         })
     });
     Ok(Report(json!({
         "tvmm_version": env!("CARGO_PKG_VERSION"),
         "operation": operation,
         "restore": restored,
+        "forks": facts.forks,
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,
         "fault_ins": fault_ins,

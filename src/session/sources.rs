@@ -12,7 +12,7 @@ use crate::config::request::{DEFAULT_FAULT_TIMEOUT, SnapshotPaths};
 use crate::config::restore::{MemoryFrom, PlanFrom, RestoreRequest};
 use crate::memory::stall::Stalls;
 use crate::session::Error;
-use crate::snapshot::{Chain, Cold, ColdSpec, Location};
+use crate::snapshot::{Chain, Cold, ColdSpec, ForkPoint, Location};
 use crate::tiering;
 use crate::tiering::cold::ColdPool;
 use crate::tiering::pool::{self, OnLost, PoolTier};
@@ -27,11 +27,13 @@ pub struct Sources {
     pub pools: Vec<Arc<PoolTier>>,
     /// Serves the bytes of the chain's memory files, which need not exist then.
     pub cold: Option<Arc<ColdPool>>,
+    /// The fork point that the chain is, if it is one: it stays as long as it is held.
+    pub fork_point: Option<Arc<ForkPoint>>,
 }
 
 impl Sources {
     fn files(chain: Chain) -> Sources {
-        Sources { chain: Arc::new(chain), tiers: Vec::new(), pools: Vec::new(), cold: None }
+        Sources { chain: Arc::new(chain), tiers: Vec::new(), pools: Vec::new(), cold: None, fork_point: None }
     }
 }
 
@@ -39,7 +41,9 @@ impl Sources {
 /// for a snapshot that none of them has. `fault_timeout`: longest wait of a guest for a page; `stalls` ends the guest
 /// if a pool's lease is lost.
 pub fn open(request: &RestoreRequest, fault_timeout: Duration, stalls: &Arc<Stalls>) -> Result<Sources, Error> {
-    let mut sources = open_memory(request, fault_timeout, stalls)?;
+    let fork_point = ForkPoint::hold(&request.snapshot)?.map(Arc::new);
+    let opened = open_memory(request, fault_timeout, stalls)?;
+    let mut sources = Sources { fork_point, ..opened };
     let is_derived_from = match &request.plan {
         PlanFrom::File(_) => true,
         PlanFrom::Policy(choice) => choice.profile.is_some(),
@@ -120,6 +124,7 @@ fn pooled(location: &Location, pools: &[PathBuf], leased: Option<&Arc<Stalls>>) 
                     tiers: vec![tier.clone()],
                     pools: vec![tier],
                     cold: None,
+                    fork_point: None,
                 });
             }
             Err(error @ pool::Error::NoSnapshot { .. }) => missing = missing.or(Some(error)),

@@ -20,6 +20,9 @@ pub enum Error {
     /// A snapshot is immutable: nothing is ever written over one.
     #[error("{path} already exists; a snapshot directory is never overwritten", path = path.display())]
     TargetExists { path: PathBuf },
+    /// The last process that used it has ended.
+    #[error("Fork point {path} is being removed: the VMs forked from it have ended", path = path.display())]
+    ForkPointGone { path: PathBuf },
     /// The target cannot name a snapshot.
     #[error("{path} cannot be the target of a snapshot: {problem}", path = path.display())]
     BadTarget { path: PathBuf, problem: &'static str },

@@ -40,11 +40,38 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes a new file and makes it durable.
-pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+/// The events that a new snapshot survives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// A crash of the host: its files are synced.
+    Synced,
+    /// The end of the process only: the kernel writes its files when it likes.
+    Unsynced,
+}
+
+impl Durability {
+    /// Syncs an open file or directory, if this asks for it.
+    pub(crate) fn sync(self, file: &File, path: &Path) -> Result<()> {
+        match self {
+            Durability::Synced => file.sync_all().map_err(Error::io("sync", path)),
+            Durability::Unsynced => Ok(()),
+        }
+    }
+
+    /// As [`sync`](Self::sync), for the names in a directory.
+    pub(crate) fn sync_names(self, dir: &Path) -> Result<()> {
+        match self {
+            Durability::Synced => sync_dir(dir),
+            Durability::Unsynced => Ok(()),
+        }
+    }
+}
+
+/// Writes a new file.
+pub(crate) fn write_new(path: &Path, bytes: &[u8], durability: Durability) -> Result<()> {
     let mut file = create_new(path)?;
     file.write_all(bytes).map_err(Error::io("write", path))?;
-    file.sync_all().map_err(Error::io("sync", path))
+    durability.sync(&file, path)
 }
 
 /// The mode of files that hold guest memory, device state, or the record of a guest's actions: only their owner reads

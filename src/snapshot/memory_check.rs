@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::files::Durability;
 use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap};
 use super::zero_pages::nonzero_runs;
 use super::{Error, Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MemoryLayout, PAGE_SIZE, PageSet, Result, files};
@@ -138,9 +139,12 @@ impl MemoryFile<'_> {
         Ok(hasher.finish().into_iter().map(|(_, crc)| crc).collect())
     }
 
-    /// Makes the file durable, and returns its [`checksums`](Self::checksums): both at once, if a thread can be
-    /// started.
-    pub(crate) fn sync_and_checksum(&self, held: &PageSet) -> Result<Vec<u32>> {
+    /// Makes the file as durable as asked, and returns its [`checksums`](Self::checksums): both at once, if a thread
+    /// can be started.
+    pub(crate) fn sync_and_checksum(&self, held: &PageSet, durability: Durability) -> Result<Vec<u32>> {
+        if durability == Durability::Unsynced {
+            return self.checksums(held);
+        }
         let sync = || self.file.sync_all().map_err(Error::io("sync", self.path));
         std::thread::scope(|scope| {
             let syncing = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, sync);

@@ -15,6 +15,7 @@ mod container;
 mod drives;
 mod error;
 mod files;
+mod fork_point;
 mod ids;
 mod image;
 mod layout;
@@ -48,7 +49,8 @@ pub use container::{
 };
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
-pub use files::{PRIVATE, create_new, create_private_dir, overwrite_private, read_limited};
+pub use files::{Durability, PRIVATE, create_new, create_private_dir, overwrite_private, read_limited};
+pub use fork_point::ForkPoint;
 pub use ids::{BadDigestText, Digest, PoolId, SnapshotId, TierId};
 pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, image_name};
 pub use layout::{GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout};

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use rustix::fs::OFlags;
 
+use super::files::Durability;
 use super::{Error, Result, files};
 
 const PREFIX: &[u8] = b".tvmm-";
@@ -108,16 +109,16 @@ impl PartialDir {
         &self.0.path
     }
 
-    /// Renames it to `to`, which must be free and in the same directory, and makes the name durable. The content must
-    /// have been synced.
+    /// Renames it to `to`, which must be free and in the same directory. To survive a crash of the host, the content
+    /// must have been synced.
     ///
     /// # Errors
     /// [`Error::TargetExists`], [`Error::Io`]; then the directory is removed.
-    pub fn publish(mut self, to: &Path) -> Result<()> {
-        files::sync_dir(&self.0.path)?;
+    pub fn publish(mut self, to: &Path, durability: Durability) -> Result<()> {
+        durability.sync_names(&self.0.path)?;
         files::rename_dir_to_free_name(&self.0.path, to)?;
         self.0.armed = false;
-        files::sync_dir(&files::parent_dir(to))
+        durability.sync_names(&files::parent_dir(to))
     }
 }
 
@@ -355,9 +356,9 @@ mod tests {
             partial.publish_durably(&to).unwrap();
             assert_eq!(fs::read_to_string(&to).unwrap(), content);
         }
-        let taken = PartialDir::create(dir.path()).unwrap().publish(&to);
+        let taken = PartialDir::create(dir.path()).unwrap().publish(&to, Durability::Synced);
         assert!(matches!(taken, Err(Error::TargetExists { .. })), "{taken:?}");
-        PartialDir::create(dir.path()).unwrap().publish(&dir.path().join("d")).unwrap();
+        PartialDir::create(dir.path()).unwrap().publish(&dir.path().join("d"), Durability::Unsynced).unwrap();
         let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["d", &longest]);

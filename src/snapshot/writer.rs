@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::chain::check_parent;
 use super::container::{self, Section, SectionKind, write_container};
+use super::files::Durability;
 use super::manifest::{DIR_FILES, MANIFEST_FILE, MAX_STANDS_FOR, MEMORY_FILE, PAGES_FILE, STATE_FILE, canonical};
 use super::memory_check::MemoryFile;
 use super::page_map::PageMap;
@@ -42,6 +43,7 @@ pub struct SnapshotWriter {
     zero: PageSet,
     drives: Vec<(DriveCopy, File)>,
     stands_for: Vec<SnapshotId>,
+    durability: Durability,
 }
 
 /// The work directories: one for the directory form, one beside each file for the two-file form.
@@ -138,6 +140,7 @@ impl SnapshotWriter {
             zero: PageSet::new(),
             drives: Vec::new(),
             stands_for: Vec::new(),
+            durability: Durability::Synced,
         })
     }
 
@@ -145,6 +148,12 @@ impl SnapshotWriter {
     /// last merged come first; those merged longest ago are left out if a manifest cannot hold all.
     pub(crate) fn stand_for(&mut self, snapshots: impl Iterator<Item = SnapshotId>) {
         self.stands_for = snapshots.take(MAX_STANDS_FOR).collect();
+    }
+
+    /// Leaves it to the kernel when the snapshot's files reach the disk: for a snapshot that need not survive a crash
+    /// of the host.
+    pub fn leave_unsynced(&mut self) {
+        self.durability = Durability::Unsynced;
     }
 
     /// Copies the first `len` bytes of a drive's image. The caller keeps the image unwritten meanwhile.
@@ -284,9 +293,23 @@ impl SnapshotWriter {
     fn complete(self, input: SealInput<'_>, proof: Proof<'_>) -> Result<(Sealed, ReadBack)> {
         container::check_sections(&input.state)?;
         let object = self.target.display();
-        let SnapshotWriter { target, layout, kind, parent, work, memory, held, zero, drives, stands_for, .. } = self;
+        let SnapshotWriter {
+            target,
+            layout,
+            kind,
+            parent,
+            work,
+            memory,
+            held,
+            zero,
+            drives,
+            stands_for,
+            durability,
+            ..
+        } = self;
         let path = work.memory_path();
-        let checksums = MemoryFile { file: &memory, path: &path, layout: &layout }.sync_and_checksum(&held)?;
+        let checksums =
+            MemoryFile { file: &memory, path: &path, layout: &layout }.sync_and_checksum(&held, durability)?;
         let map = PageMap::new(&layout, held, zero, checksums).map_err(|p| Error::malformed(&object, p))?;
         let pages = map.to_sections();
         let sizes = FileSizes {
@@ -320,14 +343,14 @@ impl SnapshotWriter {
         let memory = MemoryFile { file: &memory, path: &path, layout: &manifest.layout };
         for (copy, file) in &drives {
             let path = work.memory_dir.path().join(copy.file_name());
-            file.sync_all().map_err(Error::io("sync", &path))?;
+            durability.sync(file, &path)?;
         }
         if let Proof::First(cache) = proof {
             read_back(memory, &map, cache)?;
         }
         let to_read = ReadBack::prepare(memory, map, target.memory_path())?;
         let bytes_on_disk = match &target {
-            Location::Dir(_) => seal_dir(&target, work, &manifest, needed, [&input.state, &pages])?,
+            Location::Dir(_) => seal_dir(&target, work, &manifest, needed, [&input.state, &pages], durability)?,
             Location::Files { .. } => seal_files(&target, work, &manifest, needed, [input.state, pages])?,
         };
         let Manifest { id, pages_held, pages_zero, .. } = manifest;
@@ -428,18 +451,19 @@ fn seal_dir(
     manifest: &Manifest,
     needed: Option<Parent>,
     sections: [&[Section]; 2],
+    durability: Durability,
 ) -> Result<u64> {
     let Location::Dir(dir) = target else { return Ok(0) };
     let from = work.memory_dir.path().to_path_buf();
     let [state, pages] = sections;
-    files::write_durably(&from.join(STATE_FILE), &write_container(state))?;
-    files::write_durably(&from.join(PAGES_FILE), &write_container(pages))?;
-    files::write_durably(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?)?;
+    files::write_new(&from.join(STATE_FILE), &write_container(state), durability)?;
+    files::write_new(&from.join(PAGES_FILE), &write_container(pages), durability)?;
+    files::write_new(&from.join(MANIFEST_FILE), &manifest.to_json(&dir.display().to_string())?, durability)?;
     let drives = manifest.drives.iter().map(DriveCopy::file_name);
     let names = DIR_FILES.map(str::to_owned).into_iter().chain(drives);
     let bytes_on_disk = names.map(|name| occupied(&from.join(name))).sum::<Result<u64>>()?;
     prove_readable(target, &Location::Dir(from), manifest, needed.as_ref())?;
-    work.memory_dir.publish(dir)?;
+    work.memory_dir.publish(dir, durability)?;
     Ok(bytes_on_disk)
 }
 
@@ -459,7 +483,7 @@ fn seal_files(
     all.extend(sections.into_iter().flatten());
     check_size(&snapshot_to.display().to_string(), container::container_len(&all), SNAPSHOT_FILE_LIMIT)?;
     let snapshot_from = snapshot_dir.path().join("snapshot");
-    files::write_durably(&snapshot_from, &write_container(&all))?;
+    files::write_new(&snapshot_from, &write_container(&all), Durability::Synced)?;
     let memory_from = work.memory_path();
     let bytes_on_disk = occupied(&snapshot_from)? + occupied(&memory_from)?;
     let written = Location::Files { snapshot: snapshot_from.clone(), memory: memory_from.clone() };

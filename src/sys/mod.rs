@@ -43,6 +43,7 @@ pub mod pagemap_scan;
 pub mod pdeathsig;
 pub mod prefault;
 pub mod raw_descriptor;
+pub mod reap;
 pub mod resident;
 pub mod shared_map;
 pub mod signals;

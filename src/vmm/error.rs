@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::boot::BootError;
 use super::kvm_error::KvmError;
+use super::repurpose::NotRepurposable;
 use super::restore::StateError;
 use super::rewind::NotRewindable;
 use crate::{devices, memory, snapshot};
@@ -26,6 +27,8 @@ pub enum Error {
     SnapshotInProgress,
     #[error(transparent)]
     Rewind(#[from] NotRewindable),
+    #[error(transparent)]
+    Repurpose(#[from] NotRepurposable),
     #[error("The machine is not as its snapshot: {}", first_of(.0))]
     NotAsSaved(Vec<String>),
     #[error(transparent)]

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::error::Error;
-use crate::snapshot::{Chain, PageSet, Parent, SnapshotId};
+use crate::snapshot::{Chain, ForkPoint, PageSet, Parent, SnapshotId};
 
 /// Ancestry of one VM's memory.
 #[derive(Debug, Default)]
@@ -35,14 +35,24 @@ impl Lineage {
         self.origin.as_ref()
     }
 
-    /// The snapshot that the VM was restored from.
-    pub fn origin_parent(&self) -> Option<Parent> {
-        self.origin.as_ref().map(|chain| parent_of(chain))
+    /// The snapshot that the VM was restored from, as the parent of a diff taken now; `None` if it was booted.
+    ///
+    /// # Errors
+    /// It is a fork point.
+    pub fn origin_parent(&self) -> Result<Option<Parent>, Error> {
+        let parent = self.origin.as_ref().map(|chain| parent_of(chain));
+        parent.map(|parent| check_lasting(&parent).map(|()| parent.clone())).transpose()
     }
 
-    /// The last snapshot sealed from, or restored into, this VM.
+    /// The snapshot that a diff taken now would be a change of.
+    ///
+    /// # Errors
+    /// There is none, or it is a fork point: a diff needs its parent for longer than a fork point lives.
     pub fn parent(&self) -> Result<&Parent, Error> {
-        self.parent.as_ref().ok_or_else(|| Error::Diff("this VM has no earlier snapshot; take a full one first".into()))
+        let none = || Error::Diff("this VM has no earlier snapshot; take a full one first".into());
+        let parent = self.parent.as_ref().ok_or_else(none)?;
+        check_lasting(parent)?;
+        Ok(parent)
     }
 
     /// The pages of `changed` that may only have been read. If KVM finds a page writable, as memory filled for a
@@ -99,6 +109,12 @@ impl Lineage {
             self.changed.union_with(&pages);
         }
     }
+}
+
+/// Refuses a parent that ends with the VMs that use it.
+fn check_lasting(parent: &Parent) -> Result<(), Error> {
+    let why = "this VM was forked, and its fork point ends with the VMs that use it; take a full one first";
+    if ForkPoint::has(&parent.location) { Err(Error::Diff(why.into())) } else { Ok(()) }
 }
 
 /// The tip of `chain` as the parent of a diff.

@@ -20,6 +20,7 @@ pub(crate) mod lineage;
 pub mod machine;
 mod origin;
 mod pmem;
+pub(crate) mod repurpose;
 pub(crate) mod restore;
 pub(crate) mod rewind;
 mod saved_state;

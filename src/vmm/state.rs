@@ -26,6 +26,9 @@ const VERSION: u32 = 1;
 /// Entries a CPUID or MSR table can have, by KVM's own limits.
 const TABLE_MAX: usize = 256;
 const IRQCHIPS: usize = 3;
+/// One part in 4000, 250 ppm: the guest's own clock discipline absorbs such a difference between two TSC frequencies
+/// (Linux' tolerance for a steady TSC).
+const TSC_TOLERANCE: u32 = 4000;
 
 /// The construction parameters of the machine, checked against limits before anything is allocated.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -212,9 +215,7 @@ impl VcpuState {
         let cpuid = CpuId::from_entries(&entries)
             .map_err(|error| StateError::Section { section: "CPUID".into(), what: format!("{error:?}") })?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("set the CPUID"))?;
-        let now = vcpu.get_tsc_khz().unwrap_or(0);
-        // Within 250 ppm the guest's own clock discipline absorbs the difference (Linux' tolerance for a steady TSC).
-        if self.tsc_khz != 0 && now.abs_diff(self.tsc_khz) > self.tsc_khz / 4000 {
+        if !self.fits_tsc(vcpu.get_tsc_khz().unwrap_or(0)) {
             vcpu.set_tsc_khz(self.tsc_khz).map_err(failed("set the TSC frequency"))?;
         }
         Ok(())
@@ -288,6 +289,33 @@ impl VcpuState {
         let msrs = self.msrs()?;
         differing.extend(msrs.iter().filter(|now| !is_saved(now)).map(|now| format!("MSR {:#x}", now.index)));
         Ok(differing)
+    }
+
+    /// Returns an MSR that the vCPU has and whose value was not saved, if there is one.
+    pub fn missing_msr(&self, vcpu: &VcpuFd, index: u8, msr_indices: &[u32]) -> Result<Option<u32>, Error> {
+        let failed = |source| KvmError::Vcpu { doing: "read the MSRs", vcpu: index, source };
+        let has: Vec<kvm_msr_entry> = unraw_table("MSRs", &save_msrs(vcpu, msr_indices).map_err(failed)?)?;
+        let saved = self.msrs()?;
+        let is_saved = |entry: &kvm_msr_entry| saved.iter().any(|saved| saved.index == entry.index);
+        Ok(has.iter().find(|entry| !is_saved(entry)).map(|entry| entry.index))
+    }
+
+    /// Sets the memory type registers to their values after a reset, unless the saved state has them: KVM does not list
+    /// them on every host, and a guest may have written them.
+    pub fn reset_memory_types(&self, vcpu: &VcpuFd, index: u8) -> Result<(), Error> {
+        let saved = self.msrs()?;
+        let is_saved = |entry: &kvm_msr_entry| saved.iter().any(|saved| saved.index == entry.index);
+        let unsaved: Vec<_> = msr::reset_memory_types().into_iter().filter(|entry| !is_saved(entry)).collect();
+        set_msrs(vcpu, index, &unsaved).map(drop)
+    }
+
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// Returns whether a vCPU whose TSC runs at `khz` needs no other frequency for this state.
+    pub fn fits_tsc(&self, khz: u32) -> bool {
+        self.tsc_khz == 0 || khz.abs_diff(self.tsc_khz) <= self.tsc_khz / TSC_TOLERANCE
     }
 
     /// The saved MSRs.

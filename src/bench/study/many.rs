@@ -18,7 +18,7 @@ use crate::bench::child;
 use crate::bench::commands::LONG;
 use crate::bench::guest::{Guest, digest_of};
 use crate::bench::trial::Trial;
-use crate::snapshot::PartialDir;
+use crate::snapshot::{Durability, PartialDir};
 use crate::sys::errors::{BoxError, refuse};
 
 /// Most different snapshots: they take disk space.
@@ -74,7 +74,7 @@ impl Study {
                     let said = String::from_utf8_lossy(&output.stderr);
                     return refuse(format!("Cannot copy {}: {}", subject.snapshot.display(), said.trim()));
                 }
-                partial.publish(&snapshot)?;
+                partial.publish(&snapshot, Durability::Synced)?;
             }
             all.push(Subject { snapshot, ..subject.clone() });
         }

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::interrupt::Interrupt;
 use super::io::CHAINS_PER_TURN;
+use super::retired::Retired;
 use super::{Broken, Io, Memory, QueueState, Source, VirtQueue, VirtioDevice};
 use crate::devices::{BusDevice, Error, InterruptLine};
 
@@ -73,6 +74,10 @@ pub struct TransportState {
 }
 
 impl TransportState {
+    pub fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+
     /// Returns whether this is the state `other`, but for interrupts and the changes of the configuration space that
     /// they announce.
     pub fn is_as(&self, other: &TransportState) -> bool {
@@ -84,6 +89,7 @@ impl TransportState {
 /// The driver's settings, and the device.
 struct Inner {
     device: Box<dyn VirtioDevice>,
+    memory: Memory,
     queues: Vec<VirtQueue>,
     status: u32,
     features: u64,
@@ -99,10 +105,8 @@ struct Inner {
 pub struct MmioDevice {
     inner: Mutex<Inner>,
     interrupt: Interrupt,
-    memory: Memory,
     /// Makes the device thread look at everything.
     kick: EventFd,
-    name: String,
     device_type: u32,
 }
 
@@ -111,10 +115,10 @@ impl MmioDevice {
     pub fn new(device: Box<dyn VirtioDevice>, memory: Memory) -> Result<Self, Error> {
         let failed = |source| Error::Event { doing: "make an eventfd", device: "virtio transport", source };
         let queues = device.queue_sizes().iter().map(|&size| VirtQueue::new(size)).collect::<io::Result<Vec<_>>>();
-        let name = device.name().to_owned();
         let device_type = device.device_type();
         let inner = Inner {
             device,
+            memory,
             queues: queues.map_err(failed)?,
             status: 0,
             features: 0,
@@ -126,15 +130,19 @@ impl MmioDevice {
         };
         let interrupt = Interrupt::new().map_err(failed)?;
         let kick = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
-        Ok(MmioDevice { inner: Mutex::new(inner), interrupt, memory, kick, name, device_type })
+        Ok(MmioDevice { inner: Mutex::new(inner), interrupt, kick, device_type })
     }
 
-    pub fn name(&self) -> &str {
-        &self.name
+    pub fn name(&self) -> String {
+        self.lock().device.name().to_owned()
     }
 
     pub fn device_type(&self) -> u32 {
         self.device_type
+    }
+
+    pub fn queue_count(&self) -> usize {
+        self.lock().queues.len()
     }
 
     pub fn interrupt_line(&self) -> &InterruptLine {
@@ -267,7 +275,7 @@ impl MmioDevice {
         inner.queue_sel = state.queue_sel;
         inner.config_generation = state.config_generation;
         self.interrupt.set_causes(state.interrupt_status);
-        if inner.is_live() && !inner.queues.iter().all(|queue| !queue.is_ready() || queue.queue.is_valid(&self.memory))
+        if inner.is_live() && !inner.queues.iter().all(|queue| !queue.is_ready() || queue.queue.is_valid(&inner.memory))
         {
             return Err(invalid("a queue lies outside guest memory"));
         }
@@ -282,6 +290,39 @@ impl MmioDevice {
     pub fn rewind(&self, transport: &TransportState, device: &[u8]) -> Result<(), Error> {
         let mut inner = self.lock();
         inner.device.rewind(device)?;
+        for queue in &inner.queues {
+            // Kicks for the chains of the former guest.
+            let _ = queue.event().read();
+        }
+        drop(inner);
+        self.restore(transport)
+    }
+
+    /// Ends the device: its files, sockets and taps are free again. Called after `quiesce`, when the device thread has
+    /// ended. Nothing but [`renew`](Self::renew) may be called then.
+    pub fn retire(&self) {
+        let mut inner = self.lock();
+        let queue_sizes = inner.device.queue_sizes().to_vec();
+        inner.device = Box::new(Retired { device_type: self.device_type, queue_sizes });
+    }
+
+    /// Puts `device`, which was made from saved state, in the place of the former one, and takes over the registers
+    /// that were saved with it. It works on `memory`. Interrupt line and kicks stay connected.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore), or the device is of another type.
+    pub fn renew(
+        &self,
+        device: Box<dyn VirtioDevice>,
+        memory: &Memory,
+        transport: &TransportState,
+    ) -> Result<(), Error> {
+        let mut inner = self.lock();
+        if device.device_type() != self.device_type || device.queue_sizes() != inner.device.queue_sizes() {
+            return Err(Error::State { device: "virtio transport", what: "it is of another device" });
+        }
+        inner.device = device;
+        inner.memory = memory.clone();
         for queue in &inner.queues {
             // Kicks for the chains of the former guest.
             let _ = queue.event().read();
@@ -321,7 +362,7 @@ impl Inner {
         if !self.is_live() {
             return;
         }
-        let memory = &transport.memory;
+        let memory = &self.memory;
         let interrupt = &transport.interrupt;
         let budget = CHAINS_PER_TURN;
         let queues = &mut self.queues;
@@ -332,7 +373,7 @@ impl Inner {
             let _ = transport.kick.write(1);
         }
         if let Err(broken) = result {
-            tracing::warn!(device = transport.name, error = %broken, "A device stopped until its driver resets it");
+            tracing::warn!(device = self.device.name(), error = %broken, "A device stopped until its driver resets it");
             self.status |= status::NEEDS_RESET;
             interrupt.config_change();
         }
@@ -423,7 +464,7 @@ impl Inner {
         let mut valid = true;
         for queue in &mut self.queues {
             queue.queue.set_event_idx(event_idx);
-            valid &= !queue.is_ready() || queue.queue.is_valid(&transport.memory);
+            valid &= !queue.is_ready() || queue.queue.is_valid(&self.memory);
         }
         self.with_io(transport, |device, io| {
             if !valid {

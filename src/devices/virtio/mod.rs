@@ -22,6 +22,7 @@ mod net;
 mod pmem;
 mod queue;
 mod rate_limiter;
+mod retired;
 #[cfg(test)]
 pub mod testing;
 #[cfg(test)]

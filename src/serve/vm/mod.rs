@@ -60,6 +60,9 @@ pub(super) struct VmRecord {
     /// The snapshot it was restored from; none if it was booted.
     #[serde(rename = "ssId")]
     pub(super) ss_id: Option<String>,
+    /// The VM that it was forked from, if it was.
+    #[serde(default)]
+    pub(super) fork_of: Option<String>,
     /// The policy it was restored by.
     pub(super) policy: Option<String>,
     pub(super) namespace: Option<String>,
@@ -126,14 +129,37 @@ enum Duty {
 /// The parameters of a VM's restore.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RestoreSpec {
-    pub(super) ss_id: String,
+    pub(super) origin: RestoreOrigin,
     /// The body of the VM's `/snapshot/load`, without the VM's own drives, tap and socket.
     pub(super) load: LoadFields,
     /// True if the snapshot contains copies of drives.
     pub(super) has_drive_copies: bool,
 }
 
+/// The snapshot that a VM is restored from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum RestoreOrigin {
+    /// A stored snapshot, by its name.
+    Snapshot(String),
+    /// The fork point of this VM.
+    Fork(String),
+}
+
 impl RestoreSpec {
+    fn ss_id(&self) -> Option<String> {
+        match &self.origin {
+            RestoreOrigin::Snapshot(id) => Some(id.clone()),
+            RestoreOrigin::Fork(_) => None,
+        }
+    }
+
+    fn fork_of(&self) -> Option<String> {
+        match &self.origin {
+            RestoreOrigin::Snapshot(_) => None,
+            RestoreOrigin::Fork(vm) => Some(vm.clone()),
+        }
+    }
+
     /// The policy; none: a plan that the request names.
     fn policy(&self) -> Option<String> {
         self.load.tvmm.policy().map(|policy| policy.name().to_owned())
@@ -211,7 +237,7 @@ impl Vm {
         Ok(Vm {
             id,
             function: spec.function.clone(),
-            ss_id: spec.restore.as_ref().map(|restore| restore.ss_id.clone()),
+            ss_id: spec.restore.as_ref().and_then(RestoreSpec::ss_id),
             policy: spec.restore.as_ref().and_then(RestoreSpec::policy),
             restore: spec.restore.clone(),
             namespace: spec.network.as_ref().map(|network| network.namespace.clone()),
@@ -223,7 +249,7 @@ impl Vm {
             vsock,
             drives,
             next_request: AtomicU64::new(1),
-            diff_parent: Mutex::new(spec.restore.as_ref().map(|restore| restore.ss_id.clone())),
+            diff_parent: Mutex::new(spec.restore.as_ref().and_then(RestoreSpec::ss_id)),
             usage: Mutex::new(Usage { duty, requests: 0, invocations: 0, rewinds: 0, since: Instant::now() }),
         })
     }
@@ -376,6 +402,7 @@ impl Vm {
             },
             func_name: self.function.func_name.clone(),
             ss_id: self.ss_id.clone(),
+            fork_of: self.restore.as_ref().and_then(RestoreSpec::fork_of),
             policy: self.policy.clone(),
             namespace: self.namespace.clone(),
             vm_conf: VmConf { vcpu: self.function.vcpu, mem_size: self.function.mem_size },

@@ -91,7 +91,7 @@ impl Controller {
     }
 
     /// Refuses what cannot be done while a live snapshot is taken.
-    pub(super) fn check_no_live(&self) -> Result<(), Refused> {
+    pub(in crate::session) fn check_no_live(&self) -> Result<(), Refused> {
         let there = vmm::Error::SnapshotInProgress;
         if self.live.job.is_some() { Err(Refused::bad_request_because(&there)) } else { Ok(()) }
     }

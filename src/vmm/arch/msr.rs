@@ -31,6 +31,14 @@ pub fn boot_entries() -> Vec<kvm_msr_entry> {
     .to_vec()
 }
 
+/// The memory type range registers (SDM volume 3, 12.11) with their values after a reset.
+pub fn reset_memory_types() -> Vec<kvm_msr_entry> {
+    let variable = 0x200..=0x20f;
+    let fixed = [0x250, 0x258, 0x259].into_iter().chain(0x268..=0x26f);
+    let all = variable.chain(fixed).chain([IA32_MTRR_DEF_TYPE]);
+    all.map(|index| kvm_msr_entry { index, ..Default::default() }).collect()
+}
+
 /// Returns whether the register changes by itself: the TSC, and its deadline, which is 0 once it is past.
 pub fn changes_with_time(index: u32) -> bool {
     matches!(index, IA32_TSC | IA32_TSC_DEADLINE)

@@ -110,6 +110,13 @@ pub enum ReadBackWhen {
 }
 
 impl Captured {
+    /// Makes the snapshot one that need not survive a crash of the host: nothing is synced to a disk.
+    pub fn unsynced(mut self) -> Captured {
+        self.writer.leave_unsynced();
+        self.drives.clear();
+        self
+    }
+
     /// Makes the snapshot final: everything is on disk under its name, and verified or still to be.
     pub fn seal(mut self, when: ReadBackWhen) -> Result<(Sealed, Option<ReadBack>), Error> {
         self.copied.write(&mut self.writer)?;
@@ -317,7 +324,7 @@ impl Core {
         if self.shape.track_dirty_pages {
             return Ok(self.lineage.parent()?.clone());
         }
-        self.lineage.origin_parent().ok_or_else(|| {
+        self.lineage.origin_parent()?.ok_or_else(|| {
             Error::Diff(
                 "dirty page tracking is off, and the VM was not restored from a snapshot; set `track_dirty_pages` in \
                  machine-config"

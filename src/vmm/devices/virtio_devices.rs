@@ -69,6 +69,11 @@ impl VirtioDevices {
         lines.zip(self.slots().into_iter().map(|slot| slot.gsi))
     }
 
+    /// Type and number of queues of each device.
+    pub fn kinds(&self) -> Vec<(u32, usize)> {
+        self.devices.iter().map(|device| (device.device_type(), device.queue_count())).collect()
+    }
+
     pub fn configs(&self) -> &DeviceConfigs {
         &self.configs
     }
@@ -132,6 +137,36 @@ impl VirtioDevices {
         })
     }
 
+    /// Ends all devices, so that their files, sockets and taps are free again. Called after `quiesce`.
+    ///
+    /// # Errors
+    /// The thread of the devices does not end until `deadline`; it still uses them.
+    pub fn retire(&mut self, deadline: Instant) -> Result<(), Error> {
+        self.finish(deadline)?;
+        self.thread = None;
+        self.devices.iter().for_each(|device| device.retire());
+        Ok(())
+    }
+
+    /// Puts `devices`, which were made from `saved` for `memory`, in the places of those that [`retire`](Self::retire)
+    /// has ended, and starts their thread. They stay quiet until [`go_on`](Self::go_on).
+    ///
+    /// # Errors
+    /// A device has another type or other queues than the former one.
+    pub fn renew(
+        &mut self,
+        devices: Vec<Box<dyn VirtioDevice>>,
+        memory: &Memory,
+        saved: &[SavedDevice],
+        configs: DeviceConfigs,
+    ) -> Result<(), Error> {
+        for ((transport, device), saved) in self.devices.iter().zip(devices).zip(saved) {
+            transport.renew(device, memory, &saved.transport)?;
+        }
+        self.configs = configs;
+        self.start()
+    }
+
     /// Passes the device called `name`, if it is a `D`, to `work`, which returns whether its configuration space has
     /// changed.
     pub fn with<D: VirtioDevice, R>(&self, name: &str, work: impl FnOnce(&mut D) -> (R, bool)) -> Option<R> {
@@ -149,6 +184,6 @@ impl VirtioDevices {
 
     /// Counters of all devices by name.
     pub fn metrics(&self) -> serde_json::Value {
-        self.devices.iter().map(|device| (device.name().to_owned(), device.metrics())).collect()
+        self.devices.iter().map(|device| (device.name(), device.metrics())).collect()
     }
 }

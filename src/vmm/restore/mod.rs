@@ -1,9 +1,9 @@
 //! Restore of a machine: its state comes from the snapshot, its memory from a plan.
 
-mod drives;
+pub(in crate::vmm) mod drives;
 mod error;
 mod prefault;
-mod rescue;
+pub(in crate::vmm) mod rescue;
 
 pub use error::StateError;
 
@@ -66,7 +66,11 @@ pub struct RestoreSpec<'a> {
 }
 
 /// The shape of the saved machine, if it has the memory of the manifest's `layout`.
-fn shape_of(saved: &SavedState, layout: &MemoryLayout, track_dirty_pages: bool) -> Result<Shape, Error> {
+pub(in crate::vmm) fn shape_of(
+    saved: &SavedState,
+    layout: &MemoryLayout,
+    track_dirty_pages: bool,
+) -> Result<Shape, Error> {
     let MachineState { vcpu_count, mem_size_mib, .. } = saved.machine;
     let shape = Shape { vcpu_count, mem_size_mib, track_dirty_pages };
     let is_possible = mem_size_mib <= config::MAX_MEM_SIZE_MIB;
@@ -99,7 +103,7 @@ impl Machine<Built> {
             Some(_) => None,
         };
         timeline.lap(Slice::StateLoad);
-        let mut built = match spec.handler {
+        let built = match spec.handler {
             None => {
                 let options = BuildOptions { observed: spec.observer.is_some(), in_place: spec.in_place_mapping };
                 crate::memory::engine::build(&files, spec.plan, layout, options, timeline)?
@@ -109,6 +113,7 @@ impl Machine<Built> {
         let serves = PageServer::of(spec.handler, spec.observer.as_ref());
         let is_ours = serves == PageServer::Own;
         let exact = if is_ours { crate::memory::engine::writable_when_written(spec.plan) } else { PageSet::new() };
+        let mut filled = built.filled;
         let single_pages = if spec.single_pages { built.ram.map_single_pages()? } else { None };
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &built.ram, spec.stalls)?;
@@ -118,9 +123,9 @@ impl Machine<Built> {
         machine.core.services.single_pages = single_pages;
         machine.core.services.cold = files.cold().cloned().map(CloseCold);
         machine.core.services.tiers_held = files.tiers().to_vec();
-        let rescue = Rescue::prepare(built.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
+        let rescue = Rescue::prepare(filled.lazy.as_ref().map(|(uffd, _)| uffd), &machine.core);
         // Before state is applied, because KVM may touch guest memory while applying it.
-        match (spec.handler, built.lazy) {
+        match (spec.handler, filled.lazy) {
             (Some(socket), Some((uffd, _))) => machine.core.hand_over(socket, uffd, spec.stalls)?,
             (None, Some(served)) => machine.core.serve(served, &files, spec.plan, spec.observer, spec.stalls)?,
             _ => {}
@@ -129,7 +134,7 @@ impl Machine<Built> {
         machine.core.lineage = Lineage::restored(files.chain().clone(), exact);
         timeline.lap(Slice::StateLoad);
         if is_ours {
-            built.report.prefault = machine.prefault(spec.plan)?;
+            filled.report.prefault = machine.core.prefault(machine.boot_vcpu(), spec.plan)?;
             timeline.lap(Slice::Preload);
         }
         machine.core.start_background(&files, spec.plan, spec.stalls)?;
@@ -143,7 +148,7 @@ impl Machine<Built> {
         machine.core.origin = Some(Box::new(origin));
         rescue.finish()?;
         timeline.lap(Slice::StateLoad);
-        Ok((machine, built.report))
+        Ok((machine, filled.report))
     }
 
     /// Takes on the saved state of vCPUs, VM and devices.
@@ -157,7 +162,7 @@ impl Machine<Built> {
 
 impl Core {
     /// Starts the fault service.
-    fn serve(
+    pub(in crate::vmm) fn serve(
         &mut self,
         (uffd, extents): Served,
         files: &Files,
@@ -193,7 +198,12 @@ impl Core {
         Ok(())
     }
 
-    fn start_background(&mut self, files: &Files, plan: &RestorePlan, stalls: &Stalls) -> Result<(), Error> {
+    pub(in crate::vmm) fn start_background(
+        &mut self,
+        files: &Files,
+        plan: &RestorePlan,
+        stalls: &Stalls,
+    ) -> Result<(), Error> {
         let services = &self.services;
         let told = (self.ending.clone(), stalls.activity());
         let lazy = services.uffd.clone().map(|uffd| (uffd, services.counters.clone()));

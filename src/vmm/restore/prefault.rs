@@ -4,27 +4,29 @@
 //! Only memory that the plan preloads is mapped: its host pages are writable, so KVM maps them writable too. Pages in
 //! place are mapped read-only and would fault again at the first write.
 
+use kvm_ioctls::VcpuFd;
+
 use crate::memory;
 use crate::memory::engine::{PrefaultOutcome, PrefaultReport};
 
 use crate::snapshot::{Extent, Placement, RestorePlan};
 use crate::sys::prefault::{Progress, is_available, prefault};
 use crate::vmm::error::Error;
-use crate::vmm::machine::{Built, Machine};
+use crate::vmm::machine::Core;
 
-impl Machine<Built> {
+impl Core {
     /// Maps the preloaded memory of `plan` on the boot vCPU. Its state must be set: it decides which page tables KVM
     /// fills.
-    pub(crate) fn prefault(&self, plan: &RestorePlan) -> Result<PrefaultReport, Error> {
+    pub(crate) fn prefault(&self, boot_vcpu: Option<&VcpuFd>, plan: &RestorePlan) -> Result<PrefaultReport, Error> {
         let runs = preloaded_runs(plan);
-        let Some(vcpu) = self.boot_vcpu().filter(|_| !runs.is_empty()) else {
+        let Some(vcpu) = boot_vcpu.filter(|_| !runs.is_empty()) else {
             return Ok(PrefaultReport::default());
         };
         let without_calls = |outcome| Ok(PrefaultReport { outcome, ..Default::default() });
-        if !is_available(&self.core.kvm) {
+        if !is_available(&self.kvm) {
             return without_calls(PrefaultOutcome::Unavailable);
         }
-        if self.core.shape.track_dirty_pages {
+        if self.shape.track_dirty_pages {
             return without_calls(PrefaultOutcome::DirtyPagesTracked);
         }
         let mut progress = Progress::default();

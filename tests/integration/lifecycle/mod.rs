@@ -1,5 +1,7 @@
 //! The life of a VM after its restore.
 
+mod fork;
+mod repurpose;
 mod rewind;
 mod standby;
 

@@ -10,7 +10,7 @@ mod guest_elf;
 mod host;
 mod large;
 mod metadata;
-mod platform;
+pub mod platform;
 mod prefault;
 mod report;
 mod smp;

@@ -237,13 +237,13 @@ fn kernels_with_wrong_header_fields_that_no_loader_reads_boot() {
 }
 
 /// A template that clears bits of leaf 1's ECX.
-fn without_leaf1_ecx(bitmap: &str) -> Value {
+pub fn without_leaf1_ecx(bitmap: &str) -> Value {
     let modifier = json!({ "register": "ecx", "bitmap": bitmap });
     json!({ "cpuid_modifiers": [{ "leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [modifier] }] })
 }
 
 /// Returns true if KVM keeps a feature of leaf 1's ECX hidden that a vCPU's table of CPUID leaves out.
-fn hides_cpuid(feature: u32) -> bool {
+pub fn hides_cpuid(feature: u32) -> bool {
     let kvm = kvm_ioctls::Kvm::new().expect("/dev/kvm can be opened");
     let vm = kvm.create_vm().unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();

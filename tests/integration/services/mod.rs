@@ -6,6 +6,7 @@ mod serve;
 mod serve_doors;
 mod serve_drives;
 mod serve_faults;
+mod serve_fork;
 mod serve_netns;
 mod serve_rewind;
 mod serve_standby;

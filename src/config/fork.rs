@@ -1,0 +1,82 @@
+//! The fork of a VM: the request and the answer.
+//!
+//! Names in a request may contain the number of the child, from 1 on: `{n}` in decimal, `{n:02x}` as two hexadecimal
+//! digits, for MAC addresses. `fork_children.rs` puts it in.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::config::overrides::{NetworkOverrideBody, VsockOverrideBody};
+use crate::config::restore::{DriveOverride, MacOverride};
+
+/// The most children of one fork: each takes a few descriptors of the parent while it starts.
+pub const MAX_CHILDREN: u32 = 256;
+
+/// A request to fork a machine: the body of `PUT /tvmm/fork`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForkRequest {
+    /// The number of children.
+    pub count: u32,
+    /// The API socket of each child.
+    pub out_sock: PathBuf,
+    /// The directory of the fork point; none: that of the first child's socket.
+    #[serde(default)]
+    pub dir: Option<PathBuf>,
+    /// True: the children stay paused.
+    #[serde(default)]
+    pub paused: bool,
+    /// The file of each child's console and messages.
+    #[serde(default)]
+    pub log: Option<PathBuf>,
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverrideBody>,
+    #[serde(default)]
+    pub vsock_override: Option<VsockOverrideBody>,
+    #[serde(default)]
+    pub drive_overrides: Vec<DriveOverride>,
+    /// The directory for each child's own copies of drives; none: one in the fork point.
+    #[serde(default)]
+    pub drive_dir: Option<PathBuf>,
+    #[serde(default)]
+    pub mac_overrides: Vec<MacOverride>,
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// A machine that was forked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Forked {
+    /// The directory of the fork point, which ends with its users.
+    #[schema(value_type = String)]
+    pub fork_point: PathBuf,
+    /// Bytes of guest memory in the fork point.
+    pub memory_bytes: u64,
+    /// Time for which the machine stood still, µs.
+    pub stood_still_us: u64,
+    /// Time from the request to the answer, µs.
+    pub total_us: u64,
+    pub children: Vec<ForkedChild>,
+}
+
+/// A child of a fork.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForkedChild {
+    /// Its name in answers of its API.
+    pub id: String,
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// Its process.
+    pub pid: u32,
+}
+
+/// The forks of a machine so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct ForkCounts {
+    pub done: u64,
+    pub failed: u64,
+    pub children: u64,
+}

@@ -1,0 +1,221 @@
+//! The fork of a VM: its children are VMs of their own, each a process, that go on from the same instant.
+//!
+//! The parent is captured into a fork point, and each child restores that, with its own sockets, taps and drives. The
+//! memory file is mapped private, so that parent's and children's pages are in the page cache once until a child writes
+//! them. Nothing ties a child to its parent afterwards.
+
+mod child;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use self::child::{Child, end_all};
+use crate::config::control::Reply;
+use crate::config::fork::{ForkCounts, ForkRequest, Forked};
+use crate::config::refusal::Refused;
+use crate::config::{ChildSpec, VmConfig};
+use crate::session::Error;
+use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, create_new, create_private_dir};
+use crate::sys::reap;
+use crate::vmm::capture::{Captured, ReadBackWhen};
+
+/// News of the thread that carries a fork out.
+pub enum ForkNews {
+    /// The fork point was written, or could not be.
+    PointOver,
+    /// All children answer, or none is left.
+    Over(Result<Forked, Error>),
+}
+
+type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
+
+/// The forks of one machine, one at a time.
+#[derive(Default)]
+pub struct Forks {
+    reply: Option<Respond>,
+    counts: ForkCounts,
+}
+
+impl Forks {
+    /// Refuses a fork while another is under way.
+    pub fn check_free(&self) -> Result<(), Refused> {
+        match self.reply {
+            Some(_) => {
+                Err(Refused::bad_request("Cannot fork the VM: it is being forked. Ask again after that answer."))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub fn is_under_way(&self) -> bool {
+        self.reply.is_some()
+    }
+
+    /// A fork has begun: `respond` is called when it is over.
+    pub fn answer_later(&mut self, respond: Respond) {
+        self.reply = Some(respond);
+    }
+
+    /// Counts a fork that is over, and answers its request.
+    pub fn finish(&mut self, result: Result<Forked, Error>) {
+        match &result {
+            Ok(forked) => {
+                self.counts.done += 1;
+                self.counts.children += forked.children.len() as u64;
+            }
+            Err(_) => self.counts.failed += 1,
+        }
+        if let Some(respond) = self.reply.take() {
+            respond(result.map(Reply::Forked).map_err(|error| Refused::bad_request_because(&error)));
+        }
+    }
+
+    pub fn counts(&self) -> ForkCounts {
+        self.counts
+    }
+}
+
+/// The machine to fork.
+pub struct ForkParent<'a> {
+    pub id: &'a str,
+    pub config: &'a VmConfig,
+    pub fault_timeout: Duration,
+}
+
+/// A fork that was checked, and whose fork point has its place.
+pub struct Fork {
+    point: ForkPoint,
+    children: Vec<ChildSpec>,
+    id: String,
+    fault_timeout: Duration,
+    copies_drives: bool,
+    stays_paused: bool,
+    began: Instant,
+    /// Time for which the parent stood still.
+    pub stood_still: Duration,
+}
+
+impl Fork {
+    /// Checks a request, and makes the directory of the fork point. Fork points there that no VM uses are removed.
+    pub fn prepare(request: &ForkRequest, parent: &ForkParent<'_>) -> Result<Fork, Refused> {
+        let began = Instant::now();
+        let devices = &parent.config.devices;
+        let mut children = request.children(devices).map_err(|error| Refused::bad_request_because(&error))?;
+        let copies_drives = request.copies_drives(devices);
+        let dir = std::path::absolute(request.fork_dir()).map_err(|error| Refused::internal_because(&error))?;
+        let point = ForkPoint::create(&dir).map_err(|error| Refused::bad_request_because(&error))?;
+        for child in &mut children {
+            child.load.snapshot_path = point.snapshot();
+            child.load.track_dirty_pages = parent.config.machine.track_dirty_pages;
+            if copies_drives && child.load.tvmm.drive_dir.is_none() {
+                child.load.tvmm.drive_dir = Some(point.dir().join(format!("drives-{}", child.number)));
+            }
+        }
+        Ok(Fork {
+            point,
+            children,
+            id: parent.id.to_owned(),
+            fault_timeout: parent.fault_timeout,
+            copies_drives,
+            stays_paused: request.paused,
+            began,
+            stood_still: Duration::ZERO,
+        })
+    }
+
+    /// The place of the fork point's snapshot.
+    pub fn target(&self) -> Location {
+        Location::Dir(self.point.snapshot())
+    }
+
+    /// Returns whether the fork point gets copies of the drives that the guest can write.
+    pub fn copies_drives(&self) -> bool {
+        self.copies_drives
+    }
+
+    /// Removes the fork point, from which no child was started.
+    pub fn give_up(self) {
+        self.point.give_up();
+    }
+
+    /// Seals the fork point, starts the children and waits for their ends, all on a thread of its own.
+    pub fn spawn(self, captured: Captured, tell: impl Fn(ForkNews) + Send + 'static) -> Result<(), Refused> {
+        let spawned = std::thread::Builder::new().name("fork".into()).spawn(move || {
+            let sealed = captured.unsynced().seal(ReadBackWhen::Later);
+            tell(ForkNews::PointOver);
+            let started = match sealed {
+                Ok((sealed, _)) => self.start(sealed.pages_held * PAGE_SIZE),
+                Err(error) => {
+                    self.give_up();
+                    Err(error.into())
+                }
+            };
+            match started {
+                Ok((forked, processes)) => {
+                    tell(ForkNews::Over(Ok(forked)));
+                    reap::all(processes);
+                }
+                Err(error) => tell(ForkNews::Over(Err(error))),
+            }
+        });
+        let failed = |error| Refused::internal(format!("Cannot start the thread that starts the children: {error}"));
+        spawned.map(drop).map_err(failed)
+    }
+
+    /// Starts the children from the sealed fork point, and returns when all of them answer. Their processes are the
+    /// caller's to reap.
+    ///
+    /// # Errors
+    /// The reason why the first child failed; then all children have ended, and the fork point is removed.
+    fn start(self, memory_bytes: u64) -> Result<(Forked, Vec<process::Child>), Error> {
+        let mut started = Vec::with_capacity(self.children.len());
+        let mut made = Vec::new();
+        if let Err(error) = self.start_all(&mut started, &mut made) {
+            end_all(started);
+            // Their copies of drives.
+            made.iter().for_each(|dir| drop(std::fs::remove_dir_all(dir)));
+            self.point.give_up();
+            return Err(error);
+        }
+        let forked = Forked {
+            fork_point: self.point.dir().to_owned(),
+            memory_bytes,
+            stood_still_us: self.stood_still.as_micros() as u64,
+            total_us: self.began.elapsed().as_micros() as u64,
+            children: started.iter().map(Child::answer).collect(),
+        };
+        Ok((forked, started.into_iter().map(Child::into_process).collect()))
+    }
+
+    /// Starts all children at once. None of them runs before all are restored.
+    fn start_all(&self, started: &mut Vec<Child>, made: &mut Vec<PathBuf>) -> Result<(), Error> {
+        for spec in &self.children {
+            if let Some(dir) = spec.load.tvmm.drive_dir.as_deref().filter(|dir| !dir.exists()) {
+                let failed = |source| Error::File { doing: "make", path: dir.to_owned(), source };
+                create_private_dir(dir).map_err(failed)?;
+                made.push(dir.to_owned());
+            }
+            let config = self.point.dir().join(format!("child-{}.json", spec.number));
+            write_config(&config, spec)?;
+            let id = format!("{}-{}", self.id, spec.number);
+            let failed = |source| Error::File { doing: "start the child for", path: spec.socket.clone(), source };
+            started.push(Child::spawn(spec, id, &config, self.fault_timeout).map_err(failed)?);
+        }
+        started.iter_mut().try_for_each(Child::wait_until_restored)?;
+        if !self.stays_paused {
+            started.iter_mut().try_for_each(Child::resume)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the config by which a child restores the fork point. It has the child's metadata, and is its owner's only.
+fn write_config(path: &Path, spec: &ChildSpec) -> Result<(), Error> {
+    let text = json!({ "snapshot-load": spec.load }).to_string();
+    let failed = |source| Error::File { doing: "write", path: path.to_owned(), source };
+    create_new(path)?.write_all(text.as_bytes()).map_err(failed)
+}
