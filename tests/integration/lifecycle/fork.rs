@@ -176,6 +176,41 @@ fn a_restored_vm_is_forked_and_its_own_diffs_stay_sound() {
 }
 
 #[test]
+fn a_vm_is_forked_whatever_placed_its_memory() {
+    let place = Place(scratch());
+    let vm = place.boot(|_| {});
+    guest(&place.path("v"), "fill pages=900 seed=1");
+    let content = guest(&place.path("v"), "check").digest;
+    let snapshot = place.path("snapshot");
+    vm.snapshot(&snapshot, &[]);
+    drop(vm);
+    let ways: [&[&str]; 6] = [
+        &["firecracker"],
+        &["eager"],
+        &["firecracker-uffd"],
+        &["catalyzer"],
+        &["trenv"],
+        &["trenv", "--in-place-mapping", "shared"],
+    ];
+    for (index, way) in ways.into_iter().enumerate() {
+        std::fs::remove_file(place.path("v")).unwrap();
+        // It stands by, and goes on standing by.
+        let vm = Vm::restore_with(&snapshot, way[0], &[&way[1..], &["--standby"]].concat());
+        vm.wait_for_state("Paused");
+        let name = format!("c{index}");
+        let children = place.fork(vm.socket(), &name, 2);
+        assert_eq!(vm.state(), "Paused", "{way:?}");
+        for child in 1..=2 {
+            assert_eq!(guest(&place.path(&format!("v-{name}-{child}")), "check").digest, content, "{way:?}");
+        }
+        guest(&place.path(&format!("v-{name}-1")), "fill pages=100 seed=2");
+        assert_eq!(guest(&place.path("v"), "check").digest, content, "{way:?}: a request lets it run");
+        assert_eq!(vm.state(), "Running");
+        drop(children);
+    }
+}
+
+#[test]
 fn parent_and_children_outlive_each_other_in_any_order_and_nothing_is_left() {
     let place = Place(scratch());
     let vm = place.boot(|_| {});
