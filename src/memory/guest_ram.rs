@@ -109,7 +109,8 @@ impl GuestRam {
     }
 
     /// Takes all bytes of the guest away: each range becomes zero memory at the same addresses, and nothing is recorded
-    /// about it. No vCPU runs, no device works, and the services of the memory have ended.
+    /// about it. No vCPU runs, no device works, and the services of the memory have ended. Holders of
+    /// [`view`](Self::view) and [`in_place`](Self::in_place) must take them anew once the memory is filled.
     ///
     /// # Errors
     /// The kernel cannot map memory. Part of the guest's bytes may be left, so the memory must not be used again.
@@ -119,7 +120,9 @@ impl GuestRam {
         self.pieces = Vec::new();
         self.file_mapped = Vec::new();
         self.is_served = false;
+        self.in_place = None;
         self.released = Arc::default();
+        self.view = self.view.without_gate();
         self.take_written();
         Ok(())
     }

@@ -48,6 +48,11 @@ impl Memory {
         Memory { regions: self.regions.clone(), gate: Some(gate) }
     }
 
+    /// The same memory without a gate.
+    pub fn without_gate(&self) -> Self {
+        Memory { regions: self.regions.clone(), gate: None }
+    }
+
     /// The regions themselves, for loaders of kernels, if the memory has no gate.
     pub fn unguarded(&self) -> Option<&UnguardedMemory> {
         self.gate.is_none().then_some(&self.regions)

@@ -187,7 +187,7 @@ impl Machine<Built> {
     ) -> Result<Self, Error> {
         let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
         if ram.in_place().is_some() {
-            exit_on_emulation_failure(&vm).map_err(Error::kvm("ask for exits where KVM cannot emulate"))?;
+            set_emulation_exits(&vm, EmulationFailure::Exit)?;
         }
         if shape.track_dirty_pages {
             dirty_log::enable_manual_protect(&vm).map_err(Error::kvm("enable the dirty log"))?;
@@ -284,13 +284,7 @@ impl Machine<Built> {
 
     /// Applies the saved state of a machine of the same shape.
     pub(crate) fn apply(&mut self, vm: &VmState, vcpus: &[VcpuState], clock_realtime: bool) -> Result<(), Error> {
-        if let Some(in_place) = self.core.ram.in_place() {
-            let memory = self.core.ram.view();
-            let by_software = !host::has_second_stage_paging();
-            for state in vcpus {
-                ahead::promote(in_place, memory, &state.ahead()?, by_software)?;
-            }
-        }
+        self.core.promote_ahead(vcpus)?;
         for (vcpu, state) in self.state.vcpus.iter().zip(vcpus) {
             state.restore_cpuid(&vcpu.fd, vcpu.index)?;
         }
@@ -457,6 +451,13 @@ impl<S> Machine<S> {
 }
 
 impl Core {
+    /// Promotes the pages in place that KVM writes without a report for vCPUs in these states.
+    pub fn promote_ahead(&self, vcpus: &[VcpuState]) -> Result<(), Error> {
+        let Some(in_place) = self.ram.in_place() else { return Ok(()) };
+        let by_software = !host::has_second_stage_paging();
+        vcpus.iter().try_for_each(|state| Ok(ahead::promote(in_place, self.ram.view(), &state.ahead()?, by_software)?))
+    }
+
     /// Sets the state of interrupt controllers, timer, clock and vCPUs, whose descriptors are `fds`. No vCPU runs.
     /// Returns the MSRs that KVM refused and that the guest can do without.
     pub fn load(
@@ -503,14 +504,23 @@ impl Core {
     }
 }
 
-/// Makes KVM exit to the VMM when it cannot emulate an instruction because it writes to pages in place; without this
-/// the guest would get an exception. A KVM that cannot exit so (before Linux 5.14) ends the guest.
-fn exit_on_emulation_failure(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+/// The effect of an instruction that KVM cannot emulate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EmulationFailure {
+    /// The guest gets an exception: the default of KVM.
+    Exception,
+    /// KVM exits to the VMM, which promotes the pages in place that the instruction writes.
+    Exit,
+}
+
+/// Tells KVM the effect of an instruction that it cannot emulate. A KVM that cannot exit then (before Linux 5.14) ends
+/// the guest.
+pub(super) fn set_emulation_exits(vm: &VmFd, effect: EmulationFailure) -> Result<(), Error> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
-    cap.args[0] = 1;
+    cap.args[0] = u64::from(effect == EmulationFailure::Exit);
     match vm.enable_cap(&cap) {
         Err(error) if error.errno() == libc::EINVAL => Ok(()),
-        result => result,
+        result => result.map_err(Error::kvm("say what follows where KVM cannot emulate")),
     }
 }
 

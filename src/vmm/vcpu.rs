@@ -36,7 +36,8 @@ pub struct Vcpu {
     pub console: Option<Arc<ConsoleRing>>,
     /// True if interrupts of the 8259 may reach it: the boot vCPU of a machine without ACPI.
     pub has_pic: bool,
-    /// Guest memory, to read the instruction before RIP of a kicked guest. Its owner outlives the vCPU's thread.
+    /// Guest memory, to read the instruction before RIP of a kicked guest. Its owner outlives the vCPU's thread. A
+    /// repurposed machine changes it and `in_place` while the thread is parked.
     pub memory: Memory,
     /// Pages that the guest can write only after their promotion.
     pub in_place: Option<Arc<InPlace>>,

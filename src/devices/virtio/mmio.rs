@@ -89,6 +89,7 @@ impl TransportState {
 /// The driver's settings, and the device.
 struct Inner {
     device: Box<dyn VirtioDevice>,
+    memory: Memory,
     queues: Vec<VirtQueue>,
     status: u32,
     features: u64,
@@ -104,7 +105,6 @@ struct Inner {
 pub struct MmioDevice {
     inner: Mutex<Inner>,
     interrupt: Interrupt,
-    memory: Memory,
     /// Makes the device thread look at everything.
     kick: EventFd,
     device_type: u32,
@@ -118,6 +118,7 @@ impl MmioDevice {
         let device_type = device.device_type();
         let inner = Inner {
             device,
+            memory,
             queues: queues.map_err(failed)?,
             status: 0,
             features: 0,
@@ -129,7 +130,7 @@ impl MmioDevice {
         };
         let interrupt = Interrupt::new().map_err(failed)?;
         let kick = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
-        Ok(MmioDevice { inner: Mutex::new(inner), interrupt, memory, kick, device_type })
+        Ok(MmioDevice { inner: Mutex::new(inner), interrupt, kick, device_type })
     }
 
     pub fn name(&self) -> String {
@@ -274,7 +275,7 @@ impl MmioDevice {
         inner.queue_sel = state.queue_sel;
         inner.config_generation = state.config_generation;
         self.interrupt.set_causes(state.interrupt_status);
-        if inner.is_live() && !inner.queues.iter().all(|queue| !queue.is_ready() || queue.queue.is_valid(&self.memory))
+        if inner.is_live() && !inner.queues.iter().all(|queue| !queue.is_ready() || queue.queue.is_valid(&inner.memory))
         {
             return Err(invalid("a queue lies outside guest memory"));
         }
@@ -306,16 +307,22 @@ impl MmioDevice {
     }
 
     /// Puts `device`, which was made from saved state, in the place of the former one, and takes over the registers
-    /// that were saved with it. Interrupt line and kicks stay connected.
+    /// that were saved with it. It works on `memory`. Interrupt line and kicks stay connected.
     ///
     /// # Errors
     /// As [`restore`](Self::restore), or the device is of another type.
-    pub fn renew(&self, device: Box<dyn VirtioDevice>, transport: &TransportState) -> Result<(), Error> {
+    pub fn renew(
+        &self,
+        device: Box<dyn VirtioDevice>,
+        memory: &Memory,
+        transport: &TransportState,
+    ) -> Result<(), Error> {
         let mut inner = self.lock();
         if device.device_type() != self.device_type || device.queue_sizes() != inner.device.queue_sizes() {
             return Err(Error::State { device: "virtio transport", what: "it is of another device" });
         }
         inner.device = device;
+        inner.memory = memory.clone();
         for queue in &inner.queues {
             // Kicks for the chains of the former guest.
             let _ = queue.event().read();
@@ -355,7 +362,7 @@ impl Inner {
         if !self.is_live() {
             return;
         }
-        let memory = &transport.memory;
+        let memory = &self.memory;
         let interrupt = &transport.interrupt;
         let budget = CHAINS_PER_TURN;
         let queues = &mut self.queues;
@@ -457,7 +464,7 @@ impl Inner {
         let mut valid = true;
         for queue in &mut self.queues {
             queue.queue.set_event_idx(event_idx);
-            valid &= !queue.is_ready() || queue.queue.is_valid(&transport.memory);
+            valid &= !queue.is_ready() || queue.queue.is_valid(&self.memory);
         }
         self.with_io(transport, |device, io| {
             if !valid {

@@ -141,19 +141,20 @@ impl VirtioDevices {
         Ok(())
     }
 
-    /// Puts `devices`, which were made from `saved`, in the places of those that [`retire`](Self::retire) has ended,
-    /// and starts their thread. They stay quiet until [`go_on`](Self::go_on).
+    /// Puts `devices`, which were made from `saved` for `memory`, in the places of those that [`retire`](Self::retire)
+    /// has ended, and starts their thread. They stay quiet until [`go_on`](Self::go_on).
     ///
     /// # Errors
     /// A device has another type or other queues than the former one.
     pub fn renew(
         &mut self,
         devices: Vec<Box<dyn VirtioDevice>>,
+        memory: &Memory,
         saved: &[SavedDevice],
         configs: DeviceConfigs,
     ) -> Result<(), Error> {
         for ((transport, device), saved) in self.devices.iter().zip(devices).zip(saved) {
-            transport.renew(device, &saved.transport)?;
+            transport.renew(device, memory, &saved.transport)?;
         }
         self.configs = configs;
         self.start()

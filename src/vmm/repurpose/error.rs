@@ -19,11 +19,6 @@ pub enum NotRepurposable {
     Unserved,
     #[error("Cannot repurpose the VM: its guest has ended")]
     Ended,
-    #[error(
-        "Cannot repurpose the VM: pages in place on a shared tier are mapped read-only, and its devices know which. \
-         Use private mappings, or restore the snapshot in its own process"
-    )]
-    Shared,
     #[error("Cannot repurpose the VM: it has a pmem device. Restore the snapshot in its own process")]
     Pmem,
     #[error("Cannot repurpose the VM: its {what} is {has}, the snapshot's {wants}. Restore it in its own process")]

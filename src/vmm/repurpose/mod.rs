@@ -18,7 +18,7 @@ use super::devices;
 use super::error::Error;
 use super::host;
 use super::lineage::Lineage;
-use super::machine::{Core, Machine, Paused};
+use super::machine::{Core, EmulationFailure, Machine, Paused, set_emulation_exits};
 use super::origin::{Origin, PageServer};
 use super::restore::drives::PlacedDrives;
 use super::restore::rescue::Rescue;
@@ -31,7 +31,7 @@ use crate::memory::files::Files;
 use crate::memory::services::{CloseCold, MemoryServices};
 use crate::memory::stall::Stalls;
 use crate::memory::verify::Verifier;
-use crate::snapshot::{InPlaceMapping, MemoryLayout, RestorePlan, View};
+use crate::snapshot::{InPlaceMapping, RestorePlan};
 use crate::sys::timeline::Timeline;
 
 /// A snapshot that the machine may become: opened, checked, its plan valid.
@@ -72,9 +72,6 @@ impl Machine<Paused> {
         let layout = tip.layout();
         let shape = shape_of(&saved, layout, spec.track_dirty_pages)?;
         self.check_fit(&saved, &shape)?;
-        if maps_shared(spec.plan, layout, spec.in_place_mapping) {
-            return Err(NotRepurposable::Shared.into());
-        }
         let boot = &saved.vcpus[0];
         host::check(&tip.manifest().host, &boot.cpuid()?, boot.xcr0()?, &self.core.kvm)?;
         let files = Files::open(spec.sources, spec.plan)?;
@@ -117,10 +114,7 @@ impl Machine<Paused> {
         if core.services.have_failed() {
             return Err(NotRepurposable::Unserved);
         }
-        if core.ending.has_come() {
-            return Err(NotRepurposable::Ended);
-        }
-        if core.ram.in_place().is_some() { Err(NotRepurposable::Shared) } else { Ok(()) }
+        if core.ending.has_come() { Err(NotRepurposable::Ended) } else { Ok(()) }
     }
 
     /// Becomes the machine of `prepared`. Afterwards call [`renew_id`](Self::renew_id).
@@ -140,12 +134,26 @@ impl Machine<Paused> {
         let options = BuildOptions { observed: false, in_place: prepared.in_place };
         let filled = engine::fill(&mut self.core.ram, &prepared.files, prepared.plan, options, timeline)?;
         let has_memory = start.elapsed();
+        self.take_views()?;
         // The former guest's pages. Those that loading the state writes count as changed, as after a restore.
         let log = self.core.read_dirty_log()?;
         self.core.clear_dirty_log(&log)?;
         let engine = self.take_on_other(prepared, filled)?;
         let state = start.elapsed().saturating_sub(has_memory);
         Ok(Repurposed { engine, release: away, memory: has_memory.saturating_sub(away), state })
+    }
+
+    /// Gives the vCPUs the views of the new memory.
+    fn take_views(&self) -> Result<(), Error> {
+        let ram = &self.core.ram;
+        let effect = if ram.in_place().is_some() { EmulationFailure::Exit } else { EmulationFailure::Exception };
+        set_emulation_exits(&self.core.vm, effect)?;
+        for thread in &self.state.threads {
+            let mut vcpu = thread.vcpu();
+            vcpu.memory = ram.view().clone();
+            vcpu.in_place = ram.in_place().cloned();
+        }
+        Ok(())
     }
 
     /// Starts the services of the new memory and takes on the state.
@@ -160,9 +168,10 @@ impl Machine<Paused> {
             core.serve(served, &files, plan, None, stalls)?;
         }
         let (virtio, configs) = devices::from_saved(&saved.virtio, &overrides, &core.ram, stalls)?;
-        core.devices.virtio.renew(virtio, &saved.virtio, configs.clone())?;
+        core.devices.virtio.renew(virtio, core.ram.view(), &saved.virtio, configs.clone())?;
         core.devices.serial.restore(&saved.serial)?;
         core.devices.fw_cfg.restore(saved.fw_cfg.clone())?;
+        core.promote_ahead(&saved.vcpus)?;
         let vcpus: Vec<_> = self.state.threads.iter().map(|thread| thread.vcpu()).collect();
         let fds: Vec<&VcpuFd> = vcpus.iter().map(|vcpu| &vcpu.fd).collect();
         core.msrs_refused = core.load(&fds, &saved.vm, &saved.vcpus, clock_realtime)?;
@@ -191,9 +200,4 @@ impl Core {
         self.ram.clear()?;
         Ok(())
     }
-}
-
-/// Returns whether `plan` maps pages that only a promotion makes writable.
-fn maps_shared(plan: &RestorePlan, layout: &MemoryLayout, in_place: InPlaceMapping) -> bool {
-    plan.mappings(layout, in_place).any(|mapping| matches!(mapping.view, View::File { shared: true, .. }))
 }

@@ -3,7 +3,7 @@
 mod balloon;
 mod block;
 mod block_faults;
-mod net;
+pub mod net;
 mod pmem;
 mod virtio;
 pub mod vsock;

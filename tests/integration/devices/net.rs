@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use crate::support::network::{HOST, with_network};
 use crate::support::{TIMEOUT, Vm, config, run_err, scratch, text};
 
-const GUEST: &str = "10.77.0.2";
-const GUEST_IP: u32 = 0x0a4d_0002;
+pub const GUEST: &str = "10.77.0.2";
+pub const GUEST_IP: u32 = 0x0a4d_0002;
 const MAC: &str = "06:00:ac:10:00:02";
 
 /// A machine with one interface on `tap`; the last byte of its address is `number`.
-fn with_tap(tap: &str, number: u8) -> Value {
+pub fn with_tap(tap: &str, number: u8) -> Value {
     let mut config = config(1, 64);
     config["network-interfaces"] =
         json!([{ "iface_id": "eth0", "host_dev_name": tap, "guest_mac": format!("06:00:ac:10:00:{number:02x}") }]);
@@ -36,7 +36,7 @@ fn refused_boot(config: &Value) -> String {
     run_err(&["--config", text(&path)])
 }
 
-fn udp() -> UdpSocket {
+pub fn udp() -> UdpSocket {
     let socket = UdpSocket::bind((HOST, 0)).unwrap();
     socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     socket

@@ -2,17 +2,19 @@
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::devices::net::{GUEST, GUEST_IP, udp, with_tap};
 use crate::devices::vsock::{ask, connect, with_vsock};
 use crate::machine::platform::{hides_cpuid, without_leaf1_ecx};
 use crate::support::cold::Scene;
+use crate::support::network::with_network;
 use crate::support::pool::{Pool, filled};
 use crate::support::service::wait_until;
 use crate::support::skip::skip;
-use crate::support::{Random, Vm, config, rounds, run, run_err, scratch, text};
+use crate::support::{Random, TIMEOUT, Vm, config, rounds, run, run_err, scratch, text};
 
 /// The body that makes a VM that of `snapshot`, and lets it compare all of itself with the snapshot.
 fn body(snapshot: &Path, options: Value) -> Value {
@@ -35,7 +37,9 @@ fn ways(pool: &Pool) -> Vec<Value> {
         json!({ "policy": "firecracker-uffd" }),
         json!({ "policy": "catalyzer" }),
         json!({ "policy": "trenv" }),
+        json!({ "policy": "trenv", "in_place_mapping": "shared" }),
         json!({ "policy": "trenv", "pools": [pool.path()] }),
+        json!({ "policy": "trenv", "pools": [pool.path()], "in_place_mapping": "shared" }),
         json!({ "policy": "eager", "pools": [pool.path()], "verify": "full" }),
         json!({ "policy": "firecracker", "verify": "off" }),
     ]
@@ -59,7 +63,7 @@ fn a_vm_becomes_that_of_another_snapshot_whatever_places_the_memory_of_both() {
     let mut random = Random(13);
     let mut number = 0;
     // Each way follows each other in the end; in one run each is met at least twice.
-    for round in 0..16 {
+    for round in 0..20 {
         vm.call(&format!("touch pages=700 write=100 seed={round}"));
         vm.call(&format!("fill pages={} seed={}", 100 + random.below(2500), round + 50));
         number = (number + 1 + random.below(2) as usize) % snapshots.len();
@@ -132,6 +136,7 @@ fn no_byte_of_a_former_guest_is_in_a_snapshot_of_the_next() {
     let dir = scratch();
     let snapshots: Vec<PathBuf> = (0..3).map(|number| with_canary(dir.path(), number)).collect();
     let policies = ["firecracker", "eager", "firecracker-uffd", "catalyzer", "trenv"];
+    let mappings = ["private", "shared"];
     let mut random = Random(5);
     let mut vm = Vm::restore_with(&snapshots[0], "firecracker", &[]);
     vm.wait_for_socket();
@@ -147,7 +152,8 @@ fn no_byte_of_a_former_guest_is_in_a_snapshot_of_the_next() {
         }
         number = (number + 1 + random.below(2) as usize) % snapshots.len();
         let policy = policies[random.below(policies.len() as u64) as usize];
-        repurpose(&vm, &snapshots[number], json!({ "policy": policy }));
+        let mapping = mappings[random.below(2) as usize];
+        repurpose(&vm, &snapshots[number], json!({ "policy": policy, "in_place_mapping": mapping }));
         let after = dir.path().join("after");
         vm.snapshot(&after, &[]);
         assert!(canaries(&after.join("memory")).contains(&number), "the search finds canaries");
@@ -236,8 +242,6 @@ fn a_snapshot_that_does_not_fit_is_refused_and_the_vm_runs_on() {
     let mut tracked = body(&own, json!({}));
     tracked["track_dirty_pages"] = json!(true);
     assert!(refused(&vm, tracked).contains("its tracking of dirty pages is false, the snapshot's true"));
-    let shared = json!({ "policy": "trenv", "in_place_mapping": "shared" });
-    assert!(refused(&vm, body(&own, shared)).contains("pages in place on a shared tier"));
     let handler =
         json!({ "snapshot_path": own, "mem_backend": { "backend_type": "Uffd", "backend_path": "/nowhere" } });
     assert!(refused(&vm, handler).contains("by a page-fault handler"));
@@ -271,10 +275,6 @@ fn only_a_restored_vm_is_repurposed() {
     assert!(stderr.contains("Cannot repurpose a VM that was booted"), "{stderr}");
     let vm = Vm::wait_for_api();
     assert!(refused(&vm, body(&snapshot, json!({}))).contains("not supported before starting the microVM"));
-    let shared = ["--policy", "trenv", "--in-place-mapping", "shared"];
-    let vm = Vm::restore_with(&snapshot, shared[1], &shared[2..]);
-    vm.wait_for_socket();
-    assert!(refused(&vm, body(&snapshot, json!({}))).contains("pages in place on a shared tier"));
 }
 
 #[test]
@@ -464,5 +464,51 @@ fn many_lives_leave_no_descriptor_thread_or_memory_behind() {
     // The last policy may need a fault service and its descriptors.
     wait_until("descriptors and threads to be as before", || {
         count("fd", &vm) <= before[0] + 6 && count("task", &vm) <= before[1] + 2
+    });
+}
+
+/// Sends datagrams until the guest answers one: the bridge drops what comes before it has noticed that the tap is open
+/// again.
+fn send_until_answered() {
+    let socket = udp();
+    socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        socket.send_to(b"to the guest that is there", (GUEST, 7)).unwrap();
+        if socket.recv_from(&mut [0; 100]).is_ok() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the guest does not answer");
+    }
+}
+
+#[test]
+fn an_interface_goes_to_the_next_guest_on_the_same_tap_or_another() {
+    with_network(|network| {
+        let dir = scratch();
+        ["tap0", "tap1"].iter().for_each(|tap| network.tap(tap));
+        let snapshots = ["one", "two"].map(|name| {
+            let mut vm = Vm::boot(&with_tap("tap0", 2));
+            network.wait_for("tap0");
+            vm.call("net_info");
+            let id = vm.begin(&format!("net_answer ip={GUEST_IP} frames=1 ms=60000"));
+            let snapshot = dir.path().join(name);
+            vm.snapshot(&snapshot, &[]);
+            drop(vm);
+            network.wait_closed("tap0");
+            (snapshot, id)
+        });
+        let mut vm = Vm::restore_with(&snapshots[0].0, "firecracker", &[]);
+        vm.wait_for_socket();
+        for (round, tap) in ["tap0", "tap1", "tap1", "tap0"].into_iter().enumerate() {
+            let (snapshot, id) = &snapshots[(round + 1) % 2];
+            let mut body = body(snapshot, json!({ "policy": "eager" }));
+            body["network_overrides"] = json!([{ "iface_id": "eth0", "host_dev_name": tap }]);
+            vm.api_ok("PUT", "/tvmm/repurpose", Some(body));
+            network.wait_for(tap);
+            send_until_answered();
+            assert!(vm.finish(id).contains("udp=1"), "{tap}");
+            assert_eq!(vm.call("net_info").number("announced"), 1);
+        }
     });
 }
