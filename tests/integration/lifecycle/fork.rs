@@ -270,7 +270,8 @@ fn a_child_that_does_not_start_ends_all_others_and_the_parent_runs_on() {
     let mut body = place.body("c", 3);
     body["vsock_override"]["uds_path"] = json!(place.path("{n}").join("v"));
     let fault = vm.api_fault("PUT", "/tvmm/fork", Some(body.clone()));
-    assert!(fault.starts_with("Cannot fork the VM: the child for ") && fault.contains("/2/v"), "{fault}");
+    let is_told = |fault: &str| fault.contains("/2/v") || fault.contains("/3/v");
+    assert!(fault.starts_with("Cannot fork the VM: the child for ") && is_told(&fault), "{fault}");
     assert!(!place.path("1/v").exists(), "the first child has ended");
     assert!(!["c-1.sock", "c-2.sock", "c-3.sock"].iter().any(|name| place.path(name).exists()));
     assert_eq!(place.fork_points(), Vec::<String>::new());
@@ -284,8 +285,8 @@ fn a_child_that_does_not_start_ends_all_others_and_the_parent_runs_on() {
     // The same with files for messages, from which the reason comes then.
     body["log"] = json!(place.path("log-{n}"));
     let fault = vm.api_fault("PUT", "/tvmm/fork", Some(body));
-    assert!(fault.contains("/2/v"), "{fault}");
-    assert!(place.path("log-2").exists());
+    assert!(is_told(&fault), "{fault}");
+    assert!(place.path("log-2").exists() || place.path("log-3").exists());
     assert_eq!(vm.state(), "Running");
     guest(&place.path("v"), "hello");
     let forks = vm.api_ok("GET", "/tvmm/report", None)["forks"].clone();
