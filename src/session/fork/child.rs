@@ -89,6 +89,10 @@ impl Child {
         resumed.map(drop).map_err(|error| self.failure(&error))
     }
 
+    pub fn number(&self) -> u32 {
+        self.spec.number
+    }
+
     pub fn answer(&self) -> ForkedChild {
         ForkedChild { id: self.id.clone(), socket: self.spec.socket.clone(), pid: self.process.id() }
     }

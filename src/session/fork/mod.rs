@@ -9,6 +9,7 @@ mod child;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -20,7 +21,7 @@ use crate::config::refusal::Refused;
 use crate::config::{ChildSpec, VmConfig};
 use crate::session::Error;
 use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, create_new, create_private_dir};
-use crate::sys::reap;
+use crate::sys::{reap, worker};
 use crate::vmm::capture::{Captured, ReadBackWhen};
 
 /// News of the thread that carries a fork out.
@@ -78,6 +79,16 @@ impl Forks {
         self.counts
     }
 }
+
+/// The children that were started, and the directories made for them.
+#[derive(Default)]
+struct Started {
+    children: Vec<Child>,
+    made: Vec<PathBuf>,
+}
+
+/// Children that are restored at once: enough to keep the host's CPUs busy while some wait.
+const THREADS: usize = 8;
 
 /// The machine to fork.
 pub struct ForkParent<'a> {
@@ -172,45 +183,83 @@ impl Fork {
     /// # Errors
     /// The reason why the first child failed; then all children have ended, and the fork point is removed.
     fn start(self, memory_bytes: u64) -> Result<(Forked, Vec<process::Child>), Error> {
-        let mut started = Vec::with_capacity(self.children.len());
-        let mut made = Vec::new();
-        if let Err(error) = self.start_all(&mut started, &mut made) {
-            end_all(started);
+        let started = Mutex::new(Started::default());
+        let result = self.start_all(&started);
+        let Started { mut children, made } = started.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = result {
+            end_all(children);
             // Their copies of drives.
             made.iter().for_each(|dir| drop(std::fs::remove_dir_all(dir)));
             self.point.give_up();
             return Err(error);
         }
+        children.sort_by_key(Child::number);
         let forked = Forked {
             fork_point: self.point.dir().to_owned(),
             memory_bytes,
             stood_still_us: self.stood_still.as_micros() as u64,
             total_us: self.began.elapsed().as_micros() as u64,
-            children: started.iter().map(Child::answer).collect(),
+            children: children.iter().map(Child::answer).collect(),
         };
-        Ok((forked, started.into_iter().map(Child::into_process).collect()))
+        Ok((forked, children.into_iter().map(Child::into_process).collect()))
     }
 
-    /// Starts all children at once. None of them runs before all are restored.
-    fn start_all(&self, started: &mut Vec<Child>, made: &mut Vec<PathBuf>) -> Result<(), Error> {
-        for spec in &self.children {
-            if let Some(dir) = spec.load.tvmm.drive_dir.as_deref().filter(|dir| !dir.exists()) {
-                let failed = |source| Error::File { doing: "make", path: dir.to_owned(), source };
-                create_private_dir(dir).map_err(failed)?;
-                made.push(dir.to_owned());
+    /// Starts all children. None of them runs before all are restored.
+    fn start_all(&self, started: &Mutex<Started>) -> Result<(), Error> {
+        let left = Mutex::new(self.children.iter());
+        self.share(|| {
+            loop {
+                let Some(spec) = next(&left) else { return Ok(()) };
+                let restored = self.start_one(spec, started);
+                if restored.is_err() {
+                    // The other threads start no more.
+                    while next(&left).is_some() {}
+                    return restored;
+                }
             }
-            let config = self.point.dir().join(format!("child-{}.json", spec.number));
-            write_config(&config, spec)?;
-            let id = format!("{}-{}", self.id, spec.number);
-            let failed = |source| Error::File { doing: "start the child for", path: spec.socket.clone(), source };
-            started.push(Child::spawn(spec, id, &config, self.fault_timeout).map_err(failed)?);
+        })?;
+        if self.stays_paused {
+            return Ok(());
         }
-        started.iter_mut().try_for_each(Child::wait_until_restored)?;
-        if !self.stays_paused {
-            started.iter_mut().try_for_each(Child::resume)?;
-        }
-        Ok(())
+        let mut started = lock(started);
+        let left = Mutex::new(started.children.iter_mut());
+        self.share(|| {
+            loop {
+                let Some(child) = next(&left) else { return Ok(()) };
+                child.resume()?;
+            }
+        })
     }
+
+    fn share(&self, work: impl Fn() -> Result<(), Error> + Sync) -> Result<(), Error> {
+        worker::share("fork", self.children.len().min(THREADS), work).map(drop)
+    }
+
+    /// Starts a child, and waits until it is restored.
+    fn start_one(&self, spec: &ChildSpec, started: &Mutex<Started>) -> Result<(), Error> {
+        if let Some(dir) = spec.load.tvmm.drive_dir.as_deref().filter(|dir| !dir.exists()) {
+            let failed = |source| Error::File { doing: "make", path: dir.to_owned(), source };
+            create_private_dir(dir).map_err(failed)?;
+            lock(started).made.push(dir.to_owned());
+        }
+        let config = self.point.dir().join(format!("child-{}.json", spec.number));
+        write_config(&config, spec)?;
+        let id = format!("{}-{}", self.id, spec.number);
+        let failed = |source| Error::File { doing: "start the child for", path: spec.socket.clone(), source };
+        let mut child = Child::spawn(spec, id, &config, self.fault_timeout).map_err(failed)?;
+        let restored = child.wait_until_restored();
+        lock(started).children.push(child);
+        restored
+    }
+}
+
+/// Takes the next item of a list that threads share.
+fn next<T>(left: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    lock(left).next()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Writes the config by which a child restores the fork point. It has the child's metadata, and is its owner's only.
