@@ -23,6 +23,9 @@ pub(super) struct Standby {
     pub(super) min: usize,
     /// The most that may be ready: VMs that are rewound are added up to this.
     pub(super) max: usize,
+    /// The most local memory that VMs which stand by may have together, MiB. None: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) dram_mib: Option<u64>,
 }
 
 /// The fate of a VM that stood by, or could have, after the answer of its invocation.
@@ -34,6 +37,8 @@ pub(super) enum After {
     End,
     /// The VM goes back to its snapshot, and stands by again.
     Rewind,
+    /// The VM lives on for other requests, as one does that an invocation has started.
+    Keep,
 }
 
 /// A function and the machine it runs in.
@@ -119,7 +124,7 @@ impl Function {
             }
         }
         match self.standby {
-            Some(Standby { min, max }) if max == 0 || max > MAX_STANDBY || min > max => {
+            Some(Standby { min, max, .. }) if max == 0 || max > MAX_STANDBY || min > max => {
                 return Err(Fault::bad(format!(
                     "`standby.max` must be 1 to {MAX_STANDBY}, and `standby.min` not more than it."
                 )));

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use super::blocking::blocking;
 use super::body::Body;
-use super::daemon::Shared;
+use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
 use super::function::Function;
 use super::standby;
@@ -28,6 +28,11 @@ pub(super) struct FunctionState {
 pub(super) struct StandbyState {
     /// VMs that stand by now.
     ready: usize,
+    /// Local memory of these VMs, KiB.
+    memory_kib: u64,
+    /// The reason for which no VM is added, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_back: Option<String>,
     #[serde(flatten)]
     tally: StandbyTally,
 }
@@ -75,10 +80,23 @@ pub(super) async fn get_function(
     Path(name): Path<String>,
 ) -> Result<Reply<FunctionState>, Fault> {
     let function = daemon.function(&name)?;
-    let standby_state = function
-        .standby
-        .map(|_| StandbyState { ready: standby::count(&daemon, &name), tally: daemon.standby.of(&name) });
-    Ok(Reply(FunctionState { function, standby_state }))
+    Ok(Reply(state_of(&daemon, function).await))
+}
+
+/// A function with the state of its VMs that stand by.
+pub(super) async fn state_of(daemon: &Daemon, function: Function) -> FunctionState {
+    if function.standby.is_none() {
+        return FunctionState { function, standby_state: None };
+    }
+    let name = &function.func_name;
+    let memory_kib = standby::memory_kib(daemon, name).await;
+    let standby_state = StandbyState {
+        ready: standby::count(daemon, name),
+        memory_kib,
+        held_back: standby::shortage(daemon),
+        tally: daemon.standby.of(name),
+    };
+    FunctionState { function, standby_state: Some(standby_state) }
 }
 
 /// Removes a function. Its standby VMs end; other VMs and its snapshots stay.

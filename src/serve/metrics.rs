@@ -17,6 +17,12 @@ use super::standby;
         description = "All metrics in Prometheus' text format", body = String, content_type = "text/plain")))]
 pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoResponse {
     let mut text = String::new();
+    let mut standing_by = Vec::new();
+    let known: Vec<_> = daemon.functions().values().cloned().collect();
+    for function in known.into_iter().filter(|function| function.standby.is_some()) {
+        let kib = standby::memory_kib(&daemon, &function.func_name).await;
+        standing_by.push((function.func_name, kib));
+    }
     let (running, queued) = daemon.gate.load();
     let taken = daemon.vms.taken();
     let written = daemon.counters.write(&mut text).and_then(|()| {
@@ -32,10 +38,13 @@ pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoRespon
             head(&mut text, name, "gauge", what)?;
             writeln!(text, "{name} {value}")?;
         }
-        let functions = daemon.functions().clone();
         head(&mut text, "tvmm_standby_ready", "gauge", "VMs that stand by, by function")?;
-        for name in functions.values().filter(|function| function.standby.is_some()).map(|known| &known.func_name) {
+        for (name, _) in &standing_by {
             writeln!(text, "tvmm_standby_ready{{function=\"{name}\"}} {}", standby::count(&daemon, name))?;
+        }
+        head(&mut text, "tvmm_standby_memory_bytes", "gauge", "Local memory of VMs that stand by, by function")?;
+        for (name, kib) in &standing_by {
+            writeln!(text, "tvmm_standby_memory_bytes{{function=\"{name}\"}} {}", kib << 10)?;
         }
         daemon.standby.write(&mut text)?;
         head(&mut text, "tvmm_traces_lost_total", "counter", "Traces that did not get into the trace file")?;

@@ -14,6 +14,8 @@ pub struct Limits {
     pub max_vms: usize,
     /// Guest memory of all of them together, MiB.
     pub memory_mib: u64,
+    /// Memory of the host that VMs which stand by leave free, MiB.
+    pub memory_reserve_mib: u64,
     /// Concurrent invocations and starts of VMs.
     pub max_running: usize,
     /// Invocations waiting for their turn.

@@ -142,6 +142,11 @@ async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {
             record["fault_ins"] = report["fault_ins"].clone();
         }
     }
+    let mut functions = Vec::new();
+    let known: Vec<_> = daemon.functions().values().cloned().collect();
+    for function in known {
+        functions.push(functions::state_of(&daemon, function).await);
+    }
     let limits = &daemon.options.limits;
     let taken = daemon.vms.taken();
     Reply(json!({
@@ -151,7 +156,7 @@ async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {
             "vms": taken.vms, "max_vms": limits.max_vms,
             "memory_mib": taken.memory_mib, "max_memory_mib": limits.memory_mib, "shells": daemon.shells.len(),
         },
-        "functions": daemon.functions().values().cloned().collect::<Vec<_>>(),
+        "functions": functions,
         "snapshots": daemon.snapshots().values().cloned().collect::<Vec<_>>(),
         "vms": records,
         "traces": daemon.traces.summaries(RECENT),

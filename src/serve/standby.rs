@@ -11,6 +11,7 @@ use axum::http::StatusCode;
 use rustix::process::Signal;
 use tokio::time::Instant;
 
+use super::blocking::blocking;
 use super::daemon::{Daemon, START_TIMEOUT};
 use super::fault::Fault;
 use super::function::{After, Function, Standby};
@@ -22,6 +23,8 @@ use super::vm::{Purpose, RestoreSpec, StartSpec, Vm};
 use crate::config::bodies::WantedState;
 use crate::config::request::RewindRequest;
 use crate::config::restore::RestoreOptions;
+use crate::sys::available_memory::available_memory;
+use crate::sys::process_memory::ProcessMemory;
 
 /// Pause between two looks at all sets, unless an event asks for one.
 const TICK: Duration = Duration::from_secs(1);
@@ -103,6 +106,7 @@ pub(super) fn next(daemon: &Daemon, vm: &Vm, keep: Option<bool>) -> Next {
     match set {
         None => Next::Keep,
         Some((_, After::End)) => Next::End,
+        Some((_, After::Keep)) => Next::Keep,
         Some((_, After::Rewind)) if vm.leave() => Next::Rewind,
         Some((_, After::Rewind)) => Next::Keep,
     }
@@ -118,7 +122,7 @@ pub(super) async fn give_back(daemon: &Daemon, vm: &Arc<Vm>) {
     if has_place() {
         match rewound(daemon, vm).await {
             // Another VM may have taken the place meanwhile.
-            Ok(()) if has_place() => {
+            Ok(()) if has_place() && has_memory(daemon, vm).await => {
                 vm.stand_by();
                 daemon.standby.count(func_name, StandbyEvent::Rewind);
                 return;
@@ -133,6 +137,81 @@ pub(super) async fn give_back(daemon: &Daemon, vm: &Arc<Vm>) {
     vm.process.stop().await;
 }
 
+/// Returns whether a VM may join those of its function that stand by, as far as memory goes. VMs that may not are
+/// counted.
+async fn has_memory(daemon: &Daemon, vm: &Arc<Vm>) -> bool {
+    let func_name = &vm.function.func_name;
+    let limit = daemon.function(func_name).ok().and_then(|function| function.standby?.dram_mib);
+    let mut set = ready(daemon, func_name);
+    set.push(vm.clone());
+    let fits = match limit {
+        Some(mib) => own_kib(&set).await <= mib << 10,
+        None => true,
+    };
+    let fits = fits && shortage(daemon).is_none();
+    if !fits {
+        daemon.standby.count(func_name, StandbyEvent::Evicted);
+    }
+    fits
+}
+
+/// Local memory of VMs, KiB. A VM that has ended has none.
+async fn own_kib(vms: &[Arc<Vm>]) -> u64 {
+    let pids: Vec<u32> = vms.iter().map(|vm| vm.process.pid()).collect();
+    let kib = |pid| ProcessMemory::of(pid).map_or(0, |memory| memory.own_kib());
+    // The kernel walks the page tables of each.
+    blocking(move || pids.into_iter().map(kib).sum()).await.unwrap_or_default()
+}
+
+/// Local memory of the VMs of a function that stand by, KiB.
+pub(super) async fn memory_kib(daemon: &Daemon, func_name: &str) -> u64 {
+    own_kib(&ready(daemon, func_name)).await
+}
+
+/// The reason for which no VM may be added to the sets, and some have to go: the host has too little memory left.
+pub(super) fn shortage(daemon: &Daemon) -> Option<String> {
+    let left = available_memory().ok()? >> 20;
+    let reserve = daemon.options.limits.memory_reserve_mib;
+    (left < reserve).then(|| format!("{left} MiB of memory are left, fewer than --memory-reserve ({reserve} MiB)"))
+}
+
+/// Ends a quarter of the VMs that stand by, those first that have waited longest, if memory is short.
+async fn yield_memory(daemon: &Daemon) {
+    let Some(why) = shortage(daemon) else { return };
+    let mut waiting: Vec<_> = daemon.vms.all().into_iter().filter(|vm| vm.stands_by()).collect();
+    waiting.sort_by_key(|vm| std::cmp::Reverse(vm.standing_by_for()));
+    waiting.truncate(waiting.len().div_ceil(4));
+    if !waiting.is_empty() {
+        tracing::warn!(vms = waiting.len(), why, "VMs that stand by are ended");
+    }
+    for vm in waiting.into_iter().filter(|vm| vm.retire()) {
+        daemon.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
+        vm.process.stop().await;
+    }
+}
+
+/// Ends the VMs of a function that stand by beyond its memory, those first that have waited longest.
+async fn keep_within_memory(daemon: &Daemon, function: &Function) {
+    let Some(mib) = function.standby.and_then(|standby| standby.dram_mib) else { return };
+    let mut set = ready(daemon, &function.func_name);
+    set.sort_by_key(|vm| vm.standing_by_for());
+    while own_kib(&set).await > mib << 10 {
+        let Some(vm) = set.pop() else { return };
+        if vm.retire() {
+            daemon.standby.count(&function.func_name, StandbyEvent::Evicted);
+            vm.process.stop().await;
+        }
+    }
+}
+
+/// Returns whether one more VM of a function fits into its memory: it will need what the others need on average.
+async fn may_grow(daemon: &Daemon, func_name: &str, limit_mib: Option<u64>) -> bool {
+    let Some(mib) = limit_mib else { return true };
+    let set = ready(daemon, func_name);
+    let have = own_kib(&set).await;
+    have + have / (set.len() as u64).max(1) <= mib << 10
+}
+
 /// Pauses a VM first: nothing of the former run goes on, and nothing of the next one begins.
 async fn rewound(daemon: &Daemon, vm: &Vm) -> Result<(), Fault> {
     vm.set_state(WantedState::Paused).await.map_err(|error| Fault::bad_gateway(error.to_string()))?;
@@ -144,9 +223,11 @@ pub(super) async fn keep_ready(daemon: Arc<Daemon>) {
     let mut failed = BTreeMap::new();
     loop {
         end_unwanted(&daemon).await;
+        yield_memory(&daemon).await;
         let mut functions: Vec<Function> = daemon.functions().values().cloned().collect();
         functions.retain(|function| function.standby.is_some());
         for function in &functions {
+            keep_within_memory(&daemon, function).await;
             refill(&daemon, function, &mut failed).await;
         }
         failed.retain(|_, until| *until > Instant::now());
@@ -165,6 +246,10 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
     let is_coming = |vm: &&Arc<Vm>| comes_back && vm.is_in_use() && vm.function.func_name == *name;
     let coming = || daemon.vms.all().iter().filter(|vm| vm.restore.is_some()).filter(is_coming).count();
     while count(daemon, name) + coming() < wanted() && !failed.contains_key(name) {
+        let limit_mib = function.standby.and_then(|standby| standby.dram_mib);
+        if shortage(daemon).is_some() || !may_grow(daemon, name, limit_mib).await {
+            return;
+        }
         let Some(_turn) = daemon.gate.free_turn() else { return };
         let started = match start_of(daemon, function) {
             Ok(None) => return,
@@ -174,6 +259,12 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
         };
         match started {
             Ok(vm) if set_of(daemon, name, vm.restore.as_ref()).is_some() => {
+                if !has_memory(daemon, &vm).await {
+                    tracing::warn!(function = name, "A VM to stand by needs more memory than there is for it");
+                    failed.insert(name.clone(), Instant::now() + RETRY);
+                    vm.process.stop().await;
+                    return;
+                }
                 vm.stand_by();
                 daemon.standby.count(name, StandbyEvent::Refill);
             }

@@ -42,6 +42,7 @@ pub mod pagemap;
 pub mod pagemap_scan;
 pub mod pdeathsig;
 pub mod prefault;
+pub mod process_memory;
 pub mod raw_descriptor;
 pub mod reap;
 pub mod resident;

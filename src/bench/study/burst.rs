@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::flow::{Flow, Many, Restore};
 use super::foreign::{Foreign, POLL};
-use super::many::{Memory, answer_values};
+use super::many::{answer_values, memory_of};
 use super::measure::{Study, scratch_of};
 use super::settings::Experiment;
 use super::socket_watch::SocketWatch;
@@ -21,6 +21,7 @@ use crate::bench::guest::Guest;
 use crate::bench::load::busy_cpus;
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
+use crate::sys::process_memory::ProcessMemory;
 
 /// The share of the available memory that the VMs may take, percent.
 const MEMORY_SHARE: u64 = 80;
@@ -86,18 +87,19 @@ impl Study {
     fn burst(&mut self, subject: &Subject, flow: Flow, count: u32) -> Result<Measured, BoxError> {
         // The VM alone makes the files that policies derive from a snapshot, and shows the memory that each needs.
         let alone = self.answered(subject, flow, 1)?;
-        let mut memory = Memory::default();
+        let mut memory = ProcessMemory::default();
         for guest in &alone.guests {
-            memory.add(Path::new(&format!("/proc/{}", guest.pid())))?;
+            memory += memory_of(guest)?;
         }
         drop(alone);
-        check_room(count, memory.own_kib())?;
+        let each_kib = memory.own_kib() as f64;
+        check_room(count, each_kib)?;
         let load = busy_cpus()?;
         let Burst { guests, answers_ms } = self.answered(subject, flow, count)?;
         drop(guests);
         let mut values = answer_values(answers_ms.clone())?;
         values.insert("load_before_cpus".to_string(), load);
-        values.insert("alone_mib".to_string(), memory.own_kib() / 1024.0);
+        values.insert("alone_mib".to_string(), each_kib / 1024.0);
         Ok(Measured { values, answers_ms })
     }
 

@@ -1,6 +1,5 @@
 //! Many VMs: restored at once (E3), alive at once (E6).
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -18,6 +17,7 @@ use crate::bench::commands::LONG;
 use crate::bench::guest::{Guest, digest_of};
 use crate::snapshot::{Durability, PartialDir};
 use crate::sys::errors::{BoxError, refuse};
+use crate::sys::process_memory::ProcessMemory;
 
 /// Most different snapshots: they take disk space.
 const SNAPSHOTS: u32 = 16;
@@ -185,52 +185,25 @@ pub(super) fn answer_values(answers_ms: Vec<f64>) -> Result<Values, BoxError> {
     ]))
 }
 
+/// The memory of a VM's process.
+pub(super) fn memory_of(guest: &Guest) -> Result<ProcessMemory, BoxError> {
+    let pid = guest.pid();
+    let memory = ProcessMemory::of(pid);
+    Ok(memory.map_err(|error| format!("Cannot read the memory of process {pid}: {error}"))?)
+}
+
 /// The memory of VMs, for each and for all.
 fn memory_values<'a>(guests: impl ExactSizeIterator<Item = &'a Guest>) -> Result<Values, BoxError> {
     let count = guests.len() as f64;
-    let mut sum = Memory::default();
+    let mut sum = ProcessMemory::default();
     for guest in guests {
-        sum.add(Path::new(&format!("/proc/{}", guest.pid())))?;
+        sum += memory_of(guest)?;
     }
-    let per_vm = |kib: f64| kib / 1024.0 / count;
+    let per_vm = |kib: u64| kib as f64 / 1024.0 / count;
     Ok(Values::from([
         ("local_mib_per_vm".to_string(), per_vm(sum.own_kib())),
-        ("page_tables_mib_per_vm".to_string(), per_vm(sum.page_tables)),
-        ("shared_mib".to_string(), sum.shared / 1024.0),
-        ("all_mib".to_string(), (sum.own_kib() + sum.shared) / 1024.0),
+        ("page_tables_mib_per_vm".to_string(), per_vm(sum.page_tables_kib)),
+        ("shared_mib".to_string(), sum.shared_kib as f64 / 1024.0),
+        ("all_mib".to_string(), (sum.own_kib() + sum.shared_kib) as f64 / 1024.0),
     ]))
-}
-
-/// Memory of processes, KiB, from `smaps_rollup` and `status` (kernel `Documentation/filesystems/proc.rst`).
-#[derive(Default)]
-pub(super) struct Memory {
-    /// Pages that no file backs.
-    anonymous: f64,
-    /// This process's part of files and shared memory: summed over all processes, each page counts once.
-    shared: f64,
-    page_tables: f64,
-}
-
-impl Memory {
-    /// Memory that goes when the processes end.
-    pub(super) fn own_kib(&self) -> f64 {
-        self.anonymous + self.page_tables
-    }
-
-    pub(super) fn add(&mut self, process: &Path) -> Result<(), BoxError> {
-        let rollup = read(process.join("smaps_rollup"))?;
-        let status = read(process.join("status"))?;
-        let kib = |text: &str, name: &str| -> f64 {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok()).unwrap_or_default()
-        };
-        self.anonymous += kib(&rollup, "Pss_Anon");
-        self.shared += kib(&rollup, "Pss_File") + kib(&rollup, "Pss_Shmem");
-        self.page_tables += kib(&status, "VmPTE");
-        Ok(())
-    }
-}
-
-fn read(path: PathBuf) -> Result<String, BoxError> {
-    Ok(std::fs::read_to_string(&path).map_err(|error| format!("Cannot read {}: {error}", path.display()))?)
 }

@@ -77,9 +77,11 @@ fn an_invocation_takes_a_vm_that_stands_by_and_the_set_is_refilled() {
     assert_eq!(kept["origin"], "standby");
     assert_eq!(service.invoke(touch(json!({ "vmId": kept["vmId"] })))["origin"], "vm");
     let metrics = exchange(service.socket(), b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-    for line in
-        ["tvmm_standby_ready{function=\"touch\"} ", "tvmm_standby_events_total{function=\"touch\",event=\"hit\"} 5"]
-    {
+    for line in [
+        "tvmm_standby_memory_bytes{function=\"touch\"} ",
+        "tvmm_standby_ready{function=\"touch\"} ",
+        "tvmm_standby_events_total{function=\"touch\",event=\"hit\"} 5",
+    ] {
         assert!(metrics.contains(line), "{line} in {metrics}");
     }
 }
@@ -129,6 +131,53 @@ fn a_set_without_refills_lives_on_rewound_vms() {
         let message = service.refused(409, "POST", path, Some(body));
         assert!(message.contains("stands by for invocations of `touch`"), "{message}");
     }
+}
+
+#[test]
+fn a_set_keeps_within_its_memory_and_the_hosts() {
+    let dir = scratch();
+    let limited = service(&dir.path().join("limited"), &[]);
+    put_touch(&limited, json!({ "standby": { "min": 2, "max": 2 } }));
+    wait_for_ready(&limited, 2);
+    let memory_kib = state(&limited, "memory_kib");
+    assert!(memory_kib > 100, "two processes have {memory_kib} KiB");
+    // No VM fits into no memory: one is tried, and ended.
+    put_touch(&limited, json!({ "standby": { "min": 2, "max": 3, "dram_mib": 0 } }));
+    wait_until("a VM is given up", || state(&limited, "evicted") > 0);
+    put_touch(&limited, json!({ "standby": { "min": 0, "max": 2, "dram_mib": 0 }, "after": "rewind" }));
+    let before = state(&limited, "evicted");
+    let answer = limited.invoke(touch(json!({})));
+    wait_until_gone(limited_pid(&limited, &answer));
+    wait_until("the rewound VM is given up", || state(&limited, "evicted") > before);
+    // A host with little memory.
+    let short = service(&dir.path().join("short"), &["--memory-reserve", "1000000000"]);
+    put_touch(&short, json!({ "standby": { "min": 1, "max": 1 } }));
+    wait_until("the reason is shown", || {
+        short.get("/functions/touch")["standby_state"]["held_back"]
+            .as_str()
+            .is_some_and(|why| why.contains("--memory-reserve"))
+    });
+    assert_eq!(short.invoke(touch(json!({})))["origin"], "snapshot");
+    assert_eq!((state(&short, "ready"), state(&short, "misses")), (0, 1));
+}
+
+/// The process of the VM that answered.
+fn limited_pid(service: &Service, answer: &Value) -> u32 {
+    let vms = service.get("/vms");
+    let vm = vms.as_array().unwrap().iter().find(|vm| vm["vmId"] == answer["vmId"]).cloned();
+    vm.and_then(|vm| vm["pid"].as_u64()).map_or(u32::MAX, |pid| pid as u32)
+}
+
+#[test]
+fn a_vm_can_be_kept_after_its_answer() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    put_touch(&service, json!({ "standby": { "min": 1, "max": 1 }, "after": "keep" }));
+    wait_for_ready(&service, 1);
+    let answer = service.invoke(touch(json!({})));
+    assert_eq!(answer["origin"], "standby");
+    assert_eq!(service.invoke(touch(json!({ "vmId": answer["vmId"] })))["origin"], "vm");
+    wait_for_ready(&service, 1);
 }
 
 #[test]
