@@ -76,6 +76,24 @@ pub struct SnapshotTaken {
     pub memory_bytes: u64,
     /// Time for which the machine stood still, µs.
     pub capture_us: u64,
+    /// The course of a live snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LiveTaken>,
+}
+
+/// The course of a snapshot that was taken while the machine ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveTaken {
+    /// Passes over the pages that were written meanwhile, without the one during the pause.
+    pub passes: u32,
+    /// Pages written to the snapshot while the machine ran; a page counts each time.
+    pub pages_live: u64,
+    /// Pages copied for the snapshot while the machine stood still.
+    pub pages_paused: u64,
+    /// True: the guest wrote memory faster than it could be saved, so more than a few pages were left for the pause.
+    pub cut_short: bool,
+    /// Time from the request to the pause, µs.
+    pub window_us: u64,
 }
 
 /// A machine that went back to its snapshot.
@@ -145,12 +163,15 @@ pub enum Reply {
     Repurposed(Repurposed),
 }
 
+/// Takes the answer to a request. Never blocks.
+pub type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
+
 /// A command on its way to the machine.
 pub struct Request {
     /// The command.
     pub command: Command,
     /// Called once with the answer. Never blocks.
-    pub respond: Box<dyn FnOnce(Result<Reply, Refused>) + Send>,
+    pub respond: Respond,
 }
 
 impl fmt::Debug for Request {
