@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
+use crate::config::control::LiveTaken;
 use crate::config::overrides::{NetworkOverrideBody, VsockOverrideBody};
 use crate::config::restore::{DriveOverride, MacOverride};
 
@@ -26,6 +26,9 @@ pub struct ForkRequest {
     /// The directory of the fork point; none: that of the first child's socket.
     #[serde(default)]
     pub dir: Option<PathBuf>,
+    /// True: a running machine is captured while it runs, and stands still only for its state and the last pages.
+    #[serde(default)]
+    pub live: bool,
     /// True: the children stay paused.
     #[serde(default)]
     pub paused: bool,
@@ -48,10 +51,9 @@ pub struct ForkRequest {
 }
 
 /// A machine that was forked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forked {
     /// The directory of the fork point, which ends with its users.
-    #[schema(value_type = String)]
     pub fork_point: PathBuf,
     /// Bytes of guest memory in the fork point.
     pub memory_bytes: u64,
@@ -59,15 +61,17 @@ pub struct Forked {
     pub stood_still_us: u64,
     /// Time from the request to the answer, µs.
     pub total_us: u64,
+    /// The course of a live capture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LiveTaken>,
     pub children: Vec<ForkedChild>,
 }
 
 /// A child of a fork.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForkedChild {
     /// Its name in answers of its API.
     pub id: String,
-    #[schema(value_type = String)]
     pub socket: PathBuf,
     /// Its process.
     pub pid: u32,
