@@ -148,8 +148,22 @@ impl Verifier {
 
     /// Waits until the guest may run. From then on a mismatch ends it by `ending`.
     pub fn wait_checked(&self, files: &Files, ending: &Arc<EndingSignal>) -> Result<(), Error> {
-        // Set once: a machine is built once.
+        // Set once: memory is compared for one guest.
         let _ = self.shared.ending.set(ending.clone());
+        self.wait(files)
+    }
+
+    /// From now on a mismatch ends the guest by `ending`. Called after [`wait`](Self::wait).
+    ///
+    /// # Errors
+    /// The mismatch that was found since.
+    pub fn attach(&self, ending: &Arc<EndingSignal>) -> Result<(), Error> {
+        let _ = self.shared.ending.set(ending.clone());
+        self.shared.lock().error.take().map_or(Ok(()), Err)
+    }
+
+    /// Waits until the comparison that comes before the guest runs has been made.
+    pub fn wait(&self, files: &Files) -> Result<(), Error> {
         let is_checking = self.shared.lock().state == State::Checking;
         if is_checking && self.shared.claim() {
             return self.shared.check_before(files.chain(), files.tiers()).map(drop);
@@ -211,7 +225,11 @@ impl Shared {
         if let Err(error) = result {
             let was_checking = locked.state == State::Checking;
             locked.state = State::Failed;
-            if !was_checking && let Some(ending) = self.ending.get() {
+            // A thread that was asked to stop has compared the snapshot of a guest that is gone.
+            if !was_checking
+                && !locked.stop
+                && let Some(ending) = self.ending.get()
+            {
                 drop(locked);
                 ending.end(Ending::MemoryLost(errors::chain(&error)));
                 return;

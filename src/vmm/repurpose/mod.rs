@@ -26,12 +26,14 @@ use super::restore::{RestoreSpec, shape_of};
 use super::saved_state::SavedState;
 use super::vcpu::STOP_TIMEOUT;
 use crate::config::overrides::Overrides;
+use crate::memory;
 use crate::memory::engine::{self, BuildOptions, EngineReport, Filled, writable_when_written};
 use crate::memory::files::Files;
 use crate::memory::services::{CloseCold, MemoryServices};
 use crate::memory::stall::Stalls;
 use crate::memory::verify::Verifier;
 use crate::snapshot::{InPlaceMapping, RestorePlan};
+use crate::sys::lost;
 use crate::sys::timeline::Timeline;
 
 /// A snapshot that the machine may become: opened, checked, its plan valid.
@@ -80,9 +82,8 @@ impl Machine<Paused> {
         let verifier = Verifier::start(&files, spec.plan, spec.verify, true)?;
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         saved.fw_cfg.metadata.extend(spec.overrides.metadata.clone());
-        // Last, because from then on damage that the comparison finds ends the machine.
         if let Some(verifier) = &verifier {
-            verifier.wait_checked(&files, &self.core.ending)?;
+            verifier.wait(&files)?;
         }
         Ok(Prepared {
             plan: spec.plan,
@@ -180,6 +181,9 @@ impl Machine<Paused> {
         core.lineage = Lineage::restored(files.chain().clone(), writable_when_written(plan));
         report.prefault = core.prefault(fds.first().copied(), plan)?;
         core.start_background(&files, plan, stalls)?;
+        if let Some(verifier) = &verifier {
+            verifier.attach(&core.ending)?;
+        }
         core.services.verifier = verifier;
         let placed_drives = placed.keep();
         let serves = PageServer::Own;
@@ -200,6 +204,11 @@ impl Core {
         self.origin = None;
         self.lineage = Lineage::default();
         self.ram.clear()?;
+        if let Some(why) = lost::touched() {
+            return Err(memory::Error::Lost(why).into());
+        }
+        // The last reports of those services were about the former guest's memory.
+        drop(self.ending.take());
         Ok(())
     }
 }
