@@ -8,7 +8,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::overrides::{drive_override, key_value};
-use crate::config::fork::{ForkRequest, Forked};
+use crate::config::control::Forked;
+use crate::config::fork::ForkRequest;
 use crate::config::restore::{DriveOverride, MacOverride};
 use crate::config::{NetworkOverrideBody, VsockOverrideBody};
 use crate::sys::api_client::Client;

@@ -1,4 +1,4 @@
-//! The fork of a VM: the request and the answer.
+//! The fork of a VM: the request.
 //!
 //! Names in a request may contain the number of the child, from 1 on: `{n}` in decimal, `{n:02x}` as two hexadecimal
 //! digits, for MAC addresses. `fork_children.rs` puts it in.
@@ -8,7 +8,6 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::control::LiveTaken;
 use crate::config::overrides::{NetworkOverrideBody, VsockOverrideBody};
 use crate::config::restore::{DriveOverride, MacOverride};
 
@@ -48,33 +47,6 @@ pub struct ForkRequest {
     pub mac_overrides: Vec<MacOverride>,
     #[serde(default)]
     pub metadata: BTreeMap<String, String>,
-}
-
-/// A machine that was forked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Forked {
-    /// The directory of the fork point, which ends with its users.
-    pub fork_point: PathBuf,
-    /// Bytes of guest memory in the fork point.
-    pub memory_bytes: u64,
-    /// Time for which the machine stood still, µs.
-    pub stood_still_us: u64,
-    /// Time from the request to the answer, µs.
-    pub total_us: u64,
-    /// The course of a live capture.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub live: Option<LiveTaken>,
-    pub children: Vec<ForkedChild>,
-}
-
-/// A child of a fork.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ForkedChild {
-    /// Its name in answers of its API.
-    pub id: String,
-    pub socket: PathBuf,
-    /// Its process.
-    pub pid: u32,
 }
 
 /// The forks of a machine so far.

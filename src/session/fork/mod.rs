@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use self::child::{Child, end_all};
-use crate::config::control::{LiveTaken, Reply, Respond};
-use crate::config::fork::{ForkCounts, ForkRequest, Forked};
+use crate::config::control::{Forked, LiveTaken, Reply, Respond};
+use crate::config::fork::{ForkCounts, ForkRequest};
 use crate::config::refusal::Refused;
 use crate::config::{ChildSpec, VmConfig};
 use crate::session::Error;
