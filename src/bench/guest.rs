@@ -1,11 +1,14 @@
 //! A VM in a separate process, driven over its console, as users drive it.
 
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
 
 use super::child;
@@ -20,10 +23,18 @@ pub const TIMEOUT: Duration = Duration::from_secs(300);
 pub struct Guest {
     child: Child,
     stdin: ChildStdin,
-    lines: Receiver<String>,
+    lines: Receiver<Line>,
+    /// The VMM's standard error.
+    errors: File,
     /// The VMM's program.
     program: String,
     asked: u32,
+}
+
+/// A line of a guest, and the time at which it was complete.
+struct Line {
+    text: String,
+    at: Instant,
 }
 
 /// An answer, and the time at which it was complete.
@@ -38,21 +49,30 @@ impl GuestAnswer {
     pub fn digest(&self) -> &str {
         self.rest.split(' ').next().unwrap_or_default()
     }
+
+    /// The time of the function by the guest's clock, ms.
+    pub fn guest_ms(&self) -> Option<f64> {
+        let us: f64 = self.rest.split(' ').nth(1)?.parse().ok()?;
+        Some(us / 1000.0)
+    }
 }
 
 impl Guest {
     /// Starts a VMM whose guest's console is its standard input and output.
     pub fn start(mut command: Command) -> Result<Self, BoxError> {
-        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
         let program = command.get_program().display().to_string();
+        let failed = |error: io::Error| format!("Cannot keep the messages of {program}: {error}");
+        let errors = File::from(memfd_create("stderr", MemfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?);
+        let written = Stdio::from(errors.try_clone().map_err(failed)?);
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(written).spawn();
         let mut child = spawned.map_err(|error| format!("Cannot start {program}: {error}"))?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return refuse("Cannot reach the guest's console: the VMM was started without pipes");
         };
         let (sender, lines) = channel();
         // Made first, so that its drop ends the VMM if the reader thread cannot be started.
-        let guest = Guest { child, stdin, lines, program, asked: 0 };
-        let reads = move || forward(stdout, |line| sender.send(line).is_ok());
+        let guest = Guest { child, stdin, lines, errors, program, asked: 0 };
+        let reads = move || forward(stdout, |text| sender.send(Line { text, at: Instant::now() }).is_ok());
         let reading = std::thread::Builder::new().name("console".into()).spawn(reads);
         reading.map_err(|error| format!("Cannot start the thread that reads the guest's console: {error}"))?;
         Ok(guest)
@@ -100,27 +120,43 @@ impl Guest {
         Ok(GuestAnswer { rest: line.splitn(3, ' ').nth(2).unwrap_or_default().to_string(), at })
     }
 
+    /// Waits for a line that begins with `wanted`; returns it, and the time at which it was complete.
     pub fn wait_for(&self, wanted: &str) -> Result<(String, Instant), BoxError> {
         let mut wait = Wait::new(format!("the guest of {} to say {wanted:?}", self.program), TIMEOUT);
         let mut last = String::new();
         loop {
             match self.lines.recv_timeout(wait.step()) {
-                Ok(line) if line.starts_with(wanted) => return Ok((line, Instant::now())),
-                Ok(line) if line.starts_with("err ") || line.starts_with("panic ") => {
-                    return refuse(format!("The guest says: {line}"));
+                Ok(line) if line.text.starts_with(wanted) => return Ok((line.text, line.at)),
+                Ok(Line { text, .. }) if text.starts_with("err ") || text.starts_with("panic ") => {
+                    return refuse(format!("The guest says: {text}"));
                 }
-                Ok(line) if !wait.is_over() => last = line,
+                Ok(line) if !wait.is_over() => last = line.text,
                 Err(RecvTimeoutError::Timeout) if !wait.is_over() => {}
                 Ok(_) | Err(RecvTimeoutError::Timeout) => {
                     return refuse(format!("The guest did not say {wanted:?} within {TIMEOUT:?}; last: {last:?}"));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return refuse(format!("The VMM ended before the guest said {wanted:?}; last: {last:?}"));
+                    let said = self.last_error();
+                    return refuse(format!(
+                        "The VMM ended before the guest said {wanted:?}; last: {last:?}; its message: {said:?}"
+                    ));
                 }
             }
         }
     }
+
+    /// The last line that the VMM has written to its standard error.
+    pub fn last_error(&self) -> String {
+        let length = self.errors.metadata().map_or(0, |metadata| metadata.len());
+        let mut end = vec![0; length.min(MESSAGE) as usize];
+        // The line is told beside another error: without it that error is told alone.
+        let read = self.errors.read_at(&mut end, length.saturating_sub(MESSAGE)).unwrap_or_default();
+        String::from_utf8_lossy(&end[..read]).lines().last().unwrap_or_default().to_string()
+    }
 }
+
+/// Most bytes of a VMM's last message.
+const MESSAGE: u64 = 4096;
 
 fn forward(stdout: ChildStdout, mut send: impl FnMut(String) -> bool) {
     for line in BufReader::new(stdout).lines() {

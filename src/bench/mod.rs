@@ -14,6 +14,7 @@ mod error;
 mod grid;
 pub(crate) mod guest;
 pub mod host_costs;
+mod load;
 pub(crate) mod markup;
 pub mod page_fault_handler;
 mod report;
@@ -44,6 +45,8 @@ enum BenchCommand {
     Grid(grid::GridArgs),
     /// Measure functions over every policy, in the experiments of the papers, and draw the results
     Run(study::RunArgs),
+    /// Ask many VMs at once: restored for the request, standing by, or rewound
+    Burst(study::BurstArgs),
     /// Compare copying the read set to local memory with reading it in place, by the number of reads per page
     Crossover(crossover::CrossoverArgs),
     /// Draw results again
@@ -57,6 +60,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
         BenchCommand::Restore(args) => restore::run(args),
         BenchCommand::Grid(args) => grid::run(args),
         BenchCommand::Run(args) => study::run(args),
+        BenchCommand::Burst(args) => study::run_burst(args),
         BenchCommand::Crossover(args) => crossover::run(args),
         BenchCommand::Report(args) => report::run(args),
         BenchCommand::Diff(args) => report::run_diff(args),

@@ -27,8 +27,11 @@ pub struct SnapshotArgs {
     #[arg(long)]
     diff: bool,
     /// Resume the VM afterwards; default: the VM stays paused
-    #[arg(long)]
+    #[arg(long, conflicts_with = "live")]
     resume: bool,
+    /// Write memory while the VM runs: it stands still only for its state and the last pages, and runs on
+    #[arg(long)]
+    live: bool,
     /// Copy the drives that the guest can write (by reflink where the file system has it)
     #[arg(long)]
     copy_drives: bool,
@@ -69,14 +72,15 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
     // The VMM's current directory may be another.
     let out = std::path::absolute(out)?;
     let info = client.request("GET", "/", None, REQUEST_TIMEOUT)?.1.unwrap_or_default();
-    let was_running = info["state"] == "Running";
-    if was_running {
+    let is_stopped_here = info["state"] == "Running" && !args.live;
+    if is_stopped_here {
         client.request("PATCH", "/vm", Some(&json!({ "state": "Paused" })), REQUEST_TIMEOUT)?;
     }
     let body = json!({
         "snapshot_path": out,
         "snapshot_type": if args.diff { "Diff" } else { "Full" },
-        "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives, "verify": args.verify },
+        "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives, "verify": args.verify,
+            "live": args.live },
     });
     let taken = client.request("PUT", "/snapshot/create", Some(&body), SNAPSHOT_TIMEOUT);
     let taken = match taken {
@@ -84,7 +88,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
         Err(error) => {
             // A VM that ran before is resumed, whatever the outcome of its snapshot.
             let resumed = json!({ "state": "Resumed" });
-            if was_running && let Err(also) = client.request("PATCH", "/vm", Some(&resumed), REQUEST_TIMEOUT) {
+            if is_stopped_here && let Err(also) = client.request("PATCH", "/vm", Some(&resumed), REQUEST_TIMEOUT) {
                 return refuse(format!("{} Cannot resume the VM either: {}", chain(&error), chain(&also)));
             }
             return Err(error.into());
@@ -95,6 +99,10 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
         let stood = taken["capture_us"].as_u64().unwrap_or(0) as f64 / 1000.0;
         let mib = bytes as f64 / f64::from(1 << 20);
         say!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
+        if taken["live"]["cut_short"] == true {
+            let pages = taken["live"]["pages_paused"].as_u64().unwrap_or(0);
+            say!("The guest writes memory faster than it is saved: {pages} pages were copied while the VM stood still");
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

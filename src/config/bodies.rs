@@ -48,6 +48,9 @@ pub struct CreateExtension {
     /// Answer only after the memory was read back from the disk and compared with what was written.
     #[serde(default)]
     pub verify: bool,
+    /// Save a running machine while it runs: it stands still only for its state and the last pages.
+    #[serde(default)]
+    pub live: bool,
 }
 
 /// The names of the kinds of snapshot in Firecracker's API.

@@ -4,7 +4,6 @@
 //! waits on its eventfd beside its other events, and answers every [`Request`] once. A request that is dropped
 //! unanswered tells its sender that the VMM has ended.
 
-use crate::config::fork::Forked;
 use crate::config::refusal::Refused;
 use crate::config::request::Command;
 use std::fmt;
@@ -76,6 +75,24 @@ pub struct SnapshotTaken {
     pub memory_bytes: u64,
     /// Time for which the machine stood still, µs.
     pub capture_us: u64,
+    /// The course of a live snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LiveTaken>,
+}
+
+/// The course of a snapshot that was taken while the machine ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveTaken {
+    /// Passes over the pages that were written meanwhile, without the one during the pause.
+    pub passes: u32,
+    /// Pages written to the snapshot while the machine ran; a page counts each time.
+    pub pages_live: u64,
+    /// Pages copied for the snapshot while the machine stood still.
+    pub pages_paused: u64,
+    /// True: the guest wrote memory faster than it could be saved, so more than a few pages were left for the pause.
+    pub cut_short: bool,
+    /// Time from the request to the pause, µs.
+    pub window_us: u64,
 }
 
 /// A machine that went back to its snapshot.
@@ -118,6 +135,33 @@ pub struct Repurposed {
     pub total_us: u64,
 }
 
+/// A machine that was forked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forked {
+    /// The directory of the fork point, which ends with its users.
+    pub fork_point: PathBuf,
+    /// Bytes of guest memory in the fork point.
+    pub memory_bytes: u64,
+    /// Time for which the machine stood still, µs.
+    pub stood_still_us: u64,
+    /// Time from the request to the answer, µs.
+    pub total_us: u64,
+    /// The course of a live capture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LiveTaken>,
+    pub children: Vec<ForkedChild>,
+}
+
+/// A child of a fork.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkedChild {
+    /// Its name in answers of its API.
+    pub id: String,
+    pub socket: PathBuf,
+    /// Its process.
+    pub pid: u32,
+}
+
 /// The answer to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
@@ -145,12 +189,15 @@ pub enum Reply {
     Repurposed(Repurposed),
 }
 
+/// Takes the answer to a request. Never blocks.
+pub type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
+
 /// A command on its way to the machine.
 pub struct Request {
     /// The command.
     pub command: Command,
     /// Called once with the answer. Never blocks.
-    pub respond: Box<dyn FnOnce(Result<Reply, Refused>) + Send>,
+    pub respond: Respond,
 }
 
 impl fmt::Debug for Request {

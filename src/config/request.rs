@@ -106,4 +106,6 @@ pub struct CreateSnapshot {
     pub copy_drives: bool,
     /// True: the answer comes only after the memory was read back from the disk and compared.
     pub verify: bool,
+    /// True: a running machine is saved while it runs.
+    pub live: bool,
 }

@@ -22,7 +22,7 @@ use crate::sys::lost;
 use crate::sys::lost::{MappedFile, Mapping, Watched};
 use crate::sys::mapping::{Populator, Reservation};
 use crate::sys::pagemap::Pagemap;
-use crate::sys::pagemap_scan::mapped_runs;
+use crate::sys::pagemap_scan::{Mapped, mapped_runs};
 use crate::sys::uffd::{FaultKinds, Uffd};
 
 /// The backing of a piece of guest memory.
@@ -278,6 +278,27 @@ impl GuestRam {
                 scanned => scanned,
             };
             populated.map_err(Error::os("scan /proc/self/pagemap"))?;
+        }
+        Ok(pages)
+    }
+
+    /// The pages that this process has a copy of: all that the guest has written since they were mapped, and more.
+    ///
+    /// # Errors
+    /// The kernel has no PAGEMAP_SCAN (before Linux 6.7).
+    pub fn own_pages(&self) -> Result<PageSet, Error> {
+        let mut pages = PageSet::new();
+        for (range, host) in self.slots() {
+            let first = range.gpa / PAGE_SIZE;
+            let add = |run, len, what| {
+                if what == Mapped::Own {
+                    pages.insert_run(Extent { first: Gfn(first + run), pages: len });
+                }
+            };
+            mapped_runs(host, range.len / PAGE_SIZE, add).map_err(Error::os(
+                "find the pages that the guest has written (PAGEMAP_SCAN, Linux 6.7). On older kernels restore with \
+                 --track-dirty-pages",
+            ))?;
         }
         Ok(pages)
     }

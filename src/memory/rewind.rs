@@ -22,7 +22,6 @@ use super::guest_ram::GuestRam;
 use super::reads::{self, Wanted};
 use crate::memory::Error;
 use crate::snapshot::{Extent, Fill, Gfn, PAGE_SIZE, PageSet, PageSource, Placement, PlannedExtent, RestorePlan};
-use crate::sys::pagemap_scan::{self, mapped_runs};
 
 /// The memory to take back, and the state to bring it to. No vCPU runs and all devices are quiet.
 pub struct Rewind<'a> {
@@ -72,7 +71,7 @@ impl Rewind<'_> {
         self.ram.released().clear();
         let mut pages = match self.written.take() {
             Some(written) => written,
-            None => self.own_pages()?,
+            None => self.ram.own_pages()?,
         };
         pages.subtract(&given_back);
         for (planned, part) in parts(self.plan, &given_back) {
@@ -104,24 +103,6 @@ impl Rewind<'_> {
         }
         reads::fill(self.files, wanted, false)?;
         Ok(taken)
-    }
-
-    /// The pages of guest memory that this process has a copy of.
-    fn own_pages(&self) -> Result<PageSet, Error> {
-        let mut pages = PageSet::new();
-        for (range, host) in self.ram.slots() {
-            let first = range.gpa / PAGE_SIZE;
-            let add = |run, len, what| {
-                if what == pagemap_scan::Mapped::Own {
-                    pages.insert_run(Extent { first: Gfn(first + run), pages: len });
-                }
-            };
-            mapped_runs(host, range.len / PAGE_SIZE, add).map_err(Error::os(
-                "find the pages that the guest has written (PAGEMAP_SCAN, Linux 6.7). On older kernels restore with \
-                 --track-dirty-pages",
-            ))?;
-        }
-        Ok(pages)
     }
 
     /// The way back of `part`, which lies in `planned`. Pages that stay local are counted against the limit.

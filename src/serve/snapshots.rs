@@ -44,6 +44,10 @@ pub(super) struct SnapshotBody {
     /// `Full` (the default), or `Diff`: the pages written since the VM's last snapshot. On top of 16 layers, the daemon
     /// takes a full one instead of a diff, and sets `compacted`.
     snapshot_type: Option<String>,
+    /// True: at once and while the VM runs, also in the middle of a request. Default: between requests, with the VM
+    /// paused.
+    #[serde(default)]
+    live: bool,
     /// Refused: the daemon's directory holds the snapshots.
     snapshot_path: Option<String>,
     /// Refused for the same reason.
@@ -90,7 +94,7 @@ pub(super) async fn get_snapshot(
     daemon.snapshot(&id).map(Reply)
 }
 
-/// Takes a snapshot of a VM, between its requests. The VM runs on.
+/// Takes a snapshot of a VM, between its requests or live. The VM runs on.
 #[utoipa::path(post, path = "/snapshots", tag = "snapshots", request_body = SnapshotBody,
     responses((status = 200, description = "The record of the snapshot", body = SnapshotRecord),
         (status = 400, body = FaultBody, description = "The request is invalid"),
@@ -126,7 +130,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
     let vm = daemon.vm(&body.vm_id)?;
     let mut claim = claim_name(daemon, body.ss_id)?;
     let _using = vm.claim()?;
-    let _quiet = vm.quiet().await;
+    let _quiet = if body.live { None } else { Some(vm.quiet().await) };
     let dir = daemon.snapshot_dir(&claim.id);
     let parent = vm.diff_parent().filter(|_| kind == SnapshotKind::Diff);
     let layers = parent.as_ref().map_or(0, |parent| layers_of(&daemon.snapshots(), parent));
@@ -143,7 +147,7 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
             "A full snapshot is taken in place of a diff: its chain would be long"
         );
     }
-    let taken = capture(&vm, kind, &dir).await?;
+    let taken = if body.live { capture_live(&vm, kind, &dir).await? } else { capture(&vm, kind, &dir).await? };
     vm.was_snapshotted(&claim.id);
     let opened = blocking({
         let dir = dir.clone();
@@ -186,21 +190,27 @@ fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize
 
 /// Pauses the VM, takes the snapshot, and resumes the VM whatever the outcome.
 pub(super) async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
-    let refused = |error: ControlError| {
-        error.fault(format!("Cannot take the snapshot: {}.", error.to_string().trim_end_matches('.')))
-    };
     vm.set_state(WantedState::Paused).await.map_err(refused)?;
-    let create = CreateBody {
-        snapshot_path: dir.to_owned(),
-        mem_file_path: None,
-        snapshot_type: kind,
-        tvmm: CreateExtension { resume: true, copy_drives: vm.function.writes_image(), verify: false },
-    };
-    let taken = vm.control.send("PUT", "/snapshot/create", &create).await;
+    let extension = CreateExtension { resume: true, copy_drives: vm.function.writes_image(), ..Default::default() };
+    let taken = vm.control.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await;
     if taken.is_err() {
         vm.set_state(WantedState::Resumed).await.map_err(refused)?;
     }
     taken.map_err(refused)
+}
+
+/// Takes the snapshot while the VM runs.
+async fn capture_live(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
+    let extension = CreateExtension { live: true, copy_drives: vm.function.writes_image(), ..Default::default() };
+    vm.control.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await.map_err(refused)
+}
+
+fn create_body(dir: &FilePath, kind: SnapshotKind, tvmm: CreateExtension) -> CreateBody {
+    CreateBody { snapshot_path: dir.to_owned(), mem_file_path: None, snapshot_type: kind, tvmm }
+}
+
+fn refused(error: ControlError) -> Fault {
+    error.fault(format!("Cannot take the snapshot: {}.", error.to_string().trim_end_matches('.')))
 }
 
 /// Stores a snapshot's record; if that fails, the snapshot is removed.

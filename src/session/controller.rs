@@ -1,5 +1,8 @@
 //! Commands to the machine: the states in which each is allowed, and its effect.
 
+mod fork;
+mod live;
+
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,15 +12,14 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::facts::{Facts, Opened, Parts, Restored};
-use super::fork::{Fork, ForkNews, ForkParent, Forks};
+use super::fork::{ForkNews, Forks};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
 use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
-use crate::config::control::{InstanceInfo, Reply, Request, Rewound, SnapshotTaken, VmState};
-use crate::config::fork::ForkRequest;
+use crate::config::control::{InstanceInfo, LiveTaken, Reply, Request, Respond, Rewound, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
@@ -28,8 +30,9 @@ use crate::memory::files;
 use crate::memory::rewind::TakenBack;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
+use crate::session::live::{LiveOrder, LiveSlot, Purpose, taken};
 use crate::session::log;
-use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId, SnapshotKind};
+use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
 use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
@@ -43,8 +46,6 @@ use crate::vmm::machine::SerialPort;
 use crate::vmm::machine::{Environment, Machine, Paused, Running};
 use crate::vmm::restore::RestoreSpec;
 use crate::vmm::vcpu::STOP_TIMEOUT;
-
-type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
 /// The machine, in any of its states.
 pub(super) enum Phase {
@@ -67,6 +68,7 @@ pub struct Controller {
     seals: (Sender<SealNews>, Receiver<SealNews>),
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
+    live: LiveSlot,
     forks: Forks,
     /// The restored machine is paused and waits for its first request.
     pub(super) stands_by: bool,
@@ -81,6 +83,7 @@ enum SealNews {
     Sealed {
         result: Result<Sealed, Error>,
         capture_us: u64,
+        live: Option<LiveTaken>,
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
@@ -121,6 +124,7 @@ impl Controller {
             seals: channel(),
             seal_event,
             seal_reply: None,
+            live: LiveSlot::new()?,
             forks: Forks::default(),
             stands_by: false,
             read_backs: ReadBacks::default(),
@@ -202,21 +206,23 @@ impl Controller {
     /// Answers one request: at once, or a snapshot when it is sealed, and a fork when its children answer.
     pub fn handle(&mut self, request: Request) {
         let Request { command, respond } = request;
-        if let Command::CreateSnapshot(create) = command {
-            match self.begin_snapshot(create) {
+        match command {
+            Command::CreateSnapshot(create) if create.live && matches!(self.phase, Phase::Running(_)) => {
+                let order = LiveOrder {
+                    target: location(&create.location),
+                    kind: create.kind,
+                    copy_drives: create.copy_drives,
+                    purpose: Purpose::Snapshot { verify: create.verify },
+                };
+                self.begin_live(order, respond);
+            }
+            Command::CreateSnapshot(create) => match self.begin_snapshot(create) {
                 Ok(()) => self.seal_reply = Some(respond),
                 Err(refused) => respond(Err(refused)),
-            }
-            return;
+            },
+            Command::Fork(request) => self.begin_fork(&request, respond),
+            command => respond(self.answer(command)),
         }
-        if let Command::Fork(request) = command {
-            match self.begin_fork(&request) {
-                Ok(()) => self.forks.answer_later(respond),
-                Err(refused) => respond(Err(refused)),
-            }
-            return;
-        }
-        respond(self.answer(command));
     }
 
     fn answer(&mut self, command: Command) -> Result<Reply, Refused> {
@@ -437,6 +443,7 @@ impl Controller {
             Phase::Paused(machine) => machine.check_rewindable(),
         };
         allowed.map_err(|error| Refused::bad_request_because(&error))?;
+        self.check_no_live()?;
         self.pause()?;
         let stop_us = start.elapsed().as_micros() as u64;
         let (Phase::Paused(machine), Some(restored)) = (&mut self.phase, &mut self.restored) else {
@@ -448,7 +455,7 @@ impl Controller {
             if request.verify {
                 machine.compare(&restored.carried_out)?;
             }
-            machine.renew_id()?;
+            machine.raise_events()?;
             Ok(rewound)
         });
         let rewound = result.map_err(|error| {
@@ -511,6 +518,7 @@ impl Controller {
 
     /// Captures the paused machine, resumes it if asked to, and seals the snapshot on its own thread.
     fn begin_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Refused> {
+        self.check_no_live()?;
         let machine = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
             Phase::Running(_) => {
@@ -530,14 +538,17 @@ impl Controller {
             // The snapshot is good nonetheless, and the machine is still paused; both are reported.
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
-        let is_first = create.verify || self.read_backs.are_many();
-        self.spawn_seal(captured, if is_first { ReadBackWhen::First } else { ReadBackWhen::Later })
+        self.spawn_seal(captured, create.verify)
     }
 
-    fn spawn_seal(&mut self, captured: Captured, when: ReadBackWhen) -> Result<(), Refused> {
+    /// Seals the snapshot on a thread of its own. With `verify`, its memory is read back before that is done.
+    fn spawn_seal(&mut self, captured: Captured, verify: bool) -> Result<(), Refused> {
+        let is_first = verify || self.read_backs.are_many();
+        let when = if is_first { ReadBackWhen::First } else { ReadBackWhen::Later };
         let teller = self.seal_teller();
         let read_backs = self.read_backs.clone();
         let capture_us = captured.capture_us;
+        let live = captured.live.map(taken);
         let spawned = std::thread::Builder::new().name("seal".into()).spawn(move || {
             let (result, left) = match captured.seal(when) {
                 Ok((sealed, read_back)) => {
@@ -551,7 +562,7 @@ impl Controller {
                 }
                 Err(error) => (Err(Error::from(error)), None),
             };
-            teller.tell(SealNews::Sealed { result, capture_us });
+            teller.tell(SealNews::Sealed { result, capture_us, live });
             if let Some((id, left)) = left
                 && left.run().is_err()
             {
@@ -568,8 +579,8 @@ impl Controller {
     pub fn finish_seals(&mut self) {
         let _ = self.seal_event.read();
         while let Ok(news) = self.seals.1.try_recv() {
-            let (result, capture_us) = match news {
-                SealNews::Sealed { result, capture_us } => (result, capture_us),
+            let (result, capture_us, live) = match news {
+                SealNews::Sealed { result, capture_us, live } => (result, capture_us, live),
                 SealNews::Damaged(id) => {
                     self.snapshot_damaged(id);
                     continue;
@@ -592,6 +603,7 @@ impl Controller {
                     path: anchor(&sealed.location),
                     memory_bytes: sealed.pages_held * PAGE_SIZE,
                     capture_us,
+                    live,
                 })),
                 Err(error) => Err(Refused::bad_request_because(&error)),
             });
@@ -606,43 +618,6 @@ impl Controller {
 
     fn seal_teller(&self) -> SealTeller {
         SealTeller { sender: self.seals.0.clone(), event: self.seal_event.clone() }
-    }
-
-    /// Captures the machine into a fork point, lets it run on if it ran, and starts the children on a thread that then
-    /// waits for their ends.
-    fn begin_fork(&mut self, request: &ForkRequest) -> Result<(), Refused> {
-        self.forks.check_free()?;
-        if matches!(self.phase, Phase::NotStarted) {
-            return Err(Refused::before_start());
-        }
-        let fault_timeout = self.environment.fault_timeout;
-        let mut fork = Fork::prepare(request, &ForkParent { id: &self.id, config: &self.config, fault_timeout })?;
-        let captured = match self.capture_fork(&mut fork) {
-            Ok(captured) => captured,
-            Err(refused) => {
-                fork.give_up();
-                return Err(refused);
-            }
-        };
-        let teller = self.seal_teller();
-        let spawned = fork.spawn(captured, move |news| teller.tell(SealNews::Fork(news)));
-        spawned.inspect_err(|_| self.with_machine(None))
-    }
-
-    fn capture_fork(&mut self, fork: &mut Fork) -> Result<Captured, Refused> {
-        let begin = Instant::now();
-        let was_running = matches!(self.phase, Phase::Running(_));
-        self.pause()?;
-        let Phase::Paused(machine) = &mut self.phase else {
-            return Err(Refused::internal("The machine to fork is gone."));
-        };
-        let captured = machine.capture(fork.target(), SnapshotKind::Full, fork.copies_drives());
-        if was_running && let Err(refused) = self.resume() {
-            // The children are good nonetheless, and the parent is still paused; both are reported.
-            tracing::error!(fault = %refused.message, "The machine could not be resumed after its fork");
-        }
-        fork.stood_still = begin.elapsed();
-        captured.map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn with_machine(&mut self, sealed: Option<&Sealed>) {
@@ -701,6 +676,7 @@ impl Controller {
     /// Ends the machine: vCPU threads first, then VM and memory. An error names the thread that did not stop; the
     /// process should end then.
     pub fn stop(&mut self) -> Result<(), Error> {
+        self.abandon_live();
         let is_stalled = self.stalls.as_ref().is_some_and(|watch| watch.stalls().is_stalled());
         // A thread that waits for memory that does not come, or has touched lost memory, does not stop.
         let patience = if is_stalled || lost::touched().is_some() { Duration::ZERO } else { STOP_TIMEOUT };

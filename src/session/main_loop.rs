@@ -61,6 +61,7 @@ const ENDING: u32 = 7;
 const FIFO: u32 = 8;
 const CONSOLE: u32 = 9;
 const STANDBY: u32 = 10;
+const LIVE: u32 = 11;
 
 /// After this time without an event the VM has started, and resources needed only for that are freed. Not earlier:
 /// freeing them costs a restore some 60 µs.
@@ -216,6 +217,7 @@ impl Session {
             watch_event(ops, answer.event(), ANSWER)?;
         }
         watch_event(ops, self.controller.seal_event(), SEALED)?;
+        watch_event(ops, self.controller.live_event(), LIVE)?;
         watch_event(ops, self.controller.output().backlog_event(), BACKLOG)?;
         self.watch_machine(ops)?;
         self.watch_standby(ops)
@@ -310,6 +312,10 @@ impl Session {
             }
             SEALED => {
                 self.controller.finish_seals();
+                Ok(())
+            }
+            LIVE => {
+                self.controller.step_live();
                 Ok(())
             }
             CONSOLE => {

@@ -11,6 +11,7 @@ pub mod controller;
 mod error;
 pub mod facts;
 mod fork;
+mod live;
 pub(crate) mod log;
 pub mod main_loop;
 pub(crate) mod metrics;

@@ -43,6 +43,7 @@ impl Controller {
     pub(super) fn repurpose(&mut self, request: &RepurposeRequest) -> Result<Repurposed, Refused> {
         let start = Instant::now();
         let was_running = matches!(self.phase, Phase::Running(_));
+        self.check_no_live()?;
         self.pause()?;
         let stop_us = start.elapsed().as_micros() as u64;
         let mut done = match self.become_other(request) {
@@ -132,6 +133,6 @@ fn change(
     if request.compare {
         machine.compare(plan)?;
     }
-    machine.renew_id()?;
+    machine.raise_events()?;
     Ok(repurposed)
 }

@@ -35,8 +35,10 @@ pub struct SnapshotWriter {
     parent: Option<Parent>,
     work: Work,
     memory: File,
-    /// The first page that may still be written.
+    /// The first page that may still be written in this pass.
     next: Gfn,
+    /// Pages written before may be written again.
+    is_later_pass: bool,
     held: PageSet,
     zero: PageSet,
     drives: Vec<(DriveCopy, File)>,
@@ -133,6 +135,7 @@ impl SnapshotWriter {
             work,
             memory,
             next: Gfn(0),
+            is_later_pass: false,
             held: PageSet::new(),
             zero: PageSet::new(),
             drives: Vec::new(),
@@ -177,7 +180,8 @@ impl SnapshotWriter {
     ///
     /// # Errors
     /// [`Error::BadRun`] if the bytes are not whole pages, cross the end of a range, come before a page that was
-    /// already written, or were marked zero. [`Error::Io`] from the write, for example when the disk is full.
+    /// already written in this pass, or were marked zero in it. [`Error::Io`] from the write, for example when the disk
+    /// is full.
     pub fn write_run(&mut self, first: Gfn, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;
         let run = Extent { first, pages: len / PAGE_SIZE };
@@ -188,7 +192,9 @@ impl SnapshotWriter {
         if first < self.next {
             return bad("pages must be written in ascending order, each once");
         }
-        if self.zero.len_in(run) > 0 {
+        if self.is_later_pass {
+            self.zero.remove_run(run);
+        } else if self.zero.len_in(run) > 0 {
             return bad("some of them were marked zero");
         }
         // Proven by `contains`: every page of the layout has an offset.
@@ -202,6 +208,43 @@ impl SnapshotWriter {
         self.held.insert_run(run);
         self.next = run.end();
         Ok(())
+    }
+
+    /// Begins another pass over the memory of a VM that runs: pages that it has changed may be written again.
+    pub fn next_pass(&mut self) {
+        self.next = Gfn(0);
+        self.is_later_pass = true;
+    }
+
+    /// Records that pages are zero: in a full snapshot pages not written, in a diff pages marked as zero. Pages written
+    /// in an earlier pass become zero in the memory file.
+    ///
+    /// # Errors
+    /// [`Error::BadRun`] for pages outside guest memory and, in the first pass, for pages that were written;
+    /// [`Error::Io`].
+    pub fn set_zero(&mut self, extent: Extent) -> Result<()> {
+        if self.is_later_pass && self.held.len_in(extent) > 0 {
+            let held: PageSet = self.held.runs_in(extent).collect();
+            let memory = MemoryFile { file: &self.memory, path: &self.work.memory_path(), layout: &self.layout };
+            if punch(memory, &held)? {
+                self.held.subtract(&held);
+            } else {
+                // The file system makes no holes: these pages are held, and their bytes are zeros.
+                let zeros = vec![0; WRITE_PIECE];
+                let pieces = held.runs().flat_map(|run| run.chunks(WRITE_PIECE as u64 / PAGE_SIZE));
+                for piece in pieces.collect::<Vec<_>>() {
+                    let offset = self.layout.file_offset(piece.first).unwrap_or_default();
+                    let written = self.memory.write_all_at(&zeros[..piece.bytes() as usize], offset);
+                    written.map_err(Error::io("write", &self.work.memory_path()))?;
+                }
+            }
+        }
+        if self.kind == SnapshotKind::Full {
+            return Ok(());
+        }
+        let not_held: PageSet = PageSet::from_iter([extent]).difference(&self.held);
+        let runs: Vec<_> = not_held.runs().collect();
+        runs.into_iter().try_for_each(|run| self.mark_zero(run))
     }
 
     /// Records that pages are zero (and not the parent's). For diffs only; a full snapshot's other pages are zero
@@ -262,7 +305,7 @@ impl SnapshotWriter {
             drives,
             stands_for,
             durability,
-            next: _,
+            ..
         } = self;
         let path = work.memory_path();
         let checksums =

@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FileType;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -99,6 +99,8 @@ struct State {
     sink: Box<dyn Sink>,
     witness: Option<Box<dyn Witness>>,
     backlog: VecDeque<u8>,
+    /// The last byte was no end of a line.
+    is_in_line: bool,
     written: u64,
     dropped: u64,
     /// Set when the sink takes nothing any more: the reason.
@@ -119,7 +121,8 @@ impl ConsoleOutput {
 
     /// As `new`, with a witness.
     pub fn watched(sink: Box<dyn Sink>, witness: Option<Box<dyn Witness>>) -> io::Result<Self> {
-        let state = State { sink, witness, backlog: VecDeque::new(), written: 0, dropped: 0, gone: None };
+        let state =
+            State { sink, witness, backlog: VecDeque::new(), is_in_line: false, written: 0, dropped: 0, gone: None };
         Ok(ConsoleOutput { state: Mutex::new(state), backlog_event: EventFd::new(EFD_NONBLOCK)? })
     }
 
@@ -130,7 +133,19 @@ impl ConsoleOutput {
 
     /// Takes bytes from the guest. Never blocks, never fails: lost bytes are counted.
     pub fn put(&self, bytes: &[u8]) {
-        let mut state = self.lock();
+        self.put_locked(self.lock(), bytes);
+    }
+
+    /// Ends a line that has begun: the bytes that follow come from another guest.
+    pub fn end_line(&self) {
+        let state = self.lock();
+        if state.is_in_line {
+            self.put_locked(state, b"\n");
+        }
+    }
+
+    fn put_locked(&self, mut state: MutexGuard<'_, State>, bytes: &[u8]) {
+        state.is_in_line = bytes.last().map_or(state.is_in_line, |last| *last != b'\n');
         let mut rest = bytes;
         while !rest.is_empty() && state.gone.is_none() && state.backlog.is_empty() {
             match state.sink.write_now(rest) {
@@ -195,8 +210,8 @@ impl ConsoleOutput {
         (state.written, state.dropped)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -251,6 +266,22 @@ mod tests {
         assert_eq!(output.counts(), (0, 2));
         assert!(output.loss().unwrap().starts_with("2 bytes were lost: Broken pipe"));
         assert!(!output.drain());
+    }
+
+    #[test]
+    fn a_line_that_has_begun_is_ended_once() {
+        let seen = std::sync::Arc::new(Mutex::new(Vec::new()));
+        let (_reader, writer) = io::pipe().unwrap();
+        let sink = Box::new(FdSink::new(OwnedFd::from(writer)));
+        let output = ConsoleOutput::watched(sink, Some(Box::new(Recorder(seen.clone())))).unwrap();
+        output.end_line();
+        output.put(b"whole\n");
+        output.end_line();
+        output.put(b"hal");
+        output.end_line();
+        output.end_line();
+        output.put(b"");
+        assert_eq!(*seen.lock().unwrap(), b"whole\nhal\n");
     }
 
     struct Recorder(std::sync::Arc<Mutex<Vec<u8>>>);

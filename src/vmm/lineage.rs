@@ -28,13 +28,20 @@ impl Lineage {
     /// The lineage of a VM that was just restored from `chain`. `exact`: pages that the host makes writable only when
     /// they are written.
     pub fn restored(chain: Arc<Chain>, exact: PageSet) -> Self {
-        let tip = chain.tip();
-        let parent = Parent { id: tip.manifest().id, location: tip.location().clone() };
-        Lineage { parent: Some(parent), origin: Some(chain), exact, ..Lineage::default() }
+        Lineage { parent: Some(parent_of(&chain)), origin: Some(chain), exact, ..Lineage::default() }
     }
 
     pub fn origin(&self) -> Option<&Arc<Chain>> {
         self.origin.as_ref()
+    }
+
+    /// The snapshot that the VM was restored from, as the parent of a diff taken now; `None` if it was booted.
+    ///
+    /// # Errors
+    /// It is a fork point.
+    pub fn origin_parent(&self) -> Result<Option<Parent>, Error> {
+        let parent = self.origin.as_ref().map(|chain| parent_of(chain));
+        parent.map(|parent| check_lasting(&parent).map(|()| parent.clone())).transpose()
     }
 
     /// The snapshot that a diff taken now would be a change of.
@@ -44,10 +51,7 @@ impl Lineage {
     pub fn parent(&self) -> Result<&Parent, Error> {
         let none = || Error::Diff("this VM has no earlier snapshot; take a full one first".into());
         let parent = self.parent.as_ref().ok_or_else(none)?;
-        if ForkPoint::has(&parent.location) {
-            let why = "this VM was forked, and its fork point ends with the VMs that use it; take a full one first";
-            return Err(Error::Diff(why.into()));
-        }
+        check_lasting(parent)?;
         Ok(parent)
     }
 
@@ -105,6 +109,18 @@ impl Lineage {
             self.changed.union_with(&pages);
         }
     }
+}
+
+/// Refuses a parent that ends with the VMs that use it.
+fn check_lasting(parent: &Parent) -> Result<(), Error> {
+    let why = "this VM was forked, and its fork point ends with the VMs that use it; take a full one first";
+    if ForkPoint::has(&parent.location) { Err(Error::Diff(why.into())) } else { Ok(()) }
+}
+
+/// The tip of `chain` as the parent of a diff.
+fn parent_of(chain: &Chain) -> Parent {
+    let tip = chain.tip();
+    Parent { id: tip.manifest().id, location: tip.location().clone() }
 }
 
 #[cfg(test)]

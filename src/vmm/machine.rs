@@ -98,6 +98,15 @@ pub struct Devices {
     pub virtio: VirtioDevices,
 }
 
+impl Devices {
+    /// The interrupts of all devices: the eventfd registered as irqfd, and the input of the interrupt controller.
+    fn interrupts(&self) -> impl Iterator<Item = (&EventFd, u32)> {
+        let serial = (self.serial.interrupt_line().eventfd(), layout::COM1_IRQ);
+        let vmgenid = self.vmgenid.iter().map(|vmgenid| (vmgenid.interrupt_line().eventfd(), vmgenid.save().gsi));
+        std::iter::once(serial).chain(vmgenid).chain(self.virtio.interrupts())
+    }
+}
+
 /// The devices that differ between machines, and the configs of the virtio ones.
 #[derive(Default)]
 pub struct DeviceSet {
@@ -117,6 +126,8 @@ pub(crate) struct Core {
     /// Kept while the VM has slots over it.
     _pmem: Vec<PmemMemory>,
     pub shape: Shape,
+    /// KVM logs the pages that are written: always if the shape says so, otherwise during a live capture.
+    pub logs_writes: bool,
     pub lineage: Lineage,
     pub counters: Arc<ExitCounters>,
     /// Console bytes that KVM collects, if this KVM can.
@@ -226,6 +237,7 @@ impl Machine<Built> {
             vm,
             ram,
             _pmem: pmem,
+            logs_writes: shape.track_dirty_pages,
             shape,
             lineage,
             counters,
@@ -480,6 +492,35 @@ impl Core {
         Ok(refused)
     }
 
+    /// Makes KVM log the pages that are written from now on.
+    pub fn log_writes(&mut self) -> Result<(), Error> {
+        if self.logs_writes {
+            return Ok(());
+        }
+        dirty_log::enable_manual_protect(&self.vm).map_err(Error::kvm("enable the dirty log"))?;
+        set_ram_slots(&self.vm, &self.ram, KVM_MEM_LOG_DIRTY_PAGES)?;
+        self.logs_writes = true;
+        Ok(())
+    }
+
+    /// Ends the log that [`log_writes`](Self::log_writes) began.
+    pub fn stop_logging(&mut self) -> Result<(), Error> {
+        if self.shape.track_dirty_pages || !self.logs_writes {
+            return Ok(());
+        }
+        self.logs_writes = false;
+        set_ram_slots(&self.vm, &self.ram, 0)
+    }
+
+    /// Waits until the interrupts that devices have raised have reached the interrupt controllers. KVM passes those of
+    /// irqfds on in a worker thread, for which only the end of an irqfd waits (Linux `irqfd_shutdown`).
+    pub fn settle_interrupts(&self) -> Result<(), Error> {
+        self.devices.interrupts().try_for_each(|(event, gsi)| {
+            let again = self.vm.unregister_irqfd(event, gsi).and_then(|()| self.vm.register_irqfd(event, gsi));
+            again.map_err(Error::kvm("connect a device's interrupt again"))
+        })
+    }
+
     fn spawn(&self, mut vcpus: Vec<Vcpu>, order: Order) -> Result<Vec<VcpuThread>, Error> {
         // A machine with ACPI has a VM generation id, and no 8259 that its kernel knows of.
         if let Some(boot) = vcpus.first_mut() {
@@ -526,18 +567,7 @@ pub(super) fn set_emulation_exits(vm: &VmFd, effect: EmulationFailure) -> Result
 
 fn set_memslots(vm: &VmFd, ram: &GuestRam, pmem: &[PmemMemory], track: bool) -> Result<(), Error> {
     let ram_slots = ram.slots().count();
-    for (slot, (range, host)) in ram.slots().enumerate() {
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: if track { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-            guest_phys_addr: range.gpa,
-            memory_size: range.len,
-            userspace_addr: host as u64,
-        };
-        // SAFETY: `host` is the start of a reservation of exactly `range.len` bytes that `GuestRam` owns; `Core` drops
-        // the VM before it, so KVM never refers to memory that is gone.
-        unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("set a memslot"))?;
-    }
+    set_ram_slots(vm, ram, if track { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
     for (index, pmem) in pmem.iter().enumerate() {
         let region = kvm_userspace_memory_region {
             slot: (ram_slots + index) as u32,
@@ -550,6 +580,22 @@ fn set_memslots(vm: &VmFd, ram: &GuestRam, pmem: &[PmemMemory], track: bool) -> 
         unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("set a memslot for a pmem device"))?;
     }
     Ok(())
+}
+
+/// Makes the memslots of guest RAM, or changes their flags.
+fn set_ram_slots(vm: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), Error> {
+    ram.slots().enumerate().try_for_each(|(slot, (range, host))| {
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags,
+            guest_phys_addr: range.gpa,
+            memory_size: range.len,
+            userspace_addr: host as u64,
+        };
+        // SAFETY: `host` is the start of a reservation of exactly `range.len` bytes that `GuestRam` owns; `Core` drops
+        // the VM before it, so KVM never refers to memory that is gone.
+        unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("set a memslot"))
+    })
 }
 
 /// Lets KVM collect what the guest writes to the serial port's transmit register: a 16550 driver asks for the line

@@ -133,7 +133,14 @@ fn put_snapshot_create_firecracker_form_gives_no_body() {
     for (snapshot_type, kind) in [("Full", SnapshotKind::Full), ("Diff", SnapshotKind::Diff)] {
         let body = json!({"snapshot_path": "s", "mem_file_path": "m", "snapshot_type": snapshot_type});
         assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (204, None));
-        let expected = CreateSnapshot { location: two_files(), kind, resume: false, copy_drives: false, verify: false };
+        let expected = CreateSnapshot {
+            location: two_files(),
+            kind,
+            resume: false,
+            copy_drives: false,
+            verify: false,
+            live: false,
+        };
         assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
     }
 }
@@ -146,7 +153,7 @@ fn put_snapshot_create_directory_form_tells_the_snapshot() {
     assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (200, Some(expected)));
     let location = directory();
     let kind = SnapshotKind::Full;
-    let expected = CreateSnapshot { location, kind, resume: true, copy_drives: true, verify: true };
+    let expected = CreateSnapshot { location, kind, resume: true, copy_drives: true, verify: true, live: false };
     assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
 }
 

@@ -144,6 +144,7 @@ fn good_answer(command: &Command) -> Result<Reply, Refused> {
             path: create.location.snapshot.clone(),
             memory_bytes: 4096,
             capture_us: 7,
+            live: None,
         }),
         _ => Reply::Empty,
     })

@@ -39,6 +39,11 @@ pub(super) fn charts(results: &Results, experiment: Experiment) -> Vec<ChartFile
             charts.extend(lines(results, experiment, "answer_p95_ms", Units { x: "restores at once", y: "ms, p95" }));
             charts
         }
+        Experiment::Burst => {
+            let mut charts = lines(results, experiment, "answer_ms", Units { x: "VMs asked at once", y: "ms, p50" });
+            charts.extend(lines(results, experiment, "answer_p95_ms", Units { x: "VMs asked at once", y: "ms, p95" }));
+            charts
+        }
         Experiment::E6 => {
             lines(results, experiment, "local_mib_per_vm", Units { x: "VMs alive", y: "local MiB per VM" })
         }

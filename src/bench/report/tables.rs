@@ -37,6 +37,12 @@ fn numbers(experiment: Experiment) -> &'static [Number] {
             Number { name: "local_mib_per_vm", title: "local MiB per VM, page tables included" },
             Number { name: "all_mib", title: "MiB in all, shared pages once" },
         ],
+        Experiment::Burst => &[
+            Number { name: "answer_ms", title: "ms from the common start to the answer, p50 of the VMs" },
+            Number { name: "answer_p95_ms", title: "ms to the answer, p95 of the VMs" },
+            Number { name: "answer_max_ms", title: "ms to the answer, the last VM" },
+            Number { name: "load_before_cpus", title: "CPUs that other programs used just before" },
+        ],
         Experiment::E7 => &[
             Number { name: "answer_ms", title: "ms to the answer" },
             Number { name: "local_dram_kib", title: "KiB of local memory" },

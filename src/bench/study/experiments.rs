@@ -9,9 +9,9 @@ use super::settings::{Experiment, Settings};
 use super::stage::Stage;
 use super::store::{Key, Values};
 use super::subject::Subject;
+use super::waiting::values_since;
 use super::workload::{Inputs, Workload};
 use crate::bench::cache::{Cache, prepare};
-use crate::bench::guest::guest_us;
 use crate::sys::errors::BoxError;
 use crate::tiering::profile::RecorderKind;
 
@@ -24,13 +24,15 @@ pub fn trials(settings: &Settings) -> u64 {
     let flows = settings.flows.len() as u64;
     let rounds = u64::from(settings.runs);
     let restored = settings.flows.iter().filter(|flow| flow.restore().is_some()).count() as u64;
+    let many = settings.flows.iter().filter(|flow| flow.many().is_some()).count() as u64;
     let of = |experiment: &Experiment| match experiment {
         Experiment::E1 | Experiment::E4 => each * flows * rounds,
         Experiment::E2 => settings.workloads.iter().map(|w| w.sizes.len() as u64).sum::<u64>() * flows * rounds,
-        Experiment::E3 => each * restored * rounds * settings.parallel.len() as u64 * 2,
+        Experiment::E3 => each * many * rounds * settings.parallel.len() as u64 * 2,
         Experiment::E5 => each * restored,
-        Experiment::E6 => each * restored * settings.vms.len() as u64,
+        Experiment::E6 => each * many * settings.vms.len() as u64,
         Experiment::E7 => each * rounds * BUDGETS.len() as u64 * restored,
+        Experiment::Burst => each * flows * rounds * settings.parallel.len() as u64,
     };
     settings.experiments.iter().map(of).sum()
 }
@@ -47,6 +49,7 @@ impl Study {
                 Experiment::E5 => self.fault_ins(workload)?,
                 Experiment::E6 => self.alive(workload)?,
                 Experiment::E7 => self.budgets(workload)?,
+                Experiment::Burst => self.bursts(workload)?,
             }
         }
         Ok(())
@@ -134,8 +137,8 @@ impl Study {
         Ok((mib(profile.read.len()), mib(profile.written.len())))
     }
 
-    /// Runs all flows, round after round: those with nothing cached, then those with everything cached, then the VM
-    /// that is kept. The first round is not counted: it makes the files that policies derive from a snapshot.
+    /// Runs all flows, round after round: those with nothing cached, then those with everything cached, then those
+    /// that keep their VM. The first round is not counted: it makes the files that policies derive from a snapshot.
     fn rounds(
         &mut self,
         experiment: Experiment,
@@ -151,7 +154,7 @@ impl Study {
             round,
         };
         for cached in [false, true] {
-            let is_wanted = |flow: &&Flow| flow.is_cached() == cached && **flow != Flow::Warm;
+            let is_wanted = |flow: &&Flow| flow.is_cached() == cached && !flow.keeps_its_vm();
             let mut order: Vec<Flow> = flows.iter().filter(is_wanted).copied().collect();
             let is_done = |flow: &Flow| (0..runs).all(|round| self.store.has(&key(*flow, round)));
             if order.iter().all(is_done) {
@@ -173,31 +176,39 @@ impl Study {
                 }
             }
         }
-        if flows.contains(&Flow::Warm) {
-            self.warm(subject, |round| key(Flow::Warm, round), runs)?;
+        for &flow in flows.iter().filter(|flow| flow.keeps_its_vm()) {
+            if (0..runs).all(|round| self.store.has(&key(flow, round))) {
+                self.bar.inc(u64::from(runs));
+                continue;
+            }
+            match flow.ready() {
+                Some(ready) => self.ask_rewound(subject, ready, |round| key(flow, round))?,
+                None => self.warm(subject, |round| key(flow, round), runs)?,
+            }
         }
         Ok(())
     }
 
     fn once(&mut self, subject: &Subject, flow: Flow) -> Result<Values, BoxError> {
-        match (flow.restore(), flow.backend().zip(self.settings.firecracker.clone())) {
-            (Some(restore), _) => self.restore(subject, flow, restore),
-            (None, Some((backend, vmm))) => {
+        if let Some(restore) = flow.restore() {
+            return self.restore(subject, flow, restore);
+        }
+        if let Some(ready) = flow.ready() {
+            return self.ask_standby(subject, ready);
+        }
+        match flow.backend().zip(self.settings.firecracker.clone()) {
+            Some((backend, vmm)) => {
                 let foreign = Foreign::new(&vmm, subject)?;
-                let (values, digest) = foreign.restore(&subject.asked, backend, flow.is_cached())?;
+                let (values, digest) = foreign.restore(&subject.asked, backend, flow.cache())?;
                 self.stage.check_digest(&subject.snapshot, &subject.asked, &digest)?;
                 Ok(values)
             }
-            (None, None) => Err(format!("{flow} needs --firecracker PATH").into()),
+            None => Err(format!("{flow} needs --firecracker PATH").into()),
         }
     }
 
     /// Runs the function again in the VM that has run it.
     fn warm(&mut self, subject: &Subject, key: impl Fn(u32) -> Key, runs: u32) -> Result<(), BoxError> {
-        if (0..runs).all(|round| self.store.has(&key(round))) {
-            self.bar.inc(u64::from(runs));
-            return Ok(());
-        }
         let mut guest = self.stage.booted(subject.workload, subject.inputs, &self.scratch.path().join("warm.sock"))?;
         for round in 0..runs {
             self.measure(key(round), |study| {
@@ -205,12 +216,7 @@ impl Study {
                 let start = Instant::now();
                 let answered = guest.call(&subject.asked)?;
                 study.stage.check_digest(&subject.snapshot, &subject.asked, answered.digest())?;
-                let mut values = Values::new();
-                values.insert("answer_ms".into(), (answered.at - start).as_secs_f64() * 1000.0);
-                if let Some(us) = guest_us(&format!("ok id {}", answered.rest)) {
-                    values.insert("guest_ms".into(), us / 1000.0);
-                }
-                Ok(values)
+                Ok(values_since(start, &answered))
             })?;
         }
         Ok(())

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::bench::cache::Cache;
 use crate::bench::page_fault_handler::Answer;
 use crate::tiering::policy::Policy;
 use crate::tiering::profile::RecorderKind;
@@ -28,6 +29,12 @@ pub enum Flow {
     Tiered,
     /// tvmm's own, the snapshot cached.
     TieredCache,
+    /// REAP, the snapshot cached.
+    ReapCache,
+    /// TrEnv, the snapshot cached.
+    TrenvCache,
+    /// Aquifer, the snapshot cached.
+    AquiferCache,
     /// TrEnv, from a pool.
     TrenvPool,
     /// Aquifer, from a pool.
@@ -36,6 +43,12 @@ pub enum Flow {
     TieredPool,
     /// No restore: the VM that ran the function with the recorded input runs it again.
     Warm,
+    /// A VM that stands by, restored as by `TieredCache`, gets its first request.
+    Standby,
+    /// The same, restored as by `TieredPool`.
+    StandbyPool,
+    /// A VM, restored as by `TieredCache`, that has answered and was rewound gets its next request.
+    Rewound,
     /// Another VMM of Firecracker's command line and API, its own snapshot, its File back end, nothing cached.
     Firecracker,
     /// The same, the snapshot cached.
@@ -57,6 +70,31 @@ pub enum Backend {
     Uffd(Answer),
 }
 
+/// The state in which a restored VM waits for its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// The guest has not run since the restore.
+    Standby,
+    /// The VM has answered a request and was rewound.
+    Rewound,
+}
+
+/// A flow whose restore is over before the clock starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ready {
+    pub waiting: Waiting,
+    pub restore: Restore,
+}
+
+/// The source of a flow's VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Many {
+    /// Each is restored when it is asked.
+    Restored(Restore),
+    /// They wait before they are asked.
+    Waiting(Ready),
+}
+
 /// The restore of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Restore {
@@ -70,7 +108,7 @@ pub struct Restore {
 
 impl Flow {
     /// The flows that need nothing but tvmm.
-    pub const OWN: [Flow; 10] = [
+    pub const OWN: [Flow; 12] = [
         Flow::Vanilla,
         Flow::VanillaCache,
         Flow::Mincore,
@@ -81,13 +119,25 @@ impl Flow {
         Flow::Tiered,
         Flow::TieredCache,
         Flow::Warm,
+        Flow::Standby,
+        Flow::Rewound,
     ];
     /// The flows that need a pool: the methods for byte-addressable tiers.
-    pub const POOLED: [Flow; 3] = [Flow::TrenvPool, Flow::AquiferPool, Flow::TieredPool];
+    pub const POOLED: [Flow; 4] = [Flow::TrenvPool, Flow::AquiferPool, Flow::TieredPool, Flow::StandbyPool];
     /// The flows of another VMM that are measured by default. Serving all memory takes long, so it is on request only.
     pub const FOREIGN: [Flow; 4] =
         [Flow::Firecracker, Flow::FirecrackerCache, Flow::FirecrackerUffd, Flow::FirecrackerUffdCache];
-    const ALL: [Flow; 19] = [
+    /// The flows of a burst that need nothing but tvmm.
+    pub const BURST: [Flow; 7] = [
+        Flow::VanillaCache,
+        Flow::ReapCache,
+        Flow::TrenvCache,
+        Flow::AquiferCache,
+        Flow::TieredCache,
+        Flow::Standby,
+        Flow::Rewound,
+    ];
+    const ALL: [Flow; 25] = [
         Flow::Vanilla,
         Flow::VanillaCache,
         Flow::Mincore,
@@ -97,10 +147,16 @@ impl Flow {
         Flow::Aquifer,
         Flow::Tiered,
         Flow::TieredCache,
+        Flow::ReapCache,
+        Flow::TrenvCache,
+        Flow::AquiferCache,
         Flow::TrenvPool,
         Flow::AquiferPool,
         Flow::TieredPool,
         Flow::Warm,
+        Flow::Standby,
+        Flow::StandbyPool,
+        Flow::Rewound,
         Flow::Firecracker,
         Flow::FirecrackerCache,
         Flow::FirecrackerUffd,
@@ -120,10 +176,16 @@ impl Flow {
             Flow::Aquifer => "aquifer",
             Flow::Tiered => "tiered",
             Flow::TieredCache => "tiered-cache",
+            Flow::ReapCache => "reap-cache",
+            Flow::TrenvCache => "trenv-cache",
+            Flow::AquiferCache => "aquifer-cache",
             Flow::TrenvPool => "trenv-pool",
             Flow::AquiferPool => "aquifer-pool",
             Flow::TieredPool => "tiered-pool",
             Flow::Warm => "warm",
+            Flow::Standby => "standby",
+            Flow::StandbyPool => "standby-pool",
+            Flow::Rewound => "rewound",
             Flow::Firecracker => "firecracker",
             Flow::FirecrackerCache => "firecracker-cache",
             Flow::FirecrackerUffd => "firecracker-uffd-ext",
@@ -138,7 +200,7 @@ impl Flow {
         Flow::ALL.iter().position(|flow| flow.name() == name)
     }
 
-    /// The restore by tvmm; `None` for the other flows.
+    /// The restore by tvmm for which a request waits; `None` for the other flows.
     pub fn restore(self) -> Option<Restore> {
         let (policy, recorder, cached) = match self {
             Flow::Vanilla => (Policy::Firecracker, RecorderKind::Uffd, false),
@@ -150,7 +212,13 @@ impl Flow {
             Flow::Aquifer | Flow::AquiferPool => (Policy::Aquifer, RecorderKind::Uffd, false),
             Flow::Tiered | Flow::TieredPool => (Policy::Tiered, RecorderKind::Uffd, false),
             Flow::TieredCache => (Policy::Tiered, RecorderKind::Uffd, true),
+            Flow::ReapCache => (Policy::Reap, RecorderKind::Uffd, true),
+            Flow::TrenvCache => (Policy::Trenv, RecorderKind::Uffd, true),
+            Flow::AquiferCache => (Policy::Aquifer, RecorderKind::Uffd, true),
             Flow::Warm
+            | Flow::Standby
+            | Flow::StandbyPool
+            | Flow::Rewound
             | Flow::Firecracker
             | Flow::FirecrackerCache
             | Flow::FirecrackerUffd
@@ -159,6 +227,32 @@ impl Flow {
             | Flow::FirecrackerUffdAllCache => return None,
         };
         Some(Restore { policy, recorder, cached, pooled: self.is_pooled() })
+    }
+
+    /// The VM that is asked, for flows that restore it before the clock starts; `None` for the other flows.
+    pub fn ready(self) -> Option<Ready> {
+        let (waiting, by) = match self {
+            Flow::Standby => (Waiting::Standby, Flow::TieredCache),
+            Flow::StandbyPool => (Waiting::Standby, Flow::TieredPool),
+            Flow::Rewound => (Waiting::Rewound, Flow::TieredCache),
+            _ => return None,
+        };
+        by.restore().map(|restore| Ready { waiting, restore })
+    }
+
+    /// The source of VMs of which any number can be measured beside each other; `None` for the other flows.
+    pub fn many(self) -> Option<Many> {
+        self.restore().map(Many::Restored).or(self.ready().map(Many::Waiting))
+    }
+
+    /// Returns whether many of its VMs can be asked at once.
+    pub fn can_burst(self) -> bool {
+        self.many().is_some() || self.backend() == Some(Backend::File)
+    }
+
+    /// Returns whether one VM answers in all rounds.
+    pub fn keeps_its_vm(self) -> bool {
+        matches!(self, Flow::Warm | Flow::Rewound)
     }
 
     /// Returns whether it needs a pool.
@@ -172,10 +266,20 @@ impl Flow {
             self,
             Flow::VanillaCache
                 | Flow::TieredCache
+                | Flow::ReapCache
+                | Flow::TrenvCache
+                | Flow::AquiferCache
+                | Flow::Standby
+                | Flow::Rewound
                 | Flow::FirecrackerCache
                 | Flow::FirecrackerUffdCache
                 | Flow::FirecrackerUffdAllCache
         )
+    }
+
+    /// The change to the page cache before each of its restores.
+    pub fn cache(self) -> Cache {
+        if self.is_cached() { Cache::Warm } else { Cache::Evicted }
     }
 
     /// The back end of another VMM; `None` for tvmm's flows.
@@ -203,5 +307,26 @@ impl FromStr for Flow {
             .into_iter()
             .find(|flow| flow.name() == name)
             .ok_or_else(|| format!("There is no flow {name:?}; there are: {}", Flow::ALL.map(Flow::name).join(", ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_name_is_one_flow_and_says_which_memory_it_finds() {
+        for (index, flow) in Flow::ALL.into_iter().enumerate() {
+            assert_eq!(flow.name().parse(), Ok(flow));
+            assert_eq!(Flow::place(flow.name()), Some(index), "{flow} stands twice");
+            assert_eq!(flow.is_pooled(), flow.name().ends_with("-pool"), "{flow}");
+            let waits_cached = matches!(flow, Flow::Standby | Flow::Rewound);
+            assert_eq!(flow.is_cached(), flow.name().ends_with("-cache") || waits_cached, "{flow}");
+            if let Some(restore) = flow.restore() {
+                assert_eq!((restore.cached, restore.pooled), (flow.is_cached(), flow.is_pooled()), "{flow}");
+            }
+        }
+        assert!(Flow::BURST.iter().chain(&Flow::POOLED).all(|flow| flow.can_burst()));
+        assert!(!Flow::Warm.can_burst() && !Flow::FirecrackerUffd.can_burst());
     }
 }

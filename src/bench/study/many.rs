@@ -4,20 +4,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use serde_json::Value;
-
-use super::flow::{Flow, Restore};
+use super::flow::{Flow, Many, Ready, Restore};
 use super::measure::{Study, scratch_of, values_of};
 use super::settings::Experiment;
 use super::stats::Summary;
 use super::store::{Key, Values};
 use super::subject::Subject;
+use super::together::{Together, together};
 use super::workload::Workload;
 use crate::bench::cache::{Cache, evict};
 use crate::bench::child;
 use crate::bench::commands::LONG;
 use crate::bench::guest::{Guest, digest_of};
-use crate::bench::trial::Trial;
 use crate::snapshot::{Durability, PartialDir};
 use crate::sys::errors::{BoxError, refuse};
 
@@ -32,9 +30,7 @@ impl Study {
             for count in self.settings.parallel.clone() {
                 let wanted = if same { 1 } else { count.min(SNAPSHOTS) };
                 let case = format!("{} ×{count}, {wanted} snapshot(s)", workload.name);
-                let flows = self.settings.flows.clone();
-                let restored = flows.into_iter().filter_map(|flow| Some((flow, flow.restore()?)));
-                let restored: Vec<(Flow, Restore)> = restored.collect();
+                let flows = self.many_vms();
                 let keys = |flow: Flow, round: u32| Key {
                     experiment: Experiment::E3.name().to_string(),
                     case: case.clone(),
@@ -42,19 +38,27 @@ impl Study {
                     round,
                 };
                 let runs = self.settings.runs;
-                if restored.iter().all(|(flow, _)| (0..runs).all(|round| self.store.has(&keys(*flow, round)))) {
-                    self.bar.inc(u64::from(runs) * restored.len() as u64);
+                if flows.iter().all(|(flow, _)| (0..runs).all(|round| self.store.has(&keys(*flow, round)))) {
+                    self.bar.inc(u64::from(runs) * flows.len() as u64);
                     continue;
                 }
                 let all = self.copies(&subject, wanted)?;
                 for round in 0..runs {
-                    for &(flow, restore) in &restored {
-                        self.measure(keys(flow, round), |study| study.burst(&all, count, flow, restore))?;
+                    for &(flow, source) in &flows {
+                        self.measure(keys(flow, round), |study| match source {
+                            Many::Restored(restore) => study.restored_at_once(&all, count, flow, restore),
+                            Many::Waiting(ready) => study.asked_at_once(&all, count, ready),
+                        })?;
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// The flows with any number of VMs.
+    fn many_vms(&self) -> Vec<(Flow, Many)> {
+        self.settings.flows.iter().filter_map(|flow| Some((*flow, flow.many()?))).collect()
     }
 
     /// The snapshot and copies of it, as many as `wanted`.
@@ -81,12 +85,18 @@ impl Study {
         Ok(all)
     }
 
-    /// Begins `count` restores together. Returns their times from the start of the first.
-    fn burst(&mut self, all: &[Subject], count: u32, flow: Flow, restore: Restore) -> Result<Values, BoxError> {
+    /// Begins `count` restores together. Returns their times, each from the start of its process.
+    fn restored_at_once(
+        &mut self,
+        all: &[Subject],
+        count: u32,
+        flow: Flow,
+        restore: Restore,
+    ) -> Result<Values, BoxError> {
         let mut trials = Vec::new();
         for index in 0..count as usize {
             let subject = &all[index % all.len()];
-            let scratch = scratch_of(self.scratch.path(), index)?;
+            let scratch = scratch_of(self.scratch.path(), &index.to_string())?;
             trials.push(self.trial(subject, restore, scratch)?);
         }
         for (index, subject) in all.iter().enumerate() {
@@ -98,53 +108,47 @@ impl Study {
                 evict(&subject.snapshot)?;
             }
         }
-        let begun = Instant::now();
-        let reports: Vec<Result<(Value, f64), BoxError>> = std::thread::scope(|scope| {
-            let run = |trial: &Trial| {
-                let report = trial.run(restore.policy, Cache::Warm)?;
-                Ok((report, begun.elapsed().as_secs_f64() * 1000.0))
-            };
-            let spawn = |trial| std::thread::Builder::new().spawn_scoped(scope, move || run(trial));
-            let threads: Vec<_> = trials.iter().map(spawn).collect();
-            let joined = threads.into_iter().map(|thread| match thread {
-                Ok(thread) => thread.join().unwrap_or_else(|_| refuse("A thread that restores has panicked")),
-                Err(error) => refuse(format!("Cannot start a thread for each of {count} restores: {error}")),
-            });
-            joined.collect()
-        });
+        let Together { begun, outcomes } = together(trials.len(), |index| {
+            let report = trials[index].run(restore.policy, Cache::Warm)?;
+            Ok((report, Instant::now()))
+        })?;
         let mut answers = Vec::new();
         let mut all_done = 0.0_f64;
-        for report in reports {
-            let (report, done_ms) = report?;
+        for outcome in outcomes {
+            let (report, ended) = outcome?;
             let subject = &all[0];
             let digest = report["answer"].as_str().and_then(digest_of).ok_or("A report has no answer")?;
             // Copies have the same contents, so their answers must be the same.
             self.stage.check_digest(&subject.snapshot, &subject.asked, digest)?;
             answers.extend(values_of(&report).get("answer_ms").copied());
-            all_done = all_done.max(done_ms);
+            all_done = all_done.max((ended - begun).as_secs_f64() * 1000.0);
         }
-        let summary = Summary::of(answers).ok_or("No restore was measured")?;
-        Ok(Values::from([
-            ("answer_ms".to_string(), summary.median),
-            ("answer_p95_ms".to_string(), summary.p95),
-            ("answer_max_ms".to_string(), summary.max),
-            ("all_ended_ms".to_string(), all_done),
-        ]))
+        let mut values = answer_values(answers)?;
+        values.insert("all_ended_ms".to_string(), all_done);
+        Ok(values)
     }
 
-    /// E6: VMs of one snapshot that have answered and live on.
+    /// Asks `count` waiting VMs together. Returns their times from the first request.
+    fn asked_at_once(&mut self, all: &[Subject], count: u32, ready: Ready) -> Result<Values, BoxError> {
+        let mut vms = self.waiting_vms(all, ready, count)?;
+        answer_values(self.ask_together(&all[0], &mut vms)?)
+    }
+
+    /// E6: VMs of one snapshot that live on: they have answered, or wait.
     pub fn alive(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let subject = self.subject(workload)?;
         for count in self.settings.vms.clone() {
-            let flows = self.settings.flows.clone();
-            for (flow, restore) in flows.into_iter().filter_map(|flow| Some((flow, flow.restore()?))) {
+            for (flow, source) in self.many_vms() {
                 let key = Key {
                     experiment: Experiment::E6.name().to_string(),
                     case: format!("{} ×{count}", workload.name),
                     flow: flow.name().to_string(),
                     round: 0,
                 };
-                self.measure(key, |study| study.crowd(&subject, count, restore))?;
+                self.measure(key, |study| match source {
+                    Many::Restored(restore) => study.crowd(&subject, count, restore),
+                    Many::Waiting(ready) => study.crowd_that_waits(&subject, count, ready),
+                })?;
             }
         }
         Ok(())
@@ -159,23 +163,47 @@ impl Study {
             self.stage.check_digest(&subject.snapshot, &subject.asked, answered.digest())?;
             guests.push(guest);
         }
-        let mut sum = Memory::default();
-        for guest in &guests {
-            sum.add(Path::new(&format!("/proc/{}", guest.pid())))?;
-        }
-        let per_vm = |kib: f64| kib / 1024.0 / f64::from(count);
-        Ok(Values::from([
-            ("local_mib_per_vm".to_string(), per_vm(sum.anonymous + sum.page_tables)),
-            ("page_tables_mib_per_vm".to_string(), per_vm(sum.page_tables)),
-            ("shared_mib".to_string(), sum.shared / 1024.0),
-            ("all_mib".to_string(), (sum.anonymous + sum.page_tables + sum.shared) / 1024.0),
-        ]))
+        memory_values(guests.iter())
     }
+
+    /// The memory of VMs that wait. They are asked afterwards, so that only VMs that work are counted.
+    fn crowd_that_waits(&mut self, subject: &Subject, count: u32, ready: Ready) -> Result<Values, BoxError> {
+        let mut vms = self.waiting_vms(std::slice::from_ref(subject), ready, count)?;
+        let values = memory_values(vms.iter().map(|vm| &vm.guest))?;
+        self.ask_together(subject, &mut vms)?;
+        Ok(values)
+    }
+}
+
+/// The median, the 95th percentile and the most of times to an answer.
+pub(super) fn answer_values(answers_ms: Vec<f64>) -> Result<Values, BoxError> {
+    let summary = Summary::of(answers_ms).ok_or("No VM was measured")?;
+    Ok(Values::from([
+        ("answer_ms".to_string(), summary.median),
+        ("answer_p95_ms".to_string(), summary.p95),
+        ("answer_max_ms".to_string(), summary.max),
+    ]))
+}
+
+/// The memory of VMs, for each and for all.
+fn memory_values<'a>(guests: impl ExactSizeIterator<Item = &'a Guest>) -> Result<Values, BoxError> {
+    let count = guests.len() as f64;
+    let mut sum = Memory::default();
+    for guest in guests {
+        sum.add(Path::new(&format!("/proc/{}", guest.pid())))?;
+    }
+    let per_vm = |kib: f64| kib / 1024.0 / count;
+    Ok(Values::from([
+        ("local_mib_per_vm".to_string(), per_vm(sum.own_kib())),
+        ("page_tables_mib_per_vm".to_string(), per_vm(sum.page_tables)),
+        ("shared_mib".to_string(), sum.shared / 1024.0),
+        ("all_mib".to_string(), (sum.own_kib() + sum.shared) / 1024.0),
+    ]))
 }
 
 /// Memory of processes, KiB, from `smaps_rollup` and `status` (kernel `Documentation/filesystems/proc.rst`).
 #[derive(Default)]
-struct Memory {
+pub(super) struct Memory {
     /// Pages that no file backs.
     anonymous: f64,
     /// This process's part of files and shared memory: summed over all processes, each page counts once.
@@ -184,7 +212,12 @@ struct Memory {
 }
 
 impl Memory {
-    fn add(&mut self, process: &Path) -> Result<(), BoxError> {
+    /// Memory that goes when the processes end.
+    pub(super) fn own_kib(&self) -> f64 {
+        self.anonymous + self.page_tables
+    }
+
+    pub(super) fn add(&mut self, process: &Path) -> Result<(), BoxError> {
         let rollup = read(process.join("smaps_rollup"))?;
         let status = read(process.join("status"))?;
         let kib = |text: &str, name: &str| -> f64 {

@@ -10,9 +10,8 @@ use super::flow::{Flow, Restore};
 use super::settings::Settings;
 use super::stage::Stage;
 use super::stats::{Failure, failures};
-use super::store::{Key, Sample, Store, Values};
+use super::store::{Key, Measured, Sample, Store, Values};
 use super::subject::Subject;
-use crate::bench::cache::Cache;
 use crate::bench::guest::{digest_of, guest_us};
 use crate::bench::report::publish;
 use crate::bench::scratch::Scratch;
@@ -44,18 +43,18 @@ impl Study {
     }
 
     /// Measures what has not been measured yet. A failed measurement is stored as such, and the study goes on.
-    pub(super) fn measure(
+    pub(super) fn measure<M: Into<Measured>>(
         &mut self,
         key: Key,
-        measurement: impl FnOnce(&mut Self) -> Result<Values, BoxError>,
+        measurement: impl FnOnce(&mut Self) -> Result<M, BoxError>,
     ) -> Result<(), BoxError> {
         self.bar.inc(1);
         if self.store.has(&key) {
             return Ok(());
         }
         let sample = match measurement(self) {
-            Ok(values) => Sample { key, values, failed: None },
-            Err(error) => Sample { key, values: Values::new(), failed: Some(chain(error.as_ref())) },
+            Ok(measured) => Sample::new(key, measured.into()),
+            Err(error) => Sample { failed: Some(chain(error.as_ref())), ..Sample::new(key, Measured::default()) },
         };
         self.store.add(sample)
     }
@@ -81,8 +80,7 @@ impl Study {
     /// One restore by tvmm in a separate process, with the request `asked`.
     pub(super) fn restore(&mut self, subject: &Subject, flow: Flow, restore: Restore) -> Result<Values, BoxError> {
         let trial = self.trial(subject, restore, self.scratch.path().to_owned())?;
-        let cache = if flow.is_cached() { Cache::Warm } else { Cache::Evicted };
-        let report = trial.run(restore.policy, cache)?;
+        let report = trial.run(restore.policy, flow.cache())?;
         self.check_answer(subject, &report)?;
         Ok(values_of(&report))
     }
@@ -151,9 +149,9 @@ pub(super) fn values_of(report: &Value) -> Values {
     values
 }
 
-/// The directory for scratch files of the `index`th of several concurrent restores.
-pub(super) fn scratch_of(scratch: &Path, index: usize) -> Result<PathBuf, BoxError> {
-    let dir = scratch.join(index.to_string());
-    std::fs::create_dir_all(&dir)?;
+/// The directory of this name for scratch files of one of several VMs.
+pub(super) fn scratch_of(scratch: &Path, name: &str) -> Result<PathBuf, BoxError> {
+    let dir = scratch.join(name);
+    std::fs::create_dir_all(&dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?;
     Ok(dir)
 }

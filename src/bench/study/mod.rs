@@ -1,30 +1,49 @@
-//! `tvmm bench run`: functions over every policy, in the experiments that the papers of REAP, FaaSnap and Aquifer made.
+//! `tvmm bench run`: functions over every policy, in the experiments that the papers of REAP, FaaSnap and Aquifer made;
+//! `tvmm bench burst`: many VMs asked at once.
 
+mod burst;
 mod experiments;
 mod flow;
 mod foreign;
 mod many;
 mod measure;
 mod settings;
+mod socket_watch;
 mod stage;
 pub mod stats;
 pub mod store;
 mod subject;
+mod together;
+mod waiting;
 mod workload;
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use crate::sys::errors::BoxError;
+use crate::sys::limits::raise_open_files;
 use measure::Study;
 use settings::Settings;
 use store::{Header, Store};
 
 pub use flow::Flow;
-pub use settings::{Experiment, RunArgs};
+pub use settings::{BurstArgs, Experiment, RunArgs};
 
 pub fn run(args: &RunArgs) -> Result<ExitCode, BoxError> {
-    let settings = Settings::from(args)?;
+    study(Settings::from(args)?)
+}
+
+/// Descriptors of a VM under measurement, and others: the guest's pipes, its messages, sockets.
+const DESCRIPTORS: u64 = 8;
+
+pub fn run_burst(args: &BurstArgs) -> Result<ExitCode, BoxError> {
+    let settings = Settings::from_burst(args)?;
+    let most = settings.parallel.iter().copied().max().unwrap_or_default();
+    raise_open_files((u64::from(most) + 100) * DESCRIPTORS);
+    study(settings)
+}
+
+fn study(settings: Settings) -> Result<ExitCode, BoxError> {
     let store = Store::open(&settings.out, Header::new(settings.described(), host()))?;
     let trials = experiments::trials(&settings);
     let mut study = Study::new(settings, store, trials)?;

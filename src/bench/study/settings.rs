@@ -1,7 +1,7 @@
 //! The settings of a study.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -20,7 +20,8 @@ pub struct RunArgs {
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     functions: Vec<String>,
     /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm,
-    /// and with --pool trenv-pool, aquifer-pool, tiered-pool
+    /// standby, rewound, and with --pool trenv-pool, aquifer-pool, tiered-pool, standby-pool; by name only: reap-cache,
+    /// trenv-cache, aquifer-cache
     #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
     flows: Vec<String>,
     /// Rounds; one more comes first and is not counted
@@ -54,6 +55,37 @@ pub struct RunArgs {
     keep: bool,
 }
 
+#[derive(Debug, Args)]
+pub struct BurstArgs {
+    /// Numbers of VMs that are asked at once
+    #[arg(long, value_delimiter = ',', default_value = "1,10,50,100", value_name = "NUMBERS",
+        value_parser = clap::value_parser!(u32).range(1..=1024))]
+    counts: Vec<u32>,
+    /// The function that each guest runs, recorded with input A and asked for input B; several, or `all`
+    #[arg(long, value_delimiter = ',', default_value = "hello", value_name = "NAMES")]
+    functions: Vec<String>,
+    /// Flows, or `all`: vanilla-cache, reap-cache, trenv-cache, aquifer-cache, tiered-cache, standby, rewound, and with
+    /// --pool trenv-pool, aquifer-pool, tiered-pool, standby-pool; by name only: flows of `tvmm bench run` whose
+    /// snapshot is not cached (vanilla, tiered, …)
+    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
+    flows: Vec<String>,
+    /// Rounds; one more comes first and is not counted
+    #[arg(long, default_value_t = RUNS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// A pool (`tvmm pool create`), empty or not, for flows that take memory from one
+    #[arg(long, value_name = "POOL")]
+    pool: Option<PathBuf>,
+    /// A VMM with Firecracker's command line and API, to be measured beside tvmm, by its File back end
+    #[arg(long, value_name = "PATH")]
+    firecracker: Option<PathBuf>,
+    /// Directory for the results; a run goes on from results there that were measured with the same settings
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Keep the snapshots, so that another run need not make them again
+    #[arg(long)]
+    keep: bool,
+}
+
 /// An experiment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Experiment {
@@ -64,10 +96,12 @@ pub enum Experiment {
     E5,
     E6,
     E7,
+    Burst,
 }
 
 impl Experiment {
-    pub const ALL: [Experiment; 7] = [
+    /// Those of `tvmm bench run`.
+    const OF_PAPERS: [Experiment; 7] = [
         Experiment::E1,
         Experiment::E2,
         Experiment::E3,
@@ -75,6 +109,16 @@ impl Experiment {
         Experiment::E5,
         Experiment::E6,
         Experiment::E7,
+    ];
+    pub const ALL: [Experiment; 8] = [
+        Experiment::E1,
+        Experiment::E2,
+        Experiment::E3,
+        Experiment::E4,
+        Experiment::E5,
+        Experiment::E6,
+        Experiment::E7,
+        Experiment::Burst,
     ];
 
     pub fn name(self) -> &'static str {
@@ -86,6 +130,7 @@ impl Experiment {
             Experiment::E5 => "E5",
             Experiment::E6 => "E6",
             Experiment::E7 => "E7",
+            Experiment::Burst => "burst",
         }
     }
 
@@ -99,6 +144,7 @@ impl Experiment {
             Experiment::E5 => "What brought pages in",
             Experiment::E6 => "Local memory against the number of VMs",
             Experiment::E7 => "Under budgets of local memory",
+            Experiment::Burst => "Many VMs asked at the same moment",
         }
     }
 }
@@ -129,27 +175,14 @@ impl Settings {
     /// Unknown names, and experiments that lack an argument.
     pub fn from(args: &RunArgs) -> Result<Settings, BoxError> {
         let experiments = experiments(args)?;
-        let mut flows: Vec<Flow> = match args.flows.as_slice() {
-            [all] if all == "all" => Flow::OWN.to_vec(),
-            names => names.iter().map(|name| name.parse()).collect::<Result<_, String>>()?,
+        let flows = FlowNames {
+            names: &args.flows,
+            all: &Flow::OWN,
+            foreign: &Flow::FOREIGN,
+            pool: args.pool.as_deref(),
+            firecracker: args.firecracker.as_deref(),
         };
-        match &args.firecracker {
-            Some(path) if !path.is_file() => return refuse(format!("There is no {} to measure", path.display())),
-            Some(_) if !flows.iter().any(|flow| flow.backend().is_some()) => {
-                flows.extend(Flow::FOREIGN);
-            }
-            None if flows.iter().any(|flow| flow.backend().is_some()) => {
-                return refuse("The flows firecracker and firecracker-… need --firecracker PATH, the VMM to measure");
-            }
-            _ => {}
-        }
-        match &args.pool {
-            Some(_) if !flows.iter().any(|flow| flow.is_pooled()) => flows.extend(Flow::POOLED),
-            None if flows.iter().any(|flow| flow.is_pooled()) => {
-                return refuse("The flows trenv-pool, aquifer-pool and tiered-pool need --pool POOL");
-            }
-            _ => {}
-        }
+        let flows = flows.parse()?;
         let names: Vec<&str> = args.functions.iter().map(String::as_str).collect();
         let workloads = match names.as_slice() {
             ["all"] if args.quick => find(&QUICK)?,
@@ -171,6 +204,40 @@ impl Settings {
         })
     }
 
+    /// # Errors
+    /// Unknown names, and flows without any number of VMs at once.
+    pub fn from_burst(args: &BurstArgs) -> Result<Settings, BoxError> {
+        let flows = FlowNames {
+            names: &args.flows,
+            all: &Flow::BURST,
+            foreign: &[Flow::FirecrackerCache],
+            pool: args.pool.as_deref(),
+            firecracker: args.firecracker.as_deref(),
+        };
+        let flows = flows.parse()?;
+        if let Some(flow) = flows.iter().find(|flow| !flow.can_burst()) {
+            return refuse(format!(
+                "Cannot ask VMs of {flow} at once: one VM, or one page-fault handler, serves them all. Leave it out of \
+                 --flows"
+            ));
+        }
+        let names: Vec<&str> = args.functions.iter().map(String::as_str).collect();
+        let workloads = if names == ["all"] { WORKLOADS.iter().collect() } else { find(&names)? };
+        Ok(Settings {
+            experiments: vec![Experiment::Burst],
+            workloads,
+            flows,
+            runs: args.runs,
+            parallel: args.counts.clone(),
+            vms: Vec::new(),
+            slow_dir: None,
+            pool: args.pool.clone(),
+            firecracker: args.firecracker.clone(),
+            out: args.out.clone(),
+            keep: args.keep,
+        })
+    }
+
     /// The settings that measurements depend on, for the header. The list of measurements is not among them: it may
     /// grow from run to run.
     pub fn described(&self) -> BTreeMap<String, String> {
@@ -185,14 +252,51 @@ impl Settings {
     }
 }
 
+/// The flows that arguments name.
+struct FlowNames<'a> {
+    names: &'a [String],
+    /// Those that `all` means.
+    all: &'a [Flow],
+    /// Those of another VMM that are added if none is named.
+    foreign: &'a [Flow],
+    pool: Option<&'a Path>,
+    firecracker: Option<&'a Path>,
+}
+
+impl FlowNames<'_> {
+    fn parse(&self) -> Result<Vec<Flow>, BoxError> {
+        let mut flows: Vec<Flow> = match self.names {
+            [all] if all == "all" => self.all.to_vec(),
+            names => names.iter().map(|name| name.parse()).collect::<Result<_, String>>()?,
+        };
+        match self.firecracker {
+            Some(path) if !path.is_file() => return refuse(format!("There is no {} to measure", path.display())),
+            Some(_) if !flows.iter().any(|flow| flow.backend().is_some()) => flows.extend(self.foreign),
+            None if flows.iter().any(|flow| flow.backend().is_some()) => {
+                return refuse("The flows firecracker and firecracker-… need --firecracker PATH, the VMM to measure");
+            }
+            _ => {}
+        }
+        match self.pool {
+            Some(_) if !flows.iter().any(|flow| flow.is_pooled()) => flows.extend(Flow::POOLED),
+            None if flows.iter().any(|flow| flow.is_pooled()) => {
+                return refuse("The flows whose names end in -pool need --pool POOL");
+            }
+            _ => {}
+        }
+        Ok(flows)
+    }
+}
+
 fn experiments(args: &RunArgs) -> Result<Vec<Experiment>, BoxError> {
     if args.experiments.iter().any(|name| name == "all") {
         let has_what_it_needs = |experiment: &Experiment| *experiment != Experiment::E4 || args.slow_dir.is_some();
-        return Ok(Experiment::ALL.into_iter().filter(has_what_it_needs).collect());
+        return Ok(Experiment::OF_PAPERS.into_iter().filter(has_what_it_needs).collect());
     }
     let mut found = Vec::new();
     for name in &args.experiments {
-        let experiment = Experiment::ALL.into_iter().find(|experiment| experiment.name().eq_ignore_ascii_case(name));
+        let experiment =
+            Experiment::OF_PAPERS.into_iter().find(|experiment| experiment.name().eq_ignore_ascii_case(name));
         match experiment {
             None => return refuse(format!("There is no experiment {name:?}; there are E1 to E7, and all")),
             Some(Experiment::E4) if args.slow_dir.is_none() => {

@@ -33,7 +33,7 @@ impl Header {
 /// Identifies a measurement.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {
-    /// `E1` to `E7`.
+    /// `E1` to `E7`, or `burst`.
     pub experiment: String,
     /// The restored function, or a point on an axis.
     pub case: String,
@@ -46,6 +46,20 @@ pub struct Key {
 /// Numbers by name.
 pub type Values = BTreeMap<String, f64>;
 
+/// The outcome of a measurement.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    pub values: Values,
+    /// As in [`Sample::answers_ms`].
+    pub answers_ms: Vec<f64>,
+}
+
+impl From<Values> for Measured {
+    fn from(values: Values) -> Self {
+        Measured { values, answers_ms: Vec::new() }
+    }
+}
+
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
@@ -53,9 +67,18 @@ pub struct Sample {
     pub key: Key,
     /// Numbers by name; the name ends in the unit.
     pub values: Values,
+    /// In a burst: the time of each VM from the common start to its answer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub answers_ms: Vec<f64>,
     /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
+}
+
+impl Sample {
+    pub fn new(key: Key, measured: Measured) -> Sample {
+        Sample { key, values: measured.values, answers_ms: measured.answers_ms, failed: None }
+    }
 }
 
 /// A file of results, open for more.
@@ -189,7 +212,7 @@ mod tests {
 
     fn sample(round: u32) -> Sample {
         let key = Key { experiment: "E1".into(), case: "hello".into(), flow: "reap".into(), round };
-        Sample { key, values: [("answer_ms".to_string(), 1.5)].into(), failed: None }
+        Sample::new(key, Values::from([("answer_ms".to_string(), 1.5)]).into())
     }
 
     #[test]

@@ -260,8 +260,10 @@ impl Vm {
 
     /// The snapshot that the VM's next diff builds on, if the VM can have one.
     pub(super) fn diff_parent(&self) -> Option<String> {
-        let parent = self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        parent.filter(|_| self.function.track_dirty_pages)
+        if self.function.track_dirty_pages {
+            return self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        }
+        self.ss_id.clone()
     }
 
     /// Called when a snapshot was taken of the VM: its next diff builds on that.

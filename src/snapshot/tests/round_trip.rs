@@ -232,6 +232,34 @@ fn two_files_are_replaced_but_never_the_own_parent() {
 }
 
 #[test]
+fn later_passes_replace_pages_and_make_them_zero() {
+    let base = tempfile::tempdir().unwrap();
+    let parent = Model::new(vec![7; 130]).write_full(dir(base.path(), "p"));
+    let history: Vec<Model> =
+        [[1, 2, 0, 0, 5], [1, 3, 4, 0, 0], [0, 3, 0, 6, 8]].map(|five| Model::new(five.repeat(26))).into();
+    for kind in [SnapshotKind::Full, SnapshotKind::Diff] {
+        let told = Parent { id: parent.id, location: parent.location.clone() };
+        let told = Some(told).filter(|_| kind == SnapshotKind::Diff);
+        let target = dir(base.path(), &format!("{kind:?}"));
+        let mut writer = SnapshotWriter::create(target.clone(), small_layout(), kind, told).unwrap();
+        for (pass, model) in history.iter().enumerate() {
+            for index in 0..model.pages.len() {
+                if model.pages[index] == 0 {
+                    writer.set_zero(Extent::new(model.gfn(index), 1)).unwrap();
+                } else if pass == 0 || model.pages[index] != history[pass - 1].pages[index] {
+                    writer.write_run(model.gfn(index), &model.page(index)).unwrap();
+                }
+            }
+            writer.next_pass();
+        }
+        let sealed = writer.seal(seal_input()).unwrap();
+        let last = &history[2];
+        last.assert_is(&Chain::open(&target).unwrap());
+        assert_eq!(sealed.pages_held, last.pages.iter().filter(|byte| **byte != 0).count() as u64, "{kind:?}");
+    }
+}
+
+#[test]
 fn writer_invalid_use_is_refused() {
     let base = tempfile::tempdir().unwrap();
     let parent = sample().write_full(dir(base.path(), "p"));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::saved::SavedDevice;
 use super::thread;
@@ -60,6 +61,12 @@ impl VirtioDevices {
     /// The places of all devices, for the tables that describe them to the guest.
     pub fn slots(&self) -> Vec<VirtioMmioSlot> {
         (0..self.devices.len()).map_while(VirtioMmioSlot::of).collect()
+    }
+
+    /// The interrupts of all devices: eventfd, and input of the interrupt controller.
+    pub fn interrupts(&self) -> impl Iterator<Item = (&EventFd, u32)> {
+        let lines = self.devices.iter().map(|device| device.interrupt_line().eventfd());
+        lines.zip(self.slots().into_iter().map(|slot| slot.gsi))
     }
 
     /// Type and number of queues of each device.

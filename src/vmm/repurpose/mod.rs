@@ -118,12 +118,13 @@ impl Machine<Paused> {
         if core.ending.has_come() { Err(NotRepurposable::Ended) } else { Ok(()) }
     }
 
-    /// Becomes the machine of `prepared`. Afterwards call [`renew_id`](Self::renew_id).
+    /// Becomes the machine of `prepared`. Afterwards call [`raise_events`](Self::raise_events).
     ///
     /// # Errors
     /// The machine is then between two guests, and must not run again.
     pub fn repurpose(&mut self, prepared: Prepared<'_>, timeline: &mut Timeline) -> Result<Repurposed, Error> {
         let start = Instant::now();
+        self.core.devices.serial.output().end_line();
         self.core.take_guest_away()?;
         let away = start.elapsed();
         for (thread, saved) in self.state.threads.iter().zip(&prepared.saved.vcpus) {
@@ -172,6 +173,7 @@ impl Machine<Paused> {
         core.devices.virtio.renew(virtio, core.ram.view(), &saved.virtio, configs.clone())?;
         core.devices.serial.restore(&saved.serial)?;
         core.devices.fw_cfg.restore(saved.fw_cfg.clone())?;
+        core.settle_interrupts()?;
         core.promote_ahead(&saved.vcpus)?;
         let vcpus: Vec<_> = self.state.threads.iter().map(|thread| thread.vcpu()).collect();
         let fds: Vec<&VcpuFd> = vcpus.iter().map(|vcpu| &vcpu.fd).collect();

@@ -87,8 +87,10 @@ impl Machine<Paused> {
         origin.renew_drives()?;
         let saved = &origin.saved;
         self.core.devices.virtio.rewind(&saved.virtio, &origin.configs)?;
+        self.core.devices.serial.output().end_line();
         self.core.devices.serial.restore(&saved.serial)?;
         self.core.devices.fw_cfg.restore(saved.fw_cfg.clone())?;
+        self.core.settle_interrupts()?;
         for (thread, saved) in self.state.threads.iter().zip(&saved.vcpus) {
             let vcpu = thread.vcpu();
             saved.rewind_wall_clock(&vcpu.fd, vcpu.index)?;
@@ -106,7 +108,7 @@ impl Machine<Paused> {
     }
 
     /// Compares memory and state with the snapshot. Called after [`rewind`](Self::rewind), before
-    /// [`renew_id`](Self::renew_id).
+    /// [`raise_events`](Self::raise_events).
     ///
     /// # Errors
     /// [`Error::NotAsSaved`] with the first differences.
@@ -138,8 +140,12 @@ impl Machine<Paused> {
         if differences.is_empty() { Ok(()) } else { Err(Error::NotAsSaved(differences)) }
     }
 
-    /// Gives the guest a new VM generation id: another guest may have gone on from the same snapshot.
-    pub fn renew_id(&self) -> Result<(), Error> {
+    /// Called last: raises the serial port's interrupts that were on their way when the snapshot was taken, and gives
+    /// the guest a new VM generation id, because another guest may have gone on from the same snapshot.
+    pub fn raise_events(&self) -> Result<(), Error> {
+        if let Some(origin) = &self.core.origin {
+            self.core.devices.serial.restore(&origin.saved.serial)?;
+        }
         let vmgenid = self.core.devices.vmgenid.iter();
         vmgenid.clone().try_for_each(|vmgenid| vmgenid.renew(self.core.ram.view()))?;
         Ok(vmgenid.into_iter().try_for_each(VmGenId::notify)?)

@@ -17,7 +17,7 @@ fn study<'a>(out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
     args
 }
 
-fn samples(out: &Path) -> Vec<Value> {
+pub fn samples(out: &Path) -> Vec<Value> {
     let lines = std::fs::read_to_string(out.join("results.jsonl")).unwrap();
     let lines = lines.lines().map(|line| serde_json::from_str(line).expect("a line of JSON"));
     lines.skip(1).collect()
@@ -167,7 +167,7 @@ fn another_vmm_that_never_answers_ends_in_time_and_its_wait_is_told() {
     let test = std::env::current_exe().unwrap();
     let name = test_name(module_path!(), "silent_vmm_process");
     // Called as `vmm --api-sock PATH`.
-    let script = "#!/bin/sh\nSILENT_SOCKET=$2 exec TEST --exact NAME --ignored\n";
+    let script = "#!/bin/sh\n[ $1 = --help ] && exit\nSILENT_SOCKET=$2 exec TEST --exact NAME --ignored\n";
     std::fs::write(&vmm, script.replace("TEST", text(&test)).replace("NAME", &name)).unwrap();
     std::fs::set_permissions(&vmm, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let mut args = study(&out, &["--firecracker", text(&vmm)]);

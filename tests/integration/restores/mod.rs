@@ -1,6 +1,7 @@
 //! Restores: policies, plans, profiles, faults.
 
 mod bench;
+mod burst;
 mod default_policy;
 mod functions;
 mod hanging;

@@ -8,6 +8,7 @@ mod identify;
 mod images;
 mod inspect;
 mod kept;
+pub mod live;
 mod memory_lost;
 mod read_back;
 mod verify;

@@ -170,7 +170,7 @@ fn unsafe_is_rare_and_argued() {
         "src/memory/guest_ram.rs",
         "src/vmm/machine.rs",
         "src/vmm/state.rs",
-        "src/vmm/capture.rs",
+        "src/vmm/capture/mod.rs",
         "src/memory/promote/",
         "src/memory/engine.rs",
         "src/memory/rewind.rs",

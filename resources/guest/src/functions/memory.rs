@@ -212,6 +212,35 @@ fn rounds_of(ns: u64, slot: usize) -> u64 {
     MEASURED * ns / took
 }
 
+/// The first word of a page that `march` writes to.
+const MARCH: u64 = u64::from_le_bytes(*b"tvmmarch");
+
+/// `march pages=N ms=T`: writes the numbers 1, 2, 3… to the first N filled pages, one after another and round and
+/// round, for T ms. Each page has a mark, its index and the last number written to it, so a copy of memory at one
+/// instant has every number but the oldest: no number without the one before.
+pub fn march(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
+    let count = args.number_in("pages", 1..=ctx.filled.pages().max(1), 0)?;
+    let ms = args.number_in("ms", 1..=600_000, 1)?;
+    if ctx.filled.pages() == 0 {
+        return Err(message!("nothing is filled"));
+    }
+    let end_ns = clock::now_ns(0) + ms * 1_000_000;
+    let mut number = 0;
+    while clock::now_ns(0) < end_ns {
+        for index in 0..count {
+            let page = ctx.filled.page(index) as *mut u64;
+            number += 1;
+            // SAFETY: a filled page: RAM, mapped, and without references into it. Volatile: the stores happen in order.
+            unsafe {
+                page.add(1).write_volatile(index);
+                page.add(2).write_volatile(number);
+                page.write_volatile(MARCH);
+            }
+        }
+    }
+    Ok(Reply::new(number, format_args!("last={number}")))
+}
+
 /// `check [cpu=K]`: digest of every word of all filled pages.
 pub fn check(args: &Args, ctx: &mut Ctx) -> Result<Reply, Message> {
     check_cpu(args, ctx)?;

@@ -77,6 +77,7 @@ static FUNCTIONS: &[Function] = &[
     function("fill", &[PAGES, SEED, CPU], memory::fill),
     function("touch", &[PAGES, SEED, CPU, optional("write"), optional("stride")], memory::touch),
     function("scan", &[PAGES, optional("lines"), optional("passes"), optional("line_ns"), CPU], memory::scan),
+    function("march", &[PAGES, required("ms")], memory::march),
     function("check", &[CPU], memory::check),
     function("alloc", &[PAGES], pages::alloc),
     function("free", &[optional("handle"), optional("filled")], pages::free),

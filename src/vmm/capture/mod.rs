@@ -1,9 +1,11 @@
-//! Capture of a paused machine.
+//! Capture of a machine: of a paused one at once, or of a running one by passes over its memory ([`live`]).
 //!
 //! The part during which the guest stands still is kept short: vCPU and device state, the dirty log, and one pass over
 //! the pages that may not be zero, written straight from guest memory. Everything slow (checksummed page map, fsync,
 //! rename) is [`Captured::seal`], which needs no machine and runs while the guest may go on. Reading the memory back
 //! from the disk is slower still, and comes after the snapshot was acknowledged (`read_backs.rs`).
+
+pub mod live;
 
 use std::time::{Duration, Instant};
 
@@ -33,8 +35,69 @@ pub struct Captured {
     drives: Vec<WritableDrive>,
     /// Pages of a diff that may equal those of its parent, and the parent.
     doubtful: Option<(Parent, PageSet)>,
-    /// Time for reading state and writing memory, µs. The guest stood still for it and for its stopping.
+    /// Time for reading state and writing memory, µs. The guest stood still for it and for its stopping; after a live
+    /// capture its stopping is part of it.
     pub capture_us: u64,
+    /// The course of a live capture.
+    pub live: Option<LiveCounts>,
+    /// Pages copied while the guest stood still, to be written.
+    copied: Copied,
+}
+
+/// The course of a live capture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LiveCounts {
+    /// Passes over the pages written meanwhile, without the one during the pause.
+    pub passes: u32,
+    /// Pages written while the guest ran; a page counts each time.
+    pub pages_live: u64,
+    /// Pages copied while the guest stood still.
+    pub pages_paused: u64,
+    /// The guest wrote faster than its memory could be saved.
+    pub is_cut_short: bool,
+    /// Time from the beginning to the pause, µs.
+    pub window_us: u64,
+}
+
+/// Pages in memory of this process: copying them keeps the guest waiting for less time than writing them.
+#[derive(Default)]
+struct Copied {
+    extents: Vec<Extent>,
+    bytes: Vec<u8>,
+}
+
+impl Copied {
+    /// Makes room for `pages`, with the memory in place.
+    fn with_room(pages: u64) -> Copied {
+        let mut bytes = Vec::new();
+        // Not zeros: the allocator gets those from the kernel, which gives memory at the first write.
+        bytes.resize((pages * PAGE_SIZE) as usize, 1);
+        bytes.clear();
+        Copied { extents: Vec::new(), bytes }
+    }
+
+    /// Copies the pages of `extent`, if they fit.
+    fn take(&mut self, extent: Extent, bytes: &[u8]) -> bool {
+        let fits = self.bytes.capacity() - self.bytes.len() >= bytes.len();
+        if fits {
+            self.bytes.extend_from_slice(bytes);
+            self.extents.push(extent);
+        }
+        fits
+    }
+
+    fn write(self, writer: &mut SnapshotWriter) -> Result<(), Error> {
+        if self.extents.is_empty() {
+            return Ok(());
+        }
+        writer.next_pass();
+        let mut rest = self.bytes.as_slice();
+        self.extents.into_iter().try_for_each(|extent| {
+            let (bytes, after) = rest.split_at(extent.bytes() as usize);
+            rest = after;
+            write_extent(extent, bytes, writer)
+        })
+    }
 }
 
 /// The time at which a snapshot's memory is read back from the disk.
@@ -56,6 +119,7 @@ impl Captured {
 
     /// Makes the snapshot final: everything is on disk under its name, and verified or still to be.
     pub fn seal(mut self, when: ReadBackWhen) -> Result<(Sealed, Option<ReadBack>), Error> {
+        self.copied.write(&mut self.writer)?;
         for drive in &self.drives {
             drive.image.sync_data().map_err(Error::os("make a drive durable"))?;
         }
@@ -85,6 +149,29 @@ fn drop_unchanged(writer: &mut SnapshotWriter, parent: &Parent, pages: &PageSet)
 /// Limit on the wait of a capture for the comparison of images with their checksums.
 const COMPARED_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The files of a snapshot that is being taken.
+struct Opened {
+    writer: SnapshotWriter,
+    kind: SnapshotKind,
+    parent: Option<Parent>,
+}
+
+/// Pages that a diff has to hold.
+struct Changes {
+    /// Pages to look at.
+    pages: PageSet,
+    /// Pages known to be zero; reading them would bring them back.
+    gone: PageSet,
+}
+
+/// Changes of memory that KVM does not see.
+struct Noted {
+    /// Pages written by devices.
+    written: PageSet,
+    /// Pages given back to the balloon.
+    released: PageSet,
+}
+
 impl Machine<Paused> {
     /// Writes the machine's memory to `target` and reads its state. Afterwards the machine may run on; call
     /// [`seal_finished`](Self::seal_finished) with the outcome of [`Captured::seal`].
@@ -92,67 +179,69 @@ impl Machine<Paused> {
     /// With `copy_drives`, the snapshot gets copies of the drives that the guest can write.
     pub fn capture(&mut self, target: Location, kind: SnapshotKind, copy_drives: bool) -> Result<Captured, Error> {
         let start = Instant::now();
-        if self.core.lineage.is_sealing() {
-            return Err(Error::SnapshotInProgress);
-        }
-        // Reading such pages would end the process before the caller gets an answer.
-        if let Some(why) = lost::behind_an_end() {
-            self.core.ending.end(Ending::MemoryLost(why.clone()));
-            return Err(memory::Error::Lost(why).into());
-        }
-        // Damaged pages must not get a fresh checksum.
-        self.core.services.wait_until_compared(Instant::now() + COMPARED_TIMEOUT)?;
-        let parent = match kind {
-            SnapshotKind::Full => None,
-            SnapshotKind::Diff => Some(self.core.diff_parent()?),
+        let mut opened = self.open_capture(target, kind)?;
+        let (state, drives) = self.capture_state(&mut opened, copy_drives)?;
+        let log = self.core.read_dirty_log()?;
+        let released = self.core.note_changes().released;
+        let looked_at = match kind {
+            SnapshotKind::Full => {
+                self.core.lineage.add_changed(&log.pages);
+                let candidates = self.core.maybe_nonzero()?;
+                self.core.read_pages(&candidates, |extent, bytes| write_extent(extent, bytes, &mut opened.writer))?;
+                PageSet::new()
+            }
+            SnapshotKind::Diff => {
+                let Changes { pages, gone } = self.core.changes(&log, &released)?;
+                self.core.mark_gone(&gone, &mut opened.writer)?;
+                self.core.read_pages(&pages, |extent, bytes| write_extent(extent, bytes, &mut opened.writer))?;
+                pages
+            }
         };
-        let mut writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent.clone())?;
+        // Cleared only now: if a write had failed, KVM's log would still hold the pages.
+        self.core.clear_dirty_log(&log)?;
+        Ok(self.captured(opened, &looked_at, (state, drives), start))
+    }
+
+    /// Reads the state of vCPUs and devices, and copies drives if that is asked for. Returns the drives that were not
+    /// copied.
+    fn capture_state(
+        &self,
+        opened: &mut Opened,
+        copy_drives: bool,
+    ) -> Result<(Vec<Section>, Vec<WritableDrive>), Error> {
         let state = self.save_state()?;
         let mut drives = self.core.devices.virtio.writable_drives();
         if copy_drives {
             for drive in drives.drain(..) {
-                writer.copy_drive(&drive.id, &drive.image, drive.bytes)?;
+                opened.writer.copy_drive(&drive.id, &drive.image, drive.bytes)?;
             }
         }
-        let log = self.core.read_dirty_log()?;
-        // KVM does not see the writes of devices. They go into the lineage at once, because taking the marks clears
-        // them.
-        self.core.lineage.add_changed(&self.core.ram.take_written());
-        // KVM does not see balloon releases either: these pages have become zero.
-        let released = self.core.ram.released().take_fresh();
-        self.core.lineage.add_changed(&released);
-        let mut doubtful = None;
-        match kind {
-            SnapshotKind::Full => {
-                self.core.lineage.add_changed(&log.pages);
-                let candidates = self.core.maybe_nonzero()?;
-                write_pages(&self.core, &candidates, &mut writer, ZeroPages::LeaveOut)?;
-            }
-            SnapshotKind::Diff => {
-                let gone = self.core.unpopulated(&released)?;
-                let mut changed = self.core.lineage.add_changed(&log.pages).clone();
-                changed.subtract(&gone);
-                // These pages are zero; reading them would bring them back.
-                let gone = gone.runs().flat_map(|run| self.core.ram.layout().split(run).collect::<Vec<_>>());
-                gone.into_iter().try_for_each(|extent| writer.mark_zero(extent))?;
-                write_pages(&self.core, &changed, &mut writer, ZeroPages::Record)?;
-                let pages = self.core.lineage.doubtful(&changed);
-                doubtful = parent.filter(|_| !pages.is_empty()).map(|parent| (parent, pages));
-            }
-        }
-        // Cleared only now: if a write had failed, KVM's log would still hold the pages.
-        self.core.clear_dirty_log(&log)?;
+        Ok((state, drives))
+    }
+
+    /// Called when all memory is written. `looked_at`: the pages of a diff. The machine stood still since `start`.
+    fn captured(
+        &mut self,
+        opened: Opened,
+        looked_at: &PageSet,
+        (state, drives): (Vec<Section>, Vec<WritableDrive>),
+        start: Instant,
+    ) -> Captured {
+        let pages = self.core.lineage.doubtful(looked_at);
+        let doubtful = opened.parent.filter(|_| !pages.is_empty()).map(|parent| (parent, pages));
         self.core.lineage.begin_seal();
         let shape = &self.core.shape;
-        Ok(Captured {
-            writer,
+        Captured {
+            writer: opened.writer,
             state,
             host: host::facts(&self.core.kvm),
             machine: MachineFacts { vcpu_count: u32::from(shape.vcpu_count), mem_size_mib: shape.mem_size_mib },
             drives,
             doubtful,
             capture_us: start.elapsed().as_micros() as u64,
-        })
+            live: None,
+            copied: Copied::default(),
+        }
     }
 
     fn save_state(&self) -> Result<Vec<Section>, Error> {
@@ -180,6 +269,26 @@ impl Machine<Paused> {
 }
 
 impl<S> Machine<S> {
+    /// Checks that a snapshot can be taken now, and makes its files.
+    fn open_capture(&self, target: Location, kind: SnapshotKind) -> Result<Opened, Error> {
+        if self.core.lineage.is_sealing() {
+            return Err(Error::SnapshotInProgress);
+        }
+        // Reading such pages would end the process before the caller gets an answer.
+        if let Some(why) = lost::behind_an_end() {
+            self.core.ending.end(Ending::MemoryLost(why.clone()));
+            return Err(memory::Error::Lost(why).into());
+        }
+        // Damaged pages must not get a fresh checksum.
+        self.core.services.wait_until_compared(Instant::now() + COMPARED_TIMEOUT)?;
+        let parent = match kind {
+            SnapshotKind::Full => None,
+            SnapshotKind::Diff => Some(self.core.diff_parent()?),
+        };
+        let writer = SnapshotWriter::create(target, self.core.ram.layout().clone(), kind, parent.clone())?;
+        Ok(Opened { writer, kind, parent })
+    }
+
     /// The pages in KVM's log, which keeps them.
     pub fn dirty_pages(&self) -> Result<PageSet, Error> {
         Ok(self.core.read_dirty_log()?.pages)
@@ -209,19 +318,53 @@ pub(super) struct DirtyLog {
 }
 
 impl Core {
+    /// The snapshot that a diff taken now is a change of: the last one, or, if nothing has kept record of the writes
+    /// since then, the one that the machine was restored from.
     fn diff_parent(&self) -> Result<Parent, Error> {
-        if !self.shape.track_dirty_pages {
-            return Err(Error::Diff(
-                "dirty page tracking is off; set `track_dirty_pages` in machine-config, or when the snapshot is loaded"
-                    .into(),
-            ));
+        if self.shape.track_dirty_pages {
+            return Ok(self.lineage.parent()?.clone());
         }
-        Ok(self.lineage.parent()?.clone())
+        self.lineage.origin_parent()?.ok_or_else(|| {
+            Error::Diff(
+                "dirty page tracking is off, and the VM was not restored from a snapshot; set `track_dirty_pages` in \
+                 machine-config"
+                    .into(),
+            )
+        })
+    }
+
+    /// Moves the pages that devices have written, and those that the guest has given back, to the lineage: KVM does not
+    /// see either, and reading the records clears them. Returns the pages of both kinds since the last call.
+    fn note_changes(&mut self) -> Noted {
+        let written = self.ram.take_written();
+        let released = self.ram.released().take_fresh();
+        self.lineage.add_changed(&written);
+        self.lineage.add_changed(&released);
+        Noted { written, released }
+    }
+
+    /// The pages of a diff. `released`: the pages given back since the last snapshot.
+    fn changes(&mut self, log: &DirtyLog, released: &PageSet) -> Result<Changes, Error> {
+        self.lineage.add_changed(&log.pages);
+        if self.shape.track_dirty_pages {
+            let gone = self.unpopulated(released)?;
+            return Ok(Changes { pages: self.lineage.changed().difference(&gone), gone });
+        }
+        // Nothing has kept record since the restore. The pages that this process has no copy of are as they were.
+        let released = self.ram.released().read().ever().clone();
+        let gone = self.unpopulated(&released)?;
+        Ok(Changes { pages: self.ram.own_pages()?.union(&released).difference(&gone), gone })
+    }
+
+    /// Records in `writer` that the pages are zero.
+    fn mark_gone(&self, gone: &PageSet, writer: &mut SnapshotWriter) -> Result<(), Error> {
+        let runs = gone.runs().flat_map(|run| self.ram.layout().split(run).collect::<Vec<_>>());
+        runs.into_iter().try_for_each(|extent| Ok(writer.set_zero(extent)?))
     }
 
     pub(super) fn read_dirty_log(&self) -> Result<DirtyLog, Error> {
         let mut log = DirtyLog { pages: PageSet::new(), bitmaps: Vec::new() };
-        if !self.shape.track_dirty_pages {
+        if !self.logs_writes {
             return Ok(log);
         }
         for (slot, range) in self.ram.layout().ranges().iter().enumerate() {
@@ -237,6 +380,23 @@ impl Core {
         for (slot, (bitmap, range)) in log.bitmaps.iter().zip(self.ram.layout().ranges()).enumerate() {
             dirty_log::clear(&self.vm, slot as u32, range.len / PAGE_SIZE, bitmap)
                 .map_err(Error::os("clear the dirty log"))?;
+        }
+        Ok(())
+    }
+
+    /// Passes the bytes of `pages` to `work`, extent by extent. The machine must be paused.
+    fn read_pages(
+        &self,
+        pages: &PageSet,
+        mut work: impl FnMut(Extent, &[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        for run in pages.runs() {
+            for extent in self.ram.layout().split(run) {
+                // SAFETY: the machine is paused (only `Machine<Paused>` gets here), its devices are quiet, and pieces
+                // are not remapped while `self` is borrowed.
+                let bytes = unsafe { self.ram.bytes(extent) }?;
+                work(extent, bytes)?;
+            }
         }
         Ok(())
     }
@@ -283,28 +443,8 @@ impl Core {
 /// Most pages written with one call: 4 MiB.
 const RUN_PAGES: u64 = 1024;
 
-/// The treatment of pages that are zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ZeroPages {
-    LeaveOut,
-    /// In a diff, a record of a zero page hides the parent's page.
-    Record,
-}
-
-/// Writes the pages of `candidates` that are not zero.
-fn write_pages(core: &Core, candidates: &PageSet, writer: &mut SnapshotWriter, zero: ZeroPages) -> Result<(), Error> {
-    for run in candidates.runs() {
-        for extent in core.ram.layout().split(run) {
-            // SAFETY: the machine is paused (only `Machine<Paused>` gets here), its devices are quiet, and pieces are
-            // not remapped while `core` is borrowed.
-            let bytes = unsafe { core.ram.bytes(extent) }?;
-            write_extent(extent, bytes, writer, zero)?;
-        }
-    }
-    Ok(())
-}
-
-fn write_extent(extent: Extent, bytes: &[u8], writer: &mut SnapshotWriter, zero: ZeroPages) -> Result<(), Error> {
+/// Writes the pages of `extent`, whose bytes are `bytes`. Pages of zeros are only recorded.
+fn write_extent(extent: Extent, bytes: &[u8], writer: &mut SnapshotWriter) -> Result<(), Error> {
     let page = PAGE_SIZE as usize;
     let at = |index: u64| Gfn(extent.first.0 + index);
     let mut index = 0;
@@ -317,10 +457,10 @@ fn write_extent(extent: Extent, bytes: &[u8], writer: &mut SnapshotWriter, zero:
         {
             end += 1;
         }
-        if !run_is_zero {
+        if run_is_zero {
+            writer.set_zero(Extent { first: at(index), pages: end - index })?;
+        } else {
             writer.write_run(at(index), &bytes[index as usize * page..end as usize * page])?;
-        } else if zero == ZeroPages::Record {
-            writer.mark_zero(Extent { first: at(index), pages: end - index })?;
         }
         index = end;
     }
