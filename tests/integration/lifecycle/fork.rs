@@ -54,13 +54,13 @@ impl Place {
 }
 
 /// The children of a fork; they are killed when this is dropped.
-struct Children {
-    pids: Vec<u32>,
-    sockets: Vec<PathBuf>,
+pub struct Children {
+    pub pids: Vec<u32>,
+    pub sockets: Vec<PathBuf>,
 }
 
 impl Children {
-    fn of(answer: &Value) -> Children {
+    pub fn of(answer: &Value) -> Children {
         let children = answer["children"].as_array().expect("children");
         let pids = children.iter().map(|child| child["pid"].as_u64().unwrap() as u32).collect();
         let sockets = children.iter().map(|child| PathBuf::from(child["socket"].as_str().unwrap())).collect();
