@@ -8,7 +8,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::overrides::{drive_override, key_value};
-use crate::config::fork::{ForkRequest, Forked};
+use crate::config::control::Forked;
+use crate::config::fork::ForkRequest;
 use crate::config::restore::{DriveOverride, MacOverride};
 use crate::config::{NetworkOverrideBody, VsockOverrideBody};
 use crate::sys::api_client::Client;
@@ -30,6 +31,9 @@ pub struct ForkArgs {
     /// it have ended. Default: that of the sockets
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// Write memory while the VM runs: it stands still only for its state and the last pages
+    #[arg(long)]
+    live: bool,
     /// Leave the children paused until the API resumes them
     #[arg(long)]
     paused: bool,
@@ -118,6 +122,7 @@ fn request(args: &ForkArgs) -> Result<ForkRequest, BoxError> {
         count: args.count,
         out_sock: absolute(&args.out_sock)?,
         dir: maybe(&args.dir)?,
+        live: args.live,
         paused: args.paused,
         log: maybe(&args.log)?,
         network_overrides: args.net.iter().map(tap).collect(),

@@ -4,7 +4,6 @@
 //! waits on its eventfd beside its other events, and answers every [`Request`] once. A request that is dropped
 //! unanswered tells its sender that the VMM has ended.
 
-use crate::config::fork::Forked;
 use crate::config::refusal::Refused;
 use crate::config::request::Command;
 use std::fmt;
@@ -134,6 +133,33 @@ pub struct Repurposed {
     pub state_us: u64,
     /// Time from the request to the answer, without the comparison, µs.
     pub total_us: u64,
+}
+
+/// A machine that was forked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forked {
+    /// The directory of the fork point, which ends with its users.
+    pub fork_point: PathBuf,
+    /// Bytes of guest memory in the fork point.
+    pub memory_bytes: u64,
+    /// Time for which the machine stood still, µs.
+    pub stood_still_us: u64,
+    /// Time from the request to the answer, µs.
+    pub total_us: u64,
+    /// The course of a live capture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live: Option<LiveTaken>,
+    pub children: Vec<ForkedChild>,
+}
+
+/// A child of a fork.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkedChild {
+    /// Its name in answers of its API.
+    pub id: String,
+    pub socket: PathBuf,
+    /// Its process.
+    pub pid: u32,
 }
 
 /// The answer to a request.

@@ -1,4 +1,4 @@
-//! The fork of a VM: the request and the answer.
+//! The fork of a VM: the request.
 //!
 //! Names in a request may contain the number of the child, from 1 on: `{n}` in decimal, `{n:02x}` as two hexadecimal
 //! digits, for MAC addresses. `fork_children.rs` puts it in.
@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use crate::config::overrides::{NetworkOverrideBody, VsockOverrideBody};
 use crate::config::restore::{DriveOverride, MacOverride};
@@ -26,6 +25,9 @@ pub struct ForkRequest {
     /// The directory of the fork point; none: that of the first child's socket.
     #[serde(default)]
     pub dir: Option<PathBuf>,
+    /// True: a running machine is captured while it runs, and stands still only for its state and the last pages.
+    #[serde(default)]
+    pub live: bool,
     /// True: the children stay paused.
     #[serde(default)]
     pub paused: bool,
@@ -45,32 +47,6 @@ pub struct ForkRequest {
     pub mac_overrides: Vec<MacOverride>,
     #[serde(default)]
     pub metadata: BTreeMap<String, String>,
-}
-
-/// A machine that was forked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Forked {
-    /// The directory of the fork point, which ends with its users.
-    #[schema(value_type = String)]
-    pub fork_point: PathBuf,
-    /// Bytes of guest memory in the fork point.
-    pub memory_bytes: u64,
-    /// Time for which the machine stood still, µs.
-    pub stood_still_us: u64,
-    /// Time from the request to the answer, µs.
-    pub total_us: u64,
-    pub children: Vec<ForkedChild>,
-}
-
-/// A child of a fork.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ForkedChild {
-    /// Its name in answers of its API.
-    pub id: String,
-    #[schema(value_type = String)]
-    pub socket: PathBuf,
-    /// Its process.
-    pub pid: u32,
 }
 
 /// The forks of a machine so far.

@@ -92,10 +92,11 @@ async fn fork(daemon: &Arc<Daemon>, id: &str, body: ForkBody) -> Result<ForkReco
     match restored {
         Ok(record) => {
             Counters::count(&daemon.counters.vms_forked);
+            drop(point.keep());
             Ok(record)
         }
         Err(fault) => {
-            blocking(move || point.give_up()).await?;
+            blocking(move || drop(point)).await?;
             Err(Fault { message: format!("Cannot fork VM `{id}`: {}", fault.message), ..fault })
         }
     }

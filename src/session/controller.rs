@@ -1,5 +1,6 @@
 //! Commands to the machine: the states in which each is allowed, and its effect.
 
+mod fork;
 mod live;
 
 use std::os::fd::RawFd;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::facts::{Facts, Opened, Parts, Restored};
-use super::fork::{Fork, ForkNews, ForkParent, Forks};
+use super::fork::{ForkNews, Forks};
 use super::metrics::MetricsFile;
 use super::planning;
 use super::read_backs::ReadBacks;
@@ -19,7 +20,6 @@ use super::report;
 use super::sources::{self, Sources, location};
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, LiveTaken, Reply, Request, Respond, Rewound, SnapshotTaken, VmState};
-use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
 use crate::config::refusal::Refused;
 use crate::config::request::{Command, CreateSnapshot, RewindRequest};
@@ -30,9 +30,9 @@ use crate::memory::files;
 use crate::memory::rewind::TakenBack;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
-use crate::session::live::{LiveSlot, taken};
+use crate::session::live::{LiveOrder, LiveSlot, Purpose, taken};
 use crate::session::log;
-use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId, SnapshotKind};
+use crate::snapshot::{ForkPoint, Location, PAGE_SIZE, PageSet, Sealed, SnapshotId};
 use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
@@ -208,26 +208,21 @@ impl Controller {
         let Request { command, respond } = request;
         match command {
             Command::CreateSnapshot(create) if create.live && matches!(self.phase, Phase::Running(_)) => {
-                self.begin_live(create, respond);
-                return;
+                let order = LiveOrder {
+                    target: location(&create.location),
+                    kind: create.kind,
+                    copy_drives: create.copy_drives,
+                    purpose: Purpose::Snapshot { verify: create.verify },
+                };
+                self.begin_live(order, respond);
             }
-            Command::CreateSnapshot(create) => {
-                match self.begin_snapshot(create) {
-                    Ok(()) => self.seal_reply = Some(respond),
-                    Err(refused) => respond(Err(refused)),
-                }
-                return;
-            }
-            _ => {}
-        }
-        if let Command::Fork(request) = command {
-            match self.begin_fork(&request) {
-                Ok(()) => self.forks.answer_later(respond),
+            Command::CreateSnapshot(create) => match self.begin_snapshot(create) {
+                Ok(()) => self.seal_reply = Some(respond),
                 Err(refused) => respond(Err(refused)),
-            }
-            return;
+            },
+            Command::Fork(request) => self.begin_fork(&request, respond),
+            command => respond(self.answer(command)),
         }
-        respond(self.answer(command));
     }
 
     fn answer(&mut self, command: Command) -> Result<Reply, Refused> {
@@ -623,44 +618,6 @@ impl Controller {
 
     fn seal_teller(&self) -> SealTeller {
         SealTeller { sender: self.seals.0.clone(), event: self.seal_event.clone() }
-    }
-
-    /// Captures the machine into a fork point, lets it run on if it ran, and starts the children on a thread that then
-    /// waits for their ends.
-    fn begin_fork(&mut self, request: &ForkRequest) -> Result<(), Refused> {
-        self.forks.check_free()?;
-        self.check_no_live()?;
-        if matches!(self.phase, Phase::NotStarted) {
-            return Err(Refused::before_start());
-        }
-        let fault_timeout = self.environment.fault_timeout;
-        let mut fork = Fork::prepare(request, &ForkParent { id: &self.id, config: &self.config, fault_timeout })?;
-        let captured = match self.capture_fork(&mut fork) {
-            Ok(captured) => captured,
-            Err(refused) => {
-                fork.give_up();
-                return Err(refused);
-            }
-        };
-        let teller = self.seal_teller();
-        let spawned = fork.spawn(captured, move |news| teller.tell(SealNews::Fork(news)));
-        spawned.inspect_err(|_| self.with_machine(None))
-    }
-
-    fn capture_fork(&mut self, fork: &mut Fork) -> Result<Captured, Refused> {
-        let begin = Instant::now();
-        let was_running = matches!(self.phase, Phase::Running(_));
-        self.pause()?;
-        let Phase::Paused(machine) = &mut self.phase else {
-            return Err(Refused::internal("The machine to fork is gone."));
-        };
-        let captured = machine.capture(fork.target(), SnapshotKind::Full, fork.copies_drives());
-        if was_running && let Err(refused) = self.resume() {
-            // The children are good nonetheless, and the parent is still paused; both are reported.
-            tracing::error!(fault = %refused.message, "The machine could not be resumed after its fork");
-        }
-        fork.stood_still = begin.elapsed();
-        captured.map_err(|error| Refused::bad_request_because(&error))
     }
 
     fn with_machine(&mut self, sealed: Option<&Sealed>) {

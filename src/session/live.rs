@@ -3,8 +3,9 @@
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::control::{LiveTaken, Respond};
-use crate::config::request::CreateSnapshot;
 use crate::session::Error;
+use crate::session::fork::Fork;
+use crate::snapshot::{Location, SnapshotKind};
 use crate::vmm::capture::LiveCounts;
 use crate::vmm::capture::live::LiveCapture;
 
@@ -15,11 +16,29 @@ pub struct LiveSlot {
     pub event: EventFd,
 }
 
-/// A live snapshot, and its requester.
+/// A live capture, and its requester.
 pub struct Job {
     pub capture: LiveCapture,
-    pub create: CreateSnapshot,
+    pub copy_drives: bool,
+    pub purpose: Purpose,
     pub respond: Respond,
+}
+
+/// The parameters of a live capture.
+pub struct LiveOrder {
+    pub target: Location,
+    pub kind: SnapshotKind,
+    /// True: the snapshot gets copies of the drives that the guest can write.
+    pub copy_drives: bool,
+    pub purpose: Purpose,
+}
+
+/// The use of a live capture.
+pub enum Purpose {
+    /// A snapshot. With `verify`, its memory is read back before the answer.
+    Snapshot { verify: bool },
+    /// The fork point of children.
+    Fork(Box<Fork>),
 }
 
 impl LiveSlot {

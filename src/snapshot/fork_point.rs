@@ -28,11 +28,14 @@ const SNAPSHOT: &str = "snapshot";
 #[derive(Debug)]
 pub struct ForkPoint {
     dir: PathBuf,
-    _locked: File,
+    locked: File,
+    /// Nothing uses it yet: it is removed when this is dropped.
+    is_new: bool,
 }
 
 impl ForkPoint {
-    /// Makes the directory of a new fork point in `dir`, after removing those there that have no users.
+    /// Makes the directory of a new fork point in `dir`, after removing those there that have no users. It is removed
+    /// again when the result is dropped, unless that is [kept](Self::keep).
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -46,7 +49,7 @@ impl ForkPoint {
             }
             // A sweep that came between creation and lock has removed the directory.
             if let Some(locked) = lock_shared(&path)? {
-                return Ok(ForkPoint { dir: path, _locked: locked });
+                return Ok(ForkPoint { dir: path, locked, is_new: true });
             }
         }
         Err(Error::io("create a fork point in", dir)(io::ErrorKind::AlreadyExists.into()))
@@ -59,7 +62,7 @@ impl ForkPoint {
     pub fn hold(snapshot: &Path) -> Result<Option<ForkPoint>> {
         let Some(dir) = dir_of(snapshot) else { return Ok(None) };
         match lock_shared(dir)? {
-            Some(locked) => Ok(Some(ForkPoint { dir: dir.to_path_buf(), _locked: locked })),
+            Some(locked) => Ok(Some(ForkPoint { dir: dir.to_path_buf(), locked, is_new: false })),
             None => Err(Error::ForkPointGone { path: dir.to_path_buf() }),
         }
     }
@@ -82,17 +85,24 @@ impl ForkPoint {
         self.dir.join(SNAPSHOT)
     }
 
-    /// Gives the fork point up and removes it, unless another process uses it.
-    pub fn give_up(self) {
-        let dir = self.dir.clone();
-        drop(self);
-        remove_unused(&dir);
+    /// Leaves the fork point to its users when this is dropped.
+    pub fn keep(mut self) -> ForkPoint {
+        self.is_new = false;
+        self
     }
 
     /// Removes the fork points in `dir` that no process uses. One that cannot be removed is left for the next sweep.
     pub fn sweep(dir: &Path) {
         let Ok(entries) = fs::read_dir(dir) else { return };
         entries.flatten().filter(|entry| is_name(&entry.file_name())).for_each(|entry| remove_unused(&entry.path()));
+    }
+}
+
+impl Drop for ForkPoint {
+    fn drop(&mut self) {
+        if self.is_new && self.locked.unlock().is_ok() {
+            remove_unused(&self.dir);
+        }
     }
 }
 
@@ -159,7 +169,14 @@ mod tests {
         drop(first);
         ForkPoint::sweep(dir.path());
         assert!(path.join("snapshot/memory").exists(), "the second user holds it");
-        second.give_up();
+        drop(second);
+        assert_eq!(names(), 1, "only a new one is removed at once");
+        drop(ForkPoint::create(dir.path()).unwrap());
+        assert_eq!(names(), 0);
+        let kept = ForkPoint::create(dir.path()).unwrap().keep();
+        drop(kept);
+        assert_eq!(names(), 1);
+        ForkPoint::sweep(dir.path());
         assert_eq!(names(), 0);
         let error = ForkPoint::hold(&path.join("snapshot")).unwrap_err();
         assert!(matches!(error, Error::ForkPointGone { .. }), "{error}");

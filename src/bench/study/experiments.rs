@@ -62,6 +62,7 @@ impl Study {
             workload,
             snapshot,
             inputs: Inputs::Two,
+            runtime_mib: self.settings.runtime_mib,
             recorded: workload.a(),
             asked: workload.b(),
             more: Vec::new(),
@@ -87,6 +88,7 @@ impl Study {
                 workload,
                 snapshot: snapshot.clone(),
                 inputs: Inputs::Sizes,
+                runtime_mib: self.settings.runtime_mib,
                 recorded,
                 asked,
                 more: Vec::new(),
@@ -99,7 +101,7 @@ impl Study {
     fn on_slow_medium(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let Some(dir) = self.settings.slow_dir.clone() else { return Ok(()) };
         // Profiles and derived files lie beside the snapshot, so all of them are on the slow medium.
-        let slow = Stage::new(&self.exe, dir.join("tvmm-bench"));
+        let slow = Stage::new(&self.exe, dir.join("tvmm-bench"), self.settings.runtime_mib);
         let usual = std::mem::replace(&mut self.stage, slow);
         let result = self.record_one_ask_another(Experiment::E4, workload);
         let slow = std::mem::replace(&mut self.stage, usual);

@@ -148,7 +148,7 @@ impl Foreign {
         put("/machine-config", subject.workload.machine())?;
         put("/actions", json!({ "action_type": "InstanceStart" }))?;
         guest.wait_for("ready ")?;
-        for request in subject.workload.prepare(subject.inputs) {
+        for request in subject.workload.prepare(subject.inputs, subject.runtime_mib) {
             guest.call(&request)?;
         }
         for path in [&self.state, &self.memory] {

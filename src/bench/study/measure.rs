@@ -35,7 +35,7 @@ impl Study {
     /// `trials`: the number of measurements, for the progress bar.
     pub(super) fn new(settings: Settings, store: Store, trials: u64) -> Result<Study, BoxError> {
         let exe = std::env::current_exe()?;
-        let stage = Stage::new(&exe, settings.out.join(STAGE));
+        let stage = Stage::new(&exe, settings.out.join(STAGE), settings.runtime_mib);
         let bar = ProgressBar::new(trials);
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} left  {msg}")?;
         bar.set_style(style);

@@ -64,6 +64,10 @@ pub struct BurstArgs {
     /// The function that each guest runs, recorded with input A and asked for input B; several, or `all`
     #[arg(long, value_delimiter = ',', default_value = "hello", value_name = "NAMES")]
     functions: Vec<String>,
+    /// The runtime image of each guest, MiB, of which every function touches a part; 0: none. Default: as in
+    /// `tvmm bench run`
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(0..=512))]
+    runtime: Option<u64>,
     /// Flows, or `all`: vanilla-cache, reap-cache, trenv-cache, aquifer-cache, tiered-cache, standby, rewound, and with
     /// --pool trenv-pool, aquifer-pool, tiered-pool, standby-pool; by name only: flows of `tvmm bench run` whose
     /// snapshot is not cached (vanilla, tiered, …)
@@ -156,6 +160,8 @@ pub struct Settings {
     pub workloads: Vec<&'static Workload>,
     pub flows: Vec<Flow>,
     pub runs: u32,
+    /// The size of the guests' runtime image; `None`: the guest's default.
+    pub runtime_mib: Option<u64>,
     pub parallel: Vec<u32>,
     pub vms: Vec<u32>,
     pub slow_dir: Option<PathBuf>,
@@ -194,6 +200,7 @@ impl Settings {
             workloads,
             flows,
             runs: args.runs.unwrap_or(if args.quick { QUICK_RUNS } else { RUNS }),
+            runtime_mib: None,
             parallel: args.parallel.clone(),
             vms: args.vms.clone(),
             slow_dir: args.slow_dir.clone(),
@@ -228,6 +235,7 @@ impl Settings {
             workloads,
             flows,
             runs: args.runs,
+            runtime_mib: args.runtime,
             parallel: args.counts.clone(),
             vms: Vec::new(),
             slow_dir: None,
@@ -244,6 +252,7 @@ impl Settings {
         let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
         let named = [
             ("slow medium", path(&self.slow_dir)),
+            ("runtime MiB", self.runtime_mib.map(|mib| mib.to_string())),
             ("pool", path(&self.pool)),
             ("firecracker", path(&self.firecracker)),
         ];

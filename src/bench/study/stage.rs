@@ -18,6 +18,8 @@ use crate::tiering::profile::RecorderKind;
 pub struct Stage {
     exe: PathBuf,
     dir: PathBuf,
+    /// The size of the guests' runtime image; `None`: the guest's default.
+    runtime_mib: Option<u64>,
     /// The snapshots that this stage has added to the pool: their names there, by id.
     pooled: BTreeMap<SnapshotId, String>,
     /// Results of functions, by snapshot and function: every flow must compute the same.
@@ -25,8 +27,8 @@ pub struct Stage {
 }
 
 impl Stage {
-    pub fn new(exe: &Path, dir: PathBuf) -> Stage {
-        Stage { exe: exe.to_owned(), dir, pooled: BTreeMap::new(), digests: BTreeMap::new() }
+    pub fn new(exe: &Path, dir: PathBuf, runtime_mib: Option<u64>) -> Stage {
+        Stage { exe: exe.to_owned(), dir, runtime_mib, pooled: BTreeMap::new(), digests: BTreeMap::new() }
     }
 
     /// The directory of a workload.
@@ -62,7 +64,7 @@ impl Stage {
         std::fs::write(&config, boot.to_string())?;
         remove(socket)?;
         let mut guest = Guest::boot(&self.exe, &config, socket)?;
-        for request in workload.prepare(inputs) {
+        for request in workload.prepare(inputs, self.runtime_mib) {
             guest.call(&request)?;
         }
         Ok(guest)

@@ -11,6 +11,8 @@ pub(super) struct Subject {
     pub(super) snapshot: PathBuf,
     /// The inputs that its guest is prepared for.
     pub(super) inputs: Inputs,
+    /// The size of its runtime image; `None`: the guest's default.
+    pub(super) runtime_mib: Option<u64>,
     /// The request of the recorded run.
     pub(super) recorded: String,
     /// The request of the measured run.

@@ -63,9 +63,10 @@ impl Workload {
     }
 
     /// The requests before the snapshot, an invocation among them as in FaaSnap's harness: the snapshot is of an
-    /// instance that has run.
-    pub fn prepare(&self, inputs: Inputs) -> Vec<String> {
-        let mut requests = vec![format!("prepare function={}", self.name), self.a()];
+    /// instance that has run. `runtime_mib` is the size of the runtime image; `None`: the guest's default.
+    pub fn prepare(&self, inputs: Inputs, runtime_mib: Option<u64>) -> Vec<String> {
+        let runtime = runtime_mib.map(|mib| format!(" runtime={mib}")).unwrap_or_default();
+        let mut requests = vec![format!("prepare function={}{runtime}", self.name), self.a()];
         if inputs == Inputs::Sizes && self.input == Input::MadeBefore {
             requests.extend(self.sizes.iter().map(|size| format!("prepare function={} size={size}", self.name)));
         }

@@ -8,9 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Controller, Phase};
 use crate::config::control::Respond;
 use crate::config::refusal::Refused;
-use crate::config::request::CreateSnapshot;
-use crate::session::live::Job;
-use crate::session::sources::location;
+use crate::session::live::{Job, LiveOrder, Purpose};
 use crate::vmm;
 use crate::vmm::capture::live::Next;
 
@@ -20,16 +18,17 @@ impl Controller {
         &self.live.event
     }
 
-    /// Begins a snapshot of the running machine. It is answered when it is sealed.
-    pub(super) fn begin_live(&mut self, create: CreateSnapshot, respond: Respond) {
+    /// Begins to capture the running machine.
+    pub(super) fn begin_live(&mut self, order: LiveOrder, respond: Respond) {
+        let LiveOrder { target, kind, copy_drives, purpose } = order;
         let begun = self.check_no_live().and_then(|()| {
             let Phase::Running(machine) = &mut self.phase else { return Err(Refused::before_start()) };
-            let begun = machine.begin_live(location(&create.location), create.kind);
+            let begun = machine.begin_live(target, kind);
             begun.map_err(|error| Refused::bad_request_because(&error))
         });
         match begun {
             Ok(capture) => {
-                self.live.job = Some(Job { capture, create, respond });
+                self.live.job = Some(Job { capture, copy_drives, purpose, respond });
                 self.wake_live();
             }
             Err(refused) => respond(Err(refused)),
@@ -60,16 +59,21 @@ impl Controller {
             return self.fail_live(refused);
         }
         let (Phase::Paused(machine), Some(job)) = (&mut self.phase, self.live.job.take()) else { return };
-        let Job { capture, create, respond } = job;
-        let captured = machine.finish_live(capture, create.copy_drives, stopped);
+        let Job { capture, copy_drives, purpose, respond } = job;
+        let captured = machine.finish_live(capture, copy_drives, stopped);
         if was_running && let Err(refused) = self.resume() {
             // The snapshot may be good nonetheless, and the machine is still paused; both are reported.
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
+        let stood_still = stopped.elapsed();
         self.stop_logging();
-        let sealing = captured.map_err(|error| Refused::bad_request_because(&error));
-        match sealing.and_then(|captured| self.spawn_seal(captured, create.verify)) {
-            Ok(()) => self.seal_reply = Some(respond),
+        let captured = captured.map_err(|error| Refused::bad_request_because(&error));
+        let begun = captured.and_then(|captured| match purpose {
+            Purpose::Snapshot { verify } => self.spawn_seal(captured, verify).map(|()| &mut self.seal_reply),
+            Purpose::Fork(fork) => self.start_children(*fork, captured, stood_still).map(|()| self.forks.reply_mut()),
+        });
+        match begun {
+            Ok(reply) => *reply = Some(respond),
             Err(refused) => respond(Err(refused)),
         }
     }

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::config::ChildSpec;
 use crate::config::bodies::{VmBody, WantedState};
-use crate::config::fork::ForkedChild;
+use crate::config::control::ForkedChild;
 use crate::session::Error;
 use crate::snapshot::PRIVATE;
 use crate::sys::api_client::{Client, ClientError};

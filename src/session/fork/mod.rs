@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use self::child::{Child, end_all};
-use crate::config::control::Reply;
-use crate::config::fork::{ForkCounts, ForkRequest, Forked};
+use crate::config::control::{Forked, LiveTaken, Reply, Respond};
+use crate::config::fork::{ForkCounts, ForkRequest};
 use crate::config::refusal::Refused;
 use crate::config::{ChildSpec, VmConfig};
 use crate::session::Error;
@@ -31,8 +31,6 @@ pub enum ForkNews {
     /// All children answer, or none is left.
     Over(Result<Forked, Error>),
 }
-
-type Respond = Box<dyn FnOnce(Result<Reply, Refused>) + Send>;
 
 /// The forks of one machine, one at a time.
 #[derive(Default)]
@@ -56,9 +54,9 @@ impl Forks {
         self.reply.is_some()
     }
 
-    /// A fork has begun: `respond` is called when it is over.
-    pub fn answer_later(&mut self, respond: Respond) {
-        self.reply = Some(respond);
+    /// The place of a fork's requester: it is answered when the fork is over.
+    pub fn reply_mut(&mut self) -> &mut Option<Respond> {
+        &mut self.reply
     }
 
     /// Counts a fork that is over, and answers its request.
@@ -108,6 +106,8 @@ pub struct Fork {
     began: Instant,
     /// Time for which the parent stood still.
     pub stood_still: Duration,
+    /// The course of a live capture.
+    pub live: Option<LiveTaken>,
 }
 
 impl Fork {
@@ -135,6 +135,7 @@ impl Fork {
             stays_paused: request.paused,
             began,
             stood_still: Duration::ZERO,
+            live: None,
         })
     }
 
@@ -148,11 +149,6 @@ impl Fork {
         self.copies_drives
     }
 
-    /// Removes the fork point, from which no child was started.
-    pub fn give_up(self) {
-        self.point.give_up();
-    }
-
     /// Seals the fork point, starts the children and waits for their ends, all on a thread of its own.
     pub fn spawn(self, captured: Captured, tell: impl Fn(ForkNews) + Send + 'static) -> Result<(), Refused> {
         let spawned = std::thread::Builder::new().name("fork".into()).spawn(move || {
@@ -160,10 +156,7 @@ impl Fork {
             tell(ForkNews::PointOver);
             let started = match sealed {
                 Ok((sealed, _)) => self.start(sealed.pages_held * PAGE_SIZE),
-                Err(error) => {
-                    self.give_up();
-                    Err(error.into())
-                }
+                Err(error) => Err(error.into()),
             };
             match started {
                 Ok((forked, processes)) => {
@@ -190,15 +183,16 @@ impl Fork {
             end_all(children);
             // Their copies of drives.
             made.iter().for_each(|dir| drop(std::fs::remove_dir_all(dir)));
-            self.point.give_up();
             return Err(error);
         }
         children.sort_by_key(Child::number);
+        let point = self.point.keep();
         let forked = Forked {
-            fork_point: self.point.dir().to_owned(),
+            fork_point: point.dir().to_owned(),
             memory_bytes,
             stood_still_us: self.stood_still.as_micros() as u64,
             total_us: self.began.elapsed().as_micros() as u64,
+            live: self.live,
             children: children.iter().map(Child::answer).collect(),
         };
         Ok((forked, children.into_iter().map(Child::into_process).collect()))

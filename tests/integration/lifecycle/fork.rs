@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::devices::vsock::{ask, connect, with_vsock};
+use crate::snapshots::live::{check_order, marched};
 use crate::support::service::{is_served, wait_until, wait_until_gone};
 use crate::support::{Answer, Vm, config, http, run, run_err, run_ok, scratch, signal, text};
 
@@ -53,13 +54,13 @@ impl Place {
 }
 
 /// The children of a fork; they are killed when this is dropped.
-struct Children {
-    pids: Vec<u32>,
-    sockets: Vec<PathBuf>,
+pub struct Children {
+    pub pids: Vec<u32>,
+    pub sockets: Vec<PathBuf>,
 }
 
 impl Children {
-    fn of(answer: &Value) -> Children {
+    pub fn of(answer: &Value) -> Children {
         let children = answer["children"].as_array().expect("children");
         let pids = children.iter().map(|child| child["pid"].as_u64().unwrap() as u32).collect();
         let sockets = children.iter().map(|child| PathBuf::from(child["socket"].as_str().unwrap())).collect();
@@ -321,6 +322,38 @@ fn children_get_own_copies_of_drives() {
     assert!(place.path("drives/1/disk.img").exists());
     assert_eq!(bad("v-d-1", 3), 0);
     drop(more);
+}
+
+#[test]
+fn a_live_fork_has_the_memory_of_one_instant_and_children_go_on_from_it() {
+    const PAGES: usize = 1500;
+    let place = Place(scratch());
+    let mut vm = Vm::boot(&config(1, 128));
+    vm.call("fill pages=3000 seed=1");
+    vm.begin(&format!("march pages={PAGES} ms=600000"));
+    let body = json!({ "count": 2, "out_sock": place.path("m-{n}.sock"), "live": true });
+    let answer = vm.api_ok("PUT", "/tvmm/fork", Some(body.clone()));
+    let children = Children::of(&answer);
+    assert!(answer["live"]["passes"].as_u64().unwrap() >= 1, "{answer}");
+    assert_eq!(vm.state(), "Running");
+    let fork_point = PathBuf::from(answer["fork_point"].as_str().unwrap());
+    let last = check_order(&marched(&fork_point.join("snapshot"), PAGES));
+    for socket in &children.sockets {
+        let out = place.path("marched");
+        wait_until("the child marches on", || {
+            run_ok(&["snapshot", "--api-sock", text(socket), "--out", text(&out), "--resume"]);
+            let now = check_order(&marched(&out, PAGES));
+            std::fs::remove_dir_all(&out).unwrap();
+            assert!(now >= last);
+            now > last
+        });
+    }
+    // A paused VM is captured as it stands.
+    vm.pause();
+    let body = json!({ "count": 1, "out_sock": place.path("n-{n}.sock"), "live": true });
+    let answer = vm.api_ok("PUT", "/tvmm/fork", Some(body));
+    assert_eq!((Children::of(&answer).pids.len(), &answer["live"]), (1, &Value::Null));
+    assert_eq!(vm.state(), "Paused");
 }
 
 #[test]

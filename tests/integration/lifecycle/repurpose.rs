@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::fork::Children;
 use crate::devices::net::{GUEST, GUEST_IP, udp, with_tap};
 use crate::devices::vsock::{ask, connect, with_vsock};
 use crate::machine::platform::{hides_cpuid, without_leaf1_ecx};
@@ -14,7 +15,7 @@ use crate::support::network::with_network;
 use crate::support::pool::{Pool, filled};
 use crate::support::service::wait_until;
 use crate::support::skip::skip;
-use crate::support::{Random, TIMEOUT, Vm, config, rounds, run, run_err, scratch, text};
+use crate::support::{Random, TIMEOUT, Vm, config, http, rounds, run, run_err, run_ok, scratch, text};
 
 /// The body that makes a VM that of `snapshot`, and lets it compare all of itself with the snapshot.
 fn body(snapshot: &Path, options: Value) -> Value {
@@ -408,6 +409,8 @@ fn drives_and_balloons_are_those_of_the_next_snapshot() {
         let number = (round + 1) % 2;
         let (snapshot, digest) = &snapshots[number];
         assert!(refused(&vm, body(snapshot, json!({ "policy": policy }))).contains("drive_dir"));
+        // In the middle of requests, if the guest has read this by then; if not, the next one reads its own drive.
+        vm.begin("blk op=read sectors=1024 chunk=64");
         repurpose(&vm, snapshot, json!({ "policy": policy, "drive_dir": drives(round) }));
         assert_eq!(vm.call("check").digest, *digest, "{policy}");
         let seed = number + 1;
@@ -515,4 +518,37 @@ fn an_interface_goes_to_the_next_guest_on_the_same_tap_or_another() {
             assert_eq!(vm.call("net_info").number("announced"), 1);
         }
     });
+}
+
+#[test]
+fn a_repurposed_vm_is_snapshotted_while_it_runs_and_forked() {
+    let dir = scratch();
+    let path = dir.path().join("v");
+    let snapshots = [answering(dir.path(), "one", &path, 1), answering(dir.path(), "two", &path, 2)];
+    let vm = Vm::restore_with(&snapshots[0].0, "firecracker", &[]);
+    vm.wait_for_socket();
+    repurpose(&vm, &snapshots[1].0, json!({}));
+    let fork = json!({ "count": 1, "out_sock": dir.path().join("c-{n}.sock"),
+        "vsock_override": { "uds_path": dir.path().join("v-{n}") } });
+    let answer = vm.api_ok("PUT", "/tvmm/fork", Some(fork));
+    let children = Children::of(&answer);
+    let socket = &children.sockets[0];
+    let number = text(socket).trim_end_matches(".sock").rsplit('-').next().unwrap();
+    let its_vsock = dir.path().join(format!("v-{number}"));
+    assert!(ask(&connect(&its_vsock, 52), "run a check").contains(snapshots[1].1.as_str()));
+    // The child is a restored VM too, and becomes what its parent was.
+    let mut back = body(&snapshots[0].0, json!({}));
+    back["vsock_override"] = json!({ "uds_path": its_vsock });
+    let (status, answer) = http(socket, "PUT", "/tvmm/repurpose", &back.to_string());
+    assert_eq!(status, 200, "{answer}");
+    assert!(ask(&connect(&its_vsock, 52), "run b check").contains(snapshots[0].1.as_str()));
+    drop(children);
+    assert!(ask(&connect(&path, 52), "run c check").contains(snapshots[1].1.as_str()));
+    let live = dir.path().join("live");
+    run_ok(&["snapshot", "--api-sock", text(vm.socket()), "--out", text(&live), "--live"]);
+    drop(vm);
+    std::fs::remove_file(&path).unwrap();
+    let vm = Vm::restore_with(&live, "firecracker", &[]);
+    vm.wait_for_socket();
+    assert!(ask(&connect(&path, 52), "run d check").contains(snapshots[1].1.as_str()));
 }

@@ -72,7 +72,7 @@ fn a_burst_has_a_time_for_each_vm_and_is_drawn() {
     let out = dir.path().join("results");
     let vmm = tvmm().get_program().to_owned();
     let flows = "vanilla,tiered-cache,standby,rewound,firecracker-cache";
-    let args = burst(&out, flows, &["--firecracker", vmm.to_str().unwrap()]);
+    let args = burst(&out, flows, &["--runtime", "8", "--firecracker", vmm.to_str().unwrap()]);
     let output = bench_without_a_trace(dir.path(), &args);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let said = String::from_utf8(output.stdout).unwrap();
@@ -98,6 +98,9 @@ fn a_burst_has_a_time_for_each_vm_and_is_drawn() {
         assert!(std::fs::read_to_string(out.join(name)).unwrap().contains("firecracker-cache"), "{name}");
     }
     assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains("<h2>burst"));
+    let other = burst(&out, flows, &["--firecracker", vmm.to_str().unwrap()]);
+    let said = run_err(&[&["bench"], &other[..]].concat());
+    assert!(said.contains("was measured with runtime MiB 8, and this is nothing"), "{said}");
     let diff = run_ok(&["bench", "diff", text(&out), text(&out)]);
     assert!(diff.contains("geometric mean of 10 ratios: 1.000"), "{diff}");
 }

@@ -16,7 +16,7 @@ fn live(vm: &Vm, out: &Path, kind: &str) -> Value {
 }
 
 /// The numbers that the guest's `march` has written, by the index of their page, in a snapshot without a parent.
-fn marched(snapshot: &Path, pages: usize) -> Vec<u64> {
+pub fn marched(snapshot: &Path, pages: usize) -> Vec<u64> {
     let memory = std::fs::read(snapshot.join("memory")).unwrap();
     let mut numbers = vec![0; pages];
     for page in memory.chunks_exact(4096).filter(|page| page.starts_with(b"tvmmarch")) {
@@ -27,7 +27,7 @@ fn marched(snapshot: &Path, pages: usize) -> Vec<u64> {
 }
 
 /// Checks that no number is there without the one before. Returns the last number.
-fn check_order(numbers: &[u64]) -> u64 {
+pub fn check_order(numbers: &[u64]) -> u64 {
     let pages = numbers.len() as u64;
     let last = numbers.iter().copied().max().unwrap();
     for (index, number) in (0..).zip(numbers) {

@@ -8,7 +8,7 @@ mod identify;
 mod images;
 mod inspect;
 mod kept;
-mod live;
+pub mod live;
 mod memory_lost;
 mod read_back;
 mod verify;
