@@ -303,6 +303,13 @@ impl GuestRam {
         Ok(pages)
     }
 
+    /// Checks that [`own_pages`](Self::own_pages) works on this kernel.
+    pub fn can_find_own_pages(&self) -> Result<(), Error> {
+        let first = self.slots().next();
+        let scanned = first.map_or(Ok(()), |(_, host)| mapped_runs(host, 1, |_, _, _| {}));
+        scanned.map_err(Error::os("scan the first page (PAGEMAP_SCAN, Linux 6.7)"))
+    }
+
     /// A handle to `extent` for another thread: it can populate the pages, not read or write them.
     pub fn populator(&self, extent: Extent) -> Result<Populator, Error> {
         let (memory, offset) = self.locate(extent)?;

@@ -14,6 +14,11 @@ pub enum NotRewindable {
     Observed,
     #[error("Cannot rewind the VM while a snapshot of it is being sealed. Try again when that is done")]
     Sealing,
+    #[error(
+        "Cannot rewind the VM: this kernel cannot tell which pages the guest has written (PAGEMAP_SCAN, Linux 6.7). \
+         Restore with --track-dirty-pages"
+    )]
+    Untracked,
     #[error("Cannot rewind the VM: its memory is no longer served")]
     Unserved,
     #[error(

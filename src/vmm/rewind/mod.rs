@@ -50,6 +50,10 @@ impl<S> Machine<S> {
         if core.services.have_failed() {
             return Err(NotRewindable::Unserved);
         }
+        let is_tracked = core.shape.track_dirty_pages && core.lineage.is_relative_to_origin();
+        if !is_tracked && core.ram.can_find_own_pages().is_err() {
+            return Err(NotRewindable::Untracked);
+        }
         let is_shared = |id: &String| !origin.placed_drives.iter().any(|placed| placed.id == *id);
         let configs = core.devices.virtio.configs();
         let drives = configs.drives.iter().filter(|drive| !drive.is_read_only).map(|drive| &drive.drive_id);

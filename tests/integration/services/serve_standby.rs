@@ -252,7 +252,7 @@ fn settings_that_make_no_sense_are_refused() {
         (json!({ "standby": { "min": 0, "max": 0 } }), "must be 1 to"),
         (json!({ "standby": { "min": 1 } }), "max"),
         (json!({ "after": "rewind" }), "needs `standby`"),
-        (json!({ "standby": { "min": 1, "max": 1 }, "after": "keep" }), "keep"),
+        (json!({ "standby": { "min": 1, "max": 1 }, "after": "later" }), "unknown variant `later`"),
     ] {
         let mut function = json!({ "func_name": "touch", "mem_size": 64 });
         function.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
