@@ -174,7 +174,8 @@ fn run(
     let event_sources = EventSources {
         input: input(args)?,
         request: port_request(args, answer.as_ref()),
-        reads_stdin: args.run.is_none(),
+        reads_stdin: args.run.is_none() && !args.await_parent,
+        awaits_parent: args.await_parent,
         control: server.is_some().then_some(receiver),
         signals,
         answer: answer.clone(),

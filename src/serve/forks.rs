@@ -32,6 +32,10 @@ pub(super) struct ForkBody {
     /// The network interface of each VM: as many as VMs, if the forked VM has one, else none.
     #[serde(default)]
     namespaces: Vec<String>,
+    /// True: at once and while the VM runs, also in the middle of a request, which the new VMs then answer to no
+    /// client. Default: between requests, with the VM paused.
+    #[serde(default)]
+    live: bool,
     /// Metadata that the VMs read besides those of the forked VM, or instead of them.
     #[serde(default)]
     metadata: BTreeMap<String, String>,
@@ -46,8 +50,8 @@ pub(super) struct ForkRecord {
     vms: Vec<VmRecord>,
 }
 
-/// Makes VMs that go on from the same instant of a VM, between its requests. All of them are VMs of their own: they
-/// live until they are deleted, and share memory that none of them has written.
+/// Makes VMs that go on from the same instant of a VM, between its requests or live. All of them are VMs of their own:
+/// they live until they are deleted, and share memory that none of them has written.
 #[utoipa::path(post, path = "/vms/{id}/fork", tag = "vms", params(("id" = String, Path)), request_body = ForkBody,
     responses((status = 200, description = "The VMs, which run", body = ForkRecord),
         (status = 404, body = FaultBody, description = "The VM or a namespace does not exist"),
@@ -79,8 +83,12 @@ async fn fork(daemon: &Arc<Daemon>, id: &str, body: ForkBody) -> Result<ForkReco
     let place = dir.clone();
     let point = blocking(move || ForkPoint::create(&place)).await?.map_err(|error| Fault::of(&error))?;
     let capture = async {
+        let to = point.snapshot();
+        if body.live {
+            return snapshots::capture_live(&vm, SnapshotKind::Full, &to).await;
+        }
         let _quiet = vm.quiet().await;
-        snapshots::capture(&vm, SnapshotKind::Full, &point.snapshot()).await
+        snapshots::capture(&vm, SnapshotKind::Full, &to).await
     };
     let restored = match capture.await {
         Ok(taken) => {

@@ -200,7 +200,7 @@ pub(super) async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Resu
 }
 
 /// Takes the snapshot while the VM runs.
-async fn capture_live(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
+pub(super) async fn capture_live(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
     let extension = CreateExtension { live: true, copy_drives: vm.function.writes_image(), ..Default::default() };
     vm.control.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await.map_err(refused)
 }

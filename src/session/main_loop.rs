@@ -1,10 +1,12 @@
 //! The main loop: one thread waits for the console, the control socket, signals, and the guest's end.
 
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Answer, Input, Typed};
@@ -42,6 +44,8 @@ pub struct EventSources {
     pub input: Input,
     /// True if standard input is read (not while a scripted request runs).
     pub reads_stdin: bool,
+    /// True: the process ends if standard input ends without a byte.
+    pub awaits_parent: bool,
     pub control: Option<ControlReceiver>,
     pub signals: EndSignals,
     pub answer: Option<Arc<Answer>>,
@@ -62,6 +66,7 @@ const FIFO: u32 = 8;
 const CONSOLE: u32 = 9;
 const STANDBY: u32 = 10;
 const LIVE: u32 = 11;
+const PARENT: u32 = 12;
 
 /// After this time without an event the VM has started, and resources needed only for that are freed. Not earlier:
 /// freeing them costs a restore some 60 µs.
@@ -218,6 +223,9 @@ impl Session {
         }
         watch_event(ops, self.controller.seal_event(), SEALED)?;
         watch_event(ops, self.controller.live_event(), LIVE)?;
+        if self.event_sources.awaits_parent {
+            watch(ops, &io::stdin(), PARENT)?;
+        }
         watch_event(ops, self.controller.output().backlog_event(), BACKLOG)?;
         self.watch_machine(ops)?;
         self.watch_standby(ops)
@@ -314,6 +322,7 @@ impl Session {
                 self.controller.finish_seals();
                 Ok(())
             }
+            PARENT => self.hear_parent(ops),
             LIVE => {
                 self.controller.step_live();
                 Ok(())
@@ -343,6 +352,20 @@ impl Session {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Takes the byte by which the parent of a fork says that all its children are there, or ends the process if the
+    /// parent has ended before.
+    fn hear_parent(&mut self, ops: &mut EventOps) -> Result<(), Error> {
+        match rustix::io::read(io::stdin(), &mut [0]) {
+            Ok(0) => {
+                self.outcome.get_or_insert(Outcome::Quit);
+            }
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(()),
+            Err(error) => return Err(Error::os("read standard input")(error.into())),
+        }
+        ops.remove(Events::with_data(&io::stdin(), PARENT, EventSet::IN)).map_err(|error| event_error(&error))
     }
 
     fn read_stdin(&mut self, ops: &mut EventOps) -> Result<(), Error> {

@@ -141,6 +141,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let event_sources = EventSources {
         input: if request.is_some() { Input::default() } else { Input::script(format!("{line}\n").as_bytes()) },
         reads_stdin: false,
+        awaits_parent: false,
         control: None,
         signals: signals_now,
         answer: Some(answer.clone()),

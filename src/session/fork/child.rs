@@ -40,14 +40,25 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts `tvmm` with `config`, in a session of its own.
-    pub fn spawn(spec: &ChildSpec, id: String, config: &Path, fault_timeout: Duration) -> io::Result<Child> {
+    /// Starts `tvmm` with `config`, in a session of its own. It ends if `parent` ends without a byte for it.
+    pub fn spawn(
+        spec: &ChildSpec,
+        id: String,
+        config: &Path,
+        fault_timeout: Duration,
+        parent: &PipeReader,
+    ) -> io::Result<Child> {
         // The file that this process runs from, even if another one has its name by now.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("tvmm").arg("--config").arg(config).arg("--api-sock").arg(&spec.socket);
-        command.arg("--own-session").args(["--id", &id, "--fault-timeout", &fault_timeout.as_secs().to_string()]);
+        command.args(["--own-session", "--await-parent"]).args([
+            "--id",
+            &id,
+            "--fault-timeout",
+            &fault_timeout.as_secs().to_string(),
+        ]);
         command.args(["--start-time-us", &(clock::monotonic_ns() / 1000).to_string()]);
-        command.stdin(Stdio::null());
+        command.stdin(parent.try_clone()?);
         let mut messages = None;
         match &spec.log {
             Some(path) => {

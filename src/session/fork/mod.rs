@@ -6,7 +6,7 @@
 
 mod child;
 
-use std::io::Write;
+use std::io::{self, PipeReader, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -177,7 +177,11 @@ impl Fork {
     /// The reason why the first child failed; then all children have ended, and the fork point is removed.
     fn start(self, memory_bytes: u64) -> Result<(Forked, Vec<process::Child>), Error> {
         let started = Mutex::new(Started::default());
-        let result = self.start_all(&started);
+        let (reader, mut writer) = io::pipe().map_err(Error::os("make a pipe"))?;
+        // One write of a byte for each child: either all of them live on without this process, or none.
+        let bytes = vec![1; self.children.len()];
+        let result = self.start_all(&started, &reader);
+        let result = result.and_then(|()| writer.write_all(&bytes).map_err(Error::os("write to the children")));
         let Started { mut children, made } = started.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = result {
             end_all(children);
@@ -199,12 +203,12 @@ impl Fork {
     }
 
     /// Starts all children. None of them runs before all are restored.
-    fn start_all(&self, started: &Mutex<Started>) -> Result<(), Error> {
+    fn start_all(&self, started: &Mutex<Started>, parent: &PipeReader) -> Result<(), Error> {
         let left = Mutex::new(self.children.iter());
         self.share(|| {
             loop {
                 let Some(spec) = next(&left) else { return Ok(()) };
-                let restored = self.start_one(spec, started);
+                let restored = self.start_one(spec, started, parent);
                 if restored.is_err() {
                     // The other threads start no more.
                     while next(&left).is_some() {}
@@ -230,7 +234,7 @@ impl Fork {
     }
 
     /// Starts a child, and waits until it is restored.
-    fn start_one(&self, spec: &ChildSpec, started: &Mutex<Started>) -> Result<(), Error> {
+    fn start_one(&self, spec: &ChildSpec, started: &Mutex<Started>, parent: &PipeReader) -> Result<(), Error> {
         if let Some(dir) = spec.load.tvmm.drive_dir.as_deref().filter(|dir| !dir.exists()) {
             let failed = |source| Error::File { doing: "make", path: dir.to_owned(), source };
             create_private_dir(dir).map_err(failed)?;
@@ -240,7 +244,7 @@ impl Fork {
         write_config(&config, spec)?;
         let id = format!("{}-{}", self.id, spec.number);
         let failed = |source| Error::File { doing: "start the child for", path: spec.socket.clone(), source };
-        let mut child = Child::spawn(spec, id, &config, self.fault_timeout).map_err(failed)?;
+        let mut child = Child::spawn(spec, id, &config, self.fault_timeout, parent).map_err(failed)?;
         let restored = child.wait_until_restored();
         lock(started).children.push(child);
         restored

@@ -1,6 +1,9 @@
 //! Fork: children of a running VM have its memory of one instant, and are VMs of their own afterwards.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -9,7 +12,7 @@ use tempfile::TempDir;
 use crate::devices::vsock::{ask, connect, with_vsock};
 use crate::snapshots::live::{check_order, marched};
 use crate::support::service::{is_served, wait_until, wait_until_gone};
-use crate::support::{Answer, Vm, config, http, run, run_err, run_ok, scratch, signal, text};
+use crate::support::{Answer, Random, Vm, config, http, rounds, run, run_err, run_ok, scratch, signal, text};
 
 /// A directory of a test, in which VMs have their sockets: vsock device `v` of the parent, `v-N` of child N.
 struct Place(TempDir);
@@ -293,6 +296,46 @@ fn a_child_that_does_not_start_ends_all_others_and_the_parent_runs_on() {
     let forks = vm.api_ok("GET", "/tvmm/report", None)["forks"].clone();
     assert_eq!(forks, json!({ "done": 0, "failed": 2, "children": 0 }));
     drop(place.fork(vm.socket(), "d", 2));
+}
+
+#[test]
+fn a_parent_killed_in_the_middle_of_a_fork_leaves_all_children_or_none() {
+    const COUNT: u32 = 4;
+    let place = Place(scratch());
+    let mut random = Random(23);
+    for round in 0..rounds(40) {
+        let vm = place.boot(|_| {});
+        let name = format!("k{round}");
+        let sockets: Vec<PathBuf> = (1..=COUNT).map(|n| place.path(&format!("{name}-{n}.sock"))).collect();
+        let body = place.body(&name, COUNT).to_string();
+        let mut asking = UnixStream::connect(vm.socket()).unwrap();
+        let head = format!("PUT /tvmm/fork HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+        asking.write_all(format!("{head}{body}").as_bytes()).unwrap();
+        std::thread::sleep(Duration::from_micros(random.below(400_000)));
+        drop(vm.kill());
+        let living = || -> Vec<u32> { sockets.iter().filter_map(|socket| process_of(socket)).collect() };
+        wait_until("all children live, or none", || {
+            let first = living();
+            // Children may be between their start and the end of their parent.
+            std::thread::sleep(Duration::from_millis(100));
+            let all_answer = || sockets.iter().all(|socket| UnixStream::connect(socket).is_ok());
+            first == living() && (first.is_empty() || first.len() == COUNT as usize && all_answer())
+        });
+        for pid in living() {
+            signal(pid, Signal::KILL);
+        }
+        std::fs::remove_file(place.path("v")).unwrap();
+    }
+}
+
+/// The process that serves this socket, or will.
+fn process_of(socket: &Path) -> Option<u32> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.find(|pid| {
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.split(|byte| *byte == 0).any(|argument| argument == text(socket).as_bytes())
+    })
 }
 
 #[test]

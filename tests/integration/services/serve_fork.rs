@@ -60,7 +60,7 @@ fn vms_made_of_a_vm_have_its_memory_and_live_on_their_own() {
     assert_eq!(check(&service, &vms[0]), content);
     fill(&service, &vms[0], 4);
     let changed = check(&service, &vms[0]);
-    let again = ids(&service.ok("POST", &format!("/vms/{}/fork", vms[0]), Some(json!({ "count": 1 }))));
+    let again = ids(&service.ok("POST", &format!("/vms/{}/fork", vms[0]), Some(json!({ "count": 1, "live": true }))));
     assert_eq!(fork_points(&state), 2);
     for ended in [&vm, &vms[0], &vms[1], &vms[2]] {
         service.ok("DELETE", &format!("/vms/{ended}"), None);
@@ -70,7 +70,7 @@ fn vms_made_of_a_vm_have_its_memory_and_live_on_their_own() {
     // The first snapshot of a new VM is a full one.
     let diff = json!({ "vmId": again[0], "ssId": "d", "snapshot_type": "Diff" });
     service.refused(422, "POST", "/snapshots", Some(diff));
-    service.ok("POST", "/snapshots", Some(json!({ "vmId": again[0], "ssId": "full" })));
+    service.ok("POST", "/snapshots", Some(json!({ "vmId": again[0], "ssId": "full", "live": true })));
     let restored = service.ok("POST", "/vms", Some(json!({ "func_name": "touch", "ssId": "full" })));
     assert_eq!(check(&service, restored["vmId"].as_str().unwrap()), changed);
     let pid = service.get(&format!("/vms/{}", again[0]))["pid"].as_u64().unwrap();
