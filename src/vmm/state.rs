@@ -266,8 +266,8 @@ impl VcpuState {
         Ok(kernel_written(&self.msrs()?))
     }
 
-    /// The names of the parts that differ from `saved`, but for those that change with time: the TSC, and the count of
-    /// the local timer.
+    /// The names of the parts that differ from `saved`, but for those that change with time or from outside: the TSC, the
+    /// count of the local timer, and interrupts that wait for the vCPU.
     pub fn differences(&self, saved: &VcpuState) -> Result<Vec<String>, Error> {
         let parts = [
             ("MP state", self.mp_state == saved.mp_state),
@@ -276,7 +276,7 @@ impl VcpuState {
             ("XCR0", self.xcrs == saved.xcrs),
             ("XSAVE area", self.xsave == saved.xsave),
             ("debug registers", self.debug_regs == saved.debug_regs),
-            ("LAPIC", without_timer_count(&self.lapic) == without_timer_count(&saved.lapic)),
+            ("LAPIC", lasting_lapic(&self.lapic) == lasting_lapic(&saved.lapic)),
             ("pending events", self.events == saved.events),
         ];
         let mut differing: Vec<String> =
@@ -346,11 +346,15 @@ impl VcpuState {
     }
 }
 
-/// A LAPIC's registers without the count of its timer (SDM volume 3, 10.5.4: offset 0x390).
-fn without_timer_count(lapic: &[u8]) -> Vec<u8> {
+/// A LAPIC's registers without the count of its timer (SDM volume 3, 10.5.4: offset 0x390) and the interrupts that wait
+/// for the vCPU (10.8.4, IRR: 0x200): the kernel brings those of devices from a thread of its own, at its own time.
+fn lasting_lapic(lapic: &[u8]) -> Vec<u8> {
+    const WAITING: std::ops::Range<usize> = 0x200..0x280;
     const CURRENT_COUNT: std::ops::Range<usize> = 0x390..0x394;
     let mut registers = lapic.to_vec();
-    registers.get_mut(CURRENT_COUNT).into_iter().for_each(|count| count.fill(0));
+    for changing in [WAITING, CURRENT_COUNT] {
+        registers.get_mut(changing).into_iter().for_each(|register| register.fill(0));
+    }
     registers
 }
 

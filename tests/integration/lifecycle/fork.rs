@@ -373,7 +373,10 @@ fn a_live_fork_has_the_memory_of_one_instant_and_children_go_on_from_it() {
     let place = Place(scratch());
     let mut vm = Vm::boot(&config(1, 128));
     vm.call("fill pages=3000 seed=1");
+    vm.wait_for_socket();
+    let before = vm.port_reads();
     vm.begin(&format!("march pages={PAGES} ms=600000"));
+    wait_until("the guest takes the request", || vm.port_reads() > before);
     let body = json!({ "count": 2, "out_sock": place.path("m-{n}.sock"), "live": true });
     let answer = vm.api_ok("PUT", "/tvmm/fork", Some(body.clone()));
     let children = Children::of(&answer);

@@ -99,11 +99,6 @@ fn a_paused_vm_stays_paused_and_a_vm_on_several_cpus_goes_back() {
     }
 }
 
-/// The number of times that the guest has read a port: it does so for each byte of input, and not while it waits.
-fn exits(vm: &Vm) -> u64 {
-    vm.api_ok("GET", "/tvmm/report", None)["exits"]["exit_io_in"]["count"].as_u64().unwrap()
-}
-
 /// The bytes that a former guest could have left.
 const CANARY: &[u8] = b"CANARY-7f3e9a51c2d8";
 
@@ -220,9 +215,9 @@ fn own_copies_of_drives_go_back_and_shared_drives_are_refused() {
     }
     assert_eq!(vm.call("blk op=check sectors=64 seed=1 chunk=64").number("bad"), 0);
     // In the middle of requests.
-    let before = exits(&vm);
+    let before = vm.port_reads();
     vm.begin("blk op=write sectors=1024 seed=9 chunk=64");
-    wait_until("the guest to take the request", || exits(&vm) > before);
+    wait_until("the guest to take the request", || vm.port_reads() > before);
     rewind(&vm);
     assert_eq!(vm.call("blk op=check sectors=64 seed=1 chunk=64").number("bad"), 0);
     drop(vm);

@@ -1,12 +1,13 @@
 //! Live snapshots: memory is written while the guest runs, and is that of one instant all the same.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::support::artefact::{content, inspect};
 use crate::support::pool::filled;
+use crate::support::service::wait_until;
 use crate::support::{Random, Vm, config, rounds, run_err, run_ok, scratch, text};
 
 /// Takes a live snapshot; the answer.
@@ -38,25 +39,25 @@ pub fn check_order(numbers: &[u64]) -> u64 {
     last
 }
 
-/// Takes live snapshots until the guest has marched on from `before`; the last one is `out`. Returns the last number in
-/// it.
-fn marching(vm: &Vm, out: &Path, kind: &str, before: u64, pages: usize) -> u64 {
-    for _ in 0..1000 {
-        let taken = live(vm, out, kind);
+/// Takes live snapshots beside `out` until the guest has marched on from `before`. Returns the last one, and the last
+/// number in it. Earlier ones stay: a diff builds on them.
+fn marching(vm: &Vm, out: &Path, kind: &str, before: u64, pages: usize) -> (PathBuf, u64) {
+    for attempt in 0..60 {
+        let out = out.with_extension(attempt.to_string());
+        let taken = live(vm, &out, kind);
         assert!(taken["live"]["passes"].as_u64().unwrap() >= 1, "{taken}");
         assert_eq!(vm.state(), "Running");
         let merged = out.with_extension("merged");
         if kind == "Diff" {
-            run_ok(&["snapshot", "merge", text(out), "--out", text(&merged)]);
+            run_ok(&["snapshot", "merge", text(&out), "--out", text(&merged)]);
         }
-        let last = check_order(&marched(if kind == "Diff" { &merged } else { out }, pages));
+        let last = check_order(&marched(if kind == "Diff" { &merged } else { &out }, pages));
         let _ = std::fs::remove_dir_all(&merged);
         if last > before {
-            return last;
+            return (out, last);
         }
         assert_eq!(last, before);
-        std::fs::remove_dir_all(out).unwrap();
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(100));
     }
     panic!("the guest does not march");
 }
@@ -85,14 +86,16 @@ fn a_live_snapshot_of_a_guest_that_writes_is_memory_at_one_instant() {
     ];
     for (index, (way, mut vm, kind)) in ways.into_iter().enumerate() {
         vm.wait_for_socket();
+        let before = vm.port_reads();
         vm.begin(&format!("march pages={PAGES} ms=600000"));
+        wait_until("the guest takes the request", || vm.port_reads() > before);
         let name = |what: &str| dir.path().join(format!("{index}-{what}"));
-        let first = marching(&vm, &name("first"), kind, 0, PAGES);
-        let second = marching(&vm, &name("second"), kind, first, PAGES);
+        let (_, first) = marching(&vm, &name("first"), kind, 0, PAGES);
+        let (snapshot, second) = marching(&vm, &name("second"), kind, first, PAGES);
         drop(vm);
-        let child = Vm::restore(&name("second"), "firecracker");
+        let child = Vm::restore(&snapshot, "firecracker");
         child.wait_for_socket();
-        let third = marching(&child, &name("child"), "Full", second, PAGES);
+        let (_, third) = marching(&child, &name("child"), "Full", second, PAGES);
         assert!(third > second, "{way}: the child marches on");
     }
 }

@@ -33,6 +33,11 @@ impl Vm {
         self.lines.iter().collect()
     }
 
+    /// The number of times that the guest has read a port: it does so for each byte of input, and not while it waits.
+    pub fn port_reads(&self) -> u64 {
+        self.api_ok("GET", "/tvmm/report", None)["exits"]["exit_io_in"]["count"].as_u64().expect("a count")
+    }
+
     /// The names of what this process has open.
     pub fn open_files(&self) -> Vec<String> {
         let name = |path: PathBuf| std::fs::read_link(path).map_or(String::new(), |to| to.display().to_string());
