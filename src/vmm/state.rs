@@ -266,8 +266,8 @@ impl VcpuState {
         Ok(kernel_written(&self.msrs()?))
     }
 
-    /// The names of the parts that differ from `saved`, but for those that change with time or from outside: the TSC, the
-    /// count of the local timer, and interrupts that wait for the vCPU.
+    /// The names of the parts that differ from `saved`, but for those that change with time or from outside: the TSC,
+    /// the count of the local timer, and interrupts that wait for the vCPU.
     pub fn differences(&self, saved: &VcpuState) -> Result<Vec<String>, Error> {
         let parts = [
             ("MP state", self.mp_state == saved.mp_state),
