@@ -3,11 +3,13 @@
 //! KVM's structs are kept as the bytes of the kernel ABI. Every length is checked when they are read back: a struct of
 //! another size is refused, never padded or cut.
 
+use std::ops::Range;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::de::DeserializeOwned;
@@ -153,11 +155,11 @@ impl VmState {
         vm.set_clock(&clock).map_err(Error::kvm("set the clock"))
     }
 
-    /// The names of the parts that differ from `saved`, but for clocks.
+    /// The names of the parts that differ from `saved`, but for clocks and interrupts on their way.
     pub fn differences(&self, saved: &VmState) -> Result<Vec<String>, Error> {
         let mut differing = Vec::new();
         for (index, (now, saved)) in self.irqchips.iter().zip(&saved.irqchips).enumerate() {
-            if now != saved {
+            if lasting_irqchip(index, now) != lasting_irqchip(index, saved) {
                 differing.push(format!("interrupt controller {index}"));
             }
         }
@@ -346,16 +348,28 @@ impl VcpuState {
     }
 }
 
+/// The state of an interrupt controller (`struct kvm_irqchip`) without the interrupts that wait in it: `last_irr` and
+/// `irr` of the two 8259, `irr` of the I/O APIC.
+fn lasting_irqchip(index: usize, chip: &[u8]) -> Vec<u8> {
+    let waiting = if index == KVM_IRQCHIP_IOAPIC as usize { 24..28 } else { 8..10 };
+    without(chip, &[waiting])
+}
+
 /// A LAPIC's registers without the count of its timer (SDM volume 3, 10.5.4: offset 0x390) and the interrupts that wait
 /// for the vCPU (10.8.4, IRR: 0x200): the kernel brings those of devices from a thread of its own, at its own time.
 fn lasting_lapic(lapic: &[u8]) -> Vec<u8> {
-    const WAITING: std::ops::Range<usize> = 0x200..0x280;
-    const CURRENT_COUNT: std::ops::Range<usize> = 0x390..0x394;
-    let mut registers = lapic.to_vec();
-    for changing in [WAITING, CURRENT_COUNT] {
-        registers.get_mut(changing).into_iter().for_each(|register| register.fill(0));
+    const WAITING: Range<usize> = 0x200..0x280;
+    const CURRENT_COUNT: Range<usize> = 0x390..0x394;
+    without(lapic, &[WAITING, CURRENT_COUNT])
+}
+
+/// Some state with zeros in the places of `changing`.
+fn without(state: &[u8], changing: &[Range<usize>]) -> Vec<u8> {
+    let mut lasting = state.to_vec();
+    for place in changing {
+        lasting.get_mut(place.clone()).into_iter().for_each(|bytes| bytes.fill(0));
     }
-    registers
+    lasting
 }
 
 /// Tells the guest that it was stopped, so that its soft-lockup watchdog does not fire (KVM API 4.71). A guest without
