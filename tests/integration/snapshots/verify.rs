@@ -207,8 +207,8 @@ fn report_tells_what_was_verified_and_verifying_brings_nothing_into_the_page_cac
     assert!(pages > 10_000, "{done}");
     assert_eq!((&done["verified_pages"], &done["unverified_pages"]), (&json!(pages), &json!(0)), "{done}");
     if let (Some(before), Some(after)) = (before, cached_pages(&memory)) {
-        // The guest itself may have touched a page more.
-        assert!(after < before + 512, "{before} pages were cached, now {after}");
+        // The guest itself may have touched a page more, which is one of 2 MiB in the cache.
+        assert!(after <= before + 512, "{before} pages were cached, now {after}");
     }
     vm.call("check");
     drop(vm);
