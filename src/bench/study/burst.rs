@@ -16,7 +16,7 @@ use super::store::{Key, Measured};
 use super::subject::Subject;
 use super::together::{Together, together};
 use super::workload::Workload;
-use crate::bench::cache::{Cache, evict, prepare};
+use crate::bench::cache::evict;
 use crate::bench::guest::Guest;
 use crate::bench::load::busy_cpus;
 use crate::sys::available_memory::available_memory;
@@ -54,31 +54,8 @@ impl Study {
                 flow: flow.name().to_string(),
                 round,
             };
-            for cached in [false, true] {
-                let flows = self.settings.flows.iter().filter(|flow| flow.is_cached() == cached);
-                let mut order: Vec<Flow> = flows.copied().collect();
-                let is_done = |flow: &Flow| (0..runs).all(|round| self.store.has(&key(*flow, round)));
-                if order.iter().all(is_done) {
-                    self.bar.inc(order.len() as u64 * u64::from(runs));
-                    continue;
-                }
-                if cached {
-                    prepare(&subject.snapshot, Cache::Warm)?;
-                }
-                for round in 0..=runs {
-                    // Forth and back: VMs leave a state behind that the next ones find.
-                    order.reverse();
-                    for &flow in &order {
-                        match round.checked_sub(1) {
-                            // Failures also show in the rounds that count.
-                            None => drop(self.burst(&subject, flow, count)),
-                            Some(round) => {
-                                self.measure(key(flow, round), |study| study.burst(&subject, flow, count))?;
-                            }
-                        }
-                    }
-                }
-            }
+            let flows = self.settings.flows.clone();
+            self.forth_and_back(&subject, &flows, runs, key, |study, flow| study.burst(&subject, flow, count))?;
         }
         Ok(())
     }

@@ -11,7 +11,6 @@ use super::store::{Key, Values};
 use super::subject::Subject;
 use super::waiting::values_since;
 use super::workload::{Inputs, Workload};
-use crate::bench::cache::{Cache, prepare};
 use crate::sys::errors::BoxError;
 use crate::tiering::profile::RecorderKind;
 
@@ -155,29 +154,8 @@ impl Study {
             flow: flow.name().to_string(),
             round,
         };
-        for cached in [false, true] {
-            let is_wanted = |flow: &&Flow| flow.is_cached() == cached && !flow.keeps_its_vm();
-            let mut order: Vec<Flow> = flows.iter().filter(is_wanted).copied().collect();
-            let is_done = |flow: &Flow| (0..runs).all(|round| self.store.has(&key(*flow, round)));
-            if order.iter().all(is_done) {
-                self.bar.inc(order.len() as u64 * u64::from(runs));
-                continue;
-            }
-            if cached {
-                prepare(&subject.snapshot, Cache::Warm)?;
-            }
-            for round in 0..=runs {
-                // Forth and back: a restore leaves a state behind that the next one finds.
-                order.reverse();
-                for &flow in &order {
-                    match round.checked_sub(1) {
-                        // Failures also show in the rounds that count.
-                        None => drop(self.once(subject, flow)),
-                        Some(round) => self.measure(key(flow, round), |study| study.once(subject, flow))?,
-                    }
-                }
-            }
-        }
+        let restored: Vec<Flow> = flows.iter().filter(|flow| !flow.keeps_its_vm()).copied().collect();
+        self.forth_and_back(subject, &restored, runs, key, |study, flow| study.once(subject, flow))?;
         for &flow in flows.iter().filter(|flow| flow.keeps_its_vm()) {
             if (0..runs).all(|round| self.store.has(&key(flow, round))) {
                 self.bar.inc(u64::from(runs));

@@ -12,6 +12,7 @@ use super::stage::Stage;
 use super::stats::{Failure, failures};
 use super::store::{Key, Measured, Sample, Store, Values};
 use super::subject::Subject;
+use crate::bench::cache::{Cache, prepare};
 use crate::bench::guest::{digest_of, guest_us};
 use crate::bench::report::publish;
 use crate::bench::scratch::Scratch;
@@ -57,6 +58,41 @@ impl Study {
             Err(error) => Sample { failed: Some(chain(error.as_ref())), ..Sample::new(key, Measured::default()) },
         };
         self.store.add(sample)
+    }
+
+    /// Measures flows, round after round: those with nothing cached, then those with everything cached. The first round
+    /// is not counted: it makes the files that policies derive from a snapshot.
+    pub(super) fn forth_and_back<M: Into<Measured>>(
+        &mut self,
+        subject: &Subject,
+        flows: &[Flow],
+        runs: u32,
+        key: impl Fn(Flow, u32) -> Key,
+        measurement: impl Fn(&mut Self, Flow) -> Result<M, BoxError>,
+    ) -> Result<(), BoxError> {
+        for cached in [false, true] {
+            let mut order: Vec<Flow> = flows.iter().filter(|flow| flow.is_cached() == cached).copied().collect();
+            let is_done = |flow: &Flow| (0..runs).all(|round| self.store.has(&key(*flow, round)));
+            if order.iter().all(is_done) {
+                self.bar.inc(order.len() as u64 * u64::from(runs));
+                continue;
+            }
+            if cached {
+                prepare(&subject.snapshot, Cache::Warm)?;
+            }
+            for round in 0..=runs {
+                // Forth and back: VMs leave a state behind that the next ones find.
+                order.reverse();
+                for &flow in &order {
+                    match round.checked_sub(1) {
+                        // Failures also show in the rounds that count.
+                        None => drop(measurement(self, flow)),
+                        Some(round) => self.measure(key(flow, round), |study| measurement(study, flow))?,
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Removes the files of the measurements, writes the report, and lists the failures.
