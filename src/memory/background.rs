@@ -4,8 +4,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Builder;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use super::comparison::Comparison;
 use super::fault_service::{FaultCounters, LazyExtent, fetch, unavailable};
 use super::files::Files;
 use crate::memory::Error;
@@ -49,8 +50,9 @@ const PIECE: u64 = 1 << 20;
 
 /// The running thread. Stops when dropped.
 pub struct BackgroundWork {
-    /// Everything that is mapped from images was compared with its checksums.
-    compared: Arc<AtomicBool>,
+    comparison: Comparison,
+    /// Some step makes copies of pages.
+    copies: bool,
     worker: Worker,
 }
 
@@ -67,13 +69,17 @@ impl BackgroundWork {
         if wanted.is_empty() {
             return Ok(None);
         }
+        let copies = wanted.iter().any(|step| step.action == BackgroundAction::BreakCow);
         let mut steps = steps(plan, &wanted, ram, files)?;
         let far: Vec<Step> = steps.extract_if(.., |step| step.is_far).collect();
         let compares = |step: &Step| step.lazy.source.is_some_and(|source| files.image(source.origin).is_some());
         let last_compared = steps.iter().rposition(compares);
         let stop = Arc::new(AtomicBool::new(false));
-        let compared = Arc::new(AtomicBool::new(last_compared.is_none()));
-        let is_compared = compared.clone();
+        let comparison = Comparison::default();
+        let comparing = comparison.comparing();
+        if last_compared.is_none() {
+            comparing.done();
+        }
         let stopped = stop.clone();
         let mut files = files.clone();
         let released = ram.released().clone();
@@ -100,34 +106,25 @@ impl BackgroundWork {
                     return;
                 }
                 if last_compared == Some(index) {
-                    is_compared.store(true, Ordering::Release);
+                    comparing.done();
                 }
             }
         };
         let ask = move || stop.store(true, Ordering::Relaxed);
         let worker = Worker::start(Builder::new().name("background".into()), ask, work);
         let worker = worker.map_err(Error::os("start the background thread"))?;
-        Ok(Some(BackgroundWork { compared, worker }))
+        Ok(Some(BackgroundWork { comparison, copies, worker }))
     }
 
-    /// Returns whether pages that are mapped from images are still to be compared with their checksums.
-    pub fn is_comparing(&self) -> bool {
-        !self.worker.has_ended() && !self.compared.load(Ordering::Acquire)
+    /// The comparison of everything that is mapped from images with its checksums.
+    pub fn comparison(&self) -> &Comparison {
+        &self.comparison
     }
 
-    /// Waits until everything that is mapped from images was compared with its checksums. Until then guest memory may
-    /// be damaged.
-    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
-        while self.is_comparing() {
-            if Instant::now() >= deadline {
-                return Err(Error::Uncompared("is still being compared with its checksums; try again"));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        if !self.compared.load(Ordering::Acquire) {
-            return Err(Error::Uncompared("does not match its checksums, or could not be read"));
-        }
-        Ok(())
+    /// Returns whether the thread may still make copies of pages. It holds the record of pages given back meanwhile, so
+    /// none of them may wait for another thread that needs the record.
+    pub fn is_copying(&self) -> bool {
+        self.copies && !self.worker.has_ended()
     }
 
     /// Asks the thread to end and waits for it until `deadline`. Returns whether it has ended.

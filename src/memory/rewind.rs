@@ -15,13 +15,15 @@
 //! for it. A page that is dropped costs no local memory. Copies are made up to a limit; the rest is dropped.
 //!
 //! Pages that the guest gave back to the balloon are zeros of this process, whatever was mapped there. Files are mapped
-//! over them again, and they are no longer counted as given back.
+//! over them again, and they are no longer counted as given back. Pages that were spilled go back in the same way; the
+//! caller has ended the spill.
 
+use super::against_plan::{AgainstPlan, parts};
 use super::files::{Files, Mapped};
 use super::guest_ram::GuestRam;
 use super::reads::{self, Wanted};
 use crate::memory::Error;
-use crate::snapshot::{Extent, Fill, Gfn, PAGE_SIZE, PageSet, PageSource, Placement, PlannedExtent, RestorePlan};
+use crate::snapshot::{Extent, Fill, PageSet, PageSource, Placement, PlannedExtent, RestorePlan};
 
 /// The memory to take back, and the state to bring it to. No vCPU runs and all devices are quiet.
 pub struct Rewind<'a> {
@@ -45,7 +47,7 @@ pub struct TakenBack {
     pub cleared: u64,
     /// Given back to the host.
     pub dropped: u64,
-    /// Pages that the guest had given back to the balloon.
+    /// Pages that the guest had given back to the balloon, or that were spilled.
     pub returned: u64,
 }
 
@@ -66,15 +68,15 @@ impl Rewind<'_> {
     pub fn take_back(mut self) -> Result<TakenBack, Error> {
         let mut taken = TakenBack::default();
         let mut copies = Vec::new();
-        let given_back = self.ram.released().read().ever().clone();
+        let replaced = self.ram.released().read().ever().union(self.ram.spilled());
         // First of all: from now on the threads that install pages install the snapshot's bytes, no longer zeros.
         self.ram.released().clear();
         let mut pages = match self.written.take() {
             Some(written) => written,
             None => self.ram.own_pages()?,
         };
-        pages.subtract(&given_back);
-        for (planned, part) in parts(self.plan, &given_back) {
+        pages.subtract(&replaced);
+        for (planned, part) in parts(self.plan, &replaced) {
             taken.returned += part.pages;
             self.return_part(planned, part, &mut copies)?;
         }
@@ -130,7 +132,7 @@ impl Rewind<'_> {
         left.is_some()
     }
 
-    /// Brings back `part`, which the guest gave to the balloon. Pages that have to be copied go to `copies`.
+    /// Brings back `part`, whose place other memory took. Pages that have to be copied go to `copies`.
     fn return_part(
         &self,
         planned: &PlannedExtent,
@@ -161,22 +163,12 @@ impl Rewind<'_> {
     pub fn differing(&self) -> Result<PageSet, Error> {
         let mapped = self.ram.populated()?;
         let mut differing = PageSet::new();
-        let mut buffer = Vec::new();
+        let mut expected = Vec::new();
+        let mut comparison = AgainstPlan::new(self.ram, self.files, &mut expected);
         for (planned, part) in parts(self.plan, &mapped) {
             for piece in part.chunks(COMPARED_PAGES) {
-                buffer.clear();
-                buffer.resize(piece.bytes() as usize, 0);
-                if let Some(source) = planned.source_at(piece.first) {
-                    reads::fill(self.files, vec![Wanted { source, bytes: &mut buffer }], false)?;
-                }
-                // SAFETY: no vCPU runs and all devices are quiet (see `Rewind`).
-                let bytes = unsafe { self.ram.bytes(piece) }?;
-                let pairs = bytes.chunks_exact(PAGE_SIZE as usize).zip(buffer.chunks_exact(PAGE_SIZE as usize));
-                for (index, (has, wants)) in (0..).zip(pairs) {
-                    if has != wants {
-                        differing.insert(Gfn(piece.first.0 + index));
-                    }
-                }
+                let runs = comparison.runs(planned, piece)?;
+                runs.into_iter().filter(|(_, is_equal)| !is_equal).for_each(|(run, _)| differing.insert_run(run));
             }
         }
         Ok(differing)
@@ -185,20 +177,3 @@ impl Rewind<'_> {
 
 /// Pages compared at once.
 const COMPARED_PAGES: u64 = 256;
-
-/// The parts of `pages` that lie in one extent of the plan each, with that extent, ascending.
-fn parts<'p>(plan: &'p RestorePlan, pages: &PageSet) -> Vec<(&'p PlannedExtent, Extent)> {
-    let mut parts = Vec::new();
-    let mut at = 0;
-    for run in pages.runs() {
-        while plan.extents.get(at).is_some_and(|planned| planned.extent.end() <= run.first) {
-            at += 1;
-        }
-        for planned in plan.extents[at..].iter().take_while(|planned| planned.extent.first < run.end()) {
-            if let Some(part) = planned.extent.intersection(&run) {
-                parts.push((planned, part));
-            }
-        }
-    }
-    parts
-}

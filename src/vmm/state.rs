@@ -3,13 +3,12 @@
 //! KVM's structs are kept as the bytes of the kernel ABI. Every length is checked when they are read back: a struct of
 //! another size is refused, never padded or cut.
 
-use std::ops::Range;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
-    kvm_xsave,
+    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, Msrs, kvm_clock_data, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::de::DeserializeOwned;
@@ -28,6 +27,8 @@ const VERSION: u32 = 1;
 /// Entries a CPUID or MSR table can have, by KVM's own limits.
 const TABLE_MAX: usize = 256;
 const IRQCHIPS: usize = 3;
+/// The pins of the I/O APIC that KVM routes the PIT's IRQ 0 to, over the 8259 and directly.
+const IO_APIC_PIT_PINS: [usize; 2] = [0, 2];
 /// One part in 4000, 250 ppm: the guest's own clock discipline absorbs such a difference between two TSC frequencies
 /// (Linux' tolerance for a steady TSC).
 const TSC_TOLERANCE: u32 = 4000;
@@ -155,11 +156,20 @@ impl VmState {
         vm.set_clock(&clock).map_err(Error::kvm("set the clock"))
     }
 
-    /// The names of the parts that differ from `saved`, but for clocks and interrupts on their way.
+    /// The vectors that the PIT's interrupt has at the LAPICs, by the I/O APIC's table (`struct kvm_ioapic_state`: 8
+    /// bytes for each pin, from offset 24 on, the vector first).
+    pub fn pit_vectors(&self) -> Vec<u8> {
+        let io_apic = self.irqchips.get(KVM_IRQCHIP_IOAPIC as usize);
+        let table = io_apic.and_then(|chip| chip.get(8 + 24..)).unwrap_or_default();
+        IO_APIC_PIT_PINS.iter().filter_map(|pin| table.get(pin * 8)).copied().collect()
+    }
+
+    /// The names of the parts that differ from `saved`, but for clocks and the PIT's own interrupt, which time may have
+    /// raised since.
     pub fn differences(&self, saved: &VmState) -> Result<Vec<String>, Error> {
         let mut differing = Vec::new();
         for (index, (now, saved)) in self.irqchips.iter().zip(&saved.irqchips).enumerate() {
-            if lasting_irqchip(index, now) != lasting_irqchip(index, saved) {
+            if without_pit_line(index, now) != without_pit_line(index, saved) {
                 differing.push(format!("interrupt controller {index}"));
             }
         }
@@ -268,9 +278,10 @@ impl VcpuState {
         Ok(kernel_written(&self.msrs()?))
     }
 
-    /// The names of the parts that differ from `saved`, but for those that change with time or from outside: the TSC,
-    /// the count of the local timer, and interrupts that wait for the vCPU.
-    pub fn differences(&self, saved: &VcpuState) -> Result<Vec<String>, Error> {
+    /// The names of the parts that differ from `saved`, but for those that change with time: the TSC, the count of the
+    /// local timer, and the waiting interrupts of the timers (the local one, and the PIT's by `pit_vectors`). The
+    /// LAPIC's processor priority is left out too, because it follows from other registers.
+    pub fn differences(&self, saved: &VcpuState, pit_vectors: &[u8]) -> Result<Vec<String>, Error> {
         let parts = [
             ("MP state", self.mp_state == saved.mp_state),
             ("registers", self.regs == saved.regs),
@@ -278,11 +289,13 @@ impl VcpuState {
             ("XCR0", self.xcrs == saved.xcrs),
             ("XSAVE area", self.xsave == saved.xsave),
             ("debug registers", self.debug_regs == saved.debug_regs),
-            ("LAPIC", lasting_lapic(&self.lapic) == lasting_lapic(&saved.lapic)),
             ("pending events", self.events == saved.events),
         ];
         let mut differing: Vec<String> =
             parts.into_iter().filter(|(_, is_equal)| !is_equal).map(|(name, _)| name.to_owned()).collect();
+        let lapic = comparable_lapic(&self.lapic, pit_vectors);
+        let saved_lapic = comparable_lapic(&saved.lapic, pit_vectors);
+        differing.extend(differing_registers(&lapic, &saved_lapic));
         let saved = saved.msrs()?;
         let is_saved = |now: &kvm_msr_entry| {
             let entry = saved.iter().find(|entry| entry.index == now.index);
@@ -348,28 +361,53 @@ impl VcpuState {
     }
 }
 
-/// The state of an interrupt controller (`struct kvm_irqchip`) without the interrupts that wait in it: `last_irr` and
-/// `irr` of the two 8259, `irr` of the I/O APIC.
-fn lasting_irqchip(index: usize, chip: &[u8]) -> Vec<u8> {
-    let waiting = if index == KVM_IRQCHIP_IOAPIC as usize { 24..28 } else { 8..10 };
-    without(chip, &[waiting])
+/// The state of an interrupt controller (`struct kvm_irqchip`) without the waiting interrupt of the PIT: `last_irr` and
+/// `irr` of the first 8259, `irr` of the I/O APIC.
+fn without_pit_line(index: usize, chip: &[u8]) -> Vec<u8> {
+    const FIRST_8259: usize = KVM_IRQCHIP_PIC_MASTER as usize;
+    const IO_APIC: usize = KVM_IRQCHIP_IOAPIC as usize;
+    let places: &[(usize, u8)] = match index {
+        FIRST_8259 => &[(8, 1), (9, 1)],
+        IO_APIC => &[(24, 1 << IO_APIC_PIT_PINS[0] | 1 << IO_APIC_PIT_PINS[1])],
+        _ => &[],
+    };
+    without_bits(chip, places)
 }
 
-/// A LAPIC's registers without the count of its timer (SDM volume 3, 10.5.4: offset 0x390) and the interrupts that wait
-/// for the vCPU (10.8.4, IRR: 0x200): the kernel brings those of devices from a thread of its own, at its own time.
-fn lasting_lapic(lapic: &[u8]) -> Vec<u8> {
-    const WAITING: Range<usize> = 0x200..0x280;
-    const CURRENT_COUNT: Range<usize> = 0x390..0x394;
-    without(lapic, &[WAITING, CURRENT_COUNT])
+/// A LAPIC's registers without what its timer and the PIT change: the timer's count (SDM volume 3, 10.5.4: offset
+/// 0x390) and their bits among the waiting interrupts (10.8.4, IRR: eight words of 32 bits from 0x200, one every 16
+/// bytes). The processor priority (10.8.3.1, offset 0xa0) is also left out: it follows from the task priority and the
+/// interrupts in service, and KVM_SET_LAPIC computes it with the interrupts that were in service before. KVM computes
+/// it again before it uses it.
+fn comparable_lapic(lapic: &[u8], pit_vectors: &[u8]) -> Vec<u8> {
+    const TIMER_VECTOR: usize = 0x320;
+    let numbers = (0x390..0x394).chain(0xa0..0xa4).map(|offset| (offset, 0xff));
+    let vectors = lapic.get(TIMER_VECTOR).into_iter().chain(pit_vectors);
+    let waiting = vectors.map(|&vector| {
+        let word = 0x200 + usize::from(vector / 32) * 16;
+        (word + usize::from(vector % 32 / 8), 1 << (vector % 8))
+    });
+    without_bits(lapic, &numbers.chain(waiting).collect::<Vec<_>>())
 }
 
-/// Some state with zeros in the places of `changing`.
-fn without(state: &[u8], changing: &[Range<usize>]) -> Vec<u8> {
-    let mut lasting = state.to_vec();
-    for place in changing {
-        lasting.get_mut(place.clone()).into_iter().for_each(|bytes| bytes.fill(0));
+/// Describes the registers that differ between a LAPIC and a saved one.
+fn differing_registers(now: &[u8], saved: &[u8]) -> Vec<String> {
+    let pairs = now.as_chunks::<4>().0.iter().zip(saved.as_chunks::<4>().0);
+    let differing = (0..).zip(pairs).filter(|(_, (now, saved))| now != saved);
+    let value = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
+    let describe = |(index, (now, saved)): (usize, (&[u8; 4], &[u8; 4]))| {
+        format!("LAPIC register {:#x} ({:#x}, saved {:#x})", 4 * index, value(now), value(saved))
+    };
+    differing.map(describe).collect()
+}
+
+/// Some state without the bits `(offset, mask)`.
+fn without_bits(state: &[u8], bits: &[(usize, u8)]) -> Vec<u8> {
+    let mut rest = state.to_vec();
+    for &(offset, mask) in bits {
+        rest.get_mut(offset).into_iter().for_each(|byte| *byte &= !mask);
     }
-    lasting
+    rest
 }
 
 /// Tells the guest that it was stopped, so that its soft-lockup watchdog does not fire (KVM API 4.71). A guest without
@@ -430,4 +468,50 @@ pub fn set_msrs(vcpu: &VcpuFd, index: u8, entries: &[kvm_msr_entry]) -> Result<V
         rest = &rest[count + 1..];
     }
     Ok(refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_interrupts_of_timers_are_no_difference_and_all_others_are() {
+        let mut saved = vec![0; 0x400];
+        saved[0x320] = 0xec;
+        let is_same = |waiting: usize| {
+            let mut now = saved.clone();
+            now[0x200 + waiting / 32 * 16 + waiting % 32 / 8] |= 1 << (waiting % 8);
+            comparable_lapic(&now, &[0x30]) == comparable_lapic(&saved, &[0x30])
+        };
+        let unseen: Vec<usize> = (0..256).filter(|&vector| is_same(vector)).collect();
+        assert_eq!(unseen, [0x30, 0xec]);
+    }
+
+    #[test]
+    fn derived_registers_of_a_lapic_are_no_difference_and_others_are_named() {
+        let saved = vec![0; 0x400];
+        let mut now = saved.clone();
+        // The processor priority, the timer's count, the task priority.
+        for offset in [0xa0, 0x390, 0x80] {
+            now[offset] = 0x20;
+        }
+        let named = differing_registers(&comparable_lapic(&now, &[]), &comparable_lapic(&saved, &[]));
+        assert_eq!(named, ["LAPIC register 0x80 (0x20, saved 0x0)"]);
+    }
+
+    #[test]
+    fn pit_line_is_no_difference_of_controllers_and_all_others_are() {
+        let saved = vec![0; 512];
+        let unseen = |chip: u32, bytes: std::ops::Range<usize>| -> Vec<usize> {
+            let is_same = |&bit: &usize| {
+                let mut now = saved.clone();
+                now[bit / 8] |= 1 << (bit % 8);
+                without_pit_line(chip as usize, &now) == without_pit_line(chip as usize, &saved)
+            };
+            (bytes.start * 8..bytes.end * 8).filter(is_same).map(|bit| bit - bytes.start * 8).collect()
+        };
+        assert_eq!(unseen(KVM_IRQCHIP_PIC_MASTER, 8..24), [0, 8]);
+        assert_eq!(unseen(KVM_IRQCHIP_IOAPIC, 24..28), [0, 2]);
+        assert!(unseen(kvm_bindings::KVM_IRQCHIP_PIC_SLAVE, 8..24).is_empty());
+    }
 }

@@ -65,7 +65,7 @@ impl Vcpu {
         loop {
             let generation = self.in_place.as_ref().map_or(0, |in_place| in_place.generation());
             let exit = self.fd.run();
-            self.moments.guest_exited();
+            note_exit(&self.moments, &exit);
             collect_console(self.console.as_deref(), &exit);
             if !matches!(&exit, Err(error) if error.errno() == libc::EAGAIN) {
                 refused = None;
@@ -232,12 +232,24 @@ impl Vcpu {
     }
 }
 
+fn note_exit(moments: &Moments, exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) {
+    moments.guest_exited();
+    if is_by_guest(exit) {
+        moments.guest_acted();
+    }
+}
+
+/// Returns whether an instruction of the guest has caused an exit; other exits are interruptions and refusals.
+fn is_by_guest(exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) -> bool {
+    !matches!(exit, Ok(VcpuExit::Intr) | Err(_))
+}
+
 /// Takes what the guest has written out of the console's ring, after an exit.
 fn collect_console(console: Option<&ConsoleRing>, exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) {
     let Some(console) = console else { return };
     console.drain();
     // A guest that was only interrupted wrote nothing because of that.
-    if !matches!(exit, Ok(VcpuExit::Intr) | Err(_)) {
+    if is_by_guest(exit) {
         console.expect_bytes();
     }
 }

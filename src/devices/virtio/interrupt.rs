@@ -1,6 +1,5 @@
 //! The interrupt of a virtio device over MMIO (VIRTIO 1.2, 4.2.2).
 
-use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use vm_superio::Trigger;
@@ -11,17 +10,13 @@ const INTERRUPT_USED_BUFFER: u32 = 1;
 const INTERRUPT_CONFIG_CHANGE: u32 = 2;
 
 /// The interrupt line and the causes of the last interrupt.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Interrupt {
     line: InterruptLine,
     causes: AtomicU32,
 }
 
 impl Interrupt {
-    pub fn new() -> io::Result<Self> {
-        Ok(Interrupt { line: InterruptLine::new()?, causes: AtomicU32::new(0) })
-    }
-
     pub fn line(&self) -> &InterruptLine {
         &self.line
     }
@@ -36,7 +31,7 @@ impl Interrupt {
 
     fn raise(&self, causes: u32) {
         self.causes.fetch_or(causes, Ordering::SeqCst);
-        // A full counter means that the interrupt is pending already.
+        // It can only fail when the machine is being taken down.
         let _ = self.line.trigger();
     }
 

@@ -128,7 +128,7 @@ impl MmioDevice {
             config_generation: 0,
             quiet: true,
         };
-        let interrupt = Interrupt::new().map_err(failed)?;
+        let interrupt = Interrupt::default();
         let kick = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
         Ok(MmioDevice { inner: Mutex::new(inner), interrupt, kick, device_type })
     }
@@ -183,7 +183,7 @@ impl MmioDevice {
     pub fn go_on(&self) {
         let mut inner = self.lock();
         inner.quiet = false;
-        // An interrupt that was on its way when the machine stopped may not have arrived; one too many does no harm.
+        // A snapshot by an older tvmm may lack an interrupt that was on its way; one too many does no harm.
         self.interrupt.raise_pending();
         if inner.is_live() {
             let _ = self.kick.write(1);

@@ -10,7 +10,7 @@
 //! | a vCPU, on a handler outside | the userfaultfd has waiters (`/proc/self/fdinfo`), and no page has come |
 //! | the device thread, on a handler outside | it notes the pages it gives back, and since when |
 //! | a vCPU, on a mapped file | its thread sleeps uninterruptibly and has not run |
-//! | the main thread | in a page fault, it has not run; during a restore, no thread has run |
+//! | the main thread | in a page fault, it has not run; during a restore or a rewind, no thread has run |
 //!
 //! The same thread ends a VM whose memory may not be its own any more, when a lease reports that ([`Stalls::end`]).
 //!
@@ -21,7 +21,6 @@ mod threads;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -45,6 +44,8 @@ const GRACE: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug)]
 enum Work {
     Reads(Option<PageSource>),
+    /// Reads pages that were spilled.
+    Recalls,
     /// Gives pages back; a handler outside must read the notification.
     GivesBack,
 }
@@ -65,6 +66,11 @@ impl Activity {
     /// Notes that the thread reads `pages`, until the result is dropped.
     pub fn reads(&self, pages: Extent, source: Option<PageSource>) -> impl Drop + use<> {
         self.begin(pages, Work::Reads(source))
+    }
+
+    /// Notes that the thread reads `pages` from a spill file, until the result is dropped.
+    pub fn recalls(&self, pages: Extent) -> impl Drop + use<> {
+        self.begin(pages, Work::Recalls)
     }
 
     /// Notes that the thread gives `pages` back to the host, until the result is dropped.
@@ -91,12 +97,19 @@ impl Drop for ReadingGuard {
     }
 }
 
+/// Ends the work of the main thread when it is dropped.
+struct MainWork(Arc<Stalls>);
+
+impl Drop for MainWork {
+    fn drop(&mut self) {
+        lock(&self.0.state).main_work = None;
+    }
+}
+
 /// The watch's state, and the reason once the VM has waited for too long.
 #[derive(Debug)]
 pub struct Stalls {
     limit: Duration,
-    /// The main thread restores: the main loop does not listen for an ending yet.
-    restoring: AtomicBool,
     reason: OnceLock<String>,
     state: Mutex<State>,
     stop: Condvar,
@@ -105,6 +118,8 @@ pub struct Stalls {
 #[derive(Debug, Default)]
 struct State {
     stopped: bool,
+    /// The work of the main thread on memory; `None`: the main loop runs, and listens for an ending.
+    main_work: Option<&'static str>,
     /// A reason reported by another thread ([`Stalls::end`]).
     told: Option<String>,
     /// The files of the plan.
@@ -144,8 +159,15 @@ impl Stalls {
 
     /// Called when the machine is restored: from now on the main loop is told.
     pub fn restored(&self, ending: Arc<EndingSignal>) {
-        lock(&self.state).ending = Some(ending);
-        self.restoring.store(false, Ordering::SeqCst);
+        let mut state = lock(&self.state);
+        state.ending = Some(ending);
+        state.main_work = None;
+    }
+
+    /// Notes that the main thread does `work` to memory, and cannot listen, until the result is dropped.
+    pub fn main_thread_does(self: &Arc<Self>, work: &'static str) -> impl Drop + use<> {
+        lock(&self.state).main_work = Some(work);
+        MainWork(self.clone())
     }
 
     /// Ends the guest for this reason.
@@ -172,7 +194,7 @@ impl Stalls {
         if handler.is_some() {
             return handler;
         }
-        let waits = threads.look(now, self.limit, self.restoring.load(Ordering::SeqCst))?;
+        let waits = threads.look(now, self.limit, state.main_work)?;
         let seconds = self.limit.as_secs_f64();
         Some(format!("{waits} has waited {seconds} s (--fault-timeout) for a page of {}", state.mapped_files()))
     }
@@ -193,8 +215,7 @@ impl Stalls {
         };
         let reason = self.reason.get_or_init(|| reason);
         let state = lock(&self.state);
-        let is_restoring = self.restoring.load(Ordering::SeqCst);
-        if let Some(ending) = if is_restoring { &state.rescue } else { &state.ending } {
+        if let Some(ending) = if state.main_work.is_some() { &state.rescue } else { &state.ending } {
             ending.end(Ending::Failed(reason.clone()));
             let (state, _) = self
                 .stop
@@ -220,6 +241,13 @@ impl State {
         let pages = reading.pages;
         let source = match reading.work {
             Work::Reads(source) => source,
+            Work::Recalls => {
+                let gpa = pages.gpa();
+                return format!(
+                    "Reading the page at guest-physical {gpa:#x} from the spill file has taken {seconds} s \
+                     (--fault-timeout): its disk hangs"
+                );
+            }
             Work::GivesBack => {
                 return format!(
                     "Giving back {} KiB at guest-physical {:#x} has taken {seconds} s (--fault-timeout): the \
@@ -269,9 +297,8 @@ impl StallWatch {
     pub fn start(limit: Duration) -> Result<Self, Error> {
         let stalls = Arc::new(Stalls {
             limit,
-            restoring: AtomicBool::new(true),
             reason: OnceLock::new(),
-            state: Mutex::default(),
+            state: Mutex::new(State { main_work: Some("restore"), ..State::default() }),
             stop: Condvar::new(),
         });
         let watched = stalls.clone();

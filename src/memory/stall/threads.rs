@@ -19,9 +19,9 @@ struct Task {
     switches: u64,
 }
 
-/// The key under which all threads that work on a restore count as one: the main thread and its readers.
-const RESTORE: u32 = 0;
-/// Threads that take no part in a restore.
+/// The key under which all threads that work on memory count as one: the main thread and its readers.
+const MAIN_WORK: u32 = 0;
+/// Threads that take no part in that.
 const BYSTANDERS: [&str; 2] = ["stalls", "api"];
 
 /// The sleeping threads of the last look, by id.
@@ -30,13 +30,13 @@ pub struct SleepingThreads(HashMap<u32, LastRun>);
 
 impl SleepingThreads {
     /// Names a thread that has slept for `limit` and must not: a vCPU uninterruptibly (an idle vCPU sleeps
-    /// interruptibly), the main thread in a page fault, and, while `restoring`, all threads at once.
-    pub fn look(&mut self, now: Instant, limit: Duration, restoring: bool) -> Option<String> {
+    /// interruptibly), the main thread in a page fault, and, during `main_work`, all threads at once.
+    pub fn look(&mut self, now: Instant, limit: Duration, main_work: Option<&str>) -> Option<String> {
         let tasks = tasks();
         let mut stuck = None;
         for (id, task) in &tasks {
             let is_main = *id == std::process::id();
-            let name = if is_main && !restoring && task.state != 'R' && is_in_a_page_fault(*id) {
+            let name = if is_main && main_work.is_none() && task.state != 'R' && is_in_a_page_fault(*id) {
                 "The main loop".to_string()
             } else if !is_main && task.state == 'D' && task.name.starts_with("vcpu") {
                 task.name.replace("vcpu", "vCPU ")
@@ -49,10 +49,12 @@ impl SleepingThreads {
             }
         }
         let workers = || tasks.iter().map(|(_, task)| task).filter(|task| !BYSTANDERS.contains(&task.name.as_str()));
-        if !restoring || workers().any(|task| task.state == 'R') {
-            self.0.remove(&RESTORE);
-        } else if self.has_slept(RESTORE, workers().map(|task| task.switches).sum(), now) >= limit {
-            stuck.get_or_insert("The restore".to_string());
+        let Some(work) = main_work.filter(|_| !workers().any(|task| task.state == 'R')) else {
+            self.0.remove(&MAIN_WORK);
+            return stuck;
+        };
+        if self.has_slept(MAIN_WORK, workers().map(|task| task.switches).sum(), now) >= limit {
+            stuck.get_or_insert(format!("The {work}"));
         }
         stuck
     }
@@ -122,8 +124,8 @@ mod tests {
         let start = Instant::now();
         for _ in 0..3 {
             // This thread runs while it looks.
-            assert_eq!(threads.look(start, Duration::ZERO, true), None);
-            assert_eq!(threads.look(start, Duration::ZERO, false), None);
+            assert_eq!(threads.look(start, Duration::ZERO, Some("restore")), None);
+            assert_eq!(threads.look(start, Duration::ZERO, None), None);
         }
     }
 }

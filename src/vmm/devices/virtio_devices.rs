@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::saved::SavedDevice;
 use super::thread;
@@ -17,6 +16,7 @@ use crate::sys::guest_memory::Memory;
 use crate::sys::worker::Worker;
 use crate::vmm::arch::VirtioMmioSlot;
 use crate::vmm::error::Error;
+use crate::vmm::interrupts::connect;
 use crate::vmm::restore::StateError;
 
 /// The virtio devices of a machine. Dropped before VM and memory, which its thread uses.
@@ -29,9 +29,9 @@ pub struct VirtioDevices {
 }
 
 impl VirtioDevices {
-    /// Attaches devices in their order: registers on the bus, kicks as ioeventfds, interrupts as irqfds.
+    /// Attaches devices in their order: registers on the bus, kicks as ioeventfds, interrupts as lines.
     pub fn attach(
-        vm: &VmFd,
+        vm: &Arc<VmFd>,
         bus: &mut Bus,
         memory: &Memory,
         devices: Vec<Box<dyn VirtioDevice>>,
@@ -51,8 +51,7 @@ impl VirtioDevices {
             for (queue, event) in events.iter().enumerate() {
                 vm.register_ioevent(event, &notify, queue as u32).map_err(Error::kvm("register an ioeventfd"))?;
             }
-            vm.register_irqfd(device.interrupt_line().eventfd(), slot.gsi)
-                .map_err(Error::kvm("connect a device's interrupt"))?;
+            connect(device.interrupt_line(), vm, slot.gsi);
             attached.push(device);
         }
         Ok(VirtioDevices { thread: None, devices: attached, configs })
@@ -61,12 +60,6 @@ impl VirtioDevices {
     /// The places of all devices, for the tables that describe them to the guest.
     pub fn slots(&self) -> Vec<VirtioMmioSlot> {
         (0..self.devices.len()).map_while(VirtioMmioSlot::of).collect()
-    }
-
-    /// The interrupts of all devices: eventfd, and input of the interrupt controller.
-    pub fn interrupts(&self) -> impl Iterator<Item = (&EventFd, u32)> {
-        let lines = self.devices.iter().map(|device| device.interrupt_line().eventfd());
-        lines.zip(self.slots().into_iter().map(|slot| slot.gsi))
     }
 
     /// Type and number of queues of each device.

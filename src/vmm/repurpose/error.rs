@@ -1,26 +1,26 @@
 //! Reasons against repurposing a machine.
 
+use crate::vmm::own_memory::NotItsOwn;
+
 /// The reason why a machine cannot become that of a snapshot. Nothing has changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotRepurposable {
-    #[error("Cannot repurpose a VM that was booted: only restored VMs are. Restore the snapshot in its own process")]
-    Booted,
-    #[error(
-        "Cannot repurpose a VM whose memory a page-fault handler serves. Restore from the snapshot's files or a pool"
-    )]
-    Handler,
+    #[error(transparent)]
+    NotItsOwn(#[from] NotItsOwn),
     #[error("Cannot repurpose a VM by a page-fault handler. Name the snapshot's files or a pool")]
     ToHandler,
-    #[error("Cannot repurpose a VM while a profile of it is recorded")]
-    Observed,
     #[error("Cannot repurpose the VM while a snapshot of it is being sealed. Try again when that is done")]
     Sealing,
-    #[error("Cannot repurpose the VM: its memory is no longer served")]
-    Unserved,
     #[error("Cannot repurpose the VM: its guest has ended")]
     Ended,
     #[error("Cannot repurpose the VM: it has a pmem device. Restore the snapshot in its own process")]
     Pmem,
+    #[error(
+        "Cannot repurpose the VM: it {}. {} --track-dirty-pages",
+        if *.has { "tracks dirty pages, and would not any more" } else { "does not track dirty pages" },
+        if *.has { "Add" } else { "Leave out" }
+    )]
+    Tracking { has: bool },
     #[error("Cannot repurpose the VM: its {what} is {has}, the snapshot's {wants}. Restore it in its own process")]
     Differs { what: &'static str, has: String, wants: String },
     #[error(

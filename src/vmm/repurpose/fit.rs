@@ -7,6 +7,7 @@ use crate::devices::VmGenId;
 use crate::devices::virtio::id;
 use crate::vmm::error::Error;
 use crate::vmm::machine::{Machine, Paused, Shape};
+use crate::vmm::own_memory::MemoryChange;
 use crate::vmm::saved_state::SavedState;
 use crate::vmm::state;
 
@@ -20,7 +21,9 @@ impl Machine<Paused> {
         let shape = &core.shape;
         check("number of vCPUs", shape.vcpu_count, wanted.vcpu_count)?;
         check("memory in MiB", shape.mem_size_mib, wanted.mem_size_mib)?;
-        check("tracking of dirty pages", shape.track_dirty_pages, wanted.track_dirty_pages)?;
+        if shape.track_dirty_pages != wanted.track_dirty_pages {
+            return Err(NotRepurposable::Tracking { has: shape.track_dirty_pages }.into());
+        }
         let place = |gpa: u64, gsi: u32| format!("at {gpa:#x}, interrupt {gsi}");
         let described = |id: Option<crate::devices::VmGenIdState>| match id {
             Some(id) => place(id.gpa, id.gsi),
@@ -39,7 +42,7 @@ impl Machine<Paused> {
     }
 
     fn check_vcpus(&self, saved: &SavedState) -> Result<(), Error> {
-        let Some(origin) = &self.core.origin else { return Err(NotRepurposable::Booted.into()) };
+        let origin = self.core.own_memory(MemoryChange::Repurpose).map_err(NotRepurposable::from)?;
         let indices = state::msr_indices(&self.core.kvm)?;
         for ((thread, former), saved) in self.state.threads.iter().zip(&origin.saved.vcpus).zip(&saved.vcpus) {
             let vcpu = thread.vcpu();

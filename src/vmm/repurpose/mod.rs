@@ -2,8 +2,8 @@
 //! and interrupt lines stay. Guest memory, the back ends of devices and all state are the other snapshot's.
 //!
 //! [`Machine::prepare`] makes every check that can refuse the request, and changes nothing. [`Machine::repurpose`]
-//! first takes the former guest away: its devices end, the services of its memory end, and its memory becomes zero.
-//! From there on it does what a restore does.
+//! first ends the former guest's devices and the services of its memory. From there on it does what a restore does: the
+//! mappings of a plan cover all of guest memory, and take the place of the former ones.
 
 mod error;
 mod fit;
@@ -20,6 +20,7 @@ use super::host;
 use super::lineage::Lineage;
 use super::machine::{Core, EmulationFailure, Machine, Paused, set_emulation_exits};
 use super::origin::{Origin, PageServer};
+use super::own_memory::MemoryChange;
 use super::restore::drives::PlacedDrives;
 use super::restore::rescue::Rescue;
 use super::restore::{RestoreSpec, shape_of};
@@ -53,9 +54,9 @@ pub struct Prepared<'a> {
 #[derive(Debug)]
 pub struct Repurposed {
     pub engine: EngineReport,
-    /// Time to end devices and memory services and to take the former memory away.
+    /// Time to end devices and memory services.
     pub release: Duration,
-    /// Time to map and fill memory.
+    /// Time to map memory over the former guest's, which goes away, and to fill it.
     pub memory: Duration,
     /// Time for devices, vCPUs and interrupt controllers.
     pub state: Duration,
@@ -99,23 +100,36 @@ impl Machine<Paused> {
     }
 
     fn check_repurposable(&self, spec: &RestoreSpec<'_>) -> Result<(), NotRepurposable> {
+        self.check_may_leave()?;
+        if spec.handler.is_some() { Err(NotRepurposable::ToHandler) } else { Ok(()) }
+    }
+
+    /// Checks that the guest can be given up, and the machine be that of another snapshot then.
+    fn check_may_leave(&self) -> Result<(), NotRepurposable> {
         let core = &self.core;
-        let Some(origin) = &core.origin else { return Err(NotRepurposable::Booted) };
-        match origin.serves {
-            PageServer::Own => {}
-            PageServer::Recorder => return Err(NotRepurposable::Observed),
-            PageServer::Handler => return Err(NotRepurposable::Handler),
-        }
-        if spec.handler.is_some() {
-            return Err(NotRepurposable::ToHandler);
-        }
+        core.own_memory(MemoryChange::Repurpose)?;
         if core.lineage.is_sealing() {
             return Err(NotRepurposable::Sealing);
         }
-        if core.services.have_failed() {
-            return Err(NotRepurposable::Unserved);
-        }
         if core.ending.has_come() { Err(NotRepurposable::Ended) } else { Ok(()) }
+    }
+
+    /// Gives the guest up: its devices end, and its memory goes back to the host, so that a repurposing need not wait
+    /// for that. From now on the machine must not run, until it is repurposed.
+    ///
+    /// # Errors
+    /// [`NotRepurposable`], and nothing has changed; after any other error the machine must not run again.
+    pub fn vacate(&mut self) -> Result<(), Error> {
+        if self.core.is_vacant {
+            return Ok(());
+        }
+        self.check_may_leave()?;
+        self.core.devices.serial.output().end_line();
+        self.core.is_vacant = true;
+        self.core.take_guest_away()?;
+        let ram = &self.core.ram;
+        ram.layout().extents().try_for_each(|extent| ram.map_anon(extent))?;
+        Ok(())
     }
 
     /// Becomes the machine of `prepared`. Afterwards call [`raise_events`](Self::raise_events).
@@ -124,12 +138,18 @@ impl Machine<Paused> {
     /// The machine is then between two guests, and must not run again.
     pub fn repurpose(&mut self, prepared: Prepared<'_>, timeline: &mut Timeline) -> Result<Repurposed, Error> {
         let start = Instant::now();
-        self.core.devices.serial.output().end_line();
-        self.core.take_guest_away()?;
+        if !self.core.is_vacant {
+            self.core.devices.serial.output().end_line();
+            self.core.take_guest_away()?;
+        }
+        self.core.origin = None;
         let away = start.elapsed();
         for (thread, saved) in self.state.threads.iter().zip(&prepared.saved.vcpus) {
             let vcpu = thread.vcpu();
-            // KVM writes the time to guest memory then, which is filled afterwards.
+            // KVM writes the time to guest memory then: not to a file that the former guest's memory was mapped from.
+            let ram = &self.core.ram;
+            let written = saved.kernel_written()?.into_iter().filter(|page| ram.layout().contains(*page));
+            written.into_iter().try_for_each(|page| ram.map_anon(page))?;
             saved.rewind_wall_clock(&vcpu.fd, vcpu.index)?;
             saved.reset_memory_types(&vcpu.fd, vcpu.index)?;
         }
@@ -141,6 +161,7 @@ impl Machine<Paused> {
         let log = self.core.read_dirty_log()?;
         self.core.clear_dirty_log(&log)?;
         let engine = self.take_on_other(prepared, filled)?;
+        self.core.is_vacant = false;
         let state = start.elapsed().saturating_sub(has_memory);
         Ok(Repurposed { engine, release: away, memory: has_memory.saturating_sub(away), state })
     }
@@ -173,7 +194,6 @@ impl Machine<Paused> {
         core.devices.virtio.renew(virtio, core.ram.view(), &saved.virtio, configs.clone())?;
         core.devices.serial.restore(&saved.serial)?;
         core.devices.fw_cfg.restore(saved.fw_cfg.clone())?;
-        core.settle_interrupts()?;
         core.promote_ahead(&saved.vcpus)?;
         let vcpus: Vec<_> = self.state.threads.iter().map(|thread| thread.vcpu()).collect();
         let fds: Vec<&VcpuFd> = vcpus.iter().map(|vcpu| &vcpu.fd).collect();
@@ -193,17 +213,23 @@ impl Machine<Paused> {
     }
 }
 
+impl<S> Machine<S> {
+    /// Returns whether the machine has given its guest up.
+    pub fn is_vacant(&self) -> bool {
+        self.core.is_vacant
+    }
+}
+
 impl Core {
-    /// Ends everything that works for the guest, and takes its memory away.
+    /// Ends everything that works for the guest and its memory.
     fn take_guest_away(&mut self) -> Result<(), Error> {
         let deadline = Instant::now() + STOP_TIMEOUT;
         // Devices before the services that they may be waiting for.
         self.devices.virtio.retire(deadline)?;
         self.services.finish(deadline)?;
         self.services = MemoryServices::default();
-        self.origin = None;
         self.lineage = Lineage::default();
-        self.ram.clear()?;
+        self.ram.forget();
         if let Some(why) = lost::touched() {
             return Err(memory::Error::Lost(why).into());
         }

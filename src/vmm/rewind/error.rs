@@ -1,17 +1,12 @@
 //! Reasons against a rewind.
 
+use crate::vmm::own_memory::NotItsOwn;
+
 /// The reason why a machine cannot be rewound. Nothing has changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotRewindable {
-    #[error("Cannot rewind a VM that was booted: there is no snapshot to go back to. Take one and restore it")]
-    Booted,
-    #[error(
-        "Cannot rewind a VM whose memory a page-fault handler serves: only the handler knows the snapshot's bytes. \
-         Restore from the snapshot's files or a pool"
-    )]
-    Handler,
-    #[error("Cannot rewind a VM while a profile of it is recorded")]
-    Observed,
+    #[error(transparent)]
+    NotItsOwn(#[from] NotItsOwn),
     #[error("Cannot rewind the VM while a snapshot of it is being sealed. Try again when that is done")]
     Sealing,
     #[error(
@@ -19,8 +14,6 @@ pub enum NotRewindable {
          Restore with --track-dirty-pages"
     )]
     Untracked,
-    #[error("Cannot rewind the VM: its memory is no longer served")]
-    Unserved,
     #[error(
         "Cannot rewind the VM: the guest can write drive {id}, and its image is not a copy of this VM's own. Take the \
          snapshot with copies of its drives (--copy-drives) and restore with --drive-dir, or make the drive read-only"

@@ -3,8 +3,10 @@
 //! Devices go back first: afterwards nothing of theirs writes guest memory. Memory comes before the state of vCPUs and
 //! interrupt controllers, because KVM reads guest memory while some of it is set (page directory pointers).
 
+mod drives;
 mod error;
 
+pub use drives::FreshDrives;
 pub use error::NotRewindable;
 
 use std::time::{Duration, Instant};
@@ -12,43 +14,44 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VcpuFd;
 
 use crate::devices::VmGenId;
-use crate::memory::engine::writable_when_written;
 use crate::memory::rewind::{Rewind, TakenBack};
-use crate::snapshot::{PageSet, RestorePlan, copy_drive};
+use crate::snapshot::{PageSet, RestorePlan};
 use crate::vmm::error::Error;
 use crate::vmm::lineage::Lineage;
 use crate::vmm::machine::{Core, Machine, Paused};
-use crate::vmm::origin::{Origin, PageServer};
+use crate::vmm::origin::Origin;
+use crate::vmm::own_memory::{MemoryChange, NotItsOwn};
 use crate::vmm::state::{self, VcpuState, VmState};
 
 /// A machine that went back.
 #[derive(Clone, Copy, Debug)]
 pub struct Rewound {
     pub pages: TakenBack,
-    /// Time for devices, vCPUs and interrupt controllers.
+    /// Time for devices (their drives were copied before the guest stood still), vCPUs and interrupt controllers.
     pub state: Duration,
     /// Time for guest memory.
     pub memory: Duration,
 }
 
+/// The error of a machine that has no snapshot to go back to.
+fn not_restored() -> Error {
+    NotRewindable::from(NotItsOwn::Booted(MemoryChange::Rewind)).into()
+}
+
 impl<S> Machine<S> {
-    /// Returns whether the machine can be rewound now.
+    /// Checks that the machine can be rewound now, and copies its own drives again.
     ///
     /// # Errors
-    /// The reason why it cannot.
-    pub fn check_rewindable(&self) -> Result<(), NotRewindable> {
+    /// The reason why it cannot. Nothing has changed.
+    pub fn prepare_rewind(&self) -> Result<FreshDrives, Error> {
+        self.check_rewindable()?.copy_drives()
+    }
+
+    fn check_rewindable(&self) -> Result<&Origin, NotRewindable> {
         let core = &self.core;
-        let Some(origin) = &core.origin else { return Err(NotRewindable::Booted) };
-        match origin.serves {
-            PageServer::Own => {}
-            PageServer::Recorder => return Err(NotRewindable::Observed),
-            PageServer::Handler => return Err(NotRewindable::Handler),
-        }
+        let origin = core.own_memory(MemoryChange::Rewind)?;
         if core.lineage.is_sealing() {
             return Err(NotRewindable::Sealing);
-        }
-        if core.services.have_failed() {
-            return Err(NotRewindable::Unserved);
         }
         let is_tracked = core.shape.track_dirty_pages && core.lineage.is_relative_to_origin();
         if !is_tracked && core.ram.can_find_own_pages().is_err() {
@@ -62,24 +65,26 @@ impl<S> Machine<S> {
         }
         match configs.pmem.iter().find(|pmem| !pmem.read_only) {
             Some(pmem) => Err(NotRewindable::Pmem { id: pmem.id.clone() }),
-            None => Ok(()),
+            None => Ok(origin),
         }
     }
 }
 
 impl Machine<Paused> {
     /// Goes back to the snapshot that the machine was restored from by `plan`. `keep_pages`: pages of guest memory that
-    /// may stay local. Call [`check_rewindable`](Self::check_rewindable) first.
+    /// may stay local. `drives`: what [`prepare_rewind`](Self::prepare_rewind) has made.
     ///
     /// # Errors
     /// The machine is then between two states, and must not run again.
-    pub fn rewind(&mut self, plan: &RestorePlan, keep_pages: u64) -> Result<Rewound, Error> {
+    pub fn rewind(&mut self, plan: &RestorePlan, keep_pages: u64, drives: FreshDrives) -> Result<Rewound, Error> {
         let start = Instant::now();
-        let Some(origin) = self.core.origin.take() else { return Err(Error::Rewind(NotRewindable::Booted)) };
+        let copying = drives.took;
+        drives.place()?;
+        let Some(origin) = self.core.origin.take() else { return Err(not_restored()) };
         let result = self.rewind_to(&origin, plan, keep_pages);
         self.core.origin = Some(origin);
         let (pages, memory) = result?;
-        Ok(Rewound { pages, state: start.elapsed().saturating_sub(memory), memory })
+        Ok(Rewound { pages, state: copying + start.elapsed().saturating_sub(memory), memory })
     }
 
     fn rewind_to(
@@ -88,26 +93,27 @@ impl Machine<Paused> {
         plan: &RestorePlan,
         keep_pages: u64,
     ) -> Result<(TakenBack, Duration), Error> {
-        origin.renew_drives()?;
         let saved = &origin.saved;
         self.core.devices.virtio.rewind(&saved.virtio, &origin.configs)?;
         self.core.devices.serial.output().end_line();
         self.core.devices.serial.restore(&saved.serial)?;
         self.core.devices.fw_cfg.restore(saved.fw_cfg.clone())?;
-        self.core.settle_interrupts()?;
         for (thread, saved) in self.state.threads.iter().zip(&saved.vcpus) {
             let vcpu = thread.vcpu();
             saved.rewind_wall_clock(&vcpu.fd, vcpu.index)?;
         }
         let start = Instant::now();
         let written = self.core.take_written_since_restore()?;
+        // All that was spilled goes back to the snapshot: from now on the kernel alone fills that memory.
+        self.core.services.spill = None;
         let pages = self.core.rewinding(origin, plan, written, keep_pages).take_back()?;
+        self.core.ram.forget_spilled();
         let memory = start.elapsed();
         let vcpus: Vec<_> = self.state.threads.iter().map(|thread| thread.vcpu()).collect();
         let fds: Vec<&VcpuFd> = vcpus.iter().map(|vcpu| &vcpu.fd).collect();
         self.core.load(&fds, &saved.vm, &saved.vcpus, origin.clock_realtime)?;
-        let exact = writable_when_written(plan);
-        self.core.lineage = Lineage::restored(origin.files.chain().clone(), exact);
+        // The pages copied over are writable, and are this process's own, but equal the snapshot's.
+        self.core.lineage = Lineage::restored(origin.files.chain().clone(), PageSet::new());
         Ok((pages, memory))
     }
 
@@ -117,14 +123,15 @@ impl Machine<Paused> {
     /// # Errors
     /// [`Error::NotAsSaved`] with the first differences.
     pub fn compare(&self, plan: &RestorePlan) -> Result<(), Error> {
-        let Some(origin) = &self.core.origin else { return Err(Error::Rewind(NotRewindable::Booted)) };
+        let Some(origin) = &self.core.origin else { return Err(not_restored()) };
         let saved = &origin.saved;
         let mut differences = Vec::new();
         let indices = state::msr_indices(&self.core.kvm)?;
+        let pit_vectors = saved.vm.pit_vectors();
         for (thread, saved) in self.state.threads.iter().zip(&saved.vcpus) {
             let vcpu = thread.vcpu();
             let now = VcpuState::save(&vcpu.fd, vcpu.index, &indices)?;
-            let parts = now.differences(saved)?;
+            let parts = now.differences(saved, &pit_vectors)?;
             differences.extend(parts.into_iter().map(|part| format!("vCPU {}: {part}", vcpu.index)));
         }
         differences.extend(VmState::save(&self.core.vm)?.differences(&saved.vm)?);
@@ -180,25 +187,5 @@ impl Core {
             return Ok(None);
         }
         Ok(Some(log.pages.union(&by_devices).union(self.lineage.changed())))
-    }
-}
-
-impl Origin {
-    /// Puts fresh copies in the place of the machine's own copies of drives.
-    fn renew_drives(&self) -> Result<(), Error> {
-        let tip = self.files.chain().tip();
-        for drive in &self.placed_drives {
-            let Some((image, len)) = tip.open_drive_copy(&drive.id)? else { continue };
-            let fresh = drive.path.with_extension("img.rewound");
-            // A copy left by a process that was killed.
-            let _ = std::fs::remove_file(&fresh);
-            copy_drive(&image, len, &fresh)?;
-            std::fs::rename(&fresh, &drive.path).map_err(|source| Error::File {
-                doing: "replace the drive",
-                path: drive.path.clone(),
-                source,
-            })?;
-        }
-        Ok(())
     }
 }
