@@ -4,8 +4,8 @@
 //! The way depends on the backing of the page:
 //!
 //! - Anonymous memory: `MADV_DONTNEED`. The next touch gets a zero page.
-//! - A private mapping of a layer's file: `MADV_DONTNEED` would bring the file's bytes back, so anonymous memory is
-//!   mapped over it, whole runs at once.
+//! - A private mapping of a layer's file, made by the restore or by trimming: `MADV_DONTNEED` would bring the file's
+//!   bytes back, so anonymous memory is mapped over it, whole runs at once.
 //! - A mapping in place on a shared tier: the same. Pages that cannot be cut out of the mapping are promoted before.
 //! - Memory behind this process's userfaultfd: `MADV_DONTNEED`. The next touch is a fault again; the fault service and
 //!   the background thread ask [`Released`] and install zeros.
@@ -26,12 +26,12 @@ use crate::snapshot::{Extent, Gfn, GuestRange, PAGE_SIZE, PageSet};
 use crate::sys::guest_memory::{Outcome, ReleasePages};
 use crate::sys::mapping::{Reservation, count_mappings};
 
-/// Mappings that balloon release may add up to: half of the kernel's default limit.
-const MAPPINGS_MAX: usize = 32 << 10;
+/// Mappings that balloon release and trimming may add up to: half of the kernel's default limit.
+pub(super) const MAPPINGS_MAX: usize = 32 << 10;
 /// With fewer free mappings than this, counting all mappings again is not worth its time.
-const REMAPS_WORTHWHILE: usize = 512;
+pub(super) const REMAPS_WORTHWHILE: usize = 512;
 /// A mapping put into the middle of another makes three of one.
-const MAPPINGS_PER_REMAP: usize = 2;
+pub(super) const MAPPINGS_PER_REMAP: usize = 2;
 /// Runs mapped over before mappings are first counted.
 const REMAPS_FIRST: usize = 4 << 10;
 
@@ -46,6 +46,8 @@ pub struct Books {
     ever: PageSet,
     /// Given back since a capture last asked.
     fresh: PageSet,
+    /// Under a private mapping of a file that took the place of anonymous memory after the restore.
+    mapped_later: PageSet,
 }
 
 impl Released {
@@ -57,7 +59,14 @@ impl Released {
 
     /// Forgets all pages given back: they hold the snapshot's bytes again.
     pub fn clear(&self) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Books::default();
+        let mut books = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        *books = Books { mapped_later: std::mem::take(&mut books.mapped_later), ..Books::default() };
+    }
+
+    /// Called when a file was mapped over `extent`, which was anonymous memory: zeros must be mapped over it when it is
+    /// given back.
+    pub fn note_mapped(&self, extent: Extent) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).mapped_later.insert_run(extent);
     }
 
     /// Takes the pages that were given back since the last call.
@@ -158,6 +167,10 @@ impl Releaser {
     fn release_part(&mut self, index: usize, part: Extent, books: &mut Books) -> Outcome {
         let mut outcome = Outcome::default();
         let mut files: Vec<Extent> = self.file_mapped.runs_in(part).collect();
+        if books.mapped_later.len_in(part) > 0 {
+            let all: PageSet = files.into_iter().chain(books.mapped_later.runs_in(part)).collect();
+            files = all.runs().collect();
+        }
         if self.may_join
             && let Some(first) = files.first()
             && let Some(last) = files.last()
@@ -196,6 +209,7 @@ impl Releaser {
             }
             if is_file {
                 self.file_mapped.remove_run(run);
+                books.mapped_later.remove_run(run);
                 self.remaps_left -= 1;
             }
         }

@@ -84,7 +84,7 @@ pub fn build(
     Ok(Built { ram, filled })
 }
 
-/// Fills `ram`, which was just reserved or cleared, by `plan`, which is valid for it. No vCPU runs, and nothing else
+/// Fills `ram`, which was just reserved or forgotten, by `plan`, which is valid for it. No vCPU runs, and nothing else
 /// refers to the memory.
 pub fn fill(
     ram: &mut GuestRam,
@@ -103,7 +103,9 @@ pub fn fill(
         lazy
     } else {
         let (in_place, mapped) = engine.map(ram)?;
-        ram.watch(files.mapped_files(&mapped)?, &mapped)?;
+        let mapped_files = files.mapped_files(&mapped)?;
+        ram.note_mappings(mapped);
+        ram.watch(mapped_files)?;
         if !in_place.is_empty() {
             ram.guard(&in_place)?;
         }

@@ -50,3 +50,12 @@ impl Error {
         move |source| Error::Os { doing, source }
     }
 }
+
+/// The reason why memory of a guest could not be changed.
+#[derive(Debug)]
+pub enum ChangeError {
+    /// The guest's bytes are as they were.
+    Kept(Error),
+    /// Bytes of the guest may be lost, so the memory must not be used again.
+    Lost(Error),
+}

@@ -134,7 +134,10 @@ impl Files {
     }
 
     /// The files of `mapped`.
-    pub fn mapped_files(&self, mapped: &[FileMapping]) -> Result<BTreeMap<PageOrigin, MappedFile>, Error> {
+    pub fn mapped_files<'m>(
+        &self,
+        mapped: impl IntoIterator<Item = &'m FileMapping>,
+    ) -> Result<BTreeMap<PageOrigin, MappedFile>, Error> {
         let mut files = BTreeMap::new();
         for FileMapping { origin, .. } in mapped {
             if let Entry::Vacant(entry) = files.entry(*origin) {

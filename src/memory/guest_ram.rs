@@ -58,11 +58,22 @@ pub struct FileMapping {
     pub offset: u64,
 }
 
+impl FileMapping {
+    /// Returns whether both show the same file at the same distance, without a gap. `later` does not begin before.
+    fn continues_with(&self, later: &FileMapping) -> bool {
+        let distance = (later.extent.first.0 - self.extent.first.0) * PAGE_SIZE;
+        let is_near = later.extent.first <= self.extent.end();
+        is_near && self.origin == later.origin && self.offset + distance == later.offset
+    }
+}
+
 /// The guest's RAM.
 #[derive(Debug)]
 pub struct GuestRam {
     layout: MemoryLayout,
-    /// The file mappings by which a lost page is named (`sys::lost`).
+    /// The mappings of files, by their first page.
+    mappings: BTreeMap<Gfn, FileMapping>,
+    /// The list of them by which a lost page is named (`sys::lost`).
     watched: Option<Watched>,
     reservations: Vec<Arc<Reservation>>,
     pieces: Vec<Piece>,
@@ -71,6 +82,8 @@ pub struct GuestRam {
     is_served: bool,
     in_place: Option<Arc<InPlace>>,
     released: Arc<Released>,
+    /// Pages that were spilled since the restore, or since a rewind: anonymous memory behind the spill's userfaultfd.
+    spilled: PageSet,
     view: Memory,
 }
 
@@ -89,6 +102,7 @@ impl GuestRam {
         let view = Memory::from_regions(regions).map_err(|error| Error::MemoryView(error.to_string()))?;
         Ok(GuestRam {
             layout: layout.clone(),
+            mappings: BTreeMap::new(),
             watched: None,
             reservations,
             pieces: Vec::new(),
@@ -96,6 +110,7 @@ impl GuestRam {
             is_served: false,
             in_place: None,
             released: Arc::default(),
+            spilled: PageSet::new(),
             view,
         })
     }
@@ -108,23 +123,22 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// Takes all bytes of the guest away: each range becomes zero memory at the same addresses, and nothing is recorded
-    /// about it. No vCPU runs, no device works, and the services of the memory have ended. Holders of
+    /// Forgets all that is recorded about the memory, which is to be mapped over and filled anew: until then the former
+    /// guest's bytes are there. No vCPU runs, no device works, and the services of the memory have ended. Holders of
     /// [`view`](Self::view) and [`in_place`](Self::in_place) must take them anew once the memory is filled.
     ///
-    /// # Errors
-    /// The kernel cannot map memory. Part of the guest's bytes may be left, so the memory must not be used again.
-    pub fn clear(&mut self) -> Result<(), Error> {
+    /// Mapping zero memory over it first would take as long again: KVM looks at each page of a mapping that goes away.
+    pub fn forget(&mut self) {
         self.watched = None;
-        self.layout.extents().try_for_each(|extent| self.map_anon(extent))?;
+        self.mappings.clear();
         self.pieces = Vec::new();
         self.file_mapped = Vec::new();
         self.is_served = false;
         self.in_place = None;
         self.released = Arc::default();
+        self.spilled = PageSet::new();
         self.view = self.view.without_gate();
         self.take_written();
-        Ok(())
     }
 
     pub fn layout(&self) -> &MemoryLayout {
@@ -176,6 +190,12 @@ impl GuestRam {
         (self.file_mapped, self.is_served) = (file_mapped, is_served);
     }
 
+    /// Returns whether all of the memory is this process's alone and the kernel's to fill: no userfaultfd, nothing in
+    /// place that only a promotion makes writable.
+    pub fn is_plain(&self) -> bool {
+        !self.is_served && self.in_place.is_none()
+    }
+
     /// Records the extents mapped in place ([`map_in_place`](Self::map_in_place)). From now on the write gate of
     /// [`view`](Self::view) promotes their pages before a write.
     pub fn guard(&mut self, mapped: &[InPlaceExtent]) -> Result<(), Error> {
@@ -201,6 +221,21 @@ impl GuestRam {
     /// The record of pages that the guest has given back.
     pub fn released(&self) -> &Arc<Released> {
         &self.released
+    }
+
+    /// Pages that were spilled, whether they have come back or not.
+    pub fn spilled(&self) -> &PageSet {
+        &self.spilled
+    }
+
+    /// Called when `run` was spilled.
+    pub fn note_spilled(&mut self, run: Extent) {
+        self.spilled.insert_run(run);
+    }
+
+    /// Called when pages that were spilled are as the plan of the restore has them again.
+    pub fn forget_spilled(&mut self) {
+        self.spilled = PageSet::new();
     }
 
     /// Returns the releaser of pages for the balloon. `activity`: set if a release may wait for a handler.
@@ -232,11 +267,30 @@ impl GuestRam {
         memory.map_file_read_only(offset, len, file, file_offset).map_err(|source| map_failed(extent, source))
     }
 
-    /// Lists mappings of `files`, so that a lost page is reported with its file.
-    pub fn watch(&mut self, files: BTreeMap<PageOrigin, MappedFile>, mapped: &[FileMapping]) -> Result<(), Error> {
+    /// Records mappings of files. A mapping that goes on where a former one ends, or lies in it, becomes part of it.
+    pub fn note_mappings(&mut self, mappings: impl IntoIterator<Item = FileMapping>) {
+        for mapping in mappings {
+            let first = mapping.extent.first;
+            match self.mappings.range_mut(..=first).next_back() {
+                Some((_, before)) if before.continues_with(&mapping) => {
+                    let end = before.extent.end().max(mapping.extent.end());
+                    before.extent.pages = end.0 - before.extent.first.0;
+                }
+                _ => drop(self.mappings.insert(first, mapping)),
+            }
+        }
+    }
+
+    /// The recorded mappings of files, ascending.
+    pub fn mappings(&self) -> impl Iterator<Item = &FileMapping> {
+        self.mappings.values()
+    }
+
+    /// Lists the recorded mappings, whose files are `files`, so that a lost page is reported with its file.
+    pub fn watch(&mut self, files: BTreeMap<PageOrigin, MappedFile>) -> Result<(), Error> {
         let numbers: BTreeMap<PageOrigin, usize> = files.keys().copied().zip(0..).collect();
-        let mut mappings = Vec::with_capacity(mapped.len());
-        for FileMapping { extent, origin, offset } in mapped {
+        let mut mappings = Vec::with_capacity(self.mappings.len());
+        for FileMapping { extent, origin, offset } in self.mappings() {
             let address = self.host_address(extent.first)? as usize;
             let len = extent.bytes() as usize;
             mappings.push(Mapping { address, len, file: numbers[origin], offset: *offset, gpa: Some(extent.gpa()) });
@@ -263,9 +317,9 @@ impl GuestRam {
         Ok(Some(uffd))
     }
 
-    /// The pages that this process has populated: mapped, or in swap.
+    /// The pages that this process has populated: mapped, in swap, or spilled.
     pub fn populated(&self) -> Result<PageSet, Error> {
-        let mut pages = PageSet::new();
+        let mut pages = self.spilled.clone();
         for (range, host) in self.slots() {
             let first = range.gpa / PAGE_SIZE;
             let mut insert = |run, len| pages.insert_run(Extent { first: Gfn(first + run), pages: len });
@@ -282,11 +336,20 @@ impl GuestRam {
         Ok(pages)
     }
 
-    /// The pages that this process has a copy of: all that the guest has written since they were mapped, and more.
+    /// The pages that this process has a copy of, in local memory or spilled: all that the guest has written since they
+    /// were mapped, and more.
     ///
     /// # Errors
     /// The kernel has no PAGEMAP_SCAN (before Linux 6.7).
     pub fn own_pages(&self) -> Result<PageSet, Error> {
+        Ok(self.local_pages()?.union(&self.spilled))
+    }
+
+    /// The pages that this process has a copy of in local memory.
+    ///
+    /// # Errors
+    /// See [`own_pages`](Self::own_pages).
+    pub fn local_pages(&self) -> Result<PageSet, Error> {
         let mut pages = PageSet::new();
         for (range, host) in self.slots() {
             let first = range.gpa / PAGE_SIZE;

@@ -1,14 +1,16 @@
 //! Guest RAM and everything that works on it.
 //!
 //! Owns: the mappings of guest RAM, the restore engine that carries out any plan, the page-fault service, background
-//! loading, verification, promotion of pages in place, balloon release, rewind, the watch for memory that does not
-//! come, and usage figures.
+//! loading, verification, promotion of pages in place, balloon release, rewind, trimming, spilling, the watch for
+//! memory that does not come, and usage figures.
 //! Must not know: KVM's VM and vCPUs beyond what a fault needs, devices, or which policy made a plan.
 //! Start reading: `guest_ram.rs`, `engine.rs` (plan to mappings), `fault_service.rs` (a lazy fault from start to end).
 
 pub mod accounting;
+pub(crate) mod against_plan;
 pub(crate) mod background;
 pub(crate) mod balloon_release;
+pub(crate) mod comparison;
 pub(crate) mod ending;
 pub(crate) mod engine;
 mod error;
@@ -21,8 +23,10 @@ pub(crate) mod promote;
 pub(crate) mod reads;
 pub(crate) mod rewind;
 pub(crate) mod services;
+pub(crate) mod spill;
 pub mod stall;
+pub(crate) mod trim;
 pub mod usage;
 pub(crate) mod verify;
 
-pub use error::Error;
+pub use error::{ChangeError, Error};

@@ -2,9 +2,11 @@
 
 use crate::memory::Error;
 use crate::memory::background::BackgroundWork;
+use crate::memory::comparison::Comparison;
 use crate::memory::external_handler::ExternalHandler;
 use crate::memory::fault_batches::FaultBatch;
 use crate::memory::fault_service::{FaultCounters, FaultCounts, FaultService};
+use crate::memory::spill::Spill;
 use crate::memory::verify::Verifier;
 use crate::sys::uffd::Uffd;
 use crate::tiering::cold::{ColdCounts, ColdPool};
@@ -21,6 +23,7 @@ pub struct MemoryServices {
     pub(crate) background: Option<BackgroundWork>,
     pub(crate) service: Option<FaultService>,
     pub(crate) handler: Option<ExternalHandler>,
+    pub(crate) spill: Option<Spill>,
     pub(crate) uffd: Option<Arc<Uffd>>,
     pub(crate) counters: Arc<FaultCounters>,
     /// The tiers that guest memory is mapped from; they must not change while this lives.
@@ -46,16 +49,21 @@ impl MemoryServices {
 
     /// Returns whether pages that the guest can read from images are still being compared with their checksums.
     pub fn is_comparing(&self) -> bool {
-        self.background.as_ref().is_some_and(BackgroundWork::is_comparing)
+        self.comparison().is_some_and(Comparison::is_under_way)
     }
 
-    /// See [`BackgroundWork::wait_until_compared`].
-    pub fn wait_until_compared(&self, deadline: Instant) -> Result<(), Error> {
-        self.background.as_ref().map_or(Ok(()), |background| background.wait_until_compared(deadline))
+    /// The comparison of images with their checksums; `None` if there is nothing to compare.
+    pub fn comparison(&self) -> Option<&Comparison> {
+        self.background.as_ref().map(BackgroundWork::comparison)
     }
 
     pub fn cold_counts(&self) -> Option<ColdCounts> {
         self.cold.as_ref().map(|cold| cold.0.counts())
+    }
+
+    /// The pages that have left local memory for a file.
+    pub fn spill(&self) -> Option<&Spill> {
+        self.spill.as_ref()
     }
 
     /// The share of memory that has been compared with checksums, for reports.
@@ -67,6 +75,7 @@ impl MemoryServices {
     pub fn have_failed(&self) -> bool {
         self.service.as_ref().is_some_and(FaultService::has_failed)
             || self.handler.as_ref().is_some_and(ExternalHandler::has_failed)
+            || self.spill.as_ref().is_some_and(Spill::has_failed)
     }
 
     pub fn maps_single_pages(&self) -> bool {
@@ -82,6 +91,9 @@ impl MemoryServices {
         }
         if !self.service.as_ref().is_none_or(|service| service.finish(deadline)) {
             return Err(Error::Stuck("fault service"));
+        }
+        if !self.spill.as_ref().is_none_or(|spill| spill.finish(deadline)) {
+            return Err(Error::Stuck("thread of the spill"));
         }
         Ok(())
     }

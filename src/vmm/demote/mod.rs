@@ -1,0 +1,149 @@
+//! Demotion: a restored machine that waits gives local memory back to the host, in steps that are short enough for a
+//! running guest. Pages that it gave back come again when they are touched.
+
+mod error;
+
+pub use error::NotDemotable;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::memory::ChangeError;
+use crate::memory::against_plan::parts;
+use crate::memory::background::BackgroundWork;
+use crate::memory::spill::{self, Spill};
+use crate::memory::stall::Activity;
+use crate::memory::trim::{MapsLeft, Trim};
+use crate::snapshot::{PageSet, RestorePlan};
+use crate::vmm::error::Error;
+use crate::vmm::machine::{Machine, Paused};
+use crate::vmm::own_memory::MemoryChange;
+
+/// Pages looked at between two looks at the clock.
+const PIECE_PAGES: u64 = 32;
+/// Time after which a step ends: a guest that runs stands still for it.
+const STEP_TIME: Duration = Duration::from_micros(700);
+
+/// A demotion that is under way.
+pub struct Demotion {
+    /// Pages to look at.
+    pending: PageSet,
+    maps_left: MapsLeft,
+    spills: bool,
+    pub counts: DemotedPages,
+    buffer: Vec<u8>,
+}
+
+impl Demotion {
+    /// Takes the next pages to look at.
+    fn next_piece(&mut self) -> PageSet {
+        let mut pages = PageSet::new();
+        let mut left = PIECE_PAGES;
+        while left > 0 {
+            let Some(run) = self.pending.runs().next() else { break };
+            let part = run.chunks(left).next().unwrap_or(run);
+            pages.insert_run(part);
+            self.pending.remove_run(part);
+            left -= part.pages;
+        }
+        pages
+    }
+}
+
+/// Pages that a machine had local copies of, by what became of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DemotedPages {
+    pub dropped: u64,
+    pub mapped: u64,
+    pub spilled: u64,
+    pub written: u64,
+    pub kept: u64,
+}
+
+impl<S> Machine<S> {
+    /// Finds the pages that the machine has local copies of. Nothing changes yet. `spill_to`: the directory to which
+    /// pages that differ from the snapshot go. `activity`: the stall watch's slot for their way back.
+    ///
+    /// # Errors
+    /// [`NotDemotable`]; the kernel has no PAGEMAP_SCAN (before Linux 6.7); there can be no spill file.
+    pub fn begin_demotion(&mut self, spill_to: Option<&Path>, activity: Activity) -> Result<Demotion, Error> {
+        let core = &mut self.core;
+        core.own_memory(MemoryChange::Demote).map_err(NotDemotable::from)?;
+        if spill_to.is_some() && core.services.background.as_ref().is_some_and(BackgroundWork::is_copying) {
+            return Err(NotDemotable::Copying.into());
+        }
+        let pending = core.ram.local_pages()?;
+        match (spill_to, &core.services.spill) {
+            (Some(asked), Some(spill)) if spill.dir() != asked => {
+                let used = spill.dir();
+                return Err(NotDemotable::OtherDirectory { asked: asked.to_path_buf(), used }.into());
+            }
+            (Some(dir), None) => {
+                core.services.spill = Some(Spill::open(dir, &core.ram, activity, core.ending.clone())?);
+            }
+            _ => {}
+        }
+        let maps_left = MapsLeft::count();
+        let spills = spill_to.is_some();
+        Ok(Demotion { pending, maps_left, spills, counts: DemotedPages::default(), buffer: Vec::new() })
+    }
+
+    /// Writes the pages that a step has spilled. The guest may run.
+    ///
+    /// # Errors
+    /// The file cannot be written. The pages are in local memory again, unless the machine must not run again.
+    pub fn write_spilled(&self) -> Result<(), ChangeError> {
+        self.core.services.spill.iter().try_for_each(Spill::write)
+    }
+
+    /// Called after the last step.
+    pub fn settle_spilled(&self) {
+        self.core.services.spill.iter().for_each(Spill::settle);
+    }
+}
+
+impl Machine<Paused> {
+    /// Looks at some pages, and gives back those that equal the snapshot, which the machine was restored from by
+    /// `plan`, and those that can be spilled, if it is asked to. Returns whether more are left.
+    ///
+    /// # Errors
+    /// See [`ChangeError`].
+    pub fn step_demotion(&mut self, demotion: &mut Demotion, plan: &RestorePlan) -> Result<bool, ChangeError> {
+        let start = Instant::now();
+        while !demotion.pending.is_empty() && start.elapsed() < STEP_TIME {
+            let pages = demotion.next_piece();
+            self.demote_piece(demotion, plan, &pages)?;
+        }
+        Ok(!demotion.pending.is_empty())
+    }
+
+    fn demote_piece(
+        &mut self,
+        demotion: &mut Demotion,
+        plan: &RestorePlan,
+        pages: &PageSet,
+    ) -> Result<(), ChangeError> {
+        let core = &mut self.core;
+        // A machine that became another's has another origin, and no demotion.
+        let Some(origin) = &core.origin else { return Ok(()) };
+        let Demotion { maps_left, buffer, counts, .. } = demotion;
+        let mut trimmed = Trim { ram: &mut core.ram, files: &origin.files, plan, maps_left, buffer }.trim(pages)?;
+        counts.dropped += trimmed.dropped;
+        counts.mapped += trimmed.mapped;
+        if let Some(spill) = core.services.spill.as_ref().filter(|_| demotion.spills) {
+            let mut going = PageSet::new();
+            for (planned, part) in parts(plan, &trimmed.written.union(&trimmed.kept)) {
+                if spill::can_spill(planned, &core.ram) && demotion.maps_left.take() {
+                    going.insert_run(part);
+                }
+            }
+            spill.take(&mut core.ram, &going)?;
+            trimmed.written.subtract(&going);
+            trimmed.kept.subtract(&going);
+            counts.spilled += going.len();
+        }
+        counts.written += trimmed.written.len();
+        counts.kept += trimmed.kept.len();
+        Ok(())
+    }
+}
