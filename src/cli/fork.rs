@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::json;
 
-use super::overrides::{drive_override, key_value};
+use super::overrides::{DeviceArgs, key_value};
+use super::units::{mib, ms};
 use crate::config::control::Forked;
 use crate::config::fork::ForkRequest;
 use crate::config::restore::{DriveOverride, MacOverride};
@@ -15,8 +16,13 @@ use crate::config::{NetworkOverrideBody, VsockOverrideBody};
 use crate::sys::api_client::Client;
 use crate::sys::errors::BoxError;
 
-/// In names, {n} stands for the number of the child, from 1 on.
 #[derive(Debug, Args)]
+#[command(
+    mut_arg("drive", |drive| drive.help(DRIVE_HELP)),
+    mut_arg("drive_dir", |dir| dir.help("Directory for each child's copies of drives; default: one in the fork point")),
+    mut_arg("metadata", |metadata| metadata.help("Set a key of each child's metadata to a value (repeatable)")),
+    mut_arg("vsock", |vsock| vsock.help("Unix socket of each child's vsock device"))
+)]
 pub struct ForkArgs {
     /// The API socket of the VM, which runs on
     #[arg(long, value_name = "PATH")]
@@ -24,7 +30,8 @@ pub struct ForkArgs {
     /// The number of children, at most 256
     #[arg(long, value_name = "N")]
     count: u32,
-    /// API socket of each child; {n} is its number, from 1 on, in this and all other names
+    /// API socket of each child. In this and all other names an n in braces stands for the number of the child, from 1
+    /// on
     #[arg(long, default_value = "vm-{n}.sock", value_name = "PATH")]
     out_sock: PathBuf,
     /// Directory of the fork point, which all children map; it is removed by a later fork there, once all VMs that use
@@ -37,6 +44,10 @@ pub struct ForkArgs {
     /// Leave the children paused until the API resumes them
     #[arg(long)]
     paused: bool,
+    /// Let each child copy pages before it runs, of those that the VM has copies of, MiB at most: its first request has
+    /// fewer faults, and these pages are not shared
+    #[arg(long, default_value_t = 0, value_name = "MIB")]
+    dram: u64,
     /// File for the console and the messages of each child; default: they are dropped
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
@@ -44,22 +55,15 @@ pub struct ForkArgs {
     /// (repeatable)
     #[arg(long, value_name = "ID=TAP[,mac=MAC]", value_parser = network)]
     net: Vec<Network>,
-    /// Image of each child for a drive (repeatable); default: a copy of each drive that the guest can write
-    #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
-    drive: Vec<(String, PathBuf)>,
-    /// Directory for each child's copies of drives; default: one in the fork point
-    #[arg(long, value_name = "DIR")]
-    drive_dir: Option<PathBuf>,
-    /// Set a key of each child's metadata to a value (repeatable)
-    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
-    metadata: Vec<(String, String)>,
-    /// Unix socket of each child's vsock device
-    #[arg(long, value_name = "PATH")]
-    vsock: Option<PathBuf>,
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Print the answer of the API as JSON
     #[arg(long)]
     json: bool,
 }
+
+const DRIVE_HELP: &str =
+    "Image of each child for a drive (repeatable); default: a copy of each drive that the guest can write";
 
 /// The tap of an interface, and its MAC address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,13 +100,13 @@ pub fn run(args: &ForkArgs) -> Result<ExitCode, BoxError> {
     for child in &forked.children {
         out!("{} pid {}", child.socket.display(), child.pid);
     }
-    let ms = |us: u64| us as f64 / 1000.0;
     say!(
-        "forked {} VMs in {:.1} ms from {} ({:.1} MiB of pages); the VM stood still for {:.1} ms",
+        "forked {} VMs in {:.1} ms from {} ({:.1} MiB, {:.1} MiB copied by each); the VM stood still for {:.1} ms",
         forked.children.len(),
         ms(forked.total_us),
         forked.fork_point.display(),
-        forked.memory_bytes as f64 / f64::from(1 << 20),
+        mib(forked.memory_bytes),
+        mib(forked.copied_bytes),
         ms(forked.stood_still_us)
     );
     Ok(ExitCode::SUCCESS)
@@ -112,8 +116,9 @@ pub fn run(args: &ForkArgs) -> Result<ExitCode, BoxError> {
 fn request(args: &ForkArgs) -> Result<ForkRequest, BoxError> {
     let absolute = |path: &Path| std::path::absolute(path);
     let maybe = |path: &Option<PathBuf>| path.as_deref().map(absolute).transpose();
-    let mut drive_overrides = Vec::with_capacity(args.drive.len());
-    for (drive_id, path) in &args.drive {
+    let devices = &args.devices;
+    let mut drive_overrides = Vec::with_capacity(devices.drive.len());
+    for (drive_id, path) in &devices.drive {
         drive_overrides.push(DriveOverride { drive_id: drive_id.clone(), path_on_host: absolute(path)? });
     }
     let tap = |net: &Network| NetworkOverrideBody { iface_id: net.id.clone(), host_dev_name: net.tap.clone() };
@@ -124,19 +129,31 @@ fn request(args: &ForkArgs) -> Result<ForkRequest, BoxError> {
         dir: maybe(&args.dir)?,
         live: args.live,
         paused: args.paused,
+        dram_mib: args.dram,
         log: maybe(&args.log)?,
         network_overrides: args.net.iter().map(tap).collect(),
-        vsock_override: maybe(&args.vsock)?.map(|uds_path| VsockOverrideBody { uds_path }),
+        vsock_override: maybe(&devices.vsock)?.map(|uds_path| VsockOverrideBody { uds_path }),
         drive_overrides,
-        drive_dir: maybe(&args.drive_dir)?,
+        drive_dir: maybe(&devices.drive_dir)?,
         mac_overrides: args.net.iter().filter_map(mac).collect(),
-        metadata: args.metadata.iter().cloned().collect(),
+        metadata: devices.metadata(),
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Command;
+
     use super::*;
+
+    #[test]
+    fn no_help_has_the_braces_that_clap_makes_a_new_line() {
+        let command = ForkArgs::augment_args(Command::new("fork"));
+        for argument in command.get_arguments() {
+            let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+            assert!(!help.is_empty() && !help.contains("{n}"), "--{}: {help:?}", argument.get_id());
+        }
+    }
 
     #[test]
     fn network_takes_a_tap_and_a_mac_with_numbers() {

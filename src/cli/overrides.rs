@@ -1,5 +1,6 @@
 //! Host-side settings of a restored VM's devices that replace those in the snapshot.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -12,29 +13,43 @@ pub struct OverrideArgs {
     /// Connect network interface ID to another tap, give it another MAC address, or both (repeatable)
     #[arg(long, value_name = "ID=TAP[,mac=MAC] | ID=mac=MAC", value_parser = network)]
     net: Vec<NetworkOverride>,
+    #[command(flatten)]
+    devices: DeviceArgs,
+}
+
+/// The settings that a restored VM and a child of a fork name alike.
+#[derive(Debug, Args)]
+pub struct DeviceArgs {
     /// Give a drive another image (repeatable); an image named here may have changed since the snapshot
     #[arg(long, value_name = "ID=PATH", value_parser = drive_override)]
-    drive: Vec<(String, PathBuf)>,
+    pub drive: Vec<(String, PathBuf)>,
     /// Directory for this VM's own copies of drives, for a snapshot taken with --copy-drives
     #[arg(long, value_name = "DIR")]
-    drive_dir: Option<PathBuf>,
+    pub drive_dir: Option<PathBuf>,
     /// Set a key of this clone's metadata to a value (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     metadata: Vec<(String, String)>,
     /// Unix socket of the vsock device, instead of the one in the snapshot
     #[arg(long, value_name = "PATH")]
-    vsock: Option<PathBuf>,
+    pub vsock: Option<PathBuf>,
 }
 
 impl OverrideArgs {
     pub fn overrides(&self) -> Overrides {
+        let DeviceArgs { drive, drive_dir, vsock, .. } = &self.devices;
         Overrides {
-            drives: self.drive.clone(),
-            drive_dir: self.drive_dir.clone(),
+            drives: drive.clone(),
+            drive_dir: drive_dir.clone(),
             networks: self.net.clone(),
-            metadata: self.metadata.iter().cloned().collect(),
-            vsock: self.vsock.clone(),
+            metadata: self.devices.metadata(),
+            vsock: vsock.clone(),
         }
+    }
+}
+
+impl DeviceArgs {
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.metadata.iter().cloned().collect()
     }
 }
 
@@ -43,7 +58,7 @@ pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     if key.is_empty() { Err("the key is empty".to_owned()) } else { Ok((key.to_owned(), value.to_owned())) }
 }
 
-pub(super) fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
+fn drive_override(text: &str) -> Result<(String, PathBuf), String> {
     match key_value(text)? {
         (_, path) if path.is_empty() => Err("the path is empty".to_owned()),
         (id, path) => Ok((id, path.into())),

@@ -22,6 +22,7 @@ pub use crate::config::patch::{
     StartHintingPatch,
 };
 use crate::config::{MachineConfig, VmConfig};
+use crate::sys::clock;
 
 /// The value of `app_name`.
 pub const APP_NAME: &str = "tvmm";
@@ -108,11 +109,34 @@ pub struct Rewound {
     pub pages_returned: u64,
     /// Time until all vCPUs stood and requests to devices were finished, µs.
     pub stop_us: u64,
-    /// Time for devices, vCPUs and interrupt controllers, µs.
+    /// Time for devices (copies of their drives included, which are made while the guest runs), vCPUs and interrupt
+    /// controllers, µs.
     pub state_us: u64,
     /// Time for guest memory, µs.
     pub memory_us: u64,
     /// Time from the request to the answer, without the comparison, µs.
+    pub total_us: u64,
+}
+
+/// A machine that gave local memory back to the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demoted {
+    /// Pages given back: zeros, their file or the fault service's page show again.
+    pub pages_dropped: u64,
+    /// Pages given back: a mapping of their file took the place of copies.
+    pub pages_mapped: u64,
+    /// Pages that went to the spill file. They differ from the snapshot, or nothing can show their source.
+    #[serde(default)]
+    pub pages_spilled: u64,
+    /// Pages kept, because they differ from the snapshot.
+    pub pages_written: u64,
+    /// Pages kept, because nothing can show their source in place of the copy.
+    pub pages_kept: u64,
+    /// The number of steps. The guest runs in between.
+    pub steps: u64,
+    /// The longest time for which one step stopped the guest, µs; 0 if it was paused.
+    pub longest_pause_us: u64,
+    /// Time from the request to the answer, µs.
     pub total_us: u64,
 }
 
@@ -125,9 +149,9 @@ pub struct Repurposed {
     pub stop_us: u64,
     /// Time to open the snapshot, choose a plan and make all checks, µs.
     pub prepare_us: u64,
-    /// Time to end the former guest's devices and memory services and to take its memory away, µs.
+    /// Time to end the former guest's devices and memory services, µs.
     pub release_us: u64,
-    /// Time to map and fill memory, µs.
+    /// Time to map memory over the former guest's, and to fill it, µs.
     pub memory_us: u64,
     /// Time for devices, vCPUs and interrupt controllers, µs.
     pub state_us: u64,
@@ -142,6 +166,9 @@ pub struct Forked {
     pub fork_point: PathBuf,
     /// Bytes of guest memory in the fork point.
     pub memory_bytes: u64,
+    /// Bytes of guest memory that each child copied before it ran.
+    #[serde(default)]
+    pub copied_bytes: u64,
     /// Time for which the machine stood still, µs.
     pub stood_still_us: u64,
     /// Time from the request to the answer, µs.
@@ -185,6 +212,8 @@ pub enum Reply {
     Rewound(Rewound),
     /// To [`Command::Fork`].
     Forked(Forked),
+    /// To [`Command::Demote`].
+    Demoted(Demoted),
     /// To [`Command::Repurpose`].
     Repurposed(Repurposed),
 }
@@ -198,6 +227,15 @@ pub struct Request {
     pub command: Command,
     /// Called once with the answer. Never blocks.
     pub respond: Respond,
+    /// The time at which the API had read it, in ns of CLOCK_MONOTONIC.
+    pub read_ns: u64,
+}
+
+impl Request {
+    /// A request that has just been read.
+    pub fn new(command: Command, respond: Respond) -> Request {
+        Request { command, respond, read_ns: clock::monotonic_ns() }
+    }
 }
 
 impl fmt::Debug for Request {
@@ -271,7 +309,7 @@ mod tests {
     use super::*;
 
     fn request(command: Command) -> Request {
-        Request { command, respond: Box::new(drop) }
+        Request::new(command, Box::new(drop))
     }
 
     #[test]
@@ -309,7 +347,7 @@ mod tests {
         let (sender, receiver) = channel().unwrap();
         let (called, dropped) = sync_channel(1);
         let respond = Box::new(move |_| called.send(()).unwrap());
-        sender.send(Request { command: Command::Pause, respond }).unwrap();
+        sender.send(Request::new(Command::Pause, respond)).unwrap();
         drop(receiver);
         assert!(dropped.recv().is_err(), "the responder was dropped, not called");
     }

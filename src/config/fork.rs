@@ -31,6 +31,9 @@ pub struct ForkRequest {
     /// True: the children stay paused.
     #[serde(default)]
     pub paused: bool,
+    /// The most memory that each child copies before it runs, of the pages that the parent has copies of, MiB.
+    #[serde(default)]
+    pub dram_mib: u64,
     /// The file of each child's console and messages.
     #[serde(default)]
     pub log: Option<PathBuf>,

@@ -114,22 +114,33 @@ impl LoadBody {
     }
 }
 
-/// The body of `PUT /tvmm/repurpose`: that of `PUT /snapshot/load`, and beside it `compare`.
+/// The body of `PUT /tvmm/repurpose`: that of `PUT /snapshot/load`, and beside it `compare` and `discard_console`.
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "serde_json::Map<String, serde_json::Value>")]
 pub struct RepurposeBody {
     load: LoadBody,
     compare: bool,
+    discard_console: bool,
 }
 
 impl TryFrom<serde_json::Map<String, serde_json::Value>> for RepurposeBody {
     type Error = serde_json::Error;
 
     fn try_from(mut fields: serde_json::Map<String, serde_json::Value>) -> Result<Self, serde_json::Error> {
-        let compare = fields.remove("compare").map(serde_json::from_value).transpose()?;
+        let mut take = |key| fields.remove(key).map(serde_json::from_value).transpose();
+        let compare = take("compare")?;
+        let discard_console = take("discard_console")?;
         let load = serde_json::from_value(fields.into())?;
-        Ok(RepurposeBody { load, compare: compare.unwrap_or(false) })
+        Ok(RepurposeBody { load, compare: compare.unwrap_or(false), discard_console: discard_console.unwrap_or(false) })
     }
+}
+
+/// The same body, as the service writes it.
+#[derive(Debug, Serialize)]
+pub struct RepurposeFields {
+    #[serde(flatten)]
+    pub load: LoadFields,
+    pub discard_console: bool,
 }
 
 impl RepurposeBody {
@@ -139,7 +150,8 @@ impl RepurposeBody {
 
     /// See [`LoadBody::check`].
     pub fn check(self) -> Result<RepurposeRequest, ConfigError> {
-        Ok(RepurposeRequest { load: self.load.check()?, compare: self.compare })
+        let RepurposeBody { load, compare, discard_console } = self;
+        Ok(RepurposeRequest { load: load.check()?, compare, discard_console })
     }
 }
 

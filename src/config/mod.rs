@@ -49,7 +49,7 @@ pub use devices::{
 pub use error::{ConfigError, InvalidRestore};
 pub use fork_children::ChildSpec;
 pub use limits::{MAX_DEVICES, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
-pub use load::{LoadBody, LoadFields, MemBackend, MemBackendType, RepurposeBody, snapshot_paths};
+pub use load::{LoadBody, LoadFields, MemBackend, MemBackendType, RepurposeBody, RepurposeFields, snapshot_paths};
 pub use overrides::{NetworkOverrideBody, VsockOverrideBody};
 pub use sections::{
     BootProtocol, BootSource, CpuTemplate, DEFAULT_BOOT_ARGS, DEFAULT_MEM_SIZE_MIB, DEFAULT_VCPU_COUNT, Guest,

@@ -2,13 +2,15 @@
 
 use crate::config::fork::ForkRequest;
 use crate::config::patch::{BalloonQuestion, DevicePatch};
+use crate::config::refusal::Refused;
 use crate::config::restore::RestoreRequest;
 use crate::config::{
     BootSource, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
 };
 use crate::snapshot::SnapshotKind;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use utoipa::ToSchema;
 
@@ -64,6 +66,10 @@ pub enum Command {
     Rewind(RewindRequest),
     /// Make copies of the machine that run on from this instant. → [`Reply::Forked`]
     Fork(Box<ForkRequest>),
+    /// Give local memory back to the host. → [`Reply::Demoted`]
+    Demote(DemoteRequest),
+    /// Give the guest's memory back to the host; only a repurposing follows.
+    Vacate,
     /// Become the machine of another snapshot, in place. → [`Reply::Repurposed`]
     Repurpose(Box<RepurposeRequest>),
 }
@@ -85,12 +91,63 @@ pub struct RewindRequest {
     pub verify: bool,
 }
 
+/// A request to a restored machine to give local memory back: the body of `PUT /tvmm/demote`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DemoteRequest {
+    #[serde(default)]
+    pub to: DemotedTo,
+    /// The directory of the file to which pages are spilled. The file has no name and ends with the process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_dir: Option<PathBuf>,
+    /// Most memory given back per second, MiB: a slow demotion disturbs no neighbours. Default: as fast as it goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_mib_s: Option<NonZeroU64>,
+}
+
+/// The state to which a machine is demoted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DemotedTo {
+    /// Copies of pages that equal the snapshot are given back.
+    #[default]
+    Trimmed,
+    /// Also pages that differ: they go to a file.
+    Spilled,
+}
+
+impl DemoteRequest {
+    /// The directory to spill to, if pages are to be spilled.
+    ///
+    /// # Errors
+    /// The directory is missing, or named although nothing is spilled.
+    pub fn spill_to(&self) -> Result<Option<&Path>, Refused> {
+        match (self.to, &self.spill_dir) {
+            (DemotedTo::Trimmed, None) => Ok(None),
+            (DemotedTo::Spilled, Some(dir)) => Ok(Some(dir)),
+            (DemotedTo::Spilled, None) => {
+                Err(Refused::bad_request("Pages can only be spilled to a directory: name it in `spill_dir`."))
+            }
+            (DemotedTo::Trimmed, Some(_)) => {
+                Err(Refused::bad_request("`spill_dir` is for `\"to\": \"spilled\"`: say that, or leave it out."))
+            }
+        }
+    }
+}
+
+/// A request to a restored machine to give its guest up: the body of `PUT /tvmm/vacate`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VacateRequest {}
+
 /// A request to a restored machine to become that of another snapshot, in place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RepurposeRequest {
     pub load: RestoreRequest,
     /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine.
     pub compare: bool,
+    /// True: bytes of the console that the former guest has not taken, or that no reader has taken of it, are dropped.
+    pub discard_console: bool,
 }
 
 /// A request to save a machine.

@@ -1,5 +1,6 @@
 //! Commands to the machine: the states in which each is allowed, and its effect.
 
+mod demote;
 mod fork;
 mod live;
 
@@ -11,13 +12,15 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::facts::{Facts, Opened, Parts, Restored};
+use super::console::Input;
+use super::demotion::DemotionSlot;
+use super::facts::{Facts, Parts, Restored};
 use super::fork::{ForkNews, Forks};
 use super::metrics::MetricsFile;
-use super::planning;
+use super::opened_request::OpenedRequest;
 use super::read_backs::ReadBacks;
 use super::report;
-use super::sources::{self, Sources, location};
+use super::sources::location;
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, LiveTaken, Reply, Request, Respond, Rewound, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
@@ -26,7 +29,6 @@ use crate::config::request::{Command, CreateSnapshot, RewindRequest};
 use crate::config::restore::{RestoreRequest, Start};
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::memory::ending::Ending;
-use crate::memory::files;
 use crate::memory::rewind::TakenBack;
 use crate::memory::stall::StallWatch;
 use crate::session::Error;
@@ -37,14 +39,12 @@ use crate::sys::errors::chain;
 use crate::sys::logging;
 use crate::sys::lost;
 use crate::sys::output::ConsoleOutput;
-use crate::sys::timeline::Timeline;
-use crate::tiering;
+use crate::sys::timeline::{Caller, Timeline};
 use crate::vmm::capture::{Captured, ReadBackWhen};
 use crate::vmm::console_ring::ConsoleRing;
 use crate::vmm::devices::no_balloon;
 use crate::vmm::machine::SerialPort;
 use crate::vmm::machine::{Environment, Machine, Paused, Running};
-use crate::vmm::restore::RestoreSpec;
 use crate::vmm::vcpu::STOP_TIMEOUT;
 
 /// The machine, in any of its states.
@@ -69,6 +69,7 @@ pub struct Controller {
     seal_event: Arc<EventFd>,
     seal_reply: Option<Respond>,
     live: LiveSlot,
+    demotion: DemotionSlot,
     forks: Forks,
     /// The restored machine is paused and waits for its first request.
     pub(super) stands_by: bool,
@@ -125,6 +126,7 @@ impl Controller {
             seal_event,
             seal_reply: None,
             live: LiveSlot::new()?,
+            demotion: DemotionSlot::new()?,
             forks: Forks::default(),
             stands_by: false,
             read_backs: ReadBacks::default(),
@@ -203,9 +205,13 @@ impl Controller {
         }
     }
 
-    /// Answers one request: at once, or a snapshot when it is sealed, and a fork when its children answer.
-    pub fn handle(&mut self, request: Request) {
-        let Request { command, respond } = request;
+    /// Answers one request: at once, or a snapshot when it is sealed, a fork when its children answer, and a demotion
+    /// after its last step. `input`: the bytes on their way to the guest.
+    pub fn handle(&mut self, request: Request, input: &mut Input) {
+        let Request { command, respond, read_ns } = request;
+        if let Err(refused) = self.check_has_guest(&command) {
+            return respond(Err(refused));
+        }
         match command {
             Command::CreateSnapshot(create) if create.live && matches!(self.phase, Phase::Running(_)) => {
                 let order = LiveOrder {
@@ -221,7 +227,23 @@ impl Controller {
                 Err(refused) => respond(Err(refused)),
             },
             Command::Fork(request) => self.begin_fork(&request, respond),
+            Command::Demote(request) => self.begin_demotion(&request, respond),
+            Command::Repurpose(request) => respond(self.repurpose(&request, input).map(Reply::Repurposed)),
+            Command::Vacate => respond(self.vacate().map(|()| Reply::Empty)),
+            Command::Resume => {
+                self.note_request(Caller::Api, read_ns);
+                respond(self.resume().map(|()| Reply::Empty));
+            }
             command => respond(self.answer(command)),
+        }
+    }
+
+    /// Notes the request for which a machine has waited whose guest has not run since it was restored.
+    fn note_request(&mut self, by: Caller, asked_ns: u64) {
+        let moments = &self.environment.moments;
+        moments.note_request(by, asked_ns);
+        if moments.first_run_ns().is_none() {
+            self.timeline.wake();
         }
     }
 
@@ -276,12 +298,15 @@ impl Controller {
                 self.stands_by = false;
                 self.pause().map(|()| Reply::Empty)
             }
-            Command::Resume => self.resume().map(|()| Reply::Empty),
             Command::LoadSnapshot(load) => self.load(&load).map(|()| Reply::Empty),
             Command::Rewind(rewind) => self.rewind(rewind).map(Reply::Rewound),
-            Command::Repurpose(request) => self.repurpose(&request).map(Reply::Repurposed),
-            // `handle` answers these commands later.
-            Command::CreateSnapshot(_) | Command::Fork(_) => Err(Refused::internal("A request got lost.")),
+            // `handle` answers these commands.
+            Command::CreateSnapshot(_)
+            | Command::Fork(_)
+            | Command::Demote(_)
+            | Command::Repurpose(_)
+            | Command::Vacate
+            | Command::Resume => Err(Refused::internal("A request got lost.")),
         }
     }
 
@@ -361,30 +386,19 @@ impl Controller {
         before_run: impl FnOnce(&SerialPort, &DeviceConfigs) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let stalls = self.stalls.insert(StallWatch::start(self.environment.fault_timeout)?).stalls().clone();
-        let opened = sources::open(load, self.environment.fault_timeout, &stalls)?;
-        let planned = planning::choose(&opened, load)?;
-        let Sources { chain, tiers, pools, cold, fork_point } = opened;
-        let origin = Opened::of(&chain, &pools, fork_point);
-        let spec = RestoreSpec {
-            sources: files::Sources { chain, tiers, cold },
-            plan: &planned.plan,
-            track_dirty_pages: load.track_dirty_pages,
-            observer: watch.observer,
-            single_pages: watch.single_pages,
-            in_place_mapping: load.in_place_mapping,
-            verify: load.verify,
-            handler: load.handler(),
-            overrides: &load.overrides,
-            stalls: &stalls,
-            clock_realtime: load.clock_realtime,
-        };
+        let opened = OpenedRequest::open(load, self.environment.fault_timeout, &stalls)?;
+        let spec = opened.spec(watch);
         let (machine, engine) = Machine::restore(spec, self.environment.clone(), &mut self.timeline)?;
-        pools.iter().try_for_each(|pool| pool.note_plan(&engine.planned)).map_err(tiering::Error::from)?;
+        opened.note_plan(&engine)?;
         before_run(machine.serial(), machine.virtio().configs())?;
         stalls.restored(machine.ending().clone());
         let phase = match load.start {
             Start::Running => Phase::Running(machine.start()?),
-            Start::Paused | Start::Standby => Phase::Paused(machine.start_paused()?),
+            Start::Paused | Start::Standby => {
+                let paused = machine.start_paused()?;
+                self.environment.moments.await_request();
+                Phase::Paused(paused)
+            }
         };
         self.stands_by = load.start == Start::Standby;
         let (shape, configs) = match &phase {
@@ -397,7 +411,7 @@ impl Controller {
         self.config.machine.track_dirty_pages = shape.track_dirty_pages;
         self.config.devices = configs.clone();
         self.phase = phase;
-        self.restored = Some(Restored::new(load, planned, origin, engine));
+        self.restored = Some(opened.restored(engine));
         Ok(())
     }
 
@@ -409,13 +423,16 @@ impl Controller {
         }
     }
 
-    /// Called when a request comes: lets a machine that stands by run.
-    pub fn wake_standby(&mut self) -> Result<(), Error> {
-        if !std::mem::take(&mut self.stands_by) {
-            return Ok(());
-        }
+    /// Called when a request comes, which was seen at `asked_ns`: lets a machine that stands by run.
+    pub fn wake_standby(&mut self, by: Caller, asked_ns: u64) -> Result<(), Error> {
+        if self.stands_by { self.let_run(by, asked_ns) } else { Ok(()) }
+    }
+
+    /// Lets a machine run that has waited since its restore, because of a request seen at `asked_ns`.
+    pub fn let_run(&mut self, by: Caller, asked_ns: u64) -> Result<(), Error> {
+        self.note_request(by, asked_ns);
         self.resume().map_err(|refused| Error::Os {
-            doing: "let the VM run that stood by",
+            doing: "let the VM run that waited",
             source: std::io::Error::other(refused.message),
         })
     }
@@ -437,19 +454,21 @@ impl Controller {
     fn rewind(&mut self, request: RewindRequest) -> Result<Rewound, Refused> {
         let start = Instant::now();
         let was_running = matches!(self.phase, Phase::Running(_));
-        let allowed = match &self.phase {
-            Phase::NotStarted => return Err(Refused::before_start()),
-            Phase::Running(machine) => machine.check_rewindable(),
-            Phase::Paused(machine) => machine.check_rewindable(),
-        };
-        allowed.map_err(|error| Refused::bad_request_because(&error))?;
         self.check_no_live()?;
+        let _work = self.stalls.as_ref().map(|watch| watch.stalls().main_thread_does("rewind"));
+        let prepared = match &self.phase {
+            Phase::NotStarted => return Err(Refused::before_start()),
+            Phase::Running(machine) => machine.prepare_rewind(),
+            Phase::Paused(machine) => machine.prepare_rewind(),
+        };
+        let drives = prepared.map_err(|error| Refused::bad_request_because(&error))?;
+        let stopping = Instant::now();
         self.pause()?;
-        let stop_us = start.elapsed().as_micros() as u64;
+        let stop_us = stopping.elapsed().as_micros() as u64;
         let (Phase::Paused(machine), Some(restored)) = (&mut self.phase, &mut self.restored) else {
             return Err(Refused::internal("The machine to rewind is gone."));
         };
-        let result = machine.rewind(&restored.carried_out, restored.keep_pages);
+        let result = machine.rewind(&restored.carried_out, restored.keep_pages, drives);
         let rewound_us = start.elapsed().as_micros() as u64;
         let result = result.and_then(|rewound| {
             if request.verify {
@@ -477,7 +496,10 @@ impl Controller {
         restored.rewinds += 1;
         restored.last_rewind = Some(rewound);
         if was_running {
+            self.environment.moments.forget_request();
             self.resume()?;
+        } else {
+            self.environment.moments.await_request();
         }
         Ok(rewound)
     }
@@ -677,6 +699,7 @@ impl Controller {
     /// process should end then.
     pub fn stop(&mut self) -> Result<(), Error> {
         self.abandon_live();
+        self.abandon_demotion("the machine ended");
         let is_stalled = self.stalls.as_ref().is_some_and(|watch| watch.stalls().is_stalled());
         // A thread that waits for memory that does not come, or has touched lost memory, does not stop.
         let patience = if is_stalled || lost::touched().is_some() { Duration::ZERO } else { STOP_TIMEOUT };

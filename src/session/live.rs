@@ -1,8 +1,11 @@
 //! The live snapshot that a session takes.
 
+use std::sync::Arc;
+
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::control::{LiveTaken, Respond};
+use crate::config::refusal::Refused;
 use crate::session::Error;
 use crate::session::fork::Fork;
 use crate::snapshot::{Location, SnapshotKind};
@@ -13,7 +16,7 @@ use crate::vmm::capture::live::LiveCapture;
 pub struct LiveSlot {
     pub job: Option<Job>,
     /// Readable when the next step is due.
-    pub event: EventFd,
+    pub event: Arc<EventFd>,
 }
 
 /// A live capture, and its requester.
@@ -22,6 +25,15 @@ pub struct Job {
     pub copy_drives: bool,
     pub purpose: Purpose,
     pub respond: Respond,
+}
+
+impl Job {
+    /// Removes what was made for the snapshot, and answers its requester.
+    pub fn give_up(self, refused: Refused) {
+        drop(self.capture);
+        drop(self.purpose);
+        (self.respond)(Err(refused));
+    }
 }
 
 /// The parameters of a live capture.
@@ -44,7 +56,7 @@ pub enum Purpose {
 impl LiveSlot {
     pub fn new() -> Result<Self, Error> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(Error::os("make an eventfd"))?;
-        Ok(LiveSlot { job: None, event })
+        Ok(LiveSlot { job: None, event: Arc::new(event) })
     }
 }
 

@@ -1,18 +1,19 @@
-//! Forks of the controller's machine: the capture. The children are started on a thread of their own.
+//! Forks of the controller's machine: the capture. A thread of the fork's own starts the children.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{Controller, Phase, SealNews};
 use crate::config::control::Respond;
 use crate::config::fork::ForkRequest;
 use crate::config::refusal::Refused;
 use crate::session::fork::{Fork, ForkParent};
-use crate::session::live::{LiveOrder, Purpose, taken};
-use crate::snapshot::SnapshotKind;
+use crate::session::live::{LiveOrder, Purpose};
+use crate::snapshot::{PageSet, SnapshotKind};
 use crate::vmm::capture::Captured;
 
 impl Controller {
-    /// Captures the machine into a fork point and starts the children. The request is answered when they answer.
+    /// Begins to start the children and captures the machine into a fork point. The request is answered when all
+    /// children are restored.
     pub(super) fn begin_fork(&mut self, request: &ForkRequest, respond: Respond) {
         let fork = match self.prepare_fork(request) {
             Ok(fork) => fork,
@@ -28,11 +29,15 @@ impl Controller {
             return self.begin_live(order, respond);
         }
         let begin = Instant::now();
-        let captured = self.capture_fork(&fork);
-        let started = captured.and_then(|captured| self.start_children(fork, captured, begin.elapsed()));
-        match started {
-            Ok(()) => *self.forks.reply_mut() = Some(respond),
-            Err(refused) => respond(Err(refused)),
+        match self.capture_fork(&fork) {
+            Ok(captured) => {
+                fork.hand_over(captured, begin.elapsed(), None);
+                *self.forks.reply_mut() = Some(respond);
+            }
+            Err(refused) => {
+                drop(fork);
+                respond(Err(refused));
+            }
         }
     }
 
@@ -43,7 +48,16 @@ impl Controller {
             return Err(Refused::before_start());
         }
         let fault_timeout = self.environment.fault_timeout;
-        Fork::prepare(request, &ForkParent { id: &self.id, config: &self.config, fault_timeout })
+        let own_pages = if request.dram_mib > 0 { self.own_pages()? } else { PageSet::new() };
+        let parent = ForkParent { id: &self.id, config: &self.config, fault_timeout, own_pages };
+        let teller = self.seal_teller();
+        Fork::begin(request, parent, move |news| teller.tell(SealNews::Fork(news)))
+    }
+
+    /// The pages that this process has copies of.
+    fn own_pages(&self) -> Result<PageSet, Refused> {
+        let parts = self.machine_parts().ok_or_else(Refused::before_start)?;
+        parts.ram.own_pages().map_err(|error| Refused::bad_request_because(&error))
     }
 
     /// Captures the machine, which runs on if it ran.
@@ -59,19 +73,5 @@ impl Controller {
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its fork");
         }
         captured.map_err(|error| Refused::bad_request_because(&error))
-    }
-
-    /// Seals the fork point and starts the children, on a thread that then waits for their ends.
-    pub(super) fn start_children(
-        &mut self,
-        mut fork: Fork,
-        captured: Captured,
-        stood_still: Duration,
-    ) -> Result<(), Refused> {
-        fork.stood_still = stood_still;
-        fork.live = captured.live.map(taken);
-        let teller = self.seal_teller();
-        let spawned = fork.spawn(captured, move |news| teller.tell(SealNews::Fork(news)));
-        spawned.inspect_err(|_| self.with_machine(None))
     }
 }

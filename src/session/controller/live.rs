@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Controller, Phase};
 use crate::config::control::Respond;
 use crate::config::refusal::Refused;
-use crate::session::live::{Job, LiveOrder, Purpose};
+use crate::session::live::{Job, LiveOrder, Purpose, taken};
 use crate::vmm;
 use crate::vmm::capture::live::Next;
 
@@ -23,7 +23,7 @@ impl Controller {
         let LiveOrder { target, kind, copy_drives, purpose } = order;
         let begun = self.check_no_live().and_then(|()| {
             let Phase::Running(machine) = &mut self.phase else { return Err(Refused::before_start()) };
-            let begun = machine.begin_live(target, kind);
+            let begun = machine.begin_live(target, kind, self.live.event.clone());
             begun.map_err(|error| Refused::bad_request_because(&error))
         });
         match begun {
@@ -31,7 +31,10 @@ impl Controller {
                 self.live.job = Some(Job { capture, copy_drives, purpose, respond });
                 self.wake_live();
             }
-            Err(refused) => respond(Err(refused)),
+            Err(refused) => {
+                drop(purpose);
+                respond(Err(refused));
+            }
         }
     }
 
@@ -46,6 +49,7 @@ impl Controller {
         };
         match next {
             Ok(Next::Step) => self.wake_live(),
+            Ok(Next::Wait) => {}
             Ok(Next::Pause) => self.finish_live(),
             Err(error) => self.fail_live(Refused::bad_request_because(&error)),
         }
@@ -70,7 +74,11 @@ impl Controller {
         let captured = captured.map_err(|error| Refused::bad_request_because(&error));
         let begun = captured.and_then(|captured| match purpose {
             Purpose::Snapshot { verify } => self.spawn_seal(captured, verify).map(|()| &mut self.seal_reply),
-            Purpose::Fork(fork) => self.start_children(*fork, captured, stood_still).map(|()| self.forks.reply_mut()),
+            Purpose::Fork(fork) => {
+                let live = captured.live.map(taken);
+                fork.hand_over(captured, stood_still, live);
+                Ok(self.forks.reply_mut())
+            }
         });
         match begun {
             Ok(reply) => *reply = Some(respond),
@@ -81,16 +89,14 @@ impl Controller {
     fn fail_live(&mut self, refused: Refused) {
         self.stop_logging();
         if let Some(job) = self.live.job.take() {
-            (job.respond)(Err(refused));
+            job.give_up(refused);
         }
     }
 
     /// Answers a live snapshot whose machine ends.
     pub(super) fn abandon_live(&mut self) {
         if let Some(job) = self.live.job.take() {
-            (job.respond)(Err(Refused::bad_request(
-                "Cannot take the snapshot: the machine ended before it was taken.",
-            )));
+            job.give_up(Refused::bad_request("Cannot take the snapshot: the machine ended before it was taken."));
         }
     }
 

@@ -1,29 +1,26 @@
-//! One child of a fork, from its start to its first answer.
+//! One child of a fork, as its parent sees it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, PipeReader, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{self, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
+use super::line::ParentEnd;
 use crate::config::ChildSpec;
-use crate::config::bodies::{VmBody, WantedState};
 use crate::config::control::ForkedChild;
 use crate::session::Error;
 use crate::snapshot::PRIVATE;
-use crate::sys::api_client::{Client, ClientError};
 use crate::sys::bounded_wait::Wait;
-use crate::sys::errors::chain;
+use crate::sys::unix_socket::remove_stale;
 use crate::sys::{clock, inherit};
 
-/// Time for a child to be restored, or to answer.
-const START_LIMIT: Duration = Duration::from_secs(120);
-/// Time between two looks for a socket that a child has not made yet.
+/// Time between two looks whether a child has ended.
 const LOOK: Duration = Duration::from_millis(1);
 /// Time for a child to end by itself.
 const END_GRACE: Duration = Duration::from_secs(3);
@@ -35,18 +32,20 @@ pub struct Child {
     spec: ChildSpec,
     id: String,
     process: process::Child,
+    /// Readable from the end of the process on.
+    end: OwnedFd,
     /// Its standard error, unless that is a file.
     messages: Option<PipeReader>,
 }
 
 impl Child {
-    /// Starts `tvmm` with `config`, in a session of its own. It ends if `parent` ends without a byte for it.
+    /// Starts `tvmm` with `config`, in a session of its own. It waits for the orders that come by `line`.
     pub fn spawn(
         spec: &ChildSpec,
         id: String,
         config: &Path,
         fault_timeout: Duration,
-        parent: &PipeReader,
+        line: &ParentEnd,
     ) -> io::Result<Child> {
         // The file that this process runs from, even if another one has its name by now.
         let mut command = Command::new("/proc/self/exe");
@@ -58,7 +57,7 @@ impl Child {
             &fault_timeout.as_secs().to_string(),
         ]);
         command.args(["--start-time-us", &(clock::monotonic_ns() / 1000).to_string()]);
-        command.stdin(parent.try_clone()?);
+        command.stdin(line.child_stdin()?);
         let mut messages = None;
         match &spec.log {
             Some(path) => {
@@ -72,32 +71,17 @@ impl Child {
             }
         }
         inherit::keep_all()?;
-        let process = command.spawn()?;
-        Ok(Child { spec: spec.clone(), id, process, messages })
-    }
-
-    /// Waits until the child has restored the fork point.
-    pub fn wait_until_restored(&mut self) -> Result<(), Error> {
-        let mut wait = Wait::new(format!("the child for {}", self.spec.socket.display()), START_LIMIT);
-        loop {
-            let error = match self.client().request("GET", "/", None, START_LIMIT) {
-                Ok(_) => return Ok(()),
-                Err(error) => error,
-            };
-            let is_early = matches!(error, ClientError::NoSocket { .. } | ClientError::NotServed { .. });
-            let has_ended = self.process.try_wait().map_err(Error::os("ask for the end of a child"))?.is_some();
-            if !is_early || has_ended || wait.is_over() {
-                return Err(self.failure(&error));
+        let mut process = command.spawn()?;
+        match pidfd_open(Pid::from_child(&process), PidfdFlags::empty()) {
+            Ok(end) => Ok(Child { spec: spec.clone(), id, process, end, messages }),
+            Err(error) => {
+                let _ = process.kill();
+                let _ = process.wait();
+                // A process that was killed leaves its socket.
+                remove_stale(&spec.socket);
+                Err(error.into())
             }
-            std::thread::sleep(LOOK);
         }
-    }
-
-    /// Lets the restored child run.
-    pub fn resume(&mut self) -> Result<(), Error> {
-        let body = json!(VmBody { state: WantedState::Resumed });
-        let resumed = self.client().request("PATCH", "/vm", Some(&body), START_LIMIT);
-        resumed.map(drop).map_err(|error| self.failure(&error))
     }
 
     pub fn number(&self) -> u32 {
@@ -112,21 +96,22 @@ impl Child {
         self.process
     }
 
-    fn client(&self) -> Client {
-        Client::new(&self.spec.socket)
+    /// The id of the process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
-    /// The reason of a failure: the child's last words if it ends now, the client's error otherwise.
-    fn failure(&mut self, error: &ClientError) -> Error {
-        let mut wait = Wait::new(format!("the end of the child for {}", self.spec.socket.display()), END_GRACE);
-        while matches!(self.process.try_wait(), Ok(None)) && !wait.is_over() {
-            std::thread::sleep(LOOK);
-        }
+    /// Readable from the end of the process on.
+    pub fn end(&self) -> &OwnedFd {
+        &self.end
+    }
+
+    /// The reason why the child does not start: its last words, if it has ended.
+    pub fn failure(&mut self) -> Error {
         let why = match self.process.try_wait() {
-            Ok(Some(_)) => self.last_words(),
-            _ => None,
+            Ok(Some(status)) => self.last_words().unwrap_or_else(|| format!("its process has ended ({status})")),
+            _ => "it has not restored the fork point in time".to_owned(),
         };
-        let why = why.unwrap_or_else(|| chain(error));
         Error::Child { socket: self.spec.socket.clone(), why: why.trim_end_matches('.').to_owned() }
     }
 
@@ -144,23 +129,24 @@ impl Child {
     }
 }
 
-/// Ends children that shall not live: by SIGTERM, so that they remove their sockets, and if that takes long by force.
+/// Ends children that shall not live, by SIGTERM, and if that takes long by force. Their sockets are removed.
 pub fn end_all(mut children: Vec<Child>) {
-    for child in &children {
-        // This process has not waited for the child, so the number is still its own.
-        let _ = Pid::from_raw(child.process.id() as i32).map(|pid| kill_process(pid, Signal::TERM));
+    for child in &mut children {
+        // The number of a child that has been waited for may be another process's.
+        if matches!(child.process.try_wait(), Ok(None)) {
+            let _ = Pid::from_raw(child.process.id() as i32).map(|pid| kill_process(pid, Signal::TERM));
+        }
     }
     let mut wait = Wait::new("the children of a failed fork to end", END_GRACE);
     for child in &mut children {
         while matches!(child.process.try_wait(), Ok(None)) && !wait.is_over() {
             std::thread::sleep(LOOK);
         }
-        if matches!(child.process.try_wait(), Ok(Some(_))) {
-            continue;
-        }
         // Errors mean that it has ended by now.
         let _ = child.process.kill();
         let _ = child.process.wait();
-        let _ = std::fs::remove_file(&child.spec.socket);
+        // A child that was killed, by this process or another, has left them.
+        let vsock = child.spec.load.vsock_override.as_ref().map(|vsock| vsock.uds_path.as_path());
+        [Some(child.spec.socket.as_path()), vsock].into_iter().flatten().for_each(remove_stale);
     }
 }

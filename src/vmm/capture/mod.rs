@@ -6,6 +6,7 @@
 //! from the disk is slower still, and comes after the snapshot was acknowledged (`read_backs.rs`).
 
 pub mod live;
+mod page_writer;
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use super::host;
 use super::machine::{Core, Machine, Paused};
 use super::state::{self, VcpuState, VmState};
 use crate::memory;
+use crate::memory::comparison::Comparison;
 use crate::memory::ending::Ending;
 use crate::memory::guest_ram::Backing;
 use crate::snapshot::{
@@ -35,6 +37,8 @@ pub struct Captured {
     drives: Vec<WritableDrive>,
     /// Pages of a diff that may equal those of its parent, and the parent.
     doubtful: Option<(Parent, PageSet)>,
+    /// The comparison of the memory that the machine reads from images: damaged pages must not get a fresh checksum.
+    comparison: Option<Comparison>,
     /// Time for reading state and writing memory, µs. The guest stood still for it and for its stopping; after a live
     /// capture its stopping is part of it.
     pub capture_us: u64,
@@ -67,13 +71,21 @@ struct Copied {
 }
 
 impl Copied {
-    /// Makes room for `pages`, with the memory in place.
+    /// Makes room for `pages`: address space, without memory in place.
     fn with_room(pages: u64) -> Copied {
-        let mut bytes = Vec::new();
+        Copied { extents: Vec::new(), bytes: Vec::with_capacity((pages * PAGE_SIZE) as usize) }
+    }
+
+    /// Puts memory in place for `pages` more. Returns whether all of the room has memory, and is empty again.
+    fn put_memory(&mut self, pages: u64) -> bool {
+        let len = self.bytes.len() + (pages * PAGE_SIZE) as usize;
         // Not zeros: the allocator gets those from the kernel, which gives memory at the first write.
-        bytes.resize((pages * PAGE_SIZE) as usize, 1);
-        bytes.clear();
-        Copied { extents: Vec::new(), bytes }
+        self.bytes.resize(len.min(self.bytes.capacity()), 1);
+        let is_complete = self.bytes.len() == self.bytes.capacity();
+        if is_complete {
+            self.bytes.clear();
+        }
+        is_complete
     }
 
     /// Copies the pages of `extent`, if they fit.
@@ -126,6 +138,9 @@ impl Captured {
         if let Some((parent, pages)) = self.doubtful.take() {
             drop_unchanged(&mut self.writer, &parent, &pages)?;
         }
+        if let Some(comparison) = &self.comparison {
+            comparison.wait(Instant::now() + COMPARED_TIMEOUT)?;
+        }
         let input = SealInput { state: self.state, host: self.host, machine: self.machine, cache: &PageCache };
         match when {
             ReadBackWhen::First => Ok((self.writer.seal(input)?, None)),
@@ -146,8 +161,8 @@ fn drop_unchanged(writer: &mut SnapshotWriter, parent: &Parent, pages: &PageSet)
     }
 }
 
-/// Limit on the wait of a capture for the comparison of images with their checksums.
-const COMPARED_TIMEOUT: Duration = Duration::from_secs(5);
+/// Limit on the wait of a seal for the comparison of images with their checksums. The guest may run meanwhile.
+const COMPARED_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The files of a snapshot that is being taken.
 struct Opened {
@@ -238,6 +253,7 @@ impl Machine<Paused> {
             machine: MachineFacts { vcpu_count: u32::from(shape.vcpu_count), mem_size_mib: shape.mem_size_mib },
             drives,
             doubtful,
+            comparison: self.core.services.comparison().cloned(),
             capture_us: start.elapsed().as_micros() as u64,
             live: None,
             copied: Copied::default(),
@@ -279,8 +295,7 @@ impl<S> Machine<S> {
             self.core.ending.end(Ending::MemoryLost(why.clone()));
             return Err(memory::Error::Lost(why).into());
         }
-        // Damaged pages must not get a fresh checksum.
-        self.core.services.wait_until_compared(Instant::now() + COMPARED_TIMEOUT)?;
+        self.core.services.comparison().map_or(Ok(()), Comparison::check)?;
         let parent = match kind {
             SnapshotKind::Full => None,
             SnapshotKind::Diff => Some(self.core.diff_parent()?),

@@ -1,9 +1,10 @@
 //! Fork: children of a running VM have its memory of one instant, and are VMs of their own afterwards.
 
-use std::io::Write;
+use std::cell::RefCell;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -11,19 +12,20 @@ use tempfile::TempDir;
 
 use crate::devices::vsock::{ask, connect, with_vsock};
 use crate::snapshots::live::{check_order, marched};
+use crate::support::pool::filled;
 use crate::support::service::{is_served, wait_until, wait_until_gone};
-use crate::support::{Answer, Random, Vm, config, http, rounds, run, run_err, run_ok, scratch, signal, text};
+use crate::support::{Answer, TIMEOUT, Vm, config, http, run, run_err, run_ok, scratch, signal, text, tvmm};
 
 /// A directory of a test, in which VMs have their sockets: vsock device `v` of the parent, `v-N` of child N.
-struct Place(TempDir);
+pub(super) struct Place(pub(super) TempDir);
 
 impl Place {
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
     /// Boots a VM that answers requests on vsock port 52. `with` changes its config.
-    fn boot(&self, with: impl FnOnce(&mut Value)) -> Vm {
+    pub(super) fn boot(&self, with: impl FnOnce(&mut Value)) -> Vm {
         let path = self.path("v");
         let mut config = with_vsock(&path);
         with(&mut config);
@@ -34,19 +36,32 @@ impl Place {
     }
 
     /// The names of fork points.
-    fn fork_points(&self) -> Vec<String> {
+    pub(super) fn fork_points(&self) -> Vec<String> {
         let names = std::fs::read_dir(self.0.path()).unwrap().map(|entry| entry.unwrap().file_name());
         names.filter_map(|name| name.into_string().ok()).filter(|name| name.ends_with(".fork")).collect()
     }
 
     /// The body of a request whose children have sockets `NAME-N.sock` and `v-NAME-N`.
-    fn body(&self, name: &str, count: u32) -> Value {
+    pub(super) fn body(&self, name: &str, count: u32) -> Value {
         json!({ "count": count, "out_sock": self.path(&format!("{name}-{{n}}.sock")),
             "vsock_override": { "uds_path": self.path(&format!("v-{name}-{{n}}")) } })
     }
 
+    /// A VM that was restored from a snapshot of a guest that has done `call`.
+    fn restored(&self, call: &str) -> Vm {
+        let vm = self.boot(|_| {});
+        guest(&self.path("v"), call);
+        let snapshot = self.path("snapshot");
+        vm.snapshot(&snapshot, &[]);
+        drop(vm);
+        std::fs::remove_file(self.path("v")).unwrap();
+        let vm = Vm::restore(&snapshot, "firecracker");
+        vm.wait_for_socket();
+        vm
+    }
+
     /// Forks the VM at `socket`.
-    fn fork(&self, socket: &Path, name: &str, count: u32) -> Children {
+    pub(super) fn fork(&self, socket: &Path, name: &str, count: u32) -> Children {
         let (status, answer) = http(socket, "PUT", "/tvmm/fork", &self.body(name, count).to_string());
         assert_eq!(status, 200, "{answer}");
         let children = Children::of(&answer);
@@ -91,13 +106,13 @@ impl Drop for Children {
 }
 
 /// Runs a function of the guest behind a vsock device.
-fn guest(path: &Path, function: &str) -> Answer {
+pub(super) fn guest(path: &Path, function: &str) -> Answer {
     let line = ask(&connect(path, 52), &format!("run a {function}"));
     assert!(line.starts_with("ok "), "{function}: {line}");
     Answer::parse(&line)
 }
 
-fn state(socket: &Path) -> String {
+pub(super) fn state(socket: &Path) -> String {
     http(socket, "GET", "/", "").1["state"].as_str().expect("a state").to_owned()
 }
 
@@ -147,14 +162,7 @@ fn children_have_the_parents_memory_and_write_for_themselves() {
 #[test]
 fn a_restored_vm_is_forked_and_its_own_diffs_stay_sound() {
     let place = Place(scratch());
-    let vm = place.boot(|_| {});
-    guest(&place.path("v"), "fill pages=800 seed=1");
-    let snapshot = place.path("snapshot");
-    vm.snapshot(&snapshot, &[]);
-    drop(vm);
-    std::fs::remove_file(place.path("v")).unwrap();
-    let vm = Vm::restore(&snapshot, "firecracker");
-    vm.wait_for_socket();
+    let vm = place.restored("fill pages=800 seed=1");
     guest(&place.path("v"), "fill pages=500 seed=2");
     let content = guest(&place.path("v"), "check").digest;
     let children = place.fork(vm.socket(), "c", 1);
@@ -298,44 +306,75 @@ fn a_child_that_does_not_start_ends_all_others_and_the_parent_runs_on() {
     drop(place.fork(vm.socket(), "d", 2));
 }
 
-#[test]
-fn a_parent_killed_in_the_middle_of_a_fork_leaves_all_children_or_none() {
-    const COUNT: u32 = 4;
-    let place = Place(scratch());
-    let mut random = Random(23);
-    for round in 0..rounds(40) {
-        let vm = place.boot(|_| {});
-        let name = format!("k{round}");
-        let sockets: Vec<PathBuf> = (1..=COUNT).map(|n| place.path(&format!("{name}-{n}.sock"))).collect();
-        let body = place.body(&name, COUNT).to_string();
-        let mut asking = UnixStream::connect(vm.socket()).unwrap();
-        let head = format!("PUT /tvmm/fork HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
-        asking.write_all(format!("{head}{body}").as_bytes()).unwrap();
-        std::thread::sleep(Duration::from_micros(random.below(400_000)));
-        drop(vm.kill());
-        let living = || -> Vec<u32> { sockets.iter().filter_map(|socket| process_of(socket)).collect() };
-        wait_until("all children live, or none", || {
-            let first = living();
-            // Children may be between their start and the end of their parent.
-            std::thread::sleep(Duration::from_millis(100));
-            let all_answer = || sockets.iter().all(|socket| UnixStream::connect(socket).is_ok());
-            first == living() && (first.is_empty() || first.len() == COUNT as usize && all_answer())
-        });
-        for pid in living() {
-            signal(pid, Signal::KILL);
-        }
-        std::fs::remove_file(place.path("v")).unwrap();
-    }
-}
-
 /// The process that serves this socket, or will.
-fn process_of(socket: &Path) -> Option<u32> {
+pub(super) fn process_of(socket: &Path) -> Option<u32> {
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.find(|pid| {
         let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         arguments.split(|byte| *byte == 0).any(|argument| argument == text(socket).as_bytes())
     })
+}
+
+#[test]
+fn a_child_ends_with_its_parent_though_an_order_for_another_child_is_left() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    filled(&snapshot, 10, 1);
+    let config = dir.path().join("child.json");
+    std::fs::write(&config, json!({ "snapshot-load": { "snapshot_path": snapshot } }).to_string()).unwrap();
+    let socket = dir.path().join("child.sock");
+    let (parent, stdin) = UnixStream::pair().unwrap();
+    parent.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let args = ["--config", text(&config), "--api-sock", text(&socket), "--await-parent"];
+    let child = tvmm().args(args).stdin(OwnedFd::from(stdin)).spawn().unwrap();
+    let step = || {
+        let mut news = [0; 5];
+        (&parent).read_exact(&mut news).unwrap();
+        assert_eq!(u32::from_le_bytes(news[1..].try_into().unwrap()), child.id());
+        news[0]
+    };
+    assert_eq!(step(), b'w');
+    assert!(socket.exists());
+    // The orders to restore for two children, of which the parent has started one.
+    (&parent).write_all(b"ff").unwrap();
+    assert_eq!(step(), b'd');
+    assert_eq!(state(&socket), "Paused");
+    drop(parent);
+    let child = RefCell::new(child);
+    wait_until("the child has ended", || child.borrow_mut().try_wait().unwrap().is_some());
+    assert!(!socket.exists());
+}
+
+#[test]
+fn children_copy_pages_of_the_parent_ahead_as_far_as_they_may() {
+    let place = Place(scratch());
+    let vm = place.restored("fill pages=2000 seed=1");
+    guest(&place.path("v"), "fill pages=700 seed=2");
+    let content = guest(&place.path("v"), "check").digest;
+    // Nothing; a part of what the parent has written; all of it.
+    for (mib, least, most) in [(0, 0, 0), (1, 1 << 20, 1 << 20), (100, 700 * 4096, 7 << 20)] {
+        let name = format!("c{mib}");
+        let mut body = place.body(&name, 2);
+        body["dram_mib"] = json!(mib);
+        body["paused"] = json!(true);
+        let answer = vm.api_ok("PUT", "/tvmm/fork", Some(body));
+        let children = Children::of(&answer);
+        let copied = answer["copied_bytes"].as_u64().unwrap();
+        assert!((least..=most).contains(&copied), "{mib} MiB: {copied}");
+        for (index, socket) in children.sockets.iter().enumerate() {
+            let report = http(socket, "GET", "/tvmm/report", "").1;
+            // The VMM itself writes a few pages.
+            let private = report["memory"]["guest_private_kib"].as_u64().unwrap() << 10;
+            assert!((copied..copied + (1 << 20)).contains(&private), "{mib} MiB: {private} of {copied}");
+            http(socket, "PATCH", "/vm", r#"{"state":"Resumed"}"#);
+            let vsock = format!("v-{name}-{}", index + 1);
+            assert_eq!(guest(&place.path(&vsock), "check").digest, content);
+            guest(&place.path(&vsock), "fill pages=100 seed=3");
+            rewind(socket);
+            assert_eq!(guest(&place.path(&vsock), "check").digest, content);
+        }
+    }
 }
 
 #[test]

@@ -1,8 +1,12 @@
 //! The life of a VM after its restore.
 
+mod demote;
+mod faults;
 mod fork;
+mod kills;
 mod repurpose;
 mod rewind;
+mod spill;
 mod standby;
 
 use std::path::{Path, PathBuf};

@@ -82,6 +82,54 @@ fn a_vm_becomes_that_of_another_snapshot_whatever_places_the_memory_of_both() {
 }
 
 #[test]
+fn a_vm_gives_its_guest_up_and_its_memory_back_before_it_becomes_another() {
+    let dir = scratch();
+    let pool = Pool::create("1");
+    let path = dir.path().join("a");
+    let digest = filled(&path, 1000, 1);
+    pool.add(&path);
+    let mut vm = Vm::restore_with(&path, "eager", &[]);
+    vm.wait_for_socket();
+    let vacate = |vm: &Vm| vm.api_ok("PUT", "/tvmm/vacate", Some(json!({})));
+    for (round, way) in ways(&pool).into_iter().enumerate() {
+        vm.call(&format!("fill pages=3000 seed={}", round + 5));
+        let before = anonymous_kib(&vm);
+        vacate(&vm);
+        let after = anonymous_kib(&vm);
+        assert!(after + 3000 * 4 <= before, "{way}: {before} KiB before, {after} after");
+        assert_eq!(vm.state(), "Paused");
+        for (method, path, body) in [
+            ("PATCH", "/vm", json!({ "state": "Resumed" })),
+            ("PUT", "/tvmm/rewind", json!({})),
+            ("PUT", "/tvmm/demote", json!({})),
+            ("PUT", "/snapshot/create", json!({ "snapshot_path": dir.path().join("x") })),
+        ] {
+            let fault = vm.api_fault(method, path, Some(body));
+            assert!(fault.contains("given its guest up"), "{path}: {fault}");
+        }
+        // A second time changes nothing, and a snapshot that is not there leaves it as it is.
+        vacate(&vm);
+        refused(&vm, body(&dir.path().join("none"), json!({})));
+        repurpose(&vm, &path, way.clone());
+        assert_eq!(vm.call("check").digest, digest, "{way}");
+    }
+    // A VM that cannot be repurposed runs on.
+    let mut booted = Vm::boot(&config(1, 64));
+    booted.wait_for_socket();
+    let fault = booted.api_fault("PUT", "/tvmm/vacate", Some(json!({})));
+    assert!(fault.contains("was booted"), "{fault}");
+    assert_eq!(booted.state(), "Running");
+    booted.call("fill pages=10 seed=1");
+}
+
+/// Memory of a VM's process that no file backs, KiB.
+fn anonymous_kib(vm: &Vm) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
 fn memory_comes_from_a_cold_pool_too() {
     let scene = Scene::make();
     let dir = scratch();
@@ -210,6 +258,30 @@ fn vcpus_and_pauses_are_kept_and_work_in_progress_is_gone() {
 }
 
 #[test]
+fn input_that_the_former_guest_has_not_taken_can_be_dropped() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 100, 1);
+    let mut vm = Vm::restore_with(&snapshot, "firecracker", &[]);
+    vm.wait_for_socket();
+    for round in 0..6 {
+        // More than the FIFO takes waits in the VMM, and more than that in the pipe.
+        vm.api_ok("PATCH", "/vm", Some(json!({ "state": "Paused" })));
+        let line = format!("run stale{round} hello {}\n", "x".repeat(70));
+        (0..[1, 100, 400][round % 3]).for_each(|_| vm.send(line.as_bytes()));
+        let mut body = body(&snapshot, json!({ "policy": "firecracker" }));
+        body["discard_console"] = json!(true);
+        vm.api_ok("PUT", "/tvmm/repurpose", Some(body));
+        vm.begin("check");
+        let said = vm.wait_line(|line| {
+            assert!(!line.contains("stale"), "round {round}: {line}");
+            line.starts_with("ok t")
+        });
+        assert!(said.contains(&digest), "round {round}: {said}");
+    }
+}
+
+#[test]
 fn a_snapshot_that_does_not_fit_is_refused_and_the_vm_runs_on() {
     let dir = scratch();
     let own = dir.path().join("own");
@@ -246,7 +318,7 @@ fn a_snapshot_that_does_not_fit_is_refused_and_the_vm_runs_on() {
     }
     let mut tracked = body(&own, json!({}));
     tracked["track_dirty_pages"] = json!(true);
-    assert!(refused(&vm, tracked).contains("its tracking of dirty pages is false, the snapshot's true"));
+    assert!(refused(&vm, tracked).contains("it does not track dirty pages. Leave out --track-dirty-pages"));
     let handler =
         json!({ "snapshot_path": own, "mem_backend": { "backend_type": "Uffd", "backend_path": "/nowhere" } });
     assert!(refused(&vm, handler).contains("by a page-fault handler"));

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::answering_on_vsock;
 use crate::devices::vsock::{ask, connect};
@@ -25,6 +25,14 @@ fn vcpu_ticks(vm: &Vm) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
+/// The request that ended the VM's wait, from its report. The guest must have answered since.
+fn woken(vm: &Vm) -> Value {
+    let woken = vm.api_ok("GET", "/tvmm/report", None)["woken"].clone();
+    let [asked, entered, exit] = ["asked_us", "entered_us", "first_exit_us"].map(|key| woken[key].as_f64().unwrap());
+    assert!(asked > 0.0 && entered > 0.0 && entered <= exit, "{woken}");
+    woken
+}
+
 #[test]
 fn a_request_on_the_serial_line_starts_a_vm_that_stands_by() {
     let dir = scratch();
@@ -37,8 +45,17 @@ fn a_request_on_the_serial_line_starts_a_vm_that_stands_by() {
         std::thread::sleep(A_WHILE);
         assert_eq!(vm.state(), "Paused");
         assert!(vcpu_ticks(&vm) < 5, "the guest has not run");
+        let report = vm.api_ok("GET", "/tvmm/report", None);
+        assert_eq!((&report["woken"], &report["first_exit_us"]), (&Value::Null, &Value::Null), "{policy}");
         assert_eq!(vm.call("check").digest, digest, "{policy}");
         assert_eq!(vm.state(), "Running");
+        let first = woken(&vm);
+        assert_eq!(first["by"], "console", "{policy}");
+        // The wait belongs to no slice of the restore.
+        let report = vm.api_ok("GET", "/tvmm/report", None);
+        let slices = report["slices"].as_array().unwrap();
+        let resume = slices.iter().find(|slice| slice["slice"] == "resume").unwrap();
+        assert!(resume["start_us"].as_f64() >= first["asked_us"].as_f64(), "{report:#}");
         // From now on it is a VM like any other: a pause lasts until the API ends it.
         vm.pause();
         vm.begin("hello");
@@ -46,6 +63,18 @@ fn a_request_on_the_serial_line_starts_a_vm_that_stands_by() {
         assert_eq!(vm.state(), "Paused");
         vm.resume();
         vm.call("hello");
+        assert_eq!(woken(&vm), first, "the guest has run, so it did not wait for its first request");
+        // A rewound VM that is paused waits again.
+        vm.pause();
+        vm.api_ok("PUT", "/tvmm/rewind", Some(json!({})));
+        assert_eq!(vm.api_ok("GET", "/tvmm/report", None)["woken"], Value::Null);
+        vm.resume();
+        assert_eq!(vm.call("check").digest, digest, "{policy}");
+        assert_eq!(woken(&vm)["by"], "api", "{policy}");
+        // The guest of a VM that runs on after a rewind has not waited.
+        vm.api_ok("PUT", "/tvmm/rewind", Some(json!({})));
+        assert_eq!(vm.call("check").digest, digest, "{policy}");
+        assert_eq!(vm.api_ok("GET", "/tvmm/report", None)["woken"], Value::Null);
     }
 }
 
@@ -59,6 +88,7 @@ fn a_connection_or_the_api_starts_it_too_and_it_may_be_rewound_before() {
     assert_eq!(vm.state(), "Paused", "it still stands by");
     assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
     assert_eq!(vm.state(), "Running");
+    assert_eq!(woken(&vm)["by"], "vsock");
     drop(vm);
     std::fs::remove_file(&path).unwrap();
     let vm = Vm::wait_for_api();
@@ -79,6 +109,7 @@ fn a_connection_or_the_api_starts_it_too_and_it_may_be_rewound_before() {
     drop(program);
     vm.resume();
     assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
+    assert_eq!(woken(&vm)["by"], "api");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::skip::skip;
+use crate::support::artefact::inspect;
 use crate::support::{TIMEOUT, Vm, config, run_err, run_ok, scratch, signal, text};
 
 /// A full snapshot whose restored copies are killed while they are snapshotted.
@@ -292,6 +294,18 @@ fn disk_full_while_sealing_leaves_nothing_and_loses_no_page() {
     let diff = good.path().join("diff");
     vm.snapshot(&diff, &["--diff"]);
     assert_eq!(Vm::restore(&diff, "eager").call("check").digest, digest);
+}
+
+#[test]
+fn reading_a_snapshot_back_takes_no_room_on_a_tmpfs() {
+    let Some(small) = SmallDisk::new(64) else { return };
+    let mut vm = Vm::boot(&config(1, 64));
+    vm.call("fill pages=3000 seed=1");
+    let out = small.path("out");
+    vm.snapshot(&out, &["--verify"]);
+    let memory = fs::metadata(out.join("memory")).unwrap();
+    let held = inspect(&out)["memory"]["pages_held"].as_u64().unwrap();
+    assert_eq!(memory.blocks() * 512 / 4096, held, "the file has its pages and no others");
 }
 
 #[test]

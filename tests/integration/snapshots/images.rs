@@ -12,7 +12,9 @@ use tvmm::tiering::costs::Costs;
 use tvmm::tiering::plan_file::PlanFile;
 use tvmm::tiering::policy::{Budget, PolicyInput};
 
-use crate::support::{Vm, config, run, run_err, run_ok, scratch, text};
+use crate::support::service::wait_until;
+use crate::support::slow_file::SlowFile;
+use crate::support::{Vm, config, finish, run, run_err, run_ok, scratch, text, tvmm};
 
 /// A snapshot with 600 filled pages, its digest, and where those pages begin.
 struct Filled {
@@ -134,6 +136,55 @@ fn a_flipped_byte_of_an_image_ends_the_restore_however_the_image_is_placed() {
             flip(&image, page * PAGE_SIZE + 77);
         }
         assert!(snapshot.restore(&["--plan", text(&plan)]).status.success(), "{name}");
+    }
+}
+
+#[test]
+fn a_guest_runs_on_while_a_snapshot_of_it_waits_for_the_comparison_of_images() {
+    let snapshot = Filled::new();
+    let base = snapshot.base();
+    let plan = snapshot.save_plan(|extent, source| PlannedExtent::from(extent, Placement::CowFile, source), &[]);
+    assert!(snapshot.restore(&["--plan", text(&plan)]).status.success());
+    let image = snapshot.image();
+    let partials = || {
+        let names = fs::read_dir(snapshot.dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_str().unwrap().ends_with(".partial")).count()
+    };
+    for (more, is_damaged) in [("--resume", false), ("--live", false), ("--resume", true), ("--live", true)] {
+        if is_damaged {
+            flip(&image, 301 * PAGE_SIZE + 77);
+        }
+        let Some(slow) = SlowFile::over(&image) else { return };
+        slow.hold_below(600 * PAGE_SIZE);
+        let restore = ["restore", "--snapshot", text(&base), "--plan", text(&plan), "--verify", "off"];
+        let mut vm = Vm::spawn(scratch(), &restore);
+        vm.call("hello");
+        wait_until("the comparison waits for the image", || slow.held() > 0);
+        let out = snapshot.dir.path().join("diff");
+        let mut command = tvmm();
+        command.args(["snapshot", "--api-sock", text(vm.socket()), "--out", text(&out), "--diff", more]);
+        let asked = std::thread::spawn(move || finish(&mut command));
+        wait_until("the snapshot has begun", || partials() == 1);
+        wait_until("the VM runs", || vm.state() == "Running");
+        vm.call("hello");
+        assert!(!asked.is_finished() && !out.exists(), "nothing is saved before the comparison");
+        slow.let_go();
+        let output = asked.join().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.success(), !is_damaged, "{more}: {stderr}");
+        assert_eq!((out.exists(), partials()), (!is_damaged, 0), "{more}");
+        if is_damaged {
+            assert!(stderr.contains("Cannot take a snapshot") && stderr.contains("checksum"), "{more}: {stderr}");
+            let (exit, stderr) = vm.wait();
+            assert!(exit.code() == Some(1) && stderr.contains(text(&image)), "{more}: {stderr}");
+            drop(slow);
+            flip(&image, 301 * PAGE_SIZE + 77);
+            continue;
+        }
+        drop(vm);
+        drop(slow);
+        assert_eq!(Vm::restore(&out, "eager").call("check").digest, snapshot.digest, "{more}");
+        fs::remove_dir_all(&out).unwrap();
     }
 }
 

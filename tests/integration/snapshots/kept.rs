@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::service::{Service, wait_until};
-use crate::support::{Random, Vm, config, run_err, run_ok, scratch, signal, text};
+use crate::support::{Random, Vm, config, exchange_over, run_err, run_ok, scratch, signal, text};
 
 /// A service with a function that changes its memory and one that checks it, both in VMs of `touch`.
 fn serve(state: &Path) -> Service {
@@ -477,7 +478,7 @@ impl Model {
         let after = Duration::from_millis(self.random.below(120));
         let pid = self.service.pid();
         let service = &self.service;
-        let socket = service.socket().to_path_buf();
+        let connection = UnixStream::connect(service.socket()).unwrap();
         let request = match from {
             Some(from) if self.random.below(2) == 0 => {
                 format!(
@@ -491,7 +492,7 @@ impl Model {
             }
         };
         let answer = std::thread::scope(|scope| {
-            let asked = scope.spawn(move || crate::support::exchange(&socket, request.as_bytes()));
+            let asked = scope.spawn(move || exchange_over(connection, request.as_bytes()));
             std::thread::sleep(after);
             signal(pid, Signal::KILL);
             asked.join().unwrap()

@@ -215,27 +215,3 @@ fn what_cannot_be_saved_live_is_refused_and_the_vm_runs_on() {
     assert_eq!(vm.state(), "Running");
     vm.call("hello");
 }
-
-#[test]
-fn a_vmm_killed_in_a_live_snapshot_leaves_a_whole_snapshot_or_none() {
-    let dir = scratch();
-    let base = dir.path().join("base");
-    filled(&base, 6000, 1);
-    let mut random = Random(11);
-    for round in 0..rounds(20) {
-        let mut vm = Vm::restore_with(&base, "firecracker", &[]);
-        vm.call("touch pages=3000 write=100 seed=2");
-        let digest = vm.call("check").digest;
-        let out = dir.path().join(format!("killed-{round}"));
-        let mut asking = crate::support::tvmm();
-        asking.args(["snapshot", "--api-sock", text(vm.socket()), "--out", text(&out), "--live", "--diff"]);
-        let mut asking =
-            asking.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
-        std::thread::sleep(Duration::from_micros(random.below(60_000)));
-        drop(vm.kill());
-        asking.wait().unwrap();
-        if out.exists() {
-            assert_eq!(Vm::restore(&out, "eager").call("check").digest, digest);
-        }
-    }
-}

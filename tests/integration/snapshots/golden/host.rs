@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::support::{refusal, run};
+use crate::support::{answer_to_run, refusal, run};
 
 /// Bits of one CPUID word.
 pub struct Feature {
@@ -134,7 +134,7 @@ impl Host {
         if output.status.success() {
             assert!(!self.must_refuse(), "{args:?}: this host cannot run it");
             let stdout = String::from_utf8_lossy(&output.stdout);
-            return assert!(stdout.contains(&format!("ok run {digest} ")), "{args:?}: {stdout}");
+            return assert_eq!(answer_to_run(&stdout).digest, digest, "{args:?}: {stdout}");
         }
         let said = refusal(&output);
         assert!(!self.lacks_nothing(), "{args:?}: this host has all that the snapshot's had: {said}");
