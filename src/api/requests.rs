@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
 use crate::config::bodies::{ActionBody, ActionType, CreateBody, CreateExtension, VmBody, WantedState};
-use crate::config::request::{Command, CreateSnapshot};
+use crate::config::request::{Command, CreateSnapshot, DemoteRequest, VacateRequest};
 use crate::config::{
     BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, RepurposeBody,
     snapshot_paths,
@@ -115,6 +115,15 @@ pub(super) fn put_repurpose(body: &[u8]) -> Result<Parsed, Fault> {
 
 pub(super) fn put_rewind(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Command::Rewind(json(body)?).into())
+}
+
+pub(super) fn put_demote(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::Demote(json::<DemoteRequest>(body)?).into())
+}
+
+pub(super) fn put_vacate(body: &[u8]) -> Result<Parsed, Fault> {
+    json::<VacateRequest>(body)?;
+    Ok(Command::Vacate.into())
 }
 
 pub(super) fn put_fork(body: &[u8]) -> Result<Parsed, Fault> {

@@ -70,7 +70,9 @@ pub(super) fn router(control: ControlSender) -> Router {
         .route("/snapshot/load", puts(requests::put_snapshot_load))
         .route("/tvmm/report", reads(|| Command::Report))
         .route("/tvmm/rewind", puts(requests::put_rewind))
+        .route("/tvmm/demote", puts(requests::put_demote))
         .route("/tvmm/fork", puts(requests::put_fork))
+        .route("/tvmm/vacate", puts(requests::put_vacate))
         .route("/tvmm/repurpose", puts(requests::put_repurpose))
         .route("/serial", any(async || Fault::bad_request("Setting up serial output is not supported yet.")));
     for (path, section) in UNBUILT_PATHS {
@@ -188,7 +190,7 @@ async fn ask(control: &ControlSender, command: Command) -> Result<Reply, Fault> 
     let (respond, reply) = oneshot::channel();
     // The client may have disconnected by the time the machine answers; then the answer is dropped.
     let respond = Box::new(move |reply| drop(respond.send(reply)));
-    control.send(Request { command, respond })?;
+    control.send(Request::new(command, respond))?;
     let gone = |_| Err(Refused::internal("The VMM ended before it answered."));
     Ok(reply.await.unwrap_or_else(gone)?)
 }
@@ -206,6 +208,7 @@ fn told(reply: &Reply) -> Response {
         Reply::VmConfig(config) => json_response(StatusCode::OK, config),
         Reply::Balloon(said) | Reply::Report(said) => json_response(StatusCode::OK, said),
         Reply::Snapshot(snapshot) => json_response(StatusCode::OK, snapshot),
+        Reply::Demoted(demoted) => json_response(StatusCode::OK, demoted),
         Reply::Rewound(rewound) => json_response(StatusCode::OK, rewound),
         Reply::Forked(forked) => json_response(StatusCode::OK, forked),
         Reply::Repurposed(repurposed) => json_response(StatusCode::OK, repurposed),

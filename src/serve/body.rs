@@ -51,12 +51,12 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
     }
 }
 
-/// A body that may be absent: a request without content and without a content type has none.
+/// A body that may be absent: a request without content has none, whatever its content type.
 impl<T: DeserializeOwned, S: Sync> OptionalFromRequest<S> for Body<T> {
     type Rejection = Fault;
 
     async fn from_request(request: Request, state: &S) -> Result<Option<Self>, Fault> {
-        if request.body().is_end_stream() && !request.headers().contains_key(header::CONTENT_TYPE) {
+        if request.body().is_end_stream() {
             return Ok(None);
         }
         <Self as FromRequest<S>>::from_request(request, state).await.map(Some)

@@ -6,6 +6,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::snapshot::CopyMethod;
+use crate::tiering::idle::Step;
 
 /// Upper ends of the histogram's buckets, s.
 const BUCKETS: [f64; 14] =
@@ -24,10 +25,39 @@ pub(super) enum Origin {
     Recording,
     /// It stood by.
     Standby,
+    /// It was idle, and parked.
+    Parked,
+    /// It was idle, parked, and had given local copies back.
+    Trimmed,
+    /// It was idle, and its written pages were in a file.
+    Spilled,
+    /// It was suspended.
+    Suspended,
 }
 
 impl Origin {
-    const ALL: [Origin; 5] = [Origin::Vm, Origin::Snapshot, Origin::Boot, Origin::Recording, Origin::Standby];
+    const ALL: [Origin; 9] = [
+        Origin::Vm,
+        Origin::Snapshot,
+        Origin::Boot,
+        Origin::Recording,
+        Origin::Standby,
+        Origin::Parked,
+        Origin::Trimmed,
+        Origin::Spilled,
+        Origin::Suspended,
+    ];
+
+    /// The origin of an idle VM that was taken back from a step.
+    pub(super) fn of_idle(step: Option<Step>) -> Origin {
+        match step {
+            None => Origin::Vm,
+            Some(Step::Parked) => Origin::Parked,
+            Some(Step::Trimmed) => Origin::Trimmed,
+            Some(Step::Spilled) => Origin::Spilled,
+            Some(Step::Suspended) => Origin::Suspended,
+        }
+    }
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -36,7 +66,16 @@ impl Origin {
             Origin::Boot => "boot",
             Origin::Recording => "recording",
             Origin::Standby => "standby",
+            Origin::Parked => Step::Parked.name(),
+            Origin::Trimmed => Step::Trimmed.name(),
+            Origin::Spilled => Step::Spilled.name(),
+            Origin::Suspended => Step::Suspended.name(),
         }
+    }
+
+    /// Returns whether the VM was restored for the invocation, then or ahead.
+    pub(super) fn is_restore(self) -> bool {
+        matches!(self, Origin::Snapshot | Origin::Standby | Origin::Suspended)
     }
 }
 

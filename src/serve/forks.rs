@@ -18,6 +18,7 @@ use super::network::Network;
 use super::snapshots;
 use super::trace::Recording;
 use super::vm::{Purpose, RestoreOrigin, RestoreSpec, StartSpec, Vm, VmRecord};
+use super::wake;
 use crate::config::LoadFields;
 use crate::config::fork::MAX_CHILDREN;
 use crate::config::restore::RestoreOptions;
@@ -76,24 +77,25 @@ async fn fork(daemon: &Arc<Daemon>, id: &str, body: ForkBody) -> Result<ForkReco
     if !(1..=MAX_CHILDREN).contains(&body.count) {
         return Err(Fault::bad(format!("`count` is {}, but must be from 1 to {MAX_CHILDREN}.", body.count)));
     }
-    let vm = daemon.vm(id)?;
-    let networks = networks(daemon, &vm, &body)?;
-    let _using = vm.claim()?;
+    let claimed = wake::claim(daemon, id).await?;
+    let vm = claimed.using.vm();
+    check_room(daemon, vm, body.count)?;
+    let networks = networks(daemon, vm, &body)?;
     let dir = daemon.store.run_dir();
     let place = dir.clone();
     let point = blocking(move || ForkPoint::create(&place)).await?.map_err(|error| Fault::of(&error))?;
     let capture = async {
         let to = point.snapshot();
         if body.live {
-            return snapshots::capture_live(&vm, SnapshotKind::Full, &to).await;
+            return snapshots::capture_live(vm, SnapshotKind::Full, &to).await;
         }
         let _quiet = vm.quiet().await;
-        snapshots::capture(&vm, SnapshotKind::Full, &to).await
+        snapshots::capture(vm, SnapshotKind::Full, &to).await
     };
     let restored = match capture.await {
         Ok(taken) => {
-            let load = load(&vm, &point.snapshot(), body.metadata);
-            start_all(daemon, &vm, load, networks).await.map(|vms| ForkRecord { capture_us: taken.capture_us, vms })
+            let load = load(vm, &point.snapshot(), body.metadata);
+            start_all(daemon, vm, load, networks).await.map(|vms| ForkRecord { capture_us: taken.capture_us, vms })
         }
         Err(fault) => Err(fault),
     };
@@ -108,6 +110,21 @@ async fn fork(daemon: &Arc<Daemon>, id: &str, body: ForkBody) -> Result<ForkReco
             Err(Fault { message: format!("Cannot fork VM `{id}`: {}", fault.message), ..fault })
         }
     }
+}
+
+/// Refuses more VMs than may ever live beside the forked one: no other VM has to make room for them in vain.
+fn check_room(daemon: &Daemon, vm: &Vm, count: u32) -> Result<(), Fault> {
+    let limits = &daemon.options.limits;
+    let size = vm.function.mem_size;
+    let all = 1 + u64::from(count);
+    if all > limits.max_vms as u64 || all.saturating_mul(size) > limits.memory_mib {
+        return Err(Fault::busy(format!(
+            "Cannot fork VM `{}`: it and {count} others are {all} VMs of {size} MiB, and all VMs together may be {} \
+             with {} MiB. Raise --max-vms and --memory.",
+            vm.id, limits.max_vms, limits.memory_mib
+        )));
+    }
+    Ok(())
 }
 
 /// The network of each new VM.
@@ -176,7 +193,7 @@ async fn start_all(
     }
     if let Some(fault) = failed {
         for vm in started {
-            vm.process.stop().await;
+            vm.life.stop_because("another VM of its fork could not be made").await;
         }
         return Err(fault);
     }
@@ -189,7 +206,7 @@ async fn start_all(
 fn sweep_after(daemon: &Arc<Daemon>, vm: Arc<Vm>) {
     let dir = daemon.store.run_dir();
     tokio::spawn(async move {
-        vm.process.end().await;
+        vm.life.end().await;
         drop(vm);
         let _ = blocking(move || ForkPoint::sweep(&dir)).await;
     });

@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use super::body::{check_line, check_name};
 use super::fault::Fault;
+use crate::tiering::idle::IdleSpec;
 use crate::tiering::policy::Policy;
 
 /// The most guest memory of one function, MiB.
@@ -86,6 +87,9 @@ pub(super) struct Function {
     pub(super) standby: Option<Standby>,
     /// The fate of such a VM after its answer. None: `end`. Needs `standby`.
     pub(super) after: Option<After>,
+    /// The fate of VMs that wait for requests, and their reuse by invocations. None: the daemon's (`--idle`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) idle: Option<IdleSpec>,
 }
 
 fn one() -> u8 {
@@ -132,7 +136,22 @@ impl Function {
             None if self.after.is_some() => {
                 return Err(Fault::bad("`after` says what becomes of standby VMs: it needs `standby`."));
             }
+            Some(_) if self.after == Some(After::Rewind) && self.writes_image() => {
+                return Err(Fault::bad(
+                    "`after` cannot be `rewind` with `image_read_only` false: a VM that writes to its own image does \
+                     not go back to its snapshot.",
+                ));
+            }
             _ => {}
+        }
+        if let Some(idle) = self.idle {
+            idle.check().map_err(|error| Fault::bad(error.to_string()))?;
+            if idle.suspends() && self.track_dirty_pages {
+                return Err(Fault::bad(
+                    "`idle.policy` cannot be `suspend` or `ladder` with `track_dirty_pages`: diffs of a VM build on \
+                     its own snapshots.",
+                ));
+            }
         }
         self.own_policy().map(drop)
     }

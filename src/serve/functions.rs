@@ -9,11 +9,13 @@ use super::body::Body;
 use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
 use super::function::Function;
+use super::idle::{self, IdleState};
+use super::repurpose_counts::RepurposeTally;
 use super::standby;
 use super::standby_counts::StandbyTally;
 use super::store::Kind;
 
-/// A function, and its VMs that stand by.
+/// A function, its VMs that stand by or are idle, and its use of finished VMs' processes.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct FunctionState {
     #[serde(flatten)]
@@ -21,6 +23,11 @@ pub(super) struct FunctionState {
     /// Of a function with `standby`.
     #[serde(skip_serializing_if = "Option::is_none")]
     standby_state: Option<StandbyState>,
+    /// Idle VMs, of a function whose VMs have a policy for that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    idle_state: Option<IdleState>,
+    /// Processes of finished VMs that were there when the function needed a VM.
+    repurposes: RepurposeTally,
 }
 
 /// The VMs of a function that stand by, and what has become of them since the daemon began.
@@ -83,12 +90,14 @@ pub(super) async fn get_function(
     Ok(Reply(state_of(&daemon, function).await))
 }
 
-/// A function with the state of its VMs that stand by.
+/// A function with its state.
 pub(super) async fn state_of(daemon: &Daemon, function: Function) -> FunctionState {
-    if function.standby.is_none() {
-        return FunctionState { function, standby_state: None };
-    }
     let name = &function.func_name;
+    let repurposes = daemon.repurposes.of(name);
+    let idle_state = idle::state_of(daemon, name);
+    if function.standby.is_none() {
+        return FunctionState { function, standby_state: None, idle_state, repurposes };
+    }
     let memory_kib = standby::memory_kib(daemon, name).await;
     let standby_state = StandbyState {
         ready: standby::count(daemon, name),
@@ -96,7 +105,7 @@ pub(super) async fn state_of(daemon: &Daemon, function: Function) -> FunctionSta
         held_back: standby::shortage(daemon),
         tally: daemon.standby.of(name),
     };
-    FunctionState { function, standby_state: Some(standby_state) }
+    FunctionState { function, standby_state: Some(standby_state), idle_state, repurposes }
 }
 
 /// Removes a function. Its standby VMs end; other VMs and its snapshots stay.
@@ -112,5 +121,7 @@ pub(super) async fn delete_function(
     daemon.functions().remove(&name);
     standby::end_unwanted(&daemon).await;
     daemon.standby.forget(&name);
+    daemon.repurposes.forget(&name);
+    daemon.idle.forget(&name);
     Ok(Reply(function))
 }

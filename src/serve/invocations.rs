@@ -22,7 +22,8 @@ use super::standby::{self, Next};
 use super::trace::Recording;
 use super::traceparent;
 use super::vm::line::{GuestAnswer, LineError};
-use super::vm::{Purpose, StartSpec, Vm};
+use super::vm::{Purpose, RequestGuard, StartSpec, Vm};
+use super::wake;
 use super::working_set::{Record, Slot, check_all_layers, run_recorder};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
@@ -54,7 +55,7 @@ pub(super) struct InvocationBody {
     /// Record the run's use of memory: uffd, mincore, pagemap or dirty-log. Needs a snapshot; the VM ends with the run.
     record: Option<String>,
     /// True: the VM of this invocation lives on. It is then ended when room is needed, or after the idle time. False:
-    /// it ends. None: as the function's `after` says of a VM that could stand by, and true of other VMs.
+    /// it ends. None: as the function's `after` says of a VM that could stand by, and `idle` of other VMs.
     keep: Option<bool>,
     /// Time limit, ms, including the wait for its turn. A guest that has not answered by then is ended.
     timeout_ms: Option<u64>,
@@ -152,7 +153,8 @@ pub(super) struct InvocationAnswer {
     /// The snapshot the VM was restored from, by this invocation or before.
     #[serde(rename = "ssId")]
     ss_id: Option<String>,
-    /// `vm` (it was running already), `standby`, `snapshot`, `boot` or `recording`.
+    /// `vm` (it was running already), `parked`, `trimmed`, `spilled` or `suspended` (it was idle), `standby`,
+    /// `snapshot`, `boot` or `recording`.
     origin: String,
     /// The policy of this restore.
     policy: Option<String>,
@@ -224,7 +226,7 @@ async fn invoke(
     recording.lap("queue", 0, begin_ns);
     let limit = Limit { total: limit, deadline };
     match plan {
-        Plan::Vm(vm) => ask_running(daemon, vm, &line, limit, recording).await,
+        Plan::Vm(id) => ask_running(daemon, &id, &line, limit, recording).await,
         Plan::Start(spec) => start_and_ask(daemon, &spec, &line, limit, body.keep, recording).await,
         Plan::Record(record) => record_invocation(daemon, *record, &line, limit, recording).await,
     }
@@ -250,7 +252,7 @@ impl Limit {
 
 /// The action that an invocation needs.
 enum Plan {
-    Vm(Arc<Vm>),
+    Vm(String),
     Start(Box<StartSpec>),
     Record(Box<Record>),
 }
@@ -264,7 +266,8 @@ async fn understand(daemon: &Daemon, body: &InvocationBody, function: &Function)
         if restores || network.is_some() || settings.is_for_restores() {
             return Err(Fault::bad("`vmId` names a VM that runs: there is nothing to restore, record or connect."));
         }
-        return Ok(Plan::Vm(daemon.vm(id)?));
+        daemon.check_vm(id)?;
+        return Ok(Plan::Vm(id.clone()));
     }
     let snapshot = match &body.ss_id {
         Some(id) => Some(daemon.snapshot(id)?),
@@ -344,15 +347,23 @@ fn asked_policy(body: &InvocationBody) -> Result<Option<Policy>, Fault> {
 
 async fn ask_running(
     daemon: &Arc<Daemon>,
-    vm: Arc<Vm>,
+    id: &str,
     line: &str,
     limit: Limit,
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
-    recording.trace.vm_id = Some(vm.id.clone());
-    let (answer, execute) = ask(daemon, &vm, line, limit, recording).await?;
-    let done = answered(daemon, &vm, answer, Origin::Vm, recording);
-    recording.note(execute, "warm", json!(true));
+    recording.trace.vm_id = Some(id.to_owned());
+    let begin_ns = clock::monotonic_ns();
+    let late = |_| Fault::timed_out(format!("VM `{id}` was not ready within {} ms.", limit.total.as_millis()));
+    let claimed = tokio::time::timeout_at(limit.deadline, wake::claim(daemon, id)).await.map_err(late)??;
+    let origin = Origin::of_idle(claimed.found_at);
+    if claimed.found_at.is_some() {
+        recording.lap("wake", 0, begin_ns);
+    }
+    let vm = claimed.using.vm().clone();
+    let (answer, execute) = ask(daemon, claimed.using, line, limit, recording).await?;
+    let done = answered(daemon, &vm, answer, origin, recording);
+    recording.note(execute, "warm", json!(origin == Origin::Vm));
     daemon.traces.keep(recording.trace.clone());
     daemon.traces.complete(recording.trace.clone());
     Ok(done)
@@ -366,8 +377,9 @@ async fn start_and_ask(
     keep: Option<bool>,
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
-    let Made { vm, span: made, origin } = make(daemon, spec, limit, recording).await?;
-    let (answer, execute) = ask(daemon, &vm, line, limit, recording).await?;
+    let Made { using, span: made, origin } = make(daemon, spec, limit, recording).await?;
+    let vm = using.vm().clone();
+    let (answer, execute) = ask(daemon, using, line, limit, recording).await?;
     let next = standby::next(daemon, &vm, keep);
     let done = answered(daemon, &vm, answer, origin, recording);
     let trace = recording.trace.clone();
@@ -383,7 +395,7 @@ async fn start_and_ask(
         daemon.traces.complete(recording.trace);
         match next {
             Next::Keep => {}
-            Next::End => drop(vm.process.stop().await),
+            Next::End => standby::end(&daemon, &vm).await,
             Next::Rewind => standby::give_back(&daemon, &vm).await,
         }
     });
@@ -392,42 +404,48 @@ async fn start_and_ask(
 
 /// A VM for an invocation.
 struct Made {
-    vm: Arc<Vm>,
+    using: RequestGuard,
     /// The index of the span in which it was made.
     span: usize,
     origin: Origin,
 }
 
-/// Takes a VM that stands by, or else starts one.
+/// Takes an idle VM, or one that stands by, or else starts one.
 async fn make(daemon: &Arc<Daemon>, spec: &StartSpec, limit: Limit, recording: &mut Recording) -> Result<Made, Fault> {
     let begin_ns = clock::monotonic_ns();
+    let late = |_| Fault::timed_out(format!("An idle VM was not ready within {} ms.", limit.total.as_millis()));
+    if let Some(claimed) = tokio::time::timeout_at(limit.deadline, wake::take(daemon, spec)).await.map_err(late)? {
+        let span = recording.lap("wake", 0, begin_ns);
+        recording.trace.vm_id = Some(claimed.using.vm().id.clone());
+        return Ok(Made { using: claimed.using, span, origin: Origin::of_idle(claimed.found_at) });
+    }
     if let Some(vm) = standby::take(daemon, spec, limit.deadline).await {
         let span = recording.lap("standby", 0, begin_ns);
         recording.trace.vm_id = Some(vm.id.clone());
-        return Ok(Made { vm, span, origin: Origin::Standby });
+        return Ok(Made { using: vm.claim()?, span, origin: Origin::Standby });
     }
     let started = tokio::time::timeout_at(limit.deadline, daemon.start_vm(spec, recording)).await;
     let (vm, span) = started.map_err(|_| limit.fault("The VM was not ready"))??;
     let origin = if spec.restore.is_some() { Origin::Snapshot } else { Origin::Boot };
-    Ok(Made { vm, span, origin })
+    Ok(Made { using: vm.claim()?, span, origin })
 }
 
 /// Asks a VM. A VM that does not answer as it should is ended, and its end is waited for.
 async fn ask(
     daemon: &Daemon,
-    vm: &Vm,
+    using: RequestGuard,
     line: &str,
     limit: Limit,
     recording: &mut Recording,
 ) -> Result<(GuestAnswer, usize), Fault> {
-    let _using = vm.claim()?;
+    let vm = using.vm();
     let begin_ns = clock::monotonic_ns();
     let asked = tokio::time::timeout_at(limit.deadline, vm.ask(line, daemon.options.limits.max_output_bytes)).await;
     let execute = recording.lap("execute", 0, begin_ns);
     let fault = match asked {
         Ok(Ok(answer)) => return Ok((answer, execute)),
         Ok(Err(LineError::Closed(error))) => {
-            let ended = vm.process.stop().await;
+            let ended = vm.life.stop().await;
             tracing::debug!(%error, vm = vm.id, "A VM's line is closed");
             return Err(Fault::bad_gateway(format!("VM `{}` {}, before it answered.", vm.id, ended.why())));
         }
@@ -437,8 +455,9 @@ async fn ask(
         Err(_) => limit.fault("The guest did not answer"),
     };
     Counters::count(&daemon.counters.vms_killed);
-    vm.process.signal(rustix::process::Signal::KILL);
-    vm.process.end().await;
+    vm.life.blame(fault.message.trim_end_matches('.'));
+    vm.life.signal(rustix::process::Signal::KILL);
+    vm.life.end().await;
     Err(fault)
 }
 
@@ -461,7 +480,7 @@ fn answered(
         span_id: recording.trace.span_id.clone(),
         ss_id: vm.ss_id.clone(),
         origin: origin.name().to_string(),
-        policy: if matches!(origin, Origin::Snapshot | Origin::Standby) { vm.policy.clone() } else { None },
+        policy: vm.policy.clone().filter(|_| origin.is_restore()),
     }
 }
 
@@ -473,7 +492,7 @@ async fn record_invocation(
     limit: Limit,
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
-    let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
+    let _place = daemon.vms.reserve(&record.need()).await?;
     let begin_ns = clock::monotonic_ns();
     let answer = run_recorder(daemon, &record, line, limit.left()).await;
     let span = recording.lap("record", 0, begin_ns);

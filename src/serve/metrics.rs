@@ -8,7 +8,7 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 
 use super::counters::head;
-use super::daemon::Shared;
+use super::daemon::{Daemon, Shared};
 use super::standby;
 
 /// Counters and gauges in Prometheus' text format.
@@ -27,9 +27,18 @@ pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoRespon
     let taken = daemon.vms.taken();
     let written = daemon.counters.write(&mut text).and_then(|()| {
         for (name, what, value) in [
-            ("tvmm_vms", "VMs that live or are being made", taken.vms),
-            ("tvmm_vms_memory_mib", "Guest memory of those VMs, MiB", taken.memory_mib as usize),
+            (
+                "tvmm_vms_memory_mib",
+                "Guest memory of VMs that live or are being made, and of kept processes, MiB",
+                taken.memory_mib as usize,
+            ),
             ("tvmm_shells", "VM processes kept ready", daemon.shells.len()),
+            (
+                "tvmm_shells_in_namespaces",
+                "VM processes kept ready in network namespaces",
+                daemon.shells.count_in_namespaces(),
+            ),
+            ("tvmm_spares", "Processes of finished VMs kept for other VMs", daemon.vms.spares()),
             ("tvmm_invocations_running", "Invocations that run", running),
             ("tvmm_invocations_queued", "Invocations that wait for their turn", queued),
             ("tvmm_functions", "Functions known", daemon.functions().len()),
@@ -38,15 +47,10 @@ pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoRespon
             head(&mut text, name, "gauge", what)?;
             writeln!(text, "{name} {value}")?;
         }
-        head(&mut text, "tvmm_standby_ready", "gauge", "VMs that stand by, by function")?;
-        for (name, _) in &standing_by {
-            writeln!(text, "tvmm_standby_ready{{function=\"{name}\"}} {}", standby::count(&daemon, name))?;
-        }
-        head(&mut text, "tvmm_standby_memory_bytes", "gauge", "Local memory of VMs that stand by, by function")?;
-        for (name, kib) in &standing_by {
-            writeln!(text, "tvmm_standby_memory_bytes{{function=\"{name}\"}} {}", kib << 10)?;
-        }
+        write_standby(&mut text, &daemon, &standing_by)?;
+        write_idle(&mut text, &daemon)?;
         daemon.standby.write(&mut text)?;
+        daemon.repurposes.write(&mut text)?;
         head(&mut text, "tvmm_traces_lost_total", "counter", "Traces that did not get into the trace file")?;
         writeln!(text, "tvmm_traces_lost_total {}", daemon.traces.lost.load(Ordering::Relaxed))?;
         let Some(exporter) = &daemon.traces.exporter else { return Ok(()) };
@@ -64,4 +68,28 @@ pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoRespon
         // Writing to a String cannot fail.
         Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], String::new()),
     }
+}
+
+fn write_standby(text: &mut String, daemon: &Daemon, standing_by: &[(String, u64)]) -> std::fmt::Result {
+    head(text, "tvmm_standby_ready", "gauge", "VMs that stand by, by function")?;
+    for (name, _) in standing_by {
+        writeln!(text, "tvmm_standby_ready{{function=\"{name}\"}} {}", standby::count(daemon, name))?;
+    }
+    head(text, "tvmm_standby_memory_bytes", "gauge", "Local memory of VMs that stand by, by function")?;
+    for (name, kib) in standing_by {
+        writeln!(text, "tvmm_standby_memory_bytes{{function=\"{name}\"}} {}", kib << 10)?;
+    }
+    Ok(())
+}
+
+fn write_idle(text: &mut String, daemon: &Daemon) -> std::fmt::Result {
+    let help = "VMs by state; also those that are being made, and kept processes of finished VMs";
+    head(text, "tvmm_vms", "gauge", help)?;
+    for (state, count) in daemon.vms.count_by_state() {
+        writeln!(text, "tvmm_vms{{state=\"{state}\"}} {count}")?;
+    }
+    let help = "Disk space of suspended VMs, and of those that were woken and live, bytes";
+    head(text, "tvmm_suspended_bytes", "gauge", help)?;
+    writeln!(text, "tvmm_suspended_bytes {}", daemon.vms.suspended.bytes())?;
+    daemon.idle.write(text)
 }

@@ -109,5 +109,8 @@ pub(super) async fn delete_network(
     let network = daemon.network(&namespace)?;
     daemon.store.remove(Kind::Networks, &namespace).map_err(|error| Fault::of(&error))?;
     daemon.networks().remove(&namespace);
+    if let Some(netns) = &network.netns {
+        daemon.shells.leave(netns);
+    }
     Ok(Reply(network))
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::config::restore::RestoreOptions;
 use crate::snapshot::ColdSpec;
+use crate::tiering::idle::IdleSpec;
 
 /// Limits of the service.
 #[derive(Clone, Debug)]
@@ -24,8 +25,12 @@ pub struct Limits {
     pub max_connections: usize,
     /// Time limit of an invocation that sets none.
     pub timeout: Duration,
-    /// Idle time after which a VM left by an invocation is ended.
+    /// Idle time after which a VM left by an invocation is ended, unless its function or `idle` names another.
     pub idle_timeout: Duration,
+    /// The fate of idle VMs whose functions name none.
+    pub idle: Option<IdleSpec>,
+    /// Disk space of suspended VMs, MiB.
+    pub suspend_disk_mib: u64,
     /// Bytes that a guest may write before its answer.
     pub max_output_bytes: u64,
     /// VM processes kept ready.
@@ -34,17 +39,30 @@ pub struct Limits {
     pub grace: Duration,
 }
 
+/// The processes of VMs that have finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reuse {
+    /// They may serve VMs of other functions.
+    Allowed,
+    /// They end.
+    Never,
+}
+
 /// The settings of the service.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Directory for the state.
     pub dir: PathBuf,
+    /// Directory for the files that idle VMs are spilled to; None: that of the state.
+    pub spill_dir: Option<PathBuf>,
     /// A TCP address to listen on.
     pub listen: Option<SocketAddr>,
     /// A Unix socket to listen on.
     pub listen_unix: Option<PathBuf>,
     /// Limits.
     pub limits: Limits,
+    /// The use of finished VMs' processes.
+    pub reuse: Reuse,
     /// Default options of restores.
     pub load: RestoreOptions,
     /// File for all traces, in Chrome's trace format.

@@ -7,9 +7,8 @@ use super::counters::RewindEnd;
 use super::daemon::{Daemon, Shared};
 use super::fault::{Fault, FaultBody, Reply};
 use super::vm::Vm;
-use super::vm::control::ControlError;
+use super::wake;
 use crate::config::control::Rewound;
-use crate::config::refusal::FaultCode;
 use crate::config::request::RewindRequest;
 
 /// Takes a VM back to the snapshot that it was restored from, between its requests. The VM runs on.
@@ -31,9 +30,8 @@ pub(super) async fn post_rewind(
     let request = body.and_then(|Body(request)| request).unwrap_or_default();
     // Once begun it is finished, whether or not the client waits.
     let task = tokio::spawn(async move {
-        let vm = daemon.vm(&id)?;
-        let _using = vm.claim()?;
-        rewind(&daemon, &vm, request).await
+        let claimed = wake::claim(&daemon, &id).await?;
+        rewind(&daemon, claimed.using.vm(), request).await
     });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The rewind was given up."))).map(Reply)
 }
@@ -48,13 +46,13 @@ pub(super) async fn rewind(daemon: &Daemon, vm: &Vm, request: RewindRequest) -> 
         }
         Err(error) => error,
     };
-    if let ControlError::Refused { code: Some(FaultCode::BadRequest), message } = &error {
+    if error.left_all_as_it_was() {
         daemon.counters.rewound(RewindEnd::Refused);
-        return Err(error.fault(message.clone()));
+        return Err(error.fault(error.to_string()));
     }
     daemon.counters.rewound(RewindEnd::Failed);
-    vm.process.stop().await;
     let why = error.to_string();
     let why = why.trim_end_matches('.');
+    vm.life.stop_because(&format!("could not be rewound: {why}")).await;
     Err(Fault::bad_gateway(format!("Cannot rewind VM `{}`: {why}. The VM was ended.", vm.id)))
 }

@@ -154,7 +154,9 @@ async fn get_ui_data(State(daemon): State<Shared>) -> Reply<Value> {
         "load": {
             "running": running, "max_running": limits.max_running, "queued": queued, "max_queue": limits.max_queue,
             "vms": taken.vms, "max_vms": limits.max_vms,
-            "memory_mib": taken.memory_mib, "max_memory_mib": limits.memory_mib, "shells": daemon.shells.len(),
+            "memory_mib": taken.memory_mib, "max_memory_mib": limits.memory_mib,
+            "shells": daemon.shells.len(), "spares": daemon.vms.spares(),
+            "suspended_bytes": daemon.vms.suspended.bytes(), "suspend_disk_mib": limits.suspend_disk_mib,
         },
         "functions": functions,
         "snapshots": daemon.snapshots().values().cloned().collect::<Vec<_>>(),

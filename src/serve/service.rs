@@ -3,9 +3,6 @@
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +13,7 @@ use super::blocking::blocking;
 use super::daemon::{Daemon, START_TIMEOUT};
 use super::error::ServeError;
 use super::fault::Fault;
+use super::idle;
 use super::load;
 use super::options::Options;
 use super::routes;
@@ -52,7 +50,6 @@ pub fn run(options: Options) -> Result<(), ServeError> {
 async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> {
     let listen = options.listen;
     let listen_unix = options.listen_unix.clone();
-    let idle = options.limits.idle_timeout;
     let grace = options.limits.grace;
     let daemon = Arc::new(Daemon::open(options)?);
     snapshots::sweep(&daemon).map_err(ServeError::os("remove unfinished snapshots"))?;
@@ -68,7 +65,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     }
     let mut _socket = None;
     if let Some(path) = &listen_unix {
-        remove_stale(path);
+        unix_socket::remove_stale(path);
         let (listener, file) = unix_socket::bind(path)?;
         let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::os("listen"))?;
         told += &format!("tvmm serve: listening on {}\n", path.display());
@@ -78,7 +75,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     let mut chores = tokio::task::JoinSet::new();
     chores.spawn(daemon.shells.clone().keep_ready());
     chores.spawn(standby::keep_ready(daemon.clone()));
-    chores.spawn(end_idle(daemon.clone(), idle));
+    chores.spawn(idle::descend_all(daemon.clone()));
     chores.spawn(write_vms(daemon.clone()));
     // Best effort: the parent process may have closed the output.
     let _ = std::io::stdout().write_all(told.as_bytes()).and_then(|()| std::io::stdout().flush());
@@ -97,6 +94,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     finished.await?;
     chores.shutdown().await;
     daemon.shells.clear();
+    daemon.vms.clear_spares();
     // Cancels drive copies: the VMs that they were for will not start.
     daemon.copies.stop();
     end_all(&daemon).await;
@@ -156,16 +154,6 @@ fn listen_tcp(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// Removes a socket that no process serves any more. A file of another kind also refuses connections, and stays.
-fn remove_stale(path: &Path) {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
-    if is_socket && UnixStream::connect(path).is_err_and(refused) {
-        // A failure shows when the address is bound.
-        let _ = std::fs::remove_file(path);
-    }
-}
-
 /// Signals that end the service.
 struct Signals {
     signals: EndSignals,
@@ -204,21 +192,9 @@ async fn finish(daemon: &Arc<Daemon>, server: &Server, grace: Duration) {
 async fn end_all(daemon: &Arc<Daemon>) {
     let mut ending = tokio::task::JoinSet::new();
     for vm in daemon.vms.all() {
-        ending.spawn(async move { vm.process.stop().await });
+        ending.spawn(async move { vm.life.stop_because("the service was stopped").await });
     }
     ending.join_all().await;
-}
-
-/// ChildPipes VMs left by invocations that have been idle for too long.
-async fn end_idle(daemon: Arc<Daemon>, limit: Duration) {
-    let pause = (limit / 4).clamp(Duration::from_millis(50), Duration::from_secs(5));
-    loop {
-        tokio::time::sleep(pause).await;
-        for vm in daemon.vms.idle_longer_than(limit) {
-            tracing::debug!(vm = vm.id, "An idle VM is ended");
-            vm.process.stop().await;
-        }
-    }
 }
 
 /// Writes the list of living VMs whenever it changes, so that a restart can report their end.

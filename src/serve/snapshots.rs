@@ -24,6 +24,7 @@ use super::standby;
 use super::store::Kind;
 use super::vm::Vm;
 use super::vm::control::ControlError;
+use super::wake;
 use super::working_set::{self, CacheState};
 use crate::config::bodies::{CreateBody, CreateExtension, WantedState};
 use crate::config::control::SnapshotTaken;
@@ -127,14 +128,15 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         Some("Diff") => SnapshotKind::Diff,
         Some(other) => return Err(Fault::bad(format!("Unknown snapshot type `{other}`; known: Full, Diff."))),
     };
-    let vm = daemon.vm(&body.vm_id)?;
     let mut claim = claim_name(daemon, body.ss_id)?;
-    let _using = vm.claim()?;
+    let claimed = wake::claim(daemon, &body.vm_id).await?;
+    let vm = claimed.using.vm();
     let _quiet = if body.live { None } else { Some(vm.quiet().await) };
     let dir = daemon.snapshot_dir(&claim.id);
     let parent = vm.diff_parent().filter(|_| kind == SnapshotKind::Diff);
     let layers = parent.as_ref().map_or(0, |parent| layers_of(&daemon.snapshots(), parent));
-    let compacted = layers >= COMPACT_LAYERS;
+    // A diff of a VM that was suspended would build on a snapshot that ends with the VM.
+    let compacted = kind == SnapshotKind::Diff && (layers >= COMPACT_LAYERS || vm.former_life().is_some());
     let kind = if compacted { SnapshotKind::Full } else { kind };
     if let Some(parent) = parent.filter(|_| !compacted) {
         // From here until the diff is kept or given up, its parent cannot be deleted, even if the VM ends.
@@ -144,10 +146,10 @@ async fn take(daemon: &Arc<Daemon>, body: SnapshotBody) -> Result<SnapshotRecord
         tracing::info!(
             snapshot = claim.id,
             layers,
-            "A full snapshot is taken in place of a diff: its chain would be long"
+            "A full snapshot is taken in place of a diff: its chain would be long, or its VM was suspended"
         );
     }
-    let taken = if body.live { capture_live(&vm, kind, &dir).await? } else { capture(&vm, kind, &dir).await? };
+    let taken = if body.live { capture_live(vm, kind, &dir).await? } else { capture(vm, kind, &dir).await? };
     vm.was_snapshotted(&claim.id);
     let opened = blocking({
         let dir = dir.clone();
@@ -192,7 +194,7 @@ fn layers_of(snapshots: &BTreeMap<String, SnapshotRecord>, ss_id: &str) -> usize
 pub(super) async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
     vm.set_state(WantedState::Paused).await.map_err(refused)?;
     let extension = CreateExtension { resume: true, copy_drives: vm.function.writes_image(), ..Default::default() };
-    let taken = vm.control.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await;
+    let taken = vm.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await;
     if taken.is_err() {
         vm.set_state(WantedState::Resumed).await.map_err(refused)?;
     }
@@ -202,7 +204,7 @@ pub(super) async fn capture(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Resu
 /// Takes the snapshot while the VM runs.
 pub(super) async fn capture_live(vm: &Vm, kind: SnapshotKind, dir: &FilePath) -> Result<SnapshotTaken, Fault> {
     let extension = CreateExtension { live: true, copy_drives: vm.function.writes_image(), ..Default::default() };
-    vm.control.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await.map_err(refused)
+    vm.send("PUT", "/snapshot/create", &create_body(dir, kind, extension)).await.map_err(refused)
 }
 
 fn create_body(dir: &FilePath, kind: SnapshotKind, tvmm: CreateExtension) -> CreateBody {
@@ -417,6 +419,10 @@ fn check_unneeded(daemon: &Daemon, id: &str) -> Result<(), Fault> {
     if let Some((made, _)) = made {
         return refused(format!("snapshot `{made}`, which is being made, needs it."));
     }
+    let asleep = daemon.vms.suspended.all();
+    if let Some(vm) = asleep.iter().find(|vm| vm.record().ss_id.as_deref() == Some(id)) {
+        return refused(format!("the suspended VM `{}` builds on it. Delete the VM first.", vm.record().vm_id));
+    }
     // VMs that stand by end with their snapshot.
     for vm in daemon.vms.all().into_iter().filter(|vm| !vm.stands_by()) {
         if vm.ss_id.as_deref() == Some(id) {
@@ -456,9 +462,13 @@ fn sweep_snapshots(daemon: &Daemon) -> io::Result<()> {
     let kept = daemon.snapshots();
     for entry in fs::read_dir(daemon.store.snapshots_dir())? {
         let entry = entry?;
+        // A temporary that is left now has a living writer, which removes or renames it.
+        if snapshot::is_partial(&entry.file_name()) {
+            continue;
+        }
         if !entry.file_name().to_str().is_some_and(|name| kept.contains_key(name)) {
             tracing::warn!(path = %entry.path().display(), "A snapshot without a record is removed");
-            fs::remove_dir_all(entry.path())?;
+            super::store::gone_is_fine(fs::remove_dir_all(entry.path()))?;
         }
     }
     Ok(())

@@ -28,6 +28,8 @@ use crate::sys::process_memory::ProcessMemory;
 
 /// Pause between two looks at all sets, unless an event asks for one.
 const TICK: Duration = Duration::from_secs(1);
+/// The reason of the end of a VM that stood by and would serve no invocation.
+const UNWANTED: &str = "its function or snapshot was changed or removed";
 /// Pause before a restore that has failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -79,7 +81,7 @@ pub(super) async fn take(daemon: &Daemon, spec: &StartSpec, deadline: Instant) -
             Err(_) => tracing::warn!(vm = vm.id, "A standby VM does not resume in time"),
         }
         daemon.standby.count(func_name, StandbyEvent::Failed);
-        vm.process.signal(Signal::KILL);
+        vm.life.signal(Signal::KILL);
     }
     daemon.standby.count(func_name, StandbyEvent::Miss);
     None
@@ -97,18 +99,37 @@ pub(super) enum Next {
 }
 
 /// Decides by the wish of the invocation, then by the function's `after`. From now on, no client finds a VM that will
-/// be rewound; a VM that another request has found by then is kept.
+/// end or be rewound; a VM that another request has found by then is kept instead of rewound, or ends after that one.
 pub(super) fn next(daemon: &Daemon, vm: &Vm, keep: Option<bool>) -> Next {
+    let next = wanted_next(daemon, vm, keep);
+    if next == Next::End {
+        vm.refuse_requests();
+    }
+    next
+}
+
+fn wanted_next(daemon: &Daemon, vm: &Vm, keep: Option<bool>) -> Next {
     if let Some(keep) = keep {
         return if keep { Next::Keep } else { Next::End };
     }
     let set = set_of(daemon, &vm.function.func_name, vm.restore.as_ref()).filter(|_| !vm.has_network());
     match set {
+        None if daemon.idle_rule(&vm.function.func_name).is_some_and(|rule| rule.ends_at_once()) => Next::End,
         None => Next::Keep,
         Some((_, After::End)) => Next::End,
         Some((_, After::Keep)) => Next::Keep,
         Some((_, After::Rewind)) if vm.leave() => Next::Rewind,
         Some((_, After::Rewind)) => Next::Keep,
+    }
+}
+
+/// Ends a VM that has finished. Its process is kept for another VM for a moment, unless memory is short.
+pub(super) async fn end(daemon: &Daemon, vm: &Vm) {
+    vm.answered().await;
+    if vm.is_finishing() && shortage(daemon).is_none() {
+        daemon.vms.retire(vm).await;
+    } else {
+        vm.life.stop_because("finished").await;
     }
 }
 
@@ -131,10 +152,13 @@ pub(super) async fn give_back(daemon: &Daemon, vm: &Arc<Vm>) {
             Err(fault) => {
                 daemon.standby.count(func_name, StandbyEvent::Failed);
                 tracing::warn!(fault.message, vm = vm.id, "Cannot return a VM to those that stand by");
+                vm.life.stop_because(&fault.message).await;
+                return;
             }
         }
     }
-    vm.process.stop().await;
+    vm.finish();
+    end(daemon, vm).await;
 }
 
 /// Returns whether a VM may join those of its function that stand by, as far as memory goes. VMs that may not are
@@ -157,7 +181,7 @@ async fn has_memory(daemon: &Daemon, vm: &Arc<Vm>) -> bool {
 
 /// Local memory of VMs, KiB. A VM that has ended has none.
 async fn own_kib(vms: &[Arc<Vm>]) -> u64 {
-    let pids: Vec<u32> = vms.iter().map(|vm| vm.process.pid()).collect();
+    let pids: Vec<u32> = vms.iter().map(|vm| vm.life.pid()).collect();
     let kib = |pid| ProcessMemory::of(pid).map_or(0, |memory| memory.own_kib());
     // The kernel walks the page tables of each.
     blocking(move || pids.into_iter().map(kib).sum()).await.unwrap_or_default()
@@ -186,7 +210,7 @@ async fn yield_memory(daemon: &Daemon) {
     }
     for vm in waiting.into_iter().filter(|vm| vm.retire()) {
         daemon.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
-        vm.process.stop().await;
+        vm.life.stop_because("the host has little memory left (--memory-reserve)").await;
     }
 }
 
@@ -199,7 +223,7 @@ async fn keep_within_memory(daemon: &Daemon, function: &Function) {
         let Some(vm) = set.pop() else { return };
         if vm.retire() {
             daemon.standby.count(&function.func_name, StandbyEvent::Evicted);
-            vm.process.stop().await;
+            vm.life.stop_because("VMs that stand by had more memory than `standby.dram_mib`").await;
         }
     }
 }
@@ -245,7 +269,8 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
     let comes_back = function.after == Some(After::Rewind);
     let is_coming = |vm: &&Arc<Vm>| comes_back && vm.is_in_use() && vm.function.func_name == *name;
     let coming = || daemon.vms.all().iter().filter(|vm| vm.restore.is_some()).filter(is_coming).count();
-    while count(daemon, name) + coming() < wanted() && !failed.contains_key(name) {
+    let missing = || wanted().saturating_sub(count(daemon, name) + coming());
+    while missing() > 0 && !failed.contains_key(name) {
         let limit_mib = function.standby.and_then(|standby| standby.dram_mib);
         if shortage(daemon).is_some() || !may_grow(daemon, name, limit_mib).await {
             return;
@@ -253,7 +278,9 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
         let Some(_turn) = daemon.gate.free_turn() else { return };
         let started = match start_of(daemon, function) {
             Ok(None) => return,
-            Ok(Some(spec)) if !daemon.vms.has_room(spec.function.mem_size) => return,
+            // A VM that has finished is about to leave its process, or its place.
+            Ok(Some(spec)) if daemon.vms.count_finishing(spec.need().shape) >= missing() => return,
+            Ok(Some(spec)) if !daemon.vms.has_room(&spec.need()) => return,
             Ok(Some(spec)) => start(daemon, &spec).await,
             Err(fault) => Err(fault),
         };
@@ -262,7 +289,7 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
                 if !has_memory(daemon, &vm).await {
                     tracing::warn!(function = name, "A VM to stand by needs more memory than there is for it");
                     failed.insert(name.clone(), Instant::now() + RETRY);
-                    vm.process.stop().await;
+                    vm.life.stop_because("there was too little memory for it").await;
                     return;
                 }
                 vm.stand_by();
@@ -270,7 +297,7 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
             }
             // The function or its snapshot was changed or removed meanwhile.
             Ok(vm) => {
-                vm.process.stop().await;
+                vm.life.stop_because(UNWANTED).await;
                 return;
             }
             // An invocation has taken the room meanwhile.
@@ -305,7 +332,7 @@ pub(super) async fn end_unwanted(daemon: &Daemon) {
         if *kept < most {
             *kept += 1;
         } else if vm.retire() {
-            ending.spawn(async move { vm.process.stop().await });
+            ending.spawn(async move { vm.life.stop_because(UNWANTED).await });
         }
     }
     ending.join_all().await;

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 use serde::Serialize;
@@ -13,6 +14,7 @@ use serde::de::DeserializeOwned;
 
 use super::error::ServeError;
 use crate::snapshot::{self, read_limited, write_limited};
+use crate::sys::bounded_wait::Wait;
 
 /// The file that marks a directory as one of `tvmm serve`'s.
 const MARK: &str = "tvmm-serve";
@@ -21,6 +23,11 @@ const MARK_TEXT: &str =
     "This directory belongs to tvmm serve, which removes what it does not know in run/ and snapshots/.\nFormat 1\n";
 /// The file that a daemon locks while it uses the directory.
 const LOCK: &str = "lock";
+/// The file that a daemon's VMs keep locked while they live.
+const VMS_LOCK: &str = "vms.lock";
+/// The VMs of a daemon that was killed end by themselves; a new daemon waits for them for this time.
+const FORMER_VMS_TIME: Duration = Duration::from_secs(10);
+const FORMER_VMS_POLL: Duration = Duration::from_millis(5);
 /// The list of living VMs when it was last written.
 const VMS: &str = "vms.json";
 
@@ -89,6 +96,8 @@ impl Kind {
 pub(super) struct Store {
     dir: PathBuf,
     _lock: File,
+    /// Its VMs inherit the descriptor, and with it the lock.
+    _vms_lock: File,
     /// Serialises writers: two would use the same temporary file.
     writing: Mutex<()>,
 }
@@ -125,7 +134,9 @@ impl Store {
         for folder in [Kind::Functions, Kind::Snapshots, Kind::Networks].map(Kind::folder) {
             make(&dir.join(folder))?;
         }
-        let store = Store { dir, _lock: lock, writing: Mutex::new(()) };
+        let vms_lock_path = dir.join(VMS_LOCK);
+        let vms_lock = lock_for_vms(&vms_lock_path).map_err(failed(&vms_lock_path))?;
+        let store = Store { dir, _lock: lock, _vms_lock: vms_lock, writing: Mutex::new(()) };
         store.clear_run()?;
         ["run", "snapshots", "profiles"].iter().try_for_each(|folder| make(&store.dir.join(folder)))?;
         Ok(store)
@@ -198,6 +209,11 @@ impl Store {
         self.dir.join("profiles")
     }
 
+    /// The directory of suspended VMs.
+    pub(super) fn suspended_dir(&self) -> PathBuf {
+        self.dir.join("suspended")
+    }
+
     /// The directory of all snapshots.
     pub(super) fn snapshots_dir(&self) -> PathBuf {
         self.dir.join("snapshots")
@@ -233,7 +249,7 @@ impl Store {
 pub(super) fn is_the_daemons(path: &Path) -> bool {
     let folders = [Kind::Functions, Kind::Snapshots, Kind::Networks].map(Kind::folder);
     let first = path.iter().next().and_then(|name| name.to_str());
-    let others = [MARK, LOCK, VMS, "run", "snapshots", "profiles"];
+    let others = [MARK, LOCK, VMS, VMS_LOCK, "run", "snapshots", "profiles", "suspended"];
     first.is_none_or(|first| folders.iter().chain(&others).any(|own| *own == first))
 }
 
@@ -245,10 +261,32 @@ fn write_mark(path: &Path) -> io::Result<()> {
 }
 
 /// Writes JSON durably.
-fn save(path: &Path, what: &impl Serialize) -> snapshot::Result<()> {
+pub(super) fn save(path: &Path, what: &impl Serialize) -> snapshot::Result<()> {
     // Serialising cannot fail: all keys are strings.
     let bytes = serde_json::to_vec_pretty(what).unwrap_or_default();
     write_limited(path, &bytes, MAX_JSON_BYTES)
+}
+
+/// Waits until the VMs of a daemon that was killed have ended, which may be in the middle of writing a snapshot, and
+/// returns a lock that the VMs of this daemon inherit.
+fn lock_for_vms(path: &Path) -> io::Result<File> {
+    let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    let mut wait = Wait::new("the end of an earlier daemon's VMs", FORMER_VMS_TIME);
+    loop {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if !wait.is_over() => std::thread::sleep(FORMER_VMS_POLL),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                tracing::warn!("VMs of an earlier daemon are still alive; the files that they are writing are left");
+                break;
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    // Shared: two daemons after one another may have VMs that live on.
+    rustix::fs::flock(&lock, FlockOperation::LockShared)?;
+    rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty())?;
+    Ok(lock)
 }
 
 /// Treats a missing file as removed.
@@ -259,7 +297,7 @@ pub(super) fn gone_is_fine(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
-fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ServeError> {
+pub(super) fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ServeError> {
     let bytes = read_limited(path, MAX_JSON_BYTES)?;
     serde_json::from_slice(&bytes).map_err(|source| ServeError::Unreadable { path: path.to_owned(), source })
 }
@@ -267,6 +305,14 @@ fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ServeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_of_the_daemon_are_known() {
+        for own in ["", "vms.lock", "vms.json", "suspended/a/1/memory", "functions/f.json"] {
+            assert!(is_the_daemons(Path::new(own)), "{own}");
+        }
+        assert!(!is_the_daemons(Path::new("images/vms.lock")));
+    }
 
     #[test]
     fn only_an_empty_directory_and_those_of_daemons_are_used() {

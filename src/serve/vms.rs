@@ -58,10 +58,11 @@ impl VmBody {
     }
 }
 
-/// All VMs: living ones, then ended ones, the last first.
+/// All VMs: living ones, then suspended ones, then ended ones, the last first.
 #[utoipa::path(get, path = "/vms", tag = "vms",
     responses((status = 200,
-        description = "The VMs that live, then the VMs that have ended, the last first", body = Vec<VmRecord>)))]
+        description = "The VMs that live, then suspended ones, then those that have ended, the last first",
+        body = Vec<VmRecord>)))]
 pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>> {
     Reply(daemon.vms.records())
 }
@@ -125,16 +126,29 @@ pub(super) async fn get_vm(State(daemon): State<Shared>, Path(id): Path<String>)
     daemon.vms.record(&id).map(Reply).ok_or_else(|| Fault::not_found("VM", &id))
 }
 
-/// Ends a living VM; removes an ended one from the list.
+/// Ends a living or suspended VM; removes an ended one from the list.
 #[utoipa::path(delete, path = "/vms/{id}", tag = "vms", params(("id" = String, Path)),
     responses((status = 200, description = "The VM, which has ended", body = VmRecord),
         (status = 404, body = FaultBody, description = "The VM does not exist")))]
 pub(super) async fn delete_vm(State(daemon): State<Shared>, Path(id): Path<String>) -> Result<Reply<VmRecord>, Fault> {
     let record = daemon.vms.record(&id).ok_or_else(|| Fault::not_found("VM", &id))?;
+    if let Some(vm) = daemon.vms.get(&id).filter(|vm| vm.is_suspending()) {
+        vm.stepped().await;
+    }
+    // No request wakes it while it is removed.
+    let waking = daemon.vms.suspended.waking(&id);
+    let _waking = match &waking {
+        Some(waking) => Some(waking.lock().await),
+        None => None,
+    };
     match daemon.vms.get(&id) {
         Some(vm) => {
-            vm.process.stop().await;
+            vm.refuse_requests();
+            vm.life.stop_because("deleted").await;
             Ok(Reply(vm.record()))
+        }
+        None if daemon.vms.end_suspended(&id, "deleted while it was suspended") => {
+            daemon.vms.record(&id).map(Reply).ok_or_else(|| Fault::not_found("VM", &id))
         }
         None => {
             daemon.vms.forget(&id);

@@ -2,13 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::snapshot::random_hex;
 use crate::sys::clock;
 use crate::sys::output::{ConsoleOutput, FdSink, Sink, Witness};
 use crate::sys::terminal::RawTerminal;
@@ -36,6 +38,10 @@ pub struct Input {
     pending: VecDeque<u8>,
     terminal: Option<RawTerminal>,
     after_ctrl_a: bool,
+    /// Standard input is read, and has not ended.
+    pub stdin_open: bool,
+    /// Standard input was emptied since it was found readable, so a read might block.
+    was_emptied: bool,
 }
 
 impl Input {
@@ -58,6 +64,9 @@ impl Input {
     /// Reads standard input once. Called when it is readable.
     pub fn read(&mut self) -> io::Result<Typed> {
         let mut buffer = [0; READ_MAX];
+        if std::mem::take(&mut self.was_emptied) && !is_readable(io::stdin().as_fd())? {
+            return Ok(Typed::Nothing);
+        }
         // Not through `Stdin`: bytes held in its buffer would not make the descriptor readable.
         let count = match rustix::io::read(io::stdin(), &mut buffer) {
             Ok(0) => return Ok(Typed::End),
@@ -69,6 +78,26 @@ impl Input {
             Err(error) => return Err(error.into()),
         };
         Ok(self.take(&buffer[..count]))
+    }
+
+    /// Forgets the bytes that the guest has not taken: those read so far, and those that wait in standard input now.
+    pub fn discard(&mut self) -> io::Result<()> {
+        self.pending.clear();
+        self.after_ctrl_a = false;
+        // A device that cannot tell has none that wait (/dev/null).
+        let waiting = if self.stdin_open { rustix::io::ioctl_fionread(io::stdin()).unwrap_or(0) } else { 0 };
+        let mut left = waiting as usize;
+        let mut buffer = [0; READ_MAX];
+        while left > 0 {
+            self.was_emptied = true;
+            match rustix::io::read(io::stdin(), &mut buffer[..left.min(READ_MAX)]) {
+                Ok(0) | Err(Errno::AGAIN | Errno::IO) => return Ok(()),
+                Ok(count) => left -= count,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// Filters a terminal's Ctrl-A sequences: X ends tvmm, A or Ctrl-A sends Ctrl-A.
@@ -101,6 +130,12 @@ impl Input {
         }
         Ok(())
     }
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut poll = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(rustix::event::poll(&mut poll, Some(&now))? > 0)
 }
 
 /// Notes the time of the first byte of output, and passes all bytes on.
@@ -158,6 +193,12 @@ impl Answer {
 
 /// Longest answer line kept; a guest that writes a longer one has not answered.
 const ANSWER_MAX: usize = 4096;
+
+/// Returns a name for one request that no request of another process has: a VM that was saved in the middle of a
+/// request answers that one first when it is restored.
+pub fn request_id(kind: &str) -> String {
+    format!("{kind}-{}", random_hex(4))
+}
 
 /// Looks for the answer line of one request in the output.
 pub struct AnswerWatch {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
-use crate::config::control::{Repurposed, Rewound};
+use crate::config::control::{Demoted, Repurposed, Rewound};
 use crate::config::fork::ForkCounts;
 use crate::config::restore::{PlanFrom, RestoreRequest};
 use crate::memory::ending::EndingSignal;
@@ -13,6 +13,7 @@ use crate::memory::engine::EngineReport;
 use crate::memory::fault_batches::FaultBatch;
 use crate::memory::fault_service::FaultCounts;
 use crate::memory::guest_ram::GuestRam;
+use crate::memory::spill::Spill;
 use crate::session::Error;
 use crate::snapshot::{Chain, ForkPoint, PAGE_SIZE, PolicyReason, RestorePlan};
 use crate::sys::kvm_stats;
@@ -69,6 +70,9 @@ pub struct Restored {
     /// The number of rewinds.
     pub rewinds: u64,
     pub last_rewind: Option<Rewound>,
+    /// The number of demotions.
+    pub demotions: u64,
+    pub last_demotion: Option<Demoted>,
     /// The number of times that the machine became another's.
     pub repurposed: u64,
     pub last_repurpose: Option<Repurposed>,
@@ -114,6 +118,8 @@ impl Restored {
             keep_pages: keep_pages(load),
             rewinds: 0,
             last_rewind: None,
+            demotions: 0,
+            last_demotion: None,
             repurposed: 0,
             last_repurpose: None,
             fork_point: opened.fork_point,
@@ -151,6 +157,8 @@ pub struct Parts<'a> {
     pub fault_batches: Vec<FaultBatch>,
     /// Counts of the requests to the cold pool, if there is one.
     pub cold: Option<ColdCounts>,
+    /// Pages that have left local memory for a file.
+    pub spill: Option<&'a Spill>,
     /// The share of memory that has been compared with the snapshot's checksums; null if this process does not compare.
     pub verification: serde_json::Value,
     /// True if the kernel maps only pages that were touched.
@@ -174,6 +182,7 @@ impl<'a> Parts<'a> {
             faults: machine.fault_counts(),
             fault_batches: machine.fault_batches(),
             cold: machine.services().cold_counts(),
+            spill: machine.services().spill(),
             verification: machine.verification(),
             single_pages: machine.maps_single_pages(),
             virtio: machine.virtio(),

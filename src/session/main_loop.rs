@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Answer, Input, Typed};
+use super::fork::{ChildEnd, Heard, Order, Step};
 use super::outcome::Outcome;
 use super::port_request::{PortRequest, Requesting};
 use super::watch::Watch;
@@ -19,12 +19,14 @@ use crate::config::restore::RestoreRequest;
 use crate::memory::ending::Ending;
 use crate::session::Error;
 use crate::session::controller::Controller;
+use crate::sys::clock;
 use crate::sys::code;
 use crate::sys::lost;
 use crate::sys::lost::Listening;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::raw_descriptor::RawDescriptor;
 use crate::sys::signals::EndSignals;
+use crate::sys::timeline::Caller;
 use crate::vmm;
 
 /// The first action of the session.
@@ -44,8 +46,8 @@ pub struct EventSources {
     pub input: Input,
     /// True if standard input is read (not while a scripted request runs).
     pub reads_stdin: bool,
-    /// True: the process ends if standard input ends without a byte.
-    pub awaits_parent: bool,
+    /// The line to the parent of a fork, until the parent has let this process live on.
+    pub parent: Option<ChildEnd>,
     pub control: Option<ControlReceiver>,
     pub signals: EndSignals,
     pub answer: Option<Arc<Answer>>,
@@ -67,10 +69,14 @@ const CONSOLE: u32 = 9;
 const STANDBY: u32 = 10;
 const LIVE: u32 = 11;
 const PARENT: u32 = 12;
+const DEMOTION: u32 = 13;
 
 /// After this time without an event the VM has started, and resources needed only for that are freed. Not earlier:
 /// freeing them costs a restore some 60 µs.
 const SETTLED: Duration = Duration::from_millis(100);
+/// After this time without an event a VM is idle, and the code that its last requests touched is unmapped again. Later
+/// than the first time: each request after it maps that code again.
+const IDLE: Duration = Duration::from_secs(10);
 
 /// One VM's main loop.
 struct Session {
@@ -78,7 +84,6 @@ struct Session {
     event_sources: EventSources,
     /// Standard input cannot be polled (a regular file, /dev/null): it is read whenever the guest wants more.
     stdin_always_ready: bool,
-    stdin_open: bool,
     stdin_watched: bool,
     /// The machine's own events are registered, and the SIGBUS handler knows the event to signal.
     machine_watched: bool,
@@ -86,9 +91,13 @@ struct Session {
     /// Descriptors at which the request for a machine that stands by arrives.
     standby_watched: Vec<RawFd>,
     /// Resources needed only for starting have been freed.
+    is_settled: bool,
+    /// Nothing has happened since the program's code was unmapped.
     is_slim: bool,
     /// Time of the last event other than ticks of the console.
     busy_at: Instant,
+    /// The same in ns of CLOCK_MONOTONIC.
+    busy_ns: u64,
     /// The scripted request was answered.
     is_answered: bool,
     outcome: Option<Outcome>,
@@ -115,26 +124,53 @@ fn begin_machine(
     }
 }
 
+/// Names the action of an error on the line to the parent.
+const HEAR_PARENT: &str = "talk to the parent of the fork by standard input";
+
+/// Waits until the parent, if this process is a child of a fork, has sealed the fork point. Returns the outcome if this
+/// process is to end instead.
+fn await_fork_point(controller: &mut Controller, event_sources: &mut EventSources) -> Result<Option<Outcome>, Error> {
+    let Some(parent) = event_sources.parent else { return Ok(None) };
+    parent.tell(Step::Waits).map_err(Error::os(HEAR_PARENT))?;
+    loop {
+        match parent.hear(Step::Waits).map_err(Error::os(HEAR_PARENT))? {
+            Heard::Order(_) => break,
+            Heard::End => return Ok(Some(Outcome::Quit)),
+            Heard::Nothing => {}
+        }
+        let is_signalled = parent.wait(&event_sources.signals).map_err(Error::os(HEAR_PARENT))?;
+        if is_signalled && let Some(number) = event_sources.signals.take_one() {
+            return Ok(Some(Outcome::Signal(number)));
+        }
+    }
+    controller.timeline.wake();
+    Ok(None)
+}
+
 /// Runs a VM until it ends. Returns the outcome, and the controller with the rest of the machine.
 pub fn run(
     mut controller: Controller,
     begin: Begin,
     mut event_sources: EventSources,
 ) -> Result<(Outcome, Controller, EventSources), Error> {
+    if let Some(outcome) = await_fork_point(&mut controller, &mut event_sources)? {
+        return Ok((outcome, controller, event_sources));
+    }
     let requesting = begin_machine(&mut controller, begin, &mut event_sources)?;
     let deadline = event_sources.timeout.map(|timeout| Instant::now() + timeout);
-    let stdin_open = event_sources.reads_stdin;
+    event_sources.input.stdin_open = event_sources.reads_stdin;
     let session = Session {
         controller,
         event_sources,
         stdin_always_ready: false,
-        stdin_open,
         stdin_watched: false,
         machine_watched: false,
         listening: None,
         standby_watched: Vec::new(),
+        is_settled: false,
         is_slim: false,
         busy_at: Instant::now(),
+        busy_ns: clock::monotonic_ns(),
         is_answered: false,
         outcome: None,
         failure: None,
@@ -154,7 +190,7 @@ pub fn run(
             }
             let awaits_comparison = session.awaits_comparison();
             let settles = session.machine_watched && !session.is_slim && !awaits_comparison;
-            (settles.then(|| SETTLED.saturating_sub(session.busy_at.elapsed())), awaits_comparison)
+            (settles.then(|| session.quiet_time().saturating_sub(session.busy_at.elapsed())), awaits_comparison)
         };
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let wait = settles.map_or(left, |settles| Some(left.map_or(settles, |left| left.min(settles))));
@@ -163,8 +199,9 @@ pub fn run(
         let wait = wait.map_or(-1, |wait| wait.as_millis() as i32 + 1);
         manager.run_with_timeout(wait).map_err(|error| event_error(&error))?;
         let session = manager.subscriber_mut(id).map_err(|error| event_error(&error))?;
-        if settles.is_some() && session.busy_at.elapsed() >= SETTLED {
+        if settles.is_some() && session.busy_at.elapsed() >= session.quiet_time() {
             code::unmap_until_touched();
+            session.is_settled = true;
             session.is_slim = true;
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -196,6 +233,8 @@ fn restore(
         requesting = begin_request(event_sources, devices, &output)?;
         Ok(())
     })?;
+    let parent = event_sources.parent;
+    parent.map_or(Ok(()), |parent| parent.tell(Step::Restored)).map_err(Error::os(HEAR_PARENT))?;
     Ok(requesting)
 }
 
@@ -223,8 +262,11 @@ impl Session {
         }
         watch_event(ops, self.controller.seal_event(), SEALED)?;
         watch_event(ops, self.controller.live_event(), LIVE)?;
-        if self.event_sources.awaits_parent {
-            watch(ops, &io::stdin(), PARENT)?;
+        watch(ops, self.controller.demotion_timer(), DEMOTION)?;
+        if self.event_sources.parent.is_some() {
+            // Bytes that are for other children stay there.
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            ops.add(Events::with_data(&io::stdin(), PARENT, events)).map_err(|error| event_error(&error))?;
         }
         watch_event(ops, self.controller.output().backlog_event(), BACKLOG)?;
         self.watch_machine(ops)?;
@@ -268,6 +310,11 @@ impl Session {
         Ok(())
     }
 
+    /// Returns the time without an event after which the program's code is unmapped.
+    fn quiet_time(&self) -> Duration {
+        if self.is_settled { IDLE } else { SETTLED }
+    }
+
     /// Returns whether the session waits only for the comparison of memory, whose end is no event.
     fn awaits_comparison(&self) -> bool {
         self.is_answered && self.outcome.is_none() && !self.controller.output().has_backlog()
@@ -290,13 +337,18 @@ impl Session {
     fn handle(&mut self, token: u32, ops: &mut EventOps) -> Result<(), Error> {
         if token != CONSOLE {
             self.busy_at = Instant::now();
+            self.busy_ns = clock::monotonic_ns();
+            self.is_slim = false;
         }
         match token {
             STDIN => self.read_stdin(ops),
             CONTROL => {
+                // A client that asks after the answer to the fork meets a VM that runs.
+                self.hear_parent(ops)?;
                 let requests = self.event_sources.control.as_ref().map(ControlReceiver::drain).unwrap_or_default();
                 self.unwatch_standby(ops)?;
-                requests.into_iter().for_each(|request| self.controller.handle(request));
+                let input = &mut self.event_sources.input;
+                requests.into_iter().for_each(|request| self.controller.handle(request, input));
                 self.watch_machine(ops)?;
                 // A command may have emptied the FIFO.
                 self.feed(ops)?;
@@ -309,13 +361,7 @@ impl Session {
                 Ok(())
             }
             ANSWER => {
-                match self.event_sources.answer.as_ref().and_then(|answer| answer.failure()) {
-                    Some(why) => {
-                        self.outcome.get_or_insert(Outcome::NoAnswer(why));
-                    }
-                    None => self.is_answered = true,
-                }
-                self.event_sources.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();
+                self.note_answer();
                 Ok(())
             }
             SEALED => {
@@ -327,6 +373,10 @@ impl Session {
                 self.controller.step_live();
                 Ok(())
             }
+            DEMOTION => {
+                self.controller.step_demotion();
+                Ok(())
+            }
             CONSOLE => {
                 if let Some(console) = self.controller.console() {
                     console.tick();
@@ -335,7 +385,7 @@ impl Session {
             }
             STANDBY => {
                 self.unwatch_standby(ops)?;
-                self.controller.wake_standby()
+                self.controller.wake_standby(Caller::Vsock, self.busy_ns)
             }
             BACKLOG | STDOUT => self.drain_output(token, ops),
             ENDING => {
@@ -354,17 +404,29 @@ impl Session {
         }
     }
 
-    /// Takes the byte by which the parent of a fork says that all its children are there, or ends the process if the
-    /// parent has ended before.
+    /// Called when the guest has answered, or its request has failed.
+    fn note_answer(&mut self) {
+        match self.event_sources.answer.as_ref().and_then(|answer| answer.failure()) {
+            Some(why) => {
+                self.outcome.get_or_insert(Outcome::NoAnswer(why));
+            }
+            None => self.is_answered = true,
+        }
+        self.event_sources.answer.as_ref().map_or(Ok(0), |answer| answer.event().read()).ok();
+    }
+
+    /// Follows the parent of a fork: after its order this process lives on without it, before it they end together.
     fn hear_parent(&mut self, ops: &mut EventOps) -> Result<(), Error> {
-        match rustix::io::read(io::stdin(), &mut [0]) {
-            Ok(0) => {
+        let Some(parent) = self.event_sources.parent else { return Ok(()) };
+        match parent.hear(Step::Restored).map_err(Error::os(HEAR_PARENT))? {
+            Heard::Nothing | Heard::Order(Order::Restore) => return Ok(()),
+            Heard::Order(Order::Run) => self.controller.let_run(Caller::Parent, self.busy_ns)?,
+            Heard::Order(Order::StayPaused) => {}
+            Heard::End => {
                 self.outcome.get_or_insert(Outcome::Quit);
             }
-            Ok(_) => {}
-            Err(Errno::INTR) => return Ok(()),
-            Err(error) => return Err(Error::os("read standard input")(error.into())),
         }
+        self.event_sources.parent = None;
         ops.remove(Events::with_data(&io::stdin(), PARENT, EventSet::IN)).map_err(|error| event_error(&error))
     }
 
@@ -373,7 +435,7 @@ impl Session {
             Typed::Quit => {
                 self.outcome.get_or_insert(Outcome::Quit);
             }
-            Typed::End => self.stdin_open = false,
+            Typed::End => self.event_sources.input.stdin_open = false,
             Typed::Nothing => {}
         }
         self.feed(ops)
@@ -391,12 +453,12 @@ impl Session {
             };
             self.event_sources.input.feed(pass).map_err(vmm::Error::from)?;
             if came {
-                self.controller.wake_standby()?;
+                self.controller.wake_standby(Caller::Console, self.busy_ns)?;
             }
-            let wanted = self.stdin_open && self.event_sources.input.wants_more();
+            let wanted = self.event_sources.input.stdin_open && self.event_sources.input.wants_more();
             if wanted && self.stdin_always_ready && serial.room() > 0 {
                 if self.event_sources.input.read().map_err(Error::os("read standard input"))? == Typed::End {
-                    self.stdin_open = false;
+                    self.event_sources.input.stdin_open = false;
                 }
                 continue;
             }

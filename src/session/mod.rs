@@ -8,13 +8,15 @@
 
 pub mod console;
 pub mod controller;
+mod demotion;
 mod error;
 pub mod facts;
-mod fork;
+pub mod fork;
 mod live;
 pub(crate) mod log;
 pub mod main_loop;
 pub(crate) mod metrics;
+mod opened_request;
 pub mod outcome;
 pub(crate) mod plan_dir;
 pub(crate) mod planning;

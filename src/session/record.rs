@@ -9,7 +9,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::console::{Answer, AnswerWatch, Input};
+use super::console::{Answer, AnswerWatch, Input, request_id};
 use super::main_loop;
 use super::main_loop::{Begin, EventSources};
 use super::outcome::Outcome;
@@ -60,7 +60,8 @@ pub struct Recorded {
     pub execute_ns: u64,
 }
 
-const RUN_ID: &str = "record";
+/// The name of the VM and the first part of its request's.
+const RECORD: &str = "record";
 /// FaaSnap's daemon uses the same interval.
 const POLL: Duration = Duration::from_millis(4);
 
@@ -121,7 +122,8 @@ impl Sink for Nowhere {
 fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSignals>) -> Result<Run, Error> {
     let answer = Answer::new().map_err(Error::os("make an eventfd"))?;
     let moments = Arc::new(Moments::default());
-    let witness = Box::new(AnswerWatch::new(RUN_ID, answer.clone()));
+    let id = request_id(RECORD);
+    let witness = Box::new(AnswerWatch::new(&id, answer.clone()));
     let output = ConsoleOutput::watched(Box::new(Nowhere), Some(witness));
     let output = Arc::new(output.map_err(Error::os("make an eventfd"))?);
     let environment = Environment { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
@@ -134,21 +136,20 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         ..RestoreRequest::default()
     };
     let signals_now = signals.take().ok_or_else(|| Error::Record("the signals got lost".to_string()))?;
-    let line = format!("run {RUN_ID} {}", spec.function);
-    let id = RUN_ID.to_string();
+    let line = format!("run {id} {}", spec.function);
     let asked = answer.clone();
     let request = spec.port.map(|port| PortRequest { port, line: line.clone(), id, answer: asked });
     let event_sources = EventSources {
         input: if request.is_some() { Input::default() } else { Input::script(format!("{line}\n").as_bytes()) },
         reads_stdin: false,
-        awaits_parent: false,
+        parent: None,
         control: None,
         signals: signals_now,
         answer: Some(answer.clone()),
         request,
         timeout: Some(spec.timeout),
     };
-    let controller = Controller::new(RUN_ID.to_string(), VmConfig::default(), environment, Timeline::begin(None))?;
+    let controller = Controller::new(RECORD.to_string(), VmConfig::default(), environment, Timeline::begin(None))?;
     let (outcome, controller, event_sources) = main_loop::run(controller, Begin::Record(load, watch), event_sources)?;
     *signals = Some(event_sources.signals);
     match outcome {

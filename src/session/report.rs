@@ -10,13 +10,13 @@ use super::console::Answer;
 use super::facts::{Facts, Parts};
 use super::outcome::{GuestEnd, Outcome};
 use crate::memory::fault_batches::FaultBatch;
+use crate::memory::spill::Spill;
 use crate::memory::{accounting, usage};
 use crate::session::Error;
 use crate::snapshot::overwrite_private;
 use crate::sys::clock;
 use crate::sys::otlp;
-use crate::sys::timeline::Timeline;
-use crate::sys::timeline::chrome_event;
+use crate::sys::timeline::{Timeline, Wake, chrome_event};
 use crate::tiering::profile::Profile;
 
 /// A report being put together.
@@ -66,6 +66,8 @@ pub fn collect(
             "engine": restored.engine,
             "rewinds": restored.rewinds,
             "last_rewind": restored.last_rewind,
+            "demotions": restored.demotions,
+            "last_demotion": restored.last_demotion,
             "repurposed": restored.repurposed,
             "last_repurpose": restored.last_repurpose,
         })
@@ -83,6 +85,7 @@ pub fn collect(
         "translations": parts.map(Parts::translations).transpose()?,
         "verification": parts.map(|parts| &parts.verification),
         "cold": parts.and_then(|parts| parts.cold.as_ref()),
+        "spill": parts.and_then(|parts| parts.spill).map(Spill::counts),
         "exits": parts.map(|parts| parts.counters_json()),
         "msrs_refused": parts.map(|parts| parts.msrs_refused),
     })))
@@ -130,6 +133,7 @@ impl Report {
         self.0["slices"] = json!(timeline.measured());
         self.0["first_exit_us"] = json!(since(moments.first_exit_ns()));
         self.0["first_output_us"] = json!(since(moments.first_output_ns()));
+        self.0["woken"] = json!(moments.wake().map(|wake| woken(timeline, &wake)));
         self
     }
 
@@ -186,6 +190,18 @@ impl Report {
         let other = json!({ "restore": self.0["restore"], "fault_ins": self.0["fault_ins"] });
         write_text(path, &format!("{:#}\n", json!({ "traceEvents": events, "otherData": other })))
     }
+}
+
+/// The request for which a guest has waited. Its first instruction lies between `entered_us` and `first_exit_us`, which
+/// count from the request.
+fn woken(timeline: &Timeline, wake: &Wake) -> Value {
+    let since_asked = |ns: Option<u64>| ns.map(|ns| ns.saturating_sub(wake.asked_ns) as f64 / 1000.0);
+    json!({
+        "by": wake.by,
+        "asked_us": timeline.since_start_us(wake.asked_ns),
+        "entered_us": since_asked(wake.entered_ns),
+        "first_exit_us": since_asked(wake.acted_ns),
+    })
 }
 
 /// Writes a file. A new one is readable by its owner only: addresses and times of page faults tell what the guest did.

@@ -81,12 +81,12 @@ pub enum ClientError {
         /// The defect of the JSON.
         source: serde_json::Error,
     },
-    /// The VMM refused the request, with this message.
+    /// The VMM or the service refused the request, with this message.
     #[error("{message}")]
     Fault {
         /// The status.
         status: u16,
-        /// The `fault_message`.
+        /// The `fault_message` or `message` of the answer.
         message: String,
     },
     /// The client could not be set up.
@@ -191,7 +191,9 @@ impl Exchange<'_> {
         if status < 400 {
             return Ok((status, body));
         }
-        let message = body.as_ref().and_then(|body| body.get("fault_message")).and_then(Value::as_str);
+        // A VMM answers with Firecracker's `fault_message`, `tvmm serve` with `message`.
+        let of_vmm = body.as_ref().and_then(|body| body.get("fault_message"));
+        let message = of_vmm.or_else(|| body.as_ref()?.get("message")).and_then(Value::as_str);
         let message = message
             .map_or_else(|| format!("{} {} was answered with status {status}.", self.method, self.path), str::to_owned);
         Err(ClientError::Fault { status, message })

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -68,6 +69,17 @@ impl Netns {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Missing { name, path }),
             Err(source) => Err(Error::Open { name, path, source }),
         }
+    }
+
+    /// The name by which it was opened. Another namespace may have the name by now.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns whether both are the same namespace. A namespace that was removed and made again is another one.
+    pub fn is_same(&self, other: &Netns) -> bool {
+        let identity = |netns: &Netns| netns.file.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+        matches!((identity(self), identity(other)), (Ok(one), Ok(other)) if one == other)
     }
 
     /// Makes the child of `command` start in this namespace. If it cannot, spawning fails: see [`why`](Self::why).

@@ -188,6 +188,13 @@ impl ConsoleOutput {
         false
     }
 
+    /// Drops the bytes that wait for their reader, and counts them.
+    pub fn discard(&self) {
+        let mut state = self.lock();
+        state.dropped += state.backlog.len() as u64;
+        state.backlog.clear();
+    }
+
     /// True if bytes wait for their reader.
     pub fn has_backlog(&self) -> bool {
         !self.lock().backlog.is_empty()
@@ -266,6 +273,21 @@ mod tests {
         assert_eq!(output.counts(), (0, 2));
         assert!(output.loss().unwrap().starts_with("2 bytes were lost: Broken pipe"));
         assert!(!output.drain());
+    }
+
+    #[test]
+    fn bytes_that_wait_can_be_dropped_and_are_counted() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let output = ConsoleOutput::new(Box::new(FdSink::new(OwnedFd::from(writer)))).unwrap();
+        (0..100_000).for_each(|_| output.put(b"x"));
+        let (written, _) = output.counts();
+        output.discard();
+        assert_eq!(output.counts(), (written, 100_000 - written));
+        let mut got = vec![0; written as usize];
+        reader.read_exact(&mut got).unwrap();
+        output.put(b"y");
+        reader.read_exact(&mut got[..1]).unwrap();
+        assert_eq!(got[0], b'y');
     }
 
     #[test]

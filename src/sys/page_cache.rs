@@ -19,7 +19,13 @@ impl LoadHuge for PageCache {
     /// Maps the range, asks for huge pages and populates it for reading: readahead for a mapping that wants huge pages
     /// reads 2 MiB at a time into one folio (Linux `mm/filemap.c`, `do_sync_mmap_readahead`). Read(2) does not: its
     /// readahead grows folios only up to its window.
+    ///
+    /// The page cache of a tmpfs is all there is of its files. Populating them would give holes a page, and fail where
+    /// the tmpfs is full.
     fn load_huge(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        if rustix::fs::fstatfs(file)?.f_type == libc::TMPFS_MAGIC {
+            return Ok(());
+        }
         let mut done = 0;
         while done < len {
             let window = (len - done).min(WINDOW) as usize;

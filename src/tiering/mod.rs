@@ -12,6 +12,7 @@ pub mod costs;
 mod error;
 pub mod fault;
 pub mod fit;
+pub mod idle;
 pub mod plan_cache;
 pub mod plan_file;
 pub mod plan_json;

@@ -22,7 +22,8 @@ use super::profile::Profile;
 use super::tier::align::align;
 use super::tier::{self, Tier};
 use crate::snapshot::{
-    self, CacheLookup, Chain, ImageSpec, ResolvedRun, RestorePlan, TierSource, bound_derived, create_private_dir, lru,
+    self, CacheLookup, Chain, ImageSpec, PageSet, ResolvedRun, RestorePlan, TierSource, bound_derived,
+    create_private_dir, lru,
 };
 
 /// A request for a plan of a policy.
@@ -133,6 +134,15 @@ impl Planner<'_> {
         let costs = Costs::default();
         let expected = self.input(&[], &self.tier_sources(), &Basis::of(&costs)).estimate(&plan);
         PlanFile::new(plan, expected, self.chain)
+    }
+
+    /// Returns the plan that maps the file of a chain of one layer private, and copies `pages` before the guest runs.
+    ///
+    /// # Errors
+    /// The state of the memory file cannot be read.
+    pub fn with_copies(&self, pages: &PageSet) -> Result<PlanFile, Error> {
+        let costs = Costs::default();
+        self.own(self.input(&[], &[], &Basis::of(&costs)).with_copies(pages))
     }
 
     /// Returns the images that a plan made from `profile` reads.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::boot::BootError;
+use super::demote::NotDemotable;
 use super::kvm_error::KvmError;
 use super::repurpose::NotRepurposable;
 use super::restore::StateError;
@@ -27,8 +28,12 @@ pub enum Error {
     SnapshotInProgress,
     #[error(transparent)]
     Rewind(#[from] NotRewindable),
+    #[error("Cannot rewind the VM: its drives cannot be copied from the snapshot again, and it stays as it is")]
+    RewindDrives(#[source] snapshot::Error),
     #[error(transparent)]
     Repurpose(#[from] NotRepurposable),
+    #[error(transparent)]
+    Demote(#[from] NotDemotable),
     #[error("The machine is not as its snapshot: {}", first_of(.0))]
     NotAsSaved(Vec<String>),
     #[error(transparent)]

@@ -30,8 +30,10 @@ use super::devices::VirtioDevices;
 use super::error::Error;
 use super::exit_counters::ExitCounters;
 use super::host;
+use super::interrupts::connect;
 use super::lineage::Lineage;
-use super::origin::Origin;
+use super::origin::{Origin, PageServer};
+use super::own_memory::{MemoryChange, NotItsOwn};
 use super::state::{self, MachineState, VcpuState, VmState};
 use super::vcpu::{Order, Vcpu, VcpuThread};
 use crate::config::patch::DevicePatch;
@@ -98,15 +100,6 @@ pub struct Devices {
     pub virtio: VirtioDevices,
 }
 
-impl Devices {
-    /// The interrupts of all devices: the eventfd registered as irqfd, and the input of the interrupt controller.
-    fn interrupts(&self) -> impl Iterator<Item = (&EventFd, u32)> {
-        let serial = (self.serial.interrupt_line().eventfd(), layout::COM1_IRQ);
-        let vmgenid = self.vmgenid.iter().map(|vmgenid| (vmgenid.interrupt_line().eventfd(), vmgenid.save().gsi));
-        std::iter::once(serial).chain(vmgenid).chain(self.virtio.interrupts())
-    }
-}
-
 /// The devices that differ between machines, and the configs of the virtio ones.
 #[derive(Default)]
 pub struct DeviceSet {
@@ -121,7 +114,7 @@ pub(crate) struct Core {
     pub devices: Devices,
     pub services: MemoryServices,
     pub kvm: Kvm,
-    pub vm: VmFd,
+    pub vm: Arc<VmFd>,
     pub ram: GuestRam,
     /// Kept while the VM has slots over it.
     _pmem: Vec<PmemMemory>,
@@ -137,6 +130,8 @@ pub(crate) struct Core {
     pub msrs_refused: Vec<u32>,
     /// The snapshot that the machine was restored from; `None` if it was booted.
     pub origin: Option<Box<Origin>>,
+    /// True: the machine has given its guest up, and can only be repurposed.
+    pub is_vacant: bool,
 }
 
 /// vCPUs exist, and no thread runs them.
@@ -196,7 +191,7 @@ impl Machine<Built> {
         environment: Environment,
         timeline: &mut Timeline,
     ) -> Result<Self, Error> {
-        let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("create a VM"))?);
         if ram.in_place().is_some() {
             set_emulation_exits(&vm, EmulationFailure::Exit)?;
         }
@@ -245,6 +240,7 @@ impl Machine<Built> {
             ending,
             msrs_refused,
             origin: None,
+            is_vacant: false,
         };
         Ok(Machine { state: Built { vcpus }, core })
     }
@@ -463,6 +459,17 @@ impl<S> Machine<S> {
 }
 
 impl Core {
+    /// Returns the snapshot that the machine was restored from, if `change` can be made to its memory.
+    pub(super) fn own_memory(&self, change: MemoryChange) -> Result<&Origin, NotItsOwn> {
+        let origin = self.origin.as_ref().ok_or(NotItsOwn::Booted(change))?;
+        match origin.serves {
+            PageServer::Own if self.services.have_failed() => Err(NotItsOwn::Unserved(change)),
+            PageServer::Own => Ok(origin),
+            PageServer::Recorder => Err(NotItsOwn::Observed(change)),
+            PageServer::Handler => Err(NotItsOwn::Handler(change)),
+        }
+    }
+
     /// Promotes the pages in place that KVM writes without a report for vCPUs in these states.
     pub fn promote_ahead(&self, vcpus: &[VcpuState]) -> Result<(), Error> {
         let Some(in_place) = self.ram.in_place() else { return Ok(()) };
@@ -512,15 +519,6 @@ impl Core {
         set_ram_slots(&self.vm, &self.ram, 0)
     }
 
-    /// Waits until the interrupts that devices have raised have reached the interrupt controllers. KVM passes those of
-    /// irqfds on in a worker thread, for which only the end of an irqfd waits (Linux `irqfd_shutdown`).
-    pub fn settle_interrupts(&self) -> Result<(), Error> {
-        self.devices.interrupts().try_for_each(|(event, gsi)| {
-            let again = self.vm.unregister_irqfd(event, gsi).and_then(|()| self.vm.register_irqfd(event, gsi));
-            again.map_err(Error::kvm("connect a device's interrupt again"))
-        })
-    }
-
     fn spawn(&self, mut vcpus: Vec<Vcpu>, order: Order) -> Result<Vec<VcpuThread>, Error> {
         // A machine with ACPI has a VM generation id, and no 8259 that its kernel knows of.
         if let Some(boot) = vcpus.first_mut() {
@@ -533,9 +531,7 @@ impl Core {
     pub fn attach_vmgenid(&mut self, state: VmGenIdState) -> Result<(), Error> {
         let vmgenid = VmGenId::new(state)?;
         vmgenid.renew(self.ram.view())?;
-        self.vm
-            .register_irqfd(vmgenid.interrupt_line().eventfd(), state.gsi)
-            .map_err(Error::kvm("connect the interrupt of the VM generation id"))?;
+        connect(vmgenid.interrupt_line(), &self.vm, state.gsi);
         self.devices.vmgenid = Some(vmgenid);
         Ok(())
     }
@@ -610,15 +606,14 @@ fn coalesce_console(kvm: &Kvm, vm: &VmFd, vcpus: &mut [Vcpu]) -> Result<Option<A
 }
 
 fn build_devices(
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     ram: &GuestRam,
     set: DeviceSet,
     output: Arc<ConsoleOutput>,
     ending: &Arc<EndingSignal>,
 ) -> Result<(Devices, Arc<Buses>), Error> {
     let serial = Arc::new(Serial::new(output)?);
-    vm.register_irqfd(serial.interrupt_line().eventfd(), layout::COM1_IRQ)
-        .map_err(Error::kvm("connect the serial interrupt"))?;
+    connect(serial.interrupt_line(), vm, layout::COM1_IRQ);
     let reset: EventFd = ending.event().try_clone().map_err(Error::os("copy an eventfd"))?;
     let i8042 = Arc::new(I8042::new(reset));
     let ending = ending.clone();

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
-use crate::config::refusal::{FaultBody, FaultCode};
+use crate::config::refusal::{FaultBody, FaultCode, RefusedKind};
 use crate::serve::fault::Fault;
 
 /// Limit on an answer; a larger one is not a VM's.
@@ -24,6 +24,8 @@ pub enum ControlError {
     /// The VM refused it.
     #[error("{message}")]
     Refused {
+        /// The party at fault.
+        kind: RefusedKind,
         /// The kind of the reason.
         code: Option<FaultCode>,
         /// Its reason.
@@ -35,6 +37,12 @@ pub enum ControlError {
 }
 
 impl ControlError {
+    /// Returns whether the request has changed nothing: the VM is as it was. The VM's API tells it by the party at
+    /// fault, never by the code: a disk can be full before anything has changed, or in the middle.
+    pub fn left_all_as_it_was(&self) -> bool {
+        matches!(self, ControlError::Refused { kind: RefusedKind::BadRequest, .. })
+    }
+
     /// The fault that clients are told in these words.
     pub fn fault(&self, text: String) -> Fault {
         match self {
@@ -84,13 +92,50 @@ impl Control {
         let mut sender = self.0.lock().await;
         sender.ready().await.map_err(gone)?;
         let response = sender.send_request(request).await.map_err(gone)?;
-        let is_refusal = response.status().as_u16() >= 400;
+        let status = response.status();
         let bytes = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await.map_err(gone)?.to_bytes();
-        if is_refusal {
+        if status.is_client_error() || status.is_server_error() {
+            let kind = if status.is_client_error() { RefusedKind::BadRequest } else { RefusedKind::Internal };
             let FaultBody { fault_message, code } = serde_json::from_slice(&bytes).map_err(gone)?;
-            return Err(ControlError::Refused { code, message: fault_message });
+            return Err(ControlError::Refused { kind, code, message: fault_message });
         }
         let answer: &[u8] = if bytes.is_empty() { b"null" } else { &bytes };
         serde_json::from_slice(answer).map_err(gone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    /// Returns the error of a request that a VM answers with this status and code.
+    async fn refusal(status: &'static str, code: &'static str) -> ControlError {
+        let (ours, mut vm) = std::os::unix::net::UnixStream::pair().unwrap();
+        let answering = std::thread::spawn(move || {
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                vm.read_exact(&mut byte).unwrap();
+                asked.extend(byte);
+            }
+            let body = format!(r#"{{"fault_message":"Full.","code":"{code}"}}"#);
+            write!(vm, "HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        });
+        let error = Control::connect(ours).await.unwrap().get::<()>("/").await.unwrap_err();
+        answering.join().unwrap();
+        error
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_leaves_the_vm_as_it_was_if_the_vm_says_so() {
+        let refused = refusal("400 Bad Request", "storage_full").await;
+        assert!(refused.left_all_as_it_was(), "{refused:?}");
+        assert_eq!(refused.fault("Full.".into()).status, StatusCode::INSUFFICIENT_STORAGE);
+        let failed = refusal("500 Internal Server Error", "storage_full").await;
+        assert!(!failed.left_all_as_it_was(), "{failed:?}");
+        assert!(refusal("400 Bad Request", "bad_request").await.left_all_as_it_was());
+        assert!(!gone("closed").left_all_as_it_was());
     }
 }

@@ -154,8 +154,15 @@ impl ChildExit {
 
     /// The reason as a clause.
     pub fn why(&self) -> String {
-        let how = self.code.map_or("ended by a signal".to_string(), |code| format!("ended with exit code {code}"));
-        if self.said.is_empty() { how } else { format!("{how}: {}", self.said.trim_end_matches('.')) }
+        let said = self.said.trim_end_matches('.');
+        match self.code {
+            // The last line is a warning of its life, and has nothing to do with its end.
+            Some(0) => "ended with exit code 0".to_owned(),
+            Some(code) if said.is_empty() => format!("ended with exit code {code}"),
+            Some(code) => format!("ended with exit code {code}: {said}"),
+            None if said.is_empty() => "ended by a signal".to_owned(),
+            None => format!("ended by a signal, and wrote last: {said}"),
+        }
     }
 }
 
@@ -190,6 +197,11 @@ impl Process {
 
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Becomes its end when it has ended.
+    pub fn exit(&self) -> watch::Receiver<Option<ChildExit>> {
+        self.ended.clone()
     }
 
     /// Its end, if it has ended.
@@ -305,6 +317,14 @@ mod tests {
 
     use super::*;
     use crate::serve::fault::Fault;
+
+    #[test]
+    fn a_warning_is_no_reason_of_a_good_end() {
+        let why = |code| ChildExit::new(code, "tvmm: A warning.").why();
+        assert_eq!(why(Some(0)), "ended with exit code 0");
+        assert_eq!(why(Some(1)), "ended with exit code 1: A warning");
+        assert_eq!(why(None), "ended by a signal, and wrote last: A warning");
+    }
 
     #[test]
     fn a_tools_fault_decides_by_its_code_and_never_by_its_words() {

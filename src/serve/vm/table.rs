@@ -1,7 +1,6 @@
 //! All VMs: their limits, the choice of one that makes room, and the records of ended ones.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,51 +8,48 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use tokio::sync::Notify;
 
-use super::process::ChildExit;
+use super::capacity::{Capacity, Room};
+use super::process::STOP_GRACE;
+use super::shape::{Need, Shape};
+use super::shells::{Past, Shell};
+use super::spares::{Place, Spare, Spares};
 use super::{Vm, VmRecord, VmState};
+use crate::config::request::VacateRequest;
 use crate::serve::fault::Fault;
+use crate::serve::options::Reuse;
+use crate::serve::repurpose_counts::{RepurposeCounts, RepurposeEnd};
 use crate::serve::standby_counts::{StandbyCounts, StandbyEvent};
 use crate::serve::store;
+use crate::serve::suspended::Suspended;
 
-/// ChildExit VMs that are kept for clients; older ones are dropped.
+/// Records of ended VMs that are kept for clients; older ones are dropped.
 const MAX_OVER: usize = 256;
+/// Time for which the process of a finished VM waits for another VM.
+const KEPT_FOR: Duration = Duration::from_secs(1);
 
 /// The VMs of this daemon.
 #[derive(Debug)]
 pub struct Table {
     live: Mutex<BTreeMap<String, Arc<Vm>>>,
     over: Mutex<VecDeque<VmRecord>>,
-    /// The places and the memory of VMs that live or are being made.
-    taken: Arc<Mutex<Capacity>>,
-    max: Capacity,
+    room: Room,
+    /// Processes of VMs that have finished.
+    spares: Spares,
+    reuse: Reuse,
+    repurposes: Arc<RepurposeCounts>,
     /// Requests for which VMs make room at present.
     waiting: AtomicUsize,
     standby: Arc<StandbyCounts>,
+    pub suspended: Suspended,
     /// Notified of changes that a restart should find.
     pub changed: Notify,
 }
 
-/// Places and memory that VMs take, or may take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Capacity {
-    pub vms: usize,
-    /// Guest memory, MiB.
-    pub memory_mib: u64,
-}
-
-/// The allowance for one VM.
-#[derive(Debug)]
-pub struct VmPermit {
-    taken: Arc<Mutex<Capacity>>,
-    memory_mib: u64,
-}
-
-impl Drop for VmPermit {
-    fn drop(&mut self) {
-        let mut taken = lock(&self.taken);
-        taken.vms -= 1;
-        taken.memory_mib -= self.memory_mib;
-    }
+/// Counts of events that the table sees.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    pub standby: Arc<StandbyCounts>,
+    pub repurposes: Arc<RepurposeCounts>,
 }
 
 /// A request that waits for room, until it has it or is given up.
@@ -65,28 +61,30 @@ impl Drop for Waiting<'_> {
     }
 }
 
-fn lock(taken: &Mutex<Capacity>) -> MutexGuard<'_, Capacity> {
-    taken.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Table {
-    /// `lost`: VMs that were living when an earlier daemon ended.
-    pub fn new(max: Capacity, lost: Vec<VmRecord>, standby: Arc<StandbyCounts>) -> Table {
-        let over = lost.into_iter().map(|record| match record.state {
-            VmState::Lost | VmState::Ended => record,
-            _ => VmRecord {
-                state: VmState::Lost,
-                reason: Some("The daemon ended while it ran, and it with the daemon.".into()),
-                ..record
-            },
-        });
+    /// `former`: the VMs of an earlier daemon. Those that are not suspended were living when it ended, or had ended.
+    pub fn new(room: Room, reuse: Reuse, former: Vec<VmRecord>, suspended: Suspended, counts: Counts) -> Table {
+        let lost = former.into_iter().filter(|record| suspended.get(&record.vm_id).is_none());
+        let over: VecDeque<VmRecord> = lost
+            .map(|record| match record.state {
+                VmState::Lost | VmState::Ended => record,
+                _ => VmRecord {
+                    state: VmState::Lost,
+                    reason: Some("The daemon ended while it ran, and it with the daemon.".into()),
+                    ..record
+                },
+            })
+            .collect();
         Table {
             live: Mutex::default(),
-            over: Mutex::new(over.collect()),
-            taken: Arc::default(),
-            max,
+            over: Mutex::new(over),
+            suspended,
+            room,
+            spares: Spares::default(),
+            reuse,
+            repurposes: counts.repurposes,
             waiting: AtomicUsize::new(0),
-            standby,
+            standby: counts.standby,
             changed: Notify::new(),
         }
     }
@@ -99,10 +97,12 @@ impl Table {
         self.over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the allowance for one more VM with this much guest memory. If the limits do not permit it, the VM left
-    /// by an invocation that has been idle longest makes room, or else the one that has stood by longest.
-    pub async fn reserve(&self, memory_mib: u64) -> Result<VmPermit, Fault> {
-        let limit = self.max.memory_mib;
+    /// Returns the place for one more VM. A kept process is used first. If the limits do not permit another one, kept
+    /// processes make room, then the VM left by an invocation that has been idle longest, or else the one that has
+    /// stood by longest. If the process of the one that makes room may serve the VM, it comes with the place.
+    pub async fn reserve(&self, need: &Need<'_>) -> Result<Place, Fault> {
+        let limit = self.room.max.memory_mib;
+        let memory_mib = need.memory_mib;
         if memory_mib > limit {
             let message = format!(
                 "The VM needs {memory_mib} MiB of memory, and all VMs together may have {limit} MiB: give the function \
@@ -113,92 +113,232 @@ impl Table {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let _waiting = Waiting(&self.waiting);
         loop {
-            if let Some(slot) = self.try_reserve(memory_mib) {
-                return Ok(slot);
+            if let Some(place) = self.take_spare(need) {
+                return Ok(place);
             }
-            let Some(vm) = self.longest_idle() else {
-                let Capacity { vms, memory_mib: taken } = self.taken();
-                if vms >= self.max.vms {
-                    return Err(Fault::busy(format!("{} VMs live, which is all there may be.", self.max.vms)));
+            if let Some(permit) = self.room.take(memory_mib) {
+                return Ok(Place { permit, used: None });
+            }
+            if let Some(spare) = self.spares.take_first() {
+                self.count_unfit(need);
+                spare.end().await;
+            } else if let Some(vm) = self.finishing().filter(|_| self.is_enough_finishing()) {
+                vm.life.end().await;
+            } else if let Some(vm) = self.longest_idle() {
+                if let Some(place) = self.make_room(vm, need).await {
+                    return Ok(place);
                 }
-                return Err(Fault::busy(format!(
-                    "The VM needs {memory_mib} MiB of memory, and {vms} VMs have {taken} of the {limit} MiB that all \
-                     may have."
-                )));
-            };
-            vm.process.stop().await;
+            } else if let Some(vm) = self.finishing() {
+                vm.life.end().await;
+            } else {
+                return Err(self.no_room(memory_mib));
+            }
             // The task that waits for the VM's end runs first: it gives back the VM's place.
             tokio::task::yield_now().await;
         }
     }
 
-    /// Returns the allowance for one more VM if no other VM has to make room for it, and no request waits for room.
-    pub fn reserve_free(&self, memory_mib: u64) -> Result<VmPermit, Fault> {
-        let is_free = self.waiting.load(Ordering::Relaxed) == 0;
-        let permit = if is_free { self.try_reserve(memory_mib) } else { None };
-        permit.ok_or_else(|| Fault::busy("There is no room for a VM that stands by."))
+    fn no_room(&self, memory_mib: u64) -> Fault {
+        let Capacity { vms: most, memory_mib: limit } = self.room.max;
+        let Capacity { vms, memory_mib: taken } = self.room.taken();
+        if vms >= most {
+            return Fault::busy(format!("{most} VMs live, which is all there may be."));
+        }
+        Fault::busy(format!(
+            "The VM needs {memory_mib} MiB of memory, and {vms} VMs have {taken} of the {limit} MiB that all may have."
+        ))
     }
 
-    /// Returns whether [`reserve_free`](Self::reserve_free) has an allowance.
-    pub fn has_room(&self, memory_mib: u64) -> bool {
-        self.reserve_free(memory_mib).is_ok()
+    /// Returns the place for one more VM if no other VM has to make room for it, and no request waits for room. A kept
+    /// process is used first.
+    pub fn reserve_free(&self, need: &Need<'_>) -> Result<Place, Fault> {
+        let place = if self.is_waited_for() {
+            None
+        } else {
+            let free = || self.room.take(need.memory_mib).map(|permit| Place { permit, used: None });
+            self.take_spare(need).or_else(free)
+        };
+        place.ok_or_else(|| Fault::busy("There is no room for a VM that stands by."))
     }
 
-    fn try_reserve(&self, memory_mib: u64) -> Option<VmPermit> {
-        let mut taken = lock(&self.taken);
-        let wanted = Capacity { vms: taken.vms + 1, memory_mib: taken.memory_mib.saturating_add(memory_mib) };
-        (wanted.vms <= self.max.vms && wanted.memory_mib <= self.max.memory_mib).then(|| {
-            *taken = wanted;
-            VmPermit { taken: self.taken.clone(), memory_mib }
-        })
+    /// Returns whether [`reserve_free`](Self::reserve_free) has a place.
+    pub fn has_room(&self, need: &Need<'_>) -> bool {
+        let has_spare = || need.shape.is_some_and(|shape| self.spares.has(shape));
+        !self.is_waited_for() && (has_spare() || self.room.take(need.memory_mib).is_some())
     }
 
-    /// Takes the VM that was idle longest out of the table, so that no other request finds it.
+    fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// Returns the place and the process of a VM that has finished, if one is kept that may become the VM.
+    fn take_spare(&self, need: &Need<'_>) -> Option<Place> {
+        self.spares.take(need.shape?)
+    }
+
+    /// The number of kept processes.
+    pub fn spares(&self) -> usize {
+        self.spares.len()
+    }
+
+    /// Ends all kept processes.
+    pub fn clear_spares(&self) {
+        self.spares.clear();
+    }
+
+    /// A VM that has finished, and whose process ends or will be kept.
+    fn finishing(&self) -> Option<Arc<Vm>> {
+        self.live().values().find(|vm| vm.is_finishing()).cloned()
+    }
+
+    /// The number of VMs that have finished, and whose processes may be kept for a VM of this shape.
+    pub fn count_finishing(&self, shape: Option<Shape>) -> usize {
+        let is_one = |vm: &&Arc<Vm>| vm.shape == shape && vm.is_finishing();
+        if shape.is_some() && self.reuse == Reuse::Allowed { self.live().values().filter(is_one).count() } else { 0 }
+    }
+
+    /// Returns whether as many VMs have finished as requests wait, so that no other VM has to make room.
+    fn is_enough_finishing(&self) -> bool {
+        let finishing = self.live().values().filter(|vm| vm.is_finishing()).count();
+        finishing >= self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Takes the process of a VM that has finished for another one, if it may serve it, and ends it otherwise. The VM's
+    /// life ends also if the request that needs the place is given up meanwhile.
+    async fn make_room(&self, vm: Arc<Vm>, need: &Need<'_>) -> Option<Place> {
+        let is_shared = self.reuse == Reuse::Allowed && need.shape.is_some();
+        let is_fit = is_shared && vm.shape == need.shape;
+        if is_shared && !is_fit {
+            self.count_unfit(need);
+        }
+        let made = tokio::spawn(async move {
+            let given = if is_fit { vm.life.give(STOP_GRACE).await } else { None };
+            if given.is_none() {
+                vm.life.stop_because("made room for another VM").await;
+            }
+            given
+        });
+        let (shell, permit) = made.await.ok().flatten()?;
+        Some(Place { permit, used: Some(Shell { past: Past::Vm, ..shell }) })
+    }
+
+    fn count_unfit(&self, need: &Need<'_>) {
+        if need.shape.is_some() {
+            self.repurposes.count(need.func_name, RepurposeEnd::Unfit);
+        }
+    }
+
+    /// Ends a VM that has finished, or keeps its process for another one.
+    pub async fn retire(self: &Arc<Self>, vm: &Vm) {
+        if !self.keep_process(vm).await {
+            vm.life.stop_because("finished").await;
+        }
+    }
+
+    async fn keep_process(self: &Arc<Self>, vm: &Vm) -> bool {
+        let Some(shape) = vm.shape.filter(|_| self.reuse == Reuse::Allowed) else { return false };
+        if self.spares.is_full() || vm.life.ended().is_some() {
+            return false;
+        }
+        // Nothing of the finished run goes on, and its memory goes back to the host before the next VM needs the
+        // process.
+        let vacated = vm.send::<()>("PUT", "/tvmm/vacate", &VacateRequest {});
+        if !matches!(tokio::time::timeout(STOP_GRACE, vacated).await, Ok(Ok(()))) {
+            return false;
+        }
+        let Some((shell, permit)) = vm.life.give(STOP_GRACE).await else { return false };
+        let number = self.spares.keep(Spare { shell: Shell { past: Past::Vm, ..shell }, permit, shape });
+        let table = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(KEPT_FOR).await;
+            if let Some(spare) = table.spares.take_kept(number) {
+                spare.end().await;
+                table.standby.changed.notify_one();
+            }
+        });
+        true
+    }
+
+    /// Lets the VM that was idle longest finish, so that no request finds it.
     fn longest_idle(&self) -> Option<Arc<Vm>> {
-        let mut live = self.live();
+        let live = self.live();
         let idle = live.values().filter(|vm| vm.from_invocation);
         let idle = idle.filter_map(|vm| Some((vm.idle_for()?, &vm.id))).max();
         let waiting = || live.values().filter_map(|vm| Some((vm.standing_by_for()?, &vm.id))).max();
-        let id = idle.or_else(waiting)?.1.clone();
-        let vm = live.remove(&id)?;
-        if vm.retire() {
+        let vm = live.get(idle.or_else(waiting)?.1)?;
+        let stood_by = vm.stands_by();
+        if !vm.finish() {
+            return None;
+        }
+        if stood_by {
             self.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
         }
-        Some(vm)
+        Some(vm.clone())
     }
 
     /// Adds a VM, and removes it when it has ended.
-    pub fn add(self: &Arc<Self>, vm: Vm, slot: VmPermit, vsock: Option<std::path::PathBuf>) -> Arc<Vm> {
+    pub fn add(self: &Arc<Self>, vm: Vm) -> Arc<Vm> {
         let vm = Arc::new(vm);
         self.live().insert(vm.id.clone(), vm.clone());
         self.changed.notify_one();
         let table = self.clone();
         let watched = vm.clone();
         tokio::spawn(async move {
-            let ended = watched.process.end().await;
-            table.is_over(&watched, &ended, vsock.as_deref());
-            drop(slot);
+            watched.life.end().await;
+            table.is_over(&watched);
         });
         vm
     }
 
-    fn is_over(&self, vm: &Vm, ended: &ChildExit, vsock: Option<&Path>) {
-        let record = VmRecord { state: VmState::Ended, reason: Some(ended.why()), ..vm.record() };
+    fn is_over(&self, vm: &Vm) {
+        let record = VmRecord { state: VmState::Ended, ..vm.record() };
         self.live().remove(&vm.id);
+        let is_suspended = self.suspended.has_left(&vm.id);
         if vm.retire() {
             self.standby.count(&vm.function.func_name, StandbyEvent::Lost);
         }
-        // There is room for another VM.
+        vm.life.close();
+        // There is room for another VM, or a process for it.
         self.standby.changed.notify_one();
+        if !is_suspended {
+            self.add_over(record);
+        }
+        if let Some(error) = vm.vsock.as_ref().and_then(|path| store::gone_is_fine(std::fs::remove_file(path)).err()) {
+            tracing::warn!(%error, vm = vm.id, "Cannot remove the socket of a VM that has ended");
+        }
+        vm.settle();
+        self.changed.notify_one();
+    }
+
+    fn add_over(&self, record: VmRecord) {
         let mut over = self.over();
         over.push_back(record);
         let too_many = over.len().saturating_sub(MAX_OVER);
         over.drain(..too_many);
-        drop(over);
-        if let Some(error) = vsock.and_then(|path| store::gone_is_fine(std::fs::remove_file(path)).err()) {
-            tracing::warn!(%error, vm = vm.id, "Cannot remove the socket of a VM that has ended");
-        }
+    }
+
+    /// Ends a suspended VM, for this reason. Returns false if it is not suspended, or is being woken.
+    pub fn end_suspended(&self, id: &str, reason: &str) -> bool {
+        let Some(record) = self.suspended.remove_asleep(id) else { return false };
+        self.add_over(VmRecord { state: VmState::Ended, reason: Some(reason.to_owned()), ..record });
         self.changed.notify_one();
+        true
+    }
+
+    /// The number of VMs in each state but the last ones, and of those that are being made or whose processes are kept.
+    pub fn count_by_state(&self) -> BTreeMap<&'static str, usize> {
+        let shown = ["running", "busy", "standby", "parked", "trimmed", "spilled", "suspended", "starting", "finished"];
+        let mut counts: BTreeMap<&'static str, usize> = shown.into_iter().map(|state| (state, 0)).collect();
+        let living = self.all();
+        let with_process = living.iter().filter_map(|vm| vm.record().state.name()).collect::<Vec<_>>();
+        for state in &with_process {
+            *counts.entry(state).or_default() += 1;
+        }
+        counts.insert("suspended", counts["suspended"] + self.suspended.all().len());
+        counts.insert("finished", self.spares());
+        let others = living.len() + self.spares();
+        counts.insert("starting", self.room.taken().vms.saturating_sub(others));
+        counts
     }
 
     /// A living VM.
@@ -214,12 +354,15 @@ impl Table {
     /// The record of a VM that lives or is over.
     pub fn record(&self, id: &str) -> Option<VmRecord> {
         let living = self.get(id).map(|vm| vm.record());
-        living.or_else(|| self.over().iter().rev().find(|record| record.vm_id == id).cloned())
+        let suspended = || self.suspended.record(id);
+        let over = || self.over().iter().rev().find(|record| record.vm_id == id).cloned();
+        living.or_else(suspended).or_else(over)
     }
 
-    /// All records: living VMs, then ended ones, the last first.
+    /// All records: living VMs, suspended ones, then ended ones, the last first.
     pub fn records(&self) -> Vec<VmRecord> {
         let mut records: Vec<VmRecord> = self.all().iter().map(|vm| vm.record()).collect();
+        records.extend(self.suspended.all().into_iter().map(|vm| vm.life.record));
         records.extend(self.over().iter().rev().cloned());
         records
     }
@@ -237,14 +380,8 @@ impl Table {
         found
     }
 
-    /// VMs that invocations have left behind and that no request has used for `limit`.
-    pub fn idle_longer_than(&self, limit: Duration) -> Vec<Arc<Vm>> {
-        let is_idle = |vm: &Arc<Vm>| vm.from_invocation && vm.idle_for().is_some_and(|idle| idle >= limit);
-        self.all().into_iter().filter(is_idle).collect()
-    }
-
-    /// The places and the memory of VMs that live or are being made.
+    /// The places and the memory of VMs that live or are being made, and of kept processes.
     pub fn taken(&self) -> Capacity {
-        *lock(&self.taken)
+        self.room.taken()
     }
 }

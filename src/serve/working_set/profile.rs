@@ -109,7 +109,7 @@ pub async fn post_profile(
     let record = Record { snapshot, slot, recorder, repeat };
     let task = tokio::spawn(async move {
         let _turn = daemon.gate.enter(START_TIMEOUT).await?;
-        let _slot = daemon.vms.reserve(record.snapshot.function.mem_size).await?;
+        let _place = daemon.vms.reserve(&record.need()).await?;
         run_recorder(&daemon, &record, &line, limit).await?;
         let profiles = daemon.store.profiles_dir(&record.snapshot.ss_id);
         let profile = blocking(move || load(slot, &profiles)).await??;

@@ -12,9 +12,11 @@ use crate::serve::blocking::blocking;
 use crate::serve::daemon::Daemon;
 use crate::serve::drives::remove_images;
 use crate::serve::fault::Fault;
+use crate::serve::function::Function;
 use crate::serve::snapshot_record::SnapshotRecord;
 use crate::serve::vm::line::GuestAnswer;
 use crate::serve::vm::process::run_tool;
+use crate::serve::vm::shape::Need;
 use crate::snapshot::random_hex;
 
 /// A recording to make.
@@ -23,6 +25,14 @@ pub struct Record {
     pub slot: Slot,
     pub recorder: String,
     pub repeat: u32,
+}
+
+impl Record {
+    /// The place that the recorded VM needs. It runs in the recorder's process.
+    pub fn need(&self) -> Need<'_> {
+        let Function { func_name, mem_size, .. } = &self.snapshot.function;
+        Need { func_name, memory_mib: *mem_size, shape: None }
+    }
 }
 
 /// The directory of a recorder's copies of drives; removed at the end, even if the recorder was killed.

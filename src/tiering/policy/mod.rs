@@ -3,6 +3,7 @@
 mod aquifer;
 mod budget;
 mod catalyzer;
+mod copied;
 mod eager;
 mod estimate;
 mod faasnap;
@@ -26,7 +27,7 @@ mod tests;
 use super::Error;
 use super::costs::Costs;
 use super::profile::Profile;
-use crate::snapshot::{Chain, ResolvedRun, RestorePlan, TierSource};
+use crate::snapshot::{Chain, PageSet, ResolvedRun, RestorePlan, TierSource};
 use facts::PolicyFacts;
 
 pub(super) use place::advance;
@@ -64,6 +65,12 @@ impl<'a> PolicyInput<'a> {
             costs: self.costs,
             page_ns: 0.0,
         }
+    }
+
+    /// A plan of no policy, for a chain of one layer: its file is mapped private, and `pages` are copied before the
+    /// guest runs.
+    pub fn with_copies(&self, pages: &PageSet) -> RestorePlan {
+        copied::plan(&self.facts(), pages)
     }
 
     /// The expected cost of `plan`. Without a profile no touches are expected.

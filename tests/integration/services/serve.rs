@@ -24,7 +24,8 @@ fn names(trace: &Value) -> Vec<String> {
 #[test]
 fn a_function_is_booted_snapshotted_and_restored_by_every_policy() {
     let dir = scratch();
-    let service = Service::start(&dir.path().join("state"), &[]);
+    // Each VM has a restore of its own, with its slices.
+    let service = Service::start(&dir.path().join("state"), &["--no-repurpose"]);
     let vm = service.snapshot_touch("base");
     assert_eq!(service.get(&format!("/vms/{vm}"))["state"], "running");
     let warm = service.invoke(touch(json!({ "vmId": vm })));

@@ -16,7 +16,7 @@ use crate::support::service::{Service, is_served, wait_until, wait_until_gone};
 use crate::support::{TIMEOUT, refusal, rounds, run, scratch, signal, text, tvmm};
 
 /// A kernel that does nothing but this, at 2 MiB in long mode.
-fn write_kernel(path: &Path, code: &[u8]) {
+pub(super) fn write_kernel(path: &Path, code: &[u8]) {
     const AT: u64 = 2 << 20;
     let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
     elf.extend(AT.to_le_bytes()); // entry
@@ -319,6 +319,32 @@ fn idle_vms_of_invocations_are_ended_after_the_idle_time() {
     let left = left["vmId"].as_str().unwrap();
     wait_until("the idle VM is ended", || service.get(&format!("/vms/{left}"))["state"] == "ended");
     assert_eq!(service.get(&format!("/vms/{}", asked["vmId"].as_str().unwrap()))["state"], "running");
+}
+
+#[test]
+fn the_record_of_a_vm_that_the_service_has_ended_says_why() {
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &["--no-repurpose"]);
+    service.put_touch();
+    service.ok("POST", "/functions", Some(json!({ "func_name": "spin", "mem_size": 64 })));
+    let vm = || service.ok("POST", "/vms", Some(json!({ "func_name": "touch" })))["vmId"].as_str().unwrap().to_string();
+    let reason = |vm: &str| service.get(&format!("/vms/{vm}"))["reason"].as_str().unwrap().to_string();
+    let deleted = vm();
+    assert_eq!(service.ok("DELETE", &format!("/vms/{deleted}"), None)["reason"], "deleted");
+    let slow = vm();
+    let body = json!({ "func_name": "spin", "params": "ms=60000", "vmId": slow, "timeout_ms": 100 });
+    service.refused(504, "POST", "/invocations", Some(body));
+    assert!(reason(&slow).starts_with("The guest did not answer within 100 ms"), "{}", reason(&slow));
+    let finished = service.invoke(json!({ "func_name": "touch", "params": "pages=1", "keep": false }));
+    let finished = finished["vmId"].as_str().unwrap();
+    wait_until("the VM is over", || service.get(&format!("/vms/{finished}"))["state"] == "ended");
+    assert_eq!(reason(finished), "finished");
+    // Its own end has its own reason.
+    let killed = vm();
+    let pid = service.get(&format!("/vms/{killed}"))["pid"].as_u64().unwrap() as u32;
+    crate::support::signal(pid, rustix::process::Signal::KILL);
+    wait_until("the VM is over", || service.get(&format!("/vms/{killed}"))["state"] == "ended");
+    assert!(reason(&killed).starts_with("ended by a signal"), "{}", reason(&killed));
 }
 
 /// All paths under a directory.

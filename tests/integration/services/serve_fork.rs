@@ -80,6 +80,22 @@ fn vms_made_of_a_vm_have_its_memory_and_live_on_their_own() {
 }
 
 #[test]
+fn a_vm_made_in_the_middle_of_a_request_answers_no_other_with_it() {
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    let vm = booted(&service);
+    service.ok("POST", "/functions", Some(json!({ "func_name": "spin", "mem_size": 64 })));
+    let content = check(&service, &vm);
+    std::thread::scope(|scope| {
+        scope.spawn(|| service.invoke(json!({ "func_name": "spin", "vmId": vm, "params": "ms=1500" })));
+        // The request begins meanwhile.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let fork = service.ok("POST", &format!("/vms/{vm}/fork"), Some(json!({ "count": 1, "live": true })));
+        assert_eq!(check(&service, &ids(&fork)[0]), content);
+    });
+}
+
+#[test]
 fn a_fork_that_cannot_be_leaves_nothing() {
     let dir = scratch();
     let state = dir.path().join("state");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::skip::skip;
-use crate::support::service::Service;
+use crate::support::service::{Service, wait_until, wait_until_gone};
 use crate::support::{TIMEOUT, finish, scratch};
 
 const HOST: &str = "10.78.0.1";
@@ -124,6 +124,61 @@ fn vms_with_taps_of_one_name_live_in_their_network_namespaces() {
     assert!(service.refused(422, "POST", "/vms", Some(body)).contains("`other`"));
 }
 
+/// The processes of the service in a namespace.
+fn processes_in(service: &Service, namespace: &Namespace) -> Vec<u32> {
+    let Ok(wanted) = std::fs::metadata(format!("/var/run/netns/{}", namespace.0)) else { return Vec::new() };
+    let is_there = |pid: &u32| {
+        std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|of_process| of_process.ino() == wanted.ino())
+    };
+    service.children().into_iter().filter(is_there).collect()
+}
+
+#[test]
+fn a_process_waits_in_each_network_namespace_that_a_vm_has_used() {
+    let mut namespace = match Namespace::make(2) {
+        Ok(namespace) => namespace,
+        Err(why) => return skip!("namespaces", "{why}"),
+    };
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    service.ok("POST", "/functions", Some(json!({ "func_name": "hello", "mem_size": 64 })));
+    let path = format!("/net-ifaces/{}", namespace.0);
+    let put = json!({ "host_dev_name": "vmtap0" });
+    service.ok("PUT", &path, Some(put.clone()));
+    let start = |namespace: &Namespace| {
+        let vm = service.ok("POST", "/vms", Some(json!({ "func_name": "hello", "namespace": namespace.0 })));
+        assert!(is_in(&vm, &format!("/var/run/netns/{}", namespace.0)), "{vm}");
+        let pid = vm["pid"].as_u64().unwrap() as u32;
+        let waiting = || processes_in(&service, namespace).into_iter().find(|other| *other != pid);
+        wait_until("a process waits", || waiting().is_some());
+        let waiting = waiting().unwrap();
+        service.invoke(json!({ "func_name": "hello", "vmId": vm["vmId"] }));
+        service.ok("DELETE", &format!("/vms/{}", vm["vmId"].as_str().unwrap()), None);
+        (pid, waiting)
+    };
+    let (_, mut next) = start(&namespace);
+    for _ in 0..3 {
+        let (pid, waiting) = start(&namespace);
+        assert_eq!(pid, next, "the process that waited is the VM's");
+        next = waiting;
+    }
+    // Another namespace of the same name is another one.
+    drop(namespace);
+    namespace = Namespace::make(2).unwrap();
+    let (pid, _) = start(&namespace);
+    assert_ne!(pid, next);
+    wait_until_gone(next);
+    // The process goes with the interface, and with the namespace.
+    let waiting = processes_in(&service, &namespace);
+    assert_eq!(waiting.len(), 1);
+    service.ok("DELETE", &path, None);
+    wait_until_gone(waiting[0]);
+    service.ok("PUT", &path, Some(put));
+    let (_, waiting) = start(&namespace);
+    drop(namespace);
+    wait_until_gone(waiting);
+}
+
 #[test]
 fn a_network_namespace_that_is_not_there_is_told_by_name() {
     let dir = scratch();
@@ -139,4 +194,32 @@ fn a_network_namespace_that_is_not_there_is_told_by_name() {
     assert_eq!(service.ok("PUT", "/net-ifaces/here", Some(host))["netns"], Value::Null);
     let body = json!({ "func_name": "touch", "namespace": "here" });
     assert!(service.refused(422, "POST", "/vms", Some(body)).contains("tvmm-none"));
+}
+
+#[test]
+fn a_suspended_vm_is_woken_in_its_network_namespace() {
+    let namespace = match Namespace::make(7) {
+        Ok(namespace) => namespace,
+        Err(why) => return skip!("namespaces", "{why}"),
+    };
+    let dir = scratch();
+    let service = Service::start(&dir.path().join("state"), &[]);
+    let idle = json!({ "policy": "suspend", "keep_alive_ms": 500 });
+    service.ok("POST", "/functions", Some(json!({ "func_name": "hello", "mem_size": 64, "idle": idle })));
+    let put = json!({ "host_dev_name": "vmtap0" });
+    service.ok("PUT", &format!("/net-ifaces/{}", namespace.0), Some(put));
+    let body = json!({ "func_name": "hello", "namespace": namespace.0 });
+    let vm = service.ok("POST", "/vms", Some(body))["vmId"].as_str().unwrap().to_string();
+    let path = format!("/vms/{vm}");
+    wait_until("the VM is suspended", || service.get(&path)["state"] == "suspended");
+    let woken = service.invoke(json!({ "func_name": "hello", "vmId": vm }));
+    assert_eq!((&woken["origin"], &woken["vmId"]), (&json!("suspended"), &json!(vm)));
+    wait_until("the VM is seen in its namespace", || {
+        // It may have been suspended again.
+        service.invoke(json!({ "func_name": "hello", "vmId": vm }));
+        let record = service.get(&path);
+        assert_eq!(record["namespace"], json!(namespace.0));
+        std::fs::metadata(format!("/proc/{}/ns/net", record["pid"])).is_ok()
+            && is_in(&record, &format!("/var/run/netns/{}", namespace.0))
+    });
 }

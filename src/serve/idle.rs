@@ -1,0 +1,335 @@
+//! Idle VMs: each takes the steps down that its function's policy says, until a request takes it back (`wake.rs`).
+//!
+//! `tiering::idle` decides the times. Here are the steps: a VM is parked, gives local copies back, and is saved and
+//! ended. A step that the VM cannot take is counted, and tried again after its next request. A step may take any time:
+//! only a VM that no longer answers is ended.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde::Serialize;
+use tokio::task::JoinSet;
+use utoipa::ToSchema;
+
+use super::blocking::blocking;
+use super::daemon::Daemon;
+use super::idle_counts::{IdleTally, StepEnd};
+use super::standby;
+use super::suspended::{Layer, SuspendedVm, space_of};
+use super::vm::control::ControlError;
+use super::vm::steps::Descent;
+use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
+use crate::config::bodies::{CreateBody, CreateExtension};
+use crate::config::control::SnapshotTaken;
+use crate::snapshot::SnapshotKind;
+use crate::sys::process_memory::ProcessMemory;
+use crate::tiering::idle::{IdleAction, IdleRule, Step};
+
+/// The shortest and the longest pause between two looks at all VMs.
+const PAUSE: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_millis(500);
+/// Pause between two looks at the host's memory.
+const PRESSURE: Duration = Duration::from_secs(1);
+/// VMs that take a step at once.
+const AT_ONCE: usize = 4;
+/// The most snapshots that a suspended VM builds on besides that of its restore: the next one is full.
+const MOST_LAYERS: usize = 4;
+
+/// Idle VMs of a function, and what has become of them since the daemon began.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct IdleState {
+    /// Pauses between an answer and the next request to the same VM: the 99th percentile, ms. None: fewer than 8 are
+    /// known.
+    reuse_p99_ms: Option<u64>,
+    /// The number of pauses that this is taken from.
+    reuses: usize,
+    /// Suspended VMs.
+    asleep: usize,
+    #[serde(flatten)]
+    tally: IdleTally,
+}
+
+/// The state of a function's idle VMs; `None` if no policy applies to them.
+pub(super) fn state_of(daemon: &Daemon, func_name: &str) -> Option<IdleState> {
+    daemon.idle_rule(func_name)?;
+    let asleep = daemon.vms.suspended.all().iter().filter(|vm| vm.record().func_name == func_name).count();
+    Some(IdleState {
+        reuse_p99_ms: daemon.idle.p99(func_name).map(|p99| p99.as_millis() as u64),
+        reuses: daemon.idle.intervals(func_name),
+        asleep,
+        tally: daemon.idle.of(func_name),
+    })
+}
+
+/// Lets idle VMs take their steps, for ever.
+pub(super) async fn descend_all(daemon: Arc<Daemon>) {
+    let mut steps = JoinSet::new();
+    let mut looked = tokio::time::Instant::now();
+    loop {
+        while steps.try_join_next().is_some() {}
+        if looked.elapsed() >= PRESSURE {
+            looked = tokio::time::Instant::now();
+            if standby::shortage(&daemon).is_some() {
+                hasten(&daemon, &mut steps);
+            }
+        }
+        let mut pause = *PAUSE.end();
+        for vm in daemon.vms.all() {
+            let Some((idle, rule)) = waiting(&daemon, &vm) else { continue };
+            let p99 = daemon.idle.p99(&vm.function.func_name);
+            if let Some(action) = rule.due(idle, vm.descended(), p99) {
+                begin(&daemon, &mut steps, vm, action);
+            } else if let Some(next) = rule.next_time(idle, p99) {
+                pause = pause.min(next - idle);
+            }
+        }
+        tokio::time::sleep(pause.max(*PAUSE.start())).await;
+    }
+}
+
+/// The idle time of a VM that waits for requests, and the rule that applies to it.
+fn waiting(daemon: &Daemon, vm: &Vm) -> Option<(Duration, IdleRule)> {
+    let idle = vm.idle_for().filter(|_| !vm.is_stepping())?;
+    let func_name = &vm.function.func_name;
+    let rule = if vm.from_invocation {
+        daemon.idle_rule(func_name).unwrap_or(IdleRule::End { after: daemon.options.limits.idle_timeout })
+    } else {
+        // The daemon's default is for VMs that it has made by itself, and no VM of a client is ended.
+        let own = daemon.function(func_name).ok()?.idle.filter(|idle| idle.suspends())?;
+        own.rule(daemon.options.limits.idle_timeout)
+    };
+    Some((idle, rule))
+}
+
+/// Lets a quarter of the idle VMs take their next step before its time: those first that have been idle longest,
+/// measured by the pauses between requests that their functions are used to. Memory is short.
+fn hasten(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>) {
+    let mut idle = Vec::new();
+    for vm in daemon.vms.all() {
+        let Some((idle_for, rule)) = waiting(daemon, &vm) else { continue };
+        let func_name = &vm.function.func_name;
+        // Without a policy of its own, a VM waits for its time.
+        let Some(action) = daemon.idle_rule(func_name).and_then(|_| rule.next(vm.descended())) else { continue };
+        let usual = rule.delay(daemon.idle.p99(func_name)).max(Duration::from_millis(1));
+        idle.push((idle_for.as_secs_f64() / usual.as_secs_f64(), vm, action));
+    }
+    idle.sort_by(|(one, ..), (other, ..)| other.total_cmp(one));
+    idle.truncate(idle.len().div_ceil(4));
+    for (_, vm, action) in idle {
+        begin(daemon, steps, vm, action);
+    }
+}
+
+/// Begins an action; a step only if fewer than may be are under way.
+fn begin(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>, vm: Arc<Vm>, action: IdleAction) {
+    let daemon = daemon.clone();
+    match action {
+        IdleAction::End => {
+            if vm.finish() {
+                tracing::debug!(vm = vm.id, "An idle VM is ended");
+                vm.life.blame("ended because it was idle");
+                daemon.idle.ended(&vm.function.func_name);
+                tokio::spawn(async move { standby::end(&daemon, &vm).await });
+            }
+        }
+        IdleAction::Step(step) if steps.len() < AT_ONCE => {
+            steps.spawn(async move { descend(&daemon, &vm, step).await });
+        }
+        IdleAction::Step(_) => {}
+    }
+}
+
+/// The reason why a step was not taken.
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error(transparent)]
+    Vm(#[from] ControlError),
+    #[error("{0}")]
+    Refused(String),
+    #[error("a request has come")]
+    Used,
+}
+
+async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step) {
+    let Some(descent) = vm.descend() else { return };
+    let taken = async {
+        descent.park().await?;
+        match step {
+            Step::Parked => Ok(0),
+            Step::Trimmed => Ok(descent.demote(None).await?),
+            Step::Spilled => Ok(descent.demote(Some(daemon.spill_dir())).await?),
+            Step::Suspended => suspend(daemon, vm, &descent).await,
+        }
+    };
+    let func_name = &vm.function.func_name;
+    let (end, why) = match taken.await {
+        Ok(freed) => {
+            daemon.idle.freed(func_name, step, freed);
+            return daemon.idle.stepped(func_name, step, StepEnd::Done);
+        }
+        Err(StepError::Used) => return daemon.idle.stepped(func_name, step, StepEnd::Cancelled),
+        // It was deleted, or made room for another VM.
+        _ if vm.idle_for().is_none() => return daemon.idle.stepped(func_name, step, StepEnd::Cancelled),
+        Err(error @ (StepError::Vm(ControlError::Refused { .. }) | StepError::Refused(_))) => {
+            descent.was_refused(step);
+            (StepEnd::Refused, error.to_string())
+        }
+        // Its process no longer answers: no request could take it back.
+        Err(error) => {
+            vm.life.blame(format!("could not be {}: {error}", step.name()));
+            vm.life.signal(Signal::KILL);
+            (StepEnd::Failed, error.to_string())
+        }
+    };
+    tracing::warn!(vm = vm.id, step = step.name(), why, "An idle VM does not take its step");
+    daemon.idle.stepped(func_name, step, end);
+}
+
+/// Saves a parked VM, and ends its process. Returns the memory that the process had, bytes.
+async fn suspend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: &Descent<'_>) -> Result<u64, StepError> {
+    let tracks = match &vm.restore {
+        Some(restore) => restore.load.track_dirty_pages,
+        None => vm.function.track_dirty_pages,
+    };
+    if tracks {
+        return refuse("a VM with `track_dirty_pages` is not suspended: its diffs build on its snapshots");
+    }
+    let suspended = &daemon.vms.suspended;
+    let memory = memory_of(vm.life.pid()).await?;
+    let former = suspended.layers_of(&vm.id);
+    // A fork point ends with its VMs: nothing builds on it.
+    let is_from_snapshot = vm.restore.as_ref().is_some_and(|restore| !matches!(restore.origin, RestoreOrigin::Fork(_)));
+    let is_diff = is_from_snapshot && former.len() < MOST_LAYERS;
+    // The snapshot may be smaller; its size is known when it is there.
+    let expected = if is_diff { memory.anonymous_kib } else { memory.anonymous_kib + memory.shared_kib };
+    make_room(daemon, expected << 10)?;
+    let number = 1 + former.last().map_or(0, |layer| layer.number);
+    let bytes = match save(daemon, vm, is_diff, number).await {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            remove_layer(daemon, vm, number).await;
+            return Err(error);
+        }
+    };
+    let mut layers = if is_diff { former } else { Vec::new() };
+    layers.push(Layer { number, bytes });
+    let idle = vm.since_used();
+    if !descent.commit_suspension() {
+        remove_layer(daemon, vm, number).await;
+        return Err(StepError::Used);
+    }
+    let asleep = asleep(vm, layers, idle);
+    let kept = blocking({
+        let daemon = daemon.clone();
+        let asleep = asleep.clone();
+        move || daemon.vms.suspended.save(&asleep)
+    });
+    let kept = kept.await.map_err(|fault| fault.message).and_then(|kept| kept.map_err(|error| error.to_string()));
+    if let Err(why) = kept {
+        descent.cancel_suspension();
+        remove_layer(daemon, vm, number).await;
+        return refuse(&why);
+    }
+    suspended.leave(asleep);
+    descent.end_process().await;
+    daemon.vms.changed.notify_one();
+    Ok(memory.own_kib() << 10)
+}
+
+fn refuse<T>(why: &str) -> Result<T, StepError> {
+    Err(StepError::Refused(why.to_owned()))
+}
+
+async fn memory_of(pid: u32) -> Result<ProcessMemory, StepError> {
+    let read = blocking(move || ProcessMemory::of(pid)).await;
+    let read = read.map_err(|fault| fault.message).and_then(|read| read.map_err(|error| error.to_string()));
+    read.map_err(|why| StepError::Refused(format!("cannot read the memory of its process: {why}")))
+}
+
+/// Takes a snapshot of a paused VM, which is read back from the disk. Returns its space there, bytes.
+async fn save(daemon: &Arc<Daemon>, vm: &Vm, is_diff: bool, number: u64) -> Result<u64, StepError> {
+    let dir = daemon.vms.suspended.dir_of(&vm.id);
+    let layer = daemon.vms.suspended.layer_dir(&vm.id, number);
+    on_disk(move || private_dir(&dir)).await?;
+    let body = CreateBody {
+        snapshot_path: layer.clone(),
+        mem_file_path: None,
+        snapshot_type: if is_diff { SnapshotKind::Diff } else { SnapshotKind::Full },
+        tvmm: CreateExtension { copy_drives: vm.function.writes_image(), verify: true, ..CreateExtension::default() },
+    };
+    vm.send::<SnapshotTaken>("PUT", "/snapshot/create", &body).await?;
+    let bytes = on_disk(move || space_of(&layer)).await?;
+    make_room(daemon, bytes)?;
+    Ok(bytes)
+}
+
+fn private_dir(dir: &std::path::Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
+async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, StepError> {
+    let done = blocking(work).await.map_err(|fault| fault.message);
+    done.and_then(|done| done.map_err(|error| error.to_string())).map_err(StepError::Refused)
+}
+
+async fn remove_layer(daemon: &Daemon, vm: &Vm, number: u64) {
+    let dir = daemon.vms.suspended.dir_of(&vm.id);
+    let layer = daemon.vms.suspended.layer_dir(&vm.id, number);
+    let remove = move || {
+        super::store::gone_is_fine(std::fs::remove_dir_all(layer))?;
+        // This fails, and need not succeed, if the VM has other snapshots.
+        let _ = std::fs::remove_dir(dir);
+        Ok(())
+    };
+    if let Err(error) = on_disk(remove).await {
+        tracing::warn!(%error, vm = vm.id, "Cannot remove a snapshot that was given up");
+    }
+}
+
+/// Ends suspended VMs that invocations have left, those first that were used longest ago, until there is room for so
+/// many bytes.
+fn make_room(daemon: &Daemon, bytes: u64) -> Result<(), StepError> {
+    let most = daemon.options.limits.suspend_disk_mib << 20;
+    let suspended = &daemon.vms.suspended;
+    if bytes > most {
+        return refuse(&format!("it needs {bytes} bytes of the disk, and all may have {most} (--suspend-disk)"));
+    }
+    for vm in suspended.all() {
+        if suspended.bytes() + bytes <= most {
+            break;
+        }
+        let record = vm.record();
+        if record.from_invocation
+            && daemon.vms.end_suspended(&record.vm_id, "its disk space was needed for others (--suspend-disk)")
+        {
+            daemon.idle.evicted(&record.func_name);
+        }
+    }
+    if suspended.bytes() + bytes > most {
+        let taken = suspended.bytes();
+        return refuse(&format!(
+            "it needs {bytes} bytes of the disk, and {taken} of {most} are taken (--suspend-disk)"
+        ));
+    }
+    Ok(())
+}
+
+fn asleep(vm: &Vm, layers: Vec<Layer>, idle: Duration) -> SuspendedVm {
+    let record = vm.record();
+    let record = VmRecord {
+        state: VmState::Suspended,
+        pid: 0,
+        drives: Vec::new(),
+        suspensions: record.suspensions + 1,
+        suspended_bytes: layers.iter().map(|layer| layer.bytes).sum(),
+        ..record
+    };
+    SuspendedVm {
+        life: FormerLife { record, restore: vm.first_restore().cloned().map(Box::new) },
+        function: vm.function.clone(),
+        layers,
+        used_unix_ms: unix_ms().saturating_sub(idle.as_millis() as u64),
+    }
+}

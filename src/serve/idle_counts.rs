@@ -1,0 +1,194 @@
+//! Counts of the steps of idle VMs, by function, and the pauses between their requests.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::counters::head;
+use crate::tiering::idle::{ReuseIntervals, Step};
+
+/// The outcome of a step down, or of the way up from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StepEnd {
+    Done,
+    /// A request came in the middle, or the VM was ended.
+    Cancelled,
+    /// It could not be done, and the VM is as it was.
+    Refused,
+    /// It failed because the VM no longer answers, and the VM was ended.
+    Failed,
+}
+
+/// The outcomes of one step of a function's VMs, since the daemon began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub(super) struct StepTally {
+    /// Steps down that VMs have taken.
+    done: u64,
+    /// Steps given up for a request, or because the VM was ended.
+    cancelled: u64,
+    /// Steps that a VM could not take: it stayed as it was.
+    refused: u64,
+    /// Steps that failed: the VM was ended.
+    failed: u64,
+    /// VMs taken back from this step by a request.
+    woken: u64,
+    /// VMs that could not be taken back.
+    wakes_failed: u64,
+    /// Memory given back to the host, bytes.
+    freed_bytes: u64,
+}
+
+/// The outcomes of all steps of a function's VMs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub(super) struct IdleTally {
+    parked: StepTally,
+    trimmed: StepTally,
+    spilled: StepTally,
+    suspended: StepTally,
+    /// VMs that ended because they were idle.
+    ended: u64,
+    /// Suspended VMs that ended because the disk space was needed for others (`--suspend-disk`).
+    evicted: u64,
+}
+
+impl IdleTally {
+    fn step(&mut self, step: Step) -> &mut StepTally {
+        match step {
+            Step::Parked => &mut self.parked,
+            Step::Trimmed => &mut self.trimmed,
+            Step::Spilled => &mut self.spilled,
+            Step::Suspended => &mut self.suspended,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct OfFunction {
+    tally: IdleTally,
+    intervals: ReuseIntervals,
+}
+
+/// The counts of all functions.
+#[derive(Debug, Default)]
+pub(super) struct IdleCounts(Mutex<BTreeMap<String, OfFunction>>);
+
+impl IdleCounts {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, OfFunction>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, func_name: &str, change: impl FnOnce(&mut OfFunction)) {
+        change(self.lock().entry(func_name.to_owned()).or_default());
+    }
+
+    /// Counts a step down.
+    pub(super) fn stepped(&self, func_name: &str, step: Step, end: StepEnd) {
+        self.change(func_name, |of| {
+            let tally = of.tally.step(step);
+            let counter = match end {
+                StepEnd::Done => &mut tally.done,
+                StepEnd::Cancelled => &mut tally.cancelled,
+                StepEnd::Refused => &mut tally.refused,
+                StepEnd::Failed => &mut tally.failed,
+            };
+            *counter += 1;
+        });
+    }
+
+    /// Counts memory that a step has given back.
+    pub(super) fn freed(&self, func_name: &str, step: Step, bytes: u64) {
+        self.change(func_name, |of| of.tally.step(step).freed_bytes += bytes);
+    }
+
+    /// Counts a VM that a request has taken back from a step.
+    pub(super) fn woken(&self, func_name: &str, step: Step) {
+        self.change(func_name, |of| of.tally.step(step).woken += 1);
+    }
+
+    /// Counts a VM that could not be taken back from a step.
+    pub(super) fn wake_failed(&self, func_name: &str, step: Step) {
+        self.change(func_name, |of| of.tally.step(step).wakes_failed += 1);
+    }
+
+    /// Counts a VM that ended because it was idle.
+    pub(super) fn ended(&self, func_name: &str) {
+        self.change(func_name, |of| of.tally.ended += 1);
+    }
+
+    /// Counts a suspended VM that made room on the disk.
+    pub(super) fn evicted(&self, func_name: &str) {
+        self.change(func_name, |of| of.tally.evicted += 1);
+    }
+
+    /// Notes the pause between a VM's last answer and its next request.
+    pub(super) fn reused(&self, func_name: &str, interval: Duration) {
+        self.change(func_name, |of| of.intervals.add(interval));
+    }
+
+    /// The 99th percentile of a function's pauses, if there are enough of them.
+    pub(super) fn p99(&self, func_name: &str) -> Option<Duration> {
+        self.lock().get(func_name).and_then(|of| of.intervals.p99())
+    }
+
+    /// The number of a function's pauses that are known.
+    pub(super) fn intervals(&self, func_name: &str) -> usize {
+        self.lock().get(func_name).map_or(0, |of| of.intervals.count())
+    }
+
+    /// The counts of one function.
+    pub(super) fn of(&self, func_name: &str) -> IdleTally {
+        self.lock().get(func_name).map(|of| of.tally).unwrap_or_default()
+    }
+
+    /// Drops the counts of a removed function.
+    pub(super) fn forget(&self, func_name: &str) {
+        self.lock().remove(func_name);
+    }
+
+    /// Appends all counters.
+    pub(super) fn write(&self, text: &mut String) -> std::fmt::Result {
+        let mut functions: Vec<(String, IdleTally)> =
+            self.lock().iter().map(|(name, of)| (name.clone(), of.tally)).collect();
+        let help = "Steps of idle VMs, by function, step and their end (docs/idle.md)";
+        head(text, "tvmm_idle_steps_total", "counter", help)?;
+        for (name, tally) in &mut functions {
+            for step in Step::ALL {
+                let StepTally { done, cancelled, refused, failed, .. } = *tally.step(step);
+                let ends = [("done", done), ("cancelled", cancelled), ("refused", refused), ("failed", failed)];
+                for (end, count) in ends {
+                    let labels = format!("function=\"{name}\",step=\"{}\",end=\"{end}\"", step.name());
+                    writeln!(text, "tvmm_idle_steps_total{{{labels}}} {count}")?;
+                }
+            }
+        }
+        head(text, "tvmm_idle_wakes_total", "counter", "Idle VMs that a request took back from a step, by their end")?;
+        for (name, tally) in &mut functions {
+            for step in Step::ALL {
+                let StepTally { woken, wakes_failed, .. } = *tally.step(step);
+                for (end, count) in [("done", woken), ("failed", wakes_failed)] {
+                    let labels = format!("function=\"{name}\",step=\"{}\",end=\"{end}\"", step.name());
+                    writeln!(text, "tvmm_idle_wakes_total{{{labels}}} {count}")?;
+                }
+            }
+        }
+        head(text, "tvmm_idle_freed_bytes_total", "counter", "Memory that steps of idle VMs have given back, bytes")?;
+        for (name, tally) in &mut functions {
+            for step in Step::ALL {
+                let freed = tally.step(step).freed_bytes;
+                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
+                writeln!(text, "tvmm_idle_freed_bytes_total{{{labels}}} {freed}")?;
+            }
+        }
+        head(text, "tvmm_idle_ends_total", "counter", "Idle VMs that ended, by reason")?;
+        for (name, IdleTally { ended, evicted, .. }) in &functions {
+            for (reason, count) in [("idle", ended), ("disk", evicted)] {
+                writeln!(text, "tvmm_idle_ends_total{{function=\"{name}\",reason=\"{reason}\"}} {count}")?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,156 @@
+//! The steps of an idle VM, down and up again, as far as its process is concerned.
+//!
+//! A step down is taken while no request uses the VM. A request that comes meanwhile waits for the step, and takes the
+//! VM back up. The last step, suspension, is given up if a request has come before its end.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::MutexGuard;
+
+use super::control::ControlError;
+use super::{Duty, RequestGuard, Vm};
+use crate::config::bodies::WantedState;
+use crate::config::control::Demoted;
+use crate::config::request::{DemoteRequest, DemotedTo};
+use crate::snapshot::PAGE_SIZE;
+use crate::tiering::idle::{Descended, Step};
+
+/// Time within which a VM stops or resumes its vCPUs, and says so. A VM that does not is ended.
+const ANSWER_TIME: Duration = Duration::from_secs(60);
+
+/// Stops or resumes the vCPUs.
+async fn set_vcpus(vm: &Vm, state: WantedState) -> Result<(), ControlError> {
+    let slow = |_| ControlError::Gone(format!("it did not answer within {} s", ANSWER_TIME.as_secs()));
+    tokio::time::timeout(ANSWER_TIME, vm.set_state(state)).await.map_err(slow)?
+}
+
+/// A VM that takes a step down. Requests wait until this is dropped.
+pub struct Descent<'a> {
+    vm: &'a Vm,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Drop for Descent<'_> {
+    fn drop(&mut self) {
+        self.vm.lock().is_stepping = false;
+    }
+}
+
+impl Vm {
+    /// Lets the VM take a step down, if it is idle and takes none.
+    pub fn descend(&self) -> Option<Descent<'_>> {
+        let turn = self.step_turn.try_lock().ok()?;
+        let mut usage = self.lock();
+        if usage.requests > 0 || usage.duty != Duty::Serves {
+            return None;
+        }
+        usage.is_stepping = true;
+        drop(usage);
+        Some(Descent { vm: self, _turn: turn })
+    }
+
+    /// Returns whether the VM takes a step down at present.
+    pub fn is_stepping(&self) -> bool {
+        self.lock().is_stepping
+    }
+
+    /// The step that the VM is at.
+    pub fn step(&self) -> Option<Step> {
+        self.lock().descended.step
+    }
+
+    /// The step that the VM is at, and those that it has refused since its last request.
+    pub fn descended(&self) -> Descended {
+        self.lock().descended
+    }
+
+    /// The time since its last request.
+    pub fn since_used(&self) -> Duration {
+        self.lock().since.elapsed()
+    }
+
+    /// Returns whether the VM's process ends because it was suspended.
+    pub fn is_suspending(&self) -> bool {
+        self.lock().duty == Duty::Suspends
+    }
+
+    /// Waits while the VM takes a step down.
+    pub async fn stepped(&self) {
+        drop(self.step_turn.lock().await);
+    }
+
+    /// Called when the VM's end was recorded, and its files are gone.
+    pub fn settle(&self) {
+        self.settled.send_replace(true);
+    }
+}
+
+impl Descent<'_> {
+    fn reach(&self, step: Step) {
+        self.vm.lock().descended.step = Some(step);
+    }
+
+    /// Called when the VM has refused the step, and is as it was.
+    pub fn was_refused(&self, step: Step) {
+        self.vm.lock().descended.refuse(step);
+    }
+
+    /// Stops the vCPUs.
+    pub async fn park(&self) -> Result<(), ControlError> {
+        if self.vm.step().is_none() {
+            set_vcpus(self.vm, WantedState::Paused).await?;
+            self.reach(Step::Parked);
+        }
+        Ok(())
+    }
+
+    /// Gives back local copies of pages that equal the snapshot; with a directory, also those that differ. Called after
+    /// [`park`](Self::park). Returns the number of bytes given back.
+    pub async fn demote(&self, spill_to: Option<&Path>) -> Result<u64, ControlError> {
+        let (to, step) = match spill_to {
+            None => (DemotedTo::Trimmed, Step::Trimmed),
+            Some(_) => (DemotedTo::Spilled, Step::Spilled),
+        };
+        let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), rate_mib_s: None };
+        let demoted: Demoted = self.vm.send("PUT", "/tvmm/demote", &request).await?;
+        self.reach(step);
+        Ok(PAGE_SIZE * (demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled))
+    }
+
+    /// Takes the VM, which was saved, from clients, so that its process can end; false if a request has come.
+    pub fn commit_suspension(&self) -> bool {
+        self.vm.change_duty(&[Duty::Serves], Duty::Suspends)
+    }
+
+    /// Gives the VM back to clients: it is not suspended after all.
+    pub fn cancel_suspension(&self) {
+        self.vm.change_duty(&[Duty::Suspends], Duty::Serves);
+    }
+
+    /// Ends the process, and waits until the end was recorded.
+    pub async fn end_process(&self) {
+        self.vm.life.stop().await;
+        // An error means that the sender, which the VM owns, is gone.
+        let _ = self.vm.settled.subscribe().wait_for(|is_settled| *is_settled).await;
+    }
+}
+
+impl RequestGuard {
+    /// Waits until the VM takes no step down, and lets it run. Returns the step that it was taken back from.
+    pub async fn rouse(&self) -> Result<Option<Step>, ControlError> {
+        let vm: &Arc<Vm> = self.vm();
+        let _turn = vm.step_turn.lock().await;
+        let Some(step) = vm.step() else { return Ok(None) };
+        set_vcpus(vm, WantedState::Resumed).await?;
+        vm.lock().descended = Descended::default();
+        Ok(Some(step))
+    }
+
+    /// The time for which the VM had been idle before this request; `None` if others use it, or it had none before.
+    pub fn reuse_interval(&self) -> Option<Duration> {
+        let usage = self.vm().lock();
+        (usage.requests == 1 && usage.invocations > 0).then(|| usage.since.elapsed())
+    }
+}

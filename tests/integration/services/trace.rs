@@ -1,0 +1,277 @@
+//! `tvmm bench trace`: arrival traces on a real service, and simulated.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::process::Output;
+
+use serde_json::{Value, json};
+
+use crate::support::{finish, refusal, scratch, text, tvmm};
+
+/// The costs of the default workload on an imaginary host with two CPUs.
+fn costs() -> Value {
+    json!({
+        "version": 1, "tvmm_version": "0", "cpus": 2, "shells_mib": 1.0,
+        "workloads": { "*": {
+            "workload": {
+                "mem_mib": 128, "prepare": "fill pages=8192 seed=1", "call": "touch",
+                "params": "pages=2048 write=25 seed=1"
+            },
+            "restored_ms": 20.0, "repurposed_ms": 15.0, "warm_ms": 2.0, "standby_ms": 6.0, "rewound_ms": 3.0,
+            "rewind_ms": 2.0, "end_ms": 5.0, "trimmed": { "request_ms": 4.0, "step_ms": 3.0, "mib": 5.0 },
+            "spilled": { "request_ms": 9.0, "step_ms": 8.0, "mib": 2.0 }, "woken_ms": 25.0, "suspend_ms": 30.0,
+            "used_mib": 12.0, "standby_mib": 4.0, "rewound_mib": 10.0, "woken_mib": 9.0
+        } }
+    })
+}
+
+/// Runs `tvmm bench trace` with its temporary files in `dir`, and checks that it leaves none, and no process.
+fn trace(dir: &Path, args: &[&str]) -> Output {
+    let temporary = dir.join("temporary");
+    std::fs::create_dir_all(&temporary).unwrap();
+    let output = finish(tvmm().args(["bench", "trace"]).args(args).env("TMPDIR", &temporary));
+    assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0, "files for temporary use are removed");
+    for entry in std::fs::read_dir("/proc").unwrap() {
+        // A process may end while it is looked at.
+        let command = std::fs::read(entry.unwrap().path().join("cmdline")).unwrap_or_default();
+        assert!(!String::from_utf8_lossy(&command).contains(text(dir)), "a process is left");
+    }
+    output
+}
+
+/// Simulates with the imaginary costs; returns the summaries.
+fn simulated(dir: &Path, args: &[&str]) -> Vec<Value> {
+    let costs_path = dir.join("costs-of-the-test.json");
+    std::fs::write(&costs_path, costs().to_string()).unwrap();
+    let out = dir.join("out");
+    let more = ["--simulate", "--costs", text(&costs_path), "--out", text(&out)];
+    let output = trace(dir, &[args, &more].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    summaries(&out)
+}
+
+fn summaries(out: &Path) -> Vec<Value> {
+    let summary: Value = serde_json::from_slice(&std::fs::read(out.join("summary.json")).unwrap()).unwrap();
+    summary["policies"].as_array().unwrap().clone()
+}
+
+fn of<'a>(summaries: &'a [Value], policy: &str, is_simulated: bool) -> &'a Value {
+    let is_it = |summary: &&Value| summary["policy"] == policy && summary["simulated"] == is_simulated;
+    summaries.iter().find(is_it).unwrap_or_else(|| panic!("no {policy} in {summaries:?}"))
+}
+
+const WAYS: [&str; 7] = ["warm", "trimmed", "spilled", "woken", "standby", "rewound", "restored"];
+
+/// The answered requests, by all ways.
+fn answered(summary: &Value) -> f64 {
+    WAYS.iter().map(|way| number(summary, way)).sum()
+}
+
+fn number(summary: &Value, name: &str) -> f64 {
+    summary[name].as_f64().unwrap_or_else(|| panic!("no {name} in {summary}"))
+}
+
+#[test]
+fn what_cannot_be_replayed_is_refused_with_its_line_or_name() {
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name);
+    let workloads = path("workloads.json");
+    std::fs::write(&workloads, r#"{"a": {}}"#).unwrap();
+    std::fs::write(path("costs.json"), costs().to_string()).unwrap();
+    let file = path("trace.csv");
+    let out = path("out");
+    let refused = |text_of_file: &str, args: &[&str]| {
+        std::fs::write(&file, text_of_file).unwrap();
+        let output = trace(dir.path(), &[&[text(&file), "--out", text(&out)], args].concat());
+        assert!(!output.status.success());
+        assert!(!out.exists(), "nothing is written");
+        refusal(&output)
+    };
+    let costs_file = path("costs.json");
+    let of_file = ["--memory", "1024", "--simulate", "--costs", text(&costs_file)];
+    for (contents, said) in [
+        ("time_s,function\n0,a\nx,a\n", "line 3: `time_s` is `x`"),
+        ("time_s,function\n2,a\n1,a\n", "line 3: time 1 comes after 2"),
+        ("app,func,end_timestamp,duration\na,b,c\n", "line 2: it has 3 fields"),
+        ("HashOwner,HashApp\n", "line 1: it is not `time_s,function`"),
+    ] {
+        let error = refused(contents, &of_file);
+        assert!(error.contains("Cannot use") && error.contains("trace.csv") && error.contains(said), "{error}");
+    }
+    let good = "time_s,function\n0,a\n1,b\n";
+    let error = refused(good, &[&of_file[..], &["--workloads", text(&workloads)]].concat());
+    assert!(error.contains("Cannot replay function `b`") && error.contains("workloads.json"), "{error}");
+    let error = refused(good, &["--memory", "64", "--policy", "end"]);
+    assert!(error.contains("its guest has 128 MiB") && error.contains("--memory"), "{error}");
+    let error = refused(good, &["--memory", "1000000000", "--policy", "end"]);
+    assert!(error.contains("Cannot give VMs 1000000000 MiB"), "{error}");
+    let error = refused(good, &["--memory", "256", "--policy", "ladder", "--floor", "700"]);
+    assert!(error.contains("Cannot use policy ladder with --floor 700"), "{error}");
+    let mut many = "time_s,function\n".to_string();
+    for function in 0..300 {
+        writeln!(many, "{function},f{function}").unwrap();
+    }
+    let error = refused(&many, &["--memory", "256", "--policy", "end"]);
+    assert!(error.contains("Cannot replay 300 functions") && error.contains("--functions 256"), "{error}");
+    std::fs::write(path("costs.json"), costs().to_string().replace("\"version\":1", "\"version\":9")).unwrap();
+    let error = refused(good, &of_file);
+    assert!(error.contains("costs.json") && error.contains("version 9"), "{error}");
+}
+
+#[test]
+fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
+    let dir = scratch();
+    let all = "keep,end,repurpose,standby,rewind,suspend,ladder";
+    let args = ["--synthetic", "high,middle,low", "--functions", "5", "--duration", "86400", "--memory", "65536"];
+    let by = |policies: &str| simulated(dir.path(), &[&args[..], &["--policy", policies, "--seed", "5"]].concat());
+    let first = by(all);
+    let again = by("rewind,ladder");
+    assert_eq!([of(&first, "rewind", true), of(&first, "ladder", true)], [&again[0], &again[1]]);
+    let requests = number(&first[0], "requests");
+    assert!(requests > 5_000.0, "{requests}");
+    for policy in all.split(',') {
+        let summary = of(&first, policy, true);
+        assert_eq!(number(summary, "requests"), requests);
+        assert_eq!(number(summary, "failed"), 0.0, "{summary}");
+        assert_eq!(answered(summary), requests, "{summary}");
+        assert!(number(summary, "p50_ms") <= number(summary, "p95_ms"), "{summary}");
+    }
+    let [keep, end, repurpose, standby, rewind, suspend, ladder] =
+        ["keep", "end", "repurpose", "standby", "rewind", "suspend", "ladder"].map(|policy| of(&first, policy, true));
+    assert!(number(keep, "warm") > 0.5 * requests && number(keep, "restored") >= 15.0, "{keep}");
+    assert_eq!(number(end, "restored"), requests);
+    assert_eq!(number(end, "repurposed"), 0.0);
+    assert!(number(repurpose, "repurposed") > 0.0, "{repurpose}");
+    assert!(number(standby, "standby") > 0.9 * requests && number(rewind, "rewound") > 0.9 * requests);
+    // Memory: 15 functions have a VM each that stands by; those that end have hardly any.
+    assert!(number(end, "mean_local_mib") < 10.0 && number(keep, "mean_local_mib") > 20.0, "{end} {keep}");
+    let of_standby = number(standby, "mean_local_mib");
+    assert!((15.0 * 4.0..15.0 * 4.0 + 60.0).contains(&of_standby), "{of_standby}");
+    assert!(number(keep, "p50_ms") < number(rewind, "p50_ms") && number(rewind, "p50_ms") < number(end, "p50_ms"));
+    // VMs that were suspended are woken, and no VM is made twice but for requests that overlap.
+    assert!(number(suspend, "woken") > 500.0 && number(suspend, "trimmed") == 0.0, "{suspend}");
+    assert!(
+        number(ladder, "trimmed") > 0.0 && number(ladder, "spilled") > 0.0 && number(ladder, "woken") > 0.0,
+        "{ladder}"
+    );
+    assert!(number(ladder, "woken") < number(suspend, "woken"), "{ladder} {suspend}");
+    assert!(number(suspend, "restored") < number(keep, "restored"), "{suspend} {keep}");
+    assert!(number(suspend, "mean_local_mib") < number(ladder, "mean_local_mib"), "{suspend} {ladder}");
+    assert!(number(ladder, "mean_local_mib") < number(keep, "mean_local_mib"), "{ladder} {keep}");
+    // A host with room for eight VMs: they make room for each other, and requests fail only when all are busy.
+    let small = ["--synthetic", "high", "--functions", "40", "--memory", "1024", "--policy", "keep"];
+    let small = simulated(dir.path(), &small);
+    assert!(number(&small[0], "peak_local_mib") <= 8.0 * 12.0 + 1.0, "{small:?}");
+    assert!(number(&small[0], "restored") > 40.0 && number(&small[0], "failed") == 0.0, "{small:?}");
+}
+
+#[test]
+fn a_million_arrivals_are_read_line_by_line() {
+    let dir = scratch();
+    let path = dir.path().join("million.csv");
+    let mut lines = "time_s,function\n".to_string();
+    for index in 0..1_000_000 {
+        writeln!(lines, "{}.{:03},f{}", index / 50, index % 50 * 20, index % 1000).unwrap();
+    }
+    std::fs::write(&path, lines).unwrap();
+    let args = [text(&path), "--memory", "1048576", "--policy", "keep", "--keep-alive", "3600"];
+    let summary = &simulated(dir.path(), &[&args[..], &["--functions", "20"]].concat())[0];
+    assert_eq!(number(summary, "requests"), 20_000.0);
+    assert_eq!(number(summary, "restored"), 20.0, "each function has one VM: {summary}");
+    let part = simulated(dir.path(), &[&args[..], &["--duration", "10", "--functions", "7"]].concat());
+    assert_eq!(number(&part[0], "requests"), 7.0);
+}
+
+/// Requests of two functions in turn, then a pause, then one more of each.
+const REPLAYED: usize = 20;
+
+fn replayed_trace() -> String {
+    let mut lines = "time_s,function\n".to_string();
+    for index in 0..REPLAYED {
+        let pause = if index < REPLAYED - 2 { 0.0 } else { 40.0 };
+        writeln!(lines, "{},{}", index as f64 * 2.5 + pause, ["a", "b"][index % 2]).unwrap();
+    }
+    lines
+}
+
+#[test]
+fn a_short_trace_is_replayed_by_policies_on_the_service_and_simulated() {
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("trace.csv"), replayed_trace()).unwrap();
+    let workload = json!({ "*": {
+        "mem_mib": 64, "prepare": "fill pages=1024 seed=1", "params": "pages=512 write=50 seed=1"
+    } });
+    std::fs::write(path("workloads.json"), workload.to_string()).unwrap();
+    let out = path("out");
+    let file = path("trace.csv");
+    let workloads = path("workloads.json");
+    let args = [text(&file), "--workloads", text(&workloads), "--memory", "1024", "--speed", "20", "--floor", "2"];
+    let args = [&args[..], &["--policy", "keep,rewind,ladder", "--out", text(&out)]].concat();
+    let output = trace(dir.path(), &args);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("The simulator's error"), "{said}");
+    let all = summaries(&out);
+    assert_eq!(all.len(), 6, "{all:?}");
+    let n = REPLAYED as f64;
+    for summary in &all {
+        assert_eq!(number(summary, "requests"), n, "{summary}");
+        assert_eq!(number(summary, "failed"), 0.0, "{summary}");
+        assert_eq!(answered(summary), n, "{summary}");
+        assert!(number(summary, "mean_local_mib") > 0.0 && number(summary, "p99_ms") > 0.0, "{summary}");
+    }
+    let keep = of(&all, "keep", false);
+    assert!(number(keep, "warm") > 0.0 && number(keep, "restored") >= 2.0, "{keep}");
+    let ladder = of(&all, "ladder", false);
+    assert!(number(ladder, "trimmed") + number(ladder, "spilled") + number(ladder, "woken") > 0.0, "{ladder}");
+    let rewind = of(&all, "rewind", false);
+    assert!(number(rewind, "standby") >= 2.0 && number(rewind, "rewound") > 0.0, "{rewind}");
+    // The simulator counts as the service does where that does not depend on the host's speed, and its memory is of the
+    // same size.
+    assert_eq!(number(of(&all, "keep", true), "restored"), 2.0);
+    for policy in ["keep", "rewind"] {
+        let replayed = number(of(&all, policy, false), "mean_local_mib");
+        let simulated = number(of(&all, policy, true), "mean_local_mib");
+        assert!(simulated > replayed / 4.0 && simulated < replayed * 4.0, "{policy}: {simulated} for {replayed}");
+    }
+    for name in ["summary.csv", "memory.svg", "latency.svg", "report.html", "costs.json"] {
+        assert!(std::fs::metadata(out.join(name)).unwrap().len() > 100, "{name}");
+    }
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.contains("rewind (simulated)") && page.contains("<svg"), "the page has tables and charts");
+    assert!(!page.contains("NaN") && !page.contains("inf<"), "{page}");
+    // The costs alone give the same simulation again.
+    let again = path("again");
+    let costs = out.join("costs.json");
+    let more = ["--policy", "keep,rewind,ladder", "--simulate", "--costs", text(&costs), "--out", text(&again)];
+    let args = [text(&file), "--workloads", text(&workloads), "--memory", "1024", "--speed", "20", "--floor", "2"];
+    let output = trace(dir.path(), &[&args[..], &more].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let again = summaries(&again);
+    for policy in ["keep", "rewind", "ladder"] {
+        assert_eq!(of(&again, policy, true), of(&all, policy, true));
+    }
+}
+
+#[test]
+fn requests_that_fail_are_counted_and_make_the_exit_code() {
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name);
+    // The memory is for one VM, and four requests come at once.
+    std::fs::write(path("trace.csv"), "time_s,function\n0,a\n0,a\n0,a\n0,a\n").unwrap();
+    let workload = json!({ "*": {
+        "mem_mib": 64, "prepare": "fill pages=256 seed=1", "call": "touch", "params": "pages=256 write=50 seed=1"
+    } });
+    std::fs::write(path("workloads.json"), workload.to_string()).unwrap();
+    let mut costs = costs();
+    costs["workloads"]["*"]["workload"] = workload["*"].clone();
+    std::fs::write(path("costs.json"), costs.to_string()).unwrap();
+    let [file, workloads, costs, out] = ["trace.csv", "workloads.json", "costs.json", "out"].map(path);
+    let args = [text(&file), "--workloads", text(&workloads), "--memory", "64", "--policy", "end"];
+    let args = [&args[..], &["--simulate", "--costs", text(&costs), "--out", text(&out)]].concat();
+    let output = trace(dir.path(), &args);
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("3 requests failed (status 429: 3)"));
+    assert_eq!(number(&summaries(&out)[0], "failed"), 3.0);
+}
