@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
@@ -79,6 +79,35 @@ pub fn end(child: &mut Child) {
     let mut wait = Wait::new(format!("the end of process {}, which was killed", child.id()), KILLED);
     while matches!(child.try_wait(), Ok(None)) && !wait.is_over() {
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A process that another one has started. Killed when dropped.
+pub struct Grandchild {
+    pid: i32,
+    process: OwnedFd,
+}
+
+impl Grandchild {
+    /// The process `pid`, which has not ended.
+    pub fn of(pid: i32) -> io::Result<Grandchild> {
+        let known = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Grandchild { pid, process: pidfd_open(known, PidfdFlags::empty())? })
+    }
+}
+
+impl Drop for Grandchild {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        let mut wait = Wait::new(format!("the end of process {}, which was killed", self.pid), KILLED);
+        while !wait.is_over() {
+            let Ok(step) = Timespec::try_from(wait.step()) else { return };
+            match poll(&mut [PollFd::new(&self.process, PollFlags::IN)], Some(&step)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
     }
 }
 

@@ -15,11 +15,17 @@ pub(super) fn record(
     recorder: &str,
     out: &Path,
 ) -> Result<PathBuf, BoxError> {
+    to_end(&mut recording(exe, snapshot, function, recorder, out))?;
+    Ok(out.to_owned())
+}
+
+/// The command by which tvmm records a run of `function`.
+pub(super) fn recording(exe: &Path, snapshot: &Path, function: &str, recorder: &str, out: &Path) -> Command {
     let mut command = Command::new(exe);
     command.args(["profile", "record", "--recorder", recorder, "--run", function]);
     command.args(["--run-timeout", &guest::TIMEOUT.as_secs().to_string()]);
-    to_end(command.arg("--snapshot").arg(snapshot).arg("--out").arg(out))?;
-    Ok(out.to_owned())
+    command.arg("--snapshot").arg(snapshot).arg("--out").arg(out);
+    command
 }
 
 /// Adds a snapshot to a pool, laid out by its profile, with tvmm in a separate process.

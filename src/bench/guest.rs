@@ -82,6 +82,11 @@ impl Guest {
     pub fn boot(exe: &Path, config: &Path, socket: &Path) -> Result<Self, BoxError> {
         let mut command = Command::new(exe);
         command.arg("--config").arg(config).arg("--api-sock").arg(socket);
+        Self::boot_by(command)
+    }
+
+    /// Starts a VMM that boots a machine, and waits until the guest takes requests.
+    pub fn boot_by(command: Command) -> Result<Self, BoxError> {
         let guest = Self::start(command)?;
         guest.wait_for("ready ")?;
         Ok(guest)

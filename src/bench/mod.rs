@@ -21,6 +21,7 @@ mod report;
 mod restore;
 mod scratch;
 mod study;
+mod trace;
 mod trial;
 
 pub use error::Error;
@@ -47,6 +48,8 @@ enum BenchCommand {
     Run(study::RunArgs),
     /// Ask many VMs at once: restored for the request, standing by, or rewound
     Burst(study::BurstArgs),
+    /// Replay or simulate an arrival trace by policies for VMs between requests: latency and memory of each
+    Trace(trace::TraceArgs),
     /// Compare copying the read set to local memory with reading it in place, by the number of reads per page
     Crossover(crossover::CrossoverArgs),
     /// Draw results again
@@ -61,6 +64,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode, BoxError> {
         BenchCommand::Grid(args) => grid::run(args),
         BenchCommand::Run(args) => study::run(args),
         BenchCommand::Burst(args) => study::run_burst(args),
+        BenchCommand::Trace(args) => trace::run(args),
         BenchCommand::Crossover(args) => crossover::run(args),
         BenchCommand::Report(args) => report::run(args),
         BenchCommand::Diff(args) => report::run_diff(args),

@@ -5,11 +5,13 @@
 //! pools directly.
 //! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
+mod demote;
 mod failure;
 mod fork;
 mod guest;
 mod identify;
 mod inspect;
+mod load_args;
 mod merge;
 mod overrides;
 mod plan;
@@ -21,6 +23,7 @@ mod serve;
 mod serve_pages;
 mod session_args;
 mod snapshot;
+mod units;
 mod vm;
 
 use crate::sys::errors::{BoxError, chain};
@@ -71,6 +74,8 @@ enum Command {
     Restore(Box<vm::RestoreArgs>),
     /// Take a restored VM back to its snapshot, in place
     Rewind(rewind::RewindArgs),
+    /// Give the local memory of an idle VM that equals its snapshot back to the host
+    Demote(demote::DemoteArgs),
     /// Make copies of a running VM that go on from the same instant, each a VM of its own
     Fork(Box<fork::ForkArgs>),
     /// Make a restored VM the VM of another snapshot, in place
@@ -118,7 +123,7 @@ impl Command {
             Command::Plan(args) => args.inputs(),
             Command::Pool(args) => args.inputs(),
             Command::ServePages(args) => args.inputs(),
-            Command::Calibrate(_) | Command::Rewind(_) | Command::Fork(_) => Vec::new(),
+            Command::Calibrate(_) | Command::Rewind(_) | Command::Demote(_) | Command::Fork(_) => Vec::new(),
             Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
         }
     }
@@ -207,6 +212,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         None => vm::boot(&cli.boot.session, cli.boot.config.as_deref()),
         Some(Command::Restore(args)) => vm::restore(args),
         Some(Command::Rewind(args)) => rewind::run(args),
+        Some(Command::Demote(args)) => demote::run(args),
         Some(Command::Fork(args)) => fork::run(args),
         Some(Command::Repurpose(args)) => repurpose::run(args),
         Some(Command::Snapshot(args)) => snapshot::run(args),

@@ -8,6 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::identify::{InputPath, Role};
+use super::units::{mib, mib_of_pages};
 use crate::session::planning::planner;
 use crate::session::sources;
 use crate::snapshot::{
@@ -194,7 +195,7 @@ fn print(file: &PlanFile) {
     }
     out!("{}", table(plan));
     for (index, image) in plan.images.iter().enumerate() {
-        let mib = image.file_len() as f64 / f64::from(1 << 20);
+        let mib = mib(image.file_len());
         out!("image {index}    {mib:.1} MiB in {} extents", image.extents.len());
     }
     if !plan.huge.is_empty() {
@@ -228,7 +229,7 @@ fn table(plan: &RestorePlan) -> Table {
     table.set_header(["", "placement", "pages", "MiB", "extents"]);
     for ((name, symbol, ..), (pages, extents)) in GROUPS.iter().zip(grouped(plan)) {
         if extents > 0 {
-            let mib = format!("{:.1}", (pages * PAGE_SIZE) as f64 / f64::from(1 << 20));
+            let mib = format!("{:.1}", mib_of_pages(pages));
             table.add_row([symbol.to_string(), (*name).to_string(), pages.to_string(), mib, extents.to_string()]);
         }
     }

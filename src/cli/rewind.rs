@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
 
+use super::units::{TIMEOUT, ms};
 use crate::config::control::Rewound;
 use crate::config::request::RewindRequest;
 use crate::sys::api_client::Client;
@@ -22,14 +22,10 @@ pub struct RewindArgs {
     verify: bool,
 }
 
-/// Longest wait for the answer: a source of memory may be slow, and the VM has a limit of its own.
-const TIMEOUT: Duration = Duration::from_secs(600);
-
 pub fn run(args: &RewindArgs) -> Result<ExitCode, BoxError> {
     let body = json!(RewindRequest { verify: args.verify });
     let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/rewind", Some(&body), TIMEOUT)?;
     let rewound: Rewound = serde_json::from_value(answer.unwrap_or_default())?;
-    let ms = |us: u64| us as f64 / 1000.0;
     say!(
         "rewound in {:.2} ms (vCPUs stopped in {:.2}, state {:.2}, memory {:.2}): {} pages copied, {} cleared, {} \
          dropped, {} back from the balloon{}",

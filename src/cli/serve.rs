@@ -10,11 +10,12 @@ use clap::Args;
 use super::failure::ArgumentConflict;
 use crate::backends::cold;
 use crate::config::restore::RestoreOptions;
-use crate::serve::{self, Limits, Options};
+use crate::serve::{self, Limits, Options, Reuse};
 use crate::snapshot::{ColdSpec, NoColdPool};
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::print;
+use crate::tiering::idle::{IdlePolicy, IdleSpec};
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
@@ -70,12 +71,29 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 60, value_name = "SECONDS",
         value_parser = clap::value_parser!(u64).range(1..=86_400))]
     idle_timeout: u64,
+    /// The fate of VMs that wait for requests, of functions that name none: `keep` ends them after --idle-timeout,
+    /// `end` with their answer; `suspend` saves them after --idle-timeout, `ladder` step by step, and a request wakes
+    /// them. An invocation then takes an idle VM of its function. Default: as `keep`, and only requests by a VM's id
+    /// reach it
+    #[arg(long, value_name = "POLICY")]
+    idle: Option<IdlePolicy>,
+    /// Disk space for suspended VMs, MiB: those used longest ago end for others
+    #[arg(long, default_value_t = 4096, value_name = "MIB", value_parser = clap::value_parser!(u64).range(0..=1 << 40))]
+    suspend_disk: u64,
+    /// Directory for the files that idle VMs are spilled to, compressed; a tmpfs keeps them in memory. They have no
+    /// names, and end with their VMs. Default: --dir
+    #[arg(long, value_name = "DIR")]
+    spill_dir: Option<PathBuf>,
     /// Limit on the output of a guest before its answer, KiB
     #[arg(long, default_value_t = 4096, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     max_output: u64,
     /// VM processes kept ready, so that a restore does not wait for a process to start
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = at_most_many)]
     shells: usize,
+    /// End the process of each VM that has finished. Default: it may become a VM of another function, whose machine has
+    /// the same shape
+    #[arg(long)]
+    no_repurpose: bool,
     /// Time for running invocations to end when the service is stopped, s
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     grace: u64,
@@ -190,6 +208,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     serve::run(Options {
         dir,
+        spill_dir: args.spill_dir.as_ref().map(std::path::absolute).transpose()?,
         listen: args.listen,
         listen_unix: args.listen_unix.clone(),
         trace: args.trace.clone(),
@@ -198,6 +217,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         hosts: args.host.clone(),
         allow_paths: args.allow_path.clone(),
         allow_cold: args.allow_cold.clone(),
+        reuse: if args.no_repurpose { Reuse::Never } else { Reuse::Allowed },
         limits: Limits {
             max_vms: args.max_vms,
             memory_mib,
@@ -207,6 +227,8 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
             max_connections: args.max_connections,
             timeout: Duration::from_secs(args.timeout),
             idle_timeout: Duration::from_secs(args.idle_timeout),
+            idle: args.idle.map(IdleSpec::of),
+            suspend_disk_mib: args.suspend_disk,
             max_output_bytes: args.max_output << 10,
             shells: args.shells,
             grace: Duration::from_secs(args.grace),

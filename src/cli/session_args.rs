@@ -18,7 +18,7 @@ pub struct SessionArgs {
     /// Run in a session of its own (setsid): the end of the terminal, and keys pressed there, do not reach the VM
     #[arg(long)]
     pub own_session: bool,
-    /// End if standard input ends without a byte: a child of a fork, whose parent gives the byte when all are there
+    /// Restore and run when standard input says so, and end if it ends before: a child of a fork
     #[arg(long, hide = true)]
     pub await_parent: bool,
     /// Name of this instance in answers of the API

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::identify::InputPath;
 use super::merge;
+use super::units::mib;
 use crate::sys::api_client::Client;
 use crate::sys::errors::{BoxError, chain, refuse};
 
@@ -97,7 +98,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
     out!("{}", out.display());
     if let (Some(id), Some(bytes)) = (taken["id"].as_str(), taken["memory_bytes"].as_u64()) {
         let stood = taken["capture_us"].as_u64().unwrap_or(0) as f64 / 1000.0;
-        let mib = bytes as f64 / f64::from(1 << 20);
+        let mib = mib(bytes);
         say!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
         if taken["live"]["cut_short"] == true {
             let pages = taken["live"]["pages_paused"].as_u64().unwrap_or(0);

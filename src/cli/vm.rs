@@ -9,14 +9,15 @@ use clap::Args;
 
 use super::failure::{ArgumentConflict, MemoryLost};
 use super::identify::{InputPath, Role};
-use super::overrides::OverrideArgs;
+use super::load_args::LoadArgs;
 use super::session_args::SessionArgs;
 use crate::api;
+use crate::config::VmConfig;
 use crate::config::control;
-use crate::config::restore::{MemorySaid, RestoreOptions, RestoreRequest, Start};
-use crate::config::{InvalidRestore, VmConfig};
+use crate::config::restore::Start;
 use crate::session::console::{self, Answer, Input};
 use crate::session::controller::Controller;
+use crate::session::fork::ChildEnd;
 use crate::session::log;
 use crate::session::main_loop;
 use crate::session::main_loop::{Begin, EventSources};
@@ -24,7 +25,6 @@ use crate::session::outcome::Outcome;
 use crate::session::port_request::PortRequest;
 use crate::session::report;
 use crate::session::report::Report;
-use crate::snapshot::ColdSpec;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::lost::CANNOT_GO_ON;
 use crate::sys::otlp;
@@ -36,48 +36,25 @@ use crate::sys::{clock, inherit, kick};
 use crate::tiering::profile::Profile;
 
 #[derive(Debug, Args)]
+#[command(
+    mut_arg("paused", |paused| paused.requires("api_sock").conflicts_with("run")),
+    mut_arg("standby", |standby| standby.conflicts_with("run"))
+)]
 pub struct RestoreArgs {
-    /// The snapshot: a directory that `tvmm snapshot` made, or with --mem-file the state file of Firecracker's two
-    #[arg(long, value_name = "DIR")]
-    snapshot: PathBuf,
-    /// The memory file of the two-file form (`mem_file_path`)
-    #[arg(long, value_name = "FILE")]
-    mem_file: Option<PathBuf>,
     #[command(flatten)]
-    options: RestoreOptions,
-    /// Log the pages that the guest writes from now on, for diff snapshots
-    #[arg(long)]
-    track_dirty_pages: bool,
-    /// Move the guest's clock to the present; default: no time has passed for the guest since the snapshot
-    #[arg(long)]
-    clock_realtime: bool,
-    /// Restore, but leave the VM paused until the API resumes it
-    #[arg(long, requires = "api_sock", conflicts_with_all = ["run", "standby"])]
-    paused: bool,
-    /// Restore everything but the guest's first instruction, and let it run when a request comes: bytes on standard
-    /// input, a connection to its vsock device, or `PATCH /vm` with the state Resumed
-    #[arg(long, conflicts_with = "run")]
-    standby: bool,
+    load: LoadArgs,
     /// Profile of a run of the same function: --report then counts the pages that the plan brought ahead and this run
     /// never touched
     #[arg(long, value_name = "FILE", requires = "report")]
     against: Option<PathBuf>,
-    #[command(flatten)]
-    overrides: OverrideArgs,
     #[command(flatten)]
     session: SessionArgs,
 }
 
 impl RestoreArgs {
     pub fn inputs(&self) -> Vec<InputPath> {
-        let options = &self.options;
-        let profiles = options.profile.iter().chain(&self.against).map(|path| InputPath::new(path, Role::Profile));
-        let plans = options.plan.iter().map(|path| InputPath::new(path, Role::Plan));
-        let cold = options.cold_pools.iter().flatten().filter_map(ColdSpec::dir);
-        let pools = options.pools.iter().flatten().map(PathBuf::as_path).chain(cold);
-        let pools = pools.map(|path| InputPath::new(path, Role::Pool));
-        let mut inputs = InputPath::snapshot(&self.snapshot, self.mem_file.as_deref());
-        inputs.extend(profiles.chain(plans).chain(pools));
+        let mut inputs = self.load.inputs();
+        inputs.extend(self.against.iter().map(|path| InputPath::new(path, Role::Profile)));
         inputs
     }
 }
@@ -111,27 +88,11 @@ pub fn boot(args: &SessionArgs, config: Option<&Path>) -> Result<ExitCode, BoxEr
 /// Restores a snapshot.
 pub fn restore(args: &RestoreArgs) -> Result<ExitCode, BoxError> {
     let timeline = Timeline::begin(args.session.start_time_us);
-    let load = request(args).map_err(|invalid| ArgumentConflict { command: "restore", message: invalid.in_flags() })?;
+    let load =
+        args.load.request().map_err(|invalid| ArgumentConflict { command: "restore", message: invalid.in_flags() })?;
     // Loaded before the guest runs: an invalid profile is refused at once.
     let against = args.against.as_deref().map(Profile::load).transpose()?;
     run(&args.session, VmConfig::default(), Begin::Restore(load), timeline, Operation { name: "restore", against })
-}
-
-/// The request that the arguments make.
-fn request(args: &RestoreArgs) -> Result<RestoreRequest, InvalidRestore> {
-    let memory = match &args.mem_file {
-        Some(path) => MemorySaid::File { path: path.clone(), key: "--mem-file" },
-        None => MemorySaid::Nothing,
-    };
-    let options = RestoreOptions { standby: args.standby, ..args.options.clone() };
-    let request = RestoreRequest::new(args.snapshot.clone(), memory, options)?;
-    Ok(RestoreRequest {
-        overrides: args.overrides.overrides(),
-        track_dirty_pages: args.track_dirty_pages,
-        clock_realtime: args.clock_realtime,
-        start: if args.paused || args.standby { request.start } else { Start::Running },
-        ..request
-    })
 }
 
 /// The subject of the report.
@@ -139,8 +100,6 @@ struct Operation {
     name: &'static str,
     against: Option<Profile>,
 }
-
-const RUN_ID: &str = "run";
 
 fn run(
     args: &SessionArgs,
@@ -169,13 +128,14 @@ fn run(
         (None, None) => None,
     };
     let answer = args.run.as_ref().map(|_| Answer::new()).transpose()?;
-    let (outside, moments) =
-        console::to_stdout(answer.as_ref().map(|answer| (RUN_ID, answer)), Duration::from_secs(args.fault_timeout))?;
+    let id = console::request_id("run");
+    let watched = answer.as_ref().map(|answer| (id.as_str(), answer));
+    let (outside, moments) = console::to_stdout(watched, Duration::from_secs(args.fault_timeout))?;
     let event_sources = EventSources {
-        input: input(args)?,
-        request: port_request(args, answer.as_ref()),
+        input: input(args, &id)?,
+        request: port_request(args, watched),
         reads_stdin: args.run.is_none() && !args.await_parent,
-        awaits_parent: args.await_parent,
+        parent: args.await_parent.then_some(ChildEnd),
         control: server.is_some().then_some(receiver),
         signals,
         answer: answer.clone(),
@@ -228,27 +188,27 @@ fn export(url: &str, report: &Report) -> Result<(), BoxError> {
     }
 }
 
-fn input(args: &SessionArgs) -> Result<Input, BoxError> {
+fn input(args: &SessionArgs, id: &str) -> Result<Input, BoxError> {
     let Some(function) = &args.run else { return Ok(Input::stdin()?) };
     if function.trim().is_empty() || function.chars().any(char::is_control) {
         return refuse("--run takes one function of the guest with its arguments, such as `hello` or `fill pages=16`");
     }
     Ok(match args.run_port {
         Some(_) => Input::default(),
-        None => Input::script(format!("{}\n", request_line(function)).as_bytes()),
+        None => Input::script(format!("{}\n", request_line(id, function)).as_bytes()),
     })
 }
 
-fn request_line(function: &str) -> String {
-    format!("run {RUN_ID} {}", function.trim())
+fn request_line(id: &str, function: &str) -> String {
+    format!("run {id} {}", function.trim())
 }
 
 /// The request of --run, if it goes over vsock (--run-port).
-fn port_request(args: &SessionArgs, answer: Option<&Arc<Answer>>) -> Option<PortRequest> {
+fn port_request(args: &SessionArgs, watched: Option<(&str, &Arc<Answer>)>) -> Option<PortRequest> {
     let port = args.run_port?;
     let function = args.run.as_ref()?;
-    let answer = answer?.clone();
-    Some(PortRequest { port, line: request_line(function), id: RUN_ID.to_string(), answer })
+    let (id, answer) = watched?;
+    Some(PortRequest { port, line: request_line(id, function), id: id.to_string(), answer: answer.clone() })
 }
 
 fn exit_code(

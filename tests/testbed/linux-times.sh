@@ -73,7 +73,7 @@ restore() { # restore POLICY FUNCTION
     local start=$EPOCHREALTIME
     coproc guest { exec "$binary" restore --snapshot "$dir/snapshot" --policy "$1" --run "$2" 2>"$dir/errors"; }
     vm=$guest_PID
-    wait_for "ok run"
+    wait_for "ok run-"
     since "$start"
     wait "$vm"
     vm=

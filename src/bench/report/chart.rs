@@ -8,9 +8,9 @@ const COLOURS: [&str; 12] = [
     "#a03000", "#888888",
 ];
 
-const LEFT: f64 = 150.0;
-const RIGHT: f64 = 20.0;
-const WIDTH: f64 = 900.0;
+pub(super) const LEFT: f64 = 150.0;
+pub(super) const RIGHT: f64 = 20.0;
+pub(super) const WIDTH: f64 = 900.0;
 
 /// A series of values: its name, and its colour, the same in all charts.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ pub struct Series {
 }
 
 impl Series {
-    fn colour(&self) -> &'static str {
+    pub(super) fn colour(&self) -> &'static str {
         COLOURS[self.colour % COLOURS.len()]
     }
 }
@@ -45,7 +45,7 @@ pub struct Bars<'a> {
 
 const BAR: f64 = 9.0;
 const GAP: f64 = 10.0;
-const TOP: f64 = 40.0;
+pub(super) const TOP: f64 = 40.0;
 
 impl Bars<'_> {
     /// The drawing; `None` if there is nothing to draw.
@@ -101,7 +101,7 @@ pub struct Lines<'a> {
     pub values: Vec<Vec<Option<f64>>>,
 }
 
-const PLOT: f64 = 260.0;
+pub(super) const PLOT: f64 = 260.0;
 
 impl Lines<'_> {
     /// The drawing; `None` if there is nothing to draw.
@@ -151,7 +151,7 @@ impl Lines<'_> {
 }
 
 /// A logarithmic axis.
-struct Log {
+pub(super) struct Log {
     least: f64,
     most: f64,
     from: f64,
@@ -160,19 +160,19 @@ struct Log {
 
 impl Log {
     /// From the power of ten below the least value (or half of it) to a little above the greatest.
-    fn over(values: &[f64], from: f64, to: f64) -> Option<Log> {
+    pub(super) fn over(values: &[f64], from: f64, to: f64) -> Option<Log> {
         let least = values.iter().copied().reduce(f64::min)?;
         let most = values.iter().copied().reduce(f64::max)?;
         Some(Log { least: least / 2.0, most: most * 1.2, from, to })
     }
 
-    fn x(&self, value: f64) -> f64 {
+    pub(super) fn x(&self, value: f64) -> f64 {
         let share = (value / self.least).ln() / (self.most / self.least).ln();
         self.from + share.clamp(0.0, 1.0) * (self.to - self.from)
     }
 
     /// 1, 2 and 5 times powers of ten, with their labels.
-    fn ticks(&self) -> Vec<(f64, String)> {
+    pub(super) fn ticks(&self) -> Vec<(f64, String)> {
         let mut ticks = Vec::new();
         let mut power = 10.0_f64.powi(self.least.log10().floor() as i32);
         while power <= self.most {
@@ -188,7 +188,7 @@ impl Log {
     }
 }
 
-fn open(title: &str, height: f64) -> String {
+pub(super) fn open(title: &str, height: f64) -> String {
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
          height=\"{height}\" role=\"img\" font-family=\"system-ui, sans-serif\" font-size=\"11\">\n<title>{0}</title>\n\
@@ -198,24 +198,24 @@ fn open(title: &str, height: f64) -> String {
     )
 }
 
-fn text(x: f64, y: f64, anchor: &str, what: &str) -> String {
+pub(super) fn text(x: f64, y: f64, anchor: &str, what: &str) -> String {
     format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{}</text>\n", escape(what))
 }
 
 /// A place in a chart, pixels from its upper left corner.
-struct Point {
-    x: f64,
-    y: f64,
+pub(super) struct Point {
+    pub(super) x: f64,
+    pub(super) y: f64,
 }
 
-fn line(from: Point, to: Point, stroke: &str) -> String {
+pub(super) fn line(from: Point, to: Point, stroke: &str) -> String {
     format!(
         "<line x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\" stroke=\"{stroke}\"/>\n",
         from.x, from.y, to.x, to.y
     )
 }
 
-fn legend(series: &[Series], top: f64) -> String {
+pub(super) fn legend(series: &[Series], top: f64) -> String {
     let mut out = String::new();
     for (index, series) in series.iter().enumerate() {
         let x = LEFT + (index % 5) as f64 * 145.0;

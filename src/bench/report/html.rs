@@ -6,23 +6,31 @@ use super::charts::ExperimentCharts;
 use super::tables::{Cells, tables};
 use crate::bench::markup::escape;
 
-pub fn page(results: &Results, drawn: &[ExperimentCharts]) -> String {
+pub(super) fn page(results: &Results, drawn: &[ExperimentCharts]) -> String {
     let header = &results.header;
     let fact = |(name, value): (&String, &String)| row(&[name, value]);
     let facts: String = header.host.iter().chain(&header.settings).map(fact).collect();
     let sections: String = drawn.iter().map(|drawn| section(results, drawn)).collect();
+    let body = format!(
+        "<p>tvmm {}. Each number is the median of its rounds, with the least and the most; flows are interleaved; \
+         bars and lines stand on logarithmic axes. Every answer of the guests was compared with the others'.</p>\n\
+         <table>{facts}</table>\n{sections}{}",
+        escape(&header.tvmm_version),
+        failed(results),
+    );
+    document("Restores, measured", &body)
+}
+
+/// A page with a title and a body in HTML.
+pub fn document(title: &str, body: &str) -> String {
+    let title = escape(title);
     format!(
-        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>tvmm bench</title>\n<style>\n\
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>tvmm bench: {title}</title>\n<style>\n\
          body {{ font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; background: \
          #fff }}\ntable {{ border-collapse: collapse; margin: .5em 0 1.5em; font-variant-numeric: tabular-nums }}\n\
          th, td {{ border-bottom: 1px solid #ddd; padding: .2em .6em; text-align: right; white-space: nowrap }}\n\
          th:first-child, td:first-child {{ text-align: left }} .wide {{ overflow-x: auto }} svg {{ max-width: 100%; \
-         height: auto }}\n</style></head><body>\n<h1>Restores, measured</h1>\n\
-         <p>tvmm {}. Each number is the median of its rounds, with the least and the most; flows are interleaved; \
-         bars and lines stand on logarithmic axes. Every answer of the guests was compared with the others'.</p>\n\
-         <table>{facts}</table>\n{sections}{}</body></html>\n",
-        escape(&header.tvmm_version),
-        failed(results),
+         height: auto }}\n</style></head><body>\n<h1>{title}</h1>\n{body}</body></html>\n"
     )
 }
 
@@ -34,7 +42,8 @@ fn section(results: &Results, drawn: &ExperimentCharts) -> String {
     format!("<h2>{}: {title}</h2>\n{charts}{tables}", experiment.name())
 }
 
-fn table(cells: &Cells) -> String {
+/// A table in HTML.
+pub fn table(cells: &Cells) -> String {
     let header: String = cells.header.iter().map(|cell| format!("<th>{}</th>", escape(cell))).collect();
     let rows: String = cells.rows.iter().map(|cells| row(&cells.iter().collect::<Vec<_>>())).collect();
     let title = escape(&cells.title);

@@ -2,9 +2,10 @@
 
 pub mod chart;
 mod charts;
+pub mod curves;
 mod diff;
-mod html;
-mod tables;
+pub mod html;
+pub mod tables;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -57,6 +58,7 @@ pub fn publish(results: &Results, dir: &Path) -> Result<(), BoxError> {
     Ok(())
 }
 
-fn write(path: &Path, text: &str) -> Result<(), BoxError> {
+/// Writes a file of a report.
+pub fn write(path: &Path, text: &str) -> Result<(), BoxError> {
     Ok(std::fs::write(path, text).map_err(|error| format!("Cannot write {}: {error}", path.display()))?)
 }

@@ -41,6 +41,7 @@ fn numbers(experiment: Experiment) -> &'static [Number] {
             Number { name: "answer_ms", title: "ms from the common start to the answer, p50 of the VMs" },
             Number { name: "answer_p95_ms", title: "ms to the answer, p95 of the VMs" },
             Number { name: "answer_max_ms", title: "ms to the answer, the last VM" },
+            Number { name: "to_first_exit_ms", title: "ms from the request to a guest's first exit, p50 of the VMs" },
             Number { name: "load_before_cpus", title: "CPUs that other programs used just before" },
         ],
         Experiment::E7 => &[
@@ -61,19 +62,22 @@ pub fn tables(results: &Results, experiment: Experiment) -> Vec<Cells> {
 
 /// The tables as text.
 pub fn text(results: &Results, experiment: Experiment) -> String {
-    let drawn = tables(results, experiment).into_iter().map(|cells| {
-        let mut table = Table::new();
-        table.load_preset(presets::UTF8_FULL_CONDENSED);
-        table.set_header(&cells.header);
-        for row in &cells.rows {
-            table.add_row(row);
-        }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        format!("{}\n{table}", cells.title)
-    });
-    drawn.collect::<Vec<_>>().join("\n\n")
+    let drawn = tables(results, experiment).iter().map(drawn).collect::<Vec<_>>();
+    drawn.join("\n\n")
+}
+
+/// A table as text.
+pub fn drawn(cells: &Cells) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header(&cells.header);
+    for row in &cells.rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    format!("{}\n{table}", cells.title)
 }
 
 fn table(results: &Results, experiment: Experiment, number: &Number) -> Cells {
@@ -107,7 +111,7 @@ fn header(flows: &[String]) -> Vec<String> {
 
 /// The time slices of a restore, mean over the functions.
 fn slices(results: &Results, experiment: Experiment) -> Cells {
-    const SLICES: [&str; 10] = [
+    const SLICES: [&str; 16] = [
         "spawn_ms",
         "setup_ms",
         "state_load_ms",
@@ -118,6 +122,12 @@ fn slices(results: &Results, experiment: Experiment) -> Cells {
         "execute_ms",
         "guest_ms",
         "stop_ms",
+        "rewind_ms",
+        "fork_ms",
+        "stood_still_ms",
+        "repurpose_ms",
+        "to_entry_ms",
+        "to_first_exit_ms",
     ];
     let (cases, flows) = axes(results, experiment.name());
     let mut rows = Vec::new();
@@ -133,7 +143,8 @@ fn slices(results: &Results, experiment: Experiment) -> Cells {
         rows.push(std::iter::once(slice.to_string()).chain(flows.iter().map(mean)).collect());
     }
     let title = "Where the time goes: means over the functions of each median; execute is from the first entry into \
-                 the guest to the answer, guest what the guest measured itself";
+                 the guest to the answer, guest what the guest measured itself; rewind, fork and repurpose come before \
+                 the request, to_entry and to_first_exit count from it";
     Cells { title: title.to_string(), header: header(&flows), rows }
 }
 
@@ -146,7 +157,7 @@ fn span(median: f64, min: f64, max: f64) -> String {
 }
 
 /// Three significant digits.
-fn number_text(number: f64) -> String {
+pub fn number_text(number: f64) -> String {
     match number {
         number if number == number.round() && number.abs() < 1e9 => format!("{number:.0}"),
         number if number.abs() >= 100.0 => format!("{number:.0}"),

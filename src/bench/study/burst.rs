@@ -12,9 +12,10 @@ use super::many::{answer_values, memory_of};
 use super::measure::{Study, scratch_of};
 use super::settings::Experiment;
 use super::socket_watch::SocketWatch;
-use super::store::{Key, Measured};
+use super::store::{Key, Measured, Values};
 use super::subject::Subject;
 use super::together::{Together, together};
+use super::waiting::wakes;
 use super::workload::Workload;
 use crate::bench::cache::evict;
 use crate::bench::guest::Guest;
@@ -40,20 +41,42 @@ struct Burst {
     guests: Vec<Guest>,
     /// Each one's time to its answer, from the moment at which all were asked.
     answers_ms: Vec<f64>,
+    /// The times to the guests' first instructions, if they stood by.
+    wakes: Values,
 }
 
 impl Study {
+    /// Looks at one VM of each flow that has a burst to be measured.
+    ///
+    /// # Errors
+    /// The host has too little memory for the largest burst.
+    pub fn check_room_of_bursts(&mut self) -> Result<(), BoxError> {
+        if !self.settings.experiments.contains(&Experiment::Burst) {
+            return Ok(());
+        }
+        let most = self.settings.most();
+        let runs = self.settings.runs;
+        for workload in self.settings.workloads.clone() {
+            let subject = self.subject(workload)?;
+            for flow in self.settings.flows.clone() {
+                if (0..runs).all(|round| self.store.has(&key(workload, most, flow, round))) {
+                    continue;
+                }
+                // The measurement itself tells of a VM that fails.
+                if let Ok(each_kib) = self.alone_kib(&subject, flow) {
+                    check_room(Crowd { workload, flow, count: most }, each_kib)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Asks each number of VMs at once, flow by flow and round by round. The first round is not counted.
     pub fn bursts(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let subject = self.subject(workload)?;
         let runs = self.settings.runs;
         for count in self.settings.parallel.clone() {
-            let key = |flow: Flow, round| Key {
-                experiment: Experiment::Burst.name().to_string(),
-                case: format!("{} ×{count}", workload.name),
-                flow: flow.name().to_string(),
-                round,
-            };
+            let key = |flow: Flow, round| key(workload, count, flow, round);
             let flows = self.settings.flows.clone();
             self.forth_and_back(&subject, &flows, runs, key, |study, flow| study.burst(&subject, flow, count))?;
         }
@@ -63,30 +86,37 @@ impl Study {
     /// Asks one VM alone, then `count` VMs at once.
     fn burst(&mut self, subject: &Subject, flow: Flow, count: u32) -> Result<Measured, BoxError> {
         // The VM alone makes the files that policies derive from a snapshot, and shows the memory that each needs.
+        let each_kib = self.alone_kib(subject, flow)?;
+        check_room(Crowd { workload: subject.workload, flow, count }, each_kib)?;
+        let load = busy_cpus()?;
+        let Burst { guests, answers_ms, wakes } = self.answered(subject, flow, count)?;
+        drop(guests);
+        let mut values = answer_values(answers_ms.clone())?;
+        values.extend(wakes);
+        values.insert("load_before_cpus".to_string(), load);
+        values.insert("alone_mib".to_string(), each_kib / 1024.0);
+        Ok(Measured { values, answers_ms })
+    }
+
+    /// The memory of a VM that is asked alone.
+    fn alone_kib(&mut self, subject: &Subject, flow: Flow) -> Result<f64, BoxError> {
         let alone = self.answered(subject, flow, 1)?;
         let mut memory = ProcessMemory::default();
         for guest in &alone.guests {
             memory += memory_of(guest)?;
         }
-        drop(alone);
-        let each_kib = memory.own_kib() as f64;
-        check_room(count, each_kib)?;
-        let load = busy_cpus()?;
-        let Burst { guests, answers_ms } = self.answered(subject, flow, count)?;
-        drop(guests);
-        let mut values = answer_values(answers_ms.clone())?;
-        values.insert("load_before_cpus".to_string(), load);
-        values.insert("alone_mib".to_string(), each_kib / 1024.0);
-        Ok(Measured { values, answers_ms })
+        Ok(memory.own_kib() as f64)
     }
 
     /// Asks `count` VMs at once, and waits for all answers.
     fn answered(&mut self, subject: &Subject, flow: Flow, count: u32) -> Result<Burst, BoxError> {
         match (flow.many(), self.settings.firecracker.clone()) {
             (Some(Many::Waiting(ready)), _) => {
-                let mut vms = self.waiting_vms(std::slice::from_ref(subject), ready, count)?;
-                let answers_ms = self.ask_together(subject, &mut vms)?;
-                Ok(Burst { guests: vms.into_iter().map(|vm| vm.guest).collect(), answers_ms })
+                let subject = self.behind(subject, flow.door())?;
+                let mut vms = self.waiting_vms(std::slice::from_ref(&subject), ready, count)?;
+                let answers_ms = self.ask_together(&subject, &mut vms)?;
+                let wakes = wakes(&vms)?;
+                Ok(Burst { guests: vms.into_iter().map(|vm| vm.guest).collect(), answers_ms, wakes })
             }
             (Some(Many::Restored(restore)), _) => {
                 let answered = self.restored_together(subject, restore, count)?;
@@ -127,12 +157,12 @@ impl Study {
     fn checked(&mut self, subject: &Subject, together: Together<Answered>) -> Result<Burst, BoxError> {
         let Together { begun, outcomes } = together;
         let count = outcomes.len();
-        let mut burst = Burst { guests: Vec::new(), answers_ms: Vec::new() };
+        let mut burst = Burst { guests: Vec::new(), answers_ms: Vec::new(), wakes: Values::new() };
         let mut failures = Vec::new();
         for outcome in outcomes {
             match outcome {
                 Ok(Answered { guest, at, digest }) => {
-                    self.stage.check_digest(&subject.snapshot, &subject.asked, &digest)?;
+                    self.stage.check_digest(subject, &subject.asked, &digest)?;
                     burst.answers_ms.push((at - begun).as_secs_f64() * 1000.0);
                     burst.guests.push(guest);
                 }
@@ -187,16 +217,35 @@ fn is_there_after_a_pause(news: &Mutex<Receiver<()>>, is_there: bool) -> bool {
     is_there
 }
 
+/// The VMs of a burst.
+#[derive(Clone, Copy)]
+struct Crowd {
+    workload: &'static Workload,
+    flow: Flow,
+    count: u32,
+}
+
+fn key(workload: &Workload, count: u32, flow: Flow, round: u32) -> Key {
+    Key {
+        experiment: Experiment::Burst.name().to_string(),
+        case: format!("{} ×{count}", workload.name),
+        flow: flow.name().to_string(),
+        round,
+    }
+}
+
 /// # Errors
-/// The host has too little memory for `count` VMs of `each_kib`: it would end processes.
-fn check_room(count: u32, each_kib: f64) -> Result<(), BoxError> {
+/// The host has too little memory for the VMs, each of which needs `each_kib`: it would end processes.
+fn check_room(crowd: Crowd, each_kib: f64) -> Result<(), BoxError> {
+    let Crowd { workload, flow, count } = crowd;
     let available = available_memory().map_err(|error| format!("Cannot read the available memory: {error}"))?;
     let most_mib = (available >> 20) * MEMORY_SHARE / 100;
     let need_mib = each_kib / 1024.0 * f64::from(count);
     if need_mib > most_mib as f64 {
         return refuse(format!(
-            "Cannot have {count} VMs at once: each needs {:.1} MiB, all need {need_mib:.0}, and {MEMORY_SHARE} % of \
-             the available memory are {most_mib}. Give smaller --counts",
+            "Cannot have {count} VMs of {} by {flow} at once: each needs {:.1} MiB, all need {need_mib:.0}, and \
+             {MEMORY_SHARE} % of the available memory are {most_mib}. Give smaller --counts",
+            workload.name,
             each_kib / 1024.0
         ));
     }
@@ -205,12 +254,14 @@ fn check_room(count: u32, each_kib: f64) -> Result<(), BoxError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::workload::WORKLOADS;
     use super::*;
 
     #[test]
     fn vms_that_do_not_fit_are_refused_before_they_are_made() {
-        check_room(10, 1024.0).unwrap();
-        let said = check_room(500, 1024.0 * 1024.0 * 1024.0).unwrap_err().to_string();
-        assert!(said.contains("Cannot have 500 VMs") && said.contains("--counts"), "{said}");
+        let crowd = |count| Crowd { workload: &WORKLOADS[0], flow: Flow::Standby, count };
+        check_room(crowd(10), 1024.0).unwrap();
+        let said = check_room(crowd(500), 1024.0 * 1024.0 * 1024.0).unwrap_err().to_string();
+        assert!(said.contains("Cannot have 500 VMs of hello by standby") && said.contains("--counts"), "{said}");
     }
 }

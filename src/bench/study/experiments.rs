@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use super::flow::Flow;
+use super::door::Door;
+use super::flow::{Flow, Kept};
 use super::foreign::Foreign;
 use super::measure::Study;
 use super::settings::{Experiment, Settings};
@@ -56,11 +57,12 @@ impl Study {
 
     /// The workload's snapshot, asked for input B after a recording of input A.
     pub fn subject(&self, workload: &'static Workload) -> Result<Subject, BoxError> {
-        let snapshot = self.stage.snapshot(workload, Inputs::Two)?;
+        let snapshot = self.stage.snapshot(workload, Inputs::Two, Door::Console)?;
         Ok(Subject {
             workload,
             snapshot,
             inputs: Inputs::Two,
+            door: Door::Console,
             runtime_mib: self.settings.runtime_mib,
             recorded: workload.a(),
             asked: workload.b(),
@@ -79,7 +81,7 @@ impl Study {
         let Some(&recorded) = workload.sizes.get(2) else { return Ok(()) };
         let flows = self.settings.flows.clone();
         let runs = self.settings.runs;
-        let snapshot = self.stage.snapshot(workload, Inputs::Sizes)?;
+        let snapshot = self.stage.snapshot(workload, Inputs::Sizes, Door::Console)?;
         for &size in workload.sizes {
             let recorded = workload.of_size(recorded);
             let asked = workload.of_size(size);
@@ -87,6 +89,7 @@ impl Study {
                 workload,
                 snapshot: snapshot.clone(),
                 inputs: Inputs::Sizes,
+                door: Door::Console,
                 runtime_mib: self.settings.runtime_mib,
                 recorded,
                 asked,
@@ -100,7 +103,7 @@ impl Study {
     fn on_slow_medium(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let Some(dir) = self.settings.slow_dir.clone() else { return Ok(()) };
         // Profiles and derived files lie beside the snapshot, so all of them are on the slow medium.
-        let slow = Stage::new(&self.exe, dir.join("tvmm-bench"), self.settings.runtime_mib);
+        let slow = Stage::new(&self.exe, &dir.join("tvmm-bench"), self.scratch.path(), self.settings.runtime_mib)?;
         let usual = std::mem::replace(&mut self.stage, slow);
         let result = self.record_one_ask_another(Experiment::E4, workload);
         let slow = std::mem::replace(&mut self.stage, usual);
@@ -119,7 +122,7 @@ impl Study {
 
     fn budgets(&mut self, workload: &'static Workload) -> Result<(), BoxError> {
         let subject = self.subject(workload)?;
-        let profile = self.stage.profile(&subject.snapshot, RecorderKind::Uffd, &subject.recorded)?;
+        let profile = self.stage.profile(&subject, RecorderKind::Uffd)?;
         let (read, written) = self.working_set_mib(&profile)?;
         let flows: Vec<Flow> = self.settings.flows.iter().copied().filter(|flow| flow.restore().is_some()).collect();
         for share in BUDGETS {
@@ -154,16 +157,20 @@ impl Study {
             flow: flow.name().to_string(),
             round,
         };
-        let restored: Vec<Flow> = flows.iter().filter(|flow| !flow.keeps_its_vm()).copied().collect();
+        let restored: Vec<Flow> = flows.iter().filter(|flow| flow.kept().is_none()).copied().collect();
         self.forth_and_back(subject, &restored, runs, key, |study, flow| study.once(subject, flow))?;
-        for &flow in flows.iter().filter(|flow| flow.keeps_its_vm()) {
+        for &flow in flows {
+            let Some(kept) = flow.kept() else { continue };
             if (0..runs).all(|round| self.store.has(&key(flow, round))) {
                 self.bar.inc(u64::from(runs));
                 continue;
             }
-            match flow.ready() {
-                Some(ready) => self.ask_rewound(subject, ready, |round| key(flow, round))?,
-                None => self.warm(subject, |round| key(flow, round), runs)?,
+            let key = |round| key(flow, round);
+            match kept {
+                Kept::Warm => self.warm(subject, key, runs)?,
+                Kept::Rewound(ready) => self.ask_rewound(subject, ready, key)?,
+                Kept::Forked(restore) => self.ask_forked(subject, restore, key)?,
+                Kept::Repurposed(restore) => self.ask_repurposed(subject, restore, key)?,
             }
         }
         Ok(())
@@ -174,13 +181,14 @@ impl Study {
             return self.restore(subject, flow, restore);
         }
         if let Some(ready) = flow.ready() {
-            return self.ask_standby(subject, ready);
+            let subject = self.behind(subject, flow.door())?;
+            return self.ask_standby(&subject, ready);
         }
         match flow.backend().zip(self.settings.firecracker.clone()) {
             Some((backend, vmm)) => {
                 let foreign = Foreign::new(&vmm, subject)?;
                 let (values, digest) = foreign.restore(&subject.asked, backend, flow.cache())?;
-                self.stage.check_digest(&subject.snapshot, &subject.asked, &digest)?;
+                self.stage.check_digest(subject, &subject.asked, &digest)?;
                 Ok(values)
             }
             None => Err(format!("{flow} needs --firecracker PATH").into()),
@@ -189,13 +197,14 @@ impl Study {
 
     /// Runs the function again in the VM that has run it.
     fn warm(&mut self, subject: &Subject, key: impl Fn(u32) -> Key, runs: u32) -> Result<(), BoxError> {
-        let mut guest = self.stage.booted(subject.workload, subject.inputs, &self.scratch.path().join("warm.sock"))?;
+        let socket = self.scratch.path().join("warm.sock");
+        let mut guest = self.stage.booted(subject.workload, subject.inputs, Door::Console, &socket)?;
         for round in 0..runs {
             self.measure(key(round), |study| {
                 guest.call(&subject.recorded)?;
                 let start = Instant::now();
                 let answered = guest.call(&subject.asked)?;
-                study.stage.check_digest(&subject.snapshot, &subject.asked, answered.digest())?;
+                study.stage.check_digest(subject, &subject.asked, answered.digest())?;
                 Ok(values_since(start, &answered))
             })?;
         }

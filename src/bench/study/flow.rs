@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::door::Door;
 use crate::bench::cache::Cache;
 use crate::bench::page_fault_handler::Answer;
 use crate::tiering::policy::Policy;
@@ -47,8 +48,14 @@ pub enum Flow {
     Standby,
     /// The same, restored as by `TieredPool`.
     StandbyPool,
+    /// As `Standby`, asked over vsock.
+    StandbyVsock,
     /// A VM, restored as by `TieredCache`, that has answered and was rewound gets its next request.
     Rewound,
+    /// The child of a VM, restored as by `TieredCache`, that has answered gets its first request, over vsock.
+    Forked,
+    /// A VM that was another function's and was repurposed, restored as by `TieredCache`, gets its first request.
+    Repurposed,
     /// Another VMM of Firecracker's command line and API, its own snapshot, its File back end, nothing cached.
     Firecracker,
     /// The same, the snapshot cached.
@@ -86,6 +93,15 @@ pub struct Ready {
     pub restore: Restore,
 }
 
+/// A flow whose one VM serves all rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    Warm,
+    Rewound(Ready),
+    Forked(Restore),
+    Repurposed(Restore),
+}
+
 /// The source of a flow's VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Many {
@@ -108,7 +124,7 @@ pub struct Restore {
 
 impl Flow {
     /// The flows that need nothing but tvmm.
-    pub const OWN: [Flow; 12] = [
+    pub const OWN: [Flow; 15] = [
         Flow::Vanilla,
         Flow::VanillaCache,
         Flow::Mincore,
@@ -120,7 +136,10 @@ impl Flow {
         Flow::TieredCache,
         Flow::Warm,
         Flow::Standby,
+        Flow::StandbyVsock,
         Flow::Rewound,
+        Flow::Forked,
+        Flow::Repurposed,
     ];
     /// The flows that need a pool: the methods for byte-addressable tiers.
     pub const POOLED: [Flow; 4] = [Flow::TrenvPool, Flow::AquiferPool, Flow::TieredPool, Flow::StandbyPool];
@@ -128,16 +147,17 @@ impl Flow {
     pub const FOREIGN: [Flow; 4] =
         [Flow::Firecracker, Flow::FirecrackerCache, Flow::FirecrackerUffd, Flow::FirecrackerUffdCache];
     /// The flows of a burst that need nothing but tvmm.
-    pub const BURST: [Flow; 7] = [
+    pub const BURST: [Flow; 8] = [
         Flow::VanillaCache,
         Flow::ReapCache,
         Flow::TrenvCache,
         Flow::AquiferCache,
         Flow::TieredCache,
         Flow::Standby,
+        Flow::StandbyVsock,
         Flow::Rewound,
     ];
-    const ALL: [Flow; 25] = [
+    const ALL: [Flow; 28] = [
         Flow::Vanilla,
         Flow::VanillaCache,
         Flow::Mincore,
@@ -156,7 +176,10 @@ impl Flow {
         Flow::Warm,
         Flow::Standby,
         Flow::StandbyPool,
+        Flow::StandbyVsock,
         Flow::Rewound,
+        Flow::Forked,
+        Flow::Repurposed,
         Flow::Firecracker,
         Flow::FirecrackerCache,
         Flow::FirecrackerUffd,
@@ -185,7 +208,10 @@ impl Flow {
             Flow::Warm => "warm",
             Flow::Standby => "standby",
             Flow::StandbyPool => "standby-pool",
+            Flow::StandbyVsock => "standby-vsock",
             Flow::Rewound => "rewound",
+            Flow::Forked => "forked",
+            Flow::Repurposed => "repurposed",
             Flow::Firecracker => "firecracker",
             Flow::FirecrackerCache => "firecracker-cache",
             Flow::FirecrackerUffd => "firecracker-uffd-ext",
@@ -218,7 +244,10 @@ impl Flow {
             Flow::Warm
             | Flow::Standby
             | Flow::StandbyPool
+            | Flow::StandbyVsock
             | Flow::Rewound
+            | Flow::Forked
+            | Flow::Repurposed
             | Flow::Firecracker
             | Flow::FirecrackerCache
             | Flow::FirecrackerUffd
@@ -232,7 +261,7 @@ impl Flow {
     /// The VM that is asked, for flows that restore it before the clock starts; `None` for the other flows.
     pub fn ready(self) -> Option<Ready> {
         let (waiting, by) = match self {
-            Flow::Standby => (Waiting::Standby, Flow::TieredCache),
+            Flow::Standby | Flow::StandbyVsock => (Waiting::Standby, Flow::TieredCache),
             Flow::StandbyPool => (Waiting::Standby, Flow::TieredPool),
             Flow::Rewound => (Waiting::Rewound, Flow::TieredCache),
             _ => return None,
@@ -250,9 +279,25 @@ impl Flow {
         self.many().is_some() || self.backend() == Some(Backend::File)
     }
 
-    /// Returns whether one VM answers in all rounds.
-    pub fn keeps_its_vm(self) -> bool {
-        matches!(self, Flow::Warm | Flow::Rewound)
+    /// The VM that serves all rounds; `None` for flows that have a VM for each.
+    pub fn kept(self) -> Option<Kept> {
+        let by = Flow::TieredCache.restore();
+        match self {
+            Flow::Warm => Some(Kept::Warm),
+            Flow::Rewound => self.ready().map(Kept::Rewound),
+            Flow::Forked => by.map(Kept::Forked),
+            Flow::Repurposed => by.map(Kept::Repurposed),
+            _ => None,
+        }
+    }
+
+    /// The way in which its VMs are asked.
+    pub fn door(self) -> Door {
+        match self {
+            // A child of a fork has no standard input.
+            Flow::StandbyVsock | Flow::Forked => Door::Vsock,
+            _ => Door::Console,
+        }
     }
 
     /// Returns whether it needs a pool.
@@ -270,7 +315,10 @@ impl Flow {
                 | Flow::TrenvCache
                 | Flow::AquiferCache
                 | Flow::Standby
+                | Flow::StandbyVsock
                 | Flow::Rewound
+                | Flow::Forked
+                | Flow::Repurposed
                 | Flow::FirecrackerCache
                 | Flow::FirecrackerUffdCache
                 | Flow::FirecrackerUffdAllCache
@@ -320,13 +368,16 @@ mod tests {
             assert_eq!(flow.name().parse(), Ok(flow));
             assert_eq!(Flow::place(flow.name()), Some(index), "{flow} stands twice");
             assert_eq!(flow.is_pooled(), flow.name().ends_with("-pool"), "{flow}");
-            let waits_cached = matches!(flow, Flow::Standby | Flow::Rewound);
-            assert_eq!(flow.is_cached(), flow.name().ends_with("-cache") || waits_cached, "{flow}");
+            let names = ["standby", "standby-vsock", "rewound", "forked", "repurposed"];
+            let is_named_cached = flow.name().ends_with("-cache") || names.contains(&flow.name());
+            assert_eq!(flow.is_cached(), is_named_cached, "{flow}");
             if let Some(restore) = flow.restore() {
                 assert_eq!((restore.cached, restore.pooled), (flow.is_cached(), flow.is_pooled()), "{flow}");
             }
         }
         assert!(Flow::BURST.iter().chain(&Flow::POOLED).all(|flow| flow.can_burst()));
-        assert!(!Flow::Warm.can_burst() && !Flow::FirecrackerUffd.can_burst());
+        for flow in [Flow::Warm, Flow::Forked, Flow::Repurposed, Flow::FirecrackerUffd] {
+            assert!(!flow.can_burst(), "{flow}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use super::stats::Summary;
 use super::store::{Key, Values};
 use super::subject::Subject;
 use super::together::{Together, together};
+use super::waiting::wakes;
 use super::workload::Workload;
 use crate::bench::cache::{Cache, evict};
 use crate::bench::child;
@@ -42,9 +43,9 @@ impl Study {
                     self.bar.inc(u64::from(runs) * flows.len() as u64);
                     continue;
                 }
-                let all = self.copies(&subject, wanted)?;
                 for round in 0..runs {
                     for &(flow, source) in &flows {
+                        let all = self.copies(&self.behind(&subject, flow.door())?, wanted)?;
                         self.measure(keys(flow, round), |study| match source {
                             Many::Restored(restore) => study.restored_at_once(&all, count, flow, restore),
                             Many::Waiting(ready) => study.asked_at_once(&all, count, ready),
@@ -65,7 +66,7 @@ impl Study {
     fn copies(&self, subject: &Subject, wanted: u32) -> Result<Vec<Subject>, BoxError> {
         let mut all = vec![subject.clone()];
         for number in 1..wanted {
-            let dir = self.stage.dir_of(subject.workload).join(format!("copy{number}"));
+            let dir = subject.snapshot.with_file_name(format!("copy{number}"));
             let snapshot = dir.join("snapshot");
             if !snapshot.exists() {
                 std::fs::create_dir_all(&dir)?;
@@ -119,7 +120,7 @@ impl Study {
             let subject = &all[0];
             let digest = report["answer"].as_str().and_then(digest_of).ok_or("A report has no answer")?;
             // Copies have the same contents, so their answers must be the same.
-            self.stage.check_digest(&subject.snapshot, &subject.asked, digest)?;
+            self.stage.check_digest(subject, &subject.asked, digest)?;
             answers.extend(values_of(&report).get("answer_ms").copied());
             all_done = all_done.max((ended - begun).as_secs_f64() * 1000.0);
         }
@@ -131,7 +132,9 @@ impl Study {
     /// Asks `count` waiting VMs together. Returns their times from the first request.
     fn asked_at_once(&mut self, all: &[Subject], count: u32, ready: Ready) -> Result<Values, BoxError> {
         let mut vms = self.waiting_vms(all, ready, count)?;
-        answer_values(self.ask_together(&all[0], &mut vms)?)
+        let mut values = answer_values(self.ask_together(&all[0], &mut vms)?)?;
+        values.extend(wakes(&vms)?);
+        Ok(values)
     }
 
     /// E6: VMs of one snapshot that live on: they have answered, or wait.
@@ -139,6 +142,7 @@ impl Study {
         let subject = self.subject(workload)?;
         for count in self.settings.vms.clone() {
             for (flow, source) in self.many_vms() {
+                let subject = self.behind(&subject, flow.door())?;
                 let key = Key {
                     experiment: Experiment::E6.name().to_string(),
                     case: format!("{} ×{count}", workload.name),
@@ -160,7 +164,7 @@ impl Study {
         for _ in 0..count {
             let mut guest = Guest::start(trial.command(restore.policy))?;
             let answered = guest.call(&subject.asked)?;
-            self.stage.check_digest(&subject.snapshot, &subject.asked, answered.digest())?;
+            self.stage.check_digest(subject, &subject.asked, answered.digest())?;
             guests.push(guest);
         }
         memory_values(guests.iter())

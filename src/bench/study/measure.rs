@@ -1,11 +1,13 @@
 //! A study under way: it measures what the file of results lacks, restores by tvmm, and writes the report at the end.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
+use super::door::Door;
 use super::flow::{Flow, Restore};
 use super::settings::Settings;
 use super::stage::Stage;
@@ -36,11 +38,12 @@ impl Study {
     /// `trials`: the number of measurements, for the progress bar.
     pub(super) fn new(settings: Settings, store: Store, trials: u64) -> Result<Study, BoxError> {
         let exe = std::env::current_exe()?;
-        let stage = Stage::new(&exe, settings.out.join(STAGE), settings.runtime_mib);
+        let scratch = Scratch::new(None)?;
+        let stage = Stage::new(&exe, &settings.out.join(STAGE), scratch.path(), settings.runtime_mib)?;
         let bar = ProgressBar::new(trials);
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} left  {msg}")?;
         bar.set_style(style);
-        Ok(Study { settings, exe, store, stage, scratch: Scratch::new(None)?, bar })
+        Ok(Study { settings, exe, store, stage, scratch, bar })
     }
 
     /// Measures what has not been measured yet. A failed measurement is stored as such, and the study goes on.
@@ -78,7 +81,7 @@ impl Study {
                 continue;
             }
             if cached {
-                prepare(&subject.snapshot, Cache::Warm)?;
+                self.bring_into_cache(subject, &order)?;
             }
             for round in 0..=runs {
                 // Forth and back: VMs leave a state behind that the next ones find.
@@ -95,8 +98,23 @@ impl Study {
         Ok(())
     }
 
-    /// Removes the files of the measurements, writes the report, and lists the failures.
-    pub(super) fn finish(mut self) -> Result<ExitCode, BoxError> {
+    /// The subject for VMs that are asked at `door`: a snapshot of its own.
+    pub(super) fn behind(&self, subject: &Subject, door: Door) -> Result<Subject, BoxError> {
+        if subject.door == door {
+            return Ok(subject.clone());
+        }
+        let snapshot = self.stage.snapshot(subject.workload, subject.inputs, door)?;
+        Ok(Subject { snapshot, door, ..subject.clone() })
+    }
+
+    /// Brings the snapshots of `flows` into the page cache.
+    pub(super) fn bring_into_cache(&self, subject: &Subject, flows: &[Flow]) -> Result<(), BoxError> {
+        let doors: BTreeSet<Door> = flows.iter().map(|flow| flow.door()).collect();
+        doors.into_iter().try_for_each(|door| prepare(&self.behind(subject, door)?.snapshot, Cache::Warm))
+    }
+
+    /// Removes the files of the measurements.
+    pub(super) fn clear(&mut self) -> Result<(), BoxError> {
         self.bar.finish_and_clear();
         if let Some(pool) = &self.settings.pool {
             self.stage.leave_pool(pool)?;
@@ -105,6 +123,12 @@ impl Study {
             let dir = self.settings.out.join(STAGE);
             std::fs::remove_dir_all(&dir).map_err(|error| format!("Cannot remove {}: {error}", dir.display()))?;
         }
+        Ok(())
+    }
+
+    /// Removes the files of the measurements, writes the report, and lists the failures.
+    pub(super) fn finish(mut self) -> Result<ExitCode, BoxError> {
+        self.clear()?;
         publish(&self.store.results, &self.settings.out)?;
         let failures = failures(&self.store.results);
         for Failure { experiment, case, flow, count, reason } in &failures {
@@ -124,11 +148,7 @@ impl Study {
     /// Prepares a restore: its profile is recorded, its snapshot is in the pool.
     pub(super) fn trial(&mut self, subject: &Subject, restore: Restore, scratch: PathBuf) -> Result<Trial, BoxError> {
         let needs_profile = restore.policy.needs_profile() || restore.pooled;
-        let profile = if needs_profile {
-            Some(self.stage.profile(&subject.snapshot, restore.recorder, &subject.recorded)?)
-        } else {
-            None
-        };
+        let profile = if needs_profile { Some(self.stage.profile(subject, restore.recorder)?) } else { None };
         let pool = self.settings.pool.clone().filter(|_| restore.pooled);
         if let (Some(pool), Some(profile)) = (&pool, &profile) {
             self.stage.add_to_pool(pool, &subject.snapshot, profile)?;
@@ -149,7 +169,7 @@ impl Study {
     fn check_answer(&mut self, subject: &Subject, report: &Value) -> Result<(), BoxError> {
         let answer = report["answer"].as_str().unwrap_or_default();
         let digest = digest_of(answer).ok_or("A report has no answer")?;
-        self.stage.check_digest(&subject.snapshot, &subject.asked, digest)
+        self.stage.check_digest(subject, &subject.asked, digest)
     }
 }
 

@@ -2,11 +2,14 @@
 //! `tvmm bench burst`: many VMs asked at once.
 
 mod burst;
+mod door;
 mod experiments;
 mod flow;
 mod foreign;
+mod forked;
 mod many;
 mod measure;
+mod repurposed;
 mod settings;
 mod socket_watch;
 mod stage;
@@ -20,7 +23,7 @@ mod workload;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
-use crate::sys::errors::BoxError;
+use crate::sys::errors::{BoxError, refuse};
 use crate::sys::limits::raise_open_files;
 use measure::Study;
 use settings::Settings;
@@ -33,20 +36,39 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, BoxError> {
     study(Settings::from(args)?)
 }
 
-/// Descriptors of a VM under measurement, and others: the guest's pipes, its messages, sockets.
+/// Descriptors for a VM that is being started: both ends of the guest's pipes, its messages, the news of its start.
 const DESCRIPTORS: u64 = 8;
+
+/// Descriptors beside those of VMs.
+const DESCRIPTORS_BESIDES: u64 = 100;
 
 pub fn run_burst(args: &BurstArgs) -> Result<ExitCode, BoxError> {
     let settings = Settings::from_burst(args)?;
-    let most = settings.parallel.iter().copied().max().unwrap_or_default();
-    raise_open_files((u64::from(most) + 100) * DESCRIPTORS);
+    check_open_files(settings.most())?;
     study(settings)
+}
+
+/// # Errors
+/// This process may not open as many files as `most` VMs at once need.
+fn check_open_files(most: u32) -> Result<(), BoxError> {
+    let needed = u64::from(most) * DESCRIPTORS + DESCRIPTORS_BESIDES;
+    match raise_open_files(needed) {
+        Some(allowed) if allowed < needed => refuse(format!(
+            "Cannot ask {most} VMs at once: they need {needed} open files, and this process may have {allowed}. Raise \
+             the hard limit (ulimit -Hn), or give smaller --counts"
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn study(settings: Settings) -> Result<ExitCode, BoxError> {
     let store = Store::open(&settings.out, Header::new(settings.described(), host()))?;
     let trials = experiments::trials(&settings);
     let mut study = Study::new(settings, store, trials)?;
+    if let Err(error) = study.check_room_of_bursts() {
+        study.clear()?;
+        return Err(error);
+    }
     let experiments = study.settings.experiments.clone();
     for experiment in experiments {
         study.bar.set_message(format!("{} {}", experiment.name(), experiment.title()));

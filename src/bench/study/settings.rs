@@ -1,7 +1,7 @@
 //! The settings of a study.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
@@ -16,17 +16,6 @@ pub struct RunArgs {
     /// policies under budgets of local memory
     #[arg(value_delimiter = ',', default_value = "E1,E5", value_name = "EXPERIMENTS")]
     experiments: Vec<String>,
-    /// Functions, or `all`
-    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
-    functions: Vec<String>,
-    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm,
-    /// standby, rewound, and with --pool trenv-pool, aquifer-pool, tiered-pool, standby-pool; by name only: reap-cache,
-    /// trenv-cache, aquifer-cache
-    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
-    flows: Vec<String>,
-    /// Rounds; one more comes first and is not counted
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    runs: Option<u32>,
     /// Numbers of restores at once (E3)
     #[arg(long, value_delimiter = ',', default_value = "1,4,16,64", value_name = "NUMBERS",
         value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -41,10 +30,28 @@ pub struct RunArgs {
     /// A directory on a slow or remote medium, for the snapshots of E4
     #[arg(long, value_name = "DIR")]
     slow_dir: Option<PathBuf>,
+    #[command(flatten)]
+    study: StudyArgs,
+}
+
+/// The arguments that `tvmm bench run` and `tvmm bench burst` share.
+#[derive(Debug, Args)]
+struct StudyArgs {
+    /// Functions, or `all`
+    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
+    functions: Vec<String>,
+    /// Flows, or `all`: vanilla, vanilla-cache, mincore, emumincore, reap, trenv, aquifer, tiered, tiered-cache, warm,
+    /// standby, standby-vsock, rewound, forked, repurposed, and with --pool trenv-pool, aquifer-pool, tiered-pool,
+    /// standby-pool; by name only: reap-cache, trenv-cache, aquifer-cache
+    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
+    flows: Vec<String>,
+    /// Rounds; one more comes first and is not counted [default: 5]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: Option<u32>,
     /// A pool (`tvmm pool create`), empty or not, for flows that take memory from one
     #[arg(long, value_name = "POOL")]
     pool: Option<PathBuf>,
-    /// A VMM with Firecracker's command line and API, to be measured beside tvmm
+    /// A VMM with Firecracker's command line and API, to be measured beside tvmm (in bursts by its File back end)
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
     /// Directory for the results; a run goes on from results there that were measured with the same settings
@@ -56,39 +63,29 @@ pub struct RunArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(
+    mut_arg("functions", |functions| functions.default_value("hello").help(BURST_FUNCTIONS)),
+    mut_arg("flows", |flows| flows.help(BURST_FLOWS))
+)]
 pub struct BurstArgs {
     /// Numbers of VMs that are asked at once
     #[arg(long, value_delimiter = ',', default_value = "1,10,50,100", value_name = "NUMBERS",
         value_parser = clap::value_parser!(u32).range(1..=1024))]
     counts: Vec<u32>,
-    /// The function that each guest runs, recorded with input A and asked for input B; several, or `all`
-    #[arg(long, value_delimiter = ',', default_value = "hello", value_name = "NAMES")]
-    functions: Vec<String>,
     /// The runtime image of each guest, MiB, of which every function touches a part; 0: none. Default: as in
     /// `tvmm bench run`
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(0..=512))]
     runtime: Option<u64>,
-    /// Flows, or `all`: vanilla-cache, reap-cache, trenv-cache, aquifer-cache, tiered-cache, standby, rewound, and with
-    /// --pool trenv-pool, aquifer-pool, tiered-pool, standby-pool; by name only: flows of `tvmm bench run` whose
-    /// snapshot is not cached (vanilla, tiered, …)
-    #[arg(long, value_delimiter = ',', default_value = "all", value_name = "NAMES")]
-    flows: Vec<String>,
-    /// Rounds; one more comes first and is not counted
-    #[arg(long, default_value_t = RUNS, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    runs: u32,
-    /// A pool (`tvmm pool create`), empty or not, for flows that take memory from one
-    #[arg(long, value_name = "POOL")]
-    pool: Option<PathBuf>,
-    /// A VMM with Firecracker's command line and API, to be measured beside tvmm, by its File back end
-    #[arg(long, value_name = "PATH")]
-    firecracker: Option<PathBuf>,
-    /// Directory for the results; a run goes on from results there that were measured with the same settings
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// Keep the snapshots, so that another run need not make them again
-    #[arg(long)]
-    keep: bool,
+    #[command(flatten)]
+    study: StudyArgs,
 }
+
+const BURST_FUNCTIONS: &str =
+    "The function that each guest runs, recorded with input A and asked for input B; several, or `all`";
+const BURST_FLOWS: &str = "Flows, or `all`: vanilla-cache, reap-cache, trenv-cache, aquifer-cache, tiered-cache, \
+                           standby, standby-vsock, rewound, and with --pool trenv-pool, aquifer-pool, tiered-pool, \
+                           standby-pool; by name only: flows of `tvmm bench run` whose snapshot is not cached \
+                           (vanilla, tiered, …)";
 
 /// An experiment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -180,63 +177,49 @@ impl Settings {
     /// # Errors
     /// Unknown names, and experiments that lack an argument.
     pub fn from(args: &RunArgs) -> Result<Settings, BoxError> {
-        let experiments = experiments(args)?;
-        let flows = FlowNames {
-            names: &args.flows,
-            all: &Flow::OWN,
-            foreign: &Flow::FOREIGN,
-            pool: args.pool.as_deref(),
-            firecracker: args.firecracker.as_deref(),
-        };
-        let flows = flows.parse()?;
-        let names: Vec<&str> = args.functions.iter().map(String::as_str).collect();
-        let workloads = match names.as_slice() {
-            ["all"] if args.quick => find(&QUICK)?,
-            ["all"] => WORKLOADS.iter().collect(),
-            names => find(names)?,
-        };
+        let quick_runs = if args.quick { QUICK_RUNS } else { RUNS };
+        let study = Settings::of_study(&args.study, &Flow::OWN, &Flow::FOREIGN)?;
+        let workloads = if args.quick && args.study.functions == ["all"] { find(&QUICK)? } else { study.workloads };
         Ok(Settings {
-            experiments,
+            experiments: experiments(args)?,
             workloads,
-            flows,
-            runs: args.runs.unwrap_or(if args.quick { QUICK_RUNS } else { RUNS }),
-            runtime_mib: None,
+            runs: args.study.runs.unwrap_or(quick_runs),
             parallel: args.parallel.clone(),
             vms: args.vms.clone(),
             slow_dir: args.slow_dir.clone(),
-            pool: args.pool.clone(),
-            firecracker: args.firecracker.clone(),
-            out: args.out.clone(),
-            keep: args.keep,
+            ..study
         })
     }
 
     /// # Errors
     /// Unknown names, and flows without any number of VMs at once.
     pub fn from_burst(args: &BurstArgs) -> Result<Settings, BoxError> {
-        let flows = FlowNames {
-            names: &args.flows,
-            all: &Flow::BURST,
-            foreign: &[Flow::FirecrackerCache],
-            pool: args.pool.as_deref(),
-            firecracker: args.firecracker.as_deref(),
-        };
-        let flows = flows.parse()?;
-        if let Some(flow) = flows.iter().find(|flow| !flow.can_burst()) {
+        let study = Settings::of_study(&args.study, &Flow::BURST, &[Flow::FirecrackerCache])?;
+        if let Some(flow) = study.flows.iter().find(|flow| !flow.can_burst()) {
             return refuse(format!(
                 "Cannot ask VMs of {flow} at once: one VM, or one page-fault handler, serves them all. Leave it out of \
                  --flows"
             ));
         }
-        let names: Vec<&str> = args.functions.iter().map(String::as_str).collect();
-        let workloads = if names == ["all"] { WORKLOADS.iter().collect() } else { find(&names)? };
         Ok(Settings {
             experiments: vec![Experiment::Burst],
-            workloads,
-            flows,
-            runs: args.runs,
             runtime_mib: args.runtime,
             parallel: args.counts.clone(),
+            ..study
+        })
+    }
+
+    /// The settings that all studies have. `all`: the flows that `all` means; `foreign`: those of another VMM that are
+    /// added if none is named.
+    fn of_study(args: &StudyArgs, all: &[Flow], foreign: &[Flow]) -> Result<Settings, BoxError> {
+        let names: Vec<&str> = args.functions.iter().map(String::as_str).collect();
+        Ok(Settings {
+            experiments: Vec::new(),
+            workloads: if names == ["all"] { WORKLOADS.iter().collect() } else { find(&names)? },
+            flows: FlowNames { args, all, foreign }.parse()?,
+            runs: args.runs.unwrap_or(RUNS),
+            runtime_mib: None,
+            parallel: Vec::new(),
             vms: Vec::new(),
             slow_dir: None,
             pool: args.pool.clone(),
@@ -244,6 +227,11 @@ impl Settings {
             out: args.out.clone(),
             keep: args.keep,
         })
+    }
+
+    /// The largest number of VMs at once.
+    pub fn most(&self) -> u32 {
+        self.parallel.iter().copied().max().unwrap_or_default()
     }
 
     /// The settings that measurements depend on, for the header. The list of measurements is not among them: it may
@@ -263,22 +251,20 @@ impl Settings {
 
 /// The flows that arguments name.
 struct FlowNames<'a> {
-    names: &'a [String],
+    args: &'a StudyArgs,
     /// Those that `all` means.
     all: &'a [Flow],
     /// Those of another VMM that are added if none is named.
     foreign: &'a [Flow],
-    pool: Option<&'a Path>,
-    firecracker: Option<&'a Path>,
 }
 
 impl FlowNames<'_> {
     fn parse(&self) -> Result<Vec<Flow>, BoxError> {
-        let mut flows: Vec<Flow> = match self.names {
+        let mut flows: Vec<Flow> = match self.args.flows.as_slice() {
             [all] if all == "all" => self.all.to_vec(),
             names => names.iter().map(|name| name.parse()).collect::<Result<_, String>>()?,
         };
-        match self.firecracker {
+        match &self.args.firecracker {
             Some(path) if !path.is_file() => return refuse(format!("There is no {} to measure", path.display())),
             Some(_) if !flows.iter().any(|flow| flow.backend().is_some()) => flows.extend(self.foreign),
             None if flows.iter().any(|flow| flow.backend().is_some()) => {
@@ -286,7 +272,7 @@ impl FlowNames<'_> {
             }
             _ => {}
         }
-        match self.pool {
+        match &self.args.pool {
             Some(_) if !flows.iter().any(|flow| flow.is_pooled()) => flows.extend(Flow::POOLED),
             None if flows.iter().any(|flow| flow.is_pooled()) => {
                 return refuse("The flows whose names end in -pool need --pool POOL");

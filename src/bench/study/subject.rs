@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::door::Door;
 use super::workload::{Inputs, Workload};
 
 /// A snapshot to restore, and its requests.
@@ -11,6 +12,8 @@ pub(super) struct Subject {
     pub(super) snapshot: PathBuf,
     /// The inputs that its guest is prepared for.
     pub(super) inputs: Inputs,
+    /// The way in which its guest takes requests.
+    pub(super) door: Door,
     /// The size of its runtime image; `None`: the guest's default.
     pub(super) runtime_mib: Option<u64>,
     /// The request of the recorded run.

@@ -73,6 +73,12 @@ impl Workload {
         requests
     }
 
+    /// A function whose VM may become that of `workload`: `json`, or for itself `hello`.
+    pub fn other_than(workload: &Workload) -> &'static Workload {
+        let name = if workload.name == "json" { "hello" } else { "json" };
+        WORKLOADS.iter().find(|other| other.name == name).unwrap_or(&WORKLOADS[0])
+    }
+
     /// The smaller input, for the recorded run.
     pub fn a(&self) -> String {
         format!("{} input=a", self.name)

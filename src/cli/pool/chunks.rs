@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::backends::cold::AnyPool;
 use crate::cli::merge::bytes_bar;
+use crate::cli::units::mib;
 use crate::snapshot::{Chain, Location, PAGE_SIZE, PageSet, SnapshotId, is_object_url};
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::cold::store::{MANIFEST, Manifest};
@@ -107,10 +108,6 @@ fn index_json(index: &Index) -> Value {
         "bytes": index.pages() * PAGE_SIZE,
         "bytes_stored": index.data_len(),
     })
-}
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
 }
 
 fn print_packed(packed: &Packed) {

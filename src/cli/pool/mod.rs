@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::identify::{InputPath, Role};
 use super::merge::bytes_bar;
+use super::units;
 use crate::backends::pool_media;
 use crate::backends::pool_media::Access;
 use crate::snapshot::{Chain, Location, PoolId};
@@ -217,7 +218,7 @@ fn collect(pool: &std::path::Path, expiry_s: u64, json: bool) -> Result<ExitCode
         out!("{:#}", json!({ "snapshots": done.snapshots, "pages": done.pages, "held": done.held }));
         return Ok(ExitCode::SUCCESS);
     }
-    out!("freed      {} snapshots, {:.1} MiB", done.snapshots, show::mib(done.pages));
+    out!("freed      {} snapshots, {:.1} MiB", done.snapshots, units::mib_of_pages(done.pages));
     if done.held > 0 {
         out!("held       {} removed snapshots, which VMs still run from", done.held);
     }

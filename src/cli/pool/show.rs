@@ -8,16 +8,13 @@ use serde_json::{Value, json};
 
 use super::usage::{self, Resident};
 use crate::backends::pool_media::PoolMedium;
+use crate::cli::units::mib_of_pages;
 use crate::snapshot::PAGE_SIZE;
 use crate::sys::errors::BoxError;
 use crate::tiering::pool::catalogue::{Catalogue, Head};
 use crate::tiering::pool::lease::{self, EXPIRY_S};
 use crate::tiering::pool::lease_record::{Holder, Lease};
 use crate::tiering::pool::{Medium, Space};
-
-pub fn mib(pages: u64) -> f64 {
-    (pages * PAGE_SIZE) as f64 / f64::from(1 << 20)
-}
 
 pub fn head_json(head: &Head) -> Value {
     let stats = &head.stats;
@@ -42,10 +39,10 @@ pub fn head_json(head: &Head) -> Value {
 pub fn print_added(head: &Head) {
     let stats = &head.stats;
     out!("snapshot   {} as {}", head.snapshot, head.name);
-    out!("not zero   {} pages, {:.1} MiB", stats.nonzero, mib(stats.nonzero));
-    out!("shared     {} pages, {:.1} MiB, were in the pool", stats.shared, mib(stats.shared));
+    out!("not zero   {} pages, {:.1} MiB", stats.nonzero, mib_of_pages(stats.nonzero));
+    out!("shared     {} pages, {:.1} MiB, were in the pool", stats.shared, mib_of_pages(stats.shared));
     let stored = stats.nonzero + stats.padding - stats.shared;
-    out!("stored     {stored} pages, {:.1} MiB", mib(stored));
+    out!("stored     {stored} pages, {:.1} MiB", mib_of_pages(stored));
     if stats.again > 0 {
         out!("           of which {} were in the pool too: sharing them would cost more mappings", stats.again);
     }
@@ -85,9 +82,9 @@ pub fn list(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
         vec![
             format!("{}{state}", head.name),
             head.snapshot.to_string()[..16].to_string(),
-            format!("{:.1}", mib(stats.nonzero)),
-            format!("{:.1}", mib(stats.shared)),
-            format!("{:.1}", mib(stats.nonzero + stats.padding - stats.shared)),
+            format!("{:.1}", mib_of_pages(stats.nonzero)),
+            format!("{:.1}", mib_of_pages(stats.shared)),
+            format!("{:.1}", mib_of_pages(stats.nonzero + stats.padding - stats.shared)),
             stats.runs.to_string(),
         ]
     });
@@ -200,11 +197,16 @@ pub fn show(medium: &PoolMedium, json: bool) -> Result<ExitCode, BoxError> {
         return Ok(ExitCode::SUCCESS);
     }
     out!("pool       {} on {}, state {}", catalogue.superblock.id, facts.kind, catalogue.superblock.generation);
-    out!("used       {:.1} of {:.1} MiB, {:.1} MiB by several snapshots", mib(used), mib(pages), mib(shared));
-    out!("free       {:.1} MiB in a row at most", mib(occupancy.longest_free()));
+    out!(
+        "used       {:.1} of {:.1} MiB, {:.1} MiB by several snapshots",
+        mib_of_pages(used),
+        mib_of_pages(pages),
+        mib_of_pages(shared)
+    );
+    out!("free       {:.1} MiB in a row at most", mib_of_pages(occupancy.longest_free()));
     if nonzero > 0 {
         let share = 100.0 * used as f64 / nonzero as f64;
-        out!("sharing    {share:.0} % of the {:.1} MiB that its snapshots have", mib(nonzero));
+        out!("sharing    {share:.0} % of the {:.1} MiB that its snapshots have", mib_of_pages(nonzero));
     }
     occupancy.draw();
     print_vms(&vms, &names);
@@ -235,7 +237,7 @@ fn print_vms(vms: &[(Lease, Option<Resident>)], names: &HashMap<crate::snapshot:
             lease.holder.pid.to_string(),
             names.get(&lease.snapshot).cloned().unwrap_or_else(|| lease.snapshot.to_string()),
         ];
-        row.extend(lease.planned.map(|pages| format!("{:.1}", mib(u64::from(pages)))));
+        row.extend(lease.planned.map(|pages| format!("{:.1}", mib_of_pages(u64::from(pages)))));
         let now = |kib: fn(&Resident) -> u64| {
             resident.as_ref().map_or("another host".to_string(), |now| format!("{:.1}", kib(now) as f64 / 1024.0))
         };

@@ -51,7 +51,7 @@ fn write(dir: &Path, config: &Value) -> PathBuf {
 
 /// The answer among what the console says, a prompt before it perhaps.
 fn answer_in(output: &str) -> Answer {
-    let line = output.lines().find_map(|line| line.find("ok run ").map(|start| &line[start..]));
+    let line = output.lines().find_map(|line| line.find("ok run-").map(|start| &line[start..]));
     Answer::parse(line.unwrap_or_else(|| panic!("no answer in {output}")))
 }
 

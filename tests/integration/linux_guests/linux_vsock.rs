@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::linux_guests::agent::agent;
 use crate::skip::skip;
-use crate::support::{Answer, TIMEOUT, Vm, run, scratch, text};
+use crate::support::{Answer, TIMEOUT, Vm, answer_to_run, run, scratch, text};
 
 const PORT: u32 = 52;
 
@@ -120,8 +120,7 @@ fn agent_in_a_stock_kernel_answers_over_vsock_before_and_after_restores() {
         let restore = ["restore", "--snapshot", text(&out), "--vsock", text(&other)];
         let output = run(&[&restore[..], &request].concat());
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        let line = said.lines().find(|line| line.starts_with("ok run ")).unwrap_or_else(|| panic!("{output:?}"));
-        assert_eq!(Answer::parse(line).value("sum"), sum.value("sum"), "{policy}, round {round}");
+        assert_eq!(answer_to_run(&said).value("sum"), sum.value("sum"), "{policy}, round {round}");
     }
     // A second generation, and several requests one after the other.
     let clone = Vm::restore_with(&out, "firecracker", &["--vsock", text(&other), "--track-dirty-pages"]);

@@ -1,39 +1,29 @@
 //! A limit of threads (`pids.max`): work is done by fewer threads, or refused with the reason; nothing panics or spins.
 
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::Output;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::skip::skip;
+use crate::support::cgroup::ControlGroup;
 use crate::support::{Vm, config, finish, run_ok, scratch, text, tvmm};
 
-/// A control group that bounds the threads of what runs in it. Removed when dropped.
-struct Bounded(PathBuf);
+/// A control group that bounds the threads of what runs in it.
+struct Bounded(ControlGroup);
 
 impl Bounded {
     /// `None`, with the reason printed, where this user may not make one.
     fn new() -> Option<Bounded> {
-        static MADE: AtomicU32 = AtomicU32::new(0);
-        let name = format!("tvmm-test-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
-        for root in ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"] {
-            let path = Path::new(root).join(&name);
-            if std::fs::create_dir(&path).is_err() {
-                continue;
-            }
-            let group = Bounded(path);
-            if group.0.join("pids.max").exists() {
-                return Some(group);
-            }
+        let group = ControlGroup::new("pids", "pids.max", "pids.max");
+        if group.is_none() {
+            skip!("cgroup", "no control group can be made that bounds threads");
         }
-        skip!("cgroup", "no control group can be made that bounds threads");
-        None
+        group.map(Bounded)
     }
 
     /// Runs `tvmm` with at most `threads` threads.
     fn run(&self, threads: u32, args: &[&str]) -> Output {
-        std::fs::write(self.0.join("pids.max"), threads.to_string()).unwrap();
-        let procs = std::ffi::CString::new(text(&self.0.join("cgroup.procs"))).unwrap();
+        self.0.set_limit(u64::from(threads));
+        let procs = std::ffi::CString::new(text(&self.0.procs())).unwrap();
         let mut command = tvmm();
         // SAFETY: between fork and exec only system calls are made, on memory made before.
         unsafe {
@@ -44,12 +34,6 @@ impl Bounded {
             });
         }
         finish(command.args(args))
-    }
-}
-
-impl Drop for Bounded {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir(&self.0);
     }
 }
 
@@ -77,7 +61,7 @@ fn restores_with_few_threads_answer_or_say_what_is_missing() {
         for threads in [1, 2, 3, 4, 5, 6, 64] {
             let output = group.run(threads, &args);
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            let answered = String::from_utf8_lossy(&output.stdout).contains("ok run ");
+            let answered = String::from_utf8_lossy(&output.stdout).contains("ok run-");
             match output.status.code() {
                 Some(0) => assert!(answered, "{name}, {threads}: {said}"),
                 Some(1) => {

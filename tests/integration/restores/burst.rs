@@ -43,13 +43,13 @@ fn burst<'a>(out: &'a Path, flows: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 fn waiting_vms_are_measured_beside_the_warm_one() {
     let dir = scratch();
     let out = dir.path().join("results");
-    let flows = "tiered-cache,warm,standby,rewound";
+    let flows = "tiered-cache,warm,standby,standby-vsock,rewound,forked,repurposed";
     let args = ["run", "E1,E3,E6", "--functions", "hello", "--flows", flows, "--runs", "2", "--out", text(&out)];
     let output = bench_without_a_trace(dir.path(), &[&args[..], &["--parallel", "2", "--vms", "2"]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let all = samples(&out);
-    // E3: of one snapshot, and of one each. The warm VM is one.
-    assert_eq!(all.len(), 4 * 2 + 3 * 2 * 2 + 3, "{all:?}");
+    // E3: of one snapshot, and of one each. Of the flows `warm`, `forked` and `repurposed` there is one VM.
+    assert_eq!(all.len(), 7 * 2 + 4 * 2 * 2 + 4, "{all:?}");
     for sample in &all {
         assert_eq!(sample["failed"], Value::Null, "{sample}");
         let name = if sample["experiment"] == "E6" { "local_mib_per_vm" } else { "answer_ms" };
@@ -57,7 +57,23 @@ fn waiting_vms_are_measured_beside_the_warm_one() {
     }
     let rewound = of(&all, "E1", "hello", "rewound");
     assert!(value(rewound, "rewound_pages") > 500.0 && value(rewound, "rewind_ms") > 0.0, "{rewound}");
-    assert!(value(of(&all, "E1", "hello", "standby"), "local_dram_kib") > 0.0);
+    for flow in ["standby", "standby-vsock"] {
+        let standby = of(&all, "E1", "hello", flow);
+        assert!(value(standby, "local_dram_kib") > 0.0, "{standby}");
+        // The guest's first instruction comes before its answer.
+        let entry = value(standby, "to_entry_ms");
+        let exit = value(standby, "to_first_exit_ms");
+        assert!(0.0 < entry && entry <= exit && exit <= value(standby, "answer_ms"), "{standby}");
+    }
+    let forked = of(&all, "E1", "hello", "forked");
+    assert!(value(forked, "stood_still_ms") > 0.0, "{forked}");
+    assert!(value(forked, "stood_still_ms") <= value(forked, "fork_ms"), "{forked}");
+    let repurposed = of(&all, "E1", "hello", "repurposed");
+    assert!(value(repurposed, "repurpose_ms") > 0.0, "{repurposed}");
+    // A VM that did not wait for its request has no such time.
+    for sample in [rewound, forked, repurposed] {
+        assert_eq!(sample["values"]["to_entry_ms"], Value::Null, "{sample}");
+    }
     let at_once = of(&all, "E3", "hello ×2, 2 snapshot(s)", "standby");
     assert!(value(at_once, "answer_ms") <= value(at_once, "answer_max_ms"), "{at_once}");
     let kept = std::fs::read(out.join("results.jsonl")).unwrap();
@@ -71,14 +87,14 @@ fn a_burst_has_a_time_for_each_vm_and_is_drawn() {
     let dir = scratch();
     let out = dir.path().join("results");
     let vmm = tvmm().get_program().to_owned();
-    let flows = "vanilla,tiered-cache,standby,rewound,firecracker-cache";
+    let flows = "vanilla,tiered-cache,standby,standby-vsock,rewound,firecracker-cache";
     let args = burst(&out, flows, &["--runtime", "8", "--firecracker", vmm.to_str().unwrap()]);
     let output = bench_without_a_trace(dir.path(), &args);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.contains("burst: Many VMs asked at the same moment") && said.contains("hello ×3"), "{said}");
     let all = samples(&out);
-    assert_eq!(all.len(), 2 * 5);
+    assert_eq!(all.len(), 2 * 6);
     for (case, count) in [("hello ×1", 1), ("hello ×3", 3)] {
         for flow in flows.split(',') {
             let sample = of(&all, "burst", case, flow);
@@ -92,6 +108,10 @@ fn a_burst_has_a_time_for_each_vm_and_is_drawn() {
             assert_eq!(value(sample, "answer_p95_ms"), times[count - 1]);
             assert_eq!(value(sample, "answer_max_ms"), times[count - 1]);
             assert!(value(sample, "alone_mib") > 0.0 && value(sample, "load_before_cpus") >= 0.0);
+            if flow.starts_with("standby") {
+                assert!(value(sample, "to_entry_ms") <= value(sample, "to_first_exit_ms"), "{sample}");
+                assert!(value(sample, "to_first_exit_p95_ms") <= value(sample, "answer_max_ms"), "{sample}");
+            }
         }
     }
     for name in ["burst-hello-answer_ms.svg", "burst-hello-answer_p95_ms.svg"] {
@@ -102,7 +122,7 @@ fn a_burst_has_a_time_for_each_vm_and_is_drawn() {
     let said = run_err(&[&["bench"], &other[..]].concat());
     assert!(said.contains("was measured with runtime MiB 8, and this is nothing"), "{said}");
     let diff = run_ok(&["bench", "diff", text(&out), text(&out)]);
-    assert!(diff.contains("geometric mean of 10 ratios: 1.000"), "{diff}");
+    assert!(diff.contains("geometric mean of 12 ratios: 1.000"), "{diff}");
 }
 
 #[test]
@@ -126,11 +146,35 @@ fn a_vm_of_a_burst_that_fails_is_told_and_the_others_end() {
 }
 
 #[test]
+fn a_burst_that_the_host_has_no_room_for_is_refused_before_it_is_measured() {
+    let dir = scratch();
+    let out = dir.path().join("results");
+    let tvmm = tvmm().get_program().to_owned();
+    let limited =
+        format!("ulimit -n 300; exec {} bench burst --counts 1,100 --out {}", text(tvmm.as_ref()), text(&out));
+    let output = finish(std::process::Command::new("sh").args(["-c", &limited]));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("Cannot ask 100 VMs at once: they need 900 open files") && said.contains("300"), "{said}");
+    assert!(!out.exists());
+    // A guest with 512 MiB of its own, 1,024 times.
+    let args = ["burst", "--functions", "mmap", "--counts", "1,1024", "--flows", "standby", "--out", text(&out)];
+    let output = bench_without_a_trace(dir.path(), &[&args[..], &["--runtime", "0"]].concat());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("Cannot have 1024 VMs of mmap by standby at once: each needs"), "{said}");
+    assert!(samples(&out).is_empty(), "no burst was measured");
+    assert!(!out.join("stage").exists());
+}
+
+#[test]
 fn bursts_that_cannot_be_measured_are_refused_at_once() {
     let dir = scratch();
     let out = dir.path().join("results");
     let refused = |flows: &str, more: &[&str]| run_err(&[&["bench"], &burst(&out, flows, more)[..]].concat());
-    assert!(refused("warm", &[]).contains("Cannot ask VMs of warm at once"));
+    for flow in ["warm", "forked", "repurposed"] {
+        assert!(refused(flow, &[]).contains(&format!("Cannot ask VMs of {flow} at once")), "{flow}");
+    }
     let vmm = tvmm().get_program().to_owned();
     let with_vmm = ["--firecracker", vmm.to_str().unwrap()];
     assert!(refused("firecracker-uffd-ext", &with_vmm).contains("Cannot ask VMs of firecracker-uffd-ext at once"));

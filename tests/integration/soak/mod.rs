@@ -22,7 +22,7 @@ use world::World;
 /// An operation and how often it comes.
 type Operation = (&'static str, u32, fn(&mut World, &mut Rng));
 
-const OPERATIONS: [Operation; 21] = [
+const OPERATIONS: [Operation; 23] = [
     ("boot", 4, snapshots::boot),
     ("touch", 6, snapshots::touch),
     ("end a VM", 2, snapshots::end),
@@ -31,6 +31,8 @@ const OPERATIONS: [Operation; 21] = [
     ("restore", 14, snapshots::restore),
     ("restore and keep", 6, snapshots::restore_and_keep),
     ("kill a restore", 3, snapshots::kill_a_restore),
+    ("rewind", 8, snapshots::rewind),
+    ("repurpose", 8, snapshots::repurpose),
     ("merge", 3, snapshots::merge),
     ("copy", 3, snapshots::copy),
     ("delete", 3, snapshots::delete),

@@ -29,7 +29,7 @@ pub fn boot(world: &mut World, rng: &mut Rng) {
     let mut vm = Vm::boot(&config(rng.u32(1..=2), 64));
     vm.call(&format!("fill pages={} seed={}", rng.u32(500..6000), rng.u32(..)));
     let digest = vm.call("check").digest;
-    world.add_vm(Living { vm, tip: None, digest });
+    world.add_vm(Living { vm, tip: None, digest, origin: None });
     world.count("boots");
 }
 
@@ -66,6 +66,7 @@ pub fn diff(world: &mut World, rng: &mut Rng) {
 fn snapshot(world: &mut World, rng: &mut Rng, kind: &'static str) {
     let kills = rng.u32(..3) == 0;
     let in_files = rng.u32(..4) == 0;
+    let is_live = rng.u32(..3) == 0;
     if world.vms.is_empty() {
         boot(world, rng);
     }
@@ -80,10 +81,15 @@ fn snapshot(world: &mut World, rng: &mut Rng, kind: &'static str) {
     if let Some(memory) = &memory {
         body["mem_file_path"] = json!(memory);
     }
+    if is_live {
+        body["tvmm"] = json!({ "live": true });
+    }
     let depth = if parent.is_some() { depth + 1 } else { 1 };
     let digest = world.vms[index].digest.clone();
     let snap = Snap { path: path.clone(), memory, parent, digest, profile: None, depth };
-    world.vms[index].vm.pause();
+    if !is_live {
+        world.vms[index].vm.pause();
+    }
     if kills {
         let living = world.vms.remove(index);
         let acknowledged = world.ask_and_kill(living.vm, kind, "/snapshot/create", &body.to_string(), rng);
@@ -93,7 +99,11 @@ fn snapshot(world: &mut World, rng: &mut Rng, kind: &'static str) {
     world.note(&format!("  PUT /snapshot/create {body}"));
     world.vms[index].vm.api_ok("PUT", "/snapshot/create", Some(body));
     world.took(kind, start);
-    world.vms[index].vm.resume();
+    if is_live {
+        world.count("live");
+    } else {
+        world.vms[index].vm.resume();
+    }
     world.vms[index].tip = Some(path);
     world.count(if kind == "Full" { "full snapshots" } else { "diffs" });
     settle(world, snap, true);
@@ -109,6 +119,65 @@ fn settle(world: &mut World, snap: Snap, acknowledged: bool) {
     world.inspect(&snap);
     world.check(&snap, &words(&["--policy", "eager"]));
     world.add_snap(snap);
+}
+
+/// A restored VM goes back to its snapshot, or is killed on the way.
+pub fn rewind(world: &mut World, rng: &mut Rng) {
+    let kills = rng.u32(..4) == 0;
+    let verify = rng.bool();
+    let Some(index) = world.any_vm(rng) else { return restore_and_keep(world, rng) };
+    let Some((path, digest)) = world.vms[index].origin.clone() else { return restore_and_keep(world, rng) };
+    let body = json!({ "verify": verify });
+    if kills {
+        let living = world.vms.remove(index);
+        world.ask_and_kill(living.vm, "rewind", "/tvmm/rewind", &body.to_string(), rng);
+        return world.count("rewinds killed");
+    }
+    let start = Instant::now();
+    world.note(&format!("  PUT /tvmm/rewind {body}"));
+    let living = &mut world.vms[index];
+    living.vm.api_ok("PUT", "/tvmm/rewind", Some(body));
+    assert_eq!(living.vm.call("check").digest, digest, "a rewound VM's memory is another");
+    living.digest = digest;
+    living.tip = Some(path);
+    world.took("rewind", start);
+    world.count("rewinds");
+}
+
+/// A restored VM becomes the VM of another snapshot, if it can, or is killed on the way.
+pub fn repurpose(world: &mut World, rng: &mut Rng) {
+    let kills = rng.u32(..4) == 0;
+    let compare = rng.bool();
+    let Some(index) = world.any_vm(rng) else { return restore_and_keep(world, rng) };
+    if world.vms[index].origin.is_none() {
+        return restore_and_keep(world, rng);
+    }
+    let Some(snap) = world.any_dir(rng) else { return full(world, rng) };
+    let policy = POLICIES[rng.usize(..POLICIES.len())];
+    let body = json!({ "snapshot_path": snap.path, "track_dirty_pages": true, "resume_vm": true, "compare": compare,
+        "tvmm": { "policy": policy } });
+    if kills {
+        let living = world.vms.remove(index);
+        world.ask_and_kill(living.vm, "repurpose", "/tvmm/repurpose", &body.to_string(), rng);
+        return world.count("repurposes killed");
+    }
+    let start = Instant::now();
+    world.note(&format!("  PUT /tvmm/repurpose {body}"));
+    let living = &mut world.vms[index];
+    let (status, answer) = living.vm.api("PUT", "/tvmm/repurpose", Some(body));
+    if status == 400 {
+        // The number of vCPUs is another.
+        assert!(answer["fault_message"].as_str().is_some_and(|why| why.contains("vCPU")), "{answer}");
+        assert_eq!(living.vm.call("check").digest, living.digest, "a refused VM is as it was");
+        return world.count("repurposes refused");
+    }
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(living.vm.call("check").digest, snap.digest, "a repurposed VM's memory is another");
+    living.digest = snap.digest.clone();
+    living.tip = Some(snap.path.clone());
+    living.origin = Some((snap.path, snap.digest));
+    world.took("repurpose", start);
+    world.count("repurposes");
 }
 
 pub fn restore(world: &mut World, rng: &mut Rng) {
@@ -129,7 +198,8 @@ pub fn restore_and_keep(world: &mut World, rng: &mut Rng) {
     vm.wait_for_state("Running");
     assert_eq!(vm.call("check").digest, snap.digest, "{args:?}");
     world.count("restores checked");
-    world.add_vm(Living { vm, tip: Some(snap.path), digest: snap.digest });
+    let origin = Some((snap.path.clone(), snap.digest.clone()));
+    world.add_vm(Living { vm, tip: Some(snap.path), digest: snap.digest, origin });
 }
 
 pub fn kill_a_restore(world: &mut World, rng: &mut Rng) {

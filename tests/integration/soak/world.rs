@@ -46,6 +46,15 @@ pub struct Living {
     /// The snapshot that its next diff is relative to.
     pub tip: Option<PathBuf>,
     pub digest: String,
+    /// The snapshot that it was restored from, and the digest of that: a rewind goes back there.
+    pub origin: Option<(PathBuf, String)>,
+}
+
+impl Living {
+    fn needs(&self, path: &Path) -> bool {
+        let origin = self.origin.as_ref().map(|(path, _)| path.as_path());
+        self.tip.as_deref() == Some(path) || origin == Some(path)
+    }
 }
 
 pub struct World {
@@ -155,7 +164,7 @@ impl World {
     /// Returns true if something would miss the snapshot: a child, or a VM whose next diff is relative to it.
     pub fn is_needed(&self, path: &Path) -> bool {
         let is_parent = self.snaps.iter().any(|snap| snap.parent.as_deref() == Some(path));
-        is_parent || self.vms.iter().any(|living| living.tip.as_deref() == Some(path))
+        is_parent || self.vms.iter().any(|living| living.needs(path))
     }
 
     /// Takes a snapshot that is proved whole into the model.
@@ -296,7 +305,7 @@ fn restore_args(snap: &Snap, more: &[String]) -> Vec<String> {
 
 /// The digest in the answer to `--run`.
 fn digest_of(stdout: &str) -> Option<String> {
-    stdout.lines().find(|line| line.starts_with("ok run "))?.split(' ').nth(2).map(str::to_string)
+    stdout.lines().find(|line| line.starts_with("ok run-"))?.split(' ').nth(2).map(str::to_string)
 }
 
 /// Runs a command and kills it after `moment`, unless it has ended; then its output.

@@ -2,6 +2,7 @@
 
 pub mod artefact;
 pub mod cached;
+pub mod cgroup;
 pub mod cold;
 pub mod collector;
 pub mod network;
@@ -379,6 +380,12 @@ impl Answer {
     }
 }
 
+/// The answer to `--run`, which is the last in a process's output.
+pub fn answer_to_run(output: &str) -> Answer {
+    let line = output.lines().rfind(|line| line.starts_with("ok run-"));
+    Answer::parse(line.unwrap_or_else(|| panic!("no answer in {output}")))
+}
+
 /// One HTTP/1.1 exchange on a Unix socket, by hand, so that it can be malformed too.
 pub fn http(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
     let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n");
@@ -396,7 +403,11 @@ pub fn http(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value)
 
 /// Sends `bytes` and reads until the server closes.
 pub fn exchange(socket: &Path, bytes: &[u8]) -> String {
-    let mut stream = UnixStream::connect(socket).expect("the control socket answers");
+    exchange_over(UnixStream::connect(socket).expect("the control socket answers"), bytes)
+}
+
+/// The same over a connection that exists, whose server may be killed at any time.
+pub fn exchange_over(mut stream: UnixStream, bytes: &[u8]) -> String {
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     // A server that refuses early may close before it has read everything.
     let _ = stream.write_all(bytes);

@@ -11,6 +11,9 @@ use serde_json::{Value, json};
 
 use super::{TIMEOUT, http, signal, text, tvmm};
 
+/// The variable that all processes of a service inherit: its directory.
+const SERVICE: &str = "TVMM_TEST_SERVICE";
+
 pub struct Service {
     child: Child,
     socket: PathBuf,
@@ -28,7 +31,7 @@ impl Service {
     pub fn confined(dir: &Path, more: &[&str]) -> Service {
         let socket = dir.with_extension("sock");
         let mut command = tvmm();
-        command.args(["serve", "--dir", text(dir), "--listen-unix", text(&socket)]).args(more);
+        command.args(["serve", "--dir", text(dir), "--listen-unix", text(&socket)]).args(more).env(SERVICE, dir);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("tvmm starts");
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut url = None;
@@ -131,6 +134,17 @@ impl Drop for Service {
 fn parent_of(pid: u32) -> Option<u32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// The processes of services of `dir`: the services and all that they have started, orphans included.
+pub fn processes_of(dir: &Path) -> Vec<u32> {
+    let wanted = format!("{SERVICE}={}", text(dir));
+    let has_it = |pid: &u32| {
+        let variables = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        variables.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
+    };
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).filter(has_it).collect()
 }
 
 /// Waits until a process is gone.

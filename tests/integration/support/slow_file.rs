@@ -1,13 +1,13 @@
-//! A file whose reads can be made to hang or to fail: a file system of one file, served by the test through /dev/fuse
-//! (Linux `include/uapi/linux/fuse.h`), mounted over the file it shows.
+//! A file whose reads can be made to hang, to wait or to fail: a file system of one file, served by the test through
+//! /dev/fuse (Linux `include/uapi/linux/fuse.h`), mounted over the file it shows.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -31,14 +31,41 @@ const HEADER: usize = 40;
 const EIO: i32 = 5;
 const ENOSYS: i32 = 38;
 
-/// Tells which reads of the file hang and which fail.
+/// A read of the file.
+#[derive(Clone, Copy)]
+struct ReadRequest {
+    unique: u64,
+    offset: u64,
+    len: usize,
+}
+
+/// Reads that wait.
+#[derive(Default)]
+struct Held {
+    /// Reads that begin before this offset wait.
+    below: u64,
+    requests: Vec<ReadRequest>,
+}
+
+/// Tells which reads of the file hang, which wait and which fail.
 struct Fate {
+    held: Mutex<Held>,
     hangs: AtomicBool,
     /// The number of reads that are still answered before all others fail.
     good: AtomicU64,
 }
 
 impl Fate {
+    /// Returns whether the read has to wait for [`SlowFile::let_go`].
+    fn holds(&self, read: ReadRequest) -> bool {
+        let mut held = self.held.lock().unwrap();
+        let waits = read.offset < held.below;
+        if waits {
+            held.requests.push(read);
+        }
+        waits
+    }
+
     fn fails(&self) -> bool {
         self.good.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |good| good.checked_sub(1)).is_err()
     }
@@ -48,6 +75,8 @@ impl Fate {
 pub struct SlowFile {
     path: PathBuf,
     fate: Arc<Fate>,
+    device: File,
+    below: File,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -68,12 +97,31 @@ impl SlowFile {
             skip!("fuse", "a FUSE file system cannot be mounted: {error}");
             return None;
         }
-        let fate = Arc::new(Fate { hangs: AtomicBool::new(false), good: AtomicU64::new(u64::MAX) });
+        let held = Mutex::new(Held::default());
+        let fate = Arc::new(Fate { held, hangs: AtomicBool::new(false), good: AtomicU64::new(u64::MAX) });
         let thread = std::thread::spawn({
             let fate = fate.clone();
+            let device = device.try_clone().unwrap();
+            let below = below.try_clone().unwrap();
             move || serve(device, &below, &fate)
         });
-        Some(SlowFile { path: path.to_owned(), fate, thread: Some(thread) })
+        Some(SlowFile { path: path.to_owned(), fate, device, below, thread: Some(thread) })
+    }
+
+    /// From now on, reads that begin before `offset` and are not in the page cache wait.
+    pub fn hold_below(&self, offset: u64) {
+        self.fate.held.lock().unwrap().below = offset;
+    }
+
+    /// The number of reads that wait.
+    pub fn held(&self) -> usize {
+        self.fate.held.lock().unwrap().requests.len()
+    }
+
+    /// Answers the reads that wait, and all later ones.
+    pub fn let_go(&self) {
+        let held = std::mem::take(&mut *self.fate.held.lock().unwrap());
+        held.requests.into_iter().for_each(|read| reply(&self.device, read.unique, Ok(bytes_of(&self.below, read))));
     }
 
     /// From now on, what is not in the page cache cannot be read.
@@ -97,42 +145,50 @@ impl Drop for SlowFile {
 }
 
 /// Answers requests until the file system is unmounted.
-fn serve(mut device: File, below: &File, fate: &Fate) {
+fn serve(device: File, below: &File, fate: &Fate) {
     let metadata = below.metadata().unwrap();
     let mut request = vec![0; 1 << 20];
-    while let Ok(len) = device.read(&mut request) {
+    while let Ok(len) = (&device).read(&mut request) {
         let number = |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap());
         let long = |at: usize| u64::from_le_bytes(request[at..at + 8].try_into().unwrap());
         assert!(len >= HEADER);
         let opcode = number(4);
         let unique = long(8);
+        let read = || ReadRequest { unique, offset: long(HEADER + 8), len: number(HEADER + 16) as usize };
         let answer = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
             READ if fate.hangs.load(Ordering::SeqCst) => continue,
+            READ if fate.holds(read()) => continue,
             READ if fate.fails() => Err(EIO),
-            READ => {
-                let mut bytes = vec![0; number(HEADER + 16) as usize];
-                let read = below.read_at(&mut bytes, long(HEADER + 8)).unwrap();
-                bytes.truncate(read);
-                Ok(bytes)
-            }
+            READ => Ok(bytes_of(below, read())),
             INIT => Ok(init(number(HEADER + 4), number(HEADER + 12))),
             GETATTR => Ok(attributes(&metadata)),
             OPEN => Ok([0, KEEP_CACHE].into_iter().flat_map(u64::to_le_bytes).collect()),
             RELEASE | FLUSH => Ok(Vec::new()),
             _ => Err(ENOSYS),
         };
-        let (error, body) = match answer {
-            Ok(body) => (0, body),
-            Err(errno) => (-errno, Vec::new()),
-        };
-        let mut reply = ((16 + body.len()) as u32).to_le_bytes().to_vec();
-        reply.extend(i32::to_le_bytes(error));
-        reply.extend(unique.to_le_bytes());
-        reply.extend(body);
-        // A request that was given up meanwhile has no reader.
-        let _ = device.write_all(&reply);
+        reply(&device, unique, answer);
     }
+}
+
+fn bytes_of(file: &File, read: ReadRequest) -> Vec<u8> {
+    let mut bytes = vec![0; read.len];
+    let len = file.read_at(&mut bytes, read.offset).unwrap();
+    bytes.truncate(len);
+    bytes
+}
+
+fn reply(mut device: &File, unique: u64, answer: Result<Vec<u8>, i32>) {
+    let (error, body) = match answer {
+        Ok(body) => (0, body),
+        Err(errno) => (-errno, Vec::new()),
+    };
+    let mut reply = ((16 + body.len()) as u32).to_le_bytes().to_vec();
+    reply.extend(i32::to_le_bytes(error));
+    reply.extend(unique.to_le_bytes());
+    reply.extend(body);
+    // A request that was given up meanwhile has no reader.
+    let _ = device.write_all(&reply);
 }
 
 /// `struct fuse_init_out`.

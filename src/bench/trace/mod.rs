@@ -1,0 +1,127 @@
+//! `tvmm bench trace`: an arrival trace by several policies for VMs between requests, on a real service or simulated.
+
+mod arrivals;
+mod calibrate;
+mod costs;
+mod files;
+mod memory;
+mod outcome;
+mod policy;
+mod random;
+mod replay;
+mod report;
+mod service;
+mod settings;
+mod simulator;
+mod stage;
+mod synthetic;
+mod workload;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::bench::load::busy_cpus;
+use crate::bench::scratch::Scratch;
+use crate::sys::errors::BoxError;
+use crate::sys::limits::raise_open_files;
+use costs::Costs;
+use outcome::Outcome;
+use policy::{Processes, Rules};
+use replay::Replay;
+use report::{Fact, Report};
+use service::Service;
+use settings::Settings;
+use simulator::Simulation;
+use workload::Workloads;
+
+pub use settings::TraceArgs;
+
+/// Open files that this process and the service may need.
+const OPEN_FILES: u64 = 65_536;
+
+pub fn run(args: &TraceArgs) -> Result<ExitCode, BoxError> {
+    let settings = Settings::new(args)?;
+    let workloads = Workloads::of(&settings.trace, args.workloads.as_deref())?;
+    workloads.check_room(args.memory)?;
+    let outcomes = match &args.costs {
+        Some(path) if args.simulate => {
+            let costs = Costs::read(path)?;
+            let cpus = args.cpus.map_or(costs.cpus, |cpus| cpus as usize);
+            simulate(&settings, &workloads, &costs, cpus)?
+        }
+        _ => {
+            settings.check_replay()?;
+            make_directory(&args.out)?;
+            replay(&settings, &workloads, &args.out)?
+        }
+    };
+    make_directory(&args.out)?;
+    let has_failed = outcomes.iter().any(|outcome| outcome.requests.iter().any(|request| request.way.is_none()));
+    Report { facts: facts(&settings), notes: &settings.trace.notes, outcomes: &outcomes }.publish(&args.out)?;
+    Ok(if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn make_directory(dir: &Path) -> Result<(), BoxError> {
+    Ok(std::fs::create_dir_all(dir).map_err(|error| format!("Cannot make {}: {error}", dir.display()))?)
+}
+
+fn facts(settings: &Settings) -> Vec<Fact> {
+    let trace = &settings.trace;
+    let fact = |name, value| Fact { name, value };
+    vec![
+        fact("trace", settings.source.clone()),
+        fact("functions", trace.functions.len().to_string()),
+        fact("requests", trace.arrivals.len().to_string()),
+        fact("length of the trace, s", format!("{:.1}", trace.length_us as f64 / 1e6)),
+        fact("speed", settings.speed.to_string()),
+        fact("keep-alive, s of the trace", settings.keep_alive_s.to_string()),
+        fact("floor, s of the trace", settings.floor_s.to_string()),
+        fact("guest memory of all VMs, at most, MiB", settings.limits(1).memory_mib.to_string()),
+        fact("tvmm", env!("CARGO_PKG_VERSION").to_string()),
+    ]
+}
+
+/// Simulates policies.
+fn simulate(settings: &Settings, workloads: &Workloads, costs: &Costs, cpus: usize) -> Result<Vec<Outcome>, BoxError> {
+    let limits = settings.limits(cpus);
+    let one = |rules: &Rules| {
+        let Settings { trace, speed, .. } = settings;
+        Simulation { trace, workloads, costs, rules: *rules, limits, cpus, speed: *speed }.run()
+    };
+    settings.rules.iter().map(one).collect()
+}
+
+/// Replays all policies by VMs, and simulates them with the costs of this host, which it writes to `out`.
+fn replay(settings: &Settings, workloads: &Workloads, out: &Path) -> Result<Vec<Outcome>, BoxError> {
+    raise_open_files(OPEN_FILES);
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let limits = settings.limits(cpus);
+    let scratch = Scratch::new(None)?;
+    let dir = scratch.path().join("serve");
+    let bar = ProgressBar::new(workloads.of.len() as u64).with_style(ProgressStyle::with_template("{msg} {elapsed}")?);
+    let service = Service::start(&dir, limits, Processes::End)?;
+    stage::prepare(&service, workloads, |done| {
+        bar.set_message(format!("snapshot {done} of {}", workloads.of.len()));
+    })?;
+    service.end()?;
+    bar.set_message("costs of one request at a time");
+    let costs = calibrate::measure(&dir, limits, workloads, cpus)?;
+    costs.write(&out.join("costs.json"))?;
+    let mut outcomes = Vec::new();
+    for rules in &settings.rules {
+        bar.set_message(format!("policy {}", rules.policy));
+        let load = busy_cpus()?;
+        let service = Service::start(&dir, limits, rules.processes)?;
+        stage::set_policy(&service, workloads, rules)?;
+        let replay =
+            Replay { service: &service, trace: &settings.trace, workloads, rules: *rules, speed: settings.speed };
+        outcomes.push(Outcome { other_cpus: Some(load), ..replay.run()? });
+        stage::end_suspended(&service)?;
+        service.end()?;
+    }
+    bar.finish_and_clear();
+    outcomes.extend(simulate(settings, workloads, &costs, cpus)?);
+    Ok(outcomes)
+}

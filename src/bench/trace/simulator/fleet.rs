@@ -1,0 +1,295 @@
+//! The VMs of a simulated service, and the room for them.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::bench::trace::service::Limits;
+use crate::tiering::idle::Step;
+
+/// The name of a VM. No two VMs of a simulation have the same.
+pub(super) type VmId = u64;
+
+/// The state of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum State {
+    /// A request runs in it.
+    Busy,
+    /// It waits for the next request, at some step.
+    Idle,
+    /// It is being restored to stand by.
+    Refilled,
+    /// It stands by.
+    Ready,
+    /// It has finished, and its process waits for another VM.
+    Spare,
+    /// It goes back to its snapshot.
+    Returns,
+    /// It is being made, or ends.
+    Leaving,
+}
+
+#[derive(Debug)]
+struct Vm {
+    function: u32,
+    mem_mib: u64,
+    /// Local memory.
+    mib: f64,
+    state: State,
+    since_us: u64,
+    has_served: bool,
+    /// The step of a VM that waits.
+    step: Option<Step>,
+    /// The moment of its next timer.
+    timer_us: u64,
+}
+
+/// A VM that waits for the next request: its step, and the time since which it waits.
+type Waiting = (Option<Step>, Reverse<u64>, VmId);
+
+/// The VMs.
+#[derive(Debug)]
+pub(super) struct Fleet {
+    vms: BTreeMap<VmId, Vm>,
+    next: VmId,
+    /// VMs that have a process.
+    living: usize,
+    /// Guest memory of these.
+    mem_mib: u64,
+    limits: Limits,
+    /// VMs that another one may push out, by state, then by the time since which they wait.
+    waiting: BTreeSet<(State, u64, VmId)>,
+    /// VMs that stand by, by function.
+    ready: Vec<BTreeSet<VmId>>,
+    /// VMs that wait for the next request, by function: those at the first step first, and of these those that were
+    /// used last.
+    idle: Vec<BTreeSet<Waiting>>,
+    /// VMs that requests use or that go back to their snapshot, by function.
+    busy: Vec<usize>,
+}
+
+impl Fleet {
+    pub(super) fn new(functions: usize, limits: Limits) -> Fleet {
+        Fleet {
+            vms: BTreeMap::new(),
+            next: 0,
+            living: 0,
+            mem_mib: 0,
+            limits,
+            waiting: BTreeSet::new(),
+            ready: vec![BTreeSet::new(); functions],
+            idle: vec![BTreeSet::new(); functions],
+            busy: vec![0; functions],
+        }
+    }
+
+    pub(super) fn has_room(&self, mem_mib: u64) -> bool {
+        self.living < self.limits.max_vms && self.mem_mib + mem_mib <= self.limits.memory_mib
+    }
+
+    /// Adds a VM that is being restored.
+    pub(super) fn add(&mut self, function: u32, mem_mib: u64, mib: f64) -> VmId {
+        let id = self.next;
+        self.next += 1;
+        self.living += 1;
+        self.mem_mib += mem_mib;
+        let vm = Vm {
+            function,
+            mem_mib,
+            mib,
+            state: State::Leaving,
+            since_us: 0,
+            has_served: false,
+            step: None,
+            timer_us: 0,
+        };
+        self.vms.insert(id, vm);
+        id
+    }
+
+    /// Takes a VM out of the lists that its state puts it in.
+    fn unlist(&mut self, id: VmId) {
+        let Some(vm) = self.vms.get(&id) else { return };
+        self.waiting.remove(&(vm.state, vm.since_us, id));
+        match vm.state {
+            State::Ready => drop(self.ready[vm.function as usize].remove(&id)),
+            State::Idle => drop(self.idle[vm.function as usize].remove(&(vm.step, Reverse(vm.since_us), id))),
+            State::Busy | State::Returns => self.busy[vm.function as usize] -= 1,
+            _ => {}
+        }
+    }
+
+    /// Changes the state of a VM.
+    pub(super) fn set(&mut self, id: VmId, state: State, now_us: u64) {
+        self.unlist(id);
+        let Some(vm) = self.vms.get_mut(&id) else { return };
+        vm.state = state;
+        vm.since_us = now_us;
+        vm.step = None;
+        match state {
+            State::Ready => drop(self.ready[vm.function as usize].insert(id)),
+            State::Idle => drop(self.idle[vm.function as usize].insert((None, Reverse(now_us), id))),
+            State::Busy | State::Returns => self.busy[vm.function as usize] += 1,
+            _ => {}
+        }
+        if matches!(state, State::Idle | State::Ready | State::Spare) {
+            self.waiting.insert((state, now_us, id));
+        }
+    }
+
+    /// Removes a VM. Returns its local memory.
+    pub(super) fn remove(&mut self, id: VmId) -> f64 {
+        self.unlist(id);
+        let Some(vm) = self.vms.remove(&id) else { return 0.0 };
+        if vm.step != Some(Step::Suspended) {
+            self.living -= 1;
+            self.mem_mib -= vm.mem_mib;
+        }
+        vm.mib
+    }
+
+    /// Lets a VM that waits take a step. One that is suspended takes no room, and makes none.
+    pub(super) fn descend(&mut self, id: VmId, step: Step) {
+        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.state == State::Idle) else { return };
+        let idle = &mut self.idle[vm.function as usize];
+        idle.remove(&(vm.step, Reverse(vm.since_us), id));
+        idle.insert((Some(step), Reverse(vm.since_us), id));
+        vm.step = Some(step);
+        if step == Step::Suspended {
+            self.waiting.remove(&(State::Idle, vm.since_us, id));
+            self.living -= 1;
+            self.mem_mib -= vm.mem_mib;
+        }
+    }
+
+    /// The VM that serves the next request of a function, if one waits.
+    pub(super) fn idle(&self, function: u32) -> Option<VmId> {
+        self.idle[function as usize].first().map(|(_, _, id)| *id)
+    }
+
+    pub(super) fn step(&self, id: VmId) -> Option<Step> {
+        self.vms.get(&id).and_then(|vm| vm.step)
+    }
+
+    /// Changes the local memory of a VM. Returns the difference.
+    pub(super) fn set_memory(&mut self, id: VmId, mib: f64) -> f64 {
+        let Some(vm) = self.vms.get_mut(&id) else { return 0.0 };
+        let more = mib - vm.mib;
+        vm.mib = mib;
+        more
+    }
+
+    /// A VM has answered a request.
+    pub(super) fn serve(&mut self, id: VmId) {
+        if let Some(vm) = self.vms.get_mut(&id) {
+            vm.has_served = true;
+        }
+    }
+
+    pub(super) fn has_served(&self, id: VmId) -> bool {
+        self.vms.get(&id).is_some_and(|vm| vm.has_served)
+    }
+
+    pub(super) fn is(&self, id: VmId, state: State) -> bool {
+        self.vms.get(&id).is_some_and(|vm| vm.state == state)
+    }
+
+    pub(super) fn since(&self, id: VmId) -> u64 {
+        self.vms.get(&id).map_or(0, |vm| vm.since_us)
+    }
+
+    /// The function of a VM that is there.
+    pub(super) fn function(&self, id: VmId) -> u32 {
+        self.vms.get(&id).map_or(0, |vm| vm.function)
+    }
+
+    /// Sets the moment of a VM's next timer. Earlier ones no longer count.
+    pub(super) fn arm(&mut self, id: VmId, at_us: u64) {
+        if let Some(vm) = self.vms.get_mut(&id) {
+            vm.timer_us = at_us;
+        }
+    }
+
+    pub(super) fn is_armed(&self, id: VmId, at_us: u64) -> bool {
+        self.vms.get(&id).is_some_and(|vm| vm.timer_us == at_us)
+    }
+
+    /// VMs of a function that stand by.
+    pub(super) fn ready(&self, function: u32) -> usize {
+        self.ready[function as usize].len()
+    }
+
+    /// VMs of a function that requests use, or that go back to their snapshot.
+    pub(super) fn in_use(&self, function: u32) -> usize {
+        self.busy[function as usize]
+    }
+
+    /// A VM of a function that stands by.
+    pub(super) fn first_ready(&self, function: u32) -> Option<VmId> {
+        self.ready[function as usize].first().copied()
+    }
+
+    /// The VM that has been longest in a state in which it waits.
+    pub(super) fn oldest(&self, state: State) -> Option<VmId> {
+        self.in_state(state).next()
+    }
+
+    /// A kept process; with `mem_mib`, of a VM of this size.
+    pub(super) fn spare(&self, mem_mib: Option<u64>) -> Option<VmId> {
+        let is_fit = |id: &VmId| mem_mib.is_none_or(|mib| self.vms.get(id).is_some_and(|vm| vm.mem_mib == mib));
+        self.in_state(State::Spare).find(is_fit)
+    }
+
+    pub(super) fn count_spares(&self) -> usize {
+        self.in_state(State::Spare).count()
+    }
+
+    fn in_state(&self, state: State) -> impl Iterator<Item = VmId> {
+        let all = self.waiting.range((state, 0, 0)..=(state, u64::MAX, VmId::MAX));
+        all.map(|(_, _, id)| *id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_and_lists_follow_the_states() {
+        let mut fleet = Fleet::new(2, Limits { memory_mib: 300, max_vms: 2, max_running: 4 });
+        let first = fleet.add(0, 100, 5.0);
+        assert!(fleet.has_room(200) && !fleet.has_room(201));
+        let second = fleet.add(1, 100, 7.0);
+        assert!(!fleet.has_room(1), "the number of VMs is limited, too");
+        fleet.set(first, State::Ready, 10);
+        fleet.set(second, State::Busy, 10);
+        assert_eq!((fleet.ready(0), fleet.ready(1), fleet.in_use(1)), (1, 0, 1));
+        assert_eq!((fleet.first_ready(0), fleet.oldest(State::Ready)), (Some(first), Some(first)));
+        fleet.set(first, State::Spare, 20);
+        fleet.set(second, State::Spare, 15);
+        assert_eq!((fleet.spare(None), fleet.spare(Some(50)), fleet.count_spares()), (Some(second), None, 2));
+        assert_eq!(fleet.set_memory(first, 6.0), 1.0);
+        assert_eq!((fleet.remove(first), fleet.remove(first)), (6.0, 0.0));
+        assert_eq!((fleet.ready(0), fleet.in_use(1), fleet.has_room(200)), (0, 0, true));
+    }
+
+    #[test]
+    fn requests_take_the_vm_at_the_first_step_that_was_used_last() {
+        let mut fleet = Fleet::new(1, Limits { memory_mib: 300, max_vms: 9, max_running: 4 });
+        let vms = [1, 2, 3].map(|now| {
+            let vm = fleet.add(0, 100, 5.0);
+            fleet.set(vm, State::Idle, now);
+            vm
+        });
+        assert_eq!((fleet.idle(0), fleet.oldest(State::Idle)), (Some(vms[2]), Some(vms[0])));
+        fleet.descend(vms[2], Step::Parked);
+        assert_eq!(fleet.idle(0), Some(vms[1]));
+        fleet.descend(vms[0], Step::Suspended);
+        assert!(fleet.has_room(100), "a suspended VM takes no room");
+        assert_eq!(fleet.oldest(State::Idle), Some(vms[1]));
+        fleet.remove(vms[1]);
+        fleet.remove(vms[2]);
+        assert_eq!((fleet.idle(0), fleet.step(vms[0])), (Some(vms[0]), Some(Step::Suspended)));
+        fleet.remove(vms[0]);
+        assert!(fleet.has_room(300) && fleet.idle(0).is_none());
+    }
+}

@@ -1,0 +1,126 @@
+//! Functions and snapshots of a trace in a service, made once and used by all policies.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use super::policy::{Rules, Set};
+use super::service::Service;
+use super::workload::{Workload, Workloads};
+use crate::sys::api_client::ClientError;
+use crate::sys::bounded_wait::Wait;
+use crate::sys::errors::{BoxError, refuse};
+
+/// The most functions of a replay: each has a snapshot of its own.
+pub(super) const MAX_FUNCTIONS: usize = 256;
+/// Time for VMs to stand by before the first request.
+const READY: Duration = Duration::from_secs(120);
+/// Time without one more VM that stands by, after which there is no room for more.
+const STILL: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(10);
+
+/// The service's name of a function.
+pub(super) fn name(function: usize) -> String {
+    format!("f{function}")
+}
+
+/// The body of an invocation of a function.
+pub(super) fn invocation(function: usize, workload: &Workload) -> Map<String, Value> {
+    let mut body = Map::new();
+    body.insert("func_name".to_string(), json!(name(function)));
+    body.insert("params".to_string(), json!(workload.params));
+    body
+}
+
+/// Adds or replaces a function.
+pub(super) fn put(
+    service: &Service,
+    function: usize,
+    workload: &Workload,
+    settings: Map<String, Value>,
+) -> Result<(), BoxError> {
+    let Workload { mem_mib, prepare, call, policy, .. } = workload;
+    let mut body = json!({ "func_name": name(function), "mem_size": mem_mib, "prepare": prepare, "call": call });
+    if let Some(body) = body.as_object_mut() {
+        body.extend(policy.map(|policy| ("policy".to_string(), json!(policy.name()))));
+        body.extend(settings);
+    }
+    service.ask("POST", "/functions", Some(&body)).map(drop)
+}
+
+/// Makes each function, its snapshot, and the profile of one run.
+pub(super) fn prepare(service: &Service, workloads: &Workloads, told: impl Fn(usize)) -> Result<(), BoxError> {
+    for function in 0..workloads.of.len() {
+        let Some(workload) = workloads.workload(function) else { continue };
+        put(service, function, workload, Map::new())?;
+        let vm = service.ask("POST", "/vms", Some(&json!({ "func_name": name(function) })))?;
+        let Some(id) = vm["vmId"].as_str() else { return refuse("tvmm serve has answered without `vmId`") };
+        let snapshot = name(function);
+        service.ask("POST", "/snapshots", Some(&json!({ "vmId": id, "ssId": snapshot })))?;
+        service.ask("DELETE", &format!("/vms/{id}"), None)?;
+        let run = json!({ "params": workload.params });
+        service.ask("POST", &format!("/snapshots/{snapshot}/profile"), Some(&run))?;
+        // The first restore makes the files that the policy derives from the snapshot.
+        let mut body = invocation(function, workload);
+        body.insert("keep".to_string(), json!(false));
+        service.ask("POST", "/invocations", Some(&Value::Object(body)))?;
+        told(function + 1);
+    }
+    Ok(())
+}
+
+/// Gives all functions the settings of a policy, and waits until as many VMs stand by as there is room for.
+pub(super) fn set_policy(service: &Service, workloads: &Workloads, rules: &Rules) -> Result<(), BoxError> {
+    for function in 0..workloads.of.len() {
+        let Some(workload) = workloads.workload(function) else { continue };
+        put(service, function, workload, rules.of_function())?;
+    }
+    let Some(Set { min, .. }) = rules.standby else { return Ok(()) };
+    let wanted = min * workloads.of.len();
+    let mut wait = Wait::new("VMs that stand by", READY);
+    let mut still = Wait::new("one more VM that stands by", STILL);
+    let mut most = 0;
+    loop {
+        let ready = standing_by(service)?;
+        if ready > most {
+            most = ready;
+            still.restart();
+        }
+        if ready >= wanted || still.is_over() {
+            return Ok(());
+        }
+        if wait.is_over() {
+            return refuse(format!("{ready} of {wanted} VMs stand by after {} s", READY.as_secs()));
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Ends all VMs that are suspended: the next service on the same directory would find them again.
+pub(super) fn end_suspended(service: &Service) -> Result<(), BoxError> {
+    let vms = service.ask("GET", "/vms", None)?;
+    for vm in vms.as_array().into_iter().flatten().filter(|vm| vm["state"] == "suspended") {
+        let id = vm["vmId"].as_str().unwrap_or_default();
+        match service.send("DELETE", &format!("/vms/{id}"), None) {
+            // It was ended for the disk space meanwhile.
+            Ok(_) | Err(ClientError::Fault { status: 404 | 409, .. }) => {}
+            Err(error) => return refuse(format!("Cannot end a suspended VM: {error}")),
+        }
+    }
+    Ok(())
+}
+
+fn standing_by(service: &Service) -> Result<usize, BoxError> {
+    let vms = service.ask("GET", "/vms", None)?;
+    Ok(vms.as_array().into_iter().flatten().filter(|vm| vm["state"] == "standby").count())
+}
+
+/// VMs of functions that were restored in the process of a finished VM, since the service began.
+pub(super) fn repurposed(service: &Service, functions: usize) -> Result<u64, BoxError> {
+    let mut all = 0;
+    for function in 0..functions {
+        let state = service.ask("GET", &format!("/functions/{}", name(function)), None)?;
+        all += state["repurposes"]["done"].as_u64().unwrap_or_default();
+    }
+    Ok(all)
+}
