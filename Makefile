@@ -10,8 +10,11 @@ BUILD   := RUSTFLAGS="$(STATIC)" cargo build --release --locked --target $(TARGE
 
 CASES   ?= 20000
 SECONDS ?= 600
+KILLS   ?= 200
+REWINDS ?= 10000
+STANDBY ?= 500
 
-.PHONY: build agent demo test test-features fuzz soak lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test test-features fuzz soak endure lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -45,6 +48,12 @@ fuzz: setup
 soak: build
 	TVMM_BINARY=$(CURDIR)/$(BINARY) TVMM_SOAK_SECONDS=$(SECONDS) $(if $(SEED),TVMM_SOAK_SEED=$(SEED)) cargo test --locked \
 		--test integration -- --ignored --exact --nocapture soak::random_operations_for_a_while
+
+# The long form of tests that are short in `make test`: KILLS times kill -9 in each operation of a VM's life, REWINDS rewinds,
+# STANDBY VMs that stand by in a control group with little memory.
+endure: build
+	TVMM_BINARY=$(CURDIR)/$(BINARY) TVMM_KILLS=$(KILLS) TVMM_REWINDS=$(REWINDS) TVMM_STANDBY=$(STANDBY) cargo test --locked \
+		--test integration -- --nocapture lifecycle::kills lifecycle::rewind::many_rewinds services::serve_memory
 
 lint: setup
 	cargo fmt --check
