@@ -3,6 +3,7 @@
 //! A step down is taken while no request uses the VM. A request that comes meanwhile waits for the step, and takes the
 //! VM back up. The last step, suspension, is given up if a request has come before its end.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +15,34 @@ use super::{Duty, RequestGuard, Vm};
 use crate::config::bodies::WantedState;
 use crate::config::control::Demoted;
 use crate::config::request::{DemoteRequest, DemotedTo};
-use crate::snapshot::PAGE_SIZE;
 use crate::tiering::idle::{Descended, Step};
 
 /// Time within which a VM stops or resumes its vCPUs, and says so. A VM that does not is ended.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
+
+/// Pages that have left local memory by a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GivenBack {
+    /// They equal the snapshot, which shows in their place.
+    pub dropped: u64,
+    /// They went to a file.
+    pub spilled: u64,
+}
+
+impl GivenBack {
+    pub fn pages(&self) -> u64 {
+        self.dropped + self.spilled
+    }
+}
+
+/// The progress of a VM that is offloaded bit by bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloading {
+    /// Local pages that it had before.
+    all: u64,
+    /// Those that have left local memory.
+    gone: u64,
+}
 
 /// Stops or resumes the vCPUs.
 async fn set_vcpus(vm: &Vm, state: WantedState) -> Result<(), ControlError> {
@@ -66,6 +90,14 @@ impl Vm {
         self.lock().descended
     }
 
+    /// Notes the number of spilled pages that have come back to local memory, as the VM's report has it. Returns those
+    /// since the last note.
+    pub fn note_pages_back(&self, pages_back: u64) -> u64 {
+        let before = std::mem::replace(&mut self.lock().pages_back, pages_back);
+        // A rewind drops the file, and another one begins to count.
+        if pages_back < before { pages_back } else { pages_back - before }
+    }
+
     /// The time since its last request.
     pub fn since_used(&self) -> Duration {
         self.lock().since.elapsed()
@@ -107,16 +139,50 @@ impl Descent<'_> {
     }
 
     /// Gives back local copies of pages that equal the snapshot; with a directory, also those that differ. Called after
-    /// [`park`](Self::park). Returns the number of bytes given back.
-    pub async fn demote(&self, spill_to: Option<&Path>) -> Result<u64, ControlError> {
+    /// [`park`](Self::park).
+    pub async fn demote(&self, spill_to: Option<&Path>) -> Result<GivenBack, ControlError> {
         let (to, step) = match spill_to {
             None => (DemotedTo::Trimmed, Step::Trimmed),
             Some(_) => (DemotedTo::Spilled, Step::Spilled),
         };
-        let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), rate_mib_s: None };
-        let demoted: Demoted = self.vm.send("PUT", "/tvmm/demote", &request).await?;
+        let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), ..DemoteRequest::default() };
+        let demoted = self.send(&request).await?;
         self.reach(step);
-        Ok(PAGE_SIZE * (demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled))
+        Ok(given_back(&demoted))
+    }
+
+    /// Returns whether a part of the VM was offloaded since its last request.
+    pub fn is_offloading(&self) -> bool {
+        self.vm.lock().offloading.is_some()
+    }
+
+    /// Gives back so much of the local memory that the VM had since its last request, what has left before included:
+    /// copies of pages that equal the snapshot, and others to a file in `spill_dir`. Called after [`park`](Self::park).
+    /// `local_pages`: those that the VM has now; only the first call uses it.
+    pub async fn offload(&self, percent: u8, local_pages: u64, spill_dir: &Path) -> Result<GivenBack, ControlError> {
+        let offloading = self.vm.lock().offloading.unwrap_or(Offloading { all: local_pages, gone: 0 });
+        let wanted = (offloading.all * u64::from(percent) / 100).saturating_sub(offloading.gone);
+        let Some(most_pages) = NonZeroU64::new(wanted) else {
+            let mut usage = self.vm.lock();
+            usage.descended.offloaded = percent;
+            usage.offloading = Some(offloading);
+            return Ok(GivenBack::default());
+        };
+        let spill_dir = Some(spill_dir.to_path_buf());
+        let most_pages = Some(most_pages);
+        let request = DemoteRequest { to: DemotedTo::Spilled, spill_dir, most_pages, ..DemoteRequest::default() };
+        let demoted = self.send(&request).await?;
+        let given = given_back(&demoted);
+        let mut usage = self.vm.lock();
+        usage.descended.step = Some(Step::Spilled);
+        // What is left cannot leave local memory.
+        usage.descended.offloaded = if demoted.pages_left == 0 { 100 } else { percent };
+        usage.offloading = Some(Offloading { gone: offloading.gone + given.pages(), ..offloading });
+        Ok(given)
+    }
+
+    async fn send(&self, request: &DemoteRequest) -> Result<Demoted, ControlError> {
+        self.vm.send("PUT", "/tvmm/demote", request).await
     }
 
     /// Takes the VM, which was saved, from clients, so that its process can end; false if a request has come.
@@ -137,6 +203,10 @@ impl Descent<'_> {
     }
 }
 
+fn given_back(demoted: &Demoted) -> GivenBack {
+    GivenBack { dropped: demoted.pages_dropped + demoted.pages_mapped, spilled: demoted.pages_spilled }
+}
+
 impl RequestGuard {
     /// Waits until the VM takes no step down, and lets it run. Returns the step that it was taken back from.
     pub async fn rouse(&self) -> Result<Option<Step>, ControlError> {
@@ -144,7 +214,9 @@ impl RequestGuard {
         let _turn = vm.step_turn.lock().await;
         let Some(step) = vm.step() else { return Ok(None) };
         set_vcpus(vm, WantedState::Resumed).await?;
-        vm.lock().descended = Descended::default();
+        let mut usage = vm.lock();
+        usage.descended = Descended::default();
+        usage.offloading = None;
         Ok(Some(step))
     }
 
