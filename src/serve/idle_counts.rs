@@ -9,7 +9,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::counters::head;
-use super::vm::steps::GivenBack;
+use super::vm::offloading::GivenBack;
 use crate::snapshot::PAGE_SIZE;
 use crate::tiering::idle::{ReuseIntervals, Step};
 
@@ -63,7 +63,7 @@ pub(super) struct IdleTally {
 /// Pages of VMs that wait, by what became of them since the daemon began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub(super) struct PageTally {
-    /// Copies of pages that equal the snapshot, given back. Whether they are touched again is not known.
+    /// Copies of pages that equal the snapshot, given back. Their return is not counted.
     dropped: u64,
     /// Pages that went to a file.
     spilled: u64,

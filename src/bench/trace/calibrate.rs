@@ -178,8 +178,8 @@ impl Probe<'_> {
         Ok((median(times), memory_mib))
     }
 
-    /// The costs of a VM that waits by the policy `spec` until it is at `step`, and is asked again. `None`: each request
-    /// found its VM at another step.
+    /// The costs of a VM that waits by the policy `spec` until it is at `step`, and is asked again. `None`: each
+    /// request found its VM at another step.
     fn descended(&self, spec: &IdleSpec, step: Step) -> Result<Option<StepCosts>, BoxError> {
         let settings = json!({ "idle": spec });
         put(self.service, self.function, self.workload, settings.as_object().cloned().unwrap_or_default())?;

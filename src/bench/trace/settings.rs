@@ -58,7 +58,8 @@ pub struct TraceArgs {
     /// [default: `touch` of 8 of 32 MiB in a guest of 128]
     #[arg(long, value_name = "FILE")]
     pub(super) workloads: Option<PathBuf>,
-    /// Time of the trace for which `keep` and `faasmem` let a VM wait, and after which `ladder` suspends it at the latest, s
+    /// Time of the trace for which `keep` and `faasmem` let a VM wait, and after which `ladder` suspends it at the
+    /// latest, s
     #[arg(long, default_value_t = 600.0, value_name = "SECONDS", value_parser = positive)]
     keep_alive: f64,
     /// Time of the trace after which `suspend` suspends a VM, and before which `ladder` and `faasmem` do nothing, s

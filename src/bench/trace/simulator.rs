@@ -67,7 +67,7 @@ struct Started {
 
 /// A step that a VM takes at present.
 struct Stepping {
-    /// Where the VM will be.
+    /// The VM will be this far down.
     to: Descended,
     /// The request that waits for the end of the step.
     waiter: Option<Asked>,

@@ -3,7 +3,6 @@
 //! A step down is taken while no request uses the VM. A request that comes meanwhile waits for the step, and takes the
 //! VM back up. The last step, suspension, is given up if a request has come before its end.
 
-use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::MutexGuard;
 
 use super::control::ControlError;
+use super::offloading::{GivenBack, Offloading};
 use super::{Duty, RequestGuard, Vm};
 use crate::config::bodies::WantedState;
 use crate::config::control::Demoted;
@@ -19,30 +19,6 @@ use crate::tiering::idle::{Descended, Step};
 
 /// Time within which a VM stops or resumes its vCPUs, and says so. A VM that does not is ended.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
-
-/// Pages that have left local memory by a step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct GivenBack {
-    /// They equal the snapshot, which shows in their place.
-    pub dropped: u64,
-    /// They went to a file.
-    pub spilled: u64,
-}
-
-impl GivenBack {
-    pub fn pages(&self) -> u64 {
-        self.dropped + self.spilled
-    }
-}
-
-/// The progress of a VM that is offloaded bit by bit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Offloading {
-    /// Local pages that it had before.
-    all: u64,
-    /// Those that have left local memory.
-    gone: u64,
-}
 
 /// Stops or resumes the vCPUs.
 async fn set_vcpus(vm: &Vm, state: WantedState) -> Result<(), ControlError> {
@@ -148,7 +124,7 @@ impl Descent<'_> {
         let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), ..DemoteRequest::default() };
         let demoted = self.send(&request).await?;
         self.reach(step);
-        Ok(given_back(&demoted))
+        Ok(GivenBack::of(&demoted))
     }
 
     /// Returns whether a part of the VM was offloaded since its last request.
@@ -160,9 +136,8 @@ impl Descent<'_> {
     /// copies of pages that equal the snapshot, and others to a file in `spill_dir`. Called after [`park`](Self::park).
     /// `local_pages`: those that the VM has now; only the first call uses it.
     pub async fn offload(&self, percent: u8, local_pages: u64, spill_dir: &Path) -> Result<GivenBack, ControlError> {
-        let offloading = self.vm.lock().offloading.unwrap_or(Offloading { all: local_pages, gone: 0 });
-        let wanted = (offloading.all * u64::from(percent) / 100).saturating_sub(offloading.gone);
-        let Some(most_pages) = NonZeroU64::new(wanted) else {
+        let offloading = self.vm.lock().offloading.unwrap_or(Offloading::of(local_pages));
+        let Some(most_pages) = offloading.pages_due(percent) else {
             let mut usage = self.vm.lock();
             usage.descended.offloaded = percent;
             usage.offloading = Some(offloading);
@@ -172,12 +147,12 @@ impl Descent<'_> {
         let most_pages = Some(most_pages);
         let request = DemoteRequest { to: DemotedTo::Spilled, spill_dir, most_pages, ..DemoteRequest::default() };
         let demoted = self.send(&request).await?;
-        let given = given_back(&demoted);
+        let given = GivenBack::of(&demoted);
         let mut usage = self.vm.lock();
         usage.descended.step = Some(Step::Spilled);
-        // What is left cannot leave local memory.
+        // After a look at all pages, the rest cannot leave local memory.
         usage.descended.offloaded = if demoted.pages_left == 0 { 100 } else { percent };
-        usage.offloading = Some(Offloading { gone: offloading.gone + given.pages(), ..offloading });
+        usage.offloading = Some(offloading.after(given));
         Ok(given)
     }
 
@@ -201,10 +176,6 @@ impl Descent<'_> {
         // An error means that the sender, which the VM owns, is gone.
         let _ = self.vm.settled.subscribe().wait_for(|is_settled| *is_settled).await;
     }
-}
-
-fn given_back(demoted: &Demoted) -> GivenBack {
-    GivenBack { dropped: demoted.pages_dropped + demoted.pages_mapped, spilled: demoted.pages_spilled }
 }
 
 impl RequestGuard {
