@@ -10,6 +10,16 @@ pub fn process_cpu_ns() -> u64 {
     read_ns(libc::CLOCK_PROCESS_CPUTIME_ID)
 }
 
+/// Nanoseconds of CPU time that another process has used, guest time included; 0 once it has ended.
+pub fn cpu_ns_of(pid: u32) -> u64 {
+    let mut clock = 0;
+    // SAFETY: `clock` is a valid clockid_t to write to.
+    match unsafe { libc::clock_getcpuclockid(pid as libc::pid_t, &mut clock) } {
+        0 => read_ns(clock),
+        _ => 0,
+    }
+}
+
 /// CPU time of one thread, readable by the others of its process.
 #[derive(Clone, Copy, Debug)]
 pub struct ThreadClock(libc::clockid_t);

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::costs::{Costs, KeptCosts, StepCosts, VERSION, WorkloadCosts};
+use super::costs::{Costs, KeptCosts, StepCosts, VERSION, Work, WorkloadCosts};
+use super::cpu::CpuTime;
 use super::memory::{children, mib, of};
 use super::outcome::rank;
 use super::policy::{Processes, Set};
@@ -36,10 +37,17 @@ struct Probe<'a> {
 
 /// An answered request.
 struct Answered {
-    ms: f64,
+    work: Work,
     vm: String,
     /// The state in which the VM was found, or the way in which it was made.
     origin: String,
+}
+
+/// The end of a VM.
+struct Ended {
+    all: Work,
+    /// The part of it until its memory was gone.
+    gone: Work,
 }
 
 /// Measures all workloads by a service of its own on `dir`.
@@ -70,24 +78,27 @@ impl Probe<'_> {
         let mut rewind = Vec::new();
         let mut rewound = Vec::new();
         let mut end = Vec::new();
+        let mut gone = Vec::new();
         let mut used_mib = 0.0;
         let mut rewound_mib = 0.0;
         let mut reused_mib = 0.0;
         put(self.service, self.function, self.workload, Map::new())?;
         for _ in 0..RUNS {
-            let Answered { ms, vm, .. } = self.ask(&json!({ "keep": true }))?;
-            restored.push(ms);
-            warm.push(self.ask(&json!({ "vmId": vm }))?.ms);
+            let Answered { work, vm, .. } = self.ask(&json!({ "keep": true }))?;
+            restored.push(work);
+            warm.push(self.ask(&json!({ "vmId": vm }))?.work);
             used_mib = self.memory_of(&vm)?;
-            rewind.push(self.timed("POST", &format!("/vms/{vm}/rewind"), Some(&json!({})))?);
+            rewind.push(self.timed("POST", &format!("/vms/{vm}/rewind"), Some(&json!({})))?.0);
             rewound_mib = self.memory_of(&vm)?;
-            rewound.push(self.ask(&json!({ "vmId": vm }))?.ms);
+            rewound.push(self.ask(&json!({ "vmId": vm }))?.work);
             reused_mib = self.memory_of(&vm)?;
-            end.push(self.timed("DELETE", &format!("/vms/{vm}"), None)?);
+            let ended = self.end(&vm)?;
+            end.push(ended.all);
+            gone.push(ended.gone);
         }
-        let repurposed_ms = self.repurposed()?;
+        let repurposed = self.repurposed()?;
         let kept = self.kept(used_mib)?;
-        let (standby_ms, standby_mib) = self.standby()?;
+        let (standby, standby_mib) = self.standby()?;
         let ladder = IdleSpec { floor_ms: Some(IDLE_MS), ..IdleSpec::of(IdlePolicy::Ladder) };
         let trimmed = self.descended(&ladder, Step::Trimmed)?;
         // All of a VM is offloaded at once, which is the same as the ladder's step, and comes sooner.
@@ -101,18 +112,19 @@ impl Probe<'_> {
         put(self.service, self.function, self.workload, Map::new())?;
         Ok(WorkloadCosts {
             workload: self.workload.clone(),
-            restored_ms: median(restored),
-            repurposed_ms,
-            warm_ms: median(warm),
-            standby_ms,
-            rewound_ms: median(rewound),
-            rewind_ms: median(rewind),
-            end_ms: median(end),
+            restored: typical(&restored[1..]),
+            repurposed,
+            warm: typical(&warm[1..]),
+            standby,
+            rewound: typical(&rewound[1..]),
+            rewind: typical(&rewind[1..]),
+            end: typical(&end[1..]),
+            gone: typical(&gone[1..]),
             kept,
             trimmed,
             spilled,
-            woken_ms: suspended.request_ms,
-            suspend_ms: suspended.step_ms,
+            woken: suspended.request,
+            suspend: suspended.step,
             used_mib,
             standby_mib,
             rewound_mib,
@@ -121,19 +133,37 @@ impl Probe<'_> {
         })
     }
 
+    /// Ends a VM.
+    fn end(&self, vm: &str) -> Result<Ended, BoxError> {
+        let pid = self.pid_of(vm)?;
+        let before_kib = of(&[pid]).own_kib();
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            let delete = || self.timed("DELETE", &format!("/vms/{vm}"), None);
+            let deleting = std::thread::Builder::new().name("delete".into()).spawn_scoped(scope, delete);
+            let deleting = deleting.map_err(|error| format!("Cannot start a thread that ends a VM: {error}"))?;
+            while !deleting.is_finished() && of(&[pid]).own_kib() > before_kib / 2 {
+                std::thread::sleep(Duration::from_micros(500));
+            }
+            let gone_ms = begun.elapsed().as_secs_f64() * 1000.0;
+            let (all, _) = deleting.join().unwrap_or_else(|_| refuse("The thread that ends a VM has panicked"))?;
+            Ok(Ended { all, gone: all.part((gone_ms / all.ms).min(1.0)) })
+        })
+    }
+
     /// The time of a request whose VM takes over the process of the one before it.
-    fn repurposed(&self) -> Result<Option<f64>, BoxError> {
+    fn repurposed(&self) -> Result<Option<Work>, BoxError> {
         let functions = self.function + 1;
         let mut times = Vec::new();
         for run in 0..=RUNS {
             let before = counts(self.service, functions)?.repurposed;
-            let ms = self.ask(&json!({ "keep": false }))?.ms;
+            let work = self.ask(&json!({ "keep": false }))?.work;
             if run > 0 && counts(self.service, functions)?.repurposed > before {
-                times.push(ms);
+                times.push(work);
             }
             std::thread::sleep(FINISHED);
         }
-        Ok((!times.is_empty()).then(|| median_of(times)))
+        Ok((!times.is_empty()).then(|| typical(&times)))
     }
 
     /// The time for which the memory of a VM that has served and finished stays, which was `used_mib`, and what its
@@ -144,6 +174,7 @@ impl Probe<'_> {
         for _ in 0..RUNS {
             let Answered { vm, .. } = self.ask(&json!({ "keep": false }))?;
             let answered = Instant::now();
+            let before = self.cpu()?;
             let pid = self.pid_of(&vm)?;
             let mut samples = Vec::new();
             while answered.elapsed() < FINISHED {
@@ -155,15 +186,16 @@ impl Probe<'_> {
             let Some((_, last)) = samples.last().copied().filter(|(_, last)| *last > 0.0) else { continue };
             after_mib = last;
             let is_gone = |(_, mib): &&(f64, f64)| *mib <= (used_mib + last) / 2.0;
-            times.extend(samples.iter().find(is_gone).map(|(at_ms, _)| *at_ms));
+            let (cpu_ms, _) = self.cpu()?.since(before);
+            times.extend(samples.iter().find(is_gone).map(|(at_ms, _)| Work { ms: *at_ms, cpu_ms }));
         }
         // A kept process would become the next VM that stands by.
         std::thread::sleep(Duration::from_secs(1));
-        Ok((!times.is_empty()).then(|| KeptCosts { vacate_ms: median_of(times), mib: after_mib }))
+        Ok((!times.is_empty()).then(|| KeptCosts { vacate: typical(&times), mib: after_mib }))
     }
 
     /// The time of the first request of a VM that stands by, and its memory before.
-    fn standby(&self) -> Result<(f64, f64), BoxError> {
+    fn standby(&self) -> Result<(Work, f64), BoxError> {
         let set = Set { min: 1, max: 1 };
         let settings = json!({ "standby": { "min": set.min, "max": set.max }, "after": "end" });
         put(self.service, self.function, self.workload, settings.as_object().cloned().unwrap_or_default())?;
@@ -172,10 +204,10 @@ impl Probe<'_> {
         for _ in 0..RUNS {
             let vm = self.ready()?;
             memory_mib = self.memory_of(&vm)?;
-            times.push(self.ask(&json!({}))?.ms);
+            times.push(self.ask(&json!({}))?.work);
             std::thread::sleep(FINISHED);
         }
-        Ok((median(times), memory_mib))
+        Ok((typical(&times[1..]), memory_mib))
     }
 
     /// The costs of a VM that waits by the policy `spec` until it is at `step`, and is asked again. `None`: each
@@ -189,15 +221,19 @@ impl Probe<'_> {
         let (done_before, took_before_us) = self.steps(step)?;
         let mut vm = self.ask(&json!({}))?.vm;
         let mut requests = Vec::new();
+        let mut cpu_ms = 0.0;
         let mut mib = 0.0;
         let mut after_mib = 0.0;
         for _ in 0..STEPS {
+            let before = self.cpu()?;
             self.wait(&|record| record["vmId"] == vm.as_str() && is_there(record), step.name())?;
+            // The service itself is busy with the looks at its VMs.
+            cpu_ms += self.cpu()?.since(before).0;
             let before_mib = self.memory_of(&vm)?;
             let again = self.ask(&json!({}))?;
             vm = again.vm;
             if again.origin == step.name() {
-                requests.push(again.ms);
+                requests.push(again.work);
                 mib = before_mib;
                 after_mib = self.memory_of(&vm)?;
             }
@@ -207,8 +243,9 @@ impl Probe<'_> {
         if requests.is_empty() || done == done_before {
             return Ok(None);
         }
-        let step_ms = (took_us - took_before_us) as f64 / 1000.0 / (done - done_before) as f64;
-        Ok(Some(StepCosts { request_ms: median_of(requests), step_ms, mib, after_mib }))
+        let ms = (took_us - took_before_us) as f64 / 1000.0 / (done - done_before) as f64;
+        let step = Work { ms, cpu_ms: ms.min(cpu_ms / STEPS as f64) };
+        Ok(Some(StepCosts { request: typical(&requests), step, mib, after_mib }))
     }
 
     /// The number of such steps that were done, and their time, µs.
@@ -243,25 +280,30 @@ impl Probe<'_> {
     fn ask(&self, more: &Value) -> Result<Answered, BoxError> {
         let mut body = invocation(self.function, self.workload);
         body.extend(more.as_object().cloned().unwrap_or_default());
-        let begun = Instant::now();
-        let answer = self.service.ask("POST", "/invocations", Some(&Value::Object(body)))?;
-        let ms = begun.elapsed().as_secs_f64() * 1000.0;
+        let (work, answer) = self.timed("POST", "/invocations", Some(&Value::Object(body)))?;
         if answer["ok"] != true {
             return refuse(format!("Cannot measure function `{}`: the guest answers `{}`", self.workload.call, answer));
         }
         match answer["vmId"].as_str() {
             Some(vm) => {
                 let origin = answer["origin"].as_str().unwrap_or_default().to_string();
-                Ok(Answered { ms, vm: vm.to_string(), origin })
+                Ok(Answered { work, vm: vm.to_string(), origin })
             }
             None => refuse("tvmm serve has answered without `vmId`"),
         }
     }
 
-    fn timed(&self, method: &str, path: &str, body: Option<&Value>) -> Result<f64, BoxError> {
+    fn timed(&self, method: &str, path: &str, body: Option<&Value>) -> Result<(Work, Value), BoxError> {
+        let before = self.cpu()?;
         let begun = Instant::now();
-        self.service.ask(method, path, body)?;
-        Ok(begun.elapsed().as_secs_f64() * 1000.0)
+        let answer = self.service.ask(method, path, body)?;
+        let ms = begun.elapsed().as_secs_f64() * 1000.0;
+        let (_, cpu_ms) = self.cpu()?.since(before);
+        Ok((Work { ms, cpu_ms }, answer))
+    }
+
+    fn cpu(&self) -> Result<CpuTime, BoxError> {
+        CpuTime::of(self.service.pid())
     }
 
     fn memory_of(&self, vm: &str) -> Result<f64, BoxError> {
@@ -274,13 +316,11 @@ impl Probe<'_> {
     }
 }
 
-/// The median of the counted times.
-fn median(mut times: Vec<f64>) -> f64 {
-    times.remove(0);
-    median_of(times)
-}
-
-fn median_of(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    rank(&times, 0.5)
+/// The median of the times. The CPU time is a mean: that of processes which have ended is counted in coarse ticks.
+fn typical(times: &[Work]) -> Work {
+    let mut sorted: Vec<f64> = times.iter().map(|work| work.ms).collect();
+    sorted.sort_by(f64::total_cmp);
+    let ms = rank(&sorted, 0.5);
+    let cpu_ms = times.iter().map(|work| work.cpu_ms).sum::<f64>() / times.len().max(1) as f64;
+    Work { ms, cpu_ms: cpu_ms.min(ms) }
 }

@@ -24,24 +24,66 @@ pub(super) struct Costs {
     pub(super) workloads: BTreeMap<String, WorkloadCosts>,
 }
 
-/// Costs of one workload: medians of times, ms, and local memory of a VM, MiB.
+/// The time of an action.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Work {
+    /// From its begin to its end.
+    pub(super) ms: f64,
+    /// The part of it that one CPU worked. For the rest it waited: for a disk, or for other programs.
+    pub(super) cpu_ms: f64,
+}
+
+impl Work {
+    /// A part of the work.
+    pub(super) fn part(self, part: f64) -> Work {
+        Work { ms: self.ms * part, cpu_ms: self.cpu_ms * part }
+    }
+
+    /// The work without that of `other`, which is part of it.
+    pub(super) fn without(self, other: Work) -> Work {
+        let cpu_ms = (self.cpu_ms - other.cpu_ms).max(0.0);
+        Work { ms: (self.ms - other.ms).max(cpu_ms), cpu_ms }
+    }
+
+    /// Work of which a part is that of `other`, and the rest its own.
+    pub(super) fn towards(self, other: Work, part: f64) -> Work {
+        self.part(1.0 - part) + other.part(part)
+    }
+
+    fn numbers(self) -> [(&'static str, f64); 2] {
+        [("ms", self.ms), ("cpu_ms", self.cpu_ms)]
+    }
+}
+
+impl std::ops::Add for Work {
+    type Output = Work;
+
+    fn add(self, other: Work) -> Work {
+        Work { ms: self.ms + other.ms, cpu_ms: self.cpu_ms + other.cpu_ms }
+    }
+}
+
+/// Costs of one workload: medians of times, and local memory of a VM, MiB.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WorkloadCosts {
     pub(super) workload: Workload,
     /// A request that restores its VM.
-    pub(super) restored_ms: f64,
+    pub(super) restored: Work,
     /// A request whose VM takes over the process of a finished one. None: no process was taken over.
-    pub(super) repurposed_ms: Option<f64>,
+    pub(super) repurposed: Option<Work>,
     /// A request to a VM that has served one before.
-    pub(super) warm_ms: f64,
+    pub(super) warm: Work,
     /// The first request of a VM that stands by.
-    pub(super) standby_ms: f64,
+    pub(super) standby: Work,
     /// A request to a VM that was rewound.
-    pub(super) rewound_ms: f64,
-    pub(super) rewind_ms: f64,
+    pub(super) rewound: Work,
+    pub(super) rewind: Work,
     /// The end of a VM, with its process.
-    pub(super) end_ms: f64,
+    pub(super) end: Work,
+    /// The part of it until the kernel no longer counts the memory as the VM's.
+    pub(super) gone: Work,
     /// The process of a VM that has finished. None: no process was kept.
     pub(super) kept: Option<KeptCosts>,
     /// VMs that have given local copies back. None: no request found one.
@@ -49,9 +91,9 @@ pub(super) struct WorkloadCosts {
     /// VMs whose written pages are in a file. None: no request found one.
     pub(super) spilled: Option<StepCosts>,
     /// A request to a VM that was suspended.
-    pub(super) woken_ms: f64,
+    pub(super) woken: Work,
     /// The suspension of a VM.
-    pub(super) suspend_ms: f64,
+    pub(super) suspend: Work,
     /// A VM that has served a request.
     pub(super) used_mib: f64,
     /// A VM that stands by for its first request.
@@ -68,8 +110,8 @@ pub(super) struct WorkloadCosts {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct KeptCosts {
-    /// Time from the answer until the VM's memory is gone.
-    pub(super) vacate_ms: f64,
+    /// From the answer until the VM's memory is gone.
+    pub(super) vacate: Work,
     /// Local memory from then on.
     pub(super) mib: f64,
 }
@@ -79,44 +121,31 @@ pub(super) struct KeptCosts {
 #[serde(deny_unknown_fields)]
 pub(super) struct StepCosts {
     /// A request to such a VM.
-    pub(super) request_ms: f64,
+    pub(super) request: Work,
     /// The step itself.
-    pub(super) step_ms: f64,
+    pub(super) step: Work,
     /// Local memory after the step.
     pub(super) mib: f64,
     /// Local memory after the next request.
     pub(super) after_mib: f64,
 }
 
-impl StepCosts {
-    fn numbers(&self) -> [(&'static str, f64); 4] {
-        let StepCosts { request_ms, step_ms, mib, after_mib } = *self;
-        [("request_ms", request_ms), ("step_ms", step_ms), ("mib", mib), ("after_mib", after_mib)]
-    }
-}
-
 impl WorkloadCosts {
     fn check(&self) -> Result<(), String> {
-        for (name, number) in [
-            ("restored_ms", self.restored_ms),
-            ("repurposed_ms", self.repurposed_ms.unwrap_or(1.0)),
-            ("warm_ms", self.warm_ms),
-            ("standby_ms", self.standby_ms),
-            ("rewound_ms", self.rewound_ms),
-            ("rewind_ms", self.rewind_ms),
-            ("end_ms", self.end_ms),
-            ("woken_ms", self.woken_ms),
-            ("suspend_ms", self.suspend_ms),
+        let works = [self.restored, self.warm, self.standby, self.rewound, self.rewind, self.end, self.gone];
+        let steps = || self.trimmed.iter().chain(&self.spilled);
+        let works = works.into_iter().chain([self.suspend, self.woken]).chain(self.repurposed);
+        let works = works.chain(self.kept.map(|kept| kept.vacate)).chain(steps().flat_map(|of| [of.request, of.step]));
+        let memory = [
             ("used_mib", self.used_mib),
             ("standby_mib", self.standby_mib),
             ("rewound_mib", self.rewound_mib),
             ("reused_mib", self.reused_mib),
             ("woken_mib", self.woken_mib),
-        ]
-        .into_iter()
-        .chain(self.kept.iter().flat_map(|kept| [("vacate_ms", kept.vacate_ms), ("mib", kept.mib)]))
-        .chain(self.trimmed.iter().chain(&self.spilled).flat_map(StepCosts::numbers))
-        {
+        ];
+        let of_steps = steps().flat_map(|step| [("mib", step.mib), ("after_mib", step.after_mib)]);
+        let memory = memory.into_iter().chain(self.kept.map(|kept| ("mib", kept.mib))).chain(of_steps);
+        for (name, number) in works.flat_map(Work::numbers).chain(memory) {
             if !number.is_finite() || number < 0.0 {
                 return Err(format!("`{name}` is {number}, not a number from 0 on"));
             }

@@ -3,6 +3,7 @@
 mod arrivals;
 mod calibrate;
 mod costs;
+mod cpu;
 mod files;
 mod load;
 mod memory;
@@ -119,8 +120,10 @@ fn replay(settings: &Settings, workloads: &Workloads, out: &Path) -> Result<Vec<
     })?;
     service.end()?;
     bar.set_message("costs of one request at a time");
-    let costs = calibrate::measure(&dir, limits, workloads, cpus)?;
-    costs.write(&out.join("costs.json"))?;
+    let costs_path = out.join("costs.json");
+    calibrate::measure(&dir, limits, workloads, cpus)?.write(&costs_path)?;
+    // The numbers as `--costs` will have them: they lose their last digits on the way.
+    let costs = Costs::read(&costs_path)?;
     let mut outcomes = Vec::new();
     for rules in &settings.rules {
         bar.set_message(format!("policy {}", rules.policy));

@@ -1,7 +1,7 @@
 //! The same trace without VMs: requests take the times, and VMs the memory, that a calibration has measured.
 //!
 //! The service is modelled as docs/trace.md describes it: turns, room, kept processes, VMs that stand by. Work shares
-//! the CPUs evenly, and all of it is taken to be work of CPUs.
+//! the CPUs evenly, waits for disks and other programs do not.
 
 mod fleet;
 mod jobs;
@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::time::Duration;
 
 use super::arrivals::Arrival;
-use super::costs::{Costs, StepCosts, WorkloadCosts};
+use super::costs::{Costs, StepCosts, Work, WorkloadCosts};
 use super::load::Load;
 use super::outcome::{Outcome, Request, Way};
 use super::policy::{Fate, Processes};
@@ -53,8 +53,8 @@ enum Place {
     Free,
     /// The process of a finished VM comes with it.
     Process,
-    /// Another VM ends first; this is its work, ms.
-    After(f64),
+    /// Another VM ends first; this is its work.
+    After(Work),
 }
 
 /// A VM for a request.
@@ -62,7 +62,7 @@ struct Started {
     vm: VmId,
     way: Way,
     /// The work of the request.
-    ms: f64,
+    work: Work,
 }
 
 /// A step that a VM takes at present.
@@ -112,9 +112,9 @@ impl Simulation<'_> {
     pub(super) fn run(&self) -> Result<Outcome, BoxError> {
         let Load { trace, workloads, rules, speed } = self.load;
         let costs = self.costs.of(workloads)?;
-        if rules.processes == Processes::Shared && costs.iter().any(|costs| costs.repurposed_ms.is_none()) {
+        if rules.processes == Processes::Shared && costs.iter().any(|costs| costs.repurposed.is_none()) {
             return refuse(format!(
-                "Cannot simulate policy {}: the costs have no `repurposed_ms`, because no process was taken over when \
+                "Cannot simulate policy {}: the costs have no `repurposed`, because no process was taken over when \
                  they were measured. Replay the trace again",
                 rules.policy
             ));
@@ -170,24 +170,22 @@ impl Run<'_> {
 
     fn run_until(&mut self, end_us: f64, arrivals: &[Arrival]) {
         let mut next = 0;
-        let mut now = 0.0;
         loop {
             self.vms.set(self.fleet.living() as f64);
             self.outcome.most_suspended = self.outcome.most_suspended.max(self.fleet.suspended());
             let arrival = arrivals.get(next);
             let arrives = arrival.map_or(f64::INFINITY, |arrival| self.sim.load.clock_us(arrival.at_us));
-            let done = self.jobs.next_end(now);
+            let done = self.jobs.next_end();
             let timer = self.timers.peek().map_or(f64::INFINITY, |Reverse((at, _))| *at as f64);
-            let at = arrives.min(done).min(timer);
-            if !at.is_finite() || (arrival.is_none() && self.jobs.is_empty() && at >= end_us) {
+            let now = arrives.min(done).min(timer);
+            if !now.is_finite() || (arrival.is_none() && self.jobs.is_empty() && now >= end_us) {
                 self.memory.advance(end_us);
                 self.vms.advance(end_us);
                 return;
             }
-            self.memory.advance(at);
-            self.vms.advance(at);
-            let ended = self.jobs.advance(at - now);
-            now = at;
+            self.memory.advance(now);
+            self.vms.advance(now);
+            let ended = self.jobs.advance(now);
             for job in ended {
                 self.end_job(job, now);
             }
@@ -250,9 +248,9 @@ impl Run<'_> {
             let is_rewound = self.fleet.has_served(vm);
             self.set_memory(vm, if is_rewound { costs.reused_mib } else { costs.used_mib });
             Some(if is_rewound {
-                Started { vm, way: Way::Rewound, ms: costs.rewound_ms }
+                Started { vm, way: Way::Rewound, work: costs.rewound }
             } else {
-                Started { vm, way: Way::Standby, ms: costs.standby_ms }
+                Started { vm, way: Way::Standby, work: costs.standby }
             })
         } else {
             self.restore(function)
@@ -262,13 +260,13 @@ impl Run<'_> {
 
     /// Starts a request in the VM that was found for it, or fails it: there was no room for one.
     fn start(&mut self, asked: Asked, started: Option<Started>, now: f64) {
-        let Some(Started { vm, way, ms }) = started else {
+        let Some(Started { vm, way, work }) = started else {
             self.running -= 1;
             self.fail(asked.at_us, now);
             return;
         };
         self.fleet.set(vm, State::Busy, now as u64);
-        self.jobs.begin(Job::Request { vm, way, arrived_us: asked.at_us }, ms);
+        self.jobs.begin(Job::Request { vm, way, arrived_us: asked.at_us }, work);
     }
 
     /// Takes a VM that waits back from its step; `None`: there is no room for it.
@@ -277,42 +275,42 @@ impl Run<'_> {
         let costs = self.costs[function as usize];
         let descended = self.fleet.descended(vm);
         let full_mib = self.fleet.full_mib(vm);
-        let warm = StepCosts { request_ms: costs.warm_ms, step_ms: 0.0, mib: full_mib, after_mib: full_mib };
+        let warm = StepCosts { request: costs.warm, step: Work::default(), mib: full_mib, after_mib: full_mib };
         let (way, step) = match descended.step {
             None | Some(Step::Parked) => (Way::Warm, warm),
             Some(Step::Trimmed) => (Way::Trimmed, costs.trimmed.unwrap_or(warm)),
             Some(Step::Spilled) => (Way::Spilled, costs.spilled.unwrap_or(warm)),
             Some(Step::Suspended) => {
-                let end_ms = match self.place(function)? {
-                    Place::Free | Place::Process => 0.0,
-                    Place::After(end_ms) => end_ms,
+                let end = match self.place(function)? {
+                    Place::Free | Place::Process => Work::default(),
+                    Place::After(end) => end,
                 };
                 self.remove(vm);
                 let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
                 self.set_memory(vm, costs.woken_mib);
-                return Some(Started { vm, way: Way::Woken, ms: costs.woken_ms + end_ms });
+                return Some(Started { vm, way: Way::Woken, work: costs.woken + end });
             }
         };
         // Of a VM that is being offloaded, only a part has left.
         let part = part_of(descended);
         self.set_memory(vm, full_mib + part * (step.after_mib.min(full_mib) - full_mib));
-        Some(Started { vm, way, ms: costs.warm_ms + part * (step.request_ms - costs.warm_ms) })
+        Some(Started { vm, way, work: costs.warm.towards(step.request, part) })
     }
 
     /// Makes a VM for a request; `None`: there is no room for it.
     fn restore(&mut self, function: u32) -> Option<Started> {
         let costs = self.costs[function as usize];
-        let ms = match self.place(function)? {
-            Place::Free => costs.restored_ms,
+        let work = match self.place(function)? {
+            Place::Free => costs.restored,
             Place::Process => {
                 self.outcome.repurposed += 1;
-                costs.repurposed_ms.unwrap_or(costs.restored_ms)
+                costs.repurposed.unwrap_or(costs.restored)
             }
-            Place::After(end_ms) => costs.restored_ms + end_ms,
+            Place::After(end) => costs.restored + end,
         };
         let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
         self.set_memory(vm, costs.used_mib);
-        Some(Started { vm, way: Way::Restored, ms })
+        Some(Started { vm, way: Way::Restored, work })
     }
 
     fn set_memory(&mut self, vm: VmId, mib: f64) {
@@ -330,7 +328,7 @@ impl Run<'_> {
             self.remove(spare);
             return Some(Place::Process);
         }
-        let mut work_ms = None;
+        let mut work = None;
         while !self.fleet.has_room(mem_mib) {
             let spare = self.fleet.spare(None);
             let victim =
@@ -344,9 +342,9 @@ impl Run<'_> {
             if is_fit {
                 return Some(Place::Process);
             }
-            work_ms = Some(work_ms.unwrap_or(0.0) + self.costs[of as usize].end_ms);
+            work = Some(work.unwrap_or_default() + self.costs[of as usize].end);
         }
-        Some(work_ms.map_or(Place::Free, Place::After))
+        Some(work.map_or(Place::Free, Place::After))
     }
 
     /// Begins to restore one VM that is to stand by, if there is free room for it.
@@ -361,13 +359,13 @@ impl Run<'_> {
             let costs = self.costs[function as usize];
             let mem_mib = self.mem_mib(function);
             let spare = self.fleet.spare(Some(mem_mib));
-            let ms = match spare {
+            let work = match spare {
                 Some(spare) => {
                     self.remove(spare);
                     self.outcome.repurposed += 1;
-                    costs.repurposed_ms.unwrap_or(costs.restored_ms) - costs.warm_ms
+                    costs.repurposed.unwrap_or(costs.restored)
                 }
-                None if self.fleet.has_room(mem_mib) => costs.restored_ms - costs.warm_ms,
+                None if self.fleet.has_room(mem_mib) => costs.restored,
                 None => return,
             };
             let vm = self.fleet.add(function, mem_mib, 0.0);
@@ -375,7 +373,7 @@ impl Run<'_> {
             self.fleet.set(vm, State::Refilled, now as u64);
             self.is_refilling = true;
             self.running += 1;
-            self.jobs.begin(Job::Refill { vm }, ms.max(0.0));
+            self.jobs.begin(Job::Refill { vm }, work.without(costs.warm));
             return;
         }
     }
@@ -404,6 +402,11 @@ impl Run<'_> {
                 }
             }
             Job::End { vm } => self.remove(vm),
+            Job::Fade { vm } => {
+                let costs = self.costs[self.fleet.function(vm) as usize];
+                self.set_memory(vm, 0.0);
+                self.jobs.begin(Job::End { vm }, costs.end.without(costs.gone));
+            }
             Job::Retire { vm } => {
                 let function = self.fleet.function(vm);
                 let kept_mib = self.costs[function as usize].kept.map_or(0.0, |kept| kept.mib);
@@ -427,7 +430,7 @@ impl Run<'_> {
             Fate::Ends => self.finish(vm, now),
             Fate::Rewinds => {
                 self.fleet.set(vm, State::Returns, now as u64);
-                self.jobs.begin(Job::Rewind { vm }, self.costs[function as usize].rewind_ms);
+                self.jobs.begin(Job::Rewind { vm }, self.costs[function as usize].rewind);
             }
         }
     }
@@ -440,7 +443,7 @@ impl Run<'_> {
                 if self.sim.load.rules.processes == Processes::Shared && self.fleet.count_spares() < MAX_KEPT =>
             {
                 self.fleet.set(vm, State::Leaving, now as u64);
-                self.jobs.begin(Job::Retire { vm }, kept.vacate_ms);
+                self.jobs.begin(Job::Retire { vm }, kept.vacate);
             }
             _ => self.end(vm, now),
         }
@@ -496,9 +499,9 @@ impl Run<'_> {
     /// Lets a VM that waits begin a step. One that no VM took when the costs were measured is refused.
     fn descend(&mut self, vm: VmId, to: Descended, now_us: u64) {
         let before = self.fleet.descended(vm);
-        let step_ms = match (to.step, self.step_costs(vm, to)) {
+        let step = match (to.step, self.step_costs(vm, to)) {
             (Some(Step::Parked), _) => None,
-            (_, Some(costs)) => Some(costs.step_ms * (part_of(to) - f64::from(before.offloaded) / 100.0)),
+            (_, Some(costs)) => Some(costs.step.part(part_of(to) - f64::from(before.offloaded) / 100.0)),
             (step, None) => {
                 let mut refused = before;
                 step.into_iter().for_each(|step| refused.refuse(step));
@@ -506,15 +509,15 @@ impl Run<'_> {
                 return self.look(vm, now_us);
             }
         };
-        match step_ms {
+        match step {
             None => {
                 self.fleet.descend(vm, to);
                 self.look(vm, now_us);
             }
-            Some(step_ms) => {
+            Some(step) => {
                 self.fleet.begin_step(vm);
                 self.steps.insert(vm, Stepping { to, waiter: None });
-                self.jobs.begin(Job::Step { vm }, step_ms);
+                self.jobs.begin(Job::Step { vm }, step);
             }
         }
     }
@@ -528,7 +531,7 @@ impl Run<'_> {
             Step::Spilled => costs.spilled,
             Step::Suspended => {
                 let after_mib = costs.woken_mib;
-                Some(StepCosts { request_ms: costs.woken_ms, step_ms: costs.suspend_ms, mib: 0.0, after_mib })
+                Some(StepCosts { request: costs.woken, step: costs.suspend, mib: 0.0, after_mib })
             }
         }
     }
@@ -557,8 +560,8 @@ impl Run<'_> {
     }
 
     fn end(&mut self, vm: VmId, now: f64) {
-        let end_ms = self.costs[self.fleet.function(vm) as usize].end_ms;
+        let gone = self.costs[self.fleet.function(vm) as usize].gone;
         self.fleet.set(vm, State::Leaving, now as u64);
-        self.jobs.begin(Job::End { vm }, end_ms);
+        self.jobs.begin(Job::Fade { vm }, gone);
     }
 }

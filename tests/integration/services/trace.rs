@@ -8,6 +8,11 @@ use serde_json::{Value, json};
 
 use crate::support::{finish, refusal, scratch, text, tvmm};
 
+/// Time that is all work.
+fn work(ms: f64) -> Value {
+    json!({ "ms": ms, "cpu_ms": ms })
+}
+
 /// The costs of the default workload on an imaginary host with two CPUs.
 fn costs() -> Value {
     json!({
@@ -17,11 +22,12 @@ fn costs() -> Value {
                 "mem_mib": 128, "prepare": "fill pages=8192 seed=1", "call": "touch",
                 "params": "pages=2048 write=25 seed=1"
             },
-            "restored_ms": 20.0, "repurposed_ms": 15.0, "warm_ms": 2.0, "standby_ms": 6.0, "rewound_ms": 3.0,
-            "rewind_ms": 2.0, "end_ms": 5.0, "kept": { "vacate_ms": 3.0, "mib": 1.0 },
-            "trimmed": { "request_ms": 4.0, "step_ms": 3.0, "mib": 5.0, "after_mib": 8.0 },
-            "spilled": { "request_ms": 9.0, "step_ms": 8.0, "mib": 2.0, "after_mib": 7.0 },
-            "woken_ms": 25.0, "suspend_ms": 30.0,
+            "restored": work(20.0), "repurposed": work(15.0), "warm": work(2.0), "standby": work(6.0),
+            "rewound": work(3.0), "rewind": work(2.0), "end": work(5.0), "gone": work(3.0),
+            "kept": { "vacate": work(3.0), "mib": 1.0 },
+            "trimmed": { "request": work(4.0), "step": work(3.0), "mib": 5.0, "after_mib": 8.0 },
+            "spilled": { "request": work(9.0), "step": work(8.0), "mib": 2.0, "after_mib": 7.0 },
+            "woken": work(25.0), "suspend": { "ms": 30.0, "cpu_ms": 10.0 },
             "used_mib": 12.0, "standby_mib": 4.0, "rewound_mib": 10.0, "reused_mib": 12.0, "woken_mib": 9.0
         } }
     })

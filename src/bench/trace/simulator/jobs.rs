@@ -1,12 +1,13 @@
-//! Work that shares the CPUs.
+//! Work that shares the CPUs, and waits that do not.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
 use super::fleet::VmId;
+use crate::bench::trace::costs::Work;
 use crate::bench::trace::outcome::Way;
 
-/// One piece of work, which one CPU does.
+/// One piece of work, which one CPU does, and the wait after it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Job {
     Request {
@@ -24,6 +25,10 @@ pub(super) enum Job {
     End {
         vm: VmId,
     },
+    /// The memory of a VM that ends goes.
+    Fade {
+        vm: VmId,
+    },
     /// A VM that has finished gives its memory back, and its process is kept.
     Retire {
         vm: VmId,
@@ -34,11 +39,13 @@ pub(super) enum Job {
     },
 }
 
-/// The end of a piece of work.
+/// The end of a piece of work on a CPU, or of its wait.
 #[derive(Debug)]
 struct End {
-    /// [`Jobs::had_us`] at the end.
-    had_us: f64,
+    /// [`Jobs::had_us`] at the end of work, [`Jobs::now_us`] at that of a wait.
+    at_us: f64,
+    /// The wait after the work.
+    wait_us: f64,
     /// Pieces that end together end in the order in which they began.
     number: u64,
     job: Job,
@@ -46,7 +53,7 @@ struct End {
 
 impl Ord for End {
     fn cmp(&self, other: &End) -> Ordering {
-        self.had_us.total_cmp(&other.had_us).then(self.number.cmp(&other.number))
+        self.at_us.total_cmp(&other.at_us).then(self.number.cmp(&other.number))
     }
 }
 
@@ -72,6 +79,9 @@ pub(super) struct Jobs {
     /// share, so that each ends at a value that is known when it begins.
     had_us: f64,
     ends: BinaryHeap<Reverse<End>>,
+    /// The time, µs, and the work that waits by its end.
+    now_us: f64,
+    waits: BinaryHeap<Reverse<End>>,
     begun: u64,
 }
 
@@ -80,18 +90,20 @@ const NONE_US: f64 = 1e-3;
 
 impl Jobs {
     pub(super) fn new(cpus: usize) -> Jobs {
-        Jobs { cpus: cpus as f64, had_us: 0.0, ends: BinaryHeap::new(), begun: 0 }
+        let cpus = cpus as f64;
+        Jobs { cpus, had_us: 0.0, ends: BinaryHeap::new(), now_us: 0.0, waits: BinaryHeap::new(), begun: 0 }
     }
 
-    /// Begins work of `ms` of one CPU.
-    pub(super) fn begin(&mut self, job: Job, ms: f64) {
-        let had_us = self.had_us + ms * 1000.0;
-        self.ends.push(Reverse(End { had_us, number: self.begun, job }));
+    /// Begins a job: it works on a CPU, then it waits.
+    pub(super) fn begin(&mut self, job: Job, work: Work) {
+        let at_us = self.had_us + work.cpu_ms * 1000.0;
+        let wait_us = (work.ms - work.cpu_ms) * 1000.0;
+        self.ends.push(Reverse(End { at_us, wait_us, number: self.begun, job }));
         self.begun += 1;
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.ends.is_empty()
+        self.ends.is_empty() && self.waits.is_empty()
     }
 
     /// The part of a CPU that each piece of work has.
@@ -99,20 +111,31 @@ impl Jobs {
         (self.cpus / self.ends.len() as f64).min(1.0)
     }
 
-    /// The moment at which the next work ends, if no other begins.
-    pub(super) fn next_end(&self, now_us: f64) -> f64 {
-        self.ends.peek().map_or(f64::INFINITY, |Reverse(end)| now_us + (end.had_us - self.had_us) / self.rate())
+    /// The moment at which the next work or wait ends, if no other begins.
+    pub(super) fn next_end(&self) -> f64 {
+        let of_work = self.ends.peek().map(|Reverse(end)| self.now_us + (end.at_us - self.had_us) / self.rate());
+        let of_wait = self.waits.peek().map(|Reverse(end)| end.at_us);
+        of_work.unwrap_or(f64::INFINITY).min(of_wait.unwrap_or(f64::INFINITY))
     }
 
-    /// Lets `us` pass. Returns the work that has ended.
-    pub(super) fn advance(&mut self, us: f64) -> Vec<Job> {
-        let mut ended = Vec::new();
-        if self.is_empty() {
-            return ended;
+    /// Lets time pass until `to_us`, which is no later than [`next_end`](Self::next_end). Returns the jobs that have
+    /// ended.
+    pub(super) fn advance(&mut self, to_us: f64) -> Vec<Job> {
+        if !self.ends.is_empty() {
+            self.had_us += (to_us - self.now_us) * self.rate();
         }
-        self.had_us += us * self.rate();
-        while self.ends.peek().is_some_and(|Reverse(end)| end.had_us <= self.had_us + NONE_US) {
-            ended.extend(self.ends.pop().map(|Reverse(end)| end.job));
+        self.now_us = to_us;
+        let mut ended = Vec::new();
+        while self.ends.peek().is_some_and(|Reverse(end)| end.at_us <= self.had_us + NONE_US) {
+            let Some(Reverse(end)) = self.ends.pop() else { break };
+            if end.wait_us > NONE_US {
+                self.waits.push(Reverse(End { at_us: to_us + end.wait_us, ..end }));
+            } else {
+                ended.push(end.job);
+            }
+        }
+        while self.waits.peek().is_some_and(|Reverse(end)| end.at_us <= to_us) {
+            ended.extend(self.waits.pop().map(|Reverse(end)| end.job));
         }
         ended
     }
@@ -122,28 +145,46 @@ impl Jobs {
 mod tests {
     use super::*;
 
+    fn cpu(ms: f64) -> Work {
+        Work { ms, cpu_ms: ms }
+    }
+
     #[test]
     fn three_pieces_of_work_share_two_cpus() {
         let mut jobs = Jobs::new(2);
         for vm in 0..3 {
-            jobs.begin(Job::End { vm }, if vm == 2 { 4.0 } else { 2.0 });
+            jobs.begin(Job::End { vm }, cpu(if vm == 2 { 4.0 } else { 2.0 }));
         }
-        assert_eq!(jobs.next_end(0.0), 3000.0);
+        assert_eq!(jobs.next_end(), 3000.0);
         assert_eq!(jobs.advance(3000.0), [Job::End { vm: 0 }, Job::End { vm: 1 }]);
-        assert_eq!(jobs.next_end(3000.0), 5000.0);
-        assert_eq!(jobs.advance(2000.0), [Job::End { vm: 2 }]);
-        assert!(jobs.is_empty() && jobs.next_end(5000.0).is_infinite());
+        assert_eq!(jobs.next_end(), 5000.0);
+        assert_eq!(jobs.advance(5000.0), [Job::End { vm: 2 }]);
+        assert!(jobs.is_empty() && jobs.next_end().is_infinite());
     }
 
     #[test]
     fn work_that_begins_later_ends_after_shorter_work_that_was_there() {
         let mut jobs = Jobs::new(1);
-        jobs.begin(Job::End { vm: 0 }, 2.0);
+        jobs.begin(Job::End { vm: 0 }, cpu(2.0));
         assert_eq!(jobs.advance(1000.0), []);
-        jobs.begin(Job::End { vm: 1 }, 1.5);
-        assert_eq!(jobs.next_end(1000.0), 3000.0);
-        assert_eq!(jobs.advance(2000.0), [Job::End { vm: 0 }]);
-        assert_eq!(jobs.next_end(3000.0), 3500.0);
-        assert_eq!(jobs.advance(500.0), [Job::End { vm: 1 }]);
+        jobs.begin(Job::End { vm: 1 }, cpu(1.5));
+        assert_eq!(jobs.next_end(), 3000.0);
+        assert_eq!(jobs.advance(3000.0), [Job::End { vm: 0 }]);
+        assert_eq!(jobs.next_end(), 3500.0);
+        assert_eq!(jobs.advance(3500.0), [Job::End { vm: 1 }]);
+    }
+
+    #[test]
+    fn waits_take_no_cpu() {
+        let mut jobs = Jobs::new(1);
+        jobs.begin(Job::End { vm: 0 }, Work { ms: 5.0, cpu_ms: 1.0 });
+        jobs.begin(Job::End { vm: 1 }, cpu(2.0));
+        assert_eq!(jobs.next_end(), 2000.0);
+        assert_eq!(jobs.advance(2000.0), [], "it waits from now on");
+        assert_eq!(jobs.next_end(), 3000.0);
+        assert_eq!(jobs.advance(3000.0), [Job::End { vm: 1 }]);
+        assert_eq!(jobs.next_end(), 6000.0);
+        assert_eq!(jobs.advance(6000.0), [Job::End { vm: 0 }]);
+        assert!(jobs.is_empty());
     }
 }
