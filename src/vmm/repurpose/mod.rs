@@ -83,6 +83,7 @@ impl Machine<Paused> {
         let verifier = Verifier::start(&files, spec.plan, spec.verify, true)?;
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         saved.fw_cfg.metadata.extend(spec.overrides.metadata.clone());
+        devices::check_saved(&saved.virtio, &overrides, &self.core.devices.virtio)?;
         if let Some(verifier) = &verifier {
             verifier.wait(&files)?;
         }
