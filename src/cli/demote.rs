@@ -24,9 +24,15 @@ pub struct DemoteArgs {
     /// The directory of the file that pages are spilled to. It has no name there, and ends with the VM
     #[arg(long, value_name = "DIR")]
     spill_dir: Option<PathBuf>,
+    /// Limit on the size of that file, MiB; pages beyond it stay in local memory. Default: no limit
+    #[arg(long, value_name = "MIB", requires = "spill_dir")]
+    spill_size: Option<NonZeroU64>,
     /// Most memory given back per second
     #[arg(long, value_name = "MIB")]
     rate: Option<NonZeroU64>,
+    /// Print the answer of the API as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -42,9 +48,14 @@ pub fn run(args: &DemoteArgs) -> Result<ExitCode, BoxError> {
     };
     // The VM may have another working directory.
     let spill_dir = args.spill_dir.as_ref().map(std::path::absolute).transpose()?;
-    let body = json!(DemoteRequest { to, spill_dir, rate_mib_s: args.rate });
+    let body = json!(DemoteRequest { to, spill_dir, spill_mib: args.spill_size, rate_mib_s: args.rate });
     let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/demote", Some(&body), TIMEOUT)?;
-    let demoted: Demoted = serde_json::from_value(answer.unwrap_or_default())?;
+    let answer = answer.unwrap_or_default();
+    if args.json {
+        out!("{answer:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let demoted: Demoted = serde_json::from_value(answer)?;
     say!(
         "gave {:.1} MiB back in {:.2} ms ({} steps, longest pause {:.2} ms): {} pages dropped, {} mapped from their \
          files, {} spilled; kept: {} pages written, {} that nothing else can show",

@@ -40,6 +40,9 @@ pub struct SnapshotArgs {
     /// compares after this command has returned, and reports the outcome in `GET /tvmm/report`
     #[arg(long)]
     verify: bool,
+    /// Print the answer of the API as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 impl SnapshotArgs {
@@ -95,6 +98,10 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
             return Err(error.into());
         }
     };
+    if args.json {
+        out!("{taken:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
     out!("{}", out.display());
     if let (Some(id), Some(bytes)) = (taken["id"].as_str(), taken["memory_bytes"].as_u64()) {
         let stood = taken["capture_us"].as_u64().unwrap_or(0) as f64 / 1000.0;

@@ -128,6 +128,9 @@ pub struct Demoted {
     /// Pages that went to the spill file. They differ from the snapshot, or nothing can show their source.
     #[serde(default)]
     pub pages_spilled: u64,
+    /// The length of the spill file, bytes.
+    #[serde(default)]
+    pub spill_file_len: u64,
     /// Pages kept, because they differ from the snapshot.
     pub pages_written: u64,
     /// Pages kept, because nothing can show their source in place of the copy.

@@ -87,8 +87,10 @@ pub struct SnapshotPaths {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewindRequest {
-    /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine.
-    pub verify: bool,
+    /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine. `verify` is
+    /// an older name of the same.
+    #[serde(alias = "verify")]
+    pub compare: bool,
 }
 
 /// A request to a restored machine to give local memory back: the body of `PUT /tvmm/demote`.
@@ -100,6 +102,9 @@ pub struct DemoteRequest {
     /// The directory of the file to which pages are spilled. The file has no name and ends with the process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_dir: Option<PathBuf>,
+    /// Most bytes of that file, MiB; pages beyond it stay in local memory, and the demotion ends. Default: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_mib: Option<NonZeroU64>,
     /// Most memory given back per second, MiB: a slow demotion disturbs no neighbours. Default: as fast as it goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_mib_s: Option<NonZeroU64>,
@@ -116,20 +121,33 @@ pub enum DemotedTo {
     Spilled,
 }
 
+/// The file to which pages are spilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpillTo<'a> {
+    pub dir: &'a Path,
+    /// The most bytes that it may have.
+    pub bytes_max: u64,
+}
+
 impl DemoteRequest {
-    /// The directory to spill to, if pages are to be spilled.
+    /// The file to spill to, if pages are to be spilled.
     ///
     /// # Errors
     /// The directory is missing, or named although nothing is spilled.
-    pub fn spill_to(&self) -> Result<Option<&Path>, Refused> {
-        match (self.to, &self.spill_dir) {
-            (DemotedTo::Trimmed, None) => Ok(None),
-            (DemotedTo::Spilled, Some(dir)) => Ok(Some(dir)),
-            (DemotedTo::Spilled, None) => {
-                Err(Refused::bad_request("Pages can only be spilled to a directory: name it in `spill_dir`."))
+    pub fn spill_to(&self) -> Result<Option<SpillTo<'_>>, Refused> {
+        let useless = |key| {
+            Err(Refused::bad_request(format!("`{key}` is for `\"to\": \"spilled\"`: say that, or leave it out.")))
+        };
+        match (self.to, &self.spill_dir, self.spill_mib) {
+            (DemotedTo::Trimmed, None, None) => Ok(None),
+            (DemotedTo::Trimmed, Some(_), _) => useless("spill_dir"),
+            (DemotedTo::Trimmed, None, Some(_)) => useless("spill_mib"),
+            (DemotedTo::Spilled, Some(dir), mib) => {
+                let bytes_max = mib.map_or(u64::MAX, |mib| mib.get().saturating_mul(1 << 20));
+                Ok(Some(SpillTo { dir, bytes_max }))
             }
-            (DemotedTo::Trimmed, Some(_)) => {
-                Err(Refused::bad_request("`spill_dir` is for `\"to\": \"spilled\"`: say that, or leave it out."))
+            (DemotedTo::Spilled, None, _) => {
+                Err(Refused::bad_request("Pages can only be spilled to a directory: name it in `spill_dir`."))
             }
         }
     }

@@ -5,11 +5,14 @@
 //! only a VM that no longer answers is ended.
 
 use std::io;
-use std::sync::Arc;
+use std::num::NonZeroU64;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use rustix::process::Signal;
 use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use utoipa::ToSchema;
 
@@ -20,6 +23,7 @@ use super::standby;
 use super::suspended::{Layer, SuspendedVm, space_of};
 use super::vm::control::ControlError;
 use super::vm::steps::Descent;
+use super::vm::table::Suspends;
 use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
 use crate::config::bodies::{CreateBody, CreateExtension};
 use crate::config::control::SnapshotTaken;
@@ -31,8 +35,10 @@ use crate::tiering::idle::{IdleAction, IdleRule, Step};
 const PAUSE: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_millis(500);
 /// Pause between two looks at the host's memory.
 const PRESSURE: Duration = Duration::from_secs(1);
-/// VMs that take a step at once.
+/// Steps that are under way at once, but for slow ones.
 const AT_ONCE: usize = 4;
+/// Time after which a step is slow, and no longer keeps those of other VMs waiting: its VM or a disk may hang.
+const SLOW_STEP: Duration = Duration::from_secs(10);
 /// The most snapshots that a suspended VM builds on besides that of its restore: the next one is full.
 const MOST_LAYERS: usize = 4;
 
@@ -62,12 +68,19 @@ pub(super) fn state_of(daemon: &Daemon, func_name: &str) -> Option<IdleState> {
     })
 }
 
+/// The steps that are under way.
+struct Steps {
+    tasks: JoinSet<()>,
+    /// One for each step that is not slow.
+    slots: Arc<Semaphore>,
+}
+
 /// Lets idle VMs take their steps, for ever.
 pub(super) async fn descend_all(daemon: Arc<Daemon>) {
-    let mut steps = JoinSet::new();
+    let mut steps = Steps { tasks: JoinSet::new(), slots: Arc::new(Semaphore::new(AT_ONCE)) };
     let mut looked = tokio::time::Instant::now();
     loop {
-        while steps.try_join_next().is_some() {}
+        while steps.tasks.try_join_next().is_some() {}
         if looked.elapsed() >= PRESSURE {
             looked = tokio::time::Instant::now();
             if standby::shortage(&daemon).is_some() {
@@ -75,15 +88,19 @@ pub(super) async fn descend_all(daemon: Arc<Daemon>) {
             }
         }
         let mut pause = *PAUSE.end();
+        let mut due = Vec::new();
         for vm in daemon.vms.all() {
             let Some((idle, rule)) = waiting(&daemon, &vm) else { continue };
             let p99 = daemon.idle.p99(&vm.function.func_name);
             if let Some(action) = rule.due(idle, vm.descended(), p99) {
-                begin(&daemon, &mut steps, vm, action);
+                due.push((idle, vm, action));
             } else if let Some(next) = rule.next_time(idle, p99) {
                 pause = pause.min(next - idle);
             }
         }
+        // If not all can begin, those begin that have waited longest.
+        due.sort_by_key(|(idle, ..)| std::cmp::Reverse(*idle));
+        due.into_iter().for_each(|(_, vm, action)| begin(&daemon, &mut steps, vm, action));
         tokio::time::sleep(pause.max(*PAUSE.start())).await;
     }
 }
@@ -104,7 +121,7 @@ fn waiting(daemon: &Daemon, vm: &Vm) -> Option<(Duration, IdleRule)> {
 
 /// Lets a quarter of the idle VMs take their next step before its time: those first that have been idle longest,
 /// measured by the pauses between requests that their functions are used to. Memory is short.
-fn hasten(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>) {
+fn hasten(daemon: &Arc<Daemon>, steps: &mut Steps) {
     let mut idle = Vec::new();
     for vm in daemon.vms.all() {
         let Some((idle_for, rule)) = waiting(daemon, &vm) else { continue };
@@ -121,8 +138,8 @@ fn hasten(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>) {
     }
 }
 
-/// Begins an action; a step only if fewer than may be are under way.
-fn begin(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>, vm: Arc<Vm>, action: IdleAction) {
+/// Begins an action; a step only if a slot is free.
+fn begin(daemon: &Arc<Daemon>, steps: &mut Steps, vm: Arc<Vm>, action: IdleAction) {
     let daemon = daemon.clone();
     match action {
         IdleAction::End => {
@@ -133,10 +150,22 @@ fn begin(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>, vm: Arc<Vm>, action: Idl
                 tokio::spawn(async move { standby::end(&daemon, &vm).await });
             }
         }
-        IdleAction::Step(step) if steps.len() < AT_ONCE => {
-            steps.spawn(async move { descend(&daemon, &vm, step).await });
+        IdleAction::Step(step) => {
+            let Ok(slot) = steps.slots.clone().try_acquire_owned() else { return };
+            steps.tasks.spawn(async move { descend_in(&daemon, &vm, step, slot).await });
         }
-        IdleAction::Step(_) => {}
+    }
+}
+
+/// Takes a step if the VM is still idle, and gives the slot back when the step ends, or is slow.
+async fn descend_in(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step, slot: OwnedSemaphorePermit) {
+    let Some(descent) = vm.descend() else { return };
+    let mut taken = pin!(descend(daemon, vm, descent, step));
+    if tokio::time::timeout(SLOW_STEP, &mut taken).await.is_err() {
+        drop(slot);
+        daemon.idle.slow(&vm.function.func_name, step);
+        tracing::warn!(vm = vm.id, step = step.name(), "A step of an idle VM is slow, and no others wait for it");
+        taken.await;
     }
 }
 
@@ -151,14 +180,14 @@ enum StepError {
     Used,
 }
 
-async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step) {
-    let Some(descent) = vm.descend() else { return };
+/// Takes a step, and counts its end. Returns whether the VM has taken it.
+async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: Descent<'_>, step: Step) -> bool {
     let taken = async {
         descent.park().await?;
         match step {
             Step::Parked => Ok(0),
-            Step::Trimmed => Ok(descent.demote(None).await?),
-            Step::Spilled => Ok(descent.demote(Some(daemon.spill_dir())).await?),
+            Step::Trimmed => Ok(descent.trim().await?),
+            Step::Spilled => spill(daemon, vm, &descent).await,
             Step::Suspended => suspend(daemon, vm, &descent).await,
         }
     };
@@ -166,11 +195,14 @@ async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step) {
     let (end, why) = match taken.await {
         Ok(freed) => {
             daemon.idle.freed(func_name, step, freed);
-            return daemon.idle.stepped(func_name, step, StepEnd::Done);
+            daemon.idle.stepped(func_name, step, StepEnd::Done);
+            return true;
         }
-        Err(StepError::Used) => return daemon.idle.stepped(func_name, step, StepEnd::Cancelled),
-        // It was deleted, or made room for another VM.
-        _ if vm.idle_for().is_none() => return daemon.idle.stepped(func_name, step, StepEnd::Cancelled),
+        // It was used, deleted, or made room for another VM.
+        Err(error) if matches!(error, StepError::Used) || vm.idle_for().is_none() => {
+            daemon.idle.stepped(func_name, step, StepEnd::Cancelled);
+            return false;
+        }
         Err(error @ (StepError::Vm(ControlError::Refused { .. }) | StepError::Refused(_))) => {
             descent.was_refused(step);
             (StepEnd::Refused, error.to_string())
@@ -184,6 +216,56 @@ async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step) {
     };
     tracing::warn!(vm = vm.id, step = step.name(), why, "An idle VM does not take its step");
     daemon.idle.stepped(func_name, step, end);
+    false
+}
+
+/// Lets idle VMs whose state is worth keeping make room by a suspension.
+#[derive(Debug)]
+pub(super) struct RoomBySuspension(Weak<Daemon>);
+
+impl RoomBySuspension {
+    pub(super) fn of(daemon: &Arc<Daemon>) -> RoomBySuspension {
+        RoomBySuspension(Arc::downgrade(daemon))
+    }
+}
+
+impl Suspends for RoomBySuspension {
+    fn keeps(&self, vm: &Vm) -> bool {
+        let rule = self.0.upgrade().and_then(|daemon| daemon.idle_rule(&vm.function.func_name));
+        rule.is_some_and(|rule| rule.suspends())
+    }
+
+    fn suspend(&self, vm: Arc<Vm>) -> Pin<Box<dyn Future<Output = bool> + Send>> {
+        let daemon = self.0.clone();
+        Box::pin(async move {
+            let Some(daemon) = daemon.upgrade() else { return false };
+            // A suspension that has begun is finished, whether or not the request that needs the room waits.
+            let taken = tokio::spawn(async move {
+                while vm.idle_for().is_some() {
+                    vm.stepped().await;
+                    if let Some(descent) = vm.descend() {
+                        return descend(&daemon, &vm, descent, Step::Suspended).await;
+                    }
+                }
+                false
+            });
+            taken.await.unwrap_or(false)
+        })
+    }
+}
+
+/// Spills a parked VM, as far as there is space for its file. Returns the memory that it has given back, bytes.
+async fn spill(daemon: &Daemon, vm: &Vm, descent: &Descent<'_>) -> Result<u64, StepError> {
+    let local = memory_of(vm.life.pid()).await?.anonymous_kib << 10;
+    let most = daemon.options.limits.spill_disk_mib << 20;
+    // Pages that do not compress, each in a block of its own.
+    let wanted = (local + local / 8).next_multiple_of(1 << 20);
+    let Some(bytes) = daemon.vms.reserve_spill(vm, wanted, most) else {
+        let taken = daemon.vms.spill_bytes();
+        return refuse(&format!("{taken} of the {most} bytes that all spill files may have are taken (--spill-disk)"));
+    };
+    let mib = NonZeroU64::new(bytes >> 20).unwrap_or(NonZeroU64::MIN);
+    Ok(descent.spill(daemon.spill_dir(), mib).await?)
 }
 
 /// Saves a parked VM, and ends its process. Returns the memory that the process had, bytes.

@@ -34,6 +34,8 @@ pub(super) struct StepTally {
     refused: u64,
     /// Steps that failed: the VM was ended.
     failed: u64,
+    /// Steps that took longer than 10 s, whatever their end.
+    slow: u64,
     /// VMs taken back from this step by a request.
     woken: u64,
     /// VMs that could not be taken back.
@@ -97,6 +99,11 @@ impl IdleCounts {
             };
             *counter += 1;
         });
+    }
+
+    /// Counts a step that takes long.
+    pub(super) fn slow(&self, func_name: &str, step: Step) {
+        self.change(func_name, |of| of.tally.step(step).slow += 1);
     }
 
     /// Counts memory that a step has given back.
@@ -163,6 +170,14 @@ impl IdleCounts {
                     let labels = format!("function=\"{name}\",step=\"{}\",end=\"{end}\"", step.name());
                     writeln!(text, "tvmm_idle_steps_total{{{labels}}} {count}")?;
                 }
+            }
+        }
+        head(text, "tvmm_idle_slow_steps_total", "counter", "Steps of idle VMs that took longer than 10 s")?;
+        for (name, tally) in &mut functions {
+            for step in Step::ALL {
+                let slow = tally.step(step).slow;
+                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
+                writeln!(text, "tvmm_idle_slow_steps_total{{{labels}}} {slow}")?;
             }
         }
         head(text, "tvmm_idle_wakes_total", "counter", "Idle VMs that a request took back from a step, by their end")?;

@@ -425,9 +425,9 @@ async fn make(daemon: &Arc<Daemon>, spec: &StartSpec, limit: Limit, recording: &
         return Ok(Made { using: vm.claim()?, span, origin: Origin::Standby });
     }
     let started = tokio::time::timeout_at(limit.deadline, daemon.start_vm(spec, recording)).await;
-    let (vm, span) = started.map_err(|_| limit.fault("The VM was not ready"))??;
+    let (using, span) = started.map_err(|_| limit.fault("The VM was not ready"))??;
     let origin = if spec.restore.is_some() { Origin::Snapshot } else { Origin::Boot };
-    Ok(Made { using: vm.claim()?, span, origin })
+    Ok(Made { using, span, origin })
 }
 
 /// Asks a VM. A VM that does not answer as it should is ended, and its end is waited for.

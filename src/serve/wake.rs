@@ -94,9 +94,7 @@ async fn wake_alone(daemon: &Arc<Daemon>, id: &str) -> Result<Option<Claimed>, F
     let Some(suspended) = taken.await?.map_err(|error| Fault::of(&error))? else { return Ok(None) };
     let func_name = suspended.record().func_name.clone();
     match restored(daemon, &suspended).await {
-        Ok(vm) => {
-            // No other request and no step has found it: nothing was waited for since it began to run.
-            let using = vm.claim()?;
+        Ok(using) => {
             daemon.idle.woken(&func_name, Step::Suspended);
             let idle_ms = unix_ms().saturating_sub(suspended.used_unix_ms);
             daemon.idle.reused(&func_name, Duration::from_millis(idle_ms));
@@ -120,12 +118,12 @@ async fn wake_alone(daemon: &Arc<Daemon>, id: &str) -> Result<Option<Claimed>, F
     }
 }
 
-async fn restored(daemon: &Arc<Daemon>, suspended: &SuspendedVm) -> Result<Arc<Vm>, Fault> {
+async fn restored(daemon: &Arc<Daemon>, suspended: &SuspendedVm) -> Result<RequestGuard, Fault> {
     let spec = spec(daemon, suspended)?;
     let mut recording = Recording::begin(&suspended.record().func_name, None);
     let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(&spec, &mut recording)).await;
     let slow = |_: Elapsed| Fault::timed_out(format!("it was not ready within {} s.", START_TIMEOUT.as_secs()));
-    started.map_err(slow)?.map(|(vm, _)| vm)
+    started.map_err(slow)?.map(|(using, _)| using)
 }
 
 fn spec(daemon: &Daemon, suspended: &SuspendedVm) -> Result<StartSpec, Fault> {

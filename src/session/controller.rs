@@ -471,7 +471,7 @@ impl Controller {
         let result = machine.rewind(&restored.carried_out, restored.keep_pages, drives);
         let rewound_us = start.elapsed().as_micros() as u64;
         let result = result.and_then(|rewound| {
-            if request.verify {
+            if request.compare {
                 machine.compare(&restored.carried_out)?;
             }
             machine.raise_events()?;

@@ -289,7 +289,8 @@ impl Run<'_> {
         self.meter.add(-self.fleet.remove(vm));
     }
 
-    /// Finds a place for a VM as the service does: a kept process of its shape, free room, or that of a VM that ends.
+    /// Finds a place for a VM as the service does: a kept process of its shape, free room, or that of a VM that ends or
+    /// is suspended.
     fn place(&mut self, function: u32) -> Option<Place> {
         let mem_mib = self.mem_mib(function);
         if let Some(spare) = self.fleet.spare(Some(mem_mib)) {
@@ -297,6 +298,7 @@ impl Run<'_> {
             return Some(Place::Process);
         }
         let mut work_ms = None;
+        let suspends = self.idle.is_some_and(|rule| rule.suspends());
         while !self.fleet.has_room(mem_mib) {
             let spare = self.fleet.spare(None);
             let victim =
@@ -304,6 +306,12 @@ impl Run<'_> {
             let of = self.fleet.function(victim);
             if self.fleet.is(victim, State::Ready) {
                 self.lacking.insert(of);
+            }
+            if suspends && self.fleet.is(victim, State::Idle) {
+                self.fleet.descend(victim, Step::Suspended);
+                self.grow(victim, 0.0);
+                work_ms = Some(work_ms.unwrap_or(0.0) + self.costs[of as usize].suspend_ms);
+                continue;
             }
             let is_fit = self.mem_mib(of) == mem_mib && self.sim.rules.processes == Processes::Shared;
             self.remove(victim);

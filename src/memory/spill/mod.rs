@@ -95,6 +95,11 @@ impl Spill {
         Ok(Spill { shared, has_failed, worker })
     }
 
+    /// Bounds the file, from now on, to so many bytes.
+    pub fn limit(&self, bytes_max: u64) {
+        self.shared.store().limit(bytes_max);
+    }
+
     /// Takes `pages` of `ram`, which this process has copies of, out of local memory: they are held until
     /// [`write`](Self::write) is called. No vCPU runs and all devices are quiet.
     ///
@@ -145,7 +150,7 @@ impl Spill {
     /// Writes the pages that are held. If that fails, they come back to local memory.
     ///
     /// # Errors
-    /// Those of the file.
+    /// Those of the file, and its limit.
     pub fn write(&self) -> Result<(), ChangeError> {
         let mut store = self.shared.store();
         let Err(source) = store.write_held() else { return Ok(()) };

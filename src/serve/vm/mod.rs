@@ -304,6 +304,8 @@ struct Usage {
     descended: Descended,
     /// True while it takes a step down.
     is_stepping: bool,
+    /// The space of its spill file.
+    spill_bytes: u64,
 }
 
 /// The context id of a guest that has a vsock device: the lowest that a guest may have.
@@ -363,7 +365,8 @@ pub(super) async fn repurpose(
 }
 
 impl Vm {
-    /// A VM whose machine was made in `shell`.
+    /// A VM whose machine was made in `shell`. The request for which it was made uses it already, so that no other one
+    /// finds it idle before: see [`Table::add`](table::Table::add).
     pub(super) fn new(shell: Shell, permit: VmPermit, spec: &StartSpec, files: VmFiles) -> Vm {
         let VmFiles { id, drives, vsock } = files;
         let duty = if spec.purpose == Purpose::Standby { Duty::Changes } else { Duty::Serves };
@@ -388,12 +391,13 @@ impl Vm {
             diff_parent: Mutex::new(spec.restore.as_ref().and_then(RestoreSpec::ss_id)),
             usage: Mutex::new(Usage {
                 duty,
-                requests: 0,
+                requests: 1,
                 invocations: former.map_or(0, |record| record.invocations),
                 rewinds: former.map_or(0, |record| record.rewinds),
                 since: Instant::now(),
                 descended: Descended::default(),
                 is_stepping: false,
+                spill_bytes: 0,
             }),
             step_turn: AsyncMutex::new(()),
             settled: watch::Sender::new(false),
@@ -579,6 +583,8 @@ impl Vm {
         let _quiet = self.quiet().await;
         let rewound = self.send("PUT", "/tvmm/rewind", &request).await?;
         self.lock().rewinds += 1;
+        // A rewind drops the file.
+        self.note_spill(0);
         // Its next diff builds on that snapshot again.
         (*self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner)).clone_from(&self.ss_id);
         Ok(rewound)

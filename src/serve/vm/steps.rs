@@ -3,6 +3,7 @@
 //! A step down is taken while no request uses the VM. A request that comes meanwhile waits for the step, and takes the
 //! VM back up. The last step, suspension, is given up if a request has come before its end.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +50,16 @@ impl Vm {
         usage.is_stepping = true;
         drop(usage);
         Some(Descent { vm: self, _turn: turn })
+    }
+
+    /// The space of its spill file, bytes: what it had after its last spill, or may have while it is spilled.
+    pub fn spill_bytes(&self) -> u64 {
+        self.lock().spill_bytes
+    }
+
+    /// Notes the space of its spill file.
+    pub fn note_spill(&self, bytes: u64) {
+        self.lock().spill_bytes = bytes;
     }
 
     /// Returns whether the VM takes a step down at present.
@@ -106,17 +117,38 @@ impl Descent<'_> {
         Ok(())
     }
 
-    /// Gives back local copies of pages that equal the snapshot; with a directory, also those that differ. Called after
+    /// Gives back local copies of pages that equal the snapshot. Called after [`park`](Self::park). Returns the number
+    /// of bytes given back.
+    pub async fn trim(&self) -> Result<u64, ControlError> {
+        let demoted = self.vm.send("PUT", "/tvmm/demote", &DemoteRequest::default()).await?;
+        self.reach(Step::Trimmed);
+        Ok(given_back(&demoted))
+    }
+
+    /// Also gives back pages that differ, which go to a file of at most `mib` MiB in `dir`. Called after
     /// [`park`](Self::park). Returns the number of bytes given back.
-    pub async fn demote(&self, spill_to: Option<&Path>) -> Result<u64, ControlError> {
-        let (to, step) = match spill_to {
-            None => (DemotedTo::Trimmed, Step::Trimmed),
-            Some(_) => (DemotedTo::Spilled, Step::Spilled),
+    pub async fn spill(&self, dir: &Path, mib: NonZeroU64) -> Result<u64, ControlError> {
+        let request = DemoteRequest {
+            to: DemotedTo::Spilled,
+            spill_dir: Some(dir.to_path_buf()),
+            spill_mib: Some(mib),
+            rate_mib_s: None,
         };
-        let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), rate_mib_s: None };
-        let demoted: Demoted = self.vm.send("PUT", "/tvmm/demote", &request).await?;
-        self.reach(step);
-        Ok(PAGE_SIZE * (demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled))
+        let demoted: Result<Demoted, ControlError> = self.vm.send("PUT", "/tvmm/demote", &request).await;
+        match demoted {
+            Ok(demoted) => {
+                self.vm.note_spill(demoted.spill_file_len);
+                self.reach(Step::Spilled);
+                Ok(given_back(&demoted))
+            }
+            Err(error) => {
+                // A part of the pages is in the file.
+                if let Ok(report) = self.vm.report().await {
+                    self.vm.note_spill(report["spill"]["file_len"].as_u64().unwrap_or(0));
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Takes the VM, which was saved, from clients, so that its process can end; false if a request has come.
@@ -135,6 +167,11 @@ impl Descent<'_> {
         // An error means that the sender, which the VM owns, is gone.
         let _ = self.vm.settled.subscribe().wait_for(|is_settled| *is_settled).await;
     }
+}
+
+/// The memory that a demotion has given back, bytes.
+fn given_back(demoted: &Demoted) -> u64 {
+    PAGE_SIZE * (demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled)
 }
 
 impl RequestGuard {

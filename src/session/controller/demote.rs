@@ -96,16 +96,17 @@ impl Controller {
     }
 
     fn end_demotion(&mut self, job: Job) {
-        match &self.phase {
-            Phase::NotStarted => {}
+        let spill_file_len = match &self.phase {
+            Phase::NotStarted => 0,
             Phase::Running(machine) => machine.settle_spilled(),
             Phase::Paused(machine) => machine.settle_spilled(),
-        }
+        };
         let DemotedPages { dropped, mapped, spilled, written, kept } = job.demotion.counts;
         let demoted = Demoted {
             pages_dropped: dropped,
             pages_mapped: mapped,
             pages_spilled: spilled,
+            spill_file_len,
             pages_written: written,
             pages_kept: kept,
             steps: job.steps,

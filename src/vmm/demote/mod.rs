@@ -5,9 +5,9 @@ mod error;
 
 pub use error::NotDemotable;
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::config::request::SpillTo;
 use crate::memory::ChangeError;
 use crate::memory::against_plan::parts;
 use crate::memory::background::BackgroundWork;
@@ -61,27 +61,31 @@ pub struct DemotedPages {
 }
 
 impl<S> Machine<S> {
-    /// Finds the pages that the machine has local copies of. Nothing changes yet. `spill_to`: the directory to which
-    /// pages that differ from the snapshot go. `activity`: the stall watch's slot for their way back.
+    /// Finds the pages that the machine has local copies of. Nothing changes yet. `spill_to`: the file to which pages
+    /// that differ from the snapshot go. `activity`: the stall watch's slot for their way back.
     ///
     /// # Errors
     /// [`NotDemotable`]; the kernel has no PAGEMAP_SCAN (before Linux 6.7); there can be no spill file.
-    pub fn begin_demotion(&mut self, spill_to: Option<&Path>, activity: Activity) -> Result<Demotion, Error> {
+    pub fn begin_demotion(&mut self, spill_to: Option<SpillTo<'_>>, activity: Activity) -> Result<Demotion, Error> {
         let core = &mut self.core;
         core.own_memory(MemoryChange::Demote).map_err(NotDemotable::from)?;
         if spill_to.is_some() && core.services.background.as_ref().is_some_and(BackgroundWork::is_copying) {
             return Err(NotDemotable::Copying.into());
         }
         let pending = core.ram.local_pages()?;
-        match (spill_to, &core.services.spill) {
-            (Some(asked), Some(spill)) if spill.dir() != asked => {
-                let used = spill.dir();
-                return Err(NotDemotable::OtherDirectory { asked: asked.to_path_buf(), used }.into());
+        if let Some(SpillTo { dir, bytes_max }) = spill_to {
+            let spill = match &core.services.spill {
+                Some(spill) => spill,
+                None => {
+                    let spill = Spill::open(dir, &core.ram, activity, core.ending.clone())?;
+                    core.services.spill.insert(spill)
+                }
+            };
+            let used = spill.dir();
+            if used != dir {
+                return Err(NotDemotable::OtherDirectory { asked: dir.to_path_buf(), used }.into());
             }
-            (Some(dir), None) => {
-                core.services.spill = Some(Spill::open(dir, &core.ram, activity, core.ending.clone())?);
-            }
-            _ => {}
+            spill.limit(bytes_max);
         }
         let maps_left = MapsLeft::count();
         let spills = spill_to.is_some();
@@ -96,9 +100,11 @@ impl<S> Machine<S> {
         self.core.services.spill.iter().try_for_each(Spill::write)
     }
 
-    /// Called after the last step.
-    pub fn settle_spilled(&self) {
-        self.core.services.spill.iter().for_each(Spill::settle);
+    /// Called after the last step. Returns the length of the spill file, bytes.
+    pub fn settle_spilled(&self) -> u64 {
+        let Some(spill) = &self.core.services.spill else { return 0 };
+        spill.settle();
+        spill.counts().store.file_len
     }
 }
 

@@ -415,6 +415,84 @@ fn suspended_vms_keep_within_the_disk_space_that_they_may_have() {
 }
 
 #[test]
+fn a_vm_that_makes_room_for_another_keeps_its_state_if_there_is_disk_for_it() {
+    let dir = scratch();
+    let hour = json!({ "policy": "suspend", "keep_alive_ms": 3_600_000 });
+    for (name, disk, state) in [("kept", "4096", "suspended"), ("lost", "0", "ended")] {
+        let dir = dir.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let service = service(&dir, &["--max-vms", "1", "--suspend-disk", disk]);
+        put_touch(&service, hour.clone());
+        let vm = id_of(&touch(&service));
+        fill(&service, &vm, "pages=300 seed=6");
+        let digest = check(&service, &vm);
+        let other = id_of(&service.invoke(json!({ "func_name": "spin", "params": "ms=1" })));
+        assert_ne!(other, vm);
+        wait_for_state(&service, &vm, state);
+        let done = u64::from(state == "suspended");
+        assert_eq!((count(&service, "suspended", "done"), count(&service, "suspended", "refused")), (done, 1 - done));
+        if state == "suspended" {
+            // A VM of a function without a policy ends to make room.
+            assert_eq!(check(&service, &vm), digest);
+            assert_eq!(record(&service, &other)["state"], "ended");
+        } else {
+            assert_eq!(record(&service, &vm)["reason"], "made room for another VM");
+        }
+    }
+}
+
+#[test]
+fn steps_that_hang_hold_up_no_others() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 3_600_000 }));
+    let start = || id_of(&service.ok("POST", "/vms", Some(json!({ "func_name": "touch", "ssId": "base" }))));
+    let hanging: Vec<String> = (0..4).map(|_| start()).collect();
+    let pids: Vec<u32> = hanging.iter().map(|vm| pid_of(&service, vm)).collect();
+    pids.iter().for_each(|pid| crate::support::signal(*pid, rustix::process::Signal::STOP));
+    let vm = start();
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 50 }));
+    wait_for_state(&service, &vm, "suspended");
+    // They have waited longest, so their steps have begun first. None is ended for it, if this is seen in time.
+    assert_eq!(count(&service, "suspended", "slow"), 4);
+    assert_eq!(metric(&service, "tvmm_idle_slow_steps_total{function=\"touch\",step=\"suspended\"}"), 4);
+    pids.iter().for_each(|pid| crate::support::signal(*pid, rustix::process::Signal::CONT));
+    wait_until("the others have an end", || {
+        count(&service, "suspended", "done") + count(&service, "suspended", "failed") == 5
+    });
+}
+
+#[test]
+fn spill_files_keep_within_the_space_that_they_may_have() {
+    let dir = scratch();
+    let service = service(dir.path(), &["--memory-reserve", "1000000000", "--spill-disk", "8"]);
+    let hour = 3_600_000;
+    put_touch(&service, json!({ "policy": "ladder", "floor_ms": hour, "cap_ms": hour }));
+    let vms: Vec<String> = ["firecracker", "eager"]
+        .map(|policy| {
+            let body = json!({ "func_name": "touch", "params": "pages=1", "policy": policy });
+            let vm = id_of(&service.invoke(body));
+            // Each page holds bytes of its own, which no compression makes fewer.
+            fill(&service, &vm, "pages=1500 seed=9");
+            vm
+        })
+        .into();
+    let digests: Vec<String> = vms.iter().map(|vm| check(&service, vm)).collect();
+    wait_until("there is space for one of them", || {
+        count(&service, "spilled", "done") > 0 && count(&service, "spilled", "refused") > 0
+    });
+    let bytes = metric(&service, "tvmm_spilled_bytes");
+    assert!((4 << 20..=8 << 20).contains(&bytes), "{bytes}");
+    for (vm, digest) in vms.iter().zip(&digests) {
+        assert_eq!(check(&service, vm), *digest);
+    }
+    for vm in &vms {
+        service.ok("DELETE", &format!("/vms/{vm}"), None);
+    }
+    assert_eq!(metric(&service, "tvmm_spilled_bytes"), 0);
+}
+
+#[test]
 fn a_suspended_vm_keeps_its_own_image() {
     let dir = scratch();
     let image = dir.path().join("disk.img");
