@@ -148,6 +148,12 @@ impl Suspended {
         kept.asleep.as_ref().map(|vm| vm.record().clone()).or_else(|| kept.waking_record.clone())
     }
 
+    /// The records of VMs that are being woken, and of those that were woken and run.
+    pub(super) fn woken_records(&self) -> Vec<VmRecord> {
+        let kept = lock(&self.kept);
+        kept.values().filter(|kept| kept.asleep.is_none()).filter_map(|kept| kept.waking_record.clone()).collect()
+    }
+
     /// All suspended VMs, the one that was used last at the end.
     pub(super) fn all(&self) -> Vec<SuspendedVm> {
         let mut all: Vec<SuspendedVm> = lock(&self.kept).values().filter_map(|kept| kept.asleep.clone()).collect();

@@ -410,6 +410,10 @@ impl Table {
     /// All records: living VMs, suspended ones, then ended ones, the last first.
     pub fn records(&self) -> Vec<VmRecord> {
         let mut records: Vec<VmRecord> = self.all().iter().map(|vm| vm.record()).collect();
+        let waking = self.suspended.woken_records();
+        let is_listed = |woken: &VmRecord| records.iter().any(|record| record.vm_id == woken.vm_id);
+        let waking: Vec<VmRecord> = waking.into_iter().filter(|woken| !is_listed(woken)).collect();
+        records.extend(waking);
         records.extend(self.suspended.all().into_iter().map(|vm| vm.life.record));
         records.extend(self.over().iter().rev().cloned());
         records
