@@ -94,6 +94,7 @@ pub fn fill(
     timeline: &mut Timeline,
 ) -> Result<Filled, Error> {
     let layout = &ram.layout().clone();
+    let kept = ram.keep_zero()?;
     let mut engine = Engine { files, plan, layout, in_place: options.in_place, report: EngineReport::default() };
     engine.report.planned = plan.counts();
     engine.report.extents = plan.extents.len() as u64;
@@ -102,7 +103,8 @@ pub fn fill(
         timeline.lap(Slice::Map);
         lazy
     } else {
-        let (in_place, mapped) = engine.map(ram)?;
+        let (in_place, mapped) = engine.map(ram, &kept)?;
+        ram.set_zero(zero_memory(plan));
         let mapped_files = files.mapped_files(&mapped)?;
         ram.note_mappings(mapped);
         ram.watch(mapped_files)?;
@@ -155,16 +157,22 @@ struct Engine<'a> {
 }
 
 impl Engine<'_> {
-    /// Makes the mappings. Returns those in place that cannot be written, and all mappings of files.
-    fn map(&mut self, ram: &GuestRam) -> Result<(Vec<InPlaceExtent>, Vec<FileMapping>), Error> {
+    /// Makes the mappings, but for zero memory in `kept`. Returns those in place that cannot be written, and all
+    /// mappings of files.
+    fn map(&mut self, ram: &GuestRam, kept: &[Extent]) -> Result<(Vec<InPlaceExtent>, Vec<FileMapping>), Error> {
         let mut in_place = Vec::new();
         let mut mapped = Vec::new();
         let files = self.files;
         for Mapping { extent, view, .. } in self.plan.mappings(self.layout, self.in_place) {
-            self.report.mmap_calls += 1;
             match view {
-                View::Anonymous => ram.map_anon(extent)?,
+                View::Anonymous => {
+                    for run in without(extent, kept) {
+                        self.report.mmap_calls += 1;
+                        ram.map_anon(run)?;
+                    }
+                }
                 View::File { source: PageSource { origin, offset }, folios, shared } => {
+                    self.report.mmap_calls += 1;
                     let Mapped { file, base, align, .. } = files.mapping(origin)?;
                     mapped.push(FileMapping { extent, origin, offset: base + offset });
                     if shared {
@@ -430,6 +438,31 @@ fn pieces(plan: &RestorePlan, observed: bool) -> Vec<Piece> {
     plan.extents.iter().map(|planned| Piece { extent: planned.extent, backing: backing(planned) }).collect()
 }
 
+/// Zero memory of the plan that is mapped without advice, in extents of a huge page and more.
+fn zero_memory(plan: &RestorePlan) -> Vec<Extent> {
+    let zero = plan.extents.iter().filter(|planned| planned.placement == Placement::Zero);
+    let is_advised = |extent: &Extent| plan.huge.iter().any(|huge| huge.intersection(extent).is_some());
+    let zero = zero.map(|planned| planned.extent).filter(|extent| extent.pages >= HUGE_PAGE_PAGES);
+    zero.filter(|extent| !is_advised(extent)).collect()
+}
+
+/// The parts of `extent` outside of `kept`, which are ascending.
+fn without(extent: Extent, kept: &[Extent]) -> Vec<Extent> {
+    let mut parts = Vec::new();
+    let mut at = extent.first;
+    let first = kept.partition_point(|kept| kept.end() <= extent.first);
+    for kept in kept[first..].iter().take_while(|kept| kept.first < extent.end()) {
+        if at < kept.first {
+            parts.push(Extent { first: at, pages: kept.first.0 - at.0 });
+        }
+        at = kept.end();
+    }
+    if at < extent.end() {
+        parts.push(Extent { first: at, pages: extent.end().0 - at.0 });
+    }
+    parts
+}
+
 /// The extents under a mapping of a file.
 fn file_mapped(plan: &RestorePlan) -> Vec<Extent> {
     let mapped = plan.extents.iter().filter(|planned| planned.mapped().is_some());
@@ -529,4 +562,23 @@ pub enum PrefaultOutcome {
     Stalled,
     /// Everything preloaded is mapped.
     Done,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(first: u64, end: u64) -> Extent {
+        Extent { first: Gfn(first), pages: end - first }
+    }
+
+    #[test]
+    fn kept_memory_is_left_out_of_an_extent() {
+        let kept = [extent(10, 20), extent(20, 25), extent(40, 50)];
+        assert_eq!(without(extent(0, 60), &kept), [extent(0, 10), extent(25, 40), extent(50, 60)]);
+        assert_eq!(without(extent(12, 45), &kept), [extent(25, 40)]);
+        assert_eq!(without(extent(25, 40), &kept), [extent(25, 40)]);
+        assert_eq!(without(extent(41, 50), &kept), []);
+        assert_eq!(without(extent(50, 51), &[]), [extent(50, 51)]);
+    }
 }

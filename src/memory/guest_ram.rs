@@ -16,7 +16,7 @@ use super::balloon_release::{Released, Releaser};
 use super::promote::{InPlace, InPlaceExtent};
 use super::stall::Activity;
 use crate::memory::Error;
-use crate::snapshot::{Extent, Gfn, GuestRange, MemoryLayout, PAGE_SIZE, PageOrigin, PageSet};
+use crate::snapshot::{Extent, Gfn, GuestRange, HUGE_PAGE_PAGES, MemoryLayout, PAGE_SIZE, PageOrigin, PageSet};
 use crate::sys::guest_memory::{Memory, UnguardedMemory, region_bitmap};
 use crate::sys::lost;
 use crate::sys::lost::{MappedFile, Mapping, Watched};
@@ -84,6 +84,8 @@ pub struct GuestRam {
     released: Arc<Released>,
     /// Pages that were spilled since the restore, or since a rewind: anonymous memory behind the spill's userfaultfd.
     spilled: PageSet,
+    /// Extents of zero memory, ascending, as the last plan mapped them: anonymous, without a userfaultfd or advice.
+    zero: Vec<Extent>,
     view: Memory,
 }
 
@@ -111,6 +113,7 @@ impl GuestRam {
             in_place: None,
             released: Arc::default(),
             spilled: PageSet::new(),
+            zero: Vec::new(),
             view,
         })
     }
@@ -128,6 +131,7 @@ impl GuestRam {
     /// [`view`](Self::view) and [`in_place`](Self::in_place) must take them anew once the memory is filled.
     ///
     /// Mapping zero memory over it first would take as long again: KVM looks at each page of a mapping that goes away.
+    /// Zero memory stays known, for [`keep_zero`](Self::keep_zero).
     pub fn forget(&mut self) {
         self.watched = None;
         self.mappings.clear();
@@ -136,9 +140,55 @@ impl GuestRam {
         self.is_served = false;
         self.in_place = None;
         self.released = Arc::default();
-        self.spilled = PageSet::new();
+        if !self.spilled.is_empty() {
+            self.zero.clear();
+            self.forget_spilled();
+        }
         self.view = self.view.without_gate();
         self.take_written();
+    }
+
+    /// Maps all of the memory as zero memory of its own, and gives the former guest's back to the host. Follows
+    /// [`forget`](Self::forget).
+    pub fn vacate(&mut self) -> Result<(), Error> {
+        let all: Vec<Extent> = self.layout.extents().collect();
+        all.iter().try_for_each(|extent| self.map_anon(*extent))?;
+        self.zero = all;
+        Ok(())
+    }
+
+    /// Records zero memory of a plan: ascending extents that were mapped by [`map_anon`](Self::map_anon), and got
+    /// neither a userfaultfd nor advice.
+    pub fn set_zero(&mut self, zero: Vec<Extent>) {
+        self.zero = zero;
+    }
+
+    /// Empties the zero memory of the former guest and returns its extents, ascending: a plan that has zero memory
+    /// there need not map it again. KVM looks at each page of a mapping that goes away, but only at those with content
+    /// here, so this takes the time of the pages that the former guest has touched, not of all.
+    ///
+    /// Nothing is returned before Linux 6.7, which cannot find those pages.
+    pub fn keep_zero(&mut self) -> Result<Vec<Extent>, Error> {
+        let zero = std::mem::take(&mut self.zero);
+        for extent in &zero {
+            let mut touched: Vec<Extent> = Vec::new();
+            let mut note = |first, pages, _| {
+                let run = Extent { first: Gfn(extent.first.0 + first), pages };
+                match touched.last_mut() {
+                    // One call for both costs less than two.
+                    Some(last) if run.first.0 - last.end().0 < HUGE_PAGE_PAGES => {
+                        last.pages = run.end().0 - last.first.0;
+                    }
+                    _ => touched.push(run),
+                }
+            };
+            match mapped_runs(self.host_address(extent.first)?, extent.pages, &mut note) {
+                Err(error) if lacks_scan(&error) => return Ok(Vec::new()),
+                scanned => scanned.map_err(Error::os("find the pages that the former guest has touched"))?,
+            }
+            touched.into_iter().try_for_each(|run| self.discard(run))?;
+        }
+        Ok(zero)
     }
 
     pub fn layout(&self) -> &MemoryLayout {
@@ -308,8 +358,9 @@ impl GuestRam {
 
     /// Makes the kernel map only the pages that are touched (Linux 6.7; `None` before): no fault-around and no huge
     /// pages while the result lives.
-    pub fn map_single_pages(&self) -> Result<Option<Uffd>, Error> {
+    pub fn map_single_pages(&mut self) -> Result<Option<Uffd>, Error> {
         let Some(uffd) = Uffd::open_silent().map_err(Error::Userfaultfd)? else { return Ok(None) };
+        self.zero.clear();
         for (extent, memory) in self.layout.extents().zip(&self.reservations) {
             let done = memory.advise_small(0, memory.len()).and_then(|()| uffd.register_silent(memory));
             done.map_err(|source| map_failed(extent, source))?;
@@ -326,7 +377,7 @@ impl GuestRam {
             let scanned = mapped_runs(host, range.len / PAGE_SIZE, |run, len, _| insert(run, len));
             let populated = match scanned {
                 // Before Linux 6.7 the same is read entry by entry.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {
+                Err(error) if lacks_scan(&error) => {
                     Pagemap::open().and_then(|map| map.populated_runs(host, range.len / PAGE_SIZE, insert))
                 }
                 scanned => scanned,
@@ -440,6 +491,11 @@ impl GuestRam {
     }
 }
 
+/// Returns whether a scan failed because the kernel has no PAGEMAP_SCAN (before Linux 6.7).
+fn lacks_scan(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY))
+}
+
 fn map_failed(extent: Extent, source: std::io::Error) -> Error {
     Error::Map { gpa: extent.first.0 * PAGE_SIZE, pages: extent.pages, source }
 }
@@ -456,4 +512,31 @@ fn region_of(reservation: &Reservation, gpa: u64) -> Result<GuestRegionMmap<Atom
     };
     let region = builder.build().map_err(|error| failed(error.to_string()))?;
     GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or_else(|| failed("the range wraps around".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn zero_memory_of_a_former_guest_is_emptied_where_it_was_touched() {
+        let pages = 8 * HUGE_PAGE_PAGES;
+        let layout = MemoryLayout::from_gpa_ranges(&[(0, pages * PAGE_SIZE)]).unwrap();
+        let mut ram = GuestRam::anonymous(&layout).unwrap();
+        let zero = Extent { first: Gfn(HUGE_PAGE_PAGES), pages: 6 * HUGE_PAGE_PAGES };
+        ram.set_zero(vec![zero]);
+        let touched = [0, HUGE_PAGE_PAGES, HUGE_PAGE_PAGES + 3, 6 * HUGE_PAGE_PAGES, pages - 1];
+        let address = |page: u64| GuestAddress(page * PAGE_SIZE);
+        touched.iter().for_each(|page| ram.view().write_obj(7_u8, address(*page)).unwrap());
+        ram.forget();
+        let kept = ram.keep_zero().unwrap();
+        let bytes = touched.map(|page| ram.view().read_obj::<u8>(address(page)).unwrap());
+        // Before Linux 6.7 nothing is kept.
+        if !kept.is_empty() {
+            assert_eq!((kept, bytes), (vec![zero], [7, 0, 0, 0, 7]));
+        }
+        assert_eq!(ram.keep_zero().unwrap(), [], "it is kept once");
+    }
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::num::NonZeroU64;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde::Serialize;
@@ -22,12 +22,13 @@ use super::idle_counts::{IdleTally, StepEnd};
 use super::standby;
 use super::suspended::{Layer, SuspendedVm, space_of};
 use super::vm::control::ControlError;
-use super::vm::steps::Descent;
+use super::vm::offloading::GivenBack;
+use super::vm::steps::{Descent, SpillFile};
 use super::vm::table::Suspends;
 use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
 use crate::config::bodies::{CreateBody, CreateExtension};
 use crate::config::control::SnapshotTaken;
-use crate::snapshot::SnapshotKind;
+use crate::snapshot::{PAGE_SIZE, SnapshotKind};
 use crate::sys::process_memory::ProcessMemory;
 use crate::tiering::idle::{IdleAction, IdleRule, Step};
 
@@ -150,19 +151,30 @@ fn begin(daemon: &Arc<Daemon>, steps: &mut Steps, vm: Arc<Vm>, action: IdleActio
                 tokio::spawn(async move { standby::end(&daemon, &vm).await });
             }
         }
-        IdleAction::Step(step) => {
+        IdleAction::Step(_) | IdleAction::Offload { .. } => {
             let Ok(slot) = steps.slots.clone().try_acquire_owned() else { return };
-            steps.tasks.spawn(async move { descend_in(&daemon, &vm, step, slot).await });
+            steps.tasks.spawn(async move { descend_in(&daemon, &vm, action, slot).await });
         }
     }
 }
 
+/// The step to which an action leads.
+fn step_of(action: IdleAction) -> Step {
+    match action {
+        IdleAction::Step(step) => step,
+        IdleAction::Offload { .. } => Step::Spilled,
+        // Nothing is left of it.
+        IdleAction::End => Step::Suspended,
+    }
+}
+
 /// Takes a step if the VM is still idle, and gives the slot back when the step ends, or is slow.
-async fn descend_in(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step, slot: OwnedSemaphorePermit) {
+async fn descend_in(daemon: &Arc<Daemon>, vm: &Arc<Vm>, action: IdleAction, slot: OwnedSemaphorePermit) {
     let Some(descent) = vm.descend() else { return };
-    let mut taken = pin!(descend(daemon, vm, descent, step));
+    let mut taken = pin!(descend(daemon, vm, descent, action));
     if tokio::time::timeout(SLOW_STEP, &mut taken).await.is_err() {
         drop(slot);
+        let step = step_of(action);
         daemon.idle.slow(&vm.function.func_name, step);
         tracing::warn!(vm = vm.id, step = step.name(), "A step of an idle VM is slow, and no others wait for it");
         taken.await;
@@ -181,21 +193,33 @@ enum StepError {
 }
 
 /// Takes a step, and counts its end. Returns whether the VM has taken it.
-async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: Descent<'_>, step: Step) -> bool {
+async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: Descent<'_>, action: IdleAction) -> bool {
+    let step = step_of(action);
+    let goes_on = descent.is_offloading();
+    let begun = Instant::now();
+    let func_name = &vm.function.func_name;
     let taken = async {
         descent.park().await?;
-        match step {
-            Step::Parked => Ok(0),
-            Step::Trimmed => Ok(descent.trim().await?),
-            Step::Spilled => spill(daemon, vm, &descent).await,
-            Step::Suspended => suspend(daemon, vm, &descent).await,
-        }
+        let given = match action {
+            IdleAction::Offload { percent } => offload(daemon, vm, &descent, percent).await?,
+            IdleAction::Step(Step::Trimmed) => descent.trim().await?,
+            IdleAction::Step(Step::Spilled) => descent.spill(spill_file(daemon, vm).await?).await?,
+            IdleAction::Step(Step::Suspended) => {
+                let bytes = suspend(daemon, vm, &descent).await?;
+                daemon.idle.freed(func_name, step, bytes);
+                GivenBack::default()
+            }
+            IdleAction::Step(Step::Parked) | IdleAction::End => GivenBack::default(),
+        };
+        Ok::<_, StepError>(given)
     };
-    let func_name = &vm.function.func_name;
     let (end, why) = match taken.await {
-        Ok(freed) => {
-            daemon.idle.freed(func_name, step, freed);
-            daemon.idle.stepped(func_name, step, StepEnd::Done);
+        Ok(given) => {
+            daemon.idle.gave_back(func_name, step, given);
+            daemon.idle.took(func_name, step, begun.elapsed());
+            if !goes_on {
+                daemon.idle.stepped(func_name, step, StepEnd::Done);
+            }
             return true;
         }
         // It was used, deleted, or made room for another VM.
@@ -244,7 +268,7 @@ impl Suspends for RoomBySuspension {
                 while vm.idle_for().is_some() {
                     vm.stepped().await;
                     if let Some(descent) = vm.descend() {
-                        return descend(&daemon, &vm, descent, Step::Suspended).await;
+                        return descend(&daemon, &vm, descent, IdleAction::Step(Step::Suspended)).await;
                     }
                 }
                 false
@@ -254,8 +278,8 @@ impl Suspends for RoomBySuspension {
     }
 }
 
-/// Spills a parked VM, as far as there is space for its file. Returns the memory that it has given back, bytes.
-async fn spill(daemon: &Daemon, vm: &Vm, descent: &Descent<'_>) -> Result<u64, StepError> {
+/// Reserves space for the spill file of a VM, as far as there is any.
+async fn spill_file<'a>(daemon: &'a Daemon, vm: &Vm) -> Result<SpillFile<'a>, StepError> {
     let local = memory_of(vm.life.pid()).await?.anonymous_kib << 10;
     let most = daemon.options.limits.spill_disk_mib << 20;
     // Pages that do not compress, each in a block of its own.
@@ -264,8 +288,14 @@ async fn spill(daemon: &Daemon, vm: &Vm, descent: &Descent<'_>) -> Result<u64, S
         let taken = daemon.vms.spill_bytes();
         return refuse(&format!("{taken} of the {most} bytes that all spill files may have are taken (--spill-disk)"));
     };
-    let mib = NonZeroU64::new(bytes >> 20).unwrap_or(NonZeroU64::MIN);
-    Ok(descent.spill(daemon.spill_dir(), mib).await?)
+    Ok(SpillFile { dir: daemon.spill_dir(), mib: NonZeroU64::new(bytes >> 20).unwrap_or(NonZeroU64::MIN) })
+}
+
+/// Offloads a parked VM up to this part of the local memory that it had.
+async fn offload(daemon: &Daemon, vm: &Vm, descent: &Descent<'_>, percent: u8) -> Result<GivenBack, StepError> {
+    let local_pages =
+        if descent.is_offloading() { 0 } else { (memory_of(vm.life.pid()).await?.anonymous_kib << 10) / PAGE_SIZE };
+    Ok(descent.offload(percent, local_pages, spill_file(daemon, vm).await?).await?)
 }
 
 /// Saves a parked VM, and ends its process. Returns the memory that the process had, bytes.

@@ -11,11 +11,11 @@ use std::time::Duration;
 use tokio::sync::MutexGuard;
 
 use super::control::ControlError;
+use super::offloading::{GivenBack, Offloading};
 use super::{Duty, RequestGuard, Vm};
 use crate::config::bodies::WantedState;
 use crate::config::control::Demoted;
 use crate::config::request::{DemoteRequest, DemotedTo};
-use crate::snapshot::PAGE_SIZE;
 use crate::tiering::idle::{Descended, Step};
 
 /// Time within which a VM stops or resumes its vCPUs, and says so. A VM that does not is ended.
@@ -25,6 +25,25 @@ const ANSWER_TIME: Duration = Duration::from_secs(60);
 async fn set_vcpus(vm: &Vm, state: WantedState) -> Result<(), ControlError> {
     let slow = |_| ControlError::Gone(format!("it did not answer within {} s", ANSWER_TIME.as_secs()));
     tokio::time::timeout(ANSWER_TIME, vm.set_state(state)).await.map_err(slow)?
+}
+
+/// The file to which a VM is spilled.
+#[derive(Clone, Copy, Debug)]
+pub struct SpillFile<'a> {
+    pub dir: &'a Path,
+    /// Its most MiB.
+    pub mib: NonZeroU64,
+}
+
+impl SpillFile<'_> {
+    fn request(&self) -> DemoteRequest {
+        DemoteRequest {
+            to: DemotedTo::Spilled,
+            spill_dir: Some(self.dir.to_path_buf()),
+            spill_mib: Some(self.mib),
+            ..DemoteRequest::default()
+        }
+    }
 }
 
 /// A VM that takes a step down. Requests wait until this is dropped.
@@ -77,6 +96,14 @@ impl Vm {
         self.lock().descended
     }
 
+    /// Notes the number of spilled pages that have come back to local memory, as the VM's report has it. Returns those
+    /// since the last note.
+    pub fn note_pages_back(&self, pages_back: u64) -> u64 {
+        let before = std::mem::replace(&mut self.lock().pages_back, pages_back);
+        // A rewind drops the file, and another one begins to count.
+        if pages_back < before { pages_back } else { pages_back - before }
+    }
+
     /// The time since its last request.
     pub fn since_used(&self) -> Duration {
         self.lock().since.elapsed()
@@ -117,38 +144,60 @@ impl Descent<'_> {
         Ok(())
     }
 
-    /// Gives back local copies of pages that equal the snapshot. Called after [`park`](Self::park). Returns the number
-    /// of bytes given back.
-    pub async fn trim(&self) -> Result<u64, ControlError> {
-        let demoted = self.vm.send("PUT", "/tvmm/demote", &DemoteRequest::default()).await?;
+    /// Gives back local copies of pages that equal the snapshot. Called after [`park`](Self::park).
+    pub async fn trim(&self) -> Result<GivenBack, ControlError> {
+        let demoted = self.send(&DemoteRequest::default()).await?;
         self.reach(Step::Trimmed);
-        Ok(given_back(&demoted))
+        Ok(GivenBack::of(&demoted))
     }
 
-    /// Also gives back pages that differ, which go to a file of at most `mib` MiB in `dir`. Called after
-    /// [`park`](Self::park). Returns the number of bytes given back.
-    pub async fn spill(&self, dir: &Path, mib: NonZeroU64) -> Result<u64, ControlError> {
-        let request = DemoteRequest {
-            to: DemotedTo::Spilled,
-            spill_dir: Some(dir.to_path_buf()),
-            spill_mib: Some(mib),
-            rate_mib_s: None,
+    /// Also gives back pages that differ, which go to a file. Called after [`park`](Self::park).
+    pub async fn spill(&self, to: SpillFile<'_>) -> Result<GivenBack, ControlError> {
+        let demoted = self.send(&to.request()).await?;
+        self.reach(Step::Spilled);
+        Ok(GivenBack::of(&demoted))
+    }
+
+    /// Returns whether a part of the VM was offloaded since its last request.
+    pub fn is_offloading(&self) -> bool {
+        self.vm.lock().offloading.is_some()
+    }
+
+    /// Gives back so much of the local memory that the VM had since its last request, what has left before included:
+    /// copies of pages that equal the snapshot, and others to a file. Called after [`park`](Self::park).
+    /// `local_pages`: those that the VM has now; only the first call uses it.
+    pub async fn offload(&self, percent: u8, local_pages: u64, to: SpillFile<'_>) -> Result<GivenBack, ControlError> {
+        let offloading = self.vm.lock().offloading.unwrap_or(Offloading::of(local_pages));
+        let Some(most_pages) = offloading.pages_due(percent) else {
+            let mut usage = self.vm.lock();
+            usage.descended.offloaded = percent;
+            usage.offloading = Some(offloading);
+            return Ok(GivenBack::default());
         };
-        let demoted: Result<Demoted, ControlError> = self.vm.send("PUT", "/tvmm/demote", &request).await;
-        match demoted {
-            Ok(demoted) => {
-                self.vm.note_spill(demoted.spill_file_len);
-                self.reach(Step::Spilled);
-                Ok(given_back(&demoted))
-            }
-            Err(error) => {
-                // A part of the pages is in the file.
+        let demoted = self.send(&DemoteRequest { most_pages: Some(most_pages), ..to.request() }).await?;
+        let given = GivenBack::of(&demoted);
+        let mut usage = self.vm.lock();
+        usage.descended.step = Some(Step::Spilled);
+        // After a look at all pages, the rest cannot leave local memory.
+        usage.descended.offloaded = if demoted.pages_left == 0 { 100 } else { percent };
+        usage.offloading = Some(offloading.after(given));
+        Ok(given)
+    }
+
+    /// Sends a request for a demotion, and notes the space of the spill file.
+    async fn send(&self, request: &DemoteRequest) -> Result<Demoted, ControlError> {
+        let demoted: Result<Demoted, ControlError> = self.vm.send("PUT", "/tvmm/demote", request).await;
+        match &demoted {
+            Ok(_) if request.to == DemotedTo::Trimmed => {}
+            Ok(demoted) => self.vm.note_spill(demoted.spill_file_len),
+            // A part of the pages may be in the file.
+            Err(_) => {
                 if let Ok(report) = self.vm.report().await {
                     self.vm.note_spill(report["spill"]["file_len"].as_u64().unwrap_or(0));
                 }
-                Err(error)
             }
         }
+        demoted
     }
 
     /// Takes the VM, which was saved, from clients, so that its process can end; false if a request has come.
@@ -169,11 +218,6 @@ impl Descent<'_> {
     }
 }
 
-/// The memory that a demotion has given back, bytes.
-fn given_back(demoted: &Demoted) -> u64 {
-    PAGE_SIZE * (demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled)
-}
-
 impl RequestGuard {
     /// Waits until the VM takes no step down, and lets it run. Returns the step that it was taken back from.
     pub async fn rouse(&self) -> Result<Option<Step>, ControlError> {
@@ -181,7 +225,9 @@ impl RequestGuard {
         let _turn = vm.step_turn.lock().await;
         let Some(step) = vm.step() else { return Ok(None) };
         set_vcpus(vm, WantedState::Resumed).await?;
-        vm.lock().descended = Descended::default();
+        let mut usage = vm.lock();
+        usage.descended = Descended::default();
+        usage.offloading = None;
         Ok(Some(step))
     }
 

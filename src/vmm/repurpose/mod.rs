@@ -128,8 +128,7 @@ impl Machine<Paused> {
         self.core.devices.serial.output().end_line();
         self.core.is_vacant = true;
         self.core.take_guest_away()?;
-        let ram = &self.core.ram;
-        ram.layout().extents().try_for_each(|extent| ram.map_anon(extent))?;
+        self.core.ram.vacate()?;
         Ok(())
     }
 

@@ -103,7 +103,7 @@ impl Machine<Built> {
             Some(_) => None,
         };
         timeline.lap(Slice::StateLoad);
-        let built = match spec.handler {
+        let mut built = match spec.handler {
             None => {
                 let options = BuildOptions { observed: spec.observer.is_some(), in_place: spec.in_place_mapping };
                 crate::memory::engine::build(&files, spec.plan, layout, options, timeline)?
