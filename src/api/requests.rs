@@ -93,12 +93,16 @@ pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
     let create: CreateBody = json(body)?;
     let location = snapshot_paths(create.snapshot_path, create.mem_file_path, "mem_file_path")?;
     let kind = create.snapshot_type;
-    let CreateExtension { resume, copy_drives, verify, live } = create.tvmm;
+    let CreateExtension { resume, copy_drives, verify, live, profile } = create.tvmm;
     if live && resume {
         let both = "A live snapshot leaves the machine as it is: give `live` or `resume`, not both.";
         return Err(Fault::bad_request(both));
     }
-    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives, verify, live }).into())
+    if live && profile {
+        return Err(Fault::bad_request("A live snapshot has no `profile`: leave one of both out."));
+    }
+    let create = CreateSnapshot { location, kind, resume, copy_drives, verify, live, profile };
+    Ok(Command::CreateSnapshot(create).into())
 }
 
 pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {

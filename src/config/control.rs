@@ -79,6 +79,9 @@ pub struct SnapshotTaken {
     /// The course of a live snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live: Option<LiveTaken>,
+    /// The profile of the pages that the guest has used since its restore, if it was asked for and can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<PathBuf>,
 }
 
 /// The course of a snapshot that was taken while the machine ran.

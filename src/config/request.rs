@@ -186,4 +186,6 @@ pub struct CreateSnapshot {
     pub verify: bool,
     /// True: a running machine is saved while it runs.
     pub live: bool,
+    /// True: a profile of the pages that the guest has used since its restore is written beside the snapshot.
+    pub profile: bool,
 }

@@ -15,6 +15,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 use super::balloon_release::{Released, Releaser};
 use super::promote::{InPlace, InPlaceExtent};
 use super::stall::Activity;
+use super::used_pages::UsedPages;
 use crate::memory::Error;
 use crate::snapshot::{Extent, Gfn, GuestRange, HUGE_PAGE_PAGES, MemoryLayout, PAGE_SIZE, PageOrigin, PageSet};
 use crate::sys::guest_memory::{Memory, UnguardedMemory, region_bitmap};
@@ -84,6 +85,8 @@ pub struct GuestRam {
     released: Arc<Released>,
     /// Pages that were spilled since the restore, or since a rewind: anonymous memory behind the spill's userfaultfd.
     spilled: PageSet,
+    /// Pages whose use was noted before memory was given back.
+    used: UsedPages,
     /// Extents of zero memory, ascending, as the last plan mapped them: anonymous, without a userfaultfd or advice.
     zero: Vec<Extent>,
     view: Memory,
@@ -113,6 +116,7 @@ impl GuestRam {
             in_place: None,
             released: Arc::default(),
             spilled: PageSet::new(),
+            used: UsedPages::default(),
             zero: Vec::new(),
             view,
         })
@@ -144,6 +148,7 @@ impl GuestRam {
             self.zero.clear();
             self.forget_spilled();
         }
+        self.used = UsedPages::default();
         self.view = self.view.without_gate();
         self.take_written();
     }
@@ -385,6 +390,24 @@ impl GuestRam {
             populated.map_err(Error::os("scan /proc/self/pagemap"))?;
         }
         Ok(pages)
+    }
+
+    /// The pages that the guest has used since the restore, also if their memory was given back.
+    ///
+    /// # Errors
+    /// See [`own_pages`](Self::own_pages).
+    pub fn used_pages(&self) -> Result<UsedPages, Error> {
+        let mut mapped = self.populated()?;
+        mapped.union_with(&self.used.mapped);
+        let mut own = self.own_pages()?;
+        own.union_with(&self.used.own);
+        Ok(UsedPages { mapped, own })
+    }
+
+    /// Keeps the pages used so far on record. Called before memory is given back.
+    pub fn note_used(&mut self) -> Result<(), Error> {
+        self.used = self.used_pages()?;
+        Ok(())
     }
 
     /// The pages that this process has a copy of, in local memory or spilled: all that the guest has written since they

@@ -27,6 +27,7 @@ pub(crate) mod spill;
 pub mod stall;
 pub(crate) mod trim;
 pub mod usage;
+pub(crate) mod used_pages;
 pub(crate) mod verify;
 
 pub use error::{ChangeError, Error};

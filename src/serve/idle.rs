@@ -368,7 +368,12 @@ async fn save(daemon: &Arc<Daemon>, vm: &Vm, is_diff: bool, number: u64) -> Resu
         snapshot_path: layer.clone(),
         mem_file_path: None,
         snapshot_type: if is_diff { SnapshotKind::Diff } else { SnapshotKind::Full },
-        tvmm: CreateExtension { copy_drives: vm.function.writes_image(), verify: true, ..CreateExtension::default() },
+        tvmm: CreateExtension {
+            copy_drives: vm.function.writes_image(),
+            verify: true,
+            profile: vm.restore.is_some(),
+            ..CreateExtension::default()
+        },
     };
     vm.send::<SnapshotTaken>("PUT", "/snapshot/create", &body).await?;
     let bytes = on_disk(move || space_of(&layer)).await?;

@@ -40,6 +40,8 @@ pub(super) struct StepTally {
     slow: u64,
     /// VMs taken back from this step by a request.
     woken: u64,
+    /// Those of them for which the pages were brought ahead that they had used before.
+    prefetched: u64,
     /// VMs that could not be taken back.
     wakes_failed: u64,
     /// Memory given back to the host, bytes.
@@ -156,6 +158,11 @@ impl IdleCounts {
         self.change(func_name, |of| of.tally.step(step).woken += 1);
     }
 
+    /// Counts a VM that a request has taken back, and whose pages were brought ahead.
+    pub(super) fn prefetched(&self, func_name: &str, step: Step) {
+        self.change(func_name, |of| of.tally.step(step).prefetched += 1);
+    }
+
     /// Counts a VM that could not be taken back from a step.
     pub(super) fn wake_failed(&self, func_name: &str, step: Step) {
         self.change(func_name, |of| of.tally.step(step).wakes_failed += 1);
@@ -212,14 +219,8 @@ impl IdleCounts {
                 }
             }
         }
-        head(text, "tvmm_idle_slow_steps_total", "counter", "Steps of idle VMs that took longer than 10 s")?;
-        for (name, tally) in &mut functions {
-            for step in Step::ALL {
-                let slow = tally.step(step).slow;
-                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
-                writeln!(text, "tvmm_idle_slow_steps_total{{{labels}}} {slow}")?;
-            }
-        }
+        let help = "Steps of idle VMs that took longer than 10 s";
+        write_by_step(text, &mut functions, ("tvmm_idle_slow_steps_total", help), |tally| tally.slow)?;
         head(text, "tvmm_idle_wakes_total", "counter", "Idle VMs that a request took back from a step, by their end")?;
         for (name, tally) in &mut functions {
             for step in Step::ALL {
@@ -230,22 +231,13 @@ impl IdleCounts {
                 }
             }
         }
-        head(text, "tvmm_idle_freed_bytes_total", "counter", "Memory that steps of idle VMs have given back, bytes")?;
-        for (name, tally) in &mut functions {
-            for step in Step::ALL {
-                let freed = tally.step(step).freed_bytes;
-                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
-                writeln!(text, "tvmm_idle_freed_bytes_total{{{labels}}} {freed}")?;
-            }
-        }
-        head(text, "tvmm_idle_step_seconds_total", "counter", "Time that steps of idle VMs took, s")?;
-        for (name, tally) in &mut functions {
-            for step in Step::ALL {
-                let seconds = tally.step(step).took_us as f64 / 1e6;
-                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
-                writeln!(text, "tvmm_idle_step_seconds_total{{{labels}}} {seconds}")?;
-            }
-        }
+        let help = "Idle VMs whose used pages were brought ahead of a request";
+        write_by_step(text, &mut functions, ("tvmm_idle_prefetches_total", help), |tally| tally.prefetched)?;
+        let help = "Memory that steps of idle VMs have given back, bytes";
+        write_by_step(text, &mut functions, ("tvmm_idle_freed_bytes_total", help), |tally| tally.freed_bytes)?;
+        let help = "Time that steps of idle VMs took, s";
+        let seconds = |tally: StepTally| tally.took_us as f64 / 1e6;
+        write_by_step(text, &mut functions, ("tvmm_idle_step_seconds_total", help), seconds)?;
         head(text, "tvmm_idle_pages_total", "counter", "Pages of idle VMs, by what became of them (docs/idle.md)")?;
         for (name, tally) in &functions {
             let PageTally { dropped, spilled, recalled, regretted } = tally.pages;
@@ -262,4 +254,21 @@ impl IdleCounts {
         }
         Ok(())
     }
+}
+
+/// Appends a counter, by its name and help, of each step of each function.
+fn write_by_step<T: std::fmt::Display>(
+    text: &mut String,
+    functions: &mut [(String, IdleTally)],
+    (name, help): (&str, &str),
+    value: impl Fn(StepTally) -> T,
+) -> std::fmt::Result {
+    head(text, name, "counter", help)?;
+    for (function, tally) in functions {
+        for step in Step::ALL {
+            let value = value(*tally.step(step));
+            writeln!(text, "{name}{{function=\"{function}\",step=\"{}\"}} {value}", step.name())?;
+        }
+    }
+    Ok(())
 }

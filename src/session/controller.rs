@@ -21,6 +21,7 @@ use super::opened_request::OpenedRequest;
 use super::read_backs::ReadBacks;
 use super::report;
 use super::sources::location;
+use super::used_profile::UsedProfile;
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, LiveTaken, Reply, Request, Respond, Rewound, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
@@ -85,6 +86,7 @@ enum SealNews {
         result: Result<Sealed, Error>,
         capture_us: u64,
         live: Option<LiveTaken>,
+        profile: Option<PathBuf>,
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
@@ -541,6 +543,8 @@ impl Controller {
     /// Captures the paused machine, resumes it if asked to, and seals the snapshot on its own thread.
     fn begin_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Refused> {
         self.check_no_live()?;
+        // Before the capture, which reads memory itself.
+        let used = if create.profile { self.used_profile()? } else { None };
         let machine = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
             Phase::Running(_) => {
@@ -560,11 +564,23 @@ impl Controller {
             // The snapshot is good nonetheless, and the machine is still paused; both are reported.
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
-        self.spawn_seal(captured, create.verify)
+        self.spawn_seal(captured, create.verify, used)
     }
 
-    /// Seals the snapshot on a thread of its own. With `verify`, its memory is read back before that is done.
-    fn spawn_seal(&mut self, captured: Captured, verify: bool) -> Result<(), Refused> {
+    /// The pages that the guest has used since its restore, if they can be told.
+    fn used_profile(&self) -> Result<Option<UsedProfile>, Refused> {
+        let (Phase::Paused(machine), Some(restored)) = (&self.phase, &self.restored) else {
+            return Err(Refused::bad_request(
+                "Only a paused VM that was restored has a profile of its use since the restore: leave `profile` out.",
+            ));
+        };
+        let used = machine.ram().used_pages().map_err(|error| Refused::bad_request_because(&error))?;
+        Ok(UsedProfile::of(&used, restored))
+    }
+
+    /// Seals the snapshot on a thread of its own. With `verify`, its memory is read back before that is done. `used`:
+    /// the profile that is then written beside it.
+    fn spawn_seal(&mut self, captured: Captured, verify: bool, used: Option<UsedProfile>) -> Result<(), Refused> {
         let is_first = verify || self.read_backs.are_many();
         let when = if is_first { ReadBackWhen::First } else { ReadBackWhen::Later };
         let teller = self.seal_teller();
@@ -584,7 +600,11 @@ impl Controller {
                 }
                 Err(error) => (Err(Error::from(error)), None),
             };
-            teller.tell(SealNews::Sealed { result, capture_us, live });
+            let profile = match (&result, used) {
+                (Ok(sealed), Some(used)) => written(&used, sealed),
+                _ => None,
+            };
+            teller.tell(SealNews::Sealed { result, capture_us, live, profile });
             if let Some((id, left)) = left
                 && left.run().is_err()
             {
@@ -601,8 +621,8 @@ impl Controller {
     pub fn finish_seals(&mut self) {
         let _ = self.seal_event.read();
         while let Ok(news) = self.seals.1.try_recv() {
-            let (result, capture_us, live) = match news {
-                SealNews::Sealed { result, capture_us, live } => (result, capture_us, live),
+            let (result, capture_us, live, profile) = match news {
+                SealNews::Sealed { result, capture_us, live, profile } => (result, capture_us, live, profile),
                 SealNews::Damaged(id) => {
                     self.snapshot_damaged(id);
                     continue;
@@ -626,6 +646,7 @@ impl Controller {
                     memory_bytes: sealed.pages_held * PAGE_SIZE,
                     capture_us,
                     live,
+                    profile,
                 })),
                 Err(error) => Err(Refused::bad_request_because(&error)),
             });
@@ -714,6 +735,12 @@ impl Controller {
         }
         stopped
     }
+}
+
+/// Writes a profile beside a snapshot, which is good without it.
+fn written(used: &UsedProfile, sealed: &Sealed) -> Option<PathBuf> {
+    let written = used.write(&sealed.location);
+    written.inspect_err(|error| tracing::warn!(error = chain(error), "A snapshot has no profile")).ok()
 }
 
 fn anchor(location: &Location) -> PathBuf {

@@ -65,6 +65,8 @@ pub struct Restored {
     pub engine: EngineReport,
     /// The plan that was carried out.
     pub carried_out: RestorePlan,
+    /// The profile that it was made from.
+    pub profile: Option<PathBuf>,
     /// Limit on the pages that a rewind leaves in local memory: the budget of the restore.
     pub keep_pages: u64,
     /// The number of rewinds.
@@ -115,6 +117,7 @@ impl Restored {
             pools: opened.pools,
             engine,
             carried_out: plan,
+            profile: profile_of(load),
             keep_pages: keep_pages(load),
             rewinds: 0,
             last_rewind: None,
@@ -136,6 +139,14 @@ impl Restored {
             return Err(error.into());
         }
         Ok(Fit::of(&self.carried_out, profile))
+    }
+}
+
+/// The profile by which `load` places memory.
+fn profile_of(load: &RestoreRequest) -> Option<PathBuf> {
+    match &load.plan {
+        PlanFrom::Policy(choice) => choice.profile.clone().filter(|_| choice.policy().needs_profile()),
+        PlanFrom::File(_) => None,
     }
 }
 

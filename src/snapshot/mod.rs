@@ -42,7 +42,7 @@ mod zero_pages;
 pub(crate) mod tests;
 
 pub use cache_lookup::CacheLookup;
-pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun, derived_dir};
+pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun, derived_dir, used_profile_path};
 pub use cold_spec::{Cold, ColdCache, ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,

@@ -96,6 +96,7 @@ impl<S> Machine<S> {
         if spill_to.is_some() && core.services.background.as_ref().is_some_and(BackgroundWork::is_copying) {
             return Err(NotDemotable::Copying.into());
         }
+        core.ram.note_used()?;
         let pending = core.ram.local_pages()?;
         if let Some(SpillTo { dir, bytes_max }) = spill_to {
             let spill = match &core.services.spill {

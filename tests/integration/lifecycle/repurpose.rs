@@ -513,7 +513,7 @@ fn an_image_that_cannot_be_the_drive_is_refused_while_the_former_guest_runs() {
     let snapshot = dir.path().join("snapshot");
     booted.snapshot(&snapshot, &[]);
     drop(booted);
-    let mut vm = Vm::restore(&snapshot, "firecracker");
+    let mut vm = Vm::restore_with(&snapshot, "firecracker", &[]);
     vm.wait_for_socket();
     let short = dir.path().join("short");
     std::fs::write(&short, vec![0; 512]).unwrap();

@@ -131,6 +131,11 @@ fn a_suspended_vm_goes_on_where_it_was_as_often_as_it_is_woken() {
     }
     wait_for_state(&service, &vm, "suspended");
     assert!(record(&service, &vm)["suspensions"].as_u64().unwrap() >= 15);
+    // Each wake but every eighth brought the pages ahead that the VM had used.
+    let woken = count(&service, "suspended", "woken");
+    let prefetched = count(&service, "suspended", "prefetched");
+    assert!(prefetched >= 10 && prefetched < woken, "{prefetched} of {woken}");
+    assert_eq!(metric(&service, "tvmm_idle_prefetches_total{function=\"touch\",step=\"suspended\"}"), prefetched);
     // An invocation without an id finds it too.
     let woken = touch(&service);
     assert_eq!((&woken["vmId"], &woken["origin"]), (&json!(vm), &json!("suspended")));
@@ -388,6 +393,27 @@ fn a_suspended_vm_that_cannot_be_woken_stays_and_the_invocation_has_another() {
     let service = Service::start(&state, &[]);
     assert_eq!(record(&service, &vm)["state"], "suspended");
     assert_eq!(check(&service, &vm), digest);
+}
+
+#[test]
+fn a_suspended_vm_whose_profile_is_damaged_is_woken_without_it() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 50 }));
+    let body = json!({ "func_name": "touch", "params": "pages=100 write=30", "policy": "firecracker" });
+    let vm = id_of(&service.invoke(body));
+    fill(&service, &vm, "pages=300 seed=5");
+    wait_for_state(&service, &vm, "suspended");
+    let layers = dir.path().join("state/suspended").join(&vm);
+    let dirs = std::fs::read_dir(layers).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    let last = dirs.max_by_key(|path| path.file_name().unwrap().to_str().unwrap().parse::<u64>().unwrap()).unwrap();
+    let profile = last.join("plan/used.profile");
+    let bytes = std::fs::read(&profile).unwrap();
+    std::fs::write(&profile, &bytes[..bytes.len() / 2]).unwrap();
+    let woken = service.invoke(json!({ "func_name": "touch", "vmId": vm, "params": "pages=1" }));
+    assert_eq!(woken["origin"], "suspended");
+    assert_eq!((count(&service, "suspended", "woken") > 0, count(&service, "suspended", "wakes_failed")), (true, 0));
+    assert_eq!(record(&service, &vm)["policy"], "firecracker");
 }
 
 #[test]
