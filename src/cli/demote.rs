@@ -27,6 +27,9 @@ pub struct DemoteArgs {
     /// Most memory given back per second
     #[arg(long, value_name = "MIB")]
     rate: Option<NonZeroU64>,
+    /// End when so many pages were given back, or a few more [default: when there are no more]
+    #[arg(long, value_name = "N")]
+    most_pages: Option<NonZeroU64>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -42,12 +45,12 @@ pub fn run(args: &DemoteArgs) -> Result<ExitCode, BoxError> {
     };
     // The VM may have another working directory.
     let spill_dir = args.spill_dir.as_ref().map(std::path::absolute).transpose()?;
-    let body = json!(DemoteRequest { to, spill_dir, rate_mib_s: args.rate });
+    let body = json!(DemoteRequest { to, spill_dir, rate_mib_s: args.rate, most_pages: args.most_pages });
     let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/demote", Some(&body), TIMEOUT)?;
     let demoted: Demoted = serde_json::from_value(answer.unwrap_or_default())?;
     say!(
         "gave {:.1} MiB back in {:.2} ms ({} steps, longest pause {:.2} ms): {} pages dropped, {} mapped from their \
-         files, {} spilled; kept: {} pages written, {} that nothing else can show",
+         files, {} spilled; kept: {} pages written, {} that nothing else can show; {} not looked at",
         mib_of_pages(demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled),
         ms(demoted.total_us),
         demoted.steps,
@@ -57,6 +60,7 @@ pub fn run(args: &DemoteArgs) -> Result<ExitCode, BoxError> {
         demoted.pages_spilled,
         demoted.pages_written,
         demoted.pages_kept,
+        demoted.pages_left,
     );
     Ok(ExitCode::SUCCESS)
 }

@@ -73,8 +73,8 @@ pub struct ServeArgs {
     idle_timeout: u64,
     /// The fate of VMs that wait for requests, of functions that name none: `keep` ends them after --idle-timeout,
     /// `end` with their answer; `suspend` saves them after --idle-timeout, `ladder` step by step, and a request wakes
-    /// them. An invocation then takes an idle VM of its function. Default: as `keep`, and only requests by a VM's id
-    /// reach it
+    /// them; `faasmem` offloads them bit by bit, and ends them after 600 s. An invocation then takes an idle VM of its
+    /// function. Default: as `keep`, and only requests by a VM's id reach it
     #[arg(long, value_name = "POLICY")]
     idle: Option<IdlePolicy>,
     /// Disk space for suspended VMs, MiB: those used longest ago end for others

@@ -132,6 +132,9 @@ pub struct Demoted {
     pub pages_written: u64,
     /// Pages kept, because nothing can show their source in place of the copy.
     pub pages_kept: u64,
+    /// Pages not looked at, because as many had been given back as were to be.
+    #[serde(default)]
+    pub pages_left: u64,
     /// The number of steps. The guest runs in between.
     pub steps: u64,
     /// The longest time for which one step stopped the guest, µs; 0 if it was paused.

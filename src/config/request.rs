@@ -103,6 +103,9 @@ pub struct DemoteRequest {
     /// Most memory given back per second, MiB: a slow demotion disturbs no neighbours. Default: as fast as it goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_mib_s: Option<NonZeroU64>,
+    /// The demotion ends when so many pages were given back, or a few more. Default: when there are no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most_pages: Option<NonZeroU64>,
 }
 
 /// The state to which a machine is demoted.

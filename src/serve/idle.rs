@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde::Serialize;
@@ -19,11 +19,12 @@ use super::idle_counts::{IdleTally, StepEnd};
 use super::standby;
 use super::suspended::{Layer, SuspendedVm, space_of};
 use super::vm::control::ControlError;
+use super::vm::offloading::GivenBack;
 use super::vm::steps::Descent;
 use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
 use crate::config::bodies::{CreateBody, CreateExtension};
 use crate::config::control::SnapshotTaken;
-use crate::snapshot::SnapshotKind;
+use crate::snapshot::{PAGE_SIZE, SnapshotKind};
 use crate::sys::process_memory::ProcessMemory;
 use crate::tiering::idle::{IdleAction, IdleRule, Step};
 
@@ -133,10 +134,10 @@ fn begin(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>, vm: Arc<Vm>, action: Idl
                 tokio::spawn(async move { standby::end(&daemon, &vm).await });
             }
         }
-        IdleAction::Step(step) if steps.len() < AT_ONCE => {
-            steps.spawn(async move { descend(&daemon, &vm, step).await });
+        IdleAction::Step(_) | IdleAction::Offload { .. } if steps.len() < AT_ONCE => {
+            steps.spawn(async move { descend(&daemon, &vm, action).await });
         }
-        IdleAction::Step(_) => {}
+        IdleAction::Step(_) | IdleAction::Offload { .. } => {}
     }
 }
 
@@ -151,22 +152,39 @@ enum StepError {
     Used,
 }
 
-async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step) {
+async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, action: IdleAction) {
+    let step = match action {
+        IdleAction::Step(step) => step,
+        IdleAction::Offload { .. } => Step::Spilled,
+        IdleAction::End => return,
+    };
     let Some(descent) = vm.descend() else { return };
+    let goes_on = descent.is_offloading();
+    let begun = Instant::now();
+    let func_name = &vm.function.func_name;
     let taken = async {
         descent.park().await?;
-        match step {
-            Step::Parked => Ok(0),
-            Step::Trimmed => Ok(descent.demote(None).await?),
-            Step::Spilled => Ok(descent.demote(Some(daemon.spill_dir())).await?),
-            Step::Suspended => suspend(daemon, vm, &descent).await,
-        }
+        let given = match action {
+            IdleAction::Offload { percent } => offload(daemon, vm, &descent, percent).await?,
+            IdleAction::Step(Step::Trimmed) => descent.demote(None).await?,
+            IdleAction::Step(Step::Spilled) => descent.demote(Some(daemon.spill_dir())).await?,
+            IdleAction::Step(Step::Suspended) => {
+                let bytes = suspend(daemon, vm, &descent).await?;
+                daemon.idle.freed(func_name, step, bytes);
+                GivenBack::default()
+            }
+            IdleAction::Step(Step::Parked) | IdleAction::End => GivenBack::default(),
+        };
+        Ok::<_, StepError>(given)
     };
-    let func_name = &vm.function.func_name;
     let (end, why) = match taken.await {
-        Ok(freed) => {
-            daemon.idle.freed(func_name, step, freed);
-            return daemon.idle.stepped(func_name, step, StepEnd::Done);
+        Ok(given) => {
+            daemon.idle.gave_back(func_name, step, given);
+            daemon.idle.took(func_name, step, begun.elapsed());
+            if !goes_on {
+                daemon.idle.stepped(func_name, step, StepEnd::Done);
+            }
+            return;
         }
         Err(StepError::Used) => return daemon.idle.stepped(func_name, step, StepEnd::Cancelled),
         // It was deleted, or made room for another VM.
@@ -184,6 +202,13 @@ async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, step: Step) {
     };
     tracing::warn!(vm = vm.id, step = step.name(), why, "An idle VM does not take its step");
     daemon.idle.stepped(func_name, step, end);
+}
+
+/// Offloads a parked VM up to this part of the local memory that it had.
+async fn offload(daemon: &Daemon, vm: &Vm, descent: &Descent<'_>, percent: u8) -> Result<GivenBack, StepError> {
+    let local_pages =
+        if descent.is_offloading() { 0 } else { (memory_of(vm.life.pid()).await?.anonymous_kib << 10) / PAGE_SIZE };
+    Ok(descent.offload(percent, local_pages, daemon.spill_dir()).await?)
 }
 
 /// Saves a parked VM, and ends its process. Returns the memory that the process had, bytes.

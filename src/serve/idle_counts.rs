@@ -9,6 +9,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::counters::head;
+use super::vm::offloading::GivenBack;
+use crate::snapshot::PAGE_SIZE;
 use crate::tiering::idle::{ReuseIntervals, Step};
 
 /// The outcome of a step down, or of the way up from it.
@@ -40,6 +42,8 @@ pub(super) struct StepTally {
     wakes_failed: u64,
     /// Memory given back to the host, bytes.
     freed_bytes: u64,
+    /// Time that the steps took that were done, µs.
+    took_us: u64,
 }
 
 /// The outcomes of all steps of a function's VMs.
@@ -53,6 +57,20 @@ pub(super) struct IdleTally {
     ended: u64,
     /// Suspended VMs that ended because the disk space was needed for others (`--suspend-disk`).
     evicted: u64,
+    pages: PageTally,
+}
+
+/// Pages of VMs that wait, by what became of them since the daemon began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub(super) struct PageTally {
+    /// Copies of pages that equal the snapshot, given back. Their return is not counted.
+    dropped: u64,
+    /// Pages that went to a file.
+    spilled: u64,
+    /// Pages that came back from the file.
+    recalled: u64,
+    /// Of these, those that came back with the first request after they had gone: it was in vain.
+    regretted: u64,
 }
 
 impl IdleTally {
@@ -102,6 +120,28 @@ impl IdleCounts {
     /// Counts memory that a step has given back.
     pub(super) fn freed(&self, func_name: &str, step: Step, bytes: u64) {
         self.change(func_name, |of| of.tally.step(step).freed_bytes += bytes);
+    }
+
+    /// Counts the pages that a step has given back.
+    pub(super) fn gave_back(&self, func_name: &str, step: Step, given: GivenBack) {
+        self.change(func_name, |of| {
+            of.tally.step(step).freed_bytes += PAGE_SIZE * given.pages();
+            of.tally.pages.dropped += given.dropped;
+            of.tally.pages.spilled += given.spilled;
+        });
+    }
+
+    /// Counts spilled pages that came back. `is_first`: with the first request since they had gone.
+    pub(super) fn recalled(&self, func_name: &str, pages: u64, is_first: bool) {
+        self.change(func_name, |of| {
+            of.tally.pages.recalled += pages;
+            of.tally.pages.regretted += if is_first { pages } else { 0 };
+        });
+    }
+
+    /// Counts the time of a step that was done.
+    pub(super) fn took(&self, func_name: &str, step: Step, time: Duration) {
+        self.change(func_name, |of| of.tally.step(step).took_us += time.as_micros() as u64);
     }
 
     /// Counts a VM that a request has taken back from a step.
@@ -181,6 +221,22 @@ impl IdleCounts {
                 let freed = tally.step(step).freed_bytes;
                 let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
                 writeln!(text, "tvmm_idle_freed_bytes_total{{{labels}}} {freed}")?;
+            }
+        }
+        head(text, "tvmm_idle_step_seconds_total", "counter", "Time that steps of idle VMs took, s")?;
+        for (name, tally) in &mut functions {
+            for step in Step::ALL {
+                let seconds = tally.step(step).took_us as f64 / 1e6;
+                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
+                writeln!(text, "tvmm_idle_step_seconds_total{{{labels}}} {seconds}")?;
+            }
+        }
+        head(text, "tvmm_idle_pages_total", "counter", "Pages of idle VMs, by what became of them (docs/idle.md)")?;
+        for (name, tally) in &functions {
+            let PageTally { dropped, spilled, recalled, regretted } = tally.pages;
+            let counts = [("dropped", dropped), ("spilled", spilled), ("recalled", recalled), ("regretted", regretted)];
+            for (fate, count) in counts {
+                writeln!(text, "tvmm_idle_pages_total{{function=\"{name}\",fate=\"{fate}\"}} {count}")?;
             }
         }
         head(text, "tvmm_idle_ends_total", "counter", "Idle VMs that ended, by reason")?;

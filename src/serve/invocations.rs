@@ -23,12 +23,13 @@ use super::trace::Recording;
 use super::traceparent;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{Purpose, RequestGuard, StartSpec, Vm};
-use super::wake;
+use super::wake::{self, Claimed};
 use super::working_set::{Record, Slot, check_all_layers, run_recorder};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
 use crate::snapshot::Policy;
 use crate::sys::clock;
+use crate::tiering::idle::Step;
 use crate::tiering::recorder::LAYER_PAGES;
 
 /// The longest time-out, ms.
@@ -366,6 +367,16 @@ async fn ask_running(
     recording.note(execute, "warm", json!(origin == Origin::Vm));
     daemon.traces.keep(recording.trace.clone());
     daemon.traces.complete(recording.trace.clone());
+    if claimed.found_at == Some(Step::Spilled) {
+        let daemon = daemon.clone();
+        // The client does not wait for it.
+        tokio::spawn(async move {
+            match vm.report().await {
+                Ok(report) => wake::count_recalls(&daemon, &vm, &report, claimed.found_at),
+                Err(error) => tracing::debug!(%error, vm = vm.id, "A VM has no report after a request"),
+            }
+        });
+    }
     Ok(done)
 }
 
@@ -377,7 +388,7 @@ async fn start_and_ask(
     keep: Option<bool>,
     recording: &mut Recording,
 ) -> Result<InvocationAnswer, Fault> {
-    let Made { using, span: made, origin } = make(daemon, spec, limit, recording).await?;
+    let Made { using, span: made, origin, found_at } = make(daemon, spec, limit, recording).await?;
     let vm = using.vm().clone();
     let (answer, execute) = ask(daemon, using, line, limit, recording).await?;
     let next = standby::next(daemon, &vm, keep);
@@ -389,7 +400,10 @@ async fn start_and_ask(
     // The client does not wait for these: the VM's own report, and its end.
     tokio::spawn(async move {
         match vm.report().await {
-            Ok(report) => recording.add_report(&report, made, execute),
+            Ok(report) => {
+                wake::count_recalls(&daemon, &vm, &report, found_at);
+                recording.add_report(&report, made, execute);
+            }
             Err(error) => recording.note(made, "report", json!(error.to_string())),
         }
         daemon.traces.complete(recording.trace);
@@ -408,6 +422,8 @@ struct Made {
     /// The index of the span in which it was made.
     span: usize,
     origin: Origin,
+    /// The step that an idle VM was taken back from.
+    found_at: Option<Step>,
 }
 
 /// Takes an idle VM, or one that stands by, or else starts one.
@@ -417,17 +433,18 @@ async fn make(daemon: &Arc<Daemon>, spec: &StartSpec, limit: Limit, recording: &
     if let Some(claimed) = tokio::time::timeout_at(limit.deadline, wake::take(daemon, spec)).await.map_err(late)? {
         let span = recording.lap("wake", 0, begin_ns);
         recording.trace.vm_id = Some(claimed.using.vm().id.clone());
-        return Ok(Made { using: claimed.using, span, origin: Origin::of_idle(claimed.found_at) });
+        let Claimed { using, found_at } = claimed;
+        return Ok(Made { using, span, origin: Origin::of_idle(found_at), found_at });
     }
     if let Some(vm) = standby::take(daemon, spec, limit.deadline).await {
         let span = recording.lap("standby", 0, begin_ns);
         recording.trace.vm_id = Some(vm.id.clone());
-        return Ok(Made { using: vm.claim()?, span, origin: Origin::Standby });
+        return Ok(Made { using: vm.claim()?, span, origin: Origin::Standby, found_at: None });
     }
     let started = tokio::time::timeout_at(limit.deadline, daemon.start_vm(spec, recording)).await;
     let (vm, span) = started.map_err(|_| limit.fault("The VM was not ready"))??;
     let origin = if spec.restore.is_some() { Origin::Snapshot } else { Origin::Boot };
-    Ok(Made { using: vm.claim()?, span, origin })
+    Ok(Made { using: vm.claim()?, span, origin, found_at: None })
 }
 
 /// Asks a VM. A VM that does not answer as it should is ended, and its end is waited for.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use serde_json::Value;
 use tokio::time::error::Elapsed;
 
 use super::blocking::blocking;
@@ -45,6 +46,15 @@ async fn claim_now(daemon: &Arc<Daemon>, id: &str) -> Result<Claimed, Fault> {
         } else {
             return rouse(daemon, daemon.vm(id)?.claim()?).await;
         }
+    }
+}
+
+/// Counts the spilled pages of a VM that came back to local memory, by its report after a request. `found_at`: the step
+/// at which the request found it.
+pub(super) fn count_recalls(daemon: &Daemon, vm: &Vm, report: &Value, found_at: Option<Step>) {
+    let pages = vm.note_pages_back(report["spill"]["pages_back"].as_u64().unwrap_or_default());
+    if pages > 0 {
+        daemon.idle.recalled(&vm.function.func_name, pages, found_at == Some(Step::Spilled));
     }
 }
 

@@ -34,8 +34,7 @@ impl Job {
     /// The time until the next step, so that the rate is kept.
     fn pause(&self) -> Duration {
         let Some(rate) = self.rate else { return SOON };
-        let counts = &self.demotion.counts;
-        let bytes = (counts.dropped + counts.mapped + counts.spilled) * PAGE_SIZE;
+        let bytes = self.demotion.counts.given_back() * PAGE_SIZE;
         let due = Duration::from_secs_f64(bytes as f64 / (rate.max(1) << 20) as f64);
         due.saturating_sub(self.start.elapsed()).max(SOON)
     }

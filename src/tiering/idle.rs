@@ -44,6 +44,8 @@ impl Step {
 pub struct Descended {
     /// The last step that it has taken.
     pub step: Option<Step>,
+    /// The part of its local memory that was offloaded since, percent: see [`IdleAction::Offload`].
+    pub offloaded: u8,
     /// The steps that it has refused to take, in the order of [`Step::ALL`].
     refused: [bool; Step::ALL.len()],
 }
@@ -54,11 +56,21 @@ impl Descended {
         self.refused[step as usize] = true;
     }
 
+    /// The way down after an action.
+    pub fn after(self, action: IdleAction) -> Descended {
+        match action {
+            IdleAction::Step(step) => Descended { step: Some(step), ..self },
+            IdleAction::Offload { percent } => Descended { step: Some(Step::Spilled), offloaded: percent, ..self },
+            IdleAction::End => self,
+        }
+    }
+
     /// Returns whether an action leads further down, and was not refused.
     fn may_take(&self, action: IdleAction) -> bool {
         match action {
             IdleAction::End => true,
             IdleAction::Step(next) => Some(next) > self.step && !self.refused[next as usize],
+            IdleAction::Offload { percent } => percent > self.offloaded && !self.refused[Step::Spilled as usize],
         }
     }
 }
@@ -82,20 +94,24 @@ pub enum IdlePolicy {
     /// It is parked, trimmed, spilled and suspended, at times that follow from the function's own pauses between
     /// requests.
     Ladder,
+    /// FaaSMem's semi-warm period: when it was idle for longer than is usual for its function, its pages are offloaded
+    /// bit by bit. It ends after the keep-alive time.
+    Faasmem,
 }
 
 impl IdlePolicy {
-    const ALL: [(&'static str, IdlePolicy); 4] = [
+    const ALL: [(&'static str, IdlePolicy); 5] = [
         ("keep", IdlePolicy::Keep),
         ("end", IdlePolicy::End),
         ("suspend", IdlePolicy::Suspend),
         ("ladder", IdlePolicy::Ladder),
+        ("faasmem", IdlePolicy::Faasmem),
     ];
 }
 
 /// The text that is no policy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("Unknown idle policy `{0}`; known: keep, end, suspend, ladder.")]
+#[error("Unknown idle policy `{0}`; known: keep, end, suspend, ladder, faasmem.")]
 pub struct NoIdlePolicy(String);
 
 impl FromStr for IdlePolicy {
@@ -112,15 +128,20 @@ impl FromStr for IdlePolicy {
 #[serde(deny_unknown_fields)]
 pub struct IdleSpec {
     pub policy: IdlePolicy,
-    /// `keep`, `end` and `suspend`: the time without a request, ms. None: 0 for `end`, else `--idle-timeout`.
+    /// All but `ladder`: the time without a request, ms. None: 0 for `end`, 600,000 for `faasmem`, else
+    /// `--idle-timeout`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_alive_ms: Option<u64>,
-    /// `ladder`: a VM is parked after this time, and takes no further step before it, ms. None: 10,000.
+    /// `ladder`: a VM is parked after this time, and takes no further step before it, ms. None: 10,000. `faasmem`:
+    /// nothing is offloaded before this time. None: 60,000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub floor_ms: Option<u64>,
     /// `ladder`: a VM is suspended after this time at the latest, ms. None: 600,000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cap_ms: Option<u64>,
+    /// `faasmem`: the time in which all local memory is offloaded, ms. None: 100,000, which is 1 % a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offload_ms: Option<u64>,
 }
 
 /// The earliest and the latest time of a ladder that names none.
@@ -130,31 +151,63 @@ const CAP: Duration = Duration::from_secs(600);
 const SPILL_PATIENCE: u32 = 2;
 const SUSPEND_PATIENCE: u32 = 4;
 
+/// FaaSMem's times.
+const FAASMEM_FLOOR: Duration = Duration::from_secs(60);
+const FAASMEM_KEEP_ALIVE: Duration = Duration::from_secs(600);
+/// The time in which FaaSMem offloads all of a container: 1 % a second.
+pub const FAASMEM_OFFLOAD: Duration = Duration::from_secs(100);
+/// The part of a VM's memory that is offloaded at once, percent: a request to the VM waits for no more.
+const BITE: u8 = 2;
+
 /// The reason why a setting makes no sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadIdle {
-    #[error("`idle.keep_alive_ms` is for the policies `keep`, `end` and `suspend`: leave it out of `ladder`.")]
+    #[error("`idle.keep_alive_ms` is for all policies but `ladder`: leave it out of `ladder`.")]
     KeepAliveOfLadder,
-    #[error("`idle.floor_ms` and `idle.cap_ms` are for the policy `ladder`: leave them out of others.")]
-    BoundsOfOther,
+    #[error("`idle.floor_ms` is for the policies `ladder` and `faasmem`: leave it out of others.")]
+    FloorOfOther,
+    #[error("`idle.cap_ms` is for the policy `ladder`: leave it out of others.")]
+    CapOfOther,
+    #[error("`idle.offload_ms` is for the policy `faasmem`: leave it out of others.")]
+    OffloadOfOther,
     #[error("`idle.floor_ms` must be 1 or more, and `idle.cap_ms` (default: 600000) not less than it.")]
     Bounds,
+    #[error(
+        "`idle.floor_ms` and `idle.offload_ms` must be 1 or more, and `idle.keep_alive_ms` (default: 600000) not less \
+         than the floor (default: 60000)."
+    )]
+    BoundsOfFaasmem,
 }
 
 impl IdleSpec {
     /// The policy with its default times.
     pub fn of(policy: IdlePolicy) -> IdleSpec {
-        IdleSpec { policy, keep_alive_ms: None, floor_ms: None, cap_ms: None }
+        IdleSpec { policy, keep_alive_ms: None, floor_ms: None, cap_ms: None, offload_ms: None }
     }
 
     /// Refuses values that belong to another policy, or exclude each other.
     pub fn check(&self) -> Result<(), BadIdle> {
-        let has_bounds = self.floor_ms.is_some() || self.cap_ms.is_some();
-        match self.policy {
-            IdlePolicy::Ladder if self.keep_alive_ms.is_some() => Err(BadIdle::KeepAliveOfLadder),
-            IdlePolicy::Ladder if self.floor() > self.cap() || self.floor().is_zero() => Err(BadIdle::Bounds),
-            IdlePolicy::Ladder => Ok(()),
-            _ if has_bounds => Err(BadIdle::BoundsOfOther),
+        let is_ladder = self.policy == IdlePolicy::Ladder;
+        let is_faasmem = self.policy == IdlePolicy::Faasmem;
+        if is_ladder && self.keep_alive_ms.is_some() {
+            return Err(BadIdle::KeepAliveOfLadder);
+        }
+        if !is_ladder && !is_faasmem && self.floor_ms.is_some() {
+            return Err(BadIdle::FloorOfOther);
+        }
+        if !is_ladder && self.cap_ms.is_some() {
+            return Err(BadIdle::CapOfOther);
+        }
+        if !is_faasmem && self.offload_ms.is_some() {
+            return Err(BadIdle::OffloadOfOther);
+        }
+        match self.rule(Duration::MAX) {
+            IdleRule::Ladder { floor, cap } if floor > cap || floor.is_zero() => Err(BadIdle::Bounds),
+            IdleRule::Faasmem { floor, keep_alive, offload }
+                if floor > keep_alive || floor.is_zero() || offload.is_zero() =>
+            {
+                Err(BadIdle::BoundsOfFaasmem)
+            }
             _ => Ok(()),
         }
     }
@@ -164,22 +217,23 @@ impl IdleSpec {
         matches!(self.policy, IdlePolicy::Suspend | IdlePolicy::Ladder)
     }
 
-    fn floor(&self) -> Duration {
-        self.floor_ms.map_or(FLOOR, Duration::from_millis)
-    }
-
-    fn cap(&self) -> Duration {
-        self.cap_ms.map_or(CAP, Duration::from_millis)
-    }
-
     /// The rule, where `keep_alive` is the time of policies that name none.
     pub fn rule(&self, keep_alive: Duration) -> IdleRule {
-        let own = self.keep_alive_ms.map(Duration::from_millis);
+        let given = |ms: Option<u64>| ms.map(Duration::from_millis);
+        let own = given(self.keep_alive_ms);
+        let floor = given(self.floor_ms);
         match self.policy {
             IdlePolicy::Keep => IdleRule::End { after: own.unwrap_or(keep_alive) },
             IdlePolicy::End => IdleRule::End { after: own.unwrap_or_default() },
             IdlePolicy::Suspend => IdleRule::Suspend { after: own.unwrap_or(keep_alive) },
-            IdlePolicy::Ladder => IdleRule::Ladder { floor: self.floor(), cap: self.cap() },
+            IdlePolicy::Ladder => {
+                IdleRule::Ladder { floor: floor.unwrap_or(FLOOR), cap: given(self.cap_ms).unwrap_or(CAP) }
+            }
+            IdlePolicy::Faasmem => IdleRule::Faasmem {
+                floor: floor.unwrap_or(FAASMEM_FLOOR),
+                keep_alive: own.unwrap_or(FAASMEM_KEEP_ALIVE),
+                offload: given(self.offload_ms).unwrap_or(FAASMEM_OFFLOAD),
+            },
         }
     }
 }
@@ -188,6 +242,12 @@ impl IdleSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IdleAction {
     Step(Step),
+    /// So much of the local memory that the VM had after its last request leaves local memory, what has left before
+    /// included: copies of pages that equal the snapshot are dropped, others go to a file. A VM of which a part was
+    /// offloaded is at [`Step::Spilled`].
+    Offload {
+        percent: u8,
+    },
     /// The VM ends.
     End,
 }
@@ -198,6 +258,7 @@ pub enum IdleRule {
     End { after: Duration },
     Suspend { after: Duration },
     Ladder { floor: Duration, cap: Duration },
+    Faasmem { floor: Duration, keep_alive: Duration, offload: Duration },
 }
 
 impl IdleRule {
@@ -214,6 +275,14 @@ impl IdleRule {
                     [(floor, Step::Parked), (trim, Step::Trimmed), (spill, Step::Spilled), (suspend, Step::Suspended)];
                 times.map(|(after, step)| (after, IdleAction::Step(step))).into()
             }
+            IdleRule::Faasmem { keep_alive, offload, .. } => {
+                let delay = self.delay(p99);
+                let bites = (BITE..=100).step_by(BITE.into()).map(|percent| {
+                    let after = delay + offload.mul_f64(f64::from(percent) / 100.0);
+                    (after, IdleAction::Offload { percent })
+                });
+                bites.take_while(|(after, _)| *after < keep_alive).chain([(keep_alive, IdleAction::End)]).collect()
+            }
         }
     }
 
@@ -222,20 +291,35 @@ impl IdleRule {
         match *self {
             IdleRule::End { after } | IdleRule::Suspend { after } => after,
             IdleRule::Ladder { floor, cap } => p99.unwrap_or(floor).clamp(floor, cap),
+            IdleRule::Faasmem { floor, keep_alive, .. } => p99.unwrap_or(floor).clamp(floor, keep_alive),
         }
     }
 
     /// The action that a VM which has been idle for `idle` is due for: the deepest one that it has not refused.
     pub fn due(&self, idle: Duration, vm: impl Into<Descended>, p99: Option<Duration>) -> Option<IdleAction> {
+        if idle < self.first_time(p99) {
+            return None;
+        }
         let vm = vm.into();
         let due = self.times(p99).into_iter().filter(|(after, _)| *after <= idle).map(|(_, action)| action);
         due.rev().find(|action| vm.may_take(*action))
     }
 
+    /// An idle time before which there is no action.
+    fn first_time(&self, p99: Option<Duration>) -> Duration {
+        match *self {
+            IdleRule::Ladder { floor, .. } => floor,
+            _ => self.delay(p99),
+        }
+    }
+
     /// The next action of a VM whatever its idle time: memory is short. A spilled VM is not suspended before its time,
-    /// because that brings its spilled pages back into memory.
+    /// because that brings its spilled pages back into memory. All of a VM is offloaded at once.
     pub fn next(&self, vm: impl Into<Descended>) -> Option<IdleAction> {
         let vm = vm.into();
+        if let IdleRule::Faasmem { .. } = self {
+            return [IdleAction::Offload { percent: 100 }, IdleAction::End].into_iter().find(|next| vm.may_take(*next));
+        }
         let next = self.times(None).into_iter().map(|(_, action)| action).find(|action| vm.may_take(*action));
         next.filter(|next| vm.step != Some(Step::Spilled) || *next != IdleAction::Step(Step::Suspended))
     }
@@ -255,8 +339,8 @@ impl IdleRule {
 #[derive(Clone, Debug, Default)]
 pub struct ReuseIntervals {
     last: VecDeque<Duration>,
-    /// Made anew with each interval: it is asked for far more often.
-    p99: Option<Duration>,
+    /// The same, ascending: the percentile is asked for far more often than an interval is added.
+    sorted: Vec<Duration>,
 }
 
 impl ReuseIntervals {
@@ -266,16 +350,15 @@ impl ReuseIntervals {
     const FEWEST: usize = 8;
 
     pub fn add(&mut self, interval: Duration) {
-        if self.last.len() == Self::MOST {
-            self.last.pop_front();
+        if self.last.len() == Self::MOST
+            && let Some(oldest) = self.last.pop_front()
+            && let Ok(at) = self.sorted.binary_search(&oldest)
+        {
+            self.sorted.remove(at);
         }
         self.last.push_back(interval);
-        if self.last.len() >= Self::FEWEST {
-            let mut sorted: Vec<Duration> = self.last.iter().copied().collect();
-            sorted.sort_unstable();
-            let rank = (sorted.len() * 99).div_ceil(100);
-            self.p99 = sorted.get(rank - 1).copied();
-        }
+        let at = self.sorted.partition_point(|other| *other < interval);
+        self.sorted.insert(at, interval);
     }
 
     /// The number of intervals that are kept.
@@ -285,7 +368,8 @@ impl ReuseIntervals {
 
     /// The 99th percentile by nearest rank; `None` of fewer than 8 intervals.
     pub fn p99(&self) -> Option<Duration> {
-        self.p99
+        let rank = (self.sorted.len() * 99).div_ceil(100);
+        (self.sorted.len() >= Self::FEWEST).then(|| self.sorted[rank - 1])
     }
 }
 
@@ -332,6 +416,33 @@ mod tests {
     }
 
     #[test]
+    fn a_semi_warm_vm_is_offloaded_bit_by_bit_and_ends_at_its_keep_alive_time() {
+        let rule = IdleRule::Faasmem { floor: 60 * S, keep_alive: 600 * S, offload: 100 * S };
+        let times = rule.times(None);
+        assert_eq!((times.len(), times[0]), (51, (62 * S, IdleAction::Offload { percent: 2 })));
+        assert_eq!(times[49..], [(160 * S, IdleAction::Offload { percent: 100 }), (600 * S, IdleAction::End)]);
+        let part = |percent| Some(IdleAction::Offload { percent });
+        let at = |offloaded| Descended { step: Some(Step::Spilled), offloaded, ..Descended::default() };
+        assert_eq!(rule.due(61 * S, None, None), None);
+        assert_eq!(rule.due(62 * S, None, None), part(2));
+        assert_eq!(rule.due(63 * S, at(2), None), None);
+        assert_eq!(rule.due(111 * S, at(2), None), part(50));
+        assert_eq!(rule.due(599 * S, at(98), None), part(100));
+        assert_eq!((rule.due(599 * S, at(100), None), rule.due(600 * S, at(100), None)), (None, Some(IdleAction::End)));
+        // It is usual for the function that a VM waits for long: only so much is offloaded before the end.
+        let p99 = Some(570 * S);
+        assert_eq!((rule.due(571 * S, None, p99), rule.due(599 * S, None, p99)), (None, part(28)));
+        assert_eq!(rule.due(600 * S, None, Some(9000 * S)), Some(IdleAction::End));
+        assert_eq!((rule.next_time(60 * S, None), rule.next_time(62 * S, None)), (Some(62 * S), Some(64 * S)));
+        assert_eq!((rule.next_time(200 * S, None), rule.next_time(600 * S, None)), (Some(600 * S), None));
+        // Memory is short.
+        assert_eq!((rule.next(None), rule.next(at(100))), (part(100), Some(IdleAction::End)));
+        let mut refused = Descended::default();
+        refused.refuse(Step::Spilled);
+        assert_eq!((rule.due(599 * S, refused, None), rule.next(refused)), (None, Some(IdleAction::End)));
+    }
+
+    #[test]
     fn a_refused_step_leaves_the_others_to_be_taken() {
         let step = |step| Some(IdleAction::Step(step));
         let mut vm = Descended::default();
@@ -374,7 +485,11 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<IdleSpec>(text).unwrap();
         for (text, bad) in [
             (r#"{"policy":"ladder","keep_alive_ms":1}"#, BadIdle::KeepAliveOfLadder),
-            (r#"{"policy":"keep","floor_ms":1}"#, BadIdle::BoundsOfOther),
+            (r#"{"policy":"keep","floor_ms":1}"#, BadIdle::FloorOfOther),
+            (r#"{"policy":"faasmem","cap_ms":1}"#, BadIdle::CapOfOther),
+            (r#"{"policy":"ladder","offload_ms":1}"#, BadIdle::OffloadOfOther),
+            (r#"{"policy":"faasmem","keep_alive_ms":5000}"#, BadIdle::BoundsOfFaasmem),
+            (r#"{"policy":"faasmem","offload_ms":0}"#, BadIdle::BoundsOfFaasmem),
             (r#"{"policy":"ladder","floor_ms":700000}"#, BadIdle::Bounds),
             (r#"{"policy":"ladder","floor_ms":0}"#, BadIdle::Bounds),
         ] {
@@ -385,7 +500,10 @@ mod tests {
         assert_eq!(rule(r#"{"policy":"keep"}"#), IdleRule::End { after: 60 * S });
         assert_eq!(rule(r#"{"policy":"suspend","keep_alive_ms":2000}"#), IdleRule::Suspend { after: 2 * S });
         assert_eq!(rule(r#"{"policy":"ladder"}"#), ladder());
+        let faasmem = IdleRule::Faasmem { floor: 60 * S, keep_alive: 600 * S, offload: 100 * S };
+        assert_eq!(rule(r#"{"policy":"faasmem"}"#), faasmem);
+        assert_eq!(read(r#"{"policy":"faasmem"}"#).check(), Ok(()));
         assert_eq!("ladder".parse(), Ok(IdlePolicy::Ladder));
-        assert!("later".parse::<IdlePolicy>().unwrap_err().to_string().contains("keep, end, suspend, ladder"));
+        assert!("later".parse::<IdlePolicy>().unwrap_err().to_string().contains("keep, end, suspend, ladder, faasmem"));
     }
 }

@@ -5,16 +5,16 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::costs::{Costs, StepCosts, VERSION, WorkloadCosts};
+use super::costs::{Costs, KeptCosts, StepCosts, VERSION, WorkloadCosts};
 use super::memory::{children, mib, of};
 use super::outcome::rank;
 use super::policy::{Processes, Set};
 use super::service::{Limits, Service};
-use super::stage::{invocation, name, put, repurposed};
+use super::stage::{counts, invocation, name, put};
 use super::workload::{Workload, Workloads};
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
-use crate::tiering::idle::{IdleAction, IdlePolicy, IdleSpec, Step};
+use crate::tiering::idle::{IdlePolicy, IdleSpec, Step};
 
 /// Requests of each kind, of which the first of a kind is not counted.
 const RUNS: usize = 6;
@@ -40,14 +40,6 @@ struct Answered {
     vm: String,
     /// The state in which the VM was found, or the way in which it was made.
     origin: String,
-}
-
-/// The costs of VMs that take a step while they wait.
-struct Descended {
-    /// None: each request found its VM at another step.
-    costs: Option<StepCosts>,
-    /// Local memory after the next request.
-    after_mib: f64,
 }
 
 /// Measures all workloads by a service of its own on `dir`.
@@ -80,6 +72,7 @@ impl Probe<'_> {
         let mut end = Vec::new();
         let mut used_mib = 0.0;
         let mut rewound_mib = 0.0;
+        let mut reused_mib = 0.0;
         put(self.service, self.function, self.workload, Map::new())?;
         for _ in 0..RUNS {
             let Answered { ms, vm, .. } = self.ask(&json!({ "keep": true }))?;
@@ -89,16 +82,20 @@ impl Probe<'_> {
             rewind.push(self.timed("POST", &format!("/vms/{vm}/rewind"), Some(&json!({})))?);
             rewound_mib = self.memory_of(&vm)?;
             rewound.push(self.ask(&json!({ "vmId": vm }))?.ms);
+            reused_mib = self.memory_of(&vm)?;
             end.push(self.timed("DELETE", &format!("/vms/{vm}"), None)?);
         }
         let repurposed_ms = self.repurposed()?;
+        let kept = self.kept(used_mib)?;
         let (standby_ms, standby_mib) = self.standby()?;
         let ladder = IdleSpec { floor_ms: Some(IDLE_MS), ..IdleSpec::of(IdlePolicy::Ladder) };
         let trimmed = self.descended(&ladder, Step::Trimmed)?;
-        let spilled = self.descended(&ladder, Step::Spilled)?;
+        // All of a VM is offloaded at once, which is the same as the ladder's step, and comes sooner.
+        let offload = IdleSpec { floor_ms: Some(IDLE_MS), offload_ms: Some(1), ..IdleSpec::of(IdlePolicy::Faasmem) };
+        let spilled = self.descended(&offload, Step::Spilled)?;
         let suspend = IdleSpec { keep_alive_ms: Some(IDLE_MS), ..IdleSpec::of(IdlePolicy::Suspend) };
         let woken = self.descended(&suspend, Step::Suspended)?;
-        let Some(suspended) = woken.costs else {
+        let Some(suspended) = woken else {
             return refuse("Cannot measure suspended VMs: no request found its VM suspended");
         };
         put(self.service, self.function, self.workload, Map::new())?;
@@ -111,14 +108,16 @@ impl Probe<'_> {
             rewound_ms: median(rewound),
             rewind_ms: median(rewind),
             end_ms: median(end),
-            trimmed: trimmed.costs,
-            spilled: spilled.costs,
+            kept,
+            trimmed,
+            spilled,
             woken_ms: suspended.request_ms,
             suspend_ms: suspended.step_ms,
             used_mib,
             standby_mib,
             rewound_mib,
-            woken_mib: woken.after_mib,
+            reused_mib,
+            woken_mib: suspended.after_mib,
         })
     }
 
@@ -127,16 +126,40 @@ impl Probe<'_> {
         let functions = self.function + 1;
         let mut times = Vec::new();
         for run in 0..=RUNS {
-            let before = repurposed(self.service, functions)?;
+            let before = counts(self.service, functions)?.repurposed;
             let ms = self.ask(&json!({ "keep": false }))?.ms;
-            if run > 0 && repurposed(self.service, functions)? > before {
+            if run > 0 && counts(self.service, functions)?.repurposed > before {
                 times.push(ms);
             }
             std::thread::sleep(FINISHED);
         }
+        Ok((!times.is_empty()).then(|| median_of(times)))
+    }
+
+    /// The time for which the memory of a VM that has served and finished stays, which was `used_mib`, and what its
+    /// process has afterwards.
+    fn kept(&self, used_mib: f64) -> Result<Option<KeptCosts>, BoxError> {
+        let mut times = Vec::new();
+        let mut after_mib = 0.0;
+        for _ in 0..RUNS {
+            let Answered { vm, .. } = self.ask(&json!({ "keep": false }))?;
+            let answered = Instant::now();
+            let pid = self.pid_of(&vm)?;
+            let mut samples = Vec::new();
+            while answered.elapsed() < FINISHED {
+                let at_ms = answered.elapsed().as_secs_f64() * 1000.0;
+                samples.push((at_ms, mib(of(&[pid]).own_kib())));
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // The last one is 0 if the process was not kept.
+            let Some((_, last)) = samples.last().copied().filter(|(_, last)| *last > 0.0) else { continue };
+            after_mib = last;
+            let is_gone = |(_, mib): &&(f64, f64)| *mib <= (used_mib + last) / 2.0;
+            times.extend(samples.iter().find(is_gone).map(|(at_ms, _)| *at_ms));
+        }
         // A kept process would become the next VM that stands by.
         std::thread::sleep(Duration::from_secs(1));
-        Ok((!times.is_empty()).then(|| median_of(times)))
+        Ok((!times.is_empty()).then(|| KeptCosts { vacate_ms: median_of(times), mib: after_mib }))
     }
 
     /// The time of the first request of a VM that stands by, and its memory before.
@@ -155,39 +178,42 @@ impl Probe<'_> {
         Ok((median(times), memory_mib))
     }
 
-    /// The costs of a VM that waits by the policy `spec` until it is at `step`, and is asked again.
-    fn descended(&self, spec: &IdleSpec, step: Step) -> Result<Descended, BoxError> {
+    /// The costs of a VM that waits by the policy `spec` until it is at `step`, and is asked again. `None`: each
+    /// request found its VM at another step.
+    fn descended(&self, spec: &IdleSpec, step: Step) -> Result<Option<StepCosts>, BoxError> {
         let settings = json!({ "idle": spec });
         put(self.service, self.function, self.workload, settings.as_object().cloned().unwrap_or_default())?;
-        let times = spec.rule(Duration::ZERO).times(None);
-        let begins = times.iter().find(|(_, action)| *action == IdleAction::Step(step)).map(|(after, _)| *after);
-        let begins_ms = begins.unwrap_or_default().as_secs_f64() * 1000.0;
         // The service may take a further step before this one is seen.
         let reached: Vec<&str> = Step::ALL.into_iter().filter(|other| *other >= step).map(Step::name).collect();
         let is_there = |record: &Value| record["state"].as_str().is_some_and(|state| reached.contains(&state));
+        let (done_before, took_before_us) = self.steps(step)?;
         let mut vm = self.ask(&json!({}))?.vm;
         let mut requests = Vec::new();
-        let mut steps = Vec::new();
         let mut mib = 0.0;
         let mut after_mib = 0.0;
         for _ in 0..STEPS {
-            let answered = Instant::now();
             self.wait(&|record| record["vmId"] == vm.as_str() && is_there(record), step.name())?;
-            let step_ms = (answered.elapsed().as_secs_f64() * 1000.0 - begins_ms).max(0.0);
             let before_mib = self.memory_of(&vm)?;
             let again = self.ask(&json!({}))?;
+            vm = again.vm;
             if again.origin == step.name() {
                 requests.push(again.ms);
-                steps.push(step_ms);
                 mib = before_mib;
+                after_mib = self.memory_of(&vm)?;
             }
-            vm = again.vm;
-            after_mib = self.memory_of(&vm)?;
         }
         self.service.ask("DELETE", &format!("/vms/{vm}"), None)?;
-        let is_known = !requests.is_empty();
-        let costs = is_known.then(|| StepCosts { request_ms: median_of(requests), step_ms: median_of(steps), mib });
-        Ok(Descended { costs, after_mib })
+        let (done, took_us) = self.steps(step)?;
+        if requests.is_empty() || done == done_before {
+            return Ok(None);
+        }
+        let step_ms = (took_us - took_before_us) as f64 / 1000.0 / (done - done_before) as f64;
+        Ok(Some(StepCosts { request_ms: median_of(requests), step_ms, mib, after_mib }))
+    }
+
+    /// The number of such steps that were done, and their time, µs.
+    fn steps(&self, step: Step) -> Result<(u64, u64), BoxError> {
+        Ok(counts(self.service, self.function + 1)?.steps[step as usize])
     }
 
     /// The VM that stands by.
@@ -239,9 +265,12 @@ impl Probe<'_> {
     }
 
     fn memory_of(&self, vm: &str) -> Result<f64, BoxError> {
+        Ok(mib(of(&[self.pid_of(vm)?]).own_kib()))
+    }
+
+    fn pid_of(&self, vm: &str) -> Result<u32, BoxError> {
         let record = self.service.ask("GET", &format!("/vms/{vm}"), None)?;
-        let pid = record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default();
-        Ok(mib(of(&[pid]).own_kib()))
+        Ok(record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default())
     }
 }
 

@@ -9,7 +9,7 @@ use super::workload::{Workload, Workloads};
 use crate::sys::errors::{BoxError, refuse};
 
 /// The version of the file.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// Costs of all workloads on one host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,8 +40,10 @@ pub(super) struct WorkloadCosts {
     /// A request to a VM that was rewound.
     pub(super) rewound_ms: f64,
     pub(super) rewind_ms: f64,
-    /// The end of a VM.
+    /// The end of a VM, with its process.
     pub(super) end_ms: f64,
+    /// The process of a VM that has finished. None: no process was kept.
+    pub(super) kept: Option<KeptCosts>,
     /// VMs that have given local copies back. None: no request found one.
     pub(super) trimmed: Option<StepCosts>,
     /// VMs whose written pages are in a file. None: no request found one.
@@ -56,8 +58,20 @@ pub(super) struct WorkloadCosts {
     pub(super) standby_mib: f64,
     /// A VM that was rewound.
     pub(super) rewound_mib: f64,
+    /// A VM that was rewound, after its next request.
+    pub(super) reused_mib: f64,
     /// A VM that was suspended, after its next request.
     pub(super) woken_mib: f64,
+}
+
+/// Costs of a process that is kept for another VM.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct KeptCosts {
+    /// Time from the answer until the VM's memory is gone.
+    pub(super) vacate_ms: f64,
+    /// Local memory from then on.
+    pub(super) mib: f64,
 }
 
 /// Costs of VMs at a step.
@@ -66,10 +80,19 @@ pub(super) struct WorkloadCosts {
 pub(super) struct StepCosts {
     /// A request to such a VM.
     pub(super) request_ms: f64,
-    /// The step, with the time until the service begins it.
+    /// The step itself.
     pub(super) step_ms: f64,
     /// Local memory after the step.
     pub(super) mib: f64,
+    /// Local memory after the next request.
+    pub(super) after_mib: f64,
+}
+
+impl StepCosts {
+    fn numbers(&self) -> [(&'static str, f64); 4] {
+        let StepCosts { request_ms, step_ms, mib, after_mib } = *self;
+        [("request_ms", request_ms), ("step_ms", step_ms), ("mib", mib), ("after_mib", after_mib)]
+    }
 }
 
 impl WorkloadCosts {
@@ -87,15 +110,13 @@ impl WorkloadCosts {
             ("used_mib", self.used_mib),
             ("standby_mib", self.standby_mib),
             ("rewound_mib", self.rewound_mib),
+            ("reused_mib", self.reused_mib),
             ("woken_mib", self.woken_mib),
         ]
         .into_iter()
-        .chain(
-            self.trimmed
-                .iter()
-                .chain(&self.spilled)
-                .flat_map(|step| [("request_ms", step.request_ms), ("step_ms", step.step_ms), ("mib", step.mib)]),
-        ) {
+        .chain(self.kept.iter().flat_map(|kept| [("vacate_ms", kept.vacate_ms), ("mib", kept.mib)]))
+        .chain(self.trimmed.iter().chain(&self.spilled).flat_map(StepCosts::numbers))
+        {
             if !number.is_finite() || number < 0.0 {
                 return Err(format!("`{name}` is {number}, not a number from 0 on"));
             }

@@ -4,12 +4,16 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use super::outcome::Sample;
+use super::service::Service;
+use super::stage::living;
 use crate::sys::process_memory::ProcessMemory;
 
 /// Pause between two samples, of the real clock. A slow sample is followed by a longer one.
 const PAUSE: Duration = Duration::from_millis(100);
 /// The kernel walks the page tables of each process: samples take at most this part of the time.
 const PART: u32 = 10;
+/// Pause between two counts of the VMs: the service writes a record of each.
+const COUNT: Duration = Duration::from_secs(1);
 
 /// The processes that `parent` has started.
 pub(super) fn children(parent: u32) -> Vec<u32> {
@@ -37,17 +41,23 @@ pub(super) fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 
-/// Samples the memory of the processes that `parent` has started, until `is_over`. Times are of the trace, which runs
-/// `speed` times as fast as the clock and began at `begun`.
-pub(super) fn watch(parent: u32, begun: Instant, speed: f64, is_over: impl Fn() -> bool) -> Vec<Sample> {
+/// Samples the memory of the processes that `service` has started, and more seldom the numbers of its VMs, until
+/// `is_over`. Times are of the trace, which runs `speed` times as fast as the clock and began at `begun`.
+pub(super) fn watch(service: &Service, begun: Instant, speed: f64, is_over: impl Fn() -> bool) -> Vec<Sample> {
     let mut samples = Vec::new();
+    let mut counted: Option<Instant> = None;
     while !is_over() {
         let now = Instant::now();
-        let memory = of(&children(parent));
+        let memory = of(&children(service.pid()));
+        let is_due = counted.is_none_or(|counted| now - counted >= COUNT);
+        // A service that does not answer has failed the requests of the trace, too.
+        let vms = if is_due { living(service).ok() } else { None };
+        counted = vms.map(|_| now).or(counted);
         samples.push(Sample {
             at_s: (now - begun).as_secs_f64() * speed,
             local_mib: mib(memory.own_kib()),
             all_mib: Some(mib(memory.own_kib() + memory.shared_kib)),
+            vms,
         });
         std::thread::sleep(PAUSE.max(now.elapsed() * PART));
     }
@@ -86,7 +96,7 @@ mod tests {
 
     #[test]
     fn samples_count_for_the_time_until_the_next() {
-        let sample = |at_s, local_mib| Sample { at_s, local_mib, all_mib: None };
+        let sample = |at_s, local_mib| Sample { at_s, local_mib, all_mib: None, vms: None };
         let local = |sample: &Sample| Some(sample.local_mib);
         assert_eq!(mean(&[sample(0.0, 1.0), sample(1.0, 4.0), sample(9.0, 100.0)], 3.0, local), Some(3.0));
         assert_eq!(mean(&[sample(0.0, 1.0)], 3.0, |sample| sample.all_mib), None);

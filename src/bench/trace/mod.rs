@@ -4,6 +4,7 @@ mod arrivals;
 mod calibrate;
 mod costs;
 mod files;
+mod load;
 mod memory;
 mod outcome;
 mod policy;
@@ -19,14 +20,16 @@ mod workload;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread::ScopedJoinHandle;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::bench::load::busy_cpus;
 use crate::bench::scratch::Scratch;
-use crate::sys::errors::BoxError;
+use crate::sys::errors::{BoxError, refuse};
 use crate::sys::limits::raise_open_files;
 use costs::Costs;
+use load::Load;
 use outcome::Outcome;
 use policy::{Processes, Rules};
 use replay::Replay;
@@ -83,14 +86,23 @@ fn facts(settings: &Settings) -> Vec<Fact> {
     ]
 }
 
+fn load<'a>(settings: &'a Settings, workloads: &'a Workloads, rules: &Rules) -> Load<'a> {
+    Load { trace: &settings.trace, workloads, rules: *rules, speed: settings.speed }
+}
+
 /// Simulates policies.
 fn simulate(settings: &Settings, workloads: &Workloads, costs: &Costs, cpus: usize) -> Result<Vec<Outcome>, BoxError> {
     let limits = settings.limits(cpus);
-    let one = |rules: &Rules| {
-        let Settings { trace, speed, .. } = settings;
-        Simulation { trace, workloads, costs, rules: *rules, limits, cpus, speed: *speed }.run()
-    };
-    settings.rules.iter().map(one).collect()
+    let one = |rules: &Rules| Simulation { load: load(settings, workloads, rules), costs, limits, cpus }.run();
+    std::thread::scope(|scope| {
+        let one = |rules| std::thread::Builder::new().name("simulation".into()).spawn_scoped(scope, move || one(rules));
+        let running: Result<Vec<_>, _> = settings.rules.iter().map(one).collect();
+        let running = running.map_err(|error| format!("Cannot start a thread for a simulation: {error}"))?;
+        let outcome = |thread: ScopedJoinHandle<Result<Outcome, BoxError>>| {
+            thread.join().unwrap_or_else(|_| refuse("A simulation has panicked"))
+        };
+        running.into_iter().map(outcome).collect()
+    })
 }
 
 /// Replays all policies by VMs, and simulates them with the costs of this host, which it writes to `out`.
@@ -112,12 +124,11 @@ fn replay(settings: &Settings, workloads: &Workloads, out: &Path) -> Result<Vec<
     let mut outcomes = Vec::new();
     for rules in &settings.rules {
         bar.set_message(format!("policy {}", rules.policy));
-        let load = busy_cpus()?;
+        let others = busy_cpus()?;
         let service = Service::start(&dir, limits, rules.processes)?;
         stage::set_policy(&service, workloads, rules)?;
-        let replay =
-            Replay { service: &service, trace: &settings.trace, workloads, rules: *rules, speed: settings.speed };
-        outcomes.push(Outcome { other_cpus: Some(load), ..replay.run()? });
+        let replay = Replay { service: &service, load: load(settings, workloads, rules) };
+        outcomes.push(Outcome { other_cpus: Some(others), ..replay.run()? });
         stage::end_suspended(&service)?;
         service.end()?;
     }

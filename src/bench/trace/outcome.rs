@@ -5,9 +5,13 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::policy::Policy;
+use crate::snapshot::PAGE_SIZE;
 
 /// A request that was sent later than this after its arrival, ms, is late: its load was not the trace's.
 const LATE_MS: f64 = 20.0;
+
+/// Bytes.
+const MIB: f64 = (1 << 20) as f64;
 
 /// The way by which a request got its VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -49,6 +53,29 @@ pub(super) struct Sample {
     pub(super) local_mib: f64,
     /// The same with the processes' parts of files; a simulator does not know them.
     pub(super) all_mib: Option<f64>,
+    /// The VMs at that moment. Not each sample has them.
+    pub(super) vms: Option<LivingVms>,
+}
+
+/// Numbers of VMs at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LivingVms {
+    /// They have a process.
+    pub(super) running: usize,
+    pub(super) suspended: usize,
+}
+
+/// Pages of VMs that waited, by what became of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Pages {
+    /// Copies of pages that equal the snapshot, given back.
+    pub(super) dropped: u64,
+    /// Written pages that went to a file.
+    pub(super) spilled: u64,
+    /// Spilled pages that came back.
+    pub(super) recalled: u64,
+    /// Of these, those that came back with the very next request.
+    pub(super) regretted: u64,
 }
 
 /// The outcome of a trace by one policy.
@@ -62,6 +89,15 @@ pub(super) struct Outcome {
     pub(super) mean_local_mib: f64,
     /// The same with the processes' parts of files.
     pub(super) mean_all_mib: Option<f64>,
+    /// VMs that have a process, averaged over the time of the trace, and the most at once.
+    pub(super) mean_vms: f64,
+    pub(super) most_vms: usize,
+    /// The most suspended VMs at once.
+    pub(super) most_suspended: usize,
+    /// A simulator does not know them.
+    pub(super) pages: Option<Pages>,
+    /// Steps that VMs could not take.
+    pub(super) refused_steps: u64,
     /// Restores in the process of a finished VM.
     pub(super) repurposed: u64,
     /// Failed requests by their reason.
@@ -97,6 +133,18 @@ pub(super) struct Summary {
     pub(super) peak_local_mib: f64,
     /// With the processes' parts of files.
     pub(super) mean_all_mib: Option<f64>,
+    pub(super) mean_vms: f64,
+    pub(super) most_vms: usize,
+    pub(super) most_suspended: usize,
+    /// VMs with a process for each GiB of local memory, by the means.
+    pub(super) vms_per_gib: f64,
+    /// Memory of VMs that waited which was given back: copies that equal the snapshot, and pages that went to a file.
+    pub(super) dropped_mib: Option<f64>,
+    pub(super) spilled_mib: Option<f64>,
+    /// Spilled memory that came back, and the part that the very next request brought back.
+    pub(super) recalled_mib: Option<f64>,
+    pub(super) regretted_mib: Option<f64>,
+    pub(super) refused_steps: u64,
     /// CPUs that other programs used just before the replay.
     pub(super) other_cpus: Option<f64>,
 }
@@ -117,6 +165,7 @@ impl Outcome {
 
     /// `latencies`: those of the answered requests, ascending.
     pub(super) fn summary(&self, latencies: &[f64]) -> Summary {
+        let mib = |pages: &dyn Fn(&Pages) -> u64| self.pages.map(|all| (pages(&all) * PAGE_SIZE) as f64 / MIB);
         let count = |way: Option<Way>| self.requests.iter().filter(|request| request.way == way).count();
         Summary {
             title: self.title(),
@@ -138,8 +187,17 @@ impl Outcome {
             p99_ms: rank(latencies, 0.99),
             mean_local_mib: self.mean_local_mib,
             peak_local_mib: self.memory.iter().map(|sample| sample.local_mib).fold(0.0, f64::max),
-            other_cpus: self.other_cpus,
             mean_all_mib: self.mean_all_mib,
+            mean_vms: self.mean_vms,
+            most_vms: self.most_vms,
+            most_suspended: self.most_suspended,
+            vms_per_gib: if self.mean_local_mib > 0.0 { self.mean_vms / self.mean_local_mib * 1024.0 } else { 0.0 },
+            dropped_mib: mib(&|pages| pages.dropped),
+            spilled_mib: mib(&|pages| pages.spilled),
+            recalled_mib: mib(&|pages| pages.recalled),
+            regretted_mib: mib(&|pages| pages.regretted),
+            refused_steps: self.refused_steps,
+            other_cpus: self.other_cpus,
         }
     }
 }

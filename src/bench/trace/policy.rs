@@ -25,10 +25,12 @@ pub(super) enum Policy {
     Suspend,
     /// A VM that waits gives its memory back step by step.
     Ladder,
+    /// A VM that waits for longer than is usual for its function is offloaded bit by bit, as FaaSMem does it.
+    Faasmem,
 }
 
 impl Policy {
-    pub(super) const ALL: [Policy; 7] = [
+    pub(super) const ALL: [Policy; 8] = [
         Policy::Keep,
         Policy::End,
         Policy::Repurpose,
@@ -36,6 +38,7 @@ impl Policy {
         Policy::Rewind,
         Policy::Suspend,
         Policy::Ladder,
+        Policy::Faasmem,
     ];
 
     pub(super) fn name(self) -> &'static str {
@@ -47,6 +50,7 @@ impl Policy {
             Policy::Rewind => "rewind",
             Policy::Suspend => "suspend",
             Policy::Ladder => "ladder",
+            Policy::Faasmem => "faasmem",
         }
     }
 
@@ -99,10 +103,13 @@ pub(super) struct Set {
 /// Times of VMs that wait, ms of the real clock.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
-    /// `keep`: time without a request until the end. `ladder`: the time of the last step, at the latest.
+    /// `keep` and `faasmem`: time without a request until the end. `ladder`: the time of the last step, at the latest.
     pub(super) keep_alive_ms: u64,
-    /// `suspend`: time without a request until the suspension. `ladder`: the time of the first step.
+    /// `suspend`: time without a request until the suspension. `ladder`: the time of the first step. `faasmem`: the
+    /// earliest time at which a VM begins to be offloaded.
     pub(super) floor_ms: u64,
+    /// `faasmem`: the time in which all of a VM is offloaded.
+    pub(super) offload_ms: u64,
 }
 
 /// A policy with its numbers.
@@ -127,6 +134,12 @@ impl Rules {
             cap_ms: Some(times.keep_alive_ms),
             ..IdleSpec::of(IdlePolicy::Ladder)
         };
+        let faasmem = IdleSpec {
+            keep_alive_ms: Some(times.keep_alive_ms),
+            floor_ms: Some(times.floor_ms),
+            offload_ms: Some(times.offload_ms),
+            ..IdleSpec::of(IdlePolicy::Faasmem)
+        };
         let rules = |fate, standby, processes| Rules { policy, fate, standby, processes };
         let rules = match policy {
             Policy::Keep => rules(after(IdlePolicy::Keep, times.keep_alive_ms), None, Processes::Shared),
@@ -136,6 +149,7 @@ impl Rules {
             Policy::Rewind => rules(Fate::Rewinds, set, Processes::Shared),
             Policy::Suspend => rules(after(IdlePolicy::Suspend, times.floor_ms), None, Processes::Shared),
             Policy::Ladder => rules(Fate::Waits(steps), None, Processes::Shared),
+            Policy::Faasmem => rules(Fate::Waits(faasmem), None, Processes::Shared),
         };
         if let Fate::Waits(spec) = rules.fate {
             spec.check()?;
@@ -175,7 +189,7 @@ impl Rules {
 mod tests {
     use super::*;
 
-    const TIMES: Times = Times { keep_alive_ms: 600, floor_ms: 10 };
+    const TIMES: Times = Times { keep_alive_ms: 600, floor_ms: 10, offload_ms: 100 };
 
     #[test]
     fn policies_have_names_and_rules() {

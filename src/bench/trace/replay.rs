@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::arrivals::{Arrival, Trace};
+use super::arrivals::Arrival;
+use super::load::Load;
 use super::memory;
-use super::outcome::{Outcome, Request, Way};
-use super::policy::Rules;
+use super::outcome::{LivingVms, Outcome, Request, Way};
 use super::service::Service;
-use super::stage::{invocation, repurposed};
-use super::workload::Workloads;
+use super::stage::{counts, invocation};
 use crate::sys::api_client::ClientError;
 use crate::sys::errors::{BoxError, refuse};
 
@@ -24,11 +23,7 @@ const THREADS: usize = 64;
 /// A replay of one policy.
 pub(super) struct Replay<'a> {
     pub(super) service: &'a Service,
-    pub(super) trace: &'a Trace,
-    pub(super) workloads: &'a Workloads,
-    pub(super) rules: Rules,
-    /// The trace runs so many times as fast as the clock.
-    pub(super) speed: f64,
+    pub(super) load: Load<'a>,
 }
 
 /// A request, and its moment of the real clock.
@@ -52,11 +47,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Replay<'_> {
     /// Sends all requests, and waits for all answers and for the end of the trace's time.
     pub(super) fn run(&self) -> Result<Outcome, BoxError> {
-        let functions = self.workloads.of.len();
-        let before = repurposed(self.service, functions)?;
+        let Load { trace, workloads, speed, .. } = self.load;
+        let functions = workloads.of.len();
+        // VMs that stand by may have been made in the processes of others.
+        let before = counts(self.service, functions)?.repurposed;
         let shared = Shared {
             served: Mutex::default(),
-            requests: Mutex::new(Vec::with_capacity(self.trace.arrivals.len())),
+            requests: Mutex::new(Vec::with_capacity(trace.arrivals.len())),
             reasons: Mutex::default(),
         };
         let (send, receive) = channel::<Due>();
@@ -64,11 +61,11 @@ impl Replay<'_> {
         let is_over = AtomicBool::new(false);
         let begun = Instant::now();
         let samples = std::thread::scope(|scope| {
-            let watch = || memory::watch(self.service.pid(), begun, self.speed, || is_over.load(Ordering::Relaxed));
+            let watch = || memory::watch(self.service, begun, speed, || is_over.load(Ordering::Relaxed));
             let watching = std::thread::Builder::new().name("memory".into()).spawn_scoped(scope, watch);
             let watching = watching.map_err(|error| format!("Cannot start a thread that samples memory: {error}"))?;
             let mut threads = Vec::new();
-            for _ in 0..THREADS.min(self.trace.arrivals.len()) {
+            for _ in 0..THREADS.min(trace.arrivals.len()) {
                 let work = || self.serve(&receive, &shared);
                 match std::thread::Builder::new().name("request".into()).spawn_scoped(scope, work) {
                     Ok(thread) => threads.push(thread),
@@ -79,7 +76,7 @@ impl Replay<'_> {
                     Err(_) => break,
                 }
             }
-            for arrival in &self.trace.arrivals {
+            for arrival in &trace.arrivals {
                 let at = begun + self.of_clock(arrival.at_us);
                 sleep_until(at);
                 // All receivers live until this sender is dropped.
@@ -90,31 +87,37 @@ impl Replay<'_> {
                 // The panic hook has reported a panic of the thread, and its request is missing in the results.
                 let _ = thread.join();
             }
-            sleep_until(begun + self.of_clock(self.trace.length_us));
+            sleep_until(begun + self.of_clock(trace.length_us));
             is_over.store(true, Ordering::Relaxed);
             let samples = watching.join().unwrap_or_default();
             Ok::<_, BoxError>(samples)
         })?;
         let requests = shared.requests.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let end_s = self.trace.length_us as f64 / 1e6;
-        if requests.len() != self.trace.arrivals.len() {
+        let end_s = trace.length_us as f64 / 1e6;
+        if requests.len() != trace.arrivals.len() {
             return refuse("A thread that sends requests has panicked");
         }
+        let after = counts(self.service, functions)?;
+        let vms =
+            |number: &dyn Fn(LivingVms) -> usize| samples.iter().filter_map(|sample| sample.vms).map(number).max();
         Ok(Outcome {
-            policy: self.rules.policy,
-            is_simulated: false,
             requests,
             mean_local_mib: memory::mean(&samples, end_s, |sample| Some(sample.local_mib)).unwrap_or_default(),
             mean_all_mib: memory::mean(&samples, end_s, |sample| sample.all_mib),
+            mean_vms: memory::mean(&samples, end_s, |sample| Some(sample.vms?.running as f64)).unwrap_or_default(),
+            most_vms: vms(&|vms| vms.running).unwrap_or_default(),
+            most_suspended: vms(&|vms| vms.suspended).unwrap_or_default(),
             memory: samples,
-            repurposed: repurposed(self.service, functions)? - before,
+            pages: Some(after.pages),
+            refused_steps: after.refused_steps,
+            repurposed: after.repurposed - before,
             reasons: shared.reasons.into_inner().unwrap_or_else(PoisonError::into_inner),
-            other_cpus: None,
+            ..self.load.outcome(false)
         })
     }
 
     fn of_clock(&self, at_us: u64) -> Duration {
-        Duration::from_secs_f64(at_us as f64 / 1e6 / self.speed)
+        Duration::from_secs_f64(self.load.clock_us(at_us) / 1e6)
     }
 
     /// Sends requests until no more come.
@@ -141,9 +144,9 @@ impl Replay<'_> {
     /// # Errors
     /// The reason of a failure, without what differs between requests.
     fn request(&self, function: u32, shared: &Shared) -> Result<Way, String> {
-        let Some(workload) = self.workloads.workload(function as usize) else { return Err("no workload".into()) };
+        let Some(workload) = self.load.workloads.workload(function as usize) else { return Err("no workload".into()) };
         let mut body = invocation(function as usize, workload);
-        if let Some(keep) = self.rules.keep() {
+        if let Some(keep) = self.load.rules.keep() {
             body.insert("keep".to_string(), json!(keep));
         }
         let answer = self.service.send("POST", "/invocations", Some(&Value::Object(body)));

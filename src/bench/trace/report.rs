@@ -36,7 +36,7 @@ impl Report<'_> {
         let latencies: Vec<Vec<f64>> = self.outcomes.iter().map(Outcome::latencies).collect();
         let summary = |(outcome, latencies): (&Outcome, &Vec<f64>)| outcome.summary(latencies);
         let summaries: Vec<Summary> = self.outcomes.iter().zip(&latencies).map(summary).collect();
-        let tables = [numbers(&summaries), ways(&summaries)];
+        let tables = [numbers(&summaries), ways(&summaries), density(&summaries)];
         let compared = compared(&summaries);
         for cells in tables.iter().chain(&compared) {
             out!("{}\n", drawn(cells));
@@ -174,6 +174,36 @@ fn ways(summaries: &[Summary]) -> Cells {
     ];
     let title = "The VMs of the requests. Repurposed: restores in the process of a finished VM. Late: sent more than \
                  20 ms after their arrival";
+    Cells { title: title.to_string(), header: header(&names), rows: summaries.iter().map(of).collect() }
+}
+
+fn density(summaries: &[Summary]) -> Cells {
+    let of = |summary: &Summary| {
+        let known = |number: Option<f64>| number.map_or("–".to_string(), number_text);
+        let vms = [
+            number_text(summary.mean_vms),
+            summary.most_vms.to_string(),
+            summary.most_suspended.to_string(),
+            number_text(summary.vms_per_gib),
+        ];
+        let Summary { dropped_mib, spilled_mib, recalled_mib, regretted_mib, .. } = *summary;
+        let memory = [dropped_mib, spilled_mib, recalled_mib, regretted_mib].map(known);
+        let counts = [summary.refused_steps.to_string()];
+        row(summary.title.clone(), vms.into_iter().chain(memory).chain(counts))
+    };
+    let names = [
+        "VMs, mean",
+        "VMs, most",
+        "suspended, most",
+        "VMs per GiB",
+        "dropped MiB",
+        "spilled MiB",
+        "recalled MiB",
+        "regretted MiB",
+        "steps refused",
+    ];
+    let title = "VMs with a process, and memory that waiting VMs gave back: dropped copies equal the snapshot, spilled \
+                 pages went to a file. Regretted: recalled by the very next request";
     Cells { title: title.to_string(), header: header(&names), rows: summaries.iter().map(of).collect() }
 }
 

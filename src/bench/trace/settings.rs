@@ -12,6 +12,7 @@ use super::stage::MAX_FUNCTIONS;
 use super::synthetic::{Class, generate};
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
+use crate::tiering::idle::FAASMEM_OFFLOAD;
 
 /// The length of a synthetic trace without `--duration`, s.
 const HOUR_S: u64 = 3600;
@@ -32,7 +33,8 @@ pub struct TraceArgs {
     /// Policies for VMs between requests, each on a service of its own: keep (wait for --keep-alive), end, repurpose
     /// (end, and let the process become the next VM), standby (VMs stand by, and end after their request), rewind (they
     /// stand by, and go back to their snapshot after it),
-    /// suspend (after --floor), ladder (give memory back step by step, from --floor to --keep-alive)
+    /// suspend (after --floor), ladder (give memory back step by step, from --floor to --keep-alive), faasmem (offload
+    /// 1 % a second, from --floor on, and end after --keep-alive)
     #[arg(long, value_delimiter = ',', default_value = "keep,end", value_name = "POLICIES")]
     policy: Vec<Policy>,
     /// Guest memory that all VMs together may have, MiB (`tvmm serve --memory`)
@@ -56,10 +58,11 @@ pub struct TraceArgs {
     /// [default: `touch` of 8 of 32 MiB in a guest of 128]
     #[arg(long, value_name = "FILE")]
     pub(super) workloads: Option<PathBuf>,
-    /// Time of the trace for which `keep` lets a VM wait, and after which `ladder` suspends it at the latest, s
+    /// Time of the trace for which `keep` and `faasmem` let a VM wait, and after which `ladder` suspends it at the
+    /// latest, s
     #[arg(long, default_value_t = 600.0, value_name = "SECONDS", value_parser = positive)]
     keep_alive: f64,
-    /// Time of the trace after which `suspend` suspends a VM, and before which `ladder` takes no step, s
+    /// Time of the trace after which `suspend` suspends a VM, and before which `ladder` and `faasmem` do nothing, s
     #[arg(long, default_value_t = 60.0, value_name = "SECONDS", value_parser = positive)]
     floor: f64,
     /// VMs of each function that stand by, of `standby` and `rewind`; a rewound VM stays if fewer than four times as
@@ -130,7 +133,11 @@ impl Settings {
             }
         };
         let ms = |seconds: f64| (seconds / args.speed * 1000.0).round() as u64;
-        let times = Times { keep_alive_ms: ms(args.keep_alive), floor_ms: ms(args.floor) };
+        let times = Times {
+            keep_alive_ms: ms(args.keep_alive),
+            floor_ms: ms(args.floor),
+            offload_ms: ms(FAASMEM_OFFLOAD.as_secs_f64()),
+        };
         let rules = args.policy.iter().map(|policy| {
             Rules::new(*policy, times, args.standby.into()).map_err(|error| {
                 format!(

@@ -6,22 +6,23 @@
 mod fleet;
 mod jobs;
 mod meter;
+mod slots;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::time::Duration;
 
-use super::arrivals::{Arrival, Trace};
+use super::arrivals::Arrival;
 use super::costs::{Costs, StepCosts, WorkloadCosts};
+use super::load::Load;
 use super::outcome::{Outcome, Request, Way};
-use super::policy::{Fate, Processes, Rules};
+use super::policy::{Fate, Processes};
 use super::service::Limits;
-use super::workload::Workloads;
 use crate::sys::errors::{BoxError, refuse};
-use crate::tiering::idle::{IdleAction, IdleRule, ReuseIntervals, Step};
+use crate::tiering::idle::{Descended, IdleAction, IdleRule, ReuseIntervals, Step};
 use fleet::{Fleet, State, VmId};
 use jobs::{Job, Jobs};
-use meter::{Integral, Meter};
+use meter::Integral;
 
 /// Time for which the service keeps the process of a finished VM, µs of the real clock (docs/serve.md).
 const KEPT_US: u64 = 1_000_000;
@@ -29,17 +30,15 @@ const KEPT_US: u64 = 1_000_000;
 const MAX_KEPT: usize = 8;
 /// Requests that wait for a turn; more are refused.
 const MAX_QUEUE: usize = 1024;
+/// VMs that take a step at once.
+const MAX_STEPS: usize = 4;
 
 /// A simulation of one policy.
 pub(super) struct Simulation<'a> {
-    pub(super) trace: &'a Trace,
-    pub(super) workloads: &'a Workloads,
+    pub(super) load: Load<'a>,
     pub(super) costs: &'a Costs,
-    pub(super) rules: Rules,
     pub(super) limits: Limits,
     pub(super) cpus: usize,
-    /// The trace runs so many times as fast as the clock; times of work are of the clock.
-    pub(super) speed: f64,
 }
 
 /// A request that waits for its turn.
@@ -58,13 +57,40 @@ enum Place {
     After(f64),
 }
 
+/// A VM for a request.
+struct Started {
+    vm: VmId,
+    way: Way,
+    /// The work of the request.
+    ms: f64,
+}
+
+/// A step that a VM takes at present.
+struct Stepping {
+    /// The VM will be this far down.
+    to: Descended,
+    /// The request that waits for the end of the step.
+    waiter: Option<Asked>,
+}
+
+/// The part of a step that a VM has taken: it is offloaded bit by bit.
+fn part_of(descended: Descended) -> f64 {
+    if descended.offloaded > 0 { f64::from(descended.offloaded) / 100.0 } else { 1.0 }
+}
+
 /// The state of a simulation.
 struct Run<'a> {
     sim: &'a Simulation<'a>,
     costs: Vec<&'a WorkloadCosts>,
     fleet: Fleet,
     jobs: Jobs,
-    meter: Integral,
+    memory: Integral,
+    /// VMs that have a process.
+    vms: Integral,
+    /// The steps that VMs take at present.
+    steps: BTreeMap<VmId, Stepping>,
+    /// VMs that are due for a step, while as many as may be take one.
+    due: VecDeque<VmId>,
     /// When VMs that wait take their steps.
     idle: Option<IdleRule>,
     /// Pauses between requests, by function.
@@ -84,58 +110,50 @@ impl Simulation<'_> {
     /// # Errors
     /// The costs lack something that the policy needs.
     pub(super) fn run(&self) -> Result<Outcome, BoxError> {
-        let costs = self.costs.of(self.workloads)?;
-        let shares = self.rules.processes == Processes::Shared;
-        if shares && costs.iter().any(|costs| costs.repurposed_ms.is_none()) {
+        let Load { trace, workloads, rules, speed } = self.load;
+        let costs = self.costs.of(workloads)?;
+        if rules.processes == Processes::Shared && costs.iter().any(|costs| costs.repurposed_ms.is_none()) {
             return refuse(format!(
                 "Cannot simulate policy {}: the costs have no `repurposed_ms`, because no process was taken over when \
                  they were measured. Replay the trace again",
-                self.rules.policy
+                rules.policy
             ));
         }
-        let outcome = Outcome {
-            policy: self.rules.policy,
-            is_simulated: true,
-            requests: Vec::with_capacity(self.trace.arrivals.len()),
-            memory: Vec::new(),
-            mean_local_mib: 0.0,
-            mean_all_mib: None,
-            repurposed: 0,
-            reasons: BTreeMap::new(),
-            other_cpus: None,
-        };
-        let end_us = self.clock_us(self.trace.length_us);
+        let end_us = self.load.end_us();
         let mut run = Run {
             sim: self,
             fleet: Fleet::new(costs.len(), self.limits),
-            costs,
             jobs: Jobs::new(self.cpus),
-            meter: Integral::new(end_us, self.speed, self.costs.shells_mib),
-            idle: self.rules.idle(),
-            pauses: vec![ReuseIntervals::default(); self.workloads.of.len()],
+            memory: Integral::new(end_us, speed, self.costs.shells_mib),
+            vms: Integral::new(end_us, speed, 0.0),
+            steps: BTreeMap::new(),
+            due: VecDeque::new(),
+            idle: rules.idle(),
+            pauses: vec![ReuseIntervals::default(); costs.len()],
+            costs,
             queue: VecDeque::new(),
             running: 0,
             is_refilling: false,
             lacking: BTreeSet::new(),
             timers: BinaryHeap::new(),
-            outcome,
+            outcome: self.load.outcome(true),
         };
         run.fill();
-        run.run_until(end_us);
-        let Meter { samples, mean_mib } = run.meter.finish();
-        Ok(Outcome { memory: samples, mean_local_mib: mean_mib, ..run.outcome })
-    }
-
-    /// A moment of the trace on the real clock, µs.
-    fn clock_us(&self, at_us: u64) -> f64 {
-        at_us as f64 / self.speed
+        run.run_until(end_us, &trace.arrivals);
+        Ok(Outcome {
+            memory: run.memory.samples(),
+            mean_local_mib: run.memory.mean(),
+            mean_vms: run.vms.mean(),
+            most_vms: run.vms.most() as usize,
+            ..run.outcome
+        })
     }
 }
 
 impl Run<'_> {
     /// Lets VMs stand by before the first request, as far as there is room.
     fn fill(&mut self) {
-        let Some(set) = self.sim.rules.standby else { return };
+        let Some(set) = self.sim.load.rules.standby else { return };
         for function in 0..self.costs.len() as u32 {
             for _ in 0..set.min {
                 let mem_mib = self.mem_mib(function);
@@ -144,25 +162,30 @@ impl Run<'_> {
                 }
                 let mib = self.costs[function as usize].standby_mib;
                 let vm = self.fleet.add(function, mem_mib, mib);
-                self.meter.add(mib);
+                self.memory.add(mib);
                 self.fleet.set(vm, State::Ready, 0);
             }
         }
     }
 
-    fn run_until(&mut self, end_us: f64) {
+    fn run_until(&mut self, end_us: f64, arrivals: &[Arrival]) {
         let mut next = 0;
         let mut now = 0.0;
         loop {
-            let arrival = self.sim.trace.arrivals.get(next);
-            let arrives = arrival.map_or(f64::INFINITY, |arrival| self.sim.clock_us(arrival.at_us));
+            self.vms.set(self.fleet.living() as f64);
+            self.outcome.most_suspended = self.outcome.most_suspended.max(self.fleet.suspended());
+            let arrival = arrivals.get(next);
+            let arrives = arrival.map_or(f64::INFINITY, |arrival| self.sim.load.clock_us(arrival.at_us));
             let done = self.jobs.next_end(now);
             let timer = self.timers.peek().map_or(f64::INFINITY, |Reverse((at, _))| *at as f64);
             let at = arrives.min(done).min(timer);
             if !at.is_finite() || (arrival.is_none() && self.jobs.is_empty() && at >= end_us) {
+                self.memory.advance(end_us);
+                self.vms.advance(end_us);
                 return;
             }
-            self.meter.advance(at);
+            self.memory.advance(at);
+            self.vms.advance(at);
             let ended = self.jobs.advance(at - now);
             now = at;
             for job in ended {
@@ -210,47 +233,55 @@ impl Run<'_> {
 
     /// Begins a request that has its turn.
     fn begin(&mut self, asked: Asked, now: f64) {
-        let Asked { function, at_us } = asked;
+        let function = asked.function;
         let costs = self.costs[function as usize];
+        self.running += 1;
         let started = if let Some(vm) = self.fleet.idle(function) {
-            self.wake(vm, now)
+            let pause_us = (now as u64).saturating_sub(self.fleet.since(vm));
+            self.pauses[function as usize].add(Duration::from_micros(pause_us));
+            if let Some(stepping) = self.steps.get_mut(&vm) {
+                stepping.waiter = Some(asked);
+                self.fleet.claim(vm);
+                return;
+            }
+            self.wake(vm)
         } else if let Some(vm) = self.fleet.first_ready(function) {
             self.lacking.insert(function);
             let is_rewound = self.fleet.has_served(vm);
-            self.grow(vm, costs.used_mib);
-            if is_rewound {
-                Some((vm, Way::Rewound, costs.rewound_ms))
+            self.set_memory(vm, if is_rewound { costs.reused_mib } else { costs.used_mib });
+            Some(if is_rewound {
+                Started { vm, way: Way::Rewound, ms: costs.rewound_ms }
             } else {
-                Some((vm, Way::Standby, costs.standby_ms))
-            }
+                Started { vm, way: Way::Standby, ms: costs.standby_ms }
+            })
         } else {
             self.restore(function)
         };
-        let Some((vm, way, ms)) = started else {
-            self.fail(at_us, now);
+        self.start(asked, started, now);
+    }
+
+    /// Starts a request in the VM that was found for it, or fails it: there was no room for one.
+    fn start(&mut self, asked: Asked, started: Option<Started>, now: f64) {
+        let Some(Started { vm, way, ms }) = started else {
+            self.running -= 1;
+            self.fail(asked.at_us, now);
             return;
         };
         self.fleet.set(vm, State::Busy, now as u64);
-        self.running += 1;
-        self.jobs.begin(Job::Request { vm, way, arrived_us: at_us }, ms);
+        self.jobs.begin(Job::Request { vm, way, arrived_us: asked.at_us }, ms);
     }
 
     /// Takes a VM that waits back from its step; `None`: there is no room for it.
-    fn wake(&mut self, vm: VmId, now: f64) -> Option<(VmId, Way, f64)> {
+    fn wake(&mut self, vm: VmId) -> Option<Started> {
         let function = self.fleet.function(vm);
         let costs = self.costs[function as usize];
-        let pause_us = (now as u64).saturating_sub(self.fleet.since(vm));
-        self.pauses[function as usize].add(Duration::from_micros(pause_us));
-        match self.fleet.step(vm) {
-            None | Some(Step::Parked) => Some((vm, Way::Warm, costs.warm_ms)),
-            Some(Step::Trimmed) => {
-                self.grow(vm, costs.used_mib);
-                Some((vm, Way::Trimmed, costs.trimmed.map_or(costs.warm_ms, |step| step.request_ms)))
-            }
-            Some(Step::Spilled) => {
-                self.grow(vm, costs.used_mib);
-                Some((vm, Way::Spilled, costs.spilled.map_or(costs.warm_ms, |step| step.request_ms)))
-            }
+        let descended = self.fleet.descended(vm);
+        let full_mib = self.fleet.full_mib(vm);
+        let warm = StepCosts { request_ms: costs.warm_ms, step_ms: 0.0, mib: full_mib, after_mib: full_mib };
+        let (way, step) = match descended.step {
+            None | Some(Step::Parked) => (Way::Warm, warm),
+            Some(Step::Trimmed) => (Way::Trimmed, costs.trimmed.unwrap_or(warm)),
+            Some(Step::Spilled) => (Way::Spilled, costs.spilled.unwrap_or(warm)),
             Some(Step::Suspended) => {
                 let end_ms = match self.place(function)? {
                     Place::Free | Place::Process => 0.0,
@@ -258,14 +289,18 @@ impl Run<'_> {
                 };
                 self.remove(vm);
                 let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
-                self.grow(vm, costs.woken_mib);
-                Some((vm, Way::Woken, costs.woken_ms + end_ms))
+                self.set_memory(vm, costs.woken_mib);
+                return Some(Started { vm, way: Way::Woken, ms: costs.woken_ms + end_ms });
             }
-        }
+        };
+        // Of a VM that is being offloaded, only a part has left.
+        let part = part_of(descended);
+        self.set_memory(vm, full_mib + part * (step.after_mib.min(full_mib) - full_mib));
+        Some(Started { vm, way, ms: costs.warm_ms + part * (step.request_ms - costs.warm_ms) })
     }
 
     /// Makes a VM for a request; `None`: there is no room for it.
-    fn restore(&mut self, function: u32) -> Option<(VmId, Way, f64)> {
+    fn restore(&mut self, function: u32) -> Option<Started> {
         let costs = self.costs[function as usize];
         let ms = match self.place(function)? {
             Place::Free => costs.restored_ms,
@@ -276,17 +311,16 @@ impl Run<'_> {
             Place::After(end_ms) => costs.restored_ms + end_ms,
         };
         let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
-        self.grow(vm, costs.used_mib);
-        Some((vm, Way::Restored, ms))
+        self.set_memory(vm, costs.used_mib);
+        Some(Started { vm, way: Way::Restored, ms })
     }
 
-    /// A VM's memory changes.
-    fn grow(&mut self, vm: VmId, mib: f64) {
-        self.meter.add(self.fleet.set_memory(vm, mib));
+    fn set_memory(&mut self, vm: VmId, mib: f64) {
+        self.memory.add(self.fleet.set_memory(vm, mib));
     }
 
     fn remove(&mut self, vm: VmId) {
-        self.meter.add(-self.fleet.remove(vm));
+        self.memory.add(-self.fleet.remove(vm));
     }
 
     /// Finds a place for a VM as the service does: a kept process of its shape, free room, or that of a VM that ends.
@@ -305,7 +339,7 @@ impl Run<'_> {
             if self.fleet.is(victim, State::Ready) {
                 self.lacking.insert(of);
             }
-            let is_fit = self.mem_mib(of) == mem_mib && self.sim.rules.processes == Processes::Shared;
+            let is_fit = self.mem_mib(of) == mem_mib && self.sim.load.rules.processes == Processes::Shared;
             self.remove(victim);
             if is_fit {
                 return Some(Place::Process);
@@ -317,9 +351,9 @@ impl Run<'_> {
 
     /// Begins to restore one VM that is to stand by, if there is free room for it.
     fn refill(&mut self, now: f64) {
-        let Some(set) = self.sim.rules.standby else { return };
+        let Some(set) = self.sim.load.rules.standby else { return };
         while let Some(function) = self.lacking.first().copied() {
-            let will_come = if self.sim.rules.fate == Fate::Rewinds { self.fleet.in_use(function) } else { 0 };
+            let will_come = if self.sim.load.rules.fate == Fate::Rewinds { self.fleet.in_use(function) } else { 0 };
             if self.fleet.ready(function) + will_come >= set.min {
                 self.lacking.remove(&function);
                 continue;
@@ -337,7 +371,7 @@ impl Run<'_> {
                 None => return,
             };
             let vm = self.fleet.add(function, mem_mib, 0.0);
-            self.grow(vm, costs.standby_mib);
+            self.set_memory(vm, costs.standby_mib);
             self.fleet.set(vm, State::Refilled, now as u64);
             self.is_refilling = true;
             self.running += 1;
@@ -361,16 +395,23 @@ impl Run<'_> {
             }
             Job::Rewind { vm } => {
                 let function = self.fleet.function(vm);
-                let most = self.sim.rules.standby.map_or(0, |set| set.max);
+                let most = self.sim.load.rules.standby.map_or(0, |set| set.max);
                 if self.fleet.ready(function) < most {
-                    self.grow(vm, self.costs[function as usize].rewound_mib);
+                    self.set_memory(vm, self.costs[function as usize].rewound_mib);
                     self.fleet.set(vm, State::Ready, now as u64);
                 } else {
                     self.finish(vm, now);
                 }
             }
             Job::End { vm } => self.remove(vm),
-            Job::Step => {}
+            Job::Retire { vm } => {
+                let function = self.fleet.function(vm);
+                let kept_mib = self.costs[function as usize].kept.map_or(0.0, |kept| kept.mib);
+                self.set_memory(vm, kept_mib);
+                self.fleet.set(vm, State::Spare, now as u64);
+                self.arm(vm, now as u64 + KEPT_US);
+            }
+            Job::Step { vm } => self.end_step(vm, now),
         }
     }
 
@@ -378,10 +419,10 @@ impl Run<'_> {
     fn answered(&mut self, vm: VmId, now: f64) {
         self.fleet.serve(vm);
         let function = self.fleet.function(vm);
-        match self.sim.rules.fate {
+        match self.sim.load.rules.fate {
             Fate::Waits(_) => {
                 self.fleet.set(vm, State::Idle, now as u64);
-                self.time_next(vm, Duration::ZERO);
+                self.look(vm, now as u64);
             }
             Fate::Ends => self.finish(vm, now),
             Fate::Rewinds => {
@@ -393,21 +434,15 @@ impl Run<'_> {
 
     /// Ends a VM, or keeps its process for another one.
     fn finish(&mut self, vm: VmId, now: f64) {
-        if self.sim.rules.processes == Processes::Shared && self.fleet.count_spares() < MAX_KEPT {
-            self.fleet.set(vm, State::Spare, now as u64);
-            self.arm(vm, now as u64 + KEPT_US);
-        } else {
-            self.end(vm, now);
-        }
-    }
-
-    /// Sets the time of the next step of a VM that has waited for `idle`.
-    fn time_next(&mut self, vm: VmId, idle: Duration) {
-        let p99 = self.pauses[self.fleet.function(vm) as usize].p99();
-        let next = self.idle.and_then(|rule| rule.next_time(idle, p99));
-        if let Some(after) = next {
-            // A moment later: times are cut to whole microseconds.
-            self.arm(vm, self.fleet.since(vm) + after.as_micros() as u64 + 1);
+        let kept = self.costs[self.fleet.function(vm) as usize].kept;
+        match kept {
+            Some(kept)
+                if self.sim.load.rules.processes == Processes::Shared && self.fleet.count_spares() < MAX_KEPT =>
+            {
+                self.fleet.set(vm, State::Leaving, now as u64);
+                self.jobs.begin(Job::Retire { vm }, kept.vacate_ms);
+            }
+            _ => self.end(vm, now),
         }
     }
 
@@ -417,7 +452,7 @@ impl Run<'_> {
         self.timers.push(Reverse((at_us, vm)));
     }
 
-    /// Lets VMs that wait take the steps that are due, and ends kept processes whose time is over.
+    /// Looks at VMs whose timers have come, and ends kept processes whose time is over.
     fn time_out(&mut self, now: f64) {
         while let Some(Reverse((at, vm))) = self.timers.peek().copied().filter(|Reverse((at, _))| *at as f64 <= now) {
             self.timers.pop();
@@ -427,37 +462,97 @@ impl Run<'_> {
             }
             if self.fleet.is(vm, State::Spare) {
                 self.end(vm, now);
-            } else if self.fleet.is(vm, State::Idle) {
-                let function = self.fleet.function(vm) as usize;
-                let idle = Duration::from_micros(at.saturating_sub(self.fleet.since(vm)));
-                let p99 = self.pauses[function].p99();
-                match self.idle.and_then(|rule| rule.due(idle, self.fleet.step(vm), p99)) {
-                    Some(IdleAction::End) => self.finish(vm, now),
-                    Some(IdleAction::Step(step)) => {
-                        self.descend(vm, step);
-                        self.time_next(vm, idle);
-                    }
-                    None => self.time_next(vm, idle),
-                }
+            } else {
+                self.look(vm, now as u64);
             }
         }
     }
 
-    /// Lets a VM that waits take a step. The memory goes at once; the work is done beside that of requests. A step that
-    /// no VM took when the costs were measured is not taken.
-    fn descend(&mut self, vm: VmId, step: Step) {
+    /// Lets a VM that waits take the step that is due, or sets the time of its next one.
+    fn look(&mut self, vm: VmId, now_us: u64) {
+        let Some(rule) = self.idle.filter(|_| self.fleet.is(vm, State::Idle) && !self.fleet.is_stepping(vm)) else {
+            return;
+        };
+        let idle = Duration::from_micros(now_us.saturating_sub(self.fleet.since(vm)));
+        let p99 = self.pauses[self.fleet.function(vm) as usize].p99();
+        let descended = self.fleet.descended(vm);
+        let to = match rule.due(idle, descended, p99) {
+            Some(IdleAction::End) => return self.finish(vm, now_us as f64),
+            Some(action) => descended.after(action),
+            None => {
+                // A moment later: times are cut to whole microseconds.
+                let next_us = rule.next_time(idle, p99).map(|after| after.as_micros() as u64 + 1);
+                next_us.into_iter().for_each(|after_us| self.arm(vm, self.fleet.since(vm) + after_us));
+                return;
+            }
+        };
+        if self.steps.len() >= MAX_STEPS {
+            self.due.push_back(vm);
+        } else {
+            self.descend(vm, to, now_us);
+        }
+    }
+
+    /// Lets a VM that waits begin a step. One that no VM took when the costs were measured is refused.
+    fn descend(&mut self, vm: VmId, to: Descended, now_us: u64) {
+        let before = self.fleet.descended(vm);
+        let step_ms = match (to.step, self.step_costs(vm, to)) {
+            (Some(Step::Parked), _) => None,
+            (_, Some(costs)) => Some(costs.step_ms * (part_of(to) - f64::from(before.offloaded) / 100.0)),
+            (step, None) => {
+                let mut refused = before;
+                step.into_iter().for_each(|step| refused.refuse(step));
+                self.fleet.descend(vm, refused);
+                return self.look(vm, now_us);
+            }
+        };
+        match step_ms {
+            None => {
+                self.fleet.descend(vm, to);
+                self.look(vm, now_us);
+            }
+            Some(step_ms) => {
+                self.fleet.begin_step(vm);
+                self.steps.insert(vm, Stepping { to, waiter: None });
+                self.jobs.begin(Job::Step { vm }, step_ms);
+            }
+        }
+    }
+
+    /// The costs of a VM that is this far down; `None`: no VM was when they were measured.
+    fn step_costs(&self, vm: VmId, descended: Descended) -> Option<StepCosts> {
         let costs = self.costs[self.fleet.function(vm) as usize];
-        let suspended = StepCosts { request_ms: costs.woken_ms, step_ms: costs.suspend_ms, mib: 0.0 };
-        let taken = match step {
-            Step::Parked => return self.fleet.descend(vm, step),
+        match descended.step? {
+            Step::Parked => None,
             Step::Trimmed => costs.trimmed,
             Step::Spilled => costs.spilled,
-            Step::Suspended => Some(suspended),
-        };
-        if let Some(StepCosts { step_ms, mib, .. }) = taken {
-            self.fleet.descend(vm, step);
-            self.grow(vm, mib);
-            self.jobs.begin(Job::Step, step_ms);
+            Step::Suspended => {
+                let after_mib = costs.woken_mib;
+                Some(StepCosts { request_ms: costs.woken_ms, step_ms: costs.suspend_ms, mib: 0.0, after_mib })
+            }
+        }
+    }
+
+    /// The memory that a step frees goes at its end. A request that has waited for it takes the VM back.
+    fn end_step(&mut self, vm: VmId, now: f64) {
+        let Some(Stepping { to, waiter }) = self.steps.remove(&vm) else { return };
+        // A suspension is given up for a request. A VM that has ended meanwhile has no costs.
+        let is_given_up = waiter.is_some() && to.step == Some(Step::Suspended);
+        if let Some(costs) = self.step_costs(vm, to).filter(|_| !is_given_up) {
+            let full_mib = self.fleet.full_mib(vm);
+            self.set_memory(vm, full_mib + part_of(to) * (costs.mib.min(full_mib) - full_mib));
+            self.fleet.descend(vm, to);
+        }
+        match waiter {
+            Some(asked) => {
+                let started = self.wake(vm);
+                self.start(asked, started, now);
+            }
+            None => self.look(vm, now as u64),
+        }
+        while self.steps.len() < MAX_STEPS {
+            let Some(vm) = self.due.pop_front() else { break };
+            self.look(vm, now as u64);
         }
     }
 

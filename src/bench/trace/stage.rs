@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::outcome::{LivingVms, Pages};
 use super::policy::{Rules, Set};
 use super::service::Service;
 use super::workload::{Workload, Workloads};
 use crate::sys::api_client::ClientError;
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
+use crate::tiering::idle::Step;
 
 /// The most functions of a replay: each has a snapshot of its own.
 pub(super) const MAX_FUNCTIONS: usize = 256;
@@ -115,12 +117,48 @@ fn standing_by(service: &Service) -> Result<usize, BoxError> {
     Ok(vms.as_array().into_iter().flatten().filter(|vm| vm["state"] == "standby").count())
 }
 
-/// VMs of functions that were restored in the process of a finished VM, since the service began.
-pub(super) fn repurposed(service: &Service, functions: usize) -> Result<u64, BoxError> {
-    let mut all = 0;
+/// The numbers of VMs that live now.
+pub(super) fn living(service: &Service) -> Result<LivingVms, ClientError> {
+    let vms = service.send("GET", "/vms", None)?;
+    let count = |is_one: &dyn Fn(&str) -> bool| {
+        let states = vms.as_array().into_iter().flatten().filter_map(|vm| vm["state"].as_str());
+        states.filter(|state| is_one(state)).count()
+    };
+    let is_running = |state: &str| !matches!(state, "suspended" | "ended" | "lost");
+    Ok(LivingVms { running: count(&is_running), suspended: count(&|state| state == "suspended") })
+}
+
+/// Counts of a service, of all functions, since it began.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    /// Restores in the process of a finished VM.
+    pub(super) repurposed: u64,
+    pub(super) pages: Pages,
+    /// Steps that VMs could not take.
+    pub(super) refused_steps: u64,
+    /// Steps that were done, and the time that they took, µs, in the order of [`Step::ALL`].
+    pub(super) steps: [(u64, u64); Step::ALL.len()],
+}
+
+/// The counts of the first `functions` functions.
+pub(super) fn counts(service: &Service, functions: usize) -> Result<Counts, BoxError> {
+    let mut all = Counts::default();
     for function in 0..functions {
         let state = service.ask("GET", &format!("/functions/{}", name(function)), None)?;
-        all += state["repurposes"]["done"].as_u64().unwrap_or_default();
+        let idle = &state["idle_state"];
+        let pages = |fate: &str| idle["pages"][fate].as_u64().unwrap_or_default();
+        all.repurposed += state["repurposes"]["done"].as_u64().unwrap_or_default();
+        all.pages.dropped += pages("dropped");
+        all.pages.spilled += pages("spilled");
+        all.pages.recalled += pages("recalled");
+        all.pages.regretted += pages("regretted");
+        for step in Step::ALL {
+            let number = |key: &str| idle[step.name()][key].as_u64().unwrap_or_default();
+            all.refused_steps += number("refused") + number("failed");
+            let (done, took_us) = &mut all.steps[step as usize];
+            *done += number("done");
+            *took_us += number("took_us");
+        }
     }
     Ok(all)
 }

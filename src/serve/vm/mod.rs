@@ -5,6 +5,7 @@ pub(super) mod capacity;
 pub(super) mod control;
 pub(super) mod life;
 pub(super) mod line;
+pub(super) mod offloading;
 pub(super) mod process;
 pub(super) mod shape;
 pub(super) mod shells;
@@ -28,6 +29,7 @@ use self::capacity::VmPermit;
 use self::control::{Control, ControlError};
 use self::life::{InUse, Life};
 use self::line::{GuestAnswer, GuestRequest, LineError};
+use self::offloading::Offloading;
 use self::shape::{Need, Shape};
 use self::shells::{Past, Shell};
 use super::drives::{OwnDrive, OwnDrives, ROOT_DRIVE};
@@ -304,6 +306,10 @@ struct Usage {
     descended: Descended,
     /// True while it takes a step down.
     is_stepping: bool,
+    /// The progress of its offloading since its last request, if a part of it was offloaded.
+    offloading: Option<Offloading>,
+    /// Spilled pages that had come back when they were looked at last.
+    pages_back: u64,
 }
 
 /// The context id of a guest that has a vsock device: the lowest that a guest may have.
@@ -394,6 +400,8 @@ impl Vm {
                 since: Instant::now(),
                 descended: Descended::default(),
                 is_stepping: false,
+                offloading: None,
+                pages_back: 0,
             }),
             step_turn: AsyncMutex::new(()),
             settled: watch::Sender::new(false),

@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::sync::MutexGuard;
 
 use super::control::ControlError;
+use super::offloading::{GivenBack, Offloading};
 use super::{Duty, RequestGuard, Vm};
 use crate::config::bodies::WantedState;
 use crate::config::control::Demoted;
 use crate::config::request::{DemoteRequest, DemotedTo};
-use crate::snapshot::PAGE_SIZE;
 use crate::tiering::idle::{Descended, Step};
 
 /// Time within which a VM stops or resumes its vCPUs, and says so. A VM that does not is ended.
@@ -66,6 +66,14 @@ impl Vm {
         self.lock().descended
     }
 
+    /// Notes the number of spilled pages that have come back to local memory, as the VM's report has it. Returns those
+    /// since the last note.
+    pub fn note_pages_back(&self, pages_back: u64) -> u64 {
+        let before = std::mem::replace(&mut self.lock().pages_back, pages_back);
+        // A rewind drops the file, and another one begins to count.
+        if pages_back < before { pages_back } else { pages_back - before }
+    }
+
     /// The time since its last request.
     pub fn since_used(&self) -> Duration {
         self.lock().since.elapsed()
@@ -107,16 +115,49 @@ impl Descent<'_> {
     }
 
     /// Gives back local copies of pages that equal the snapshot; with a directory, also those that differ. Called after
-    /// [`park`](Self::park). Returns the number of bytes given back.
-    pub async fn demote(&self, spill_to: Option<&Path>) -> Result<u64, ControlError> {
+    /// [`park`](Self::park).
+    pub async fn demote(&self, spill_to: Option<&Path>) -> Result<GivenBack, ControlError> {
         let (to, step) = match spill_to {
             None => (DemotedTo::Trimmed, Step::Trimmed),
             Some(_) => (DemotedTo::Spilled, Step::Spilled),
         };
-        let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), rate_mib_s: None };
-        let demoted: Demoted = self.vm.send("PUT", "/tvmm/demote", &request).await?;
+        let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), ..DemoteRequest::default() };
+        let demoted = self.send(&request).await?;
         self.reach(step);
-        Ok(PAGE_SIZE * (demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled))
+        Ok(GivenBack::of(&demoted))
+    }
+
+    /// Returns whether a part of the VM was offloaded since its last request.
+    pub fn is_offloading(&self) -> bool {
+        self.vm.lock().offloading.is_some()
+    }
+
+    /// Gives back so much of the local memory that the VM had since its last request, what has left before included:
+    /// copies of pages that equal the snapshot, and others to a file in `spill_dir`. Called after [`park`](Self::park).
+    /// `local_pages`: those that the VM has now; only the first call uses it.
+    pub async fn offload(&self, percent: u8, local_pages: u64, spill_dir: &Path) -> Result<GivenBack, ControlError> {
+        let offloading = self.vm.lock().offloading.unwrap_or(Offloading::of(local_pages));
+        let Some(most_pages) = offloading.pages_due(percent) else {
+            let mut usage = self.vm.lock();
+            usage.descended.offloaded = percent;
+            usage.offloading = Some(offloading);
+            return Ok(GivenBack::default());
+        };
+        let spill_dir = Some(spill_dir.to_path_buf());
+        let most_pages = Some(most_pages);
+        let request = DemoteRequest { to: DemotedTo::Spilled, spill_dir, most_pages, ..DemoteRequest::default() };
+        let demoted = self.send(&request).await?;
+        let given = GivenBack::of(&demoted);
+        let mut usage = self.vm.lock();
+        usage.descended.step = Some(Step::Spilled);
+        // After a look at all pages, the rest cannot leave local memory.
+        usage.descended.offloaded = if demoted.pages_left == 0 { 100 } else { percent };
+        usage.offloading = Some(offloading.after(given));
+        Ok(given)
+    }
+
+    async fn send(&self, request: &DemoteRequest) -> Result<Demoted, ControlError> {
+        self.vm.send("PUT", "/tvmm/demote", request).await
     }
 
     /// Takes the VM, which was saved, from clients, so that its process can end; false if a request has come.
@@ -144,7 +185,9 @@ impl RequestGuard {
         let _turn = vm.step_turn.lock().await;
         let Some(step) = vm.step() else { return Ok(None) };
         set_vcpus(vm, WantedState::Resumed).await?;
-        vm.lock().descended = Descended::default();
+        let mut usage = vm.lock();
+        usage.descended = Descended::default();
+        usage.offloading = None;
         Ok(Some(step))
     }
 

@@ -38,14 +38,15 @@ impl Controller {
 
     fn try_begin_demotion(&mut self, request: &DemoteRequest) -> Result<Demotion, Refused> {
         let spill_to = request.spill_to()?;
+        let most_pages = request.most_pages.map(NonZeroU64::get);
         if self.demotion.job.is_some() {
             return Err(Refused::bad_request_because(&vmm::Error::from(NotDemotable::UnderWay)));
         }
         let activity = self.stalls.as_ref().map(|watch| watch.stalls().activity()).unwrap_or_default();
         let begun = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
-            Phase::Running(machine) => machine.begin_demotion(spill_to, activity),
-            Phase::Paused(machine) => machine.begin_demotion(spill_to, activity),
+            Phase::Running(machine) => machine.begin_demotion(spill_to, most_pages, activity),
+            Phase::Paused(machine) => machine.begin_demotion(spill_to, most_pages, activity),
         };
         begun.map_err(|error| Refused::bad_request_because(&error))
     }
@@ -108,6 +109,7 @@ impl Controller {
             pages_spilled: spilled,
             pages_written: written,
             pages_kept: kept,
+            pages_left: job.demotion.pages_left(),
             steps: job.steps,
             longest_pause_us: job.longest_pause.as_micros() as u64,
             total_us: job.start.elapsed().as_micros() as u64,

@@ -30,6 +30,8 @@ pub struct Demotion {
     pending: PageSet,
     maps_left: MapsLeft,
     spills: bool,
+    /// The number of pages after which it ends; `None`: when there are no more.
+    most_pages: Option<u64>,
     pub counts: DemotedPages,
     buffer: Vec<u8>,
 }
@@ -48,6 +50,15 @@ impl Demotion {
         }
         pages
     }
+
+    /// The number of pages that were not looked at.
+    pub fn pages_left(&self) -> u64 {
+        self.pending.len()
+    }
+
+    fn is_over(&self) -> bool {
+        self.pending.is_empty() || self.most_pages.is_some_and(|most| self.counts.given_back() >= most)
+    }
 }
 
 /// Pages that a machine had local copies of, by what became of them.
@@ -60,13 +71,26 @@ pub struct DemotedPages {
     pub kept: u64,
 }
 
+impl DemotedPages {
+    /// Those that have left local memory.
+    pub fn given_back(&self) -> u64 {
+        self.dropped + self.mapped + self.spilled
+    }
+}
+
 impl<S> Machine<S> {
     /// Finds the pages that the machine has local copies of. Nothing changes yet. `spill_to`: the directory to which
-    /// pages that differ from the snapshot go. `activity`: the stall watch's slot for their way back.
+    /// pages that differ from the snapshot go. `most_pages`: the demotion ends when so many have left local memory.
+    /// `activity`: the stall watch's slot for their way back.
     ///
     /// # Errors
     /// [`NotDemotable`]; the kernel has no PAGEMAP_SCAN (before Linux 6.7); there can be no spill file.
-    pub fn begin_demotion(&mut self, spill_to: Option<&Path>, activity: Activity) -> Result<Demotion, Error> {
+    pub fn begin_demotion(
+        &mut self,
+        spill_to: Option<&Path>,
+        most_pages: Option<u64>,
+        activity: Activity,
+    ) -> Result<Demotion, Error> {
         let core = &mut self.core;
         core.own_memory(MemoryChange::Demote).map_err(NotDemotable::from)?;
         if spill_to.is_some() && core.services.background.as_ref().is_some_and(BackgroundWork::is_copying) {
@@ -85,7 +109,8 @@ impl<S> Machine<S> {
         }
         let maps_left = MapsLeft::count();
         let spills = spill_to.is_some();
-        Ok(Demotion { pending, maps_left, spills, counts: DemotedPages::default(), buffer: Vec::new() })
+        let counts = DemotedPages::default();
+        Ok(Demotion { pending, maps_left, spills, most_pages, counts, buffer: Vec::new() })
     }
 
     /// Writes the pages that a step has spilled. The guest may run.
@@ -110,11 +135,11 @@ impl Machine<Paused> {
     /// See [`ChangeError`].
     pub fn step_demotion(&mut self, demotion: &mut Demotion, plan: &RestorePlan) -> Result<bool, ChangeError> {
         let start = Instant::now();
-        while !demotion.pending.is_empty() && start.elapsed() < STEP_TIME {
+        while !demotion.is_over() && start.elapsed() < STEP_TIME {
             let pages = demotion.next_piece();
             self.demote_piece(demotion, plan, &pages)?;
         }
-        Ok(!demotion.pending.is_empty())
+        Ok(!demotion.is_over())
     }
 
     fn demote_piece(

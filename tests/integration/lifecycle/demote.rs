@@ -86,6 +86,35 @@ fn copies_that_equal_the_snapshot_leave_local_memory() {
 }
 
 #[test]
+fn a_demotion_of_so_many_pages_leaves_the_others_to_the_next_one() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    filled(&snapshot, 7000, 1);
+    for policy in ["eager", "firecracker"] {
+        let mut vm = Vm::restore(&snapshot, policy);
+        vm.call("touch pages=7000 write=50 seed=3");
+        let digest = vm.call("check").digest;
+        let body = json!({ "to": "spilled", "spill_dir": dir.path(), "most_pages": 1000 });
+        let mut rounds = 0;
+        let mut given = 0;
+        loop {
+            let demoted = vm.api_ok("PUT", "/tvmm/demote", Some(body.clone()));
+            let pages = ["pages_dropped", "pages_mapped", "pages_spilled"].map(|key| count(&demoted, key));
+            let pages: u64 = pages.iter().sum();
+            given += pages;
+            rounds += 1;
+            if count(&demoted, "pages_left") == 0 {
+                break;
+            }
+            // A piece that has been begun is finished.
+            assert!((1000..1100).contains(&pages), "{policy}, round {rounds}: {demoted}");
+        }
+        assert!(rounds >= 3 && given >= 3000, "{policy}: {given} pages in {rounds} rounds");
+        assert_eq!(vm.call("check").digest, digest, "{policy}");
+    }
+}
+
+#[test]
 fn writes_of_a_guest_that_runs_meanwhile_are_not_lost() {
     let dir = scratch();
     let snapshot = dir.path().join("snapshot");

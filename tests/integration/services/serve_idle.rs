@@ -252,6 +252,51 @@ fn a_ladder_goes_down_by_the_time_between_requests() {
     assert_eq!(touch(&service)["origin"], "suspended");
 }
 
+/// A count of pages of `touch`.
+fn pages(service: &Service, fate: &str) -> u64 {
+    service.get("/functions/touch")["idle_state"]["pages"][fate].as_u64().unwrap()
+}
+
+#[test]
+fn a_semi_warm_vm_is_offloaded_bit_by_bit_until_a_request_takes_it_back() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    let hour = 3_600_000;
+    // So slow that requests find it in the middle.
+    let semi_warm = json!({ "policy": "faasmem", "keep_alive_ms": hour, "floor_ms": 20, "offload_ms": 10_000 });
+    put_touch(&service, semi_warm.clone());
+    let body = json!({ "func_name": "touch", "params": "pages=100 write=30", "policy": "eager" });
+    let vm = id_of(&service.invoke(body.clone()));
+    fill(&service, &vm, "pages=2000 seed=9");
+    let digest = check(&service, &vm);
+    for round in 0..3 {
+        let before = pages(&service, "dropped") + pages(&service, "spilled");
+        let bit = || pages(&service, "dropped") + pages(&service, "spilled") - before;
+        wait_until("a part is offloaded", || bit() > 100);
+        let answer = service.invoke(body.clone());
+        assert_eq!((&answer["vmId"], &answer["origin"]), (&json!(vm), &json!("spilled")), "round {round}");
+        assert_eq!(check(&service, &vm), digest, "round {round}");
+    }
+    assert_eq!((count(&service, "spilled", "refused"), count(&service, "spilled", "failed")), (0, 0));
+    assert!(count(&service, "spilled", "done") >= 3 && count(&service, "spilled", "woken") >= 3);
+    // The guest has read all of its memory.
+    wait_until("recalls are counted", || pages(&service, "recalled") > 0);
+    assert!(pages(&service, "regretted") <= pages(&service, "recalled"));
+    assert!(pages(&service, "recalled") <= pages(&service, "spilled"));
+    let line = "tvmm_idle_pages_total{function=\"touch\",fate=\"spilled\"}";
+    assert!(metric(&service, line) > 0);
+    // All of it goes, and the VM stays.
+    put_touch(&service, json!({ "policy": "faasmem", "keep_alive_ms": hour, "floor_ms": 20, "offload_ms": 1 }));
+    let before = pages(&service, "spilled");
+    wait_until("all is offloaded", || pages(&service, "spilled") - before >= 1900);
+    assert_eq!(record(&service, &vm)["state"], "spilled");
+    assert_eq!(check(&service, &vm), digest);
+    // It is never suspended, and ends after its time.
+    put_touch(&service, json!({ "policy": "faasmem", "keep_alive_ms": 60, "floor_ms": 20, "offload_ms": 10 }));
+    wait_for_state(&service, &vm, "ended");
+    assert_eq!(count(&service, "suspended", "done"), 0);
+}
+
 #[test]
 fn a_vm_is_the_same_after_requests_at_random_moments_of_its_steps() {
     let dir = scratch();
@@ -443,6 +488,8 @@ fn settings_that_make_no_sense_are_refused() {
         (json!({ "policy": "keep", "cap_ms": 1 }), "for the policy `ladder`"),
         (json!({ "policy": "ladder", "keep_alive_ms": 1 }), "leave it out of `ladder`"),
         (json!({ "policy": "ladder", "floor_ms": 5, "cap_ms": 4 }), "not less than it"),
+        (json!({ "policy": "suspend", "offload_ms": 4 }), "for the policy `faasmem`"),
+        (json!({ "policy": "faasmem", "keep_alive_ms": 4 }), "not less than the floor"),
         (json!({ "keep_alive_ms": 5 }), "policy"),
     ] {
         let function = json!({ "func_name": "touch", "mem_size": 64, "idle": idle });

@@ -11,16 +11,18 @@ use crate::support::{finish, refusal, scratch, text, tvmm};
 /// The costs of the default workload on an imaginary host with two CPUs.
 fn costs() -> Value {
     json!({
-        "version": 1, "tvmm_version": "0", "cpus": 2, "shells_mib": 1.0,
+        "version": 2, "tvmm_version": "0", "cpus": 2, "shells_mib": 1.0,
         "workloads": { "*": {
             "workload": {
                 "mem_mib": 128, "prepare": "fill pages=8192 seed=1", "call": "touch",
                 "params": "pages=2048 write=25 seed=1"
             },
             "restored_ms": 20.0, "repurposed_ms": 15.0, "warm_ms": 2.0, "standby_ms": 6.0, "rewound_ms": 3.0,
-            "rewind_ms": 2.0, "end_ms": 5.0, "trimmed": { "request_ms": 4.0, "step_ms": 3.0, "mib": 5.0 },
-            "spilled": { "request_ms": 9.0, "step_ms": 8.0, "mib": 2.0 }, "woken_ms": 25.0, "suspend_ms": 30.0,
-            "used_mib": 12.0, "standby_mib": 4.0, "rewound_mib": 10.0, "woken_mib": 9.0
+            "rewind_ms": 2.0, "end_ms": 5.0, "kept": { "vacate_ms": 3.0, "mib": 1.0 },
+            "trimmed": { "request_ms": 4.0, "step_ms": 3.0, "mib": 5.0, "after_mib": 8.0 },
+            "spilled": { "request_ms": 9.0, "step_ms": 8.0, "mib": 2.0, "after_mib": 7.0 },
+            "woken_ms": 25.0, "suspend_ms": 30.0,
+            "used_mib": 12.0, "standby_mib": 4.0, "rewound_mib": 10.0, "reused_mib": 12.0, "woken_mib": 9.0
         } }
     })
 }
@@ -113,7 +115,7 @@ fn what_cannot_be_replayed_is_refused_with_its_line_or_name() {
     }
     let error = refused(&many, &["--memory", "256", "--policy", "end"]);
     assert!(error.contains("Cannot replay 300 functions") && error.contains("--functions 256"), "{error}");
-    std::fs::write(path("costs.json"), costs().to_string().replace("\"version\":1", "\"version\":9")).unwrap();
+    std::fs::write(path("costs.json"), costs().to_string().replace("\"version\":2", "\"version\":9")).unwrap();
     let error = refused(good, &of_file);
     assert!(error.contains("costs.json") && error.contains("version 9"), "{error}");
 }
@@ -121,7 +123,7 @@ fn what_cannot_be_replayed_is_refused_with_its_line_or_name() {
 #[test]
 fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
     let dir = scratch();
-    let all = "keep,end,repurpose,standby,rewind,suspend,ladder";
+    let all = "keep,end,repurpose,standby,rewind,suspend,ladder,faasmem";
     let args = ["--synthetic", "high,middle,low", "--functions", "5", "--duration", "86400", "--memory", "65536"];
     let by = |policies: &str| simulated(dir.path(), &[&args[..], &["--policy", policies, "--seed", "5"]].concat());
     let first = by(all);
@@ -136,8 +138,9 @@ fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
         assert_eq!(answered(summary), requests, "{summary}");
         assert!(number(summary, "p50_ms") <= number(summary, "p95_ms"), "{summary}");
     }
-    let [keep, end, repurpose, standby, rewind, suspend, ladder] =
-        ["keep", "end", "repurpose", "standby", "rewind", "suspend", "ladder"].map(|policy| of(&first, policy, true));
+    let [keep, end, repurpose, standby, rewind] =
+        ["keep", "end", "repurpose", "standby", "rewind"].map(|policy| of(&first, policy, true));
+    let [suspend, ladder, faasmem] = ["suspend", "ladder", "faasmem"].map(|policy| of(&first, policy, true));
     assert!(number(keep, "warm") > 0.5 * requests && number(keep, "restored") >= 15.0, "{keep}");
     assert_eq!(number(end, "restored"), requests);
     assert_eq!(number(end, "repurposed"), 0.0);
@@ -158,6 +161,16 @@ fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
     assert!(number(suspend, "restored") < number(keep, "restored"), "{suspend} {keep}");
     assert!(number(suspend, "mean_local_mib") < number(ladder, "mean_local_mib"), "{suspend} {ladder}");
     assert!(number(ladder, "mean_local_mib") < number(keep, "mean_local_mib"), "{ladder} {keep}");
+    // FaaSMem's VMs live as long as those that are kept, with less memory.
+    assert!(
+        number(faasmem, "spilled") > 0.0 && number(faasmem, "woken") + number(faasmem, "trimmed") == 0.0,
+        "{faasmem}"
+    );
+    assert_eq!(number(faasmem, "restored"), number(keep, "restored"), "{faasmem} {keep}");
+    assert!(number(faasmem, "mean_local_mib") < number(keep, "mean_local_mib"), "{faasmem} {keep}");
+    assert!(number(faasmem, "vms_per_gib") > number(keep, "vms_per_gib"), "{faasmem} {keep}");
+    assert!(number(suspend, "most_suspended") > 0.0 && number(faasmem, "most_suspended") == 0.0, "{suspend}");
+    assert!((1.0..=15.0).contains(&number(keep, "most_vms")), "{keep}");
     // A host with room for eight VMs: they make room for each other, and requests fail only when all are busy.
     let small = ["--synthetic", "high", "--functions", "40", "--memory", "1024", "--policy", "keep"];
     let small = simulated(dir.path(), &small);
@@ -207,13 +220,13 @@ fn a_short_trace_is_replayed_by_policies_on_the_service_and_simulated() {
     let file = path("trace.csv");
     let workloads = path("workloads.json");
     let args = [text(&file), "--workloads", text(&workloads), "--memory", "1024", "--speed", "20", "--floor", "2"];
-    let args = [&args[..], &["--policy", "keep,rewind,ladder", "--out", text(&out)]].concat();
+    let args = [&args[..], &["--policy", "keep,rewind,ladder,faasmem", "--out", text(&out)]].concat();
     let output = trace(dir.path(), &args);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("The simulator's error"), "{said}");
     let all = summaries(&out);
-    assert_eq!(all.len(), 6, "{all:?}");
+    assert_eq!(all.len(), 8, "{all:?}");
     let n = REPLAYED as f64;
     for summary in &all {
         assert_eq!(number(summary, "requests"), n, "{summary}");
@@ -225,6 +238,9 @@ fn a_short_trace_is_replayed_by_policies_on_the_service_and_simulated() {
     assert!(number(keep, "warm") > 0.0 && number(keep, "restored") >= 2.0, "{keep}");
     let ladder = of(&all, "ladder", false);
     assert!(number(ladder, "trimmed") + number(ladder, "spilled") + number(ladder, "woken") > 0.0, "{ladder}");
+    let faasmem = of(&all, "faasmem", false);
+    assert!(number(faasmem, "spilled_mib") > 0.0 && number(faasmem, "most_vms") >= 1.0, "{faasmem}");
+    assert!(number(faasmem, "regretted_mib") <= number(faasmem, "recalled_mib"), "{faasmem}");
     let rewind = of(&all, "rewind", false);
     assert!(number(rewind, "standby") >= 2.0 && number(rewind, "rewound") > 0.0, "{rewind}");
     // The simulator counts as the service does where that does not depend on the host's speed, and its memory is of the
@@ -244,12 +260,12 @@ fn a_short_trace_is_replayed_by_policies_on_the_service_and_simulated() {
     // The costs alone give the same simulation again.
     let again = path("again");
     let costs = out.join("costs.json");
-    let more = ["--policy", "keep,rewind,ladder", "--simulate", "--costs", text(&costs), "--out", text(&again)];
+    let more = ["--policy", "keep,rewind,ladder,faasmem", "--simulate", "--costs", text(&costs), "--out", text(&again)];
     let args = [text(&file), "--workloads", text(&workloads), "--memory", "1024", "--speed", "20", "--floor", "2"];
     let output = trace(dir.path(), &[&args[..], &more].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let again = summaries(&again);
-    for policy in ["keep", "rewind", "ladder"] {
+    for policy in ["keep", "rewind", "ladder", "faasmem"] {
         assert_eq!(of(&again, policy, true), of(&all, policy, true));
     }
 }

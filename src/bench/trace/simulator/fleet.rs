@@ -1,13 +1,14 @@
 //! The VMs of a simulated service, and the room for them.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
+use super::slots::{Id, Slots};
 use crate::bench::trace::service::Limits;
-use crate::tiering::idle::Step;
+use crate::tiering::idle::{Descended, Step};
 
 /// The name of a VM. No two VMs of a simulation have the same.
-pub(super) type VmId = u64;
+pub(super) type VmId = Id;
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,23 +35,35 @@ struct Vm {
     mem_mib: u64,
     /// Local memory.
     mib: f64,
+    /// That before it took steps, of a VM that waits.
+    full_mib: f64,
     state: State,
     since_us: u64,
     has_served: bool,
-    /// The step of a VM that waits.
-    step: Option<Step>,
+    /// The way down of a VM that waits.
+    descended: Descended,
+    /// It takes a step at present.
+    is_stepping: bool,
+    /// A request waits for the end of its step.
+    is_claimed: bool,
     /// The moment of its next timer.
     timer_us: u64,
 }
 
-/// A VM that waits for the next request: its step, and the time since which it waits.
-type Waiting = (Option<Step>, Reverse<u64>, VmId);
+/// A VM that waits for the next request: whether it takes a step at present, the one that it is at, and the time since
+/// which it waits.
+type Waiting = (bool, Option<Step>, Reverse<u64>, VmId);
+
+impl Vm {
+    fn waiting(&self, id: VmId) -> Waiting {
+        (self.is_stepping, self.descended.step, Reverse(self.since_us), id)
+    }
+}
 
 /// The VMs.
 #[derive(Debug)]
 pub(super) struct Fleet {
-    vms: BTreeMap<VmId, Vm>,
-    next: VmId,
+    vms: Slots<Vm>,
     /// VMs that have a process.
     living: usize,
     /// Guest memory of these.
@@ -60,18 +73,21 @@ pub(super) struct Fleet {
     waiting: BTreeSet<(State, u64, VmId)>,
     /// VMs that stand by, by function.
     ready: Vec<BTreeSet<VmId>>,
-    /// VMs that wait for the next request, by function: those at the first step first, and of these those that were
-    /// used last.
+    /// VMs that wait for the next request, by function: those that take no step first, of these those at the first
+    /// step, and of these those that were used last.
     idle: Vec<BTreeSet<Waiting>>,
     /// VMs that requests use or that go back to their snapshot, by function.
     busy: Vec<usize>,
+    /// Kept processes.
+    spares: usize,
+    /// VMs that are suspended.
+    suspended: usize,
 }
 
 impl Fleet {
     pub(super) fn new(functions: usize, limits: Limits) -> Fleet {
         Fleet {
-            vms: BTreeMap::new(),
-            next: 0,
+            vms: Slots::new(),
             living: 0,
             mem_mib: 0,
             limits,
@@ -79,6 +95,8 @@ impl Fleet {
             ready: vec![BTreeSet::new(); functions],
             idle: vec![BTreeSet::new(); functions],
             busy: vec![0; functions],
+            spares: 0,
+            suspended: 0,
         }
     }
 
@@ -88,32 +106,33 @@ impl Fleet {
 
     /// Adds a VM that is being restored.
     pub(super) fn add(&mut self, function: u32, mem_mib: u64, mib: f64) -> VmId {
-        let id = self.next;
-        self.next += 1;
         self.living += 1;
         self.mem_mib += mem_mib;
         let vm = Vm {
             function,
             mem_mib,
             mib,
+            full_mib: mib,
             state: State::Leaving,
             since_us: 0,
             has_served: false,
-            step: None,
+            descended: Descended::default(),
+            is_stepping: false,
+            is_claimed: false,
             timer_us: 0,
         };
-        self.vms.insert(id, vm);
-        id
+        self.vms.add(vm)
     }
 
     /// Takes a VM out of the lists that its state puts it in.
     fn unlist(&mut self, id: VmId) {
-        let Some(vm) = self.vms.get(&id) else { return };
+        let Some(vm) = self.vms.get(id) else { return };
         self.waiting.remove(&(vm.state, vm.since_us, id));
         match vm.state {
             State::Ready => drop(self.ready[vm.function as usize].remove(&id)),
-            State::Idle => drop(self.idle[vm.function as usize].remove(&(vm.step, Reverse(vm.since_us), id))),
+            State::Idle => drop(self.idle[vm.function as usize].remove(&vm.waiting(id))),
             State::Busy | State::Returns => self.busy[vm.function as usize] -= 1,
+            State::Spare => self.spares -= 1,
             _ => {}
         }
     }
@@ -121,14 +140,18 @@ impl Fleet {
     /// Changes the state of a VM.
     pub(super) fn set(&mut self, id: VmId, state: State, now_us: u64) {
         self.unlist(id);
-        let Some(vm) = self.vms.get_mut(&id) else { return };
+        let Some(vm) = self.vms.get_mut(id) else { return };
         vm.state = state;
         vm.since_us = now_us;
-        vm.step = None;
+        vm.descended = Descended::default();
+        vm.is_stepping = false;
+        vm.is_claimed = false;
+        vm.full_mib = vm.mib;
         match state {
             State::Ready => drop(self.ready[vm.function as usize].insert(id)),
-            State::Idle => drop(self.idle[vm.function as usize].insert((None, Reverse(now_us), id))),
+            State::Idle => drop(self.idle[vm.function as usize].insert(vm.waiting(id))),
             State::Busy | State::Returns => self.busy[vm.function as usize] += 1,
+            State::Spare => self.spares += 1,
             _ => {}
         }
         if matches!(state, State::Idle | State::Ready | State::Spare) {
@@ -139,23 +162,47 @@ impl Fleet {
     /// Removes a VM. Returns its local memory.
     pub(super) fn remove(&mut self, id: VmId) -> f64 {
         self.unlist(id);
-        let Some(vm) = self.vms.remove(&id) else { return 0.0 };
-        if vm.step != Some(Step::Suspended) {
+        let Some(vm) = self.vms.remove(id) else { return 0.0 };
+        if vm.descended.step == Some(Step::Suspended) {
+            self.suspended -= 1;
+        } else {
             self.living -= 1;
             self.mem_mib -= vm.mem_mib;
         }
         vm.mib
     }
 
-    /// Lets a VM that waits take a step. One that is suspended takes no room, and makes none.
-    pub(super) fn descend(&mut self, id: VmId, step: Step) {
-        let Some(vm) = self.vms.get_mut(&id).filter(|vm| vm.state == State::Idle) else { return };
+    /// Notes that a VM which waits has begun to take a step.
+    pub(super) fn begin_step(&mut self, id: VmId) {
+        let Some(vm) = self.vms.get_mut(id).filter(|vm| vm.state == State::Idle) else { return };
         let idle = &mut self.idle[vm.function as usize];
-        idle.remove(&(vm.step, Reverse(vm.since_us), id));
-        idle.insert((Some(step), Reverse(vm.since_us), id));
-        vm.step = Some(step);
-        if step == Step::Suspended {
+        idle.remove(&vm.waiting(id));
+        vm.is_stepping = true;
+        idle.insert(vm.waiting(id));
+    }
+
+    /// Lets a request wait for the end of a VM's step: no other one finds the VM, and no other VM takes its place.
+    pub(super) fn claim(&mut self, id: VmId) {
+        let Some(vm) = self.vms.get_mut(id) else { return };
+        vm.is_claimed = true;
+        self.idle[vm.function as usize].remove(&vm.waiting(id));
+        self.waiting.remove(&(vm.state, vm.since_us, id));
+    }
+
+    /// Lets a VM that waits be this far down; it takes no step any more. One that is suspended takes no room, and makes
+    /// none.
+    pub(super) fn descend(&mut self, id: VmId, descended: Descended) {
+        let Some(vm) = self.vms.get_mut(id).filter(|vm| vm.state == State::Idle) else { return };
+        let idle = &mut self.idle[vm.function as usize];
+        idle.remove(&vm.waiting(id));
+        vm.is_stepping = false;
+        vm.descended = descended;
+        if !vm.is_claimed {
+            idle.insert(vm.waiting(id));
+        }
+        if descended.step == Some(Step::Suspended) {
             self.waiting.remove(&(State::Idle, vm.since_us, id));
+            self.suspended += 1;
             self.living -= 1;
             self.mem_mib -= vm.mem_mib;
         }
@@ -163,16 +210,34 @@ impl Fleet {
 
     /// The VM that serves the next request of a function, if one waits.
     pub(super) fn idle(&self, function: u32) -> Option<VmId> {
-        self.idle[function as usize].first().map(|(_, _, id)| *id)
+        self.idle[function as usize].first().map(|(.., id)| *id)
     }
 
-    pub(super) fn step(&self, id: VmId) -> Option<Step> {
-        self.vms.get(&id).and_then(|vm| vm.step)
+    pub(super) fn descended(&self, id: VmId) -> Descended {
+        self.vms.get(id).map(|vm| vm.descended).unwrap_or_default()
+    }
+
+    pub(super) fn is_stepping(&self, id: VmId) -> bool {
+        self.vms.get(id).is_some_and(|vm| vm.is_stepping)
+    }
+
+    /// The local memory that a VM had before it took steps.
+    pub(super) fn full_mib(&self, id: VmId) -> f64 {
+        self.vms.get(id).map_or(0.0, |vm| vm.full_mib)
+    }
+
+    /// VMs that have a process, those that are being made included.
+    pub(super) fn living(&self) -> usize {
+        self.living - self.spares
+    }
+
+    pub(super) fn suspended(&self) -> usize {
+        self.suspended
     }
 
     /// Changes the local memory of a VM. Returns the difference.
     pub(super) fn set_memory(&mut self, id: VmId, mib: f64) -> f64 {
-        let Some(vm) = self.vms.get_mut(&id) else { return 0.0 };
+        let Some(vm) = self.vms.get_mut(id) else { return 0.0 };
         let more = mib - vm.mib;
         vm.mib = mib;
         more
@@ -180,37 +245,37 @@ impl Fleet {
 
     /// A VM has answered a request.
     pub(super) fn serve(&mut self, id: VmId) {
-        if let Some(vm) = self.vms.get_mut(&id) {
+        if let Some(vm) = self.vms.get_mut(id) {
             vm.has_served = true;
         }
     }
 
     pub(super) fn has_served(&self, id: VmId) -> bool {
-        self.vms.get(&id).is_some_and(|vm| vm.has_served)
+        self.vms.get(id).is_some_and(|vm| vm.has_served)
     }
 
     pub(super) fn is(&self, id: VmId, state: State) -> bool {
-        self.vms.get(&id).is_some_and(|vm| vm.state == state)
+        self.vms.get(id).is_some_and(|vm| vm.state == state)
     }
 
     pub(super) fn since(&self, id: VmId) -> u64 {
-        self.vms.get(&id).map_or(0, |vm| vm.since_us)
+        self.vms.get(id).map_or(0, |vm| vm.since_us)
     }
 
     /// The function of a VM that is there.
     pub(super) fn function(&self, id: VmId) -> u32 {
-        self.vms.get(&id).map_or(0, |vm| vm.function)
+        self.vms.get(id).map_or(0, |vm| vm.function)
     }
 
     /// Sets the moment of a VM's next timer. Earlier ones no longer count.
     pub(super) fn arm(&mut self, id: VmId, at_us: u64) {
-        if let Some(vm) = self.vms.get_mut(&id) {
+        if let Some(vm) = self.vms.get_mut(id) {
             vm.timer_us = at_us;
         }
     }
 
     pub(super) fn is_armed(&self, id: VmId, at_us: u64) -> bool {
-        self.vms.get(&id).is_some_and(|vm| vm.timer_us == at_us)
+        self.vms.get(id).is_some_and(|vm| vm.timer_us == at_us)
     }
 
     /// VMs of a function that stand by.
@@ -235,12 +300,12 @@ impl Fleet {
 
     /// A kept process; with `mem_mib`, of a VM of this size.
     pub(super) fn spare(&self, mem_mib: Option<u64>) -> Option<VmId> {
-        let is_fit = |id: &VmId| mem_mib.is_none_or(|mib| self.vms.get(id).is_some_and(|vm| vm.mem_mib == mib));
+        let is_fit = |id: &VmId| mem_mib.is_none_or(|mib| self.vms.get(*id).is_some_and(|vm| vm.mem_mib == mib));
         self.in_state(State::Spare).find(is_fit)
     }
 
     pub(super) fn count_spares(&self) -> usize {
-        self.in_state(State::Spare).count()
+        self.spares
     }
 
     fn in_state(&self, state: State) -> impl Iterator<Item = VmId> {
@@ -281,15 +346,28 @@ mod tests {
             vm
         });
         assert_eq!((fleet.idle(0), fleet.oldest(State::Idle)), (Some(vms[2]), Some(vms[0])));
-        fleet.descend(vms[2], Step::Parked);
+        fleet.descend(vms[2], Some(Step::Parked).into());
         assert_eq!(fleet.idle(0), Some(vms[1]));
-        fleet.descend(vms[0], Step::Suspended);
+        fleet.begin_step(vms[1]);
+        assert_eq!((fleet.idle(0), fleet.is_stepping(vms[1])), (Some(vms[0]), true));
+        fleet.descend(vms[1], Descended::default());
+        assert_eq!((fleet.idle(0), fleet.is_stepping(vms[1])), (Some(vms[1]), false));
+        let claimed = fleet.add(0, 10, 5.0);
+        fleet.set(claimed, State::Idle, 4);
+        fleet.begin_step(claimed);
+        fleet.claim(claimed);
+        fleet.descend(claimed, Descended::default());
+        assert_eq!(fleet.idle(0), Some(vms[1]), "a claimed VM is for its request");
+        fleet.remove(claimed);
+        fleet.descend(vms[0], Some(Step::Suspended).into());
         assert!(fleet.has_room(100), "a suspended VM takes no room");
+        assert_eq!((fleet.living(), fleet.suspended()), (2, 1));
         assert_eq!(fleet.oldest(State::Idle), Some(vms[1]));
         fleet.remove(vms[1]);
         fleet.remove(vms[2]);
-        assert_eq!((fleet.idle(0), fleet.step(vms[0])), (Some(vms[0]), Some(Step::Suspended)));
+        assert_eq!((fleet.idle(0), fleet.descended(vms[0]).step), (Some(vms[0]), Some(Step::Suspended)));
         fleet.remove(vms[0]);
         assert!(fleet.has_room(300) && fleet.idle(0).is_none());
+        assert_eq!((fleet.living(), fleet.suspended()), (0, 0));
     }
 }

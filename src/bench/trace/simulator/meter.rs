@@ -1,37 +1,46 @@
-//! Local memory over time.
+//! Local memory, or the number of VMs, over time.
 
 use crate::bench::trace::outcome::Sample;
 
 /// Samples of a simulation, evenly spaced.
 const SAMPLES: usize = 600;
 
-/// Integrates memory over the time of a trace.
+/// Integrates an amount, such as memory, over the time of a trace.
 #[derive(Debug)]
 pub(super) struct Integral {
     end_us: f64,
     speed: f64,
     now_us: f64,
-    mib: f64,
-    /// MiB · µs, by sample.
+    amount: f64,
+    most: f64,
+    /// Amount · µs, by sample.
     sums: Vec<f64>,
 }
 
-/// The memory of a whole simulation.
-#[derive(Debug)]
-pub(super) struct Meter {
-    pub(super) samples: Vec<Sample>,
-    pub(super) mean_mib: f64,
-}
-
 impl Integral {
-    /// `end_us`: the end of the trace on the real clock. `mib`: memory that is always taken.
-    pub(super) fn new(end_us: f64, speed: f64, mib: f64) -> Integral {
-        Integral { end_us, speed, now_us: 0.0, mib, sums: vec![0.0; SAMPLES] }
+    /// `end_us`: the end of the trace on the real clock. `amount`: that at the start.
+    pub(super) fn new(end_us: f64, speed: f64, amount: f64) -> Integral {
+        Integral { end_us, speed, now_us: 0.0, amount, most: amount, sums: vec![0.0; SAMPLES] }
     }
 
-    /// Takes memory, or gives it back.
-    pub(super) fn add(&mut self, mib: f64) {
-        self.mib += mib;
+    /// Adds to the amount, or takes from it.
+    pub(super) fn add(&mut self, more: f64) {
+        self.set(self.amount + more);
+    }
+
+    pub(super) fn set(&mut self, amount: f64) {
+        self.amount = amount;
+        self.most = self.most.max(amount);
+    }
+
+    /// The largest amount so far.
+    pub(super) fn most(&self) -> f64 {
+        self.most
+    }
+
+    /// The mean over the time of the trace, when that is over.
+    pub(super) fn mean(&self) -> f64 {
+        self.sums.iter().sum::<f64>() / self.end_us
     }
 
     /// Lets time pass up to `to_us`. Time behind the end of the trace does not count.
@@ -46,21 +55,21 @@ impl Integral {
             }
             let index = index.min(SAMPLES - 1);
             let end = if index == SAMPLES - 1 { to_us } else { to_us.min(step * (index + 1) as f64) };
-            self.sums[index] += (end - self.now_us) * self.mib;
+            self.sums[index] += (end - self.now_us) * self.amount;
             self.now_us = end;
         }
     }
 
-    pub(super) fn finish(mut self) -> Meter {
-        self.advance(self.end_us);
+    /// The amounts as samples of local memory, when the trace is over.
+    pub(super) fn samples(&self) -> Vec<Sample> {
         let step = self.end_us / SAMPLES as f64;
         let sample = |(index, sum): (usize, &f64)| Sample {
             at_s: step * index as f64 * self.speed / 1e6,
             local_mib: sum / step,
             all_mib: None,
+            vms: None,
         };
-        let samples = self.sums.iter().enumerate().map(sample).collect();
-        Meter { samples, mean_mib: self.sums.iter().sum::<f64>() / self.end_us }
+        self.sums.iter().enumerate().map(sample).collect()
     }
 }
 
@@ -76,8 +85,9 @@ mod tests {
         integral.advance(750.0);
         integral.add(-4.0);
         integral.advance(5000.0);
-        let Meter { samples, mean_mib } = integral.finish();
-        assert!((mean_mib - 3.0).abs() < 1e-6, "{mean_mib}");
+        let samples = integral.samples();
+        assert!((integral.mean() - 3.0).abs() < 1e-6, "{}", integral.mean());
+        assert_eq!(integral.most(), 5.0);
         assert_eq!(samples.len(), SAMPLES);
         assert!(samples.iter().all(|sample| sample.local_mib < 5.0 + 1e-6), "no sample has two steps");
         assert!((samples[300].local_mib - 5.0).abs() < 1e-6 && (samples[599].local_mib - 1.0).abs() < 1e-6);
