@@ -466,6 +466,7 @@ impl Controller {
         let drives = prepared.map_err(|error| Refused::bad_request_because(&error))?;
         let stopping = Instant::now();
         self.pause()?;
+        self.abandon_demotion("the machine was rewound");
         let stop_us = stopping.elapsed().as_micros() as u64;
         let (Phase::Paused(machine), Some(restored)) = (&mut self.phase, &mut self.restored) else {
             return Err(Refused::internal("The machine to rewind is gone."));

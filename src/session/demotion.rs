@@ -1,5 +1,6 @@
 //! The demotion of a session's machine.
 
+use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
@@ -27,7 +28,7 @@ pub struct Job {
     pub steps: u64,
     pub longest_pause: Duration,
     /// Most memory given back per second, MiB.
-    pub rate: Option<u64>,
+    pub rate: Option<NonZeroU64>,
 }
 
 impl Job {
@@ -35,9 +36,14 @@ impl Job {
     fn pause(&self) -> Duration {
         let Some(rate) = self.rate else { return SOON };
         let bytes = self.demotion.counts.given_back() * PAGE_SIZE;
-        let due = Duration::from_secs_f64(bytes as f64 / (rate.max(1) << 20) as f64);
-        due.saturating_sub(self.start.elapsed()).max(SOON)
+        due(bytes, rate).saturating_sub(self.start.elapsed()).max(SOON)
     }
+}
+
+/// The time after which `bytes` may have been given back at `rate` MiB/s.
+fn due(bytes: u64, rate: NonZeroU64) -> Duration {
+    let per_second = rate.get() as f64 * (1 << 20) as f64;
+    Duration::try_from_secs_f64(bytes as f64 / per_second).unwrap_or(Duration::MAX)
 }
 
 impl DemotionSlot {
@@ -51,5 +57,19 @@ impl DemotionSlot {
         let set = self.timer.reset(job.pause(), None);
         self.job = Some(job);
         set.map_err(|error| Error::os("set a timer")(error.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_rate_is_kept() {
+        let due = |bytes, rate| due(bytes, NonZeroU64::new(rate).unwrap());
+        assert_eq!(due(3 << 20, 2), Duration::from_millis(1500));
+        assert_eq!(due(0, 1 << 44), Duration::ZERO);
+        assert_eq!(due(1 << 40, u64::MAX), Duration::ZERO);
+        assert_eq!(due(u64::MAX, 1), Duration::from_secs(1 << 44));
     }
 }

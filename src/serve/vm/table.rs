@@ -261,6 +261,7 @@ impl Table {
         }
     }
 
+    /// Takes the process of a finished VM away from it. Returns whether it could: then nothing is left to end.
     async fn keep_process(self: &Arc<Self>, vm: &Vm) -> bool {
         let Some(shape) = vm.shape.filter(|_| self.reuse == Reuse::Allowed) else { return false };
         if self.spares.is_full() || vm.life.ended().is_some() {
@@ -273,7 +274,13 @@ impl Table {
             return false;
         }
         let Some((shell, permit)) = vm.life.give(STOP_GRACE).await else { return false };
-        let number = self.spares.keep(Spare { shell: Shell { past: Past::Vm, ..shell }, permit, shape });
+        let number = match self.spares.keep(Spare { shell: Shell { past: Past::Vm, ..shell }, permit, shape }) {
+            Ok(number) => number,
+            Err(spare) => {
+                spare.end().await;
+                return true;
+            }
+        };
         let table = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(KEPT_FOR).await;

@@ -28,7 +28,7 @@ impl Controller {
         let start = Instant::now();
         match self.try_begin_demotion(request) {
             Ok(demotion) => {
-                let rate = request.rate_mib_s.map(NonZeroU64::get);
+                let rate = request.rate_mib_s;
                 let job = Job { demotion, respond, start, steps: 0, longest_pause: Duration::ZERO, rate };
                 self.go_on_demoting(job);
             }
