@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
 use crate::config::bodies::{ActionBody, ActionType, CreateBody, CreateExtension, VmBody, WantedState};
-use crate::config::request::{Command, CreateSnapshot, DemoteRequest, VacateRequest};
+use crate::config::request::{BarrierRequest, Command, CreateSnapshot, DemoteRequest, VacateRequest};
 use crate::config::{
     BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, RepurposeBody,
     snapshot_paths,
@@ -123,6 +123,10 @@ pub(super) fn put_rewind(body: &[u8]) -> Result<Parsed, Fault> {
 
 pub(super) fn put_demote(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Command::Demote(json::<DemoteRequest>(body)?).into())
+}
+
+pub(super) fn put_barrier(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::Barrier(json::<BarrierRequest>(body)?).into())
 }
 
 pub(super) fn put_vacate(body: &[u8]) -> Result<Parsed, Fault> {

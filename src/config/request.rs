@@ -7,7 +7,7 @@ use crate::config::restore::RestoreRequest;
 use crate::config::{
     BootSource, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
 };
-use crate::snapshot::SnapshotKind;
+use crate::snapshot::{Bucket, SnapshotKind};
 use serde::{Deserialize, Serialize};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
@@ -68,6 +68,8 @@ pub enum Command {
     Fork(Box<ForkRequest>),
     /// Give local memory back to the host. → [`Reply::Demoted`]
     Demote(DemoteRequest),
+    /// Count touches of memory from now on. → [`Reply::Barrier`]
+    Barrier(BarrierRequest),
     /// Give the guest's memory back to the host; only a repurposing follows.
     Vacate,
     /// Become the machine of another snapshot, in place. → [`Reply::Repurposed`]
@@ -111,6 +113,22 @@ pub struct DemoteRequest {
     /// The demotion ends when so many pages were given back, or a few more. Default: when there are no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub most_pages: Option<NonZeroU64>,
+    /// True: only pages that were not touched since the last barrier leave. The restore is the first barrier.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cold: bool,
+    /// The buckets whose untouched pages leave. None: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buckets: Vec<Bucket>,
+}
+
+/// A request to a restored machine to count touches of its memory from now on: the body of `PUT /tvmm/barrier`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BarrierRequest {
+    /// True: pages of files are unmapped, so that reads of them are seen until the next barrier.
+    pub reads: bool,
+    /// True: KVM logs writes, so that all of them are seen until the next barrier, not only the first to each page.
+    pub writes: bool,
 }
 
 /// The state to which a machine is demoted.
@@ -152,6 +170,19 @@ impl DemoteRequest {
             (DemotedTo::Spilled, None, _) => {
                 Err(Refused::bad_request("Pages can only be spilled to a directory: name it in `spill_dir`."))
             }
+        }
+    }
+
+    /// The buckets whose untouched pages leave; `None` if touched pages leave as well.
+    ///
+    /// # Errors
+    /// Buckets are named although touched pages leave as well.
+    pub fn cold_buckets(&self) -> Result<Option<&[Bucket]>, Refused> {
+        match (self.cold, self.buckets.as_slice()) {
+            (false, []) => Ok(None),
+            (true, []) => Ok(Some(&Bucket::ALL)),
+            (true, buckets) => Ok(Some(buckets)),
+            (false, _) => Err(Refused::bad_request("`buckets` is for `\"cold\": true`: say that, or leave it out.")),
         }
     }
 }

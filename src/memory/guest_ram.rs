@@ -68,6 +68,15 @@ impl FileMapping {
     }
 }
 
+/// Pages of guest memory that are mapped, or in swap.
+#[derive(Clone, Debug, Default)]
+pub struct Present {
+    /// Pages that this process has a copy of.
+    pub own: PageSet,
+    /// Pages that show a file or the kernel's zeros.
+    pub shared: PageSet,
+}
+
 /// The guest's RAM.
 #[derive(Debug)]
 pub struct GuestRam {
@@ -424,20 +433,54 @@ impl GuestRam {
     /// # Errors
     /// See [`own_pages`](Self::own_pages).
     pub fn local_pages(&self) -> Result<PageSet, Error> {
-        let mut pages = PageSet::new();
+        Ok(self.present()?.own)
+    }
+
+    /// The pages that are mapped now.
+    ///
+    /// # Errors
+    /// See [`own_pages`](Self::own_pages).
+    pub fn present(&self) -> Result<Present, Error> {
+        let mut present = Present::default();
         for (range, host) in self.slots() {
             let first = range.gpa / PAGE_SIZE;
             let add = |run, len, what| {
-                if what == Mapped::Own {
-                    pages.insert_run(Extent { first: Gfn(first + run), pages: len });
-                }
+                let pages = match what {
+                    Mapped::Own => &mut present.own,
+                    Mapped::Shared => &mut present.shared,
+                };
+                pages.insert_run(Extent { first: Gfn(first + run), pages: len });
             };
             mapped_runs(host, range.len / PAGE_SIZE, add).map_err(Error::os(
                 "find the pages that the guest has written (PAGEMAP_SCAN, Linux 6.7). On older kernels restore with \
                  --track-dirty-pages",
             ))?;
         }
-        Ok(pages)
+        Ok(present)
+    }
+
+    /// Unmaps the pages of `pages` that show a file, and no copies: the next touch maps them again. Returns those that
+    /// were unmapped. No vCPU runs and all devices are quiet, so that no page is copied meanwhile by a write.
+    ///
+    /// # Errors
+    /// The page map of this process cannot be read. Nothing is lost.
+    pub fn unmap_clean(&self, pages: &PageSet) -> Result<PageSet, Error> {
+        let mut unmapped = PageSet::new();
+        let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return Ok(unmapped) };
+        for extent in self.layout.split(Extent { first, pages: last.0 - first.0 + 1 }) {
+            let add = |run, len, what| {
+                if what == Mapped::Shared {
+                    unmapped.insert_run(Extent { first: Gfn(extent.first.0 + run), pages: len });
+                }
+            };
+            let host = self.host_address(extent.first)?;
+            mapped_runs(host, extent.pages, add).map_err(Error::os("find the pages of files that are mapped"))?;
+        }
+        unmapped.intersect_with(pages);
+        for run in unmapped.runs() {
+            self.layout.split(run).try_for_each(|extent| self.discard(extent))?;
+        }
+        Ok(unmapped)
     }
 
     /// Checks that [`own_pages`](Self::own_pages) works on this kernel.

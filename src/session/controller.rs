@@ -207,8 +207,8 @@ impl Controller {
         }
     }
 
-    /// Answers one request: at once, or a snapshot when it is sealed, a fork when its children answer, and a demotion
-    /// after its last step. `input`: the bytes on their way to the guest.
+    /// Answers one request: at once, or a snapshot when it is sealed, a fork when its children answer, a demotion and
+    /// a barrier after the last step. `input`: the bytes on their way to the guest.
     pub fn handle(&mut self, request: Request, input: &mut Input) {
         let Request { command, respond, read_ns } = request;
         if let Err(refused) = self.check_has_guest(&command) {
@@ -230,6 +230,7 @@ impl Controller {
             },
             Command::Fork(request) => self.begin_fork(&request, respond),
             Command::Demote(request) => self.begin_demotion(&request, respond),
+            Command::Barrier(request) => self.begin_barrier(request, respond),
             Command::Repurpose(request) => respond(self.repurpose(&request, input).map(Reply::Repurposed)),
             Command::Vacate => respond(self.vacate().map(|()| Reply::Empty)),
             Command::Resume => {
@@ -306,6 +307,7 @@ impl Controller {
             Command::CreateSnapshot(_)
             | Command::Fork(_)
             | Command::Demote(_)
+            | Command::Barrier(_)
             | Command::Repurpose(_)
             | Command::Vacate
             | Command::Resume => Err(Refused::internal("A request got lost.")),

@@ -1,4 +1,4 @@
-//! The demotion of a session's machine.
+//! The demotion of a session's machine, or the barrier that is being set for it: work in steps.
 
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
@@ -9,34 +9,48 @@ use crate::config::control::Respond;
 use crate::session::Error;
 use crate::snapshot::PAGE_SIZE;
 use crate::vmm::demote::Demotion;
+use crate::vmm::demote::barrier::Barrier;
 
 /// A timer that is set to less does not ring.
 const SOON: Duration = Duration::from_nanos(1);
 
-/// The demotion that is under way, if there is one.
+/// The work that is under way, if there is any.
 pub struct DemotionSlot {
     pub job: Option<Job>,
     /// Readable when the next step is due.
     pub timer: TimerFd,
 }
 
-/// A demotion, and its requester.
+/// Work on guest memory in steps, for each of which a running guest stands still.
+pub enum Work {
+    Demote {
+        demotion: Demotion,
+        /// Most memory given back per second, MiB.
+        rate: Option<NonZeroU64>,
+    },
+    SetBarrier(Barrier),
+}
+
+/// Work, and its requester.
 pub struct Job {
-    pub demotion: Demotion,
+    pub work: Work,
     pub respond: Respond,
     pub start: Instant,
     pub steps: u64,
     pub longest_pause: Duration,
-    /// Most memory given back per second, MiB.
-    pub rate: Option<NonZeroU64>,
 }
 
 impl Job {
-    /// The time until the next step, so that the rate is kept.
+    /// Returns whether no step is left.
+    pub fn is_done(&self) -> bool {
+        matches!(&self.work, Work::SetBarrier(barrier) if barrier.is_set())
+    }
+
+    /// The time until the next step, so that the rate of a demotion is kept.
     fn pause(&self) -> Duration {
-        let Some(rate) = self.rate else { return SOON };
-        let bytes = self.demotion.counts.given_back() * PAGE_SIZE;
-        due(bytes, rate).saturating_sub(self.start.elapsed()).max(SOON)
+        let Work::Demote { demotion, rate: Some(rate) } = &self.work else { return SOON };
+        let bytes = demotion.counts.given_back() * PAGE_SIZE;
+        due(bytes, *rate).saturating_sub(self.start.elapsed()).max(SOON)
     }
 }
 
@@ -52,7 +66,7 @@ impl DemotionSlot {
         Ok(DemotionSlot { job: None, timer })
     }
 
-    /// Makes `job` the demotion under way, and its next step due.
+    /// Makes `job` the work under way, and its next step due.
     pub fn go_on(&mut self, job: Job) -> Result<(), Error> {
         let set = self.timer.reset(job.pause(), None);
         self.job = Some(job);

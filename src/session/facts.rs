@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
-use crate::config::control::{Demoted, Repurposed, Rewound};
+use crate::config::control::{BarrierSet, Demoted, Repurposed, Rewound};
 use crate::config::fork::ForkCounts;
 use crate::config::restore::{PlanFrom, RestoreRequest};
 use crate::memory::ending::EndingSignal;
@@ -75,6 +75,9 @@ pub struct Restored {
     /// The number of demotions.
     pub demotions: u64,
     pub last_demotion: Option<Demoted>,
+    /// The number of barriers.
+    pub barriers: u64,
+    pub last_barrier: Option<BarrierSet>,
     /// The number of times that the machine became another's.
     pub repurposed: u64,
     pub last_repurpose: Option<Repurposed>,
@@ -123,6 +126,8 @@ impl Restored {
             last_rewind: None,
             demotions: 0,
             last_demotion: None,
+            barriers: 0,
+            last_barrier: None,
             repurposed: 0,
             last_repurpose: None,
             fork_point: opened.fork_point,

@@ -227,6 +227,7 @@ impl Core {
         // Devices before the services that they may be waiting for.
         self.devices.virtio.retire(deadline)?;
         self.services.finish(deadline)?;
+        self.forget_access()?;
         self.services = MemoryServices::default();
         self.lineage = Lineage::default();
         self.ram.forget();
