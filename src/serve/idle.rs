@@ -109,15 +109,19 @@ pub(super) async fn descend_all(daemon: Arc<Daemon>) {
 /// The idle time of a VM that waits for requests, and the rule that applies to it.
 fn waiting(daemon: &Daemon, vm: &Vm) -> Option<(Duration, IdleRule)> {
     let idle = vm.idle_for().filter(|_| !vm.is_stepping())?;
+    Some((idle, rule_of(daemon, vm)?))
+}
+
+/// The rule that applies to a VM while it waits for requests.
+pub(super) fn rule_of(daemon: &Daemon, vm: &Vm) -> Option<IdleRule> {
     let func_name = &vm.function.func_name;
-    let rule = if vm.from_invocation {
-        daemon.idle_rule(func_name).unwrap_or(IdleRule::End { after: daemon.options.limits.idle_timeout })
-    } else {
-        // The daemon's default is for VMs that it has made by itself, and no VM of a client is ended.
-        let own = daemon.function(func_name).ok()?.idle.filter(|idle| idle.suspends())?;
-        own.rule(daemon.options.limits.idle_timeout)
-    };
-    Some((idle, rule))
+    let timeout = daemon.options.limits.idle_timeout;
+    if vm.from_invocation {
+        return Some(daemon.idle_rule(func_name).unwrap_or(IdleRule::End { after: timeout }));
+    }
+    // The daemon's default is for VMs that it has made by itself, and no VM of a client is ended.
+    let own = daemon.function(func_name).ok()?.idle.filter(|idle| idle.suspends())?;
+    Some(own.rule(timeout))
 }
 
 /// Lets a quarter of the idle VMs take their next step before its time: those first that have been idle longest,

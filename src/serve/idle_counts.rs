@@ -50,6 +50,30 @@ pub(super) struct StepTally {
     took_us: u64,
 }
 
+/// The outcome of the end of a window of requests, after which a VM gives untouched memory back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WindowOutcome {
+    /// Memory was given back, and memory given back before was touched in this window; bytes.
+    Done {
+        given: u64,
+        recalled: u64,
+    },
+    Refused,
+}
+
+/// The ends of windows of a function's VMs, since the daemon began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub(super) struct WindowTally {
+    /// Windows that have ended.
+    done: u64,
+    /// Windows at whose end a VM could give nothing back.
+    refused: u64,
+    /// Memory given back to the host because the requests of a window had not touched it, bytes.
+    freed_bytes: u64,
+    /// Of that, memory that a later window has touched, bytes.
+    recalled_bytes: u64,
+}
+
 /// The outcomes of all steps of a function's VMs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub(super) struct IdleTally {
@@ -57,6 +81,8 @@ pub(super) struct IdleTally {
     trimmed: StepTally,
     spilled: StepTally,
     suspended: StepTally,
+    /// VMs that serve requests, and give untouched memory back.
+    windows: WindowTally,
     /// VMs that ended because they were idle.
     ended: u64,
     /// Suspended VMs that ended because the disk space was needed for others (`--suspend-disk`).
@@ -153,6 +179,21 @@ impl IdleCounts {
         self.change(func_name, |of| of.tally.step(step).took_us += time.as_micros() as u64);
     }
 
+    /// Counts the end of a window of requests.
+    pub(super) fn shrunk(&self, func_name: &str, outcome: WindowOutcome) {
+        self.change(func_name, |of| {
+            let tally = &mut of.tally.windows;
+            match outcome {
+                WindowOutcome::Done { given, recalled } => {
+                    tally.done += 1;
+                    tally.freed_bytes += given;
+                    tally.recalled_bytes += recalled;
+                }
+                WindowOutcome::Refused => tally.refused += 1,
+            }
+        });
+    }
+
     /// Counts a VM that a request has taken back from a step.
     pub(super) fn woken(&self, func_name: &str, step: Step) {
         self.change(func_name, |of| of.tally.step(step).woken += 1);
@@ -246,6 +287,7 @@ impl IdleCounts {
                 writeln!(text, "tvmm_idle_pages_total{{function=\"{name}\",fate=\"{fate}\"}} {count}")?;
             }
         }
+        write_windows(text, &functions)?;
         head(text, "tvmm_idle_ends_total", "counter", "Idle VMs that ended, by reason")?;
         for (name, IdleTally { ended, evicted, .. }) in &functions {
             for (reason, count) in [("idle", ended), ("disk", evicted)] {
@@ -268,6 +310,26 @@ fn write_by_step<T: std::fmt::Display>(
         for step in Step::ALL {
             let value = value(*tally.step(step));
             writeln!(text, "{name}{{function=\"{function}\",step=\"{}\"}} {value}", step.name())?;
+        }
+    }
+    Ok(())
+}
+
+/// Appends the counters of windows.
+fn write_windows(text: &mut String, functions: &[(String, IdleTally)]) -> std::fmt::Result {
+    let help = "Windows of requests after which a VM gave untouched memory back, by their end";
+    head(text, "tvmm_windows_total", "counter", help)?;
+    for (name, IdleTally { windows, .. }) in functions {
+        for (end, count) in [("done", windows.done), ("refused", windows.refused)] {
+            writeln!(text, "tvmm_windows_total{{function=\"{name}\",end=\"{end}\"}} {count}")?;
+        }
+    }
+    let help =
+        "Untouched memory that VMs gave back while they served requests, and what of it was touched later, bytes";
+    head(text, "tvmm_window_bytes_total", "counter", help)?;
+    for (name, IdleTally { windows, .. }) in functions {
+        for (way, bytes) in [("freed", windows.freed_bytes), ("recalled", windows.recalled_bytes)] {
+            writeln!(text, "tvmm_window_bytes_total{{function=\"{name}\",way=\"{way}\"}} {bytes}")?;
         }
     }
     Ok(())

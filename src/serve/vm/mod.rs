@@ -9,6 +9,7 @@ pub(super) mod offloading;
 pub(super) mod process;
 pub(super) mod shape;
 pub(super) mod shells;
+pub(super) mod shrinking;
 pub(super) mod spares;
 pub(super) mod steps;
 pub(super) mod table;
@@ -45,6 +46,7 @@ use crate::config::{
     RepurposeFields, VsockConfig, VsockOverrideBody,
 };
 use crate::tiering::idle::{Descended, Step};
+use crate::tiering::window::Windows;
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -312,6 +314,10 @@ struct Usage {
     offloading: Option<Offloading>,
     /// Spilled pages that had come back when they were looked at last.
     pages_back: u64,
+    /// The windows of requests after which it gives untouched memory back.
+    windows: Windows,
+    /// True while it does so.
+    is_shrinking: bool,
 }
 
 /// The context id of a guest that has a vsock device: the lowest that a guest may have.
@@ -406,6 +412,8 @@ impl Vm {
                 spill_bytes: 0,
                 offloading: None,
                 pages_back: 0,
+                windows: Windows::default(),
+                is_shrinking: false,
             }),
             step_turn: AsyncMutex::new(()),
             settled: watch::Sender::new(false),
@@ -590,7 +598,10 @@ impl Vm {
     pub(super) async fn rewind(&self, request: RewindRequest) -> Result<Rewound, ControlError> {
         let _quiet = self.quiet().await;
         let rewound = self.send("PUT", "/tvmm/rewind", &request).await?;
-        self.lock().rewinds += 1;
+        let mut usage = self.lock();
+        usage.rewinds += 1;
+        usage.windows = Windows::default();
+        drop(usage);
         // A rewind drops the file.
         self.note_spill(0);
         // Its next diff builds on that snapshot again.

@@ -234,11 +234,43 @@ fn under_pressure_a_vm_goes_down_step_by_step_and_each_request_takes_it_back() {
         assert_eq!((count(&service, step, "failed"), count(&service, step, "refused")), (0, 0), "{step}");
     }
     // `eager` has copied all of the snapshot, of which the guest has written a part.
-    assert!(count(&service, "trimmed", "freed_bytes") >= 200 * 4096);
+    let freed = count(&service, "trimmed", "freed_bytes") + count(&service, "windows", "freed_bytes");
+    assert!(freed >= 200 * 4096, "{freed}");
     assert!(count(&service, "spilled", "freed_bytes") >= 200 * 4096);
     assert!(count(&service, "suspended", "woken") > 0);
     let steps = "tvmm_idle_steps_total{function=\"touch\",step=\"parked\",end=\"done\"}";
     assert!(metric(&service, steps) > 0);
+}
+
+#[test]
+fn a_serving_vm_gives_back_what_its_requests_do_not_touch() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    let hour = 3_600_000;
+    let eager = json!({ "func_name": "touch", "params": "pages=50 write=100", "policy": "eager" });
+    put_touch(&service, json!({ "policy": "keep", "keep_alive_ms": hour }));
+    service.invoke(eager.clone());
+    put_touch(&service, json!({ "policy": "ladder", "floor_ms": hour, "cap_ms": hour }));
+    let windows = |key: &str| count(&service, "windows", key);
+    assert_eq!((windows("done"), windows("refused")), (0, 0), "only a ladder has windows");
+    let vm = id_of(&service.invoke(eager));
+    wait_until("the first request's window has ended", || windows("done") == 1);
+    assert!(windows("freed_bytes") >= 200 * 4096, "{}", windows("freed_bytes"));
+    let digest = check(&service, &vm);
+    assert_eq!(check(&service, &vm), digest);
+    wait_until("the third request's window has ended", || windows("done") == 2);
+    assert!(windows("recalled_bytes") >= 200 * 4096, "{}", windows("recalled_bytes"));
+    // The seventh ends the third window; no more is to be had, and no further window ends.
+    (4..=40).for_each(|_| assert_eq!(check(&service, &vm), digest));
+    wait_until("the windows are over", || windows("done") == 3);
+    assert_eq!((windows("done"), windows("refused")), (3, 0));
+    assert_eq!(record(&service, &vm)["state"], "running");
+    assert_eq!(metric(&service, "tvmm_windows_total{function=\"touch\",end=\"done\"}"), 3);
+    assert!(metric(&service, "tvmm_window_bytes_total{function=\"touch\",way=\"freed\"}") >= 200 * 4096);
+    // A rewound VM begins anew.
+    service.ok("POST", &format!("/vms/{vm}/rewind"), Some(json!({})));
+    check(&service, &vm);
+    wait_until("a window has ended after the rewind", || windows("done") == 4);
 }
 
 #[test]
