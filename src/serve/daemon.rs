@@ -10,6 +10,7 @@ use axum::http::StatusCode;
 use serde_json::json;
 
 use super::allowances::Allowances;
+use super::blocking::blocking;
 use super::counters::Counters;
 use super::drives::{Copies, DriveSource, OwnDrives};
 use super::error::ServeError;
@@ -219,6 +220,11 @@ impl Daemon {
             Purpose::Client | Purpose::Invocation => self.vms.reserve(&spec.need()).await?,
         };
         let mut files = self.files(spec, recording).await?;
+        if let Some(former) = spec.restore.as_ref().and_then(RestoreSpec::former_life) {
+            let vms = self.vms.clone();
+            let id = former.record.vm_id.clone();
+            blocking(move || vms.suspended.runs_on(&id)).await?.map_err(|error| Fault::of(&error))?;
+        }
         let repurposed = match used.zip(spec.restore.as_ref()) {
             Some((shell, restore)) => {
                 let repurposed = self.repurposed(shell, restore, spec, &files, recording).await;

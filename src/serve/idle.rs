@@ -20,7 +20,7 @@ use super::blocking::blocking;
 use super::daemon::Daemon;
 use super::idle_counts::{IdleTally, StepEnd};
 use super::standby;
-use super::suspended::{Layer, SuspendedVm, space_of};
+use super::suspended::{DiskSpace, Layer, SuspendedVm, space_of};
 use super::vm::control::ControlError;
 use super::vm::offloading::GivenBack;
 use super::vm::steps::{Descent, SpillFile};
@@ -317,37 +317,52 @@ async fn suspend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: &Descent<'_>) -> R
     // A fork point ends with its VMs: nothing builds on it.
     let is_from_snapshot = vm.restore.as_ref().is_some_and(|restore| !matches!(restore.origin, RestoreOrigin::Fork(_)));
     let is_diff = is_from_snapshot && former.len() < MOST_LAYERS;
-    // The snapshot may be smaller; its size is known when it is there.
-    let expected = if is_diff { memory.anonymous_kib } else { memory.anonymous_kib + memory.shared_kib };
-    make_room(daemon, expected << 10)?;
+    // A full snapshot has about this size. That of a diff is known when it is there: most of the VM's memory may equal
+    // its snapshot, and other VMs must not end for that.
+    let expected = if is_diff { 0 } else { (memory.anonymous_kib + memory.shared_kib) << 10 };
+    let expected = make_room(daemon, expected)?;
     let number = 1 + former.last().map_or(0, |layer| layer.number);
-    let bytes = match save(daemon, vm, is_diff, number).await {
-        Ok(bytes) => bytes,
+    let saved = save(daemon, vm, is_diff, number).await.and_then(|bytes| {
+        drop(expected);
+        make_room(daemon, bytes)
+    });
+    let space = match saved {
+        Ok(space) => space,
         Err(error) => {
             remove_layer(daemon, vm, number).await;
             return Err(error);
         }
     };
     let mut layers = if is_diff { former } else { Vec::new() };
-    layers.push(Layer { number, bytes });
+    layers.push(Layer { number, bytes: space.bytes() });
     let idle = vm.since_used();
     if !descent.commit_suspension() {
         remove_layer(daemon, vm, number).await;
         return Err(StepError::Used);
     }
     let asleep = asleep(vm, layers, idle);
+    // From here on the snapshot is the VM, also if its process ends by itself.
+    suspended.leave(asleep.clone());
+    drop(space);
     let kept = blocking({
         let daemon = daemon.clone();
-        let asleep = asleep.clone();
-        move || daemon.vms.suspended.save(&asleep)
+        move || {
+            let kept = daemon.vms.suspended.save(&asleep);
+            if kept.is_err() {
+                // The record may be there all the same. The directory may be removed by now.
+                daemon.vms.suspended.unsave(&asleep.record().vm_id)?;
+            }
+            kept.map_err(io::Error::other)
+        }
     });
     let kept = kept.await.map_err(|fault| fault.message).and_then(|kept| kept.map_err(|error| error.to_string()));
     if let Err(why) = kept {
-        descent.cancel_suspension();
-        remove_layer(daemon, vm, number).await;
+        if suspended.stay(&vm.id) {
+            descent.cancel_suspension();
+            remove_layer(daemon, vm, number).await;
+        }
         return refuse(&why);
     }
-    suspended.leave(asleep);
     descent.end_process().await;
     daemon.vms.changed.notify_one();
     Ok(memory.own_kib() << 10)
@@ -380,9 +395,7 @@ async fn save(daemon: &Arc<Daemon>, vm: &Vm, is_diff: bool, number: u64) -> Resu
         },
     };
     vm.send::<SnapshotTaken>("PUT", "/snapshot/create", &body).await?;
-    let bytes = on_disk(move || space_of(&layer)).await?;
-    make_room(daemon, bytes)?;
-    Ok(bytes)
+    on_disk(move || space_of(&layer)).await
 }
 
 fn private_dir(dir: &std::path::Path) -> io::Result<()> {
@@ -410,10 +423,13 @@ async fn remove_layer(daemon: &Daemon, vm: &Vm, number: u64) {
 }
 
 /// Ends suspended VMs that invocations have left, those first that were used longest ago, until there is room for so
-/// many bytes.
-fn make_room(daemon: &Daemon, bytes: u64) -> Result<(), StepError> {
+/// many bytes, and reserves them.
+fn make_room(daemon: &Daemon, bytes: u64) -> Result<DiskSpace<'_>, StepError> {
     let most = daemon.options.limits.suspend_disk_mib << 20;
     let suspended = &daemon.vms.suspended;
+    if most == 0 {
+        return refuse("suspended VMs may have no disk space (--suspend-disk 0)");
+    }
     if bytes > most {
         return refuse(&format!("it needs {bytes} bytes of the disk, and all may have {most} (--suspend-disk)"));
     }
@@ -434,7 +450,7 @@ fn make_room(daemon: &Daemon, bytes: u64) -> Result<(), StepError> {
             "it needs {bytes} bytes of the disk, and {taken} of {most} are taken (--suspend-disk)"
         ));
     }
-    Ok(())
+    Ok(suspended.reserve_space(bytes))
 }
 
 fn asleep(vm: &Vm, layers: Vec<Layer>, idle: Duration) -> SuspendedVm {

@@ -100,13 +100,7 @@ async fn wake_reserved(daemon: &Arc<Daemon>, reserved: Reserved) -> Result<Optio
 
 /// Restores a suspended VM, which no other request wakes meanwhile.
 async fn wake_alone(daemon: &Arc<Daemon>, id: &str) -> Result<Option<Claimed>, Fault> {
-    let taken = blocking({
-        let daemon = daemon.clone();
-        let id = id.to_owned();
-        // From here on a restart does not find it: its guest will have run on.
-        move || daemon.vms.suspended.take(&id)
-    });
-    let Some(suspended) = taken.await?.map_err(|error| Fault::of(&error))? else { return Ok(None) };
+    let Some(suspended) = daemon.vms.suspended.take(id) else { return Ok(None) };
     let func_name = suspended.record().func_name.clone();
     match restored(daemon, &suspended).await {
         Ok(using) => {

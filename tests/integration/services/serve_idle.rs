@@ -518,6 +518,24 @@ fn suspended_vms_keep_within_the_disk_space_that_they_may_have() {
 }
 
 #[test]
+fn vms_that_are_suspended_at_once_keep_within_the_disk_space_together() {
+    let dir = scratch();
+    let service = service(dir.path(), &["--suspend-disk", "40", "--max-running", "8"]);
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 3_600_000 }));
+    // VMs of clients are not evicted for others.
+    let start = || id_of(&service.ok("POST", "/vms", Some(json!({ "func_name": "touch", "ssId": "base" }))));
+    let vms: Vec<String> = (0..4).map(|_| start()).collect();
+    vms.iter().zip(1..).for_each(|(vm, seed)| fill(&service, vm, &format!("pages=4000 seed={seed}")));
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 1 }));
+    wait_until("each is suspended or refused", || {
+        count(&service, "suspended", "done") + count(&service, "suspended", "refused") >= 4
+    });
+    let suspended = vms.iter().filter(|vm| record(&service, vm)["state"] == "suspended").count();
+    assert!((1..=2).contains(&suspended), "{suspended} VMs of 16 MiB are suspended in 40");
+    assert!(metric(&service, "tvmm_suspended_bytes") <= 40 << 20);
+}
+
+#[test]
 fn a_vm_that_makes_room_for_another_keeps_its_state_if_there_is_disk_for_it() {
     let dir = scratch();
     let hour = json!({ "policy": "suspend", "keep_alive_ms": 3_600_000 });
