@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 
 use super::fault::Fault;
 use crate::config::bodies::{ActionBody, ActionType, CreateBody, CreateExtension, VmBody, WantedState};
-use crate::config::request::{Command, CreateSnapshot, DemoteRequest, VacateRequest};
+use crate::config::request::{BarrierRequest, Command, CreateSnapshot, DemoteRequest, VacateRequest};
 use crate::config::{
     BootSource, CpuConfig, LoadBody, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig, RepurposeBody,
     snapshot_paths,
@@ -93,12 +93,16 @@ pub(super) fn put_snapshot_create(body: &[u8]) -> Result<Parsed, Fault> {
     let create: CreateBody = json(body)?;
     let location = snapshot_paths(create.snapshot_path, create.mem_file_path, "mem_file_path")?;
     let kind = create.snapshot_type;
-    let CreateExtension { resume, copy_drives, verify, live } = create.tvmm;
+    let CreateExtension { resume, copy_drives, verify, live, profile } = create.tvmm;
     if live && resume {
         let both = "A live snapshot leaves the machine as it is: give `live` or `resume`, not both.";
         return Err(Fault::bad_request(both));
     }
-    Ok(Command::CreateSnapshot(CreateSnapshot { location, kind, resume, copy_drives, verify, live }).into())
+    if live && profile {
+        return Err(Fault::bad_request("A live snapshot has no `profile`: leave one of both out."));
+    }
+    let create = CreateSnapshot { location, kind, resume, copy_drives, verify, live, profile };
+    Ok(Command::CreateSnapshot(create).into())
 }
 
 pub(super) fn put_snapshot_load(body: &[u8]) -> Result<Parsed, Fault> {
@@ -119,6 +123,10 @@ pub(super) fn put_rewind(body: &[u8]) -> Result<Parsed, Fault> {
 
 pub(super) fn put_demote(body: &[u8]) -> Result<Parsed, Fault> {
     Ok(Command::Demote(json::<DemoteRequest>(body)?).into())
+}
+
+pub(super) fn put_barrier(body: &[u8]) -> Result<Parsed, Fault> {
+    Ok(Command::Barrier(json::<BarrierRequest>(body)?).into())
 }
 
 pub(super) fn put_vacate(body: &[u8]) -> Result<Parsed, Fault> {

@@ -71,6 +71,7 @@ pub(super) fn router(control: ControlSender) -> Router {
         .route("/tvmm/report", reads(|| Command::Report))
         .route("/tvmm/rewind", puts(requests::put_rewind))
         .route("/tvmm/demote", puts(requests::put_demote))
+        .route("/tvmm/barrier", puts(requests::put_barrier))
         .route("/tvmm/fork", puts(requests::put_fork))
         .route("/tvmm/vacate", puts(requests::put_vacate))
         .route("/tvmm/repurpose", puts(requests::put_repurpose))
@@ -209,6 +210,7 @@ fn told(reply: &Reply) -> Response {
         Reply::Balloon(said) | Reply::Report(said) => json_response(StatusCode::OK, said),
         Reply::Snapshot(snapshot) => json_response(StatusCode::OK, snapshot),
         Reply::Demoted(demoted) => json_response(StatusCode::OK, demoted),
+        Reply::Barrier(barrier) => json_response(StatusCode::OK, barrier),
         Reply::Rewound(rewound) => json_response(StatusCode::OK, rewound),
         Reply::Forked(forked) => json_response(StatusCode::OK, forked),
         Reply::Repurposed(repurposed) => json_response(StatusCode::OK, repurposed),

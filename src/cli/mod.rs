@@ -5,6 +5,7 @@
 //! pools directly.
 //! Start reading: `mod.rs` (the commands), `vm.rs` (boot and restore), `plan.rs`.
 
+mod barrier;
 mod demote;
 mod failure;
 mod fork;
@@ -76,6 +77,8 @@ enum Command {
     Rewind(rewind::RewindArgs),
     /// Give the local memory of an idle VM that equals its snapshot back to the host
     Demote(demote::DemoteArgs),
+    /// Tell which memory a restored VM has touched, by bucket, and count touches from now on
+    Barrier(barrier::BarrierArgs),
     /// Make copies of a running VM that go on from the same instant, each a VM of its own
     Fork(Box<fork::ForkArgs>),
     /// Make a restored VM the VM of another snapshot, in place
@@ -123,8 +126,8 @@ impl Command {
             Command::Plan(args) => args.inputs(),
             Command::Pool(args) => args.inputs(),
             Command::ServePages(args) => args.inputs(),
-            Command::Calibrate(_) | Command::Rewind(_) | Command::Demote(_) | Command::Fork(_) => Vec::new(),
-            Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
+            Command::Calibrate(_) | Command::Rewind(_) | Command::Demote(_) | Command::Barrier(_) => Vec::new(),
+            Command::Fork(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
         }
     }
 }
@@ -213,6 +216,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         Some(Command::Restore(args)) => vm::restore(args),
         Some(Command::Rewind(args)) => rewind::run(args),
         Some(Command::Demote(args)) => demote::run(args),
+        Some(Command::Barrier(args)) => barrier::run(args),
         Some(Command::Fork(args)) => fork::run(args),
         Some(Command::Repurpose(args)) => repurpose::run(args),
         Some(Command::Snapshot(args)) => snapshot::run(args),

@@ -1,6 +1,6 @@
 //! `tvmm repurpose`: makes a restored VM the VM of another snapshot, in place.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -38,6 +38,9 @@ pub struct RepurposeArgs {
     /// guest gets the input, and the output is written first
     #[arg(long)]
     discard_console: bool,
+    /// Print the answer of the API as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 impl RepurposeArgs {
@@ -78,7 +81,13 @@ pub fn run(args: &RepurposeArgs) -> Result<ExitCode, BoxError> {
     let mut body = json!(args.fields()?);
     body["compare"] = json!(args.compare);
     body["discard_console"] = json!(args.discard_console);
-    let repurposed = ask(&args.api_sock, &body)?;
+    let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/repurpose", Some(&body), TIMEOUT)?;
+    let answer = answer.unwrap_or_default();
+    if args.json {
+        out!("{answer:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let repurposed: Repurposed = serde_json::from_value(answer)?;
     say!(
         "snapshot {}: repurposed in {:.2} ms (vCPUs stopped in {:.2}, snapshot opened {:.2}, former guest ended \
          {:.2}, memory {:.2}, state {:.2}){}",
@@ -92,9 +101,4 @@ pub fn run(args: &RepurposeArgs) -> Result<ExitCode, BoxError> {
         if args.compare { "; the VM equals its snapshot" } else { "" }
     );
     Ok(ExitCode::SUCCESS)
-}
-
-fn ask(socket: &Path, body: &serde_json::Value) -> Result<Repurposed, BoxError> {
-    let (_, answer) = Client::new(socket).request("PUT", "/tvmm/repurpose", Some(body), TIMEOUT)?;
-    Ok(serde_json::from_value(answer.unwrap_or_default())?)
 }

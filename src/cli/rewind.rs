@@ -18,14 +18,22 @@ pub struct RewindArgs {
     #[arg(long, value_name = "PATH")]
     api_sock: PathBuf,
     /// Compare memory, vCPUs and devices with the snapshot afterwards; a difference ends the VM
+    #[arg(long, alias = "verify")]
+    compare: bool,
+    /// Print the answer of the API as JSON
     #[arg(long)]
-    verify: bool,
+    json: bool,
 }
 
 pub fn run(args: &RewindArgs) -> Result<ExitCode, BoxError> {
-    let body = json!(RewindRequest { verify: args.verify });
+    let body = json!(RewindRequest { compare: args.compare });
     let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/rewind", Some(&body), TIMEOUT)?;
-    let rewound: Rewound = serde_json::from_value(answer.unwrap_or_default())?;
+    let answer = answer.unwrap_or_default();
+    if args.json {
+        out!("{answer:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rewound: Rewound = serde_json::from_value(answer)?;
     say!(
         "rewound in {:.2} ms (vCPUs stopped in {:.2}, state {:.2}, memory {:.2}): {} pages copied, {} cleared, {} \
          dropped, {} back from the balloon{}",
@@ -37,7 +45,7 @@ pub fn run(args: &RewindArgs) -> Result<ExitCode, BoxError> {
         rewound.pages_cleared,
         rewound.pages_dropped,
         rewound.pages_returned,
-        if args.verify { "; the VM equals its snapshot" } else { "" }
+        if args.compare { "; the VM equals its snapshot" } else { "" }
     );
     Ok(ExitCode::SUCCESS)
 }

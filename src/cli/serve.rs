@@ -84,6 +84,9 @@ pub struct ServeArgs {
     /// names, and end with their VMs. Default: --dir
     #[arg(long, value_name = "DIR")]
     spill_dir: Option<PathBuf>,
+    /// Space for these files, MiB: VMs beyond it are not spilled
+    #[arg(long, default_value_t = 4096, value_name = "MIB", value_parser = clap::value_parser!(u64).range(0..=1 << 40))]
+    spill_disk: u64,
     /// Limit on the output of a guest before its answer, KiB
     #[arg(long, default_value_t = 4096, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     max_output: u64,
@@ -229,6 +232,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
             idle_timeout: Duration::from_secs(args.idle_timeout),
             idle: args.idle.map(IdleSpec::of),
             suspend_disk_mib: args.suspend_disk,
+            spill_disk_mib: args.spill_disk,
             max_output_bytes: args.max_output << 10,
             shells: args.shells,
             grace: Duration::from_secs(args.grace),

@@ -40,6 +40,12 @@ pub struct SnapshotArgs {
     /// compares after this command has returned, and reports the outcome in `GET /tvmm/report`
     #[arg(long)]
     verify: bool,
+    /// Also write a profile of the pages that the guest has used since its restore; a restore by it brings them ahead
+    #[arg(long, conflicts_with = "live")]
+    profile: bool,
+    /// Print the answer of the API as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 impl SnapshotArgs {
@@ -81,7 +87,7 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
         "snapshot_path": out,
         "snapshot_type": if args.diff { "Diff" } else { "Full" },
         "tvmm": { "resume": args.resume, "copy_drives": args.copy_drives, "verify": args.verify,
-            "live": args.live },
+            "live": args.live, "profile": args.profile },
     });
     let taken = client.request("PUT", "/snapshot/create", Some(&body), SNAPSHOT_TIMEOUT);
     let taken = match taken {
@@ -95,11 +101,22 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
             return Err(error.into());
         }
     };
+    if args.json {
+        out!("{taken:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
     out!("{}", out.display());
     if let (Some(id), Some(bytes)) = (taken["id"].as_str(), taken["memory_bytes"].as_u64()) {
         let stood = taken["capture_us"].as_u64().unwrap_or(0) as f64 / 1000.0;
         let mib = mib(bytes);
         say!("snapshot {}: {mib:.1} MiB of pages; the VM stood still for {stood:.1} ms", &id[..id.len().min(16)]);
+        match taken["profile"].as_str() {
+            Some(path) => say!("profile {path}"),
+            None if args.profile => {
+                say!("No profile was written: pages were copied before the guest ran, and not by a profile")
+            }
+            None => {}
+        }
         if taken["live"]["cut_short"] == true {
             let pages = taken["live"]["pages_paused"].as_u64().unwrap_or(0);
             say!("The guest writes memory faster than it is saved: {pages} pages were copied while the VM stood still");

@@ -51,6 +51,9 @@ pub struct CreateExtension {
     /// Save a running machine while it runs: it stands still only for its state and the last pages.
     #[serde(default)]
     pub live: bool,
+    /// Also write a profile of the pages that the guest has used since its restore, beside the snapshot.
+    #[serde(default)]
+    pub profile: bool,
 }
 
 /// The names of the kinds of snapshot in Firecracker's API.

@@ -22,6 +22,7 @@ pub use crate::config::patch::{
     StartHintingPatch,
 };
 use crate::config::{MachineConfig, VmConfig};
+use crate::snapshot::{BucketPages, ByBucket};
 use crate::sys::clock;
 
 /// The value of `app_name`.
@@ -79,6 +80,9 @@ pub struct SnapshotTaken {
     /// The course of a live snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live: Option<LiveTaken>,
+    /// The profile of the pages that the guest has used since its restore, if it was asked for and can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<PathBuf>,
 }
 
 /// The course of a snapshot that was taken while the machine ran.
@@ -128,6 +132,9 @@ pub struct Demoted {
     /// Pages that went to the spill file. They differ from the snapshot, or nothing can show their source.
     #[serde(default)]
     pub pages_spilled: u64,
+    /// The length of the spill file, bytes.
+    #[serde(default)]
+    pub spill_file_len: u64,
     /// Pages kept, because they differ from the snapshot.
     pub pages_written: u64,
     /// Pages kept, because nothing can show their source in place of the copy.
@@ -135,7 +142,26 @@ pub struct Demoted {
     /// Pages not looked at, because as many had been given back as were to be.
     #[serde(default)]
     pub pages_left: u64,
+    /// Pages that a demotion of untouched pages has left alone: they were touched, are in other buckets, or are copies
+    /// of a pool's pages.
+    #[serde(default)]
+    pub pages_skipped: u64,
     /// The number of steps. The guest runs in between.
+    pub steps: u64,
+    /// The longest time for which one step stopped the guest, µs; 0 if it was paused.
+    pub longest_pause_us: u64,
+    /// Time from the request to the answer, µs.
+    pub total_us: u64,
+}
+
+/// A barrier that was set: the touches of memory since the one before.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BarrierSet {
+    #[serde(flatten)]
+    pub buckets: ByBucket<BucketPages>,
+    /// Pages of files that were unmapped, so that reads of them are seen.
+    pub pages_unmapped: u64,
+    /// The number of steps that stopped the guest. It runs in between.
     pub steps: u64,
     /// The longest time for which one step stopped the guest, µs; 0 if it was paused.
     pub longest_pause_us: u64,
@@ -217,6 +243,8 @@ pub enum Reply {
     Forked(Forked),
     /// To [`Command::Demote`].
     Demoted(Demoted),
+    /// To [`Command::Barrier`].
+    Barrier(BarrierSet),
     /// To [`Command::Repurpose`].
     Repurposed(Repurposed),
 }

@@ -15,10 +15,14 @@ use crate::snapshot::{Policy, Verify};
 pub enum InvalidFork {
     #[error("Cannot fork the VM into {0} VMs. Ask for 1 to {MAX_CHILDREN}")]
     Count(u32),
-    #[error("Cannot fork the VM: all children would have {key} `{text}`. Put {{n}}, the number of the child, into it")]
+    #[error(
+        "Cannot fork the VM: all children would have `{text}` of {}. Put {{n}}, the number of the child, into it",
+        named(key)
+    )]
     SameForAll { key: &'static str, text: String },
     #[error(
-        "Cannot fork the VM: {text} exists, and is to be made for a child as {key}. Remove it, or give another name"
+        "Cannot fork the VM: {text} exists, and is to be made for a child ({}). Remove it, or give another name",
+        named(key)
     )]
     Exists { key: &'static str, text: String },
     #[error(
@@ -35,12 +39,25 @@ pub enum InvalidFork {
          '{id}=PATH-{{n}}' (`drive_overrides`)"
     )]
     SharedPmem { id: String },
-    #[error("Cannot fork the VM: its memory is to be copied to {text}, which is no directory")]
+    #[error(
+        "Cannot fork the VM: its memory is to be copied to {text}, which is no directory. Name one by --dir (`dir`)"
+    )]
     NoDir { text: String },
     #[error("Cannot fork the VM: {0}")]
     Override(#[from] NoSuchDevice),
     #[error("Cannot fork the VM: {0}")]
     Load(#[from] ConfigError),
+}
+
+/// The flag of `tvmm fork` and the key of the API, of the same setting.
+fn named(key: &str) -> String {
+    let flag = match key {
+        "network_overrides" | "mac_overrides" => "net",
+        "drive_overrides" => "drive",
+        "vsock_override" => "vsock",
+        key => key,
+    };
+    format!("--{} (`{key}`)", flag.replace('_', "-"))
 }
 
 /// One child of a fork, with its number in all names.
@@ -117,10 +134,10 @@ impl ForkRequest {
         names.extend(self.log.iter().map(|path| ("log", shown(path))));
         names.extend(self.drive_dir.iter().map(|path| ("drive_dir", shown(path))));
         names.extend(self.vsock_override.iter().map(|vsock| ("vsock_override", shown(&vsock.uds_path))));
-        names.extend(self.network_overrides.iter().map(|network| ("host_dev_name", network.host_dev_name.clone())));
-        names.extend(self.mac_overrides.iter().map(|mac| ("guest_mac", mac.guest_mac.clone())));
+        names.extend(self.network_overrides.iter().map(|network| ("network_overrides", network.host_dev_name.clone())));
+        names.extend(self.mac_overrides.iter().map(|mac| ("mac_overrides", mac.guest_mac.clone())));
         let written = self.drive_overrides.iter().filter(|drive| is_written(&drive.drive_id));
-        names.extend(written.map(|drive| ("path_on_host", shown(&drive.path_on_host))));
+        names.extend(written.map(|drive| ("drive_overrides", shown(&drive.path_on_host))));
         match names.into_iter().find(|(_, text)| self.count > 1 && numbered(text, 1) == *text) {
             Some((key, text)) => Err(InvalidFork::SameForAll { key, text }),
             None => Ok(()),
@@ -225,7 +242,10 @@ mod tests {
             assert_eq!(text, format!("Cannot fork the VM into {count} VMs. Ask for 1 to {MAX_CHILDREN}"));
         }
         let text = refusal(serde_json::json!({ "count": 2, "out_sock": "vm.sock" }), none());
-        assert!(text.contains("all children would have out_sock `vm.sock`"), "{text}");
+        assert!(text.contains("all children would have `vm.sock` of --out-sock (`out_sock`)"), "{text}");
+        let net = serde_json::json!([{ "iface_id": "eth0", "host_dev_name": "tap0" }]);
+        let shared = serde_json::json!({ "count": 2, "out_sock": socket, "network_overrides": net });
+        assert!(refusal(shared, none()).contains("`tap0` of --net (`network_overrides`)"));
         std::fs::write(dir.path().join("vm-2.sock"), "").unwrap();
         let text = refusal(serde_json::json!({ "count": 2, "out_sock": socket }), none());
         assert!(text.contains("vm-2.sock exists"), "{text}");

@@ -48,6 +48,15 @@ pub struct VsockOverrideBody {
     pub uds_path: PathBuf,
 }
 
+/// The names of a machine's devices that overrides may name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceNames {
+    /// Drives and pmem devices.
+    pub drives: Vec<String>,
+    pub networks: Vec<String>,
+    pub has_vsock: bool,
+}
+
 /// An override of a device that the snapshot does not have.
 #[derive(Debug, thiserror::Error)]
 #[error("The snapshot has no {kind} `{id}` to override; it has: {has}")]
@@ -65,21 +74,27 @@ impl Overrides {
 
     /// Checks that every override has a device.
     pub(crate) fn check(&self, configs: &DeviceConfigs) -> Result<(), NoSuchDevice> {
-        let drives = configs.drives.iter().map(|drive| drive.drive_id.as_str());
-        let drives: Vec<&str> = drives.chain(configs.pmem.iter().map(|pmem| pmem.id.as_str())).collect();
-        let networks: Vec<&str> = configs.network_interfaces.iter().map(|network| network.iface_id.as_str()).collect();
-        let missing = |kind, id: &str, has: &[&str]| {
+        let drives = configs.drives.iter().map(|drive| drive.drive_id.clone());
+        let drives = drives.chain(configs.pmem.iter().map(|pmem| pmem.id.clone())).collect();
+        let networks = configs.network_interfaces.iter().map(|network| network.iface_id.clone()).collect();
+        self.check_names(&DeviceNames { drives, networks, has_vsock: configs.vsock.is_some() })
+    }
+
+    /// The same, for devices of which only the names are known.
+    pub(crate) fn check_names(&self, names: &DeviceNames) -> Result<(), NoSuchDevice> {
+        let DeviceNames { drives, networks, has_vsock } = names;
+        let missing = |kind, id: &str, has: &[String]| {
             let has = if has.is_empty() { "none".to_owned() } else { has.join(", ") };
             Err(NoSuchDevice { kind, id: id.to_owned(), has })
         };
-        if let Some((id, _)) = self.drives.iter().find(|(id, _)| !drives.contains(&id.as_str())) {
-            return missing("drive", id, &drives);
+        if let Some((id, _)) = self.drives.iter().find(|(id, _)| !drives.contains(id)) {
+            return missing("drive", id, drives);
         }
-        if let Some(network) = self.networks.iter().find(|network| !networks.contains(&network.iface_id.as_str())) {
-            return missing("network interface", &network.iface_id, &networks);
+        if let Some(network) = self.networks.iter().find(|network| !networks.contains(&network.iface_id)) {
+            return missing("network interface", &network.iface_id, networks);
         }
-        match (&self.vsock, &configs.vsock) {
-            (Some(path), None) => missing("vsock device", &path.display().to_string(), &[]),
+        match &self.vsock {
+            Some(path) if !has_vsock => missing("vsock device", &path.display().to_string(), &[]),
             _ => Ok(()),
         }
     }

@@ -7,7 +7,7 @@ use crate::config::restore::RestoreRequest;
 use crate::config::{
     BootSource, CpuConfig, DeviceConfig, LoggerConfig, MachineConfig, MachineConfigPatch, MetricsConfig,
 };
-use crate::snapshot::SnapshotKind;
+use crate::snapshot::{Bucket, SnapshotKind};
 use serde::{Deserialize, Serialize};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
@@ -68,6 +68,8 @@ pub enum Command {
     Fork(Box<ForkRequest>),
     /// Give local memory back to the host. → [`Reply::Demoted`]
     Demote(DemoteRequest),
+    /// Count touches of memory from now on. → [`Reply::Barrier`]
+    Barrier(BarrierRequest),
     /// Give the guest's memory back to the host; only a repurposing follows.
     Vacate,
     /// Become the machine of another snapshot, in place. → [`Reply::Repurposed`]
@@ -87,8 +89,10 @@ pub struct SnapshotPaths {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewindRequest {
-    /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine.
-    pub verify: bool,
+    /// True: memory, vCPUs and devices are then compared with the snapshot; a difference ends the machine. `verify` is
+    /// an older name of the same.
+    #[serde(alias = "verify")]
+    pub compare: bool,
 }
 
 /// A request to a restored machine to give local memory back: the body of `PUT /tvmm/demote`.
@@ -100,12 +104,31 @@ pub struct DemoteRequest {
     /// The directory of the file to which pages are spilled. The file has no name and ends with the process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_dir: Option<PathBuf>,
+    /// Most bytes of that file, MiB; pages beyond it stay in local memory, and the demotion ends. Default: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_mib: Option<NonZeroU64>,
     /// Most memory given back per second, MiB: a slow demotion disturbs no neighbours. Default: as fast as it goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_mib_s: Option<NonZeroU64>,
     /// The demotion ends when so many pages were given back, or a few more. Default: when there are no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub most_pages: Option<NonZeroU64>,
+    /// True: only pages that were not touched since the last barrier leave. The restore is the first barrier.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cold: bool,
+    /// The buckets whose untouched pages leave. None: all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub buckets: Vec<Bucket>,
+}
+
+/// A request to a restored machine to count touches of its memory from now on: the body of `PUT /tvmm/barrier`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BarrierRequest {
+    /// True: pages of files are unmapped, so that reads of them are seen until the next barrier.
+    pub reads: bool,
+    /// True: KVM logs writes, so that all of them are seen until the next barrier, not only the first to each page.
+    pub writes: bool,
 }
 
 /// The state to which a machine is demoted.
@@ -119,21 +142,47 @@ pub enum DemotedTo {
     Spilled,
 }
 
+/// The file to which pages are spilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpillTo<'a> {
+    pub dir: &'a Path,
+    /// The most bytes that it may have.
+    pub bytes_max: u64,
+}
+
 impl DemoteRequest {
-    /// The directory to spill to, if pages are to be spilled.
+    /// The file to spill to, if pages are to be spilled.
     ///
     /// # Errors
     /// The directory is missing, or named although nothing is spilled.
-    pub fn spill_to(&self) -> Result<Option<&Path>, Refused> {
-        match (self.to, &self.spill_dir) {
-            (DemotedTo::Trimmed, None) => Ok(None),
-            (DemotedTo::Spilled, Some(dir)) => Ok(Some(dir)),
-            (DemotedTo::Spilled, None) => {
+    pub fn spill_to(&self) -> Result<Option<SpillTo<'_>>, Refused> {
+        let useless = |key| {
+            Err(Refused::bad_request(format!("`{key}` is for `\"to\": \"spilled\"`: say that, or leave it out.")))
+        };
+        match (self.to, &self.spill_dir, self.spill_mib) {
+            (DemotedTo::Trimmed, None, None) => Ok(None),
+            (DemotedTo::Trimmed, Some(_), _) => useless("spill_dir"),
+            (DemotedTo::Trimmed, None, Some(_)) => useless("spill_mib"),
+            (DemotedTo::Spilled, Some(dir), mib) => {
+                let bytes_max = mib.map_or(u64::MAX, |mib| mib.get().saturating_mul(1 << 20));
+                Ok(Some(SpillTo { dir, bytes_max }))
+            }
+            (DemotedTo::Spilled, None, _) => {
                 Err(Refused::bad_request("Pages can only be spilled to a directory: name it in `spill_dir`."))
             }
-            (DemotedTo::Trimmed, Some(_)) => {
-                Err(Refused::bad_request("`spill_dir` is for `\"to\": \"spilled\"`: say that, or leave it out."))
-            }
+        }
+    }
+
+    /// The buckets whose untouched pages leave; `None` if touched pages leave as well.
+    ///
+    /// # Errors
+    /// Buckets are named although touched pages leave as well.
+    pub fn cold_buckets(&self) -> Result<Option<&[Bucket]>, Refused> {
+        match (self.cold, self.buckets.as_slice()) {
+            (false, []) => Ok(None),
+            (true, []) => Ok(Some(&Bucket::ALL)),
+            (true, buckets) => Ok(Some(buckets)),
+            (false, _) => Err(Refused::bad_request("`buckets` is for `\"cold\": true`: say that, or leave it out.")),
         }
     }
 }
@@ -168,4 +217,6 @@ pub struct CreateSnapshot {
     pub verify: bool,
     /// True: a running machine is saved while it runs.
     pub live: bool,
+    /// True: a profile of the pages that the guest has used since its restore is written beside the snapshot.
+    pub profile: bool,
 }

@@ -15,6 +15,7 @@ use crate::memory::Error;
 use crate::memory::balloon_release::Released;
 use crate::memory::ending::{Ending, EndingSignal};
 use crate::memory::stall::Activity;
+use crate::memory::touches::{TouchLog, Touched};
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSource, is_zero};
 use crate::sys::clock;
 use crate::sys::lost;
@@ -51,6 +52,7 @@ pub struct FaultCounters {
     write_protect: AtomicU64,
     installed: AtomicU64,
     ahead: AtomicU64,
+    touches: TouchLog,
     batches: Mutex<Batches>,
 }
 
@@ -84,6 +86,11 @@ impl FaultCounters {
     /// Returns the times at which the service was busy.
     pub fn batches(&self) -> Vec<FaultBatch> {
         self.batches.lock().unwrap_or_else(PoisonError::into_inner).kept().to_vec()
+    }
+
+    /// Takes the pages that were touched since the last call.
+    pub fn take_touched(&self) -> Touched {
+        self.touches.take()
     }
 
     fn note_batch(&self, batch: FaultBatch) {
@@ -195,6 +202,7 @@ impl FaultWork {
         if fault.touch != Touch::WriteProtected && self.released.read().ever().contains(gfn) {
             return self.install_zero(&lazy, gfn).map_err(|error| failed("install", error));
         }
+        self.counters.touches.note(gfn, fault.touch);
         if let Some(observer) = &mut self.observer {
             observer.fault(gfn, kind, clock::monotonic_ns());
         }

@@ -15,6 +15,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 use super::balloon_release::{Released, Releaser};
 use super::promote::{InPlace, InPlaceExtent};
 use super::stall::Activity;
+use super::used_pages::UsedPages;
 use crate::memory::Error;
 use crate::snapshot::{Extent, Gfn, GuestRange, HUGE_PAGE_PAGES, MemoryLayout, PAGE_SIZE, PageOrigin, PageSet};
 use crate::sys::guest_memory::{Memory, UnguardedMemory, region_bitmap};
@@ -67,6 +68,15 @@ impl FileMapping {
     }
 }
 
+/// Pages of guest memory that are mapped, or in swap.
+#[derive(Clone, Debug, Default)]
+pub struct Present {
+    /// Pages that this process has a copy of.
+    pub own: PageSet,
+    /// Pages that show a file or the kernel's zeros.
+    pub shared: PageSet,
+}
+
 /// The guest's RAM.
 #[derive(Debug)]
 pub struct GuestRam {
@@ -84,6 +94,8 @@ pub struct GuestRam {
     released: Arc<Released>,
     /// Pages that were spilled since the restore, or since a rewind: anonymous memory behind the spill's userfaultfd.
     spilled: PageSet,
+    /// Pages whose use was noted before memory was given back.
+    used: UsedPages,
     /// Extents of zero memory, ascending, as the last plan mapped them: anonymous, without a userfaultfd or advice.
     zero: Vec<Extent>,
     view: Memory,
@@ -113,6 +125,7 @@ impl GuestRam {
             in_place: None,
             released: Arc::default(),
             spilled: PageSet::new(),
+            used: UsedPages::default(),
             zero: Vec::new(),
             view,
         })
@@ -144,6 +157,7 @@ impl GuestRam {
             self.zero.clear();
             self.forget_spilled();
         }
+        self.used = UsedPages::default();
         self.view = self.view.without_gate();
         self.take_written();
     }
@@ -387,6 +401,24 @@ impl GuestRam {
         Ok(pages)
     }
 
+    /// The pages that the guest has used since the restore, also if their memory was given back.
+    ///
+    /// # Errors
+    /// See [`own_pages`](Self::own_pages).
+    pub fn used_pages(&self) -> Result<UsedPages, Error> {
+        let mut mapped = self.populated()?;
+        mapped.union_with(&self.used.mapped);
+        let mut own = self.own_pages()?;
+        own.union_with(&self.used.own);
+        Ok(UsedPages { mapped, own })
+    }
+
+    /// Keeps the pages used so far on record. Called before memory is given back.
+    pub fn note_used(&mut self) -> Result<(), Error> {
+        self.used = self.used_pages()?;
+        Ok(())
+    }
+
     /// The pages that this process has a copy of, in local memory or spilled: all that the guest has written since they
     /// were mapped, and more.
     ///
@@ -401,20 +433,54 @@ impl GuestRam {
     /// # Errors
     /// See [`own_pages`](Self::own_pages).
     pub fn local_pages(&self) -> Result<PageSet, Error> {
-        let mut pages = PageSet::new();
+        Ok(self.present()?.own)
+    }
+
+    /// The pages that are mapped now.
+    ///
+    /// # Errors
+    /// See [`own_pages`](Self::own_pages).
+    pub fn present(&self) -> Result<Present, Error> {
+        let mut present = Present::default();
         for (range, host) in self.slots() {
             let first = range.gpa / PAGE_SIZE;
             let add = |run, len, what| {
-                if what == Mapped::Own {
-                    pages.insert_run(Extent { first: Gfn(first + run), pages: len });
-                }
+                let pages = match what {
+                    Mapped::Own => &mut present.own,
+                    Mapped::Shared => &mut present.shared,
+                };
+                pages.insert_run(Extent { first: Gfn(first + run), pages: len });
             };
             mapped_runs(host, range.len / PAGE_SIZE, add).map_err(Error::os(
                 "find the pages that the guest has written (PAGEMAP_SCAN, Linux 6.7). On older kernels restore with \
                  --track-dirty-pages",
             ))?;
         }
-        Ok(pages)
+        Ok(present)
+    }
+
+    /// Unmaps the pages of `pages` that show a file, and no copies: the next touch maps them again. Returns those that
+    /// were unmapped. No vCPU runs and all devices are quiet, so that no page is copied meanwhile by a write.
+    ///
+    /// # Errors
+    /// The page map of this process cannot be read. Nothing is lost.
+    pub fn unmap_clean(&self, pages: &PageSet) -> Result<PageSet, Error> {
+        let mut unmapped = PageSet::new();
+        let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return Ok(unmapped) };
+        for extent in self.layout.split(Extent { first, pages: last.0 - first.0 + 1 }) {
+            let add = |run, len, what| {
+                if what == Mapped::Shared {
+                    unmapped.insert_run(Extent { first: Gfn(extent.first.0 + run), pages: len });
+                }
+            };
+            let host = self.host_address(extent.first)?;
+            mapped_runs(host, extent.pages, add).map_err(Error::os("find the pages of files that are mapped"))?;
+        }
+        unmapped.intersect_with(pages);
+        for run in unmapped.runs() {
+            self.layout.split(run).try_for_each(|extent| self.discard(extent))?;
+        }
+        Ok(unmapped)
     }
 
     /// Checks that [`own_pages`](Self::own_pages) works on this kernel.

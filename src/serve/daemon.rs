@@ -10,6 +10,7 @@ use axum::http::StatusCode;
 use serde_json::json;
 
 use super::allowances::Allowances;
+use super::blocking::blocking;
 use super::counters::Counters;
 use super::drives::{Copies, DriveSource, OwnDrives};
 use super::error::ServeError;
@@ -33,7 +34,8 @@ use super::vm::shells::{Shell, Shells};
 use super::vm::spares::Place;
 use super::vm::table::{Counts, Table};
 use super::vm::{
-    Purpose, RestoreOrigin, RestoreSpec, StartSpec, Vm, VmFiles, VmRecord, VmState, make_machine, repurpose,
+    Purpose, RequestGuard, RestoreOrigin, RestoreSpec, StartSpec, Vm, VmFiles, VmRecord, VmState, make_machine,
+    repurpose,
 };
 use super::working_set::Slot;
 use crate::config::LoadFields;
@@ -205,12 +207,12 @@ impl Daemon {
         Ok(RestoreSpec { origin: RestoreOrigin::Snapshot(id.clone()), load, has_drive_copies })
     }
 
-    /// Makes a VM, within the limits. Also returns the index of its span in `recording`.
+    /// Makes a VM, within the limits, for one request. Also returns the index of its span in `recording`.
     pub(super) async fn start_vm(
         &self,
         spec: &StartSpec,
         recording: &mut Recording,
-    ) -> Result<(Arc<Vm>, usize), Fault> {
+    ) -> Result<(RequestGuard, usize), Fault> {
         // The function may be older than the present allowances, and the file at a path may have changed.
         let spec = &self.confined_spec(spec).await?;
         let Place { permit, used } = match spec.purpose {
@@ -218,6 +220,11 @@ impl Daemon {
             Purpose::Client | Purpose::Invocation => self.vms.reserve(&spec.need()).await?,
         };
         let mut files = self.files(spec, recording).await?;
+        if let Some(former) = spec.restore.as_ref().and_then(RestoreSpec::former_life) {
+            let vms = self.vms.clone();
+            let id = former.record.vm_id.clone();
+            blocking(move || vms.suspended.runs_on(&id)).await?.map_err(|error| Fault::of(&error))?;
+        }
         let repurposed = match used.zip(spec.restore.as_ref()) {
             Some((shell, restore)) => {
                 let repurposed = self.repurposed(shell, restore, spec, &files, recording).await;
@@ -236,14 +243,13 @@ impl Daemon {
         let vm = Vm::new(shell, permit, spec, files);
         recording.trace.vm_id = Some(vm.id.clone());
         Counters::count(&self.counters.vms_started);
-        let vm = self.vms.add(vm);
+        let using = self.vms.add(vm);
+        let vm = using.vm();
         if let (None, Some(prepare)) = (&spec.restore, &spec.function.prepare) {
             let prepare_ns = clock::monotonic_ns();
             // A VM whose start is given up midway is killed.
             let mut unprepared = KillGuard(Some(vm.clone()));
-            let using = vm.claim()?;
             let answer = vm.ask(prepare, self.options.limits.max_output_bytes).await;
-            drop(using);
             unprepared.0 = None;
             recording.lap("prepare", 0, prepare_ns);
             let why = match answer {
@@ -256,7 +262,7 @@ impl Daemon {
                 return Err(Fault::bad_gateway(format!("Cannot prepare the VM by `{prepare}`: {why}.")));
             }
         }
-        Ok((vm, span))
+        Ok((using, span))
     }
 
     /// Makes the files of a VM.

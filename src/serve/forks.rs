@@ -180,7 +180,7 @@ async fn start_all(
             let mut recording = Recording::begin(&spec.function.func_name, None);
             let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(&spec, &mut recording)).await;
             let slow = |_| Fault::timed_out(format!("A new VM was not ready within {} s.", START_TIMEOUT.as_secs()));
-            started.map_err(slow)?.map(|(vm, _)| vm)
+            started.map_err(slow)?.map(|(using, _)| using.vm().clone())
         });
     }
     let mut started: Vec<Arc<Vm>> = Vec::new();

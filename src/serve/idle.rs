@@ -5,11 +5,14 @@
 //! only a VM that no longer answers is ended.
 
 use std::io;
-use std::sync::Arc;
+use std::num::NonZeroU64;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use utoipa::ToSchema;
 
@@ -17,10 +20,11 @@ use super::blocking::blocking;
 use super::daemon::Daemon;
 use super::idle_counts::{IdleTally, StepEnd};
 use super::standby;
-use super::suspended::{Layer, SuspendedVm, space_of};
+use super::suspended::{DiskSpace, Layer, SuspendedVm, space_of};
 use super::vm::control::ControlError;
 use super::vm::offloading::GivenBack;
-use super::vm::steps::Descent;
+use super::vm::steps::{Descent, SpillFile};
+use super::vm::table::Suspends;
 use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
 use crate::config::bodies::{CreateBody, CreateExtension};
 use crate::config::control::SnapshotTaken;
@@ -32,8 +36,10 @@ use crate::tiering::idle::{IdleAction, IdleRule, Step};
 const PAUSE: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_millis(500);
 /// Pause between two looks at the host's memory.
 const PRESSURE: Duration = Duration::from_secs(1);
-/// VMs that take a step at once.
+/// Steps that are under way at once, but for slow ones.
 const AT_ONCE: usize = 4;
+/// Time after which a step is slow, and no longer keeps those of other VMs waiting: its VM or a disk may hang.
+const SLOW_STEP: Duration = Duration::from_secs(10);
 /// The most snapshots that a suspended VM builds on besides that of its restore: the next one is full.
 const MOST_LAYERS: usize = 4;
 
@@ -63,12 +69,19 @@ pub(super) fn state_of(daemon: &Daemon, func_name: &str) -> Option<IdleState> {
     })
 }
 
+/// The steps that are under way.
+struct Steps {
+    tasks: JoinSet<()>,
+    /// One for each step that is not slow.
+    slots: Arc<Semaphore>,
+}
+
 /// Lets idle VMs take their steps, for ever.
 pub(super) async fn descend_all(daemon: Arc<Daemon>) {
-    let mut steps = JoinSet::new();
+    let mut steps = Steps { tasks: JoinSet::new(), slots: Arc::new(Semaphore::new(AT_ONCE)) };
     let mut looked = tokio::time::Instant::now();
     loop {
-        while steps.try_join_next().is_some() {}
+        while steps.tasks.try_join_next().is_some() {}
         if looked.elapsed() >= PRESSURE {
             looked = tokio::time::Instant::now();
             if standby::shortage(&daemon).is_some() {
@@ -76,15 +89,19 @@ pub(super) async fn descend_all(daemon: Arc<Daemon>) {
             }
         }
         let mut pause = *PAUSE.end();
+        let mut due = Vec::new();
         for vm in daemon.vms.all() {
             let Some((idle, rule)) = waiting(&daemon, &vm) else { continue };
             let p99 = daemon.idle.p99(&vm.function.func_name);
             if let Some(action) = rule.due(idle, vm.descended(), p99) {
-                begin(&daemon, &mut steps, vm, action);
+                due.push((idle, vm, action));
             } else if let Some(next) = rule.next_time(idle, p99) {
                 pause = pause.min(next - idle);
             }
         }
+        // If not all can begin, those begin that have waited longest.
+        due.sort_by_key(|(idle, ..)| std::cmp::Reverse(*idle));
+        due.into_iter().for_each(|(_, vm, action)| begin(&daemon, &mut steps, vm, action));
         tokio::time::sleep(pause.max(*PAUSE.start())).await;
     }
 }
@@ -92,20 +109,24 @@ pub(super) async fn descend_all(daemon: Arc<Daemon>) {
 /// The idle time of a VM that waits for requests, and the rule that applies to it.
 fn waiting(daemon: &Daemon, vm: &Vm) -> Option<(Duration, IdleRule)> {
     let idle = vm.idle_for().filter(|_| !vm.is_stepping())?;
+    Some((idle, rule_of(daemon, vm)?))
+}
+
+/// The rule that applies to a VM while it waits for requests.
+pub(super) fn rule_of(daemon: &Daemon, vm: &Vm) -> Option<IdleRule> {
     let func_name = &vm.function.func_name;
-    let rule = if vm.from_invocation {
-        daemon.idle_rule(func_name).unwrap_or(IdleRule::End { after: daemon.options.limits.idle_timeout })
-    } else {
-        // The daemon's default is for VMs that it has made by itself, and no VM of a client is ended.
-        let own = daemon.function(func_name).ok()?.idle.filter(|idle| idle.suspends())?;
-        own.rule(daemon.options.limits.idle_timeout)
-    };
-    Some((idle, rule))
+    let timeout = daemon.options.limits.idle_timeout;
+    if vm.from_invocation {
+        return Some(daemon.idle_rule(func_name).unwrap_or(IdleRule::End { after: timeout }));
+    }
+    // The daemon's default is for VMs that it has made by itself, and no VM of a client is ended.
+    let own = daemon.function(func_name).ok()?.idle.filter(|idle| idle.suspends())?;
+    Some(own.rule(timeout))
 }
 
 /// Lets a quarter of the idle VMs take their next step before its time: those first that have been idle longest,
 /// measured by the pauses between requests that their functions are used to. Memory is short.
-fn hasten(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>) {
+fn hasten(daemon: &Arc<Daemon>, steps: &mut Steps) {
     let mut idle = Vec::new();
     for vm in daemon.vms.all() {
         let Some((idle_for, rule)) = waiting(daemon, &vm) else { continue };
@@ -122,8 +143,8 @@ fn hasten(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>) {
     }
 }
 
-/// Begins an action; a step only if fewer than may be are under way.
-fn begin(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>, vm: Arc<Vm>, action: IdleAction) {
+/// Begins an action; a step only if a slot is free.
+fn begin(daemon: &Arc<Daemon>, steps: &mut Steps, vm: Arc<Vm>, action: IdleAction) {
     let daemon = daemon.clone();
     match action {
         IdleAction::End => {
@@ -134,10 +155,33 @@ fn begin(daemon: &Arc<Daemon>, steps: &mut JoinSet<()>, vm: Arc<Vm>, action: Idl
                 tokio::spawn(async move { standby::end(&daemon, &vm).await });
             }
         }
-        IdleAction::Step(_) | IdleAction::Offload { .. } if steps.len() < AT_ONCE => {
-            steps.spawn(async move { descend(&daemon, &vm, action).await });
+        IdleAction::Step(_) | IdleAction::Offload { .. } => {
+            let Ok(slot) = steps.slots.clone().try_acquire_owned() else { return };
+            steps.tasks.spawn(async move { descend_in(&daemon, &vm, action, slot).await });
         }
-        IdleAction::Step(_) | IdleAction::Offload { .. } => {}
+    }
+}
+
+/// The step to which an action leads.
+fn step_of(action: IdleAction) -> Step {
+    match action {
+        IdleAction::Step(step) => step,
+        IdleAction::Offload { .. } => Step::Spilled,
+        // Nothing is left of it.
+        IdleAction::End => Step::Suspended,
+    }
+}
+
+/// Takes a step if the VM is still idle, and gives the slot back when the step ends, or is slow.
+async fn descend_in(daemon: &Arc<Daemon>, vm: &Arc<Vm>, action: IdleAction, slot: OwnedSemaphorePermit) {
+    let Some(descent) = vm.descend() else { return };
+    let mut taken = pin!(descend(daemon, vm, descent, action));
+    if tokio::time::timeout(SLOW_STEP, &mut taken).await.is_err() {
+        drop(slot);
+        let step = step_of(action);
+        daemon.idle.slow(&vm.function.func_name, step);
+        tracing::warn!(vm = vm.id, step = step.name(), "A step of an idle VM is slow, and no others wait for it");
+        taken.await;
     }
 }
 
@@ -152,13 +196,9 @@ enum StepError {
     Used,
 }
 
-async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, action: IdleAction) {
-    let step = match action {
-        IdleAction::Step(step) => step,
-        IdleAction::Offload { .. } => Step::Spilled,
-        IdleAction::End => return,
-    };
-    let Some(descent) = vm.descend() else { return };
+/// Takes a step, and counts its end. Returns whether the VM has taken it.
+async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: Descent<'_>, action: IdleAction) -> bool {
+    let step = step_of(action);
     let goes_on = descent.is_offloading();
     let begun = Instant::now();
     let func_name = &vm.function.func_name;
@@ -166,8 +206,8 @@ async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, action: IdleAction) {
         descent.park().await?;
         let given = match action {
             IdleAction::Offload { percent } => offload(daemon, vm, &descent, percent).await?,
-            IdleAction::Step(Step::Trimmed) => descent.demote(None).await?,
-            IdleAction::Step(Step::Spilled) => descent.demote(Some(daemon.spill_dir())).await?,
+            IdleAction::Step(Step::Trimmed) => descent.trim().await?,
+            IdleAction::Step(Step::Spilled) => descent.spill(spill_file(daemon, vm).await?).await?,
             IdleAction::Step(Step::Suspended) => {
                 let bytes = suspend(daemon, vm, &descent).await?;
                 daemon.idle.freed(func_name, step, bytes);
@@ -184,11 +224,13 @@ async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, action: IdleAction) {
             if !goes_on {
                 daemon.idle.stepped(func_name, step, StepEnd::Done);
             }
-            return;
+            return true;
         }
-        Err(StepError::Used) => return daemon.idle.stepped(func_name, step, StepEnd::Cancelled),
-        // It was deleted, or made room for another VM.
-        _ if vm.idle_for().is_none() => return daemon.idle.stepped(func_name, step, StepEnd::Cancelled),
+        // It was used, deleted, or made room for another VM.
+        Err(error) if matches!(error, StepError::Used) || vm.idle_for().is_none() => {
+            daemon.idle.stepped(func_name, step, StepEnd::Cancelled);
+            return false;
+        }
         Err(error @ (StepError::Vm(ControlError::Refused { .. }) | StepError::Refused(_))) => {
             descent.was_refused(step);
             (StepEnd::Refused, error.to_string())
@@ -202,13 +244,62 @@ async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, action: IdleAction) {
     };
     tracing::warn!(vm = vm.id, step = step.name(), why, "An idle VM does not take its step");
     daemon.idle.stepped(func_name, step, end);
+    false
+}
+
+/// Lets idle VMs whose state is worth keeping make room by a suspension.
+#[derive(Debug)]
+pub(super) struct RoomBySuspension(Weak<Daemon>);
+
+impl RoomBySuspension {
+    pub(super) fn of(daemon: &Arc<Daemon>) -> RoomBySuspension {
+        RoomBySuspension(Arc::downgrade(daemon))
+    }
+}
+
+impl Suspends for RoomBySuspension {
+    fn keeps(&self, vm: &Vm) -> bool {
+        let rule = self.0.upgrade().and_then(|daemon| daemon.idle_rule(&vm.function.func_name));
+        rule.is_some_and(|rule| rule.suspends())
+    }
+
+    fn suspend(&self, vm: Arc<Vm>) -> Pin<Box<dyn Future<Output = bool> + Send>> {
+        let daemon = self.0.clone();
+        Box::pin(async move {
+            let Some(daemon) = daemon.upgrade() else { return false };
+            // A suspension that has begun is finished, whether or not the request that needs the room waits.
+            let taken = tokio::spawn(async move {
+                while vm.idle_for().is_some() {
+                    vm.stepped().await;
+                    if let Some(descent) = vm.descend() {
+                        return descend(&daemon, &vm, descent, IdleAction::Step(Step::Suspended)).await;
+                    }
+                }
+                false
+            });
+            taken.await.unwrap_or(false)
+        })
+    }
+}
+
+/// Reserves space for the spill file of a VM, as far as there is any.
+async fn spill_file<'a>(daemon: &'a Daemon, vm: &Vm) -> Result<SpillFile<'a>, StepError> {
+    let local = memory_of(vm.life.pid()).await?.anonymous_kib << 10;
+    let most = daemon.options.limits.spill_disk_mib << 20;
+    // Pages that do not compress, each in a block of its own.
+    let wanted = (local + local / 8).next_multiple_of(1 << 20);
+    let Some(bytes) = daemon.vms.reserve_spill(vm, wanted, most) else {
+        let taken = daemon.vms.spill_bytes();
+        return refuse(&format!("{taken} of the {most} bytes that all spill files may have are taken (--spill-disk)"));
+    };
+    Ok(SpillFile { dir: daemon.spill_dir(), mib: NonZeroU64::new(bytes >> 20).unwrap_or(NonZeroU64::MIN) })
 }
 
 /// Offloads a parked VM up to this part of the local memory that it had.
 async fn offload(daemon: &Daemon, vm: &Vm, descent: &Descent<'_>, percent: u8) -> Result<GivenBack, StepError> {
     let local_pages =
         if descent.is_offloading() { 0 } else { (memory_of(vm.life.pid()).await?.anonymous_kib << 10) / PAGE_SIZE };
-    Ok(descent.offload(percent, local_pages, daemon.spill_dir()).await?)
+    Ok(descent.offload(percent, local_pages, spill_file(daemon, vm).await?).await?)
 }
 
 /// Saves a parked VM, and ends its process. Returns the memory that the process had, bytes.
@@ -226,37 +317,52 @@ async fn suspend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: &Descent<'_>) -> R
     // A fork point ends with its VMs: nothing builds on it.
     let is_from_snapshot = vm.restore.as_ref().is_some_and(|restore| !matches!(restore.origin, RestoreOrigin::Fork(_)));
     let is_diff = is_from_snapshot && former.len() < MOST_LAYERS;
-    // The snapshot may be smaller; its size is known when it is there.
-    let expected = if is_diff { memory.anonymous_kib } else { memory.anonymous_kib + memory.shared_kib };
-    make_room(daemon, expected << 10)?;
+    // A full snapshot has about this size. That of a diff is known when it is there: most of the VM's memory may equal
+    // its snapshot, and other VMs must not end for that.
+    let expected = if is_diff { 0 } else { (memory.anonymous_kib + memory.shared_kib) << 10 };
+    let expected = make_room(daemon, expected)?;
     let number = 1 + former.last().map_or(0, |layer| layer.number);
-    let bytes = match save(daemon, vm, is_diff, number).await {
-        Ok(bytes) => bytes,
+    let saved = save(daemon, vm, is_diff, number).await.and_then(|bytes| {
+        drop(expected);
+        make_room(daemon, bytes)
+    });
+    let space = match saved {
+        Ok(space) => space,
         Err(error) => {
             remove_layer(daemon, vm, number).await;
             return Err(error);
         }
     };
     let mut layers = if is_diff { former } else { Vec::new() };
-    layers.push(Layer { number, bytes });
+    layers.push(Layer { number, bytes: space.bytes() });
     let idle = vm.since_used();
     if !descent.commit_suspension() {
         remove_layer(daemon, vm, number).await;
         return Err(StepError::Used);
     }
     let asleep = asleep(vm, layers, idle);
+    // From here on the snapshot is the VM, also if its process ends by itself.
+    suspended.leave(asleep.clone());
+    drop(space);
     let kept = blocking({
         let daemon = daemon.clone();
-        let asleep = asleep.clone();
-        move || daemon.vms.suspended.save(&asleep)
+        move || {
+            let kept = daemon.vms.suspended.save(&asleep);
+            if kept.is_err() {
+                // The record may be there all the same. The directory may be removed by now.
+                daemon.vms.suspended.unsave(&asleep.record().vm_id)?;
+            }
+            kept.map_err(io::Error::other)
+        }
     });
     let kept = kept.await.map_err(|fault| fault.message).and_then(|kept| kept.map_err(|error| error.to_string()));
     if let Err(why) = kept {
-        descent.cancel_suspension();
-        remove_layer(daemon, vm, number).await;
+        if suspended.stay(&vm.id) {
+            descent.cancel_suspension();
+            remove_layer(daemon, vm, number).await;
+        }
         return refuse(&why);
     }
-    suspended.leave(asleep);
     descent.end_process().await;
     daemon.vms.changed.notify_one();
     Ok(memory.own_kib() << 10)
@@ -281,12 +387,15 @@ async fn save(daemon: &Arc<Daemon>, vm: &Vm, is_diff: bool, number: u64) -> Resu
         snapshot_path: layer.clone(),
         mem_file_path: None,
         snapshot_type: if is_diff { SnapshotKind::Diff } else { SnapshotKind::Full },
-        tvmm: CreateExtension { copy_drives: vm.function.writes_image(), verify: true, ..CreateExtension::default() },
+        tvmm: CreateExtension {
+            copy_drives: vm.function.writes_image(),
+            verify: true,
+            profile: vm.restore.is_some(),
+            ..CreateExtension::default()
+        },
     };
     vm.send::<SnapshotTaken>("PUT", "/snapshot/create", &body).await?;
-    let bytes = on_disk(move || space_of(&layer)).await?;
-    make_room(daemon, bytes)?;
-    Ok(bytes)
+    on_disk(move || space_of(&layer)).await
 }
 
 fn private_dir(dir: &std::path::Path) -> io::Result<()> {
@@ -314,10 +423,13 @@ async fn remove_layer(daemon: &Daemon, vm: &Vm, number: u64) {
 }
 
 /// Ends suspended VMs that invocations have left, those first that were used longest ago, until there is room for so
-/// many bytes.
-fn make_room(daemon: &Daemon, bytes: u64) -> Result<(), StepError> {
+/// many bytes, and reserves them.
+fn make_room(daemon: &Daemon, bytes: u64) -> Result<DiskSpace<'_>, StepError> {
     let most = daemon.options.limits.suspend_disk_mib << 20;
     let suspended = &daemon.vms.suspended;
+    if most == 0 {
+        return refuse("suspended VMs may have no disk space (--suspend-disk 0)");
+    }
     if bytes > most {
         return refuse(&format!("it needs {bytes} bytes of the disk, and all may have {most} (--suspend-disk)"));
     }
@@ -338,7 +450,7 @@ fn make_room(daemon: &Daemon, bytes: u64) -> Result<(), StepError> {
             "it needs {bytes} bytes of the disk, and {taken} of {most} are taken (--suspend-disk)"
         ));
     }
-    Ok(())
+    Ok(suspended.reserve_space(bytes))
 }
 
 fn asleep(vm: &Vm, layers: Vec<Layer>, idle: Duration) -> SuspendedVm {

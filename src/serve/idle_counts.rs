@@ -36,14 +36,42 @@ pub(super) struct StepTally {
     refused: u64,
     /// Steps that failed: the VM was ended.
     failed: u64,
+    /// Steps that took longer than 10 s, whatever their end.
+    slow: u64,
     /// VMs taken back from this step by a request.
     woken: u64,
+    /// Those of them for which the pages were brought ahead that they had used before.
+    prefetched: u64,
     /// VMs that could not be taken back.
     wakes_failed: u64,
     /// Memory given back to the host, bytes.
     freed_bytes: u64,
     /// Time that the steps took that were done, µs.
     took_us: u64,
+}
+
+/// The outcome of the end of a window of requests, after which a VM gives untouched memory back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WindowOutcome {
+    /// Memory was given back, and memory given back before was touched in this window; bytes.
+    Done {
+        given: u64,
+        recalled: u64,
+    },
+    Refused,
+}
+
+/// The ends of windows of a function's VMs, since the daemon began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub(super) struct WindowTally {
+    /// Windows that have ended.
+    done: u64,
+    /// Windows at whose end a VM could give nothing back.
+    refused: u64,
+    /// Memory given back to the host because the requests of a window had not touched it, bytes.
+    freed_bytes: u64,
+    /// Of that, memory that a later window has touched, bytes.
+    recalled_bytes: u64,
 }
 
 /// The outcomes of all steps of a function's VMs.
@@ -53,6 +81,8 @@ pub(super) struct IdleTally {
     trimmed: StepTally,
     spilled: StepTally,
     suspended: StepTally,
+    /// VMs that serve requests, and give untouched memory back.
+    windows: WindowTally,
     /// VMs that ended because they were idle.
     ended: u64,
     /// Suspended VMs that ended because the disk space was needed for others (`--suspend-disk`).
@@ -117,6 +147,11 @@ impl IdleCounts {
         });
     }
 
+    /// Counts a step that takes long.
+    pub(super) fn slow(&self, func_name: &str, step: Step) {
+        self.change(func_name, |of| of.tally.step(step).slow += 1);
+    }
+
     /// Counts memory that a step has given back.
     pub(super) fn freed(&self, func_name: &str, step: Step, bytes: u64) {
         self.change(func_name, |of| of.tally.step(step).freed_bytes += bytes);
@@ -144,9 +179,29 @@ impl IdleCounts {
         self.change(func_name, |of| of.tally.step(step).took_us += time.as_micros() as u64);
     }
 
+    /// Counts the end of a window of requests.
+    pub(super) fn shrunk(&self, func_name: &str, outcome: WindowOutcome) {
+        self.change(func_name, |of| {
+            let tally = &mut of.tally.windows;
+            match outcome {
+                WindowOutcome::Done { given, recalled } => {
+                    tally.done += 1;
+                    tally.freed_bytes += given;
+                    tally.recalled_bytes += recalled;
+                }
+                WindowOutcome::Refused => tally.refused += 1,
+            }
+        });
+    }
+
     /// Counts a VM that a request has taken back from a step.
     pub(super) fn woken(&self, func_name: &str, step: Step) {
         self.change(func_name, |of| of.tally.step(step).woken += 1);
+    }
+
+    /// Counts a VM that a request has taken back, and whose pages were brought ahead.
+    pub(super) fn prefetched(&self, func_name: &str, step: Step) {
+        self.change(func_name, |of| of.tally.step(step).prefetched += 1);
     }
 
     /// Counts a VM that could not be taken back from a step.
@@ -205,6 +260,8 @@ impl IdleCounts {
                 }
             }
         }
+        let help = "Steps of idle VMs that took longer than 10 s";
+        write_by_step(text, &mut functions, ("tvmm_idle_slow_steps_total", help), |tally| tally.slow)?;
         head(text, "tvmm_idle_wakes_total", "counter", "Idle VMs that a request took back from a step, by their end")?;
         for (name, tally) in &mut functions {
             for step in Step::ALL {
@@ -215,22 +272,13 @@ impl IdleCounts {
                 }
             }
         }
-        head(text, "tvmm_idle_freed_bytes_total", "counter", "Memory that steps of idle VMs have given back, bytes")?;
-        for (name, tally) in &mut functions {
-            for step in Step::ALL {
-                let freed = tally.step(step).freed_bytes;
-                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
-                writeln!(text, "tvmm_idle_freed_bytes_total{{{labels}}} {freed}")?;
-            }
-        }
-        head(text, "tvmm_idle_step_seconds_total", "counter", "Time that steps of idle VMs took, s")?;
-        for (name, tally) in &mut functions {
-            for step in Step::ALL {
-                let seconds = tally.step(step).took_us as f64 / 1e6;
-                let labels = format!("function=\"{name}\",step=\"{}\"", step.name());
-                writeln!(text, "tvmm_idle_step_seconds_total{{{labels}}} {seconds}")?;
-            }
-        }
+        let help = "Idle VMs whose used pages were brought ahead of a request";
+        write_by_step(text, &mut functions, ("tvmm_idle_prefetches_total", help), |tally| tally.prefetched)?;
+        let help = "Memory that steps of idle VMs have given back, bytes";
+        write_by_step(text, &mut functions, ("tvmm_idle_freed_bytes_total", help), |tally| tally.freed_bytes)?;
+        let help = "Time that steps of idle VMs took, s";
+        let seconds = |tally: StepTally| tally.took_us as f64 / 1e6;
+        write_by_step(text, &mut functions, ("tvmm_idle_step_seconds_total", help), seconds)?;
         head(text, "tvmm_idle_pages_total", "counter", "Pages of idle VMs, by what became of them (docs/idle.md)")?;
         for (name, tally) in &functions {
             let PageTally { dropped, spilled, recalled, regretted } = tally.pages;
@@ -239,6 +287,7 @@ impl IdleCounts {
                 writeln!(text, "tvmm_idle_pages_total{{function=\"{name}\",fate=\"{fate}\"}} {count}")?;
             }
         }
+        write_windows(text, &functions)?;
         head(text, "tvmm_idle_ends_total", "counter", "Idle VMs that ended, by reason")?;
         for (name, IdleTally { ended, evicted, .. }) in &functions {
             for (reason, count) in [("idle", ended), ("disk", evicted)] {
@@ -247,4 +296,41 @@ impl IdleCounts {
         }
         Ok(())
     }
+}
+
+/// Appends a counter, by its name and help, of each step of each function.
+fn write_by_step<T: std::fmt::Display>(
+    text: &mut String,
+    functions: &mut [(String, IdleTally)],
+    (name, help): (&str, &str),
+    value: impl Fn(StepTally) -> T,
+) -> std::fmt::Result {
+    head(text, name, "counter", help)?;
+    for (function, tally) in functions {
+        for step in Step::ALL {
+            let value = value(*tally.step(step));
+            writeln!(text, "{name}{{function=\"{function}\",step=\"{}\"}} {value}", step.name())?;
+        }
+    }
+    Ok(())
+}
+
+/// Appends the counters of windows.
+fn write_windows(text: &mut String, functions: &[(String, IdleTally)]) -> std::fmt::Result {
+    let help = "Windows of requests after which a VM gave untouched memory back, by their end";
+    head(text, "tvmm_windows_total", "counter", help)?;
+    for (name, IdleTally { windows, .. }) in functions {
+        for (end, count) in [("done", windows.done), ("refused", windows.refused)] {
+            writeln!(text, "tvmm_windows_total{{function=\"{name}\",end=\"{end}\"}} {count}")?;
+        }
+    }
+    let help =
+        "Untouched memory that VMs gave back while they served requests, and what of it was touched later, bytes";
+    head(text, "tvmm_window_bytes_total", "counter", help)?;
+    for (name, IdleTally { windows, .. }) in functions {
+        for (way, bytes) in [("freed", windows.freed_bytes), ("recalled", windows.recalled_bytes)] {
+            writeln!(text, "tvmm_window_bytes_total{{function=\"{name}\",way=\"{way}\"}} {bytes}")?;
+        }
+    }
+    Ok(())
 }

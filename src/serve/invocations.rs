@@ -24,6 +24,7 @@ use super::traceparent;
 use super::vm::line::{GuestAnswer, LineError};
 use super::vm::{Purpose, RequestGuard, StartSpec, Vm};
 use super::wake::{self, Claimed};
+use super::windows;
 use super::working_set::{Record, Slot, check_all_layers, run_recorder};
 use crate::config::NetworkOverrideBody;
 use crate::config::restore::RestoreOptions;
@@ -367,16 +368,17 @@ async fn ask_running(
     recording.note(execute, "warm", json!(origin == Origin::Vm));
     daemon.traces.keep(recording.trace.clone());
     daemon.traces.complete(recording.trace.clone());
-    if claimed.found_at == Some(Step::Spilled) {
-        let daemon = daemon.clone();
-        // The client does not wait for it.
-        tokio::spawn(async move {
+    let daemon = daemon.clone();
+    // The client does not wait for these: the pages that came back, and those that are no longer needed.
+    tokio::spawn(async move {
+        if claimed.found_at == Some(Step::Spilled) {
             match vm.report().await {
                 Ok(report) => wake::count_recalls(&daemon, &vm, &report, claimed.found_at),
                 Err(error) => tracing::debug!(%error, vm = vm.id, "A VM has no report after a request"),
             }
-        });
-    }
+        }
+        windows::shrink(&daemon, &vm).await;
+    });
     Ok(done)
 }
 
@@ -408,7 +410,7 @@ async fn start_and_ask(
         }
         daemon.traces.complete(recording.trace);
         match next {
-            Next::Keep => {}
+            Next::Keep => windows::shrink(&daemon, &vm).await,
             Next::End => standby::end(&daemon, &vm).await,
             Next::Rewind => standby::give_back(&daemon, &vm).await,
         }
@@ -442,9 +444,9 @@ async fn make(daemon: &Arc<Daemon>, spec: &StartSpec, limit: Limit, recording: &
         return Ok(Made { using: vm.claim()?, span, origin: Origin::Standby, found_at: None });
     }
     let started = tokio::time::timeout_at(limit.deadline, daemon.start_vm(spec, recording)).await;
-    let (vm, span) = started.map_err(|_| limit.fault("The VM was not ready"))??;
+    let (using, span) = started.map_err(|_| limit.fault("The VM was not ready"))??;
     let origin = if spec.restore.is_some() { Origin::Snapshot } else { Origin::Boot };
-    Ok(Made { using: vm.claim()?, span, origin, found_at: None })
+    Ok(Made { using, span, origin, found_at: None })
 }
 
 /// Asks a VM. A VM that does not answer as it should is ended, and its end is waited for.

@@ -91,5 +91,7 @@ fn write_idle(text: &mut String, daemon: &Daemon) -> std::fmt::Result {
     let help = "Disk space of suspended VMs, and of those that were woken and live, bytes";
     head(text, "tvmm_suspended_bytes", "gauge", help)?;
     writeln!(text, "tvmm_suspended_bytes {}", daemon.vms.suspended.bytes())?;
+    head(text, "tvmm_spilled_bytes", "gauge", "Space of the files of spilled VMs, bytes")?;
+    writeln!(text, "tvmm_spilled_bytes {}", daemon.vms.spill_bytes())?;
     daemon.idle.write(text)
 }

@@ -47,6 +47,7 @@ mod traces;
 mod vm;
 mod vms;
 mod wake;
+mod windows;
 mod working_set;
 
 pub use self::error::ServeError;

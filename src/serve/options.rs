@@ -31,6 +31,8 @@ pub struct Limits {
     pub idle: Option<IdleSpec>,
     /// Disk space of suspended VMs, MiB.
     pub suspend_disk_mib: u64,
+    /// Space of the files that idle VMs are spilled to, MiB.
+    pub spill_disk_mib: u64,
     /// Bytes that a guest may write before its answer.
     pub max_output_bytes: u64,
     /// VM processes kept ready.

@@ -52,6 +52,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     let listen_unix = options.listen_unix.clone();
     let grace = options.limits.grace;
     let daemon = Arc::new(Daemon::open(options)?);
+    daemon.vms.set_suspends(idle::RoomBySuspension::of(&daemon));
     snapshots::sweep(&daemon).map_err(ServeError::os("remove unfinished snapshots"))?;
     check_pools(&daemon).await?;
     let (stop, stopped) = watch::channel(false);

@@ -435,6 +435,10 @@ fn check_unneeded(daemon: &Daemon, id: &str) -> Result<(), Fault> {
             ));
         }
     }
+    let waking = daemon.vms.suspended.woken_records().into_iter().find(|vm| vm.ss_id.as_deref() == Some(id));
+    if let Some(vm) = waking {
+        return refused(format!("VM `{}`, which is being woken, builds on it. Delete the VM first.", vm.vm_id));
+    }
     Ok(())
 }
 

@@ -315,7 +315,7 @@ async fn start(daemon: &Daemon, spec: &StartSpec) -> Result<Arc<Vm>, Fault> {
     let mut recording = Recording::begin(&spec.function.func_name, None);
     let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(spec, &mut recording)).await;
     let slow = |_| Fault::timed_out(format!("The VM was not ready within {} s.", START_TIMEOUT.as_secs()));
-    started.map_err(slow)?.map(|(vm, _)| vm)
+    started.map_err(slow)?.map(|(using, _)| using.vm().clone())
 }
 
 /// Ends the standby VMs of removed functions and snapshots, of former settings, and beyond the most of a set.

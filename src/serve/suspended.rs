@@ -80,8 +80,29 @@ pub(super) struct Reserved {
 pub(super) struct Suspended {
     dir: PathBuf,
     kept: Mutex<BTreeMap<String, Kept>>,
-    /// VMs that were saved, and whose processes end.
+    /// VMs that were saved, or are about to be, and whose processes end.
     leaving: Mutex<BTreeMap<String, SuspendedVm>>,
+    /// Space of snapshots that belong to no VM in `kept` or `leaving` yet, bytes.
+    reserved: Mutex<u64>,
+}
+
+/// Space on the disk for a snapshot that is being made.
+#[derive(Debug)]
+pub(super) struct DiskSpace<'a> {
+    suspended: &'a Suspended,
+    bytes: u64,
+}
+
+impl DiskSpace<'_> {
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for DiskSpace<'_> {
+    fn drop(&mut self) {
+        *lock(&self.suspended.reserved) -= self.bytes;
+    }
 }
 
 fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -113,7 +134,7 @@ impl Suspended {
             let id = vm.record().vm_id.clone();
             kept.insert(id, Kept { layers: vm.layers.clone(), asleep: Some(vm), ..Kept::default() });
         }
-        Ok(Suspended { dir, kept: Mutex::new(kept), leaving: Mutex::default() })
+        Ok(Suspended { dir, kept: Mutex::new(kept), leaving: Mutex::default(), reserved: Mutex::default() })
     }
 
     /// The directory of a VM.
@@ -131,9 +152,18 @@ impl Suspended {
         lock(&self.kept).get(id).map(|kept| kept.layers.clone()).unwrap_or_default()
     }
 
-    /// Space of all snapshots on the disk, bytes.
+    /// Space of all snapshots on the disk, also of those that are being made, bytes.
     pub(super) fn bytes(&self) -> u64 {
-        lock(&self.kept).values().flat_map(|kept| &kept.layers).map(|layer| layer.bytes).sum()
+        let kept: u64 = lock(&self.kept).values().flat_map(|kept| &kept.layers).map(|layer| layer.bytes).sum();
+        // The other layers of these VMs are in `kept`.
+        let leaving: u64 = lock(&self.leaving).values().filter_map(|vm| Some(vm.layers.last()?.bytes)).sum();
+        kept + leaving + *lock(&self.reserved)
+    }
+
+    /// Reserves space for a snapshot, until it belongs to a VM that [leaves](Self::leave).
+    pub(super) fn reserve_space(&self, bytes: u64) -> DiskSpace<'_> {
+        *lock(&self.reserved) += bytes;
+        DiskSpace { suspended: self, bytes }
     }
 
     /// A suspended VM.
@@ -146,6 +176,12 @@ impl Suspended {
         let kept = lock(&self.kept);
         let kept = kept.get(id)?;
         kept.asleep.as_ref().map(|vm| vm.record().clone()).or_else(|| kept.waking_record.clone())
+    }
+
+    /// The records of VMs that are being woken, and of those that were woken and run.
+    pub(super) fn woken_records(&self) -> Vec<VmRecord> {
+        let kept = lock(&self.kept);
+        kept.values().filter(|kept| kept.asleep.is_none()).filter_map(|kept| kept.waking_record.clone()).collect()
     }
 
     /// All suspended VMs, the one that was used last at the end.
@@ -180,27 +216,28 @@ impl Suspended {
         }
     }
 
-    /// Takes a VM to be woken. It is no longer found by a restart. Blocks for the disk.
-    pub(super) fn take(&self, id: &str) -> snapshot::Result<Option<SuspendedVm>> {
+    /// Takes a VM to be woken. Until [`runs_on`](Self::runs_on) a restart finds it as it is.
+    pub(super) fn take(&self, id: &str) -> Option<SuspendedVm> {
         let mut kept = lock(&self.kept);
-        let Some(entry) = kept.get_mut(id) else { return Ok(None) };
-        let Some(vm) = entry.asleep.take() else { return Ok(None) };
+        let entry = kept.get_mut(id)?;
+        let vm = entry.asleep.take()?;
         entry.waking_record = Some(vm.record().clone());
-        drop(kept);
+        Some(vm)
+    }
+
+    /// Called just before the guest of a VM that was [taken](Self::take) may run on: a restart must no longer find the
+    /// VM as it was. Blocks for the disk.
+    pub(super) fn runs_on(&self, id: &str) -> snapshot::Result<()> {
         let path = self.dir_of(id).join(RECORD);
-        match gone_is_fine(fs::rename(&path, path.with_file_name(AWAKE))) {
-            Ok(()) => Ok(Some(vm)),
-            Err(source) => {
-                drop(self.insert(vm));
-                Err(snapshot::Error::Io { action: "rename", path, source })
-            }
-        }
+        let renamed = gone_is_fine(fs::rename(&path, path.with_file_name(AWAKE)));
+        renamed.map_err(|source| snapshot::Error::Io { action: "rename", path, source })
     }
 
     /// Returns a VM that was not woken; a full disk does not prevent it. Blocks for the disk.
     pub(super) fn put_back(&self, vm: SuspendedVm) -> snapshot::Result<()> {
         let path = self.dir_of(&vm.record().vm_id).join(AWAKE);
-        let renamed = fs::rename(&path, path.with_file_name(RECORD));
+        let record = path.with_file_name(RECORD);
+        let renamed = if record.exists() { Ok(()) } else { fs::rename(&path, record) };
         drop(self.insert(vm));
         renamed.map_err(|source| snapshot::Error::Io { action: "rename", path, source })
     }
@@ -208,6 +245,11 @@ impl Suspended {
     /// Writes the record of a VM. From now on a restart finds the VM. Blocks for the disk.
     pub(super) fn save(&self, vm: &SuspendedVm) -> snapshot::Result<()> {
         store::save(&self.dir_of(&vm.record().vm_id).join(RECORD), vm)
+    }
+
+    /// Removes the record of a VM that runs on though it was saved, or may have been. Blocks for the disk.
+    pub(super) fn unsave(&self, id: &str) -> io::Result<()> {
+        gone_is_fine(fs::remove_file(self.dir_of(id).join(RECORD)))
     }
 
     /// Returns the snapshots on which the VM does not build any more.
@@ -219,9 +261,15 @@ impl Suspended {
         former.into_iter().filter(|layer| !entry.layers.contains(layer)).collect()
     }
 
-    /// Called when a VM was saved, before its process ends.
+    /// Called when the snapshot of a VM is complete, before the VM is saved: its process may end from now on.
     pub(super) fn leave(&self, vm: SuspendedVm) {
         lock(&self.leaving).insert(vm.record().vm_id.clone(), vm);
+    }
+
+    /// Called when a VM that was to [leave](Self::leave) could not be saved. Returns false if its process has ended
+    /// meanwhile: then the VM is suspended, but a restart will not find it.
+    pub(super) fn stay(&self, id: &str) -> bool {
+        lock(&self.leaving).remove(id).is_some()
     }
 
     /// Called when the process of a VM has ended. Returns whether the VM is suspended; otherwise it is over, and its
@@ -250,6 +298,10 @@ impl Suspended {
         let vm = kept.get_mut(id)?.asleep.take()?;
         kept.remove(id);
         drop(kept);
+        // At once: a restart would find it until its files are removed.
+        if let Err(error) = self.unsave(id) {
+            tracing::warn!(%error, vm = id, "Cannot remove the record of a VM that was suspended");
+        }
         self.remove_dir(id);
         Some(vm.life.record)
     }
@@ -257,10 +309,7 @@ impl Suspended {
     /// Removes the directory of a VM that is over, also if it was never suspended: a suspension may have begun.
     fn remove_dir(&self, id: &str) {
         let dir = self.dir_of(id);
-        in_background(move || {
-            gone_is_fine(fs::remove_file(dir.join(RECORD)))?;
-            gone_is_fine(fs::remove_dir_all(&dir))
-        });
+        in_background(move || gone_is_fine(fs::remove_dir_all(&dir)));
     }
 }
 

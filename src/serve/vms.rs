@@ -114,7 +114,7 @@ async fn start(daemon: &Arc<Daemon>, body: VmBody) -> Result<VmRecord, Fault> {
     let _turn = daemon.gate.enter(START_TIMEOUT).await?;
     let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(&spec, &mut recording)).await;
     let slow = |_| Fault::timed_out(format!("The VM was not ready within {} s.", START_TIMEOUT.as_secs()));
-    let (vm, _) = started.map_err(slow)??;
+    let vm = started.map_err(slow)?.map(|(using, _)| using.vm().clone())?;
     Ok(vm.record())
 }
 

@@ -1,8 +1,10 @@
 //! A VM for a request: idle VMs are taken back from their step, and suspended ones are restored.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::time::error::Elapsed;
@@ -16,8 +18,11 @@ use super::trace::Recording;
 use super::vm::{Purpose, RequestGuard, RestoreOrigin, RestoreSpec, StartSpec, Vm, VmRecord, unix_ms};
 use crate::config::LoadFields;
 use crate::config::restore::RestoreOptions;
-use crate::snapshot::Policy;
+use crate::snapshot::{Location, Policy, used_profile_path};
 use crate::tiering::idle::Step;
+
+/// Every so many suspensions a VM is woken without its profile: pages that it no longer uses leave the next one.
+const RENEWAL: u64 = 8;
 
 /// A VM that runs, for one request.
 pub(super) struct Claimed {
@@ -95,18 +100,10 @@ async fn wake_reserved(daemon: &Arc<Daemon>, reserved: Reserved) -> Result<Optio
 
 /// Restores a suspended VM, which no other request wakes meanwhile.
 async fn wake_alone(daemon: &Arc<Daemon>, id: &str) -> Result<Option<Claimed>, Fault> {
-    let taken = blocking({
-        let daemon = daemon.clone();
-        let id = id.to_owned();
-        // From here on a restart does not find it: its guest will have run on.
-        move || daemon.vms.suspended.take(&id)
-    });
-    let Some(suspended) = taken.await?.map_err(|error| Fault::of(&error))? else { return Ok(None) };
+    let Some(suspended) = daemon.vms.suspended.take(id) else { return Ok(None) };
     let func_name = suspended.record().func_name.clone();
     match restored(daemon, &suspended).await {
-        Ok(vm) => {
-            // No other request and no step has found it: nothing was waited for since it began to run.
-            let using = vm.claim()?;
+        Ok(using) => {
             daemon.idle.woken(&func_name, Step::Suspended);
             let idle_ms = unix_ms().saturating_sub(suspended.used_unix_ms);
             daemon.idle.reused(&func_name, Duration::from_millis(idle_ms));
@@ -130,26 +127,63 @@ async fn wake_alone(daemon: &Arc<Daemon>, id: &str) -> Result<Option<Claimed>, F
     }
 }
 
-async fn restored(daemon: &Arc<Daemon>, suspended: &SuspendedVm) -> Result<Arc<Vm>, Fault> {
-    let spec = spec(daemon, suspended)?;
+/// Restores a suspended VM by the profile of the pages that it had used, if it has one.
+async fn restored(daemon: &Arc<Daemon>, suspended: &SuspendedVm) -> Result<RequestGuard, Fault> {
+    if let Some(profile) = profile_of(daemon, suspended) {
+        let func_name = &suspended.record().func_name;
+        match restored_by(daemon, suspended, Some(profile)).await {
+            Ok(using) => {
+                daemon.idle.prefetched(func_name, Step::Suspended);
+                return Ok(using);
+            }
+            // The profile or its plan may be the reason.
+            Err(fault) if fault.status == StatusCode::UNPROCESSABLE_ENTITY => {
+                let vm = &suspended.record().vm_id;
+                tracing::warn!(fault.message, vm, "A suspended VM cannot be woken by its profile, and is without it");
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+    restored_by(daemon, suspended, None).await
+}
+
+async fn restored_by(
+    daemon: &Arc<Daemon>,
+    suspended: &SuspendedVm,
+    profile: Option<PathBuf>,
+) -> Result<RequestGuard, Fault> {
+    let spec = spec(daemon, suspended, profile)?;
     let mut recording = Recording::begin(&suspended.record().func_name, None);
     let started = tokio::time::timeout(START_TIMEOUT, daemon.start_vm(&spec, &mut recording)).await;
     let slow = |_: Elapsed| Fault::timed_out(format!("it was not ready within {} s.", START_TIMEOUT.as_secs()));
-    started.map_err(slow)?.map(|(vm, _)| vm)
+    started.map_err(slow)?.map(|(using, _)| using)
 }
 
-fn spec(daemon: &Daemon, suspended: &SuspendedVm) -> Result<StartSpec, Fault> {
-    let SuspendedVm { life, function, layers, .. } = suspended;
-    let VmRecord { vm_id, namespace, from_invocation, .. } = &life.record;
+/// The snapshot that a suspended VM is woken from.
+fn snapshot_of(daemon: &Daemon, suspended: &SuspendedVm) -> PathBuf {
+    let number = suspended.layers.last().map_or(0, |layer| layer.number);
+    daemon.vms.suspended.layer_dir(&suspended.record().vm_id, number)
+}
+
+/// The profile that a suspended VM is woken by; `None` if it has none, or its use is to be recorded anew.
+fn profile_of(daemon: &Daemon, suspended: &SuspendedVm) -> Option<PathBuf> {
+    let is_renewed = suspended.record().suspensions % RENEWAL == 0;
+    let path = used_profile_path(&Location::Dir(snapshot_of(daemon, suspended)));
+    Some(path).filter(|path| !is_renewed && path.exists())
+}
+
+fn spec(daemon: &Daemon, suspended: &SuspendedVm, profile: Option<PathBuf>) -> Result<StartSpec, Fault> {
+    let SuspendedVm { life, function, .. } = suspended;
+    let VmRecord { namespace, from_invocation, .. } = &life.record;
     let network = namespace.as_deref().map(|namespace| daemon.network(namespace)).transpose()?;
-    let number = layers.last().map_or(0, |layer| layer.number);
     let first = life.restore.as_ref().map(|restore| &restore.load);
+    let policy = if profile.is_some() { Policy::Tiered } else { Policy::Firecracker };
     let load = LoadFields {
-        snapshot_path: daemon.vms.suspended.layer_dir(vm_id, number),
+        snapshot_path: snapshot_of(daemon, suspended),
         resume_vm: true,
         clock_realtime: first.is_none_or(|load| load.clock_realtime),
         network_overrides: first.map(|load| load.network_overrides.clone()).unwrap_or_default(),
-        tvmm: RestoreOptions { policy: Some(Policy::Firecracker), ..RestoreOptions::default() },
+        tvmm: RestoreOptions { policy: Some(policy), profile, ..RestoreOptions::default() },
         ..LoadFields::default()
     };
     let origin = RestoreOrigin::Suspension(Box::new(life.clone()));

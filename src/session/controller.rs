@@ -21,6 +21,7 @@ use super::opened_request::OpenedRequest;
 use super::read_backs::ReadBacks;
 use super::report;
 use super::sources::location;
+use super::used_profile::UsedProfile;
 use super::watch::Watch;
 use crate::config::control::{InstanceInfo, LiveTaken, Reply, Request, Respond, Rewound, SnapshotTaken, VmState};
 use crate::config::patch::{BalloonQuestion, DevicePatch};
@@ -85,6 +86,7 @@ enum SealNews {
         result: Result<Sealed, Error>,
         capture_us: u64,
         live: Option<LiveTaken>,
+        profile: Option<PathBuf>,
     },
     /// The disk did not keep the written bytes.
     Damaged(SnapshotId),
@@ -205,8 +207,8 @@ impl Controller {
         }
     }
 
-    /// Answers one request: at once, or a snapshot when it is sealed, a fork when its children answer, and a demotion
-    /// after its last step. `input`: the bytes on their way to the guest.
+    /// Answers one request: at once, or a snapshot when it is sealed, a fork when its children answer, a demotion and
+    /// a barrier after the last step. `input`: the bytes on their way to the guest.
     pub fn handle(&mut self, request: Request, input: &mut Input) {
         let Request { command, respond, read_ns } = request;
         if let Err(refused) = self.check_has_guest(&command) {
@@ -228,6 +230,7 @@ impl Controller {
             },
             Command::Fork(request) => self.begin_fork(&request, respond),
             Command::Demote(request) => self.begin_demotion(&request, respond),
+            Command::Barrier(request) => self.begin_barrier(request, respond),
             Command::Repurpose(request) => respond(self.repurpose(&request, input).map(Reply::Repurposed)),
             Command::Vacate => respond(self.vacate().map(|()| Reply::Empty)),
             Command::Resume => {
@@ -304,6 +307,7 @@ impl Controller {
             Command::CreateSnapshot(_)
             | Command::Fork(_)
             | Command::Demote(_)
+            | Command::Barrier(_)
             | Command::Repurpose(_)
             | Command::Vacate
             | Command::Resume => Err(Refused::internal("A request got lost.")),
@@ -464,6 +468,7 @@ impl Controller {
         let drives = prepared.map_err(|error| Refused::bad_request_because(&error))?;
         let stopping = Instant::now();
         self.pause()?;
+        self.abandon_demotion("the machine was rewound");
         let stop_us = stopping.elapsed().as_micros() as u64;
         let (Phase::Paused(machine), Some(restored)) = (&mut self.phase, &mut self.restored) else {
             return Err(Refused::internal("The machine to rewind is gone."));
@@ -471,7 +476,7 @@ impl Controller {
         let result = machine.rewind(&restored.carried_out, restored.keep_pages, drives);
         let rewound_us = start.elapsed().as_micros() as u64;
         let result = result.and_then(|rewound| {
-            if request.verify {
+            if request.compare {
                 machine.compare(&restored.carried_out)?;
             }
             machine.raise_events()?;
@@ -541,6 +546,8 @@ impl Controller {
     /// Captures the paused machine, resumes it if asked to, and seals the snapshot on its own thread.
     fn begin_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Refused> {
         self.check_no_live()?;
+        // Before the capture, which reads memory itself.
+        let used = if create.profile { self.used_profile()? } else { None };
         let machine = match &mut self.phase {
             Phase::NotStarted => return Err(Refused::before_start()),
             Phase::Running(_) => {
@@ -560,11 +567,23 @@ impl Controller {
             // The snapshot is good nonetheless, and the machine is still paused; both are reported.
             tracing::error!(fault = %refused.message, "The machine could not be resumed after its capture");
         }
-        self.spawn_seal(captured, create.verify)
+        self.spawn_seal(captured, create.verify, used)
     }
 
-    /// Seals the snapshot on a thread of its own. With `verify`, its memory is read back before that is done.
-    fn spawn_seal(&mut self, captured: Captured, verify: bool) -> Result<(), Refused> {
+    /// The pages that the guest has used since its restore, if they can be told.
+    fn used_profile(&self) -> Result<Option<UsedProfile>, Refused> {
+        let (Phase::Paused(machine), Some(restored)) = (&self.phase, &self.restored) else {
+            return Err(Refused::bad_request(
+                "Only a paused VM that was restored has a profile of its use since the restore: leave `profile` out.",
+            ));
+        };
+        let used = machine.ram().used_pages().map_err(|error| Refused::bad_request_because(&error))?;
+        Ok(UsedProfile::of(&used, restored))
+    }
+
+    /// Seals the snapshot on a thread of its own. With `verify`, its memory is read back before that is done. `used`:
+    /// the profile that is then written beside it.
+    fn spawn_seal(&mut self, captured: Captured, verify: bool, used: Option<UsedProfile>) -> Result<(), Refused> {
         let is_first = verify || self.read_backs.are_many();
         let when = if is_first { ReadBackWhen::First } else { ReadBackWhen::Later };
         let teller = self.seal_teller();
@@ -584,7 +603,11 @@ impl Controller {
                 }
                 Err(error) => (Err(Error::from(error)), None),
             };
-            teller.tell(SealNews::Sealed { result, capture_us, live });
+            let profile = match (&result, used) {
+                (Ok(sealed), Some(used)) => written(&used, sealed),
+                _ => None,
+            };
+            teller.tell(SealNews::Sealed { result, capture_us, live, profile });
             if let Some((id, left)) = left
                 && left.run().is_err()
             {
@@ -601,8 +624,8 @@ impl Controller {
     pub fn finish_seals(&mut self) {
         let _ = self.seal_event.read();
         while let Ok(news) = self.seals.1.try_recv() {
-            let (result, capture_us, live) = match news {
-                SealNews::Sealed { result, capture_us, live } => (result, capture_us, live),
+            let (result, capture_us, live, profile) = match news {
+                SealNews::Sealed { result, capture_us, live, profile } => (result, capture_us, live, profile),
                 SealNews::Damaged(id) => {
                     self.snapshot_damaged(id);
                     continue;
@@ -626,6 +649,7 @@ impl Controller {
                     memory_bytes: sealed.pages_held * PAGE_SIZE,
                     capture_us,
                     live,
+                    profile,
                 })),
                 Err(error) => Err(Refused::bad_request_because(&error)),
             });
@@ -714,6 +738,12 @@ impl Controller {
         }
         stopped
     }
+}
+
+/// Writes a profile beside a snapshot, which is good without it.
+fn written(used: &UsedProfile, sealed: &Sealed) -> Option<PathBuf> {
+    let written = used.write(&sealed.location);
+    written.inspect_err(|error| tracing::warn!(error = chain(error), "A snapshot has no profile")).ok()
 }
 
 fn anchor(location: &Location) -> PathBuf {

@@ -19,6 +19,11 @@ pub enum Error {
     NoPool,
     #[error("The machine to repurpose is gone")]
     NoMachine,
+    #[error(
+        "Cannot stand by: no request can come, because standard input has ended, and there is neither an API socket \
+         nor a vsock device. Give --api-sock PATH, keep standard input open, or leave --standby (`tvmm.standby`) out"
+    )]
+    StandbyForNothing,
     #[error("The run cannot be recorded: {0}")]
     Record(String),
     #[error("The run cannot be recorded: the guest did not answer{0}")]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
-use crate::config::control::{Demoted, Repurposed, Rewound};
+use crate::config::control::{BarrierSet, Demoted, Repurposed, Rewound};
 use crate::config::fork::ForkCounts;
 use crate::config::restore::{PlanFrom, RestoreRequest};
 use crate::memory::ending::EndingSignal;
@@ -65,6 +65,8 @@ pub struct Restored {
     pub engine: EngineReport,
     /// The plan that was carried out.
     pub carried_out: RestorePlan,
+    /// The profile that it was made from.
+    pub profile: Option<PathBuf>,
     /// Limit on the pages that a rewind leaves in local memory: the budget of the restore.
     pub keep_pages: u64,
     /// The number of rewinds.
@@ -73,6 +75,9 @@ pub struct Restored {
     /// The number of demotions.
     pub demotions: u64,
     pub last_demotion: Option<Demoted>,
+    /// The number of barriers.
+    pub barriers: u64,
+    pub last_barrier: Option<BarrierSet>,
     /// The number of times that the machine became another's.
     pub repurposed: u64,
     pub last_repurpose: Option<Repurposed>,
@@ -115,11 +120,14 @@ impl Restored {
             pools: opened.pools,
             engine,
             carried_out: plan,
+            profile: profile_of(load),
             keep_pages: keep_pages(load),
             rewinds: 0,
             last_rewind: None,
             demotions: 0,
             last_demotion: None,
+            barriers: 0,
+            last_barrier: None,
             repurposed: 0,
             last_repurpose: None,
             fork_point: opened.fork_point,
@@ -136,6 +144,14 @@ impl Restored {
             return Err(error.into());
         }
         Ok(Fit::of(&self.carried_out, profile))
+    }
+}
+
+/// The profile by which `load` places memory.
+fn profile_of(load: &RestoreRequest) -> Option<PathBuf> {
+    match &load.plan {
+        PlanFrom::Policy(choice) => choice.profile.clone().filter(|_| choice.policy().needs_profile()),
+        PlanFrom::File(_) => None,
     }
 }
 

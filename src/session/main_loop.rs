@@ -270,7 +270,18 @@ impl Session {
         }
         watch_event(ops, self.controller.output().backlog_event(), BACKLOG)?;
         self.watch_machine(ops)?;
-        self.watch_standby(ops)
+        self.watch_standby(ops)?;
+        self.check_standby()
+    }
+
+    /// Refuses to wait for a request that cannot come.
+    fn check_standby(&self) -> Result<(), Error> {
+        let sources = &self.event_sources;
+        let can_come = sources.input.stdin_open
+            || sources.control.is_some()
+            || sources.parent.is_some()
+            || !self.standby_watched.is_empty();
+        if self.controller.stands_by && !can_come { Err(Error::StandbyForNothing) } else { Ok(()) }
     }
 
     /// Registers the events of a new machine.
@@ -438,7 +449,8 @@ impl Session {
             Typed::End => self.event_sources.input.stdin_open = false,
             Typed::Nothing => {}
         }
-        self.feed(ops)
+        self.feed(ops)?;
+        self.check_standby()
     }
 
     /// Passes waiting input to the guest, and watches standard input exactly while more is wanted.

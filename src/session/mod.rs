@@ -26,6 +26,7 @@ pub mod record;
 pub mod report;
 mod repurpose;
 pub mod sources;
+mod used_profile;
 pub mod watch;
 
 pub use error::Error;

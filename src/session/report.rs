@@ -68,6 +68,8 @@ pub fn collect(
             "last_rewind": restored.last_rewind,
             "demotions": restored.demotions,
             "last_demotion": restored.last_demotion,
+            "barriers": restored.barriers,
+            "last_barrier": restored.last_barrier,
             "repurposed": restored.repurposed,
             "last_repurpose": restored.last_repurpose,
         })

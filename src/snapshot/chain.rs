@@ -244,6 +244,11 @@ pub fn derived_dir(location: &Location) -> PathBuf {
     }
 }
 
+/// The profile of the pages that a VM had used when the snapshot at `location` was taken, if one was written.
+pub fn used_profile_path(location: &Location) -> PathBuf {
+    derived_dir(location).join("used.profile")
+}
+
 /// Checks that a reader finds `parent` and everything it is relative to, and may add a layer of `layout` to it.
 /// `object` is the diff that needs it. Memory files need not be there: a cold pool can have the pages of all layers.
 ///

@@ -7,6 +7,7 @@
 //! believed before it was checked against the real file.
 //! Start reading: `types.rs`, `layout.rs`, `plan.rs`, then `chain.rs` (which layer a page comes from) and `writer.rs`.
 
+mod bucket;
 mod cache_lookup;
 mod chain;
 mod checked_reader;
@@ -41,8 +42,9 @@ mod zero_pages;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use bucket::{Bucket, BucketPages, ByBucket};
 pub use cache_lookup::CacheLookup;
-pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun, derived_dir};
+pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun, derived_dir, used_profile_path};
 pub use cold_spec::{Cold, ColdCache, ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,

@@ -329,6 +329,11 @@ impl IdleRule {
         self.times(p99).into_iter().map(|(after, _)| after).find(|after| *after > idle)
     }
 
+    /// Returns whether its VMs are suspended in the end.
+    pub fn suspends(&self) -> bool {
+        matches!(self, IdleRule::Suspend { .. } | IdleRule::Ladder { .. })
+    }
+
     /// Returns whether a VM ends with its answer.
     pub fn ends_at_once(&self) -> bool {
         matches!(self, IdleRule::End { after: Duration::ZERO })

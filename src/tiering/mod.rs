@@ -22,5 +22,6 @@ pub mod pool;
 pub mod profile;
 pub mod recorder;
 pub mod tier;
+pub mod window;
 
 pub use error::Error;

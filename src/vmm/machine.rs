@@ -41,6 +41,7 @@ use crate::config::refusal::Refused;
 use crate::config::{DeviceConfigs, VmConfig};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::{FwCfg, FwCfgState, I8042, Serial, SleepRegisters, VmGenId, VmGenIdState};
+use crate::memory::access::Access;
 use crate::memory::ending::{Ending, EndingSignal};
 use crate::memory::fault_batches::FaultBatch;
 use crate::memory::fault_service::FaultCounts;
@@ -132,6 +133,8 @@ pub(crate) struct Core {
     pub origin: Option<Box<Origin>>,
     /// True: the machine has given its guest up, and can only be repurposed.
     pub is_vacant: bool,
+    /// Touches of memory since the last barrier; `None`: nothing has asked for them since the restore, or a rewind.
+    pub access: Option<Access>,
 }
 
 /// vCPUs exist, and no thread runs them.
@@ -241,6 +244,7 @@ impl Machine<Built> {
             msrs_refused,
             origin: None,
             is_vacant: false,
+            access: None,
         };
         Ok(Machine { state: Built { vcpus }, core })
     }
@@ -510,13 +514,21 @@ impl Core {
         Ok(())
     }
 
-    /// Ends the log that [`log_writes`](Self::log_writes) began.
+    /// Ends the log that [`log_writes`](Self::log_writes) began, unless the access record needs it.
     pub fn stop_logging(&mut self) -> Result<(), Error> {
-        if self.shape.track_dirty_pages || !self.logs_writes {
+        let is_needed = self.access.as_ref().is_some_and(|access| access.keeps_log);
+        if self.shape.track_dirty_pages || !self.logs_writes || is_needed {
             return Ok(());
         }
         self.logs_writes = false;
         set_ram_slots(&self.vm, &self.ram, 0)
+    }
+
+    /// Drops the access record: the memory is another one now.
+    pub fn forget_access(&mut self) -> Result<(), Error> {
+        drop(self.services.counters.take_touched());
+        self.access = None;
+        self.stop_logging()
     }
 
     fn spawn(&self, mut vcpus: Vec<Vcpu>, order: Order) -> Result<Vec<VcpuThread>, Error> {

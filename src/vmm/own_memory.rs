@@ -9,6 +9,7 @@ pub enum MemoryChange {
     Rewind,
     Repurpose,
     Demote,
+    Track,
 }
 
 impl fmt::Display for MemoryChange {
@@ -17,6 +18,7 @@ impl fmt::Display for MemoryChange {
             MemoryChange::Rewind => "rewind",
             MemoryChange::Repurpose => "repurpose",
             MemoryChange::Demote => "demote",
+            MemoryChange::Track => "set a barrier for",
         })
     }
 }

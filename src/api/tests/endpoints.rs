@@ -140,6 +140,7 @@ fn put_snapshot_create_firecracker_form_gives_no_body() {
             copy_drives: false,
             verify: false,
             live: false,
+            profile: false,
         };
         assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
     }
@@ -153,7 +154,8 @@ fn put_snapshot_create_directory_form_tells_the_snapshot() {
     assert_eq!(fixture.request("PUT", "/snapshot/create", Some(body)).unwrap(), (200, Some(expected)));
     let location = directory();
     let kind = SnapshotKind::Full;
-    let expected = CreateSnapshot { location, kind, resume: true, copy_drives: true, verify: true, live: false };
+    let expected =
+        CreateSnapshot { location, kind, resume: true, copy_drives: true, verify: true, live: false, profile: false };
     assert_eq!(fixture.seen(), [Command::CreateSnapshot(expected)]);
 }
 

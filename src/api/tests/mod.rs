@@ -145,6 +145,7 @@ fn good_answer(command: &Command) -> Result<Reply, Refused> {
             memory_bytes: 4096,
             capture_us: 7,
             live: None,
+            profile: None,
         }),
         _ => Reply::Empty,
     })

@@ -64,14 +64,23 @@ impl Collector {
         index
     }
 
+    /// Returns whether no request of `function` from `at_us` on is in the part that is to be used.
+    pub(super) fn leaves_out(&self, at_us: u64, function: Option<u32>) -> bool {
+        function.is_none() || self.part.until_us.is_some_and(|until| at_us >= until)
+    }
+
+    /// Counts requests that are left out.
+    pub(super) fn leave_out(&mut self, requests: u64) {
+        self.left_out += requests;
+    }
+
     /// Adds a request of a function that may be left out.
     ///
     /// # Errors
     /// There are more arrivals than can be kept.
     pub(super) fn add(&mut self, at_us: u64, function: Option<u32>) -> Result<(), BoxError> {
-        let is_early = self.part.until_us.is_none_or(|until| at_us < until);
-        let Some(function) = function.filter(|_| is_early) else {
-            self.left_out += 1;
+        let Some(function) = function.filter(|_| !self.leaves_out(at_us, function)) else {
+            self.leave_out(1);
             return Ok(());
         };
         if self.trace.arrivals.len() == MAX_ARRIVALS {

@@ -162,11 +162,16 @@ impl Reader {
             }
             let count: u32 =
                 field.parse().map_err(|_| format!("`{field}` is no number of requests (minute {})", minute + 1))?;
+            let start_us = minute as u64 * MINUTE_US;
+            minute += 1;
+            if self.collector.leaves_out(start_us, function) {
+                self.collector.leave_out(count.into());
+                continue;
+            }
             for _ in 0..count {
                 let within = (random.unit() * MINUTE_US as f64) as u64;
-                self.collector.add(minute as u64 * MINUTE_US + within, function)?;
+                self.collector.add(start_us + within, function)?;
             }
-            minute += 1;
         }
         if minute < MINUTES {
             return refuse(format!("it has {minute} counts, not {MINUTES}"));
@@ -277,6 +282,18 @@ mod tests {
         let minutes: Vec<(u64, &str)> = seen(&trace).into_iter().map(|(at, name)| (at / MINUTE_US, name)).collect();
         assert_eq!(minutes, [(0, "o/a/f"), (0, "o/a/f"), (1, "o/a/g"), (1, "o/a/g"), (1, "o/a/g"), (1439, "o/a/f")]);
         assert_eq!(trace, read_text(&text, Part::default()).unwrap());
+    }
+
+    #[test]
+    fn requests_that_are_left_out_take_no_time_however_many_they_are() {
+        let most = u32::MAX;
+        let text = format!("{}{}{}", header_2019(), day("f", &[(1, 2), (2, most)]), day("g", &[(1, most), (2, most)]));
+        let trace = read_text(&text, Part { until_us: Some(MINUTE_US), functions: Some(1) }).unwrap();
+        assert_eq!(trace.arrivals.len(), 2);
+        let note = format!("{} requests of the trace are beyond --duration or --functions", 3 * u64::from(most));
+        assert!(trace.notes.contains(&note), "{:?}", trace.notes);
+        let error = read_text(&text, Part { until_us: None, functions: Some(1) }).unwrap_err();
+        assert!(error.contains("more than 20000000 arrivals"), "{error}");
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub struct TraceArgs {
     pub(super) memory: u64,
     /// Run the trace so many times as fast as the clock. Keep-alive times are shortened as well, the guests' work is
     /// not
-    #[arg(long, default_value_t = 1.0, value_name = "N", value_parser = positive)]
+    #[arg(long, default_value_t = 1.0, value_name = "N", value_parser = speed)]
     speed: f64,
     /// Use the first so many seconds of the trace [default: all of a file; 3600 of a synthetic trace]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=320_000_000))]
@@ -88,6 +88,12 @@ pub struct TraceArgs {
     /// replay
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
+}
+
+/// Parses a factor of the clock.
+fn speed(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| (0.001..=1e6).contains(number));
+    number.ok_or_else(|| "a number from 0.001 to 1000000 is needed".to_string())
 }
 
 /// Parses a number above 0.

@@ -25,6 +25,7 @@ use crate::memory::balloon_release::Released;
 use crate::memory::ending::{Ending, EndingSignal};
 use crate::memory::guest_ram::GuestRam;
 use crate::memory::stall::Activity;
+use crate::memory::touches::{TouchLog, Touched};
 use crate::memory::{ChangeError, Error};
 use crate::snapshot::{Extent, Fill, Gfn, GuestRange, PAGE_SIZE, PageSet, Placement, PlannedExtent};
 use crate::sys::uffd::{Fault, FaultKinds, Install, Uffd};
@@ -48,6 +49,7 @@ struct Shared {
     store: Mutex<Store>,
     faults: AtomicU64,
     pages_back: AtomicU64,
+    touches: TouchLog,
     released: Arc<Released>,
     /// The ranges of guest memory and their host addresses.
     ranges: Vec<(GuestRange, usize)>,
@@ -74,6 +76,7 @@ impl Spill {
             uffd: Uffd::open(FaultKinds::Missing).map_err(Error::Userfaultfd)?,
             faults: AtomicU64::new(0),
             pages_back: AtomicU64::new(0),
+            touches: TouchLog::default(),
             released: ram.released().clone(),
             ranges: ram.slots().map(|(range, host)| (range, host as usize)).collect(),
         });
@@ -93,6 +96,11 @@ impl Spill {
         let worker = Worker::start(Builder::new().name("spill".into()), stop, serve);
         let worker = worker.map_err(Error::os("start the thread of the spill"))?;
         Ok(Spill { shared, has_failed, worker })
+    }
+
+    /// Bounds the file, from now on, to so many bytes.
+    pub fn limit(&self, bytes_max: u64) {
+        self.shared.store().limit(bytes_max);
     }
 
     /// Takes `pages` of `ram`, which this process has copies of, out of local memory: they are held until
@@ -145,7 +153,7 @@ impl Spill {
     /// Writes the pages that are held. If that fails, they come back to local memory.
     ///
     /// # Errors
-    /// Those of the file.
+    /// Those of the file, and its limit.
     pub fn write(&self) -> Result<(), ChangeError> {
         let mut store = self.shared.store();
         let Err(source) = store.write_held() else { return Ok(()) };
@@ -187,6 +195,11 @@ impl Spill {
         }
     }
 
+    /// Takes the pages that were touched while they were away, since the last call.
+    pub fn take_touched(&self) -> Touched {
+        self.shared.touches.take()
+    }
+
     /// Returns whether a page could not be read: threads that wait for pages wait for ever.
     pub fn has_failed(&self) -> bool {
         self.has_failed.load(Ordering::SeqCst)
@@ -214,10 +227,11 @@ impl Shared {
             if stop.read().is_ok() {
                 return Ok(());
             }
-            for Fault { address, .. } in self.uffd.faults().map_err(failed)? {
+            for Fault { address, touch } in self.uffd.faults().map_err(failed)? {
                 let gfn = self.gfn_at(address).ok_or_else(|| {
                     Ending::Failed(format!("A fault at host address {address:#x} is in no spilled memory"))
                 })?;
+                self.touches.note(gfn, touch);
                 let _reads = activity.recalls(Extent { first: gfn, pages: 1 });
                 self.answer(gfn, address).map_err(|error| {
                     let gpa = gfn.gpa();

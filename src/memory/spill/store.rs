@@ -5,15 +5,16 @@
 //! and ends with the process, so only this module knows its form.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{Advice, Mode, OFlags};
+use rustix::io::Errno;
 
-use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PageSet};
+use crate::snapshot::{Extent, Gfn, PAGE_SIZE, PRIVATE, PageSet, random_hex};
 
 /// Pages of one group: one read brings 64 KiB.
 pub const GROUP_PAGES: u64 = 16;
@@ -65,6 +66,8 @@ pub struct Store {
     file: Arc<File>,
     dir: PathBuf,
     end: u64,
+    /// The most bytes that the file may have.
+    bytes_max: u64,
     /// Places of blocks that have come back, by their size in units.
     free: Vec<BTreeSet<u64>>,
     /// By group; the latest last. Each page is away in one block at most.
@@ -88,15 +91,14 @@ impl Store {
     /// Makes a file without a name in `dir`.
     ///
     /// # Errors
-    /// Those of open(2) with O_TMPFILE, which some file systems lack.
+    /// Those of the file system.
     pub fn create(dir: &Path) -> io::Result<Store> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = Arc::new(File::from(rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)?));
+        let file = Arc::new(unnamed(dir)?);
         // One block is read at a time: its neighbours in the file are no neighbours in memory.
         rustix::fs::fadvise(&file, 0, None, Advice::Random)?;
         let (groups, held, counts) = Default::default();
         let free = vec![BTreeSet::new(); SIZES];
-        Ok(Store { file, dir: dir.to_path_buf(), end: 0, free, groups, held, counts })
+        Ok(Store { file, dir: dir.to_path_buf(), end: 0, bytes_max: u64::MAX, free, groups, held, counts })
     }
 
     pub fn file(&self) -> &Arc<File> {
@@ -109,6 +111,11 @@ impl Store {
 
     pub fn counts(&self) -> StoreCounts {
         StoreCounts { file_len: self.end, ..self.counts }
+    }
+
+    /// Bounds the file to so many bytes. A longer one stays as it is, and grows no more.
+    pub fn limit(&mut self, bytes_max: u64) {
+        self.bytes_max = bytes_max;
     }
 
     /// Takes `pages` of one group, whose bytes, ascending, are `bytes`. Those of `away` have left local memory.
@@ -132,7 +139,7 @@ impl Store {
     /// Writes the blocks that are held. After an error the rest stays held.
     ///
     /// # Errors
-    /// Those of the file.
+    /// Those of the file, and its limit.
     pub fn write_held(&mut self) -> io::Result<()> {
         while let Some(group) = self.held.last() {
             for block in self.groups.get_mut(group).into_iter().flatten() {
@@ -141,6 +148,9 @@ impl Store {
                 let len = packed.len() as u32;
                 let free = &mut self.free[units_of(len) as usize];
                 let offset = free.first().copied().unwrap_or(self.end);
+                if offset == self.end && offset + units_of(len) * UNIT > self.bytes_max {
+                    return Err(too_long(self.bytes_max));
+                }
                 self.file.write_all_at(&packed, offset)?;
                 free.remove(&offset);
                 self.end = self.end.max(offset + units_of(len) * UNIT);
@@ -208,6 +218,28 @@ impl Store {
     }
 }
 
+/// Makes a file without a name in `dir`.
+fn unnamed(dir: &Path) -> io::Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR) {
+        // The file system has no such files.
+        Err(Errno::OPNOTSUPP) => unlinked(dir),
+        opened => Ok(File::from(opened?)),
+    }
+}
+
+/// Makes a file in `dir`, and removes its name.
+fn unlinked(dir: &Path) -> io::Result<File> {
+    let path = dir.join(format!(".tvmm-{}.spill", random_hex(8)));
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(PRIVATE).open(&path)?;
+    std::fs::remove_file(&path)?;
+    Ok(file)
+}
+
+fn too_long(bytes_max: u64) -> io::Error {
+    io::Error::other(format!("it would have more than the {} MiB that it may have", bytes_max >> 20))
+}
+
 /// Reads and unpacks a block of `pages`.
 fn read(file: &File, offset: u64, len: u32, expected: &[u8; DIGEST], pages: u16) -> io::Result<Vec<u8>> {
     let mut packed = vec![0; len as usize];
@@ -267,6 +299,8 @@ pub fn groups_of(pages: &PageSet) -> Vec<(u64, Vec<Extent>)> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn page(byte: u8) -> Vec<u8> {
@@ -335,6 +369,41 @@ mod tests {
         assert!(store.counts().file_len <= 2 * longest, "{} of {longest}", store.counts().file_len);
         assert_eq!(brought(&mut store, 16000), [(16000, 1)]);
         assert_eq!((store.counts(), store.file().metadata().unwrap().len()), (StoreCounts::default(), 0));
+    }
+
+    #[test]
+    fn a_file_does_not_grow_beyond_its_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::create(dir.path()).unwrap();
+        let mut state = 1_u64;
+        // Bytes that no compression makes fewer.
+        let mut noise = || -> Vec<u8> {
+            let byte = |_| {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (state >> 56) as u8
+            };
+            (0..16 * PAGE).map(byte).collect()
+        };
+        store.limit(1 << 20);
+        (0..20).for_each(|group| store.put(group, u16::MAX, u16::MAX, noise().into()));
+        let error = store.write_held().unwrap_err();
+        assert!(error.to_string().contains("1 MiB"), "{error}");
+        let len = store.file().metadata().unwrap().len();
+        assert!((1 << 19..=1 << 20).contains(&len), "{len}");
+        // All pages are there, written or held.
+        (0..20).for_each(|group| assert!(store.bring(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap()));
+        store.put(0, u16::MAX, u16::MAX, noise().into());
+        store.write_held().unwrap();
+        assert_eq!(store.counts().pages_away, GROUP_PAGES);
+    }
+
+    #[test]
+    fn a_file_whose_name_was_removed_serves_where_there_are_none_without_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = unlinked(dir.path()).unwrap();
+        file.write_all_at(b"x", 0).unwrap();
+        let mode = file.metadata().unwrap().permissions().mode();
+        assert_eq!((mode & 0o777, std::fs::read_dir(dir.path()).unwrap().count()), (PRIVATE, 0));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub(super) mod offloading;
 pub(super) mod process;
 pub(super) mod shape;
 pub(super) mod shells;
+pub(super) mod shrinking;
 pub(super) mod spares;
 pub(super) mod steps;
 pub(super) mod table;
@@ -45,6 +46,7 @@ use crate::config::{
     RepurposeFields, VsockConfig, VsockOverrideBody,
 };
 use crate::tiering::idle::{Descended, Step};
+use crate::tiering::window::Windows;
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -306,10 +308,16 @@ struct Usage {
     descended: Descended,
     /// True while it takes a step down.
     is_stepping: bool,
+    /// The space of its spill file.
+    spill_bytes: u64,
     /// The progress of its offloading since its last request, if a part of it was offloaded.
     offloading: Option<Offloading>,
     /// Spilled pages that had come back when they were looked at last.
     pages_back: u64,
+    /// The windows of requests after which it gives untouched memory back.
+    windows: Windows,
+    /// True while it does so.
+    is_shrinking: bool,
 }
 
 /// The context id of a guest that has a vsock device: the lowest that a guest may have.
@@ -369,7 +377,8 @@ pub(super) async fn repurpose(
 }
 
 impl Vm {
-    /// A VM whose machine was made in `shell`.
+    /// A VM whose machine was made in `shell`. The request for which it was made uses it already, so that no other one
+    /// finds it idle before: see [`Table::add`](table::Table::add).
     pub(super) fn new(shell: Shell, permit: VmPermit, spec: &StartSpec, files: VmFiles) -> Vm {
         let VmFiles { id, drives, vsock } = files;
         let duty = if spec.purpose == Purpose::Standby { Duty::Changes } else { Duty::Serves };
@@ -394,14 +403,17 @@ impl Vm {
             diff_parent: Mutex::new(spec.restore.as_ref().and_then(RestoreSpec::ss_id)),
             usage: Mutex::new(Usage {
                 duty,
-                requests: 0,
+                requests: 1,
                 invocations: former.map_or(0, |record| record.invocations),
                 rewinds: former.map_or(0, |record| record.rewinds),
                 since: Instant::now(),
                 descended: Descended::default(),
                 is_stepping: false,
+                spill_bytes: 0,
                 offloading: None,
                 pages_back: 0,
+                windows: Windows::default(),
+                is_shrinking: false,
             }),
             step_turn: AsyncMutex::new(()),
             settled: watch::Sender::new(false),
@@ -586,7 +598,12 @@ impl Vm {
     pub(super) async fn rewind(&self, request: RewindRequest) -> Result<Rewound, ControlError> {
         let _quiet = self.quiet().await;
         let rewound = self.send("PUT", "/tvmm/rewind", &request).await?;
-        self.lock().rewinds += 1;
+        let mut usage = self.lock();
+        usage.rewinds += 1;
+        usage.windows = Windows::default();
+        drop(usage);
+        // A rewind drops the file.
+        self.note_spill(0);
         // Its next diff builds on that snapshot again.
         (*self.diff_parent.lock().unwrap_or_else(PoisonError::into_inner)).clone_from(&self.ss_id);
         Ok(rewound)

@@ -63,12 +63,18 @@ impl Spares {
     }
 
     /// Returns the number of this keeping, for [`take_kept`](Self::take_kept).
-    pub fn keep(&self, spare: Spare) -> u64 {
+    ///
+    /// # Errors
+    /// The process, if as many are kept as may be.
+    pub fn keep(&self, spare: Spare) -> Result<u64, Spare> {
         let mut queue = self.lock();
+        if queue.kept.len() >= MOST {
+            return Err(spare);
+        }
         let number = queue.next;
         queue.next += 1;
         queue.kept.push_back((number, spare));
-        number
+        Ok(number)
     }
 
     /// Returns whether [`take`](Self::take) has a process of this shape.

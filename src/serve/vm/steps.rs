@@ -3,6 +3,7 @@
 //! A step down is taken while no request uses the VM. A request that comes meanwhile waits for the step, and takes the
 //! VM back up. The last step, suspension, is given up if a request has come before its end.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,25 @@ const ANSWER_TIME: Duration = Duration::from_secs(60);
 async fn set_vcpus(vm: &Vm, state: WantedState) -> Result<(), ControlError> {
     let slow = |_| ControlError::Gone(format!("it did not answer within {} s", ANSWER_TIME.as_secs()));
     tokio::time::timeout(ANSWER_TIME, vm.set_state(state)).await.map_err(slow)?
+}
+
+/// The file to which a VM is spilled.
+#[derive(Clone, Copy, Debug)]
+pub struct SpillFile<'a> {
+    pub dir: &'a Path,
+    /// Its most MiB.
+    pub mib: NonZeroU64,
+}
+
+impl SpillFile<'_> {
+    fn request(&self) -> DemoteRequest {
+        DemoteRequest {
+            to: DemotedTo::Spilled,
+            spill_dir: Some(self.dir.to_path_buf()),
+            spill_mib: Some(self.mib),
+            ..DemoteRequest::default()
+        }
+    }
 }
 
 /// A VM that takes a step down. Requests wait until this is dropped.
@@ -49,6 +69,16 @@ impl Vm {
         usage.is_stepping = true;
         drop(usage);
         Some(Descent { vm: self, _turn: turn })
+    }
+
+    /// The space of its spill file, bytes: what it had after its last spill, or may have while it is spilled.
+    pub fn spill_bytes(&self) -> u64 {
+        self.lock().spill_bytes
+    }
+
+    /// Notes the space of its spill file.
+    pub fn note_spill(&self, bytes: u64) {
+        self.lock().spill_bytes = bytes;
     }
 
     /// Returns whether the VM takes a step down at present.
@@ -114,16 +144,17 @@ impl Descent<'_> {
         Ok(())
     }
 
-    /// Gives back local copies of pages that equal the snapshot; with a directory, also those that differ. Called after
-    /// [`park`](Self::park).
-    pub async fn demote(&self, spill_to: Option<&Path>) -> Result<GivenBack, ControlError> {
-        let (to, step) = match spill_to {
-            None => (DemotedTo::Trimmed, Step::Trimmed),
-            Some(_) => (DemotedTo::Spilled, Step::Spilled),
-        };
-        let request = DemoteRequest { to, spill_dir: spill_to.map(Path::to_path_buf), ..DemoteRequest::default() };
-        let demoted = self.send(&request).await?;
-        self.reach(step);
+    /// Gives back local copies of pages that equal the snapshot. Called after [`park`](Self::park).
+    pub async fn trim(&self) -> Result<GivenBack, ControlError> {
+        let demoted = self.send(&DemoteRequest::default()).await?;
+        self.reach(Step::Trimmed);
+        Ok(GivenBack::of(&demoted))
+    }
+
+    /// Also gives back pages that differ, which go to a file. Called after [`park`](Self::park).
+    pub async fn spill(&self, to: SpillFile<'_>) -> Result<GivenBack, ControlError> {
+        let demoted = self.send(&to.request()).await?;
+        self.reach(Step::Spilled);
         Ok(GivenBack::of(&demoted))
     }
 
@@ -133,9 +164,9 @@ impl Descent<'_> {
     }
 
     /// Gives back so much of the local memory that the VM had since its last request, what has left before included:
-    /// copies of pages that equal the snapshot, and others to a file in `spill_dir`. Called after [`park`](Self::park).
+    /// copies of pages that equal the snapshot, and others to a file. Called after [`park`](Self::park).
     /// `local_pages`: those that the VM has now; only the first call uses it.
-    pub async fn offload(&self, percent: u8, local_pages: u64, spill_dir: &Path) -> Result<GivenBack, ControlError> {
+    pub async fn offload(&self, percent: u8, local_pages: u64, to: SpillFile<'_>) -> Result<GivenBack, ControlError> {
         let offloading = self.vm.lock().offloading.unwrap_or(Offloading::of(local_pages));
         let Some(most_pages) = offloading.pages_due(percent) else {
             let mut usage = self.vm.lock();
@@ -143,10 +174,7 @@ impl Descent<'_> {
             usage.offloading = Some(offloading);
             return Ok(GivenBack::default());
         };
-        let spill_dir = Some(spill_dir.to_path_buf());
-        let most_pages = Some(most_pages);
-        let request = DemoteRequest { to: DemotedTo::Spilled, spill_dir, most_pages, ..DemoteRequest::default() };
-        let demoted = self.send(&request).await?;
+        let demoted = self.send(&DemoteRequest { most_pages: Some(most_pages), ..to.request() }).await?;
         let given = GivenBack::of(&demoted);
         let mut usage = self.vm.lock();
         usage.descended.step = Some(Step::Spilled);
@@ -156,8 +184,20 @@ impl Descent<'_> {
         Ok(given)
     }
 
+    /// Sends a request for a demotion, and notes the space of the spill file.
     async fn send(&self, request: &DemoteRequest) -> Result<Demoted, ControlError> {
-        self.vm.send("PUT", "/tvmm/demote", request).await
+        let demoted: Result<Demoted, ControlError> = self.vm.send("PUT", "/tvmm/demote", request).await;
+        match &demoted {
+            Ok(_) if request.to == DemotedTo::Trimmed => {}
+            Ok(demoted) => self.vm.note_spill(demoted.spill_file_len),
+            // A part of the pages may be in the file.
+            Err(_) => {
+                if let Ok(report) = self.vm.report().await {
+                    self.vm.note_spill(report["spill"]["file_len"].as_u64().unwrap_or(0));
+                }
+            }
+        }
+        demoted
     }
 
     /// Takes the VM, which was saved, from clients, so that its process can end; false if a request has come.

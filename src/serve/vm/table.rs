@@ -1,8 +1,10 @@
 //! All VMs: their limits, the choice of one that makes room, and the records of ended ones.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Debug;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -13,7 +15,7 @@ use super::process::STOP_GRACE;
 use super::shape::{Need, Shape};
 use super::shells::{Past, Shell};
 use super::spares::{Place, Spare, Spares};
-use super::{Vm, VmRecord, VmState};
+use super::{RequestGuard, Vm, VmRecord, VmState};
 use crate::config::request::VacateRequest;
 use crate::serve::fault::Fault;
 use crate::serve::options::Reuse;
@@ -41,6 +43,7 @@ pub struct Table {
     waiting: AtomicUsize,
     standby: Arc<StandbyCounts>,
     pub suspended: Suspended,
+    suspends: OnceLock<Box<dyn Suspends>>,
     /// Notified of changes that a restart should find.
     pub changed: Notify,
 }
@@ -50,6 +53,15 @@ pub struct Table {
 pub struct Counts {
     pub standby: Arc<StandbyCounts>,
     pub repurposes: Arc<RepurposeCounts>,
+}
+
+/// Suspends idle VMs, so that they make room for others and keep their state.
+pub trait Suspends: Debug + Send + Sync {
+    /// Returns whether the VM's policy keeps its state.
+    fn keeps(&self, vm: &Vm) -> bool;
+
+    /// Suspends an idle VM, after the step that it may be taking. False: a request uses it, or it cannot be suspended.
+    fn suspend(&self, vm: Arc<Vm>) -> Pin<Box<dyn Future<Output = bool> + Send>>;
 }
 
 /// A request that waits for room, until it has it or is given up.
@@ -79,6 +91,7 @@ impl Table {
             live: Mutex::default(),
             over: Mutex::new(over),
             suspended,
+            suspends: OnceLock::new(),
             room,
             spares: Spares::default(),
             reuse,
@@ -87,6 +100,11 @@ impl Table {
             standby: counts.standby,
             changed: Notify::new(),
         }
+    }
+
+    /// Called once, before there are VMs.
+    pub fn set_suspends(&self, suspends: impl Suspends + 'static) {
+        drop(self.suspends.set(Box::new(suspends)));
     }
 
     fn live(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Vm>>> {
@@ -99,7 +117,8 @@ impl Table {
 
     /// Returns the place for one more VM. A kept process is used first. If the limits do not permit another one, kept
     /// processes make room, then the VM left by an invocation that has been idle longest, or else the one that has
-    /// stood by longest. If the process of the one that makes room may serve the VM, it comes with the place.
+    /// stood by longest. A VM whose policy keeps its state is suspended, if it can be; others end. If the process of
+    /// the one that makes room may serve the VM, it comes with the place.
     pub async fn reserve(&self, need: &Need<'_>) -> Result<Place, Fault> {
         let limit = self.room.max.memory_mib;
         let memory_mib = need.memory_mib;
@@ -125,7 +144,14 @@ impl Table {
             } else if let Some(vm) = self.finishing().filter(|_| self.is_enough_finishing()) {
                 vm.life.end().await;
             } else if let Some(vm) = self.longest_idle() {
-                if let Some(place) = self.make_room(vm, need).await {
+                let is_suspended = match self.suspends.get() {
+                    Some(suspends) if suspends.keeps(&vm) => suspends.suspend(vm.clone()).await,
+                    _ => false,
+                };
+                if !is_suspended
+                    && self.let_finish(&vm)
+                    && let Some(place) = self.make_room(vm, need).await
+                {
                     return Ok(place);
                 }
             } else if let Some(vm) = self.finishing() {
@@ -235,6 +261,7 @@ impl Table {
         }
     }
 
+    /// Takes the process of a finished VM away from it. Returns whether it could: then nothing is left to end.
     async fn keep_process(self: &Arc<Self>, vm: &Vm) -> bool {
         let Some(shape) = vm.shape.filter(|_| self.reuse == Reuse::Allowed) else { return false };
         if self.spares.is_full() || vm.life.ended().is_some() {
@@ -247,7 +274,13 @@ impl Table {
             return false;
         }
         let Some((shell, permit)) = vm.life.give(STOP_GRACE).await else { return false };
-        let number = self.spares.keep(Spare { shell: Shell { past: Past::Vm, ..shell }, permit, shape });
+        let number = match self.spares.keep(Spare { shell: Shell { past: Past::Vm, ..shell }, permit, shape }) {
+            Ok(number) => number,
+            Err(spare) => {
+                spare.end().await;
+                return true;
+            }
+        };
         let table = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(KEPT_FOR).await;
@@ -259,25 +292,28 @@ impl Table {
         true
     }
 
-    /// Lets the VM that was idle longest finish, so that no request finds it.
+    /// The VM that was idle longest, one that takes no step before others; else the one that has stood by longest.
     fn longest_idle(&self) -> Option<Arc<Vm>> {
         let live = self.live();
         let idle = live.values().filter(|vm| vm.from_invocation);
-        let idle = idle.filter_map(|vm| Some((vm.idle_for()?, &vm.id))).max();
+        let idle = idle.filter_map(|vm| Some((!vm.is_stepping(), vm.idle_for()?, &vm.id))).max();
         let waiting = || live.values().filter_map(|vm| Some((vm.standing_by_for()?, &vm.id))).max();
-        let vm = live.get(idle.or_else(waiting)?.1)?;
-        let stood_by = vm.stands_by();
-        if !vm.finish() {
-            return None;
-        }
-        if stood_by {
-            self.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
-        }
-        Some(vm.clone())
+        let id = idle.map(|(.., id)| id).or_else(|| waiting().map(|(_, id)| id))?;
+        live.get(id).cloned()
     }
 
-    /// Adds a VM, and removes it when it has ended.
-    pub fn add(self: &Arc<Self>, vm: Vm) -> Arc<Vm> {
+    /// Lets a VM finish that is idle or stands by, so that no request finds it; false if a request has found it.
+    fn let_finish(&self, vm: &Vm) -> bool {
+        let stood_by = vm.stands_by();
+        let is_finished = vm.finish();
+        if is_finished && stood_by {
+            self.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
+        }
+        is_finished
+    }
+
+    /// Adds a new VM, and removes it when it has ended. Returns it in use by the request for which it was made.
+    pub fn add(self: &Arc<Self>, vm: Vm) -> RequestGuard {
         let vm = Arc::new(vm);
         self.live().insert(vm.id.clone(), vm.clone());
         self.changed.notify_one();
@@ -287,7 +323,7 @@ impl Table {
             watched.life.end().await;
             table.is_over(&watched);
         });
-        vm
+        RequestGuard(vm)
     }
 
     fn is_over(&self, vm: &Vm) {
@@ -341,6 +377,25 @@ impl Table {
         counts
     }
 
+    /// Space of all spill files, bytes.
+    pub fn spill_bytes(&self) -> u64 {
+        self.live().values().map(|vm| vm.spill_bytes()).sum()
+    }
+
+    /// Reserves space for a spill file that may grow by `more` bytes, of the `most` that all may have. Returns the most
+    /// bytes that it may have; `None` if there is no MiB left by which it could grow.
+    pub fn reserve_spill(&self, vm: &Vm, more: u64, most: u64) -> Option<u64> {
+        let live = self.live();
+        let others: u64 = live.values().filter(|other| other.id != vm.id).map(|other| other.spill_bytes()).sum();
+        let has = vm.spill_bytes();
+        let may_have = (has + more).min(most.saturating_sub(others));
+        if may_have < has + (1 << 20) {
+            return None;
+        }
+        vm.note_spill(may_have);
+        Some(may_have)
+    }
+
     /// A living VM.
     pub fn get(&self, id: &str) -> Option<Arc<Vm>> {
         self.live().get(id).cloned()
@@ -362,6 +417,10 @@ impl Table {
     /// All records: living VMs, suspended ones, then ended ones, the last first.
     pub fn records(&self) -> Vec<VmRecord> {
         let mut records: Vec<VmRecord> = self.all().iter().map(|vm| vm.record()).collect();
+        let waking = self.suspended.woken_records();
+        let is_listed = |woken: &VmRecord| records.iter().any(|record| record.vm_id == woken.vm_id);
+        let waking: Vec<VmRecord> = waking.into_iter().filter(|woken| !is_listed(woken)).collect();
+        records.extend(waking);
         records.extend(self.suspended.all().into_iter().map(|vm| vm.life.record));
         records.extend(self.over().iter().rev().cloned());
         records

@@ -73,7 +73,7 @@ impl Controller {
         self.stop_logging();
         let captured = captured.map_err(|error| Refused::bad_request_because(&error));
         let begun = captured.and_then(|captured| match purpose {
-            Purpose::Snapshot { verify } => self.spawn_seal(captured, verify).map(|()| &mut self.seal_reply),
+            Purpose::Snapshot { verify } => self.spawn_seal(captured, verify, None).map(|()| &mut self.seal_reply),
             Purpose::Fork(fork) => {
                 let live = captured.live.map(taken);
                 fork.hand_over(captured, stood_still, live);

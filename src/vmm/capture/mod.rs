@@ -351,11 +351,18 @@ impl Core {
     /// Moves the pages that devices have written, and those that the guest has given back, to the lineage: KVM does not
     /// see either, and reading the records clears them. Returns the pages of both kinds since the last call.
     fn note_changes(&mut self) -> Noted {
-        let written = self.ram.take_written();
+        let written = self.note_device_writes();
         let released = self.ram.released().take_fresh();
-        self.lineage.add_changed(&written);
         self.lineage.add_changed(&released);
         Noted { written, released }
+    }
+
+    /// Moves the pages that devices have written to the lineage and the access record. Returns them.
+    pub(super) fn note_device_writes(&mut self) -> PageSet {
+        let written = self.ram.take_written();
+        self.lineage.add_changed(&written);
+        self.access.iter_mut().for_each(|access| access.note_written(&written));
+        written
     }
 
     /// The pages of a diff. `released`: the pages given back since the last snapshot.
@@ -391,7 +398,9 @@ impl Core {
         Ok(log)
     }
 
-    pub(super) fn clear_dirty_log(&self, log: &DirtyLog) -> Result<(), Error> {
+    /// Clears the log of the pages that were read from it, and notes them in the access record.
+    pub(super) fn clear_dirty_log(&mut self, log: &DirtyLog) -> Result<(), Error> {
+        self.access.iter_mut().for_each(|access| access.note_logged(&log.pages));
         for (slot, (bitmap, range)) in log.bitmaps.iter().zip(self.ram.layout().ranges()).enumerate() {
             dirty_log::clear(&self.vm, slot as u32, range.len / PAGE_SIZE, bitmap)
                 .map_err(Error::os("clear the dirty log"))?;

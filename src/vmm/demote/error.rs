@@ -9,7 +9,7 @@ use crate::vmm::own_memory::NotItsOwn;
 pub enum NotDemotable {
     #[error(transparent)]
     NotItsOwn(#[from] NotItsOwn),
-    #[error("Cannot demote the VM: it is being demoted already")]
+    #[error("Cannot begin: the VM is being demoted, or a barrier is being set. Try again when that is done")]
     UnderWay,
     #[error("Cannot spill the VM: pages are still being copied in the background. Try again when that is done")]
     Copying,

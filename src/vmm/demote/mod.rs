@@ -1,20 +1,21 @@
 //! Demotion: a restored machine that waits gives local memory back to the host, in steps that are short enough for a
 //! running guest. Pages that it gave back come again when they are touched.
 
+pub mod barrier;
 mod error;
 
 pub use error::NotDemotable;
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::config::request::SpillTo;
 use crate::memory::ChangeError;
 use crate::memory::against_plan::parts;
 use crate::memory::background::BackgroundWork;
 use crate::memory::spill::{self, Spill};
 use crate::memory::stall::Activity;
 use crate::memory::trim::{MapsLeft, Trim};
-use crate::snapshot::{PageSet, RestorePlan};
+use crate::snapshot::{Bucket, PageSet, RestorePlan};
 use crate::vmm::error::Error;
 use crate::vmm::machine::{Machine, Paused};
 use crate::vmm::own_memory::MemoryChange;
@@ -23,6 +24,21 @@ use crate::vmm::own_memory::MemoryChange;
 const PIECE_PAGES: u64 = 32;
 /// Time after which a step ends: a guest that runs stands still for it.
 const STEP_TIME: Duration = Duration::from_micros(700);
+
+/// The parameters of a demotion.
+pub struct DemotionOrder<'a> {
+    /// The file to which pages that differ from the snapshot go; `None`: they stay.
+    pub spill_to: Option<SpillTo<'a>>,
+    /// The buckets whose pages leave unless they were touched since the last barrier; `None`: all pages leave, touched
+    /// or not.
+    pub cold: Option<&'a [Bucket]>,
+    /// The demotion ends when so many pages have left local memory; `None`: when there are no more.
+    pub most_pages: Option<u64>,
+    /// The plan of the restore, if there was one.
+    pub plan: Option<&'a RestorePlan>,
+    /// The stall watch's slot for the way back of spilled pages.
+    pub activity: Activity,
+}
 
 /// A demotion that is under way.
 pub struct Demotion {
@@ -36,21 +52,21 @@ pub struct Demotion {
     buffer: Vec<u8>,
 }
 
-impl Demotion {
-    /// Takes the next pages to look at.
-    fn next_piece(&mut self) -> PageSet {
-        let mut pages = PageSet::new();
-        let mut left = PIECE_PAGES;
-        while left > 0 {
-            let Some(run) = self.pending.runs().next() else { break };
-            let part = run.chunks(left).next().unwrap_or(run);
-            pages.insert_run(part);
-            self.pending.remove_run(part);
-            left -= part.pages;
-        }
-        pages
+/// Takes the first pages of `pending`, `most` at most.
+fn take_first(pending: &mut PageSet, most: u64) -> PageSet {
+    let mut pages = PageSet::new();
+    let mut left = most;
+    while left > 0 {
+        let Some(run) = pending.runs().next() else { break };
+        let part = run.chunks(left).next().unwrap_or(run);
+        pages.insert_run(part);
+        pending.remove_run(part);
+        left -= part.pages;
     }
+    pages
+}
 
+impl Demotion {
     /// The number of pages that were not looked at.
     pub fn pages_left(&self) -> u64 {
         self.pending.len()
@@ -69,6 +85,8 @@ pub struct DemotedPages {
     pub spilled: u64,
     pub written: u64,
     pub kept: u64,
+    /// Not looked at: they were touched, are in other buckets, or are copies of a pool's pages.
+    pub skipped: u64,
 }
 
 impl DemotedPages {
@@ -79,37 +97,41 @@ impl DemotedPages {
 }
 
 impl<S> Machine<S> {
-    /// Finds the pages that the machine has local copies of. Nothing changes yet. `spill_to`: the directory to which
-    /// pages that differ from the snapshot go. `most_pages`: the demotion ends when so many have left local memory.
-    /// `activity`: the stall watch's slot for their way back.
+    /// Finds the pages that the machine has local copies of. Nothing changes yet.
     ///
     /// # Errors
     /// [`NotDemotable`]; the kernel has no PAGEMAP_SCAN (before Linux 6.7); there can be no spill file.
-    pub fn begin_demotion(
-        &mut self,
-        spill_to: Option<&Path>,
-        most_pages: Option<u64>,
-        activity: Activity,
-    ) -> Result<Demotion, Error> {
+    pub fn begin_demotion(&mut self, order: DemotionOrder<'_>) -> Result<Demotion, Error> {
+        let DemotionOrder { spill_to, cold, most_pages, plan, activity } = order;
         let core = &mut self.core;
         core.own_memory(MemoryChange::Demote).map_err(NotDemotable::from)?;
         if spill_to.is_some() && core.services.background.as_ref().is_some_and(BackgroundWork::is_copying) {
             return Err(NotDemotable::Copying.into());
         }
-        let pending = core.ram.local_pages()?;
-        match (spill_to, &core.services.spill) {
-            (Some(asked), Some(spill)) if spill.dir() != asked => {
-                let used = spill.dir();
-                return Err(NotDemotable::OtherDirectory { asked: asked.to_path_buf(), used }.into());
+        core.ram.note_used()?;
+        let mut pending = core.ram.local_pages()?;
+        let mut counts = DemotedPages::default();
+        if let Some(buckets) = cold {
+            let untouched = core.look(plan)?.untouched(&pending, buckets);
+            counts.skipped = pending.len() - untouched.len();
+            pending = untouched;
+        }
+        if let Some(SpillTo { dir, bytes_max }) = spill_to {
+            let spill = match &core.services.spill {
+                Some(spill) => spill,
+                None => {
+                    let spill = Spill::open(dir, &core.ram, activity, core.ending.clone())?;
+                    core.services.spill.insert(spill)
+                }
+            };
+            let used = spill.dir();
+            if used != dir {
+                return Err(NotDemotable::OtherDirectory { asked: dir.to_path_buf(), used }.into());
             }
-            (Some(dir), None) => {
-                core.services.spill = Some(Spill::open(dir, &core.ram, activity, core.ending.clone())?);
-            }
-            _ => {}
+            spill.limit(bytes_max);
         }
         let maps_left = MapsLeft::count();
         let spills = spill_to.is_some();
-        let counts = DemotedPages::default();
         Ok(Demotion { pending, maps_left, spills, most_pages, counts, buffer: Vec::new() })
     }
 
@@ -121,9 +143,11 @@ impl<S> Machine<S> {
         self.core.services.spill.iter().try_for_each(Spill::write)
     }
 
-    /// Called after the last step.
-    pub fn settle_spilled(&self) {
-        self.core.services.spill.iter().for_each(Spill::settle);
+    /// Called after the last step. Returns the length of the spill file, bytes.
+    pub fn settle_spilled(&self) -> u64 {
+        let Some(spill) = &self.core.services.spill else { return 0 };
+        spill.settle();
+        spill.counts().store.file_len
     }
 }
 
@@ -136,7 +160,7 @@ impl Machine<Paused> {
     pub fn step_demotion(&mut self, demotion: &mut Demotion, plan: &RestorePlan) -> Result<bool, ChangeError> {
         let start = Instant::now();
         while !demotion.is_over() && start.elapsed() < STEP_TIME {
-            let pages = demotion.next_piece();
+            let pages = take_first(&mut demotion.pending, PIECE_PAGES);
             self.demote_piece(demotion, plan, &pages)?;
         }
         Ok(!demotion.is_over())
@@ -155,9 +179,12 @@ impl Machine<Paused> {
         let mut trimmed = Trim { ram: &mut core.ram, files: &origin.files, plan, maps_left, buffer }.trim(pages)?;
         counts.dropped += trimmed.dropped;
         counts.mapped += trimmed.mapped;
+        let stayed = trimmed.written.union(&trimmed.kept);
+        let given = pages.difference(core.ram.released().read().ever()).difference(&stayed);
+        let mut spilled = PageSet::new();
         if let Some(spill) = core.services.spill.as_ref().filter(|_| demotion.spills) {
             let mut going = PageSet::new();
-            for (planned, part) in parts(plan, &trimmed.written.union(&trimmed.kept)) {
+            for (planned, part) in parts(plan, &stayed) {
                 if spill::can_spill(planned, &core.ram) && demotion.maps_left.take() {
                     going.insert_run(part);
                 }
@@ -166,6 +193,10 @@ impl Machine<Paused> {
             trimmed.written.subtract(&going);
             trimmed.kept.subtract(&going);
             counts.spilled += going.len();
+            spilled = going;
+        }
+        if let Some(access) = &mut core.access {
+            access.note_demoted(&given, &spilled, &trimmed.written);
         }
         counts.written += trimmed.written.len();
         counts.kept += trimmed.kept.len();

@@ -1,11 +1,12 @@
 //! Makes devices from a config or from saved state: one path for each, so that a device has one constructor.
 
-use crate::config::overrides::Overrides;
+use crate::config::overrides::{DeviceNames, Overrides};
 use crate::devices::virtio::NetOverride;
+use crate::devices::virtio::block::BlockState;
 use crate::vmm::restore::StateError;
 
 use super::limits::config_of;
-use super::{SavedDevice, balloon, drives, limits, pmem};
+use super::{SavedDevice, VirtioDevices, balloon, drives, limits, pmem};
 use crate::config::{DeviceConfigs, EntropyConfig, NetworkConfig, VsockConfig, format_mac, parse_mac};
 use crate::devices::virtio::{
     Balloon, Entropy, EntropyState, Net, NetParams, NetState, RateLimits, VirtioDevice, Vsock, VsockParams, VsockState,
@@ -67,11 +68,7 @@ pub fn from_saved(
             }
             id::NET => {
                 let state: NetState = saved.decode()?;
-                let given = |id: &str| {
-                    let network = overrides.network(id)?;
-                    Some(NetOverride { tap: network.host_dev_name.clone(), mac: network.guest_mac })
-                };
-                let net = Net::restore(state, |id| given(id).unwrap_or_default())?;
+                let net = Net::restore(state, |id| net_override(overrides, id))?;
                 configs.network_interfaces.push(net_config(net.params()));
                 devices.push(Box::new(net));
             }
@@ -107,6 +104,47 @@ pub fn from_saved(
     }
     overrides.check(&configs).map_err(StateError::from)?;
     Ok((devices, configs))
+}
+
+/// Checks that [`from_saved`] can find the files, taps and sockets of the devices, and changes nothing. `former`: the
+/// devices that end before.
+///
+/// # Errors
+/// Those of [`from_saved`]. It may still fail, because the host can change.
+pub fn check_saved(saved: &[SavedDevice], overrides: &Overrides, former: &VirtioDevices) -> Result<(), Error> {
+    let held = former.images();
+    let mut names = DeviceNames::default();
+    for saved in saved {
+        match saved.device_type {
+            id::BLOCK => {
+                let state: BlockState = saved.decode()?;
+                drives::check(&state, overrides, &held)?;
+                names.drives.push(state.params.id);
+            }
+            id::NET => {
+                let state: NetState = saved.decode()?;
+                Net::check(&state, &net_override(overrides, state.id()))?;
+                names.networks.push(state.id().to_owned());
+            }
+            id::VSOCK => {
+                let params = VsockParams::restored(saved.decode()?)?;
+                let path = overrides.vsock.as_ref().unwrap_or(&params.uds_path);
+                if former.configs().vsock.as_ref().is_none_or(|vsock| vsock.uds_path != *path) {
+                    Vsock::check_path(path)?;
+                }
+                names.has_vsock = true;
+            }
+            _ => {}
+        }
+    }
+    Ok(overrides.check_names(&names).map_err(StateError::from)?)
+}
+
+/// The settings that a restored interface has instead of its old ones.
+fn net_override(overrides: &Overrides, id: &str) -> NetOverride {
+    let network = overrides.network(id);
+    let given = network.map(|network| NetOverride { tap: network.host_dev_name.clone(), mac: network.guest_mac });
+    given.unwrap_or_default()
 }
 
 fn net_params(config: &NetworkConfig) -> NetParams {

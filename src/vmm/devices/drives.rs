@@ -29,8 +29,19 @@ pub fn open(configs: &DeviceConfigs) -> Result<Vec<Block>, devices::Error> {
 
 /// Makes a drive from its saved state.
 pub fn restore(state: BlockState, overrides: &Overrides) -> Result<Block, devices::Error> {
+    let image = image_of(&state, overrides);
+    Block::restore(state, image)
+}
+
+/// Checks that [`restore`] can open the image, and changes nothing. `held`: see [`Block::check`].
+pub fn check(state: &BlockState, overrides: &Overrides, held: &[Arc<File>]) -> Result<(), devices::Error> {
+    Block::check(state, image_of(state, overrides), held)
+}
+
+/// The image of a restored drive.
+fn image_of<'a>(state: &BlockState, overrides: &'a Overrides) -> Image<'a> {
     let given = overrides.drives.iter().find(|(id, _)| *id == state.params.id);
-    Block::restore(state, given.map_or(Image::Own, |(_, path)| Image::Instead(path)))
+    given.map_or(Image::Own, |(_, path)| Image::Instead(path))
 }
 
 /// The kernel command line's arguments for the root device (as in Firecracker); empty if there is none.
@@ -94,6 +105,13 @@ pub fn patch(block: &mut Block, patch: &DrivePatch) -> (Result<DriveConfig, devi
 }
 
 impl VirtioDevices {
+    /// The open images of all drives.
+    pub fn images(&self) -> Vec<Arc<File>> {
+        let image =
+            |config: &DriveConfig| self.with(&config.drive_id, |block: &mut Block| (block.image().clone(), false));
+        self.configs.drives.iter().filter_map(image).collect()
+    }
+
     /// The drives that the guest can write.
     pub fn writable_drives(&self) -> Vec<WritableDrive> {
         let drive = |config: &DriveConfig| {

@@ -11,7 +11,7 @@ mod thread;
 mod virtio_devices;
 
 pub use balloon::none as no_balloon;
-pub use build::{from_configs, from_saved};
+pub use build::{check_saved, from_configs, from_saved};
 pub use drives::{WritableDrive, root_args};
 pub use pmem::{images as pmem_images, pmem_root_args};
 pub use saved::SavedDevice;

@@ -83,6 +83,7 @@ impl Machine<Paused> {
         let verifier = Verifier::start(&files, spec.plan, spec.verify, true)?;
         let (placed, overrides) = PlacedDrives::make(tip, spec.overrides)?;
         saved.fw_cfg.metadata.extend(spec.overrides.metadata.clone());
+        devices::check_saved(&saved.virtio, &overrides, &self.core.devices.virtio)?;
         if let Some(verifier) = &verifier {
             verifier.wait(&files)?;
         }
@@ -226,6 +227,7 @@ impl Core {
         // Devices before the services that they may be waiting for.
         self.devices.virtio.retire(deadline)?;
         self.services.finish(deadline)?;
+        self.forget_access()?;
         self.services = MemoryServices::default();
         self.lineage = Lineage::default();
         self.ram.forget();

@@ -108,6 +108,7 @@ impl Machine<Paused> {
         self.core.services.spill = None;
         let pages = self.core.rewinding(origin, plan, written, keep_pages).take_back()?;
         self.core.ram.forget_spilled();
+        self.core.forget_access()?;
         let memory = start.elapsed();
         let vcpus: Vec<_> = self.state.threads.iter().map(|thread| thread.vcpu()).collect();
         let fds: Vec<&VcpuFd> = vcpus.iter().map(|vcpu| &vcpu.fd).collect();

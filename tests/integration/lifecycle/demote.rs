@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use super::rewind::restores;
 use crate::support::artefact::content;
 use crate::support::pool::filled;
-use crate::support::{Vm, config, rounds, run, run_err, scratch, text};
+use crate::support::service::wait_until;
+use crate::support::{Vm, config, http, rounds, run, run_err, scratch, text};
 
 fn demote(vm: &Vm) -> Value {
     vm.api_ok("PUT", "/tvmm/demote", Some(json!({})))
@@ -178,6 +179,29 @@ fn demotions_that_cannot_be_are_refused_with_the_reason() {
     assert!(fault.contains("not supported before starting the microVM"), "{fault}");
     let fault = vm.api_fault("PUT", "/tvmm/demote", Some(json!({ "too": 1 })));
     assert!(fault.contains("too"), "{fault}");
+}
+
+#[test]
+fn a_rewind_ends_a_demotion_that_is_under_way() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    let digest = filled(&snapshot, 7000, 1);
+    let mut vm = Vm::restore(&snapshot, "eager");
+    vm.call("touch pages=7000 write=50 seed=3");
+    let before = anonymous_kib(&vm);
+    let body = json!({ "to": "spilled", "spill_dir": dir.path(), "rate_mib_s": 1 }).to_string();
+    let socket = vm.socket().to_owned();
+    std::thread::scope(|scope| {
+        let demoting = scope.spawn(|| http(&socket, "PUT", "/tvmm/demote", &body));
+        wait_until("memory is given back", || anonymous_kib(&vm) + 64 < before);
+        vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": true })));
+        let (status, answer) = demoting.join().unwrap();
+        let fault = answer["fault_message"].as_str().unwrap_or_default();
+        assert!(status == 400 && fault.contains("given up: the machine was rewound"), "{status} {answer}");
+    });
+    assert_eq!(vm.call("check").digest, digest);
+    let highest = json!({ "rate_mib_s": u64::MAX });
+    assert!(count(&vm.api_ok("PUT", "/tvmm/demote", Some(highest)), "steps") > 0);
 }
 
 #[test]

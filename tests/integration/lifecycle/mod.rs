@@ -1,5 +1,6 @@
 //! The life of a VM after its restore.
 
+mod access;
 mod demote;
 mod faults;
 mod fork;

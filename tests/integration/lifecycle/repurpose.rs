@@ -369,6 +369,9 @@ fn the_command_repurposes_with_paths_of_its_own_directory() {
     assert!(output.status.success(), "{stderr}");
     assert!(stderr.contains("repurposed in ") && stderr.contains("the VM equals its snapshot"), "{stderr}");
     assert_eq!(vm.call("check").digest, digest);
+    let output = run(&["repurpose", "--api-sock", text(vm.socket()), "--snapshot", text(&one), "--json"]);
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(printed["snapshot"], vm.api_ok("GET", "/tvmm/report", None)["restore"]["snapshot"]);
     let output = run(&["repurpose", "--api-sock", "s", "--snapshot", "x", "--plan", "p", "--dram", "1"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("--plan cannot be used with --dram"));
@@ -494,14 +497,50 @@ fn drives_and_balloons_are_those_of_the_next_snapshot() {
         vm.call("balloon op=report filled=1");
         assert_ne!(vm.call("check").digest, *digest, "{policy}: the pages are zero");
     }
-    // A device that cannot be made ends the VM: its former guest is gone by then.
-    let mut gone =
-        body(&snapshots[0].0, json!({ "drive_overrides": [{ "drive_id": "one", "path_on_host": "/no/where" }] }));
-    gone["resume_vm"] = json!(true);
-    let (status, fault) = vm.api("PUT", "/tvmm/repurpose", Some(gone));
-    assert!(status == 500 && fault.to_string().contains("/no/where"), "{status} {fault}");
-    let (exit, stderr) = vm.wait();
-    assert!(!exit.success() && stderr.contains("cannot repurpose"), "{stderr}");
+}
+
+#[test]
+fn an_image_that_cannot_be_the_drive_is_refused_while_the_former_guest_runs() {
+    let dir = scratch();
+    let image = dir.path().join("image");
+    std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let mut config = config(1, 64);
+    config["drives"] = json!([{ "drive_id": "one", "path_on_host": image, "is_root_device": false,
+        "is_read_only": false }]);
+    let mut booted = Vm::boot(&config);
+    booted.call("fill pages=100 seed=1");
+    let digest = booted.call("check").digest;
+    let snapshot = dir.path().join("snapshot");
+    booted.snapshot(&snapshot, &[]);
+    drop(booted);
+    let mut vm = Vm::restore_with(&snapshot, "firecracker", &[]);
+    vm.wait_for_socket();
+    let short = dir.path().join("short");
+    std::fs::write(&short, vec![0; 512]).unwrap();
+    let taken = dir.path().join("taken");
+    std::fs::write(&taken, vec![0; 1 << 20]).unwrap();
+    let lock = std::fs::File::open(&taken).unwrap();
+    lock.lock().unwrap();
+    let given = |id: &str, image: &Path| json!({ "drive_id": id, "path_on_host": image });
+    let overrides = |drives: Value| body(&snapshot, json!({ "drive_overrides": drives }));
+    for (drives, why) in [
+        (json!([given("one", Path::new("/no/where"))]), "Cannot open /no/where for drive `one`"),
+        (json!([given("one", &short)]), "the guest knows a disk of 1048576 bytes, this one has 512"),
+        (json!([given("one", &taken)]), "another process has locked it"),
+        (json!([given("one", &image), given("none", &image)]), "no drive `none` to override"),
+    ] {
+        let fault = refused(&vm, overrides(drives));
+        assert!(fault.contains(why), "{fault}");
+        assert_eq!(vm.state(), "Running");
+        assert_eq!(vm.call("check").digest, digest);
+    }
+    drop(lock);
+    // The second time, the image is locked by the VM itself.
+    for _ in 0..2 {
+        vm.call("fill pages=10 seed=5");
+        vm.api_ok("PUT", "/tvmm/repurpose", Some(overrides(json!([given("one", &taken)]))));
+        assert_eq!(vm.call("check").digest, digest);
+    }
 }
 
 fn count(of: &str, vm: &Vm) -> usize {

@@ -287,6 +287,9 @@ fn the_command_prints_times_and_counts() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{stderr}");
     assert!(stderr.starts_with("rewound in ") && stderr.contains("the VM equals its snapshot"), "{stderr}");
+    let output = run(&["rewind", "--api-sock", text(vm.socket()), "--compare", "--json"]);
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(printed["total_us"].as_u64().unwrap() > 0, "{printed}");
 }
 
 #[test]

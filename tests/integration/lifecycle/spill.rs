@@ -187,7 +187,9 @@ fn spills_that_cannot_be_are_refused_with_the_reason() {
     let digest = vm.call("check").digest;
     let refused = |body: Value| vm.api_fault("PUT", "/tvmm/demote", Some(body));
     assert!(refused(json!({ "to": "spilled" })).contains("spill_dir"));
-    assert!(refused(json!({ "spill_dir": dir.path() })).contains("leave it out"));
+    for useless in [json!({ "spill_dir": dir.path() }), json!({ "spill_mib": 1 })] {
+        assert!(refused(useless).contains("leave it out"));
+    }
     assert!(refused(json!({ "to": "spilled", "spill_dir": dir.path(), "rate_mib_s": 0 })).contains("zero"));
     let missing = dir.path().join("none");
     let fault = refused(json!({ "to": "spilled", "spill_dir": missing }));
@@ -204,5 +206,8 @@ fn spills_that_cannot_be_are_refused_with_the_reason() {
     let output = run(&[&args[..], &["--rate", "100"]].concat());
     let printed = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && printed.contains(" spilled; kept: "), "{printed}");
+    let output = run(&[&args[..], &["--spill-size", "64", "--json"]].concat());
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(count(&printed, "spill_file_len") > 0, "{printed}");
     assert_eq!(vm.call("check").digest, digest);
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::answering_on_vsock;
 use crate::devices::vsock::{ask, connect};
 use crate::support::pool::filled;
-use crate::support::{Vm, run, scratch};
+use crate::support::{Vm, run, scratch, text};
 
 /// A time in which a guest that runs would have used its vCPU.
 const A_WHILE: Duration = Duration::from_millis(200);
@@ -110,6 +110,18 @@ fn a_connection_or_the_api_starts_it_too_and_it_may_be_rewound_before() {
     vm.resume();
     assert!(ask(&connect(&path, 52), "run a hello").starts_with("ok a "));
     assert_eq!(woken(&vm)["by"], "api");
+}
+
+#[test]
+fn a_vm_that_no_request_can_reach_does_not_stand_by() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    filled(&snapshot, 100, 1);
+    // Standard input is empty here.
+    let output = run(&["restore", "--snapshot", text(&snapshot), "--standby"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("Cannot stand by: no request can come") && stderr.contains("--api-sock"), "{stderr}");
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::support::{Vm, config, run_err, run_ok, scratch, text};
@@ -277,4 +277,50 @@ fn pages_of_all_layers_of_a_chain_are_recorded() {
             }
         }
     }
+}
+
+#[test]
+fn a_snapshot_comes_with_a_profile_of_the_pages_that_were_used() {
+    let dir = scratch();
+    let base = dir.path().join("base");
+    crate::support::pool::filled(&base, 2000, 1);
+    let mut vm = Vm::restore(&base, "firecracker");
+    vm.wait_for_socket();
+    vm.call("touch pages=200 write=30 seed=3");
+    let first = dir.path().join("first");
+    vm.snapshot(&first, &["--diff", "--verify", "--profile"]);
+    let digest = vm.call("check").digest;
+    let profile = first.join("plan/used.profile");
+    let shown = run_ok(&["profile", "show", text(&profile)]);
+    assert!(shown.contains("pagemap"), "{shown}");
+    let by_profile = ["--profile", text(&profile)];
+    let mut next = Vm::restore_with(&first, "tiered", &by_profile);
+    next.wait_for_socket();
+    let report = next.api_ok("GET", "/tvmm/report", None);
+    let preloaded = report["restore"]["engine"]["planned"]["preload"].as_u64().unwrap();
+    assert!(preloaded >= 60, "{report}");
+    next.call("touch pages=20 write=100 seed=4");
+    // The pages that were brought ahead stay in the profile of the next one.
+    let second = dir.path().join("second");
+    next.snapshot(&second, &["--diff", "--verify", "--profile"]);
+    let changed = next.call("check").digest;
+    assert_ne!(changed, digest);
+    let profile = second.join("plan/used.profile");
+    let mut last = Vm::restore_with(&second, "tiered", &["--profile", text(&profile)]);
+    last.wait_for_socket();
+    let report = last.api_ok("GET", "/tvmm/report", None);
+    assert!(report["restore"]["engine"]["planned"]["preload"].as_u64().unwrap() >= preloaded, "{report}");
+    assert_eq!(last.call("check").digest, changed);
+    // Nothing tells which pages of those that `eager` has copied were used.
+    let eager = Vm::restore(&base, "eager");
+    eager.wait_for_socket();
+    let out = dir.path().join("eager");
+    eager.snapshot(&out, &["--profile"]);
+    assert!(!out.join("plan/used.profile").exists());
+    let booted = Vm::boot(&config(1, 64));
+    booted.wait_for_socket();
+    booted.pause();
+    let body = json!({ "snapshot_path": dir.path().join("none"), "tvmm": { "profile": true } });
+    assert!(booted.api_fault("PUT", "/snapshot/create", Some(body)).contains("that was restored"));
+    assert!(!dir.path().join("none").exists());
 }

@@ -131,6 +131,11 @@ fn a_suspended_vm_goes_on_where_it_was_as_often_as_it_is_woken() {
     }
     wait_for_state(&service, &vm, "suspended");
     assert!(record(&service, &vm)["suspensions"].as_u64().unwrap() >= 15);
+    // Each wake but every eighth brought the pages ahead that the VM had used.
+    let woken = count(&service, "suspended", "woken");
+    let prefetched = count(&service, "suspended", "prefetched");
+    assert!(prefetched >= 10 && prefetched < woken, "{prefetched} of {woken}");
+    assert_eq!(metric(&service, "tvmm_idle_prefetches_total{function=\"touch\",step=\"suspended\"}"), prefetched);
     // An invocation without an id finds it too.
     let woken = touch(&service);
     assert_eq!((&woken["vmId"], &woken["origin"]), (&json!(vm), &json!("suspended")));
@@ -229,11 +234,43 @@ fn under_pressure_a_vm_goes_down_step_by_step_and_each_request_takes_it_back() {
         assert_eq!((count(&service, step, "failed"), count(&service, step, "refused")), (0, 0), "{step}");
     }
     // `eager` has copied all of the snapshot, of which the guest has written a part.
-    assert!(count(&service, "trimmed", "freed_bytes") >= 200 * 4096);
+    let freed = count(&service, "trimmed", "freed_bytes") + count(&service, "windows", "freed_bytes");
+    assert!(freed >= 200 * 4096, "{freed}");
     assert!(count(&service, "spilled", "freed_bytes") >= 200 * 4096);
     assert!(count(&service, "suspended", "woken") > 0);
     let steps = "tvmm_idle_steps_total{function=\"touch\",step=\"parked\",end=\"done\"}";
     assert!(metric(&service, steps) > 0);
+}
+
+#[test]
+fn a_serving_vm_gives_back_what_its_requests_do_not_touch() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    let hour = 3_600_000;
+    let eager = json!({ "func_name": "touch", "params": "pages=50 write=100", "policy": "eager" });
+    put_touch(&service, json!({ "policy": "keep", "keep_alive_ms": hour }));
+    service.invoke(eager.clone());
+    put_touch(&service, json!({ "policy": "ladder", "floor_ms": hour, "cap_ms": hour }));
+    let windows = |key: &str| count(&service, "windows", key);
+    assert_eq!((windows("done"), windows("refused")), (0, 0), "only a ladder has windows");
+    let vm = id_of(&service.invoke(eager));
+    wait_until("the first request's window has ended", || windows("done") == 1);
+    assert!(windows("freed_bytes") >= 200 * 4096, "{}", windows("freed_bytes"));
+    let digest = check(&service, &vm);
+    assert_eq!(check(&service, &vm), digest);
+    wait_until("the third request's window has ended", || windows("done") == 2);
+    assert!(windows("recalled_bytes") >= 200 * 4096, "{}", windows("recalled_bytes"));
+    // The seventh ends the third window; no more is to be had, and no further window ends.
+    (4..=40).for_each(|_| assert_eq!(check(&service, &vm), digest));
+    wait_until("the windows are over", || windows("done") == 3);
+    assert_eq!((windows("done"), windows("refused")), (3, 0));
+    assert_eq!(record(&service, &vm)["state"], "running");
+    assert_eq!(metric(&service, "tvmm_windows_total{function=\"touch\",end=\"done\"}"), 3);
+    assert!(metric(&service, "tvmm_window_bytes_total{function=\"touch\",way=\"freed\"}") >= 200 * 4096);
+    // A rewound VM begins anew.
+    service.ok("POST", &format!("/vms/{vm}/rewind"), Some(json!({})));
+    check(&service, &vm);
+    wait_until("a window has ended after the rewind", || windows("done") == 4);
 }
 
 #[test]
@@ -391,6 +428,27 @@ fn a_suspended_vm_that_cannot_be_woken_stays_and_the_invocation_has_another() {
 }
 
 #[test]
+fn a_suspended_vm_whose_profile_is_damaged_is_woken_without_it() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 50 }));
+    let body = json!({ "func_name": "touch", "params": "pages=100 write=30", "policy": "firecracker" });
+    let vm = id_of(&service.invoke(body));
+    fill(&service, &vm, "pages=300 seed=5");
+    wait_for_state(&service, &vm, "suspended");
+    let layers = dir.path().join("state/suspended").join(&vm);
+    let dirs = std::fs::read_dir(layers).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    let last = dirs.max_by_key(|path| path.file_name().unwrap().to_str().unwrap().parse::<u64>().unwrap()).unwrap();
+    let profile = last.join("plan/used.profile");
+    let bytes = std::fs::read(&profile).unwrap();
+    std::fs::write(&profile, &bytes[..bytes.len() / 2]).unwrap();
+    let woken = service.invoke(json!({ "func_name": "touch", "vmId": vm, "params": "pages=1" }));
+    assert_eq!(woken["origin"], "suspended");
+    assert_eq!((count(&service, "suspended", "woken") > 0, count(&service, "suspended", "wakes_failed")), (true, 0));
+    assert_eq!(record(&service, &vm)["policy"], "firecracker");
+}
+
+#[test]
 fn suspended_vms_outlive_their_service_and_others_do_not() {
     let dir = scratch();
     let state = dir.path().join("state");
@@ -457,6 +515,102 @@ fn suspended_vms_keep_within_the_disk_space_that_they_may_have() {
     let digest = check(&service, &large);
     assert_eq!(check(&service, &large), digest);
     assert_eq!(record(&service, &second)["state"], "suspended");
+}
+
+#[test]
+fn vms_that_are_suspended_at_once_keep_within_the_disk_space_together() {
+    let dir = scratch();
+    let service = service(dir.path(), &["--suspend-disk", "40", "--max-running", "8"]);
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 3_600_000 }));
+    // VMs of clients are not evicted for others.
+    let start = || id_of(&service.ok("POST", "/vms", Some(json!({ "func_name": "touch", "ssId": "base" }))));
+    let vms: Vec<String> = (0..4).map(|_| start()).collect();
+    vms.iter().zip(1..).for_each(|(vm, seed)| fill(&service, vm, &format!("pages=4000 seed={seed}")));
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 1 }));
+    wait_until("each is suspended or refused", || {
+        count(&service, "suspended", "done") + count(&service, "suspended", "refused") >= 4
+    });
+    let suspended = vms.iter().filter(|vm| record(&service, vm)["state"] == "suspended").count();
+    assert!((1..=2).contains(&suspended), "{suspended} VMs of 16 MiB are suspended in 40");
+    assert!(metric(&service, "tvmm_suspended_bytes") <= 40 << 20);
+}
+
+#[test]
+fn a_vm_that_makes_room_for_another_keeps_its_state_if_there_is_disk_for_it() {
+    let dir = scratch();
+    let hour = json!({ "policy": "suspend", "keep_alive_ms": 3_600_000 });
+    for (name, disk, state) in [("kept", "4096", "suspended"), ("lost", "0", "ended")] {
+        let dir = dir.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let service = service(&dir, &["--max-vms", "1", "--suspend-disk", disk]);
+        put_touch(&service, hour.clone());
+        let vm = id_of(&touch(&service));
+        fill(&service, &vm, "pages=300 seed=6");
+        let digest = check(&service, &vm);
+        let other = id_of(&service.invoke(json!({ "func_name": "spin", "params": "ms=1" })));
+        assert_ne!(other, vm);
+        wait_for_state(&service, &vm, state);
+        let done = u64::from(state == "suspended");
+        assert_eq!((count(&service, "suspended", "done"), count(&service, "suspended", "refused")), (done, 1 - done));
+        if state == "suspended" {
+            // A VM of a function without a policy ends to make room.
+            assert_eq!(check(&service, &vm), digest);
+            assert_eq!(record(&service, &other)["state"], "ended");
+        } else {
+            assert_eq!(record(&service, &vm)["reason"], "made room for another VM");
+        }
+    }
+}
+
+#[test]
+fn steps_that_hang_hold_up_no_others() {
+    let dir = scratch();
+    let service = service(dir.path(), &[]);
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 3_600_000 }));
+    let start = || id_of(&service.ok("POST", "/vms", Some(json!({ "func_name": "touch", "ssId": "base" }))));
+    let hanging: Vec<String> = (0..4).map(|_| start()).collect();
+    let pids: Vec<u32> = hanging.iter().map(|vm| pid_of(&service, vm)).collect();
+    pids.iter().for_each(|pid| crate::support::signal(*pid, rustix::process::Signal::STOP));
+    let vm = start();
+    put_touch(&service, json!({ "policy": "suspend", "keep_alive_ms": 50 }));
+    wait_for_state(&service, &vm, "suspended");
+    // They have waited longest, so their steps have begun first. None is ended for it, if this is seen in time.
+    assert_eq!(count(&service, "suspended", "slow"), 4);
+    assert_eq!(metric(&service, "tvmm_idle_slow_steps_total{function=\"touch\",step=\"suspended\"}"), 4);
+    pids.iter().for_each(|pid| crate::support::signal(*pid, rustix::process::Signal::CONT));
+    wait_until("the others have an end", || {
+        count(&service, "suspended", "done") + count(&service, "suspended", "failed") == 5
+    });
+}
+
+#[test]
+fn spill_files_keep_within_the_space_that_they_may_have() {
+    let dir = scratch();
+    let service = service(dir.path(), &["--memory-reserve", "1000000000", "--spill-disk", "8"]);
+    let hour = 3_600_000;
+    put_touch(&service, json!({ "policy": "ladder", "floor_ms": hour, "cap_ms": hour }));
+    let vms: Vec<String> = ["firecracker", "eager"]
+        .map(|policy| {
+            let body = json!({ "func_name": "touch", "params": "pages=1", "policy": policy });
+            let vm = id_of(&service.invoke(body));
+            // Each page holds bytes of its own, which no compression makes fewer.
+            fill(&service, &vm, "pages=1500 seed=9");
+            vm
+        })
+        .into();
+    let digests: Vec<String> = vms.iter().map(|vm| check(&service, vm)).collect();
+    wait_until("there is space for one of them", || {
+        count(&service, "spilled", "done") > 0 && count(&service, "spilled", "refused") > 0
+    });
+    let bytes = metric(&service, "tvmm_spilled_bytes");
+    assert!((4 << 20..=8 << 20).contains(&bytes), "{bytes}");
+    for (vm, digest) in vms.iter().zip(&digests) {
+        assert_eq!(check(&service, vm), *digest);
+    }
+    for vm in &vms {
+        service.ok("DELETE", &format!("/vms/{vm}"), None);
+    }
+    assert_eq!(metric(&service, "tvmm_spilled_bytes"), 0);
 }
 
 #[test]

@@ -43,6 +43,16 @@ impl Backing {
     /// The image cannot be opened, is no file or block device, has less than one sector, or another process has locked
     /// it.
     pub fn open(id: &str, path: &Path, read_only: bool) -> Result<Self, Error> {
+        let backing = Backing::open_unlocked(id, path, read_only)?;
+        backing.lock(id)?;
+        Ok(backing)
+    }
+
+    /// Opens the image of drive `id`, to be looked at.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open), but for locks.
+    pub fn open_unlocked(id: &str, path: &Path, read_only: bool) -> Result<Self, Error> {
         let failed = |doing| move |source| Error::DriveFile { doing, id: id.into(), path: path.into(), source };
         let unfit = |what: &str| Error::Drive { id: id.into(), path: path.into(), what: what.into() };
         // Without the flag, opening a FIFO would wait for its other end.
@@ -56,14 +66,6 @@ impl Backing {
         }
         // On a file the flag means nothing but to io_uring, which would then refuse to wait for the disk.
         rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|error| failed("set up")(error.into()))?;
-        lock(&file, read_only).map_err(|error| match error {
-            TryLockError::WouldBlock if read_only => unfit("another process has locked it to write to it"),
-            TryLockError::WouldBlock => unfit(
-                "another process has locked it; a second writer would destroy its file system: stop the other VM, or \
-                 use a copy",
-            ),
-            TryLockError::Error(source) => failed("lock")(source),
-        })?;
         let len = length(&file, is_block_device).map_err(failed("ask for the size of"))?;
         let bytes = len - len % SECTOR;
         if bytes == 0 {
@@ -75,6 +77,30 @@ impl Backing {
         }
         let inode = (metadata.dev(), metadata.ino());
         Ok(Backing { file: Arc::new(file), path: path.to_owned(), read_only, is_block_device, bytes, inode })
+    }
+
+    /// Locks the image of drive `id` as [`open`](Self::open) does.
+    ///
+    /// # Errors
+    /// Another process has locked it.
+    pub fn lock(&self, id: &str) -> Result<(), Error> {
+        let path = &self.path;
+        let unfit = |what: &str| Error::Drive { id: id.into(), path: path.clone(), what: what.into() };
+        lock(&self.file, self.read_only).map_err(|error| match error {
+            TryLockError::WouldBlock if self.read_only => unfit("another process has locked it to write to it"),
+            TryLockError::WouldBlock => unfit(
+                "another process has locked it; a second writer would destroy its file system: stop the other VM, or \
+                 use a copy",
+            ),
+            TryLockError::Error(source) => {
+                Error::DriveFile { doing: "lock", id: id.into(), path: path.clone(), source }
+            }
+        })
+    }
+
+    /// Returns whether `file` is this image.
+    pub fn is(&self, file: &File) -> bool {
+        file.metadata().is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.inode)
     }
 
     /// Opens `path` in place of this image. It may be the same file, which then may have another size.

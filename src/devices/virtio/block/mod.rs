@@ -132,22 +132,26 @@ impl Block {
             params.path = path.to_owned();
         }
         let block = Block::with_limiter(params, RateLimiter::restore(&limiter)?)?;
-        let id = &block.params.id;
-        let path = &block.params.path;
-        let unfit = |what| Err(Error::Drive { id: id.clone(), path: path.clone(), what });
-        let had = facts.len - facts.len % SECTOR;
-        let has = block.backing.bytes();
-        if had != has {
-            return unfit(format!("the guest knows a disk of {had} bytes, this one has {has}"));
-        }
-        let now = block.facts().map_err(|source| block.file_error("ask about", source))?;
-        if image == Image::Own && now != facts {
-            let what = "it was written to after the snapshot was taken, so the guest's memory and its disk no longer \
-                        fit together; restore with another image (--drive ID=PATH, tvmm.drive_overrides), or name this \
-                        one there if you know that it is right";
-            return unfit(what.into());
-        }
+        check_fits(&block.params.id, &block.backing, &facts, image)?;
         Ok(block)
+    }
+
+    /// Checks that [`restore`](Self::restore) can open the image, and changes nothing. `held`: the images that this
+    /// process has locked, and gives up before the restore.
+    ///
+    /// # Errors
+    /// Those of the restore, but for the engine's.
+    pub fn check(state: &BlockState, image: Image<'_>, held: &[Arc<File>]) -> Result<(), Error> {
+        let BlockParams { id, path, read_only, .. } = &state.params;
+        let path = match image {
+            Image::Own => path,
+            Image::Instead(path) => path,
+        };
+        let backing = Backing::open_unlocked(id, path, *read_only)?;
+        if !held.iter().any(|file| backing.is(file)) {
+            backing.lock(id)?;
+        }
+        check_fits(id, &backing, &state.facts, image)
     }
 
     fn with_limiter(params: BlockParams, limiter: RateLimiter) -> Result<Self, Error> {
@@ -196,10 +200,6 @@ impl Block {
 
     fn facts(&self) -> io::Result<Facts> {
         self.backing.facts()
-    }
-
-    fn file_error(&self, doing: &'static str, source: io::Error) -> Error {
-        Error::DriveFile { doing, id: self.params.id.clone(), path: self.params.path.clone(), source }
     }
 
     fn disk(&self) -> Disk {
@@ -359,6 +359,26 @@ impl Block {
 fn start(uring: &mut Uring, job: Job) -> Result<(), Broken> {
     let full = |_| Broken::Host { doing: "queue a request in io_uring", source: io::ErrorKind::WouldBlock.into() };
     uring.start(job).map_err(full)
+}
+
+/// Checks that drive `id`, which had these `facts`, can have the image: it must have its old size, and `Image::Own` be
+/// unchanged.
+fn check_fits(id: &str, backing: &Backing, facts: &Facts, image: Image<'_>) -> Result<(), Error> {
+    let path = backing.path();
+    let unfit = |what| Err(Error::Drive { id: id.to_owned(), path: path.to_owned(), what });
+    let had = facts.len - facts.len % SECTOR;
+    let has = backing.bytes();
+    if had != has {
+        return unfit(format!("the guest knows a disk of {had} bytes, this one has {has}"));
+    }
+    let failed = |source| Error::DriveFile { doing: "ask about", id: id.to_owned(), path: path.to_owned(), source };
+    if image == Image::Own && backing.facts().map_err(failed)? != *facts {
+        let what = "it was written to after the snapshot was taken, so the guest's memory and its disk no longer fit \
+                    together; restore with another image (--drive ID=PATH, tvmm.drive_overrides), or name this one \
+                    there if you know that it is right";
+        return unfit(what.into());
+    }
+    Ok(())
 }
 
 /// True if the file system or device lacks the operation, which is not a failure of the disk.

@@ -78,6 +78,13 @@ pub struct NetState {
     tx_limiter: RateLimiterState,
 }
 
+impl NetState {
+    /// The id of the interface.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+}
+
 /// A network interface.
 pub struct Net {
     params: NetParams,
@@ -116,6 +123,17 @@ impl Net {
         };
         let tap = Tap::open(&params.id, &params.tap)?;
         Ok(Net { restored: true, ..Net::with_tap(params, tap, rx, tx)? })
+    }
+
+    /// Checks that [`restore`](Self::restore) can find the tap and set the address, and changes nothing.
+    ///
+    /// # Errors
+    /// The tap does not exist, or the guest cannot have another MAC address.
+    pub fn check(state: &NetState, overrides: &NetOverride) -> Result<(), Error> {
+        if overrides.mac.is_some() && state.mac.is_none() {
+            return Err(Error::NoMac { id: state.id.clone() });
+        }
+        Tap::check(&state.id, overrides.tap.as_ref().unwrap_or(&state.tap))
     }
 
     fn with_tap(params: NetParams, tap: Tap, rx: RateLimiter, tx: RateLimiter) -> Result<Self, Error> {

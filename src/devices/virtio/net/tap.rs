@@ -42,6 +42,26 @@ impl Tap {
     /// Opens the tap `name` for the network interface `id`. It must exist: a tap made here would be connected to
     /// nothing, and would vanish with this process.
     pub fn open(id: &str, name: &str) -> Result<Self, Error> {
+        Tap::check(id, name)?;
+        let failed = |why: String, source| Error::Tap { id: id.to_owned(), tap: name.to_owned(), why, source };
+        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+        let file = opened.map_err(|error| failed(why_not_open(&error).into(), error))?;
+        set_interface(&file, name).map_err(|error| failed(why_not_attached(name, &error), error))?;
+        // The present offloads are unknown: another process may have set some.
+        let mut tap = Tap { file, name: name.to_owned(), has_ufo: true, offload: u32::MAX };
+        tap.set_header_len().map_err(|error| failed("its header size cannot be set".into(), error))?;
+        // Kernels from 4.14 on may be without UFO.
+        let all = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6;
+        tap.has_ufo = tap.set_offload(all | TUN_F_UFO).is_ok();
+        tap.set_offload(0).map_err(|error| failed("its offloads cannot be set".into(), error))?;
+        Ok(tap)
+    }
+
+    /// Checks that the tap `name` exists.
+    ///
+    /// # Errors
+    /// It does not, or no interface can have this name.
+    pub fn check(id: &str, name: &str) -> Result<(), Error> {
         let failed = |why: String, source| Error::Tap { id: id.to_owned(), tap: name.to_owned(), why, source };
         // IFNAMSIZ with its NUL (netdevice(7)).
         if name.is_empty()
@@ -58,18 +78,7 @@ impl Tap {
                 error,
             ),
             _ => failed("network interfaces cannot be looked up".into(), error),
-        })?;
-        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
-        let file = opened.map_err(|error| failed(why_not_open(&error).into(), error))?;
-        set_interface(&file, name).map_err(|error| failed(why_not_attached(name, &error), error))?;
-        // The present offloads are unknown: another process may have set some.
-        let mut tap = Tap { file, name: name.to_owned(), has_ufo: true, offload: u32::MAX };
-        tap.set_header_len().map_err(|error| failed("its header size cannot be set".into(), error))?;
-        // Kernels from 4.14 on may be without UFO.
-        let all = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6;
-        tap.has_ufo = tap.set_offload(all | TUN_F_UFO).is_ok();
-        tap.set_offload(0).map_err(|error| failed("its offloads cannot be set".into(), error))?;
-        Ok(tap)
+        })
     }
 
     /// A socket that keeps datagrams apart, in place of a tap.

@@ -31,9 +31,7 @@ pub struct Listener {
 impl Listener {
     /// Listens at `path`, which must be free.
     pub fn bind(path: &Path) -> Result<Self, Error> {
-        if path.as_os_str().len() > PATH_MAX {
-            return Err(Error::VsockPathLong { path: path.to_owned(), max: PATH_MAX });
-        }
+        check_len(path)?;
         let failed = |source: io::Error| match source.kind() {
             io::ErrorKind::AddrInUse => Error::VsockPathTaken { path: path.to_owned() },
             _ => Error::VsockSocket { doing: "listen on", path: path.to_owned(), source },
@@ -51,6 +49,27 @@ impl Listener {
         stream.set_nonblocking(true)?;
         Ok(stream)
     }
+}
+
+/// Checks that a socket can be made at `path`, and makes none.
+///
+/// # Errors
+/// The path is taken or too long, or its directory is missing.
+pub fn check_free(path: &Path) -> Result<(), Error> {
+    check_len(path)?;
+    if path.symlink_metadata().is_ok() {
+        return Err(Error::VsockPathTaken { path: path.to_owned() });
+    }
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let found = dir.metadata().map(drop);
+    found.map_err(|source| Error::VsockSocket { doing: "listen on", path: path.to_owned(), source })
+}
+
+fn check_len(path: &Path) -> Result<(), Error> {
+    if path.as_os_str().len() > PATH_MAX {
+        return Err(Error::VsockPathLong { path: path.to_owned(), max: PATH_MAX });
+    }
+    Ok(())
 }
 
 impl AsFd for Listener {

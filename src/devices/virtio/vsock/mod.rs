@@ -22,7 +22,7 @@ mod traffic;
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
@@ -149,6 +149,14 @@ pub struct Vsock {
 impl Vsock {
     /// The most descriptors that its connections have open.
     pub const DESCRIPTORS_MAX: u64 = table::CONNECTIONS_MAX as u64;
+
+    /// Checks that a device can listen at `path`, and changes nothing.
+    ///
+    /// # Errors
+    /// The path is taken or too long, or its directory is missing.
+    pub fn check_path(path: &Path) -> Result<(), Error> {
+        host::check_free(path)
+    }
 
     /// Makes the device; it listens at once.
     pub fn new(params: VsockParams) -> Result<Self, Error> {

@@ -1,0 +1,51 @@
+//! `tvmm barrier`: tells which memory a restored VM has touched since the last barrier, and sets a new one.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use super::units::{TIMEOUT, ms};
+use crate::config::control::BarrierSet;
+use crate::config::request::BarrierRequest;
+use crate::sys::api_client::Client;
+use crate::sys::errors::BoxError;
+
+#[derive(Debug, Args)]
+pub struct BarrierArgs {
+    /// The API socket of the VM, which was restored from a snapshot
+    #[arg(long, value_name = "PATH")]
+    api_sock: PathBuf,
+    /// Unmap the pages of files, so that the next barrier tells which of them were read
+    #[arg(long)]
+    reads: bool,
+    /// Let KVM log writes, so that the next barrier tells all pages that were written, not only those written first
+    #[arg(long)]
+    writes: bool,
+}
+
+pub fn run(args: &BarrierArgs) -> Result<ExitCode, BoxError> {
+    let body = json!(BarrierRequest { reads: args.reads, writes: args.writes });
+    let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/barrier", Some(&body), TIMEOUT)?;
+    let set: BarrierSet = serde_json::from_value(answer.unwrap_or_default())?;
+    let buckets = [("runtime", set.buckets.runtime), ("init", set.buckets.init), ("execution", set.buckets.execution)];
+    for (name, pages) in buckets {
+        say!(
+            "{name}: {} pages local; since the last barrier {} read, {} written, {} recalled; {} away",
+            pages.local,
+            pages.read,
+            pages.written,
+            pages.recalled,
+            pages.away
+        );
+    }
+    say!(
+        "set a barrier in {:.2} ms ({} steps, longest pause {:.2} ms), {} pages unmapped",
+        ms(set.total_us),
+        set.steps,
+        ms(set.longest_pause_us),
+        set.pages_unmapped
+    );
+    Ok(ExitCode::SUCCESS)
+}

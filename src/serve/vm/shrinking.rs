@@ -1,0 +1,68 @@
+//! The memory of a VM that serves requests: it gives back what the requests of a window have not touched.
+
+use super::Vm;
+use super::control::ControlError;
+use crate::config::control::{BarrierSet, Demoted};
+use crate::config::request::{BarrierRequest, DemoteRequest};
+use crate::snapshot::{Bucket, ByBucket, PAGE_SIZE};
+use crate::tiering::window::WindowEnd;
+
+/// The end of a window. Until this is dropped no other window of the VM ends.
+pub struct EndOfWindow<'a> {
+    vm: &'a Vm,
+    buckets: Vec<Bucket>,
+}
+
+/// Memory given back at the end of a window, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shrunk {
+    pub given: u64,
+    /// Given back before, and touched in this window.
+    pub recalled: u64,
+}
+
+impl Vm {
+    /// Counts a request for the window. Returns the end of the window if the request was its last one.
+    pub fn end_window(&self) -> Option<EndOfWindow<'_>> {
+        let mut usage = self.lock();
+        if usage.is_shrinking {
+            return None;
+        }
+        let buckets = usage.windows.after_request();
+        if buckets.is_empty() {
+            return None;
+        }
+        usage.is_shrinking = true;
+        Some(EndOfWindow { vm: self, buckets })
+    }
+}
+
+impl Drop for EndOfWindow<'_> {
+    fn drop(&mut self) {
+        self.vm.lock().is_shrinking = false;
+    }
+}
+
+impl EndOfWindow<'_> {
+    /// Gives back untouched pages, and sets the barrier from which the next window counts. The guest runs meanwhile.
+    pub async fn shrink(self) -> Result<Shrunk, ControlError> {
+        let shrunk = self.try_shrink().await;
+        // A VM that refuses is asked again, after longer and longer windows.
+        let end = *shrunk.as_ref().unwrap_or(&WindowEnd::default());
+        self.vm.lock().windows.ended(end);
+        shrunk.map(|end| Shrunk { given: end.given * PAGE_SIZE, recalled: end.recalled * PAGE_SIZE })
+    }
+
+    async fn try_shrink(&self) -> Result<WindowEnd, ControlError> {
+        let request = DemoteRequest { cold: true, buckets: self.buckets.clone(), ..DemoteRequest::default() };
+        let demoted: Demoted = self.vm.send("PUT", "/tvmm/demote", &request).await?;
+        let set: BarrierSet = self.vm.send("PUT", "/tvmm/barrier", &BarrierRequest::default()).await?;
+        let ByBucket { runtime, init, .. } = set.buckets;
+        Ok(WindowEnd {
+            given: demoted.pages_dropped + demoted.pages_mapped,
+            recalled: runtime.recalled + init.recalled,
+            local: runtime.local + init.local,
+            away: runtime.away + init.away,
+        })
+    }
+}

@@ -1,0 +1,32 @@
+//! VMs that serve requests give memory back that no request has touched, between requests (`tiering::window`).
+
+use std::sync::Arc;
+
+use super::daemon::Daemon;
+use super::idle;
+use super::idle_counts::WindowOutcome;
+use super::vm::Vm;
+use super::vm::control::ControlError;
+use super::vm::shrinking::Shrunk;
+use crate::tiering::idle::IdleRule;
+
+/// Called after an answer, off the request's path: gives back what the requests of the present window have not touched,
+/// if the VM's function has the policy `ladder`, and a window is over. Requests that come meanwhile are served.
+pub(super) async fn shrink(daemon: &Arc<Daemon>, vm: &Arc<Vm>) {
+    let is_ladder = idle::rule_of(daemon, vm).is_some_and(|rule| matches!(rule, IdleRule::Ladder { .. }));
+    // A booted VM has no snapshot that its pages could equal.
+    if !is_ladder || vm.restore.is_none() {
+        return;
+    }
+    let Some(window) = vm.end_window() else { return };
+    let func_name = &vm.function.func_name;
+    match window.shrink().await {
+        Ok(Shrunk { given, recalled }) => daemon.idle.shrunk(func_name, WindowOutcome::Done { given, recalled }),
+        Err(ControlError::Refused { message, .. }) => {
+            tracing::warn!(vm = vm.id, message, "A VM does not give untouched memory back");
+            daemon.idle.shrunk(func_name, WindowOutcome::Refused);
+        }
+        // Its process has ended, or is about to be found not to answer.
+        Err(ControlError::Gone(why)) => tracing::debug!(vm = vm.id, why, "A VM ended while it gave memory back"),
+    }
+}

@@ -1,0 +1,148 @@
+//! The windows of requests after which a VM gives back memory that no request has touched.
+//!
+//! The runtime's pages are tried once, after the first request. The function's own pages (bucket `init`) are tried at
+//! the end of each window; a window is twice as long as the one before, until the bucket shrinks at a steady rate.
+//! Pages that the guest has written stay. Everything here is a pure function of counts; `docs/idle.md` has the rules.
+
+use crate::snapshot::Bucket;
+
+/// A window shrinks its bucket at the rate of the one before, if the rates differ by no more than this.
+const STEADY: f64 = 1.0 / 16.0;
+/// The longest window, requests.
+const LONGEST: u32 = 1024;
+
+/// The pages of the bucket `init` at the end of a window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WindowEnd {
+    /// Pages that were given back now.
+    pub given: u64,
+    /// Pages given back before that were touched in this window.
+    pub recalled: u64,
+    /// Pages that are in local memory.
+    pub local: u64,
+    /// Pages that were given back, now or before, and were not touched since.
+    pub away: u64,
+}
+
+/// The windows of one VM since its restore, or since a rewind.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Windows {
+    is_first: bool,
+    /// Length of the present window, requests; `None`: the bucket's rate is steady, and it is tried no more.
+    length: Option<u32>,
+    /// Requests in the present window.
+    requests: u32,
+    /// The share of the bucket that the last window gave back.
+    rate: Option<f64>,
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Windows { is_first: true, length: Some(1), requests: 0, rate: None }
+    }
+}
+
+impl Windows {
+    /// Called after a request. Returns the buckets whose untouched pages are to be given back now.
+    pub fn after_request(&mut self) -> Vec<Bucket> {
+        let mut due = Vec::new();
+        if std::mem::take(&mut self.is_first) {
+            due.push(Bucket::Runtime);
+        }
+        self.requests = self.requests.saturating_add(1);
+        if self.length.is_some_and(|length| self.requests >= length) {
+            due.push(Bucket::Init);
+        }
+        due
+    }
+
+    /// Called when the pages of the bucket `init` were given back.
+    pub fn ended(&mut self, end: WindowEnd) {
+        let size = (end.local + end.away).max(1);
+        let rate = end.given.saturating_sub(end.recalled) as f64 / size as f64;
+        let is_steady = self.rate.is_some_and(|last| (last - rate).abs() <= STEADY);
+        self.rate = Some(rate);
+        self.requests = 0;
+        self.length = self.length.map(|length| length * 2).filter(|length| !is_steady && *length <= LONGEST);
+    }
+
+    /// Returns whether no pages will be given back any more.
+    pub fn are_over(&self) -> bool {
+        !self.is_first && self.length.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The numbers of the requests after which each bucket was tried, when the windows end as `ends` says.
+    fn tried(requests: u32, mut end: impl FnMut(usize) -> WindowEnd) -> (Vec<u32>, Vec<u32>, Windows) {
+        let mut windows = Windows::default();
+        let mut runtime = Vec::new();
+        let mut init = Vec::new();
+        for request in 1..=requests {
+            for bucket in windows.after_request() {
+                match bucket {
+                    Bucket::Runtime => runtime.push(request),
+                    Bucket::Init => {
+                        windows.ended(end(init.len()));
+                        init.push(request);
+                    }
+                    Bucket::Execution => panic!("written pages stay"),
+                }
+            }
+        }
+        (runtime, init, windows)
+    }
+
+    #[test]
+    fn windows_grow_until_the_rate_is_steady() {
+        let ends = |ends: &'static [[u64; 4]]| {
+            move |at: usize| {
+                let [given, recalled, local, away] = ends[at.min(ends.len() - 1)];
+                WindowEnd { given, recalled, local, away }
+            }
+        };
+        // Copies that were preloaded: all leave at once, and show their file afterwards.
+        let (runtime, init, windows) = tried(500, ends(&[[1000, 0, 0, 1000], [0, 300, 0, 700], [2, 10, 3, 692]]));
+        assert_eq!(runtime, [1]);
+        assert_eq!(init, [1, 3, 7]);
+        assert!(windows.are_over());
+        // Memory that a service brings: those of the first request are tried, and some come back to stay.
+        let (_, init, windows) =
+            tried(500, ends(&[[300, 0, 700, 300], [650, 10, 60, 940], [20, 600, 640, 360], [10, 5, 635, 365]]));
+        assert_eq!(init, [1, 3, 7, 15]);
+        assert!(windows.are_over());
+        // The rate is never steady: the longest window is the last.
+        let (_, init, windows) = tried(3000, |at| {
+            let given = if at % 2 == 0 { 900 } else { 0 };
+            WindowEnd { given, recalled: 0, local: 100, away: 900 }
+        });
+        assert_eq!(init, [1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 2047]);
+        assert!(windows.are_over());
+    }
+
+    proptest! {
+        #[test]
+        fn the_runtime_is_tried_once_and_the_function_seldom(
+            ends in prop::collection::vec((0_u64..5000, 0_u64..5000, 0_u64..5000, 0_u64..5000), 1..20),
+            requests in 1_u32..5000,
+        ) {
+            let (runtime, init, windows) = tried(requests, |at| {
+                let (given, recalled, local, away) = ends[at % ends.len()];
+                WindowEnd { given, recalled, local, away }
+            });
+            prop_assert_eq!(runtime, vec![1]);
+            prop_assert!(init.len() as u32 <= requests.ilog2() + 1);
+            // A window follows the one before, and is twice as long.
+            prop_assert!(init.windows(2).all(|pair| pair[1] == 2 * pair[0] + 1));
+            if windows.are_over() {
+                let mut later = windows;
+                prop_assert!((0..100).all(|_| later.after_request().is_empty()));
+            }
+        }
+    }
+}
