@@ -173,8 +173,10 @@ impl Uffd {
         mode |= if how.write_protect { COPY_MODE_WP } else { 0 };
         let mut done = 0;
         let mut installed = 0;
+        let mut most = bytes.len();
         while done < bytes.len() {
             let rest = &bytes[done..];
+            let rest = &rest[..rest.len().min(most)];
             let error = match self.copy(address + done, rest.as_ptr() as usize, rest.len(), mode) {
                 Ok(copied) => {
                     done += copied;
@@ -193,6 +195,8 @@ impl Uffd {
                 }
                 // The address space was being changed: try again.
                 Some(libc::EAGAIN) => {}
+                // One call takes pages of one mapping, and the kernel does not join all neighbours.
+                Some(libc::ENOENT) if rest.len() > PAGE => most = PAGE,
                 _ => return Err(error),
             }
         }

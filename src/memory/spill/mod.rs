@@ -41,6 +41,8 @@ pub struct SpillCounts {
     pub faults: u64,
     /// Pages that came back.
     pub pages_back: u64,
+    /// Bytes of the file that were read ahead of a touch, because their pages had come back the time before.
+    pub ahead_bytes: u64,
 }
 
 /// The parts that the spill and its thread have in common.
@@ -188,8 +190,10 @@ impl Spill {
     }
 
     pub fn counts(&self) -> SpillCounts {
+        let store = self.shared.store();
         SpillCounts {
-            store: self.shared.store().counts(),
+            store: store.counts(),
+            ahead_bytes: store.ahead_bytes(),
             faults: self.shared.faults.load(Ordering::Relaxed),
             pages_back: self.shared.pages_back.load(Ordering::Relaxed),
         }

@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +28,8 @@ const BLOCK_MAX: usize = lz4_flex::block::get_maximum_output_size(GROUP_PAGES as
 const SIZES: usize = BLOCK_MAX.div_ceil(UNIT as usize) + 1;
 /// Bytes of a BLAKE3 digest that are kept.
 const DIGEST: usize = 16;
+/// The most bytes between two blocks that are read ahead together.
+const AHEAD_GAP: u64 = 64 << 10;
 
 /// The bytes of a block.
 #[derive(Debug)]
@@ -73,6 +77,11 @@ pub struct Store {
     /// By group; the latest last. Each page is away in one block at most.
     groups: BTreeMap<u64, Vec<Block>>,
     held: Vec<u64>,
+    /// Groups that have come back since pages left last.
+    recalled: BTreeSet<u64>,
+    /// Those that had come back before that: they probably will again.
+    expected: BTreeSet<u64>,
+    ahead_bytes: u64,
     counts: StoreCounts,
 }
 
@@ -98,7 +107,19 @@ impl Store {
         rustix::fs::fadvise(&file, 0, None, Advice::Random)?;
         let (groups, held, counts) = Default::default();
         let free = vec![BTreeSet::new(); SIZES];
-        Ok(Store { file, dir: dir.to_path_buf(), end: 0, bytes_max: u64::MAX, free, groups, held, counts })
+        Ok(Store {
+            file,
+            dir: dir.to_path_buf(),
+            end: 0,
+            bytes_max: u64::MAX,
+            free,
+            groups,
+            held,
+            recalled: BTreeSet::new(),
+            expected: BTreeSet::new(),
+            ahead_bytes: 0,
+            counts,
+        })
     }
 
     pub fn file(&self) -> &Arc<File> {
@@ -122,6 +143,9 @@ impl Store {
     pub fn put(&mut self, group: u64, pages: u16, away: u16, bytes: Arc<[u8]>) {
         if away == 0 {
             return;
+        }
+        if !self.recalled.is_empty() {
+            self.expected = std::mem::take(&mut self.recalled);
         }
         self.counts.pages_away += u64::from(away.count_ones());
         self.groups.entry(group).or_default().push(Block { pages, away, content: Content::Held(bytes) });
@@ -162,12 +186,55 @@ impl Store {
         Ok(())
     }
 
+    /// Bytes of the file that were read ahead, in all.
+    pub fn ahead_bytes(&self) -> u64 {
+        self.ahead_bytes
+    }
+
+    /// Brings back the block that has `gfn`. With the first one since pages have left, the kernel begins to read those
+    /// that came back the time before. See [`bring_one`](Self::bring_one).
+    pub fn bring(&mut self, gfn: Gfn, install: impl FnMut(Back) -> io::Result<()>) -> io::Result<bool> {
+        let was_away = self.bring_one(gfn, install)?;
+        if was_away {
+            self.recalled.insert(group_of(gfn));
+            if self.recalled.len() == 1 {
+                self.read_ahead();
+            }
+        }
+        Ok(was_away)
+    }
+
+    /// Asks the kernel to read the blocks of the expected groups that are in the file, and does not wait for them.
+    fn read_ahead(&mut self) {
+        let blocks = self.expected.iter().filter_map(|group| self.groups.get(group)).flatten();
+        let place = |block: &Block| match block.content {
+            Content::Written { offset, len, .. } => Some(offset..offset + u64::from(len)),
+            Content::Held(_) => None,
+        };
+        let mut places: Vec<Range<u64>> = blocks.filter_map(place).collect();
+        places.sort_unstable_by_key(|place| place.start);
+        let mut parts: Vec<Range<u64>> = Vec::new();
+        for place in places {
+            match parts.last_mut() {
+                Some(last) if place.start <= last.end + AHEAD_GAP => last.end = place.end,
+                _ => parts.push(place),
+            }
+        }
+        for part in parts {
+            let len = part.end - part.start;
+            // It is advice: without it, each touch waits for its own read.
+            if rustix::fs::fadvise(&*self.file, part.start, NonZeroU64::new(len), Advice::WillNeed).is_ok() {
+                self.ahead_bytes += len;
+            }
+        }
+    }
+
     /// Brings back the block that has `gfn`: passes all its pages that are away to `install`, run by run.
     /// Returns whether the page was away.
     ///
     /// # Errors
     /// The file cannot be read, it has other bytes than were written, or that of `install`.
-    pub fn bring(&mut self, gfn: Gfn, mut install: impl FnMut(Back) -> io::Result<()>) -> io::Result<bool> {
+    fn bring_one(&mut self, gfn: Gfn, mut install: impl FnMut(Back) -> io::Result<()>) -> io::Result<bool> {
         let group = group_of(gfn);
         let wanted = bit_of(gfn);
         let Some(blocks) = self.groups.get_mut(&group) else { return Ok(false) };
@@ -369,6 +436,33 @@ mod tests {
         assert!(store.counts().file_len <= 2 * longest, "{} of {longest}", store.counts().file_len);
         assert_eq!(brought(&mut store, 16000), [(16000, 1)]);
         assert_eq!((store.counts(), store.file().metadata().unwrap().len()), (StoreCounts::default(), 0));
+    }
+
+    #[test]
+    fn groups_that_came_back_before_are_read_ahead_of_the_next_touch() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::create(dir.path()).unwrap();
+        let spill = |store: &mut Store, groups: &[u64]| {
+            for group in groups {
+                store.put(*group, u16::MAX, u16::MAX, vec![*group as u8; 16 * PAGE].into());
+            }
+            store.write_held().unwrap();
+        };
+        let touch = |store: &mut Store, group: u64| assert!(store.bring(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap());
+        spill(&mut store, &[1, 2, 3, 4]);
+        [1, 3].into_iter().for_each(|group| touch(&mut store, group));
+        assert_eq!(store.ahead_bytes(), 0, "nothing is known at first");
+        spill(&mut store, &[1, 3]);
+        touch(&mut store, 1);
+        let first = store.ahead_bytes();
+        assert!(first > 0);
+        touch(&mut store, 2);
+        assert_eq!(store.ahead_bytes(), first, "once for each time that pages have left");
+        // Groups that did not come back the last time are not read.
+        spill(&mut store, &[1]);
+        store.expected.iter().for_each(|group| assert!([1, 2].contains(group)));
+        touch(&mut store, 4);
+        assert!(store.ahead_bytes() > first);
     }
 
     #[test]

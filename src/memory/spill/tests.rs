@@ -51,6 +51,15 @@ fn pages_come_back_as_they_were() {
 }
 
 #[test]
+fn pages_of_a_group_may_lie_in_several_mappings() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_spill, ram) = spilled(dir.path());
+    // The kernel joins no mappings with different advice.
+    ram.advise_small(Extent { first: Gfn(3), pages: 5 }).unwrap();
+    assert_eq!(read(&ram, 0..PAGES), (1..=PAGES as u8).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_touch_of_a_page_that_was_given_back_is_answered_beside_its_neighbours() {
     let dir = tempfile::tempdir().unwrap();
     let (spill, ram) = spilled(dir.path());
