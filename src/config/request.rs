@@ -129,6 +129,22 @@ pub struct BarrierRequest {
     pub reads: bool,
     /// True: KVM logs writes, so that all of them are seen until the next barrier, not only the first to each page.
     pub writes: bool,
+    /// True: the touches since the last barrier are told, and go on being counted from there.
+    pub keep: bool,
+}
+
+impl BarrierRequest {
+    /// Refuses settings that exclude each other.
+    ///
+    /// # Errors
+    /// A barrier that stays is to see more.
+    pub fn check(self) -> Result<(), Refused> {
+        if self.keep && (self.reads || self.writes) {
+            let both = "`reads` and `writes` are for a new barrier: leave them out, or leave out `keep`.";
+            return Err(Refused::bad_request(both));
+        }
+        Ok(())
+    }
 }
 
 /// The state to which a machine is demoted.

@@ -156,8 +156,8 @@ impl Access {
         self.unmapped.union_with(pages);
     }
 
-    /// The pages of `pages` that are in `buckets` and were not touched since the last barrier. Left out are, unless they
-    /// were written, copies of a pool's pages, and pages that were given back before and were touched then.
+    /// The pages of `pages` that are in `buckets` and were not touched since the last barrier. Unless they were
+    /// written, copies of a pool's pages are left out, and pages that were given back before and were touched then.
     pub fn untouched(&self, pages: &PageSet, buckets: &[Bucket]) -> PageSet {
         let mut untouched = PageSet::new();
         buckets.iter().for_each(|bucket| untouched.union_with(&self.of(*bucket, pages)));
@@ -169,7 +169,14 @@ impl Access {
 
     /// Sets a barrier: touches count from now on. Returns the pages since the last one.
     pub fn set_barrier(&mut self) -> ByBucket<BucketPages> {
-        let seen = std::mem::take(&mut self.seen);
+        let pages = self.pages();
+        self.seen = Seen::default();
+        pages
+    }
+
+    /// The pages since the last barrier.
+    pub fn pages(&self) -> ByBucket<BucketPages> {
+        let seen = &self.seen;
         let read = seen.read.difference(&seen.written);
         ByBucket::of(|bucket| {
             let count = |pages| self.of(bucket, pages).len();

@@ -16,8 +16,8 @@ const LONGEST: u32 = 1024;
 pub struct WindowEnd {
     /// Pages that were given back now.
     pub given: u64,
-    /// Pages given back before that were touched in this window.
-    pub recalled: u64,
+    /// Pages given back before that were touched since the restore.
+    pub recalled_ever: u64,
     /// Pages that are in local memory.
     pub local: u64,
     /// Pages that were given back, now or before, and were not touched since.
@@ -34,11 +34,13 @@ pub struct Windows {
     requests: u32,
     /// The share of the bucket that the last window gave back.
     rate: Option<f64>,
+    /// Pages given back before that were touched up to the end of the last window.
+    recalled_ever: u64,
 }
 
 impl Default for Windows {
     fn default() -> Self {
-        Windows { is_first: true, length: Some(1), requests: 0, rate: None }
+        Windows { is_first: true, length: Some(1), requests: 0, rate: None, recalled_ever: 0 }
     }
 }
 
@@ -56,14 +58,20 @@ impl Windows {
         due
     }
 
-    /// Called when the pages of the bucket `init` were given back.
-    pub fn ended(&mut self, end: WindowEnd) {
+    /// Called when the pages of the bucket `init` were given back; `None`: nothing could be. Returns the pages given
+    /// back before that were touched in this window.
+    pub fn ended(&mut self, end: Option<WindowEnd>) -> u64 {
+        let unchanged = WindowEnd { recalled_ever: self.recalled_ever, ..WindowEnd::default() };
+        let end = end.unwrap_or(unchanged);
+        let recalled = end.recalled_ever.saturating_sub(self.recalled_ever);
         let size = (end.local + end.away).max(1);
-        let rate = end.given.saturating_sub(end.recalled) as f64 / size as f64;
+        let rate = end.given.saturating_sub(recalled) as f64 / size as f64;
         let is_steady = self.rate.is_some_and(|last| (last - rate).abs() <= STEADY);
         self.rate = Some(rate);
+        self.recalled_ever = end.recalled_ever;
         self.requests = 0;
         self.length = self.length.map(|length| length * 2).filter(|length| !is_steady && *length <= LONGEST);
+        recalled
     }
 
     /// Returns whether no pages will be given back any more.
@@ -88,7 +96,7 @@ mod tests {
                 match bucket {
                     Bucket::Runtime => runtime.push(request),
                     Bucket::Init => {
-                        windows.ended(end(init.len()));
+                        windows.ended(Some(end(init.len())));
                         init.push(request);
                     }
                     Bucket::Execution => panic!("written pages stay"),
@@ -102,27 +110,31 @@ mod tests {
     fn windows_grow_until_the_rate_is_steady() {
         let ends = |ends: &'static [[u64; 4]]| {
             move |at: usize| {
-                let [given, recalled, local, away] = ends[at.min(ends.len() - 1)];
-                WindowEnd { given, recalled, local, away }
+                let [given, recalled_ever, local, away] = ends[at.min(ends.len() - 1)];
+                WindowEnd { given, recalled_ever, local, away }
             }
         };
         // Copies that were preloaded: all leave at once, and show their file afterwards.
-        let (runtime, init, windows) = tried(500, ends(&[[1000, 0, 0, 1000], [0, 300, 0, 700], [2, 10, 3, 692]]));
+        let (runtime, init, windows) = tried(500, ends(&[[1000, 0, 0, 1000], [0, 300, 0, 700], [2, 310, 3, 692]]));
         assert_eq!(runtime, [1]);
         assert_eq!(init, [1, 3, 7]);
         assert!(windows.are_over());
         // Memory that a service brings: those of the first request are tried, and some come back to stay.
         let (_, init, windows) =
-            tried(500, ends(&[[300, 0, 700, 300], [650, 10, 60, 940], [20, 600, 640, 360], [10, 5, 635, 365]]));
+            tried(500, ends(&[[300, 0, 700, 300], [650, 10, 60, 940], [20, 610, 640, 360], [10, 615, 635, 365]]));
         assert_eq!(init, [1, 3, 7, 15]);
         assert!(windows.are_over());
         // The rate is never steady: the longest window is the last.
         let (_, init, windows) = tried(3000, |at| {
             let given = if at % 2 == 0 { 900 } else { 0 };
-            WindowEnd { given, recalled: 0, local: 100, away: 900 }
+            WindowEnd { given, recalled_ever: 0, local: 100, away: 900 }
         });
         assert_eq!(init, [1, 3, 7, 15, 31, 63, 127, 255, 511, 1023, 2047]);
         assert!(windows.are_over());
+        let mut refused = Windows::default();
+        assert_eq!(refused.after_request().len(), 2);
+        assert_eq!(refused.ended(None), 0);
+        assert!(!refused.are_over() && refused.after_request().is_empty());
     }
 
     proptest! {
@@ -132,8 +144,8 @@ mod tests {
             requests in 1_u32..5000,
         ) {
             let (runtime, init, windows) = tried(requests, |at| {
-                let (given, recalled, local, away) = ends[at % ends.len()];
-                WindowEnd { given, recalled, local, away }
+                let (given, recalled_ever, local, away) = ends[at % ends.len()];
+                WindowEnd { given, recalled_ever, local, away }
             });
             prop_assert_eq!(runtime, vec![1]);
             prop_assert!(init.len() as u32 <= requests.ilog2() + 1);

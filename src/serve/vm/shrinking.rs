@@ -44,23 +44,24 @@ impl Drop for EndOfWindow<'_> {
 }
 
 impl EndOfWindow<'_> {
-    /// Gives back untouched pages, and sets the barrier from which the next window counts. The guest runs meanwhile.
+    /// Gives back pages that no request has touched since the restore. The guest runs meanwhile.
     pub async fn shrink(self) -> Result<Shrunk, ControlError> {
         let shrunk = self.try_shrink().await;
-        // A VM that refuses is asked again, after longer and longer windows.
-        let end = *shrunk.as_ref().unwrap_or(&WindowEnd::default());
-        self.vm.lock().windows.ended(end);
-        shrunk.map(|end| Shrunk { given: end.given * PAGE_SIZE, recalled: end.recalled * PAGE_SIZE })
+        // A VM that refuses is asked again at the end of the next window.
+        let recalled = self.vm.lock().windows.ended(shrunk.as_ref().ok().copied());
+        shrunk.map(|end| Shrunk { given: end.given * PAGE_SIZE, recalled: recalled * PAGE_SIZE })
     }
 
     async fn try_shrink(&self) -> Result<WindowEnd, ControlError> {
         let request = DemoteRequest { cold: true, buckets: self.buckets.clone(), ..DemoteRequest::default() };
         let demoted: Demoted = self.vm.send("PUT", "/tvmm/demote", &request).await?;
-        let set: BarrierSet = self.vm.send("PUT", "/tvmm/barrier", &BarrierRequest::default()).await?;
+        // No barrier is set: all touches since the restore count.
+        let request = BarrierRequest { keep: true, ..BarrierRequest::default() };
+        let set: BarrierSet = self.vm.send("PUT", "/tvmm/barrier", &request).await?;
         let ByBucket { runtime, init, .. } = set.buckets;
         Ok(WindowEnd {
             given: demoted.pages_dropped + demoted.pages_mapped,
-            recalled: runtime.recalled + init.recalled,
+            recalled_ever: runtime.recalled + init.recalled,
             local: runtime.local + init.local,
             away: runtime.away + init.away,
         })

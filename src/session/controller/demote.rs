@@ -71,6 +71,7 @@ impl Controller {
     }
 
     fn try_begin_barrier(&mut self, request: BarrierRequest) -> Result<Barrier, Refused> {
+        request.check()?;
         self.check_no_demotion()?;
         self.check_no_live()?;
         let plan = self.restored.as_ref().map(|restored| &restored.carried_out);
@@ -153,7 +154,7 @@ impl Controller {
                     longest_pause_us: job.longest_pause.as_micros() as u64,
                     total_us: job.start.elapsed().as_micros() as u64,
                 };
-                if let Some(restored) = &mut self.restored {
+                if let Some(restored) = self.restored.as_mut().filter(|_| barrier.is_new) {
                     restored.barriers += 1;
                     restored.last_barrier = Some(set);
                 }

@@ -23,6 +23,8 @@ pub struct Barrier {
     pub unmapped: u64,
     /// Pages since the last barrier.
     pub pages: ByBucket<BucketPages>,
+    /// False: it only tells the pages since the last one, which stays.
+    pub is_new: bool,
 }
 
 impl Barrier {
@@ -41,6 +43,10 @@ impl<S> Machine<S> {
     pub fn begin_barrier(&mut self, request: BarrierRequest, plan: Option<&RestorePlan>) -> Result<Barrier, Error> {
         let core = &mut self.core;
         let access = core.look(plan)?;
+        if request.keep {
+            let pages = access.pages();
+            return Ok(Barrier { pending: PageSet::new(), unmapped: 0, pages, is_new: false });
+        }
         let pages = access.set_barrier();
         access.keeps_log = false;
         if request.writes {
@@ -54,7 +60,7 @@ impl<S> Machine<S> {
             core.ram.note_used()?;
             pending = core.file_pages()?;
         }
-        Ok(Barrier { pending, unmapped: 0, pages })
+        Ok(Barrier { pending, unmapped: 0, pages, is_new: true })
     }
 }
 

@@ -149,7 +149,9 @@ fn untouched_copies_go_and_touched_ones_stay() {
     let digest = vm.call("check").digest;
     let demoted = cold(&vm, json!({}));
     assert!(given(&demoted) < 500 && count(&demoted, "pages_skipped") >= 6500, "all was touched: {demoted}");
-    barrier(&vm, json!({}));
+    let kept = barrier(&vm, json!({ "keep": true }));
+    assert!(all(&kept, "read") >= 6500, "{kept}");
+    assert!(all(&barrier(&vm, json!({})), "read") >= all(&kept, "read"), "the touches were kept: {kept}");
     let before = anonymous_kib(&vm);
     let demoted = cold(&vm, json!({ "buckets": ["init"] }));
     assert!(given(&demoted) >= 6500, "nothing was touched since: {demoted}");
@@ -287,6 +289,8 @@ fn barriers_that_cannot_be_are_refused_with_the_reason() {
     assert!(fault.contains("not supported before starting the microVM"), "{fault}");
     let fault = vm.api_fault("PUT", "/tvmm/barrier", Some(json!({ "read": true })));
     assert!(fault.contains("read"), "{fault}");
+    let fault = vm.api_fault("PUT", "/tvmm/barrier", Some(json!({ "keep": true, "reads": true })));
+    assert!(fault.contains("leave out `keep`"), "{fault}");
     let fault = vm.api_fault("PUT", "/tvmm/demote", Some(json!({ "cold": true, "buckets": ["heap"] })));
     assert!(fault.contains("heap"), "{fault}");
     let dir = scratch();
