@@ -332,11 +332,15 @@ fn remove_others(dir: &Path, layers: &[Layer]) -> io::Result<()> {
     Ok(())
 }
 
-/// The space of the files in a directory, bytes.
+/// The space of the files in a directory and those below it, bytes.
 pub(super) fn space_of(dir: &Path) -> io::Result<u64> {
     let mut bytes = 0;
     for entry in fs::read_dir(dir)? {
-        bytes += 512 * entry?.metadata()?.blocks();
+        let entry = entry?;
+        bytes += 512 * entry.metadata()?.blocks();
+        if entry.file_type()?.is_dir() {
+            bytes += space_of(&entry.path())?;
+        }
     }
     Ok(bytes)
 }

@@ -7,7 +7,7 @@ use super::facts::Restored;
 use crate::memory::used_pages::UsedPages;
 use crate::session::Error;
 use crate::snapshot::{
-    Chain, Location, PageSet, Placement, Policy, create_private_dir, derived_dir, used_profile_path,
+    Chain, Image, Location, PageSet, Placement, Policy, create_private_dir, derived_dir, used_profile_path,
 };
 use crate::sys::page_cache::PageCache;
 use crate::tiering::planner::{PlanRequest, Planner};
@@ -42,8 +42,8 @@ impl UsedProfile {
         Some(UsedProfile { written, used, before: restored.profile.clone() })
     }
 
-    /// Writes the profile beside the snapshot at `tip`, and keeps the plan that `tiered` makes of it. Returns the
-    /// profile's path.
+    /// Writes the profile beside the snapshot at `tip`, and makes the plan of `tiered` for it with its working-set
+    /// files. Returns the profile's path.
     ///
     /// # Errors
     /// The profile that the VM was restored by cannot be read, or a file cannot be written.
@@ -69,11 +69,13 @@ impl UsedProfile {
     }
 }
 
-/// Makes the plan that a restore by the profile alone looks for.
+/// Makes the plan that a restore by the profile alone looks for, and the files that it reads.
 fn keep_plan(chain: &Chain, profile: &Path) -> Result<(), Error> {
     let planner = Planner { chain, tiers: &[], cold: None, page_cache: &PageCache };
     let budget = Budget::of_mib(None, None, DRAM_PRICE_US);
     let request = PlanRequest { policy: Policy::Tiered, profile: Some(profile), costs: None, budget, cache: None };
-    planner.plan(&request)?;
+    for spec in &planner.plan(&request)?.plan.images {
+        Image::open(chain, spec, &PageCache)?;
+    }
     Ok(())
 }
