@@ -20,6 +20,7 @@ use super::blocking::blocking;
 use super::daemon::Daemon;
 use super::idle_counts::{IdleTally, StepEnd};
 use super::standby;
+use super::store::gone_is_fine;
 use super::suspended::{DiskSpace, Layer, SuspendedVm, space_of};
 use super::vm::control::ControlError;
 use super::vm::offloading::GivenBack;
@@ -28,7 +29,7 @@ use super::vm::table::Suspends;
 use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
 use crate::config::bodies::{CreateBody, CreateExtension};
 use crate::config::control::SnapshotTaken;
-use crate::snapshot::{PAGE_SIZE, SnapshotKind};
+use crate::snapshot::{Location, PAGE_SIZE, SnapshotKind, derived_dir};
 use crate::sys::process_memory::ProcessMemory;
 use crate::tiering::idle::{IdleAction, IdleRule, Step};
 
@@ -395,7 +396,14 @@ async fn save(daemon: &Arc<Daemon>, vm: &Vm, is_diff: bool, number: u64) -> Resu
         },
     };
     vm.send::<SnapshotTaken>("PUT", "/snapshot/create", &body).await?;
-    on_disk(move || space_of(&layer)).await
+    let saved = layer.clone();
+    let bytes = on_disk(move || space_of(&saved)).await?;
+    if daemon.vms.suspended.bytes() + bytes <= daemon.options.limits.suspend_disk_mib << 20 {
+        return Ok(bytes);
+    }
+    // The wake takes longer without its profile, but no other VM has to end for that.
+    let derived = derived_dir(&Location::Dir(layer.clone()));
+    on_disk(move || gone_is_fine(std::fs::remove_dir_all(derived)).and_then(|()| space_of(&layer))).await
 }
 
 fn private_dir(dir: &std::path::Path) -> io::Result<()> {
@@ -412,7 +420,7 @@ async fn remove_layer(daemon: &Daemon, vm: &Vm, number: u64) {
     let dir = daemon.vms.suspended.dir_of(&vm.id);
     let layer = daemon.vms.suspended.layer_dir(&vm.id, number);
     let remove = move || {
-        super::store::gone_is_fine(std::fs::remove_dir_all(layer))?;
+        gone_is_fine(std::fs::remove_dir_all(layer))?;
         // This fails, and need not succeed, if the VM has other snapshots.
         let _ = std::fs::remove_dir(dir);
         Ok(())
