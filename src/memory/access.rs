@@ -79,17 +79,20 @@ impl Access {
         let is_of_pool =
             |planned: &PlannedExtent| planned.source.is_some_and(|source| matches!(source.origin, PageOrigin::Tier(_)));
         let pool_copies = pages(&is_of_pool).intersection(&filled.union(&copied_later));
+        let filled = filled.union(&copied_later).union(&served);
+        // Other copies are of pages that the guest has written since the restore.
+        let local = ram.present()?.own.intersection(&filled);
         Ok(Access {
             runtime,
             init,
             execution: PageSet::new(),
-            filled: filled.union(&copied_later).union(&served),
+            filled,
             served,
             pool_copies,
             unmapped: PageSet::new(),
             away: PageSet::new(),
             recalled: PageSet::new(),
-            local: ram.present()?.own,
+            local,
             seen: Seen::default(),
             keeps_log: false,
         })

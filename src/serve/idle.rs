@@ -300,7 +300,8 @@ async fn spill_file<'a>(daemon: &'a Daemon, vm: &Vm) -> Result<SpillFile<'a>, St
 async fn offload(daemon: &Daemon, vm: &Vm, descent: &Descent<'_>, percent: u8) -> Result<GivenBack, StepError> {
     let local_pages =
         if descent.is_offloading() { 0 } else { (memory_of(vm.life.pid()).await?.anonymous_kib << 10) / PAGE_SIZE };
-    Ok(descent.offload(percent, local_pages, spill_file(daemon, vm).await?).await?)
+    let Some(most_pages) = descent.pages_due(percent, local_pages) else { return Ok(GivenBack::default()) };
+    Ok(descent.offload(percent, most_pages, spill_file(daemon, vm).await?).await?)
 }
 
 /// Saves a parked VM, and ends its process. Returns the memory that the process had, bytes.

@@ -161,7 +161,7 @@ impl Spill {
         let Err(source) = store.write_held() else { return Ok(()) };
         let path = store.dir().to_path_buf();
         for gfn in store.held() {
-            let brought = self.shared.bring(&mut store, gfn);
+            let brought = self.shared.bring(&mut store, gfn, Cause::FailedWrite);
             brought.map_err(Error::os("bring back pages that could not be spilled")).map_err(ChangeError::Lost)?;
         }
         Err(ChangeError::Kept(Error::File { doing: "write the spill file in", path, source }))
@@ -222,6 +222,14 @@ pub fn can_spill(planned: &PlannedExtent, ram: &GuestRam) -> bool {
     !is_served && !is_guarded
 }
 
+/// The reason why pages come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    Touch,
+    /// They could not be written.
+    FailedWrite,
+}
+
 impl Shared {
     /// Serves until asked to stop. The error names the failed action and its page.
     fn serve(&self, stop: &EventFd, activity: &Activity) -> Result<(), Ending> {
@@ -247,7 +255,7 @@ impl Shared {
 
     fn answer(&self, gfn: Gfn, address: usize) -> io::Result<()> {
         self.faults.fetch_add(1, Ordering::Relaxed);
-        let pages = self.bring(&mut self.store(), gfn)?;
+        let pages = self.bring(&mut self.store(), gfn, Cause::Touch)?;
         self.pages_back.fetch_add(pages, Ordering::Relaxed);
         if self.released.read().ever().contains(gfn) {
             match self.uffd.install_zero(address) {
@@ -264,9 +272,9 @@ impl Shared {
     }
 
     /// Brings back the pages that left together with `gfn`. Returns their number.
-    fn bring(&self, store: &mut Store, gfn: Gfn) -> io::Result<u64> {
+    fn bring(&self, store: &mut Store, gfn: Gfn, cause: Cause) -> io::Result<u64> {
         let mut pages = 0;
-        store.bring(gfn, |Back { run, bytes }| {
+        let install = |Back { run, bytes }: Back<'_>| {
             // Nothing is given back while the record is locked.
             let books = self.released.read();
             for part in books.still_snapshot(run) {
@@ -276,7 +284,11 @@ impl Shared {
                 pages += self.uffd.install(host, bytes, Install { wake: true, write_protect: false })?;
             }
             Ok(())
-        })?;
+        };
+        match cause {
+            Cause::Touch => store.bring(gfn, install)?,
+            Cause::FailedWrite => store.bring_one(gfn, install)?,
+        };
         Ok(pages)
     }
 

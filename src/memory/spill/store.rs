@@ -234,7 +234,7 @@ impl Store {
     ///
     /// # Errors
     /// The file cannot be read, it has other bytes than were written, or that of `install`.
-    fn bring_one(&mut self, gfn: Gfn, mut install: impl FnMut(Back) -> io::Result<()>) -> io::Result<bool> {
+    pub fn bring_one(&mut self, gfn: Gfn, mut install: impl FnMut(Back) -> io::Result<()>) -> io::Result<bool> {
         let group = group_of(gfn);
         let wanted = bit_of(gfn);
         let Some(blocks) = self.groups.get_mut(&group) else { return Ok(false) };

@@ -87,6 +87,11 @@ impl Control {
         self.exchange(request, serde_json::to_vec(body).map_err(gone)?.into()).await
     }
 
+    /// Waits until no other request is under way.
+    pub async fn is_free(&self) {
+        drop(self.0.lock().await);
+    }
+
     async fn exchange<A: DeserializeOwned>(&self, request: Builder, body: Bytes) -> Result<A, ControlError> {
         let request = request.header("host", "vm").body(Full::from(body)).map_err(gone)?;
         let mut sender = self.0.lock().await;

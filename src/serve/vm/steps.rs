@@ -23,6 +23,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(60);
 
 /// Stops or resumes the vCPUs.
 async fn set_vcpus(vm: &Vm, state: WantedState) -> Result<(), ControlError> {
+    // A window's demotion may be under way, and takes as long as its snapshot's disk does.
+    vm.shell()?.control.is_free().await;
     let slow = |_| ControlError::Gone(format!("it did not answer within {} s", ANSWER_TIME.as_secs()));
     tokio::time::timeout(ANSWER_TIME, vm.set_state(state)).await.map_err(slow)?
 }
@@ -163,24 +165,32 @@ impl Descent<'_> {
         self.vm.lock().offloading.is_some()
     }
 
-    /// Gives back so much of the local memory that the VM had since its last request, what has left before included:
-    /// copies of pages that equal the snapshot, and others to a file. Called after [`park`](Self::park).
-    /// `local_pages`: those that the VM has now; only the first call uses it.
-    pub async fn offload(&self, percent: u8, local_pages: u64, to: SpillFile<'_>) -> Result<GivenBack, ControlError> {
-        let offloading = self.vm.lock().offloading.unwrap_or(Offloading::of(local_pages));
-        let Some(most_pages) = offloading.pages_due(percent) else {
-            let mut usage = self.vm.lock();
+    /// The pages that must leave until so much of the local memory that the VM had since its last request has left;
+    /// `None`: it has. `local_pages`: those that the VM has now; only the first call since the request uses it.
+    pub fn pages_due(&self, percent: u8, local_pages: u64) -> Option<NonZeroU64> {
+        let mut usage = self.vm.lock();
+        let due = usage.offloading.get_or_insert(Offloading::of(local_pages)).pages_due(percent);
+        if due.is_none() {
             usage.descended.offloaded = percent;
-            usage.offloading = Some(offloading);
-            return Ok(GivenBack::default());
-        };
+        }
+        due
+    }
+
+    /// Gives back so many pages, with which `percent` of the local memory have left: copies of pages that equal the
+    /// snapshot, and others to a file. Called after [`park`](Self::park) and [`pages_due`](Self::pages_due).
+    pub async fn offload(
+        &self,
+        percent: u8,
+        most_pages: NonZeroU64,
+        to: SpillFile<'_>,
+    ) -> Result<GivenBack, ControlError> {
         let demoted = self.send(&DemoteRequest { most_pages: Some(most_pages), ..to.request() }).await?;
         let given = GivenBack::of(&demoted);
         let mut usage = self.vm.lock();
         usage.descended.step = Some(Step::Spilled);
         // After a look at all pages, the rest cannot leave local memory.
         usage.descended.offloaded = if demoted.pages_left == 0 { 100 } else { percent };
-        usage.offloading = Some(offloading.after(given));
+        usage.offloading = usage.offloading.map(|offloading| offloading.after(given));
         Ok(given)
     }
 

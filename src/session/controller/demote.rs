@@ -111,7 +111,11 @@ impl Controller {
         match result.and_then(|is_left| resumed.and(written).map(|()| is_left)) {
             Ok(true) => self.go_on_demoting(job),
             Ok(false) => self.end_work(job),
-            Err(refused) => (job.respond)(Err(refused)),
+            Err(refused) => {
+                // Pages that have left stay in the file.
+                self.settle_spilled();
+                (job.respond)(Err(refused));
+            }
         }
     }
 

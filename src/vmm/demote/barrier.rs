@@ -93,6 +93,13 @@ impl Core {
                 Access::begin(plan, origin.files.chain(), &self.ram)?
             }
         };
+        let looked = self.look_for(&mut access);
+        // Also after an error: the touches up to now are in it.
+        let access = self.access.insert(access);
+        looked.map(|()| access)
+    }
+
+    fn look_for(&mut self, access: &mut Access) -> Result<(), Error> {
         let log = self.read_dirty_log()?;
         self.lineage.add_changed(&log.pages);
         self.clear_dirty_log(&log)?;
@@ -103,8 +110,7 @@ impl Core {
             faulted.read.union_with(&spilled.read);
             faulted.written.union_with(&spilled.written);
         }
-        access.look(&self.ram, &faulted)?;
-        Ok(self.access.insert(access))
+        Ok(access.look(&self.ram, &faulted)?)
     }
 
     /// The pages that show a file which is mapped copy-on-write.
