@@ -167,7 +167,7 @@ fn snapshot_of(daemon: &Daemon, suspended: &SuspendedVm) -> PathBuf {
 
 /// The profile that a suspended VM is woken by; `None` if it has none, or its use is to be recorded anew.
 fn profile_of(daemon: &Daemon, suspended: &SuspendedVm) -> Option<PathBuf> {
-    let is_renewed = suspended.record().suspensions % RENEWAL == 0;
+    let is_renewed = suspended.record().suspensions.is_multiple_of(RENEWAL);
     let path = used_profile_path(&Location::Dir(snapshot_of(daemon, suspended)));
     Some(path).filter(|path| !is_renewed && path.exists())
 }

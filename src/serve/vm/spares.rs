@@ -66,10 +66,10 @@ impl Spares {
     ///
     /// # Errors
     /// The process, if as many are kept as may be.
-    pub fn keep(&self, spare: Spare) -> Result<u64, Spare> {
+    pub fn keep(&self, spare: Spare) -> Result<u64, Box<Spare>> {
         let mut queue = self.lock();
         if queue.kept.len() >= MOST {
-            return Err(spare);
+            return Err(Box::new(spare));
         }
         let number = queue.next;
         queue.next += 1;
