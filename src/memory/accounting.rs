@@ -13,7 +13,7 @@ use super::guest_ram::{Backing, GuestRam};
 use crate::memory::Error;
 use crate::snapshot::{Extent, Gfn, PAGE_SIZE};
 use crate::sys::pagemap::Pagemap;
-use crate::sys::pagemap_scan::{Mapped, mapped_runs};
+use crate::sys::pagemap_scan::{Mapped, is_unsupported, mapped_runs};
 
 /// Pages brought in since the machine was built, by tier and by kind of access.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -61,7 +61,7 @@ pub fn count(ram: &GuestRam, served: FaultCounts) -> Result<Option<FaultIns>, Er
         });
         failed.map_or(Ok(()), |error| Err(Error::os("read /proc/self/pagemap")(error)))?;
         match scanned {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => return Ok(None),
+            Err(error) if is_unsupported(&error) => return Ok(None),
             result => result.map_err(Error::os("scan /proc/self/pagemap"))?,
         }
     }

@@ -23,7 +23,7 @@ use crate::sys::lost;
 use crate::sys::lost::{MappedFile, Mapping, Watched};
 use crate::sys::mapping::{Populator, Reservation};
 use crate::sys::pagemap::Pagemap;
-use crate::sys::pagemap_scan::{Mapped, mapped_runs};
+use crate::sys::pagemap_scan::{Mapped, is_unsupported, mapped_runs};
 use crate::sys::uffd::{FaultKinds, Uffd};
 
 /// The backing of a piece of guest memory.
@@ -197,7 +197,7 @@ impl GuestRam {
                 }
             };
             match mapped_runs(self.host_address(extent.first)?, extent.pages, &mut note) {
-                Err(error) if lacks_scan(&error) => return Ok(Vec::new()),
+                Err(error) if is_unsupported(&error) => return Ok(Vec::new()),
                 scanned => scanned.map_err(Error::os("find the pages that the former guest has touched"))?,
             }
             touched.into_iter().try_for_each(|run| self.discard(run))?;
@@ -391,7 +391,7 @@ impl GuestRam {
             let scanned = mapped_runs(host, range.len / PAGE_SIZE, |run, len, _| insert(run, len));
             let populated = match scanned {
                 // Before Linux 6.7 the same is read entry by entry.
-                Err(error) if lacks_scan(&error) => {
+                Err(error) if is_unsupported(&error) => {
                     Pagemap::open().and_then(|map| map.populated_runs(host, range.len / PAGE_SIZE, insert))
                 }
                 scanned => scanned,
@@ -555,11 +555,6 @@ impl GuestRam {
         // `locate` has checked that the offset lies inside the reservation.
         Ok(memory.base().wrapping_add(offset).cast_const())
     }
-}
-
-/// Returns whether a scan failed because the kernel has no PAGEMAP_SCAN (before Linux 6.7).
-fn lacks_scan(error: &std::io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY))
 }
 
 fn map_failed(extent: Extent, source: std::io::Error) -> Error {

@@ -57,7 +57,12 @@ pub enum Mapped {
     Own,
 }
 
-/// True if the page at `start` is mapped as part of a huge one. `EINVAL` or `ENOTTY` before Linux 6.7.
+/// Returns whether a scan failed because the kernel has no PAGEMAP_SCAN (before Linux 6.7).
+pub fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY))
+}
+
+/// True if the page at `start` is mapped as part of a huge one. For errors see [`is_unsupported`].
 pub fn is_huge(start: *const u8) -> io::Result<bool> {
     let file = File::open("/proc/self/pagemap")?;
     let mut region = Region::default();
@@ -81,7 +86,7 @@ pub fn is_huge(start: *const u8) -> io::Result<bool> {
 }
 
 /// Calls `found(first, pages, what)` for each run of pages of `[start, start + pages × 4096)` that is mapped or in
-/// swap, ascending, with `first` counted in pages from `start`. `EINVAL` or `ENOTTY` before Linux 6.7.
+/// swap, ascending, with `first` counted in pages from `start`. For errors see [`is_unsupported`].
 pub fn mapped_runs(start: *const u8, pages: u64, mut found: impl FnMut(u64, u64, Mapped)) -> io::Result<()> {
     let file = File::open("/proc/self/pagemap")?;
     let base = start as u64;

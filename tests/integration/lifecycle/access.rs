@@ -2,9 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::demote::{anonymous_kib, count, with_free_page_reporting};
+use super::demote::{anonymous_kib, assert_content_stays, count, with_free_page_reporting};
 use super::rewind::restores;
-use crate::support::artefact::content;
 use crate::support::pool::filled;
 use crate::support::{Random, Vm, config, rounds, run, run_err, scratch, text};
 
@@ -47,19 +46,10 @@ fn a_tracked_guest_has_the_same_memory_whatever_placed_it() {
             let demoted = cold(&vm, json!({ "to": "spilled", "spill_dir": dir.path() }));
             assert_eq!(vm.call("check").digest, digest, "{way}, round {round}: {demoted}");
         }
-        vm.pause();
-        let before = dir.path().join("before");
-        vm.capture(&before, "Full");
-        barrier(&vm, json!({ "reads": true, "writes": true }));
-        cold(&vm, json!({ "to": "spilled", "spill_dir": dir.path() }));
-        let after = dir.path().join("after");
-        vm.capture(&after, "Full");
-        let diff = dir.path().join("diff");
-        vm.capture(&diff, "Diff");
-        assert_eq!(content(&before), content(&after), "{way}");
-        assert_eq!(content(&before), content(&diff), "{way}");
-        [before, after, diff].iter().for_each(|dir| std::fs::remove_dir_all(dir).unwrap());
-        vm.resume();
+        assert_content_stays(&vm, dir.path(), &way, || {
+            barrier(&vm, json!({ "reads": true, "writes": true }));
+            cold(&vm, json!({ "to": "spilled", "spill_dir": dir.path() }));
+        });
         vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": true })));
         assert_eq!(vm.call("check").digest, saved, "{way}: a tracked VM goes back");
         let report = vm.api_ok("GET", "/tvmm/report", None);

@@ -25,6 +25,22 @@ pub(super) fn anonymous_kib(vm: &Vm) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// Pauses a VM, checks that `change` leaves it paused and its memory as it was, by a full snapshot and a diff, and
+/// resumes it.
+pub(super) fn assert_content_stays(vm: &Vm, dir: &Path, way: &str, change: impl FnOnce()) {
+    vm.pause();
+    let [before, after, diff] = ["before", "after", "diff"].map(|name| dir.join(name));
+    vm.capture(&before, "Full");
+    change();
+    assert_eq!(vm.state(), "Paused");
+    vm.capture(&after, "Full");
+    vm.capture(&diff, "Diff");
+    assert_eq!(content(&before), content(&after), "{way}");
+    assert_eq!(content(&before), content(&diff), "{way}");
+    [before, after, diff].iter().for_each(|dir| std::fs::remove_dir_all(dir).unwrap());
+    vm.resume();
+}
+
 #[test]
 fn a_demoted_guest_has_the_same_memory_whatever_placed_it() {
     let dir = scratch();
@@ -41,19 +57,7 @@ fn a_demoted_guest_has_the_same_memory_whatever_placed_it() {
             assert_eq!(vm.state(), "Running");
             assert_eq!(vm.call("check").digest, digest, "{way}, round {round}");
         }
-        vm.pause();
-        let before = dir.path().join("before");
-        vm.capture(&before, "Full");
-        demote(&vm);
-        assert_eq!(vm.state(), "Paused");
-        let after = dir.path().join("after");
-        vm.capture(&after, "Full");
-        let diff = dir.path().join("diff");
-        vm.capture(&diff, "Diff");
-        assert_eq!(content(&before), content(&after), "{way}");
-        assert_eq!(content(&before), content(&diff), "{way}");
-        [before, after, diff].iter().for_each(|dir| std::fs::remove_dir_all(dir).unwrap());
-        vm.resume();
+        assert_content_stays(&vm, dir.path(), &way, || drop(demote(&vm)));
         vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": true })));
         assert_eq!(vm.call("check").digest, saved, "{way}: a demoted VM goes back");
         let report = vm.api_ok("GET", "/tvmm/report", None);

@@ -5,10 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::demote::{anonymous_kib, count, with_free_page_reporting};
+use super::demote::{anonymous_kib, assert_content_stays, count, with_free_page_reporting};
 use super::rewind::restores;
 use crate::snapshots::crash::SmallDisk;
-use crate::support::artefact::content;
 use crate::support::pool::filled;
 use crate::support::{Random, Vm, http, rounds, run, scratch, text};
 
@@ -39,19 +38,7 @@ fn a_spilled_guest_has_the_same_memory_whatever_placed_it() {
             digest = vm.call("check").digest;
         }
         spill(&vm, dir.path());
-        vm.pause();
-        let before = dir.path().join("before");
-        vm.capture(&before, "Full");
-        spill(&vm, dir.path());
-        assert_eq!(vm.state(), "Paused");
-        let after = dir.path().join("after");
-        vm.capture(&after, "Full");
-        let diff = dir.path().join("diff");
-        vm.capture(&diff, "Diff");
-        assert_eq!(content(&before), content(&after), "{way}");
-        assert_eq!(content(&before), content(&diff), "{way}");
-        [before, after, diff].iter().for_each(|dir| std::fs::remove_dir_all(dir).unwrap());
-        vm.resume();
+        assert_content_stays(&vm, dir.path(), &way, || drop(spill(&vm, dir.path())));
         spill(&vm, dir.path());
         vm.api_ok("PUT", "/tvmm/rewind", Some(json!({ "verify": true })));
         assert_eq!(vm.call("check").digest, saved, "{way}: a spilled VM goes back");
