@@ -100,10 +100,11 @@ fn device_that_touches_lost_memory_ends_the_vm() {
     let memory = dir.path().join("full/memory");
     let mut vm = Vm::restore_with(&dir.path().join("full"), "firecracker", &[]);
     vm.call("hello");
+    // A guest that still works on after its answer may touch the memory first, and the VM ends before it reads this.
+    let mut stream = UnixStream::connect(&socket).unwrap();
     cut(&memory);
     // The guest sleeps; the device looks into its queue for a buffer.
-    let mut stream = UnixStream::connect(&socket).unwrap();
-    stream.write_all(b"CONNECT 1000\n").unwrap();
+    let _ = stream.write_all(b"CONNECT 1000\n");
     ends_with(&mut vm, &memory);
 }
 
