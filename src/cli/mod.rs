@@ -24,6 +24,7 @@ mod serve;
 mod serve_pages;
 mod session_args;
 mod snapshot;
+mod token;
 mod units;
 mod vm;
 
@@ -99,6 +100,8 @@ enum Command {
     Guest(guest::GuestArgs),
     /// Serve functions, VMs and snapshots over HTTP
     Serve(Box<serve::ServeArgs>),
+    /// Make tokens for clients of `tvmm serve`
+    Token(token::TokenArgs),
     /// Benchmark restores and policies
     Bench(crate::bench::BenchArgs),
 }
@@ -128,6 +131,7 @@ impl Command {
             Command::ServePages(args) => args.inputs(),
             Command::Calibrate(_) | Command::Rewind(_) | Command::Demote(_) | Command::Barrier(_) => Vec::new(),
             Command::Fork(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
+            Command::Token(_) => Vec::new(),
         }
     }
 }
@@ -228,6 +232,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         Some(Command::ServePages(args)) => serve_pages::run(args),
         Some(Command::Guest(args)) => guest::run(args),
         Some(Command::Serve(args)) => serve::run(args),
+        Some(Command::Token(args)) => token::run(args),
         Some(Command::Bench(args)) => crate::bench::run(args),
     }
 }

@@ -10,7 +10,7 @@ use clap::Args;
 use super::failure::ArgumentConflict;
 use crate::backends::cold;
 use crate::config::restore::RestoreOptions;
-use crate::serve::{self, Limits, Options, Reuse};
+use crate::serve::{self, AccessOptions, Limits, MetricsAccess, Options, Reuse};
 use crate::snapshot::{ColdSpec, NoColdPool};
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
@@ -25,7 +25,7 @@ pub struct ServeArgs {
     /// Directory for functions, snapshots and profiles; made if it does not exist
     #[arg(long, value_name = "DIR", required_unless_present = "openapi")]
     dir: Option<PathBuf>,
-    /// Listen on this TCP address (there is no authentication: use loopback, or a network you trust)
+    /// Listen on this TCP address; one that other hosts can reach needs --tokens
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
     /// Listen on this Unix socket, which only this user can connect to
@@ -50,6 +50,20 @@ pub struct ServeArgs {
     /// address that a client connects to; repeatable
     #[arg(long, value_name = "NAME", value_parser = host_name)]
     host: Vec<String>,
+    /// Answer TCP clients only if they send a token of this file, which `tvmm token new` makes (docs/serve.md). Its
+    /// mode must be 0600; SIGHUP has it read again
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tokens: Option<PathBuf>,
+    /// Give /metrics to all TCP clients; default: to those on this host, and those with a token
+    #[arg(long, requires = "tokens")]
+    open_metrics: bool,
+    /// Let pages of this site, https://HOST[:PORT], send requests through a browser and read the answers; repeatable
+    #[arg(long, value_name = "ORIGIN", value_parser = origin, requires = "listen")]
+    cors_origin: Vec<String>,
+    /// Append a line for each request to this file: time, client, path, status (docs/serve.md). SIGHUP has it opened
+    /// again
+    #[arg(long, value_name = "FILE")]
+    audit_log: Option<PathBuf>,
     /// Memory of the host that is left free by VMs that stand by, MiB: with less of it, a quarter of them ends each
     /// second, and no more are restored; default: a twentieth of the free memory
     #[arg(long, value_name = "MIB")]
@@ -164,6 +178,40 @@ fn host_name(text: &str) -> Result<String, String> {
     }
 }
 
+/// A site as browsers name it in `Origin`.
+fn origin(text: &str) -> Result<String, String> {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).unwrap_or_default();
+    let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._:[]".contains(c);
+    if !host.is_empty() && host.chars().all(is_name) {
+        Ok(text.to_string())
+    } else {
+        Err("it is no origin like https://app.example or http://app.example:8080, in lower case and without a path"
+            .into())
+    }
+}
+
+/// Refuses to listen where other hosts can connect, unless clients need a token there.
+fn check_listen(args: &ServeArgs) -> Result<(), BoxError> {
+    match args.listen {
+        Some(address) if !address.ip().to_canonical().is_loopback() && args.tokens.is_none() => refuse(format!(
+            "Cannot listen on {address}: other hosts could connect, and run and delete everything. Give --tokens FILE \
+             (`tvmm token new` makes tokens), or listen on 127.0.0.1:{} or a Unix socket",
+            address.port()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The access of clients in the arguments.
+fn access_options(args: &ServeArgs) -> AccessOptions {
+    AccessOptions {
+        tokens: args.tokens.clone(),
+        metrics: if args.open_metrics { MetricsAccess::Open } else { MetricsAccess::Local },
+        cors_origins: args.cors_origin.clone(),
+        audit_log: args.audit_log.clone(),
+    }
+}
+
 /// The restore options in the arguments.
 fn load_options(args: &ServeArgs) -> RestoreOptions {
     RestoreOptions {
@@ -197,6 +245,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
     if args.listen.is_none() && args.listen_unix.is_none() {
         return refuse("Nowhere to listen: give --listen ADDRESS:PORT, --listen-unix PATH, or both");
     }
+    check_listen(args)?;
     let memory_mib = match args.memory {
         Some(mib) => mib,
         // The rest is for the daemon, its processes, and the page cache.
@@ -218,6 +267,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         load,
         otlp: args.otlp.clone(),
         hosts: args.host.clone(),
+        access: access_options(args),
         allow_paths: args.allow_path.clone(),
         allow_cold: args.allow_cold.clone(),
         reuse: if args.no_repurpose { Reuse::Never } else { Reuse::Allowed },

@@ -9,6 +9,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Body as _;
 use serde::de::DeserializeOwned;
 
+use super::access::audit::Objects;
 use super::fault::Fault;
 
 /// The largest body.
@@ -34,6 +35,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
             let message = "The body must be JSON, with the header `Content-Type: application/json`.";
             return Err(Fault::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
+        let objects = request.extensions().get::<Objects>().cloned();
         let body = Limited::new(request.into_body(), MAX_BODY_BYTES).collect();
         let bytes = match tokio::time::timeout(BODY_TIMEOUT, body).await {
             Ok(Ok(body)) => body.to_bytes(),
@@ -47,6 +49,9 @@ impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Body<T> {
                 return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
             }
         };
+        if let Some(objects) = objects {
+            objects.add_body(&bytes);
+        }
         serde_json::from_slice(&bytes).map(Body).map_err(|error| Fault::bad(format!("The body is wrong: {error}.")))
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use serde_json::json;
 
+use super::access::counts::AccessCounts;
 use super::allowances::Allowances;
 use super::blocking::blocking;
 use super::counters::Counters;
@@ -72,6 +73,7 @@ pub(super) struct Daemon {
     pub(super) copies: Copies,
     pub(super) traces: Traces,
     pub(super) counters: Counters,
+    pub(super) access: Arc<AccessCounts>,
 }
 
 impl Daemon {
@@ -104,6 +106,7 @@ impl Daemon {
             copies: Copies::new(),
             traces: Traces::new(options.trace.as_deref(), options.otlp.as_deref())?,
             counters: Counters::default(),
+            access: Arc::default(),
             options,
         })
     }

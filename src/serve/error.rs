@@ -47,6 +47,9 @@ pub enum ServeError {
     /// A state file cannot be read.
     #[error(transparent)]
     File(#[from] crate::snapshot::Error),
+    /// The token file cannot be used.
+    #[error(transparent)]
+    Tokens(#[from] super::access::token_file::TokenFileError),
     /// A pool that restores take memory from by default cannot be opened.
     #[error("Cannot restore from {pool}: {said}")]
     Pool {

@@ -5,12 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::State;
-use axum::http::HeaderMap;
+use axum::extract::{Extension, State};
+use axum::http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
+use super::access::caller::Caller;
+use super::access::role::Role;
 use super::body::{Body, check_line};
 use super::counters::{Counters, Origin};
 use super::daemon::{Daemon, Shared};
@@ -108,6 +110,24 @@ pub(super) struct InvocationBody {
 }
 
 impl InvocationBody {
+    /// Refuses keys that choose files, addresses and taps of the host, or write profiles, to a client that may only
+    /// invoke.
+    fn check_role(&self, role: Role) -> Result<(), Fault> {
+        if role >= Role::Operate {
+            return Ok(());
+        }
+        let keys = [
+            ("tvmm", self.tvmm.is_some()),
+            ("network_overrides", !self.network_overrides.is_empty()),
+            ("record", self.record.is_some()),
+            ("enableReap", self.enable_reap),
+            ("mincore_size", self.mincore_size.is_some()),
+        ];
+        let Some((key, _)) = keys.into_iter().find(|(_, is_used)| *is_used) else { return Ok(()) };
+        let message = format!("Cannot use `{key}`: it needs the role `{}`, and the token has `{role}`.", Role::Operate);
+        Err(Fault::new(StatusCode::FORBIDDEN, message))
+    }
+
     /// Its settings of the VM that it restores.
     fn settings(&self) -> RestoreSettings {
         RestoreSettings {
@@ -169,7 +189,8 @@ pub(super) struct InvocationAnswer {
     responses((status = 200, description = "The guest answered", body = InvocationAnswer),
         (status = 400, body = FaultBody, description = "The request is invalid"),
         (status = 403, body = FaultBody,
-        description = "The request names a path or an address that clients of this service may not name"),
+        description = "The request names a path or an address that clients of this service may not name, or has a key \
+                       that needs the role `operate`"),
         (status = 404, body = FaultBody,
         description = "The function, the VM, the snapshot or the namespace does not exist"),
         (status = 409, body = FaultBody,
@@ -184,9 +205,11 @@ pub(super) struct InvocationAnswer {
         description = "The VM needs more memory than all VMs may have, or the disk is full")))]
 pub(super) async fn post_invocation(
     State(daemon): State<Shared>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     Body(body): Body<InvocationBody>,
 ) -> Result<Reply<InvocationAnswer>, Fault> {
+    body.check_role(caller.role())?;
     let caller = traceparent::caller(&headers);
     // An action that has begun is finished even if the client disconnects.
     let task = tokio::spawn(async move {

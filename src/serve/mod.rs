@@ -8,6 +8,7 @@
 //! process). A file with a plural name handles the requests under that path; the noun has a file of its own
 //! (`function.rs`, `functions.rs`), which the daemon and the VMs use.
 
+mod access;
 mod allowances;
 mod blocking;
 mod body;
@@ -50,7 +51,10 @@ mod wake;
 mod windows;
 mod working_set;
 
+pub use self::access::role::Role;
+pub use self::access::token::{Secret, Token};
+pub use self::access::token_file::{TokenFileError, read as read_tokens};
 pub use self::error::ServeError;
-pub use self::options::{Limits, Options, Reuse};
+pub use self::options::{AccessOptions, Limits, MetricsAccess, Options, Reuse};
 pub use self::routes::openapi;
 pub use self::service::run;

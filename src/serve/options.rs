@@ -50,6 +50,28 @@ pub enum Reuse {
     Never,
 }
 
+/// The clients that may read metrics over TCP without a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsAccess {
+    /// Those on this host.
+    Local,
+    /// All.
+    Open,
+}
+
+/// The access of clients.
+#[derive(Clone, Debug)]
+pub struct AccessOptions {
+    /// The file of the tokens that TCP clients need; None: they need none.
+    pub tokens: Option<PathBuf>,
+    /// The use of metrics without a token.
+    pub metrics: MetricsAccess,
+    /// Origins of other sites whose pages may use the service.
+    pub cors_origins: Vec<String>,
+    /// The file that each request is recorded in.
+    pub audit_log: Option<PathBuf>,
+}
+
 /// The settings of the service.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -61,6 +83,8 @@ pub struct Options {
     pub listen: Option<SocketAddr>,
     /// A Unix socket to listen on.
     pub listen_unix: Option<PathBuf>,
+    /// The access of clients.
+    pub access: AccessOptions,
     /// Limits.
     pub limits: Limits,
     /// The use of finished VMs' processes.

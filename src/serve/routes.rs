@@ -2,15 +2,18 @@
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{Method, StatusCode, Uri, header};
+use axum::http::{HeaderName, Method, StatusCode, Uri, header};
 use axum::response::{Html, IntoResponse};
 use serde_json::{Value, json};
 use utoipa::OpenApi;
 use utoipa::openapi::path::{Operation, ParameterIn};
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{Content, Ref, RefOr, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::access::right::{Right, required};
+use super::access::role::Role;
 use super::daemon::Shared;
 use super::fault::{Fault, Reply};
 use super::working_set::{mincore, profile, reap};
@@ -51,19 +54,62 @@ fn documented() -> OpenApiRouter<Shared> {
         .routes(routes!(get_ui))
         .routes(routes!(get_ui_data))
         .routes(routes!(get_openapi))
+        .routes(routes!(get_health))
 }
 
 /// The OpenAPI 3.1 document.
 pub fn openapi() -> String {
     let (_, mut document) = documented().split_for_parts();
-    for path in document.paths.paths.values_mut() {
-        let operations = [&mut path.get, &mut path.put, &mut path.post, &mut path.patch, &mut path.delete];
-        operations.into_iter().flatten().for_each(add_refusals);
+    for (path, item) in &mut document.paths.paths {
+        for (method, operation) in [
+            (Method::GET, &mut item.get),
+            (Method::PUT, &mut item.put),
+            (Method::POST, &mut item.post),
+            (Method::PATCH, &mut item.patch),
+            (Method::DELETE, &mut item.delete),
+        ] {
+            let Some(operation) = operation else { continue };
+            add_refusals(operation);
+            add_right(operation, required(&method, path));
+        }
     }
+    let mut scheme = Http::new(HttpAuthScheme::Bearer);
+    scheme.description = Some("A token of the file of --tokens; without that option, no token is needed".to_string());
+    document.components.get_or_insert_default().add_security_scheme(SCHEME, SecurityScheme::Http(scheme));
     // The document's keys are all strings.
     let mut text = document.to_pretty_json().unwrap_or_default();
     text.push('\n');
     text
+}
+
+/// The name of the security scheme in the document.
+const SCHEME: &str = "token";
+
+/// Adds the role that an operation needs, and the refusals of requests without it.
+fn add_right(operation: &mut Operation, right: Right) {
+    let needed = |role: Role| SecurityRequirement::new(SCHEME, [role.name()]);
+    let security = match right {
+        Right::Open => Vec::new(),
+        // The empty requirement: clients on the same host need no token.
+        Right::Metrics => vec![SecurityRequirement::default(), needed(Role::Invoke)],
+        Right::Role(role) => vec![needed(role)],
+    };
+    operation.security = Some(security);
+    if right != Right::Open {
+        add_refusal(operation, "401", "The request has no token, or an unknown one");
+        add_refusal(operation, "429", "The token has made as many requests as it may: try again later");
+        add_refusal(operation, "503", "The audit log cannot be written");
+    }
+    if let Right::Role(Role::Operate | Role::Admin) = right {
+        add_refusal(operation, "403", "The token has a smaller role");
+    }
+}
+
+/// Adds a refusal, unless the operation describes this status itself.
+fn add_refusal(operation: &mut Operation, status: &str, description: &str) {
+    let fault = Content::new(Some(Ref::from_schema_name("FaultBody")));
+    let response = ResponseBuilder::new().description(description).content("application/json", fault).build();
+    operation.responses.responses.entry(status.to_string()).or_insert_with(|| response.into());
 }
 
 /// The refusals that any body and any query can get (`body.rs`).
@@ -81,12 +127,9 @@ fn add_refusals(operation: &mut Operation) {
         ("415", "The body does not say that it is JSON"),
     ] {
         let is_possible = has_body || (has_query && status == "400");
-        if !is_possible {
-            continue;
+        if is_possible {
+            add_refusal(operation, status, description);
         }
-        let fault = Content::new(Some(Ref::from_schema_name("FaultBody")));
-        let response = ResponseBuilder::new().description(description).content("application/json", fault).build();
-        operation.responses.responses.entry(status.to_string()).or_insert_with(|| response.into());
     }
 }
 
@@ -112,11 +155,30 @@ async fn get_openapi() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "application/json")], openapi())
 }
 
-/// A page that shows functions, VMs with the place of their memory, and recent traces.
+/// Tells that the service runs. It needs no token.
+#[utoipa::path(get, path = "/health", tag = "service",
+    responses((status = 200, description = "The service runs", body = Object)))]
+async fn get_health() -> Reply<Value> {
+    Reply(json!({ "status": "ok" }))
+}
+
+/// Headers of the page: it loads nothing from elsewhere, asks only this service, and is shown in no other page.
+const PAGE_HEADERS: [(HeaderName, &str); 3] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; \
+         base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::REFERRER_POLICY, "no-referrer"),
+];
+
+/// A page that shows functions, VMs with the place of their memory, and recent traces. It has no data of its own, and
+/// asks for a token if the service needs one.
 #[utoipa::path(get, path = "/ui", tag = "service",
     responses((status = 200, description = "The page", body = String, content_type = "text/html")))]
-async fn get_ui() -> Html<&'static str> {
-    Html(include_str!("ui.html"))
+async fn get_ui() -> impl IntoResponse {
+    (PAGE_HEADERS, Html(include_str!("ui.html")))
 }
 
 /// VMs whose memory the page shows.

@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,9 +14,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::access::caller::Peer;
 use super::counters::Counters;
 use super::daemon::Daemon;
-use super::guard::{GuardedService, Names};
+use super::guard::{Guard, GuardedService};
 use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
 
 /// Time for a client to send the head of a request, and longest idle time of a connection.
@@ -36,27 +36,29 @@ const TURNED_AWAY: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\
 /// A socket that clients connect to.
 pub(super) trait Listener {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
-    /// Accepts a connection. Also returns the address that its client has connected to, if it has one.
-    fn accept_one(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
+    /// Accepts a connection. Also returns its other end.
+    fn accept_one(&self) -> impl Future<Output = io::Result<(Self::Stream, Peer)>> + Send;
 }
 
 impl Listener for TcpListener {
     type Stream = TcpStream;
 
-    async fn accept_one(&self) -> io::Result<(TcpStream, Option<IpAddr>)> {
-        let (stream, _) = self.accept().await?;
+    async fn accept_one(&self) -> io::Result<(TcpStream, Peer)> {
+        let (stream, remote) = self.accept().await?;
         // Answers are written at once; delaying them for more data only costs time.
         stream.set_nodelay(true)?;
         let local = stream.local_addr()?.ip().to_canonical();
-        Ok((stream, Some(local)))
+        Ok((stream, Peer::Tcp { local, remote }))
     }
 }
 
 impl Listener for UnixListener {
     type Stream = UnixStream;
 
-    async fn accept_one(&self) -> io::Result<(UnixStream, Option<IpAddr>)> {
-        Ok((self.accept().await?.0, None))
+    async fn accept_one(&self) -> io::Result<(UnixStream, Peer)> {
+        let (stream, _) = self.accept().await?;
+        let uid = stream.peer_cred()?.uid();
+        Ok((stream, Peer::Unix { uid }))
     }
 }
 
@@ -68,16 +70,20 @@ pub(super) struct Server {
     pub(super) slots: Arc<Semaphore>,
     lingering: Arc<Semaphore>,
     connections: Connections,
-    hosts: Arc<[String]>,
+    guard: Arc<Guard>,
     pub(super) stopped: watch::Receiver<bool>,
 }
 
 impl Server {
-    pub(super) fn new(daemon: Arc<Daemon>, router: Router, stopped: watch::Receiver<bool>) -> Server {
+    pub(super) fn new(
+        daemon: Arc<Daemon>,
+        router: Router,
+        guard: Arc<Guard>,
+        stopped: watch::Receiver<bool>,
+    ) -> Server {
         let slots = Arc::new(Semaphore::new(daemon.options.limits.max_connections));
-        let hosts = daemon.options.hosts.clone().into();
         let lingering = Arc::new(Semaphore::new(MAX_LINGERING));
-        Server { daemon, router, slots, lingering, connections: Connections::default(), hosts, stopped }
+        Server { daemon, router, slots, lingering, connections: Connections::default(), guard, stopped }
     }
 
     /// Accepts and serves until told to stop.
@@ -90,12 +96,12 @@ impl Server {
                 accepted = listener.accept_one() => accepted,
             };
             match (accepted, self.slot().await) {
-                (Ok((stream, local)), Some(slot)) => {
+                (Ok((stream, peer)), Some(slot)) => {
                     let phase = self.connections.add();
                     let io = WatchedStream::new(stream, phase.clone(), ANSWER_TIME);
-                    let names = Names { more: self.hosts.clone(), local };
                     let service = TowerToHyperService::new(self.router.clone());
-                    let connection = serve_one(io, GuardedService { service, names, phase }, self.stopped.clone());
+                    let guarded = GuardedService { service, guard: self.guard.clone(), peer, phase };
+                    let connection = serve_one(io, guarded, self.stopped.clone());
                     tokio::spawn(async move {
                         connection.await;
                         drop(slot);

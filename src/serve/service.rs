@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
@@ -13,6 +13,7 @@ use super::blocking::blocking;
 use super::daemon::{Daemon, START_TIMEOUT};
 use super::error::ServeError;
 use super::fault::Fault;
+use super::guard::Guard;
 use super::idle;
 use super::load;
 use super::options::Options;
@@ -22,7 +23,7 @@ use super::snapshots;
 use super::standby;
 use super::vm::process::run_tool;
 use crate::sys::limits::raise_open_files;
-use crate::sys::signals::EndSignals;
+use crate::sys::signals::{EndSignals, HANG_UP};
 use crate::sys::unix_socket;
 use crate::sys::watched;
 use crate::sys::worker;
@@ -33,7 +34,8 @@ const FLUSH: Duration = Duration::from_secs(2);
 /// Longest wait for the disk at the end, for each step.
 const DISK: Duration = Duration::from_secs(10);
 
-/// Serves until SIGTERM, SIGINT or SIGHUP; then lets invocations finish, and ends all VMs.
+/// Serves until SIGTERM or SIGINT, or SIGHUP if that does not open files again; then lets invocations finish, and ends
+/// all VMs.
 pub fn run(options: Options) -> Result<(), ServeError> {
     // Taken before any thread exists, so that none of them gets the signals.
     let signals = EndSignals::take().map_err(ServeError::os("take signals"))?;
@@ -56,10 +58,14 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     snapshots::sweep(&daemon).map_err(ServeError::os("remove unfinished snapshots"))?;
     check_pools(&daemon).await?;
     let (stop, stopped) = watch::channel(false);
-    let server = Server::new(daemon.clone(), routes::router(daemon.clone()), stopped);
+    let guard = Arc::new(Guard::open(&daemon.options, daemon.access.clone())?);
+    let server = Server::new(daemon.clone(), routes::router(daemon.clone()), guard.clone(), stopped);
     let mut told = String::new();
     if let Some(address) = listen {
         let failed = |source| ServeError::Listen { address, source };
+        if !address.ip().to_canonical().is_loopback() {
+            tracing::warn!(%address, "Tokens and answers can be read on the network: put a proxy with TLS before it");
+        }
         let listener = tokio::net::TcpListener::from_std(listen_tcp(address).map_err(failed)?).map_err(failed)?;
         told += &format!("tvmm serve: listening on http://{}\n", listener.local_addr().map_err(failed)?);
         tokio::spawn(server.clone().serve(listener));
@@ -81,7 +87,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     // Best effort: the parent process may have closed the output.
     let _ = std::io::stdout().write_all(told.as_bytes()).and_then(|()| std::io::stdout().flush());
     let mut signals = Signals::new(signals).map_err(ServeError::os("wait for signals"))?;
-    signals.wait().await?;
+    signals.wait_for_end(&guard).await?;
     tracing::info!("The service is stopping");
     daemon.gate.close();
     let _ = stop.send(true);
@@ -89,7 +95,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
         tokio::select! {
             () = finish(&daemon, &server, grace) => Ok(()),
             // A second signal ends everything at once.
-            signalled = signals.wait() => signalled,
+            signalled = signals.wait_for_end(&guard) => signalled,
         }
     };
     finished.await?;
@@ -107,6 +113,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     let flush = blocking(move || flushed.traces.exporter.as_ref().map(|exporter| exporter.finish(FLUSH)));
     let _ = tokio::time::timeout(2 * FLUSH, flush).await;
     clear_run(&daemon).await;
+    let _ = tokio::time::timeout(DISK, blocking(move || guard.finish(Instant::now() + DISK))).await;
     Ok(())
 }
 
@@ -168,11 +175,23 @@ impl Signals {
         Ok(Signals { signals, ready })
     }
 
-    async fn wait(&mut self) -> Result<(), ServeError> {
+    /// Waits for a signal that ends the service. SIGHUP opens files again, if there are any.
+    async fn wait_for_end(&mut self, guard: &Arc<Guard>) -> Result<(), ServeError> {
+        while self.wait().await? == HANG_UP && guard.has_files() {
+            let guard = guard.clone();
+            if blocking(move || guard.reload()).await.is_err() {
+                tracing::error!("Cannot open files again: the work was given up");
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a signal, and returns its number.
+    async fn wait(&mut self) -> Result<i32, ServeError> {
         loop {
             let mut ready = self.ready.readable().await.map_err(ServeError::os("wait for signals"))?;
-            if self.signals.take_one().is_some() {
-                return Ok(());
+            if let Some(signal) = self.signals.take_one() {
+                return Ok(signal);
             }
             ready.clear_ready();
         }

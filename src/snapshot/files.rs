@@ -91,6 +91,20 @@ pub fn overwrite_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(true).mode(PRIVATE).open(path)
 }
 
+/// Opens a regular file to append to it; a new file can be read by its owner only. A symbolic link at its place is not
+/// followed, and a pipe is refused instead of waited for.
+pub fn append_private(path: &Path) -> Result<File> {
+    let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits() as i32;
+    let mut options = OpenOptions::new();
+    options.append(true).create(true).mode(PRIVATE).custom_flags(flags);
+    let file = options.open(path).map_err(Error::io("open", path))?;
+    let metadata = file.metadata().map_err(Error::io("stat", path))?;
+    if !metadata.is_file() {
+        return Err(Error::NotAFile { path: path.to_path_buf() });
+    }
+    Ok(file)
+}
+
 /// Makes a directory, and its parents, for files that only their owner reads.
 pub fn create_private_dir(path: &Path) -> io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)

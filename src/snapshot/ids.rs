@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// Text that is not an identifier.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not a snapshot identifier or digest (64 lower-case hexadecimal digits)")]
+#[error("{text:?} is no identifier and no digest (64 lower-case hexadecimal digits)")]
 pub struct BadDigestText {
     /// The first 80 characters.
     pub text: String,
@@ -71,6 +71,11 @@ hex_digest! {
 hex_digest! {
     /// The identity of a pool: random, given when the pool is made. Text form as for [`SnapshotId`].
     PoolId
+}
+
+hex_digest! {
+    /// A SHA-256 digest. Text form as for [`SnapshotId`].
+    Sha256Digest
 }
 
 /// Upper case is refused: one snapshot has one spelling.

@@ -51,9 +51,10 @@ pub use container::{
 };
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
 pub use error::{Error, Result};
-pub use files::{Durability, PRIVATE, create_new, create_private_dir, overwrite_private, read_limited};
+pub(crate) use files::open_regular;
+pub use files::{Durability, PRIVATE, append_private, create_new, create_private_dir, overwrite_private, read_limited};
 pub use fork_point::ForkPoint;
-pub use ids::{BadDigestText, Digest, PoolId, SnapshotId, TierId};
+pub use ids::{BadDigestText, Digest, PoolId, Sha256Digest, SnapshotId, TierId};
 pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, image_name};
 pub use layout::{GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout};
 pub use manifest::{

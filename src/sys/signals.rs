@@ -8,6 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 #[derive(Debug)]
 pub struct EndSignals(File);
 
+/// The signal by which a terminal, or the owner of a service, says that something has changed.
+pub const HANG_UP: i32 = libc::SIGHUP;
+
 /// Lets a reader that goes away (`tvmm inspect DIR | head`) end the process, as in any other program. For commands that
 /// only print; a VM must outlive its readers.
 pub fn end_with_reader() {

@@ -3,6 +3,8 @@
 mod api;
 mod otlp;
 mod serve;
+mod serve_access;
+mod serve_audit;
 mod serve_doors;
 mod serve_drives;
 mod serve_faults;

@@ -1,0 +1,62 @@
+//! A client of the service: the other end of its connection, and its identity.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use super::role::Role;
+use super::token::Token;
+
+/// The other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub enum Peer {
+    /// A client over TCP.
+    Tcp {
+        /// The address that it has connected to.
+        local: IpAddr,
+        remote: SocketAddr,
+    },
+    /// A client of the Unix socket, whose mode and directories say who may connect.
+    Unix {
+        /// The user of its process.
+        uid: u32,
+    },
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Tcp { remote, .. } => remote.fmt(f),
+            Peer::Unix { .. } => f.write_str("unix"),
+        }
+    }
+}
+
+/// The identity of the client that has sent a request.
+#[derive(Clone, Debug)]
+pub enum Caller {
+    /// It has sent the secret of this token.
+    Token(Arc<Token>),
+    /// It has connected to the Unix socket as this user.
+    User(u32),
+    /// The service takes no tokens.
+    Anyone,
+}
+
+impl Caller {
+    pub fn role(&self) -> Role {
+        match self {
+            Caller::Token(token) => token.role,
+            Caller::User(_) | Caller::Anyone => Role::Admin,
+        }
+    }
+
+    /// The name in the audit log.
+    pub fn name(&self) -> Option<String> {
+        match self {
+            Caller::Token(token) => Some(token.name.clone()),
+            Caller::User(uid) => Some(format!("uid {uid}")),
+            Caller::Anyone => None,
+        }
+    }
+}
