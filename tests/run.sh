@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Runs tests and closes with one line that counts them over all runs: `N passed, N failed, N skipped: KIND N, …`.
 #
+# A test that fails is run once more, by itself. If it passes then, it is flaky: its name stands at the end, its first
+# output in target/tests/log, and the test or the code has a race to mend. More than three failures are not tried again.
+#
 # usage: tests/run.sh RUN... [-- FILTER...]
 #   debug     every test, on the debug build (with overflow checks)
 #   release   the integration tests, on the binary that ships (TVMM_BINARY, which `make build` makes)
@@ -18,37 +21,63 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     runs+=("$1")
     shift
 done
-[ ${#runs[@]} -gt 0 ] || { sed -n '4,9s/^# //p' "$0" >&2 && exit 2; }
+[ ${#runs[@]} -gt 0 ] || { sed -n '/^# usage/,/^# FILTER/s/^# //p' "$0" >&2 && exit 2; }
 shift $(($# > 0))
 rm -rf target/tests
 mkdir -p target/tests
-log=target/tests/log failed=target/tests/failed
+log=target/tests/log failed=target/tests/failed flaky=target/tests/flaky
 export TVMM_SKIPS=$PWD/target/tests/skips
-touch "$log" "$failed" "$TVMM_SKIPS"
+touch "$log" "$failed" "$flaky" "$TVMM_SKIPS"
 status=0
 
+failed_in() { # failed_in FILE: the names of tests
+    sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$1"
+}
+
+total() { # total passed|failed FILE
+    sed -n "s/^test result: .* \([0-9]*\) $1;.*/\1/p" "$2" | awk '{ sum += $1 } END { print sum + 0 }'
+}
+
 run() { # run LABEL COMMAND...
-    local label=$1
+    local label=$1 name names=()
     shift
-    echo "== $label: $*"
-    TVMM_TEST_RUN=$label "$@" 2>&1 | tee "$log.$label" || status=1
-    sed -n "s/^test \(.*\) \.\.\. FAILED\$/$label\t\1/p" "$log.$label" >>"$failed"
+    echo "== $label: $* -- ${filter[*]}"
+    if ! TVMM_TEST_RUN=$label "$@" -- "${filter[@]}" 2>&1 | tee "$log.$label"; then
+        mapfile -t names < <(failed_in "$log.$label")
+        # A run that a signal ended, or that did not begin, is a failure whatever its tests say.
+        [ ${#names[@]} = "$(total failed "$log.$label")" ] && ! grep -q "didn't exit successfully.*(signal: " "$log.$label" || status=1
+        [ ${#names[@]} != 0 ] || status=1
+    fi
     cat "$log.$label" >>"$log"
+    for name in "${names[@]}"; do
+        if [ ${#names[@]} -le 3 ] && again "$label" "$name" "$@"; then
+            printf '%s\t%s\n' "$label" "$name" >>"$flaky"
+        else
+            printf '%s\t%s\n' "$label" "$name" >>"$failed"
+            status=1
+        fi
+    done
+}
+
+again() { # again LABEL TEST COMMAND...: succeeds if the test passes by itself
+    local label=$1 name=$2
+    shift 2
+    echo "== $label, once more: $name"
+    TVMM_TEST_RUN=$label "$@" -- --exact "$name" 2>&1 | tee "$log.again" && [ "$(total passed "$log.again")" = 1 ]
 }
 
 for each in "${runs[@]}"; do
+    filter=("$@")
     case $each in
-    debug) run debug env -u TVMM_BINARY cargo test --locked --no-fail-fast -- "$@" ;;
-    release) run release env TVMM_BINARY="${TVMM_BINARY:?}" cargo test --locked --test integration -- "$@" ;;
+    debug) run debug env -u TVMM_BINARY cargo test --locked --no-fail-fast ;;
+    release) run release env TVMM_BINARY="${TVMM_BINARY:?}" cargo test --locked --test integration ;;
     guest)
         run guest cargo test --locked --lib --features functions --manifest-path resources/guest/Cargo.toml \
-            --target-dir target/guest-tests -- "$@"
+            --target-dir target/guest-tests
         ;;
     features)
-        filter=("$@")
         [ $# -gt 0 ] || filter=(object_store otlp)
-        run features cargo test --locked --no-fail-fast --features "${FEATURES:?}" --lib --test integration -- \
-            "${filter[@]}"
+        run features cargo test --locked --no-fail-fast --features "${FEATURES:?}" --lib --test integration
         ;;
     *) echo "tests/run.sh: unknown run $each" >&2 && exit 2 ;;
     esac
@@ -58,13 +87,12 @@ done
 skips=$(sort -u "$TVMM_SKIPS" |
     awk -F '\t' 'pass == 1 { seen[$1, $2] = 1; next } !seen[$1, $2]++' pass=1 "$failed" pass=2 -)
 counted() { cut -f"$1" <<<"$skips" | grep . | sort | uniq -c | sort -k1,1nr -k2; }
-total() { # total passed|failed
-    sed -n "s/^test result: .* \([0-9]*\) $1;.*/\1/p" "$log" | awk '{ sum += $1 } END { print sum + 0 }'
-}
-passed=$(total passed) failures=$(total failed) skipped=$(grep -c . <<<"$skips")
+unstable=$(grep -c . "$flaky")
+passed=$(($(total passed "$log") + unstable)) failures=$(($(total failed "$log") - unstable)) skipped=$(grep -c . <<<"$skips")
 kinds=$(counted 3 | awk '{ printf "%s%s %s", n++ ? ", " : ": ", $2, $1 }')
 [ "$skipped" = 0 ] || printf '\nSkipped, by reason:\n%s\n' "$(counted 3,4 | sed 's/\t/: /')"
 # A run that ended without a result (a build error, a signal) is a failure that no count shows.
 [ "$status" = 0 ] || [ "$failures" != 0 ] || echo "A run ended before it counted its tests; see $log."
+[ "$unstable" = 0 ] || printf '\nFlaky, passed by themselves only:\n%s\n' "$(sed 's/^/  /; s/\t/: /' "$flaky")"
 echo "$((passed - skipped)) passed, $failures failed, $skipped skipped$kinds"
 exit "$status"
