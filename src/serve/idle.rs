@@ -50,6 +50,9 @@ pub(super) struct IdleState {
     /// Pauses between an answer and the next request to the same VM: the 99th percentile, ms. None: fewer than 8 are
     /// known.
     reuse_p99_ms: Option<u64>,
+    /// The idle time from which on a VM's memory is worth more than the VM, by the policy and the pauses until now, ms:
+    /// `ladder` trims it then, `faasmem` begins to offload it, others end or suspend it.
+    delay_ms: u64,
     /// The number of pauses that this is taken from.
     reuses: usize,
     /// Suspended VMs.
@@ -60,10 +63,12 @@ pub(super) struct IdleState {
 
 /// The state of a function's idle VMs; `None` if no policy applies to them.
 pub(super) fn state_of(daemon: &Daemon, func_name: &str) -> Option<IdleState> {
-    daemon.idle_rule(func_name)?;
+    let rule = daemon.idle_rule(func_name)?;
+    let reuse = daemon.idle.reuse(func_name);
     let asleep = daemon.vms.suspended.all().iter().filter(|vm| vm.record().func_name == func_name).count();
     Some(IdleState {
-        reuse_p99_ms: daemon.idle.p99(func_name).map(|p99| p99.as_millis() as u64),
+        reuse_p99_ms: reuse.p99.map(|p99| p99.as_millis() as u64),
+        delay_ms: rule.delay(reuse).as_millis() as u64,
         reuses: daemon.idle.intervals(func_name),
         asleep,
         tally: daemon.idle.of(func_name),
@@ -93,10 +98,10 @@ pub(super) async fn descend_all(daemon: Arc<Daemon>) {
         let mut due = Vec::new();
         for vm in daemon.vms.all() {
             let Some((idle, rule)) = waiting(&daemon, &vm) else { continue };
-            let p99 = daemon.idle.p99(&vm.function.func_name);
-            if let Some(action) = rule.due(idle, vm.descended(), p99) {
+            let reuse = daemon.idle.reuse(&vm.function.func_name);
+            if let Some(action) = rule.due(idle, vm.descended(), reuse) {
                 due.push((idle, vm, action));
-            } else if let Some(next) = rule.next_time(idle, p99) {
+            } else if let Some(next) = rule.next_time(idle, reuse) {
                 pause = pause.min(next - idle);
             }
         }
@@ -134,7 +139,7 @@ fn hasten(daemon: &Arc<Daemon>, steps: &mut Steps) {
         let func_name = &vm.function.func_name;
         // Without a policy of its own, a VM waits for its time.
         let Some(action) = daemon.idle_rule(func_name).and_then(|_| rule.next(vm.descended())) else { continue };
-        let usual = rule.delay(daemon.idle.p99(func_name)).max(Duration::from_millis(1));
+        let usual = rule.delay(daemon.idle.reuse(func_name)).max(Duration::from_millis(1));
         idle.push((idle_for.as_secs_f64() / usual.as_secs_f64(), vm, action));
     }
     idle.sort_by(|(one, ..), (other, ..)| other.total_cmp(one));

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::counters::head;
 use super::vm::offloading::GivenBack;
 use crate::snapshot::PAGE_SIZE;
-use crate::tiering::idle::{ReuseIntervals, Step};
+use crate::tiering::idle::{Reuse, ReuseIntervals, Step};
 
 /// The outcome of a step down, or of the way up from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,9 +224,9 @@ impl IdleCounts {
         self.change(func_name, |of| of.intervals.add(interval));
     }
 
-    /// The 99th percentile of a function's pauses, if there are enough of them.
-    pub(super) fn p99(&self, func_name: &str) -> Option<Duration> {
-        self.lock().get(func_name).and_then(|of| of.intervals.p99())
+    /// The pauses up to which a VM of the function is likely to be asked again.
+    pub(super) fn reuse(&self, func_name: &str) -> Reuse {
+        self.lock().get(func_name).map_or_else(Reuse::default, |of| of.intervals.reuse())
     }
 
     /// The number of a function's pauses that are known.

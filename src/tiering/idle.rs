@@ -262,13 +262,13 @@ pub enum IdleRule {
 }
 
 impl IdleRule {
-    /// The actions with the idle time of each, the shortest first. `p99`: see [`ReuseIntervals::p99`].
-    pub fn times(&self, p99: Option<Duration>) -> Vec<(Duration, IdleAction)> {
+    /// The actions with the idle time of each, the shortest first.
+    pub fn times(&self, reuse: Reuse) -> Vec<(Duration, IdleAction)> {
         match *self {
             IdleRule::End { after } => vec![(after, IdleAction::End)],
             IdleRule::Suspend { after } => vec![(after, IdleAction::Step(Step::Suspended))],
             IdleRule::Ladder { floor, cap } => {
-                let trim = self.delay(p99);
+                let trim = self.delay(reuse);
                 let spill = trim.saturating_mul(SPILL_PATIENCE).min(cap);
                 let suspend = trim.saturating_mul(SUSPEND_PATIENCE).min(cap);
                 let times =
@@ -276,7 +276,7 @@ impl IdleRule {
                 times.map(|(after, step)| (after, IdleAction::Step(step))).into()
             }
             IdleRule::Faasmem { keep_alive, offload, .. } => {
-                let delay = self.delay(p99);
+                let delay = self.delay(reuse);
                 let bites = (BITE..=100).step_by(BITE.into()).map(|percent| {
                     let after = delay + offload.mul_f64(f64::from(percent) / 100.0);
                     (after, IdleAction::Offload { percent })
@@ -287,29 +287,29 @@ impl IdleRule {
     }
 
     /// The idle time up to which a VM is likely to be asked again.
-    pub fn delay(&self, p99: Option<Duration>) -> Duration {
+    pub fn delay(&self, reuse: Reuse) -> Duration {
         match *self {
             IdleRule::End { after } | IdleRule::Suspend { after } => after,
-            IdleRule::Ladder { floor, cap } => p99.unwrap_or(floor).clamp(floor, cap),
-            IdleRule::Faasmem { floor, keep_alive, .. } => p99.unwrap_or(floor).clamp(floor, keep_alive),
+            IdleRule::Ladder { floor, cap } => reuse.expected.unwrap_or(cap).clamp(floor, cap),
+            IdleRule::Faasmem { floor, keep_alive, .. } => reuse.p99.unwrap_or(floor).clamp(floor, keep_alive),
         }
     }
 
     /// The action that a VM which has been idle for `idle` is due for: the deepest one that it has not refused.
-    pub fn due(&self, idle: Duration, vm: impl Into<Descended>, p99: Option<Duration>) -> Option<IdleAction> {
-        if idle < self.first_time(p99) {
+    pub fn due(&self, idle: Duration, vm: impl Into<Descended>, reuse: Reuse) -> Option<IdleAction> {
+        if idle < self.first_time(reuse) {
             return None;
         }
         let vm = vm.into();
-        let due = self.times(p99).into_iter().filter(|(after, _)| *after <= idle).map(|(_, action)| action);
+        let due = self.times(reuse).into_iter().filter(|(after, _)| *after <= idle).map(|(_, action)| action);
         due.rev().find(|action| vm.may_take(*action))
     }
 
     /// An idle time before which there is no action.
-    fn first_time(&self, p99: Option<Duration>) -> Duration {
+    fn first_time(&self, reuse: Reuse) -> Duration {
         match *self {
             IdleRule::Ladder { floor, .. } => floor,
-            _ => self.delay(p99),
+            _ => self.delay(reuse),
         }
     }
 
@@ -320,13 +320,14 @@ impl IdleRule {
         if let IdleRule::Faasmem { .. } = self {
             return [IdleAction::Offload { percent: 100 }, IdleAction::End].into_iter().find(|next| vm.may_take(*next));
         }
-        let next = self.times(None).into_iter().map(|(_, action)| action).find(|action| vm.may_take(*action));
+        let next =
+            self.times(Reuse::default()).into_iter().map(|(_, action)| action).find(|action| vm.may_take(*action));
         next.filter(|next| vm.step != Some(Step::Spilled) || *next != IdleAction::Step(Step::Suspended))
     }
 
     /// The idle time of the first action after `idle`.
-    pub fn next_time(&self, idle: Duration, p99: Option<Duration>) -> Option<Duration> {
-        self.times(p99).into_iter().map(|(after, _)| after).find(|after| *after > idle)
+    pub fn next_time(&self, idle: Duration, reuse: Reuse) -> Option<Duration> {
+        self.times(reuse).into_iter().map(|(after, _)| after).find(|after| *after > idle)
     }
 
     /// Returns whether its VMs are suspended in the end.
@@ -338,6 +339,17 @@ impl IdleRule {
     pub fn ends_at_once(&self) -> bool {
         matches!(self, IdleRule::End { after: Duration::ZERO })
     }
+}
+
+/// The pauses up to which a VM is likely to be asked again, by those of its function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reuse {
+    /// The 99th percentile by nearest rank; `None` of fewer than 8 pauses.
+    pub p99: Option<Duration>,
+    /// The pause that one of a hundred is expected to exceed; `None` of no pause. Of 99 pauses or more it is `p99`.
+    /// The n+1st of n+1 equally distributed pauses is the longest in one of n+1 cases, so that of fewer pauses it lies
+    /// beyond their longest: by (100 / (n + 1))^½, for a tail P(pause > x) ~ x^-2.
+    pub expected: Option<Duration>,
 }
 
 /// Pauses between the answers of a function's VMs and the next requests to them.
@@ -371,10 +383,13 @@ impl ReuseIntervals {
         self.last.len()
     }
 
-    /// The 99th percentile by nearest rank; `None` of fewer than 8 intervals.
-    pub fn p99(&self) -> Option<Duration> {
-        let rank = (self.sorted.len() * 99).div_ceil(100);
-        (self.sorted.len() >= Self::FEWEST).then(|| self.sorted[rank - 1])
+    /// Returns up to which pause a VM is likely to be asked again.
+    pub fn reuse(&self) -> Reuse {
+        let count = self.sorted.len();
+        let rank = (count * 99).div_ceil(100);
+        let Some(percentile) = rank.checked_sub(1).map(|at| self.sorted[at]) else { return Reuse::default() };
+        let beyond = (100.0 / (count + 1) as f64).sqrt().max(1.0);
+        Reuse { p99: (count >= Self::FEWEST).then_some(percentile), expected: Some(percentile.mul_f64(beyond)) }
     }
 }
 
@@ -383,6 +398,12 @@ mod tests {
     use super::*;
 
     const S: Duration = Duration::from_secs(1);
+    /// A function without pauses.
+    const NEW: Reuse = Reuse { p99: None, expected: None };
+
+    fn usual(pause: Duration) -> Reuse {
+        Reuse { p99: Some(pause), expected: Some(pause) }
+    }
 
     fn ladder() -> IdleRule {
         IdleRule::Ladder { floor: 10 * S, cap: 600 * S }
@@ -390,10 +411,11 @@ mod tests {
 
     #[test]
     fn a_ladder_follows_the_intervals_between_its_floor_and_its_cap() {
-        let times = |p99: Option<Duration>| -> Vec<u64> {
-            ladder().times(p99).into_iter().map(|(after, _)| after.as_secs()).collect()
+        let times = |expected: Option<Duration>| -> Vec<u64> {
+            let reuse = Reuse { p99: None, expected };
+            ladder().times(reuse).into_iter().map(|(after, _)| after.as_secs()).collect()
         };
-        assert_eq!(times(None), [10, 10, 20, 40]);
+        assert_eq!(times(None), [10, 600, 600, 600]);
         assert_eq!(times(Some(S)), [10, 10, 20, 40]);
         assert_eq!(times(Some(60 * S)), [10, 60, 120, 240]);
         assert_eq!(times(Some(300 * S)), [10, 300, 600, 600]);
@@ -402,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_vm_takes_the_deepest_step_that_is_due_and_none_twice() {
-        let due = |idle: u64, step| ladder().due(idle as u32 * S, step, Some(60 * S));
+        let due = |idle: u64, step| ladder().due(idle as u32 * S, step, usual(60 * S));
         let step = |step| Some(IdleAction::Step(step));
         assert_eq!(due(9, None), None);
         assert_eq!(due(10, None), step(Step::Parked));
@@ -414,44 +436,44 @@ mod tests {
         assert_eq!(ladder().next(None), step(Step::Parked));
         assert_eq!(ladder().next(Some(Step::Trimmed)), step(Step::Spilled));
         assert_eq!(ladder().next(Some(Step::Spilled)), None);
-        assert_eq!(ladder().next_time(60 * S, Some(60 * S)), Some(120 * S));
+        assert_eq!(ladder().next_time(60 * S, usual(60 * S)), Some(120 * S));
         let end = IdleRule::End { after: 5 * S };
-        assert_eq!(end.due(5 * S, Some(Step::Trimmed), None), Some(IdleAction::End));
-        assert_eq!(end.due(4 * S, None, None), None);
+        assert_eq!(end.due(5 * S, Some(Step::Trimmed), NEW), Some(IdleAction::End));
+        assert_eq!(end.due(4 * S, None, NEW), None);
     }
 
     #[test]
     fn a_semi_warm_vm_is_offloaded_bit_by_bit_and_ends_at_its_keep_alive_time() {
         let rule = IdleRule::Faasmem { floor: 60 * S, keep_alive: 600 * S, offload: 100 * S };
-        let times = rule.times(None);
+        let times = rule.times(NEW);
         assert_eq!((times.len(), times[0]), (51, (62 * S, IdleAction::Offload { percent: 2 })));
         assert_eq!(times[49..], [(160 * S, IdleAction::Offload { percent: 100 }), (600 * S, IdleAction::End)]);
         let part = |percent| Some(IdleAction::Offload { percent });
         let at = |offloaded| Descended { step: Some(Step::Spilled), offloaded, ..Descended::default() };
-        assert_eq!(rule.due(61 * S, None, None), None);
-        assert_eq!(rule.due(62 * S, None, None), part(2));
-        assert_eq!(rule.due(63 * S, at(2), None), None);
-        assert_eq!(rule.due(111 * S, at(2), None), part(50));
-        assert_eq!(rule.due(599 * S, at(98), None), part(100));
-        assert_eq!((rule.due(599 * S, at(100), None), rule.due(600 * S, at(100), None)), (None, Some(IdleAction::End)));
+        assert_eq!(rule.due(61 * S, None, NEW), None);
+        assert_eq!(rule.due(62 * S, None, NEW), part(2));
+        assert_eq!(rule.due(63 * S, at(2), NEW), None);
+        assert_eq!(rule.due(111 * S, at(2), NEW), part(50));
+        assert_eq!(rule.due(599 * S, at(98), NEW), part(100));
+        assert_eq!((rule.due(599 * S, at(100), NEW), rule.due(600 * S, at(100), NEW)), (None, Some(IdleAction::End)));
         // It is usual for the function that a VM waits for long: only so much is offloaded before the end.
-        let p99 = Some(570 * S);
-        assert_eq!((rule.due(571 * S, None, p99), rule.due(599 * S, None, p99)), (None, part(28)));
-        assert_eq!(rule.due(600 * S, None, Some(9000 * S)), Some(IdleAction::End));
-        assert_eq!((rule.next_time(60 * S, None), rule.next_time(62 * S, None)), (Some(62 * S), Some(64 * S)));
-        assert_eq!((rule.next_time(200 * S, None), rule.next_time(600 * S, None)), (Some(600 * S), None));
+        let long = usual(570 * S);
+        assert_eq!((rule.due(571 * S, None, long), rule.due(599 * S, None, long)), (None, part(28)));
+        assert_eq!(rule.due(600 * S, None, usual(9000 * S)), Some(IdleAction::End));
+        assert_eq!((rule.next_time(60 * S, NEW), rule.next_time(62 * S, NEW)), (Some(62 * S), Some(64 * S)));
+        assert_eq!((rule.next_time(200 * S, NEW), rule.next_time(600 * S, NEW)), (Some(600 * S), None));
         // Memory is short.
         assert_eq!((rule.next(None), rule.next(at(100))), (part(100), Some(IdleAction::End)));
         let mut refused = Descended::default();
         refused.refuse(Step::Spilled);
-        assert_eq!((rule.due(599 * S, refused, None), rule.next(refused)), (None, Some(IdleAction::End)));
+        assert_eq!((rule.due(599 * S, refused, NEW), rule.next(refused)), (None, Some(IdleAction::End)));
     }
 
     #[test]
     fn a_refused_step_leaves_the_others_to_be_taken() {
         let step = |step| Some(IdleAction::Step(step));
         let mut vm = Descended::default();
-        let due = |idle: u64, vm: Descended| ladder().due(idle as u32 * S, vm, Some(60 * S));
+        let due = |idle: u64, vm: Descended| ladder().due(idle as u32 * S, vm, usual(60 * S));
         assert_eq!(due(240, vm), step(Step::Suspended));
         vm.refuse(Step::Suspended);
         assert_eq!(due(240, vm), step(Step::Spilled));
@@ -469,20 +491,36 @@ mod tests {
         assert_eq!((due(120, booted), due(240, booted)), (None, step(Step::Suspended)));
         assert_eq!(ladder().next(booted), step(Step::Suspended));
         let suspend = IdleRule::Suspend { after: S };
-        assert_eq!((suspend.due(9 * S, vm, None), suspend.next(vm)), (None, None));
+        assert_eq!((suspend.due(9 * S, vm, NEW), suspend.next(vm)), (None, None));
         let end = IdleRule::End { after: S };
-        assert_eq!((end.due(9 * S, vm, None), end.next(vm)), (Some(IdleAction::End), Some(IdleAction::End)));
+        assert_eq!((end.due(9 * S, vm, NEW), end.next(vm)), (Some(IdleAction::End), Some(IdleAction::End)));
     }
 
     #[test]
     fn the_percentile_is_of_the_last_intervals() {
         let mut intervals = ReuseIntervals::default();
+        assert_eq!(intervals.reuse(), NEW);
         (1..8).for_each(|s| intervals.add(s * S));
-        assert_eq!(intervals.p99(), None);
+        assert_eq!(intervals.reuse().p99, None);
         intervals.add(8 * S);
-        assert_eq!(intervals.p99(), Some(8 * S));
+        assert_eq!(intervals.reuse().p99, Some(8 * S));
         (0..256).for_each(|s| intervals.add(s * S));
-        assert_eq!((intervals.count(), intervals.p99()), (256, Some(253 * S)));
+        assert_eq!((intervals.count(), intervals.reuse()), (256, usual(253 * S)));
+    }
+
+    #[test]
+    fn a_pause_longer_than_those_that_are_known_is_expected() {
+        let mut intervals = ReuseIntervals::default();
+        let expected: Vec<_> = (0..99)
+            .map(|_| {
+                intervals.add(10 * S);
+                intervals.reuse().expected.unwrap().as_secs()
+            })
+            .collect();
+        // (100 / 2)^½, (100 / 4)^½, (100 / 9)^½ and (100 / 25)^½ times the longest.
+        assert_eq!((expected[0], expected[2], expected[7], expected[23]), (70, 50, 33, 20));
+        assert!(expected.is_sorted_by(|one, next| one >= next));
+        assert_eq!(expected[98], 10);
     }
 
     #[test]

@@ -477,14 +477,14 @@ impl Run<'_> {
             return;
         };
         let idle = Duration::from_micros(now_us.saturating_sub(self.fleet.since(vm)));
-        let p99 = self.pauses[self.fleet.function(vm) as usize].p99();
+        let reuse = self.pauses[self.fleet.function(vm) as usize].reuse();
         let descended = self.fleet.descended(vm);
-        let to = match rule.due(idle, descended, p99) {
+        let to = match rule.due(idle, descended, reuse) {
             Some(IdleAction::End) => return self.finish(vm, now_us as f64),
             Some(action) => descended.after(action),
             None => {
                 // A moment later: times are cut to whole microseconds.
-                let next_us = rule.next_time(idle, p99).map(|after| after.as_micros() as u64 + 1);
+                let next_us = rule.next_time(idle, reuse).map(|after| after.as_micros() as u64 + 1);
                 next_us.into_iter().for_each(|after_us| self.arm(vm, self.fleet.since(vm) + after_us));
                 return;
             }
