@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 
 use super::counters::head;
 use super::vm::offloading::GivenBack;
+use super::vm::shrinking::Shrunk;
 use crate::snapshot::PAGE_SIZE;
 use crate::tiering::idle::{Reuse, ReuseIntervals, Step};
 
@@ -53,11 +54,7 @@ pub(super) struct StepTally {
 /// The outcome of the end of a window of requests, after which a VM gives untouched memory back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WindowOutcome {
-    /// Memory was given back, and memory given back before was touched in this window; bytes.
-    Done {
-        given: u64,
-        recalled: u64,
-    },
+    Done(Shrunk),
     Refused,
 }
 
@@ -72,6 +69,10 @@ pub(super) struct WindowTally {
     freed_bytes: u64,
     /// Of that, memory that a later window has touched, bytes.
     recalled_bytes: u64,
+    /// Memory of the buckets `runtime` and `init` that was local at the end of the last window, bytes.
+    local_bytes: u64,
+    /// Memory that was given back by the end of the last window, and not touched since, bytes.
+    away_bytes: u64,
 }
 
 /// The outcomes of all steps of a function's VMs.
@@ -184,10 +185,12 @@ impl IdleCounts {
         self.change(func_name, |of| {
             let tally = &mut of.tally.windows;
             match outcome {
-                WindowOutcome::Done { given, recalled } => {
+                WindowOutcome::Done(Shrunk { given, recalled, local, away }) => {
                     tally.done += 1;
                     tally.freed_bytes += given;
                     tally.recalled_bytes += recalled;
+                    tally.local_bytes = local;
+                    tally.away_bytes = away;
                 }
                 WindowOutcome::Refused => tally.refused += 1,
             }

@@ -7,7 +7,6 @@ use super::idle;
 use super::idle_counts::WindowOutcome;
 use super::vm::Vm;
 use super::vm::control::ControlError;
-use super::vm::shrinking::Shrunk;
 use crate::tiering::idle::IdleRule;
 
 /// Called after an answer, off the request's path: gives back what the requests of the present window have not touched,
@@ -21,7 +20,7 @@ pub(super) async fn shrink(daemon: &Arc<Daemon>, vm: &Arc<Vm>) {
     let Some(window) = vm.end_window() else { return };
     let func_name = &vm.function.func_name;
     match window.shrink().await {
-        Ok(Shrunk { given, recalled }) => daemon.idle.shrunk(func_name, WindowOutcome::Done { given, recalled }),
+        Ok(shrunk) => daemon.idle.shrunk(func_name, WindowOutcome::Done(shrunk)),
         Err(ControlError::Refused { message, .. }) => {
             tracing::warn!(vm = vm.id, message, "A VM does not give untouched memory back");
             daemon.idle.shrunk(func_name, WindowOutcome::Refused);

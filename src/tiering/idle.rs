@@ -158,6 +158,7 @@ const FAASMEM_KEEP_ALIVE: Duration = Duration::from_secs(600);
 pub const FAASMEM_OFFLOAD: Duration = Duration::from_secs(100);
 /// The part of a VM's memory that is offloaded at once, percent: a request to the VM waits for no more.
 const BITE: u8 = 2;
+const MOST_BITES: u8 = 100 / BITE;
 
 /// The reason why a setting makes no sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -277,10 +278,8 @@ impl IdleRule {
             }
             IdleRule::Faasmem { keep_alive, offload, .. } => {
                 let delay = self.delay(reuse);
-                let bites = (BITE..=100).step_by(BITE.into()).map(|percent| {
-                    let after = delay + offload.mul_f64(f64::from(percent) / 100.0);
-                    (after, IdleAction::Offload { percent })
-                });
+                let bites = (BITE..=100).step_by(BITE.into());
+                let bites = bites.map(|percent| (bite_time(delay, offload, percent), IdleAction::Offload { percent }));
                 bites.take_while(|(after, _)| *after < keep_alive).chain([(keep_alive, IdleAction::End)]).collect()
             }
         }
@@ -301,6 +300,13 @@ impl IdleRule {
             return None;
         }
         let vm = vm.into();
+        if let IdleRule::Faasmem { keep_alive, offload, .. } = *self
+            && idle < keep_alive
+        {
+            // A smaller part has left as well.
+            let percent = bites_by(idle, self.delay(reuse), offload) * BITE;
+            return Some(IdleAction::Offload { percent }).filter(|action| percent > 0 && vm.may_take(*action));
+        }
         let due = self.times(reuse).into_iter().filter(|(after, _)| *after <= idle).map(|(_, action)| action);
         due.rev().find(|action| vm.may_take(*action))
     }
@@ -327,6 +333,14 @@ impl IdleRule {
 
     /// The idle time of the first action after `idle`.
     pub fn next_time(&self, idle: Duration, reuse: Reuse) -> Option<Duration> {
+        if let IdleRule::Faasmem { keep_alive, offload, .. } = *self
+            && idle < keep_alive
+        {
+            let delay = self.delay(reuse);
+            let taken = bites_by(idle, delay, offload);
+            let next = (taken < MOST_BITES).then(|| bite_time(delay, offload, (taken + 1) * BITE));
+            return Some(next.map_or(keep_alive, |next| next.min(keep_alive)));
+        }
         self.times(reuse).into_iter().map(|(after, _)| after).find(|after| *after > idle)
     }
 
@@ -350,6 +364,27 @@ pub struct Reuse {
     /// The n+1st of n+1 equally distributed pauses is the longest in one of n+1 cases, so that of fewer pauses it lies
     /// beyond their longest: by (100 / (n + 1))^½, for a tail P(pause > x) ~ x^-2.
     pub expected: Option<Duration>,
+}
+
+/// The idle time after which so much of a VM's local memory is offloaded.
+fn bite_time(delay: Duration, offload: Duration, percent: u8) -> Duration {
+    delay + offload.mul_f64(f64::from(percent) / 100.0)
+}
+
+/// The bites that a VM which has been idle for `idle` has lost: as many as [`bite_time`] says. A simulation asks too
+/// often for a look at each of them.
+fn bites_by(idle: Duration, delay: Duration, offload: Duration) -> u8 {
+    let Some(since) = idle.checked_sub(delay) else { return 0 };
+    let share = since.as_secs_f64() / offload.as_secs_f64();
+    let mut bites = (share * f64::from(MOST_BITES)).min(f64::from(MOST_BITES)) as u8;
+    // The division was rounded.
+    while bites > 0 && bite_time(delay, offload, bites * BITE) > idle {
+        bites -= 1;
+    }
+    while bites < MOST_BITES && bite_time(delay, offload, (bites + 1) * BITE) <= idle {
+        bites += 1;
+    }
+    bites
 }
 
 /// Pauses between the answers of a function's VMs and the next requests to them.
@@ -395,6 +430,8 @@ impl ReuseIntervals {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const S: Duration = Duration::from_secs(1);
@@ -467,6 +504,29 @@ mod tests {
         let mut refused = Descended::default();
         refused.refuse(Step::Spilled);
         assert_eq!((rule.due(599 * S, refused, NEW), rule.next(refused)), (None, Some(IdleAction::End)));
+    }
+
+    proptest! {
+        #[test]
+        fn the_bites_of_a_vm_follow_from_its_times(
+            floor in 1_u64..1000, keep_alive in 1000_u64..3000, offload in 1_u64..2000, idle in 0_u64..4_000_000,
+            p99 in prop::option::of(0_u64..4000), offloaded in 0_u8..50,
+        ) {
+            let ms = Duration::from_millis;
+            let rule = IdleRule::Faasmem { floor: ms(floor), keep_alive: ms(keep_alive), offload: ms(offload) };
+            let reuse = Reuse { p99: p99.map(ms), expected: None };
+            let mut idle = Duration::from_micros(idle);
+            // Moments at which a bite is due matter most.
+            for _ in 0..3 {
+                let vm = Descended { step: Some(Step::Spilled), offloaded: offloaded * 2, ..Descended::default() };
+                let times = rule.times(reuse);
+                let due = times.iter().rev().find(|(after, action)| *after <= idle && vm.may_take(*action));
+                prop_assert_eq!(rule.due(idle, vm, reuse), due.map(|(_, action)| *action));
+                let next = times.iter().map(|(after, _)| *after).find(|after| *after > idle);
+                prop_assert_eq!(rule.next_time(idle, reuse), next);
+                idle = next.unwrap_or_default();
+            }
+        }
     }
 
     #[test]

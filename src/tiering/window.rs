@@ -4,6 +4,8 @@
 //! the end of each window; a window is twice as long as the one before, until the bucket shrinks at a steady rate.
 //! Pages that the guest has written stay. Everything here is a pure function of counts; `docs/idle.md` has the rules.
 
+use serde::{Deserialize, Serialize};
+
 use crate::snapshot::Bucket;
 
 /// A window shrinks its bucket at the rate of the one before, if the rates differ by no more than this.
@@ -12,7 +14,8 @@ const STEADY: f64 = 1.0 / 16.0;
 const LONGEST: u32 = 1024;
 
 /// The pages of the bucket `init` at the end of a window.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WindowEnd {
     /// Pages that were given back now.
     pub given: u64,

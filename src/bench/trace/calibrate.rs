@@ -1,28 +1,38 @@
 //! Measures the costs of each workload, one request at a time, on the service that the trace will run on.
 
+mod lives;
+mod windows;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::costs::{Costs, KeptCosts, StepCosts, VERSION, Work, WorkloadCosts};
+use super::costs::{Costs, KeptCosts, StepCosts, VERSION, WorkloadCosts};
 use super::cpu::CpuTime;
 use super::memory::{children, mib, of};
-use super::outcome::rank;
 use super::policy::{Processes, Set};
+use super::samples::{Samples, Work};
 use super::service::{Limits, Service};
-use super::stage::{counts, invocation, name, put};
+use super::stage::{Counts, counts, invocation, name, put};
 use super::workload::{Workload, Workloads};
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::idle::{IdlePolicy, IdleSpec, Step};
+use lives::Lives;
 
-/// Requests of each kind, of which the first of a kind is not counted.
+/// VMs whose requests are measured, of which the first is not counted.
 const RUNS: usize = 6;
+/// Requests to each VM that has served one.
+const WARM: usize = 4;
+/// Pause before a request to a VM that waits: the next request of a trace finds a VM whose threads sleep.
+const REST: Duration = Duration::from_millis(20);
 /// Idle time after which a VM takes its step.
 const IDLE_MS: u64 = 600;
+/// The same of steps after which none follows soon.
+const SHORT_IDLE_MS: u64 = 200;
 /// Requests to VMs at each step.
-const STEPS: usize = 3;
+const STEPS: usize = 5;
 /// Time for the process of a finished VM to be there for the next one. The service keeps it for 1 s.
 const FINISHED: Duration = Duration::from_millis(150);
 /// Time for a VM to stand by, or to take a step.
@@ -43,25 +53,41 @@ struct Answered {
     origin: String,
 }
 
-/// The end of a VM.
-struct Ended {
-    all: Work,
-    /// The part of it until its memory was gone.
-    gone: Work,
+/// Costs of VMs that are restored, asked again, and rewound.
+#[derive(Default)]
+struct Served {
+    restored: Vec<Work>,
+    warm: Vec<Work>,
+    rewind: Vec<Work>,
+    rewound: Vec<Work>,
+    used_mib: f64,
+    rewound_mib: f64,
+    reused_mib: f64,
 }
 
-/// Measures all workloads by a service of its own on `dir`.
+/// Measures all workloads by services of its own on `dir`.
 pub(super) fn measure(
     dir: &std::path::Path,
     limits: Limits,
     workloads: &Workloads,
     cpus: usize,
 ) -> Result<Costs, BoxError> {
+    let mut probed = Vec::new();
+    for (workload_name, workload) in &workloads.all {
+        let function = workloads.of.iter().position(|of| of == workload_name);
+        probed.extend(function.map(|function| (workload_name, function, workload)));
+    }
+    let service = Service::start(dir, limits, Processes::End)?;
+    let mut lives = BTreeMap::new();
+    for &(workload_name, function, workload) in &probed {
+        lives.insert(workload_name, Probe { service: &service, function, workload }.lives()?);
+    }
+    service.end()?;
     let service = Service::start(dir, limits, Processes::Shared)?;
     let mut all = BTreeMap::new();
-    for (workload_name, workload) in &workloads.all {
-        let Some(function) = workloads.of.iter().position(|of| of == workload_name) else { continue };
-        all.insert(workload_name.clone(), Probe { service: &service, function, workload }.costs()?);
+    for (workload_name, function, workload) in probed {
+        let Some(lives) = lives.remove(workload_name) else { continue };
+        all.insert(workload_name.clone(), Probe { service: &service, function, workload }.costs(lives)?);
     }
     // No VM lives now.
     std::thread::sleep(FINISHED);
@@ -71,99 +97,95 @@ pub(super) fn measure(
     Ok(Costs { version: VERSION, tvmm_version, cpus, shells_mib: mib(shells.own_kib()), workloads: all })
 }
 
+/// The times of an action.
+///
+/// # Errors
+/// It was never done.
+fn samples(action: &str, times: Vec<Work>) -> Result<Samples, BoxError> {
+    Ok(Samples::of(times).ok_or_else(|| format!("Cannot measure {action}: it was never done"))?)
+}
+
 impl Probe<'_> {
-    fn costs(&self) -> Result<WorkloadCosts, BoxError> {
-        let mut restored = Vec::new();
-        let mut warm = Vec::new();
-        let mut rewind = Vec::new();
-        let mut rewound = Vec::new();
-        let mut end = Vec::new();
-        let mut gone = Vec::new();
-        let mut used_mib = 0.0;
-        let mut rewound_mib = 0.0;
-        let mut reused_mib = 0.0;
-        put(self.service, self.function, self.workload, Map::new())?;
-        for _ in 0..RUNS {
-            let Answered { work, vm, .. } = self.ask(&json!({ "keep": true }))?;
-            restored.push(work);
-            warm.push(self.ask(&json!({ "vmId": vm }))?.work);
-            used_mib = self.memory_of(&vm)?;
-            rewind.push(self.timed("POST", &format!("/vms/{vm}/rewind"), Some(&json!({})))?.0);
-            rewound_mib = self.memory_of(&vm)?;
-            rewound.push(self.ask(&json!({ "vmId": vm }))?.work);
-            reused_mib = self.memory_of(&vm)?;
-            let ended = self.end(&vm)?;
-            end.push(ended.all);
-            gone.push(ended.gone);
-        }
+    fn costs(&self, lives: Lives) -> Result<WorkloadCosts, BoxError> {
+        let served = self.served()?;
         let repurposed = self.repurposed()?;
-        let kept = self.kept(used_mib)?;
+        let kept = self.kept(served.used_mib)?;
         let (standby, standby_mib) = self.standby()?;
+        // All of a VM is offloaded at once, which is the same as the ladder's step, and comes sooner.
+        let offload =
+            IdleSpec { floor_ms: Some(SHORT_IDLE_MS), offload_ms: Some(1), ..IdleSpec::of(IdlePolicy::Faasmem) };
+        let spilled = self.descended(&offload, Step::Spilled)?;
         let ladder = IdleSpec { floor_ms: Some(IDLE_MS), ..IdleSpec::of(IdlePolicy::Ladder) };
         let trimmed = self.descended(&ladder, Step::Trimmed)?;
-        // All of a VM is offloaded at once, which is the same as the ladder's step, and comes sooner.
-        let offload = IdleSpec { floor_ms: Some(IDLE_MS), offload_ms: Some(1), ..IdleSpec::of(IdlePolicy::Faasmem) };
-        let spilled = self.descended(&offload, Step::Spilled)?;
-        let suspend = IdleSpec { keep_alive_ms: Some(IDLE_MS), ..IdleSpec::of(IdlePolicy::Suspend) };
+        let suspend = IdleSpec { keep_alive_ms: Some(SHORT_IDLE_MS), ..IdleSpec::of(IdlePolicy::Suspend) };
         let woken = self.descended(&suspend, Step::Suspended)?;
         let Some(suspended) = woken else {
             return refuse("Cannot measure suspended VMs: no request found its VM suspended");
         };
+        let windows = self.windows()?;
         put(self.service, self.function, self.workload, Map::new())?;
         Ok(WorkloadCosts {
             workload: self.workload.clone(),
-            restored: typical(&restored[1..]),
+            restored: samples("restores", served.restored)?,
             repurposed,
-            warm: typical(&warm[1..]),
+            warm: samples("requests to VMs that wait", served.warm)?,
             standby,
-            rewound: typical(&rewound[1..]),
-            rewind: typical(&rewind[1..]),
-            end: typical(&end[1..]),
-            gone: typical(&gone[1..]),
+            rewound: samples("requests to VMs that were rewound", served.rewound)?,
+            rewind: samples("rewinds", served.rewind)?,
+            end: lives.end,
+            gone: lives.gone,
             kept,
             trimmed,
             spilled,
             woken: suspended.request,
             suspend: suspended.step,
-            used_mib,
+            windows: Some(windows),
+            starting_mib: Some(lives.starting_mib),
+            used_mib: served.used_mib,
             standby_mib,
-            rewound_mib,
-            reused_mib,
+            rewound_mib: served.rewound_mib,
+            reused_mib: served.reused_mib,
             woken_mib: suspended.after_mib,
         })
     }
 
-    /// Ends a VM.
-    fn end(&self, vm: &str) -> Result<Ended, BoxError> {
-        let pid = self.pid_of(vm)?;
-        let before_kib = of(&[pid]).own_kib();
-        let begun = Instant::now();
-        std::thread::scope(|scope| {
-            let delete = || self.timed("DELETE", &format!("/vms/{vm}"), None);
-            let deleting = std::thread::Builder::new().name("delete".into()).spawn_scoped(scope, delete);
-            let deleting = deleting.map_err(|error| format!("Cannot start a thread that ends a VM: {error}"))?;
-            while !deleting.is_finished() && of(&[pid]).own_kib() > before_kib / 2 {
-                std::thread::sleep(Duration::from_micros(500));
+    /// Restores VMs, asks them again, and rewinds them. The times of the first one are not counted.
+    fn served(&self) -> Result<Served, BoxError> {
+        put(self.service, self.function, self.workload, Map::new())?;
+        let mut served = Served::default();
+        for run in 0..RUNS {
+            if run == 1 {
+                served = Served::default();
             }
-            let gone_ms = begun.elapsed().as_secs_f64() * 1000.0;
-            let (all, _) = deleting.join().unwrap_or_else(|_| refuse("The thread that ends a VM has panicked"))?;
-            Ok(Ended { all, gone: all.part((gone_ms / all.ms).min(1.0)) })
-        })
+            let Answered { work, vm, .. } = self.ask(&json!({ "keep": true }))?;
+            served.restored.push(work);
+            for _ in 0..WARM {
+                std::thread::sleep(REST);
+                served.warm.push(self.ask(&json!({ "vmId": vm }))?.work);
+            }
+            served.used_mib = self.memory_of(&vm)?;
+            served.rewind.push(self.timed("POST", &format!("/vms/{vm}/rewind"), Some(&json!({})))?.0);
+            served.rewound_mib = self.memory_of(&vm)?;
+            std::thread::sleep(REST);
+            served.rewound.push(self.ask(&json!({ "vmId": vm }))?.work);
+            served.reused_mib = self.memory_of(&vm)?;
+            self.service.ask("DELETE", &format!("/vms/{vm}"), None)?;
+        }
+        Ok(served)
     }
 
     /// The time of a request whose VM takes over the process of the one before it.
-    fn repurposed(&self) -> Result<Option<Work>, BoxError> {
-        let functions = self.function + 1;
+    fn repurposed(&self) -> Result<Option<Samples>, BoxError> {
         let mut times = Vec::new();
         for run in 0..=RUNS {
-            let before = counts(self.service, functions)?.repurposed;
+            let before = self.counts()?.repurposed;
             let work = self.ask(&json!({ "keep": false }))?.work;
-            if run > 0 && counts(self.service, functions)?.repurposed > before {
+            if run > 0 && self.counts()?.repurposed > before {
                 times.push(work);
             }
             std::thread::sleep(FINISHED);
         }
-        Ok((!times.is_empty()).then(|| typical(&times)))
+        Ok(Samples::of(times))
     }
 
     /// The time for which the memory of a VM that has served and finished stays, which was `used_mib`, and what its
@@ -187,15 +209,16 @@ impl Probe<'_> {
             after_mib = last;
             let is_gone = |(_, mib): &&(f64, f64)| *mib <= (used_mib + last) / 2.0;
             let (cpu_ms, _) = self.cpu()?.since(before);
-            times.extend(samples.iter().find(is_gone).map(|(at_ms, _)| Work { ms: *at_ms, cpu_ms }));
+            times
+                .extend(samples.iter().find(is_gone).map(|(at_ms, _)| Work { ms: *at_ms, cpu_ms: cpu_ms.min(*at_ms) }));
         }
         // A kept process would become the next VM that stands by.
         std::thread::sleep(Duration::from_secs(1));
-        Ok((!times.is_empty()).then(|| KeptCosts { vacate: typical(&times), mib: after_mib }))
+        Ok(Samples::of(times).map(|vacate| KeptCosts { vacate, mib: after_mib }))
     }
 
     /// The time of the first request of a VM that stands by, and its memory before.
-    fn standby(&self) -> Result<(Work, f64), BoxError> {
+    fn standby(&self) -> Result<(Samples, f64), BoxError> {
         let set = Set { min: 1, max: 1 };
         let settings = json!({ "standby": { "min": set.min, "max": set.max }, "after": "end" });
         put(self.service, self.function, self.workload, settings.as_object().cloned().unwrap_or_default())?;
@@ -207,7 +230,8 @@ impl Probe<'_> {
             times.push(self.ask(&json!({}))?.work);
             std::thread::sleep(FINISHED);
         }
-        Ok((typical(&times[1..]), memory_mib))
+        times.remove(0);
+        Ok((samples("requests to VMs that stand by", times)?, memory_mib))
     }
 
     /// The costs of a VM that waits by the policy `spec` until it is at `step`, and is asked again. `None`: each
@@ -218,20 +242,25 @@ impl Probe<'_> {
         // The service may take a further step before this one is seen.
         let reached: Vec<&str> = Step::ALL.into_iter().filter(|other| *other >= step).map(Step::name).collect();
         let is_there = |record: &Value| record["state"].as_str().is_some_and(|state| reached.contains(&state));
-        let (done_before, took_before_us) = self.steps(step)?;
         let mut vm = self.ask(&json!({}))?.vm;
         let mut requests = Vec::new();
-        let mut cpu_ms = 0.0;
+        let mut steps = Vec::new();
         let mut mib = 0.0;
         let mut after_mib = 0.0;
         for _ in 0..STEPS {
+            let (done_before, took_before_us) = self.counts()?.steps[step as usize];
             let before = self.cpu()?;
             self.wait(&|record| record["vmId"] == vm.as_str() && is_there(record), step.name())?;
             // The service itself is busy with the looks at its VMs.
-            cpu_ms += self.cpu()?.since(before).0;
+            let (cpu_ms, _) = self.cpu()?.since(before);
             let before_mib = self.memory_of(&vm)?;
             let again = self.ask(&json!({}))?;
             vm = again.vm;
+            let (done, took_us) = self.counts()?.steps[step as usize];
+            if done > done_before {
+                let ms = (took_us - took_before_us) as f64 / 1000.0 / (done - done_before) as f64;
+                steps.push(Work { ms, cpu_ms: ms.min(cpu_ms) });
+            }
             if again.origin == step.name() {
                 requests.push(again.work);
                 mib = before_mib;
@@ -239,18 +268,13 @@ impl Probe<'_> {
             }
         }
         self.service.ask("DELETE", &format!("/vms/{vm}"), None)?;
-        let (done, took_us) = self.steps(step)?;
-        if requests.is_empty() || done == done_before {
-            return Ok(None);
-        }
-        let ms = (took_us - took_before_us) as f64 / 1000.0 / (done - done_before) as f64;
-        let step = Work { ms, cpu_ms: ms.min(cpu_ms / STEPS as f64) };
-        Ok(Some(StepCosts { request: typical(&requests), step, mib, after_mib }))
+        let costs = |(request, step)| StepCosts { request, step, mib, after_mib };
+        Ok(Samples::of(requests).zip(Samples::of(steps)).map(costs))
     }
 
-    /// The number of such steps that were done, and their time, µs.
-    fn steps(&self, step: Step) -> Result<(u64, u64), BoxError> {
-        Ok(counts(self.service, self.function + 1)?.steps[step as usize])
+    /// The counts of the function.
+    fn counts(&self) -> Result<Counts, BoxError> {
+        counts(self.service, self.function..self.function + 1)
     }
 
     /// The VM that stands by.
@@ -299,7 +323,8 @@ impl Probe<'_> {
         let answer = self.service.ask(method, path, body)?;
         let ms = begun.elapsed().as_secs_f64() * 1000.0;
         let (_, cpu_ms) = self.cpu()?.since(before);
-        Ok((Work { ms, cpu_ms }, answer))
+        // Several CPUs may have worked.
+        Ok((Work { ms, cpu_ms: cpu_ms.min(ms) }, answer))
     }
 
     fn cpu(&self) -> Result<CpuTime, BoxError> {
@@ -314,13 +339,4 @@ impl Probe<'_> {
         let record = self.service.ask("GET", &format!("/vms/{vm}"), None)?;
         Ok(record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default())
     }
-}
-
-/// The median of the times. The CPU time is a mean: that of processes which have ended is counted in coarse ticks.
-fn typical(times: &[Work]) -> Work {
-    let mut sorted: Vec<f64> = times.iter().map(|work| work.ms).collect();
-    sorted.sort_by(f64::total_cmp);
-    let ms = rank(&sorted, 0.5);
-    let cpu_ms = times.iter().map(|work| work.cpu_ms).sum::<f64>() / times.len().max(1) as f64;
-    Work { ms, cpu_ms: cpu_ms.min(ms) }
 }

@@ -5,11 +5,16 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::policy::{Policy, Rules};
+use super::samples::Samples;
 use super::workload::{Workload, Workloads};
 use crate::sys::errors::{BoxError, refuse};
+use crate::tiering::window::WindowEnd;
 
-/// The version of the file.
-pub(super) const VERSION: u32 = 2;
+/// The version of the file that is written.
+pub(super) const VERSION: u32 = 3;
+/// The oldest version that is read: it has one time of each kind, no windows, and no memory of a VM that starts.
+const OLDEST: u32 = 2;
 
 /// Costs of all workloads on one host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,66 +29,26 @@ pub(super) struct Costs {
     pub(super) workloads: BTreeMap<String, WorkloadCosts>,
 }
 
-/// The time of an action.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Work {
-    /// From its begin to its end.
-    pub(super) ms: f64,
-    /// The part of it that one CPU worked. For the rest it waited: for a disk, or for other programs.
-    pub(super) cpu_ms: f64,
-}
-
-impl Work {
-    /// A part of the work.
-    pub(super) fn part(self, part: f64) -> Work {
-        Work { ms: self.ms * part, cpu_ms: self.cpu_ms * part }
-    }
-
-    /// The work without that of `other`, which is part of it.
-    pub(super) fn without(self, other: Work) -> Work {
-        let cpu_ms = (self.cpu_ms - other.cpu_ms).max(0.0);
-        Work { ms: (self.ms - other.ms).max(cpu_ms), cpu_ms }
-    }
-
-    /// Work of which a part is that of `other`, and the rest its own.
-    pub(super) fn towards(self, other: Work, part: f64) -> Work {
-        self.part(1.0 - part) + other.part(part)
-    }
-
-    fn numbers(self) -> [(&'static str, f64); 2] {
-        [("ms", self.ms), ("cpu_ms", self.cpu_ms)]
-    }
-}
-
-impl std::ops::Add for Work {
-    type Output = Work;
-
-    fn add(self, other: Work) -> Work {
-        Work { ms: self.ms + other.ms, cpu_ms: self.cpu_ms + other.cpu_ms }
-    }
-}
-
-/// Costs of one workload: medians of times, and local memory of a VM, MiB.
+/// Costs of one workload: times, and local memory of a VM, MiB.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WorkloadCosts {
     pub(super) workload: Workload,
     /// A request that restores its VM.
-    pub(super) restored: Work,
+    pub(super) restored: Samples,
     /// A request whose VM takes over the process of a finished one. None: no process was taken over.
-    pub(super) repurposed: Option<Work>,
+    pub(super) repurposed: Option<Samples>,
     /// A request to a VM that has served one before.
-    pub(super) warm: Work,
+    pub(super) warm: Samples,
     /// The first request of a VM that stands by.
-    pub(super) standby: Work,
+    pub(super) standby: Samples,
     /// A request to a VM that was rewound.
-    pub(super) rewound: Work,
-    pub(super) rewind: Work,
+    pub(super) rewound: Samples,
+    pub(super) rewind: Samples,
     /// The end of a VM, with its process.
-    pub(super) end: Work,
+    pub(super) end: Samples,
     /// The part of it until the kernel no longer counts the memory as the VM's.
-    pub(super) gone: Work,
+    pub(super) gone: Samples,
     /// The process of a VM that has finished. None: no process was kept.
     pub(super) kept: Option<KeptCosts>,
     /// VMs that have given local copies back. None: no request found one.
@@ -91,9 +56,13 @@ pub(super) struct WorkloadCosts {
     /// VMs whose written pages are in a file. None: no request found one.
     pub(super) spilled: Option<StepCosts>,
     /// A request to a VM that was suspended.
-    pub(super) woken: Work,
+    pub(super) woken: Samples,
     /// The suspension of a VM.
-    pub(super) suspend: Work,
+    pub(super) suspend: Samples,
+    /// VMs that serve requests by the policy `ladder`, at the end of each window. None: it was not measured.
+    pub(super) windows: Option<Vec<WindowCosts>>,
+    /// A VM from its restore to its first answer, the mean over that time. None: it was not measured.
+    pub(super) starting_mib: Option<f64>,
     /// A VM that has served a request.
     pub(super) used_mib: f64,
     /// A VM that stands by for its first request.
@@ -107,45 +76,95 @@ pub(super) struct WorkloadCosts {
 }
 
 /// Costs of a process that is kept for another VM.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct KeptCosts {
     /// From the answer until the VM's memory is gone.
-    pub(super) vacate: Work,
+    pub(super) vacate: Samples,
     /// Local memory from then on.
     pub(super) mib: f64,
 }
 
 /// Costs of VMs at a step.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct StepCosts {
     /// A request to such a VM.
-    pub(super) request: Work,
+    pub(super) request: Samples,
     /// The step itself.
-    pub(super) step: Work,
+    pub(super) step: Samples,
     /// Local memory after the step.
     pub(super) mib: f64,
     /// Local memory after the next request.
     pub(super) after_mib: f64,
 }
 
+/// Costs of the end of a window, at which a VM that serves requests gives untouched memory back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WindowCosts {
+    /// From the answer until the memory is given back.
+    pub(super) give: Samples,
+    pub(super) pages: WindowEnd,
+    /// Local memory afterwards.
+    pub(super) mib: f64,
+    /// The next request, which has faults where it touches memory that was given back.
+    pub(super) request: Samples,
+    /// Local memory after it.
+    pub(super) after_mib: f64,
+}
+
 impl WorkloadCosts {
-    fn check(&self) -> Result<(), String> {
-        let works = [self.restored, self.warm, self.standby, self.rewound, self.rewind, self.end, self.gone];
-        let steps = || self.trimmed.iter().chain(&self.spilled);
-        let works = works.into_iter().chain([self.suspend, self.woken]).chain(self.repurposed);
-        let works = works.chain(self.kept.map(|kept| kept.vacate)).chain(steps().flat_map(|of| [of.request, of.step]));
-        let memory = [
+    /// All times, with their names.
+    fn times(&self) -> Vec<(&'static str, &Samples)> {
+        let mut times = vec![
+            ("restored", &self.restored),
+            ("warm", &self.warm),
+            ("standby", &self.standby),
+            ("rewound", &self.rewound),
+            ("rewind", &self.rewind),
+            ("end", &self.end),
+            ("gone", &self.gone),
+            ("woken", &self.woken),
+            ("suspend", &self.suspend),
+        ];
+        times.extend(self.repurposed.iter().map(|times| ("repurposed", times)));
+        times.extend(self.kept.iter().map(|kept| ("vacate", &kept.vacate)));
+        times.extend(self.steps().flat_map(|of| [("request", &of.request), ("step", &of.step)]));
+        times.extend(self.windows().iter().flat_map(|of| [("give", &of.give), ("request", &of.request)]));
+        times
+    }
+
+    /// All sizes, with their names.
+    fn sizes(&self) -> Vec<(&'static str, f64)> {
+        let mut sizes = vec![
             ("used_mib", self.used_mib),
             ("standby_mib", self.standby_mib),
             ("rewound_mib", self.rewound_mib),
             ("reused_mib", self.reused_mib),
             ("woken_mib", self.woken_mib),
         ];
-        let of_steps = steps().flat_map(|step| [("mib", step.mib), ("after_mib", step.after_mib)]);
-        let memory = memory.into_iter().chain(self.kept.map(|kept| ("mib", kept.mib))).chain(of_steps);
-        for (name, number) in works.flat_map(Work::numbers).chain(memory) {
+        sizes.extend(self.starting_mib.map(|mib| ("starting_mib", mib)));
+        sizes.extend(self.kept.iter().map(|kept| ("mib", kept.mib)));
+        sizes.extend(self.steps().flat_map(|of| [("mib", of.mib), ("after_mib", of.after_mib)]));
+        sizes.extend(self.windows().iter().flat_map(|of| [("mib", of.mib), ("after_mib", of.after_mib)]));
+        sizes
+    }
+
+    fn steps(&self) -> impl Iterator<Item = &StepCosts> {
+        self.trimmed.iter().chain(&self.spilled)
+    }
+
+    /// The ends of windows, in their order.
+    pub(super) fn windows(&self) -> &[WindowCosts] {
+        self.windows.as_deref().unwrap_or_default()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        for (name, times) in self.times() {
+            times.check().map_err(|problem| format!("`{name}` {problem}"))?;
+        }
+        for (name, number) in self.sizes() {
             if !number.is_finite() || number < 0.0 {
                 return Err(format!("`{name}` is {number}, not a number from 0 on"));
             }
@@ -163,8 +182,9 @@ impl Costs {
         let named = |problem: String| format!("Cannot use the costs of {}: {problem}", path.display());
         let text = std::fs::read_to_string(path).map_err(|error| named(error.to_string()))?;
         let costs: Costs = serde_json::from_str(&text).map_err(|error| named(error.to_string()))?;
-        if costs.version != VERSION {
-            return refuse(named(format!("it has version {}, and this tvmm reads {VERSION}", costs.version)));
+        if !(OLDEST..=VERSION).contains(&costs.version) {
+            let known = format!("this tvmm reads {OLDEST} to {VERSION}");
+            return refuse(named(format!("it has version {}, and {known}", costs.version)));
         }
         if costs.cpus == 0 || !costs.shells_mib.is_finite() {
             return refuse(named("`cpus` or `shells_mib` is no number that a host has".to_string()));
@@ -173,6 +193,20 @@ impl Costs {
             workload.check().map_err(|problem| named(format!("workload `{name}`: {problem}")))?;
         }
         Ok(costs)
+    }
+
+    /// A remark for the report, if simulations by some of these rules leave something out that the costs do not have.
+    pub(super) fn gap(&self, rules: &[Rules]) -> Option<String> {
+        let needs_windows = rules.iter().any(|rules| rules.policy == Policy::Ladder);
+        let lacks_windows = self.workloads.values().any(|costs| costs.windows.is_none());
+        (needs_windows && lacks_windows).then(|| {
+            format!(
+                "The costs (version {}) have no `windows`: simulated VMs of `{}` give no memory back between requests. \
+                 Replay the trace once for new costs",
+                self.version,
+                Policy::Ladder
+            )
+        })
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<(), BoxError> {

@@ -12,6 +12,7 @@ mod policy;
 mod random;
 mod replay;
 mod report;
+mod samples;
 mod service;
 mod settings;
 mod simulator;
@@ -49,9 +50,11 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, BoxError> {
     let settings = Settings::new(args)?;
     let workloads = Workloads::of(&settings.trace, args.workloads.as_deref())?;
     workloads.check_room(args.memory)?;
+    let mut notes = settings.trace.notes.clone();
     let outcomes = match &args.costs {
         Some(path) if args.simulate => {
             let costs = Costs::read(path)?;
+            notes.extend(costs.gap(&settings.rules));
             let cpus = args.cpus.map_or(costs.cpus, |cpus| cpus as usize);
             simulate(&settings, &workloads, &costs, cpus)?
         }
@@ -63,7 +66,7 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, BoxError> {
     };
     make_directory(&args.out)?;
     let has_failed = outcomes.iter().any(|outcome| outcome.requests.iter().any(|request| request.way.is_none()));
-    Report { facts: facts(&settings), notes: &settings.trace.notes, outcomes: &outcomes }.publish(&args.out)?;
+    Report { facts: facts(&settings), notes: &notes, outcomes: &outcomes }.publish(&args.out)?;
     Ok(if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -94,7 +97,9 @@ fn load<'a>(settings: &'a Settings, workloads: &'a Workloads, rules: &Rules) -> 
 /// Simulates policies.
 fn simulate(settings: &Settings, workloads: &Workloads, costs: &Costs, cpus: usize) -> Result<Vec<Outcome>, BoxError> {
     let limits = settings.limits(cpus);
-    let one = |rules: &Rules| Simulation { load: load(settings, workloads, rules), costs, limits, cpus }.run();
+    let one = |rules: &Rules| {
+        Simulation { load: load(settings, workloads, rules), costs, limits, cpus, seed: settings.seed }.run()
+    };
     std::thread::scope(|scope| {
         let one = |rules| std::thread::Builder::new().name("simulation".into()).spawn_scoped(scope, move || one(rules));
         let running: Result<Vec<_>, _> = settings.rules.iter().map(one).collect();

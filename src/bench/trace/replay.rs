@@ -50,7 +50,7 @@ impl Replay<'_> {
         let Load { trace, workloads, speed, .. } = self.load;
         let functions = workloads.of.len();
         // VMs that stand by may have been made in the processes of others.
-        let before = counts(self.service, functions)?.repurposed;
+        let before = counts(self.service, 0..functions)?.repurposed;
         let shared = Shared {
             served: Mutex::default(),
             requests: Mutex::new(Vec::with_capacity(trace.arrivals.len())),
@@ -97,7 +97,7 @@ impl Replay<'_> {
         if requests.len() != trace.arrivals.len() {
             return refuse("A thread that sends requests has panicked");
         }
-        let after = counts(self.service, functions)?;
+        let after = counts(self.service, 0..functions)?;
         let vms =
             |number: &dyn Fn(LivingVms) -> usize| samples.iter().filter_map(|sample| sample.vms).map(number).max();
         Ok(Outcome {

@@ -50,7 +50,8 @@ pub struct TraceArgs {
     /// Use the first so many functions of a file [default: all], or make so many of each class [default: 10]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     functions: Option<u32>,
-    /// Seed of the arrivals that are made, and of the moments within a minute of 2019's trace
+    /// Seed of the arrivals that are made, of the moments within a minute of 2019's trace, and of the times that the
+    /// simulator picks from those of the costs
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
     /// The machines and requests of functions, JSON: {"NAME": {"mem_mib", "prepare", "call", "params", "policy"},
@@ -111,6 +112,7 @@ pub(super) struct Settings {
     pub(super) speed: f64,
     pub(super) keep_alive_s: f64,
     pub(super) floor_s: f64,
+    pub(super) seed: u64,
     memory_mib: u64,
     max_vms: usize,
     max_running: Option<usize>,
@@ -160,6 +162,7 @@ impl Settings {
             speed: args.speed,
             keep_alive_s: args.keep_alive,
             floor_s: args.floor,
+            seed: args.seed,
             memory_mib: args.memory,
             max_vms: args.max_vms as usize,
             max_running: args.max_running.map(|count| count as usize),

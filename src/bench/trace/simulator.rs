@@ -3,7 +3,9 @@
 //! The service is modelled as docs/trace.md describes it: turns, room, kept processes, VMs that stand by. Work shares
 //! the CPUs evenly, waits for disks and other programs do not.
 
+mod draws;
 mod fleet;
+mod giving;
 mod jobs;
 mod meter;
 mod slots;
@@ -13,13 +15,15 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::time::Duration;
 
 use super::arrivals::Arrival;
-use super::costs::{Costs, StepCosts, Work, WorkloadCosts};
+use super::costs::{Costs, WorkloadCosts};
 use super::load::Load;
 use super::outcome::{Outcome, Request, Way};
 use super::policy::{Fate, Processes};
+use super::samples::{Samples, Work};
 use super::service::Limits;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::idle::{Descended, IdleAction, IdleRule, ReuseIntervals, Step};
+use draws::Draws;
 use fleet::{Fleet, State, VmId};
 use jobs::{Job, Jobs};
 use meter::Integral;
@@ -39,6 +43,8 @@ pub(super) struct Simulation<'a> {
     pub(super) costs: &'a Costs,
     pub(super) limits: Limits,
     pub(super) cpus: usize,
+    /// Picks the times of requests and of other work from those that were measured.
+    pub(super) seed: u64,
 }
 
 /// A request that waits for its turn.
@@ -46,6 +52,8 @@ pub(super) struct Simulation<'a> {
 struct Asked {
     function: u32,
     at_us: f64,
+    /// The share of measured times that are shorter than the request's.
+    share: f64,
 }
 
 /// The way to a place for a VM.
@@ -53,8 +61,15 @@ enum Place {
     Free,
     /// The process of a finished VM comes with it.
     Process,
-    /// Another VM ends first; this is its work.
+    /// Other VMs end or are suspended first; this is their work.
     After(Work),
+}
+
+/// A step of a VM that waits.
+struct StepTimes<'a> {
+    step: &'a Samples,
+    /// Local memory after the step.
+    mib: f64,
 }
 
 /// A VM for a request.
@@ -76,6 +91,17 @@ struct Stepping {
 /// The part of a step that a VM has taken: it is offloaded bit by bit.
 fn part_of(descended: Descended) -> f64 {
     if descended.offloaded > 0 { f64::from(descended.offloaded) / 100.0 } else { 1.0 }
+}
+
+/// The step to a VM that is this far down; `None`: no VM took it when the costs were measured.
+fn step_times(costs: &WorkloadCosts, descended: Descended) -> Option<StepTimes<'_>> {
+    let step = match descended.step? {
+        Step::Parked => None,
+        Step::Trimmed => costs.trimmed.as_ref(),
+        Step::Spilled => costs.spilled.as_ref(),
+        Step::Suspended => return Some(StepTimes { step: &costs.suspend, mib: 0.0 }),
+    };
+    step.map(|step| StepTimes { step: &step.step, mib: step.mib })
 }
 
 /// The state of a simulation.
@@ -103,6 +129,7 @@ struct Run<'a> {
     lacking: BTreeSet<u32>,
     /// Moments at which VMs that wait take a step, and kept processes end, unless they are used before.
     timers: BinaryHeap<Reverse<(u64, VmId)>>,
+    draws: Draws,
     outcome: Outcome,
 }
 
@@ -136,6 +163,7 @@ impl Simulation<'_> {
             is_refilling: false,
             lacking: BTreeSet::new(),
             timers: BinaryHeap::new(),
+            draws: Draws::new(self.seed),
             outcome: self.load.outcome(true),
         };
         run.fill();
@@ -193,8 +221,8 @@ impl Run<'_> {
                 self.time_out(now);
             }
             if let Some(arrival) = arrival.filter(|_| arrives <= now) {
+                self.arrive(arrival, next as u64, now);
                 next += 1;
-                self.arrive(arrival, now);
             }
             self.begin_waiting(now);
         }
@@ -204,13 +232,13 @@ impl Run<'_> {
         self.costs[function as usize].workload.mem_mib
     }
 
-    fn arrive(&mut self, arrival: &Arrival, now: f64) {
+    fn arrive(&mut self, arrival: &Arrival, number: u64, now: f64) {
         let function = arrival.function;
         if self.running >= self.sim.limits.max_running && self.queue.len() >= MAX_QUEUE {
             self.fail(now, now);
             return;
         }
-        self.queue.push_back(Asked { function, at_us: now });
+        self.queue.push_back(Asked { function, at_us: now, share: self.draws.of_request(number) });
     }
 
     fn fail(&mut self, arrived: f64, now: f64) {
@@ -231,7 +259,7 @@ impl Run<'_> {
 
     /// Begins a request that has its turn.
     fn begin(&mut self, asked: Asked, now: f64) {
-        let function = asked.function;
+        let Asked { function, share, .. } = asked;
         let costs = self.costs[function as usize];
         self.running += 1;
         let started = if let Some(vm) = self.fleet.idle(function) {
@@ -242,18 +270,18 @@ impl Run<'_> {
                 self.fleet.claim(vm);
                 return;
             }
-            self.wake(vm)
+            self.wake(vm, share)
         } else if let Some(vm) = self.fleet.first_ready(function) {
             self.lacking.insert(function);
             let is_rewound = self.fleet.has_served(vm);
             self.set_memory(vm, if is_rewound { costs.reused_mib } else { costs.used_mib });
             Some(if is_rewound {
-                Started { vm, way: Way::Rewound, work: costs.rewound }
+                Started { vm, way: Way::Rewound, work: costs.rewound.at(share) }
             } else {
-                Started { vm, way: Way::Standby, work: costs.standby }
+                Started { vm, way: Way::Standby, work: costs.standby.at(share) }
             })
         } else {
-            self.restore(function)
+            self.restore(function, share)
         };
         self.start(asked, started, now);
     }
@@ -270,46 +298,59 @@ impl Run<'_> {
     }
 
     /// Takes a VM that waits back from its step; `None`: there is no room for it.
-    fn wake(&mut self, vm: VmId) -> Option<Started> {
-        let function = self.fleet.function(vm);
-        let costs = self.costs[function as usize];
+    fn wake(&mut self, vm: VmId, share: f64) -> Option<Started> {
+        let costs = self.costs[self.fleet.function(vm) as usize];
         let descended = self.fleet.descended(vm);
+        if descended.step == Some(Step::Suspended) {
+            return self.wake_suspended(vm, share);
+        }
         let full_mib = self.fleet.full_mib(vm);
-        let warm = StepCosts { request: costs.warm, step: Work::default(), mib: full_mib, after_mib: full_mib };
+        // Memory that the last window has given back, and the request touches, comes back first.
+        let window = self.fleet.giving(vm).and_then(|giving| giving.touched(costs.windows()));
+        let warm = window.map_or(&costs.warm, |window| &window.request).at(share);
+        let warm_mib = window.map_or(full_mib, |window| window.after_mib.max(full_mib));
         let (way, step) = match descended.step {
-            None | Some(Step::Parked) => (Way::Warm, warm),
-            Some(Step::Trimmed) => (Way::Trimmed, costs.trimmed.unwrap_or(warm)),
-            Some(Step::Spilled) => (Way::Spilled, costs.spilled.unwrap_or(warm)),
-            Some(Step::Suspended) => {
-                let end = match self.place(function)? {
-                    Place::Free | Place::Process => Work::default(),
-                    Place::After(end) => end,
-                };
-                self.remove(vm);
-                let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
-                self.set_memory(vm, costs.woken_mib);
-                return Some(Started { vm, way: Way::Woken, work: costs.woken + end });
-            }
+            Some(Step::Trimmed) => (Way::Trimmed, costs.trimmed.as_ref()),
+            Some(Step::Spilled) => (Way::Spilled, costs.spilled.as_ref()),
+            _ => (Way::Warm, None),
+        };
+        let Some(step) = step else {
+            self.set_memory(vm, warm_mib);
+            return Some(Started { vm, way, work: warm });
         };
         // Of a VM that is being offloaded, only a part has left.
         let part = part_of(descended);
         self.set_memory(vm, full_mib + part * (step.after_mib.min(full_mib) - full_mib));
-        Some(Started { vm, way, work: costs.warm.towards(step.request, part) })
+        Some(Started { vm, way, work: warm.towards(step.request.at(share), part) })
+    }
+
+    /// Restores a VM that was suspended.
+    fn wake_suspended(&mut self, vm: VmId, share: f64) -> Option<Started> {
+        let function = self.fleet.function(vm);
+        let costs = self.costs[function as usize];
+        let room = match self.place(function)? {
+            Place::Free | Place::Process => Work::default(),
+            Place::After(work) => work,
+        };
+        self.remove(vm);
+        let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
+        self.set_memory(vm, costs.woken_mib);
+        Some(Started { vm, way: Way::Woken, work: costs.woken.at(share) + room })
     }
 
     /// Makes a VM for a request; `None`: there is no room for it.
-    fn restore(&mut self, function: u32) -> Option<Started> {
+    fn restore(&mut self, function: u32, share: f64) -> Option<Started> {
         let costs = self.costs[function as usize];
         let work = match self.place(function)? {
-            Place::Free => costs.restored,
+            Place::Free => costs.restored.at(share),
             Place::Process => {
                 self.outcome.repurposed += 1;
-                costs.repurposed.unwrap_or(costs.restored)
+                costs.repurposed.as_ref().unwrap_or(&costs.restored).at(share)
             }
-            Place::After(end) => costs.restored + end,
+            Place::After(work) => costs.restored.at(share) + work,
         };
         let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
-        self.set_memory(vm, costs.used_mib);
+        self.set_memory(vm, costs.starting_mib.unwrap_or(costs.used_mib));
         Some(Started { vm, way: Way::Restored, work })
     }
 
@@ -321,7 +362,8 @@ impl Run<'_> {
         self.memory.add(-self.fleet.remove(vm));
     }
 
-    /// Finds a place for a VM as the service does: a kept process of its shape, free room, or that of a VM that ends.
+    /// Finds a place for a VM as the service does: a kept process of its shape, free room, or that of VMs that end or
+    /// are suspended.
     fn place(&mut self, function: u32) -> Option<Place> {
         let mem_mib = self.mem_mib(function);
         if let Some(spare) = self.fleet.spare(Some(mem_mib)) {
@@ -330,10 +372,18 @@ impl Run<'_> {
         }
         let mut work = None;
         while !self.fleet.has_room(mem_mib) {
-            let spare = self.fleet.spare(None);
-            let victim =
-                spare.or_else(|| self.fleet.oldest(State::Idle)).or_else(|| self.fleet.oldest(State::Ready))?;
+            let idle = || self.fleet.longest_idle();
+            let victim = self.fleet.spare(None).or_else(idle).or_else(|| self.fleet.oldest(State::Ready))?;
             let of = self.fleet.function(victim);
+            let costs = self.costs[of as usize];
+            if self.fleet.is(victim, State::Idle) && self.idle.is_some_and(|rule| rule.suspends()) {
+                // It takes no further step, also if one is under way.
+                self.steps.remove(&victim);
+                self.set_memory(victim, 0.0);
+                self.fleet.descend(victim, Some(Step::Suspended).into());
+                work = Some(work.unwrap_or_default() + self.draws.next(&costs.suspend));
+                continue;
+            }
             if self.fleet.is(victim, State::Ready) {
                 self.lacking.insert(of);
             }
@@ -342,7 +392,7 @@ impl Run<'_> {
             if is_fit {
                 return Some(Place::Process);
             }
-            work = Some(work.unwrap_or_default() + self.costs[of as usize].end);
+            work = Some(work.unwrap_or_default() + self.draws.next(&costs.end));
         }
         Some(work.map_or(Place::Free, Place::After))
     }
@@ -359,21 +409,23 @@ impl Run<'_> {
             let costs = self.costs[function as usize];
             let mem_mib = self.mem_mib(function);
             let spare = self.fleet.spare(Some(mem_mib));
-            let work = match spare {
+            let times = match spare {
                 Some(spare) => {
                     self.remove(spare);
                     self.outcome.repurposed += 1;
-                    costs.repurposed.unwrap_or(costs.restored)
+                    costs.repurposed.as_ref().unwrap_or(&costs.restored)
                 }
-                None if self.fleet.has_room(mem_mib) => costs.restored,
+                None if self.fleet.has_room(mem_mib) => &costs.restored,
                 None => return,
             };
+            let share = self.draws.share();
+            let work = times.at(share).without(costs.warm.at(share));
             let vm = self.fleet.add(function, mem_mib, 0.0);
             self.set_memory(vm, costs.standby_mib);
             self.fleet.set(vm, State::Refilled, now as u64);
             self.is_refilling = true;
             self.running += 1;
-            self.jobs.begin(Job::Refill { vm }, work.without(costs.warm));
+            self.jobs.begin(Job::Refill { vm }, work);
             return;
         }
     }
@@ -384,7 +436,7 @@ impl Run<'_> {
                 let latency_ms = (now - arrived_us) / 1000.0;
                 self.outcome.requests.push(Request { latency_ms, late_ms: 0.0, way: Some(way) });
                 self.running -= 1;
-                self.answered(vm, now);
+                self.answered(vm, way, now);
             }
             Job::Refill { vm } => {
                 self.running -= 1;
@@ -405,45 +457,70 @@ impl Run<'_> {
             Job::Fade { vm } => {
                 let costs = self.costs[self.fleet.function(vm) as usize];
                 self.set_memory(vm, 0.0);
-                self.jobs.begin(Job::End { vm }, costs.end.without(costs.gone));
+                let share = self.draws.share();
+                self.jobs.begin(Job::End { vm }, costs.end.at(share).without(costs.gone.at(share)));
             }
             Job::Retire { vm } => {
                 let function = self.fleet.function(vm);
-                let kept_mib = self.costs[function as usize].kept.map_or(0.0, |kept| kept.mib);
+                let kept_mib = self.costs[function as usize].kept.as_ref().map_or(0.0, |kept| kept.mib);
                 self.set_memory(vm, kept_mib);
                 self.fleet.set(vm, State::Spare, now as u64);
                 self.arm(vm, now as u64 + KEPT_US);
             }
             Job::Step { vm } => self.end_step(vm, now),
+            Job::Give { vm } => {
+                let costs = self.costs[self.fleet.function(vm) as usize];
+                let given = self.fleet.giving(vm).and_then(|giving| giving.ended(costs.windows()));
+                let fewer = given.map_or(0.0, |window| self.fleet.shrink(vm, window.mib));
+                self.memory.add(fewer);
+            }
         }
     }
 
     /// Lets a VM go on after its answer.
-    fn answered(&mut self, vm: VmId, now: f64) {
+    fn answered(&mut self, vm: VmId, way: Way, now: f64) {
         self.fleet.serve(vm);
-        let function = self.fleet.function(vm);
+        let costs = self.costs[self.fleet.function(vm) as usize];
+        if way == Way::Restored {
+            self.set_memory(vm, costs.used_mib);
+        }
         match self.sim.load.rules.fate {
             Fate::Waits(_) => {
                 self.fleet.set(vm, State::Idle, now as u64);
+                self.give_back(vm);
                 self.look(vm, now as u64);
             }
             Fate::Ends => self.finish(vm, now),
             Fate::Rewinds => {
                 self.fleet.set(vm, State::Returns, now as u64);
-                self.jobs.begin(Job::Rewind { vm }, self.costs[function as usize].rewind);
+                let work = self.draws.next(&costs.rewind);
+                self.jobs.begin(Job::Rewind { vm }, work);
             }
         }
     }
 
+    /// Lets a VM give back what the requests of its window have not touched, if the window is over.
+    fn give_back(&mut self, vm: VmId) {
+        if !matches!(self.idle, Some(IdleRule::Ladder { .. })) {
+            return;
+        }
+        let costs = self.costs[self.fleet.function(vm) as usize];
+        let window = self.fleet.giving(vm).and_then(|giving| giving.after_request(costs.windows()));
+        let Some(window) = window else { return };
+        let work = self.draws.next(&window.give);
+        self.jobs.begin(Job::Give { vm }, work);
+    }
+
     /// Ends a VM, or keeps its process for another one.
     fn finish(&mut self, vm: VmId, now: f64) {
-        let kept = self.costs[self.fleet.function(vm) as usize].kept;
-        match kept {
+        let costs = self.costs[self.fleet.function(vm) as usize];
+        match &costs.kept {
             Some(kept)
                 if self.sim.load.rules.processes == Processes::Shared && self.fleet.count_spares() < MAX_KEPT =>
             {
                 self.fleet.set(vm, State::Leaving, now as u64);
-                self.jobs.begin(Job::Retire { vm }, kept.vacate);
+                let work = self.draws.next(&kept.vacate);
+                self.jobs.begin(Job::Retire { vm }, work);
             }
             _ => self.end(vm, now),
         }
@@ -499,9 +576,12 @@ impl Run<'_> {
     /// Lets a VM that waits begin a step. One that no VM took when the costs were measured is refused.
     fn descend(&mut self, vm: VmId, to: Descended, now_us: u64) {
         let before = self.fleet.descended(vm);
-        let step = match (to.step, self.step_costs(vm, to)) {
+        let step = match (to.step, step_times(self.costs[self.fleet.function(vm) as usize], to)) {
             (Some(Step::Parked), _) => None,
-            (_, Some(costs)) => Some(costs.step.part(part_of(to) - f64::from(before.offloaded) / 100.0)),
+            (_, Some(times)) => {
+                let part = part_of(to) - f64::from(before.offloaded) / 100.0;
+                Some(self.draws.next(times.step).part(part))
+            }
             (step, None) => {
                 let mut refused = before;
                 step.into_iter().for_each(|step| refused.refuse(step));
@@ -522,36 +602,11 @@ impl Run<'_> {
         }
     }
 
-    /// The costs of a VM that is this far down; `None`: no VM was when they were measured.
-    fn step_costs(&self, vm: VmId, descended: Descended) -> Option<StepCosts> {
-        let costs = self.costs[self.fleet.function(vm) as usize];
-        match descended.step? {
-            Step::Parked => None,
-            Step::Trimmed => costs.trimmed,
-            Step::Spilled => costs.spilled,
-            Step::Suspended => {
-                let after_mib = costs.woken_mib;
-                Some(StepCosts { request: costs.woken, step: costs.suspend, mib: 0.0, after_mib })
-            }
-        }
-    }
-
     /// The memory that a step frees goes at its end. A request that has waited for it takes the VM back.
     fn end_step(&mut self, vm: VmId, now: f64) {
-        let Some(Stepping { to, waiter }) = self.steps.remove(&vm) else { return };
-        // A suspension is given up for a request. A VM that has ended meanwhile has no costs.
-        let is_given_up = waiter.is_some() && to.step == Some(Step::Suspended);
-        if let Some(costs) = self.step_costs(vm, to).filter(|_| !is_given_up) {
-            let full_mib = self.fleet.full_mib(vm);
-            self.set_memory(vm, full_mib + part_of(to) * (costs.mib.min(full_mib) - full_mib));
-            self.fleet.descend(vm, to);
-        }
-        match waiter {
-            Some(asked) => {
-                let started = self.wake(vm);
-                self.start(asked, started, now);
-            }
-            None => self.look(vm, now as u64),
+        // A VM that was suspended meanwhile, because it made room, takes no other step.
+        if let Some(stepping) = self.steps.remove(&vm) {
+            self.reach(vm, stepping, now);
         }
         while self.steps.len() < MAX_STEPS {
             let Some(vm) = self.due.pop_front() else { break };
@@ -559,9 +614,30 @@ impl Run<'_> {
         }
     }
 
+    /// Lets a VM be where its step leads.
+    fn reach(&mut self, vm: VmId, Stepping { to, waiter }: Stepping, now: f64) {
+        // A suspension is given up for a request. A VM that has ended meanwhile is not there.
+        let is_given_up = waiter.is_some() && to.step == Some(Step::Suspended);
+        if let Some(StepTimes { mib, .. }) =
+            step_times(self.costs[self.fleet.function(vm) as usize], to).filter(|_| !is_given_up)
+        {
+            let full_mib = self.fleet.full_mib(vm);
+            self.set_memory(vm, full_mib + part_of(to) * (mib.min(full_mib) - full_mib));
+            self.fleet.descend(vm, to);
+        }
+        match waiter {
+            Some(asked) => {
+                let started = self.wake(vm, asked.share);
+                self.start(asked, started, now);
+            }
+            None => self.look(vm, now as u64),
+        }
+    }
+
     fn end(&mut self, vm: VmId, now: f64) {
-        let gone = self.costs[self.fleet.function(vm) as usize].gone;
+        let costs = self.costs[self.fleet.function(vm) as usize];
         self.fleet.set(vm, State::Leaving, now as u64);
-        self.jobs.begin(Job::Fade { vm }, gone);
+        let work = self.draws.next(&costs.gone);
+        self.jobs.begin(Job::Fade { vm }, work);
     }
 }

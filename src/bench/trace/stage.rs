@@ -1,5 +1,6 @@
 //! Functions and snapshots of a trace in a service, made once and used by all policies.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
@@ -20,6 +21,8 @@ const READY: Duration = Duration::from_secs(120);
 /// Time without one more VM that stands by, after which there is no room for more.
 const STILL: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(10);
+/// Restores of each function after all snapshots were made. The first one may leave a part of the files uncached.
+const WARM_UPS: usize = 2;
 
 /// The service's name of a function.
 pub(super) fn name(function: usize) -> String {
@@ -50,7 +53,7 @@ pub(super) fn put(
     service.ask("POST", "/functions", Some(&body)).map(drop)
 }
 
-/// Makes each function, its snapshot, and the profile of one run.
+/// Makes each function, its snapshot, and the profile of one run, and restores each of them.
 pub(super) fn prepare(service: &Service, workloads: &Workloads, told: impl Fn(usize)) -> Result<(), BoxError> {
     for function in 0..workloads.of.len() {
         let Some(workload) = workloads.workload(function) else { continue };
@@ -63,12 +66,24 @@ pub(super) fn prepare(service: &Service, workloads: &Workloads, told: impl Fn(us
         let run = json!({ "params": workload.params });
         service.ask("POST", &format!("/snapshots/{snapshot}/profile"), Some(&run))?;
         // The first restore makes the files that the policy derives from the snapshot.
-        let mut body = invocation(function, workload);
-        body.insert("keep".to_string(), json!(false));
-        service.ask("POST", "/invocations", Some(&Value::Object(body)))?;
+        restore(service, function, workload)?;
         told(function + 1);
     }
+    // The first policy finds the files in the page cache, as the others do.
+    for _ in 0..WARM_UPS {
+        for function in 0..workloads.of.len() {
+            let Some(workload) = workloads.workload(function) else { continue };
+            restore(service, function, workload)?;
+        }
+    }
     Ok(())
+}
+
+/// Restores a VM of a function for one request.
+fn restore(service: &Service, function: usize, workload: &Workload) -> Result<(), BoxError> {
+    let mut body = invocation(function, workload);
+    body.insert("keep".to_string(), json!(false));
+    service.ask("POST", "/invocations", Some(&Value::Object(body))).map(drop)
 }
 
 /// Gives all functions the settings of a policy, and waits until as many VMs stand by as there is room for.
@@ -138,12 +153,39 @@ pub(super) struct Counts {
     pub(super) refused_steps: u64,
     /// Steps that were done, and the time that they took, µs, in the order of [`Step::ALL`].
     pub(super) steps: [(u64, u64); Step::ALL.len()],
+    pub(super) windows: WindowCounts,
 }
 
-/// The counts of the first `functions` functions.
-pub(super) fn counts(service: &Service, functions: usize) -> Result<Counts, BoxError> {
+/// Counts of the windows after which VMs that serve requests give memory back.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct WindowCounts {
+    pub(super) done: u64,
+    pub(super) refused: u64,
+    /// Memory that was given back, and what of it was touched in a later window, bytes.
+    pub(super) freed: u64,
+    pub(super) recalled: u64,
+    /// Memory of a VM at the end of its last window, bytes.
+    pub(super) local: u64,
+    pub(super) away: u64,
+}
+
+impl WindowCounts {
+    /// Adds those of a function, as `tvmm serve` answers them.
+    fn add(&mut self, of: &Value) {
+        let number = |key: &str| of[key].as_u64().unwrap_or_default();
+        self.done += number("done");
+        self.refused += number("refused");
+        self.freed += number("freed_bytes");
+        self.recalled += number("recalled_bytes");
+        self.local += number("local_bytes");
+        self.away += number("away_bytes");
+    }
+}
+
+/// The counts of some functions.
+pub(super) fn counts(service: &Service, functions: Range<usize>) -> Result<Counts, BoxError> {
     let mut all = Counts::default();
-    for function in 0..functions {
+    for function in functions {
         let state = service.ask("GET", &format!("/functions/{}", name(function)), None)?;
         let idle = &state["idle_state"];
         let pages = |fate: &str| idle["pages"][fate].as_u64().unwrap_or_default();
@@ -152,6 +194,7 @@ pub(super) fn counts(service: &Service, functions: usize) -> Result<Counts, BoxE
         all.pages.spilled += pages("spilled");
         all.pages.recalled += pages("recalled");
         all.pages.regretted += pages("regretted");
+        all.windows.add(&idle["windows"]);
         for step in Step::ALL {
             let number = |key: &str| idle[step.name()][key].as_u64().unwrap_or_default();
             all.refused_steps += number("refused") + number("failed");

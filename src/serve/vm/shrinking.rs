@@ -13,12 +13,17 @@ pub struct EndOfWindow<'a> {
     buckets: Vec<Bucket>,
 }
 
-/// Memory given back at the end of a window, bytes.
+/// Memory at the end of a window, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shrunk {
+    /// Given back now.
     pub given: u64,
     /// Given back before, and touched in this window.
     pub recalled: u64,
+    /// In local memory afterwards.
+    pub local: u64,
+    /// Given back, now or before, and not touched since.
+    pub away: u64,
 }
 
 impl Vm {
@@ -49,7 +54,12 @@ impl EndOfWindow<'_> {
         let shrunk = self.try_shrink().await;
         // A VM that refuses is asked again at the end of the next window.
         let recalled = self.vm.lock().windows.ended(shrunk.as_ref().ok().copied());
-        shrunk.map(|end| Shrunk { given: end.given * PAGE_SIZE, recalled: recalled * PAGE_SIZE })
+        shrunk.map(|end| Shrunk {
+            given: end.given * PAGE_SIZE,
+            recalled: recalled * PAGE_SIZE,
+            local: end.local * PAGE_SIZE,
+            away: end.away * PAGE_SIZE,
+        })
     }
 
     async fn try_shrink(&self) -> Result<WindowEnd, ControlError> {

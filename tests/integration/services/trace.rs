@@ -8,15 +8,23 @@ use serde_json::{Value, json};
 
 use crate::support::{finish, refusal, scratch, text, tvmm};
 
-/// Time that is all work.
+/// A time that is all work, of an action that was measured once.
 fn work(ms: f64) -> Value {
-    json!({ "ms": ms, "cpu_ms": ms })
+    json!([{ "ms": ms, "cpu_ms": ms }])
+}
+
+/// The end of a window, at which a VM gives so many of its 8,000 pages back, as measured once.
+fn window(given: u64, mib: f64) -> Value {
+    json!({
+        "give": work(3.0), "pages": { "given": given, "recalled_ever": 0, "local": 8000 - given, "away": given },
+        "mib": mib, "request": work(4.0), "after_mib": mib + 0.5
+    })
 }
 
 /// The costs of the default workload on an imaginary host with two CPUs.
 fn costs() -> Value {
     json!({
-        "version": 2, "tvmm_version": "0", "cpus": 2, "shells_mib": 1.0,
+        "version": 3, "tvmm_version": "0", "cpus": 2, "shells_mib": 1.0,
         "workloads": { "*": {
             "workload": {
                 "mem_mib": 128, "prepare": "fill pages=8192 seed=1", "call": "touch",
@@ -27,7 +35,8 @@ fn costs() -> Value {
             "kept": { "vacate": work(3.0), "mib": 1.0 },
             "trimmed": { "request": work(4.0), "step": work(3.0), "mib": 5.0, "after_mib": 8.0 },
             "spilled": { "request": work(9.0), "step": work(8.0), "mib": 2.0, "after_mib": 7.0 },
-            "woken": work(25.0), "suspend": { "ms": 30.0, "cpu_ms": 10.0 },
+            "woken": work(25.0), "suspend": [{ "ms": 30.0, "cpu_ms": 10.0 }],
+            "windows": [window(5000, 6.0), window(100, 5.5)], "starting_mib": 6.0,
             "used_mib": 12.0, "standby_mib": 4.0, "rewound_mib": 10.0, "reused_mib": 12.0, "woken_mib": 9.0
         } }
     })
@@ -121,9 +130,14 @@ fn what_cannot_be_replayed_is_refused_with_its_line_or_name() {
     }
     let error = refused(&many, &["--memory", "256", "--policy", "end"]);
     assert!(error.contains("Cannot replay 300 functions") && error.contains("--functions 256"), "{error}");
-    std::fs::write(path("costs.json"), costs().to_string().replace("\"version\":2", "\"version\":9")).unwrap();
+    std::fs::write(path("costs.json"), costs().to_string().replace("\"version\":3", "\"version\":9")).unwrap();
     let error = refused(good, &of_file);
     assert!(error.contains("costs.json") && error.contains("version 9"), "{error}");
+    let mut wrong = costs();
+    wrong["workloads"]["*"]["warm"] = json!([{ "ms": 3, "cpu_ms": 3 }, { "ms": 2, "cpu_ms": 2 }]);
+    std::fs::write(path("costs.json"), wrong.to_string()).unwrap();
+    let error = refused(good, &of_file);
+    assert!(error.contains("workload `*`: `warm` has times that are not in order"), "{error}");
 }
 
 #[test]
@@ -165,7 +179,6 @@ fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
     );
     assert!(number(ladder, "woken") < number(suspend, "woken"), "{ladder} {suspend}");
     assert!(number(suspend, "restored") < number(keep, "restored"), "{suspend} {keep}");
-    assert!(number(suspend, "mean_local_mib") < number(ladder, "mean_local_mib"), "{suspend} {ladder}");
     assert!(number(ladder, "mean_local_mib") < number(keep, "mean_local_mib"), "{ladder} {keep}");
     // FaaSMem's VMs live as long as those that are kept, with less memory.
     assert!(
@@ -182,6 +195,90 @@ fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
     let small = simulated(dir.path(), &small);
     assert!(number(&small[0], "peak_local_mib") <= 8.0 * 12.0 + 1.0, "{small:?}");
     assert!(number(&small[0], "restored") > 40.0 && number(&small[0], "failed") == 0.0, "{small:?}");
+}
+
+#[test]
+fn simulated_times_are_spread_as_those_of_the_costs_and_follow_the_seed() {
+    let dir = scratch();
+    let mut costs = costs();
+    let warm: Vec<Value> =
+        (0..1000).map(|index| json!({ "ms": 1.0 + f64::from(index) / 100.0, "cpu_ms": 0.5 })).collect();
+    costs["workloads"]["*"]["warm"] = json!(warm);
+    let costs_path = dir.path().join("costs.json");
+    std::fs::write(&costs_path, costs.to_string()).unwrap();
+    let file = dir.path().join("trace.csv");
+    let lines: String = (0..2000).map(|second| format!("{second},a\n")).collect();
+    std::fs::write(&file, format!("time_s,function\n{lines}")).unwrap();
+    let by = |seed: &str| {
+        let out = dir.path().join("out");
+        let args = [text(&file), "--memory", "1024", "--policy", "keep,suspend", "--seed", seed, "--simulate"];
+        let output = trace(dir.path(), &[&args[..], &["--costs", text(&costs_path), "--out", text(&out)]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        summaries(&out)
+    };
+    let one = by("1");
+    assert_eq!(one, by("1"));
+    for (name, ms) in [("p50_ms", 6.0), ("p95_ms", 10.5), ("p99_ms", 10.9)] {
+        assert!((number(&one[0], name) - ms).abs() < 0.5, "{name}: {}", one[0]);
+        // A request has the same share by each policy, and all but the first found a VM with all its memory.
+        assert_eq!(number(&one[0], name), number(&one[1], name));
+    }
+    assert_ne!(number(&one[0], "p50_ms"), number(&by("2")[0], "p50_ms"));
+}
+
+#[test]
+fn vms_that_serve_requests_give_memory_back_and_make_room_by_a_suspension() {
+    let dir = scratch();
+    let ladder =
+        |args: &[&str]| simulated(dir.path(), &[args, &["--policy", "ladder", "--keep-alive", "6000"]].concat());
+    let file = dir.path().join("trace.csv");
+    // One VM, whose windows end with the requests 1 and 3, and no step.
+    let lines: String = (0..100).map(|index| format!("{},a\n", index * 10)).collect();
+    std::fs::write(&file, format!("time_s,function\n{lines}")).unwrap();
+    let one = &ladder(&[text(&file), "--memory", "1024", "--floor", "6000"])[0];
+    let mib = number(one, "mean_local_mib");
+    // That of the processes that are kept ready, and of the VM: 6 MiB after the request behind its second window.
+    assert!((6.9..7.1).contains(&mib), "{one}");
+    assert!(number(one, "peak_local_mib") <= 13.0, "{one}");
+    // There is room for one VM, and two functions in turn.
+    let lines: String = (0..10).map(|index| format!("{},{}\n", index * 10, ["a", "b"][index % 2])).collect();
+    std::fs::write(&file, format!("time_s,function\n{lines}")).unwrap();
+    let two = &ladder(&[text(&file), "--memory", "128", "--floor", "6000"])[0];
+    assert_eq!(["restored", "woken", "failed"].map(|way| number(two, way)), [2.0, 8.0, 0.0], "{two}");
+    assert_eq!([number(two, "most_vms"), number(two, "most_suspended")], [1.0, 1.0], "{two}");
+    // The request waits for the suspension of the other VM.
+    assert!((number(two, "p50_ms") - 55.0).abs() < 0.1, "{two}");
+}
+
+#[test]
+fn golden_costs_are_read_and_say_what_they_lack() {
+    let dir = scratch();
+    let file = dir.path().join("trace.csv");
+    std::fs::write(&file, "time_s,function\n0,a\n100,a\n200,a\n").unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    for (version, lacks_windows) in [(2, true), (3, false)] {
+        let folder = golden.join(format!("trace{version}"));
+        let costs = folder.join("costs.json");
+        let out = dir.path().join("out");
+        let args = [text(&file), "--memory", "1024", "--policy", "keep,ladder", "--simulate", "--costs", text(&costs)];
+        let output = trace(dir.path(), &[&args[..], &["--out", text(&out)]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let keep = &summaries(&out)[0];
+        assert_eq!([number(keep, "restored"), number(keep, "warm")], [1.0, 2.0], "{keep}");
+        let costs: Value = serde_json::from_slice(&std::fs::read(&costs).unwrap()).unwrap();
+        assert_eq!(costs["version"], version);
+        let of = &costs["workloads"]["*"];
+        let is_measured = |name: &str, ms: f64| {
+            let one = std::slice::from_ref(&of[name]);
+            let times = of[name].as_array().map_or(one, Vec::as_slice);
+            times.iter().any(|time| (time["ms"].as_f64().unwrap() - ms).abs() < 1e-3)
+        };
+        assert!(is_measured("warm", number(keep, "p50_ms")), "{keep}");
+        assert!(is_measured("restored", number(keep, "p99_ms")), "{keep}");
+        let said = String::from_utf8_lossy(&output.stdout);
+        let gap = format!("The costs (version {version}) have no `windows`");
+        assert_eq!(said.contains(&gap), lacks_windows, "{said}");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
+use super::giving::Giving;
 use super::slots::{Id, Slots};
 use crate::bench::trace::service::Limits;
 use crate::tiering::idle::{Descended, Step};
@@ -48,6 +49,7 @@ struct Vm {
     is_claimed: bool,
     /// The moment of its next timer.
     timer_us: u64,
+    giving: Giving,
 }
 
 /// A VM that waits for the next request: whether it takes a step at present, the one that it is at, and the time since
@@ -120,6 +122,7 @@ impl Fleet {
             is_stepping: false,
             is_claimed: false,
             timer_us: 0,
+            giving: Giving::default(),
         };
         self.vms.add(vm)
     }
@@ -243,6 +246,20 @@ impl Fleet {
         more
     }
 
+    /// Lets a VM have no more local memory than this. Returns the difference.
+    pub(super) fn shrink(&mut self, id: VmId, mib: f64) -> f64 {
+        let Some(vm) = self.vms.get_mut(id) else { return 0.0 };
+        vm.full_mib = vm.full_mib.min(mib);
+        let more = vm.mib.min(mib) - vm.mib;
+        vm.mib += more;
+        more
+    }
+
+    /// The windows of a VM.
+    pub(super) fn giving(&mut self, id: VmId) -> Option<&mut Giving> {
+        self.vms.get_mut(id).map(|vm| &mut vm.giving)
+    }
+
     /// A VM has answered a request.
     pub(super) fn serve(&mut self, id: VmId) {
         if let Some(vm) = self.vms.get_mut(id) {
@@ -296,6 +313,11 @@ impl Fleet {
     /// The VM that has been longest in a state in which it waits.
     pub(super) fn oldest(&self, state: State) -> Option<VmId> {
         self.in_state(state).next()
+    }
+
+    /// The VM that waits for the next request for longest, one that takes no step before others.
+    pub(super) fn longest_idle(&self) -> Option<VmId> {
+        self.in_state(State::Idle).find(|id| !self.is_stepping(*id)).or_else(|| self.oldest(State::Idle))
     }
 
     /// A kept process; with `mem_mib`, of a VM of this size.

@@ -4,8 +4,8 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
 use super::fleet::VmId;
-use crate::bench::trace::costs::Work;
 use crate::bench::trace::outcome::Way;
+use crate::bench::trace::samples::Work;
 
 /// One piece of work, which one CPU does, and the wait after it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,6 +35,10 @@ pub(super) enum Job {
     },
     /// A VM that waits takes a step.
     Step {
+        vm: VmId,
+    },
+    /// A VM gives back memory that its requests have not touched. Requests are served meanwhile.
+    Give {
         vm: VmId,
     },
 }
