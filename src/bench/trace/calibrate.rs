@@ -1,6 +1,7 @@
 //! Measures the costs of each workload, one request at a time, on the service that the trace will run on.
 
 mod lives;
+mod probe;
 mod windows;
 
 use std::collections::BTreeMap;
@@ -9,24 +10,19 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::costs::{Costs, KeptCosts, StepCosts, VERSION, WorkloadCosts};
-use super::cpu::CpuTime;
 use super::memory::{children, mib, of};
 use super::policy::{Processes, Set};
 use super::samples::{Samples, Work};
 use super::service::{Limits, Service};
-use super::stage::{Counts, counts, invocation, name, put};
-use super::workload::{Workload, Workloads};
-use crate::sys::bounded_wait::Wait;
+use super::stage::{name, put};
+use super::workload::Workloads;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::idle::{IdlePolicy, IdleSpec, Step};
 use lives::Lives;
+use probe::{Answered, Probe, REST, RUNS, samples};
 
-/// VMs whose requests are measured, of which the first is not counted.
-const RUNS: usize = 6;
 /// Requests to each VM that has served one.
 const WARM: usize = 4;
-/// Pause before a request to a VM that waits: the next request of a trace finds a VM whose threads sleep.
-const REST: Duration = Duration::from_millis(20);
 /// Idle time after which a VM takes its step.
 const IDLE_MS: u64 = 600;
 /// The same of steps after which none follows soon.
@@ -35,23 +31,6 @@ const SHORT_IDLE_MS: u64 = 200;
 const STEPS: usize = 5;
 /// Time for the process of a finished VM to be there for the next one. The service keeps it for 1 s.
 const FINISHED: Duration = Duration::from_millis(150);
-/// Time for a VM to stand by, or to take a step.
-const READY: Duration = Duration::from_secs(60);
-
-/// A function whose costs are measured.
-struct Probe<'a> {
-    service: &'a Service,
-    function: usize,
-    workload: &'a Workload,
-}
-
-/// An answered request.
-struct Answered {
-    work: Work,
-    vm: String,
-    /// The state in which the VM was found, or the way in which it was made.
-    origin: String,
-}
 
 /// Costs of VMs that are restored, asked again, and rewound.
 #[derive(Default)]
@@ -95,14 +74,6 @@ pub(super) fn measure(
     service.end()?;
     let tvmm_version = env!("CARGO_PKG_VERSION").to_string();
     Ok(Costs { version: VERSION, tvmm_version, cpus, shells_mib: mib(shells.own_kib()), workloads: all })
-}
-
-/// The times of an action.
-///
-/// # Errors
-/// It was never done.
-fn samples(action: &str, times: Vec<Work>) -> Result<Samples, BoxError> {
-    Ok(Samples::of(times).ok_or_else(|| format!("Cannot measure {action}: it was never done"))?)
 }
 
 impl Probe<'_> {
@@ -272,71 +243,10 @@ impl Probe<'_> {
         Ok(Samples::of(requests).zip(Samples::of(steps)).map(costs))
     }
 
-    /// The counts of the function.
-    fn counts(&self) -> Result<Counts, BoxError> {
-        counts(self.service, self.function..self.function + 1)
-    }
-
     /// The VM that stands by.
     fn ready(&self) -> Result<String, BoxError> {
         let function = name(self.function);
         let is_one = |vm: &Value| vm["state"] == "standby" && vm["func_name"] == function.as_str();
         self.wait(&is_one, "standby")
-    }
-
-    /// Waits for a VM in a state. Returns its id.
-    fn wait(&self, is_one: &dyn Fn(&Value) -> bool, state: &str) -> Result<String, BoxError> {
-        let mut wait = Wait::new(format!("a VM in the state `{state}`"), READY);
-        loop {
-            let vms = self.service.ask("GET", "/vms", None)?;
-            let found = vms.as_array().into_iter().flatten().find(|vm| is_one(vm));
-            if let Some(id) = found.and_then(|vm| vm["vmId"].as_str()) {
-                return Ok(id.to_string());
-            }
-            if wait.is_over() {
-                return refuse(format!("Cannot measure VMs in the state `{state}`: none after {} s", READY.as_secs()));
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    /// Invokes the function, with the keys of `more`.
-    fn ask(&self, more: &Value) -> Result<Answered, BoxError> {
-        let mut body = invocation(self.function, self.workload);
-        body.extend(more.as_object().cloned().unwrap_or_default());
-        let (work, answer) = self.timed("POST", "/invocations", Some(&Value::Object(body)))?;
-        if answer["ok"] != true {
-            return refuse(format!("Cannot measure function `{}`: the guest answers `{}`", self.workload.call, answer));
-        }
-        match answer["vmId"].as_str() {
-            Some(vm) => {
-                let origin = answer["origin"].as_str().unwrap_or_default().to_string();
-                Ok(Answered { work, vm: vm.to_string(), origin })
-            }
-            None => refuse("tvmm serve has answered without `vmId`"),
-        }
-    }
-
-    fn timed(&self, method: &str, path: &str, body: Option<&Value>) -> Result<(Work, Value), BoxError> {
-        let before = self.cpu()?;
-        let begun = Instant::now();
-        let answer = self.service.ask(method, path, body)?;
-        let ms = begun.elapsed().as_secs_f64() * 1000.0;
-        let (_, cpu_ms) = self.cpu()?.since(before);
-        // Several CPUs may have worked.
-        Ok((Work { ms, cpu_ms: cpu_ms.min(ms) }, answer))
-    }
-
-    fn cpu(&self) -> Result<CpuTime, BoxError> {
-        CpuTime::of(self.service.pid())
-    }
-
-    fn memory_of(&self, vm: &str) -> Result<f64, BoxError> {
-        Ok(mib(of(&[self.pid_of(vm)?]).own_kib()))
-    }
-
-    fn pid_of(&self, vm: &str) -> Result<u32, BoxError> {
-        let record = self.service.ask("GET", &format!("/vms/{vm}"), None)?;
-        Ok(record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default())
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, json};
 use super::super::memory::{children, mib, of};
 use super::super::samples::{Samples, Work};
 use super::super::stage::put;
-use super::{Probe, RUNS, samples};
+use super::probe::{Probe, RUNS, samples};
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
 

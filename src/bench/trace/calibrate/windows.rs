@@ -7,7 +7,7 @@ use serde_json::json;
 use super::super::costs::WindowCosts;
 use super::super::samples::Work;
 use super::super::stage::{WindowCounts, put};
-use super::{Probe, READY, REST, samples};
+use super::probe::{Probe, READY, REST, samples};
 use crate::snapshot::PAGE_SIZE;
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
