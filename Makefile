@@ -34,7 +34,7 @@ test: build
 	TVMM_BINARY=$(CURDIR)/$(BINARY) tests/run.sh debug release guest
 
 # What is not in every build: cold pools in object stores, spans for a collector.
-FEATURES := object-store,otel
+FEATURES := object-store,otel,tls
 test-features: setup
 	FEATURES=$(FEATURES) tests/run.sh features
 

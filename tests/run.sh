@@ -76,7 +76,7 @@ for each in "${runs[@]}"; do
             --target-dir target/guest-tests
         ;;
     features)
-        [ $# -gt 0 ] || filter=(object_store otlp)
+        [ $# -gt 0 ] || filter=(object_store otlp tls)
         run features cargo test --locked --no-fail-fast --features "${FEATURES:?}" --lib --test integration
         ;;
     *) echo "tests/run.sh: unknown run $each" >&2 && exit 2 ;;

@@ -15,6 +15,7 @@ use crate::snapshot::{ColdSpec, NoColdPool};
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::print;
+use crate::sys::tls::TlsFiles;
 use crate::tiering::idle::{IdlePolicy, IdleSpec};
 
 #[derive(Debug, Args)]
@@ -25,7 +26,7 @@ pub struct ServeArgs {
     /// Directory for functions, snapshots and profiles; made if it does not exist
     #[arg(long, value_name = "DIR", required_unless_present = "openapi")]
     dir: Option<PathBuf>,
-    /// Listen on this TCP address; one that other hosts can reach needs --tokens
+    /// Listen on this TCP address; one that other hosts can reach needs --tokens or --tls-client-ca
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
     /// Listen on this Unix socket, which only this user can connect to
@@ -50,6 +51,17 @@ pub struct ServeArgs {
     /// address that a client connects to; repeatable
     #[arg(long, value_name = "NAME", value_parser = host_name)]
     host: Vec<String>,
+    /// Speak TLS 1.3 on the TCP address with this certificate (PEM, with those between it and a root), in builds with
+    /// the feature tls; SIGHUP has it read again
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "listen"])]
+    tls_cert: Option<PathBuf>,
+    /// The private key of the certificate (PEM, mode 0600)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Answer TCP clients only if they have a certificate that one of these roots has signed (PEM). Without --tokens,
+    /// such a client has all rights
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
     /// Answer TCP clients only if they send a token of this file, which `tvmm token new` makes (docs/serve.md). Its
     /// mode must be 0600; SIGHUP has it read again
     #[arg(long, value_name = "FILE", requires = "listen")]
@@ -190,12 +202,13 @@ fn origin(text: &str) -> Result<String, String> {
     }
 }
 
-/// Refuses to listen where other hosts can connect, unless clients need a token there.
+/// Refuses to listen where other hosts can connect, unless clients need a token or a certificate there.
 fn check_listen(args: &ServeArgs) -> Result<(), BoxError> {
+    let has_login = args.tokens.is_some() || args.tls_client_ca.is_some();
     match args.listen {
-        Some(address) if !address.ip().to_canonical().is_loopback() && args.tokens.is_none() => refuse(format!(
+        Some(address) if !address.ip().to_canonical().is_loopback() && !has_login => refuse(format!(
             "Cannot listen on {address}: other hosts could connect, and run and delete everything. Give --tokens FILE \
-             (`tvmm token new` makes tokens), or listen on 127.0.0.1:{} or a Unix socket",
+             (`tvmm token new` makes tokens) or --tls-client-ca FILE, or listen on 127.0.0.1:{} or a Unix socket",
             address.port()
         )),
         _ => Ok(()),
@@ -204,7 +217,13 @@ fn check_listen(args: &ServeArgs) -> Result<(), BoxError> {
 
 /// The access of clients in the arguments.
 fn access_options(args: &ServeArgs) -> AccessOptions {
+    let files = |(cert, key): (&PathBuf, &PathBuf)| TlsFiles {
+        cert: cert.clone(),
+        key: key.clone(),
+        client_ca: args.tls_client_ca.clone(),
+    };
     AccessOptions {
+        tls: args.tls_cert.as_ref().zip(args.tls_key.as_ref()).map(files),
         tokens: args.tokens.clone(),
         metrics: if args.open_metrics { MetricsAccess::Open } else { MetricsAccess::Local },
         cors_origins: args.cors_origin.clone(),

@@ -50,6 +50,9 @@ pub enum ServeError {
     /// The token file cannot be used.
     #[error(transparent)]
     Tokens(#[from] super::access::token_file::TokenFileError),
+    /// TLS cannot be served.
+    #[error(transparent)]
+    Tls(#[from] crate::sys::tls::TlsError),
     /// A pool that restores take memory from by default cannot be opened.
     #[error("Cannot restore from {pool}: {said}")]
     Pool {

@@ -27,6 +27,7 @@ use super::fault::Fault;
 use super::options::{MetricsAccess, Options};
 use crate::sys::errors::chain;
 use crate::sys::timed_stream::{Phase, Step};
+use crate::sys::tls::Tls;
 
 /// Methods and headers that pages of other sites may use, if the command line lets them in.
 const CORS_METHODS: HeaderValue = HeaderValue::from_static("GET, POST, PUT, PATCH, DELETE");
@@ -45,6 +46,7 @@ const FORWARDED: [header::HeaderName; 3] =
 pub(super) struct Guard {
     names: Names,
     metrics: MetricsAccess,
+    tls: Option<Arc<Tls>>,
     tokens: Option<TokenFile>,
     audit: Option<AuditLog>,
     failures: Failures,
@@ -82,12 +84,13 @@ enum Admitted {
 }
 
 impl Guard {
-    /// Opens the token file and the audit log.
+    /// Opens the files of TLS, the token file and the audit log.
     pub(super) fn open(options: &Options, counts: Arc<AccessCounts>) -> Result<Guard, ServeError> {
         let access = &options.access;
         Ok(Guard {
             names: Names { hosts: options.hosts.clone(), cors_origins: access.cors_origins.clone() },
             metrics: access.metrics,
+            tls: access.tls.clone().map(Tls::open).transpose()?.map(Arc::new),
             tokens: access.tokens.as_deref().map(TokenFile::open).transpose()?,
             audit: access.audit_log.as_deref().map(AuditLog::open).transpose()?,
             failures: Failures::default(),
@@ -97,16 +100,29 @@ impl Guard {
 
     /// Returns whether SIGHUP makes the service open files again.
     pub(super) fn has_files(&self) -> bool {
-        self.tokens.is_some() || self.audit.is_some()
+        self.tls.is_some() || self.tokens.is_some() || self.audit.is_some()
     }
 
-    /// Reads the token file again, and opens the audit log again. A file that cannot be opened leaves the former one in
-    /// use. Blocks for the disk.
+    /// TLS for clients over TCP, if they need it.
+    pub(super) fn tls(&self) -> Option<Arc<Tls>> {
+        self.tls.clone()
+    }
+
+    /// Counts a connection that has failed in the handshake.
+    pub(super) fn count_handshake(&self) {
+        self.counts.refused(Refused::Handshake);
+    }
+
+    /// Reads the files of TLS and the token file again, and opens the audit log again. A file that cannot be opened
+    /// leaves the former one in use. Blocks for the disk.
     pub(super) fn reload(&self) {
         let failed = |error: &(dyn std::error::Error + 'static), message| {
             self.counts.reloads_failed.fetch_add(1, Ordering::Relaxed);
             tracing::error!(error = chain(error), "{message}");
         };
+        if let Some(Err(error)) = self.tls.as_ref().map(|tls| tls.reload()) {
+            failed(&error, "The former certificates stay in use");
+        }
         match self.tokens.as_ref().map(TokenFile::reload) {
             Some(Ok(count)) => tracing::info!(count, "The token file was read again"),
             Some(Err(error)) => failed(&error, "The former tokens stay valid"),
@@ -152,11 +168,13 @@ impl Guard {
 
     /// Finds the client of a request.
     fn identify(&self, peer: Peer, headers: &HeaderMap, right: Right) -> Result<Caller, Refusal> {
-        let remote = match peer {
+        let (remote, certificate) = match peer {
             Peer::Unix { uid } => return Ok(Caller::User(uid)),
-            Peer::Tcp { remote, .. } => remote,
+            Peer::Tcp { remote, certificate, .. } => (remote, certificate),
         };
-        let Some(tokens) = &self.tokens else { return Ok(Caller::Anyone) };
+        let Some(tokens) = &self.tokens else {
+            return Ok(certificate.map_or(Caller::Anyone, Caller::Certificate));
+        };
         let why = match headers.get(header::AUTHORIZATION).map(|value| bearer(value.as_bytes())) {
             None => {
                 let is_forwarded = FORWARDED.iter().any(|name| headers.contains_key(name));

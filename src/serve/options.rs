@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::config::restore::RestoreOptions;
 use crate::snapshot::ColdSpec;
+use crate::sys::tls::TlsFiles;
 use crate::tiering::idle::IdleSpec;
 
 /// Limits of the service.
@@ -62,6 +63,8 @@ pub enum MetricsAccess {
 /// The access of clients.
 #[derive(Clone, Debug)]
 pub struct AccessOptions {
+    /// The files of TLS on the TCP address; None: plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// The file of the tokens that TCP clients need; None: they need none.
     pub tokens: Option<PathBuf>,
     /// The use of metrics without a token.

@@ -18,10 +18,13 @@ use super::access::caller::Peer;
 use super::counters::Counters;
 use super::daemon::Daemon;
 use super::guard::{Guard, GuardedService};
-use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, WatchedStream};
+use crate::sys::timed_stream::{ANSWER_TIME, Connections, IDLE_RIGHT, MAKE_ROOM, Step, WatchedStream};
+use crate::sys::tls::Tls;
 
 /// Time for a client to send the head of a request, and longest idle time of a connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time for a client to make the TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Pause when the kernel cannot accept (no file descriptors left).
 const ACCEPT_RETRY: Duration = Duration::from_millis(10);
 /// Refused clients that are waited for, so that they can read the reason.
@@ -48,7 +51,7 @@ impl Listener for TcpListener {
         // Answers are written at once; delaying them for more data only costs time.
         stream.set_nodelay(true)?;
         let local = stream.local_addr()?.ip().to_canonical();
-        Ok((stream, Peer::Tcp { local, remote }))
+        Ok((stream, Peer::Tcp { local, remote, certificate: None }))
     }
 }
 
@@ -87,7 +90,7 @@ impl Server {
     }
 
     /// Accepts and serves until told to stop.
-    pub(super) async fn serve<L: Listener>(self, listener: L) {
+    pub(super) async fn serve<L: Listener>(self, listener: L, tls: Option<Arc<Tls>>) {
         let mut stopped = self.stopped.clone();
         loop {
             let accepted = tokio::select! {
@@ -101,12 +104,18 @@ impl Server {
                     let io = WatchedStream::new(stream, phase.clone(), ANSWER_TIME);
                     let service = TowerToHyperService::new(self.router.clone());
                     let guarded = GuardedService { service, guard: self.guard.clone(), peer, phase };
-                    let connection = serve_one(io, guarded, self.stopped.clone());
+                    let stopped = self.stopped.clone();
+                    let tls = tls.clone();
                     tokio::spawn(async move {
-                        connection.await;
+                        match tls {
+                            Some(tls) => serve_secured(&tls, io, guarded, stopped).await,
+                            None => serve_one(io, guarded, stopped).await,
+                        }
                         drop(slot);
                     });
                 }
+                // A client that expects TLS cannot read the reason.
+                (Ok(_), None) if tls.is_some() => Counters::count(&self.daemon.counters.connections_refused),
                 (Ok((stream, _)), None) => self.turn_away(stream),
                 (Err(error), _) => {
                     tracing::warn!(%error, "Cannot accept a connection");
@@ -155,6 +164,37 @@ impl Server {
 /// Waits until the server is told to stop, or the sender of that message is dropped.
 async fn stop(stopped: &mut watch::Receiver<bool>) {
     let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+/// Makes the handshake of a connection, and serves it. The time limits of answers hold for the bytes that TLS makes of
+/// them.
+async fn serve_secured(
+    tls: &Tls,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    mut service: GuardedService,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let phase = service.phase.clone();
+    let accepted = tokio::select! {
+        biased;
+        accepted = tokio::time::timeout(HANDSHAKE, tls.accept(stream)) => accepted,
+        () = stop(&mut stopped) => return,
+        () = phase.ends() => return,
+    };
+    let secured = match accepted {
+        Ok(Ok(secured)) => secured,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "A TLS handshake failed");
+            return service.guard.count_handshake();
+        }
+        Err(_) => {
+            tracing::debug!("A TLS handshake took too long");
+            return service.guard.count_handshake();
+        }
+    };
+    phase.set(Step::Idle);
+    service.peer = service.peer.with_certificate(secured.certificate);
+    serve_one(secured.stream, service, stopped).await;
 }
 
 /// Serves one connection, request after request.

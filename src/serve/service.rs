@@ -63,12 +63,14 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
     let mut told = String::new();
     if let Some(address) = listen {
         let failed = |source| ServeError::Listen { address, source };
-        if !address.ip().to_canonical().is_loopback() {
-            tracing::warn!(%address, "Tokens and answers can be read on the network: put a proxy with TLS before it");
+        let tls = guard.tls();
+        if tls.is_none() && !address.ip().to_canonical().is_loopback() {
+            tracing::warn!(%address, "Tokens and answers can be read on the network: give --tls-cert, or use a proxy");
         }
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = tokio::net::TcpListener::from_std(listen_tcp(address).map_err(failed)?).map_err(failed)?;
-        told += &format!("tvmm serve: listening on http://{}\n", listener.local_addr().map_err(failed)?);
-        tokio::spawn(server.clone().serve(listener));
+        told += &format!("tvmm serve: listening on {scheme}://{}\n", listener.local_addr().map_err(failed)?);
+        tokio::spawn(server.clone().serve(listener, tls));
     }
     let mut _socket = None;
     if let Some(path) = &listen_unix {
@@ -76,7 +78,7 @@ async fn serve(options: Options, signals: EndSignals) -> Result<(), ServeError> 
         let (listener, file) = unix_socket::bind(path)?;
         let listener = tokio::net::UnixListener::from_std(listener).map_err(ServeError::os("listen"))?;
         told += &format!("tvmm serve: listening on {}\n", path.display());
-        tokio::spawn(server.clone().serve(listener));
+        tokio::spawn(server.clone().serve(listener, None));
         _socket = Some(file);
     }
     let mut chores = tokio::task::JoinSet::new();

@@ -1,8 +1,8 @@
 //! Facilities that a process needs from its host, one file each, behind small safe owners.
 //!
 //! Owns: raw system calls (mappings, userfaultfd, signals, page cache, namespaces), clocks and time slices, the log,
-//! standard output, worker threads, bounded waits, spans for a collector. Nothing outside maps memory, signals threads
-//! or calls an ioctl that kvm-ioctls lacks.
+//! standard output, worker threads, bounded waits, spans for a collector, TLS. Nothing outside maps memory, signals
+//! threads or calls an ioctl that kvm-ioctls lacks.
 //! Must not know: the purpose of a call. Of the other rooms it imports only the nouns of `snapshot`.
 //! Start reading: `mapping.rs` (ownership of a mapping), `lost.rs` (mapped pages that cannot be read).
 
@@ -12,7 +12,9 @@ pub(crate) mod lines;
 pub mod logging;
 pub mod otlp;
 pub(crate) mod own_dir;
+pub(crate) mod own_file;
 pub mod timed_stream;
+pub mod tls;
 pub mod unix_socket;
 #[macro_use]
 pub(crate) mod print;

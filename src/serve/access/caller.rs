@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::role::Role;
 use super::token::Token;
+use crate::snapshot::Sha256Digest;
 
 /// The other end of a connection.
 #[derive(Clone, Copy, Debug)]
@@ -15,12 +16,24 @@ pub enum Peer {
         /// The address that it has connected to.
         local: IpAddr,
         remote: SocketAddr,
+        /// The digest of the certificate by which it has proved its identity.
+        certificate: Option<Sha256Digest>,
     },
     /// A client of the Unix socket, whose mode and directories say who may connect.
     Unix {
         /// The user of its process.
         uid: u32,
     },
+}
+
+impl Peer {
+    /// The same client, after it has proved its identity.
+    pub fn with_certificate(self, proof: Option<Sha256Digest>) -> Peer {
+        match self {
+            Peer::Tcp { local, remote, .. } => Peer::Tcp { local, remote, certificate: proof },
+            Peer::Unix { uid } => Peer::Unix { uid },
+        }
+    }
 }
 
 impl fmt::Display for Peer {
@@ -39,6 +52,8 @@ pub enum Caller {
     Token(Arc<Token>),
     /// It has connected to the Unix socket as this user.
     User(u32),
+    /// It has the certificate with this digest, and the service takes no tokens.
+    Certificate(Sha256Digest),
     /// The service takes no tokens.
     Anyone,
 }
@@ -47,7 +62,7 @@ impl Caller {
     pub fn role(&self) -> Role {
         match self {
             Caller::Token(token) => token.role,
-            Caller::User(_) | Caller::Anyone => Role::Admin,
+            Caller::User(_) | Caller::Certificate(_) | Caller::Anyone => Role::Admin,
         }
     }
 
@@ -56,6 +71,7 @@ impl Caller {
         match self {
             Caller::Token(token) => Some(token.name.clone()),
             Caller::User(uid) => Some(format!("uid {uid}")),
+            Caller::Certificate(digest) => Some(format!("certificate {digest}")),
             Caller::Anyone => None,
         }
     }

@@ -8,6 +8,8 @@ use crate::serve::counters::head;
 /// The reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
+    /// Its connection has failed in the TLS handshake.
+    Handshake,
     /// The name of the host is none of the service's.
     Host,
     /// A page of another site has sent it.
@@ -25,7 +27,8 @@ pub enum Refused {
 }
 
 impl Refused {
-    const ALL: [Refused; 7] = [
+    const ALL: [Refused; 8] = [
+        Refused::Handshake,
         Refused::Host,
         Refused::Origin,
         Refused::Token,
@@ -37,6 +40,7 @@ impl Refused {
 
     fn name(self) -> &'static str {
         match self {
+            Refused::Handshake => "handshake",
             Refused::Host => "host",
             Refused::Origin => "origin",
             Refused::Token => "token",
@@ -52,7 +56,7 @@ impl Refused {
 #[derive(Debug, Default)]
 pub struct AccessCounts {
     refused: [AtomicU64; Refused::ALL.len()],
-    /// Token files and audit logs that could not be opened again.
+    /// Files that could not be opened again.
     pub reloads_failed: AtomicU64,
 }
 
@@ -68,7 +72,7 @@ impl AccessCounts {
             let count = self.refused[why as usize].load(Ordering::Relaxed);
             writeln!(text, "tvmm_requests_refused_total{{reason=\"{}\"}} {count}", why.name())?;
         }
-        let help = "Token files and audit logs that could not be opened again after SIGHUP";
+        let help = "Token files, certificates and audit logs that could not be opened again after SIGHUP";
         head(text, "tvmm_reloads_failed_total", "counter", help)?;
         writeln!(text, "tvmm_reloads_failed_total {}", self.reloads_failed.load(Ordering::Relaxed))
     }

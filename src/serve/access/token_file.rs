@@ -1,7 +1,6 @@
 //! The token file: one token a line, without secrets. It is read at the start, and again at SIGHUP.
 
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,6 +9,7 @@ use constant_time_eq::constant_time_eq_32;
 use super::rate::Rate;
 use super::token::{Token, digest};
 use crate::snapshot::{self, open_regular};
+use crate::sys::own_file::check_private;
 
 /// The largest token file.
 const MAX_BYTES: u64 = 1 << 20;
@@ -57,14 +57,7 @@ pub fn read(path: &Path) -> Result<Vec<Token>, TokenFileError> {
     let failed = |source| TokenFileError::Read { path: path.to_owned(), source };
     let metadata = file.metadata().map_err(failed)?;
     let exposed = |problem: String| TokenFileError::Exposed { path: path.to_owned(), problem };
-    let me = rustix::process::geteuid().as_raw();
-    if ![me, 0].contains(&metadata.uid()) {
-        return Err(exposed(format!("it belongs to user {}. Give a file of user {me}", metadata.uid())));
-    }
-    if metadata.mode() & 0o077 != 0 {
-        let mode = metadata.mode() & 0o7777;
-        return Err(exposed(format!("its mode is {mode:o}: other users have a right to it. Take it with chmod 600")));
-    }
+    check_private(&metadata).map_err(exposed)?;
     if len > MAX_BYTES {
         return Err(exposed(format!("it has {len} bytes, and may have {MAX_BYTES}. Remove tokens that are not used")));
     }

@@ -16,5 +16,6 @@ mod serve_repurpose;
 mod serve_rewind;
 mod serve_standby;
 mod serve_tiers;
+mod serve_tls;
 mod serve_ui;
 mod trace;
