@@ -26,12 +26,20 @@ pub struct BarrierArgs {
     /// Tell the touches since the last barrier, which stays
     #[arg(long, conflicts_with_all = ["reads", "writes"])]
     keep: bool,
+    /// Print the answer of the API as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(args: &BarrierArgs) -> Result<ExitCode, BoxError> {
     let body = json!(BarrierRequest { reads: args.reads, writes: args.writes, keep: args.keep });
     let (_, answer) = Client::new(&args.api_sock).request("PUT", "/tvmm/barrier", Some(&body), TIMEOUT)?;
-    let set: BarrierSet = serde_json::from_value(answer.unwrap_or_default())?;
+    let answer = answer.unwrap_or_default();
+    if args.json {
+        out!("{answer:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let set: BarrierSet = serde_json::from_value(answer)?;
     let buckets = [("runtime", set.buckets.runtime), ("init", set.buckets.init), ("execution", set.buckets.execution)];
     for (name, pages) in buckets {
         say!(

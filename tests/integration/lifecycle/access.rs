@@ -307,6 +307,9 @@ fn the_commands_tell_the_buckets() {
     };
     let told = printed(&["barrier", "--reads", "--writes"]);
     assert!(told.starts_with("runtime: 0 pages local;") && told.contains("\nset a barrier in "), "{told}");
+    let output = run(&["barrier", "--api-sock", text(vm.socket()), "--keep", "--json"]);
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(count(&told["init"], "local") > 0 && count(&told, "pages_unmapped") == 0, "{told}");
     let told = printed(&["demote", "--cold", "--buckets", "runtime,init"]);
     assert!(told.starts_with("gave ") && told.contains(" touched or of other buckets"), "{told}");
 }
