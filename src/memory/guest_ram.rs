@@ -23,7 +23,7 @@ use crate::sys::lost;
 use crate::sys::lost::{MappedFile, Mapping, Watched};
 use crate::sys::mapping::{Populator, Reservation};
 use crate::sys::pagemap::Pagemap;
-use crate::sys::pagemap_scan::{Mapped, is_unsupported, mapped_runs};
+use crate::sys::pagemap_scan::{Mapped, PagemapScan, is_unsupported, mapped_runs};
 use crate::sys::uffd::{FaultKinds, Uffd};
 
 /// The backing of a piece of guest memory.
@@ -184,6 +184,11 @@ impl GuestRam {
     /// Nothing is returned before Linux 6.7, which cannot find those pages.
     pub fn keep_zero(&mut self) -> Result<Vec<Extent>, Error> {
         let zero = std::mem::take(&mut self.zero);
+        if zero.is_empty() {
+            return Ok(zero);
+        }
+        // A plan may have thousands of extents.
+        let mut scan = PagemapScan::open().map_err(Error::os("open /proc/self/pagemap"))?;
         for extent in &zero {
             let mut touched: Vec<Extent> = Vec::new();
             let mut note = |first, pages, _| {
@@ -196,7 +201,7 @@ impl GuestRam {
                     _ => touched.push(run),
                 }
             };
-            match mapped_runs(self.host_address(extent.first)?, extent.pages, &mut note) {
+            match scan.mapped_runs(self.host_address(extent.first)?, extent.pages, &mut note) {
                 Err(error) if is_unsupported(&error) => return Ok(Vec::new()),
                 scanned => scanned.map_err(Error::os("find the pages that the former guest has touched"))?,
             }

@@ -62,6 +62,19 @@ pub fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY))
 }
 
+/// Returns whether the kernel has PAGEMAP_SCAN.
+///
+/// # Errors
+/// A scan fails for another reason.
+pub fn is_supported() -> io::Result<bool> {
+    let mine = 0_u8;
+    let start = (&raw const mine).map_addr(|addr| addr - addr % PAGE_SIZE as usize);
+    match mapped_runs(start, 1, |_, _, _| {}) {
+        Err(error) if is_unsupported(&error) => Ok(false),
+        scanned => scanned.map(|()| true),
+    }
+}
+
 /// True if the page at `start` is mapped as part of a huge one. For errors see [`is_unsupported`].
 pub fn is_huge(start: *const u8) -> io::Result<bool> {
     let file = File::open("/proc/self/pagemap")?;
@@ -87,46 +100,72 @@ pub fn is_huge(start: *const u8) -> io::Result<bool> {
 
 /// Calls `found(first, pages, what)` for each run of pages of `[start, start + pages × 4096)` that is mapped or in
 /// swap, ascending, with `first` counted in pages from `start`. For errors see [`is_unsupported`].
-pub fn mapped_runs(start: *const u8, pages: u64, mut found: impl FnMut(u64, u64, Mapped)) -> io::Result<()> {
-    let file = File::open("/proc/self/pagemap")?;
-    let base = start as u64;
-    let end = base + pages * PAGE_SIZE;
-    let mut regions = vec![Region::default(); REGIONS];
-    let mut at = base;
-    while at < end {
-        let mut scan = ScanArg {
-            size: size_of::<ScanArg>() as u64,
-            start: at,
-            end,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: REGIONS as u64,
-            category_anyof_mask: IS_PRESENT | IS_SWAPPED,
-            return_mask: IS_FILE | IS_ZERO_PAGE,
-            ..ScanArg::default()
-        };
-        // SAFETY: the struct has the kernel's layout (asserted above) and lives through the call; the kernel writes at
-        // most `vec_len` regions to `vec`, which has as many. It only looks at the scanned range.
-        let count = unsafe { ioctl_with_mut_ref(&file, PAGEMAP_SCAN(), &mut scan) };
-        if count < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        for region in regions.iter().take(count as usize) {
-            let what = if region.categories == 0 { Mapped::Own } else { Mapped::Shared };
-            found((region.start - base) / PAGE_SIZE, (region.end - region.start) / PAGE_SIZE, what);
-        }
-        // The kernel has made progress or is at the end; otherwise this would go on for ever.
-        if scan.walk_end <= at {
-            break;
-        }
-        at = scan.walk_end;
+pub fn mapped_runs(start: *const u8, pages: u64, found: impl FnMut(u64, u64, Mapped)) -> io::Result<()> {
+    PagemapScan::open()?.mapped_runs(start, pages, found)
+}
+
+/// The page map of this process, opened for several scans.
+pub struct PagemapScan {
+    file: File,
+    regions: Vec<Region>,
+}
+
+impl PagemapScan {
+    pub fn open() -> io::Result<PagemapScan> {
+        Ok(PagemapScan { file: File::open("/proc/self/pagemap")?, regions: vec![Region::default(); REGIONS] })
     }
-    Ok(())
+
+    /// See [`mapped_runs`].
+    pub fn mapped_runs(
+        &mut self,
+        start: *const u8,
+        pages: u64,
+        mut found: impl FnMut(u64, u64, Mapped),
+    ) -> io::Result<()> {
+        let base = start as u64;
+        let end = base + pages * PAGE_SIZE;
+        let mut at = base;
+        while at < end {
+            let mut scan = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                start: at,
+                end,
+                vec: self.regions.as_mut_ptr() as u64,
+                vec_len: self.regions.len() as u64,
+                category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+                return_mask: IS_FILE | IS_ZERO_PAGE,
+                ..ScanArg::default()
+            };
+            // SAFETY: the struct has the kernel's layout (asserted above) and lives through the call; the kernel writes
+            // at most `vec_len` regions to `vec`, which has as many. It only looks at the scanned range.
+            let count = unsafe { ioctl_with_mut_ref(&self.file, PAGEMAP_SCAN(), &mut scan) };
+            if count < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            for region in self.regions.iter().take(count as usize) {
+                let what = if region.categories == 0 { Mapped::Own } else { Mapped::Shared };
+                found((region.start - base) / PAGE_SIZE, (region.end - region.start) / PAGE_SIZE, what);
+            }
+            // The kernel has made progress or is at the end; otherwise this would go on for ever.
+            if scan.walk_end <= at {
+                break;
+            }
+            at = scan.walk_end;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::sys::mapping::Reservation;
+
+    #[test]
+    fn a_kernel_with_the_call_is_known_to_have_it() {
+        let scanned = mapped_runs(std::ptr::null(), 1, |_, _, _| {});
+        assert_eq!(is_supported().unwrap(), scanned.is_ok());
+    }
 
     #[test]
     fn copies_files_and_the_zero_page_are_told_apart() {
