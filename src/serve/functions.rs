@@ -103,7 +103,7 @@ pub(super) async fn state_of(daemon: &Daemon, function: Function) -> FunctionSta
         ready: standby::count(daemon, name),
         memory_kib,
         held_back: standby::shortage(daemon),
-        tally: daemon.standby.of(name),
+        tally: daemon.standby.events.of(name),
     };
     FunctionState { function, standby_state: Some(standby_state), idle_state, repurposes }
 }
@@ -120,7 +120,7 @@ pub(super) async fn delete_function(
     daemon.store.remove(Kind::Functions, &name).map_err(|error| Fault::of(&error))?;
     daemon.functions().remove(&name);
     standby::end_unwanted(&daemon).await;
-    daemon.standby.forget(&name);
+    daemon.standby.events.forget(&name);
     daemon.repurposes.forget(&name);
     daemon.idle.forget(&name);
     Ok(Reply(function))

@@ -49,7 +49,7 @@ pub(super) async fn get_metrics(State(daemon): State<Shared>) -> impl IntoRespon
         }
         write_standby(&mut text, &daemon, &standing_by)?;
         write_idle(&mut text, &daemon)?;
-        daemon.standby.write(&mut text)?;
+        daemon.standby.events.write(&mut text)?;
         daemon.repurposes.write(&mut text)?;
         daemon.access.write(&mut text)?;
         head(&mut text, "tvmm_traces_lost_total", "counter", "Traces that did not get into the trace file")?;

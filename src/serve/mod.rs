@@ -42,6 +42,7 @@ mod standby;
 mod standby_counts;
 mod store;
 mod suspended;
+mod tallies;
 mod trace;
 mod traceparent;
 mod traces;

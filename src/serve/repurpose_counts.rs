@@ -1,13 +1,9 @@
 //! Counts of the processes that were to serve a VM of another function, by the function of that VM.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::counters::head;
+use super::tallies::{Tallies, Tally};
 
 /// The outcome for the process of a finished VM that was there when another VM was needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,46 +32,27 @@ pub(super) struct RepurposeTally {
 }
 
 /// The counts of all functions.
-#[derive(Debug, Default)]
-pub(super) struct RepurposeCounts(Mutex<BTreeMap<String, RepurposeTally>>);
+pub(super) type RepurposeCounts = Tallies<RepurposeTally>;
 
-impl RepurposeCounts {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, RepurposeTally>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+impl Tally for RepurposeTally {
+    type Event = RepurposeEnd;
+    const METRIC: (&'static str, &'static str, &'static str) = (
+        "tvmm_repurposes_total",
+        "end",
+        "Processes of finished VMs that were there for another VM, by its function (docs/serve.md)",
+    );
 
-    pub(super) fn count(&self, func_name: &str, end: RepurposeEnd) {
-        let mut functions = self.lock();
-        let tally = functions.entry(func_name.to_owned()).or_default();
-        let counter = match end {
-            RepurposeEnd::Done => &mut tally.done,
-            RepurposeEnd::Unfit => &mut tally.unfit,
-            RepurposeEnd::Refused => &mut tally.refused,
-            RepurposeEnd::Failed => &mut tally.failed,
-        };
-        *counter += 1;
-    }
-
-    /// The counts of one function.
-    pub(super) fn of(&self, func_name: &str) -> RepurposeTally {
-        self.lock().get(func_name).copied().unwrap_or_default()
-    }
-
-    /// Drops the counts of a removed function.
-    pub(super) fn forget(&self, func_name: &str) {
-        self.lock().remove(func_name);
-    }
-
-    /// Appends all counters.
-    pub(super) fn write(&self, text: &mut String) -> std::fmt::Result {
-        let help = "Processes of finished VMs that were there for another VM, by its function (docs/serve.md)";
-        head(text, "tvmm_repurposes_total", "counter", help)?;
-        for (name, tally) in self.lock().iter() {
-            let RepurposeTally { done, unfit, refused, failed } = *tally;
-            for (end, count) in [("done", done), ("unfit", unfit), ("refused", refused), ("failed", failed)] {
-                writeln!(text, "tvmm_repurposes_total{{function=\"{name}\",end=\"{end}\"}} {count}")?;
-            }
+    fn counter(&mut self, end: RepurposeEnd) -> &mut u64 {
+        match end {
+            RepurposeEnd::Done => &mut self.done,
+            RepurposeEnd::Unfit => &mut self.unfit,
+            RepurposeEnd::Refused => &mut self.refused,
+            RepurposeEnd::Failed => &mut self.failed,
         }
-        Ok(())
+    }
+
+    fn counts(self) -> Vec<(&'static str, u64)> {
+        let RepurposeTally { done, unfit, refused, failed } = self;
+        vec![("done", done), ("unfit", unfit), ("refused", refused), ("failed", failed)]
     }
 }

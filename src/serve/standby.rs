@@ -74,16 +74,16 @@ pub(super) async fn take(daemon: &Daemon, spec: &StartSpec, deadline: Instant) -
         match tokio::time::timeout_at(deadline, vm.set_state(WantedState::Resumed)).await {
             Ok(Ok(())) => {
                 vm.serve();
-                daemon.standby.count(func_name, StandbyEvent::Hit);
+                daemon.standby.events.count(func_name, StandbyEvent::Hit);
                 return Some(vm);
             }
             Ok(Err(error)) => tracing::warn!(%error, vm = vm.id, "Cannot resume a standby VM"),
             Err(_) => tracing::warn!(vm = vm.id, "A standby VM does not resume in time"),
         }
-        daemon.standby.count(func_name, StandbyEvent::Failed);
+        daemon.standby.events.count(func_name, StandbyEvent::Failed);
         vm.life.signal(Signal::KILL);
     }
-    daemon.standby.count(func_name, StandbyEvent::Miss);
+    daemon.standby.events.count(func_name, StandbyEvent::Miss);
     None
 }
 
@@ -145,12 +145,12 @@ pub(super) async fn give_back(daemon: &Daemon, vm: &Arc<Vm>) {
             // Another VM may have taken the place meanwhile.
             Ok(()) if has_place() && has_memory(daemon, vm).await => {
                 vm.stand_by();
-                daemon.standby.count(func_name, StandbyEvent::Rewind);
+                daemon.standby.events.count(func_name, StandbyEvent::Rewind);
                 return;
             }
             Ok(()) => {}
             Err(fault) => {
-                daemon.standby.count(func_name, StandbyEvent::Failed);
+                daemon.standby.events.count(func_name, StandbyEvent::Failed);
                 tracing::warn!(fault.message, vm = vm.id, "Cannot return a VM to those that stand by");
                 vm.life.stop_because(&fault.message).await;
                 return;
@@ -174,7 +174,7 @@ async fn has_memory(daemon: &Daemon, vm: &Arc<Vm>) -> bool {
     };
     let fits = fits && shortage(daemon).is_none();
     if !fits {
-        daemon.standby.count(func_name, StandbyEvent::Evicted);
+        daemon.standby.events.count(func_name, StandbyEvent::Evicted);
     }
     fits
 }
@@ -209,7 +209,7 @@ async fn yield_memory(daemon: &Daemon) {
         tracing::warn!(vms = waiting.len(), why, "VMs that stand by are ended");
     }
     for vm in waiting.into_iter().filter(|vm| vm.retire()) {
-        daemon.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
+        daemon.standby.events.count(&vm.function.func_name, StandbyEvent::Evicted);
         vm.life.stop_because("the host has little memory left (--memory-reserve)").await;
     }
 }
@@ -222,7 +222,7 @@ async fn keep_within_memory(daemon: &Daemon, function: &Function) {
     while own_kib(&set).await > mib << 10 {
         let Some(vm) = set.pop() else { return };
         if vm.retire() {
-            daemon.standby.count(&function.func_name, StandbyEvent::Evicted);
+            daemon.standby.events.count(&function.func_name, StandbyEvent::Evicted);
             vm.life.stop_because("VMs that stand by had more memory than `standby.dram_mib`").await;
         }
     }
@@ -293,7 +293,7 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
                     return;
                 }
                 vm.stand_by();
-                daemon.standby.count(name, StandbyEvent::Refill);
+                daemon.standby.events.count(name, StandbyEvent::Refill);
             }
             // The function or its snapshot was changed or removed meanwhile.
             Ok(vm) => {
@@ -303,7 +303,7 @@ async fn refill(daemon: &Daemon, function: &Function, failed: &mut BTreeMap<Stri
             // An invocation has taken the room meanwhile.
             Err(fault) if fault.status == StatusCode::TOO_MANY_REQUESTS => return,
             Err(fault) => {
-                daemon.standby.count(name, StandbyEvent::Failed);
+                daemon.standby.events.count(name, StandbyEvent::Failed);
                 tracing::warn!(fault.message, function = name, "Cannot restore a VM to stand by");
                 failed.insert(name.clone(), Instant::now() + RETRY);
             }

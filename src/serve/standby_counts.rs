@@ -1,14 +1,10 @@
 //! Counts of what became of standby VMs, by function.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use serde::Serialize;
 use tokio::sync::Notify;
 use utoipa::ToSchema;
 
-use super::counters::head;
+use super::tallies::{Tallies, Tally};
 
 /// An event in the life of a function's standby VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,58 +47,38 @@ pub(super) struct StandbyTally {
 /// The counts of all functions.
 #[derive(Debug, Default)]
 pub(super) struct StandbyCounts {
-    functions: Mutex<BTreeMap<String, StandbyTally>>,
+    pub(super) events: Tallies<StandbyTally>,
     /// Notified when VMs may have to be restored or ended.
     pub(super) changed: Notify,
 }
 
-impl StandbyCounts {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, StandbyTally>> {
-        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+impl Tally for StandbyTally {
+    type Event = StandbyEvent;
+    const METRIC: (&'static str, &'static str, &'static str) =
+        ("tvmm_standby_events_total", "event", "Events of standby VMs, by function (docs/lifecycle.md)");
 
-    pub(super) fn count(&self, func_name: &str, event: StandbyEvent) {
-        let mut functions = self.lock();
-        let tally = functions.entry(func_name.to_owned()).or_default();
-        let counter = match event {
-            StandbyEvent::Hit => &mut tally.hits,
-            StandbyEvent::Miss => &mut tally.misses,
-            StandbyEvent::Refill => &mut tally.refills,
-            StandbyEvent::Rewind => &mut tally.rewinds,
-            StandbyEvent::Failed => &mut tally.failed,
-            StandbyEvent::Lost => &mut tally.lost,
-            StandbyEvent::Evicted => &mut tally.evicted,
-        };
-        *counter += 1;
-    }
-
-    /// The counts of one function.
-    pub(super) fn of(&self, func_name: &str) -> StandbyTally {
-        self.lock().get(func_name).copied().unwrap_or_default()
-    }
-
-    /// Drops the counts of a removed function.
-    pub(super) fn forget(&self, func_name: &str) {
-        self.lock().remove(func_name);
-    }
-
-    /// Appends all counters.
-    pub(super) fn write(&self, text: &mut String) -> std::fmt::Result {
-        head(text, "tvmm_standby_events_total", "counter", "Events of standby VMs, by function (docs/lifecycle.md)")?;
-        for (name, tally) in self.lock().iter() {
-            let StandbyTally { hits, misses, refills, rewinds, failed, lost, evicted } = *tally;
-            for (event, count) in [
-                ("hit", hits),
-                ("miss", misses),
-                ("refill", refills),
-                ("rewind", rewinds),
-                ("failed", failed),
-                ("lost", lost),
-                ("evicted", evicted),
-            ] {
-                writeln!(text, "tvmm_standby_events_total{{function=\"{name}\",event=\"{event}\"}} {count}")?;
-            }
+    fn counter(&mut self, event: StandbyEvent) -> &mut u64 {
+        match event {
+            StandbyEvent::Hit => &mut self.hits,
+            StandbyEvent::Miss => &mut self.misses,
+            StandbyEvent::Refill => &mut self.refills,
+            StandbyEvent::Rewind => &mut self.rewinds,
+            StandbyEvent::Failed => &mut self.failed,
+            StandbyEvent::Lost => &mut self.lost,
+            StandbyEvent::Evicted => &mut self.evicted,
         }
-        Ok(())
+    }
+
+    fn counts(self) -> Vec<(&'static str, u64)> {
+        let StandbyTally { hits, misses, refills, rewinds, failed, lost, evicted } = self;
+        vec![
+            ("hit", hits),
+            ("miss", misses),
+            ("refill", refills),
+            ("rewind", rewinds),
+            ("failed", failed),
+            ("lost", lost),
+            ("evicted", evicted),
+        ]
     }
 }

@@ -307,7 +307,7 @@ impl Table {
         let stood_by = vm.stands_by();
         let is_finished = vm.finish();
         if is_finished && stood_by {
-            self.standby.count(&vm.function.func_name, StandbyEvent::Evicted);
+            self.standby.events.count(&vm.function.func_name, StandbyEvent::Evicted);
         }
         is_finished
     }
@@ -331,7 +331,7 @@ impl Table {
         self.live().remove(&vm.id);
         let is_suspended = self.suspended.has_left(&vm.id);
         if vm.retire() {
-            self.standby.count(&vm.function.func_name, StandbyEvent::Lost);
+            self.standby.events.count(&vm.function.func_name, StandbyEvent::Lost);
         }
         vm.life.close();
         // There is room for another VM, or a process for it.
