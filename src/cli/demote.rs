@@ -98,7 +98,7 @@ pub fn run(args: &DemoteArgs) -> Result<ExitCode, BoxError> {
     let demoted: Demoted = serde_json::from_value(answer)?;
     say!(
         "gave {:.1} MiB back in {:.2} ms ({} steps, longest pause {:.2} ms): {} pages dropped, {} mapped from their \
-         files, {} spilled; kept: {} pages written, {} that nothing else can show; {} not looked at{}",
+         files, {} spilled{}; kept: {} pages written, {} that nothing else can show; {} not looked at{}",
         mib_of_pages(demoted.pages_dropped + demoted.pages_mapped + demoted.pages_spilled),
         ms(demoted.total_us),
         demoted.steps,
@@ -106,6 +106,7 @@ pub fn run(args: &DemoteArgs) -> Result<ExitCode, BoxError> {
         demoted.pages_dropped,
         demoted.pages_mapped,
         demoted.pages_spilled,
+        if demoted.is_spill_full { ", and no more fit into the file (--spill-size)" } else { "" },
         demoted.pages_written,
         demoted.pages_kept,
         demoted.pages_left,

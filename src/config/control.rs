@@ -135,6 +135,9 @@ pub struct Demoted {
     /// The length of the spill file, bytes.
     #[serde(default)]
     pub spill_file_len: u64,
+    /// The spill file had no room for some of the pages, because it may not be longer. They are among those kept.
+    #[serde(default)]
+    pub is_spill_full: bool,
     /// Pages kept, because they differ from the snapshot.
     pub pages_written: u64,
     /// Pages kept, because nothing can show their source in place of the copy.

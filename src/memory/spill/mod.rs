@@ -11,7 +11,9 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,7 +32,7 @@ use crate::memory::{ChangeError, Error};
 use crate::snapshot::{Extent, Fill, Gfn, GuestRange, PAGE_SIZE, PageSet, Placement, PlannedExtent};
 use crate::sys::uffd::{Fault, FaultKinds, Install, Uffd};
 use crate::sys::worker::Worker;
-use store::{Back, GROUP_PAGES, Store, StoreCounts, bits_of, groups_of};
+use store::{Back, GROUP_PAGES, Store, StoreCounts, bits_of, groups_of, read_ahead};
 
 /// Counts of a spill.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -51,6 +53,7 @@ struct Shared {
     store: Mutex<Store>,
     faults: AtomicU64,
     pages_back: AtomicU64,
+    ahead_bytes: Arc<AtomicU64>,
     touches: TouchLog,
     released: Arc<Released>,
     /// The ranges of guest memory and their host addresses.
@@ -78,6 +81,7 @@ impl Spill {
             uffd: Uffd::open(FaultKinds::Missing).map_err(Error::Userfaultfd)?,
             faults: AtomicU64::new(0),
             pages_back: AtomicU64::new(0),
+            ahead_bytes: Arc::default(),
             touches: TouchLog::default(),
             released: ram.released().clone(),
             ranges: ram.slots().map(|(range, host)| (range, host as usize)).collect(),
@@ -152,19 +156,27 @@ impl Spill {
         ram.discard(run).map_err(ChangeError::Lost)
     }
 
-    /// Writes the pages that are held. If that fails, they come back to local memory.
+    /// Writes the pages that are held. Those for which the file has no room come back to local memory, and their number
+    /// is returned; if the file cannot be written, those that are not in it come back as well.
     ///
     /// # Errors
-    /// Those of the file, and its limit.
-    pub fn write(&self) -> Result<(), ChangeError> {
+    /// Those of the file.
+    pub fn write(&self) -> Result<u64, ChangeError> {
         let mut store = self.shared.store();
-        let Err(source) = store.write_held() else { return Ok(()) };
-        let path = store.dir().to_path_buf();
+        let written = store.write_held();
+        let mut stayed = 0;
         for gfn in store.held() {
-            let brought = self.shared.bring(&mut store, gfn, Cause::FailedWrite);
-            brought.map_err(Error::os("bring back pages that could not be spilled")).map_err(ChangeError::Lost)?;
+            let brought = self.shared.install_block(&mut store, gfn);
+            let brought = brought.map_err(Error::os("bring back pages that could not be spilled"));
+            stayed += brought.map_err(ChangeError::Lost)?;
         }
-        Err(ChangeError::Kept(Error::File { doing: "write the spill file in", path, source }))
+        match written {
+            Ok(_) => Ok(stayed),
+            Err(source) => {
+                let path = store.dir().to_path_buf();
+                Err(ChangeError::Kept(Error::File { doing: "write the spill file in", path, source }))
+            }
+        }
     }
 
     /// Begins to take the file out of the page cache, where it costs as much memory as it has bytes.
@@ -193,7 +205,7 @@ impl Spill {
         let store = self.shared.store();
         SpillCounts {
             store: store.counts(),
-            ahead_bytes: store.ahead_bytes(),
+            ahead_bytes: self.shared.ahead_bytes.load(Ordering::Relaxed),
             faults: self.shared.faults.load(Ordering::Relaxed),
             pages_back: self.shared.pages_back.load(Ordering::Relaxed),
         }
@@ -222,14 +234,6 @@ pub fn can_spill(planned: &PlannedExtent, ram: &GuestRam) -> bool {
     !is_served && !is_guarded
 }
 
-/// The reason why pages come back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cause {
-    Touch,
-    /// They could not be written.
-    FailedWrite,
-}
-
 impl Shared {
     /// Serves until asked to stop. The error names the failed action and its page.
     fn serve(&self, stop: &EventFd, activity: &Activity) -> Result<(), Ending> {
@@ -255,7 +259,7 @@ impl Shared {
 
     fn answer(&self, gfn: Gfn, address: usize) -> io::Result<()> {
         self.faults.fetch_add(1, Ordering::Relaxed);
-        let pages = self.bring(&mut self.store(), gfn, Cause::Touch)?;
+        let pages = self.bring(gfn)?;
         self.pages_back.fetch_add(pages, Ordering::Relaxed);
         if self.released.read().ever().contains(gfn) {
             match self.uffd.install_zero(address) {
@@ -271,25 +275,51 @@ impl Shared {
         self.uffd.wake(address, PAGE_SIZE as usize)
     }
 
-    /// Brings back the pages that left together with `gfn`. Returns their number.
-    fn bring(&self, store: &mut Store, gfn: Gfn, cause: Cause) -> io::Result<u64> {
+    /// Brings back the pages that left together with `gfn`, because one of them was touched. Returns their number. With
+    /// the first ones, the kernel begins to read those that came back the time before.
+    fn bring(&self, gfn: Gfn) -> io::Result<u64> {
         let mut pages = 0;
-        let install = |Back { run, bytes }: Back<'_>| {
-            // Nothing is given back while the record is locked.
-            let books = self.released.read();
-            for part in books.still_snapshot(run) {
-                let Some(host) = self.host_of(part.first) else { continue };
-                let start = ((part.first.0 - run.first.0) * PAGE_SIZE) as usize;
-                let bytes = &bytes[start..start + part.bytes() as usize];
-                pages += self.uffd.install(host, bytes, Install { wake: true, write_protect: false })?;
-            }
-            Ok(())
-        };
-        match cause {
-            Cause::Touch => store.bring(gfn, install)?,
-            Cause::FailedWrite => store.bring_one(gfn, install)?,
-        };
+        let mut store = self.store();
+        let parts = store.bring(gfn, |back| self.install(back, &mut pages))?;
+        let file = store.file().clone();
+        drop(store);
+        if !parts.is_empty() {
+            self.begin_reading(file, parts);
+        }
         Ok(pages)
+    }
+
+    /// Brings back the pages that left together with `gfn`. Returns their number.
+    fn install_block(&self, store: &mut Store, gfn: Gfn) -> io::Result<u64> {
+        let mut pages = 0;
+        store.bring_one(gfn, |back| self.install(back, &mut pages))?;
+        Ok(pages)
+    }
+
+    /// Installs pages that come back, and adds their number to `pages`.
+    fn install(&self, Back { run, bytes }: Back<'_>, pages: &mut u64) -> io::Result<()> {
+        // Nothing is given back while the record is locked.
+        let books = self.released.read();
+        for part in books.still_snapshot(run) {
+            let Some(host) = self.host_of(part.first) else { continue };
+            let start = ((part.first.0 - run.first.0) * PAGE_SIZE) as usize;
+            let bytes = &bytes[start..start + part.bytes() as usize];
+            *pages += self.uffd.install(host, bytes, Install { wake: true, write_protect: false })?;
+        }
+        Ok(())
+    }
+
+    /// Lets a thread of its own read parts of the file ahead: the kernel may make it wait for the disk, and the next
+    /// touch must not. The thread has nothing but the file, and may outlive the machine.
+    fn begin_reading(&self, file: Arc<File>, parts: Vec<Range<u64>>) {
+        let ahead_bytes = self.ahead_bytes.clone();
+        let read = move || {
+            ahead_bytes.fetch_add(read_ahead(&file, &parts), Ordering::Relaxed);
+        };
+        // Without a thread, each touch waits for its own read.
+        if let Ok(worker) = Worker::start(Builder::new().name("spill-ahead".into()), || {}, read) {
+            worker.abandon(Instant::now());
+        }
     }
 
     fn store(&self) -> MutexGuard<'_, Store> {

@@ -81,8 +81,15 @@ pub struct Store {
     recalled: BTreeSet<u64>,
     /// Those that had come back before that: they probably will again.
     expected: BTreeSet<u64>,
-    ahead_bytes: u64,
     counts: StoreCounts,
+}
+
+/// The room that the file had for the blocks that were held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    Enough,
+    /// Blocks that are still held would make it longer than it may be.
+    Full,
 }
 
 /// The contents of a store.
@@ -117,7 +124,6 @@ impl Store {
             held,
             recalled: BTreeSet::new(),
             expected: BTreeSet::new(),
-            ahead_bytes: 0,
             counts,
         })
     }
@@ -160,11 +166,11 @@ impl Store {
         blocks.is_some_and(|blocks| blocks.iter().any(|block| block.away & (1 << bit) != 0))
     }
 
-    /// Writes the blocks that are held. After an error the rest stays held.
+    /// Writes the blocks that are held, as far as the file has room for them. The rest stays held, also after an error.
     ///
     /// # Errors
-    /// Those of the file, and its limit.
-    pub fn write_held(&mut self) -> io::Result<()> {
+    /// Those of the file.
+    pub fn write_held(&mut self) -> io::Result<Room> {
         while let Some(group) = self.held.last() {
             for block in self.groups.get_mut(group).into_iter().flatten() {
                 let Content::Held(bytes) = &block.content else { continue };
@@ -173,7 +179,7 @@ impl Store {
                 let free = &mut self.free[units_of(len) as usize];
                 let offset = free.first().copied().unwrap_or(self.end);
                 if offset == self.end && offset + units_of(len) * UNIT > self.bytes_max {
-                    return Err(too_long(self.bytes_max));
+                    return Ok(Room::Full);
                 }
                 self.file.write_all_at(&packed, offset)?;
                 free.remove(&offset);
@@ -183,29 +189,21 @@ impl Store {
             }
             self.held.pop();
         }
-        Ok(())
+        Ok(Room::Enough)
     }
 
-    /// Bytes of the file that were read ahead, in all.
-    pub fn ahead_bytes(&self) -> u64 {
-        self.ahead_bytes
-    }
-
-    /// Brings back the block that has `gfn`. With the first one since pages have left, the kernel begins to read those
-    /// that came back the time before. See [`bring_one`](Self::bring_one).
-    pub fn bring(&mut self, gfn: Gfn, install: impl FnMut(Back) -> io::Result<()>) -> io::Result<bool> {
-        let was_away = self.bring_one(gfn, install)?;
-        if was_away {
-            self.recalled.insert(group_of(gfn));
-            if self.recalled.len() == 1 {
-                self.read_ahead();
-            }
+    /// Brings back the block that has `gfn`. With the first one since pages have left, returns the parts of the file
+    /// that have those which came back the time before: they are to be read ahead. See [`bring_one`](Self::bring_one).
+    pub fn bring(&mut self, gfn: Gfn, install: impl FnMut(Back) -> io::Result<()>) -> io::Result<Vec<Range<u64>>> {
+        if !self.bring_one(gfn, install)? {
+            return Ok(Vec::new());
         }
-        Ok(was_away)
+        self.recalled.insert(group_of(gfn));
+        Ok(if self.recalled.len() == 1 { self.ahead() } else { Vec::new() })
     }
 
-    /// Asks the kernel to read the blocks of the expected groups that are in the file, and does not wait for them.
-    fn read_ahead(&mut self) {
+    /// The parts of the file that have blocks of the expected groups, ascending.
+    fn ahead(&self) -> Vec<Range<u64>> {
         let blocks = self.expected.iter().filter_map(|group| self.groups.get(group)).flatten();
         let place = |block: &Block| match block.content {
             Content::Written { offset, len, .. } => Some(offset..offset + u64::from(len)),
@@ -220,13 +218,7 @@ impl Store {
                 _ => parts.push(place),
             }
         }
-        for part in parts {
-            let len = part.end - part.start;
-            // It is advice: without it, each touch waits for its own read.
-            if rustix::fs::fadvise(&*self.file, part.start, NonZeroU64::new(len), Advice::WillNeed).is_ok() {
-                self.ahead_bytes += len;
-            }
-        }
+        parts
     }
 
     /// Brings back the block that has `gfn`: passes all its pages that are away to `install`, run by run.
@@ -285,6 +277,17 @@ impl Store {
     }
 }
 
+/// Asks the kernel to read parts of a file into the page cache. Returns the bytes that it will read.
+///
+/// It is advice: without it, each touch waits for its own read. Parts may have been written anew or cut meanwhile.
+pub fn read_ahead(file: &File, parts: &[Range<u64>]) -> u64 {
+    let read = |part: &&Range<u64>| {
+        let len = NonZeroU64::new(part.end - part.start);
+        rustix::fs::fadvise(file, part.start, len, Advice::WillNeed).is_ok()
+    };
+    parts.iter().filter(read).map(|part| part.end - part.start).sum()
+}
+
 /// Makes a file without a name in `dir`.
 fn unnamed(dir: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -301,10 +304,6 @@ fn unlinked(dir: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(PRIVATE).open(&path)?;
     std::fs::remove_file(&path)?;
     Ok(file)
-}
-
-fn too_long(bytes_max: u64) -> io::Error {
-    io::Error::other(format!("it would have more than the {} MiB that it may have", bytes_max >> 20))
 }
 
 /// Reads and unpacks a block of `pages`.
@@ -431,7 +430,7 @@ mod tests {
             if round == 0 {
                 longest = store.counts().file_len;
             }
-            (0..8).for_each(|group| assert!(store.bring(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap()));
+            (0..8).for_each(|group| assert!(store.bring_one(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap()));
         }
         assert!(store.counts().file_len <= 2 * longest, "{} of {longest}", store.counts().file_len);
         assert_eq!(brought(&mut store, 16000), [(16000, 1)]);
@@ -448,21 +447,20 @@ mod tests {
             }
             store.write_held().unwrap();
         };
-        let touch = |store: &mut Store, group: u64| assert!(store.bring(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap());
+        let touch = |store: &mut Store, group: u64| {
+            assert!(store.has(Gfn(group * GROUP_PAGES)));
+            let parts = store.bring(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap();
+            read_ahead(store.file(), &parts)
+        };
         spill(&mut store, &[1, 2, 3, 4]);
-        [1, 3].into_iter().for_each(|group| touch(&mut store, group));
-        assert_eq!(store.ahead_bytes(), 0, "nothing is known at first");
+        [1, 3].into_iter().for_each(|group| assert_eq!(touch(&mut store, group), 0, "nothing is known at first"));
         spill(&mut store, &[1, 3]);
-        touch(&mut store, 1);
-        let first = store.ahead_bytes();
-        assert!(first > 0);
-        touch(&mut store, 2);
-        assert_eq!(store.ahead_bytes(), first, "once for each time that pages have left");
+        assert!(touch(&mut store, 1) > 0);
+        assert_eq!(touch(&mut store, 2), 0, "once for each time that pages have left");
         // Groups that did not come back the last time are not read.
         spill(&mut store, &[1]);
         store.expected.iter().for_each(|group| assert!([1, 2].contains(group)));
-        touch(&mut store, 4);
-        assert!(store.ahead_bytes() > first);
+        assert!(touch(&mut store, 4) > 0);
     }
 
     #[test]
@@ -480,14 +478,13 @@ mod tests {
         };
         store.limit(1 << 20);
         (0..20).for_each(|group| store.put(group, u16::MAX, u16::MAX, noise().into()));
-        let error = store.write_held().unwrap_err();
-        assert!(error.to_string().contains("1 MiB"), "{error}");
+        assert_eq!(store.write_held().unwrap(), Room::Full);
         let len = store.file().metadata().unwrap().len();
         assert!((1 << 19..=1 << 20).contains(&len), "{len}");
         // All pages are there, written or held.
-        (0..20).for_each(|group| assert!(store.bring(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap()));
+        (0..20).for_each(|group| assert!(store.bring_one(Gfn(group * GROUP_PAGES), |_| Ok(())).unwrap()));
         store.put(0, u16::MAX, u16::MAX, noise().into());
-        store.write_held().unwrap();
+        assert_eq!(store.write_held().unwrap(), Room::Enough);
         assert_eq!(store.counts().pages_away, GROUP_PAGES);
     }
 

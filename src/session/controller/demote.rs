@@ -108,9 +108,13 @@ impl Controller {
         }
         job.steps += 1;
         let written = self.write_spilled();
-        match result.and_then(|is_left| resumed.and(written).map(|()| is_left)) {
-            Ok(true) => self.go_on_demoting(job),
-            Ok(false) => self.end_work(job),
+        let stepped = result.and_then(|is_left| resumed.and(written).map(|stayed| (is_left, stayed)));
+        if let (Ok((_, stayed @ 1..)), Work::Demote { demotion, .. }) = (&stepped, &mut job.work) {
+            demotion.note_spill_full(*stayed);
+        }
+        match stepped {
+            Ok((true, _)) => self.go_on_demoting(job),
+            Ok((false, _)) => self.end_work(job),
             Err(refused) => {
                 // Pages that have left stay in the file.
                 self.settle_spilled();
@@ -131,10 +135,11 @@ impl Controller {
         stepped.map_err(|error| failed_step(error, machine.ending()))
     }
 
-    fn write_spilled(&self) -> Result<(), Refused> {
+    /// Returns the number of pages for which the spill file has no room.
+    fn write_spilled(&self) -> Result<u64, Refused> {
         let _work = self.stalls.as_ref().map(|watch| watch.stalls().main_thread_does("demotion"));
         match &self.phase {
-            Phase::NotStarted => Ok(()),
+            Phase::NotStarted => Ok(0),
             Phase::Running(machine) => machine.write_spilled().map_err(|error| failed_step(error, machine.ending())),
             Phase::Paused(machine) => machine.write_spilled().map_err(|error| failed_step(error, machine.ending())),
         }
@@ -197,6 +202,7 @@ fn demoted(job: &Job, demotion: &Demotion, spill_file_len: u64) -> Demoted {
         pages_mapped: mapped,
         pages_spilled: spilled,
         spill_file_len,
+        is_spill_full: demotion.is_spill_full(),
         pages_written: written,
         pages_kept: kept,
         pages_left: demotion.pages_left(),

@@ -46,6 +46,8 @@ pub struct Demotion {
     pending: PageSet,
     maps_left: MapsLeft,
     spills: bool,
+    /// The spill file has had no room for some pages, and the rest is not spilled.
+    is_spill_full: bool,
     /// The number of pages after which it ends; `None`: when there are no more.
     most_pages: Option<u64>,
     pub counts: DemotedPages,
@@ -70,6 +72,20 @@ impl Demotion {
     /// The number of pages that were not looked at.
     pub fn pages_left(&self) -> u64 {
         self.pending.len()
+    }
+
+    /// Returns whether pages stay because the spill file may not be longer.
+    pub fn is_spill_full(&self) -> bool {
+        self.is_spill_full
+    }
+
+    /// Notes that so many pages of the last step came back, because the spill file has no room for them. No further
+    /// pages are spilled.
+    pub fn note_spill_full(&mut self, pages: u64) {
+        self.is_spill_full = true;
+        self.spills = false;
+        self.counts.spilled -= pages.min(self.counts.spilled);
+        self.counts.written += pages;
     }
 
     fn is_over(&self) -> bool {
@@ -132,15 +148,16 @@ impl<S> Machine<S> {
         }
         let maps_left = MapsLeft::count();
         let spills = spill_to.is_some();
-        Ok(Demotion { pending, maps_left, spills, most_pages, counts, buffer: Vec::new() })
+        Ok(Demotion { pending, maps_left, spills, is_spill_full: false, most_pages, counts, buffer: Vec::new() })
     }
 
-    /// Writes the pages that a step has spilled. The guest may run.
+    /// Writes the pages that a step has spilled. The guest may run. Returns the number of pages for which the file has
+    /// no room: they are in local memory again.
     ///
     /// # Errors
     /// The file cannot be written. The pages are in local memory again, unless the machine must not run again.
-    pub fn write_spilled(&self) -> Result<(), ChangeError> {
-        self.core.services.spill.iter().try_for_each(Spill::write)
+    pub fn write_spilled(&self) -> Result<u64, ChangeError> {
+        self.core.services.spill.as_ref().map_or(Ok(0), Spill::write)
     }
 
     /// Called after the last step. Returns the length of the spill file, bytes.

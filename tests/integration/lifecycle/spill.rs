@@ -1,7 +1,8 @@
 //! Spilling: written pages of a guest go to a file, and its guest sees the same bytes.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -9,6 +10,8 @@ use super::demote::{anonymous_kib, assert_content_stays, count, with_free_page_r
 use super::rewind::restores;
 use crate::snapshots::crash::SmallDisk;
 use crate::support::pool::filled;
+use crate::support::service::wait_until;
+use crate::support::slow_file::SlowDisk;
 use crate::support::{Random, Vm, http, rounds, run, scratch, text};
 
 fn spill(vm: &Vm, dir: &Path) -> Value {
@@ -17,6 +20,15 @@ fn spill(vm: &Vm, dir: &Path) -> Value {
 
 fn report(vm: &Vm) -> Value {
     vm.api_ok("GET", "/tvmm/report", None)["spill"].clone()
+}
+
+/// The file below `dir` that a VM has spilled pages to.
+fn spill_file(vm: &Vm, dir: &Path) -> File {
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().flatten();
+    let name = format!("{}/#", dir.display());
+    let is_spill = |path: &PathBuf| std::fs::read_link(path).is_ok_and(|to| text(&to).starts_with(&name));
+    let path = fds.map(|entry| entry.path()).find(is_spill).expect("the spill file is open");
+    File::options().read(true).write(true).open(path).unwrap()
 }
 
 #[test]
@@ -150,11 +162,7 @@ fn a_spill_file_with_other_bytes_ends_the_vm_and_names_the_page() {
     let mut vm = Vm::restore(&snapshot, "firecracker");
     vm.call("fill pages=2000 seed=2");
     spill(&vm, dir.path());
-    let fds = std::fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().flatten();
-    let name = format!("{}/#", dir.path().display());
-    let is_spill = |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|to| text(&to).starts_with(&name));
-    let path = fds.map(|entry| entry.path()).find(is_spill).expect("the spill file is open");
-    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let file = spill_file(&vm, dir.path());
     let len = file.metadata().unwrap().len();
     (0..len / 512).for_each(|at| file.write_all_at(b"?", at * 512 + 7).unwrap());
     vm.begin("check");
@@ -162,6 +170,54 @@ fn a_spill_file_with_other_bytes_ends_the_vm_and_names_the_page() {
     assert_eq!(status.code(), Some(3), "{stderr}");
     assert!(stderr.contains("Cannot bring back the page at guest-physical 0x"), "{stderr}");
     assert!(stderr.contains("other bytes than were written"), "{stderr}");
+}
+
+/// A VM whose written pages are in a file of a disk, and no longer in the page cache; their digest.
+fn spilled_to(disk: &SlowDisk, snapshot: &Path, more: &[&str]) -> (Vm, String) {
+    let mut vm = Vm::restore_with(snapshot, "firecracker", more);
+    vm.call("fill pages=2000 seed=2");
+    let digest = vm.call("check").digest;
+    assert!(count(&spill(&vm, disk.path()), "pages_spilled") >= 1500);
+    assert!(count(&report(&vm), "file_bytes") > 0);
+    disk.uncache(&spill_file(&vm, disk.path()));
+    (vm, digest)
+}
+
+#[test]
+fn a_slow_spill_disk_is_waited_for_and_a_dead_or_hanging_one_ends_the_vm_with_the_page() {
+    let dir = scratch();
+    let snapshot = dir.path().join("snapshot");
+    filled(&snapshot, 100, 1);
+    let Some(mut disk) = SlowDisk::new(dir.path(), 64) else { return };
+    let (mut vm, digest) = spilled_to(&disk, &snapshot, &[]);
+    disk.reads().hold_below(u64::MAX);
+    let begun = vm.begin("check");
+    wait_until("the spill waits for the disk", || disk.reads().held() > 0);
+    assert_eq!(vm.state(), "Running", "the API answers meanwhile");
+    disk.reads().hold_below(0);
+    disk.reads().let_go();
+    assert!(vm.finish(&begun).contains(&digest));
+    drop(vm);
+    let (mut vm, _) = spilled_to(&disk, &snapshot, &[]);
+    disk.reads().fail_after(0);
+    vm.begin("check");
+    let (status, stderr) = vm.wait();
+    assert_eq!(status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("Cannot bring back the page at guest-physical 0x"), "{stderr}");
+    assert!(stderr.contains("Input/output error"), "{stderr}");
+    disk.reads().fail_after(u64::MAX);
+    let (mut vm, _) = spilled_to(&disk, &snapshot, &["--fault-timeout", "1"]);
+    disk.reads().hang();
+    vm.begin("check");
+    // The file system holds the thread that reads until the disk answers, or is given up.
+    wait_until("tvmm ends, but for that thread", || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", vm.pid())).unwrap();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('Z'))
+    });
+    disk.give_up();
+    let (status, stderr) = vm.wait();
+    assert!(!status.success() && stderr.contains("1 s (--fault-timeout)"), "{status:?} {stderr}");
+    assert!(stderr.contains("guest-physical 0x"), "{stderr}");
 }
 
 #[test]
@@ -189,12 +245,20 @@ fn spills_that_cannot_be_are_refused_with_the_reason() {
     let output = run(&["demote", "--api-sock", text(vm.socket()), "--to", "spilled"]);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(2) && said.contains("--spill-dir"), "{said}");
-    let args = ["demote", "--api-sock", text(vm.socket()), "--to", "spilled", "--spill-dir", text(dir.path())];
+    let socket = vm.socket().to_owned();
+    let args = ["demote", "--api-sock", text(&socket), "--to", "spilled", "--spill-dir", text(dir.path())];
     let output = run(&[&args[..], &["--rate", "100"]].concat());
     let printed = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && printed.contains(" spilled; kept: "), "{printed}");
     let output = run(&[&args[..], &["--spill-size", "64", "--json"]].concat());
     let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(count(&printed, "spill_file_len") > 0, "{printed}");
+    assert!(count(&printed, "spill_file_len") > 0 && printed["is_spill_full"] == false, "{printed}");
+    vm.call("fill pages=2000 seed=3");
+    let digest = vm.call("check").digest;
+    let len = count(&report(&vm), "file_len");
+    let output = run(&[&args[..], &["--spill-size", "1"]].concat());
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && printed.contains(" spilled, and no more fit into the file"), "{printed}");
+    assert!(count(&report(&vm), "file_len") <= len.max(1 << 20));
     assert_eq!(vm.call("check").digest, digest);
 }

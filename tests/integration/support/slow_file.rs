@@ -1,23 +1,27 @@
 //! A file whose reads can be made to hang, to wait or to fail: a file system of one file, served by the test through
-//! /dev/fuse (Linux `include/uapi/linux/fuse.h`), mounted over the file it shows.
+//! /dev/fuse (Linux `include/uapi/linux/fuse.h`), mounted over the file it shows. And a disk that is such a file.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use rustix::fs::Advice;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::skip::skip;
+use super::text;
 
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
+const WRITE: u32 = 16;
 const RELEASE: u32 = 18;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
@@ -28,6 +32,8 @@ const ASYNC_READ: u32 = 1;
 /// Opening does not wait for reads of others that hang, which not even SIGKILL could end.
 const KEEP_CACHE: u64 = 1 << 1;
 const HEADER: usize = 40;
+/// `struct fuse_write_in`, which the bytes to write follow.
+const WRITE_HEAD: usize = 40;
 const EIO: i32 = 5;
 const ENOSYS: i32 = 38;
 
@@ -83,7 +89,7 @@ pub struct SlowFile {
 impl SlowFile {
     /// Mounts over `path`, which keeps its bytes. `None`, with the reason printed, where this user may not.
     pub fn over(path: &Path) -> Option<SlowFile> {
-        let below = File::open(path).unwrap();
+        let below = OpenOptions::new().read(true).write(true).open(path).unwrap();
         let device = match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
             Ok(device) => device,
             Err(error) => {
@@ -144,6 +150,69 @@ impl Drop for SlowFile {
     }
 }
 
+/// A file system of its own on a [`SlowFile`].
+pub struct SlowDisk {
+    /// Dropped first: then no read of the disk hangs.
+    slow: Option<SlowFile>,
+    image: PathBuf,
+    at: PathBuf,
+}
+
+impl SlowDisk {
+    /// Makes one of `mib` MiB below `dir`. `None`, with the reason printed, where there are no tools for it or this
+    /// user may not mount.
+    pub fn new(dir: &Path, mib: u64) -> Option<SlowDisk> {
+        let image = dir.join("slow.img");
+        let at = dir.join("slow");
+        File::create(&image).unwrap().set_len(mib << 20).unwrap();
+        std::fs::create_dir(&at).unwrap();
+        let works = |program: &str, args: &[&str]| {
+            let done = Command::new(program).args(args).output();
+            let works = done.as_ref().is_ok_and(|done| done.status.success());
+            if !works {
+                skip!("loop", "a file system cannot be made and mounted ({program}): {done:?}");
+            }
+            works
+        };
+        if !works("mkfs.ext4", &["-q", "-F", text(&image)]) {
+            return None;
+        }
+        let slow = SlowFile::over(&image)?;
+        if !works("mount", &["-o", "loop", text(&image), text(&at)]) {
+            return None;
+        }
+        Some(SlowDisk { slow: Some(slow), image, at })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.at
+    }
+
+    pub fn reads(&self) -> &SlowFile {
+        self.slow.as_ref().unwrap()
+    }
+
+    /// Lets all reads that hang and all later ones fail.
+    pub fn give_up(&mut self) {
+        self.slow = None;
+    }
+
+    /// Takes a file of it out of the page cache, so that it is read again.
+    pub fn uncache(&self, file: &File) {
+        for file in [file, &File::open(&self.image).unwrap()] {
+            rustix::fs::fdatasync(file).unwrap();
+            rustix::fs::fadvise(file, 0, None, Advice::DontNeed).unwrap();
+        }
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        self.slow = None;
+        let _ = unmount(&self.at, UnmountFlags::DETACH);
+    }
+}
+
 /// Answers requests until the file system is unmounted.
 fn serve(device: File, below: &File, fate: &Fate) {
     let metadata = below.metadata().unwrap();
@@ -161,6 +230,7 @@ fn serve(device: File, below: &File, fate: &Fate) {
             READ if fate.holds(read()) => continue,
             READ if fate.fails() => Err(EIO),
             READ => Ok(bytes_of(below, read())),
+            WRITE => Ok(write_to(below, long(HEADER + 8), &request[HEADER + WRITE_HEAD..len])),
             INIT => Ok(init(number(HEADER + 4), number(HEADER + 12))),
             GETATTR => Ok(attributes(&metadata)),
             OPEN => Ok([0, KEEP_CACHE].into_iter().flat_map(u64::to_le_bytes).collect()),
@@ -176,6 +246,12 @@ fn bytes_of(file: &File, read: ReadRequest) -> Vec<u8> {
     let len = file.read_at(&mut bytes, read.offset).unwrap();
     bytes.truncate(len);
     bytes
+}
+
+/// Writes, and returns `struct fuse_write_out`.
+fn write_to(file: &File, offset: u64, bytes: &[u8]) -> Vec<u8> {
+    file.write_all_at(bytes, offset).unwrap();
+    (bytes.len() as u64).to_le_bytes().to_vec()
 }
 
 fn reply(mut device: &File, unique: u64, answer: Result<Vec<u8>, i32>) {
