@@ -44,6 +44,7 @@ use crate::config::restore::{DriveOverride, RestoreOptions};
 use crate::snapshot::{Policy, random_hex};
 use crate::sys::clock;
 use crate::sys::netns::Netns;
+use crate::sys::pagemap_scan;
 use crate::tiering::idle::IdleRule;
 
 /// Time limit for booting or restoring a VM, unless an invocation sets a limit.
@@ -74,6 +75,8 @@ pub(super) struct Daemon {
     pub(super) traces: Traces,
     pub(super) counters: Counters,
     pub(super) access: Arc<AccessCounts>,
+    /// The kernel tells which pages a VM has used (PAGEMAP_SCAN, Linux 6.7).
+    pub(super) finds_used_pages: bool,
 }
 
 impl Daemon {
@@ -107,6 +110,7 @@ impl Daemon {
             traces: Traces::new(options.trace.as_deref(), options.otlp.as_deref())?,
             counters: Counters::default(),
             access: Arc::default(),
+            finds_used_pages: pagemap_scan::is_supported().map_err(ServeError::os("scan /proc/self/pagemap"))?,
             options,
         })
     }

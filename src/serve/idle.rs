@@ -29,7 +29,7 @@ use super::vm::table::Suspends;
 use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
 use crate::config::bodies::{CreateBody, CreateExtension};
 use crate::config::control::SnapshotTaken;
-use crate::snapshot::{Location, PAGE_SIZE, SnapshotKind, derived_dir};
+use crate::snapshot::{PAGE_SIZE, SnapshotKind};
 use crate::sys::process_memory::ProcessMemory;
 use crate::tiering::idle::{IdleAction, IdleRule, Step};
 
@@ -43,6 +43,8 @@ const AT_ONCE: usize = 4;
 const SLOW_STEP: Duration = Duration::from_secs(10);
 /// The most snapshots that a suspended VM builds on besides that of its restore: the next one is full.
 const MOST_LAYERS: usize = 4;
+/// The most bytes of a snapshot beside its pages and images: state, page map, manifest.
+const BESIDE_PAGES: u64 = 1 << 20;
 
 /// Idle VMs of a function, and what has become of them since the daemon began.
 #[derive(Debug, Serialize, ToSchema)]
@@ -227,7 +229,10 @@ async fn descend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: Descent<'_>, actio
         Ok(given) => {
             daemon.idle.gave_back(func_name, step, given);
             daemon.idle.took(func_name, step, begun.elapsed());
-            if !goes_on {
+            if given.is_file_full {
+                tracing::warn!(vm = vm.id, "An idle VM keeps a part of its pages: no more fit into its spill file");
+                daemon.idle.stepped(func_name, step, StepEnd::Partly);
+            } else if !goes_on {
                 daemon.idle.stepped(func_name, step, StepEnd::Done);
             }
             return true;
@@ -321,18 +326,12 @@ async fn suspend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: &Descent<'_>) -> R
     let suspended = &daemon.vms.suspended;
     let memory = memory_of(vm.life.pid()).await?;
     let former = suspended.layers_of(&vm.id);
-    // A fork point ends with its VMs: nothing builds on it.
-    let is_from_snapshot = vm.restore.as_ref().is_some_and(|restore| !matches!(restore.origin, RestoreOrigin::Fork(_)));
-    let is_diff = is_from_snapshot && former.len() < MOST_LAYERS;
-    // A full snapshot has about this size. That of a diff is known when it is there: most of the VM's memory may equal
-    // its snapshot, and other VMs must not end for that.
-    let expected = if is_diff { 0 } else { (memory.anonymous_kib + memory.shared_kib) << 10 };
-    let expected = make_room(daemon, expected)?;
-    let number = 1 + former.last().map_or(0, |layer| layer.number);
-    let saved = save(daemon, vm, is_diff, number).await.and_then(|bytes| {
-        drop(expected);
-        make_room(daemon, bytes)
-    });
+    let (form, space) = reserve(daemon, vm, descent, &former, memory).await?;
+    let Form { number, .. } = form;
+    let saved = match save(daemon, vm, form).await {
+        Ok(bytes) => settle_space(daemon, vm, space, bytes).await,
+        Err(error) => Err(error),
+    };
     let space = match saved {
         Ok(space) => space,
         Err(error) => {
@@ -340,7 +339,7 @@ async fn suspend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: &Descent<'_>) -> R
             return Err(error);
         }
     };
-    let mut layers = if is_diff { former } else { Vec::new() };
+    let mut layers = if form.is_diff { former } else { Vec::new() };
     layers.push(Layer { number, bytes: space.bytes() });
     let idle = vm.since_used();
     if !descent.commit_suspension() {
@@ -370,6 +369,9 @@ async fn suspend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: &Descent<'_>) -> R
         }
         return refuse(&why);
     }
+    if !form.has_profile {
+        daemon.idle.unprofiled(&vm.function.func_name, Step::Suspended);
+    }
     descent.end_process().await;
     daemon.vms.changed.notify_one();
     Ok(memory.own_kib() << 10)
@@ -385,8 +387,18 @@ async fn memory_of(pid: u32) -> Result<ProcessMemory, StepError> {
     read.map_err(|why| StepError::Refused(format!("cannot read the memory of its process: {why}")))
 }
 
+/// The snapshot by which a VM is suspended.
+#[derive(Clone, Copy)]
+struct Form {
+    is_diff: bool,
+    number: u64,
+    /// It has a profile of the pages that the VM has used, and what is made of it for the wake.
+    has_profile: bool,
+}
+
 /// Takes a snapshot of a paused VM, which is read back from the disk. Returns its space there, bytes.
-async fn save(daemon: &Arc<Daemon>, vm: &Vm, is_diff: bool, number: u64) -> Result<u64, StepError> {
+async fn save(daemon: &Arc<Daemon>, vm: &Vm, form: Form) -> Result<u64, StepError> {
+    let Form { is_diff, number, has_profile } = form;
     let dir = daemon.vms.suspended.dir_of(&vm.id);
     let layer = daemon.vms.suspended.layer_dir(&vm.id, number);
     on_disk(move || private_dir(&dir)).await?;
@@ -397,19 +409,12 @@ async fn save(daemon: &Arc<Daemon>, vm: &Vm, is_diff: bool, number: u64) -> Resu
         tvmm: CreateExtension {
             copy_drives: vm.function.writes_image(),
             verify: true,
-            profile: vm.restore.is_some(),
+            profile: has_profile,
             ..CreateExtension::default()
         },
     };
     vm.send::<SnapshotTaken>("PUT", "/snapshot/create", &body).await?;
-    let saved = layer.clone();
-    let bytes = on_disk(move || space_of(&saved)).await?;
-    if daemon.vms.suspended.bytes() + bytes <= daemon.options.limits.suspend_disk_mib << 20 {
-        return Ok(bytes);
-    }
-    // The wake takes longer without its profile, but no other VM has to end for that.
-    let derived = derived_dir(&Location::Dir(layer.clone()));
-    on_disk(move || gone_is_fine(std::fs::remove_dir_all(derived)).and_then(|()| space_of(&layer))).await
+    on_disk(move || space_of(&layer)).await
 }
 
 fn private_dir(dir: &std::path::Path) -> io::Result<()> {
@@ -436,35 +441,121 @@ async fn remove_layer(daemon: &Daemon, vm: &Vm, number: u64) {
     }
 }
 
-/// Ends suspended VMs that invocations have left, those first that were used longest ago, until there is room for so
-/// many bytes, and reserves them.
-fn make_room(daemon: &Daemon, bytes: u64) -> Result<DiskSpace<'_>, StepError> {
+/// Decides on the snapshot by which a VM is suspended, whose former ones are `former`, and reserves space for it.
+async fn reserve<'a>(
+    daemon: &'a Daemon,
+    vm: &Vm,
+    descent: &Descent<'_>,
+    former: &[Layer],
+    memory: ProcessMemory,
+) -> Result<(Form, DiskSpace<'a>), StepError> {
+    let finds_pages = daemon.finds_used_pages;
+    // A fork point ends with its VMs: nothing builds on it.
+    let is_from_snapshot = vm.restore.as_ref().is_some_and(|restore| !matches!(restore.origin, RestoreOrigin::Fork(_)));
+    let is_diff = finds_pages && is_from_snapshot && former.len() < MOST_LAYERS;
+    let used = ((memory.anonymous_kib + memory.shared_kib) << 10) + spilled_bytes(vm).await?;
+    let mut space = if is_diff {
+        room_for_diff(daemon, vm, descent).await?
+    } else {
+        // A full snapshot has about this size: pages of the snapshots below that the VM has never touched come to it.
+        make_room(daemon, vm, used).await?
+    };
+    // The wake takes longer without a profile, but no other VM has to end for that.
     let most = daemon.options.limits.suspend_disk_mib << 20;
+    let for_profile =
+        if finds_pages && vm.restore.is_some() { daemon.vms.suspended.reserve_space(used, most) } else { None };
+    let has_profile = for_profile.is_some();
+    for_profile.into_iter().for_each(|more| space.join(more));
+    let number = 1 + former.last().map_or(0, |layer| layer.number);
+    Ok((Form { is_diff, number, has_profile }, space))
+}
+
+/// Reserves space for a diff of a paused VM. The diff has the pages that the VM has a copy of and that differ from its
+/// snapshot, so that it is no larger than the local memory of the VM's process. If there is no space for so many,
+/// copies that equal the snapshot are given back first: no other VM is to end for them.
+async fn room_for_diff<'a>(daemon: &'a Daemon, vm: &Vm, descent: &Descent<'_>) -> Result<DiskSpace<'a>, StepError> {
+    let images: u64 = vm.record().drives.iter().map(|drive| drive.len).sum();
+    let copies = || async {
+        Ok::<_, StepError>((memory_of(vm.life.pid()).await?.anonymous_kib << 10) + spilled_bytes(vm).await?)
+    };
+    let most = most_space(daemon, BESIDE_PAGES + images)?;
+    let bytes = copies().await? + images + BESIDE_PAGES;
+    if daemon.vms.suspended.has_space(bytes, most) {
+        return make_room(daemon, vm, bytes).await;
+    }
+    let given = descent.trim().await?;
+    daemon.idle.gave_back(&vm.function.func_name, Step::Trimmed, given);
+    make_room(daemon, vm, copies().await? + images + BESIDE_PAGES).await
+}
+
+/// The pages of a VM that are in its spill file, bytes.
+async fn spilled_bytes(vm: &Vm) -> Result<u64, StepError> {
+    if vm.spill_bytes() == 0 {
+        return Ok(0);
+    }
+    let report = vm.report().await?;
+    Ok(PAGE_SIZE * report["spill"]["pages_away"].as_u64().unwrap_or_default())
+}
+
+/// Keeps so many of the bytes that were reserved for a snapshot of a VM that is there now, or reserves more.
+async fn settle_space<'a>(
+    daemon: &'a Daemon,
+    vm: &Vm,
+    mut space: DiskSpace<'a>,
+    bytes: u64,
+) -> Result<DiskSpace<'a>, StepError> {
+    if space.shrink(bytes) {
+        return Ok(space);
+    }
+    drop(space);
+    make_room(daemon, vm, bytes).await
+}
+
+/// Ends suspended VMs that invocations have left, those first that were used longest ago, until there is room for so
+/// many bytes, and reserves them for `vm`. Waits for suspensions under way that have reserved more than they will need,
+/// unless a request comes.
+async fn make_room<'a>(daemon: &'a Daemon, vm: &Vm, bytes: u64) -> Result<DiskSpace<'a>, StepError> {
+    let most = most_space(daemon, bytes)?;
     let suspended = &daemon.vms.suspended;
+    loop {
+        for vm in suspended.all() {
+            if suspended.has_space(bytes, most) {
+                break;
+            }
+            let record = vm.record();
+            if record.from_invocation
+                && daemon.vms.end_suspended(&record.vm_id, "its disk space was needed for others (--suspend-disk)")
+            {
+                daemon.idle.evicted(&record.func_name);
+            }
+        }
+        if !suspended.has_space(bytes, most) {
+            let taken = suspended.settled_bytes();
+            return refuse(&format!(
+                "it needs {bytes} bytes of the disk, and {taken} of {most} are taken (--suspend-disk)"
+            ));
+        }
+        if let Some(space) = suspended.reserve_space(bytes, most) {
+            return Ok(space);
+        }
+        if vm.idle_for().is_none() {
+            return Err(StepError::Used);
+        }
+        // The notice of space may have come before this wait.
+        let _ = tokio::time::timeout(*PAUSE.end(), suspended.unreserved.notified()).await;
+    }
+}
+
+/// The space that all suspended VMs may have, if one that needs so many bytes can be among them.
+fn most_space(daemon: &Daemon, bytes: u64) -> Result<u64, StepError> {
+    let most = daemon.options.limits.suspend_disk_mib << 20;
     if most == 0 {
         return refuse("suspended VMs may have no disk space (--suspend-disk 0)");
     }
     if bytes > most {
         return refuse(&format!("it needs {bytes} bytes of the disk, and all may have {most} (--suspend-disk)"));
     }
-    for vm in suspended.all() {
-        if suspended.bytes() + bytes <= most {
-            break;
-        }
-        let record = vm.record();
-        if record.from_invocation
-            && daemon.vms.end_suspended(&record.vm_id, "its disk space was needed for others (--suspend-disk)")
-        {
-            daemon.idle.evicted(&record.func_name);
-        }
-    }
-    if suspended.bytes() + bytes > most {
-        let taken = suspended.bytes();
-        return refuse(&format!(
-            "it needs {bytes} bytes of the disk, and {taken} of {most} are taken (--suspend-disk)"
-        ));
-    }
-    Ok(suspended.reserve_space(bytes))
+    Ok(most)
 }
 
 fn asleep(vm: &Vm, layers: Vec<Layer>, idle: Duration) -> SuspendedVm {

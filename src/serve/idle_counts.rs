@@ -18,6 +18,8 @@ use crate::tiering::idle::{Reuse, ReuseIntervals, Step};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StepEnd {
     Done,
+    /// It was done as far as the spill file had room.
+    Partly,
     /// A request came in the middle, or the VM was ended.
     Cancelled,
     /// It could not be done, and the VM is as it was.
@@ -31,6 +33,8 @@ pub(super) enum StepEnd {
 pub(super) struct StepTally {
     /// Steps down that VMs have taken.
     done: u64,
+    /// Steps that ended before all pages had left, because the spill files have no more space.
+    partly: u64,
     /// Steps given up for a request, or because the VM was ended.
     cancelled: u64,
     /// Steps that a VM could not take: it stayed as it was.
@@ -43,6 +47,9 @@ pub(super) struct StepTally {
     woken: u64,
     /// Those of them for which the pages were brought ahead that they had used before.
     prefetched: u64,
+    /// Suspensions without a profile of the used pages: there is no space for it, the kernel does not tell these pages
+    /// (before Linux 6.7), or the VM was booted. Their wakes bring no pages ahead.
+    unprofiled: u64,
     /// VMs that could not be taken back.
     wakes_failed: u64,
     /// Memory given back to the host, bytes.
@@ -55,6 +62,8 @@ pub(super) struct StepTally {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WindowOutcome {
     Done(Shrunk),
+    /// The window goes on: the windows of its VM have taken more than their share of its life.
+    PutOff,
     Refused,
 }
 
@@ -63,6 +72,8 @@ pub(super) enum WindowOutcome {
 pub(super) struct WindowTally {
     /// Windows that have ended.
     done: u64,
+    /// Windows whose end was put off, because the VM's windows had taken 1 % of its life.
+    put_off: u64,
     /// Windows at whose end a VM could give nothing back.
     refused: u64,
     /// Memory given back to the host because the requests of a window had not touched it, bytes.
@@ -140,6 +151,7 @@ impl IdleCounts {
             let tally = of.tally.step(step);
             let counter = match end {
                 StepEnd::Done => &mut tally.done,
+                StepEnd::Partly => &mut tally.partly,
                 StepEnd::Cancelled => &mut tally.cancelled,
                 StepEnd::Refused => &mut tally.refused,
                 StepEnd::Failed => &mut tally.failed,
@@ -192,6 +204,7 @@ impl IdleCounts {
                     tally.local_bytes = local;
                     tally.away_bytes = away;
                 }
+                WindowOutcome::PutOff => tally.put_off += 1,
                 WindowOutcome::Refused => tally.refused += 1,
             }
         });
@@ -205,6 +218,11 @@ impl IdleCounts {
     /// Counts a VM that a request has taken back, and whose pages were brought ahead.
     pub(super) fn prefetched(&self, func_name: &str, step: Step) {
         self.change(func_name, |of| of.tally.step(step).prefetched += 1);
+    }
+
+    /// Counts a step after which no pages can be brought ahead.
+    pub(super) fn unprofiled(&self, func_name: &str, step: Step) {
+        self.change(func_name, |of| of.tally.step(step).unprofiled += 1);
     }
 
     /// Counts a VM that could not be taken back from a step.
@@ -255,9 +273,14 @@ impl IdleCounts {
         head(text, "tvmm_idle_steps_total", "counter", help)?;
         for (name, tally) in &mut functions {
             for step in Step::ALL {
-                let StepTally { done, cancelled, refused, failed, .. } = *tally.step(step);
-                let ends = [("done", done), ("cancelled", cancelled), ("refused", refused), ("failed", failed)];
-                for (end, count) in ends {
+                let StepTally { done, partly, cancelled, refused, failed, .. } = *tally.step(step);
+                for (end, count) in [
+                    ("done", done),
+                    ("partly", partly),
+                    ("cancelled", cancelled),
+                    ("refused", refused),
+                    ("failed", failed),
+                ] {
                     let labels = format!("function=\"{name}\",step=\"{}\",end=\"{end}\"", step.name());
                     writeln!(text, "tvmm_idle_steps_total{{{labels}}} {count}")?;
                 }
@@ -277,6 +300,8 @@ impl IdleCounts {
         }
         let help = "Idle VMs whose used pages were brought ahead of a request";
         write_by_step(text, &mut functions, ("tvmm_idle_prefetches_total", help), |tally| tally.prefetched)?;
+        let help = "Suspensions without a profile of the used pages";
+        write_by_step(text, &mut functions, ("tvmm_idle_unprofiled_total", help), |tally| tally.unprofiled)?;
         let help = "Memory that steps of idle VMs have given back, bytes";
         write_by_step(text, &mut functions, ("tvmm_idle_freed_bytes_total", help), |tally| tally.freed_bytes)?;
         let help = "Time that steps of idle VMs took, s";
@@ -323,7 +348,8 @@ fn write_windows(text: &mut String, functions: &[(String, IdleTally)]) -> std::f
     let help = "Windows of requests after which a VM gave untouched memory back, by their end";
     head(text, "tvmm_windows_total", "counter", help)?;
     for (name, IdleTally { windows, .. }) in functions {
-        for (end, count) in [("done", windows.done), ("refused", windows.refused)] {
+        let WindowTally { done, put_off, refused, .. } = *windows;
+        for (end, count) in [("done", done), ("put_off", put_off), ("refused", refused)] {
             writeln!(text, "tvmm_windows_total{{function=\"{name}\",end=\"{end}\"}} {count}")?;
         }
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+use tokio::sync::{Mutex as AsyncMutex, Notify, OwnedMutexGuard};
 
 use super::error::ServeError;
 use super::function::Function;
@@ -84,6 +84,8 @@ pub(super) struct Suspended {
     leaving: Mutex<BTreeMap<String, SuspendedVm>>,
     /// Space of snapshots that belong to no VM in `kept` or `leaving` yet, bytes.
     reserved: Mutex<u64>,
+    /// Notified when less is reserved.
+    pub(super) unreserved: Notify,
 }
 
 /// Space on the disk for a snapshot that is being made.
@@ -97,11 +99,26 @@ impl DiskSpace<'_> {
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
+
+    /// Adds the space of another reservation.
+    pub(super) fn join(&mut self, mut other: Self) {
+        self.bytes += std::mem::take(&mut other.bytes);
+    }
+
+    /// Gives back what is not needed. Returns false, and changes nothing, if more is needed.
+    pub(super) fn shrink(&mut self, bytes: u64) -> bool {
+        let Some(rest) = self.bytes.checked_sub(bytes) else { return false };
+        *lock(&self.suspended.reserved) -= rest;
+        self.suspended.unreserved.notify_waiters();
+        self.bytes = bytes;
+        true
+    }
 }
 
 impl Drop for DiskSpace<'_> {
     fn drop(&mut self) {
         *lock(&self.suspended.reserved) -= self.bytes;
+        self.suspended.unreserved.notify_waiters();
     }
 }
 
@@ -134,7 +151,8 @@ impl Suspended {
             let id = vm.record().vm_id.clone();
             kept.insert(id, Kept { layers: vm.layers.clone(), asleep: Some(vm), ..Kept::default() });
         }
-        Ok(Suspended { dir, kept: Mutex::new(kept), leaving: Mutex::default(), reserved: Mutex::default() })
+        let kept = Mutex::new(kept);
+        Ok(Suspended { dir, kept, leaving: Mutex::default(), reserved: Mutex::default(), unreserved: Notify::new() })
     }
 
     /// The directory of a VM.
@@ -152,18 +170,33 @@ impl Suspended {
         lock(&self.kept).get(id).map(|kept| kept.layers.clone()).unwrap_or_default()
     }
 
-    /// Space of all snapshots on the disk, also of those that are being made, bytes.
+    /// Space of all snapshots on the disk, and the space reserved for those that are being made, bytes.
     pub(super) fn bytes(&self) -> u64 {
+        self.settled_bytes() + *lock(&self.reserved)
+    }
+
+    /// Returns whether a snapshot of so many bytes has space beside those that belong to a VM.
+    pub(super) fn has_space(&self, bytes: u64, most: u64) -> bool {
+        self.settled_bytes() + bytes <= most
+    }
+
+    /// Space of the snapshots that belong to a VM, bytes.
+    pub(super) fn settled_bytes(&self) -> u64 {
         let kept: u64 = lock(&self.kept).values().flat_map(|kept| &kept.layers).map(|layer| layer.bytes).sum();
         // The other layers of these VMs are in `kept`.
         let leaving: u64 = lock(&self.leaving).values().filter_map(|vm| Some(vm.layers.last()?.bytes)).sum();
-        kept + leaving + *lock(&self.reserved)
+        kept + leaving
     }
 
-    /// Reserves space for a snapshot, until it belongs to a VM that [leaves](Self::leave).
-    pub(super) fn reserve_space(&self, bytes: u64) -> DiskSpace<'_> {
-        *lock(&self.reserved) += bytes;
-        DiskSpace { suspended: self, bytes }
+    /// Reserves space for a snapshot, until it belongs to a VM that [leaves](Self::leave). `None`: with it, all would
+    /// have more than `most`.
+    pub(super) fn reserve_space(&self, bytes: u64, most: u64) -> Option<DiskSpace<'_>> {
+        let mut reserved = lock(&self.reserved);
+        if self.settled_bytes() + *reserved + bytes > most {
+            return None;
+        }
+        *reserved += bytes;
+        Some(DiskSpace { suspended: self, bytes })
     }
 
     /// A suspended VM.
@@ -361,6 +394,21 @@ fn in_background(remove: impl FnOnce() -> io::Result<()> + Send + 'static) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn space_is_reserved_as_long_as_there_is_any() {
+        let dir = tempfile::tempdir().unwrap();
+        let suspended = Suspended::open(dir.path().join("suspended")).unwrap();
+        let mut one = suspended.reserve_space(60, 100).unwrap();
+        assert!(suspended.reserve_space(41, 100).is_none() && suspended.has_space(100, 100));
+        let mut other = suspended.reserve_space(30, 100).unwrap();
+        other.join(suspended.reserve_space(10, 100).unwrap());
+        assert!(!one.shrink(61) && one.shrink(10));
+        assert_eq!((one.bytes(), other.bytes(), suspended.bytes()), (10, 40, 50));
+        drop(other);
+        drop(one);
+        assert_eq!(suspended.bytes(), 0);
+    }
 
     #[test]
     fn a_vm_that_ends_in_its_first_suspension_leaves_no_directory() {

@@ -7,6 +7,7 @@ use super::idle;
 use super::idle_counts::WindowOutcome;
 use super::vm::Vm;
 use super::vm::control::ControlError;
+use super::vm::shrinking::AfterRequest;
 use crate::tiering::idle::IdleRule;
 
 /// Called after an answer, off the request's path: gives back what the requests of the present window have not touched,
@@ -17,8 +18,12 @@ pub(super) async fn shrink(daemon: &Arc<Daemon>, vm: &Arc<Vm>) {
     if !is_ladder || vm.restore.is_none() {
         return;
     }
-    let Some(window) = vm.end_window() else { return };
     let func_name = &vm.function.func_name;
+    let window = match vm.end_window() {
+        AfterRequest::Nothing => return,
+        AfterRequest::PutOff => return daemon.idle.shrunk(func_name, WindowOutcome::PutOff),
+        AfterRequest::End(window) => window,
+    };
     match window.shrink().await {
         Ok(shrunk) => daemon.idle.shrunk(func_name, WindowOutcome::Done(shrunk)),
         Err(ControlError::Refused { message, .. }) => {

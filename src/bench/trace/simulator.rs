@@ -470,7 +470,7 @@ impl Run<'_> {
             Job::Step { vm } => self.end_step(vm, now),
             Job::Give { vm } => {
                 let costs = self.costs[self.fleet.function(vm) as usize];
-                let given = self.fleet.giving(vm).and_then(|giving| giving.ended(costs.windows()));
+                let given = self.fleet.giving(vm).and_then(|giving| giving.ended(costs.windows(), now));
                 let fewer = given.map_or(0.0, |window| self.fleet.shrink(vm, window.mib));
                 self.memory.add(fewer);
             }
@@ -487,7 +487,7 @@ impl Run<'_> {
         match self.sim.load.rules.fate {
             Fate::Waits(_) => {
                 self.fleet.set(vm, State::Idle, now as u64);
-                self.give_back(vm);
+                self.give_back(vm, now);
                 self.look(vm, now as u64);
             }
             Fate::Ends => self.finish(vm, now),
@@ -500,12 +500,12 @@ impl Run<'_> {
     }
 
     /// Lets a VM give back what the requests of its window have not touched, if the window is over.
-    fn give_back(&mut self, vm: VmId) {
+    fn give_back(&mut self, vm: VmId, now: f64) {
         if !matches!(self.idle, Some(IdleRule::Ladder { .. })) {
             return;
         }
         let costs = self.costs[self.fleet.function(vm) as usize];
-        let window = self.fleet.giving(vm).and_then(|giving| giving.after_request(costs.windows()));
+        let window = self.fleet.giving(vm).and_then(|giving| giving.after_request(costs.windows(), now));
         let Some(window) = window else { return };
         let work = self.draws.next(&window.give);
         self.jobs.begin(Job::Give { vm }, work);

@@ -46,7 +46,7 @@ use crate::config::{
     RepurposeFields, VsockConfig, VsockOverrideBody,
 };
 use crate::tiering::idle::{Descended, Step};
-use crate::tiering::window::Windows;
+use crate::tiering::window::{TrackingCost, Windows};
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -275,6 +275,8 @@ pub(super) struct Vm {
     namespace: Option<String>,
     pub(super) from_invocation: bool,
     created_unix_ms: u64,
+    /// The time at which it was booted, restored or woken.
+    made: Instant,
     pub(super) life: Life,
     /// The shape of its machine, if its process may serve other VMs.
     pub(super) shape: Option<Shape>,
@@ -316,6 +318,8 @@ struct Usage {
     pages_back: u64,
     /// The windows of requests after which it gives untouched memory back.
     windows: Windows,
+    /// The time that the ends of these windows have taken.
+    tracking: TrackingCost,
     /// True while it does so.
     is_shrinking: bool,
 }
@@ -392,6 +396,7 @@ impl Vm {
             namespace: spec.network.as_ref().map(|network| network.namespace.clone()),
             from_invocation: spec.purpose != Purpose::Client,
             created_unix_ms: former.map_or_else(unix_ms, |record| record.created_unix_ms),
+            made: Instant::now(),
             shape: spec.shape(),
             past: shell.past,
             life: Life::new(shell, permit),
@@ -413,6 +418,7 @@ impl Vm {
                 offloading: None,
                 pages_back: 0,
                 windows: Windows::default(),
+                tracking: TrackingCost::default(),
                 is_shrinking: false,
             }),
             step_turn: AsyncMutex::new(()),

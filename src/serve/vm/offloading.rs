@@ -11,11 +11,17 @@ pub struct GivenBack {
     pub dropped: u64,
     /// They went to a file.
     pub spilled: u64,
+    /// Others would have gone to the file, which may not be longer.
+    pub is_file_full: bool,
 }
 
 impl GivenBack {
     pub fn of(demoted: &Demoted) -> GivenBack {
-        GivenBack { dropped: demoted.pages_dropped + demoted.pages_mapped, spilled: demoted.pages_spilled }
+        GivenBack {
+            dropped: demoted.pages_dropped + demoted.pages_mapped,
+            spilled: demoted.pages_spilled,
+            is_file_full: demoted.is_spill_full,
+        }
     }
 
     pub fn pages(&self) -> u64 {
@@ -57,7 +63,7 @@ mod tests {
     fn a_bit_makes_up_for_those_that_gave_more_or_less() {
         let begun = Offloading::of(1000);
         assert_eq!(begun.pages_due(2), NonZeroU64::new(20));
-        let more = begun.after(GivenBack { dropped: 16, spilled: 30 });
+        let more = begun.after(GivenBack { dropped: 16, spilled: 30, ..GivenBack::default() });
         assert_eq!((more.pages_due(4), more.pages_due(6)), (None, NonZeroU64::new(14)));
         let less = more.after(GivenBack::default());
         assert_eq!(less.pages_due(100), NonZeroU64::new(954));

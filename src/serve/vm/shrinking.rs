@@ -1,16 +1,27 @@
 //! The memory of a VM that serves requests: it gives back what the requests of a window have not touched.
 
+use std::time::Instant;
+
 use super::Vm;
 use super::control::ControlError;
 use crate::config::control::{BarrierSet, Demoted};
 use crate::config::request::{BarrierRequest, DemoteRequest};
 use crate::snapshot::{Bucket, ByBucket, PAGE_SIZE};
-use crate::tiering::window::WindowEnd;
+use crate::tiering::window::{self, WindowEnd};
 
 /// The end of a window. Until this is dropped no other window of the VM ends.
 pub struct EndOfWindow<'a> {
     vm: &'a Vm,
     buckets: Vec<Bucket>,
+}
+
+/// The windows of a VM after a request.
+pub enum AfterRequest<'a> {
+    /// The window goes on.
+    Nothing,
+    /// It goes on beyond its requests, because its end would cost too much.
+    PutOff,
+    End(EndOfWindow<'a>),
 }
 
 /// Memory at the end of a window, bytes.
@@ -27,18 +38,21 @@ pub struct Shrunk {
 }
 
 impl Vm {
-    /// Counts a request for the window. Returns the end of the window if the request was its last one.
-    pub fn end_window(&self) -> Option<EndOfWindow<'_>> {
+    /// Counts a request for the window, and ends the window if the request was its last one.
+    pub fn end_window(&self) -> AfterRequest<'_> {
         let mut usage = self.lock();
         if usage.is_shrinking {
-            return None;
+            return AfterRequest::Nothing;
         }
-        let buckets = usage.windows.after_request();
-        if buckets.is_empty() {
-            return None;
+        let cost = usage.tracking;
+        match usage.windows.after_request(cost, self.made.elapsed()) {
+            window::AfterRequest::Nothing => AfterRequest::Nothing,
+            window::AfterRequest::PutOff => AfterRequest::PutOff,
+            window::AfterRequest::Shrink(buckets) => {
+                usage.is_shrinking = true;
+                AfterRequest::End(EndOfWindow { vm: self, buckets })
+            }
         }
-        usage.is_shrinking = true;
-        Some(EndOfWindow { vm: self, buckets })
     }
 }
 
@@ -51,9 +65,14 @@ impl Drop for EndOfWindow<'_> {
 impl EndOfWindow<'_> {
     /// Gives back pages that no request has touched since the restore. The guest runs meanwhile.
     pub async fn shrink(self) -> Result<Shrunk, ControlError> {
+        let begun = Instant::now();
         let shrunk = self.try_shrink().await;
+        let mut usage = self.vm.lock();
+        // The VM works for a part of this time, and serves requests meanwhile. So its share is an upper bound.
+        usage.tracking.add(begun.elapsed());
         // A VM that refuses is asked again at the end of the next window.
-        let recalled = self.vm.lock().windows.ended(shrunk.as_ref().ok().copied());
+        let recalled = usage.windows.ended(shrunk.as_ref().ok().copied());
+        drop(usage);
         shrunk.map(|end| Shrunk {
             given: end.given * PAGE_SIZE,
             recalled: recalled * PAGE_SIZE,

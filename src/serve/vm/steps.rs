@@ -149,7 +149,8 @@ impl Descent<'_> {
     /// Gives back local copies of pages that equal the snapshot. Called after [`park`](Self::park).
     pub async fn trim(&self) -> Result<GivenBack, ControlError> {
         let demoted = self.send(&DemoteRequest::default()).await?;
-        self.reach(Step::Trimmed);
+        // A spilled VM stays one.
+        self.reach(self.vm.step().map_or(Step::Trimmed, |step| step.max(Step::Trimmed)));
         Ok(GivenBack::of(&demoted))
     }
 
@@ -188,8 +189,9 @@ impl Descent<'_> {
         let given = GivenBack::of(&demoted);
         let mut usage = self.vm.lock();
         usage.descended.step = Some(Step::Spilled);
-        // After a look at all pages, the rest cannot leave local memory.
-        usage.descended.offloaded = if demoted.pages_left == 0 { 100 } else { percent };
+        // After a look at all pages, or without room in the file, the rest cannot leave local memory.
+        let is_all = demoted.pages_left == 0 || demoted.is_spill_full;
+        usage.descended.offloaded = if is_all { 100 } else { percent };
         usage.offloading = usage.offloading.map(|offloading| offloading.after(given));
         Ok(given)
     }

@@ -12,7 +12,7 @@ use crate::snapshot::PAGE_SIZE;
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
 use crate::tiering::idle::{IdlePolicy, IdleSpec};
-use crate::tiering::window::{WindowEnd, Windows};
+use crate::tiering::window::{AfterRequest, TrackingCost, WindowEnd, Windows};
 
 /// VMs that are measured.
 const VMS: usize = 3;
@@ -69,10 +69,14 @@ impl Probe<'_> {
         let mut recalled_ever = 0;
         let mut before = self.counts()?.windows;
         let mut vm = self.ask(&json!({}))?.vm;
+        let answered = Instant::now();
+        let mut cost = TrackingCost::default();
         while ends.len() < MOST && !windows.are_over() {
             let mut given = None;
-            if !windows.after_request().is_empty() {
+            if matches!(windows.after_request(cost, answered.elapsed()), AfterRequest::Shrink(_)) {
                 let (give, now) = self.end_of_window(before)?;
+                // A little more than the service counts.
+                cost.add(Duration::from_secs_f64(give.ms / 1000.0) + LOOK);
                 recalled_ever += (now.recalled - before.recalled) / PAGE_SIZE;
                 let end = (now.done > before.done).then(|| WindowEnd {
                     given: (now.freed - before.freed) / PAGE_SIZE,
@@ -85,12 +89,13 @@ impl Probe<'_> {
                 given = Some((give, end.unwrap_or(WindowEnd { recalled_ever, ..WindowEnd::default() })));
             }
             let mib = self.memory_of(&vm)?;
-            std::thread::sleep(REST);
-            let answered = self.ask(&json!({}))?;
-            vm = answered.vm;
+            // The service puts the end of a window off until the VM has lived for so long.
+            std::thread::sleep(cost.life_needed().saturating_sub(answered.elapsed()).max(REST));
+            let asked = self.ask(&json!({}))?;
+            vm = asked.vm;
             if let Some((give, pages)) = given {
                 let after_mib = self.memory_of(&vm)?;
-                ends.push(Ended { give, pages, mib, request: answered.work, after_mib });
+                ends.push(Ended { give, pages, mib, request: asked.work, after_mib });
             }
         }
         self.service.ask("DELETE", &format!("/vms/{vm}"), None)?;

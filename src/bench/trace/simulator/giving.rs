@@ -1,12 +1,20 @@
 //! VMs that serve requests by the policy `ladder` give memory back at the end of each window.
 
+use std::time::Duration;
+
 use crate::bench::trace::costs::WindowCosts;
-use crate::tiering::window::Windows;
+use crate::tiering::window::{AfterRequest, TrackingCost, Windows};
 
 /// The windows of one VM since its restore.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Giving {
     windows: Windows,
+    /// The time that the ends of windows have taken.
+    cost: TrackingCost,
+    /// The time of the first answer, µs.
+    answered_us: Option<f64>,
+    /// The time at which the last window's end began, µs.
+    begun_us: f64,
     /// Windows that have ended.
     ended: usize,
     /// It gives memory back at present: its requests count for no window.
@@ -16,19 +24,27 @@ pub(super) struct Giving {
 }
 
 impl Giving {
-    /// Called after an answer. Returns the costs of the window that ends now; `None`: none does, or none was measured.
-    pub(super) fn after_request<'a>(&mut self, costs: &'a [WindowCosts]) -> Option<&'a WindowCosts> {
-        if self.is_giving || self.windows.after_request().is_empty() {
+    /// Called after an answer at `now_us`. Returns the costs of the window that ends now; `None`: none does, or none
+    /// was measured.
+    pub(super) fn after_request<'a>(&mut self, costs: &'a [WindowCosts], now_us: f64) -> Option<&'a WindowCosts> {
+        if self.is_giving {
+            return None;
+        }
+        // The VM is a little older, as its first request took its time.
+        let life = since(*self.answered_us.get_or_insert(now_us), now_us);
+        if !matches!(self.windows.after_request(self.cost, life), AfterRequest::Shrink(_)) {
             return None;
         }
         let window = costs.get(self.ended).or(costs.last())?;
         self.is_giving = true;
+        self.begun_us = now_us;
         Some(window)
     }
 
     /// Called when the VM has given memory back. Returns the costs of the window that has ended.
-    pub(super) fn ended<'a>(&mut self, costs: &'a [WindowCosts]) -> Option<&'a WindowCosts> {
+    pub(super) fn ended<'a>(&mut self, costs: &'a [WindowCosts], now_us: f64) -> Option<&'a WindowCosts> {
         self.is_giving = false;
+        self.cost.add(since(self.begun_us, now_us));
         self.is_untouched = true;
         // A window beyond those that were measured gives nothing back.
         let window = costs.get(self.ended);
@@ -44,6 +60,11 @@ impl Giving {
         }
         costs.get(self.ended.checked_sub(1)?)
     }
+}
+
+/// The time between two moments.
+fn since(before_us: f64, now_us: f64) -> Duration {
+    Duration::from_micros((now_us - before_us).max(0.0) as u64)
 }
 
 #[cfg(test)]
@@ -64,21 +85,23 @@ mod tests {
         let mut giving = Giving::default();
         let mut ends = Vec::new();
         for request in 1..100 {
+            let now_us = f64::from(request) * 1e6;
             let touched = giving.touched(&costs).map(|window| window.mib);
             assert_eq!(touched.is_some(), ends.last().is_some_and(|(last, _)| last + 1 == request), "{request}");
-            if giving.after_request(&costs).is_some() {
-                assert!(giving.after_request(&costs).is_none(), "requests meanwhile do not count");
-                ends.push((request, giving.ended(&costs).unwrap().mib));
+            if giving.after_request(&costs, now_us).is_some() {
+                assert!(giving.after_request(&costs, now_us).is_none(), "requests meanwhile do not count");
+                ends.push((request, giving.ended(&costs, now_us + 1e4).unwrap().mib));
             }
         }
         assert_eq!(ends, [(1, 9.0), (3, 8.0), (7, 7.0)]);
         // One that was measured for too short a time goes on without a change.
         let mut giving = Giving::default();
-        assert!(giving.after_request(&costs[..1]).is_some());
-        assert!(giving.ended(&costs[..1]).is_some());
-        assert_eq!(giving.after_request(&costs[..1]), None);
-        assert!(giving.after_request(&costs[..1]).is_some());
-        assert_eq!((giving.ended(&costs[..1]), giving.touched(&costs[..1])), (None, None));
-        assert!(Giving::default().after_request(&[]).is_none(), "nothing was measured");
+        assert!(giving.after_request(&costs[..1], 0.0).is_some());
+        assert!(giving.ended(&costs[..1], 1e6).is_some());
+        assert_eq!(giving.after_request(&costs[..1], 2e6), None);
+        assert!(giving.after_request(&costs[..1], 99e6).is_none(), "it is put off until its second is 1 % of the life");
+        assert!(giving.after_request(&costs[..1], 100e6).is_some());
+        assert_eq!((giving.ended(&costs[..1], 101e6), giving.touched(&costs[..1])), (None, None));
+        assert!(Giving::default().after_request(&[], 0.0).is_none(), "nothing was measured");
     }
 }
