@@ -13,6 +13,7 @@ SECONDS ?= 600
 KILLS   ?= 200
 REWINDS ?= 10000
 STANDBY ?= 500
+MOMENTS ?= 5000
 
 .PHONY: build agent demo test test-features fuzz soak endure lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
 
@@ -50,10 +51,12 @@ soak: build
 		--test integration -- --ignored --exact --nocapture soak::random_operations_for_a_while
 
 # The long form of tests that are short in `make test`: KILLS times kill -9 in each operation of a VM's life, REWINDS rewinds,
-# STANDBY VMs that stand by in a control group with little memory.
+# STANDBY VMs that stand by in a control group with little memory, MOMENTS requests at random moments of demotions and of
+# the steps of idle VMs. Their seed is printed; SEED=N repeats the sequence.
 endure: build
-	TVMM_BINARY=$(CURDIR)/$(BINARY) TVMM_KILLS=$(KILLS) TVMM_REWINDS=$(REWINDS) TVMM_STANDBY=$(STANDBY) cargo test --locked \
-		--test integration -- --nocapture lifecycle::kills lifecycle::rewind::many_rewinds services::serve_memory
+	TVMM_BINARY=$(CURDIR)/$(BINARY) TVMM_KILLS=$(KILLS) TVMM_REWINDS=$(REWINDS) TVMM_STANDBY=$(STANDBY) \
+		TVMM_MOMENTS=$(MOMENTS) $(if $(SEED),TVMM_MOMENTS_SEED=$(SEED)) cargo test --locked --test integration -- --nocapture \
+		lifecycle::kills lifecycle::rewind::many_rewinds lifecycle::moments services::serve_memory services::serve_moments
 
 lint: setup
 	cargo fmt --check

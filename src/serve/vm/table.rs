@@ -80,11 +80,14 @@ impl Table {
         let over: VecDeque<VmRecord> = lost
             .map(|record| match record.state {
                 VmState::Lost | VmState::Ended => record,
-                _ => VmRecord {
-                    state: VmState::Lost,
-                    reason: Some("The daemon ended while it ran, and it with the daemon.".into()),
-                    ..record
-                },
+                _ => {
+                    tracing::warn!(vm = record.vm_id, "A VM was lost with the daemon that had started it");
+                    VmRecord {
+                        state: VmState::Lost,
+                        reason: Some("The daemon ended while it ran, and it with the daemon.".into()),
+                        ..record
+                    }
+                }
             })
             .collect();
         Table {

@@ -5,6 +5,7 @@ mod demote;
 mod faults;
 mod fork;
 mod kills;
+mod moments;
 mod repurpose;
 mod rewind;
 mod spill;

@@ -11,6 +11,7 @@ mod serve_faults;
 mod serve_fork;
 mod serve_idle;
 mod serve_memory;
+mod serve_moments;
 mod serve_netns;
 mod serve_repurpose;
 mod serve_rewind;

@@ -42,6 +42,22 @@ pub fn rounds(full: usize) -> usize {
     (full / share).max(1)
 }
 
+/// The random moments that a test of VMs which give memory back tries: this share of 100, or of those that
+/// `TVMM_MOMENTS` asks for (`make endure`).
+pub fn moments(percent: usize) -> usize {
+    let asked = std::env::var("TVMM_MOMENTS").map(|text| text.parse().expect("TVMM_MOMENTS is a number"));
+    (asked.unwrap_or(rounds(100)) * percent).div_ceil(100)
+}
+
+/// The seed of these moments, which is printed: a new one, or `TVMM_MOMENTS_SEED`.
+pub fn seed_of_moments() -> u64 {
+    let asked = std::env::var("TVMM_MOMENTS_SEED").map(|text| text.parse().expect("TVMM_MOMENTS_SEED is a number"));
+    // The generator does not take zero.
+    let seed = asked.unwrap_or_else(|_| fastrand::u64(1..));
+    println!("TVMM_MOMENTS_SEED={seed}");
+    seed
+}
+
 /// The binary under test: the one cargo built, or `TVMM_BINARY` (the static release build, a VM of the testbed).
 pub fn tvmm() -> Command {
     Command::new(std::env::var_os("TVMM_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_tvmm").into()))

@@ -27,12 +27,23 @@ impl Service {
         Service::confined(dir, &[&["--allow-path", "/", "--memory", "65536"], more].concat())
     }
 
-    /// The same, to clients that may name what `more` lets them name.
+    /// The same, with its messages in the file `log`, which is made anew.
+    pub fn start_logging(dir: &Path, more: &[&str], log: &Path) -> Service {
+        let log = std::fs::File::create(log).unwrap();
+        Service::launch(dir, &[&["--allow-path", "/", "--memory", "65536"], more].concat(), log.into())
+    }
+
+    /// As [`start`](Self::start), to clients that may name what `more` lets them name.
     pub fn confined(dir: &Path, more: &[&str]) -> Service {
+        Service::launch(dir, more, Stdio::inherit())
+    }
+
+    fn launch(dir: &Path, more: &[&str], stderr: Stdio) -> Service {
         let socket = dir.with_extension("sock");
         let mut command = tvmm();
         command.args(["serve", "--dir", text(dir), "--listen-unix", text(&socket)]).args(more).env(SERVICE, dir);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("tvmm starts");
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().expect("tvmm starts");
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut url = None;
         let wanted = 1 + usize::from(more.contains(&"--listen"));
