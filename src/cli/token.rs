@@ -33,6 +33,10 @@ struct NewArgs {
     /// Limit on its requests a second; more are answered 429 [default: none]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_requests: Option<u32>,
+    /// Limit on its invocations, and starts and forks of VMs, at once, those that wait for their turn included; more
+    /// are answered 429 [default: none]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_running: Option<u32>,
     /// Append the line to this token file, which is made with mode 0600 if it does not exist, and print only the secret
     #[arg(long, value_name = "FILE")]
     add: Option<PathBuf>,
@@ -51,6 +55,7 @@ fn new(args: &NewArgs) -> Result<ExitCode, BoxError> {
         role: args.role,
         sha256: secret.digest(),
         max_requests_per_s: args.max_requests,
+        max_running: args.max_running,
     };
     token.check().map_err(|problem| format!("Cannot make a token: {problem}"))?;
     match &args.add {

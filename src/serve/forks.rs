@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path as FilePath;
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::{Extension, Path, State};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use utoipa::ToSchema;
 
+use super::access::caller::Caller;
 use super::blocking::blocking;
 use super::body::Body;
 use super::counters::Counters;
@@ -65,11 +66,16 @@ pub(super) struct ForkRecord {
         (status = 507, body = FaultBody, description = "The disk is full")))]
 pub(super) async fn post_fork(
     State(daemon): State<Shared>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
     Body(body): Body<ForkBody>,
 ) -> Result<Reply<ForkRecord>, Fault> {
+    let running = caller.run(&daemon.access)?;
     // Once begun it is finished, whether or not the client waits.
-    let task = tokio::spawn(async move { fork(&daemon, &id, body).await });
+    let task = tokio::spawn(async move {
+        let _running = running;
+        fork(&daemon, &id, body).await
+    });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The fork was given up."))).map(Reply)
 }
 

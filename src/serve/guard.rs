@@ -162,7 +162,7 @@ impl Guard {
         }
         let caller = self.identify(peer, headers, right)?;
         entry.by(&caller);
-        self.check_rights(&caller, right)?;
+        Guard::check_rights(&caller, right)?;
         Ok(Admitted::Client(caller))
     }
 
@@ -186,7 +186,7 @@ impl Guard {
             }
             Some(None) => "its `Authorization` is of another kind. Send `Authorization: Bearer SECRET`",
             Some(Some(secret)) => match tokens.find(secret) {
-                Some(token) => return Ok(Caller::Token(token)),
+                Some(accepted) => return Ok(Caller::Token(accepted)),
                 None => "its token is unknown. The service's owner makes tokens by `tvmm token new`",
             },
         };
@@ -211,8 +211,9 @@ impl Guard {
         Refusal { why: Refused::Throttled, fault, recorded }
     }
 
-    fn check_rights(&self, caller: &Caller, right: Right) -> Result<(), Refusal> {
-        let Caller::Token(token) = caller else { return Ok(()) };
+    fn check_rights(caller: &Caller, right: Right) -> Result<(), Refusal> {
+        let Caller::Token(accepted) = caller else { return Ok(()) };
+        let token = &accepted.token;
         if let Right::Role(needed) = right
             && token.role < needed
         {
@@ -222,7 +223,7 @@ impl Guard {
             );
             return Err(Refusal::new(Refused::Role, Fault::new(StatusCode::FORBIDDEN, message)));
         }
-        if let Some(wait_s) = self.tokens.as_ref().and_then(|tokens| tokens.over_rate(token)) {
+        if let Some(wait_s) = accepted.over_rate() {
             let message = format!(
                 "Cannot answer this request of `{}`: its token has made as many as it may in a second. Try again \
                  later.",

@@ -210,9 +210,11 @@ pub(super) async fn post_invocation(
     Body(body): Body<InvocationBody>,
 ) -> Result<Reply<InvocationAnswer>, Fault> {
     body.check_role(caller.role())?;
+    let running = caller.run(&daemon.access)?;
     let caller = traceparent::caller(&headers);
     // An action that has begun is finished even if the client disconnects.
     let task = tokio::spawn(async move {
+        let _running = running;
         let mut recording = Recording::begin(&body.func_name, caller);
         let answer = invoke(&daemon, body, &mut recording).await;
         let status = answer.as_ref().map_or_else(|fault| fault.status.as_u16(), |_| 200);

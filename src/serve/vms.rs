@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::{Extension, Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::access::caller::Caller;
 use super::body::Body;
 use super::daemon::{Daemon, START_TIMEOUT, Shared};
 use super::fault::{Fault, FaultBody, Reply};
@@ -82,8 +83,16 @@ pub(super) async fn get_vms(State(daemon): State<Shared>) -> Reply<Vec<VmRecord>
         (status = 502, body = FaultBody, description = "The VM ended, or could not be prepared"),
         (status = 507, body = FaultBody,
         description = "The VM needs more memory than all VMs may have, or the disk is full")))]
-pub(super) async fn post_vm(State(daemon): State<Shared>, Body(body): Body<VmBody>) -> Result<Reply<VmRecord>, Fault> {
-    let task = tokio::spawn(async move { start(&daemon, body).await });
+pub(super) async fn post_vm(
+    State(daemon): State<Shared>,
+    Extension(caller): Extension<Caller>,
+    Body(body): Body<VmBody>,
+) -> Result<Reply<VmRecord>, Fault> {
+    let running = caller.run(&daemon.access)?;
+    let task = tokio::spawn(async move {
+        let _running = running;
+        start(&daemon, body).await
+    });
     task.await.unwrap_or_else(|_| Err(Fault::internal("The start was given up."))).map(Reply)
 }
 

@@ -4,8 +4,11 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use super::counts::{AccessCounts, Refused};
 use super::role::Role;
 use super::token::Token;
+use super::token_file::{Accepted, Running};
+use crate::serve::fault::Fault;
 use crate::snapshot::Sha256Digest;
 
 /// The other end of a connection.
@@ -49,7 +52,7 @@ impl fmt::Display for Peer {
 #[derive(Clone, Debug)]
 pub enum Caller {
     /// It has sent the secret of this token.
-    Token(Arc<Token>),
+    Token(Arc<Accepted>),
     /// It has connected to the Unix socket as this user.
     User(u32),
     /// It has the certificate with this digest, and the service takes no tokens.
@@ -61,15 +64,31 @@ pub enum Caller {
 impl Caller {
     pub fn role(&self) -> Role {
         match self {
-            Caller::Token(token) => token.role,
+            Caller::Token(accepted) => accepted.token.role,
             Caller::User(_) | Caller::Certificate(_) | Caller::Anyone => Role::Admin,
         }
+    }
+
+    /// Takes a place for an invocation, or a start of VMs, until it has ended. Clients without a token need none.
+    pub fn run(&self, counts: &AccessCounts) -> Result<Option<Running>, Fault> {
+        let Caller::Token(accepted) = self else { return Ok(None) };
+        let running = accepted.run();
+        if running.is_none() {
+            counts.refused(Refused::Running);
+            let Token { name, max_running, .. } = &accepted.token;
+            let most = max_running.unwrap_or(u32::MAX);
+            return Err(Fault::busy(format!(
+                "Cannot answer this request of `{name}`: its token has {most} invocations and starts of VMs, which is \
+                 all it may have at once. Try again later."
+            )));
+        }
+        Ok(running)
     }
 
     /// The name in the audit log.
     pub fn name(&self) -> Option<String> {
         match self {
-            Caller::Token(token) => Some(token.name.clone()),
+            Caller::Token(accepted) => Some(accepted.token.name.clone()),
             Caller::User(uid) => Some(format!("uid {uid}")),
             Caller::Certificate(digest) => Some(format!("certificate {digest}")),
             Caller::Anyone => None,

@@ -22,12 +22,14 @@ pub enum Refused {
     Role,
     /// Its token has made all requests of this second.
     Rate,
+    /// Its token has all invocations and starts of VMs that it may have at once.
+    Running,
     /// The audit log cannot be written.
     Audit,
 }
 
 impl Refused {
-    const ALL: [Refused; 8] = [
+    const ALL: [Refused; 9] = [
         Refused::Handshake,
         Refused::Host,
         Refused::Origin,
@@ -35,6 +37,7 @@ impl Refused {
         Refused::Throttled,
         Refused::Role,
         Refused::Rate,
+        Refused::Running,
         Refused::Audit,
     ];
 
@@ -47,6 +50,7 @@ impl Refused {
             Refused::Throttled => "throttled",
             Refused::Role => "role",
             Refused::Rate => "rate",
+            Refused::Running => "running",
             Refused::Audit => "audit",
         }
     }

@@ -26,6 +26,10 @@ pub struct Token {
     /// Requests that its clients may make a second; none: any number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_requests_per_s: Option<u32>,
+    /// Invocations, and starts and forks of VMs, that its clients may have at once, those that wait for their turn
+    /// included; none: any number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_running: Option<u32>,
 }
 
 /// The secret of a token. It cannot be printed by mistake.
@@ -70,8 +74,10 @@ impl Token {
             let name = self.name.chars().take(NAME_MAX).collect::<String>();
             return Err(format!("`{}` is no name: use 1 to {NAME_MAX} of A-Z a-z 0-9 _ . -", name.escape_default()));
         }
-        if self.max_requests_per_s == Some(0) {
-            return Err("`max_requests_per_s` is 0: give 1 or more, or remove the token".to_string());
+        for (key, limit) in [("max_requests_per_s", self.max_requests_per_s), ("max_running", self.max_running)] {
+            if limit == Some(0) {
+                return Err(format!("`{key}` is 0: give 1 or more, or remove the token"));
+            }
         }
         Ok(())
     }

@@ -2,7 +2,8 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use constant_time_eq::constant_time_eq_32;
 
@@ -73,8 +74,12 @@ fn parse(path: &Path, text: &str) -> Result<Vec<Token>, TokenFileError> {
         if line.trim().is_empty() || line.starts_with('#') {
             continue;
         }
-        let token: Token = serde_json::from_str(line)
-            .map_err(|error| wrong(format!("{error}. `tvmm token new` prints lines as they must be")))?;
+        let token: Token = serde_json::from_str(line).map_err(|error| {
+            let text = error.to_string();
+            // serde_json appends a position, whose line is always 1 here.
+            let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(text, _)| text);
+            wrong(format!("{text} in column {}. `tvmm token new` prints lines as they must be", error.column()))
+        })?;
         token.check().map_err(wrong)?;
         if tokens.iter().any(|other| other.name == token.name) {
             return Err(wrong(format!("another token has the name `{}`. Give each its own", token.name)));
@@ -87,17 +92,41 @@ fn parse(path: &Path, text: &str) -> Result<Vec<Token>, TokenFileError> {
     Ok(tokens)
 }
 
-/// A token that the service accepts.
+/// A token that the service accepts, and its use.
 #[derive(Debug)]
-struct Accepted {
-    token: Arc<Token>,
+pub struct Accepted {
+    pub token: Token,
     rate: Option<Rate>,
+    running: Arc<AtomicU32>,
 }
 
 impl Accepted {
-    fn new(token: Token) -> Accepted {
-        let rate = token.max_requests_per_s.map(Rate::new);
-        Accepted { token: Arc::new(token), rate }
+    /// `running`: the count of the same token before the file was read again.
+    fn new(token: Token, running: Arc<AtomicU32>) -> Accepted {
+        Accepted { rate: token.max_requests_per_s.map(Rate::new), token, running }
+    }
+
+    /// Counts a request. Returns the seconds to wait if the token's clients have made as many as they may.
+    pub fn over_rate(&self) -> Option<u32> {
+        self.rate.as_ref().and_then(Rate::take)
+    }
+
+    /// Takes a place for an invocation, or a start of VMs. None: the token's clients have as many as they may.
+    pub fn run(&self) -> Option<Running> {
+        let most = self.token.max_running.unwrap_or(u32::MAX);
+        let running = Running(self.running.clone());
+        // The place is given back at once if it was one too many.
+        (running.0.fetch_add(1, Ordering::Relaxed) < most).then_some(running)
+    }
+}
+
+/// The place of an invocation, or a start of VMs, of a token's clients.
+#[derive(Debug)]
+pub struct Running(Arc<AtomicU32>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -105,46 +134,44 @@ impl Accepted {
 #[derive(Debug)]
 pub struct TokenFile {
     path: PathBuf,
-    accepted: Mutex<Arc<Vec<Accepted>>>,
+    accepted: Mutex<Vec<Arc<Accepted>>>,
 }
 
 impl TokenFile {
     pub fn open(path: &Path) -> Result<TokenFile, TokenFileError> {
-        let accepted = read(path)?.into_iter().map(Accepted::new).collect();
-        Ok(TokenFile { path: path.to_owned(), accepted: Mutex::new(Arc::new(accepted)) })
+        let accepted = read(path)?.into_iter().map(|token| Arc::new(Accepted::new(token, Arc::default()))).collect();
+        Ok(TokenFile { path: path.to_owned(), accepted: Mutex::new(accepted) })
     }
 
     /// Reads the file again, and returns the number of its tokens. After an error the former tokens stay accepted.
     /// Blocks for the disk.
     pub fn reload(&self) -> Result<usize, TokenFileError> {
-        let accepted: Vec<Accepted> = read(&self.path)?.into_iter().map(Accepted::new).collect();
-        let count = accepted.len();
-        *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(accepted);
+        let tokens = read(&self.path)?;
+        let count = tokens.len();
+        let mut accepted = self.lock();
+        let former = std::mem::take(&mut *accepted);
+        for token in tokens {
+            let same = former.iter().find(|one| one.token.sha256 == token.sha256);
+            let running = same.map(|one| one.running.clone()).unwrap_or_default();
+            accepted.push(Arc::new(Accepted::new(token, running)));
+        }
         Ok(count)
     }
 
     /// The token of a secret. The time that this takes does not depend on the secret.
-    pub fn find(&self, secret: &[u8]) -> Option<Arc<Token>> {
-        let accepted = self.accepted();
+    pub fn find(&self, secret: &[u8]) -> Option<Arc<Accepted>> {
         let sent = digest(secret);
         let mut found = None;
-        for one in accepted.iter() {
+        for one in self.lock().iter() {
             if constant_time_eq_32(&one.token.sha256.0, &sent.0) {
-                found = Some(one.token.clone());
+                found = Some(one.clone());
             }
         }
         found
     }
 
-    /// Counts a request of a token. Returns the seconds to wait if it has made as many as it may.
-    pub fn over_rate(&self, token: &Token) -> Option<u32> {
-        let accepted = self.accepted();
-        let one = accepted.iter().find(|one| one.token.sha256 == token.sha256)?;
-        one.rate.as_ref().and_then(Rate::take)
-    }
-
-    fn accepted(&self) -> Arc<Vec<Accepted>> {
-        self.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Accepted>>> {
+        self.accepted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use axum::extract::{Path, State};
+use axum::extract::{Extension, Path, State};
 use axum::http::{StatusCode, Uri};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,6 +13,7 @@ use super::profiles::{exclusively, load, remove_unneeded, save};
 use super::recorder::{Record, run_recorder};
 use super::slot::Slot;
 use crate::config::restore::RestoreOptions;
+use crate::serve::access::caller::Caller;
 use crate::serve::blocking::blocking;
 use crate::serve::body::{Body, check_line, number, query};
 use crate::serve::daemon::{START_TIMEOUT, Shared};
@@ -89,6 +90,7 @@ pub async fn get_profile(State(daemon): State<Shared>, Path(id): Path<String>) -
         (status = 504, body = FaultBody, description = "The guest did not answer in time")))]
 pub async fn post_profile(
     State(daemon): State<Shared>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
     Body(body): Body<ProfileBody>,
 ) -> Result<Reply<ProfileState>, Fault> {
@@ -107,7 +109,9 @@ pub async fn post_profile(
         None => daemon.options.limits.timeout,
     };
     let record = Record { snapshot, slot, recorder, repeat };
+    let running = caller.run(&daemon.access)?;
     let task = tokio::spawn(async move {
+        let _running = running;
         let _turn = daemon.gate.enter(START_TIMEOUT).await?;
         let _place = daemon.vms.reserve(&record.need()).await?;
         run_recorder(&daemon, &record, &line, limit).await?;

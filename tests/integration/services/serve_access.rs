@@ -242,6 +242,55 @@ fn token_makes_no_more_requests_a_second_than_it_may() {
 }
 
 #[test]
+fn token_has_no_more_invocations_at_once_than_it_may() {
+    let dir = scratch();
+    let tokens = dir.path().join("tokens");
+    let few = token(&tokens, "few", "operate", &["--max-running", "1"]);
+    let guarded = Guarded::start(dir.path(), &["--max-running", "4"]);
+    let service = &guarded.service;
+    for function in ["spin", "hello"] {
+        service.ok("POST", "/functions", Some(json!({ "func_name": function, "mem_size": 64 })));
+    }
+    let body = json!({ "func_name": "spin", "params": "ms=3000000", "timeout_ms": 3_600_000 }).to_string();
+    let address = service.url.as_deref().unwrap().trim_start_matches("http://");
+    let mut stream = TcpStream::connect(address).unwrap();
+    let head = "POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+    write!(stream, "{head}Authorization: Bearer {few}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+    wait_until("the invocation runs", || {
+        let vms = service.get("/vms");
+        vms.as_array().unwrap().iter().any(|vm| vm["state"] == "busy" && vm["func_name"] == "spin")
+    });
+    let hello = || Some(json!({ "func_name": "hello", "keep": false }));
+    let is_refused = || {
+        let answer = guarded.ask(&few, "POST", "/invocations", hello());
+        assert!([200, 429].contains(&answer.status), "{}", answer.body);
+        if answer.status == 429 {
+            assert!(
+                answer.message().contains("`few`") && answer.header("retry-after").is_some(),
+                "{}",
+                answer.message()
+            );
+        }
+        answer.status == 429
+    };
+    assert!(is_refused());
+    assert_eq!(guarded.ask(&few, "POST", "/vms", Some(json!({ "func_name": "hello" }))).status, 429);
+    assert_eq!(guarded.status(&few, "GET", "/functions"), 200);
+    assert_eq!(guarded.ask(&guarded.invoke, "POST", "/invocations", hello()).status, 200);
+    assert_eq!(refused(service, "running"), 2);
+    // Neither a client that leaves nor a file that is read again makes room.
+    drop(stream);
+    let added = token(&tokens, "added", "invoke", &[]);
+    signal(service.pid(), Signal::HUP);
+    wait_until("the file was read again", || guarded.status(&added, "GET", "/functions") == 200);
+    assert!(is_refused());
+    let vms = service.get("/vms");
+    let spinning = vms.as_array().unwrap().iter().find(|vm| vm["func_name"] == "spin").unwrap();
+    service.ok("DELETE", &format!("/vms/{}", spinning["vmId"].as_str().unwrap()), None);
+    wait_until("there is room", || !is_refused());
+}
+
+#[test]
 fn token_file_is_read_again_and_a_bad_one_changes_nothing() {
     let dir = scratch();
     let guarded = Guarded::start(dir.path(), &[]);
