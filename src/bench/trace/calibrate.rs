@@ -21,6 +21,8 @@ use crate::tiering::idle::{IdlePolicy, IdleSpec, Step};
 use lives::Lives;
 use probe::{Answered, Probe, REST, RUNS, samples};
 
+/// The most VMs that live at once.
+const AT_ONCE: u64 = 8;
 /// Requests to each VM that has served one.
 const WARM: usize = 4;
 /// Idle time after which a VM takes its step.
@@ -66,7 +68,8 @@ pub(super) fn measure(
     let mut all = BTreeMap::new();
     for (workload_name, function, workload) in probed {
         let Some(lives) = lives.remove(workload_name) else { continue };
-        all.insert(workload_name.clone(), Probe { service: &service, function, workload }.costs(lives)?);
+        let room = (limits.memory_mib / workload.mem_mib).min(limits.max_vms as u64).min(AT_ONCE);
+        all.insert(workload_name.clone(), Probe { service: &service, function, workload }.costs(lives, room)?);
     }
     // No VM lives now.
     std::thread::sleep(FINISHED);
@@ -77,7 +80,9 @@ pub(super) fn measure(
 }
 
 impl Probe<'_> {
-    fn costs(&self, lives: Lives) -> Result<WorkloadCosts, BoxError> {
+    /// `room`: VMs that may live at once.
+    fn costs(&self, lives: Lives, room: u64) -> Result<WorkloadCosts, BoxError> {
+        let grown = self.grown(room)?;
         let served = self.served()?;
         let repurposed = self.repurposed()?;
         let kept = self.kept(served.used_mib)?;
@@ -98,6 +103,7 @@ impl Probe<'_> {
         Ok(WorkloadCosts {
             workload: self.workload.clone(),
             restored: samples("restores", served.restored)?,
+            grown,
             repurposed,
             warm: samples("requests to VMs that wait", served.warm)?,
             standby,
@@ -118,6 +124,23 @@ impl Probe<'_> {
             reused_mib: served.reused_mib,
             woken_mib: suspended.after_mib,
         })
+    }
+
+    /// The times of requests whose VMs are restored while those before live on. The first one, which may have memory that
+    /// others have given back, is not counted.
+    fn grown(&self, room: u64) -> Result<Option<Samples>, BoxError> {
+        put(self.service, self.function, self.workload, Map::new())?;
+        let mut times = Vec::new();
+        let mut vms = Vec::new();
+        for number in 0..room {
+            let Answered { work, vm, .. } = self.ask(&json!({ "keep": true }))?;
+            vms.push(vm);
+            times.extend((number > 0).then_some(work));
+        }
+        for vm in vms {
+            self.service.ask("DELETE", &format!("/vms/{vm}"), None)?;
+        }
+        Ok(Samples::of(times))
     }
 
     /// Restores VMs, asks them again, and rewinds them. The times of the first one are not counted.

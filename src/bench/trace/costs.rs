@@ -13,7 +13,8 @@ use crate::tiering::window::WindowEnd;
 
 /// The version of the file that is written.
 pub(super) const VERSION: u32 = 3;
-/// The oldest version that is read: it has one time of each kind, no windows, and no memory of a VM that starts.
+/// The oldest version that is read: it has one time of each kind, no windows, no memory of a VM that
+/// starts, and no restores into fresh memory.
 const OLDEST: u32 = 2;
 
 /// Costs of all workloads on one host.
@@ -36,6 +37,9 @@ pub(super) struct WorkloadCosts {
     pub(super) workload: Workload,
     /// A request that restores its VM.
     pub(super) restored: Samples,
+    /// The same while the VMs before live on, so that its memory is not what another one has given back just now. None:
+    /// it was not measured.
+    pub(super) grown: Option<Samples>,
     /// A request whose VM takes over the process of a finished one. None: no process was taken over.
     pub(super) repurposed: Option<Samples>,
     /// A request to a VM that has served one before.
@@ -128,6 +132,7 @@ impl WorkloadCosts {
             ("woken", &self.woken),
             ("suspend", &self.suspend),
         ];
+        times.extend(self.grown.iter().map(|times| ("grown", times)));
         times.extend(self.repurposed.iter().map(|times| ("repurposed", times)));
         times.extend(self.kept.iter().map(|kept| ("vacate", &kept.vacate)));
         times.extend(self.steps().flat_map(|of| [("request", &of.request), ("step", &of.step)]));

@@ -8,6 +8,7 @@ mod fleet;
 mod giving;
 mod jobs;
 mod meter;
+mod recycled;
 mod slots;
 
 use std::cmp::Reverse;
@@ -27,6 +28,7 @@ use draws::Draws;
 use fleet::{Fleet, State, VmId};
 use jobs::{Job, Jobs};
 use meter::Integral;
+use recycled::Recycled;
 
 /// Time for which the service keeps the process of a finished VM, µs of the real clock (docs/serve.md).
 const KEPT_US: u64 = 1_000_000;
@@ -111,6 +113,7 @@ struct Run<'a> {
     fleet: Fleet,
     jobs: Jobs,
     memory: Integral,
+    recycled: Recycled,
     /// VMs that have a process.
     vms: Integral,
     /// The steps that VMs take at present.
@@ -152,6 +155,7 @@ impl Simulation<'_> {
             fleet: Fleet::new(costs.len(), self.limits),
             jobs: Jobs::new(self.cpus),
             memory: Integral::new(end_us, speed, self.costs.shells_mib),
+            recycled: Recycled::default(),
             vms: Integral::new(end_us, speed, 0.0),
             steps: BTreeMap::new(),
             due: VecDeque::new(),
@@ -334,8 +338,9 @@ impl Run<'_> {
         };
         self.remove(vm);
         let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
+        let fresh = self.fresh(costs, costs.woken_mib, share);
         self.set_memory(vm, costs.woken_mib);
-        Some(Started { vm, way: Way::Woken, work: costs.woken.at(share) + room })
+        Some(Started { vm, way: Way::Woken, work: costs.woken.at(share) + room + fresh })
     }
 
     /// Makes a VM for a request; `None`: there is no room for it.
@@ -350,16 +355,32 @@ impl Run<'_> {
             Place::After(work) => costs.restored.at(share) + work,
         };
         let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
+        let fresh = self.fresh(costs, costs.used_mib, share);
         self.set_memory(vm, costs.starting_mib.unwrap_or(costs.used_mib));
-        Some(Started { vm, way: Way::Restored, work })
+        Some(Started { vm, way: Way::Restored, work: work + fresh })
+    }
+
+    /// The work of a VM's start that is due to memory which no other VM has given back lately.
+    fn fresh(&mut self, costs: &WorkloadCosts, mib: f64, share: f64) -> Work {
+        let fresh_mib = self.recycled.take(self.memory.now_us(), mib);
+        let Some(grown) = costs.grown.as_ref().filter(|_| costs.used_mib > 0.0) else { return Work::default() };
+        grown.at(share).without(costs.restored.at(share)).part(fresh_mib / costs.used_mib)
     }
 
     fn set_memory(&mut self, vm: VmId, mib: f64) {
-        self.memory.add(self.fleet.set_memory(vm, mib));
+        let more = self.fleet.set_memory(vm, mib);
+        self.changed(more);
     }
 
     fn remove(&mut self, vm: VmId) {
-        self.memory.add(-self.fleet.remove(vm));
+        let mib = self.fleet.remove(vm);
+        self.changed(-mib);
+    }
+
+    /// Notes that local memory has grown by so much, or shrunk.
+    fn changed(&mut self, more_mib: f64) {
+        self.recycled.give(self.memory.now_us(), -more_mib);
+        self.memory.add(more_mib);
     }
 
     /// Finds a place for a VM as the service does: a kept process of its shape, free room, or that of VMs that end or
@@ -419,7 +440,7 @@ impl Run<'_> {
                 None => return,
             };
             let share = self.draws.share();
-            let work = times.at(share).without(costs.warm.at(share));
+            let work = times.at(share).without(costs.warm.at(share)) + self.fresh(costs, costs.standby_mib, share);
             let vm = self.fleet.add(function, mem_mib, 0.0);
             self.set_memory(vm, costs.standby_mib);
             self.fleet.set(vm, State::Refilled, now as u64);
@@ -472,7 +493,7 @@ impl Run<'_> {
                 let costs = self.costs[self.fleet.function(vm) as usize];
                 let given = self.fleet.giving(vm).and_then(|giving| giving.ended(costs.windows(), now));
                 let fewer = given.map_or(0.0, |window| self.fleet.shrink(vm, window.mib));
-                self.memory.add(fewer);
+                self.changed(fewer);
             }
         }
     }

@@ -33,6 +33,11 @@ impl Integral {
         self.most = self.most.max(amount);
     }
 
+    /// The present time.
+    pub(super) fn now_us(&self) -> f64 {
+        self.now_us
+    }
+
     /// The largest amount so far.
     pub(super) fn most(&self) -> f64 {
         self.most
