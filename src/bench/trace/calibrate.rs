@@ -126,8 +126,8 @@ impl Probe<'_> {
         })
     }
 
-    /// The times of requests whose VMs are restored while those before live on. The first one, which may have memory that
-    /// others have given back, is not counted.
+    /// The times of requests whose VMs are restored while those before live on. The first one is not counted: it may
+    /// have memory that others have given back.
     fn grown(&self, room: u64) -> Result<Option<Samples>, BoxError> {
         put(self.service, self.function, self.workload, Map::new())?;
         let mut times = Vec::new();

@@ -251,6 +251,28 @@ fn vms_that_serve_requests_give_memory_back_and_make_room_by_a_suspension() {
 }
 
 #[test]
+fn a_restore_into_fresh_memory_takes_longer_than_one_into_memory_that_was_given_back_lately() {
+    let dir = scratch();
+    let mut costs = costs();
+    costs["workloads"]["*"]["grown"] = work(100.0);
+    let costs_path = dir.path().join("costs.json");
+    std::fs::write(&costs_path, costs.to_string()).unwrap();
+    let file = dir.path().join("trace.csv");
+    let out = dir.path().join("out");
+    // The memory of the VM before is there for a second VM 1 s later, and gone 3 s later.
+    for (pause, recycled_ms) in [(1, 20.0), (3, 100.0)] {
+        let lines: String = (0..10).map(|index| format!("{},a\n", index * pause)).collect();
+        std::fs::write(&file, format!("time_s,function\n{lines}")).unwrap();
+        let args = [text(&file), "--memory", "1024", "--policy", "keep,end", "--simulate", "--out", text(&out)];
+        let output = trace(dir.path(), &[&args[..], &["--costs", text(&costs_path)]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let all = summaries(&out);
+        let of = |policy: &str| ["p50_ms", "p99_ms"].map(|name| number(of(&all, policy, true), name).round());
+        assert_eq!((of("keep"), of("end")), ([2.0, 100.0], [recycled_ms, 100.0]));
+    }
+}
+
+#[test]
 fn golden_costs_are_read_and_say_what_they_lack() {
     let dir = scratch();
     let file = dir.path().join("trace.csv");
@@ -271,10 +293,11 @@ fn golden_costs_are_read_and_say_what_they_lack() {
         let is_measured = |name: &str, ms: f64| {
             let one = std::slice::from_ref(&of[name]);
             let times = of[name].as_array().map_or(one, Vec::as_slice);
-            times.iter().any(|time| (time["ms"].as_f64().unwrap() - ms).abs() < 1e-3)
+            times.iter().filter_map(|time| time["ms"].as_f64()).any(|time| (time - ms).abs() < 1e-3)
         };
         assert!(is_measured("warm", number(keep, "p50_ms")), "{keep}");
-        assert!(is_measured("restored", number(keep, "p99_ms")), "{keep}");
+        let restored_ms = number(keep, "p99_ms");
+        assert!(is_measured("restored", restored_ms) || is_measured("grown", restored_ms), "{keep}");
         let said = String::from_utf8_lossy(&output.stdout);
         let gap = format!("The costs (version {version}) have no `windows`");
         assert_eq!(said.contains(&gap), lacks_windows, "{said}");
