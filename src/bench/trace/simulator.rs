@@ -338,9 +338,8 @@ impl Run<'_> {
         };
         self.remove(vm);
         let vm = self.fleet.add(function, self.mem_mib(function), 0.0);
-        let fresh = self.fresh(costs, costs.woken_mib, share);
         self.set_memory(vm, costs.woken_mib);
-        Some(Started { vm, way: Way::Woken, work: costs.woken.at(share) + room + fresh })
+        Some(Started { vm, way: Way::Woken, work: costs.woken.at(share) + room })
     }
 
     /// Makes a VM for a request; `None`: there is no room for it.
@@ -360,7 +359,7 @@ impl Run<'_> {
         Some(Started { vm, way: Way::Restored, work: work + fresh })
     }
 
-    /// The work of a VM's start that is due to memory which no other VM has given back lately.
+    /// The work of a restore that is due to memory which no other VM has given back lately.
     fn fresh(&mut self, costs: &WorkloadCosts, mib: f64, share: f64) -> Work {
         let fresh_mib = self.recycled.take(self.memory.now_us(), mib);
         let Some(grown) = costs.grown.as_ref().filter(|_| costs.used_mib > 0.0) else { return Work::default() };
