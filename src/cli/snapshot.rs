@@ -113,7 +113,10 @@ fn take(client: &Client, args: &SnapshotArgs, out: &std::path::Path) -> Result<E
         match taken["profile"].as_str() {
             Some(path) => say!("profile {path}"),
             None if args.profile => {
-                say!("No profile was written: pages were copied before the guest ran, and not by a profile")
+                say!(
+                    "No profile was written: pages were copied before the guest ran, and not by a profile; or a few \
+                     faults map the used pages, which is cheaper than to bring them ahead (docs/profiles.md)"
+                )
             }
             None => {}
         }

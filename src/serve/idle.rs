@@ -29,7 +29,7 @@ use super::vm::table::Suspends;
 use super::vm::{FormerLife, RestoreOrigin, Vm, VmRecord, VmState, unix_ms};
 use crate::config::bodies::{CreateBody, CreateExtension};
 use crate::config::control::SnapshotTaken;
-use crate::snapshot::{PAGE_SIZE, SnapshotKind};
+use crate::snapshot::{Location, PAGE_SIZE, SnapshotKind, used_profile_path};
 use crate::sys::process_memory::ProcessMemory;
 use crate::tiering::idle::{IdleAction, IdleRule, Step};
 
@@ -369,7 +369,8 @@ async fn suspend(daemon: &Arc<Daemon>, vm: &Arc<Vm>, descent: &Descent<'_>) -> R
         }
         return refuse(&why);
     }
-    if !form.has_profile {
+    let layer = Location::Dir(suspended.layer_dir(&vm.id, number));
+    if !used_profile_path(&layer).exists() {
         daemon.idle.unprofiled(&vm.function.func_name, Step::Suspended);
     }
     descent.end_process().await;

@@ -48,7 +48,7 @@ pub(super) struct StepTally {
     /// Those of them for which the pages were brought ahead that they had used before.
     prefetched: u64,
     /// Suspensions without a profile of the used pages: there is no space for it, the kernel does not tell these pages
-    /// (before Linux 6.7), or the VM was booted. Their wakes bring no pages ahead.
+    /// (before Linux 6.7), few faults map them, or the VM was booted. Their wakes bring no pages ahead.
     unprofiled: u64,
     /// VMs that could not be taken back.
     wakes_failed: u64,

@@ -286,7 +286,8 @@ fn a_snapshot_comes_with_a_profile_of_the_pages_that_were_used() {
     crate::support::pool::filled(&base, 2000, 1);
     let mut vm = Vm::restore(&base, "firecracker");
     vm.wait_for_socket();
-    vm.call("touch pages=200 write=30 seed=3");
+    // Enough copies for a profile, however many pages the kernel maps around those that are read.
+    vm.call("touch pages=1000 write=60 seed=3");
     let first = dir.path().join("first");
     vm.snapshot(&first, &["--diff", "--verify", "--profile"]);
     let digest = vm.call("check").digest;
