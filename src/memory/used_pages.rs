@@ -12,8 +12,8 @@ pub struct UsedPages {
     pub own: PageSet,
 }
 
-/// Pages of a file that a fault maps around the touched one (`fault_around_bytes`, 64 KiB). Since Linux 6.18 it maps all
-/// of a larger folio.
+/// Pages of a file that a fault maps around the touched one (`fault_around_bytes`, 64 KiB). Since Linux 6.18 it maps
+/// all of a larger folio.
 const FAULT_AROUND: u64 = 16;
 /// The pages that are copied ahead in the time of a fault.
 const PAGES_A_FAULT: u64 = 4;

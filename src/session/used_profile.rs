@@ -26,7 +26,8 @@ pub struct UsedProfile {
 
 impl UsedProfile {
     /// The pages that a VM has used since it was `restored`. `None`: pages were copied ahead by a plan without a
-    /// profile, and nothing tells which of them the guest has used; or they are not worth copying.
+    /// profile, and nothing tells which of them the guest has used; or they are not worth copying, and there was no
+    /// profile before.
     pub fn of(pages: &UsedPages, restored: &Restored) -> Option<UsedProfile> {
         let placed = |placement| -> PageSet {
             let extents = restored.carried_out.extents.iter().filter(|planned| planned.placement == placement);
@@ -36,9 +37,11 @@ impl UsedProfile {
         if !ahead.is_empty() && restored.profile.is_none() {
             return None;
         }
-        let pages = pages.without(&ahead);
+        let mut pages = pages.without(&ahead);
         if !pages.are_worth_copying() {
-            return None;
+            // Those of the profile before were.
+            restored.profile.as_ref()?;
+            pages.mapped = pages.own.clone();
         }
         // Reads of pages behind the userfaultfd make copies, too.
         let written = pages.own.difference(&placed(Placement::Lazy));

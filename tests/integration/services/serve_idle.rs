@@ -117,13 +117,13 @@ fn a_suspended_vm_goes_on_where_it_was_as_often_as_it_is_woken() {
         if pid > 0 {
             wait_until_gone(pid);
         }
-        fill(&service, &vm, &format!("pages=300 seed={round}"));
+        fill(&service, &vm, &format!("pages=1000 seed={round}"));
         let digest = check(&service, &vm);
         wait_for_state(&service, &vm, "suspended");
         let suspended = record(&service, &vm);
         assert_eq!((&suspended["pid"], &suspended["ssId"]), (&json!(0), &json!("base")));
         let bytes = suspended["suspended_bytes"].as_u64().unwrap();
-        assert!(bytes >= 300 * 4096, "{suspended}");
+        assert!(bytes >= 1000 * 4096, "{suspended}");
         assert_eq!(metric(&service, "tvmm_suspended_bytes"), bytes);
         let woken = service.invoke(json!({ "func_name": "check", "vmId": vm }));
         assert_eq!((&woken["origin"], &woken["vmId"]), (&json!("suspended"), &json!(vm)));
@@ -131,10 +131,10 @@ fn a_suspended_vm_goes_on_where_it_was_as_often_as_it_is_woken() {
     }
     wait_for_state(&service, &vm, "suspended");
     assert!(record(&service, &vm)["suspensions"].as_u64().unwrap() >= 15);
-    // Each wake but every eighth brought the pages ahead that the VM had used.
+    // Wakes bring the pages ahead that the VM has used; not every eighth, nor where few faults map them.
     let woken = count(&service, "suspended", "woken");
     let prefetched = count(&service, "suspended", "prefetched");
-    assert!(prefetched >= 10 && prefetched < woken, "{prefetched} of {woken}");
+    assert!(prefetched >= 4 && prefetched < woken, "{prefetched} of {woken}");
     assert_eq!(metric(&service, "tvmm_idle_prefetches_total{function=\"touch\",step=\"suspended\"}"), prefetched);
     // An invocation without an id finds it too.
     let woken = touch(&service);
