@@ -160,6 +160,7 @@ pub(super) struct Counts {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct WindowCounts {
     pub(super) done: u64,
+    pub(super) put_off: u64,
     pub(super) refused: u64,
     /// Memory that was given back, and what of it was touched in a later window, bytes.
     pub(super) freed: u64,
@@ -174,6 +175,7 @@ impl WindowCounts {
     fn add(&mut self, of: &Value) {
         let number = |key: &str| of[key].as_u64().unwrap_or_default();
         self.done += number("done");
+        self.put_off += number("put_off");
         self.refused += number("refused");
         self.freed += number("freed_bytes");
         self.recalled += number("recalled_bytes");

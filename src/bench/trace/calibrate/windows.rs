@@ -62,7 +62,8 @@ impl Probe<'_> {
         all.iter().map(costs).collect()
     }
 
-    /// Lets a VM serve requests until no further window ends.
+    /// Lets a VM serve requests until no further window ends, or the service puts the end of one off: it has counted more
+    /// time for the ends before than was seen here.
     fn windows_of_vm(&self) -> Result<Vec<Ended>, BoxError> {
         let mut windows = Windows::default();
         let mut ends = Vec::new();
@@ -74,7 +75,7 @@ impl Probe<'_> {
         while ends.len() < MOST && !windows.are_over() {
             let mut given = None;
             if matches!(windows.after_request(cost, answered.elapsed()), AfterRequest::Shrink(_)) {
-                let (give, now) = self.end_of_window(before)?;
+                let Some((give, now)) = self.end_of_window(before)? else { break };
                 // A little more than the service counts.
                 cost.add(Duration::from_secs_f64(give.ms / 1000.0) + LOOK);
                 recalled_ever += (now.recalled - before.recalled) / PAGE_SIZE;
@@ -85,12 +86,12 @@ impl Probe<'_> {
                     away: now.away / PAGE_SIZE,
                 });
                 windows.ended(end);
-                before = now;
                 given = Some((give, end.unwrap_or(WindowEnd { recalled_ever, ..WindowEnd::default() })));
             }
             let mib = self.memory_of(&vm)?;
             // The service puts the end of a window off until the VM has lived for so long.
             std::thread::sleep(cost.life_needed().saturating_sub(answered.elapsed()).max(REST));
+            before = self.counts()?.windows;
             let asked = self.ask(&json!({}))?;
             vm = asked.vm;
             if let Some((give, pages)) = given {
@@ -102,8 +103,9 @@ impl Probe<'_> {
         Ok(ends)
     }
 
-    /// Waits for the end of a window after the request that was answered just now. Returns its time, and the counts.
-    fn end_of_window(&self, before: WindowCounts) -> Result<(Work, WindowCounts), BoxError> {
+    /// Waits for the end of a window after the request that was answered just now. Returns its time, and the counts;
+    /// `None`: the service has put it off.
+    fn end_of_window(&self, before: WindowCounts) -> Result<Option<(Work, WindowCounts)>, BoxError> {
         let answered = Instant::now();
         let cpu = self.cpu()?;
         let mut wait = Wait::new("the end of a window", READY);
@@ -113,7 +115,10 @@ impl Probe<'_> {
                 let ms = answered.elapsed().as_secs_f64() * 1000.0;
                 // The service itself is busy with these looks.
                 let (cpu_ms, _) = self.cpu()?.since(cpu);
-                return Ok((Work { ms, cpu_ms: cpu_ms.min(ms) }, now));
+                return Ok(Some((Work { ms, cpu_ms: cpu_ms.min(ms) }, now)));
+            }
+            if now.put_off > before.put_off {
+                return Ok(None);
             }
             if wait.is_over() {
                 return refuse(format!("Cannot measure the ends of windows: none after {} s", READY.as_secs()));
