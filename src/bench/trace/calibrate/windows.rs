@@ -62,8 +62,8 @@ impl Probe<'_> {
         all.iter().map(costs).collect()
     }
 
-    /// Lets a VM serve requests until no further window ends, or the service puts the end of one off: it has counted more
-    /// time for the ends before than was seen here.
+    /// Lets a VM serve requests until no further window ends, or the service puts the end of one off: it has counted
+    /// more time for the ends before than was seen here.
     fn windows_of_vm(&self) -> Result<Vec<Ended>, BoxError> {
         let mut windows = Windows::default();
         let mut ends = Vec::new();
