@@ -12,10 +12,10 @@ pub struct UsedPages {
     pub own: PageSet,
 }
 
-/// Pages of a file that a fault maps around the touched one (`fault_around_bytes`, 64 KiB). Since Linux 6.18 it maps
-/// all of a larger folio.
+/// Pages of a file that a fault maps around the touched one: `fault_around_bytes` of the kernel, 64 KiB by default. It
+/// maps all of a folio of 2 MiB.
 const FAULT_AROUND: u64 = 16;
-/// The pages that are copied ahead in the time of a fault.
+/// The pages that are copied ahead in the time of a fault: an estimate.
 const PAGES_A_FAULT: u64 = 4;
 
 impl UsedPages {

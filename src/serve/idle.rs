@@ -55,7 +55,7 @@ pub(super) struct IdleState {
     /// The idle time from which on a VM's memory is worth more than the VM, by the policy and the pauses until now, ms:
     /// `ladder` trims it then, `faasmem` begins to offload it, others end or suspend it.
     delay_ms: u64,
-    /// The number of pauses that this is taken from.
+    /// The number of pauses that both are taken from.
     reuses: usize,
     /// Suspended VMs.
     asleep: usize,

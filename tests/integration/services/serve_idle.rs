@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::service::{Service, wait_until, wait_until_gone};
+use crate::support::service::{Service, metric, wait_until, wait_until_gone};
 use crate::support::{exchange, scratch};
 
 /// Makes `touch` have this policy for its idle VMs.
@@ -58,13 +58,6 @@ fn pid_of(service: &Service, vm: &str) -> u32 {
 /// A count of a step of `touch`.
 pub(super) fn count(service: &Service, step: &str, key: &str) -> u64 {
     service.get("/functions/touch")["idle_state"][step][key].as_u64().unwrap()
-}
-
-pub(super) fn metric(service: &Service, line: &str) -> u64 {
-    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    let metrics = exchange(service.socket(), request);
-    let found = metrics.lines().find_map(|known| known.strip_prefix(line)?.trim().parse().ok());
-    found.unwrap_or_else(|| panic!("{line} in {metrics}"))
 }
 
 /// The VMs whose snapshots lie in the directory of suspended VMs.

@@ -7,9 +7,9 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::serve_idle::{check, count, fill, id_of, metric, put_touch, record, service, wait_for_state};
+use super::serve_idle::{check, count, fill, id_of, put_touch, record, service, wait_for_state};
 use crate::snapshots::crash::SmallDisk;
-use crate::support::service::{Service, processes_of, wait_until};
+use crate::support::service::{Service, metric, processes_of, wait_until};
 use crate::support::{Random, Vm, moments, rounds, scratch, seed_of_moments, signal, text};
 
 const HOUR_MS: u64 = 3_600_000;

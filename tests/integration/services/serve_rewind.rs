@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::service::{Service, wait_until};
+use crate::support::service::{Service, metric, wait_until};
 use crate::support::{exchange, http, scratch};
 
 fn touch(more: Value) -> Value {
@@ -16,13 +16,6 @@ fn check(service: &Service, vm: &str) -> String {
     service.ok("POST", "/functions", Some(json!({ "func_name": "check", "mem_size": 64 })));
     let answer = service.invoke(json!({ "func_name": "check", "vmId": vm }));
     answer["result"].as_str().unwrap().split(' ').next().unwrap().to_string()
-}
-
-fn metric(service: &Service, line: &str) -> u64 {
-    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    let metrics = exchange(service.socket(), request);
-    let found = metrics.lines().find_map(|known| known.strip_prefix(line)?.trim().parse().ok());
-    found.unwrap_or_else(|| panic!("{line} in {metrics}"))
 }
 
 #[test]

@@ -11,8 +11,8 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::skip::skip;
-use crate::support::service::{Service, wait_until};
-use crate::support::{TIMEOUT, exchange, refusal, run, scratch, signal, text};
+use crate::support::service::{Service, metric, wait_until};
+use crate::support::{TIMEOUT, refusal, run, scratch, signal, text};
 
 /// Returns true if this build has TLS and the host has its clients; the calling test is skipped otherwise.
 fn has_tls() -> bool {
@@ -31,7 +31,16 @@ fn has_tls() -> bool {
 /// Certificates and their keys in a directory, `NAME.pem` and `NAME.key`.
 struct Certificates<'a>(&'a Path);
 
-impl Certificates<'_> {
+impl<'a> Certificates<'a> {
+    /// The authorities `ca` and `other`, and `server` by the first.
+    fn of_two_authorities(dir: &'a Path) -> Certificates<'a> {
+        let certificates = Certificates(dir);
+        certificates.authority("ca");
+        certificates.authority("other");
+        certificates.server("server", "ca");
+        certificates
+    }
+
     fn pem(&self, name: &str) -> PathBuf {
         self.0.join(format!("{name}.pem"))
     }
@@ -113,12 +122,6 @@ fn is_answered(service: &Service, roots: &Path, more: &[&str]) -> bool {
     output.status.success() && output.stdout == b"[]"
 }
 
-fn metric(service: &Service, name: &str) -> u64 {
-    let metrics = exchange(service.socket(), b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-    let line = metrics.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name}"));
-    line.trim().parse().unwrap()
-}
-
 #[cfg(not(feature = "tls"))]
 #[test]
 fn build_without_tls_says_so() {
@@ -136,10 +139,7 @@ fn clients_over_tcp_speak_tls_or_get_no_answer() {
         return;
     }
     let dir = scratch();
-    let certificates = Certificates(dir.path());
-    certificates.authority("ca");
-    certificates.authority("other");
-    certificates.server("server", "ca");
+    let certificates = Certificates::of_two_authorities(dir.path());
     let service = start(dir.path(), "127.0.0.1:0", &certificates.options("server"));
     assert!(service.url.as_deref().unwrap().starts_with("https://127.0.0.1:"));
     let roots = certificates.pem("ca");
@@ -174,10 +174,7 @@ fn certificate_of_a_client_lets_it_in_and_is_recorded() {
         return;
     }
     let dir = scratch();
-    let certificates = Certificates(dir.path());
-    certificates.authority("ca");
-    certificates.authority("other");
-    certificates.server("server", "ca");
+    let certificates = Certificates::of_two_authorities(dir.path());
     certificates.client("client", "ca");
     certificates.client("stranger", "other");
     let roots = certificates.pem("ca");
@@ -209,10 +206,7 @@ fn certificates_are_read_again_and_bad_ones_change_nothing() {
         return;
     }
     let dir = scratch();
-    let certificates = Certificates(dir.path());
-    certificates.authority("ca");
-    certificates.authority("other");
-    certificates.server("server", "ca");
+    let certificates = Certificates::of_two_authorities(dir.path());
     let service = start(dir.path(), "127.0.0.1:0", &certificates.options("server"));
     assert!(is_answered(&service, &certificates.pem("ca"), &[]));
     certificates.server("server", "other");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{TIMEOUT, http, signal, text, tvmm};
+use super::{TIMEOUT, exchange, http, signal, text, tvmm};
 
 /// The variable that all processes of a service inherit: its directory.
 const SERVICE: &str = "TVMM_TEST_SERVICE";
@@ -161,6 +161,14 @@ pub fn processes_of(dir: &Path) -> Vec<u32> {
 /// Waits until a process is gone.
 pub fn wait_until_gone(pid: u32) {
     wait_until(&format!("process {pid} is gone"), || !Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// The value in the line of `/metrics` that begins so.
+pub fn metric(service: &Service, line: &str) -> u64 {
+    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let metrics = exchange(service.socket(), request);
+    let found = metrics.lines().find_map(|known| known.strip_prefix(line)?.trim().parse().ok());
+    found.unwrap_or_else(|| panic!("{line} in {metrics}"))
 }
 
 /// Waits until something is so.
