@@ -5,21 +5,20 @@ use std::sync::Arc;
 use super::daemon::Daemon;
 use super::idle;
 use super::idle_counts::WindowOutcome;
+use super::standby;
 use super::vm::Vm;
 use super::vm::control::ControlError;
 use super::vm::shrinking::AfterRequest;
-use crate::tiering::idle::IdleRule;
 
 /// Called after an answer, off the request's path: gives back what the requests of the present window have not touched,
-/// if the VM's function has the policy `ladder`, and a window is over. Requests that come meanwhile are served.
+/// if the VM's function has the policy `ladder`, memory is short or need not be, and a window is over. Requests that
+/// come meanwhile are served.
 pub(super) async fn shrink(daemon: &Arc<Daemon>, vm: &Arc<Vm>) {
-    let is_ladder = idle::rule_of(daemon, vm).is_some_and(|rule| matches!(rule, IdleRule::Ladder { .. }));
     // A booted VM has no snapshot that its pages could equal.
-    if !is_ladder || vm.restore.is_none() {
-        return;
-    }
+    let Some(rule) = idle::rule_of(daemon, vm).filter(|_| vm.restore.is_some()) else { return };
+    let gives_back = rule.gives_back(|| standby::shortage(daemon).is_some());
     let func_name = &vm.function.func_name;
-    let window = match vm.end_window() {
+    let window = match vm.end_window(gives_back) {
         AfterRequest::Nothing => return,
         AfterRequest::PutOff => return daemon.idle.shrunk(func_name, WindowOutcome::PutOff),
         AfterRequest::End(window) => window,

@@ -123,6 +123,17 @@ impl FromStr for IdlePolicy {
     }
 }
 
+/// When a VM of `ladder` that serves requests gives untouched memory back between them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum GiveBack {
+    /// While the host has less memory left than its reserve.
+    #[default]
+    Pressure,
+    /// At any time. The next request to the VM brings back what it reads of that.
+    Always,
+}
+
 /// The fate of a function's VMs that wait for requests, as users give it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -139,6 +150,9 @@ pub struct IdleSpec {
     /// `ladder`: a VM is suspended after this time at the latest, ms. None: 600,000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cap_ms: Option<u64>,
+    /// `ladder`: when a VM gives untouched memory back between requests. None: `pressure`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub give_back: Option<GiveBack>,
     /// `faasmem`: the time in which all local memory is offloaded, ms. None: 100,000, which is 1 % a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offload_ms: Option<u64>,
@@ -169,6 +183,8 @@ pub enum BadIdle {
     FloorOfOther,
     #[error("`idle.cap_ms` is for the policy `ladder`: leave it out of others.")]
     CapOfOther,
+    #[error("`idle.give_back` is for the policy `ladder`: leave it out of others.")]
+    GiveBackOfOther,
     #[error("`idle.offload_ms` is for the policy `faasmem`: leave it out of others.")]
     OffloadOfOther,
     #[error("`idle.floor_ms` must be 1 or more, and `idle.cap_ms` (default: 600000) not less than it.")]
@@ -183,7 +199,7 @@ pub enum BadIdle {
 impl IdleSpec {
     /// The policy with its default times.
     pub fn of(policy: IdlePolicy) -> IdleSpec {
-        IdleSpec { policy, keep_alive_ms: None, floor_ms: None, cap_ms: None, offload_ms: None }
+        IdleSpec { policy, keep_alive_ms: None, floor_ms: None, cap_ms: None, give_back: None, offload_ms: None }
     }
 
     /// Refuses values that belong to another policy, or exclude each other.
@@ -199,11 +215,14 @@ impl IdleSpec {
         if !is_ladder && self.cap_ms.is_some() {
             return Err(BadIdle::CapOfOther);
         }
+        if !is_ladder && self.give_back.is_some() {
+            return Err(BadIdle::GiveBackOfOther);
+        }
         if !is_faasmem && self.offload_ms.is_some() {
             return Err(BadIdle::OffloadOfOther);
         }
         match self.rule(Duration::MAX) {
-            IdleRule::Ladder { floor, cap } if floor > cap || floor.is_zero() => Err(BadIdle::Bounds),
+            IdleRule::Ladder { floor, cap, .. } if floor > cap || floor.is_zero() => Err(BadIdle::Bounds),
             IdleRule::Faasmem { floor, keep_alive, offload }
                 if floor > keep_alive || floor.is_zero() || offload.is_zero() =>
             {
@@ -227,9 +246,11 @@ impl IdleSpec {
             IdlePolicy::Keep => IdleRule::End { after: own.unwrap_or(keep_alive) },
             IdlePolicy::End => IdleRule::End { after: own.unwrap_or_default() },
             IdlePolicy::Suspend => IdleRule::Suspend { after: own.unwrap_or(keep_alive) },
-            IdlePolicy::Ladder => {
-                IdleRule::Ladder { floor: floor.unwrap_or(FLOOR), cap: given(self.cap_ms).unwrap_or(CAP) }
-            }
+            IdlePolicy::Ladder => IdleRule::Ladder {
+                floor: floor.unwrap_or(FLOOR),
+                cap: given(self.cap_ms).unwrap_or(CAP),
+                give_back: self.give_back.unwrap_or_default(),
+            },
             IdlePolicy::Faasmem => IdleRule::Faasmem {
                 floor: floor.unwrap_or(FAASMEM_FLOOR),
                 keep_alive: own.unwrap_or(FAASMEM_KEEP_ALIVE),
@@ -258,7 +279,7 @@ pub enum IdleAction {
 pub enum IdleRule {
     End { after: Duration },
     Suspend { after: Duration },
-    Ladder { floor: Duration, cap: Duration },
+    Ladder { floor: Duration, cap: Duration, give_back: GiveBack },
     Faasmem { floor: Duration, keep_alive: Duration, offload: Duration },
 }
 
@@ -268,7 +289,7 @@ impl IdleRule {
         match *self {
             IdleRule::End { after } => vec![(after, IdleAction::End)],
             IdleRule::Suspend { after } => vec![(after, IdleAction::Step(Step::Suspended))],
-            IdleRule::Ladder { floor, cap } => {
+            IdleRule::Ladder { floor, cap, .. } => {
                 let trim = self.delay(reuse);
                 let spill = trim.saturating_mul(SPILL_PATIENCE).min(cap);
                 let suspend = trim.saturating_mul(SUSPEND_PATIENCE).min(cap);
@@ -289,7 +310,7 @@ impl IdleRule {
     pub fn delay(&self, reuse: Reuse) -> Duration {
         match *self {
             IdleRule::End { after } | IdleRule::Suspend { after } => after,
-            IdleRule::Ladder { floor, cap } => reuse.expected.unwrap_or(cap).clamp(floor, cap),
+            IdleRule::Ladder { floor, cap, .. } => reuse.expected.unwrap_or(cap).clamp(floor, cap),
             IdleRule::Faasmem { floor, keep_alive, .. } => reuse.p99.unwrap_or(floor).clamp(floor, keep_alive),
         }
     }
@@ -347,6 +368,16 @@ impl IdleRule {
     /// Returns whether its VMs are suspended in the end.
     pub fn suspends(&self) -> bool {
         matches!(self, IdleRule::Suspend { .. } | IdleRule::Ladder { .. })
+    }
+
+    /// Returns whether a VM that serves requests gives untouched memory back between them. `is_short`: the host has less
+    /// memory left than its reserve.
+    pub fn gives_back(&self, is_short: impl FnOnce() -> bool) -> bool {
+        match self {
+            IdleRule::Ladder { give_back: GiveBack::Always, .. } => true,
+            IdleRule::Ladder { give_back: GiveBack::Pressure, .. } => is_short(),
+            _ => false,
+        }
     }
 
     /// Returns whether a VM ends with its answer.
@@ -443,7 +474,7 @@ mod tests {
     }
 
     fn ladder() -> IdleRule {
-        IdleRule::Ladder { floor: 10 * S, cap: 600 * S }
+        IdleRule::Ladder { floor: 10 * S, cap: 600 * S, give_back: GiveBack::Pressure }
     }
 
     #[test]

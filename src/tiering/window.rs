@@ -84,9 +84,14 @@ impl Default for Windows {
 }
 
 impl Windows {
+    /// Called after a request at whose end no window may end: the window goes on.
+    pub fn go_on(&mut self) {
+        self.requests = self.requests.saturating_add(1);
+    }
+
     /// Called after a request to a VM that has lived for `life`, and whose windows have cost `cost`.
     pub fn after_request(&mut self, cost: TrackingCost, life: Duration) -> AfterRequest {
-        self.requests = self.requests.saturating_add(1);
+        self.go_on();
         let mut due = Vec::new();
         if self.is_first {
             due.push(Bucket::Runtime);
@@ -192,6 +197,16 @@ mod tests {
         assert_eq!(due(&mut refused).len(), 2);
         assert_eq!(refused.ended(None), 0);
         assert!(!refused.are_over() && due(&mut refused).is_empty());
+    }
+
+    #[test]
+    fn a_window_that_may_not_end_ends_after_the_first_request_that_lets_it() {
+        let mut windows = Windows::default();
+        (0..9).for_each(|_| windows.go_on());
+        assert_eq!(due(&mut windows), [Bucket::Runtime, Bucket::Init]);
+        windows.ended(Some(WindowEnd { given: 100, recalled_ever: 0, local: 0, away: 100 }));
+        windows.go_on();
+        assert_eq!(due(&mut windows), [Bucket::Init], "the second window has two requests");
     }
 
     #[test]

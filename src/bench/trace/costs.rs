@@ -202,14 +202,14 @@ impl Costs {
 
     /// A remark for the report, if simulations by some of these rules leave something out that the costs do not have.
     pub(super) fn gap(&self, rules: &[Rules]) -> Option<String> {
-        let needs_windows = rules.iter().any(|rules| rules.policy == Policy::Ladder);
+        let needs_windows = rules.iter().any(|rules| rules.policy == Policy::Shrink);
         let lacks_windows = self.workloads.values().any(|costs| costs.windows.is_none());
         (needs_windows && lacks_windows).then(|| {
             format!(
                 "The costs (version {}) have no `windows`: simulated VMs of `{}` give no memory back between requests. \
                  Replay the trace once for new costs",
                 self.version,
-                Policy::Ladder
+                Policy::Shrink
             )
         })
     }

@@ -34,6 +34,7 @@ impl Load<'_> {
             policy: self.rules.policy,
             is_simulated,
             requests: Vec::with_capacity(self.trace.arrivals.len()),
+            replayed: Vec::new(),
             memory: Vec::new(),
             mean_local_mib: 0.0,
             mean_all_mib: None,

@@ -66,7 +66,8 @@ pub fn run(args: &TraceArgs) -> Result<ExitCode, BoxError> {
     };
     make_directory(&args.out)?;
     let has_failed = outcomes.iter().any(|outcome| outcome.requests.iter().any(|request| request.way.is_none()));
-    Report { facts: facts(&settings), notes: &notes, outcomes: &outcomes }.publish(&args.out)?;
+    let functions = &settings.trace.functions;
+    Report { facts: facts(&settings), notes: &notes, outcomes: &outcomes, functions }.publish(&args.out)?;
     Ok(if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

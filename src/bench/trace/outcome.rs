@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::arrivals::Arrival;
 use super::policy::Policy;
 use crate::snapshot::PAGE_SIZE;
 
@@ -42,6 +43,14 @@ pub(super) struct Request {
     pub(super) late_ms: f64,
     /// `None`: it has failed.
     pub(super) way: Option<Way>,
+}
+
+/// What else a replay knows of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Replayed {
+    pub(super) arrival: Arrival,
+    /// The requests that its VM had answered before; `None`: it has failed.
+    pub(super) vm_answered: Option<u32>,
 }
 
 /// The memory of all processes of the service at one moment.
@@ -84,6 +93,8 @@ pub(super) struct Outcome {
     pub(super) policy: Policy,
     pub(super) is_simulated: bool,
     pub(super) requests: Vec<Request>,
+    /// Of each request, in the same order. A simulator has none.
+    pub(super) replayed: Vec<Replayed>,
     pub(super) memory: Vec<Sample>,
     /// Local memory, averaged over the time of the trace, MiB.
     pub(super) mean_local_mib: f64,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use crate::tiering::idle::{BadIdle, IdlePolicy, IdleRule, IdleSpec};
+use crate::tiering::idle::{BadIdle, GiveBack, IdlePolicy, IdleRule, IdleSpec};
 
 /// A fate of VMs between requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +25,14 @@ pub(super) enum Policy {
     Suspend,
     /// A VM that waits gives its memory back step by step.
     Ladder,
+    /// As `Ladder`, and a VM that serves requests gives untouched memory back between them.
+    Shrink,
     /// A VM that waits for longer than is usual for its function is offloaded bit by bit, as FaaSMem does it.
     Faasmem,
 }
 
 impl Policy {
-    pub(super) const ALL: [Policy; 8] = [
+    pub(super) const ALL: [Policy; 9] = [
         Policy::Keep,
         Policy::End,
         Policy::Repurpose,
@@ -39,6 +41,7 @@ impl Policy {
         Policy::Suspend,
         Policy::Ladder,
         Policy::Faasmem,
+        Policy::Shrink,
     ];
 
     pub(super) fn name(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Policy {
             Policy::Suspend => "suspend",
             Policy::Ladder => "ladder",
             Policy::Faasmem => "faasmem",
+            Policy::Shrink => "shrink",
         }
     }
 
@@ -134,6 +138,7 @@ impl Rules {
             cap_ms: Some(times.keep_alive_ms),
             ..IdleSpec::of(IdlePolicy::Ladder)
         };
+        let shrink = IdleSpec { give_back: Some(GiveBack::Always), ..steps };
         let faasmem = IdleSpec {
             keep_alive_ms: Some(times.keep_alive_ms),
             floor_ms: Some(times.floor_ms),
@@ -149,6 +154,7 @@ impl Rules {
             Policy::Rewind => rules(Fate::Rewinds, set, Processes::Shared),
             Policy::Suspend => rules(after(IdlePolicy::Suspend, times.floor_ms), None, Processes::Shared),
             Policy::Ladder => rules(Fate::Waits(steps), None, Processes::Shared),
+            Policy::Shrink => rules(Fate::Waits(shrink), None, Processes::Shared),
             Policy::Faasmem => rules(Fate::Waits(faasmem), None, Processes::Shared),
         };
         if let Fate::Waits(spec) = rules.fate {

@@ -1,6 +1,6 @@
 //! Sends the requests of a trace to a service at their moments, whether or not earlier ones have been answered.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::arrivals::Arrival;
 use super::load::Load;
 use super::memory;
-use super::outcome::{LivingVms, Outcome, Request, Way};
+use super::outcome::{LivingVms, Outcome, Replayed, Request, Way};
 use super::service::Service;
 use super::stage::{counts, invocation};
 use crate::sys::api_client::ClientError;
@@ -34,9 +34,9 @@ struct Due {
 
 /// The state that the sending threads share.
 struct Shared {
-    /// VMs that stood by and have served.
-    served: Mutex<BTreeSet<String>>,
-    requests: Mutex<Vec<Request>>,
+    /// The number of answers of each VM.
+    answers: Mutex<BTreeMap<String, u32>>,
+    requests: Mutex<Vec<(Request, Replayed)>>,
     reasons: Mutex<BTreeMap<String, u64>>,
 }
 
@@ -52,7 +52,7 @@ impl Replay<'_> {
         // VMs that stand by may have been made in the processes of others.
         let before = counts(self.service, 0..functions)?.repurposed;
         let shared = Shared {
-            served: Mutex::default(),
+            answers: Mutex::default(),
             requests: Mutex::new(Vec::with_capacity(trace.arrivals.len())),
             reasons: Mutex::default(),
         };
@@ -100,8 +100,10 @@ impl Replay<'_> {
         let after = counts(self.service, 0..functions)?;
         let vms =
             |number: &dyn Fn(LivingVms) -> usize| samples.iter().filter_map(|sample| sample.vms).map(number).max();
+        let (requests, replayed) = requests.into_iter().unzip();
         Ok(Outcome {
             requests,
+            replayed,
             mean_local_mib: memory::mean(&samples, end_s, |sample| Some(sample.local_mib)).unwrap_or_default(),
             mean_all_mib: memory::mean(&samples, end_s, |sample| sample.all_mib),
             mean_vms: memory::mean(&samples, end_s, |sample| Some(sample.vms?.running as f64)).unwrap_or_default(),
@@ -127,23 +129,25 @@ impl Replay<'_> {
             let next = lock(receive).recv();
             let Ok(Due { arrival, at }) = next else { return };
             let late_ms = at.elapsed().as_secs_f64() * 1000.0;
-            let way = match self.request(arrival.function, shared) {
-                Ok(way) => Some(way),
+            let served = match self.request(arrival.function, shared) {
+                Ok(served) => Some(served),
                 Err(reason) => {
                     *lock(&shared.reasons).entry(reason).or_default() += 1;
                     None
                 }
             };
             let latency_ms = at.elapsed().as_secs_f64() * 1000.0;
-            lock(&shared.requests).push(Request { latency_ms, late_ms, way });
+            let (way, vm_answered) = served.unzip();
+            let request = Request { latency_ms, late_ms, way };
+            lock(&shared.requests).push((request, Replayed { arrival, vm_answered }));
         }
     }
 
-    /// Makes one request. The service chooses its VM.
+    /// Makes one request. The service chooses its VM. Returns the way to it, and how many requests it had answered.
     ///
     /// # Errors
     /// The reason of a failure, without what differs between requests.
-    fn request(&self, function: u32, shared: &Shared) -> Result<Way, String> {
+    fn request(&self, function: u32, shared: &Shared) -> Result<(Way, u32), String> {
         let Some(workload) = self.load.workloads.workload(function as usize) else { return Err("no workload".into()) };
         let mut body = invocation(function as usize, workload);
         if let Some(keep) = self.load.rules.keep() {
@@ -155,17 +159,23 @@ impl Replay<'_> {
             return Err("the guest answered `err`".to_string());
         }
         let vm = answer["vmId"].as_str().unwrap_or_default().to_string();
-        let is_first = lock(&shared.served).insert(vm);
-        match answer["origin"].as_str() {
-            Some("vm" | "parked") => Ok(Way::Warm),
-            Some("trimmed") => Ok(Way::Trimmed),
-            Some("spilled") => Ok(Way::Spilled),
-            Some("suspended") => Ok(Way::Woken),
-            Some("standby") if is_first => Ok(Way::Standby),
-            Some("standby") => Ok(Way::Rewound),
-            Some("snapshot") => Ok(Way::Restored),
-            other => Err(format!("a VM of origin `{}`", other.unwrap_or("unknown"))),
-        }
+        let answered = {
+            let mut answers = lock(&shared.answers);
+            let count = answers.entry(vm).or_default();
+            *count += 1;
+            *count - 1
+        };
+        let way = match answer["origin"].as_str() {
+            Some("vm" | "parked") => Way::Warm,
+            Some("trimmed") => Way::Trimmed,
+            Some("spilled") => Way::Spilled,
+            Some("suspended") => Way::Woken,
+            Some("standby") if answered == 0 => Way::Standby,
+            Some("standby") => Way::Rewound,
+            Some("snapshot") => Way::Restored,
+            other => return Err(format!("a VM of origin `{}`", other.unwrap_or("unknown"))),
+        };
+        Ok((way, answered))
     }
 }
 

@@ -1,10 +1,11 @@
-//! The report of a trace: tables, `summary.csv` and `summary.json`, charts, and one HTML page.
+//! The report of a trace: tables, `summary.csv`, `summary.json` and `requests.csv`, charts, and one HTML page.
 
 use std::path::Path;
 
+use serde::Serialize;
 use serde_json::json;
 
-use super::outcome::{Outcome, Summary, rank};
+use super::outcome::{Outcome, Replayed, Request, Summary, Way, rank};
 use super::policy::Policy;
 use crate::bench::markup::escape;
 use crate::bench::report::chart::Series;
@@ -28,6 +29,8 @@ pub(super) struct Report<'a> {
     pub(super) facts: Vec<Fact>,
     pub(super) notes: &'a [String],
     pub(super) outcomes: &'a [Outcome],
+    /// Names of the trace's functions.
+    pub(super) functions: &'a [String],
 }
 
 impl Report<'_> {
@@ -50,6 +53,9 @@ impl Report<'_> {
             out!("{note}");
         }
         write(&dir.join("summary.csv"), &csv(&summaries)?)?;
+        if let Some(requests) = requests_csv(self.outcomes, self.functions)? {
+            write(&dir.join("requests.csv"), &requests)?;
+        }
         let facts: serde_json::Map<String, serde_json::Value> =
             self.facts.iter().map(|fact| (fact.name.to_string(), json!(fact.value))).collect();
         let reasons: Vec<_> = self.outcomes.iter().map(|outcome| &outcome.reasons).collect();
@@ -231,10 +237,45 @@ fn compared(summaries: &[Summary]) -> Option<Cells> {
 }
 
 /// The summaries as comma-separated values: the names of the JSON object in the first line.
-fn csv(summaries: &[Summary]) -> Result<String, BoxError> {
+/// A replayed request, as a line of `requests.csv`.
+#[derive(Serialize)]
+struct RequestLine<'a> {
+    policy: String,
+    /// Time of the trace.
+    arrival_s: f64,
+    function: &'a str,
+    /// `None`: it has failed.
+    way: Option<Way>,
+    /// Requests that the VM had answered before.
+    vm_answered: Option<u32>,
+    latency_ms: f64,
+    late_ms: f64,
+}
+
+/// All replayed requests, in the order of their answers; `None`: there are none.
+fn requests_csv(outcomes: &[Outcome], functions: &[String]) -> Result<Option<String>, BoxError> {
+    let of = |outcome: &Outcome| {
+        let policy = outcome.title();
+        let line = move |(request, replayed): (&Request, &Replayed)| RequestLine {
+            policy: policy.clone(),
+            arrival_s: replayed.arrival.at_us as f64 / 1e6,
+            function: functions.get(replayed.arrival.function as usize).map_or("", String::as_str),
+            way: request.way,
+            vm_answered: replayed.vm_answered,
+            latency_ms: request.latency_ms,
+            late_ms: request.late_ms,
+        };
+        outcome.requests.iter().zip(&outcome.replayed).map(line).collect::<Vec<_>>()
+    };
+    let lines: Vec<RequestLine<'_>> = outcomes.iter().flat_map(of).collect();
+    if lines.is_empty() { Ok(None) } else { csv(&lines).map(Some) }
+}
+
+/// Rows with the names of their fields above them.
+fn csv<T: Serialize>(rows: &[T]) -> Result<String, BoxError> {
     let mut text = String::new();
-    for (index, summary) in summaries.iter().enumerate() {
-        let value = serde_json::to_value(summary)?;
+    for (index, row) in rows.iter().enumerate() {
+        let value = serde_json::to_value(row)?;
         let fields: Vec<(&String, &serde_json::Value)> = value.as_object().into_iter().flatten().collect();
         if index == 0 {
             let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();

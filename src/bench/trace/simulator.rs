@@ -519,9 +519,10 @@ impl Run<'_> {
         }
     }
 
-    /// Lets a VM give back what the requests of its window have not touched, if the window is over.
+    /// Lets a VM give back what the requests of its window have not touched, if the window is over. Memory is never
+    /// short.
     fn give_back(&mut self, vm: VmId, now: f64) {
-        if !matches!(self.idle, Some(IdleRule::Ladder { .. })) {
+        if !self.idle.is_some_and(|rule| rule.gives_back(|| false)) {
             return;
         }
         let costs = self.costs[self.fleet.function(vm) as usize];

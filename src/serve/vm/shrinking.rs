@@ -38,10 +38,14 @@ pub struct Shrunk {
 }
 
 impl Vm {
-    /// Counts a request for the window, and ends the window if the request was its last one.
-    pub fn end_window(&self) -> AfterRequest<'_> {
+    /// Counts a request for the window, and ends the window if it may end and has had its requests.
+    pub fn end_window(&self, may_end: bool) -> AfterRequest<'_> {
         let mut usage = self.lock();
         if usage.is_shrinking {
+            return AfterRequest::Nothing;
+        }
+        if !may_end {
+            usage.windows.go_on();
             return AfterRequest::Nothing;
         }
         let cost = usage.tracking;

@@ -236,6 +236,19 @@ fn under_pressure_a_vm_goes_down_step_by_step_and_each_request_takes_it_back() {
 }
 
 #[test]
+fn a_serving_vm_of_a_ladder_gives_memory_back_when_memory_is_short() {
+    let dir = scratch();
+    let service = service(dir.path(), &["--memory-reserve", "1000000000"]);
+    let hour = 3_600_000;
+    put_touch(&service, json!({ "policy": "ladder", "floor_ms": hour, "cap_ms": hour }));
+    let vm = id_of(&service.invoke(json!({ "func_name": "touch", "params": "pages=100", "policy": "eager" })));
+    wait_until("a window has ended", || {
+        check(&service, &vm);
+        count(&service, "windows", "done") > 0
+    });
+}
+
+#[test]
 fn a_serving_vm_gives_back_what_its_requests_do_not_touch() {
     let dir = scratch();
     let service = service(dir.path(), &[]);
@@ -245,7 +258,11 @@ fn a_serving_vm_gives_back_what_its_requests_do_not_touch() {
     service.invoke(eager.clone());
     put_touch(&service, json!({ "policy": "ladder", "floor_ms": hour, "cap_ms": hour }));
     let windows = |key: &str| count(&service, "windows", key);
-    assert_eq!((windows("done"), windows("refused")), (0, 0), "only a ladder has windows");
+    let vm = id_of(&service.invoke(eager.clone()));
+    (0..9).for_each(|_| drop(check(&service, &vm)));
+    service.ok("DELETE", &format!("/vms/{vm}"), None);
+    assert_eq!((windows("done"), windows("refused")), (0, 0), "only a ladder has windows, and memory is not short");
+    put_touch(&service, json!({ "policy": "ladder", "floor_ms": hour, "cap_ms": hour, "give_back": "always" }));
     let vm = id_of(&service.invoke(eager));
     wait_until("the first request's window has ended", || windows("done") == 1);
     assert!(windows("freed_bytes") >= 200 * 4096, "{}", windows("freed_bytes"));
@@ -673,6 +690,7 @@ fn settings_that_make_no_sense_are_refused() {
         (json!({ "policy": "keep", "cap_ms": 1 }), "for the policy `ladder`"),
         (json!({ "policy": "ladder", "keep_alive_ms": 1 }), "leave it out of `ladder`"),
         (json!({ "policy": "ladder", "floor_ms": 5, "cap_ms": 4 }), "not less than it"),
+        (json!({ "policy": "suspend", "give_back": "always" }), "leave it out of others"),
         (json!({ "policy": "suspend", "offload_ms": 4 }), "for the policy `faasmem`"),
         (json!({ "policy": "faasmem", "keep_alive_ms": 4 }), "not less than the floor"),
         (json!({ "keep_alive_ms": 5 }), "policy"),

@@ -143,7 +143,7 @@ fn what_cannot_be_replayed_is_refused_with_its_line_or_name() {
 #[test]
 fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
     let dir = scratch();
-    let all = "keep,end,repurpose,standby,rewind,suspend,ladder,faasmem";
+    let all = "keep,end,repurpose,standby,rewind,suspend,ladder,faasmem,shrink";
     let args = ["--synthetic", "high,middle,low", "--functions", "5", "--duration", "86400", "--memory", "65536"];
     let by = |policies: &str| simulated(dir.path(), &[&args[..], &["--policy", policies, "--seed", "5"]].concat());
     let first = by(all);
@@ -180,6 +180,8 @@ fn a_simulated_day_is_the_same_each_time_and_follows_the_policies() {
     assert!(number(ladder, "woken") < number(suspend, "woken"), "{ladder} {suspend}");
     assert!(number(suspend, "restored") < number(keep, "restored"), "{suspend} {keep}");
     assert!(number(ladder, "mean_local_mib") < number(keep, "mean_local_mib"), "{ladder} {keep}");
+    let shrink = of(&first, "shrink", true);
+    assert!(number(shrink, "mean_local_mib") < number(ladder, "mean_local_mib"), "{shrink} {ladder}");
     // FaaSMem's VMs live as long as those that are kept, with less memory.
     assert!(
         number(faasmem, "spilled") > 0.0 && number(faasmem, "woken") + number(faasmem, "trimmed") == 0.0,
@@ -229,21 +231,24 @@ fn simulated_times_are_spread_as_those_of_the_costs_and_follow_the_seed() {
 #[test]
 fn vms_that_serve_requests_give_memory_back_and_make_room_by_a_suspension() {
     let dir = scratch();
-    let ladder =
-        |args: &[&str]| simulated(dir.path(), &[args, &["--policy", "ladder", "--keep-alive", "6000"]].concat());
+    let by = |policy: &str, args: &[&str]| {
+        simulated(dir.path(), &[args, &["--policy", policy, "--keep-alive", "6000"]].concat()).remove(0)
+    };
     let file = dir.path().join("trace.csv");
     // One VM, whose windows end with the requests 1 and 3, and no step.
     let lines: String = (0..100).map(|index| format!("{},a\n", index * 10)).collect();
     std::fs::write(&file, format!("time_s,function\n{lines}")).unwrap();
-    let one = &ladder(&[text(&file), "--memory", "1024", "--floor", "6000"])[0];
+    let one = &by("shrink", &[text(&file), "--memory", "1024", "--floor", "6000"]);
     let mib = number(one, "mean_local_mib");
     // That of the processes that are kept ready, and of the VM: 6 MiB after the request behind its second window.
     assert!((6.9..7.1).contains(&mib), "{one}");
     assert!(number(one, "peak_local_mib") <= 13.0, "{one}");
+    let kept = &by("ladder", &[text(&file), "--memory", "1024", "--floor", "6000"]);
+    assert!(number(kept, "mean_local_mib") > mib + 3.0, "memory is not short: {kept}");
     // There is room for one VM, and two functions in turn.
     let lines: String = (0..10).map(|index| format!("{},{}\n", index * 10, ["a", "b"][index % 2])).collect();
     std::fs::write(&file, format!("time_s,function\n{lines}")).unwrap();
-    let two = &ladder(&[text(&file), "--memory", "128", "--floor", "6000"])[0];
+    let two = &by("ladder", &[text(&file), "--memory", "128", "--floor", "6000"]);
     assert_eq!(["restored", "woken", "failed"].map(|way| number(two, way)), [2.0, 8.0, 0.0], "{two}");
     assert_eq!([number(two, "most_vms"), number(two, "most_suspended")], [1.0, 1.0], "{two}");
     // The request waits for the suspension of the other VM.
@@ -282,7 +287,7 @@ fn golden_costs_are_read_and_say_what_they_lack() {
         let folder = golden.join(format!("trace{version}"));
         let costs = folder.join("costs.json");
         let out = dir.path().join("out");
-        let args = [text(&file), "--memory", "1024", "--policy", "keep,ladder", "--simulate", "--costs", text(&costs)];
+        let args = [text(&file), "--memory", "1024", "--policy", "keep,shrink", "--simulate", "--costs", text(&costs)];
         let output = trace(dir.path(), &[&args[..], &["--out", text(&out)]].concat());
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let keep = &summaries(&out)[0];
@@ -380,6 +385,14 @@ fn a_short_trace_is_replayed_by_policies_on_the_service_and_simulated() {
     for name in ["summary.csv", "memory.svg", "latency.svg", "report.html", "costs.json"] {
         assert!(std::fs::metadata(out.join(name)).unwrap().len() > 100, "{name}");
     }
+    // One line for each request, and the first of each function and policy goes to a VM that has not served.
+    let requests = std::fs::read_to_string(out.join("requests.csv")).unwrap();
+    let lines: Vec<&str> = requests.lines().collect();
+    assert_eq!(lines[0], "arrival_s,function,late_ms,latency_ms,policy,vm_answered,way");
+    let replayed = all["policies"].as_array().unwrap().iter().filter(|policy| policy["simulated"] == false);
+    assert_eq!(lines.len() - 1, replayed.map(|policy| number(policy, "requests") as usize).sum::<usize>());
+    assert!(lines.iter().any(|line| line.ends_with(",keep,0,restored")), "{requests}");
+    assert!(lines.iter().any(|line| line.contains(",ladder,1,")), "{requests}");
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(page.contains("rewind (simulated)") && page.contains("<svg"), "the page has tables and charts");
     assert!(!page.contains("NaN") && !page.contains("inf<"), "{page}");

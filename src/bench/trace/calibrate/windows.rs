@@ -11,7 +11,7 @@ use super::probe::{Probe, READY, REST, samples};
 use crate::snapshot::PAGE_SIZE;
 use crate::sys::bounded_wait::Wait;
 use crate::sys::errors::{BoxError, refuse};
-use crate::tiering::idle::{IdlePolicy, IdleSpec};
+use crate::tiering::idle::{GiveBack, IdlePolicy, IdleSpec};
 use crate::tiering::window::{AfterRequest, TrackingCost, WindowEnd, Windows};
 
 /// VMs that are measured.
@@ -35,7 +35,12 @@ struct Ended {
 impl Probe<'_> {
     /// The costs of the ends of windows, in their order, until the VM gives no memory back any more.
     pub(super) fn windows(&self) -> Result<Vec<WindowCosts>, BoxError> {
-        let idle = IdleSpec { floor_ms: Some(NEVER_MS), cap_ms: Some(NEVER_MS), ..IdleSpec::of(IdlePolicy::Ladder) };
+        let idle = IdleSpec {
+            floor_ms: Some(NEVER_MS),
+            cap_ms: Some(NEVER_MS),
+            give_back: Some(GiveBack::Always),
+            ..IdleSpec::of(IdlePolicy::Ladder)
+        };
         let settings = json!({ "idle": idle });
         put(self.service, self.function, self.workload, settings.as_object().cloned().unwrap_or_default())?;
         let mut all: Vec<Vec<Ended>> = Vec::new();
