@@ -15,7 +15,7 @@ REWINDS ?= 10000
 STANDBY ?= 500
 MOMENTS ?= 5000
 
-.PHONY: build agent demo test test-features fuzz soak endure lint setup install bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test test-features fuzz soak endure lint setup install install-service bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -73,6 +73,13 @@ setup:
 
 install: build
 	install -D -m 0755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/tvmm
+
+# tvmm serve as a service of systemd (docs/serve.md). `systemctl enable --now tvmm` then starts it.
+install-service: install
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' resources/systemd/tvmm.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/tvmm.service
+	install -D -m 0644 resources/systemd/60-tvmm.rules $(DESTDIR)/etc/udev/rules.d/60-tvmm.rules
+	install -D -m 0644 resources/systemd/tvmm.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/tvmm.conf
 
 bench: build
 	$(BINARY) bench grid

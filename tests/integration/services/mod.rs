@@ -19,4 +19,5 @@ mod serve_standby;
 mod serve_tiers;
 mod serve_tls;
 mod serve_ui;
+mod serve_unit;
 mod trace;

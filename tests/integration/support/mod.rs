@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod cold;
 pub mod collector;
 pub mod network;
+pub mod nobody;
 pub mod pool;
 pub mod service;
 pub mod shell;

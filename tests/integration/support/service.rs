@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -42,6 +42,11 @@ impl Service {
         let socket = dir.with_extension("sock");
         let mut command = tvmm();
         command.args(["serve", "--dir", text(dir), "--listen-unix", text(&socket)]).args(more).env(SERVICE, dir);
+        Service::of(command, socket, more, stderr)
+    }
+
+    /// The service that `command` starts, which listens on `socket`.
+    pub fn of(mut command: Command, socket: PathBuf, more: &[&str], stderr: Stdio) -> Service {
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().expect("tvmm starts");
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
