@@ -370,8 +370,8 @@ impl IdleRule {
         matches!(self, IdleRule::Suspend { .. } | IdleRule::Ladder { .. })
     }
 
-    /// Returns whether a VM that serves requests gives untouched memory back between them. `is_short`: the host has less
-    /// memory left than its reserve.
+    /// Returns whether a VM that serves requests gives untouched memory back between them. `is_short`: the host has
+    /// less memory left than its reserve.
     pub fn gives_back(&self, is_short: impl FnOnce() -> bool) -> bool {
         match self {
             IdleRule::Ladder { give_back: GiveBack::Always, .. } => true,

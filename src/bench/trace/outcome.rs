@@ -45,7 +45,7 @@ pub(super) struct Request {
     pub(super) way: Option<Way>,
 }
 
-/// What else a replay knows of a request.
+/// The arrival of a replayed request, and the life of its VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Replayed {
     pub(super) arrival: Arrival,

@@ -93,22 +93,21 @@ impl Replay<'_> {
             Ok::<_, BoxError>(samples)
         })?;
         let requests = shared.requests.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let (requests, replayed): (Vec<Request>, Vec<Replayed>) = requests.into_iter().unzip();
         let end_s = trace.length_us as f64 / 1e6;
         if requests.len() != trace.arrivals.len() {
             return refuse("A thread that sends requests has panicked");
         }
         let after = counts(self.service, 0..functions)?;
-        let vms =
-            |number: &dyn Fn(LivingVms) -> usize| samples.iter().filter_map(|sample| sample.vms).map(number).max();
-        let (requests, replayed) = requests.into_iter().unzip();
+        let most = |number: fn(LivingVms) -> usize| samples.iter().filter_map(|sample| sample.vms).map(number).max();
         Ok(Outcome {
             requests,
             replayed,
             mean_local_mib: memory::mean(&samples, end_s, |sample| Some(sample.local_mib)).unwrap_or_default(),
             mean_all_mib: memory::mean(&samples, end_s, |sample| sample.all_mib),
             mean_vms: memory::mean(&samples, end_s, |sample| Some(sample.vms?.running as f64)).unwrap_or_default(),
-            most_vms: vms(&|vms| vms.running).unwrap_or_default(),
-            most_suspended: vms(&|vms| vms.suspended).unwrap_or_default(),
+            most_vms: most(|vms| vms.running).unwrap_or_default(),
+            most_suspended: most(|vms| vms.suspended).unwrap_or_default(),
             memory: samples,
             pages: Some(after.pages),
             refused_steps: after.refused_steps,

@@ -85,8 +85,8 @@ pub struct TraceArgs {
     /// CPUs of the simulated host [default: those of the costs]
     #[arg(long, value_name = "N", requires = "simulate", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(super) cpus: Option<u32>,
-    /// Directory for the results: summary.csv, summary.json, memory.svg, latency.svg, report.html; of a replay costs.json
-    /// and requests.csv
+    /// Directory for the results: summary.csv, summary.json, memory.svg, latency.svg, report.html; of a replay
+    /// costs.json and requests.csv
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
 }
