@@ -23,6 +23,7 @@ mod rewind;
 mod serve;
 mod serve_pages;
 mod session_args;
+mod sign;
 mod snapshot;
 mod token;
 mod units;
@@ -70,7 +71,7 @@ struct BootArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Snapshot a running VM, or merge snapshots
+    /// Snapshot a running VM; merge and sign snapshots
     Snapshot(snapshot::SnapshotArgs),
     /// Restore a VM from a snapshot
     Restore(Box<vm::RestoreArgs>),

@@ -11,7 +11,7 @@ use super::failure::ArgumentConflict;
 use crate::backends::cold;
 use crate::config::restore::RestoreOptions;
 use crate::serve::{self, AccessOptions, Limits, MetricsAccess, Options, Reuse};
-use crate::snapshot::{ColdSpec, NoColdPool};
+use crate::snapshot::{ColdSpec, NoColdPool, TrustedKeys};
 use crate::sys::available_memory::available_memory;
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::print;
@@ -126,6 +126,10 @@ pub struct ServeArgs {
     /// Time for running invocations to end when the service is stopped, s
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     grace: u64,
+    /// Restore only snapshots that the owner of this public key has signed, and their parents (`tvmm snapshot sign`;
+    /// docs/signatures.md); repeatable: one of the keys. Suspended and forked VMs are the service's own
+    #[arg(long, value_name = "KEYFILE")]
+    trust: Vec<PathBuf>,
     /// Restore from this pool instead of the snapshots' files, unless an invocation says otherwise; several: from the
     /// first that has the snapshot
     #[arg(long, value_name = "POOL")]
@@ -232,8 +236,11 @@ fn access_options(args: &ServeArgs) -> AccessOptions {
 }
 
 /// The restore options in the arguments.
-fn load_options(args: &ServeArgs) -> RestoreOptions {
-    RestoreOptions {
+fn load_options(args: &ServeArgs) -> Result<RestoreOptions, BoxError> {
+    // A service that cannot restore anything does not start.
+    TrustedKeys::read(&args.trust)?;
+    let trusted_keys = args.trust.iter().map(std::path::absolute).collect::<Result<Vec<_>, _>>()?;
+    Ok(RestoreOptions {
         pools: Some(args.pool.clone()).filter(|pools| !pools.is_empty()),
         cold_pools: Some(args.cold.clone()).filter(|pools| !pools.is_empty()),
         cold_cache: args.cold_cache.clone(),
@@ -241,8 +248,9 @@ fn load_options(args: &ServeArgs) -> RestoreOptions {
         dram_mib: args.dram,
         cxl_mib: args.cxl,
         dram_price: args.dram_price,
+        trusted_keys: Some(trusted_keys).filter(|keys| !keys.is_empty()),
         ..RestoreOptions::default()
-    }
+    })
 }
 
 /// The free memory, MiB.
@@ -274,7 +282,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         Some(mib) => mib,
         None => free_memory_mib()? / 20,
     };
-    let load = load_options(args);
+    let load = load_options(args)?;
     load.check().map_err(|invalid| ArgumentConflict { command: "serve", message: invalid.in_flags() })?;
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     serve::run(Options {

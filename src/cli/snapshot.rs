@@ -1,4 +1,5 @@
-//! `tvmm snapshot`: asks a running VM to snapshot itself; `tvmm snapshot merge` flattens a chain.
+//! `tvmm snapshot`: asks a running VM to snapshot itself; `tvmm snapshot merge` flattens a chain, `sign` and `keygen`
+//! sign snapshots.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::identify::InputPath;
 use super::merge;
+use super::sign;
 use super::units::mib;
 use crate::sys::api_client::Client;
 use crate::sys::errors::{BoxError, chain, refuse};
@@ -52,7 +54,8 @@ impl SnapshotArgs {
     pub fn inputs(&self) -> Vec<InputPath> {
         match &self.command {
             Some(SnapshotCommand::Merge(args)) => args.inputs(),
-            None => Vec::new(),
+            Some(SnapshotCommand::Sign(args)) => args.inputs(),
+            Some(SnapshotCommand::Keygen(_)) | None => Vec::new(),
         }
     }
 }
@@ -61,6 +64,10 @@ impl SnapshotArgs {
 enum SnapshotCommand {
     /// Flatten a full snapshot and its diffs into one full snapshot
     Merge(merge::MergeArgs),
+    /// Sign a snapshot, for restores that trust only some keys (docs/signatures.md)
+    Sign(sign::SignArgs),
+    /// Make a pair of keys in the format of minisign
+    Keygen(sign::KeygenArgs),
 }
 
 /// Enough for reading and writing a large guest's memory and syncing it to a slow disk.
@@ -70,6 +77,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 pub fn run(args: &SnapshotArgs) -> Result<ExitCode, BoxError> {
     match (&args.command, &args.api_sock, &args.out) {
         (Some(SnapshotCommand::Merge(merge)), _, _) => merge::run(merge),
+        (Some(SnapshotCommand::Sign(args)), _, _) => sign::run(args),
+        (Some(SnapshotCommand::Keygen(args)), _, _) => sign::keygen(args),
         (None, Some(socket), Some(out)) => take(&Client::new(socket), args, out),
         _ => refuse("Give --api-sock and --out"),
     }

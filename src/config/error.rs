@@ -139,4 +139,9 @@ pub enum InvalidRestore {
     ResumedAndStandby,
     #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
     PoolAndHandler,
+    #[error(
+        "A signature binds a snapshot's own files, and not the pages of a pool, a cold pool or a page-fault handler: \
+         leave these out, or the trusted keys"
+    )]
+    TrustElsewhere,
 }

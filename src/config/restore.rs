@@ -64,6 +64,11 @@ pub struct RestoreOptions {
     #[arg(long, value_name = "WHEN")]
     #[schema(ignore)]
     pub verify: Option<Verify>,
+    /// Restore only a snapshot that the owner of this public key has signed, and each of its parents (`tvmm snapshot
+    /// sign`; docs/signatures.md): all of it is compared with the signature first; repeatable: one of the keys
+    #[arg(long = "trust", value_name = "KEYFILE")]
+    #[schema(ignore)]
+    pub trusted_keys: Option<Vec<PathBuf>>,
     /// Take the snapshot's memory from a cold pool instead of its memory files: a directory, direct:DIR[,depth=N]
     /// (past the page cache), tcp:HOST:PORT[,HOST:PORT…], with RDMA built in rdma:HOST:PORT[,HOST:PORT…], or with
     /// object stores built in s3://BUCKET/PREFIX, gs://, az://, http(s)://; repeatable, nearest first, the next stands
@@ -163,8 +168,9 @@ pub enum Start {
 /// The source of guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryFrom {
-    /// The snapshot's own files. In Firecracker's two-file form, memory is in `memory_file`.
-    Files { memory_file: Option<PathBuf> },
+    /// The snapshot's own files. In Firecracker's two-file form, memory is in `memory_file`. One of `trusted_keys` must
+    /// have signed the snapshot, unless there are none.
+    Files { memory_file: Option<PathBuf>, trusted_keys: Vec<PathBuf> },
     /// The first of these pools that has the snapshot; there is one at least. `fallback` stands by for a snapshot that
     /// no pool has.
     Pools { pools: Vec<PathBuf>, fallback: Option<Cold> },
@@ -176,7 +182,7 @@ pub enum MemoryFrom {
 
 impl Default for MemoryFrom {
     fn default() -> MemoryFrom {
-        MemoryFrom::Files { memory_file: None }
+        MemoryFrom::Files { memory_file: None, trusted_keys: Vec::new() }
     }
 }
 
@@ -269,7 +275,9 @@ impl InvalidRestore {
                 format!("a pool cannot be used with {key}: leave one out")
             }
             // The flags of these exclude each other already.
-            InvalidRestore::ResumedAndStandby | InvalidRestore::PoolAndHandler => self.to_string(),
+            InvalidRestore::ResumedAndStandby | InvalidRestore::PoolAndHandler | InvalidRestore::TrustElsewhere => {
+                self.to_string()
+            }
         }
     }
 }
@@ -319,7 +327,7 @@ impl RestoreRequest {
     /// The memory file of the two-file form.
     pub fn memory_file(&self) -> Option<&Path> {
         match &self.memory {
-            MemoryFrom::Files { memory_file } => memory_file.as_deref(),
+            MemoryFrom::Files { memory_file, .. } => memory_file.as_deref(),
             _ => None,
         }
     }
@@ -343,11 +351,18 @@ impl RestoreOptions {
     fn memory_from(&self, said: MemorySaid) -> Result<MemoryFrom, InvalidRestore> {
         let cold = self.cold()?;
         let pools = self.pools.clone().unwrap_or_default();
+        let trusted_keys = self.trusted_keys.clone().unwrap_or_default();
+        let is_elsewhere = !pools.is_empty() || cold.is_some() || matches!(said, MemorySaid::Handler(_));
+        if is_elsewhere && !trusted_keys.is_empty() {
+            return Err(InvalidRestore::TrustElsewhere);
+        }
         match (said, pools.is_empty(), cold) {
-            (MemorySaid::Nothing, true, None) => Ok(MemoryFrom::default()),
+            (MemorySaid::Nothing, true, None) => Ok(MemoryFrom::Files { memory_file: None, trusted_keys }),
             (MemorySaid::Nothing, true, Some(cold)) => Ok(MemoryFrom::Cold(cold)),
             (MemorySaid::Nothing, false, fallback) => Ok(MemoryFrom::Pools { pools, fallback }),
-            (MemorySaid::File { path, .. }, true, None) => Ok(MemoryFrom::Files { memory_file: Some(path) }),
+            (MemorySaid::File { path, .. }, true, None) => {
+                Ok(MemoryFrom::Files { memory_file: Some(path), trusted_keys })
+            }
             (MemorySaid::File { key, .. }, ..) => Err(InvalidRestore::PoolAndMemoryFile { key }),
             (MemorySaid::Handler(socket), true, None) => Ok(MemoryFrom::Handler(socket)),
             (MemorySaid::Handler(_), ..) => Err(InvalidRestore::PoolAndHandler),
@@ -417,6 +432,7 @@ impl RestoreOptions {
             cxl_mib: self.cxl_mib.or(budgets.cxl_mib),
             in_place_mapping: self.in_place_mapping.or(defaults.in_place_mapping),
             verify: self.verify.or(defaults.verify),
+            trusted_keys: self.trusted_keys.or_else(|| defaults.trusted_keys.clone()),
             cold_pools: cold.cold_pools,
             cold_cache: cold.cold_cache,
             cold_cache_mib: cold.cold_cache_mib,
@@ -437,6 +453,7 @@ impl RestoreOptions {
             plan,
             plan_dir,
             costs,
+            trusted_keys,
             cold_pools,
             cold_cache,
             pools,
@@ -457,6 +474,7 @@ impl RestoreOptions {
         let write = |key, path| NamedFile { key, path, access: FileUse::Write };
         let pools = pools.iter_mut().flatten().map(|pool| read("pools", pool));
         let cold = cold_pools.iter_mut().flatten().filter_map(ColdSpec::dir_mut).map(|dir| read("cold_pools", dir));
+        let keys = trusted_keys.iter_mut().flatten().map(|path| read("trusted_keys", path));
         let files = [
             profile.as_mut().map(|path| read("profile", path)),
             plan.as_mut().map(|path| read("plan", path)),
@@ -466,7 +484,7 @@ impl RestoreOptions {
             drive_dir.as_mut().map(|path| write("drive_dir", path)),
         ];
         let drives = drive_overrides.iter_mut().map(|drive| write("drive_overrides", &mut drive.path_on_host));
-        pools.chain(cold).chain(files.into_iter().flatten()).chain(drives).collect()
+        pools.chain(cold).chain(keys).chain(files.into_iter().flatten()).chain(drives).collect()
     }
 }
 
@@ -499,6 +517,10 @@ mod tests {
         assert_eq!(error.in_flags(), "--plan cannot be used with --dram: leave one out");
         let error = options(serde_json::json!({ "cold_pools": ["c"], "cold_cache_mib": 1 })).check().unwrap_err();
         assert_eq!(error.in_flags(), "--cold-cache-size needs --cold-cache");
+        for elsewhere in [serde_json::json!({ "pools": ["p"] }), serde_json::json!({ "cold_pools": ["c"] })] {
+            let options = RestoreOptions { trusted_keys: Some(vec!["k".into()]), ..options(elsewhere) };
+            assert_eq!(options.check().unwrap_err(), InvalidRestore::TrustElsewhere);
+        }
     }
 
     #[test]
@@ -506,7 +528,8 @@ mod tests {
         let text = serde_json::json!({
             "policy": "tiered", "profile": "a", "plan_dir": "b", "costs": "c", "dram_mib": 1, "dram_price": 2,
             "cxl_mib": 3,
-            "in_place_mapping": "shared", "verify": "full", "cold_pools": ["tcp:a:1", "/d"], "cold_cache": "e",
+            "in_place_mapping": "shared", "verify": "full", "trusted_keys": ["l"],
+            "cold_pools": ["tcp:a:1", "/d"], "cold_cache": "e",
             "cold_cache_mib": 4, "pools": [], "drive_overrides": [{ "drive_id": "f", "path_on_host": "g" }],
             "drive_dir": "h", "mac_overrides": [{ "iface_id": "i", "guest_mac": "06:00:ac:10:00:02" }],
             "metadata": { "j": "k" },

@@ -169,6 +169,8 @@ impl Allowances {
                 return Err(Fault::new(StatusCode::FORBIDDEN, message));
             }
         }
+        // The daemon's own, which no client can give, and none may name: it could write to them.
+        let trusted_keys = options.trusted_keys.take();
         let files = options.files_mut();
         let named = files.iter().map(|NamedFile { key, path, access }| NamedPath {
             key: format!("tvmm.{key}"),
@@ -179,7 +181,7 @@ impl Allowances {
         for (file, resolved) in files.into_iter().zip(resolved) {
             *file.path = resolved;
         }
-        Ok(options)
+        Ok(RestoreOptions { trusted_keys, ..options })
     }
 }
 

@@ -202,6 +202,8 @@ impl Daemon {
         };
         let of_function = RestoreOptions { dram_mib: snapshot.function.dram_mib, ..RestoreOptions::default() };
         let options = options.or(&of_function).or(&self.options.load);
+        // A request can contradict the daemon's options too.
+        options.check().map_err(contradiction)?;
         let load = LoadFields {
             snapshot_path: self.snapshot_dir(id),
             resume_vm: true,

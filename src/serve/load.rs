@@ -10,7 +10,8 @@ use crate::config::restore::{NamedFile, RestoreOptions};
 use crate::snapshot::ColdSpec;
 
 /// The options that the daemon decides: clients cannot give them in `tvmm`.
-const KEPT_FROM_CLIENTS: [&str; 6] = ["policy", "profile", "plan_dir", "verify", "standby", "drive_dir"];
+const KEPT_FROM_CLIENTS: [&str; 7] =
+    ["policy", "profile", "plan_dir", "verify", "trusted_keys", "standby", "drive_dir"];
 
 /// Names options that exclude each other in the service's words.
 pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
@@ -26,7 +27,8 @@ pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
         // The service names neither a memory file nor a handler, and decides itself when a VM runs.
         InvalidRestore::PoolAndMemoryFile { .. }
         | InvalidRestore::ResumedAndStandby
-        | InvalidRestore::PoolAndHandler => invalid.to_string(),
+        | InvalidRestore::PoolAndHandler
+        | InvalidRestore::TrustElsewhere => invalid.to_string(),
     })
 }
 
@@ -38,6 +40,7 @@ pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
         options.profile.is_some(),
         options.plan_dir.is_some(),
         options.verify.is_some(),
+        options.trusted_keys.is_some(),
         options.standby,
         options.drive_dir.is_some(),
     ];

@@ -31,6 +31,11 @@ pub enum Error {
     #[error("Cannot keep plans and working-set images in {path}", path = path.display())]
     PlanDir { path: PathBuf, source: io::Error },
     #[error(
+        "Cannot keep plans and working-set images: those beside a signed snapshot are not signed, and there is no \
+         cache directory. Give --plan-dir DIR (`tvmm.plan_dir`), or set HOME"
+    )]
+    NoPlanDir,
+    #[error(
         "Cannot fork the VM: the child for {socket} does not start: {why}. All children were ended",
         socket = socket.display()
     )]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD};
 
 use crate::session::Error;
-use crate::snapshot::{Chain, create_private_dir};
+use crate::snapshot::{Chain, Trust, create_private_dir};
 use crate::sys::own_dir::check_owner;
 use crate::tiering::costs::cache_home;
 
@@ -14,14 +14,20 @@ use crate::tiering::costs::cache_home;
 const OF_ROOT: &str = "/var/cache/tvmm";
 
 /// The directory for files derived from `chain`, unless it is the one beside the snapshot: a folder of `given`, or of
-/// the cache directory if the one beside the snapshot cannot be written. The folder is named after the snapshot's id.
+/// the cache directory if the one beside the snapshot cannot be written, or is not trusted. The folder is named after
+/// the snapshot's id.
 ///
 /// # Errors
-/// A `given` directory that cannot be made, or that other users may write.
+/// A `given` directory that cannot be made, or that other users may write. The same of the cache directory, or none, if
+/// the one beside the snapshot is not trusted.
 pub fn choose(given: Option<&Path>, chain: &Chain) -> Result<Option<PathBuf>, Error> {
     let id = chain.tip().id().to_string();
     if let Some(dir) = given {
         return prepare(dir, &id).map(Some).map_err(|source| Error::PlanDir { path: dir.to_owned(), source });
+    }
+    if chain.trust() == Trust::Signatures {
+        let dir = default_dir().ok_or(Error::NoPlanDir)?;
+        return prepare(&dir, &id).map(Some).map_err(|source| Error::PlanDir { path: dir, source });
     }
     if is_writable(&chain.derived_dir()) {
         return Ok(None);

@@ -129,7 +129,7 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
     let environment = Environment { output, fault_timeout: spec.fault_timeout, moments: moments.clone() };
     let load = RestoreRequest {
         snapshot: spec.snapshot.snapshot.clone(),
-        memory: MemoryFrom::Files { memory_file: spec.snapshot.memory.clone() },
+        memory: MemoryFrom::Files { memory_file: spec.snapshot.memory.clone(), trusted_keys: Vec::new() },
         track_dirty_pages: dirty,
         overrides: Overrides { drive_dir: spec.drive_dir.clone(), ..Overrides::default() },
         start: Start::Running,

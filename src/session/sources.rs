@@ -12,7 +12,7 @@ use crate::config::request::{DEFAULT_FAULT_TIMEOUT, SnapshotPaths};
 use crate::config::restore::{MemoryFrom, PlanFrom, RestoreRequest};
 use crate::memory::stall::Stalls;
 use crate::session::Error;
-use crate::snapshot::{Chain, Cold, ColdSpec, ForkPoint, Location};
+use crate::snapshot::{Chain, Cold, ColdSpec, ForkPoint, Location, TrustedKeys};
 use crate::tiering;
 use crate::tiering::cold::ColdPool;
 use crate::tiering::pool::{self, OnLost, PoolTier};
@@ -62,7 +62,13 @@ fn open_memory(request: &RestoreRequest, fault_timeout: Duration, stalls: &Arc<S
     let location = location(&paths);
     match &request.memory {
         MemoryFrom::Handler(_) => Ok(Sources::files(Chain::open_without_memory(&request.snapshot)?)),
-        MemoryFrom::Files { .. } => Ok(Sources::files(Chain::open(&location)?)),
+        MemoryFrom::Files { trusted_keys, .. } if trusted_keys.is_empty() => {
+            Ok(Sources::files(Chain::open(&location)?))
+        }
+        MemoryFrom::Files { trusted_keys, .. } => {
+            let keys = TrustedKeys::read(trusted_keys)?;
+            Ok(Sources::files(Chain::open_signed(&location, &keys)?))
+        }
         MemoryFrom::Cold(cold) => from_cold(&location, cold, fault_timeout),
         MemoryFrom::Pools { pools, fallback } => {
             from_pools(&location, pools, fallback.as_ref(), fault_timeout, Some(stalls))

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::manifest::canonical;
 use super::{
     Error, Extent, Location, MemoryLayout, PageOrigin, PageSet, PageSource, Parent, Result, Snapshot, SnapshotKind,
+    TrustedKeys,
 };
 
 /// The most layers that a chain may have to be restored. The writer refuses to make a longer one.
@@ -21,6 +22,16 @@ pub struct Chain {
     layers: Vec<Snapshot>,
     /// The folder for files derived from the chain, if not beside its tip.
     derived: Option<PathBuf>,
+    trust: Trust,
+}
+
+/// The trust in the directory of a chain's tip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// Plans and images in it are taken for what their names say.
+    Folder,
+    /// Only what trusted keys have signed is used, and no plan and no image is signed.
+    Signatures,
 }
 
 /// The content of a run of pages.
@@ -77,7 +88,19 @@ impl Chain {
         Chain::open_by(tip, Snapshot::open_elsewhere, MAX_CHAIN_DEPTH)
     }
 
-    fn open_by(tip: &Location, open: fn(&Location) -> Result<Snapshot>, limit: usize) -> Result<Chain> {
+    /// As [`open`](Chain::open) for a chain of which one of `keys` must have signed each layer. No byte of a layer is
+    /// parsed before it was compared with what was signed, and all memory is compared here. Plans and images beside the
+    /// snapshot are not used, because they have no signature.
+    ///
+    /// # Errors
+    /// As for [`open`](Chain::open), [`Snapshot::open_signed`] and [`Snapshot::check_signed`].
+    pub fn open_signed(tip: &Location, keys: &TrustedKeys) -> Result<Chain> {
+        let chain = Chain::open_by(tip, |location| Snapshot::open_signed(location, keys), MAX_CHAIN_DEPTH)?;
+        chain.layers.iter().try_for_each(Snapshot::check_signed)?;
+        Ok(Chain { trust: Trust::Signatures, ..chain })
+    }
+
+    fn open_by(tip: &Location, open: impl Fn(&Location) -> Result<Snapshot>, limit: usize) -> Result<Chain> {
         let mut layers = vec![open(tip)?];
         let mut seen = HashSet::from([layers[0].id()]);
         while let Some(child) = layers.last()
@@ -97,7 +120,7 @@ impl Chain {
             layers.push(parent);
         }
         layers.reverse();
-        Ok(Chain { layers, derived: None })
+        Ok(Chain { layers, derived: None, trust: Trust::Folder })
     }
 
     /// Opens a full snapshot whose memory does not come from its own file: the directory, or the state file of the
@@ -118,7 +141,7 @@ impl Chain {
                 format!("{} is a diff, and a page-fault handler serves whole memories; merge it", snapshot.object());
             return Err(Error::NotAChain { problem });
         }
-        Ok(Chain { layers: vec![snapshot], derived: None })
+        Ok(Chain { layers: vec![snapshot], derived: None, trust: Trust::Folder })
     }
 
     /// Opens a snapshot all of whose pages are in a pool: without its memory file, and without its parents.
@@ -126,7 +149,7 @@ impl Chain {
     /// # Errors
     /// As for [`Snapshot::open`].
     pub fn open_pooled(tip: &Location) -> Result<Chain> {
-        Ok(Chain { layers: vec![Snapshot::open_without_memory(tip)?], derived: None })
+        Ok(Chain { layers: vec![Snapshot::open_without_memory(tip)?], derived: None, trust: Trust::Folder })
     }
 
     /// Keeps files derived from the chain in `dir` from now on.
@@ -140,9 +163,17 @@ impl Chain {
         self.derived.clone().unwrap_or_else(|| derived_dir(self.tip().location()))
     }
 
-    /// The path of a derived file: in the chain's folder, or beside the tip if it is only there.
+    /// The trust in the directory of the tip.
+    pub fn trust(&self) -> Trust {
+        self.trust
+    }
+
+    /// The path of a derived file: in the chain's folder, or beside the tip if it is only there and trusted.
     pub fn derived_file(&self, name: &str) -> PathBuf {
         let kept = self.derived_dir().join(name);
+        if self.trust == Trust::Signatures {
+            return kept;
+        }
         let beside = derived_dir(self.tip().location()).join(name);
         if self.derived.is_some() && !kept.exists() && beside.exists() { beside } else { kept }
     }
@@ -174,7 +205,7 @@ impl Chain {
         if layers.is_empty() {
             return Err(not_a_chain("no directory is given".to_string()));
         }
-        Ok(Chain { layers, derived: None })
+        Ok(Chain { layers, derived: None, trust: Trust::Folder })
     }
 
     /// The layers, base first. [`PageOrigin::Layer`] has an index into this.

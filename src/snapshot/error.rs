@@ -88,6 +88,28 @@ pub enum Error {
         gpa = first.gpa(), bytes = first.bytes()
     )]
     BadMemory { object: String, bad: u64, first: Extent },
+    /// A file that is no key of minisign's.
+    #[error(
+        "Cannot use {path}: it is no {kind} of minisign's. `tvmm snapshot keygen` makes a pair of keys",
+        path = path.display()
+    )]
+    Key { path: PathBuf, kind: &'static str },
+    /// Keys or a signature cannot be made.
+    #[error("Cannot sign {object}: {problem}")]
+    Signing { object: String, problem: String },
+    /// A snapshot without statement or signature, where one is demanded.
+    #[error(
+        "Cannot trust {object}: it is not signed, there is no {path}. Sign it (`tvmm snapshot sign`), or restore \
+         without trusted keys",
+        path = path.display()
+    )]
+    Unsigned { object: String, path: PathBuf },
+    /// A signature that no trusted key made over this statement.
+    #[error("Cannot trust {object}: the signature {path} is refused: {problem}", path = path.display())]
+    BadSignature { object: String, path: PathBuf, problem: String },
+    /// A part of a snapshot whose statement is signed, and that the statement is not about.
+    #[error("Cannot trust {object}: its {part} is not what was signed. Restore from an intact copy, or sign it again")]
+    NotTheSigned { object: String, part: String },
     /// A memory file whose bytes are not those that were captured.
     #[error(
         "Cannot trust {path}: {bytes} bytes for guest-physical {gpa:#x} are not those that were captured. Restore \

@@ -9,7 +9,9 @@ use std::path::Path;
 use super::files::Durability;
 use super::page_map::{CHUNK_PAGES, ChunkHasher, PageMap};
 use super::zero_pages::nonzero_runs;
-use super::{Error, Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MemoryLayout, PAGE_SIZE, PageSet, Result, files};
+use super::{
+    Digest, Error, Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, MemoryLayout, PAGE_SIZE, PageSet, Result, files,
+};
 
 /// Pages read and checksummed at once, 512 KiB: large against a system call, small against the CPU's cache.
 pub(crate) const READ_PAGES: u64 = 128;
@@ -220,6 +222,18 @@ impl MemoryFile<'_> {
             }
         }
         Ok(())
+    }
+
+    /// BLAKE3 of the pages of `held`, ascending, joined without gaps.
+    pub(crate) fn digest(&self, held: &PageSet) -> Result<Digest> {
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; (READ_PAGES * PAGE_SIZE) as usize];
+        for part in held.runs().flat_map(|run| self.layout.split(run)).flat_map(|run| run.chunks(READ_PAGES)) {
+            let bytes = &mut buffer[..part.bytes() as usize];
+            self.read(part.first, bytes)?;
+            hasher.update(bytes);
+        }
+        Ok(Digest(*hasher.finalize().as_bytes()))
     }
 
     /// The pages that are neither held nor in a hole of the file: zeros, if the file is intact.

@@ -34,6 +34,8 @@ mod plan_codec;
 mod read_back;
 mod reader;
 mod restore_choice;
+mod signed;
+mod signing;
 mod types;
 mod unchanged;
 mod writer;
@@ -44,7 +46,9 @@ pub(crate) mod tests;
 
 pub use bucket::{Bucket, BucketPages, ByBucket};
 pub use cache_lookup::CacheLookup;
-pub use chain::{Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun, derived_dir, used_profile_path};
+pub use chain::{
+    Chain, Content, MAX_CHAIN_DEPTH, MAX_MERGED_DEPTH, ResolvedRun, Trust, derived_dir, used_profile_path,
+};
 pub use cold_spec::{Cold, ColdCache, ColdSpec, NoColdPool, is_object_url};
 pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
@@ -76,6 +80,8 @@ pub use plan_codec::{JsonPlan, StoredPlan};
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, PolicyReason, UnknownPolicy, Verify};
+pub use signed::{SignaturePaths, TrustedKeys};
+pub use signing::{SigningKey, make_keys, sign};
 pub use types::{Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SIZE};
 pub use unchanged::Doubtful;
 pub use writer::{SealInput, Sealed, SnapshotWriter};

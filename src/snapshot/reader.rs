@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use super::container::{Section, SectionInfo, SectionKind, container_len_of};
 use super::manifest::{MANIFEST_FILE, PAGES_FILE, STATE_FILE};
 use super::memory_check::{MemoryFile, Progress, ReadAt, VerifyReport};
+use super::signed::{SNAPSHOT_FILE, Statement, TrustedKeys};
 use super::{
     Container, Digest, Error, Extent, Location, Manifest, MemoryLayout, PageMap, PageSet, Result, SnapshotId, files,
 };
@@ -43,6 +44,8 @@ pub struct Snapshot {
     /// True if the memory file was not opened: another file stands in for it and is never read.
     is_elsewhere: bool,
     page_map: OnceLock<PageMap>,
+    /// The statement of a trusted key about the snapshot, if it was opened for such a key.
+    signed: Option<Statement>,
 }
 
 impl Snapshot {
@@ -53,7 +56,22 @@ impl Snapshot {
     /// [`Error::ManifestJson`], [`Error::IdMismatch`], [`Error::DigestMismatch`], [`Error::Malformed`] for files that
     /// are not what was written; [`Error::Io`].
     pub fn open(location: &Location) -> Result<Snapshot> {
-        let snapshot = Snapshot::open_state(location)?;
+        Snapshot::open_state(location)?.with_whole_memory()
+    }
+
+    /// As [`open`](Snapshot::open) for a snapshot that one of `keys` must have signed. No byte of it is parsed before
+    /// it was compared with the signed statement; its memory is compared by [`check_signed`](Self::check_signed).
+    ///
+    /// # Errors
+    /// As for [`open`](Snapshot::open), and [`Error::Unsigned`], [`Error::BadSignature`], [`Error::NotTheSigned`].
+    pub fn open_signed(location: &Location, keys: &TrustedKeys) -> Result<Snapshot> {
+        let statement = Statement::read_trusted(location, keys)?;
+        Snapshot::open_with(location, &location.memory_path(), Some(statement))?.with_whole_memory()
+    }
+
+    /// Refuses a memory file of another length than the manifest says.
+    fn with_whole_memory(self) -> Result<Snapshot> {
+        let snapshot = self;
         let have = snapshot.memory_len;
         let need = snapshot.manifest.layout.file_len();
         let object = || snapshot.memory_path.display().to_string();
@@ -71,7 +89,7 @@ impl Snapshot {
     /// # Errors
     /// As for [`open`](Snapshot::open).
     pub(crate) fn open_state(location: &Location) -> Result<Snapshot> {
-        Snapshot::open_with(location, &location.memory_path())
+        Snapshot::open_with(location, &location.memory_path(), None)
     }
 
     /// As [`open`](Snapshot::open) for a snapshot whose memory comes from a pool: the memory file need not even exist.
@@ -83,7 +101,7 @@ impl Snapshot {
             Location::Dir(dir) => dir.join(STATE_FILE),
             Location::Files { snapshot, .. } => snapshot.clone(),
         };
-        Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in)? })
+        Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in, None)? })
     }
 
     /// As [`open`](Snapshot::open) for a snapshot whose memory file is in another place. The file need not be here; the
@@ -98,12 +116,15 @@ impl Snapshot {
         Ok(Snapshot { memory_len, memory_path, is_elsewhere: true, ..snapshot })
     }
 
-    fn open_with(location: &Location, memory_path: &Path) -> Result<Snapshot> {
+    fn open_with(location: &Location, memory_path: &Path, signed: Option<Statement>) -> Result<Snapshot> {
         let object = location.display();
         let (manifest, container) = match location {
-            Location::Dir(dir) => open_dir(dir, &object)?,
-            Location::Files { snapshot, .. } => open_file(snapshot, &object)?,
+            Location::Dir(dir) => open_dir(dir, &object, signed.as_ref())?,
+            Location::Files { snapshot, .. } => open_file(snapshot, &object, signed.as_ref())?,
         };
+        if let Some(statement) = &signed {
+            statement.check_id(&object, manifest.id)?;
+        }
         let state: Vec<_> = container.sections().iter().filter(|info| !info.kind.is_reserved()).cloned().collect();
         if state_len(&state) != manifest.sizes.vmstate {
             return Err(Error::malformed(&object, "its state has another size than its manifest says"));
@@ -126,6 +147,7 @@ impl Snapshot {
             memory_path,
             is_elsewhere: false,
             page_map,
+            signed,
         })
     }
 
@@ -212,6 +234,9 @@ impl Snapshot {
         if have != copy.len {
             return Err(Error::Truncated { object: path.display().to_string(), have, need: copy.len });
         }
+        if let Some(statement) = &self.signed {
+            statement.check_file(&self.object, &copy.file_name(), &file, copy.len)?;
+        }
         Ok(Some((file, copy.len)))
     }
 
@@ -260,7 +285,9 @@ impl Snapshot {
 
     fn fresh_page_map(&self) -> Result<PageMap> {
         match &self.location {
-            Location::Dir(dir) => self.read_page_map(&Container::read(&dir.join(PAGES_FILE), PAGES_LIMIT)?),
+            Location::Dir(dir) => {
+                self.read_page_map(&read_container(dir, PAGES_FILE, PAGES_LIMIT, &self.object, self.signed.as_ref())?)
+            }
             Location::Files { .. } => self.read_page_map(&self.container),
         }
     }
@@ -333,28 +360,67 @@ impl Snapshot {
         Ok(report)
     }
 
+    /// BLAKE3 of the held pages, ascending, joined without gaps. Reads all of them.
+    ///
+    /// # Errors
+    /// As for [`page_map`](Self::page_map).
+    pub(crate) fn memory_digest(&self) -> Result<Digest> {
+        self.memory_file().digest(self.page_map()?.held())
+    }
+
+    /// Compares the memory of a snapshot that was [opened for trusted keys](Self::open_signed) with what was signed:
+    /// the held pages by their digest, all others with zeros. Reads all of it.
+    ///
+    /// # Errors
+    /// [`Error::NotTheSigned`]; [`Error::StrayPages`]; as for [`page_map`](Self::page_map).
+    pub fn check_signed(&self) -> Result<()> {
+        let Some(statement) = &self.signed else { return Ok(()) };
+        statement.check_memory(&self.object, self.memory_digest()?)?;
+        let mut report = VerifyReport::default();
+        self.memory_file().find_strays(self.page_map()?.held(), &mut report)?;
+        report.into_result(&self.object).map(drop)
+    }
+
     pub(crate) fn memory_file(&self) -> MemoryFile<'_> {
         MemoryFile { file: &self.memory, path: &self.memory_path, layout: &self.manifest.layout }
     }
 }
 
-fn open_dir(dir: &Path, object: &str) -> Result<(Manifest, Container)> {
+fn open_dir(dir: &Path, object: &str, signed: Option<&Statement>) -> Result<(Manifest, Container)> {
     let json = match files::read_limited(&dir.join(MANIFEST_FILE), MANIFEST_LIMIT) {
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && dir.is_dir() => {
             return Err(Error::NotSealed { path: dir.to_path_buf() });
         }
         other => other?,
     };
+    if let Some(statement) = signed {
+        statement.check_bytes(object, MANIFEST_FILE, &json)?;
+    }
     let manifest = Manifest::parse(object, &json)?;
-    let container = Container::read(&dir.join(STATE_FILE), STATE_LIMIT)?;
+    let container = read_container(dir, STATE_FILE, STATE_LIMIT, object, signed)?;
     if container.sections().iter().any(|info| info.kind.is_reserved()) {
         return Err(Error::malformed(container.object(), "it has sections that do not belong into a state"));
     }
     Ok((manifest, container))
 }
 
-fn open_file(snapshot: &Path, object: &str) -> Result<(Manifest, Container)> {
-    let container = Container::read(snapshot, SNAPSHOT_FILE_LIMIT)?;
+/// Reads a container of a snapshot's directory. Its bytes are compared with those that were `signed` before they are
+/// parsed.
+fn read_container(dir: &Path, name: &str, limit: u64, object: &str, signed: Option<&Statement>) -> Result<Container> {
+    let path = dir.join(name);
+    let bytes = files::read_limited(&path, limit)?;
+    if let Some(statement) = signed {
+        statement.check_bytes(object, name, &bytes)?;
+    }
+    Container::parse_named(path.display().to_string(), bytes)
+}
+
+fn open_file(snapshot: &Path, object: &str, signed: Option<&Statement>) -> Result<(Manifest, Container)> {
+    let bytes = files::read_limited(snapshot, SNAPSHOT_FILE_LIMIT)?;
+    if let Some(statement) = signed {
+        statement.check_bytes(object, SNAPSHOT_FILE, &bytes)?;
+    }
+    let container = Container::parse_named(snapshot.display().to_string(), bytes)?;
     let manifest = Manifest::parse(object, container.section(SectionKind::Manifest, 0)?)?;
     let known = |info: &SectionInfo| {
         !info.kind.is_reserved()

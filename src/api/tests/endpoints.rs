@@ -164,7 +164,7 @@ fn put_snapshot_load_forms_give_their_command() {
     let fixture = Fixture::new();
     let load = |memory_file: Option<&str>, track_dirty_pages, resume| RestoreRequest {
         snapshot: "s".into(),
-        memory: MemoryFrom::Files { memory_file: memory_file.map(Into::into) },
+        memory: MemoryFrom::Files { memory_file: memory_file.map(Into::into), trusted_keys: Vec::new() },
         track_dirty_pages,
         start: if resume { Start::Running } else { Start::Paused },
         ..RestoreRequest::default()

@@ -12,7 +12,8 @@ use self::derived::{Derived, State, with_causes};
 use super::identify::InputPath;
 use super::merge::bytes_bar;
 use crate::snapshot::{
-    BadChunk, Chain, Extent, Gfn, Location, PAGE_SIZE, PageMap, SectionInfo, Snapshot, VerifyReport, page_digest,
+    BadChunk, Chain, Extent, Gfn, Location, PAGE_SIZE, PageMap, SectionInfo, Snapshot, TrustedKeys, VerifyReport,
+    page_digest,
 };
 use crate::sys::errors::{BoxError, refuse};
 
@@ -24,6 +25,10 @@ pub struct InspectArgs {
     /// The memory file of the two-file form
     #[arg(long, value_name = "FILE")]
     mem_file: Option<PathBuf>,
+    /// First compare all of the snapshot and its parents with their signatures by this public key; repeatable: by one
+    /// of the keys
+    #[arg(long, value_name = "KEYFILE")]
+    trust: Vec<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -40,6 +45,9 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {
         None => Location::Dir(args.snapshot.clone()),
         Some(memory) => Location::Files { snapshot: args.snapshot.clone(), memory: memory.clone() },
     };
+    if !args.trust.is_empty() {
+        Chain::open_signed(&location, &TrustedKeys::read(&args.trust)?)?;
+    }
     // The snapshot is opened first: it can be described even if its parents cannot be opened.
     let snapshot = Snapshot::open(&location)?;
     let map = snapshot.page_map()?;
@@ -59,7 +67,9 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, BoxError> {
         State::Damaged(told) => Some(told.clone()),
         State::Intact(_) | State::Unused(_) => None,
     }));
-    let told = Findings { snapshot: &snapshot, map, layers: &layers, derived: &derived, damage: &damage, content };
+    let is_signed = !args.trust.is_empty();
+    let told =
+        Findings { snapshot: &snapshot, map, layers: &layers, derived: &derived, damage: &damage, content, is_signed };
     if args.json {
         out!("{:#}", told.to_json(chain.is_ok()));
     } else {
@@ -152,6 +162,8 @@ struct Findings<'a> {
     derived: &'a [Derived],
     damage: &'a [String],
     content: Option<String>,
+    /// One of the trusted keys has signed every layer.
+    is_signed: bool,
 }
 
 impl Findings<'_> {
@@ -163,6 +175,7 @@ impl Findings<'_> {
         let tip = self.layers.last().map(Layer::to_json).unwrap_or_default();
         json!({
             "manifest": self.snapshot.manifest(),
+            "signed": self.is_signed.then_some(true),
             "sections": self.snapshot.sections().iter().map(section).collect::<Vec<_>>(),
             "layers": is_whole.then(|| self.layers.iter().map(Layer::to_json).collect::<Vec<_>>()),
             "memory": {
@@ -186,6 +199,9 @@ impl Findings<'_> {
         let mib = |pages: u64| pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20);
         out!("snapshot   {}", manifest.id);
         out!("kind       {:?}, format {}, written by tvmm {}", manifest.kind, manifest.format, manifest.tvmm_version);
+        if self.is_signed {
+            out!("signature  good, as are those of all parents");
+        }
         out!("machine    {} vCPU, {} MiB", manifest.machine.vcpu_count, manifest.machine.mem_size_mib);
         let host = &manifest.host;
         out!("host       {} ({}), kernel {}", host.cpu_vendor, host.cpu_model, host.kernel_release);

@@ -2,7 +2,7 @@
 
 pub mod crash;
 mod diff;
-mod golden;
+pub mod golden;
 mod hostile_snapshot;
 mod identify;
 mod images;
@@ -11,4 +11,5 @@ mod kept;
 pub mod live;
 mod memory_lost;
 mod read_back;
+mod signed;
 mod verify;

@@ -17,7 +17,7 @@ use crate::support::artefact::{NoCache, inspect};
 use crate::support::{Vm, config, run_ok, scratch, text};
 use host::Host;
 
-fn golden() -> PathBuf {
+pub fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
@@ -80,7 +80,7 @@ fn expand(from: &Path, to: &Path) {
 }
 
 /// A golden format's snapshots as they were, in `to`; and what was true of them when they were taken.
-fn expand_all(version: &str, to: &Path) -> Value {
+pub fn expand_all(version: &str, to: &Path) -> Value {
     let from = golden().join(version);
     for name in ["full", "diff"] {
         expand(&from.join(name), &to.join(name));
