@@ -12,6 +12,8 @@ pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod memory;
 pub mod serve;
 pub mod session;

@@ -7,6 +7,8 @@
 
 mod connection;
 mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod fault;
 mod requests;
 mod routes;

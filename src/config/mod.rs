@@ -11,6 +11,8 @@ pub mod bodies;
 pub mod control;
 mod cpu;
 mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod error;
 pub mod fork;
 mod fork_children;

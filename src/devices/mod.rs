@@ -8,6 +8,8 @@
 //! `virtio/entropy.rs`.
 
 mod bus;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod error;
 mod fw_cfg;
 mod i8042;

@@ -14,6 +14,8 @@ mod blocking;
 mod body;
 mod counters;
 mod daemon;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod drives;
 mod error;
 mod fault;

@@ -18,8 +18,8 @@ pub const FORMAT_MINOR: u16 = 0;
 
 /// The first bytes of every container.
 pub const CONTAINER_MAGIC: [u8; 8] = *b"TVMMSNAP";
-const HEADER_LEN: usize = 64;
-const ENTRY_LEN: usize = 40;
+pub(super) const HEADER_LEN: usize = 64;
+pub(super) const ENTRY_LEN: usize = 40;
 /// The most sections a container may have.
 const MAX_SECTIONS: usize = 4096;
 const VERSION_LEN: usize = 16;

@@ -13,6 +13,8 @@ mod chain;
 mod checked_reader;
 mod cold_spec;
 mod container;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod drives;
 mod error;
 mod files;

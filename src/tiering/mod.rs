@@ -9,6 +9,8 @@
 
 pub mod cold;
 pub mod costs;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod error;
 pub mod fault;
 pub mod fit;

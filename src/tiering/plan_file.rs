@@ -144,8 +144,15 @@ impl PlanFile {
     /// # Errors
     /// [`Error::Snapshot`] for a file that is no container, or damaged; [`Error::PlanFile`] for one that is no plan.
     pub fn load(path: &Path) -> Result<PlanFile, Error> {
+        PlanFile::decode(path, &Container::read(path, FILE_LIMIT)?)
+    }
+
+    /// As [`load`](Self::load) for a container in memory; `path` names it in errors.
+    ///
+    /// # Errors
+    /// As for [`load`](Self::load).
+    pub(super) fn decode(path: &Path, container: &Container) -> Result<PlanFile, Error> {
         let bad = |problem: String| Error::PlanFile { path: path.to_path_buf(), problem };
-        let container = Container::read(path, FILE_LIMIT)?;
         let info = container.info(SectionKind::Plan, 0)?;
         if info.version != VERSION {
             return Err(bad(format!("it has version {}, this build reads {VERSION}; make it again", info.version)));

@@ -67,11 +67,18 @@ pub enum MemoryKind {
 /// # Errors
 /// A file that cannot be read; [`Error::PlanFile`] for JSON that is no plan.
 pub fn load(path: &Path) -> Result<Option<PlanDocument>, Error> {
-    let bytes = read_limited(path, FILE_LIMIT)?;
+    parse(path, &read_limited(path, FILE_LIMIT)?)
+}
+
+/// As [`load`] for bytes; `path` names them in errors.
+///
+/// # Errors
+/// [`Error::PlanFile`] for JSON that is no plan.
+pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Option<PlanDocument>, Error> {
     if !bytes.trim_ascii_start().starts_with(b"{") {
         return Ok(None);
     }
-    let read: Result<Document, _> = serde_json::from_slice(&bytes);
+    let read: Result<Document, _> = serde_json::from_slice(bytes);
     let Document { plan, sources, .. } = read.map_err(|error| {
         let problem = format!("{error}; docs/policies.md describes a plan in JSON");
         Error::PlanFile { path: path.to_path_buf(), problem }

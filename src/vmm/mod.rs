@@ -13,6 +13,8 @@ pub(crate) mod capture;
 pub(crate) mod console_ring;
 pub(crate) mod demote;
 pub(crate) mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 pub(crate) mod error;
 pub(crate) mod exit_counters;
 pub(crate) mod host;

@@ -2,6 +2,8 @@
 
 mod bounded;
 mod cache;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod file;
 #[cfg(feature = "object-store")]
 pub mod object;

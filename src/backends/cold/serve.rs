@@ -285,6 +285,17 @@ struct Connection<'a> {
     open: Option<Arc<Object>>,
 }
 
+/// Serves one connection on this thread, until its client closes it.
+///
+/// # Errors
+/// The reason for any other end.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn answer_one(stream: TcpStream, store: Store, limits: Limits) -> io::Result<()> {
+    let shared = Arc::new(Shared::new(store, limits));
+    let greeting = Greeting::begin(&shared, &stream)?;
+    Connection::serve(stream, greeting, &shared)
+}
+
 impl<'a> Connection<'a> {
     /// Serves until the client closes the connection. The error is the reason for any other end.
     fn serve(stream: TcpStream, greeting: Greeting, shared: &'a Arc<Shared>) -> io::Result<()> {

@@ -44,7 +44,7 @@ pub enum Kind {
     Refused = 0xff,
 }
 
-const KINDS: [Kind; 9] = [
+pub(super) const KINDS: [Kind; 9] = [
     Kind::Open,
     Kind::ReadIndex,
     Kind::Read,

@@ -14,6 +14,8 @@ pub mod block;
 mod broken;
 mod chain;
 mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 mod entropy;
 mod interrupt;
 mod io;
@@ -23,7 +25,7 @@ mod pmem;
 mod queue;
 mod rate_limiter;
 mod retired;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
 #[cfg(test)]
 mod transport_tests;

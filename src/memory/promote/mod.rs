@@ -10,6 +10,8 @@
 
 pub mod ahead;
 mod counts;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod doors;
 pub mod fault;
 mod operands;
 mod view;

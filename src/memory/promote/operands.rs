@@ -9,7 +9,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 /// The longest instruction, bytes (Intel SDM vol. 2, 2.3.11).
 pub const INSTRUCTION_MAX: usize = 15;
 /// Limit for a string instruction, bytes: its repeat count may ask for any amount.
-const STRING_BYTES_MAX: u64 = 256 << 10;
+pub(super) const STRING_BYTES_MAX: u64 = 256 << 10;
 
 /// Bytes at a linear address. They may wrap around.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -67,7 +67,11 @@ pub fn read(path: &Path) -> Result<Vec<Token>, TokenFileError> {
     parse(path, &text)
 }
 
-fn parse(path: &Path, text: &str) -> Result<Vec<Token>, TokenFileError> {
+/// Reads the text of a token file; `path` names it in errors.
+///
+/// # Errors
+/// A line is no token, or the same as another.
+pub fn parse(path: &Path, text: &str) -> Result<Vec<Token>, TokenFileError> {
     let mut tokens: Vec<Token> = Vec::new();
     for (index, line) in text.lines().enumerate() {
         let wrong = |problem: String| TokenFileError::Line { path: path.to_owned(), line: index + 1, problem };

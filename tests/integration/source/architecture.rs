@@ -256,3 +256,25 @@ fn nothing_is_decided_by_the_words_of_a_message() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+/// The doors of fuzz targets see what is private. They are in no build that is used, and only `fuzzing.rs`, other doors
+/// and the declarations of their rooms name them.
+#[test]
+fn doors_are_closed_but_for_fuzzing() {
+    const GATE: &str = "#[cfg(any(test, feature = \"fuzzing\"))]";
+    let mut wrong = Vec::new();
+    for path in sources(&root().join("src")) {
+        let is_door = path.ends_with("doors.rs") || path.ends_with("src/fuzzing.rs");
+        let text = fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        for (index, line) in lines.iter().enumerate() {
+            let declares = line.ends_with("mod doors;") || line.ends_with("mod fuzzing;");
+            let is_gated = index > 0 && lines[index - 1] == GATE;
+            let names = line.contains("doors::") || line.contains("crate::fuzzing");
+            if declares && !is_gated || names && !is_door {
+                wrong.push(format!("{}:{}: {line}", path.display(), index + 1));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -136,6 +136,17 @@ impl Net {
         Tap::check(&state.id, overrides.tap.as_ref().unwrap_or(&state.tap))
     }
 
+    /// The interface of a door, whose frames come and go through a socket that keeps datagrams apart.
+    ///
+    /// # Errors
+    /// There can be no timer or event.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn over(params: NetParams, socket: std::os::fd::OwnedFd) -> Result<Self, Error> {
+        let rx = RateLimiter::new(params.rx_limits)?;
+        let tx = RateLimiter::new(params.tx_limits)?;
+        Net::with_tap(params, Tap::over(socket), rx, tx)
+    }
+
     fn with_tap(params: NetParams, tap: Tap, rx: RateLimiter, tx: RateLimiter) -> Result<Self, Error> {
         Ok(Net {
             link: Link::new(&params.id, tap)?,

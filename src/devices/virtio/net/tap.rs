@@ -82,7 +82,7 @@ impl Tap {
     }
 
     /// A socket that keeps datagrams apart, in place of a tap.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn over(socket: std::os::fd::OwnedFd) -> Self {
         Tap { file: socket.into(), name: "test".into(), has_ufo: true, offload: 0 }
     }
