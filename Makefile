@@ -15,7 +15,7 @@ REWINDS ?= 10000
 STANDBY ?= 500
 MOMENTS ?= 5000
 
-.PHONY: build agent demo test test-features fuzz soak endure lint setup install install-service bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
+.PHONY: build agent demo test test-features fuzz fuzz-all deny sbom soak endure lint setup install install-service bench testbed testbed-hosts testbed-rdma testbed-build linux-kernel linux-rootfs
 
 build: setup
 	$(BUILD)
@@ -43,6 +43,23 @@ test-features: setup
 # the shortest driver that shows it, and kept in proptest-regressions/ for `make test`; SEED=N makes a run repeatable.
 fuzz: setup
 	PROPTEST_CASES=$(CASES) $(if $(SEED),PROPTEST_RNG_SEED=$(SEED)) cargo test --locked --lib no_driver
+
+# Every fuzz target of fuzz/ for SECONDS each, with ASan: files, requests, peers, devices, guest instructions. Needs nightly
+# and cargo-fuzz; see docs/fuzzing.md. TARGETS="profile plan" picks, SEED=N repeats the choices.
+fuzz-all:
+	FUZZ_SEED=$(SEED) fuzz/run.sh $(SECONDS) $(TARGETS)
+
+# Licences and sources of the dependencies, and advisories if their database can be had; see deny.toml.
+deny:
+	@resources/deny.sh
+
+# The dependencies of all features as a CycloneDX document.
+sbom:
+	@cargo cyclonedx --version >/dev/null 2>&1 || { echo "Cannot write the SBOM: cargo-cyclonedx is not installed. \
+	Install it: cargo install --locked cargo-cyclonedx" >&2; exit 2; }
+	cargo cyclonedx --format json --all-features --target $(TARGET) --override-filename tvmm.cdx
+	mkdir -p target && mv tvmm.cdx.json target/tvmm.cdx.json
+	@echo "wrote target/tvmm.cdx.json"
 
 # Random operations with kill -9, full disks and failing disks against a model, for SECONDS. The seed is printed; SEED=N
 # repeats its sequence. A violation names the directory with the evidence.
