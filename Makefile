@@ -79,6 +79,7 @@ lint: setup
 	cargo fmt --check
 	cargo fmt --check --manifest-path resources/guest/Cargo.toml
 	cargo fmt --check --manifest-path resources/agent/Cargo.toml
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --features $(FEATURES) -- -D warnings
 	cargo clippy --locked --manifest-path resources/guest/Cargo.toml --target-dir target/guest-tests -- -D warnings

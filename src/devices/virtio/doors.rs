@@ -390,7 +390,7 @@ impl Programs<'_> {
         }
         let what: u8 = input.arbitrary()?;
         let which = usize::from(what) / 8 % self.streams.len().max(1);
-        if what % 8 == 0 {
+        if what.is_multiple_of(8) {
             let Ok(mut stream) = UnixStream::connect(self.socket) else { return Ok(()) };
             let len = usize::from(what >> 3).min(input.len());
             let line = input.bytes(len)?;
