@@ -7,6 +7,7 @@
 
 mod barrier;
 mod demote;
+mod encrypt;
 mod failure;
 mod fork;
 mod guest;
@@ -71,7 +72,7 @@ struct BootArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Snapshot a running VM; merge and sign snapshots
+    /// Snapshot a running VM; merge, sign and encrypt snapshots
     Snapshot(snapshot::SnapshotArgs),
     /// Restore a VM from a snapshot
     Restore(Box<vm::RestoreArgs>),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::encrypt;
 use super::identify::InputPath;
 use super::merge;
 use super::sign;
@@ -55,6 +56,7 @@ impl SnapshotArgs {
         match &self.command {
             Some(SnapshotCommand::Merge(args)) => args.inputs(),
             Some(SnapshotCommand::Sign(args)) => args.inputs(),
+            Some(SnapshotCommand::Encrypt(args)) => args.inputs(),
             Some(SnapshotCommand::Keygen(_)) | None => Vec::new(),
         }
     }
@@ -66,6 +68,8 @@ enum SnapshotCommand {
     Merge(merge::MergeArgs),
     /// Sign a snapshot, for restores that trust only some keys (docs/signatures.md)
     Sign(sign::SignArgs),
+    /// Write an encrypted copy of a snapshot, for storage that others can read (docs/encryption.md)
+    Encrypt(encrypt::EncryptArgs),
     /// Make a pair of keys in the format of minisign
     Keygen(sign::KeygenArgs),
 }
@@ -78,6 +82,7 @@ pub fn run(args: &SnapshotArgs) -> Result<ExitCode, BoxError> {
     match (&args.command, &args.api_sock, &args.out) {
         (Some(SnapshotCommand::Merge(merge)), _, _) => merge::run(merge),
         (Some(SnapshotCommand::Sign(args)), _, _) => sign::run(args),
+        (Some(SnapshotCommand::Encrypt(args)), _, _) => encrypt::run(args),
         (Some(SnapshotCommand::Keygen(args)), _, _) => sign::keygen(args),
         (None, Some(socket), Some(out)) => take(&Client::new(socket), args, out),
         _ => refuse("Give --api-sock and --out"),

@@ -140,8 +140,13 @@ pub enum InvalidRestore {
     #[error("A page-fault handler serves all memory, and so does a pool, cold or not: give one of them")]
     PoolAndHandler,
     #[error(
-        "A signature binds a snapshot's own files, and not the pages of a pool, a cold pool or a page-fault handler: \
-         leave these out, or the trusted keys"
+        "An encrypted snapshot is decrypted chunk by chunk: a pool is mapped by guests in place, as it is, a handler \
+         installs pages itself, and a memory file is mapped. Leave these out, or the key"
+    )]
+    EncryptedElsewhere,
+    #[error(
+        "A signature binds a snapshot's own files, and not the pages of a pool, a cold pool, a page-fault handler \
+         or an encrypted snapshot: leave these out, or the trusted keys"
     )]
     TrustElsewhere,
 }

@@ -14,7 +14,9 @@ use utoipa::ToSchema;
 
 use crate::config::error::InvalidRestore;
 use crate::config::overrides::Overrides;
-use crate::snapshot::{Cold, ColdCache, ColdSpec, DRAM_PRICE_US, InPlaceMapping, Policy, PolicyReason, Verify};
+use crate::snapshot::{
+    Cold, ColdCache, ColdSpec, DRAM_PRICE_US, ENCRYPTED_MEMORY, InPlaceMapping, KeySource, Policy, PolicyReason, Verify,
+};
 
 /// The sources of memory, the budgets, and the clone's settings of a restore. The keys are those of `tvmm` in `PUT
 /// /snapshot/load`.
@@ -76,6 +78,11 @@ pub struct RestoreOptions {
     #[arg(long = "cold", value_name = "POOL")]
     #[schema(value_type = Option<Vec<String>>)]
     pub cold_pools: Option<Vec<ColdSpec>>,
+    /// Decrypt a snapshot that `tvmm snapshot encrypt` made with this key: a file, or command:CMD, which prints the
+    /// key; its memory comes from the snapshot's directory, or from --cold (docs/encryption.md)
+    #[arg(long, value_name = "KEY")]
+    #[schema(ignore)]
+    pub decrypt_key: Option<KeySource>,
     /// Keep chunks that come from other hosts in this directory
     #[arg(long, value_name = "DIR")]
     #[schema(value_type = Option<String>)]
@@ -275,9 +282,10 @@ impl InvalidRestore {
                 format!("a pool cannot be used with {key}: leave one out")
             }
             // The flags of these exclude each other already.
-            InvalidRestore::ResumedAndStandby | InvalidRestore::PoolAndHandler | InvalidRestore::TrustElsewhere => {
-                self.to_string()
-            }
+            InvalidRestore::ResumedAndStandby
+            | InvalidRestore::PoolAndHandler
+            | InvalidRestore::TrustElsewhere
+            | InvalidRestore::EncryptedElsewhere => self.to_string(),
         }
     }
 }
@@ -313,8 +321,8 @@ impl RestoreRequest {
     /// Options that exclude each other, or miss an option that they need.
     pub fn new(snapshot: PathBuf, said: MemorySaid, options: RestoreOptions) -> Result<RestoreRequest, InvalidRestore> {
         Ok(RestoreRequest {
+            memory: options.memory_from(said, &snapshot)?,
             snapshot,
-            memory: options.memory_from(said)?,
             plan: options.plan_from()?,
             plan_dir: options.plan_dir,
             in_place_mapping: options.in_place_mapping.unwrap_or_default(),
@@ -344,17 +352,26 @@ impl RestoreRequest {
 impl RestoreOptions {
     /// Refuses options that exclude each other, or miss an option that they need.
     pub fn check(&self) -> Result<(), InvalidRestore> {
-        self.memory_from(MemorySaid::Nothing)?;
+        self.memory_from(MemorySaid::Nothing, Path::new(""))?;
         self.plan_from().map(drop)
     }
 
-    fn memory_from(&self, said: MemorySaid) -> Result<MemoryFrom, InvalidRestore> {
+    fn memory_from(&self, said: MemorySaid, snapshot: &Path) -> Result<MemoryFrom, InvalidRestore> {
         let cold = self.cold()?;
         let pools = self.pools.clone().unwrap_or_default();
         let trusted_keys = self.trusted_keys.clone().unwrap_or_default();
-        let is_elsewhere = !pools.is_empty() || cold.is_some() || matches!(said, MemorySaid::Handler(_));
+        let is_elsewhere =
+            !pools.is_empty() || cold.is_some() || self.decrypt_key.is_some() || matches!(said, MemorySaid::Handler(_));
         if is_elsewhere && !trusted_keys.is_empty() {
             return Err(InvalidRestore::TrustElsewhere);
+        }
+        if let Some(key) = self.decrypt_key.clone() {
+            if !pools.is_empty() || !matches!(said, MemorySaid::Nothing) {
+                return Err(InvalidRestore::EncryptedElsewhere);
+            }
+            let beside =
+                || Cold { pools: vec![ColdSpec::Dir(snapshot.join(ENCRYPTED_MEMORY))], cache: None, key: None };
+            return Ok(MemoryFrom::Cold(Cold { key: Some(key), ..cold.unwrap_or_else(beside) }));
         }
         match (said, pools.is_empty(), cold) {
             (MemorySaid::Nothing, true, None) => Ok(MemoryFrom::Files { memory_file: None, trusted_keys }),
@@ -381,7 +398,7 @@ impl RestoreOptions {
             return Err(InvalidRestore::Needs { option: "cold_cache_mib", needed: "cold_cache" });
         }
         let cache = self.cold_cache.clone().map(|dir| ColdCache { dir, limit_mib: self.cold_cache_mib });
-        Ok((!pools.is_empty()).then_some(Cold { pools, cache }))
+        Ok((!pools.is_empty()).then_some(Cold { pools, cache, key: None }))
     }
 
     fn plan_from(&self) -> Result<PlanFrom, InvalidRestore> {
@@ -432,6 +449,7 @@ impl RestoreOptions {
             cxl_mib: self.cxl_mib.or(budgets.cxl_mib),
             in_place_mapping: self.in_place_mapping.or(defaults.in_place_mapping),
             verify: self.verify.or(defaults.verify),
+            decrypt_key: self.decrypt_key.or_else(|| defaults.decrypt_key.clone()),
             trusted_keys: self.trusted_keys.or_else(|| defaults.trusted_keys.clone()),
             cold_pools: cold.cold_pools,
             cold_cache: cold.cold_cache,
@@ -465,6 +483,7 @@ impl RestoreOptions {
             cxl_mib: _,
             in_place_mapping: _,
             verify: _,
+            decrypt_key: _,
             cold_cache_mib: _,
             standby: _,
             mac_overrides: _,
@@ -528,7 +547,7 @@ mod tests {
         let text = serde_json::json!({
             "policy": "tiered", "profile": "a", "plan_dir": "b", "costs": "c", "dram_mib": 1, "dram_price": 2,
             "cxl_mib": 3,
-            "in_place_mapping": "shared", "verify": "full", "trusted_keys": ["l"],
+            "in_place_mapping": "shared", "verify": "full", "trusted_keys": ["l"], "decrypt_key": "command:m",
             "cold_pools": ["tcp:a:1", "/d"], "cold_cache": "e",
             "cold_cache_mib": 4, "pools": [], "drive_overrides": [{ "drive_id": "f", "path_on_host": "g" }],
             "drive_dir": "h", "mac_overrides": [{ "iface_id": "i", "guest_mac": "06:00:ac:10:00:02" }],

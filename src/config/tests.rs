@@ -317,7 +317,7 @@ fn snapshot_load_is_read_and_shuts_out_what_shapes_a_machine() {
     let load = config.snapshot_load.as_deref().unwrap();
     assert_eq!((load.snapshot.as_path(), load.start), (Path::new("s"), Start::Running));
     let cache = Some(ColdCache { dir: "d".into(), limit_mib: Some(7) });
-    let fallback = Some(Cold { pools: vec![ColdSpec::Dir("c".into())], cache });
+    let fallback = Some(Cold { pools: vec![ColdSpec::Dir("c".into())], cache, key: None });
     assert_eq!(load.memory, MemoryFrom::Pools { pools: vec!["a".into(), "b".into()], fallback });
     let choice = PolicyChoice { dram_price_us: 3, costs: Some("e".into()), ..PolicyChoice::default() };
     assert_eq!(load.plan, PlanFrom::Policy(PolicyChoice { requested: Some(Policy::Tiered), ..choice }));

@@ -10,8 +10,8 @@ use crate::config::restore::{NamedFile, RestoreOptions};
 use crate::snapshot::ColdSpec;
 
 /// The options that the daemon decides: clients cannot give them in `tvmm`.
-const KEPT_FROM_CLIENTS: [&str; 7] =
-    ["policy", "profile", "plan_dir", "verify", "trusted_keys", "standby", "drive_dir"];
+const KEPT_FROM_CLIENTS: [&str; 8] =
+    ["policy", "profile", "plan_dir", "verify", "decrypt_key", "trusted_keys", "standby", "drive_dir"];
 
 /// Names options that exclude each other in the service's words.
 pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
@@ -28,7 +28,8 @@ pub(super) fn contradiction(invalid: InvalidRestore) -> Fault {
         InvalidRestore::PoolAndMemoryFile { .. }
         | InvalidRestore::ResumedAndStandby
         | InvalidRestore::PoolAndHandler
-        | InvalidRestore::TrustElsewhere => invalid.to_string(),
+        | InvalidRestore::TrustElsewhere
+        | InvalidRestore::EncryptedElsewhere => invalid.to_string(),
     })
 }
 
@@ -40,6 +41,7 @@ pub(super) fn check(options: &RestoreOptions) -> Result<(), Fault> {
         options.profile.is_some(),
         options.plan_dir.is_some(),
         options.verify.is_some(),
+        options.decrypt_key.is_some(),
         options.trusted_keys.is_some(),
         options.standby,
         options.drive_dir.is_some(),

@@ -7,6 +7,7 @@ use crate::backends;
 use crate::backends::pool_media;
 use crate::memory;
 use crate::snapshot;
+use crate::sys::secret_key::SecretKeyError;
 use crate::tiering;
 use crate::vmm;
 
@@ -30,6 +31,8 @@ pub enum Error {
     NoAnswer(String),
     #[error("Cannot keep plans and working-set images in {path}", path = path.display())]
     PlanDir { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    SecretKey(#[from] SecretKeyError),
     #[error(
         "Cannot keep plans and working-set images: those beside a signed snapshot are not signed, and there is no \
          cache directory. Give --plan-dir DIR (`tvmm.plan_dir`), or set HOME"

@@ -13,6 +13,7 @@ use crate::config::restore::{MemoryFrom, PlanFrom, RestoreRequest};
 use crate::memory::stall::Stalls;
 use crate::session::Error;
 use crate::snapshot::{Chain, Cold, ColdSpec, ForkPoint, Location, TrustedKeys};
+use crate::sys::secret_key;
 use crate::tiering;
 use crate::tiering::cold::ColdPool;
 use crate::tiering::pool::{self, OnLost, PoolTier};
@@ -78,7 +79,7 @@ fn open_memory(request: &RestoreRequest, fault_timeout: Duration, stalls: &Arc<S
 
 /// Opens a snapshot as a restore would, to look at: neither leases nor caches of chunks are taken.
 pub fn look(location: &Location, pools: &[PathBuf], cold: &[ColdSpec]) -> Result<Sources, Error> {
-    let cold = (!cold.is_empty()).then(|| Cold { pools: cold.to_vec(), cache: None });
+    let cold = (!cold.is_empty()).then(|| Cold { pools: cold.to_vec(), cache: None, key: None });
     match &cold {
         Some(cold) if pools.is_empty() => from_cold(location, cold, DEFAULT_FAULT_TIMEOUT),
         cold => from_pools(location, pools, cold.as_ref(), DEFAULT_FAULT_TIMEOUT, None),
@@ -104,8 +105,9 @@ fn from_pools(
 
 /// The snapshot at `location`, with its memory in cold pools.
 fn from_cold(location: &Location, cold: &Cold, fault_timeout: Duration) -> Result<Sources, Error> {
-    let chain = Chain::open_elsewhere(location)?;
-    let cold = cold::open(cold, &chain, fault_timeout)?;
+    let key = cold.key.as_ref().map(secret_key::read).transpose()?;
+    let chain = Chain::open_elsewhere(location, key.as_ref())?;
+    let cold = cold::open(cold, &chain, fault_timeout, key.as_ref())?;
     Ok(Sources { cold, ..Sources::files(chain) })
 }
 

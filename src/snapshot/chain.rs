@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use super::manifest::canonical;
 use super::{
-    Error, Extent, Location, MemoryLayout, PageOrigin, PageSet, PageSource, Parent, Result, Snapshot, SnapshotKind,
-    TrustedKeys,
+    Error, Extent, Location, MemoryLayout, PageOrigin, PageSet, PageSource, Parent, Result, SecretKey, Snapshot,
+    SnapshotKind, TrustedKeys,
 };
 
 /// The most layers that a chain may have to be restored. The writer refuses to make a longer one.
@@ -80,12 +80,13 @@ impl Chain {
         Chain::open_by(tip, Snapshot::open, MAX_MERGED_DEPTH)
     }
 
-    /// As [`open`](Chain::open), but the memory files need not be there: a cold pool has guest memory.
+    /// As [`open`](Chain::open), but the memory files need not be there: a cold pool has guest memory. With a
+    /// `key`, the files must be encrypted with it.
     ///
     /// # Errors
     /// As for [`open`](Chain::open).
-    pub fn open_elsewhere(tip: &Location) -> Result<Chain> {
-        Chain::open_by(tip, Snapshot::open_elsewhere, MAX_CHAIN_DEPTH)
+    pub fn open_elsewhere(tip: &Location, key: Option<&SecretKey>) -> Result<Chain> {
+        Chain::open_by(tip, |location| Snapshot::open_elsewhere(location, key), MAX_CHAIN_DEPTH)
     }
 
     /// As [`open`](Chain::open) for a chain of which one of `keys` must have signed each layer. No byte of a layer is
@@ -287,7 +288,7 @@ pub fn used_profile_path(location: &Location) -> PathBuf {
 /// [`Error::NoParent`] around a reader's error; [`Error::ChainFull`].
 pub(crate) fn check_parent(object: &str, parent: &Parent, layout: &MemoryLayout) -> Result<()> {
     let no_parent = |source| Error::NoParent { object: object.to_string(), source: Box::new(source) };
-    let chain = Chain::open_elsewhere(&parent.location).map_err(|error| match error {
+    let chain = Chain::open_elsewhere(&parent.location, None).map_err(|error| match error {
         // A chain that a restore would refuse cannot be extended either.
         Error::ChainTooLong { limit, .. } => Error::ChainFull { object: object.to_string(), limit },
         error => no_parent(error),

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::KeySource;
+
 /// The schemes of object stores.
 const OBJECT_SCHEMES: [&str; 5] = ["s3", "gs", "az", "http", "https"];
 /// Default number of concurrent reads past the page cache (measured: `docs/remote.md`).
@@ -34,6 +36,8 @@ pub struct Cold {
     /// Nearest first; there is one at least.
     pub pools: Vec<ColdSpec>,
     pub cache: Option<ColdCache>,
+    /// The source of the key of an encrypted snapshot.
+    pub key: Option<KeySource>,
 }
 
 /// The cache of chunks from other hosts.

@@ -88,6 +88,18 @@ pub enum Error {
         gpa = first.gpa(), bytes = first.bytes()
     )]
     BadMemory { object: String, bad: u64, first: Extent },
+    /// A file of an encrypted snapshot, where no key was given.
+    #[error("Cannot read {object}: it is encrypted. Give its key (--decrypt-key, `tvmm.decrypt_key`)")]
+    Encrypted { object: String },
+    /// A file that is not encrypted, where a key was given: it could lie in the place of an encrypted one.
+    #[error("Cannot trust {object}: it is not encrypted. Restore it without a key if you trust its writer")]
+    NotEncrypted { object: String },
+    /// Bytes that were not encrypted with this key, for this snapshot and under this name.
+    #[error("Cannot decrypt {object}: it is damaged, or was encrypted with another key or for another snapshot")]
+    Unsealable { object: String },
+    /// A snapshot that cannot be encrypted.
+    #[error("Cannot encrypt {object}: {problem}")]
+    CannotEncrypt { object: String, problem: &'static str },
     /// A file that is no key of minisign's.
     #[error(
         "Cannot use {path}: it is no {kind} of minisign's. `tvmm snapshot keygen` makes a pair of keys",

@@ -347,6 +347,8 @@ pub(crate) const STATE_FILE: &str = "vmstate";
 pub(crate) const PAGES_FILE: &str = "pages";
 /// See [`MANIFEST_FILE`].
 pub(crate) const MEMORY_FILE: &str = "memory";
+/// The cold pool with the memory of an encrypted snapshot, in its directory.
+pub const ENCRYPTED_MEMORY: &str = "cold";
 /// The files that every snapshot directory has; copies of drives come on top.
 pub const DIR_FILES: [&str; 4] = [MANIFEST_FILE, STATE_FILE, PAGES_FILE, MEMORY_FILE];
 

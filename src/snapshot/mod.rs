@@ -16,11 +16,13 @@ mod container;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod doors;
 mod drives;
+mod encrypt;
 mod error;
 mod files;
 mod fork_point;
 mod ids;
 mod image;
+mod key_source;
 mod layout;
 pub mod lru;
 mod manifest;
@@ -36,6 +38,7 @@ mod plan_codec;
 mod read_back;
 mod reader;
 mod restore_choice;
+mod sealing;
 mod signed;
 mod signing;
 mod types;
@@ -56,16 +59,18 @@ pub use container::{
     CONTAINER_MAGIC, Container, FORMAT_MAJOR, FORMAT_MINOR, Section, SectionInfo, SectionKind, write_container,
 };
 pub use drives::{CopyMethod, DriveCopy, copy_drive, copy_drive_while};
+pub use encrypt::encrypt_files;
 pub use error::{Error, Result};
 pub(crate) use files::open_regular;
 pub use files::{Durability, PRIVATE, append_private, create_new, create_private_dir, overwrite_private, read_limited};
 pub use fork_point::ForkPoint;
 pub use ids::{BadDigestText, Digest, PoolId, Sha256Digest, SnapshotId, TierId};
 pub use image::{Image, ImageOrigin, ImageState, bound_derived, check_image, image_name};
+pub use key_source::KeySource;
 pub use layout::{GuestRange, MAX_GUEST_ADDRESS, MAX_RANGES, MemoryLayout};
 pub use manifest::{
-    DIR_FILES, Digests, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent, SnapshotKind,
-    is_snapshot_dir,
+    DIR_FILES, Digests, ENCRYPTED_MEMORY, FeatureWord, FileSizes, HostFacts, Location, MachineFacts, Manifest, Parent,
+    SnapshotKind, is_snapshot_dir,
 };
 pub use mappings::{Folios, Mapping, View};
 pub use memory_check::{BadChunk, ReadAt, VerifyReport};
@@ -82,6 +87,7 @@ pub use plan_codec::{JsonPlan, StoredPlan};
 pub use read_back::{LoadHuge, ReadBack};
 pub use reader::Snapshot;
 pub use restore_choice::{DRAM_PRICE_US, InPlaceMapping, Policy, PolicyReason, UnknownPolicy, Verify};
+pub use sealing::{NoKey, ObjectKey, SALT_LEN, SecretKey, TAG_LEN, Unsealable, new_salt};
 pub use signed::{SignaturePaths, TrustedKeys};
 pub use signing::{SigningKey, make_keys, sign};
 pub use types::{Extent, Gfn, HUGE_PAGE_PAGES, HUGE_PAGE_SIZE, PAGE_SIZE};

@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use super::container::{Section, SectionInfo, SectionKind, container_len_of};
 use super::manifest::{MANIFEST_FILE, PAGES_FILE, STATE_FILE};
 use super::memory_check::{MemoryFile, Progress, ReadAt, VerifyReport};
+use super::sealing::{self, SEAL_LEN, SecretKey};
 use super::signed::{SNAPSHOT_FILE, Statement, TrustedKeys};
 use super::{
     Container, Digest, Error, Extent, Location, Manifest, MemoryLayout, PageMap, PageSet, Result, SnapshotId, files,
@@ -46,6 +47,8 @@ pub struct Snapshot {
     page_map: OnceLock<PageMap>,
     /// The statement of a trusted key about the snapshot, if it was opened for such a key.
     signed: Option<Statement>,
+    /// The key of its files, if they are encrypted.
+    key: Option<SecretKey>,
 }
 
 impl Snapshot {
@@ -66,7 +69,7 @@ impl Snapshot {
     /// As for [`open`](Snapshot::open), and [`Error::Unsigned`], [`Error::BadSignature`], [`Error::NotTheSigned`].
     pub fn open_signed(location: &Location, keys: &TrustedKeys) -> Result<Snapshot> {
         let statement = Statement::read_trusted(location, keys)?;
-        Snapshot::open_with(location, &location.memory_path(), Some(statement))?.with_whole_memory()
+        Snapshot::open_with(location, &location.memory_path(), Some(statement), None)?.with_whole_memory()
     }
 
     /// Refuses a memory file of another length than the manifest says.
@@ -89,7 +92,7 @@ impl Snapshot {
     /// # Errors
     /// As for [`open`](Snapshot::open).
     pub(crate) fn open_state(location: &Location) -> Result<Snapshot> {
-        Snapshot::open_with(location, &location.memory_path(), None)
+        Snapshot::open_with(location, &location.memory_path(), None, None)
     }
 
     /// As [`open`](Snapshot::open) for a snapshot whose memory comes from a pool: the memory file need not even exist.
@@ -97,29 +100,39 @@ impl Snapshot {
     /// # Errors
     /// As for [`open`](Snapshot::open).
     pub fn open_without_memory(location: &Location) -> Result<Snapshot> {
+        Snapshot::open_without_memory_by(location, None)
+    }
+
+    fn open_without_memory_by(location: &Location, key: Option<&SecretKey>) -> Result<Snapshot> {
         let stand_in = match location {
             Location::Dir(dir) => dir.join(STATE_FILE),
             Location::Files { snapshot, .. } => snapshot.clone(),
         };
-        Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in, None)? })
+        Ok(Snapshot { memory_len: 0, ..Snapshot::open_with(location, &stand_in, None, key)? })
     }
 
     /// As [`open`](Snapshot::open) for a snapshot whose memory file is in another place. The file need not be here; the
-    /// snapshot still has the pages that the manifest says.
+    /// snapshot still has the pages that the manifest says. With a `key`, its files must be encrypted with it.
     ///
     /// # Errors
     /// As for [`open`](Snapshot::open).
-    pub(crate) fn open_elsewhere(location: &Location) -> Result<Snapshot> {
-        let snapshot = Snapshot::open_without_memory(location)?;
+    pub(crate) fn open_elsewhere(location: &Location, key: Option<&SecretKey>) -> Result<Snapshot> {
+        let snapshot = Snapshot::open_without_memory_by(location, key)?;
         let memory_len = snapshot.layout().file_len();
         let memory_path = location.memory_path();
         Ok(Snapshot { memory_len, memory_path, is_elsewhere: true, ..snapshot })
     }
 
-    fn open_with(location: &Location, memory_path: &Path, signed: Option<Statement>) -> Result<Snapshot> {
+    fn open_with(
+        location: &Location,
+        memory_path: &Path,
+        signed: Option<Statement>,
+        key: Option<&SecretKey>,
+    ) -> Result<Snapshot> {
         let object = location.display();
         let (manifest, container) = match location {
-            Location::Dir(dir) => open_dir(dir, &object, signed.as_ref())?,
+            Location::Dir(dir) => open_dir(dir, &object, signed.as_ref(), key)?,
+            Location::Files { .. } if key.is_some() => return Err(Error::NotEncrypted { object }),
             Location::Files { snapshot, .. } => open_file(snapshot, &object, signed.as_ref())?,
         };
         if let Some(statement) = &signed {
@@ -148,6 +161,7 @@ impl Snapshot {
             is_elsewhere: false,
             page_map,
             signed,
+            key: key.cloned(),
         })
     }
 
@@ -286,7 +300,9 @@ impl Snapshot {
     fn fresh_page_map(&self) -> Result<PageMap> {
         match &self.location {
             Location::Dir(dir) => {
-                self.read_page_map(&read_container(dir, PAGES_FILE, PAGES_LIMIT, &self.object, self.signed.as_ref())?)
+                let file = DirFile { dir, name: PAGES_FILE, limit: PAGES_LIMIT };
+                let checks = Checks { signed: self.signed.as_ref(), key: self.key.as_ref() };
+                self.read_page_map(&file.container(&self.object, self.id(), checks)?)
             }
             Location::Files { .. } => self.read_page_map(&self.container),
         }
@@ -386,7 +402,12 @@ impl Snapshot {
     }
 }
 
-fn open_dir(dir: &Path, object: &str, signed: Option<&Statement>) -> Result<(Manifest, Container)> {
+fn open_dir(
+    dir: &Path,
+    object: &str,
+    signed: Option<&Statement>,
+    key: Option<&SecretKey>,
+) -> Result<(Manifest, Container)> {
     let json = match files::read_limited(&dir.join(MANIFEST_FILE), MANIFEST_LIMIT) {
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && dir.is_dir() => {
             return Err(Error::NotSealed { path: dir.to_path_buf() });
@@ -397,22 +418,47 @@ fn open_dir(dir: &Path, object: &str, signed: Option<&Statement>) -> Result<(Man
         statement.check_bytes(object, MANIFEST_FILE, &json)?;
     }
     let manifest = Manifest::parse(object, &json)?;
-    let container = read_container(dir, STATE_FILE, STATE_LIMIT, object, signed)?;
+    let file = DirFile { dir, name: STATE_FILE, limit: STATE_LIMIT };
+    let container = file.container(object, manifest.id, Checks { signed, key })?;
     if container.sections().iter().any(|info| info.kind.is_reserved()) {
         return Err(Error::malformed(container.object(), "it has sections that do not belong into a state"));
     }
     Ok((manifest, container))
 }
 
-/// Reads a container of a snapshot's directory. Its bytes are compared with those that were `signed` before they are
-/// parsed.
-fn read_container(dir: &Path, name: &str, limit: u64, object: &str, signed: Option<&Statement>) -> Result<Container> {
-    let path = dir.join(name);
-    let bytes = files::read_limited(&path, limit)?;
-    if let Some(statement) = signed {
-        statement.check_bytes(object, name, &bytes)?;
+/// A container of a snapshot's directory.
+struct DirFile<'a> {
+    dir: &'a Path,
+    name: &'a str,
+    limit: u64,
+}
+
+/// The checks that the bytes of a file pass before they are parsed.
+#[derive(Clone, Copy)]
+struct Checks<'a> {
+    signed: Option<&'a Statement>,
+    key: Option<&'a SecretKey>,
+}
+
+impl DirFile<'_> {
+    /// Reads the container of snapshot `id`. Its bytes are compared with those that were signed, and decrypted, before
+    /// they are parsed.
+    fn container(&self, object: &str, id: SnapshotId, checks: Checks<'_>) -> Result<Container> {
+        let path = self.dir.join(self.name);
+        let name = path.display().to_string();
+        let seal_len = if checks.key.is_some() { SEAL_LEN } else { 0 };
+        let bytes = files::read_limited(&path, self.limit + seal_len)?;
+        if let Some(statement) = checks.signed {
+            statement.check_bytes(object, self.name, &bytes)?;
+        }
+        let bytes = match (checks.key, sealing::is_sealed(&bytes)) {
+            (Some(key), true) => sealing::open_file(key, id, &name, self.name, &bytes)?,
+            (None, true) => return Err(Error::Encrypted { object: name }),
+            (Some(_), false) => return Err(Error::NotEncrypted { object: name }),
+            (None, false) => bytes,
+        };
+        Container::parse_named(name, bytes)
     }
-    Container::parse_named(path.display().to_string(), bytes)
 }
 
 fn open_file(snapshot: &Path, object: &str, signed: Option<&Statement>) -> Result<(Manifest, Container)> {

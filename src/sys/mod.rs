@@ -48,6 +48,7 @@ pub mod process_memory;
 pub mod raw_descriptor;
 pub mod reap;
 pub mod resident;
+pub mod secret_key;
 pub mod shared_map;
 pub mod signals;
 pub mod terminal;

@@ -46,7 +46,7 @@ impl Pool {
         let chunks: Vec<NewChunk> = (0..PAGES).map(chunk).collect();
         let data = vec![7; PAGES as usize * PAGE_SIZE as usize];
         let data_digest = Digest(*blake3::hash(&data).as_bytes());
-        let index = Index::of(SNAPSHOT, &layout, 16, &chunks, data_digest).ok()?;
+        let index = Index::of(SNAPSHOT, &layout, 16, &chunks, data_digest, None).ok()?;
         let bytes = index.to_bytes().ok()?;
         let store = Store::create(dir.path(), Manifest::new(64, 500).ok()?).ok()?;
         let (index_name, data_name) = object_names(SNAPSHOT);

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backends::Error;
-use crate::snapshot::{Chain, Cold, ColdCache, ColdSpec, NoColdPool, PageSet, SnapshotId, is_object_url};
+use crate::snapshot::{Chain, Cold, ColdCache, ColdSpec, NoColdPool, PageSet, SecretKey, SnapshotId, is_object_url};
 use crate::tiering;
 use crate::tiering::cold::store::{Checked, Manifest, Store};
 use crate::tiering::cold::{ChunkError, ColdPool, Index, Packed, Place};
@@ -81,7 +81,7 @@ impl AnyPool {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Packed, ChunkError> {
         match self {
-            AnyPool::Dir(store) => store.add(chain, hot, progress),
+            AnyPool::Dir(store) => store.add(chain, hot, None, progress),
             #[cfg(feature = "object-store")]
             AnyPool::Object(pool) => pool.add(chain, hot, progress),
         }
@@ -173,11 +173,16 @@ fn places_of(spec: &ColdSpec, attempt: Duration) -> Result<Vec<Box<dyn Place>>, 
 const CACHE_MIB: u64 = 1024;
 
 /// Opens the object of the chain's tip in the first of the pools that has it; the others stand by. `fault_timeout`: the
-/// longest that a guest may wait for a page.
+/// longest that a guest may wait for a page. `key`: the key of an object that is encrypted.
 ///
 /// # Errors
 /// A pool that this build cannot reach, no pool that has it, an object that is not this snapshot's.
-pub fn open(cold: &Cold, chain: &Chain, fault_timeout: Duration) -> Result<Option<Arc<ColdPool>>, Error> {
+pub fn open(
+    cold: &Cold,
+    chain: &Chain,
+    fault_timeout: Duration,
+    key: Option<&SecretKey>,
+) -> Result<Option<Arc<ColdPool>>, Error> {
     let limit = |cache: &ColdCache| cache.limit_mib.unwrap_or(CACHE_MIB).saturating_mul(1 << 20);
     let cache = cold.cache.as_ref().map(|cache| Cache::open(&cache.dir, limit(cache))).transpose()?;
     let patience = fault_timeout * PATIENCE.0 / PATIENCE.1;
@@ -195,7 +200,7 @@ pub fn open(cold: &Cold, chain: &Chain, fault_timeout: Duration) -> Result<Optio
         return Ok(None);
     }
     let tip = chain.tip();
-    let pool = ColdPool::open(places, alike, tip.id(), tip.layout(), patience).map_err(tiering::Error::from)?;
+    let pool = ColdPool::open(places, alike, tip.id(), tip.layout(), patience, key).map_err(tiering::Error::from)?;
     // For a full snapshot the number of pages is known without reading its page map.
     let held = tip.manifest().pages_held;
     if chain.layers().len() == 1 && pool.index().pages() != held {

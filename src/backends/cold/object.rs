@@ -230,7 +230,7 @@ impl ObjectPool {
             return Err(ChunkError::AlreadyHeld { path: self.url.as_str().into(), snapshot });
         }
         let local = Store::create(scratch, self.manifest)?;
-        let packed = local.add(chain, hot, progress)?;
+        let packed = local.add(chain, hot, None, progress)?;
         let (index, data) = object_names(snapshot);
         self.upload(&local.data_path(snapshot), &data)?;
         let bytes = local.index_bytes(snapshot)?;

@@ -34,6 +34,12 @@ pub enum ChunkError {
     Busy { path: PathBuf },
     #[error("The snapshot is damaged and was not added")]
     Damaged { source: Box<snapshot::Error> },
+    #[error("Cannot read {object}: it is encrypted. Give its key (--decrypt-key, `tvmm.decrypt_key`)")]
+    Encrypted { object: String },
+    #[error("Cannot trust {object}: it is not encrypted. Restore from it without a key if you trust its writer")]
+    NotEncrypted { object: String },
+    #[error("Cannot decrypt {object}: its index is damaged, or was written with another key")]
+    OtherKey { object: String },
     #[error("No cold pool that was given can be used: {0}")]
     NoPlace(String),
     #[error("The object store at {url} cannot be used: {why}")]

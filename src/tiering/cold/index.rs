@@ -9,7 +9,8 @@ use super::codec::Compression;
 use super::delivery::{Broken, EachChunk, Flow};
 use super::error::ChunkError;
 use crate::snapshot::{
-    Container, Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, Section, SectionKind, SnapshotId, write_container,
+    Container, Digest, Extent, Gfn, MemoryLayout, ObjectKey, PAGE_SIZE, SALT_LEN, SecretKey, Section, SectionKind,
+    SnapshotId, TAG_LEN, write_container,
 };
 
 /// The sizes of a chunk's window that a user can choose, in pages: 64 KiB to 2 MiB.
@@ -19,7 +20,8 @@ pub const MAX_INDEX_LEN: u64 = 256 << 20;
 /// Section kinds of an index.
 const HEAD: SectionKind = SectionKind::Other(96);
 const CHUNKS: SectionKind = SectionKind::Other(97);
-/// The version of both sections.
+const ENCRYPTION: SectionKind = SectionKind::Other(98);
+/// The version of all sections.
 const VERSION: u32 = 1;
 /// Bytes of a chunk's entry before its mask of pages: window, stored length, checksum, compression.
 const ENTRY_HEAD: usize = 13;
@@ -63,10 +65,20 @@ impl Chunk {
     }
 }
 
+/// The facts about the encryption of an object's chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Encryption {
+    /// The random bytes that the object's keys are made of, beside the user's key.
+    salt: [u8; SALT_LEN],
+    /// The code over head and table ([`ObjectKey::mac`]): the index is that of the writer.
+    mac: Digest,
+}
+
 /// A checked index.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Index {
     head: Head,
+    encryption: Option<Encryption>,
     /// In the order of the data.
     chunks: Vec<Chunk>,
     /// Words of each chunk's mask, one after the other.
@@ -86,13 +98,15 @@ pub(crate) struct NewChunk {
 }
 
 impl Index {
-    /// The index of chunks written one after the other; checked by the same rules as one that is read.
+    /// The index of chunks written one after the other; checked by the same rules as one that is read. `key`: the keys
+    /// with which the chunks were encrypted, and the salt that they are made of.
     pub(crate) fn of(
         snapshot: SnapshotId,
         layout: &MemoryLayout,
         chunk_pages: u64,
         chunks: &[NewChunk],
         data_digest: Digest,
+        key: Option<(&ObjectKey, &[u8; SALT_LEN])>,
     ) -> Result<Index, ChunkError> {
         let data_len = chunks.iter().map(|chunk| u64::from(chunk.stored_len)).sum();
         let pages = chunks.iter().flat_map(|chunk| &chunk.mask).map(|word| u64::from(word.count_ones())).sum();
@@ -108,7 +122,31 @@ impl Index {
             let mask = chunk.mask.iter().flat_map(|word| word.to_le_bytes());
             table.extend(mask.take(mask_len(chunk_pages)));
         }
-        build(head, &table).map_err(|problem| ChunkError::Index { object: "the new index".into(), problem })
+        let new = |problem| ChunkError::Index { object: "the new index".into(), problem };
+        let Some((key, salt)) = key else { return build(head, &table, None).map_err(new) };
+        let mac = mac_of(key, &head, &table).map_err(new)?;
+        build(head, &table, Some(Encryption { salt: *salt, mac })).map_err(new)
+    }
+
+    /// The keys of the object's chunks. None: they are not encrypted, and there is no key.
+    ///
+    /// # Errors
+    /// [`ChunkError::Encrypted`] without a key, [`ChunkError::NotEncrypted`] with one for nothing,
+    /// [`ChunkError::OtherKey`] for an index that was not written with this key. `object` names it in errors.
+    pub fn object_key(&self, object: &str, key: Option<&SecretKey>) -> Result<Option<ObjectKey>, ChunkError> {
+        let object = object.to_string();
+        let Some(Encryption { salt, mac }) = &self.encryption else {
+            return if key.is_some() { Err(ChunkError::NotEncrypted { object }) } else { Ok(None) };
+        };
+        let Some(key) = key else { return Err(ChunkError::Encrypted { object }) };
+        let key = ObjectKey::new(key, salt, self.head.snapshot);
+        let found = mac_of(&key, &self.head, &self.table());
+        let found = found.map_err(|problem| ChunkError::Index { object: object.clone(), problem })?;
+        if constant_time_eq::constant_time_eq_32(&found.0, &mac.0) {
+            Ok(Some(key))
+        } else {
+            Err(ChunkError::OtherKey { object })
+        }
     }
 
     /// The bytes of the index object.
@@ -119,7 +157,11 @@ impl Index {
         };
         let section = |kind, payload| Section { kind, instance: 0, version: VERSION, payload };
         let head = postcard::to_stdvec(&self.head).map_err(failed)?;
-        Ok(write_container(&[section(HEAD, head), section(CHUNKS, self.table())]))
+        let mut sections = vec![section(HEAD, head), section(CHUNKS, self.table())];
+        if let Some(Encryption { salt, mac }) = &self.encryption {
+            sections.push(section(ENCRYPTION, [*salt, mac.0].concat()));
+        }
+        Ok(write_container(&sections))
     }
 
     fn table(&self) -> Vec<u8> {
@@ -144,10 +186,12 @@ impl Index {
         let in_container = |source| ChunkError::IndexContainer { object: object.to_string(), source: Box::new(source) };
         let bad = |problem: String| ChunkError::Index { object: object.to_string(), problem };
         let container = Container::parse(bytes).map_err(in_container)?;
-        if container.sections().len() != 2 {
-            return Err(bad(format!("it has {} sections, not 2", container.sections().len())));
+        let is_encrypted = container.sections().iter().any(|info| info.kind == ENCRYPTION);
+        let kinds: &[SectionKind] = if is_encrypted { &[HEAD, CHUNKS, ENCRYPTION] } else { &[HEAD, CHUNKS] };
+        if container.sections().len() != kinds.len() {
+            return Err(bad(format!("it has {} sections, not {}", container.sections().len(), kinds.len())));
         }
-        for kind in [HEAD, CHUNKS] {
+        for &kind in kinds {
             let version = container.info(kind, 0).map_err(in_container)?.version;
             if version != VERSION {
                 return Err(bad(format!(
@@ -169,7 +213,13 @@ impl Index {
             let found = head.snapshot;
             return Err(ChunkError::OtherSnapshot { object, expected, found });
         }
-        build(head, container.section(CHUNKS, 0).map_err(in_container)?).map_err(bad)
+        let encryption = if is_encrypted {
+            let bytes = container.section(ENCRYPTION, 0).map_err(in_container)?;
+            Some(Encryption::parse(bytes).ok_or_else(|| bad(format!("its encryption has {} bytes", bytes.len())))?)
+        } else {
+            None
+        };
+        build(head, container.section(CHUNKS, 0).map_err(in_container)?, encryption).map_err(bad)
     }
 
     pub fn snapshot(&self) -> SnapshotId {
@@ -297,8 +347,22 @@ fn mask_runs(mask: &[u64]) -> impl Iterator<Item = (u64, u64)> + '_ {
     })
 }
 
+impl Encryption {
+    fn parse(bytes: &[u8]) -> Option<Encryption> {
+        let (salt, mac) = bytes.split_at_checked(SALT_LEN)?;
+        Some(Encryption { salt: salt.try_into().ok()?, mac: Digest(mac.try_into().ok()?) })
+    }
+}
+
+/// The code that authenticates an index.
+fn mac_of(key: &ObjectKey, head: &Head, table: &[u8]) -> Result<Digest, String> {
+    let head = postcard::to_stdvec(head).map_err(|error| format!("it cannot be written: {error}"))?;
+    Ok(key.mac(&[&head, table]))
+}
+
 /// Checks everything in head and table.
-fn build(head: Head, table: &[u8]) -> Result<Index, String> {
+fn build(head: Head, table: &[u8], encryption: Option<Encryption>) -> Result<Index, String> {
+    let tag_len = if encryption.is_some() { TAG_LEN as u64 } else { 0 };
     if !head.chunk_pages.is_power_of_two() || !CHUNK_PAGES_RANGE.contains(&head.chunk_pages) {
         return Err(format!("its chunks are of {} pages", head.chunk_pages));
     }
@@ -327,8 +391,8 @@ fn build(head: Head, table: &[u8]) -> Result<Index, String> {
         let held = check_pages(&head, window, &masks[start..]).map_err(|what| format!("chunk {number} {what}"))?;
         let len = u64::from(held) * PAGE_SIZE;
         let fits = match compression {
-            Compression::Raw => u64::from(stored_len) == len,
-            Compression::Lz4 | Compression::Zstd => stored_len > 0 && u64::from(stored_len) < len,
+            Compression::Raw => u64::from(stored_len) == len + tag_len,
+            Compression::Lz4 | Compression::Zstd => (tag_len + 1..tag_len + len).contains(&u64::from(stored_len)),
         };
         if !fits {
             return Err(format!("chunk {number} stores {len} bytes as {stored_len} ({})", compression.name()));
@@ -345,7 +409,7 @@ fn build(head: Head, table: &[u8]) -> Result<Index, String> {
     }
     let mut by_window: Vec<u32> = (0..count as u32).collect();
     by_window.sort_by_key(|number| chunks[*number as usize].window);
-    let index = Index { head, chunks, masks, by_window };
+    let index = Index { head, encryption, chunks, masks, by_window };
     check_disjoint(&index)?;
     Ok(index)
 }

@@ -6,7 +6,9 @@ use std::os::unix::fs::FileExt;
 use super::codec::{Compression, Encoder};
 use super::error::ChunkError;
 use super::index::{CHUNK_PAGES_RANGE, Index, NewChunk};
-use crate::snapshot::{Chain, Content, Digest, Extent, PAGE_SIZE, PageSet, ResolvedRun};
+use crate::snapshot::{
+    Chain, Content, Digest, Extent, ObjectKey, PAGE_SIZE, PageSet, ResolvedRun, SecretKey, new_salt,
+};
 
 /// The parameters of packing an object.
 #[derive(Clone, Debug)]
@@ -17,6 +19,8 @@ pub struct PackSpec {
     pub bandwidth_mbps: u64,
     /// Pages stored first, in chunks of their own, so that they are fetched without the others.
     pub hot: Option<PageSet>,
+    /// The key with which chunks are encrypted.
+    pub key: Option<SecretKey>,
 }
 
 /// The result of packing.
@@ -49,8 +53,11 @@ pub fn pack(
     let hot = spec.hot.as_ref().map(|hot| held.intersection(hot)).unwrap_or_default();
     let mut cold = held.clone();
     cold.subtract(&hot);
+    let salt = new_salt();
+    let key = spec.key.as_ref().map(|key| ObjectKey::new(key, &salt, chain.tip().id()));
     let mut packer = Packer {
         chain,
+        key,
         runs: &runs,
         encoder: Encoder::new(spec.bandwidth_mbps).map_err(|source| ChunkError::Compress { chunk: 0, source })?,
         chunk_pages: spec.chunk_pages,
@@ -76,7 +83,8 @@ pub fn pack(
     }
     progress(done, total);
     let digest = Digest(*packer.hasher.finalize().as_bytes());
-    let index = Index::of(chain.tip().id(), chain.layout(), spec.chunk_pages, &packer.chunks, digest)?;
+    let key = packer.key.as_ref().map(|key| (key, &salt));
+    let index = Index::of(chain.tip().id(), chain.layout(), spec.chunk_pages, &packer.chunks, digest, key)?;
     Ok(Packed { index, methods: packer.methods })
 }
 
@@ -87,6 +95,7 @@ fn verify(layer: &crate::snapshot::Snapshot) -> Result<(), ChunkError> {
 
 struct Packer<'a> {
     chain: &'a Chain,
+    key: Option<ObjectKey>,
     runs: &'a [ResolvedRun],
     encoder: Encoder,
     chunk_pages: u64,
@@ -112,7 +121,12 @@ impl Packer<'_> {
         }
         let chunk = self.chunks.len();
         let compress = |source| ChunkError::Compress { chunk, source };
-        let (compression, stored) = self.encoder.encode(&pages).map_err(compress)?;
+        let (compression, mut stored) = self.encoder.encode(&pages).map_err(compress)?;
+        if let Some(key) = &self.key {
+            // Each chunk has its number to itself, and so its nonce.
+            key.seal(chunk as u32, &mut stored)
+                .map_err(|_| ChunkError::Compress { chunk, source: std::io::Error::other("it cannot be encrypted") })?;
+        }
         self.hasher.update(&stored);
         let failed = |source| {
             ChunkError::Snapshot(crate::snapshot::Error::Io {

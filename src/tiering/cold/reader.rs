@@ -13,7 +13,7 @@ use super::codec::{Compression, Decoder};
 use super::delivery::{Broken, Flow};
 use super::index::{Index, MAX_INDEX_LEN};
 use super::place::{ChunkSource, Place, SourceCounters, SourceCounts};
-use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, PAGE_SIZE, SnapshotId};
+use crate::snapshot::{Digest, Extent, Gfn, MemoryLayout, ObjectKey, PAGE_SIZE, SecretKey, SnapshotId};
 use crate::sys::bounded_wait::Wait;
 use crate::sys::worker;
 
@@ -29,6 +29,8 @@ pub struct ColdCounts {
 pub struct ColdPool {
     index: Arc<Index>,
     digest: Digest,
+    /// The keys of its chunks, if they are encrypted.
+    key: Option<ObjectKey>,
     places: Vec<(Box<dyn Place>, Arc<SourceCounters>)>,
     /// The number of places, from the first on, that are equally near: readers may start at any of them.
     alike: usize,
@@ -47,22 +49,24 @@ fn name_of(places: &Places) -> String {
 
 impl ColdPool {
     /// Asks the places in turn for the object of `snapshot`. The first `alike` of them are equally near; `patience` is
-    /// the longest time that a place may be unreachable.
+    /// the longest time that a place may be unreachable. With a `key`, the object must be encrypted with it.
     ///
     /// # Errors
-    /// [`ChunkError::NoPlace`] if none has it; an index that is not valid.
+    /// As for [`Index::object_key`]; [`ChunkError::NoPlace`] if none has it; an index that is not valid.
     pub fn open(
         places: Vec<Box<dyn Place>>,
         alike: usize,
         snapshot: SnapshotId,
         layout: &MemoryLayout,
         patience: Duration,
+        key: Option<&SecretKey>,
     ) -> Result<Arc<ColdPool>, ChunkError> {
         let places: Vec<_> = places.into_iter().map(|place| (place, Arc::new(SourceCounters::default()))).collect();
         let name = name_of(&places);
         let (place, bytes) = first_index(&places, snapshot, Wait::new(name.as_str(), patience))?;
         let digest = Digest(*blake3::hash(&bytes).as_bytes());
         let index = Arc::new(Index::parse(place.name(), bytes, snapshot)?);
+        let key = index.object_key(place.name(), key)?;
         if index.layout() != layout {
             let problem = "it describes another layout of guest memory".to_string();
             return Err(ChunkError::OtherMemory { object: place.name().to_string(), problem });
@@ -70,7 +74,7 @@ impl ColdPool {
         let cached_reads = AtomicU64::new(0);
         let alike = alike.clamp(1, places.len());
         let awaited = format!("a chunk from {name}").into();
-        Ok(Arc::new(ColdPool { index, digest, places, alike, cached_reads, awaited, patience }))
+        Ok(Arc::new(ColdPool { index, digest, key, places, alike, cached_reads, awaited, patience }))
     }
 
     pub fn index(&self) -> &Arc<Index> {
@@ -182,6 +186,8 @@ pub struct ColdReader {
     current: usize,
     decoder: Option<Decoder>,
     pages: Vec<u8>,
+    /// The last chunk, decrypted.
+    opened: Vec<u8>,
     kept: VecDeque<(u32, Vec<u8>)>,
 }
 
@@ -197,7 +203,15 @@ impl ColdReader {
     pub fn new(pool: &Arc<ColdPool>, number: usize) -> ColdReader {
         let slots = pool.places.iter().map(|_| Slot { source: None, damages: 0, dead: None }).collect();
         let current = number % pool.alike;
-        ColdReader { pool: pool.clone(), slots, current, decoder: None, pages: Vec::new(), kept: VecDeque::new() }
+        ColdReader {
+            pool: pool.clone(),
+            slots,
+            current,
+            decoder: None,
+            pages: Vec::new(),
+            opened: Vec::new(),
+            kept: VecDeque::new(),
+        }
     }
 
     pub fn pool(&self) -> &Arc<ColdPool> {
@@ -293,7 +307,7 @@ impl ColdReader {
 
     /// Asks the current place, and checks and unpacks the chunks that come.
     fn attempt(&mut self, wanted: &[u32], each: &mut dyn FnMut(u32, &[u8]) -> Flow) -> Result<(), Broken> {
-        let ColdReader { pool, slots, current, decoder, pages, .. } = self;
+        let ColdReader { pool, slots, current, decoder, pages, opened, .. } = self;
         let (place, counters) = &pool.places[*current];
         let slot = &mut slots[*current];
         let source = match &mut slot.source {
@@ -312,6 +326,18 @@ impl ColdReader {
             if crc32c::crc32c(stored) != chunk.checksum {
                 return Err(Broken::Damaged(format!("chunk {number} does not have the bytes that its checksum is of")));
             }
+            let stored_len = stored.len() as u64;
+            let stored = match &pool.key {
+                None => stored,
+                Some(key) => {
+                    opened.clear();
+                    opened.extend_from_slice(stored);
+                    let unsealed = key.open(number, opened);
+                    unsealed
+                        .map_err(|_| Broken::Damaged(format!("chunk {number} cannot be decrypted with the key")))?;
+                    &opened[..]
+                }
+            };
             // A raw chunk is not copied: an index in which its length differs was refused.
             let pages = if chunk.compression == Compression::Raw {
                 stored
@@ -322,7 +348,7 @@ impl ColdReader {
                 &pages[..]
             };
             counters.chunks.fetch_add(1, Ordering::Relaxed);
-            counters.stored.fetch_add(stored.len() as u64, Ordering::Relaxed);
+            counters.stored.fetch_add(stored_len, Ordering::Relaxed);
             counters.pages.fetch_add(pages.len() as u64, Ordering::Relaxed);
             Ok(each(number, pages))
         })

@@ -66,7 +66,7 @@ pub fn sample_with(hot: Option<PageSet>) -> Sample {
     writer.seal(seal()).unwrap();
     let chain = Chain::open(&tip).unwrap();
     let mut data = Vec::new();
-    let spec = PackSpec { chunk_pages: 32, bandwidth_mbps: 500, hot };
+    let spec = PackSpec { chunk_pages: 32, bandwidth_mbps: 500, hot, key: None };
     let packed = pack(&chain, &spec, &mut data, &mut |_, _| {}).unwrap();
     let index_bytes = packed.index.to_bytes().unwrap();
     Sample { index: Arc::new(packed.index), index_bytes, data, memory, chain, _dir: dir }

@@ -11,8 +11,8 @@ use super::error::ChunkError;
 use super::index::{CHUNK_PAGES_RANGE, Index, MAX_INDEX_LEN};
 use super::pack::{PackSpec, Packed, pack};
 use crate::snapshot::{
-    Chain, Digest, PAGE_SIZE, PageSet, PartialFile, SnapshotId, is_partial, read_limited, replace_file, sweep,
-    write_limited,
+    Chain, Digest, PAGE_SIZE, PageSet, PartialFile, SecretKey, SnapshotId, is_partial, read_limited, replace_file,
+    sweep, write_limited,
 };
 
 /// The format of the manifest that this build writes and reads.
@@ -73,9 +73,9 @@ impl Manifest {
         self.chunk_kib.saturating_mul(1024) / PAGE_SIZE
     }
 
-    /// The parameters for packing a snapshot into this pool; `hot` pages come first.
-    pub fn pack_spec(&self, hot: Option<PageSet>) -> PackSpec {
-        PackSpec { chunk_pages: self.chunk_pages(), bandwidth_mbps: self.bandwidth_mbps, hot }
+    /// The parameters for packing a snapshot into this pool; `hot` pages come first, chunks are encrypted with `key`.
+    pub fn pack_spec(&self, hot: Option<PageSet>, key: Option<SecretKey>) -> PackSpec {
+        PackSpec { chunk_pages: self.chunk_pages(), bandwidth_mbps: self.bandwidth_mbps, hot, key }
     }
 }
 
@@ -173,7 +173,8 @@ impl Store {
         }
     }
 
-    /// Packs the tip of `chain`, `hot` pages first. The object gets its name when it is complete and on disk.
+    /// Packs the tip of `chain`, `hot` pages first, encrypted with `key`. The object gets its name when it is complete
+    /// and on disk.
     ///
     /// # Errors
     /// [`ChunkError::AlreadyHeld`], [`ChunkError::Busy`], and those of [`pack`]; then nothing was added.
@@ -181,6 +182,7 @@ impl Store {
         &self,
         chain: &Chain,
         hot: Option<PageSet>,
+        key: Option<SecretKey>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Packed, ChunkError> {
         let _lock = self.lock()?;
@@ -193,7 +195,7 @@ impl Store {
         let objects = self.dir.join(OBJECTS);
         sweep(&objects);
         let partial = PartialFile::create(&objects)?;
-        let packed = self.write_data(chain, hot, &partial, progress)?;
+        let packed = self.write_data(chain, self.manifest.pack_spec(hot, key), &partial, progress)?;
         partial.publish_durably(&data_path)?;
         write_limited(&index_path, &packed.index.to_bytes()?, MAX_INDEX_LEN)?;
         Ok(packed)
@@ -202,12 +204,12 @@ impl Store {
     fn write_data(
         &self,
         chain: &Chain,
-        hot: Option<PageSet>,
+        spec: PackSpec,
         partial: &PartialFile,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Packed, ChunkError> {
         let mut out = BufWriter::with_capacity(1 << 20, partial.file());
-        let packed = pack(chain, &self.manifest.pack_spec(hot), &mut out, progress)?;
+        let packed = pack(chain, &spec, &mut out, progress)?;
         out.flush().map_err(ChunkError::file("write", partial.path()))?;
         Ok(packed)
     }

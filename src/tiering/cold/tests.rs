@@ -112,7 +112,7 @@ impl ChunkSource for FakeSource {
 
 fn open(sample: &Sample, places: Vec<Fake>) -> Result<Arc<ColdPool>, ChunkError> {
     let places = places.into_iter().map(|place| Box::new(place) as Box<dyn Place>).collect();
-    ColdPool::open(places, 1, sample.index.snapshot(), sample.index.layout(), Duration::from_millis(60))
+    ColdPool::open(places, 1, sample.index.snapshot(), sample.index.layout(), Duration::from_millis(60), None)
 }
 
 fn read_all(sample: &Sample, pool: &Arc<ColdPool>) -> std::io::Result<()> {
@@ -301,8 +301,8 @@ fn pool_in_a_directory_holds_a_snapshot_once_and_finds_flipped_bits() {
     let id = sample.index.snapshot();
     let store = store(&dir.path().join("pool"));
     assert!(matches!(store.index(id), Err(ChunkError::NotHeld { .. })));
-    store.add(&sample.chain, None, &mut |_, _| {}).unwrap();
-    assert!(matches!(store.add(&sample.chain, None, &mut |_, _| {}), Err(ChunkError::AlreadyHeld { .. })));
+    store.add(&sample.chain, None, None, &mut |_, _| {}).unwrap();
+    assert!(matches!(store.add(&sample.chain, None, None, &mut |_, _| {}), Err(ChunkError::AlreadyHeld { .. })));
     assert_eq!(store.list().unwrap(), [id]);
     let index = store.index(id).unwrap();
     assert_eq!(store.check(id).unwrap().bad_chunks, 0);
@@ -323,7 +323,7 @@ fn only_the_remains_of_an_interrupted_writer_are_collected() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir.path().join("pool"));
     let id = sample.index.snapshot();
-    store.add(&sample.chain, None, &mut |_, _| {}).unwrap();
+    store.add(&sample.chain, None, None, &mut |_, _| {}).unwrap();
     let objects = store.dir().join("objects");
     let other = SnapshotId([3; 32]);
     for name in [format!("{other}.chunks"), format!("{other}.partial"), format!("{other}.index.77.partial")] {
@@ -342,11 +342,11 @@ fn damaged_snapshot_is_not_added_and_two_writers_do_not_meet() {
     let store = store(&dir.path().join("pool"));
     let lock = std::fs::File::open(store.dir().join(MANIFEST)).unwrap();
     lock.lock().unwrap();
-    assert!(matches!(store.add(&sample.chain, None, &mut |_, _| {}), Err(ChunkError::Busy { .. })));
+    assert!(matches!(store.add(&sample.chain, None, None, &mut |_, _| {}), Err(ChunkError::Busy { .. })));
     drop(lock);
     let memory = std::fs::File::options().write(true).open(sample.chain.tip().memory_path()).unwrap();
     memory.write_all_at(&[1], 8 * PAGE_SIZE).unwrap();
-    assert!(matches!(store.add(&sample.chain, None, &mut |_, _| {}), Err(ChunkError::Damaged { .. })));
+    assert!(matches!(store.add(&sample.chain, None, None, &mut |_, _| {}), Err(ChunkError::Damaged { .. })));
     assert_eq!(std::fs::read_dir(store.dir().join("objects")).unwrap().count(), 0, "nothing is half added");
 }
 

@@ -1,6 +1,7 @@
 //! Pools, cold pools, page servers.
 
 mod cold_pool;
+mod encrypted;
 mod object_store;
 mod peers;
 mod pool;
