@@ -10,7 +10,7 @@ use super::merge::bytes_bar;
 use crate::snapshot::{
     Chain, Durability, ENCRYPTED_MEMORY, KeySource, Location, PAGE_SIZE, PartialDir, encrypt_files, sweep,
 };
-use crate::sys::errors::BoxError;
+use crate::sys::errors::{BoxError, refuse};
 use crate::sys::secret_key;
 use crate::tiering::cold::store::{Manifest, Store};
 use crate::tiering::cold::{DEFAULT_BANDWIDTH_MBPS, DEFAULT_CHUNK_PAGES};
@@ -36,6 +36,10 @@ impl EncryptArgs {
 }
 
 pub fn run(args: &EncryptArgs) -> Result<ExitCode, BoxError> {
+    // Found at the end as well, after all the work.
+    if args.out.symlink_metadata().is_ok() {
+        return refuse(format!("Cannot make {}: it already exists. Name another directory", args.out.display()));
+    }
     let key = secret_key::read(&args.key)?;
     let chain = Chain::open(&Location::Dir(args.snapshot.clone()))?;
     let beside = args.out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -89,7 +89,10 @@ pub enum Error {
     )]
     BadMemory { object: String, bad: u64, first: Extent },
     /// A file of an encrypted snapshot, where no key was given.
-    #[error("Cannot read {object}: it is encrypted. Give its key (--decrypt-key, `tvmm.decrypt_key`)")]
+    #[error(
+        "Cannot read {object}: it is encrypted. Only a restore can read it, with its key (--decrypt-key, \
+         `tvmm.decrypt_key`)"
+    )]
     Encrypted { object: String },
     /// A file that is not encrypted, where a key was given: it could lie in the place of an encrypted one.
     #[error("Cannot trust {object}: it is not encrypted. Restore it without a key if you trust its writer")]

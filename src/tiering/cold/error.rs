@@ -34,7 +34,10 @@ pub enum ChunkError {
     Busy { path: PathBuf },
     #[error("The snapshot is damaged and was not added")]
     Damaged { source: Box<snapshot::Error> },
-    #[error("Cannot read {object}: it is encrypted. Give its key (--decrypt-key, `tvmm.decrypt_key`)")]
+    #[error(
+        "Cannot read {object}: it is encrypted. Only a restore can read it, with its key (--decrypt-key, \
+         `tvmm.decrypt_key`)"
+    )]
     Encrypted { object: String },
     #[error("Cannot trust {object}: it is not encrypted. Restore from it without a key if you trust its writer")]
     NotEncrypted { object: String },
