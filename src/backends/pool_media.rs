@@ -123,6 +123,34 @@ fn is_refusal(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
 }
 
+/// A file or directory that the user of a pool needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NeededFile {
+    pub path: PathBuf,
+    /// True if a lease is written there.
+    pub is_written: bool,
+}
+
+/// The files and directories that a VM needs to map the pages of a pool under a lease.
+///
+/// # Errors
+/// [`Error::What`] or [`Error::NoPool`].
+pub fn files(name: &Path) -> Result<Vec<NeededFile>, Error> {
+    let read = |path: PathBuf| NeededFile { path, is_written: false };
+    Ok(match Place::of(name)? {
+        Place::Dir(dir) => vec![read(dir)],
+        Place::Numa(node) => match numa::mounted(node)? {
+            Some(dir) => vec![read(dir)],
+            None => return Err(Error::NoPool { path: name.to_path_buf() }),
+        },
+        Place::Dax(device) => {
+            let sysfs = ["/sys/dev/char", "/sys/devices", "/sys/bus/dax", "/sys/class/dax"];
+            let device = NeededFile { path: device, is_written: true };
+            sysfs.map(|path| read(path.into())).into_iter().chain([device]).collect()
+        }
+    })
+}
+
 /// Opens the medium of an existing pool.
 ///
 /// # Errors

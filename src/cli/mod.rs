@@ -13,6 +13,8 @@ mod fork;
 mod guest;
 mod identify;
 mod inspect;
+mod jail_args;
+mod jailer;
 mod load_args;
 mod merge;
 mod overrides;
@@ -33,7 +35,8 @@ mod vm;
 use crate::sys::errors::{BoxError, chain};
 use crate::sys::heap;
 use std::error::Error;
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -60,6 +63,9 @@ struct Cli {
     #[command(flatten)]
     boot: BootArgs,
 }
+
+/// The name by which this program is `tvmm jail`.
+const JAILER: &str = "jailer";
 
 #[derive(Debug, Args)]
 struct BootArgs {
@@ -100,6 +106,8 @@ enum Command {
     ServePages(serve_pages::ServeArgs),
     /// Write the built-in guest kernel: an ELF that any VMM can boot
     Guest(guest::GuestArgs),
+    /// Start a VMM in a jail, as Firecracker's jailer does; also by the name `jailer`
+    Jail(Box<jailer::JailerArgs>),
     /// Serve functions, VMs and snapshots over HTTP
     Serve(Box<serve::ServeArgs>),
     /// Make tokens for clients of `tvmm serve`
@@ -116,6 +124,8 @@ impl Command {
             Command::Profile(args) => !args.runs_a_vm(),
             // It must outlive the reader of its output.
             Command::ServePages(_) => false,
+            // Dispositions of signals outlive the exec of a VMM.
+            Command::Jail(_) => false,
             _ => true,
         }
     }
@@ -133,7 +143,7 @@ impl Command {
             Command::ServePages(args) => args.inputs(),
             Command::Calibrate(_) | Command::Rewind(_) | Command::Demote(_) | Command::Barrier(_) => Vec::new(),
             Command::Fork(_) | Command::Guest(_) | Command::Serve(_) | Command::Bench(_) => Vec::new(),
-            Command::Token(_) => Vec::new(),
+            Command::Token(_) | Command::Jail(_) => Vec::new(),
         }
     }
 }
@@ -144,7 +154,14 @@ impl Command {
 /// An unknown policy or cold pool. Like a missing snapshot it ends the process with exit code 1, as the arguments were
 /// understood.
 fn arguments() -> Result<Cli, String> {
-    Cli::try_parse().or_else(|error| {
+    let parsed = match std::env::args_os().next() {
+        Some(name) if Path::new(&name).file_name() == Some(OsStr::new(JAILER)) => {
+            let begin = [name, "jail".into()];
+            Cli::try_parse_from(begin.into_iter().chain(std::env::args_os().skip(1)))
+        }
+        _ => Cli::try_parse(),
+    };
+    parsed.or_else(|error| {
         let cause = error.source().filter(|cause| cause.is::<UnknownPolicy>() || cause.is::<NoColdPool>());
         match cause {
             Some(unknown) => Err(unknown.to_string()),
@@ -235,6 +252,7 @@ fn run(cli: &Cli) -> Result<ExitCode, BoxError> {
         Some(Command::Guest(args)) => guest::run(args),
         Some(Command::Serve(args)) => serve::run(args),
         Some(Command::Token(args)) => token::run(args),
+        Some(Command::Jail(args)) => jailer::run(args),
         Some(Command::Bench(args)) => crate::bench::run(args),
     }
 }

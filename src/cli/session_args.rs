@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::jail_args::JailArgs;
 use crate::config::request::DEFAULT_FAULT_TIMEOUT;
 
 /// The API, the request, the report and the limits of one VM.
@@ -51,4 +52,6 @@ pub struct SessionArgs {
     /// Time of the process's spawn, in µs of CLOCK_MONOTONIC; default: the CPU time since the fork counts instead
     #[arg(long, value_name = "US")]
     pub start_time_us: Option<u64>,
+    #[command(flatten)]
+    pub jail: JailArgs,
 }

@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::failure::{ArgumentConflict, MemoryLost};
 use super::identify::{InputPath, Role};
+use super::jail_args::Outputs;
 use super::load_args::LoadArgs;
 use super::session_args::SessionArgs;
 use crate::api;
@@ -108,6 +109,7 @@ fn run(
     mut timeline: Timeline,
     operation: Operation,
 ) -> Result<ExitCode, BoxError> {
+    args.jail.close_inherited(args.api_fd)?;
     if let Some(logger) = &config.logger {
         log::configure(logger)?;
     }
@@ -120,6 +122,7 @@ fn run(
     // Taken before any thread exists, so that none of them gets the signals.
     let signals = EndSignals::take()?;
     kick::install_handler()?;
+    enter_jail(args, &config, &begin)?;
     let (control, receiver) = control::channel()?;
     // The first step that can fail by the caller's fault, and the first that a client may wait for.
     let server = match (&args.api_sock, args.api_fd) {
@@ -164,6 +167,17 @@ fn run(
     let code = exit_code(&outcome, args, answer.as_deref(), controller.output())?;
     stopped?;
     Ok(code)
+}
+
+/// Enters the jail, if the arguments ask for one.
+fn enter_jail(args: &SessionArgs, config: &VmConfig, begin: &Begin) -> Result<(), BoxError> {
+    let files = args.report.iter().chain(&args.trace).map(PathBuf::as_path).collect();
+    let outputs = Outputs { socket: args.api_sock.as_deref(), files, has_collector: args.otlp.is_some() };
+    let load = match begin {
+        Begin::Restore(load) | Begin::Record(load, _) => Some(load),
+        Begin::Wait | Begin::Boot => None,
+    };
+    args.jail.enter(&outputs, config, load)
 }
 
 /// Longest wait for a collector at the end of a VM's process.

@@ -16,6 +16,7 @@ use super::console::Input;
 use super::demotion::DemotionSlot;
 use super::facts::{Facts, Parts, Restored};
 use super::fork::{ForkNews, Forks};
+use super::jail;
 use super::metrics::MetricsFile;
 use super::opened_request::OpenedRequest;
 use super::read_backs::ReadBacks;
@@ -211,7 +212,7 @@ impl Controller {
     /// a barrier after the last step. `input`: the bytes on their way to the guest.
     pub fn handle(&mut self, request: Request, input: &mut Input) {
         let Request { command, respond, read_ns } = request;
-        if let Err(refused) = self.check_has_guest(&command) {
+        if let Err(refused) = self.check_has_guest(&command).and_then(|()| jail::check(&command)) {
             return respond(Err(refused));
         }
         match command {

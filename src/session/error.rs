@@ -50,6 +50,8 @@ pub enum Error {
     #[error(transparent)]
     Otlp(#[from] crate::sys::otlp::Unusable),
     #[error(transparent)]
+    Jail(#[from] crate::sys::jail::Error),
+    #[error(transparent)]
     Vmm(#[from] vmm::Error),
     #[error(transparent)]
     Memory(#[from] memory::Error),

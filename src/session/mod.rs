@@ -12,6 +12,7 @@ mod demotion;
 mod error;
 pub mod facts;
 pub mod fork;
+pub mod jail;
 mod live;
 pub(crate) mod log;
 pub mod main_loop;

@@ -78,6 +78,7 @@ pub fn collect(
         "tvmm_version": env!("CARGO_PKG_VERSION"),
         "operation": operation,
         "restore": restored,
+        "jail": crate::sys::jail::in_force(),
         "forks": facts.forks,
         "answer": answer.and_then(Answer::get).map(|(line, _)| line),
         "memory": memory,

@@ -36,3 +36,21 @@ pub fn keep_all() -> io::Result<()> {
     let result = unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// Closes all descriptors but standard input, output and error, and `kept`. To be called before this process opens any.
+pub fn close_others(kept: Option<RawFd>) -> io::Result<()> {
+    let close = |first: u32, last: u32| {
+        // SAFETY: descriptors that nothing in this process has opened yet are closed, so no owner is left with one.
+        let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    match kept.and_then(|fd| u32::try_from(fd).ok()).filter(|fd| *fd > 2) {
+        Some(kept) => {
+            if kept > 3 {
+                close(3, kept - 1)?;
+            }
+            close(kept + 1, u32::MAX)
+        }
+        None => close(3, u32::MAX),
+    }
+}

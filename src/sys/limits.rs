@@ -16,3 +16,33 @@ pub fn raise_open_files(wanted: u64) -> Option<u64> {
     }
     current
 }
+
+/// A resource of this process that can be limited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// The largest file that it can make, bytes.
+    FileSize,
+    /// The most descriptors that it can have open.
+    OpenFiles,
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Limit::FileSize => "the size of files",
+            Limit::OpenFiles => "open files",
+        })
+    }
+}
+
+/// Limits a resource for good (setrlimit(2), both limits).
+///
+/// # Errors
+/// EPERM for more than is allowed.
+pub fn limit(of: Limit, value: u64) -> std::io::Result<()> {
+    let resource = match of {
+        Limit::FileSize => Resource::Fsize,
+        Limit::OpenFiles => Resource::Nofile,
+    };
+    Ok(setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?)
+}

@@ -8,6 +8,8 @@
 
 pub mod guest_memory;
 pub(crate) mod handshake;
+pub mod held;
+pub mod jail;
 pub(crate) mod lines;
 pub mod logging;
 pub mod otlp;
@@ -24,6 +26,7 @@ pub mod bounded_wait;
 pub mod clock;
 pub mod coalesced;
 pub mod code;
+pub mod detach;
 pub mod direct_ring;
 pub mod dirty_log;
 pub mod errors;
@@ -54,6 +57,7 @@ pub mod signals;
 pub mod terminal;
 pub mod timeline;
 pub mod touch;
+pub mod tun;
 pub mod uffd;
 pub mod verity;
 pub mod wait;

@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The folder where iproute2 keeps them.
@@ -62,8 +62,19 @@ impl Netns {
     /// # Errors
     /// [`Error::Missing`] or [`Error::Open`].
     pub fn open(name: &str) -> Result<Netns, Error> {
-        let path = PathBuf::from(FOLDER).join(name);
-        let name = name.to_owned();
+        Netns::open_at(name.to_owned(), PathBuf::from(FOLDER).join(name))
+    }
+
+    /// Opens the namespace by the path of its file.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Open`].
+    pub fn open_path(path: &Path) -> Result<Netns, Error> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Netns::open_at(name, path.to_path_buf())
+    }
+
+    fn open_at(name: String, path: PathBuf) -> Result<Netns, Error> {
         match File::open(&path) {
             Ok(file) => Ok(Netns { name, path, file }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Missing { name, path }),
@@ -93,6 +104,22 @@ impl Netns {
         };
         // SAFETY: the closure allocates nothing, takes no lock and calls only the system call above.
         unsafe { command.pre_exec(enter) };
+    }
+
+    /// Moves this thread into the namespace.
+    ///
+    /// # Errors
+    /// [`Error::NotPermitted`], [`Error::NoNamespace`] or [`Error::Open`].
+    pub fn enter_now(&self) -> Result<(), Error> {
+        let moved = rustix::thread::move_into_link_name_space(
+            self.file.as_fd(),
+            Some(rustix::thread::LinkNameSpaceType::Network),
+        );
+        moved.map_err(|error| {
+            let source = io::Error::from(error);
+            let why = self.why(&source);
+            why.unwrap_or(Error::Open { name: self.name.clone(), path: self.path.clone(), source })
+        })
     }
 
     /// Translates the error of a spawn into one of the namespace; `None` if it has another cause (setns(2)).

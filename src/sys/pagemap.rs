@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use super::held;
 use crate::snapshot::PAGE_SIZE;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -24,7 +25,7 @@ pub struct Pagemap(File);
 impl Pagemap {
     /// Opens that of this process.
     pub fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Pagemap)
+        held::open(held::PAGEMAP).map(Pagemap)
     }
 
     /// Opens that of another process, which this one may inspect.

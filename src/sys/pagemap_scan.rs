@@ -7,6 +7,7 @@ use std::io;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
+use super::held;
 use crate::snapshot::PAGE_SIZE;
 
 /// `struct pm_scan_arg`.
@@ -77,7 +78,7 @@ pub fn is_supported() -> io::Result<bool> {
 
 /// True if the page at `start` is mapped as part of a huge one. For errors see [`is_unsupported`].
 pub fn is_huge(start: *const u8) -> io::Result<bool> {
-    let file = File::open("/proc/self/pagemap")?;
+    let file = held::open(held::PAGEMAP)?;
     let mut region = Region::default();
     let mut scan = ScanArg {
         size: size_of::<ScanArg>() as u64,
@@ -112,7 +113,7 @@ pub struct PagemapScan {
 
 impl PagemapScan {
     pub fn open() -> io::Result<PagemapScan> {
-        Ok(PagemapScan { file: File::open("/proc/self/pagemap")?, regions: vec![Region::default(); REGIONS] })
+        Ok(PagemapScan { file: held::open(held::PAGEMAP)?, regions: vec![Region::default(); REGIONS] })
     }
 
     /// See [`mapped_runs`].

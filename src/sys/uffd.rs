@@ -1,6 +1,7 @@
 //! userfaultfd (kernel `Documentation/admin-guide/mm/userfaultfd.rst`): reports touches of guest memory before they are
 //! answered, and answers them.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -8,9 +9,10 @@ use std::sync::Mutex;
 
 use userfaultfd::{Error, Event, EventBuffer, FaultKind, FeatureFlags, ReadWrite, RegisterMode, UffdBuilder};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::ioctl::ioctl_with_mut_ref;
-use vmm_sys_util::ioctl_iowr_nr;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_val};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iowr_nr};
 
+use super::held;
 use super::mapping::Reservation;
 use super::wait::either_readable;
 use crate::snapshot::PAGE_SIZE;
@@ -29,6 +31,21 @@ struct UffdioCopy {
 
 const _: () = assert!(size_of::<UffdioCopy>() == 40);
 ioctl_iowr_nr!(UFFDIO_COPY, 0xaa, 0x03, UffdioCopy);
+
+/// `struct uffdio_api`: the handshake that begins the use of a userfaultfd.
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+const _: () = assert!(size_of::<UffdioApi>() == 24);
+ioctl_iowr_nr!(UFFDIO_API, 0xaa, 0x3f, UffdioApi);
+ioctl_io_nr!(USERFAULTFD_IOC_NEW, 0xaa, 0x00);
+/// The version of the interface.
+const UFFD_API: u64 = 0xaa;
+
 const COPY_MODE_DONTWAKE: u64 = 1;
 const COPY_MODE_WP: u64 = 2;
 
@@ -121,6 +138,9 @@ impl Uffd {
     }
 
     fn with_features(features: FeatureFlags) -> io::Result<Self> {
+        if let Some(device) = held::get(held::USERFAULTFD) {
+            return Uffd::of_device(device, features);
+        }
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
@@ -129,6 +149,25 @@ impl Uffd {
             .require_features(features)
             .create()
             .map_err(to_io)?;
+        Ok(Uffd { uffd, events: Mutex::new(EventBuffer::new(EVENTS)) })
+    }
+
+    /// Makes one by the device that makes them, open already.
+    fn of_device(device: &File, features: FeatureFlags) -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: the argument is a number; no memory is involved.
+        let fd = unsafe { ioctl_with_val(device, USERFAULTFD_IOC_NEW(), flags as libc::c_ulong) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call above has made this descriptor, a userfaultfd, and this object is its only owner. Only the
+        // kernel writes the events that are read from it.
+        let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd) };
+        let mut api = UffdioApi { api: UFFD_API, features: features.bits(), ioctls: 0 };
+        // SAFETY: the struct has the kernel's layout (asserted above) and lives through the call.
+        if unsafe { ioctl_with_mut_ref(&uffd, UFFDIO_API(), &mut api) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
         Ok(Uffd { uffd, events: Mutex::new(EventBuffer::new(EVENTS)) })
     }
 

@@ -9,6 +9,7 @@
 //! Boot and restore build the machine by one path, [`Machine::build`]; then one loads a kernel and the other applies
 //! saved state. Only a paused machine can be captured: saving a running one does not compile.
 
+use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -51,6 +52,7 @@ use crate::memory::services::MemoryServices;
 use crate::snapshot::MemoryLayout;
 use crate::sys::coalesced::CoalescedRing;
 use crate::sys::dirty_log;
+use crate::sys::held;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::timeline::{Moments, Slice, Timeline};
 use crate::vmm::boot::BootError;
@@ -161,7 +163,14 @@ pub struct Machine<S> {
 
 /// Opens /dev/kvm and checks that tvmm can use this KVM.
 pub fn open_kvm() -> Result<Kvm, Error> {
-    let kvm = Kvm::new().map_err(|error| match error.errno() {
+    let opened = match held::get(held::KVM) {
+        Some(device) => device.try_clone().map_err(Into::into).map(|device| {
+            // SAFETY: the descriptor is open, is of /dev/kvm, and has no other owner.
+            unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }
+        }),
+        None => Kvm::new(),
+    };
+    let kvm = opened.map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
         libc::EACCES | libc::EPERM => KvmError::Denied,
         _ => KvmError::Call { doing: "open /dev/kvm", source: error },

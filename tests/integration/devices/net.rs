@@ -43,7 +43,7 @@ pub fn udp() -> UdpSocket {
 }
 
 /// Sends datagrams to the guest, which answers each before the next.
-fn echo(socket: &UdpSocket, sizes: &[usize]) {
+pub fn echo(socket: &UdpSocket, sizes: &[usize]) {
     for (round, &size) in sizes.iter().enumerate() {
         let data: Vec<u8> = (0..size).map(|index| (index * 3 + round) as u8).collect();
         socket.send_to(&data, (GUEST, 7)).unwrap();

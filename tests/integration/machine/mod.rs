@@ -8,6 +8,8 @@ mod cycles;
 mod generation;
 mod guest_elf;
 mod host;
+mod jail;
+mod jailer;
 mod large;
 mod metadata;
 pub mod platform;

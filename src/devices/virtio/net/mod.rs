@@ -79,6 +79,11 @@ pub struct NetState {
 }
 
 impl NetState {
+    /// The tap that it had.
+    pub fn tap(&self) -> &str {
+        &self.tap
+    }
+
     /// The id of the interface.
     pub fn id(&self) -> &str {
         &self.id

@@ -1,19 +1,18 @@
 //! A tap device (Linux Documentation/networking/tuntap.rst): frames with a virtio-net header in front, straight between
 //! the kernel and guest memory.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 
-use rustix::net::{AddressFamily, SocketType, netdevice};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_iow_nr;
 
 use super::frame::HEADER_LEN;
 use crate::devices::Error;
 use crate::devices::virtio::block::touch_pieces;
 use crate::devices::virtio::chain::Slice;
+use crate::sys::tun::{self, Failed};
 
 /// Offloads of a tap (linux/if_tun.h): work that the kernel may leave undone in frames that are read from it.
 pub const TUN_F_CSUM: u32 = 1;
@@ -25,7 +24,6 @@ pub const TUN_F_UFO: u32 = 16;
 pub const BUFFERS_MAX: usize = 1024;
 
 const TUN: libc::c_uint = 'T' as libc::c_uint;
-ioctl_iow_nr!(TUNSETIFF, TUN, 202, libc::c_int);
 ioctl_iow_nr!(TUNSETOFFLOAD, TUN, 208, libc::c_uint);
 ioctl_iow_nr!(TUNSETVNETHDRSZ, TUN, 216, libc::c_int);
 
@@ -44,9 +42,10 @@ impl Tap {
     pub fn open(id: &str, name: &str) -> Result<Self, Error> {
         Tap::check(id, name)?;
         let failed = |why: String, source| Error::Tap { id: id.to_owned(), tap: name.to_owned(), why, source };
-        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
-        let file = opened.map_err(|error| failed(why_not_open(&error).into(), error))?;
-        set_interface(&file, name).map_err(|error| failed(why_not_attached(name, &error), error))?;
+        let file = tun::attach(name).map_err(|failure| match failure {
+            Failed::Open(error) => failed(why_not_open(&error).into(), error),
+            Failed::Attach(error) => failed(why_not_attached(name, &error), error),
+        })?;
         // The present offloads are unknown: another process may have set some.
         let mut tap = Tap { file, name: name.to_owned(), has_ufo: true, offload: u32::MAX };
         tap.set_header_len().map_err(|error| failed("its header size cannot be set".into(), error))?;
@@ -70,7 +69,11 @@ impl Tap {
         {
             return Err(failed("it is no interface name".into(), io::ErrorKind::InvalidInput.into()));
         }
-        check_exists(name).map_err(|error| match error.raw_os_error() {
+        tun::check_exists(name).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENODEV) if crate::sys::jail::in_force().is_some_and(|jail| jail.has_own_network()) => failed(
+                format!("the jail's network has no taps but those that it began with; name it with --jail-tap {name}"),
+                error,
+            ),
             Some(libc::ENODEV) => failed(
                 format!(
                     "it does not exist in this network namespace; make it with `ip tuntap add dev {name} mode tap`"
@@ -175,26 +178,6 @@ pub fn is_gone(error: &io::Error) -> bool {
 
 fn checked(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Fails if the tap does not exist: TUNSETIFF would make it, if permitted.
-fn check_exists(name: &str) -> io::Result<()> {
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)
-        .or_else(|_| rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None))?;
-    netdevice::name_to_index(socket, name)?;
-    Ok(())
-}
-
-fn set_interface(file: &File, name: &str) -> io::Result<()> {
-    // SAFETY: the structure is plain data for which zeros are a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // The last byte stays NUL.
-    for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: the kernel reads and writes one `ifreq`, which lives until the call returns.
-    checked(unsafe { ioctl_with_mut_ref(file, TUNSETIFF(), &mut request) })
 }
 
 fn why_not_open(error: &io::Error) -> &'static str {
