@@ -13,8 +13,11 @@ use crate::config::request::{Command, SnapshotPaths};
 use crate::config::restore::{MemoryFrom, PlanFrom, RestoreRequest};
 use crate::config::{BootSource, DeviceConfig, DeviceConfigs, DriveConfig, PmemConfig, VmConfig};
 use crate::session::Error;
-use crate::snapshot::{Chain, Cold, ColdSpec, Location, append_private, create_private_dir, overwrite_private};
+use crate::snapshot::{
+    Chain, Cold, ColdSpec, KeySource, Location, TrustedKeys, append_private, create_private_dir, overwrite_private,
+};
 use crate::sys::jail::{self, Error as JailError, JailPath, Use};
+use crate::sys::secret_key;
 use crate::tiering::costs::Costs;
 use crate::vmm::devices::host_places;
 
@@ -123,7 +126,7 @@ impl Needs {
     fn request(&mut self, load: &RestoreRequest) -> Result<(), Error> {
         self.location(&location(&paths_of(load)));
         match &load.memory {
-            MemoryFrom::Files { .. } => {}
+            MemoryFrom::Files { trusted_keys, .. } => self.read(trusted_keys.clone()),
             MemoryFrom::Handler(socket) => self.add(socket, Use::Write),
             MemoryFrom::Cold(cold) => self.cold(cold)?,
             MemoryFrom::Pools { pools, fallback } => {
@@ -160,9 +163,14 @@ impl Needs {
     fn restored(&mut self, load: &RestoreRequest) -> Result<(), Error> {
         let place = location(&paths_of(load));
         let chain = match &load.memory {
-            MemoryFrom::Files { .. } => Chain::open(&place)?,
+            MemoryFrom::Files { trusted_keys, .. } if trusted_keys.is_empty() => Chain::open(&place)?,
+            // Nothing of an unsigned snapshot is parsed here either.
+            MemoryFrom::Files { trusted_keys, .. } => Chain::open_signed(&place, &TrustedKeys::read(trusted_keys)?)?,
             MemoryFrom::Handler(_) => Chain::open_without_memory(&load.snapshot)?,
-            MemoryFrom::Cold(_) => Chain::open_elsewhere(&place)?,
+            MemoryFrom::Cold(cold) => {
+                let key = cold.key.as_ref().map(secret_key::read).transpose()?;
+                Chain::open_elsewhere(&place, key.as_ref())?
+            }
             MemoryFrom::Pools { .. } => Chain::open_pooled(&place)?,
         };
         chain.layers().iter().for_each(|layer| self.location(layer.location()));
@@ -192,6 +200,11 @@ impl Needs {
                     self.read(NETWORK_FILES);
                 }
             }
+        }
+        match &cold.key {
+            Some(KeySource::File(key)) => self.add(key, Use::Read),
+            Some(KeySource::Command(_)) => return Err(JailError::KeyCommand.into()),
+            None => {}
         }
         cold.cache.as_ref().map_or(Ok(()), |cache| self.directory(&cache.dir))
     }

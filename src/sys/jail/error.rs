@@ -43,6 +43,9 @@ pub enum Error {
         /// The kernel's error.
         source: io::Error,
     },
+    /// A key that a command prints.
+    #[error("Cannot run a command for a key: a jail starts no programs. Give the key in a file (--decrypt-key FILE)")]
+    KeyCommand,
     /// A path that was asked for and is not there.
     #[error(
         "Cannot let {} into the jail: it does not exist. Make it first, or leave its --jail-path out",
