@@ -23,6 +23,7 @@ mod pool;
 mod profile;
 mod repurpose;
 mod rewind;
+mod seccomp_args;
 mod serve;
 mod serve_pages;
 mod session_args;
@@ -179,7 +180,8 @@ fn end_by_conflict(conflict: &ArgumentConflict) -> ! {
 }
 
 /// Runs the command line. Exit code 0: success; 1: failure; 2: the arguments were not understood; [`lost::EXIT_CODE`]:
-/// memory that is mapped from a file was lost.
+/// memory that is mapped from a file was lost; [`EXIT_CODE`](crate::sys::seccomp::EXIT_CODE): a thread made a system
+/// call that its filter does not allow.
 pub fn main() -> ExitCode {
     heap::use_one_for_all_threads();
     let cli = match arguments() {

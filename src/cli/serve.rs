@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::failure::ArgumentConflict;
+use super::seccomp_args::SeccompArgs;
 use crate::backends::cold;
 use crate::config::restore::RestoreOptions;
 use crate::serve::{self, AccessOptions, Limits, MetricsAccess, Options, Reuse};
@@ -162,6 +163,8 @@ pub struct ServeArgs {
     /// otel
     #[arg(long, value_name = "URL")]
     otlp: Option<String>,
+    #[command(flatten)]
+    seccomp: SeccompArgs,
 }
 
 /// Upper bound for counts: more would be idle processes, or numbers beyond any use.
@@ -292,6 +295,7 @@ pub fn run(args: &ServeArgs) -> Result<ExitCode, BoxError> {
         listen_unix: args.listen_unix.clone(),
         trace: args.trace.clone(),
         load,
+        vm_args: args.seccomp.for_vms()?,
         otlp: args.otlp.clone(),
         hosts: args.host.clone(),
         access: access_options(args),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::jail_args::JailArgs;
+use super::seccomp_args::SeccompArgs;
 use crate::config::request::DEFAULT_FAULT_TIMEOUT;
 
 /// The API, the request, the report and the limits of one VM.
@@ -54,4 +55,6 @@ pub struct SessionArgs {
     pub start_time_us: Option<u64>,
     #[command(flatten)]
     pub jail: JailArgs,
+    #[command(flatten)]
+    pub seccomp: SeccompArgs,
 }

@@ -31,6 +31,7 @@ use crate::sys::lost::CANNOT_GO_ON;
 use crate::sys::otlp;
 use crate::sys::otlp::Exporter;
 use crate::sys::output::ConsoleOutput;
+use crate::sys::seccomp::Kind;
 use crate::sys::signals::EndSignals;
 use crate::sys::timeline::{Slice, Timeline};
 use crate::sys::{clock, inherit, kick};
@@ -122,7 +123,12 @@ fn run(
     // Taken before any thread exists, so that none of them gets the signals.
     let signals = EndSignals::take()?;
     kick::install_handler()?;
+    let filters = args.seccomp.filters()?;
     enter_jail(args, &config, &begin)?;
+    // A jail is made by calls that no filter allows.
+    if let Some(filters) = filters {
+        seccomp::begin(filters, args.await_parent)?;
+    }
     let (control, receiver) = control::channel()?;
     // The first step that can fail by the caller's fault, and the first that a client may wait for.
     let server = match (&args.api_sock, args.api_fd) {
@@ -139,6 +145,8 @@ fn run(
         request: port_request(args, watched),
         reads_stdin: args.run.is_none() && !args.await_parent,
         parent: args.await_parent.then_some(ChildEnd),
+        // An API may ask for a fork or another machine at any time, an export makes a connection at the end.
+        last_filter: if server.is_none() && args.otlp.is_none() { Kind::Main } else { Kind::Start },
         control: server.is_some().then_some(receiver),
         signals,
         answer: answer.clone(),

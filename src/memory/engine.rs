@@ -20,6 +20,7 @@ use crate::snapshot::{
 };
 use crate::sys::lost;
 use crate::sys::mapping::Buffer;
+use crate::sys::seccomp;
 use crate::sys::timeline::{Slice, Timeline};
 use crate::sys::uffd::{FaultKinds, Install, Uffd};
 
@@ -341,8 +342,10 @@ impl Engine<'_> {
         let sourced = || wanted.iter().filter_map(|planned| Some((planned.extent, planned.source?)));
         let bytes_of = |extent: Extent, source: PageSource| &bytes[source.offset as usize..][..extent.bytes() as usize];
         let files = self.files;
-        let compare =
-            || sourced().try_for_each(|(extent, source)| files.verify_image(source, &[bytes_of(extent, source)]));
+        let compare = || {
+            seccomp::enter_thread();
+            sourced().try_for_each(|(extent, source)| files.verify_image(source, &[bytes_of(extent, source)]))
+        };
         std::thread::scope(|scope| {
             let comparing = std::thread::Builder::new().name("compare".into()).spawn_scoped(scope, compare);
             let installed = sourced()

@@ -88,7 +88,8 @@ impl Daemon {
         let snapshots = store.load_all(Kind::Snapshots)?;
         let former: Vec<VmRecord> = store.load_vms()?;
         let suspended = Suspended::open(store.suspended_dir())?;
-        let spawner = Spawner::start().map_err(ServeError::os("start the thread that spawns"))?;
+        let spawner =
+            Spawner::start(options.vm_args.clone()).map_err(ServeError::os("start the thread that spawns"))?;
         let allowances = Arc::new(Allowances::new(store.dir(), &options)?);
         let counts = Counts::default();
         let room = Room::new(Capacity { vms: options.limits.max_vms, memory_mib: options.limits.memory_mib });

@@ -1,5 +1,6 @@
 //! The settings of the service, from its command line.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -92,6 +93,8 @@ pub struct Options {
     pub limits: Limits,
     /// The use of finished VMs' processes.
     pub reuse: Reuse,
+    /// Arguments of every process that runs a VM.
+    pub vm_args: Vec<OsString>,
     /// Default options of restores.
     pub load: RestoreOptions,
     /// File for all traces, in Chrome's trace format.

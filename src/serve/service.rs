@@ -137,7 +137,7 @@ async fn clear_run(daemon: &Arc<Daemon>) {
 async fn check_pools(daemon: &Daemon) -> Result<(), ServeError> {
     for (path, is_cold) in load::on_this_host(&daemon.options.load) {
         let pool = path.to_string_lossy().into_owned();
-        let args = ["pool", "ls", "--json", "--", &pool].map(String::from).into();
+        let args = ["pool", "ls", "--json", "--", &pool];
         let ran = run_tool(&daemon.spawner, args, START_TIMEOUT).await;
         let (ended, _) = ran.map_err(ServeError::os("look into a pool"))?;
         if ended.code != Some(0) {

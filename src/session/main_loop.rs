@@ -25,6 +25,8 @@ use crate::sys::lost;
 use crate::sys::lost::Listening;
 use crate::sys::output::ConsoleOutput;
 use crate::sys::raw_descriptor::RawDescriptor;
+use crate::sys::seccomp;
+use crate::sys::seccomp::Kind;
 use crate::sys::signals::EndSignals;
 use crate::sys::timeline::Caller;
 use crate::vmm;
@@ -49,6 +51,8 @@ pub struct EventSources {
     /// The line to the parent of a fork, until the parent has let this process live on.
     pub parent: Option<ChildEnd>,
     pub control: Option<ControlReceiver>,
+    /// The seccomp filter of the main thread from the moment on at which the machine runs.
+    pub last_filter: Kind,
     pub signals: EndSignals,
     pub answer: Option<Arc<Answer>>,
     /// The scripted request, if it goes over vsock and not by `input`.
@@ -107,21 +111,25 @@ struct Session {
 /// Interval of the looks whether the memory that an answer may rest on was compared with its checksums.
 const COMPARED_POLL: Duration = Duration::from_millis(1);
 
-/// Boots or restores the machine if the session begins so, and makes the scripted request.
+/// Boots or restores the machine if the session begins so, makes the scripted request, and narrows the seccomp filter.
 fn begin_machine(
     controller: &mut Controller,
     begin: Begin,
     event_sources: &mut EventSources,
 ) -> Result<Option<Requesting>, Error> {
-    match begin {
-        Begin::Wait => Ok(None),
+    let requesting = match begin {
+        Begin::Wait => None,
         Begin::Boot => {
             controller.boot()?;
-            begin_request(event_sources, controller.devices(), controller.output())
+            begin_request(event_sources, controller.devices(), controller.output())?
         }
-        Begin::Restore(load) => restore(controller, &load, Watch::default(), event_sources),
-        Begin::Record(load, watch) => restore(controller, &load, watch, event_sources),
+        Begin::Restore(load) => restore(controller, &load, Watch::default(), event_sources)?,
+        Begin::Record(load, watch) => restore(controller, &load, watch, event_sources)?,
+    };
+    if event_sources.last_filter != Kind::Start {
+        seccomp::enter(event_sources.last_filter);
     }
+    Ok(requesting)
 }
 
 /// Names the action of an error on the line to the parent.

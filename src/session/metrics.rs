@@ -1,6 +1,7 @@
 //! Counters of a running VM, in the shape of one JSON line (`metrics.metrics_path`, `FlushMetrics`).
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,10 +11,14 @@ use serde_json::{Value, json};
 use crate::session::Error;
 use crate::sys::lines::{Lines, Target};
 use crate::sys::logging::open_to_append;
+use crate::sys::seccomp;
+use crate::sys::seccomp::NotedIn;
 
 /// The file that metrics are appended to, one JSON object per line.
 #[derive(Debug)]
 pub struct MetricsFile {
+    // Dropped before `target`, whose descriptor it names.
+    _violations: NotedIn,
     path: PathBuf,
     target: Target,
     lines: Arc<Lines>,
@@ -30,7 +35,9 @@ impl MetricsFile {
             path: path.to_owned(),
             source,
         })?;
-        Ok(MetricsFile { path: path.to_owned(), target: Target::File(Arc::new(file)), lines: Arc::default() })
+        let violations = seccomp::note_in(file.as_raw_fd());
+        let target = Target::File(Arc::new(file));
+        Ok(MetricsFile { _violations: violations, path: path.to_owned(), target, lines: Arc::default() })
     }
 
     /// Writes one line with the time and `metrics`.

@@ -27,6 +27,7 @@ use crate::sys::output::{ConsoleOutput, Sink};
 use crate::sys::pagemap_scan;
 use crate::sys::pagemap_scan::Mapped;
 use crate::sys::resident::CacheView;
+use crate::sys::seccomp::Kind;
 use crate::sys::signals::EndSignals;
 use crate::sys::timeline::{Moments, Timeline};
 use crate::tiering::profile::{Profile, RecorderKind, nonzero};
@@ -144,6 +145,8 @@ fn run(spec: &RecordSpec, watch: Watch, dirty: bool, signals: &mut Option<EndSig
         reads_stdin: false,
         parent: None,
         control: None,
+        // The next run makes another machine.
+        last_filter: Kind::Start,
         signals: signals_now,
         answer: Some(answer.clone()),
         request,

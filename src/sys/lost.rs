@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::handler_text::Text;
 use super::terminal;
 use crate::snapshot::{Extent, PAGE_SIZE};
 
@@ -41,7 +42,6 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// Tables at once: guest RAM, pmem images, pools.
 const SLOTS: usize = 128;
-const REASON_MAX: usize = 4096;
 
 /// One mapping of a file.
 #[derive(Clone, Copy, Debug)]
@@ -315,26 +315,6 @@ fn probe(address: usize) -> Option<i32> {
     if result == 0 { None } else { io::Error::last_os_error().raw_os_error() }
 }
 
-/// Text of bounded length in place.
-struct Text {
-    bytes: [u8; REASON_MAX],
-    len: usize,
-}
-
-impl Text {
-    const EMPTY: Text = Text { bytes: [0; REASON_MAX], len: 0 };
-}
-
-impl Write for Text {
-    /// Leaves out text that does not fit.
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let count = text.len().min(REASON_MAX - self.len);
-        self.bytes[self.len..self.len + count].copy_from_slice(&text.as_bytes()[..count]);
-        self.len += count;
-        Ok(())
-    }
-}
-
 /// The reason that the first handler found, written once.
 struct Reason {
     state: AtomicU8,
@@ -369,7 +349,7 @@ impl Reason {
         }
         // SAFETY: the text is written and does not change any more.
         let text = unsafe { &*self.text.get() };
-        Some(&text.bytes[..text.len])
+        Some(text.bytes())
     }
 }
 
@@ -471,21 +451,13 @@ fn sleep(time: Duration) {
     while unsafe { libc::nanosleep(rest, rest) } != 0 {}
 }
 
-/// Writes the reason to standard error, if that takes it at once. The reason fits into a pipe that polls as writable.
+/// Writes the reason to standard error, if that takes it at once.
 fn say() {
     let mut line = Text::EMPTY;
-    let reason = REASON.get().unwrap_or_default();
     let _ = write!(line, "tvmm: {CANNOT_GO_ON}: ");
-    let count = reason.len().min(REASON_MAX - line.len - 1);
-    line.bytes[line.len..line.len + count].copy_from_slice(&reason[..count]);
-    line.bytes[line.len + count] = b'\n';
-    let mut poll = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: poll(2) and write(2) work on locals.
-    unsafe {
-        if libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLOUT != 0 {
-            libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len + count + 1);
-        }
-    }
+    line.push(REASON.get().unwrap_or_default());
+    line.end_line();
+    line.write_at_once(libc::STDERR_FILENO);
 }
 
 #[cfg(test)]
@@ -519,14 +491,5 @@ mod tests {
         assert_eq!(at_gpa(GPA + 4 * PAGE_SIZE), None, "it is not mapped");
         drop(watched);
         assert_eq!(at_gpa(GPA + 3 * PAGE_SIZE), None);
-    }
-
-    #[test]
-    fn reason_longer_than_its_place_is_cut() {
-        let mut text = Text::EMPTY;
-        for _ in 0..300 {
-            text.write_str("0123456789abcdef").unwrap();
-        }
-        assert_eq!(text.len, REASON_MAX);
     }
 }

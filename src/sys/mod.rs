@@ -1,12 +1,13 @@
 //! Facilities that a process needs from its host, one file each, behind small safe owners.
 //!
-//! Owns: raw system calls (mappings, userfaultfd, signals, page cache, namespaces), clocks and time slices, the log,
-//! standard output, worker threads, bounded waits, spans for a collector, TLS. Nothing outside maps memory, signals
-//! threads or calls an ioctl that kvm-ioctls lacks.
+//! Owns: raw system calls (mappings, userfaultfd, signals, page cache, namespaces), the filters of system calls, clocks
+//! and time slices, the log, standard output, worker threads, bounded waits, spans for a collector, TLS. Nothing
+//! outside maps memory, signals threads or calls an ioctl that kvm-ioctls lacks.
 //! Must not know: the purpose of a call. Of the other rooms it imports only the nouns of `snapshot`.
 //! Start reading: `mapping.rs` (ownership of a mapping), `lost.rs` (mapped pages that cannot be read).
 
 pub mod guest_memory;
+mod handler_text;
 pub(crate) mod handshake;
 pub mod held;
 pub mod jail;
@@ -51,6 +52,7 @@ pub mod process_memory;
 pub mod raw_descriptor;
 pub mod reap;
 pub mod resident;
+pub mod seccomp;
 pub mod secret_key;
 pub mod shared_map;
 pub mod signals;

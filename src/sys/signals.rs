@@ -25,13 +25,15 @@ pub fn outlive_file_size_limit() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// Blocks all signals in this thread, so that they reach the threads made for them.
+/// Blocks all signals in this thread, so that they reach the threads made for them; all but SIGSYS, which is about
+/// this thread (`seccomp.rs`).
 pub fn block_all() {
     // SAFETY: sigset_t is plain data; sigfillset initialises it before it is used.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `set` is a valid sigset_t for both calls; the old mask is not asked for.
+    // SAFETY: `set` is a valid sigset_t for all calls; the old mask is not asked for.
     unsafe {
         libc::sigfillset(&mut set);
+        libc::sigdelset(&mut set, libc::SIGSYS);
         libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
     }
 }

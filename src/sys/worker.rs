@@ -6,6 +6,8 @@ use std::io;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::seccomp;
+
 /// Pause between two looks of [`Worker::finish`].
 const LOOK: Duration = Duration::from_micros(100);
 
@@ -16,8 +18,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts `work` on a thread made by `builder`. `stop` makes `work` return soon; it may be called several times,
-    /// and after `work` has returned.
+    /// Starts `work` on a thread made by `builder`, under the seccomp filter that its name has. `stop` makes `work`
+    /// return soon; it may be called several times, and after `work` has returned.
     ///
     /// # Errors
     /// Those of pthread_create(3).
@@ -26,7 +28,10 @@ impl Worker {
         stop: impl Fn() + Send + Sync + 'static,
         work: impl FnOnce() + Send + 'static,
     ) -> io::Result<Worker> {
-        let thread = builder.spawn(work)?;
+        let thread = builder.spawn(move || {
+            seccomp::enter_thread();
+            work();
+        })?;
         Ok(Worker { stop: Box::new(stop), thread: Some(thread) })
     }
 
@@ -79,8 +84,12 @@ impl fmt::Debug for Worker {
 pub fn share<E: Send>(name: &str, wanted: usize, work: impl Fn() -> Result<(), E> + Sync) -> Result<usize, E> {
     std::thread::scope(|scope| {
         let mut others = Vec::new();
+        let own_filter = || {
+            seccomp::enter_thread();
+            work()
+        };
         for _ in 1..wanted {
-            match std::thread::Builder::new().name(name.to_string()).spawn_scoped(scope, &work) {
+            match std::thread::Builder::new().name(name.to_string()).spawn_scoped(scope, own_filter) {
                 Ok(other) => others.push(other),
                 Err(error) => {
                     let threads = others.len() + 1;

@@ -23,6 +23,7 @@ use crate::sys::guest_memory::Memory;
 use crate::sys::kick;
 use crate::sys::kick::{Alarm, ImmediateExit};
 use crate::sys::lost;
+use crate::sys::seccomp;
 use crate::sys::timeline::Moments;
 
 /// A vCPU, and the objects that its exits need.
@@ -320,6 +321,7 @@ impl VcpuThread {
                 let flag = immediate_exit.clone();
                 let ending = ending.clone();
                 move || {
+                    seccomp::enter_thread();
                     let alarm = has_pic.then(|| Alarm::for_this_thread(PIC_PERIOD)).transpose();
                     if let Err(error) = &alarm {
                         tracing::warn!(%error, "No timer can be made: the guest may lose interrupts of the 8259.");

@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::identify::{InputPath, Role};
+use super::seccomp_args::{Origin, SeccompArgs};
 use crate::config::request::DEFAULT_FAULT_TIMEOUT;
 use crate::config::request::SnapshotPaths;
 use crate::session::record::{RecordSpec, record};
@@ -93,6 +94,8 @@ struct RecordArgs {
     /// Print the answers and the recording as JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    seccomp: SeccompArgs,
 }
 
 #[derive(Debug, Args)]
@@ -134,6 +137,7 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
     // Taken before any thread exists, so that none of them gets the signals.
     let mut signals = EndSignals::take()?;
     kick::install_handler()?;
+    args.seccomp.begin(Origin::Fresh)?;
     let mut runs = Vec::new();
     let mut told = Vec::new();
     for number in 1..=args.repeat {

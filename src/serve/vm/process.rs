@@ -1,5 +1,6 @@
 //! Child processes: one thread spawns them, a pidfd reports their end, and their last output is kept.
 
+use std::ffi::OsString;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -37,7 +38,7 @@ pub enum Job {
         netns: Option<Netns>,
     },
     /// `tvmm` with these arguments, which does one thing and ends.
-    Tool(Vec<String>),
+    Tool(Vec<OsString>),
 }
 
 /// A child just spawned, and the daemon's ends of its pipes.
@@ -57,34 +58,46 @@ type Answer = oneshot::Sender<io::Result<NewChild>>;
 /// Spawns on its own thread: fork is slow, and only one thread may have descriptors open that a child inherits.
 /// Children that are tied to this thread end with it, that is with the daemon.
 #[derive(Clone, Debug)]
-pub struct Spawner(Sender<(Job, Answer)>);
+pub struct Spawner {
+    jobs: Sender<(Job, Answer)>,
+    /// Arguments of every process that runs a VM.
+    vm_args: Arc<[OsString]>,
+}
 
 impl Spawner {
-    pub fn start() -> io::Result<Spawner> {
+    /// Starts the thread. `vm_args`: arguments of every process that runs a VM.
+    pub fn start(vm_args: Vec<OsString>) -> io::Result<Spawner> {
         let (sender, jobs) = channel();
-        std::thread::Builder::new().name("spawn".into()).spawn(move || spawn_all(&jobs))?;
-        Ok(Spawner(sender))
+        let vm_args: Arc<[OsString]> = vm_args.into();
+        let of_shells = vm_args.clone();
+        std::thread::Builder::new().name("spawn".into()).spawn(move || spawn_all(&jobs, &of_shells))?;
+        Ok(Spawner { jobs: sender, vm_args })
+    }
+
+    /// Arguments of every process that runs a VM.
+    pub fn vm_args(&self) -> &[OsString] {
+        &self.vm_args
     }
 
     pub async fn spawn(&self, job: Job) -> io::Result<NewChild> {
         let (answer, spawned) = oneshot::channel();
         let gone = || io::Error::other("the thread that spawns is gone");
-        self.0.send((job, answer)).map_err(|_| gone())?;
+        self.jobs.send((job, answer)).map_err(|_| gone())?;
         spawned.await.map_err(|_| gone())?
     }
 }
 
-fn spawn_all(jobs: &Receiver<(Job, Answer)>) {
+fn spawn_all(jobs: &Receiver<(Job, Answer)>, vm_args: &[OsString]) {
     for (job, answer) in jobs {
         // The requester may have gone; the child then ends with the descriptors that are dropped here.
-        if let Err(Ok(mut spawned)) = answer.send(spawn(job)) {
+        if let Err(Ok(mut spawned)) = answer.send(spawn(job, vm_args)) {
             let _ = spawned.child.kill();
             let _ = spawned.child.wait();
         }
     }
 }
 
-fn spawn(job: Job) -> io::Result<NewChild> {
+fn spawn(job: Job, vm_args: &[OsString]) -> io::Result<NewChild> {
     let before = clock::monotonic_ns();
     // The file that this process runs from, even if another one has its name by now.
     let mut command = Command::new("/proc/self/exe");
@@ -97,6 +110,7 @@ fn spawn(job: Job) -> io::Result<NewChild> {
             fcntl_setfd(&inherited, FdFlags::empty())?;
             let number = std::os::fd::AsRawFd::as_raw_fd(&inherited).to_string();
             command.args(["--api-fd", &number, "--id", &id, "--start-time-us", &(before / 1000).to_string()]);
+            command.args(vm_args);
             (api, theirs) = (Some(ours), Some(inherited));
             if let Some(netns) = netns {
                 entered = Some(netns.try_clone()?);
@@ -287,7 +301,12 @@ async fn last_line(stderr: pipe::Receiver) -> String {
 }
 
 /// Runs `tvmm` with `args` to its end. Returns its output.
-pub async fn run_tool(spawner: &Spawner, args: Vec<String>, timeout: Duration) -> io::Result<(ChildExit, Vec<u8>)> {
+pub async fn run_tool(
+    spawner: &Spawner,
+    args: impl IntoIterator<Item = impl Into<OsString>>,
+    timeout: Duration,
+) -> io::Result<(ChildExit, Vec<u8>)> {
+    let args = args.into_iter().map(Into::into).collect();
     let (process, ends) = spawner.spawn(Job::Tool(args)).await?.watch()?;
     drop(ends.stdin);
     let read = async {

@@ -1,6 +1,7 @@
 //! A run that is recorded: `tvmm profile record` restores the snapshot and runs its function, because the daemon runs
 //! no guest itself.
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -69,6 +70,7 @@ pub async fn run_recorder(daemon: &Daemon, record: &Record, line: &str, limit: D
         args.extend(["--run-port".into(), port.to_string()]);
     }
     let patience = limit.saturating_mul(record.repeat.max(1));
+    let args = args.into_iter().map(OsString::from).chain(daemon.spawner.vm_args().iter().cloned());
     let ran = run_tool(&daemon.spawner, args, patience).await;
     let (ended, printed) = ran.map_err(|error| match error.kind() {
         std::io::ErrorKind::TimedOut => Fault::timed_out("The recorded run did not end in time, and its VM was ended."),

@@ -18,7 +18,7 @@ use crate::session::Error;
 use crate::snapshot::PRIVATE;
 use crate::sys::bounded_wait::Wait;
 use crate::sys::unix_socket::remove_stale;
-use crate::sys::{clock, inherit};
+use crate::sys::{clock, inherit, seccomp};
 
 /// Time between two looks whether a child has ended.
 const LOOK: Duration = Duration::from_millis(1);
@@ -56,6 +56,7 @@ impl Child {
             "--fault-timeout",
             &fault_timeout.as_secs().to_string(),
         ]);
+        command.args(seccomp::args_of_this_process());
         command.args(["--start-time-us", &(clock::monotonic_ns() / 1000).to_string()]);
         command.stdin(line.child_stdin()?);
         let mut messages = None;

@@ -16,5 +16,6 @@ pub mod platform;
 mod prefault;
 mod report;
 mod smp;
+mod system_calls;
 mod threads;
 mod unread;

@@ -170,10 +170,15 @@ pub struct Vm {
 impl Vm {
     /// Boots the built-in guest and waits until it is ready.
     pub fn boot(config: &Value) -> Vm {
+        Vm::boot_with(config, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn boot_with(config: &Value, more: &[&str]) -> Vm {
         let dir = scratch();
         let path = dir.path().join("vm.json");
         std::fs::write(&path, config.to_string()).unwrap();
-        let mut vm = Vm::spawn(dir, &["--config", text(&path)]);
+        let mut vm = Vm::spawn(dir, &[&["--config", text(&path)], more].concat());
         vm.wait_line(|line| line.starts_with("ready "));
         vm
     }
