@@ -31,7 +31,7 @@ use crate::sys::lost::CANNOT_GO_ON;
 use crate::sys::otlp;
 use crate::sys::otlp::Exporter;
 use crate::sys::output::ConsoleOutput;
-use crate::sys::seccomp::Kind;
+use crate::sys::seccomp::{self, Kind};
 use crate::sys::signals::EndSignals;
 use crate::sys::timeline::{Slice, Timeline};
 use crate::sys::{clock, inherit, kick};

@@ -13,12 +13,13 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::identify::{InputPath, Role};
-use super::seccomp_args::{Origin, SeccompArgs};
+use super::seccomp_args::SeccompArgs;
 use crate::config::request::DEFAULT_FAULT_TIMEOUT;
 use crate::config::request::SnapshotPaths;
 use crate::session::record::{RecordSpec, record};
 use crate::sys::errors::{BoxError, refuse};
 use crate::sys::kick;
+use crate::sys::seccomp;
 use crate::sys::signals::EndSignals;
 use crate::tiering::profile::{Agreement, MergeKind, Profile, RecorderKind, merge};
 
@@ -137,7 +138,9 @@ fn run_record(args: &RecordArgs) -> Result<ExitCode, BoxError> {
     // Taken before any thread exists, so that none of them gets the signals.
     let mut signals = EndSignals::take()?;
     kick::install_handler()?;
-    args.seccomp.begin(Origin::Fresh)?;
+    if let Some(filters) = args.seccomp.filters()? {
+        seccomp::begin(filters, false)?;
+    }
     let mut runs = Vec::new();
     let mut told = Vec::new();
     for number in 1..=args.repeat {
