@@ -123,12 +123,7 @@ fn run(
     // Taken before any thread exists, so that none of them gets the signals.
     let signals = EndSignals::take()?;
     kick::install_handler()?;
-    let filters = args.seccomp.filters()?;
-    enter_jail(args, &config, &begin)?;
-    // A jail is made by calls that no filter allows.
-    if let Some(filters) = filters {
-        seccomp::begin(filters, args.await_parent)?;
-    }
+    confine(args, &config, &begin)?;
     let (control, receiver) = control::channel()?;
     // The first step that can fail by the caller's fault, and the first that a client may wait for.
     let server = match (&args.api_sock, args.api_fd) {
@@ -177,15 +172,18 @@ fn run(
     Ok(code)
 }
 
-/// Enters the jail, if the arguments ask for one.
-fn enter_jail(args: &SessionArgs, config: &VmConfig, begin: &Begin) -> Result<(), BoxError> {
+/// Enters the jail and installs the seccomp filters, if the arguments ask for them.
+fn confine(args: &SessionArgs, config: &VmConfig, begin: &Begin) -> Result<(), BoxError> {
     let files = args.report.iter().chain(&args.trace).map(PathBuf::as_path).collect();
     let outputs = Outputs { socket: args.api_sock.as_deref(), files, has_collector: args.otlp.is_some() };
     let load = match begin {
         Begin::Restore(load) | Begin::Record(load, _) => Some(load),
         Begin::Wait | Begin::Boot => None,
     };
-    args.jail.enter(&outputs, config, load)
+    // Read while the file is still there. A jail is made by calls that no filter allows.
+    let filters = args.seccomp.filters()?;
+    args.jail.enter(&outputs, config, load)?;
+    filters.map_or(Ok(()), |filters| Ok(seccomp::begin(filters, args.await_parent)?))
 }
 
 /// Longest wait for a collector at the end of a VM's process.

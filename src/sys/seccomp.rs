@@ -367,7 +367,7 @@ mod tests {
             match step.code {
                 0x20 if step.k == 0 => value = call,
                 0x20 if step.k == 4 => value = 0xc000_003e,
-                0x20 if step.k % 8 == 0 => value = arg as u32,
+                0x20 if step.k.is_multiple_of(8) => value = arg as u32,
                 0x20 => value = (arg >> 32) as u32,
                 0x54 => value &= step.k,
                 0x05 => at += step.k as usize,
