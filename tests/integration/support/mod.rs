@@ -17,6 +17,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,10 @@ use tempfile::TempDir;
 
 /// Generous: these are limits against hanging, not measurements, and the testbed emulates every instruction.
 pub const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// The number of the next request, of all VMs together: a VM that was restored in the middle of a request answers that
+/// one first, and must not be taken to answer another.
+static NEXT_ID: AtomicU32 = AtomicU32::new(1);
 
 /// The name by which libtest knows the test `test` of `module` (`module_path!()`), for a test that starts another.
 pub fn test_name(module: &str, test: &str) -> String {
@@ -163,7 +168,6 @@ pub struct Vm {
     lines: Receiver<String>,
     stderr: Option<std::thread::JoinHandle<String>>,
     socket: PathBuf,
-    next_id: u32,
     _dir: TempDir,
 }
 
@@ -228,7 +232,7 @@ impl Vm {
             text
         });
         let stdin = child.stdin.take();
-        Vm { child, stdin, lines, stderr: Some(stderr), socket, next_id: 0, _dir: dir }
+        Vm { child, stdin, lines, stderr: Some(stderr), socket, _dir: dir }
     }
 
     pub fn socket(&self) -> &Path {
@@ -292,8 +296,7 @@ impl Vm {
 
     /// Sends a request without waiting for its answer; its id.
     pub fn begin(&mut self, function: &str) -> String {
-        self.next_id += 1;
-        let id = format!("t{}", self.next_id);
+        let id = format!("t{}", NEXT_ID.fetch_add(1, Ordering::Relaxed));
         self.send(format!("run {id} {function}\n").as_bytes());
         id
     }
