@@ -11,8 +11,8 @@ use super::vm::control::ControlError;
 use super::vm::shrinking::AfterRequest;
 
 /// Called after an answer, off the request's path: gives back what the requests of the present window have not touched,
-/// if the VM's function has the policy `ladder`, memory is short or need not be, and a window is over. Requests that
-/// come meanwhile are served.
+/// if the VM's function has the policy `ladder`, a window is over, and memory is short or the function gives it back at
+/// any time. Requests that come meanwhile are served.
 pub(super) async fn shrink(daemon: &Arc<Daemon>, vm: &Arc<Vm>) {
     // A booted VM has no snapshot that its pages could equal.
     let Some(rule) = idle::rule_of(daemon, vm).filter(|_| vm.restore.is_some()) else { return };
